@@ -1,0 +1,36 @@
+"""Compiles kernels.c into flexpert.comm.host._kernels (cffi, API mode).
+
+pip runs this through setup.py. For development: `python src/flexpert/comm/host/build_kernels.py`
+builds beside the sources.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+SOURCE = (HERE / "kernels.c").read_text(encoding="utf-8")
+
+
+def declarations(source: str) -> str:
+    """What Python sees stands between two marks in the C file, so that it is said only once."""
+    found = re.search(r"/\* cdef: begin \*/(.*)/\* cdef: end \*/", source, re.DOTALL)
+    if found is None:
+        raise ValueError("kernels.c has lost its cdef marks")
+    return found.group(1)
+
+
+ffibuilder = FFI()
+ffibuilder.cdef(declarations(SOURCE))
+ffibuilder.set_source(
+    "flexpert.comm.host._kernels",
+    SOURCE,
+    # no FMA: sums are the same bits on every machine; no fast-math, ever
+    extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"],
+)
+
+if __name__ == "__main__":
+    ffibuilder.compile(tmpdir=str(HERE.parents[2]), verbose=True)

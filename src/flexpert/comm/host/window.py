@@ -1,0 +1,212 @@
+"""The memory a rank lends to its peers: a memfd, found through /proc/<pid>/fd.
+
+No name in a file system and no socket: when the last process that maps a window ends, by whatever
+signal, the window is gone. A peer that has opened it keeps it alive, so that nobody's write hits
+unmapped memory when a rank dies.
+
+A window is proven by the nonce in its header: a process that got a dead rank's pid cannot have it.
+The kernel lets a process open it if it may look into the owner (same user, same pid namespace).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from flexpert.comm.buffer import BufferSpec
+from flexpert.comm.errors import CommError, PeerUnreachable
+from flexpert.comm.host import _kernels
+from flexpert.comm.layout import (
+    HEADER_BYTES,
+    MAGIC,
+    MAGIC_AT,
+    NONCE_AT,
+    NONCE_BYTES,
+    RANK_AT,
+    SPEC_HASH_AT,
+    Layout,
+    layout,
+    spec_hash,
+)
+
+lib = _kernels.lib
+ffi = _kernels.ffi
+
+MEMFD_NAME = "flexpert-window"
+MFD_NOEXEC_SEAL = 0x8  # not in Python's os yet; Linux 6.3
+
+
+class Address(msgspec.Struct, frozen=True, array_like=True):
+    """What a peer needs to find a window and to know that it is the right one."""
+
+    boot_id: str
+    pid: int
+    started: int  # clock ticks after boot
+    fd: int
+    nonce: bytes
+    spec: bytes
+    rank: int
+
+
+def encode(address: Address) -> bytes:
+    return msgspec.msgpack.encode(address)
+
+
+def decode(address: bytes) -> Address:
+    """Raises: ValueError: not an address of this backend."""
+    try:
+        return msgspec.msgpack.decode(address, type=Address)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"not an address of a host window: {error}") from error
+
+
+def boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def start_time(pid: int) -> int:
+    """Clock ticks after boot at which a process started; with the pid it names the process."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat[stat.rindex(")") + 2 :].split()[19])
+
+
+def map_part(fd: int, offset: int, size: int) -> int:
+    at = int(lib.fx_map(fd, offset, size))
+    if at == 0:
+        error = ffi.errno
+        raise CommError(f"cannot map {size} bytes of a window: {os.strerror(error)}")
+    return at
+
+
+class Window:
+    """The own window: created empty; regions are mapped for the sources that may write."""
+
+    def __init__(self, rank: int, spec: BufferSpec) -> None:
+        self.layout: Layout = layout(spec)
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        self.fd = _create(self.layout.size_bytes)
+        os.pwrite(self.fd, _header(spec_hash(spec), nonce, rank), MAGIC_AT)
+        self.address = Address(
+            boot_id=boot_id(),
+            pid=os.getpid(),
+            started=start_time(os.getpid()),
+            fd=self.fd,
+            nonce=nonce,
+            spec=spec_hash(spec),
+            rank=rank,
+        )
+        self.control = map_part(self.fd, 0, self.layout.control_bytes)
+        self._regions: dict[int, int] = {}
+
+    def open_region(self, source: int) -> int:
+        """Map what `source` writes; returns the address of its region in this process."""
+        size = self.layout.region_bytes
+        at = map_part(self.fd, self.layout.region_at(source), size)
+        self._regions[source] = at
+        return at
+
+    def close_region(self, source: int) -> None:
+        """Unmap a source's region and give its memory back."""
+        lib.fx_unmap(self._regions.pop(source), self.layout.region_bytes)
+        lib.fx_punch(self.fd, self.layout.region_at(source), self.layout.region_bytes)
+
+    def memory_bytes(self) -> int:
+        """Memory the window takes now."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def close(self) -> None:
+        for at in self._regions.values():
+            lib.fx_unmap(at, self.layout.region_bytes)
+        self._regions.clear()
+        lib.fx_unmap(self.control, self.layout.control_bytes)
+        os.close(self.fd)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerWindow:
+    """A peer's window, as far as this rank may touch it: its control part and the own region."""
+
+    address: Address
+    layout: Layout
+    control: int
+    region: int
+
+    def close(self) -> None:
+        lib.fx_unmap(self.control, self.layout.control_bytes)
+        lib.fx_unmap(self.region, self.layout.region_bytes)
+
+
+def open_peer(peer: int, address: Address, own_rank: int, spec: BufferSpec) -> PeerWindow:
+    """Open the window of `peer`. Never waits.
+
+    Raises:
+        PeerUnreachable: the process is gone, out of reach, or another one has its pid.
+        ValueError: the address is of another rank or spec.
+    """
+    if address.spec != spec_hash(spec):
+        raise ValueError(f"rank {peer} has a window of another spec than {spec}")
+    if address.rank != peer:
+        raise ValueError(f"the address given for rank {peer} is that of rank {address.rank}")
+    where = f"rank {peer} (pid {address.pid})"
+    if address.boot_id != boot_id():
+        raise PeerUnreachable(f"{where} is on another machine, or this one was restarted")
+    try:
+        if start_time(address.pid) != address.started:
+            raise PeerUnreachable(f"{where} is gone; its pid belongs to another process")
+        path = f"/proc/{address.pid}/fd/{address.fd}"
+        # before opening: with a recycled descriptor, opening alone could have effects
+        if not os.readlink(path).startswith(f"/memfd:{MEMFD_NAME}"):
+            raise PeerUnreachable(f"{where} has closed its window")
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise PeerUnreachable(f"{where} cannot be reached: {error.strerror}") from error
+    try:
+        there = layout(spec)
+        header = os.pread(fd, HEADER_BYTES, MAGIC_AT)
+        if header != _header(address.spec, address.nonce, peer):
+            raise PeerUnreachable(f"{where} has closed its window; another one took its place")
+        if os.fstat(fd).st_size != there.size_bytes:
+            raise PeerUnreachable(f"{where} has a window of an unexpected size")
+        control = map_part(fd, 0, there.control_bytes)
+        try:
+            region = map_part(fd, there.region_at(own_rank), there.region_bytes)
+        except CommError:
+            lib.fx_unmap(control, there.control_bytes)
+            raise
+    finally:
+        os.close(fd)
+    return PeerWindow(address, there, control, region)
+
+
+def _header(spec: bytes, nonce: bytes, rank: int) -> bytes:
+    header = bytearray(HEADER_BYTES)
+    for at, part in (
+        (MAGIC_AT, MAGIC),
+        (SPEC_HASH_AT, spec),
+        (NONCE_AT, nonce),
+        (RANK_AT, rank.to_bytes(4, "little")),
+    ):
+        header[at : at + len(part)] = part
+    return bytes(header)
+
+
+def _create(size: int) -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        fd = os.memfd_create(MEMFD_NAME, flags | MFD_NOEXEC_SEAL)
+    except OSError:  # kernels before 6.3
+        fd = os.memfd_create(MEMFD_NAME, flags)
+    try:
+        os.ftruncate(fd, size)
+        # a peer that could shrink the file could kill this process with SIGBUS
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
