@@ -1,0 +1,10 @@
+"""Compiles the two C files of the package; everything else is in pyproject.toml."""
+
+from setuptools import setup
+
+setup(
+    cffi_modules=[
+        "src/flexpert/comm/host/build_kernels.py:ffibuilder",
+        "src/flexpert/moe/build_ops.py:ffibuilder",
+    ]
+)

@@ -1,0 +1,281 @@
+"""The membership state machine: which change is under way and what must happen next (pure).
+
+Theory of operation. A change goes from one set of ranks to another in five phases, and every phase
+waits for a *report* from a known set of ranks. `RULES` is the whole behaviour: in this phase, on
+this event, if that holds, do these actions and go to that phase; the first rule that fits wins, and
+an event without a rule is ignored (late reports of a change that is over). `Membership.handle`
+looks the rule up and keeps the books; it does no I/O, reads no clock and never waits. The
+coordinator is the shell that carries the actions out and brings the events.
+
+    IDLE → SPAWN → LOAD → COMMIT → RELEASE → IDLE      a change that succeeds
+           SPAWN, LOAD → UNDO → IDLE                   one that fails or is cancelled
+
+Until COMMIT nothing that serves has been touched, so UNDO only ends the newcomers. From COMMIT on
+a change cannot be withdrawn: some ranks may have switched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Phase(Enum):
+    """What the running change waits for."""
+
+    IDLE = "idle"
+    SPAWN = "spawn"
+    LOAD = "load"
+    COMMIT = "commit"
+    RELEASE = "release"
+    UNDO = "undo"
+    LOST = "lost"
+
+
+class Kind(Enum):
+    """What can happen."""
+
+    BEGIN = "begin"
+    HELLO = "hello"  # a newcomer is up
+    PREPARED = "prepared"  # a member or leaver is ready to vote
+    SWITCHED = "switched"  # a member's first vote in the new epoch is whole
+    HANDED_OVER = "handed over"  # a leaver has left
+    FAILED = "failed"  # a rank could not prepare
+    EXITED = "exited"  # a process is certainly gone
+    CANCEL = "cancel"
+    DEADLINE = "deadline"  # the phase took too long
+
+
+class Do(Enum):
+    """What the coordinator must carry out."""
+
+    SPAWN = "spawn newcomers"
+    PREPARE = "send the plan"
+    COMMIT = "arm"
+    STOP = "stop leavers"
+    KILL = "kill what should be gone"
+    CANCEL = "withdraw the plan"
+    FINISH = "report the outcome"
+    ALARM = "report the loss"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """rank: whom it concerns, if anybody. reason: for people."""
+
+    kind: Kind
+    rank: int | None = None
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class Change:
+    """The books of one change. reported: who has done what the phase waits for."""
+
+    epoch: int
+    before: frozenset[int]
+    after: frozenset[int]
+    reported: set[int] = field(default_factory=set)
+    gone: set[int] = field(default_factory=set)
+    error: str | None = None
+    cancelled: bool = False
+
+    @property
+    def joining(self) -> frozenset[int]:
+        return self.after - self.before
+
+    @property
+    def leaving(self) -> frozenset[int]:
+        return self.before - self.after
+
+    @property
+    def everyone(self) -> frozenset[int]:
+        return self.before | self.after
+
+
+Guard = Callable[[Change, Event], bool]
+
+
+def _always(change: Change, event: Event) -> bool:
+    return True
+
+
+def _newcomer(change: Change, event: Event) -> bool:
+    return event.rank in change.joining
+
+
+def _leaver(change: Change, event: Event) -> bool:
+    return event.rank in change.leaving
+
+
+def _all_joined(change: Change, event: Event) -> bool:
+    return change.reported >= change.joining
+
+
+def _all_reported(change: Change, event: Event) -> bool:
+    return change.reported >= change.everyone
+
+
+def _leavers_gone(change: Change, event: Event) -> bool:
+    return change.gone >= change.leaving
+
+
+def _newcomers_gone(change: Change, event: Event) -> bool:
+    return change.gone >= change.joining
+
+
+def _participant(change: Change, event: Event) -> bool:
+    return event.rank in change.everyone
+
+
+def _member(change: Change, event: Event) -> bool:
+    return event.rank in change.before or event.rank in change.after
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """In `phase`, on `event`, if `when` holds (after the books are kept): `do`, then go to `then`."""
+
+    phase: Phase
+    event: Kind
+    then: Phase
+    do: tuple[Do, ...] = ()
+    when: Guard = _always
+
+
+P, K = Phase, Kind
+
+RULES: tuple[Rule, ...] = (
+    Rule(P.IDLE, K.BEGIN, P.SPAWN, (Do.SPAWN,)),
+    # prepare: beside serving, and it can be withdrawn
+    Rule(P.SPAWN, K.HELLO, P.LOAD, (Do.PREPARE,), _all_joined),
+    Rule(P.LOAD, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
+    Rule(P.SPAWN, K.EXITED, P.UNDO, (Do.KILL,), _newcomer),
+    Rule(P.SPAWN, K.DEADLINE, P.UNDO, (Do.KILL,)),
+    Rule(P.SPAWN, K.CANCEL, P.UNDO, (Do.KILL,)),
+    Rule(P.LOAD, K.EXITED, P.UNDO, (Do.CANCEL, Do.KILL), _newcomer),
+    Rule(P.LOAD, K.FAILED, P.UNDO, (Do.CANCEL, Do.KILL), _participant),
+    Rule(P.LOAD, K.DEADLINE, P.UNDO, (Do.CANCEL, Do.KILL)),
+    Rule(P.LOAD, K.CANCEL, P.UNDO, (Do.CANCEL, Do.KILL)),
+    # commit: every member votes for the epoch at the same step
+    Rule(P.COMMIT, K.SWITCHED, P.RELEASE, (Do.STOP,), _all_reported),
+    Rule(P.COMMIT, K.HANDED_OVER, P.RELEASE, (Do.STOP,), _all_reported),
+    Rule(P.COMMIT, K.DEADLINE, P.LOST, (Do.ALARM,)),
+    Rule(P.COMMIT, K.FAILED, P.LOST, (Do.ALARM,)),
+    # release: what left is stopped, and its id is free only when its process is gone
+    Rule(P.RELEASE, K.EXITED, P.IDLE, (Do.FINISH,), _leavers_gone),
+    Rule(P.RELEASE, K.EXITED, P.RELEASE, (), _leaver),
+    Rule(P.RELEASE, K.DEADLINE, P.RELEASE, (Do.KILL,)),
+    # undo: newcomers end; the service never noticed
+    Rule(P.UNDO, K.EXITED, P.IDLE, (Do.FINISH,), _newcomers_gone),
+    Rule(P.UNDO, K.EXITED, P.UNDO, (), _newcomer),
+    Rule(P.UNDO, K.DEADLINE, P.UNDO, (Do.KILL,)),
+    # a member that is lost without being asked to leave
+    Rule(P.IDLE, K.EXITED, P.LOST, (Do.ALARM,), _member),
+    Rule(P.SPAWN, K.EXITED, P.LOST, (Do.ALARM,)),
+    Rule(P.LOAD, K.EXITED, P.LOST, (Do.ALARM,)),
+    Rule(P.COMMIT, K.EXITED, P.LOST, (Do.ALARM,)),
+    Rule(P.RELEASE, K.EXITED, P.LOST, (Do.ALARM,)),
+    Rule(P.UNDO, K.EXITED, P.LOST, (Do.ALARM,)),
+)
+
+# Phases in which this report counts towards what the phase waits for.
+_COUNTS = {
+    (P.SPAWN, K.HELLO),
+    (P.LOAD, K.PREPARED),
+    (P.COMMIT, K.SWITCHED),
+    (P.COMMIT, K.HANDED_OVER),
+}
+
+# A phase that waits for nobody (nobody joins, nobody leaves) passes at once, by this event.
+_PASSES = {
+    P.SPAWN: (K.HELLO, _all_joined),
+    P.RELEASE: (K.EXITED, _leavers_gone),
+    P.UNDO: (K.EXITED, _newcomers_gone),
+}
+
+
+class Membership:
+    """The agreed members and the change under way.
+
+    members: active ids. epoch: of the members. change: the books of the latest change, or None;
+    it is over when phase is IDLE.
+    """
+
+    def __init__(self) -> None:
+        self.members: frozenset[int] = frozenset()
+        self.epoch = 0
+        self.phase = Phase.IDLE
+        self.change: Change | None = None
+        self._epochs_used = 0  # a failed change uses its number up
+
+    def begin(self, target: Iterable[int]) -> list[Do]:
+        """Start a change to these ids; only in IDLE.
+
+        Raises:
+            ValueError: another change is under way, or the target is empty.
+        """
+        after = frozenset(target)
+        if self.phase is not Phase.IDLE:
+            raise ValueError(f"a change is in phase {self.phase.value}")
+        if not after:
+            raise ValueError("a service needs at least one rank")
+        self._epochs_used += 1
+        self.change = Change(self._epochs_used, self.members, after)
+        return self.handle(Event(Kind.BEGIN))
+
+    def handle(self, event: Event) -> list[Do]:
+        """Keep the books of an event and return what must be done, in order."""
+        change = self.change
+        if change is None or (self.phase is Phase.IDLE and event.kind is not Kind.BEGIN):
+            change = Change(self.epoch, self.members, self.members)
+        if event.rank is not None:
+            if (self.phase, event.kind) in _COUNTS and event.rank in change.everyone:
+                change.reported.add(event.rank)
+            if event.kind is Kind.EXITED:
+                change.gone.add(event.rank)
+        rule = _find(self.phase, event, change)
+        if rule is None:
+            return []
+        if rule.then is Phase.UNDO and self.phase is not Phase.UNDO:
+            change.cancelled = event.kind is Kind.CANCEL
+            change.error = event.reason or None
+        if rule.then is Phase.LOST:
+            change.error = event.reason or None
+        actions = list(rule.do)
+        entered = rule.then is not self.phase
+        self.phase = rule.then
+        if entered:
+            actions += self._enter(change)
+        return actions
+
+    def _enter(self, change: Change) -> list[Do]:
+        change.reported = set()
+        if self.phase is Phase.RELEASE:
+            self.members, self.epoch = change.after, change.epoch
+        if self.phase in _PASSES:
+            kind, satisfied = _PASSES[self.phase]
+            if satisfied(change, Event(kind)):
+                return self.handle(Event(kind))
+        return []
+
+
+def _find(phase: Phase, event: Event, change: Change) -> Rule | None:
+    for rule in RULES:
+        if rule.phase is phase and rule.event is event.kind and rule.when(change, event):
+            return rule
+    return None
+
+
+def diagram() -> str:
+    """The state machine as a Mermaid state diagram, drawn from `RULES`."""
+    lines = ["stateDiagram-v2", "    [*] --> idle"]
+    for rule in RULES:
+        if rule.then is rule.phase and not rule.do:
+            continue
+        guard = "" if rule.when is _always else f" [{rule.when.__name__.strip('_')}]"
+        do = f" / {', '.join(action.value for action in rule.do)}" if rule.do else ""
+        label = f"{rule.event.value}{guard}{do}".replace("_", " ")
+        lines.append(f"    {rule.phase.value} --> {rule.then.value}: {label}")
+    return "\n".join(lines)

@@ -1,0 +1,158 @@
+"""What head and ranks say to each other: msgspec structs as MessagePack over ZeroMQ.
+
+Every message between them is one of these, and anything else on the wire is refused unread. A rank
+has two DEALER sockets to the head's ROUTER: `<id>` hears commands, `<id>!` sends reports, so that
+each is used by one side of the rank only. Both prove themselves with the cluster's token.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from flexpert.engine.request import Sequence, TokenEvent
+from flexpert.moe.placement import Placement
+
+
+class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
+    """Get ready for an epoch beside serving. members: rank id → address of its window."""
+
+    epoch: int
+    members: dict[int, bytes]
+    placement: Placement
+
+
+class Commit(msgspec.Struct, frozen=True, tag="commit"):
+    """All members are ready: vote for the epoch; a newcomer enters it at once."""
+
+    epoch: int
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Forget a prepared epoch."""
+
+    epoch: int
+
+
+class Admit(msgspec.Struct, frozen=True, tag="admit"):
+    """Sequences to run."""
+
+    sequences: list[Sequence]
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Sequences nobody waits for any more."""
+
+    ids: list[str]
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """End this rank."""
+
+
+Command = Prepare | Commit | Cancel | Admit | Abort | Stop
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """running, waiting: sequences; kv_used: share of KV blocks, 0 to 1; memory: resident bytes."""
+
+    running: int
+    waiting: int
+    kv_used: float
+    memory: int
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Planned bytes of a rank."""
+
+    dense: int
+    experts: int
+    kv: int
+    windows: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts + self.kv + self.windows
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """A rank is up, its dense weights are loaded and its window is open."""
+
+    token: str
+    pid: int
+    host: str
+    address: bytes
+
+
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """Share of a preparation that is done, 0 to 1."""
+
+    epoch: int
+    share: float
+
+
+class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
+    """Connected, loaded and warm: ready to vote."""
+
+    epoch: int
+    loaded: int
+    memory: Memory
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """A preparation failed; the rank goes on as before it."""
+
+    epoch: int
+    error: str
+
+
+class Switched(msgspec.Struct, frozen=True, tag="switched"):
+    """The first vote of the epoch is whole. pause_ms: see `OperationView`; None for newcomers."""
+
+    epoch: int
+    pause_ms: float | None
+
+
+class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):
+    """A leaver has left; these sequences must go on elsewhere."""
+
+    epoch: int
+    ids: list[str]
+
+
+class Published(msgspec.Struct, frozen=True, tag="published"):
+    """The tokens of one whole step."""
+
+    events: list[TokenEvent]
+    load: Load
+
+
+class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
+    """A sequence that this rank can never run."""
+
+    id: str
+    error: str
+
+
+class Broken(msgspec.Struct, frozen=True, tag="broken"):
+    """Evidence: a step could not be completed. ranks: those that did not answer."""
+
+    epoch: int
+    ranks: list[int]
+    error: str
+
+
+Report = (
+    Hello
+    | Progress
+    | Prepared
+    | Failed
+    | Switched
+    | HandedOver
+    | Published
+    | Rejected
+    | Broken
+)
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_report = msgspec.msgpack.Decoder(Report).decode

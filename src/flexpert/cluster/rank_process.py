@@ -1,0 +1,151 @@
+"""The shell around one rank's engine: its sockets to the head, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+
+import psutil
+import zmq
+
+from flexpert.cluster import messages as msg
+from flexpert.cluster.forkserver import RankSpec
+from flexpert.config import Config
+from flexpert.engine.epoch import EpochPlan
+from flexpert.engine.rank import RankEngine, RankMemory
+from flexpert.engine.request import TokenEvent
+from flexpert.errors import FlexpertError
+from flexpert.models.source import ModelSource
+
+_REPORT_TIMEOUT_MS = 10_000
+
+
+def open_model(config_json: str) -> ModelSource:
+    """The model of a settings tree given as JSON."""
+    return open_source(Config.model_validate_json(config_json))
+
+
+def open_source(config: Config) -> ModelSource:
+    """The model that a settings tree names.
+
+    Raises:
+        ModelError: it cannot be opened or served.
+    """
+    return ModelSource.open(
+        config.model.model,
+        revision=config.model.revision,
+        dtype=config.model.dtype,
+        max_model_len=config.model.max_model_len,
+    )
+
+
+class Reporter:
+    """Tells the head; callable from any thread of the rank."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], spec: RankSpec) -> None:
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, f"{spec.rank}!".encode())
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.setsockopt(zmq.SNDTIMEO, _REPORT_TIMEOUT_MS)
+        self._socket.connect(spec.endpoint)
+        self._lock = threading.Lock()
+        self.engine: RankEngine | None = None
+        self._process = psutil.Process()
+        self._memory = 0
+
+    def tell(self, report: msg.Report) -> None:
+        packet = msg.encode(report)
+        with self._lock:
+            self._socket.send(packet)
+
+    def close(self) -> None:
+        with self._lock:
+            self._socket.close()
+
+    def published(self, events: list[TokenEvent]) -> None:
+        assert self.engine is not None
+        scheduler = self.engine.scheduler
+        if self.engine.steps % 64 == 1:
+            self._memory = self._process.memory_info().rss
+        load = msg.Load(scheduler.running, scheduler.waiting, scheduler.kv_used, self._memory)
+        self.tell(msg.Published(events, load))
+
+    def rejected(self, sequence_id: str, error: str) -> None:
+        self.tell(msg.Rejected(sequence_id, error))
+
+    def progress(self, epoch: int, share: float) -> None:
+        self.tell(msg.Progress(epoch, share))
+
+    def prepared(self, epoch: int, loaded: int, memory: RankMemory) -> None:
+        planned = msg.Memory(memory.dense, memory.experts, memory.kv, memory.windows)
+        self.tell(msg.Prepared(epoch, loaded, planned))
+
+    def failed(self, epoch: int, error: str) -> None:
+        self.tell(msg.Failed(epoch, error))
+
+    def switched(self, epoch: int, pause_ms: float | None) -> None:
+        self.tell(msg.Switched(epoch, pause_ms))
+
+    def handed_over(self, epoch: int, ids: list[str]) -> None:
+        self.tell(msg.HandedOver(epoch, ids))
+
+    def broken(self, epoch: int, ranks: tuple[int, ...], error: str) -> None:
+        self.tell(msg.Broken(epoch, list(ranks), error))
+
+
+def rank_main(spec: RankSpec, source: ModelSource) -> int:
+    """Run a rank until the head stops it; returns the exit status."""
+    config = Config.model_validate_json(spec.config)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    commands = context.socket(zmq.DEALER)
+    commands.setsockopt(zmq.IDENTITY, str(spec.rank).encode())
+    commands.setsockopt(zmq.LINGER, 0)
+    commands.connect(spec.endpoint)
+    reporter = Reporter(context, spec)
+    try:
+        try:
+            engine = RankEngine(
+                spec.rank,
+                source,
+                config.engine,
+                capacity=config.cluster.max_ranks,
+                exchange_timeout_s=config.cluster.exchange_timeout_s,
+                listener=reporter,
+            )
+        except (FlexpertError, OSError, MemoryError, RuntimeError) as error:
+            reporter.tell(msg.Failed(0, f"{type(error).__name__}: {error}"))
+            return 1
+        reporter.engine = engine
+        hello = msg.Hello(spec.token, os.getpid(), socket.gethostname(), engine.buffer.address)
+        commands.send(msg.encode(hello))  # the head must know both routes
+        reporter.tell(hello)
+        listener = threading.Thread(
+            target=_listen, args=(commands, engine), name="commands", daemon=True
+        )
+        listener.start()
+        engine.run()
+        return 0
+    finally:
+        reporter.close()
+        sys.stdout.flush()
+
+
+def _listen(commands: zmq.Socket[bytes], engine: RankEngine) -> None:
+    while True:
+        command = msg.decode_command(commands.recv())
+        match command:
+            case msg.Prepare(epoch, members, placement):
+                engine.prepare(EpochPlan(epoch, members, placement))
+            case msg.Commit(epoch):
+                engine.commit(epoch)
+            case msg.Cancel(epoch):
+                engine.cancel(epoch)
+            case msg.Admit(sequences):
+                engine.admit(sequences)
+            case msg.Abort(ids):
+                engine.abort(ids)
+            case msg.Stop():
+                engine.stop()
+                return

@@ -1,0 +1,92 @@
+"""What the head shows of itself: the JSON of the control API."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+OperationState = Literal["preparing", "committing", "done", "failed", "cancelled"]
+RankState = Literal["starting", "preparing", "ready", "active", "leaving", "gone"]
+
+
+class RankView(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank. kv_used: share of the KV blocks in use, 0 to 1. memory_bytes: resident, measured."""
+
+    id: int
+    state: RankState
+    host: str
+    pid: int
+    running: int = 0
+    waiting: int = 0
+    kv_used: float = 0.0
+    experts: int = 0
+    memory_bytes: int = 0
+    planned_bytes: int = 0
+
+
+class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
+    """experts_per_rank: rank id → replicas it holds, summed over the layers."""
+
+    layers: int
+    experts: int
+    replicas: int
+    experts_per_rank: dict[str, int]
+
+
+class OperationView(msgspec.Struct, frozen=True, kw_only=True):
+    """One change of the cluster.
+
+    target: the rank ids after it. add, remove: ids that join and leave.
+    phase: what happens now; progress: 0 to 1 over the whole operation.
+    phases: seconds spent in each phase so far. pause_ms: the longest time between the end of the
+    last step in the old epoch and the start of the first in the new one, over the ranks that stay.
+    """
+
+    id: str
+    state: OperationState
+    target: list[int]
+    add: list[int]
+    remove: list[int]
+    phase: str
+    progress: float
+    phases: dict[str, float]
+    epoch: int
+    moved_experts: int = 0
+    moved_requests: int = 0
+    pause_ms: float | None = None
+    error: str | None = None
+    created: float = 0.0
+
+
+class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /cluster`."""
+
+    epoch: int
+    model: str
+    max_ranks: int
+    ranks: list[RankView]
+    placement: PlacementView
+    operation: OperationView | None
+
+
+class ClusterEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of `GET /cluster/events`.
+
+    kind: "operation" (data: an OperationView), "epoch", "rank", "warning".
+    """
+
+    kind: str
+    time: float
+    data: dict[str, Any]
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of one sequence as the head hands them on; finish: None, "stop" or "length".
+
+    logprobs: one `engine.request.TokenLogprobs` per token, or None if not asked for.
+    """
+
+    tokens: list[int]
+    logprobs: list[Any] | None = None
+    finish: str | None = None

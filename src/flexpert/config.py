@@ -1,0 +1,163 @@
+"""Every setting in one validated tree: defaults < file < environment < command line.
+
+A file is YAML or JSON with the tree's own nesting. An environment variable is `FLEXPERT_` plus the
+path joined by two underscores: `FLEXPERT_ENGINE__MAX_RUNNING=32`. Unknown names are errors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from flexpert.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "FLEXPERT_"
+
+_UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+
+
+def parse_bytes(text: object) -> object:
+    """A size in bytes from 268435456, "256MiB", "0.5g", "2 GB" (powers of two throughout)."""
+    if not isinstance(text, str):
+        return text
+    number = text.strip().lower().removesuffix("ib").removesuffix("b").strip()
+    unit = number[-1:] if number[-1:].isalpha() else ""
+    try:
+        return int(float(number.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, KeyError):
+        raise ValueError(f"{text!r} is no size; write for example 256MiB or 2GiB") from None
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(_Section):
+    """What is served."""
+
+    model: str = Field("tiny", description="'tiny' (embedded), a directory, or a hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    served_name: str | None = Field(None, description="name in the API; default: the model's")
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    max_model_len: int | None = Field(None, ge=8, description="tokens of prompt and answer")
+
+
+class EngineConfig(_Section):
+    """One rank."""
+
+    max_tokens_per_step: int = Field(256, ge=16, le=65536, description="token budget of a step")
+    max_running: int = Field(64, ge=1, le=4096, description="sequences decoded at once per rank")
+    kv_memory: Bytes = Field(256 * 2**20, description="bytes of KV cache per rank")
+    kv_block_size: int = Field(16, ge=1, le=256, description="tokens of a KV block")
+    prefix_cache: bool = Field(True, description="reuse KV blocks of equal prompt prefixes")
+    deterministic: bool = Field(False, description="bit-identical answers under any scaling")
+    threads: int | None = Field(None, ge=1, description="per rank; default: its share of the cores")
+
+
+class ClusterConfig(_Section):
+    """Membership and its limits in time."""
+
+    ranks: int = Field(1, ge=1, le=256, description="ranks at start")
+    max_ranks: int = Field(8, ge=1, le=256, description="capacity: number of rank ids")
+    start_timeout_s: float = Field(120.0, gt=0, description="spawn until a rank reports")
+    load_timeout_s: float = Field(600.0, gt=0, description="weights and warm-up of a change")
+    commit_timeout_s: float = Field(30.0, gt=0, description="arming until all ranks switched")
+    exchange_timeout_s: float = Field(60.0, gt=0, description="wait for a peer within a step")
+    shutdown_timeout_s: float = Field(10.0, ge=0, description="running requests may finish")
+    memory_headroom: float = Field(0.05, ge=0, lt=1, description="share of memory left free")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ClusterConfig:
+        if self.ranks > self.max_ranks:
+            raise ValueError(
+                f"ranks ({self.ranks}) exceeds max_ranks ({self.max_ranks}); raise --max-ranks"
+            )
+        return self
+
+
+class ServerConfig(_Section):
+    """HTTP."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 picks a free one")
+    api_key: str | None = Field(None, description="bearer token for /v1; none: open")
+    control_key: str | None = Field(None, description="bearer token to scale; default: api_key")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Config(_Section):
+    """The whole tree."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    server: ServerConfig = ServerConfig()
+
+
+def load_config(
+    *,
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """The settings of all four sources, checked.
+
+    Args:
+        file: YAML or JSON with the tree's nesting.
+        environment: default: `os.environ`.
+        overrides: dotted path → value, e.g. {"cluster.ranks": 2}; None values are skipped.
+
+    Raises:
+        ConfigError: names each wrong setting.
+    """
+    tree: dict[str, Any] = {}
+    if file is not None:
+        tree = _read_file(file)
+    for name, value in sorted((os.environ if environment is None else environment).items()):
+        if name.startswith(ENVIRONMENT_PREFIX) and "__" in name:
+            _insert(tree, name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"), value)
+    for path, value in (overrides or {}).items():
+        if value is not None:
+            _insert(tree, path.split("."), value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        ]
+        raise ConfigError("wrong settings: " + "; ".join(lines)) from None
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read the settings file {file}: {error.strerror}") from None
+    try:
+        tree = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} is not valid YAML or JSON: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file} must hold a mapping with sections such as 'cluster:'")
+    return tree
+
+
+def _insert(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        below = tree.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"setting {key!r} is a section, not a value")
+        tree = below
+    tree[path[-1]] = value

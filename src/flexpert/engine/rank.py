@@ -1,0 +1,470 @@
+"""One rank: the step loop in lock-step with the active ranks, and its changes of epoch.
+
+    vote      have I work, which epoch am I ready for; nobody has work → sleep
+    forward   attention over own requests, every MoE layer's exchange; without tokens the exchanges only
+    publish   the step is whole → sample, append, tell the listener
+
+Who may call what: `run` belongs to the main thread. Commands (`admit`, `abort`, `prepare`,
+`commit`, `cancel`, `stop`) come from any thread; they are queued and take effect between steps.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from flexpert.comm import Buffer, BufferSpec, CommError, RankTimeout, make_buffer
+from flexpert.comm.layout import size_bytes
+from flexpert.config import EngineConfig
+from flexpert.engine.epoch import Cancelled, EpochPlan, PreparedEpoch, Weights, prepare_epoch
+from flexpert.engine.request import Sequence, TokenEvent
+from flexpert.engine.sampler import Sampler
+from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
+from flexpert.errors import FlexpertError
+from flexpert.models.batch import ForwardBatch
+from flexpert.models.shard import ModelShard
+from flexpert.models.source import ModelInfo, ModelSource
+from flexpert.moe.runtime import LayerState, MoERuntime, warmup_tables
+
+_VOTE = struct.Struct("<BI")  # has work, ready for epoch
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Planned bytes of a rank."""
+
+    dense: int
+    experts: int
+    kv: int
+    windows: int
+
+
+class RankListener(Protocol):
+    """Whom a rank tells. Calls come from the step loop, preparations from their own thread."""
+
+    def published(self, events: list[TokenEvent]) -> None: ...
+    def rejected(self, sequence_id: str, error: str) -> None: ...
+    def progress(self, epoch: int, share: float) -> None: ...
+    def prepared(self, epoch: int, loaded: int, memory: RankMemory) -> None: ...
+    def failed(self, epoch: int, error: str) -> None: ...
+    def switched(self, epoch: int, pause_ms: float | None) -> None: ...
+    def handed_over(self, epoch: int, ids: list[str]) -> None: ...
+    def broken(self, epoch: int, ranks: tuple[int, ...], error: str) -> None: ...
+
+
+def kv_blocks(info: ModelInfo, config: EngineConfig) -> int:
+    """KV blocks that the configured memory holds, at least one sequence's worth of one block.
+
+    Raises:
+        FlexpertError: not even one block fits.
+    """
+    block = info.kv_bytes_per_token() * config.kv_block_size
+    blocks = config.kv_memory // block
+    if blocks < 1:
+        raise FlexpertError(
+            f"engine.kv_memory of {config.kv_memory} bytes holds no KV block of {block} bytes; "
+            "raise --kv-memory"
+        )
+    return int(blocks)
+
+
+def buffer_spec(info: ModelInfo, config: EngineConfig, capacity: int) -> BufferSpec:
+    """The windows' size; the same on every rank of a service."""
+    return BufferSpec(
+        capacity=capacity,
+        max_tokens=config.max_tokens_per_step,
+        hidden=info.hidden,
+        topk=info.topk,
+        dtype=info.dtype,
+    )
+
+
+def planned_memory(
+    source: ModelSource, config: EngineConfig, capacity: int, experts: int, members: int
+) -> RankMemory:
+    """What a rank needs when it holds `experts` replicas (all layers) among `members` ranks.
+
+    Windows are sparse: only the regions of members are ever touched.
+    """
+    info = source.info
+    spec = buffer_spec(info, config, capacity)
+    return RankMemory(
+        dense=source.dense_nbytes(),
+        experts=experts * source.expert_nbytes(),
+        kv=kv_blocks(info, config) * config.kv_block_size * info.kv_bytes_per_token(),
+        windows=size_bytes(spec) * members // capacity,
+    )
+
+
+class RankEngine:
+    """The engine of one rank; see the module's docstring."""
+
+    def __init__(
+        self,
+        rank: int,
+        source: ModelSource,
+        config: EngineConfig,
+        *,
+        capacity: int,
+        exchange_timeout_s: float,
+        listener: RankListener,
+    ) -> None:
+        info = source.info
+        self.source = source
+        self.config = config
+        self.capacity = capacity
+        self.listener = listener
+        self.exchange_timeout_s = exchange_timeout_s
+        self.buffer: Buffer = make_buffer(
+            rank, buffer_spec(info, config, capacity), timeout_s=exchange_timeout_s
+        )
+        self.moe = MoERuntime(self.buffer, reduce="home" if config.deterministic else "rank")
+        blocks = kv_blocks(info, config)
+        self.shard = ModelShard.load(
+            source,
+            moe=self.moe,
+            kv_blocks=blocks,
+            kv_block_size=config.kv_block_size,
+            deterministic=config.deterministic,
+        )
+        self.scheduler = Scheduler(
+            EngineLimits(
+                max_tokens_per_step=config.max_tokens_per_step,
+                max_running=config.max_running,
+                max_model_len=info.max_model_len,
+                blocks=blocks,
+                block_size=config.kv_block_size,
+                prefix_cache=config.prefix_cache,
+            )
+        )
+        self.sampler = Sampler()
+        self.steps = 0
+
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+
+        self._member = False
+        self._left = False
+        self._weights: Weights = {}
+        self._preparing: _Preparation | None = None
+        self._prepared: PreparedEpoch | None = None
+        self._armed = 0  # the epoch this rank votes for; 0 = none
+        self._must_vote = False  # newly armed, or in an epoch whose first vote is still to come
+        self._entering: _Switch | None = None
+        self._last_step_end: float | None = None
+
+    # ---- commands, from any thread ----------------------------------------------------------
+
+    def admit(self, sequences: list[Sequence]) -> None:
+        """Run these; a rank that has left hands them over at once."""
+        self._submit(lambda: self._admit(sequences))
+
+    def abort(self, ids: list[str]) -> None:
+        """Forget these; unknown ids are ignored."""
+        self._submit(lambda: self._abort(ids))
+
+    def prepare(self, plan: EpochPlan) -> None:
+        """Get ready for an epoch in a thread beside serving; ends in `prepared` or `failed`."""
+        self._submit(lambda: self._prepare(plan))
+
+    def commit(self, epoch: int) -> None:
+        """Vote for the prepared epoch; a rank that is no member yet enters it."""
+        self._submit(lambda: self._commit(epoch))
+
+    def cancel(self, epoch: int) -> None:
+        """Drop what was prepared for an epoch."""
+        self._submit(lambda: self._cancel(epoch))
+
+    def stop(self) -> None:
+        """End `run` after the current step."""
+        self._submit(self._stop)
+
+    def _submit(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        self._wake.set()
+        self.buffer.ring()
+
+    def _take_commands(self) -> None:
+        self._wake.clear()
+        while self._commands:
+            self._commands.popleft()()
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _admit(self, sequences: list[Sequence]) -> None:
+        if self._left:
+            self.listener.handed_over(self.buffer.epoch, [sequence.id for sequence in sequences])
+            return
+        for sequence in sequences:
+            try:
+                self.scheduler.add(sequence)
+            except FlexpertError as error:
+                self.listener.rejected(sequence.id, str(error))
+
+    def _abort(self, ids: list[str]) -> None:
+        for name in ids:
+            self.scheduler.abort(name)
+
+    # ---- preparing an epoch -----------------------------------------------------------------
+
+    def _prepare(self, plan: EpochPlan) -> None:
+        previous = self._preparing
+        self._drop_preparation()
+        self._preparing = _Preparation(self, plan, after=previous)
+        self._preparing.start()
+
+    def _loaded(self, preparation: _Preparation, result: PreparedEpoch | str) -> None:
+        """The thread is through; in the step loop's thread."""
+        if preparation is not self._preparing:
+            return
+        self._preparing = None
+        epoch = preparation.plan.epoch
+        try:
+            if isinstance(result, str):
+                raise FlexpertError(result)
+            if not self._member and result.layers:
+                self._warm_up(result)
+        except (FlexpertError, CommError, OSError, RuntimeError) as error:
+            self._forget_peers(preparation.plan)
+            self.listener.failed(epoch, str(error))
+            return
+        self._prepared = result
+        memory = planned_memory(
+            self.source,
+            self.config,
+            self.capacity,
+            len(result.weights),
+            len(result.plan.members),
+        )
+        self.listener.prepared(epoch, result.loaded, memory)
+
+    def _cancel(self, epoch: int) -> None:
+        if self._armed != epoch:  # else too late: the epoch may already be agreed
+            self._drop_preparation()
+
+    def _drop_preparation(self) -> None:
+        """Back to how it was before `_prepare`."""
+        if self._preparing:
+            self._preparing.cancel()
+            self._preparing = None
+        if self._prepared:
+            self._forget_peers(self._prepared.plan)
+            self._prepared = None
+
+    def _forget_peers(self, plan: EpochPlan) -> None:
+        self.buffer.disconnect(set(plan.members) - set(self.buffer.active))
+
+    def _warm_up(self, prepared: PreparedEpoch) -> None:
+        """Walk the model once alone, so that the first step with others pays no first-call costs."""
+        tables = warmup_tables(prepared.plan.placement, self.buffer.rank)
+        self.moe.install(
+            [
+                LayerState(table, layer.experts)
+                for table, layer in zip(tables, prepared.layers, strict=True)
+            ]
+        )
+        self._set_threads(len(prepared.plan.members))
+        if all(table.slots for table in tables):
+            tokens = min(16, self.config.max_tokens_per_step, self.config.kv_block_size)
+            for rows in {1, 2, tokens}:
+                self.shard.forward(_warmup_batch(rows))
+        self.moe.install([])
+
+    def _set_threads(self, members: int) -> None:
+        cores = len(os.sched_getaffinity(0))
+        share = self.config.threads or max(1, cores // members)
+        # one thread: how a product is split over threads must not decide its bits
+        torch.set_num_threads(1 if self.config.deterministic else share)
+
+    # ---- switching epochs -------------------------------------------------------------------
+
+    def _commit(self, epoch: int) -> None:
+        if self._prepared is None or self._prepared.plan.epoch != epoch:
+            self.listener.failed(epoch, f"epoch {epoch} is not prepared on this rank")
+            return
+        self._armed = epoch
+        if self._member:
+            self._must_vote = True
+        else:
+            self._switch(since=None)
+
+    def _switch(self, since: float | None) -> None:
+        """Leave the old epoch, enter the prepared one. since: when serving paused, or newcomer."""
+        prepared = self._prepared
+        assert prepared is not None  # both callers just checked
+        self._prepared, self._armed = None, 0
+        plan = prepared.plan
+        if self.buffer.rank not in plan.members:
+            self._member, self._left = False, True
+            self.listener.handed_over(plan.epoch, self.scheduler.drain())
+            return
+        gone = set(self.buffer.active) - set(plan.members)
+        self.buffer.set_active(plan.members, plan.epoch)
+        self.buffer.disconnect(gone)
+        self.moe.install(prepared.layers)
+        self._weights = prepared.weights
+        self._set_threads(len(plan.members))
+        self._member, self._must_vote = True, True
+        self._entering = _Switch(plan.epoch, since)
+
+    # ---- the loop ---------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        try:
+            while not self._stopping:
+                self._take_commands()
+                if not self._member:
+                    self._wake.wait()
+                elif self._must_vote or self.scheduler.has_work:
+                    self._guarded(self._round)
+                elif self._guarded(lambda: self.buffer.wait_for_vote(None)):
+                    self._must_vote = True
+        finally:
+            last = self._preparing
+            self._drop_preparation()
+            if last:
+                last.join(timeout=5.0)
+            self.buffer.close()
+
+    def _guarded(self, action: Callable[[], bool]) -> bool:
+        """Run a part of a step; a broken exchange is evidence for the coordinator, no crash."""
+        try:
+            return action()
+        except CommError as error:
+            self._member = False
+            ranks = error.ranks if isinstance(error, RankTimeout) else ()
+            self.listener.broken(self.buffer.epoch, ranks, str(error))
+            return False
+
+    def _round(self) -> bool:
+        """One vote, and what it decides: a switch, a step, or nothing."""
+        self._must_vote = False
+        self.buffer.post_vote(_VOTE.pack(self.scheduler.has_work, self._armed))
+        votes = [
+            _VOTE.unpack(vote)
+            for vote in self.buffer.collect_votes(self.exchange_timeout_s).values()
+        ]
+        now = time.perf_counter()
+        if self._entering:
+            since = self._entering.since
+            pause_ms = None if since is None else (now - since) * 1e3
+            self.listener.switched(self._entering.epoch, pause_ms)
+            self._entering = None
+        work = any(has_work for has_work, _ in votes)
+        if self._armed and all(ready == self._armed for _, ready in votes):
+            # Nothing was decoded between the last step and here if anybody has work.
+            self._switch(since=(self._last_step_end if work else None) or now)
+            return True
+        if work:
+            self._step()
+        self._last_step_end = time.perf_counter() if work else None
+        return True
+
+    def _step(self) -> None:
+        if not self.scheduler.has_work:
+            self.shard.forward_idle()
+            self.steps += 1
+            return
+        plan = self.scheduler.plan()
+        try:
+            logits = self.shard.forward(_batch(plan))
+        except CommError:
+            self.scheduler.rollback(plan)
+            raise
+        self.steps += 1
+        sampled = self.sampler.sample(logits, plan.samples)
+        self.listener.published(self.scheduler.commit(plan, sampled))
+
+
+@dataclass(frozen=True, slots=True)
+class _Switch:
+    """Entering an epoch. since: when serving paused; None for a newcomer."""
+
+    epoch: int
+    since: float | None
+
+
+class _Preparation(threading.Thread):
+    """Prepares an epoch beside the step loop and hands the result to it.
+
+    Whoever comes second, the end of the work or `cancel`, takes the connections back; a later
+    preparation begins only after this one, so it never meets half-open ones of the same ids.
+    """
+
+    def __init__(self, engine: RankEngine, plan: EpochPlan, after: _Preparation | None) -> None:
+        super().__init__(name=f"prepare-{plan.epoch}", daemon=True)
+        self.plan = plan
+        self._engine = engine
+        self._after = after
+        self._cancelled = threading.Event()
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._cancelled.set()
+            if self._ended:
+                self._engine._forget_peers(self.plan)
+
+    def run(self) -> None:
+        if self._after:
+            self._after.join()
+        engine = self._engine
+        result: PreparedEpoch | str
+        try:
+            result = prepare_epoch(
+                self.plan,
+                buffer=engine.buffer,
+                source=engine.source,
+                held=engine._weights,
+                deterministic=engine.config.deterministic,
+                cancelled=self._cancelled,
+                progress=lambda share: engine.listener.progress(self.plan.epoch, share),
+            )
+        except Cancelled:
+            result = "cancelled"
+        except (FlexpertError, CommError, OSError, ValueError, RuntimeError) as error:
+            result = f"{type(error).__name__}: {error}"
+        with self._lock:
+            self._ended = True
+            if self._cancelled.is_set():
+                engine._forget_peers(self.plan)
+                return
+        engine._submit(lambda: engine._loaded(self, result))
+
+
+def _batch(plan: StepPlan) -> ForwardBatch:
+    return ForwardBatch(
+        token_ids=torch.from_numpy(plan.token_ids),
+        positions=torch.from_numpy(plan.positions),
+        query_start=torch.from_numpy(plan.query_start),
+        context_len=torch.from_numpy(plan.context_len),
+        block_tables=torch.from_numpy(plan.block_tables),
+        slot_mapping=torch.from_numpy(plan.slot_mapping),
+        sample_rows=torch.from_numpy(plan.sample_rows),
+    )
+
+
+def _warmup_batch(rows: int) -> ForwardBatch:
+    """One sequence of `rows` tokens in block 0, which nobody uses before the first epoch."""
+    count = torch.arange(rows)
+    return ForwardBatch(
+        token_ids=torch.zeros(rows, dtype=torch.int64),
+        positions=count,
+        query_start=torch.tensor([0, rows], dtype=torch.int32),
+        context_len=torch.tensor([rows], dtype=torch.int32),
+        block_tables=torch.zeros(1, 1, dtype=torch.int32),
+        slot_mapping=count,
+        sample_rows=torch.tensor([rows - 1]),
+    )

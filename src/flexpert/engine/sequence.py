@@ -1,0 +1,133 @@
+"""A sequence on its rank, as the scheduler advances it and the sampler reads it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexpert.engine.request import SamplingParams, Sequence, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One sampled token per row of logits; logprobs[i] is None where none were asked for."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+
+class TokenCounts:
+    """The distinct tokens of a prompt and its answer, and how often each is in the answer.
+
+    Kept as arrays that grow, so that a penalty costs as much as there are distinct tokens, not
+    the length of the sequence or of the vocabulary.
+    """
+
+    __slots__ = ("_answer", "_ids", "_index")
+
+    def __init__(self, prompt: list[int], answer: list[int]) -> None:
+        self._index: dict[int, int] = {}
+        self._ids = np.zeros(64, dtype=np.int64)
+        self._answer = np.zeros(64, dtype=np.float32)
+        for token in prompt:
+            self._find(token)
+        for token in answer:
+            self.append(token)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """[distinct] int64: every token of prompt and answer, each once."""
+        return self._ids[: len(self._index)]
+
+    @property
+    def answer(self) -> NDArray[np.float32]:
+        """[distinct] float32: how often `ids` are in the answer."""
+        return self._answer[: len(self._index)]
+
+    def append(self, token: int) -> None:
+        """One more token of the answer."""
+        self._answer[self._find(token)] += 1
+
+    def _find(self, token: int) -> int:
+        at = self._index.get(token)
+        if at is None:
+            at = self._index[token] = len(self._index)
+            if at == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+                self._answer = np.concatenate([self._answer, np.zeros_like(self._answer)])
+            self._ids[at] = token
+        return at
+
+
+class SampleState:
+    """What sampling the next token of a sequence depends on, and nothing else.
+
+    tokens: prompt and answer. stop_ids: tokens that end the answer from `min_tokens` on.
+    counts: None unless a penalty is on. greedy: temperature 0. plain: the most likely token is
+    the answer and nothing else is asked for.
+    """
+
+    __slots__ = (
+        "counts",
+        "greedy",
+        "id",
+        "params",
+        "plain",
+        "prompt_length",
+        "seed",
+        "stop_array",
+        "stop_ids",
+        "tokens",
+    )
+
+    def __init__(self, sequence: Sequence) -> None:
+        params: SamplingParams = sequence.params
+        self.id = sequence.id
+        self.params = params
+        self.tokens = [*sequence.prompt, *sequence.generated]
+        self.prompt_length = len(sequence.prompt)
+        self.seed = (params.seed or 0) & (2**64 - 1)
+        eos = () if params.ignore_eos else sequence.eos
+        self.stop_ids = frozenset(eos).union(params.stop_token_ids)
+        self.stop_array: NDArray[np.int64] = np.array(sorted(self.stop_ids), dtype=np.int64)
+        penalised = (
+            params.repetition_penalty != 1
+            or params.presence_penalty != 0
+            or params.frequency_penalty != 0
+        )
+        self.counts = TokenCounts(sequence.prompt, sequence.generated) if penalised else None
+        self.greedy = params.temperature == 0
+        self.plain = self.greedy and not penalised and params.logprobs is None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.id!r}, {len(self.tokens)} tokens)"
+
+    @property
+    def position(self) -> int:
+        """The index in the answer of the token to be sampled next."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def must_go_on(self) -> bool:
+        """`min_tokens` is not reached: the next token must not end the answer."""
+        return len(self.tokens) - self.prompt_length < self.params.min_tokens
+
+    def append(self, token: int) -> None:
+        """`token` was published."""
+        self.tokens.append(token)
+        if self.counts is not None:
+            self.counts.append(token)
+
+    def finish(self, max_model_len: int) -> str | None:
+        """Whether the last token ended the answer: "stop", "length" or None."""
+        answered = len(self.tokens) - self.prompt_length
+        params = self.params
+        if self.tokens[-1] in self.stop_ids and answered > params.min_tokens:
+            return "stop"
+        if params.max_tokens is not None and answered >= params.max_tokens:
+            return "length"
+        return "length" if len(self.tokens) >= max_model_len else None
+
+

@@ -1,0 +1,61 @@
+"""The errors that users and callers can catch.
+
+Everything flexpert raises on purpose is a `FlexpertError`:
+
+    FlexpertError
+    ├── ConfigError            a setting is wrong; the message names it and the remedy
+    ├── ModelError             the checkpoint cannot be served
+    │   └── UnsupportedModel   a dense model, or a family that does not fit
+    ├── RequestError           the caller's request is wrong (HTTP 400)
+    │   └── ContextOverflow    prompt and answer do not fit into the model's context
+    ├── OperationError         a change of the cluster was refused or failed
+    │   ├── OperationConflict  another change is running (HTTP 409)
+    │   ├── OperationRefused   the target cannot be reached (HTTP 400)
+    │   └── UnknownOperation   no operation of that id (HTTP 404)
+    ├── ServiceStopped         the service is shutting down
+    └── CommError              an exchange between ranks failed; see `flexpert.comm.errors`
+"""
+
+
+class FlexpertError(Exception):
+    """Base of every error flexpert raises on purpose."""
+
+
+class ConfigError(FlexpertError):
+    """A setting is missing, malformed or contradicts another."""
+
+
+class ModelError(FlexpertError):
+    """The checkpoint cannot be read or served."""
+
+
+class UnsupportedModel(ModelError):  # noqa: N818 - reads as what it says
+    """The model is dense, or its family does not fit flexpert's two registrations."""
+
+
+class RequestError(FlexpertError):
+    """The request is malformed or asks for something the service cannot do."""
+
+
+class ContextOverflow(RequestError):  # noqa: N818
+    """Prompt plus requested tokens exceed the model's context length."""
+
+
+class OperationError(FlexpertError):
+    """A change of the cluster was refused or failed."""
+
+
+class OperationConflict(OperationError):  # noqa: N818
+    """Another change with a different target is running."""
+
+
+class OperationRefused(OperationError):  # noqa: N818
+    """The target can never be reached from here: too many ranks, too little memory, …"""
+
+
+class UnknownOperation(OperationError):  # noqa: N818
+    """There is no operation of that id."""
+
+
+class ServiceStopped(FlexpertError):  # noqa: N818
+    """The service is stopping or has stopped; nothing more is admitted."""

@@ -1,0 +1,129 @@
+"""Which rank holds which expert, and how that changes with the fewest moves (pure).
+
+A placement is balanced when, in each layer, the ranks' numbers of experts differ by at most one.
+Among the balanced placements of a new set of ranks, `replan` returns one that loads the fewest
+experts: every rank that stays keeps as many of its experts as its new share allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+
+class Placement(msgspec.Struct, frozen=True):
+    """Per layer: rank id → the experts it holds; an expert's slot is its position there.
+
+    experts: logical experts of each layer, numbered from 0.
+    layers: one mapping per MoE layer.
+    """
+
+    experts: int
+    layers: list[dict[int, list[int]]]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ids that take part, sorted."""
+        return sorted(self.layers[0]) if self.layers else []
+
+    def held_by(self, rank: int) -> list[list[int]]:
+        """Per layer, the experts of a rank in slot order."""
+        return [layer.get(rank, []) for layer in self.layers]
+
+    def count(self, rank: int) -> int:
+        """Replicas a rank holds, over all layers."""
+        return sum(map(len, self.held_by(rank)))
+
+    def missing(self) -> list[tuple[int, int]]:
+        """(layer, expert) pairs that nobody holds; empty in any epoch that may serve."""
+        return [
+            (index, expert)
+            for index, layer in enumerate(self.layers)
+            for expert in sorted(set(range(self.experts)).difference(*layer.values()))
+        ]
+
+    def owners(self, layer: int, viewer: int) -> tuple[list[int], list[int]]:
+        """(owner's rank, slot) per expert as `viewer` should use them; -1 = nobody.
+
+        A viewer prefers its own replica; otherwise viewers spread over the replicas.
+        """
+        places: list[list[tuple[int, int]]] = [[] for _ in range(self.experts)]
+        for rank in sorted(self.layers[layer]):
+            for slot, expert in enumerate(self.layers[layer][rank]):
+                places[expert].append((rank, slot))
+        ranks, slots = [], []
+        for replicas in places:
+            own = [place for place in replicas if place[0] == viewer]
+            chosen = own or replicas[viewer % len(replicas) :] if replicas else [(-1, -1)]
+            ranks.append(chosen[0][0])
+            slots.append(chosen[0][1])
+        return ranks, slots
+
+
+def replan(
+    previous: Placement | None, ranks: Iterable[int], *, experts: int, layers: int
+) -> Placement:
+    """The balanced placement on `ranks` that loads the fewest experts, coming from `previous`.
+
+    Raises:
+        ValueError: no ranks.
+    """
+    ids = sorted(set(ranks))
+    if not ids:
+        raise ValueError("a placement needs at least one rank")
+    before: Sequence[dict[int, list[int]]] = previous.layers if previous else [{}] * layers
+    totals = dict.fromkeys(ids, 0)
+    planned = []
+    for index in range(layers):
+        layer = _replan_layer(before[index], ids, experts, totals)
+        for rank in ids:
+            totals[rank] += len(layer[rank])
+        planned.append(layer)
+    return Placement(experts, planned)
+
+
+def _replan_layer(
+    before: dict[int, list[int]], ids: list[int], experts: int, totals: dict[int, int]
+) -> dict[int, list[int]]:
+    # An expert held twice needs only one keeper: the first holder by id.
+    keeper: dict[int, int] = {}
+    for rank in sorted(before):
+        for expert in before[rank]:
+            if rank in totals:
+                keeper.setdefault(expert, rank)
+    kept: dict[int, list[int]] = {rank: [] for rank in ids}
+    for expert, rank in keeper.items():
+        kept[rank].append(expert)
+
+    # The larger shares go to those that hold most already (each such expert is a move saved), then
+    # to those with the smallest total over the layers so far.
+    share, extra = divmod(experts, len(ids))
+    order = sorted(ids, key=lambda rank: (-len(kept[rank]), totals[rank], rank))
+    quota = {rank: share + (position < extra) for position, rank in enumerate(order)}
+
+    homeless = [e for e in range(experts) if e not in keeper]
+    for rank in ids:
+        kept[rank].sort()
+        homeless += kept[rank][quota[rank] :]
+        del kept[rank][quota[rank] :]
+    homeless.sort()
+    for rank in ids:
+        take = quota[rank] - len(kept[rank])
+        kept[rank] += homeless[:take]
+        del homeless[:take]
+    return kept
+
+
+def loads(before: Placement | None, after: Placement) -> dict[int, list[tuple[int, int]]]:
+    """rank → the (layer, expert) pairs it must load to go from one placement to the next."""
+    result = {}
+    for rank in after.ranks:
+        held = before.held_by(rank) if before else [[] for _ in after.layers]
+        result[rank] = [
+            (layer, expert)
+            for layer, wanted in enumerate(after.held_by(rank))
+            for expert in wanted
+            if expert not in set(held[layer])
+        ]
+    return result

@@ -1,0 +1,92 @@
+"""The MoE layers of one rank: route → dispatch → local experts → combine, in the current epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from flexpert.comm import Buffer, ExpertTable, Reduce
+from flexpert.moe.experts import LayerExperts
+from flexpert.moe.placement import Placement
+
+Gate = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """One layer in one epoch: where its experts are, and those held here."""
+
+    table: ExpertTable
+    experts: LayerExperts
+
+
+def expert_tables(placement: Placement, rank: int) -> list[ExpertTable]:
+    """The routing tables of a rank under a placement, one per layer."""
+    tables = []
+    for layer, held in enumerate(placement.held_by(rank)):
+        owners, slots = placement.owners(layer, rank)
+        tables.append(
+            ExpertTable(
+                rank=torch.tensor(owners, dtype=torch.int32),
+                slot=torch.tensor(slots, dtype=torch.int32),
+                slots=len(held),
+            )
+        )
+    return tables
+
+
+def warmup_tables(placement: Placement, rank: int) -> list[ExpertTable]:
+    """Tables that keep every token at home, on whichever local expert: to warm up alone.
+
+    A layer without local experts gets a table that owns nothing; give it tokens without experts.
+    """
+    tables = []
+    for held in placement.held_by(rank):
+        local = torch.arange(placement.experts, dtype=torch.int32)
+        tables.append(
+            ExpertTable(
+                rank=torch.full_like(local, rank if held else -1),
+                slot=local % len(held) if held else torch.full_like(local, -1),
+                slots=len(held),
+            )
+        )
+    return tables
+
+
+class MoERuntime:
+    """Walks the exchanges of each layer; the layers' state is swapped whole at a commit."""
+
+    def __init__(self, buffer: Buffer, *, reduce: Reduce) -> None:
+        self.buffer = buffer
+        self.reduce: Reduce = reduce
+        self.layers: list[LayerState] = []
+
+    def install(self, layers: list[LayerState]) -> None:
+        """Use these layers from the next step on."""
+        self.layers = layers
+
+    def forward(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        apply_gate: Gate,
+    ) -> torch.Tensor:
+        """The routed experts' weighted sum for this rank's tokens; serves the peers' on the way.
+
+        Args:
+            layer: index among the MoE layers.
+            x: [tokens, hidden]; tokens may be 0, the exchanges are walked all the same.
+            expert_ids: [tokens, k] int, weights: [tokens, k] float32.
+            apply_gate: transformers' gate of this layer, [rows, 2·inter] → [rows, inter].
+
+        Returns:
+            [tokens, hidden] in x's dtype.
+        """
+        state = self.layers[layer]
+        received = self.buffer.dispatch(x, expert_ids, weights, state.table)
+        y = state.experts.compute(received.x, received.offsets, apply_gate)
+        return self.buffer.combine(y, received, reduce=self.reduce)
