@@ -126,7 +126,10 @@ class Buffer(ABC):
     def set_active(self, ids: Iterable[int], epoch: int) -> None:
         """Begin an epoch: from now on exactly these ids exchange, and numbering starts anew.
 
-        Must come between two steps, at the same vote on all ranks that stay.
+        Must come between two steps, at the same vote on all ranks that stay; or after an exchange
+        that was incomplete (RankTimeout, Interrupted, nonsense from a peer, Ctrl-C), which ends the
+        epoch for this rank: until `set_active` every vote and exchange raises. After such an end
+        the new epoch must begin with a vote, because a peer may still be reading.
 
         Raises:
             ValueError: an id is not connected, the own id is missing, or epoch does not rise.
@@ -136,7 +139,7 @@ class Buffer(ABC):
 
     @abstractmethod
     def post_vote(self, payload: bytes) -> None:
-        """Tell all active peers the payload (at most 48 bytes) for the current step. Once a step."""
+        """Tell all active peers the payload (at most 48 bytes) of this step; once a step."""
 
     @abstractmethod
     def wait_for_vote(self, timeout_s: float | None) -> bool:
@@ -155,7 +158,8 @@ class Buffer(ABC):
         Ends the current step's vote: the next `post_vote` belongs to the next step.
 
         Raises:
-            RankTimeout, Interrupted
+            RankTimeout: may be called again, for a peer that is slow but not dead.
+            Interrupted
         """
 
     @abstractmethod
@@ -189,7 +193,9 @@ class Buffer(ABC):
 
         Raises:
             RankTimeout, Interrupted
-            ValueError: shapes, dtypes, or an expert without an owner.
+            StaleEpoch: an exchange of this epoch was incomplete.
+            CommError: a call out of turn, or nonsense from a peer (named in the message).
+            ValueError: shapes, dtypes, or an expert without an active owner; nothing was sent.
         """
 
     @abstractmethod
@@ -214,6 +220,7 @@ class Buffer(ABC):
         Raises:
             RankTimeout, Interrupted
             StaleEpoch: `received` is of another epoch or not the last dispatch.
+            CommError: nonsense from a peer, or one that used another `reduce`.
         """
 
     @abstractmethod

@@ -1,6 +1,6 @@
 """HostBuffer: dispatch and combine between the ranks of one machine, over shared memory.
 
-What an exchange costs in Python is six calls into kernels.c and three views of tensors; everything
+What an exchange costs in Python is six calls into kernels.c and a few small tensors; everything
 a peer needs to know is written by the kernels, and all sleeping happens there, without the GIL, on
 the futex in the own window.
 """
@@ -17,7 +17,7 @@ import torch
 
 from flexpert.comm.buffer import Buffer, BufferSpec, ExpertTable, Received, Reduce
 from flexpert.comm.errors import CommError, Interrupted, RankTimeout, StaleEpoch
-from flexpert.comm.host import _kernels
+from flexpert.comm.host._kernels import ffi, lib
 from flexpert.comm.host.window import Address, PeerWindow, Window, decode, encode, open_peer
 from flexpert.comm.layout import (
     DOORBELL_AT,
@@ -31,9 +31,6 @@ from flexpert.comm.layout import (
     layout,
 )
 from flexpert.comm.routing import check_dispatch, check_table
-
-lib = _kernels.lib
-ffi = _kernels.ffi
 
 _FOREVER_NS = 2**62
 _SEQUENCE_MASK = 0xFFFFFFFF
@@ -101,8 +98,6 @@ class HostBuffer(Buffer):
         self._missing_count = ffi.new("int32_t *")
         self._bad = ffi.new("int64_t *")
         self._x = torch.empty((0, spec.hidden), dtype=spec.dtype)
-        self._weights = torch.empty(0, dtype=torch.float32)
-        self._offsets = torch.zeros(1, dtype=torch.int32)
 
     # ---- membership -------------------------------------------------------------------------
 
@@ -127,15 +122,19 @@ class HostBuffer(Buffer):
         with self._membership:
             self._check_open()
             opened: dict[int, PeerWindow] = {}
+            regions: dict[int, int] = {}
             try:
                 for peer, address in self._new_peers(peers).items():
                     opened[peer] = open_peer(peer, address, self.rank, self.spec)
+                    regions[peer] = self._window.open_region(peer)
             except (CommError, ValueError):
-                for window in opened.values():
+                for peer, window in opened.items():
                     window.close()
+                    if peer in regions:
+                        self._window.close_region(peer)
                 raise
             for peer, window in opened.items():
-                self._b.inbox[peer] = self._window.open_region(peer)
+                self._b.inbox[peer] = regions[peer]
                 self._b.outbox[peer] = window.region
                 self._b.control[peer] = window.control
                 self._peers[peer] = window
@@ -305,21 +304,20 @@ class HostBuffer(Buffer):
             return received
 
     def _receive(self, x: torch.Tensor, slots: int) -> Received:
-        if self._offsets.shape[0] != slots + 1:
-            self._offsets = torch.empty(slots + 1, dtype=torch.int32)
-        rows: int = lib.fx_receive(self._b, slots, self._offsets.data_ptr(), self._bad)
+        offsets = torch.empty(slots + 1, dtype=torch.int32)
+        rows: int = lib.fx_receive(self._b, slots, offsets.data_ptr(), self._bad)
         if rows < 0:
             if rows == _SHORT_OF_MEMORY:
                 raise MemoryError("no memory for the plan of an exchange")
             raise self._nonsense(self._bad[0], "rows or slots that cannot be")
         if rows > self._x.shape[0]:
             self._x = torch.empty((rows + rows // 2, self.spec.hidden), dtype=self.spec.dtype)
-            self._weights = torch.empty(rows + rows // 2, dtype=torch.float32)
-        lib.fx_gather(self._b, x.data_ptr(), self._x.data_ptr(), self._weights.data_ptr())
+        weights = torch.empty(rows, dtype=torch.float32)
+        lib.fx_gather(self._b, x.data_ptr(), self._x.data_ptr(), weights.data_ptr())
         return Received(
             x=self._x[:rows],
-            offsets=self._offsets,
-            weights=self._weights[:rows],
+            offsets=offsets,
+            weights=weights,
             tokens_sent=x.shape[0],
             epoch=self._epoch,
             sequence=self._sequence,

@@ -356,7 +356,7 @@ static inline uint16_t to_fp16(float f) {
 static inline float from_fp32(float f) { return f; }
 static inline float to_fp32(float f) { return f; }
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FX_CLONES

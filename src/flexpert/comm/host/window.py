@@ -20,7 +20,7 @@ import msgspec
 
 from flexpert.comm.buffer import BufferSpec
 from flexpert.comm.errors import CommError, PeerUnreachable
-from flexpert.comm.host import _kernels
+from flexpert.comm.host._kernels import ffi, lib
 from flexpert.comm.layout import (
     HEADER_BYTES,
     MAGIC,
@@ -33,9 +33,6 @@ from flexpert.comm.layout import (
     layout,
     spec_hash,
 )
-
-lib = _kernels.lib
-ffi = _kernels.ffi
 
 MEMFD_NAME = "flexpert-window"
 MFD_NOEXEC_SEAL = 0x8  # not in Python's os yet; Linux 6.3

@@ -1,0 +1,88 @@
+"""layout.py: everything has its own place, and a spec out of range is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from comm_ranks import spec_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexpert.comm import BufferSpec, make_buffer
+from flexpert.comm.layout import (
+    DTYPES,
+    LINE,
+    PAGE,
+    VOTE_SLOTS,
+    VOTES_AT,
+    layout,
+    size_bytes,
+    spec_hash,
+)
+
+specs = st.builds(
+    BufferSpec,
+    capacity=st.integers(1, 256),
+    max_tokens=st.integers(1, 4096),
+    hidden=st.integers(1, 8192),
+    topk=st.integers(1, 16),
+    dtype=st.sampled_from(list(DTYPES)),
+)
+
+
+@given(specs)
+def test_parts_of_a_window_do_not_overlap_and_rows_start_on_cache_lines(spec: BufferSpec) -> None:
+    where = layout(spec)
+    assert VOTES_AT + spec.capacity * VOTE_SLOTS * LINE <= where.dispatch_flags_at
+    assert where.dispatch_flags_at + spec.capacity * LINE <= where.combine_flags_at
+    assert where.combine_flags_at + spec.capacity * LINE <= where.control_bytes
+    assert spec.max_tokens * where.meta_stride <= where.rows_at
+    assert where.rows_at + spec.max_tokens * where.row_stride <= where.results_at
+    results = spec.max_tokens * spec.topk * where.row_stride
+    assert where.results_at + results <= where.region_bytes
+    assert where.row_bytes <= where.row_stride < where.row_bytes + LINE
+    assert where.rows_at % LINE == where.results_at % LINE == where.row_stride % LINE == 0
+    assert where.control_bytes % PAGE == where.region_bytes % PAGE == 0
+    assert where.region_at(spec.capacity) == where.size_bytes == size_bytes(spec)
+
+
+def test_every_field_of_a_spec_changes_its_hash() -> None:
+    spec = spec_of(4)
+    others = [
+        replace(spec, capacity=5),
+        replace(spec, max_tokens=17),
+        replace(spec, hidden=73),
+        replace(spec, topk=5),
+        replace(spec, dtype=torch.float16),
+    ]
+    assert len({spec_hash(s) for s in (spec, *others)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("capacity", 0),
+        ("capacity", 257),
+        ("max_tokens", 0),
+        ("hidden", 0),
+        ("topk", 0),
+        ("topk", 65),
+        ("dtype", torch.float64),
+    ],
+)
+def test_a_spec_out_of_range_is_refused_by_name(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        make_buffer(0, replace(spec_of(4), **{field: value}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rank", [-1, 4])
+def test_a_rank_outside_of_the_capacity_is_refused(rank: int) -> None:
+    with pytest.raises(ValueError, match="rank"):
+        make_buffer(rank, spec_of(4))
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="smoke"):
+        make_buffer(0, spec_of(4), backend="smoke")
