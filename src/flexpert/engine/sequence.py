@@ -129,5 +129,3 @@ class SampleState:
         if params.max_tokens is not None and answered >= params.max_tokens:
             return "length"
         return "length" if len(self.tokens) >= max_model_len else None
-
-

@@ -1,0 +1,254 @@
+"""Logits to tokens. A row's result depends on its logits and its `SampleState`, on nothing else.
+
+Order of operations, as in vLLM: logprobs of the raw logits; repetition, frequency and presence
+penalties; end tokens masked before `min_tokens`; temperature; min-p; top-k; top-p of what is left.
+
+Randomness is counter-based: one uniform number per (seed, position in the answer), from
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So a
+sequence that moves to another rank goes on with the numbers it would have had. The number picks
+from the cumulative distribution over the kept tokens in order of token id. That order was chosen
+over descending probability because it needs no sort, and because two tokens that rounding brings
+into another order do not then exchange their places. Which tokens are kept is decided by
+descending probability, equal ones by ascending id.
+
+The same bits for a row whatever shares its batch: every sum is taken in blocks of 64 along the
+row, and within a block and over the blocks in a fixed order. NumPy, because torch's CPU kernels
+handle the odd elements at the end of a whole batch by other code than the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flexpert.engine.request import TokenLogprobs
+from flexpert.engine.sequence import Sampled, SampleState
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_BLOCK = 64  # weights added up at a time
+_COLDEST = 1e-30  # below it float32 quotients lose their meaning; it is greedy long before
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
+_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
+_WORD = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+
+
+def philox4x32(
+    counter: NDArray[np.uint64], key: NDArray[np.uint64], rounds: int = 10
+) -> NDArray[np.uint64]:
+    """Random words of a counter and a key.
+
+    counter: [4, n], key: [2, n], result: [4, n]; all uint64 holding 32-bit words.
+    """
+    even, odd = counter[0::2], counter[1::2]
+    for _ in range(rounds):
+        product = even * _MULTIPLIERS
+        even = (product >> _SHIFT)[::-1] ^ odd ^ key
+        odd = (product & _WORD)[::-1]
+        key = (key + _WEYL) & _WORD
+    return np.stack([even[0], odd[0], even[1], odd[1]])
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> Doubles:
+    """[n] float64 in [0, 1) with 53 random bits: one for each (seed, position).
+
+    The Philox key is the 64-bit seed, the counter the position; low words first.
+    """
+    key = np.array(seeds, dtype=np.uint64)
+    position = np.array(positions, dtype=np.uint64)
+    zero = np.zeros_like(position)
+    words = philox4x32(
+        np.stack([position & _WORD, position >> _SHIFT, zero, zero]),
+        np.stack([key & _WORD, key >> _SHIFT]),
+    )
+    high, low = words[0] >> np.uint64(5), words[1] >> np.uint64(6)
+    out: Doubles = (high.astype(np.float64) * 2.0**26 + low.astype(np.float64)) * 2.0**-53
+    return out
+
+
+class Sampler:
+    """Samples the next token of each sequence. Holds no state: all of it is in `SampleState`."""
+
+    def sample(self, logits: torch.Tensor, samples: Sequence[SampleState]) -> Sampled:
+        """One token for each row.
+
+        Args:
+            logits: [M, vocab] float32, on any device; not changed.
+            samples: the M sequences.
+        """
+        if logits.ndim != 2 or len(logits) != len(samples):
+            raise ValueError(f"logits {list(logits.shape)} for {len(samples)} sequences")
+        if not samples:
+            return Sampled([], [])
+        plain = all(s.plain and not (s.stop_ids and s.must_go_on) for s in samples)
+        if plain and logits.is_cuda:
+            return Sampled(logits.argmax(dim=-1).tolist(), [None] * len(samples))
+        raw: Floats = logits.detach().to("cpu", torch.float32).numpy()
+        if plain:
+            return Sampled(raw.argmax(axis=1).tolist(), [None] * len(samples))
+        tokens = _choose(_adjusted(raw, samples), samples)
+        logprobs = [
+            None if s.params.logprobs is None else _logprobs(row, token, s.params.logprobs)
+            for row, token, s in zip(raw, tokens, samples, strict=True)
+        ]
+        return Sampled(tokens, logprobs)
+
+
+def _adjusted(raw: Floats, samples: Sequence[SampleState]) -> Floats:
+    """[M, vocab]: logits with penalties and the mask of end tokens; `raw` itself if none."""
+    x = raw
+    for index, state in enumerate(samples):
+        masked = state.must_go_on and len(state.stop_array) > 0
+        if state.counts is None and not masked:
+            continue
+        if x is raw:
+            x = raw.copy()
+        row = x[index]
+        if state.counts is not None:
+            params, ids, counts = state.params, state.counts.ids, state.counts.answer
+            value = row[ids]
+            factor = np.float32(params.repetition_penalty)
+            value = np.where(value > 0, value / factor, value * factor)
+            value -= np.float32(params.frequency_penalty) * counts
+            value -= np.float32(params.presence_penalty) * (counts > 0)
+            row[ids] = value
+        if masked:
+            ends = state.stop_array
+            row[ends[(ends >= 0) & (ends < len(row))]] = -np.inf
+    return x
+
+
+def _choose(x: Floats, samples: Sequence[SampleState]) -> list[int]:
+    """The token of each row of x [M, vocab], adjusted logits."""
+    drawn = [i for i, s in enumerate(samples) if not s.greedy]
+    if not drawn:
+        return [int(token) for token in x.argmax(axis=1)]
+    tokens = np.empty(len(samples), dtype=np.int64)
+    if len(drawn) < len(samples):
+        tokens[:] = x.argmax(axis=1)
+    states = [samples[i] for i in drawn]
+    weights = _weights(x, drawn, [s.params.temperature for s in states])
+    _filter(weights, x.shape[1], states)
+    u = uniforms([s.seed for s in states], [s.position for s in states])
+    tokens[drawn] = _pick(weights, u)
+    return [int(token) for token in tokens]
+
+
+def _weights(x: Floats, rows: list[int], temperatures: list[float]) -> Floats:
+    """exp((x - max) / temperature) of the given rows, [rows, vocab rounded up to whole blocks]."""
+    vocab = x.shape[1]
+    out: Floats = np.full((len(rows), -(-vocab // _BLOCK) * _BLOCK), -np.inf, dtype=np.float32)
+    picked = x if len(rows) == len(x) else x[rows]
+    scale = np.maximum(np.array(temperatures), _COLDEST).astype(np.float32)
+    body = out[:, :vocab]
+    np.subtract(picked, picked.max(axis=1, keepdims=True), out=body)
+    with np.errstate(over="ignore", under="ignore"):
+        body /= scale[:, None]
+        return np.exp(out, out=out)
+
+
+def _filter(weights: Floats, vocab: int, states: list[SampleState]) -> None:
+    """Sets the weights [rows, width] of tokens outside min-p, top-k and top-p to zero."""
+    for index, state in enumerate(states):
+        if state.params.min_p > 0:  # the most likely token weighs 1
+            row = weights[index]
+            row[row < np.float32(state.params.min_p)] = 0
+    top_k = [min(s.params.top_k or vocab, vocab) for s in states]
+    top_p = [s.params.top_p for s in states]
+    rows = [i for i in range(len(states)) if top_k[i] < vocab or top_p[i] < 1]
+    if not rows:
+        return
+    whole = len(rows) == len(states)
+    kept = weights if whole else weights[rows]
+    _keep_largest(kept, vocab, np.array(top_k)[rows], np.array(top_p)[rows])
+    if not whole:
+        weights[rows] = kept
+
+
+def _keep_largest(weights: Floats, vocab: int, top_k: Ints, top_p: Doubles) -> None:
+    """Zeroes all but the top_k [rows] largest weights, and of these all but the fewest whose sum
+    reaches top_p [rows] of theirs. Only as many weights are sorted as any row can need."""
+    rows, width = weights.shape
+    total = np.cumsum(_block_sums(weights), axis=1, dtype=np.float64)[:, -1]
+    needed = np.minimum(top_k, vocab)
+    for index in np.flatnonzero((top_k >= vocab) & (top_p < 1 - 1e-5)).tolist():
+        # All the tokens below this weight together have less than the share to be left out.
+        least = 0.5 * (1 - top_p[index]) * total[index] / vocab
+        needed[index] = np.count_nonzero(weights[index] >= least)
+    largest = min(-(-int(needed.max()) // _BLOCK) * _BLOCK, width)
+    if largest < width:
+        most = np.partition(weights, width - largest, axis=1)[:, width - largest :]
+    else:
+        most = weights.copy()
+    most.sort(axis=1)
+    most = np.ascontiguousarray(most[:, ::-1])
+    limited = np.flatnonzero(top_k < vocab)
+    for index in limited.tolist():
+        most[index, top_k[index] :] = 0
+    sums = np.cumsum(_block_sums(most), axis=1, dtype=np.float64)
+    total[limited] = sums[limited, -1]
+    positive = np.count_nonzero(most, axis=1)
+    count = np.where(top_p < 1, _first_reaching(most, sums, top_p * total) + 1, width)
+    count = np.minimum(count, np.maximum(positive, 1))
+    threshold = most[np.arange(rows), count - 1]
+    keep = weights >= threshold[:, None]
+    excess = np.count_nonzero(keep, axis=1) - count
+    weights *= keep
+    for index in np.flatnonzero(excess > 0).tolist():
+        ties = np.flatnonzero(weights[index] == threshold[index])
+        weights[index, ties[len(ties) - excess[index] :]] = 0
+
+
+def _pick(weights: Floats, u: Doubles) -> Ints:
+    """The index in each row of weights [rows, width] at u [rows] of its cumulative weight."""
+    sums = np.cumsum(_block_sums(weights), axis=1, dtype=np.float64)
+    return _first_reaching(weights, sums, u * sums[:, -1], beyond=True)
+
+
+def _block_sums(weights: Floats) -> Floats:
+    """[rows, width] → [rows, width / 64]."""
+    blocks: Floats = weights.reshape(len(weights), -1, _BLOCK).sum(axis=2)
+    return blocks
+
+
+def _first_reaching(weights: Floats, sums: Doubles, target: Doubles, beyond: bool = False) -> Ints:
+    """The first index in each row where the cumulative weight reaches target [rows].
+
+    sums: [rows, width / 64], cumulative over the blocks. beyond: exceeds instead of reaches; it
+    is then a token of positive weight, rounding or not.
+    """
+    rows = np.arange(len(weights))
+    below = sums <= target[:, None] if beyond else sums < target[:, None]
+    # where rounding leaves the target unreached: the last block that adds something
+    last = np.count_nonzero(sums < sums[:, -1:], axis=1)
+    block = np.minimum(np.count_nonzero(below, axis=1), last)
+    inside = weights.reshape(len(weights), -1, _BLOCK)[rows, block]
+    before = np.where(block > 0, sums[rows, block - 1], 0.0)
+    rest = (target - before)[:, None]
+    cumulative = np.cumsum(inside, axis=1, dtype=np.float64)
+    short = cumulative <= rest if beyond else cumulative < rest
+    last = _BLOCK - 1 - np.argmax(inside[:, ::-1] > 0, axis=1)
+    index: Ints = block * _BLOCK + np.minimum(np.count_nonzero(short, axis=1), last)
+    return index
+
+
+def _logprobs(row: Floats, token: int, top: int) -> TokenLogprobs:
+    """Of the raw logits [vocab]: the chosen token's and the `top` most likely ones'."""
+    largest = row.max()
+    wide = row.astype(np.float64) - largest
+    shift = np.log(np.exp(wide).sum())
+    ids: Ints = np.zeros(0, dtype=np.int64)
+    if top > 0:
+        top = min(top, len(row))
+        least = np.partition(row, len(row) - top)[len(row) - top]
+        ids = np.flatnonzero(row >= least)
+        ids = ids[np.argsort(-row[ids], kind="stable")][:top]
+    return TokenLogprobs(
+        float(wide[token] - shift), [int(i) for i in ids], [float(wide[i] - shift) for i in ids]
+    )

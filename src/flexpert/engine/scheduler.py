@@ -1,0 +1,490 @@
+"""Which tokens a rank computes in the next step, and what becomes of them. Pure.
+
+    add → waiting ──admit──► prefilling ──prompt computed──► decoding ──finished──► gone
+             ▲                    │                             │
+             └────── preempt (blocks given back, tokens kept) ──┘
+
+Policy: first come, first served, without overtaking. A step computes one token of every decoding
+sequence, then chunks of prompts in order of arrival up to the token budget. A sequence is admitted
+when all blocks of its prompt are free, and a spare one for each sequence that runs already; so
+only decoding can run out of blocks. Then the latest arrival is preempted and later computed again.
+
+A step is a transaction, because a rank may die in the middle of it:
+
+    plan()      takes blocks and rows, but nobody sees it
+    commit()    the step was whole: tokens are appended, blocks published, room made for the next
+    rollback()  the step was broken: as if it had not been planned; the same plan comes again
+
+What a broken step may have written to is never read: it writes only to positions not yet counted
+as computed and to blocks that nobody else holds. Preemption happens in commit() and not in plan()
+for this reason: the blocks of a victim must not be written to by a step that may be rolled back.
+Cached blocks evicted by a plan stay evicted after a rollback.
+"""
+
+from __future__ import annotations
+
+from collections import abc, deque
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexpert.engine.blocks import BlockPool, chain
+from flexpert.engine.request import Sequence, TokenEvent
+from flexpert.engine.sequence import Sampled, SampleState
+from flexpert.errors import ConfigError, ContextOverflow, RequestError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What one rank has room for.
+
+    max_tokens_per_step: token budget of a step. max_running: sequences computed at once.
+    max_model_len: tokens of prompt and answer. blocks, block_size: the KV cache.
+    """
+
+    max_tokens_per_step: int
+    max_running: int
+    max_model_len: int
+    blocks: int
+    block_size: int
+    prefix_cache: bool
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if getattr(self, entry.name) < (0 if entry.name == "prefix_cache" else 1):
+                raise ConfigError(f"{entry.name} must be at least 1")
+
+
+class _Scheduled(SampleState):
+    """A sequence in this scheduler. While it waits it holds no blocks and row is -1."""
+
+    __slots__ = ("aborted", "blocks", "computed", "digests", "row")
+
+    def __init__(self, sequence: Sequence) -> None:
+        super().__init__(sequence)
+        self.blocks: list[int] = []
+        self.computed = 0  # tokens whose keys and values are in the blocks
+        self.digests: list[bytes] = []  # of the first full blocks of `tokens`
+        self.row = -1  # in the scheduler's arrays
+        self.aborted = False  # while a plan that may hold it is in flight
+
+
+@dataclass(slots=True)
+class _Admission:
+    state: _Scheduled
+    row: int
+    blocks: list[int]
+    cached: int  # tokens that need no computing
+
+
+@dataclass(slots=True, eq=False)
+class StepPlan:
+    """One step's work as the model takes it: S sequences with N tokens, M of which are sampled.
+
+    The first `decodes` sequences have one token each; the rest are chunks of prompts.
+
+    token_ids, positions: [N] int64. query_start: [S + 1] int32, sequence s has the rows
+    query_start[s] to query_start[s + 1]. context_len: [S] int32, tokens of s up to and with its
+    last row. block_tables: [S, blocks of the longest] int32, padded with whatever valid ids.
+    slot_mapping: [N] int64, block * block_size + offset each row's keys and values go to.
+    sample_rows: [M] int64, ascending: the last row of each sequence that is sampled.
+    """
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    query_start: NDArray[np.int32]
+    context_len: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+    slot_mapping: NDArray[np.int64]
+    sample_rows: NDArray[np.int64]
+    decodes: int
+    _sampled: list[_Scheduled] = field(repr=False)
+    _decoding: list[_Scheduled] = field(repr=False)
+    _grown: list[tuple[_Scheduled, int]] = field(repr=False)  # a further block for decoding
+    _admitted: list[_Admission] = field(repr=False)
+    _chunks: list[tuple[_Scheduled, int]] = field(repr=False)  # computed up to here afterwards
+
+    @property
+    def samples(self) -> abc.Sequence[SampleState]:
+        """The M sequences to sample, in the order of sample_rows."""
+        return self._sampled
+
+    @property
+    def tokens(self) -> int:
+        """N; 0 when there is nothing to do, and the rank only takes part in the exchanges."""
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    state: _Scheduled
+    row: int
+    start: int
+    end: int
+
+
+class Scheduler:
+    """The sequences of one rank.
+
+    running, waiting: how many. preemptions, prompt_tokens, cached_tokens: since the start; how
+    often a sequence lost its blocks, tokens of all admitted prompts, and those found in the cache.
+    """
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self.limits = limits
+        self.pool = BlockPool(limits.blocks, limits.block_size, limits.prefix_cache)
+        self.preemptions = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self._states: dict[str, _Scheduled] = {}
+        # Each in order of arrival; and all that decode came before all that prefill, and these
+        # before all that wait: admission, completion and preemption keep it so.
+        self._decoding: list[_Scheduled] = []
+        self._prefilling: list[_Scheduled] = []
+        self._waiting: deque[_Scheduled] = deque()
+        # A decoding sequence takes one token a step, so one per token of the budget can run.
+        rows = min(limits.max_running, limits.max_tokens_per_step)
+        longest = min(limits.max_model_len, limits.blocks * limits.block_size)
+        self._tables = np.zeros((rows, -(-longest // limits.block_size)), dtype=np.int32)
+        self._held = np.zeros(rows, dtype=np.int64)  # blocks of each row
+        self._last = np.zeros(rows, dtype=np.int64)  # decoding: the token to compute next
+        self._length = np.zeros(rows, dtype=np.int64)  # decoding: its position
+        self._free_rows = list(range(rows - 1, -1, -1))
+        self._order: NDArray[np.int64] | None = None  # rows of _decoding
+        self._plan: StepPlan | None = None
+        self._used_before = 0  # blocks before the plan in flight
+        self._orphans: list[_Scheduled] = []  # aborted while the plan is in flight
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do or change anything."""
+        return bool(self._states)
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._decoding) + len(self._prefilling)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences not yet admitted, or preempted."""
+        return len(self._waiting)
+
+    @property
+    def kv_used(self) -> float:
+        """Share of the KV blocks that sequences hold, 0 to 1."""
+        used = self.pool.used if self._plan is None else self._used_before
+        return used / self.pool.blocks
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._states
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence; what it has generated elsewhere counts as published.
+
+        Raises:
+            RequestError: the prompt is empty.
+            ContextOverflow: it can never be answered here: too long for the model or for the
+                whole KV cache.
+            ValueError: a caller's mistake: the id is present, no seed, nothing left to generate.
+        """
+        params, limits = sequence.params, self.limits
+        if sequence.id in self._states:
+            raise ValueError(f"sequence {sequence.id!r} is already here")
+        if params.seed is None and params.temperature > 0:
+            raise ValueError(f"sequence {sequence.id!r} is sampled but has no seed")
+        if not sequence.prompt:
+            raise RequestError("the prompt is empty; at least one token is needed")
+        prompt = len(sequence.prompt)
+        if prompt >= limits.max_model_len:
+            raise ContextOverflow(
+                f"the prompt has {prompt} tokens; the model takes {limits.max_model_len} with the "
+                f"answer, so the prompt may have {limits.max_model_len - 1}"
+            )
+        longest = limits.max_model_len
+        if params.max_tokens is not None:
+            longest = min(longest, prompt + params.max_tokens)
+        # the keys and values of the last token are never needed
+        if longest - 1 > limits.blocks * limits.block_size:
+            raise ContextOverflow(
+                f"prompt and answer may reach {longest} tokens; the KV cache of a rank holds "
+                f"{limits.blocks * limits.block_size}: lower max_tokens or raise kv_memory"
+            )
+        state = _Scheduled(sequence)
+        if sequence.generated and state.finish(limits.max_model_len) is not None:
+            raise ValueError(f"sequence {sequence.id!r} is already complete")
+        self._states[sequence.id] = state
+        self._waiting.append(state)
+
+    def abort(self, id: str) -> bool:
+        """Forgets a sequence; False if it is not here (any more).
+
+        With a plan in flight its blocks stay taken until the commit or rollback, and no event
+        comes for it.
+        """
+        state = self._states.pop(id, None)
+        if state is None:
+            return False
+        for queue in (self._waiting, self._prefilling, self._decoding):
+            if state in queue:
+                queue.remove(state)
+        self._order = None
+        if self._plan is None:
+            self._release(state)
+        else:
+            state.aborted = True
+            self._orphans.append(state)
+        return True
+
+    def drain(self) -> list[str]:
+        """Takes everything out, to go on elsewhere; the ids in order of arrival.
+
+        A plan in flight is rolled back. The prefix cache stays.
+        """
+        if self._plan is not None:
+            self.rollback(self._plan)
+        ids = [s.id for s in (*self._decoding, *self._prefilling, *self._waiting)]
+        for id in ids:
+            self.abort(id)
+        return ids
+
+    def plan(self) -> StepPlan:
+        """The next step's work; empty if there is none. Ends with `commit` or `rollback`."""
+        if self._plan is not None:
+            raise RuntimeError("a plan is in flight; commit it or roll it back")
+        self._used_before = self.pool.used
+        if self._order is None:
+            self._order = np.array([s.row for s in self._decoding], dtype=np.int64)
+        rows = self._order
+        positions = self._length[rows]
+        block_of = positions // self.limits.block_size
+        grown = []
+        for index in np.flatnonzero(block_of == self._held[rows]).tolist():
+            state = self._decoding[index]
+            (block,) = self.pool.allocate(1)  # commit() made room for it
+            self._tables[state.row, len(state.blocks)] = block
+            grown.append((state, block))
+        budget = self.limits.max_tokens_per_step - len(rows)
+        chunks = []
+        for state in self._prefilling:
+            end = min(len(state.tokens), state.computed + budget)
+            if end > state.computed:
+                chunks.append(_Chunk(state, state.row, state.computed, end))
+                budget -= end - state.computed
+        admitted = self._admit(budget, chunks)
+        plan = self._lay_out(rows, positions, block_of, grown, admitted, chunks)
+        self._plan = plan
+        return plan
+
+    def _admit(self, budget: int, chunks: list[_Chunk]) -> list[_Admission]:
+        """Takes rows and blocks for the first of those who wait, and adds their chunks."""
+        admitted: list[_Admission] = []
+        size = self.limits.block_size
+        for state in self._waiting:
+            if budget <= 0 or not self._free_rows:
+                break
+            total = -(-len(state.tokens) // size)
+            matchable = self.pool.matchable(len(state.tokens))
+            found = self.pool.match(chain(state.tokens, size, state.digests, matchable)[:matchable])
+            idle = sum(self.pool.refs(block) == 0 for block in found)
+            spare = self.running + len(admitted)
+            if total - len(found) + idle + spare > self.pool.free_count:
+                break
+            self.pool.share(found)
+            blocks = found + self.pool.allocate(total - len(found))
+            row = self._free_rows.pop()
+            self._tables[row, :total] = blocks
+            start = len(found) * size
+            end = min(len(state.tokens), start + budget)
+            admitted.append(_Admission(state, row, blocks, start))
+            chunks.append(_Chunk(state, row, start, end))
+            budget -= end - start
+        return admitted
+
+    def _lay_out(
+        self,
+        rows: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        block_of: NDArray[np.int64],
+        grown: list[tuple[_Scheduled, int]],
+        admitted: list[_Admission],
+        chunks: list[_Chunk],
+    ) -> StepPlan:
+        """The arrays of a plan.
+
+        rows, positions, block_of: [decodes] int64, of the decoding sequences: row in the
+        scheduler's arrays, position of the token, index of its block.
+        """
+        size = self.limits.block_size
+        decodes = len(rows)
+        tokens = self._last[rows]
+        slots = self._tables[rows, block_of] * size + (positions - block_of * size)
+        queries = np.arange(decodes + 1, dtype=np.int32)
+        context = (positions + 1).astype(np.int32)
+        sample_rows = np.arange(decodes)
+        sampled = self._decoding.copy()
+        width = int(block_of.max()) + 1 if decodes else 0
+        if chunks:
+            at = [np.arange(c.start, c.end) for c in chunks]
+            ids = [np.array(c.state.tokens[c.start : c.end], dtype=np.int64) for c in chunks]
+            to = [
+                self._tables[c.row, where // size] * size + where % size
+                for c, where in zip(chunks, at, strict=True)
+            ]
+            ends = np.array([c.end for c in chunks])
+            lengths = ends - np.array([c.start for c in chunks])
+            tokens = np.concatenate([tokens, *ids])
+            positions = np.concatenate([positions, *at])
+            slots = np.concatenate([slots, *to])
+            stops = decodes + np.cumsum(lengths)
+            queries = np.concatenate([queries, stops], dtype=np.int32, casting="same_kind")
+            context = np.concatenate([context, ends], dtype=np.int32, casting="same_kind")
+            whole = np.array([c.end == len(c.state.tokens) for c in chunks])
+            sample_rows = np.concatenate([sample_rows, stops[whole] - 1])
+            sampled += [c.state for c in chunks if c.end == len(c.state.tokens)]
+            width = max(width, -(-int(ends.max()) // size))
+            rows = np.concatenate([rows, np.array([c.row for c in chunks])])
+        return StepPlan(
+            token_ids=tokens,
+            positions=positions,
+            query_start=queries,
+            context_len=context,
+            block_tables=self._tables[rows, :width],
+            slot_mapping=slots,
+            sample_rows=sample_rows,
+            decodes=decodes,
+            _sampled=sampled,
+            _decoding=self._decoding.copy(),
+            _grown=grown,
+            _admitted=admitted,
+            _chunks=[(c.state, c.end) for c in chunks],
+        )
+
+    def commit(self, plan: StepPlan, sampled: Sampled) -> list[TokenEvent]:
+        """The step was whole: appends, publishes, finishes; then makes room for the next one.
+
+        sampled: one token for each of plan.samples.
+        Returns one event for each of them that was not aborted meanwhile, in the same order.
+        """
+        self._check_in_flight(plan)
+        if len(sampled.tokens) != len(plan.samples):
+            raise ValueError(f"{len(sampled.tokens)} tokens for {len(plan.samples)} samples")
+        self._plan = None
+        for state, block in plan._grown:
+            state.blocks.append(block)
+            self._held[state.row] += 1
+        self._keep_admitted(plan._admitted)
+        for state in plan._decoding:
+            state.computed += 1
+            if state.computed % self.limits.block_size == 0:
+                self._publish(state, state.computed - 1)
+        for state, end in plan._chunks:
+            start, state.computed = state.computed, end
+            self._publish(state, start)
+        events = self._append(plan, sampled)
+        self._drop_orphans()
+        self._make_room()
+        return events
+
+    def rollback(self, plan: StepPlan) -> None:
+        """The step was broken: as if `plan` had not been called; aborts and adds since stand."""
+        self._check_in_flight(plan)
+        self._plan = None
+        for admission in reversed(plan._admitted):
+            self._free_rows.append(admission.row)
+            self.pool.free(admission.blocks)
+        for _state, block in reversed(plan._grown):
+            self.pool.free([block])
+        self._drop_orphans()
+
+    def _keep_admitted(self, admitted: list[_Admission]) -> None:
+        for admission in admitted:
+            state = admission.state
+            state.row, state.blocks = admission.row, admission.blocks
+            state.computed = admission.cached
+            self._held[state.row] = len(state.blocks)
+            self.prompt_tokens += len(state.tokens)
+            self.cached_tokens += admission.cached
+            if not state.aborted:
+                self._waiting.popleft()
+                self._prefilling.append(state)
+
+    def _append(self, plan: StepPlan, sampled: Sampled) -> list[TokenEvent]:
+        events = []
+        limit = self.limits.max_model_len
+        finished = False
+        for state, token, logprobs in zip(
+            plan._sampled, sampled.tokens, sampled.logprobs, strict=True
+        ):
+            if state.aborted:
+                continue
+            position = state.position
+            state.append(token)
+            self._last[state.row] = token
+            self._length[state.row] = state.computed
+            finish = state.finish(limit)
+            if finish is not None:
+                finished = True
+                del self._states[state.id]
+            top = None if logprobs is None else [logprobs]
+            events.append(TokenEvent(state.id, position, [token], top, finish))
+        self._advance(plan, events if finished else [])
+        return events
+
+    def _advance(self, plan: StepPlan, ended: list[TokenEvent]) -> None:
+        """Those whose prompt is complete decode from now on; the finished go."""
+        complete = [s for s in plan._sampled[plan.decodes :] if not s.aborted]
+        if complete:  # the first ones: a prompt gets tokens only when those before it are complete
+            self._prefilling = self._prefilling[len(complete) :]
+            self._decoding += complete
+            self._order = None
+        if any(event.finish for event in ended):
+            here = self._states
+            gone = [s for s in self._decoding if here.get(s.id) is not s]
+            self._decoding = [s for s in self._decoding if here.get(s.id) is s]
+            self._order = None
+            for state in gone:
+                self._release(state)
+
+    def _make_room(self) -> None:
+        """Preempts the latest arrivals until every decoding sequence finds room for a token."""
+        size = self.limits.block_size
+        if self.pool.free_count >= len(self._decoding):
+            return
+        needed = [s for s in self._decoding if s.computed == len(s.blocks) * size]
+        while len(needed) > self.pool.free_count:
+            queue = self._prefilling or self._decoding
+            victim = queue.pop()
+            self._release(victim)
+            self._waiting.appendleft(victim)
+            self._order = None
+            self.preemptions += 1
+            if needed[-1] is victim:
+                needed.pop()
+
+    def _publish(self, state: _Scheduled, since: int) -> None:
+        """Publishes the blocks of `state` that became full since `since` tokens were computed."""
+        if not self.limits.prefix_cache or state.aborted:
+            return
+        size = self.limits.block_size
+        first, last = since // size, state.computed // size
+        chain(state.tokens, size, state.digests, last)
+        for index in range(first, last):
+            self.pool.publish(state.blocks[index], state.digests[index])
+
+    def _release(self, state: _Scheduled) -> None:
+        """Gives back the blocks and the row of a sequence that leaves the running ones."""
+        if state.row >= 0:
+            self.pool.free(state.blocks)
+            self._free_rows.append(state.row)
+        state.blocks, state.computed, state.row = [], 0, -1
+
+    def _drop_orphans(self) -> None:
+        for state in self._orphans:
+            self._release(state)
+        self._orphans.clear()
+
+    def _check_in_flight(self, plan: StepPlan) -> None:
+        if plan is not self._plan:
+            raise ValueError("this plan is not in flight: it was committed or rolled back")
