@@ -73,6 +73,7 @@ class ClusterConfig(_Section):
     commit_timeout_s: float = Field(30.0, gt=0, description="arming until all ranks switched")
     exchange_timeout_s: float = Field(60.0, gt=0, description="wait for a peer within a step")
     shutdown_timeout_s: float = Field(10.0, ge=0, description="running requests may finish")
+    memory_per_rank: Bytes | None = Field(None, description="limit of a rank; default: none")
     memory_headroom: float = Field(0.05, ge=0, lt=1, description="share of memory left free")
 
     @model_validator(mode="after")

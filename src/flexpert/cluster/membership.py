@@ -54,7 +54,8 @@ class Do(Enum):
     PREPARE = "send the plan"
     COMMIT = "arm"
     STOP = "stop leavers"
-    KILL = "kill what should be gone"
+    KILL_NEWCOMERS = "kill newcomers"
+    KILL_LEAVERS = "kill leavers"
     CANCEL = "withdraw the plan"
     FINISH = "report the outcome"
     ALARM = "report the loss"
@@ -151,13 +152,13 @@ RULES: tuple[Rule, ...] = (
     # prepare: beside serving, and it can be withdrawn
     Rule(P.SPAWN, K.HELLO, P.LOAD, (Do.PREPARE,), _all_joined),
     Rule(P.LOAD, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
-    Rule(P.SPAWN, K.EXITED, P.UNDO, (Do.KILL,), _newcomer),
-    Rule(P.SPAWN, K.DEADLINE, P.UNDO, (Do.KILL,)),
-    Rule(P.SPAWN, K.CANCEL, P.UNDO, (Do.KILL,)),
-    Rule(P.LOAD, K.EXITED, P.UNDO, (Do.CANCEL, Do.KILL), _newcomer),
-    Rule(P.LOAD, K.FAILED, P.UNDO, (Do.CANCEL, Do.KILL), _participant),
-    Rule(P.LOAD, K.DEADLINE, P.UNDO, (Do.CANCEL, Do.KILL)),
-    Rule(P.LOAD, K.CANCEL, P.UNDO, (Do.CANCEL, Do.KILL)),
+    Rule(P.SPAWN, K.EXITED, P.UNDO, (Do.KILL_NEWCOMERS,), _newcomer),
+    Rule(P.SPAWN, K.DEADLINE, P.UNDO, (Do.KILL_NEWCOMERS,)),
+    Rule(P.SPAWN, K.CANCEL, P.UNDO, (Do.KILL_NEWCOMERS,)),
+    Rule(P.LOAD, K.EXITED, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS), _newcomer),
+    Rule(P.LOAD, K.FAILED, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS), _participant),
+    Rule(P.LOAD, K.DEADLINE, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS)),
+    Rule(P.LOAD, K.CANCEL, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS)),
     # commit: every member votes for the epoch at the same step
     Rule(P.COMMIT, K.SWITCHED, P.RELEASE, (Do.STOP,), _all_reported),
     Rule(P.COMMIT, K.HANDED_OVER, P.RELEASE, (Do.STOP,), _all_reported),
@@ -166,11 +167,11 @@ RULES: tuple[Rule, ...] = (
     # release: what left is stopped, and its id is free only when its process is gone
     Rule(P.RELEASE, K.EXITED, P.IDLE, (Do.FINISH,), _leavers_gone),
     Rule(P.RELEASE, K.EXITED, P.RELEASE, (), _leaver),
-    Rule(P.RELEASE, K.DEADLINE, P.RELEASE, (Do.KILL,)),
+    Rule(P.RELEASE, K.DEADLINE, P.RELEASE, (Do.KILL_LEAVERS,)),
     # undo: newcomers end; the service never noticed
     Rule(P.UNDO, K.EXITED, P.IDLE, (Do.FINISH,), _newcomers_gone),
     Rule(P.UNDO, K.EXITED, P.UNDO, (), _newcomer),
-    Rule(P.UNDO, K.DEADLINE, P.UNDO, (Do.KILL,)),
+    Rule(P.UNDO, K.DEADLINE, P.UNDO, (Do.KILL_NEWCOMERS,)),
     # a member that is lost without being asked to leave
     Rule(P.IDLE, K.EXITED, P.LOST, (Do.ALARM,), _member),
     Rule(P.SPAWN, K.EXITED, P.LOST, (Do.ALARM,)),

@@ -83,6 +83,13 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     address: bytes
 
 
+class Unable(msgspec.Struct, frozen=True, tag="unable"):
+    """A rank cannot come up; its end follows."""
+
+    token: str
+    error: str
+
+
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
     """Share of a preparation that is done, 0 to 1."""
 
@@ -143,6 +150,7 @@ class Broken(msgspec.Struct, frozen=True, tag="broken"):
 
 Report = (
     Hello
+    | Unable
     | Progress
     | Prepared
     | Failed

@@ -115,7 +115,7 @@ def rank_main(spec: RankSpec, source: ModelSource) -> int:
                 listener=reporter,
             )
         except (FlexpertError, OSError, MemoryError, RuntimeError) as error:
-            reporter.tell(msg.Failed(0, f"{type(error).__name__}: {error}"))
+            reporter.tell(msg.Unable(spec.token, f"{type(error).__name__}: {error}"))
             return 1
         reporter.engine = engine
         hello = msg.Hello(spec.token, os.getpid(), socket.gethostname(), engine.buffer.address)

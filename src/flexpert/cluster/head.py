@@ -1,0 +1,327 @@
+"""The head: admits requests, keeps the journal, and houses the coordinator. Everything but HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from flexpert.cluster import messages as msg
+from flexpert.cluster.coordinator import Coordinator
+from flexpert.cluster.forkserver import RankSpec
+from flexpert.cluster.journal import Entry, Journal, TokenStream
+from flexpert.cluster.launcher import LocalLauncher
+from flexpert.cluster.metrics import Metrics
+from flexpert.cluster.rank_process import open_source
+from flexpert.cluster.transport import Transport
+from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView
+from flexpert.config import Config
+from flexpert.engine.request import SamplingParams
+from flexpert.errors import (
+    ContextOverflow,
+    FlexpertError,
+    OperationError,
+    RequestError,
+    ServiceStopped,
+)
+from flexpert.models.source import ModelInfo, ModelSource
+
+log = logging.getLogger("flexpert")
+
+
+class Head:
+    """One service. All methods are called on its event loop.
+
+    info, tokenizer, model_name: of the model; set by `start`.
+    registry: metrics of cluster and engine.
+    failure: why the service went down by itself, or None. on_failure: told when it does.
+    """
+
+    info: ModelInfo
+    tokenizer: Any
+    model_name: str
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.failure: FlexpertError | None = None
+        self.on_failure: Callable[[FlexpertError], None] | None = None
+        self._source: ModelSource | None = None
+        self._journal = Journal()
+        self._transport: Transport | None = None
+        self._launcher: LocalLauncher | None = None
+        self._coordinator: Coordinator | None = None
+        self._listeners: set[asyncio.Queue[ClusterEvent | None]] = set()
+        self._numbers = itertools.count(1)
+        self._serving = False
+        self._stopped = False
+        self.metrics = Metrics(self._rank_views, lambda: self._epoch)
+        self.registry = self.metrics.registry
+
+    # ---- life -------------------------------------------------------------------------------
+
+    async def start(self, report: Callable[[str], None] | None = None) -> None:
+        """Bring the first ranks up; returns when requests are served.
+
+        Raises:
+            FlexpertError: it cannot be done; everything that was started is ended.
+        """
+        tell = report or (lambda line: None)
+        began = time.monotonic()
+        try:
+            tell(f"opening model {self.config.model.model!r}, starting the fork server")
+            self._transport = Transport(self._on_report)
+            self._transport.start()
+            self._launcher = LocalLauncher(self._on_exit)
+            self._source, _ = await asyncio.gather(
+                asyncio.to_thread(open_source, self.config),
+                self._launcher.start(self.config, self.config.cluster.start_timeout_s),
+            )
+            self.info = self._source.info
+            self.tokenizer = await asyncio.to_thread(self._source.tokenizer)
+            self.model_name = self.config.model.served_name or self.info.name
+            self._coordinator = Coordinator(self.config, self._source, self)
+            ranks = self.config.cluster.ranks
+            tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
+            first = self._coordinator.begin_first(ranks)
+            done = await self.wait_operation(first.id)
+            if done.state != "done":
+                raise FlexpertError(f"the service did not come up: {done.error}")
+        except BaseException:
+            await self.stop()
+            raise
+        self._serving = True
+        for rank in self._coordinator.ranks():
+            memory = self._coordinator.memory(rank.id)
+            if memory:
+                tell(f"rank {rank.id} (pid {rank.pid}): {describe_memory(memory)}")
+        tell(f"serving after {time.monotonic() - began:.1f} s")
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """End everything, after running sequences had drain_s to finish. Idempotent."""
+        self._serving = False
+        if self._stopped:
+            return
+        deadline = time.monotonic() + drain_s
+        while len(self._journal) and not self.failure and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        self._stopped = True
+        self._journal.fail_all(ServiceStopped("the service is stopping"))
+        for listener in self._listeners:
+            listener.put_nowait(None)
+        if self._coordinator and self._transport:
+            for rank in self._coordinator.ranks():
+                self._transport.send(rank.id, msg.Stop())
+        if self._launcher:
+            await self._launcher.close()
+        if self._transport:
+            await self._transport.stop()
+
+    @property
+    def serving(self) -> bool:
+        """Whether requests are accepted."""
+        return self._serving
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    def submit(
+        self, prompt: list[int], params: SamplingParams, *, request_id: str | None = None
+    ) -> TokenStream:
+        """Run one sequence (`params.n` and `params.stop` are the caller's work).
+
+        Raises:
+            RequestError, ContextOverflow, ServiceStopped
+        """
+        if not self._serving or self._coordinator is None:
+            raise ServiceStopped("the service does not accept requests now")
+        params = self._resolve(prompt, params)
+        sequence_id = f"{request_id or 'seq'}-{next(self._numbers)}"
+        eos = () if params.ignore_eos else self.info.eos_token_ids
+        entry = self._journal.open(sequence_id, prompt, params, eos, self._cancel)
+        self.metrics.prompt_tokens.inc(len(prompt))
+        self._admit(entry)
+        return entry.stream
+
+    def _resolve(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
+        params.check()
+        if not prompt:
+            raise RequestError("the prompt is empty")
+        bad = next((t for t in prompt if not 0 <= t < self.info.vocab), None)
+        if bad is not None:
+            raise RequestError(f"token {bad} is outside the vocabulary of {self.info.vocab}")
+        room = self.info.max_model_len - len(prompt)
+        wanted = room if params.max_tokens is None else params.max_tokens
+        if room < 1 or wanted > room:
+            raise ContextOverflow(
+                f"the model's context is {self.info.max_model_len} tokens; the prompt has "
+                f"{len(prompt)} and the answer asks for {max(wanted, 1)}"
+            )
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        return msgspec.structs.replace(params, max_tokens=wanted, seed=seed, n=1, stop=())
+
+    def _admit(self, entry: Entry) -> None:
+        assert self._coordinator is not None
+        rank = self._journal.assign(entry, self._coordinator.admitting)
+        if rank is not None:
+            self._send(rank, msg.Admit([entry.resume()]))
+
+    def _cancel(self, sequence_id: str) -> None:
+        rank = self._journal.rank_of(sequence_id)
+        if self._journal.close(sequence_id) is None:
+            return
+        self.metrics.sequences.labels("cancelled").inc()
+        if rank is not None:
+            self._send(rank, msg.Abort([sequence_id]))
+
+    # ---- the cluster ------------------------------------------------------------------------
+
+    def cluster(self) -> ClusterView:
+        """The whole state, as `GET /cluster` shows it."""
+        coordinator = self._need_coordinator()
+        return ClusterView(
+            epoch=coordinator.epoch,
+            model=self.model_name,
+            max_ranks=self.config.cluster.max_ranks,
+            ranks=coordinator.ranks(),
+            placement=coordinator.placement(),
+            operation=coordinator.running,
+        )
+
+    def begin_operation(
+        self, *, ranks: int | None = None, add: int = 0, remove: Sequence[int] = ()
+    ) -> OperationView:
+        """Start a change; see `Coordinator.begin`.
+
+        Raises:
+            OperationConflict, OperationRefused
+        """
+        return self._need_coordinator().begin(ranks=ranks, add=add, remove=remove)
+
+    def operation(self, operation_id: str) -> OperationView:
+        """Raises UnknownOperation."""
+        return self._need_coordinator().operation(operation_id).view()
+
+    def cancel_operation(self, operation_id: str) -> OperationView:
+        """Raises UnknownOperation, OperationConflict once it commits or is over."""
+        return self._need_coordinator().cancel(operation_id)
+
+    async def wait_operation(self, operation_id: str) -> OperationView:
+        """Until it is over."""
+        operation = self._need_coordinator().operation(operation_id)
+        await operation.over.wait()
+        return operation.view()
+
+    async def events(self) -> AsyncIterator[ClusterEvent]:
+        """What happens from now on, until the service stops."""
+        queue: asyncio.Queue[ClusterEvent | None] = asyncio.Queue(maxsize=0)
+        self._listeners.add(queue)
+        try:
+            while not self._stopped and (event := await queue.get()) is not None:
+                yield event
+        finally:
+            self._listeners.discard(queue)
+
+    def _need_coordinator(self) -> Coordinator:
+        if self._coordinator is None:
+            raise OperationError("the service is not up yet")
+        return self._coordinator
+
+    # ---- the coordinator's ports ------------------------------------------------------------
+
+    def spawn(self, rank: int) -> None:
+        assert self._launcher is not None
+        assert self._transport is not None
+        self._launcher.spawn(
+            RankSpec(
+                rank=rank,
+                endpoint=self._transport.endpoint,
+                token=self._transport.token,
+                config=self.config.model_dump_json(),
+            )
+        )
+
+    def kill(self, rank: int) -> None:
+        assert self._launcher is not None
+        self._launcher.kill(rank)
+
+    def send(self, rank: int, command: msg.Command) -> None:
+        self._send(rank, command)
+
+    def moved(self, rank: int, ids: Iterable[str]) -> int:
+        """A leaver hands its sequences over: they go on elsewhere. Returns how many."""
+        moved = 0
+        for sequence_id in set(ids) | set(self._journal.of_rank(rank)):
+            entry = self._journal.release(sequence_id)
+            if entry:
+                entry.moves += 1
+                moved += 1
+                self._admit(entry)
+        return moved
+
+    def lost(self, reason: str) -> None:
+        """A member is gone; the service cannot go on."""
+        self._serving = False
+        self.failure = FlexpertError(f"{reason}; the service stops")
+        log.error("%s", self.failure)
+        self._journal.fail_all(self.failure)
+        if self.on_failure:
+            self.on_failure(self.failure)
+
+    def publish(self, event: ClusterEvent) -> None:
+        if event.kind == "operation" and event.data["state"] in ("done", "failed", "cancelled"):
+            self.metrics.operation_over(msgspec.convert(event.data, OperationView))
+        for listener in self._listeners:
+            listener.put_nowait(event)
+
+    # ---- from the ranks ---------------------------------------------------------------------
+
+    def _on_report(self, rank: int, report: msg.Report) -> None:
+        if self._coordinator is None:
+            return
+        match report:
+            case msg.Published(events, _):
+                before = self._journal.tokens_published
+                for event in events:
+                    self._journal.publish(rank, event)
+                    if event.finish is not None:
+                        self.metrics.sequences.labels(event.finish).inc()
+                self.metrics.tokens.inc(self._journal.tokens_published - before)
+            case msg.Rejected(sequence_id, error):
+                self._journal.fail(sequence_id, RequestError(error))
+        self._coordinator.on_report(rank, report)
+
+    def _on_exit(self, rank: int, status: int) -> None:
+        if self._transport:
+            self._transport.forget(rank)
+        if self._coordinator and not self._stopped:
+            self._coordinator.on_exit(rank, status)
+
+    def _send(self, rank: int, command: msg.Command) -> None:
+        if self._transport:
+            with contextlib.suppress(RuntimeError):  # the loop is closing
+                self._transport.send(rank, command)
+
+    def _rank_views(self) -> list[Any]:
+        return list(self._coordinator.ranks()) if self._coordinator else []
+
+    @property
+    def _epoch(self) -> int:
+        return self._coordinator.epoch if self._coordinator else 0
+
+
+def describe_memory(memory: msg.Memory) -> str:
+    """One line for people: what a rank plans to use."""
+    parts = (
+        ("dense", memory.dense),
+        ("experts", memory.experts),
+        ("KV", memory.kv),
+        ("windows", memory.windows),
+    )
+    text = " + ".join(f"{name} {size / 2**20:.1f}" for name, size in parts)
+    return f"{text} = {memory.total / 2**20:.1f} MiB planned"

@@ -1,0 +1,163 @@
+"""The request journal: what was asked, what was published, and where it runs.
+
+It holds everything a sequence needs to go on elsewhere (prompt, published tokens, sampling by
+position), so no rank is ever the only one that knows. One entry per unfinished sequence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from types import TracebackType
+
+import msgspec
+
+from flexpert.cluster.views import Delta
+from flexpert.engine.request import SamplingParams, Sequence, TokenEvent
+from flexpert.errors import FlexpertError
+
+
+class Entry:
+    """One unfinished sequence. rank: where it runs; None while no rank has it."""
+
+    __slots__ = ("admitted", "generated", "moves", "rank", "request", "stream")
+
+    def __init__(self, request: Sequence, stream: TokenStream) -> None:
+        self.request = request
+        self.stream = stream
+        self.generated: list[int] = []
+        self.rank: int | None = None
+        self.moves = 0
+        self.admitted = time.monotonic()
+
+    def resume(self) -> Sequence:
+        """The sequence as the next rank must receive it."""
+        return msgspec.structs.replace(self.request, generated=list(self.generated))
+
+
+class TokenStream:
+    """The answer of one sequence as it comes; leaving its context or `cancel` frees it."""
+
+    def __init__(self, sequence_id: str, on_cancel: Callable[[str], None]) -> None:
+        self.id = sequence_id
+        self._queue: asyncio.Queue[Delta | FlexpertError] = asyncio.Queue()
+        self._on_cancel = on_cancel
+        self._over = False
+
+    def put(self, item: Delta | FlexpertError) -> None:
+        """Called by the journal."""
+        self._queue.put_nowait(item)
+
+    def cancel(self) -> None:
+        if not self._over:
+            self._over = True
+            self._on_cancel(self.id)
+
+    async def __aenter__(self) -> TokenStream:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self._deltas()
+
+    async def _deltas(self) -> AsyncIterator[Delta]:
+        while not self._over:
+            item = await self._queue.get()
+            if isinstance(item, FlexpertError):
+                self._over = True
+                raise item
+            if item.finish is not None:
+                self._over = True
+            yield item
+
+
+class Journal:
+    """All unfinished sequences; decides which rank runs what."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry] = {}
+        self._by_rank: dict[int, set[str]] = {}
+        self.tokens_published = 0
+        self.finished = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def rank_of(self, sequence_id: str) -> int | None:
+        """Where a sequence runs."""
+        entry = self._entries.get(sequence_id)
+        return entry.rank if entry else None
+
+    def open(
+        self,
+        sequence_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        eos: tuple[int, ...],
+        on_cancel: Callable[[str], None],
+    ) -> Entry:
+        """A new entry, not assigned yet."""
+        stream = TokenStream(sequence_id, on_cancel)
+        request = Sequence(id=sequence_id, prompt=prompt, generated=[], params=params, eos=eos)
+        entry = self._entries[sequence_id] = Entry(request, stream)
+        return entry
+
+    def assign(self, entry: Entry, ranks: Iterable[int]) -> int | None:
+        """Give a sequence to the rank with the fewest; None if there are no ranks."""
+        rank = min(
+            ranks, key=lambda rank: (len(self._by_rank.get(rank, ())), rank), default=None
+        )
+        if rank is not None:
+            entry.rank = rank
+            self._by_rank.setdefault(rank, set()).add(entry.request.id)
+        return rank
+
+    def release(self, sequence_id: str) -> Entry | None:
+        """Take a sequence off its rank; it stays in the journal."""
+        entry = self._entries.get(sequence_id)
+        if entry and entry.rank is not None:
+            self._by_rank[entry.rank].discard(sequence_id)
+            entry.rank = None
+        return entry
+
+    def close(self, sequence_id: str) -> Entry | None:
+        """Forget a sequence."""
+        entry = self.release(sequence_id)
+        self._entries.pop(sequence_id, None)
+        return entry
+
+    def publish(self, rank: int, event: TokenEvent) -> None:
+        """Append what a rank produced, if it is the next of a sequence that runs there."""
+        entry = self._entries.get(event.id)
+        if entry is None or entry.rank != rank or event.position != len(entry.generated):
+            return  # cancelled meanwhile, or from a rank that no longer runs it
+        entry.generated += event.tokens
+        self.tokens_published += len(event.tokens)
+        if event.finish is not None:
+            self.finished += 1
+            self.close(event.id)
+        entry.stream.put(
+            Delta(tokens=event.tokens, logprobs=event.logprobs, finish=event.finish)
+        )
+
+    def fail(self, sequence_id: str, error: FlexpertError) -> None:
+        """End a sequence with an error."""
+        entry = self.close(sequence_id)
+        if entry:
+            entry.stream.put(error)
+
+    def of_rank(self, rank: int) -> list[str]:
+        """Ids of the sequences a rank runs."""
+        return sorted(self._by_rank.get(rank, ()))
+
+    def fail_all(self, error: FlexpertError) -> None:
+        for sequence_id in list(self._entries):
+            self.fail(sequence_id, error)

@@ -1,0 +1,79 @@
+"""Metrics of the service. They live in the head, so no change of ranks resets them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from flexpert.cluster.views import OperationView, RankView
+
+_PAUSE_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+class _RankCollector(Collector):
+    """Gauges read when asked for: ranks that left simply do not appear."""
+
+    def __init__(self, ranks: Callable[[], list[RankView]], epoch: Callable[[], int]) -> None:
+        self._ranks = ranks
+        self._epoch = epoch
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        ranks = self._ranks()
+        yield GaugeMetricFamily("flexpert_epoch", "current epoch", value=self._epoch())
+        active = sum(rank.state == "active" for rank in ranks)
+        yield GaugeMetricFamily("flexpert_ranks", "active ranks", value=active)
+        for name, text, read in (
+            ("running", "sequences being decoded", lambda rank: rank.running),
+            ("waiting", "sequences waiting", lambda rank: rank.waiting),
+            ("kv_used_ratio", "share of KV blocks in use", lambda rank: rank.kv_used),
+            ("memory_bytes", "resident memory", lambda rank: rank.memory_bytes),
+            ("experts", "expert replicas held", lambda rank: rank.experts),
+        ):
+            family = GaugeMetricFamily(f"flexpert_rank_{name}", text, labels=["rank"])
+            for rank in ranks:
+                family.add_metric([str(rank.id)], read(rank))
+            yield family
+
+
+class Metrics:
+    """What the head counts."""
+
+    def __init__(self, ranks: Callable[[], list[RankView]], epoch: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_RankCollector(ranks, epoch))
+        self.prompt_tokens = Counter(
+            "flexpert_prompt_tokens", "tokens of admitted prompts", registry=self.registry
+        )
+        self.tokens = Counter("flexpert_tokens", "tokens published", registry=self.registry)
+        self.sequences = Counter(
+            "flexpert_sequences", "sequences by how they ended", ["outcome"], registry=self.registry
+        )
+        self.operations = Counter(
+            "flexpert_operations", "changes by how they ended", ["state"], registry=self.registry
+        )
+        self.moved_experts = Counter(
+            "flexpert_moved_experts", "expert replicas loaded by changes", registry=self.registry
+        )
+        self.moved_requests = Counter(
+            "flexpert_moved_requests", "sequences moved by changes", registry=self.registry
+        )
+        self.pause = Histogram(
+            "flexpert_pause_seconds",
+            "serving pause of a change",
+            buckets=_PAUSE_BUCKETS_S,
+            registry=self.registry,
+        )
+
+    def operation_over(self, view: OperationView) -> None:
+        self.operations.labels(view.state).inc()
+        if view.state == "done":
+            self.moved_experts.inc(view.moved_experts)
+            self.moved_requests.inc(view.moved_requests)
+            if view.pause_ms is not None:
+                self.pause.observe(view.pause_ms / 1e3)

@@ -1,0 +1,121 @@
+"""One change of the cluster as the control API shows it, and what a target means (pure)."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+
+from flexpert.cluster.views import OperationState, OperationView
+from flexpert.errors import OperationRefused
+
+# share of the whole operation that is done when a phase begins
+_PROGRESS = {"spawn": 0.0, "load": 0.3, "commit": 0.9, "release": 0.95, "undo": 0.0}
+
+
+def resolve_target(
+    members: Iterable[int],
+    capacity: int,
+    *,
+    ranks: int | None = None,
+    add: int = 0,
+    remove: Sequence[int] = (),
+) -> frozenset[int]:
+    """The rank ids after a change: newcomers take the lowest free ids, the highest leave.
+
+    Raises:
+        OperationRefused: a contradiction, an unknown id, or more than there is room for.
+    """
+    before = set(members)
+    if (ranks is None) == (add == 0 and not remove):
+        raise OperationRefused("name either the number of ranks, or what to add and remove")
+    if add < 0:
+        raise OperationRefused("add must not be negative")
+    unknown = sorted(set(remove) - before)
+    if unknown:
+        raise OperationRefused(f"cannot remove rank {unknown[0]}: active are {sorted(before)}")
+    leave = set(remove)
+    if ranks is not None:
+        if ranks < 1:
+            raise OperationRefused("a service needs at least one rank")
+        add = max(0, ranks - len(before))
+        leave = set(sorted(before)[ranks:])
+    after = len(before) + add - len(leave)
+    if after < 1:
+        raise OperationRefused("a service needs at least one rank")
+    free = [rank for rank in range(capacity) if rank not in before]
+    if after > capacity:
+        raise OperationRefused(
+            f"{after} ranks exceed the capacity of {capacity}; start with a larger --max-ranks"
+        )
+    if add > len(free):
+        raise OperationRefused(
+            f"{add} newcomers need {add} free ids but only {len(free)} of {capacity} are free "
+            "until the leavers are gone; remove first, or start with a larger --max-ranks"
+        )
+    return frozenset(before - leave | set(free[:add]))
+
+
+class Operation:
+    """A change under way or over; `view` is its JSON."""
+
+    def __init__(self, before: frozenset[int], after: frozenset[int], epoch: int) -> None:
+        self.id = f"op-{secrets.token_hex(4)}"
+        self.before = before
+        self.after = after
+        self.epoch = epoch
+        self.state: OperationState = "preparing"
+        self.phase = ""
+        self.phases: dict[str, float] = {}
+        self.shares: dict[int, float] = {}
+        self.moved_experts = 0
+        self.moved_requests = 0
+        self.pause_ms: float | None = None
+        self.error: str | None = None
+        self.created = time.time()
+        self.over = asyncio.Event()
+        self._phase_began = time.monotonic()
+
+    def enter(self, phase: str) -> None:
+        """The clock of a phase starts, that of the one before stops."""
+        now = time.monotonic()
+        if self.phase:
+            spent = self.phases.get(self.phase, 0.0) + now - self._phase_began
+            self.phases[self.phase] = spent
+        self.phase, self._phase_began = phase, now
+
+    def end(self, state: OperationState, error: str | None = None) -> None:
+        self.enter("")
+        self.state, self.error = state, error
+        self.over.set()
+
+    @property
+    def progress(self) -> float:
+        if self.over.is_set():
+            return 1.0
+        share = 0.0
+        if self.phase == "load" and self.shares:
+            share = 0.6 * sum(self.shares.values()) / len(self.after | self.before)
+        return round(_PROGRESS.get(self.phase, 0.0) + share, 3)
+
+    def view(self) -> OperationView:
+        phases = dict(self.phases)
+        if self.phase:
+            phases[self.phase] = phases.get(self.phase, 0.0) + time.monotonic() - self._phase_began
+        return OperationView(
+            id=self.id,
+            state=self.state,
+            target=sorted(self.after),
+            add=sorted(self.after - self.before),
+            remove=sorted(self.before - self.after),
+            phase=self.phase or self.state,
+            progress=self.progress,
+            phases={name: round(seconds, 4) for name, seconds in phases.items()},
+            epoch=self.epoch,
+            moved_experts=self.moved_experts,
+            moved_requests=self.moved_requests,
+            pause_ms=None if self.pause_ms is None else round(self.pause_ms, 3),
+            error=self.error,
+            created=self.created,
+        )

@@ -1,0 +1,203 @@
+"""The state machine, driven by every order of events that hypothesis can think of."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from flexpert.cluster.membership import (
+    RULES,
+    Do,
+    Event,
+    Kind,
+    Membership,
+    Phase,
+    diagram,
+)
+
+
+def run(membership: Membership, *events: Event) -> list[Do]:
+    return [action for event in events for action in membership.handle(event)]
+
+
+def started(*ranks: int) -> Membership:
+    """A membership whose first change is done."""
+    membership = Membership()
+    membership.begin(ranks)
+    run(membership, *(Event(Kind.HELLO, rank) for rank in ranks))
+    run(membership, *(Event(Kind.PREPARED, rank) for rank in ranks))
+    run(membership, *(Event(Kind.SWITCHED, rank) for rank in ranks))
+    assert membership.phase is Phase.IDLE
+    assert membership.members == set(ranks)
+    return membership
+
+
+def test_a_scale_up_waits_for_everyone_in_each_phase() -> None:
+    membership = started(0, 1)
+    assert membership.begin({0, 1, 2}) == [Do.SPAWN]
+    assert run(membership, Event(Kind.HELLO, 2)) == [Do.PREPARE]
+    assert run(membership, Event(Kind.PREPARED, 0), Event(Kind.PREPARED, 2)) == []
+    assert run(membership, Event(Kind.PREPARED, 1)) == [Do.COMMIT]
+    assert membership.members == {0, 1}, "nothing is agreed before all have switched"
+    assert run(membership, Event(Kind.SWITCHED, 0), Event(Kind.SWITCHED, 1)) == []
+    assert run(membership, Event(Kind.SWITCHED, 2)) == [Do.STOP, Do.FINISH]
+    assert membership.members == {0, 1, 2}
+    assert membership.epoch == 2
+
+
+def test_a_scale_down_skips_spawning_and_ends_when_the_leaver_is_gone() -> None:
+    membership = started(0, 1, 2)
+    assert membership.begin({0, 2}) == [Do.SPAWN, Do.PREPARE]
+    assert run(membership, *(Event(Kind.PREPARED, rank) for rank in (0, 1, 2))) == [Do.COMMIT]
+    run(membership, Event(Kind.SWITCHED, 0), Event(Kind.SWITCHED, 2))
+    assert run(membership, Event(Kind.HANDED_OVER, 1)) == [Do.STOP]
+    assert membership.phase is Phase.RELEASE
+    assert run(membership, Event(Kind.EXITED, 1)) == [Do.FINISH]
+    assert membership.members == {0, 2}
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        Event(Kind.EXITED, 2, "rank 2 ended"),
+        Event(Kind.FAILED, 0, "no such file"),
+        Event(Kind.DEADLINE, reason="deadline"),
+        Event(Kind.CANCEL, reason="cancelled"),
+    ],
+    ids=lambda event: event.kind.value,
+)
+def test_trouble_before_commit_undoes_the_change_and_the_next_one_works(trouble: Event) -> None:
+    membership = started(0, 1)
+    membership.begin({0, 1, 2})
+    run(membership, Event(Kind.HELLO, 2), Event(Kind.PREPARED, 0))
+    actions = run(membership, trouble)
+    assert Do.CANCEL in actions
+    if trouble.kind is not Kind.EXITED:
+        assert membership.phase is Phase.UNDO, "the id is free only when the process is gone"
+        assert run(membership, Event(Kind.EXITED, 2)) == [Do.FINISH]
+    assert membership.phase is Phase.IDLE
+    assert membership.members == {0, 1}
+    assert membership.change is not None
+    assert membership.change.error == trouble.reason
+    assert membership.change.cancelled == (trouble.kind is Kind.CANCEL)
+
+    assert membership.begin({0, 1, 2}) == [Do.SPAWN]
+    assert membership.change.epoch == 3, "a failed epoch's number is never used again"
+
+
+def test_late_reports_of_a_change_that_failed_count_for_nothing() -> None:
+    membership = started(0)
+    membership.begin({0, 1})
+    run(membership, Event(Kind.EXITED, 1, "gone"))
+    assert run(membership, Event(Kind.HELLO, 1), Event(Kind.PREPARED, 1)) == []
+    assert membership.phase is Phase.IDLE
+
+
+def test_a_failed_scale_down_touches_nobody() -> None:
+    membership = started(0, 1)
+    membership.begin({0})
+    actions = run(membership, Event(Kind.FAILED, 0, "checkpoint file missing"))
+    assert actions == [Do.CANCEL, Do.KILL_NEWCOMERS, Do.FINISH]
+    assert membership.members == {0, 1}
+
+
+@pytest.mark.parametrize("phase", ["idle", "spawn", "load", "commit"])
+def test_a_member_that_dies_unasked_is_a_loss_in_every_phase(phase: str) -> None:
+    membership = started(0, 1)
+    if phase != "idle":
+        membership.begin({0, 1, 2})
+    if phase in ("load", "commit"):
+        run(membership, Event(Kind.HELLO, 2))
+    if phase == "commit":
+        run(membership, *(Event(Kind.PREPARED, rank) for rank in (0, 1, 2)))
+    assert membership.phase.value == phase
+    assert Do.ALARM in run(membership, Event(Kind.EXITED, 1, "killed"))
+    assert membership.phase is Phase.LOST
+
+
+def test_a_second_change_is_refused_while_one_runs() -> None:
+    membership = started(0)
+    membership.begin({0, 1})
+    with pytest.raises(ValueError, match="a change is in phase spawn"):
+        membership.begin({0, 2})
+
+
+def test_the_diagram_shows_every_phase_of_the_table() -> None:
+    text = diagram()
+    for phase in {rule.phase for rule in RULES} | {rule.then for rule in RULES}:
+        assert phase.value in text
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Random changes, reports from anybody in any order, exits, deadlines and cancels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.membership = Membership()
+        self.alive: set[int] = set()
+        self.highest_epoch = 0
+
+    def feed(self, event: Event) -> None:
+        self.obey(self.membership.handle(event))
+
+    def obey(self, actions: list[Do]) -> None:
+        change = self.membership.change
+        assert change is not None
+        for action in actions:
+            if action is Do.SPAWN:
+                assert not (self.alive & change.joining), "an id is used again too early"
+                self.alive |= change.joining
+
+    @precondition(lambda self: self.membership.phase is Phase.IDLE)
+    @rule(ranks=st.sets(st.integers(0, 4), min_size=1))
+    def begin(self, ranks: set[int]) -> None:
+        if ranks != self.membership.members:
+            self.obey(self.membership.begin(ranks))
+
+    @rule(
+        kind=st.sampled_from([Kind.HELLO, Kind.PREPARED, Kind.SWITCHED, Kind.HANDED_OVER]),
+        rank=st.integers(0, 4),
+    )
+    def report(self, kind: Kind, rank: int) -> None:
+        if rank in self.alive:
+            self.feed(Event(kind, rank))
+
+    @rule(kind=st.sampled_from([Kind.DEADLINE, Kind.CANCEL]))
+    def outside(self, kind: Kind) -> None:
+        if self.membership.phase in (Phase.SPAWN, Phase.LOAD, Phase.UNDO, Phase.RELEASE):
+            self.feed(Event(kind, reason=kind.value))
+
+    @rule(rank=st.integers(0, 4))
+    def exit(self, rank: int) -> None:
+        change = self.membership.change
+        expected = change is not None and (
+            (self.membership.phase is Phase.RELEASE and rank in change.leaving)
+            or (
+                self.membership.phase in (Phase.SPAWN, Phase.LOAD, Phase.UNDO)
+                and rank in change.joining
+            )
+        )
+        if rank in self.alive and expected:
+            self.alive.discard(rank)
+            self.feed(Event(Kind.EXITED, rank, "exited"))
+            assert self.membership.phase is not Phase.LOST
+
+    @invariant()
+    def epochs_only_rise(self) -> None:
+        assert self.membership.epoch >= self.highest_epoch
+        self.highest_epoch = self.membership.epoch
+
+    @invariant()
+    def members_are_alive(self) -> None:
+        assert self.membership.members <= self.alive
+
+    @invariant()
+    def nobody_but_members_is_alive_when_idle(self) -> None:
+        if self.membership.phase is Phase.IDLE:
+            assert self.alive == self.membership.members
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
