@@ -16,7 +16,8 @@ import msgspec
 from flexpert.cluster import messages as msg
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.forkserver import RankSpec
-from flexpert.cluster.journal import Entry, Journal, TokenStream
+from flexpert.cluster.journal import Entry, Journal
+from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.launcher import LocalLauncher
 from flexpert.cluster.metrics import Metrics
 from flexpert.cluster.rank_process import open_source

@@ -43,8 +43,8 @@ class Transport:
 
     def send(self, rank: int, command: msg.Command) -> None:
         """Queue a command; one for a rank that is gone is dropped, its end is told elsewhere."""
-        future = self._router.send_multipart([str(rank).encode(), msg.encode(command)])
-        future.add_done_callback(_note_undelivered)
+        sending = self._router.send_multipart([str(rank).encode(), msg.encode(command)])
+        asyncio.ensure_future(sending).add_done_callback(_note_undelivered)
 
     def forget(self, rank: int) -> None:
         """The rank's process is gone: whoever comes under its id must prove itself again."""

@@ -30,7 +30,7 @@ class EpochPlan:
 
 @dataclass(frozen=True, slots=True)
 class PreparedEpoch:
-    """Ready to switch to. weights: (layer, expert) → what this rank will hold; loaded: how many new.
+    """Ready to switch to. weights: what this rank will hold; loaded: how many of them are new.
 
     layers is empty on a rank that leaves.
     """

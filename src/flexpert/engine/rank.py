@@ -1,7 +1,7 @@
 """One rank: the step loop in lock-step with the active ranks, and its changes of epoch.
 
     vote      have I work, which epoch am I ready for; nobody has work → sleep
-    forward   attention over own requests, every MoE layer's exchange; without tokens the exchanges only
+    forward   attention over own requests, every MoE layer's exchange; without tokens only these
     publish   the step is whole → sample, append, tell the listener
 
 Who may call what: `run` belongs to the main thread. Commands (`admit`, `abort`, `prepare`,
@@ -265,7 +265,7 @@ class RankEngine:
         self.buffer.disconnect(set(plan.members) - set(self.buffer.active))
 
     def _warm_up(self, prepared: PreparedEpoch) -> None:
-        """Walk the model once alone, so that the first step with others pays no first-call costs."""
+        """Walk the model alone, so that the first step with others pays no first-call costs."""
         tables = warmup_tables(prepared.plan.placement, self.buffer.rank)
         self.moe.install(
             [
@@ -377,6 +377,10 @@ class RankEngine:
             self.steps += 1
             return
         plan = self.scheduler.plan()
+        if plan.tokens == 0:
+            self.scheduler.rollback(plan)
+            self.shard.forward_idle()
+            return
         try:
             logits = self.shard.forward(_batch(plan))
         except CommError:
