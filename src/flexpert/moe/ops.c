@@ -1,0 +1,564 @@
+/* Grouped linear layers and paged attention for CPUs.
+ *
+ * One rule shapes every loop here: the bits of a result depend on its own operands only, never on
+ * how many rows, sequences or experts share the call. Each dot product has its own 16 lanes of
+ * float32, filled in the order of the inner dimension and folded by one fixed tree; tiles only
+ * decide which dot products run side by side. Softmax walks the keys in tiles of 16 positions
+ * aligned to position 0. So a key computed in a prefill and one computed token by token are equal,
+ * and `--deterministic` needs no second implementation.
+ *
+ * Vectors are GCC/clang vector extensions of 16 floats; the compiler lowers them to whatever the
+ * target has. The hot bodies are inlined into one copy per instruction set, chosen once per
+ * process. Copies with fused multiply-add differ in the last bit from those without.
+ *
+ * bfloat16 is read in pairs: the low half of a 32-bit lane shifted up is the even element, the
+ * high half masked is the odd one. Both operands are split the same way, so the order of the sum
+ * is (even, odd) of each 32 elements and no shuffle is needed.
+ */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 16
+#define KEY_TILE 16 /* keys per softmax tile; part of the result's definition */
+#define PANEL 32    /* query rows sharing one unpacked key tile */
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+
+/* Of an instruction set: few vector registers, or 32 of 512 bits. (Products by vdpbf16ps were
+ * tried on Sapphire Rapids: up to 20% slower than the shifts.) */
+enum { SMALL = 0, BIG = 1 };
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i32x16){__VA_ARGS__})
+#endif
+
+/* ---- scalars and vectors ------------------------------------------------------------------ */
+
+INLINE f32x16 load_f32(const void *p) {
+    f32x16 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE u32x16 load_u32(const void *p) {
+    u32x16 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE f32x16 even(u32x16 pairs) { return (f32x16)(pairs << 16); }
+INLINE f32x16 odd(u32x16 pairs) { return (f32x16)(pairs & 0xffff0000u); }
+INLINE f32x16 splat(float x) { return x - (f32x16){0}; }
+
+INLINE float from_bf16(uint16_t x) {
+    uint32_t u = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+INLINE uint16_t to_bf16(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+INLINE f32x16 fmax16(f32x16 a, f32x16 b) {
+    i32x16 m = a > b;
+    return (f32x16)(((i32x16)a & m) | ((i32x16)b & ~m));
+}
+
+INLINE f32x16 select16(i32x16 mask, f32x16 a, f32x16 b) {
+    return (f32x16)(((i32x16)a & mask) | ((i32x16)b & ~mask));
+}
+
+/* The tree of `fold16`, for one vector. */
+INLINE float fold(f32x16 v) {
+    float t[16];
+    memcpy(t, &v, sizeof v);
+    UNROLL for (int i = 0; i < 8; i++) t[i] += t[i + 8];
+    UNROLL for (int i = 0; i < 4; i++) t[i] += t[i + 4];
+    return (t[0] + t[2]) + (t[1] + t[3]);
+}
+
+INLINE float max_of(f32x16 v) {
+    float t[16];
+    memcpy(t, &v, sizeof v);
+    float m = t[0];
+    UNROLL for (int i = 1; i < 16; i++) m = t[i] > m ? t[i] : m;
+    return m;
+}
+
+/* Lane i of the result is the sum of a[i]; halves, quarters, pairs, as in `fold`. */
+INLINE f32x16 fold16(const f32x16 *a) {
+    f32x16 h[8], q[4], p[2];
+    UNROLL for (int i = 0; i < 8; i++)
+        h[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               SHUFFLE(a[2 * i], a[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    UNROLL for (int i = 0; i < 4; i++)
+        q[i] = SHUFFLE(h[2 * i], h[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+               SHUFFLE(h[2 * i], h[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    UNROLL for (int i = 0; i < 2; i++)
+        p[i] = SHUFFLE(q[2 * i], q[2 * i + 1], 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+               SHUFFLE(q[2 * i], q[2 * i + 1], 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    return SHUFFLE(p[0], p[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           SHUFFLE(p[0], p[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+/* e^x for x <= 0, within 2 ulp; 0 below -87. */
+INLINE f32x16 exp16(f32x16 x) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    i32x16 tiny = x < -87.0f;
+    x = select16(tiny, splat(-87.0f), x);
+    f32x16 shifted = x * 1.44269504088896341f + magic;
+    f32x16 n = shifted - magic;
+    f32x16 r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    f32x16 y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    i32x16 exponent = ((i32x16)shifted - 0x4b400000 + 127) << 23;
+    return select16(tiny, (f32x16){0}, y * (f32x16)exponent);
+}
+
+INLINE float exp1(float x) {
+    f32x16 v = exp16(splat(x));
+    return v[0];
+}
+
+/* ---- grouped linear ----------------------------------------------------------------------- */
+
+/* Dot products of `rows` x rows with `outs` weight rows, rows * outs <= 16, both compile-time.
+ * acc[r * outs + o] += x[r] . w[o] over `k` elements. */
+INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs, int dtype,
+                     f32x16 *acc) {
+    const long step = dtype == BFLOAT16 ? 32 : 16;
+    const long width = dtype == BFLOAT16 ? 2 : 4;
+    long whole = k / step * step;
+    for (long i = 0; i < whole; i += step) {
+        if (dtype == BFLOAT16) {
+            u32x16 wp[16];
+            UNROLL for (int o = 0; o < outs; o++) wp[o] = load_u32(w[o] + i * 2);
+            UNROLL for (int r = 0; r < rows; r++) {
+                u32x16 xp = load_u32(x[r] + i * 2);
+                f32x16 xe = even(xp), xo = odd(xp);
+                UNROLL for (int o = 0; o < outs; o++) {
+                    acc[r * outs + o] += xe * even(wp[o]);
+                    acc[r * outs + o] += xo * odd(wp[o]);
+                }
+            }
+        } else {
+            f32x16 wv[16];
+            UNROLL for (int o = 0; o < outs; o++) wv[o] = load_f32(w[o] + i * 4);
+            UNROLL for (int r = 0; r < rows; r++) {
+                f32x16 xv = load_f32(x[r] + i * 4);
+                UNROLL for (int o = 0; o < outs; o++) acc[r * outs + o] += xv * wv[o];
+            }
+        }
+    }
+    if (whole == k) return;
+    char xt[4][64], wt[16][64]; /* the rest, padded with zeros */
+    long bytes = (k - whole) * width;
+    for (int r = 0; r < rows; r++) {
+        memset(xt[r], 0, 64);
+        memcpy(xt[r], x[r] + whole * width, bytes);
+    }
+    for (int o = 0; o < outs; o++) {
+        memset(wt[o], 0, 64);
+        memcpy(wt[o], w[o] + whole * width, bytes);
+    }
+    UNROLL for (int r = 0; r < rows; r++) {
+        UNROLL for (int o = 0; o < outs; o++) {
+            if (dtype == BFLOAT16) {
+                u32x16 xp = load_u32(xt[r]), wp = load_u32(wt[o]);
+                acc[r * outs + o] += even(xp) * even(wp);
+                acc[r * outs + o] += odd(xp) * odd(wp);
+            } else {
+                acc[r * outs + o] += load_f32(xt[r]) * load_f32(wt[o]);
+            }
+        }
+    }
+}
+
+/* One tile of y = x w^T + b: writes the first `live_rows` and `live_outs` of it. */
+INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y, long k, long n,
+                        int live_rows, int live_outs, int rows, int outs, int dtype, int level) {
+    const long width = dtype == BFLOAT16 ? 2 : 4;
+    const char *xp[4], *wp[16];
+    f32x16 acc[16];
+    UNROLL for (int r = 0; r < rows; r++) xp[r] = x + (r < live_rows ? r : live_rows - 1) * k * width;
+    UNROLL for (int o = 0; o < outs; o++) wp[o] = w + (o < live_outs ? o : live_outs - 1) * k * width;
+    UNROLL for (int i = 0; i < rows * outs; i++) acc[i] = (f32x16){0};
+    dot_tile(xp, wp, k, rows, outs, dtype, acc);
+    float sums[16] = {0};
+    if (rows * outs == 16) {
+        f32x16 s = fold16(acc);
+        memcpy(sums, &s, sizeof s);
+    } else {
+        UNROLL for (int i = 0; i < rows * outs; i++) sums[i] = fold(acc[i]);
+    }
+    for (int r = 0; r < live_rows; r++) {
+        for (int o = 0; o < live_outs; o++) {
+            float v = sums[r * outs + o];
+            if (dtype == BFLOAT16) {
+                if (bias) v += from_bf16(((const uint16_t *)bias)[o]);
+                ((uint16_t *)y)[r * n + o] = to_bf16(v);
+            } else {
+                if (bias) v += ((const float *)bias)[o];
+                ((float *)y)[r * n + o] = v;
+            }
+        }
+    }
+}
+
+/* y = x w^T + b of one group. Tiles have 16 accumulators where there are 32 vector registers, else 4. */
+INLINE void linear_group(const char *x, const char *w, const char *bias, char *y, long rows, long k,
+                         long n, int dtype, int level) {
+    const long width = dtype == BFLOAT16 ? 2 : 4;
+    const int tall = level == BIG ? 4 : 2, block = 16;
+    for (long o0 = 0; o0 < n; o0 += block) { /* 16 weight rows stay in the cache for all x rows */
+        int outs = (int)(n - o0 < block ? n - o0 : block);
+        const char *wb = w + o0 * k * width, *bb = bias ? bias + o0 * width : NULL;
+        for (long r0 = 0; r0 < rows; r0 += tall) {
+            int live = (int)(rows - r0 < tall ? rows - r0 : tall);
+            const char *xr = x + r0 * k * width;
+            char *yr = y + (r0 * n + o0) * width;
+#define TILE(R, O)                                                                                 \
+    for (int o = 0; o < outs; o += O)                                                              \
+    linear_tile(xr, wb + o * k * width, bb ? bb + o * width : NULL, yr + o * width, k, n, live,    \
+                outs - o < O ? outs - o : O, R, O, dtype, level)
+            if (level == BIG) {
+                if (live == 1) TILE(1, 16);
+                else if (live == 2) TILE(2, 8);
+                else TILE(4, 4);
+            } else {
+                if (live == 1) TILE(1, 4);
+                else TILE(2, 2);
+            }
+#undef TILE
+        }
+    }
+}
+
+INLINE void grouped_body(const char *x, const intptr_t *weights, const intptr_t *biases,
+                         const int32_t *offsets, char *y, long groups, long k, long n, int dtype,
+                         int level) {
+    const long width = dtype == BFLOAT16 ? 2 : 4;
+    for (long g = 0; g < groups; g++) {
+        long begin = offsets[g], rows = offsets[g + 1] - begin;
+        if (rows <= 0) continue;
+        linear_group(x + begin * k * width, (const char *)weights[g],
+                     biases ? (const char *)biases[g] : NULL, y + begin * n * width, rows, k, n,
+                     dtype, level);
+    }
+}
+
+/* ---- paged attention ---------------------------------------------------------------------- */
+
+typedef struct {
+    const char *query, *key, *value; /* of this step; strides below, in elements */
+    char *key_cache, *value_cache;   /* [blocks, block_size, kv_heads, dim] */
+    const int32_t *query_start, *context_len, *block_tables;
+    const int64_t *slot_mapping;
+    const char *sinks; /* [heads] or NULL */
+    char *out;         /* [tokens, heads, value_dim] */
+    long query_stride[2], key_stride[2], value_stride[2]; /* token, head */
+    long sequences, max_blocks, block_size, heads, kv_heads, key_dim, value_dim, window;
+    float scaling, softcap;
+    int dtype;
+} attention_args;
+
+/* Unpack `n` elements to floats, padded with zeros to a whole vector; bf16 becomes, for each 32
+ * elements, 16 even ones and then 16 odd ones (`pack` undoes it). */
+INLINE void unpack(const char *src, float *dst, long n, int dtype) {
+    if (dtype == FLOAT32) {
+        long padded = (n + 15) / 16 * 16;
+        memcpy(dst, src, n * 4);
+        for (long i = n; i < padded; i++) dst[i] = 0.0f;
+        return;
+    }
+    for (long i = 0; i < n; i += 32) {
+        u32x16 pairs;
+        if (n - i >= 32) {
+            pairs = load_u32(src + i * 2);
+        } else {
+            pairs = (u32x16){0};
+            memcpy(&pairs, src + i * 2, (n - i) * 2);
+        }
+        f32x16 e = even(pairs), o = odd(pairs);
+        memcpy(dst + i, &e, sizeof e);
+        memcpy(dst + i + 16, &o, sizeof o);
+    }
+}
+
+INLINE void pack(const float *src, float scale, char *dst, long n, int dtype) {
+    if (dtype == FLOAT32) {
+        for (long i = 0; i < n; i++) ((float *)dst)[i] = src[i] * scale;
+        return;
+    }
+    for (long i = 0; i < n; i++)
+        ((uint16_t *)dst)[i] = to_bf16(src[(i & ~31L) + (i & 1) * 16 + ((i & 31) >> 1)] * scale);
+}
+
+INLINE void store_kv(const attention_args *a) {
+    const long width = a->dtype == BFLOAT16 ? 2 : 4;
+    long tokens = a->query_start[a->sequences];
+    for (long t = 0; t < tokens; t++) {
+        long slot = a->slot_mapping[t];
+        if (slot < 0) continue;
+        for (long h = 0; h < a->kv_heads; h++) {
+            memcpy(a->key_cache + (slot * a->kv_heads + h) * a->key_dim * width,
+                   a->key + (t * a->key_stride[0] + h * a->key_stride[1]) * width,
+                   a->key_dim * width);
+            memcpy(a->value_cache + (slot * a->kv_heads + h) * a->value_dim * width,
+                   a->value + (t * a->value_stride[0] + h * a->value_stride[1]) * width,
+                   a->value_dim * width);
+        }
+    }
+}
+
+/* All query rows of one sequence and one key head; `scratch` holds the tile and the panel. */
+INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch, int dtype, int level) {
+    const long width = dtype == BFLOAT16 ? 2 : 4;
+    const long kd = (a->key_dim + 31) / 32 * 32, vd = (a->value_dim + 31) / 32 * 32;
+    const long group = a->heads / a->kv_heads;
+    const long begin = a->query_start[s], rows = a->query_start[s + 1] - begin;
+    const long context = a->context_len[s], first = context - rows; /* position of the first row */
+    const int32_t *table = a->block_tables + s * a->max_blocks;
+    float *key_tile = scratch, *value_tile = key_tile + KEY_TILE * kd;
+    float *query = value_tile + KEY_TILE * vd, *acc = query + PANEL * kd;
+    float peak[PANEL], sum[PANEL];
+    long low[PANEL], high[PANEL]; /* positions seen: low <= key <= high */
+
+    for (long m0 = 0; m0 < rows * group; m0 += PANEL) {
+        const long panel = rows * group - m0 < PANEL ? rows * group - m0 : PANEL;
+        for (long m = 0; m < panel; m++) {
+            const long row = (m0 + m) / group, head = kv_head * group + (m0 + m) % group;
+            unpack(a->query + ((begin + row) * a->query_stride[0] + head * a->query_stride[1]) * width,
+                   query + m * kd, a->key_dim, dtype);
+            memset(acc + m * vd, 0, vd * sizeof(float));
+            high[m] = first + row;
+            low[m] = a->window > 0 && high[m] >= a->window ? high[m] - a->window + 1 : 0;
+            if (a->sinks) { /* a key of value zero, whose score is learned */
+                peak[m] = dtype == BFLOAT16 ? from_bf16(((const uint16_t *)a->sinks)[head])
+                                            : ((const float *)a->sinks)[head];
+                sum[m] = 1.0f;
+            } else {
+                peak[m] = -__builtin_inff();
+                sum[m] = 0.0f;
+            }
+        }
+        for (long t = low[0] / KEY_TILE; t <= high[panel - 1] / KEY_TILE; t++) {
+            const long base = t * KEY_TILE;
+            for (long j = 0; j < KEY_TILE; j++) {
+                long position = base + j < context ? base + j : context - 1;
+                long slot = table[position / a->block_size] * a->block_size + position % a->block_size;
+                unpack(a->key_cache + (slot * a->kv_heads + kv_head) * a->key_dim * width,
+                       key_tile + j * kd, a->key_dim, dtype);
+                unpack(a->value_cache + (slot * a->kv_heads + kv_head) * a->value_dim * width,
+                       value_tile + j * vd, a->value_dim, dtype);
+            }
+            const long kw = dtype == BFLOAT16 ? kd : (a->key_dim + 15) / 16 * 16;
+            const long vw = dtype == BFLOAT16 ? vd : (a->value_dim + 15) / 16 * 16;
+            for (long m = 0; m < panel; m++) {
+                if (high[m] < base || low[m] >= base + KEY_TILE) continue;
+                const float *q = query + m * kd;
+                f32x16 score;
+                if (level == BIG) {
+                    f32x16 part[16];
+                    UNROLL for (int j = 0; j < 16; j++) part[j] = (f32x16){0};
+                    for (long c = 0; c < kw; c += 16) {
+                        f32x16 qv = load_f32(q + c);
+                        UNROLL for (int j = 0; j < 16; j++) part[j] += qv * load_f32(key_tile + j * kd + c);
+                    }
+                    score = fold16(part);
+                } else {
+                    float scores[16];
+                    for (int j0 = 0; j0 < 16; j0 += 4) {
+                        f32x16 part[4];
+                        UNROLL for (int j = 0; j < 4; j++) part[j] = (f32x16){0};
+                        for (long c = 0; c < kw; c += 16) {
+                            f32x16 qv = load_f32(q + c);
+                            UNROLL for (int j = 0; j < 4; j++)
+                                part[j] += qv * load_f32(key_tile + (j0 + j) * kd + c);
+                        }
+                        UNROLL for (int j = 0; j < 4; j++) scores[j0 + j] = fold(part[j]);
+                    }
+                    memcpy(&score, scores, sizeof score);
+                }
+                score = score * a->scaling;
+                if (a->softcap > 0.0f) { /* c * tanh(s / c), by e^(-2|s/c|) */
+                    f32x16 z = score * (1.0f / a->softcap);
+                    f32x16 e = exp16(-2.0f * fmax16(z, -z));
+                    f32x16 th = (1.0f - e) / (1.0f + e) * a->softcap;
+                    score = select16(z < 0.0f, -th, th);
+                }
+                const int from = low[m] > base ? (int)(low[m] - base) : 0;
+                const int to = high[m] < base + KEY_TILE - 1 ? (int)(high[m] - base) : KEY_TILE - 1;
+                const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+                const i32x16 seen = (lane >= from) & (lane <= to);
+                score = select16(seen, score, splat(-__builtin_inff()));
+                const float top = max_of(score);
+                if (top > peak[m]) {
+                    const float shrink = exp1(peak[m] - top); /* 0 at first: e^-inf */
+                    peak[m] = top;
+                    sum[m] *= shrink;
+                    for (long c = 0; c < vw; c += 16) {
+                        f32x16 v = load_f32(acc + m * vd + c) * shrink;
+                        memcpy(acc + m * vd + c, &v, sizeof v);
+                    }
+                }
+                f32x16 weight = exp16(score - peak[m]);
+                weight = select16(seen, weight, (f32x16){0});
+                sum[m] += fold(weight);
+                float p[16];
+                memcpy(p, &weight, sizeof p);
+                for (long c = 0; c < vw; c += 16) {
+                    f32x16 v = load_f32(acc + m * vd + c);
+                    for (int j = from; j <= to; j++) v += p[j] * load_f32(value_tile + j * vd + c);
+                    memcpy(acc + m * vd + c, &v, sizeof v);
+                }
+            }
+        }
+        for (long m = 0; m < panel; m++) {
+            const long row = (m0 + m) / group, head = kv_head * group + (m0 + m) % group;
+            pack(acc + m * vd, 1.0f / sum[m],
+                 a->out + ((begin + row) * a->heads + head) * a->value_dim * width, a->value_dim, dtype);
+        }
+    }
+}
+
+INLINE void attention_body(const attention_args *a, float *scratch, int dtype, int level) {
+    store_kv(a);
+    for (long s = 0; s < a->sequences; s++)
+        for (long h = 0; h < a->kv_heads; h++) attend(a, s, h, scratch, dtype, level);
+}
+
+/* ---- one copy per instruction set --------------------------------------------------------- */
+
+typedef struct {
+    const char *name;
+    void (*grouped)(const char *, const intptr_t *, const intptr_t *, const int32_t *, char *, long,
+                    long, long, int);
+    void (*attention)(const attention_args *, float *);
+} kernels;
+
+#define KERNELS(NAME, TARGET, LEVEL)                                                                 \
+    TARGET static void grouped_##NAME(const char *x, const intptr_t *w, const intptr_t *b,         \
+                                      const int32_t *offsets, char *y, long groups, long k,        \
+                                      long n, int dtype) {                                         \
+        if (dtype == BFLOAT16) grouped_body(x, w, b, offsets, y, groups, k, n, BFLOAT16, LEVEL);     \
+        else grouped_body(x, w, b, offsets, y, groups, k, n, FLOAT32, LEVEL);                        \
+    }                                                                                              \
+    TARGET static void attention_##NAME(const attention_args *a, float *scratch) {                 \
+        if (a->dtype == BFLOAT16) attention_body(a, scratch, BFLOAT16, LEVEL);                       \
+        else attention_body(a, scratch, FLOAT32, LEVEL);                                             \
+    }                                                                                              \
+    static const kernels kernels_##NAME = {#NAME, grouped_##NAME, attention_##NAME};
+
+KERNELS(portable, , SMALL)
+#if defined(__x86_64__)
+KERNELS(avx2, __attribute__((target("avx2,fma"))), SMALL)
+KERNELS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), BIG)
+#endif
+
+static const kernels *pick(void) {
+    static const kernels *chosen; /* a race writes the same value twice */
+    if (chosen) return chosen;
+    const kernels *best = &kernels_portable;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = &kernels_avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        best = &kernels_avx512;
+    /* FLEXPERT_CPU names a lesser set: equal bits on a mixed fleet, and tests */
+    const kernels *all[] = {&kernels_portable, &kernels_avx2, &kernels_avx512};
+    const char *forced = getenv("FLEXPERT_CPU");
+    for (int i = 0; forced && i < 3 && all[i] != best; i++)
+        if (!strcmp(forced, all[i]->name)) {
+            best = all[i];
+            break;
+        }
+#endif
+    return chosen = best;
+}
+
+/* ---- what Python calls; addresses come as integers ---------------------------------------- */
+
+static const char *fx_instruction_set(void) { return pick()->name; }
+
+static void fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intptr_t offsets,
+                              intptr_t y, long groups, long k, long n, int dtype) {
+    pick()->grouped((const char *)x, (const intptr_t *)weights, (const intptr_t *)biases,
+                    (const int32_t *)offsets, (char *)y, groups, k, n, dtype);
+}
+
+static void fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
+                      long n, int dtype) {
+    /* offsets are 32-bit; walk in pieces that fit */
+    const long width = dtype == BFLOAT16 ? 2 : 4, most = 1 << 30;
+    for (long r = 0; r < rows; r += most) {
+        const int32_t offsets[2] = {0, (int32_t)(rows - r < most ? rows - r : most)};
+        pick()->grouped((const char *)x + r * k * width, &weight, bias ? &bias : NULL, offsets,
+                        (char *)y + r * n * width, 1, k, n, dtype);
+    }
+}
+
+static int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intptr_t key_cache,
+                              intptr_t value_cache, intptr_t query_start, intptr_t context_len,
+                              intptr_t block_tables, intptr_t slot_mapping, intptr_t sinks,
+                              intptr_t out, long qs0, long qs1, long ks0, long ks1, long vs0,
+                              long vs1, long sequences, long max_blocks, long block_size, long heads,
+                              long kv_heads, long key_dim, long value_dim, long window,
+                              float scaling, float softcap, int dtype) {
+    const long kd = (key_dim + 31) / 32 * 32, vd = (value_dim + 31) / 32 * 32;
+    float *scratch = aligned_alloc(64, (KEY_TILE + PANEL) * (kd + vd) * sizeof(float));
+    if (!scratch) return -1;
+    const attention_args a = {
+        .query = (const char *)query,
+        .key = (const char *)key,
+        .value = (const char *)value,
+        .key_cache = (char *)key_cache,
+        .value_cache = (char *)value_cache,
+        .query_start = (const int32_t *)query_start,
+        .context_len = (const int32_t *)context_len,
+        .block_tables = (const int32_t *)block_tables,
+        .slot_mapping = (const int64_t *)slot_mapping,
+        .sinks = (const char *)sinks,
+        .out = (char *)out,
+        .query_stride = {qs0, qs1},
+        .key_stride = {ks0, ks1},
+        .value_stride = {vs0, vs1},
+        .sequences = sequences,
+        .max_blocks = max_blocks,
+        .block_size = block_size,
+        .heads = heads,
+        .kv_heads = kv_heads,
+        .key_dim = key_dim,
+        .value_dim = value_dim,
+        .window = window,
+        .scaling = scaling,
+        .softcap = softcap,
+        .dtype = dtype,
+    };
+    pick()->attention(&a, scratch);
+    free(scratch);
+    return 0;
+}
