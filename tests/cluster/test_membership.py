@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -201,3 +203,8 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+
+
+def test_the_diagram_in_the_tour_is_the_one_of_the_table() -> None:
+    tour = Path(__file__).parents[2] / "ARCHITECTURE.md"
+    assert diagram() in tour.read_text(), "put the output of membership.diagram() into the tour"

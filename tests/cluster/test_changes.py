@@ -1,0 +1,130 @@
+"""Promises 1, 3 and 5 on real ranks: nothing is lost, nothing differs, a failed change is undone."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from service import Service, answer_all, change, requests, running, until
+
+from flexpert.cluster.head import Head
+from flexpert.errors import OperationConflict, OperationRefused, UnknownOperation
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with running(
+        cluster__ranks=2, engine__deterministic=True, engine__kv_memory="32MiB"
+    ) as service:
+        yield service
+
+
+CHANGES = [
+    {"ranks": 4},
+    {"remove": [1]},
+    {"ranks": 1},
+    {"add": 1, "remove": [0]},
+    {"ranks": 3},
+    {"remove": [0]},
+    {"add": 2},
+    {"add": 1, "remove": [2]},
+    {"ranks": 5},
+    {"ranks": 2},
+]
+
+
+@pytest.mark.timeout(300)
+def test_answers_are_identical_through_ten_changes_under_load(service: Service) -> None:
+    async def scenario(head: Head) -> None:
+        work = requests(200)
+        undisturbed = await answer_all(head, work, clients=16)
+        disturbed = asyncio.create_task(answer_all(head, work, clients=16))
+        for number, target in enumerate(CHANGES):
+            done = await change(head, **target)
+            assert done.state == "done", (number, done)
+            assert sorted(rank.id for rank in head.cluster().ranks) == done.target
+            await asyncio.sleep(0.1)
+        answers = await disturbed
+        for number, (before, after) in enumerate(zip(undisturbed, answers, strict=True)):
+            assert before.finish == after.finish == "length"
+            assert before.tokens == after.tokens, f"request {number} differs"
+
+    service.run(scenario(service.head), timeout_s=280)
+
+
+def test_a_newcomer_killed_while_it_loads_is_undone_and_traffic_does_not_notice(
+    service: Service,
+) -> None:
+    async def scenario(head: Head) -> None:
+        await change(head, ranks=2)
+        work = requests(16)
+        expected = await answer_all(head, work, clients=8)
+        traffic = asyncio.create_task(answer_all(head, work, clients=8))
+        before = head.cluster()
+        operation = head.begin_operation(ranks=3)
+        await until(lambda: any(r.pid and r.id == 2 for r in head.cluster().ranks))
+        victim = next(r.pid for r in head.cluster().ranks if r.id == 2)
+        os.kill(victim, signal.SIGKILL)
+        failed = await head.wait_operation(operation.id)
+        assert failed.state == "failed"
+        assert failed.error
+        assert "rank 2 ended (SIGKILL)" in failed.error
+        after = head.cluster()
+        assert after.epoch == before.epoch
+        assert after.placement == before.placement
+        assert [r.id for r in after.ranks] == [0, 1]
+        assert await traffic == expected
+        assert (await change(head, ranks=3)).state == "done"
+
+    service.run(scenario(service.head))
+
+
+def test_a_cancelled_change_leaves_everything_as_it_was(service: Service) -> None:
+    async def scenario(head: Head) -> None:
+        await change(head, ranks=2)
+        operation = head.begin_operation(ranks=4)
+        assert head.begin_operation(ranks=4).id == operation.id, "the same target again"
+        with pytest.raises(OperationConflict, match="is running"):
+            head.begin_operation(ranks=3)
+        head.cancel_operation(operation.id)
+        cancelled = await head.wait_operation(operation.id)
+        assert cancelled.state == "cancelled"
+        assert [r.id for r in head.cluster().ranks] == [0, 1]
+        assert head.cluster().operation is None
+        with pytest.raises(OperationConflict, match="is over"):
+            head.cancel_operation(operation.id)
+        assert (await change(head, ranks=4)).state == "done"
+        assert (await change(head, ranks=2)).state == "done"
+
+    service.run(scenario(service.head))
+
+
+def test_impossible_targets_are_refused_at_once(service: Service) -> None:
+    async def scenario(head: Head) -> None:
+        with pytest.raises(OperationRefused, match="capacity of 8"):
+            head.begin_operation(ranks=9)
+        with pytest.raises(UnknownOperation):
+            head.operation("op-nope")
+        same = head.begin_operation(ranks=len(head.cluster().ranks))
+        assert same.state == "done"
+
+    service.run(scenario(service.head))
+
+
+def test_a_client_that_goes_away_frees_its_sequence(service: Service) -> None:
+    async def scenario(head: Head) -> None:
+        prompt, params = requests(1, tokens=1000)[0]
+        stream = head.submit(prompt, params)
+        async for _ in stream:
+            break
+        stream.cancel()
+        prompt, params = requests(1, tokens=5)[0]
+        await answer_all(head, [(prompt, params)] * 4, clients=4)
+        await until(lambda: all(r.running == 0 for r in head.cluster().ranks))
+
+    service.run(scenario(service.head))
