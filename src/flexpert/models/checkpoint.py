@@ -1,0 +1,230 @@
+"""The safetensors files of a checkpoint, read under the names and layouts of the model.
+
+How names and layouts differ between disk and model is transformers' knowledge (its conversion
+mapping); we ask it for the sources of each parameter and run its own operations on just the
+tensors, or just the rows of them, that are needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from flexpert.errors import ModelError
+
+INDEX: Final = "model.safetensors.index.json"
+SINGLE: Final = "model.safetensors"
+
+
+class TensorFiles:
+    """The safetensors files of a directory; opened and checked, nothing read. Thread-safe."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._file_of: dict[str, str] = {}
+        self._open: dict[str, Any] = {}
+        for name in self._file_names():
+            file = self._open[name] = self._open_file(name)
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                self._file_of[key] = name
+        if not self._file_of:
+            raise ModelError(f"{path} has safetensors files, but no tensor is in them")
+
+    def _file_names(self) -> list[str]:
+        index = self.path / INDEX
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ModelError(f"{index} is not an index of safetensors files: {error}") from error
+            missing = [name for name in names if not (self.path / name).is_file()]
+            if missing:
+                raise ModelError(
+                    f"{self.path} lacks {len(missing)} of its {len(names)} weight files: "
+                    f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; download it again"
+                )
+            return names
+        if (self.path / SINGLE).is_file():
+            return [SINGLE]
+        if any(self.path.glob("*.bin")) or any(self.path.glob("*.pth")):
+            raise ModelError(
+                f"{self.path} has only pickled weights, which flexpert does not read; convert them "
+                "once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+            )
+        raise ModelError(f"{self.path} has neither {SINGLE} nor {INDEX}")
+
+    def _open_file(self, name: str) -> Any:
+        try:
+            return safe_open(str(self.path / name), framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{self.path / name} is damaged or incomplete ({error}); download it again"
+            ) from error
+
+    def keys(self) -> Iterable[str]:
+        return self._file_of.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        with self._lock:
+            return tuple(self._open[self._file_of[key]].get_slice(key).get_shape())
+
+    def read(self, key: str) -> Tensor:
+        """The whole tensor."""
+        with self._lock:
+            tensor: Tensor = self._open[self._file_of[key]].get_tensor(key)
+            return tensor
+
+    def read_row(self, key: str, row: int) -> Tensor:
+        """[1, …]: one row of a tensor; nothing else of it is read."""
+        with self._lock:
+            tensor: Tensor = self._open[self._file_of[key]].get_slice(key)[row : row + 1]
+            return tensor
+
+
+@dataclass(slots=True)
+class Recipe:
+    """How one parameter of the model (or several, converted together) comes from the files.
+
+    converter: of transformers, or None if the tensor is taken as it is.
+    sources: pattern of the converter → keys in the files, in the order of their indices.
+    targets: names of the parameters it yields.
+    """
+
+    converter: WeightConverter | None
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
+
+
+class Checkpoint:
+    """The tensors of a checkpoint, by the names of the model's parameters.
+
+    Args:
+        files: of the checkpoint.
+        skeleton: the model on the meta device.
+    """
+
+    def __init__(self, files: TensorFiles, skeleton: PreTrainedModel) -> None:
+        self.files = files
+        self._skeleton = skeleton
+        self.recipes: dict[str, Recipe] = {}
+        conversions = get_model_conversion_mapping(skeleton)
+        renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        by_pattern = {p: c for c in converters for p in c.source_patterns}
+        known = skeleton.state_dict()
+        prefix = skeleton.base_model_prefix
+        for key in sorted(files.keys(), key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+            if name not in known and key in known:
+                name, pattern = rename_source_key(key, [], [], prefix, known)
+            if name not in known:
+                continue  # e.g. layers for multi-token prediction, which no model class uses
+            recipe = self.recipes.get(name)
+            if recipe is None:
+                converter = by_pattern[pattern] if pattern is not None else None
+                targets = [name]
+                if converter is not None:
+                    first = converter.target_patterns[0]
+                    targets = [name.replace(first, other) for other in converter.target_patterns]
+                recipe = self.recipes[name] = Recipe(converter, targets=tuple(targets))
+            recipe.sources.setdefault(pattern or "", []).append(key)
+
+    @property
+    def targets(self) -> set[str]:
+        """Names of all parameters that the files hold."""
+        return {target for recipe in self.recipes.values() for target in recipe.targets}
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The parameters that the recipe of `name` yields, by name."""
+        recipe = self.recipes[name]
+        if recipe.converter is None:
+            return {name: self.files.read(recipe.sources[""][-1])}
+        sources = {p: [self.files.read(k) for k in keys] for p, keys in recipe.sources.items()}
+        return self._convert(recipe.converter, name, sources, self._skeleton)
+
+    def read_expert(self, name: str, expert: int, experts: int) -> Tensor:
+        """One expert's part of a parameter [experts, …]; reads only what it needs."""
+        recipe = self.recipes.get(name)
+        if recipe is None:
+            raise ModelError(f"{self.files.path} lacks the experts' weights {name}")
+        if recipe.converter is None:
+            key = recipe.sources[""][-1]
+            self._check_experts(name, self.files.shape(key)[0], experts)
+            return self.files.read_row(key, expert)[0]
+        sources: dict[str, list[Tensor]] = {}
+        for pattern, keys in recipe.sources.items():
+            if "*" in pattern:  # one tensor an expert
+                self._check_experts(name, len(keys), experts)
+                sources[pattern] = [self.files.read(keys[expert])]
+            else:
+                self._check_experts(name, self.files.shape(keys[0])[0], experts)
+                if _moves_experts(recipe.converter, len(self.files.shape(keys[0]))):
+                    return self.read(name)[name][expert].clone()
+                sources[pattern] = [self.files.read_row(keys[0], expert)]
+        one = _OneExpert(self._skeleton)
+        return self._convert(recipe.converter, name, sources, one)[name][0]
+
+    def _check_experts(self, name: str, found: int, experts: int) -> None:
+        if found != experts:
+            raise ModelError(
+                f"{self.files.path} has {found} experts for {name}, its config.json says {experts}"
+            )
+
+    def _convert(
+        self,
+        converter: WeightConverter,
+        name: str,
+        sources: dict[str, list[Tensor]],
+        model: PreTrainedModel | _OneExpert,
+    ) -> dict[str, Tensor]:
+        converter = copy.deepcopy(converter)  # collects tensors in itself
+        for pattern, tensors in sources.items():
+            for tensor in tensors:
+                converter.add_tensor(name, name, pattern, tensor)
+        try:
+            converted = converter.convert(name, model=model, config=self._skeleton.config)
+        except Exception as error:  # whatever the library's operations raise on odd shapes
+            raise ModelError(f"{self.files.path}: cannot convert {name}: {error}") from error
+        return {key: v[0] if isinstance(v, list) else v for key, v in converted.items()}
+
+
+class _OneExpert:
+    """The model as an operation sees it that works on a single expert."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def get_parameter(self, name: str) -> Tensor:
+        whole = self._model.get_parameter(name)
+        return torch.empty((1, *whole.shape[1:]), dtype=whole.dtype, device="meta")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _moves_experts(converter: WeightConverter, ndim: int) -> bool:
+    """Whether an operation touches dimension 0, so that rows cannot be converted one by one."""
+    for operation in converter.operations:
+        for attribute in ("dim", "dim0", "dim1", "stack_dim", "concat_dim"):
+            dim = getattr(operation, attribute, None)
+            if dim is not None and dim % ndim == 0:
+                return True
+    return False

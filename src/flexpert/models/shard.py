@@ -1,0 +1,283 @@
+"""The dense part of a model in this process: everything but the experts, and the KV cache."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexpert.errors import ModelError, UnsupportedModel
+from flexpert.models import registrations
+from flexpert.models.batch import ForwardBatch
+from flexpert.models.deterministic import RowwiseMode, outside_modes
+from flexpert.models.probe import build_skeleton
+from flexpert.models.source import ModelInfo, ModelSource
+from flexpert.moe import ops
+
+
+class MoERuntime(Protocol):
+    """Where the routed experts' sum comes from; `flexpert.moe.runtime` has the real one."""
+
+    def forward(
+        self,
+        layer: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        apply_gate: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """x: [T, hidden], expert_ids: [T, k], weights: [T, k] float32 → [T, hidden]."""
+        ...
+
+
+class PagedAttention:
+    """One attention layer's cache, and the batch that all layers share.
+
+    key_cache: [blocks, block_size, kv_heads, key_dim]; value_cache: […, value_dim].
+    """
+
+    __slots__ = ("batch", "isolated", "key_cache", "value_cache")
+
+    def __init__(self, key_cache: Tensor, value_cache: Tensor, *, isolated: bool) -> None:
+        self.key_cache = key_cache
+        self.value_cache = value_cache
+        self.isolated = isolated
+        self.batch: ForwardBatch | None = None
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: object,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: object,  # `probe` has refused what would matter
+    ) -> Tensor:
+        with outside_modes() if self.isolated else contextlib.nullcontext():
+            batch = self.batch
+            if batch is None:
+                raise RuntimeError("attention outside of ModelShard.forward")
+            out = ops.paged_attention(
+                _rows(query),
+                _rows(key),
+                _rows(value),
+                self.key_cache,
+                self.value_cache,
+                batch.query_start,
+                batch.context_len,
+                batch.block_tables,
+                batch.slot_mapping,
+                scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
+                window=sliding_window or 0,
+                softcap=softcap or 0.0,
+                sinks=None if s_aux is None else s_aux.to(query.dtype).contiguous(),
+            )
+            return out.unsqueeze(0)
+
+
+class RoutedExperts:
+    """One MoE layer's experts module, bound to the runtime."""
+
+    __slots__ = ("apply_gate", "layer", "runtime", "topk")
+
+    def __init__(self, layer: int, module: Any, runtime: MoERuntime, topk: int) -> None:
+        self.layer = layer
+        self.runtime = runtime
+        self.topk = topk
+        self.apply_gate: Callable[[Tensor], Tensor] = (
+            module._apply_gate if module.has_gate else module.act_fn
+        )
+
+    def experts(self, module: nn.Module, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        return self.runtime.forward(
+            self.layer, x.contiguous(), expert_ids.contiguous(), weights.float().contiguous(),
+            self.apply_gate,
+        )
+
+
+class ModelShard:
+    """The dense part of a model, ready to compute batches; made by `load`, used by one thread."""
+
+    info: ModelInfo
+
+    def __init__(
+        self, info: ModelInfo, model: PreTrainedModel, attention: list[PagedAttention],
+        experts: list[RoutedExperts], *, deterministic: bool,
+    ) -> None:
+        self.info = info
+        self._model = model
+        self._attention = attention
+        self._experts = experts
+        self._deterministic = deterministic
+        self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @classmethod
+    def load(
+        cls,
+        source: ModelSource,
+        *,
+        moe: MoERuntime,
+        kv_blocks: int,
+        kv_block_size: int,
+        deterministic: bool,
+    ) -> ModelShard:
+        """Read the dense weights and reserve the KV cache (its pages are touched on use).
+
+        Raises:
+            ModelError: a tensor of the checkpoint cannot be read or has another shape.
+            UnsupportedModel: the model computes something at its start that we cannot repeat.
+        """
+        model = build_skeleton(
+            source.config, source.info.dtype, attention=registrations.IMPLEMENTATION
+        )
+        for name in source.experts_names:
+            model.get_submodule(name)._parameters.clear()
+        with torch.no_grad():
+            _compute_buffers(model)
+            _load_dense(model, source)
+        _check_real(model)
+        attention = []
+        for name, shape in zip(source.attention_names, source.info.attention, strict=True):
+            rows = (kv_blocks, kv_block_size, shape.kv_heads)
+            layer = PagedAttention(
+                torch.empty((*rows, shape.key_dim), dtype=source.info.dtype),
+                torch.empty((*rows, shape.value_dim), dtype=source.info.dtype),
+                isolated=deterministic,
+            )
+            registrations.bind(model.get_submodule(name), layer)
+            attention.append(layer)
+        experts = []
+        for index, name in enumerate(source.experts_names):
+            module = model.get_submodule(name)
+            routed = RoutedExperts(index, module, moe, source.info.topk)
+            registrations.bind(module, routed)
+            experts.append(routed)
+        return cls(source.info, model, attention, experts, deterministic=deterministic)
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """[M, vocab] float32 logits of `batch.sample_rows`; walks all MoE layers once, in order."""
+        for layer in self._attention:
+            layer.batch = batch
+        rows = {"logits_to_keep": batch.sample_rows} if self._slices_logits else {}
+        with torch.inference_mode(), self._mode():
+            logits: Tensor = self._model(
+                input_ids=batch.token_ids.unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0),
+                use_cache=False,
+                **rows,
+            ).logits[0]
+            if not rows:
+                logits = logits[batch.sample_rows]
+            return logits.float()
+
+    def forward_idle(self) -> None:
+        """Take part in a step without tokens: each MoE layer in order, no attention."""
+        with torch.inference_mode(), self._mode():
+            for layer in self._experts:
+                layer.runtime.forward(
+                    layer.layer,
+                    torch.empty((0, self.info.hidden), dtype=self.info.dtype),
+                    torch.empty((0, layer.topk), dtype=torch.int64),
+                    torch.empty((0, layer.topk), dtype=torch.float32),
+                    layer.apply_gate,
+                )
+
+    def _mode(self) -> contextlib.AbstractContextManager[object]:
+        return RowwiseMode() if self._deterministic else contextlib.nullcontext()
+
+    @property
+    def kv_caches(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each attention layer: [blocks, block_size, kv_heads, dim]."""
+        return [(layer.key_cache, layer.value_cache) for layer in self._attention]
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of weights and buffers in this process."""
+        tensors = {*self._model.parameters(), *self._model.buffers()}
+        return sum(t.nbytes for t in tensors)
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes reserved for the KV cache."""
+        return sum(k.nbytes + v.nbytes for k, v in self.kv_caches)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[1, heads, N, dim] → [N, heads, dim], last dimension contiguous."""
+    x = x[0].transpose(0, 1)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _load_dense(model: PreTrainedModel, source: ModelSource) -> None:
+    """Give every parameter and persistent buffer outside the experts its value."""
+    for name, recipe in source.checkpoint.recipes.items():
+        if source.expert_parameters.intersection(recipe.targets):
+            continue
+        for target, tensor in source.checkpoint.read(name).items():
+            expected = model.get_parameter_or_buffer(target)
+            if tensor.shape != expected.shape:
+                raise ModelError(
+                    f"{source.path}: {target} has shape {tuple(tensor.shape)}, "
+                    f"config.json says {tuple(expected.shape)}"
+                )
+            _replace(model, target, tensor.to(source.dtype_of(target)).contiguous())
+    # transformers says which name of a tied pair to fill when the files hold only one
+    everything = {*model.state_dict(), *source.expert_parameters}
+    model.tie_weights(missing_keys=everything - source.held, recompute_mapping=False)
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies) as transformers does.
+
+    `_init_weights` is transformers' own way to do so after loading on the meta device; parameters
+    are still there, so it cannot touch any.
+    """
+    modules: dict[str, list[str]] = {}
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        modules.setdefault(path, []).append(leaf)
+        unset = float("nan") if buffer.is_floating_point() else 0
+        _replace(model, name, torch.full(buffer.shape, unset, dtype=buffer.dtype))
+    for path, leaves in modules.items():
+        module = model.get_submodule(path)
+        model._init_weights(module)
+        for leaf in leaves:
+            buffer = getattr(module, leaf)
+            if not buffer.is_floating_point() or buffer.isnan().any():
+                raise UnsupportedModel(
+                    f"{model.config.model_type} does not fit: its buffer {path}.{leaf} is in no "
+                    "checkpoint and transformers does not say how to compute it"
+                )
+
+
+def _replace(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _check_real(model: PreTrainedModel) -> None:
+    """Nothing may be left on the meta device."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(f"{name} of {type(model).__name__} got no value from the checkpoint")
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise UnsupportedModel(
+                    f"{model.config.model_type} does not fit: {path}.{attribute} is computed when "
+                    "the model is built and in no checkpoint"
+                )

@@ -1,0 +1,358 @@
+"""A checkpoint, opened: what it is, what it needs, and its experts' weights on demand."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from flexpert.errors import ModelError, UnsupportedModel
+from flexpert.models import registrations
+from flexpert.models.checkpoint import Checkpoint, TensorFiles
+from flexpert.models.probe import AttentionShape, Probe, build_skeleton, probe
+from flexpert.moe.experts import ExpertWeights
+
+logger = logging.getLogger(__name__)
+
+TINY: Final = "tiny"
+"""The name of the model that comes with the package."""
+
+DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+WANTED_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the engine needs to know of a model.
+
+    attention: one entry per attention layer, in the order of the forward pass.
+    max_model_len: tokens of prompt and answer together.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    hidden: int
+    vocab: int
+    moe_layers: int
+    experts: int
+    topk: int
+    dtype: torch.dtype
+    attention: tuple[AttentionShape, ...]
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        elements = sum(a.kv_heads * (a.key_dim + a.value_dim) for a in self.attention)
+        return elements * self.dtype.itemsize
+
+
+class ModelSource:
+    """A checkpoint directory, opened: configuration, index and conversion rules; no weights.
+
+    Made by `open`. `load_experts` may be called from any thread.
+    """
+
+    path: Path
+    info: ModelInfo
+    config: PreTrainedConfig
+
+    def __init__(
+        self, path: Path, config: PreTrainedConfig, info: ModelInfo, skeleton: PreTrainedModel,
+        found: Probe,
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.info = info
+        self.skeleton = skeleton
+        self.attention_names = tuple(found.attention_shapes)
+        self.experts_names = tuple(call.name for call in found.experts_calls)
+        self.checkpoint = Checkpoint(TensorFiles(path), skeleton)
+        self._check_complete()
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+    ) -> ModelSource:
+        """Open a model by name.
+
+        Args:
+            model: "tiny", the model in the package; a directory; or an id on the Hugging Face hub.
+            revision: of the hub repository.
+            dtype: "auto" (the checkpoint's; float16 becomes bfloat16), "bfloat16" or "float32".
+            max_model_len: a shorter limit of prompt and answer than the model's.
+
+        Raises:
+            UnsupportedModel: a dense model, or a family that does not fit; says why.
+            ModelError: files are missing, damaged or cannot be had.
+        """
+        path = locate(model, revision)
+        config = _read_config(path)
+        if quantization := getattr(config, "quantization_config", None):
+            method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
+            raise UnsupportedModel(
+                f"{model} is quantised ({method}), which flexpert does not read yet; "
+                "use a bfloat16 checkpoint of it"
+            )
+        skeleton = build_skeleton(config, _dtype(config, dtype), attention=registrations.PROBE)
+        found = probe(skeleton)
+        return cls(path, config, _info(model, path, config, skeleton, found, max_model_len), skeleton, found)
+
+    # ---- sizes ------------------------------------------------------------------------------
+
+    def expert_nbytes(self) -> int:
+        """Bytes of one expert of one layer in memory."""
+        module = self.skeleton.get_submodule(self.experts_names[0])
+        elements = sum(p.numel() // self.info.experts for p in module.parameters(recurse=False))
+        return elements * self.info.dtype.itemsize
+
+    def dense_nbytes(self) -> int:
+        """Bytes of everything but the experts in memory."""
+        tied = self.skeleton.all_tied_weights_keys
+        return sum(
+            tensor.numel() * self.dtype_of(name).itemsize
+            for name, tensor in self.skeleton.state_dict().items()
+            if name not in self.expert_parameters and not (name in tied and name not in self.held)
+        )
+
+    # ---- names ------------------------------------------------------------------------------
+
+    @cached_property
+    def expert_parameters(self) -> frozenset[str]:
+        """Names of all experts' fused parameters, which `shard` never allocates."""
+        return frozenset(
+            f"{name}.{parameter}"
+            for name in self.experts_names
+            for parameter, _ in self.skeleton.get_submodule(name).named_parameters(recurse=False)
+        )
+
+    @cached_property
+    def held(self) -> frozenset[str]:
+        """Names of all parameters that the files hold."""
+        return frozenset(self.checkpoint.targets)
+
+    @cached_property
+    def _kept_in_float32(self) -> re.Pattern[str] | None:
+        plan = self.skeleton._get_dtype_plan(self.info.dtype)
+        patterns = [p.replace("*", ".*") for p, kept in plan.items() if kept == torch.float32]
+        return re.compile("|".join(patterns)) if patterns else None
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of a parameter in memory; some families keep a few in float32."""
+        if self._kept_in_float32 is not None and self._kept_in_float32.search(name):
+            return torch.float32
+        tensor = self.skeleton.get_parameter_or_buffer(name)
+        return torch.dtype(tensor.dtype) if False else tensor.dtype
+
+    def _check_complete(self) -> None:
+        tied = self.skeleton.all_tied_weights_keys
+        ignored = [re.compile(p) for p in self.skeleton._keys_to_ignore_on_load_missing or ()]
+        missing = []
+        for name in self.skeleton.state_dict():
+            if name in self.held or any(p.search(name) for p in ignored):
+                continue
+            partners = {tied.get(name), *(target for target, source in tied.items() if source == name)}
+            if not partners & self.held:
+                missing.append(name)
+        if missing:
+            raise ModelError(
+                f"{self.path} lacks {len(missing)} tensors of {self.info.architecture}: "
+                f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}"
+            )
+
+    # ---- weights ----------------------------------------------------------------------------
+
+    def load_experts(self, layer: int, experts: Sequence[int]) -> dict[int, ExpertWeights]:
+        """Some experts of one MoE layer; reads only their rows of the files.
+
+        Args:
+            layer: index among the MoE layers, in the order of the forward pass.
+            experts: logical experts of the checkpoint.
+
+        Raises:
+            ModelError: the files do not hold them.
+        """
+        if not 0 <= layer < self.info.moe_layers:
+            raise ValueError(f"there is no MoE layer {layer}: the model has {self.info.moe_layers}")
+        for expert in experts:
+            if not 0 <= expert < self.info.experts:
+                raise ValueError(f"there is no expert {expert}: the model has {self.info.experts}")
+        return {expert: self._load_expert(self.experts_names[layer], expert) for expert in experts}
+
+    def _load_expert(self, name: str, expert: int) -> ExpertWeights:
+        module: Any = self.skeleton.get_submodule(name)
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+
+        def read(parameter: str) -> Tensor:
+            full = f"{name}.{parameter}"
+            tensor = self.checkpoint.read_expert(full, expert, self.info.experts)
+            expected = tuple(self.skeleton.get_parameter(full).shape[1:])
+            if tuple(tensor.shape) != expected:
+                raise ModelError(
+                    f"{self.path}: expert {expert} of {full} has shape {tuple(tensor.shape)}, "
+                    f"config.json says {expected}"
+                )
+            if tensor.ndim == 2 and module.is_transposed:
+                tensor = tensor.t()
+            # a copy of its own: an expert that leaves must give its memory back
+            return torch.empty(tensor.shape, dtype=self.info.dtype).copy_(tensor)
+
+        return ExpertWeights(
+            gate_up=read(up),
+            down=read("down_proj"),
+            gate_up_bias=read(f"{up}_bias") if module.has_bias else None,
+            down_bias=read("down_proj_bias") if module.has_bias else None,
+        )
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            ModelError: it has none, or it cannot be read.
+        """
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+            raise ModelError(f"{self.path} has no tokenizer that can be read: {error}") from error
+        return tokenizer
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The directory of a model; downloads it if it is on the hub.
+
+    Raises:
+        ModelError: there is no such directory, or the hub cannot be reached and nothing is cached.
+    """
+    if model == TINY:
+        return Path(str(resources.files("flexpert.models").joinpath("tiny")))
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1 or path.exists():
+        raise ModelError(f"{model} is not a directory")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED_FILES))
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise ModelError(
+            f"{model} is neither a directory nor a model on the hub that you may read ({error})"
+        ) from error
+    except Exception as error:
+        raise ModelError(
+            f"{model} is not a directory, and the hub cannot be reached for it "
+            f"({type(error).__name__}: {error}); download it elsewhere and give its path, "
+            f"or use {TINY!r}, which is part of the package"
+        ) from error
+
+
+def _read_config(path: Path) -> PreTrainedConfig:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json: it is not a checkpoint of transformers")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+    except Exception as error:
+        if "trust_remote_code" in str(error) or "does not recognize this architecture" in str(error):
+            raise UnsupportedModel(
+                f"{path}: the installed transformers does not know this model ({error})"
+            ) from error
+        raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
+    return config
+
+
+def _dtype(config: PreTrainedConfig, asked: str) -> torch.dtype:
+    if asked != "auto":
+        if asked not in DTYPES:
+            raise ModelError(f"dtype {asked!r} is not one of auto, {', '.join(DTYPES)}")
+        return DTYPES[asked]
+    stored = config.get_text_config().dtype or config.dtype or torch.float32
+    if isinstance(stored, str):
+        stored = getattr(torch, stored)
+    if stored == torch.float16:
+        logger.warning("the checkpoint is float16, which CPUs compute slowly; using bfloat16")
+        return torch.bfloat16
+    if stored not in DTYPES.values():
+        raise UnsupportedModel(f"weights of dtype {stored} are not supported")
+    return torch.bfloat16 if stored == torch.bfloat16 else torch.float32
+
+
+def _info(
+    model: str,
+    path: Path,
+    config: PreTrainedConfig,
+    skeleton: PreTrainedModel,
+    found: Probe,
+    max_model_len: int | None,
+) -> ModelInfo:
+    text = config.get_text_config()
+    call = found.experts_calls[0]
+    eos, bos = config.eos_token_id, config.bos_token_id
+    if (path / "generation_config.json").is_file():
+        try:
+            generation = GenerationConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path / 'generation_config.json'} cannot be read: {error}") from error
+        eos = generation.eos_token_id if generation.eos_token_id is not None else eos
+        bos = generation.bos_token_id if generation.bos_token_id is not None else bos
+    return ModelInfo(
+        name=model,
+        model_type=config.model_type,
+        architecture=type(skeleton).__name__,
+        hidden=call.hidden,
+        vocab=text.vocab_size,
+        moe_layers=len(found.experts_calls),
+        experts=call.experts,
+        topk=call.topk,
+        dtype=skeleton.dtype,
+        attention=tuple(found.attention_shapes.values()),
+        max_model_len=_context_limit(text, max_model_len),
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        bos_token_id=bos,
+    )
+
+
+def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
+    """The model's context, or the shorter one asked for.
+
+    With rope types "dynamic" and "longrope" the frequencies of all tokens of a batch depend on the
+    longest of them; within the original context they do not.
+    """
+    limit = int(config.max_position_embeddings)
+    reason = "its max_position_embeddings"
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):
+        kind = parameters.get("rope_type", "default") if isinstance(parameters, dict) else "default"
+        if kind in ("dynamic", "longrope"):
+            original = parameters.get("original_max_position_embeddings")
+            limit = min(limit, int(original or config.max_position_embeddings))
+            reason = f"{kind} rotary embeddings beyond it would make requests change each other"
+    if asked is None:
+        return limit
+    if not 0 < asked <= limit:
+        raise ModelError(f"max_model_len {asked} is not within 1 … {limit} ({reason})")
+    return asked
