@@ -32,6 +32,7 @@ Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _BLOCK = 64  # weights added up at a time
+_CACHED = 2**18  # float32 weights that are worked on at once: 1 MiB, to stay in the L2 cache
 _COLDEST = 1e-30  # below it float32 quotients lose their meaning; it is greedy long before
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
 _WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
@@ -47,11 +48,11 @@ def philox4x32(
     counter: [4, n], key: [2, n], result: [4, n]; all uint64 holding 32-bit words.
     """
     even, odd = counter[0::2], counter[1::2]
-    for _ in range(rounds):
+    keys = (key + np.arange(rounds, dtype=np.uint64)[:, None, None] * _WEYL) & _WORD
+    for round_key in keys:
         product = even * _MULTIPLIERS
-        even = (product >> _SHIFT)[::-1] ^ odd ^ key
+        even = (product >> _SHIFT)[::-1] ^ odd ^ round_key
         odd = (product & _WORD)[::-1]
-        key = (key + _WEYL) & _WORD
     return np.stack([even[0], odd[0], even[1], odd[1]])
 
 
@@ -129,106 +130,129 @@ def _choose(x: Floats, samples: Sequence[SampleState]) -> list[int]:
     drawn = [i for i, s in enumerate(samples) if not s.greedy]
     if not drawn:
         return [int(token) for token in x.argmax(axis=1)]
-    tokens = np.empty(len(samples), dtype=np.int64)
-    if len(drawn) < len(samples):
-        tokens[:] = x.argmax(axis=1)
-    states = [samples[i] for i in drawn]
-    weights = _weights(x, drawn, [s.params.temperature for s in states])
-    _filter(weights, x.shape[1], states)
-    u = uniforms([s.seed for s in states], [s.position for s in states])
-    tokens[drawn] = _pick(weights, u)
+    tokens = x.argmax(axis=1) if len(drawn) < len(samples) else np.zeros(len(x), dtype=np.int64)
+    u = uniforms([samples[i].seed for i in drawn], [samples[i].position for i in drawn])
+    at_once = max(1, _CACHED // x.shape[1])
+    for start in range(0, len(drawn), at_once):
+        rows = drawn[start : start + at_once]
+        states = [samples[i] for i in rows]
+        weights = _weights(x, rows, states)
+        _filter(weights, x.shape[1], states)
+        tokens[rows] = _pick(weights, u[start : start + at_once])
     return [int(token) for token in tokens]
 
 
-def _weights(x: Floats, rows: list[int], temperatures: list[float]) -> Floats:
+def _weights(x: Floats, rows: list[int], states: Sequence[SampleState]) -> Floats:
     """exp((x - max) / temperature) of the given rows, [rows, vocab rounded up to whole blocks]."""
     vocab = x.shape[1]
-    out: Floats = np.full((len(rows), -(-vocab // _BLOCK) * _BLOCK), -np.inf, dtype=np.float32)
+    out: Floats = np.empty((len(rows), -(-vocab // _BLOCK) * _BLOCK), dtype=np.float32)
+    out[:, vocab:] = -np.inf
+    temperatures = np.array([[s.params.temperature] for s in states])
+    scale = np.maximum(temperatures, _COLDEST).astype(np.float32)
     picked = x if len(rows) == len(x) else x[rows]
-    scale = np.maximum(np.array(temperatures), _COLDEST).astype(np.float32)
     body = out[:, :vocab]
-    np.subtract(picked, picked.max(axis=1, keepdims=True), out=body)
-    with np.errstate(over="ignore", under="ignore"):
-        body /= scale[:, None]
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # -inf - -inf: all masked
+        np.subtract(picked, picked.max(axis=1, keepdims=True), out=body)
+        body /= scale
         return np.exp(out, out=out)
 
 
-def _filter(weights: Floats, vocab: int, states: list[SampleState]) -> None:
+def _filter(weights: Floats, vocab: int, states: Sequence[SampleState]) -> None:
     """Sets the weights [rows, width] of tokens outside min-p, top-k and top-p to zero."""
-    for index, state in enumerate(states):
-        if state.params.min_p > 0:  # the most likely token weighs 1
-            row = weights[index]
-            row[row < np.float32(state.params.min_p)] = 0
-    top_k = [min(s.params.top_k or vocab, vocab) for s in states]
-    top_p = [s.params.top_p for s in states]
-    rows = [i for i in range(len(states)) if top_k[i] < vocab or top_p[i] < 1]
-    if not rows:
-        return
-    whole = len(rows) == len(states)
-    kept = weights if whole else weights[rows]
-    _keep_largest(kept, vocab, np.array(top_k)[rows], np.array(top_p)[rows])
-    if not whole:
+    min_p = np.array([s.params.min_p for s in states], dtype=np.float32)
+    if min_p.any():
+        weights *= weights >= min_p[:, None]  # the most likely token weighs 1
+    top_k = np.array([min(s.params.top_k or vocab, vocab) for s in states], dtype=np.int64)
+    top_p = np.array([s.params.top_p for s in states])
+    rows = np.flatnonzero((top_k < vocab) | (top_p < 1))
+    if len(rows) == len(states):
+        _keep_largest(weights, vocab, min_p, top_k, top_p)
+    elif len(rows) > 0:
+        kept = weights[rows]
+        _keep_largest(kept, vocab, min_p[rows], top_k[rows], top_p[rows])
         weights[rows] = kept
 
 
-def _keep_largest(weights: Floats, vocab: int, top_k: Ints, top_p: Doubles) -> None:
-    """Zeroes all but the top_k [rows] largest weights, and of these all but the fewest whose sum
-    reaches top_p [rows] of theirs. Only as many weights are sorted as any row can need."""
-    rows, width = weights.shape
-    total = np.cumsum(_block_sums(weights), axis=1, dtype=np.float64)[:, -1]
-    needed = np.minimum(top_k, vocab)
-    for index in np.flatnonzero((top_k >= vocab) & (top_p < 1 - 1e-5)).tolist():
-        # All the tokens below this weight together have less than the share to be left out.
-        least = 0.5 * (1 - top_p[index]) * total[index] / vocab
-        needed[index] = np.count_nonzero(weights[index] >= least)
-    largest = min(-(-int(needed.max()) // _BLOCK) * _BLOCK, width)
-    if largest < width:
-        most = np.partition(weights, width - largest, axis=1)[:, width - largest :]
-    else:
-        most = weights.copy()
-    most.sort(axis=1)
-    most = np.ascontiguousarray(most[:, ::-1])
-    limited = np.flatnonzero(top_k < vocab)
-    for index in limited.tolist():
-        most[index, top_k[index] :] = 0
-    sums = np.cumsum(_block_sums(most), axis=1, dtype=np.float64)
-    total[limited] = sums[limited, -1]
-    positive = np.count_nonzero(most, axis=1)
-    count = np.where(top_p < 1, _first_reaching(most, sums, top_p * total) + 1, width)
-    count = np.minimum(count, np.maximum(positive, 1))
-    threshold = most[np.arange(rows), count - 1]
+def _keep_largest(weights: Floats, vocab: int, least: Floats, top_k: Ints, top_p: Doubles) -> None:
+    """Zeroes all but the top_k [rows] largest weights [rows, width], and of these all but the
+    fewest whose sum reaches top_p [rows] of theirs. least: [rows], other weights are 0 already."""
+    total = _cumulative(_blocks(weights))[:, -1]
+    limited = top_k < vocab
+    # All tokens below this weight together have less than the share that top-p leaves out. For a
+    # share near the rounding of the sums that proves nothing, and all are needed.
+    light = np.where(limited | (top_p > 1 - 1e-5), 0, 0.5 * (1 - top_p) * total / vocab)
+    most = _largest(weights, np.maximum(least, light.astype(np.float32)), top_k)
+    # From the largest down; the blocks are counted from there too, so what a sum adds up, and in
+    # which order, does not depend on how many weights were sorted.
+    for index in np.flatnonzero(limited).tolist():
+        most[index, : max(0, most.shape[1] - top_k[index])] = 0
+    falling = _blocks(most)[:, ::-1, ::-1]
+    sums = _cumulative(falling)
+    total = np.where(limited, sums[:, -1], total)
+    reached = _first_reaching(falling, sums, top_p * total) + 1
+    count = np.minimum(np.where(top_p < 1, reached, top_k), top_k)
+    threshold = most[np.arange(len(most)), np.maximum(most.shape[1] - count, 0)]
     keep = weights >= threshold[:, None]
-    excess = np.count_nonzero(keep, axis=1) - count
     weights *= keep
-    for index in np.flatnonzero(excess > 0).tolist():
-        ties = np.flatnonzero(weights[index] == threshold[index])
-        weights[index, ties[len(ties) - excess[index] :]] = 0
+    for index, limit in enumerate(count.tolist()):
+        excess = np.count_nonzero(keep[index]) - limit
+        if excess > 0 and threshold[index] > 0:
+            ties = np.flatnonzero(weights[index] == threshold[index])
+            weights[index, ties[len(ties) - excess :]] = 0
+
+
+def _largest(weights: Floats, least: Floats, top_k: Ints) -> Floats:
+    """The top_k largest weights of each row that are `least` or more, ascending, in whole blocks.
+
+    Below them other weights of the row, or zeros.
+    """
+    rows, width = weights.shape
+    heavy = weights >= least[:, None]
+    counts = [np.count_nonzero(row) for row in heavy]
+    needed = int(np.minimum(counts, top_k).max())
+    if needed > width // 8:  # measured: picking them out costs more than sorting all
+        return np.sort(weights, axis=1)
+    most = np.zeros((rows, -(-max(needed, 1) // _BLOCK) * _BLOCK), dtype=np.float32)
+    for index, (count, limit) in enumerate(zip(counts, top_k.tolist(), strict=True)):
+        row = weights[index] if count > width // 8 else weights[index, heavy[index]]
+        if len(row) > limit:
+            row = np.partition(row, len(row) - limit)[len(row) - limit :]
+        most[index, most.shape[1] - len(row) :] = row
+    most.sort(axis=1)
+    return most
 
 
 def _pick(weights: Floats, u: Doubles) -> Ints:
     """The index in each row of weights [rows, width] at u [rows] of its cumulative weight."""
-    sums = np.cumsum(_block_sums(weights), axis=1, dtype=np.float64)
-    return _first_reaching(weights, sums, u * sums[:, -1], beyond=True)
+    blocks = _blocks(weights)
+    sums = _cumulative(blocks)
+    return _first_reaching(blocks, sums, u * sums[:, -1], beyond=True)
 
 
-def _block_sums(weights: Floats) -> Floats:
-    """[rows, width] → [rows, width / 64]."""
-    blocks: Floats = weights.reshape(len(weights), -1, _BLOCK).sum(axis=2)
-    return blocks
+def _blocks(weights: Floats) -> Floats:
+    """[rows, width] → [rows, width / 64, 64], a view."""
+    return weights.reshape(len(weights), -1, _BLOCK)
 
 
-def _first_reaching(weights: Floats, sums: Doubles, target: Doubles, beyond: bool = False) -> Ints:
-    """The first index in each row where the cumulative weight reaches target [rows].
+def _cumulative(blocks: Floats) -> Doubles:
+    """[rows, n, 64] → [rows, n], the sum of all blocks up to and with each."""
+    sums: Doubles = np.cumsum(blocks.sum(axis=2), axis=1, dtype=np.float64)
+    return sums
 
-    sums: [rows, width / 64], cumulative over the blocks. beyond: exceeds instead of reaches; it
-    is then a token of positive weight, rounding or not.
+
+def _first_reaching(blocks: Floats, sums: Doubles, target: Doubles, beyond: bool = False) -> Ints:
+    """The first index in each row of blocks [rows, n, 64] where the cumulative weight reaches
+    target [rows].
+
+    sums: `_cumulative(blocks)`. beyond: exceeds instead of reaches; it is then a token of
+    positive weight, rounding or not.
     """
-    rows = np.arange(len(weights))
+    rows = np.arange(len(blocks))
     below = sums <= target[:, None] if beyond else sums < target[:, None]
     # where rounding leaves the target unreached: the last block that adds something
     last = np.count_nonzero(sums < sums[:, -1:], axis=1)
     block = np.minimum(np.count_nonzero(below, axis=1), last)
-    inside = weights.reshape(len(weights), -1, _BLOCK)[rows, block]
+    inside = blocks[rows, block]
     before = np.where(block > 0, sums[rows, block - 1], 0.0)
     rest = (target - before)[:, None]
     cumulative = np.cumsum(inside, axis=1, dtype=np.float64)

@@ -48,7 +48,8 @@ class TokenCounts:
 
     def append(self, token: int) -> None:
         """One more token of the answer."""
-        self._answer[self._find(token)] += 1
+        at = self._find(token)  # may replace the arrays
+        self._answer[at] += 1
 
     def _find(self, token: int) -> int:
         at = self._index.get(token)

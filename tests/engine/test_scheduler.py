@@ -1,0 +1,489 @@
+"""The scheduler against a fake model that reads what was really written into the KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from flexpert.engine.request import SamplingParams, Sequence, TokenEvent, TokenLogprobs
+from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
+from flexpert.engine.sequence import Sampled
+from flexpert.errors import ConfigError, ContextOverflow, RequestError
+
+EOS = 6
+
+
+def limits(**changed: Any) -> EngineLimits:
+    usual: dict[str, Any] = {
+        "max_tokens_per_step": 16,
+        "max_running": 4,
+        "max_model_len": 40,
+        "blocks": 12,
+        "block_size": 4,
+        "prefix_cache": True,
+    }
+    return EngineLimits(**(usual | changed))
+
+
+def sequence(
+    id: str, prompt: list[int], generated: list[int] | None = None, **params: Any
+) -> Sequence:
+    return Sequence(
+        id=id,
+        prompt=prompt,
+        generated=generated or [],
+        params=SamplingParams(**{"temperature": 0.0, **params}),
+        eos=(EOS,),
+    )
+
+
+def next_token(tokens: list[int]) -> int:
+    """The fake model: a function of all tokens so far, and of nothing else."""
+    state = 17
+    for token in tokens:
+        state = (state * 31 + token + 7) % 1000003
+    return state % 7
+
+
+def answer(s: Sequence, max_model_len: int = 40) -> list[int]:
+    """What the fake model answers when asked alone."""
+    tokens = [*s.prompt, *s.generated]
+    stops = {*s.params.stop_token_ids, *(() if s.params.ignore_eos else s.eos)}
+    while True:
+        tokens.append(next_token(tokens))
+        count = len(tokens) - len(s.prompt)
+        if tokens[-1] in stops and count > s.params.min_tokens:
+            break
+        if count == s.params.max_tokens or len(tokens) >= max_model_len:
+            break
+    return tokens[len(s.prompt) :]
+
+
+class FakeModel:
+    """Remembers what each slot of the cache holds, and reads a sequence only through its table."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.cache: dict[int, tuple[int, int]] = {}
+
+    def write(self, plan: StepPlan, rows: int | None = None) -> None:
+        """The step as far as `rows`: a broken step stops somewhere."""
+        for row in range(plan.tokens if rows is None else rows):
+            slot = int(plan.slot_mapping[row])
+            self.cache[slot] = (int(plan.positions[row]), int(plan.token_ids[row]))
+
+    def spoil(self, plan: StepPlan) -> None:
+        """What a broken step may have left: anything, wherever the plan writes to."""
+        for slot in plan.slot_mapping.tolist():
+            self.cache[slot] = (-1, -1)
+
+    def step(self, plan: StepPlan) -> Sampled:
+        self.write(plan)
+        owner = np.repeat(np.arange(len(plan.context_len)), np.diff(plan.query_start))
+        tokens = []
+        for row in plan.sample_rows.tolist():
+            table, seen = plan.block_tables[owner[row]], []
+            for position in range(int(plan.context_len[owner[row]])):
+                block, offset = divmod(position, self.block_size)
+                at, token = self.cache[int(table[block]) * self.block_size + offset]
+                assert at == position
+                seen.append(token)
+            tokens.append(next_token(seen))
+        return Sampled(tokens, [None] * len(tokens))
+
+
+def check_shapes(plan: StepPlan, own: EngineLimits) -> None:
+    rows, sequences, sampled = plan.tokens, len(plan.context_len), len(plan.samples)
+    assert rows <= own.max_tokens_per_step
+    assert sequences <= own.max_running
+    assert plan.token_ids.shape == plan.positions.shape == plan.slot_mapping.shape == (rows,)
+    assert plan.query_start.shape == (sequences + 1,)
+    assert plan.query_start[0] == 0
+    assert plan.query_start[-1] == rows
+    assert plan.block_tables.shape[0] == sequences
+    assert plan.sample_rows.shape == (sampled,)
+    assert len(set(plan.slot_mapping.tolist())) == rows
+    assert set(plan.sample_rows.tolist()) <= set((plan.query_start[1:] - 1).tolist())
+    for array in (plan.token_ids, plan.positions, plan.slot_mapping, plan.sample_rows):
+        assert array.dtype == np.int64
+    for array in (plan.query_start, plan.context_len, plan.block_tables):
+        assert array.dtype == np.int32
+    for at in range(sequences):
+        start, end = plan.query_start[at : at + 2].tolist()
+        context = int(plan.context_len[at])
+        assert plan.positions[start:end].tolist() == list(range(context - end + start, context))
+        blocks = plan.block_tables[at][plan.positions[start:end] // own.block_size]
+        slots = blocks * own.block_size + plan.positions[start:end] % own.block_size
+        assert plan.slot_mapping[start:end].tolist() == slots.tolist()
+
+
+def same(a: StepPlan, b: StepPlan) -> bool:
+    arrays = ("token_ids", "positions", "query_start", "context_len", "slot_mapping", "sample_rows")
+    width = [-(-int(c) // 4) for c in a.context_len]
+    return (
+        all(np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays)
+        and [s.id for s in a.samples] == [s.id for s in b.samples]
+        and all(
+            a.block_tables[i, :w].tolist() == b.block_tables[i, :w].tolist()
+            for i, w in enumerate(width)
+        )
+    )
+
+
+def run(
+    scheduler: Scheduler, model: FakeModel | None = None, steps: int = 2000
+) -> dict[str, list[TokenEvent]]:
+    """All events by sequence, until there is no work."""
+    model = model or FakeModel(scheduler.limits.block_size)
+    events: dict[str, list[TokenEvent]] = {}
+    for _ in range(steps):
+        if not scheduler.has_work:
+            return events
+        plan = scheduler.plan()
+        check_shapes(plan, scheduler.limits)
+        for event in scheduler.commit(plan, model.step(plan)):
+            events.setdefault(event.id, []).append(event)
+    raise AssertionError("the scheduler does not come to an end")
+
+
+def tokens_of(events: list[TokenEvent]) -> list[int]:
+    return [token for event in events for token in event.tokens]
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decoding() -> None:
+    scheduler, model = Scheduler(limits(max_tokens_per_step=5, blocks=40)), FakeModel(4)
+    scheduler.add(sequence("a", [1, 2, 3], max_tokens=20, ignore_eos=True))
+    scheduler.commit(first := scheduler.plan(), model.step(first))
+    scheduler.add(sequence("b", list(range(10)), max_tokens=2, ignore_eos=True))
+    sizes, sampled = [], []
+    for _ in range(4):
+        plan = scheduler.plan()
+        sizes.append(np.diff(plan.query_start).tolist())
+        sampled.append([s.id for s in plan.samples])
+        scheduler.commit(plan, model.step(plan))
+    assert sizes == [[1, 4], [1, 4], [1, 2], [1, 1]]
+    assert sampled == [["a"], ["a"], ["a", "b"], ["a", "b"]]
+
+
+def test_a_prompt_cut_one_token_before_its_end_is_not_taken_for_complete() -> None:
+    scheduler, model = Scheduler(limits(max_tokens_per_step=5)), FakeModel(4)
+    own = [sequence("a", [1, 2], max_tokens=3), sequence("b", [1, 2, 3, 4], max_tokens=3)]
+    for s in own:
+        scheduler.add(s)
+    plan = scheduler.plan()
+    assert np.diff(plan.query_start).tolist() == [2, 3]
+    scheduler.commit(plan, model.step(plan))
+    events = run(scheduler, model)
+    assert tokens_of(events["b"]) == answer(own[1])
+
+
+def test_an_empty_scheduler_plans_an_empty_step() -> None:
+    scheduler = Scheduler(limits())
+    plan = scheduler.plan()
+    check_shapes(plan, scheduler.limits)
+    assert (plan.tokens, plan.query_start.tolist()) == (0, [0])
+    assert scheduler.commit(plan, Sampled([], [])) == []
+    assert not scheduler.has_work
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    scheduler, model = Scheduler(limits(max_running=4)), FakeModel(4)
+    prompt = list(range(5)) * 2
+    scheduler.add(sequence("a", prompt, max_tokens=5))
+    first = run(scheduler, model)
+    scheduler.add(sequence("b", prompt, max_tokens=5))
+    plan = scheduler.plan()
+    assert plan.tokens == 2
+    assert plan.positions.tolist() == [8, 9]
+    scheduler.rollback(plan)
+    assert tokens_of(run(scheduler, model)["b"]) == tokens_of(first["a"])
+    assert scheduler.cached_tokens == 8
+
+
+def test_a_block_is_reused_only_after_its_step_was_whole() -> None:
+    scheduler, model = Scheduler(limits(max_tokens_per_step=40, blocks=20)), FakeModel(4)
+    scheduler.add(sequence("a", [1] * 9, max_tokens=5))
+    scheduler.rollback(scheduler.plan())
+    scheduler.add(sequence("b", [1] * 9, max_tokens=5))
+    plan = scheduler.plan()
+    assert np.diff(plan.query_start).tolist() == [9, 9]
+    scheduler.commit(plan, model.step(plan))
+    scheduler.add(sequence("c", [1] * 9, max_tokens=5))
+    assert np.diff(scheduler.plan().query_start).tolist() == [1, 1, 1]
+
+
+def test_the_latest_arrival_is_preempted_keeps_its_tokens_and_comes_back_first() -> None:
+    scheduler, model = Scheduler(limits(blocks=6, max_running=3, prefix_cache=False)), FakeModel(4)
+    own = [
+        sequence(name, [at] * 3, max_tokens=15, ignore_eos=True) for at, name in enumerate("abcd")
+    ]
+    for s in own:
+        scheduler.add(s)
+    events: dict[str, list[TokenEvent]] = {}
+    left: list[str] = []
+    while scheduler.has_work:
+        before = scheduler.preemptions
+        plan = scheduler.plan()
+        for event in scheduler.commit(plan, model.step(plan)):
+            events.setdefault(event.id, []).append(event)
+        left += [s.id for s in list(scheduler._waiting)[: scheduler.preemptions - before]]
+    assert left
+    assert set(left) <= {"b", "c", "d"}
+    for s in own:
+        assert tokens_of(events[s.id]) == answer(s)
+        assert [e.position for e in events[s.id]] == list(range(15))
+    ends = [next(i for i, e in enumerate(events[n]) if e.finish) for n in "abcd"]
+    assert ends == [14] * 4
+
+
+def test_a_resumed_sequence_goes_on_where_it_was() -> None:
+    whole = sequence("a", [3, 1, 4, 1, 5], max_tokens=12, ignore_eos=True)
+    want = answer(whole)
+    scheduler = Scheduler(limits())
+    scheduler.add(sequence("a", whole.prompt, want[:7], max_tokens=12, ignore_eos=True))
+    events = run(scheduler)["a"]
+    assert events[0].position == 7
+    assert tokens_of(events) == want[7:]
+    assert [e.finish for e in events] == [None] * 4 + ["length"]
+
+
+@pytest.mark.parametrize(
+    ("params", "generated", "finish"),
+    [
+        ({"max_tokens": 9}, [EOS], ["stop"]),
+        ({"max_tokens": 1}, [EOS], ["stop"]),
+        ({"max_tokens": 3, "ignore_eos": True}, [EOS, 1, 1], [None, None, "length"]),
+        ({"max_tokens": 9, "min_tokens": 2}, [EOS, EOS, EOS], [None, None, "stop"]),
+        ({"max_tokens": 9, "stop_token_ids": (5,)}, [4, 5], [None, "stop"]),
+        ({"max_tokens": 9, "ignore_eos": True, "stop_token_ids": (5,)}, [6, 5], [None, "stop"]),
+        ({"max_tokens": None}, [1, 1, 1], [None, None, "length"]),
+    ],
+)
+def test_finish_rules(params: dict[str, Any], generated: list[int], finish: list[str]) -> None:
+    scheduler = Scheduler(limits(max_model_len=8))
+    scheduler.add(sequence("a", [1] * 5, **params))
+    got = []
+    for token in generated:
+        (event,) = scheduler.commit(scheduler.plan(), Sampled([token], [None]))
+        got.append(event.finish)
+    assert got == finish
+    assert not scheduler.has_work
+    assert scheduler.kv_used == 0
+
+
+def test_logprobs_travel_with_their_token() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(sequence("a", [1], max_tokens=3, logprobs=1))
+    one = TokenLogprobs(-0.5, [2], [-0.5])
+    (event,) = scheduler.commit(scheduler.plan(), Sampled([2], [one]))
+    assert event.logprobs == [one]
+
+
+def test_what_can_never_be_answered_is_refused() -> None:
+    scheduler = Scheduler(limits(max_model_len=60))
+    with pytest.raises(ContextOverflow, match="the prompt may have 59"):
+        scheduler.add(sequence("a", [1] * 60))
+    with pytest.raises(ContextOverflow, match="may reach 50 tokens"):
+        scheduler.add(sequence("a", [1] * 40, max_tokens=10))
+    with pytest.raises(RequestError, match="empty"):
+        scheduler.add(sequence("a", []))
+    with pytest.raises(ValueError, match="no seed"):
+        scheduler.add(sequence("a", [1], temperature=1.0))
+    with pytest.raises(ValueError, match="already complete"):
+        scheduler.add(sequence("a", [1], [2, 3], max_tokens=2))
+    assert not scheduler.has_work
+    exact = sequence("a", [1] * 40, max_tokens=9, ignore_eos=True)
+    scheduler.add(exact)
+    with pytest.raises(ValueError, match="already here"):
+        scheduler.add(exact)
+    assert tokens_of(run(scheduler)["a"]) == answer(exact, 60)
+    with pytest.raises(ConfigError, match="blocks"):
+        limits(blocks=0)
+
+
+def test_a_plan_is_used_once_and_one_at_a_time() -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(sequence("a", [1]))
+    plan = scheduler.plan()
+    with pytest.raises(RuntimeError, match="in flight"):
+        scheduler.plan()
+    with pytest.raises(ValueError, match="2 tokens for 1"):
+        scheduler.commit(plan, Sampled([1, 2], [None, None]))
+    scheduler.rollback(plan)
+    for use in (lambda: scheduler.rollback(plan), lambda: scheduler.commit(plan, Sampled([], []))):
+        with pytest.raises(ValueError, match="not in flight"):
+            use()
+
+
+def test_an_abort_in_flight_is_honoured_and_its_id_can_come_again() -> None:
+    scheduler, model = Scheduler(limits()), FakeModel(4)
+    for name in "ab":
+        scheduler.add(sequence(name, [1, 2], max_tokens=4, ignore_eos=True))
+    plan = scheduler.plan()
+    assert scheduler.abort("a")
+    assert not scheduler.abort("a")
+    scheduler.add(again := sequence("a", [4, 4], max_tokens=2, ignore_eos=True))
+    assert [e.id for e in scheduler.commit(plan, model.step(plan))] == ["b"]
+    assert tokens_of(run(scheduler, model)["a"]) == answer(again)
+    assert scheduler.kv_used == 0
+
+
+def test_drain_takes_everything_out_in_order_of_arrival() -> None:
+    scheduler, model = Scheduler(limits(max_running=2)), FakeModel(4)
+    for name in "abcd":
+        scheduler.add(sequence(name, [1, 2, 3], max_tokens=9, ignore_eos=True))
+    scheduler.commit(plan := scheduler.plan(), model.step(plan))
+    scheduler.plan()
+    assert scheduler.drain() == ["a", "b", "c", "d"]
+    assert (scheduler.running, scheduler.waiting, scheduler.kv_used) == (0, 0, 0.0)
+    assert not scheduler.has_work
+    assert scheduler.plan().tokens == 0
+
+
+class Life(RuleBasedStateMachine):
+    """Adds, aborts, whole steps and broken ones in any order; then everything must complete."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: dict[str, Sequence] = {}
+        self.got: dict[str, list[int]] = {}
+        self.done: set[str] = set()
+        self.started: list[str] = []
+        self.in_flight: StepPlan | None = None
+        self.broken: StepPlan | None = None  # rolled back, and nothing happened since
+        self.quiet = True  # nothing was added or aborted since the plan
+        self.visible: tuple[Any, ...] = ()  # before the plan
+
+    @initialize(
+        budget=st.sampled_from([1, 3, 8, 30]),
+        running=st.sampled_from([1, 2, 5]),
+        blocks=st.sampled_from([10, 11, 14, 30]),
+        prefix_cache=st.booleans(),
+    )
+    def begin(self, budget: int, running: int, blocks: int, prefix_cache: bool) -> None:
+        own = limits(
+            max_tokens_per_step=budget,
+            max_running=running,
+            blocks=blocks,
+            prefix_cache=prefix_cache,
+        )
+        self.scheduler, self.model = Scheduler(own), FakeModel(own.block_size)
+
+    def look(self) -> tuple[Any, ...]:
+        s = self.scheduler
+        return (s.running, s.waiting, s.kv_used, s.has_work, s.preemptions, s.cached_tokens)
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=22),
+        resumed=st.integers(0, 6),
+        max_tokens=st.integers(1, 18),
+        ignore_eos=st.booleans(),
+    )
+    def add(self, prompt: list[int], resumed: int, max_tokens: int, ignore_eos: bool) -> None:
+        name = str(len(self.asked))
+        params = {"max_tokens": max_tokens, "ignore_eos": ignore_eos}
+        before = answer(sequence(name, prompt, **params))[:-1][:resumed]
+        self.asked[name] = sequence(name, prompt, before, **params)
+        self.got[name] = list(before)
+        self.scheduler.add(self.asked[name])
+        self.broken, self.quiet = None, False
+
+    @precondition(lambda self: set(self.asked) - self.done)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(set(self.asked) - self.done)))
+        assert self.scheduler.abort(name)
+        self.done.add(name)
+        self.broken, self.quiet = None, False
+
+    @precondition(lambda self: self.in_flight is None)
+    @rule()
+    def plan(self) -> None:
+        before = self.look()
+        plan = self.scheduler.plan()
+        check_shapes(plan, self.scheduler.limits)
+        assert self.look() == before
+        if self.broken is not None:
+            assert same(plan, self.broken)
+        self.in_flight, self.broken, self.visible, self.quiet = plan, None, before, True
+
+    @precondition(lambda self: self.in_flight is not None)
+    @rule(steps=st.integers(0, 5))
+    def commit(self, steps: int) -> None:
+        assert self.in_flight is not None
+        self.finish_step(self.in_flight)
+        for _ in range(steps):
+            plan = self.scheduler.plan()
+            check_shapes(plan, self.scheduler.limits)
+            self.finish_step(plan)
+        self.in_flight = None
+
+    @precondition(lambda self: self.in_flight is not None)
+    @rule()
+    def rollback(self) -> None:
+        assert self.in_flight is not None
+        self.model.spoil(self.in_flight)
+        self.scheduler.rollback(self.in_flight)
+        if self.quiet:
+            assert self.look() == self.visible
+            self.broken = self.in_flight
+        self.in_flight = None
+
+    def finish_step(self, plan: StepPlan) -> None:
+        for event in self.scheduler.commit(plan, self.model.step(plan)):
+            assert event.id not in self.done
+            if event.id not in self.started:
+                self.started.append(event.id)
+            assert event.position == len(self.got[event.id])
+            self.got[event.id] += event.tokens
+            if event.finish:
+                self.done.add(event.id)
+                assert self.got[event.id] == answer(sequence_without_past(self.asked[event.id]), 40)
+
+    @invariant()
+    def nothing_is_leaked_or_shared_wrongly(self) -> None:
+        if not hasattr(self, "scheduler") or self.in_flight is not None:
+            return
+        pool = self.scheduler.pool
+        running = [*self.scheduler._decoding, *self.scheduler._prefilling]
+        held = [block for s in running for block in s.blocks]
+        assert [pool.refs(b) for b in range(pool.blocks)] == [
+            held.count(b) for b in range(pool.blocks)
+        ]
+        for s in running:  # what it may still write to is its own
+            assert all(pool.refs(b) == 1 for b in s.blocks[s.computed // 4 :])
+        assert len({s.row for s in running}) == len(running)
+        assert set(self.scheduler._states) == set(self.asked) - self.done
+
+    @invariant()
+    def nobody_overtakes(self) -> None:
+        assert self.started == sorted(self.started, key=int)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        if self.in_flight is not None:
+            self.model.spoil(self.in_flight)
+            self.scheduler.rollback(self.in_flight)
+            self.in_flight = None
+        for _ in range(3000):
+            if not self.scheduler.has_work:
+                break
+            self.finish_step(self.scheduler.plan())
+        assert self.done == set(self.asked)
+        assert self.scheduler.pool.used == 0
+
+
+def sequence_without_past(s: Sequence) -> Sequence:
+    return Sequence(id=s.id, prompt=s.prompt, generated=[], params=s.params, eos=s.eos)
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None, derandomize=True
+)
