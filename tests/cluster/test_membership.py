@@ -115,7 +115,36 @@ def test_a_member_that_dies_unasked_is_a_loss_in_every_phase(phase: str) -> None
     if phase == "commit":
         run(membership, *(Event(Kind.PREPARED, rank) for rank in (0, 1, 2)))
     assert membership.phase.value == phase
-    assert Do.ALARM in run(membership, Event(Kind.EXITED, 1, "killed"))
+    assert Do.HALT in run(membership, Event(Kind.EXITED, 1, "killed"))
+    assert membership.phase is Phase.RECOVER
+    change = membership.change
+    assert change is not None
+    survivors = {0, 2} if phase == "commit" else {0}
+    assert change.after == survivors
+    run(membership, *(Event(Kind.PREPARED, rank) for rank in survivors))
+    run(membership, *(Event(Kind.SWITCHED, rank) for rank in survivors))
+    if change.doomed:
+        assert membership.phase is Phase.RELEASE, "the abandoned newcomer must end first"
+        run(membership, Event(Kind.EXITED, 2))
+    assert membership.phase is Phase.IDLE
+    assert membership.members == survivors
+
+
+def test_losses_one_after_the_other_end_in_one_epoch_of_the_survivors() -> None:
+    membership = started(0, 1, 2, 3)
+    run(membership, Event(Kind.EXITED, 1), Event(Kind.PREPARED, 0), Event(Kind.EXITED, 3))
+    assert membership.change is not None
+    assert membership.change.after == {0, 2}
+    assert membership.change.reported == set(), "what was prepared for the older epoch is void"
+    run(membership, Event(Kind.PREPARED, 0), Event(Kind.PREPARED, 2))
+    run(membership, Event(Kind.SWITCHED, 0), Event(Kind.SWITCHED, 2))
+    assert membership.members == {0, 2}
+    assert membership.phase is Phase.IDLE
+
+
+def test_the_last_rank_lost_is_the_end() -> None:
+    membership = started(0)
+    assert run(membership, Event(Kind.EXITED, 0, "killed")) == [Do.ALARM]
     assert membership.phase is Phase.LOST
 
 
@@ -186,6 +215,15 @@ class AnyOrder(RuleBasedStateMachine):
             self.feed(Event(Kind.EXITED, rank, "exited"))
             assert self.membership.phase is not Phase.LOST
 
+    @rule(rank=st.integers(0, 4))
+    def die(self, rank: int) -> None:
+        members = self.membership.members & self.alive
+        if rank in self.alive and len(members - {rank}) and self.membership.phase is not Phase.LOST:
+            self.alive.discard(rank)
+            self.feed(Event(Kind.EXITED, rank, "died"))
+            if members - {rank} == members:
+                assert self.membership.phase is not Phase.LOST
+
     @invariant()
     def epochs_only_rise(self) -> None:
         assert self.membership.epoch >= self.highest_epoch
@@ -193,7 +231,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def members_are_alive(self) -> None:
-        assert self.membership.members <= self.alive
+        if self.membership.phase in (Phase.IDLE, Phase.SPAWN, Phase.LOAD, Phase.UNDO):
+            assert self.membership.members <= self.alive
 
     @invariant()
     def nobody_but_members_is_alive_when_idle(self) -> None:

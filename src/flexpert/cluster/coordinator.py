@@ -17,7 +17,7 @@ import msgspec
 import psutil
 
 from flexpert.cluster import messages as msg
-from flexpert.cluster.membership import Do, Event, Kind, Membership, Phase
+from flexpert.cluster.membership import Change, Do, Event, Kind, Membership, Phase
 from flexpert.cluster.operation import Operation, resolve_target
 from flexpert.cluster.views import (
     ClusterEvent,
@@ -89,6 +89,8 @@ class Coordinator:
         self._operations: dict[str, Operation] = {}
         self._running: Operation | None = None
         self._deadline: asyncio.TimerHandle | None = None
+        self._loss = ""
+        self._before_loss: frozenset[int] = frozenset()
 
     # ---- what it knows ----------------------------------------------------------------------
 
@@ -104,7 +106,7 @@ class Coordinator:
     def admitting(self) -> frozenset[int]:
         """Ids that may be given new sequences: members that are not on their way out."""
         change = self._membership.change
-        if self._membership.phase is Phase.COMMIT and change:
+        if self._membership.phase in (Phase.COMMIT, Phase.RECOVER) and change:
             return change.before & change.after or change.after
         return self._membership.members
 
@@ -304,7 +306,12 @@ class Coordinator:
         if record and record.error:
             reason += f": {record.error}"
         self._ports.publish(_event("rank", {"id": rank, "state": "gone", "reason": reason}))
+        self._loss, self._before_loss = reason, self.members
         self._handle(Event(Kind.EXITED, rank, reason))
+        # only now: admission must not choose the lost rank again
+        moved = self._ports.moved(rank, ())
+        if self._running:
+            self._running.moved_requests += moved
 
     def _handle(self, event: Event) -> None:
         self._carry_out(self._membership.handle(event))
@@ -331,7 +338,8 @@ class Coordinator:
                         self._ranks[rank] = RankRecord(rank)
                         self._ports.spawn(rank)
                 case Do.PREPARE:
-                    self._phase("load", self._config.cluster.load_timeout_s)
+                    name = "recover" if self._membership.phase is Phase.RECOVER else "load"
+                    self._phase(name, self._config.cluster.load_timeout_s)
                     self._prepare(change.epoch, change.after, change.everyone)
                 case Do.COMMIT:
                     self._phase("commit", self._config.cluster.commit_timeout_s)
@@ -340,6 +348,10 @@ class Coordinator:
                     self._switched(change.epoch)
                     self._phase("release", _RELEASE_TIMEOUT_S)
                     self._tell(change.leaving, msg.Stop())
+                case Do.ABANDON:
+                    self._abandon(change)
+                case Do.HALT:
+                    self._tell(change.before, msg.Halt(change.epoch))
                 case Do.CANCEL:
                     self._tell(change.before, msg.Cancel(change.epoch))
                 case Do.KILL_NEWCOMERS:
@@ -347,13 +359,32 @@ class Coordinator:
                     self._kill(change.joining - change.gone)
                 case Do.KILL_LEAVERS:
                     self._phase("release", _RELEASE_TIMEOUT_S)
-                    self._kill(change.leaving - change.gone)
+                    self._kill(change.ending - change.gone)
                 case Do.FINISH:
                     self._finish(change.error, change.cancelled)
                 case Do.ALARM:
                     self._lost(change.error or "a rank was lost")
         if self._running:
             self._announce()
+
+    def _abandon(self, recovery: Change) -> None:
+        """A member is lost: what ran is over, and an operation of its own brings the rest back."""
+        before = self._running.before if self._running else self._before_loss
+        reason = self._loss
+        if self._running:
+            self._running.end("failed", reason)
+            self._announce()
+        self._kill(recovery.doomed)
+        info = self._source.info
+        self._next = replan(
+            self._placement, recovery.after, experts=info.experts, layers=info.moe_layers
+        )
+        operation = Operation(before, recovery.after, recovery.epoch)
+        operation.state = "committing"
+        operation.error = reason
+        operation.moved_experts = sum(map(len, loads(self._placement, self._next).values()))
+        self._remember(operation)
+        self._running = operation
 
     def _phase(self, name: str, timeout_s: float) -> None:
         if self._running:
@@ -392,7 +423,9 @@ class Coordinator:
         self._next = None
         if operation is None:
             return
-        if cancelled:
+        if operation.error is not None:  # a recovery: the loss is its reason, not its failure
+            operation.end("done", operation.error)
+        elif cancelled:
             operation.end("cancelled")
         elif error is not None:
             operation.end("failed", error)

@@ -9,9 +9,12 @@ coordinator is the shell that carries the actions out and brings the events.
 
     IDLE → SPAWN → LOAD → COMMIT → RELEASE → IDLE      a change that succeeds
            SPAWN, LOAD → UNDO → IDLE                   one that fails or is cancelled
+    any  → RECOVER → COMMIT → RELEASE → IDLE           a member is lost unasked
 
 Until COMMIT nothing that serves has been touched, so UNDO only ends the newcomers. From COMMIT on
-a change cannot be withdrawn: some ranks may have switched.
+a change cannot be withdrawn: some ranks may have switched. A loss is a change of its own, which
+takes the place of the one under way: the survivors stop where they are, prepare an epoch without
+the lost rank, and enter it without a vote.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ class Phase(Enum):
     COMMIT = "commit"
     RELEASE = "release"
     UNDO = "undo"
+    RECOVER = "recover"
     LOST = "lost"
 
 
@@ -57,6 +61,8 @@ class Do(Enum):
     KILL_NEWCOMERS = "kill newcomers"
     KILL_LEAVERS = "kill leavers"
     CANCEL = "withdraw the plan"
+    ABANDON = "give the running change up"
+    HALT = "stop the survivors' exchanges"
     FINISH = "report the outcome"
     ALARM = "report the loss"
 
@@ -72,11 +78,15 @@ class Event:
 
 @dataclass(slots=True)
 class Change:
-    """The books of one change. reported: who has done what the phase waits for."""
+    """The books of one change. reported: who has done what the phase waits for.
+
+    doomed: newcomers of a change that this one took the place of, which must still end.
+    """
 
     epoch: int
     before: frozenset[int]
     after: frozenset[int]
+    doomed: frozenset[int] = frozenset()
     reported: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
     error: str | None = None
@@ -94,6 +104,11 @@ class Change:
     def everyone(self) -> frozenset[int]:
         return self.before | self.after
 
+    @property
+    def ending(self) -> frozenset[int]:
+        """Whose processes must be gone before the change is over."""
+        return self.leaving | self.doomed
+
 
 Guard = Callable[[Change, Event], bool]
 
@@ -103,11 +118,11 @@ def _always(change: Change, event: Event) -> bool:
 
 
 def _newcomer(change: Change, event: Event) -> bool:
-    return event.rank in change.joining
+    return event.rank in change.joining | change.doomed
 
 
-def _leaver(change: Change, event: Event) -> bool:
-    return event.rank in change.leaving
+def _ending(change: Change, event: Event) -> bool:
+    return event.rank in change.ending
 
 
 def _all_joined(change: Change, event: Event) -> bool:
@@ -118,20 +133,24 @@ def _all_reported(change: Change, event: Event) -> bool:
     return change.reported >= change.everyone
 
 
-def _leavers_gone(change: Change, event: Event) -> bool:
-    return change.gone >= change.leaving
+def _last_to_end(change: Change, event: Event) -> bool:
+    return (event.rank is None or event.rank in change.ending) and change.gone >= change.ending
 
 
-def _newcomers_gone(change: Change, event: Event) -> bool:
-    return change.gone >= change.joining
+def _last_newcomer(change: Change, event: Event) -> bool:
+    return (event.rank is None or event.rank in change.joining) and change.gone >= change.joining
 
 
 def _participant(change: Change, event: Event) -> bool:
     return event.rank in change.everyone
 
 
-def _member(change: Change, event: Event) -> bool:
-    return event.rank in change.before or event.rank in change.after
+def _member_with_survivors(change: Change, event: Event) -> bool:
+    return event.rank in change.before and bool(change.before - change.gone)
+
+
+def _part_with_survivors(change: Change, event: Event) -> bool:
+    return event.rank in change.everyone and bool(change.after - change.gone)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,26 +184,46 @@ RULES: tuple[Rule, ...] = (
     Rule(P.COMMIT, K.DEADLINE, P.LOST, (Do.ALARM,)),
     Rule(P.COMMIT, K.FAILED, P.LOST, (Do.ALARM,)),
     # release: what left is stopped, and its id is free only when its process is gone
-    Rule(P.RELEASE, K.EXITED, P.IDLE, (Do.FINISH,), _leavers_gone),
-    Rule(P.RELEASE, K.EXITED, P.RELEASE, (), _leaver),
+    Rule(P.RELEASE, K.EXITED, P.IDLE, (Do.FINISH,), _last_to_end),
+    Rule(P.RELEASE, K.EXITED, P.RELEASE, (), _ending),
     Rule(P.RELEASE, K.DEADLINE, P.RELEASE, (Do.KILL_LEAVERS,)),
     # undo: newcomers end; the service never noticed
-    Rule(P.UNDO, K.EXITED, P.IDLE, (Do.FINISH,), _newcomers_gone),
+    Rule(P.UNDO, K.EXITED, P.IDLE, (Do.FINISH,), _last_newcomer),
     Rule(P.UNDO, K.EXITED, P.UNDO, (), _newcomer),
     Rule(P.UNDO, K.DEADLINE, P.UNDO, (Do.KILL_NEWCOMERS,)),
-    # a member that is lost without being asked to leave
-    Rule(P.IDLE, K.EXITED, P.LOST, (Do.ALARM,), _member),
-    Rule(P.SPAWN, K.EXITED, P.LOST, (Do.ALARM,)),
-    Rule(P.LOAD, K.EXITED, P.LOST, (Do.ALARM,)),
-    Rule(P.COMMIT, K.EXITED, P.LOST, (Do.ALARM,)),
-    Rule(P.RELEASE, K.EXITED, P.LOST, (Do.ALARM,)),
-    Rule(P.UNDO, K.EXITED, P.LOST, (Do.ALARM,)),
+    # a member is lost without being asked to leave: the survivors go on in an epoch without it
+    *(
+        Rule(phase, K.EXITED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), guard)
+        for phase, guard in (
+            (P.IDLE, _member_with_survivors),
+            (P.SPAWN, _member_with_survivors),
+            (P.LOAD, _member_with_survivors),
+            (P.UNDO, _member_with_survivors),
+            (P.COMMIT, _part_with_survivors),
+            (P.RELEASE, _part_with_survivors),
+            (P.RECOVER, _part_with_survivors),
+        )
+    ),
+    Rule(P.RECOVER, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
+    Rule(P.RECOVER, K.EXITED, P.RECOVER, (), _ending),
+    Rule(P.RECOVER, K.FAILED, P.LOST, (Do.ALARM,), _participant),
+    Rule(P.RECOVER, K.DEADLINE, P.LOST, (Do.ALARM,)),
+    # nobody is left
+    Rule(P.COMMIT, K.EXITED, P.COMMIT, (), _ending),
+    *(
+        Rule(phase, K.EXITED, P.LOST, (Do.ALARM,), _participant)
+        for phase in (P.IDLE, P.SPAWN, P.LOAD, P.COMMIT, P.RELEASE, P.UNDO, P.RECOVER)
+    ),
 )
+
+# Phases from which a loss keeps the change's outcome: some ranks may have switched already.
+_POINT_OF_NO_RETURN = {Phase.COMMIT, Phase.RELEASE, Phase.RECOVER}
 
 # Phases in which this report counts towards what the phase waits for.
 _COUNTS = {
     (P.SPAWN, K.HELLO),
     (P.LOAD, K.PREPARED),
+    (P.RECOVER, K.PREPARED),
     (P.COMMIT, K.SWITCHED),
     (P.COMMIT, K.HANDED_OVER),
 }
@@ -192,8 +231,8 @@ _COUNTS = {
 # A phase that waits for nobody (nobody joins, nobody leaves) passes at once, by this event.
 _PASSES = {
     P.SPAWN: (K.HELLO, _all_joined),
-    P.RELEASE: (K.EXITED, _leavers_gone),
-    P.UNDO: (K.EXITED, _newcomers_gone),
+    P.RELEASE: (K.EXITED, _last_to_end),
+    P.UNDO: (K.EXITED, _last_newcomer),
 }
 
 
@@ -244,12 +283,24 @@ class Membership:
             change.error = event.reason or None
         if rule.then is Phase.LOST:
             change.error = event.reason or None
+        if Do.HALT in rule.do:
+            change = self.change = self._recovery(change)
         actions = list(rule.do)
         entered = rule.then is not self.phase
         self.phase = rule.then
         if entered:
             actions += self._enter(change)
         return actions
+
+    def _recovery(self, broken: Change) -> Change:
+        """The change that goes on without those who are gone, in the place of `broken`."""
+        self._epochs_used += 1
+        if self.phase in _POINT_OF_NO_RETURN:
+            before, after, doomed = broken.everyone, broken.after, broken.doomed
+        else:
+            before, after, doomed = broken.before, broken.before, broken.joining
+        gone = broken.gone
+        return Change(self._epochs_used, before - gone, after - gone, doomed - gone)
 
     def _enter(self, change: Change) -> list[Do]:
         change.reported = set()

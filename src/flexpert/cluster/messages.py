@@ -45,11 +45,17 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
     ids: list[str]
 
 
+class Halt(msgspec.Struct, frozen=True, tag="halt"):
+    """A peer is lost: drop the step under way and wait for the epoch that follows."""
+
+    epoch: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End this rank."""
 
 
-Command = Prepare | Commit | Cancel | Admit | Abort | Stop
+Command = Prepare | Commit | Cancel | Admit | Abort | Halt | Stop
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):

@@ -146,6 +146,8 @@ def _listen(commands: zmq.Socket[bytes], engine: RankEngine) -> None:
                 engine.admit(sequences)
             case msg.Abort(ids):
                 engine.abort(ids)
+            case msg.Halt():
+                engine.halt()
             case msg.Stop():
                 engine.stop()
                 return

@@ -21,7 +21,14 @@ from typing import Protocol
 
 import torch
 
-from flexpert.comm import Buffer, BufferSpec, CommError, RankTimeout, make_buffer
+from flexpert.comm import (
+    Buffer,
+    BufferSpec,
+    CommError,
+    Interrupted,
+    RankTimeout,
+    make_buffer,
+)
 from flexpert.comm.layout import size_bytes
 from flexpert.config import EngineConfig
 from flexpert.engine.epoch import Cancelled, EpochPlan, PreparedEpoch, Weights, prepare_epoch
@@ -161,6 +168,7 @@ class RankEngine:
         self._must_vote = False  # newly armed, or in an epoch whose first vote is still to come
         self._entering: _Switch | None = None
         self._last_step_end: float | None = None
+        self._halted: float | None = None  # since when it waits for the epoch after a loss
 
     # ---- commands, from any thread ----------------------------------------------------------
 
@@ -184,6 +192,11 @@ class RankEngine:
         """Drop what was prepared for an epoch."""
         self._submit(lambda: self._cancel(epoch))
 
+    def halt(self) -> None:
+        """Drop the step under way, and exchange nothing until the next epoch."""
+        self.buffer.interrupt()
+        self._submit(self._halt)
+
     def stop(self) -> None:
         """End `run` after the current step."""
         self._submit(self._stop)
@@ -200,6 +213,17 @@ class RankEngine:
 
     def _stop(self) -> None:
         self._stopping = True
+
+    def _halt(self) -> None:
+        self._drop_preparation()
+        self._armed, self._entering = 0, None
+        if self._member:
+            self._leave_epoch()
+
+    def _leave_epoch(self) -> None:
+        """The epoch is broken for this rank: it waits outside for the next one."""
+        self._member = False
+        self._halted = self._last_step_end or time.perf_counter()
 
     def _admit(self, sequences: list[Sequence]) -> None:
         if self._left:
@@ -232,7 +256,7 @@ class RankEngine:
         try:
             if isinstance(result, str):
                 raise FlexpertError(result)
-            if not self._member and result.layers:
+            if self.buffer.epoch == 0 and result.layers:
                 self._warm_up(result)
         except (FlexpertError, CommError, OSError, RuntimeError) as error:
             self._forget_peers(preparation.plan)
@@ -296,7 +320,7 @@ class RankEngine:
         if self._member:
             self._must_vote = True
         else:
-            self._switch(since=None)
+            self._switch(since=self._halted)
 
     def _switch(self, since: float | None) -> None:
         """Leave the old epoch, enter the prepared one. since: when serving paused, or newcomer."""
@@ -314,7 +338,7 @@ class RankEngine:
         self.moe.install(prepared.layers)
         self._weights = prepared.weights
         self._set_threads(len(plan.members))
-        self._member, self._must_vote = True, True
+        self._member, self._must_vote, self._halted = True, True, None
         self._entering = _Switch(plan.epoch, since)
 
     # ---- the loop ---------------------------------------------------------------------------
@@ -342,9 +366,10 @@ class RankEngine:
         try:
             return action()
         except CommError as error:
-            self._member = False
-            ranks = error.ranks if isinstance(error, RankTimeout) else ()
-            self.listener.broken(self.buffer.epoch, ranks, str(error))
+            self._leave_epoch()
+            if not isinstance(error, Interrupted):
+                ranks = error.ranks if isinstance(error, RankTimeout) else ()
+                self.listener.broken(self.buffer.epoch, ranks, str(error))
             return False
 
     def _round(self) -> bool:
