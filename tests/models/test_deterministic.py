@@ -1,0 +1,60 @@
+"""`deterministic=True`: a token's logits have the same bits whatever shares its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import MAIN_FAMILIES, Sequences, lone_shard, prompt_of
+from torch import Tensor
+
+Checkpoints = Callable[..., Path]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@pytest.fixture(params=[(f, d) for f in MAIN_FAMILIES for d in DTYPES], ids="-".join)
+def sequences(request: pytest.FixtureRequest, checkpoint: Checkpoints) -> Sequences:
+    family, dtype = request.param
+    return lone_shard(checkpoint(family, DTYPES[dtype]), deterministic=True, blocks=400)
+
+
+def in_chunks(sequences: Sequences, tokens: list[int], size: int) -> Tensor:
+    """[tokens, vocab] logits of a sequence computed `size` tokens a step."""
+    pieces = [
+        sequences.step({"alone": tokens[i : i + size]})["alone"]
+        for i in range(0, len(tokens), size)
+    ]
+    sequences.drop("alone")
+    return torch.cat(pieces)
+
+
+def test_decoded_tokens_equal_prefilled_ones_for_any_chunking(sequences: Sequences) -> None:
+    tokens = prompt_of(67, seed=3)
+    whole = in_chunks(sequences, tokens, len(tokens))
+    for size in (1, 2, 3, 7, 16, 17, 32, 64):
+        assert torch.equal(in_chunks(sequences, tokens, size), whole), f"chunks of {size}"
+
+
+def test_a_decoded_token_is_the_same_in_batches_of_1_to_33(sequences: Sequences) -> None:
+    tokens = prompt_of(30, seed=4)
+    alone = in_chunks(sequences, tokens, 1)[-1]
+    for others in range(33):
+        context = {i: prompt_of(1 + (5 * i) % 23, seed=i) for i in range(others)}
+        sequences.step({**context, "same": tokens[:-1]})
+        logits = sequences.step({**{i: [7 + i] for i in context}, "same": tokens[-1:]})
+        assert torch.equal(logits["same"][-1], alone), f"{others} others"
+        for name in (*context, "same"):
+            sequences.drop(name)
+
+
+def test_a_decoded_token_is_the_same_beside_prefills(sequences: Sequences) -> None:
+    tokens = prompt_of(41, seed=5)
+    alone = in_chunks(sequences, tokens, len(tokens))
+    for length in (1, 2, 15, 16, 33, 64, 129):
+        sequences.step({"same": tokens[:-1]})
+        before = sequences.step({"p": prompt_of(length, seed=6), "same": tokens[-1:], "q": [9, 8]})
+        assert torch.equal(before["same"][-1], alone[-1]), f"beside a prefill of {length}"
+        for name in ("same", "p", "q"):
+            sequences.drop(name)
