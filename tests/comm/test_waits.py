@@ -9,9 +9,11 @@ import time
 
 import pytest
 from comm_local import Local, check_received, dispatch
-from comm_ranks import LIMIT_S, Rank, Ranks, random_sent, spec_of, vote
+from comm_ranks import LIMIT_S, Rank, Ranks, connect, random_sent, set_active, spec_of, vote
 
 from flexpert.comm import Buffer, CommError, Interrupted, RankTimeout, StaleEpoch
+from flexpert.comm.host._kernels import ffi
+from flexpert.comm.layout import layout
 from flexpert.comm.routing import Sent
 
 
@@ -50,7 +52,7 @@ def test_a_timeout_in_combine_names_who_is_missing_and_ends_the_epoch(local: Loc
     def combine(buffer: Buffer) -> object:
         got = received[buffer.rank]
         try:
-            return buffer.combine(got.x.clone(), got, timeout_s=0.2)
+            return buffer.combine(got.x.clone(), got, timeout_s=0.5)
         except RankTimeout as error:
             return error
 
@@ -72,7 +74,7 @@ def test_set_active_recovers_after_a_timeout(local: Local) -> None:
 
     def fails(buffer: Buffer) -> tuple[int, ...]:
         with pytest.raises(RankTimeout) as caught:
-            dispatch(buffer, sent[buffer.rank], 0.1)
+            dispatch(buffer, sent[buffer.rank], 0.5)
         return caught.value.ranks
 
     assert local.each([0, 1], fails) == {0: (2,), 1: (2,)}
@@ -175,12 +177,19 @@ def wait_for_ctrl_c(buffer: Buffer, s: Sent) -> float:
     raise AssertionError("the wait came to an end")
 
 
-def test_ctrl_c_ends_a_wait() -> None:
+def test_ctrl_c_ends_a_wait(local: Local) -> None:
     spec = spec_of(2)
-    with Ranks(spec, (0, 1)) as ranks:
-        ranks.activate((0, 1), 1)
+    (watcher,) = local.start(spec, [1]).values()
+    flag = watcher._b.control[1] + layout(spec).dispatch_flags_at
+    with Ranks(spec, (0,)) as ranks:
+        watcher.connect({0: ranks.ranks[0].address})
+        ranks.all(connect, {1: watcher.address})
+        ranks.ranks[0].ask(set_active, (0, 1), 1)
+        ranks.ranks[0].answer()
         ranks.ranks[0].ask(wait_for_ctrl_c, random_sent(spec, (0, 1), 1)[0])
-        time.sleep(0.3)
+        limit = time.monotonic() + LIMIT_S
+        while not any(ffi.buffer(ffi.cast("char *", flag), 8)[:]) and time.monotonic() < limit:
+            time.sleep(0.01)  # until it has sent its rows, and so waits for ours
         sent = time.monotonic()
         os.kill(pid_of(ranks.ranks[0]), signal.SIGINT)
         assert ranks.ranks[0].answer() - sent < 5.0

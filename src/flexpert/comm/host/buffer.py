@@ -280,6 +280,7 @@ class HostBuffer(Buffer):
                     "incomplete and a peer may still be reading it"
                 )
             tokens, k = expert_ids.shape
+            self._state = State.UNDER_WAY  # first: a signal may strike right after the call
             why = lib.fx_send_dispatch(
                 self._b,
                 x.data_ptr(),
@@ -295,8 +296,8 @@ class HostBuffer(Buffer):
                 self._bad,
             )
             if why:  # nothing was sent
+                self._state = State.BETWEEN
                 raise ValueError(self._describe_expert(why, table))
-            self._state = State.UNDER_WAY
             self._sequence += 1
             self._wait(_DISPATCH, self._sequence, timeout_s)
             received = self._receive(x, table.slots)
