@@ -1,0 +1,373 @@
+"""flexpert without HTTP: a head on a thread of its own behind ordinary calls."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import itertools
+import queue
+import threading
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from flexpert.cluster.views import ClusterView, OperationView
+from flexpert.config import Config, load_config
+from flexpert.engine.request import SamplingParams, TokenLogprobs
+from flexpert.errors import OperationError, RequestError, ServiceStopped
+from flexpert.server.generation import Generation
+from flexpert.server.text import TokenText
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+T = TypeVar("T")
+
+STOP_TIMEOUT_S = 10.0
+
+Prompt = str | list[int]
+Prompts = str | Sequence[Prompt]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One answer to a prompt.
+
+    token_ids: with the token that ended it. logprobs: one per token of the text, or None if not
+    asked for. finish_reason: "stop" or "length".
+    """
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: str
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """A prompt and its `n` answers; prompt: None if token ids were given."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    samples: list[Sample]
+
+    @property
+    def text(self) -> str:
+        """Of the first answer."""
+        return self.samples[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the first answer."""
+        return self.samples[0].token_ids
+
+
+class LLM:
+    """A model on elastic ranks, in this program.
+
+        with LLM("tiny", ranks=2) as llm:
+            for completion in llm.generate(["In the beginning", "And it came to pass"]):
+                print(completion.text)
+            llm.scale(4)
+
+    All methods may be called from any thread, also at the same time: requests share the ranks'
+    steps, and a change of ranks disturbs none of them.
+
+    Args:
+        model: "tiny" (embedded, the default), a directory, or a hub id.
+        ranks: worker processes at the start.
+        deterministic: the same bits whatever else runs and however the ranks change.
+        max_ranks: how many ranks there may ever be.
+        config: the base settings; default: those of the environment.
+        settings: any other, by path: `engine__max_running=32` or `**{"engine.max_running": 32}`.
+
+    Raises:
+        ConfigError, ModelError: it cannot be started so; nothing is left behind.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        ranks: int | None = None,
+        deterministic: bool | None = None,
+        max_ranks: int | None = None,
+        config: Config | None = None,
+        **settings: Any,
+    ) -> None:
+        given = {path.replace("__", "."): value for path, value in settings.items()}
+        given |= {
+            "model.model": model,
+            "cluster.ranks": ranks,
+            "cluster.max_ranks": max_ranks,
+            "engine.deterministic": deterministic,
+        }
+        from flexpert.cluster.head import Head  # torch and transformers, seconds
+
+        self.config = _settle(config, given)
+        self._head = Head(self.config)
+        self._numbers = itertools.count(1)
+        self._closing = threading.Lock()
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        # a daemon, so that a program that forgets to close still ends; atexit closes in order
+        self._thread = threading.Thread(target=self._loop.run_forever, name="flexpert", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+        try:
+            self._call(self._head.start())
+            self._text = TokenText(self._head.tokenizer)
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- answers ----------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompts, params: Params = None, *, progress: bool = False
+    ) -> list[Completion]:
+        """Continue every prompt; answers in the prompts' order. All run at the same time.
+
+        Args:
+            prompts: a text, or a list of texts and lists of token ids.
+            params: for all prompts, or one for each; default: `SamplingParams()`.
+            progress: show a progress bar on standard error.
+
+        Raises:
+            RequestError: one of them cannot be answered; then none is.
+        """
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        encoded = [self._encode(prompt) for prompt in asked]
+        texts = [prompt if isinstance(prompt, str) else None for prompt in asked]
+        return self._generate(texts, encoded, params, progress=progress)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        params: Params = None,
+        *,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Answer one conversation, or several: [{"role": "user", "content": "Hello"}].
+
+        Raises:
+            RequestError: also if the model has no chat template.
+        """
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        talks: list[Any] = [messages] if single else list(messages)
+        encoded = [self._text.chat(talk) for talk in talks]
+        return self._generate([None] * len(talks), encoded, params, progress=progress)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """The text of one answer as it comes. Leaving the loop frees the request.
+
+        Raises:
+            RequestError: `params.n` is not 1, or as `generate`.
+        """
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise RequestError("n must be 1 to stream one text")
+        return self._stream(self._encode(prompt), params)
+
+    # ---- the cluster ------------------------------------------------------------------------
+
+    def scale(
+        self,
+        ranks: int | None = None,
+        *,
+        add: int = 0,
+        remove: Sequence[int] = (),
+        wait: bool = True,
+    ) -> OperationView:
+        """Change the ranks while requests go on: to a number of them, or by who joins and leaves.
+
+        Args:
+            wait: return when it is done; else at once, see `cluster().operation`.
+
+        Raises:
+            OperationConflict, OperationRefused: at once.
+            OperationError: it failed or was cancelled while we waited; the ranks are as before.
+        """
+
+        async def change() -> OperationView:
+            operation = self._head.begin_operation(ranks=ranks, add=add, remove=remove)
+            return await self._head.wait_operation(operation.id) if wait else operation
+
+        operation = self._call(change())
+        if operation.state in ("failed", "cancelled"):
+            reason = operation.error or "no reason was given"
+            raise OperationError(f"operation {operation.id} {operation.state}: {reason}")
+        return operation
+
+    def cluster(self) -> ClusterView:
+        """Epoch, ranks, placement, and the operation that runs."""
+
+        async def look() -> ClusterView:
+            return self._head.cluster()
+
+        return self._call(look())
+
+    # ---- life -------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the ranks; calls that still wait raise ServiceStopped. Idempotent."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        atexit.unregister(self.close)
+        try:
+            asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    async def _finish(self) -> None:
+        await self._head.stop()
+        # a start that Ctrl-C cut short is ending its ranks; cancelled again it would leave them
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:
+            _, late = await asyncio.wait(others, timeout=STOP_TIMEOUT_S)
+            for task in late:
+                task.cancel()
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run on the head's loop and wait; Ctrl-C while waiting cancels the work."""
+        if self._closed:
+            work.close()
+            raise ServiceStopped("this LLM is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        return self._text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _begin(self, prompt: list[int], params: SamplingParams) -> Generation:
+        """On the loop."""
+        name = f"llm-{next(self._numbers)}"
+        return Generation(self._head, self._text, [prompt], params, request_id=name)
+
+    def _generate(
+        self,
+        texts: list[str | None],
+        prompts: list[list[int]],
+        params: Params,
+        *,
+        progress: bool,
+    ) -> list[Completion]:
+        each = _spread(params, len(prompts))
+        bar = _progress(len(prompts)) if progress else None
+
+        async def one(generation: Generation) -> list[Sample]:
+            samples = await _samples(generation)
+            if bar is not None:
+                bar.advance(bar.task_ids[0])
+            return samples
+
+        async def all_of_them() -> list[list[Sample]]:
+            begun: list[Generation] = []
+            try:
+                for prompt, wanted in zip(prompts, each, strict=True):
+                    begun.append(self._begin(prompt, wanted))
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(one(generation)) for generation in begun]
+                return [task.result() for task in tasks]
+            except ExceptionGroup as failures:
+                raise failures.exceptions[0] from None
+            finally:
+                for generation in begun:
+                    generation.cancel()
+
+        if bar is None:
+            answers = self._call(all_of_them())
+        else:
+            with bar:
+                answers = self._call(all_of_them())
+        return [
+            Completion(text, prompt, samples)
+            for text, prompt, samples in zip(texts, prompts, answers, strict=True)
+        ]
+
+    def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
+        arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+        async def produce() -> None:
+            try:
+                with self._begin(prompt, params) as generation:
+                    async with aclosing(generation.parts()) as arriving:
+                        async for parts in arriving:
+                            arrived.put("".join([part.text for part in parts]))
+            finally:
+                arrived.put(None)
+
+        if self._closed:
+            raise ServiceStopped("this LLM is closed")
+        future = asyncio.run_coroutine_threadsafe(produce(), self._loop)
+        try:
+            while (text := arrived.get()) is not None:
+                if text:
+                    yield text
+            future.result()
+        finally:
+            future.cancel()
+
+
+async def _samples(generation: Generation) -> list[Sample]:
+    return [
+        Sample(
+            whole.text,
+            answer.tokens,
+            None if whole.records is None else [record.logprobs for record in whole.records],
+            whole.finish or "",
+        )
+        for whole, answer in zip(await generation.whole(), generation.answers, strict=True)
+    ]
+
+
+def _spread(params: Params, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} params were given for {count} prompts")
+    return list(params)
+
+
+def _settle(config: Config | None, given: dict[str, Any]) -> Config:
+    if config is None:
+        return load_config(overrides=given)
+    base = {
+        f"{section}.{name}": value
+        for section, values in config.model_dump().items()
+        for name, value in values.items()
+    }
+    wanted = {path: value for path, value in given.items() if value is not None}
+    return load_config(environment={}, overrides=base | wanted)
+
+
+def _progress(total: int) -> Progress:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True))
+    bar.add_task("prompts", total=total)
+    return bar

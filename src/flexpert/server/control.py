@@ -1,0 +1,134 @@
+"""The control API: the cluster, its changes and events; and vLLM's elastic endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Response
+
+from flexpert.cluster.views import ClusterEvent, OperationView
+from flexpert.errors import OperationError
+from flexpert.server import wire
+from flexpert.server.errors import SERVER, ApiError
+from flexpert.server.schemas import ElasticScaleRequest, OperationRequest
+from flexpert.server.stream import EventStream, event
+
+if TYPE_CHECKING:
+    from flexpert.cluster.head import Head
+
+KEEP_ALIVE_S = 15.0
+
+
+class ControlRoutes:
+    """The routes over one head.
+
+    Args:
+        closing: set when the server shuts down; ends the event streams, which would never end.
+    """
+
+    def __init__(self, head: Head, closing: asyncio.Event) -> None:
+        self._head = head
+        self._closing = closing
+        self.router = APIRouter(tags=["control"])
+        add = self.router.add_api_route
+        add("/cluster", self.cluster, methods=["GET"])
+        add("/cluster/events", self.events, methods=["GET"])
+        add("/cluster/operations", self.begin, methods=["POST"], status_code=202)
+        add("/cluster/operations/{id}", self.operation, methods=["GET"])
+        add("/cluster/operations/{id}", self.cancel, methods=["DELETE"])
+        add("/scale_elastic_ep", self.scale_elastic_ep, methods=["POST"])
+        add("/is_scaling_elastic_ep", self.is_scaling_elastic_ep, methods=["POST"])
+
+    async def cluster(self) -> Response:
+        """Epoch, ranks, placement, and the operation that runs."""
+        return wire.json_response(self._head.cluster())
+
+    async def begin(self, body: OperationRequest) -> Response:
+        """Start a change: 202; 409 while another runs; 400 if it can never be reached."""
+        operation = self._head.begin_operation(ranks=body.ranks, add=body.add, remove=body.remove)
+        location = {"location": f"/cluster/operations/{operation.id}"}
+        return wire.json_response(operation, 202, headers=location)
+
+    async def operation(self, id: str) -> Response:
+        """How a change goes."""
+        return wire.json_response(self._head.operation(id))
+
+    async def cancel(self, id: str) -> Response:
+        """Undo a change that has not been committed; 409 afterwards."""
+        return wire.json_response(self._head.cancel_operation(id))
+
+    async def events(self) -> Response:
+        """Server-sent events: first "cluster", the whole view, then what happens, as it does."""
+        return EventStream(self._events())
+
+    async def scale_elastic_ep(self, body: ElasticScaleRequest) -> Response:
+        """vLLM's way: change the number of ranks and wait until that is done.
+
+        As in vLLM 408 means that the size is what it was, so a change that this request began
+        is taken back, unless it is already being committed.
+        """
+        before = self._head.cluster().operation
+        operation = self._head.begin_operation(ranks=body.new_data_parallel_size)
+        ours = before is None or before.id != operation.id
+        try:
+            async with asyncio.timeout(body.drain_timeout):
+                operation = await self._head.wait_operation(operation.id)
+        except TimeoutError:
+            if ours:
+                with suppress(OperationError):
+                    operation = self._head.cancel_operation(operation.id)
+            raise _too_late(operation, body.drain_timeout) from None
+        if operation.state != "done":
+            message = f"scaling {operation.state}: {operation.error or 'no reason was given'}"
+            raise ApiError(500, message, type=SERVER, code="operation_failed")
+        size = body.new_data_parallel_size
+        return wire.json_response(wire.ScaleMessage(f"scaled to {size} data parallel ranks"))
+
+    async def is_scaling_elastic_ep(self) -> Response:
+        """vLLM's question whether a change runs."""
+        running = self._head.cluster().operation is not None
+        return wire.json_response(wire.ScaleState(running))
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        source = self._head.events()
+        upcoming = asyncio.ensure_future(_next(source))
+        closing = asyncio.ensure_future(self._closing.wait())
+        try:
+            await asyncio.sleep(0)  # it listens before we look: nothing can fall in between
+            yield event(wire.encode(self._head.cluster()), name="cluster")
+            while True:
+                await asyncio.wait(
+                    (upcoming, closing),
+                    timeout=KEEP_ALIVE_S,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if closing.done():
+                    return
+                if not upcoming.done():
+                    yield b": keep-alive\n\n"
+                    continue
+                item = upcoming.result()
+                if item is None:
+                    return
+                upcoming = asyncio.ensure_future(_next(source))
+                yield event(wire.encode(item), name=item.kind)
+        finally:
+            upcoming.cancel()  # ends the head's iterator, which waits inside
+            closing.cancel()
+
+
+async def _next(source: AsyncIterator[ClusterEvent]) -> ClusterEvent | None:
+    return await anext(source, None)
+
+
+def _too_late(operation: OperationView, limit_s: float) -> ApiError:
+    fate = "it was taken back" if operation.state == "cancelled" else "it goes on"
+    return ApiError(
+        408,
+        f"operation {operation.id} was not done within {limit_s} s (phase {operation.phase}); "
+        f"{fate}, see GET /cluster/operations/{operation.id}",
+        code="operation_timeout",
+    )

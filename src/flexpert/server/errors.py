@@ -1,0 +1,112 @@
+"""Every failure as OpenAI's error body: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from flexpert.errors import (
+    ContextOverflow,
+    FlexpertError,
+    OperationConflict,
+    OperationRefused,
+    RequestError,
+    ServiceStopped,
+    UnknownOperation,
+)
+
+INVALID = "invalid_request_error"
+SERVER = "server_error"
+
+
+class ApiError(HTTPException):
+    """A failure with its HTTP status; param: the field at fault, code: for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.type = type
+        self.param = param
+        self.code = code
+
+    @property
+    def body(self) -> bytes:
+        """The JSON."""
+        error = {
+            "message": self.detail,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return msgspec.json.encode({"error": error})
+
+    def response(self) -> Response:
+        """The whole answer."""
+        return Response(
+            self.body, self.status_code, headers=self.headers, media_type="application/json"
+        )
+
+
+def api_error(error: Exception) -> ApiError:
+    """What a client is told of an exception; of an unexpected one, nothing but that it happened."""
+    match error:
+        case ApiError():
+            return error
+        case HTTPException():
+            kind = INVALID if error.status_code < 500 else SERVER
+            return ApiError(error.status_code, error.detail, type=kind, headers=error.headers)
+        case ContextOverflow():
+            return ApiError(400, str(error), code="context_length_exceeded")
+        case RequestError():
+            return ApiError(400, str(error), param=_field(error))
+        case OperationConflict():
+            return ApiError(409, str(error), code="operation_conflict")
+        case OperationRefused():
+            return ApiError(400, str(error), code="operation_refused")
+        case UnknownOperation():
+            return ApiError(404, str(error), code="operation_not_found")
+        case ServiceStopped():
+            return ApiError(503, str(error), type="service_unavailable")
+        case FlexpertError():
+            return ApiError(500, str(error), type=SERVER)
+        case _:
+            message = "internal error; the server's log has the details"
+            return ApiError(500, message, type=SERVER)
+
+
+def validation_error(errors: Sequence[Any]) -> ApiError:
+    """Pydantic's findings (`ValidationError.errors()`) with the first field at fault named."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
+    path = [str(item) for item in first["loc"] if item != "body"]
+    message = first["msg"].removeprefix("Value error, ")
+    if not path:
+        return ApiError(400, f"the body: {message}")
+    return ApiError(400, f"{'.'.join(path)}: {message}", param=path[0])
+
+
+def unknown_model(name: str) -> ApiError:
+    """404 as OpenAI words it to programs."""
+    message = f"the model {name!r} does not exist; GET /v1/models lists what is served"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def _field(error: RequestError) -> str | None:
+    """The setting at fault: by convention a RequestError's first word if it has an underscore or
+    is followed by "must" or "takes" (`SamplingParams.check`)."""
+    found = re.match(r"([a-z]+(?:_[a-z]+)+|[a-z]+(?= must| takes))\b", str(error))
+    return found[1] if found else None

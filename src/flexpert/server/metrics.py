@@ -1,0 +1,59 @@
+"""What the HTTP side counts, and `GET /metrics` with the head's figures beside it."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.responses import Response
+
+_FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class ServerMetrics:
+    """In a registry of its own, so that one head can be served twice (tests do)."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "flexpert_http_requests",
+            "HTTP requests answered",
+            ("method", "path", "status"),
+            registry=self.registry,
+        )
+        self.in_flight = Gauge(
+            "flexpert_http_requests_in_flight",
+            "HTTP requests being answered",
+            registry=self.registry,
+        )
+        self.disconnects = Counter(
+            "flexpert_http_disconnects",
+            "Requests whose client went away before the answer was complete",
+            registry=self.registry,
+        )
+        self._first_token = Histogram(
+            "flexpert_time_to_first_token_seconds",
+            "From a request's arrival to its first token, per sequence",
+            registry=self.registry,
+            buckets=_FIRST_TOKEN_S,
+        )
+        self._gap = Histogram(
+            "flexpert_inter_token_seconds",
+            "Between two tokens of a sequence",
+            registry=self.registry,
+            buckets=_GAP_S,
+        )
+
+    def first_token(self, waited_s: float) -> None:
+        """A sequence's first token has come."""
+        self._first_token.observe(waited_s)
+
+    def next_tokens(self, gap_s: float, count: int) -> None:
+        """`count` more tokens of a sequence have come together."""
+        for _ in range(count):
+            self._gap.observe(gap_s / count)
+
+    def response(self, head: CollectorRegistry) -> Response:
+        """Both registries in prometheus' text format."""
+        text = generate_latest(head) + generate_latest(self.registry)
+        return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -1,0 +1,283 @@
+"""Bodies that clients send.
+
+Unknown fields are ignored, as OpenAI's servers do, but one whose neglect would change the answer
+is refused. null means the default everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    field_validator,
+    model_validator,
+)
+
+from flexpert.engine.request import SamplingParams
+
+TokenIds = list[int]
+Prompt = str | TokenIds
+
+
+def _as_prompts(value: Any) -> Any:
+    """str, [str, …], [int, …] or [[int, …], …] → a list of prompts."""
+    message = "must be a text, a list of texts, token ids, or a list of token ids, and not empty"
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError(message)
+    if _are_token_ids(value):
+        return [value]
+    if all(isinstance(item, str) for item in value) or all(map(_are_token_ids, value)):
+        return value
+    raise ValueError(message)
+
+
+def _are_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _as_texts(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+# Prompts may be long: one pass of ours instead of pydantic's over every union member.
+Prompts = Annotated[Any, BeforeValidator(_as_prompts)]
+Stops = Annotated[list[str] | None, BeforeValidator(_as_texts)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class StreamOptions(_Body):
+    """include_usage: a last chunk with the token counts."""
+
+    include_usage: bool = False
+
+
+class Sampling(_Body):
+    """What both ways of generating share: OpenAI's settings and vLLM's extras."""
+
+    model: str | None = None
+    n: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: Stops = None
+    max_tokens: int | None = None
+    top_k: int | None = Field(None, description="0 or -1: off")
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+
+    logit_bias: Any = None
+    response_format: Any = None
+    tools: Any = None
+    functions: Any = None
+
+    @field_validator("logit_bias", "tools", "functions")
+    @classmethod
+    def _unsupported(cls, value: Any) -> Any:
+        if value:
+            raise ValueError("not supported by this server")
+        return value
+
+    @field_validator("response_format")
+    @classmethod
+    def _only_text(cls, value: Any) -> Any:
+        if value and (not isinstance(value, dict) or value.get("type") != "text"):
+            raise ValueError("only {'type': 'text'} is supported by this server")
+        return value
+
+    @field_validator("stream", mode="before")
+    @classmethod
+    def _null_is_false(cls, value: Any) -> Any:
+        return False if value is None else value
+
+    @field_validator("stream_options")
+    @classmethod
+    def _needs_stream(cls, value: StreamOptions | None, info: Any) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("only with stream=true")
+        return value
+
+    @property
+    def include_usage(self) -> bool:
+        """A last chunk carries the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        given: dict[str, Any] = {
+            "n": self.n,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0 if self.top_k == -1 else self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "seed": self.seed,
+            "stop": None if self.stop is None else tuple(self.stop),
+            "stop_token_ids": None if self.stop_token_ids is None else tuple(self.stop_token_ids),
+            "ignore_eos": self.ignore_eos,
+            "min_tokens": self.min_tokens,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+
+
+class CompletionRequest(Sampling):
+    """`POST /v1/completions`."""
+
+    prompt: Prompts
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+
+    @field_validator("suffix")
+    @classmethod
+    def _no_suffix(cls, value: str | None) -> str | None:
+        if value:
+            raise ValueError("not supported by this server")
+        return value
+
+    @field_validator("best_of")
+    @classmethod
+    def _best_of_all(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and value != (info.data.get("n") or 1):
+            raise ValueError("only supported equal to n: every sample is returned")
+        return value
+
+    @field_validator("logprobs")
+    @classmethod
+    def _not_of_the_prompt(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and info.data.get("echo"):
+            raise ValueError("not supported with echo: a prompt's log probabilities are not kept")
+        return value
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """One or several."""
+        prompts: list[Prompt] = self.prompt
+        return prompts
+
+    @property
+    def params(self) -> SamplingParams:
+        """As the engine wants them."""
+        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        return self._params(max_tokens=max_tokens, logprobs=self.logprobs)
+
+
+class ContentPart(_Body):
+    """A piece of a message."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    """A turn of a conversation; fields beyond these reach the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[ContentPart] | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _flat(cls, value: str | list[ContentPart] | None) -> str:
+        if value is None or isinstance(value, str):
+            return value or ""
+        if any(part.type != "text" or part.text is None for part in value):
+            raise ValueError("only parts of type 'text' are supported by this server")
+        return "".join(part.text or "" for part in value)
+
+
+class ChatRequest(Sampling):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
+            raise ValueError("only with logprobs=true")
+        return value
+
+    @property
+    def conversation(self) -> list[dict[str, Any]]:
+        """As chat templates want it."""
+        return [message.model_dump() for message in self.messages]
+
+    @property
+    def params(self) -> SamplingParams:
+        """As the engine wants them; no limit means up to the model's context."""
+        limit = self.max_completion_tokens
+        return self._params(
+            max_tokens=self.max_tokens if limit is None else limit,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+
+class TokenizeRequest(_Body):
+    """`POST /tokenize`: a prompt, or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _either(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(_Body):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[StrictInt]
+
+
+class OperationRequest(BaseModel):
+    """`POST /cluster/operations`: the number of ranks wanted, or who joins and leaves."""
+
+    # a misspelt field here would move machines
+    model_config = ConfigDict(extra="forbid")
+
+    ranks: StrictInt | None = Field(None, ge=1)
+    add: StrictInt = Field(0, ge=0)
+    remove: list[StrictInt] = []
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> OperationRequest:
+        if (self.ranks is not None) == bool(self.add or self.remove):
+            raise ValueError('give either {"ranks": N} or {"add": n, "remove": [ids]}')
+        return self
+
+
+class ElasticScaleRequest(_Body):
+    """vLLM's `POST /scale_elastic_ep`; drain_timeout: seconds to wait for the change."""
+
+    new_data_parallel_size: StrictInt = Field(gt=0)
+    drain_timeout: StrictInt = Field(120, gt=0)

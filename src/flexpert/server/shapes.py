@@ -1,0 +1,138 @@
+"""Parts of choices as the objects of OpenAI's two APIs, whole or in chunks."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+
+import msgspec
+
+from flexpert.server import wire
+from flexpert.server.generation import Part, Usage
+from flexpert.server.logprobs import chat_logprobs, completion_logprobs
+from flexpert.server.text import TokenText
+
+
+class Shape(abc.ABC):
+    """How one request is answered.
+
+    Args:
+        id: of the answer, with OpenAI's prefix. created: seconds since 1970.
+        with_usage: chunks have a usage field, null but in the last.
+    """
+
+    def __init__(
+        self, id: str, created: int, model: str, text: TokenText, *, with_usage: bool
+    ) -> None:
+        self.id = id
+        self.created = created
+        self.model = model
+        self.text = text
+        self.with_usage = with_usage
+        self._no_usage = None if with_usage else msgspec.UNSET
+
+    @abc.abstractmethod
+    def chunk(self, part: Part) -> bytes | None:
+        """JSON of one event; None: the part has nothing to show."""
+
+    @abc.abstractmethod
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """JSON of the last event of a stream that asked for its usage."""
+
+    @abc.abstractmethod
+    def whole(self, choices: Sequence[Part], usage: Usage) -> bytes:
+        """JSON of the answer at once."""
+
+
+class TextShape(Shape):
+    """`/v1/completions`.
+
+    Args:
+        echoes: text that stands before each choice's answer; empty: none.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        created: int,
+        model: str,
+        text: TokenText,
+        *,
+        with_usage: bool,
+        echoes: Sequence[str] = (),
+    ) -> None:
+        super().__init__(id, created, model, text, with_usage=with_usage)
+        self._echoes = dict(enumerate(echoes))
+
+    def chunk(self, part: Part) -> bytes | None:
+        choice = self._choice(part)
+        if not choice.text and part.finish is None and not part.records:
+            return None
+        return self._encode([choice], self._no_usage)
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        return self._encode([], usage)
+
+    def whole(self, choices: Sequence[Part], usage: Usage) -> bytes:
+        return self._encode([self._choice(part) for part in choices], usage)
+
+    def _choice(self, part: Part) -> wire.TextChoice:
+        records = part.records
+        return wire.TextChoice(
+            part.index,
+            self._echoes.pop(part.index, "") + part.text,
+            None if records is None else completion_logprobs(records, self.text),
+            part.finish,
+        )
+
+    def _encode(
+        self, choices: list[wire.TextChoice], usage: Usage | msgspec.UnsetType | None
+    ) -> bytes:
+        return wire.encode(wire.TextCompletion(self.id, self.created, self.model, choices, usage))
+
+
+class ChatShape(Shape):
+    """`/v1/chat/completions`."""
+
+    def __init__(
+        self, id: str, created: int, model: str, text: TokenText, *, with_usage: bool
+    ) -> None:
+        super().__init__(id, created, model, text, with_usage=with_usage)
+        self._begun: set[int] = set()
+
+    def chunk(self, part: Part) -> bytes | None:
+        if not part.text and part.finish is None and not part.records:
+            return None
+        if part.index in self._begun:
+            delta = wire.ChatDelta(content=part.text or None)
+        else:
+            self._begun.add(part.index)
+            delta = wire.ChatDelta("assistant", part.text)
+        records = part.records
+        choice = wire.ChatChunkChoice(
+            part.index,
+            delta,
+            None if records is None else chat_logprobs(records, self.text),
+            part.finish,
+        )
+        return self._encode([choice], self._no_usage)
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        return self._encode([], usage)
+
+    def whole(self, choices: Sequence[Part], usage: Usage) -> bytes:
+        whole = [
+            wire.ChatChoice(
+                part.index,
+                wire.ChatMessage(part.text),
+                None if part.records is None else chat_logprobs(part.records, self.text),
+                part.finish,
+            )
+            for part in choices
+        ]
+        return wire.encode(wire.ChatCompletion(self.id, self.created, self.model, whole, usage))
+
+    def _encode(
+        self, choices: list[wire.ChatChunkChoice], usage: Usage | msgspec.UnsetType | None
+    ) -> bytes:
+        return wire.encode(wire.ChatChunk(self.id, self.created, self.model, choices, usage))

@@ -1,0 +1,246 @@
+"""Tokens to text as they come, stop texts, and chat templates: no I/O, no clocks."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jinja2 import TemplateError
+
+from flexpert.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Detokenizer(Protocol):
+    """The text of one sequence, token by token.
+
+    What `push` and `flush` return, joined, is the text of the whole sequence. A character whose
+    bytes are spread over several tokens appears with the last of them.
+    """
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """The text that these tokens complete; may be empty."""
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that never became whole."""
+
+
+class TokenText:
+    """What the tokens of one tokenizer mean as text. Made once, shared by all sequences.
+
+    Special tokens have no text in an answer. Ids outside the vocabulary (models pad their
+    embedding) have none either.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._special = frozenset(id for id, token in added.items() if token.special)
+        self._byte_level = _is_byte_level(tokenizer)
+        to_bytes = _byte_level_bytes if self._byte_level else _piece_bytes
+        vocabulary = tokenizer.get_vocab()
+        self._bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
+        for token, id in vocabulary.items():
+            self._bytes[id] = to_bytes(token)
+        self.vocabulary_size = len(self._bytes)
+        self._shown = [b"" if id in self._special else raw for id, raw in enumerate(self._bytes)]
+
+    def detokenizer(self) -> Detokenizer:
+        """One for a new sequence."""
+        if self._byte_level:
+            return _ByteDetokenizer(self._shown)
+        return _WindowDetokenizer(self.tokenizer, self._special, len(self._shown))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes one token stands for; of a special token, its name."""
+        return self._bytes[token] if 0 <= token < len(self._bytes) else b""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of a whole sequence, special tokens left out."""
+        detokenizer = self.detokenizer()
+        return detokenizer.push(tokens) + detokenizer.flush()
+
+    def chat(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation, by the model's chat template.
+
+        Raises:
+            RequestError: the model has no chat template, or the template refuses the messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise RequestError(
+                "this model has no chat template; send the text as a prompt to /v1/completions"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            # templates fail by raise_exception or, on a shape they did not expect, as Python does
+            raise RequestError(f"the model's chat template refuses the messages: {error}") from None
+        # the template has written the special tokens itself
+        return self.encode(str(text), add_special_tokens=False)
+
+
+class StopTexts:
+    """Lets an answer through up to the first of its stop texts.
+
+    Text that may be the beginning of a stop text is held back until that is decided. If several
+    could end the answer, the one that is complete first does, so the result does not depend on
+    how the text was cut into tokens.
+
+    met: a stop text has come; nothing more will be let through.
+    """
+
+    __slots__ = ("_held", "_longest", "_stops", "met")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+        self.met = False
+
+    def push(self, text: str) -> str:
+        """The part of what is held and of `text` that may be shown now."""
+        if self.met or not text:
+            return ""
+        if not self._stops:
+            return text
+        text = self._held + text
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.met, self._held = True, ""
+            return text[: min(found)[1]]
+        cut = len(text) - self._may_begin(text)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def flush(self) -> str:
+        """What is still held back when the answer ends on its own."""
+        held, self._held = self._held, ""
+        return held
+
+    def _may_begin(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop text begins."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            end = text[-length:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return length
+        return 0
+
+
+class _ByteDetokenizer:
+    """For byte-level vocabularies (GPT-2, Qwen, DeepSeek, …): a table look-up and a UTF-8 decoder.
+
+    Half a microsecond a token, where decoding a window twice costs 20.
+    """
+
+    __slots__ = ("_decoder", "_shown")
+
+    def __init__(self, shown: list[bytes]) -> None:
+        self._shown = shown
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, tokens: Iterable[int]) -> str:
+        shown = self._shown
+        size = len(shown)
+        return self._decoder.decode(b"".join([shown[id] for id in tokens if 0 <= id < size]))
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class _WindowDetokenizer:
+    """For any other vocabulary: decode the last few tokens with and without the new ones.
+
+    A token's text may depend on the one before it (SentencePiece drops the space at the start of
+    a text), so each new text is the difference of two decodings that share their beginning.
+    """
+
+    # No character has more bytes than 4: after so many tokens U+FFFD stands for itself.
+    _PATIENCE = 8
+
+    __slots__ = ("_settled", "_size", "_special", "_tokenizer", "_window")
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, special: frozenset[int], size: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._special = special
+        self._size = size
+        self._window: list[int] = []
+        self._settled = 0  # tokens at the window's start whose text is out already
+
+    def push(self, tokens: Iterable[int]) -> str:
+        wanted = [id for id in tokens if id not in self._special and 0 <= id < self._size]
+        return "".join([self._push(id) for id in wanted])
+
+    def flush(self) -> str:
+        return self._settle(self._new_text())
+
+    def _push(self, token: int) -> str:
+        self._window.append(token)
+        text = self._new_text()
+        waiting = len(self._window) - self._settled
+        if not text or (text.endswith(REPLACEMENT) and waiting < self._PATIENCE):
+            return ""
+        return self._settle(text)
+
+    def _new_text(self) -> str:
+        before = self._decode(self._window[: self._settled])
+        return self._decode(self._window)[len(before) :]
+
+    def _settle(self, text: str) -> str:
+        del self._window[: self._settled]
+        self._settled = len(self._window)
+        return text
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return type(getattr(backend, "decoder", None)).__name__ == "ByteLevel"
+
+
+def _byte_level_alphabet() -> dict[int, str]:
+    """Translation from GPT-2's printable stand-ins to the bytes they stand for, as Latin-1.
+
+    Printable bytes stand for themselves, the others, in order, for U+0100 upward. Latin-1
+    characters that are no stand-in are sent out of Latin-1, so that encoding notices them.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    table = dict.fromkeys(others, REPLACEMENT)
+    table.update({0x100 + place: chr(byte) for place, byte in enumerate(others)})
+    return table
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return token.translate(_ALPHABET).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode("utf-8", "replace")  # an added token, written as itself
+
+
+def _piece_bytes(token: str) -> bytes:
+    """SentencePiece's ways: ▁ for a space, <0xE3> for a byte."""
+    if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
+        return bytes([int(byte[1], 16)])
+    return token.replace("▁", " ").encode("utf-8", "replace")

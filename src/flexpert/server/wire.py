@@ -1,0 +1,152 @@
+"""Bodies we send: OpenAI's objects as structs, which encode in about a microsecond."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from flexpert.server.generation import Usage
+from flexpert.server.logprobs import ChatLogprobs, CompletionLogprobs
+
+encode = msgspec.json.Encoder().encode
+
+
+def json_response(
+    body: Any, status: int = 200, *, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A struct, or what is made of structs, as an answer."""
+    return Response(encode(body), status, headers=headers, media_type="application/json")
+
+
+class TextChoice(msgspec.Struct):
+    """A choice of a completion, whole or one chunk's share of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class TextCompletion(msgspec.Struct):
+    """`/v1/completions`, whole and chunk alike; usage is left out of chunks unless asked for."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    object: str = "text_completion"
+
+
+class ChatMessage(msgspec.Struct):
+    """The answer of a chat."""
+
+    content: str
+    role: str = "assistant"
+    refusal: str | None = None
+
+
+class ChatChoice(msgspec.Struct):
+    """One whole answer."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatCompletion(msgspec.Struct):
+    """`/v1/chat/completions`."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    object: str = "chat.completion"
+
+
+class ChatDelta(msgspec.Struct, omit_defaults=True):
+    """What a chunk adds; role only in a choice's first."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct):
+    """One choice's share of a chunk."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatChunk(msgspec.Struct):
+    """One event of a streamed chat."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    object: str = "chat.completion.chunk"
+
+
+class Model(msgspec.Struct):
+    """`/v1/models/{id}`."""
+
+    id: str
+    created: int
+    max_model_len: int
+    root: str
+    object: str = "model"
+    owned_by: str = "flexpert"
+
+
+class ModelList(msgspec.Struct):
+    """`/v1/models`."""
+
+    data: list[Model]
+    object: str = "list"
+
+
+class Health(msgspec.Struct):
+    """`/health` of a service that serves."""
+
+    status: str = "ok"
+
+
+class Version(msgspec.Struct):
+    """`/version`."""
+
+    version: str
+
+
+class ScaleMessage(msgspec.Struct):
+    """vLLM's `/scale_elastic_ep`."""
+
+    message: str
+
+
+class ScaleState(msgspec.Struct):
+    """vLLM's `/is_scaling_elastic_ep`."""
+
+    is_scaling_elastic_ep: bool
+
+
+class Tokens(msgspec.Struct):
+    """`/tokenize`."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class Text(msgspec.Struct):
+    """`/detokenize`."""
+
+    prompt: str
