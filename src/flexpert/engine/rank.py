@@ -346,8 +346,10 @@ class RankEngine:
     def run(self) -> None:
         """Serve until `stop`."""
         try:
-            while not self._stopping:
+            while True:
                 self._take_commands()
+                if self._stopping:
+                    break
                 if not self._member:
                     self._wake.wait()
                 elif self._must_vote or self.scheduler.has_work:
