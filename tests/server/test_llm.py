@@ -1,0 +1,155 @@
+"""Promises of the library: `LLM` over a fake head."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_head import FakeHead
+
+import flexpert
+from flexpert import LLM, SamplingParams
+from flexpert.config import Config, ServerConfig
+from flexpert.errors import (
+    ConfigError,
+    FlexpertError,
+    OperationError,
+    OperationRefused,
+    RequestError,
+    ServiceStopped,
+)
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    monkeypatch.setattr("flexpert.cluster.head.Head", FakeHead)
+    with LLM(ranks=2) as llm:
+        yield llm
+
+
+def fake(llm: LLM) -> FakeHead:
+    head = llm._head
+    assert isinstance(head, FakeHead)
+    return head
+
+
+def idle(llm: LLM) -> bool:
+    deadline = time.monotonic() + 5
+    while fake(llm).running and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return not fake(llm).running
+
+
+def test_generate_keeps_the_prompts_order_and_takes_texts_and_ids(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=5, seed=1, n=2)
+    first, second = llm.generate(["one", [1, 2]], params, progress=True)
+    assert (first.prompt, second.prompt) == ("one", None)
+    assert second.prompt_token_ids == [1, 2]
+    assert len(first.samples) == 2
+    assert len(first.text) == len(first.token_ids) == 5
+    assert first.samples[0].text != first.samples[1].text
+    assert first.samples[0].finish_reason == "length"
+    assert llm.generate("one", params) == [first]
+
+
+def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=1), SamplingParams(max_tokens=2, logprobs=1)]
+    first, second = llm.generate(["a", "b"], params)
+    assert (len(first.token_ids), first.samples[0].logprobs) == (1, None)
+    assert len(second.samples[0].logprobs or []) == 2
+    with pytest.raises(RequestError, match="1 params were given for 2 prompts"):
+        llm.generate(["a", "b"], params[:1])
+
+
+def test_one_wrong_prompt_leaves_none_running(llm: LLM) -> None:
+    with pytest.raises(RequestError):
+        llm.generate(["fine", "x" * 300])
+    assert idle(llm)
+
+
+def test_a_failed_sequence_raises_its_error(llm: LLM) -> None:
+    fake(llm).behaviour.fail_after = 1
+    with pytest.raises(FlexpertError, match="rank 3 is gone"):
+        llm.generate(["a", "b"])
+    assert idle(llm)
+
+
+def test_chat_takes_one_conversation_or_several(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "hi"}]
+    assert len(llm.chat(talk)) == 1
+    assert len(llm.chat([talk, talk], SamplingParams(max_tokens=1))) == 2
+
+
+def test_stream_gives_the_same_text_and_leaving_it_frees_the_request(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=30, seed=3)
+    assert "".join(llm.stream("x", params)) == llm.generate("x", params)[0].text
+    fake(llm).behaviour.gap_s = 0.01
+    for _ in llm.stream("x", params):
+        break
+    assert idle(llm)
+    with pytest.raises(RequestError):
+        list(llm.stream("x", SamplingParams(n=2)))
+
+
+def test_scaling_waits_and_says_what_went_wrong(llm: LLM) -> None:
+    assert llm.scale(4).state == "done"
+    assert [rank.id for rank in llm.cluster().ranks] == [0, 1, 2, 3]
+    with pytest.raises(OperationRefused):
+        llm.scale(9)
+    fake(llm).behaviour.operation_fails = True
+    with pytest.raises(OperationError, match="out of memory"):
+        llm.scale(add=1)
+    assert llm.scale(remove=[1], wait=False).state == "preparing"
+
+
+def test_close_is_idempotent_and_what_comes_after_is_refused(llm: LLM) -> None:
+    llm.close()
+    llm.close()
+    assert fake(llm).stops == 1
+    assert not any(thread.name == "flexpert" for thread in threading.enumerate())
+    with pytest.raises(ServiceStopped):
+        llm.generate("x")
+
+
+def test_settings_by_name_path_and_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexpert.cluster.head.Head", FakeHead)
+    base = Config(server=ServerConfig(port=1234))
+    with LLM("tiny", deterministic=True, config=base, engine__max_running=7) as llm:
+        assert llm.config.server.port == 1234
+        assert llm.config.engine.max_running == 7
+        assert llm.config.engine.deterministic
+    with pytest.raises(ConfigError, match="engine.speed"):
+        LLM(engine__speed=9)
+
+
+def test_a_start_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(FakeHead):
+        async def start(self, report: object = None) -> None:
+            raise FlexpertError("no memory")
+
+    monkeypatch.setattr("flexpert.cluster.head.Head", Broken)
+    with pytest.raises(FlexpertError, match="no memory"):
+        LLM()
+    assert not any(thread.name == "flexpert" for thread in threading.enumerate())
+
+
+def test_importing_a_part_imports_no_more() -> None:
+    code = (
+        "import sys, flexpert, flexpert.server; flexpert.SamplingParams; "
+        "print(*{'torch', 'transformers', 'fastapi'} & set(sys.modules))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == ""
+
+
+def test_the_version_is_the_packages() -> None:
+    text = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
+    found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
+    assert found is not None
+    assert found[1] == flexpert.__version__

@@ -1,0 +1,159 @@
+"""Promises of `serve`: a start that fails at once, and an end that is clean."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+from fake_head import Behaviour, FakeHead
+
+from flexpert.config import ClusterConfig, Config, ServerConfig
+from flexpert.errors import ConfigError, FlexpertError
+from flexpert.server.run import bind, serve
+
+CONFIG = Config(server=ServerConfig(port=0), cluster=ClusterConfig(shutdown_timeout_s=5))
+
+
+class Beside:
+    """Something done in a thread while `serve` has the main thread, as it must for signals."""
+
+    def __init__(self, capture: pytest.CaptureFixture[str], do: Callable[[str], None]) -> None:
+        self._capture = capture
+        self._do = do
+        self.failure: BaseException | None = None
+        self.output = ""
+        self.head = FakeHead()
+
+    def head_for(self, config: Config) -> FakeHead:
+        self.head = FakeHead(config, Behaviour(gap_s=0.01))
+        return self.head
+
+    def serve(self) -> int:
+        thread = threading.Thread(target=self._run)
+        thread.start()
+        code = serve(CONFIG, head=self.head_for)
+        thread.join(10)
+        self.output += self._capture.readouterr().out
+        if self.failure:
+            raise self.failure
+        return code
+
+    def _run(self) -> None:
+        try:
+            while "ready: " not in self.output:
+                time.sleep(0.01)
+                self.output += self._capture.readouterr().out
+            url = self.output.split("ready: ")[1].split()[0].removesuffix("/v1")
+            self._do(url)
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            self.failure = error
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stream(url: str, tokens: int, on_first: Callable[[], None]) -> str:
+    """Text of a streamed completion."""
+    body = {"prompt": "x", "max_tokens": tokens, "stream": True}
+    lines = []
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as answered:
+        for line in answered.iter_lines():
+            if not lines:
+                on_first()
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def ask_to_stop(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_running_requests_finish(
+    capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    texts: list[str] = []
+
+    def do(url: str) -> None:
+        with httpx.stream("GET", f"{url}/cluster/events"):  # never ends by itself
+            texts.append(stream(url, 40, ask_to_stop(number)))
+
+    beside = Beside(capsys, do)
+    assert beside.serve() == 0
+    assert texts[0].rstrip().endswith("data: [DONE]")
+    assert '"finish_reason":"length"' in texts[0]
+    assert beside.head.stops == 1
+    assert "stopping" in beside.output
+    assert beside.output.rstrip().endswith("stopped")
+
+
+def test_a_second_signal_stops_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    began = 0.0
+
+    def twice() -> None:
+        nonlocal began
+        began = time.monotonic()
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def do(url: str) -> None:
+        with pytest.raises(httpx.RemoteProtocolError):
+            assert "[DONE]" not in stream(url, 120, twice)
+            raise httpx.RemoteProtocolError("ended without [DONE]")
+
+    beside = Beside(capsys, do)
+    beside.head_for = lambda config: FakeHead(config, Behaviour(gap_s=0.5))  # a minute
+    assert beside.serve() == 128 + signal.SIGINT
+    assert time.monotonic() - began < 3
+
+
+def test_a_service_that_fails_ends_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    beside = Beside(capsys, lambda url: beside.head.on_failure(FlexpertError("rank 2 is gone")))
+    assert beside.serve() == 1
+
+
+def test_a_start_that_fails_ends_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    class Broken(FakeHead):
+        async def start(self, report: object = None) -> None:
+            raise FlexpertError("the checkpoint is not there")
+
+    assert serve(CONFIG, head=Broken) == 1
+    assert "error: the checkpoint is not there" in capsys.readouterr().err
+
+
+def test_a_signal_during_the_start_ends_it(capsys: pytest.CaptureFixture[str]) -> None:
+    heads: list[FakeHead] = []
+
+    class Slow(FakeHead):
+        async def start(self, report: object = None) -> None:
+            import asyncio
+
+            heads.append(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(60)
+
+    assert serve(CONFIG, head=Slow) == 128 + signal.SIGTERM
+    assert heads[0].stops == 1
+
+
+def test_a_port_in_use_fails_before_anything_starts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = Config(server=ServerConfig(port=port))
+        assert serve(config, head=lambda config: pytest.fail("started")) == 2
+    assert f"port {port}" in (error := capsys.readouterr().err)
+    assert "--port" in error
+
+
+def test_a_host_that_is_not_ours_is_a_wrong_setting() -> None:
+    with pytest.raises(ConfigError, match=r"no\.such\.host"):
+        bind(ServerConfig(host="no.such.host.invalid"))
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):
+        bind(ServerConfig(host="192.0.2.1"))
