@@ -41,6 +41,7 @@ class TensorFiles:
         self._lock = threading.Lock()
         self._file_of: dict[str, str] = {}
         self._open: dict[str, Any] = {}
+        self._identity: dict[str, tuple[int, ...]] = {}
         for name in self._file_names():
             file = self._open[name] = self._open_file(name)
             for key in file.keys():  # noqa: SIM118 - not a mapping
@@ -73,11 +74,32 @@ class TensorFiles:
 
     def _open_file(self, name: str) -> Any:
         try:
+            self._identity[name] = _identity(self.path / name)
             return safe_open(str(self.path / name), framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{self.path / name} is damaged or incomplete ({error}); download it again"
             ) from error
+
+    def check_unchanged(self) -> None:
+        """Refuse files that are not those opened at first: ranks must not mix two versions.
+
+        Also what keeps a file that was truncated in place from ending the process (SIGBUS).
+
+        Raises:
+            ModelError: names the file.
+        """
+        for name, opened in self._identity.items():
+            file = self.path / name
+            try:
+                found = _identity(file)
+            except OSError as error:
+                raise ModelError(f"cannot read {file}: {error.strerror}; put it back") from error
+            if found != opened:
+                raise ModelError(
+                    f"{file} changed since the service opened it; put it back, or restart the "
+                    "service to serve the new one"
+                )
 
     def keys(self) -> Iterable[str]:
         return self._file_of.keys()
@@ -97,6 +119,12 @@ class TensorFiles:
         with self._lock:
             tensor: Tensor = self._open[self._file_of[key]].get_slice(key)[row : row + 1]
             return tensor
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    """(device, inode, bytes, time of the last change): the same for an untouched file only."""
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @dataclass(slots=True)

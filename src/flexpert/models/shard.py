@@ -137,6 +137,7 @@ class ModelShard:
             ModelError: a tensor of the checkpoint cannot be read or has another shape.
             UnsupportedModel: the model computes something at its start that we cannot repeat.
         """
+        source.checkpoint.files.check_unchanged()
         model = build_skeleton(
             source.config, source.info.dtype, attention=registrations.IMPLEMENTATION
         )

@@ -201,6 +201,7 @@ class ModelSource:
         for expert in experts:
             if not 0 <= expert < self.info.experts:
                 raise ValueError(f"there is no expert {expert}: the model has {self.info.experts}")
+        self.checkpoint.files.check_unchanged()
         return {expert: self._load_expert(self.experts_names[layer], expert) for expert in experts}
 
     def _load_expert(self, name: str, expert: int) -> ExpertWeights:
