@@ -170,6 +170,16 @@ def test_only_tokens_within_top_k_top_p_and_min_p_are_drawn_and_all_of_them(
             assert abs(got.count(token) - 3000 * expected) < 4.5 * deviation
 
 
+def test_top_p_is_a_share_of_what_top_k_keeps_whoever_else_is_in_the_batch() -> None:
+    row = logits(1, 1.0)
+    kept = expected_kept(row[0], 8, 0.6, 0.0)
+    assert kept < expected_kept(row[0], 8, 1.0, 0.0)
+    states = [state(seed=seed, top_k=8, top_p=0.6) for seed in range(500)]
+    others = [state(seed=seed, top_p=0.99) for seed in range(3)]  # these need nearly all sorted
+    got = Sampler().sample(row.expand(503, -1), [*states, *others]).tokens[:500]
+    assert set(got) == kept
+
+
 def test_of_equal_tokens_those_with_the_lowest_ids_are_kept() -> None:
     row = torch.zeros(1, VOCAB)
     assert set(drawn(row, top_k=3)) == {0, 1, 2}

@@ -33,6 +33,7 @@ Ints = NDArray[np.int64]
 
 _BLOCK = 64  # weights added up at a time
 _CACHED = 2**18  # float32 weights that are worked on at once: 1 MiB, to stay in the L2 cache
+_AHEAD = 32  # positions whose uniform numbers are drawn in one go
 _COLDEST = 1e-30  # below it float32 quotients lose their meaning; it is greedy long before
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
 _WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
@@ -74,7 +75,7 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> Doubles:
 
 
 class Sampler:
-    """Samples the next token of each sequence. Holds no state: all of it is in `SampleState`."""
+    """Samples the next token of each sequence. All state is in the `SampleState`s."""
 
     def sample(self, logits: torch.Tensor, samples: Sequence[SampleState]) -> Sampled:
         """One token for each row.
@@ -131,7 +132,7 @@ def _choose(x: Floats, samples: Sequence[SampleState]) -> list[int]:
     if not drawn:
         return [int(token) for token in x.argmax(axis=1)]
     tokens = x.argmax(axis=1) if len(drawn) < len(samples) else np.zeros(len(x), dtype=np.int64)
-    u = uniforms([samples[i].seed for i in drawn], [samples[i].position for i in drawn])
+    u = _numbers([samples[i] for i in drawn])
     at_once = max(1, _CACHED // x.shape[1])
     for start in range(0, len(drawn), at_once):
         rows = drawn[start : start + at_once]
@@ -142,18 +143,34 @@ def _choose(x: Floats, samples: Sequence[SampleState]) -> list[int]:
     return [int(token) for token in tokens]
 
 
+def _numbers(states: Sequence[SampleState]) -> Doubles:
+    """[n] float64: the uniform number of each sequence's next position.
+
+    One call of `uniforms` costs about the same for one number as for a thousand, so those of the
+    next positions are drawn along; they are a function of seed and position and never outdated.
+    """
+    dry = [s for s in states if not 0 <= s.position - s.numbers_from < len(s.numbers)]
+    if dry:
+        seeds = [s.seed for s in dry for _ in range(_AHEAD)]
+        positions = [s.position + step for s in dry for step in range(_AHEAD)]
+        fresh = uniforms(seeds, positions).reshape(len(dry), _AHEAD)
+        for state, numbers in zip(dry, fresh.tolist(), strict=True):
+            state.numbers, state.numbers_from = numbers, state.position
+    return np.array([s.numbers[s.position - s.numbers_from] for s in states])
+
+
 def _weights(x: Floats, rows: list[int], states: Sequence[SampleState]) -> Floats:
     """exp((x - max) / temperature) of the given rows, [rows, vocab rounded up to whole blocks]."""
     vocab = x.shape[1]
     out: Floats = np.empty((len(rows), -(-vocab // _BLOCK) * _BLOCK), dtype=np.float32)
     out[:, vocab:] = -np.inf
     temperatures = np.array([[s.params.temperature] for s in states])
-    scale = np.maximum(temperatures, _COLDEST).astype(np.float32)
+    scale = (1 / np.maximum(temperatures, _COLDEST)).astype(np.float32)
     picked = x if len(rows) == len(x) else x[rows]
     body = out[:, :vocab]
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # -inf - -inf: all masked
         np.subtract(picked, picked.max(axis=1, keepdims=True), out=body)
-        body /= scale
+        body *= scale
         return np.exp(out, out=out)
 
 

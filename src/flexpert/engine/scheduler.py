@@ -250,7 +250,10 @@ class Scheduler:
         return ids
 
     def plan(self) -> StepPlan:
-        """The next step's work; empty if there is none. Ends with `commit` or `rollback`."""
+        """The next step's work; empty if and only if there is none (`has_work`).
+
+        Ends with `commit` or `rollback`; no other plan before.
+        """
         if self._plan is not None:
             raise RuntimeError("a plan is in flight; commit it or roll it back")
         self._used_before = self.pool.used
@@ -465,7 +468,7 @@ class Scheduler:
 
     def _publish(self, state: _Scheduled, since: int) -> None:
         """Publishes the blocks of `state` that became full since `since` tokens were computed."""
-        if not self.limits.prefix_cache or state.aborted:
+        if not self.limits.prefix_cache:
             return
         size = self.limits.block_size
         first, last = since // size, state.computed // size

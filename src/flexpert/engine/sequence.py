@@ -67,13 +67,16 @@ class SampleState:
 
     tokens: prompt and answer. stop_ids: tokens that end the answer from `min_tokens` on.
     counts: None unless a penalty is on. greedy: temperature 0. plain: the most likely token is
-    the answer and nothing else is asked for.
+    the answer and nothing else is asked for. numbers: the sampler's uniform numbers for the
+    positions from `numbers_from` on, as far as it has drawn them.
     """
 
     __slots__ = (
         "counts",
         "greedy",
         "id",
+        "numbers",
+        "numbers_from",
         "params",
         "plain",
         "prompt_length",
@@ -89,6 +92,8 @@ class SampleState:
         self.params = params
         self.tokens = [*sequence.prompt, *sequence.generated]
         self.prompt_length = len(sequence.prompt)
+        self.numbers: list[float] = []
+        self.numbers_from = 0
         self.seed = (params.seed or 0) & (2**64 - 1)
         eos = () if params.ignore_eos else sequence.eos
         self.stop_ids = frozenset(eos).union(params.stop_token_ids)
