@@ -1,0 +1,127 @@
+"""The same prompts through transformers alone, in a process of its own.
+
+    python -m flexpert.bench.reference < job.json > result.json
+
+Both ways are given all prompts at once and answer greedily with the wanted number of tokens each.
+A first, short call warms up; reading the checkpoint is not counted.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+Method = Literal["generate_batch", "generate"]
+
+
+class Job(msgspec.Struct, kw_only=True):
+    """prompts: token ids. output_tokens: of each answer. dtype: as in the settings."""
+
+    model: str
+    revision: str | None = None
+    dtype: str = "auto"
+    threads: int
+    method: Method
+    prompts: list[list[int]]
+    output_tokens: list[int]
+    warmup: int = 2
+
+
+class Result(msgspec.Struct, kw_only=True):
+    """tokens: those that were asked for; a static batch makes more if the lengths differ.
+
+    answers: the token ids of each.
+    """
+
+    seconds: float
+    tokens: int
+    attention: str
+    answers: list[list[int]]
+
+
+def main() -> None:
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    out, sys.stdout = sys.stdout, sys.stderr  # libraries print; the result stands alone
+    result = run(job)
+    out.buffer.write(msgspec.json.encode(result))
+    out.flush()
+
+
+def run(job: Job) -> Result:
+    """Load, warm up, measure."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(job.threads)
+    torch.set_grad_enabled(False)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        model_path(job.model), revision=job.revision, dtype=job.dtype
+    )
+    model.eval()
+    answer = _continuous if job.method == "generate_batch" else _static
+    warm = min(job.warmup, len(job.prompts))
+    if warm:
+        answer(model, job.prompts[:warm], [min(8, n) for n in job.output_tokens[:warm]])
+    began = time.perf_counter()
+    answers = answer(model, job.prompts, job.output_tokens)
+    seconds = time.perf_counter() - began
+    answers = [ids[:wanted] for ids, wanted in zip(answers, job.output_tokens, strict=True)]
+    return Result(
+        seconds=seconds,
+        tokens=sum(map(len, answers)),
+        attention=model.config._attn_implementation,
+        answers=answers,
+    )
+
+
+def model_path(model: str) -> str:
+    """A directory or a hub id."""
+    if model == "tiny":
+        return str(Path(__file__).parents[1] / "models" / "tiny")
+    return model
+
+
+def _continuous(model: Any, prompts: list[list[int]], wanted: list[int]) -> list[list[int]]:
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    # no end token: every answer has its full length. The default KV page count is read off a
+    # GPU's memory; here, as many as the work needs, all requests running at once.
+    page = 256
+    pages = sum(-(-(len(p) + n) // page) for p, n in zip(prompts, wanted, strict=True)) + 8
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(wanted))
+    batching = ContinuousBatchingConfig(
+        page_size=page, num_blocks=pages, max_batch_tokens=max(256, len(prompts))
+    )
+    results = model.generate_batch(
+        prompts, generation_config=config, continuous_batching_config=batching
+    )
+    ordered = sorted(results.values(), key=lambda r: int(r.request_id.rsplit("_", 1)[-1]))
+    if len(ordered) != len(prompts):
+        raise SystemExit(f"generate_batch answered {len(ordered)} of {len(prompts)} prompts")
+    return [list(result.generated_tokens) for result in ordered]
+
+
+def _static(model: Any, prompts: list[list[int]], wanted: list[int]) -> list[list[int]]:
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=max(wanted),
+        min_new_tokens=max(wanted),
+        pad_token_id=0,
+    )
+    answers: list[list[int]] = output[:, longest:].tolist()
+    return answers
+
+
+if __name__ == "__main__":
+    main()

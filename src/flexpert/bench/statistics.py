@@ -1,0 +1,84 @@
+"""Percentiles and the figures of a run (pure)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from flexpert.bench.load import Answer
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """One measure over all requests, in the unit its name says."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    longest: float
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of a load.
+
+    duration_s: first request sent until last answer complete. first_token_ms, end_to_end_ms: per
+    request; inter_token_ms: per pair of events that follow each other in a stream. Requests that
+    failed count in none of them; errors holds up to five different reasons.
+    """
+
+    requests: int
+    failed: int
+    duration_s: float
+    output_tokens: int
+    requests_per_s: float
+    output_tokens_per_s: float
+    first_token_ms: Summary | None
+    inter_token_ms: Summary | None
+    end_to_end_ms: Summary | None
+    errors: list[str] = []
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """The value below which `share` (0 to 1) of the ordered values lie, interpolated linearly."""
+    place = share * (len(ordered) - 1)
+    low, high = math.floor(place), math.ceil(place)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def summarise(values: Iterable[float]) -> Summary | None:
+    """None without values."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    return Summary(
+        mean=math.fsum(ordered) / len(ordered),
+        p50=percentile(ordered, 0.5),
+        p90=percentile(ordered, 0.9),
+        p99=percentile(ordered, 0.99),
+        longest=ordered[-1],
+    )
+
+
+def figures(answers: Sequence[Answer]) -> Figures:
+    """The figures of a run."""
+    whole = [answer for answer in answers if answer.whole]
+    duration = 0.0
+    if answers:
+        duration = max(a.ended for a in answers) - min(a.sent for a in answers)
+    tokens = sum(answer.tokens for answer in whole)
+    firsts = [a.first_token_s * 1e3 for a in whole if a.first_token_s is not None]
+    errors = dict.fromkeys(a.error for a in answers if a.error is not None)
+    return Figures(
+        requests=len(answers),
+        failed=len(answers) - len(whole),
+        duration_s=duration,
+        output_tokens=tokens,
+        requests_per_s=len(whole) / duration if duration else 0.0,
+        output_tokens_per_s=tokens / duration if duration else 0.0,
+        first_token_ms=summarise(firsts),
+        inter_token_ms=summarise(gap * 1e3 for a in whole for gap in a.gaps_s),
+        end_to_end_ms=summarise(a.total_s * 1e3 for a in whole),
+        errors=list(errors)[:5],
+    )

@@ -1,0 +1,398 @@
+"""The `flexpert` command. What a command needs is imported when it runs, so that it starts fast."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import flexpert
+from flexpert.cli.scale import ScaleCommand
+from flexpert.cli.settings import with_settings
+from flexpert.config import Config
+from flexpert.errors import ConfigError, FlexpertError
+
+if TYPE_CHECKING:
+    from flexpert.cli.client import Client
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+Url = Annotated[
+    str, typer.Option("--url", envvar="FLEXPERT_URL", metavar="URL", help="Address of the service.")
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", envvar="FLEXPERT_API_KEY", metavar="KEY", help="Its key, if it asks for one."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(min=0, metavar="T", help="0: always the likeliest token.")
+]
+TopP = Annotated[
+    float | None, typer.Option(metavar="P", help="Only tokens that make up this share.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")]
+
+app = typer.Typer(
+    name="flexpert",
+    help="Elastic expert-parallel serving of Mixture-of-Experts models.",
+    epilog="A first look: flexpert demo",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app.add_typer(bench, name="bench", help="Measure a service.")
+
+
+def main() -> NoReturn:
+    """Run the command line; an error that can be expected is one line, not a traceback."""
+    with expected_errors():
+        app()
+    sys.exit(0)
+
+
+@contextmanager
+def expected_errors() -> Iterator[None]:
+    """Exit status 2 for wrong usage or settings, 1 for what failed."""
+    try:
+        yield
+    except FlexpertError as error:
+        print(f"flexpert: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE)
+
+
+def _examples(*lines: str) -> str:
+    return "[bold]Examples[/]\n\n" + "\n\n".join(lines)
+
+
+@app.command(
+    epilog=_examples(
+        "flexpert serve --ranks 2",
+        "flexpert serve --model ./olmoe --ranks 4 --kv-memory 2GiB --port 9000",
+        "flexpert serve --config flexpert.yaml --deterministic",
+    )
+)
+@with_settings
+def serve(config: Config) -> None:
+    """Serve a model on several ranks, OpenAI-compatible; 'flexpert scale' changes them.
+
+    A setting comes from its flag, else from the environment (FLEXPERT_CLUSTER__RANKS=2), else
+    from --config FILE, else from its default.
+    """
+    from flexpert.server.run import serve as run
+
+    raise typer.Exit(run(config))
+
+
+@app.command(
+    cls=ScaleCommand,
+    epilog=_examples(
+        "flexpert scale 4",
+        "flexpert scale --add 1",
+        "flexpert scale --remove 1 3",
+        "flexpert scale --add 1 --remove 1  [dim](a newcomer takes over)[/]",
+        "flexpert scale --cancel op-1a2b3c4d",
+        "Exit status: 0 done, 1 failed or refused, 2 wrong usage, 3 cancelled.",
+    ),
+)
+def scale(
+    ranks: Annotated[
+        int | None, typer.Argument(min=1, metavar="[RANKS]", help="How many there shall be.")
+    ] = None,
+    add: Annotated[int, typer.Option(min=0, metavar="N", help="Ranks that join.")] = 0,
+    remove: Annotated[
+        list[int] | None, typer.Option(metavar="ID...", help="Ids of ranks that leave.")
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the change to its end.")] = True,
+    cancel: Annotated[
+        str | None, typer.Option(metavar="ID", help="Undo a change that is being prepared.")
+    ] = None,
+    json_: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Change the ranks while they serve, and show how it goes.
+
+    Repeating the command while the change runs follows the same change.
+    """
+    from flexpert.cli.scale import operation_body, print_operation, run_scale
+
+    console = _console()
+    if cancel is not None:
+        if ranks is not None or add or remove:
+            raise ConfigError("--cancel stands alone")
+        with _client(url, api_key) as client:
+            print_operation(console, client.cancel(cancel), as_json=json_)
+        return
+    body = operation_body(ranks, add, remove or [])
+    with _client(url, api_key) as client:
+        raise typer.Exit(run_scale(client, body, console=console, wait=wait, as_json=json_))
+
+
+@app.command(
+    epilog=_examples("flexpert status", "flexpert status --watch", "flexpert status --json")
+)
+def status(
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second.")] = False,
+    json_: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Show the ranks, where the experts are, and the change that runs."""
+    from flexpert.cli.status import run_status
+
+    with _client(url, api_key) as client:
+        run_status(client, console=_console(), watch=watch, as_json=json_)
+
+
+@app.command(
+    epilog=_examples(
+        "flexpert chat",
+        'flexpert chat "Who was Noah?"',
+        "echo 'Who was Noah?' | flexpert chat --temperature 0",
+    )
+)
+def chat(
+    message: Annotated[
+        str | None, typer.Argument(help="One question; without it, a conversation.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Talk to the model; Ctrl-C stops an answer, Ctrl-D ends the conversation."""
+    from flexpert.cli.talk import run_chat
+
+    if message is None and not sys.stdin.isatty():
+        message = sys.stdin.read().strip()
+    if message == "":
+        raise ConfigError("the message is empty")
+    params = _given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    with _client(url, api_key) as client:
+        run_chat(client, message, system, params, ask=input, out=sys.stdout)
+
+
+@app.command(
+    epilog=_examples(
+        'flexpert complete "In the beginning"',
+        'flexpert complete "In the beginning" --max-tokens 200 --temperature 0.8 --seed 7',
+        "cat prompt.txt | flexpert complete -",
+    )
+)
+def complete(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Do not stop where the model would.")
+    ] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Continue a text."""
+    from flexpert.cli.talk import run_complete
+
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    if not prompt:
+        raise ConfigError("the prompt is empty")
+    params = _given(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or None,
+        ignore_eos=ignore_eos or None,
+    )
+    with _client(url, api_key) as client:
+        run_complete(client, prompt, params, sys.stdout)
+
+
+@app.command(
+    epilog=_examples(
+        "flexpert demo",
+        "flexpert demo --clients 16 --duration 40",
+        "flexpert demo --json > run.json",
+    )
+)
+def demo(
+    clients: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="Different requests.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 64,
+    duration: Annotated[float, typer.Option(min=1, help="Seconds of traffic.")] = 20.0,
+    json_: Json = False,
+) -> None:
+    """Watch the ranks change from 2 to 4 to 3 to 1 under traffic, and count what it cost.
+
+    Needs nothing but this package: it starts a service with the embedded model, takes the answers
+    of an undisturbed run, then asks the same again while the ranks change, and compares. Exit
+    status 1 if an answer was lost or differs.
+    """
+    from flexpert.cli.demo import Plan, run_demo
+
+    plan = Plan(clients=clients, requests=requests, max_tokens=max_tokens, duration_s=duration)
+    raise typer.Exit(run_demo(plan, console=_console(stderr=json_), as_json=json_))
+
+
+@bench.command(
+    "serve",
+    epilog=_examples(
+        "flexpert bench serve",
+        "flexpert bench serve --compare transformers --ranks 1 --concurrency 16",
+        "flexpert bench serve --url http://127.0.0.1:8000 --request-rate 4 --num-prompts 200",
+        "flexpert bench serve --prompts prompts.jsonl --json result.json",
+        "flexpert bench serve --ranks 2 -- --deterministic --max-running 32",
+    ),
+)
+def bench_serve(
+    service: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- FLAGS]", help="More flags for the service it starts."),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Measure this service; without it, one of our own."),
+    ] = None,
+    api_key: ApiKey = None,
+    model: Annotated[str, typer.Option(help="Of our own service.")] = "tiny",
+    ranks: Annotated[int, typer.Option(min=1, help="Of our own service.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Per rank, of our own service; default: its share of the cores."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts: lines of text, or JSON lines with 'prompt'."),
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Requests.")] = 64,
+    input_len: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens of a random prompt.")
+    ] = 128,
+    output_len: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tokens of an answer (never fewer).")
+    ] = 128,
+    concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at once.")] = 16,
+    request_rate: Annotated[
+        float | None,
+        typer.Option(min=0.001, metavar="R", help="Instead: R arrive a second, as Poisson has it."),
+    ] = None,
+    warmup: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Requests before, not counted.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of prompts and arrivals.")] = 0,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="transformers",
+            help="Same prompts, threads and dtype through transformers alone.",
+        ),
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")
+    ] = None,
+) -> None:
+    """Measure a service: throughput, time to first token, inter-token latency, end to end."""
+    from flexpert.bench.serve import Load, Measured, run_bench
+    from flexpert.cli.render import figures_text
+
+    if compare not in (None, "transformers"):
+        raise ConfigError(f"--compare {compare}: only 'transformers' is known")
+    if url is not None and (service or compare):
+        what = "flags of a service" if service else "--compare"
+        raise ConfigError(f"{what} can only be had with a service of our own; leave out --url")
+    load = Load(
+        prompts=prompts,
+        count=num_prompts,
+        input_tokens=input_len,
+        output_tokens=output_len,
+        concurrency=concurrency,
+        request_rate=request_rate,
+        warmup=warmup,
+        seed=seed,
+    )
+    measured = Measured(
+        url=url, key=api_key, model=model, ranks=ranks, threads=threads, flags=tuple(service or ())
+    )
+    console = _console()
+    report = run_bench(
+        load, measured, compare=compare is not None, note=lambda line: _note(line, console)
+    )
+    console.print(figures_text(report), soft_wrap=True, highlight=False)
+    if json_ is not None:
+        import msgspec
+
+        try:
+            json_.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+        except OSError as error:
+            raise FlexpertError(f"cannot write {json_}: {error.strerror}") from None
+    if report.service.failed:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+@app.command(epilog=_examples("flexpert version", "flexpert version --json"))
+def version(json_: Json = False) -> None:
+    """Print the version, and those of what it stands on."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as version_of
+
+    found = {"flexpert": flexpert.__version__, "python": sys.version.split()[0]}
+    for package in ("torch", "transformers"):
+        try:
+            found[package] = version_of(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    if json_:
+        print(json.dumps(found))
+        return
+    for name, number in found.items():
+        print(f"{name} {number}")
+
+
+def _client(url: str, key: str | None) -> Client:
+    from flexpert.cli.client import Client
+
+    return Client(url, key)
+
+
+def _console(*, stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _note(line: str, console: Any) -> None:
+    console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
+
+
+def _given(**params: Any) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if value is not None}
+
+
+if __name__ == "__main__":
+    main()
