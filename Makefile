@@ -1,0 +1,79 @@
+# Two commands on a fresh machine (Python 3.11 or newer, make, a C compiler with Python's headers):
+#
+#   make demo     watch ranks change under traffic
+#   make test     everything that is tested
+#
+# Each makes .venv and installs what it needs; the second call starts at once.
+#
+# On Linux the package index gives torch with CUDA, some gigabytes. For the CPU build name PyTorch's
+# CPU index, whose address its own installation page shows:
+#
+#   make demo PIP_FLAGS="--extra-index-url <PyTorch's CPU index>"
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+	echo $$p && break; done)
+PIP_FLAGS ?=
+DEMO_FLAGS ?=
+TEST_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS)
+
+# what an editable install compiles or reads; Python files of the package are used in place
+BUILT := pyproject.toml setup.py $(shell find src -name '*.c' -not -name '_*' -o -name 'build_*.py')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean python
+
+help:
+	@echo "make demo | test | lint | format | clean"
+
+demo: $(VENV)/.installed
+	@$(BIN)/flexpert demo $(DEMO_FLAGS)
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest $(TEST_FLAGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src \( -name '*.egg-info' -o -name '*.so' -o -name '*.o' -o -name '_kernels.c' \
+		-o -name '_ops.c' \) -exec rm -rf {} +
+
+python:
+	@test -n "$(PYTHON)" || { \
+		echo "error: no Python 3.11 or newer found; name one: make demo PYTHON=/path/to/python3.11" >&2; \
+		exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) is older than Python 3.11, or does not run" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: $(PYTHON) has no venv; on Debian: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()' \
+		2>/dev/null || { \
+		echo "error: Python.h is missing; on Debian: apt install python3-dev" >&2; exit 1; }
+	@command -v $${CC:-cc} >/dev/null || { \
+		echo "error: no C compiler; on Debian: apt install gcc libc6-dev" >&2; exit 1; }
+
+$(BIN)/python: | python
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BUILT) | $(BIN)/python
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(BUILT) | $(BIN)/python
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
