@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
+import concurrent.futures.thread  # noqa: F401 - its exit hook must come before ours
 import itertools
 import queue
 import threading
@@ -112,10 +112,10 @@ class LLM:
         self._closing = threading.Lock()
         self._closed = False
         self._loop = asyncio.new_event_loop()
-        # a daemon, so that a program that forgets to close still ends; atexit closes in order
+        # a daemon, so that a program that forgets to close still comes to its exit hooks
         self._thread = threading.Thread(target=self._loop.run_forever, name="flexpert", daemon=True)
         self._thread.start()
-        atexit.register(self.close)
+        _open.add(self)
         try:
             self._call(self._head.start())
             self._text = TokenText(self._head.tokenizer)
@@ -217,7 +217,7 @@ class LLM:
             if self._closed:
                 return
             self._closed = True
-        atexit.unregister(self.close)
+        _open.discard(self)
         try:
             asyncio.run_coroutine_threadsafe(self._finish(), self._loop).result()
         finally:
@@ -342,6 +342,17 @@ async def _samples(generation: Generation) -> list[Sample]:
         )
         for whole, answer in zip(await generation.whole(), generation.answers, strict=True)
     ]
+
+
+def _close_all() -> None:
+    for llm in list(_open):
+        llm.close()
+
+
+_open: set[LLM] = set()
+# Not atexit: that comes after the interpreter has closed its thread pools, and the head needs one
+# to wait for its processes. Hooks run last first, so ours before the pools' own.
+threading._register_atexit(_close_all)  # type: ignore[attr-defined]
 
 
 def _spread(params: Params, count: int) -> list[SamplingParams]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -119,7 +121,7 @@ class FakeStream:
         limit = self._params.max_tokens or self._head.info.max_model_len - len(self._prompt)
         sent = 0
         while not self._over:
-            await asyncio.sleep(behaviour.gap_s)
+            await self._head.pause(behaviour.gap_s)
             if behaviour.fail_after is not None and sent >= behaviour.fail_after:
                 self._end()
                 raise FlexpertError("rank 3 is gone")
@@ -180,6 +182,7 @@ class FakeHead:
         self.ranks = [0, 1]
         self.epoch = 1
         self.stops = 0
+        self._stopped = asyncio.Event()
         self._operations: dict[str, OperationView] = {}
         self._over: dict[str, asyncio.Event] = {}
         self._listeners: list[asyncio.Queue[ClusterEvent]] = []
@@ -191,7 +194,23 @@ class FakeHead:
 
     async def stop(self, drain_s: float = 0.0) -> None:
         self.serving = False
+        if self._stopped.is_set():
+            return
+        deadline = time.monotonic() + drain_s
+        while self.running and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        self._stopped.set()
         self.stops += 1
+
+    async def pause(self, seconds: float) -> None:
+        """Between two tokens; a head that has stopped fails its sequences."""
+        if seconds == 0:
+            await asyncio.sleep(0)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopped.wait()
+                raise ServiceStopped("the service is stopping")
 
     def submit(self, prompt, params, *, request_id=None) -> FakeStream:
         if not self.serving:

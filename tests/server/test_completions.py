@@ -142,6 +142,18 @@ def test_a_stop_text_over_tokens_ends_the_answer_and_frees_the_sequence(
     assert len(server.head.cancelled) == 1
 
 
+def test_a_sample_that_met_its_stop_is_freed_while_the_others_go_on(
+    server: Running, client: openai.OpenAI
+) -> None:
+    ask = {"model": "fake", "prompt": "x", "n": 2, "seed": 0, "max_tokens": 100}
+    letter = client.completions.create(**ask).choices[0].text[0]
+    server.head.behaviour.gap_s = 0.02
+    with client.completions.create(**ask, stop=letter, stream=True) as stream:
+        next(iter(stream))
+        server.until(lambda: len(server.head.cancelled) == 1, 1.0)
+        assert len(server.head.running) == 1
+
+
 def test_stop_texts_count_only_after_min_tokens(server: Running, client: openai.OpenAI) -> None:
     answer(server, "abcd")
     answered = client.completions.create(

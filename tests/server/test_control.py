@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from conftest import Running
+from fake_head import FakeHead
+
+from flexpert.server.control import ControlRoutes
 
 
 def finish(server: Running) -> None:
@@ -102,6 +106,18 @@ def test_events_begin_with_the_whole_view_and_miss_nothing(
             states.append(next(events)[1]["data"]["state"])
         assert states[-1] == "done"
     server.until(lambda: server.head.listening == 0)
+
+
+def test_events_are_listened_for_before_the_view_is_taken() -> None:
+    async def listening_with_first_event() -> int:
+        head = FakeHead()
+        events = ControlRoutes(head, asyncio.Event())._events()
+        await anext(events)
+        listening = head.listening
+        await events.aclose()
+        return listening
+
+    assert asyncio.run(listening_with_first_event()) == 1
 
 
 def test_quiet_event_streams_are_kept_alive(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -117,6 +119,35 @@ def test_close_is_idempotent_and_what_comes_after_is_refused(llm: LLM) -> None:
         llm.generate("x")
 
 
+def test_ctrl_c_while_waiting_frees_what_runs(llm: LLM) -> None:
+    fake(llm).behaviour.gap_s = 0.1
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"], SamplingParams(max_tokens=100))
+    assert idle(llm)
+    fake(llm).behaviour.gap_s = 0
+    assert llm.generate("x")[0].text
+
+
+def test_a_program_that_forgets_to_close_ends_in_order() -> None:
+    code = (
+        "import asyncio, flexpert.cluster.head, fake_head\n"
+        "class Told(fake_head.FakeHead):\n"
+        "    async def stop(self, drain_s=0.0): await asyncio.to_thread(print, 'stopped')\n"
+        "flexpert.cluster.head.Head = Told\n"
+        "print(len(flexpert.LLM().generate('x')))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
+        timeout=60,
+    )
+    assert (ran.stdout.split(), ran.stderr) == (["1", "stopped"], "")
+
+
 def test_settings_by_name_path_and_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexpert.cluster.head.Head", FakeHead)
     base = Config(server=ServerConfig(port=1234))
@@ -124,7 +155,7 @@ def test_settings_by_name_path_and_config(monkeypatch: pytest.MonkeyPatch) -> No
         assert llm.config.server.port == 1234
         assert llm.config.engine.max_running == 7
         assert llm.config.engine.deterministic
-    with pytest.raises(ConfigError, match="engine.speed"):
+    with pytest.raises(ConfigError, match=r"engine\.speed"):
         LLM(engine__speed=9)
 
 

@@ -23,21 +23,29 @@ CONFIG = Config(server=ServerConfig(port=0), cluster=ClusterConfig(shutdown_time
 class Beside:
     """Something done in a thread while `serve` has the main thread, as it must for signals."""
 
-    def __init__(self, capture: pytest.CaptureFixture[str], do: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        capture: pytest.CaptureFixture[str],
+        do: Callable[[str], object],
+        *,
+        gap_s: float = 0.01,
+    ) -> None:
         self._capture = capture
         self._do = do
+        self._gap_s = gap_s
+        self.config = CONFIG
         self.failure: BaseException | None = None
         self.output = ""
         self.head = FakeHead()
 
     def head_for(self, config: Config) -> FakeHead:
-        self.head = FakeHead(config, Behaviour(gap_s=0.01))
+        self.head = FakeHead(config, Behaviour(gap_s=self._gap_s))
         return self.head
 
     def serve(self) -> int:
         thread = threading.Thread(target=self._run)
         thread.start()
-        code = serve(CONFIG, head=self.head_for)
+        code = serve(self.config, head=self.head_for)
         thread.join(10)
         self.output += self._capture.readouterr().out
         if self.failure:
@@ -79,37 +87,46 @@ def test_a_signal_lets_running_requests_finish(
     texts: list[str] = []
 
     def do(url: str) -> None:
-        with httpx.stream("GET", f"{url}/cluster/events"):  # never ends by itself
+        with httpx.stream("GET", f"{url}/cluster/events") as events:  # never end by themselves
             texts.append(stream(url, 40, ask_to_stop(number)))
+            list(events.iter_lines())
 
     beside = Beside(capsys, do)
+    began = time.monotonic()
     assert beside.serve() == 0
+    assert time.monotonic() - began < 4
     assert texts[0].rstrip().endswith("data: [DONE]")
     assert '"finish_reason":"length"' in texts[0]
     assert beside.head.stops == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "stopping" in beside.output
     assert beside.output.rstrip().endswith("stopped")
 
 
+def test_requests_that_take_too_long_end_with_an_error(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    texts: list[str] = []
+    beside = Beside(capsys, lambda url: texts.append(stream(url, 120, ask_to_stop(signal.SIGTERM))))
+    beside.config = Config(server=CONFIG.server, cluster=ClusterConfig(shutdown_timeout_s=0.2))
+    assert beside.serve() == 0
+    assert "the service is stopping" in texts[0]
+    assert texts[0].rstrip().endswith("data: [DONE]")
+    assert "Traceback" not in caplog.text
+
+
 def test_a_second_signal_stops_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    began = 0.0
+    asked: list[float] = []
 
     def twice() -> None:
-        nonlocal began
-        began = time.monotonic()
+        asked.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
 
-    def do(url: str) -> None:
-        with pytest.raises(httpx.RemoteProtocolError):
-            assert "[DONE]" not in stream(url, 120, twice)
-            raise httpx.RemoteProtocolError("ended without [DONE]")
-
-    beside = Beside(capsys, do)
-    beside.head_for = lambda config: FakeHead(config, Behaviour(gap_s=0.5))  # a minute
+    beside = Beside(capsys, lambda url: stream(url, 120, twice), gap_s=0.5)  # a minute
     assert beside.serve() == 128 + signal.SIGINT
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - asked[0] < 3
 
 
 def test_a_service_that_fails_ends_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:

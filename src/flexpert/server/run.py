@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import ceil
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -26,8 +27,13 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_WRONG_SETTINGS = 2
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 # Seconds. After a second Ctrl-C: for ranks to be ended; they die with this process anyway.
 FORCED_STOP_S = 5.0
+
+# Seconds that clients who do not read may hold up the end, after all answers are there.
+UNREAD_S = 2
 
 
 def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> int:
@@ -109,7 +115,7 @@ class _Service:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         host, port = self._listener.getsockname()[:2]
         self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -124,6 +130,8 @@ class _Service:
             return EXIT_FAILED
         finally:
             await self._stop()
+            for number in SIGNALS:  # the loop would leave Ctrl-C dead for what comes after
+                loop.remove_signal_handler(number)
 
     def _on_signal(self, number: int) -> None:
         if self._asked.is_set():
@@ -152,6 +160,7 @@ class _Service:
     async def _serve(self) -> None:
         app = create_app(self._head)
         level = self._config.server.log_level
+        ranks = self._config.cluster
         server = _Server(
             uvicorn.Config(
                 app,
@@ -163,12 +172,11 @@ class _Service:
                 access_log=level == "debug",
                 server_header=False,
                 timeout_keep_alive=30,
-                timeout_graceful_shutdown=int(self._config.cluster.shutdown_timeout_s),
+                timeout_graceful_shutdown=ceil(ranks.shutdown_timeout_s) + UNREAD_S,
             )
         )
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         asked = asyncio.ensure_future(self._asked.wait())
-        ranks = self._config.cluster
         print(
             f"{self._head.model_name} on {ranks.ranks} of at most {ranks.max_ranks} ranks\n"
             f"ready: {self._url}/v1",
@@ -179,12 +187,16 @@ class _Service:
         print("stopping: running requests may finish; Ctrl-C again stops at once", flush=True)
         app.state.closing.set()
         server.should_exit = True
+        # the head answers what is left when the time is over with an error; so HTTP ends by itself
+        ending = asyncio.gather(self._head.stop(ranks.shutdown_timeout_s), serving)
         forced = asyncio.ensure_future(self._forced.wait())
-        await asyncio.wait((serving, forced), return_when=asyncio.FIRST_COMPLETED)
-        if not serving.done():
-            server.force_exit = True
+        await asyncio.wait((ending, forced), return_when=asyncio.FIRST_COMPLETED)
         forced.cancel()
-        await serving
+        if ending.done():
+            ending.result()
+        else:
+            ending.cancel()
+            await asyncio.wait((ending,))
 
     async def _stop(self) -> None:
         try:
