@@ -20,14 +20,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 16
 #define KEY_TILE 16 /* keys per softmax tile; part of the result's definition */
 #define PANEL 32    /* query rows sharing one unpacked key tile */
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -76,31 +76,57 @@ INLINE uint16_t to_bf16(float f) {
     return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
+/* The larger; b where one is NaN. Comparisons elsewhere are avoided: gcc 12 takes most of them,
+ * at 512 bits, apart into scalars. */
 INLINE f32x16 fmax16(f32x16 a, f32x16 b) {
     i32x16 m = a > b;
     return (f32x16)(((i32x16)a & m) | ((i32x16)b & ~m));
 }
 
-INLINE f32x16 select16(i32x16 mask, f32x16 a, f32x16 b) {
-    return (f32x16)(((i32x16)a & mask) | ((i32x16)b & ~mask));
-}
+#define FLIP8(v) SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
+#define FLIP4(v) SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)
+#define FLIP2(v) SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
+#define FLIP1(v) SHUFFLE(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
 
-/* The tree of `fold16`, for one vector. */
+/* The sum of all lanes, by the tree of `fold16`. */
 INLINE float fold(f32x16 v) {
-    float t[16];
-    memcpy(t, &v, sizeof v);
-    UNROLL for (int i = 0; i < 8; i++) t[i] += t[i + 8];
-    UNROLL for (int i = 0; i < 4; i++) t[i] += t[i + 4];
-    return (t[0] + t[2]) + (t[1] + t[3]);
+    v += FLIP8(v);
+    v += FLIP4(v);
+    v += FLIP2(v);
+    v += FLIP1(v);
+    return v[0];
 }
 
 INLINE float max_of(f32x16 v) {
-    float t[16];
-    memcpy(t, &v, sizeof v);
-    float m = t[0];
-    UNROLL for (int i = 1; i < 16; i++) m = t[i] > m ? t[i] : m;
-    return m;
+    v = fmax16(v, FLIP8(v));
+    v = fmax16(v, FLIP4(v));
+    v = fmax16(v, FLIP2(v));
+    v = fmax16(v, FLIP1(v));
+    return v[0];
 }
+
+/* Two half vectors as one: what has 16 registers of 256 bits keeps sums in halves. */
+INLINE f32x16 join(f32x8 low, f32x8 high) {
+    f32x16 v;
+    memcpy(&v, &low, sizeof low);
+    memcpy((char *)&v + sizeof low, &high, sizeof high);
+    return v;
+}
+
+INLINE f32x8 load_half(const void *p) {
+    f32x8 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE u32x8 load_pairs(const void *p) {
+    u32x8 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE f32x8 even8(u32x8 pairs) { return (f32x8)(pairs << 16); }
+INLINE f32x8 odd8(u32x8 pairs) { return (f32x8)(pairs & 0xffff0000u); }
 
 /* Lane i of the result is the sum of a[i]; halves, quarters, pairs, as in `fold`. */
 INLINE f32x16 fold16(const f32x16 *a) {
@@ -118,11 +144,10 @@ INLINE f32x16 fold16(const f32x16 *a) {
            SHUFFLE(p[0], p[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* e^x for x <= 0, within 2 ulp; 0 below -87. */
+/* e^x for x <= 0, within 2 ulp; about 1e-38 below -87. */
 INLINE f32x16 exp16(f32x16 x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    i32x16 tiny = x < -87.0f;
-    x = select16(tiny, splat(-87.0f), x);
+    x = fmax16(splat(-87.0f), x);
     f32x16 shifted = x * 1.44269504088896341f + magic;
     f32x16 n = shifted - magic;
     f32x16 r = x - n * 0.693359375f;
@@ -134,7 +159,7 @@ INLINE f32x16 exp16(f32x16 x) {
     y = y * r + 5.0000001201e-1f;
     y = y * (r * r) + r + 1.0f;
     i32x16 exponent = ((i32x16)shifted - 0x4b400000 + 127) << 23;
-    return select16(tiny, (f32x16){0}, y * (f32x16)exponent);
+    return y * (f32x16)exponent;
 }
 
 INLINE float exp1(float x) {
@@ -145,13 +170,34 @@ INLINE float exp1(float x) {
 /* ---- grouped linear ----------------------------------------------------------------------- */
 
 /* Dot products of `rows` x rows with `outs` weight rows, rows * outs <= 16, both compile-time.
- * acc[r * outs + o] += x[r] . w[o] over `k` elements. */
+ * acc[r * outs + o] = x[r] . w[o] over `k` elements, 16 partial sums; acc starts at 0. */
 INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs, int dtype,
-                     f32x16 *acc) {
+                     int level, f32x16 *acc) {
     const long step = dtype == BFLOAT16 ? 32 : 16;
     const long width = dtype == BFLOAT16 ? 2 : 4;
     long whole = k / step * step;
-    for (long i = 0; i < whole; i += step) {
+    if (level == SMALL) {
+        f32x8 sum[4][2];
+        UNROLL for (int t = 0; t < rows * outs; t++) sum[t][0] = sum[t][1] = (f32x8){0};
+        for (long i = 0; i < whole * width; i += 64) {
+            UNROLL for (int h = 0; h < 2; h++) {
+                UNROLL for (int r = 0; r < rows; r++) {
+                    UNROLL for (int o = 0; o < outs; o++) {
+                        const char *xi = x[r] + i + 32 * h, *wi = w[o] + i + 32 * h;
+                        f32x8 *into = &sum[r * outs + o][h];
+                        if (dtype == BFLOAT16) {
+                            *into += even8(load_pairs(xi)) * even8(load_pairs(wi));
+                            *into += odd8(load_pairs(xi)) * odd8(load_pairs(wi));
+                        } else {
+                            *into += load_half(xi) * load_half(wi);
+                        }
+                    }
+                }
+            }
+        }
+        UNROLL for (int t = 0; t < rows * outs; t++) acc[t] = join(sum[t][0], sum[t][1]);
+    }
+    for (long i = 0; level == BIG && i < whole; i += step) {
         if (dtype == BFLOAT16) {
             u32x16 wp[16];
             UNROLL for (int o = 0; o < outs; o++) wp[o] = load_u32(w[o] + i * 2);
@@ -205,7 +251,7 @@ INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y,
     UNROLL for (int r = 0; r < rows; r++) xp[r] = x + (r < live_rows ? r : live_rows - 1) * k * width;
     UNROLL for (int o = 0; o < outs; o++) wp[o] = w + (o < live_outs ? o : live_outs - 1) * k * width;
     UNROLL for (int i = 0; i < rows * outs; i++) acc[i] = (f32x16){0};
-    dot_tile(xp, wp, k, rows, outs, dtype, acc);
+    dot_tile(xp, wp, k, rows, outs, dtype, level, acc);
     float sums[16] = {0};
     if (rows * outs == 16) {
         f32x16 s = fold16(acc);
@@ -294,16 +340,15 @@ INLINE void unpack(const char *src, float *dst, long n, int dtype) {
         return;
     }
     for (long i = 0; i < n; i += 32) {
-        u32x16 pairs;
-        if (n - i >= 32) {
-            pairs = load_u32(src + i * 2);
-        } else {
-            pairs = (u32x16){0};
-            memcpy(&pairs, src + i * 2, (n - i) * 2);
+        char rest[64] = {0};
+        const char *from = src + i * 2;
+        if (n - i < 32) from = memcpy(rest, from, (n - i) * 2);
+        UNROLL for (int h = 0; h < 2; h++) {
+            u32x8 pairs = load_pairs(from + 32 * h);
+            f32x8 e = even8(pairs), o = odd8(pairs);
+            memcpy(dst + i + 8 * h, &e, sizeof e);
+            memcpy(dst + i + 16 + 8 * h, &o, sizeof o);
         }
-        f32x16 e = even(pairs), o = odd(pairs);
-        memcpy(dst + i, &e, sizeof e);
-        memcpy(dst + i + 16, &o, sizeof o);
     }
 }
 
@@ -332,6 +377,11 @@ INLINE void store_kv(const attention_args *a) {
         }
     }
 }
+
+#define NOT 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
+#define ALL -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1
+static const int32_t FROM[32] = {NOT, ALL}; /* 16 from FROM + 16 - i: set from lane i on */
+static const int32_t TO[32] = {ALL, NOT};   /* 16 from TO + 15 - i: set up to lane i */
 
 /* All query rows of one sequence and one key head; `scratch` holds the tile and the panel. */
 INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch, int dtype, int level) {
@@ -366,9 +416,13 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
         }
         for (long t = low[0] / KEY_TILE; t <= high[panel - 1] / KEY_TILE; t++) {
             const long base = t * KEY_TILE;
-            for (long j = 0; j < KEY_TILE; j++) {
-                long position = base + j < context ? base + j : context - 1;
-                long slot = table[position / a->block_size] * a->block_size + position % a->block_size;
+            long block = base / a->block_size, offset = base % a->block_size;
+            for (long j = 0; j < KEY_TILE && base + j < context; j++) {
+                const long slot = table[block] * a->block_size + offset;
+                if (++offset == a->block_size) {
+                    offset = 0;
+                    block++;
+                }
                 unpack(a->key_cache + (slot * a->kv_heads + kv_head) * a->key_dim * width,
                        key_tile + j * kd, a->key_dim, dtype);
                 unpack(a->value_cache + (slot * a->kv_heads + kv_head) * a->value_dim * width,
@@ -391,14 +445,17 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                 } else {
                     float scores[16];
                     for (int j0 = 0; j0 < 16; j0 += 4) {
-                        f32x16 part[4];
-                        UNROLL for (int j = 0; j < 4; j++) part[j] = (f32x16){0};
+                        f32x8 part[4][2];
+                        UNROLL for (int j = 0; j < 4; j++) part[j][0] = part[j][1] = (f32x8){0};
                         for (long c = 0; c < kw; c += 16) {
-                            f32x16 qv = load_f32(q + c);
-                            UNROLL for (int j = 0; j < 4; j++)
-                                part[j] += qv * load_f32(key_tile + (j0 + j) * kd + c);
+                            UNROLL for (int h = 0; h < 2; h++) {
+                                f32x8 qv = load_half(q + c + 8 * h);
+                                UNROLL for (int j = 0; j < 4; j++)
+                                    part[j][h] += qv * load_half(key_tile + (j0 + j) * kd + c + 8 * h);
+                            }
                         }
-                        UNROLL for (int j = 0; j < 4; j++) scores[j0 + j] = fold(part[j]);
+                        UNROLL for (int j = 0; j < 4; j++)
+                            scores[j0 + j] = fold(join(part[j][0], part[j][1]));
                     }
                     memcpy(&score, scores, sizeof score);
                 }
@@ -406,17 +463,17 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                 if (a->softcap > 0.0f) { /* c * tanh(s / c), by e^(-2|s/c|) */
                     f32x16 z = score * (1.0f / a->softcap);
                     f32x16 e = exp16(-2.0f * fmax16(z, -z));
-                    f32x16 th = (1.0f - e) / (1.0f + e) * a->softcap;
-                    score = select16(z < 0.0f, -th, th);
+                    f32x16 size = (1.0f - e) / (1.0f + e) * a->softcap;
+                    score = (f32x16)((u32x16)size | ((u32x16)score & 0x80000000u));
                 }
                 const int from = low[m] > base ? (int)(low[m] - base) : 0;
                 const int to = high[m] < base + KEY_TILE - 1 ? (int)(high[m] - base) : KEY_TILE - 1;
-                const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-                const i32x16 seen = (lane >= from) & (lane <= to);
-                score = select16(seen, score, splat(-__builtin_inff()));
+                const u32x16 seen = load_u32(FROM + 16 - from) & load_u32(TO + 15 - to);
+                const u32x16 minus_infinity = (u32x16)splat(-__builtin_inff());
+                score = (f32x16)(((u32x16)score & seen) | (minus_infinity & ~seen));
                 const float top = max_of(score);
                 if (top > peak[m]) {
-                    const float shrink = exp1(peak[m] - top); /* 0 at first: e^-inf */
+                    const float shrink = exp1(peak[m] - top); /* at first of nothing */
                     peak[m] = top;
                     sum[m] *= shrink;
                     for (long c = 0; c < vw; c += 16) {
@@ -425,14 +482,30 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                     }
                 }
                 f32x16 weight = exp16(score - peak[m]);
-                weight = select16(seen, weight, (f32x16){0});
+                weight = (f32x16)((u32x16)weight & seen);
                 sum[m] += fold(weight);
                 float p[16];
                 memcpy(p, &weight, sizeof p);
-                for (long c = 0; c < vw; c += 16) {
-                    f32x16 v = load_f32(acc + m * vd + c);
-                    for (int j = from; j <= to; j++) v += p[j] * load_f32(value_tile + j * vd + c);
-                    memcpy(acc + m * vd + c, &v, sizeof v);
+                float *total = acc + m * vd;
+                if (level == BIG && from == 0 && to == KEY_TILE - 1) { /* weights in registers */
+                    for (long c = 0; c < vw; c += 16) {
+                        f32x16 v = load_f32(total + c);
+                        UNROLL for (int j = 0; j < KEY_TILE; j++)
+                            v += splat(p[j]) * load_f32(value_tile + j * vd + c);
+                        memcpy(total + c, &v, sizeof v);
+                    }
+                } else if (level == BIG) {
+                    for (long c = 0; c < vw; c += 16) {
+                        f32x16 v = load_f32(total + c);
+                        for (int j = from; j <= to; j++) v += splat(p[j]) * load_f32(value_tile + j * vd + c);
+                        memcpy(total + c, &v, sizeof v);
+                    }
+                } else {
+                    for (long c = 0; c < vw; c += 8) {
+                        f32x8 v = load_half(total + c);
+                        for (int j = from; j <= to; j++) v += p[j] * load_half(value_tile + j * vd + c);
+                        memcpy(total + c, &v, sizeof v);
+                    }
                 }
             }
         }
