@@ -418,15 +418,26 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
             const long base = t * KEY_TILE;
             long block = base / a->block_size, offset = base % a->block_size;
             for (long j = 0; j < KEY_TILE && base + j < context; j++) {
-                const long slot = table[block] * a->block_size + offset;
+                const long slot = table[block] * a->block_size + offset, next = base + j + KEY_TILE;
+                long ahead = -1;
+                if (next < context) {
+                    long block2 = block, offset2 = offset + KEY_TILE;
+                    while (offset2 >= a->block_size) offset2 -= a->block_size, block2++;
+                    ahead = table[block2] * a->block_size + offset2;
+                }
                 if (++offset == a->block_size) {
                     offset = 0;
                     block++;
                 }
-                unpack(a->key_cache + (slot * a->kv_heads + kv_head) * a->key_dim * width,
-                       key_tile + j * kd, a->key_dim, dtype);
-                unpack(a->value_cache + (slot * a->kv_heads + kv_head) * a->value_dim * width,
-                       value_tile + j * vd, a->value_dim, dtype);
+                const char *key = a->key_cache + (slot * a->kv_heads + kv_head) * a->key_dim * width;
+                const char *value = a->value_cache + (slot * a->kv_heads + kv_head) * a->value_dim * width;
+                if (ahead >= 0) { /* of the next tile; rows lie too far apart for the hardware */
+                    const long step = (ahead - slot) * a->kv_heads * width;
+                    for (long i = 0; i < a->key_dim * width; i += 64) __builtin_prefetch(key + step * a->key_dim + i);
+                    for (long i = 0; i < a->value_dim * width; i += 64) __builtin_prefetch(value + step * a->value_dim + i);
+                }
+                unpack(key, key_tile + j * kd, a->key_dim, dtype);
+                unpack(value, value_tile + j * vd, a->value_dim, dtype);
             }
             const long kw = dtype == BFLOAT16 ? kd : (a->key_dim + 15) / 16 * 16;
             const long vw = dtype == BFLOAT16 ? vd : (a->value_dim + 15) / 16 * 16;
