@@ -2,7 +2,7 @@
 
     python -m flexpert.bench.reference < job.json > result.json
 
-Both ways are given all prompts at once and answer greedily with the wanted number of tokens each.
+Both ways know all prompts from the start and answer greedily with the wanted number of tokens each.
 A first, short call warms up; reading the checkpoint is not counted.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,10 @@ Method = Literal["generate_batch", "generate"]
 
 
 class Job(msgspec.Struct, kw_only=True):
-    """prompts: token ids. output_tokens: of each answer. dtype: as in the settings."""
+    """prompts: token ids. output_tokens: of each answer. dtype: as in the settings.
+
+    concurrency: requests that generate_batch may run at once; None: all.
+    """
 
     model: str
     revision: str | None = None
@@ -28,6 +33,7 @@ class Job(msgspec.Struct, kw_only=True):
     method: Method
     prompts: list[list[int]]
     output_tokens: list[int]
+    concurrency: int | None = None
     warmup: int = 2
 
 
@@ -62,7 +68,9 @@ def run(job: Job) -> Result:
         model_path(job.model), revision=job.revision, dtype=job.dtype
     )
     model.eval()
-    answer = _continuous if job.method == "generate_batch" else _static
+    answer: Callable[[Any, list[list[int]], list[int]], list[list[int]]] = _static
+    if job.method == "generate_batch":
+        answer = partial(_continuous, concurrency=job.concurrency)
     warm = min(job.warmup, len(job.prompts))
     if warm:
         answer(model, job.prompts[:warm], [min(8, n) for n in job.output_tokens[:warm]])
@@ -85,7 +93,9 @@ def model_path(model: str) -> str:
     return model
 
 
-def _continuous(model: Any, prompts: list[list[int]], wanted: list[int]) -> list[list[int]]:
+def _continuous(
+    model: Any, prompts: list[list[int]], wanted: list[int], *, concurrency: int | None
+) -> list[list[int]]:
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     # no end token: every answer has its full length. The default KV page count is read off a
@@ -94,7 +104,10 @@ def _continuous(model: Any, prompts: list[list[int]], wanted: list[int]) -> list
     pages = sum(-(-(len(p) + n) // page) for p, n in zip(prompts, wanted, strict=True)) + 8
     config = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(wanted))
     batching = ContinuousBatchingConfig(
-        page_size=page, num_blocks=pages, max_batch_tokens=max(256, len(prompts))
+        page_size=page,
+        num_blocks=pages,
+        max_batch_tokens=max(256, len(prompts)),
+        max_requests_per_batch=concurrency,
     )
     results = model.generate_batch(
         prompts, generation_config=config, continuous_batching_config=batching

@@ -87,9 +87,13 @@ class Measured:
 
 
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
-    """One way of transformers. ratio: our output tokens/s over its. error: why there is none."""
+    """One way of transformers. ratio: our output tokens/s over its. error: why there is none.
+
+    concurrency: requests it may run at once; None: all.
+    """
 
     method: str
+    concurrency: int | None
     threads: int
     seconds: float | None = None
     output_tokens: int | None = None
@@ -123,9 +127,13 @@ def run_bench(load: Load, measured: Measured, *, compare: bool, note: Note) -> R
     found = figures(answers)
     references = []
     if compare:
-        for method in ("generate_batch", "generate"):
-            note(f"transformers: {method}")
-            references.append(_reference(method, load, measured, prompts, found))
+        # continuous batching both as the service is asked and as it knows all of its work
+        ways: list[tuple[reference.Method, int | None]] = [("generate_batch", None)]
+        if load.request_rate is None and load.concurrency < load.count:
+            ways.insert(0, ("generate_batch", load.concurrency))
+        for method, concurrency in (*ways, ("generate", None)):
+            note(f"transformers: {method}, {concurrency or 'all'} at once")
+            references.append(_reference(method, concurrency, load, measured, prompts, found))
     own = measured.url is None
     return Report(
         command=" ".join(["flexpert", *sys.argv[1:]]),
@@ -214,6 +222,7 @@ async def _offer(
 
 def _reference(
     method: reference.Method,
+    concurrency: int | None,
     load: Load,
     measured: Measured,
     prompts: list[list[int]],
@@ -227,15 +236,17 @@ def _reference(
         method=method,
         prompts=prompts,
         output_tokens=[load.output_tokens] * len(prompts),
+        concurrency=concurrency,
         warmup=min(load.warmup, 4),
     )
     try:
         result = asyncio.run(_run_reference(job))
     except FlexpertError as error:
-        return Reference(method=method, threads=threads, error=str(error))
+        return Reference(method=method, concurrency=concurrency, threads=threads, error=str(error))
     speed = result.tokens / result.seconds
     return Reference(
         method=method,
+        concurrency=concurrency,
         threads=threads,
         seconds=result.seconds,
         output_tokens=result.tokens,
@@ -252,7 +263,14 @@ async def _run_reference(job: reference.Job) -> reference.Result:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=errors,
-            env={**os.environ, "OMP_NUM_THREADS": str(job.threads)},
+            # passive: on a machine that does anything else besides, threads that spin at
+            # OpenMP's barriers cost it a factor of ten (2 cores, a third busy process: 69
+            # tokens/s, and 704 with this)
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(job.threads),
+                "OMP_WAIT_POLICY": "passive",
+            },
         )
         try:
             output, _ = await process.communicate(msgspec.json.encode(job))

@@ -169,12 +169,13 @@ async def _disturbed(
                 return
             yield number
 
+    prompts = [str(body["prompt"]) for body in demo_requests(plan)]
     try:
         await closed_loop(send, jobs(), plan.clients)
         await scaling
     finally:
         scaling.cancel()
-    return demo_result(plan, this_machine(), progress, answers, expected, began)
+    return demo_result(plan, this_machine(), progress, answers, prompts, began)
 
 
 def same(answer: Answer, expected: Answer) -> bool:

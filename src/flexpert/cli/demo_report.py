@@ -91,7 +91,7 @@ class ChangeResult(msgspec.Struct, frozen=True, kw_only=True):
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON of `flexpert demo`.
 
-    steady: the gaps outside of all changes. sample: an answer, after its prompt's number.
+    steady: the gaps outside of all changes. sample: an answer, the one of the most different words.
     """
 
     good: bool
@@ -108,7 +108,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     steady: Gaps
     changes: list[ChangeResult]
     errors: list[str]
-    sample_number: int
+    sample_prompt: str
     sample: str
 
 
@@ -117,14 +117,14 @@ def demo_result(
     machine: Machine,
     progress: Progress,
     answers: Sequence[tuple[int, Answer]],
-    expected: Sequence[Answer],
+    prompts: Sequence[str],
     began: float,
 ) -> Result:
     """What the run comes to.
 
     Args:
         answers: of the traffic, each with its request's number.
-        expected: of the undisturbed run, by number.
+        prompts: by the requests' numbers.
         began: when the traffic did.
     """
     ended = max((answer.ended for _, answer in answers), default=began)
@@ -142,8 +142,8 @@ def demo_result(
     ]
     tokens = sum(answer.tokens for _, answer in answers)
     changed = all(c.operation is not None and c.operation.state == "done" for c in changes)
-    number = max(range(len(expected)), key=lambda n: len(expected[n].text), default=0)
-    sample = next((a.text for place, a in answers if place == number and a.whole), "")
+    whole = [(place, answer.text) for place, answer in answers if answer.whole]
+    number, sample = max(whole, key=lambda item: len(set(item[1].split())), default=(0, ""))
     return Result(
         good=changed and bool(changes) and progress.lost == 0 and progress.equal == progress.sent,
         model=progress.model,
@@ -159,7 +159,7 @@ def demo_result(
         steady=measure(steady),
         changes=changes,
         errors=list(dict.fromkeys(a.error for _, a in answers if a.error is not None))[:5],
-        sample_number=number,
+        sample_prompt=prompts[number],
         sample=sample,
     )
 

@@ -162,7 +162,7 @@ def summary(result: Result) -> RenderableType:
     parts: list[RenderableType] = [counts, "", gaps]
     parts += [Text(f"lost: {error}", style=bad) for error in result.errors]
     if result.sample:
-        parts += ["", Text.assemble(("an answer: ", "dim"), result.sample.strip())]
+        parts += ["", Text.assemble((result.sample_prompt, "dim"), result.sample)]
     parts += ["", Text(f"{result.model} on {result.machine.line()}", style="dim")]
     verdict = Text(
         "Nothing was lost, and every answer is what it would have been."

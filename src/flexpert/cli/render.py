@@ -140,7 +140,7 @@ def figures_text(report: Report) -> str:
     ]
     lines += [f"failed: {error}" for error in found.errors]
     if report.references:
-        lines += ["", "transformers alone, all prompts at once:"]
+        lines += ["", "transformers alone:"]
         lines += [_reference_line(reference) for reference in report.references]
     return "\n".join(lines)
 
@@ -153,9 +153,10 @@ def _summary_line(name: str, summary: Summary | None) -> str:
 
 
 def _reference_line(reference: Reference) -> str:
+    way = f"{reference.method}, {reference.concurrency or 'all'} at once"
     if reference.error is not None or reference.output_tokens_per_s is None:
-        return f"  {reference.method:<16} failed: {reference.error}"
+        return f"  {way:<28} failed: {reference.error}"
     return (
-        f"  {reference.method:<16} {reference.output_tokens_per_s:9.1f} output tokens/s "
+        f"  {way:<28}{reference.output_tokens_per_s:9.1f} output tokens/s "
         f"({reference.threads} threads); flexpert: {reference.ratio:.2f} times as many"
     )
