@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.models import registrations
 from flexpert.models.batch import ForwardBatch
+from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.deterministic import RowwiseMode, outside_modes
 from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelInfo, ModelSource
@@ -67,10 +68,11 @@ class PagedAttention:
             batch = self.batch
             if batch is None:
                 raise RuntimeError("attention outside of ModelShard.forward")
+            rows = batch.slot_mapping.shape[0]
             out = ops.paged_attention(
-                _rows(query),
-                _rows(key),
-                _rows(value),
+                _rows(query)[:rows],
+                _rows(key)[:rows],
+                _rows(value)[:rows],
                 self.key_cache,
                 self.value_cache,
                 batch.query_start,
@@ -82,27 +84,33 @@ class PagedAttention:
                 softcap=softcap or 0.0,
                 sinks=None if s_aux is None else s_aux.to(query.dtype).contiguous(),
             )
-            return out.unsqueeze(0)
+            return pad_rows(out, query.shape[2]).unsqueeze(0)
 
 
 class RoutedExperts:
     """One MoE layer's experts module, bound to the runtime."""
 
-    __slots__ = ("apply_gate", "layer", "runtime", "topk")
+    __slots__ = ("apply_gate", "layer", "rows", "runtime", "topk")
 
     def __init__(self, layer: int, module: Any, runtime: MoERuntime, topk: int) -> None:
         self.layer = layer
         self.runtime = runtime
         self.topk = topk
+        self.rows = 0  # of the batch; what comes after is padding
         self.apply_gate: Callable[[Tensor], Tensor] = (
             module._apply_gate if module.has_gate else module.act_fn
         )
 
     def experts(self, module: nn.Module, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        return self.runtime.forward(
-            self.layer, x.contiguous(), expert_ids.contiguous(), weights.float().contiguous(),
+        rows = self.rows
+        y = self.runtime.forward(
+            self.layer,
+            x[:rows].contiguous(),
+            expert_ids[:rows].contiguous(),
+            weights[:rows].float().contiguous(),
             self.apply_gate,
         )
+        return pad_rows(y, x.shape[0])
 
 
 class ModelShard:
@@ -169,17 +177,21 @@ class ModelShard:
         """[M, vocab] float32 logits of `batch.sample_rows`; walks all MoE layers once, in order."""
         for layer in self._attention:
             layer.batch = batch
-        rows = {"logits_to_keep": batch.sample_rows} if self._slices_logits else {}
+        for experts in self._experts:
+            experts.rows = batch.token_ids.shape[0]
+        shape = exact_batch if self._deterministic else pad_batch
+        token_ids, positions, sample_rows = shape(batch)
+        rows = {"logits_to_keep": sample_rows} if self._slices_logits else {}
         with torch.inference_mode(), self._mode():
             logits: Tensor = self._model(
-                input_ids=batch.token_ids.unsqueeze(0),
-                position_ids=batch.positions.unsqueeze(0),
+                input_ids=token_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
                 use_cache=False,
                 **rows,
             ).logits[0]
             if not rows:
-                logits = logits[batch.sample_rows]
-            return logits.float()
+                logits = logits[sample_rows]
+            return logits[: batch.sample_rows.shape[0]].float()
 
     def forward_idle(self) -> None:
         """Take part in a step without tokens: each MoE layer in order, no attention."""
