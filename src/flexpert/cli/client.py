@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
-import typer
 
 from flexpert.cluster.views import ClusterView, OperationView
 from flexpert.errors import FlexpertError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
-Url = Annotated[str, typer.Option("--url", envvar="FLEXPERT_URL", help="address of the service")]
-ApiKey = Annotated[
-    str | None,
-    typer.Option("--api-key", envvar="FLEXPERT_API_KEY", help="its key, if it asks for one"),
-]
+T = TypeVar("T")
 
 
 class ClientError(FlexpertError):
@@ -48,19 +43,19 @@ class Client:
         self._http.close()
 
     def cluster(self) -> ClusterView:
-        return msgspec.json.decode(self._send("GET", "/cluster"), type=ClusterView)
+        return self._decode(self._send("GET", "/cluster"), ClusterView)
 
     def begin(self, body: dict[str, Any]) -> OperationView:
         data = self._send("POST", "/cluster/operations", body)
-        return msgspec.json.decode(data, type=OperationView)
+        return self._decode(data, OperationView)
 
     def operation(self, operation_id: str) -> OperationView:
         data = self._send("GET", f"/cluster/operations/{operation_id}")
-        return msgspec.json.decode(data, type=OperationView)
+        return self._decode(data, OperationView)
 
     def cancel(self, operation_id: str) -> OperationView:
         data = self._send("DELETE", f"/cluster/operations/{operation_id}")
-        return msgspec.json.decode(data, type=OperationView)
+        return self._decode(data, OperationView)
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a streamed answer, as they come."""
@@ -76,7 +71,7 @@ class Client:
                         continue
                     if data == "[DONE]":
                         return
-                    event = msgspec.json.decode(data)
+                    event = self._decode(data.encode(), dict[str, Any])
                     if event.get("error"):
                         raise ClientError(event["error"]["message"])
                     yield event
@@ -91,6 +86,14 @@ class Client:
             raise self._unreachable(error) from None
         self._check(response)
         return response.content
+
+    def _decode(self, data: bytes, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(data, type=kind)
+        except msgspec.MsgspecError as error:
+            raise ClientError(
+                f"{self.url} does not answer like a flexpert service of this version: {error}"
+            ) from None
 
     def _check(self, response: httpx.Response) -> None:
         if response.status_code < 400:

@@ -1,0 +1,130 @@
+"""Help, wrong usage, errors: one clear line and the right exit status; and a fast start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flexpert import __version__
+from flexpert.cli.main import app, main
+
+COMMANDS = ["serve", "scale", "status", "chat", "complete", "demo", "bench serve", "version"]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command as a process would see it: exit status, stdout, stderr."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["flexpert", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        out = capsys.readouterr()
+        assert "Traceback" not in out.err
+        return int(exit_.value.code or 0), out.out, out.err
+
+    return call
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples(command: str) -> None:
+    result = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert "Examples" in result.output
+    assert f"flexpert {command}" in result.output
+
+
+def test_help_lists_every_command() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert all(command.split()[0] in result.output for command in COMMANDS)
+
+
+def test_version(run: Run) -> None:
+    status, out, _ = run("version")
+    assert status == 0
+    assert f"flexpert {__version__}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["scale"], "say either how many ranks"),
+        (["scale", "4", "--add", "1"], "say either how many ranks"),
+        (["scale", "--cancel", "op-1", "4"], "--cancel stands alone"),
+        (["serve", "--ranks", "many"], "--ranks many: Input should be a valid integer"),
+        (["serve", "--ranks", "9"], "ranks (9) exceeds max_ranks (8)"),
+        (["serve", "--kv-memory", "lots"], "--kv-memory lots: 'lots' is no size"),
+        (["serve", "--dtype", "int3"], "--dtype int3: Input should be"),
+        (["serve", "--config", "/nowhere.yaml"], "cannot read the settings file"),
+        (["complete", ""], "the prompt is empty"),
+        (["bench", "serve", "--compare", "vllm"], "only 'transformers' is known"),
+        (["bench", "serve", "--compare", "transformers", "--url", "x"], "a service of our own"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(run: Run, arguments: list[str], says: str) -> None:
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert says in err
+    assert err.count("\n") == 1
+    assert not out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["scale", "0"], ["scale", "x"], ["scale", "--remov", "1"], ["nothing"]]
+)
+def test_what_the_parser_refuses_is_status_2(run: Run, arguments: list[str]) -> None:
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["scale", "2"], ["chat", "hi"], ["complete", "x"]]
+)
+def test_without_a_service_the_message_says_what_to_do(run: Run, arguments: list[str]) -> None:
+    status, _, err = run(*arguments, "--url", "http://127.0.0.1:9")
+    assert status == 1
+    assert err.startswith("flexpert: no service at http://127.0.0.1:9; start one with 'flexpert s")
+    assert "--url" in err
+
+
+def test_an_address_that_is_none_is_told(run: Run) -> None:
+    status, _, err = run("status", "--url", "ftp://x")
+    assert status == 1
+    assert "is no address" in err
+
+
+def test_the_key_is_sent_and_its_lack_explained(run: Run, service: Any) -> None:
+    service.replies["GET /cluster"] = (401, {"error": {"message": "missing or wrong API key"}})
+    status, _, err = run("status", "--url", service.url, "--api-key", "secret")
+    assert status == 1
+    assert "missing or wrong API key; give it with --api-key" in err
+    assert service.requests[0][2] == "Bearer secret"
+
+
+def test_an_answer_that_is_not_ours_is_no_traceback(run: Run, service: Any) -> None:
+    for reply in [(200, b"<html>"), (200, {"epoch": "x"}), (502, b"bad gateway")]:
+        service.replies["GET /cluster"] = reply
+        status, _, err = run("status", "--url", service.url)
+        assert status == 1
+        assert err.startswith("flexpert: ")
+
+
+def test_client_commands_load_neither_torch_nor_a_web_framework() -> None:
+    program = (
+        "import sys; from flexpert.cli.main import app; "
+        "app(['status', '--url', 'http://127.0.0.1:9'], standalone_mode=False)"
+    )
+    check = (
+        f"import sys\ntry:\n    exec({program!r})\nexcept Exception: pass\n"
+        "print(sorted({'torch', 'transformers', 'fastapi', 'numpy'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
