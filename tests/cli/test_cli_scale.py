@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from flexpert.cli.client import Client, ClientError
 from flexpert.cli.main import app
 from flexpert.cli.scale import operation_body, run_scale, spread_ids
+from flexpert.cli.status import run_status
 from flexpert.errors import ConfigError
 
 BEGIN = "POST /cluster/operations"
@@ -153,3 +154,20 @@ def test_status_as_json_is_what_the_service_says(service: Any) -> None:
     found = json.loads(result.output)
     assert found["epoch"] == 7
     assert [rank["id"] for rank in found["ranks"]] == [0, 2]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_watching_ends_with_ctrl_c(service: Any, terminal: bool) -> None:
+    service.replies = {"GET /cluster": (200, CLUSTER)}
+    waits = iter([None, None])
+
+    def sleep(_: float) -> None:
+        try:
+            next(waits)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    with Client(service.url, None) as client:
+        run_status(client, console=console, watch=True, sleep=sleep)
+    assert len(service.requests) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Protocol
 
 import msgspec
@@ -31,6 +32,13 @@ def run_status(
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Once, or until Ctrl-C."""
+    with suppress(KeyboardInterrupt) if watch else nullcontext():
+        _show(source, console, watch, as_json, sleep)
+
+
+def _show(
+    source: Source, console: Console, watch: bool, as_json: bool, sleep: Callable[[float], None]
+) -> None:
     cluster = source.cluster()
     if as_json or not (watch and console.is_terminal):
         _print(console, cluster, as_json)

@@ -41,7 +41,7 @@ def run_chat(
     while True:
         try:
             line = ask("> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             out.write("\n")
             return
         if not line:
