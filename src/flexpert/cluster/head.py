@@ -28,7 +28,6 @@ from flexpert.engine.request import SamplingParams
 from flexpert.errors import (
     ContextOverflow,
     FlexpertError,
-    OperationError,
     RequestError,
     ServiceStopped,
 )
@@ -61,6 +60,7 @@ class Head:
         self._listeners: set[asyncio.Queue[ClusterEvent | None]] = set()
         self._numbers = itertools.count(1)
         self._serving = False
+        self._stopping = asyncio.Lock()
         self._stopped = False
         self.metrics = Metrics(self._rank_views, lambda: self._epoch)
         self.registry = self.metrics.registry
@@ -107,8 +107,11 @@ class Head:
     async def stop(self, drain_s: float = 0.0) -> None:
         """End everything, after running sequences had drain_s to finish. Idempotent."""
         self._serving = False
-        if self._stopped:
-            return
+        async with self._stopping:
+            if not self._stopped:
+                await self._stop(drain_s)
+
+    async def _stop(self, drain_s: float) -> None:
         deadline = time.monotonic() + drain_s
         while len(self._journal) and not self.failure and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -230,7 +233,7 @@ class Head:
 
     def _need_coordinator(self) -> Coordinator:
         if self._coordinator is None:
-            raise OperationError("the service is not up yet")
+            raise ServiceStopped("the service is not up yet")
         return self._coordinator
 
     # ---- the coordinator's ports ------------------------------------------------------------

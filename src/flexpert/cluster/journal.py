@@ -37,11 +37,11 @@ class Entry:
 
 
 class TokenStream:
-    """The answer of one sequence as it comes; leaving its context or `cancel` frees it."""
+    """The answer of one sequence as it comes; leaving its context or `cancel` frees and ends it."""
 
     def __init__(self, sequence_id: str, on_cancel: Callable[[str], None]) -> None:
         self.id = sequence_id
-        self._queue: asyncio.Queue[Delta | FlexpertError] = asyncio.Queue()
+        self._queue: asyncio.Queue[Delta | FlexpertError | None] = asyncio.Queue()
         self._on_cancel = on_cancel
         self._over = False
 
@@ -53,6 +53,7 @@ class TokenStream:
         if not self._over:
             self._over = True
             self._on_cancel(self.id)
+            self._queue.put_nowait(None)  # a reader that waits ends, too
 
     async def __aenter__(self) -> TokenStream:
         return self
@@ -71,6 +72,8 @@ class TokenStream:
     async def _deltas(self) -> AsyncIterator[Delta]:
         while not self._over:
             item = await self._queue.get()
+            if item is None:
+                return
             if isinstance(item, FlexpertError):
                 self._over = True
                 raise item
