@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.shard import ModelShard
 from flexpert.models.source import ModelSource
 from flexpert.moe.experts import LayerExperts
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 COMMON: dict[str, Any] = {
     "vocab_size": 160,
@@ -113,7 +114,11 @@ def random_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
             elif tensor.ndim == 1 or name.endswith("_bias"):
                 tensor.copy_(noise if "sinks" in name else 0.1 * noise)
             else:
-                fan_in = tensor.shape[1] if "gpt_oss" in family and tensor.ndim == 3 else tensor.shape[-1]
+                fan_in = (
+                    tensor.shape[1]
+                    if "gpt_oss" in family and tensor.ndim == 3
+                    else tensor.shape[-1]
+                )
                 scale = 1.0 if "embed" in name else 1.3 * fan_in**-0.5
                 tensor.copy_(scale * noise)
     return model.eval()

@@ -14,9 +14,7 @@ CLOSE = {"atol": 2e-4, "rtol": 2e-4}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_prefill_gives_the_logits_of_transformers(
-    family: str, checkpoint: Checkpoints
-) -> None:
+def test_one_prefill_gives_the_logits_of_transformers(family: str, checkpoint: Checkpoints) -> None:
     path = checkpoint(family)
     tokens = prompt_of(50, seed=1)
     logits = lone_shard(path).step({"a": tokens})["a"]

@@ -53,9 +53,13 @@ class TensorFiles:
         index = self.path / INDEX
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                names = sorted(
+                    set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                )
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError(f"{index} is not an index of safetensors files: {error}") from error
+                raise ModelError(
+                    f"{index} is not an index of safetensors files: {error}"
+                ) from error
             missing = [name for name in names if not (self.path / name).is_file()]
             if missing:
                 raise ModelError(

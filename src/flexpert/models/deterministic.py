@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dtype in ops.DTYPES and weight.dtype == x.dtype and weight.ndim == 2:
         return ops.linear(x, weight, bias)
     raise UnsupportedModel(
-        f"--deterministic computes products in bfloat16 and float32, not {x.dtype} by {weight.dtype}"
+        f"--deterministic multiplies bfloat16 or float32, not {x.dtype} by {weight.dtype}"
     )
 
 

@@ -21,6 +21,11 @@ def padded_size(rows: int) -> int:
     return -(-rows // unit) * unit
 
 
+def padded_sizes(most: int) -> list[int]:
+    """All sizes that batches of 1 … most rows are padded to."""
+    return sorted({padded_size(rows) for rows in range(1, most + 1)})
+
+
 def pad_rows(x: Tensor, rows: int) -> Tensor:
     """x: [n, …] → [rows, …], zeros behind."""
     missing = rows - x.shape[0]
@@ -41,5 +46,3 @@ def pad_batch(batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
 def exact_batch(batch: ForwardBatch) -> tuple[Tensor, Tensor, Tensor]:
     """The same without padding."""
     return batch.token_ids, batch.positions, batch.sample_rows
-
-

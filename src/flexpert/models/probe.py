@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from flexpert.errors import UnsupportedModel
+from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.models import registrations
 
 UNDERSTOOD: Final = {"scaling", "sliding_window", "s_aux", "softcap", "dropout", "is_causal"}
@@ -37,10 +37,13 @@ HARMLESS: Final = {
 }
 """Arguments that do not change the result of causal attention without padding."""
 
+PLAIN_LAYERS: Final = {"attention", "full_attention", "sliding_attention"}
+"""Layer types that are attention over the keys and values of all or the last tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What one attention layer keeps for each token: [kv_heads, key_dim] and [kv_heads, value_dim]."""
+    """What one attention layer keeps of each token: kv_heads keys and as many values."""
 
     kv_heads: int
     key_dim: int
@@ -78,7 +81,9 @@ class Probe:
         for argument, given in kwargs.items():
             if given is None or argument in HARMLESS or argument in UNDERSTOOD:
                 continue
-            raise UnsupportedModel(f"{name} passes {argument!r} to attention, which we do not compute")
+            raise UnsupportedModel(
+                f"{name} passes {argument!r} to attention, which we do not compute"
+            )
         if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
             raise UnsupportedModel(f"{name} is not causal")
         window = kwargs.get("sliding_window")
@@ -96,7 +101,9 @@ class Probe:
     def experts(self, module: nn.Module, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         name = self._names[module]
         if getattr(module, "has_post_expert_norm", False):
-            raise UnsupportedModel(f"{name} normalises each expert's result, which we do not compute")
+            raise UnsupportedModel(
+                f"{name} normalises each expert's result, which we do not compute"
+            )
         if name in (call.name for call in self.experts_calls):
             raise UnsupportedModel(f"{name} is used twice in one pass")
         experts = int(getattr(module, "num_experts", 0))
@@ -114,6 +121,12 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
                 f"{config.model_type} has a {front.removesuffix('_config')} front end; "
                 "flexpert serves text-only models"
             )
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - PLAIN_LAYERS
+    if kinds:
+        raise UnsupportedModel(
+            f"{config.model_type} has layers of {', '.join(sorted(kinds))}; flexpert serves models "
+            "whose layers keep plain keys and values"
+        )
     try:
         found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
@@ -126,24 +139,36 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def build_skeleton(
     config: PreTrainedConfig, dtype: torch.dtype, *, attention: str
 ) -> PreTrainedModel:
-    """The model on the meta device: every module, no memory, weights not tied."""
+    """The model on the meta device: every module, no memory, weights not tied.
+
+    Raises:
+        UnsupportedModel: no causal language model, or layers that are not plain attention.
+        ModelError: the configuration is incomplete or contradicts itself.
+    """
     registrations.register()
     config = copy.deepcopy(config)
     for flag in ("use_cache", "output_router_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, flag, False):
             setattr(config, flag, False)
-    with (
-        torch.device("meta"),
-        initialization.no_init_weights(),
-        initialization.no_tie_weights(),
-        initialization.meta_device_safe_creation_ops(),
-    ):
-        model: PreTrainedModel = model_class(config)._from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attention,
-            experts_implementation=registrations.IMPLEMENTATION,
-        )
+    chosen = model_class(config)
+    try:
+        with (
+            torch.device("meta"),
+            initialization.no_init_weights(),
+            initialization.no_tie_weights(),
+            initialization.meta_device_safe_creation_ops(),
+        ):
+            model: PreTrainedModel = chosen._from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=attention,
+                experts_implementation=registrations.IMPLEMENTATION,
+            )
+    except Exception as error:  # whatever a model's constructor raises on odd settings
+        raise ModelError(
+            f"transformers cannot build {chosen.__name__} from this config.json "
+            f"({type(error).__name__}: {error})"
+        ) from error
     return model.eval()
 
 
@@ -174,10 +199,10 @@ def probe(model: PreTrainedModel) -> Probe:
             )
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{family} does not fit: {error}") from None
-    except Exception as error:  # noqa: BLE001 - any failure of foreign code means: does not fit
+    except Exception as error:  # any failure of foreign code means: does not fit
         raise UnsupportedModel(
-            f"{family} does not fit: its forward pass fails without a cache of transformers "
-            f"({type(error).__name__}: {error})"
+            f"{family} does not fit: its forward pass needs more than token ids and positions, "
+            f"such as masks or caches of its own ({type(error).__name__}: {error})"
         ) from error
     _check_layers(model, found)
     return found
@@ -189,7 +214,7 @@ def _check_layers(model: PreTrainedModel, found: Probe) -> None:
     if len(found.attention_shapes) != layers:
         raise UnsupportedModel(
             f"{family} does not fit: {layers - len(found.attention_shapes)} of its {layers} layers "
-            "keep something else than keys and values (linear attention, convolution or state space)"
+            "keep something else than keys and values (convolutions, states)"
         )
     calls = found.experts_calls
     if not calls:
@@ -197,7 +222,9 @@ def _check_layers(model: PreTrainedModel, found: Probe) -> None:
     for what in ("experts", "hidden", "topk"):
         values = sorted({getattr(call, what) for call in calls})
         if len(values) > 1 or values[0] < 1:
-            raise UnsupportedModel(f"{family} does not fit: its MoE layers differ in {what}: {values}")
+            raise UnsupportedModel(
+                f"{family} does not fit: its MoE layers differ in {what}: {values}"
+            )
 
 
 def _is_causal_window(mask: registrations.AskedMask, window: int | None) -> bool:
@@ -218,4 +245,3 @@ def _is_causal_window(mask: registrations.AskedMask, window: int | None) -> bool
     except Exception:  # noqa: BLE001 - a mask that needs more than positions is not ours
         return False
     return bool(torch.equal(torch.broadcast_to(seen, expected.shape), expected))
-

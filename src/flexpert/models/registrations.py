@@ -45,9 +45,7 @@ class AttentionBinding(Protocol):
 class ExpertsBinding(Protocol):
     """What an experts module is bound to."""
 
-    def experts(
-        self, module: nn.Module, x: Tensor, expert_ids: Tensor, weights: Tensor
-    ) -> Tensor:
+    def experts(self, module: nn.Module, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """x: [N, hidden], expert_ids and weights: [N, k] → [N, hidden]."""
         ...
 
@@ -68,7 +66,7 @@ def bind(module: nn.Module, binding: AttentionBinding | ExpertsBinding) -> None:
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -79,7 +77,7 @@ def _attention(
 
 
 def _experts(
-    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     result: Tensor = module._flexpert.experts(module, hidden_states, top_k_index, top_k_weights)
     return result

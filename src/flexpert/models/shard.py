@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.models import registrations
 from flexpert.models.batch import ForwardBatch
-from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.deterministic import RowwiseMode, outside_modes
+from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.moe import ops
@@ -119,8 +119,13 @@ class ModelShard:
     info: ModelInfo
 
     def __init__(
-        self, info: ModelInfo, model: PreTrainedModel, attention: list[PagedAttention],
-        experts: list[RoutedExperts], *, deterministic: bool,
+        self,
+        info: ModelInfo,
+        model: PreTrainedModel,
+        attention: list[PagedAttention],
+        experts: list[RoutedExperts],
+        *,
+        deterministic: bool,
     ) -> None:
         self.info = info
         self._model = model

@@ -77,7 +77,11 @@ class ModelSource:
     config: PreTrainedConfig
 
     def __init__(
-        self, path: Path, config: PreTrainedConfig, info: ModelInfo, skeleton: PreTrainedModel,
+        self,
+        path: Path,
+        config: PreTrainedConfig,
+        info: ModelInfo,
+        skeleton: PreTrainedModel,
         found: Probe,
     ) -> None:
         self.path = path
@@ -113,21 +117,29 @@ class ModelSource:
         path = locate(model, revision)
         config = _read_config(path)
         if quantization := getattr(config, "quantization_config", None):
-            method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
+            method = (
+                quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
+            )
             raise UnsupportedModel(
                 f"{model} is quantised ({method}), which flexpert does not read yet; "
                 "use a bfloat16 checkpoint of it"
             )
         skeleton = build_skeleton(config, _dtype(config, dtype), attention=registrations.PROBE)
         found = probe(skeleton)
-        return cls(path, config, _info(model, path, config, skeleton, found, max_model_len), skeleton, found)
+        return cls(
+            path,
+            config,
+            _info(model, path, config, skeleton, found, max_model_len),
+            skeleton,
+            found,
+        )
 
     # ---- sizes ------------------------------------------------------------------------------
 
     def expert_nbytes(self) -> int:
         """Bytes of one expert of one layer in memory."""
         module = self.skeleton.get_submodule(self.experts_names[0])
-        elements = sum(p.numel() // self.info.experts for p in module.parameters(recurse=False))
+        elements: int = sum(p.numel() // self.info.experts for p in module.parameters(recurse=False))
         return elements * self.info.dtype.itemsize
 
     def dense_nbytes(self) -> int:
@@ -166,7 +178,8 @@ class ModelSource:
         if self._kept_in_float32 is not None and self._kept_in_float32.search(name):
             return torch.float32
         tensor = self.skeleton.get_parameter_or_buffer(name)
-        return torch.dtype(tensor.dtype) if False else tensor.dtype
+        dtype: torch.dtype = tensor.dtype
+        return dtype
 
     def _check_complete(self) -> None:
         tied = self.skeleton.all_tied_weights_keys
@@ -175,7 +188,10 @@ class ModelSource:
         for name in self.skeleton.state_dict():
             if name in self.held or any(p.search(name) for p in ignored):
                 continue
-            partners = {tied.get(name), *(target for target, source in tied.items() if source == name)}
+            partners = {
+                tied.get(name),
+                *(target for target, source in tied.items() if source == name),
+            }
             if not partners & self.held:
                 missing.append(name)
         if missing:
@@ -278,7 +294,9 @@ def _read_config(path: Path) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
     except Exception as error:
-        if "trust_remote_code" in str(error) or "does not recognize this architecture" in str(error):
+        if "trust_remote_code" in str(error) or "does not recognize this architecture" in str(
+            error
+        ):
             raise UnsupportedModel(
                 f"{path}: the installed transformers does not know this model ({error})"
             ) from error
@@ -317,7 +335,9 @@ def _info(
         try:
             generation = GenerationConfig.from_pretrained(path)
         except (OSError, ValueError) as error:
-            raise ModelError(f"{path / 'generation_config.json'} cannot be read: {error}") from error
+            raise ModelError(
+                f"{path / 'generation_config.json'} cannot be read: {error}"
+            ) from error
         eos = generation.eos_token_id if generation.eos_token_id is not None else eos
         bos = generation.bos_token_id if generation.bos_token_id is not None else bos
     return ModelInfo(

@@ -303,11 +303,11 @@ INLINE void linear_group(const char *x, const char *w, const char *bias, char *y
 }
 
 INLINE void grouped_body(const char *x, const intptr_t *weights, const intptr_t *biases,
-                         const int32_t *offsets, char *y, long groups, long k, long n, int dtype,
-                         int level) {
+                         const int32_t *begins, const int32_t *ends, char *y, long groups, long k,
+                         long n, int dtype, int level) {
     const long width = dtype == BFLOAT16 ? 2 : 4;
     for (long g = 0; g < groups; g++) {
-        long begin = offsets[g], rows = offsets[g + 1] - begin;
+        long begin = begins[g], rows = ends[g] - begin;
         if (rows <= 0) continue;
         linear_group(x + begin * k * width, (const char *)weights[g],
                      biases ? (const char *)biases[g] : NULL, y + begin * n * width, rows, k, n,
@@ -538,17 +538,17 @@ INLINE void attention_body(const attention_args *a, float *scratch, int dtype, i
 
 typedef struct {
     const char *name;
-    void (*grouped)(const char *, const intptr_t *, const intptr_t *, const int32_t *, char *, long,
-                    long, long, int);
+    void (*grouped)(const char *, const intptr_t *, const intptr_t *, const int32_t *,
+                    const int32_t *, char *, long, long, long, int);
     void (*attention)(const attention_args *, float *);
 } kernels;
 
 #define KERNELS(NAME, TARGET, LEVEL)                                                                 \
     TARGET static void grouped_##NAME(const char *x, const intptr_t *w, const intptr_t *b,         \
-                                      const int32_t *offsets, char *y, long groups, long k,        \
-                                      long n, int dtype) {                                         \
-        if (dtype == BFLOAT16) grouped_body(x, w, b, offsets, y, groups, k, n, BFLOAT16, LEVEL);     \
-        else grouped_body(x, w, b, offsets, y, groups, k, n, FLOAT32, LEVEL);                        \
+                                      const int32_t *begins, const int32_t *ends, char *y,         \
+                                      long groups, long k, long n, int dtype) {                    \
+        if (dtype == BFLOAT16) grouped_body(x, w, b, begins, ends, y, groups, k, n, BFLOAT16, LEVEL);\
+        else grouped_body(x, w, b, begins, ends, y, groups, k, n, FLOAT32, LEVEL);                      \
     }                                                                                              \
     TARGET static void attention_##NAME(const attention_args *a, float *scratch) {                 \
         if (a->dtype == BFLOAT16) attention_body(a, scratch, BFLOAT16, LEVEL);                       \
@@ -588,10 +588,10 @@ static const kernels *pick(void) {
 
 static const char *fx_instruction_set(void) { return pick()->name; }
 
-static void fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intptr_t offsets,
-                              intptr_t y, long groups, long k, long n, int dtype) {
+static void fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intptr_t begins,
+                              intptr_t ends, intptr_t y, long groups, long k, long n, int dtype) {
     pick()->grouped((const char *)x, (const intptr_t *)weights, (const intptr_t *)biases,
-                    (const int32_t *)offsets, (char *)y, groups, k, n, dtype);
+                    (const int32_t *)begins, (const int32_t *)ends, (char *)y, groups, k, n, dtype);
 }
 
 static void fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
@@ -601,7 +601,7 @@ static void fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, lo
     for (long r = 0; r < rows; r += most) {
         const int32_t offsets[2] = {0, (int32_t)(rows - r < most ? rows - r : most)};
         pick()->grouped((const char *)x + r * k * width, &weight, bias ? &bias : NULL, offsets,
-                        (char *)y + r * n * width, 1, k, n, dtype);
+                        offsets + 1, (char *)y + r * n * width, 1, k, n, dtype);
     }
 }
 

@@ -75,18 +75,28 @@ class WeightTable:
             [rows, out] of x's dtype.
         """
         y = x.new_empty((x.shape[0], self.out_features))
-        self.linear_into(x, offsets, y, 0, self.slots)
+        begins = offsets.data_ptr()
+        self._call(x, begins, begins + offsets.element_size(), y)
         return y
 
-    def linear_into(self, x: Tensor, offsets: Tensor, y: Tensor, first: int, last: int) -> None:
-        """As `linear`, for the rows of slots first … last-1 only, into y: [rows, out]."""
+    def linear_ranges(self, x: Tensor, begins: Tensor, ends: Tensor, y: Tensor) -> None:
+        """As `linear`, for rows begins[s] … ends[s]-1 of each slot s only.
+
+        Args:
+            begins, ends: [slots] int32, contiguous.
+            y: [rows, out], to fill.
+        """
+        self._call(x, begins.data_ptr(), ends.data_ptr(), y)
+
+    def _call(self, x: Tensor, begins: int, ends: int, y: Tensor) -> None:
         lib.fx_grouped_linear(
             x.data_ptr(),
-            self._table.data_ptr() + 8 * first,
-            0 if self._bias_table is None else self._bias_table.data_ptr() + 8 * first,
-            offsets.data_ptr() + 4 * first,
+            self._table.data_ptr(),
+            0 if self._bias_table is None else self._bias_table.data_ptr(),
+            begins,
+            ends,
             y.data_ptr(),
-            last - first,
+            self.slots,
             self.in_features,
             self.out_features,
             self._dtype,
