@@ -212,7 +212,7 @@ class Coordinator:
             )
             for rank in placement.ranks
         }
-        totals = {r: n.dense + n.experts + n.kv + n.windows for r, n in needs.items()}
+        totals = {rank: need.total for rank, need in needs.items()}
         limit = self._config.cluster.memory_per_rank
         worst = max(totals, key=lambda rank: totals[rank])
         if limit is not None and totals[worst] > limit:

@@ -326,6 +326,7 @@ def describe_memory(memory: msg.Memory) -> str:
         ("experts", memory.experts),
         ("KV", memory.kv),
         ("windows", memory.windows),
+        ("runtime", memory.runtime),
     )
     text = " + ".join(f"{name} {size / 2**20:.1f}" for name, size in parts)
     return f"{text} = {memory.total / 2**20:.1f} MiB planned"

@@ -59,7 +59,7 @@ Command = Prepare | Commit | Cancel | Admit | Abort | Halt | Stop
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """running, waiting: sequences; kv_used: share of KV blocks, 0 to 1; memory: resident bytes."""
+    """running, waiting: sequences; kv_used: share of KV blocks, 0 to 1; memory: private bytes, measured."""
 
     running: int
     waiting: int
@@ -74,10 +74,11 @@ class Memory(msgspec.Struct, frozen=True):
     experts: int
     kv: int
     windows: int
+    runtime: int
 
     @property
     def total(self) -> int:
-        return self.dense + self.experts + self.kv + self.windows
+        return self.dense + self.experts + self.kv + self.windows + self.runtime
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):

@@ -32,7 +32,7 @@ class _RankCollector(Collector):
             ("running", "sequences being decoded", lambda rank: rank.running),
             ("waiting", "sequences waiting", lambda rank: rank.waiting),
             ("kv_used_ratio", "share of KV blocks in use", lambda rank: rank.kv_used),
-            ("memory_bytes", "resident memory", lambda rank: rank.memory_bytes),
+            ("memory_bytes", "private memory", lambda rank: rank.memory_bytes),
             ("experts", "expert replicas held", lambda rank: rank.experts),
         ):
             family = GaugeMetricFamily(f"flexpert_rank_{name}", text, labels=["rank"])

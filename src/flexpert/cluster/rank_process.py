@@ -6,20 +6,21 @@ import os
 import socket
 import sys
 import threading
+import time
 
-import psutil
 import zmq
 
 from flexpert.cluster import messages as msg
 from flexpert.cluster.forkserver import RankSpec
 from flexpert.config import Config
 from flexpert.engine.epoch import EpochPlan
-from flexpert.engine.rank import RankEngine, RankMemory
+from flexpert.engine.rank import RankEngine, RankMemory, private_memory
 from flexpert.engine.request import TokenEvent
 from flexpert.errors import FlexpertError
 from flexpert.models.source import ModelSource
 
 _REPORT_TIMEOUT_MS = 10_000
+_MEMORY_EVERY_S = 1.0
 
 
 def open_model(config_json: str) -> ModelSource:
@@ -52,8 +53,14 @@ class Reporter:
         self._socket.connect(spec.endpoint)
         self._lock = threading.Lock()
         self.engine: RankEngine | None = None
-        self._process = psutil.Process()
         self._memory = 0
+        threading.Thread(target=self._watch_memory, name="memory", daemon=True).start()
+
+    def _watch_memory(self) -> None:
+        """Reading it takes milliseconds, so not in the step loop."""
+        while True:
+            self._memory = private_memory()
+            time.sleep(_MEMORY_EVERY_S)
 
     def tell(self, report: msg.Report) -> None:
         packet = msg.encode(report)
@@ -67,8 +74,6 @@ class Reporter:
     def published(self, events: list[TokenEvent]) -> None:
         assert self.engine is not None
         scheduler = self.engine.scheduler
-        if self.engine.steps % 64 == 1:
-            self._memory = self._process.memory_info().rss
         load = msg.Load(scheduler.running, scheduler.waiting, scheduler.kv_used, self._memory)
         self.tell(msg.Published(events, load))
 
@@ -79,7 +84,9 @@ class Reporter:
         self.tell(msg.Progress(epoch, share))
 
     def prepared(self, epoch: int, loaded: int, memory: RankMemory) -> None:
-        planned = msg.Memory(memory.dense, memory.experts, memory.kv, memory.windows)
+        planned = msg.Memory(
+            memory.dense, memory.experts, memory.kv, memory.windows, memory.runtime
+        )
         self.tell(msg.Prepared(epoch, loaded, planned))
 
     def failed(self, epoch: int, error: str) -> None:

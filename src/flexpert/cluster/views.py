@@ -11,7 +11,7 @@ RankState = Literal["starting", "preparing", "ready", "active", "leaving", "gone
 
 
 class RankView(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank. kv_used: share of KV blocks in use, 0 to 1. memory_bytes: resident, measured."""
+    """One rank. kv_used: share of KV blocks in use, 0 to 1. memory_bytes: private, measured."""
 
     id: int
     state: RankState

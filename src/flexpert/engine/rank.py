@@ -16,7 +16,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -37,21 +38,33 @@ from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
 from flexpert.errors import FlexpertError
 from flexpert.models.batch import ForwardBatch
+from flexpert.models.padding import padded_sizes
 from flexpert.models.shard import ModelShard
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.moe.runtime import LayerState, MoERuntime, warmup_tables
+
+RUNTIME_BYTES = 64 * 2**20
 
 _VOTE = struct.Struct("<BI")  # has work, ready for epoch
 
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Planned bytes of a rank."""
+    """Planned bytes of a rank.
+
+    runtime: what the process takes beyond its share of the fork server's pages: measured when the
+    rank is warm, before that an estimate.
+    """
 
     dense: int
     experts: int
     kv: int
     windows: int
+    runtime: int = RUNTIME_BYTES
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts + self.kv + self.windows + self.runtime
 
 
 class RankListener(Protocol):
@@ -65,6 +78,15 @@ class RankListener(Protocol):
     def switched(self, epoch: int, pause_ms: float | None) -> None: ...
     def handed_over(self, epoch: int, ids: list[str]) -> None: ...
     def broken(self, epoch: int, ranks: tuple[int, ...], error: str) -> None: ...
+
+
+def private_memory() -> int:
+    """Bytes of this process that no other shares, and its part of the shared windows."""
+    sizes = {}
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+        name, size = line.split(":")
+        sizes[name] = int(size.split()[0]) * 1024
+    return sizes["Private_Dirty"] + sizes["Pss_Shmem"]
 
 
 def kv_blocks(info: ModelInfo, config: EngineConfig) -> int:
@@ -154,6 +176,7 @@ class RankEngine:
         )
         self.sampler = Sampler()
         self.steps = 0
+        self._runtime: int | None = None
 
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -263,14 +286,20 @@ class RankEngine:
             self.listener.failed(epoch, str(error))
             return
         self._prepared = result
-        memory = planned_memory(
+        memory = self._plan_memory(result)
+        self.listener.prepared(epoch, result.loaded, memory)
+
+    def _plan_memory(self, prepared: PreparedEpoch) -> RankMemory:
+        planned = planned_memory(
             self.source,
             self.config,
             self.capacity,
-            len(result.weights),
-            len(result.plan.members),
+            len(prepared.weights),
+            len(prepared.plan.members),
         )
-        self.listener.prepared(epoch, result.loaded, memory)
+        if self._runtime is None:  # warm, and nothing served yet: the rest is the process itself
+            self._runtime = max(0, private_memory() - planned.dense - planned.experts)
+        return replace(planned, runtime=self._runtime)
 
     def _cancel(self, epoch: int) -> None:
         if self._armed != epoch:  # else too late: the epoch may already be agreed
@@ -299,9 +328,12 @@ class RankEngine:
         )
         self._set_threads(len(prepared.plan.members))
         if all(table.slots for table in tables):
-            tokens = min(16, self.config.max_tokens_per_step, self.config.kv_block_size)
-            for rows in {1, 2, tokens}:
-                self.shard.forward(_warmup_batch(rows))
+            block = self.config.kv_block_size
+            room = min(self.config.max_tokens_per_step, self.scheduler.limits.blocks * block)
+            # one of each shape of products, which would otherwise be compiled while serving
+            for rows in [1, 2] if self.config.deterministic else padded_sizes(room):
+                rows = min(rows, room)
+                self.shard.forward(_warmup_batch(rows, block, self.config.max_running))
         self.moe.install([])
 
     def _set_threads(self, members: int) -> None:
@@ -487,15 +519,15 @@ def _batch(plan: StepPlan) -> ForwardBatch:
     )
 
 
-def _warmup_batch(rows: int) -> ForwardBatch:
-    """One sequence of `rows` tokens in block 0, which nobody uses before the first epoch."""
+def _warmup_batch(rows: int, block_size: int, samples: int) -> ForwardBatch:
+    """One sequence of `rows` tokens in the first blocks, which nobody uses before an epoch."""
     count = torch.arange(rows)
     return ForwardBatch(
         token_ids=torch.zeros(rows, dtype=torch.int64),
         positions=count,
         query_start=torch.tensor([0, rows], dtype=torch.int32),
         context_len=torch.tensor([rows], dtype=torch.int32),
-        block_tables=torch.zeros(1, 1, dtype=torch.int32),
+        block_tables=torch.arange(-(-rows // block_size), dtype=torch.int32).unsqueeze(0),
         slot_mapping=count,
-        sample_rows=torch.tensor([rows - 1]),
+        sample_rows=count[:samples],
     )
