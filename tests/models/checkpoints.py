@@ -96,12 +96,72 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Model type → what its configuration sets beyond COMMON. Sizes are no multiples of a vector."""
 
+FURTHER_FAMILIES = (
+    "afmoe",
+    "axk1",
+    "beam",
+    "cohere2_moe",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "flint",
+    "glm4_moe_lite",
+    "granitemoe_swa",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "kolibri1",
+    "laguna",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax_m2",
+    "phimoe",
+    "qwen2_moe",
+    "solar_open",
+)
+"""Other families of transformers 5.23 that fit; configured by `small_settings`."""
+
 MAIN_FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss")
+
+
+def small_settings(family: str) -> dict[str, Any]:
+    """The sizes that a family's configuration knows, made small."""
+    sizes = {
+        **COMMON,
+        **MLA,
+        **ROUTED,
+        "num_hidden_layers": 4,
+        "head_dim": 24,
+        "rotary_dim": 8,
+        "num_experts": 8,
+        "num_local_experts": 8,
+        "num_shared_experts": 1,
+        "shared_expert_intermediate_size": 40,
+        "moe_topk": 3,
+        "q_lora_rank": 32,
+        "n_group": 4,
+        "topk_group": 2,
+        "sliding_window": 9,
+    }
+    defaults = AutoConfig.for_model(family)
+    optional = {"sliding_window", "n_group", "topk_group", "q_lora_rank"}
+    known = {
+        name: size
+        for name, size in sizes.items()
+        if hasattr(defaults, name) and not (name in optional and getattr(defaults, name) is None)
+    }
+    if "kv_lora_rank" in known:
+        known.pop("head_dim", None)
+    else:
+        known["num_key_value_heads"] = 2
+    return known
 
 
 def random_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A float32 model whose weights are large enough that routing and attention matter."""
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
+    settings = {**COMMON, **FAMILIES[family]} if family in FAMILIES else small_settings(family)
+    config = AutoConfig.for_model(family, **{**settings, **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -127,6 +127,13 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
             f"{config.model_type} has layers of {', '.join(sorted(kinds))}; flexpert serves models "
             "whose layers keep plain keys and values"
         )
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "dynamic":
+            raise UnsupportedModel(
+                f"{config.model_type} has dynamic rotary embeddings: the longest request of a batch "
+                "would change the others; set its rope_type to 'default' for the original context"
+            )
     try:
         found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:

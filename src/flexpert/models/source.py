@@ -139,7 +139,9 @@ class ModelSource:
     def expert_nbytes(self) -> int:
         """Bytes of one expert of one layer in memory."""
         module = self.skeleton.get_submodule(self.experts_names[0])
-        elements: int = sum(p.numel() // self.info.experts for p in module.parameters(recurse=False))
+        elements: int = sum(
+            p.numel() // self.info.experts for p in module.parameters(recurse=False)
+        )
         return elements * self.info.dtype.itemsize
 
     def dense_nbytes(self) -> int:
@@ -360,18 +362,17 @@ def _info(
 def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
     """The model's context, or the shorter one asked for.
 
-    With rope types "dynamic" and "longrope" the frequencies of all tokens of a batch depend on the
-    longest of them; within the original context they do not.
+    With rope type "longrope" the frequencies of all tokens of a batch depend on the longest of
+    them; within the original context they do not.
     """
     limit = int(config.max_position_embeddings)
     reason = "its max_position_embeddings"
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *rope.values()):
         kind = parameters.get("rope_type", "default") if isinstance(parameters, dict) else "default"
-        if kind in ("dynamic", "longrope"):
-            original = parameters.get("original_max_position_embeddings")
-            limit = min(limit, int(original or config.max_position_embeddings))
-            reason = f"{kind} rotary embeddings beyond it would make requests change each other"
+        if kind == "longrope":
+            limit = min(limit, int(parameters["original_max_position_embeddings"]))
+            reason = "longrope frequencies beyond it would make requests change each other"
     if asked is None:
         return limit
     if not 0 < asked <= limit:
