@@ -108,5 +108,3 @@ def requests(count: int, tokens: int = 40) -> list[tuple[list[int], SamplingPara
         )
         result.append((shared + own, params))
     return result
-
-

@@ -1,4 +1,4 @@
-"""Promises 1, 3 and 5 on real ranks: nothing is lost, nothing differs, a failed change is undone."""
+"""Promises 1, 3, 5 on real ranks: nothing is lost, nothing differs, failed changes are undone."""
 
 from __future__ import annotations
 

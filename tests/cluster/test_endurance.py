@@ -16,6 +16,9 @@ from flexpert.cluster.head import Head
 pytestmark = pytest.mark.slow
 
 
+TARGETS = ({"ranks": 3}, {"remove": [1]}, {"ranks": 4}, {"remove": [2, 3]})
+
+
 @dataclass(frozen=True)
 class Use:
     """What a process holds."""
@@ -47,7 +50,7 @@ def test_a_hundred_changes_leave_nothing_behind() -> None:
 
         async def rounds(count: int) -> None:
             for number in range(count):
-                target = ({"ranks": 3}, {"remove": [1]}, {"ranks": 4}, {"remove": [2, 3]})[number % 4]
+                target = TARGETS[number % len(TARGETS)]
                 traffic = asyncio.create_task(answer_all(head, work, clients=4))
                 done = await change(head, **target)
                 assert done.state == "done", done

@@ -16,7 +16,7 @@ from flexpert.cluster.head import Head
 from flexpert.engine.request import SamplingParams
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from checkpoints import MAIN_FAMILIES, greedy, make_checkpoint, reference_logits  # noqa: E402
+from checkpoints import MAIN_FAMILIES, greedy, make_checkpoint, reference_logits
 
 pytestmark = pytest.mark.slow
 

@@ -157,7 +157,7 @@ def test_a_second_change_is_refused_while_one_runs() -> None:
 
 def test_the_diagram_shows_every_phase_of_the_table() -> None:
     text = diagram()
-    for phase in {rule.phase for rule in RULES} | {rule.then for rule in RULES}:
+    for phase in {entry.phase for entry in RULES} | {entry.then for entry in RULES}:
         assert phase.value in text
 
 

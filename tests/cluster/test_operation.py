@@ -42,9 +42,7 @@ def test_targets(before: set[int], wish: dict[str, object], after: set[int]) -> 
         ({"add": 3, "remove": [0]}, "need 3 free ids but only 2 of 4"),
     ],
 )
-def test_impossible_targets_are_refused_with_the_reason(
-    wish: dict[str, object], says: str
-) -> None:
+def test_impossible_targets_are_refused_with_the_reason(wish: dict[str, object], says: str) -> None:
     with pytest.raises(OperationRefused, match=says):
         resolve_target({0, 1}, 4, **wish)  # type: ignore[arg-type]
 

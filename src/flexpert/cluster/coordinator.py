@@ -10,7 +10,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -56,7 +56,7 @@ class RankRecord:
     host: str = ""
     pid: int = 0
     address: bytes = b""
-    load: msg.Load = msg.Load(0, 0, 0.0, 0)
+    load: msg.Load = field(default_factory=lambda: msg.Load(0, 0, 0.0, 0))
     memory: msg.Memory | None = None
     error: str = ""
 
@@ -181,9 +181,7 @@ class Coordinator:
             self._remember(operation)
             return operation
         info = self._source.info
-        self._next = replan(
-            self._placement, target, experts=info.experts, layers=info.moe_layers
-        )
+        self._next = replan(self._placement, target, experts=info.experts, layers=info.moe_layers)
         self._check_memory(target - members, self._next)
         actions = self._membership.begin(target)
         change = self._membership.change
@@ -451,5 +449,3 @@ def _event(kind: str, data: dict[str, object]) -> ClusterEvent:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
-
-

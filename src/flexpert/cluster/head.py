@@ -31,7 +31,7 @@ from flexpert.errors import (
     RequestError,
     ServiceStopped,
 )
-from flexpert.models.source import ModelInfo, ModelSource
+from flexpert.models.source import ModelInfo
 
 log = logging.getLogger("flexpert")
 
@@ -52,7 +52,6 @@ class Head:
         self.config = config
         self.failure: FlexpertError | None = None
         self.on_failure: Callable[[FlexpertError], None] | None = None
-        self._source: ModelSource | None = None
         self._journal = Journal()
         self._transport: Transport | None = None
         self._launcher: LocalLauncher | None = None
@@ -80,14 +79,14 @@ class Head:
             self._transport = Transport(self._on_report)
             self._transport.start()
             self._launcher = LocalLauncher(self._on_exit)
-            self._source, _ = await asyncio.gather(
+            source, _ = await asyncio.gather(
                 asyncio.to_thread(open_source, self.config),
                 self._launcher.start(self.config, self.config.cluster.start_timeout_s),
             )
-            self.info = self._source.info
-            self.tokenizer = await asyncio.to_thread(self._source.tokenizer)
+            self.info = source.info
+            self.tokenizer = await asyncio.to_thread(source.tokenizer)
             self.model_name = self.config.model.served_name or self.info.name
-            self._coordinator = Coordinator(self.config, self._source, self)
+            self._coordinator = Coordinator(self.config, source, self)
             ranks = self.config.cluster.ranks
             tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
             first = self._coordinator.begin_first(ranks)

@@ -115,9 +115,7 @@ class Journal:
 
     def assign(self, entry: Entry, ranks: Iterable[int]) -> int | None:
         """Give a sequence to the rank with the fewest; None if there are no ranks."""
-        rank = min(
-            ranks, key=lambda rank: (len(self._by_rank.get(rank, ())), rank), default=None
-        )
+        rank = min(ranks, key=lambda rank: (len(self._by_rank.get(rank, ())), rank), default=None)
         if rank is not None:
             entry.rank = rank
             self._by_rank.setdefault(rank, set()).add(entry.request.id)
@@ -147,9 +145,7 @@ class Journal:
         if event.finish is not None:
             self.finished += 1
             self.close(event.id)
-        entry.stream.put(
-            Delta(tokens=event.tokens, logprobs=event.logprobs, finish=event.finish)
-        )
+        entry.stream.put(Delta(tokens=event.tokens, logprobs=event.logprobs, finish=event.finish))
 
     def fail(self, sequence_id: str, error: FlexpertError) -> None:
         """End a sequence with an error."""

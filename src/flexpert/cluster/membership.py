@@ -155,7 +155,7 @@ def _part_with_survivors(change: Change, event: Event) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """In `phase`, on `event`, if `when` holds (after the books are kept): `do`, then go to `then`."""
+    """In `phase`, on `event`, if `when` holds (books are kept first): `do`, and go to `then`."""
 
     phase: Phase
     event: Kind

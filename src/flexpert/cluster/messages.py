@@ -59,7 +59,7 @@ Command = Prepare | Commit | Cancel | Admit | Abort | Halt | Stop
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """running, waiting: sequences; kv_used: share of KV blocks, 0 to 1; memory: private bytes, measured."""
+    """running, waiting: sequences; kv_used: share of KV blocks; memory: private bytes, measured."""
 
     running: int
     waiting: int

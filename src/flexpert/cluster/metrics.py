@@ -13,6 +13,15 @@ from flexpert.cluster.views import OperationView, RankView
 _PAUSE_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
 
+_GAUGES: tuple[tuple[str, str, Callable[[RankView], float]], ...] = (
+    ("running", "sequences being decoded", lambda rank: rank.running),
+    ("waiting", "sequences waiting", lambda rank: rank.waiting),
+    ("kv_used_ratio", "share of KV blocks in use", lambda rank: rank.kv_used),
+    ("memory_bytes", "private memory", lambda rank: rank.memory_bytes),
+    ("experts", "expert replicas held", lambda rank: rank.experts),
+)
+
+
 class _RankCollector(Collector):
     """Gauges read when asked for: ranks that left simply do not appear."""
 
@@ -28,13 +37,7 @@ class _RankCollector(Collector):
         yield GaugeMetricFamily("flexpert_epoch", "current epoch", value=self._epoch())
         active = sum(rank.state == "active" for rank in ranks)
         yield GaugeMetricFamily("flexpert_ranks", "active ranks", value=active)
-        for name, text, read in (
-            ("running", "sequences being decoded", lambda rank: rank.running),
-            ("waiting", "sequences waiting", lambda rank: rank.waiting),
-            ("kv_used_ratio", "share of KV blocks in use", lambda rank: rank.kv_used),
-            ("memory_bytes", "private memory", lambda rank: rank.memory_bytes),
-            ("experts", "expert replicas held", lambda rank: rank.experts),
-        ):
+        for name, text, read in _GAUGES:
             family = GaugeMetricFamily(f"flexpert_rank_{name}", text, labels=["rank"])
             for rank in ranks:
                 family.add_metric([str(rank.id)], read(rank))

@@ -1,4 +1,4 @@
-"""The head's end of the control messages: one ROUTER, which routes only to those who proved themselves."""
+"""The head's end of the control messages: one ROUTER, for those who proved themselves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hmac
 import logging
 import secrets
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import zmq
@@ -86,6 +87,6 @@ class Transport:
             self._on_report(int(name), report)
 
 
-def _note_undelivered(future: asyncio.Future[object]) -> None:
+def _note_undelivered(future: asyncio.Future[Any]) -> None:
     if not future.cancelled() and isinstance(future.exception(), zmq.ZMQError):
         log.debug("a command was not delivered: %s", future.exception())
