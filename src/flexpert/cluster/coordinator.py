@@ -267,6 +267,7 @@ class Coordinator:
                 self._handle(Event(Kind.HELLO, rank))
             case msg.Unable(_, error):
                 record.error = error
+                self._ports.send(rank, msg.Stop())
             case msg.Progress(of, share) if of == epoch and self._running:
                 self._running.shares[rank] = share
             case msg.Prepared(of, _, memory) if of == epoch:

@@ -91,7 +91,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Unable(msgspec.Struct, frozen=True, tag="unable"):
-    """A rank cannot come up; its end follows."""
+    """A rank cannot come up; it ends when it is told to stop."""
 
     token: str
     error: str

@@ -20,6 +20,7 @@ from flexpert.errors import FlexpertError
 from flexpert.models.source import ModelSource
 
 _REPORT_TIMEOUT_MS = 10_000
+_FAREWELL_MS = 1_000
 _MEMORY_EVERY_S = 1.0
 
 
@@ -122,7 +123,8 @@ def rank_main(spec: RankSpec, source: ModelSource) -> int:
                 listener=reporter,
             )
         except (FlexpertError, OSError, MemoryError, RuntimeError) as error:
-            reporter.tell(msg.Unable(spec.token, f"{type(error).__name__}: {error}"))
+            commands.send(msg.encode(msg.Unable(spec.token, f"{type(error).__name__}: {error}")))
+            commands.poll(_FAREWELL_MS)  # the reason must arrive before the end is seen
             return 1
         reporter.engine = engine
         hello = msg.Hello(spec.token, os.getpid(), socket.gethostname(), engine.buffer.address)
