@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import FAMILIES, FURTHER_FAMILIES, greedy, lone_shard, prompt_of, reference_logits
+from transformers import CONFIG_MAPPING
 
 Checkpoints = Callable[..., Path]
-CLOSE = {"atol": 2e-4, "rtol": 2e-4}
+CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -31,7 +33,7 @@ def test_chunks_and_decodes_of_packed_sequences_give_its_greedy_tokens(
     answers: dict[str, list[int]] = {name: [] for name in prompts}
     done = dict.fromkeys(prompts, 0)
     for step in range(16):
-        work = {}
+        work: dict[Any, Sequence[int]] = {}
         for name, prompt in prompts.items():
             if done[name] < len(prompt):
                 chunk = prompt[done[name] : done[name] + 3 + 4 * (step % 3)]
@@ -51,6 +53,8 @@ def test_chunks_and_decodes_of_packed_sequences_give_its_greedy_tokens(
 def test_further_families_give_the_logits_of_transformers_in_chunks(
     family: str, checkpoint: Checkpoints
 ) -> None:
+    if family not in CONFIG_MAPPING:
+        pytest.skip("not in this version of transformers")
     path = checkpoint(family)
     tokens = prompt_of(50, seed=1)
     sequences = lone_shard(path)
@@ -63,7 +67,7 @@ def test_further_families_give_the_logits_of_transformers_in_chunks(
 
 def test_an_idle_step_walks_every_moe_layer_in_order(checkpoint: Checkpoints) -> None:
     sequences = lone_shard(checkpoint("deepseek_v3"))
-    moe = sequences.shard._experts[0].runtime
+    moe: Any = sequences.shard._experts[0].runtime
     sequences.shard.forward_idle()
     assert moe.calls == [0, 1]
     moe.calls.clear()

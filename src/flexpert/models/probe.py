@@ -131,8 +131,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for parameters in (rope, *rope.values()):
         if isinstance(parameters, dict) and parameters.get("rope_type") == "dynamic":
             raise UnsupportedModel(
-                f"{config.model_type} has dynamic rotary embeddings: the longest request of a batch "
-                "would change the others; set its rope_type to 'default' for the original context"
+                f"{config.model_type} has dynamic rotary embeddings: the longest request of a "
+                "batch would change the others; rope_type 'default' keeps to the original context"
             )
     try:
         found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
