@@ -22,7 +22,7 @@ def make_experts(count: int, dtype: torch.dtype, *, biases: bool = False) -> lis
     generator = torch.Generator().manual_seed(count)
 
     def randn(*shape: int) -> Tensor:
-        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
+        return torch.randn(shape, generator=generator).mul(float(shape[-1]) ** -0.5).to(dtype)
 
     return [
         ExpertWeights(
