@@ -279,8 +279,8 @@ class Coordinator:
                 record.error = error
                 if of == epoch:
                     self._handle(Event(Kind.FAILED, rank, f"rank {rank}: {error}"))
-            case msg.Switched(of, pause_ms) if of == epoch:
-                record.state = "active"
+            case msg.Switched(of, pause_ms, load) if of == epoch:
+                record.state, record.load = "active", load
                 if pause_ms is not None and self._running:
                     self._running.pause_ms = max(pause_ms, self._running.pause_ms or 0.0)
                 self._handle(Event(Kind.SWITCHED, rank))

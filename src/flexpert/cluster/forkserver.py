@@ -77,11 +77,11 @@ def main(descriptor: int) -> None:
     try:
         source = open_model(config)
     except FlexpertError as error:
-        channel.send(encode(Unusable(str(error))))
+        _answer(channel, Unusable(str(error)))
         return
     gc.collect()
     gc.freeze()  # shared pages stay shared: the collector does not touch what was imported
-    channel.send(encode(Ready()))
+    _answer(channel, Ready())
 
     selector = selectors.DefaultSelector()
     selector.register(channel, selectors.EVENT_READ)
@@ -110,15 +110,19 @@ def main(descriptor: int) -> None:
                 pidfd = os.pidfd_open(pid)
                 ranks[pidfd] = spec.rank
                 selector.register(pidfd, selectors.EVENT_READ, data=pid)
-                channel.send(encode(Started(spec.rank, pid)))
+                _answer(channel, Started(spec.rank, pid))
             else:
                 pidfd = key.fd
                 selector.unregister(pidfd)
                 os.close(pidfd)
                 _, status = os.waitpid(key.data, 0)
-                exited = Exited(ranks.pop(pidfd), key.data, os.waitstatus_to_exitcode(status))
-                with contextlib.suppress(BrokenPipeError):
-                    channel.send(encode(exited))
+                code = os.waitstatus_to_exitcode(status)
+                _answer(channel, Exited(ranks.pop(pidfd), key.data, code))
+
+
+def _answer(channel: socket.socket, answer: Answer) -> None:
+    with contextlib.suppress(BrokenPipeError):  # the head is gone; the next read says so
+        channel.send(encode(answer))
 
 
 def _become_rank() -> None:

@@ -124,6 +124,7 @@ class Switched(msgspec.Struct, frozen=True, tag="switched"):
 
     epoch: int
     pause_ms: float | None
+    load: Load
 
 
 class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):

@@ -73,10 +73,12 @@ class Reporter:
             self._socket.close()
 
     def published(self, events: list[TokenEvent]) -> None:
-        assert self.engine is not None
+        self.tell(msg.Published(events, self._load()))
+
+    def _load(self) -> msg.Load:
+        assert self.engine is not None  # it is the one who tells
         scheduler = self.engine.scheduler
-        load = msg.Load(scheduler.running, scheduler.waiting, scheduler.kv_used, self._memory)
-        self.tell(msg.Published(events, load))
+        return msg.Load(scheduler.running, scheduler.waiting, scheduler.kv_used, self._memory)
 
     def rejected(self, sequence_id: str, error: str) -> None:
         self.tell(msg.Rejected(sequence_id, error))
@@ -94,7 +96,7 @@ class Reporter:
         self.tell(msg.Failed(epoch, error))
 
     def switched(self, epoch: int, pause_ms: float | None) -> None:
-        self.tell(msg.Switched(epoch, pause_ms))
+        self.tell(msg.Switched(epoch, pause_ms, self._load()))
 
     def handed_over(self, epoch: int, ids: list[str]) -> None:
         self.tell(msg.HandedOver(epoch, ids))
