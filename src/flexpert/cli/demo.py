@@ -41,8 +41,8 @@ POLL_S = 0.05
 STALL_S = 60.0
 
 SERVE = (
-    *("--model", "tiny", "--ranks", "2", "--max-ranks", "4", "--deterministic"),
-    # four ranks fit into a small machine, and nobody waits for answers when we are done
+    *("--model", "tiny", "--ranks", "2", "--max-ranks", "6", "--deterministic"),
+    # these ranks fit into a small machine, and nobody waits for answers when we are done
     *("--kv-memory", "32MiB", "--shutdown-timeout-s", "0", "--log-level", "warning"),
 )
 
@@ -51,6 +51,20 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"ranks": 4},
     {"remove": [1]},
     {"remove": [0, 2]},
+)
+
+# up, down, out of the middle, and ids swapped in one operation
+MANY_CHANGES: tuple[dict[str, Any], ...] = (
+    {"ranks": 4},
+    {"remove": [1]},
+    {"ranks": 1},
+    {"add": 1, "remove": [0]},
+    {"ranks": 3},
+    {"remove": [0]},
+    {"add": 2},
+    {"add": 1, "remove": [2]},
+    {"ranks": 5},
+    {"ranks": 2},
 )
 
 OPENINGS = (
@@ -189,8 +203,9 @@ def same(answer: Answer, expected: Answer) -> bool:
 
 async def _change(target: Target, plan: Plan, began: float, progress: Progress) -> None:
     """The changes, spread over the duration; each leaves the next a steady stretch before it."""
-    steady_s = plan.duration_s / (len(CHANGES) + 1)
-    for number, body in enumerate(CHANGES, 1):
+    changes = MANY_CHANGES if plan.many else CHANGES
+    steady_s = plan.duration_s / (len(changes) + 1)
+    for number, body in enumerate(changes, 1):
         at = max(began + number * steady_s, perf_counter() + steady_s / 4)
         await asyncio.sleep(at - perf_counter())
         change = Change(began=perf_counter())

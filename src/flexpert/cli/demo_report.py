@@ -19,12 +19,13 @@ _RATE_WINDOW_S = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """requests: different ones. duration_s: of the traffic, at least."""
+    """requests: different ones. duration_s: of traffic, at least. many: ten changes, not three."""
 
     clients: int = 8
     requests: int = 32
     max_tokens: int = 64
     duration_s: float = 20.0
+    many: bool = False
 
 
 @dataclass(slots=True)

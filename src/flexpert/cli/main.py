@@ -237,7 +237,7 @@ def complete(
 @app.command(
     epilog=_examples(
         "flexpert demo",
-        "flexpert demo --clients 16 --duration 40",
+        "flexpert demo --many --clients 16 --requests 200 --duration 30",
         "flexpert demo --json > run.json",
     )
 )
@@ -246,6 +246,7 @@ def demo(
     requests: Annotated[int, typer.Option(min=1, help="Different requests.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 64,
     duration: Annotated[float, typer.Option(min=1, help="Seconds of traffic.")] = 20.0,
+    many: Annotated[bool, typer.Option("--many", help="Ten changes instead of three.")] = False,
     json_: Json = False,
 ) -> None:
     """Watch the ranks change from 2 to 4 to 3 to 1 under traffic, and count what it cost.
@@ -256,7 +257,9 @@ def demo(
     """
     from flexpert.cli.demo import Plan, run_demo
 
-    plan = Plan(clients=clients, requests=requests, max_tokens=max_tokens, duration_s=duration)
+    plan = Plan(
+        clients=clients, requests=requests, max_tokens=max_tokens, duration_s=duration, many=many
+    )
     raise typer.Exit(run_demo(plan, console=_console(stderr=json_), as_json=json_))
 
 
