@@ -60,7 +60,9 @@ class EngineConfig(_Section):
     kv_block_size: int = Field(16, ge=1, le=256, description="tokens of a KV block")
     prefix_cache: bool = Field(True, description="reuse KV blocks of equal prompt prefixes")
     deterministic: bool = Field(False, description="bit-identical answers under any scaling")
-    threads: int | None = Field(None, ge=1, description="per rank; default: its share of the cores")
+    threads: int | None = Field(
+        None, ge=1, description="per rank; default: 1, or its share of the cores for wide models"
+    )
 
 
 class ClusterConfig(_Section):
