@@ -65,7 +65,7 @@ class Measured:
 
     @property
     def threads_per_rank(self) -> int:
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.ranks)
+        return self.threads or 1
 
     @property
     def dtype(self) -> str:

@@ -287,7 +287,7 @@ def bench_serve(
     ranks: Annotated[int, typer.Option(min=1, help="Of our own service.")] = 1,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Per rank, of our own service; default: its share of the cores."),
+        typer.Option(min=1, help="Per rank, of our own service, and of transformers; default: 1."),
     ] = None,
     prompts: Annotated[
         Path | None,

@@ -8,10 +8,10 @@ ffibuilder = FFI()
 ffibuilder.cdef(
     """
     const char *fx_instruction_set(void);
-    void fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intptr_t begins,
-                           intptr_t ends, intptr_t y, long groups, long k, long n, int dtype);
-    void fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
-                   long n, int dtype);
+    int fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intptr_t begins,
+                          intptr_t ends, intptr_t y, long groups, long k, long n, int dtype);
+    int fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
+                  long n, int dtype);
     int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intptr_t key_cache,
                            intptr_t value_cache, intptr_t query_start, intptr_t context_len,
                            intptr_t block_tables, intptr_t slot_mapping, intptr_t sinks,

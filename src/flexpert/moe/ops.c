@@ -315,6 +315,237 @@ INLINE void grouped_body(const char *x, const intptr_t *weights, const intptr_t 
     }
 }
 
+/* ---- grouped linear in bf16 by AMX -------------------------------------------------------- */
+
+#if defined(__x86_64__) && defined(__linux__)
+#define HAS_AMX 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+
+/* A tile product is C[16 outs][16 rows] += W[16 outs][32] · X[32][16 rows]. So the weight is the
+ * left operand and is read where it lies; only x, the smaller, is brought into the order of the
+ * right one: for each 16 rows and 32 elements a block of 16 pairs x 16 rows. Rows that are not
+ * there are zeros. Hardware adds up the 32 elements in an order of its own, the same for each
+ * element of C: a row's bits are its own here too. */
+
+typedef struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} tile_config;
+
+static const tile_config TILES = {
+    .palette = 1,
+    .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+    .rows = {16, 16, 16, 16, 16, 16, 16, 16},
+};
+
+enum { BLOCK = 1024 }; /* bytes of a tile */
+
+/* a[i] lane j <-> a[j] lane i */
+INLINE void transpose16(u32x16 *a) {
+#define SWAP(D, LOW, HIGH)                                                                         \
+    UNROLL for (int i = 0; i < 16; i++) if (!(i & D)) {                                            \
+        u32x16 low = SHUFFLE(a[i], a[i + D], LOW), high = SHUFFLE(a[i], a[i + D], HIGH);           \
+        a[i] = low;                                                                                \
+        a[i + D] = high;                                                                           \
+    }
+#define ARGS(...) __VA_ARGS__
+    SWAP(8, ARGS(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+         ARGS(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+    SWAP(4, ARGS(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+         ARGS(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+    SWAP(2, ARGS(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+         ARGS(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+    SWAP(1, ARGS(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+         ARGS(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+#undef SWAP
+#undef ARGS
+}
+
+/* Up to 16 rows of x into blocks, one for each 32 elements. */
+AMX static void amx_pack(const char *x, long rows, long k, char *blocks) {
+    for (long i = 0; i < k; i += 32, blocks += BLOCK) {
+        u32x16 a[16];
+        const uint32_t mask = k - i < 32 ? (1u << (k - i)) - 1 : ~0u;
+        for (int r = 0; r < 16; r++)
+            a[r] = r < rows ? (u32x16)_mm512_maskz_loadu_epi16(mask, x + (r * k + i) * 2) : (u32x16){0};
+        transpose16(a);
+        memcpy(blocks, a, BLOCK);
+    }
+}
+
+/* y[row][0 … outs-1] of a tile C[16 outs][16 rows]. */
+AMX static void amx_store(const char *tile, const char *bias, char *y, long rows, long outs, long n) {
+    u32x16 a[16];
+    const __mmask16 live = (__mmask16)((1u << outs) - 1);
+    const __m512 add = bias ? _mm512_castsi512_ps(_mm512_slli_epi32(
+                                  _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(live, bias)), 16))
+                            : _mm512_setzero_ps();
+    memcpy(a, tile, BLOCK);
+    transpose16(a);
+    for (int r = 0; r < rows; r++)
+        _mm256_mask_storeu_epi16(y + r * n * 2, live,
+                                 (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps((__m512)a[r], add)));
+}
+
+/* Where the weight rows of one step of 32 elements are: in place, or copied and padded. */
+INLINE const char *amx_weight(const char *w, long i, long k, long outs, char *edge, long *stride) {
+    if (k - i >= 32 && outs % 16 == 0) {
+        *stride = k * 2;
+        return w + i * 2;
+    }
+    *stride = 64;
+    const long bytes = (k - i < 32 ? k - i : 32) * 2;
+    memset(edge, 0, (outs + 15) / 16 * BLOCK);
+    for (long o = 0; o < outs; o++) memcpy(edge + o * 64, w + (o * k + i) * 2, bytes);
+    return edge;
+}
+
+#define LOAD_W(TILE, O) _tile_loadd(TILE, from + (O) * 16 * stride, stride)
+
+/* 4 x 16 outs and up to 16 rows; c: four tiles. */
+AMX static void amx_4_by_1(const char *w, const char *x, long k, char *c) {
+    char edge[4 * BLOCK];
+    long stride;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long i = 0; i < k; i += 32, x += BLOCK) {
+        const char *from = amx_weight(w, i, k, 64, edge, &stride);
+        _tile_loadd(7, x, 64);
+        LOAD_W(4, 0);
+        _tile_dpbf16ps(0, 4, 7);
+        LOAD_W(5, 1);
+        _tile_dpbf16ps(1, 5, 7);
+        LOAD_W(6, 2);
+        _tile_dpbf16ps(2, 6, 7);
+        LOAD_W(4, 3);
+        _tile_dpbf16ps(3, 4, 7);
+    }
+    _tile_stored(0, c, 64);
+    _tile_stored(1, c + BLOCK, 64);
+    _tile_stored(2, c + 2 * BLOCK, 64);
+    _tile_stored(3, c + 3 * BLOCK, 64);
+}
+
+/* 2 x 16 outs and 2 x 16 rows; c: [2 of rows][2 of outs] tiles. */
+AMX static void amx_2_by_2(const char *w, const char *x, const char *x2, long k, char *c) {
+    char edge[2 * BLOCK];
+    long stride;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long i = 0; i < k; i += 32, x += BLOCK, x2 += BLOCK) {
+        const char *from = amx_weight(w, i, k, 32, edge, &stride);
+        _tile_loadd(6, x, 64);
+        LOAD_W(4, 0);
+        _tile_dpbf16ps(0, 4, 6);
+        LOAD_W(5, 1);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_loadd(7, x2, 64);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, 64);
+    _tile_stored(1, c + BLOCK, 64);
+    _tile_stored(2, c + 2 * BLOCK, 64);
+    _tile_stored(3, c + 3 * BLOCK, 64);
+}
+
+/* Up to 16 outs and up to 16 rows. */
+AMX static void amx_1_by_1(const char *w, const char *x, long k, long outs, char *c) {
+    char edge[BLOCK];
+    long stride;
+    _tile_zero(0);
+    for (long i = 0; i < k; i += 32, x += BLOCK) {
+        const char *from = amx_weight(w, i, k, outs, edge, &stride);
+        _tile_loadd(7, x, 64);
+        LOAD_W(4, 0);
+        _tile_dpbf16ps(0, 4, 7);
+    }
+    _tile_stored(0, c, 64);
+}
+#undef LOAD_W
+
+/* 64 outs stay in the L2 cache for all packed rows. */
+AMX static void amx_panel(const char *packed, const char *w, const char *bias, char *y, long rows,
+                          long k, long n) {
+    const long strip = (k + 31) / 32 * BLOCK; /* bytes of 16 packed rows */
+    char c[4 * BLOCK] __attribute__((aligned(64)));
+    for (long o0 = 0; o0 < n; o0 += 64) {
+        const long outs = n - o0 < 64 ? n - o0 : 64;
+        for (long r = 0; r < rows; r += 32) {
+            const long live = rows - r < 32 ? rows - r : 32;
+            const char *x = packed + r / 16 * strip;
+            for (long o = 0; o < outs;) {
+                const char *wo = w + (o0 + o) * k * 2, *b = bias ? bias + (o0 + o) * 2 : NULL;
+                char *yo = y + (r * n + o0 + o) * 2;
+                if (live > 16 && outs - o >= 32) {
+                    amx_2_by_2(wo, x, x + strip, k, c);
+                    for (int t = 0; t < 4; t++)
+                        amx_store(c + t * BLOCK, b ? b + t % 2 * 32 : NULL,
+                                  yo + t / 2 * 16 * n * 2 + t % 2 * 32, t < 2 ? 16 : live - 16, 16, n);
+                    o += 32;
+                } else if (live <= 16 && outs - o >= 64) {
+                    amx_4_by_1(wo, x, k, c);
+                    for (int t = 0; t < 4; t++)
+                        amx_store(c + t * BLOCK, b ? b + t * 32 : NULL, yo + t * 32, live, 16, n);
+                    o += 64;
+                } else {
+                    const long few = outs - o < 16 ? outs - o : 16;
+                    for (long h = 0; h < live; h += 16) {
+                        amx_1_by_1(wo, x + h / 16 * strip, k, few, c);
+                        amx_store(c, b, yo + h * n * 2, live - h < 16 ? live - h : 16, few, n);
+                    }
+                    o += 16;
+                }
+            }
+        }
+    }
+}
+
+/* As `grouped_body`; -1: no memory. */
+AMX static int amx_grouped(const char *x, const intptr_t *weights, const intptr_t *biases,
+                           const int32_t *begins, const int32_t *ends, char *y, long groups, long k,
+                           long n) {
+    const long strip = (k + 31) / 32 * BLOCK;
+    long most = 0, strips = (512L << 10) / (strip ? strip : 1) / 2 * 2;
+    for (long g = 0; g < groups; g++)
+        if (ends[g] - begins[g] > most) most = ends[g] - begins[g];
+    if (most == 0) return 0;
+    if (strips < 2) strips = 2;
+    if (strips * 16 > most) strips = (most + 15) / 16;
+    char small[32 << 10] __attribute__((aligned(64)));
+    char *packed = strips * strip <= (long)sizeof small ? small : aligned_alloc(64, strips * strip);
+    if (!packed) return -1;
+    _tile_loadconfig(&TILES);
+    for (long g = 0; g < groups; g++) {
+        for (long r = begins[g]; r < ends[g]; r += strips * 16) {
+            const long rows = ends[g] - r < strips * 16 ? ends[g] - r : strips * 16;
+            for (long h = 0; h < rows; h += 16)
+                amx_pack(x + (r + h) * k * 2, rows - h < 16 ? rows - h : 16, k, packed + h / 16 * strip);
+            amx_panel(packed, (const char *)weights[g], biases ? (const char *)biases[g] : NULL,
+                      y + r * n * 2, rows, k, n);
+        }
+    }
+    _tile_release();
+    if (packed != small) free(packed);
+    return 0;
+}
+
+/* The kernel hands out tile registers on request, once per process. */
+static int amx_granted(void) {
+    const long request_permission = 0x1023, tile_data = 18;
+    return !syscall(SYS_arch_prctl, request_permission, tile_data);
+}
+#endif
+
 /* ---- paged attention ---------------------------------------------------------------------- */
 
 typedef struct {
@@ -538,17 +769,18 @@ INLINE void attention_body(const attention_args *a, float *scratch, int dtype, i
 
 typedef struct {
     const char *name;
-    void (*grouped)(const char *, const intptr_t *, const intptr_t *, const int32_t *,
-                    const int32_t *, char *, long, long, long, int);
+    int (*grouped)(const char *, const intptr_t *, const intptr_t *, const int32_t *,
+                   const int32_t *, char *, long, long, long, int); /* -1: no memory */
     void (*attention)(const attention_args *, float *);
 } kernels;
 
 #define KERNELS(NAME, TARGET, LEVEL)                                                                 \
-    TARGET static void grouped_##NAME(const char *x, const intptr_t *w, const intptr_t *b,         \
-                                      const int32_t *begins, const int32_t *ends, char *y,         \
-                                      long groups, long k, long n, int dtype) {                    \
+    TARGET static int grouped_##NAME(const char *x, const intptr_t *w, const intptr_t *b,          \
+                                     const int32_t *begins, const int32_t *ends, char *y,          \
+                                     long groups, long k, long n, int dtype) {                     \
         if (dtype == BFLOAT16) grouped_body(x, w, b, begins, ends, y, groups, k, n, BFLOAT16, LEVEL);\
         else grouped_body(x, w, b, begins, ends, y, groups, k, n, FLOAT32, LEVEL);                      \
+        return 0;                                                                                  \
     }                                                                                              \
     TARGET static void attention_##NAME(const attention_args *a, float *scratch) {                 \
         if (a->dtype == BFLOAT16) attention_body(a, scratch, BFLOAT16, LEVEL);                       \
@@ -562,6 +794,15 @@ KERNELS(avx2, __attribute__((target("avx2,fma"))), SMALL)
 KERNELS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), BIG)
 #endif
 
+#ifdef HAS_AMX
+static int grouped_amx(const char *x, const intptr_t *w, const intptr_t *b, const int32_t *begins,
+                       const int32_t *ends, char *y, long groups, long k, long n, int dtype) {
+    if (dtype == BFLOAT16) return amx_grouped(x, w, b, begins, ends, y, groups, k, n);
+    return grouped_avx512(x, w, b, begins, ends, y, groups, k, n, dtype);
+}
+static const kernels kernels_amx = {"amx", grouped_amx, attention_avx512};
+#endif
+
 static const kernels *pick(void) {
     static const kernels *chosen; /* a race writes the same value twice */
     if (chosen) return chosen;
@@ -572,6 +813,11 @@ static const kernels *pick(void) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         best = &kernels_avx512;
+#ifdef HAS_AMX
+    if (best == &kernels_avx512 && __builtin_cpu_supports("amx-tile") &&
+        __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && amx_granted())
+        best = &kernels_amx;
+#endif
     /* FLEXPERT_CPU names a lesser set: equal bits on a mixed fleet, and tests */
     const kernels *all[] = {&kernels_portable, &kernels_avx2, &kernels_avx512};
     const char *forced = getenv("FLEXPERT_CPU");
@@ -588,21 +834,24 @@ static const kernels *pick(void) {
 
 static const char *fx_instruction_set(void) { return pick()->name; }
 
-static void fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intptr_t begins,
-                              intptr_t ends, intptr_t y, long groups, long k, long n, int dtype) {
-    pick()->grouped((const char *)x, (const intptr_t *)weights, (const intptr_t *)biases,
-                    (const int32_t *)begins, (const int32_t *)ends, (char *)y, groups, k, n, dtype);
+static int fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intptr_t begins,
+                             intptr_t ends, intptr_t y, long groups, long k, long n, int dtype) {
+    return pick()->grouped((const char *)x, (const intptr_t *)weights, (const intptr_t *)biases,
+                           (const int32_t *)begins, (const int32_t *)ends, (char *)y, groups, k, n,
+                           dtype);
 }
 
-static void fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
-                      long n, int dtype) {
+static int fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
+                     long n, int dtype) {
     /* offsets are 32-bit; walk in pieces that fit */
     const long width = dtype == BFLOAT16 ? 2 : 4, most = 1 << 30;
     for (long r = 0; r < rows; r += most) {
         const int32_t offsets[2] = {0, (int32_t)(rows - r < most ? rows - r : most)};
-        pick()->grouped((const char *)x + r * k * width, &weight, bias ? &bias : NULL, offsets,
-                        offsets + 1, (char *)y + r * n * width, 1, k, n, dtype);
+        if (pick()->grouped((const char *)x + r * k * width, &weight, bias ? &bias : NULL, offsets,
+                            offsets + 1, (char *)y + r * n * width, 1, k, n, dtype))
+            return -1;
     }
+    return 0;
 }
 
 static int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intptr_t key_cache,
