@@ -13,18 +13,20 @@ from torch import Tensor
 
 from flexpert.moe import ops
 
-LIBRARY_ROWS: Final = (256, 128, 64, 32, 16)
+LIBRARY_ROWS: Final = (256, 128, 64)
 """Rows of one call to torch's product: a large group is cut into such pieces, our kernel takes the
 rest. Few sizes, because oneDNN compiles and keeps a kernel for each that it meets."""
 
 
-def library_rows(dtype: torch.dtype) -> tuple[int, ...]:
-    """The sizes from which on torch beats our kernel (measured on one Sapphire Rapids core).
+def library_rows(dtype: torch.dtype, threads: int) -> tuple[int, ...]:
+    """The sizes from which on torch's `threads` beat our one (measured on Sapphire Rapids).
 
-    bf16 with AMX: 16 rows of 2048x2048 0.55 ms, ours 1.08. Else: 64 rows of f32 3.6 ms, ours 3.7.
+    Without AMX: 64 rows of 2048x2048 f32 take torch 3.6 ms, us 3.7. With AMX, bf16, one thread:
+    16 rows take torch 0.57 ms, us 0.34, and 512 rows 3.7 and 3.5; torch has the second thread.
     """
-    fast = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return tuple(size for size in LIBRARY_ROWS if fast or size >= 64)
+    if dtype == torch.bfloat16 and ops.instruction_set() == "amx" and threads == 1:
+        return ()
+    return LIBRARY_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,6 @@ class LayerExperts:
         self.experts = tuple(experts)
         self._deterministic = deterministic
         self._up = self._down = None
-        self._library_rows: tuple[int, ...] = ()
         if not self.experts:
             return
         if (self.experts[0].gate_up_bias is None) != (self.experts[0].down_bias is None):
@@ -70,7 +71,6 @@ class LayerExperts:
         if weight.dtype in ops.DTYPES and weight.device.type == "cpu":
             up_biases = [e.gate_up_bias for e in self.experts if e.gate_up_bias is not None]
             down_biases = [e.down_bias for e in self.experts if e.down_bias is not None]
-            self._library_rows = library_rows(weight.dtype)
             self._up = ops.WeightTable([e.gate_up for e in self.experts], up_biases or None)
             self._down = ops.WeightTable([e.down for e in self.experts], down_biases or None)
         elif deterministic:
@@ -96,18 +96,20 @@ class LayerExperts:
         if self._up is None or self._down is None:
             return self._compute_by_torch(x, offsets, apply_gate)
         x = x.contiguous()
-        split = self._split(x.shape[0], offsets)
+        split = self._split(x, offsets)
         hidden = self._linear(self._up, x, offsets, split)
         return self._linear(self._down, apply_gate(hidden).contiguous(), offsets, split)
 
-    def _split(self, rows: int, offsets: Tensor) -> list[tuple[int, int, int]]:
-        """The pieces to give to torch: (slot, first row, rows), of sizes in `_library_rows`."""
-        if self._deterministic or rows < self._library_rows[-1]:
+    def _split(self, x: Tensor, offsets: Tensor) -> list[tuple[int, int, int]]:
+        """The pieces of x to give to torch: (slot, first row, rows), of sizes in `library_rows`."""
+        if self._deterministic or x.shape[0] < LIBRARY_ROWS[-1]:
+            return []
+        sizes = library_rows(x.dtype, torch.get_num_threads())
+        if not sizes:
             return []
         pieces = []
-        bounds = offsets.tolist()
-        for slot, (begin, end) in enumerate(pairwise(bounds)):
-            for size in self._library_rows:
+        for slot, (begin, end) in enumerate(pairwise(offsets.tolist())):
+            for size in sizes:
                 while end - begin >= size:
                     pieces.append((slot, begin, size))
                     begin += size

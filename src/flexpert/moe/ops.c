@@ -9,7 +9,8 @@
  *
  * Vectors are GCC/clang vector extensions of 16 floats; the compiler lowers them to whatever the
  * target has. The hot bodies are inlined into one copy per instruction set, chosen once per
- * process. Copies with fused multiply-add differ in the last bit from those without.
+ * process. Copies with fused multiply-add differ in the last bit from those without; and where
+ * the CPU has tile registers (AMX), products of bf16 have a kernel of their own.
  *
  * bfloat16 is read in pairs: the low half of a 32-bit lane shifted up is the even element, the
  * high half masked is the odd one. Both operands are split the same way, so the order of the sum

@@ -17,9 +17,11 @@ from flexpert.moe._ops import ffi, lib
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute; products and sums are float32 in either case."""
 
+_NO_SCRATCH: Final = "no memory for the scratch of a CPU kernel"
+
 
 def instruction_set() -> str:
-    """Which copy of the kernels this process uses: portable, avx2 or avx512."""
+    """Which copy of the kernels this process uses: portable, avx2, avx512 or amx."""
     return str(ffi.string(lib.fx_instruction_set()).decode())
 
 
@@ -89,7 +91,7 @@ class WeightTable:
         self._call(x, begins.data_ptr(), ends.data_ptr(), y)
 
     def _call(self, x: Tensor, begins: int, ends: int, y: Tensor) -> None:
-        lib.fx_grouped_linear(
+        failed = lib.fx_grouped_linear(
             x.data_ptr(),
             self._table.data_ptr(),
             0 if self._bias_table is None else self._bias_table.data_ptr(),
@@ -101,6 +103,8 @@ class WeightTable:
             self.out_features,
             self._dtype,
         )
+        if failed:
+            raise MemoryError(_NO_SCRATCH)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -117,7 +121,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     out_features, in_features = weight.shape
     y = x.new_empty((*x.shape[:-1], out_features))
-    lib.fx_linear(
+    failed = lib.fx_linear(
         x.data_ptr(),
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
@@ -127,6 +131,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out_features,
         DTYPES[x.dtype],
     )
+    if failed:
+        raise MemoryError(_NO_SCRATCH)
     return y
 
 
@@ -202,5 +208,5 @@ def paged_attention(
         DTYPES[query.dtype],
     )
     if failed:
-        raise MemoryError("no memory for the attention kernel's scratch")
+        raise MemoryError(_NO_SCRATCH)
     return out
