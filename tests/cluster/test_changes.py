@@ -196,3 +196,20 @@ def test_a_killed_member_costs_no_request_and_changes_none(service: Service) -> 
         assert (await change(head, ranks=4)).state == "done"
 
     service.run(scenario(service.head))
+
+
+def test_sizes_that_cannot_hold_the_model_are_refused_with_the_reason() -> None:
+    async def scenario(head: Head) -> None:
+        with pytest.raises(OperationRefused, match=r"1 ranks cannot hold the experts: .*80 MiB"):
+            head.begin_operation(ranks=1)
+        assert (await change(head, ranks=3)).state == "done"
+
+    with running(
+        cluster__ranks=4, cluster__memory_per_rank="80MiB", engine__kv_memory="4MiB"
+    ) as service:
+        service.run(scenario(service.head))
+    with (
+        pytest.raises(OperationRefused, match=r"need .* MiB but .* MiB of memory are free"),
+        running(cluster__ranks=2, engine__kv_memory="1000GiB"),
+    ):
+        pass
