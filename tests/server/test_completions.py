@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import openai
 import pytest
-from conftest import Running
+from served_head import Running
 
 
 @pytest.fixture

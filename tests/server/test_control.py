@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from conftest import Running
 from fake_head import FakeHead
+from served_head import Running
 
 from flexpert.server.control import ControlRoutes
 

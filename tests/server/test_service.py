@@ -7,8 +7,8 @@ import logging
 import httpx
 import openai
 import pytest
-from conftest import Running
 from fake_head import FakeHead
+from served_head import Running
 
 import flexpert
 from flexpert.server.app import create_app

@@ -1,0 +1,69 @@
+"""A fake head behind real uvicorn on a free port of loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import uvicorn
+import uvloop
+from fake_head import FakeHead
+
+from flexpert.config import Config, ServerConfig
+from flexpert.server.app import create_app
+from flexpert.server.run import bind
+
+T = TypeVar("T")
+
+
+class Running:
+    """A served fake head; `call` runs on its loop."""
+
+    def __init__(self, server: ServerConfig) -> None:
+        self.head = FakeHead(Config(server=server))
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self._ready.wait(20)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        listener: socket.socket = bind(ServerConfig(port=0))
+        self.url = "http://{}:{}".format(*listener.getsockname())
+        self._app = create_app(self.head)
+        config = uvicorn.Config(
+            self._app, lifespan="off", log_level="error", timeout_graceful_shutdown=2
+        )
+        self._server = uvicorn.Server(config)
+        serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
+        self._ready.set()
+        await serving
+        listener.close()
+
+    def call(self, work: Callable[[], T]) -> T:
+        async def call() -> T:
+            return work()
+
+        return asyncio.run_coroutine_threadsafe(call(), self._loop).result(10)
+
+    def until(self, condition: Callable[[], bool], limit_s: float = 5.0) -> None:
+        """Wait for something in the server to become true."""
+
+        async def wait() -> None:
+            async with asyncio.timeout(limit_s):
+                while not condition():
+                    await asyncio.sleep(0.005)
+
+        asyncio.run_coroutine_threadsafe(wait(), self._loop).result(limit_s + 1)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._app.state.closing.set)
+        self._server.should_exit = True
+        self._thread.join(20)
