@@ -15,6 +15,7 @@ from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.models import registrations
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.deterministic import RowwiseMode, outside_modes
+from flexpert.models.fused import fuse
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelInfo, ModelSource
@@ -176,6 +177,8 @@ class ModelShard:
             routed = RoutedExperts(index, module, moe, source.info.topk)
             registrations.bind(module, routed)
             experts.append(routed)
+        with torch.inference_mode():
+            fuse(model, deterministic=deterministic)
         return cls(source.info, model, attention, experts, deterministic=deterministic)
 
     def forward(self, batch: ForwardBatch) -> Tensor:

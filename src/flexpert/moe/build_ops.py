@@ -12,6 +12,8 @@ ffibuilder.cdef(
                           intptr_t ends, intptr_t y, long groups, long k, long n, int dtype);
     int fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
                   long n, int dtype);
+    void fx_rms_norm(intptr_t x, intptr_t w, intptr_t y, long rows, long n, float eps, int early,
+                     int dtype);
     int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intptr_t key_cache,
                            intptr_t value_cache, intptr_t query_start, intptr_t context_len,
                            intptr_t block_tables, intptr_t slot_mapping, intptr_t sinks,

@@ -1,4 +1,4 @@
-/* Grouped linear layers and paged attention for CPUs.
+/* Grouped linear layers, RMS norm and paged attention for CPUs.
  *
  * One rule shapes every loop here: the bits of a result depend on its own operands only, never on
  * how many rows, sequences or experts share the call. Each dot product has its own 16 lanes of
@@ -766,6 +766,38 @@ INLINE void attention_body(const attention_args *a, float *scratch, int dtype, i
         for (long h = 0; h < a->kv_heads; h++) attend(a, s, h, scratch, dtype, level);
 }
 
+/* ---- RMS norm ----------------------------------------------------------------------------- */
+
+/* y = x / sqrt(mean(x^2) + eps) * w, row by row; `early`: rounded to x's dtype before `* w` too. */
+INLINE void norm_body(const char *x, const char *w, char *y, long rows, long n, float eps, int early,
+                      int dtype) {
+    const long width = dtype == BFLOAT16 ? 2 : 4, whole = n / 16 * 16;
+    for (long r = 0; r < rows; r++, x += n * width, y += n * width) {
+        const uint16_t *xb = (const uint16_t *)x, *wb = (const uint16_t *)w;
+        const float *xf = (const float *)x, *wf = (const float *)w;
+        float part[16] = {0}, rest = 0.0f;
+        for (long i = 0; i < whole; i += 16)
+            for (int j = 0; j < 16; j++) {
+                const float v = dtype == BFLOAT16 ? from_bf16(xb[i + j]) : xf[i + j];
+                part[j] += v * v;
+            }
+        for (long i = whole; i < n; i++) {
+            const float v = dtype == BFLOAT16 ? from_bf16(xb[i]) : xf[i];
+            rest += v * v;
+        }
+        const float scale = 1.0f / __builtin_sqrtf((fold(load_f32(part)) + rest) / (float)n + eps);
+        for (long i = 0; i < n; i++) {
+            if (dtype == BFLOAT16) {
+                float v = from_bf16(xb[i]) * scale;
+                if (early) v = from_bf16(to_bf16(v));
+                ((uint16_t *)y)[i] = to_bf16(v * from_bf16(wb[i]));
+            } else {
+                ((float *)y)[i] = xf[i] * scale * wf[i];
+            }
+        }
+    }
+}
+
 /* ---- one copy per instruction set --------------------------------------------------------- */
 
 typedef struct {
@@ -773,6 +805,7 @@ typedef struct {
     int (*grouped)(const char *, const intptr_t *, const intptr_t *, const int32_t *,
                    const int32_t *, char *, long, long, long, int); /* -1: no memory */
     void (*attention)(const attention_args *, float *);
+    void (*norm)(const char *, const char *, char *, long, long, float, int, int);
 } kernels;
 
 #define KERNELS(NAME, TARGET, LEVEL)                                                                 \
@@ -787,7 +820,12 @@ typedef struct {
         if (a->dtype == BFLOAT16) attention_body(a, scratch, BFLOAT16, LEVEL);                       \
         else attention_body(a, scratch, FLOAT32, LEVEL);                                             \
     }                                                                                              \
-    static const kernels kernels_##NAME = {#NAME, grouped_##NAME, attention_##NAME};
+    TARGET static void norm_##NAME(const char *x, const char *w, char *y, long rows, long n,       \
+                                   float eps, int early, int dtype) {                              \
+        if (dtype == BFLOAT16) norm_body(x, w, y, rows, n, eps, early, BFLOAT16);                  \
+        else norm_body(x, w, y, rows, n, eps, early, FLOAT32);                                     \
+    }                                                                                              \
+    static const kernels kernels_##NAME = {#NAME, grouped_##NAME, attention_##NAME, norm_##NAME};
 
 KERNELS(portable, , SMALL)
 #if defined(__x86_64__)
@@ -801,7 +839,7 @@ static int grouped_amx(const char *x, const intptr_t *w, const intptr_t *b, cons
     if (dtype == BFLOAT16) return amx_grouped(x, w, b, begins, ends, y, groups, k, n);
     return grouped_avx512(x, w, b, begins, ends, y, groups, k, n, dtype);
 }
-static const kernels kernels_amx = {"amx", grouped_amx, attention_avx512};
+static const kernels kernels_amx = {"amx", grouped_amx, attention_avx512, norm_avx512};
 #endif
 
 static const kernels *pick(void) {
@@ -853,6 +891,11 @@ static int fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, lon
             return -1;
     }
     return 0;
+}
+
+static void fx_rms_norm(intptr_t x, intptr_t w, intptr_t y, long rows, long n, float eps, int early,
+                        int dtype) {
+    pick()->norm((const char *)x, (const char *)w, (char *)y, rows, n, eps, early, dtype);
 }
 
 static int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intptr_t key_cache,

@@ -1,4 +1,4 @@
-"""The C kernels of ops.c, taking tensors: linear layers and paged attention on a CPU.
+"""The C kernels of ops.c, taking tensors: linear layers, RMS norm and paged attention on a CPU.
 
 The bits of each result row depend on that row's operands only, never on what shares the call.
 Callers check shapes once, when weights are loaded; these are the hot path.
@@ -6,6 +6,7 @@ Callers check shapes once, when weights are loaded; these are the hot path.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Final
 
@@ -20,6 +21,7 @@ DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 _NO_SCRATCH: Final = "no memory for the scratch of a CPU kernel"
 
 
+@functools.cache
 def instruction_set() -> str:
     """Which copy of the kernels this process uses: portable, avx2, avx512 or amx."""
     return str(ffi.string(lib.fx_instruction_set()).decode())
@@ -133,6 +135,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     )
     if failed:
         raise MemoryError(_NO_SCRATCH)
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32.
+
+    Args:
+        x: [..., n]; weight: [n], contiguous; both bf16 or both f32.
+        early: round to x's dtype before the multiplication by weight as well as after.
+
+    Returns:
+        [..., n] of x's dtype.
+    """
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    n = weight.shape[0]
+    lib.fx_rms_norm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        x.numel() // n,
+        n,
+        eps,
+        early,
+        DTYPES[x.dtype],
+    )
     return y
 
 

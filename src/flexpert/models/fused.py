@@ -1,0 +1,120 @@
+"""Puts our kernels where a model's small modules would call many of torch's.
+
+While decoding, a rank computes few rows, and the time goes to calls: torch's product takes 20 µs
+of preparation for 5 µs of work, an RMS norm is six operations. Both kinds of module occur in every
+family. What a linear layer is, torch says; what a norm computes, we find out by trying it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexpert.models.deterministic import outside_modes
+from flexpert.moe import ops
+
+LIBRARY_ROWS: Final = 64
+"""From here on a product goes to torch if that may use more than our one thread."""
+
+_TRIAL_ROWS: Final = 64
+_MOST_DIFFERENT: Final = 0.01  # share of elements; sums in another order round some otherwise
+
+
+def fuse(model: nn.Module, *, deterministic: bool) -> None:
+    """Replace the forward of the modules of a loaded model that our kernels compute as well."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            if _linear_pays(module.weight):
+                _replace(module, _linear(module, deterministic))
+        elif (eps := _epsilon(module)) is not None:
+            for early in (True, False):
+                if _is_norm(module, eps, early=early):
+                    _replace(module, _norm(module, eps, early))
+                    break
+
+
+def _replace(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+    vars(module)["forward"] = forward
+
+
+def _linear_pays(weight: Tensor) -> bool:
+    """Elsewhere our kernel is faster for the fewest rows only."""
+    return (
+        weight.dtype == torch.bfloat16 and weight.is_contiguous() and ops.instruction_set() == "amx"
+    )
+
+
+def _linear(module: nn.Linear, deterministic: bool) -> Callable[[Tensor], Tensor]:
+    weight, bias = module.weight.data, None if module.bias is None else module.bias.data
+
+    def forward(input: Tensor) -> Tensor:
+        if deterministic:
+            with outside_modes():
+                return ops.linear(input, weight, bias)
+        rows = input.numel() // weight.shape[1]
+        if input.dtype != weight.dtype or (rows >= LIBRARY_ROWS and torch.get_num_threads() > 1):
+            return F.linear(input, weight, bias)
+        return ops.linear(input, weight, bias)
+
+    return forward
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    """Of a module that looks like an RMS norm: its only tensor is a vector named `weight`."""
+    weight = module._parameters.get("weight")
+    if (
+        len(module._parameters) != 1
+        or weight is None
+        or weight.ndim != 1
+        or weight.dtype not in ops.DTYPES
+        or module._buffers
+        or module._modules
+        or module._forward_hooks
+        or module._forward_pre_hooks
+    ):
+        return None
+    for name in ("variance_epsilon", "eps", "epsilon"):
+        eps = getattr(module, name, None)
+        if isinstance(eps, float):
+            return eps
+    return None
+
+
+def _norm(module: nn.Module, eps: float, early: bool) -> Callable[[Tensor], Tensor]:
+    weight = module.get_parameter("weight").data.contiguous()
+    original = type(module).forward
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        with outside_modes():
+            if hidden_states.dtype == weight.dtype and hidden_states.shape[-1] == weight.shape[0]:
+                return ops.rms_norm(hidden_states, weight, eps, early=early)
+        result: Tensor = original(module, hidden_states)
+        return result
+
+    return forward
+
+
+def _is_norm(module: nn.Module, eps: float, *, early: bool) -> bool:
+    """Does the module compute what our kernel does, but for rounding?"""
+    weight = module.get_parameter("weight").data
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((_TRIAL_ROWS, weight.shape[0]), generator=generator)
+    x *= torch.logspace(-4, 2, _TRIAL_ROWS).unsqueeze(1)  # small rows show epsilon
+    x = x.to(weight.dtype)
+    ours = _norm(module, eps, early)(x)
+    try:
+        theirs = type(module).forward(module, x)
+    except (TypeError, RuntimeError, ValueError):
+        return False  # it wants something else to work on
+    if not isinstance(theirs, Tensor) or theirs.dtype != ours.dtype or theirs.shape != ours.shape:
+        return False
+    rounding = 4 * torch.finfo(ours.dtype).eps
+    if not torch.allclose(ours.float(), theirs.float(), rtol=rounding, atol=0.0):
+        return False
+    if ours.dtype == torch.float32:
+        return True
+    return bool((ours != theirs).float().mean() <= _MOST_DIFFERENT)

@@ -1,0 +1,67 @@
+"""Modules whose forward is replaced compute what they did; others are left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import FAMILIES, random_model
+from torch import Tensor, nn
+
+from flexpert.models.fused import fuse
+from flexpert.moe import ops
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def fused(module: nn.Module) -> bool:
+    return "forward" in vars(module)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_norm_of_a_family_is_replaced_and_rounds_as_before(
+    family: str, dtype: torch.dtype
+) -> None:
+    model = random_model(family).to(dtype)
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    assert norms
+    with torch.inference_mode():
+        fuse(model, deterministic=False)
+        for norm in norms:
+            assert fused(norm)
+            x = torch.randn(2, 3, norm.get_parameter("weight").shape[0]).to(dtype)
+            expected = type(norm).forward(norm, x)
+            rounding = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(norm(x), expected, rtol=rounding, atol=0.0)
+
+
+class ShiftedNorm(nn.Module):
+    """As Gemma's: the weight is what to add to one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(32))
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+@pytest.mark.parametrize("norm", [ShiftedNorm(), nn.LayerNorm(32), nn.LayerNorm(32, bias=False)])
+def test_what_is_no_rms_norm_is_left_alone(norm: nn.Module) -> None:
+    with torch.inference_mode():
+        fuse(norm, deterministic=False)
+    assert not fused(norm)
+
+
+@pytest.mark.skipif(ops.instruction_set() != "amx", reason="elsewhere torch's product stays")
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_is_replaced_and_rounds_as_before(bias: bool) -> None:
+    layer = nn.Linear(72, 40, bias=bias).to(torch.bfloat16)
+    with torch.inference_mode():
+        fuse(layer, deterministic=False)
+        assert fused(layer)
+        for rows in (1, 17, 100):
+            x = torch.randn(1, rows, 72).bfloat16()
+            expected = nn.functional.linear(x, layer.weight, layer.bias)
+            torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
