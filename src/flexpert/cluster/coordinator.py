@@ -27,7 +27,7 @@ from flexpert.cluster.views import (
     RankView,
 )
 from flexpert.config import Config
-from flexpert.engine.rank import planned_memory
+from flexpert.engine.memory import planned_memory
 from flexpert.errors import OperationConflict, OperationRefused, UnknownOperation
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement, loads, replan

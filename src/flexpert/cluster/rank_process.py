@@ -14,7 +14,8 @@ from flexpert.cluster import messages as msg
 from flexpert.cluster.forkserver import RankSpec
 from flexpert.config import Config
 from flexpert.engine.epoch import EpochPlan
-from flexpert.engine.rank import RankEngine, RankMemory, private_memory
+from flexpert.engine.memory import RankMemory, private_memory
+from flexpert.engine.rank import RankEngine
 from flexpert.engine.request import TokenEvent
 from flexpert.errors import FlexpertError
 from flexpert.models.source import ModelSource
