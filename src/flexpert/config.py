@@ -74,6 +74,7 @@ class ClusterConfig(_Section):
     load_timeout_s: float = Field(600.0, gt=0, description="weights and warm-up of a change")
     commit_timeout_s: float = Field(30.0, gt=0, description="arming until all ranks switched")
     exchange_timeout_s: float = Field(60.0, gt=0, description="wait for a peer within a step")
+    stall_timeout_s: float = Field(2.0, gt=0, description="silence after which a rank is ended")
     shutdown_timeout_s: float = Field(10.0, ge=0, description="running requests may finish")
     memory_per_rank: Bytes | None = Field(None, description="limit of a rank; default: none")
     memory_headroom: float = Field(0.05, ge=0, lt=1, description="share of memory left free")

@@ -198,6 +198,27 @@ def test_a_killed_member_costs_no_request_and_changes_none(service: Service) -> 
     service.run(scenario(service.head))
 
 
+def test_a_stopped_member_is_ended_and_costs_no_request() -> None:
+    async def scenario(head: Head) -> None:
+        work = requests(24, tokens=60)
+        expected = await answer_all(head, work, clients=12)
+        traffic = asyncio.create_task(answer_all(head, work, clients=12))
+        await until(lambda: sum(r.running for r in head.cluster().ranks) >= 6)
+        os.kill(head.cluster().ranks[1].pid, signal.SIGSTOP)
+        assert await traffic == expected
+        assert [r.id for r in head.cluster().ranks] == [0, 2]
+        assert (await change(head, ranks=3)).state == "done"
+
+    with running(
+        cluster__ranks=3,
+        cluster__exchange_timeout_s=1.0,
+        cluster__stall_timeout_s=0.5,
+        engine__deterministic=True,
+        engine__kv_memory="32MiB",
+    ) as service:
+        service.run(scenario(service.head))
+
+
 def test_sizes_that_cannot_hold_the_model_are_refused_with_the_reason() -> None:
     async def scenario(head: Head) -> None:
         with pytest.raises(OperationRefused, match=r"1 ranks cannot hold the experts: .*80 MiB"):

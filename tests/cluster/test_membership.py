@@ -142,6 +142,34 @@ def test_losses_one_after_the_other_end_in_one_epoch_of_the_survivors() -> None:
     assert membership.phase is Phase.IDLE
 
 
+def test_a_broken_exchange_with_all_members_well_goes_on_with_the_same_members() -> None:
+    membership = started(0, 1)
+    actions = run(membership, Event(Kind.BROKEN, 0, "rank 1 did not answer"))
+    assert actions == [Do.ABANDON, Do.HALT, Do.PREPARE]
+    assert run(membership, Event(Kind.BROKEN, 1)) == [], "one verdict for all reports"
+    run(membership, *(Event(Kind.PREPARED, rank) for rank in (0, 1)))
+    run(membership, *(Event(Kind.SWITCHED, rank) for rank in (0, 1)))
+    assert membership.phase is Phase.IDLE
+    assert membership.members == {0, 1}
+    assert membership.epoch == 2
+
+
+@pytest.mark.parametrize("phase", [Phase.RECOVER, Phase.COMMIT], ids=lambda phase: phase.value)
+def test_who_is_silent_until_the_deadline_is_killed_and_the_rest_goes_on(phase: Phase) -> None:
+    membership = started(0, 1, 2)
+    run(membership, Event(Kind.BROKEN, 0))
+    if phase is Phase.COMMIT:
+        run(membership, *(Event(Kind.PREPARED, rank) for rank in (0, 1, 2)))
+    report = Kind.PREPARED if phase is Phase.RECOVER else Kind.SWITCHED
+    run(membership, Event(report, 0), Event(report, 2))
+    assert run(membership, Event(Kind.DEADLINE)) == [Do.KILL_SILENT]
+    assert membership.phase is phase
+    assert membership.change is not None
+    assert membership.change.everyone - membership.change.reported == {1}
+    assert Do.HALT in run(membership, Event(Kind.EXITED, 1))
+    assert membership.change.after == {0, 2}
+
+
 def test_the_last_rank_lost_is_the_end() -> None:
     membership = started(0)
     assert run(membership, Event(Kind.EXITED, 0, "killed")) == [Do.ALARM]
@@ -197,8 +225,15 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from([Kind.DEADLINE, Kind.CANCEL]))
     def outside(self, kind: Kind) -> None:
-        if self.membership.phase in (Phase.SPAWN, Phase.LOAD, Phase.UNDO, Phase.RELEASE):
+        if self.membership.phase is not Phase.IDLE:
             self.feed(Event(kind, reason=kind.value))
+            assert self.membership.phase is not Phase.LOST
+
+    @rule(rank=st.integers(0, 4))
+    def broken(self, rank: int) -> None:
+        if rank in self.membership.members & self.alive:
+            self.feed(Event(Kind.BROKEN, rank, "no answer"))
+            assert self.membership.phase is not Phase.LOST
 
     @rule(rank=st.integers(0, 4))
     def exit(self, rank: int) -> None:

@@ -7,6 +7,7 @@ out what the machine answers. Everything runs on the head's event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import time
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,8 @@ from flexpert.engine.memory import planned_memory
 from flexpert.errors import OperationConflict, OperationRefused, UnknownOperation
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement, loads, replan
+
+log = logging.getLogger("flexpert")
 
 _KEPT_OPERATIONS = 256
 _RELEASE_TIMEOUT_S = 5.0
@@ -91,6 +94,7 @@ class Coordinator:
         self._deadline: asyncio.TimerHandle | None = None
         self._loss = ""
         self._before_loss: frozenset[int] = frozenset()
+        self._halted: set[int] = set()  # who acknowledged the latest halt
 
     # ---- what it knows ----------------------------------------------------------------------
 
@@ -293,9 +297,13 @@ class Coordinator:
                     self._handle(Event(Kind.HANDED_OVER, rank))
             case msg.Published(_, load):
                 record.load = load
-            case msg.Broken(_, _, error):
-                record.error = error
+            case msg.Halted(of) if of == epoch:
+                self._halted.add(rank)
+            case msg.Broken(of, _, error) if of in (epoch, self.epoch):
+                log.warning("rank %d: %s", rank, error)
                 self._ports.publish(_event("warning", {"rank": rank, "error": error}))
+                self._loss, self._before_loss = f"rank {rank}: {error}", self.members
+                self._handle(Event(Kind.BROKEN, rank, error))
 
     def on_exit(self, rank: int, status: int) -> None:
         """A rank's process is certainly gone."""
@@ -350,7 +358,10 @@ class Coordinator:
                 case Do.ABANDON:
                     self._abandon(change)
                 case Do.HALT:
-                    self._tell(change.before, msg.Halt(change.epoch))
+                    self._halt(change)
+                case Do.KILL_SILENT:
+                    self._phase(self._membership.phase.value, _RELEASE_TIMEOUT_S)
+                    self._kill(change.everyone - change.reported - change.gone)
                 case Do.CANCEL:
                     self._tell(change.before, msg.Cancel(change.epoch))
                 case Do.KILL_NEWCOMERS:
@@ -366,6 +377,17 @@ class Coordinator:
         if self._running:
             self._announce()
 
+    def _halt(self, change: Change) -> None:
+        self._halted = set()
+        self._tell(change.before, msg.Halt(change.epoch))
+        limit_s = self._config.cluster.stall_timeout_s
+        asyncio.get_running_loop().call_later(limit_s, self._end_stalled, change)
+
+    def _end_stalled(self, change: Change) -> None:
+        """Who did not even hear the halt has stalled; its end is an ordinary loss."""
+        if change is self._membership.change and self._membership.phase is not Phase.IDLE:
+            self._kill(change.before - change.gone - self._halted)
+
     def _abandon(self, recovery: Change) -> None:
         """A member is lost: what ran is over, and an operation of its own brings the rest back."""
         before = self._running.before if self._running else self._before_loss
@@ -380,7 +402,7 @@ class Coordinator:
         )
         operation = Operation(before, recovery.after, recovery.epoch)
         operation.state = "committing"
-        operation.error = reason
+        operation.reason = reason
         operation.moved_experts = sum(map(len, loads(self._placement, self._next).values()))
         self._remember(operation)
         self._running = operation
@@ -422,9 +444,7 @@ class Coordinator:
         self._next = None
         if operation is None:
             return
-        if operation.error is not None:  # a recovery: the loss is its reason, not its failure
-            operation.end("done", operation.error)
-        elif cancelled:
+        if cancelled:
             operation.end("cancelled")
         elif error is not None:
             operation.end("failed", error)

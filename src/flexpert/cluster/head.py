@@ -259,10 +259,9 @@ class Head:
     def moved(self, rank: int, ids: Iterable[str]) -> int:
         """A leaver hands its sequences over: they go on elsewhere. Returns how many."""
         moved = 0
-        for sequence_id in set(ids) | set(self._journal.of_rank(rank)):
+        for sequence_id in sorted({*ids, *self._journal.of_rank(rank)}):
             entry = self._journal.release(sequence_id)
             if entry:
-                entry.moves += 1
                 moved += 1
                 self._admit(entry)
         return moved

@@ -7,7 +7,6 @@ position), so no rank is ever the only one that knows. One entry per unfinished 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 
@@ -21,15 +20,13 @@ from flexpert.errors import FlexpertError
 class Entry:
     """One unfinished sequence. rank: where it runs; None while no rank has it."""
 
-    __slots__ = ("admitted", "generated", "moves", "rank", "request", "stream")
+    __slots__ = ("generated", "rank", "request", "stream")
 
     def __init__(self, request: Sequence, stream: TokenStream) -> None:
         self.request = request
         self.stream = stream
         self.generated: list[int] = []
         self.rank: int | None = None
-        self.moves = 0
-        self.admitted = time.monotonic()
 
     def resume(self) -> Sequence:
         """The sequence as the next rank must receive it."""
@@ -89,7 +86,6 @@ class Journal:
         self._entries: dict[str, Entry] = {}
         self._by_rank: dict[int, set[str]] = {}
         self.tokens_published = 0
-        self.finished = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -143,7 +139,6 @@ class Journal:
         entry.generated += event.tokens
         self.tokens_published += len(event.tokens)
         if event.finish is not None:
-            self.finished += 1
             self.close(event.id)
         entry.stream.put(Delta(tokens=event.tokens, logprobs=event.logprobs, finish=event.finish))
 

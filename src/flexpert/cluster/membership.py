@@ -9,12 +9,13 @@ coordinator is the shell that carries the actions out and brings the events.
 
     IDLE → SPAWN → LOAD → COMMIT → RELEASE → IDLE      a change that succeeds
            SPAWN, LOAD → UNDO → IDLE                   one that fails or is cancelled
-    any  → RECOVER → COMMIT → RELEASE → IDLE           a member is lost unasked
+    any  → RECOVER → COMMIT → RELEASE → IDLE           a member is lost, or an exchange broke
 
 Until COMMIT nothing that serves has been touched, so UNDO only ends the newcomers. From COMMIT on
 a change cannot be withdrawn: some ranks may have switched. A loss is a change of its own, which
 takes the place of the one under way: the survivors stop where they are, prepare an epoch without
-the lost rank, and enter it without a vote.
+the lost rank, and enter it without a vote. So does a broken exchange: a rank that has stalled does
+not acknowledge the halt and is ended, which is a loss; if all are well, the same members go on.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Kind(Enum):
     PREPARED = "prepared"  # a member or leaver is ready to vote
     SWITCHED = "switched"  # a member's first vote in the new epoch is whole
     HANDED_OVER = "handed over"  # a leaver has left
+    BROKEN = "broken"  # a member's exchange did not complete
     FAILED = "failed"  # a rank could not prepare
     EXITED = "exited"  # a process is certainly gone
     CANCEL = "cancel"
@@ -60,6 +62,7 @@ class Do(Enum):
     STOP = "stop leavers"
     KILL_NEWCOMERS = "kill newcomers"
     KILL_LEAVERS = "kill leavers"
+    KILL_SILENT = "kill who has not reported"
     CANCEL = "withdraw the plan"
     ABANDON = "give the running change up"
     HALT = "stop the survivors' exchanges"
@@ -181,7 +184,7 @@ RULES: tuple[Rule, ...] = (
     # commit: every member votes for the epoch at the same step
     Rule(P.COMMIT, K.SWITCHED, P.RELEASE, (Do.STOP,), _all_reported),
     Rule(P.COMMIT, K.HANDED_OVER, P.RELEASE, (Do.STOP,), _all_reported),
-    Rule(P.COMMIT, K.DEADLINE, P.LOST, (Do.ALARM,)),
+    Rule(P.COMMIT, K.DEADLINE, P.COMMIT, (Do.KILL_SILENT,)),
     Rule(P.COMMIT, K.FAILED, P.LOST, (Do.ALARM,)),
     # release: what left is stopped, and its id is free only when its process is gone
     Rule(P.RELEASE, K.EXITED, P.IDLE, (Do.FINISH,), _last_to_end),
@@ -204,10 +207,15 @@ RULES: tuple[Rule, ...] = (
             (P.RECOVER, _part_with_survivors),
         )
     ),
+    # an exchange broke: nobody is known to be lost, whoever does not answer will be
+    *(
+        Rule(phase, K.BROKEN, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _participant)
+        for phase in (P.IDLE, P.SPAWN, P.LOAD, P.UNDO, P.COMMIT, P.RELEASE)
+    ),
     Rule(P.RECOVER, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
     Rule(P.RECOVER, K.EXITED, P.RECOVER, (), _ending),
     Rule(P.RECOVER, K.FAILED, P.LOST, (Do.ALARM,), _participant),
-    Rule(P.RECOVER, K.DEADLINE, P.LOST, (Do.ALARM,)),
+    Rule(P.RECOVER, K.DEADLINE, P.RECOVER, (Do.KILL_SILENT,)),
     # nobody is left
     Rule(P.COMMIT, K.EXITED, P.COMMIT, (), _ending),
     *(

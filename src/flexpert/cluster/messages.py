@@ -46,7 +46,7 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 
 
 class Halt(msgspec.Struct, frozen=True, tag="halt"):
-    """A peer is lost: drop the step under way and wait for the epoch that follows."""
+    """A peer is lost: drop the step under way and wait for this epoch. Answered by `Halted`."""
 
     epoch: int
 
@@ -127,6 +127,12 @@ class Switched(msgspec.Struct, frozen=True, tag="switched"):
     load: Load
 
 
+class Halted(msgspec.Struct, frozen=True, tag="halted"):
+    """A `Halt` was heard: this process is alive, whatever its step loop does."""
+
+    epoch: int
+
+
 class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):
     """A leaver has left; these sequences must go on elsewhere."""
 
@@ -163,6 +169,7 @@ Report = (
     | Prepared
     | Failed
     | Switched
+    | Halted
     | HandedOver
     | Published
     | Rejected

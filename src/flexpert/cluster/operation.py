@@ -73,6 +73,7 @@ class Operation:
         self.moved_requests = 0
         self.pause_ms: float | None = None
         self.error: str | None = None
+        self.reason: str | None = None
         self.created = time.time()
         self.over = asyncio.Event()
         self._phase_began = time.monotonic()
@@ -117,5 +118,6 @@ class Operation:
             moved_requests=self.moved_requests,
             pause_ms=None if self.pause_ms is None else round(self.pause_ms, 3),
             error=self.error,
+            reason=self.reason,
             created=self.created,
         )

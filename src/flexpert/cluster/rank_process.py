@@ -134,7 +134,7 @@ def rank_main(spec: RankSpec, source: ModelSource) -> int:
         commands.send(msg.encode(hello))  # the head must know both routes
         reporter.tell(hello)
         listener = threading.Thread(
-            target=_listen, args=(commands, engine), name="commands", daemon=True
+            target=_listen, args=(commands, engine, reporter), name="commands", daemon=True
         )
         listener.start()
         engine.run()
@@ -144,7 +144,7 @@ def rank_main(spec: RankSpec, source: ModelSource) -> int:
         sys.stdout.flush()
 
 
-def _listen(commands: zmq.Socket[bytes], engine: RankEngine) -> None:
+def _listen(commands: zmq.Socket[bytes], engine: RankEngine, reporter: Reporter) -> None:
     while True:
         command = msg.decode_command(commands.recv())
         match command:
@@ -158,8 +158,9 @@ def _listen(commands: zmq.Socket[bytes], engine: RankEngine) -> None:
                 engine.admit(sequences)
             case msg.Abort(ids):
                 engine.abort(ids)
-            case msg.Halt():
+            case msg.Halt(epoch):
                 engine.halt()
+                reporter.tell(msg.Halted(epoch))
             case msg.Stop():
                 engine.stop()
                 return

@@ -41,6 +41,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     phase: what happens now; progress: 0 to 1 over the whole operation.
     phases: seconds spent in each phase so far. pause_ms: the longest time between the end of the
     last step in the old epoch and the start of the first in the new one, over the ranks that stay.
+    reason: why the head began it by itself (a rank was lost); None for a change that was asked for.
     """
 
     id: str
@@ -56,6 +57,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     moved_requests: int = 0
     pause_ms: float | None = None
     error: str | None = None
+    reason: str | None = None
     created: float = 0.0
 
 
