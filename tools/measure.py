@@ -1,0 +1,196 @@
+"""The small measurements behind docs/performance.md; what users measure is in `flexpert bench`.
+
+python tools/measure.py exchange    dispatch and combine of the host backend, 1 to 4 ranks
+python tools/measure.py step        a decode step and a prefill of one rank, no head beside it
+python tools/measure.py shapes      what oneDNN's kernel for each number of rows costs
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import random
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from flexpert.comm import BufferSpec, ExpertTable, Reduce, make_buffer
+from flexpert.models.batch import ForwardBatch
+from flexpert.models.padding import padded_size
+from flexpert.models.shard import ModelShard
+from flexpert.models.source import ModelSource
+from flexpert.moe.experts import LayerExperts
+from flexpert.moe.placement import replan
+from flexpert.moe.runtime import LayerState, MoERuntime, expert_tables
+
+EXPERTS = 32
+BLOCK = 16
+
+
+def exchange() -> None:
+    """Medians on rank 0, microseconds."""
+    context = multiprocessing.get_context("spawn")
+    print("tokens hidden top-k ranks reduce  dispatch  combine  µs")
+    for tokens, hidden, topk, rounds in ((16, 256, 4, 2000), (128, 7168, 8, 30)):
+        for ranks in (1, 2, 4):
+            spec = BufferSpec(ranks, tokens, hidden, topk, torch.bfloat16)
+            pipes, children = [], []
+            for rank in range(ranks):
+                ours, theirs = context.Pipe()
+                child = context.Process(target=_exchange_rank, args=(rank, spec, rounds, theirs))
+                child.start()
+                pipes.append(ours)
+                children.append(child)
+            addresses = {rank: pipe.recv() for rank, pipe in enumerate(pipes)}
+            for pipe in pipes:
+                pipe.send(addresses)
+            results = [pipe.recv() for pipe in pipes]
+            for child in children:
+                child.join()
+            for reduce, (dispatch, combine) in results[0].items():
+                print(
+                    f"{tokens:6} {hidden:6} {topk:5} {ranks:5} {reduce:>6} "
+                    f"{dispatch:9.1f} {combine:8.1f}"
+                )
+
+
+def _exchange_rank(rank: int, spec: BufferSpec, rounds: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    buffer = make_buffer(rank, spec)
+    pipe.send(buffer.address)
+    addresses = pipe.recv()
+    buffer.connect(addresses)
+    draw = torch.Generator().manual_seed(rank)
+    x = torch.randn(spec.max_tokens, spec.hidden, generator=draw).to(spec.dtype)
+    ids = torch.rand(spec.max_tokens, EXPERTS, generator=draw).topk(spec.topk).indices
+    weights = torch.rand(spec.max_tokens, spec.topk, generator=draw)
+    placement = replan(None, addresses, experts=EXPERTS, layers=1)
+    table: ExpertTable = expert_tables(placement, rank)[0]
+    out = torch.empty_like(x)
+    results = {}
+    modes: tuple[Reduce, ...] = ("rank", "home")
+    for epoch, reduce in enumerate(modes, 1):
+        buffer.set_active(addresses, epoch)
+        buffer.post_vote(b"")
+        buffer.collect_votes(30.0)
+        times: list[tuple[float, float]] = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            received = buffer.dispatch(x, ids, weights, table)
+            sent = time.perf_counter()
+            buffer.combine(received.x, received, reduce=reduce, out=out)
+            times.append((sent - began, time.perf_counter() - sent))
+        warm = times[rounds // 5 :]
+        results[reduce] = tuple(
+            statistics.median(pair[side] for pair in warm) * 1e6 for side in (0, 1)
+        )
+    pipe.send(results)
+    buffer.close()
+
+
+def step(deterministic: bool) -> None:
+    """The embedded model in this process, all experts here, through a real buffer."""
+    torch.set_num_threads(1)
+    source = ModelSource.open("tiny")
+    info = source.info
+    spec = BufferSpec(1, 512, info.hidden, info.topk, info.dtype)
+    runtime = MoERuntime(make_buffer(0, spec), reduce="home" if deterministic else "rank")
+    shard = ModelShard.load(
+        source, moe=runtime, kv_blocks=2048, kv_block_size=BLOCK, deterministic=deterministic
+    )
+    placement = replan(None, [0], experts=info.experts, layers=info.moe_layers)
+    layers = []
+    for layer, table in enumerate(expert_tables(placement, 0)):
+        held = source.load_experts(layer, range(info.experts))
+        ordered = [held[expert] for expert in placement.held_by(0)[layer]]
+        layers.append(LayerState(table, LayerExperts(ordered, deterministic=deterministic)))
+    runtime.install(layers)
+    print(f"tiny, one thread{', deterministic' if deterministic else ''}; median of 7, ms")
+    for name, batch, repeats in (
+        ("decode, 16 sequences at 192 tokens", _batch(16, 191, 1), 50),
+        ("decode, 1 sequence at 192 tokens", _batch(1, 191, 1), 50),
+        ("prefill, 128 tokens", _batch(1, 0, 128), 20),
+        ("prefill, 4 × 128 tokens", _batch(4, 0, 128), 8),
+    ):
+        print(f"  {name:36} {_median_ms(partial(shard.forward, batch), repeats):6.2f}")
+
+
+def _batch(sequences: int, past: int, new: int) -> ForwardBatch:
+    """`sequences` of them, each with `new` tokens after `past`."""
+    total = past + new
+    tables = torch.arange(sequences * -(-total // BLOCK)).view(sequences, -1)
+    positions = torch.arange(past, total)
+    slots = tables[:, positions // BLOCK] * BLOCK + positions % BLOCK
+    return ForwardBatch(
+        token_ids=torch.randint(10, 4000, (sequences * new,)),
+        positions=positions.repeat(sequences),
+        query_start=torch.arange(0, sequences * new + 1, new, dtype=torch.int32),
+        context_len=torch.full((sequences,), total, dtype=torch.int32),
+        block_tables=tables.to(torch.int32),
+        slot_mapping=slots.reshape(-1),
+        sample_rows=torch.arange(new - 1, sequences * new, new),
+    )
+
+
+def _median_ms(work: Callable[[], object], repeats: int) -> float:
+    for _ in range(5):
+        work()
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        times.append((time.perf_counter() - began) / repeats * 1e3)
+    return statistics.median(times)
+
+
+def shapes(padded: bool) -> None:
+    """400 batches of 1 to 256 rows through the tiny model's five dense products, by torch."""
+    torch.set_num_threads(1)
+    weights = [torch.randn(out, 256, dtype=torch.bfloat16) for out in (256, 128, 256, 4096, 16)]
+    draw = random.Random(0)
+    rows = [draw.randint(1, 256) for _ in range(400)]
+    if padded:
+        rows = [padded_size(count) for count in rows]
+    with torch.inference_mode():
+        for weight in weights:
+            F.linear(torch.randn(16, 256, dtype=torch.bfloat16), weight)
+        before, began = _resident_mib(), time.perf_counter()
+        for count in rows:
+            x = torch.randn(count, 256, dtype=torch.bfloat16)
+            for weight in weights:
+                F.linear(x, weight)
+    took = (time.perf_counter() - began) / len(rows) * 1e3
+    name = "padded sizes" if padded else "any size"
+    print(f"{name}: {took:.2f} ms a batch, {_resident_mib() - before:.0f} MiB more resident")
+
+
+def _resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("exchange", "step", "shapes"))
+    parser.add_argument("--deterministic", action="store_true", help="step: in that mode")
+    parser.add_argument("--padded", action="store_true", help="shapes: as flexpert pads them")
+    arguments = parser.parse_args()
+    match arguments.what:
+        case "exchange":
+            exchange()
+        case "step":
+            step(arguments.deterministic)
+        case _:
+            shapes(arguments.padded)
+
+
+if __name__ == "__main__":
+    main()
