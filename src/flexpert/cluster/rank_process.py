@@ -88,6 +88,8 @@ class Reporter:
         self.tell(msg.Progress(epoch, share))
 
     def prepared(self, epoch: int, loaded: int, memory: RankMemory) -> None:
+        if self.engine and self.engine.buffer.epoch == 0:  # nobody waits for a newcomer yet
+            self._memory = private_memory()
         planned = msg.Memory(
             memory.dense, memory.experts, memory.kv, memory.windows, memory.runtime
         )
