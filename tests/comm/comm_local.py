@@ -10,6 +10,7 @@ import torch
 from comm_ranks import LIMIT_S, apply_experts, vote
 
 from flexpert.comm import Buffer, BufferSpec, Received, Reduce
+from flexpert.comm.buffer import OnTimeout
 from flexpert.comm.host._kernels import ffi
 from flexpert.comm.host.buffer import HostBuffer
 from flexpert.comm.routing import Sent, expected_rows, expected_sums
@@ -31,14 +32,22 @@ class Local:
             buffer.close()
         self.pool.shutdown()
 
-    def start(self, spec: BufferSpec, ids: Iterable[int]) -> dict[int, HostBuffer]:
+    def start(
+        self, spec: BufferSpec, ids: Iterable[int], on_timeout: OnTimeout = "raise"
+    ) -> dict[int, HostBuffer]:
         """Create the buffers and connect all with all."""
         for rank in ids:
-            self.buffers[rank] = HostBuffer(rank, spec, timeout_s=LIMIT_S)
+            self.start_one(spec, rank, on_timeout)
+        self.connect_all()
+        return self.buffers
+
+    def start_one(self, spec: BufferSpec, rank: int, on_timeout: OnTimeout = "raise") -> None:
+        self.buffers[rank] = HostBuffer(rank, spec, timeout_s=LIMIT_S, on_timeout=on_timeout)
+
+    def connect_all(self) -> None:
         addresses = {rank: buffer.address for rank, buffer in self.buffers.items()}
         for buffer in self.buffers.values():
             buffer.connect(addresses)
-        return self.buffers
 
     def activate(self, ids: Iterable[int]) -> None:
         """A new epoch for these ids, with its first vote."""
@@ -86,3 +95,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def poke(address: int, data: bytes) -> None:
     """Write into a window as only a broken peer would."""
     ffi.buffer(ffi.cast("char *", address), len(data))[:] = data
+
+
+def masked_ids(s: Sent, view: set[int]) -> torch.Tensor:
+    """The choices whose owners are in view; -1 for the others."""
+    owners = s.table.rank[s.expert_ids.clamp(min=0).long()]
+    up = torch.isin(owners, torch.tensor(sorted(view), dtype=torch.int32))
+    return torch.where(up & (s.expert_ids >= 0), s.expert_ids, -1)

@@ -39,10 +39,12 @@ def spec_of(
 class Rank:
     """One child process and the pipe to it."""
 
-    def __init__(self, rank: int, spec: BufferSpec) -> None:
+    def __init__(self, rank: int, spec: BufferSpec, on_timeout: str = "raise") -> None:
         self.rank = rank
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(rank, spec, theirs), daemon=True)
+        self.process = context.Process(
+            target=_serve, args=(rank, spec, on_timeout, theirs), daemon=True
+        )
         self.process.start()
         theirs.close()
         self.address: bytes = self.answer()
@@ -67,8 +69,9 @@ class Rank:
 class Ranks:
     """A set of rank processes, connected to each other."""
 
-    def __init__(self, spec: BufferSpec, ids: Iterable[int]) -> None:
+    def __init__(self, spec: BufferSpec, ids: Iterable[int], on_timeout: str = "raise") -> None:
         self.spec = spec
+        self.on_timeout = on_timeout
         self.ranks: dict[int, Rank] = {}
         self.join(ids)
 
@@ -87,7 +90,7 @@ class Ranks:
     def join(self, ids: Iterable[int]) -> None:
         """Start ranks and connect everyone with everyone; nobody becomes active."""
         for rank in ids:
-            self.ranks[rank] = Rank(rank, self.spec)
+            self.ranks[rank] = Rank(rank, self.spec, self.on_timeout)
         self.all(connect, {rank: r.address for rank, r in self.ranks.items()})
 
     def leave(self, ids: Iterable[int]) -> None:
@@ -110,9 +113,14 @@ class Ranks:
         self.some(tuple(ids), set_active, tuple(ids), epoch)
 
 
-def _serve(rank: int, spec: BufferSpec, pipe: Connection) -> None:
+def _serve(rank: int, spec: BufferSpec, on_timeout: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    buffer = make_buffer(rank, spec, timeout_s=LIMIT_S)
+    buffer = make_buffer(
+        rank,
+        spec,
+        timeout_s=LIMIT_S,
+        on_timeout=on_timeout,  # type: ignore[arg-type]
+    )
     pipe.send((True, buffer.address))
     while True:
         task, args = pipe.recv()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+import torch
 from comm_local import Local, check_received, dispatch
 from comm_ranks import LIMIT_S, Ranks, random_sent, spec_of, vote
 from hypothesis import HealthCheck, settings
@@ -105,8 +106,9 @@ def test_an_evicted_rank_that_goes_on_writing_changes_no_result(local: Local) ->
     local.activate([0, 1])
     evicted = local.buffers[2]
     s = random_sent(spec, (0, 1, 2), 5)[2]
-    y = evicted._x.clone()
-    y[:] = float("nan")
+    y = torch.full((spec.capacity * spec.max_tokens * spec.topk, spec.hidden), float("nan")).to(
+        spec.dtype
+    )
     bad = ffi.new("int64_t *")
     stop = threading.Event()
 
@@ -116,6 +118,9 @@ def test_an_evicted_rank_that_goes_on_writing_changes_no_result(local: Local) ->
             lib.fx_send_dispatch(
                 evicted._b,
                 s.x.data_ptr(),
+                spec.hidden * 2,
+                spec.hidden * 2,
+                0,
                 s.expert_ids.data_ptr(),
                 1,
                 s.weights.data_ptr(),
@@ -123,11 +128,10 @@ def test_an_evicted_rank_that_goes_on_writing_changes_no_result(local: Local) ->
                 s.table.rank.data_ptr(),
                 s.table.slot.data_ptr(),
                 s.table.rank.shape[0],
-                1 << 32 | 2,
                 bad,
             )
             for home in (0, 1):
-                lib.fx_send_combine(evicted._b, y.data_ptr(), home, 1 << 32 | 2)
+                lib.fx_send_combine(evicted._b, y.data_ptr(), home)
             rounds += 1
         return rounds
 

@@ -11,9 +11,9 @@ import pytest
 from comm_local import Local, check_received, dispatch
 from comm_ranks import LIMIT_S, Rank, Ranks, connect, random_sent, set_active, spec_of, vote
 
-from flexpert.comm import Buffer, CommError, Interrupted, RankTimeout, StaleEpoch
+from flexpert.comm import Buffer, CommError, Interrupted, RankLost, RankTimeout, StaleEpoch
 from flexpert.comm.host._kernels import ffi
-from flexpert.comm.layout import layout
+from flexpert.comm.layout import DISPATCH_FLAG_AT
 from flexpert.comm.routing import Sent
 
 
@@ -180,12 +180,12 @@ def wait_for_ctrl_c(buffer: Buffer, s: Sent) -> float:
 def test_ctrl_c_ends_a_wait(local: Local) -> None:
     spec = spec_of(2)
     (watcher,) = local.start(spec, [1]).values()
-    flag = watcher._b.control[1] + layout(spec).dispatch_flags_at
     with Ranks(spec, (0,)) as ranks:
         watcher.connect({0: ranks.ranks[0].address})
         ranks.all(connect, {1: watcher.address})
         ranks.ranks[0].ask(set_active, (0, 1), 1)
         ranks.ranks[0].answer()
+        flag = watcher._b.inbox[0] + DISPATCH_FLAG_AT
         ranks.ranks[0].ask(wait_for_ctrl_c, random_sent(spec, (0, 1), 1)[0])
         limit = time.monotonic() + LIMIT_S
         while not any(ffi.buffer(ffi.cast("char *", flag), 8)[:]) and time.monotonic() < limit:
@@ -202,11 +202,9 @@ def pid_of(rank: Rank) -> int:
 
 def dispatch_fails(buffer: Buffer, s: Sent, timeout_s: float) -> tuple[int, ...]:
     vote(buffer)
-    try:
+    with pytest.raises(RankLost, match=r"lost in dispatch .*rank 2: process ended") as caught:
         dispatch(buffer, s, timeout_s)
-    except RankTimeout as error:
-        return error.ranks
-    raise AssertionError("the dispatch was whole")
+    return caught.value.ranks
 
 
 def dispatch_whole(buffer: Buffer, sent: dict[int, Sent]) -> None:
@@ -222,7 +220,7 @@ def test_survivors_of_a_killed_process_go_on_without_it() -> None:
         sent = random_sent(spec, (0, 1, 2), 3)
         ranks.ranks[2].ask(vote)
         for rank in (0, 1):
-            ranks.ranks[rank].ask(dispatch_fails, sent[rank], 1.0)
+            ranks.ranks[rank].ask(dispatch_fails, sent[rank], LIMIT_S)
         ranks.ranks[2].answer()
         ranks.ranks.pop(2).kill()
         assert [ranks.ranks[rank].answer() for rank in (0, 1)] == [(2,), (2,)]

@@ -14,10 +14,17 @@ import torch
 from comm_local import Local, dispatch, poke
 from comm_ranks import Rank, Ranks, random_sent, spec_of
 
-from flexpert.comm import CommError, PeerUnreachable, RankTimeout
+from flexpert.comm import BufferSpec, CommError, PeerUnreachable, RankTimeout
 from flexpert.comm.host.buffer import HostBuffer
 from flexpert.comm.host.window import Address, decode, encode
-from flexpert.comm.layout import HEADER_BYTES, LINE, layout
+from flexpert.comm.layout import (
+    COMBINE_FLAG_AT,
+    DISPATCH_FLAG_AT,
+    HEADER_BYTES,
+    ROWS_AT,
+    layout,
+    size_bytes,
+)
 
 
 def test_an_address_is_short(local: Local) -> None:
@@ -140,7 +147,7 @@ def test_a_window_takes_the_memory_that_was_written_and_gives_it_back(local: Loc
     spec = spec_of(256, max_tokens=1024, hidden=2048, topk=8)
     local.start(spec, [0, 1])
     window = local.buffers[0]._window
-    assert window.layout.size_bytes > 2**30
+    assert size_bytes(spec) > 2**30
     assert window.memory_bytes() < 2**18
     local.activate([0, 1])
     small = replace(spec, max_tokens=16)
@@ -153,12 +160,11 @@ def test_a_window_takes_the_memory_that_was_written_and_gives_it_back(local: Loc
     assert window.memory_bytes() < used - 16 * 2048 * 2
 
 
-def test_an_active_peer_cannot_be_disconnected(local: Local) -> None:
+def test_disconnecting_an_active_peer_masks_it(local: Local) -> None:
     local.start(spec_of(2), [0, 1])
     local.activate([0, 1])
-    with pytest.raises(ValueError, match="rank 1 is active"):
-        local.buffers[0].disconnect([1])
-    assert local.buffers[0].connected == (0, 1)
+    local.buffers[0].disconnect([1])
+    assert local.buffers[0].connected == local.buffers[0].active == (0,)
 
 
 def test_a_peer_cannot_shrink_a_window_under_its_owner(local: Local) -> None:
@@ -170,8 +176,14 @@ def test_a_peer_cannot_shrink_a_window_under_its_owner(local: Local) -> None:
 # ---- garbage: rank 1 writes what no rank of ours would ------------------------------------------
 
 
-def flag(tag: int, rows: int, mode: int) -> bytes:
-    return struct.pack("=QII", tag, rows, mode)
+def flag(tag: int, rows: int, mode: int, row_bytes: int = 0) -> bytes:
+    return struct.pack("=QIII", tag, rows, mode, row_bytes)
+
+
+def slots_of_row(spec: BufferSpec, row: int) -> int:
+    """Where the slots of a row lie, from the start of a place."""
+    where = layout(spec)
+    return ROWS_AT + row * (where.meta_bytes + where.result_stride) + 8 + 4 * spec.topk
 
 
 @pytest.mark.parametrize(
@@ -180,20 +192,20 @@ def flag(tag: int, rows: int, mode: int) -> bytes:
         (2**32 - 1, ()),
         (17, ()),
         (1, (-2, -1, -1, -1)),
-        (2, (0, 0, 0, 2**31 - 1)),
-        (1, (-(2**31), 0, 0, 0)),
+        (2, (0, 0, 0, 2**15 - 1)),
+        (1, (-(2**15), 0, 0, 0)),
     ],
 )
 def test_garbage_in_a_dispatch_is_refused_and_its_writer_named(
     local: Local, rows: int, slots: tuple[int, ...]
 ) -> None:
     spec = spec_of(2)
-    where = layout(spec)
+    row_bytes = layout(spec).row_bytes
     zero, one = local.start(spec, [0, 1]).values()
     local.activate([0, 1])
     for row in range(min(rows, 2)):
-        poke(one._b.outbox[0] + row * where.meta_stride, struct.pack(f"={len(slots)}i", *slots))
-    poke(one._b.control[0] + where.dispatch_flags_at + LINE, flag(1 << 32 | 1, rows, 0))
+        poke(one._b.outbox[0] + slots_of_row(spec, row), struct.pack(f"={len(slots)}h", *slots))
+    poke(one._b.outbox[0] + DISPATCH_FLAG_AT, flag(1 << 32 | 1, rows, 0, row_bytes))
     sent = random_sent(spec, (0, 1), 1)
     with pytest.raises(CommError, match="rank 1 sent rows or slots"):
         dispatch(zero, sent[0])
@@ -217,7 +229,7 @@ def test_garbage_in_a_combine_is_refused_and_its_writer_named(
     local.activate([0, 1])
     sent = random_sent(spec, (0, 1), 1)
     received = local.each(sent, lambda b: dispatch(b, sent[b.rank]))
-    at = one._b.control[0] + layout(spec).combine_flags_at + LINE
+    at = one._b.outbox[0] + COMBINE_FLAG_AT
     poke(at, flag(1 << 32 | 1, zero._b.sent_rows[1] + extra, mode))
     with pytest.raises(CommError, match=f"rank 1 sent {message}"):
         zero.combine(received[0].x.clone(), received[0], reduce="rank")
@@ -234,11 +246,12 @@ def test_random_bytes_in_all_that_a_peer_may_write_never_crash_the_owner(local: 
         local.epoch += 1
         zero.set_active([0, 1], local.epoch)
         zero._must_vote = False
-        noise = torch.randint(-2, 3, (where.rows_at // 4,), generator=generator, dtype=torch.int32)
-        poke(one._b.outbox[0], noise.numpy().tobytes())
+        for row in range(spec.max_tokens):
+            slots = torch.randint(-2, 3, (spec.topk,), generator=generator, dtype=torch.int16)
+            poke(one._b.outbox[0] + slots_of_row(spec, row), slots.numpy().tobytes())
         rows = int(torch.randint(0, 6, (1,), generator=generator))
         tag = local.epoch << 32 | 1
-        poke(one._b.control[0] + where.dispatch_flags_at + LINE, flag(tag, rows, 0))
+        poke(one._b.outbox[0] + DISPATCH_FLAG_AT, flag(tag, rows, 0, where.row_bytes))
         try:
             got = dispatch(zero, sent[0], 1.0)
         except CommError as error:

@@ -1,17 +1,26 @@
 """The contract that every exchange backend fulfils.
 
-One `Buffer` per rank. It owns the rank's *window* (the memory its peers write into), the channels
-to connected peers, and the numbering that makes a late write harmless: every flag carries
-(epoch, step), and a waiter accepts exactly the tag it expects.
+One `Buffer` per rank. It owns the rank's *window* (the memory its peers write into), the links to
+connected peers, and the numbering that makes a late write harmless: every flag carries (epoch,
+link, exchange), and a waiter accepts exactly the tag it expects.
 
-Order of calls in one epoch, the same on all active ranks:
+Three sets of ids, each within the one before:
 
-    vote → (dispatch → combine) × layers → vote → …
+    capacity    ids that may exist; costs nothing, may grow while peers go on
+    connected   peers with an open link
+    active      peers that take part in exchanges; the rest of the capacity is *masked*
 
-Between two votes that all say "no work" ranks may sleep in `wait_for_vote`.
+Active peers come and go in two ways. A group with a coordinator, or one that uses `agree`, begins
+numbered epochs on all ranks at once: `set_active(ids, epoch)`. Ranks on their own `unmask` and
+`mask` peers one by one; both sides of a link must do it between the same two exchanges.
 
-Thread rule: exchanges come from one thread; `ring`, `interrupt`, `connect` and `disconnect` of
-ids that are not active may come from another.
+Order of calls, the same on all active ranks:
+
+    [vote] → (dispatch → combine) × layers → [vote] → …
+
+Thread rule: exchanges, votes and `set_active` come from one thread at a time; `connect`,
+`disconnect`, `mask`, `unmask`, `grow`, `ring` and `interrupt` may come from any other. What they
+change takes effect between two exchanges, except that masking a peer ends a wait for it.
 """
 
 from __future__ import annotations
@@ -19,16 +28,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import torch
 
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
 Reduce = Literal["home", "rank"]
+OnTimeout = Literal["raise", "mask"]
+Scales = Literal["float32", "power2", "ue8m0"]
+Channel = Literal["auto", "shm", "nixl"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class BufferSpec:
-    """Everything that fixes the size and layout of a window; equal on all ranks.
+    """Everything that fixes the size and layout of a window.
+
+    All values but the capacity must be equal on two ranks that connect.
 
     capacity: number of rank ids, 1 to 256.
     max_tokens: most tokens a rank sends in one dispatch.
@@ -58,24 +76,89 @@ class ExpertTable:
     slots: int
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(ABC):
     """What a dispatch brought to this rank, sorted by local slot; also the handle for `combine`.
 
-    x: [rows, hidden] dtype, one row per (token, local expert) pair, sorted by slot; within a slot
-        by (source rank, token index at home). Valid until the next dispatch.
+    A row here is one (token, local expert) pair; within a slot rows are ordered by (source rank,
+    token index at home). Valid until the next dispatch; `x`, `scales` and `rows` read what lies
+    where it arrived, and must be asked for before `begin_combine`.
+
     offsets: [slots + 1] int32; rows of slot s are offsets[s] … offsets[s+1]-1.
     weights: [rows] float32, the router weight of each row.
+    source: [rows] int32, the home rank of each row.
+    token: [rows] int32, the index of the row's token at its home.
     tokens_sent: tokens of this rank, i.e. rows of the result of `combine`.
+    masked: ids masked by this dispatch because nothing came from them (on_timeout="mask").
     """
 
-    x: torch.Tensor
     offsets: torch.Tensor
     weights: torch.Tensor
+    source: torch.Tensor
+    token: torch.Tensor
     tokens_sent: int
+    masked: tuple[int, ...]
     epoch: int
     sequence: int
-    plan: object  # private to the backend
+
+    @property
+    @abstractmethod
+    def x(self) -> torch.Tensor:
+        """[rows, hidden] in the dtype that was sent (spec.dtype, float8_e4m3fn, or uint8
+        [rows, bytes]); copied together on first use."""
+
+    @property
+    @abstractmethod
+    def scales(self) -> torch.Tensor | None:
+        """Of an fp8 dispatch: [rows, hidden / 128] float32, or int32 [rows, hidden / 512] with
+        four exponents each ("ue8m0"); else None."""
+
+    @property
+    @abstractmethod
+    def rows(self) -> torch.Tensor:
+        """[rows] int64: the address of each row's payload where it arrived, without a copy.
+        A token that several local experts want has the same address in each of its rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What the result of a combine lacks, because owners of experts were masked.
+
+    ranks: the ids whose results are missing.
+    weight: [tokens] float32, the sum of the router weights that each token lost.
+    choices: [tokens, k] bool, True where the k-th expert of a token is missing.
+    """
+
+    ranks: tuple[int, ...]
+    weight: torch.Tensor
+    choices: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Sums over the life of a buffer; differences of two tell about the time between.
+
+    exchanges: dispatches that were begun.
+    bytes_sent: id → payload bytes of rows written for that peer (own id: 0).
+    dispatch_wait_ns, combine_wait_ns: id → nanoseconds from the begin of a wait until that peer's
+        flag was seen; the peer with the largest value is the slow one.
+    """
+
+    exchanges: int
+    bytes_sent: dict[int, int]
+    dispatch_wait_ns: dict[int, int]
+    combine_wait_ns: dict[int, int]
+
+
+class Pending(ABC, Generic[T]):
+    """The receiving half of an exchange whose sending half is done.
+
+    Nothing is received until it is called; compute in between overlaps with the peers' sending.
+    Must be called once, before any other exchange.
+    """
+
+    @abstractmethod
+    def __call__(self, timeout_s: float | None = None) -> T:
+        """Wait and receive. Raises what `Buffer.dispatch` and `Buffer.combine` raise."""
 
 
 class Buffer(ABC):
@@ -89,12 +172,12 @@ class Buffer(ABC):
     @property
     @abstractmethod
     def address(self) -> bytes:
-        """What a peer needs to `connect` to this rank; opaque, at most 1 KiB."""
+        """What a peer on this machine needs to `connect` to this rank; opaque, at most 1 KiB."""
 
     @property
     @abstractmethod
     def connected(self) -> tuple[int, ...]:
-        """Ids with an open channel, sorted; the own id is always among them."""
+        """Ids with an open link, sorted; the own id is always among them."""
 
     @property
     @abstractmethod
@@ -107,33 +190,85 @@ class Buffer(ABC):
         """The epoch of the current membership; 0 before the first `set_active`."""
 
     @abstractmethod
-    def connect(self, peers: Mapping[int, bytes]) -> None:
-        """Open channels to peers (id → address), masked: they become active by `set_active`.
+    def channel(self, peer: int) -> Literal["self", "shm", "nixl"]:
+        """How bytes reach a connected peer. Raises: KeyError: not connected."""
 
-        May run beside exchanges. The own id and connected ids with the same address are skipped;
-        a connected id with another address is an error.
+    @abstractmethod
+    def connect(
+        self,
+        peers: Mapping[int, bytes] | Iterable[int],
+        *,
+        activate: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Open links to peers, masked; with `activate` they are unmasked at the end.
+
+        peers: id → address of ranks on this machine (opened at once, nothing is waited for); or
+            ids, which then meet through the store given to `make_buffer`: each pair waits for each
+            other, at most `timeout_s` (default: the buffer's). Keys left by dead ranks do no harm.
+
+        May run beside exchanges. The own id and connected ids are skipped.
 
         Raises:
             PeerUnreachable: the process behind an address is gone; nothing was connected.
-            ValueError: an id out of range, an address of another spec, a second address of an id.
+            RankTimeout: ids did not come to the store; those that did stay connected.
+            ValueError: an id out of range, an address of another spec, another address for a
+                connected id, or ids without a store.
         """
 
     @abstractmethod
     def disconnect(self, ids: Iterable[int]) -> None:
-        """Close channels of ids that are not active; unknown ids are ignored."""
+        """Mask and close links, any subset in any order; unknown ids are ignored."""
+
+    @abstractmethod
+    def grow(self, capacity: int) -> None:
+        """Allow more ids, from now on; peers need not know.
+
+        Raises: ValueError: fewer than now, or more than 256.
+        """
+
+    @abstractmethod
+    def shrink(self, capacity: int) -> None:
+        """Disconnect ids from `capacity` on, and allow them no more.
+
+        Raises: ValueError: more than now, or the own id would not be allowed.
+        """
 
     @abstractmethod
     def set_active(self, ids: Iterable[int], epoch: int) -> None:
         """Begin an epoch: from now on exactly these ids exchange, and numbering starts anew.
 
         Must come between two steps, at the same vote on all ranks that stay; or after an exchange
-        that was incomplete (RankTimeout, Interrupted, nonsense from a peer, Ctrl-C), which ends the
-        epoch for this rank: until `set_active` every vote and exchange raises. After such an end
-        the new epoch must begin with a vote, because a peer may still be reading.
+        that was incomplete (RankTimeout, RankLost, Interrupted, nonsense from a peer, Ctrl-C),
+        which ends the epoch for this rank: until `set_active` every vote and exchange raises. After
+        such an end the new epoch must begin with a vote, because a peer may still be reading.
 
         Raises:
             ValueError: an id is not connected, the own id is missing, or epoch does not rise.
         """
+
+    @abstractmethod
+    def mask(self, ids: Iterable[int]) -> None:
+        """Leave peers out of exchanges, from now on; a wait for one ends. Local: peers that are
+        not told run into their limit. Unknown ids are ignored.
+
+        Raises: ValueError: the own id.
+        """
+
+    @abstractmethod
+    def unmask(self, ids: Iterable[int]) -> None:
+        """Take connected peers into the exchanges, from the next one on.
+
+        The first exchange waits until the peer has unmasked this rank, too; the link then starts
+        afresh, so that nothing left of earlier exchanges can be taken for new.
+
+        Raises: ValueError: an id is not connected.
+        """
+
+    @property
+    @abstractmethod
+    def lost(self) -> dict[int, str]:
+        """Connected ids known to be gone → why: "process ended" or "link broken"."""
 
     # ---- the step barrier -------------------------------------------------------------------
 
@@ -145,7 +280,8 @@ class Buffer(ABC):
     def wait_for_vote(self, timeout_s: float | None) -> bool:
         """Sleep until a peer has voted for the current step (True), or `ring`, or the time is up.
 
-        Returns whether a peer's vote is there. Never spins.
+        Returns whether a peer's vote is there. Never spins. The end of a peer does not wake it:
+        `lost` tells, and so does `collect_votes`.
 
         Raises:
             Interrupted: `interrupt` was called.
@@ -155,12 +291,18 @@ class Buffer(ABC):
     def collect_votes(self, timeout_s: float) -> dict[int, bytes]:
         """Wait for the votes of all active ranks; returns id → payload, own id included.
 
-        Ends the current step's vote: the next `post_vote` belongs to the next step.
+        Ends the current step's vote: the next `post_vote` belongs to the next step. With
+        on_timeout="mask", ranks that do not vote are masked and missing in the answer.
 
         Raises:
             RankTimeout: may be called again, for a peer that is slow but not dead.
-            Interrupted
+            RankLost, Interrupted
         """
+
+    def barrier(self, payload: bytes = b"", *, timeout_s: float) -> dict[int, bytes]:
+        """Wait for all active ranks; returns id → the payload each of them brought."""
+        self.post_vote(payload)
+        return self.collect_votes(timeout_s)
 
     @abstractmethod
     def ring(self) -> None:
@@ -173,6 +315,66 @@ class Buffer(ABC):
     # ---- the exchange -----------------------------------------------------------------------
 
     @abstractmethod
+    def begin_dispatch(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: ExpertTable,
+        *,
+        fp8: Scales | None = None,
+    ) -> Pending[Received]:
+        """Send each token once to each rank that owns some of its experts.
+
+        Args:
+            x: [tokens, hidden] spec.dtype, contiguous; tokens may be 0. Or uint8 [tokens, n], any
+                bytes, n at most a row of spec.dtype; equal on all ranks. Must stay unchanged until
+                the exchange is received.
+            expert_ids: [tokens, k] int32 or int64, k <= spec.topk; -1 = none.
+            weights: [tokens, k] float32.
+            table: of this layer.
+            fp8: quantise on the way (see `flexpert.comm.quant`): one scale for 128 channels,
+                float32, a power of two in float32, or four packed exponents.
+
+        Raises:
+            Interrupted
+            StaleEpoch: an exchange of this epoch was incomplete.
+            CommError: a call out of turn.
+            ValueError: shapes, dtypes, or (on_timeout="raise") an expert without an active owner;
+                nothing was sent. With "mask" such experts are skipped; `loss` tells.
+        """
+
+    @abstractmethod
+    def begin_combine(
+        self,
+        y: torch.Tensor,
+        received: Received,
+        *,
+        reduce: Reduce = "rank",
+        weights: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Pending[torch.Tensor]:
+        """Return expert results to the tokens' homes: out[t] = Σ_k weight[t, k] · y of (t, k).
+
+        Args:
+            y: [rows, hidden] spec.dtype, in the order of `received.x`, unweighted. What
+                `combine_input` gave is sent from where it lies.
+            reduce: "rank": each rank sends one partial sum a token (float32 sums, rounded to
+                spec.dtype once on the wire); "home": one row per expert, summed at home in the
+                order of expert_ids, in float32: independent of the placement.
+            weights: [tokens, k] float32 instead of those given to dispatch; only for "home".
+            out: [tokens, hidden] spec.dtype to fill, or None.
+
+        Raises:
+            Interrupted
+            StaleEpoch: `received` is of another epoch or not the last dispatch.
+            ValueError: shapes or dtypes; nothing was sent.
+        """
+
+    @abstractmethod
+    def combine_input(self, received: Received) -> torch.Tensor:
+        """[rows, hidden] spec.dtype for the experts to write y into, reused by every exchange."""
+
     def dispatch(
         self,
         x: torch.Tensor,
@@ -180,48 +382,47 @@ class Buffer(ABC):
         weights: torch.Tensor,
         table: ExpertTable,
         *,
+        fp8: Scales | None = None,
         timeout_s: float | None = None,
     ) -> Received:
-        """Send each token once to each rank that owns some of its experts, and receive.
-
-        Args:
-            x: [tokens, hidden] spec.dtype, contiguous; tokens may be 0.
-            expert_ids: [tokens, k] int32 or int64, k <= spec.topk; -1 = none.
-            weights: [tokens, k] float32.
-            table: of this layer.
-            timeout_s: limit of the wait; default: the buffer's.
+        """`begin_dispatch`, then receive, within `timeout_s` (default: the buffer's).
 
         Raises:
-            RankTimeout, Interrupted
-            StaleEpoch: an exchange of this epoch was incomplete.
-            CommError: a call out of turn, or nonsense from a peer (named in the message).
-            ValueError: shapes, dtypes, or an expert without an active owner; nothing was sent.
+            RankTimeout, RankLost: on_timeout="raise".
+            Interrupted
+            CommError: nonsense from a peer (named in the message).
+            And what `begin_dispatch` raises.
         """
+        return self.begin_dispatch(x, expert_ids, weights, table, fp8=fp8)(timeout_s)
 
-    @abstractmethod
     def combine(
         self,
         y: torch.Tensor,
         received: Received,
         *,
         reduce: Reduce = "rank",
+        weights: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         timeout_s: float | None = None,
     ) -> torch.Tensor:
-        """Return expert results to the tokens' homes: out[t] = Σ_k weight[t, k] · y of (t, k).
-
-        Args:
-            y: [rows, hidden] spec.dtype, in the order of `received.x`, unweighted.
-            reduce: "rank": each rank sends one partial sum a token (float32 sums, rounded to
-                spec.dtype once on the wire); "home": one row per expert, summed at home in the
-                order of expert_ids, in float32: independent of the placement.
-            out: [tokens, hidden] spec.dtype to fill, or None.
+        """`begin_combine`, then receive: [tokens, hidden] spec.dtype.
 
         Raises:
-            RankTimeout, Interrupted
-            StaleEpoch: `received` is of another epoch or not the last dispatch.
+            RankTimeout, RankLost: on_timeout="raise".
+            Interrupted
             CommError: nonsense from a peer, or one that used another `reduce`.
+            And what `begin_combine` raises.
         """
+        pending = self.begin_combine(y, received, reduce=reduce, weights=weights, out=out)
+        return pending(timeout_s)
+
+    @abstractmethod
+    def loss(self, received: Received) -> Loss | None:
+        """After the combine of `received`: what its result lacks, or None if it is complete."""
+
+    @abstractmethod
+    def statistics(self) -> Statistics:
+        """Counted so far."""
 
     @abstractmethod
     def close(self) -> None:
@@ -229,9 +430,30 @@ class Buffer(ABC):
 
 
 def make_buffer(
-    rank: int, spec: BufferSpec, *, backend: str = "host", timeout_s: float = 30.0
+    rank: int,
+    spec: BufferSpec,
+    *,
+    backend: str = "host",
+    timeout_s: float = 30.0,
+    on_timeout: OnTimeout = "raise",
+    store: Store | None = None,
+    channel: Channel = "auto",
+    machine: str | None = None,
 ) -> Buffer:
-    """A new buffer of the named backend ("host": shared memory within one machine).
+    """A new buffer.
+
+    Args:
+        rank: the own id.
+        spec: sizes.
+        backend: "host": CPU tensors.
+        timeout_s: limit of every wait that is not given another.
+        on_timeout: what becomes of a peer that does not answer in time, or dies: "raise" ends the
+            exchange and the epoch with RankTimeout or RankLost; "mask" masks the peer and goes on
+            without it, see `Buffer.loss`.
+        store: a torch.distributed Store for `connect` by ids.
+        channel: "auto": shared memory where two ranks are on one machine, else NIXL; or one of
+            them for all peers.
+        machine: ranks with equal names use shared memory; default: the boot id of the kernel.
 
     Raises:
         ValueError: unknown backend, rank outside [0, capacity), or a spec out of range.
@@ -240,4 +462,12 @@ def make_buffer(
         raise ValueError(f"unknown exchange backend {backend!r}: there is 'host'")
     from flexpert.comm.host.buffer import HostBuffer
 
-    return HostBuffer(rank, spec, timeout_s=timeout_s)
+    return HostBuffer(
+        rank,
+        spec,
+        timeout_s=timeout_s,
+        on_timeout=on_timeout,
+        store=store,
+        channel=channel,
+        machine=machine,
+    )

@@ -16,15 +16,14 @@ class RankTimeout(CommError):  # noqa: N818
 
     Attributes:
         ranks: the ids that were waited for in vain.
-        phase: "vote", "dispatch" or "combine".
+        phase: "vote", "dispatch", "combine" or "connect".
         epoch: the epoch of the exchange.
         limit_s: the time limit, seconds.
     """
 
     def __init__(self, ranks: tuple[int, ...], phase: str, epoch: int, limit_s: float) -> None:
-        names = ", ".join(map(str, ranks))
         super().__init__(
-            f"rank {names} did not answer in {phase} (epoch {epoch}, limit {limit_s:.1f} s)"
+            f"rank {_names(ranks)} did not answer in {phase} (epoch {epoch}, limit {limit_s:.1f} s)"
         )
         self.ranks = ranks
         self.phase = phase
@@ -32,13 +31,56 @@ class RankTimeout(CommError):  # noqa: N818
         self.limit_s = limit_s
 
 
+class RankLost(CommError):  # noqa: N818
+    """Peers that were waited for will not write any more: their process or link is gone, or they
+    were masked meanwhile. It is known at once, without waiting for the limit.
+
+    Attributes:
+        ranks: the ids that are lost.
+        phase: "vote", "dispatch" or "combine".
+        epoch: the epoch of the exchange.
+        why: id → one of "process ended", "link broken", "masked".
+    """
+
+    def __init__(self, ranks: tuple[int, ...], phase: str, epoch: int, why: dict[int, str]) -> None:
+        reasons = ", ".join(f"rank {rank}: {why[rank]}" for rank in ranks)
+        super().__init__(f"lost in {phase} (epoch {epoch}): {reasons}")
+        self.ranks = ranks
+        self.phase = phase
+        self.epoch = epoch
+        self.why = why
+
+
+class Evicted(CommError):  # noqa: N818
+    """The others agreed on a view without this rank; it must not exchange with them any more.
+
+    Attributes:
+        rank: the own id.
+        epoch: the epoch that was agreed without it.
+        ranks: the ids of that epoch.
+    """
+
+    def __init__(self, rank: int, epoch: int, ranks: tuple[int, ...]) -> None:
+        super().__init__(
+            f"rank {rank} was evicted: epoch {epoch} is rank {_names(ranks)}; "
+            "close the buffer and join again as a newcomer"
+        )
+        self.rank = rank
+        self.epoch = epoch
+        self.ranks = ranks
+
+
 class Interrupted(CommError):  # noqa: N818
     """A wait was ended by `Buffer.interrupt`, from another thread of this process."""
 
 
 class PeerUnreachable(CommError):  # noqa: N818
-    """A peer's window cannot be opened: the process is gone, or it is on another machine."""
+    """A peer's window cannot be opened: the process is gone, or no channel leads there."""
 
 
 class StaleEpoch(CommError):  # noqa: N818
     """A call or a handle belongs to an epoch that is over."""
+
+
+def _names(ranks: tuple[int, ...]) -> str:
+    return ", ".join(map(str, ranks))

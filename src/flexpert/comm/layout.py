@@ -1,25 +1,28 @@
 """Where everything lies inside a window. Pure: numbers in, numbers out.
 
-A window is one sparse file:
+A window is one sparse file that only grows:
 
-    control                       one page and up; mapped by every connected peer
+    control                       mapped by every connected peer
       header                        magic, spec hash, nonce, rank; written once by the owner
       doorbell, waiters             the futex word peers ring, and whether the owner sleeps on it
-      votes           [source, 4]   one cache line each: tag, length, payload
-      dispatch flags  [source]      one cache line each: tag, rows
-      combine flags   [source]      one cache line each: tag, reduce mode, rows
-    regions           [source]    page-aligned; each mapped by the owner and by that source only
-      metas           [max_tokens]  per row: slots [topk] int32 (-1 = none), weights [topk] float32
-      rows            [max_tokens]  hidden states, packed, each aligned to 64 bytes
+      leases          [256]         for each source: the place lent to it, and to which process
+    places                        page-aligned; each mapped by the owner and by one source
+      lines                         one cache line each, written by the source:
+        hello                         the state of the link, see kernels.c
+        votes         [4]             tag, length, payload
+        dispatch, combine flag        tag, rows, mode, bytes of a row
+      rows            [max_tokens]  meta and payload of one token, together, so that what a source
+                                    sends is one piece
+        meta                          token index, router weights [topk] float32, slots [topk] int16
+        payload                       hidden state, quantised or not, or any bytes
       results         [max_tokens * topk]  what the source returns in combine, packed
 
-The file is sparse, so a byte costs memory only once it was written: capacity is free, and the
-packed results take `tokens` rows with reduce="rank" and one row per (token, expert) with
-reduce="home".
+The file is sparse, so a byte costs memory only once it was written, and nothing in it depends on
+the capacity: ids may grow without a word to the peers.
 
-Why results lie in the region of their source, and not in one table [max_tokens, topk] of the home:
-a rank that was evicted while it stalled may wake in the middle of a copy. What it still writes then
-falls into its own region, which nobody reads any more, and never between the rows of the survivors.
+Why a place belongs to one connection and is never lent again: a rank that was evicted while it
+stalled may wake in the middle of a copy, even after its id was given to another process. What it
+still writes then falls into its own old place, which nobody reads any more.
 """
 
 from __future__ import annotations
@@ -32,11 +35,16 @@ import torch
 from flexpert.comm.buffer import BufferSpec
 
 MAGIC = b"flexpert"
-VERSION = 1
+VERSION = 2
 PAGE = 4096
 LINE = 64
 
-# Header, bytes from the start of the window.
+MAX_CAPACITY = 256
+MAX_TOPK = 64
+MAX_SLOTS = 2**15  # int16 in the meta of a row
+MAX_ROWS = 2**31 - 1  # pairs of (token, expert) a rank may receive: int32 offsets
+
+# Control, bytes from the start of the window.
 MAGIC_AT = 0
 SPEC_HASH_AT = 8
 NONCE_AT = 16
@@ -44,16 +52,21 @@ RANK_AT = 32
 HEADER_BYTES = 36
 DOORBELL_AT = 64
 WAITERS_AT = 128
-VOTES_AT = 256
+LEASES_AT = 256
+LEASE_BYTES = 32
+CONTROL_BYTES = -(-(LEASES_AT + MAX_CAPACITY * LEASE_BYTES) // PAGE) * PAGE
+
+# A place, bytes from its start.
+VOTE_LINES = 4
+HELLO_AT = 0
+VOTES_AT = LINE
+DISPATCH_FLAG_AT = VOTES_AT + VOTE_LINES * LINE
+COMBINE_FLAG_AT = DISPATCH_FLAG_AT + LINE
+ROWS_AT = COMBINE_FLAG_AT + LINE
 
 HASH_BYTES = 8
 NONCE_BYTES = 16
-VOTE_SLOTS = 4
 VOTE_BYTES = 48
-
-MAX_CAPACITY = 256
-MAX_TOPK = 64
-MAX_ROWS = 2**31 - 1  # pairs of (token, expert) a rank may receive: int32 offsets
 
 DTYPES: dict[torch.dtype, int] = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -80,55 +93,41 @@ def check_spec(spec: BufferSpec) -> None:
 
 def spec_hash(spec: BufferSpec) -> bytes:
     """Equal on two ranks exactly if their windows have the same layout."""
-    sizes = (spec.capacity, spec.max_tokens, spec.hidden, spec.topk, DTYPES[spec.dtype])
+    sizes = (spec.max_tokens, spec.hidden, spec.topk, DTYPES[spec.dtype])
     text = "/".join(map(str, (VERSION, *sizes)))
     return hashlib.sha256(text.encode()).digest()[:HASH_BYTES]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Offsets and sizes in bytes. `*_at` of flags count from the window, others from the region."""
+    """Offsets and sizes in bytes."""
 
-    row_bytes: int
-    row_stride: int
-    meta_stride: int
-    dispatch_flags_at: int
-    combine_flags_at: int
-    control_bytes: int
-    rows_at: int
+    row_bytes: int  # of a hidden state in spec.dtype
+    meta_bytes: int
+    result_stride: int
     results_at: int
-    region_bytes: int
-    size_bytes: int
+    place_bytes: int
 
-    def region_at(self, source: int) -> int:
-        return self.control_bytes + source * self.region_bytes
+    def place_at(self, place: int) -> int:
+        """From the start of the window."""
+        return CONTROL_BYTES + place * self.place_bytes
 
 
 def layout(spec: BufferSpec) -> Layout:
     check_spec(spec)
     row_bytes = spec.hidden * spec.dtype.itemsize
-    row_stride = align(row_bytes, LINE)
-    meta_stride = spec.topk * 8
-    dispatch_flags_at = VOTES_AT + spec.capacity * VOTE_SLOTS * LINE
-    combine_flags_at = dispatch_flags_at + spec.capacity * LINE
-    control_bytes = align(combine_flags_at + spec.capacity * LINE, PAGE)
-    rows_at = align(spec.max_tokens * meta_stride, LINE)
-    results_at = align(rows_at + spec.max_tokens * row_stride, PAGE)
-    region_bytes = align(results_at + spec.max_tokens * spec.topk * row_stride, PAGE)
+    result_stride = align(row_bytes, LINE)
+    meta_bytes = align(8 + 6 * spec.topk, LINE)
+    results_at = align(ROWS_AT + spec.max_tokens * (meta_bytes + result_stride), PAGE)
     return Layout(
         row_bytes=row_bytes,
-        row_stride=row_stride,
-        meta_stride=meta_stride,
-        dispatch_flags_at=dispatch_flags_at,
-        combine_flags_at=combine_flags_at,
-        control_bytes=control_bytes,
-        rows_at=rows_at,
+        meta_bytes=meta_bytes,
+        result_stride=result_stride,
         results_at=results_at,
-        region_bytes=region_bytes,
-        size_bytes=control_bytes + spec.capacity * region_bytes,
+        place_bytes=align(results_at + spec.max_tokens * spec.topk * result_stride, PAGE),
     )
 
 
 def size_bytes(spec: BufferSpec) -> int:
-    """Address space of a window: the most it could ever hold, not what it takes."""
-    return layout(spec).size_bytes
+    """Address space of a window with all ids connected: what it could take, not what it takes."""
+    return CONTROL_BYTES + spec.capacity * layout(spec).place_bytes

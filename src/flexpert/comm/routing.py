@@ -18,10 +18,18 @@ def check_dispatch(
     spec: BufferSpec, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
 ) -> None:
     """Raises: ValueError: a shape, dtype or device that `Buffer.dispatch` does not take."""
-    if x.dtype is not spec.dtype or x.ndim != 2 or x.shape[1] != spec.hidden:
+    if x.ndim != 2 or x.dtype not in (spec.dtype, torch.uint8):
         raise ValueError(
-            f"x must be [tokens, {spec.hidden}] {spec.dtype}, is {list(x.shape)} {x.dtype}"
+            f"x must be [tokens, {spec.hidden}] {spec.dtype}, or uint8 [tokens, bytes]; "
+            f"is {list(x.shape)} {x.dtype}"
         )
+    if x.dtype is torch.uint8:
+        if not 1 <= x.shape[1] <= spec.hidden * spec.dtype.itemsize:
+            raise ValueError(
+                f"a row holds 1 to {spec.hidden * spec.dtype.itemsize} bytes, not {x.shape[1]}"
+            )
+    elif x.shape[1] != spec.hidden:
+        raise ValueError(f"x must be [tokens, {spec.hidden}], is {list(x.shape)}")
     tokens = x.shape[0]
     if tokens > spec.max_tokens:
         raise ValueError(f"{tokens} tokens in one dispatch; the buffer holds {spec.max_tokens}")

@@ -1,8 +1,12 @@
-"""HostBuffer: dispatch and combine between the ranks of one machine, over shared memory.
+"""HostBuffer: dispatch and combine between CPU ranks, over shared memory and NIXL.
 
 What an exchange costs in Python is six calls into kernels.c and a few small tensors; everything
 a peer needs to know is written by the kernels, and all sleeping happens there, without the GIL, on
 the futex in the own window.
+
+Threads: `_exchange` is held by every call that uses the links, `_changes` by every call that
+changes what they are. Changes are noted, and take effect when no exchange is under way: at once
+if that is now, else at the beginning of the next one. So nothing is unmapped under a reader.
 """
 
 from __future__ import annotations
@@ -10,94 +14,194 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from enum import Enum
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+import msgspec
 import torch
 
-from flexpert.comm.buffer import Buffer, BufferSpec, ExpertTable, Received, Reduce
-from flexpert.comm.errors import CommError, Interrupted, RankTimeout, StaleEpoch
+from flexpert.comm import rendezvous
+from flexpert.comm.buffer import (
+    Buffer,
+    BufferSpec,
+    Channel,
+    ExpertTable,
+    Loss,
+    OnTimeout,
+    Pending,
+    Received,
+    Reduce,
+    Scales,
+    Statistics,
+)
+from flexpert.comm.errors import (
+    CommError,
+    Interrupted,
+    PeerUnreachable,
+    RankLost,
+    RankTimeout,
+    StaleEpoch,
+)
 from flexpert.comm.host._kernels import ffi, lib
-from flexpert.comm.host.window import Address, PeerWindow, Window, decode, encode, open_peer
+from flexpert.comm.host.links import (
+    Greeting,
+    Link,
+    NixlLink,
+    ShmLink,
+    choose_channel,
+    this_machine,
+)
+from flexpert.comm.host.received import HostReceived, Payload, payload_of
+from flexpert.comm.host.watch import Watcher
+from flexpert.comm.host.window import Address, Window, decode, encode
 from flexpert.comm.layout import (
+    COMBINE_FLAG_AT,
+    DISPATCH_FLAG_AT,
     DOORBELL_AT,
     DTYPES,
+    HELLO_AT,
+    LEASES_AT,
+    LINE,
     MAX_CAPACITY,
+    ROWS_AT,
     VOTE_BYTES,
-    VOTE_SLOTS,
     VOTES_AT,
     WAITERS_AT,
+    align,
     check_spec,
     layout,
 )
 from flexpert.comm.routing import check_dispatch, check_table
 
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+    from flexpert.comm.host import nixl
+
+T = TypeVar("T")
+
 _FOREVER_NS = 2**62
-_SEQUENCE_MASK = 0xFFFFFFFF
 _MAX_EPOCH = 0xFFFFFFFF
+_SLICE_NS = 100_000_000  # back to Python this often, so that it can act on signals
+_POLL_FIRST_NS, _POLL_MOST_NS = 50_000, 1_000_000  # while a peer behind NIXL is waited for
+_PROBE_S = 0.01
 
 # as in kernels.c
-_OK, _TIMEOUT, _INTERRUPTED, _AGAIN, _RUNG = range(5)
+_OK, _TIMEOUT, _INTERRUPTED, _AGAIN, _RUNG, _LOST = range(6)
 _DISPATCH, _COMBINE, _VOTE = range(3)
 _PHASES = ("dispatch", "combine", "vote")
 _NO_SUCH_EXPERT, _WRONG_MODE = 1, 1
-_SHORT_OF_MEMORY = -2
+_NO_MEMORY, _WRONG_PAYLOAD = -2, -3
+
+_ENDED, _BROKEN_LINK, _MASKED, _RESTARTED = 1, 2, 3, 4
+_WHY = {
+    _ENDED: "process ended",
+    _BROKEN_LINK: "link broken",
+    _MASKED: "masked",
+    _RESTARTED: "started afresh",
+}
 
 
 class State(Enum):
     """Where this rank stands between dispatch and combine.
 
-    BETWEEN → (dispatch) → UNDER_WAY → RECEIVED → (combine) → UNDER_WAY → BETWEEN. Whatever stops
-    an exchange, be it a timeout or Ctrl-C, leaves it UNDER_WAY; only `set_active` leads out.
+    BETWEEN → begin_dispatch → DISPATCHED → receive → RECEIVED → begin_combine → COMBINED
+    → receive → BETWEEN. Whatever stops one of these, be it a timeout or Ctrl-C, leaves it BROKEN;
+    only `set_active` leads out.
     """
 
     BETWEEN = 0
-    UNDER_WAY = 1
+    DISPATCHED = 1
     RECEIVED = 2
-    CLOSED = 3
+    COMBINED = 3
+    BROKEN = 4
+    CLOSED = 5
+
+
+class _Hook(Pending[T], Generic[T]):
+    def __init__(self, receive: Callable[[float | None], T]) -> None:
+        self._receive = receive
+
+    def __call__(self, timeout_s: float | None = None) -> T:
+        return self._receive(timeout_s)
 
 
 class HostBuffer(Buffer):
-    """The `Buffer` of ranks on one machine. See kernels.c for why its protocol is safe."""
+    """The `Buffer` of CPU ranks. See kernels.c for why its protocol is safe."""
 
-    def __init__(self, rank: int, spec: BufferSpec, *, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        rank: int,
+        spec: BufferSpec,
+        *,
+        timeout_s: float = 30.0,
+        on_timeout: OnTimeout = "raise",
+        store: Store | None = None,
+        channel: Channel = "auto",
+        machine: str | None = None,
+    ) -> None:
         check_spec(spec)
         if not 0 <= rank < spec.capacity:
             raise ValueError(f"rank is {rank}, must be 0 to {spec.capacity - 1}")
+        for name, value, allowed in (
+            ("on_timeout", on_timeout, ("raise", "mask")),
+            ("channel", channel, ("auto", "shm", "nixl")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}, must be one of {', '.join(allowed)}")
         _limit_ns(timeout_s)
         self.rank = rank
         self.spec = spec
         self.timeout_s = timeout_s
+        self.sequence = 0
+        self._lenient = on_timeout == "mask"
+        self._store = store
         self._window = Window(rank, spec)
+        self._greeting = Greeting(machine or this_machine(), channel, self._window.address)
         self._address = encode(self._window.address)
-        self._peers: dict[int, PeerWindow] = {}
+
+        self._exchange = threading.RLock()
+        self._changes = threading.RLock()
+        self._signal = threading.RLock()  # what other threads tell the kernels, against close
+        self._connecting = threading.Lock()  # one meeting at a time
+
         self._active: tuple[int, ...] = (rank,)
         self._epoch = 0
-        self._membership = threading.Lock()  # peers, active and the tables of pointers
-        self._exchange = threading.Lock()  # held in every call that uses active windows
-        self._signal = threading.Lock()  # ring and interrupt against close
+        self._links: dict[int, Link] = {}  # connected
+        self._installed: dict[int, Link] = {}  # known to the kernels
+        self._departed: list[Link] = []  # no longer connected, perhaps still installed
+        self._wishes: dict[int, bool] = {}  # unmask (True) or mask
+        self._changed = False
+        self._watcher = Watcher(rank, lambda peer: self._set_gone(peer, _ENDED))
+        self._endpoint: nixl.Endpoint | None = None
+        self._probed = 0.0
 
         self._state = State.BETWEEN
+        self._parted: set[int] = set()  # masked, and perhaps still reading what it was sent
         self._must_vote = False
-        self._sequence = 0
-        self._step = 1
         self._posted = False
-        self._posts = 0
+        self._received: HostReceived | None = None
+        self._exchanges = 0
 
         self._b = b = ffi.new("fx_buffer *")
-        _describe(b, rank, spec)
+        _describe(b, rank, spec, self._window.address.nonce)
+        b.lenient = self._lenient
+        b.ballot_bytes = -1
         b.control[rank] = self._window.control
-        b.inbox[rank] = b.outbox[rank] = self._window.open_region(rank)
+        b.inbox[rank] = b.outbox[rank] = self._window.lend().at
         if lib.fx_open(b) != 0:
             self.close()
             raise MemoryError("no memory for the plan of an exchange")
         self._use_active()
+        lib.fx_begin_epoch(b, 0)
 
         # reused by every exchange
         self._missing = ffi.new("int32_t[]", MAX_CAPACITY)
         self._missing_count = ffi.new("int32_t *")
         self._bad = ffi.new("int64_t *")
-        self._x = torch.empty((0, spec.hidden), dtype=spec.dtype)
+        self._rooms: dict[str, torch.Tensor] = {}
 
     # ---- membership -------------------------------------------------------------------------
 
@@ -107,47 +211,81 @@ class HostBuffer(Buffer):
 
     @property
     def connected(self) -> tuple[int, ...]:
-        with self._membership:
-            return tuple(sorted((self.rank, *self._peers)))
+        with self._changes:
+            return tuple(sorted((self.rank, *self._links)))
 
     @property
     def active(self) -> tuple[int, ...]:
-        return self._active
+        with self._changes:
+            active = set(self._active)
+            for peer, unmask in self._wishes.items():
+                (active.add if unmask else active.discard)(peer)
+            return tuple(sorted(active))
 
     @property
     def epoch(self) -> int:
         return self._epoch
 
-    def connect(self, peers: Mapping[int, bytes]) -> None:
-        with self._membership:
-            self._check_open()
-            opened: dict[int, PeerWindow] = {}
-            regions: dict[int, int] = {}
+    @property
+    def lost(self) -> dict[int, str]:
+        with self._changes:
+            gone = {peer: self._gone(peer) for peer in sorted(self._links)}
+        return {peer: _WHY[why] for peer, why in gone.items() if why in (_ENDED, _BROKEN_LINK)}
+
+    def channel(self, peer: int) -> Literal["self", "shm", "nixl"]:
+        if peer == self.rank:
+            return "self"
+        with self._changes:
+            return "nixl" if self._links[peer].remote else "shm"
+
+    def connect(
+        self,
+        peers: Mapping[int, bytes] | Iterable[int],
+        *,
+        activate: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        _limit_ns(limit_s)
+        self._check_open()
+        ids = sorted(set(peers))
+        for peer in ids:
+            if not 0 <= peer < self.spec.capacity:
+                raise ValueError(f"rank {peer} is outside of the capacity {self.spec.capacity}")
+        with self._connecting:
+            if isinstance(peers, Mapping):
+                self._connect_addresses(peers)
+            else:
+                self._meet([peer for peer in ids if peer not in self.connected], limit_s)
+        if activate:
+            self.unmask(ids)
+
+    def _connect_addresses(self, peers: Mapping[int, bytes]) -> None:
+        with self._changes:
+            opened: list[Link] = []
             try:
                 for peer, address in self._new_peers(peers).items():
-                    opened[peer] = open_peer(peer, address, self.rank, self.spec)
-                    regions[peer] = self._window.open_region(peer)
-            except (CommError, ValueError):
-                for peer, window in opened.items():
-                    window.close()
-                    if peer in regions:
-                        self._window.close_region(peer)
+                    opened.append(ShmLink(peer, address, self._window, self.spec))
+            except (CommError, ValueError, OSError):
+                for link in opened:
+                    link.close()
                 raise
-            for peer, window in opened.items():
-                self._b.inbox[peer] = regions[peer]
-                self._b.outbox[peer] = window.region
-                self._b.control[peer] = window.control
-                self._peers[peer] = window
+            for at, link in enumerate(opened):
+                try:
+                    self._add(link)
+                except PeerUnreachable:
+                    self.disconnect(done.peer for done in opened[:at])
+                    for rest in opened[at:]:
+                        rest.close()
+                    raise
 
     def _new_peers(self, peers: Mapping[int, bytes]) -> dict[int, Address]:
         new: dict[int, Address] = {}
         for peer, encoded in peers.items():
-            if not 0 <= peer < self.spec.capacity:
-                raise ValueError(f"rank {peer} is outside of the capacity {self.spec.capacity}")
             if peer == self.rank:
                 continue
             address = decode(encoded)
-            known = self._peers.get(peer)
+            known = self._links.get(peer)
             if known is None:
                 new[peer] = address
             elif known.address != address:
@@ -157,47 +295,275 @@ class HostBuffer(Buffer):
                 )
         return new
 
+    def _meet(self, ids: list[int], limit_s: float) -> None:
+        if self._store is None:
+            raise ValueError(
+                "ids are met through a store: give make_buffer(store=...), or connect addresses"
+            )
+        if ids:
+            rendezvous.meet(
+                self._store,
+                self.rank,
+                ids,
+                _Host(self),
+                timeout_s=limit_s,
+                epoch=self._epoch,
+                cancelled=lambda: self._state is State.CLOSED,
+            )
+
+    def _add(self, link: Link) -> None:
+        """A new link; masked. Raises: PeerUnreachable: the process has ended meanwhile."""
+        with self._changes:
+            self._check_open()
+            with self._signal:
+                lib.fx_set_gone(self._b, link.peer, 0)
+            if isinstance(link, ShmLink):
+                self._watcher.add(link.peer, link.address.pid, link.address.started)
+            self._links[link.peer] = link
+            self._wishes.pop(link.peer, None)
+            if link.peer in self._active:  # its predecessor left, but an exchange goes on
+                self._wishes[link.peer] = False
+            self._changed = True
+            if isinstance(link, ShmLink):
+                nonce = link.address.nonce
+                lib.fx_lend(self._b, link.peer, link.inbox.number, nonce)
+        self._apply_now()
+        with self._signal, self._changes:
+            if self._installed.get(link.peer) is link:
+                lib.fx_ring_peer(self._b, link.peer)
+
     def disconnect(self, ids: Iterable[int]) -> None:
-        with self._membership:
-            gone = [peer for peer in sorted(set(ids)) if peer in self._peers]
-            busy = [peer for peer in gone if peer in self._active]
-            if busy:
-                raise ValueError(f"rank {busy[0]} is active; it can be disconnected after an epoch")
-            for peer in gone:
-                self._b.inbox[peer] = self._b.outbox[peer] = self._b.control[peer] = 0
-                self._window.close_region(peer)
-                self._peers.pop(peer).close()
+        with self._changes:
+            for peer in sorted(set(ids)):
+                link = self._links.pop(peer, None)
+                if link is None:
+                    continue
+                self._watcher.remove(peer)
+                if isinstance(link, ShmLink):
+                    lib.fx_lend(self._b, peer, -1, ffi.NULL)
+                self._departed.append(link)
+                self._wishes[peer] = False
+                self._changed = True
+                self._set_gone(peer, _MASKED)
+        self._apply_now()
+
+    def grow(self, capacity: int) -> None:
+        with self._changes:
+            self._check_open()
+            if capacity < self.spec.capacity:
+                raise ValueError(
+                    f"capacity is {self.spec.capacity}; it cannot shrink to {capacity}"
+                )
+            self._set_capacity(capacity)
+
+    def shrink(self, capacity: int) -> None:
+        with self._changes:
+            self._check_open()
+            if not self.rank < capacity <= self.spec.capacity:
+                raise ValueError(
+                    f"capacity is {self.spec.capacity} and rank {self.rank} must stay below it; "
+                    f"it cannot shrink to {capacity}"
+                )
+            self._set_capacity(capacity)
+            self.disconnect([peer for peer in self._links if peer >= capacity])
+
+    def _set_capacity(self, capacity: int) -> None:
+        spec = replace(self.spec, capacity=capacity)
+        check_spec(spec)
+        self.spec = spec
+        self._b.capacity = capacity
+
+    def mask(self, ids: Iterable[int]) -> None:
+        self._wish(ids, unmask=False)
+
+    def unmask(self, ids: Iterable[int]) -> None:
+        self._wish(ids, unmask=True)
+
+    def _wish(self, ids: Iterable[int], *, unmask: bool) -> None:
+        with self._changes:
+            self._check_open()
+            wanted = sorted(set(ids))
+            for peer in wanted:
+                if unmask and peer != self.rank and peer not in self._links:
+                    raise ValueError(f"rank {peer} is not connected")
+                if not unmask and peer == self.rank:
+                    raise ValueError(f"rank {peer} is this rank; it cannot mask itself")
+            now = self.active
+            for peer in wanted:
+                if peer == self.rank or (peer in now) == unmask or peer not in self._links:
+                    continue
+                self._wishes[peer] = unmask
+                self._changed = True
+                if unmask and self._gone(peer) in (_MASKED, _RESTARTED):
+                    self._set_gone(peer, 0)
+                elif not unmask and not self._gone(peer):
+                    self._set_gone(peer, _MASKED)
+        self._apply_now()
 
     def set_active(self, ids: Iterable[int], epoch: int) -> None:
-        with self._exchange, self._membership:
+        with self._exchange, self._changes:
             self._check_open()
             wanted = tuple(sorted(set(ids)))
             if self.rank not in wanted:
                 raise ValueError(f"rank {self.rank} is not among the active ids {wanted}")
             for peer in wanted:
-                if peer != self.rank and peer not in self._peers:
+                if peer != self.rank and peer not in self._links:
                     raise ValueError(f"rank {peer} is not connected")
             if not self._epoch < epoch <= _MAX_EPOCH:
                 raise ValueError(f"epoch {epoch} does not follow epoch {self._epoch}")
             # a peer may still be reading what an unfinished exchange sent: see kernels.c
             self._must_vote |= self._state is not State.BETWEEN
+            self._must_vote |= not self._parted.isdisjoint(wanted)
+            self._state = State.BETWEEN
+            self._received = None
+            self._posted = False
+            self._b.ballot_bytes = -1
+            self._wishes.clear()
+            self._apply()
+            for peer in wanted:
+                if self._gone(peer) in (_MASKED, _RESTARTED):
+                    self._set_gone(peer, 0)
             self._active = wanted
             self._epoch = epoch
-            self._state = State.BETWEEN
-            self._sequence = 0
-            self._step = 1
-            self._posted = False
+            self.sequence = 0
             self._use_active()
+            lib.fx_begin_epoch(self._b, epoch)
             lib.fx_resume(self._b)
+
+    # ---- changes of links and masks ---------------------------------------------------------
+
+    def _apply_now(self) -> None:
+        """Apply changes if no exchange and no vote is under way; else the next one will."""
+        if self._exchange.acquire(blocking=False):
+            try:
+                if self._state in (State.BETWEEN, State.BROKEN) and not self._posted:
+                    with self._changes:
+                        self._apply()
+            finally:
+                self._exchange.release()
+
+    def _apply(self) -> None:
+        """Make the kernels know what was changed. Nobody's rows are being read."""
+        b = self._b
+        self._changed = False
+        for link in self._departed:
+            if self._installed.get(link.peer) is link:
+                del self._installed[link.peer]
+                b.inbox[link.peer] = b.outbox[link.peer] = b.control[link.peer] = 0
+                b.up[link.peer] = b.remote[link.peer] = b.due[link.peer] = 0
+                self._drop([link.peer])
+            link.close()
+        if self._departed:
+            self._received = None
+            self._departed.clear()
+            self._close_unused_endpoint()
+        for peer, link in self._links.items():
+            if self._installed.get(peer) is not link:
+                self._installed[peer] = link
+                self._parted.discard(peer)
+                b.inbox[peer] = link.inbox.at
+                b.control[peer] = link.control
+                b.outbox[peer] = link.outbox
+                b.remote[peer] = link.remote
+                b.own_gen[peer] = b.peer_gen[peer] = b.up[peer] = b.due[peer] = 0
+        self._open_places()
+        wishes, self._wishes = self._wishes, {}
+        self._drop([peer for peer, unmask in wishes.items() if not unmask])
+        for peer, unmask in wishes.items():
+            if unmask and peer not in self._active:
+                self._active = tuple(sorted((*self._active, peer)))
+                lib.fx_unmask(b, peer)
+        self._use_active()
+        self._flush()
+
+    def _drop(self, ranks: Iterable[int]) -> None:
+        """Mask ranks now."""
+        dropped = set(ranks)
+        self._parted |= dropped
+        for peer in dropped:
+            self._b.up[peer] = 0
+            if self._gone(peer) in (_MASKED, _RESTARTED):
+                self._set_gone(peer, 0)
+        self._active = tuple(rank for rank in self._active if rank not in dropped)
+        self._use_active()
+
+    def _open_places(self) -> None:
+        """Map the places that peers have lent since they connected, too."""
+        b = self._b
+        b.to_open = 0
+        for peer, link in self._installed.items():
+            if isinstance(link, NixlLink) or link.outbox:
+                continue
+            place = lib.fx_lent(b, peer)
+            if place < 0:
+                continue
+            try:
+                link.open_place(place)
+            except (CommError, OSError):
+                self._set_gone(peer, _BROKEN_LINK)
+                continue
+            b.outbox[peer] = link.outbox
+            if b.own_gen[peer]:
+                lib.fx_hello(b, peer)
 
     def _use_active(self) -> None:
         b = self._b
-        for rank in range(self.spec.capacity):
-            b.is_active[rank] = 0
+        ffi.memmove(b.is_active, bytes(MAX_CAPACITY), MAX_CAPACITY)
         for at, rank in enumerate(self._active):
             b.active[at] = rank
             b.is_active[rank] = 1
         b.active_count = len(self._active)
+
+    def _gone(self, peer: int) -> int:
+        return int(lib.fx_gone(self._b, peer))
+
+    def _set_gone(self, peer: int, why: int) -> None:
+        with self._signal:
+            if self._state is not State.CLOSED:
+                lib.fx_set_gone(self._b, peer, why)
+
+    # ---- peers behind NIXL ------------------------------------------------------------------
+
+    def endpoint(self) -> nixl.Endpoint:
+        """The agent of this buffer, from the first such peer to the last."""
+        with self._changes:
+            if self._endpoint is None:
+                from flexpert.comm.host import nixl
+
+                nonce = self._window.address.nonce.hex()
+                self._endpoint = nixl.Endpoint(f"flexpert-{self.rank}-{nonce}")
+            return self._endpoint
+
+    def _close_unused_endpoint(self) -> None:
+        links = [*self._links.values(), *self._departed]
+        if self._endpoint and not any(link.remote for link in links):
+            self._endpoint.close()
+            self._endpoint = None
+
+    def _flush(self) -> bool:
+        """Send what is due over NIXL, and take what has come; whether there are such peers."""
+        links = [link for link in self._installed.values() if isinstance(link, NixlLink)]
+        if not links or self._endpoint is None:
+            return False
+        now = time.monotonic()
+        probe = now - self._probed >= _PROBE_S
+        if probe:
+            self._probed = now
+        for link in links:
+            if self._gone(link.peer) in (_ENDED, _BROKEN_LINK):
+                continue
+            try:
+                link.flush(self._b)
+                link.check()
+                if probe:
+                    link.probe()
+            except CommError:
+                self._set_gone(link.peer, _BROKEN_LINK)
+        by_agent = {link.agent: link for link in links}
+        for agent, message in self._endpoint.poll():
+            if agent in by_agent:
+                by_agent[agent].store(message)
+        return True
 
     # ---- the step barrier -------------------------------------------------------------------
 
@@ -205,44 +571,46 @@ class HostBuffer(Buffer):
         if len(payload) > VOTE_BYTES:
             raise ValueError(f"a vote holds {VOTE_BYTES} bytes, not {len(payload)}")
         with self._exchange:
-            self._check_whole()
-            if self._state is not State.BETWEEN:
-                raise CommError(f"vote between dispatch and combine (epoch {self._epoch})")
+            self._begin("vote between dispatch and combine")
             if self._posted:
                 raise CommError(f"second vote in one step (epoch {self._epoch})")
             self._posted = True
-            self._posts += 1
-            place = self._posts % VOTE_SLOTS
-            lib.fx_post_vote(self._b, place, self._tag(self._step), payload, len(payload))
+            lib.fx_post_vote(self._b, payload, len(payload))
+            self._flush()
 
     def wait_for_vote(self, timeout_s: float | None) -> bool:
         limit_ns = _FOREVER_NS if timeout_s is None else _limit_ns(timeout_s)
         with self._exchange:
-            self._check_whole()
+            self._begin("vote between dispatch and combine")
             deadline_ns = time.monotonic_ns() + limit_ns
+            slice_ns = _POLL_FIRST_NS
             while True:
-                how = lib.fx_wait_any_vote(self._b, self._tag(self._step), deadline_ns)
+                remote = self._flush()
+                slice_ns = min(2 * slice_ns, _POLL_MOST_NS) if remote else _SLICE_NS
+                how = lib.fx_wait_any_vote(self._b, deadline_ns, slice_ns)
                 if how == _INTERRUPTED:
                     raise self._interrupted("vote")
                 if how != _AGAIN:
                     return bool(how == _OK)
+                self._apply_now()
 
     def collect_votes(self, timeout_s: float) -> dict[int, bytes]:
         with self._exchange:
             self._check_whole()
             if not self._posted:
                 raise CommError(f"the own vote is not posted yet (epoch {self._epoch})")
-            self._wait(_VOTE, self._step, timeout_s)
+            self._wait(_VOTE, timeout_s)
             votes: dict[int, bytes] = {}
-            for at, rank in enumerate(self._active):
-                vote = bytes(ffi.buffer(self._b.votes[at], 64))
+            for rank in self._active:
+                vote = bytes(ffi.buffer(self._b.votes[rank], LINE))
                 length = int.from_bytes(vote[:4], "little")
                 if length > VOTE_BYTES:
                     raise self._nonsense(rank, f"a vote of {length} bytes")
                 votes[rank] = vote[16 : 16 + length]
-            self._step += 1
+            lib.fx_end_vote(self._b)
             self._posted = False
             self._must_vote = False
+            self._parted.difference_update(votes)
             return votes
 
     def ring(self) -> None:
@@ -257,33 +625,36 @@ class HostBuffer(Buffer):
 
     # ---- the exchange -----------------------------------------------------------------------
 
-    def dispatch(
+    def begin_dispatch(
         self,
         x: torch.Tensor,
         expert_ids: torch.Tensor,
         weights: torch.Tensor,
         table: ExpertTable,
         *,
-        timeout_s: float | None = None,
-    ) -> Received:
+        fp8: Scales | None = None,
+    ) -> Pending[Received]:
         check_dispatch(self.spec, x, expert_ids, weights)
         check_table(table)
+        payload = payload_of(self.spec, x, fp8)
         expert_ids = expert_ids.contiguous()
         weights = weights.contiguous()
+        tokens, k = expert_ids.shape
         with self._exchange:
-            self._check_whole()
-            if self._state is not State.BETWEEN:
-                raise CommError(f"dispatch before combine of the last (epoch {self._epoch})")
+            self._begin("dispatch before combine of the last")
             if self._must_vote:
                 raise CommError(
                     f"dispatch before the first vote of epoch {self._epoch}: the last exchange was "
                     "incomplete and a peer may still be reading it"
                 )
-            tokens, k = expert_ids.shape
-            self._state = State.UNDER_WAY  # first: a signal may strike right after the call
+            wire = x if fp8 is None else self._quantise(x, payload)
+            self._state = State.BROKEN  # first: a signal may strike right after the call
             why = lib.fx_send_dispatch(
                 self._b,
-                x.data_ptr(),
+                wire.data_ptr(),
+                wire.stride(0) * wire.itemsize,
+                payload.bytes,
+                payload.kind,
                 expert_ids.data_ptr(),
                 expert_ids.dtype is torch.int64,
                 weights.data_ptr(),
@@ -292,73 +663,111 @@ class HostBuffer(Buffer):
                 table.rank.data_ptr(),
                 table.slot.data_ptr(),
                 table.rank.shape[0],
-                self._tag(self._sequence + 1),
                 self._bad,
             )
             if why:  # nothing was sent
                 self._state = State.BETWEEN
                 raise ValueError(self._describe_expert(why, table))
-            self._sequence += 1
-            self._wait(_DISPATCH, self._sequence, timeout_s)
-            received = self._receive(x, table.slots)
+            self.sequence += 1
+            self._exchanges += 1
+            self._flush()
+            self._state = State.DISPATCHED
+        sequence = self.sequence
+
+        def receive(timeout_s: float | None) -> Received:
+            return self._receive(wire, payload, table.slots, k, sequence, timeout_s)
+
+        return _Hook(receive)
+
+    def _receive(
+        self,
+        wire: torch.Tensor,
+        payload: Payload,
+        slots: int,
+        k: int,
+        sequence: int,
+        timeout_s: float | None,
+    ) -> Received:
+        with self._exchange:
+            self._check_whole()
+            if self._state is not State.DISPATCHED or sequence != self.sequence:
+                raise StaleEpoch(
+                    f"dispatch {sequence} cannot be received now (epoch {self._epoch}); "
+                    "call what begin_dispatch returned once, before anything else"
+                )
+            self._state = State.BROKEN
+            masked = self._wait(_DISPATCH, timeout_s)
+            offsets = torch.empty(slots + 1, dtype=torch.int32)
+            pairs: int = lib.fx_receive(self._b, slots, offsets.data_ptr(), self._bad)
+            if pairs < 0:
+                raise self._refuse(pairs)
+            received = HostReceived(self, self._b, payload, offsets, pairs, wire, k, masked)
+            self._received = received
             self._state = State.RECEIVED
             return received
 
-    def _receive(self, x: torch.Tensor, slots: int) -> Received:
-        offsets = torch.empty(slots + 1, dtype=torch.int32)
-        rows: int = lib.fx_receive(self._b, slots, offsets.data_ptr(), self._bad)
-        if rows < 0:
-            if rows == _SHORT_OF_MEMORY:
-                raise MemoryError("no memory for the plan of an exchange")
-            raise self._nonsense(self._bad[0], "rows or slots that cannot be")
-        if rows > self._x.shape[0]:
-            self._x = torch.empty((rows + rows // 2, self.spec.hidden), dtype=self.spec.dtype)
-        weights = torch.empty(rows, dtype=torch.float32)
-        lib.fx_gather(self._b, x.data_ptr(), self._x.data_ptr(), weights.data_ptr())
-        return Received(
-            x=self._x[:rows],
-            offsets=offsets,
-            weights=weights,
-            tokens_sent=x.shape[0],
-            epoch=self._epoch,
-            sequence=self._sequence,
-            plan=self,
-        )
-
-    def combine(
+    def begin_combine(
         self,
         y: torch.Tensor,
         received: Received,
         *,
         reduce: Reduce = "rank",
+        weights: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-        timeout_s: float | None = None,
-    ) -> torch.Tensor:
+    ) -> Pending[torch.Tensor]:
         spec = self.spec
-        _check_rows("y", y, received.x.shape[0], spec)
+        _check_rows("y", y, received.weights.shape[0], spec)
         if reduce not in ("home", "rank"):
             raise ValueError(f"reduce is {reduce!r}, must be 'home' or 'rank'")
         if out is None:
             out = torch.empty((received.tokens_sent, spec.hidden), dtype=spec.dtype)
         else:
             _check_rows("out", out, received.tokens_sent, spec)
-        home = int(reduce == "home")
+        home = reduce == "home"
         with self._exchange:
             self._check_whole()
-            if (
-                received.plan is not self
-                or received.epoch != self._epoch
-                or received.sequence != self._sequence
-                or self._state is not State.RECEIVED
-            ):
+            if received is not self._received or self._state is not State.RECEIVED:
                 raise StaleEpoch(
                     f"combine for dispatch {received.sequence} of epoch {received.epoch}, but the "
-                    f"last is {self._sequence} of epoch {self._epoch}, "
+                    f"last is {self.sequence} of epoch {self._epoch}, "
                     + ("combined already" if self._state is State.BETWEEN else "not combined")
                 )
-            self._state = State.UNDER_WAY
-            lib.fx_send_combine(self._b, y.data_ptr(), home, self._tag(self._sequence))
-            self._wait(_COMBINE, self._sequence, timeout_s)
+            if weights is not None:
+                self._set_weights(weights, received, home)
+            self._state = State.BROKEN
+            lib.fx_send_combine(self._b, y.data_ptr(), home)
+            self._flush()
+            self._state = State.COMBINED
+        sequence = self.sequence
+
+        def receive(timeout_s: float | None) -> torch.Tensor:
+            return self._reduce(y, out, home, sequence, timeout_s)
+
+        return _Hook(receive)
+
+    def _set_weights(self, weights: torch.Tensor, received: Received, home: bool) -> None:
+        assert isinstance(received, HostReceived)
+        shape = (received.tokens_sent, received.choices)
+        if not home:
+            raise ValueError("weights at combine need reduce='home'")
+        if weights.dtype is not torch.float32 or weights.shape != shape:
+            raise ValueError(
+                f"weights must be {list(shape)} float32, is {list(weights.shape)} {weights.dtype}"
+            )
+        lib.fx_set_weights(self._b, weights.contiguous().data_ptr(), shape[1])
+
+    def _reduce(
+        self, y: torch.Tensor, out: torch.Tensor, home: bool, sequence: int, timeout_s: float | None
+    ) -> torch.Tensor:
+        with self._exchange:
+            self._check_whole()
+            if self._state is not State.COMBINED or sequence != self.sequence:
+                raise StaleEpoch(
+                    f"combine {sequence} cannot be received now (epoch {self._epoch}); "
+                    "call what begin_combine returned once, before anything else"
+                )
+            self._state = State.BROKEN
+            self._wait(_COMBINE, timeout_s)
             why = lib.fx_reduce(self._b, y.data_ptr(), out.data_ptr(), home, self._bad)
             if why:
                 what = "another reduce mode" if why == _WRONG_MODE else "a wrong number of rows"
@@ -366,22 +775,84 @@ class HostBuffer(Buffer):
             self._state = State.BETWEEN
             return out
 
+    def combine_input(self, received: Received) -> torch.Tensor:
+        rows = received.weights.shape[0]
+        raw = self.room(rows, self.spec.hidden * self.spec.dtype.itemsize, "y")
+        return raw.view(self.spec.dtype)
+
+    def loss(self, received: Received) -> Loss | None:
+        with self._exchange:
+            if received is not self._received or self._state is not State.BETWEEN:
+                raise StaleEpoch(
+                    f"loss of dispatch {received.sequence} of epoch {received.epoch}: "
+                    "ask after its combine and before the next dispatch"
+                )
+            if not self._b.lost_pairs:
+                return None
+            assert isinstance(received, HostReceived)
+            weight = torch.empty(received.tokens_sent, dtype=torch.float32)
+            choices = torch.empty((received.tokens_sent, received.choices), dtype=torch.bool)
+            ranks = torch.empty(MAX_CAPACITY, dtype=torch.uint8)
+            lib.fx_loss(
+                self._b,
+                received.choices,
+                weight.data_ptr(),
+                choices.data_ptr(),
+                ranks.data_ptr(),
+            )
+            return Loss(tuple(ranks.nonzero().flatten().tolist()), weight, choices)
+
+    def statistics(self) -> Statistics:
+        b = self._b
+        ids = range(self.spec.capacity)
+        return Statistics(
+            exchanges=self._exchanges,
+            bytes_sent={rank: b.bytes_sent[rank] for rank in ids},
+            dispatch_wait_ns={rank: b.wait_ns[_DISPATCH][rank] for rank in ids},
+            combine_wait_ns={rank: b.wait_ns[_COMBINE][rank] for rank in ids},
+        )
+
     def close(self) -> None:
         self.interrupt()  # a wait on another thread ends before its memory goes
-        with self._exchange, self._membership, self._signal:
+        with self._exchange, self._changes:
             if self._state is State.CLOSED:
                 return
-            self._state = State.CLOSED
-            for peer in self._peers.values():
-                peer.close()
-            self._peers.clear()
+            with self._signal:
+                self._state = State.CLOSED
+            for link in [*self._links.values(), *self._departed]:
+                link.close()
+            self._links.clear()
+            self._installed.clear()
+            self._departed.clear()
+            self._close_unused_endpoint()
             self._window.close()
             lib.fx_close(self._b)
+        self._watcher.close()
 
     # ---- helpers ----------------------------------------------------------------------------
 
-    def _tag(self, sequence: int) -> int:
-        return self._epoch << 32 | (sequence & _SEQUENCE_MASK)
+    def holds(self, received: HostReceived) -> bool:
+        """Whether the rows of a dispatch still lie where they arrived."""
+        return received is self._received and self._state is State.RECEIVED
+
+    def room(self, rows: int, row_bytes: int, name: str = "x") -> torch.Tensor:
+        """uint8 [rows, row_bytes], the same memory in every exchange."""
+        size = rows * row_bytes
+        if name not in self._rooms or self._rooms[name].shape[0] < size:
+            self._rooms[name] = torch.empty(size + size // 2, dtype=torch.uint8)
+        return self._rooms[name][:size].view(rows, row_bytes)
+
+    def _quantise(self, x: torch.Tensor, payload: Payload) -> torch.Tensor:
+        wire = self.room(x.shape[0], align(payload.bytes, LINE), "wire")
+        lib.fx_quantise(
+            x.data_ptr(),
+            DTYPES[x.dtype],
+            *x.shape,
+            payload.kind - 1,
+            wire.data_ptr(),
+            wire.shape[1],
+        )
+        return wire
 
     def _check_open(self) -> None:
         if self._state is State.CLOSED:
@@ -392,32 +863,74 @@ class HostBuffer(Buffer):
         self._check_open()
         if lib.fx_is_interrupted(self._b):
             raise self._interrupted("call")
-        if self._state is State.UNDER_WAY:
+        if self._state is State.BROKEN:
             raise StaleEpoch(
                 f"epoch {self._epoch} is over for rank {self.rank}: an exchange was incomplete; "
                 "begin another with set_active"
             )
 
-    def _wait(self, what: int, sequence: int, timeout_s: float | None) -> None:
+    def _begin(self, otherwise: str) -> None:
+        """Between two exchanges: let changes take effect."""
+        self._check_whole()
+        if self._state is not State.BETWEEN:
+            raise CommError(f"{otherwise} (epoch {self._epoch})")
+        if self._changed:
+            self._apply_now()
+        lib.fx_greet(self._b)
+
+    def _wait(self, what: int, timeout_s: float | None) -> tuple[int, ...]:
+        """Until all active ranks have written; returns those that were masked instead."""
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        deadline_ns = time.monotonic_ns() + _limit_ns(limit_s)
-        tag = self._tag(sequence)
-        while True:  # comes back now and then, so that Python can act on signals
-            how = lib.fx_wait(self._b, what, tag, deadline_ns, self._missing, self._missing_count)
+        begun_ns = time.monotonic_ns()
+        deadline_ns = begun_ns + _limit_ns(limit_s)
+        masked: list[int] = []
+        slice_ns = _POLL_FIRST_NS
+        while True:
+            remote = self._flush()
+            slice_ns = min(2 * slice_ns, _POLL_MOST_NS) if remote else _SLICE_NS
+            how = lib.fx_wait(
+                self._b,
+                what,
+                begun_ns,
+                deadline_ns,
+                slice_ns,
+                self._missing,
+                self._missing_count,
+            )
+            if self._b.to_open:
+                self._open_places()
             if how == _OK:
-                return
+                return tuple(sorted(masked))
             if how == _INTERRUPTED:
                 raise self._interrupted(_PHASES[what])
-            if how == _TIMEOUT:
-                missing = tuple(self._missing[at] for at in range(self._missing_count[0]))
-                raise RankTimeout(missing, _PHASES[what], self._epoch, limit_s)
+            if how not in (_TIMEOUT, _LOST):
+                continue
+            missing = sorted(self._missing[at] for at in range(self._missing_count[0]))
+            if not self._lenient:
+                raise self._failed(tuple(missing), what, limit_s, lost=how == _LOST)
+            self._drop(missing)
+            masked += missing
+
+    def _failed(
+        self, missing: tuple[int, ...], what: int, limit_s: float, *, lost: bool
+    ) -> CommError:
+        if not lost:
+            return RankTimeout(missing, _PHASES[what], self._epoch, limit_s)
+        why = {rank: _WHY[self._gone(rank)] for rank in missing}
+        return RankLost(missing, _PHASES[what], self._epoch, why)
 
     def _interrupted(self, phase: str) -> Interrupted:
         return Interrupted(f"rank {self.rank} was interrupted in {phase} (epoch {self._epoch})")
 
+    def _refuse(self, why: int) -> Exception:
+        if why == _NO_MEMORY:
+            return MemoryError("no memory for the plan of an exchange")
+        what = "another kind of rows" if why == _WRONG_PAYLOAD else "rows or slots that cannot be"
+        return self._nonsense(self._bad[0], what)
+
     def _nonsense(self, peer: int, what: str) -> CommError:
         return CommError(
-            f"rank {peer} sent {what} (epoch {self._epoch}, exchange {self._sequence}); "
+            f"rank {peer} sent {what} (epoch {self._epoch}, exchange {self.sequence}); "
             "it should be removed"
         )
 
@@ -426,10 +939,50 @@ class HostBuffer(Buffer):
         if why == _NO_SUCH_EXPERT:
             return f"expert {expert} does not exist: the table has {table.rank.shape[0]}"
         rank, slot = int(table.rank[expert]), int(table.slot[expert])
-        if rank >= 0 and slot < 0:
+        if rank >= 0 and not 0 <= slot < 2**15:
             return f"expert {expert} has slot {slot} on rank {rank}"
         who = "nobody" if rank < 0 else f"rank {rank}, which is not active"
         return f"expert {expert} is owned by {who} (epoch {self._epoch})"
+
+
+class _Host(rendezvous.Host):
+    """How links come about when two ranks meet through a store."""
+
+    def __init__(self, buffer: HostBuffer) -> None:
+        self._buffer = buffer
+        self._half: dict[int, Link] = {}
+
+    def greet(self) -> bytes:
+        return msgspec.msgpack.encode(self._buffer._greeting)
+
+    def prepare(self, peer: int, greeting: bytes) -> bytes:
+        buffer = self._buffer
+        self.forget(peer)
+        try:
+            theirs = msgspec.msgpack.decode(greeting, type=Greeting)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"what rank {peer} wrote is no greeting: {error}") from error
+        window, spec = buffer._window, buffer.spec
+        if choose_channel(buffer._greeting, theirs) == "shm":
+            self._half[peer] = ShmLink(peer, theirs.address, window, spec)
+            return b""
+        if theirs.address.spec != buffer._window.address.spec:
+            raise ValueError(f"rank {peer} has a window of another spec than {spec}")
+        link = NixlLink(peer, theirs.address, buffer.endpoint(), spec)
+        self._half[peer] = link
+        return link.offer
+
+    def open(self, peer: int, details: bytes) -> None:
+        link = self._half[peer]
+        if isinstance(link, NixlLink):
+            link.open(details)
+        self._buffer._add(link)
+        del self._half[peer]
+
+    def forget(self, peer: int) -> None:
+        link = self._half.pop(peer, None)
+        if link is not None:
+            link.close()
 
 
 def _limit_ns(limit_s: float) -> int:
@@ -452,7 +1005,7 @@ def _check_rows(name: str, tensor: torch.Tensor, rows: int, spec: BufferSpec) ->
         )
 
 
-def _describe(b: object, rank: int, spec: BufferSpec) -> None:
+def _describe(b: Any, rank: int, spec: BufferSpec, nonce: bytes) -> None:
     """Tell the kernels who they work for and where everything lies."""
     where = layout(spec)
     values = {
@@ -463,15 +1016,18 @@ def _describe(b: object, rank: int, spec: BufferSpec) -> None:
         "topk": spec.topk,
         "dtype": DTYPES[spec.dtype],
         "row_bytes": where.row_bytes,
-        "row_stride": where.row_stride,
-        "meta_stride": where.meta_stride,
+        "result_stride": where.result_stride,
+        "meta_bytes": where.meta_bytes,
         "doorbell_at": DOORBELL_AT,
         "waiters_at": WAITERS_AT,
+        "leases_at": LEASES_AT,
+        "hello_at": HELLO_AT,
         "votes_at": VOTES_AT,
-        "dispatch_flags_at": where.dispatch_flags_at,
-        "combine_flags_at": where.combine_flags_at,
-        "rows_at": where.rows_at,
+        "dispatch_flag_at": DISPATCH_FLAG_AT,
+        "combine_flag_at": COMBINE_FLAG_AT,
+        "rows_at": ROWS_AT,
         "results_at": where.results_at,
     }
     for name, value in values.items():
         setattr(b, name, value)
+    ffi.memmove(b.nonce, nonce, len(nonce))

@@ -1,4 +1,4 @@
-"""Compiles kernels.c into flexpert.comm.host._kernels (cffi, API mode).
+"""Compiles kernels.c and quant.c into flexpert.comm.host._kernels (cffi, API mode).
 
 pip runs this through setup.py. For development: `python src/flexpert/comm/host/build_kernels.py`
 builds beside the sources.
@@ -12,22 +12,23 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCE = (HERE / "kernels.c").read_text(encoding="utf-8")
+SOURCES = [(HERE / name).read_text(encoding="utf-8") for name in ("kernels.c", "quant.c")]
 
 
 def declarations(source: str) -> str:
     """What Python sees stands between two marks in the C file, so that it is said only once."""
     found = re.search(r"/\* cdef: begin \*/(.*)/\* cdef: end \*/", source, re.DOTALL)
     if found is None:
-        raise ValueError("kernels.c has lost its cdef marks")
+        raise ValueError("a C file has lost its cdef marks")
     return found.group(1)
 
 
 ffibuilder = FFI()
-ffibuilder.cdef(declarations(SOURCE))
+for source in SOURCES:
+    ffibuilder.cdef(declarations(source))
 ffibuilder.set_source(
     "flexpert.comm.host._kernels",
-    SOURCE,
+    "\n".join(SOURCES),
     # no FMA: sums are the same bits on every machine; no fast-math, ever
     extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"],
 )

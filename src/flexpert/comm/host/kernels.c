@@ -3,19 +3,33 @@
  * Python (buffer.py) decides and checks; each function here is one phase of an exchange, runs
  * without the GIL, and never trusts a number that a peer wrote: it copies it once, then checks it.
  *
- * Why one set of regions is enough. Within an epoch, every active rank flags every active rank in
- * both phases, even with nothing to send. So:
+ * Tags. Each pair of ranks counts its own exchanges and votes. A flag carries
+ * epoch << 32 | link << 20 | count and must be equal to what its reader expects. Counts start anew
+ * with an epoch and with a link; they may wrap, since each exchange overwrites its flag.
+ *
+ * Links. `epoch` begins on both sides at once, with all links up as number 0. Within an epoch a
+ * rank that unmasks a peer starts the link afresh: it adds one to its own generation, and says so
+ * in its hello (epoch, own generation, the peer's generation as it has seen it). A side may send
+ * once it knows the peer's generation and the peer has seen its own; the link's number is the sum
+ * of both generations, so it never comes back. Hellos are read and written only at the beginning of
+ * an exchange and while waiting in it, i.e. when this rank reads nobody's rows: who sees the peer's
+ * hello may overwrite what it had sent before. What cannot be sent yet is owed, and sent from
+ * the waiting loop.
+ *
+ * Why one set of regions is enough. While a link is up, both sides flag each other in both phases
+ * of every exchange, even with nothing to send. So:
  *   - A writes dispatch n+1 into B's window after it has combine n from B, which B sends after it
- *     has gathered dispatch n: nobody overwrites rows (or a flag) that are still to be read.
+ *     has received dispatch n: nobody overwrites rows (or a flag) that are still to be read. Rows
+ *     of dispatch n may be gathered until B's combine is sent.
  *   - B writes combine n+1 into A's window after it has dispatch n+1 from A, which A sends after
  *     it has reduced combine n.
- * Between epochs the same holds if the last exchange of the old one was whole on A. If it was not,
+ * A side that gives up on the other masks it, writes no more, and later needs a hello. Between
+ * epochs the same holds if the last exchange of the old one was whole on A. If it was not,
  * B may still be reading, and A must first see B's vote of the new epoch; buffer.py insists.
- * A rank that is no longer active can only write into its own region and its own flags.
  *
- * Why votes have four places per source, used in turn. A posts a vote after it has collected the
- * one before, so B has posted that, so B has read all votes of A but the last. Two places would
- * do; a reader looks for the exact tag in all of them, so that a vote needs no place derived from
+ * Why votes have four lines per source, used in turn. A posts a vote after it has collected the
+ * one before, so B has posted that, so B has read all votes of A but the last. Two lines would
+ * do; a reader looks for the exact tag in all of them, so that a vote needs no line derived from
  * its number (epochs may skip numbers, and a newcomer has no history). The spare ones keep the
  * vote that B still wants while A has already failed and begun another epoch.
  *
@@ -23,8 +37,9 @@
  * doorbell, check flags, write waiters, futex(doorbell still the same?). All on doorbell and
  * waiters is seq_cst: if the waker saw no waiter, the futex sees the new doorbell and returns.
  *
- * Tags are epoch << 32 | sequence and must be equal. The sequence may wrap: every exchange
- * overwrites its flag, so no tag of 2^32 exchanges ago is left.
+ * Peers on other machines have an outbox in own memory (staging) and no control part. What would
+ * be a store into their window is noted as due; buffer.py sends it over NIXL, and stores what
+ * arrives into the inbox.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -45,24 +60,46 @@
 typedef struct {
     /* geometry; see layout.py */
     int32_t rank, capacity, max_tokens, hidden, topk, dtype;
-    int64_t row_bytes, row_stride, meta_stride;
-    int64_t doorbell_at, waiters_at, votes_at, dispatch_flags_at, combine_flags_at;
-    int64_t rows_at, results_at;
+    int64_t row_bytes, result_stride, meta_bytes;
+    int64_t doorbell_at, waiters_at, leases_at;
+    int64_t hello_at, votes_at, dispatch_flag_at, combine_flag_at, rows_at, results_at;
+    uint8_t nonce[16]; /* of the own window */
+    int32_t lenient;   /* experts without an active owner are skipped and counted */
 
     /* set from any thread, with atomics */
     uint32_t interrupted, rung;
+    uint8_t gone[256]; /* FX_GONE_*: waiting for this rank is in vain */
 
     /* membership */
     int32_t active_count;
     int32_t active[256];
     uint8_t is_active[256];
-    uintptr_t control[256]; /* control part of the window of rank i (the own one, too) */
-    uintptr_t inbox[256];   /* own window: region of source i */
-    uintptr_t outbox[256];  /* window of rank i: region of this rank */
+    uintptr_t control[256]; /* control part of the window of rank i (the own one, too); 0 remote */
+    uintptr_t inbox[256];   /* own window: place of source i */
+    uintptr_t outbox[256];  /* window of rank i: place of this rank; 0 not lent yet */
+    uint8_t remote[256];
+
+    /* links */
+    uint32_t epoch;
+    uint16_t own_gen[256], peer_gen[256];
+    uint8_t up[256];
+    uint64_t session[256]; /* the tag without the count */
+    uint32_t exchanges[256], votes_done[256];
+    uint8_t owed[256]; /* FX_OWED_*: to be sent once the link is up */
+    uint8_t due[256];  /* FX_DUE_*: to be sent over NIXL */
+    uint8_t come[256]; /* by this wait */
+    int32_t to_open;   /* a peer has lent its place by now: buffer.py should map it */
+
+    /* the own vote of this step; ballot_bytes -1: not posted */
+    uint8_t ballot[48];
+    int32_t ballot_bytes, ballot_line;
 
     /* what was sent: [max_tokens, topk] each, unless noted */
     int32_t tokens;
-    int32_t *owner;     /* rank that owns the k-th expert of a token; -1 none */
+    int32_t payload_kind;
+    int64_t payload_bytes, payload_stride; /* stride of the source */
+    uintptr_t payload;
+    int32_t *owner;     /* rank that owns the k-th expert of a token; -1 none; -3 - rank masked */
     int32_t *slot;      /* and its slot there */
     float *weight;
     int32_t *result;    /* place among the owner's results (home); row of y if the owner is self */
@@ -71,16 +108,23 @@ typedef struct {
     int32_t *dests;     /* [max_tokens] number of destinations */
     int32_t *sent;      /* tokens in the order of their rows, destination by destination */
     int32_t sent_at[256], sent_rows[256]; /* by rank */
+    int64_t lost_pairs;
 
     /* what was received: rows of all sources, ascending; grown when needed */
     int32_t from_at[256], from_rows[256]; /* by rank */
+    int32_t from_results[256];            /* rows of result sent to it */
     int64_t plan_rows;
     int32_t *place;      /* [plan_rows, topk] slot, then row of x and y; -1 none */
     float *place_weight; /* [plan_rows, topk] */
+    int32_t *place_token; /* [plan_rows] */
     int32_t *cursor;     /* [cursor_slots] */
     int32_t cursor_slots;
 
-    uint8_t votes[256][64]; /* of the active ranks, in order: length (first 4 bytes), payload at 16 */
+    uint8_t votes[256][64]; /* by rank: length (first 4 bytes), payload at 16 */
+
+    /* counted */
+    int64_t bytes_sent[256];
+    int64_t wait_ns[2][256]; /* dispatch, combine: from the begin of the wait to the flag */
 } fx_buffer;
 
 int fx_open(fx_buffer *b);
@@ -88,39 +132,57 @@ void fx_close(fx_buffer *b);
 uintptr_t fx_map(int fd, int64_t offset, int64_t size);
 void fx_unmap(uintptr_t at, int64_t size);
 int fx_punch(int fd, int64_t offset, int64_t size);
+void fx_lend(fx_buffer *b, int source, int64_t place, const char *nonce);
+int64_t fx_lent(fx_buffer *b, int peer);
 
-int fx_send_dispatch(fx_buffer *b, uintptr_t x, uintptr_t ids, int wide, uintptr_t weights,
-                     int tokens, int k, uintptr_t table_rank, uintptr_t table_slot, int experts,
-                     uint64_t tag, int64_t *bad);
+void fx_begin_epoch(fx_buffer *b, uint32_t epoch);
+void fx_unmask(fx_buffer *b, int peer);
+void fx_hello(fx_buffer *b, int peer);
+void fx_greet(fx_buffer *b);
+void fx_set_gone(fx_buffer *b, int peer, int why);
+int fx_gone(fx_buffer *b, int peer);
+
+int fx_send_dispatch(fx_buffer *b, uintptr_t payload, int64_t stride, int64_t bytes, int kind,
+                     uintptr_t ids, int wide, uintptr_t weights, int tokens, int k,
+                     uintptr_t table_rank, uintptr_t table_slot, int experts, int64_t *bad);
 int64_t fx_receive(fx_buffer *b, int slots, uintptr_t offsets, int64_t *bad);
-void fx_gather(fx_buffer *b, uintptr_t x, uintptr_t out, uintptr_t weights);
-void fx_send_combine(fx_buffer *b, uintptr_t y, int home, uint64_t tag);
+void fx_index(fx_buffer *b, uintptr_t weights, uintptr_t sources, uintptr_t tokens, uintptr_t rows);
+void fx_gather(uintptr_t rows, int64_t count, int64_t offset, int64_t bytes, uintptr_t out);
+void fx_send_combine(fx_buffer *b, uintptr_t y, int home);
+void fx_set_weights(fx_buffer *b, uintptr_t weights, int k);
 int fx_reduce(fx_buffer *b, uintptr_t y, uintptr_t out, int home, int64_t *bad);
+void fx_loss(fx_buffer *b, int k, uintptr_t weight, uintptr_t choices, uintptr_t ranks);
 
-void fx_post_vote(fx_buffer *b, int place, uint64_t tag, const char *payload, int length);
-int fx_wait(fx_buffer *b, int what, uint64_t tag, int64_t deadline_ns, int32_t *missing,
-            int32_t *missing_count);
-int fx_wait_any_vote(fx_buffer *b, uint64_t tag, int64_t deadline_ns);
+void fx_post_vote(fx_buffer *b, const char *payload, int length);
+void fx_end_vote(fx_buffer *b);
+int fx_wait(fx_buffer *b, int what, int64_t begun_ns, int64_t deadline_ns, int64_t slice_ns,
+            int32_t *missing, int32_t *missing_count);
+int fx_wait_any_vote(fx_buffer *b, int64_t deadline_ns, int64_t slice_ns);
 void fx_interrupt(fx_buffer *b);
 void fx_resume(fx_buffer *b);
 int fx_is_interrupted(fx_buffer *b);
 void fx_ring(fx_buffer *b);
+void fx_ring_peer(fx_buffer *b, int peer);
 /* cdef: end */
 
-enum { FX_OK = 0, FX_TIMEOUT = 1, FX_INTERRUPTED = 2, FX_AGAIN = 3, FX_RUNG = 4 };
+enum { FX_OK = 0, FX_TIMEOUT = 1, FX_INTERRUPTED = 2, FX_AGAIN = 3, FX_RUNG = 4, FX_LOST = 5 };
 enum { FX_DISPATCH = 0, FX_COMBINE = 1, FX_VOTE = 2 };
 enum { FX_BF16 = 0, FX_FP16 = 1, FX_FP32 = 2 };
 enum { FX_NO_SUCH_EXPERT = 1, FX_NO_OWNER = 2 };
 enum { FX_WRONG_MODE = 1, FX_WRONG_ROWS = 2 };
+enum { FX_NONSENSE = -1, FX_NO_MEMORY = -2, FX_WRONG_PAYLOAD = -3 };
+enum { FX_GONE_RESTARTED = 4 }; /* 1 to 3 come from buffer.py */
+enum { FX_OWED_DISPATCH = 1, FX_OWED_VOTE = 2 };
+enum { FX_DUE_HELLO = 1, FX_DUE_VOTE = 2, FX_DUE_DISPATCH = 4, FX_DUE_COMBINE = 8 };
 
-#define FX_SLICE_NS 100000000LL /* return to Python this often, for signals */
 #define FX_LINE 64
-#define FX_VOTE_PLACES 4
+#define FX_VOTE_LINES 4
 #define FX_MAX_TOPK 64
+#define FX_MAX_SLOT 32767
 
 typedef struct {
     uint64_t tag;
-    uint32_t rows, mode;
+    uint32_t rows, mode, bytes;
 } fx_flag;
 
 typedef struct {
@@ -128,6 +190,15 @@ typedef struct {
     uint32_t length, unused;
     uint8_t payload[48];
 } fx_vote;
+
+typedef struct {
+    int64_t place; /* plus one; 0 none */
+    uint8_t nonce[16];
+    uint8_t unused[8];
+} fx_lease;
+
+/* at the front of a row: token, weights [topk] float32, slots [topk] int16 */
+#define FX_META_WEIGHTS 8
 
 /* ---- memory --------------------------------------------------------------------------------- */
 
@@ -145,17 +216,17 @@ int fx_open(fx_buffer *b) {
 }
 
 void fx_close(fx_buffer *b) {
-    void *arrays[] = {b->owner, b->slot, b->result, b->dest, b->dest_row, b->sent,
-                      b->weight, b->dests, b->place, b->place_weight, b->cursor};
+    void *arrays[] = {b->owner, b->slot, b->result, b->dest, b->dest_row, b->sent, b->weight,
+                      b->dests, b->place, b->place_weight, b->place_token, b->cursor};
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) free(arrays[i]);
     b->owner = b->slot = b->result = b->dest = b->dest_row = b->sent = b->dests = NULL;
     b->weight = b->place_weight = NULL;
-    b->place = b->cursor = NULL;
+    b->place = b->place_token = b->cursor = NULL;
 }
 
 uintptr_t fx_map(int fd, int64_t offset, int64_t size) {
-    void *at = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd,
-                    (off_t)offset);
+    int flags = MAP_NORESERVE | (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
+    void *at = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, flags, fd, (off_t)offset);
     return at == MAP_FAILED ? 0 : (uintptr_t)at;
 }
 
@@ -163,6 +234,30 @@ void fx_unmap(uintptr_t at, int64_t size) { munmap((void *)at, (size_t)size); }
 
 int fx_punch(int fd, int64_t offset, int64_t size) {
     return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)size);
+}
+
+static fx_lease *lease_of(const fx_buffer *b, int window, int source) {
+    return (fx_lease *)(b->control[window] + (uintptr_t)b->leases_at +
+                        (uintptr_t)source * sizeof(fx_lease));
+}
+
+/* Tell a source which place of the own window it may write; -1: none any more. */
+void fx_lend(fx_buffer *b, int source, int64_t place, const char *nonce) {
+    fx_lease *lease = lease_of(b, b->rank, source);
+    __atomic_store_n(&lease->place, 0, __ATOMIC_RELAXED);
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+    if (place < 0) return;
+    memcpy(lease->nonce, nonce, sizeof lease->nonce);
+    __atomic_store_n(&lease->place, place + 1, __ATOMIC_RELEASE);
+}
+
+/* The place that a peer has lent to this very process, or -1. */
+int64_t fx_lent(fx_buffer *b, int peer) {
+    const fx_lease *lease = lease_of(b, peer, b->rank);
+    int64_t place = __atomic_load_n(&lease->place, __ATOMIC_ACQUIRE);
+    if (place <= 0 || memcmp(lease->nonce, b->nonce, sizeof b->nonce) != 0) return -1;
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    return __atomic_load_n(&lease->place, __ATOMIC_RELAXED) == place ? place - 1 : -1;
 }
 
 /* ---- sleeping and waking -------------------------------------------------------------------- */
@@ -218,41 +313,74 @@ void fx_ring(fx_buffer *b) {
     wake(b, b->rank);
 }
 
-/* ---- flags and votes ------------------------------------------------------------------------ */
-
-static fx_flag *flag_of(const fx_buffer *b, int64_t flags_at, int window, int source) {
-    return (fx_flag *)(b->control[window] + (uintptr_t)flags_at + (uintptr_t)source * FX_LINE);
+void fx_ring_peer(fx_buffer *b, int peer) {
+    if (b->control[peer]) wake(b, peer);
 }
 
-static fx_vote *vote_of(const fx_buffer *b, int window, int source, int place) {
-    return (fx_vote *)(b->control[window] + (uintptr_t)b->votes_at +
-                       (uintptr_t)(source * FX_VOTE_PLACES + place) * FX_LINE);
+void fx_set_gone(fx_buffer *b, int peer, int why) {
+    __atomic_store_n(&b->gone[peer], (uint8_t)why, __ATOMIC_SEQ_CST);
+    if (why) wake(b, b->rank);
 }
 
-static void raise_flag(const fx_buffer *b, int64_t flags_at, int to, uint32_t rows, uint32_t mode,
-                       uint64_t tag) {
-    fx_flag *flag = flag_of(b, flags_at, to, b->rank);
+int fx_gone(fx_buffer *b, int peer) {
+    return (int)__atomic_load_n(&b->gone[peer], __ATOMIC_SEQ_CST);
+}
+
+/* ---- lines: what a source tells the owner of a window --------------------------------------- */
+
+static void *line(uintptr_t place, int64_t at) { return (void *)(place + (uintptr_t)at); }
+
+/* After a line in the outbox is written. */
+static void delivered(fx_buffer *b, int to, uint8_t due) {
+    if (b->remote[to])
+        b->due[to] |= due;
+    else
+        wake(b, to);
+}
+
+static void say_hello(fx_buffer *b, int to) {
+    uint64_t word = (uint64_t)b->epoch << 32 | (uint64_t)b->own_gen[to] << 16 | b->peer_gen[to];
+    __atomic_store_n((uint64_t *)line(b->outbox[to], b->hello_at), word, __ATOMIC_RELEASE);
+    delivered(b, to, FX_DUE_HELLO);
+}
+
+static void raise_flag(fx_buffer *b, int to, int64_t at, uint32_t rows, uint32_t mode,
+                       uint32_t bytes, uint8_t due) {
+    fx_flag *flag = line(b->outbox[to], at);
     flag->rows = rows;
     flag->mode = mode;
-    __atomic_store_n(&flag->tag, tag, __ATOMIC_RELEASE);
-    wake(b, to);
+    flag->bytes = bytes;
+    __atomic_store_n(&flag->tag, b->session[to] | (b->exchanges[to] & 0xFFFFFu), __ATOMIC_RELEASE);
+    delivered(b, to, due);
 }
 
-void fx_post_vote(fx_buffer *b, int place, uint64_t tag, const char *payload, int length) {
-    for (int i = 0; i < b->active_count; i++) {
-        fx_vote *vote = vote_of(b, b->active[i], b->rank, place);
-        __atomic_store_n(&vote->tag, 0, __ATOMIC_RELAXED);
-        __atomic_thread_fence(__ATOMIC_RELEASE);
-        vote->length = (uint32_t)length;
-        memcpy(vote->payload, payload, (size_t)length);
-        __atomic_store_n(&vote->tag, tag, __ATOMIC_RELEASE);
-        wake(b, b->active[i]);
-    }
+static const fx_flag *flag_from(const fx_buffer *b, int source, int64_t at) {
+    return line(b->inbox[source], at);
 }
 
-static int has_vote(const fx_buffer *b, int source, uint64_t tag, void *copy) {
-    for (int place = 0; place < FX_VOTE_PLACES; place++) {
-        fx_vote *vote = vote_of(b, b->rank, source, place);
+static int is_raised(const fx_buffer *b, int source, int64_t at) {
+    return __atomic_load_n(&flag_from(b, source, at)->tag, __ATOMIC_ACQUIRE) ==
+           (b->session[source] | (b->exchanges[source] & 0xFFFFFu));
+}
+
+static uint64_t vote_tag(const fx_buffer *b, int peer) {
+    return b->session[peer] | ((b->votes_done[peer] + 1) & 0xFFFFFu);
+}
+
+static void send_vote(fx_buffer *b, int to) {
+    fx_vote *vote = line(b->outbox[to], b->votes_at + b->ballot_line * FX_LINE);
+    __atomic_store_n(&vote->tag, 0, __ATOMIC_RELAXED);
+    __atomic_thread_fence(__ATOMIC_RELEASE);
+    vote->length = (uint32_t)b->ballot_bytes;
+    memcpy(vote->payload, b->ballot, (size_t)b->ballot_bytes);
+    __atomic_store_n(&vote->tag, vote_tag(b, to), __ATOMIC_RELEASE);
+    delivered(b, to, FX_DUE_VOTE);
+}
+
+static int has_vote(const fx_buffer *b, int source, void *copy) {
+    uint64_t tag = vote_tag(b, source);
+    for (int i = 0; i < FX_VOTE_LINES; i++) {
+        fx_vote *vote = line(b->inbox[source], b->votes_at + i * FX_LINE);
         if (__atomic_load_n(&vote->tag, __ATOMIC_ACQUIRE) != tag) continue;
         if (!copy) return 1;
         uint8_t *to = copy;
@@ -264,46 +392,176 @@ static int has_vote(const fx_buffer *b, int source, uint64_t tag, void *copy) {
     return 0;
 }
 
-/* Wait for all active ranks. On FX_TIMEOUT `missing` holds the ids that did not come. */
-int fx_wait(fx_buffer *b, int what, uint64_t tag, int64_t deadline_ns, int32_t *missing,
-            int32_t *missing_count) {
+/* ---- links ---------------------------------------------------------------------------------- */
+
+static void begin_link(fx_buffer *b, int peer) {
+    uint64_t number = ((uint64_t)b->own_gen[peer] + b->peer_gen[peer]) & 0xFFFu;
+    b->session[peer] = (uint64_t)b->epoch << 32 | number << 20;
+    b->exchanges[peer] = b->votes_done[peer] = 0;
+    b->up[peer] = 1;
+}
+
+/* After active and the outboxes are set: all links start as number 0. */
+void fx_begin_epoch(fx_buffer *b, uint32_t epoch) {
+    b->epoch = epoch;
+    memset(b->own_gen, 0, sizeof b->own_gen);
+    memset(b->peer_gen, 0, sizeof b->peer_gen);
+    memset(b->owed, 0, sizeof b->owed);
+    memset(b->up, 0, sizeof b->up);
+    for (int i = 0; i < b->active_count; i++)
+        if (b->outbox[b->active[i]]) begin_link(b, b->active[i]);
+}
+
+void fx_unmask(fx_buffer *b, int peer) {
+    b->own_gen[peer]++;
+    b->up[peer] = 0;
+    b->owed[peer] = 0;
+    if (b->outbox[peer]) say_hello(b, peer);
+}
+
+/* After the peer's place is mapped late. */
+void fx_hello(fx_buffer *b, int peer) { say_hello(b, peer); }
+
+/* Read the peer's hello and answer it. Returns whether the link has just come up. */
+static int advance(fx_buffer *b, int peer) {
+    if (!b->outbox[peer]) return 0;
+    uint64_t word =
+        __atomic_load_n((uint64_t *)line(b->inbox[peer], b->hello_at), __ATOMIC_ACQUIRE);
+    int current = (uint32_t)(word >> 32) == b->epoch;
+    uint16_t gen = current ? (uint16_t)(word >> 16) : 0, seen = current ? (uint16_t)word : 0;
+    if (gen != b->peer_gen[peer]) {
+        b->peer_gen[peer] = gen;
+        b->up[peer] = 0;
+        say_hello(b, peer);
+    }
+    if (b->up[peer] || seen != b->own_gen[peer]) return 0;
+    begin_link(b, peer);
+    return 1;
+}
+
+/* At the beginning of an exchange, when nobody's rows are being read. */
+void fx_greet(fx_buffer *b) {
+    for (int i = 0; i < b->active_count; i++)
+        if (b->active[i] != b->rank) advance(b, b->active[i]);
+}
+
+static int has_restarted(const fx_buffer *b, int peer) {
+    uint64_t word =
+        __atomic_load_n((uint64_t *)line(b->inbox[peer], b->hello_at), __ATOMIC_ACQUIRE);
+    return (uint32_t)(word >> 32) == b->epoch && (uint16_t)(word >> 16) != b->peer_gen[peer];
+}
+
+static void send_dispatch(fx_buffer *b, int to);
+
+/* While waiting for a peer: bring the link up, then send what is owed. What had gone out on a link
+ * that the peer has started afresh is owed again. Returns whether the link has just come up. */
+static int refresh(fx_buffer *b, int peer, int what) {
+    uint8_t was_up = b->up[peer];
+    int came_up = advance(b, peer);
+    if (was_up && (came_up || !b->up[peer])) {
+        if (what == FX_DISPATCH) b->owed[peer] = FX_OWED_DISPATCH;
+        if (what == FX_VOTE && b->ballot_bytes >= 0) b->owed[peer] = FX_OWED_VOTE;
+    }
+    if (!came_up) return 0;
+    if (b->owed[peer] == FX_OWED_DISPATCH) send_dispatch(b, peer);
+    if (b->owed[peer] == FX_OWED_VOTE) send_vote(b, peer);
+    b->owed[peer] = 0;
+    return 1;
+}
+
+/* ---- votes and waits ------------------------------------------------------------------------ */
+
+void fx_post_vote(fx_buffer *b, const char *payload, int length) {
+    b->ballot_line = (b->ballot_line + 1) % FX_VOTE_LINES;
+    b->ballot_bytes = length;
+    memcpy(b->ballot, payload, (size_t)length);
+    memset(b->come, 0, sizeof b->come);
+    for (int i = 0; i < b->active_count; i++) {
+        int to = b->active[i];
+        b->owed[to] = b->up[to] ? 0 : FX_OWED_VOTE;
+        if (b->up[to]) send_vote(b, to);
+    }
+}
+
+void fx_end_vote(fx_buffer *b) {
+    b->ballot_bytes = -1;
+    for (int i = 0; i < b->active_count; i++) b->votes_done[b->active[i]]++;
+}
+
+/* Whether a source has written what is waited for; brings its link up on the way. */
+static int has_come(fx_buffer *b, int source, int what) {
+    int64_t flag_at = what == FX_DISPATCH ? b->dispatch_flag_at : b->combine_flag_at;
+    for (int pass = 0; pass < 2; pass++) {
+        if (b->up[source] && (what == FX_VOTE ? has_vote(b, source, b->votes[source])
+                                              : is_raised(b, source, flag_at)))
+            return 1;
+        if (what == FX_COMBINE || source == b->rank) return 0;
+        if (!b->outbox[source] && b->control[source] && fx_lent(b, source) >= 0) b->to_open = 1;
+        if (!refresh(b, source, what)) return 0;
+    }
+    return 0;
+}
+
+/* Wait for all active ranks. On FX_TIMEOUT `missing` holds the ids that did not come, on FX_LOST
+ * those that never will. Comes back after slice_ns with FX_AGAIN. */
+int fx_wait(fx_buffer *b, int what, int64_t begun_ns, int64_t deadline_ns, int64_t slice_ns,
+            int32_t *missing, int32_t *missing_count) {
     int64_t slice_end_ns = 0;
-    int64_t flags_at = what == FX_DISPATCH ? b->dispatch_flags_at : b->combine_flags_at;
-    int32_t waiting[256]; /* indices into active */
-    int n = b->active_count;
-    for (int i = 0; i < n; i++) waiting[i] = i;
+    int32_t waiting[256];
+    int n = 0;
+    for (int i = 0; i < b->active_count; i++)
+        if (!b->come[b->active[i]]) waiting[n++] = b->active[i];
     for (;;) {
         uint32_t seen = __atomic_load_n(doorbell_of(b, b->rank), __ATOMIC_SEQ_CST);
         if (fx_is_interrupted(b)) return FX_INTERRUPTED;
-        int left = 0;
+        int left = 0, lost = 0;
+        int64_t now = 0;
         for (int i = 0; i < n; i++) {
-            int source = b->active[waiting[i]];
-            int here = what == FX_VOTE
-                           ? has_vote(b, source, tag, b->votes[waiting[i]])
-                           : __atomic_load_n(&flag_of(b, flags_at, b->rank, source)->tag,
-                                             __ATOMIC_ACQUIRE) == tag;
-            if (!here) waiting[left++] = waiting[i];
+            int source = waiting[i];
+            int gone = fx_gone(b, source); /* before the flag: a rank may write and then end */
+            if (has_come(b, source, what)) {
+                b->come[source] = 1;
+                if (what == FX_VOTE) continue;
+                if (!now) now = now_ns();
+                b->wait_ns[what][source] += now - begun_ns;
+                continue;
+            }
+            if (!gone && what == FX_COMBINE && source != b->rank && has_restarted(b, source)) {
+                b->gone[source] = FX_GONE_RESTARTED;
+                gone = 1;
+            }
+            if (gone) missing[lost++] = source;
+            waiting[left++] = source;
         }
         n = left;
         if (n == 0) return FX_OK;
-        if (!slice_end_ns) slice_end_ns = now_ns() + FX_SLICE_NS;
+        if (lost) {
+            *missing_count = lost;
+            return FX_LOST;
+        }
+        if (b->to_open) return FX_AGAIN;
+        if (!slice_end_ns) slice_end_ns = now_ns() + slice_ns;
         int how = doze(b, seen, deadline_ns, slice_end_ns);
         if (how == FX_TIMEOUT) {
-            for (int i = 0; i < n; i++) missing[i] = b->active[waiting[i]];
+            for (int i = 0; i < n; i++) missing[i] = waiting[i];
             *missing_count = n;
         }
         if (how != FX_OK) return how;
     }
 }
 
-/* Wait for the vote of any peer (FX_OK) or a ring (FX_RUNG, forgotten then). */
-int fx_wait_any_vote(fx_buffer *b, uint64_t tag, int64_t deadline_ns) {
-    int64_t slice_end_ns = now_ns() + FX_SLICE_NS;
+/* Wait for the vote of any peer (FX_OK), a ring (FX_RUNG, forgotten then), or the loss of one. */
+int fx_wait_any_vote(fx_buffer *b, int64_t deadline_ns, int64_t slice_ns) {
+    int64_t slice_end_ns = now_ns() + slice_ns;
     for (;;) {
         uint32_t seen = __atomic_load_n(doorbell_of(b, b->rank), __ATOMIC_SEQ_CST);
         if (fx_is_interrupted(b)) return FX_INTERRUPTED;
-        for (int i = 0; i < b->active_count; i++)
-            if (b->active[i] != b->rank && has_vote(b, b->active[i], tag, NULL)) return FX_OK;
+        for (int i = 0; i < b->active_count; i++) {
+            int source = b->active[i];
+            if (source == b->rank) continue;
+            refresh(b, source, FX_VOTE);
+            if (b->up[source] && has_vote(b, source, NULL)) return FX_OK;
+        }
         if (__atomic_exchange_n(&b->rung, 0, __ATOMIC_SEQ_CST)) return FX_RUNG;
         int how = doze(b, seen, deadline_ns, slice_end_ns);
         if (how != FX_OK) return how;
@@ -425,10 +683,15 @@ static int route_token(fx_buffer *b, int t, const void *ids, int wide, const flo
         if (e == -1) continue;
         *bad = e;
         if (e < 0 || e >= experts) return FX_NO_SUCH_EXPERT;
-        int32_t r = table_rank[e];
-        if (r < 0 || r >= b->capacity || !b->is_active[r] || table_slot[e] < 0) return FX_NO_OWNER;
+        int32_t r = table_rank[e], s = table_slot[e];
+        if (r >= b->capacity || r < -1 || s > FX_MAX_SLOT || (r >= 0 && s < 0)) return FX_NO_OWNER;
+        if (r < 0 || !b->is_active[r]) {
+            if (!b->lenient) return FX_NO_OWNER;
+            owner[j] = -3 - r;
+            continue;
+        }
         owner[j] = r;
-        slot[j] = table_slot[e];
+        slot[j] = s;
         int i = n;
         while (i > 0 && dest[i - 1] > r) i--;
         if (i > 0 && dest[i - 1] == r) continue;
@@ -461,54 +724,75 @@ static void plan_rows(fx_buffer *b) {
         }
 }
 
-static void send_rows(fx_buffer *b, int to, const uint8_t *x) {
-    uint8_t *region = (uint8_t *)b->outbox[to];
+static int64_t wire_stride(const fx_buffer *b) {
+    return b->meta_bytes + (b->payload_bytes + FX_LINE - 1) / FX_LINE * FX_LINE;
+}
+
+static void send_rows(fx_buffer *b, int to) {
+    uint8_t *row = (uint8_t *)b->outbox[to] + b->rows_at;
+    int64_t stride = wire_stride(b);
     int32_t results = 0;
-    for (int r = 0; r < b->sent_rows[to]; r++) {
-        int t = b->sent[b->sent_at[to] + r];
+    for (int r = 0; r < b->sent_rows[to]; r++, row += stride) {
+        int32_t t = b->sent[b->sent_at[to] + r];
         size_t first = (size_t)t * (size_t)b->topk;
-        int32_t *slots = (int32_t *)(region + (size_t)r * (size_t)b->meta_stride);
-        float *weights = (float *)(slots + b->topk);
+        float *weights = (float *)(row + FX_META_WEIGHTS);
+        int16_t *slots = (int16_t *)(weights + b->topk);
+        memcpy(row, &t, sizeof t);
         for (int j = 0; j < b->topk; j++) {
             int here = b->owner[first + j] == to;
-            slots[j] = here ? b->slot[first + j] : -1;
+            slots[j] = (int16_t)(here ? b->slot[first + j] : -1);
             weights[j] = here ? b->weight[first + j] : 0.0f;
             if (here) b->result[first + j] = results++;
         }
-        if (to != b->rank) /* own rows are gathered from x itself */
-            memcpy(region + b->rows_at + (size_t)r * (size_t)b->row_stride,
-                   x + (size_t)t * (size_t)b->row_bytes, (size_t)b->row_bytes);
+        if (to != b->rank) /* own rows are read where they are */
+            memcpy(row + b->meta_bytes, (const uint8_t *)b->payload + t * b->payload_stride,
+                   (size_t)b->payload_bytes);
     }
+    if (to != b->rank) b->bytes_sent[to] += stride * b->sent_rows[to];
+}
+
+static void send_dispatch(fx_buffer *b, int to) {
+    b->exchanges[to]++;
+    send_rows(b, to);
+    raise_flag(b, to, b->dispatch_flag_at, (uint32_t)b->sent_rows[to], (uint32_t)b->payload_kind,
+               (uint32_t)b->payload_bytes, FX_DUE_DISPATCH);
 }
 
 /* Nothing is written to a peer unless all ids are good. Returns 0 or why not, with *bad = expert. */
-int fx_send_dispatch(fx_buffer *b, uintptr_t x, uintptr_t ids, int wide, uintptr_t weights,
-                     int tokens, int k, uintptr_t table_rank, uintptr_t table_slot, int experts,
-                     uint64_t tag, int64_t *bad) {
+int fx_send_dispatch(fx_buffer *b, uintptr_t payload, int64_t stride, int64_t bytes, int kind,
+                     uintptr_t ids, int wide, uintptr_t weights, int tokens, int k,
+                     uintptr_t table_rank, uintptr_t table_slot, int experts, int64_t *bad) {
     for (int t = 0; t < tokens; t++) {
         int why = route_token(b, t, (const void *)ids, wide, (const float *)weights, k,
                               (const int32_t *)table_rank, (const int32_t *)table_slot, experts, bad);
         if (why) return why;
     }
     b->tokens = tokens;
+    b->payload = payload;
+    b->payload_stride = stride;
+    b->payload_bytes = bytes;
+    b->payload_kind = kind;
     plan_rows(b);
+    memset(b->come, 0, sizeof b->come);
     for (int n = 0; n < b->active_count; n++) {
         int to = nth_peer(b, n);
-        send_rows(b, to, (const uint8_t *)x);
-        raise_flag(b, b->dispatch_flags_at, to, (uint32_t)b->sent_rows[to], 0, tag);
+        b->owed[to] = b->up[to] ? 0 : FX_OWED_DISPATCH;
+        if (b->up[to]) send_dispatch(b, to);
     }
     return 0;
 }
 
 static int grow_plan(fx_buffer *b, int64_t rows, int slots) {
     if (rows > b->plan_rows) {
-        size_t pairs = (size_t)(rows + rows / 2) * (size_t)b->topk;
+        size_t room = (size_t)(rows + rows / 2), pairs = room * (size_t)b->topk;
         int32_t *place = realloc(b->place, pairs * sizeof *place);
         if (place) b->place = place;
         float *weight = realloc(b->place_weight, pairs * sizeof *weight);
         if (weight) b->place_weight = weight;
-        if (!place || !weight) return -1;
-        b->plan_rows = rows + rows / 2;
+        int32_t *token = realloc(b->place_token, room * sizeof *token);
+        if (token) b->place_token = token;
+        if (!place || !weight || !token) return -1;
+        b->plan_rows = (int64_t)room;
     }
     if (slots > b->cursor_slots) {
         int32_t *cursor = realloc(b->cursor, (size_t)slots * sizeof *cursor);
@@ -519,37 +803,44 @@ static int grow_plan(fx_buffer *b, int64_t rows, int slots) {
     return 0;
 }
 
-/* After fx_wait: count rows per slot. Fills offsets [slots + 1]; returns the number of rows to
- * gather, -1 if *bad is the id of a peer that wrote nonsense, -2 if memory is short. */
+/* After fx_wait: count rows per slot. Fills offsets [slots + 1]; returns the number of pairs of
+ * (row, slot), or FX_NONSENSE, FX_WRONG_PAYLOAD with *bad = the peer, or FX_NO_MEMORY. */
 int64_t fx_receive(fx_buffer *b, int slots, uintptr_t offsets_at, int64_t *bad) {
     int32_t *offsets = (int32_t *)offsets_at;
-    int64_t rows = 0;
+    int64_t rows = 0, stride = wire_stride(b);
     for (int i = 0; i < b->active_count; i++) {
         int source = b->active[i];
-        uint32_t count = flag_of(b, b->dispatch_flags_at, b->rank, source)->rows;
+        const fx_flag *flag = flag_from(b, source, b->dispatch_flag_at);
+        uint32_t count = flag->rows;
         *bad = source;
-        if (count > (uint32_t)b->max_tokens) return -1;
-        /* self: rows are taken from x by `sent`, which must be as long */
-        if (source == b->rank && count != (uint32_t)b->sent_rows[source]) return -1;
+        if (flag->mode != (uint32_t)b->payload_kind || flag->bytes != (uint32_t)b->payload_bytes)
+            return FX_WRONG_PAYLOAD;
+        if (count > (uint32_t)b->max_tokens) return FX_NONSENSE;
+        /* self: rows are taken from the payload by `sent`, which must be as long */
+        if (source == b->rank && count != (uint32_t)b->sent_rows[source]) return FX_NONSENSE;
         b->from_at[source] = (int32_t)rows;
         b->from_rows[source] = (int32_t)count;
         rows += count;
     }
-    if (grow_plan(b, rows, slots)) return -2;
+    if (grow_plan(b, rows, slots)) return FX_NO_MEMORY;
     memset(offsets, 0, (size_t)(slots + 1) * sizeof *offsets);
     for (int i = 0; i < b->active_count; i++) {
         int source = b->active[i];
+        const uint8_t *meta = (const uint8_t *)b->inbox[source] + b->rows_at;
         *bad = source;
-        for (int r = 0; r < b->from_rows[source]; r++) {
-            const uint8_t *meta = (uint8_t *)b->inbox[source] + (size_t)r * (size_t)b->meta_stride;
-            size_t first = (size_t)(b->from_at[source] + r) * (size_t)b->topk;
-            memcpy(b->place + first, meta, (size_t)b->topk * sizeof(int32_t));
-            memcpy(b->place_weight + first, meta + (size_t)b->topk * sizeof(int32_t),
+        for (int r = 0; r < b->from_rows[source]; r++, meta += stride) {
+            size_t row = (size_t)(b->from_at[source] + r), first = row * (size_t)b->topk;
+            int16_t slots_of[FX_MAX_TOPK];
+            memcpy(b->place_token + row, meta, sizeof *b->place_token);
+            memcpy(b->place_weight + first, meta + FX_META_WEIGHTS,
                    (size_t)b->topk * sizeof(float));
+            memcpy(slots_of, meta + FX_META_WEIGHTS + (size_t)b->topk * sizeof(float),
+                   (size_t)b->topk * sizeof *slots_of);
             for (int j = 0; j < b->topk; j++) {
-                int32_t slot = b->place[first + j];
+                int32_t slot = slots_of[j];
+                b->place[first + j] = slot;
                 if (slot == -1) continue;
-                if (slot < 0 || slot >= slots) return -1;
+                if (slot < 0 || slot >= slots) return FX_NONSENSE;
                 offsets[slot + 1]++;
             }
         }
@@ -561,30 +852,42 @@ int64_t fx_receive(fx_buffer *b, int slots, uintptr_t offsets_at, int64_t *bad) 
     return offsets[slots];
 }
 
-/* Copy every (row, slot) to its place in out; remember the place for combine. */
-void fx_gather(fx_buffer *b, uintptr_t x, uintptr_t out, uintptr_t weights_at) {
+/* The place of every (row, slot) in the order of slots: fills weights, sources, tokens and the
+ * addresses of the payloads [pairs]; remembers the places for combine. */
+void fx_index(fx_buffer *b, uintptr_t weights_at, uintptr_t sources_at, uintptr_t tokens_at,
+              uintptr_t rows_at) {
     float *weights = (float *)weights_at;
+    int32_t *sources = (int32_t *)sources_at, *tokens = (int32_t *)tokens_at;
+    int64_t *rows = (int64_t *)rows_at, stride = wire_stride(b);
     for (int i = 0; i < b->active_count; i++) {
-        int source = b->active[i];
+        int source = b->active[i], own = source == b->rank;
         for (int r = 0; r < b->from_rows[source]; r++) {
-            size_t first = (size_t)(b->from_at[source] + r) * (size_t)b->topk;
-            int t = source == b->rank ? b->sent[b->sent_at[source] + r] : -1;
-            const uint8_t *row =
-                t >= 0 ? (const uint8_t *)x + (size_t)t * (size_t)b->row_bytes
-                       : (const uint8_t *)b->inbox[source] + b->rows_at +
-                             (size_t)r * (size_t)b->row_stride;
+            size_t row = (size_t)(b->from_at[source] + r), first = row * (size_t)b->topk;
+            int32_t t = own ? b->sent[b->sent_at[source] + r] : b->place_token[row];
+            uintptr_t payload = own ? b->payload + (uintptr_t)(t * b->payload_stride)
+                                    : b->inbox[source] + (uintptr_t)(b->rows_at + r * stride +
+                                                                     b->meta_bytes);
             for (int j = 0; j < b->topk; j++) {
                 int32_t slot = b->place[first + j];
                 if (slot < 0) continue;
                 int32_t at = b->cursor[slot]++;
                 b->place[first + j] = at;
                 weights[at] = b->place_weight[first + j];
-                if (t >= 0) b->result[(size_t)t * (size_t)b->topk + j] = at;
-                memcpy((uint8_t *)out + (size_t)at * (size_t)b->row_bytes, row,
-                       (size_t)b->row_bytes);
+                sources[at] = source;
+                tokens[at] = t;
+                rows[at] = (int64_t)payload;
+                if (own) b->result[(size_t)t * (size_t)b->topk + j] = at;
             }
         }
     }
+}
+
+/* Copy a part of each payload together: out [count, bytes]. */
+void fx_gather(uintptr_t rows_at, int64_t count, int64_t offset, int64_t bytes, uintptr_t out_at) {
+    const int64_t *rows = (const int64_t *)rows_at;
+    uint8_t *out = (uint8_t *)out_at;
+    for (int64_t i = 0; i < count; i++)
+        memcpy(out + i * bytes, (const uint8_t *)rows[i] + offset, (size_t)bytes);
 }
 
 /* ---- combine -------------------------------------------------------------------------------- */
@@ -592,7 +895,8 @@ void fx_gather(fx_buffer *b, uintptr_t x, uintptr_t out, uintptr_t weights_at) {
 /* home: one row per (token, expert), as it is; else one weighted sum per row. Packed both ways. */
 static void send_results(fx_buffer *b, int to, const uint8_t *y, int home) {
     uint8_t *results = (uint8_t *)b->outbox[to] + b->results_at;
-    size_t stride = (size_t)b->row_stride;
+    size_t stride = (size_t)b->result_stride;
+    int32_t count = 0;
     for (int r = 0; r < b->from_rows[to]; r++) {
         size_t first = (size_t)(b->from_at[to] + r) * (size_t)b->topk;
         const uint8_t *rows[FX_MAX_TOPK];
@@ -607,55 +911,88 @@ static void send_results(fx_buffer *b, int to, const uint8_t *y, int home) {
         if (home) {
             for (int j = 0; j < n; j++, results += stride)
                 memcpy(results, rows[j], (size_t)b->row_bytes);
+            count += n;
         } else {
             sum_rows(b, results, rows, weights, n);
             results += stride;
+            count++;
         }
     }
+    b->from_results[to] = count;
+    if (to != b->rank) b->bytes_sent[to] += (int64_t)stride * count;
 }
 
-void fx_send_combine(fx_buffer *b, uintptr_t y, int home, uint64_t tag) {
+void fx_send_combine(fx_buffer *b, uintptr_t y, int home) {
+    memset(b->come, 0, sizeof b->come);
     for (int n = 0; n < b->active_count; n++) {
         int to = nth_peer(b, n);
         if (to != b->rank || !home) /* own rows are summed from y itself */
             send_results(b, to, (const uint8_t *)y, home);
-        raise_flag(b, b->combine_flags_at, to, (uint32_t)b->from_rows[to], (uint32_t)home, tag);
+        raise_flag(b, to, b->combine_flag_at, (uint32_t)b->from_rows[to], (uint32_t)home, 0,
+                   FX_DUE_COMBINE);
     }
 }
 
-/* After fx_wait: the sums of all tokens. Returns 0, or what is wrong with peer *bad. */
+/* Weights [tokens, k] that are only known now; for the sums at home. */
+void fx_set_weights(fx_buffer *b, uintptr_t weights, int k) {
+    for (int t = 0; t < b->tokens; t++)
+        memcpy(b->weight + (size_t)t * (size_t)b->topk, (const float *)weights + (size_t)t * k,
+               (size_t)k * sizeof(float));
+}
+
+/* After fx_wait: the sums of all tokens. Returns 0, or what is wrong with peer *bad. What a rank
+ * that was masked meanwhile owes is left out and marked as lost. */
 int fx_reduce(fx_buffer *b, uintptr_t y, uintptr_t out, int home, int64_t *bad) {
     for (int i = 0; i < b->active_count; i++) {
         int source = b->active[i];
-        const fx_flag *flag = flag_of(b, b->combine_flags_at, b->rank, source);
+        const fx_flag *flag = flag_from(b, source, b->combine_flag_at);
         *bad = source;
         if (flag->mode != (uint32_t)home) return FX_WRONG_MODE;
         if (flag->rows != (uint32_t)b->sent_rows[source]) return FX_WRONG_ROWS;
     }
     static const float ones[FX_MAX_TOPK] = {[0 ... FX_MAX_TOPK - 1] = 1.0f};
-    size_t stride = (size_t)b->row_stride;
+    size_t stride = (size_t)b->result_stride;
+    b->lost_pairs = 0;
     for (int t = 0; t < b->tokens; t++) {
         size_t first = (size_t)t * (size_t)b->topk;
         const uint8_t *rows[FX_MAX_TOPK];
         float weights[FX_MAX_TOPK];
         int n = 0;
-        if (home) {
-            for (int j = 0; j < b->topk; j++) {
-                int32_t owner = b->owner[first + j];
-                if (owner < 0) continue;
-                size_t at = (size_t)b->result[first + j];
-                rows[n] = owner == b->rank
-                              ? (const uint8_t *)y + at * (size_t)b->row_bytes
-                              : (const uint8_t *)b->inbox[owner] + b->results_at + at * stride;
-                weights[n++] = b->weight[first + j];
-            }
-        } else {
-            for (; n < b->dests[t]; n++)
-                rows[n] = (const uint8_t *)b->inbox[b->dest[first + n]] + b->results_at +
-                          (size_t)b->dest_row[first + n] * stride;
+        for (int j = 0; j < b->topk; j++) {
+            int32_t owner = b->owner[first + j];
+            if (owner >= 0 && !b->is_active[owner]) owner = b->owner[first + j] = -3 - owner;
+            b->lost_pairs += owner < -1;
+            if (!home || owner < 0) continue;
+            size_t at = (size_t)b->result[first + j];
+            rows[n] = owner == b->rank
+                          ? (const uint8_t *)y + at * (size_t)b->row_bytes
+                          : (const uint8_t *)b->inbox[owner] + b->results_at + at * stride;
+            weights[n++] = b->weight[first + j];
         }
+        for (int j = 0; !home && j < b->dests[t]; j++)
+            if (b->is_active[b->dest[first + j]])
+                rows[n++] = (const uint8_t *)b->inbox[b->dest[first + j]] + b->results_at +
+                            (size_t)b->dest_row[first + j] * stride;
         sum_rows(b, (uint8_t *)out + (size_t)t * (size_t)b->row_bytes, rows,
                  home ? weights : ones, n);
     }
     return 0;
+}
+
+/* After fx_reduce: weight [tokens], choices [tokens, k] and ranks [256] of what is lost. */
+void fx_loss(fx_buffer *b, int k, uintptr_t weight_at, uintptr_t choices_at, uintptr_t ranks_at) {
+    float *weight = (float *)weight_at;
+    uint8_t *choices = (uint8_t *)choices_at, *ranks = (uint8_t *)ranks_at;
+    memset(ranks, 0, 256);
+    for (int t = 0; t < b->tokens; t++) {
+        size_t first = (size_t)t * (size_t)b->topk;
+        weight[t] = 0.0f;
+        for (int j = 0; j < k; j++) {
+            int32_t owner = b->owner[first + j];
+            choices[(size_t)t * (size_t)k + j] = owner < -1;
+            if (owner >= -1) continue;
+            weight[t] += b->weight[first + j];
+            if (owner <= -3) ranks[-3 - owner] = 1;
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 No name in a file system and no socket: when the last process that maps a window ends, by whatever
 signal, the window is gone. A peer that has opened it keeps it alive, so that nobody's write hits
-unmapped memory when a rank dies.
+unmapped memory when a rank dies. Each connection has a place of its own in it, see layout.py.
 
 A window is proven by the nonce in its header: a process that got a dead rank's pid cannot have it.
 The kernel lets a process open it if it may look into the owner (same user, same pid namespace).
@@ -22,6 +22,7 @@ from flexpert.comm.buffer import BufferSpec
 from flexpert.comm.errors import CommError, PeerUnreachable
 from flexpert.comm.host._kernels import ffi, lib
 from flexpert.comm.layout import (
+    CONTROL_BYTES,
     HEADER_BYTES,
     MAGIC,
     MAGIC_AT,
@@ -73,6 +74,7 @@ def start_time(pid: int) -> int:
 
 
 def map_part(fd: int, offset: int, size: int) -> int:
+    """Map a part of a window; own memory that nobody shares with fd -1."""
     at = int(lib.fx_map(fd, offset, size))
     if at == 0:
         error = ffi.errno
@@ -80,13 +82,21 @@ def map_part(fd: int, offset: int, size: int) -> int:
     return at
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The part of the own window that one source may write: its number and where it is mapped."""
+
+    number: int
+    at: int
+
+
 class Window:
-    """The own window: created empty; regions are mapped for the sources that may write."""
+    """The own window: created with the control part only; it grows by a place for each peer."""
 
     def __init__(self, rank: int, spec: BufferSpec) -> None:
         self.layout: Layout = layout(spec)
         nonce = secrets.token_bytes(NONCE_BYTES)
-        self.fd = _create(self.layout.size_bytes)
+        self.fd = _create(CONTROL_BYTES)
         os.pwrite(self.fd, _header(spec_hash(spec), nonce, rank), MAGIC_AT)
         self.address = Address(
             boot_id=boot_id(),
@@ -97,54 +107,88 @@ class Window:
             spec=spec_hash(spec),
             rank=rank,
         )
-        self.control = map_part(self.fd, 0, self.layout.control_bytes)
-        self._regions: dict[int, int] = {}
+        self.control = map_part(self.fd, 0, CONTROL_BYTES)
+        self._places: dict[int, Place] = {}
+        self._next = 0
 
-    def open_region(self, source: int) -> int:
-        """Map what `source` writes; returns the address of its region in this process."""
-        size = self.layout.region_bytes
-        at = map_part(self.fd, self.layout.region_at(source), size)
-        self._regions[source] = at
-        return at
+    def lend(self) -> Place:
+        """A place that was never lent before."""
+        number = self._next
+        os.ftruncate(self.fd, self.layout.place_at(number + 1))
+        place = Place(
+            number, map_part(self.fd, self.layout.place_at(number), self.layout.place_bytes)
+        )
+        self._next += 1
+        self._places[number] = place
+        return place
 
-    def close_region(self, source: int) -> None:
-        """Unmap a source's region and give its memory back."""
-        lib.fx_unmap(self._regions.pop(source), self.layout.region_bytes)
-        lib.fx_punch(self.fd, self.layout.region_at(source), self.layout.region_bytes)
+    def take_back(self, place: Place) -> None:
+        """Unmap a place and give its memory back. A source that still writes writes into nothing
+        that anybody reads."""
+        del self._places[place.number]
+        lib.fx_unmap(place.at, self.layout.place_bytes)
+        lib.fx_punch(self.fd, self.layout.place_at(place.number), self.layout.place_bytes)
 
     def memory_bytes(self) -> int:
         """Memory the window takes now."""
         return os.fstat(self.fd).st_blocks * 512
 
     def close(self) -> None:
-        for at in self._regions.values():
-            lib.fx_unmap(at, self.layout.region_bytes)
-        self._regions.clear()
-        lib.fx_unmap(self.control, self.layout.control_bytes)
+        for place in self._places.values():
+            lib.fx_unmap(place.at, self.layout.place_bytes)
+        self._places.clear()
+        lib.fx_unmap(self.control, CONTROL_BYTES)
         os.close(self.fd)
 
 
-@dataclass(frozen=True, slots=True)
 class PeerWindow:
-    """A peer's window, as far as this rank may touch it: its control part and the own region."""
+    """A peer's window, as far as this rank may touch it: its control part and the place lent to it.
 
-    address: Address
-    layout: Layout
-    control: int
-    region: int
+    Opening the control part never waits; the place is there once the peer has connected, too.
+    """
+
+    def __init__(self, peer: int, address: Address, spec: BufferSpec) -> None:
+        """
+        Raises:
+            PeerUnreachable: the process is gone, out of reach, or another one has its pid.
+            ValueError: the address is of another rank or spec.
+        """
+        self.address = address
+        self.place = 0
+        self._fd = _open(peer, address, spec)
+        try:
+            self.control = map_part(self._fd, 0, CONTROL_BYTES)
+        except CommError:
+            os.close(self._fd)
+            raise
+        self._layout = layout(spec)
+
+    def open_place(self, number: int) -> int:
+        """Map the place that was lent; its descriptor is not needed any more.
+
+        Raises: PeerUnreachable: the window is smaller than that.
+        """
+        at = self._layout.place_at(number)
+        if os.fstat(self._fd).st_size < at + self._layout.place_bytes:
+            raise PeerUnreachable(f"pid {self.address.pid} has lent a place that does not exist")
+        self.place = map_part(self._fd, at, self._layout.place_bytes)
+        self._close_fd()
+        return self.place
 
     def close(self) -> None:
-        lib.fx_unmap(self.control, self.layout.control_bytes)
-        lib.fx_unmap(self.region, self.layout.region_bytes)
+        self._close_fd()
+        lib.fx_unmap(self.control, CONTROL_BYTES)
+        if self.place:
+            lib.fx_unmap(self.place, self._layout.place_bytes)
+
+    def _close_fd(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
-def open_peer(peer: int, address: Address, own_rank: int, spec: BufferSpec) -> PeerWindow:
-    """Open the window of `peer`. Never waits.
-
-    Raises:
-        PeerUnreachable: the process is gone, out of reach, or another one has its pid.
-        ValueError: the address is of another rank or spec.
-    """
+def _open(peer: int, address: Address, spec: BufferSpec) -> int:
+    """A descriptor of the peer's window. Never waits."""
     if address.spec != spec_hash(spec):
         raise ValueError(f"rank {peer} has a window of another spec than {spec}")
     if address.rank != peer:
@@ -163,21 +207,14 @@ def open_peer(peer: int, address: Address, own_rank: int, spec: BufferSpec) -> P
     except OSError as error:
         raise PeerUnreachable(f"{where} cannot be reached: {error.strerror}") from error
     try:
-        there = layout(spec)
-        header = os.pread(fd, HEADER_BYTES, MAGIC_AT)
-        if header != _header(address.spec, address.nonce, peer):
+        if os.pread(fd, HEADER_BYTES, MAGIC_AT) != _header(address.spec, address.nonce, peer):
             raise PeerUnreachable(f"{where} has closed its window; another one took its place")
-        if os.fstat(fd).st_size != there.size_bytes:
+        if os.fstat(fd).st_size < CONTROL_BYTES:
             raise PeerUnreachable(f"{where} has a window of an unexpected size")
-        control = map_part(fd, 0, there.control_bytes)
-        try:
-            region = map_part(fd, there.region_at(own_rank), there.region_bytes)
-        except CommError:
-            lib.fx_unmap(control, there.control_bytes)
-            raise
-    finally:
+    except BaseException:
         os.close(fd)
-    return PeerWindow(address, there, control, region)
+        raise
+    return fd
 
 
 def _header(spec: bytes, nonce: bytes, rank: int) -> bytes:
@@ -201,8 +238,7 @@ def _create(size: int) -> int:
     try:
         os.ftruncate(fd, size)
         # a peer that could shrink the file could kill this process with SIGBUS
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     except OSError:
         os.close(fd)
         raise

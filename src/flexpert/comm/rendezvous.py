@@ -1,0 +1,196 @@
+"""Two ranks meet through any torch `Store`: each learns what it needs to write to the other.
+
+Each side of a pair leaves an offer for the other under a key of its own, and overwrites it:
+
+    nonce     of this attempt
+    echo      the nonce of the peer's offer that this one answers; empty at first
+    greeting  who and where this rank is
+    details   what the peer with that nonce needs to write here
+
+A side is done when it reads an offer that echoes its own nonce: then the peer is alive, means this
+very attempt, and has prepared for it. Its own answer lies in the store by then, so the peer will
+be done, too; whoever is done deletes the offer it has read. What a dead rank left behind echoes no
+nonce of the living, so it completes nothing; a later offer under the same key replaces it.
+
+The last message has no answer, as ever: if a side gives up just when the other is done, the other
+holds a link that never comes up, and its first exchange says so.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from flexpert.comm.errors import CommError, PeerUnreachable, RankTimeout
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+_FIRST_NAP_S, _LONGEST_NAP_S = 0.001, 0.02
+_RENEW_S = 0.25
+_NOTHING = "-"  # what a read of a missing key returns; never a value
+
+
+class Host(Protocol):
+    """The buffer, as far as a meeting needs it."""
+
+    def greet(self) -> bytes:
+        """Who and where this rank is; the same for every peer."""
+
+    def prepare(self, peer: int, greeting: bytes) -> bytes:
+        """What this peer needs to write here. Undoes an earlier `prepare` for the same peer.
+
+        Raises:
+            PeerUnreachable: the greeting is that of a dead process; wait for another.
+            ValueError: the two can never meet.
+        """
+
+    def open(self, peer: int, details: bytes) -> None:
+        """The link is ready afterwards. Raises: what `prepare` raises."""
+
+    def forget(self, peer: int) -> None:
+        """Undo `prepare` for a peer that did not come."""
+
+
+class Offer(msgspec.Struct, frozen=True, array_like=True):
+    nonce: bytes
+    echo: bytes
+    greeting: bytes
+    details: bytes
+
+
+@dataclass(slots=True)
+class _Meeting:
+    """The state of one pair, on one side."""
+
+    nonce: bytes
+    theirs: bytes = b""  # nonce of the offer that was answered
+    dead: bytes = b""  # nonce of one that a dead rank left
+    offer: Offer | None = None  # what lies in the store
+    renewed: bool = False
+
+
+def meet(
+    store: Store,
+    rank: int,
+    peers: Iterable[int],
+    host: Host,
+    *,
+    timeout_s: float,
+    epoch: int = 0,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> tuple[int, ...]:
+    """Meet each of `peers`, who call this for `rank` in turn, at any time within the limit.
+
+    Args:
+        store: the same for all; its own timeout does not matter, nothing here blocks in it.
+        rank: the own id.
+        peers: ids; several meetings go on at the same time, and none waits for another.
+        host: see `Host`.
+        timeout_s: seconds for all of them together.
+        epoch: for the error message.
+        cancelled: asked now and then; True gives up.
+
+    Returns: the ids met, sorted.
+
+    Raises:
+        RankTimeout: some did not come ("connect"); those that did stay met.
+        ValueError: a peer that can never be met; those met so far stay met.
+        CommError: the store is gone, or it was cancelled.
+    """
+    deadline = time.monotonic() + timeout_s
+    left = {peer: _Meeting(secrets.token_bytes(8)) for peer in sorted(set(peers) - {rank})}
+    met: list[int] = []
+    greeting = host.greet()
+    nap_s, renewed = _FIRST_NAP_S, time.monotonic()
+    try:
+        for peer, meeting in left.items():
+            _write(store, rank, peer, meeting, Offer(meeting.nonce, b"", greeting, b""))
+        while left:
+            moved = False
+            for peer in list(left):
+                meeting = left[peer]
+                before = meeting.offer
+                if _advance(store, rank, peer, meeting, host):
+                    del left[peer]
+                    met.append(peer)
+                moved |= meeting.offer is not before or peer not in left
+            if not left:
+                break
+            if time.monotonic() - renewed >= _RENEW_S:
+                renewed = time.monotonic()
+                for peer, meeting in left.items():
+                    _renew(store, rank, peer, meeting)
+            if cancelled():
+                raise CommError(f"connecting to rank {_names(left)} was cancelled")
+            if time.monotonic() >= deadline:
+                raise RankTimeout(tuple(left), "connect", epoch, timeout_s)
+            nap_s = _FIRST_NAP_S if moved else min(1.5 * nap_s, _LONGEST_NAP_S)
+            time.sleep(nap_s)
+    except RuntimeError as error:  # torch's DistStoreError and its kin
+        raise CommError(f"the store that ranks meet through does not answer: {error}") from error
+    finally:
+        for peer in left:
+            host.forget(peer)
+    return tuple(sorted(met))
+
+
+def _advance(store: Store, rank: int, peer: int, meeting: _Meeting, host: Host) -> bool:
+    """Read the peer's offer and act on it; whether the two have met."""
+    theirs = _read(store, peer, rank)
+    if theirs is None or theirs.nonce == meeting.dead:
+        return False
+    assert meeting.offer is not None
+    try:
+        if theirs.nonce != meeting.theirs:
+            details = host.prepare(peer, theirs.greeting)
+            meeting.theirs = theirs.nonce
+            answer = Offer(meeting.nonce, theirs.nonce, meeting.offer.greeting, details)
+            _write(store, rank, peer, meeting, answer)
+        if theirs.echo != meeting.nonce:
+            return False
+        host.open(peer, theirs.details)
+    except PeerUnreachable:
+        meeting.dead, meeting.theirs = theirs.nonce, b""
+        return False
+    store.delete_key(_key(peer, rank))
+    if meeting.renewed:
+        store.delete_key(_key(rank, peer))
+    return True
+
+
+def _renew(store: Store, rank: int, peer: int, meeting: _Meeting) -> None:
+    """The peer may have deleted this offer when it meant that of our predecessor."""
+    if meeting.offer is not None and _read(store, rank, peer) is None:
+        meeting.renewed = True
+        _write(store, rank, peer, meeting, meeting.offer)
+
+
+def _key(source: int, target: int) -> str:
+    return f"flexpert/{source}>{target}"
+
+
+def _write(store: Store, rank: int, peer: int, meeting: _Meeting, offer: Offer) -> None:
+    meeting.offer = offer
+    # hex: stores compare text
+    store.set(_key(rank, peer), msgspec.msgpack.encode(offer).hex())
+
+
+def _read(store: Store, source: int, target: int) -> Offer | None:
+    """Without waiting, as `get` would for a key that is not there or was just deleted."""
+    value = store.compare_set(_key(source, target), _NOTHING, _NOTHING)
+    if value == _NOTHING.encode():
+        return None
+    try:
+        return msgspec.msgpack.decode(bytes.fromhex(value.decode()), type=Offer)
+    except (ValueError, msgspec.MsgspecError):
+        return None  # not ours; a real offer will replace it
+
+
+def _names(ranks: Iterable[int]) -> str:
+    return ", ".join(map(str, ranks))
