@@ -1,0 +1,52 @@
+"""nixl_ep.utils: the event of an operation that may still be under way."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """Something that happens later."""
+
+    def current_stream_wait(self) -> None:
+        """Return when it has happened."""
+
+
+class Now:
+    """The event of work that is done: on a CPU a call has finished when it returns."""
+
+    def current_stream_wait(self) -> None:
+        """Returns at once."""
+
+
+class EventOverlap:
+    """An event to wait for, as a call or as the end of a `with` block.
+
+    event: None where nothing is under way.
+    extra_tensors: kept alive as long as this object.
+    """
+
+    def __init__(
+        self, event: Event | None = None, extra_tensors: tuple[torch.Tensor, ...] | None = None
+    ) -> None:
+        self.event = event
+        self.extra_tensors = extra_tensors
+
+    def current_stream_wait(self) -> None:
+        """Wait for the event; on a CPU this is where the rows are received."""
+        if self.event is not None:
+            self.event.current_stream_wait()
+
+    def __enter__(self) -> EventOverlap:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.current_stream_wait()

@@ -1,0 +1,93 @@
+"""A script that knows nothing of flexpert runs unchanged: joins, leaves, kills, rejoins, holes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import runpy
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from flexpert.comm.nixl_ep import install
+
+SCRIPT = Path(__file__).with_name("nixl_ep_script.py")
+LIMIT_S = 100.0
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch", "flexpert.comm.nixl_ep.compat"])
+
+
+def run_script(arguments: list[str]) -> None:
+    """What a process of its own does: as if the script had been started after an install."""
+    torch.set_num_threads(1)
+    install()
+    sys.argv = [str(SCRIPT), *arguments]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def lives(plan: list[list[int]]) -> list[tuple[int, int, bool]]:
+    """(rank, first phase, whether it is killed) of each process that a plan needs, in order."""
+    begun: dict[int, int] = {}
+    found = []
+    for number, phase in enumerate([*plan, []]):
+        here = {abs(rank) for rank in phase}
+        for rank in [rank for rank in begun if rank not in here]:
+            found.append((rank, begun.pop(rank), False))
+        for rank in here:
+            begun.setdefault(rank, number)
+        for rank in [-rank for rank in phase if rank < 0]:
+            found.append((rank, begun.pop(rank), True))
+    return sorted(found, key=lambda life: life[1])
+
+
+def run_plan(plan: list[list[int]], *options: str) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=LIMIT_S))
+    common = ["--port", str(store.port), "--plan", json.dumps(plan), *options]
+    running: dict[int, tuple[multiprocessing.process.BaseProcess, bool]] = {}
+
+    def end(rank: int) -> None:
+        process, killed = running[rank]
+        process.join(LIMIT_S)
+        assert process.exitcode == (-signal.SIGKILL if killed else 0), f"rank {rank}"
+        del running[rank]
+
+    try:
+        for rank, first, killed in lives(plan):
+            if rank in running:  # an id is used again when its process has ended
+                end(rank)
+            arguments = ["--rank", str(rank), "--start-phase", str(first), *common]
+            process = context.Process(target=run_script, args=(arguments,))
+            process.start()
+            running[rank] = process, killed
+        for rank in list(running):
+            end(rank)
+    finally:
+        for process, _ in running.values():
+            process.kill()
+            process.join()
+
+
+def test_which_processes_a_plan_needs() -> None:
+    assert lives([[0, 1], [0, -1], [0, 1]]) == [(1, 0, True), (0, 0, False), (1, 2, False)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("die", ["dispatch", "combine"])
+def test_a_rank_is_killed_and_comes_back_under_its_id(die: str) -> None:
+    run_plan([[0, 1], [0, 1, 2, 3], [0, 1, -2, 3], [0, 3], [0, 2, 3]], "--die", die)
+
+
+@pytest.mark.slow
+def test_holes_from_the_start_and_a_rank_0_that_leaves() -> None:
+    run_plan([[0, 2], [2, 4], [1, 2, 4], [0, 1]])
+
+
+@pytest.mark.slow
+def test_up_and_down_again_with_the_same_ids() -> None:
+    run_plan([[1], [0, 1, 2], [1], [0, 1, 2], [0, -1, 2], [0, 2]])
