@@ -31,7 +31,7 @@ from flexpert.comm.nixl_ep.compat.store import CurrentStore
 from flexpert.comm.nixl_ep.compat.utils import EventOverlap, Now
 
 if TYPE_CHECKING:
-    from torch._C._distributed_c10d import ProcessGroup, Store
+    from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
 
 __all__ = ["DEFAULT_TIMEOUT_MS", "Buffer", "Config", "EventOverlap"]
 
