@@ -102,3 +102,23 @@ def masked_ids(s: Sent, view: set[int]) -> torch.Tensor:
     owners = s.table.rank[s.expert_ids.clamp(min=0).long()]
     up = torch.isin(owners, torch.tensor(sorted(view), dtype=torch.int32))
     return torch.where(up & (s.expert_ids >= 0), s.expert_ids, -1)
+
+
+def applied(s: Sent, reduce: str) -> torch.Tensor:
+    """The sums of `apply_experts` over a rank's own tokens, rounded where `reduce` rounds."""
+    out = torch.zeros(s.x.shape, dtype=torch.float32)
+    partial: dict[tuple[int, int], torch.Tensor] = {}
+    for token, experts in enumerate(s.expert_ids.tolist()):
+        for choice, expert in enumerate(experts):
+            if expert < 0:
+                continue
+            row = (s.x[token].float() * (1.0 + 0.25 * int(s.table.slot[expert]))).to(s.x.dtype)
+            value = s.weights[token, choice] * row.float()
+            if reduce == "home":
+                out[token] += value
+            else:
+                key = (token, int(s.table.rank[expert]))
+                partial[key] = partial.get(key, torch.zeros_like(value)) + value
+    for token, owner in sorted(partial):
+        out[token] += partial[token, owner].to(s.x.dtype).float()
+    return out.to(s.x.dtype)

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from flexpert.comm import Buffer, BufferSpec, ExpertTable, make_buffer
 from flexpert.comm.routing import Sent
@@ -39,11 +40,12 @@ def spec_of(
 class Rank:
     """One child process and the pipe to it."""
 
-    def __init__(self, rank: int, spec: BufferSpec, on_timeout: str = "raise") -> None:
+    def __init__(self, rank: int, spec: BufferSpec, port: int = 0, **options: Any) -> None:
+        """port: of a TCPStore to meet through; options: of make_buffer."""
         self.rank = rank
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(rank, spec, on_timeout, theirs), daemon=True
+            target=_serve, args=(rank, spec, port, options, theirs), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -90,7 +92,7 @@ class Ranks:
     def join(self, ids: Iterable[int]) -> None:
         """Start ranks and connect everyone with everyone; nobody becomes active."""
         for rank in ids:
-            self.ranks[rank] = Rank(rank, self.spec, self.on_timeout)
+            self.ranks[rank] = Rank(rank, self.spec, on_timeout=self.on_timeout)
         self.all(connect, {rank: r.address for rank, r in self.ranks.items()})
 
     def leave(self, ids: Iterable[int]) -> None:
@@ -113,14 +115,13 @@ class Ranks:
         self.some(tuple(ids), set_active, tuple(ids), epoch)
 
 
-def _serve(rank: int, spec: BufferSpec, on_timeout: str, pipe: Connection) -> None:
+def _serve(
+    rank: int, spec: BufferSpec, port: int, options: dict[str, Any], pipe: Connection
+) -> None:
     torch.set_num_threads(1)
-    buffer = make_buffer(
-        rank,
-        spec,
-        timeout_s=LIMIT_S,
-        on_timeout=on_timeout,  # type: ignore[arg-type]
-    )
+    if port:
+        options["store"] = dist.TCPStore("127.0.0.1", port, is_master=False)
+    buffer = make_buffer(rank, spec, **{"timeout_s": LIMIT_S, **options})
     pipe.send((True, buffer.address))
     while True:
         task, args = pipe.recv()

@@ -6,7 +6,15 @@ import threading
 
 import pytest
 import torch
-from comm_local import Local, apply_experts, check_received, dispatch, masked_ids, same_bits
+from comm_local import (
+    Local,
+    applied,
+    apply_experts,
+    check_received,
+    dispatch,
+    masked_ids,
+    same_bits,
+)
 from comm_ranks import LIMIT_S, Ranks, random_sent, spec_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -67,26 +75,6 @@ def exchange(
 
 def replace_ids(s: Sent, ids: torch.Tensor) -> Sent:
     return Sent(s.x, ids, s.weights, s.table)
-
-
-def applied(s: Sent, reduce: str) -> torch.Tensor:
-    """The sums of `apply_experts` over a rank's own tokens, rounded where `reduce` rounds."""
-    out = torch.zeros(s.x.shape, dtype=torch.float32)
-    partial: dict[tuple[int, int], torch.Tensor] = {}
-    for token, experts in enumerate(s.expert_ids.tolist()):
-        for choice, expert in enumerate(experts):
-            if expert < 0:
-                continue
-            row = (s.x[token].float() * (1.0 + 0.25 * int(s.table.slot[expert]))).to(s.x.dtype)
-            value = s.weights[token, choice] * row.float()
-            if reduce == "home":
-                out[token] += value
-            else:
-                key = (token, int(s.table.rank[expert]))
-                partial[key] = partial.get(key, torch.zeros_like(value)) + value
-    for token, owner in sorted(partial):
-        out[token] += partial[token, owner].to(s.x.dtype).float()
-    return out.to(s.x.dtype)
 
 
 # ---- joining ------------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ _MAX_EPOCH = 0xFFFFFFFF
 _SLICE_NS = 100_000_000  # back to Python this often, so that it can act on signals
 _POLL_FIRST_NS, _POLL_MOST_NS = 50_000, 1_000_000  # while a peer behind NIXL is waited for
 _PROBE_S = 0.01
+_NAP_S = 0.00005
 
 # as in kernels.c
 _OK, _TIMEOUT, _INTERRUPTED, _AGAIN, _RUNG, _LOST = range(6)
@@ -900,6 +901,8 @@ class HostBuffer(Buffer):
             if self._b.to_open:
                 self._open_places()
             if how == _OK:
+                if remote:
+                    self._send_on(deadline_ns)
                 return tuple(sorted(masked))
             if how == _INTERRUPTED:
                 raise self._interrupted(_PHASES[what])
@@ -910,6 +913,18 @@ class HostBuffer(Buffer):
                 raise self._failed(tuple(missing), what, limit_s, lost=how == _LOST)
             self._drop(missing)
             masked += missing
+
+    def _send_on(self, deadline_ns: int) -> None:
+        """Until what was sent over NIXL has left: nobody may drive it once this call is over.
+
+        No two ranks wait for each other here: who is done has all that was sent to it.
+        """
+        links = [link for link in self._installed.values() if isinstance(link, NixlLink)]
+        while any(not self._gone(link.peer) and link.is_sending() for link in links):
+            if time.monotonic_ns() >= deadline_ns or lib.fx_is_interrupted(self._b):
+                return
+            self._flush()
+            time.sleep(_NAP_S)
 
     def _failed(
         self, missing: tuple[int, ...], what: int, limit_s: float, *, lost: bool

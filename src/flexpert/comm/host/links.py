@@ -174,6 +174,10 @@ class NixlLink:
         """Raises: LinkBroken: a transfer failed."""
         self._link.check()
 
+    def is_sending(self) -> bool:
+        """Whether something flushed has not left yet."""
+        return self._link.is_sending()
+
     def probe(self) -> None:
         """Makes a dead peer show. Raises: LinkBroken"""
         self._link.probe()

@@ -276,6 +276,7 @@ class Endpoint:
                 link._inbox.forsake()
             for remote in self._remotes.values():
                 self._release(remote.empty)
+                remote.empty = None  # it refers to the agent, and links refer to it
             self._links.clear()
             self._ripe.clear()
             self._remotes.clear()
@@ -485,6 +486,10 @@ class Link:
                 self.check()
             if time.monotonic() - self._spoke > _QUIET_S:
                 self._send(_NUDGE)
+
+    def is_sending(self) -> bool:
+        """Whether messages wait for their data to leave; `poll` sends them on."""
+        return self._under_way()
 
     def close(self, deadline: float | None = None) -> None:
         """Finish what is under way and tell the peer; idempotent. Afterwards inbox and outbox must
