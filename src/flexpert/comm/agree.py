@@ -1,0 +1,246 @@
+"""Survivors without a coordinator come to one view of who is up, through any torch `Store`.
+
+For each epoch there is one decision, written by compare-and-set, so that there can be no second.
+Who wants a new epoch leaves a report; the lowest member whom nobody has voted out decides when all
+members have reported or are suspected, or have been silent for too long. If that one is silent
+itself, the next lowest does. Nobody waits for anybody in particular, and a rank that nobody heard
+from is in no view.
+
+A rank is known by its id and its *life*, a number of the process: one that was stopped, and wakes
+when its id belongs to another, finds another life in the decision and learns that it was evicted.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from flexpert.comm.errors import CommError, Evicted, RankTimeout
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+_FIRST_NAP_S, _LONGEST_NAP_S = 0.001, 0.02
+_NOTHING = "-"  # what a read of a missing key returns; never a value
+_KEPT = 3  # epochs whose keys stay
+
+_LIFE = secrets.token_bytes(8)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Who is up in an epoch: ids, sorted."""
+
+    epoch: int
+    ranks: tuple[int, ...]
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True):
+    """What one rank knows when it asks for an epoch."""
+
+    life: bytes
+    suspects: tuple[int, ...] = ()
+
+
+Decision = dict[int, bytes]  # id → life
+
+
+def accepted(reports: Mapping[int, Report]) -> tuple[int, ...]:
+    """Who of those that reported stays. Of two that suspect each other, or one the other, the one
+    with more accusers goes; of equals the higher id. Nobody who stays suspects one who stays."""
+    staying = set(reports)
+    while True:
+        accusers = {
+            rank: {a for a in staying if rank in reports[a].suspects and a != rank}
+            for rank in staying
+        }
+        accused = [rank for rank in staying if accusers[rank]]
+        if not accused:
+            return tuple(sorted(staying))
+        parties = {party for rank in accused for party in (rank, *accusers[rank])}
+        staying.remove(max(parties, key=lambda rank: (len(accusers[rank]), rank)))
+
+
+def awaited(members: Iterable[int], reports: Mapping[int, Report]) -> tuple[int, ...]:
+    """Members that have not reported, and that nobody suspects."""
+    suspected = {rank for report in reports.values() for rank in report.suspects}
+    return tuple(sorted(set(members) - set(reports) - suspected))
+
+
+def agree(
+    store: Store,
+    rank: int,
+    view: View,
+    *,
+    suspects: Iterable[int] = (),
+    joining: bool = False,
+    timeout_s: float = 30.0,
+    patience_s: float = 1.0,
+    life: bytes = b"",
+) -> View:
+    """The next epoch, the same on all ranks that get one.
+
+    With a buffer in on_timeout="mask" mode: after an exchange in which ranks were masked
+    (`Received.masked`, `Buffer.loss`), call this with them as suspects, then
+    `buffer.set_active(view.ranks, view.epoch)` and `buffer.barrier(...)`, then run the step again.
+
+    Args:
+        store: the same for all ranks of the group; nothing here blocks in it.
+        rank: the own id.
+        view: the epoch this rank is in, as `agree` returned it; at first all that began together.
+            For a newcomer the ranks do not matter.
+        suspects: ids that this rank could not reach. Evidence, not a verdict.
+        joining: this rank is in no view yet; it waits for one that has it. Members take newcomers
+            in whenever they agree on an epoch.
+        timeout_s: limit of the whole call, seconds.
+        patience_s: how long a member may be silent before it is left out, and how long the one whose
+            turn it is may take to decide. More than the ranks' calls lie apart.
+        life: tells processes with one id apart; default: a random number of this process.
+
+    Returns: a view of a later epoch that has this rank.
+
+    Raises:
+        Evicted: a later epoch was agreed without this rank.
+        RankTimeout: no decision within the limit ("agree"); it names who was waited for.
+        CommError: the store is gone.
+    """
+    try:
+        call = _Call(
+            store, rank, view, Report(life or _LIFE, tuple(sorted(set(suspects)))), joining
+        )
+        return call.run(timeout_s, patience_s)
+    except RuntimeError as error:  # torch's DistStoreError and its kin
+        raise CommError(f"the store that ranks agree through does not answer: {error}") from error
+
+
+class _Call:
+    def __init__(self, store: Store, rank: int, view: View, report: Report, joining: bool) -> None:
+        self.store = store
+        self.rank = rank
+        self.view = view
+        self.report = report
+        self.joining = joining
+        self.epoch = 0  # asked for
+
+    def run(self, timeout_s: float, patience_s: float) -> View:
+        began = changed = time.monotonic()
+        known: dict[int, Report] = {}
+        nap_s = _FIRST_NAP_S
+        while True:
+            newest = self.newest()
+            found = self.settled(newest)
+            if found:
+                return found
+            if self.epoch != max(newest, self.view.epoch) + 1:
+                self.epoch = max(newest, self.view.epoch) + 1
+                self.hand_in()
+            reports = self.reports()
+            now = time.monotonic()
+            if reports != known:
+                known, changed, nap_s = reports, now, _FIRST_NAP_S
+            missing = awaited(self.view.ranks, reports)
+            turn = self.turn(reports)
+            if turn is not None:
+                ready = changed + (patience_s if missing else 0.0)
+                if now >= ready + turn * patience_s:
+                    self.decide(reports)
+                    continue
+            if now - began >= timeout_s:
+                silent = missing or tuple(sorted(set(self.view.ranks) - {self.rank}))
+                raise RankTimeout(silent, "agree", self.epoch, timeout_s)
+            nap_s = min(1.5 * nap_s, _LONGEST_NAP_S)
+            time.sleep(nap_s)
+
+    def turn(self, reports: Mapping[int, Report]) -> int | None:
+        """How many would decide before this rank; None: it does not decide."""
+        deciders = [rank for rank in accepted(reports) if rank in self.view.ranks]
+        if self.joining or self.rank not in deciders:
+            return None
+        return deciders.index(self.rank)
+
+    def settled(self, newest: int) -> View | None:
+        """The newest decision, if it is later than what this rank has."""
+        for epoch in (newest + 1, newest):  # a decider may have died before it said so
+            decision = self.decision(epoch)
+            if decision is None or epoch <= self.view.epoch:
+                continue
+            if epoch > newest:
+                self.announce(epoch)
+            if decision.get(self.rank) == self.report.life:
+                return View(epoch, tuple(sorted(decision)))
+            if not self.joining:
+                raise Evicted(self.rank, epoch, tuple(sorted(decision)))
+            return None
+        return None
+
+    # ---- the store ----------------------------------------------------------------------------
+
+    def hand_in(self) -> None:
+        self.write(f"{self.epoch}/report/{self.rank}", self.report)
+        while True:  # add the own id to those that have reported
+            there = self.read_text(f"{self.epoch}/who")
+            ids = set(there.split()) if there else set()
+            if str(self.rank) in ids:
+                return
+            more = " ".join(sorted({*ids, str(self.rank)}))
+            if self.swap(f"{self.epoch}/who", there, more):
+                return
+
+    def reports(self) -> dict[int, Report]:
+        found: dict[int, Report] = {}
+        for rank in map(int, self.read_text(f"{self.epoch}/who").split()):
+            text = self.read_text(f"{self.epoch}/report/{rank}")
+            if text:
+                found[rank] = msgspec.msgpack.decode(bytes.fromhex(text), type=Report)
+        return found
+
+    def decide(self, reports: Mapping[int, Report]) -> None:
+        """At most one decision of an epoch is ever written; if it is another's, so be it."""
+        decision: Decision = {rank: reports[rank].life for rank in accepted(reports)}
+        value = msgspec.msgpack.encode(decision).hex()
+        self.swap(f"{self.epoch}/decision", "", value)
+        self.announce(self.epoch)
+        old = self.epoch - _KEPT
+        for rank in self.read_text(f"{old}/who").split():
+            self.delete(f"{old}/report/{rank}")
+        self.delete(f"{old}/who")
+        self.delete(f"{old}/decision")
+
+    def decision(self, epoch: int) -> Decision | None:
+        text = self.read_text(f"{epoch}/decision")
+        return msgspec.msgpack.decode(bytes.fromhex(text), type=Decision) if text else None
+
+    def newest(self) -> int:
+        return int(self.read_text("newest") or 0)
+
+    def announce(self, epoch: int) -> None:
+        """Never lets the number fall: who wakes from an old epoch cannot bring it back."""
+        while True:
+            text = self.read_text("newest")
+            if int(text or 0) >= epoch or self.swap("newest", text, str(epoch)):
+                return
+
+    def read_text(self, key: str) -> str:
+        """Without waiting, as `get` would for a missing key; "" if it is missing."""
+        value: bytes = self.store.compare_set(_key(key), _NOTHING, _NOTHING)
+        text = value.decode()
+        return "" if text == _NOTHING else text
+
+    def write(self, key: str, value: Report) -> None:
+        self.store.set(_key(key), msgspec.msgpack.encode(value).hex())
+
+    def swap(self, key: str, old: str, new: str) -> bool:
+        return bool(self.store.compare_set(_key(key), old, new) == new.encode())
+
+    def delete(self, key: str) -> None:
+        if self.read_text(key):
+            self.store.delete_key(_key(key))
+
+
+def _key(name: str) -> str:
+    return f"flexpert/agree/{name}"
