@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import flexpert
+from flexpert.cli import plan
 from flexpert.cli.scale import ScaleCommand
 from flexpert.cli.settings import with_settings
 from flexpert.config import Config
@@ -261,6 +262,16 @@ def demo(
         clients=clients, requests=requests, max_tokens=max_tokens, duration_s=duration, many=many
     )
     raise typer.Exit(run_demo(plan, console=_console(stderr=json_), as_json=json_))
+
+
+app.command(
+    "plan",
+    epilog=_examples(
+        "flexpert plan examples/plans/rejoin.json",
+        "flexpert plan examples/plans/rejoin.json --kill sigstop --at combine-wait",
+        "flexpert plan --random 20 --seed 7 --channel nixl",
+    ),
+)(plan.plan)
 
 
 @bench.command(

@@ -98,8 +98,8 @@ def agree(
         joining: this rank is in no view yet; it waits for one that has it. Members take newcomers
             in whenever they agree on an epoch.
         timeout_s: limit of the whole call, seconds.
-        patience_s: how long a member may be silent before it is left out, and how long the one whose
-            turn it is may take to decide. More than the ranks' calls lie apart.
+        patience_s: how long a member may be silent before it is left out, and how long the one
+            whose turn it is may take to decide. More than the ranks' calls lie apart.
         life: tells processes with one id apart; default: a random number of this process.
 
     Returns: a view of a later epoch that has this rank.
@@ -116,6 +116,13 @@ def agree(
         return call.run(timeout_s, patience_s)
     except RuntimeError as error:  # torch's DistStoreError and its kin
         raise CommError(f"the store that ranks agree through does not answer: {error}") from error
+
+
+def asked(store: Store, view: View) -> bool:
+    """Whether some rank wants an epoch after this one. A rank that still waits for others in the
+    old one should stop (`Buffer.interrupt`) and call `agree`, too."""
+    call = _Call(store, -1, view, Report(b""), joining=True)
+    return call.newest() > view.epoch or bool(call.read_text(f"{view.epoch + 1}/who"))
 
 
 class _Call:

@@ -88,6 +88,7 @@ _SLICE_NS = 100_000_000  # back to Python this often, so that it can act on sign
 _POLL_FIRST_NS, _POLL_MOST_NS = 50_000, 1_000_000  # while a peer behind NIXL is waited for
 _PROBE_S = 0.01
 _NAP_S = 0.00005
+_LATE = 8  # a share of the time limit that may go into sending on
 
 # as in kernels.c
 _OK, _TIMEOUT, _INTERRUPTED, _AGAIN, _RUNG, _LOST = range(6)
@@ -902,7 +903,7 @@ class HostBuffer(Buffer):
                 self._open_places()
             if how == _OK:
                 if remote:
-                    self._send_on(deadline_ns)
+                    self._send_on(time.monotonic_ns() + _limit_ns(limit_s / _LATE))
                 return tuple(sorted(masked))
             if how == _INTERRUPTED:
                 raise self._interrupted(_PHASES[what])
@@ -917,7 +918,8 @@ class HostBuffer(Buffer):
     def _send_on(self, deadline_ns: int) -> None:
         """Until what was sent over NIXL has left: nobody may drive it once this call is over.
 
-        No two ranks wait for each other here: who is done has all that was sent to it.
+        No two ranks wait for each other here: who is done has all that was sent to it. A stopped
+        peer must not make this rank so late that the others take it for stopped, too.
         """
         links = [link for link in self._installed.values() if isinstance(link, NixlLink)]
         while any(not self._gone(link.peer) and link.is_sending() for link in links):

@@ -274,12 +274,10 @@ class Endpoint:
                 return
             for link in self._links.values():
                 link._inbox.forsake()
-            for remote in self._remotes.values():
-                self._release(remote.empty)
-                remote.empty = None  # it refers to the agent, and links refer to it
+            for remote in list(self._remotes.values()):
+                self._remove_remote(remote)
             self._links.clear()
             self._ripe.clear()
-            self._remotes.clear()
             self._agent = None  # nothing refers to it any more: it ends here
             for regions in self._free.values():
                 for region in regions:
@@ -315,6 +313,7 @@ class Endpoint:
     def _remove_remote(self, remote: _Remote) -> None:
         del self._remotes[remote.name]
         self._release(remote.empty)
+        remote.empty = None  # links refer to it, and it would keep the agent from ending
         with contextlib.suppress(*self._errors):
             self._agent.remove_remote_agent(remote.name)
 
@@ -444,12 +443,16 @@ class Link:
             theirs = self._require_open()
             words = self._words(_DATA, message)
             part = (offset, size)
+            transfer = self._idle.pop(part, None)
             try:
-                transfer = self._idle.pop(part, None) or self._endpoint._transfer(
-                    self.outbox + offset, theirs.at + offset, size, self.peer
-                )
+                if transfer is None:
+                    transfer = self._endpoint._transfer(
+                        self.outbox + offset, theirs.at + offset, size, self.peer
+                    )
                 state = self._endpoint._agent.transfer(transfer, words)
             except self._endpoint._errors as error:
+                if transfer is not None:
+                    self._endpoint._release(transfer)
                 raise self._break(error) from error
             if state == "DONE":
                 self._keep(part, transfer)

@@ -1,0 +1,103 @@
+"""What every exchange must give, from seeds alone, in float64, without a line of flexpert.comm."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    tokens: int
+    hidden: int
+    topk: int
+    experts_per_rank: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What one rank sends: x [tokens, hidden], experts [tokens, topk], weights [tokens, topk]."""
+
+    x: torch.Tensor
+    experts: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+
+def inputs(sizes: Sizes, ranks: Collection[int], key: tuple[int, ...]) -> Inputs:
+    """`key`: seed, phase, exchange, rank. Experts are those of `ranks`; some choices are -1, and
+    some ranks have few tokens or none."""
+    draw = np.random.default_rng(key)
+    tokens = sizes.tokens if draw.random() < 0.5 else int(draw.integers(0, sizes.tokens + 1))
+    first = np.array(sorted(ranks), np.int64) * sizes.experts_per_rank
+    owned: NDArray[np.int64] = (first[:, None] + np.arange(sizes.experts_per_rank)).ravel()
+    experts = owned[draw.integers(0, len(owned), (tokens, sizes.topk))]
+    experts[draw.random(experts.shape) < 0.1] = -1
+    values = draw.standard_normal((tokens, sizes.hidden), dtype=np.float32)
+    x = torch.from_numpy(values).to(sizes.dtype)
+    return Inputs(x, experts, draw.random(experts.shape, dtype=np.float32))
+
+
+def factor(expert: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What an expert multiplies its rows with; exact in every dtype."""
+    return 1.0 + (expert % 4) / 4.0
+
+
+def check_received(
+    sizes: Sizes,
+    rank: int,
+    sent: Mapping[int, Inputs],
+    offsets: torch.Tensor,
+    source: torch.Tensor,
+    token: torch.Tensor,
+    x: torch.Tensor,
+    tolerance: float,
+) -> str:
+    """ "" or what is wrong with the rows that the ranks in `sent` brought to `rank`."""
+    at = 0
+    for slot in range(sizes.experts_per_rank):
+        expert = rank * sizes.experts_per_rank + slot
+        for home in sorted(sent):
+            for index, choices in enumerate(sent[home].experts):
+                for _ in range(int((choices == expert).sum())):
+                    if at >= len(source) or (int(source[at]), int(token[at])) != (home, index):
+                        return f"row {at} of expert {expert} should be token {index} of rank {home}"
+                    error = (x[at].double() - sent[home].x[index].double()).abs()
+                    if (error > tolerance * sent[home].x[index].double().abs().max()).any():
+                        return f"token {index} of rank {home} arrived changed at expert {expert}"
+                    at += 1
+        if int(offsets[slot + 1]) != at:
+            return f"{int(offsets[slot + 1])} rows up to expert {expert}, expected {at}"
+    return "" if at == len(source) else f"{len(source)} rows, expected {at}"
+
+
+def check_combined(
+    sizes: Sizes,
+    own: Inputs,
+    up: Collection[int],
+    out: torch.Tensor,
+    lost: torch.Tensor | None,
+    lost_weight: torch.Tensor | None,
+    tolerance: float,
+) -> str:
+    """ "" or what is wrong with the sums of `own`, when only the owners in `up` have answered."""
+    owner = own.experts // sizes.experts_per_rank
+    there = (own.experts >= 0) & np.isin(owner, sorted(up))
+    gone = (own.experts >= 0) & ~there
+    told = np.zeros(gone.shape, bool) if lost is None else lost.numpy()
+    if not np.array_equal(gone, told):
+        return "the loss that was reported is not the loss that happened"
+    weights = own.weights.astype(np.float64)
+    if lost_weight is not None and not np.allclose(lost_weight.numpy(), (weights * gone).sum(1)):
+        return "the lost weight is wrong"
+    sums = (weights * there * factor(own.experts)).sum(1)
+    expected = torch.from_numpy(sums)[:, None] * own.x.double()
+    scale = torch.from_numpy((weights * there * factor(own.experts)).sum(1))[:, None] + 1e-3
+    bound = tolerance * scale * own.x.double().abs().amax(1, keepdim=True)
+    if own.x.shape[0] and ((out.double() - expected).abs() > bound).any():
+        return "a combined result is wrong"
+    return ""

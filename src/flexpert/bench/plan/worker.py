@@ -1,0 +1,303 @@
+"""One rank of a plan: a process that knows nothing of flexpert but flexpert.comm."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from flexpert.bench.plan import oracle
+from flexpert.comm import (
+    Buffer,
+    BufferSpec,
+    CommError,
+    Evicted,
+    ExpertTable,
+    Interrupted,
+    Received,
+    make_buffer,
+)
+from flexpert.comm.agree import View, agree, asked
+from flexpert.comm.buffer import Channel, Scales
+
+Point = Literal["dispatch-send", "dispatch-wait", "combine-send", "combine-wait", "random"]
+SIGNALS = {"sigkill": signal.SIGKILL, "sigstop": signal.SIGSTOP, "sigterm": signal.SIGTERM}
+POINTS: tuple[Point, ...] = ("dispatch-send", "dispatch-wait", "combine-send", "combine-wait")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """The same for all ranks of a run."""
+
+    sizes: oracle.Sizes
+    capacity: int
+    channel: Channel
+    fp8: Scales | None
+    exchanges: int
+    timeout_s: float
+    connect_s: float
+    seed: int
+    port: int
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a rank saw in a phase. Times in seconds; `detected` on the monotonic clock."""
+
+    epoch: int
+    active: tuple[int, ...]
+    errors: list[str] = field(default_factory=list)
+    exchanges: int = 0
+    latencies: list[float] = field(default_factory=list)  # dispatch + combine, without the experts
+    detected: float = 0.0
+    agree_s: float = 0.0
+    commit_s: float = 0.0
+    bytes_sent: int = 0
+    bytes_undeduplicated: int = 0
+    evicted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One phase, for one rank. kill: signal to raise on itself at `point` of exchange `at`."""
+
+    phase: int
+    view: View
+    kill: int = 0
+    point: Point = "random"
+    at: int = -1
+
+
+def serve(rank: int, setup: Setup, pipe: Connection) -> None:
+    """The life of a rank: commands come over the pipe, each is answered."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner ends it
+    sizes = setup.sizes
+    store = dist.TCPStore("127.0.0.1", setup.port, is_master=False)  # type: ignore[attr-defined]
+    spec = BufferSpec(setup.capacity, sizes.tokens, sizes.hidden, sizes.topk, sizes.dtype)
+    buffer = make_buffer(
+        rank,
+        spec,
+        store=store,
+        on_timeout="mask",
+        timeout_s=setup.timeout_s,
+        channel=setup.channel,
+    )
+    pipe.send(("ready", None))
+    try:
+        while True:
+            name, argument = pipe.recv()
+            began = time.monotonic()
+            try:
+                if name == "connect":
+                    buffer.connect(argument, timeout_s=setup.connect_s)
+                    pipe.send(("done", time.monotonic() - began))
+                elif name == "disconnect":
+                    buffer.disconnect(argument)
+                    pipe.send(("done", time.monotonic() - began))
+                else:
+                    pipe.send(("done", Run(buffer, setup, store, argument, pipe).phase()))
+            except CommError as error:
+                pipe.send(("failed", f"{type(error).__name__}: {error}"))
+    except (EOFError, BrokenPipeError):
+        pass
+    finally:
+        buffer.close()
+
+
+class Run:
+    """One phase on one rank."""
+
+    def __init__(
+        self, buffer: Buffer, setup: Setup, store: Any, task: Task, pipe: Connection
+    ) -> None:
+        self.buffer = buffer
+        self.setup = setup
+        self.store = store
+        self.ear = store.clone()
+        self.task = task
+        self.pipe = pipe
+        self.view = task.view
+        self.outcome = Outcome(task.view.epoch, task.view.ranks)
+
+    def phase(self) -> Outcome:
+        outcome = self.outcome
+        sent = sum(self.buffer.statistics().bytes_sent.values())
+        self.begin(0)
+        number = 0
+        try:
+            while True:
+                with self.listening():
+                    # nobody leaves the phase while another still needs it
+                    last = number == self.setup.exchanges
+                    whole = self.meet() if last else self.exchange(number)
+                if not whole:
+                    number = self.recover(number)
+                elif last:
+                    break
+                else:
+                    number += 1
+        except Evicted as error:
+            outcome.evicted = True
+            outcome.errors.append(str(error))
+        outcome.epoch, outcome.active = self.view.epoch, self.buffer.active
+        outcome.bytes_sent = sum(self.buffer.statistics().bytes_sent.values()) - sent
+        return outcome
+
+    def begin(self, number: int) -> int:
+        """Enter the epoch of the view; returns the exchange to go on with, the same for all."""
+        began = time.monotonic()
+        self.buffer.set_active(self.view.ranks, self.view.epoch)
+        payload = number.to_bytes(4, "little")
+        votes = self.buffer.barrier(payload, timeout_s=self.setup.connect_s)
+        self.outcome.commit_s = time.monotonic() - began
+        return min(int.from_bytes(vote, "little") for vote in votes.values())
+
+    def meet(self) -> bool:
+        try:
+            votes = self.buffer.barrier(b"end", timeout_s=self.setup.timeout_s)
+        except Interrupted:
+            return False
+        return set(votes) == set(self.view.ranks)
+
+    def recover(self, number: int) -> int:
+        """Somebody is lost: agree with the others who is left, and go on together."""
+        outcome = self.outcome
+        if not outcome.detected:
+            outcome.detected = time.monotonic()
+        suspects = set(self.view.ranks) - set(self.buffer.active)
+        began = time.monotonic()
+        self.view = agree(
+            self.store,
+            self.buffer.rank,
+            self.view,
+            suspects=suspects,
+            timeout_s=self.setup.connect_s,
+            patience_s=2 * self.setup.timeout_s,
+        )
+        outcome.agree_s = time.monotonic() - began
+        return self.begin(number)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Stop waiting in the old epoch when another rank asks for a new one."""
+        ended = threading.Event()
+
+        def listen() -> None:
+            while not ended.wait(0.02):
+                if asked(self.ear, self.view):
+                    self.buffer.interrupt()
+                    return
+
+        thread = threading.Thread(target=listen, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def exchange(self, number: int) -> bool:
+        """One exchange, checked; False if it was not whole."""
+        try:
+            return self._exchange(number)
+        except Interrupted:
+            return False
+
+    def _exchange(self, number: int) -> bool:
+        buffer, sizes, task = self.buffer, self.setup.sizes, self.task
+        ranks = self.view.ranks
+        key = (self.setup.seed, task.phase, number)
+        sent = {rank: oracle.inputs(sizes, ranks, (*key, rank)) for rank in ranks}
+        own = sent[buffer.rank]
+        experts = self.setup.capacity * sizes.experts_per_rank
+        index = torch.arange(experts, dtype=torch.int32)
+        table = ExpertTable(
+            index // sizes.experts_per_rank, index % sizes.experts_per_rank, sizes.experts_per_rank
+        )
+        began = time.monotonic()
+        self.maybe_die("dispatch-send", number)
+        hook = buffer.begin_dispatch(
+            own.x,
+            torch.from_numpy(own.experts),
+            torch.from_numpy(own.weights),
+            table,
+            fp8=self.setup.fp8,
+        )
+        self.maybe_die("dispatch-wait", number)
+        received = hook()
+        took = time.monotonic() - began
+        self.noticed(received.masked)
+        x = self.values(received).clone()
+        self.maybe_die("combine-send", number)
+        slots = torch.arange(sizes.experts_per_rank).repeat_interleave(received.offsets.diff())
+        scale = torch.from_numpy(
+            oracle.factor((buffer.rank * sizes.experts_per_rank + slots).numpy())
+        )
+        y = buffer.combine_input(received)
+        y.copy_(x.double() * scale[:, None])
+        began = time.monotonic()
+        finish = buffer.begin_combine(y, received, reduce="home" if number % 2 else "rank")
+        self.maybe_die("combine-wait", number)
+        out = finish()
+        self.outcome.latencies.append(took + time.monotonic() - began)
+        self.noticed(set(ranks) - set(buffer.active))
+        sources = {rank: sent[rank] for rank in ranks if rank not in received.masked}
+        self.check(number, received, x, sources, own, out)
+        self.outcome.exchanges += 1
+        return set(buffer.active) == set(ranks)
+
+    def values(self, received: Received) -> torch.Tensor:
+        from flexpert.comm.quant import dequantise
+
+        if received.scales is None:
+            return received.x
+        return dequantise(received.x, received.scales, self.setup.sizes.dtype)
+
+    def check(
+        self,
+        number: int,
+        received: Received,
+        x: torch.Tensor,
+        sources: dict[int, oracle.Inputs],
+        own: oracle.Inputs,
+        out: torch.Tensor,
+    ) -> None:
+        sizes, rank = self.setup.sizes, self.buffer.rank
+        loss = self.buffer.loss(received)
+        rounding = float(torch.finfo(sizes.dtype).eps)
+        wire = 1 / 14 if self.setup.fp8 else 0.0
+        wrong = oracle.check_received(
+            sizes, rank, sources, received.offsets, received.source, received.token, x, wire
+        ) or oracle.check_combined(
+            sizes,
+            own,
+            self.buffer.active,
+            out,
+            None if loss is None else loss.choices,
+            None if loss is None else loss.weight,
+            wire + (sizes.topk + 3) * rounding,
+        )
+        if wrong:
+            self.outcome.errors.append(f"exchange {number}: {wrong}")
+        remote = (own.experts >= 0) & (own.experts // sizes.experts_per_rank != rank)
+        self.outcome.bytes_undeduplicated += 2 * int(remote.sum()) * out.shape[1] * out.itemsize
+
+    def noticed(self, masked: Any) -> None:
+        if masked and not self.outcome.detected:
+            self.outcome.detected = time.monotonic()
+
+    def maybe_die(self, point: Point, number: int) -> None:
+        task = self.task
+        if task.kill and task.point == point and number == task.at:
+            self.pipe.send(("dying", time.monotonic()))
+            os.kill(os.getpid(), task.kill)
