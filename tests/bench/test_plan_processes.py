@@ -24,7 +24,7 @@ PLAN = parse([[0, 2], [0, 1, 2, 3], [0, 1, -2, 3], [0, 2, 3], [2]])
 
 
 def passes(plan: list[Phase], **options: object) -> list[runner.PhaseResult]:
-    given = runner.Options(SIZES, exchanges=5, timeout_s=0.5, **options)  # type: ignore[arg-type]
+    given = runner.Options(SIZES, exchanges=5, timeout_s=2.0, **options)  # type: ignore[arg-type]
     results = runner.run(plan, given, lambda _: None)
     assert [result.errors for result in results] == [[] for _ in plan]
     return results
