@@ -73,7 +73,7 @@ def test_what_a_rank_finds_wrong_fails_the_phase() -> None:
 def test_the_command(tmp_path: Path) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "out.json"
     plan.write_text("[[0, 1], [0, -1], [0, 1]]")
-    small = ["--tokens", "8", "--hidden", "128", "--exchanges", "3", "--timeout", "0.5"]
+    small = ["--tokens", "8", "--hidden", "128", "--exchanges", "3"]
     shown = CliRunner().invoke(app, ["plan", str(plan), *small, "--json", str(out)])
     assert shown.exit_code == 0, shown.output
     assert "PASS" in shown.output

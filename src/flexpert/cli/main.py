@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import flexpert
-from flexpert.cli import plan
+from flexpert.cli import bench_comm, plan
 from flexpert.cli.scale import ScaleCommand
 from flexpert.cli.settings import with_settings
 from flexpert.config import Config
@@ -272,6 +272,9 @@ app.command(
         "flexpert plan --random 20 --seed 7 --channel nixl",
     ),
 )(plan.plan)
+
+
+bench.command("comm", epilog=_examples(*bench_comm.EXAMPLES))(bench_comm.bench_comm)
 
 
 @bench.command(

@@ -1,0 +1,124 @@
+"""`flexpert bench comm`: our exchange beside its rivals."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flexpert.errors import ConfigError, FlexpertError
+
+EXAMPLES = (
+    "flexpert bench comm",
+    "flexpert bench comm --tokens 1,8,32,128,512 --plot latency.png --json latency.json",
+    "flexpert bench comm --ranks 2 --rivals gloo,memcpy --repeat 30",
+    "flexpert bench comm --channel nixl --seconds 20",
+)
+
+
+def bench_comm(
+    ranks: Annotated[int, typer.Option(min=1, max=256, help="Rank processes.")] = 4,
+    tokens: Annotated[
+        str, typer.Option(metavar="N[,N…]", help="Of each rank in one exchange.")
+    ] = "128",
+    hidden: Annotated[int, typer.Option(min=16, help="Elements of a row.")] = 7168,
+    topk: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 8,
+    experts: Annotated[int, typer.Option(min=1, help="Of all ranks together.")] = 32,
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option()] = "bfloat16",
+    fp8: Annotated[
+        Literal["auto", "none", "float32", "power2", "ue8m0"],
+        typer.Option(help="Scales of the fp8 row; auto: float32 where --hidden allows it."),
+    ] = "auto",
+    channel: Annotated[Literal["shm", "nixl"], typer.Option(help="Of flexpert's rows.")] = "shm",
+    repeat: Annotated[int, typer.Option(min=1, help="Exchanges of each contender.")] = 100,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="Instead: as many as fit, for each --tokens.")
+    ] = None,
+    rivals: Annotated[
+        str, typer.Option(metavar="NAME[,NAME…]", help="Any of gloo, allgather, nixl, memcpy.")
+    ] = "gloo,allgather,nixl,memcpy",
+    threads: Annotated[int, typer.Option(min=1, help="Of torch in each rank.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of data and routing.")] = 0,
+    json_: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="All figures.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Latency over tokens, .png or .svg.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds a rank waits for another.")] = 30,
+) -> None:
+    """Measure dispatch and combine beside gloo, NIXL and memcpy.
+
+    The same ranks, routing and data for all; each is checked against a float64 oracle first.
+    Exit status 1 if one computes something else.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from flexpert.bench.comm.contender import RIVALS
+    from flexpert.bench.comm.plot import check_plot, draw
+    from flexpert.bench.comm.ranks import Settings
+    from flexpert.bench.comm.report import comm_text
+    from flexpert.bench.comm.run import run_comm
+    from flexpert.bench.comm.workload import Workload
+    from flexpert.comm import quant
+    from flexpert.comm.buffer import Scales
+
+    names = [name for name in rivals.split(",") if name]
+    if unknown := sorted(set(names) - set(RIVALS)):
+        raise ConfigError(f"--rivals {','.join(unknown)}: there are {', '.join(RIVALS)}")
+    if hidden % 16:
+        raise ConfigError(f"--hidden {hidden}: must be a multiple of 16")
+    if topk > min(experts, 16):
+        raise ConfigError(f"--topk {topk}: at most 16, and at most --experts {experts}")
+    if fp8 == "auto":
+        fp8 = "float32" if hidden % quant.BLOCK == 0 else "none"
+    scales: Scales | None = None if fp8 == "none" else fp8
+    if scales is not None:
+        try:
+            quant.check(hidden, scales)
+        except ValueError as error:
+            raise ConfigError(f"--fp8 {fp8}: {error}") from None
+    if plot is not None:
+        check_plot(plot)
+    workloads = [
+        Workload(
+            ranks=ranks,
+            tokens=count,
+            hidden=hidden,
+            topk=topk,
+            experts=experts,
+            dtype=dtype,
+            seed=seed,
+        )
+        for count in _numbers(tokens)
+    ]
+    settings = Settings(channel, scales, threads, timeout)
+    console = Console(stderr=True)
+    with console.status("") as status:
+        report = run_comm(
+            workloads, settings, names, repeat=repeat, seconds=seconds, note=status.update
+        )
+    Console(file=sys.stdout).print(comm_text(report))
+    if json_ is not None:
+        try:
+            json_.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+        except OSError as error:
+            raise FlexpertError(f"cannot write {json_}: {error.strerror}") from None
+    if plot is not None:
+        draw(report, plot)
+    if not report.correct:
+        raise typer.Exit(1)
+
+
+def _numbers(text: str) -> list[int]:
+    """Raises: ConfigError"""
+    try:
+        values = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        values = []
+    if not values or values[0] < 1:
+        raise ConfigError(f"--tokens {text}: positive numbers, with commas between them")
+    return values

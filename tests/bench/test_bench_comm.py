@@ -1,0 +1,95 @@
+"""`flexpert bench comm` at tiny sizes: every contender is right, and what is wrong is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from flexpert.bench.comm import ranks as rank_module
+from flexpert.bench.comm.contender import KINDS, RIVALS
+from flexpert.bench.comm.ranks import RankFailed, Ranks, Settings
+from flexpert.bench.comm.run import Report, run_comm
+from flexpert.bench.comm.workload import (
+    Workload,
+    deduplicated_rows,
+    expert_table,
+    make_input,
+)
+from flexpert.cli.bench_comm import bench_comm
+from flexpert.errors import ConfigError
+
+SETTINGS = Settings("shm", "float32", 1, 30.0)
+
+
+def work_of(tokens: int, ranks: int = 3, dtype: str = "bfloat16") -> Workload:
+    return Workload(ranks=ranks, tokens=tokens, hidden=256, topk=3, experts=7, dtype=dtype, seed=1)
+
+
+def test_every_contender_agrees_with_the_oracle() -> None:
+    notes: list[str] = []
+    report = run_comm([work_of(5), work_of(1)], SETTINGS, RIVALS, repeat=3, note=notes.append)
+    assert report.correct
+    assert [len(point.results) for point in report.points] == [len(KINDS)] * 2
+    for point in report.points:
+        for result in point.results:
+            if result.skipped is not None:
+                assert result.contender.startswith("NIXL")
+                continue
+            assert result.exchanges == 3
+            assert result.total_us is not None
+            assert result.total_us.p10 <= result.total_us.p50 <= result.total_us.p90
+    assert any("checking" in line for line in notes)
+    assert msgspec.json.decode(msgspec.json.encode(report), type=Report) == report
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_dtypes(dtype: str) -> None:
+    work = work_of(4, ranks=2, dtype=dtype)
+    report = run_comm([work], SETTINGS, ("gloo", "allgather"), repeat=1, note=lambda _: None)
+    assert report.correct
+    assert all(result.skipped is None for result in report.points[0].results)
+
+
+def test_a_rank_that_fails_is_named_and_none_is_left() -> None:
+    with Ranks(2, SETTINGS) as ranks:
+        processes = list(ranks._processes)
+        with pytest.raises(RankFailed, match="rank 0 failed in measure"):
+            ranks.all("measure", "no such contender", 0, 1, 0)
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_wrong_rows_and_sums_are_found() -> None:
+    rows = torch.randn(4, 256).bfloat16()
+    assert not rank_module._wrong_rows(rows, rows, exact=True)
+    assert rank_module._wrong_rows(rows.roll(1, 0), rows, exact=True)
+    assert rank_module._wrong_rows(rows.roll(1, 0), rows, exact=False)
+    wanted = rows.double()
+    assert not rank_module._wrong_result(rows, wanted, wanted.abs())
+    assert rank_module._wrong_result(rows.roll(1, 0), wanted, wanted.abs())
+
+
+def test_deduplicated_rows_counts_a_token_once_a_rank() -> None:
+    work = work_of(6)
+    owners = expert_table(work).rank[make_input(work, 1, 0).expert_ids]
+    wanted = [sum(rank in row and rank != 1 for row in owners.tolist()) for rank in range(3)]
+    assert deduplicated_rows(work, 1, 0).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"rivals": "gloo,mpi"}, "mpi"),
+        ({"tokens": "8,x"}, "--tokens"),
+        ({"tokens": "0"}, "--tokens"),
+        ({"hidden": 100}, "--hidden"),
+        ({"topk": 9, "experts": 8}, "--topk"),
+        ({"fp8": "ue8m0", "hidden": 128}, "--fp8"),
+        ({"plot": Path("picture.pdf")}, "--plot"),
+    ],
+)
+def test_bad_flags_are_named(flags: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        bench_comm(**flags)  # type: ignore[arg-type]
