@@ -49,15 +49,32 @@ def test_who_is_not_party_to_any_suspicion_stays(reports: dict[int, Report]) -> 
     assert set(reports) - parties <= set(accepted(reports))
 
 
-def test_the_one_with_more_accusers_goes_and_of_two_equals_the_higher() -> None:
-    def said(**suspects: tuple[int, ...]) -> dict[int, Report]:
-        return {int(rank[1:]): Report(b"", who) for rank, who in suspects.items()}
+def said(**suspects: tuple[int, ...]) -> dict[int, Report]:
+    return {int(rank[1:]): Report(b"", who) for rank, who in suspects.items()}
 
+
+def test_the_one_with_more_accusers_goes_and_of_two_equals_the_higher() -> None:
     assert accepted(said(r0=(1,), r1=(0,))) == (0,)
     assert accepted(said(r0=(1,), r1=())) == (0,)
     assert accepted(said(r0=(), r1=(0,), r2=(0,))) == (1, 2)
     assert accepted(said(r0=(3,), r1=(3,), r3=(0, 1))) == (0, 1)
     assert awaited((0, 1, 2, 3), said(r0=(3,), r1=())) == (2,)
+
+
+@given(st.integers(0, 7), st.sets(st.integers(0, 7), min_size=3))
+def test_one_that_suspects_everybody_goes_itself(accuser: int, ids: set[int]) -> None:
+    everybody = ids | {accuser}
+    reports = {rank: Report(b"") for rank in everybody}
+    reports[accuser] = Report(b"", tuple(everybody - {accuser}))
+    assert accepted(reports) == tuple(sorted(everybody - {accuser}))
+
+
+def test_a_minority_hears_those_it_suspects_before_it_decides() -> None:
+    assert awaited((0, 1, 2), said(r0=(1, 2))) == (1, 2)
+    assert awaited((0, 1, 2), said(r0=(1, 2), r1=(0,))) == (2,)  # at odds: neither is most
+    assert awaited((0, 1, 2), said(r0=(2,), r1=(2,))) == ()
+    assert awaited((0, 1), said(r0=(1,))) == ()  # of two halves the one with the lowest
+    assert awaited((0, 1), said(r1=(0,))) == (0,)
 
 
 # ---- threads over a store -----------------------------------------------------------------------
@@ -126,6 +143,17 @@ def test_two_that_suspect_each_other_end_in_one_view(group: Group) -> None:
     assert calls[0].result(LIMIT_S) == View(5, (0,))
     with pytest.raises(Evicted, match="rank 1 was evicted: epoch 5 is rank 0"):
         calls[1].result(LIMIT_S)
+
+
+def test_one_that_was_stopped_and_suspects_everybody_evicts_only_itself(group: Group) -> None:
+    view = View(0, (0, 1, 2))
+    woken = group.ask(0, view, (1, 2), patience_s=1.0)
+    time.sleep(0.2)  # it is alone with its view of things
+    assert not woken.done()
+    others = [group.ask(rank, view, (0,), patience_s=1.0) for rank in (1, 2)]
+    assert [call.result(LIMIT_S) for call in others] == [View(1, (1, 2))] * 2
+    with pytest.raises(Evicted, match="rank 0 was evicted: epoch 1 is rank 1, 2"):
+        woken.result(LIMIT_S)
 
 
 def test_a_newcomer_is_in_the_next_view_and_its_id_is_not_that_of_the_old_process(

@@ -2,9 +2,9 @@
 
 For each epoch there is one decision, written by compare-and-set, so that there can be no second.
 Who wants a new epoch leaves a report; the lowest member whom nobody has voted out decides when all
-members have reported or are suspected, or have been silent for too long. If that one is silent
-itself, the next lowest does. Nobody waits for anybody in particular, and a rank that nobody heard
-from is in no view.
+members have reported, or those that have not are suspected by most, or were silent for too long. If
+that one is silent itself, the next lowest does. Nobody waits for anybody in particular, and a rank
+that nobody heard from is in no view.
 
 A rank is known by its id and its *life*, a number of the process: one that was stopped, and wakes
 when its id belongs to another, finds another life in the decision and learns that it was evicted.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from flexpert.comm.bounded import BoundedStore
 from flexpert.comm.errors import CommError, Evicted, RankTimeout
 
 if TYPE_CHECKING:
@@ -51,25 +52,41 @@ Decision = dict[int, bytes]  # id → life
 
 
 def accepted(reports: Mapping[int, Report]) -> tuple[int, ...]:
-    """Who of those that reported stays. Of two that suspect each other, or one the other, the one
-    with more accusers goes; of equals the higher id. Nobody who stays suspects one who stays."""
+    """Who of those that reported stays: nobody who stays suspects one who stays.
+
+    Two of which one suspects the other are at odds. The rank at odds with most goes first, whoever
+    accuses whom: one that suspects everybody has most likely lost its own link, or was stopped. Of
+    equals the one with more accusers goes, then the higher id.
+    """
     staying = set(reports)
     while True:
         accusers = {
             rank: {a for a in staying if rank in reports[a].suspects and a != rank}
             for rank in staying
         }
-        accused = [rank for rank in staying if accusers[rank]]
-        if not accused:
+        odds = {
+            rank: accusers[rank] | {b for b in staying if rank in accusers[b]} for rank in staying
+        }
+        worst = max(staying, key=lambda rank: (len(odds[rank]), len(accusers[rank]), rank))
+        if not odds[worst]:
             return tuple(sorted(staying))
-        parties = {party for rank in accused for party in (rank, *accusers[rank])}
-        staying.remove(max(parties, key=lambda rank: (len(accusers[rank]), rank)))
+        staying.remove(worst)
 
 
 def awaited(members: Iterable[int], reports: Mapping[int, Report]) -> tuple[int, ...]:
-    """Members that have not reported, and that nobody suspects."""
-    suspected = {rank for report in reports.values() for rank in report.suspects}
-    return tuple(sorted(set(members) - set(reports) - suspected))
+    """Members that have not reported, but for those that are suspected by most members.
+
+    A suspicion makes an end of waiting only if those who stay are more than half of the members,
+    or half with the lowest: a rank that was stopped suspects everybody when it wakes, and must
+    hear them before it decides.
+    """
+    members = set(members)
+    staying = members & set(accepted(reports)) if reports else set()
+    silent = members - set(reports)
+    most = 2 * len(staying) + (min(members, default=None) in staying) > len(members)
+    if most:
+        silent -= {rank for at in staying for rank in reports[at].suspects}
+    return tuple(sorted(silent))
 
 
 def agree(
@@ -90,7 +107,7 @@ def agree(
     `buffer.set_active(view.ranks, view.epoch)` and `buffer.barrier(...)`, then run the step again.
 
     Args:
-        store: the same for all ranks of the group; nothing here blocks in it.
+        store: the same for all ranks of the group. Its own timeout does not matter.
         rank: the own id.
         view: the epoch this rank is in, as `agree` returned it; at first all that began together.
             For a newcomer the ranks do not matter.
@@ -98,7 +115,8 @@ def agree(
         joining: this rank is in no view yet; it waits for one that has it. Members take newcomers
             in whenever they agree on an epoch.
         timeout_s: limit of the whole call, seconds.
-        patience_s: how long a member may be silent before it is left out, and how long the one
+        patience_s: how long a member may be silent before it is left out (one that most suspect is
+            not waited for), and how long the one
             whose turn it is may take to decide. More than the ranks' calls lie apart.
         life: tells processes with one id apart; default: a random number of this process.
 
@@ -107,26 +125,31 @@ def agree(
     Raises:
         Evicted: a later epoch was agreed without this rank.
         RankTimeout: no decision within the limit ("agree"); it names who was waited for.
-        CommError: the store is gone.
+        CommError: the store is gone, or gave no answer within the limit and a second more.
     """
+    report = Report(life or _LIFE, tuple(sorted(set(suspects))))
     try:
-        call = _Call(
-            store, rank, view, Report(life or _LIFE, tuple(sorted(set(suspects)))), joining
-        )
-        return call.run(timeout_s, patience_s)
+        with BoundedStore(store, timeout_s) as bounded:
+            return _Call(bounded, rank, view, report, joining).run(timeout_s, patience_s)
     except RuntimeError as error:  # torch's DistStoreError and its kin
         raise CommError(f"the store that ranks agree through does not answer: {error}") from error
 
 
 def asked(store: Store, view: View) -> bool:
     """Whether some rank wants an epoch after this one. A rank that still waits for others in the
-    old one should stop (`Buffer.interrupt`) and call `agree`, too."""
-    call = _Call(store, -1, view, Report(b""), joining=True)
-    return call.newest() > view.epoch or bool(call.read_text(f"{view.epoch + 1}/who"))
+    old one should stop (`Buffer.interrupt`) and call `agree`, too.
+
+    Raises: CommError: the store gave no answer for a second.
+    """
+    with BoundedStore(store, 0.0) as bounded:
+        call = _Call(bounded, -1, view, Report(b""), joining=True)
+        return call.newest() > view.epoch or bool(call.read_text(f"{view.epoch + 1}/who"))
 
 
 class _Call:
-    def __init__(self, store: Store, rank: int, view: View, report: Report, joining: bool) -> None:
+    def __init__(
+        self, store: BoundedStore, rank: int, view: View, report: Report, joining: bool
+    ) -> None:
         self.store = store
         self.rank = rank
         self.view = view
@@ -234,15 +257,14 @@ class _Call:
 
     def read_text(self, key: str) -> str:
         """Without waiting, as `get` would for a missing key; "" if it is missing."""
-        value: bytes = self.store.compare_set(_key(key), _NOTHING, _NOTHING)
-        text = value.decode()
+        text = self.store.compare_set(_key(key), _NOTHING, _NOTHING).decode()
         return "" if text == _NOTHING else text
 
     def write(self, key: str, value: Report) -> None:
         self.store.set(_key(key), msgspec.msgpack.encode(value).hex())
 
     def swap(self, key: str, old: str, new: str) -> bool:
-        return bool(self.store.compare_set(_key(key), old, new) == new.encode())
+        return self.store.compare_set(_key(key), old, new) == new.encode()
 
     def delete(self, key: str) -> None:
         if self.read_text(key):

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from flexpert.comm.bounded import BoundedStore
 from flexpert.comm.errors import CommError, PeerUnreachable, RankTimeout
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def meet(
     """Meet each of `peers`, who call this for `rank` in turn, at any time within the limit.
 
     Args:
-        store: the same for all; its own timeout does not matter, nothing here blocks in it.
+        store: the same for all; its own timeout does not matter.
         rank: the own id.
         peers: ids; several meetings go on at the same time, and none waits for another.
         host: see `Host`.
@@ -101,8 +102,22 @@ def meet(
     Raises:
         RankTimeout: some did not come ("connect"); those that did stay met.
         ValueError: a peer that can never be met; those met so far stay met.
-        CommError: the store is gone, or it was cancelled.
+        CommError: the store is gone, gave no answer within the limit and a second more, or it
+            was cancelled.
     """
+    with BoundedStore(store, timeout_s) as bounded:
+        return _meet(bounded, rank, peers, host, timeout_s, epoch, cancelled)
+
+
+def _meet(
+    store: BoundedStore,
+    rank: int,
+    peers: Iterable[int],
+    host: Host,
+    timeout_s: float,
+    epoch: int,
+    cancelled: Callable[[], bool],
+) -> tuple[int, ...]:
     deadline = time.monotonic() + timeout_s
     left = {peer: _Meeting(secrets.token_bytes(8)) for peer in sorted(set(peers) - {rank})}
     met: list[int] = []
@@ -140,7 +155,7 @@ def meet(
     return tuple(sorted(met))
 
 
-def _advance(store: Store, rank: int, peer: int, meeting: _Meeting, host: Host) -> bool:
+def _advance(store: BoundedStore, rank: int, peer: int, meeting: _Meeting, host: Host) -> bool:
     """Read the peer's offer and act on it; whether the two have met."""
     theirs = _read(store, peer, rank)
     if theirs is None or theirs.nonce == meeting.dead:
@@ -164,7 +179,7 @@ def _advance(store: Store, rank: int, peer: int, meeting: _Meeting, host: Host) 
     return True
 
 
-def _renew(store: Store, rank: int, peer: int, meeting: _Meeting) -> None:
+def _renew(store: BoundedStore, rank: int, peer: int, meeting: _Meeting) -> None:
     """The peer may have deleted this offer when it meant that of our predecessor."""
     if meeting.offer is not None and _read(store, rank, peer) is None:
         meeting.renewed = True
@@ -175,13 +190,13 @@ def _key(source: int, target: int) -> str:
     return f"flexpert/{source}>{target}"
 
 
-def _write(store: Store, rank: int, peer: int, meeting: _Meeting, offer: Offer) -> None:
+def _write(store: BoundedStore, rank: int, peer: int, meeting: _Meeting, offer: Offer) -> None:
     meeting.offer = offer
     # hex: stores compare text
     store.set(_key(rank, peer), msgspec.msgpack.encode(offer).hex())
 
 
-def _read(store: Store, source: int, target: int) -> Offer | None:
+def _read(store: BoundedStore, source: int, target: int) -> Offer | None:
     """Without waiting, as `get` would for a key that is not there or was just deleted."""
     value = store.compare_set(_key(source, target), _NOTHING, _NOTHING)
     if value == _NOTHING.encode():
