@@ -30,7 +30,8 @@ class _Gloo:
                 world_size=site.work.ranks,
                 timeout=timedelta(seconds=site.timeout_s),
             )
-        self._y = torch.empty((rows, site.work.hidden), dtype=site.work.torch_dtype)
+        # ones: what happens to lie in fresh memory may be denormal, and sums of that are slow
+        self._y = torch.ones((rows, site.work.hidden), dtype=site.work.torch_dtype)
         self._pairs = 0
 
     def _room(self, rows: int) -> torch.Tensor:

@@ -53,7 +53,7 @@ class NixlWrites:
         self._notes: dict[tuple[bytes, int, int], int] = {}
         self._flying: list[Any] = []
         most = work.ranks * work.tokens * min(work.topk, work.slots)
-        self._y = torch.empty((most, work.hidden), dtype=work.torch_dtype)
+        self._y = torch.ones((most, work.hidden), dtype=work.torch_dtype)
         self._back = torch.empty((work.ranks * work.tokens, work.hidden), dtype=work.torch_dtype)
         self._sequence = 0
 

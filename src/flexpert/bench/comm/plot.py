@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flexpert.bench.comm.contender import KINDS, MEMCPY, OURS
 from flexpert.bench.comm.run import Report
 from flexpert.errors import ConfigError, FlexpertError
 
 SUFFIXES = (".png", ".svg")
+
+# in the order of KINDS: ours blue, gloo red, all-gather orange, NIXL green, memcpy black
+_COLOURS = (
+    *("#08519c", "#6baed6", "#3182bd", "#756bb1"),
+    *("#a50f15", "#fb6a4a", "#d94801", "#fd8d3c"),
+    *("#006d2c", "#74c476", "#222222"),
+)
 
 
 def check_plot(path: Path) -> None:
@@ -18,7 +26,7 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "--plot needs matplotlib: pip install 'flexpert[bench]', or leave it out"
+            "--plot needs matplotlib: pip install matplotlib, or leave it out"
         ) from None
 
 
@@ -29,7 +37,7 @@ def draw(report: Report, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.add_subplot()
     lines: dict[str, list[tuple[int, float]]] = {}
     for point in report.points:
@@ -37,27 +45,33 @@ def draw(report: Report, path: Path) -> None:
             if result.total_us is not None:
                 spot = (point.workload.tokens, result.total_us.p50)
                 lines.setdefault(result.contender, []).append(spot)
-    for name, spots in sorted(lines.items(), key=lambda line: -line[1][-1][1]):
-        ours = name.startswith("flexpert")
+    every = sorted({point.workload.tokens for point in report.points})
+    ends: list[tuple[float, str, str]] = []
+    for name, spots in lines.items():
         tokens, totals = zip(*sorted(spots), strict=True)
-        axes.plot(
+        ours = name.startswith(OURS)
+        drawn = axes.plot(
             tokens,
             totals,
-            label=f"{name}: {totals[-1]:,.0f} µs",
+            color=_COLOURS[[kind.name for kind in KINDS].index(name)],
             marker="o",
-            linewidth=2.5 if ours else 1.3,
-            linestyle="--" if name == "memcpy" else "-",
+            markersize=5 if ours else 3.5,
+            linewidth=2.4 if ours else 1.3,
+            linestyle="--" if name == MEMCPY else "-",
         )
+        ends.append((totals[-1], f"{name}: {totals[-1]:,.0f} µs", str(drawn[0].get_color())))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    every = sorted({point.workload.tokens for point in report.points})
     axes.set_xticks(every, [str(tokens) for tokens in every])
     axes.set_xlabel("tokens of each rank")
     axes.set_ylabel("dispatch + combine, µs (median)")
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend(
-        title=f"at {every[-1]} tokens", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8
-    )
+    axes.spines[["top", "right"]].set_visible(False)
+    # names stand at the right in the order in which the lines end, so that they never overlap
+    for place, (_, text, colour) in enumerate(sorted(ends)):
+        height = (place + 0.5) / max(len(ends), 8)
+        axes.text(1.03, height, text, color=colour, transform=axes.transAxes, va="center")
+    axes.text(1.03, -0.04, f"at {every[-1]} tokens", transform=axes.transAxes, va="center")
     work = report.points[0].workload
     axes.set_title(
         f"{work.ranks} ranks, hidden {work.hidden}, top-{work.topk} of {work.experts} experts, "
