@@ -28,6 +28,20 @@ class Inputs:
     weights: NDArray[np.float32]
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a dispatch brought: offsets [slots + 1]; source, token, weights [rows].
+
+    x: [rows, hidden], perhaps after fp8.
+    """
+
+    offsets: torch.Tensor
+    source: torch.Tensor
+    token: torch.Tensor
+    weights: torch.Tensor
+    x: torch.Tensor
+
+
 def inputs(sizes: Sizes, ranks: Collection[int], key: tuple[int, ...]) -> Inputs:
     """`key`: seed, phase, exchange, rank. Experts are those of `ranks`; some choices are -1, and
     some ranks have few tokens or none."""
@@ -51,28 +65,27 @@ def check_received(
     sizes: Sizes,
     rank: int,
     sent: Mapping[int, Inputs],
-    offsets: torch.Tensor,
-    source: torch.Tensor,
-    token: torch.Tensor,
-    x: torch.Tensor,
+    rows: Rows,
     tolerance: float,
 ) -> str:
     """ "" or what is wrong with the rows that the ranks in `sent` brought to `rank`."""
-    at = 0
+    at, count = 0, len(rows.source)
     for slot in range(sizes.experts_per_rank):
         expert = rank * sizes.experts_per_rank + slot
         for home in sorted(sent):
             for index, choices in enumerate(sent[home].experts):
-                for _ in range(int((choices == expert).sum())):
-                    if at >= len(source) or (int(source[at]), int(token[at])) != (home, index):
+                for choice in np.flatnonzero(choices == expert):
+                    if at >= count or (int(rows.source[at]), int(rows.token[at])) != (home, index):
                         return f"row {at} of expert {expert} should be token {index} of rank {home}"
-                    error = (x[at].double() - sent[home].x[index].double()).abs()
+                    if float(rows.weights[at]) != float(sent[home].weights[index, choice]):
+                        return f"row {at} of expert {expert} has another router weight"
+                    error = (rows.x[at].double() - sent[home].x[index].double()).abs()
                     if (error > tolerance * sent[home].x[index].double().abs().max()).any():
                         return f"token {index} of rank {home} arrived changed at expert {expert}"
                     at += 1
-        if int(offsets[slot + 1]) != at:
-            return f"{int(offsets[slot + 1])} rows up to expert {expert}, expected {at}"
-    return "" if at == len(source) else f"{len(source)} rows, expected {at}"
+        if int(rows.offsets[slot + 1]) != at:
+            return f"{int(rows.offsets[slot + 1])} rows up to expert {expert}, expected {at}"
+    return "" if at == count else f"{count} rows, expected {at}"
 
 
 def check_combined(

@@ -31,6 +31,8 @@ def new_table(title: str) -> Table:
         caption="ms; detect: median, slowest; wire: bytes, of those without deduplication",
         caption_justify="left",
         box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for name in _COLUMNS:
         table.add_column(name, justify="left" if name == "phase" else "right")
@@ -78,4 +80,6 @@ def verdict(console: Console, results: list[PhaseResult]) -> bool:
 
 
 def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.1f}"
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e3:.1f}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"

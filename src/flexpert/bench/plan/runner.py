@@ -8,8 +8,9 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from statistics import median
 from typing import Any
@@ -78,7 +79,8 @@ class _Rank:
 
     def ask(self, name: str, argument: Any) -> None:
         self.doing = name
-        self.pipe.send((name, argument))
+        with contextlib.suppress(BrokenPipeError):  # it has ended; whoever listens finds out
+            self.pipe.send((name, argument))
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -112,6 +114,7 @@ class Runner:
         )
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["torch", "flexpert.bench.plan.worker"])
+        _start_forkserver()
         self.draw = random.Random(options.seed)
         self.up: dict[int, _Rank] = {}
         self.stopped: list[_Rank] = []
@@ -158,7 +161,8 @@ class Runner:
         if not new:
             return
         for rank in new:
-            self.up[rank] = _Rank(self.context, rank, self.setup)
+            with _uninterrupted():  # a process that nobody knows would stay behind
+                self.up[rank] = _Rank(self.context, rank, self.setup)
         self.answers(new, START_S)
         took = max(self.ask_all("connect", phase.ranks).values())
         if rejoining:
@@ -217,7 +221,7 @@ class Runner:
             while dead.pipe.poll():
                 try:
                     name, argument = dead.pipe.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):  # reset: it died with mail unread
                     break
                 if name == "dying":
                     died[rank] = argument
@@ -291,7 +295,7 @@ class Runner:
         while True:
             wait([rank.pipe, rank.process.sentinel], max(0.0, deadline - time.monotonic()))
             if rank.pipe.poll():
-                with contextlib.suppress(EOFError):
+                with contextlib.suppress(EOFError, ConnectionResetError):
                     name, answer = rank.pipe.recv()
                     if name == "dying":
                         continue
@@ -300,6 +304,28 @@ class Runner:
                 raise Failed(f"rank {rank.rank} ended by itself while {rank.doing}")
             if time.monotonic() >= deadline:
                 raise Failed(f"rank {rank.rank} is stuck in {rank.doing} after {limit_s:.0f} s")
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block."""
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _start_forkserver() -> None:
+    """Ctrl-C reaches the whole terminal; what starts here inherits that it is not meant."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def run(

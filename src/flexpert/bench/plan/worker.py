@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
@@ -82,7 +83,9 @@ def serve(rank: int, setup: Setup, pipe: Connection) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner ends it
     sizes = setup.sizes
-    store = dist.TCPStore("127.0.0.1", setup.port, is_master=False)  # type: ignore[attr-defined]
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", setup.port, is_master=False, timeout=timedelta(seconds=setup.connect_s)
+    )
     spec = BufferSpec(setup.capacity, sizes.tokens, sizes.hidden, sizes.topk, sizes.dtype)
     buffer = make_buffer(
         rank,
@@ -132,9 +135,8 @@ class Run:
     def phase(self) -> Outcome:
         outcome = self.outcome
         sent = sum(self.buffer.statistics().bytes_sent.values())
-        self.begin(0)
-        number = 0
         try:
+            number = self.begin(0)
             while True:
                 with self.listening():
                     # nobody leaves the phase while another still needs it
@@ -154,23 +156,39 @@ class Run:
         return outcome
 
     def begin(self, number: int) -> int:
-        """Enter the epoch of the view; returns the exchange to go on with, the same for all."""
-        began = time.monotonic()
-        self.buffer.set_active(self.view.ranks, self.view.epoch)
+        """Enter the epoch of the view; returns the exchange to go on with, the same for all.
+
+        A rank may die here, too. What it wanted is known to some and not to others, so only a
+        barrier that was whole counts.
+        """
         payload = number.to_bytes(4, "little")
-        votes = self.buffer.barrier(payload, timeout_s=self.setup.connect_s)
-        self.outcome.commit_s = time.monotonic() - began
-        return min(int.from_bytes(vote, "little") for vote in votes.values())
+        while True:
+            began = time.monotonic()
+            self.buffer.set_active(self.view.ranks, self.view.epoch)
+            with self.listening():
+                votes = self.barrier(payload, self.setup.connect_s)
+            self.outcome.commit_s = time.monotonic() - began
+            if votes is not None:
+                return min(int.from_bytes(vote, "little") for vote in votes.values())
+            self.agree()
 
     def meet(self) -> bool:
+        return self.barrier(b"end", self.setup.timeout_s) is not None
+
+    def barrier(self, payload: bytes, timeout_s: float) -> dict[int, bytes] | None:
+        """The votes of all ranks of the view, or None if one is missing."""
         try:
-            votes = self.buffer.barrier(b"end", timeout_s=self.setup.timeout_s)
+            votes = self.buffer.barrier(payload, timeout_s=timeout_s)
         except Interrupted:
-            return False
-        return set(votes) == set(self.view.ranks)
+            return None
+        return votes if set(votes) == set(self.view.ranks) else None
 
     def recover(self, number: int) -> int:
         """Somebody is lost: agree with the others who is left, and go on together."""
+        self.agree()
+        return self.begin(number)
+
+    def agree(self) -> None:
         outcome = self.outcome
         if not outcome.detected:
             outcome.detected = time.monotonic()
@@ -185,7 +203,6 @@ class Run:
             patience_s=2 * self.setup.timeout_s,
         )
         outcome.agree_s = time.monotonic() - began
-        return self.begin(number)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -224,6 +241,7 @@ class Run:
         table = ExpertTable(
             index // sizes.experts_per_rank, index % sizes.experts_per_rank, sizes.experts_per_rank
         )
+        senders = buffer.active
         began = time.monotonic()
         self.maybe_die("dispatch-send", number)
         hook = buffer.begin_dispatch(
@@ -251,7 +269,7 @@ class Run:
         out = finish()
         self.outcome.latencies.append(took + time.monotonic() - began)
         self.noticed(set(ranks) - set(buffer.active))
-        sources = {rank: sent[rank] for rank in ranks if rank not in received.masked}
+        sources = {rank: sent[rank] for rank in senders if rank not in received.masked}
         self.check(number, received, x, sources, own, out)
         self.outcome.exchanges += 1
         return set(buffer.active) == set(ranks)
@@ -277,7 +295,11 @@ class Run:
         rounding = float(torch.finfo(sizes.dtype).eps)
         wire = 1 / 14 if self.setup.fp8 else 0.0
         wrong = oracle.check_received(
-            sizes, rank, sources, received.offsets, received.source, received.token, x, wire
+            sizes,
+            rank,
+            sources,
+            oracle.Rows(received.offsets, received.source, received.token, received.weights, x),
+            wire,
         ) or oracle.check_combined(
             sizes,
             own,
