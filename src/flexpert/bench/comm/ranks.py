@@ -155,7 +155,10 @@ def _serve(rank: int, ranks: int, port: int, settings: Settings, pipe: Connectio
             answer = (True, getattr(own, task)(*args))
         except Exception as error:  # noqa: BLE001  # goes to the head
             answer = (False, f"{type(error).__name__}: {error}")
-        pipe.send(answer)
+        try:
+            pipe.send(answer)
+        except BrokenPipeError:  # the head is gone
+            return
 
 
 class _Rank:
