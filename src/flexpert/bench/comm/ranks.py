@@ -149,7 +149,7 @@ def _serve(rank: int, ranks: int, port: int, settings: Settings, pipe: Connectio
     while True:
         try:
             task, args = pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             return
         try:
             answer = (True, getattr(own, task)(*args))
