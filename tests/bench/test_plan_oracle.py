@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from flexpert.bench.plan import oracle
 from flexpert.comm import ExpertTable
@@ -15,7 +17,7 @@ from flexpert.comm.routing import Sent, arrivals, expected_rows, expected_sums
 RANKS = (0, 2, 3)
 SIZES = oracle.Sizes(tokens=9, hidden=32, topk=4, experts_per_rank=3, dtype=torch.bfloat16)
 SENT = {rank: oracle.inputs(SIZES, RANKS, (5, 1, 0, rank)) for rank in RANKS}
-TOLERANCE = (SIZES.topk + 3) * float(torch.finfo(SIZES.dtype).eps)
+TOLERANCE = oracle.rounding(SIZES)
 
 
 def as_routing_has_it() -> dict[int, Sent]:
@@ -58,6 +60,10 @@ def received(rank: int, rows: oracle.Rows) -> str:
     return oracle.check_received(SIZES, rank, SENT, rows, 0.0)
 
 
+def combined(rank: int, out: torch.Tensor) -> str:
+    return oracle.check_combined(SIZES, SENT[rank], RANKS, out, None, None, TOLERANCE)
+
+
 @pytest.mark.parametrize("rank", RANKS)
 def test_it_agrees_with_the_oracle_of_comm(rank: int) -> None:
     assert received(rank, rows_of(rank)) == ""
@@ -82,6 +88,33 @@ def test_wrong_rows_are_seen() -> None:
     assert "should be token" in received(0, missing)
     more = replace(rows, source=torch.cat((rows.source, rows.source[-1:])))
     assert "rows, expected" in received(0, more)
+
+
+def test_rows_and_sums_that_are_no_numbers_are_seen() -> None:
+    rows = rows_of(0)
+    spoilt = rows.x.clone()
+    spoilt[1, 3] = float("nan")
+    assert "arrived changed" in received(0, replace(rows, x=spoilt))
+    out = sums_of(2, "rank")
+    out[0, 0] = float("nan")
+    assert "combined result" in combined(2, out)
+
+
+def test_each_contribution_counts_and_must_come_from_its_own_expert() -> None:
+    own = SENT[2]
+    factors = oracle.factor(own.experts)
+
+    def sums(weights: NDArray[np.float32], factors: NDArray[np.float64]) -> torch.Tensor:
+        kept = (weights.astype(np.float64) * (own.experts >= 0) * factors).sum(1)
+        return (torch.from_numpy(kept)[:, None] * own.x.double()).to(SIZES.dtype)
+
+    assert combined(2, sums(own.weights, factors)) == ""
+    for choice in zip(*np.nonzero(own.experts >= 0), strict=True):
+        weights = own.weights.copy()
+        weights[choice] = 0.0
+        assert "combined result" in combined(2, sums(weights, factors))
+    neighbour = oracle.factor(own.experts + SIZES.experts_per_rank)
+    assert "combined result" in combined(2, sums(own.weights, neighbour))
 
 
 def test_a_loss_must_be_told_and_be_what_happened() -> None:

@@ -86,6 +86,8 @@ def plan(
 
     if (file is None) == (random == 0):
         raise ConfigError("name a plan file, or --random N; see flexpert plan --help")
+    if output and not output.parent.is_dir():
+        raise ConfigError(f"cannot write {output}: there is no folder {output.parent}")
     scales = None if fp8 is Fp8.NONE else fp8.value
     if scales is not None:
         try:

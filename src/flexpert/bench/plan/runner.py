@@ -9,7 +9,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from statistics import median
@@ -189,10 +189,10 @@ class Runner:
         view = View(self.epoch, phase.ranks)
         own_points = self.options.at != "random"
         for rank in phase.ranks:
-            task = Task(number, view)
+            task = Task(number, view, frozenset(phase.kill))
             if rank in phase.kill and own_points:
                 at = self.draw.randrange(self.options.exchanges)
-                task = Task(number, view, SIGNALS[self.options.kill], self.options.at, at)
+                task = replace(task, kill=SIGNALS[self.options.kill], point=self.options.at, at=at)
             self.up[rank].ask("exchange", task)
         sleeping, self.stopped = self.stopped, []
         for old in sleeping:  # in the middle of the others' exchanges
@@ -241,9 +241,7 @@ class Runner:
         survivors = tuple(sorted(outcomes))
         for rank, outcome in outcomes.items():
             result.errors += [f"rank {rank}: {error}" for error in outcome.errors]
-            # a signal at a random moment may come after the last exchange
-            late = self.options.at == "random" and set(outcome.active) <= set(phase.ranks)
-            if outcome.active != survivors and not late:
+            if outcome.active != survivors:
                 result.errors.append(f"rank {rank} ends with ranks {outcome.active}")
             if not set(survivors) <= set(outcome.active):
                 result.errors.append(f"rank {rank} lost a healthy rank: {outcome.active}")
