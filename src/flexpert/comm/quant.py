@@ -64,7 +64,7 @@ def quantise(x: torch.Tensor, scales: Scales = "float32") -> tuple[torch.Tensor,
     if scales != "float32":
         mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)
         exponent = exponent - (mantissa == 0.5).int()
-        one = torch.ones(())
+        one = torch.ones_like(scale)
         scale, inverse = torch.ldexp(one, exponent), torch.ldexp(one, -exponent)
     scaled = torch.where(blocks.isfinite(), blocks * inverse[..., None], blocks - blocks)
     q = scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(tokens, hidden)

@@ -26,7 +26,7 @@ def check_plot(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "--plot needs matplotlib: pip install matplotlib, or leave it out"
+            "--plot needs matplotlib: pip install 'flexpert[plot]', or leave it out"
         ) from None
 
 
