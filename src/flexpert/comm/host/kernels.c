@@ -621,22 +621,52 @@ static inline float to_fp32(float f) { return f; }
 #endif
 
 #define FX_BLOCK 512
+#define FX_TERM(load, j) (w##j * load(r##j[i]))
 
-/* out = sum of weights[j] * rows[j], from 0, in the order of j, in float32 */
+/* out = sum of weights[j] * rows[j], from +0, in the order of j, in float32. Up to four rows are
+ * read side by side and need no memory between; more go four by four over a block of sums. */
 #define FX_SUM(name, type, load, store)                                                           \
-    FX_CLONES static void name(uint8_t *restrict out, const uint8_t *const *rows,                 \
+    FX_CLONES static void name(uint8_t *restrict out_at, const uint8_t *const *rows,              \
                                const float *weights, int n, int hidden) {                         \
-        float sum[FX_BLOCK];                                                                      \
-        for (int at = 0; at < hidden; at += FX_BLOCK) {                                           \
-            int size = hidden - at < FX_BLOCK ? hidden - at : FX_BLOCK;                           \
-            for (int i = 0; i < size; i++) sum[i] = 0.0f;                                         \
-            for (int j = 0; j < n; j++) {                                                         \
-                const type *row = (const type *)rows[j] + at;                                     \
-                float weight = weights[j];                                                        \
-                for (int i = 0; i < size; i++) sum[i] += weight * load(row[i]);                   \
+        type *restrict out = (type *)out_at;                                                      \
+        const type *restrict r0 = (const type *)rows[0], *restrict r1 = (const type *)rows[1],    \
+                   *restrict r2 = (const type *)rows[2], *restrict r3 = (const type *)rows[3];    \
+        float w0 = weights[0], w1 = weights[1], w2 = weights[2], w3 = weights[3];                 \
+        if (n == 0) {                                                                             \
+            memset(out, 0, (size_t)hidden * sizeof(type));                                        \
+        } else if (n == 1) {                                                                      \
+            for (int i = 0; i < hidden; i++) out[i] = store(0.0f + FX_TERM(load, 0));             \
+        } else if (n == 2) {                                                                      \
+            for (int i = 0; i < hidden; i++)                                                      \
+                out[i] = store(0.0f + FX_TERM(load, 0) + FX_TERM(load, 1));                       \
+        } else if (n == 3) {                                                                      \
+            for (int i = 0; i < hidden; i++)                                                      \
+                out[i] = store(0.0f + FX_TERM(load, 0) + FX_TERM(load, 1) + FX_TERM(load, 2));    \
+        } else if (n == 4) {                                                                      \
+            for (int i = 0; i < hidden; i++)                                                      \
+                out[i] = store(0.0f + FX_TERM(load, 0) + FX_TERM(load, 1) + FX_TERM(load, 2) +    \
+                               FX_TERM(load, 3));                                                 \
+        } else {                                                                                  \
+            float sum[FX_BLOCK];                                                                  \
+            for (int at = 0; at < hidden; at += FX_BLOCK) {                                       \
+                int size = hidden - at < FX_BLOCK ? hidden - at : FX_BLOCK;                       \
+                for (int i = 0; i < size; i++) sum[i] = 0.0f;                                     \
+                int j = 0;                                                                        \
+                for (; j + 4 <= n; j += 4) {                                                      \
+                    r0 = (const type *)rows[j] + at, r1 = (const type *)rows[j + 1] + at;         \
+                    r2 = (const type *)rows[j + 2] + at, r3 = (const type *)rows[j + 3] + at;     \
+                    w0 = weights[j], w1 = weights[j + 1];                                         \
+                    w2 = weights[j + 2], w3 = weights[j + 3];                                     \
+                    for (int i = 0; i < size; i++)                                                \
+                        sum[i] = sum[i] + FX_TERM(load, 0) + FX_TERM(load, 1) +                   \
+                                 FX_TERM(load, 2) + FX_TERM(load, 3);                             \
+                }                                                                                 \
+                for (; j < n; j++) {                                                              \
+                    r0 = (const type *)rows[j] + at, w0 = weights[j];                             \
+                    for (int i = 0; i < size; i++) sum[i] += FX_TERM(load, 0);                    \
+                }                                                                                 \
+                for (int i = 0; i < size; i++) out[at + i] = store(sum[i]);                       \
             }                                                                                     \
-            type *to = (type *)out + at;                                                          \
-            for (int i = 0; i < size; i++) to[i] = store(sum[i]);                                 \
         }                                                                                         \
     }
 
@@ -644,8 +674,13 @@ FX_SUM(sum_bf16, uint16_t, from_bf16, to_bf16)
 FX_SUM(sum_fp16, uint16_t, from_fp16, to_fp16)
 FX_SUM(sum_fp32, float, from_fp32, to_fp32)
 
-static void sum_rows(const fx_buffer *b, uint8_t *out, const uint8_t *const *rows,
-                     const float *weights, int n) {
+/* rows and weights have room for four, whatever n. */
+static void sum_rows(const fx_buffer *b, uint8_t *out, const uint8_t **rows, float *weights,
+                     int n) {
+    for (int j = n; j < 4; j++) {
+        rows[j] = NULL;
+        weights[j] = 0.0f;
+    }
     if (b->dtype == FX_BF16)
         sum_bf16(out, rows, weights, n, b->hidden);
     else if (b->dtype == FX_FP16)
@@ -950,7 +985,6 @@ int fx_reduce(fx_buffer *b, uintptr_t y, uintptr_t out, int home, int64_t *bad) 
         if (flag->mode != (uint32_t)home) return FX_WRONG_MODE;
         if (flag->rows != (uint32_t)b->sent_rows[source]) return FX_WRONG_ROWS;
     }
-    static const float ones[FX_MAX_TOPK] = {[0 ... FX_MAX_TOPK - 1] = 1.0f};
     size_t stride = (size_t)b->result_stride;
     b->lost_pairs = 0;
     for (int t = 0; t < b->tokens; t++) {
@@ -969,12 +1003,14 @@ int fx_reduce(fx_buffer *b, uintptr_t y, uintptr_t out, int home, int64_t *bad) 
                           : (const uint8_t *)b->inbox[owner] + b->results_at + at * stride;
             weights[n++] = b->weight[first + j];
         }
-        for (int j = 0; !home && j < b->dests[t]; j++)
-            if (b->is_active[b->dest[first + j]])
-                rows[n++] = (const uint8_t *)b->inbox[b->dest[first + j]] + b->results_at +
-                            (size_t)b->dest_row[first + j] * stride;
-        sum_rows(b, (uint8_t *)out + (size_t)t * (size_t)b->row_bytes, rows,
-                 home ? weights : ones, n);
+        for (int j = 0; !home && j < b->dests[t]; j++) {
+            int32_t owner = b->dest[first + j];
+            if (!b->is_active[owner]) continue;
+            rows[n] = (const uint8_t *)b->inbox[owner] + b->results_at +
+                      (size_t)b->dest_row[first + j] * stride;
+            weights[n++] = 1.0f;
+        }
+        sum_rows(b, (uint8_t *)out + (size_t)t * (size_t)b->row_bytes, rows, weights, n);
     }
     return 0;
 }
