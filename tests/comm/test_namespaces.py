@@ -115,7 +115,8 @@ class Machines:
     """The two namespaces, the cable, and what runs there."""
 
     def __init__(self) -> None:
-        self.names = {side: f"flexpert-{secrets.token_hex(4)}-{side}" for side in SIDES}
+        name = f"flexpert-{secrets.token_hex(4)}"
+        self.names = {side: f"{name}-{side}" for side in SIDES}
         self.processes: list[Process] = []
         self.ranks: dict[int, Process] = {}
 
