@@ -89,6 +89,8 @@ _POLL_FIRST_NS, _POLL_MOST_NS = 50_000, 1_000_000  # while a peer behind NIXL is
 _PROBE_S = 0.01
 _NAP_S = 0.00005
 _LATE = 8  # a share of the time limit that may go into sending on
+_BEATS = 8  # of a waiting rank, in the time limit
+_FRESH = 2.5  # beats: so old may one be
 
 # as in kernels.c
 _OK, _TIMEOUT, _INTERRUPTED, _AGAIN, _RUNG, _LOST = range(6)
@@ -120,6 +122,41 @@ class State(Enum):
     COMBINED = 3
     BROKEN = 4
     CLOSED = 5
+
+
+class _Waiting:
+    """Who else waits, during one wait of this rank.
+
+    A rank that was stopped halfway through its sends leaves one peer waiting for its dispatch, and
+    another, a phase further, for what the first will send then: both run out of time together. So
+    ranks that wait for long beat (kernels.c), and only those that do not are taken for stopped.
+    """
+
+    def __init__(self, b: Any, limit_ns: int, begun_ns: int) -> None:
+        self._b = b
+        self.period_ns = max(limit_ns // _BEATS, _POLL_MOST_NS)
+        self._next_ns = begun_ns + self.period_ns
+        self._beats: dict[int, tuple[int, int]] = {}  # peer → its last beat, seen when
+
+    def listen(self, now_ns: int) -> None:
+        """Beat, and look for the beats of others, once a period."""
+        if now_ns < self._next_ns:
+            return
+        self._next_ns = now_ns + self.period_ns
+        lib.fx_beat(self._b)
+        for at in range(self._b.active_count):
+            peer = self._b.active[at]
+            beat = lib.fx_beat_of(self._b, peer)
+            last = self._beats.get(peer)
+            if last is None:
+                self._beats[peer] = (beat, -_FOREVER_NS)  # of an earlier wait, perhaps
+            elif beat != last[0]:
+                self._beats[peer] = (beat, now_ns)
+
+    def waits(self, peer: int, now_ns: int) -> bool:
+        """Whether a peer has beaten lately."""
+        _, seen_ns = self._beats.get(peer, (0, -_FOREVER_NS))
+        return now_ns - seen_ns < _FRESH * self.period_ns
 
 
 class _Hook(Pending[T], Generic[T]):
@@ -884,18 +921,20 @@ class HostBuffer(Buffer):
         """Until all active ranks have written; returns those that were masked instead."""
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         begun_ns = time.monotonic_ns()
-        deadline_ns = begun_ns + _limit_ns(limit_s)
+        limit_ns = _limit_ns(limit_s)
+        deadline_ns = begun_ns + limit_ns
+        others = _Waiting(self._b, min(limit_ns, _limit_ns(self.timeout_s)), begun_ns)
         masked: list[int] = []
-        slice_ns = _POLL_FIRST_NS
+        poll_ns = _POLL_FIRST_NS
         while True:
             remote = self._flush()
-            slice_ns = min(2 * slice_ns, _POLL_MOST_NS) if remote else _SLICE_NS
+            poll_ns = min(2 * poll_ns, _POLL_MOST_NS)
             how = lib.fx_wait(
                 self._b,
                 what,
                 begun_ns,
                 deadline_ns,
-                slice_ns,
+                poll_ns if remote else min(others.period_ns, _SLICE_NS),
                 self._missing,
                 self._missing_count,
             )
@@ -903,13 +942,23 @@ class HostBuffer(Buffer):
                 self._open_places()
             if how == _OK:
                 if remote:
-                    self._send_on(time.monotonic_ns() + _limit_ns(limit_s / _LATE))
+                    patience_s = min(limit_s, self.timeout_s) / _LATE
+                    self._send_on(time.monotonic_ns() + _limit_ns(patience_s))
                 return tuple(sorted(masked))
             if how == _INTERRUPTED:
                 raise self._interrupted(_PHASES[what])
+            now_ns = time.monotonic_ns()
+            others.listen(now_ns)
             if how not in (_TIMEOUT, _LOST):
                 continue
             missing = sorted(self._missing[at] for at in range(self._missing_count[0]))
+            if how == _TIMEOUT and now_ns < begun_ns + 2 * limit_ns:
+                silent = [rank for rank in missing if not others.waits(rank, now_ns)]
+                if len(silent) < len(missing):
+                    missing = silent
+                    deadline_ns = now_ns + others.period_ns
+            if not missing:
+                continue
             if not self._lenient:
                 raise self._failed(tuple(missing), what, limit_s, lost=how == _LOST)
             self._drop(missing)
@@ -919,9 +968,14 @@ class HostBuffer(Buffer):
         """Until what was sent over NIXL has left: nobody may drive it once this call is over.
 
         No two ranks wait for each other here: who is done has all that was sent to it. A stopped
-        peer must not make this rank so late that the others take it for stopped, too.
+        peer must not make this rank so late that the others take it for stopped, too: once it is
+        masked it is not waited for any more, neither here nor in later calls.
         """
-        links = [link for link in self._installed.values() if isinstance(link, NixlLink)]
+        links = [
+            link
+            for link in self._installed.values()
+            if isinstance(link, NixlLink) and link.peer in self._active
+        ]
         while any(not self._gone(link.peer) and link.is_sending() for link in links):
             if time.monotonic_ns() >= deadline_ns or lib.fx_is_interrupted(self._b):
                 return

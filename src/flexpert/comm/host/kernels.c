@@ -27,6 +27,9 @@
  * epochs the same holds if the last exchange of the old one was whole on A. If it was not,
  * B may still be reading, and A must first see B's vote of the new epoch; buffer.py insists.
  *
+ * Beats. A rank that waits for long says so in the second word of its hellos (epoch, count). Who
+ * runs out of time does not blame those: they wait as well, for a third one, and not for ever.
+ *
  * Why votes have four lines per source, used in turn. A posts a vote after it has collected the
  * one before, so B has posted that, so B has read all votes of A but the last. Two lines would
  * do; a reader looks for the exact tag in all of them, so that a vote needs no line derived from
@@ -88,6 +91,7 @@ typedef struct {
     uint8_t owed[256]; /* FX_OWED_*: to be sent once the link is up */
     uint8_t due[256];  /* FX_DUE_*: to be sent over NIXL */
     uint8_t come[256]; /* by this wait */
+    uint32_t beat;     /* how often this rank has said that it waits */
     int32_t to_open;   /* a peer has lent its place by now: buffer.py should map it */
 
     /* the own vote of this step; ballot_bytes -1: not posted */
@@ -158,6 +162,8 @@ void fx_end_vote(fx_buffer *b);
 int fx_wait(fx_buffer *b, int what, int64_t begun_ns, int64_t deadline_ns, int64_t slice_ns,
             int32_t *missing, int32_t *missing_count);
 int fx_wait_any_vote(fx_buffer *b, int64_t deadline_ns, int64_t slice_ns);
+void fx_beat(fx_buffer *b);
+uint64_t fx_beat_of(fx_buffer *b, int peer);
 void fx_interrupt(fx_buffer *b);
 void fx_resume(fx_buffer *b);
 int fx_is_interrupted(fx_buffer *b);
@@ -566,6 +572,28 @@ int fx_wait_any_vote(fx_buffer *b, int64_t deadline_ns, int64_t slice_ns) {
         int how = doze(b, seen, deadline_ns, slice_end_ns);
         if (how != FX_OK) return how;
     }
+}
+
+static uint64_t *beat_in(uintptr_t place, const fx_buffer *b) {
+    return (uint64_t *)line(place, b->hello_at) + 1;
+}
+
+/* Say that this rank waits. Nobody is woken for it. */
+void fx_beat(fx_buffer *b) {
+    uint64_t word = (uint64_t)b->epoch << 32 | ++b->beat;
+    for (int i = 0; i < b->active_count; i++) {
+        int to = b->active[i];
+        if (to == b->rank || !b->outbox[to]) continue;
+        __atomic_store_n(beat_in(b->outbox[to], b), word, __ATOMIC_RELEASE);
+        if (b->remote[to]) b->due[to] |= FX_DUE_HELLO;
+    }
+}
+
+/* The last beat of a peer in this epoch; 0 none. */
+uint64_t fx_beat_of(fx_buffer *b, int peer) {
+    if (!b->inbox[peer]) return 0;
+    uint64_t word = __atomic_load_n(beat_in(b->inbox[peer], b), __ATOMIC_ACQUIRE);
+    return (uint32_t)(word >> 32) == b->epoch ? word : 0;
 }
 
 /* ---- sums of rows --------------------------------------------------------------------------- */
