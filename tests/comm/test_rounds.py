@@ -1,8 +1,10 @@
 """A thousand times connected and disconnected: nothing is left behind, over any channel.
 
 What a rank holds is taken from its own /proc after a warm-up and at the end. Descriptors and
-threads must be the same. Maps and resident memory belong to the allocator, too, and get a margin
-far below one map, or one page, for each round.
+threads must be the same, but for sockets that are about to go. Maps and memory belong to the
+allocator, too, and get a margin far below one map, one page and one place for each round.
+Addresses are counted because maps alone would not show memory that is kept from use: the kernel
+joins such maps.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ WARM_UP = 50
 EXCHANGE_EVERY = 10
 
 MORE_MAPS = 8
-MORE_KIB = 1024
+MORE_ADDRESSES_KIB = 4096
+MORE_RESIDENT_KIB = 1024
+
+PLACE = {"max_tokens": 64, "hidden": 1024}  # a quarter of a MiB for each peer
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -31,18 +36,22 @@ class Held(msgspec.Struct, frozen=True):
     descriptors: int
     maps: int
     threads: int
+    addresses_kib: int
     resident_kib: int
 
 
 def held(_: Buffer) -> Held:
     gc.collect()
     with open("/proc/self/maps") as maps, open("/proc/self/statm") as memory:
-        resident_pages = int(memory.read().split()[1])
+        addresses, resident = (
+            int(pages) * os.sysconf("SC_PAGESIZE") // 1024 for pages in memory.read().split()[:2]
+        )
         return Held(
             descriptors=len(os.listdir("/proc/self/fd")),
             maps=sum(1 for _ in maps),
             threads=len(os.listdir("/proc/self/task")),
-            resident_kib=resident_pages * os.sysconf("SC_PAGESIZE") // 1024,
+            addresses_kib=addresses,
+            resident_kib=resident,
         )
 
 
@@ -62,9 +71,11 @@ def rounds(meeting: Meeting, count: int) -> None:
             assert meeting.ranks[rank].answer() == tuple(others)
 
 
-def check_nothing_is_left(channel: str, ids: range, count: int) -> None:
+def check_nothing_is_left(
+    channel: str, ids: range, count: int, *, more_descriptors: int = 0
+) -> None:
     with Meeting(channel) as meeting:
-        meeting.spec = spec_of(4, max_tokens=8, hidden=64)
+        meeting.spec = spec_of(4, **PLACE)
         meeting.start(ids)
         rounds(meeting, WARM_UP)
         before: dict[int, Held] = meeting.all(held)
@@ -74,9 +85,11 @@ def check_nothing_is_left(channel: str, ids: range, count: int) -> None:
     for rank, then in before.items():
         now = after[rank]
         told = f"rank {rank} held {then}, and {now} {count} rounds later"
-        assert (now.descriptors, now.threads) == (then.descriptors, then.threads), told
+        assert abs(now.descriptors - then.descriptors) <= more_descriptors, told
+        assert now.threads == then.threads, told
         assert now.maps <= then.maps + MORE_MAPS, told
-        assert now.resident_kib <= then.resident_kib + MORE_KIB, told
+        assert now.addresses_kib <= then.addresses_kib + MORE_ADDRESSES_KIB, told
+        assert now.resident_kib <= then.resident_kib + MORE_RESIDENT_KIB, told
 
 
 @pytest.mark.slow
@@ -85,3 +98,13 @@ def check_nothing_is_left(channel: str, ids: range, count: int) -> None:
 def test_a_thousand_rounds_of_two_leave_nothing(channel: str) -> None:
     """Over NIXL, its agent ends with the last peer: here in every round."""
     check_nothing_is_left(channel, range(2), ROUNDS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("channel", ["shm", pytest.param("nixl", marks=needs_nixl)])
+def test_one_that_comes_and_goes_leaves_nothing_with_those_who_stay(channel: str) -> None:
+    """Over NIXL, these keep their agents, and idle between the rounds. A socket or two of the agent
+    that ended last stay open until they look at it again."""
+    more = 4 if channel == "nixl" else 0
+    check_nothing_is_left(channel, range(3), max(ROUNDS // 10, 1), more_descriptors=more)

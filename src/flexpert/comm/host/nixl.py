@@ -43,6 +43,7 @@ from flexpert.comm.errors import CommError, PeerUnreachable
 MESSAGE_BYTES = 128
 
 _CLOSE_S = 0.05  # of waiting in one close, for what is under way
+_GOODBYE_S = 0.005  # of it, for the last word to leave
 _NAP_S = 0.0002
 _QUIET_S = 0.1  # a NIC learns of a dead peer from traffic only: probe with a message this often
 _IDLE_TRANSFERS = 32  # prepared ones that a link keeps
@@ -192,12 +193,13 @@ class Endpoint:
     def __init__(self, name: str) -> None:
         """
         Args:
-            name: of the agent, different from those of all others that ever lived.
+            name: how the agent's begins; the rest makes it different from those of all others that
+                ever lived, for peers may not have noticed yet that an earlier one ended.
 
         Raises: CommError: NIXL is missing or has no UCX.
         """
         nixl = load()
-        self.name = name
+        self.name = f"{name}-{secrets.token_hex(4)}"
         self._errors = nixl.errors
         self._lock = threading.RLock()
         self._free: dict[int, list[_Region]] = {}  # size → registered, and nobody writes them
@@ -206,7 +208,7 @@ class Endpoint:
         self._remotes: dict[str, _Remote] = {}
         try:
             with _silence():
-                self._agent = nixl.agent(name, nixl.config(enable_prog_thread=False))
+                self._agent = nixl.agent(self.name, nixl.config(enable_prog_thread=False))
         except self._errors as error:
             raise CommError(f"NIXL cannot start: {error}") from error
         if "UCX" not in self._agent.backends:
@@ -244,12 +246,7 @@ class Endpoint:
         with self._lock:
             if self._agent is None:
                 return []
-            for link in self._links.values():
-                if link._flying:
-                    link._settle()
-            for messages in self._agent.get_new_notifs().values():
-                for message in messages:
-                    self._accept(message)
+            self._gather()
             arrived: list[tuple[str, bytes]] = []
             while self._ripe:
                 link = self._ripe.pop()
@@ -343,14 +340,28 @@ class Endpoint:
         del self._links[link._token]
         self._free[link.size].append(link._inbox)
 
+    def _gather(self) -> None:
+        """See what has left, and what has come."""
+        for link in self._links.values():
+            if link._flying:
+                link._settle()
+        for messages in self._agent.get_new_notifs().values():
+            for message in messages:
+                self._accept(message)
+
     def _sweep(self) -> None:
         """Forget agents that have died, and what was lent to them."""
         for remote in list(self._remotes.values()):
             remote.flushed(self._agent, self._errors)
             if not remote.dead or remote.links:
                 continue
+            self._gather()  # its last words may have come, and nobody has polled since
             self._remove_remote(remote)
             for link in [link for link in self._links.values() if link.peer == remote.name]:
+                link._take_messages()
+                if link._peer_done:
+                    self._recycle(link)
+                    continue
                 del self._links[link._token]
                 with contextlib.suppress(*self._errors):
                     self._agent.deregister_memory(link._inbox.registration)
@@ -508,13 +519,12 @@ class Link:
             self.closed = True
         while self._under_way() and time.monotonic() < deadline:
             time.sleep(_NAP_S)
+        self._say_goodbye(deadline)
         endpoint = self._endpoint
         with endpoint._lock:
+            if endpoint._agent is None:
+                return
             if self._remote is not None:
-                if not self._flying and not self._broken:
-                    # if not all has arrived, the peer must not lend its memory again
-                    with contextlib.suppress(LinkBroken):
-                        self._send(self._words(_GOODBYE, b""))
                 self._remote.links -= 1
             for transfer in (*self._idle.values(), *(flying for _, flying in self._flying)):
                 endpoint._release(transfer)
@@ -527,6 +537,27 @@ class Link:
                 endpoint._recycle(self)
             if self._broken:
                 endpoint._sweep()
+
+    def _say_goodbye(self, deadline: float) -> None:
+        """And see it off: nobody may poll after a close, and what the peer lent is lost to it
+        without the last word."""
+        with self._endpoint._lock:
+            if self._remote is None or self._flying or self._broken:
+                return  # if not all has arrived, the peer must not lend its memory again
+            try:
+                self._send(self._words(_GOODBYE, b""))
+            except LinkBroken:
+                return
+        deadline = min(deadline, time.monotonic() + _GOODBYE_S)
+        while not self._has_left() and time.monotonic() < deadline:
+            time.sleep(_NAP_S)
+
+    def _has_left(self) -> bool:
+        endpoint = self._endpoint
+        with endpoint._lock:
+            if endpoint._agent is None or self._remote is None:
+                return True
+            return self._remote.flushed(endpoint._agent, endpoint._errors)
 
     # ---- under the endpoint's lock ------------------------------------------------------------
 
