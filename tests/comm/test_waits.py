@@ -251,3 +251,28 @@ def dispatch_late(buffer: Buffer, s: Sent) -> tuple[int, ...]:
     except RankTimeout as error:
         return error.ranks
     raise AssertionError("the dispatch was whole")
+
+
+def test_who_waits_for_a_silent_rank_is_not_blamed_for_it(local: Local) -> None:
+    """2 has sent to 0 and not to 1, and is heard of no more: 0 waits in combine, 1 in dispatch,
+    and 0 for what 1 will send once it has given up on 2."""
+    spec = spec_of(3)
+    local.start(spec, [0, 1, 2], on_timeout="mask")
+    local.activate([0, 1, 2])
+    for buffer in local.buffers.values():
+        buffer.timeout_s = 0.8
+    local.buffers[2].mask([1])
+    sent = random_sent(spec, (0, 1, 2), 1)
+
+    def run(buffer: Buffer) -> tuple[int, ...]:
+        s = sent[buffer.rank]
+        pending = buffer.begin_dispatch(s.x, s.expert_ids, s.weights, s.table)
+        if buffer.rank == 2:
+            return ()
+        if buffer.rank == 1:
+            time.sleep(0.2)  # gives up on 2 after 0 has run out of time
+        got = pending()
+        buffer.combine(got.x.clone(), got)
+        return buffer.active
+
+    assert local.each([0, 1, 2], run) == {0: (0, 1), 1: (0, 1), 2: ()}
