@@ -52,26 +52,61 @@ static void scale_of(float amax, int kind, float *scale, float *inverse) {
     *inverse = bits_to_float((254u - exponent) << 23);
 }
 
-#define FX_QUANTISE(name, type, load)                                                             \
+/* Of a product, the upper half holds all that rounding to e4m3 looks at, if its last bit says
+ * whether anything was cut off: so the rest is done in 16 bits, twice as many at a time. */
+static inline uint16_t upper_half(float value) {
+    uint32_t bits = float_to_bits(value);
+    return (uint16_t)((bits | ((bits & 0xFFFFu) + 0xFFFFu)) >> 16);
+}
+
+/* Of a number that needs no saturating, or less than 2^-10, which is 0. */
+static inline uint8_t normal_to_e4m3(uint16_t half) {
+    uint16_t magnitude = half & 0x7FFFu;
+    int16_t code = (int16_t)(((uint16_t)(magnitude + 7u + (magnitude >> 4 & 1u)) >> 4) - (120 << 3));
+    code = code < 0 ? 0 : code;
+    return (uint8_t)(code | (half >> 8 & 0x80u));
+}
+
+/* 2^-10 <= value < 2^-6, where e4m3 has fixed steps */
+static inline uint16_t is_small(uint16_t half) {
+    return (uint16_t)((half & 0x7FFFu) - 0x3A80u) < 0x0200u;
+}
+
+#define FX_QUANTISE(name, type, load, bits, most_of, inf)                                                             \
     FX_CLONES static void name(const uint8_t *in, int hidden, int kind, uint8_t *restrict out) {  \
         for (int at = 0; at < hidden; at += FX_QUANT_BLOCK) {                                     \
             const type *row = (const type *)in + at;                                              \
             uint8_t *to = out + at; /* not out[at + i]: with -fwrapv, that is not vectorised */   \
-            float value[FX_QUANT_BLOCK], scale, inverse;                                          \
-            int32_t largest = 0;                                                                  \
+            uint16_t half[FX_QUANT_BLOCK], small = 0;                                             \
+            float scale, inverse;                                                                 \
+            bits most = 0;                                                                        \
             for (int i = 0; i < FX_QUANT_BLOCK; i++) {                                            \
-                value[i] = load(row[i]);                                                          \
-                uint32_t magnitude = float_to_bits(value[i]) & 0x7FFFFFFFu;                       \
-                int32_t finite = (int32_t)(magnitude & if_less(magnitude, 0x7F800000u));          \
-                largest = finite > largest ? finite : largest;                                    \
+                bits magnitude = ((const bits *)row)[i] & most_of;                                \
+                most = magnitude > most ? magnitude : most;                                       \
             }                                                                                     \
-            scale_of(bits_to_float((uint32_t)largest), kind, &scale, &inverse);                   \
+            int whole = most < inf;                                                               \
+            if (!whole) {                                                                         \
+                most = 0;                                                                         \
+                for (int i = 0; i < FX_QUANT_BLOCK; i++) {                                        \
+                    bits magnitude = ((const bits *)row)[i] & most_of;                            \
+                    if (magnitude < inf && magnitude > most) most = magnitude;                    \
+                }                                                                                 \
+            }                                                                                     \
+            type largest;                                                                         \
+            memcpy(&largest, &most, sizeof largest);                                              \
+            scale_of(load(largest), kind, &scale, &inverse);                                      \
+            for (int i = 0; i < FX_QUANT_BLOCK; i++) half[i] = upper_half(load(row[i]) * inverse); \
             for (int i = 0; i < FX_QUANT_BLOCK; i++) {                                            \
-                uint32_t bits = float_to_bits(value[i]);                                          \
-                uint32_t finite = if_less(bits & 0x7FFFFFFFu, 0x7F800000u);                       \
-                uint32_t scaled = float_to_bits(value[i] * inverse);                              \
-                to[i] = to_e4m3(choose(finite, scaled, bits | 0x7FC00000u));                      \
+                small |= is_small(half[i]);                                                       \
+                to[i] = normal_to_e4m3(half[i]);                                                  \
             }                                                                                     \
+            if (small || !whole) /* seldom */                                             \
+                for (int i = 0; i < FX_QUANT_BLOCK; i++) {                                        \
+                    uint32_t given = float_to_bits(load(row[i]));                                 \
+                    uint32_t finite = if_less(given & 0x7FFFFFFFu, 0x7F800000u);                  \
+                    uint32_t scaled = float_to_bits(load(row[i]) * inverse);                      \
+                    to[i] = to_e4m3(choose(finite, scaled, given | 0x7FC00000u));                 \
+                }                                                                                 \
             int block = at / FX_QUANT_BLOCK;                                                      \
             if (kind == FX_SCALE_UE8M0)                                                           \
                 out[hidden + block] = (uint8_t)(float_to_bits(scale) >> 23);                      \
@@ -80,9 +115,9 @@ static void scale_of(float amax, int kind, float *scale, float *inverse) {
         }                                                                                         \
     }
 
-FX_QUANTISE(quantise_bf16, uint16_t, from_bf16)
-FX_QUANTISE(quantise_fp16, uint16_t, from_fp16)
-FX_QUANTISE(quantise_fp32, float, from_fp32)
+FX_QUANTISE(quantise_bf16, uint16_t, from_bf16, uint16_t, 0x7FFFu, 0x7F80u)
+FX_QUANTISE(quantise_fp16, uint16_t, from_fp16, uint16_t, 0x7FFFu, 0x7C00u)
+FX_QUANTISE(quantise_fp32, float, from_fp32, uint32_t, 0x7FFFFFFFu, 0x7F800000u)
 
 #define FX_DEQUANTISE(name, type, store)                                                          \
     FX_CLONES static void name(const uint8_t *restrict in, int hidden, int kind, uint8_t *to) {   \
