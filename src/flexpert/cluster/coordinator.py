@@ -1,16 +1,15 @@
 """The coordinator: the only one who decides an epoch. A shell around `Membership`.
 
 It turns reports, process ends and passed deadlines into events of the state machine and carries
-out what the machine answers. Everything runs on the head's event loop.
+out what the machine answers. Everything runs on the head's event loop; time comes from its ports.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import signal
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,8 +38,16 @@ _KEPT_OPERATIONS = 256
 _RELEASE_TIMEOUT_S = 5.0
 
 
+class Timer(Protocol):
+    """A call that is still to come."""
+
+    def cancel(self) -> object: ...
+
+
 class Ports(Protocol):
     """What the coordinator needs from the head around it."""
+
+    def call_later(self, delay_s: float, action: Callable[[], None]) -> Timer: ...
 
     def spawn(self, rank: int) -> None: ...
     def kill(self, rank: int) -> None: ...
@@ -91,7 +98,7 @@ class Coordinator:
         self._ranks: dict[int, RankRecord] = {}
         self._operations: dict[str, Operation] = {}
         self._running: Operation | None = None
-        self._deadline: asyncio.TimerHandle | None = None
+        self._deadline: Timer | None = None
         self._loss = ""
         self._before_loss: frozenset[int] = frozenset()
         self._halted: set[int] = set()  # who acknowledged the latest halt
@@ -381,7 +388,7 @@ class Coordinator:
         self._halted = set()
         self._tell(change.before, msg.Halt(change.epoch))
         limit_s = self._config.cluster.stall_timeout_s
-        asyncio.get_running_loop().call_later(limit_s, self._end_stalled, change)
+        self._ports.call_later(limit_s, lambda: self._end_stalled(change))
 
     def _end_stalled(self, change: Change) -> None:
         """Who did not even hear the halt has stalled; its end is an ordinary loss."""
@@ -413,7 +420,7 @@ class Coordinator:
             if name == "commit":
                 self._running.state = "committing"
         self._stop_clock()
-        self._deadline = asyncio.get_running_loop().call_later(timeout_s, self._on_deadline)
+        self._deadline = self._ports.call_later(timeout_s, self._on_deadline)
 
     def _stop_clock(self) -> None:
         if self._deadline:

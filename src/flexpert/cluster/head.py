@@ -237,6 +237,9 @@ class Head:
 
     # ---- the coordinator's ports ------------------------------------------------------------
 
+    def call_later(self, delay_s: float, action: Callable[[], None]) -> asyncio.TimerHandle:
+        return asyncio.get_running_loop().call_later(delay_s, action)
+
     def spawn(self, rank: int) -> None:
         assert self._launcher is not None
         assert self._transport is not None
