@@ -45,7 +45,7 @@ class Rank:
         self.rank = rank
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(rank, spec, port, options, theirs), daemon=True
+            target=serve_rank, args=(rank, spec, port, options, theirs), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -115,7 +115,7 @@ class Ranks:
         self.some(tuple(ids), set_active, tuple(ids), epoch)
 
 
-def _serve(
+def serve_rank(
     rank: int, spec: BufferSpec, port: int, options: dict[str, Any], pipe: Connection
 ) -> None:
     torch.set_num_threads(1)

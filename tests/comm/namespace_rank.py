@@ -10,7 +10,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 
 import torch.distributed as dist
-from comm_ranks import LIMIT_S, _serve
+from comm_ranks import LIMIT_S, serve_rank
 
 
 def serve_store(address: str, pipe: Connection) -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     rank, spec, address, port, options = args
     limit = timedelta(seconds=LIMIT_S)
     store = dist.TCPStore(address, port, is_master=False, timeout=limit)
-    _serve(rank, spec, 0, {**options, "store": store}, pipe)
+    serve_rank(rank, spec, 0, {**options, "store": store}, pipe)
 
 
 if __name__ == "__main__":

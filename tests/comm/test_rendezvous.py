@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from flexpert.comm import CommError, PeerUnreachable, RankTimeout
+from flexpert.comm import ChannelDown, CommError, PeerUnreachable, RankTimeout
 from flexpert.comm.rendezvous import meet
 
 LIMIT_S = 30.0
@@ -154,6 +154,43 @@ def test_what_a_dead_rank_left_behind_completes_nothing(
     assert rejoining.result(LIMIT_S) == (0,)
     assert zero.opened[1] == "second life for 0"
     assert second.opened[0] == "0 for second life"
+
+
+def test_a_channel_that_is_down_for_a_while_is_tried_again(
+    store: dist.Store, pool: ThreadPoolExecutor
+) -> None:
+    zero, one = Fake(0, "0"), Fake(1, "1")
+    tries = 0
+    prepare = zero.prepare
+
+    def down(peer: int, greeting: bytes) -> bytes:
+        nonlocal tries
+        tries += 1
+        if tries <= 3:
+            raise ChannelDown("no network")
+        return prepare(peer, greeting)
+
+    zero.prepare = down  # type: ignore[method-assign]
+    there = pool.submit(meet, store, 1, [0], one, timeout_s=LIMIT_S)
+    assert meet(store, 0, [1], zero, timeout_s=LIMIT_S) == (1,)
+    assert there.result(LIMIT_S) == (0,)
+
+
+def test_a_channel_that_stays_down_is_the_reason(store: dist.Store) -> None:
+    def down(peer: int, greeting: bytes) -> bytes:
+        raise ChannelDown("no network")
+
+    cut = threading.Event()
+    zero, one = Fake(0, "0"), Fake(1, "1")
+    zero.prepare = down  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(meet, store, 1, [0], one, timeout_s=LIMIT_S, cancelled=cut.is_set)
+        with pytest.raises(RankTimeout) as caught:
+            meet(store, 0, [1], zero, timeout_s=0.5)
+        cut.set()
+        with pytest.raises(CommError, match="cancelled"):
+            there.result(LIMIT_S)
+    assert isinstance(caught.value.__cause__, ChannelDown)
 
 
 def fail(peer: int, details: bytes) -> None:

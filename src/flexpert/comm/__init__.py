@@ -1,5 +1,6 @@
 """Elastic dispatch/combine between expert-parallel ranks; usable without the rest of flexpert."""
 
+from flexpert.comm.agree import View, agree, asked
 from flexpert.comm.buffer import (
     Buffer,
     BufferSpec,
@@ -12,6 +13,7 @@ from flexpert.comm.buffer import (
     make_buffer,
 )
 from flexpert.comm.errors import (
+    ChannelDown,
     CommError,
     Evicted,
     Interrupted,
@@ -24,6 +26,7 @@ from flexpert.comm.errors import (
 __all__ = [
     "Buffer",
     "BufferSpec",
+    "ChannelDown",
     "CommError",
     "Evicted",
     "ExpertTable",
@@ -37,5 +40,8 @@ __all__ = [
     "Reduce",
     "StaleEpoch",
     "Statistics",
+    "View",
+    "agree",
+    "asked",
     "make_buffer",
 ]

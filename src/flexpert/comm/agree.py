@@ -116,8 +116,8 @@ def agree(
             in whenever they agree on an epoch.
         timeout_s: limit of the whole call, seconds.
         patience_s: how long a member may be silent before it is left out (one that most suspect is
-            not waited for), and how long the one
-            whose turn it is may take to decide. More than the ranks' calls lie apart.
+            not waited for), and how long the one whose turn it is may take to decide. More than the
+            ranks' calls lie apart.
         life: tells processes with one id apart; default: a random number of this process.
 
     Returns: a view of a later epoch that has this rank.

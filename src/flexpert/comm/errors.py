@@ -16,8 +16,8 @@ class RankTimeout(CommError):  # noqa: N818
 
     Attributes:
         ranks: the ids that were waited for in vain.
-        phase: "vote", "dispatch", "combine" or "connect".
-        epoch: the epoch of the exchange.
+        phase: "vote", "dispatch", "combine", "connect" or "agree".
+        epoch: the epoch of the exchange, or the one to agree on.
         limit_s: the time limit, seconds.
     """
 
@@ -78,9 +78,14 @@ class PeerUnreachable(CommError):  # noqa: N818
     """A peer's window cannot be opened: the process is gone, or no channel leads there."""
 
 
+class ChannelDown(PeerUnreachable):
+    """This process cannot use the channel to a peer now, say because its network device is down;
+    nothing is known of the peer."""
+
+
 class StaleEpoch(CommError):  # noqa: N818
     """A call or a handle belongs to an epoch that is over."""
 
 
 def _names(ranks: tuple[int, ...]) -> str:
-    return ", ".join(map(str, ranks))
+    return ", ".join(map(str, ranks)) or "(nobody)"

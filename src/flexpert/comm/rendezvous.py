@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from flexpert.comm.bounded import BoundedStore
-from flexpert.comm.errors import CommError, PeerUnreachable, RankTimeout
+from flexpert.comm.errors import ChannelDown, CommError, PeerUnreachable, RankTimeout
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -48,6 +48,7 @@ class Host(Protocol):
 
         Raises:
             PeerUnreachable: the greeting is that of a dead process; wait for another.
+            ChannelDown: not now; try the same again.
             ValueError: the two can never meet.
         """
 
@@ -74,6 +75,7 @@ class _Meeting:
     dead: bytes = b""  # nonce of one that a dead rank left
     offer: Offer | None = None  # what lies in the store
     renewed: bool = False
+    down: ChannelDown | None = None  # why it does not go on
 
 
 def meet(
@@ -100,7 +102,8 @@ def meet(
     Returns: the ids met, sorted.
 
     Raises:
-        RankTimeout: some did not come ("connect"); those that did stay met.
+        RankTimeout: some did not come ("connect"); those that did stay met. Its cause, if there is
+            one, is a `ChannelDown`: what was wrong on this side.
         ValueError: a peer that can never be met; those met so far stay met.
         CommError: the store is gone, gave no answer within the limit and a second more, or it
             was cancelled.
@@ -144,7 +147,8 @@ def _meet(
             if cancelled():
                 raise CommError(f"connecting to rank {_names(left)} was cancelled")
             if time.monotonic() >= deadline:
-                raise RankTimeout(tuple(left), "connect", epoch, timeout_s)
+                down = next((m.down for m in left.values() if m.down), None)
+                raise RankTimeout(tuple(left), "connect", epoch, timeout_s) from down
             nap_s = _FIRST_NAP_S if moved else min(1.5 * nap_s, _LONGEST_NAP_S)
             time.sleep(nap_s)
     except RuntimeError as error:  # torch's DistStoreError and its kin
@@ -161,6 +165,7 @@ def _advance(store: BoundedStore, rank: int, peer: int, meeting: _Meeting, host:
     if theirs is None or theirs.nonce == meeting.dead:
         return False
     assert meeting.offer is not None
+    meeting.down = None
     try:
         if theirs.nonce != meeting.theirs:
             details = host.prepare(peer, theirs.greeting)
@@ -170,6 +175,9 @@ def _advance(store: BoundedStore, rank: int, peer: int, meeting: _Meeting, host:
         if theirs.echo != meeting.nonce:
             return False
         host.open(peer, theirs.details)
+    except ChannelDown as error:
+        meeting.down = error
+        return False
     except PeerUnreachable:
         meeting.dead, meeting.theirs = theirs.nonce, b""
         return False

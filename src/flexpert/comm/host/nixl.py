@@ -38,7 +38,7 @@ from typing import Any
 
 import msgspec
 
-from flexpert.comm.errors import CommError, PeerUnreachable
+from flexpert.comm.errors import ChannelDown, CommError, PeerUnreachable
 
 MESSAGE_BYTES = 128
 
@@ -210,7 +210,7 @@ class Endpoint:
             with _silence():
                 self._agent = nixl.agent(self.name, nixl.config(enable_prog_thread=False))
         except self._errors as error:
-            raise CommError(f"NIXL cannot start: {error}") from error
+            raise ChannelDown(f"NIXL cannot start: {error}") from error
         if "UCX" not in self._agent.backends:
             raise CommError("this installation of NIXL has no UCX plugin")
 
