@@ -3,7 +3,7 @@
 What a rank holds is taken from its own /proc after a warm-up and at the end. Descriptors and
 threads must be the same, but for sockets that are about to go. Maps and memory belong to the
 allocator, too, and get a margin far below one map, one page and one place for each round.
-Addresses are counted because maps alone would not show memory that is kept from use: the kernel
+Addresses that can be used are counted because maps alone would not show memory that is kept from use: the kernel
 joins such maps.
 """
 
@@ -24,7 +24,7 @@ WARM_UP = 50
 EXCHANGE_EVERY = 10
 
 MORE_MAPS = 8
-MORE_ADDRESSES_KIB = 4096
+MORE_ADDRESSES_KIB = 16384  # a thread that meets others may get a stack of 8 MiB that is kept
 MORE_RESIDENT_KIB = 4096  # the allocator's own ups and downs took 1.5 MiB
 
 PLACE = {"max_tokens": 64, "hidden": 1024}  # a quarter of a MiB for each peer
@@ -43,16 +43,22 @@ class Held(msgspec.Struct, frozen=True):
 def held(_: Buffer) -> Held:
     gc.collect()
     with open("/proc/self/maps") as maps, open("/proc/self/statm") as memory:
-        addresses, resident = (
-            int(pages) * os.sysconf("SC_PAGESIZE") // 1024 for pages in memory.read().split()[:2]
-        )
-        return Held(
-            descriptors=len(os.listdir("/proc/self/fd")),
-            maps=sum(1 for _ in maps),
-            threads=len(os.listdir("/proc/self/task")),
-            addresses_kib=addresses,
-            resident_kib=resident,
-        )
+        lines = maps.read().splitlines()
+        resident = int(memory.read().split()[1]) * os.sysconf("SC_PAGESIZE") // 1024
+    return Held(
+        descriptors=len(os.listdir("/proc/self/fd")),
+        maps=len(lines),
+        threads=len(os.listdir("/proc/self/task")),
+        addresses_kib=sum(map(usable_kib, lines)),
+        resident_kib=resident,
+    )
+
+
+def usable_kib(line: str) -> int:
+    """Of one map; what the allocator only reserves for a new arena cannot be used."""
+    where, permissions = line.split()[:2]
+    begin, end = (int(address, 16) for address in where.split("-"))
+    return 0 if permissions.startswith("---") else (end - begin) // 1024
 
 
 def rounds(meeting: Meeting, count: int) -> None:
