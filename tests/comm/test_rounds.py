@@ -3,8 +3,8 @@
 What a rank holds is taken from its own /proc after a warm-up and at the end. Descriptors and
 threads must be the same, but for sockets that are about to go. Maps and memory belong to the
 allocator, too, and get a margin far below one map, one page and one place for each round.
-Addresses that can be used are counted because maps alone would not show memory that is kept from use: the kernel
-joins such maps.
+Addresses that can be used are counted, because maps alone would not show memory that is kept from
+use: the kernel joins such maps.
 """
 
 from __future__ import annotations
