@@ -61,7 +61,7 @@ def received(rank: int, rows: oracle.Rows) -> str:
 
 
 def combined(rank: int, out: torch.Tensor) -> str:
-    return oracle.check_combined(SIZES, SENT[rank], RANKS, out, None, None, TOLERANCE)
+    return oracle.check_combined(SIZES, SENT[rank], RANKS, out, None, None, (), TOLERANCE)
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -69,7 +69,7 @@ def test_it_agrees_with_the_oracle_of_comm(rank: int) -> None:
     assert received(rank, rows_of(rank)) == ""
     for reduce in ("home", "rank"):
         out = sums_of(rank, reduce)  # type: ignore[arg-type]
-        assert oracle.check_combined(SIZES, SENT[rank], RANKS, out, None, None, TOLERANCE) == ""
+        assert oracle.check_combined(SIZES, SENT[rank], RANKS, out, None, None, (), TOLERANCE) == ""
 
 
 def test_wrong_rows_are_seen() -> None:
@@ -127,12 +127,17 @@ def test_a_loss_must_be_told_and_be_what_happened() -> None:
     out = ((left.double() * factors).sum(1)[:, None] * own.x.double()).to(SIZES.dtype)
 
     def check(
-        out: torch.Tensor, lost: torch.Tensor | None, lost_weight: torch.Tensor | None
+        out: torch.Tensor,
+        lost: torch.Tensor | None,
+        lost_weight: torch.Tensor | None,
+        ranks: tuple[int, ...] = (3,),
     ) -> str:
-        return oracle.check_combined(SIZES, own, up, out, lost, lost_weight, TOLERANCE)
+        return oracle.check_combined(SIZES, own, up, out, lost, lost_weight, ranks, TOLERANCE)
 
     assert check(out, gone, weight) == ""
     assert "not the loss that happened" in check(out, None, None)
     assert "not the loss that happened" in check(out, torch.zeros_like(gone), weight)
     assert "lost weight is wrong" in check(out, gone, weight + 0.1)
+    for ranks in ((), (2,), (2, 3)):
+        assert "said to be missing" in check(out, gone, weight, ranks)
     assert "combined result is wrong" in check(sums_of(2, "home"), gone, weight)

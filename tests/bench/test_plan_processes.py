@@ -95,4 +95,6 @@ def test_the_command(tmp_path: Path) -> None:
     assert "PASS" in shown.output
     written = json.loads(out.read_text())
     assert written["pass"] is True
+    assert written["options"]["tokens"] == 8
+    assert written["machine"]["cores"]
     assert [phase["phase"] for phase in written["runs"][0]["phases"]] == ["0 1", "0 1†", "0 1"]

@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from flexpert.errors import ConfigError
@@ -80,6 +81,7 @@ def plan(
     import torch
     from rich.console import Console
 
+    from flexpert.bench.machine import this_machine
     from flexpert.bench.plan import plan_file, report, runner
     from flexpert.bench.plan.oracle import Sizes
     from flexpert.comm import quant
@@ -134,5 +136,23 @@ def plan(
         written.append({"plan": name, "seed": own_seed, "phases": runner.as_json(results)})
     good = report.verdict(console, everything)
     if output:
-        output.write_text(json.dumps({"pass": good, "runs": written}, indent=1), encoding="utf-8")
+        told = {
+            "pass": good,
+            "machine": msgspec.to_builtins(this_machine()),
+            "options": {
+                "tokens": tokens,
+                "hidden": hidden,
+                "topk": topk,
+                "experts_per_rank": experts_per_rank,
+                "dtype": dtype.value,
+                "fp8": scales,
+                "kill": kill.value,
+                "at": at.value,
+                "channel": channel.value,
+                "exchanges": exchanges,
+                "timeout_s": timeout,
+            },
+            "runs": written,
+        }
+        output.write_text(json.dumps(told, indent=1), encoding="utf-8")
     raise typer.Exit(0 if good else 1)

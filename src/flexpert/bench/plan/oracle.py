@@ -124,6 +124,7 @@ def check_combined(
     out: torch.Tensor,
     lost: torch.Tensor | None,
     lost_weight: torch.Tensor | None,
+    lost_ranks: Collection[int],
     tolerance: float,
 ) -> str:
     """ "" or what is wrong with the sums of `own`, when only the owners in `up` have answered."""
@@ -133,6 +134,8 @@ def check_combined(
     told = np.zeros(gone.shape, bool) if lost is None else lost.numpy()
     if not np.array_equal(gone, told):
         return "the loss that was reported is not the loss that happened"
+    if set(lost_ranks) != set(owner[gone].tolist()):
+        return "the ranks that are said to be missing are not those that are"
     weights = own.weights.astype(np.float64)
     if lost_weight is not None and not np.allclose(lost_weight.numpy(), (weights * gone).sum(1)):
         return "the lost weight is wrong"

@@ -42,7 +42,10 @@ class Options:
 
 @dataclass(slots=True)
 class PhaseResult:
-    """Times in seconds; None where nothing of the kind happened. errors: empty if all was right."""
+    """Times in seconds; None where nothing of the kind happened. errors: empty if all was right.
+
+    connect_s: of the slowest rank, without the start of processes. rejoin_s: with it.
+    """
 
     phase: str
     ranks: tuple[int, ...]
@@ -152,21 +155,28 @@ class Runner:
     def change(self, phase: Phase, result: PhaseResult, *, rejoining: bool) -> None:
         """Let go of those that left or died; start those that come; connect all."""
         leaving = set(self.up) - set(phase.ranks)
+        gone, self.gone = self.gone | leaving, set()
+        if gone:
+            for rank in self.up:
+                if rank in leaving:
+                    self.up[rank].ask("leave", None)
+                else:
+                    self.up[rank].ask("disconnect", sorted(gone))
+            parted = self.answers(self.up, self.setup.connect_s + ANSWER_S)
+            result.disconnect_s = max(parted.values(), default=None)
         for rank in leaving:
             self.up.pop(rank).end()
-        gone, self.gone = self.gone | leaving, set()
-        if gone and self.up:
-            result.disconnect_s = max(self.ask_all("disconnect", sorted(gone)).values())
         new = [rank for rank in phase.ranks if rank not in self.up]
         if not new:
             return
+        began = time.monotonic()
         for rank in new:
             with _uninterrupted():  # a process that nobody knows would stay behind
                 self.up[rank] = _Rank(self.context, rank, self.setup)
         self.answers(new, START_S)
         took = max(self.ask_all("connect", phase.ranks).values())
         if rejoining:
-            result.rejoin_s = took
+            result.rejoin_s = time.monotonic() - began
         else:
             result.connect_s = took
 

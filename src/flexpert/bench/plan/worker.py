@@ -105,6 +105,11 @@ def serve(rank: int, setup: Setup, pipe: Connection) -> None:
                 if name == "connect":
                     buffer.connect(argument, timeout_s=setup.connect_s)
                     pipe.send(("done", time.monotonic() - began))
+                elif name == "leave":
+                    buffer.disconnect(set(buffer.connected) - {rank})
+                    buffer.close()
+                    pipe.send(("done", time.monotonic() - began))
+                    return
                 elif name == "disconnect":
                     buffer.disconnect(argument)
                     pipe.send(("done", time.monotonic() - began))
@@ -313,6 +318,7 @@ class Run:
             out,
             None if loss is None else loss.choices,
             None if loss is None else loss.weight,
+            () if loss is None else loss.ranks,
             wire + oracle.rounding(sizes),
         )
         if wrong:
