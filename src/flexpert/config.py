@@ -75,6 +75,14 @@ class ClusterConfig(_Section):
     commit_timeout_s: float = Field(30.0, gt=0, description="arming until all ranks switched")
     exchange_timeout_s: float = Field(60.0, gt=0, description="wait for a peer within a step")
     stall_timeout_s: float = Field(2.0, gt=0, description="silence after which a rank is ended")
+    restart_policy: Literal["always", "on-failure", "never"] = Field(
+        "on-failure", description="start a new rank for a lost one"
+    )
+    restart_limit: int = Field(
+        5, ge=1, description="short lives in a row after which a rank is left out"
+    )
+    restart_backoff_s: float = Field(1.0, ge=0, description="before the second try, then doubled")
+    restart_backoff_max_s: float = Field(30.0, ge=0, description="longest wait before a try")
     shutdown_timeout_s: float = Field(10.0, ge=0, description="running requests may finish")
     memory_per_rank: Bytes | None = Field(None, description="limit of a rank; default: none")
     memory_headroom: float = Field(0.05, ge=0, lt=1, description="share of memory left free")

@@ -86,6 +86,12 @@ async def answer_all(
     return list(await asyncio.gather(*(one(*request) for request in requests)))
 
 
+def active(head: Head) -> set[int]:
+    """Ids of the ranks that are active, when nothing is under way."""
+    cluster = head.cluster()
+    return set() if cluster.operation else {r.id for r in cluster.ranks if r.state == "active"}
+
+
 async def until(condition: Any, timeout_s: float = 20) -> None:
     """Wait until a condition that other tasks bring about holds."""
     async with asyncio.timeout(timeout_s):

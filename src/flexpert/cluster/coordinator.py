@@ -19,6 +19,7 @@ import psutil
 from flexpert.cluster import messages as msg
 from flexpert.cluster.membership import Change, Do, Event, Kind, Membership, Phase
 from flexpert.cluster.operation import Operation, resolve_target
+from flexpert.cluster.replacement import Replacements
 from flexpert.cluster.views import (
     ClusterEvent,
     OperationView,
@@ -28,7 +29,7 @@ from flexpert.cluster.views import (
 )
 from flexpert.config import Config
 from flexpert.engine.memory import planned_memory
-from flexpert.errors import OperationConflict, OperationRefused, UnknownOperation
+from flexpert.errors import FlexpertError, OperationConflict, OperationRefused, UnknownOperation
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement, loads, replan
 
@@ -36,6 +37,19 @@ log = logging.getLogger("flexpert")
 
 _KEPT_OPERATIONS = 256
 _RELEASE_TIMEOUT_S = 5.0
+
+# Of the stall timeout: a silent rank is ended after STALLED of it; looked at WATCHES times.
+STALLED = 0.9
+WATCHES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What somebody asked for; see `resolve_target`."""
+
+    ranks: int | None
+    add: int
+    remove: tuple[int, ...]
 
 
 class Timer(Protocol):
@@ -49,10 +63,19 @@ class Ports(Protocol):
 
     def call_later(self, delay_s: float, action: Callable[[], None]) -> Timer: ...
 
+    def now(self) -> float:
+        """Seconds, of a clock that only goes forward."""
+        ...
+
     def spawn(self, rank: int) -> None: ...
     def kill(self, rank: int) -> None: ...
     def send(self, rank: int, command: msg.Command) -> None: ...
+    def progress(self, rank: int) -> object:
+        """Something that changes whenever the rank's process does any work."""
+        ...
+
     def moved(self, rank: int, ids: Iterable[str]) -> int: ...
+    def admit_waiting(self) -> None: ...
     def lost(self, reason: str) -> None: ...
     def publish(self, event: ClusterEvent) -> None: ...
 
@@ -69,6 +92,8 @@ class RankRecord:
     load: msg.Load = field(default_factory=lambda: msg.Load(0, 0, 0.0, 0))
     memory: msg.Memory | None = None
     error: str = ""
+    heard: float = 0.0  # when, by the ports' clock
+    progress: object = None  # when it had been silent for a while
 
     def view(self, placement: Placement | None) -> RankView:
         return RankView(
@@ -102,6 +127,20 @@ class Coordinator:
         self._loss = ""
         self._before_loss: frozenset[int] = frozenset()
         self._halted: set[int] = set()  # who acknowledged the latest halt
+        cluster = config.cluster
+        self._replacements = Replacements(
+            cluster.restart_policy,
+            limit=cluster.restart_limit,
+            backoff_s=cluster.restart_backoff_s,
+            longest_backoff_s=cluster.restart_backoff_max_s,
+        )
+        self._queued: tuple[Operation, Wish] | None = None
+        self._replace_timer: Timer | None = None
+        self._watch_timer: Timer | None = None
+        self._watched = 0.0
+        self._told: frozenset[int] = frozenset()  # those left out that were warned of
+        self._down: str | None = None
+        self._closed = False
 
     # ---- what it knows ----------------------------------------------------------------------
 
@@ -117,6 +156,8 @@ class Coordinator:
     def admitting(self) -> frozenset[int]:
         """Ids that may be given new sequences: members that are not on their way out."""
         change = self._membership.change
+        if self._membership.phase is Phase.LOST:
+            return frozenset()
         if self._membership.phase in (Phase.COMMIT, Phase.RECOVER) and change:
             return change.before & change.after or change.after
         return self._membership.members
@@ -124,6 +165,21 @@ class Coordinator:
     @property
     def running(self) -> OperationView | None:
         return self._running.view() if self._running else None
+
+    @property
+    def wanted(self) -> frozenset[int]:
+        """The ids that the last change that was asked for left active."""
+        return self._replacements.wanted
+
+    @property
+    def left_out(self) -> frozenset[int]:
+        """Wanted ids that kept dying and are not started again."""
+        return self._replacements.left_out
+
+    @property
+    def down(self) -> str | None:
+        """Why nothing is computed now and requests wait, or None."""
+        return self._down
 
     def ranks(self) -> list[RankView]:
         return [self._ranks[rank].view(self._placement) for rank in sorted(self._ranks)]
@@ -150,46 +206,80 @@ class Coordinator:
     ) -> OperationView:
         """Start a change, or return the running one with the same target.
 
+        One that the head began by itself makes way: it is withdrawn if it can be, and this one
+        begins after it.
+
         Raises:
             OperationRefused: it can never be reached. OperationConflict: another one runs.
         """
-        if self._running:
-            before = self._running.before
-            wanted = self._same_as_running(before, ranks, add, remove)
-            if wanted == self._running.after:
-                return self._running.view()
-            raise OperationConflict(
-                f"operation {self._running.id} to ranks {sorted(self._running.after)} is running; "
-                "wait for it or cancel it"
-            )
-        if self._membership.phase is Phase.LOST:
-            raise OperationRefused("the service has lost a rank and is stopping")
-        members = self.members
-        target = resolve_target(
-            members, self._config.cluster.max_ranks, ranks=ranks, add=add, remove=remove
+        if self._membership.phase is Phase.LOST or self._down:
+            raise OperationRefused(f"all ranks are lost and start again: {self._down}")
+        wish = Wish(ranks, add, tuple(remove))
+        if self._running is None:
+            return self._start(self._resolve(wish, self.members)).view()
+        running = self._running
+        if self._queued is not None:
+            if self._queued[1] == wish:
+                return self._queued[0].view()
+            running = self._queued[0]
+        elif self._same_as_running(running.before, wish) == running.after:
+            return running.view()
+        elif running.automatic:
+            return self._queue(wish).view()
+        raise OperationConflict(
+            f"operation {running.id} to ranks {sorted(running.after)} is running; "
+            "wait for it or cancel it"
         )
-        return self._start(target).view()
 
-    def _same_as_running(
-        self, before: frozenset[int], ranks: int | None, add: int, remove: Sequence[int]
-    ) -> frozenset[int] | None:
+    def _queue(self, wish: Wish) -> Operation:
+        members = self.members
+        operation = Operation(members, self._resolve(wish, members), self.epoch)
+        operation.enter("waiting")
+        self._remember(operation)
+        self._queued = operation, wish
+        if self._membership.phase in (Phase.SPAWN, Phase.LOAD):
+            self._handle(Event(Kind.CANCEL, reason=f"operation {operation.id} was asked for"))
+        return operation
+
+    def _resolve(self, wish: Wish, members: frozenset[int]) -> frozenset[int]:
+        return resolve_target(
+            members,
+            self._config.cluster.max_ranks,
+            ranks=wish.ranks,
+            add=wish.add,
+            remove=wish.remove,
+        )
+
+    def _same_as_running(self, before: frozenset[int], wish: Wish) -> frozenset[int] | None:
         try:
-            return resolve_target(
-                before, self._config.cluster.max_ranks, ranks=ranks, add=add, remove=remove
-            )
+            return self._resolve(wish, before)
         except OperationRefused:
             return None
 
     def begin_first(self, ranks: int) -> OperationView:
         """The change from nothing to the service's first ranks."""
+        self._watched = self._ports.now()
+        self._watch()
         return self._start(frozenset(range(ranks))).view()
 
-    def _start(self, target: frozenset[int]) -> Operation:
+    def close(self) -> None:
+        """Nothing begins by itself any more."""
+        self._closed = True
+        for timer in (self._deadline, self._replace_timer, self._watch_timer):
+            if timer:
+                timer.cancel()
+
+    def _start(
+        self, target: frozenset[int], operation: Operation | None = None, reason: str | None = None
+    ) -> Operation:
         members = self.members
+        operation = operation or Operation(members, target, self.epoch, reason)
+        operation.before, operation.after, operation.epoch = members, target, self.epoch
         if target == members:
-            operation = Operation(members, target, self.epoch)
             operation.end("done")
             self._remember(operation)
+            if not operation.automatic:
+                self._replacements.want(target)
             return operation
         info = self._source.info
         self._next = replan(self._placement, target, experts=info.experts, layers=info.moe_layers)
@@ -197,7 +287,7 @@ class Coordinator:
         actions = self._membership.begin(target)
         change = self._membership.change
         assert change is not None  # begin made it
-        operation = Operation(members, target, change.epoch)
+        operation.epoch = change.epoch
         operation.moved_experts = sum(map(len, loads(self._placement, self._next).values()))
         self._remember(operation)
         self._running = operation
@@ -256,6 +346,10 @@ class Coordinator:
         operation = self.operation(operation_id)
         if operation.over.is_set():
             raise OperationConflict(f"operation {operation.id} is over: {operation.state}")
+        if self._queued and operation is self._queued[0]:
+            self._queued = None
+            operation.end("cancelled")
+            return operation.view()
         if self._membership.phase not in (Phase.SPAWN, Phase.LOAD):
             raise OperationConflict(
                 f"operation {operation.id} is in phase {operation.phase} and cannot be withdrawn"
@@ -271,6 +365,7 @@ class Coordinator:
         if record is None:
             return
         epoch = self._membership.change.epoch if self._membership.change else 0
+        record.heard, record.progress = self._ports.now(), None
         match report:
             case msg.Hello(_, pid, host, address):
                 record.pid, record.host, record.address = pid, host, address
@@ -292,6 +387,7 @@ class Coordinator:
                     self._handle(Event(Kind.FAILED, rank, f"rank {rank}: {error}"))
             case msg.Switched(of, pause_ms, load) if of == epoch:
                 record.state, record.load = "active", load
+                self._replacements.active(rank, self._ports.now())
                 if pause_ms is not None and self._running:
                     self._running.pause_ms = max(pause_ms, self._running.pause_ms or 0.0)
                 self._handle(Event(Kind.SWITCHED, rank))
@@ -320,12 +416,23 @@ class Coordinator:
         if record and record.error:
             reason += f": {record.error}"
         self._ports.publish(_event("rank", {"id": rank, "state": "gone", "reason": reason}))
+        change, phase = self._membership.change, self._membership.phase
+        asked = change is not None and phase is not Phase.IDLE and rank in change.leaving
+        asked |= change is not None and phase is Phase.UNDO and change.cancelled
+        if asked:
+            self._replacements.left(rank)
+        else:
+            self._replacements.ended(rank, status, self._ports.now())
         self._loss, self._before_loss = reason, self.members
         self._handle(Event(Kind.EXITED, rank, reason))
         # only now: admission must not choose the lost rank again
         moved = self._ports.moved(rank, ())
         if self._running:
             self._running.moved_requests += moved
+        if self._down and not self._ranks and self._membership.phase is Phase.LOST:
+            self._membership.restart()
+            self._placement = self._next = None
+            self._go_on()
 
     def _handle(self, event: Event) -> None:
         self._carry_out(self._membership.handle(event))
@@ -397,6 +504,8 @@ class Coordinator:
 
     def _abandon(self, recovery: Change) -> None:
         """A member is lost: what ran is over, and an operation of its own brings the rest back."""
+        if self._running and not self._running.automatic and recovery.kept:
+            self._replacements.want(self._running.after)
         before = self._running.before if self._running else self._before_loss
         reason = self._loss
         if self._running:
@@ -407,9 +516,8 @@ class Coordinator:
         self._next = replan(
             self._placement, recovery.after, experts=info.experts, layers=info.moe_layers
         )
-        operation = Operation(before, recovery.after, recovery.epoch)
+        operation = Operation(before, recovery.after, recovery.epoch, reason or "a rank was lost")
         operation.state = "committing"
-        operation.reason = reason
         operation.moved_experts = sum(map(len, loads(self._placement, self._next).values()))
         self._remember(operation)
         self._running = operation
@@ -443,28 +551,117 @@ class Coordinator:
 
     def _switched(self, epoch: int) -> None:
         self._placement, self._next = self._next, None
+        self._down = None
+        self._ports.admit_waiting()
         self._ports.publish(_event("epoch", {"epoch": epoch, "ranks": sorted(self.members)}))
 
     def _finish(self, error: str | None, cancelled: bool) -> None:
         self._stop_clock()
         operation, self._running = self._running, None
         self._next = None
-        if operation is None:
-            return
-        if cancelled:
-            operation.end("cancelled")
-        elif error is not None:
-            operation.end("failed", error)
-        else:
-            operation.end("done")
+        if operation is not None:
+            if cancelled:
+                operation.end("cancelled")
+            elif error is not None:
+                operation.end("failed", error)
+            else:
+                operation.end("done")
+                if not operation.automatic:
+                    self._replacements.want(operation.after)
+            self._publish(operation)
+        self._go_on()
+
+    def _publish(self, operation: Operation) -> None:
         self._ports.publish(_event("operation", msgspec.to_builtins(operation.view())))
+
+    # ---- what begins by itself --------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        """Nothing runs: begin what was asked for meanwhile, or replace who is missing."""
+        if self._closed:
+            return
+        if self._queued:
+            (operation, wish), self._queued = self._queued, None
+            try:
+                self._start(self._resolve(wish, self.members), operation)
+            except OperationRefused as error:
+                operation.end("failed", str(error))
+            if self._running:
+                return
+            self._publish(operation)
+        if self._replace_timer:
+            self._replace_timer.cancel()
+        self._replace_timer = None
+        for rank in sorted(self.left_out - self._told):
+            self._warn(f"rank {rank} keeps ending and is left out; scale to have it tried again")
+        self._told = self.left_out
+        wait_s = self._replacements.next_s(self.members, self._ports.now())
+        if wait_s is not None:
+            self._replace_timer = self._ports.call_later(wait_s, self._replace)
+        elif self._down:
+            self._ports.lost(f"{self._down}; no rank can be started again")
+
+    def _replace(self) -> None:
+        if self._closed or self._running or self._membership.phase is not Phase.IDLE:
+            return  # `_go_on` comes when that is over
+        due = self._replacements.due(self.members, self._ports.now()) - set(self._ranks)
+        if not due:
+            self._go_on()
+            return
+        names = ", ".join(map(str, sorted(due)))
+        try:
+            self._start(self.members | due, reason=f"replaces rank {names}")
+        except OperationRefused as error:
+            self._warn(f"rank {names} cannot be replaced: {error}")
+            for rank in due:
+                self._replacements.ended(rank, 1, self._ports.now())
+            self._go_on()
+        except FlexpertError as error:  # there is nothing to start ranks with any more
+            self._ports.lost(f"rank {names} cannot be replaced: {error}")
+
+    def _warn(self, text: str) -> None:
+        log.warning("%s", text)
+        self._ports.publish(_event("warning", {"error": text}))
+
+    def _watch(self) -> None:
+        """End ranks that have stalled: silent, and their processes do no work at all."""
+        stall_s = self._config.cluster.stall_timeout_s
+        now = self._ports.now()
+        late = now - self._watched > stall_s / 4  # the head itself was held up
+        self._watched = now
+        for rank, record in list(self._ranks.items()):
+            if record.state == "starting":
+                continue
+            if late:
+                record.heard = now
+            silent_s = now - record.heard
+            if silent_s >= stall_s / 2 and record.progress is None:
+                record.progress = self._ports.progress(rank)
+            elif silent_s >= STALLED * stall_s and record.state != "stalled":
+                if record.progress != self._ports.progress(rank):  # slow is not dead
+                    record.heard, record.progress = now, None
+                    continue
+                record.state = "stalled"
+                record.error = f"silent for {silent_s:.1f} s"
+                self._warn(f"rank {rank} was silent for {silent_s:.1f} s and is ended")
+                self._ports.kill(rank)
+        self._watch_timer = self._ports.call_later(stall_s / WATCHES, self._watch)
 
     def _lost(self, reason: str) -> None:
         self._stop_clock()
         if self._running:
             self._running.end("failed", reason)
+            self._publish(self._running)
             self._running = None
-        self._ports.lost(reason)
+        if self._queued:
+            self._queued[0].end("failed", reason)
+            self._queued = None
+        if not self._replacements.wanted:
+            self._ports.lost(reason)
+            return
+        self._down = reason
+        self._warn(f"{reason}; nobody can go on: requests wait until ranks are up again")
+        self._kill(list(self._ranks))  # whoever is left cannot go on, either
 
     def _announce(self) -> None:
         if self._running:

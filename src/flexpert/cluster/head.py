@@ -115,6 +115,8 @@ class Head:
         while len(self._journal) and not self.failure and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self._stopped = True
+        if self._coordinator:
+            self._coordinator.close()
         self._journal.fail_all(ServiceStopped("the service is stopping"))
         for listener in self._listeners:
             listener.put_nowait(None)
@@ -194,6 +196,9 @@ class Head:
             ranks=coordinator.ranks(),
             placement=coordinator.placement(),
             operation=coordinator.running,
+            wanted=sorted(coordinator.wanted),
+            left_out=sorted(coordinator.left_out),
+            down=coordinator.down,
         )
 
     def begin_operation(
@@ -239,6 +244,18 @@ class Head:
 
     def call_later(self, delay_s: float, action: Callable[[], None]) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(delay_s, action)
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def progress(self, rank: int) -> object:
+        assert self._launcher is not None
+        return self._launcher.progress(rank)
+
+    def admit_waiting(self) -> None:
+        """There is capacity again: what no rank runs goes on."""
+        for entry in self._journal.waiting():
+            self._admit(entry)
 
     def spawn(self, rank: int) -> None:
         assert self._launcher is not None

@@ -142,6 +142,10 @@ class Journal:
             self.close(event.id)
         entry.stream.put(Delta(tokens=event.tokens, logprobs=event.logprobs, finish=event.finish))
 
+    def waiting(self) -> list[Entry]:
+        """Sequences that no rank runs, oldest first."""
+        return [entry for entry in self._entries.values() if entry.rank is None]
+
     def fail(self, sequence_id: str, error: FlexpertError) -> None:
         """End a sequence with an error."""
         entry = self.close(sequence_id)

@@ -85,6 +85,16 @@ class LocalLauncher:
         elif pid == 0:  # the fork is under way: as soon as its pid is known
             self._pids[rank] = -1
 
+    def progress(self, rank: int) -> object:
+        """Processor time and page faults of a rank so far; None if it is gone."""
+        pid = self._pids.get(rank, 0)
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                fields = stat.read().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return tuple(fields[7:13])  # minflt cminflt majflt cmajflt utime stime
+
     async def close(self, timeout_s: float = 5.0) -> None:
         """Wait for the ranks to end, kill those that do not, end the fork server. Idempotent."""
         if self._process is None:

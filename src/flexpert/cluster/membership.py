@@ -84,12 +84,14 @@ class Change:
     """The books of one change. reported: who has done what the phase waits for.
 
     doomed: newcomers of a change that this one took the place of, which must still end.
+    kept: the target of the change that this one took the place of is kept.
     """
 
     epoch: int
     before: frozenset[int]
     after: frozenset[int]
     doomed: frozenset[int] = frozenset()
+    kept: bool = False
     reported: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
     error: str | None = None
@@ -300,15 +302,20 @@ class Membership:
             actions += self._enter(change)
         return actions
 
+    def restart(self) -> None:
+        """After LOST, when every process is gone: as at the beginning, but for the numbers."""
+        self.members, self.change, self.phase = frozenset(), None, Phase.IDLE
+
     def _recovery(self, broken: Change) -> Change:
         """The change that goes on without those who are gone, in the place of `broken`."""
         self._epochs_used += 1
-        if self.phase in _POINT_OF_NO_RETURN:
+        kept = self.phase in _POINT_OF_NO_RETURN
+        if kept:
             before, after, doomed = broken.everyone, broken.after, broken.doomed
         else:
             before, after, doomed = broken.before, broken.before, broken.joining
         gone = broken.gone
-        return Change(self._epochs_used, before - gone, after - gone, doomed - gone)
+        return Change(self._epochs_used, before - gone, after - gone, doomed - gone, kept)
 
     def _enter(self, change: Change) -> list[Do]:
         change.reported = set()

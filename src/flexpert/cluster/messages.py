@@ -133,6 +133,10 @@ class Halted(msgspec.Struct, frozen=True, tag="halted"):
     epoch: int
 
 
+class Alive(msgspec.Struct, frozen=True, tag="alive"):
+    """Sent now and then from a thread of its own: the process is neither stopped nor starved."""
+
+
 class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):
     """A leaver has left; these sequences must go on elsewhere."""
 
@@ -170,6 +174,7 @@ Report = (
     | Failed
     | Switched
     | Halted
+    | Alive
     | HandedOver
     | Published
     | Rejected

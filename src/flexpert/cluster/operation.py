@@ -60,7 +60,9 @@ def resolve_target(
 class Operation:
     """A change under way or over; `view` is its JSON."""
 
-    def __init__(self, before: frozenset[int], after: frozenset[int], epoch: int) -> None:
+    def __init__(
+        self, before: frozenset[int], after: frozenset[int], epoch: int, reason: str | None = None
+    ) -> None:
         self.id = f"op-{secrets.token_hex(4)}"
         self.before = before
         self.after = after
@@ -73,10 +75,15 @@ class Operation:
         self.moved_requests = 0
         self.pause_ms: float | None = None
         self.error: str | None = None
-        self.reason: str | None = None
+        self.reason = reason
         self.created = time.time()
         self.over = asyncio.Event()
         self._phase_began = time.monotonic()
+
+    @property
+    def automatic(self) -> bool:
+        """The head began it by itself."""
+        return self.reason is not None
 
     def enter(self, phase: str) -> None:
         """The clock of a phase starts, that of the one before stops."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -23,6 +24,7 @@ from flexpert.models.source import ModelSource
 _REPORT_TIMEOUT_MS = 10_000
 _FAREWELL_MS = 1_000
 _MEMORY_EVERY_S = 1.0
+_BEATS = 10  # in one stall timeout
 
 
 def open_model(config_json: str) -> ModelSource:
@@ -56,13 +58,24 @@ class Reporter:
         self._lock = threading.Lock()
         self.engine: RankEngine | None = None
         self._memory = 0
-        threading.Thread(target=self._watch_memory, name="memory", daemon=True).start()
 
-    def _watch_memory(self) -> None:
-        """Reading it takes milliseconds, so not in the step loop."""
-        while True:
-            self._memory = private_memory()
-            time.sleep(_MEMORY_EVERY_S)
+    def beat(self, every_s: float) -> None:
+        """Tell the head now and then that this process runs, from a thread of its own.
+
+        It also reads the memory, which takes milliseconds, so not in the step loop.
+        """
+
+        def run() -> None:
+            next_look = 0.0
+            with contextlib.suppress(zmq.ZMQError):  # closed: the rank ends
+                while True:
+                    self.tell(msg.Alive())
+                    if time.monotonic() >= next_look:
+                        self._memory = private_memory()
+                        next_look = time.monotonic() + _MEMORY_EVERY_S
+                    time.sleep(every_s)
+
+        threading.Thread(target=run, name="beat", daemon=True).start()
 
     def tell(self, report: msg.Report) -> None:
         packet = msg.encode(report)
@@ -135,6 +148,7 @@ def rank_main(spec: RankSpec, source: ModelSource) -> int:
         hello = msg.Hello(spec.token, os.getpid(), socket.gethostname(), engine.buffer.address)
         commands.send(msg.encode(hello))  # the head must know both routes
         reporter.tell(hello)
+        reporter.beat(config.cluster.stall_timeout_s / _BEATS)
         listener = threading.Thread(
             target=_listen, args=(commands, engine, reporter), name="commands", daemon=True
         )

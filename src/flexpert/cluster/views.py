@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 OperationState = Literal["preparing", "committing", "done", "failed", "cancelled"]
-RankState = Literal["starting", "preparing", "ready", "active", "leaving", "gone"]
+RankState = Literal["starting", "preparing", "ready", "active", "leaving", "stalled", "gone"]
 
 
 class RankView(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +41,8 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     phase: what happens now; progress: 0 to 1 over the whole operation.
     phases: seconds spent in each phase so far. pause_ms: the longest time between the end of the
     last step in the old epoch and the start of the first in the new one, over the ranks that stay.
-    reason: why the head began it by itself (a rank was lost); None for a change that was asked for.
+    reason: why the head began it by itself (a rank was lost, or is replaced); None for a change
+    that was asked for.
     """
 
     id: str
@@ -62,7 +63,12 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
-    """`GET /cluster`."""
+    """`GET /cluster`.
+
+    wanted: the rank ids that the last change that was asked for left active. left_out: those of
+    them that are not started again, because they kept dying. down: why nothing is computed now and
+    requests wait, or None.
+    """
 
     epoch: int
     model: str
@@ -70,6 +76,9 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     ranks: list[RankView]
     placement: PlacementView
     operation: OperationView | None
+    wanted: list[int]
+    left_out: list[int]
+    down: str | None
 
 
 class ClusterEvent(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,6 +25,7 @@ from flexpert.comm import (
     Buffer,
     CommError,
     Interrupted,
+    RankLost,
     RankTimeout,
     make_buffer,
 )
@@ -339,7 +340,7 @@ class RankEngine:
         except CommError as error:
             self._leave_epoch()
             if not isinstance(error, Interrupted):
-                ranks = error.ranks if isinstance(error, RankTimeout) else ()
+                ranks = error.ranks if isinstance(error, RankLost | RankTimeout) else ()
                 self.listener.broken(self.buffer.epoch, ranks, str(error))
             return False
 
