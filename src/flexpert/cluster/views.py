@@ -76,9 +76,9 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     ranks: list[RankView]
     placement: PlacementView
     operation: OperationView | None
-    wanted: list[int]
-    left_out: list[int]
-    down: str | None
+    wanted: list[int] = []
+    left_out: list[int] = []
+    down: str | None = None
 
 
 class ClusterEvent(msgspec.Struct, frozen=True, kw_only=True):
