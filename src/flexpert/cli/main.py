@@ -264,6 +264,79 @@ def demo(
     raise typer.Exit(run_demo(plan, console=_console(stderr=json_), as_json=json_))
 
 
+@app.command(
+    epilog=_examples(
+        "flexpert chaos",
+        "flexpert chaos --faults kill --rate 0.5 --duration 300 --plot kills.png",
+        "flexpert chaos --pairs --during-scaling --seed 7 --json run.json",
+        "flexpert chaos --ranks 3 -- --stall-timeout-s 1",
+    )
+)
+def chaos(
+    service: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- FLAGS]", help="More flags for the service it starts."),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A deterministic service of this machine, not our own."),
+    ] = None,
+    api_key: ApiKey = None,
+    faults: Annotated[
+        str, typer.Option(metavar="KIND[,KIND…]", help="Any of kill, stop, slow, oom.")
+    ] = "kill,stop,slow,oom",
+    rate: Annotated[float, typer.Option(min=0.01, max=20, help="Faults a second.")] = 0.5,
+    duration: Annotated[float, typer.Option(min=1, max=86400, help="Seconds of faults.")] = 30.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what strikes whom, and when.")] = 0,
+    ranks: Annotated[int, typer.Option(min=1, max=64, help="Of our own service.")] = 4,
+    clients: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 16,
+    requests: Annotated[int, typer.Option(min=1, help="Different requests.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 64,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Strike two ranks at once.")] = False,
+    during_scaling: Annotated[
+        bool, typer.Option("--during-scaling", help="Ranks join and leave all the time.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the results here, too.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Tokens over time, .png or .svg.")
+    ] = None,
+) -> None:
+    """Kill, stop, slow and starve ranks under traffic, and count what it cost.
+
+    It takes the answers of an undisturbed run, then asks the same again while faults strike by
+    seed, and compares. kill: SIGKILL. stop: SIGSTOP, for good. slow: stopped half of the time for a
+    second; nobody may be evicted for it. oom: for a second, the rank gets no more memory. Exit
+    status 1 if an answer was lost or altered, or ranks did not come back.
+    """
+    from flexpert.bench.comm.plot import check_plot
+    from flexpert.cli.chaos import ChaosPlan, check_flags, parse_faults, run_chaos
+
+    if plot:
+        check_plot(plot)
+    for file in (output, plot):
+        if file and not file.absolute().parent.is_dir():
+            raise ConfigError(f"cannot write {file}: there is no folder {file.parent}")
+    plan = ChaosPlan(
+        faults=parse_faults(faults),
+        rate=rate,
+        duration_s=duration,
+        seed=seed,
+        ranks=ranks,
+        clients=clients,
+        requests=requests,
+        max_tokens=max_tokens,
+        pairs=pairs,
+        scaling=during_scaling,
+        plot=plot,
+        flags=check_flags(service, url),
+        url=url,
+        key=api_key,
+    )
+    raise typer.Exit(run_chaos(plan, console=_console(stderr=False), output=output))
+
+
 app.command(
     "plan",
     epilog=_examples(

@@ -103,6 +103,10 @@ def cluster_view(cluster: ClusterView) -> RenderableType:
         f"{placement.experts} experts"
     )
     parts: list[RenderableType] = [summary, ranks_table(cluster.ranks, cluster.max_ranks), experts]
+    if cluster.down:
+        parts.append(Text(f"down: {cluster.down}; requests wait", style="bold red"))
+    if cluster.left_out:
+        parts.append(Text(f"left out, for they kept ending: {ids(cluster.left_out)}", style="red"))
     if cluster.operation:
         parts.append(operation_table(cluster.operation))
     else:
