@@ -70,6 +70,9 @@ class ClusterConfig(_Section):
 
     ranks: int = Field(1, ge=1, le=256, description="ranks at start")
     max_ranks: int = Field(8, ge=1, le=256, description="capacity: number of rank ids")
+    redundant_experts: int = Field(
+        0, ge=0, description="replicas in each layer beyond one of each expert"
+    )
     start_timeout_s: float = Field(120.0, gt=0, description="spawn until a rank reports")
     load_timeout_s: float = Field(600.0, gt=0, description="weights and warm-up of a change")
     commit_timeout_s: float = Field(30.0, gt=0, description="arming until all ranks switched")

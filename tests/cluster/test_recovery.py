@@ -93,6 +93,36 @@ def test_a_change_that_is_asked_for_goes_before_a_replacement(service: Service) 
     service.run(scenario(service.head))
 
 
+def test_with_every_expert_twice_a_loss_loads_none() -> None:
+    async def scenario(head: Head) -> None:
+        copies = head.info.experts * head.info.moe_layers
+        assert head.cluster().placement.replicas == 2 * copies
+        work = requests(12, tokens=60)
+        expected = await answer_all(head, work, clients=12)
+        loaded: list[int] = []
+
+        async def listen() -> None:
+            async for event in head.events():
+                if event.kind == "operation" and event.data["state"] == "done":
+                    loaded.append(event.data["moved_experts"])
+
+        listening = asyncio.create_task(listen())
+        traffic = asyncio.create_task(answer_all(head, work, clients=12))
+        await until(lambda: sum(rank.running for rank in head.cluster().ranks) >= 6)
+        os.kill(pids(head)[1], signal.SIGKILL)
+        assert await traffic == expected
+        await until(lambda: active(head) == {0, 1, 2})
+        await until(lambda: len(loaded) == 2)
+        assert loaded[0] == 0  # the loss
+        assert loaded[1] > 0  # the replacement
+        assert head.cluster().placement.replicas == 2 * copies
+        listening.cancel()
+
+    with running(cluster__ranks=3, cluster__redundant_experts=16, **SETTINGS) as service:
+        assert service.head.info.experts == 16
+        service.run(scenario(service.head))
+
+
 def test_with_never_the_others_go_on_alone_and_the_last_is_the_end() -> None:
     async def scenario(head: Head) -> None:
         work = requests(6)

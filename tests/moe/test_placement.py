@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexpert.moe.placement import Placement, loads, replan
+from flexpert.moe.placement import Placement, copies_of, cover, loads, replan
 
 rank_sets = st.sets(st.integers(0, 15), min_size=1, max_size=9)
 
@@ -59,6 +59,55 @@ def test_tables_lead_to_the_slot_that_holds_the_expert(ranks: set[int], experts:
             owners, slots = placement.owners(layer, viewer)
             for expert, (rank, slot) in enumerate(zip(owners, slots, strict=True)):
                 assert placement.layers[layer][rank][slot] == expert
+
+
+@given(
+    history=st.lists(rank_sets, min_size=1, max_size=6),
+    experts=st.integers(1, 24),
+    redundant=st.integers(0, 60),
+)
+def test_replicas_lie_on_distinct_ranks_and_are_balanced(
+    history: list[set[int]], experts: int, redundant: int
+) -> None:
+    placement: Placement | None = None
+    for ranks in history:
+        placement = replan(placement, ranks, experts=experts, layers=2, redundant=redundant)
+        assert placement.missing() == []
+        wanted = copies_of(experts, redundant, len(ranks))
+        assert sum(wanted) == min(experts * len(ranks), experts + redundant) or max(wanted) == len(
+            ranks
+        )
+        for layer in placement.layers:
+            every = [expert for held in layer.values() for expert in held]
+            assert [every.count(expert) for expert in range(experts)] == wanted
+            assert all(len(set(held)) == len(held) for held in layer.values())
+            counts = [len(held) for held in layer.values()]
+            assert max(counts) - min(counts) <= 1
+        again = replan(placement, ranks, experts=experts, layers=2, redundant=redundant)
+        assert not any(loads(placement, again).values())
+
+
+@given(
+    ranks=st.sets(st.integers(0, 15), min_size=2, max_size=8),
+    experts=st.integers(1, 24),
+    redundant=st.integers(0, 60),
+    data=st.data(),
+)
+def test_a_loss_loads_only_what_nobody_holds(
+    ranks: set[int], experts: int, redundant: int, data: st.DataObject
+) -> None:
+    before = replan(None, ranks, experts=experts, layers=2, redundant=redundant)
+    left = ranks - {data.draw(st.sampled_from(sorted(ranks)))}
+    after = cover(before, left)
+    assert after.missing() == []
+    assert after.ranks == sorted(left)
+    unheld = sum(
+        len(set(range(experts)).difference(*(layer[rank] for rank in left)))
+        for layer in before.layers
+    )
+    assert sum(map(len, loads(before, after).values())) == unheld
+    if redundant >= experts:
+        assert unheld == 0
 
 
 def test_layers_share_the_remainder_so_that_ranks_hold_about_the_same() -> None:

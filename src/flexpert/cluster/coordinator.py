@@ -31,7 +31,7 @@ from flexpert.config import Config
 from flexpert.engine.memory import planned_memory
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused, UnknownOperation
 from flexpert.models.source import ModelSource
-from flexpert.moe.placement import Placement, loads, replan
+from flexpert.moe.placement import Placement, cover, loads, replan
 
 log = logging.getLogger("flexpert")
 
@@ -281,8 +281,7 @@ class Coordinator:
             if not operation.automatic:
                 self._replacements.want(target)
             return operation
-        info = self._source.info
-        self._next = replan(self._placement, target, experts=info.experts, layers=info.moe_layers)
+        self._next = self._replan(target)
         self._check_memory(target - members, self._next)
         actions = self._membership.begin(target)
         change = self._membership.change
@@ -293,6 +292,16 @@ class Coordinator:
         self._running = operation
         self._carry_out(actions)
         return operation
+
+    def _replan(self, target: frozenset[int]) -> Placement:
+        info = self._source.info
+        return replan(
+            self._placement,
+            target,
+            experts=info.experts,
+            layers=info.moe_layers,
+            redundant=self._config.cluster.redundant_experts,
+        )
 
     def _remember(self, operation: Operation) -> None:
         self._operations[operation.id] = operation
@@ -512,10 +521,11 @@ class Coordinator:
             self._running.end("failed", reason)
             self._announce()
         self._kill(recovery.doomed)
-        info = self._source.info
-        self._next = replan(
-            self._placement, recovery.after, experts=info.experts, layers=info.moe_layers
-        )
+        before_it = self._placement
+        if before_it and recovery.after <= set(before_it.ranks):
+            self._next = cover(before_it, recovery.after)
+        else:
+            self._next = self._replan(recovery.after)
         operation = Operation(before, recovery.after, recovery.epoch, reason or "a rank was lost")
         operation.state = "committing"
         operation.moved_experts = sum(map(len, loads(self._placement, self._next).values()))

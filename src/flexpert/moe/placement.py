@@ -2,7 +2,9 @@
 
 A placement is balanced when, in each layer, the ranks' numbers of experts differ by at most one.
 Among the balanced placements of a new set of ranks, `replan` returns one that loads the fewest
-experts: every rank that stays keeps as many of its experts as its new share allows.
+experts: every rank that stays keeps as many of its experts as its new share allows. With redundant
+replicas it keeps what it can, without a search for the very fewest. After a loss, `cover` loads
+only what nobody holds any more; the next `replan` restores balance and redundancy.
 """
 
 from __future__ import annotations
@@ -62,9 +64,18 @@ class Placement(msgspec.Struct, frozen=True):
 
 
 def replan(
-    previous: Placement | None, ranks: Iterable[int], *, experts: int, layers: int
+    previous: Placement | None,
+    ranks: Iterable[int],
+    *,
+    experts: int,
+    layers: int,
+    redundant: int = 0,
 ) -> Placement:
     """The balanced placement on `ranks` that loads the fewest experts, coming from `previous`.
+
+    Args:
+        redundant: replicas of each layer beyond one of each expert, spread over the experts as
+            evenly as can be. No rank holds two of one expert: what does not fit is left out.
 
     Raises:
         ValueError: no ranks.
@@ -76,7 +87,11 @@ def replan(
     totals = dict.fromkeys(ids, 0)
     planned = []
     for index in range(layers):
-        layer = _replan_layer(before[index], ids, experts, totals)
+        layer = (
+            _replan_replicas(before[index], ids, copies_of(experts, redundant, len(ids)), totals)
+            if redundant
+            else _replan_layer(before[index], ids, experts, totals)
+        )
         for rank in ids:
             totals[rank] += len(layer[rank])
         planned.append(layer)
@@ -113,6 +128,67 @@ def _replan_layer(
         kept[rank] += homeless[:take]
         del homeless[:take]
     return kept
+
+
+def copies_of(experts: int, redundant: int, ranks: int) -> list[int]:
+    """How many replicas each expert has, at most one a rank."""
+    share, extra = divmod(redundant, experts)
+    return [min(ranks, 1 + share + (expert < extra)) for expert in range(experts)]
+
+
+def _replan_replicas(
+    before: dict[int, list[int]], ids: list[int], copies: list[int], totals: dict[int, int]
+) -> dict[int, list[int]]:
+    share, extra = divmod(sum(copies), len(ids))
+    order = sorted(ids, key=lambda rank: (-len(before.get(rank, ())), totals[rank], rank))
+    quota = {rank: share + (position < extra) for position, rank in enumerate(order)}
+    held: dict[int, list[int]] = {rank: [] for rank in ids}
+    left = list(copies)
+
+    # What is held by the fewest is kept first: so each expert that somebody holds stays somewhere,
+    # as far as shares allow.
+    holders = {e: [r for r in ids if e in before.get(r, ())] for e in range(len(copies))}
+    for expert in sorted(holders, key=lambda expert: (len(holders[expert]), expert)):
+        for rank in sorted(holders[expert], key=lambda rank: len(held[rank]) - quota[rank]):
+            if left[expert] and len(held[rank]) < quota[rank]:
+                held[rank].append(expert)
+                left[expert] -= 1
+
+    for expert in sorted(range(len(copies)), key=lambda expert: (-left[expert], expert)):
+        for _ in range(left[expert]):
+            room = [rank for rank in ids if len(held[rank]) < quota[rank]]
+            fresh = [rank for rank in room if expert not in held[rank]]
+            if fresh:
+                held[max(fresh, key=lambda rank: (quota[rank] - len(held[rank]), -rank))].append(
+                    expert
+                )
+                continue
+            # All with room hold it. One without it is full, and has one that those do not have.
+            giver = next(rank for rank in ids if expert not in held[rank])
+            taker = room[0]
+            given = next(e for e in held[giver] if e not in held[taker])
+            held[giver].remove(given)
+            held[taker].append(given)
+            held[giver].append(expert)
+    return {rank: sorted(found) for rank, found in held.items()}
+
+
+def cover(previous: Placement, ranks: Iterable[int]) -> Placement:
+    """What `ranks` hold of `previous`, and besides only the experts that none of them holds.
+
+    Raises:
+        ValueError: no ranks.
+    """
+    ids = sorted(set(ranks))
+    if not ids:
+        raise ValueError("a placement needs at least one rank")
+    layers = []
+    for before in previous.layers:
+        held = {rank: list(before.get(rank, ())) for rank in ids}
+        for expert in sorted(set(range(previous.experts)).difference(*held.values())):
+            held[min(ids, key=lambda rank: (len(held[rank]), rank))].append(expert)
+        layers.append(held)
+    return Placement(previous.experts, layers)
 
 
 def loads(before: Placement | None, after: Placement) -> dict[int, list[tuple[int, int]]]:
