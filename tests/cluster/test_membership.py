@@ -170,6 +170,39 @@ def test_who_is_silent_until_the_deadline_is_killed_and_the_rest_goes_on(phase: 
     assert membership.change.after == {0, 2}
 
 
+def test_a_recovery_that_fails_in_a_rank_that_lives_is_tried_again_and_not_for_ever() -> None:
+    membership = started(0, 1, 2)
+    run(membership, Event(Kind.EXITED, 1))
+    epochs = []
+    for _ in range(3):
+        assert run(membership, Event(Kind.FAILED, 0, "rank 2 cannot be reached")) == [
+            Do.ABANDON,
+            Do.HALT,
+            Do.PREPARE,
+        ]
+        assert membership.change is not None
+        assert membership.change.after == {0, 2}
+        epochs.append(membership.change.epoch)
+    assert epochs == sorted(set(epochs)), "each try is an epoch of its own"
+    run(membership, Event(Kind.EXITED, 2))
+    assert membership.change.after == {0}, "what had failed was the end of rank 2"
+    for _ in range(3):
+        assert Do.HALT in run(membership, Event(Kind.FAILED, 0, "no such file"))
+    assert run(membership, Event(Kind.FAILED, 0, "no such file")) == [Do.ALARM]
+    assert membership.phase is Phase.LOST
+
+
+def test_a_rank_that_cannot_commit_makes_a_recovery_of_the_change() -> None:
+    membership = started(0, 1)
+    membership.begin({0, 1, 2})
+    run(membership, Event(Kind.HELLO, 2), *(Event(Kind.PREPARED, rank) for rank in (0, 1, 2)))
+    assert Do.HALT in run(membership, Event(Kind.FAILED, 1, "epoch 2 is not prepared"))
+    run(membership, *(Event(Kind.PREPARED, rank) for rank in (0, 1, 2)))
+    run(membership, *(Event(Kind.SWITCHED, rank) for rank in (0, 1, 2)))
+    assert membership.phase is Phase.IDLE
+    assert membership.members == {0, 1, 2}
+
+
 def test_the_last_rank_lost_is_the_end() -> None:
     membership = started(0)
     assert run(membership, Event(Kind.EXITED, 0, "killed")) == [Do.ALARM]

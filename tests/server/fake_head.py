@@ -235,6 +235,7 @@ class FakeHead:
             ranks=ranks,
             placement=placement,
             operation=self._running_operation(),
+            wanted=list(self.ranks),
         )
 
     def _running_operation(self) -> OperationView | None:

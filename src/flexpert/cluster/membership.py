@@ -85,6 +85,7 @@ class Change:
 
     doomed: newcomers of a change that this one took the place of, which must still end.
     kept: the target of the change that this one took the place of is kept.
+    retries: how many recoveries in a row before this one failed in a rank that lives on.
     """
 
     epoch: int
@@ -92,6 +93,7 @@ class Change:
     after: frozenset[int]
     doomed: frozenset[int] = frozenset()
     kept: bool = False
+    retries: int = 0
     reported: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
     error: str | None = None
@@ -116,6 +118,8 @@ class Change:
 
 
 Guard = Callable[[Change, Event], bool]
+
+_RETRIES = 3
 
 
 def _always(change: Change, event: Event) -> bool:
@@ -148,6 +152,11 @@ def _last_newcomer(change: Change, event: Event) -> bool:
 
 def _participant(change: Change, event: Event) -> bool:
     return event.rank in change.everyone
+
+
+def _may_retry(change: Change, event: Event) -> bool:
+    # Who connects to a rank that has just died may fail before its end is reported here.
+    return event.rank in change.everyone and change.retries < _RETRIES
 
 
 def _member_with_survivors(change: Change, event: Event) -> bool:
@@ -187,6 +196,7 @@ RULES: tuple[Rule, ...] = (
     Rule(P.COMMIT, K.SWITCHED, P.RELEASE, (Do.STOP,), _all_reported),
     Rule(P.COMMIT, K.HANDED_OVER, P.RELEASE, (Do.STOP,), _all_reported),
     Rule(P.COMMIT, K.DEADLINE, P.COMMIT, (Do.KILL_SILENT,)),
+    Rule(P.COMMIT, K.FAILED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _may_retry),
     Rule(P.COMMIT, K.FAILED, P.LOST, (Do.ALARM,)),
     # release: what left is stopped, and its id is free only when its process is gone
     Rule(P.RELEASE, K.EXITED, P.IDLE, (Do.FINISH,), _last_to_end),
@@ -216,6 +226,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(P.RECOVER, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
     Rule(P.RECOVER, K.EXITED, P.RECOVER, (), _ending),
+    Rule(P.RECOVER, K.FAILED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _may_retry),
     Rule(P.RECOVER, K.FAILED, P.LOST, (Do.ALARM,), _participant),
     Rule(P.RECOVER, K.DEADLINE, P.RECOVER, (Do.KILL_SILENT,)),
     # nobody is left
@@ -294,7 +305,8 @@ class Membership:
         if rule.then is Phase.LOST:
             change.error = event.reason or None
         if Do.HALT in rule.do:
-            change = self.change = self._recovery(change)
+            retries = change.retries + 1 if event.kind is Kind.FAILED else 0
+            change = self.change = self._recovery(change, retries)
         actions = list(rule.do)
         entered = rule.then is not self.phase
         self.phase = rule.then
@@ -306,7 +318,7 @@ class Membership:
         """After LOST, when every process is gone: as at the beginning, but for the numbers."""
         self.members, self.change, self.phase = frozenset(), None, Phase.IDLE
 
-    def _recovery(self, broken: Change) -> Change:
+    def _recovery(self, broken: Change, retries: int) -> Change:
         """The change that goes on without those who are gone, in the place of `broken`."""
         self._epochs_used += 1
         kept = self.phase in _POINT_OF_NO_RETURN
@@ -315,7 +327,7 @@ class Membership:
         else:
             before, after, doomed = broken.before, broken.before, broken.joining
         gone = broken.gone
-        return Change(self._epochs_used, before - gone, after - gone, doomed - gone, kept)
+        return Change(self._epochs_used, before - gone, after - gone, doomed - gone, kept, retries)
 
     def _enter(self, change: Change) -> list[Do]:
         change.reported = set()
