@@ -93,7 +93,7 @@ class RankRecord:
     memory: msg.Memory | None = None
     error: str = ""
     heard: float = 0.0  # when, by the ports' clock
-    progress: object = None  # when it had been silent for a while
+    progress: tuple[object] | None = None  # when it had been silent for a while
 
     def view(self, placement: Placement | None) -> RankView:
         return RankView(
@@ -646,9 +646,9 @@ class Coordinator:
                 record.heard = now
             silent_s = now - record.heard
             if silent_s >= stall_s / 2 and record.progress is None:
-                record.progress = self._ports.progress(rank)
+                record.progress = (self._ports.progress(rank),)
             elif silent_s >= STALLED * stall_s and record.state != "stalled":
-                if record.progress != self._ports.progress(rank):  # slow is not dead
+                if record.progress != (self._ports.progress(rank),):  # slow is not dead
                     record.heard, record.progress = now, None
                     continue
                 record.state = "stalled"
