@@ -140,6 +140,23 @@ def test_with_never_the_others_go_on_alone_and_the_last_is_the_end() -> None:
         service.run(scenario(service.head))
 
 
+def test_an_error_in_any_thread_ends_the_process() -> None:
+    program = """
+import threading, time
+from flexpert.cluster.rank_process import end_with_any_thread
+end_with_any_thread()
+def work():
+    raise MemoryError("no more")
+threading.Thread(target=work, name="commands", daemon=True).start()
+time.sleep(60)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert ended.returncode == 1
+    assert "commands failed: MemoryError: no more" in ended.stderr
+
+
 def test_nothing_outlives_a_head_that_is_killed() -> None:
     command = [sys.executable, "-m", "flexpert", "serve", "--ranks", "2", "--port", "0"]
     shm = set(os.listdir("/dev/shm"))

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 
 import zmq
 
@@ -121,8 +122,27 @@ class Reporter:
         self.tell(msg.Broken(epoch, list(ranks), error))
 
 
+def end_with_any_thread() -> None:
+    """From now on an error that a thread of this process does not catch ends the process.
+
+    A rank that has lost the thread that hears commands, says that it lives or prepares an epoch
+    would hold up all others; one that has ended is replaced.
+    """
+
+    def end(what: threading.ExceptHookArgs) -> None:
+        name = what.thread.name if what.thread else "a thread"
+        with contextlib.suppress(BaseException):  # there may be no memory to say it
+            print(f"{name} failed: {what.exc_type.__name__}: {what.exc_value}", file=sys.stderr)
+            traceback.print_tb(what.exc_traceback)
+            sys.stderr.flush()
+        os._exit(1)
+
+    threading.excepthook = end
+
+
 def rank_main(spec: RankSpec, source: ModelSource) -> int:
     """Run a rank until the head stops it; returns the exit status."""
+    end_with_any_thread()
     config = Config.model_validate_json(spec.config)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     commands = context.socket(zmq.DEALER)
