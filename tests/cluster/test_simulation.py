@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -29,6 +29,16 @@ FOUND_WITHIN = 10_000
 Patch = pytest.MonkeyPatch
 
 
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Histories warn by the thousand; other tests want to see what is logged."""
+    logger = logging.getLogger("flexpert")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(before)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_histories_hold_every_invariant() -> None:
@@ -38,7 +48,6 @@ def test_histories_hold_every_invariant() -> None:
 
 
 def test_a_seed_is_a_history() -> None:
-    logging.getLogger("flexpert").setLevel(logging.CRITICAL)
     first, again = history(3), history(3)
     assert (first.clock, first.steps, first.answers) == (again.clock, again.steps, again.answers)
     assert history(4).answers != first.answers
@@ -128,7 +137,6 @@ def who_is_silent_is_let_be(patch: Patch) -> None:
     ids=lambda rule: rule.__name__,
 )
 def test_a_broken_rule_is_found(broken: Callable[[Patch], None], monkeypatch: Patch) -> None:
-    logging.getLogger("flexpert").setLevel(logging.CRITICAL)
     broken(monkeypatch)
     for seed in range(FOUND_WITHIN):
         try:
