@@ -75,6 +75,9 @@ class ClusterConfig(_Section):
     )
     start_timeout_s: float = Field(120.0, gt=0, description="spawn until a rank reports")
     load_timeout_s: float = Field(600.0, gt=0, description="weights and warm-up of a change")
+    move_timeout_s: float = Field(
+        30.0, gt=0, description="copying of leavers' KV; what is late is computed again"
+    )
     commit_timeout_s: float = Field(30.0, gt=0, description="arming until all ranks switched")
     exchange_timeout_s: float = Field(60.0, gt=0, description="wait for a peer within a step")
     stall_timeout_s: float = Field(2.0, gt=0, description="silence after which a rank is ended")

@@ -27,7 +27,7 @@ from flexpert.cluster.journal import Entry, Journal
 from flexpert.cluster.membership import Phase
 from flexpert.cluster.views import ClusterEvent, Delta
 from flexpert.config import load_config
-from flexpert.engine.request import SamplingParams, Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, Move, SamplingParams, Sequence, TokenEvent
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused
 
 TROUBLE_S = 30.0  # of a history; then faults stop
@@ -169,7 +169,7 @@ class Simulation:
         if self.chance(0.05):
             self.call_later(0.01, lambda: self.end(process, 1))
             return
-        hello = msg.Hello("", process.life, "here", str(process.life).encode())
+        hello = msg.Hello("", process.life, "here", str(process.life).encode(), b"")
         delay = 30.0 if self.chance(0.02) else self.draw.uniform(0.05, 0.3)
         self.call_later(delay, lambda: self.tell(process, hello) if process.runs else None)
 
@@ -212,14 +212,13 @@ class Simulation:
         process = self.processes.get(rank)
         return self.clock if process and process.runs else None
 
-    def moved(self, rank: int, ids: Iterable[str]) -> int:
-        moved = 0
-        for name in sorted({*ids, *self.journal.of_rank(rank)}):
-            entry = self.journal.release(name)
-            if entry:
-                moved += 1
-                self.admit(entry)
-        return moved
+    def bequeath(self, held: list[HeldKV], heirs: Iterable[int]) -> dict[int, list[Move]]:
+        return self.journal.bequeath(held, heirs)
+
+    def hand_over(
+        self, rank: int, held: list[HeldKV], heirs: Iterable[int]
+    ) -> dict[int, list[Move]]:
+        return self.journal.hand_over(rank, held, heirs)
 
     def admit_waiting(self) -> None:
         for entry in self.journal.waiting():
@@ -257,12 +256,18 @@ class Simulation:
                 if rank.armed != epoch:
                     rank.prepared = rank.preparing = None
             case msg.Admit(sequences):
-                if rank.left:
-                    ids = [sequence.id for sequence in sequences]
-                    self.tell(rank, msg.HandedOver(rank.epoch, ids))
-                else:
-                    for sequence in sequences:
-                        rank.sequences[sequence.id] = (sequence, len(sequence.generated))
+                self.take(rank, sequences)
+            case msg.Offer(epoch):
+                if rank.prepared and rank.prepared.epoch == epoch:
+                    self.tell(rank, msg.Offered(epoch, self.held(rank)))
+            case msg.Fetch(epoch, source):
+                slow = 25.0 if self.chance(0.01) else self.draw.uniform(0.001, 0.05)
+                if rank.prepared and rank.prepared.epoch == epoch:
+                    self.call_later(slow, lambda: self.fetched(rank, epoch, source))
+            case msg.Adopt(source, _, moves):
+                self.take(rank, [move.sequence for move in moves])
+                if not rank.left:
+                    self.tell(rank, msg.Adopted(source, len(moves), 0, 0))
             case msg.Abort(ids):
                 for name in ids:
                     rank.sequences.pop(name, None)
@@ -272,6 +277,21 @@ class Simulation:
                 self.tell(rank, msg.Halted(epoch))
             case msg.Stop():
                 self.end(rank, 0)
+
+    def take(self, rank: SimRank, sequences: list[Sequence]) -> None:
+        if rank.left:
+            held = [HeldKV(sequence.id, 0, []) for sequence in sequences]
+            self.tell(rank, msg.HandedOver(rank.epoch, held))
+            return
+        for sequence in sequences:
+            rank.sequences[sequence.id] = (sequence, len(sequence.generated))
+
+    def held(self, rank: SimRank) -> list[HeldKV]:
+        return [HeldKV(name, length + 1, []) for name, (_, length) in rank.sequences.items()]
+
+    def fetched(self, rank: SimRank, epoch: int, source: int) -> None:
+        if rank.runs and rank.prepared and rank.prepared.epoch == epoch:
+            self.tell(rank, msg.Fetched(epoch, source, 0))
 
     def loaded(self, rank: SimRank, plan: msg.Prepare) -> None:
         if not rank.runs or rank.preparing is not plan:
@@ -295,8 +315,8 @@ class Simulation:
         if rank.id not in plan.members:
             rank.member, rank.left = False, True
             rank.epoch = plan.epoch
-            ids, rank.sequences = list(rank.sequences), {}
-            self.tell(rank, msg.HandedOver(plan.epoch, ids))
+            held, rank.sequences = self.held(rank), {}
+            self.tell(rank, msg.HandedOver(plan.epoch, held))
             return
         if plan.placement.missing():
             raise Violation(f"epoch {plan.epoch} has no owner of {plan.placement.missing()}")

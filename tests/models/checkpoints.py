@@ -267,7 +267,7 @@ class Sequences:
     def __init__(self, shard: ModelShard, block_size: int, seed: int = 0) -> None:
         self.shard = shard
         self.block_size = block_size
-        blocks = shard.kv_caches[0][0].shape[0]
+        blocks = shard.kv.layers[0][0].shape[0]
         self._free = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
         self._tables: dict[object, list[int]] = {}
         self._lengths: dict[object, int] = {}

@@ -29,6 +29,7 @@ from flexpert.cluster.views import (
 )
 from flexpert.config import Config
 from flexpert.engine.memory import planned_memory
+from flexpert.engine.request import HeldKV, Move
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused, UnknownOperation
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement, cover, loads, replan
@@ -74,7 +75,16 @@ class Ports(Protocol):
         """Something that changes whenever the rank's process does any work."""
         ...
 
-    def moved(self, rank: int, ids: Iterable[str]) -> int: ...
+    def bequeath(self, held: list[HeldKV], heirs: Iterable[int]) -> dict[int, list[Move]]:
+        """Who will go on with a leaver's sequences; see `Journal.bequeath`."""
+        ...
+
+    def hand_over(
+        self, rank: int, held: list[HeldKV], heirs: Iterable[int]
+    ) -> dict[int, list[Move]]:
+        """A rank has left or is lost: who goes on with its sequences; see `Journal.hand_over`."""
+        ...
+
     def admit_waiting(self) -> None: ...
     def lost(self, reason: str) -> None: ...
     def publish(self, event: ClusterEvent) -> None: ...
@@ -89,6 +99,7 @@ class RankRecord:
     host: str = ""
     pid: int = 0
     address: bytes = b""
+    kv: bytes = b""  # address of its KV cache
     load: msg.Load = field(default_factory=lambda: msg.Load(0, 0, 0.0, 0))
     memory: msg.Memory | None = None
     error: str = ""
@@ -127,6 +138,8 @@ class Coordinator:
         self._loss = ""
         self._before_loss: frozenset[int] = frozenset()
         self._halted: set[int] = set()  # who acknowledged the latest halt
+        self._fetching: dict[int, set[int]] = {}  # leaver → heirs that copy what it offered
+        self._adopting: dict[int, set[int]] = {}  # leaver → heirs that may still read its KV
         cluster = config.cluster
         self._replacements = Replacements(
             cluster.restart_policy,
@@ -158,7 +171,7 @@ class Coordinator:
         change = self._membership.change
         if self._membership.phase is Phase.LOST:
             return frozenset()
-        if self._membership.phase in (Phase.COMMIT, Phase.RECOVER) and change:
+        if self._membership.phase in (Phase.MOVE, Phase.COMMIT, Phase.RECOVER) and change:
             return change.before & change.after or change.after
         return self._membership.members
 
@@ -237,7 +250,7 @@ class Coordinator:
         operation.enter("waiting")
         self._remember(operation)
         self._queued = operation, wish
-        if self._membership.phase in (Phase.SPAWN, Phase.LOAD):
+        if self._membership.phase in (Phase.SPAWN, Phase.LOAD, Phase.MOVE):
             self._handle(Event(Kind.CANCEL, reason=f"operation {operation.id} was asked for"))
         return operation
 
@@ -359,7 +372,7 @@ class Coordinator:
             self._queued = None
             operation.end("cancelled")
             return operation.view()
-        if self._membership.phase not in (Phase.SPAWN, Phase.LOAD):
+        if self._membership.phase not in (Phase.SPAWN, Phase.LOAD, Phase.MOVE):
             raise OperationConflict(
                 f"operation {operation.id} is in phase {operation.phase} and cannot be withdrawn"
             )
@@ -376,8 +389,8 @@ class Coordinator:
         epoch = self._membership.change.epoch if self._membership.change else 0
         record.heard, record.progress = self._ports.now(), None
         match report:
-            case msg.Hello(_, pid, host, address):
-                record.pid, record.host, record.address = pid, host, address
+            case msg.Hello(_, pid, host, address, kv):
+                record.pid, record.host, record.address, record.kv = pid, host, address, kv
                 record.state = "preparing"
                 self._handle(Event(Kind.HELLO, rank))
             case msg.Unable(_, error):
@@ -400,13 +413,24 @@ class Coordinator:
                 if pause_ms is not None and self._running:
                     self._running.pause_ms = max(pause_ms, self._running.pause_ms or 0.0)
                 self._handle(Event(Kind.SWITCHED, rank))
-            case msg.HandedOver(of, ids):
-                moved = self._ports.moved(rank, ids)
+            case msg.Offered(of, held) if of == epoch and self._membership.phase is Phase.MOVE:
+                self._fetch(rank, held)
+            case msg.Fetched(of, source, size) if of == epoch and source in self._fetching:
                 if self._running:
-                    self._running.moved_requests += moved
+                    self._running.moved_kv_bytes += size
+                self._fetching[source].discard(rank)
+                self._fetched(source)
+            case msg.HandedOver(of, held):
+                self._hand_over(rank, held if of == epoch else [])
                 record.state = "leaving"
                 if of == epoch:
                     self._handle(Event(Kind.HANDED_OVER, rank))
+            case msg.Adopted(source, moved, size, recomputed):
+                if self._running:
+                    self._running.moved_with_kv += moved
+                    self._running.moved_kv_bytes += size
+                    self._running.recomputed_tokens += recomputed
+                self._adopted(source, rank)
             case msg.Published(_, load):
                 record.load = load
             case msg.Halted(of) if of == epoch:
@@ -434,10 +458,10 @@ class Coordinator:
             self._replacements.ended(rank, status, self._ports.now())
         self._loss, self._before_loss = reason, self.members
         self._handle(Event(Kind.EXITED, rank, reason))
+        for heirs in self._adopting.values():
+            heirs.discard(rank)
         # only now: admission must not choose the lost rank again
-        moved = self._ports.moved(rank, ())
-        if self._running:
-            self._running.moved_requests += moved
+        self._hand_over(rank, [])
         if self._down and not self._ranks and self._membership.phase is Phase.LOST:
             self._membership.restart()
             self._placement = self._next = None
@@ -453,6 +477,54 @@ class Coordinator:
         self._handle(
             Event(Kind.DEADLINE, reason=f"deadline passed in {phase.value}, missing ranks {waited}")
         )
+
+    # ---- sequences that move ----------------------------------------------------------------
+
+    def _fetch(self, leaver: int, held: list[HeldKV]) -> None:
+        """A leaver has told what it holds: its heirs copy that while it goes on."""
+        change = self._membership.change
+        record = self._ranks.get(leaver)
+        if change is None or record is None:
+            return
+        moves = self._ports.bequeath(held, change.after & set(self._ranks))
+        self._fetching[leaver] = set(moves)
+        self._adopting[leaver] = set(moves)
+        for heir, some in moves.items():
+            self._ports.send(heir, msg.Fetch(change.epoch, leaver, record.kv, some))
+        self._fetched(leaver)
+
+    def _fetched(self, leaver: int) -> None:
+        if not self._fetching[leaver]:
+            self._handle(Event(Kind.MOVED, leaver))
+
+    def _hand_over(self, rank: int, held: list[HeldKV]) -> None:
+        """A rank has left or is lost: others go on with its sequences."""
+        change = self._membership.change
+        leaves = change is not None and self._membership.phase is Phase.COMMIT and bool(held)
+        heirs = change.after & set(self._ranks) if change and leaves else self.admitting
+        moves = self._ports.hand_over(rank, held, heirs)
+        if self._running:
+            self._running.moved_requests += sum(map(len, moves.values()))
+        record = self._ranks.get(rank)
+        # those who copied ahead hear in any case that no more comes
+        told = set(moves) | self._adopting.get(rank, set())
+        if record is None:
+            for heir, some in moves.items():
+                self._ports.send(heir, msg.Admit([move.sequence for move in some]))
+            return
+        self._adopting[rank] = told
+        for heir in sorted(told):
+            self._ports.send(heir, msg.Adopt(rank, record.kv, moves.get(heir, [])))
+
+    def _adopted(self, leaver: int, heir: int) -> None:
+        """An heir reads nothing of a leaver's memory any more; the last one lets it end."""
+        waited = self._adopting.get(leaver)
+        if waited is None:
+            return
+        waited.discard(heir)
+        change = self._membership.change
+        if not waited and self._membership.phase is Phase.RELEASE and change:
+            self._tell({leaver} & change.leaving, msg.Stop())
 
     # ---- actions ----------------------------------------------------------------------------
 
@@ -471,13 +543,18 @@ class Coordinator:
                     name = "recover" if self._membership.phase is Phase.RECOVER else "load"
                     self._phase(name, self._config.cluster.load_timeout_s)
                     self._prepare(change.epoch, change.after, change.everyone)
+                case Do.OFFER:
+                    self._phase("move", self._config.cluster.move_timeout_s)
+                    self._fetching.clear()
+                    self._tell(change.leaving, msg.Offer(change.epoch))
                 case Do.COMMIT:
                     self._phase("commit", self._config.cluster.commit_timeout_s)
                     self._tell(change.everyone, msg.Commit(change.epoch))
                 case Do.STOP:
                     self._switched(change.epoch)
                     self._phase("release", _RELEASE_TIMEOUT_S)
-                    self._tell(change.leaving, msg.Stop())
+                    read = {rank for rank in change.leaving if self._adopting.get(rank)}
+                    self._tell(change.leaving - read, msg.Stop())
                 case Do.ABANDON:
                     self._abandon(change)
                 case Do.HALT:
@@ -501,6 +578,8 @@ class Coordinator:
             self._announce()
 
     def _halt(self, change: Change) -> None:
+        self._fetching.clear()
+        self._adopting.clear()
         self._halted = set()
         self._tell(change.before, msg.Halt(change.epoch))
         limit_s = self._config.cluster.stall_timeout_s
@@ -567,6 +646,8 @@ class Coordinator:
 
     def _finish(self, error: str | None, cancelled: bool) -> None:
         self._stop_clock()
+        self._fetching.clear()
+        self._adopting.clear()
         operation, self._running = self._running, None
         self._next = None
         if operation is not None:

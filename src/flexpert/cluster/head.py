@@ -24,7 +24,7 @@ from flexpert.cluster.rank_process import open_source
 from flexpert.cluster.transport import Transport
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView
 from flexpert.config import Config
-from flexpert.engine.request import SamplingParams
+from flexpert.engine.request import HeldKV, Move, SamplingParams
 from flexpert.errors import (
     ContextOverflow,
     FlexpertError,
@@ -276,15 +276,13 @@ class Head:
     def send(self, rank: int, command: msg.Command) -> None:
         self._send(rank, command)
 
-    def moved(self, rank: int, ids: Iterable[str]) -> int:
-        """A leaver hands its sequences over: they go on elsewhere. Returns how many."""
-        moved = 0
-        for sequence_id in sorted({*ids, *self._journal.of_rank(rank)}):
-            entry = self._journal.release(sequence_id)
-            if entry:
-                moved += 1
-                self._admit(entry)
-        return moved
+    def bequeath(self, held: list[HeldKV], heirs: Iterable[int]) -> dict[int, list[Move]]:
+        return self._journal.bequeath(held, heirs)
+
+    def hand_over(
+        self, rank: int, held: list[HeldKV], heirs: Iterable[int]
+    ) -> dict[int, list[Move]]:
+        return self._journal.hand_over(rank, held, heirs)
 
     def lost(self, reason: str) -> None:
         """A member is gone; the service cannot go on."""

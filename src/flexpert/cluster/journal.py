@@ -13,20 +13,22 @@ from types import TracebackType
 import msgspec
 
 from flexpert.cluster.views import Delta
-from flexpert.engine.request import SamplingParams, Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, Move, SamplingParams, Sequence, TokenEvent
 from flexpert.errors import FlexpertError
 
 
 class Entry:
-    """One unfinished sequence. rank: where it runs; None while no rank has it."""
+    """One unfinished sequence. rank: where it runs; None while no rank has it. heir: where its KV
+    has been copied to, while its rank leaves."""
 
-    __slots__ = ("generated", "rank", "request", "stream")
+    __slots__ = ("generated", "heir", "rank", "request", "stream")
 
     def __init__(self, request: Sequence, stream: TokenStream) -> None:
         self.request = request
         self.stream = stream
         self.generated: list[int] = []
         self.rank: int | None = None
+        self.heir: int | None = None
 
     def resume(self) -> Sequence:
         """The sequence as the next rank must receive it."""
@@ -116,6 +118,50 @@ class Journal:
             entry.rank = rank
             self._by_rank.setdefault(rank, set()).add(entry.request.id)
         return rank
+
+    def bequeath(self, held: Iterable[HeldKV], heirs: Iterable[int]) -> dict[int, list[Move]]:
+        """Choose who will go on with a leaver's sequences; they stay where they are for now.
+
+        Returns: heir → what moves there; each goes to the rank that will then have the fewest.
+        """
+        counts = {heir: len(self._by_rank.get(heir, ())) for heir in sorted(heirs)}
+        for entry in self._entries.values():
+            if entry.heir in counts and entry.rank not in counts:
+                counts[entry.heir] += 1
+        moves: dict[int, list[Move]] = {}
+        for one in held:
+            found = self._entries.get(one.id)
+            if found is None or not counts:
+                continue
+            heir = min(counts, key=lambda rank: (counts[rank], rank))
+            found.heir = heir
+            counts[heir] += 1
+            moves.setdefault(heir, []).append(Move(found.resume(), one))
+        return moves
+
+    def hand_over(
+        self, rank: int, held: Iterable[HeldKV], heirs: Iterable[int]
+    ) -> dict[int, list[Move]]:
+        """A rank has left: assign its sequences, to whom they were bequeathed if that one is among
+        the heirs, else to the one with the fewest.
+
+        Returns: heir → what moves there. Sequences of which nothing is held move, too.
+        """
+        heirs = sorted(heirs)
+        known = {one.id: one for one in held}
+        moves: dict[int, list[Move]] = {}
+        for name in sorted({*known, *self._by_rank.get(rank, ())}):
+            entry = self._entries.get(name)
+            if entry is None or entry.rank != rank:
+                continue  # it is over, or runs elsewhere already
+            self.release(name)
+            chosen = [entry.heir] if entry.heir in heirs else heirs
+            entry.heir = None
+            heir = self.assign(entry, [r for r in chosen if r is not None])
+            if heir is not None:
+                one = known.get(name) or HeldKV(name, 0, [])
+                moves.setdefault(heir, []).append(Move(entry.resume(), one))
+        return moves
 
     def release(self, sequence_id: str) -> Entry | None:
         """Take a sequence off its rank; it stays in the journal."""

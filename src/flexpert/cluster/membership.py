@@ -8,7 +8,8 @@ looks the rule up and keeps the books; it does no I/O, reads no clock and never 
 coordinator is the shell that carries the actions out and brings the events.
 
     IDLE → SPAWN → LOAD → COMMIT → RELEASE → IDLE      a change that succeeds
-           SPAWN, LOAD → UNDO → IDLE                   one that fails or is cancelled
+                   LOAD → MOVE → COMMIT                one in which somebody leaves
+           SPAWN, LOAD, MOVE → UNDO → IDLE             one that fails or is cancelled
     any  → RECOVER → COMMIT → RELEASE → IDLE           a member is lost, or an exchange broke
 
 Until COMMIT nothing that serves has been touched, so UNDO only ends the newcomers. From COMMIT on
@@ -31,6 +32,7 @@ class Phase(Enum):
     IDLE = "idle"
     SPAWN = "spawn"
     LOAD = "load"
+    MOVE = "move"
     COMMIT = "commit"
     RELEASE = "release"
     UNDO = "undo"
@@ -44,6 +46,7 @@ class Kind(Enum):
     BEGIN = "begin"
     HELLO = "hello"  # a newcomer is up
     PREPARED = "prepared"  # a member or leaver is ready to vote
+    MOVED = "moved"  # what a leaver offered of its KV is where it will be needed
     SWITCHED = "switched"  # a member's first vote in the new epoch is whole
     HANDED_OVER = "handed over"  # a leaver has left
     BROKEN = "broken"  # a member's exchange did not complete
@@ -58,6 +61,7 @@ class Do(Enum):
 
     SPAWN = "spawn newcomers"
     PREPARE = "send the plan"
+    OFFER = "ask leavers for their KV"
     COMMIT = "arm"
     STOP = "stop leavers"
     KILL_NEWCOMERS = "kill newcomers"
@@ -142,6 +146,14 @@ def _all_reported(change: Change, event: Event) -> bool:
     return change.reported >= change.everyone
 
 
+def _somebody_leaves(change: Change, event: Event) -> bool:
+    return _all_reported(change, event) and bool(change.leaving)
+
+
+def _all_moved(change: Change, event: Event) -> bool:
+    return change.reported >= change.leaving
+
+
 def _last_to_end(change: Change, event: Event) -> bool:
     return (event.rank is None or event.rank in change.ending) and change.gone >= change.ending
 
@@ -184,14 +196,24 @@ RULES: tuple[Rule, ...] = (
     Rule(P.IDLE, K.BEGIN, P.SPAWN, (Do.SPAWN,)),
     # prepare: beside serving, and it can be withdrawn
     Rule(P.SPAWN, K.HELLO, P.LOAD, (Do.PREPARE,), _all_joined),
+    Rule(P.LOAD, K.PREPARED, P.MOVE, (Do.OFFER,), _somebody_leaves),
     Rule(P.LOAD, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
+    # what leavers have computed is copied while they go on; what is late is computed again
+    Rule(P.MOVE, K.MOVED, P.COMMIT, (Do.COMMIT,), _all_moved),
+    Rule(P.MOVE, K.DEADLINE, P.COMMIT, (Do.COMMIT,)),
     Rule(P.SPAWN, K.EXITED, P.UNDO, (Do.KILL_NEWCOMERS,), _newcomer),
     Rule(P.SPAWN, K.DEADLINE, P.UNDO, (Do.KILL_NEWCOMERS,)),
     Rule(P.SPAWN, K.CANCEL, P.UNDO, (Do.KILL_NEWCOMERS,)),
-    Rule(P.LOAD, K.EXITED, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS), _newcomer),
-    Rule(P.LOAD, K.FAILED, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS), _participant),
     Rule(P.LOAD, K.DEADLINE, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS)),
-    Rule(P.LOAD, K.CANCEL, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS)),
+    *(
+        Rule(phase, kind, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS), guard)
+        for phase in (P.LOAD, P.MOVE)
+        for kind, guard in (
+            (K.EXITED, _newcomer),
+            (K.FAILED, _participant),
+            (K.CANCEL, _always),
+        )
+    ),
     # commit: every member votes for the epoch at the same step
     Rule(P.COMMIT, K.SWITCHED, P.RELEASE, (Do.STOP,), _all_reported),
     Rule(P.COMMIT, K.HANDED_OVER, P.RELEASE, (Do.STOP,), _all_reported),
@@ -213,6 +235,7 @@ RULES: tuple[Rule, ...] = (
             (P.IDLE, _member_with_survivors),
             (P.SPAWN, _member_with_survivors),
             (P.LOAD, _member_with_survivors),
+            (P.MOVE, _member_with_survivors),
             (P.UNDO, _member_with_survivors),
             (P.COMMIT, _part_with_survivors),
             (P.RELEASE, _part_with_survivors),
@@ -222,7 +245,7 @@ RULES: tuple[Rule, ...] = (
     # an exchange broke: nobody is known to be lost, whoever does not answer will be
     *(
         Rule(phase, K.BROKEN, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _participant)
-        for phase in (P.IDLE, P.SPAWN, P.LOAD, P.UNDO, P.COMMIT, P.RELEASE)
+        for phase in (P.IDLE, P.SPAWN, P.LOAD, P.MOVE, P.UNDO, P.COMMIT, P.RELEASE)
     ),
     Rule(P.RECOVER, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
     Rule(P.RECOVER, K.EXITED, P.RECOVER, (), _ending),
@@ -233,7 +256,7 @@ RULES: tuple[Rule, ...] = (
     Rule(P.COMMIT, K.EXITED, P.COMMIT, (), _ending),
     *(
         Rule(phase, K.EXITED, P.LOST, (Do.ALARM,), _participant)
-        for phase in (P.IDLE, P.SPAWN, P.LOAD, P.COMMIT, P.RELEASE, P.UNDO, P.RECOVER)
+        for phase in (P.IDLE, P.SPAWN, P.LOAD, P.MOVE, P.COMMIT, P.RELEASE, P.UNDO, P.RECOVER)
     ),
 )
 
@@ -244,6 +267,7 @@ _POINT_OF_NO_RETURN = {Phase.COMMIT, Phase.RELEASE, Phase.RECOVER}
 _COUNTS = {
     (P.SPAWN, K.HELLO),
     (P.LOAD, K.PREPARED),
+    (P.MOVE, K.MOVED),
     (P.RECOVER, K.PREPARED),
     (P.COMMIT, K.SWITCHED),
     (P.COMMIT, K.HANDED_OVER),

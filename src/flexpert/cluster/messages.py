@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from flexpert.engine.request import Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, Move, Sequence, TokenEvent
 from flexpert.moe.placement import Placement
 
 
@@ -39,6 +39,32 @@ class Admit(msgspec.Struct, frozen=True, tag="admit"):
     sequences: list[Sequence]
 
 
+class Offer(msgspec.Struct, frozen=True, tag="offer"):
+    """To a leaver: tell what KV can move ahead. Answered by `Offered`."""
+
+    epoch: int
+
+
+class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
+    """Copy the KV of sequences that will come from a leaver. Answered by `Fetched`.
+
+    kv: address of the leaver's KV cache.
+    """
+
+    epoch: int
+    source: int
+    kv: bytes
+    moves: list[Move]
+
+
+class Adopt(msgspec.Struct, frozen=True, tag="adopt"):
+    """Go on with these sequences of a rank that has left. Answered by `Adopted`."""
+
+    source: int
+    kv: bytes
+    moves: list[Move]
+
+
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
     """Sequences nobody waits for any more."""
 
@@ -55,7 +81,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End this rank."""
 
 
-Command = Prepare | Commit | Cancel | Admit | Abort | Halt | Stop
+Command = Prepare | Commit | Cancel | Admit | Offer | Fetch | Adopt | Abort | Halt | Stop
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -82,12 +108,16 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """A rank is up, its dense weights are loaded and its window is open."""
+    """A rank is up, its dense weights are loaded and its window is open.
+
+    kv: address of its KV cache, for those who take its sequences over.
+    """
 
     token: str
     pid: int
     host: str
     address: bytes
+    kv: bytes
 
 
 class Unable(msgspec.Struct, frozen=True, tag="unable"):
@@ -137,11 +167,39 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
     """Sent now and then from a thread of its own: the process is neither stopped nor starved."""
 
 
-class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):
-    """A leaver has left; these sequences must go on elsewhere."""
+class Offered(msgspec.Struct, frozen=True, tag="offered"):
+    """Full KV blocks of a leaver's sequences; they stay as they are until it has left."""
 
     epoch: int
-    ids: list[str]
+    held: list[HeldKV]
+
+
+class Fetched(msgspec.Struct, frozen=True, tag="fetched"):
+    """What could be copied of a leaver's offer is here. size: bytes."""
+
+    epoch: int
+    source: int
+    size: int
+
+
+class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):
+    """A leaver has left; these sequences must go on elsewhere. It keeps its KV until it ends."""
+
+    epoch: int
+    held: list[HeldKV]
+
+
+class Adopted(msgspec.Struct, frozen=True, tag="adopted"):
+    """A leaver's sequences go on here.
+
+    moved: how many with their KV. size: bytes copied since `Fetched`. recomputed: tokens that must
+    be computed again, because there was no room.
+    """
+
+    source: int
+    moved: int
+    size: int
+    recomputed: int
 
 
 class Published(msgspec.Struct, frozen=True, tag="published"):
@@ -175,7 +233,10 @@ Report = (
     | Switched
     | Halted
     | Alive
+    | Offered
+    | Fetched
     | HandedOver
+    | Adopted
     | Published
     | Rejected
     | Broken

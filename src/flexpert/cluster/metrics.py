@@ -66,6 +66,17 @@ class Metrics:
         self.moved_requests = Counter(
             "flexpert_moved_requests", "sequences moved by changes", registry=self.registry
         )
+        self.moved_with_kv = Counter(
+            "flexpert_moved_with_kv", "sequences moved with their KV", registry=self.registry
+        )
+        self.moved_kv_bytes = Counter(
+            "flexpert_moved_kv_bytes", "KV that moved with sequences", registry=self.registry
+        )
+        self.recomputed_tokens = Counter(
+            "flexpert_recomputed_tokens",
+            "tokens of leavers computed again for want of room",
+            registry=self.registry,
+        )
         self.pause = Histogram(
             "flexpert_pause_seconds",
             "serving pause of a change",
@@ -78,5 +89,8 @@ class Metrics:
         if view.state == "done":
             self.moved_experts.inc(view.moved_experts)
             self.moved_requests.inc(view.moved_requests)
+            self.moved_with_kv.inc(view.moved_with_kv)
+            self.moved_kv_bytes.inc(view.moved_kv_bytes)
+            self.recomputed_tokens.inc(view.recomputed_tokens)
             if view.pause_ms is not None:
                 self.pause.observe(view.pause_ms / 1e3)

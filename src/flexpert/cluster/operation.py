@@ -11,7 +11,7 @@ from flexpert.cluster.views import OperationState, OperationView
 from flexpert.errors import OperationRefused
 
 # share of the whole operation that is done when a phase begins
-_PROGRESS = {"spawn": 0.0, "load": 0.3, "commit": 0.9, "release": 0.95, "undo": 0.0}
+_PROGRESS = {"spawn": 0.0, "load": 0.3, "move": 0.85, "commit": 0.9, "release": 0.95, "undo": 0.0}
 
 
 def resolve_target(
@@ -73,6 +73,9 @@ class Operation:
         self.shares: dict[int, float] = {}
         self.moved_experts = 0
         self.moved_requests = 0
+        self.moved_with_kv = 0
+        self.moved_kv_bytes = 0
+        self.recomputed_tokens = 0
         self.pause_ms: float | None = None
         self.error: str | None = None
         self.reason = reason
@@ -104,7 +107,7 @@ class Operation:
             return 1.0
         share = 0.0
         if self.phase == "load" and self.shares:
-            share = 0.6 * sum(self.shares.values()) / len(self.after | self.before)
+            share = 0.55 * sum(self.shares.values()) / len(self.after | self.before)
         return round(_PROGRESS.get(self.phase, 0.0) + share, 3)
 
     def view(self) -> OperationView:
@@ -123,6 +126,9 @@ class Operation:
             epoch=self.epoch,
             moved_experts=self.moved_experts,
             moved_requests=self.moved_requests,
+            moved_with_kv=self.moved_with_kv,
+            moved_kv_bytes=self.moved_kv_bytes,
+            recomputed_tokens=self.recomputed_tokens,
             pause_ms=None if self.pause_ms is None else round(self.pause_ms, 3),
             error=self.error,
             reason=self.reason,

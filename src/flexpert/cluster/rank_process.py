@@ -18,7 +18,7 @@ from flexpert.config import Config
 from flexpert.engine.epoch import EpochPlan
 from flexpert.engine.memory import RankMemory, private_memory
 from flexpert.engine.rank import RankEngine
-from flexpert.engine.request import TokenEvent
+from flexpert.engine.request import HeldKV, TokenEvent
 from flexpert.errors import FlexpertError
 from flexpert.models.source import ModelSource
 
@@ -115,8 +115,17 @@ class Reporter:
     def switched(self, epoch: int, pause_ms: float | None) -> None:
         self.tell(msg.Switched(epoch, pause_ms, self._load()))
 
-    def handed_over(self, epoch: int, ids: list[str]) -> None:
-        self.tell(msg.HandedOver(epoch, ids))
+    def offered(self, epoch: int, held: list[HeldKV]) -> None:
+        self.tell(msg.Offered(epoch, held))
+
+    def fetched(self, epoch: int, source: int, size: int) -> None:
+        self.tell(msg.Fetched(epoch, source, size))
+
+    def handed_over(self, epoch: int, held: list[HeldKV]) -> None:
+        self.tell(msg.HandedOver(epoch, held))
+
+    def adopted(self, source: int, moved: int, size: int, recomputed: int) -> None:
+        self.tell(msg.Adopted(source, moved, size, recomputed))
 
     def broken(self, epoch: int, ranks: tuple[int, ...], error: str) -> None:
         self.tell(msg.Broken(epoch, list(ranks), error))
@@ -165,7 +174,13 @@ def rank_main(spec: RankSpec, source: ModelSource) -> int:
             commands.poll(_FAREWELL_MS)  # the reason must arrive before the end is seen
             return 1
         reporter.engine = engine
-        hello = msg.Hello(spec.token, os.getpid(), socket.gethostname(), engine.buffer.address)
+        hello = msg.Hello(
+            spec.token,
+            os.getpid(),
+            socket.gethostname(),
+            engine.buffer.address,
+            engine.lent.address,
+        )
         commands.send(msg.encode(hello))  # the head must know both routes
         reporter.tell(hello)
         reporter.beat(config.cluster.stall_timeout_s / _BEATS)
@@ -192,6 +207,12 @@ def _listen(commands: zmq.Socket[bytes], engine: RankEngine, reporter: Reporter)
                 engine.cancel(epoch)
             case msg.Admit(sequences):
                 engine.admit(sequences)
+            case msg.Offer(epoch):
+                engine.offer(epoch)
+            case msg.Fetch(epoch, source, kv, moves):
+                engine.fetch(epoch, source, kv, moves)
+            case msg.Adopt(source, kv, moves):
+                engine.adopt(source, kv, moves)
             case msg.Abort(ids):
                 engine.abort(ids)
             case msg.Halt(epoch):

@@ -22,8 +22,10 @@ from flexpert.comm.errors import (
     RankTimeout,
     StaleEpoch,
 )
+from flexpert.comm.lent import Borrowed, Lent, lend
 
 __all__ = [
+    "Borrowed",
     "Buffer",
     "BufferSpec",
     "ChannelDown",
@@ -31,6 +33,7 @@ __all__ = [
     "Evicted",
     "ExpertTable",
     "Interrupted",
+    "Lent",
     "Loss",
     "PeerUnreachable",
     "Pending",
@@ -43,5 +46,6 @@ __all__ = [
     "View",
     "agree",
     "asked",
+    "lend",
     "make_buffer",
 ]

@@ -6,7 +6,7 @@ sequence that begins with the same tokens shares it instead of computing it. A b
 of four states:
 
     free        content worthless                       refs 0, no digest, on the stack
-    private     written by one sequence                 refs 1, no digest
+    private     written by one sequence                 refs ≥ 1, no digest
     published   read by `refs` sequences, found again   refs ≥ 1, digest
     idle        nobody reads it, can still be found     refs 0, digest, in LRU order
 
@@ -107,6 +107,17 @@ class BlockPool:
             if self._refs[block] == 0:
                 del self._idle[block]
             self._refs[block] += 1
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Takes one more reference to each of these blocks, which somebody holds already."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                raise ValueError(f"KV block {block} is held by nobody")
+            self._refs[block] += 1
+
+    def published(self, digest: bytes) -> int | None:
+        """The block that can be found under a digest."""
+        return self._published.get(digest)
 
     def allocate(self, count: int) -> list[int]:
         """`count` private blocks; their content is worthless.

@@ -10,6 +10,7 @@ Who may call what: `run` belongs to the main thread. Commands (`admit`, `abort`,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import threading
@@ -22,14 +23,17 @@ from typing import Protocol
 import torch
 
 from flexpert.comm import (
+    Borrowed,
     Buffer,
     CommError,
     Interrupted,
     RankLost,
     RankTimeout,
+    lend,
     make_buffer,
 )
 from flexpert.config import EngineConfig
+from flexpert.engine.arrivals import Arrivals
 from flexpert.engine.epoch import Cancelled, EpochPlan, PreparedEpoch, Weights, prepare_epoch
 from flexpert.engine.memory import (
     SERVING_BYTES,
@@ -39,17 +43,19 @@ from flexpert.engine.memory import (
     planned_memory,
     private_memory,
 )
-from flexpert.engine.request import Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, Move, Sequence, TokenEvent
 from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
 from flexpert.errors import FlexpertError
 from flexpert.models.batch import ForwardBatch
+from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import padded_sizes
 from flexpert.models.shard import ModelShard
 from flexpert.models.source import ModelSource
 from flexpert.moe.runtime import LayerState, MoERuntime, warmup_tables
 
 THREADED_HIDDEN = 2048
+_FETCH_BLOCKS = 64  # copied at once
 
 _VOTE = struct.Struct("<BI")  # has work, ready for epoch
 
@@ -63,7 +69,10 @@ class RankListener(Protocol):
     def prepared(self, epoch: int, loaded: int, memory: RankMemory) -> None: ...
     def failed(self, epoch: int, error: str) -> None: ...
     def switched(self, epoch: int, pause_ms: float | None) -> None: ...
-    def handed_over(self, epoch: int, ids: list[str]) -> None: ...
+    def offered(self, epoch: int, held: list[HeldKV]) -> None: ...
+    def fetched(self, epoch: int, source: int, size: int) -> None: ...
+    def handed_over(self, epoch: int, held: list[HeldKV]) -> None: ...
+    def adopted(self, source: int, moved: int, size: int, recomputed: int) -> None: ...
     def broken(self, epoch: int, ranks: tuple[int, ...], error: str) -> None: ...
 
 
@@ -91,12 +100,14 @@ class RankEngine:
         )
         self.moe = MoERuntime(self.buffer, reduce="home" if config.deterministic else "rank")
         blocks = kv_blocks(info, config)
+        self.lent = lend(KVCache.nbytes(info, blocks, config.kv_block_size))
         self.shard = ModelShard.load(
             source,
             moe=self.moe,
             kv_blocks=blocks,
             kv_block_size=config.kv_block_size,
             deterministic=config.deterministic,
+            kv_memory=self.lent.bytes,
         )
         self.scheduler = Scheduler(
             EngineLimits(
@@ -126,6 +137,7 @@ class RankEngine:
         self._entering: _Switch | None = None
         self._last_step_end: float | None = None
         self._halted: float | None = None  # since when it waits for the epoch after a loss
+        self._fetches: dict[int, _Fetch] = {}  # from ranks that leave
 
     # ---- commands, from any thread ----------------------------------------------------------
 
@@ -148,6 +160,18 @@ class RankEngine:
     def cancel(self, epoch: int) -> None:
         """Drop what was prepared for an epoch."""
         self._submit(lambda: self._cancel(epoch))
+
+    def offer(self, epoch: int) -> None:
+        """Tell what KV blocks could move ahead of the epoch in which this rank leaves."""
+        self._submit(lambda: self._offer(epoch))
+
+    def fetch(self, epoch: int, source: int, address: bytes, moves: list[Move]) -> None:
+        """Copy KV blocks of sequences that will come with the epoch; ends in `fetched`."""
+        self._submit(lambda: self._begin_fetch(epoch, source, address, moves))
+
+    def adopt(self, source: int, address: bytes, moves: list[Move]) -> None:
+        """Go on with these; all that comes from a rank that has left. Ends in `adopted`."""
+        self._submit(lambda: self._adopt(source, address, moves))
 
     def halt(self) -> None:
         """Drop the step under way, and exchange nothing until the next epoch."""
@@ -184,7 +208,8 @@ class RankEngine:
 
     def _admit(self, sequences: list[Sequence]) -> None:
         if self._left:
-            self.listener.handed_over(self.buffer.epoch, [sequence.id for sequence in sequences])
+            held = [HeldKV(sequence.id, 0, []) for sequence in sequences]
+            self.listener.handed_over(self.buffer.epoch, held)
             return
         for sequence in sequences:
             try:
@@ -195,6 +220,69 @@ class RankEngine:
     def _abort(self, ids: list[str]) -> None:
         for name in ids:
             self.scheduler.abort(name)
+
+    # ---- sequences that move with their KV --------------------------------------------------
+
+    def _offer(self, epoch: int) -> None:
+        if self._prepared and self._prepared.plan.epoch == epoch:
+            self.listener.offered(epoch, self.scheduler.offer())
+
+    def _begin_fetch(self, epoch: int, source: int, address: bytes, moves: list[Move]) -> None:
+        if self._prepared is None or self._prepared.plan.epoch != epoch:
+            return  # withdrawn meanwhile
+        arrivals = Arrivals(self.scheduler.pool)
+        pairs = arrivals.reserve(moves, spare=self.scheduler.running + len(moves))
+        fetch = self._fetches[source] = _Fetch(self, epoch, source, address, arrivals, pairs)
+        fetch.start()
+
+    def _fetched(self, fetch: _Fetch, copied: int | None) -> None:
+        """The thread is through; in the step loop's thread."""
+        if copied is not None:
+            fetch.arrivals.settle()
+        if copied is None or fetch.dropped:
+            fetch.arrivals.drop()
+        fetch.over = True
+        if not fetch.dropped:
+            self.listener.fetched(fetch.epoch, fetch.source, copied or 0)
+
+    def _drop_fetches(self) -> None:
+        for fetch in self._fetches.values():
+            fetch.drop()
+        self._fetches.clear()
+
+    def _adopt(self, source: int, address: bytes, moves: list[Move]) -> None:
+        if self._left:
+            self._admit([move.sequence for move in moves])
+            return
+        fetch = self._fetches.pop(source, None)
+        moved = copied = recomputed = 0
+        theirs = fetch.theirs if fetch else None
+        if theirs is None and any(move.held.computed for move in moves):
+            with contextlib.suppress(CommError):  # it is gone: all is computed again
+                theirs = self._cache_at(address)
+        for sequence, held in ((move.sequence, move.held) for move in moves):
+            have = fetch.arrivals.take(sequence.id) if fetch and fetch.over else []
+            there = held if theirs else HeldKV(sequence.id, 0, [])
+            try:
+                pairs = self.scheduler.adopt(sequence, there, have)
+            except FlexpertError as error:
+                self.listener.rejected(sequence.id, str(error))
+                continue
+            if pairs is None:
+                recomputed += held.computed
+                continue
+            if theirs and pairs:
+                copied += self.shard.kv.copy_from(theirs, pairs)
+            self.scheduler.settle(sequence.id)
+            moved += 1
+        if fetch:
+            fetch.drop()
+        self.listener.adopted(source, moved, copied, recomputed)
+
+    def _cache_at(self, address: bytes) -> KVCache:
+        """A peer's KV cache. Raises: PeerUnreachable"""
+        kv, size = self.shard.kv, self.config.kv_block_size
+        return KVCache(self.source.info, kv.blocks, size, Borrowed(address).bytes)
 
     # ---- preparing an epoch -----------------------------------------------------------------
 
@@ -242,6 +330,8 @@ class RankEngine:
 
     def _drop_preparation(self) -> None:
         """Back to how it was before `_prepare`."""
+        self.scheduler.withdraw()
+        self._drop_fetches()
         if self._preparing:
             self._preparing.cancel()
             self._preparing = None
@@ -300,7 +390,7 @@ class RankEngine:
         plan = prepared.plan
         if self.buffer.rank not in plan.members:
             self._member, self._left = False, True
-            self.listener.handed_over(plan.epoch, self.scheduler.drain())
+            self.listener.handed_over(plan.epoch, self.scheduler.hand_over())
             return
         gone = set(self.buffer.active) - set(plan.members)
         self.buffer.set_active(plan.members, plan.epoch)
@@ -332,6 +422,7 @@ class RankEngine:
             if last:
                 last.join(timeout=5.0)
             self.buffer.close()
+            self.lent.close()
 
     def _guarded(self, action: Callable[[], bool]) -> bool:
         """Run a part of a step; a broken exchange is evidence for the coordinator, no crash."""
@@ -394,6 +485,59 @@ class _Switch:
 
     epoch: int
     since: float | None
+
+
+class _Fetch(threading.Thread):
+    """Copies KV blocks of a rank that leaves, beside the step loop; `_fetched` comes after it.
+
+    theirs: that rank's cache, once it is open. over: the thread and `_fetched` are through.
+    """
+
+    def __init__(
+        self,
+        engine: RankEngine,
+        epoch: int,
+        source: int,
+        address: bytes,
+        arrivals: Arrivals,
+        pairs: list[tuple[int, int]],
+    ) -> None:
+        super().__init__(name=f"fetch-{source}", daemon=True)
+        self.epoch = epoch
+        self.source = source
+        self.arrivals = arrivals
+        self.theirs: KVCache | None = None
+        self.over = False
+        self.dropped = False
+        self._engine = engine
+        self._address = address
+        self._pairs = pairs
+
+    def drop(self) -> None:
+        """Nobody takes what is left; called in the step loop's thread. Blocks that the thread may
+        still write to stay taken until it is through."""
+        self.dropped = True
+        if self.over:
+            self.arrivals.drop()
+
+    def run(self) -> None:
+        copied = self._copy()
+        self._engine._submit(lambda: self._engine._fetched(self, copied))
+
+    def _copy(self) -> int | None:
+        """Bytes; None if it could not be done in full."""
+        try:
+            theirs = self._engine._cache_at(self._address)
+        except CommError:  # it is gone: there is nothing to copy
+            return None
+        copied = 0
+        for at in range(0, len(self._pairs), _FETCH_BLOCKS):
+            if self.dropped:
+                return None
+            part = self._pairs[at : at + _FETCH_BLOCKS]
+            copied += self._engine.shard.kv.copy_from(theirs, part)
+        self.theirs = theirs
+        return copied
 
 
 class _Preparation(threading.Thread):

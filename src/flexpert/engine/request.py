@@ -82,6 +82,24 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     eos: tuple[int, ...]
 
 
+class HeldKV(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank holds of a sequence: keys and values of its first tokens, in its KV blocks.
+
+    computed: how many tokens. blocks: those that hold them, in order.
+    """
+
+    id: str
+    computed: int
+    blocks: list[int]
+
+
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence on its way to another rank, and what the one it comes from holds of it."""
+
+    sequence: Sequence
+    held: HeldKV
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log probabilities of one position, natural logarithm, before temperature and penalties."""
 

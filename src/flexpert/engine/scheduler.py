@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexpert.engine.blocks import BlockPool, chain
-from flexpert.engine.request import Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, Sequence, TokenEvent
 from flexpert.engine.sequence import Sampled, SampleState
 from flexpert.errors import ConfigError, ContextOverflow, RequestError
 
@@ -155,6 +155,7 @@ class Scheduler:
         self._plan: StepPlan | None = None
         self._used_before = 0  # blocks before the plan in flight
         self._orphans: list[_Scheduled] = []  # aborted while the plan is in flight
+        self._offered: list[int] = []  # blocks that must stay as they are
 
     @property
     def has_work(self) -> bool:
@@ -248,6 +249,93 @@ class Scheduler:
         for id in ids:
             self.abort(id)
         return ids
+
+    def offer(self) -> list[HeldKV]:
+        """The full blocks of each running sequence, for another rank to copy while it goes on.
+
+        They stay as they are until `withdraw`, whatever becomes of the sequence.
+        """
+        self.withdraw()
+        size = self.limits.block_size
+        held = [
+            HeldKV(s.id, s.computed // size * size, s.blocks[: s.computed // size])
+            for s in (*self._decoding, *self._prefilling)
+        ]
+        self._offered = [block for one in held for block in one.blocks]
+        self.pool.hold(self._offered)
+        return held
+
+    def withdraw(self) -> None:
+        """What was offered may change again."""
+        self.pool.free(self._offered)
+        self._offered = []
+
+    def hand_over(self) -> list[HeldKV]:
+        """`drain`, with all that is computed; it stays in the blocks until the next plan."""
+        if self._plan is not None:
+            self.rollback(self._plan)
+        size = self.limits.block_size
+        held = [
+            HeldKV(s.id, s.computed, s.blocks[: -(-s.computed // size)])
+            for s in (*self._decoding, *self._prefilling, *self._waiting)
+        ]
+        self.drain()
+        self.withdraw()
+        return held
+
+    def adopt(
+        self, sequence: Sequence, held: HeldKV, have: list[int]
+    ) -> list[tuple[int, int]] | None:
+        """As `add`, but what another rank has computed is not computed again.
+
+        Args:
+            held: what that rank holds.
+            have: blocks of this pool with the first of it, whose references go over.
+
+        Returns:
+            (block there, block here) of what must be copied before `settle` and the next plan; or
+            None: there is no room to go on at once, so it waits and is computed again.
+
+        Raises:
+            As `add`.
+        """
+        if self._plan is not None:
+            raise RuntimeError("a plan is in flight")
+        try:
+            self.add(sequence)
+        except BaseException:
+            self.pool.free(have)
+            raise
+        state = self._states[sequence.id]
+        size = self.limits.block_size
+        computed = min(max(held.computed, len(have) * size), len(state.tokens) - 1)
+        decodes = computed == len(state.tokens) - 1
+        used = -(-computed // size)
+        total = used if decodes else -(-len(state.tokens) // size)
+        room = self.pool.free_count - self.running - 1
+        if computed < 1 or not self._free_rows or total - len(have) > room:
+            self.pool.free(have)
+            return None
+        self._waiting.pop()
+        state.blocks = have + self.pool.allocate(total - len(have))
+        state.computed = computed
+        state.row = self._free_rows.pop()
+        self._tables[state.row, :total] = state.blocks
+        self._held[state.row] = total
+        if decodes:
+            self._last[state.row] = state.tokens[-1]
+            self._length[state.row] = computed
+            self._decoding.append(state)
+            self._order = None
+        else:
+            self._prefilling.append(state)
+        return list(zip(held.blocks[len(have) : used], state.blocks[len(have) : used], strict=True))
+
+    def settle(self, id: str) -> None:
+        """What `adopt` asked for is copied: others may find the full blocks."""
+        state = self._states.get(id)
+        if state is not None:
+            self._publish(state, 0)
 
     def plan(self) -> StepPlan:
         """The next step's work; empty if and only if there is none (`has_work`).

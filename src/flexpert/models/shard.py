@@ -16,6 +16,7 @@ from flexpert.models import registrations
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.deterministic import RowwiseMode, outside_modes
 from flexpert.models.fused import fuse
+from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelInfo, ModelSource
@@ -115,7 +116,10 @@ class RoutedExperts:
 
 
 class ModelShard:
-    """The dense part of a model, ready to compute batches; made by `load`, used by one thread."""
+    """The dense part of a model, ready to compute batches; made by `load`, used by one thread.
+
+    kv: the cache that attention reads and writes.
+    """
 
     info: ModelInfo
 
@@ -125,10 +129,12 @@ class ModelShard:
         model: PreTrainedModel,
         attention: list[PagedAttention],
         experts: list[RoutedExperts],
+        kv: KVCache,
         *,
         deterministic: bool,
     ) -> None:
         self.info = info
+        self.kv = kv
         self._model = model
         self._attention = attention
         self._experts = experts
@@ -144,8 +150,12 @@ class ModelShard:
         kv_blocks: int,
         kv_block_size: int,
         deterministic: bool,
+        kv_memory: Tensor | None = None,
     ) -> ModelShard:
         """Read the dense weights and reserve the KV cache (its pages are touched on use).
+
+        Args:
+            kv_memory: [`KVCache.nbytes`] uint8 for the cache; default: memory of its own.
 
         Raises:
             ModelError: a tensor of the checkpoint cannot be read or has another shape.
@@ -161,14 +171,13 @@ class ModelShard:
             _compute_buffers(model)
             _load_dense(model, source)
         _check_real(model)
+        if kv_memory is None:
+            size = KVCache.nbytes(source.info, kv_blocks, kv_block_size)
+            kv_memory = torch.empty(size, dtype=torch.uint8)
+        kv = KVCache(source.info, kv_blocks, kv_block_size, kv_memory)
         attention = []
-        for name, shape in zip(source.attention_names, source.info.attention, strict=True):
-            rows = (kv_blocks, kv_block_size, shape.kv_heads)
-            layer = PagedAttention(
-                torch.empty((*rows, shape.key_dim), dtype=source.info.dtype),
-                torch.empty((*rows, shape.value_dim), dtype=source.info.dtype),
-                isolated=deterministic,
-            )
+        for name, (keys, values) in zip(source.attention_names, kv.layers, strict=True):
+            layer = PagedAttention(keys, values, isolated=deterministic)
             registrations.bind(model.get_submodule(name), layer)
             attention.append(layer)
         experts = []
@@ -179,7 +188,7 @@ class ModelShard:
             experts.append(routed)
         with torch.inference_mode():
             fuse(model, deterministic=deterministic)
-        return cls(source.info, model, attention, experts, deterministic=deterministic)
+        return cls(source.info, model, attention, experts, kv, deterministic=deterministic)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """[M, vocab] float32 logits of `batch.sample_rows`; walks all MoE layers once, in order."""
@@ -217,11 +226,6 @@ class ModelShard:
         return RowwiseMode() if self._deterministic else contextlib.nullcontext()
 
     @property
-    def kv_caches(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each attention layer: [blocks, block_size, kv_heads, dim]."""
-        return [(layer.key_cache, layer.value_cache) for layer in self._attention]
-
-    @property
     def dense_nbytes(self) -> int:
         """Bytes of weights and buffers in this process."""
         tensors = {*self._model.parameters(), *self._model.buffers()}
@@ -230,7 +234,7 @@ class ModelShard:
     @property
     def kv_nbytes(self) -> int:
         """Bytes reserved for the KV cache."""
-        return sum(k.nbytes + v.nbytes for k, v in self.kv_caches)
+        return sum(k.nbytes + v.nbytes for k, v in self.kv.layers)
 
 
 def _rows(x: Tensor) -> Tensor:

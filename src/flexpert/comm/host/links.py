@@ -15,7 +15,8 @@ import msgspec
 
 from flexpert.comm.buffer import BufferSpec, Channel
 from flexpert.comm.host._kernels import ffi
-from flexpert.comm.host.window import Address, PeerWindow, Place, Window, boot_id
+from flexpert.comm.host.memfd import boot_id
+from flexpert.comm.host.window import Address, PeerWindow, Place, Window
 from flexpert.comm.layout import (
     COMBINE_FLAG_AT,
     DISPATCH_FLAG_AT,

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 from flexpert.comm.errors import PeerUnreachable
-from flexpert.comm.host.window import start_time
+from flexpert.comm.host.memfd import start_time
 
 
 class Watcher:

@@ -1,26 +1,19 @@
-"""The memory a rank lends to its peers: a memfd, found through /proc/<pid>/fd.
-
-No name in a file system and no socket: when the last process that maps a window ends, by whatever
-signal, the window is gone. A peer that has opened it keeps it alive, so that nobody's write hits
-unmapped memory when a rank dies. Each connection has a place of its own in it, see layout.py.
-
-A window is proven by the nonce in its header: a process that got a dead rank's pid cannot have it.
-The kernel lets a process open it if it may look into the owner (same user, same pid namespace).
-"""
+"""The memory that a rank's peers write into, see memfd.py; each connection has a place of its own
+in it, see layout.py."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
 from flexpert.comm.buffer import BufferSpec
 from flexpert.comm.errors import CommError, PeerUnreachable
+from flexpert.comm.host import memfd
 from flexpert.comm.host._kernels import ffi, lib
+from flexpert.comm.host.memfd import boot_id, start_time
 from flexpert.comm.layout import (
     CONTROL_BYTES,
     HEADER_BYTES,
@@ -36,7 +29,6 @@ from flexpert.comm.layout import (
 )
 
 MEMFD_NAME = "flexpert-window"
-MFD_NOEXEC_SEAL = 0x8  # not in Python's os yet; Linux 6.3
 
 
 class Address(msgspec.Struct, frozen=True, array_like=True):
@@ -63,16 +55,6 @@ def decode(address: bytes) -> Address:
         raise ValueError(f"not an address of a host window: {error}") from error
 
 
-def boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def start_time(pid: int) -> int:
-    """Clock ticks after boot at which a process started; with the pid it names the process."""
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return int(stat[stat.rindex(")") + 2 :].split()[19])
-
-
 def map_part(fd: int, offset: int, size: int) -> int:
     """Map a part of a window; own memory that nobody shares with fd -1."""
     at = int(lib.fx_map(fd, offset, size))
@@ -96,7 +78,7 @@ class Window:
     def __init__(self, rank: int, spec: BufferSpec) -> None:
         self.layout: Layout = layout(spec)
         nonce = secrets.token_bytes(NONCE_BYTES)
-        self.fd = _create(CONTROL_BYTES)
+        self.fd = memfd.create(MEMFD_NAME, CONTROL_BYTES)
         os.pwrite(self.fd, _header(spec_hash(spec), nonce, rank), MAGIC_AT)
         self.address = Address(
             boot_id=boot_id(),
@@ -196,19 +178,17 @@ def _open(peer: int, address: Address, spec: BufferSpec) -> int:
     where = f"rank {peer} (pid {address.pid})"
     if address.boot_id != boot_id():
         raise PeerUnreachable(f"{where} is on another machine, or this one was restarted")
+    fd = memfd.open_of(
+        where,
+        "window",
+        pid=address.pid,
+        started=address.started,
+        fd=address.fd,
+        name=MEMFD_NAME,
+        header=_header(address.spec, address.nonce, peer),
+        header_at=MAGIC_AT,
+    )
     try:
-        if start_time(address.pid) != address.started:
-            raise PeerUnreachable(f"{where} is gone; its pid belongs to another process")
-        path = f"/proc/{address.pid}/fd/{address.fd}"
-        # before opening: with a recycled descriptor, opening alone could have effects
-        if not os.readlink(path).startswith(f"/memfd:{MEMFD_NAME}"):
-            raise PeerUnreachable(f"{where} has closed its window")
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise PeerUnreachable(f"{where} cannot be reached: {error.strerror}") from error
-    try:
-        if os.pread(fd, HEADER_BYTES, MAGIC_AT) != _header(address.spec, address.nonce, peer):
-            raise PeerUnreachable(f"{where} has closed its window; another one took its place")
         if os.fstat(fd).st_size < CONTROL_BYTES:
             raise PeerUnreachable(f"{where} has a window of an unexpected size")
     except BaseException:
@@ -227,19 +207,3 @@ def _header(spec: bytes, nonce: bytes, rank: int) -> bytes:
     ):
         header[at : at + len(part)] = part
     return bytes(header)
-
-
-def _create(size: int) -> int:
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        fd = os.memfd_create(MEMFD_NAME, flags | MFD_NOEXEC_SEAL)
-    except OSError:  # kernels before 6.3
-        fd = os.memfd_create(MEMFD_NAME, flags)
-    try:
-        os.ftruncate(fd, size)
-        # a peer that could shrink the file could kill this process with SIGBUS
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd

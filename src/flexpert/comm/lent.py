@@ -1,0 +1,117 @@
+"""Memory that a rank lets its peers read beside the exchanges: a KV cache whose blocks move.
+
+The owner makes it with `lend` and goes on using it as its own; a peer that was told the address
+reads it with `Borrowed.read`, without the owner's help. Nothing is locked: what may be read, and
+until when it stays, is for the two to agree on.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from flexpert.comm.errors import PeerUnreachable
+from flexpert.comm.host import memfd
+
+_NAME = "flexpert-lent"
+_NONCE_BYTES = 16
+_PAGE = 4096  # the header has one, so that what follows is aligned
+
+
+class _Address(msgspec.Struct, frozen=True, array_like=True):
+    boot_id: str
+    pid: int
+    started: int
+    fd: int
+    nonce: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """Own memory that peers may read.
+
+    address: for a peer's `Borrowed`; opaque, below 1 KiB.
+    bytes: [size] uint8, zero at first; pages are taken on first use.
+    """
+
+    address: bytes
+    bytes: torch.Tensor
+    _fd: int
+
+    def close(self) -> None:
+        """No peer can open it any more; those that have go on reading what is there."""
+        os.close(self._fd)
+
+
+def lend(size: int) -> Lent:
+    """New memory of `size` bytes. Raises: OSError: there is none."""
+    fd = memfd.create(_NAME, _PAGE + size)
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    os.pwrite(fd, nonce, 0)
+    pid = os.getpid()
+    address = _Address(memfd.boot_id(), pid, memfd.start_time(pid), fd, nonce, size)
+    mapped = mmap.mmap(fd, _PAGE + size)
+    return Lent(msgspec.msgpack.encode(address), _view(mapped), fd)
+
+
+class Borrowed:
+    """A peer's `Lent`, for reading; it stays readable when the peer ends."""
+
+    def __init__(self, address: bytes) -> None:
+        """
+        Raises:
+            PeerUnreachable: its process is gone or on another machine.
+            ValueError: not an address.
+        """
+        try:
+            there = msgspec.msgpack.decode(address, type=_Address)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"not an address of lent memory: {error}") from error
+        who = f"pid {there.pid}"
+        if there.boot_id != memfd.boot_id():
+            raise PeerUnreachable(f"{who} is on another machine, or this one was restarted")
+        fd = memfd.open_of(
+            who,
+            "memory",
+            pid=there.pid,
+            started=there.started,
+            fd=there.fd,
+            name=_NAME,
+            header=there.nonce,
+            header_at=0,
+        )
+        try:
+            if os.fstat(fd).st_size < _PAGE + there.size:
+                raise PeerUnreachable(f"{who} lends less than it says")
+            # private: whatever is done here, the owner's memory stays as it is
+            self._map = mmap.mmap(fd, _PAGE + there.size, access=mmap.ACCESS_COPY)
+        finally:
+            os.close(fd)
+        self.bytes = _view(self._map)
+
+    def read(self, at: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A view of the peer's memory from byte `at`; must not be written to.
+
+        Raises: ValueError: it would reach beyond the end.
+        """
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        if at < 0 or at + size > len(self.bytes):
+            raise ValueError(f"{size} bytes at {at} of {len(self.bytes)} lent ones")
+        return self.bytes[at : at + size].view(dtype).view(*shape)
+
+
+def _view(mapped: mmap.mmap) -> torch.Tensor:
+    """[size] uint8 of what follows the header; it keeps the mapping."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an unwritable buffer, which this is not
+        return torch.frombuffer(mapped, dtype=torch.uint8)[_PAGE:]

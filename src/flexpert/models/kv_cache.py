@@ -1,0 +1,65 @@
+"""The KV cache of a rank: the keys and values of all attention layers in one piece of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexpert.models.source import ModelInfo
+
+_ALIGN = 64  # bytes; of each tensor's begin
+
+
+class KVCache:
+    """layers: per attention layer (keys [blocks, block_size, kv_heads, key_dim], values [...,
+    value_dim]) in the model's dtype, all of them views of one memory.
+
+    Equal models and sizes give equal layouts, so a rank can read a peer's cache by laying this over
+    the peer's memory.
+    """
+
+    def __init__(self, info: ModelInfo, blocks: int, block_size: int, memory: Tensor) -> None:
+        """
+        Args:
+            memory: [at least `nbytes`] uint8.
+        """
+        self.blocks = blocks
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        at = 0
+        for shape in info.attention:
+            pair = []
+            for dim in (shape.key_dim, shape.value_dim):
+                size = blocks * block_size * shape.kv_heads * dim * info.dtype.itemsize
+                part = memory[at : at + size].view(info.dtype)
+                pair.append(part.view(blocks, block_size, shape.kv_heads, dim))
+                at += _aligned(size)
+            self.layers.append((pair[0], pair[1]))
+
+    @staticmethod
+    def nbytes(info: ModelInfo, blocks: int, block_size: int) -> int:
+        """Bytes of memory it needs."""
+        return sum(
+            _aligned(blocks * block_size * shape.kv_heads * dim * info.dtype.itemsize)
+            for shape in info.attention
+            for dim in (shape.key_dim, shape.value_dim)
+        )
+
+    def copy_from(self, other: KVCache, pairs: Sequence[tuple[int, int]]) -> int:
+        """Copies blocks, given as (block of `other`, block of this one); returns the bytes."""
+        if not pairs:
+            return 0
+        source = torch.tensor([pair[0] for pair in pairs])
+        target = torch.tensor([pair[1] for pair in pairs])
+        copied = 0
+        with torch.inference_mode():
+            for mine, theirs in zip(self.layers, other.layers, strict=True):
+                for to, of in zip(mine, theirs, strict=True):
+                    to.index_copy_(0, target, of.index_select(0, source))
+                    copied += len(pairs) * to[0].nbytes
+        return copied
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN

@@ -1,0 +1,161 @@
+"""Leavers' requests move with their KV: nothing is computed again, and nothing differs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from service import Service, active, answer_all, change, requests, running, until
+
+from flexpert.cluster.head import Head
+from flexpert.engine.request import SamplingParams
+
+pytestmark = pytest.mark.slow
+SETTINGS = {"engine__deterministic": True, "engine__kv_memory": "32MiB"}
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with running(cluster__ranks=4, **SETTINGS) as service:
+        yield service
+
+
+def everywhere(head: Head, count: int) -> bool:
+    ranks = head.cluster().ranks
+    return sum(rank.running for rank in ranks) == count and all(rank.running for rank in ranks)
+
+
+def test_four_to_one_with_long_answers_computes_nothing_again(service: Service) -> None:
+    async def scenario(head: Head) -> None:
+        work = requests(16, tokens=200)
+        expected = await answer_all(head, work, clients=16)
+        traffic = asyncio.create_task(answer_all(head, work, clients=16))
+        await until(lambda: everywhere(head, 16))
+        done = await change(head, ranks=1)
+        assert done.state == "done"
+        assert done.moved_requests == done.moved_with_kv == 12
+        assert done.recomputed_tokens == 0
+        assert done.moved_kv_bytes > 0
+        assert "move" in done.phases
+        assert await traffic == expected
+        text = head.registry
+        assert text.get_sample_value("flexpert_moved_with_kv_total") == 12
+        assert text.get_sample_value("flexpert_recomputed_tokens_total") == 0
+        assert (await change(head, ranks=4)).state == "done"
+
+    service.run(scenario(service.head))
+
+
+def test_newcomers_take_over_what_all_who_leave_have_computed(service: Service) -> None:
+    async def scenario(head: Head) -> None:
+        work = requests(12, tokens=150)
+        expected = await answer_all(head, work, clients=12)
+        traffic = asyncio.create_task(answer_all(head, work, clients=12))
+        await until(lambda: everywhere(head, 12))
+        done = await change(head, add=2, remove=sorted(active(head)))
+        assert done.state == "done"
+        assert done.moved_with_kv == done.moved_requests == 12
+        assert done.recomputed_tokens == 0
+        assert await traffic == expected
+        assert (await change(head, ranks=4)).state == "done"
+
+    service.run(scenario(service.head))
+
+
+def test_a_shared_prefix_moves_once(service: Service) -> None:
+    async def scenario(head: Head) -> None:
+        await change(head, ranks=2)
+        prefix = [(13 * i) % 3000 + 10 for i in range(320)]
+        work = [
+            ([*prefix, number + 5], SamplingParams(temperature=0, max_tokens=80, ignore_eos=True))
+            for number in range(8)
+        ]
+        block = head.info.kv_bytes_per_token() * head.config.engine.kv_block_size
+        expected = await answer_all(head, work, clients=8)
+        await change(head, add=1, remove=[max(active(head))])  # a rank that knows no prefix
+        traffic = asyncio.create_task(answer_all(head, work, clients=8))
+        await until(lambda: sum(rank.running for rank in head.cluster().ranks) == 8)
+        done = await change(head, add=1, remove=sorted(active(head)))
+        assert done.moved_with_kv == 8
+        # 20 blocks of the prefix from either rank at most, and 6 or fewer of each request's own
+        assert done.moved_kv_bytes <= (2 * 20 + 8 * 7) * block
+        assert await traffic == expected
+        assert (await change(head, ranks=4)).state == "done"
+
+    service.run(scenario(service.head))
+
+
+def test_without_room_requests_are_computed_again_and_said_so() -> None:
+    async def scenario(head: Head) -> None:
+        work = [
+            (prompt, SamplingParams(temperature=0, max_tokens=120, ignore_eos=True))
+            for prompt, _ in requests(12)
+        ]
+        expected = await answer_all(head, work, clients=12)
+        traffic = asyncio.create_task(answer_all(head, work, clients=12))
+        await until(lambda: sum(rank.running for rank in head.cluster().ranks) >= 8)
+        done = await change(head, ranks=1)
+        assert done.state == "done"
+        assert done.recomputed_tokens > 0
+        assert await traffic == expected
+
+    small = {**SETTINGS, "engine__kv_memory": "1MiB", "engine__max_running": 4}
+    with running(cluster__ranks=2, **small) as service:
+        service.run(scenario(service.head))
+
+
+@pytest.mark.parametrize("victim", ["leaver", "heir"])
+def test_a_rank_that_dies_while_kv_moves_costs_no_answer(service: Service, victim: str) -> None:
+    async def scenario(head: Head) -> None:
+        await change(head, ranks=3)
+        work = requests(12, tokens=150)
+        expected = await answer_all(head, work, clients=12)
+        traffic = asyncio.create_task(answer_all(head, work, clients=12))
+        await until(lambda: everywhere(head, 12))
+        leaver, heir = max(active(head)), min(active(head))
+        pid = {rank.id: rank.pid for rank in head.cluster().ranks}
+        operation = head.begin_operation(remove=[leaver])
+
+        async def listen() -> None:
+            async for event in head.events():
+                if event.kind == "operation" and event.data["phase"] == "move":
+                    psutil.Process(pid[leaver if victim == "leaver" else heir]).kill()
+                    return
+
+        listening = asyncio.create_task(listen())
+        await asyncio.wait_for(listening, 20)
+        await head.wait_operation(operation.id)
+        assert await traffic == expected
+        await until(lambda: active(head) == set(head.cluster().wanted))
+        assert (await change(head, ranks=4)).state == "done"
+
+    service.run(scenario(service.head))
+
+
+def test_a_change_cancelled_while_kv_moves_leaves_everything_as_it_was(service: Service) -> None:
+    async def scenario(head: Head) -> None:
+        await change(head, ranks=3)
+        work = requests(12, tokens=150)
+        expected = await answer_all(head, work, clients=12)
+        traffic = asyncio.create_task(answer_all(head, work, clients=12))
+        await until(lambda: everywhere(head, 12))
+        before = head.cluster()
+        operation = head.begin_operation(ranks=1)
+
+        async def cancel() -> None:
+            async for event in head.events():
+                if event.kind == "operation" and event.data["phase"] == "move":
+                    head.cancel_operation(operation.id)
+                    return
+
+        await asyncio.wait_for(cancel(), 20)
+        assert (await head.wait_operation(operation.id)).state == "cancelled"
+        assert head.cluster().epoch == before.epoch
+        assert await traffic == expected
+        await until(lambda: all(rank.kv_used == 0 for rank in head.cluster().ranks))
+        assert (await change(head, ranks=1)).state == "done"
+        assert (await change(head, ranks=4)).state == "done"
+
+    service.run(scenario(service.head))

@@ -1,0 +1,228 @@
+"""Sequences that move to another rank with what is computed, against a fake model that reads it."""
+
+from __future__ import annotations
+
+from random import Random
+
+import msgspec
+import pytest
+from test_scheduler import FakeModel, answer, limits, run, sequence, tokens_of
+
+from flexpert.engine.arrivals import Arrivals
+from flexpert.engine.request import HeldKV, Move, Sequence, TokenEvent
+from flexpert.engine.scheduler import Scheduler
+
+SIZE = 4
+
+
+class Rank:
+    """A scheduler, its model, and what each sequence has answered here."""
+
+    def __init__(self, **changed: object) -> None:
+        own = limits(**{"blocks": 60, "max_running": 8, "max_model_len": 60, **changed})
+        self.scheduler, self.model = Scheduler(own), FakeModel(SIZE)
+        self.got: dict[str, list[int]] = {}
+        self.computed = 0  # tokens
+
+    def add(self, s: Sequence) -> None:
+        self.got[s.id] = list(s.generated)
+        self.scheduler.add(s)
+
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            plan = self.scheduler.plan()
+            self.computed += plan.tokens
+            for event in self.scheduler.commit(plan, self.model.step(plan)):
+                self.keep(event)
+
+    def keep(self, event: TokenEvent) -> None:
+        assert event.position == len(self.got[event.id])
+        self.got[event.id] += event.tokens
+
+    def copy(self, other: Rank, pairs: list[tuple[int, int]]) -> None:
+        for there, here in pairs:
+            for offset in range(SIZE):
+                entry = other.model.cache.get(there * SIZE + offset)
+                if entry:
+                    self.model.cache[here * SIZE + offset] = entry
+
+    def resumed(self, s: Sequence) -> Sequence:
+        return msgspec.structs.replace(s, generated=list(self.got[s.id]))
+
+    def adopt(self, other: Rank, s: Sequence, held: HeldKV, have: list[int]) -> bool:
+        self.got[s.id] = list(s.generated)
+        pairs = self.scheduler.adopt(s, held, have)
+        if pairs is None:
+            return False
+        self.copy(other, pairs)
+        self.scheduler.settle(s.id)
+        return True
+
+    def check_empty(self) -> None:
+        assert self.scheduler.pool.used == 0
+        assert len(self.scheduler._free_rows) == len(self.scheduler._tables)
+
+
+def test_a_sequence_goes_on_without_computing_anything_again() -> None:
+    leaver, heir = Rank(), Rank()
+    asked = sequence("a", list(range(7)), max_tokens=20, ignore_eos=True)
+    leaver.add(asked)
+    leaver.step(6)
+    (held,) = leaver.scheduler.hand_over()
+    assert held.computed == 7 + 6 - 1
+    assert heir.adopt(leaver, leaver.resumed(asked), held, [])
+    heir.step(3)
+    assert heir.computed == 3
+    assert heir.got["a"] == answer(asked, 60)[: 6 + 3]
+    leaver.check_empty()
+
+
+def test_a_prompt_that_is_half_computed_goes_on_where_it_was() -> None:
+    leaver, heir = Rank(max_tokens_per_step=5), Rank(max_tokens_per_step=5)
+    asked = sequence("a", list(range(12)), max_tokens=3, ignore_eos=True)
+    leaver.add(asked)
+    leaver.step(1)
+    (held,) = leaver.scheduler.hand_over()
+    assert held.computed == 5
+    assert heir.adopt(leaver, leaver.resumed(asked), held, [])
+    heir.step(2)
+    assert heir.computed == 7
+    heir.step(2)
+    assert heir.got["a"] == answer(asked, 60)
+    heir.check_empty()
+
+
+def test_a_shared_prefix_moves_once_and_a_known_one_not_at_all() -> None:
+    leaver, heir = Rank(), Rank()
+    prompt = list(range(8))
+    asked = [sequence(name, [*prompt, number], max_tokens=8) for number, name in enumerate("abc")]
+    for s in asked:
+        leaver.add(s)
+        leaver.step()
+    moves = [
+        Move(leaver.resumed(s), held)
+        for s, held in zip(asked, leaver.scheduler.offer(), strict=True)
+    ]
+    arrivals = Arrivals(heir.scheduler.pool)
+    pairs = arrivals.reserve(moves, spare=0)
+    own = len({block for move in moves for block in move.held.blocks[2:]})
+    assert len(pairs) == 2 + own
+    heir.copy(leaver, pairs)
+    arrivals.settle()
+    arrivals.drop()
+    again = Arrivals(heir.scheduler.pool)
+    assert again.reserve(moves, spare=0) == [], "all of it is in the prefix cache now"
+    again.drop()
+    heir.check_empty()
+
+
+def test_what_was_offered_is_not_overwritten_when_its_sequence_ends() -> None:
+    leaver, heir = Rank(blocks=8, max_model_len=24), Rank()
+    asked = sequence("a", list(range(9)), max_tokens=2, ignore_eos=True)
+    leaver.add(asked)
+    leaver.step()
+    (held,) = leaver.scheduler.offer()
+    moves = [Move(leaver.resumed(asked), held)]
+    arrivals = Arrivals(heir.scheduler.pool)
+    pairs = arrivals.reserve(moves, spare=0)
+    leaver.step()  # the sequence ends, and others want its blocks
+    for number in range(4):
+        leaver.add(sequence(f"n{number}", [number + 1] * 15, max_tokens=2, ignore_eos=True))
+    leaver.step(8)
+    heir.copy(leaver, pairs)
+    arrivals.settle()
+    arrivals.drop()
+    other = sequence("later", [*range(9), 3], max_tokens=2, ignore_eos=True)
+    heir.add(other)
+    heir.step(2)
+    assert heir.got["later"] == answer(other, 60)
+    assert heir.scheduler.cached_tokens == 8
+    leaver.scheduler.withdraw()
+    leaver.scheduler.drain()
+    leaver.check_empty()
+
+
+def test_without_room_it_waits_and_is_computed_again() -> None:
+    leaver, heir = Rank(), Rank(blocks=6, max_model_len=24)
+    asked = sequence("a", list(range(9)), max_tokens=9, ignore_eos=True)
+    other = sequence("o", list(range(50, 62)), max_tokens=8, ignore_eos=True)
+    leaver.add(asked)
+    leaver.step(3)
+    heir.add(other)
+    heir.step()
+    (held,) = leaver.scheduler.hand_over()
+    arrivals = Arrivals(heir.scheduler.pool)
+    moved = leaver.resumed(asked)
+    pairs = arrivals.reserve([Move(moved, held)], spare=2)
+    assert len(pairs) == 1
+    heir.copy(leaver, pairs)
+    arrivals.settle()
+    assert not heir.adopt(leaver, moved, held, arrivals.take("a"))
+    events = run(heir.scheduler, heir.model)
+    assert heir.got["a"] + tokens_of(events["a"]) == answer(asked, 24)
+    heir.check_empty()
+
+
+def test_a_sequence_that_cannot_be_taken_gives_its_blocks_back() -> None:
+    heir = Rank(blocks=4, max_model_len=60)
+    too_long = sequence("a", list(range(20)), max_tokens=30, ignore_eos=True)
+    arrivals = Arrivals(heir.scheduler.pool)
+    held = HeldKV("a", 16, [0, 1, 2, 3])
+    arrivals.reserve([Move(too_long, held)], spare=0)
+    arrivals.settle()
+    with pytest.raises(Exception, match="may reach 50 tokens"):
+        heir.scheduler.adopt(too_long, held, arrivals.take("a"))
+    heir.check_empty()
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_random_moves_change_no_answer_and_leak_nothing(seed: int) -> None:
+    draw = Random(seed)
+    shape = {
+        "prefix_cache": draw.random() < 0.7,
+        "max_tokens_per_step": draw.choice([4, 9, 30]),
+        "max_model_len": 40,
+    }
+    leaver = Rank(blocks=draw.choice([11, 16, 40]), max_running=draw.choice([2, 5]), **shape)
+    heir = Rank(blocks=draw.choice([11, 16, 40]), max_running=draw.choice([2, 5]), **shape)
+    asked = {}
+    for number in range(draw.randint(2, 9)):
+        prompt = draw.choices([0, 1], k=draw.choice([1, 5, 12, 20]))
+        s = sequence(str(number), prompt, max_tokens=draw.randint(1, 18), ignore_eos=True)
+        asked[s.id] = s
+        (heir if draw.random() < 0.3 else leaver).add(s)
+    leaver.step(draw.randint(0, 12))
+    heir.step(draw.randint(0, 6))
+    over: dict[str, list[int]] = {}
+
+    def running(rank: Rank) -> dict[str, list[int]]:
+        return {name: got for name, got in rank.got.items() if name in rank.scheduler}
+
+    arrivals = Arrivals(heir.scheduler.pool)
+    if draw.random() < 0.8:
+        moves = [Move(leaver.resumed(asked[h.id]), h) for h in leaver.scheduler.offer()]
+        spare = heir.scheduler.running + draw.choice([0, 3])
+        pairs = arrivals.reserve(moves, spare=spare)
+        for rank in (leaver, heir):
+            rank.step(draw.randint(0, 8))
+        heir.copy(leaver, pairs)
+        if draw.random() < 0.9:
+            arrivals.settle()
+        else:
+            arrivals.drop()  # the copy failed
+        for rank in (leaver, heir):
+            rank.step(draw.randint(0, 5))
+    alive = running(leaver)
+    over |= {name: got for name, got in leaver.got.items() if name not in alive}
+    for held in leaver.scheduler.hand_over():
+        heir.adopt(leaver, leaver.resumed(asked[held.id]), held, arrivals.take(held.id))
+    arrivals.drop()
+    leaver.check_empty()
+    for _ in range(500):
+        if not heir.scheduler.has_work:
+            break
+        heir.step()
+    over |= heir.got
+    for name, s in asked.items():
+        assert over[name] == answer(s, 40), name
+    heir.check_empty()
