@@ -16,7 +16,7 @@ from flexpert.cluster import messages as msg
 from flexpert.cluster.forkserver import RankSpec
 from flexpert.config import Config
 from flexpert.engine.epoch import EpochPlan
-from flexpert.engine.memory import RankMemory, private_memory
+from flexpert.engine.memory import RankMemory
 from flexpert.engine.rank import RankEngine
 from flexpert.engine.request import HeldKV, TokenEvent
 from flexpert.errors import FlexpertError
@@ -72,7 +72,7 @@ class Reporter:
                 while True:
                     self.tell(msg.Alive())
                     if time.monotonic() >= next_look:
-                        self._memory = private_memory()
+                        self._memory = self._measure()
                         next_look = time.monotonic() + _MEMORY_EVERY_S
                     time.sleep(every_s)
 
@@ -90,6 +90,10 @@ class Reporter:
     def published(self, events: list[TokenEvent]) -> None:
         self.tell(msg.Published(events, self._load()))
 
+    def _measure(self) -> int:
+        assert self.engine is not None  # it is set before anything is told
+        return self.engine.private_memory()
+
     def _load(self) -> msg.Load:
         assert self.engine is not None  # it is the one who tells
         scheduler = self.engine.scheduler
@@ -103,7 +107,7 @@ class Reporter:
 
     def prepared(self, epoch: int, loaded: int, memory: RankMemory) -> None:
         if self.engine and self.engine.buffer.epoch == 0:  # nobody waits for a newcomer yet
-            self._memory = private_memory()
+            self._memory = self._measure()
         planned = msg.Memory(
             memory.dense, memory.experts, memory.kv, memory.windows, memory.runtime
         )

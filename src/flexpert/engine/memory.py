@@ -34,13 +34,16 @@ class RankMemory:
         return self.dense + self.experts + self.kv + self.windows + self.runtime
 
 
-def private_memory() -> int:
-    """Bytes of this process that no other shares, and its part of the shared windows."""
+def private_memory(lent: int = 0) -> int:
+    """Bytes of this process that no other shares, and its part of the shared windows.
+
+    lent: bytes that `comm.lend` takes: they count as private as long as no peer has opened them.
+    """
     sizes = {}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, size = line.split(":")
         sizes[name] = int(size.split()[0]) * 1024
-    return sizes["Private_Dirty"] + sizes["Pss_Shmem"]
+    return sizes["Private_Dirty"] + max(0, sizes["Pss_Shmem"] - lent)
 
 
 def kv_blocks(info: ModelInfo, config: EngineConfig) -> int:

@@ -320,9 +320,13 @@ class RankEngine:
             len(prepared.plan.members),
         )
         if self._runtime is None:  # warm, and nothing served yet: the rest is the process itself
-            process = private_memory() - planned.dense - planned.experts
+            process = self.private_memory() - planned.dense - planned.experts
             self._runtime = max(0, process) + SERVING_BYTES
         return replace(planned, runtime=self._runtime)
+
+    def private_memory(self) -> int:
+        """Bytes this rank takes now; from any thread."""
+        return private_memory(self.lent.resident)
 
     def _cancel(self, epoch: int) -> None:
         if self._armed != epoch:  # else too late: the epoch may already be agreed
@@ -421,8 +425,7 @@ class RankEngine:
             self._drop_preparation()
             if last:
                 last.join(timeout=5.0)
-            self.buffer.close()
-            self.lent.close()
+            self.buffer.close()  # what is lent stays: the thread that measures it may still look
 
     def _guarded(self, action: Callable[[], bool]) -> bool:
         """Run a part of a step; a broken exchange is evidence for the coordinator, no crash."""

@@ -1,0 +1,106 @@
+"""Memory that peers read: only the right one, as long as they like, and they cannot harm it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import msgspec
+import pytest
+import torch
+
+from flexpert.comm import Borrowed, PeerUnreachable, lend
+from flexpert.comm.lent import _Address
+
+OWNER = """
+import sys, torch
+from flexpert.comm import lend
+lent = lend(8192)
+lent.bytes[:] = 7
+sys.stdout.buffer.write(lent.address.hex().encode() + b"\\n")
+sys.stdout.flush()
+sys.stdin.readline()
+lent.bytes[100] = 9
+print("changed", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_peer_reads_what_the_owner_writes_also_after_its_death() -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert owner.stdin
+        assert owner.stdout
+        address = bytes.fromhex(owner.stdout.readline().decode().strip())
+        there = Borrowed(address)
+        view = there.read(100, (2, 3), torch.uint8)
+        assert view.tolist() == [[7, 7, 7], [7, 7, 7]]
+        owner.stdin.write(b"\n")
+        owner.stdin.flush()
+        owner.stdout.readline()
+        assert view[0, 0] == 9
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        assert there.bytes.sum() == 7 * 8192 + 2
+        with pytest.raises(PeerUnreachable):
+            Borrowed(address)
+    finally:
+        owner.kill()
+        owner.wait()
+        for pipe in (owner.stdin, owner.stdout):
+            if pipe:
+                pipe.close()
+
+
+def test_what_a_peer_does_with_its_view_leaves_the_owner_alone() -> None:
+    lent = lend(4096)
+    there = Borrowed(lent.address)
+    there.bytes[0] = 5
+    assert lent.bytes[0] == 0
+    lent.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"boot_id": "another"},
+        {"started": 1},
+        {"nonce": b"x" * 16},
+        {"size": 1 << 40},
+        {"fd": 0},
+        {"pid": 2**22 - 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_address_that_is_not_right_is_refused(change: dict[str, object]) -> None:
+    lent = lend(4096)
+    address = msgspec.structs.replace(msgspec.msgpack.decode(lent.address, type=_Address), **change)
+    descriptors = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(PeerUnreachable):
+        Borrowed(msgspec.msgpack.encode(address))
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    lent.close()
+
+
+def test_nonsense_and_places_beyond_the_end_are_refused() -> None:
+    lent = lend(4096)
+    with pytest.raises(ValueError, match="not an address"):
+        Borrowed(b"nonsense")
+    with pytest.raises(ValueError, match="8 bytes at 4092 of 4096 lent ones"):
+        Borrowed(lent.address).read(4092, (2,), torch.float32)
+    lent.close()
+
+
+def test_memory_is_taken_on_use_and_given_back() -> None:
+    descriptors = len(os.listdir("/proc/self/fd"))
+    lent = lend(64 << 20)
+    assert lent.resident < 1 << 20
+    lent.bytes[: 8 << 20] = 1
+    assert lent.resident >= 8 << 20
+    lent.close()
+    del lent
+    assert len(os.listdir("/proc/self/fd")) == descriptors
