@@ -169,7 +169,7 @@ class Simulation:
         if self.chance(0.05):
             self.call_later(0.01, lambda: self.end(process, 1))
             return
-        hello = msg.Hello("", process.life, "here", str(process.life).encode(), b"")
+        hello = msg.Hello("", process.life, "here", str(process.life).encode(), b"", b"")
         delay = 30.0 if self.chance(0.02) else self.draw.uniform(0.05, 0.3)
         self.call_later(delay, lambda: self.tell(process, hello) if process.runs else None)
 

@@ -1,4 +1,4 @@
-"""Leavers' requests move with their KV: nothing is computed again, and nothing differs."""
+"""Requests move with their KV, experts come from peers' memory, and no answer differs."""
 
 from __future__ import annotations
 
@@ -157,5 +157,36 @@ def test_a_change_cancelled_while_kv_moves_leaves_everything_as_it_was(service: 
         await until(lambda: all(rank.kv_used == 0 for rank in head.cluster().ranks))
         assert (await change(head, ranks=1)).state == "done"
         assert (await change(head, ranks=4)).state == "done"
+
+    service.run(scenario(service.head))
+
+
+def test_newcomers_copy_experts_from_peers_and_survivors_read_what_nobody_has(
+    service: Service,
+) -> None:
+    async def scenario(head: Head) -> None:
+        await change(head, ranks=2)
+        work = requests(12, tokens=60)
+        expected = await answer_all(head, work, clients=12)
+        traffic = asyncio.create_task(answer_all(head, work, clients=12))
+        grown = await change(head, ranks=4)
+        assert grown.moved_experts == grown.copied_experts > 0
+        loss: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
+
+        async def listen() -> None:
+            async for event in head.events():
+                if event.kind == "operation" and event.data["state"] == "done":
+                    loss.set_result(event.data)
+                    return
+
+        listening = asyncio.create_task(listen())
+        await asyncio.sleep(0)
+        psutil.Process(next(r.pid for r in head.cluster().ranks if r.id == 1)).kill()
+        done = await asyncio.wait_for(loss, 20)
+        await listening
+        assert done["moved_experts"] == grown.moved_experts // 2
+        assert done["copied_experts"] == 0, "only the dead rank had them"
+        assert await traffic == expected
+        await until(lambda: active(head) == {0, 1, 2, 3})
 
     service.run(scenario(service.head))

@@ -56,10 +56,17 @@ def test_a_peer_reads_what_the_owner_writes_also_after_its_death() -> None:
                 pipe.close()
 
 
-def test_what_a_peer_does_with_its_view_leaves_the_owner_alone() -> None:
+WRITER = """
+import sys
+from flexpert.comm import Borrowed
+Borrowed(bytes.fromhex(sys.argv[1])).bytes[0] = 5
+"""
+
+
+def test_a_peer_that_writes_ends_and_the_memory_is_as_it_was() -> None:
     lent = lend(4096)
-    there = Borrowed(lent.address)
-    there.bytes[0] = 5
+    writer = subprocess.run([sys.executable, "-c", WRITER, lent.address.hex()], check=False)
+    assert writer.returncode == -signal.SIGSEGV
     assert lent.bytes[0] == 0
     lent.close()
 
@@ -101,6 +108,13 @@ def test_memory_is_taken_on_use_and_given_back() -> None:
     assert lent.resident < 1 << 20
     lent.bytes[: 8 << 20] = 1
     assert lent.resident >= 8 << 20
+    lent.bytes[8 << 20] = 2
+    lent.release(0, 8 << 20)
+    assert lent.resident < 1 << 20
+    assert lent.bytes[:4096].sum() == 0
+    assert lent.bytes[8 << 20] == 2
+    with pytest.raises(ValueError, match="not whole pages"):
+        lent.release(100, 4096)
     lent.close()
     del lent
     assert len(os.listdir("/proc/self/fd")) == descriptors

@@ -100,6 +100,7 @@ class RankRecord:
     pid: int = 0
     address: bytes = b""
     kv: bytes = b""  # address of its KV cache
+    experts: bytes = b""  # address of those it holds
     load: msg.Load = field(default_factory=lambda: msg.Load(0, 0, 0.0, 0))
     memory: msg.Memory | None = None
     error: str = ""
@@ -389,8 +390,9 @@ class Coordinator:
         epoch = self._membership.change.epoch if self._membership.change else 0
         record.heard, record.progress = self._ports.now(), None
         match report:
-            case msg.Hello(_, pid, host, address, kv):
-                record.pid, record.host, record.address, record.kv = pid, host, address, kv
+            case msg.Hello(_, pid, host, address, kv, experts):
+                record.pid, record.host, record.address = pid, host, address
+                record.kv, record.experts = kv, experts
                 record.state = "preparing"
                 self._handle(Event(Kind.HELLO, rank))
             case msg.Unable(_, error):
@@ -398,8 +400,10 @@ class Coordinator:
                 self._ports.send(rank, msg.Stop())
             case msg.Progress(of, share) if of == epoch and self._running:
                 self._running.shares[rank] = share
-            case msg.Prepared(of, _, memory) if of == epoch:
+            case msg.Prepared(of, copied, memory) if of == epoch:
                 record.memory = memory
+                if self._running:
+                    self._running.copied_experts += copied
                 if record.state == "preparing":
                     record.state = "ready"
                 self._handle(Event(Kind.PREPARED, rank))
@@ -627,7 +631,9 @@ class Coordinator:
     def _prepare(self, epoch: int, after: frozenset[int], everyone: frozenset[int]) -> None:
         assert self._next is not None  # _start planned it
         members = {rank: self._ranks[rank].address for rank in after}
-        self._tell(everyone, msg.Prepare(epoch, members, self._next))
+        holders = set(self._placement.ranks) if self._placement else set()
+        lenders = {rank: self._ranks[rank].experts for rank in holders & set(self._ranks)}
+        self._tell(everyone, msg.Prepare(epoch, members, self._next, lenders))
 
     def _tell(self, ranks: Iterable[int], command: msg.Command) -> None:
         for rank in sorted(ranks):

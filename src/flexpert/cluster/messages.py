@@ -14,11 +14,15 @@ from flexpert.moe.placement import Placement
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
-    """Get ready for an epoch beside serving. members: rank id → address of its window."""
+    """Get ready for an epoch beside serving.
+
+    members: rank id → address of its window. lenders: rank id → address of the experts it holds.
+    """
 
     epoch: int
     members: dict[int, bytes]
     placement: Placement
+    lenders: dict[int, bytes] = {}
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
@@ -110,7 +114,8 @@ class Memory(msgspec.Struct, frozen=True):
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """A rank is up, its dense weights are loaded and its window is open.
 
-    kv: address of its KV cache, for those who take its sequences over.
+    kv: address of its KV cache, for those who take its sequences over. experts: address of the
+    experts it will hold, for those who need one.
     """
 
     token: str
@@ -118,6 +123,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     host: str
     address: bytes
     kv: bytes
+    experts: bytes
 
 
 class Unable(msgspec.Struct, frozen=True, tag="unable"):
@@ -135,10 +141,10 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
-    """Connected, loaded and warm: ready to vote."""
+    """Connected, loaded and warm: ready to vote. copied: experts that came from peers' memory."""
 
     epoch: int
-    loaded: int
+    copied: int
     memory: Memory
 
 

@@ -72,6 +72,7 @@ class Operation:
         self.phases: dict[str, float] = {}
         self.shares: dict[int, float] = {}
         self.moved_experts = 0
+        self.copied_experts = 0
         self.moved_requests = 0
         self.moved_with_kv = 0
         self.moved_kv_bytes = 0
@@ -125,6 +126,7 @@ class Operation:
             phases={name: round(seconds, 4) for name, seconds in phases.items()},
             epoch=self.epoch,
             moved_experts=self.moved_experts,
+            copied_experts=self.copied_experts,
             moved_requests=self.moved_requests,
             moved_with_kv=self.moved_with_kv,
             moved_kv_bytes=self.moved_kv_bytes,

@@ -105,13 +105,13 @@ class Reporter:
     def progress(self, epoch: int, share: float) -> None:
         self.tell(msg.Progress(epoch, share))
 
-    def prepared(self, epoch: int, loaded: int, memory: RankMemory) -> None:
+    def prepared(self, epoch: int, copied: int, memory: RankMemory) -> None:
         if self.engine and self.engine.buffer.epoch == 0:  # nobody waits for a newcomer yet
             self._memory = self._measure()
         planned = msg.Memory(
             memory.dense, memory.experts, memory.kv, memory.windows, memory.runtime
         )
-        self.tell(msg.Prepared(epoch, loaded, planned))
+        self.tell(msg.Prepared(epoch, copied, planned))
 
     def failed(self, epoch: int, error: str) -> None:
         self.tell(msg.Failed(epoch, error))
@@ -184,6 +184,7 @@ def rank_main(spec: RankSpec, source: ModelSource) -> int:
             socket.gethostname(),
             engine.buffer.address,
             engine.lent.address,
+            engine.store.address,
         )
         commands.send(msg.encode(hello))  # the head must know both routes
         reporter.tell(hello)
@@ -203,8 +204,8 @@ def _listen(commands: zmq.Socket[bytes], engine: RankEngine, reporter: Reporter)
     while True:
         command = msg.decode_command(commands.recv())
         match command:
-            case msg.Prepare(epoch, members, placement):
-                engine.prepare(EpochPlan(epoch, members, placement))
+            case msg.Prepare(epoch, members, placement, lenders):
+                engine.prepare(EpochPlan(epoch, members, placement, lenders))
             case msg.Commit(epoch):
                 engine.commit(epoch)
             case msg.Cancel(epoch):

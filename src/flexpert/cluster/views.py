@@ -41,6 +41,8 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     phase: what happens now; progress: 0 to 1 over the whole operation.
     phases: seconds spent in each phase so far. pause_ms: the longest time between the end of the
     last step in the old epoch and the start of the first in the new one, over the ranks that stay.
+    moved_experts: replicas that ranks load; copied_experts: of these, how many came from a peer's
+    memory and not from the checkpoint.
     moved_requests: those that went on on another rank; moved_with_kv: of them, with the keys and
     values that were computed already, in all moved_kv_bytes. recomputed_tokens: tokens of leavers'
     requests that are computed again, because there was no room for their keys and values.
@@ -58,6 +60,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     phases: dict[str, float]
     epoch: int
     moved_experts: int = 0
+    copied_experts: int = 0
     moved_requests: int = 0
     moved_with_kv: int = 0
     moved_kv_bytes: int = 0

@@ -19,6 +19,7 @@ import torch
 
 from flexpert.comm.errors import PeerUnreachable
 from flexpert.comm.host import memfd
+from flexpert.comm.host._kernels import ffi, lib
 
 _NAME = "flexpert-lent"
 _NONCE_BYTES = 16
@@ -50,6 +51,16 @@ class Lent:
     def resident(self) -> int:
         """Bytes of memory it takes now."""
         return os.fstat(self._fd).st_blocks * 512
+
+    def release(self, at: int, size: int) -> None:
+        """Give whole pages back; they read as zeros, also for peers.
+
+        Raises: ValueError: not whole pages within.
+        """
+        if at % _PAGE or size % _PAGE or at < 0 or at + size > len(self.bytes):
+            raise ValueError(f"{size} bytes at {at} are not whole pages of {len(self.bytes)} bytes")
+        if lib.fx_punch(self._fd, _PAGE + at, size) != 0:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
 
     def close(self) -> None:
         """No peer can open it any more; those that have go on reading what is there."""
@@ -96,14 +107,14 @@ class Borrowed:
         try:
             if os.fstat(fd).st_size < _PAGE + there.size:
                 raise PeerUnreachable(f"{who} lends less than it says")
-            # private: whatever is done here, the owner's memory stays as it is
-            self._map = mmap.mmap(fd, _PAGE + there.size, access=mmap.ACCESS_COPY)
+            self._map = mmap.mmap(fd, _PAGE + there.size, access=mmap.ACCESS_READ)
         finally:
             os.close(fd)
         self.bytes = _view(self._map)
 
     def read(self, at: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A view of the peer's memory from byte `at`; must not be written to.
+        """A view of the peer's memory from byte `at`. It is mapped for reading only: a write to it
+        ends this process.
 
         Raises: ValueError: it would reach beyond the end.
         """
@@ -118,5 +129,5 @@ class Borrowed:
 def _view(mapped: mmap.mmap) -> torch.Tensor:
     """[size] uint8 of what follows the header; it keeps the mapping."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an unwritable buffer, which this is not
+        warnings.simplefilter("ignore")  # of a buffer that cannot be written to
         return torch.frombuffer(mapped, dtype=torch.uint8)[_PAGE:]

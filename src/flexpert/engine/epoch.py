@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from flexpert.comm import Buffer, ExpertTable
+from flexpert.comm import Buffer, CommError, ExpertTable
 from flexpert.models.source import ModelSource
 from flexpert.moe.experts import ExpertWeights, LayerExperts
 from flexpert.moe.placement import Placement
 from flexpert.moe.runtime import LayerState, expert_tables
+from flexpert.moe.store import ExpertStore, Key, LentExperts
 
-Weights = dict[tuple[int, int], ExpertWeights]
+Weights = dict[Key, ExpertWeights]
 
 
 class Cancelled(Exception):  # noqa: N818 - a signal between two functions, never seen by users
@@ -21,24 +23,31 @@ class Cancelled(Exception):  # noqa: N818 - a signal between two functions, neve
 
 @dataclass(frozen=True, slots=True)
 class EpochPlan:
-    """What the coordinator wants next. members: rank id → address of its window."""
+    """What the coordinator wants next.
+
+    members: rank id → address of its window. lenders: rank id → address of the experts it holds in
+    the running epoch.
+    """
 
     epoch: int
     members: Mapping[int, bytes]
     placement: Placement
+    lenders: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedEpoch:
-    """Ready to switch to. weights: what this rank will hold; loaded: how many of them are new.
+    """Ready to switch to.
 
-    layers is empty on a rank that leaves.
+    weights: what this rank will hold. loaded: how many of them are new; copied: of these, how many
+    came from a peer's memory. layers is empty on a rank that leaves.
     """
 
     plan: EpochPlan
     weights: Weights
     layers: list[LayerState]
     loaded: int
+    copied: int = 0
 
     @property
     def expert_bytes(self) -> int:
@@ -51,6 +60,7 @@ def prepare_epoch(
     buffer: Buffer,
     source: ModelSource,
     held: Weights,
+    store: ExpertStore,
     deterministic: bool,
     cancelled: threading.Event,
     progress: Callable[[float], None],
@@ -58,7 +68,8 @@ def prepare_epoch(
     """Connect the members and load the experts this rank does not hold yet.
 
     Changes nothing that the running epoch uses: peers are connected but masked, and experts that
-    are held stay where they are. Runs in its own thread.
+    are held stay where they are. Others come from the memory of a peer that has them, else from the
+    checkpoint. Runs in its own thread; what it loads in vain it drops again.
 
     Raises:
         Cancelled: the event was set meanwhile.
@@ -70,19 +81,61 @@ def prepare_epoch(
     buffer.connect(plan.members)
     weights: Weights = {}
     layers: list[LayerState] = []
-    loaded = 0
+    loaded: list[Key] = []
+    copied = 0
     wanted = plan.placement.held_by(rank)
     tables: list[ExpertTable] = expert_tables(plan.placement, rank)
-    for layer, experts in enumerate(wanted):
-        if cancelled.is_set():
-            raise Cancelled
-        new = [expert for expert in experts if (layer, expert) not in held]
-        fresh = source.load_experts(layer, new) if new else {}
-        loaded += len(new)
-        of_layer = [held.get((layer, e)) or fresh[e] for e in experts]
-        weights.update(((layer, e), w) for e, w in zip(experts, of_layer, strict=True))
-        layers.append(
-            LayerState(tables[layer], LayerExperts(of_layer, deterministic=deterministic))
-        )
-        progress((layer + 1) / len(wanted))
-    return PreparedEpoch(plan, weights, layers, loaded)
+    lenders = _Lenders(rank, plan.lenders, store)
+    try:
+        for layer, experts in enumerate(wanted):
+            if cancelled.is_set():
+                raise Cancelled
+            new = [(layer, expert) for expert in experts if (layer, expert) not in held]
+            loaded += new
+            rest = [key for key in new if not lenders.copy(key)]
+            copied += len(new) - len(rest)
+            place = functools.partial(_place, store, layer)
+            source.load_experts(layer, [expert for _, expert in rest], place)
+            for key in rest:
+                store.filled(key)
+            of_layer = [held.get((layer, e)) or store.weights((layer, e)) for e in experts]
+            weights.update(((layer, e), w) for e, w in zip(experts, of_layer, strict=True))
+            layers.append(
+                LayerState(tables[layer], LayerExperts(of_layer, deterministic=deterministic))
+            )
+            progress((layer + 1) / len(wanted))
+    except BaseException:
+        store.drop(loaded)
+        raise
+    return PreparedEpoch(plan, weights, layers, len(loaded), copied)
+
+
+def _place(store: ExpertStore, layer: int, expert: int) -> ExpertWeights:
+    return store.weights((layer, expert))
+
+
+class _Lenders:
+    """The peers whose memory has experts; each is opened when it is first needed."""
+
+    def __init__(self, rank: int, addresses: Mapping[int, bytes], store: ExpertStore) -> None:
+        self._store = store
+        self._addresses: Sequence[bytes] = [addresses[r] for r in sorted(addresses) if r != rank]
+        self._first = rank  # several newcomers begin with different peers
+        self._open: dict[bytes, LentExperts | None] = {}
+
+    def copy(self, key: Key) -> bool:
+        """Fill the own place of an expert; False if no peer has it."""
+        count = len(self._addresses)
+        for step in range(count):
+            peer = self._peer(self._addresses[(self._first + key[1] + step) % count])
+            if peer is not None and self._store.copy(key, peer):
+                return True
+        return False
+
+    def _peer(self, address: bytes) -> LentExperts | None:
+        if address not in self._open:
+            try:
+                self._open[address] = LentExperts(address, self._store)
+            except CommError:  # it ended, or it is on another machine: the checkpoint has it, too
+                self._open[address] = None
+        return self._open[address]

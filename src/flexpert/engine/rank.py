@@ -53,6 +53,7 @@ from flexpert.models.padding import padded_sizes
 from flexpert.models.shard import ModelShard
 from flexpert.models.source import ModelSource
 from flexpert.moe.runtime import LayerState, MoERuntime, warmup_tables
+from flexpert.moe.store import ExpertStore
 
 THREADED_HIDDEN = 2048
 _FETCH_BLOCKS = 64  # copied at once
@@ -66,7 +67,7 @@ class RankListener(Protocol):
     def published(self, events: list[TokenEvent]) -> None: ...
     def rejected(self, sequence_id: str, error: str) -> None: ...
     def progress(self, epoch: int, share: float) -> None: ...
-    def prepared(self, epoch: int, loaded: int, memory: RankMemory) -> None: ...
+    def prepared(self, epoch: int, copied: int, memory: RankMemory) -> None: ...
     def failed(self, epoch: int, error: str) -> None: ...
     def switched(self, epoch: int, pause_ms: float | None) -> None: ...
     def offered(self, epoch: int, held: list[HeldKV]) -> None: ...
@@ -118,6 +119,11 @@ class RankEngine:
                 block_size=config.kv_block_size,
                 prefix_cache=config.prefix_cache,
             )
+        )
+        self.store = ExpertStore(
+            [source.expert_shapes(layer) for layer in range(info.moe_layers)],
+            info.experts,
+            info.dtype,
         )
         self.sampler = Sampler()
         self.steps = 0
@@ -305,11 +311,13 @@ class RankEngine:
                 self._warm_up(result)
         except (FlexpertError, CommError, OSError, RuntimeError) as error:
             self._forget_peers(preparation.plan)
+            if not isinstance(result, str):
+                self._drop_experts(result)
             self.listener.failed(epoch, str(error))
             return
         self._prepared = result
         memory = self._plan_memory(result)
-        self.listener.prepared(epoch, result.loaded, memory)
+        self.listener.prepared(epoch, result.copied, memory)
 
     def _plan_memory(self, prepared: PreparedEpoch) -> RankMemory:
         planned = planned_memory(
@@ -326,7 +334,7 @@ class RankEngine:
 
     def private_memory(self) -> int:
         """Bytes this rank takes now; from any thread."""
-        return private_memory(self.lent.resident)
+        return private_memory(self.lent.resident + self.store.resident)
 
     def _cancel(self, epoch: int) -> None:
         if self._armed != epoch:  # else too late: the epoch may already be agreed
@@ -341,7 +349,12 @@ class RankEngine:
             self._preparing = None
         if self._prepared:
             self._forget_peers(self._prepared.plan)
+            self._drop_experts(self._prepared)
             self._prepared = None
+
+    def _drop_experts(self, prepared: PreparedEpoch) -> None:
+        """Give back the memory of experts that were loaded in vain."""
+        self.store.drop(set(prepared.weights) - set(self._weights))
 
     def _forget_peers(self, plan: EpochPlan) -> None:
         self.buffer.disconnect(set(plan.members) - set(self.buffer.active))
@@ -400,6 +413,7 @@ class RankEngine:
         self.buffer.set_active(plan.members, plan.epoch)
         self.buffer.disconnect(gone)
         self.moe.install(prepared.layers)
+        self.store.drop(set(self._weights) - set(prepared.weights))
         self._weights = prepared.weights
         self._set_threads(len(plan.members))
         self._member, self._must_vote, self._halted = True, True, None
@@ -556,14 +570,19 @@ class _Preparation(threading.Thread):
         self._engine = engine
         self._after = after
         self._cancelled = threading.Event()
-        self._ended = False
+        self._result: PreparedEpoch | str | None = None  # None: it is not over
         self._lock = threading.Lock()
 
     def cancel(self) -> None:
         with self._lock:
             self._cancelled.set()
-            if self._ended:
-                self._engine._forget_peers(self.plan)
+            if self._result is not None:
+                self._undo(self._result)
+
+    def _undo(self, result: PreparedEpoch | str) -> None:
+        self._engine._forget_peers(self.plan)
+        if not isinstance(result, str):
+            self._engine._drop_experts(result)
 
     def run(self) -> None:
         if self._after:
@@ -576,6 +595,7 @@ class _Preparation(threading.Thread):
                 buffer=engine.buffer,
                 source=engine.source,
                 held=engine._weights,
+                store=engine.store,
                 deterministic=engine.config.deterministic,
                 cancelled=self._cancelled,
                 progress=lambda share: engine.listener.progress(self.plan.epoch, share),
@@ -585,9 +605,9 @@ class _Preparation(threading.Thread):
         except (FlexpertError, CommError, OSError, ValueError, RuntimeError) as error:
             result = f"{type(error).__name__}: {error}"
         with self._lock:
-            self._ended = True
+            self._result = result
             if self._cancelled.is_set():
-                engine._forget_peers(self.plan)
+                self._undo(result)
                 return
         engine._submit(lambda: engine._loaded(self, result))
 

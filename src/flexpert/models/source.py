@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -27,6 +27,7 @@ from flexpert.models import registrations
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.probe import AttentionShape, Probe, build_skeleton, probe
 from flexpert.moe.experts import ExpertWeights
+from flexpert.moe.store import ExpertShapes
 
 logger = logging.getLogger(__name__)
 
@@ -204,12 +205,35 @@ class ModelSource:
 
     # ---- weights ----------------------------------------------------------------------------
 
-    def load_experts(self, layer: int, experts: Sequence[int]) -> dict[int, ExpertWeights]:
+    def expert_shapes(self, layer: int) -> ExpertShapes:
+        """Of one expert of a MoE layer, in our layout."""
+        name = self.experts_names[layer]
+        module: Any = self.skeleton.get_submodule(name)
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+
+        def shape(parameter: str) -> tuple[int, ...]:
+            found = tuple(self.skeleton.get_parameter(f"{name}.{parameter}").shape[1:])
+            return found[::-1] if len(found) == 2 and module.is_transposed else found
+
+        return ExpertShapes(
+            gate_up=shape(up),
+            down=shape("down_proj"),
+            gate_up_bias=shape(f"{up}_bias") if module.has_bias else None,
+            down_bias=shape("down_proj_bias") if module.has_bias else None,
+        )
+
+    def load_experts(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        place: Callable[[int], ExpertWeights] | None = None,
+    ) -> dict[int, ExpertWeights]:
         """Some experts of one MoE layer; reads only their rows of the files.
 
         Args:
             layer: index among the MoE layers, in the order of the forward pass.
             experts: logical experts of the checkpoint.
+            place: where an expert goes; default: memory of its own.
 
         Raises:
             ModelError: the files do not hold them.
@@ -220,13 +244,31 @@ class ModelSource:
             if not 0 <= expert < self.info.experts:
                 raise ValueError(f"there is no expert {expert}: the model has {self.info.experts}")
         self.checkpoint.files.check_unchanged()
-        return {expert: self._load_expert(self.experts_names[layer], expert) for expert in experts}
+        loaded = {expert: (place or self._new_place(layer))(expert) for expert in experts}
+        for expert, into in loaded.items():
+            self._load_expert(self.experts_names[layer], expert, into)
+        return loaded
 
-    def _load_expert(self, name: str, expert: int) -> ExpertWeights:
+    def _new_place(self, layer: int) -> Callable[[int], ExpertWeights]:
+        shapes, dtype = self.expert_shapes(layer), self.info.dtype
+
+        def new(shape: tuple[int, ...]) -> Tensor:
+            return torch.empty(shape, dtype=dtype)
+
+        return lambda expert: ExpertWeights(
+            new(shapes.gate_up),
+            new(shapes.down),
+            new(shapes.gate_up_bias) if shapes.gate_up_bias else None,
+            new(shapes.down_bias) if shapes.down_bias else None,
+        )
+
+    def _load_expert(self, name: str, expert: int, into: ExpertWeights) -> None:
         module: Any = self.skeleton.get_submodule(name)
         up = "gate_up_proj" if module.has_gate else "up_proj"
 
-        def read(parameter: str) -> Tensor:
+        def read(parameter: str, target: Tensor | None) -> None:
+            if target is None:
+                return
             full = f"{name}.{parameter}"
             tensor = self.checkpoint.read_expert(full, expert, self.info.experts)
             expected = tuple(self.skeleton.get_parameter(full).shape[1:])
@@ -237,15 +279,12 @@ class ModelSource:
                 )
             if tensor.ndim == 2 and module.is_transposed:
                 tensor = tensor.t()
-            # a copy of its own: an expert that leaves must give its memory back
-            return torch.empty(tensor.shape, dtype=self.info.dtype).copy_(tensor)
+            target.copy_(tensor)
 
-        return ExpertWeights(
-            gate_up=read(up),
-            down=read("down_proj"),
-            gate_up_bias=read(f"{up}_bias") if module.has_bias else None,
-            down_bias=read("down_proj_bias") if module.has_bias else None,
-        )
+        read(up, into.gate_up)
+        read("down_proj", into.down)
+        read(f"{up}_bias", into.gate_up_bias)
+        read("down_proj_bias", into.down_bias)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer.

@@ -1,0 +1,158 @@
+"""The experts of a rank, in memory that its peers may copy them from.
+
+Every (layer, expert) of the model has a place of its own in lent memory; a place without an expert
+takes no page. A directory in front says which are filled. What a peer is told to copy stays until
+the epoch for which it copies has begun, so nothing is locked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexpert.comm import Borrowed, lend
+from flexpert.moe.experts import ExpertWeights
+
+_PAGE = 4096
+
+Key = tuple[int, int]
+"""(layer among the MoE layers, expert)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShapes:
+    """Shapes of the tensors of one expert; see `ExpertWeights`."""
+
+    gate_up: tuple[int, ...]
+    down: tuple[int, ...]
+    gate_up_bias: tuple[int, ...] | None = None
+    down_bias: tuple[int, ...] | None = None
+
+    def _present(self) -> list[tuple[int, ...]]:
+        shapes = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return [shape for shape in shapes if shape is not None]
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        return sum(_elements(shape) for shape in self._present()) * dtype.itemsize
+
+    def over(self, memory: Tensor, dtype: torch.dtype) -> ExpertWeights:
+        """Views of `memory`, [`nbytes`] uint8, one tensor behind the other."""
+        parts, at = [], 0
+        for shape in self._present():
+            size = _elements(shape) * dtype.itemsize
+            parts.append(memory[at : at + size].view(dtype).view(shape))
+            at += size
+        return ExpertWeights(*parts)
+
+
+class _Places:
+    """Where everything lies: a byte for each place, then the places."""
+
+    def __init__(self, shapes: Sequence[ExpertShapes], experts: int, dtype: torch.dtype) -> None:
+        self.shapes = tuple(shapes)
+        self.experts = experts
+        self.dtype = dtype
+        self.begins: list[int] = []
+        at = _pages(len(shapes) * experts)
+        for shape in self.shapes:
+            self.begins.append(at)
+            at += experts * _pages(shape.nbytes(dtype))
+        self.size = at
+
+    def entry(self, key: Key) -> int:
+        layer, expert = key
+        return layer * self.experts + expert
+
+    def place(self, key: Key) -> tuple[int, int]:
+        """(begin, bytes)"""
+        layer, expert = key
+        size = self.shapes[layer].nbytes(self.dtype)
+        return self.begins[layer] + expert * _pages(size), size
+
+
+class ExpertStore:
+    """One rank's own.
+
+    address: for the `LentExperts` of peers that serve the same model.
+    """
+
+    def __init__(self, shapes: Sequence[ExpertShapes], experts: int, dtype: torch.dtype) -> None:
+        """
+        Args:
+            shapes: of each MoE layer's experts.
+            experts: of each layer.
+        """
+        self._places = _Places(shapes, experts, dtype)
+        self._lent = lend(self._places.size)
+        self.address = self._lent.address
+
+    def __contains__(self, key: Key) -> bool:
+        return bool(self._lent.bytes[self._places.entry(key)])
+
+    @property
+    def resident(self) -> int:
+        """Bytes of memory it takes now."""
+        return self._lent.resident
+
+    def weights(self, key: Key) -> ExpertWeights:
+        """The place of an expert, to be filled or used."""
+        begin, size = self._places.place(key)
+        memory = self._lent.bytes[begin : begin + size]
+        return self._places.shapes[key[0]].over(memory, self._places.dtype)
+
+    def filled(self, key: Key) -> None:
+        """Peers may copy it from now on."""
+        self._lent.bytes[self._places.entry(key)] = 1
+
+    def copy(self, key: Key, peer: LentExperts) -> bool:
+        """Fill a place from a peer's memory; False if the peer does not have it."""
+        if not peer.holds(key):
+            return False
+        begin, size = self._places.place(key)
+        self._lent.bytes[begin : begin + size] = peer.memory(key)
+        self.filled(key)
+        return True
+
+    def drop(self, keys: Iterable[Key]) -> None:
+        """Give memory back. Nobody may use `weights` of these any more."""
+        for key in keys:
+            self._lent.bytes[self._places.entry(key)] = 0
+            begin, size = self._places.place(key)
+            self._lent.release(begin, _pages(size))
+
+
+class LentExperts:
+    """The experts in a peer's memory."""
+
+    def __init__(self, address: bytes, own: ExpertStore) -> None:
+        """
+        Args:
+            own: the store of this rank, of the same model.
+
+        Raises:
+            PeerUnreachable: the peer is gone or on another machine.
+        """
+        self._places = own._places
+        self._borrowed = Borrowed(address)
+
+    def holds(self, key: Key) -> bool:
+        return bool(self._borrowed.read(self._places.entry(key), (1,), torch.uint8))
+
+    def memory(self, key: Key) -> Tensor:
+        """[bytes] uint8; must not be written to."""
+        begin, size = self._places.place(key)
+        return self._borrowed.read(begin, (size,), torch.uint8)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    elements = 1
+    for length in shape:
+        elements *= length
+    return elements
+
+
+def _pages(size: int) -> int:
+    return -(-size // _PAGE) * _PAGE
