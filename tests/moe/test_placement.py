@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpert.moe.placement import Placement, copies_of, cover, loads, replan
@@ -125,3 +125,33 @@ def test_a_viewer_uses_its_own_replica_and_others_spread() -> None:
 def test_experts_without_an_owner_are_named() -> None:
     assert Placement(3, [{0: [1]}]).missing() == [(0, 0), (0, 2)]
     assert Placement(2, [{0: [0]}]).owners(0, 0) == ([0, -1], [0, -1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    machines=st.integers(2, 4),
+    each=st.integers(1, 3),
+    experts=st.integers(4, 24),
+    gone=st.integers(0, 11),
+)
+def test_two_replicas_of_an_expert_are_on_two_machines(
+    machines: int, each: int, experts: int, gone: int
+) -> None:
+    hosts = {rank: f"host{rank % machines}" for rank in range(machines * each)}
+    ranks = set(hosts)
+    before = replan(None, ranks, experts=experts, layers=2, redundant=experts, hosts=hosts)
+    later = replan(
+        cover(before, ranks - {gone % len(ranks)}) if len(ranks) > 1 else before,
+        ranks,
+        experts=experts,
+        layers=2,
+        redundant=experts,
+        hosts=hosts,
+    )
+    for placement in (before, later):
+        for layer in placement.layers:
+            assert max(map(len, layer.values())) - min(map(len, layer.values())) <= 1
+            for expert in range(experts):
+                holders = [rank for rank in layer if expert in layer[rank]]
+                assert len(holders) == 2
+                assert len({hosts[rank] for rank in holders}) == 2

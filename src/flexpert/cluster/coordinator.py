@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -315,7 +316,13 @@ class Coordinator:
             experts=info.experts,
             layers=info.moe_layers,
             redundant=self._config.cluster.redundant_experts,
+            hosts=self._hosts(target),
         )
+
+    def _hosts(self, ranks: Iterable[int]) -> dict[int, str]:
+        """The machine of each rank; those that are still to be started will be on this one."""
+        known = {rank: record.host for rank, record in self._ranks.items() if record.host}
+        return {rank: known.get(rank) or socket.gethostname() for rank in ranks}
 
     def _remember(self, operation: Operation) -> None:
         self._operations[operation.id] = operation

@@ -9,7 +9,7 @@ only what nobody holds any more; the next `replan` restores balance and redundan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -70,12 +70,15 @@ def replan(
     experts: int,
     layers: int,
     redundant: int = 0,
+    hosts: Mapping[int, str] | None = None,
 ) -> Placement:
     """The balanced placement on `ranks` that loads the fewest experts, coming from `previous`.
 
     Args:
         redundant: replicas of each layer beyond one of each expert, spread over the experts as
             evenly as can be. No rank holds two of one expert: what does not fit is left out.
+        hosts: rank → its machine. Replicas of an expert go to different ones, as shares allow,
+            so that the loss of a machine loses no expert; default: all are on one.
 
     Raises:
         ValueError: no ranks.
@@ -87,11 +90,12 @@ def replan(
     totals = dict.fromkeys(ids, 0)
     planned = []
     for index in range(layers):
-        layer = (
-            _replan_replicas(before[index], ids, copies_of(experts, redundant, len(ids)), totals)
-            if redundant
-            else _replan_layer(before[index], ids, experts, totals)
-        )
+        if redundant:
+            copies = copies_of(experts, redundant, len(ids))
+            layer = _replan_replicas(before[index], ids, copies, totals, hosts or {})
+            _spread_over_hosts(layer, hosts or {}, experts)
+        else:
+            layer = _replan_layer(before[index], ids, experts, totals)
         for rank in ids:
             totals[rank] += len(layer[rank])
         planned.append(layer)
@@ -137,10 +141,17 @@ def copies_of(experts: int, redundant: int, ranks: int) -> list[int]:
 
 
 def _replan_replicas(
-    before: dict[int, list[int]], ids: list[int], copies: list[int], totals: dict[int, int]
+    before: dict[int, list[int]],
+    ids: list[int],
+    copies: list[int],
+    totals: dict[int, int],
+    hosts: Mapping[int, str],
 ) -> dict[int, list[int]]:
     share, extra = divmod(sum(copies), len(ids))
     order = sorted(ids, key=lambda rank: (-len(before.get(rank, ())), totals[rank], rank))
+    # the larger shares go round the machines, so that each has room for its part of the replicas
+    turn = {rank: _turn(order[:at], rank, hosts) for at, rank in enumerate(order)}
+    order.sort(key=lambda rank: turn[rank])
     quota = {rank: share + (position < extra) for position, rank in enumerate(order)}
     held: dict[int, list[int]] = {rank: [] for rank in ids}
     left = list(copies)
@@ -171,6 +182,55 @@ def _replan_replicas(
             held[taker].append(given)
             held[giver].append(expert)
     return {rank: sorted(found) for rank, found in held.items()}
+
+
+def _turn(before: list[int], rank: int, hosts: Mapping[int, str]) -> int:
+    """How many of these are on the rank's machine; 0 for all if there is one machine only."""
+    if len(set(hosts.values())) < 2:
+        return 0
+    return sum(hosts.get(other) == hosts.get(rank) for other in before)
+
+
+def _spread_over_hosts(layer: dict[int, list[int]], hosts: Mapping[int, str], experts: int) -> None:
+    """Exchange replicas between ranks until each expert is on as many machines as can be.
+
+    Every exchange puts one expert on one more machine and takes none off its last of any, so it
+    comes to an end.
+    """
+    machines = len({hosts.get(rank, "") for rank in layer})
+    for expert in range(experts):
+        while True:
+            holders = [rank for rank in layer if expert in layer[rank]]
+            there = [hosts.get(rank, "") for rank in holders]
+            if len(set(there)) >= min(len(holders), machines):
+                break
+            double = [r for r, host in zip(holders, there, strict=True) if there.count(host) > 1]
+            swap = next(
+                (
+                    (giver, taker, other)
+                    for giver in double
+                    for taker in layer
+                    if hosts.get(taker, "") not in there
+                    for other in layer[taker]
+                    if other not in layer[giver] and _may_move(layer, hosts, other, taker, giver)
+                ),
+                None,
+            )
+            if swap is None:
+                break
+            giver, taker, other = swap
+            layer[giver] = sorted({*layer[giver], other} - {expert})
+            layer[taker] = sorted({*layer[taker], expert} - {other})
+
+
+def _may_move(
+    layer: dict[int, list[int]], hosts: Mapping[int, str], expert: int, giver: int, taker: int
+) -> bool:
+    """Whether an expert is on no fewer machines when its replica goes from giver to taker."""
+    rest = [hosts.get(r, "") for r in layer if expert in layer[r] and r != giver]
+    gained = hosts.get(taker, "") not in rest
+    lost = hosts.get(giver, "") not in rest
+    return gained or not lost
 
 
 def cover(previous: Placement, ranks: Iterable[int]) -> Placement:
