@@ -22,6 +22,9 @@ DONE = OPERATION | {
     "phases": {"spawn": 0.25, "load": 0.5, "commit": 0.01},
     "moved_experts": 32,
     "moved_requests": 3,
+    "moved_with_kv": 2,
+    "moved_kv_bytes": 3 << 20,
+    "recomputed_tokens": 40,
     "pause_ms": 4.25,
 }
 CLUSTER = {

@@ -141,9 +141,9 @@ def summary(result: Result) -> RenderableType:
         f"{result.output_tokens_per_s:,.0f} a second",
     )
     gaps = Table(title="gaps between two tokens of a stream", title_justify="left", box=None)
-    for name in ("", "took", "pause", "experts", "requests", "median", "longest"):
-        gaps.add_column(name, justify="right" if name else "left")
-    gaps.add_row("steady", "", "", "", "", *_gap_cells(result.steady))
+    for name in ("moved:", "took", "pause", "experts", "requests", "KV", "median", "longest"):
+        gaps.add_column(name, justify="left" if name == "moved:" else "right")
+    gaps.add_row("steady", "", "", "", "", "", *_gap_cells(result.steady))
     for change in result.changes:
         operation = change.operation
         if operation is None or operation.state != "done":
@@ -155,8 +155,9 @@ def summary(result: Result) -> RenderableType:
             describe_change(operation),
             f"{sum(operation.phases.values()):.2f} s",
             pause,
-            f"{operation.moved_experts} moved",
-            f"{operation.moved_requests} moved",
+            str(operation.moved_experts),
+            str(operation.moved_requests),
+            f"{operation.moved_kv_bytes / 2**20:.1f} MiB",
             *_gap_cells(change.gaps),
         )
     parts: list[RenderableType] = [counts, "", gaps]

@@ -52,8 +52,19 @@ def outcome_line(operation: OperationView) -> str:
     pause = "" if operation.pause_ms is None else f", pause {operation.pause_ms:.1f} ms"
     return (
         f"done in {total:.2f} s: epoch {operation.epoch}, {operation.moved_experts} experts and "
-        f"{operation.moved_requests} requests moved{pause}"
+        f"{operation.moved_requests} requests moved{_how_moved(operation)}{pause}"
     )
+
+
+def _how_moved(operation: OperationView) -> str:
+    """What of the requests that moved came along, and what did not."""
+    parts = []
+    if operation.moved_with_kv:
+        size = operation.moved_kv_bytes / 2**20
+        parts.append(f"{operation.moved_with_kv} with their KV, {size:.1f} MiB")
+    if operation.recomputed_tokens:
+        parts.append(f"{operation.recomputed_tokens} tokens computed again for want of room")
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def ranks_table(ranks: Sequence[RankView], max_ranks: int) -> Table:
