@@ -476,7 +476,9 @@ class RankEngine:
             raise
         self.steps += 1
         sampled = self.sampler.sample(logits, plan.samples)
-        self.listener.published(self.scheduler.commit(plan, sampled))
+        lost = self.moe.lost_rows()
+        events = self.scheduler.commit(plan, sampled, None if lost is None else lost.numpy())
+        self.listener.published(events)
 
 
 @dataclass(frozen=True, slots=True)
