@@ -86,6 +86,19 @@ def test_a_tainted_prefix_is_computed_again_by_who_comes_next() -> None:
     assert scheduler.plan().tokens == 2, "what was computed with all experts is found"
 
 
+def test_tainted_keys_and_values_do_not_move_but_what_was_offered_before_does() -> None:
+    scheduler = Scheduler(limits(blocks=40, max_tokens_per_step=40))
+    model = Tainting(scheduler)
+    scheduler.add(sequence("a", list(range(9)), max_tokens=9, ignore_eos=True))
+    scheduler.add(sequence("b", list(range(9, 18)), max_tokens=9, ignore_eos=True))
+    model.finish(scheduler.plan(), None)
+    assert [(held.id, held.computed) for held in scheduler.offer()] == [("a", 8), ("b", 8)]
+    plan = scheduler.plan()
+    model.finish(plan, np.array([False, True]))
+    assert [held.id for held in scheduler.offer()] == ["a"]
+    assert [(held.id, held.computed) for held in scheduler.hand_over()] == [("a", 10), ("b", 0)]
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_lives_with_steps_that_lack_experts(seed: int) -> None:
     random = Random(seed)

@@ -17,6 +17,7 @@ import msgspec
 import psutil
 
 from flexpert.cluster import messages as msg
+from flexpert.cluster.coverage import Coverage
 from flexpert.cluster.membership import Change, Do, Event, Kind, Membership, Phase
 from flexpert.cluster.operation import Operation, resolve_target
 from flexpert.cluster.replacement import Replacements
@@ -32,7 +33,7 @@ from flexpert.engine.memory import planned_memory
 from flexpert.engine.request import HeldKV, Move
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused, UnknownOperation
 from flexpert.models.source import ModelSource
-from flexpert.moe.placement import Placement, cover, loads, replan
+from flexpert.moe.placement import Placement, loads, replan
 
 log = logging.getLogger("flexpert")
 
@@ -147,6 +148,16 @@ class Coordinator:
             backoff_s=cluster.restart_backoff_s,
             longest_backoff_s=cluster.restart_backoff_max_s,
         )
+        self._coverage = Coverage(
+            source.info.experts,
+            source.info.moe_layers,
+            cluster.redundant_experts,
+            degrade=cluster.on_missing_expert == "degrade",
+        )
+        self._restoring: Operation | None = None  # it loads experts that nobody holds
+        self._restore_tries = 0
+        self._restore_not_before = 0.0
+        self._warned = ""  # the latest text that is not to be repeated
         self._queued: tuple[Operation, Wish] | None = None
         self._replace_timer: Timer | None = None
         self._watch_timer: Timer | None = None
@@ -210,6 +221,10 @@ class Coordinator:
             experts=info.experts,
             replicas=sum(counts.values()),
             experts_per_rank=counts,
+            missing_experts=len(placement.missing()) if placement else 0,
+            thin_experts=(
+                self._coverage.thin(placement, len(self.wanted | self.members)) if placement else 0
+            ),
         )
 
     # ---- operations -------------------------------------------------------------------------
@@ -236,6 +251,8 @@ class Coordinator:
                 return self._queued[0].view()
             running = self._queued[0]
         elif self._same_as_running(running.before, wish) == running.after:
+            if running.automatic:
+                self._replacements.want(running.after)
             return running.view()
         elif running.automatic:
             return self._queue(wish).view()
@@ -250,7 +267,8 @@ class Coordinator:
         operation.enter("waiting")
         self._remember(operation)
         self._queued = operation, wish
-        if self._membership.phase in (Phase.SPAWN, Phase.LOAD, Phase.MOVE):
+        in_time = self._membership.phase in (Phase.SPAWN, Phase.LOAD, Phase.MOVE)
+        if in_time and self._running is not self._restoring:
             self._handle(Event(Kind.CANCEL, reason=f"operation {operation.id} was asked for"))
         return operation
 
@@ -294,9 +312,13 @@ class Coordinator:
             if not operation.automatic:
                 self._replacements.want(target)
             return operation
-        self._next = self._replan(target)
-        self._check_memory(target - members, self._next)
-        actions = self._membership.begin(target)
+        placement = self._replan(target)
+        self._check_memory(target - members, placement)
+        return self._run(operation, placement)
+
+    def _run(self, operation: Operation, placement: Placement) -> Operation:
+        self._next = placement
+        actions = self._membership.begin(operation.after)
         change = self._membership.change
         assert change is not None  # begin made it
         operation.epoch = change.epoch
@@ -323,17 +345,7 @@ class Coordinator:
 
     def _check_memory(self, joining: Iterable[int], placement: Placement) -> None:
         newcomers = list(joining)
-        needs = {
-            rank: planned_memory(
-                self._source,
-                self._config.engine,
-                self._config.cluster.max_ranks,
-                placement.count(rank),
-                len(placement.ranks),
-            )
-            for rank in placement.ranks
-        }
-        totals = {rank: need.total for rank, need in needs.items()}
+        totals = self._planned(placement)
         limit = self._config.cluster.memory_per_rank
         worst = max(totals, key=lambda rank: totals[rank])
         if limit is not None and totals[worst] > limit:
@@ -349,6 +361,23 @@ class Coordinator:
                 f"{len(newcomers)} more ranks need {_mib(wanted)} but {_mib(max(free, 0))} of "
                 "memory are free; lower --kv-memory or the number of ranks"
             )
+
+    def _planned(self, placement: Placement) -> dict[int, int]:
+        """Bytes that each rank of a placement needs."""
+        return {
+            rank: planned_memory(
+                self._source,
+                self._config.engine,
+                self._config.cluster.max_ranks,
+                placement.count(rank),
+                len(placement.ranks),
+            ).total
+            for rank in placement.ranks
+        }
+
+    def _fits(self, placement: Placement) -> bool:
+        limit = self._config.cluster.memory_per_rank
+        return limit is None or max(self._planned(placement).values()) <= limit
 
     def operation(self, operation_id: str) -> Operation:
         """Raises UnknownOperation."""
@@ -600,11 +629,8 @@ class Coordinator:
             self._running.end("failed", reason)
             self._announce()
         self._kill(recovery.doomed)
-        before_it = self._placement
-        if before_it and recovery.after <= set(before_it.ranks):
-            self._next = cover(before_it, recovery.after)
-        else:
-            self._next = self._replan(recovery.after)
+        self._next = self._coverage.after_loss(self._placement, recovery.after, lambda _: True)
+        assert self._next is not None  # everything fits
         operation = Operation(before, recovery.after, recovery.epoch, reason or "a rank was lost")
         operation.state = "committing"
         operation.moved_experts = sum(map(len, loads(self._placement, self._next).values()))
@@ -650,6 +676,8 @@ class Coordinator:
         self._adopting.clear()
         operation, self._running = self._running, None
         self._next = None
+        if operation is not None and operation is self._restoring:
+            self._restored(failed=cancelled or error is not None)
         if operation is not None:
             if cancelled:
                 operation.end("cancelled")
@@ -669,7 +697,7 @@ class Coordinator:
 
     def _go_on(self) -> None:
         """Nothing runs: begin what was asked for meanwhile, or replace who is missing."""
-        if self._closed:
+        if self._closed or self._restore():
             return
         if self._queued:
             (operation, wish), self._queued = self._queued, None
@@ -687,10 +715,44 @@ class Coordinator:
             self._warn(f"rank {rank} keeps ending and is left out; scale to have it tried again")
         self._told = self.left_out
         wait_s = self._replacements.next_s(self.members, self._ports.now())
+        if self._restore_tries:
+            again_s = max(0.0, self._restore_not_before - self._ports.now())
+            wait_s = again_s if wait_s is None else min(wait_s, again_s)
         if wait_s is not None:
             self._replace_timer = self._ports.call_later(wait_s, self._replace)
         elif self._down:
             self._ports.lost(f"{self._down}; no rank can be started again")
+
+    def _restore(self) -> bool:
+        """Begin to load the experts that nobody holds, if there are any; False: not now."""
+        missing = self._placement.missing() if self._placement and self.members else []
+        if not missing:
+            self._restore_tries = 0
+            return False
+        if self._restore_tries and self._ports.now() < self._restore_not_before:
+            return False
+        placement = self._coverage.whole(self._placement, self.members, self._fits)
+        if placement is None:
+            self._warn_once(
+                f"ranks {sorted(self.members)} have no memory for {len(missing)} experts that were "
+                "lost (memory_per_rank); answers are degraded until more ranks are up"
+            )
+            return False
+        members, reason = self.members, f"loads {len(missing)} experts that were lost"
+        self._restoring = Operation(members, members, self.epoch, reason)
+        self._run(self._restoring, placement)
+        return True
+
+    def _restored(self, failed: bool) -> None:
+        """Loading the lost experts is over; if it failed, the next try waits longer each time."""
+        cluster = self._config.cluster
+        self._restoring = None
+        if failed:
+            wait_s = cluster.restart_backoff_s * 2**self._restore_tries
+            self._restore_tries += 1
+            self._restore_not_before = self._ports.now() + min(
+                wait_s, cluster.restart_backoff_max_s
+            )
 
     def _replace(self) -> None:
         if self._closed or self._running or self._membership.phase is not Phase.IDLE:
@@ -713,6 +775,11 @@ class Coordinator:
     def _warn(self, text: str) -> None:
         log.warning("%s", text)
         self._ports.publish(_event("warning", {"error": text}))
+
+    def _warn_once(self, text: str) -> None:
+        if text != self._warned:
+            self._warned = text
+            self._warn(text)
 
     def _watch(self) -> None:
         """End ranks that have stalled: silent, and their processes do no work at all."""

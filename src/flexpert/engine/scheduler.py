@@ -257,13 +257,14 @@ class Scheduler:
     def offer(self) -> list[HeldKV]:
         """The full blocks of each running sequence, for another rank to copy while it goes on.
 
-        They stay as they are until `withdraw`, whatever becomes of the sequence.
+        Not of a tainted one: where it goes on it is computed again. They stay as they are until `withdraw`, whatever becomes of the sequence.
         """
         self.withdraw()
         size = self.limits.block_size
         held = [
             HeldKV(s.id, s.computed // size * size, s.blocks[: s.computed // size])
             for s in (*self._decoding, *self._prefilling)
+            if not s.tainted
         ]
         self._offered = [block for one in held for block in one.blocks]
         self.pool.hold(self._offered)
@@ -280,7 +281,9 @@ class Scheduler:
             self.rollback(self._plan)
         size = self.limits.block_size
         held = [
-            HeldKV(s.id, s.computed, s.blocks[: -(-s.computed // size)])
+            HeldKV(s.id, 0, [])
+            if s.tainted
+            else HeldKV(s.id, s.computed, s.blocks[: -(-s.computed // size)])
             for s in (*self._decoding, *self._prefilling, *self._waiting)
         ]
         self.drain()
