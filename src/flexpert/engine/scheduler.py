@@ -257,7 +257,8 @@ class Scheduler:
     def offer(self) -> list[HeldKV]:
         """The full blocks of each running sequence, for another rank to copy while it goes on.
 
-        Not of a tainted one: where it goes on it is computed again. They stay as they are until `withdraw`, whatever becomes of the sequence.
+        Not of a tainted one: where it goes on it is computed again. They stay as they are until
+        `withdraw`, whatever becomes of the sequence.
         """
         self.withdraw()
         size = self.limits.block_size
