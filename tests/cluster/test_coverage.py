@@ -48,6 +48,7 @@ def test_a_loss_is_survived_within_the_memory_or_not_at_all(
     if whole is None:
         assert not fits(cover(before, left))
         assert not fits(replan(before, left, experts=experts, layers=2))
+        assert not fits(replan(None, left, experts=experts, layers=2))
     else:
         assert whole.missing() == []
         assert whole.ranks == sorted(left)
@@ -70,6 +71,19 @@ def test_who_has_no_room_for_all_experts_serves_without_some_if_that_is_allowed(
     assert Coverage(4, 1, degrade=True).after_loss(before, [0, 2, 3], at_most(1)) == keep(
         before, [0, 2, 3]
     )
+
+
+def test_a_fair_share_is_found_where_history_is_not_fair() -> None:
+    history = replan(None, [0, 1, 2], experts=16, layers=4)
+    alone = keep(history, [2])
+    coverage = Coverage(16, 4)
+    unfair = replan(alone, [0, 1, 2], experts=16, layers=4)
+    assert unfair.count(2) == 24
+    assert coverage.spread(alone, [0, 1, 2], anything) == unfair
+    fair = coverage.spread(alone, [0, 1, 2], at_most(22))
+    assert at_most(22)(fair)
+    assert fair.missing() == []
+    assert coverage.spread(alone, [0, 1, 2], at_most(20)) == unfair
 
 
 def test_replicas_are_thin_until_they_are_where_they_were_asked_for() -> None:

@@ -33,7 +33,7 @@ from flexpert.engine.memory import planned_memory
 from flexpert.engine.request import HeldKV, Move
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused, UnknownOperation
 from flexpert.models.source import ModelSource
-from flexpert.moe.placement import Placement, loads, replan
+from flexpert.moe.placement import Placement, keep, loads
 
 log = logging.getLogger("flexpert")
 
@@ -180,7 +180,7 @@ class Coordinator:
     def admitting(self) -> frozenset[int]:
         """Ids that may be given new sequences: members that are not on their way out."""
         change = self._membership.change
-        if self._membership.phase is Phase.LOST:
+        if self._membership.phase is Phase.LOST or self._down:
             return frozenset()
         if self._membership.phase in (Phase.MOVE, Phase.COMMIT, Phase.RECOVER) and change:
             return change.before & change.after or change.after
@@ -240,7 +240,7 @@ class Coordinator:
         Raises:
             OperationRefused: it can never be reached. OperationConflict: another one runs.
         """
-        if self._membership.phase is Phase.LOST or self._down:
+        if self._membership.phase is Phase.LOST or (self._down and not self.members):
             raise OperationRefused(f"all ranks are lost and start again: {self._down}")
         wish = Wish(ranks, add, tuple(remove))
         if self._running is None:
@@ -329,14 +329,7 @@ class Coordinator:
         return operation
 
     def _replan(self, target: frozenset[int]) -> Placement:
-        info = self._source.info
-        return replan(
-            self._placement,
-            target,
-            experts=info.experts,
-            layers=info.moe_layers,
-            redundant=self._config.cluster.redundant_experts,
-        )
+        return self._coverage.spread(self._placement, target, self._fits)
 
     def _remember(self, operation: Operation) -> None:
         self._operations[operation.id] = operation
@@ -569,6 +562,9 @@ class Coordinator:
                         self._ranks[rank] = RankRecord(rank)
                         self._ports.spawn(rank)
                 case Do.PREPARE:
+                    if self._next is None:
+                        self._handle(Event(Kind.SHORT, reason=self._too_small(change.after)))
+                        return
                     name = "recover" if self._membership.phase is Phase.RECOVER else "load"
                     self._phase(name, self._config.cluster.load_timeout_s)
                     self._prepare(change.epoch, change.after, change.everyone)
@@ -591,6 +587,8 @@ class Coordinator:
                 case Do.KILL_SILENT:
                     self._phase(self._membership.phase.value, _RELEASE_TIMEOUT_S)
                     self._kill(change.everyone - change.reported - change.gone)
+                case Do.HOLD:
+                    self._hold(change)
                 case Do.CANCEL:
                     self._tell(change.before, msg.Cancel(change.epoch))
                 case Do.KILL_NEWCOMERS:
@@ -629,13 +627,31 @@ class Coordinator:
             self._running.end("failed", reason)
             self._announce()
         self._kill(recovery.doomed)
-        self._next = self._coverage.after_loss(self._placement, recovery.after, lambda _: True)
-        assert self._next is not None  # everything fits
+        self._next = self._coverage.after_loss(self._placement, recovery.after, self._fits)
         operation = Operation(before, recovery.after, recovery.epoch, reason or "a rank was lost")
         operation.state = "committing"
-        operation.moved_experts = sum(map(len, loads(self._placement, self._next).values()))
+        if self._next:
+            operation.moved_experts = sum(map(len, loads(self._placement, self._next).values()))
         self._remember(operation)
         self._running = operation
+
+    def _hold(self, change: Change) -> None:
+        """The survivors wait, halted but with all they hold, until there are ranks for the rest."""
+        self._down = change.error
+        if self._placement:
+            self._placement = keep(self._placement, change.after)
+        for rank in change.after & set(self._ranks):
+            self._ranks[rank].state = "ready"
+        self._warn(f"{self._down}; requests wait until more ranks are up")
+        self._phase("release", _RELEASE_TIMEOUT_S)
+        self._tell(change.leaving, msg.Stop())
+        self._tell(change.after, msg.Hold(sorted(change.after)))
+
+    def _too_small(self, ranks: Iterable[int]) -> str:
+        return (
+            f"{self._loss}; ranks {sorted(ranks)} cannot hold all experts within "
+            f"{_mib(self._config.cluster.memory_per_rank or 0)} each (memory_per_rank)"
+        )
 
     def _phase(self, name: str, timeout_s: float) -> None:
         if self._running:
@@ -721,11 +737,12 @@ class Coordinator:
         if wait_s is not None:
             self._replace_timer = self._ports.call_later(wait_s, self._replace)
         elif self._down:
-            self._ports.lost(f"{self._down}; no rank can be started again")
+            self._never("no rank is started again by itself")
 
     def _restore(self) -> bool:
         """Begin to load the experts that nobody holds, if there are any; False: not now."""
-        missing = self._placement.missing() if self._placement and self.members else []
+        serves = self.members and not self._down
+        missing = self._placement.missing() if self._placement and serves else []
         if not missing:
             self._restore_tries = 0
             return False
@@ -761,6 +778,16 @@ class Coordinator:
         if not due:
             self._go_on()
             return
+        if not self._fits(self._replan(self.members | due)):
+            missing = self._replacements.missing(self.members)
+            if due < missing:  # all of them together may have the memory
+                wait_s = self._replacements.all_s(self.members, self._ports.now())
+                self._replace_timer = self._ports.call_later(wait_s, self._replace)
+                return
+            if self._down:
+                everybody = sorted(self.members | due)
+                self._never(f"ranks {everybody} together could not hold all experts, either")
+                return
         names = ", ".join(map(str, sorted(due)))
         try:
             self._start(self.members | due, reason=f"replaces rank {names}")
@@ -771,6 +798,14 @@ class Coordinator:
             self._go_on()
         except FlexpertError as error:  # there is nothing to start ranks with any more
             self._ports.lost(f"rank {names} cannot be replaced: {error}")
+
+    def _never(self, why: str) -> None:
+        """Nothing that begins by itself will end the waiting."""
+        if not self.members:
+            self._ports.lost(f"{self._down}; {why}")
+        elif self._down and why not in self._down:
+            self._down += f"; {why}: scale up"
+            self._warn(self._down)
 
     def _warn(self, text: str) -> None:
         log.warning("%s", text)

@@ -32,6 +32,20 @@ class Coverage:
         """
         return next(filter(fits, self._choices(previous, frozenset(ranks))), None)
 
+    def spread(self, previous: Placement | None, ranks: Iterable[int], fits: Fits) -> Placement:
+        """All experts and the redundancy asked for, balanced on `ranks`.
+
+        The one that loads the fewest, unless only another fits; what fits nowhere is for the caller
+        to find out.
+        """
+        ids = frozenset(ranks)
+        fewest = self._replan(previous, ids, self.redundant)
+        if fits(fewest):
+            return fewest
+        # where history gave some ranks the larger share of every layer, a fresh start is fairer
+        fresh = self._replan(None, ids, self.redundant)
+        return fresh if fits(fresh) else fewest
+
     def after_loss(
         self, previous: Placement | None, survivors: Iterable[int], fits: Fits
     ) -> Placement | None:
@@ -57,6 +71,7 @@ class Coverage:
         else:
             yield self._replan(previous, ranks, self.redundant)
         yield self._replan(previous, ranks, 0)
+        yield self._replan(None, ranks, 0)
 
     def _replan(
         self, previous: Placement | None, ranks: frozenset[int], redundant: int

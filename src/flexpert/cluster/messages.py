@@ -77,11 +77,17 @@ class Halt(msgspec.Struct, frozen=True, tag="halt"):
     epoch: int
 
 
+class Hold(msgspec.Struct, frozen=True, tag="hold"):
+    """After `Halt`: no epoch follows until there are more ranks. members: who is still there."""
+
+    members: list[int]
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End this rank."""
 
 
-Command = Prepare | Commit | Cancel | Admit | Offer | Fetch | Adopt | Abort | Halt | Stop
+Command = Prepare | Commit | Cancel | Admit | Offer | Fetch | Adopt | Abort | Halt | Hold | Stop
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):

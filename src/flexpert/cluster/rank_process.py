@@ -218,6 +218,8 @@ def _listen(commands: zmq.Socket[bytes], engine: RankEngine, reporter: Reporter)
             case msg.Halt(epoch):
                 engine.halt()
                 reporter.tell(msg.Halted(epoch))
+            case msg.Hold(members):
+                engine.hold(members)
             case msg.Stop():
                 engine.stop()
                 return

@@ -178,6 +178,10 @@ class RankEngine:
         self.buffer.interrupt()
         self._submit(self._halt)
 
+    def hold(self, members: list[int]) -> None:
+        """Part from all but these: the others are gone, and new ones may get their ids."""
+        self._submit(lambda: self.buffer.disconnect(set(self.buffer.connected) - set(members)))
+
     def stop(self) -> None:
         """End `run` after the current step."""
         self._submit(self._stop)
