@@ -42,6 +42,7 @@ _RELEASE_TIMEOUT_S = 5.0
 
 # Of the stall timeout: a silent rank is ended after STALLED of it; looked at WATCHES times.
 STALLED = 0.9
+STUCK = 0.7  # the same for a rank whose step loop hangs: it looks at it only ten times
 WATCHES = 20
 
 
@@ -455,6 +456,8 @@ class Coordinator:
                 self._adopted(source, rank)
             case msg.Published(_, load):
                 record.load = load
+            case msg.Alive(stuck_s) if stuck_s >= STUCK * self._config.cluster.stall_timeout_s:
+                self._end(rank, record, f"does nothing for {stuck_s:.1f} s, its step loop hangs")
             case msg.Halted(of) if of == epoch:
                 self._halted.add(rank)
             case msg.Broken(of, _, error) if of in (epoch, self.epoch):
@@ -834,11 +837,15 @@ class Coordinator:
                 if record.progress != (self._ports.progress(rank),):  # slow is not dead
                     record.heard, record.progress = now, None
                     continue
-                record.state = "stalled"
-                record.error = f"silent for {silent_s:.1f} s"
-                self._warn(f"rank {rank} was silent for {silent_s:.1f} s and is ended")
-                self._ports.kill(rank)
+                self._end(rank, record, f"was silent for {silent_s:.1f} s")
         self._watch_timer = self._ports.call_later(stall_s / WATCHES, self._watch)
+
+    def _end(self, rank: int, record: RankRecord, why: str) -> None:
+        """A rank has stalled; its end is an ordinary loss."""
+        if record.state != "stalled":
+            record.state, record.error = "stalled", why
+            self._warn(f"rank {rank} {why} and is ended")
+            self._ports.kill(rank)
 
     def _lost(self, reason: str) -> None:
         self._stop_clock()

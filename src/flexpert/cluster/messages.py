@@ -170,7 +170,12 @@ class Halted(msgspec.Struct, frozen=True, tag="halted"):
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
-    """Sent now and then from a thread of its own: the process is neither stopped nor starved."""
+    """Sent now and then from a thread of its own: the process is neither stopped nor starved.
+
+    stuck_s: for how long its step loop has done nothing, not even wait.
+    """
+
+    stuck_s: float = 0.0
 
 
 class Offered(msgspec.Struct, frozen=True, tag="offered"):

@@ -55,6 +55,7 @@ from flexpert.models.source import ModelSource
 from flexpert.moe.runtime import LayerState, MoERuntime, warmup_tables
 
 THREADED_HIDDEN = 2048
+_REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it does not hang
 _FETCH_BLOCKS = 64  # copied at once
 
 _VOTE = struct.Struct("<BI")  # has work, ready for epoch
@@ -126,6 +127,7 @@ class RankEngine:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
+        self._turns = 0  # of the loop, and commands
 
         self._member = False
         self._left = False
@@ -182,6 +184,11 @@ class RankEngine:
         """Part from all but these: the others are gone, and new ones may get their ids."""
         self._submit(lambda: self.buffer.disconnect(set(self.buffer.connected) - set(members)))
 
+    @property
+    def turns(self) -> int:
+        """Grows while the step loop computes, waits or rests; if it does not, see `pulse`."""
+        return self._turns + self.moe.walked + self.buffer.turns
+
     def stop(self) -> None:
         """End `run` after the current step."""
         self._submit(self._stop)
@@ -194,6 +201,7 @@ class RankEngine:
     def _take_commands(self) -> None:
         self._wake.clear()
         while self._commands:
+            self._turns += 1
             self._commands.popleft()()
 
     def _stop(self) -> None:
@@ -414,8 +422,9 @@ class RankEngine:
                 self._take_commands()
                 if self._stopping:
                     break
+                self._turns += 1
                 if not self._member:
-                    self._wake.wait()
+                    self._wake.wait(_REST_S)
                 elif self._must_vote or self.scheduler.has_work:
                     self._guarded(self._round)
                 elif self._guarded(lambda: self.buffer.wait_for_vote(None)):

@@ -85,13 +85,14 @@ class MoERuntime:
     """Walks the exchanges of each layer; the layers' state is swapped whole at a commit.
 
     Where nobody holds an expert, tokens go on with their other choices, and `lost_rows` tells
-    which.
+    which. walked: layers so far.
     """
 
     def __init__(self, buffer: Buffer, *, reduce: Reduce) -> None:
         self.buffer = buffer
         self.reduce: Reduce = reduce
         self.layers: list[LayerState] = []
+        self.walked = 0
         self._absent: dict[int, torch.Tensor] = {}  # layer → [experts] bool, where any is
         self._lost: torch.Tensor | None = None
 
@@ -129,6 +130,7 @@ class MoERuntime:
             [tokens, hidden] in x's dtype.
         """
         state = self.layers[layer]
+        self.walked += 1
         if layer in self._absent and x.shape[0]:
             expert_ids, weights, lost = without(self._absent[layer], expert_ids, weights)
             self._lost = lost if self._lost is None else self._lost | lost
