@@ -90,6 +90,9 @@ class ClusterConfig(_Section):
     restart_backoff_s: float = Field(1.0, ge=0, description="before the second try, then doubled")
     restart_backoff_max_s: float = Field(30.0, ge=0, description="longest wait before a try")
     shutdown_timeout_s: float = Field(10.0, ge=0, description="running requests may finish")
+    on_missing_expert: Literal["load", "degrade"] = Field(
+        "load", description="after a loss: wait for lost experts, or go on without them meanwhile"
+    )
     memory_per_rank: Bytes | None = Field(None, description="limit of a rank; default: none")
     memory_headroom: float = Field(0.05, ge=0, lt=1, description="share of memory left free")
 
@@ -119,6 +122,15 @@ class Config(_Section):
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
     server: ServerConfig = ServerConfig()
+
+    @model_validator(mode="after")
+    def _keeps_its_promise(self) -> Config:
+        if self.engine.deterministic and self.cluster.on_missing_expert == "degrade":
+            raise ValueError(
+                "on_missing_expert=degrade contradicts deterministic: an answer computed without "
+                "some experts is another answer; drop --deterministic or --on-missing-expert"
+            )
+        return self
 
 
 def load_config(
@@ -153,7 +165,8 @@ def load_config(
             f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors()
         ]
-        raise ConfigError("wrong settings: " + "; ".join(lines)) from None
+        complaint = "; ".join(line.removeprefix(": ") for line in lines)  # of the whole tree
+        raise ConfigError(f"wrong settings: {complaint}") from None
 
 
 def _read_file(file: Path) -> dict[str, Any]:

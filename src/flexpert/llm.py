@@ -37,13 +37,15 @@ class Sample(msgspec.Struct, frozen=True):
     """One answer to a prompt.
 
     token_ids: with the token that ended it. logprobs: one per token of the text, or None if not
-    asked for. finish_reason: "stop" or "length".
+    asked for. finish_reason: "stop" or "length". degraded: some of it was computed while experts
+    were missing (`cluster.on_missing_expert`).
     """
 
     text: str
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None
     finish_reason: str
+    degraded: bool = False
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -339,6 +341,7 @@ async def _samples(generation: Generation) -> list[Sample]:
             answer.tokens,
             None if whole.records is None else [record.logprobs for record in whole.records],
             whole.finish or "",
+            whole.degraded,
         )
         for whole, answer in zip(await generation.whole(), generation.answers, strict=True)
     ]

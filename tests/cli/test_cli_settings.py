@@ -60,6 +60,12 @@ def test_flags_go_before_environment_before_file(
     assert (config.cluster.ranks, config.cluster.max_ranks, config.server.port) == (4, 6, 1)
 
 
+def test_degraded_answers_and_identical_ones_exclude_each_other() -> None:
+    assert invoke("--on-missing-expert", "degrade").cluster.on_missing_expert == "degrade"
+    with pytest.raises(ConfigError, match=r"^wrong settings: on_missing_expert=degrade"):
+        invoke("--on-missing-expert", "degrade", "--deterministic")
+
+
 def test_a_complaint_names_the_flag_that_was_given() -> None:
     with pytest.raises(ConfigError, match="--max-running 0: Input should be greater"):
         invoke("--max-running", "0")

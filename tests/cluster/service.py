@@ -61,6 +61,7 @@ async def change(head: Head, **target: Any) -> OperationView:
 class Answer:
     tokens: list[int] = field(default_factory=list)
     finish: str | None = None
+    degraded: bool = False
 
 
 async def answer(head: Head, prompt: list[int], params: SamplingParams) -> Answer:
@@ -69,7 +70,7 @@ async def answer(head: Head, prompt: list[int], params: SamplingParams) -> Answe
     async with head.submit(prompt, params) as stream:
         async for delta in stream:
             result.tokens += delta.tokens
-            result.finish = delta.finish
+            result.finish, result.degraded = delta.finish, delta.degraded
     return result
 
 

@@ -210,6 +210,22 @@ def test_the_last_rank_lost_is_the_end() -> None:
     assert membership.phase is Phase.LOST
 
 
+def test_survivors_without_the_memory_stay_members_until_a_change_adds_ranks() -> None:
+    membership = started(0, 1, 2)
+    assert Do.HALT in run(membership, Event(Kind.EXITED, 1, "killed"))
+    assert run(membership, Event(Kind.SHORT, reason="no memory")) == [Do.HOLD, Do.FINISH]
+    assert membership.phase is Phase.IDLE
+    assert membership.members == {0, 2}
+    assert membership.change is not None
+    assert membership.change.error == "no memory"
+    assert membership.begin({0, 1, 2}) == [Do.SPAWN]
+    assert Do.HALT in run(membership, Event(Kind.EXITED, 0, "killed"))
+    assert run(membership, Event(Kind.SHORT)) == [Do.HOLD]
+    assert membership.phase is Phase.RELEASE, "the newcomer's id is free when it has ended"
+    assert run(membership, Event(Kind.EXITED, 1)) == [Do.FINISH]
+    assert membership.members == {2}
+
+
 def test_a_second_change_is_refused_while_one_runs() -> None:
     membership = started(0)
     membership.begin({0, 1})
@@ -268,6 +284,11 @@ class AnyOrder(RuleBasedStateMachine):
         if rank in self.membership.members & self.alive:
             self.feed(Event(Kind.BROKEN, rank, "no answer"))
             assert self.membership.phase is not Phase.LOST
+
+    @precondition(lambda self: self.membership.phase is Phase.RECOVER)
+    @rule()
+    def short(self) -> None:
+        self.feed(Event(Kind.SHORT, reason="no memory"))
 
     @rule(rank=st.integers(0, 4))
     def exit(self, rank: int) -> None:

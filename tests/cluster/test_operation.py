@@ -73,6 +73,24 @@ def test_a_sequence_resumes_with_every_published_token_and_no_other() -> None:
     asyncio.run(scenario())
 
 
+def test_a_degraded_answer_stays_so_wherever_it_goes_on() -> None:
+    async def scenario() -> None:
+        journal = Journal()
+        entry = open_entry(journal, "a", [])
+        journal.assign(entry, [0, 1])
+        journal.publish(0, TokenEvent("a", 0, [5], None, None))
+        journal.publish(0, TokenEvent("a", 1, [6, 7], None, None, degraded=True))
+        journal.publish(0, TokenEvent("a", 1, [6, 7], None, None, degraded=True))  # a repetition
+        journal.release("a")
+        journal.assign(entry, [1])
+        journal.publish(1, TokenEvent("a", 3, [8], None, "length"))
+        marks = [delta.degraded async for delta in entry.stream]
+        assert marks == [False, True, True]
+        assert (journal.tokens_degraded, journal.answers_degraded) == (2, 1)
+
+    asyncio.run(scenario())
+
+
 def test_sequences_go_to_the_rank_with_the_fewest() -> None:
     async def scenario() -> None:
         journal = Journal()

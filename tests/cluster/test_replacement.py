@@ -74,3 +74,15 @@ def test_who_is_not_wanted_is_not_missed() -> None:
     r.ended(7, -9, 0.0)
     assert r.due({0, 1}, 0.0) == frozenset()
     assert r.left_out == frozenset()
+
+
+def test_all_that_are_missing_are_due_when_the_last_one_is() -> None:
+    r = made()
+    r.want({0, 1, 2})
+    r.ended(1, -9, 0.0)
+    for _ in range(2):
+        r.ended(2, -9, 0.0)
+    assert r.missing({0}) == {1, 2}
+    assert (r.next_s({0}, 0.5), r.all_s({0}, 0.5)) == (0.0, 0.5)
+    assert r.all_s({0}, 1.0) == 0.0
+    assert r.all_s({0, 1, 2}, 0.0) == 0.0

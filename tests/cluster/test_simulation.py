@@ -15,7 +15,7 @@ import pytest
 import simulation
 from simulation import Simulation, Violation, histories, history
 
-from flexpert.cluster import coordinator, membership
+from flexpert.cluster import coordinator, coverage, membership
 from flexpert.cluster.journal import Entry
 from flexpert.cluster.membership import Kind, Membership, Phase
 from flexpert.cluster.replacement import Replacements
@@ -79,7 +79,7 @@ def experts_of_the_dead_stay_there(patch: Patch) -> None:
         left = [{rank: layer[rank] for rank in sorted(ranks)} for layer in before.layers]
         return Placement(before.experts, left)
 
-    patch.setattr(coordinator, "cover", only_who_is_left)
+    patch.setattr(coverage, "cover", only_who_is_left)
 
 
 def an_epoch_is_used_twice(patch: Patch) -> None:

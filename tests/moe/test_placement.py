@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexpert.moe.placement import Placement, copies_of, cover, loads, replan
+from flexpert.moe.placement import Placement, copies_of, cover, keep, loads, replan
 
 rank_sets = st.sets(st.integers(0, 15), min_size=1, max_size=9)
 
@@ -106,6 +106,10 @@ def test_a_loss_loads_only_what_nobody_holds(
         for layer in before.layers
     )
     assert sum(map(len, loads(before, after).values())) == unheld
+    kept = keep(before, left)
+    assert not any(loads(before, kept).values())
+    assert len(kept.missing()) == unheld
+    assert loads(kept, cover(kept, left)) == loads(before, after)
     if redundant >= experts:
         assert unheld == 0
 
@@ -120,6 +124,12 @@ def test_a_viewer_uses_its_own_replica_and_others_spread() -> None:
     assert placement.owners(0, 0) == ([0], [0])
     assert placement.owners(0, 2) == ([2], [0])
     assert {placement.owners(0, viewer)[0][0] for viewer in (1, 3, 4)} == {0, 2}
+
+
+def test_experts_with_fewer_replicas_than_asked_for_are_counted() -> None:
+    placement = Placement(3, [{0: [0, 1], 1: [0]}, {0: [2], 1: [2]}])
+    assert placement.thinner_than([2, 2, 1]) == 1, "those that nobody holds are counted elsewhere"
+    assert placement.thinner_than([1, 1, 1]) == 0
 
 
 def test_experts_without_an_owner_are_named() -> None:

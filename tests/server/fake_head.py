@@ -89,13 +89,14 @@ class Behaviour:
 
     answer: token ids of every answer, repeated; None: letters drawn from prompt, seed, position.
     gap_s: between two tokens. fail_after: tokens before a sequence fails. per_delta: tokens that
-    come together.
+    come together. degraded_from: the token from which on experts are missing.
     """
 
     answer: list[int] | None = None
     gap_s: float = 0.0
     fail_after: int | None = None
     per_delta: int = 1
+    degraded_from: int | None = None
     operation_s: float = 0.05
     operation_fails: bool = False
 
@@ -136,7 +137,13 @@ class FakeStream:
             sent += len(tokens)
             if finish is not None:
                 self._end()
-            yield Delta(tokens=tokens, logprobs=self._logprobs(tokens), finish=finish)
+            since = behaviour.degraded_from
+            yield Delta(
+                tokens=tokens,
+                logprobs=self._logprobs(tokens),
+                finish=finish,
+                degraded=since is not None and sent > since,
+            )
             if finish is not None:
                 return
 

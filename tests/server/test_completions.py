@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import httpx
 import openai
 import pytest
@@ -69,6 +71,34 @@ def test_chat_streamed_and_whole_agree(server: Running, client: openai.OpenAI) -
     assert len(text) == 8
     prompt = server.head.submitted[-1][1]
     assert server.head.tokenizer.decode(prompt) == "<|user|>hi<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize("degraded_from", [None, 3])
+def test_an_answer_computed_without_some_experts_says_so_once(
+    server: Running, degraded_from: int | None
+) -> None:
+    server.head.behaviour.degraded_from = degraded_from
+    mark = {"degraded": True} if degraded_from is not None else None
+    text = {"model": "fake", "prompt": ["hi", "ho"], "max_tokens": 6}
+    chat = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 6}
+    for path, body in (("completions", text), ("chat/completions", chat)):
+        url = f"{server.url}/v1/{path}"
+        assert httpx.post(url, json=body).json().get("flexpert") == mark
+        lines = httpx.post(url, json=body | {"stream": True}).text.splitlines()
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert any(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
+        for chunk in chunks:
+            last = chunk["choices"][0]["finish_reason"] is not None
+            assert chunk.get("flexpert") == (mark if last else None)
+
+
+def test_a_stop_text_ends_an_answer_before_it_degrades(server: Running) -> None:
+    answer(server, "abcdef")
+    server.head.behaviour.degraded_from = 4
+    body = {"model": "fake", "prompt": "hi", "max_tokens": 6}
+    url = f"{server.url}/v1/completions"
+    assert httpx.post(url, json=body | {"stop": "c"}).json().get("flexpert") is None
+    assert httpx.post(url, json=body | {"stop": "e"}).json()["flexpert"] == {"degraded": True}
 
 
 def test_chat_without_a_limit_goes_on_to_the_models_context(

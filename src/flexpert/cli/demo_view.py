@@ -140,7 +140,9 @@ def summary(result: Result) -> RenderableType:
         f"{result.output_tokens:,} in {result.duration_s:.1f} s, "
         f"{result.output_tokens_per_s:,.0f} a second",
     )
-    gaps = Table(title="what moved, and gaps between two tokens of a stream", title_justify="left", box=None)
+    gaps = Table(
+        title="what moved, and gaps between two tokens of a stream", title_justify="left", box=None
+    )
     for name in ("", "took", "pause", "experts", "requests", "KV", "median", "longest"):
         gaps.add_column(name, justify="right" if name else "left")
     gaps.add_row("steady", "", "", "", "", "", *_gap_cells(result.steady))

@@ -116,6 +116,12 @@ def cluster_view(cluster: ClusterView) -> RenderableType:
     parts: list[RenderableType] = [summary, ranks_table(cluster.ranks, cluster.max_ranks), experts]
     if cluster.down:
         parts.append(Text(f"down: {cluster.down}; requests wait", style="bold red"))
+    if placement.missing_experts:
+        text = f"{placement.missing_experts} experts are held by nobody: answers are degraded"
+        parts.append(Text(text, style="bold red"))
+    if placement.thin_experts:
+        text = f"{placement.thin_experts} experts have fewer replicas than asked for"
+        parts.append(Text(text, style="yellow"))
     if cluster.left_out:
         parts.append(Text(f"left out, for they kept ending: {ids(cluster.left_out)}", style="red"))
     if cluster.operation:

@@ -18,6 +18,7 @@ import msgspec
 import psutil
 
 from flexpert.cluster import messages as msg
+from flexpert.cluster.coverage import Coverage
 from flexpert.cluster.membership import Change, Do, Event, Kind, Membership, Phase
 from flexpert.cluster.operation import Operation, resolve_target
 from flexpert.cluster.replacement import Replacements
@@ -33,7 +34,7 @@ from flexpert.engine.memory import planned_memory
 from flexpert.engine.request import HeldKV, Move
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused, UnknownOperation
 from flexpert.models.source import ModelSource
-from flexpert.moe.placement import Placement, cover, loads, replan
+from flexpert.moe.placement import Placement, keep, loads
 
 log = logging.getLogger("flexpert")
 
@@ -42,6 +43,7 @@ _RELEASE_TIMEOUT_S = 5.0
 
 # Of the stall timeout: a silent rank is ended after STALLED of it; looked at WATCHES times.
 STALLED = 0.9
+STUCK = 0.7  # the same for a rank whose step loop hangs: it looks at it only ten times
 WATCHES = 20
 
 
@@ -149,6 +151,16 @@ class Coordinator:
             backoff_s=cluster.restart_backoff_s,
             longest_backoff_s=cluster.restart_backoff_max_s,
         )
+        self._coverage = Coverage(
+            source.info.experts,
+            source.info.moe_layers,
+            cluster.redundant_experts,
+            degrade=cluster.on_missing_expert == "degrade",
+        )
+        self._restoring: Operation | None = None  # it loads experts that nobody holds
+        self._restore_tries = 0
+        self._restore_not_before = 0.0
+        self._warned = ""  # the latest text that is not to be repeated
         self._queued: tuple[Operation, Wish] | None = None
         self._replace_timer: Timer | None = None
         self._watch_timer: Timer | None = None
@@ -171,7 +183,7 @@ class Coordinator:
     def admitting(self) -> frozenset[int]:
         """Ids that may be given new sequences: members that are not on their way out."""
         change = self._membership.change
-        if self._membership.phase is Phase.LOST:
+        if self._membership.phase is Phase.LOST or self._down:
             return frozenset()
         if self._membership.phase in (Phase.MOVE, Phase.COMMIT, Phase.RECOVER) and change:
             return change.before & change.after or change.after
@@ -212,6 +224,10 @@ class Coordinator:
             experts=info.experts,
             replicas=sum(counts.values()),
             experts_per_rank=counts,
+            missing_experts=len(placement.missing()) if placement else 0,
+            thin_experts=(
+                self._coverage.thin(placement, len(self.wanted | self.members)) if placement else 0
+            ),
         )
 
     # ---- operations -------------------------------------------------------------------------
@@ -227,7 +243,7 @@ class Coordinator:
         Raises:
             OperationRefused: it can never be reached. OperationConflict: another one runs.
         """
-        if self._membership.phase is Phase.LOST or self._down:
+        if self._membership.phase is Phase.LOST or (self._down and not self.members):
             raise OperationRefused(f"all ranks are lost and start again: {self._down}")
         wish = Wish(ranks, add, tuple(remove))
         if self._running is None:
@@ -238,6 +254,8 @@ class Coordinator:
                 return self._queued[0].view()
             running = self._queued[0]
         elif self._same_as_running(running.before, wish) == running.after:
+            if running.automatic:
+                self._replacements.want(running.after)
             return running.view()
         elif running.automatic:
             return self._queue(wish).view()
@@ -252,7 +270,8 @@ class Coordinator:
         operation.enter("waiting")
         self._remember(operation)
         self._queued = operation, wish
-        if self._membership.phase in (Phase.SPAWN, Phase.LOAD, Phase.MOVE):
+        in_time = self._membership.phase in (Phase.SPAWN, Phase.LOAD, Phase.MOVE)
+        if in_time and self._running is not self._restoring:
             self._handle(Event(Kind.CANCEL, reason=f"operation {operation.id} was asked for"))
         return operation
 
@@ -296,9 +315,13 @@ class Coordinator:
             if not operation.automatic:
                 self._replacements.want(target)
             return operation
-        self._next = self._replan(target)
-        self._check_memory(target - members, self._next)
-        actions = self._membership.begin(target)
+        placement = self._replan(target)
+        self._check_memory(target - members, placement)
+        return self._run(operation, placement)
+
+    def _run(self, operation: Operation, placement: Placement) -> Operation:
+        self._next = placement
+        actions = self._membership.begin(operation.after)
         change = self._membership.change
         assert change is not None  # begin made it
         operation.epoch = change.epoch
@@ -309,15 +332,7 @@ class Coordinator:
         return operation
 
     def _replan(self, target: frozenset[int]) -> Placement:
-        info = self._source.info
-        return replan(
-            self._placement,
-            target,
-            experts=info.experts,
-            layers=info.moe_layers,
-            redundant=self._config.cluster.redundant_experts,
-            hosts=self._hosts(target),
-        )
+        return self._coverage.spread(self._placement, target, self._fits, hosts=self._hosts(target))
 
     def _hosts(self, ranks: Iterable[int]) -> dict[int, str]:
         """The machine of each rank; those that are still to be started will be on this one."""
@@ -331,17 +346,7 @@ class Coordinator:
 
     def _check_memory(self, joining: Iterable[int], placement: Placement) -> None:
         newcomers = list(joining)
-        needs = {
-            rank: planned_memory(
-                self._source,
-                self._config.engine,
-                self._config.cluster.max_ranks,
-                placement.count(rank),
-                len(placement.ranks),
-            )
-            for rank in placement.ranks
-        }
-        totals = {rank: need.total for rank, need in needs.items()}
+        totals = self._planned(placement)
         limit = self._config.cluster.memory_per_rank
         worst = max(totals, key=lambda rank: totals[rank])
         if limit is not None and totals[worst] > limit:
@@ -357,6 +362,23 @@ class Coordinator:
                 f"{len(newcomers)} more ranks need {_mib(wanted)} but {_mib(max(free, 0))} of "
                 "memory are free; lower --kv-memory or the number of ranks"
             )
+
+    def _planned(self, placement: Placement) -> dict[int, int]:
+        """Bytes that each rank of a placement needs."""
+        return {
+            rank: planned_memory(
+                self._source,
+                self._config.engine,
+                self._config.cluster.max_ranks,
+                placement.count(rank),
+                len(placement.ranks),
+            ).total
+            for rank in placement.ranks
+        }
+
+    def _fits(self, placement: Placement) -> bool:
+        limit = self._config.cluster.memory_per_rank
+        return limit is None or max(self._planned(placement).values()) <= limit
 
     def operation(self, operation_id: str) -> Operation:
         """Raises UnknownOperation."""
@@ -444,6 +466,8 @@ class Coordinator:
                 self._adopted(source, rank)
             case msg.Published(_, load):
                 record.load = load
+            case msg.Alive(stuck_s) if stuck_s >= STUCK * self._config.cluster.stall_timeout_s:
+                self._end(rank, record, f"does nothing for {stuck_s:.1f} s, its step loop hangs")
             case msg.Halted(of) if of == epoch:
                 self._halted.add(rank)
             case msg.Broken(of, _, error) if of in (epoch, self.epoch):
@@ -551,6 +575,9 @@ class Coordinator:
                         self._ranks[rank] = RankRecord(rank)
                         self._ports.spawn(rank)
                 case Do.PREPARE:
+                    if self._next is None:
+                        self._handle(Event(Kind.SHORT, reason=self._too_small(change.after)))
+                        return
                     name = "recover" if self._membership.phase is Phase.RECOVER else "load"
                     self._phase(name, self._config.cluster.load_timeout_s)
                     self._prepare(change.epoch, change.after, change.everyone)
@@ -573,6 +600,8 @@ class Coordinator:
                 case Do.KILL_SILENT:
                     self._phase(self._membership.phase.value, _RELEASE_TIMEOUT_S)
                     self._kill(change.everyone - change.reported - change.gone)
+                case Do.HOLD:
+                    self._hold(change)
                 case Do.CANCEL:
                     self._tell(change.before, msg.Cancel(change.epoch))
                 case Do.KILL_NEWCOMERS:
@@ -611,16 +640,31 @@ class Coordinator:
             self._running.end("failed", reason)
             self._announce()
         self._kill(recovery.doomed)
-        before_it = self._placement
-        if before_it and recovery.after <= set(before_it.ranks):
-            self._next = cover(before_it, recovery.after)
-        else:
-            self._next = self._replan(recovery.after)
+        self._next = self._coverage.after_loss(self._placement, recovery.after, self._fits)
         operation = Operation(before, recovery.after, recovery.epoch, reason or "a rank was lost")
         operation.state = "committing"
-        operation.moved_experts = sum(map(len, loads(self._placement, self._next).values()))
+        if self._next:
+            operation.moved_experts = sum(map(len, loads(self._placement, self._next).values()))
         self._remember(operation)
         self._running = operation
+
+    def _hold(self, change: Change) -> None:
+        """The survivors wait, halted but with all they hold, until there are ranks for the rest."""
+        self._down = change.error
+        if self._placement:
+            self._placement = keep(self._placement, change.after)
+        for rank in change.after & set(self._ranks):
+            self._ranks[rank].state = "ready"
+        self._warn(f"{self._down}; requests wait until more ranks are up")
+        self._phase("release", _RELEASE_TIMEOUT_S)
+        self._tell(change.leaving, msg.Stop())
+        self._tell(change.after, msg.Hold(sorted(change.after)))
+
+    def _too_small(self, ranks: Iterable[int]) -> str:
+        return (
+            f"{self._loss}; ranks {sorted(ranks)} cannot hold all experts within "
+            f"{_mib(self._config.cluster.memory_per_rank or 0)} each (memory_per_rank)"
+        )
 
     def _phase(self, name: str, timeout_s: float) -> None:
         if self._running:
@@ -663,6 +707,8 @@ class Coordinator:
         self._adopting.clear()
         operation, self._running = self._running, None
         self._next = None
+        if operation is not None and operation is self._restoring:
+            self._restored(failed=cancelled or error is not None)
         if operation is not None:
             if cancelled:
                 operation.end("cancelled")
@@ -682,7 +728,7 @@ class Coordinator:
 
     def _go_on(self) -> None:
         """Nothing runs: begin what was asked for meanwhile, or replace who is missing."""
-        if self._closed:
+        if self._closed or self._restore():
             return
         if self._queued:
             (operation, wish), self._queued = self._queued, None
@@ -700,10 +746,45 @@ class Coordinator:
             self._warn(f"rank {rank} keeps ending and is left out; scale to have it tried again")
         self._told = self.left_out
         wait_s = self._replacements.next_s(self.members, self._ports.now())
+        if self._restore_tries:
+            again_s = max(0.0, self._restore_not_before - self._ports.now())
+            wait_s = again_s if wait_s is None else min(wait_s, again_s)
         if wait_s is not None:
             self._replace_timer = self._ports.call_later(wait_s, self._replace)
         elif self._down:
-            self._ports.lost(f"{self._down}; no rank can be started again")
+            self._never("no rank is started again by itself")
+
+    def _restore(self) -> bool:
+        """Begin to load the experts that nobody holds, if there are any; False: not now."""
+        serves = self.members and not self._down
+        missing = self._placement.missing() if self._placement and serves else []
+        if not missing:
+            self._restore_tries = 0
+            return False
+        if self._restore_tries and self._ports.now() < self._restore_not_before:
+            return False
+        placement = self._coverage.whole(self._placement, self.members, self._fits)
+        if placement is None:
+            self._warn_once(
+                f"ranks {sorted(self.members)} have no memory for {len(missing)} experts that were "
+                "lost (memory_per_rank); answers are degraded until more ranks are up"
+            )
+            return False
+        members, reason = self.members, f"loads {len(missing)} experts that were lost"
+        self._restoring = Operation(members, members, self.epoch, reason)
+        self._run(self._restoring, placement)
+        return True
+
+    def _restored(self, failed: bool) -> None:
+        """Loading the lost experts is over; if it failed, the next try waits longer each time."""
+        cluster = self._config.cluster
+        self._restoring = None
+        if failed:
+            wait_s = cluster.restart_backoff_s * 2**self._restore_tries
+            self._restore_tries += 1
+            self._restore_not_before = self._ports.now() + min(
+                wait_s, cluster.restart_backoff_max_s
+            )
 
     def _replace(self) -> None:
         if self._closed or self._running or self._membership.phase is not Phase.IDLE:
@@ -712,6 +793,16 @@ class Coordinator:
         if not due:
             self._go_on()
             return
+        if not self._fits(self._replan(self.members | due)):
+            missing = self._replacements.missing(self.members)
+            if due < missing:  # all of them together may have the memory
+                wait_s = self._replacements.all_s(self.members, self._ports.now())
+                self._replace_timer = self._ports.call_later(wait_s, self._replace)
+                return
+            if self._down:
+                everybody = sorted(self.members | due)
+                self._never(f"ranks {everybody} together could not hold all experts, either")
+                return
         names = ", ".join(map(str, sorted(due)))
         try:
             self._start(self.members | due, reason=f"replaces rank {names}")
@@ -723,9 +814,22 @@ class Coordinator:
         except FlexpertError as error:  # there is nothing to start ranks with any more
             self._ports.lost(f"rank {names} cannot be replaced: {error}")
 
+    def _never(self, why: str) -> None:
+        """Nothing that begins by itself will end the waiting."""
+        if not self.members:
+            self._ports.lost(f"{self._down}; {why}")
+        elif self._down and why not in self._down:
+            self._down += f"; {why}: scale up"
+            self._warn(self._down)
+
     def _warn(self, text: str) -> None:
         log.warning("%s", text)
         self._ports.publish(_event("warning", {"error": text}))
+
+    def _warn_once(self, text: str) -> None:
+        if text != self._warned:
+            self._warned = text
+            self._warn(text)
 
     def _watch(self) -> None:
         """End ranks that have stalled: silent, and their processes do no work at all."""
@@ -745,11 +849,15 @@ class Coordinator:
                 if record.progress != (self._ports.progress(rank),):  # slow is not dead
                     record.heard, record.progress = now, None
                     continue
-                record.state = "stalled"
-                record.error = f"silent for {silent_s:.1f} s"
-                self._warn(f"rank {rank} was silent for {silent_s:.1f} s and is ended")
-                self._ports.kill(rank)
+                self._end(rank, record, f"was silent for {silent_s:.1f} s")
         self._watch_timer = self._ports.call_later(stall_s / WATCHES, self._watch)
+
+    def _end(self, rank: int, record: RankRecord, why: str) -> None:
+        """A rank has stalled; its end is an ordinary loss."""
+        if record.state != "stalled":
+            record.state, record.error = "stalled", why
+            self._warn(f"rank {rank} {why} and is ended")
+            self._ports.kill(rank)
 
     def _lost(self, reason: str) -> None:
         self._stop_clock()

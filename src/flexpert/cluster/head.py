@@ -306,12 +306,16 @@ class Head:
             return
         match report:
             case msg.Published(events, _):
-                before = self._journal.tokens_published
+                journal = self._journal
+                before = journal.tokens_published
+                degraded = journal.tokens_degraded, journal.answers_degraded
                 for event in events:
-                    self._journal.publish(rank, event)
+                    journal.publish(rank, event)
                     if event.finish is not None:
                         self.metrics.sequences.labels(event.finish).inc()
-                self.metrics.tokens.inc(self._journal.tokens_published - before)
+                self.metrics.tokens.inc(journal.tokens_published - before)
+                self.metrics.degraded_tokens.inc(journal.tokens_degraded - degraded[0])
+                self.metrics.degraded_sequences.inc(journal.answers_degraded - degraded[1])
             case msg.Rejected(sequence_id, error):
                 self._journal.fail(sequence_id, RequestError(error))
         self._coordinator.on_report(rank, report)

@@ -18,10 +18,13 @@ from flexpert.errors import FlexpertError
 
 
 class Entry:
-    """One unfinished sequence. rank: where it runs; None while no rank has it. heir: where its KV
-    has been copied to, while its rank leaves."""
+    """One unfinished sequence.
 
-    __slots__ = ("generated", "heir", "rank", "request", "stream")
+    rank: where it runs; None while no rank has it. heir: where its KV has been copied to, while its
+    rank leaves. degraded: some of what it has said was computed without some experts.
+    """
+
+    __slots__ = ("degraded", "generated", "heir", "rank", "request", "stream")
 
     def __init__(self, request: Sequence, stream: TokenStream) -> None:
         self.request = request
@@ -29,6 +32,7 @@ class Entry:
         self.generated: list[int] = []
         self.rank: int | None = None
         self.heir: int | None = None
+        self.degraded = False
 
     def resume(self) -> Sequence:
         """The sequence as the next rank must receive it."""
@@ -82,12 +86,18 @@ class TokenStream:
 
 
 class Journal:
-    """All unfinished sequences; decides which rank runs what."""
+    """All unfinished sequences; decides which rank runs what.
+
+    tokens_published, tokens_degraded: since the start; the latter were computed without some
+    experts, or follow such. answers_degraded: how many sequences have any.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._by_rank: dict[int, set[str]] = {}
         self.tokens_published = 0
+        self.tokens_degraded = 0
+        self.answers_degraded = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -184,9 +194,20 @@ class Journal:
             return  # cancelled meanwhile, or from a rank that no longer runs it
         entry.generated += event.tokens
         self.tokens_published += len(event.tokens)
+        if event.degraded:
+            self.tokens_degraded += len(event.tokens)
+            self.answers_degraded += not entry.degraded
+            entry.degraded = True
         if event.finish is not None:
             self.close(event.id)
-        entry.stream.put(Delta(tokens=event.tokens, logprobs=event.logprobs, finish=event.finish))
+        entry.stream.put(
+            Delta(
+                tokens=event.tokens,
+                logprobs=event.logprobs,
+                finish=event.finish,
+                degraded=entry.degraded,
+            )
+        )
 
     def waiting(self) -> list[Entry]:
         """Sequences that no rank runs, oldest first."""

@@ -17,6 +17,7 @@ a change cannot be withdrawn: some ranks may have switched. A loss is a change o
 takes the place of the one under way: the survivors stop where they are, prepare an epoch without
 the lost rank, and enter it without a vote. So does a broken exchange: a rank that has stalled does
 not acknowledge the halt and is ended, which is a loss; if all are well, the same members go on.
+Survivors without the memory for all experts stay halted, as members, until a change adds ranks.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Kind(Enum):
     HANDED_OVER = "handed over"  # a leaver has left
     BROKEN = "broken"  # a member's exchange did not complete
     FAILED = "failed"  # a rank could not prepare
+    SHORT = "short"  # the survivors have no memory for all experts
     EXITED = "exited"  # a process is certainly gone
     CANCEL = "cancel"
     DEADLINE = "deadline"  # the phase took too long
@@ -70,6 +72,7 @@ class Do(Enum):
     CANCEL = "withdraw the plan"
     ABANDON = "give the running change up"
     HALT = "stop the survivors' exchanges"
+    HOLD = "let the survivors wait for more ranks, stop leavers"
     FINISH = "report the outcome"
     ALARM = "report the loss"
 
@@ -252,6 +255,7 @@ RULES: tuple[Rule, ...] = (
     Rule(P.RECOVER, K.FAILED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _may_retry),
     Rule(P.RECOVER, K.FAILED, P.LOST, (Do.ALARM,), _participant),
     Rule(P.RECOVER, K.DEADLINE, P.RECOVER, (Do.KILL_SILENT,)),
+    Rule(P.RECOVER, K.SHORT, P.RELEASE, (Do.HOLD,)),
     # nobody is left
     Rule(P.COMMIT, K.EXITED, P.COMMIT, (), _ending),
     *(
@@ -326,7 +330,7 @@ class Membership:
         if rule.then is Phase.UNDO and self.phase is not Phase.UNDO:
             change.cancelled = event.kind is Kind.CANCEL
             change.error = event.reason or None
-        if rule.then is Phase.LOST:
+        if rule.then is Phase.LOST or event.kind is Kind.SHORT:
             change.error = event.reason or None
         if Do.HALT in rule.do:
             retries = change.retries + 1 if event.kind is Kind.FAILED else 0

@@ -81,11 +81,17 @@ class Halt(msgspec.Struct, frozen=True, tag="halt"):
     epoch: int
 
 
+class Hold(msgspec.Struct, frozen=True, tag="hold"):
+    """After `Halt`: no epoch follows until there are more ranks. members: who is still there."""
+
+    members: list[int]
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End this rank."""
 
 
-Command = Prepare | Commit | Cancel | Admit | Offer | Fetch | Adopt | Abort | Halt | Stop
+Command = Prepare | Commit | Cancel | Admit | Offer | Fetch | Adopt | Abort | Halt | Hold | Stop
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -170,7 +176,12 @@ class Halted(msgspec.Struct, frozen=True, tag="halted"):
 
 
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
-    """Sent now and then from a thread of its own: the process is neither stopped nor starved."""
+    """Sent now and then from a thread of its own: the process is neither stopped nor starved.
+
+    stuck_s: for how long its step loop has done nothing, not even wait.
+    """
+
+    stuck_s: float = 0.0
 
 
 class Offered(msgspec.Struct, frozen=True, tag="offered"):

@@ -54,6 +54,14 @@ class Metrics:
             "flexpert_prompt_tokens", "tokens of admitted prompts", registry=self.registry
         )
         self.tokens = Counter("flexpert_tokens", "tokens published", registry=self.registry)
+        self.degraded_tokens = Counter(
+            "flexpert_degraded_tokens",
+            "tokens computed without some experts, or after such",
+            registry=self.registry,
+        )
+        self.degraded_sequences = Counter(
+            "flexpert_degraded_sequences", "sequences with such tokens", registry=self.registry
+        )
         self.sequences = Counter(
             "flexpert_sequences", "sequences by how they ended", ["outcome"], registry=self.registry
         )

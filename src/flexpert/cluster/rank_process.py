@@ -17,6 +17,7 @@ from flexpert.cluster.forkserver import RankSpec
 from flexpert.config import Config
 from flexpert.engine.epoch import EpochPlan
 from flexpert.engine.memory import RankMemory
+from flexpert.engine.pulse import Pulse, work_of_main_thread
 from flexpert.engine.rank import RankEngine
 from flexpert.engine.request import HeldKV, TokenEvent
 from flexpert.errors import FlexpertError
@@ -63,14 +64,18 @@ class Reporter:
     def beat(self, every_s: float) -> None:
         """Tell the head now and then that this process runs, from a thread of its own.
 
-        It also reads the memory, which takes milliseconds, so not in the step loop.
+        And for how long its step loop, in the main thread, has not moved. It also reads the
+        memory, which takes milliseconds, so not in the step loop.
         """
 
         def run() -> None:
             next_look = 0.0
+            pulse = Pulse(every_s, time.monotonic())
             with contextlib.suppress(zmq.ZMQError):  # closed: the rank ends
                 while True:
-                    self.tell(msg.Alive())
+                    turns = self.engine.turns if self.engine else 0
+                    stuck_s = pulse.look(time.monotonic(), turns, work_of_main_thread)
+                    self.tell(msg.Alive(stuck_s))
                     if time.monotonic() >= next_look:
                         self._memory = self._measure()
                         next_look = time.monotonic() + _MEMORY_EVERY_S
@@ -223,6 +228,8 @@ def _listen(commands: zmq.Socket[bytes], engine: RankEngine, reporter: Reporter)
             case msg.Halt(epoch):
                 engine.halt()
                 reporter.tell(msg.Halted(epoch))
+            case msg.Hold(members):
+                engine.hold(members)
             case msg.Stop():
                 engine.stop()
                 return

@@ -65,17 +65,22 @@ class Replacements:
         """Wanted ids that are not started again."""
         return frozenset(r for r in self.wanted if self._short.get(r, 0) >= self._limit)
 
+    def missing(self, members: Iterable[int]) -> frozenset[int]:
+        """The ids that are started again, now or later."""
+        return self.wanted - set(members) - self.left_out
+
     def due(self, members: Iterable[int], now: float) -> frozenset[int]:
         """The ids to start now."""
         return frozenset(
-            rank
-            for rank in self.wanted - set(members) - self.left_out
-            if self._not_before.get(rank, 0.0) <= now
+            rank for rank in self.missing(members) if self._not_before.get(rank, 0.0) <= now
         )
 
     def next_s(self, members: Iterable[int], now: float) -> float | None:
         """Seconds until some id is due; None if none will be."""
-        missing = self.wanted - set(members) - self.left_out
-        return (
-            max(0.0, min(self._not_before.get(r, 0.0) for r in missing) - now) if missing else None
-        )
+        times = [self._not_before.get(rank, 0.0) for rank in self.missing(members)]
+        return max(0.0, min(times) - now) if times else None
+
+    def all_s(self, members: Iterable[int], now: float) -> float:
+        """Seconds until all that are missing are due."""
+        times = [self._not_before.get(rank, 0.0) for rank in self.missing(members)]
+        return max(0.0, max(times, default=now) - now)

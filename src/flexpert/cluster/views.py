@@ -26,12 +26,19 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
-    """experts_per_rank: rank id → replicas it holds, summed over the layers."""
+    """experts_per_rank: rank id → replicas it holds, summed over the layers.
+
+    missing_experts: those that nobody holds, summed over the layers: answers go on without them
+    until they are loaded (`on_missing_expert`), and say so. thin_experts: those that somebody
+    holds, but fewer ranks than `redundant_experts` asks for.
+    """
 
     layers: int
     experts: int
     replicas: int
     experts_per_rank: dict[str, int]
+    missing_experts: int = 0
+    thin_experts: int = 0
 
 
 class OperationView(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,8 +112,10 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of one sequence as the head hands them on; finish: None, "stop" or "length".
 
     logprobs: one `engine.request.TokenLogprobs` per token, or None if not asked for.
+    degraded: they or any before them were computed while experts were missing.
     """
 
     tokens: list[int]
     logprobs: list[Any] | None = None
     finish: str | None = None
+    degraded: bool = False

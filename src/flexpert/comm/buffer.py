@@ -162,10 +162,15 @@ class Pending(ABC, Generic[T]):
 
 
 class Buffer(ABC):
-    """Elastic dispatch/combine of one rank. See the module's docstring for the protocol."""
+    """Elastic dispatch/combine of one rank. See the module's docstring for the protocol.
+
+    turns: grows now and then while this rank waits for peers, whatever they do: so another thread
+        can tell a wait that goes on from a thread that hangs.
+    """
 
     rank: int
     spec: BufferSpec
+    turns: int = 0
 
     # ---- membership -------------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ from flexpert.moe.runtime import LayerState, MoERuntime, warmup_tables
 from flexpert.moe.store import ExpertStore
 
 THREADED_HIDDEN = 2048
+_REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it does not hang
 _FETCH_BLOCKS = 64  # copied at once
 
 _VOTE = struct.Struct("<BI")  # has work, ready for epoch
@@ -132,6 +133,7 @@ class RankEngine:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
+        self._turns = 0  # of the loop, and commands
 
         self._member = False
         self._left = False
@@ -184,6 +186,15 @@ class RankEngine:
         self.buffer.interrupt()
         self._submit(self._halt)
 
+    def hold(self, members: list[int]) -> None:
+        """Part from all but these: the others are gone, and new ones may get their ids."""
+        self._submit(lambda: self.buffer.disconnect(set(self.buffer.connected) - set(members)))
+
+    @property
+    def turns(self) -> int:
+        """Grows while the step loop computes, waits or rests; if it does not, see `pulse`."""
+        return self._turns + self.moe.walked + self.buffer.turns
+
     def stop(self) -> None:
         """End `run` after the current step."""
         self._submit(self._stop)
@@ -196,6 +207,7 @@ class RankEngine:
     def _take_commands(self) -> None:
         self._wake.clear()
         while self._commands:
+            self._turns += 1
             self._commands.popleft()()
 
     def _stop(self) -> None:
@@ -428,8 +440,9 @@ class RankEngine:
                 self._take_commands()
                 if self._stopping:
                     break
+                self._turns += 1
                 if not self._member:
-                    self._wake.wait()
+                    self._wake.wait(_REST_S)
                 elif self._must_vote or self.scheduler.has_work:
                     self._guarded(self._round)
                 elif self._guarded(lambda: self.buffer.wait_for_vote(None)):
@@ -493,7 +506,9 @@ class RankEngine:
             raise
         self.steps += 1
         sampled = self.sampler.sample(logits, plan.samples)
-        self.listener.published(self.scheduler.commit(plan, sampled))
+        lost = self.moe.lost_rows()
+        events = self.scheduler.commit(plan, sampled, None if lost is None else lost.numpy())
+        self.listener.published(events)
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
 
     position: index in the answer of tokens[0]; the head refuses what is not the next one.
     finish: None while it goes on, else "stop" or "length".
+    degraded: they, or what they follow, were computed while experts were missing.
     """
 
     id: str
@@ -120,3 +121,4 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None
     finish: str | None
+    degraded: bool = False

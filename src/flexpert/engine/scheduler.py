@@ -19,6 +19,9 @@ What a broken step may have written to is never read: it writes only to position
 as computed and to blocks that nobody else holds. Preemption happens in commit() and not in plan()
 for this reason: the blocks of a victim must not be written to by a step that may be rolled back.
 Cached blocks evicted by a plan stay evicted after a rollback.
+
+A step may have been whole but computed without some experts. The keys and values of its sequences
+are tainted then: nobody else may find them, nor those that follow, until they are computed again.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ class EngineLimits:
 class _Scheduled(SampleState):
     """A sequence in this scheduler. While it waits it holds no blocks and row is -1."""
 
-    __slots__ = ("aborted", "blocks", "computed", "digests", "row")
+    __slots__ = ("aborted", "blocks", "computed", "digests", "row", "tainted")
 
     def __init__(self, sequence: Sequence) -> None:
         super().__init__(sequence)
@@ -68,6 +71,7 @@ class _Scheduled(SampleState):
         self.digests: list[bytes] = []  # of the first full blocks of `tokens`
         self.row = -1  # in the scheduler's arrays
         self.aborted = False  # while a plan that may hold it is in flight
+        self.tainted = False  # keys and values in the blocks were computed without some experts
 
 
 @dataclass(slots=True)
@@ -253,13 +257,15 @@ class Scheduler:
     def offer(self) -> list[HeldKV]:
         """The full blocks of each running sequence, for another rank to copy while it goes on.
 
-        They stay as they are until `withdraw`, whatever becomes of the sequence.
+        Not of a tainted one: where it goes on it is computed again. They stay as they are until
+        `withdraw`, whatever becomes of the sequence.
         """
         self.withdraw()
         size = self.limits.block_size
         held = [
             HeldKV(s.id, s.computed // size * size, s.blocks[: s.computed // size])
             for s in (*self._decoding, *self._prefilling)
+            if not s.tainted
         ]
         self._offered = [block for one in held for block in one.blocks]
         self.pool.hold(self._offered)
@@ -276,7 +282,9 @@ class Scheduler:
             self.rollback(self._plan)
         size = self.limits.block_size
         held = [
-            HeldKV(s.id, s.computed, s.blocks[: -(-s.computed // size)])
+            HeldKV(s.id, 0, [])
+            if s.tainted
+            else HeldKV(s.id, s.computed, s.blocks[: -(-s.computed // size)])
             for s in (*self._decoding, *self._prefilling, *self._waiting)
         ]
         self.drain()
@@ -452,10 +460,13 @@ class Scheduler:
             _chunks=[(c.state, c.end) for c in chunks],
         )
 
-    def commit(self, plan: StepPlan, sampled: Sampled) -> list[TokenEvent]:
+    def commit(
+        self, plan: StepPlan, sampled: Sampled, degraded: NDArray[np.bool_] | None = None
+    ) -> list[TokenEvent]:
         """The step was whole: appends, publishes, finishes; then makes room for the next one.
 
-        sampled: one token for each of plan.samples.
+        sampled: one token for each of plan.samples. degraded: [N] bool, rows that were computed
+        without some of their experts; None: no row was.
         Returns one event for each of them that was not aborted meanwhile, in the same order.
         """
         self._check_in_flight(plan)
@@ -466,6 +477,8 @@ class Scheduler:
             state.blocks.append(block)
             self._held[state.row] += 1
         self._keep_admitted(plan._admitted)
+        if degraded is not None:
+            self._taint(plan, degraded)
         for state in plan._decoding:
             state.computed += 1
             if state.computed % self.limits.block_size == 0:
@@ -501,6 +514,12 @@ class Scheduler:
                 self._waiting.popleft()
                 self._prefilling.append(state)
 
+    def _taint(self, plan: StepPlan, degraded: NDArray[np.bool_]) -> None:
+        states = [*plan._decoding, *(state for state, _ in plan._chunks)]
+        hit = np.logical_or.reduceat(degraded, plan.query_start[:-1])
+        for index in np.flatnonzero(hit).tolist():
+            states[index].tainted = True
+
     def _append(self, plan: StepPlan, sampled: Sampled) -> list[TokenEvent]:
         events = []
         limit = self.limits.max_model_len
@@ -519,7 +538,7 @@ class Scheduler:
                 finished = True
                 del self._states[state.id]
             top = None if logprobs is None else [logprobs]
-            events.append(TokenEvent(state.id, position, [token], top, finish))
+            events.append(TokenEvent(state.id, position, [token], top, finish, state.tainted))
         self._advance(plan, events if finished else [])
         return events
 
@@ -556,7 +575,7 @@ class Scheduler:
 
     def _publish(self, state: _Scheduled, since: int) -> None:
         """Publishes the blocks of `state` that became full since `since` tokens were computed."""
-        if not self.limits.prefix_cache:
+        if not self.limits.prefix_cache or state.tainted:
             return
         size = self.limits.block_size
         first, last = since // size, state.computed // size
@@ -569,7 +588,7 @@ class Scheduler:
         if state.row >= 0:
             self.pool.free(state.blocks)
             self._free_rows.append(state.row)
-        state.blocks, state.computed, state.row = [], 0, -1
+        state.blocks, state.computed, state.row, state.tainted = [], 0, -1, False
 
     def _drop_orphans(self) -> None:
         for state in self._orphans:

@@ -3,13 +3,16 @@
 A placement is balanced when, in each layer, the ranks' numbers of experts differ by at most one.
 Among the balanced placements of a new set of ranks, `replan` returns one that loads the fewest
 experts: every rank that stays keeps as many of its experts as its new share allows. With redundant
-replicas it keeps what it can, without a search for the very fewest. After a loss, `cover` loads
-only what nobody holds any more; the next `replan` restores balance and redundancy.
+replicas it keeps what it can, without a search for the very fewest. After a loss, `keep` loads
+nothing and may leave experts that nobody holds, `cover` loads only these; the next `replan`
+restores balance and redundancy.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 
 import msgspec
 
@@ -38,12 +41,17 @@ class Placement(msgspec.Struct, frozen=True):
         return sum(map(len, self.held_by(rank)))
 
     def missing(self) -> list[tuple[int, int]]:
-        """(layer, expert) pairs that nobody holds; empty in any epoch that may serve."""
+        """(layer, expert) pairs that nobody holds; tokens are routed around them."""
         return [
             (index, expert)
             for index, layer in enumerate(self.layers)
             for expert in sorted(set(range(self.experts)).difference(*layer.values()))
         ]
+
+    def thinner_than(self, copies: Sequence[int]) -> int:
+        """How many (layer, expert) pairs have a holder, but fewer than copies[expert]."""
+        held = [Counter(chain.from_iterable(layer.values())) for layer in self.layers]
+        return sum(0 < of[expert] < want for of in held for expert, want in enumerate(copies))
 
     def owners(self, layer: int, viewer: int) -> tuple[list[int], list[int]]:
         """(owner's rank, slot) per expert as `viewer` should use them; -1 = nobody.
@@ -233,8 +241,8 @@ def _may_move(
     return gained or not lost
 
 
-def cover(previous: Placement, ranks: Iterable[int]) -> Placement:
-    """What `ranks` hold of `previous`, and besides only the experts that none of them holds.
+def keep(previous: Placement, ranks: Iterable[int]) -> Placement:
+    """What `ranks` hold of `previous`, and nothing else: see `Placement.missing`.
 
     Raises:
         ValueError: no ranks.
@@ -242,9 +250,19 @@ def cover(previous: Placement, ranks: Iterable[int]) -> Placement:
     ids = sorted(set(ranks))
     if not ids:
         raise ValueError("a placement needs at least one rank")
+    layers = [{rank: list(layer.get(rank, ())) for rank in ids} for layer in previous.layers]
+    return Placement(previous.experts, layers)
+
+
+def cover(previous: Placement, ranks: Iterable[int]) -> Placement:
+    """What `ranks` hold of `previous`, and besides only the experts that none of them holds.
+
+    Raises:
+        ValueError: no ranks.
+    """
     layers = []
-    for before in previous.layers:
-        held = {rank: list(before.get(rank, ())) for rank in ids}
+    for held in keep(previous, ranks).layers:
+        ids = list(held)
         for expert in sorted(set(range(previous.experts)).difference(*held.values())):
             held[min(ids, key=lambda rank: (len(held[rank]), rank))].append(expert)
         layers.append(held)

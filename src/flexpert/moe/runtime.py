@@ -55,17 +55,60 @@ def warmup_tables(placement: Placement, rank: int) -> list[ExpertTable]:
     return tables
 
 
+def without(
+    absent: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A token's choices without the absent experts; its other weights keep the whole sum.
+
+    Args:
+        absent: [experts] bool.
+        expert_ids: [tokens, k] int, -1 = none. weights: [tokens, k] float32, not negative.
+
+    Returns:
+        expert_ids with -1 in place of absent ones; weights, 0 there (all of them where no choice is
+        left); [tokens] bool, which tokens lost a choice.
+    """
+    lost = absent[expert_ids] & (expert_ids >= 0)
+    left = weights.masked_fill(lost, 0.0)
+    rest = left.sum(1, keepdim=True)
+    # divided first: however small the rest, no factor is beyond what a float holds
+    scaled = torch.where(rest > 0, left / rest * weights.sum(1, keepdim=True), left)
+    rows = lost.any(1)
+    return (
+        expert_ids.masked_fill(lost, -1),
+        torch.where(rows.unsqueeze(1), scaled, weights),
+        rows,
+    )
+
+
 class MoERuntime:
-    """Walks the exchanges of each layer; the layers' state is swapped whole at a commit."""
+    """Walks the exchanges of each layer; the layers' state is swapped whole at a commit.
+
+    Where nobody holds an expert, tokens go on with their other choices, and `lost_rows` tells
+    which. walked: layers so far.
+    """
 
     def __init__(self, buffer: Buffer, *, reduce: Reduce) -> None:
         self.buffer = buffer
         self.reduce: Reduce = reduce
         self.layers: list[LayerState] = []
+        self.walked = 0
+        self._absent: dict[int, torch.Tensor] = {}  # layer → [experts] bool, where any is
+        self._lost: torch.Tensor | None = None
 
     def install(self, layers: list[LayerState]) -> None:
         """Use these layers from the next step on."""
         self.layers = layers
+        absent = {index: state.table.rank < 0 for index, state in enumerate(layers)}
+        self._absent = {index: mask for index, mask in absent.items() if bool(mask.any())}
+        self._lost = None
+
+    def lost_rows(self) -> torch.Tensor | None:
+        """[tokens] bool: which tokens of the step lost a choice in any layer; None: none was
+        missing. To be asked after each step with tokens; `install` forgets one that broke off.
+        """
+        lost, self._lost = self._lost, None
+        return lost
 
     def forward(
         self,
@@ -87,6 +130,10 @@ class MoERuntime:
             [tokens, hidden] in x's dtype.
         """
         state = self.layers[layer]
+        self.walked += 1
+        if layer in self._absent and x.shape[0]:
+            expert_ids, weights, lost = without(self._absent[layer], expert_ids, weights)
+            self._lost = lost if self._lost is None else self._lost | lost
         received = self.buffer.dispatch(x, expert_ids, weights, state.table)
         y = state.experts.compute(received.x, received.offsets, apply_gate)
         return self.buffer.combine(y, received, reduce=self.reduce)

@@ -34,13 +34,15 @@ class Part(msgspec.Struct):
     """What a choice has grown by.
 
     index: of the choice: prompt * n + sample. records: None unless log probabilities were asked
-    for. finish: set on a choice's last part: "stop" or "length".
+    for. finish: set on a choice's last part: "stop" or "length". degraded: some of the choice so
+    far was computed while experts were missing.
     """
 
     index: int
     text: str
     records: list[TokenRecord] | None
     finish: str | None
+    degraded: bool = False
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -254,6 +256,11 @@ class Answer:
         A token that ended the answer (end of sequence, stop token) has no text and no record. A
         stop text is not looked for in the first `min_tokens` tokens.
         """
+        part = self._feed(delta)
+        part.degraded = delta.degraded
+        return part
+
+    def _feed(self, delta: Delta) -> Part:
         tokens = delta.tokens
         visible = len(tokens)
         if delta.finish == FINISH_STOP and tokens and tokens[-1] in self._hidden:
@@ -307,7 +314,8 @@ def _join(parts: list[Part]) -> Part:
     records: list[TokenRecord] | None = None
     if last.records is not None:
         records = [record for part in parts for record in part.records or ()]
-    return Part(last.index, "".join([part.text for part in parts]), records, last.finish)
+    text = "".join([part.text for part in parts])
+    return Part(last.index, text, records, last.finish, last.degraded)
 
 
 def _wrap(seed: int) -> int:

@@ -68,13 +68,13 @@ class TextShape(Shape):
         choice = self._choice(part)
         if not choice.text and part.finish is None and not part.records:
             return None
-        return self._encode([choice], self._no_usage)
+        return self._encode([choice], self._no_usage, _remark([part]))
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._encode([], usage)
 
     def whole(self, choices: Sequence[Part], usage: Usage) -> bytes:
-        return self._encode([self._choice(part) for part in choices], usage)
+        return self._encode([self._choice(part) for part in choices], usage, _remark(choices))
 
     def _choice(self, part: Part) -> wire.TextChoice:
         records = part.records
@@ -86,9 +86,14 @@ class TextShape(Shape):
         )
 
     def _encode(
-        self, choices: list[wire.TextChoice], usage: Usage | msgspec.UnsetType | None
+        self,
+        choices: list[wire.TextChoice],
+        usage: Usage | msgspec.UnsetType | None,
+        remark: wire.Remark | msgspec.UnsetType = msgspec.UNSET,
     ) -> bytes:
-        return wire.encode(wire.TextCompletion(self.id, self.created, self.model, choices, usage))
+        return wire.encode(
+            wire.TextCompletion(self.id, self.created, self.model, choices, usage, flexpert=remark)
+        )
 
 
 class ChatShape(Shape):
@@ -115,7 +120,7 @@ class ChatShape(Shape):
             None if records is None else chat_logprobs(records, self.text),
             part.finish,
         )
-        return self._encode([choice], self._no_usage)
+        return self._encode([choice], self._no_usage, _remark([part]))
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._encode([], usage)
@@ -130,9 +135,24 @@ class ChatShape(Shape):
             )
             for part in choices
         ]
-        return wire.encode(wire.ChatCompletion(self.id, self.created, self.model, whole, usage))
+        return wire.encode(
+            wire.ChatCompletion(
+                self.id, self.created, self.model, whole, usage, flexpert=_remark(choices)
+            )
+        )
 
     def _encode(
-        self, choices: list[wire.ChatChunkChoice], usage: Usage | msgspec.UnsetType | None
+        self,
+        choices: list[wire.ChatChunkChoice],
+        usage: Usage | msgspec.UnsetType | None,
+        remark: wire.Remark | msgspec.UnsetType = msgspec.UNSET,
     ) -> bytes:
-        return wire.encode(wire.ChatChunk(self.id, self.created, self.model, choices, usage))
+        return wire.encode(
+            wire.ChatChunk(self.id, self.created, self.model, choices, usage, flexpert=remark)
+        )
+
+
+def _remark(parts: Sequence[Part]) -> wire.Remark | msgspec.UnsetType:
+    """On the last part of a degraded choice; nothing on any other."""
+    degraded = any(part.degraded and part.finish is not None for part in parts)
+    return wire.Remark(degraded=True) if degraded else msgspec.UNSET

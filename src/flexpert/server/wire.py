@@ -30,6 +30,12 @@ class TextChoice(msgspec.Struct):
     finish_reason: str | None = None
 
 
+class Remark(msgspec.Struct, omit_defaults=True):
+    """What flexpert adds to an answer. degraded: some experts were missing, see docs/http.md."""
+
+    degraded: bool = False
+
+
 class TextCompletion(msgspec.Struct):
     """`/v1/completions`, whole and chunk alike; usage is left out of chunks unless asked for."""
 
@@ -39,6 +45,7 @@ class TextCompletion(msgspec.Struct):
     choices: list[TextChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     object: str = "text_completion"
+    flexpert: Remark | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatMessage(msgspec.Struct):
@@ -67,6 +74,7 @@ class ChatCompletion(msgspec.Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: str = "chat.completion"
+    flexpert: Remark | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatDelta(msgspec.Struct, omit_defaults=True):
@@ -94,6 +102,7 @@ class ChatChunk(msgspec.Struct):
     choices: list[ChatChunkChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     object: str = "chat.completion.chunk"
+    flexpert: Remark | msgspec.UnsetType = msgspec.UNSET
 
 
 class Model(msgspec.Struct):

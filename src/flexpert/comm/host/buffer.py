@@ -624,6 +624,7 @@ class HostBuffer(Buffer):
             deadline_ns = time.monotonic_ns() + limit_ns
             slice_ns = _POLL_FIRST_NS
             while True:
+                self.turns += 1
                 remote = self._flush()
                 slice_ns = min(2 * slice_ns, _POLL_MOST_NS) if remote else _SLICE_NS
                 how = lib.fx_wait_any_vote(self._b, deadline_ns, slice_ns)
@@ -927,6 +928,7 @@ class HostBuffer(Buffer):
         masked: list[int] = []
         poll_ns = _POLL_FIRST_NS
         while True:
+            self.turns += 1
             remote = self._flush()
             poll_ns = min(2 * poll_ns, _POLL_MOST_NS)
             how = lib.fx_wait(

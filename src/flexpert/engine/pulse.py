@@ -1,0 +1,72 @@
+"""Whether the step loop of a rank moves, as another thread of its process sees it.
+
+A loop that computes, waits for a peer or for a command moves. One that does none of these hangs: in
+a driver's call, in a lock that nobody gives back. Its process would go on saying that it lives.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+_LATE = 3  # looks; after so long without one the whole process was held up
+
+# of /proc/…/stat, after the name
+_STATE, _FAULTS_AND_TIMES = 0, slice(7, 13)
+
+
+class Pulse:
+    """How long a loop has not moved (pure).
+
+    Args:
+        every_s: between two looks. now: when the first begins; seconds of one clock.
+    """
+
+    def __init__(self, every_s: float, now: float) -> None:
+        self._every_s = every_s
+        self._looked = now
+        self._since = now
+        self._count: int | None = None
+        self._work: object = None
+
+    def look(self, now: float, count: int, work: Callable[[], object]) -> float:
+        """Seconds for which it has not moved.
+
+        Args:
+            count: grows with every turn of the loop and of its waits.
+            work: changes when the loop's threads work; asked only if count has not changed.
+        """
+        late = now - self._looked > _LATE * self._every_s
+        self._looked = now
+        if late or count != self._count:
+            self._count, self._work, self._since = count, None, now
+            return 0.0
+        done = work()
+        if done != self._work:
+            self._work, self._since = done, now
+        return now - self._since
+
+
+def work_of_main_thread() -> object:
+    """Changes when the main thread, or one that computes for it, runs, takes a page fault or waits
+    for a core. Those are all threads that neither Python nor ZeroMQ has started."""
+    main = threading.main_thread()
+    helpers = {thread.native_id for thread in threading.enumerate() if thread is not main}
+    found = []
+    for task in os.listdir("/proc/self/task"):
+        if int(task) in helpers:
+            continue
+        try:
+            text = Path(f"/proc/self/task/{task}/stat").read_text()
+        except OSError:  # it has just ended
+            continue
+        name, _, rest = text.partition(") ")
+        fields = rest.split()
+        if "(ZMQbg" in name:
+            continue
+        if fields[_STATE] == "R":
+            return object()
+        found.append((task, *fields[_FAULTS_AND_TIMES]))
+    return found

@@ -1,0 +1,119 @@
+"""Experts that nobody holds are routed around, and the tokens that lost one are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexpert.comm import BufferSpec, make_buffer
+from flexpert.moe.experts import ExpertWeights, LayerExperts
+from flexpert.moe.placement import Placement
+from flexpert.moe.runtime import LayerState, MoERuntime, expert_tables, without
+
+EXPERTS, TOPK, HIDDEN, INTER = 6, 3, 32, 16
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), absent=st.sets(st.integers(0, EXPERTS - 1)))
+def test_the_choices_that_are_left_keep_the_sum_of_the_weights(seed: int, absent: set[int]) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    tokens = 9
+    ids = torch.stack([torch.randperm(EXPERTS, generator=draw)[:TOPK] for _ in range(tokens)])
+    ids[0, 0] = -1
+    weights = torch.rand((tokens, TOPK), generator=draw) * 10 ** float(seed % 60 - 40)
+    mask = torch.tensor([expert in absent for expert in range(EXPERTS)])
+    new_ids, new_weights, rows = without(mask, ids, weights)
+    assert not set(new_ids.flatten().tolist()) & absent
+    for token in range(tokens):
+        left = [expert for expert in ids[token].tolist() if expert not in absent]
+        assert new_ids[token][new_ids[token] >= 0].tolist() == [e for e in left if e >= 0]
+        assert bool(rows[token]) == (len(left) < TOPK)
+        if not rows[token]:
+            assert torch.equal(new_weights[token], weights[token])
+        elif left:
+            torch.testing.assert_close(
+                new_weights[token].double().sum(), weights[token].double().sum(), rtol=1e-5, atol=0
+            )
+            kept = torch.tensor([e not in absent for e in ids[token].tolist()])
+            shares = weights[token][kept].double() / weights[token][kept].double().sum()
+            torch.testing.assert_close(
+                new_weights[token][kept].double(),
+                shares * weights[token].double().sum(),
+                rtol=1e-5,
+                atol=1e-45,
+            )
+        else:
+            assert not new_weights[token].any()
+
+
+@pytest.fixture
+def weights() -> list[ExpertWeights]:
+    torch.manual_seed(0)
+    return [
+        ExpertWeights(torch.randn(2 * INTER, HIDDEN), torch.randn(HIDDEN, INTER))
+        for _ in range(EXPERTS)
+    ]
+
+
+def gate(x: torch.Tensor) -> torch.Tensor:
+    half, up = x.chunk(2, dim=1)
+    return torch.nn.functional.silu(half) * up
+
+
+def test_a_layer_with_holes_computes_what_is_left_and_marks_who_lost_what(
+    weights: list[ExpertWeights],
+) -> None:
+    whole = Placement(EXPERTS, [{0: list(range(EXPERTS))}] * 2)
+    holes = Placement(EXPERTS, [{0: list(range(EXPERTS))}, {0: [4, 1, 0]}])
+    spec = BufferSpec(capacity=1, max_tokens=8, hidden=HIDDEN, topk=TOPK, dtype=torch.float32)
+    buffer = make_buffer(0, spec)
+    try:
+        buffer.set_active([0], 1)
+        moe = MoERuntime(buffer, reduce="home")
+
+        def install(placement: Placement) -> None:
+            moe.install(
+                [
+                    LayerState(table, LayerExperts([weights[e] for e in held], deterministic=True))
+                    for table, held in zip(
+                        expert_tables(placement, 0), placement.held_by(0), strict=True
+                    )
+                ]
+            )
+
+        x = torch.randn(4, HIDDEN)
+        ids = torch.tensor([[0, 1, 4], [0, 2, 1], [2, 3, 5], [4, 5, 0]])
+        share = torch.rand(4, TOPK)
+        install(whole)
+        full = moe.forward(1, x, ids, share, gate)
+        assert moe.lost_rows() is None
+
+        install(holes)
+        assert torch.equal(moe.forward(0, x, ids, share, gate), full), "layer 0 lacks nobody"
+        assert moe.lost_rows() is None
+        moe.forward(0, x, ids, share, gate)
+        found = moe.forward(1, x, ids, share, gate)
+        assert torch.equal(found[0], full[0])
+        assert not found[2].any(), "a token that lost all its choices gets nothing from experts"
+        for token, left in ((1, [0, 2]), (3, [0, 2])):
+            rest = share[token, left]
+            expected = sum(
+                w * (weights[e].down @ gate((weights[e].gate_up @ x[token])[None])[0])
+                for e, w in zip(
+                    ids[token, left].tolist(), rest / rest.sum() * share[token].sum(), strict=True
+                )
+            )
+            torch.testing.assert_close(found[token], expected, rtol=1e-4, atol=1e-4)
+        lost = moe.lost_rows()
+        assert lost is not None
+        assert lost.tolist() == [False, True, True, True]
+
+        moe.forward(1, x[:0], ids[:0], share[:0], gate)
+        assert moe.lost_rows() is None, "a step without tokens loses none"
+        moe.forward(1, x, ids, share, gate)
+        install(whole)
+        assert moe.lost_rows() is None, "a step that broke off is forgotten"
+    finally:
+        buffer.close()
