@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -33,6 +34,14 @@ def pids(head: Head) -> dict[int, int]:
     return {rank.id: rank.pid for rank in head.cluster().ranks}
 
 
+def stopped(pid: int) -> bool:
+    """All of its threads."""
+    states = [
+        path.read_text().rpartition(")")[2] for path in Path("/proc").glob(f"{pid}/task/*/stat")
+    ]
+    return all(state.split()[0] == "T" for state in states)
+
+
 def test_a_rank_that_stops_while_nobody_works_is_ended_and_replaced(service: Service) -> None:
     async def scenario(head: Head) -> None:
         before = pids(head)
@@ -40,6 +49,25 @@ def test_a_rank_that_stops_while_nobody_works_is_ended_and_replaced(service: Ser
         await until(lambda: active(head) == {0, 1, 2} and pids(head)[1] != before[1])
         assert not psutil.pid_exists(before[1])
         assert {r: p for r, p in pids(head).items() if r != 1} == {0: before[0], 2: before[2]}
+
+    service.run(scenario(service.head))
+
+
+def test_the_little_that_an_idle_rank_does_is_progress(service: Service) -> None:
+    async def scenario(head: Head) -> None:
+        record = head._need_coordinator()._ranks[1]
+        for _ in range(5):  # each time it says that it lives
+            heard, progress = record.heard, head.progress(1)
+            await until(lambda heard=heard: record.heard > heard)
+            assert head.progress(1) != progress
+        os.kill(record.pid, signal.SIGSTOP)
+        await until(lambda: stopped(record.pid))
+        progress, heard = head.progress(1), record.heard
+        await asyncio.sleep(0.2)  # twice as long as it is silent while it runs
+        after = head.progress(1)
+        os.kill(record.pid, signal.SIGCONT)
+        assert after == progress
+        await until(lambda: record.heard > heard)
 
     service.run(scenario(service.head))
 

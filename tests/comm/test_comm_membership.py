@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -65,6 +66,25 @@ def test_set_active_refuses_what_cannot_be(local: Local) -> None:
         with pytest.raises(ValueError, match=message):
             buffer.set_active(ids, epoch)
     assert (buffer.active, buffer.epoch) == ((0, 1), 3)
+
+
+def test_who_disconnects_and_connects_again_on_its_own_is_heard_in_the_next_epoch(
+    local: Local,
+) -> None:
+    """A member that drops a newcomer's link, while the newcomer has begun the epoch already."""
+    spec = spec_of(3)
+    local.start(spec, [0, 1, 2])
+    local.activate([0, 1, 2])
+    local.exchange(random_sent(spec, (0, 1, 2), 0), "home")
+    address = local.buffers[2].address
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for seed in range(1, 4):
+        for rank in (0, 1):
+            local.buffers[rank].disconnect([2])
+            local.buffers[rank].connect({2: address})
+        local.activate([0, 1, 2])
+        local.exchange(random_sent(spec, (0, 1, 2), seed), "rank")
+    assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
 def test_connecting_a_newcomer_disturbs_no_exchange(local: Local) -> None:

@@ -16,6 +16,7 @@ from flexpert.cluster import messages as msg
 from flexpert.cluster.forkserver import RankSpec
 from flexpert.config import Config
 from flexpert.engine.epoch import EpochPlan
+from flexpert.engine.faults import Faults
 from flexpert.engine.memory import RankMemory
 from flexpert.engine.pulse import Pulse, work_of_main_thread
 from flexpert.engine.rank import RankEngine
@@ -162,6 +163,9 @@ def rank_main(spec: RankSpec, source: ModelSource) -> int:
     """Run a rank until the head stops it; returns the exit status."""
     end_with_any_thread()
     config = Config.model_validate_json(spec.config)
+    faults = Faults.of_environment(spec.rank)
+    if faults:
+        faults.at("spawn")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     commands = context.socket(zmq.DEALER)
     commands.setsockopt(zmq.IDENTITY, str(spec.rank).encode())
@@ -177,6 +181,7 @@ def rank_main(spec: RankSpec, source: ModelSource) -> int:
                 capacity=config.cluster.max_ranks,
                 exchange_timeout_s=config.cluster.exchange_timeout_s,
                 listener=reporter,
+                faults=faults,
             )
         except (FlexpertError, OSError, MemoryError, RuntimeError) as error:
             commands.send(msg.encode(msg.Unable(spec.token, f"{type(error).__name__}: {error}")))

@@ -35,6 +35,7 @@ from flexpert.comm import (
 from flexpert.config import EngineConfig
 from flexpert.engine.arrivals import Arrivals
 from flexpert.engine.epoch import Cancelled, EpochPlan, PreparedEpoch, Weights, prepare_epoch
+from flexpert.engine.faults import Faults
 from flexpert.engine.memory import (
     SERVING_BYTES,
     RankMemory,
@@ -90,16 +91,19 @@ class RankEngine:
         capacity: int,
         exchange_timeout_s: float,
         listener: RankListener,
+        faults: Faults | None = None,
     ) -> None:
         info = source.info
         self.source = source
         self.config = config
         self.capacity = capacity
-        self.listener = listener
         self.exchange_timeout_s = exchange_timeout_s
-        self.buffer: Buffer = make_buffer(
+        buffer = make_buffer(
             rank, buffer_spec(info, config, capacity), timeout_s=exchange_timeout_s
         )
+        self.listener = faults.listening(listener) if faults else listener
+        self.buffer: Buffer = faults.around(buffer) if faults else buffer
+        self._faults = faults
         self.moe = MoERuntime(self.buffer, reduce="home" if config.deterministic else "rank")
         blocks = kv_blocks(info, config)
         self.lent = lend(KVCache.nbytes(info, blocks, config.kv_block_size))
@@ -139,6 +143,7 @@ class RankEngine:
         self._left = False
         self._weights: Weights = {}
         self._preparing: _Preparation | None = None
+        self._latest: _Preparation | None = None  # perhaps withdrawn, perhaps still at work
         self._prepared: PreparedEpoch | None = None
         self._armed = 0  # the epoch this rank votes for; 0 = none
         self._must_vote = False  # newly armed, or in an epoch whose first vote is still to come
@@ -183,8 +188,9 @@ class RankEngine:
 
     def halt(self) -> None:
         """Drop the step under way, and exchange nothing until the next epoch."""
-        self.buffer.interrupt()
         self._submit(self._halt)
+        # afterwards: an epoch that is entered meanwhile forgets interrupts, and must find the halt
+        self.buffer.interrupt()
 
     def hold(self, members: list[int]) -> None:
         """Part from all but these: the others are gone, and new ones may get their ids."""
@@ -305,9 +311,8 @@ class RankEngine:
     # ---- preparing an epoch -----------------------------------------------------------------
 
     def _prepare(self, plan: EpochPlan) -> None:
-        previous = self._preparing
         self._drop_preparation()
-        self._preparing = _Preparation(self, plan, after=previous)
+        self._preparing = self._latest = _Preparation(self, plan, after=self._latest)
         self._preparing.start()
 
     def _loaded(self, preparation: _Preparation, result: PreparedEpoch | str) -> None:
@@ -406,6 +411,8 @@ class RankEngine:
             self.listener.failed(epoch, f"epoch {epoch} is not prepared on this rank")
             return
         self._armed = epoch
+        if self._faults:
+            self._faults.at("armed")
         if self._member:
             self._must_vote = True
         else:
@@ -448,10 +455,9 @@ class RankEngine:
                 elif self._guarded(lambda: self.buffer.wait_for_vote(None)):
                     self._must_vote = True
         finally:
-            last = self._preparing
             self._drop_preparation()
-            if last:
-                last.join(timeout=5.0)
+            if self._latest:
+                self._latest.join(timeout=5.0)
             self.buffer.close()  # what is lent stays: the thread that measures it may still look
 
     def _guarded(self, action: Callable[[], bool]) -> bool:
@@ -602,6 +608,7 @@ class _Preparation(threading.Thread):
     def run(self) -> None:
         if self._after:
             self._after.join()
+            self._after = None
         engine = self._engine
         result: PreparedEpoch | str
         try:

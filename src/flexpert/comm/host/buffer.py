@@ -505,7 +505,7 @@ class HostBuffer(Buffer):
                 b.outbox[peer] = link.outbox
                 b.remote[peer] = link.remote
                 b.own_gen[peer] = b.peer_gen[peer] = b.up[peer] = b.due[peer] = 0
-        self._open_places()
+        self._open_places(again=True)
         wishes, self._wishes = self._wishes, {}
         self._drop([peer for peer, unmask in wishes.items() if not unmask])
         for peer, unmask in wishes.items():
@@ -526,15 +526,19 @@ class HostBuffer(Buffer):
         self._active = tuple(rank for rank in self._active if rank not in dropped)
         self._use_active()
 
-    def _open_places(self) -> None:
-        """Map the places that peers have lent since they connected, too."""
+    def _open_places(self, *, again: bool = False) -> None:
+        """Map the places that peers have lent since they connected, too.
+
+        again: and those of peers that have disconnected this rank and connected it anew, while
+            this rank stayed connected: they read nothing in the place they had lent before.
+        """
         b = self._b
         b.to_open = 0
         for peer, link in self._installed.items():
-            if isinstance(link, NixlLink) or link.outbox:
+            if isinstance(link, NixlLink) or (link.outbox and not again):
                 continue
             place = lib.fx_lent(b, peer)
-            if place < 0:
+            if place < 0 or place == link.place:
                 continue
             try:
                 link.open_place(place)

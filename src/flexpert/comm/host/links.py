@@ -90,6 +90,11 @@ class ShmLink:
         """0 until `open_place`."""
         return self._theirs.place
 
+    @property
+    def place(self) -> int:
+        """Its number; -1 until `open_place`."""
+        return self._theirs.number
+
     def open_place(self, number: int) -> None:
         """Raises: PeerUnreachable: there is no such place."""
         self._theirs.open_place(number)

@@ -136,7 +136,9 @@ class PeerWindow:
             ValueError: the address is of another rank or spec.
         """
         self.address = address
+        self.number = -1
         self.place = 0
+        self._peer, self._spec = peer, spec
         self._fd = _open(peer, address, spec)
         try:
             self.control = map_part(self._fd, 0, CONTROL_BYTES)
@@ -146,15 +148,21 @@ class PeerWindow:
         self._layout = layout(spec)
 
     def open_place(self, number: int) -> int:
-        """Map the place that was lent; its descriptor is not needed any more.
+        """Map the place that was lent, instead of one that was lent before; the descriptor is not
+        needed any more.
 
-        Raises: PeerUnreachable: the window is smaller than that.
+        Raises: PeerUnreachable: the window is smaller than that, or its process is gone.
         """
+        if self._fd < 0:
+            self._fd = _open(self._peer, self.address, self._spec)
         at = self._layout.place_at(number)
         if os.fstat(self._fd).st_size < at + self._layout.place_bytes:
             raise PeerUnreachable(f"pid {self.address.pid} has lent a place that does not exist")
-        self.place = map_part(self._fd, at, self._layout.place_bytes)
+        before, self.place = self.place, map_part(self._fd, at, self._layout.place_bytes)
+        self.number = number
         self._close_fd()
+        if before:
+            lib.fx_unmap(before, self._layout.place_bytes)
         return self.place
 
     def close(self) -> None:

@@ -1,0 +1,215 @@
+"""Faults on purpose: a rank ends or stops itself at an exact point of the protocol.
+
+Only with FLEXPERT_FAULTS=FOLDER in a service's environment; without it nothing here is installed.
+Each file in the folder is one `Fault`. A rank looks into it at every point it passes, counts the
+planted faults that fit, removes the file of the one that is due, and strikes: a file that is gone
+has struck, and a rank's replacement is not struck again.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import msgspec
+
+from flexpert.comm import Buffer
+
+if TYPE_CHECKING:
+    from flexpert.engine.rank import RankListener
+
+VARIABLE = "FLEXPERT_FAULTS"
+
+Point = Literal[
+    # one step
+    "vote",  # before its vote is posted
+    "vote_wait",  # before it waits for the others' votes
+    "dispatch_send",  # of a layer, before anything is sent
+    "dispatch_wait",  # sent, nothing received
+    "combine_send",
+    "combine_wait",
+    "publish",  # the step is whole, nobody knows
+    "published",  # the head was told
+    # prepare
+    "spawn",  # forked, nothing loaded
+    "connect",  # before it opens its links
+    "load",  # a layer's experts are read
+    "warm_up",  # a newcomer walks the model alone: each of its dispatches
+    "prepared",  # ready, the head was not told
+    "offer",  # a leaver knows what KV could move, the head was not told
+    "fetch",  # an heir has copied it, the head was not told
+    # commit and release
+    "armed",  # it will vote for the new epoch, or enter it
+    "switch",  # all have voted for it, nothing has changed
+    "first_vote",  # in the new epoch, its first vote is not posted
+    "switched",  # the first vote is whole, the head was not told
+    "hand_over",  # a leaver has left, the head was not told
+    "handed_over",  # the head was told
+    "adopt",  # an heir goes on with what a leaver left, the head was not told
+    "release",  # told to stop: before its window closes
+]
+
+# what the head is told → the points before and after
+_TELLS: Mapping[str, tuple[Point | None, Point | None]] = {
+    "published": ("publish", "published"),
+    "progress": ("load", None),
+    "prepared": ("prepared", None),
+    "offered": ("offer", None),
+    "fetched": ("fetch", None),
+    "adopted": ("adopt", None),
+    "switched": ("switched", None),
+    "handed_over": ("hand_over", "handed_over"),
+}
+
+
+class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """count: it strikes when the rank passes the point for this time since it was planted."""
+
+    rank: int
+    point: Point
+    count: int = 1
+    signal: Literal["KILL", "STOP"] = "KILL"
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count is {self.count}, must be at least 1")
+
+    def plant(self, folder: Path) -> Path:
+        """From now on it is due; the file is gone when it has struck."""
+        name = secrets.token_hex(8)
+        unseen = folder / f".{name}"
+        unseen.write_bytes(msgspec.json.encode(self))
+        return unseen.rename(folder / f"{name}.json")
+
+
+class Faults:
+    """Those that are planted for one rank; callable from any of its threads.
+
+    Raises: ValueError: a file in the folder is no fault; from any point.
+    """
+
+    def __init__(self, rank: int, folder: Path) -> None:
+        self._rank = rank
+        self._folder = folder
+        self._known: dict[str, Fault] = {}
+        self._passed: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of_environment(cls, rank: int) -> Faults | None:
+        """None, unless the variable names a folder."""
+        folder = os.environ.get(VARIABLE)
+        return cls(rank, Path(folder)) if folder else None
+
+    def at(self, point: Point) -> None:
+        """The rank passes a point; it may not return."""
+        with self._lock:
+            for name in self._planted():
+                fault = self._known[name]
+                if fault.rank != self._rank or fault.point != point:
+                    continue
+                passed = self._passed[name] = self._passed.get(name, 0) + 1
+                if passed == fault.count:
+                    (self._folder / name).unlink()
+                    os.kill(os.getpid(), getattr(signal, f"SIG{fault.signal}"))
+
+    def _planted(self) -> Iterable[str]:
+        names = [name for name in os.listdir(self._folder) if name.endswith(".json")]
+        for name in names:
+            if name not in self._known:
+                self._known[name] = _read(self._folder / name)
+        return names
+
+    def around(self, buffer: Buffer) -> Buffer:
+        """The buffer, whose calls pass the points of a step."""
+        return cast(Buffer, _FaultyBuffer(buffer, self))
+
+    def listening(self, listener: RankListener) -> RankListener:
+        """The listener; what it is told passes points before and after."""
+        return cast("RankListener", _FaultyListener(listener, self))
+
+
+class _FaultyBuffer:
+    """Everything but these calls is the buffer's own."""
+
+    def __init__(self, buffer: Buffer, faults: Faults) -> None:
+        self._buffer = buffer
+        self._at = faults.at
+        self._entered = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._buffer, name)
+
+    def connect(self, *args: Any, **options: Any) -> None:
+        self._at("connect")
+        self._buffer.connect(*args, **options)
+
+    def set_active(self, ids: Iterable[int], epoch: int) -> None:
+        self._at("switch")
+        self._buffer.set_active(ids, epoch)
+        self._entered = True
+
+    def post_vote(self, payload: bytes) -> None:
+        self._at("first_vote" if self._entered else "vote")
+        self._entered = False
+        self._buffer.post_vote(payload)
+
+    def collect_votes(self, timeout_s: float) -> dict[int, bytes]:
+        self._at("vote_wait")
+        return self._buffer.collect_votes(timeout_s)
+
+    def dispatch(self, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
+        self._at("dispatch_send" if self._buffer.epoch else "warm_up")
+        pending = self._buffer.begin_dispatch(*args, **options)
+        if self._buffer.epoch:
+            self._at("dispatch_wait")
+        return pending(timeout_s)
+
+    def combine(self, *args: Any, timeout_s: float | None = None, **options: Any) -> Any:
+        if self._buffer.epoch:
+            self._at("combine_send")
+        pending = self._buffer.begin_combine(*args, **options)
+        if self._buffer.epoch:
+            self._at("combine_wait")
+        return pending(timeout_s)
+
+    def close(self) -> None:
+        self._at("release")
+        self._buffer.close()
+
+
+class _FaultyListener:
+    """Everything but what `_TELLS` names is the listener's own."""
+
+    def __init__(self, listener: RankListener, faults: Faults) -> None:
+        self._listener = listener
+        self._at = faults.at
+
+    def __getattr__(self, name: str) -> Any:
+        tell = getattr(self._listener, name)
+        before, after = _TELLS.get(name, (None, None))
+        if before is None:
+            return tell
+
+        def told(*args: Any) -> None:
+            self._at(before)
+            tell(*args)
+            if after is not None:
+                self._at(after)
+
+        return told
+
+
+def _read(path: Path) -> Fault:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Fault)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{path} is no fault: {error}") from error
+
+
+POINTS: tuple[Point, ...] = get_args(Point)
