@@ -91,6 +91,9 @@ class Ports(Protocol):
     def admit_waiting(self) -> None: ...
     def lost(self, reason: str) -> None: ...
     def publish(self, event: ClusterEvent) -> None: ...
+    def heard(self) -> bool:
+        """Whether anybody listens to how an operation goes on; its end is always published."""
+        ...
 
 
 @dataclass(slots=True)
@@ -165,6 +168,7 @@ class Coordinator:
         self._replace_timer: Timer | None = None
         self._watch_timer: Timer | None = None
         self._watched = 0.0
+        self._held_up = float("-inf")  # until when the head itself was
         self._told: frozenset[int] = frozenset()  # those left out that were warned of
         self._down: str | None = None
         self._closed = False
@@ -419,6 +423,13 @@ class Coordinator:
         epoch = self._membership.change.epoch if self._membership.change else 0
         record.heard, record.progress = self._ports.now(), None
         match report:
+            case msg.Alive(stuck_s):
+                if stuck_s >= STUCK * self._config.cluster.stall_timeout_s:
+                    self._end(
+                        rank, record, f"does nothing for {stuck_s:.1f} s, its step loop hangs"
+                    )
+            case msg.Published(_, load):
+                record.load = load
             case msg.Hello(_, pid, host, address, kv, experts):
                 record.pid, record.host, record.address = pid, host, address
                 record.kv, record.experts = kv, experts
@@ -464,10 +475,6 @@ class Coordinator:
                     self._running.moved_kv_bytes += size
                     self._running.recomputed_tokens += recomputed
                 self._adopted(source, rank)
-            case msg.Published(_, load):
-                record.load = load
-            case msg.Alive(stuck_s) if stuck_s >= STUCK * self._config.cluster.stall_timeout_s:
-                self._end(rank, record, f"does nothing for {stuck_s:.1f} s, its step loop hangs")
             case msg.Halted(of) if of == epoch:
                 self._halted.add(rank)
             case msg.Broken(of, _, error) if of in (epoch, self.epoch):
@@ -505,7 +512,10 @@ class Coordinator:
     def _handle(self, event: Event) -> None:
         self._carry_out(self._membership.handle(event))
 
-    def _on_deadline(self) -> None:
+    def _on_deadline(self, due: float) -> None:
+        if self._late(due):
+            self._start_clock(self._config.cluster.stall_timeout_s)
+            return
         phase = self._membership.phase
         change = self._membership.change
         waited = sorted(change.everyone - change.reported - change.gone) if change else []
@@ -622,13 +632,28 @@ class Coordinator:
         self._adopting.clear()
         self._halted = set()
         self._tell(change.before, msg.Halt(change.epoch))
-        limit_s = self._config.cluster.stall_timeout_s
-        self._ports.call_later(limit_s, lambda: self._end_stalled(change))
+        self._expect_halted(change)
 
-    def _end_stalled(self, change: Change) -> None:
+    def _expect_halted(self, change: Change) -> None:
+        limit_s = self._config.cluster.stall_timeout_s
+        due = self._ports.now() + limit_s
+        self._ports.call_later(limit_s, lambda: self._end_stalled(change, due))
+
+    def _end_stalled(self, change: Change, due: float) -> None:
         """Who did not even hear the halt has stalled; its end is an ordinary loss."""
-        if change is self._membership.change and self._membership.phase is not Phase.IDLE:
+        if change is not self._membership.change or self._membership.phase is Phase.IDLE:
+            return
+        if self._late(due):
+            self._expect_halted(change)
+        else:
             self._kill(change.before - change.gone - self._halted)
+
+    def _late(self, due: float) -> bool:
+        """Whether the head itself was held up: reports may lie there unread, and nobody is to
+        blame before they are read."""
+        limit_s = self._config.cluster.stall_timeout_s / 4
+        now = self._ports.now()
+        return now - due > limit_s or now - self._held_up < limit_s
 
     def _abandon(self, recovery: Change) -> None:
         """A member is lost: what ran is over, and an operation of its own brings the rest back."""
@@ -638,7 +663,7 @@ class Coordinator:
         reason = self._loss
         if self._running:
             self._running.end("failed", reason)
-            self._announce()
+            self._publish(self._running)
         self._kill(recovery.doomed)
         self._next = self._coverage.after_loss(self._placement, recovery.after, self._fits)
         operation = Operation(before, recovery.after, recovery.epoch, reason or "a rank was lost")
@@ -672,7 +697,11 @@ class Coordinator:
             if name == "commit":
                 self._running.state = "committing"
         self._stop_clock()
-        self._deadline = self._ports.call_later(timeout_s, self._on_deadline)
+        self._start_clock(timeout_s)
+
+    def _start_clock(self, timeout_s: float) -> None:
+        due = self._ports.now() + timeout_s
+        self._deadline = self._ports.call_later(timeout_s, lambda: self._on_deadline(due))
 
     def _stop_clock(self) -> None:
         if self._deadline:
@@ -835,7 +864,9 @@ class Coordinator:
         """End ranks that have stalled: silent, and their processes do no work at all."""
         stall_s = self._config.cluster.stall_timeout_s
         now = self._ports.now()
-        late = now - self._watched > stall_s / 4  # the head itself was held up
+        late = now - self._watched > stall_s / 4
+        if late:
+            self._held_up = now
         self._watched = now
         for rank, record in list(self._ranks.items()):
             if record.state == "starting":
@@ -876,8 +907,8 @@ class Coordinator:
         self._kill(list(self._ranks))  # whoever is left cannot go on, either
 
     def _announce(self) -> None:
-        if self._running:
-            self._ports.publish(_event("operation", msgspec.to_builtins(self._running.view())))
+        if self._running and self._ports.heard():
+            self._publish(self._running)
 
 
 def _event(kind: str, data: dict[str, object]) -> ClusterEvent:

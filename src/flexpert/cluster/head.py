@@ -14,9 +14,10 @@ from typing import Any
 import msgspec
 
 from flexpert.cluster import messages as msg
+from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.forkserver import RankSpec
-from flexpert.cluster.journal import Entry, Journal
+from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.launcher import LocalLauncher
 from flexpert.cluster.metrics import Metrics
@@ -53,6 +54,7 @@ class Head:
         self.failure: FlexpertError | None = None
         self.on_failure: Callable[[FlexpertError], None] | None = None
         self._journal = Journal()
+        self._admission = Admission(self._journal, self._admitting, self._send)
         self._transport: Transport | None = None
         self._launcher: LocalLauncher | None = None
         self._coordinator: Coordinator | None = None
@@ -150,7 +152,7 @@ class Head:
         eos = () if params.ignore_eos else self.info.eos_token_ids
         entry = self._journal.open(sequence_id, prompt, params, eos, self._cancel)
         self.metrics.prompt_tokens.inc(len(prompt))
-        self._admit(entry)
+        self._admission.admit(entry)
         return entry.stream
 
     def _resolve(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
@@ -170,19 +172,12 @@ class Head:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return msgspec.structs.replace(params, max_tokens=wanted, seed=seed, n=1, stop=())
 
-    def _admit(self, entry: Entry) -> None:
-        assert self._coordinator is not None
-        rank = self._journal.assign(entry, self._coordinator.admitting)
-        if rank is not None:
-            self._send(rank, msg.Admit([entry.resume()]))
+    def _admitting(self) -> frozenset[int]:
+        return self._need_coordinator().admitting
 
     def _cancel(self, sequence_id: str) -> None:
-        rank = self._journal.rank_of(sequence_id)
-        if self._journal.close(sequence_id) is None:
-            return
-        self.metrics.sequences.labels("cancelled").inc()
-        if rank is not None:
-            self._send(rank, msg.Abort([sequence_id]))
+        if self._admission.cancel(sequence_id):
+            self.metrics.sequences.labels("cancelled").inc()
 
     # ---- the cluster ------------------------------------------------------------------------
 
@@ -253,9 +248,7 @@ class Head:
         return self._launcher.progress(rank)
 
     def admit_waiting(self) -> None:
-        """There is capacity again: what no rank runs goes on."""
-        for entry in self._journal.waiting():
-            self._admit(entry)
+        self._admission.admit_waiting()
 
     def spawn(self, rank: int) -> None:
         assert self._launcher is not None
@@ -283,6 +276,9 @@ class Head:
         self, rank: int, held: list[HeldKV], heirs: Iterable[int]
     ) -> dict[int, list[Move]]:
         return self._journal.hand_over(rank, held, heirs)
+
+    def heard(self) -> bool:
+        return bool(self._listeners)
 
     def lost(self, reason: str) -> None:
         """A member is gone; the service cannot go on."""

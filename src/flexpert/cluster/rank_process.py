@@ -27,7 +27,7 @@ from flexpert.models.source import ModelSource
 _REPORT_TIMEOUT_MS = 10_000
 _FAREWELL_MS = 1_000
 _MEMORY_EVERY_S = 1.0
-_BEATS = 10  # in one stall timeout
+BEATS = 10  # in one stall timeout
 
 
 def open_model(config_json: str) -> ModelSource:
@@ -198,7 +198,7 @@ def rank_main(spec: RankSpec, source: ModelSource) -> int:
         )
         commands.send(msg.encode(hello))  # the head must know both routes
         reporter.tell(hello)
-        reporter.beat(config.cluster.stall_timeout_s / _BEATS)
+        reporter.beat(config.cluster.stall_timeout_s / BEATS)
         listener = threading.Thread(
             target=_listen, args=(commands, engine, reporter), name="commands", daemon=True
         )
