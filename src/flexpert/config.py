@@ -90,6 +90,9 @@ class ClusterConfig(_Section):
     restart_backoff_s: float = Field(1.0, ge=0, description="before the second try, then doubled")
     restart_backoff_max_s: float = Field(30.0, ge=0, description="longest wait before a try")
     shutdown_timeout_s: float = Field(10.0, ge=0, description="running requests may finish")
+    max_sequences: int = Field(
+        16384, ge=1, description="unfinished ones the head keeps; more are refused (429)"
+    )
     on_missing_expert: Literal["load", "degrade"] = Field(
         "load", description="after a loss: wait for lost experts, or go on without them meanwhile"
     )

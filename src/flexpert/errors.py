@@ -8,6 +8,7 @@ Everything flexpert raises on purpose is a `FlexpertError`:
     │   └── UnsupportedModel   a dense model, or a family that does not fit
     ├── RequestError           the caller's request is wrong (HTTP 400)
     │   └── ContextOverflow    prompt and answer do not fit into the model's context
+    ├── Overloaded             too many requests are unfinished (HTTP 429)
     ├── OperationError         a change of the cluster was refused or failed
     │   ├── OperationConflict  another change is running (HTTP 409)
     │   ├── OperationRefused   the target cannot be reached (HTTP 400)
@@ -39,6 +40,10 @@ class RequestError(FlexpertError):
 
 class ContextOverflow(RequestError):  # noqa: N818
     """Prompt plus requested tokens exceed the model's context length."""
+
+
+class Overloaded(FlexpertError):  # noqa: N818
+    """As many sequences are unfinished as the journal keeps; try again when some have ended."""
 
 
 class OperationError(FlexpertError):

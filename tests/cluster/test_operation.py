@@ -9,7 +9,7 @@ import pytest
 from flexpert.cluster.journal import Entry, Journal
 from flexpert.cluster.operation import resolve_target
 from flexpert.engine.request import SamplingParams, TokenEvent
-from flexpert.errors import FlexpertError, OperationRefused, ServiceStopped
+from flexpert.errors import FlexpertError, OperationRefused, Overloaded, ServiceStopped
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,20 @@ def test_impossible_targets_are_refused_with_the_reason(wish: dict[str, object],
 def open_entry(journal: Journal, name: str, cancelled: list[str]) -> Entry:
     params = SamplingParams(max_tokens=8, seed=1)
     return journal.open(name, [1, 2, 3], params, (0,), cancelled.append)
+
+
+def test_a_full_journal_takes_no_more_until_one_ends() -> None:
+    async def scenario() -> None:
+        journal = Journal(limit=2)
+        for name in "ab":
+            open_entry(journal, name, [])
+        with pytest.raises(Overloaded, match="2 sequences are unfinished"):
+            open_entry(journal, "c", [])
+        assert len(journal) == 2
+        journal.close("a")
+        open_entry(journal, "c", [])
+
+    asyncio.run(scenario())
 
 
 def test_a_sequence_resumes_with_every_published_token_and_no_other() -> None:

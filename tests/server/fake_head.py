@@ -29,6 +29,7 @@ from flexpert.errors import (
     FlexpertError,
     OperationConflict,
     OperationRefused,
+    Overloaded,
     ServiceStopped,
     UnknownOperation,
 )
@@ -186,6 +187,7 @@ class FakeHead:
         self.running: set[str] = set()
         self.cancelled: list[str] = []
         self.serving = True
+        self.full = False
         self.ranks = [0, 1]
         self.epoch = 1
         self.stops = 0
@@ -222,6 +224,8 @@ class FakeHead:
     def submit(self, prompt, params, *, request_id=None) -> FakeStream:
         if not self.serving:
             raise ServiceStopped("the service is stopping")
+        if self.full:
+            raise Overloaded("too many")
         if len(prompt) + (params.max_tokens or 1) > self.info.max_model_len:
             raise ContextOverflow("the model's context is 128 tokens")
         name = request_id or f"seq-{len(self.submitted)}"

@@ -373,6 +373,16 @@ def test_a_stopped_service_says_503(server: Running, client: openai.OpenAI) -> N
     assert httpx.get(f"{server.url}/health").status_code == 503
 
 
+def test_a_full_journal_says_429_and_when_to_come_back(
+    server: Running, client: openai.OpenAI
+) -> None:
+    server.head.full = True
+    with pytest.raises(openai.RateLimitError) as error:
+        client.completions.create(model="fake", prompt="x")
+    assert error.value.code == "overloaded"
+    assert error.value.response.headers["retry-after"] == "1"
+
+
 def test_tokenize_and_detokenize(server: Running) -> None:
     answered = httpx.post(f"{server.url}/tokenize", json={"model": "fake", "prompt": "hé the"})
     body = answered.json()

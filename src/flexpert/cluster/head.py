@@ -53,7 +53,7 @@ class Head:
         self.config = config
         self.failure: FlexpertError | None = None
         self.on_failure: Callable[[FlexpertError], None] | None = None
-        self._journal = Journal()
+        self._journal = Journal(config.cluster.max_sequences)
         self._admission = Admission(self._journal, self._admitting, self._send)
         self._transport: Transport | None = None
         self._launcher: LocalLauncher | None = None
@@ -143,7 +143,7 @@ class Head:
         """Run one sequence (`params.n` and `params.stop` are the caller's work).
 
         Raises:
-            RequestError, ContextOverflow, ServiceStopped
+            RequestError, ContextOverflow, Overloaded, ServiceStopped
         """
         if not self._serving or self._coordinator is None:
             raise ServiceStopped("the service does not accept requests now")

@@ -14,7 +14,7 @@ import msgspec
 
 from flexpert.cluster.views import Delta
 from flexpert.engine.request import HeldKV, Move, SamplingParams, Sequence, TokenEvent
-from flexpert.errors import FlexpertError
+from flexpert.errors import FlexpertError, Overloaded
 
 
 class Entry:
@@ -88,11 +88,13 @@ class TokenStream:
 class Journal:
     """All unfinished sequences; decides which rank runs what.
 
+    Its memory is bounded: at most `limit` of them, each as long as the model's context.
     tokens_published, tokens_degraded: since the start; the latter were computed without some
     experts, or follow such. answers_degraded: how many sequences have any.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int = 16384) -> None:
+        self._limit = limit
         self._entries: dict[str, Entry] = {}
         self._by_rank: dict[int, set[str]] = {}
         self.tokens_published = 0
@@ -115,7 +117,14 @@ class Journal:
         eos: tuple[int, ...],
         on_cancel: Callable[[str], None],
     ) -> Entry:
-        """A new entry, not assigned yet."""
+        """A new entry, not assigned yet.
+
+        Raises: Overloaded
+        """
+        if len(self._entries) >= self._limit:
+            raise Overloaded(
+                f"{self._limit} sequences are unfinished already (max_sequences); try again later"
+            )
         stream = TokenStream(sequence_id, on_cancel)
         request = Sequence(id=sequence_id, prompt=prompt, generated=[], params=params, eos=eos)
         entry = self._entries[sequence_id] = Entry(request, stream)

@@ -15,6 +15,7 @@ from flexpert.errors import (
     FlexpertError,
     OperationConflict,
     OperationRefused,
+    Overloaded,
     RequestError,
     ServiceStopped,
     UnknownOperation,
@@ -78,6 +79,11 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), code="operation_refused")
         case UnknownOperation():
             return ApiError(404, str(error), code="operation_not_found")
+        case Overloaded():
+            after = {"retry-after": "1"}
+            return ApiError(
+                429, str(error), type="rate_limit_error", code="overloaded", headers=after
+            )
         case ServiceStopped():
             return ApiError(503, str(error), type="service_unavailable")
         case FlexpertError():
