@@ -51,6 +51,7 @@ from flexpert.errors import FlexpertError, OperationConflict, OperationRefused
 
 TROUBLE_S = 8.0  # of a history; then faults stop
 PATIENCE_S = 200.0  # until all must be well again
+MOST_EVENTS = 50_000  # a history has a few hundred
 STEP_S = 0.05
 REPORT_EVERY = 10_000
 STALL_S = 4.0
@@ -463,6 +464,8 @@ class Simulation(Network):
                 next_step = self.clock + STEP_S
                 self.step()
                 continue
+            if self.number > MOST_EVENTS:
+                raise Violation("it does not come to rest")
             at, _, action, args = heapq.heappop(events)
             if at < self.deaf_until and action.__func__ in HEADS:  # type: ignore[attr-defined]
                 self.put_off(action, args)
