@@ -512,10 +512,7 @@ class Coordinator:
     def _handle(self, event: Event) -> None:
         self._carry_out(self._membership.handle(event))
 
-    def _on_deadline(self, due: float) -> None:
-        if self._late(due):
-            self._start_clock(self._config.cluster.stall_timeout_s)
-            return
+    def _on_deadline(self) -> None:
         phase = self._membership.phase
         change = self._membership.change
         waited = sorted(change.everyone - change.reported - change.gone) if change else []
@@ -701,7 +698,13 @@ class Coordinator:
 
     def _start_clock(self, timeout_s: float) -> None:
         due = self._ports.now() + timeout_s
-        self._deadline = self._ports.call_later(timeout_s, lambda: self._on_deadline(due))
+        self._deadline = self._ports.call_later(timeout_s, lambda: self._clock_is_up(due))
+
+    def _clock_is_up(self, due: float) -> None:
+        if self._late(due):
+            self._start_clock(self._config.cluster.stall_timeout_s)
+        else:
+            self._on_deadline()
 
     def _stop_clock(self) -> None:
         if self._deadline:
