@@ -17,6 +17,7 @@ from flexpert.engine.request import HeldKV, Sequence, TokenEvent
 
 LOAD = msg.Load(0, 0, 0.0, 0)
 MEMORY = msg.Memory(1, 1, 1, 1, 1)
+NEVER_S = 1e9
 EXCHANGE_TIMEOUT_S = 6.0  # longer than the stall timeout, as by default
 
 Weights = frozenset[tuple[int, int]]  # (layer, expert)
@@ -226,8 +227,9 @@ class SimRank:
 
     def _load(self, plan: msg.Prepare) -> None:
         seconds = 0.001 + 0.1 * self.world.draw.random()
-        if self.world.draw.random() < 0.01:
-            seconds, self.well = 10.0, False
+        if self.world.draw.random() < 0.015:
+            seconds = NEVER_S if self.world.draw.random() < 0.5 else 10.0
+            self.well = False
         if self.id in plan.members:
             seconds = max(seconds, self.cut_until - self.world.clock)
         self.world.call(seconds, self._loaded, plan)

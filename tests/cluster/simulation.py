@@ -19,7 +19,8 @@ What must hold, looked at whenever it could break (`Violation`):
 - a rank is told to commit only what it has prepared;
 - it is told to stop only when it runs nothing and its heirs have read its KV;
 - a rank to which nothing was done is not ended, unless it is to leave;
-- once faults are over all is well again: who is wanted serves, nothing is left of who is not.
+- once faults are over all is well again: who is wanted serves, nothing is left of who is not, and
+  no rank keeps what it has prepared in vain.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Simulation(Network):
         self.lives = 0
         self.processes: dict[int, SimRank] = {}  # until their end was told
         self.addresses: set[bytes] = set()  # of processes that live
-        self.adopting: list[tuple[SimRank, bytes]] = []  # told, but has not heard it
+        self.adopting: list[tuple[SimRank, bytes]] = []  # told to take KV, has not heard it
         self.quiet = False  # no step is possible before something changes
         self.journal = Journal()
         self.admission = Admission(self.journal, lambda: self.coordinator.admitting, self.send)
@@ -112,7 +113,8 @@ class Simulation(Network):
             if any(kv == process.address and heir.alive for heir, kv in self.adopting):
                 raise Violation(f"rank {rank} is stopped while its KV is still to be read")
         elif isinstance(command, msg.Adopt):
-            self.adopting.append((process, command.kv))
+            if any(move.held.computed for move in command.moves):
+                self.adopting.append((process, command.kv))
         elif isinstance(command, msg.Commit | msg.Halt) and self.chance(0.04):
             self.call(0.1 * self.draw.random(), self.fault)  # where it hurts most
         self.carry(("down", process.life), self.hears, process, command)
@@ -186,7 +188,7 @@ class Simulation(Network):
         stays = change and rank in change.before & change.after
         if process.alive and process.well and stays and membership.phase is not Phase.LOST:
             raise Violation(f"rank {rank} is ended although nothing was done to it")
-        self.end(process, -9)
+        self.call(0.002 * self.draw.random(), self.end, process, -9)
 
     def end(self, process: SimRank, status: int) -> None:
         if not process.alive:
@@ -248,7 +250,8 @@ class Simulation(Network):
                 raise Violation(f"rank {rank.id} takes {sequence_id}, which {other.id} runs")
 
     def adopted(self, rank: SimRank, kv: bytes) -> None:
-        self.adopting.remove((rank, kv))
+        if (rank, kv) in self.adopting:
+            self.adopting.remove((rank, kv))
 
     def enters(self, rank: SimRank, plan: msg.Prepare) -> None:
         if plan.epoch <= rank.entered:
@@ -484,6 +487,7 @@ class Simulation(Network):
             and coordinator._running is None
             and coordinator._membership.phase is Phase.IDLE
             and coordinator.members == coordinator.wanted - coordinator.left_out
+            and not any(rank.prepared or rank.preparing for rank in self.processes.values())
         )
 
     def check_end(self) -> None:

@@ -18,7 +18,7 @@ from simulation import Simulation, Violation, histories, history
 from flexpert.cluster import coordinator, coverage, membership
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.journal import Entry, Journal
-from flexpert.cluster.membership import Change, Kind, Membership, Phase
+from flexpert.cluster.membership import Change, Do, Kind, Membership, Phase
 from flexpert.cluster.replacement import Replacements
 from flexpert.cluster.views import ClusterEvent
 from flexpert.engine.request import Sequence, TokenEvent
@@ -106,6 +106,16 @@ def survivors_are_not_halted(patch: Patch) -> None:
     patch.setattr(Coordinator, "_halt", lambda *_: None)
 
 
+def a_plan_is_not_withdrawn(patch: Patch) -> None:
+    """A change that fails leaves nothing behind."""
+    rules(patch, lambda r: replace(r, do=tuple(do for do in r.do if do is not Do.CANCEL)))
+
+
+def who_never_gets_ready_is_let_be(patch: Patch) -> None:
+    """A recovery does not wait for ever."""
+    rules(patch, lambda r: replace(r, do=tuple(do for do in r.do if do is not Do.KILL_SILENT)))
+
+
 def a_loss_is_ignored(patch: Patch) -> None:
     """A member whose process has ended is no member of the next epoch."""
     rules(
@@ -139,8 +149,8 @@ def a_leaver_is_stopped_while_its_kv_is_read(patch: Patch) -> None:
     """A leaver stays until all heirs have taken from its memory what they need."""
     carry_out = Coordinator._carry_out
 
-    def nobody_reads(self: Coordinator, actions: list[membership.Do]) -> None:
-        if membership.Do.STOP in actions:
+    def nobody_reads(self: Coordinator, actions: list[Do]) -> None:
+        if Do.STOP in actions:
             self._adopting.clear()
         carry_out(self, actions)
 
@@ -235,6 +245,8 @@ BROKEN: Iterable[Callable[[Patch], None]] = (
     a_plan_is_committed_before_all_are_prepared,
     survivors_are_not_halted,
     a_loss_is_ignored,
+    a_plan_is_not_withdrawn,
+    who_never_gets_ready_is_let_be,
     an_id_is_free_before_its_process_is_gone,
     a_leaver_is_stopped_before_it_has_handed_over,
     a_leaver_is_stopped_while_its_kv_is_read,
