@@ -313,6 +313,8 @@ class Coordinator:
         members = self.members
         operation = operation or Operation(members, target, self.epoch, reason)
         operation.before, operation.after, operation.epoch = members, target, self.epoch
+        if target == members and self._down:
+            self._check_memory((), self._replan(target))  # that they are here is not enough
         if target == members:
             operation.end("done")
             self._remember(operation)
@@ -349,7 +351,6 @@ class Coordinator:
             self._operations.pop(next(iter(self._operations)))
 
     def _check_memory(self, joining: Iterable[int], placement: Placement) -> None:
-        newcomers = list(joining)
         totals = self._planned(placement)
         limit = self._config.cluster.memory_per_rank
         worst = max(totals, key=lambda rank: totals[rank])
@@ -358,12 +359,16 @@ class Coordinator:
                 f"{len(totals)} ranks cannot hold the experts: rank {worst} would need "
                 f"{_mib(totals[worst])} of its {_mib(limit)} (memory_per_rank)"
             )
+        self._check_free({rank: totals[rank] for rank in joining})
+
+    def _check_free(self, needs: dict[int, int]) -> None:
+        """Whether this machine has the memory for newcomers. needs: rank → bytes."""
         memory = psutil.virtual_memory()
         free = memory.available - int(memory.total * self._config.cluster.memory_headroom)
-        wanted = sum(totals[rank] for rank in newcomers)
+        wanted = sum(needs.values())
         if wanted > free:
             raise OperationRefused(
-                f"{len(newcomers)} more ranks need {_mib(wanted)} but {_mib(max(free, 0))} of "
+                f"{len(needs)} more ranks need {_mib(wanted)} but {_mib(max(free, 0))} of "
                 "memory are free; lower --kv-memory or the number of ranks"
             )
 
