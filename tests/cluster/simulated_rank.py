@@ -76,6 +76,7 @@ class SimRank:
         "entering",
         "epoch",
         "fetches",
+        "hangs_since",
         "id",
         "inbox",
         "interrupted",
@@ -109,6 +110,7 @@ class SimRank:
         self.stopped = False
         self.stopped_at = 0.0
         self.cut_until = 0.0  # its exchanges are held up
+        self.hangs_since = float("inf")
         self.lost_after = float("inf")  # what it sent later went down with its connection
         self.member = False
         self.left = False
@@ -175,6 +177,8 @@ class SimRank:
                 self._forget()
                 self.armed, self.entering = 0, False
                 self._leave()
+            case msg.Hold():
+                pass  # it has left its epoch and waits for the next one anyway
             case msg.Stop():
                 self.world.end(self, 0)
 

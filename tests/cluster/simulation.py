@@ -12,7 +12,8 @@ every sequence it runs; a step may be torn, so that some have done that and othe
 
 What must hold, looked at whenever it could break (`Violation`):
 - the members of an epoch run it, all of them with the same plan, and no older one after it;
-- an epoch's experts are all loaded, each where the plan says;
+- an epoch's experts are all loaded (those that are missing and spared need not), each where the
+  plan says, and no rank holds more than it has memory for;
 - a request runs on one rank at a time, each of its tokens follows the one published before it, and
   it ends when it has as many as were asked for;
 - an id is used again only when its old process is gone;
@@ -37,7 +38,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from simulated_network import Network, Timer
-from simulated_rank import SimRank, Violation, weights_of
+from simulated_rank import NEVER_S, SimRank, Violation, weights_of
 
 from flexpert.cluster import messages as msg
 from flexpert.cluster.admission import Admission
@@ -49,6 +50,7 @@ from flexpert.cluster.views import ClusterEvent, Delta
 from flexpert.config import load_config
 from flexpert.engine.request import HeldKV, Move, SamplingParams
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused
+from flexpert.moe.placement import Placement
 
 TROUBLE_S = 8.0  # of a history; then faults stop
 PATIENCE_S = 200.0  # until all must be well again
@@ -56,21 +58,26 @@ MOST_EVENTS = 50_000  # a history has a few hundred
 STEP_S = 0.05
 REPORT_EVERY = 10_000
 STALL_S = 4.0
-CONFIG = load_config(
-    environment={},
-    overrides={
-        "cluster.ranks": 3,
-        "cluster.max_ranks": 6,
-        "cluster.start_timeout_s": 8.0,
-        "cluster.load_timeout_s": 8.0,
-        "cluster.move_timeout_s": 8.0,
-        "cluster.commit_timeout_s": 12.0,
-        "cluster.stall_timeout_s": STALL_S,
-        "cluster.redundant_experts": 1,
-        "cluster.restart_backoff_s": 0.3,
-        "cluster.restart_limit": 50,  # faults come faster than in life
-    },
+SETTINGS: dict[str, Any] = {
+    "cluster.ranks": 3,
+    "cluster.max_ranks": 6,
+    "cluster.start_timeout_s": 8.0,
+    "cluster.load_timeout_s": 8.0,
+    "cluster.move_timeout_s": 8.0,
+    "cluster.commit_timeout_s": 12.0,
+    "cluster.stall_timeout_s": STALL_S,
+    "cluster.redundant_experts": 1,
+    "cluster.restart_backoff_s": 0.3,
+    "cluster.restart_limit": 50,  # faults come faster than in life
+}
+# Which of them a history has, its seed says.
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"cluster.memory_per_rank": 3},  # experts, here: one rank alone cannot hold all
+    {},
+    {"cluster.on_missing_expert": "degrade"},
 )
+CONFIGS = [load_config(environment={}, overrides=SETTINGS | kind) for kind in KINDS]
 SOURCE: Any = SimpleNamespace(info=SimpleNamespace(experts=5, moe_layers=1))
 EXPERTS = frozenset((layer, e) for layer in range(1) for e in range(5))
 
@@ -96,8 +103,10 @@ class Simulation(Network):
         self.plans: dict[int, msg.Prepare] = {}  # those that were entered
         self.newest = 0  # the latest epoch that has run a step
         self.steps = 0
-        self.coordinator = Coordinator(CONFIG, SOURCE, self)
-        self.coordinator._check_memory = lambda *_: None  # type: ignore[method-assign]
+        self.config = CONFIGS[seed % len(CONFIGS)]
+        self.coordinator = Coordinator(self.config, SOURCE, self)
+        self.coordinator._check_free = lambda _: None  # type: ignore[method-assign]
+        self.coordinator._planned = experts_of  # type: ignore[method-assign]
 
     # ---- the network between head and ranks -----------------------------------------------------
 
@@ -108,7 +117,7 @@ class Simulation(Network):
         if self.trace:
             self.note("head →", rank, type(command).__name__, getattr(command, "epoch", ""))
         if isinstance(command, msg.Stop) and process.alive:
-            if process.sequences:
+            if process.sequences and not self.coordinator.down:
                 raise Violation(f"rank {rank} is stopped while it runs {sorted(process.sequences)}")
             if any(kv == process.address and heir.alive for heir, kv in self.adopting):
                 raise Violation(f"rank {rank} is stopped while its KV is still to be read")
@@ -147,7 +156,8 @@ class Simulation(Network):
         for process in list(self.processes.values()):
             heard = process.proven and self.links[("up", process.life)] <= self.clock
             if process.runs and heard:
-                self.coordinator.on_report(process.id, msg.Alive())
+                stuck_s = max(0.0, self.clock - process.hangs_since)
+                self.coordinator.on_report(process.id, msg.Alive(stuck_s))
         self.over = not self.coordinator.wanted and self.coordinator._running is None
         self.call(STALL_S / BEATS, self.beat)
 
@@ -336,9 +346,16 @@ class Simulation(Network):
             return
         self.newest = epoch
         loaded = frozenset[tuple[int, int]]().union(*[rank.weights for rank in ranks])
-        if loaded < EXPERTS:
-            raise Violation(f"epoch {epoch} begins and nobody has {sorted(EXPERTS - loaded)}")
+        spared = frozenset[tuple[int, int]]()
+        if self.config.cluster.on_missing_expert == "degrade":
+            spared = frozenset(plan.placement.missing())
+        if not loaded >= EXPERTS - spared:
+            lacking = sorted(EXPERTS - spared - loaded)
+            raise Violation(f"epoch {epoch} begins and nobody has {lacking}")
         for rank in ranks:
+            limit = self.config.cluster.memory_per_rank
+            if limit is not None and len(rank.weights) > limit:
+                raise Violation(f"epoch {epoch}: rank {rank.id} holds more than it has memory for")
             if not rank.weights >= weights_of(plan, rank.id):
                 raise Violation(f"epoch {epoch}: rank {rank.id} has not loaded what it is to own")
 
@@ -418,7 +435,11 @@ class Simulation(Network):
         elif draw < 0.90:
             self.note("cuts", victim.id, seconds)
             victim.well, victim.cut_until = False, self.clock + seconds
-            self.call(seconds, self.wakes_peers)
+            if self.chance(0.3):  # its step loop hangs, while its other threads go on
+                victim.cut_until = victim.hangs_since = self.clock
+                victim.cut_until += NEVER_S
+            else:
+                self.call(seconds, self.wakes_peers)
         elif self.clock >= self.deaf_until:
             seconds = 2.0 + 4.0 * self.draw.random()
             self.note("head deaf", seconds)
@@ -487,6 +508,8 @@ class Simulation(Network):
             and coordinator._running is None
             and coordinator._membership.phase is Phase.IDLE
             and coordinator.members == coordinator.wanted - coordinator.left_out
+            and coordinator.down is None
+            and not coordinator.placement().missing_experts
             and not any(rank.prepared or rank.preparing for rank in self.processes.values())
         )
 
@@ -509,6 +532,11 @@ class Simulation(Network):
         for operation in coordinator._operations.values():
             if not operation.over.is_set():
                 raise Violation(f"operation {operation.id} never ends")
+
+
+def experts_of(placement: Placement) -> dict[int, int]:
+    """What each rank needs, in place of bytes."""
+    return {rank: placement.count(rank) for rank in placement.ranks}
 
 
 # What happens in the head's process.

@@ -219,6 +219,26 @@ def who_is_silent_is_let_be(patch: Patch) -> None:
     patch.setattr(coordinator.Coordinator, "_end_stalled", lambda *_: None)
 
 
+def who_hangs_is_let_be(patch: Patch) -> None:
+    """A rank whose step loop hangs is ended."""
+    patch.setattr(coordinator, "STUCK", float("inf"))
+
+
+def lost_experts_are_not_loaded(patch: Patch) -> None:
+    """Who goes on without some experts loads them."""
+    patch.setattr(Coordinator, "_restore", lambda _: False)
+
+
+def any_number_of_ranks_will_do(patch: Patch) -> None:
+    """A change to ranks that cannot hold all experts is refused."""
+    patch.setattr(Coordinator, "_check_memory", lambda *_: None)
+
+
+def who_cannot_hold_all_goes_on(patch: Patch) -> None:
+    """Survivors without the memory for all experts wait for more ranks."""
+    patch.setattr(Coordinator, "_fits", lambda *_: True)
+
+
 def a_head_that_was_held_up_blames_the_ranks(patch: Patch) -> None:
     """Answers that lie unread while the head is held up count."""
     patch.setattr(Coordinator, "_late", lambda *_: False)
@@ -258,6 +278,10 @@ BROKEN: Iterable[Callable[[Patch], None]] = (
     a_request_is_given_to_two,
     nobody_comes_back,
     who_is_silent_is_let_be,
+    who_hangs_is_let_be,
+    lost_experts_are_not_loaded,
+    any_number_of_ranks_will_do,
+    who_cannot_hold_all_goes_on,
     a_head_that_was_held_up_blames_the_ranks,
 )
 
