@@ -483,13 +483,13 @@ class Coordinator:
                 self._loss, self._before_loss = f"rank {rank}: {error}", self.members
                 self._handle(Event(Kind.BROKEN, rank, error))
 
-    def on_exit(self, rank: int, status: int) -> None:
-        """A rank's process is certainly gone."""
+    def on_exit(self, rank: int, status: int, why: str = "") -> None:
+        """A rank's process is certainly gone. why: what is known beyond the status."""
         record = self._ranks.pop(rank, None)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         reason = f"rank {rank} ended ({how})"
-        if record and record.error:
-            reason += f": {record.error}"
+        if error := why or (record.error if record else ""):
+            reason += f": {error}"
         self._ports.publish(_event("rank", {"id": rank, "state": "gone", "reason": reason}))
         change, phase = self._membership.change, self._membership.phase
         asked = change is not None and phase is not Phase.IDLE and rank in change.leaving
