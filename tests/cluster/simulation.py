@@ -48,29 +48,45 @@ from flexpert.cluster.views import ClusterEvent, Delta
 from flexpert.config import load_config
 from flexpert.engine.request import HeldKV, Move, SamplingParams
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused
+from flexpert.moe.placement import Placement
 
 TROUBLE_S = 8.0  # of a history; then faults stop
 PATIENCE_S = 200.0  # until all must be well again
 STEP_S = 0.05
 REPORT_EVERY = 10_000
 STALL_S = 4.0
-CONFIG = load_config(
-    environment={},
-    overrides={
-        "cluster.ranks": 3,
-        "cluster.max_ranks": 6,
-        "cluster.start_timeout_s": 8.0,
-        "cluster.load_timeout_s": 8.0,
-        "cluster.move_timeout_s": 8.0,
-        "cluster.commit_timeout_s": 12.0,
-        "cluster.stall_timeout_s": STALL_S,
-        "cluster.redundant_experts": 1,
-        "cluster.restart_backoff_s": 0.3,
-        "cluster.restart_limit": 50,  # faults come faster than in life
-    },
-)
+SETTINGS: dict[str, Any] = {
+    "cluster.ranks": 3,
+    "cluster.max_ranks": 6,
+    "cluster.start_timeout_s": 8.0,
+    "cluster.load_timeout_s": 8.0,
+    "cluster.move_timeout_s": 8.0,
+    "cluster.commit_timeout_s": 12.0,
+    "cluster.stall_timeout_s": STALL_S,
+    "cluster.redundant_experts": 1,
+    "cluster.restart_backoff_s": 0.3,
+    "cluster.restart_limit": 50,  # faults come faster than in life
+}
+ROOM = 3  # experts that a rank has the memory for, where memory is limited: two ranks are needed
+LIMITED, DEGRADING = 1, 2
+KINDS = {
+    kind: load_config(
+        environment={},
+        overrides=SETTINGS
+        | {
+            "cluster.memory_per_rank": ROOM if kind & LIMITED else None,
+            "cluster.on_missing_expert": "degrade" if kind & DEGRADING else "load",
+        },
+    )
+    for kind in range(4)
+}
 SOURCE: Any = SimpleNamespace(info=SimpleNamespace(experts=5, moe_layers=1))
 EXPERTS = frozenset((layer, e) for layer in range(1) for e in range(5))
+
+
+def counts(placement: Placement) -> dict[int, int]:
+    """A byte for an expert."""
+    return {rank: placement.count(rank) for rank in placement.ranks}
 
 
 class Simulation(Network):
@@ -94,8 +110,9 @@ class Simulation(Network):
         self.plans: dict[int, msg.Prepare] = {}  # those that were entered
         self.newest = 0  # the latest epoch that has run a step
         self.steps = 0
-        self.coordinator = Coordinator(CONFIG, SOURCE, self)
-        self.coordinator._check_memory = lambda *_: None  # type: ignore[method-assign]
+        self.kind = seed % len(KINDS)
+        self.coordinator = Coordinator(KINDS[self.kind], SOURCE, self)
+        self.coordinator._planned = counts  # type: ignore[method-assign]
 
     # ---- the network between head and ranks -----------------------------------------------------
 
@@ -332,11 +349,13 @@ class Simulation(Network):
             return
         self.newest = epoch
         loaded = frozenset[tuple[int, int]]().union(*[rank.weights for rank in ranks])
-        if loaded < EXPERTS:
+        if loaded < EXPERTS and not self.kind & DEGRADING:
             raise Violation(f"epoch {epoch} begins and nobody has {sorted(EXPERTS - loaded)}")
         for rank in ranks:
             if not rank.weights >= weights_of(plan, rank.id):
                 raise Violation(f"epoch {epoch}: rank {rank.id} has not loaded what it is to own")
+            if self.kind & LIMITED and len(rank.weights) > ROOM:
+                raise Violation(f"epoch {epoch}: rank {rank.id} holds more than it has room for")
 
     # ---- people ---------------------------------------------------------------------------------
 
@@ -481,6 +500,9 @@ class Simulation(Network):
             and coordinator._running is None
             and coordinator._membership.phase is Phase.IDLE
             and coordinator.members == coordinator.wanted - coordinator.left_out
+            and coordinator.down is None
+            and coordinator._placement is not None
+            and not coordinator._placement.missing()
         )
 
     def check_end(self) -> None:

@@ -209,6 +209,11 @@ def who_is_silent_is_let_be(patch: Patch) -> None:
     patch.setattr(coordinator.Coordinator, "_end_stalled", lambda *_: None)
 
 
+def survivors_hold_more_than_they_have_room_for(patch: Patch) -> None:
+    """Nobody holds more than it has the memory for."""
+    patch.setattr(Coordinator, "_fits", lambda *_: True)
+
+
 def a_head_that_was_held_up_blames_the_ranks(patch: Patch) -> None:
     """Answers that lie unread while the head is held up count."""
     patch.setattr(Coordinator, "_late", lambda *_: False)
@@ -246,6 +251,7 @@ BROKEN: Iterable[Callable[[Patch], None]] = (
     a_request_is_given_to_two,
     nobody_comes_back,
     who_is_silent_is_let_be,
+    survivors_hold_more_than_they_have_room_for,
     a_head_that_was_held_up_blames_the_ranks,
 )
 

@@ -259,6 +259,7 @@ class Coordinator:
             running = self._queued[0]
         elif self._same_as_running(running.before, wish) == running.after:
             if running.automatic:
+                self._check_memory((), self._replan(running.after))
                 self._replacements.want(running.after)
             return running.view()
         elif running.automatic:
@@ -314,6 +315,8 @@ class Coordinator:
         operation = operation or Operation(members, target, self.epoch, reason)
         operation.before, operation.after, operation.epoch = members, target, self.epoch
         if target == members:
+            if not operation.automatic:  # they may be what a loss has left, and too few
+                self._check_memory((), self._replan(target))
             operation.end("done")
             self._remember(operation)
             if not operation.automatic:
@@ -682,7 +685,7 @@ class Coordinator:
             self._ranks[rank].state = "ready"
         self._warn(f"{self._down}; requests wait until more ranks are up")
         self._phase("release", _RELEASE_TIMEOUT_S)
-        self._tell(change.leaving, msg.Stop())
+        self._kill(change.leaving)  # no epoch comes in which they could hand over what they run
         self._tell(change.after, msg.Hold(sorted(change.after)))
 
     def _too_small(self, ranks: Iterable[int]) -> str:
