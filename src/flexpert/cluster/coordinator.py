@@ -259,6 +259,7 @@ class Coordinator:
             running = self._queued[0]
         elif self._same_as_running(running.before, wish) == running.after:
             if running.automatic:
+                self._check_memory((), self._replan(running.after))
                 self._replacements.want(running.after)
             return running.view()
         elif running.automatic:
@@ -313,9 +314,9 @@ class Coordinator:
         members = self.members
         operation = operation or Operation(members, target, self.epoch, reason)
         operation.before, operation.after, operation.epoch = members, target, self.epoch
-        if target == members and self._down:
-            self._check_memory((), self._replan(target))  # that they are here is not enough
         if target == members:
+            if not operation.automatic:  # they may be what a loss has left, and too few
+                self._check_memory((), self._replan(target))
             operation.end("done")
             self._remember(operation)
             if not operation.automatic:
@@ -488,13 +489,13 @@ class Coordinator:
                 self._loss, self._before_loss = f"rank {rank}: {error}", self.members
                 self._handle(Event(Kind.BROKEN, rank, error))
 
-    def on_exit(self, rank: int, status: int) -> None:
-        """A rank's process is certainly gone."""
+    def on_exit(self, rank: int, status: int, why: str = "") -> None:
+        """A rank's process is certainly gone. why: what is known beyond the status."""
         record = self._ranks.pop(rank, None)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         reason = f"rank {rank} ended ({how})"
-        if record and record.error:
-            reason += f": {record.error}"
+        if error := why or (record.error if record else ""):
+            reason += f": {error}"
         self._ports.publish(_event("rank", {"id": rank, "state": "gone", "reason": reason}))
         change, phase = self._membership.change, self._membership.phase
         asked = change is not None and phase is not Phase.IDLE and rank in change.leaving
@@ -684,7 +685,7 @@ class Coordinator:
             self._ranks[rank].state = "ready"
         self._warn(f"{self._down}; requests wait until more ranks are up")
         self._phase("release", _RELEASE_TIMEOUT_S)
-        self._tell(change.leaving, msg.Stop())
+        self._kill(change.leaving)  # no epoch comes in which they could hand over what they run
         self._tell(change.after, msg.Hold(sorted(change.after)))
 
     def _too_small(self, ranks: Iterable[int]) -> str:

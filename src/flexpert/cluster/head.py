@@ -316,11 +316,11 @@ class Head:
                 self._journal.fail(sequence_id, RequestError(error))
         self._coordinator.on_report(rank, report)
 
-    def _on_exit(self, rank: int, status: int) -> None:
+    def _on_exit(self, rank: int, status: int, why: str) -> None:
         if self._transport:
             self._transport.forget(rank)
         if self._coordinator and not self._stopped:
-            self._coordinator.on_exit(rank, status)
+            self._coordinator.on_exit(rank, status, why)
 
     def _send(self, rank: int, command: msg.Command) -> None:
         if self._transport:

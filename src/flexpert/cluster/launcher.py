@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from flexpert.cluster import forkserver
 from flexpert.cluster.forkserver import Exited, RankSpec, Ready, Started, Unusable
 from flexpert.config import Config
 from flexpert.errors import FlexpertError, ModelError
+
+log = logging.getLogger("flexpert")
 
 # Threads that wait for the next parallel region must sleep: ranks share the cores.
 _ENVIRONMENT = {
@@ -28,12 +32,20 @@ _ENVIRONMENT = {
 class LocalLauncher:
     """Ranks as forks of one warm process; their ends are seen within milliseconds.
 
-    on_exit(rank, status) is called when a process is certainly gone (reaped).
+    If that process ends, its ranks end with it, and the next `spawn` starts another one.
+
+    on_exit(rank, status, why) is called when a process is certainly gone (reaped); why: what is
+    known beyond its status, or "".
     """
 
-    def __init__(self, on_exit: Callable[[int, int], None]) -> None:
+    def __init__(self, on_exit: Callable[[int, int, str], None]) -> None:
         self._on_exit = on_exit
+        self._config: Config | None = None
+        self._timeout_s = 0.0
         self._pids: dict[int, int] = {}
+        self._waiting: list[RankSpec] = []  # for a fork server that is starting
+        self._starting: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -47,6 +59,10 @@ class LocalLauncher:
             ModelError: the model cannot be opened.
             FlexpertError: it died or took longer than timeout_s.
         """
+        self._config, self._timeout_s = config, timeout_s
+        await self._start(config, timeout_s)
+
+    async def _start(self, config: Config, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -71,11 +87,47 @@ class LocalLauncher:
 
     def spawn(self, spec: RankSpec) -> None:
         """Fork a rank; its end is told through on_exit even if it never came up."""
-        if self._channel is None:
-            raise FlexpertError("the fork server is not running")
+        if self._config is None:
+            raise FlexpertError("the fork server was never started")
         self._empty.clear()
         self._pids[spec.rank] = 0
-        self._channel.send(forkserver.encode(spec))
+        if self._channel is not None and self._starting is None:
+            self._send(self._channel, spec)
+            return
+        self._waiting.append(spec)
+        if self._starting is None:
+            self._starting = self._do(self._start_again(self._config))
+
+    async def _start_again(self, config: Config) -> None:
+        """Another fork server, and what waits for it."""
+        log.warning("a new fork server is started")
+        try:
+            await self._start(config, self._timeout_s)
+            failure = None
+        except FlexpertError as error:
+            failure = str(error)
+            self._disconnect()
+            if self._process:
+                self._do(self._bury(self._process, {}))
+        self._starting = None
+        waiting, self._waiting = self._waiting, []
+        for spec in waiting:
+            if failure is None and self._channel is not None:
+                self._send(self._channel, spec)
+            else:
+                self._gone(spec.rank, 1, failure or "the fork server ended while it started")
+
+    @staticmethod
+    def _send(channel: socket.socket, spec: RankSpec) -> None:
+        # a server that has just ended is seen when its answer is read
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            channel.send(forkserver.encode(spec))
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def kill(self, rank: int) -> None:
         """SIGKILL; nothing if it is gone already."""
@@ -83,6 +135,10 @@ class LocalLauncher:
         if pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        elif any(spec.rank == rank for spec in self._waiting):
+            self._waiting = [spec for spec in self._waiting if spec.rank != rank]
+            gone = "the fork server was still starting"
+            asyncio.get_running_loop().call_soon(self._gone, rank, -signal.SIGKILL, gone)
         elif pid == 0:  # the fork is under way: as soon as its pid is known
             self._pids[rank] = -1
 
@@ -104,6 +160,12 @@ class LocalLauncher:
         """Wait for the ranks to end, kill those that do not, end the fork server. Idempotent."""
         if self._process is None:
             return
+        if self._starting is not None:
+            self._starting.cancel()
+            self._process.kill()
+        for spec in self._waiting:
+            self._gone(spec.rank, -signal.SIGKILL)
+        self._waiting.clear()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         for rank in list(self._pids):
@@ -154,19 +216,52 @@ class LocalLauncher:
         elif isinstance(answer, Exited):
             self._gone(answer.rank, answer.status)
 
-    def _gone(self, rank: int, status: int) -> None:
+    def _gone(self, rank: int, status: int, why: str = "") -> None:
         self._pids.pop(rank, None)
         if not self._pids:
             self._empty.set()
-        self._on_exit(rank, status)
+        self._on_exit(rank, status, why)
 
     def _died(self) -> None:
         """The fork server is gone, and with it every rank."""
         self._disconnect()
         if self._ready and not self._ready.done():
             self._ready.set_exception(FlexpertError("the fork server ended while it started"))
-        for rank in list(self._pids):
-            self._gone(rank, -signal.SIGKILL)
+        later = {spec.rank for spec in self._waiting}
+        ranks = {rank: pid for rank, pid in self._pids.items() if rank not in later}
+        if self._process is not None:
+            self._do(self._bury(self._process, ranks))
+
+    async def _bury(self, process: subprocess.Popen[bytes], ranks: dict[int, int]) -> None:
+        """Tell the ends of a fork server's ranks, each when its process is certainly gone.
+
+        The kernel closes the server's socket before it ends the server's children.
+        """
+        process.kill()
+        status = await asyncio.to_thread(process.wait)
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        for rank, pid in ranks.items():
+            if pid > 0:  # else it had not been told yet; it has ended with the server
+                await _end(pid)
+            self._gone(rank, -signal.SIGKILL, f"the fork server ended ({how})")
+
+
+async def _end(pid: int) -> None:
+    """Kill a process that is not our child, and wait until it has ended."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        await ended.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)
 
 
 def _process_clock(pid: int) -> int:

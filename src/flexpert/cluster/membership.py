@@ -72,7 +72,7 @@ class Do(Enum):
     CANCEL = "withdraw the plan"
     ABANDON = "give the running change up"
     HALT = "stop the survivors' exchanges"
-    HOLD = "let the survivors wait for more ranks, stop leavers"
+    HOLD = "let the survivors wait for more ranks, kill leavers"
     FINISH = "report the outcome"
     ALARM = "report the loss"
 
