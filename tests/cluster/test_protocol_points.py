@@ -7,6 +7,7 @@ traffic, and mostly in the middle of a change that replaces one member by a newc
 from __future__ import annotations
 
 import asyncio
+import itertools
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +19,7 @@ from typing import Literal
 import pytest
 from service import Answer, Service, active, answer, answer_all, change, requests, running, until
 
+from flexpert.cluster import messages as msg
 from flexpert.cluster.head import Head
 from flexpert.engine.faults import POINTS, VARIABLE, Fault, Point
 
@@ -27,6 +29,7 @@ CLIENTS = 6
 WORK = requests(12, tokens=30)
 
 Who = Literal["member", "leaver", "newcomer", "other"]
+Action = Literal["kill", "stop", "starve"]
 Ends = Literal["as before", "as wanted"]
 
 
@@ -35,7 +38,7 @@ class Strike:
     who: Who
     point: Point
     count: int = 1
-    signal: Literal["KILL", "STOP"] = "KILL"
+    action: Action = "kill"
 
 
 @dataclass(frozen=True)
@@ -51,20 +54,20 @@ class Case:
 
     def __str__(self) -> str:
         names = [
-            f"{s.who}-{s.point}" + ("" if s.signal == "KILL" else f"-{s.signal}")
+            f"{s.who}-{s.point}" + ("" if s.action == "kill" else f"-{s.action}")
             for s in self.strikes
         ]
         return "+".join(names)
 
 
-def in_a_step(point: Point, count: int = 3, signal: Literal["KILL", "STOP"] = "KILL") -> Case:
-    return Case((Strike("member", point, count, signal),), change=False, ends="as before")
+def in_a_step(point: Point, count: int = 3, action: Action = "kill") -> Case:
+    return Case((Strike("member", point, count, action),), change=False, ends="as before")
 
 
 def in_a_change(
-    who: Who, point: Point, ends: Ends, count: int = 1, signal: Literal["KILL", "STOP"] = "KILL"
+    who: Who, point: Point, ends: Ends, count: int = 1, action: Action = "kill"
 ) -> Case:
-    return Case((Strike(who, point, count, signal),), change=True, ends=ends)
+    return Case((Strike(who, point, count, action),), change=True, ends=ends)
 
 
 def in_a_recovery(point: Point) -> Case:
@@ -83,13 +86,15 @@ TABLE = [
     in_a_step("combine_wait"),
     in_a_step("publish"),
     in_a_step("published"),
-    in_a_step("vote", signal="STOP"),
-    in_a_step("dispatch_wait", signal="STOP"),
+    in_a_step("vote", action="stop"),
+    in_a_step("dispatch_wait", action="stop"),
+    in_a_step("vote", action="starve"),
+    in_a_step("dispatch_wait", action="starve"),
     # prepare: withdrawn, whoever ends
     in_a_change("newcomer", "spawn", "as before"),
     in_a_change("newcomer", "connect", "as before"),
     in_a_change("newcomer", "load", "as before", count=2),
-    in_a_change("newcomer", "load", "as before", signal="STOP"),
+    in_a_change("newcomer", "load", "as before", action="stop"),
     in_a_change("newcomer", "warm_up", "as before"),
     in_a_change("newcomer", "prepared", "as before"),
     in_a_change("member", "connect", "as before"),
@@ -198,7 +203,7 @@ def test_a_rank_that_ends_at_any_point_costs_no_answer(
         wanted = before - {leaver} | {newcomer} if case.ends == "as wanted" else before
         async with traffic(head, undisturbed):
             planted = [
-                Fault(ids[s.who], s.point, s.count, s.signal).plant(folder) for s in case.strikes
+                Fault(ids[s.who], s.point, s.count, s.action).plant(folder) for s in case.strikes
             ]
             if case.change:
                 await change(head, add=1, remove=[leaver])
@@ -210,5 +215,49 @@ def test_a_rank_that_ends_at_any_point_costs_no_answer(
             further = await change(head, add=1, remove=[min(wanted)])
             assert further.state == "done", further
             assert active(head) == set(further.target)
+
+    service.run(scenario(service.head))
+
+
+def test_a_rank_and_a_head_that_do_not_hear_each_other_for_long_both_wait(
+    service: Service, folder: Path, undisturbed: list[Answer]
+) -> None:
+    """Longer than the stall timeout: the process works, and slow is not dead."""
+
+    async def scenario(head: Head, patch: pytest.MonkeyPatch) -> None:
+        await until(lambda: len(active(head)) == 3)
+        before, epoch = processes(head), head.cluster().epoch
+        victim = min(active(head))
+        heard: list[float] = []
+        coordinator = head._need_coordinator()
+        listen = coordinator.on_report
+
+        def note(rank: int, report: msg.Report) -> None:
+            if rank == victim:
+                heard.append(head.now())
+            listen(rank, report)
+
+        patch.setattr(coordinator, "on_report", note)
+        async with traffic(head, undisturbed):
+            Fault(victim, "vote", action="cut", seconds=1.2).plant(folder)
+            await until(lambda: any(b - a > 1.0 for a, b in itertools.pairwise(heard)))
+            assert (processes(head), head.cluster().epoch) == (before, epoch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        service.run(scenario(service.head, patch))
+
+
+def test_a_rank_that_is_not_heard_and_does_not_work_is_ended(
+    service: Service, folder: Path, undisturbed: list[Answer]
+) -> None:
+    async def scenario(head: Head) -> None:
+        await until(lambda: len(active(head)) == 3)
+        before, wanted = processes(head), active(head)
+        victim = min(wanted)
+        async with traffic(head, undisturbed):
+            Fault(victim, "vote", action="cut", seconds=60).plant(folder)
+            Fault(victim, "vote", count=2, action="stop").plant(folder)
+            await until(lambda: active(head) == wanted and len(processes(head) - before) == 1)
+            assert {rank for rank, _ in before - processes(head)} == {victim}
 
     service.run(scenario(service.head))

@@ -54,6 +54,32 @@ def test_a_count_below_one_is_refused() -> None:
         Fault(rank=0, point="vote", count=0)
 
 
+def test_a_starved_process_gets_no_more_memory(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        faults = Faults(0, tmp_path)
+        Fault(rank=0, point="vote", action="starve").plant(tmp_path)
+        got = True
+        try:
+            faults.at("vote")
+            bytearray(4096)
+        except MemoryError:
+            got = False
+        os._exit(got)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_cut_is_the_line_s_to_make(tmp_path: Path) -> None:
+    cuts: list[float] = []
+    faults = Faults(0, tmp_path)
+    faults.cut = cuts.append
+    Fault(rank=0, point="vote", action="cut", seconds=2.5).plant(tmp_path)
+    faults.at("vote")
+    assert cuts == [2.5]
+    with pytest.raises(ValueError, match="only a cut takes time"):
+        Fault(rank=0, point="vote", action="cut")
+
+
 def test_without_the_variable_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     assert Faults.of_environment(0) is None

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -37,6 +37,7 @@ async def own_service(
     arguments: Sequence[str] = (),
     *,
     key: str | None = None,
+    environment: Mapping[str, str] | None = None,
     start_timeout_s: float = 180.0,
     stop_timeout_s: float = 15.0,
     report: Callable[[str], None] | None = None,
@@ -48,6 +49,7 @@ async def own_service(
 
     Args:
         arguments: flags of `flexpert serve` besides --host and --port.
+        environment: of it, besides our own.
         report: told each line it prints until it is ready.
 
     Raises:
@@ -60,6 +62,7 @@ async def own_service(
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
+        env={**os.environ, **(environment or {})},
         start_new_session=True,
         preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-import signal
-import socket
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,29 +19,28 @@ import httpx
 import msgspec
 import psutil
 from rich.console import Console
-from rich.table import Table
 
 from flexpert.bench.load import Answer, LoadError, Target, call, closed_loop, complete
 from flexpert.bench.machine import this_machine
 from flexpert.bench.service import own_service
+from flexpert.cli.chaos_processes import BY_ITSELF, Family, find_family, strike
 from flexpert.cli.chaos_report import (
-    BIN_S,
     LETHAL,
     ChaosResult,
     Fault,
-    Held,
     Seen,
     counts,
-    rates,
-    sparkline,
+    growth,
     times_of,
 )
+from flexpert.cli.chaos_view import draw, show
 from flexpert.cli.demo import demo_requests, same
 from flexpert.cli.demo_report import Plan
-from flexpert.cluster.views import ClusterView, OperationView, RankView
+from flexpert.cluster.views import ClusterView, OperationView
+from flexpert.engine.faults import VARIABLE
 from flexpert.errors import ConfigError, FlexpertError
 
-KINDS = ("kill", "stop", "slow", "oom")
+KINDS = ("kill", "stop", "slow", "oom", "partition")
 
 EXIT_OK = 0
 EXIT_BAD = 1
@@ -54,8 +52,7 @@ SERVE = (
 )
 _STALL_S = 60.0
 _BACK_S = 60.0  # until all ranks must be back after the last fault
-_SLOW_S, _SLOW_STEP_S = 1.0, 0.05  # a slow rank: stopped half of the time
-_STARVED_S = 1.0
+_CUT_S = (0.5, 3.0)  # a partition: shorter and longer than the stall timeout
 _SCALE_EVERY_S = 3.0
 
 
@@ -79,14 +76,14 @@ class ChaosPlan:
     key: str | None = None
 
 
-def parse_faults(text: str) -> tuple[str, ...]:
-    """Raises: ConfigError: an unknown kind, with the reason if it is one that is not offered."""
+def parse_faults(text: str | None, *, own: bool) -> tuple[str, ...]:
+    """Without a text: all, or with a service of somebody else those that signals can do.
+
+    Raises: ConfigError: an unknown kind, or none.
+    """
+    if text is None:
+        return tuple(kind for kind in KINDS if own or kind not in BY_ITSELF)
     kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if "partition" in kinds:
-        raise ConfigError(
-            "--faults partition: ranks of one machine share its memory, so there is no network to "
-            "cut between them; tests/comm/test_namespaces.py cuts one between two machines"
-        )
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         named = f"unknown fault {unknown[0]!r}" if unknown else "no fault is named"
@@ -101,11 +98,11 @@ def run_chaos(plan: ChaosPlan, *, console: Console, output: Path | None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted; the service is stopped")
         return EXIT_INTERRUPTED
-    _show(console, result, seen)
+    show(console, result, seen)
     if output:
         output.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2))
     if plan.plot:
-        draw(plan, seen, result, plan.plot)
+        draw(seen, result, plan.plot)
     return EXIT_OK if result.good else EXIT_BAD
 
 
@@ -116,19 +113,28 @@ async def _run(plan: ChaosPlan, console: Console) -> tuple[ChaosResult, Seen]:
     room = plan.ranks + (2 if plan.scaling else 0)
     size = ("--ranks", str(plan.ranks), "--max-ranks", str(room))
     with console.status("starting the service"):
-        service = own_service((*SERVE, *size, *plan.flags))
+        folder = tempfile.TemporaryDirectory(prefix="flexpert-faults-")
+        environment = {VARIABLE: folder.name} if set(plan.faults) & set(BY_ITSELF) else {}
+        service = own_service((*SERVE, *size, *plan.flags), environment=environment)
         made = await service.__aenter__()
     try:
         return await _disturb(plan, made.target, console)
     finally:
         await service.__aexit__(*sys.exc_info())
+        folder.cleanup()
 
 
 async def _disturb(plan: ChaosPlan, target: Target, console: Console) -> tuple[ChaosResult, Seen]:
     demo = Plan(clients=plan.clients, requests=plan.requests, max_tokens=plan.max_tokens)
     requests = [target.message("POST", "/v1/completions", body) for body in demo_requests(demo)]
     first = await _cluster(target)
-    _check_local(first)
+    family = find_family(first.ranks, target.port)
+    by_itself = [kind for kind in plan.faults if kind in BY_ITSELF]
+    if by_itself and family.folder is None:
+        raise ConfigError(
+            f"--faults {by_itself[0]}: ranks do that themselves, and only in a service that was "
+            f"started with {VARIABLE}=FOLDER in its environment"
+        )
     with console.status("undisturbed run"):
         expected: dict[int, Answer] = {}
 
@@ -140,8 +146,7 @@ async def _disturb(plan: ChaosPlan, target: Target, console: Console) -> tuple[C
     if broken:
         raise FlexpertError(f"the undisturbed run failed already: {broken}")
 
-    head = _head_of(first.ranks[0].pid)
-    before = _held(head)
+    before = family.held(first.ranks)
     seen = Seen(began=time.time())
     answers: list[tuple[int, Answer]] = []
     changes: Counter[str] = Counter()
@@ -174,27 +179,30 @@ async def _disturb(plan: ChaosPlan, target: Target, console: Console) -> tuple[C
                 )
                 await asyncio.sleep(0.5)
 
-        async with _listening(target, seen, len(first.ranks)), asyncio.TaskGroup() as group:
+        async with _listening(target, seen), asyncio.TaskGroup() as group:
             telling = group.create_task(tell())
             load = group.create_task(closed_loop(send, jobs(), plan.clients))
             scaling = group.create_task(_scale(plan, target, changes)) if plan.scaling else None
-            await _inject(plan, target, seen)
+            await _inject(plan, target, family, seen)
             if scaling:
                 scaling.cancel()
                 await asyncio.wait([scaling])
-            back = await _all_back(target, len(first.ranks) if not plan.scaling else None)
+                await _scale_back(target, len(first.ranks))
+            back = await _all_back(target, len(first.ranks))
             await asyncio.sleep(1.0)
             over.set()
             await load
             telling.cancel()
 
     ended = time.time()
+    after = family.held((await _cluster(target)).ranks)
+    grown = growth(before, after)
     lost = [answer for _, answer in answers if not answer.whole]
     altered = [n for n, answer in answers if answer.whole and not same(answer, expected[n])]
     unfelt = sum(fault.kind in LETHAL and fault.gone is None for fault in seen.faults)
     return (
         ChaosResult(
-            good=not lost and not altered and back and bool(answers),
+            good=back and bool(answers) and not (lost or altered or grown or seen.unharmed),
             machine=this_machine(),
             seed=plan.seed,
             ranks=len(first.ranks),
@@ -210,8 +218,10 @@ async def _disturb(plan: ChaosPlan, target: Target, console: Console) -> tuple[C
             changes=dict(changes),
             times=times_of(seen.faults),
             before=before,
-            after=_held(head),
+            after=after,
             back=back,
+            unharmed=seen.unharmed,
+            grown=grown,
             errors=list(dict.fromkeys(a.error for a in lost if a.error))[:5],
         ),
         seen,
@@ -228,34 +238,8 @@ async def _cluster(target: Target) -> ClusterView:
     return msgspec.convert(answer, ClusterView)
 
 
-def _check_local(cluster: ClusterView) -> None:
-    """Raises: ConfigError: its processes are not here."""
-    for rank in cluster.ranks:
-        if rank.host != socket.gethostname() or not psutil.pid_exists(rank.pid):
-            raise ConfigError(
-                f"rank {rank.id} runs on {rank.host}; chaos signals processes, so run it there"
-            )
-
-
-def _head_of(pid: int) -> psutil.Process:
-    """The process that serves: a rank's parent is the fork server, whose parent is the head."""
-    server = psutil.Process(pid).parent()
-    head = server.parent() if server else None
-    if head is None:
-        raise FlexpertError(f"process {pid} is no rank of a running service")
-    return head
-
-
-def _held(head: psutil.Process) -> Held:
-    return Held(
-        round(head.memory_info().rss / 2**20, 1),
-        head.num_fds(),
-        len(head.children(recursive=True)),
-    )
-
-
 @asynccontextmanager
-async def _listening(target: Target, seen: Seen, wanted: int) -> Any:
+async def _listening(target: Target, seen: Seen) -> Any:
     """Notes what the head tells while the block lasts."""
 
     async def listen() -> None:
@@ -268,7 +252,7 @@ async def _listening(target: Target, seen: Seen, wanted: int) -> Any:
         ):
             async for line in stream.aiter_lines():
                 if line.startswith("data: "):
-                    _note(seen, msgspec.json.decode(line[6:]), wanted)
+                    _note(seen, msgspec.json.decode(line[6:]))
 
     task = asyncio.create_task(listen())
     try:
@@ -279,26 +263,27 @@ async def _listening(target: Target, seen: Seen, wanted: int) -> Any:
             await task
 
 
-def _note(seen: Seen, event: dict[str, Any], wanted: int) -> None:
+def _note(seen: Seen, event: dict[str, Any]) -> None:
     data, at = event.get("data", {}), event.get("time", 0.0)
     match event.get("kind"):
         case "rank" if data.get("state") == "gone":
-            seen.on_gone(data["id"], at)
+            by_itself = data["evicted"] or data["status"] > 0
+            reason = data["reason"]
+            seen.on_gone(data["id"], data["pid"], at, unasked=by_itself, reason=reason)
         case "epoch":
-            seen.on_epoch(data["ranks"], at, wanted)
+            seen.on_epoch(data["ranks"], data["wanted"], at)
         case "warning":
             seen.warnings.append(str(data.get("error")))
 
 
-async def _all_back(target: Target, wanted: int | None) -> bool:
-    """Until the ranks that are wanted are active and nothing is under way."""
+async def _all_back(target: Target, wanted: int) -> bool:
+    """Until so many ranks are active, those that are wanted, and nothing is under way."""
     deadline = time.monotonic() + _BACK_S
     while time.monotonic() < deadline:
         with suppress(LoadError):
             cluster = await _cluster(target)
             active = sorted(rank.id for rank in cluster.ranks if rank.state == "active")
-            enough = wanted is None or len(active) == wanted
-            if cluster.operation is None and active == cluster.wanted and enough:
+            if cluster.operation is None and active == cluster.wanted and len(active) == wanted:
                 return True
         await asyncio.sleep(0.1)
     return False
@@ -322,12 +307,25 @@ async def _scale(plan: ChaosPlan, target: Target, changes: Counter[str]) -> None
             changes[operation.state] += 1
 
 
+async def _scale_back(target: Target, ranks: int) -> None:
+    """To as many as there were; once more if a loss interrupts it, until `_BACK_S` are over."""
+    deadline = time.monotonic() + _BACK_S
+    while time.monotonic() < deadline:
+        with suppress(LoadError):
+            cluster = await _cluster(target)
+            if cluster.operation is None:
+                if len(cluster.wanted) == ranks:
+                    return
+                await call(target, "POST", "/cluster/operations", {"ranks": ranks})
+        await asyncio.sleep(0.1)
+
+
 # ---- faults --------------------------------------------------------------------------------------
 
 
-async def _inject(plan: ChaosPlan, target: Target, seen: Seen) -> None:
+async def _inject(plan: ChaosPlan, target: Target, family: Family, seen: Seen) -> None:
     """By seed: when, what and, of those that are up then, whom."""
-    draw = random.Random(plan.seed)
+    draw, whom = random.Random(plan.seed), random.Random(f"whom {plan.seed}")
     under_way: set[asyncio.Task[None]] = set()
     end = seen.began + plan.duration_s
     try:
@@ -335,11 +333,14 @@ async def _inject(plan: ChaosPlan, target: Target, seen: Seen) -> None:
             await asyncio.sleep(draw.uniform(0.5, 1.5) / plan.rate)
             if time.time() >= end:
                 break
-            kind = draw.choice(plan.faults)
+            kind, seconds = draw.choice(plan.faults), draw.uniform(*_CUT_S)
             with suppress(LoadError):
                 up = [rank for rank in (await _cluster(target)).ranks if rank.pid]
-                for rank in draw.sample(up, min(len(up), 2 if plan.pairs else 1)):
-                    task = asyncio.create_task(_strike(kind, rank, seen))
+                for rank in whom.sample(up, min(len(up), 2 if plan.pairs else 1)):
+                    fault = Fault(kind, rank.id, rank.pid, time.time())
+                    fault.seconds = seconds if kind == "partition" else 0.0
+                    fault.serving = rank.state not in ("starting", "preparing", "ready")
+                    task = asyncio.create_task(_strike(family, fault, seen))
                     under_way.add(task)
                     task.add_done_callback(under_way.discard)
     finally:
@@ -347,113 +348,13 @@ async def _inject(plan: ChaosPlan, target: Target, seen: Seen) -> None:
             await asyncio.wait(under_way)
 
 
-async def _strike(kind: str, rank: RankView, seen: Seen) -> None:
-    """One fault. psutil signals only the very process that was looked up."""
-    with suppress(psutil.NoSuchProcess):
-        process = psutil.Process(rank.pid)
-        seen.faults.append(Fault(kind, rank.id, time.time()))
-        if kind == "kill":
-            process.send_signal(signal.SIGKILL)
-        elif kind == "stop":
-            process.send_signal(signal.SIGSTOP)
-        elif kind == "slow":
-            for _ in range(int(_SLOW_S / _SLOW_STEP_S / 2)):
-                process.send_signal(signal.SIGSTOP)
-                try:
-                    await asyncio.sleep(_SLOW_STEP_S)
-                finally:
-                    process.send_signal(signal.SIGCONT)
-                await asyncio.sleep(_SLOW_STEP_S)
-        else:
-            free = process.rlimit(psutil.RLIMIT_AS)
-            process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, free[1]))
-            try:
-                await asyncio.sleep(_STARVED_S)
-            finally:
-                process.rlimit(psutil.RLIMIT_AS, free)
-
-
-# ---- for people ----------------------------------------------------------------------------------
-
-
-def _show(console: Console, result: ChaosResult, seen: Seen) -> None:
-    named = ", ".join(f"{count} {kind}" for kind, count in result.faults.items()) or "none"
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_row("faults", named)
-    if result.without_effect:
-        table.add_row("of them without effect", str(result.without_effect))
-    if result.changes:
-        table.add_row("changes", ", ".join(f"{n} {state}" for state, n in result.changes.items()))
-    table.add_row("requests sent", str(result.sent))
-    table.add_row("answered", str(result.answered))
-    table.add_row("lost", str(result.lost))
-    table.add_row("altered", str(result.altered))
-    table.add_row("tokens a second", f"{result.tokens_per_s:,.0f}")
-    for name, before, after in (
-        ("memory of the head, MiB", result.before.resident_mib, result.after.resident_mib),
-        ("descriptors of the head", result.before.descriptors, result.after.descriptors),
-        ("processes", result.before.processes, result.after.processes),
-    ):
-        table.add_row(name, f"{before} → {after}")
-    console.print(table)
-    if result.times:
-        times = Table(title="ms after the fault: median, 90 %, longest", box=None, pad_edge=False)
-        for column in ("", "detected", "next epoch", "first good step", "full capacity"):
-            times.add_column(column, justify="right" if column else "left")
-        for kind, found in result.times.items():
-            cells = [
-                "" if s is None else f"{s.median_ms:,.0f}  {s.p90_ms:,.0f}  {s.longest_ms:,.0f}"
-                for s in (found.detect, found.epoch, found.first_good_step, found.full_capacity)
-            ]
-            times.add_row(kind, *cells)
-        console.print(times)
-    console.print("tokens a second over time")
-    console.print(sparkline(rates(seen, seen.began + result.duration_s)))
-    for error in result.errors:
-        console.print(f"lost: {error}", markup=False)
-    if not result.back:
-        console.print("not all ranks came back; see flexpert status and the service's log")
-    console.print("PASS" if result.good else f"FAIL (seed {result.seed})")
-
-
-def draw(plan: ChaosPlan, seen: Seen, result: ChaosResult, path: Path) -> None:
-    """Tokens a second over time, with the faults.
-
-    Raises: FlexpertError: the file cannot be written.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.add_subplot()
-    values = rates(seen, seen.began + result.duration_s)
-    axes.step([at * BIN_S for at in range(len(values))], values, where="post", linewidth=1.2)
-    colours = {"kill": "#a50f15", "stop": "#d94801", "slow": "#756bb1", "oom": "#006d2c"}
-    shown: set[str] = set()
-    for fault in seen.faults:
-        axes.axvline(
-            fault.at - seen.began,
-            color=colours[fault.kind],
-            linewidth=1.0,
-            label=None if fault.kind in shown else fault.kind,
-        )
-        shown.add(fault.kind)
-    axes.set_xlabel("seconds")
-    axes.set_ylabel(f"tokens a second, in {BIN_S:g} s")
-    axes.set_ylim(bottom=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    if shown:
-        axes.legend(loc="lower right")
-    axes.set_title(
-        f"{result.ranks} ranks, {result.clients} clients, {len(seen.faults)} faults, "
-        f"{result.lost} lost, {result.altered} altered\n{result.machine.line()}",
-        fontsize=9,
-    )
+async def _strike(family: Family, fault: Fault, seen: Seen) -> None:
+    seen.faults.append(fault)
     try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise FlexpertError(f"cannot write {path}: {error.strerror}") from None
+        await strike(family, fault)
+    except psutil.NoSuchProcess:  # another fault was quicker, or it has left
+        if fault.kind not in ("slow", "partition"):
+            seen.faults.remove(fault)
 
 
 def check_flags(flags: Sequence[str] | None, url: str | None) -> tuple[str, ...]:

@@ -13,30 +13,39 @@ from flexpert.bench.machine import Machine
 
 LETHAL = ("kill", "stop", "oom")
 BIN_S = 0.1
+_CREDIT_S = 15.0  # a death later than that is not the fault's
 _BARS = "▁▂▃▄▅▆▇█"
+_MORE_MIB, _MORE_DESCRIPTORS = 48.0, 8  # more than that, and a process has grown
 
 
 @dataclass(slots=True)
 class Fault:
-    """One fault; times are `time.time` seconds. gone: when the head said that the rank is gone."""
+    """One fault; times are `time.time` seconds. gone: when the head said that the process is gone.
+
+    serving: whether the rank was a member then, and no newcomer. seconds: of a partition.
+    """
 
     kind: str
     rank: int
+    pid: int
     at: float
+    seconds: float = 0.0
+    serving: bool = True
     gone: float | None = None
     epoch: float | None = None  # the next epoch, without it, is entered
     step: float | None = None  # the first token after that
-    whole: float | None = None  # the service has all its ranks again
+    whole: float | None = None  # the service has all the ranks again that it wants
 
 
 @dataclass(slots=True)
 class Seen:
-    """The run so far."""
+    """The run so far. unharmed: ranks that were evicted or failed though no fault ends them."""
 
     began: float = 0.0
     faults: list[Fault] = field(default_factory=list)
     tokens: list[tuple[float, int]] = field(default_factory=list)  # when, how many
     warnings: list[str] = field(default_factory=list)
+    unharmed: list[str] = field(default_factory=list)
 
     def on_tokens(self, now: float, count: int) -> None:
         self.tokens.append((now, count))
@@ -44,17 +53,26 @@ class Seen:
             if fault.epoch is not None and fault.step is None and now >= fault.epoch:
                 fault.step = now
 
-    def on_gone(self, rank: int, now: float) -> None:
-        """The latest fault did it; one before it had no effect."""
-        mine = [fault for fault in self.faults if fault.rank == rank and fault.kind in LETHAL]
-        if mine and mine[-1].gone is None:
-            mine[-1].gone = now
+    def on_gone(self, rank: int, pid: int, now: float, *, unasked: bool, reason: str) -> None:
+        """The latest fault of that process did it, if it was not long ago.
 
-    def on_epoch(self, ranks: Sequence[int], now: float, wanted: int) -> None:
+        unasked: it was evicted or failed.
+        """
+        mine = [fault for fault in self.faults if fault.pid == pid and now - fault.at < _CREDIT_S]
+        lethal = [fault for fault in mine if fault.kind in LETHAL]
+        if lethal:
+            lethal[-1].gone = now
+        elif unasked and not any(fault.kind == "partition" for fault in mine):
+            what = mine[-1].kind if mine else "untouched"
+            self.unharmed.append(f"rank {rank}, {what}: {reason}")
+
+    def on_epoch(self, ranks: Sequence[int], wanted: Sequence[int], now: float) -> None:
         for fault in self.faults:
-            if fault.gone is not None and fault.epoch is None:
+            if fault.gone is None:
+                continue
+            if fault.epoch is None and fault.serving:
                 fault.epoch = now
-            if fault.epoch is not None and fault.whole is None and len(ranks) >= wanted:
+            if fault.whole is None and set(ranks) >= set(wanted):
                 fault.whole = now
 
 
@@ -67,17 +85,40 @@ class Spread(msgspec.Struct, frozen=True):
     longest_ms: float
 
 
+class RankHeld(msgspec.Struct, frozen=True):
+    """What a rank holds. private_mib: memory of its own."""
+
+    pid: int
+    private_mib: float
+    descriptors: int
+
+
 class Held(msgspec.Struct, frozen=True):
-    """What the head holds."""
+    """What the head and its processes hold. ranks: by id."""
 
     resident_mib: float
     descriptors: int
     processes: int
+    ranks: dict[int, RankHeld]
+
+
+def growth(before: Held, after: Held) -> list[str]:
+    """Ranks that hold more than the process that had their id before, or they themselves, did."""
+    found = []
+    for rank, now in after.ranks.items():
+        was = before.ranks.get(rank)
+        if was is None:
+            continue
+        if now.private_mib > was.private_mib + _MORE_MIB:
+            found.append(f"rank {rank}: {was.private_mib} → {now.private_mib} MiB")
+        if now.descriptors > was.descriptors + _MORE_DESCRIPTORS:
+            found.append(f"rank {rank}: {was.descriptors} → {now.descriptors} descriptors")
+    return found
 
 
 class Times(msgspec.Struct, frozen=True, kw_only=True):
     """From a fault until: the head knows, the next epoch is entered, a token comes out of it, and
-    all ranks are back. None if it never happened."""
+    all ranks are back. None if it never happened. A newcomer's end needs no epoch."""
 
     detect: Spread | None
     epoch: Spread | None
@@ -88,7 +129,9 @@ class Times(msgspec.Struct, frozen=True, kw_only=True):
 class ChaosResult(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON of `flexpert chaos`.
 
-    good: nothing was lost or altered, and all ranks are back. faults: how many by kind.
+    good: nothing was lost or altered, nobody ended who was not harmed, no rank has grown, and all
+    are back. unharmed: ranks that were evicted or failed though at most slowed. grown: those that
+    hold more than before. faults: how many by kind.
     without_effect: those that should have ended a rank and did not. altered: not word for word as
     in the undisturbed run. changes: of --during-scaling, how many by outcome. times: by kind.
     """
@@ -111,6 +154,8 @@ class ChaosResult(msgspec.Struct, frozen=True, kw_only=True):
     before: Held
     after: Held
     back: bool
+    unharmed: list[str]
+    grown: list[str]
     errors: list[str]
 
 

@@ -283,8 +283,12 @@ def chaos(
     ] = None,
     api_key: ApiKey = None,
     faults: Annotated[
-        str, typer.Option(metavar="KIND[,KIND…]", help="Any of kill, stop, slow, oom.")
-    ] = "kill,stop,slow,oom",
+        str | None,
+        typer.Option(
+            metavar="KIND[,KIND…]",
+            help="Of kill, stop, slow, oom, partition; default: all, with --url the first three.",
+        ),
+    ] = None,
     rate: Annotated[float, typer.Option(min=0.01, max=20, help="Faults a second.")] = 0.5,
     duration: Annotated[float, typer.Option(min=1, max=86400, help="Seconds of faults.")] = 30.0,
     seed: Annotated[int, typer.Option(min=0, help="Of what strikes whom, and when.")] = 0,
@@ -307,8 +311,9 @@ def chaos(
 
     It takes the answers of an undisturbed run, then asks the same again while faults strike by
     seed, and compares. kill: SIGKILL. stop: SIGSTOP, for good. slow: stopped half of the time for a
-    second; nobody may be evicted for it. oom: for a second, the rank gets no more memory. Exit
-    status 1 if an answer was lost or altered, or ranks did not come back.
+    second; nobody may be evicted for it. oom: a leak takes all memory that the rank may have.
+    partition: rank and head do not hear each other for a while. Exit status 1 if an answer was lost
+    or altered, a rank ended that was not harmed or has grown, or not all came back.
     """
     from flexpert.bench.comm.plot import check_plot
     from flexpert.cli.chaos import ChaosPlan, check_flags, parse_faults, run_chaos
@@ -319,7 +324,7 @@ def chaos(
         if file and not file.absolute().parent.is_dir():
             raise ConfigError(f"cannot write {file}: there is no folder {file.parent}")
     plan = ChaosPlan(
-        faults=parse_faults(faults),
+        faults=parse_faults(faults, own=url is None),
         rate=rate,
         duration_s=duration,
         seed=seed,

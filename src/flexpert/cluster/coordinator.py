@@ -496,7 +496,15 @@ class Coordinator:
         reason = f"rank {rank} ended ({how})"
         if error := why or (record.error if record else ""):
             reason += f": {error}"
-        self._ports.publish(_event("rank", {"id": rank, "state": "gone", "reason": reason}))
+        gone = {
+            "id": rank,
+            "state": "gone",
+            "pid": record.pid if record else 0,
+            "status": status,
+            "evicted": record is not None and record.state == "stalled",
+            "reason": reason,
+        }
+        self._ports.publish(_event("rank", gone))
         change, phase = self._membership.change, self._membership.phase
         asked = change is not None and phase is not Phase.IDLE and rank in change.leaving
         asked |= change is not None and phase is Phase.UNDO and change.cancelled
@@ -612,7 +620,8 @@ class Coordinator:
                     self._halt(change)
                 case Do.KILL_SILENT:
                     self._phase(self._membership.phase.value, _RELEASE_TIMEOUT_S)
-                    self._kill(change.everyone - change.reported - change.gone)
+                    silent = change.everyone - change.reported - change.gone
+                    self._end_all(silent, f"did not report in {self._membership.phase.value}")
                 case Do.HOLD:
                     self._hold(change)
                 case Do.CANCEL:
@@ -649,7 +658,9 @@ class Coordinator:
         if self._late(due):
             self._expect_halted(change)
         else:
-            self._kill(change.before - change.gone - self._halted)
+            limit_s = self._config.cluster.stall_timeout_s
+            deaf = change.before - change.gone - self._halted
+            self._end_all(deaf, f"did not hear within {limit_s:g} s that others were lost")
 
     def _late(self, due: float) -> bool:
         """Whether the head itself was held up: reports may lie there unread, and nobody is to
@@ -737,7 +748,10 @@ class Coordinator:
         self._placement, self._next = self._next, None
         self._down = None
         self._ports.admit_waiting()
-        self._ports.publish(_event("epoch", {"epoch": epoch, "ranks": sorted(self.members)}))
+        asked = self._running and not self._running.automatic
+        wanted = self._running.after if self._running and asked else self.wanted
+        entered = {"epoch": epoch, "ranks": sorted(self.members), "wanted": sorted(wanted)}
+        self._ports.publish(_event("epoch", entered))
 
     def _finish(self, error: str | None, cancelled: bool) -> None:
         self._stop_clock()
@@ -891,6 +905,11 @@ class Coordinator:
                     continue
                 self._end(rank, record, f"was silent for {silent_s:.1f} s")
         self._watch_timer = self._ports.call_later(stall_s / WATCHES, self._watch)
+
+    def _end_all(self, ranks: Iterable[int], why: str) -> None:
+        for rank in sorted(ranks):
+            if rank in self._ranks:
+                self._end(rank, self._ranks[rank], why)
 
     def _end(self, rank: int, record: RankRecord, why: str) -> None:
         """A rank has stalled; its end is an ordinary loss."""

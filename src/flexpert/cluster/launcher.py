@@ -146,13 +146,14 @@ class LocalLauncher:
         """Nanoseconds of processor time of a rank so far; None if it is gone.
 
         Not from /proc: its ticks of 10 ms hide the little that a rank does which only says that it
-        lives, or which gets little of a busy machine.
+        lives, or which gets little of a busy machine. One that wants a processor and gets none is
+        starved, not stalled: what is returned for it equals nothing.
         """
         pid = self._pids.get(rank, 0)
         if pid <= 0:
             return None
         try:
-            return time.clock_gettime_ns(_process_clock(pid))
+            return object() if _is_runnable(pid) else time.clock_gettime_ns(_process_clock(pid))
         except OSError:
             return None
 
@@ -267,3 +268,15 @@ async def _end(pid: int) -> None:
 def _process_clock(pid: int) -> int:
     """The clock of a process's processor time, as clock_getcpuclockid(3) names it."""
     return ~pid << 3 | 2
+
+
+def _is_runnable(pid: int) -> bool:
+    """Whether any of its threads runs or waits for a processor. Raises: OSError: it is gone."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(f"/proc/{pid}/task/{thread}/stat") as stat,
+        ):
+            if stat.read().rpartition(")")[2].split()[0] == "R":
+                return True
+    return False

@@ -10,10 +10,12 @@ import threading
 import time
 import traceback
 
+import msgspec
 import zmq
 
 from flexpert.cluster import messages as msg
 from flexpert.cluster.forkserver import RankSpec
+from flexpert.cluster.relay import Relay
 from flexpert.config import Config
 from flexpert.engine.epoch import EpochPlan
 from flexpert.engine.faults import Faults
@@ -165,6 +167,8 @@ def rank_main(spec: RankSpec, source: ModelSource) -> int:
     config = Config.model_validate_json(spec.config)
     faults = Faults.of_environment(spec.rank)
     if faults:
+        relay = Relay(spec.endpoint)
+        faults.cut, spec = relay.cut, msgspec.structs.replace(spec, endpoint=relay.endpoint)
         faults.at("spawn")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     commands = context.socket(zmq.DEALER)

@@ -1,4 +1,4 @@
-"""Faults on purpose: a rank ends or stops itself at an exact point of the protocol.
+"""Faults on purpose: a rank harms itself at an exact point of the protocol.
 
 Only with FLEXPERT_FAULTS=FOLDER in a service's environment; without it nothing here is installed.
 Each file in the folder is one `Fault`. A rank looks into it at every point it passes, counts the
@@ -9,10 +9,11 @@ has struck, and a rank's replacement is not struck again.
 from __future__ import annotations
 
 import os
+import resource
 import secrets
 import signal
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -68,16 +69,24 @@ _TELLS: Mapping[str, tuple[Point | None, Point | None]] = {
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """count: it strikes when the rank passes the point for this time since it was planted."""
+    """count: it strikes when the rank passes the point for this time since it was planted.
+
+    action: "kill" and "stop" are SIGKILL and SIGSTOP. "starve": a leak takes all that the process
+    may still get, and it may get no more. "cut": the rank and the head do not hear each other for
+    so many `seconds`; what they say arrives afterwards.
+    """
 
     rank: int
     point: Point
     count: int = 1
-    signal: Literal["KILL", "STOP"] = "KILL"
+    action: Literal["kill", "stop", "starve", "cut"] = "kill"
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"count is {self.count}, must be at least 1")
+        if (self.seconds > 0) != (self.action == "cut"):
+            raise ValueError(f"{self.action} for {self.seconds:g} seconds: only a cut takes time")
 
     def plant(self, folder: Path) -> Path:
         """From now on it is due; the file is gone when it has struck."""
@@ -90,10 +99,13 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Faults:
     """Those that are planted for one rank; callable from any of its threads.
 
+    cut: what keeps the rank and the head from hearing each other for so many seconds.
     Raises: ValueError: a file in the folder is no fault; from any point.
     """
 
     def __init__(self, rank: int, folder: Path) -> None:
+        self.cut: Callable[[float], None] | None = None
+        self._leaked: list[bytearray] = []
         self._rank = rank
         self._folder = folder
         self._known: dict[str, Fault] = {}
@@ -116,7 +128,18 @@ class Faults:
                 passed = self._passed[name] = self._passed.get(name, 0) + 1
                 if passed == fault.count:
                     (self._folder / name).unlink()
-                    os.kill(os.getpid(), getattr(signal, f"SIG{fault.signal}"))
+                    self._strike(fault)
+
+    def _strike(self, fault: Fault) -> None:
+        match fault.action:
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "starve":
+                self._leaked = starve()
+            case "cut" if self.cut:
+                self.cut(fault.seconds)
 
     def _planted(self) -> Iterable[str]:
         names = [name for name in os.listdir(self._folder) if name.endswith(".json")]
@@ -203,6 +226,26 @@ class _FaultyListener:
                 self._at(after)
 
         return told
+
+
+def starve() -> list[bytearray]:
+    """The address space may not grow any more, and what the allocators still hold is taken.
+
+    A limit alone is hardly felt: whoever has served for a while gets all it needs from memory that
+    was freed before. This takes no more of the machine than the process has mapped already.
+    Returns what was taken.
+    """
+    taken: list[bytearray] = []
+    with open("/proc/self/statm") as statm:
+        mapped = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (mapped, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    size = 1 << 20
+    while size >= 64:
+        try:
+            taken.append(bytearray(size))
+        except MemoryError:
+            size //= 2
+    return taken
 
 
 def _read(path: Path) -> Fault:
