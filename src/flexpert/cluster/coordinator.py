@@ -110,6 +110,7 @@ class RankRecord:
     load: msg.Load = field(default_factory=lambda: msg.Load(0, 0, 0.0, 0))
     memory: msg.Memory | None = None
     error: str = ""
+    blameless: bool = False  # ended because others were lost
     heard: float = 0.0  # when, by the ports' clock
     progress: tuple[object] | None = None  # when it had been silent for a while
 
@@ -143,6 +144,7 @@ class Coordinator:
         self._running: Operation | None = None
         self._deadline: Timer | None = None
         self._loss = ""
+        self._cause = Kind.BEGIN  # the latest event
         self._before_loss: frozenset[int] = frozenset()
         self._halted: set[int] = set()  # who acknowledged the latest halt
         self._fetching: dict[int, set[int]] = {}  # leaver → heirs that copy what it offered
@@ -508,6 +510,7 @@ class Coordinator:
         change, phase = self._membership.change, self._membership.phase
         asked = change is not None and phase is not Phase.IDLE and rank in change.leaving
         asked |= change is not None and phase is Phase.UNDO and change.cancelled
+        asked |= record is not None and record.blameless
         if asked:
             self._replacements.left(rank)
         else:
@@ -524,6 +527,7 @@ class Coordinator:
             self._go_on()
 
     def _handle(self, event: Event) -> None:
+        self._cause = event.kind
         self._carry_out(self._membership.handle(event))
 
     def _on_deadline(self) -> None:
@@ -628,7 +632,7 @@ class Coordinator:
                     self._tell(change.before, msg.Cancel(change.epoch))
                 case Do.KILL_NEWCOMERS:
                     self._phase("undo", _RELEASE_TIMEOUT_S)
-                    self._kill(change.joining - change.gone)
+                    self._withdraw(change.joining - change.gone)
                 case Do.KILL_LEAVERS:
                     self._phase("release", _RELEASE_TIMEOUT_S)
                     self._kill(change.ending - change.gone)
@@ -678,7 +682,7 @@ class Coordinator:
         if self._running:
             self._running.end("failed", reason)
             self._publish(self._running)
-        self._kill(recovery.doomed)
+        self._withdraw(recovery.doomed)
         self._next = self._coverage.after_loss(self._placement, recovery.after, self._fits)
         operation = Operation(before, recovery.after, recovery.epoch, reason or "a rank was lost")
         operation.state = "committing"
@@ -739,6 +743,14 @@ class Coordinator:
         for rank in sorted(ranks):
             if rank in self._ranks:
                 self._ports.send(rank, command)
+
+    def _withdraw(self, ranks: Iterable[int]) -> None:
+        """End ranks whose change is over. It is not held against them if others were lost."""
+        for rank in ranks:
+            record = self._ranks.get(rank)
+            if record and not record.error and self._cause in (Kind.EXITED, Kind.BROKEN):
+                record.blameless = True
+        self._kill(ranks)
 
     def _kill(self, ranks: Iterable[int]) -> None:
         for rank in sorted(ranks):
@@ -932,7 +944,7 @@ class Coordinator:
             return
         self._down = reason
         self._warn(f"{reason}; nobody can go on: requests wait until ranks are up again")
-        self._kill(list(self._ranks))  # whoever is left cannot go on, either
+        self._withdraw(list(self._ranks))  # whoever is left cannot go on, either
 
     def _announce(self) -> None:
         if self._running and self._ports.heard():
