@@ -299,6 +299,7 @@ BROKEN: Iterable[Callable[[Patch], None]] = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda rule: rule.__name__)
 def test_a_broken_rule_is_found(broken: Callable[[Patch], None], monkeypatch: Patch) -> None:
