@@ -56,6 +56,19 @@ def test_a_seed_is_a_history() -> None:
     assert history(4).answers != first.answers
 
 
+@pytest.mark.parametrize(
+    "seed",
+    [
+        256,  # a head that was held up after a halt ended ranks whose answers lay there unread
+        304,  # no memory to load lost experts: the head asked itself again without a pause
+        4969,  # a scale to those whom a loss had left made the lost ones unwanted
+        4984,  # and so did one that was asked for while the recovery ran
+    ],
+)
+def test_what_was_found_stays_mended(seed: int) -> None:
+    history(seed)
+
+
 @pytest.mark.parametrize("somebody", [True, False])
 def test_how_a_change_goes_on_is_told_only_to_who_listens(somebody: bool) -> None:
     told = []
@@ -286,6 +299,7 @@ BROKEN: Iterable[Callable[[Patch], None]] = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda rule: rule.__name__)
 def test_a_broken_rule_is_found(broken: Callable[[Patch], None], monkeypatch: Patch) -> None:

@@ -829,6 +829,7 @@ class Coordinator:
             return False
         placement = self._coverage.whole(self._placement, self.members, self._fits)
         if placement is None:
+            self._restore_tries = 0  # time changes nothing about it, only more ranks do
             self._warn_once(
                 f"ranks {sorted(self.members)} have no memory for {len(missing)} experts that were "
                 "lost (memory_per_rank); answers are degraded until more ranks are up"
