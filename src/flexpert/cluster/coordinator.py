@@ -10,9 +10,8 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import psutil
@@ -21,17 +20,13 @@ from flexpert.cluster import messages as msg
 from flexpert.cluster.coverage import Coverage
 from flexpert.cluster.membership import Change, Do, Event, Kind, Membership, Phase
 from flexpert.cluster.operation import Operation, resolve_target
+from flexpert.cluster.ports import Ports, Timer
+from flexpert.cluster.record import RankRecord
 from flexpert.cluster.replacement import Replacements
-from flexpert.cluster.views import (
-    ClusterEvent,
-    OperationView,
-    PlacementView,
-    RankState,
-    RankView,
-)
+from flexpert.cluster.views import ClusterEvent, OperationView, PlacementView, RankView
 from flexpert.config import Config
 from flexpert.engine.memory import planned_memory
-from flexpert.engine.request import HeldKV, Move
+from flexpert.engine.request import HeldKV
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused, UnknownOperation
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement, keep, loads
@@ -54,79 +49,6 @@ class Wish:
     ranks: int | None
     add: int
     remove: tuple[int, ...]
-
-
-class Timer(Protocol):
-    """A call that is still to come."""
-
-    def cancel(self) -> object: ...
-
-
-class Ports(Protocol):
-    """What the coordinator needs from the head around it."""
-
-    def call_later(self, delay_s: float, action: Callable[[], None]) -> Timer: ...
-
-    def now(self) -> float:
-        """Seconds, of a clock that only goes forward."""
-        ...
-
-    def spawn(self, rank: int) -> None: ...
-    def kill(self, rank: int) -> None: ...
-    def send(self, rank: int, command: msg.Command) -> None: ...
-    def progress(self, rank: int) -> object:
-        """Something that changes whenever the rank's process does any work."""
-        ...
-
-    def bequeath(self, held: list[HeldKV], heirs: Iterable[int]) -> dict[int, list[Move]]:
-        """Who will go on with a leaver's sequences; see `Journal.bequeath`."""
-        ...
-
-    def hand_over(
-        self, rank: int, held: list[HeldKV], heirs: Iterable[int]
-    ) -> dict[int, list[Move]]:
-        """A rank has left or is lost: who goes on with its sequences; see `Journal.hand_over`."""
-        ...
-
-    def admit_waiting(self) -> None: ...
-    def lost(self, reason: str) -> None: ...
-    def publish(self, event: ClusterEvent) -> None: ...
-    def heard(self) -> bool:
-        """Whether anybody listens to how an operation goes on; its end is always published."""
-        ...
-
-
-@dataclass(slots=True)
-class RankRecord:
-    """What the head knows of one rank."""
-
-    id: int
-    state: RankState = "starting"
-    host: str = ""
-    pid: int = 0
-    address: bytes = b""
-    kv: bytes = b""  # address of its KV cache
-    experts: bytes = b""  # address of those it holds
-    load: msg.Load = field(default_factory=lambda: msg.Load(0, 0, 0.0, 0))
-    memory: msg.Memory | None = None
-    error: str = ""
-    blameless: bool = False  # ended because others were lost
-    heard: float = 0.0  # when, by the ports' clock
-    progress: tuple[object] | None = None  # when it had been silent for a while
-
-    def view(self, placement: Placement | None) -> RankView:
-        return RankView(
-            id=self.id,
-            state=self.state,
-            host=self.host,
-            pid=self.pid,
-            running=self.load.running,
-            waiting=self.load.waiting,
-            kv_used=round(self.load.kv_used, 4),
-            experts=placement.count(self.id) if placement else 0,
-            memory_bytes=self.load.memory,
-            planned_bytes=self.memory.total if self.memory else 0,
-        )
 
 
 class Coordinator:

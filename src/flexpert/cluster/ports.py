@@ -1,0 +1,50 @@
+"""What the coordinator needs from the head around it: time, processes, messages, the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from flexpert.cluster import messages as msg
+from flexpert.cluster.views import ClusterEvent
+from flexpert.engine.request import HeldKV, Move
+
+
+class Timer(Protocol):
+    """A call that is still to come."""
+
+    def cancel(self) -> object: ...
+
+
+class Ports(Protocol):
+    """The head, or a simulation of it."""
+
+    def call_later(self, delay_s: float, action: Callable[[], None]) -> Timer: ...
+
+    def now(self) -> float:
+        """Seconds, of a clock that only goes forward."""
+        ...
+
+    def spawn(self, rank: int) -> None: ...
+    def kill(self, rank: int) -> None: ...
+    def send(self, rank: int, command: msg.Command) -> None: ...
+    def progress(self, rank: int) -> object:
+        """Something that changes whenever the rank's process does any work."""
+        ...
+
+    def bequeath(self, held: list[HeldKV], heirs: Iterable[int]) -> dict[int, list[Move]]:
+        """Who will go on with a leaver's sequences; see `Journal.bequeath`."""
+        ...
+
+    def hand_over(
+        self, rank: int, held: list[HeldKV], heirs: Iterable[int]
+    ) -> dict[int, list[Move]]:
+        """A rank has left or is lost: who goes on with its sequences; see `Journal.hand_over`."""
+        ...
+
+    def admit_waiting(self) -> None: ...
+    def lost(self, reason: str) -> None: ...
+    def publish(self, event: ClusterEvent) -> None: ...
+    def heard(self) -> bool:
+        """Whether anybody listens to how an operation goes on; its end is always published."""
+        ...

@@ -1,0 +1,42 @@
+"""What the head knows of one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flexpert.cluster import messages as msg
+from flexpert.cluster.views import RankState, RankView
+from flexpert.moe.placement import Placement
+
+
+@dataclass(slots=True)
+class RankRecord:
+    """Kept by the coordinator from the start of the process to its certain end."""
+
+    id: int
+    state: RankState = "starting"
+    host: str = ""
+    pid: int = 0
+    address: bytes = b""
+    kv: bytes = b""  # address of its KV cache
+    experts: bytes = b""  # address of those it holds
+    load: msg.Load = field(default_factory=lambda: msg.Load(0, 0, 0.0, 0))
+    memory: msg.Memory | None = None
+    error: str = ""
+    blameless: bool = False  # ended because others were lost
+    heard: float = 0.0  # when, by the ports' clock
+    progress: tuple[object] | None = None  # when it had been silent for a while
+
+    def view(self, placement: Placement | None) -> RankView:
+        return RankView(
+            id=self.id,
+            state=self.state,
+            host=self.host,
+            pid=self.pid,
+            running=self.load.running,
+            waiting=self.load.waiting,
+            kv_used=round(self.load.kv_used, 4),
+            experts=placement.count(self.id) if placement else 0,
+            memory_bytes=self.load.memory,
+            planned_bytes=self.memory.total if self.memory else 0,
+        )
