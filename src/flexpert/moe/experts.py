@@ -30,6 +30,17 @@ def library_rows(dtype: torch.dtype, threads: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """Of one expert. height: rows of gate_up, i.e. 2 * inter (inter for experts without a gate)."""
+
+    hidden: int
+    height: int
+    inter: int
+    dtype: torch.dtype
+    biased: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """One expert of one layer, in one layout whatever the checkpoint's.
 
@@ -45,10 +56,39 @@ class ExpertWeights:
     down_bias: Tensor | None = None
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Those it has."""
+        every = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return [tensor for tensor in every if tensor is not None]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        tensors = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
-        return sum(t.nbytes for t in tensors if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def shape(self) -> ExpertShape:
+        """Raises: ValueError: tensors that do not fit each other."""
+        height, hidden = self.gate_up.shape
+        inter = self.down.shape[1]
+        biases = [b.shape[0] for b in (self.gate_up_bias, self.down_bias) if b is not None]
+        if (
+            self.down.shape[0] != hidden
+            or biases not in ([], [height, hidden])
+            or len({tensor.dtype for tensor in self.tensors}) > 1
+        ):
+            raise ValueError("the tensors of an expert do not fit each other")
+        return ExpertShape(hidden, height, inter, self.gate_up.dtype, bool(biases))
+
+    def to(self, device: torch.device) -> ExpertWeights:
+        """A copy on a device; itself if it is there."""
+        up_bias, down_bias = self.gate_up_bias, self.down_bias
+        return ExpertWeights(
+            self.gate_up.to(device),
+            self.down.to(device),
+            None if up_bias is None else up_bias.to(device),
+            None if down_bias is None else down_bias.to(device),
+        )
 
 
 class LayerExperts:
