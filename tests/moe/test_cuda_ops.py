@@ -86,6 +86,32 @@ def test_rows_are_their_own_without_an_index() -> None:
     torch.testing.assert_close(out, x @ weight.t(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("swap", [True, False])
+@pytest.mark.parametrize("gated", [False, True], ids=["product", "gated"])
+def test_fp8_weights_count_times_the_scale_of_their_block(swap: bool, gated: bool) -> None:
+    inter, hidden = 136, 272  # no multiples of a block
+    height = 2 * inter if gated else inter
+    weights = [randn(height, hidden, seed=i).to(torch.float8_e4m3fn) for i in range(2)]
+    scales = [randn(-(-height // 128), 3, seed=i + 9).abs() / 30 for i in range(2)]
+    x = randn(5, hidden, seed=5)
+    out = products.grouped_product(
+        x,
+        addresses(weights),
+        offsets_of([2, 3]),
+        torch.full((5, inter), math.nan),
+        scales=addresses(scales),
+        gated=gated,
+        tiling=Tiling(16, 64, 64, warps=4, stages=2, swap=swap),
+    )
+    for row in range(5):
+        s = int(row >= 2)
+        whole = scales[s].repeat_interleave(128, 0)[:height].repeat_interleave(128, 1)[:, :hidden]
+        expected = (weights[s].double() * whole) @ x[row].double()
+        if gated:
+            expected = torch.nn.functional.silu(expected[:inter]) * expected[inter:]
+        torch.testing.assert_close(out[row].double(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("single", [True, False], ids=["one-program", "many-programs"])
 def test_choices_are_sorted_by_slot_and_combined_by_token(
     single: bool, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from flexpert.moe import fp8
 from flexpert.moe.cuda import products, routing
 from flexpert.moe.cuda.products import Tiling
 
@@ -43,6 +44,19 @@ TILINGS = [
     Tiling(128, 256, 64, 8, 3, False),
 ]
 
+TILINGS_FP8 = [
+    Tiling(16, 64, 128, 4, 4, False),
+    Tiling(16, 32, 128, 4, 5, False),
+    Tiling(16, 128, 128, 8, 4, False),
+    Tiling(16, 64, 128, 4, 6, True),
+    Tiling(32, 64, 128, 4, 4, False),
+    Tiling(32, 128, 128, 8, 3, False),
+    Tiling(64, 128, 128, 8, 3, False),
+    Tiling(64, 128, 64, 8, 4, False),
+    Tiling(128, 128, 64, 8, 3, False),
+    Tiling(128, 128, 128, 8, 3, False),
+]
+
 
 def microseconds(launches: Sequence[Callable[[], object]]) -> float:
     """Median time of one launch, in replays of a graph of all."""
@@ -65,9 +79,10 @@ def microseconds(launches: Sequence[Callable[[], object]]) -> float:
     return statistics.median(times)
 
 
-def candidates(rows: int, experts: int) -> list[Tiling]:
+def candidates(rows: int, experts: int, scaled: bool) -> list[Tiling]:
     each = rows / min(rows, experts)
-    return [t for t in TILINGS if each / 6 <= t.rows <= max(16, 8 * each)]
+    every = TILINGS_FP8 if scaled else TILINGS
+    return [t for t in every if each / 6 <= t.rows <= max(16, 8 * each)]
 
 
 def main() -> None:
@@ -75,6 +90,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="qwen3,deepseek")
     parser.add_argument("--tokens", default="1,16,64,256,1024,4096")
     parser.add_argument("--waves", default="1,2,4,0")
+    parser.add_argument("--fp8", action="store_true", help="weights in fp8")
     args = parser.parse_args()
     torch.manual_seed(0)
     print(torch.cuda.get_device_name())
@@ -87,12 +103,18 @@ def main() -> None:
         slot_of = torch.arange(experts, dtype=torch.int32, device="cuda")
         for tokens in map(int, args.tokens.split(",")):
             waves = list(map(int, args.waves.split(",")))
-            tune(shape, tokens, up, down, slot_of, waves)
+            tune(shape, tokens, up, down, slot_of, waves, args.fp8)
         del up, down
 
 
 def tune(
-    shape: str, tokens: int, up: Tensor, down: Tensor, slot_of: Tensor, waves: list[int]
+    shape: str,
+    tokens: int,
+    up: Tensor,
+    down: Tensor,
+    slot_of: Tensor,
+    waves: list[int],
+    scaled: bool,
 ) -> None:
     experts, hidden, inter = down.shape
     valid = torch.tensor([tokens], dtype=torch.int32, device="cuda")
@@ -102,20 +124,25 @@ def tune(
     rows = tokens * TOPK
     h = torch.randn(rows, inter, device="cuda", dtype=torch.bfloat16)
     h_out, y_out = torch.empty_like(h), x.new_empty(rows, hidden)
-    tables = [
-        torch.tensor([w.data_ptr() for w in table], dtype=torch.int64, device="cuda")
-        for table in (up, down)
-    ]
+
+    def table_of(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cuda")
+
     for name, gated in (("gate_up", True), ("down", False)):
         weights = up if gated else down
         active = statistics.mean(len(set(i.flatten().tolist())) for i in ids)
         out = h_out if gated else y_out
-        moved = active * weights[0].nbytes
+        table, scales = table_of(weights), None
+        if scaled:
+            eighths = [fp8.quantise(w) for w in weights]
+            weights = torch.stack([fp8.restore(*pair).bfloat16() for pair in eighths])
+            table = table_of([pair[0] for pair in eighths])
+            scales = table_of([pair[1] for pair in eighths])
+        moved = active * weights[0].nbytes / (2 if scaled else 1)
         flops = 2 * rows * weights[0].numel()
-        table = tables[0] if gated else tables[1]
         found: list[tuple[float, str]] = []
         expected = reference(x if gated else h, sorted_[0], weights, gated)
-        for tiling in candidates(rows, experts):
+        for tiling in candidates(rows, experts, scaled):
             for wave in waves:
                 t = Tiling(*[getattr(tiling, f) for f in Tiling.__slots__[:-1]], waves=wave)
 
@@ -126,6 +153,7 @@ def tune(
                         s.offsets,
                         out,
                         index=s.token if gated else None,
+                        scales=scales,
                         gated=gated,
                         tiling=t,
                     )

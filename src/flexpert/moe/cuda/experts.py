@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexpert.moe import fp8
 from flexpert.moe.cuda.products import grouped_product
 from flexpert.moe.experts import ExpertShape, ExpertWeights
 
@@ -20,7 +21,7 @@ Gate = Callable[[Tensor], Tensor]
 ALIGNMENT = 16
 """Bytes; the kernels load that many at once."""
 
-_UP, _DOWN, _UP_BIAS, _DOWN_BIAS = range(4)
+_TABLES = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
 
 
 class DeviceExperts:
@@ -37,7 +38,7 @@ class DeviceExperts:
         self.slots = slots
         self.shape = shape
         self.device = device
-        self._tables = torch.zeros((4, layers, slots), dtype=torch.int64, device=device)
+        self._tables = torch.zeros((len(_TABLES), layers, slots), dtype=torch.int64, device=device)
         self._held: list[list[ExpertWeights]] = []
         self._swiglu: dict[Gate, bool] = {}
 
@@ -54,11 +55,10 @@ class DeviceExperts:
                 raise ValueError(f"{len(experts)} experts for {self.slots} slots")
             for slot, expert in enumerate(experts):
                 self._check(expert)
-                host[_UP, index, slot] = expert.gate_up.data_ptr()
-                host[_DOWN, index, slot] = expert.down.data_ptr()
-                if expert.gate_up_bias is not None and expert.down_bias is not None:
-                    host[_UP_BIAS, index, slot] = expert.gate_up_bias.data_ptr()
-                    host[_DOWN_BIAS, index, slot] = expert.down_bias.data_ptr()
+                for table, name in enumerate(_TABLES):
+                    tensor = getattr(expert, name)
+                    if tensor is not None:
+                        host[table, index, slot] = tensor.data_ptr()
         self._tables.copy_(host)
         # what was held before may go now: its memory is used again only behind the running step
         self._held = [list(experts) for experts in layers]
@@ -84,7 +84,7 @@ class DeviceExperts:
         """Each row through its expert; nothing of the sizes is read by the host.
 
         Args:
-            x: [any, hidden] contiguous.
+            x: [any, hidden] contiguous, of the weights' dtype (any with fp8 weights).
             index: [rows] int32, which row of x each row is; None: its own.
             offsets: [slots + 1] int32; rows of slot s are offsets[s] … offsets[s+1]-1.
             rows: at most so many.
@@ -93,7 +93,8 @@ class DeviceExperts:
         Returns:
             [rows, hidden]; what lies behind offsets[slots] is unset.
         """
-        up, down, up_bias, down_bias = self._tables[:, layer]
+        up, down, up_bias, down_bias, up_scale, down_scale = self._tables[:, layer]
+        scaled = self.shape.dtype == fp8.DTYPE
         gated = self._is_swiglu(apply_gate)
         height = self.shape.height
         hidden = grouped_product(
@@ -102,6 +103,7 @@ class DeviceExperts:
             offsets,
             x.new_empty((rows, height // 2 if gated else height)),
             index=index,
+            scales=up_scale if scaled else None,
             biases=up_bias if self.shape.biased else None,
             gated=gated,
         )
@@ -112,6 +114,7 @@ class DeviceExperts:
             down,
             offsets,
             x.new_empty((rows, x.shape[1])),
+            scales=down_scale if scaled else None,
             biases=down_bias if self.shape.biased else None,
         )
 

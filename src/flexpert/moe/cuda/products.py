@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexpert.moe import fp8
+
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
@@ -34,10 +36,18 @@ class Tiling:
 
 
 @triton.jit
+def _tile(pointer, depth, K, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(pointer)
+    return tl.load(pointer, mask=depth < K, other=0.0)
+
+
+@triton.jit
 def _product(
     x,
     index,
     weights,
+    scales,
     biases,
     offsets,
     out,
@@ -51,6 +61,7 @@ def _product(
     DEPTH: tl.constexpr,
     GATED: tl.constexpr,
     INDEXED: tl.constexpr,
+    SCALED: tl.constexpr,
     BIASED: tl.constexpr,
     SWAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -80,9 +91,15 @@ def _product(
         else:
             source = tl.where(row < end, row, begin).to(tl.int64)
         element = x.dtype.element_ty
-        weight = tl.load(weights + slot).to(tl.pointer_type(element))
+        kind = tl.float8e4nv if SCALED else element
+        weight = tl.load(weights + slot).to(tl.pointer_type(kind))
         weight = tl.multiple_of(weight, 16)
         depth = tl.arange(0, DEPTH)
+        if SCALED:
+            scale = tl.load(scales + slot).to(tl.pointer_type(tl.float32))
+            across = (K + 127) // 128
+            scale_row = scale + kept // 128 * across
+            raised_row = scale + (kept + N) // 128 * across
         if SWAP:
             accumulated = tl.zeros((COLUMNS, ROWS), tl.float32)
             raised = tl.zeros((COLUMNS, ROWS), tl.float32)
@@ -94,27 +111,34 @@ def _product(
             left = x + source[:, None] * K + depth[None, :]
             right = weight + kept[None, :] * K + depth[:, None]
         for k in range(0, K, DEPTH):
-            if EVEN:
-                a = tl.load(left)
-                b = tl.load(right)
+            a = _tile(left, k + depth[None, :], K, EVEN)
+            b = _tile(right, k + depth[:, None], K, EVEN)
+            if SCALED:
+                by = tl.load(scale_row + k // 128)
+                if SWAP:
+                    part = tl.dot(a.to(element), b, input_precision=PRECISION)
+                    accumulated += part * by[:, None]
+                else:
+                    part = tl.dot(a, b.to(element), input_precision=PRECISION)
+                    accumulated += part * by[None, :]
             else:
-                a = tl.load(left, mask=k + depth[None, :] < K, other=0.0)
-                b = tl.load(right, mask=k + depth[:, None] < K, other=0.0)
-            accumulated = tl.dot(a, b, accumulated, input_precision=PRECISION)
+                accumulated = tl.dot(a, b, accumulated, input_precision=PRECISION)
             if GATED:
                 if SWAP:
-                    up = left + N * K
-                    if EVEN:
-                        c = tl.load(up)
+                    c = _tile(left + N * K, k + depth[None, :], K, EVEN)
+                else:
+                    c = _tile(right + N * K, k + depth[:, None], K, EVEN)
+                if SCALED:
+                    by = tl.load(raised_row + k // 128)
+                    if SWAP:
+                        part = tl.dot(c.to(element), b, input_precision=PRECISION)
+                        raised += part * by[:, None]
                     else:
-                        c = tl.load(up, mask=k + depth[None, :] < K, other=0.0)
+                        part = tl.dot(a, c.to(element), input_precision=PRECISION)
+                        raised += part * by[None, :]
+                elif SWAP:
                     raised = tl.dot(c, b, raised, input_precision=PRECISION)
                 else:
-                    up = right + N * K
-                    if EVEN:
-                        c = tl.load(up)
-                    else:
-                        c = tl.load(up, mask=k + depth[:, None] < K, other=0.0)
                     raised = tl.dot(a, c, raised, input_precision=PRECISION)
             left += DEPTH
             right += DEPTH
@@ -136,12 +160,18 @@ def _product(
         tl.store(where, accumulated.to(out.dtype.element_ty), mask=ok)
 
 
-def choose(rows: int, slots: int, *, gated: bool) -> Tiling:
+def choose(rows: int, slots: int, *, gated: bool, scaled: bool) -> Tiling:
     """A tiling for at most `rows` rows over `slots` experts; see tools/gpu/tune_experts.py.
 
     Up to some fifty rows an expert the product is as fast as the weights come from memory.
     """
     each = rows / max(1, min(rows, slots))
+    if scaled:  # the left operand would be loaded in pieces of four bytes
+        if each <= 8:
+            return Tiling(16, 64, 128, warps=4, stages=4, swap=False)
+        if each <= 48:
+            return Tiling(32, 128, 128, warps=8, stages=3, swap=False)
+        return Tiling(128, 128, 64, warps=8, stages=3, swap=False, waves=2)
     if each <= 8:
         return Tiling(16, 64, 128, warps=4, stages=4, swap=True)
     if each <= 48:
@@ -160,6 +190,7 @@ def grouped_product(
     out: Tensor,
     *,
     index: Tensor | None = None,
+    scales: Tensor | None = None,
     biases: Tensor | None = None,
     gated: bool = False,
     tiling: Tiling | None = None,
@@ -174,6 +205,9 @@ def grouped_product(
             any change between two launches, or replays of a graph, counts.
         out: [rows, out] to fill; what lies behind offsets[slots] is not touched.
         index: [rows] int32, the row of x that each row takes; None: its own.
+        scales: [slots] int64, addresses of [ceil(out / 128), ceil(in / 128)] float32, contiguous:
+            then weights are float8_e4m3fn, each block of 128 x 128 times its scale; with `gated`
+            [ceil(2 * out / 128), …]. Rows and products stay of x's dtype.
         biases: [slots] int64, addresses of [out] (with `gated` [2 * out]), or None.
         gated: return silu(first half) · second half of the results.
 
@@ -185,7 +219,9 @@ def grouped_product(
     if rows == 0:
         return out
     if tiling is None:
-        tiling = choose(rows, slots, gated=gated)
+        tiling = choose(rows, slots, gated=gated, scaled=scales is not None)
+    if scales is not None and fp8.BLOCK % tiling.depth:
+        raise ValueError(f"a tile {tiling.depth} deep crosses blocks of {fp8.BLOCK} with scales")
     # a tile that is not full belongs to a slot of its own
     bound = rows // tiling.rows + min(slots, rows)
     programs = bound * triton.cdiv(columns, tiling.columns)
@@ -195,6 +231,7 @@ def grouped_product(
         x,
         index,
         weights,
+        scales,
         biases,
         offsets,
         out,
@@ -208,6 +245,7 @@ def grouped_product(
         DEPTH=tiling.depth,
         GATED=gated,
         INDEXED=index is not None,
+        SCALED=scales is not None,
         BIASED=biases is not None,
         SWAP=tiling.swap,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",

@@ -1,0 +1,155 @@
+"""The GPU a figure was measured on: what it can do at best, and how launches are timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+import torch
+
+from flexpert.bench.statistics import percentile
+from flexpert.errors import ConfigError, FlexpertError
+
+Launch = Callable[[], object]
+
+_COPIED_BYTES = 2**31
+_PRODUCT = 8192
+
+
+class Gpu(msgspec.Struct, frozen=True):
+    """A GPU and its ceilings, measured when the benchmark began.
+
+    copy_bytes_per_s: of a copy in its memory, read and written; flops: of a bf16 product.
+    """
+
+    name: str
+    driver: str
+    torch: str
+    triton: str
+    copy_bytes_per_s: float
+    flops: float
+
+    def line(self) -> str:
+        return (
+            f"{self.name}, torch {self.torch}, triton {self.triton}; a copy moves "
+            f"{self.copy_bytes_per_s / 1e12:.2f} TB/s, a bf16 product does "
+            f"{self.flops / 1e12:.0f} TFLOP/s"
+        )
+
+    def limit_s(self, nbytes: float, flops: float) -> float:
+        """The time that neither memory nor arithmetic lets one stay under."""
+        return max(nbytes / self.copy_bytes_per_s, flops / self.flops)
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """Microseconds."""
+
+    p10: float
+    p50: float
+    p90: float
+
+    @classmethod
+    def of(cls, times_us: Sequence[float]) -> Spread:
+        ordered = sorted(times_us)
+        return cls(*(percentile(ordered, share) for share in (0.1, 0.5, 0.9)))
+
+
+def need_gpu() -> torch.device:
+    """The current GPU.
+
+    Raises:
+        ConfigError: there is none that torch can use, or no triton; says what to do.
+    """
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        raise ConfigError(
+            "this benchmark needs an NVIDIA GPU, and torch sees none"
+            + (
+                f" (torch {torch.__version__} was built for CUDA {built}: is the driver installed, "
+                "and is CUDA_VISIBLE_DEVICES right?)"
+                if built
+                else f": torch {torch.__version__} is a build for CPUs; install one for CUDA"
+            )
+        )
+    try:
+        import triton  # noqa: F401 - only whether it is there
+    except ImportError as error:
+        raise ConfigError(
+            f"this benchmark needs the package triton ({error}): pip install flexpert[cuda]"
+        ) from error
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def measure_gpu(device: torch.device) -> Gpu:
+    """What the GPU can do at best now."""
+    import triton
+
+    return Gpu(
+        name=torch.cuda.get_device_name(device),
+        driver=torch.version.cuda or "",
+        torch=torch.__version__,
+        triton=triton.__version__,
+        copy_bytes_per_s=_copy_rate(device),
+        flops=_product_rate(device),
+    )
+
+
+def _copy_rate(device: torch.device) -> float:
+    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    times = replay_us([lambda: target.copy_(source)], repeat=10)
+    return 2 * _COPIED_BYTES / Spread.of(times).p50 * 1e6
+
+
+def _product_rate(device: torch.device) -> float:
+    a = torch.randn(_PRODUCT, _PRODUCT, dtype=torch.bfloat16, device=device)
+    return 2 * _PRODUCT**3 / Spread.of(replay_us([lambda: a @ a], repeat=10)).p50 * 1e6
+
+
+def replay_us(
+    launches: Sequence[Launch], *, repeat: int, before: Launch | None = None
+) -> list[float]:
+    """Microseconds of one launch, in `repeat` replays of a graph of all.
+
+    Args:
+        before: runs before each replay and is not timed: new data, a flush of the L2.
+
+    Raises:
+        FlexpertError: they cannot be captured, because one waits for the GPU.
+    """
+    for launch in launches:
+        launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for launch in launches:
+                launch()
+    except RuntimeError as error:
+        raise FlexpertError(f"no CUDA graph can be made of it: {error}") from error
+    graph.replay()
+    return timed_us([graph.replay], repeat=repeat, before=before, parts=len(launches))
+
+
+def timed_us(
+    launches: Sequence[Launch], *, repeat: int, before: Launch | None = None, parts: int = 1
+) -> list[float]:
+    """Microseconds between two events around all launches, divided by `parts`."""
+    times = []
+    for _ in range(repeat):
+        if before is not None:
+            before()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        for launch in launches:
+            launch()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / parts)
+    return times
+
+
+def flusher(device: torch.device) -> Launch:
+    """Throws everything else out of the L2."""
+    room = torch.empty(2**28, dtype=torch.uint8, device=device)
+    return room.zero_

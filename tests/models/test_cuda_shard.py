@@ -1,0 +1,94 @@
+"""The engine on a GPU computes what it computes on a CPU; its kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import Sequences, lone_shard, prompt_of
+
+from flexpert.models import fused, shard
+from flexpert.models.shard import ModelShard
+from flexpert.models.source import ModelSource
+from flexpert.moe.experts import LayerExperts
+from flexpert.moe.kernels import Kernels
+from flexpert.moe.placement import Placement, replan
+from flexpert.moe.runtime import LayerState, expert_tables
+
+pytest.importorskip("triton", reason="the GPU kernels need the package triton")
+
+from flexpert.moe.cuda import attention, norm
+from flexpert.moe.cuda.experts import is_swiglu
+from flexpert.moe.cuda.runtime import LocalExperts
+
+CPU = torch.device("cpu")
+
+
+def states(source: ModelSource, placement: Placement) -> list[LayerState]:
+    held = [
+        LayerExperts(
+            [source.load_experts(layer, [expert])[expert] for expert in experts],
+            deterministic=False,
+        )
+        for layer, experts in enumerate(placement.held_by(0))
+    ]
+    tables = expert_tables(placement, 0)
+    return [LayerState(table, experts) for table, experts in zip(tables, held, strict=True)]
+
+
+def use(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
+    """Whatever asks for the kernels of a device gets these."""
+    monkeypatch.setattr(shard, "kernels_of", lambda _: kernels)
+    monkeypatch.setattr(fused, "kernels_of", lambda _: kernels)
+
+
+def gpu_shard(source: ModelSource) -> tuple[Sequences, LocalExperts]:
+    info = source.info
+    local = LocalExperts(0, info.moe_layers, info.experts, source.expert_shape(), CPU)
+    made = ModelShard.load(source, moe=local, kv_blocks=32, kv_block_size=8, deterministic=False)
+    made._runtime = local  # what `assemble` does for a model on a GPU
+    return Sequences(made, 8), local
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_the_kernels_give_the_logits_of_the_cpu_wherever_the_experts_are(
+    family: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint(family)
+    a, b = prompt_of(9, 1), prompt_of(3, 2)
+    steps = [{"a": a[:7], "b": b[:1]}, {"a": a[7:8], "b": b[1:2]}, {"a": a[8:], "b": b[2:]}]
+    cpu = lone_shard(path, dtype="float32")
+    expected = [cpu.step(step) for step in steps]
+
+    use(monkeypatch, Kernels(attention.paged_attention, norm.rms_norm))
+    source = ModelSource.open(str(path), dtype="float32")
+    gpu, local = gpu_shard(source)
+    experts, layers = source.info.experts, source.info.moe_layers
+    forward = replan(None, [0], experts=experts, layers=layers)
+    backward = Placement(experts, [{0: list(reversed(range(experts)))} for _ in range(layers)])
+    for index, step in enumerate(steps):
+        local.install(states(source, backward if index == 1 else forward))
+        for name, logits in gpu.step(step).items():
+            torch.testing.assert_close(logits, expected[index][name], rtol=1e-3, atol=1e-4)
+
+
+def test_experts_on_another_rank_are_refused() -> None:
+    source = ModelSource.open("tiny", dtype="float32")
+    info = source.info
+    local = LocalExperts(0, info.moe_layers, info.experts, source.expert_shape(), CPU)
+    placement = replan(None, [0, 1], experts=info.experts, layers=info.moe_layers)
+    with pytest.raises(ValueError, match="other ranks"):
+        local.install(states(source, placement))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_a_gate_is_taken_for_swiglu_only_if_it_computes_it(factor: float) -> None:
+    def gate(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(a) * b * factor
+
+    assert is_swiglu(gate) == (factor == 1.0)
+    assert not is_swiglu(torch.nn.functional.silu)
