@@ -47,11 +47,11 @@ def bench_layer(
     Route, sort, experts and combine of one rank that holds all experts, bf16. Each contender is
     checked against float64 first; exit status 1 if one computes something else.
     """
-    from flexpert.bench.gpu.device import need_gpu
+    from flexpert.moe.kernels import open_gpu
 
     counts = _numbers(tokens, "--tokens")
     _check_folder(json_)
-    need_gpu()  # before what needs triton is imported
+    open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.layer import RIVALS, SHAPES, run_layer
     from flexpert.bench.gpu.report import layer_text
 
@@ -82,11 +82,11 @@ def bench_decode(
     that reading weights and KV cache takes, and transformers. Needs some 78 GB of GPU memory.
     Exit status 1 if the logits are not those of transformers.
     """
-    from flexpert.bench.gpu.device import need_gpu
+    from flexpert.moe.kernels import open_gpu
 
     batches = _numbers(batch, "--batch")
     _check_folder(json_)
-    need_gpu()  # before what needs triton is imported
+    open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.decode import run_decode
     from flexpert.bench.gpu.report import decode_text
 

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexpert.errors import FlexpertError
+from flexpert.errors import ConfigError
 from flexpert.moe import ops
 
 
@@ -55,14 +55,41 @@ def kernels_of(device: torch.device) -> Kernels:
     """The kernels of a device.
 
     Raises:
-        FlexpertError: a GPU's, and the package triton is missing.
+        ConfigError: a GPU's, and the package triton is missing.
     """
     if device.type == "cpu":
         return _CPU
-    try:
-        from flexpert.moe.cuda import attention, norm
-    except ImportError as error:
-        raise FlexpertError(
-            f"the kernels for GPUs need the package triton ({error}): pip install flexpert[cuda]"
-        ) from error
+    _need_triton()
+    from flexpert.moe.cuda import attention, norm
+
     return Kernels(attention.paged_attention, norm.rms_norm)
+
+
+def open_gpu() -> torch.device:
+    """The GPU that this process uses.
+
+    Raises:
+        ConfigError: torch sees none, or triton is missing; says what to do.
+    """
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        raise ConfigError(
+            "no NVIDIA GPU that torch can use: "
+            + (
+                f"torch {torch.__version__} was built for CUDA {built}; is the driver installed, "
+                "and is CUDA_VISIBLE_DEVICES right?"
+                if built
+                else f"torch {torch.__version__} is a build for CPUs; install one for CUDA"
+            )
+        )
+    _need_triton()
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _need_triton() -> None:
+    try:
+        import triton  # noqa: F401 - only whether it is there
+    except ImportError as error:
+        raise ConfigError(
+            f"computing on a GPU needs the package triton ({error}): pip install flexpert[cuda]"
+        ) from error

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from flexpert.bench.gpu.device import Gpu, Spread, measure_gpu, need_gpu
+from flexpert.bench.gpu.device import Gpu, Spread, measure_gpu
 from flexpert.bench.gpu.model import RandomModel, qwen3_30b_a3b
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.shard import ModelShard
 from flexpert.moe.cuda.experts import Gate
 from flexpert.moe.cuda.runtime import LocalExperts
+from flexpert.moe.kernels import open_gpu
 
 WARM_UP = 3
 BLOCK = 16
@@ -116,7 +117,7 @@ def run_decode(
 
     Raises: ConfigError: no GPU.
     """
-    device = need_gpu()
+    device = open_gpu()
     torch.manual_seed(seed)
     note("measuring the GPU")
     gpu = measure_gpu(device)
@@ -133,6 +134,7 @@ def run_decode(
         error = ours.compare(reference)
         points = [ours.point(batch, gpu, context, steps, note) for batch in batches]
         capture_s = ours.capture_s
+        ours.shard.graphs = None  # their memory goes before transformers needs it
         del ours
         gc.collect()
         torch.cuda.empty_cache()

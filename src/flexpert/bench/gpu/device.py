@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from flexpert.bench.statistics import percentile
-from flexpert.errors import ConfigError, FlexpertError
+from flexpert.errors import FlexpertError
 
 Launch = Callable[[], object]
 
@@ -54,32 +54,6 @@ class Spread(msgspec.Struct, frozen=True):
         return cls(*(percentile(ordered, share) for share in (0.1, 0.5, 0.9)))
 
 
-def need_gpu() -> torch.device:
-    """The current GPU.
-
-    Raises:
-        ConfigError: there is none that torch can use, or no triton; says what to do.
-    """
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        raise ConfigError(
-            "this benchmark needs an NVIDIA GPU, and torch sees none"
-            + (
-                f" (torch {torch.__version__} was built for CUDA {built}: is the driver installed, "
-                "and is CUDA_VISIBLE_DEVICES right?)"
-                if built
-                else f": torch {torch.__version__} is a build for CPUs; install one for CUDA"
-            )
-        )
-    try:
-        import triton  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise ConfigError(
-            f"this benchmark needs the package triton ({error}): pip install flexpert[cuda]"
-        ) from error
-    return torch.device("cuda", torch.cuda.current_device())
-
-
 def measure_gpu(device: torch.device) -> Gpu:
     """What the GPU can do at best now."""
     import triton
@@ -87,7 +61,7 @@ def measure_gpu(device: torch.device) -> Gpu:
     return Gpu(
         name=torch.cuda.get_device_name(device),
         driver=torch.version.cuda or "",
-        torch=torch.__version__,
+        torch=str(torch.__version__),  # a string of a class of its own
         triton=triton.__version__,
         copy_bytes_per_s=_copy_rate(device),
         flops=_product_rate(device),

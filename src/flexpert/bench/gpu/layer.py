@@ -21,7 +21,6 @@ from flexpert.bench.gpu.device import (
     Spread,
     flusher,
     measure_gpu,
-    need_gpu,
     replay_us,
     timed_us,
 )
@@ -31,6 +30,7 @@ from flexpert.models import registrations
 from flexpert.models.shard import RoutedExperts
 from flexpert.moe.cuda.runtime import LocalExperts
 from flexpert.moe.experts import ExpertWeights, LayerExperts
+from flexpert.moe.kernels import open_gpu
 from flexpert.moe.placement import replan
 from flexpert.moe.runtime import LayerState, expert_tables
 
@@ -108,7 +108,7 @@ def run_layer(
 
     Raises: ConfigError: no GPU.
     """
-    device = need_gpu()
+    device = open_gpu()
     torch.manual_seed(seed)
     note("measuring the GPU")
     gpu = measure_gpu(device)

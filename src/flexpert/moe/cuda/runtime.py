@@ -23,12 +23,16 @@ class LocalExperts:
     Args:
         rank: the own id, which must own every expert.
         layers, experts, shape: of the model.
+
+    Attributes:
+        walked: layers so far, as in `MoERuntime`; a replayed step counts none.
     """
 
     def __init__(
         self, rank: int, layers: int, experts: int, shape: ExpertShape, device: torch.device
     ) -> None:
         self.rank = rank
+        self.walked = 0
         self._tokens = torch.zeros(1, dtype=torch.int32, device=device)
         self._experts = DeviceExperts(layers, experts, shape, device)
         self._slot_of = torch.full((layers, experts), -1, dtype=torch.int32, device=device)
@@ -47,6 +51,9 @@ class LocalExperts:
         self._experts.install([state.experts.experts for state in layers])
         self._slot_of.copy_(slot_of)
 
+    def lost_rows(self) -> None:
+        """As `MoERuntime.lost_rows`: a rank that holds all experts loses no choice."""
+
     def expect(self, tokens: int) -> None:
         """So many rows of the batches to come count; the rest is padding."""
         self._tokens.fill_(tokens)
@@ -64,6 +71,7 @@ class LocalExperts:
         Returns:
             [T, hidden] in x's dtype.
         """
+        self.walked += 1
         out = torch.empty_like(x)
         if x.shape[0] == 0:
             return out
