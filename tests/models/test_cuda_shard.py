@@ -13,13 +13,12 @@ from flexpert.models import fused, shard
 from flexpert.models.shard import ModelShard
 from flexpert.models.source import ModelSource
 from flexpert.moe.experts import LayerExperts
-from flexpert.moe.kernels import Kernels
+from flexpert.moe.kernels import Kernels, gpu_kernels
 from flexpert.moe.placement import Placement, replan
 from flexpert.moe.runtime import LayerState, expert_tables
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
-from flexpert.moe.cuda import attention, norm
 from flexpert.moe.cuda.experts import is_swiglu
 from flexpert.moe.cuda.runtime import LocalExperts
 
@@ -52,8 +51,18 @@ def gpu_shard(source: ModelSource) -> tuple[Sequences, LocalExperts]:
     return Sequences(made, 8), local
 
 
+FUSED = {
+    "qwen3_moe": {"Qwen3MoeAttention", "Qwen3MoeTopKRouter", "Qwen3MoeRMSNorm"},
+    "mixtral": {"MixtralAttention", "MixtralTopKRouter", "MixtralRMSNorm"},
+    "olmoe": {"OlmoeTopKRouter", "OlmoeRMSNorm"},  # it norms all heads together
+    "gpt_oss": {"GptOssRMSNorm"},
+    "deepseek_v3": {"DeepseekV3RMSNorm"},
+}
+"""Modules that one kernel, or a few, must have taken the place of."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("family", list(FUSED))
 def test_the_kernels_give_the_logits_of_the_cpu_wherever_the_experts_are(
     family: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,9 +72,11 @@ def test_the_kernels_give_the_logits_of_the_cpu_wherever_the_experts_are(
     cpu = lone_shard(path, dtype="float32")
     expected = [cpu.step(step) for step in steps]
 
-    use(monkeypatch, Kernels(attention.paged_attention, norm.rms_norm))
+    use(monkeypatch, gpu_kernels())
     source = ModelSource.open(str(path), dtype="float32")
     gpu, local = gpu_shard(source)
+    fused = {type(m).__name__ for m in gpu.shard._model.modules() if "forward" in vars(m)}
+    assert fused >= FUSED[family]
     experts, layers = source.info.experts, source.info.moe_layers
     forward = replan(None, [0], experts=experts, layers=layers)
     backward = Placement(experts, [{0: list(reversed(range(experts)))} for _ in range(layers)])

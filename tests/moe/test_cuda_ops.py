@@ -13,7 +13,7 @@ from flexpert.moe import ops
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
-from flexpert.moe.cuda import attention, norm, products, routing
+from flexpert.moe.cuda import attention, norm, products, rotary, router, routing
 from flexpert.moe.cuda.products import Tiling
 
 HIDDEN, INTER = 48, 40
@@ -242,3 +242,46 @@ def test_a_sequence_of_padding_attends_to_nothing_and_writes_nothing() -> None:
     )
     assert (out[1:] == 0).all()
     assert caches[0].isnan().sum() == caches[0].numel() - 2 * 16
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("shape", [(1, 6, 2), (5, 128, 8), (300, 20, 3)], ids=str)
+def test_a_router_takes_the_likeliest_experts(
+    shape: tuple[int, int, int], normalised: bool
+) -> None:
+    tokens, experts, topk = shape
+    logits = randn(tokens, experts)
+    weights, ids = router.choose_experts(logits, topk, normalised=normalised, dtype=torch.float32)
+    expected, expected_ids = logits.softmax(-1).topk(topk)
+    if normalised:
+        expected = expected / expected.sum(-1, keepdim=True)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_queries_and_keys_are_normed_turned_and_stored(normed: bool) -> None:
+    tokens, heads, kv_heads, dim = 3, 6, 2, 24
+    qkv = randn(tokens, heads + 2 * kv_heads, dim)
+    angles = randn(tokens, dim // 2, seed=1)
+    cos, sin = (f(torch.cat([angles, angles], -1)) for f in (torch.cos, torch.sin))
+    weights = (randn(dim, seed=2), randn(dim, seed=3))
+    caches = [torch.full((2, 4, kv_heads, dim), math.nan) for _ in range(2)]
+    slots = torch.tensor([5, -1, 2])
+    query = rotary.turn_and_store(
+        qkv, cos, sin, slots, *caches, norms=weights if normed else None, eps=1e-6, early=True
+    )
+
+    def turned(x: Tensor, weight: Tensor) -> Tensor:
+        if normed:
+            x = ops.rms_norm(x, weight, 1e-6, early=True)
+        half = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
+        return x * cos[:, None] + half * sin[:, None]
+
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    torch.testing.assert_close(query, turned(q, weights[0]))
+    flat = [cache.view(8, kv_heads, dim) for cache in caches]
+    keep = [0, 2]
+    torch.testing.assert_close(flat[0][slots[keep]], turned(k, weights[1])[keep])
+    assert torch.equal(flat[1][slots[keep]], v[keep])
+    assert all(int(cache.isnan().all((1, 2)).sum()) == 6 for cache in flat)

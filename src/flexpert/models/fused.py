@@ -31,7 +31,7 @@ def fuse(model: nn.Module, *, deterministic: bool) -> None:
         if type(module) is nn.Linear:
             if _linear_pays(module.weight):
                 _replace(module, _linear(module, deterministic))
-        elif (eps := _epsilon(module)) is not None:
+        elif (eps := epsilon(module)) is not None:
             kernel = kernels_of(module.get_parameter("weight").device).rms_norm
             for early in (True, False):
                 if _is_norm(module, eps, kernel, early=early):
@@ -68,7 +68,7 @@ def _linear(module: nn.Linear, deterministic: bool) -> Callable[[Tensor], Tensor
     return forward
 
 
-def _epsilon(module: nn.Module) -> float | None:
+def epsilon(module: nn.Module) -> float | None:
     """Of a module that looks like an RMS norm: its only tensor is a vector named `weight`."""
     weight = module._parameters.get("weight")
     if (

@@ -19,6 +19,7 @@ from flexpert.models import registrations
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.deterministic import RowwiseMode, outside_modes
 from flexpert.models.fused import fuse
+from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.graphs import DecodeGraphs
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
@@ -252,6 +253,8 @@ class ModelShard:
             experts.append(routed)
         with torch.inference_mode():
             fuse(model, deterministic=deterministic)
+            if kernels.fusions is not None:
+                fuse_modules(model, kernels.fusions)
         return cls(
             info,
             model,

@@ -40,12 +40,67 @@ class NormKernel(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, eps: float, *, early: bool) -> Tensor: ...
 
 
+class AttendKernel(Protocol):
+    """See `cuda.attention.attend`."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        *,
+        scaling: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class TurnKernel(Protocol):
+    """See `cuda.rotary.turn_and_store`."""
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slot_mapping: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        *,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        early: bool,
+    ) -> Tensor: ...
+
+
+class ChooseKernel(Protocol):
+    """See `cuda.router.choose_experts`."""
+
+    def __call__(
+        self, logits: Tensor, topk: int, *, normalised: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fusions:
+    """What takes the place of whole modules where launches cost more than their work."""
+
+    attend: AttendKernel
+    turn_and_store: TurnKernel
+    choose_experts: ChooseKernel
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """What a model's dense part calls."""
 
     paged_attention: PagedAttentionKernel
     rms_norm: NormKernel
+    fusions: Fusions | None = None
 
 
 _CPU = Kernels(ops.paged_attention, ops.rms_norm)
@@ -60,9 +115,15 @@ def kernels_of(device: torch.device) -> Kernels:
     if device.type == "cpu":
         return _CPU
     _need_triton()
-    from flexpert.moe.cuda import attention, norm
+    return gpu_kernels()
 
-    return Kernels(attention.paged_attention, norm.rms_norm)
+
+def gpu_kernels() -> Kernels:
+    """Those in Triton; on tensors of a CPU they need its interpreter."""
+    from flexpert.moe.cuda import attention, norm, rotary, router
+
+    fusions = Fusions(attention.attend, rotary.turn_and_store, router.choose_experts)
+    return Kernels(attention.paged_attention, norm.rms_norm, fusions)
 
 
 def open_gpu() -> torch.device:

@@ -259,13 +259,29 @@ def paged_attention(
     Returns:
         [N, heads, value_dim].
     """
-    tokens, heads, key_dim = query.shape
-    _, kv_heads, value_dim = value.shape
-    sequences, max_blocks = block_tables.shape
-    out = query.new_empty((tokens, heads, value_dim))
-    if tokens == 0 or sequences == 0:
-        return out
-    key_pad, value_pad = (max(16, triton.next_power_of_2(d)) for d in (key_dim, value_dim))
+    write_cache(key, value, key_cache, value_cache, slot_mapping)
+    return attend(
+        query,
+        key_cache,
+        value_cache,
+        query_start,
+        context_len,
+        block_tables,
+        scaling=scaling,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def write_cache(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Put each token's key and value where `slot_mapping` says; see `paged_attention`."""
+    tokens, kv_heads, key_dim = key.shape
+    value_dim = value.shape[2]
+    if tokens == 0:
+        return
     _write_cache[(tokens,)](
         key,
         value,
@@ -279,11 +295,34 @@ def paged_attention(
         HEADS=kv_heads,
         HEADS_PAD=triton.next_power_of_2(kv_heads),
         KEY=key_dim,
-        KEY_PAD=key_pad,
+        KEY_PAD=_padded(key_dim),
         VALUE=value_dim,
-        VALUE_PAD=value_pad,
+        VALUE_PAD=_padded(value_dim),
         num_warps=2,
     )
+
+
+def attend(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_start: Tensor,
+    context_len: Tensor,
+    block_tables: Tensor,
+    *,
+    scaling: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attend causally over a cache that has this step's keys and values; see `paged_attention`."""
+    tokens, heads, key_dim = query.shape
+    kv_heads, value_dim = value_cache.shape[2:]
+    sequences, max_blocks = block_tables.shape
+    out = query.new_empty((tokens, heads, value_dim))
+    if tokens == 0 or sequences == 0:
+        return out
+    key_pad, value_pad = _padded(key_dim), _padded(value_dim)
     group = heads // kv_heads
     decode = tokens == sequences
     together = 1 if decode else max(1, 64 // triton.next_power_of_2(group))
@@ -354,6 +393,10 @@ def paged_attention(
             num_warps=4,
         )
     return out
+
+
+def _padded(dim: int) -> int:
+    return max(16, int(triton.next_power_of_2(dim)))
 
 
 def _splits(programs: int, longest: int, device: torch.device) -> int:
