@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from flexpert.bench.gpu.device import Gpu, Spread, measure_gpu
 from flexpert.bench.gpu.model import RandomModel, qwen3_30b_a3b
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.errors import FlexpertError
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.shard import ModelShard
 from flexpert.moe.cuda.experts import Gate
@@ -115,7 +116,9 @@ def run_decode(
         context: tokens of each sequence before the first timed step.
         rival: time transformers, too.
 
-    Raises: ConfigError: no GPU.
+    Raises:
+        ConfigError: no GPU.
+        FlexpertError: too little memory on it.
     """
     device = open_gpu()
     torch.manual_seed(seed)
@@ -123,23 +126,28 @@ def run_decode(
     gpu = measure_gpu(device)
     note("building the model")
     began = time.perf_counter()
-    model = RandomModel.build(qwen3_30b_a3b(layers), device)
-    torch.cuda.synchronize()
-    build_s = time.perf_counter() - began
-
-    with torch.inference_mode():
-        ours = _Ours(model, batches, context + steps + WARM_UP + 1, note)
-        reference = model.transformers()
-        note("comparing with transformers")
-        error = ours.compare(reference)
-        points = [ours.point(batch, gpu, context, steps, note) for batch in batches]
-        capture_s = ours.capture_s
-        ours.shard.graphs = None  # their memory goes before transformers needs it
-        del ours
-        gc.collect()
-        torch.cuda.empty_cache()
-        if rival:
-            points = [_with_rival(p, reference, context, steps, note) for p in points]
+    try:
+        model = RandomModel.build(qwen3_30b_a3b(layers), device)
+        torch.cuda.synchronize()
+        build_s = time.perf_counter() - began
+        with torch.inference_mode():
+            ours = _Ours(model, batches, context + steps + WARM_UP + 1, note)
+            reference = model.transformers()
+            note("comparing with transformers")
+            error = ours.compare(reference)
+            points = [ours.point(batch, gpu, context, steps, note) for batch in batches]
+            capture_s = ours.capture_s
+            ours.shard.graphs = None  # their memory goes before transformers needs it
+            del ours
+            gc.collect()
+            torch.cuda.empty_cache()
+            if rival:
+                points = [_with_rival(p, reference, context, steps, note) for p in points]
+    except torch.OutOfMemoryError as full:
+        raise FlexpertError(
+            f"the GPU's memory does not hold it: {str(full).splitlines()[0]}; give fewer "
+            "--layers, a smaller --batch or a shorter --context"
+        ) from full
     return DecodeReport(
         machine=this_machine(),
         gpu=gpu,
