@@ -13,7 +13,7 @@ from flexpert.bench.machine import this_machine
 from flexpert.cli.main import app
 from flexpert.errors import ConfigError
 
-GPU = Gpu("H", "13.0", "2.11", "3.6", copy_bytes_per_s=3e12, flops=8e14)
+GPU = Gpu("H", "13.0", "2.11", "3.6", bytes_per_s=3e12, flops=8e14)
 
 
 def shown(text: RenderableType) -> str:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from checkpoints import Sequences, lone_shard, prompt_of
 
-from flexpert.models import fused, shard
+from flexpert.models import fused, graphs, shard
+from flexpert.models.batch import ForwardBatch
+from flexpert.models.graphs import Replay, StepInputs, Walk
 from flexpert.models.shard import ModelShard
 from flexpert.models.source import ModelSource
 from flexpert.moe.experts import LayerExperts
@@ -103,3 +105,56 @@ def test_a_gate_is_taken_for_swiglu_only_if_it_computes_it(factor: float) -> Non
 
     assert is_swiglu(gate) == (factor == 1.0)
     assert not is_swiglu(torch.nn.functional.silu)
+
+
+def replayed(walk: Walk, batch: ForwardBatch, pool: object) -> tuple[Replay, torch.Tensor]:
+    """Stands for a CUDA graph: computes again from what lies in the same memory."""
+    logits = walk(batch).clone()
+    return lambda: logits.copy_(walk(batch)), logits
+
+
+@pytest.mark.slow
+def test_captured_steps_follow_the_experts_without_another_capture(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint("qwen3_moe")
+    prompts = {name: prompt_of(9, seed) for seed, name in enumerate("abc")}
+    begin = {name: prompt[:5] for name, prompt in prompts.items()}
+    # one after the other in graphs for one, two and four sequences, with padding in the last
+    decodes = [{name: prompts[name][5 + i : 6 + i] for name in "abc"[: 3 - i]} for i in range(3)]
+    cpu = lone_shard(path, dtype="float32")
+    expected = [cpu.step(step) for step in (begin, *decodes)][1:]
+
+    use(monkeypatch, gpu_kernels())
+    monkeypatch.setattr(graphs, "record", replayed)
+    source = ModelSource.open(str(path), dtype="float32")
+    gpu, local = gpu_shard(source)
+    gpu.shard.capture([1, 2, 4], max_blocks=3)  # before any expert is there
+    experts, layers = source.info.experts, source.info.moe_layers
+    forward = replan(None, [0], experts=experts, layers=layers)
+    backward = Placement(experts, [{0: list(reversed(range(experts)))} for _ in range(layers)])
+    local.install(states(source, forward))
+    gpu.step(begin)
+    for index, step in enumerate(decodes):
+        local.install(states(source, backward if index % 2 else forward))
+        with monkeypatch.context() as only_graphs:
+            only_graphs.setattr(gpu.shard, "_walk", None)
+            found = gpu.step(step)
+        for name, logits in found.items():
+            torch.testing.assert_close(logits, expected[index][name], rtol=1e-3, atol=1e-4)
+    assert gpu.shard.graphs is not None
+    assert gpu.shard.graphs.captures == 3
+
+
+def test_padding_of_a_captured_step_is_no_leftover_of_a_larger_one() -> None:
+    memory = torch.full((StepInputs.room(8, 5),), 255, dtype=torch.uint8)
+    inputs = StepInputs.over(memory, 4, 5)
+    tables = torch.arange(6, dtype=torch.int32).view(2, 3)
+    ones = torch.ones(2, dtype=torch.int64)
+    inputs.fill(ForwardBatch(ones, ones, ones, 2 * ones.int(), tables, 3 * ones, ones))
+    assert inputs.token_ids.tolist() == [1, 1, 0, 0]
+    assert inputs.positions.tolist() == [1, 1, 0, 0]
+    assert inputs.slot_mapping.tolist() == [3, 3, -1, -1]
+    assert inputs.context_len.tolist() == [2, 2, 0, 0]
+    assert torch.equal(inputs.block_tables[:2, :3], tables)
+    assert inputs.nbytes == StepInputs.room(4, 5)

@@ -26,7 +26,7 @@ def main() -> None:
     answers: dict[str, list[list[int]]] = {}
     for device in ("cpu", "cuda"):
         began = time.perf_counter()
-        with LLM("tiny", device=device, **{"model.dtype": "float32"}) as llm:
+        with LLM("tiny", engine__device=device, model__dtype="float32") as llm:
             started = time.perf_counter()
             answers[device] = [a.token_ids for a in llm.generate(PROMPTS, GREEDY)]
             again = time.perf_counter()

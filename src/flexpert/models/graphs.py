@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,16 @@ from torch import Tensor
 from flexpert.models.batch import ForwardBatch
 
 Walk = Callable[[ForwardBatch], Tensor]
+Replay = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
-class _Inputs:
-    """Views of one step's inputs in the staging memory; slot of padding is -1, its context 0."""
+class StepInputs:
+    """Views of one step's inputs in a piece of memory.
+
+    token_ids, positions, slot_mapping: [size] int64; context_len: [size] int32; block_tables:
+    [size, max_blocks] int32. nbytes: of all of them, from the begin of the memory.
+    """
 
     token_ids: Tensor
     positions: Tensor
@@ -29,9 +35,14 @@ class _Inputs:
     block_tables: Tensor
     nbytes: int
 
+    @staticmethod
+    def room(size: int, max_blocks: int) -> int:
+        """Bytes of memory for so many sequences."""
+        return size * (3 * 8 + 4 + 4 * max_blocks)
+
     @classmethod
-    def of(cls, memory: Tensor, size: int, max_blocks: int) -> _Inputs:
-        """memory: [bytes] uint8."""
+    def over(cls, memory: Tensor, size: int, max_blocks: int) -> StepInputs:
+        """memory: [at least `room`] uint8."""
         end = 0
 
         def take(count: int, dtype: torch.dtype) -> Tensor:
@@ -48,11 +59,30 @@ class _Inputs:
             end,
         )
 
+    def fill(self, batch: ForwardBatch | None) -> None:
+        """Put a batch of at most `size` sequences here; padding writes and reads no KV."""
+        tokens = 0
+        if batch is not None:
+            tokens, width = batch.block_tables.shape
+            self.token_ids[:tokens] = batch.token_ids
+            self.positions[:tokens] = batch.positions
+            self.slot_mapping[:tokens] = batch.slot_mapping
+            self.context_len[:tokens] = batch.context_len
+            self.block_tables[:tokens, :width] = batch.block_tables
+        # the memory has held batches of other sizes: what lies here now may be no token at all
+        self.token_ids[tokens:] = 0
+        self.positions[tokens:] = 0
+        self.slot_mapping[tokens:] = -1
+        self.context_len[tokens:] = 0
+
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    graph: torch.cuda.CUDAGraph
-    host: _Inputs
+    """batch: what the graph reads; kept, because its memory must not go to anybody else."""
+
+    batch: ForwardBatch
+    host: StepInputs
+    replay: Replay
     logits: Tensor
 
 
@@ -74,11 +104,12 @@ class DecodeGraphs:
     ) -> None:
         self.captures = 0
         self._max_blocks = max_blocks
-        room = max(sizes) * (3 * 8 + 4 + 4 * max_blocks)
-        self._host = torch.zeros(room, dtype=torch.uint8, pin_memory=True)
+        gpu = device.type == "cuda"
+        room = StepInputs.room(max(sizes), max_blocks)
+        self._host = torch.zeros(room, dtype=torch.uint8, pin_memory=gpu)
         self._device = torch.zeros(room, dtype=torch.uint8, device=device)
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        self._copied = torch.cuda.Event() if gpu else None  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle() if gpu else None
         self._captured: dict[int, _Captured] = {}
         # the largest first: the others find room in its memory
         for size in sorted(set(sizes), reverse=True):
@@ -87,9 +118,8 @@ class DecodeGraphs:
 
     def _capture(self, walk: Walk, size: int) -> _Captured:
         device = self._device.device
-        inputs = _Inputs.of(self._device, size, self._max_blocks)
-        self._device.zero_()
-        inputs.slot_mapping.fill_(-1)
+        inputs = StepInputs.over(self._device, size, self._max_blocks)
+        inputs.fill(None)
         count = torch.arange(size + 1, device=device)
         batch = ForwardBatch(
             token_ids=inputs.token_ids,
@@ -100,17 +130,10 @@ class DecodeGraphs:
             slot_mapping=inputs.slot_mapping,
             sample_rows=count[:size].clone(),
         )
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            walk(batch)  # compiles what is still to be compiled
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread may load weights meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = walk(batch)
+        replay, logits = record(walk, batch, self._pool)
         self.captures += 1
-        return _Captured(graph, _Inputs.of(self._host, size, self._max_blocks), logits)
+        host = StepInputs.over(self._host, size, self._max_blocks)
+        return _Captured(batch, host, replay, logits)
 
     def fits(self, batch: ForwardBatch) -> bool:
         """Whether a batch on the host is a decode step that a graph was captured for."""
@@ -123,20 +146,30 @@ class DecodeGraphs:
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """[tokens, vocab] logits of a batch that `fits`, valid until the next call."""
-        tokens, width = batch.block_tables.shape
-        size = next(size for size in self._sizes if size >= tokens)
-        captured = self._captured[size]
-        inputs = captured.host
-        self._copied.synchronize()  # what lies there has been read
-        inputs.token_ids[:tokens] = batch.token_ids
-        inputs.positions[:tokens] = batch.positions
-        inputs.slot_mapping[:tokens] = batch.slot_mapping
-        inputs.slot_mapping[tokens:] = -1
-        inputs.context_len[:tokens] = batch.context_len
-        inputs.context_len[tokens:] = 0
-        inputs.block_tables[:tokens, :width] = batch.block_tables
-        count = inputs.nbytes
+        tokens = batch.token_ids.shape[0]
+        captured = self._captured[next(size for size in self._sizes if size >= tokens)]
+        if self._copied is not None:
+            self._copied.synchronize()  # what lies on the host has been read
+        captured.host.fill(batch)
+        count = captured.host.nbytes
         self._device[:count].copy_(self._host[:count], non_blocking=True)
-        self._copied.record()
-        captured.graph.replay()
+        if self._copied is not None:
+            self._copied.record()
+        captured.replay()
         return captured.logits[:tokens]
+
+
+def record(walk: Walk, batch: ForwardBatch, pool: Any) -> tuple[Replay, Tensor]:
+    """A CUDA graph of `walk(batch)`: (how to replay it, where its result is then)."""
+    device = batch.token_ids.device
+    here = torch.cuda.current_stream(device)
+    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        walk(batch)  # compiles what is still to be compiled
+    here.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: another thread may load weights meanwhile
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        logits = walk(batch)
+    return graph.replay, logits

@@ -39,7 +39,7 @@ class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
     """One batch size.
 
     active: experts a layer that get a token, mean over the layers of one step.
-    limit_ms: weights in use and keys and values, read once, at the rate of a copy.
+    limit_ms: weights in use and keys and values, read once, at the rate of the GPU's memory.
     ours_ms, transformers_ms: of a step; skipped: why there is no figure of transformers.
     captures: graphs captured until then.
     """

@@ -12,33 +12,33 @@ from flexpert.errors import FlexpertError
 
 Launch = Callable[[], object]
 
-_COPIED_BYTES = 2**31
+_MOVED_BYTES = 2**31
 _PRODUCT = 8192
 
 
 class Gpu(msgspec.Struct, frozen=True):
     """A GPU and its ceilings, measured when the benchmark began.
 
-    copy_bytes_per_s: of a copy in its memory, read and written; flops: of a bf16 product.
+    bytes_per_s: of its memory, the best of copying and summing up; flops: of a bf16 product.
     """
 
     name: str
     driver: str
     torch: str
     triton: str
-    copy_bytes_per_s: float
+    bytes_per_s: float
     flops: float
 
     def line(self) -> str:
         return (
-            f"{self.name}, torch {self.torch}, triton {self.triton}; a copy moves "
-            f"{self.copy_bytes_per_s / 1e12:.2f} TB/s, a bf16 product does "
+            f"{self.name}, torch {self.torch}, triton {self.triton}; its memory gives "
+            f"{self.bytes_per_s / 1e12:.2f} TB/s, a bf16 product does "
             f"{self.flops / 1e12:.0f} TFLOP/s"
         )
 
     def limit_s(self, nbytes: float, flops: float) -> float:
         """The time that neither memory nor arithmetic lets one stay under."""
-        return max(nbytes / self.copy_bytes_per_s, flops / self.flops)
+        return max(nbytes / self.bytes_per_s, flops / self.flops)
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -63,16 +63,23 @@ def measure_gpu(device: torch.device) -> Gpu:
         driver=torch.version.cuda or "",
         torch=str(torch.__version__),  # a string of a class of its own
         triton=triton.__version__,
-        copy_bytes_per_s=_copy_rate(device),
+        bytes_per_s=_memory_rate(device),
         flops=_product_rate(device),
     )
 
 
-def _copy_rate(device: torch.device) -> float:
-    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=device).random_()
+def _memory_rate(device: torch.device) -> float:
+    """The best of a copy, which writes as much as it reads, and a sum, which only reads."""
+    source = torch.empty(_MOVED_BYTES // 4, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
-    times = replay_us([lambda: target.copy_(source)], repeat=10)
-    return 2 * _COPIED_BYTES / Spread.of(times).p50 * 1e6
+    ways: list[tuple[Launch, int]] = [
+        (lambda: target.copy_(source), 2 * _MOVED_BYTES),
+        (lambda: torch.neg(source, out=target), 2 * _MOVED_BYTES),
+        (lambda: source.sum(), _MOVED_BYTES),
+    ]
+    return max(
+        nbytes / Spread.of(replay_us([launch] * 4, repeat=5)).p50 * 1e6 for launch, nbytes in ways
+    )
 
 
 def _product_rate(device: torch.device) -> float:

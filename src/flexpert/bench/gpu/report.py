@@ -76,8 +76,8 @@ def decode_text(report: DecodeReport) -> RenderableType:
             f"logits differ from transformers' by {report.error:.4f} (relative){verdict}; model "
             f"built in {report.build_s:.1f} s, {report.points[-1].captures} graphs captured in "
             f"{report.capture_s:.1f} s\nmedians over {report.steps} steps; limit: "
-            "weights in use and KV cache at the rate of a copy; transformers: DynamicCache, sdpa, "
-            f"grouped_mm\n{report.gpu.line()}\n{report.machine.line()}",
+            "weights in use and KV cache at the rate of its memory; transformers: DynamicCache, "
+            f"sdpa, grouped_mm\n{report.gpu.line()}\n{report.machine.line()}",
             style="dim",
         ),
     )
