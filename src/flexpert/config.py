@@ -55,7 +55,7 @@ class EngineConfig(_Section):
     """One rank."""
 
     device: Literal["cpu", "cuda"] = Field(
-        "cpu", description="what a rank computes on; cuda: one rank on one GPU"
+        "cpu", description="what a rank computes on; cuda (experimental): one rank, one GPU"
     )
     max_tokens_per_step: int = Field(256, ge=16, le=65536, description="token budget of a step")
     max_running: int = Field(64, ge=1, le=4096, description="sequences decoded at once per rank")

@@ -49,7 +49,6 @@ def gpu_shard(source: ModelSource) -> tuple[Sequences, LocalExperts]:
     info = source.info
     local = LocalExperts(0, info.moe_layers, info.experts, source.expert_shape(), CPU)
     made = ModelShard.load(source, moe=local, kv_blocks=32, kv_block_size=8, deterministic=False)
-    made._runtime = local  # what `assemble` does for a model on a GPU
     return Sequences(made, 8), local
 
 

@@ -36,7 +36,7 @@ def make_runtime(
     buffer: Buffer, source: ModelSource, config: EngineConfig, device: torch.device
 ) -> MoERuntime | LocalExperts:
     """The MoE layers of a rank on a device."""
-    if device.type == "cpu":
+    if config.device == "cpu":
         return MoERuntime(buffer, reduce="home" if config.deterministic else "rank")
     from flexpert.moe.cuda.runtime import LocalExperts  # needs triton
 

@@ -115,7 +115,7 @@ class RankEngine:
             kv_block_size=config.kv_block_size,
             deterministic=config.deterministic,
             # peers read the cache of a rank that leaves; on a GPU it is the rank's own
-            kv_memory=self.lent.bytes if self.device.type == "cpu" else None,
+            kv_memory=self.lent.bytes if config.device == "cpu" else None,
             device=self.device,
         )
         self.scheduler = Scheduler(
@@ -392,7 +392,7 @@ class RankEngine:
         if all(table.slots for table in tables):
             limits = self.scheduler.limits
             room = min(limits.max_tokens_per_step, limits.blocks * limits.block_size)
-            if self.device.type != "cpu":
+            if self.config.device == "cuda":
                 self.shard.capture(graph_sizes(min(limits.max_running, room)), limits.longest_table)
             # one of each shape of products, which would otherwise be compiled while serving
             for rows in warm_up_sizes(room, self.config):

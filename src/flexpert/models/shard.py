@@ -262,7 +262,7 @@ class ModelShard:
             experts,
             kv,
             deterministic=deterministic,
-            runtime=None if device.type == "cpu" else cast(DeviceRuntime, moe),
+            runtime=cast(DeviceRuntime, moe) if hasattr(moe, "expect") else None,
         )
 
     def capture(self, sizes: Sequence[int], max_blocks: int) -> None:
