@@ -54,6 +54,9 @@ class ModelConfig(_Section):
 class EngineConfig(_Section):
     """One rank."""
 
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="what a rank computes on; cuda (experimental): one rank, one GPU"
+    )
     max_tokens_per_step: int = Field(256, ge=16, le=65536, description="token budget of a step")
     max_running: int = Field(64, ge=1, le=4096, description="sequences decoded at once per rank")
     kv_memory: Bytes = Field(256 * 2**20, description="bytes of KV cache per rank")
@@ -126,6 +129,32 @@ class Config(_Section):
     cluster: ClusterConfig = ClusterConfig()
     server: ServerConfig = ServerConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _room_for_one(cls, tree: Any) -> Any:
+        """On a GPU max_ranks is 1 unless it is given."""
+        if isinstance(tree, dict) and _device(tree.get("engine")) == "cuda":
+            cluster = tree.get("cluster") or {}
+            if isinstance(cluster, dict):
+                return {**tree, "cluster": {"max_ranks": 1, **cluster}}
+        return tree
+
+    @model_validator(mode="after")
+    def _fits_device(self) -> Config:
+        if self.engine.device != "cuda":
+            return self
+        if self.cluster.max_ranks > 1:
+            raise ValueError(
+                f"max_ranks ({self.cluster.max_ranks}) is more than 1, but with --device cuda one "
+                "rank holds all experts; leave --ranks and --max-ranks out"
+            )
+        if self.engine.deterministic:
+            raise ValueError(
+                "--deterministic needs --device cpu: a GPU's libraries choose the order of their "
+                "sums by the size of a batch"
+            )
+        return self
+
     @model_validator(mode="after")
     def _keeps_its_promise(self) -> Config:
         if self.engine.deterministic and self.cluster.on_missing_expert == "degrade":
@@ -134,6 +163,12 @@ class Config(_Section):
                 "some experts is another answer; drop --deterministic or --on-missing-expert"
             )
         return self
+
+
+def _device(engine: object) -> object:
+    if isinstance(engine, EngineConfig):
+        return engine.device
+    return engine.get("device") if isinstance(engine, dict) else None
 
 
 def load_config(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexpert.moe import fp8
 from flexpert.moe.experts import ExpertWeights, LayerExperts, library_rows
 
 HIDDEN, INTER = 40, 24
@@ -120,3 +121,42 @@ def test_large_groups_reach_torch_in_few_sizes() -> None:
         for _, _, size in layer._split(x, offsets_of([rows, 5])):
             sizes.add(size)
     assert sizes <= set(library_rows(torch.bfloat16, threads=2))
+
+
+def test_fp8_experts_keep_their_values_to_a_sixteenth_and_no_cpu_computes_them() -> None:
+    whole = make_experts(1, torch.float32, biases=True)[0]
+    small = whole.quantised()
+    assert small.shape.dtype == fp8.DTYPE
+    assert small.nbytes < whole.nbytes / 3
+    for weight, scale, expected in (
+        (small.gate_up, small.gate_up_scale, whole.gate_up),
+        (small.down, small.down_scale, whole.down),
+    ):
+        assert scale is not None
+        back = fp8.restore(weight, scale)
+        assert ((back - expected).abs() <= expected.abs() / 16 + expected.abs().max() / 2**16).all()
+    with pytest.raises(ValueError, match="CPU"):
+        LayerExperts([small], deterministic=False)
+
+
+def test_blocks_of_fp8_weights_are_scaled_alone() -> None:
+    weight = torch.randn(200, 300)
+    weight[:128, 128:256] *= 1000
+    small, scales = fp8.quantise(weight)
+    assert small.shape == weight.shape
+    assert scales.shape == (2, 3)
+    assert torch.allclose(fp8.restore(small, scales), weight, rtol=1 / 16, atol=1e-3)
+    assert scales[0, 1] > 100 * scales[0, 0]
+
+
+def test_an_expert_of_tensors_that_do_not_fit_is_refused() -> None:
+    good = make_experts(1, torch.float32)[0]
+    assert good.shape.inter == INTER
+    for bad in (
+        ExpertWeights(good.gate_up, good.down[1:]),
+        ExpertWeights(good.gate_up, good.down.bfloat16()),
+        ExpertWeights(good.gate_up, good.down, gate_up_bias=torch.zeros(2 * INTER)),
+        ExpertWeights(good.gate_up, good.down, gate_up_scale=torch.ones(1, 1)),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            _ = bad.shape

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import flexpert
-from flexpert.cli import bench_comm, plan
+from flexpert.cli import bench_comm, bench_gpu, plan
 from flexpert.cli.scale import ScaleCommand
 from flexpert.cli.settings import with_settings
 from flexpert.config import Config
@@ -353,6 +353,8 @@ app.command(
 
 
 bench.command("comm", epilog=_examples(*bench_comm.EXAMPLES))(bench_comm.bench_comm)
+bench.command("layer", epilog=_examples(*bench_gpu.LAYER_EXAMPLES))(bench_gpu.bench_layer)
+bench.command("decode", epilog=_examples(*bench_gpu.DECODE_EXAMPLES))(bench_gpu.bench_decode)
 
 
 @bench.command(

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from flexpert.comm import Buffer, CommError, ExpertTable
 from flexpert.models.source import ModelSource
 from flexpert.moe.experts import ExpertWeights, LayerExperts
@@ -61,6 +63,7 @@ def prepare_epoch(
     source: ModelSource,
     held: Weights,
     store: ExpertStore,
+    device: torch.device,
     deterministic: bool,
     cancelled: threading.Event,
     progress: Callable[[float], None],
@@ -69,7 +72,7 @@ def prepare_epoch(
 
     Changes nothing that the running epoch uses: peers are connected but masked, and experts that
     are held stay where they are. Others come from the memory of a peer that has them, else from the
-    checkpoint. Runs in its own thread; what it loads in vain it drops again.
+    checkpoint, and go on to `device`. Runs in its own thread; what it loads in vain it drops again.
 
     Raises:
         Cancelled: the event was set meanwhile.
@@ -98,7 +101,11 @@ def prepare_epoch(
             source.load_experts(layer, [expert for _, expert in rest], place)
             for key in rest:
                 store.filled(key)
-            of_layer = [held.get((layer, e)) or store.weights((layer, e)) for e in experts]
+            of_layer = [
+                held.get((layer, e)) or store.weights((layer, e)).to(device) for e in experts
+            ]
+            if device.type != "cpu":
+                store.drop(new)  # they are on the device now
             weights.update(((layer, e), w) for e, w in zip(experts, of_layer, strict=True))
             layers.append(
                 LayerState(tables[layer], LayerExperts(of_layer, deterministic=deterministic))

@@ -78,10 +78,13 @@ def planned_memory(
 ) -> RankMemory:
     """What a rank needs when it holds `experts` replicas (all layers) among `members` ranks.
 
-    Windows are sparse: only the regions of members are ever touched.
+    Windows are sparse: only the regions of members are ever touched. The memory of a GPU does not
+    count: weights and KV cache are there.
     """
     info = source.info
     spec = buffer_spec(info, config, capacity)
+    if config.device != "cpu":
+        return RankMemory(0, 0, 0, windows=size_bytes(spec) * members // capacity)
     return RankMemory(
         dense=source.dense_nbytes(),
         experts=experts * source.expert_nbytes(),

@@ -34,6 +34,7 @@ from flexpert.comm import (
 )
 from flexpert.config import EngineConfig
 from flexpert.engine.arrivals import Arrivals
+from flexpert.engine.compute import graph_sizes, make_runtime, open_device, warm_up_sizes
 from flexpert.engine.epoch import Cancelled, EpochPlan, PreparedEpoch, Weights, prepare_epoch
 from flexpert.engine.faults import Faults
 from flexpert.engine.memory import (
@@ -50,10 +51,9 @@ from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
 from flexpert.errors import FlexpertError
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.kv_cache import KVCache
-from flexpert.models.padding import padded_sizes
 from flexpert.models.shard import ModelShard
 from flexpert.models.source import ModelSource
-from flexpert.moe.runtime import LayerState, MoERuntime, warmup_tables
+from flexpert.moe.runtime import LayerState, warmup_tables
 from flexpert.moe.store import ExpertStore
 
 THREADED_HIDDEN = 2048
@@ -104,7 +104,8 @@ class RankEngine:
         self.listener = faults.listening(listener) if faults else listener
         self.buffer: Buffer = faults.around(buffer) if faults else buffer
         self._faults = faults
-        self.moe = MoERuntime(self.buffer, reduce="home" if config.deterministic else "rank")
+        self.device = open_device(config)
+        self.moe = make_runtime(self.buffer, source, config, self.device)
         blocks = kv_blocks(info, config)
         self.lent = lend(KVCache.nbytes(info, blocks, config.kv_block_size))
         self.shard = ModelShard.load(
@@ -113,7 +114,9 @@ class RankEngine:
             kv_blocks=blocks,
             kv_block_size=config.kv_block_size,
             deterministic=config.deterministic,
-            kv_memory=self.lent.bytes,
+            # peers read the cache of a rank that leaves; on a GPU it is the rank's own
+            kv_memory=self.lent.bytes if config.device == "cpu" else None,
+            device=self.device,
         )
         self.scheduler = Scheduler(
             EngineLimits(
@@ -387,12 +390,13 @@ class RankEngine:
         )
         self._set_threads(len(prepared.plan.members))
         if all(table.slots for table in tables):
-            block = self.config.kv_block_size
-            room = min(self.config.max_tokens_per_step, self.scheduler.limits.blocks * block)
+            limits = self.scheduler.limits
+            room = min(limits.max_tokens_per_step, limits.blocks * limits.block_size)
+            if self.config.device == "cuda":
+                self.shard.capture(graph_sizes(min(limits.max_running, room)), limits.longest_table)
             # one of each shape of products, which would otherwise be compiled while serving
-            for rows in [1, 2, room] if self.config.deterministic else padded_sizes(room):
-                rows = min(rows, room)
-                self.shard.forward(_warmup_batch(rows, block, self.config.max_running))
+            for rows in warm_up_sizes(room, self.config):
+                self.shard.forward(_warmup_batch(rows, limits.block_size, limits.max_running))
         self.moe.install([])
 
     def _set_threads(self, members: int) -> None:
@@ -618,6 +622,7 @@ class _Preparation(threading.Thread):
                 source=engine.source,
                 held=engine._weights,
                 store=engine.store,
+                device=engine.device,
                 deterministic=engine.config.deterministic,
                 cancelled=self._cancelled,
                 progress=lambda share: engine.listener.progress(self.plan.epoch, share),

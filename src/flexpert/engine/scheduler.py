@@ -58,6 +58,11 @@ class EngineLimits:
             if getattr(self, entry.name) < (0 if entry.name == "prefix_cache" else 1):
                 raise ConfigError(f"{entry.name} must be at least 1")
 
+    @property
+    def longest_table(self) -> int:
+        """KV blocks of the longest sequence there is room for."""
+        return min(-(-self.max_model_len // self.block_size), self.blocks)
+
 
 class _Scheduled(SampleState):
     """A sequence in this scheduler. While it waits it holds no blocks and row is -1."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -27,3 +28,7 @@ class ForwardBatch:
     block_tables: Tensor
     slot_mapping: Tensor
     sample_rows: Tensor
+
+    def to(self, device: torch.device) -> ForwardBatch:
+        """The same on a device."""
+        return ForwardBatch(*(getattr(self, field.name).to(device) for field in fields(self)))

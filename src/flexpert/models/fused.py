@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flexpert.models.deterministic import outside_modes
 from flexpert.moe import ops
+from flexpert.moe.kernels import NormKernel, kernels_of
 
 LIBRARY_ROWS: Final = 64
 """From here on a product goes to torch if that may use more than our one thread."""
@@ -30,10 +31,11 @@ def fuse(model: nn.Module, *, deterministic: bool) -> None:
         if type(module) is nn.Linear:
             if _linear_pays(module.weight):
                 _replace(module, _linear(module, deterministic))
-        elif (eps := _epsilon(module)) is not None:
+        elif (eps := epsilon(module)) is not None:
+            kernel = kernels_of(module.get_parameter("weight").device).rms_norm
             for early in (True, False):
-                if _is_norm(module, eps, early=early):
-                    _replace(module, _norm(module, eps, early))
+                if _is_norm(module, eps, kernel, early=early):
+                    _replace(module, _norm(module, eps, kernel, early))
                     break
 
 
@@ -44,7 +46,10 @@ def _replace(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
 def _linear_pays(weight: Tensor) -> bool:
     """Elsewhere our kernel is faster for the fewest rows only."""
     return (
-        weight.dtype == torch.bfloat16 and weight.is_contiguous() and ops.instruction_set() == "amx"
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and weight.is_contiguous()
+        and ops.instruction_set() == "amx"
     )
 
 
@@ -63,7 +68,7 @@ def _linear(module: nn.Linear, deterministic: bool) -> Callable[[Tensor], Tensor
     return forward
 
 
-def _epsilon(module: nn.Module) -> float | None:
+def epsilon(module: nn.Module) -> float | None:
     """Of a module that looks like an RMS norm: its only tensor is a vector named `weight`."""
     weight = module._parameters.get("weight")
     if (
@@ -84,28 +89,30 @@ def _epsilon(module: nn.Module) -> float | None:
     return None
 
 
-def _norm(module: nn.Module, eps: float, early: bool) -> Callable[[Tensor], Tensor]:
+def _norm(
+    module: nn.Module, eps: float, kernel: NormKernel, early: bool
+) -> Callable[[Tensor], Tensor]:
     weight = module.get_parameter("weight").data.contiguous()
     original = type(module).forward
 
     def forward(hidden_states: Tensor) -> Tensor:
         with outside_modes():
             if hidden_states.dtype == weight.dtype and hidden_states.shape[-1] == weight.shape[0]:
-                return ops.rms_norm(hidden_states, weight, eps, early=early)
+                return kernel(hidden_states, weight, eps, early=early)
         result: Tensor = original(module, hidden_states)
         return result
 
     return forward
 
 
-def _is_norm(module: nn.Module, eps: float, *, early: bool) -> bool:
+def _is_norm(module: nn.Module, eps: float, kernel: NormKernel, *, early: bool) -> bool:
     """Does the module compute what our kernel does, but for rounding?"""
     weight = module.get_parameter("weight").data
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((_TRIAL_ROWS, weight.shape[0]), generator=generator)
     x *= torch.logspace(-4, 2, _TRIAL_ROWS).unsqueeze(1)  # small rows show epsilon
-    x = x.to(weight.dtype)
-    ours = _norm(module, eps, early)(x)
+    x = x.to(weight.device, weight.dtype)
+    ours = _norm(module, eps, kernel, early)(x)
     try:
         theirs = type(module).forward(module, x)
     except (TypeError, RuntimeError, ValueError):

@@ -65,6 +65,11 @@ def bind(module: nn.Module, binding: AttentionBinding | ExpertsBinding) -> None:
     object.__setattr__(module, _BOUND, binding)
 
 
+def bound(module: nn.Module) -> Any:
+    """What `bind` gave a module; None: nothing."""
+    return getattr(module, _BOUND, None)
+
+
 def _attention(
     module: Any,
     query: Tensor,

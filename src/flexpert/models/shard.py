@@ -1,11 +1,14 @@
-"""The dense part of a model in this process: everything but the experts, and the KV cache."""
+"""The dense part of a model in this process: everything but the experts, and the KV cache.
+
+On a CPU batches are padded to few sizes; on a GPU decode steps are replays of captured graphs.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +19,15 @@ from flexpert.models import registrations
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.deterministic import RowwiseMode, outside_modes
 from flexpert.models.fused import fuse
+from flexpert.models.fused_modules import fuse_modules
+from flexpert.models.graphs import DecodeGraphs
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelInfo, ModelSource
-from flexpert.moe import ops
+from flexpert.moe.kernels import PagedAttentionKernel, kernels_of
+
+CPU = torch.device("cpu")
 
 
 class MoERuntime(Protocol):
@@ -34,7 +41,16 @@ class MoERuntime(Protocol):
         weights: Tensor,
         apply_gate: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """x: [T, hidden], expert_ids: [T, k], weights: [T, k] float32 → [T, hidden]."""
+        """x: [T, hidden], expert_ids: [T, k], weights: [T, k] float32, on a GPU any float dtype
+        → [T, hidden]."""
+        ...
+
+
+class DeviceRuntime(MoERuntime, Protocol):
+    """The same on a GPU, where the host must not cut a batch to its rows."""
+
+    def expect(self, tokens: int) -> None:
+        """So many rows of the batches to come count; the rest is padding."""
         ...
 
 
@@ -44,11 +60,19 @@ class PagedAttention:
     key_cache: [blocks, block_size, kv_heads, key_dim]; value_cache: […, value_dim].
     """
 
-    __slots__ = ("batch", "isolated", "key_cache", "value_cache")
+    __slots__ = ("batch", "isolated", "kernel", "key_cache", "value_cache")
 
-    def __init__(self, key_cache: Tensor, value_cache: Tensor, *, isolated: bool) -> None:
+    def __init__(
+        self,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        kernel: PagedAttentionKernel,
+        *,
+        isolated: bool,
+    ) -> None:
         self.key_cache = key_cache
         self.value_cache = value_cache
+        self.kernel = kernel
         self.isolated = isolated
         self.batch: ForwardBatch | None = None
 
@@ -71,7 +95,7 @@ class PagedAttention:
             if batch is None:
                 raise RuntimeError("attention outside of ModelShard.forward")
             rows = batch.slot_mapping.shape[0]
-            out = ops.paged_attention(
+            out = self.kernel(
                 _rows(query)[:rows],
                 _rows(key)[:rows],
                 _rows(value)[:rows],
@@ -109,7 +133,7 @@ class RoutedExperts:
             self.layer,
             x[:rows].contiguous(),
             expert_ids[:rows].contiguous(),
-            weights[:rows].float().contiguous(),
+            (weights if x.is_cuda else weights.float())[:rows].contiguous(),
             self.apply_gate,
         )
         return pad_rows(y, x.shape[0])
@@ -132,13 +156,17 @@ class ModelShard:
         kv: KVCache,
         *,
         deterministic: bool,
+        runtime: DeviceRuntime | None,
     ) -> None:
         self.info = info
         self.kv = kv
+        self.graphs: DecodeGraphs | None = None
         self._model = model
         self._attention = attention
         self._experts = experts
         self._deterministic = deterministic
+        self._runtime = runtime
+        self._device = next(model.parameters()).device
         self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -146,16 +174,19 @@ class ModelShard:
         cls,
         source: ModelSource,
         *,
-        moe: MoERuntime,
+        moe: MoERuntime | DeviceRuntime,
         kv_blocks: int,
         kv_block_size: int,
         deterministic: bool,
         kv_memory: Tensor | None = None,
+        device: torch.device = CPU,
     ) -> ModelShard:
         """Read the dense weights and reserve the KV cache (its pages are touched on use).
 
         Args:
-            kv_memory: [`KVCache.nbytes`] uint8 for the cache; default: memory of its own.
+            kv_memory: [`KVCache.nbytes`] uint8 for the cache, on `device`; default: memory of its
+                own.
+            device: "cuda" needs a `moe` that has `expect`, and is never deterministic.
 
         Raises:
             ModelError: a tensor of the checkpoint cannot be read or has another shape.
@@ -168,57 +199,126 @@ class ModelShard:
         for name in source.experts_names:
             model.get_submodule(name)._parameters.clear()
         with torch.no_grad():
-            _compute_buffers(model)
+            compute_buffers(model)
             _load_dense(model, source)
         _check_real(model)
+        return cls.assemble(
+            model.to(device),
+            source.info,
+            attention_names=source.attention_names,
+            experts_names=source.experts_names,
+            moe=moe,
+            kv_blocks=kv_blocks,
+            kv_block_size=kv_block_size,
+            deterministic=deterministic,
+            kv_memory=kv_memory,
+        )
+
+    @classmethod
+    def assemble(
+        cls,
+        model: PreTrainedModel,
+        info: ModelInfo,
+        *,
+        attention_names: Sequence[str],
+        experts_names: Sequence[str],
+        moe: MoERuntime | DeviceRuntime,
+        kv_blocks: int,
+        kv_block_size: int,
+        deterministic: bool = False,
+        kv_memory: Tensor | None = None,
+    ) -> ModelShard:
+        """Bind a model that has its dense weights to a KV cache, beside them, and to `moe`.
+
+        Args:
+            model: built with `registrations.IMPLEMENTATION`, on one device.
+            attention_names, experts_names: its modules of either kind, in the order of the forward.
+        """
+        device = next(model.parameters()).device
+        kernels = kernels_of(device)
         if kv_memory is None:
-            size = KVCache.nbytes(source.info, kv_blocks, kv_block_size)
-            kv_memory = torch.empty(size, dtype=torch.uint8)
-        kv = KVCache(source.info, kv_blocks, kv_block_size, kv_memory)
+            size = KVCache.nbytes(info, kv_blocks, kv_block_size)
+            kv_memory = torch.empty(size, dtype=torch.uint8, device=device)
+        kv = KVCache(info, kv_blocks, kv_block_size, kv_memory)
         attention = []
-        for name, (keys, values) in zip(source.attention_names, kv.layers, strict=True):
-            layer = PagedAttention(keys, values, isolated=deterministic)
+        for name, (keys, values) in zip(attention_names, kv.layers, strict=True):
+            layer = PagedAttention(keys, values, kernels.paged_attention, isolated=deterministic)
             registrations.bind(model.get_submodule(name), layer)
             attention.append(layer)
         experts = []
-        for index, name in enumerate(source.experts_names):
+        for index, name in enumerate(experts_names):
             module = model.get_submodule(name)
-            routed = RoutedExperts(index, module, moe, source.info.topk)
+            routed = RoutedExperts(index, module, moe, info.topk)
             registrations.bind(module, routed)
             experts.append(routed)
         with torch.inference_mode():
             fuse(model, deterministic=deterministic)
-        return cls(source.info, model, attention, experts, kv, deterministic=deterministic)
+            if kernels.fusions is not None:
+                fuse_modules(model, kernels.fusions)
+        return cls(
+            info,
+            model,
+            attention,
+            experts,
+            kv,
+            deterministic=deterministic,
+            runtime=cast(DeviceRuntime, moe) if hasattr(moe, "expect") else None,
+        )
+
+    def capture(self, sizes: Sequence[int], max_blocks: int) -> None:
+        """From now on, compute decode steps on a GPU as replays of graphs captured here.
+
+        Args:
+            sizes: of batches, in sequences; a batch is padded to the next one.
+            max_blocks: KV blocks of the longest sequence.
+        """
+        with torch.inference_mode():
+            self.graphs = DecodeGraphs(
+                self._walk, sizes=sizes, max_blocks=max_blocks, device=self._device
+            )
 
     def forward(self, batch: ForwardBatch) -> Tensor:
-        """[M, vocab] float32 logits of `batch.sample_rows`; walks all MoE layers once, in order."""
+        """[M, vocab] float32 logits of `batch.sample_rows`; walks all MoE layers once, in order.
+
+        On a GPU they are valid until the next call.
+        """
+        with torch.inference_mode(), self._mode():
+            if self._runtime is None:
+                return self._walk(batch)
+            self._runtime.expect(batch.token_ids.shape[0])
+            if self.graphs is not None and self.graphs.fits(batch):
+                return self.graphs.forward(batch)
+            return self._walk(batch.to(self._device))
+
+    def _walk(self, batch: ForwardBatch) -> Tensor:
+        """`forward`, launched module by module."""
         for layer in self._attention:
             layer.batch = batch
         for experts in self._experts:
             experts.rows = batch.token_ids.shape[0]
-        shape = exact_batch if self._deterministic else pad_batch
-        token_ids, positions, sample_rows = shape(batch)
+        exact = self._deterministic or self._runtime is not None
+        token_ids, positions, sample_rows = (exact_batch if exact else pad_batch)(batch)
         rows = {"logits_to_keep": sample_rows} if self._slices_logits else {}
-        with torch.inference_mode(), self._mode():
-            logits: Tensor = self._model(
-                input_ids=token_ids.unsqueeze(0),
-                position_ids=positions.unsqueeze(0),
-                use_cache=False,
-                **rows,
-            ).logits[0]
-            if not rows:
-                logits = logits[sample_rows]
-            return logits[: batch.sample_rows.shape[0]].float()
+        logits: Tensor = self._model(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            **rows,
+        ).logits[0]
+        if not rows:
+            logits = logits[sample_rows]
+        return logits[: batch.sample_rows.shape[0]].float()
 
     def forward_idle(self) -> None:
         """Take part in a step without tokens: each MoE layer in order, no attention."""
+        device = self._device
         with torch.inference_mode(), self._mode():
             for layer in self._experts:
                 layer.runtime.forward(
                     layer.layer,
-                    torch.empty((0, self.info.hidden), dtype=self.info.dtype),
-                    torch.empty((0, layer.topk), dtype=torch.int64),
-                    torch.empty((0, layer.topk), dtype=torch.float32),
+                    torch.empty((0, self.info.hidden), dtype=self.info.dtype, device=device),
+                    torch.empty((0, layer.topk), dtype=torch.int64, device=device),
+                    torch.empty((0, layer.topk), dtype=torch.float32, device=device),
                     layer.apply_gate,
                 )
 
@@ -261,7 +361,7 @@ def _load_dense(model: PreTrainedModel, source: ModelSource) -> None:
     model.tie_weights(missing_keys=everything - source.held, recompute_mapping=False)
 
 
-def _compute_buffers(model: PreTrainedModel) -> None:
+def compute_buffers(model: PreTrainedModel) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies) as transformers does.
 
     `_init_weights` is transformers' own way to do so after loading on the meta device; parameters

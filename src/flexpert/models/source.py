@@ -26,7 +26,7 @@ from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.models import registrations
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.probe import AttentionShape, Probe, build_skeleton, probe
-from flexpert.moe.experts import ExpertWeights
+from flexpert.moe.experts import ExpertShape, ExpertWeights
 from flexpert.moe.store import ExpertShapes
 
 logger = logging.getLogger(__name__)
@@ -221,6 +221,13 @@ class ModelSource:
             gate_up_bias=shape(f"{up}_bias") if module.has_bias else None,
             down_bias=shape("down_proj_bias") if module.has_bias else None,
         )
+
+    def expert_shape(self) -> ExpertShape:
+        """Of every expert in memory."""
+        shapes = self.expert_shapes(0)
+        (height, hidden), (_, inter) = shapes.gate_up, shapes.down
+        biased = shapes.gate_up_bias is not None
+        return ExpertShape(hidden, height, inter, self.info.dtype, biased)
 
     def load_experts(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Final
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexpert.moe import ops
+from flexpert.moe import fp8, ops
 
 LIBRARY_ROWS: Final = (256, 128, 64)
 """Rows of one call to torch's product: a large group is cut into such pieces, our kernel takes the
@@ -30,6 +30,17 @@ def library_rows(dtype: torch.dtype, threads: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """Of one expert. height: rows of gate_up, i.e. 2 * inter (inter for experts without a gate)."""
+
+    hidden: int
+    height: int
+    inter: int
+    dtype: torch.dtype
+    biased: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """One expert of one layer, in one layout whatever the checkpoint's.
 
@@ -37,18 +48,68 @@ class ExpertWeights:
     down: [hidden, inter], contiguous.
     gate_up_bias: [2 * inter] or None.
     down_bias: [hidden] or None.
+    gate_up_scale, down_scale: float32 scales of fp8 weights (see `flexpert.moe.fp8`), or None.
     """
 
     gate_up: Tensor
     down: Tensor
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    gate_up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those it has."""
+        every = (getattr(self, field.name) for field in fields(self))
+        return [tensor for tensor in every if tensor is not None]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        tensors = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
-        return sum(t.nbytes for t in tensors if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def shape(self) -> ExpertShape:
+        """Raises: ValueError: tensors that do not fit each other."""
+        height, hidden = self.gate_up.shape
+        inter = self.down.shape[1]
+        biases = [b.shape[0] for b in (self.gate_up_bias, self.down_bias) if b is not None]
+        scales = [
+            (scale is not None, weight.dtype == fp8.DTYPE)
+            for scale, weight in ((self.gate_up_scale, self.gate_up), (self.down_scale, self.down))
+        ]
+        if (
+            self.down.shape[0] != hidden
+            or biases not in ([], [height, hidden])
+            or self.down.dtype != self.gate_up.dtype
+            or any(given != wanted for given, wanted in scales)
+        ):
+            raise ValueError("the tensors of an expert do not fit each other")
+        return ExpertShape(hidden, height, inter, self.gate_up.dtype, bool(biases))
+
+    def to(self, device: torch.device) -> ExpertWeights:
+        """A copy on a device; itself if it is there."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return ExpertWeights(
+            self.gate_up.to(device),
+            self.down.to(device),
+            moved(self.gate_up_bias),
+            moved(self.down_bias),
+            moved(self.gate_up_scale),
+            moved(self.down_scale),
+        )
+
+    def quantised(self) -> ExpertWeights:
+        """The same in fp8 with a scale for each block of 128 x 128; biases stay."""
+        gate_up, gate_up_scale = fp8.quantise(self.gate_up)
+        down, down_scale = fp8.quantise(self.down)
+        return ExpertWeights(
+            gate_up, down, self.gate_up_bias, self.down_bias, gate_up_scale, down_scale
+        )
 
 
 class LayerExperts:
@@ -68,6 +129,8 @@ class LayerExperts:
         if (self.experts[0].gate_up_bias is None) != (self.experts[0].down_bias is None):
             raise ValueError("experts have both biases or none")
         weight = self.experts[0].gate_up
+        if weight.dtype == fp8.DTYPE and weight.device.type == "cpu":
+            raise ValueError("a CPU does not compute fp8 experts")
         if weight.dtype in ops.DTYPES and weight.device.type == "cpu":
             up_biases = [e.gate_up_bias for e in self.experts if e.gate_up_bias is not None]
             down_biases = [e.down_bias for e in self.experts if e.down_bias is not None]

@@ -8,12 +8,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from flexpert.moe._ops import ffi, lib
+from flexpert.errors import FlexpertError
+
+
+class _Absent:
+    """Stands for the C extension where it cannot be loaded; a GPU needs none of it."""
+
+    def __init__(self, reason: ImportError) -> None:
+        self._reason = reason
+
+    def __getattr__(self, name: str) -> Any:
+        raise FlexpertError(
+            f"the kernels for CPUs cannot be loaded ({self._reason}): install flexpert with pip, "
+            "or build them with `python setup.py build_ext --inplace`"
+        )
+
+
+try:
+    from flexpert.moe._ops import ffi, lib
+except ImportError as error:
+    ffi = lib = _Absent(error)
 
 DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
 """What the kernels compute; products and sums are float32 in either case."""

@@ -1,0 +1,274 @@
+"""A whole MoE layer (route, sort, experts, combine) of a rank that holds all its experts.
+
+Every contender is the same module of transformers with another experts implementation, so router,
+data and weights are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch import Tensor
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from flexpert.bench.gpu.device import (
+    Gpu,
+    Launch,
+    Spread,
+    flusher,
+    measure_gpu,
+    replay_us,
+    timed_us,
+)
+from flexpert.bench.machine import Machine, this_machine
+from flexpert.errors import FlexpertError
+from flexpert.models import registrations
+from flexpert.models.shard import RoutedExperts
+from flexpert.moe.cuda.runtime import LocalExperts
+from flexpert.moe.experts import ExpertWeights, LayerExperts
+from flexpert.moe.kernels import open_gpu
+from flexpert.moe.placement import replan
+from flexpert.moe.runtime import LayerState, expert_tables
+
+OURS = "flexpert"
+RIVALS = ("grouped_mm", "eager")
+"""transformers' own: torch's grouped product, and a loop over the experts that waits for the GPU
+to tell it which ones."""
+
+INPUTS = 4  # different batches in one graph, so that the L2 does not keep one's experts
+CHECKED = 4  # tokens compared with float64
+TOLERANCE = 1e-2  # ‖out − ref‖ / ‖ref‖, where bf16 rounds the intermediate once
+
+
+class Shape(msgspec.Struct, frozen=True):
+    """Of a MoE layer."""
+
+    name: str
+    hidden: int
+    inter: int
+    experts: int
+    topk: int
+
+
+SHAPES = {
+    "qwen3-30b-a3b": Shape("qwen3-30b-a3b", 2048, 768, 128, 8),
+    "deepseek-v3": Shape("deepseek-v3", 7168, 2048, 256, 8),
+}
+
+
+class LayerResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One contender at one number of tokens.
+
+    error: relative to float64. times_ours: of the medians. skipped: why there are no figures;
+    wrong: it computed something else.
+    """
+
+    contender: str
+    us: Spread | None = None
+    error: float | None = None
+    times_ours: float | None = None
+    skipped: str | None = None
+    wrong: bool = False
+
+
+class LayerPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """active: experts that get a token, mean. limit_us: bytes and flops over what the GPU can."""
+
+    shape: Shape
+    tokens: int
+    active: float
+    limit_us: float
+    results: list[LayerResult]
+
+
+class LayerReport(msgspec.Struct, frozen=True, kw_only=True):
+    machine: Machine
+    gpu: Gpu
+    points: list[LayerPoint]
+
+    @property
+    def correct(self) -> bool:
+        return not any(result.wrong for point in self.points for result in point.results)
+
+
+def run_layer(
+    shapes: Sequence[Shape],
+    tokens: Sequence[int],
+    rivals: Sequence[str],
+    *,
+    repeat: int,
+    seed: int,
+    note: Callable[[str], None],
+) -> LayerReport:
+    """Check and time all contenders.
+
+    Raises: ConfigError: no GPU.
+    """
+    device = open_gpu()
+    torch.manual_seed(seed)
+    note("measuring the GPU")
+    gpu = measure_gpu(device)
+    points = []
+    for shape in shapes:
+        note(f"{shape.name}: weights")
+        layer = _Layer.build(shape, device)
+        for count in tokens:
+            points.append(layer.point(count, rivals, gpu, repeat=repeat, note=note))
+        del layer
+        torch.cuda.empty_cache()
+    return LayerReport(machine=this_machine(), gpu=gpu, points=points)
+
+
+def _distinct(ids: Tensor) -> int:
+    return int(torch.bincount(ids.flatten()).count_nonzero())
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    shape: Shape
+    router: Tensor
+    up: Tensor
+    down: Tensor
+    local: LocalExperts
+
+    @classmethod
+    def build(cls, shape: Shape, device: torch.device) -> _Layer:
+        """Random weights that keep the size of what passes through them."""
+
+        def weights(*size: int) -> Tensor:
+            tensor = torch.empty(size, dtype=torch.bfloat16, device=device)
+            for part in tensor if tensor.ndim == 3 else [tensor]:
+                part.normal_(std=size[-1] ** -0.5)
+            return tensor
+
+        up = weights(shape.experts, 2 * shape.inter, shape.hidden)
+        down = weights(shape.experts, shape.hidden, shape.inter)
+        experts = [ExpertWeights(up[e], down[e]) for e in range(shape.experts)]
+        local = LocalExperts(0, 1, shape.experts, experts[0].shape, device)
+        table = expert_tables(replan(None, [0], experts=shape.experts, layers=1), 0)[0]
+        local.install([LayerState(table, LayerExperts(experts, deterministic=False))])
+        return cls(shape, weights(shape.experts, shape.hidden), up, down, local)
+
+    def point(
+        self,
+        tokens: int,
+        rivals: Sequence[str],
+        gpu: Gpu,
+        *,
+        repeat: int,
+        note: Callable[[str], None],
+    ) -> LayerPoint:
+        shape = self.shape
+        device = self.up.device
+        xs = [
+            torch.empty(1, tokens, shape.hidden, dtype=torch.bfloat16, device=device)
+            for _ in range(INPUTS)
+        ]
+        flush = flusher(device)
+
+        def fresh() -> None:
+            for x in xs:
+                x.normal_()
+            flush()
+
+        fresh()
+        self.local.expect(tokens)
+        active = sum(_distinct(self._route(x)[0]) for x in xs) / INPUTS
+        results: dict[str, LayerResult] = {}
+        with torch.inference_mode():
+            for name in (OURS, *rivals):
+                note(f"{shape.name}, {tokens} tokens: {name}")
+                results[name] = self._result(name, xs, fresh, repeat)
+        ours = results[OURS].us
+        return LayerPoint(
+            shape=shape,
+            tokens=tokens,
+            active=active,
+            limit_us=self._limit_s(gpu, tokens, active) * 1e6,
+            results=[
+                result
+                if result.us is None or ours is None
+                else msgspec.structs.replace(result, times_ours=result.us.p50 / ours.p50)
+                for result in results.values()
+            ],
+        )
+
+    def _limit_s(self, gpu: Gpu, tokens: int, active: float) -> float:
+        """Weights of the experts that are used, the router's, and tokens in and out, once each."""
+        nbytes = active * (self.up[0].nbytes + self.down[0].nbytes) + self.router.nbytes
+        nbytes += 2 * tokens * self.shape.hidden * self.up.element_size()
+        elements = self.up[0].numel() + self.down[0].numel()
+        flops = 2.0 * tokens * self.shape.topk * elements + 2.0 * tokens * self.router.numel()
+        return gpu.limit_s(nbytes, flops)
+
+    def _result(self, name: str, xs: list[Tensor], fresh: Launch, repeat: int) -> LayerResult:
+        block = self._block(name, xs[0].shape[1])
+        error = max(self._error(block(x)[0], x[0]) for x in xs[:2])
+        if not error < TOLERANCE:
+            return LayerResult(
+                contender=name,
+                error=error,
+                wrong=True,
+                skipped=f"differs from float64 by {error:.3g}",
+            )
+        launches: list[Launch] = [lambda x=x: block(x) for x in xs]  # type: ignore[misc]
+        try:
+            if name == "eager":
+                for launch in launches:
+                    launch()
+                times = timed_us(launches, repeat=max(3, repeat // 10), before=fresh, parts=len(xs))
+            else:
+                times = replay_us(launches, repeat=repeat, before=fresh)
+        except (FlexpertError, torch.OutOfMemoryError) as problem:
+            return LayerResult(contender=name, error=error, skipped=str(problem).splitlines()[0])
+        return LayerResult(contender=name, us=Spread.of(times), error=error)
+
+    def _block(self, name: str, tokens: int) -> Qwen3MoeSparseMoeBlock:
+        shape = self.shape
+        config = Qwen3MoeConfig(
+            hidden_size=shape.hidden,
+            moe_intermediate_size=shape.inter,
+            num_experts=shape.experts,
+            num_experts_per_tok=shape.topk,
+            norm_topk_prob=True,
+        )
+        registrations.register()
+        config._experts_implementation = registrations.IMPLEMENTATION if name == OURS else name
+        with torch.device("meta"):
+            block = Qwen3MoeSparseMoeBlock(config)
+        parameters = {
+            "gate.weight": self.router,
+            "experts.gate_up_proj": self.up,
+            "experts.down_proj": self.down,
+        }
+        block.load_state_dict(parameters, assign=True)
+        if name == OURS:
+            routed = RoutedExperts(0, block.experts, self.local, shape.topk)
+            registrations.bind(block.experts, routed)
+            routed.rows = tokens
+        return block.eval()
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(expert ids, weights) [tokens, k], by the rule of the module and its rounding."""
+        logits = x[0] @ self.router.t()
+        weights, ids = logits.float().softmax(-1).topk(self.shape.topk)
+        return ids, (weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
+
+    def _error(self, y: Tensor, x: Tensor) -> float:
+        """Of the first tokens, relative to float64."""
+        ids, weights = self._route(x[None])
+        found, expected = [], []
+        for token in range(min(CHECKED, x.shape[0])):
+            total = torch.zeros(self.shape.hidden, dtype=torch.float64, device=x.device)
+            for expert, weight in zip(ids[token].tolist(), weights[token].double(), strict=True):
+                a, b = (self.up[expert].double() @ x[token].double()).chunk(2)
+                h = torch.nn.functional.silu(a) * b
+                total += weight * (self.down[expert].double() @ h)
+            expected.append(total)
+            found.append(y[token].double())
+        difference = torch.stack(found) - torch.stack(expected)
+        return float(difference.norm() / torch.stack(expected).norm())

@@ -1,0 +1,158 @@
+"""A model with random weights on a GPU, as large as a real one; no checkpoint is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
+
+from flexpert.models import registrations
+from flexpert.models.probe import Probe, build_skeleton, probe
+from flexpert.models.shard import ModelShard, compute_buffers
+from flexpert.models.source import ModelInfo
+from flexpert.moe.cuda.runtime import LocalExperts
+from flexpert.moe.experts import ExpertShape, ExpertWeights, LayerExperts
+from flexpert.moe.placement import replan
+from flexpert.moe.runtime import LayerState, expert_tables
+
+_STD = 0.02
+
+
+def qwen3_30b_a3b(layers: int = 48) -> PreTrainedConfig:
+    """The shapes of Qwen3-30B-A3B."""
+    return Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        max_position_embeddings=40960,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        attention_bias=False,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RandomModel:
+    """Weights by their name in transformers, on a GPU; experts fused as there."""
+
+    config: PreTrainedConfig
+    info: ModelInfo
+    found: Probe
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def build(cls, config: PreTrainedConfig, device: torch.device) -> RandomModel:
+        """bf16 weights; norms are 1."""
+        skeleton = build_skeleton(config, torch.bfloat16, attention=registrations.PROBE)
+        found = probe(skeleton)
+        call = found.experts_calls[0]
+        weights = {}
+        for name, parameter in skeleton.named_parameters():
+            tensor = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+            weights[name] = tensor.fill_(1) if tensor.ndim == 1 else tensor.normal_(std=_STD)
+        info = ModelInfo(
+            name="random",
+            model_type=config.model_type,
+            architecture=type(skeleton).__name__,
+            hidden=call.hidden,
+            vocab=config.vocab_size,
+            moe_layers=len(found.experts_calls),
+            experts=call.experts,
+            topk=call.topk,
+            dtype=torch.bfloat16,
+            attention=tuple(found.attention_shapes.values()),
+            max_model_len=config.max_position_embeddings,
+            eos_token_ids=(),
+            bos_token_id=None,
+        )
+        return cls(config, info, found, weights)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Of the weights that every step reads: all but the experts and the embedding."""
+        experts = tuple(call.name + "." for call in self.found.experts_calls)
+        return sum(
+            tensor.nbytes
+            for name, tensor in self.weights.items()
+            if not name.startswith(experts) and "embed_tokens" not in name
+        )
+
+    @property
+    def expert_nbytes(self) -> int:
+        """Of one expert of one layer."""
+        name = self.found.experts_calls[0].name + "."
+        whole = sum(t.nbytes for n, t in self.weights.items() if n.startswith(name))
+        return whole // self.info.experts
+
+    def shard(
+        self, moe: LocalExperts, *, kv_blocks: int, kv_block_size: int, runtime: Any = None
+    ) -> ModelShard:
+        """Our engine's view of it; the weights are shared, not copied.
+
+        runtime: stands between the model and `moe`, or None.
+        """
+        model = self._model(registrations.IMPLEMENTATION)
+        for call in self.found.experts_calls:
+            model.get_submodule(call.name)._parameters.clear()
+        shard = ModelShard.assemble(
+            model,
+            self.info,
+            attention_names=tuple(self.found.attention_shapes),
+            experts_names=tuple(call.name for call in self.found.experts_calls),
+            moe=runtime or moe,
+            kv_blocks=kv_blocks,
+            kv_block_size=kv_block_size,
+        )
+        moe.install(self.layers())
+        return shard
+
+    def experts(self, layer: int) -> list[ExpertWeights]:
+        """All experts of a MoE layer, as views."""
+        name = self.found.experts_calls[layer].name
+        up, down = self.weights[f"{name}.gate_up_proj"], self.weights[f"{name}.down_proj"]
+        return [ExpertWeights(up[e], down[e]) for e in range(self.info.experts)]
+
+    @property
+    def expert_shape(self) -> ExpertShape:
+        return self.experts(0)[0].shape
+
+    def layers(self) -> list[LayerState]:
+        """All experts on rank 0."""
+        placement = replan(None, [0], experts=self.info.experts, layers=self.info.moe_layers)
+        return [
+            LayerState(table, LayerExperts(self.experts(layer), deterministic=False))
+            for layer, table in enumerate(expert_tables(placement, 0))
+        ]
+
+    def transformers(self) -> PreTrainedModel:
+        """The same model as transformers runs it: sdpa, and grouped_mm for the experts."""
+        model = self._model("sdpa")
+        model.set_experts_implementation("grouped_mm")
+        return model
+
+    def _model(self, attention: str) -> PreTrainedModel:
+        model = build_skeleton(self.config, torch.bfloat16, attention=attention)
+        with torch.no_grad():
+            compute_buffers(model)
+        device = next(iter(self.weights.values())).device
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(device)
+        for name, tensor in self.weights.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        return model

@@ -1,0 +1,147 @@
+"""`flexpert bench layer` and `flexpert bench decode`: an engine on a GPU beside its limits."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from flexpert.errors import ConfigError, FlexpertError
+
+T = TypeVar("T")
+
+LAYER_EXAMPLES = (
+    "flexpert bench layer",
+    "flexpert bench layer --shapes qwen3-30b-a3b --tokens 1,64,4096 --json layer.json",
+    "flexpert bench layer --rivals grouped_mm --repeat 200",
+)
+DECODE_EXAMPLES = (
+    "flexpert bench decode",
+    "flexpert bench decode --batch 1,64 --context 2048 --json decode.json",
+    "flexpert bench decode --layers 8 --no-rival  [dim](a quick look)[/]",
+)
+
+Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="All figures.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of weights and data.")]
+
+
+def bench_layer(
+    shapes: Annotated[
+        str, typer.Option(metavar="NAME[,NAME…]", help="Any of qwen3-30b-a3b, deepseek-v3.")
+    ] = "qwen3-30b-a3b,deepseek-v3",
+    tokens: Annotated[str, typer.Option(metavar="N[,N…]", help="In one pass.")] = (
+        "1,16,64,128,512,4096"
+    ),
+    rivals: Annotated[
+        str, typer.Option(metavar="NAME[,NAME…]", help="transformers' grouped_mm, eager.")
+    ] = "grouped_mm,eager",
+    repeat: Annotated[int, typer.Option(min=1, help="Replays of each contender.")] = 50,
+    seed: Seed = 0,
+    json_: Json = None,
+) -> None:
+    """Measure a whole MoE layer on one GPU beside transformers' and its limit.
+
+    Route, sort, experts and combine of one rank that holds all experts, bf16. Each contender is
+    checked against float64 first; exit status 1 if one computes something else.
+    """
+    from flexpert.moe.kernels import open_gpu
+
+    counts = _numbers(tokens, "--tokens")
+    _check_folder(json_)
+    open_gpu()  # before what needs triton is imported
+    from flexpert.bench.gpu.layer import RIVALS, SHAPES, run_layer
+    from flexpert.bench.gpu.report import layer_text
+
+    wanted = _names(shapes, tuple(SHAPES), "--shapes")
+    against = _names(rivals, RIVALS, "--rivals")
+    report = _with_status(
+        lambda note: run_layer(
+            [SHAPES[name] for name in wanted], counts, against, repeat=repeat, seed=seed, note=note
+        )
+    )
+    _show(layer_text(report), report, json_)
+    if not report.correct:
+        raise typer.Exit(1)
+
+
+def bench_decode(
+    batch: Annotated[str, typer.Option(metavar="N[,N…]", help="Sequences.")] = "1,16,64,256",
+    layers: Annotated[int, typer.Option(min=1, max=48, help="Of the model's 48.")] = 48,
+    context: Annotated[int, typer.Option(min=1, help="Tokens in each one's KV cache.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Timed for each batch.")] = 30,
+    rival: Annotated[bool, typer.Option(help="Time transformers, too.")] = True,
+    seed: Seed = 0,
+    json_: Json = None,
+) -> None:
+    """Measure a decode step of a model like Qwen3-30B-A3B on one GPU, with random weights.
+
+    The engine's own path, from tokens on the host to the next ones, as one rank; beside the time
+    that reading weights and KV cache takes, and transformers. Needs some 78 GB of GPU memory.
+    Exit status 1 if the logits are not those of transformers.
+    """
+    from flexpert.moe.kernels import open_gpu
+
+    batches = _numbers(batch, "--batch")
+    _check_folder(json_)
+    open_gpu()  # before what needs triton is imported
+    from flexpert.bench.gpu.decode import run_decode
+    from flexpert.bench.gpu.report import decode_text
+
+    report = _with_status(
+        lambda note: run_decode(
+            batches,
+            layers=layers,
+            context=context,
+            steps=steps,
+            rival=rival,
+            seed=seed,
+            note=note,
+        )
+    )
+    _show(decode_text(report), report, json_)
+    if not report.correct:
+        raise typer.Exit(1)
+
+
+def _with_status(run: Callable[[Callable[[str], None]], T]) -> T:
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
+        return run(status.update)
+
+
+def _show(text: object, report: object, file: Path | None) -> None:
+    import msgspec
+    from rich.console import Console
+
+    Console(file=sys.stdout).print(text)
+    if file is not None:
+        try:
+            file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
+        except OSError as error:
+            raise FlexpertError(f"cannot write {file}: {error.strerror}") from None
+
+
+def _check_folder(file: Path | None) -> None:
+    if file is not None and not file.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {file}: there is no folder {file.parent}")
+
+
+def _names(text: str, known: tuple[str, ...], flag: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    if unknown := sorted(set(names) - set(known)):
+        raise ConfigError(f"{flag} {','.join(unknown)}: there are {', '.join(known)}")
+    return names
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    try:
+        values = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        values = []
+    if not values or values[0] < 1:
+        raise ConfigError(f"{flag} {text}: positive numbers, with commas between them")
+    return values

@@ -1,0 +1,38 @@
+"""Expert weights in fp8, each block of 128 x 128 with a scale, as in DeepSeek-V3's files."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK: Final = 128
+DTYPE: Final = torch.float8_e4m3fn
+LARGEST: Final = 448.0
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each block so that its largest element becomes the largest of fp8.
+
+    Args:
+        weight: [out, in] of any float dtype.
+
+    Returns:
+        ([out, in] float8_e4m3fn, [ceil(out / 128), ceil(in / 128)] float32).
+    """
+    rows, columns = weight.shape
+    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    scales = blocks.abs().amax((1, 3)).clamp(min=1e-12) / LARGEST
+    scaled = (blocks / scales[:, None, :, None]).to(DTYPE)
+    whole = scaled.view(padded.shape)
+    return whole[:rows, :columns].contiguous(), scales
+
+
+def restore(weight: Tensor, scales: Tensor) -> Tensor:
+    """[out, in] float32 of what `quantise` gave."""
+    rows, columns = weight.shape
+    whole = scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    return weight.float() * whole

@@ -1,0 +1,121 @@
+"""`flexpert bench layer` and `bench decode`: what they say without a GPU, and how figures read."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+from rich.console import Console, RenderableType
+from typer.testing import CliRunner
+
+from flexpert.bench.gpu.device import Gpu, Spread
+from flexpert.bench.machine import this_machine
+from flexpert.cli.main import app
+from flexpert.errors import ConfigError
+
+GPU = Gpu("H", "13.0", "2.11", "3.6", bytes_per_s=3e12, flops=8e14)
+
+
+def shown(text: RenderableType) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(text)
+    return capture.get()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["layer", "decode"])
+def test_without_a_gpu_the_reason_is_said_before_anything_is_built(command: str) -> None:
+    result = CliRunner().invoke(app, ["bench", command])
+    assert isinstance(result.exception, ConfigError)
+    assert "no NVIDIA GPU" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["layer", "--tokens", "8,x"], "--tokens 8,x: positive numbers"),
+        (["decode", "--batch", "0"], "--batch 0: positive numbers"),
+        (["decode", "--json", "/nowhere/at/all.json"], "there is no folder"),
+    ],
+)
+def test_wrong_flags_are_named_first(arguments: list[str], says: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert isinstance(result.exception, ConfigError)
+    assert says in str(result.exception)
+
+
+@pytest.mark.parametrize("command", ["layer", "decode"])
+def test_help_has_examples(command: str) -> None:
+    result = CliRunner().invoke(app, ["bench", command, "--help"])
+    assert f"flexpert bench {command} --" in result.output
+
+
+def test_the_limit_is_memory_or_arithmetic_whichever_takes_longer() -> None:
+    assert GPU.limit_s(3e9, 8e9) == pytest.approx(1e-3)
+    assert GPU.limit_s(3e6, 8e11) == pytest.approx(1e-3)
+
+
+def test_spread_is_of_the_sorted_times() -> None:
+    spread = Spread.of([3.0, 1.0, 2.0])
+    assert spread.p50 == 2.0
+    assert 1.0 < spread.p10 < spread.p90 < 3.0
+
+
+def test_tables_show_factors_and_say_what_is_wrong() -> None:
+    pytest.importorskip("triton", reason="what is measured needs the package triton")
+    from flexpert.bench.gpu.decode import DecodePoint, DecodeReport
+    from flexpert.bench.gpu.layer import SHAPES, LayerPoint, LayerReport, LayerResult
+    from flexpert.bench.gpu.report import decode_text, layer_text
+
+    layer = LayerReport(
+        machine=this_machine(),
+        gpu=GPU,
+        points=[
+            LayerPoint(
+                shape=SHAPES["qwen3-30b-a3b"],
+                tokens=64,
+                active=126.0,
+                limit_us=400.0,
+                results=[
+                    LayerResult(
+                        contender="flexpert", us=Spread(400, 440, 500), error=0.004, times_ours=1
+                    ),
+                    LayerResult(contender="eager", skipped="differs by 0.5", wrong=True),
+                ],
+            )
+        ],
+    )
+    text = shown(layer_text(layer))
+    assert "440" in text
+    assert "1.10" in text  # times the limit
+    assert "wrong: differs by 0.5" in text
+    assert not layer.correct
+    assert msgspec.json.decode(msgspec.json.encode(layer), type=LayerReport) == layer
+
+    point = DecodePoint(
+        batch=64,
+        active=126.0,
+        limit_ms=20.0,
+        ours_us=Spread(24000, 25000, 26000),
+        captures=4,
+        transformers_us=Spread(90000, 100000, 110000),
+    )
+    decode = DecodeReport(
+        machine=this_machine(),
+        gpu=GPU,
+        layers=48,
+        context=512,
+        steps=30,
+        error=0.01,
+        build_s=1.0,
+        capture_s=2.0,
+        points=[point, msgspec.structs.replace(point, transformers_us=None, skipped="no room")],
+    )
+    text = shown(decode_text(decode))
+    assert "1.25" in text  # times the limit
+    assert "4.00" in text  # transformers
+    assert "2,560" in text  # tokens/s
+    assert "no room" in text
+    assert decode.correct
+    assert "WRONG" in shown(decode_text(msgspec.structs.replace(decode, error=0.5)))

@@ -1,0 +1,65 @@
+"""What `--device` decides: a GPU serves with one rank, or the reason why not is said at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexpert.cli.settings import settings
+from flexpert.config import Config, load_config
+from flexpert.engine.compute import graph_sizes, open_device, warm_up_sizes
+from flexpert.errors import ConfigError
+
+
+def gpu(**overrides: object) -> Config:
+    return load_config(environment={}, overrides={"engine.device": "cuda", **overrides})
+
+
+def test_a_gpu_has_room_for_one_rank() -> None:
+    config = gpu()
+    assert (config.cluster.ranks, config.cluster.max_ranks) == (1, 1)
+    assert Config.model_validate_json(config.model_dump_json()) == config  # as ranks are told
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"cluster.ranks": 2}, "--max-ranks|max_ranks"),
+        ({"cluster.max_ranks": 4}, "one rank holds all experts"),
+        ({"engine.deterministic": True}, "--deterministic needs --device cpu"),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused_before_anything_starts(
+    overrides: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        gpu(**overrides)
+
+
+def test_a_cpu_keeps_its_ranks() -> None:
+    assert settings(None, {"engine.device": "cpu"}).cluster.max_ranks == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_reason_names_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"no NVIDIA GPU .*(driver|install one for CUDA)"):
+        open_device(gpu().engine)
+
+
+def test_graphs_are_captured_for_few_sizes_that_waste_at_most_half() -> None:
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert graph_sizes(50)[-1] == 50
+    assert graph_sizes(4096)[-1] == 512
+    sizes = graph_sizes(512)
+    assert len(sizes) < 20
+    for batch in range(1, 513):
+        size = next(size for size in sizes if size >= batch)
+        assert size < 2 * batch
+
+
+def test_warm_up_stays_within_the_room_there_is() -> None:
+    for device in ("cpu", "cuda"):
+        engine = load_config(environment={}, overrides={"engine.device": device}).engine
+        assert max(warm_up_sizes(100, engine)) <= max(100, 128)
+    assert warm_up_sizes(100, gpu().engine) == [2, 16, 64, 100]
