@@ -63,12 +63,12 @@ def test_a_rank_that_fails_is_named_and_none_is_left() -> None:
 
 def test_wrong_rows_and_sums_are_found() -> None:
     rows = torch.randn(4, 256).bfloat16()
-    assert not rank_module._wrong_rows(rows, rows, exact=True)
-    assert rank_module._wrong_rows(rows.roll(1, 0), rows, exact=True)
-    assert rank_module._wrong_rows(rows.roll(1, 0), rows, exact=False)
+    assert not rank_module.wrong_rows(rows, rows, exact=True)
+    assert rank_module.wrong_rows(rows.roll(1, 0), rows, exact=True)
+    assert rank_module.wrong_rows(rows.roll(1, 0), rows, exact=False)
     wanted = rows.double()
-    assert not rank_module._wrong_result(rows, wanted, wanted.abs())
-    assert rank_module._wrong_result(rows.roll(1, 0), wanted, wanted.abs())
+    assert not rank_module.wrong_result(rows, wanted, wanted.abs())
+    assert rank_module.wrong_result(rows.roll(1, 0), wanted, wanted.abs())
 
 
 def test_deduplicated_rows_counts_a_token_once_a_rank() -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flexpert.errors import ConfigError, FlexpertError
+
+if TYPE_CHECKING:
+    from flexpert.bench.comm.ranks import Settings
+    from flexpert.bench.comm.workload import Workload
 
 EXAMPLES = (
     "flexpert bench comm",
     "flexpert bench comm --tokens 1,8,32,128,512 --plot latency.png --json latency.json",
     "flexpert bench comm --ranks 2 --rivals gloo,memcpy --repeat 30",
     "flexpert bench comm --channel nixl --seconds 20",
+    "flexpert bench comm --device cuda --ranks 1 --tokens 1,128,512",
 )
 
 
@@ -36,9 +41,17 @@ def bench_comm(
     seconds: Annotated[
         float | None, typer.Option(min=0.1, help="Instead: as many as fit, for each --tokens.")
     ] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="Where the rows are and the exchange runs.")
+    ] = "cpu",
     rivals: Annotated[
-        str, typer.Option(metavar="NAME[,NAME…]", help="Any of gloo, allgather, nixl, memcpy.")
-    ] = "gloo,allgather,nixl,memcpy",
+        str | None,
+        typer.Option(
+            metavar="NAME[,NAME…]",
+            help="Any of gloo, allgather, nixl, memcpy; on cuda nixl_ep, torch, checks. "
+            "Default: all.",
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of torch in each rank.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of data and routing.")] = 0,
     json_: Annotated[
@@ -52,12 +65,13 @@ def bench_comm(
     """Measure dispatch and combine beside gloo, NIXL and memcpy.
 
     The same ranks, routing and data for all; each is checked against a float64 oracle first.
-    Exit status 1 if one computes something else.
+    Exit status 1 if one computes something else. With --device cuda beside nixl_ep and torch, in
+    CUDA graphs; several ranks on one GPU need NVIDIA's MPS to run at the same time.
     """
     import msgspec
     from rich.console import Console
 
-    from flexpert.bench.comm.contender import RIVALS
+    from flexpert.bench.comm.contender import GPU_RIVALS, RIVALS
     from flexpert.bench.comm.plot import check_plot, draw
     from flexpert.bench.comm.ranks import Settings
     from flexpert.bench.comm.report import comm_text
@@ -66,9 +80,10 @@ def bench_comm(
     from flexpert.comm import quant
     from flexpert.comm.buffer import Scales
 
-    names = [name for name in rivals.split(",") if name]
-    if unknown := sorted(set(names) - set(RIVALS)):
-        raise ConfigError(f"--rivals {','.join(unknown)}: there are {', '.join(RIVALS)}")
+    known = RIVALS if device == "cpu" else GPU_RIVALS
+    names = list(known) if rivals is None else [name for name in rivals.split(",") if name]
+    if unknown := sorted(set(names) - set(known)):
+        raise ConfigError(f"--rivals {','.join(unknown)}: there are {', '.join(known)}")
     if hidden % 16:
         raise ConfigError(f"--hidden {hidden}: must be a multiple of 16")
     if topk > min(experts, 16):
@@ -96,6 +111,12 @@ def bench_comm(
         for count in _numbers(tokens)
     ]
     settings = Settings(channel, scales, threads, timeout)
+    if device == "cuda":
+        for flag, given in (("--seconds", seconds), ("--plot", plot)):
+            if given is not None:
+                raise ConfigError(f"{flag} is not there with --device cuda")
+        _on_gpu(workloads, settings, names, repeat, json_)
+        return
     console = Console(stderr=True)
     with console.status("") as status:
         report = run_comm(
@@ -103,14 +124,48 @@ def bench_comm(
         )
     Console(file=sys.stdout).print(comm_text(report))
     if json_ is not None:
-        try:
-            json_.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
-        except OSError as error:
-            raise FlexpertError(f"cannot write {json_}: {error.strerror}") from None
+        _write(json_, msgspec.json.format(msgspec.json.encode(report), indent=2))
     if plot is not None:
         draw(report, plot)
     if not report.correct:
         raise typer.Exit(1)
+
+
+def _on_gpu(
+    workloads: list[Workload],
+    settings: Settings,
+    rivals: list[str],
+    repeat: int,
+    json_: Path | None,
+) -> None:
+    import msgspec
+    from rich.console import Console
+
+    from flexpert.comm.cuda import require
+    from flexpert.comm.errors import CommError
+
+    try:
+        require()
+    except CommError as error:
+        raise ConfigError(f"--device cuda: {error}") from None
+    from flexpert.bench.comm.cuda.report import gpu_text
+    from flexpert.bench.comm.cuda.run import run_gpu
+
+    with Console(stderr=True).status("") as status:
+        report = run_gpu(workloads, settings, rivals, repeat=repeat, note=status.update)
+    Console(file=sys.stdout).print(gpu_text(report))
+    if json_ is not None:
+        _write(json_, msgspec.json.format(msgspec.json.encode(report), indent=2))
+    if not report.correct:
+        raise typer.Exit(1)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Raises: FlexpertError"""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise FlexpertError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _numbers(text: str) -> list[int]:

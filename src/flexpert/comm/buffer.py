@@ -450,7 +450,8 @@ def make_buffer(
     Args:
         rank: the own id.
         spec: sizes.
-        backend: "host": CPU tensors.
+        backend: "host": CPU tensors. "cuda": tensors on the current CUDA device; all ranks on one
+            host.
         timeout_s: limit of every wait that is not given another.
         on_timeout: what becomes of a peer that does not answer in time, or dies: "raise" ends the
             exchange and the epoch with RankTimeout or RankLost; "mask" masks the peer and goes on
@@ -462,9 +463,19 @@ def make_buffer(
 
     Raises:
         ValueError: unknown backend, rank outside [0, capacity), or a spec out of range.
+        CommError: backend "cuda" without Triton or without a GPU.
     """
+    if backend == "cuda":
+        from flexpert.comm.cuda import require
+
+        require()
+        from flexpert.comm.cuda.buffer import CudaBuffer
+
+        if channel == "nixl":
+            raise ValueError("backend 'cuda' reaches ranks of one host only; channel='auto'")
+        return CudaBuffer(rank, spec, timeout_s=timeout_s, on_timeout=on_timeout, store=store)
     if backend != "host":
-        raise ValueError(f"unknown exchange backend {backend!r}: there is 'host'")
+        raise ValueError(f"unknown exchange backend {backend!r}: there are 'host' and 'cuda'")
     from flexpert.comm.host.buffer import HostBuffer
 
     return HostBuffer(

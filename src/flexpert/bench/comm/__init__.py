@@ -8,4 +8,5 @@ ranks       real rank processes
 run         who is checked and timed when
 report, plot
             figures as a table and as a picture
+cuda        the same on GPUs
 """

@@ -12,6 +12,7 @@ import pickle
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -54,10 +55,16 @@ class RankFailed(FlexpertError):  # noqa: N818 - says what happened
     """A rank of the benchmark failed."""
 
 
-class Ranks:
-    """The processes of a run. Use as a context manager: none is left afterwards."""
+Make = Callable[[int, int, int, Settings], object]
 
-    def __init__(self, count: int, settings: Settings) -> None:
+
+class Ranks:
+    """The processes of a run. Use as a context manager: none is left afterwards.
+
+    make: the object whose methods are the tasks, from rank, ranks, port of the store, settings.
+    """
+
+    def __init__(self, count: int, settings: Settings, make: Make | None = None) -> None:
         self._settings = settings
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", __name__])
@@ -68,7 +75,8 @@ class Ranks:
             for rank in range(count):
                 ours, theirs = context.Pipe()
                 process = context.Process(
-                    target=_serve, args=(rank, count, self._store.port, settings, theirs)
+                    target=_serve,
+                    args=(rank, count, self._store.port, settings, theirs, make or _Rank),
                 )
                 process.daemon = True
                 process.start()
@@ -129,7 +137,9 @@ class Ranks:
             pipe.close()
 
 
-def _serve(rank: int, ranks: int, port: int, settings: Settings, pipe: Connection) -> None:
+def _serve(
+    rank: int, ranks: int, port: int, settings: Settings, pipe: Connection, make: Make
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the head's to handle
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -141,7 +151,7 @@ def _serve(rank: int, ranks: int, port: int, settings: Settings, pipe: Connectio
     torch.set_grad_enabled(False)
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch renames its collectives
     try:
-        own = _Rank(rank, ranks, port, settings)
+        own = make(rank, ranks, port, settings)
         pipe.send((True, None))
     except Exception as error:  # noqa: BLE001  # goes to the head
         pipe.send((False, f"{type(error).__name__}: {error}"))
@@ -215,12 +225,12 @@ class _Rank:
             contender.combine()
             return ""
         wanted, slots = expected_arrivals(work, self._rank, turn)
-        wrong = _wrong_rows(contender.rows(), wanted, exact=kind.exact)
+        wrong = wrong_rows(contender.rows(), wanted, exact=kind.exact)
         room = contender.y_room()
         if room.shape == wanted.shape:
             room.copy_(expert_results(wanted, slots))
         result = contender.combine()
-        return wrong or _wrong_result(result, *expected_result(work, self._pool[turn % work.pool]))
+        return wrong or wrong_result(result, *expected_result(work, self._pool[turn % work.pool]))
 
     def measure(self, name: str, first: int, turns: int, warm_up: int) -> Times:
         """`turns` exchanges after `warm_up` that do not count."""
@@ -251,7 +261,7 @@ class _Rank:
         ]
 
 
-def _wrong_rows(rows: torch.Tensor, wanted: torch.Tensor, *, exact: bool) -> str:
+def wrong_rows(rows: torch.Tensor, wanted: torch.Tensor, *, exact: bool) -> str:
     if rows.shape != wanted.shape:
         return f"dispatch brought {list(rows.shape)} instead of {list(wanted.shape)}"
     if exact:
@@ -263,7 +273,7 @@ def _wrong_rows(rows: torch.Tensor, wanted: torch.Tensor, *, exact: bool) -> str
     return "" if bool((error <= limit).all()) else "dispatched rows are not those sent, even in fp8"
 
 
-def _wrong_result(result: torch.Tensor, wanted: torch.Tensor, size: torch.Tensor) -> str:
+def wrong_result(result: torch.Tensor, wanted: torch.Tensor, size: torch.Tensor) -> str:
     if result.shape != wanted.shape:
         return f"combine brought {list(result.shape)} instead of {list(wanted.shape)}"
     limit = 2 * torch.finfo(result.dtype).eps * size

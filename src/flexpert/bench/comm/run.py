@@ -141,9 +141,9 @@ def _point(
         results[name] = Result(
             contender=name,
             exchanges=len(taken),
-            dispatch_us=_spread([dispatch for dispatch, _ in taken]),
-            combine_us=_spread([combine for _, combine in taken]),
-            total_us=_spread([sum(both) for both in taken]),
+            dispatch_us=spread_of([dispatch for dispatch, _ in taken]),
+            combine_us=spread_of([combine for _, combine in taken]),
+            total_us=spread_of([sum(both) for both in taken]),
             gb_per_s=moved / total / 1e3,
             times_ours=total / ours if ours else None,
             times_memcpy=total / memcpy if memcpy else None,
@@ -190,13 +190,13 @@ def _spans(by_rank: list[Times]) -> list[tuple[float, float]]:
     return spans
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def spread_of(values: Sequence[float]) -> Spread:
     ordered = sorted(values)
     return Spread(*(percentile(ordered, share) for share in (0.1, 0.5, 0.9)))
 
 
 def _median_total(spans: Sequence[tuple[float, float]] | None) -> float | None:
-    return _spread([sum(both) for both in spans]).p50 if spans else None
+    return spread_of([sum(both) for both in spans]).p50 if spans else None
 
 
 def _moved_bytes(work: Workload) -> float:

@@ -93,6 +93,7 @@ _BEATS = 8  # of a waiting rank, in the time limit
 _FRESH = 2.5  # beats: so old may one be
 
 # as in kernels.c
+_LINK_SHIFT, _MOST_LINK = 20, 0xFFF  # of a session
 _OK, _TIMEOUT, _INTERRUPTED, _AGAIN, _RUNG, _LOST = range(6)
 _DISPATCH, _COMBINE, _VOTE = range(3)
 _PHASES = ("dispatch", "combine", "vote")
@@ -180,7 +181,10 @@ class HostBuffer(Buffer):
         store: Store | None = None,
         channel: Channel = "auto",
         machine: str | None = None,
+        listener: Callable[[int, bool], None] | None = None,
     ) -> None:
+        """listener: told, from any thread, that waiting for an id is in vain (True), or no more.
+        The rest: see `make_buffer`."""
         check_spec(spec)
         if not 0 <= rank < spec.capacity:
             raise ValueError(f"rank is {rank}, must be 0 to {spec.capacity - 1}")
@@ -196,6 +200,7 @@ class HostBuffer(Buffer):
         self.timeout_s = timeout_s
         self.sequence = 0
         self._lenient = on_timeout == "mask"
+        self._listener = listener
         self._store = store
         self._window = Window(rank, spec)
         self._greeting = Greeting(machine or this_machine(), channel, self._window.address)
@@ -277,6 +282,23 @@ class HostBuffer(Buffer):
         with self._changes:
             return "nixl" if self._links[peer].remote else "shm"
 
+    def link(self, peer: int) -> int | None:
+        """Number of the link to an active peer in this epoch, the same on both sides; None until
+        both have unmasked each other. Raises: KeyError: not connected."""
+        if peer == self.rank:
+            return 0
+        with self._changes:
+            if self._links[peer] is not self._installed.get(peer) or not self._b.up[peer]:
+                return None
+            return (int(self._b.session[peer]) >> _LINK_SHIFT) & _MOST_LINK
+
+    def nonce(self, peer: int) -> bytes:
+        """What tells a connected process from all others. Raises: KeyError: not connected."""
+        if peer == self.rank:
+            return self._window.address.nonce
+        with self._changes:
+            return self._links[peer].address.nonce
+
     def connect(
         self,
         peers: Mapping[int, bytes] | Iterable[int],
@@ -354,8 +376,7 @@ class HostBuffer(Buffer):
         """A new link; masked. Raises: PeerUnreachable: the process has ended meanwhile."""
         with self._changes:
             self._check_open()
-            with self._signal:
-                lib.fx_set_gone(self._b, link.peer, 0)
+            self._set_gone(link.peer, 0)
             if isinstance(link, ShmLink):
                 self._watcher.add(link.peer, link.address.pid, link.address.started)
             self._links[link.peer] = link
@@ -564,6 +585,8 @@ class HostBuffer(Buffer):
         with self._signal:
             if self._state is not State.CLOSED:
                 lib.fx_set_gone(self._b, peer, why)
+                if self._listener is not None:
+                    self._listener(peer, why != 0)
 
     # ---- peers behind NIXL ------------------------------------------------------------------
 

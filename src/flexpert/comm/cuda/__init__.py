@@ -1,0 +1,26 @@
+"""The GPU backend: Triton kernels over windows that ranks of one host share by CUDA IPC.
+
+layout      where everything lies in a window, and in the table that kernels read (pure)
+waiting, dispatch, combine
+            what runs on the GPU
+exchange    their launches and tensors; can be captured into CUDA graphs
+memory      device memory that other processes can map
+buffer      the contract of comm/buffer.py over all that
+received    what a dispatch brought
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from flexpert.comm.errors import CommError
+
+
+def require() -> None:
+    """Raises: CommError: this machine cannot use the backend; says what is missing."""
+    if importlib.util.find_spec("triton") is None:
+        raise CommError("backend 'cuda' needs Triton: pip install 'flexpert[cuda]'")
+    if not torch.cuda.is_available():
+        raise CommError("backend 'cuda' needs a GPU, and a torch that is built with CUDA")

@@ -1,0 +1,663 @@
+"""CudaBuffer: dispatch and combine between GPU ranks of one host.
+
+Rows and flags go from GPU to GPU (peers.py, exchange.py). What is agreed by hosts goes through a
+`HostBuffer` of the smallest size: addresses, votes, which links are up, whose process has ended.
+Membership changes write one table on the GPU, in the order of the stream, so that captured CUDA
+graphs go on without being captured again.
+
+Differences to the CPU backend:
+  - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link.
+  - An expert without an active owner is skipped with either `on_timeout`; `loss` tells.
+  - Outside of graphs, each exchange waits for the device, since errors must be raised in time.
+    While a graph is captured, and in its replays, nothing is waited for: ask `check` afterwards.
+  - Everything must be launched on one stream, the current one of the caller.
+  - Windows are sized for the capacity: it cannot grow. An id may be used again only when its old
+    process has ended: the place in the peers' windows belongs to the id.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import torch
+
+from flexpert.comm import quant
+from flexpert.comm.buffer import (
+    Buffer,
+    BufferSpec,
+    ExpertTable,
+    Loss,
+    OnTimeout,
+    Pending,
+    Received,
+    Reduce,
+    Scales,
+    Statistics,
+)
+from flexpert.comm.cuda.exchange import Dispatched, Exchange, Tuning
+from flexpert.comm.cuda.layout import (
+    LANES,
+    MAX_EPOCH,
+    PAGE_WORDS,
+    Missing,
+    Page,
+    Word,
+    check,
+    layout,
+    read_report,
+)
+from flexpert.comm.cuda.peers import Address, Memory, Window, decode, open_window, own_window
+from flexpert.comm.cuda.received import CudaReceived
+from flexpert.comm.errors import (
+    CommError,
+    Interrupted,
+    RankLost,
+    RankTimeout,
+    StaleEpoch,
+)
+from flexpert.comm.host.buffer import HostBuffer
+from flexpert.comm.routing import check_dispatch, check_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+T = TypeVar("T")
+
+_CONTROL_HIDDEN = 16  # rows of the control buffer are never used
+
+# Where a rank stands; as in the host backend
+_BETWEEN, _DISPATCHED, _RECEIVED, _COMBINED = "between", "dispatched", "received", "combined"
+_BROKEN, _CLOSED = "broken", "closed"
+
+
+class _Hook(Pending[T], Generic[T]):
+    def __init__(self, receive: Callable[[float | None], T]) -> None:
+        self._receive = receive
+
+    def __call__(self, timeout_s: float | None = None) -> T:
+        return self._receive(timeout_s)
+
+
+class CudaBuffer(Buffer):
+    """The `Buffer` of GPU ranks. See the module's docstring."""
+
+    def __init__(
+        self,
+        rank: int,
+        spec: BufferSpec,
+        *,
+        timeout_s: float = 30.0,
+        on_timeout: OnTimeout = "raise",
+        store: Store | None = None,
+        device: torch.device | None = None,
+        tuning: Tuning | None = None,
+    ) -> None:
+        """device: of the window; default: the current CUDA device. The rest: see `make_buffer`."""
+        check(spec)
+        self.rank, self.spec, self.timeout_s = rank, spec, timeout_s
+        self.device = device or torch.device("cuda", torch.cuda.current_device())
+        self._cuda = self.device.type == "cuda"
+        self._lenient = on_timeout == "mask"
+        self._store = store
+        self._page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=self._cuda)
+        self._control = HostBuffer(
+            rank,
+            BufferSpec(spec.capacity, 1, _CONTROL_HIDDEN, 1, torch.float32),
+            timeout_s=timeout_s,
+            on_timeout=on_timeout,
+            store=store,
+            channel="shm",
+            listener=self._hear,
+        )
+        self._window: Window = own_window(layout(spec).size, self.device)
+        self.exchange = Exchange(rank, spec, self._window.tensor, self._page, tuning=tuning)
+        self._address = Address.of(self._control.address, spec, self._window).encode()
+        if store is not None:  # peers that meet by id look here, once they have met
+            store.set(self._key(rank), self._address)  # type: ignore[arg-type]
+        self._lock = threading.RLock()  # exchanges and votes
+        self._changes = threading.RLock()
+        self._peers: dict[int, Memory] = {}
+        self._departed: list[Memory] = []
+        self._changed = False
+        self._thread = threading.get_ident()  # that exchanges
+        self._links: dict[int, int] = {rank: 0}  # active on the device → number of the link
+        self._limit_s = timeout_s
+        self._state = _BETWEEN
+        self._must_vote = False
+        self._received: CudaReceived | None = None
+        self._rooms: dict[int, torch.Tensor] = {}
+        self.sequence = 0
+        self._exchanges = 0
+        self._write(restart=None)
+
+    # ---- membership -------------------------------------------------------------------------
+
+    @property
+    def address(self) -> bytes:
+        return self._address
+
+    @property
+    def connected(self) -> tuple[int, ...]:
+        with self._changes:
+            return tuple(sorted((self.rank, *self._peers)))
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        return self._control.active
+
+    @property
+    def epoch(self) -> int:
+        return self._control.epoch
+
+    @property
+    def lost(self) -> dict[int, str]:
+        return self._control.lost
+
+    def channel(self, peer: int) -> Literal["self", "shm", "nixl"]:
+        """ "shm" means memory that both GPUs reach."""
+        return self._control.channel(peer)
+
+    def connect(
+        self,
+        peers: Mapping[int, bytes] | Iterable[int],
+        *,
+        activate: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        known = set(self.connected)
+        if isinstance(peers, Mapping):
+            new = {p: decode(p, a, self.spec) for p, a in peers.items() if p not in known}
+            controls = {peer: address.control for peer, address in new.items()}
+            self._control.connect(controls, timeout_s=timeout_s)
+        else:
+            peers = sorted(set(peers))
+            self._control.connect(peers, timeout_s=timeout_s)
+            new = {peer: self._met(peer) for peer in peers if peer not in known}
+        opened: dict[int, Memory] = {}
+        try:
+            for peer, address in new.items():
+                opened[peer] = open_window(peer, address, self.device)
+        except CommError:
+            self._control.disconnect(new)
+            for memory in opened.values():
+                memory.close()
+            raise
+        with self._changes:
+            self._peers.update(opened)
+            self._changed = True
+        self._apply_now()
+        if activate:
+            self.unmask(peers)
+
+    def _key(self, peer: int) -> str:
+        """Of a process's address in the store; no other process ever has the same."""
+        return f"flexpert/cuda/{self._control.nonce(peer).hex()}"
+
+    def _met(self, peer: int) -> Address:
+        assert self._store is not None
+        return decode(peer, self._store.get(self._key(peer)), self.spec)
+
+    def disconnect(self, ids: Iterable[int]) -> None:
+        gone = sorted(set(ids))
+        self._control.disconnect(gone)
+        with self._changes:
+            for peer in gone:
+                memory = self._peers.pop(peer, None)
+                if memory is not None:
+                    self._departed.append(memory)
+                    self._page[Page.GONE + peer] = 1
+                    self._changed = True
+        self._apply_now()
+
+    def grow(self, capacity: int) -> None:
+        if capacity != self.spec.capacity:
+            raise ValueError(
+                f"the windows of GPU ranks are made for capacity {self.spec.capacity}; "
+                f"start with the largest capacity instead of growing to {capacity}"
+            )
+
+    def shrink(self, capacity: int) -> None:
+        """Only disconnects; the window keeps its size."""
+        self._control.shrink(capacity)
+        self.disconnect([peer for peer in self.connected if peer >= capacity])
+
+    def mask(self, ids: Iterable[int]) -> None:
+        masked = sorted(set(ids))
+        self._control.mask(masked)
+        with self._changes:
+            for peer in masked:
+                if peer in self._links:
+                    self._page[Page.GONE + peer] = 1
+            self._changed = True
+        self._apply_now()
+
+    def unmask(self, ids: Iterable[int]) -> None:
+        self._control.unmask(ids)
+
+    def set_active(self, ids: Iterable[int], epoch: int) -> None:
+        with self._lock, self._changes:
+            self._thread = threading.get_ident()
+            if epoch > MAX_EPOCH:
+                raise ValueError(f"epoch {epoch} is above {MAX_EPOCH}, which flags can carry")
+            wanted = tuple(sorted(set(ids)))
+            self._control.set_active(wanted, epoch)
+            self._synchronize()
+            # a peer may still be reading what an unfinished exchange sent
+            self._must_vote |= self._state != _BETWEEN
+            self._page[Page.STOP] = 0
+            self._page[Page.GONE : Page.GONE + LANES] = 0
+            for peer in self._control.lost:
+                self._page[Page.GONE + peer] = 1
+            self._state = _BETWEEN
+            self._received = None
+            self.sequence = 0
+            self._links = dict.fromkeys(wanted, 0)
+            self._unmap()
+            self._write(restart=None)
+
+    # ---- changes ------------------------------------------------------------------------------
+
+    def _hear(self, peer: int, in_vain: bool) -> None:
+        """From the control buffer's threads: whether waiting for a peer is in vain."""
+        if peer < LANES:
+            self._page[Page.GONE + peer] = int(in_vain)
+
+    def _apply_now(self) -> None:
+        """Apply changes if no exchange is under way; else the next exchange or vote will.
+
+        Only the thread that exchanges may: to the others, the stream it launches on is unknown.
+        """
+        if self._thread == threading.get_ident() and self._lock.acquire(blocking=False):
+            try:
+                if self._state in (_BETWEEN, _BROKEN):
+                    self._apply()
+            finally:
+                self._lock.release()
+
+    def _apply(self) -> None:
+        with self._changes:
+            if not self._changed or _capturing(self._cuda):
+                return
+            self._changed = False
+            self._synchronize()
+            active = self._control.active
+            self._links = {p: link for p, link in self._links.items() if p in active}
+            self._unmap()
+            self._write(restart=())
+
+    def _unmap(self) -> None:
+        """Nothing that was launched is under way. The table forgets these peers right after."""
+        for memory in self._departed:
+            memory.close()
+        self._departed.clear()
+
+    def _write(self, restart: tuple[int, ...] | None) -> None:
+        """Rewrite the table, between two exchanges."""
+        addresses = {peer: memory.address for peer, memory in self._peers.items()}
+        addresses[self.rank] = self._window.address
+        self._limit_s = self.timeout_s
+        self.exchange.configure(
+            addresses,
+            self._links,
+            self._control.epoch,
+            limit_ns=int(self.timeout_s * 1e9),
+            restart=restart,
+        )
+
+    def _synchronize(self) -> None:
+        if self._cuda:
+            torch.cuda.current_stream(self.device).synchronize()
+
+    # ---- the step barrier ---------------------------------------------------------------------
+
+    def post_vote(self, payload: bytes) -> None:
+        with self._lock:
+            self._begin("vote between dispatch and combine")
+            self._control.post_vote(payload)
+
+    def wait_for_vote(self, timeout_s: float | None) -> bool:
+        return self._control.wait_for_vote(timeout_s)
+
+    def collect_votes(self, timeout_s: float) -> dict[int, bytes]:
+        with self._lock:
+            self._check_whole()
+            votes = self._control.collect_votes(timeout_s)
+            self._must_vote = False
+            with self._changes:
+                links = {
+                    peer: link
+                    for peer in self._control.active
+                    if (link := self._control.link(peer)) is not None
+                }
+                fresh = tuple(p for p, link in links.items() if self._links.get(p) != link)
+                if fresh or links.keys() != self._links.keys():
+                    self._synchronize()
+                    for peer in fresh:
+                        self._page[Page.GONE + peer] = 0
+                    self._links = links
+                    self._write(restart=fresh)
+            return votes
+
+    def ring(self) -> None:
+        self._control.ring()
+
+    def interrupt(self) -> None:
+        self._control.interrupt()
+        self._page[Page.STOP] = 1
+
+    # ---- the exchange -------------------------------------------------------------------------
+
+    def begin_dispatch(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: ExpertTable,
+        *,
+        fp8: Scales | None = None,
+    ) -> Pending[Received]:
+        pending: Pending[Any] = self._send(x, expert_ids, weights, table, fp8, wait=False)
+        return pending
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: ExpertTable,
+        *,
+        fp8: Scales | None = None,
+        timeout_s: float | None = None,
+    ) -> CudaReceived:
+        self._set_limit(timeout_s)
+        return self._send(x, expert_ids, weights, table, fp8, wait=self._cuda)(timeout_s)
+
+    def _send(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: ExpertTable,
+        fp8: Scales | None,
+        *,
+        wait: bool,
+    ) -> _Hook[CudaReceived]:
+        check_dispatch(self.spec, x, expert_ids, weights)
+        check_table(table)
+        for name, tensor in (("x", x), ("expert_ids", expert_ids), ("table", table.rank)):
+            if tensor.device != self.device:
+                raise ValueError(f"{name} must be on {self.device}, is on {tensor.device}")
+        if fp8 is not None:
+            if x.dtype is torch.uint8:
+                raise ValueError(f"x is bytes already; fp8={fp8!r} takes {self.spec.dtype}")
+            quant.check(self.spec.hidden, fp8)
+        with self._lock:
+            self._begin("dispatch before combine of the last")
+            if self._must_vote:
+                raise CommError(
+                    f"dispatch before the first vote of epoch {self.epoch}: the last exchange was "
+                    "incomplete and a peer may still be reading it"
+                )
+            self._state = _BROKEN  # first: a signal may strike right after the launch
+            sent = self.exchange.send_dispatch(
+                x, expert_ids.contiguous(), weights.contiguous(), table, fp8=fp8, wait=wait
+            )
+            self.sequence += 1
+            self._exchanges += 1
+            self._state = _DISPATCHED
+        sequence = self.sequence
+
+        def receive(timeout_s: float | None) -> CudaReceived:
+            return self._receive(sent, sequence, timeout_s, waited=wait)
+
+        return _Hook(receive)
+
+    def _receive(
+        self, sent: Dispatched, sequence: int, timeout_s: float | None, *, waited: bool
+    ) -> CudaReceived:
+        with self._lock:
+            self._check_whole()
+            self._check_turn(_DISPATCHED, sequence, "dispatch")
+            self._state = _BROKEN
+            if not waited:
+                self._set_limit(timeout_s)
+                self.exchange.wait_dispatch(sent)
+            self.exchange.index(sent)
+            masked = self.check()
+            self._received = CudaReceived(self, sent, masked, self.epoch, sequence)
+            self._state = _RECEIVED
+            return self._received
+
+    def begin_combine(
+        self,
+        y: torch.Tensor,
+        received: Received,
+        *,
+        reduce: Reduce = "rank",
+        weights: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Pending[torch.Tensor]:
+        return self._return(y, received, reduce, weights, out, wait=False)
+
+    def combine(
+        self,
+        y: torch.Tensor,
+        received: Received,
+        *,
+        reduce: Reduce = "rank",
+        weights: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        timeout_s: float | None = None,
+    ) -> torch.Tensor:
+        self._set_limit(timeout_s)
+        return self._return(y, received, reduce, weights, out, wait=self._cuda)(timeout_s)
+
+    def _return(
+        self,
+        y: torch.Tensor,
+        received: Received,
+        reduce: Reduce,
+        weights: torch.Tensor | None,
+        out: torch.Tensor | None,
+        *,
+        wait: bool,
+    ) -> _Hook[torch.Tensor]:
+        spec = self.spec
+        if reduce not in ("home", "rank"):
+            raise ValueError(f"reduce is {reduce!r}, must be 'home' or 'rank'")
+        with self._lock:
+            self._check_whole()
+            if received is not self._received or self._state != _RECEIVED:
+                raise StaleEpoch(
+                    f"combine for dispatch {received.sequence} of epoch {received.epoch}, but the "
+                    f"last is {self.sequence} of epoch {self.epoch}, "
+                    + ("combined already" if self._state == _BETWEEN else "not combined")
+                )
+            assert isinstance(received, CudaReceived)
+            sent = received.sent
+            self._check_rows("y", y, None if _capturing(self._cuda) else received.count)
+            if weights is not None:
+                if reduce != "home":
+                    raise ValueError("weights at combine need reduce='home'")
+                if weights.dtype is not torch.float32 or weights.shape != sent.weights.shape:
+                    raise ValueError(f"weights must be {list(sent.weights.shape)} float32")
+                weights = weights.contiguous()
+            if out is None:
+                shape = (sent.tokens, spec.hidden)
+                out = torch.empty(shape, dtype=spec.dtype, device=self.device)
+            else:
+                self._check_rows("out", out, sent.tokens)
+            self._state = _BROKEN
+            self.exchange.send_combine(out, y, sent, reduce=reduce, wait=wait)
+            self._state = _COMBINED
+        sequence, target = self.sequence, out
+
+        def receive(timeout_s: float | None) -> torch.Tensor:
+            with self._lock:
+                self._check_whole()
+                self._check_turn(_COMBINED, sequence, "combine")
+                self._state = _BROKEN
+                if not wait:
+                    self._set_limit(timeout_s)
+                    self.exchange.wait_combine()
+                self.exchange.reduce(target, y, sent, reduce=reduce, weights=weights)
+                self.check()
+                self._state = _BETWEEN
+                return target
+
+        return _Hook(receive)
+
+    def check(self) -> tuple[int, ...]:
+        """Wait for what was launched, and act on what kernels have reported since the last call;
+        call it after each replay of a captured graph. Does nothing while a graph is captured.
+
+        Returns: the ids that were masked because nothing came from them (on_timeout="mask").
+
+        Raises: RankTimeout, RankLost, Interrupted: on_timeout="raise"; the epoch is over.
+        """
+        if _capturing(self._cuda):
+            return ()
+        self._synchronize()
+        missing = read_report(self._page)
+        if not missing:
+            return ()
+        ranks = tuple(m.rank for m in missing)
+        if self._page[Page.STOP]:
+            self._state = _BROKEN
+            raise Interrupted(
+                f"rank {self.rank} was interrupted in {missing[0].phase} (epoch {self.epoch})"
+            )
+        if not self._lenient:
+            self._state = _BROKEN
+            raise self._failed(missing)
+        self._page[Page.REPORT : Page.REPORT + LANES] = 0
+        self.mask(ranks)
+        with self._changes:
+            self._links = {p: link for p, link in self._links.items() if p not in ranks}
+        return ranks
+
+    def _failed(self, missing: list[Missing]) -> CommError:
+        first, lost, active = missing[0], self.lost, self._control.active
+        why = {
+            m.rank: lost.get(m.rank, "masked")
+            for m in missing
+            if m.rank in lost or m.rank not in active
+        }
+        if why:
+            return RankLost(tuple(sorted(why)), first.phase, first.epoch, why)
+        ranks = tuple(m.rank for m in missing)
+        return RankTimeout(ranks, first.phase, first.epoch, self._limit_s)
+
+    def combine_input(self, received: Received) -> torch.Tensor:
+        """While a graph is captured: of the most rows there can be."""
+        assert isinstance(received, CudaReceived)
+        hidden = self.spec.hidden
+        if hidden not in self._rooms:
+            self._rooms[hidden] = torch.empty(
+                (self.exchange.most_rows, hidden), dtype=self.spec.dtype, device=self.device
+            )
+        room = self._rooms[hidden]
+        return room if _capturing(self._cuda) else room[: received.count]
+
+    def loss(self, received: Received) -> Loss | None:
+        with self._lock:
+            if received is not self._received or self._state != _BETWEEN:
+                raise StaleEpoch(
+                    f"loss of dispatch {received.sequence} of epoch {received.epoch}: "
+                    "ask after its combine and before the next dispatch"
+                )
+            assert isinstance(received, CudaReceived)
+            sent = received.sent
+            ids = sent.expert_ids.long()
+            known = (ids >= 0) & (ids < sent.table.rank.shape[0])
+            owner = sent.table.rank.long()[ids.clamp(0, sent.table.rank.shape[0] - 1)]
+            back = self.exchange.table[Word.RETURNED : Word.RETURNED + LANES] != 0
+            back[self.rank] = True
+            choices = known & ~((owner >= 0) & back[owner.clamp(min=0)])
+            if not bool(choices.any()):
+                return None
+            gone = sorted(set(owner[choices & (owner >= 0)].tolist()))
+            weight = torch.where(choices, sent.weights, 0.0).sum(1)
+            return Loss(tuple(gone), weight, choices)
+
+    def statistics(self) -> Statistics:
+        """Bytes and waits are not counted on the GPU: they are 0."""
+        zero = dict.fromkeys(range(self.spec.capacity), 0)
+        return Statistics(self._exchanges, zero, dict(zero), dict(zero))
+
+    def close(self) -> None:
+        self.interrupt()  # what waits on the device ends
+        with self._lock, self._changes:
+            if self._state == _CLOSED:
+                return
+            self._synchronize()
+            self._state = _CLOSED
+            self._departed += self._peers.values()
+            self._peers.clear()
+            self._unmap()
+            self._control.close()
+            self._window.close()
+
+    # ---- helpers ------------------------------------------------------------------------------
+
+    def holds(self, received: CudaReceived) -> bool:
+        """Whether the rows of a dispatch still lie where they arrived."""
+        return received is self._received and self._state == _RECEIVED
+
+    def _set_limit(self, timeout_s: float | None) -> None:
+        """In the order of the stream."""
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        if limit_s != self._limit_s and self._cuda and not _capturing(self._cuda):
+            self._limit_s = limit_s
+            self.exchange.table[Word.LIMIT] = int(limit_s * 1e9)
+
+    def _begin(self, otherwise: str) -> None:
+        self._check_whole()
+        if self._state != _BETWEEN:
+            raise CommError(f"{otherwise} (epoch {self.epoch})")
+        self._thread = threading.get_ident()
+        self.check()  # what replays of graphs have reported since
+        self._apply()
+
+    def _check_whole(self) -> None:
+        if self._state == _CLOSED:
+            raise CommError(f"the buffer of rank {self.rank} is closed")
+        if self._page[Page.STOP]:
+            raise Interrupted(f"rank {self.rank} was interrupted (epoch {self.epoch})")
+        if self._state == _BROKEN:
+            raise StaleEpoch(
+                f"epoch {self.epoch} is over for rank {self.rank}: an exchange was incomplete; "
+                "begin another with set_active"
+            )
+
+    def _check_turn(self, state: str, sequence: int, phase: str) -> None:
+        if self._state != state or sequence != self.sequence:
+            raise StaleEpoch(
+                f"{phase} {sequence} cannot be received now (epoch {self.epoch}); "
+                f"call what begin_{phase} returned once, before anything else"
+            )
+
+    def _check_rows(self, name: str, tensor: torch.Tensor, rows: int | None) -> None:
+        """rows: how many there must be; None: as many as there can be."""
+        wanted = self.exchange.most_rows if rows is None else rows
+        if (
+            tensor.dtype is not self.spec.dtype
+            or tensor.ndim != 2
+            or tensor.shape[0] not in (wanted, self.exchange.most_rows)
+            or tensor.shape[1] != self.spec.hidden
+            or not tensor.is_contiguous()
+            or tensor.device != self.device
+        ):
+            raise ValueError(
+                f"{name} must be [{wanted}, {self.spec.hidden}] {self.spec.dtype} on "
+                f"{self.device}, contiguous; is {list(tensor.shape)} {tensor.dtype} on "
+                f"{tensor.device}"
+            )
+
+
+def _capturing(cuda: bool) -> bool:
+    return cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,141 @@
+"""Device memory that other processes of this host can map, through the CUDA runtime.
+
+A window is one allocation of cudaMalloc, and its IPC handle is all that a peer needs. A mapping
+keeps the memory behind it: when the process that allocated it dies, peers that have it mapped go on
+reading and writing without a fault, and the memory is given back when the last of them unmaps it.
+So a survivor unmaps when it is ready, never in the middle of a kernel.
+
+torch has loaded the runtime library already; it offers no allocation outside of its pools, whose
+blocks cannot be shared one by one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+
+from flexpert.comm.errors import PeerUnreachable
+
+HANDLE_BYTES = 64
+_LAZY_PEER_ACCESS = 1
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_char * HANDLE_BYTES),)
+
+
+class CudaError(Exception):
+    """A call of the CUDA runtime failed."""
+
+
+def _runtime() -> ctypes.CDLL:
+    """The library that torch has loaded."""
+    version = torch.version.cuda
+    if version is None:
+        raise CudaError("this torch is built without CUDA; install one with it")
+    runtime = ctypes.CDLL(f"libcudart.so.{version.split('.')[0]}")
+    runtime.cudaGetErrorString.restype = ctypes.c_char_p
+    runtime.cudaIpcOpenMemHandle.argtypes = [
+        ctypes.POINTER(ctypes.c_void_p),
+        _Handle,
+        ctypes.c_uint,
+    ]
+    return runtime
+
+
+def _check(runtime: ctypes.CDLL, what: str, status: int) -> None:
+    if status:
+        runtime.cudaGetLastError()  # else the next call of torch reports it
+        raise CudaError(f"{what}: {runtime.cudaGetErrorString(status).decode()}")
+
+
+class _Array:
+    """What torch needs to make a tensor of device memory that it does not own."""
+
+    def __init__(self, owner: object, address: int, size: int) -> None:
+        self.owner = owner
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+class SharedMemory:
+    """An allocation of this process, zeroed, on the current device.
+
+    tensor: [size] uint8. handle: for `PeerMemory` in another process. Freed by `close`.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        """Raises: CudaError: no memory, or the device cannot share it."""
+        self._runtime = _runtime()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()  # a context exists from here on
+            at = ctypes.c_void_p()
+            _check(
+                self._runtime,
+                f"{size} bytes for a window",
+                self._runtime.cudaMalloc(ctypes.byref(at), ctypes.c_size_t(size)),
+            )
+            assert at.value is not None
+            self.address = at.value
+            handle = _Handle()
+            _check(
+                self._runtime,
+                "sharing a window",
+                self._runtime.cudaIpcGetMemHandle(ctypes.byref(handle), at),
+            )
+            self.handle = bytes(handle)
+            self.tensor = torch.as_tensor(_Array(self, self.address, size), device=device)
+            self.tensor.zero_()
+            torch.cuda.current_stream().synchronize()
+
+    def close(self) -> None:
+        """Free it; peers that have it mapped keep it alive."""
+        address, self.address = self.address, 0
+        if address:
+            torch.cuda.synchronize(self.tensor.device)
+            _check(
+                self._runtime, "freeing a window", self._runtime.cudaFree(ctypes.c_void_p(address))
+            )
+
+
+class PeerMemory:
+    """A window of another process, mapped into this one."""
+
+    def __init__(self, peer: int, handle: bytes, device: torch.device) -> None:
+        """Raises: PeerUnreachable: the process is gone, or its GPU cannot be reached from here."""
+        self._runtime = _runtime()
+        self._device = device
+        at = ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()
+            try:
+                _check(
+                    self._runtime,
+                    f"the window of rank {peer} cannot be mapped",
+                    self._runtime.cudaIpcOpenMemHandle(
+                        ctypes.byref(at), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS
+                    ),
+                )
+            except CudaError as error:
+                raise PeerUnreachable(
+                    f"{error}; its process has ended, or its GPU cannot be reached from this one"
+                ) from error
+        assert at.value is not None
+        self.address = at.value
+
+    def close(self) -> None:
+        """Unmap it. No kernel that was launched may still use it: see the caller."""
+        address, self.address = self.address, 0
+        if address:
+            with torch.cuda.device(self._device):
+                _check(
+                    self._runtime,
+                    "unmapping a window",
+                    self._runtime.cudaIpcCloseMemHandle(ctypes.c_void_p(address)),
+                )

@@ -1,0 +1,97 @@
+"""Windows of ranks, and how one finds another's.
+
+Between processes a window is mapped by its IPC handle (memory.py). Ranks of one process use each
+other's addresses as they are; in Triton's interpreter a window is ordinary memory.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import msgspec
+import torch
+
+from flexpert.comm.buffer import BufferSpec
+from flexpert.comm.cuda.memory import PeerMemory, SharedMemory
+from flexpert.comm.errors import PeerUnreachable
+from flexpert.comm.layout import spec_hash
+
+
+class Memory(Protocol):
+    """A window that this process can write: its own or a peer's. address: 0 after `close`."""
+
+    address: int
+
+    def close(self) -> None: ...
+
+
+class Window(Memory, Protocol):
+    """The own window. tensor: [size] uint8. handle: for other processes, or empty."""
+
+    tensor: torch.Tensor
+    handle: bytes
+
+
+class Address(msgspec.Struct, frozen=True, array_like=True):
+    """What a peer needs to connect.
+
+    control: address of the HostBuffer. pid, pointer: for ranks of one process; handle: for others.
+    """
+
+    control: bytes
+    spec: bytes
+    pid: int
+    pointer: int
+    handle: bytes
+
+    @classmethod
+    def of(cls, control: bytes, spec: BufferSpec, window: Window) -> Address:
+        return cls(control, spec_hash(spec), os.getpid(), window.address, window.handle)
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+
+def decode(peer: int, encoded: bytes, spec: BufferSpec) -> Address:
+    """Raises: ValueError: no address of a GPU rank, or one of another spec."""
+    try:
+        address = msgspec.msgpack.decode(encoded, type=Address)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"the address of rank {peer} is none of a GPU rank") from error
+    if address.spec != spec_hash(spec):
+        raise ValueError(f"rank {peer} has a window of another spec than {spec}")
+    return address
+
+
+class _HostWindow:
+    handle = b""
+
+    def __init__(self, size: int) -> None:
+        self.tensor = torch.zeros(size, dtype=torch.uint8)
+        self.address = self.tensor.data_ptr()
+
+    def close(self) -> None:
+        self.address = 0
+
+
+class _SameProcess:
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def close(self) -> None:
+        self.address = 0
+
+
+def own_window(size: int, device: torch.device) -> Window:
+    """A new window, zeroed. Raises: CudaError: no memory."""
+    return SharedMemory(size, device) if device.type == "cuda" else _HostWindow(size)
+
+
+def open_window(peer: int, address: Address, device: torch.device) -> Memory:
+    """Raises: PeerUnreachable: the process is gone, or its memory cannot be reached."""
+    if address.pid == os.getpid():
+        return _SameProcess(address.pointer)
+    if not address.handle or device.type != "cuda":
+        raise PeerUnreachable(f"the window of rank {peer} is in no memory of a GPU")
+    return PeerMemory(peer, address.handle, device)

@@ -1,0 +1,136 @@
+"""`flexpert bench comm --device cuda`: what can be known of it without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from rich.console import Console
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install flexpert[cuda]")
+
+from flexpert.bench.comm.contender import GPU_RIVALS, Unavailable
+from flexpert.bench.comm.cuda.contenders import GpuSite, NixlEp, TorchLocal, gpu_kinds
+from flexpert.bench.comm.cuda.report import gpu_text
+from flexpert.bench.comm.cuda.run import (
+    GpuPoint,
+    GpuReport,
+    GpuResult,
+    limit_times,
+    traffic_limit,
+)
+from flexpert.bench.comm.ranks import wrong_result, wrong_rows
+from flexpert.bench.comm.run import Spread
+from flexpert.bench.comm.workload import (
+    Workload,
+    expected_arrivals,
+    expected_result,
+    expert_results,
+    make_input,
+)
+from flexpert.bench.machine import this_machine
+from flexpert.cli.bench_comm import bench_comm
+from flexpert.errors import ConfigError
+
+
+def work_of(ranks: int, tokens: int = 6) -> Workload:
+    return Workload(
+        ranks=ranks, tokens=tokens, hidden=256, topk=3, experts=7, dtype="bfloat16", seed=1
+    )
+
+
+def site_of(work: Workload) -> GpuSite:
+    pool = [make_input(work, 0, turn) for turn in range(2)]
+    return GpuSite(0, work, cast(Any, None), lambda v: [v], None, 1.0, pool, torch.device("cpu"))
+
+
+def test_every_rival_that_can_be_asked_for_is_there() -> None:
+    families = {kind.family for kind in gpu_kinds("float32")}
+    assert families == {"ours", *GPU_RIVALS}
+
+
+def test_torch_on_one_rank_agrees_with_the_oracle() -> None:
+    work = work_of(1)
+    site = site_of(work)
+    torch_local = TorchLocal(site)
+    for turn in range(2):
+        torch_local.dispatch(turn)
+        wanted, slots = expected_arrivals(work, 0, turn)
+        assert not wrong_rows(torch_local.rows(), wanted, exact=True)
+        torch_local.put_results(turn, expert_results(wanted, slots))
+        result = torch_local.combine(turn)
+        assert not wrong_result(result, *expected_result(work, site.pool[turn]))
+
+
+def test_who_cannot_run_here_says_why() -> None:
+    with pytest.raises(Unavailable, match="a GPU for each rank"):
+        TorchLocal(site_of(work_of(2)))
+    with pytest.raises(Unavailable, match="nixl_ep is not installed"):
+        NixlEp(site_of(work_of(1)))
+
+
+def test_rows_of_nixl_ep_are_put_in_order_of_source_and_token() -> None:
+    contender = NixlEp.__new__(NixlEp)
+    contender._site = cast(Any, SimpleNamespace(device=torch.device("cpu")))
+    contender._fp8 = False
+    rows = torch.arange(8.0).view(1, 8, 1)
+    tokens = torch.tensor([[2, 0, 1, 5, -1, -1, -1, -1]])
+    ranges = torch.tensor([[2 << 32 | 2, 0 << 32 | 2]])  # two rows of rank 0 from 2 on; rank 1: 0
+    contender._last = (rows, torch.tensor([4]), (tokens, ranges, 4, 1))
+    assert contender.rows().flatten().tolist() == [2.0, 3.0, 1.0, 0.0]
+    contender._y = [torch.zeros(1, 8, 1)]
+    contender.put_results(0, torch.tensor([[10.0], [11.0], [12.0], [13.0]]))
+    assert contender._y[0].flatten().tolist() == [13.0, 12.0, 10.0, 11.0, 0, 0, 0, 0]
+
+
+def test_the_limit_counts_what_must_move() -> None:
+    work = work_of(1)
+    row, sent = 256 * 2, 256 + 2 * 4
+    dispatch, combine = traffic_limit(work, fp8=True, sharing=1)
+    assert dispatch == 6 * (row + sent)
+    assert combine == 6 * 3 * row + 6 * row
+    alone, together = (traffic_limit(work_of(2), fp8=False, sharing=n) for n in (1, 2))
+    assert together[0] == pytest.approx(2 * alone[0], abs=1)
+    assert together[1] == pytest.approx(2 * alone[1], abs=1)
+    assert limit_times((3_000_000, 6_000_000), 3e12).combine_us == pytest.approx(2.0)
+
+
+def test_the_table_shows_ratio_limit_and_who_was_skipped() -> None:
+    fast, slow = Spread(1.0, 2.0, 3.0), Spread(8.0, 8.0, 8.0)
+    results = [
+        GpuResult(contender="flexpert", dispatch_us=fast, combine_us=fast, pair_us=fast),
+        GpuResult(contender="nixl_ep", dispatch_us=slow, combine_us=slow, pair_us=slow),
+        GpuResult(contender="torch", skipped="no reason"),
+    ]
+    limit = limit_times((3_000_000, 6_000_000), 3e12)
+    point = GpuPoint(workload=work_of(1), limit=limit, results=results)
+    report = GpuReport(
+        machine=this_machine(), devices=["a GPU"], bandwidth=3e12, fp8="float32", contains={},
+        points=[point],
+    )  # fmt: skip
+    assert point.ratio("pair_us") == 0.25
+    assert report.correct
+    console = Console(width=160, file=None, record=True)
+    with console.capture() as captured:
+        console.print(gpu_text(report))
+    text = captured.get()
+    for part in ("2.0 (1.0 to 3.0)", "0.25", "skipped: no reason", "3.00 TB/s", "a GPU"):
+        assert part in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({}, "needs a GPU"),
+        ({"rivals": "gloo"}, "--rivals gloo: there are nixl_ep"),
+        ({"seconds": 3.0}, "--seconds is not there with --device cuda"),
+        ({"plot": Path("latency.png")}, "--plot is not there"),
+    ],
+)
+def test_flags_that_cannot_be_are_named(flags: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        bench_comm(device="cuda", **flags)

@@ -1,0 +1,90 @@
+"""Several ranks' GPU exchanges in one process, in Triton's interpreter: phase by phase.
+
+The interpreter runs the programs of a kernel one after another, so that each phase of all ranks
+must be over before any of them waits: first all send, then all wait.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
+pytest.importorskip("triton", reason="Triton is not installed: pip install flexpert[cuda]")
+
+from flexpert.comm import BufferSpec, ExpertTable, Reduce
+from flexpert.comm.buffer import Scales
+from flexpert.comm.cuda.exchange import Dispatched, Exchange, Indexed, Tuning
+from flexpert.comm.cuda.layout import PAGE_WORDS, layout
+from flexpert.comm.cuda.waiting import INTERPRETED as INTERPRETED
+from flexpert.comm.routing import Sent
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+FEW = Tuning(workers=4, reducers=8)  # each program takes a millisecond in the interpreter
+
+
+class CudaLocal:
+    """Exchanges by id; the windows of all lie in this process."""
+
+    def __init__(self, spec: BufferSpec, ids: Iterable[int], *, tuning: Tuning = FEW) -> None:
+        self.spec = spec
+        self.ranks: dict[int, Exchange] = {}
+        for rank in ids:
+            window = torch.zeros(layout(spec).size, dtype=torch.uint8, device=DEVICE)
+            page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=DEVICE == "cuda")
+            self.ranks[rank] = Exchange(rank, spec, window, page, tuning=tuning)
+        self.epoch = 0
+
+    @property
+    def addresses(self) -> dict[int, int]:
+        return {rank: e.window.data_ptr() for rank, e in self.ranks.items()}
+
+    def activate(self, ids: Iterable[int]) -> None:
+        """A new epoch for these ids."""
+        self.epoch += 1
+        chosen = tuple(ids)
+        for rank in chosen:
+            self.ranks[rank].configure(self.addresses, dict.fromkeys(chosen, 0), self.epoch)
+
+    def dispatch(self, sent: dict[int, Sent], fp8: Scales | None = None) -> dict[int, Dispatched]:
+        done = {
+            rank: self.ranks[rank].send_dispatch(*parts(s), fp8=fp8, wait=False)
+            for rank, s in sent.items()
+        }
+        for rank, handle in done.items():
+            self.ranks[rank].wait_dispatch(handle)
+            self.ranks[rank].index(handle)
+        return done
+
+    def combine(
+        self, y: dict[int, torch.Tensor], done: dict[int, Dispatched], reduce: Reduce
+    ) -> dict[int, torch.Tensor]:
+        out = {
+            rank: torch.full(
+                (handle.tokens, self.spec.hidden), float("nan"), dtype=self.spec.dtype
+            ).to(DEVICE)
+            for rank, handle in done.items()
+        }
+        for rank, handle in done.items():
+            self.ranks[rank].send_combine(out[rank], y[rank], handle, reduce=reduce, wait=False)
+        sums = {}
+        for rank, handle in done.items():
+            self.ranks[rank].wait_combine()
+            sums[rank] = self.ranks[rank].reduce(out[rank], y[rank], handle, reduce=reduce)
+        return sums
+
+
+def parts(s: Sent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ExpertTable]:
+    """The arguments of a dispatch."""
+    return s.x, s.expert_ids, s.weights, s.table
+
+
+def gathered(indexed: Indexed) -> torch.Tensor:
+    """[rows, n]: the rows of a dispatch, copied together."""
+    return indexed.payload[indexed.rows[: int(indexed.offsets[-1])].long()]

@@ -1,0 +1,134 @@
+"""Compile the exchange kernels for Hopper without a GPU, and print what ptxas says of each.
+
+    python tools/gpu/compile_kernels.py [--ptx DIRECTORY]
+
+Needs Triton, and a ptxas (the one that Triton brings). Exit status 1 if a kernel spills registers.
+"""
+
+# ruff: noqa: C408, E501
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flexpert.comm.cuda import combine, dispatch, waiting
+from flexpert.comm.cuda.exchange import Tuning
+
+TUNED = Tuning()
+MODULES = (dispatch, combine, waiting)
+P64, P32, F32, BF16, I32, I64 = "*i64", "*i32", "*fp32", "*bf16", "i32", "i64"
+SHAPE = dict(R=8, TOPK=8, MAX_TOKENS=512)
+WHERE = dict(WEIGHTS_AT=1 << 16, SCALES_AT=1 << 17, ROWS_AT=1 << 18, RESULTS_AT=1 << 24)
+SEND = dict(
+    x=BF16, expert_ids=P64, weights=F32, owner=P32, slot=P32, table=P64, counters=P32, window=I64,
+    tokens=I32, me=I32, experts=I32,
+)  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
+    f"send_dispatch {name}": (
+        "send_dispatch",
+        SEND | ({} if kind else {"x": P32}),
+        SHAPE | dict(K=8, LANES_R=8, LANES_K=8, KIND=kind, WORDS=7168 if kind else 3584,
+                     TILE=TUNED.send_width, WAIT=True, CHECKS=True, SIM=False) | WHERE,
+        TUNED.send_warps,
+    )
+    for name, kind in (("fp8", 1), ("rows", 0))
+} | {
+    "index_rows": (
+        "index_rows",
+        dict(window=I64, table=P64, offsets=P32, rows=P32, pairs=P32, position=P32, slots=I32),
+        SHAPE | dict(LANES_R=8, CHUNK=TUNED.chunk),
+        TUNED.index_warps,
+    ),
+    **{
+        f"send_combine {name}": (
+            "send_combine",
+            dict(out=BF16, y=BF16, position=P32, expert_ids=P64, owner=P32, table=P64,
+                 counters=P32, window=I64, tokens=I32, me=I32, experts=I32),
+            SHAPE | dict(K=8, LANES_K=8, H=7168, WIDTH=TUNED.width, HOME=home, WAIT=True, CHECKS=True, SIM=False) | WHERE,
+            TUNED.combine_warps,
+        )
+        for name, home in (("rank", False), ("home", True))
+    },
+    **{
+        f"reduce {name}": (
+            "reduce",
+            dict(out=BF16, y=BF16, position=P32, expert_ids=P64, weights=F32, owner=P32, table=P64,
+                 window=I64, tokens=I32, me=I32, experts=I32),
+            SHAPE | dict(K=8, LANES_K=8, H=7168, WIDTH=TUNED.width, HOME=home) | WHERE,
+            TUNED.combine_warps,
+        )
+        for name, home in (("rank", False), ("home", True))
+    },
+    "meet": (
+        "meet", dict(table=P64, window=I64, me=I32), dict(SEND=True, WAIT=True, SIM=False), 1
+    ),
+}  # fmt: skip
+
+
+def compiled(function: str, types: dict[str, str], constants: dict[str, Any], warps: int) -> str:
+    """PTX for sm_90, pointers aligned as the allocator aligns them."""
+    kernel = next(getattr(m, function) for m in MODULES if hasattr(m, function))
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    values = {(names.index(n),): v for n, v in constants.items() if n in names}
+    aligned = {
+        (at,): [["tt.divisibility", 16]]
+        for at, name in enumerate(names)
+        if signature[name].startswith("*") or name == "window"
+    }
+    source = ASTSource(kernel, signature, values, aligned)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return str(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"])
+
+
+def resources(ptx: str) -> tuple[int, int, int]:
+    """Registers of a thread, bytes spilled, bytes of shared memory, as ptxas counts them."""
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        said = subprocess.run(
+            [ptxas, "-v", "-arch=sm_90a" if "sm_90a" in ptx else "-arch=sm_90", file.name,
+             "-o", "/dev/null"],
+            check=True, capture_output=True, text=True,
+        ).stderr  # fmt: skip
+    numbers = [
+        re.search(p, said)
+        for p in (r"Used (\d+) reg", r"(\d+) bytes spill st", r"(\d+) bytes smem")
+    ]
+    registers, spilled, shared = (int(n.group(1)) if n else 0 for n in numbers)
+    return registers, spilled, shared
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ptx", type=Path, help="keep the PTX here")
+    options = parser.parse_args()
+    worst = 0
+    for name, (function, types, constants, warps) in CASES.items():
+        ptx = compiled(function, types, constants, warps)
+        registers, spilled, shared = resources(ptx)
+        wide = len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", ptx))
+        print(
+            f"{name:20} {warps} warps, {registers:3} registers, {spilled} bytes spilled, "
+            f"{shared} bytes shared, {wide} accesses of 16 bytes"
+        )
+        worst = max(worst, spilled)
+        if options.ptx is not None:
+            options.ptx.mkdir(parents=True, exist_ok=True)
+            (options.ptx / f"{name.replace(' ', '_')}.ptx").write_text(ptx)
+    return 1 if worst else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
