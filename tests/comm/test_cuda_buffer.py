@@ -159,6 +159,27 @@ def test_who_sends_nothing_is_masked_and_the_result_tells(ranks: CudaRanks) -> N
     assert loss.choices.tolist() == [[False, True], [False, False]]
 
 
+@pytest.mark.parametrize("reduce", ["rank", "home"])
+def test_results_of_an_earlier_exchange_are_not_taken_for_new(
+    ranks: CudaRanks, reduce: Reduce
+) -> None:
+    a, b = ranks.start([0, 1], on_timeout="mask").values()
+    ranks.activate([0, 1])
+    sent = random_sent(SPEC, (0, 1), 2)
+    ids = torch.arange(10)[sent[0].table.rank == 1][:1].expand(4, 1).contiguous()  # all on rank 1
+    s = replace(sent[0], x=torch.randn(4, SPEC.hidden), expert_ids=ids, weights=torch.ones(4, 1))
+    sent = {**sent, 0: s}
+    ranks.exchange(sent, reduce)
+    hooks = [a.begin_dispatch(*parts(s)), b.begin_dispatch(*parts(sent[1]))]
+    received = hooks[0]()
+    hooks[1]()
+    out = a.begin_combine(apply_experts(received.x, received.offsets), received, reduce=reduce)()
+    assert not out.any()
+    loss = a.loss(received)
+    assert loss is not None
+    assert loss.ranks == (1,)
+
+
 def test_who_returns_nothing_in_combine_is_named(ranks: CudaRanks) -> None:
     a, b = ranks.start([0, 1]).values()
     ranks.activate([0, 1])
