@@ -93,15 +93,22 @@ def compiled(function: str, types: dict[str, str], constants: dict[str, Any], wa
 
 def resources(ptx: str) -> tuple[int, int, int]:
     """Registers of a thread, bytes spilled, bytes of shared memory, as ptxas counts them."""
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        said = subprocess.run(
-            [ptxas, "-v", "-arch=sm_90a" if "sm_90a" in ptx else "-arch=sm_90", file.name,
-             "-o", "/dev/null"],
-            check=True, capture_output=True, text=True,
-        ).stderr  # fmt: skip
+        arch = "-arch=sm_90a" if "sm_90a" in ptx else "-arch=sm_90"
+        for name in ("ptxas", "ptxas-blackwell"):  # Triton 3.9 writes PTX for the newer one
+            ran = subprocess.run(
+                [folder / name, "-v", arch, file.name, "-o", "/dev/null"],
+                capture_output=True,
+                text=True,
+            )
+            if ran.returncode == 0:
+                break
+    if ran.returncode:
+        raise SystemExit(f"ptxas refuses the kernel: {ran.stderr}")
+    said = ran.stderr
     numbers = [
         re.search(p, said)
         for p in (r"Used (\d+) reg", r"(\d+) bytes spill st", r"(\d+) bytes smem")
@@ -118,7 +125,7 @@ def main() -> int:
     for name, (function, types, constants, warps) in CASES.items():
         ptx = compiled(function, types, constants, warps)
         registers, spilled, shared = resources(ptx)
-        wide = len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", ptx))
+        wide = len(re.findall(r"(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)", ptx))
         print(
             f"{name:20} {warps} warps, {registers:3} registers, {spilled} bytes spilled, "
             f"{shared} bytes shared, {wide} accesses of 16 bytes"
