@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
 
 import pytest
 import torch
@@ -26,25 +25,6 @@ from flexpert.comm.routing import Sent
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
-def _keep_truth() -> None:
-    """Triton 3.9's interpreter spreads the result of a comparison of two scalars over a block as
-    integers, and then refuses them as a mask; no compiled kernel sees any of it."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    spread = InterpreterBuilder.create_splat
-
-    def create_splat(self: Any, kind: Any, value: Any) -> Any:
-        block = spread(self, kind, value)
-        if value.data.dtype == bool:
-            block.data = block.data.astype(bool)
-        return block
-
-    InterpreterBuilder.create_splat = create_splat
-
-
-if INTERPRETED:
-    _keep_truth()
 
 FEW = Tuning(workers=4, reducers=8)  # each program takes a millisecond in the interpreter
 
