@@ -80,6 +80,7 @@ class DeviceExperts:
         offsets: Tensor,
         rows: int,
         apply_gate: Gate,
+        expected: int | None = None,
     ) -> Tensor:
         """Each row through its expert; nothing of the sizes is read by the host.
 
@@ -89,6 +90,7 @@ class DeviceExperts:
             offsets: [slots + 1] int32; rows of slot s are offsets[s] … offsets[s+1]-1.
             rows: at most so many.
             apply_gate: [rows, 2 * inter] → [rows, inter]; where it is SwiGLU, not called.
+            expected: about so many; None: as many as there may be.
 
         Returns:
             [rows, hidden]; what lies behind offsets[slots] is unset.
@@ -106,6 +108,7 @@ class DeviceExperts:
             scales=up_scale if scaled else None,
             biases=up_bias if self.shape.biased else None,
             gated=gated,
+            expected=expected,
         )
         if not gated:
             hidden = apply_gate(hidden).contiguous()
@@ -116,6 +119,7 @@ class DeviceExperts:
             x.new_empty((rows, x.shape[1])),
             scales=down_scale if scaled else None,
             biases=down_bias if self.shape.biased else None,
+            expected=expected,
         )
 
     def _is_swiglu(self, apply_gate: Gate) -> bool:

@@ -193,6 +193,7 @@ def grouped_product(
     scales: Tensor | None = None,
     biases: Tensor | None = None,
     gated: bool = False,
+    expected: int | None = None,
     tiling: Tiling | None = None,
 ) -> Tensor:
     """Each row times its expert's weights, transposed, plus its bias.
@@ -210,6 +211,7 @@ def grouped_product(
             [ceil(2 * out / 128), …]. Rows and products stay of x's dtype.
         biases: [slots] int64, addresses of [out] (with `gated` [2 * out]), or None.
         gated: return silu(first half) · second half of the results.
+        expected: how many rows there will be, about, for the choice of a tiling; None: all.
 
     Returns:
         out.
@@ -219,7 +221,7 @@ def grouped_product(
     if rows == 0:
         return out
     if tiling is None:
-        tiling = choose(rows, slots, gated=gated, scaled=scales is not None)
+        tiling = choose(expected or rows, slots, gated=gated, scaled=scales is not None)
     if scales is not None and fp8.BLOCK % tiling.depth:
         raise ValueError(f"a tile {tiling.depth} deep crosses blocks of {fp8.BLOCK} with scales")
     # a tile that is not full belongs to a slot of its own
