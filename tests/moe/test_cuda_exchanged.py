@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
-backend: Any = pytest.importorskip("flexpert.comm.cuda.buffer", reason="the exchange for GPUs")
+pytest.importorskip("flexpert.comm.cuda", reason="the exchange between GPUs")
+
+from flexpert.comm.cuda.buffer import CudaBuffer
+from flexpert.comm.cuda.exchange import Tuning
 
 from flexpert.comm import BufferSpec
 from flexpert.moe.cuda.exchanged import ExchangedExperts
@@ -46,10 +47,9 @@ def states(placement: Placement, rank: int) -> list[LayerState]:
 
 
 def started(ids: list[int]) -> dict[int, ExchangedExperts]:
-    tuning = backend.Tuning(workers=2, reducers=4)
+    tuning = Tuning(workers=2, reducers=4)
     buffers = {
-        rank: backend.CudaBuffer(rank, SPEC, timeout_s=20.0, device=CPU, tuning=tuning)
-        for rank in ids
+        rank: CudaBuffer(rank, SPEC, timeout_s=20.0, device=CPU, tuning=tuning) for rank in ids
     }
     for buffer in buffers.values():
         buffer.connect({rank: b.address for rank, b in buffers.items()})
