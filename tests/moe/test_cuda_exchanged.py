@@ -9,10 +9,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 pytest.importorskip("flexpert.comm.cuda", reason="the exchange between GPUs")
 
+from flexpert.comm import BufferSpec
 from flexpert.comm.cuda.buffer import CudaBuffer
 from flexpert.comm.cuda.exchange import Tuning
-
-from flexpert.comm import BufferSpec
 from flexpert.moe.cuda.exchanged import ExchangedExperts
 from flexpert.moe.experts import ExpertWeights, LayerExperts
 from flexpert.moe.placement import Placement, replan
