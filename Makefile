@@ -17,6 +17,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 PIP_FLAGS ?=
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
+TEST_WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,7 +36,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/flexpert demo $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(TEST_FLAGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -25,6 +25,7 @@ from flexpert.cluster.rank_process import open_source
 from flexpert.cluster.transport import Transport
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView
 from flexpert.config import Config
+from flexpert.engine.compute import open_device
 from flexpert.engine.request import HeldKV, Move, SamplingParams
 from flexpert.errors import (
     ContextOverflow,
@@ -77,6 +78,7 @@ class Head:
         tell = report or (lambda line: None)
         began = time.monotonic()
         try:
+            await asyncio.to_thread(open_device, self.config.engine)
             tell(f"opening model {self.config.model.model!r}, starting the fork server")
             self._transport = Transport(self._on_report)
             self._transport.start()
