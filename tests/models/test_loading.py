@@ -90,12 +90,12 @@ def test_a_checkpoint_of_many_files_loads(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, reference_logits(tmp_path, tokens), atol=2e-4, rtol=2e-4)
 
 
-def test_an_expert_owns_its_memory(checkpoint: Checkpoints) -> None:
+def test_an_expert_holds_no_memory_but_its_own(checkpoint: Checkpoints) -> None:
     source = ModelSource.open(str(checkpoint("gpt_oss")))
     weights = source.load_experts(0, [1])[1]
     for tensor in (weights.gate_up, weights.down, weights.gate_up_bias):
         assert tensor is not None
-        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        assert tensor.untyped_storage().nbytes() == weights.nbytes
 
 
 # ---- what is loaded -----------------------------------------------------------------------------

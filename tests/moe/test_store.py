@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from flexpert.moe.store import ExpertShapes, ExpertStore, LentExperts
+from flexpert.moe.experts import ExpertShape
+from flexpert.moe.store import ExpertStore, LentExperts
 
-PLAIN = ExpertShapes((6, 4), (4, 3))
-BIASED = ExpertShapes((64, 96), (96, 32), (64,), (96,))
+PLAIN = ExpertShape(4, 6, 3, torch.bfloat16)
+BIASED = ExpertShape(96, 64, 32, torch.bfloat16, biased=True)
 
 
 def store() -> ExpertStore:
-    return ExpertStore([PLAIN, BIASED], experts=5, dtype=torch.bfloat16)
+    return ExpertStore([PLAIN, BIASED], experts=5)
 
 
 def fill(own: ExpertStore, key: tuple[int, int], seed: int) -> list[torch.Tensor]:
@@ -58,7 +59,7 @@ def test_what_a_peer_does_not_have_is_not_copied() -> None:
 
 
 def test_dropped_experts_give_their_memory_back() -> None:
-    own = ExpertStore([ExpertShapes((512, 1024), (1024, 256))], experts=8, dtype=torch.float32)
+    own = ExpertStore([ExpertShape(1024, 512, 256, torch.float32)], experts=8)
     empty = own.resident
     for expert in range(8):
         fill(own, (0, expert), expert)

@@ -129,9 +129,7 @@ class RankEngine:
             )
         )
         self.store = ExpertStore(
-            [source.expert_shapes(layer) for layer in range(info.moe_layers)],
-            info.experts,
-            info.dtype,
+            [source.expert_shape(layer) for layer in range(info.moe_layers)], info.experts
         )
         self.sampler = Sampler()
         self.steps = 0

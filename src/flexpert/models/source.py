@@ -27,7 +27,6 @@ from flexpert.models import registrations
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.probe import AttentionShape, Probe, build_skeleton, probe
 from flexpert.moe.experts import ExpertShape, ExpertWeights
-from flexpert.moe.store import ExpertShapes
 
 logger = logging.getLogger(__name__)
 
@@ -205,29 +204,18 @@ class ModelSource:
 
     # ---- weights ----------------------------------------------------------------------------
 
-    def expert_shapes(self, layer: int) -> ExpertShapes:
-        """Of one expert of a MoE layer, in our layout."""
+    def expert_shape(self, layer: int = 0) -> ExpertShape:
+        """Of every expert of a MoE layer, in our layout."""
         name = self.experts_names[layer]
         module: Any = self.skeleton.get_submodule(name)
-        up = "gate_up_proj" if module.has_gate else "up_proj"
 
         def shape(parameter: str) -> tuple[int, ...]:
             found = tuple(self.skeleton.get_parameter(f"{name}.{parameter}").shape[1:])
-            return found[::-1] if len(found) == 2 and module.is_transposed else found
+            return found[::-1] if module.is_transposed else found
 
-        return ExpertShapes(
-            gate_up=shape(up),
-            down=shape("down_proj"),
-            gate_up_bias=shape(f"{up}_bias") if module.has_bias else None,
-            down_bias=shape("down_proj_bias") if module.has_bias else None,
-        )
-
-    def expert_shape(self) -> ExpertShape:
-        """Of every expert in memory."""
-        shapes = self.expert_shapes(0)
-        (height, hidden), (_, inter) = shapes.gate_up, shapes.down
-        biased = shapes.gate_up_bias is not None
-        return ExpertShape(hidden, height, inter, self.info.dtype, biased)
+        height, hidden = shape("gate_up_proj" if module.has_gate else "up_proj")
+        _, inter = shape("down_proj")
+        return ExpertShape(hidden, height, inter, self.info.dtype, biased=module.has_bias)
 
     def load_experts(
         self,
@@ -251,23 +239,11 @@ class ModelSource:
             if not 0 <= expert < self.info.experts:
                 raise ValueError(f"there is no expert {expert}: the model has {self.info.experts}")
         self.checkpoint.files.check_unchanged()
-        loaded = {expert: (place or self._new_place(layer))(expert) for expert in experts}
+        shape = self.expert_shape(layer)
+        loaded = {expert: place(expert) if place else shape.empty() for expert in experts}
         for expert, into in loaded.items():
             self._load_expert(self.experts_names[layer], expert, into)
         return loaded
-
-    def _new_place(self, layer: int) -> Callable[[int], ExpertWeights]:
-        shapes, dtype = self.expert_shapes(layer), self.info.dtype
-
-        def new(shape: tuple[int, ...]) -> Tensor:
-            return torch.empty(shape, dtype=dtype)
-
-        return lambda expert: ExpertWeights(
-            new(shapes.gate_up),
-            new(shapes.down),
-            new(shapes.gate_up_bias) if shapes.gate_up_bias else None,
-            new(shapes.down_bias) if shapes.down_bias else None,
-        )
 
     def _load_expert(self, name: str, expert: int, into: ExpertWeights) -> None:
         module: Any = self.skeleton.get_submodule(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from math import prod
 from typing import Final
 
 import torch
@@ -37,7 +38,29 @@ class ExpertShape:
     height: int
     inter: int
     dtype: torch.dtype
-    biased: bool
+    biased: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of an expert; scales of fp8 weights are not counted."""
+        return sum(map(prod, self._tensors())) * self.dtype.itemsize
+
+    def over(self, memory: Tensor) -> ExpertWeights:
+        """An expert whose tensors are views of `memory`, [`nbytes`] uint8, one behind the other."""
+        parts, at = [], 0
+        for shape in self._tensors():
+            size = prod(shape) * self.dtype.itemsize
+            parts.append(memory[at : at + size].view(self.dtype).view(shape))
+            at += size
+        return ExpertWeights(*parts)
+
+    def empty(self) -> ExpertWeights:
+        """An expert in memory of its own, not yet filled."""
+        return self.over(torch.empty(self.nbytes, dtype=torch.uint8))
+
+    def _tensors(self) -> list[tuple[int, ...]]:
+        weights: list[tuple[int, ...]] = [(self.height, self.hidden), (self.hidden, self.inter)]
+        return weights + ([(self.height,), (self.hidden,)] if self.biased else [])
 
 
 @dataclass(frozen=True, slots=True)

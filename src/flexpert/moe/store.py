@@ -8,13 +8,12 @@ the epoch for which it copies has begun, so nothing is locked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flexpert.comm import Borrowed, lend
-from flexpert.moe.experts import ExpertWeights
+from flexpert.moe.experts import ExpertShape, ExpertWeights
 
 _PAGE = 4096
 
@@ -22,44 +21,17 @@ Key = tuple[int, int]
 """(layer among the MoE layers, expert)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertShapes:
-    """Shapes of the tensors of one expert; see `ExpertWeights`."""
-
-    gate_up: tuple[int, ...]
-    down: tuple[int, ...]
-    gate_up_bias: tuple[int, ...] | None = None
-    down_bias: tuple[int, ...] | None = None
-
-    def _present(self) -> list[tuple[int, ...]]:
-        shapes = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
-        return [shape for shape in shapes if shape is not None]
-
-    def nbytes(self, dtype: torch.dtype) -> int:
-        return sum(_elements(shape) for shape in self._present()) * dtype.itemsize
-
-    def over(self, memory: Tensor, dtype: torch.dtype) -> ExpertWeights:
-        """Views of `memory`, [`nbytes`] uint8, one tensor behind the other."""
-        parts, at = [], 0
-        for shape in self._present():
-            size = _elements(shape) * dtype.itemsize
-            parts.append(memory[at : at + size].view(dtype).view(shape))
-            at += size
-        return ExpertWeights(*parts)
-
-
 class _Places:
     """Where everything lies: a byte for each place, then the places."""
 
-    def __init__(self, shapes: Sequence[ExpertShapes], experts: int, dtype: torch.dtype) -> None:
+    def __init__(self, shapes: Sequence[ExpertShape], experts: int) -> None:
         self.shapes = tuple(shapes)
         self.experts = experts
-        self.dtype = dtype
         self.begins: list[int] = []
         at = _pages(len(shapes) * experts)
         for shape in self.shapes:
             self.begins.append(at)
-            at += experts * _pages(shape.nbytes(dtype))
+            at += experts * _pages(shape.nbytes)
         self.size = at
 
     def entry(self, key: Key) -> int:
@@ -69,7 +41,7 @@ class _Places:
     def place(self, key: Key) -> tuple[int, int]:
         """(begin, bytes)"""
         layer, expert = key
-        size = self.shapes[layer].nbytes(self.dtype)
+        size = self.shapes[layer].nbytes
         return self.begins[layer] + expert * _pages(size), size
 
 
@@ -79,13 +51,13 @@ class ExpertStore:
     address: for the `LentExperts` of peers that serve the same model.
     """
 
-    def __init__(self, shapes: Sequence[ExpertShapes], experts: int, dtype: torch.dtype) -> None:
+    def __init__(self, shapes: Sequence[ExpertShape], experts: int) -> None:
         """
         Args:
             shapes: of each MoE layer's experts.
             experts: of each layer.
         """
-        self._places = _Places(shapes, experts, dtype)
+        self._places = _Places(shapes, experts)
         self._lent = lend(self._places.size)
         self.address = self._lent.address
 
@@ -101,7 +73,7 @@ class ExpertStore:
         """The place of an expert, to be filled or used."""
         begin, size = self._places.place(key)
         memory = self._lent.bytes[begin : begin + size]
-        return self._places.shapes[key[0]].over(memory, self._places.dtype)
+        return self._places.shapes[key[0]].over(memory)
 
     def filled(self, key: Key) -> None:
         """Peers may copy it from now on."""
@@ -145,13 +117,6 @@ class LentExperts:
         """[bytes] uint8; must not be written to."""
         begin, size = self._places.place(key)
         return self._borrowed.read(begin, (size,), torch.uint8)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    elements = 1
-    for length in shape:
-        elements *= length
-    return elements
 
 
 def _pages(size: int) -> int:
