@@ -42,6 +42,7 @@ from simulated_rank import NEVER_S, SimRank, Violation, weights_of
 
 from flexpert.cluster import messages as msg
 from flexpert.cluster.admission import Admission
+from flexpert.cluster.capacity import Capacity
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.membership import Phase
@@ -105,9 +106,7 @@ class Simulation(Network):
         self.newest = 0  # the latest epoch that has run a step
         self.steps = 0
         self.config = CONFIGS[seed % len(CONFIGS)]
-        self.coordinator = Coordinator(self.config, SOURCE, self)
-        self.coordinator._check_free = lambda _: None  # type: ignore[method-assign]
-        self.coordinator._planned = experts_of  # type: ignore[method-assign]
+        self.coordinator = Coordinator(self.config, SOURCE, self, SmallRanks(self.config, SOURCE))
 
     # ---- the network between head and ranks -----------------------------------------------------
 
@@ -535,9 +534,14 @@ class Simulation(Network):
                 raise Violation(f"operation {operation.id} never ends")
 
 
-def experts_of(placement: Placement) -> dict[int, int]:
-    """What each rank needs, in place of bytes."""
-    return {rank: placement.count(rank) for rank in placement.ranks}
+class SmallRanks(Capacity):
+    """Experts in place of bytes, on a machine that has room for any number of ranks."""
+
+    def planned(self, placement: Placement) -> dict[int, int]:
+        return {rank: placement.count(rank) for rank in placement.ranks}
+
+    def check_free(self, needs: dict[int, int]) -> None:
+        return None
 
 
 # What happens in the head's process.

@@ -15,7 +15,8 @@ import pytest
 import simulation
 from simulation import Simulation, Violation, histories, history
 
-from flexpert.cluster import coordinator, coverage, membership
+from flexpert.cluster import coverage, membership, watch
+from flexpert.cluster.capacity import Capacity
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.journal import Entry, Journal
 from flexpert.cluster.membership import Change, Do, Kind, Membership, Phase
@@ -164,7 +165,7 @@ def a_leaver_is_stopped_while_its_kv_is_read(patch: Patch) -> None:
 
     def nobody_reads(self: Coordinator, actions: list[Do]) -> None:
         if Do.STOP in actions:
-            self._adopting.clear()
+            self._moves.clear()
         carry_out(self, actions)
 
     patch.setattr(Coordinator, "_carry_out", nobody_reads)
@@ -228,13 +229,13 @@ def nobody_comes_back(patch: Patch) -> None:
 
 def who_is_silent_is_let_be(patch: Patch) -> None:
     """A rank that has stalled is ended."""
-    patch.setattr(coordinator, "STALLED", float("inf"))
-    patch.setattr(coordinator.Coordinator, "_end_stalled", lambda *_: None)
+    patch.setattr(watch, "STALLED", float("inf"))
+    patch.setattr(Coordinator, "_end_stalled", lambda *_: None)
 
 
 def who_hangs_is_let_be(patch: Patch) -> None:
     """A rank whose step loop hangs is ended."""
-    patch.setattr(coordinator, "STUCK", float("inf"))
+    patch.setattr(watch, "STUCK", float("inf"))
 
 
 def lost_experts_are_not_loaded(patch: Patch) -> None:
@@ -244,17 +245,17 @@ def lost_experts_are_not_loaded(patch: Patch) -> None:
 
 def any_number_of_ranks_will_do(patch: Patch) -> None:
     """A change to ranks that cannot hold all experts is refused."""
-    patch.setattr(Coordinator, "_check_memory", lambda *_: None)
+    patch.setattr(Capacity, "check", lambda *_: None)
 
 
 def who_cannot_hold_all_goes_on(patch: Patch) -> None:
     """Survivors without the memory for all experts wait for more ranks."""
-    patch.setattr(Coordinator, "_fits", lambda *_: True)
+    patch.setattr(Capacity, "fits", lambda *_: True)
 
 
 def a_head_that_was_held_up_blames_the_ranks(patch: Patch) -> None:
     """Answers that lie unread while the head is held up count."""
-    patch.setattr(Coordinator, "_late", lambda *_: False)
+    patch.setattr(watch.Watch, "late", lambda *_: False)
 
 
 def tokens_count_whoever_they_are_from(patch: Patch) -> None:

@@ -14,18 +14,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
-import psutil
 
 from flexpert.cluster import messages as msg
+from flexpert.cluster.capacity import Capacity
 from flexpert.cluster.coverage import Coverage
 from flexpert.cluster.membership import Change, Do, Event, Kind, Membership, Phase
+from flexpert.cluster.moves import Moves
 from flexpert.cluster.operation import Operation, resolve_target
 from flexpert.cluster.ports import Ports, Timer
 from flexpert.cluster.record import RankRecord
 from flexpert.cluster.replacement import Replacements
 from flexpert.cluster.views import ClusterEvent, OperationView, PlacementView, RankView
+from flexpert.cluster.watch import Watch
 from flexpert.config import Config
-from flexpert.engine.memory import planned_memory
 from flexpert.engine.request import HeldKV
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused, UnknownOperation
 from flexpert.models.source import ModelSource
@@ -35,11 +36,6 @@ log = logging.getLogger("flexpert")
 
 _KEPT_OPERATIONS = 256
 _RELEASE_TIMEOUT_S = 5.0
-
-# Of the stall timeout: a silent rank is ended after STALLED of it; looked at WATCHES times.
-STALLED = 0.9
-STUCK = 0.7  # the same for a rank whose step loop hangs: it looks at it only ten times
-WATCHES = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +50,19 @@ class Wish:
 class Coordinator:
     """Runs one change at a time; see `docs` and `membership.py` for the protocol."""
 
-    def __init__(self, config: Config, source: ModelSource, ports: Ports) -> None:
+    def __init__(
+        self, config: Config, source: ModelSource, ports: Ports, capacity: Capacity | None = None
+    ) -> None:
         self._config = config
         self._source = source
         self._ports = ports
+        self._capacity = capacity or Capacity(config, source)
         self._membership = Membership()
         self._placement: Placement | None = None
         self._next: Placement | None = None
         self._ranks: dict[int, RankRecord] = {}
+        self._moves = Moves(self._ranks, ports)
+        self._watch = Watch(self._ranks, ports, config.cluster.stall_timeout_s, self._warn)
         self._operations: dict[str, Operation] = {}
         self._running: Operation | None = None
         self._deadline: Timer | None = None
@@ -69,8 +70,6 @@ class Coordinator:
         self._cause = Kind.BEGIN  # the latest event
         self._before_loss: frozenset[int] = frozenset()
         self._halted: set[int] = set()  # who acknowledged the latest halt
-        self._fetching: dict[int, set[int]] = {}  # leaver → heirs that copy what it offered
-        self._adopting: dict[int, set[int]] = {}  # leaver → heirs that may still read its KV
         cluster = config.cluster
         self._replacements = Replacements(
             cluster.restart_policy,
@@ -90,9 +89,6 @@ class Coordinator:
         self._warned = ""  # the latest text that is not to be repeated
         self._queued: tuple[Operation, Wish] | None = None
         self._replace_timer: Timer | None = None
-        self._watch_timer: Timer | None = None
-        self._watched = 0.0
-        self._held_up = float("-inf")  # until when the head itself was
         self._told: frozenset[int] = frozenset()  # those left out that were warned of
         self._down: str | None = None
         self._closed = False
@@ -183,7 +179,7 @@ class Coordinator:
             running = self._queued[0]
         elif self._same_as_running(running.before, wish) == running.after:
             if running.automatic:
-                self._check_memory((), self._replan(running.after))
+                self._capacity.check((), self._replan(running.after))
                 self._replacements.want(running.after)
             return running.view()
         elif running.automatic:
@@ -221,14 +217,14 @@ class Coordinator:
 
     def begin_first(self, ranks: int) -> OperationView:
         """The change from nothing to the service's first ranks."""
-        self._watched = self._ports.now()
-        self._watch()
+        self._watch.start()
         return self._start(frozenset(range(ranks))).view()
 
     def close(self) -> None:
         """Nothing begins by itself any more."""
         self._closed = True
-        for timer in (self._deadline, self._replace_timer, self._watch_timer):
+        self._watch.close()
+        for timer in (self._deadline, self._replace_timer):
             if timer:
                 timer.cancel()
 
@@ -240,14 +236,14 @@ class Coordinator:
         operation.before, operation.after, operation.epoch = members, target, self.epoch
         if target == members:
             if not operation.automatic:  # they may be what a loss has left, and too few
-                self._check_memory((), self._replan(target))
+                self._capacity.check((), self._replan(target))
             operation.end("done")
             self._remember(operation)
             if not operation.automatic:
                 self._replacements.want(target)
             return operation
         placement = self._replan(target)
-        self._check_memory(target - members, placement)
+        self._capacity.check(target - members, placement)
         return self._run(operation, placement)
 
     def _run(self, operation: Operation, placement: Placement) -> Operation:
@@ -263,7 +259,8 @@ class Coordinator:
         return operation
 
     def _replan(self, target: frozenset[int]) -> Placement:
-        return self._coverage.spread(self._placement, target, self._fits, hosts=self._hosts(target))
+        hosts = self._hosts(target)
+        return self._coverage.spread(self._placement, target, self._capacity.fits, hosts=hosts)
 
     def _hosts(self, ranks: Iterable[int]) -> dict[int, str]:
         """The machine of each rank; those that are still to be started will be on this one."""
@@ -274,45 +271,6 @@ class Coordinator:
         self._operations[operation.id] = operation
         while len(self._operations) > _KEPT_OPERATIONS:
             self._operations.pop(next(iter(self._operations)))
-
-    def _check_memory(self, joining: Iterable[int], placement: Placement) -> None:
-        totals = self._planned(placement)
-        limit = self._config.cluster.memory_per_rank
-        worst = max(totals, key=lambda rank: totals[rank])
-        if limit is not None and totals[worst] > limit:
-            raise OperationRefused(
-                f"{len(totals)} ranks cannot hold the experts: rank {worst} would need "
-                f"{_mib(totals[worst])} of its {_mib(limit)} (memory_per_rank)"
-            )
-        self._check_free({rank: totals[rank] for rank in joining})
-
-    def _check_free(self, needs: dict[int, int]) -> None:
-        """Whether this machine has the memory for newcomers. needs: rank → bytes."""
-        memory = psutil.virtual_memory()
-        free = memory.available - int(memory.total * self._config.cluster.memory_headroom)
-        wanted = sum(needs.values())
-        if wanted > free:
-            raise OperationRefused(
-                f"{len(needs)} more ranks need {_mib(wanted)} but {_mib(max(free, 0))} of "
-                "memory are free; lower --kv-memory or the number of ranks"
-            )
-
-    def _planned(self, placement: Placement) -> dict[int, int]:
-        """Bytes that each rank of a placement needs."""
-        return {
-            rank: planned_memory(
-                self._source,
-                self._config.engine,
-                self._config.cluster.max_ranks,
-                placement.count(rank),
-                len(placement.ranks),
-            ).total
-            for rank in placement.ranks
-        }
-
-    def _fits(self, placement: Placement) -> bool:
-        limit = self._config.cluster.memory_per_rank
-        return limit is None or max(self._planned(placement).values()) <= limit
 
     def operation(self, operation_id: str) -> Operation:
         """Raises UnknownOperation."""
@@ -351,13 +309,10 @@ class Coordinator:
         if record is None:
             return
         epoch = self._membership.change.epoch if self._membership.change else 0
-        record.heard, record.progress = self._ports.now(), None
+        self._watch.heard(record)
         match report:
             case msg.Alive(stuck_s):
-                if stuck_s >= STUCK * self._config.cluster.stall_timeout_s:
-                    self._end(
-                        rank, record, f"does nothing for {stuck_s:.1f} s, its step loop hangs"
-                    )
+                self._watch.stuck(rank, stuck_s)
             case msg.Published(_, load):
                 record.load = load
             case msg.Hello(_, pid, host, address, kv, experts):
@@ -388,12 +343,13 @@ class Coordinator:
                     self._running.pause_ms = max(pause_ms, self._running.pause_ms or 0.0)
                 self._handle(Event(Kind.SWITCHED, rank))
             case msg.Offered(of, held) if of == epoch and self._membership.phase is Phase.MOVE:
-                self._fetch(rank, held)
-            case msg.Fetched(of, source, size) if of == epoch and source in self._fetching:
+                if self._moves.offered(epoch, rank, held, self._heirs()):
+                    self._handle(Event(Kind.MOVED, rank))
+            case msg.Fetched(of, source, size) if of == epoch:
                 if self._running:
                     self._running.moved_kv_bytes += size
-                self._fetching[source].discard(rank)
-                self._fetched(source)
+                if self._moves.fetched(source, rank):
+                    self._handle(Event(Kind.MOVED, source))
             case msg.HandedOver(of, held):
                 self._hand_over(rank, held if of == epoch else [])
                 record.state = "leaving"
@@ -439,8 +395,7 @@ class Coordinator:
             self._replacements.ended(rank, status, self._ports.now())
         self._loss, self._before_loss = reason, self.members
         self._handle(Event(Kind.EXITED, rank, reason))
-        for heirs in self._adopting.values():
-            heirs.discard(rank)
+        self._moves.lost(rank)
         # only now: admission must not choose the lost rank again
         self._hand_over(rank, [])
         if self._down and not self._ranks and self._membership.phase is Phase.LOST:
@@ -460,52 +415,22 @@ class Coordinator:
             Event(Kind.DEADLINE, reason=f"deadline passed in {phase.value}, missing ranks {waited}")
         )
 
-    # ---- sequences that move ----------------------------------------------------------------
-
-    def _fetch(self, leaver: int, held: list[HeldKV]) -> None:
-        """A leaver has told what it holds: its heirs copy that while it goes on."""
+    def _heirs(self) -> frozenset[int]:
+        """Ranks of the next epoch that are up."""
         change = self._membership.change
-        record = self._ranks.get(leaver)
-        if change is None or record is None:
-            return
-        moves = self._ports.bequeath(held, change.after & set(self._ranks))
-        self._fetching[leaver] = set(moves)
-        self._adopting[leaver] = set(moves)
-        for heir, some in moves.items():
-            self._ports.send(heir, msg.Fetch(change.epoch, leaver, record.kv, some))
-        self._fetched(leaver)
-
-    def _fetched(self, leaver: int) -> None:
-        if not self._fetching[leaver]:
-            self._handle(Event(Kind.MOVED, leaver))
+        return change.after & set(self._ranks) if change else frozenset()
 
     def _hand_over(self, rank: int, held: list[HeldKV]) -> None:
         """A rank has left or is lost: others go on with its sequences."""
-        change = self._membership.change
-        leaves = change is not None and self._membership.phase is Phase.COMMIT and bool(held)
-        heirs = change.after & set(self._ranks) if change and leaves else self.admitting
-        moves = self._ports.hand_over(rank, held, heirs)
+        leaves = self._membership.phase is Phase.COMMIT and bool(held)
+        moved = self._moves.hand_over(rank, held, self._heirs() if leaves else self.admitting)
         if self._running:
-            self._running.moved_requests += sum(map(len, moves.values()))
-        record = self._ranks.get(rank)
-        # those who copied ahead hear in any case that no more comes
-        told = set(moves) | self._adopting.get(rank, set())
-        if record is None:
-            for heir, some in moves.items():
-                self._ports.send(heir, msg.Admit([move.sequence for move in some]))
-            return
-        self._adopting[rank] = told
-        for heir in sorted(told):
-            self._ports.send(heir, msg.Adopt(rank, record.kv, moves.get(heir, [])))
+            self._running.moved_requests += moved
 
     def _adopted(self, leaver: int, heir: int) -> None:
-        """An heir reads nothing of a leaver's memory any more; the last one lets it end."""
-        waited = self._adopting.get(leaver)
-        if waited is None:
-            return
-        waited.discard(heir)
         change = self._membership.change
-        if not waited and self._membership.phase is Phase.RELEASE and change:
+        last = self._moves.adopted(leaver, heir)
+        if last and self._membership.phase is Phase.RELEASE and change:
             self._tell({leaver} & change.leaving, msg.Stop())
 
     # ---- actions ----------------------------------------------------------------------------
@@ -523,14 +448,14 @@ class Coordinator:
                         self._ports.spawn(rank)
                 case Do.PREPARE:
                     if self._next is None:
-                        self._handle(Event(Kind.SHORT, reason=self._too_small(change.after)))
+                        too_small = self._capacity.too_small(change.after)
+                        self._handle(Event(Kind.SHORT, reason=f"{self._loss}; {too_small}"))
                         return
                     name = "recover" if self._membership.phase is Phase.RECOVER else "load"
                     self._phase(name, self._config.cluster.load_timeout_s)
                     self._prepare(change.epoch, change.after, change.everyone)
                 case Do.OFFER:
                     self._phase("move", self._config.cluster.move_timeout_s)
-                    self._fetching.clear()
                     self._tell(change.leaving, msg.Offer(change.epoch))
                 case Do.COMMIT:
                     self._phase("commit", self._config.cluster.commit_timeout_s)
@@ -538,7 +463,7 @@ class Coordinator:
                 case Do.STOP:
                     self._switched(change.epoch)
                     self._phase("release", _RELEASE_TIMEOUT_S)
-                    read = {rank for rank in change.leaving if self._adopting.get(rank)}
+                    read = set(filter(self._moves.reads, change.leaving))
                     self._tell(change.leaving - read, msg.Stop())
                 case Do.ABANDON:
                     self._abandon(change)
@@ -547,7 +472,7 @@ class Coordinator:
                 case Do.KILL_SILENT:
                     self._phase(self._membership.phase.value, _RELEASE_TIMEOUT_S)
                     silent = change.everyone - change.reported - change.gone
-                    self._end_all(silent, f"did not report in {self._membership.phase.value}")
+                    self._watch.end(silent, f"did not report in {self._membership.phase.value}")
                 case Do.HOLD:
                     self._hold(change)
                 case Do.CANCEL:
@@ -566,8 +491,7 @@ class Coordinator:
             self._announce()
 
     def _halt(self, change: Change) -> None:
-        self._fetching.clear()
-        self._adopting.clear()
+        self._moves.clear()
         self._halted = set()
         self._tell(change.before, msg.Halt(change.epoch))
         self._expect_halted(change)
@@ -581,19 +505,12 @@ class Coordinator:
         """Who did not even hear the halt has stalled; its end is an ordinary loss."""
         if change is not self._membership.change or self._membership.phase is Phase.IDLE:
             return
-        if self._late(due):
+        if self._watch.late(due):
             self._expect_halted(change)
         else:
             limit_s = self._config.cluster.stall_timeout_s
             deaf = change.before - change.gone - self._halted
-            self._end_all(deaf, f"did not hear within {limit_s:g} s that others were lost")
-
-    def _late(self, due: float) -> bool:
-        """Whether the head itself was held up: reports may lie there unread, and nobody is to
-        blame before they are read."""
-        limit_s = self._config.cluster.stall_timeout_s / 4
-        now = self._ports.now()
-        return now - due > limit_s or now - self._held_up < limit_s
+            self._watch.end(deaf, f"did not hear within {limit_s:g} s that others were lost")
 
     def _abandon(self, recovery: Change) -> None:
         """A member is lost: what ran is over, and an operation of its own brings the rest back."""
@@ -605,7 +522,7 @@ class Coordinator:
             self._running.end("failed", reason)
             self._publish(self._running)
         self._withdraw(recovery.doomed)
-        self._next = self._coverage.after_loss(self._placement, recovery.after, self._fits)
+        self._next = self._coverage.after_loss(self._placement, recovery.after, self._capacity.fits)
         operation = Operation(before, recovery.after, recovery.epoch, reason or "a rank was lost")
         operation.state = "committing"
         if self._next:
@@ -625,12 +542,6 @@ class Coordinator:
         self._kill(change.leaving)  # no epoch comes in which they could hand over what they run
         self._tell(change.after, msg.Hold(sorted(change.after)))
 
-    def _too_small(self, ranks: Iterable[int]) -> str:
-        return (
-            f"{self._loss}; ranks {sorted(ranks)} cannot hold all experts within "
-            f"{_mib(self._config.cluster.memory_per_rank or 0)} each (memory_per_rank)"
-        )
-
     def _phase(self, name: str, timeout_s: float) -> None:
         if self._running:
             self._running.enter(name)
@@ -644,7 +555,7 @@ class Coordinator:
         self._deadline = self._ports.call_later(timeout_s, lambda: self._clock_is_up(due))
 
     def _clock_is_up(self, due: float) -> None:
-        if self._late(due):
+        if self._watch.late(due):
             self._start_clock(self._config.cluster.stall_timeout_s)
         else:
             self._on_deadline()
@@ -689,8 +600,7 @@ class Coordinator:
 
     def _finish(self, error: str | None, cancelled: bool) -> None:
         self._stop_clock()
-        self._fetching.clear()
-        self._adopting.clear()
+        self._moves.clear()
         operation, self._running = self._running, None
         self._next = None
         if operation is not None and operation is self._restoring:
@@ -749,7 +659,7 @@ class Coordinator:
             return False
         if self._restore_tries and self._ports.now() < self._restore_not_before:
             return False
-        placement = self._coverage.whole(self._placement, self.members, self._fits)
+        placement = self._coverage.whole(self._placement, self.members, self._capacity.fits)
         if placement is None:
             self._restore_tries = 0  # time changes nothing about it, only more ranks do
             self._warn_once(
@@ -780,7 +690,7 @@ class Coordinator:
         if not due:
             self._go_on()
             return
-        if not self._fits(self._replan(self.members | due)):
+        if not self._capacity.fits(self._replan(self.members | due)):
             missing = self._replacements.missing(self.members)
             if due < missing:  # all of them together may have the memory
                 wait_s = self._replacements.all_s(self.members, self._ports.now())
@@ -818,43 +728,9 @@ class Coordinator:
             self._warned = text
             self._warn(text)
 
-    def _watch(self) -> None:
-        """End ranks that have stalled: silent, and their processes do no work at all."""
-        stall_s = self._config.cluster.stall_timeout_s
-        now = self._ports.now()
-        late = now - self._watched > stall_s / 4
-        if late:
-            self._held_up = now
-        self._watched = now
-        for rank, record in list(self._ranks.items()):
-            if record.state == "starting":
-                continue
-            if late:
-                record.heard = now
-            silent_s = now - record.heard
-            if silent_s >= stall_s / 2 and record.progress is None:
-                record.progress = (self._ports.progress(rank),)
-            elif silent_s >= STALLED * stall_s and record.state != "stalled":
-                if record.progress != (self._ports.progress(rank),):  # slow is not dead
-                    record.heard, record.progress = now, None
-                    continue
-                self._end(rank, record, f"was silent for {silent_s:.1f} s")
-        self._watch_timer = self._ports.call_later(stall_s / WATCHES, self._watch)
-
-    def _end_all(self, ranks: Iterable[int], why: str) -> None:
-        for rank in sorted(ranks):
-            if rank in self._ranks:
-                self._end(rank, self._ranks[rank], why)
-
-    def _end(self, rank: int, record: RankRecord, why: str) -> None:
-        """A rank has stalled; its end is an ordinary loss."""
-        if record.state != "stalled":
-            record.state, record.error = "stalled", why
-            self._warn(f"rank {rank} {why} and is ended")
-            self._ports.kill(rank)
-
     def _lost(self, reason: str) -> None:
         self._stop_clock()
+        self._moves.clear()
         if self._running:
             self._running.end("failed", reason)
             self._publish(self._running)
@@ -876,7 +752,3 @@ class Coordinator:
 
 def _event(kind: str, data: dict[str, object]) -> ClusterEvent:
     return ClusterEvent(kind=kind, time=time.time(), data=data)
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,88 @@
+"""Which ranks have stalled: those that neither speak nor work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from flexpert.cluster.ports import Ports, Timer
+from flexpert.cluster.record import RankRecord
+
+# Of the stall timeout: a silent rank is ended after STALLED of it; looked at WATCHES times.
+STALLED = 0.9
+STUCK = 0.7  # the same for a rank whose step loop hangs: it looks at it only ten times
+WATCHES = 20
+
+
+class Watch:
+    """Ends them; such an end is an ordinary loss.
+
+    ranks: the coordinator's records, as they are. warn: tells the people.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[int, RankRecord],
+        ports: Ports,
+        stall_timeout_s: float,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._ranks = ranks
+        self._ports = ports
+        self._stall_s = stall_timeout_s
+        self._warn = warn
+        self._timer: Timer | None = None
+        self._looked = 0.0
+        self._held_up = float("-inf")  # until when the head itself was
+
+    def start(self) -> None:
+        self._looked = self._ports.now()
+        self._look()
+
+    def close(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+
+    def heard(self, record: RankRecord) -> None:
+        """A rank has said something."""
+        record.heard, record.progress = self._ports.now(), None
+
+    def stuck(self, rank: int, seconds: float) -> None:
+        """A rank says that it lives, but that its step loop has done nothing for a while."""
+        if seconds >= STUCK * self._stall_s:
+            self.end([rank], f"does nothing for {seconds:.1f} s, its step loop hangs")
+
+    def late(self, due: float) -> bool:
+        """Whether the head itself was held up: reports may lie there unread, and nobody is to
+        blame before they are read."""
+        limit_s = self._stall_s / 4
+        now = self._ports.now()
+        return now - due > limit_s or now - self._held_up < limit_s
+
+    def end(self, ranks: Iterable[int], why: str) -> None:
+        for rank in sorted(ranks):
+            record = self._ranks.get(rank)
+            if record and record.state != "stalled":
+                record.state, record.error = "stalled", why
+                self._warn(f"rank {rank} {why} and is ended")
+                self._ports.kill(rank)
+
+    def _look(self) -> None:
+        now = self._ports.now()
+        late = now - self._looked > self._stall_s / 4
+        if late:
+            self._held_up = now
+        self._looked = now
+        for rank, record in list(self._ranks.items()):
+            if record.state == "starting":
+                continue
+            if late:
+                record.heard = now
+            silent_s = now - record.heard
+            if silent_s >= self._stall_s / 2 and record.progress is None:
+                record.progress = (self._ports.progress(rank),)
+            elif silent_s >= STALLED * self._stall_s and record.state != "stalled":
+                if record.progress != (self._ports.progress(rank),):  # slow is not dead
+                    self.heard(record)
+                    continue
+                self.end([rank], f"was silent for {silent_s:.1f} s")
+        self._timer = self._ports.call_later(self._stall_s / WATCHES, self._look)
