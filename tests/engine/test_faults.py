@@ -34,6 +34,28 @@ def test_a_fault_strikes_its_rank_at_its_point_the_nth_time_and_only_once(tmp_pa
     assert passes(tmp_path, 1, ["vote"] * 9) is None
 
 
+def test_a_fault_of_one_process_strikes_no_other_of_that_id(tmp_path: Path) -> None:
+    planted = Fault(rank=1, point="vote", pid=os.getpid()).plant(tmp_path)
+    assert passes(tmp_path, 1, ["vote"] * 3) is None  # in a child
+    assert planted.exists()
+
+
+def test_a_fault_that_strikes_another_while_it_is_read_harms_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Fault(rank=0, point="vote", action="cut", seconds=1.0).plant(tmp_path)
+    found = [name.name for name in tmp_path.iterdir()]
+    monkeypatch.setattr(os, "listdir", lambda _: [*found, "gone.json"])
+    faults = Faults(0, tmp_path)
+    cuts: list[float] = []
+    faults.cut = cuts.append
+    faults.at("vote")
+    assert cuts == [1.0]
+    assert not mine.exists()
+    faults.at("vote")  # the name is still listed, and the file is gone
+    assert cuts == [1.0]
+
+
 def test_several_faults_wait_for_each_other(tmp_path: Path) -> None:
     first = Fault(rank=0, point="load").plant(tmp_path)
     second = Fault(rank=0, point="armed").plant(tmp_path)

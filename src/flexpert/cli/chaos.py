@@ -51,6 +51,7 @@ SERVE = (
     *("--shutdown-timeout-s", "0", "--log-level", "error"),
 )
 _STALL_S = 60.0
+_SHOWN_LINES = 30  # of what a service printed before a bad end
 _BACK_S = 60.0  # until all ranks must be back after the last fault
 _CUT_S = (0.5, 3.0)  # a partition: shorter and longer than the stall timeout
 _SCALE_EVERY_S = 3.0
@@ -118,7 +119,9 @@ async def _run(plan: ChaosPlan, console: Console) -> tuple[ChaosResult, Seen]:
         service = own_service((*SERVE, *size, *plan.flags), environment=environment)
         made = await service.__aenter__()
     try:
-        return await _disturb(plan, made.target, console)
+        result, seen = await _disturb(plan, made.target, console)
+        seen.last_lines = () if result.good else tuple(made.output)[-_SHOWN_LINES:]
+        return result, seen
     finally:
         await service.__aexit__(*sys.exc_info())
         folder.cleanup()

@@ -114,9 +114,10 @@ async def strike(family: Family, fault: Fault) -> None:
 async def _plant(folder: Path, fault: Fault) -> None:
     """Until the rank has passed the point, or will not in time."""
     if fault.kind == "oom":
-        what = planted.Fault(fault.rank, "vote", action="starve")
+        what = planted.Fault(fault.rank, "vote", action="starve", pid=fault.pid)
     else:
-        what = planted.Fault(fault.rank, "vote", action="cut", seconds=fault.seconds)
+        seconds = fault.seconds
+        what = planted.Fault(fault.rank, "vote", action="cut", seconds=seconds, pid=fault.pid)
     path = what.plant(folder)
     until = time.monotonic() + _FELT_S
     while path.exists() and time.monotonic() < until:

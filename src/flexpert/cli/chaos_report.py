@@ -39,13 +39,17 @@ class Fault:
 
 @dataclass(slots=True)
 class Seen:
-    """The run so far. unharmed: ranks that were evicted or failed though no fault ends them."""
+    """The run so far. unharmed: ranks that were evicted or failed though no fault ends them.
+
+    last_lines: what a service of our own printed last, if the run was bad.
+    """
 
     began: float = 0.0
     faults: list[Fault] = field(default_factory=list)
     tokens: list[tuple[float, int]] = field(default_factory=list)  # when, how many
     warnings: list[str] = field(default_factory=list)
     unharmed: list[str] = field(default_factory=list)
+    last_lines: Sequence[str] = ()
 
     def on_tokens(self, now: float, count: int) -> None:
         self.tokens.append((now, count))

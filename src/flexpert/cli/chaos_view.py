@@ -59,6 +59,10 @@ def show(console: Console, result: ChaosResult, seen: Seen) -> None:
     console.print(sparkline(rates(seen, seen.began + result.duration_s)))
     for error in result.errors:
         console.print(f"lost: {error}", markup=False)
+    if seen.last_lines:
+        console.print("the service printed at last:")
+        for line in seen.last_lines:
+            console.print(f"  {line}", markup=False, highlight=False)
     if not result.back:
         console.print("not all ranks came back; see flexpert status and the service's log")
     console.print("PASS" if result.good else f"FAIL (seed {result.seed})")

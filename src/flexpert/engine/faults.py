@@ -8,6 +8,7 @@ has struck, and a rank's replacement is not struck again.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import secrets
@@ -74,6 +75,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     action: "kill" and "stop" are SIGKILL and SIGSTOP. "starve": a leak takes all that the process
     may still get, and it may get no more. "cut": the rank and the head do not hear each other for
     so many `seconds`; what they say arrives afterwards.
+    pid: if given, another process of that id is not meant.
     """
 
     rank: int
@@ -81,12 +83,16 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: int = 1
     action: Literal["kill", "stop", "starve", "cut"] = "kill"
     seconds: float = 0.0
+    pid: int | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"count is {self.count}, must be at least 1")
         if (self.seconds > 0) != (self.action == "cut"):
             raise ValueError(f"{self.action} for {self.seconds:g} seconds: only a cut takes time")
+
+    def means(self, rank: int, pid: int) -> bool:
+        return rank == self.rank and self.pid in (None, pid)
 
     def plant(self, folder: Path) -> Path:
         """From now on it is due; the file is gone when it has struck."""
@@ -123,12 +129,13 @@ class Faults:
         with self._lock:
             for name in self._planted():
                 fault = self._known[name]
-                if fault.rank != self._rank or fault.point != point:
+                if not fault.means(self._rank, os.getpid()) or fault.point != point:
                     continue
                 passed = self._passed[name] = self._passed.get(name, 0) + 1
                 if passed == fault.count:
-                    (self._folder / name).unlink()
-                    self._strike(fault)
+                    with contextlib.suppress(FileNotFoundError):  # withdrawn in time
+                        (self._folder / name).unlink()
+                        self._strike(fault)
 
     def _strike(self, fault: Fault) -> None:
         match fault.action:
@@ -145,8 +152,9 @@ class Faults:
         names = [name for name in os.listdir(self._folder) if name.endswith(".json")]
         for name in names:
             if name not in self._known:
-                self._known[name] = _read(self._folder / name)
-        return names
+                with contextlib.suppress(FileNotFoundError):  # it has just struck another rank
+                    self._known[name] = _read(self._folder / name)
+        return [name for name in names if name in self._known]
 
     def around(self, buffer: Buffer) -> Buffer:
         """The buffer, whose calls pass the points of a step."""
