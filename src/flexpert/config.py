@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from flexpert.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "FLEXPERT_"
+MOST_GPU_RANKS = 32
 
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -55,7 +56,7 @@ class EngineConfig(_Section):
     """One rank."""
 
     device: Literal["cpu", "cuda"] = Field(
-        "cpu", description="what a rank computes on; cuda (experimental): one rank, one GPU"
+        "cpu", description="what a rank computes on; cuda (experimental): the GPUs of this machine"
     )
     max_tokens_per_step: int = Field(256, ge=16, le=65536, description="token budget of a step")
     max_running: int = Field(64, ge=1, le=4096, description="sequences decoded at once per rank")
@@ -132,10 +133,10 @@ class Config(_Section):
     @model_validator(mode="before")
     @classmethod
     def _room_for_one(cls, tree: Any) -> Any:
-        """On a GPU max_ranks is 1 unless it is given."""
+        """On a GPU max_ranks is 1 unless ranks are asked for: one rank exchanges nothing."""
         if isinstance(tree, dict) and _device(tree.get("engine")) == "cuda":
             cluster = tree.get("cluster") or {}
-            if isinstance(cluster, dict):
+            if isinstance(cluster, dict) and not {"ranks", "max_ranks"} & cluster.keys():
                 return {**tree, "cluster": {"max_ranks": 1, **cluster}}
         return tree
 
@@ -143,10 +144,15 @@ class Config(_Section):
     def _fits_device(self) -> Config:
         if self.engine.device != "cuda":
             return self
-        if self.cluster.max_ranks > 1:
+        if self.cluster.max_ranks > MOST_GPU_RANKS:
             raise ValueError(
-                f"max_ranks ({self.cluster.max_ranks}) is more than 1, but with --device cuda one "
-                "rank holds all experts; leave --ranks and --max-ranks out"
+                f"max_ranks ({self.cluster.max_ranks}) is more than {MOST_GPU_RANKS}, the most "
+                "that exchange between GPUs; lower --max-ranks"
+            )
+        if self.cluster.max_ranks > 1 and self.cluster.on_missing_expert == "degrade":
+            raise ValueError(
+                "on_missing_expert=degrade needs --device cpu: on a GPU the weights of the experts "
+                "that are left are not normalised anew; leave --on-missing-expert out"
             )
         if self.engine.deterministic:
             raise ValueError(

@@ -18,15 +18,12 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install flexp
 
 from flexpert.comm import BufferSpec, ExpertTable, Reduce
 from flexpert.comm.buffer import Scales
-from flexpert.comm.cuda.exchange import Dispatched, Exchange, Indexed, Tuning
+from flexpert.comm.cuda.exchange import FEW, Dispatched, Exchange, Indexed, Tuning
 from flexpert.comm.cuda.layout import PAGE_WORDS, layout
-from flexpert.comm.cuda.waiting import INTERPRETED as INTERPRETED
+from flexpert.comm.interpreter import INTERPRETED as INTERPRETED
 from flexpert.comm.routing import Sent
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-FEW = Tuning(workers=4, reducers=8)  # each program takes a millisecond in the interpreter
 
 
 class CudaLocal:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comm_ranks import spec_of
 
-from flexpert.comm import BufferSpec, CommError, make_buffer
+from flexpert.comm import BufferSpec, CommError, cuda, make_buffer
 from flexpert.comm.cuda.layout import (
     LANES,
     MAX_EPOCH,
@@ -87,6 +87,7 @@ def test_what_cannot_be_is_refused(spec: BufferSpec, named: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_backend_says_what_is_missing() -> None:
+def test_without_a_gpu_the_backend_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "INTERPRETED", False)
     with pytest.raises(CommError, match=r"Triton|GPU"):
         make_buffer(0, spec_of(2), backend="cuda")

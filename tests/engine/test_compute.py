@@ -1,4 +1,4 @@
-"""What `--device` decides: a GPU serves with one rank, or the reason why not is said at once."""
+"""What `--device` decides, and what is refused before anything starts."""
 
 from __future__ import annotations
 
@@ -6,26 +6,34 @@ import pytest
 import torch
 
 from flexpert.cli.settings import settings
-from flexpert.config import Config, load_config
+from flexpert.config import MOST_GPU_RANKS, Config, load_config
+from flexpert.engine import compute
 from flexpert.engine.compute import graph_sizes, open_device, warm_up_sizes
 from flexpert.errors import ConfigError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def gpu(**overrides: object) -> Config:
     return load_config(environment={}, overrides={"engine.device": "cuda", **overrides})
 
 
-def test_a_gpu_has_room_for_one_rank() -> None:
+def test_a_gpu_has_room_for_one_rank_unless_more_are_asked_for() -> None:
     config = gpu()
     assert (config.cluster.ranks, config.cluster.max_ranks) == (1, 1)
+    assert gpu(**{"cluster.ranks": 2}).cluster.max_ranks == 8
+    assert gpu(**{"cluster.max_ranks": 4}).cluster.ranks == 1
     assert Config.model_validate_json(config.model_dump_json()) == config  # as ranks are told
 
 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        ({"cluster.ranks": 2}, "--max-ranks|max_ranks"),
-        ({"cluster.max_ranks": 4}, "one rank holds all experts"),
+        ({"cluster.max_ranks": 33}, "more than 32.*lower --max-ranks"),
+        (
+            {"cluster.max_ranks": 4, "cluster.on_missing_expert": "degrade"},
+            "degrade needs --device cpu",
+        ),
         ({"engine.deterministic": True}, "--deterministic needs --device cpu"),
     ],
 )
@@ -41,17 +49,18 @@ def test_a_cpu_keeps_its_ranks() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_reason_names_the_remedy() -> None:
+def test_without_a_gpu_the_reason_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "INTERPRETED", False)
     with pytest.raises(ConfigError, match=r"no NVIDIA GPU .*(driver|install one for CUDA)"):
         open_device(gpu().engine)
 
 
 def test_graphs_are_captured_for_few_sizes_that_waste_at_most_half() -> None:
-    assert graph_sizes(1) == [1]
-    assert graph_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
-    assert graph_sizes(50)[-1] == 50
-    assert graph_sizes(4096)[-1] == 512
-    sizes = graph_sizes(512)
+    assert graph_sizes(1, GPU) == [1]
+    assert graph_sizes(64, GPU) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert graph_sizes(50, GPU)[-1] == 50
+    assert graph_sizes(4096, GPU)[-1] == 512
+    sizes = graph_sizes(512, GPU)
     assert len(sizes) < 20
     for batch in range(1, 513):
         size = next(size for size in sizes if size >= batch)
@@ -59,7 +68,13 @@ def test_graphs_are_captured_for_few_sizes_that_waste_at_most_half() -> None:
 
 
 def test_warm_up_stays_within_the_room_there_is() -> None:
-    for device in ("cpu", "cuda"):
-        engine = load_config(environment={}, overrides={"engine.device": device}).engine
-        assert max(warm_up_sizes(100, engine)) <= max(100, 128)
-    assert warm_up_sizes(100, gpu().engine) == [2, 16, 64, 100]
+    for device in (CPU, GPU):
+        engine = load_config(environment={}, overrides={"engine.device": device.type}).engine
+        assert max(warm_up_sizes(100, engine, device)) <= max(100, 128)
+    assert warm_up_sizes(100, gpu().engine, GPU) == [2, 16, 64, 100]
+
+
+def test_as_many_ranks_as_the_exchange_takes() -> None:
+    from flexpert.comm.cuda.layout import LANES
+
+    assert LANES == MOST_GPU_RANKS

@@ -9,13 +9,12 @@ import pytest
 import torch
 from checkpoints import Sequences, lone_shard, prompt_of
 
-from flexpert.models import fused, graphs, shard
 from flexpert.models.batch import ForwardBatch
-from flexpert.models.graphs import Replay, StepInputs, Walk
+from flexpert.models.graphs import StepInputs
 from flexpert.models.shard import ModelShard
 from flexpert.models.source import ModelSource
 from flexpert.moe.experts import LayerExperts
-from flexpert.moe.kernels import Kernels, gpu_kernels
+from flexpert.moe.kernels import gpu_kernels
 from flexpert.moe.placement import Placement, replan
 from flexpert.moe.runtime import LayerState, expert_tables
 
@@ -39,16 +38,17 @@ def states(source: ModelSource, placement: Placement) -> list[LayerState]:
     return [LayerState(table, experts) for table, experts in zip(tables, held, strict=True)]
 
 
-def use(monkeypatch: pytest.MonkeyPatch, kernels: Kernels) -> None:
-    """Whatever asks for the kernels of a device gets these."""
-    monkeypatch.setattr(shard, "kernels_of", lambda _: kernels)
-    monkeypatch.setattr(fused, "kernels_of", lambda _: kernels)
-
-
 def gpu_shard(source: ModelSource) -> tuple[Sequences, LocalExperts]:
     info = source.info
     local = LocalExperts(0, info.moe_layers, info.experts, source.expert_shape(), CPU)
-    made = ModelShard.load(source, moe=local, kv_blocks=32, kv_block_size=8, deterministic=False)
+    made = ModelShard.load(
+        source,
+        moe=local,
+        kv_blocks=32,
+        kv_block_size=8,
+        deterministic=False,
+        kernels=gpu_kernels(),
+    )
     return Sequences(made, 8), local
 
 
@@ -65,7 +65,7 @@ FUSED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("family", list(FUSED))
 def test_the_kernels_give_the_logits_of_the_cpu_wherever_the_experts_are(
-    family: str, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    family: str, checkpoint: Callable[..., Path]
 ) -> None:
     path = checkpoint(family)
     a, b = prompt_of(9, 1), prompt_of(3, 2)
@@ -73,7 +73,6 @@ def test_the_kernels_give_the_logits_of_the_cpu_wherever_the_experts_are(
     cpu = lone_shard(path, dtype="float32")
     expected = [cpu.step(step) for step in steps]
 
-    use(monkeypatch, gpu_kernels())
     source = ModelSource.open(str(path), dtype="float32")
     gpu, local = gpu_shard(source)
     fused = {type(m).__name__ for m in gpu.shard._model.modules() if "forward" in vars(m)}
@@ -106,12 +105,6 @@ def test_a_gate_is_taken_for_swiglu_only_if_it_computes_it(factor: float) -> Non
     assert not is_swiglu(torch.nn.functional.silu)
 
 
-def replayed(walk: Walk, batch: ForwardBatch, pool: object) -> tuple[Replay, torch.Tensor]:
-    """Stands for a CUDA graph: computes again from what lies in the same memory."""
-    logits = walk(batch).clone()
-    return lambda: logits.copy_(walk(batch)), logits
-
-
 @pytest.mark.slow
 def test_captured_steps_follow_the_experts_without_another_capture(
     checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
@@ -124,8 +117,6 @@ def test_captured_steps_follow_the_experts_without_another_capture(
     cpu = lone_shard(path, dtype="float32")
     expected = [cpu.step(step) for step in (begin, *decodes)][1:]
 
-    use(monkeypatch, gpu_kernels())
-    monkeypatch.setattr(graphs, "record", replayed)
     source = ModelSource.open(str(path), dtype="float32")
     gpu, local = gpu_shard(source)
     gpu.shard.capture([1, 2, 4], max_blocks=3)  # before any expert is there

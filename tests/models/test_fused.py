@@ -26,7 +26,7 @@ def test_every_norm_of_a_family_is_replaced_and_rounds_as_before(
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
     assert norms
     with torch.inference_mode():
-        fuse(model, deterministic=False)
+        fuse(model, ops.rms_norm, deterministic=False)
         for norm in norms:
             assert fused(norm)
             x = torch.randn(2, 3, norm.get_parameter("weight").shape[0]).to(dtype)
@@ -50,7 +50,7 @@ class ShiftedNorm(nn.Module):
 @pytest.mark.parametrize("norm", [ShiftedNorm(), nn.LayerNorm(32), nn.LayerNorm(32, bias=False)])
 def test_what_is_no_rms_norm_is_left_alone(norm: nn.Module) -> None:
     with torch.inference_mode():
-        fuse(norm, deterministic=False)
+        fuse(norm, ops.rms_norm, deterministic=False)
     assert not fused(norm)
 
 
@@ -59,7 +59,7 @@ def test_what_is_no_rms_norm_is_left_alone(norm: nn.Module) -> None:
 def test_a_linear_layer_is_replaced_and_rounds_as_before(bias: bool) -> None:
     layer = nn.Linear(72, 40, bias=bias).to(torch.bfloat16)
     with torch.inference_mode():
-        fuse(layer, deterministic=False)
+        fuse(layer, ops.rms_norm, deterministic=False)
         assert fused(layer)
         for rows in (1, 17, 100):
             x = torch.randn(1, rows, 72).bfloat16()

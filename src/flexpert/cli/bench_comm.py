@@ -145,7 +145,7 @@ def _on_gpu(
     from flexpert.comm.errors import CommError
 
     try:
-        require()
+        require(measuring=True)
     except CommError as error:
         raise ConfigError(f"--device cuda: {error}") from None
     from flexpert.bench.comm.cuda.report import gpu_text

@@ -95,12 +95,14 @@ Command = Prepare | Commit | Cancel | Admit | Offer | Fetch | Adopt | Abort | Ha
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """running, waiting: sequences; kv_used: share of KV blocks; memory: private bytes, measured."""
+    """running, waiting: sequences; kv_used: share of KV blocks; memory: private bytes, measured;
+    graphs: CUDA graphs captured since the process began."""
 
     running: int
     waiting: int
     kv_used: float
     memory: int
+    graphs: int = 0
 
 
 class Memory(msgspec.Struct, frozen=True):

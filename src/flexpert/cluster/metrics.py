@@ -19,6 +19,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[RankView], float]], ...] = (
     ("kv_used_ratio", "share of KV blocks in use", lambda rank: rank.kv_used),
     ("memory_bytes", "private memory", lambda rank: rank.memory_bytes),
     ("experts", "expert replicas held", lambda rank: rank.experts),
+    ("graphs", "CUDA graphs captured since the rank's start", lambda rank: rank.graphs),
 )
 
 

@@ -104,8 +104,14 @@ class Reporter:
 
     def _load(self) -> msg.Load:
         assert self.engine is not None  # it is the one who tells
-        scheduler = self.engine.scheduler
-        return msg.Load(scheduler.running, scheduler.waiting, scheduler.kv_used, self._memory)
+        scheduler, graphs = self.engine.scheduler, self.engine.shard.graphs
+        return msg.Load(
+            scheduler.running,
+            scheduler.waiting,
+            scheduler.kv_used,
+            self._memory,
+            graphs.captures if graphs else 0,
+        )
 
     def rejected(self, sequence_id: str, error: str) -> None:
         self.tell(msg.Rejected(sequence_id, error))

@@ -39,4 +39,5 @@ class RankRecord:
             experts=placement.count(self.id) if placement else 0,
             memory_bytes=self.load.memory,
             planned_bytes=self.memory.total if self.memory else 0,
+            graphs=self.load.graphs,
         )

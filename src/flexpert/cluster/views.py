@@ -11,7 +11,10 @@ RankState = Literal["starting", "preparing", "ready", "active", "leaving", "stal
 
 
 class RankView(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank. kv_used: share of KV blocks in use, 0 to 1. memory_bytes: private, measured."""
+    """One rank. kv_used: share of KV blocks in use, 0 to 1. memory_bytes: private, measured.
+
+    graphs: CUDA graphs captured since its start; no change of ranks adds to them.
+    """
 
     id: int
     state: RankState
@@ -23,6 +26,7 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     experts: int = 0
     memory_bytes: int = 0
     planned_bytes: int = 0
+    graphs: int = 0
 
 
 class PlacementView(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,10 +22,11 @@ from flexpert.comm.errors import (
     RankTimeout,
     StaleEpoch,
 )
-from flexpert.comm.lent import Borrowed, Lent, lend
+from flexpert.comm.lent import Borrowed, Borrowing, Lending, Lent, borrow, lend, lend_pages
 
 __all__ = [
     "Borrowed",
+    "Borrowing",
     "Buffer",
     "BufferSpec",
     "ChannelDown",
@@ -33,6 +34,7 @@ __all__ = [
     "Evicted",
     "ExpertTable",
     "Interrupted",
+    "Lending",
     "Lent",
     "Loss",
     "PeerUnreachable",
@@ -46,6 +48,8 @@ __all__ = [
     "View",
     "agree",
     "asked",
+    "borrow",
     "lend",
+    "lend_pages",
     "make_buffer",
 ]

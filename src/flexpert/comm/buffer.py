@@ -421,6 +421,16 @@ class Buffer(ABC):
         pending = self.begin_combine(y, received, reduce=reduce, weights=weights, out=out)
         return pending(timeout_s)
 
+    def check(self) -> tuple[int, ...]:
+        """After each replay of a CUDA graph: wait for it, and raise what its exchanges would have
+        raised. Where exchanges are not captured, there is nothing to do.
+
+        Returns: the ids that were masked because nothing came from them (on_timeout="mask").
+
+        Raises: RankTimeout, RankLost, Interrupted: the epoch is over.
+        """
+        return ()
+
     @abstractmethod
     def loss(self, received: Received) -> Loss | None:
         """After the combine of `received`: what its result lacks, or None if it is complete."""
@@ -451,7 +461,7 @@ def make_buffer(
         rank: the own id.
         spec: sizes.
         backend: "host": CPU tensors. "cuda": tensors on the current CUDA device; all ranks on one
-            host.
+            host. In Triton's interpreter (TRITON_INTERPRET=1) the device is the CPU.
         timeout_s: limit of every wait that is not given another.
         on_timeout: what becomes of a peer that does not answer in time, or dies: "raise" ends the
             exchange and the epoch with RankTimeout or RankLost; "mask" masks the peer and goes on

@@ -1,8 +1,8 @@
 """Memory that a rank lets its peers read beside the exchanges: a KV cache whose blocks move.
 
 The owner makes it with `lend` and goes on using it as its own; a peer that was told the address
-reads it with `Borrowed.read`, without the owner's help. Nothing is locked: what may be read, and
-until when it stays, is for the two to agree on.
+reads it with `borrow`, without the owner's help. Nothing is locked: what may be read, and until
+when it stays, is for the two to agree on. On a GPU the memory is the device's (cuda/lent.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 import torch
@@ -24,6 +25,56 @@ from flexpert.comm.host._kernels import ffi, lib
 _NAME = "flexpert-lent"
 _NONCE_BYTES = 16
 _PAGE = 4096  # the header has one, so that what follows is aligned
+_CPU = torch.device("cpu")
+
+
+class Lending(Protocol):
+    """Own memory that peers may read.
+
+    address: for a peer's `borrow`; opaque, below 1 KiB.
+    bytes: [size] uint8 on the device, zero at first.
+    resident: bytes of this machine's memory that it takes now; a GPU's do not count.
+    """
+
+    @property
+    def address(self) -> bytes: ...
+    @property
+    def bytes(self) -> torch.Tensor: ...
+    @property
+    def resident(self) -> int: ...
+
+    def close(self) -> None:
+        """No peer can open it any more; those that have go on reading what is there."""
+
+
+class Borrowing(Protocol):
+    """A peer's memory, for reading; it stays readable when the peer ends. bytes: [size] uint8."""
+
+    @property
+    def bytes(self) -> torch.Tensor: ...
+
+
+def lend(size: int, device: torch.device = _CPU) -> Lending:
+    """New memory of `size` bytes. Raises: OSError, CudaError: there is none."""
+    if device.type == "cpu":
+        return lend_pages(size)
+    from flexpert.comm.cuda.lent import DeviceLent
+
+    return DeviceLent(size, device)
+
+
+def borrow(address: bytes, device: torch.device = _CPU) -> Borrowing:
+    """A peer's memory, for a rank that computes on `device`.
+
+    Raises:
+        PeerUnreachable: its process is gone, or its memory cannot be reached from here.
+        ValueError: not an address of memory on such a device.
+    """
+    if device.type == "cpu":
+        return Borrowed(address)
+    from flexpert.comm.cuda.lent import DeviceBorrowed
+
+    return DeviceBorrowed(address, device)
 
 
 class _Address(msgspec.Struct, frozen=True, array_like=True):
@@ -37,11 +88,7 @@ class _Address(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class Lent:
-    """Own memory that peers may read.
-
-    address: for a peer's `Borrowed`; opaque, below 1 KiB.
-    bytes: [size] uint8, zero at first; pages are taken on first use.
-    """
+    """`Lending` of this machine's memory; pages are taken on first use."""
 
     address: bytes
     bytes: torch.Tensor
@@ -49,7 +96,6 @@ class Lent:
 
     @property
     def resident(self) -> int:
-        """Bytes of memory it takes now."""
         return os.fstat(self._fd).st_blocks * 512
 
     def release(self, at: int, size: int) -> None:
@@ -63,12 +109,11 @@ class Lent:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
 
     def close(self) -> None:
-        """No peer can open it any more; those that have go on reading what is there."""
         os.close(self._fd)
 
 
-def lend(size: int) -> Lent:
-    """New memory of `size` bytes. Raises: OSError: there is none."""
+def lend_pages(size: int) -> Lent:
+    """New memory of this machine. Raises: OSError: there is none."""
     fd = memfd.create(_NAME, _PAGE + size)
     nonce = secrets.token_bytes(_NONCE_BYTES)
     os.pwrite(fd, nonce, 0)
@@ -79,10 +124,13 @@ def lend(size: int) -> Lent:
 
 
 class Borrowed:
-    """A peer's `Lent`, for reading; it stays readable when the peer ends."""
+    """A peer's `Lent`; it stays readable when the peer ends."""
 
-    def __init__(self, address: bytes) -> None:
+    def __init__(self, address: bytes, *, writable: bool = False) -> None:
         """
+        Args:
+            writable: else a write to it ends this process.
+
         Raises:
             PeerUnreachable: its process is gone or on another machine.
             ValueError: not an address.
@@ -107,14 +155,14 @@ class Borrowed:
         try:
             if os.fstat(fd).st_size < _PAGE + there.size:
                 raise PeerUnreachable(f"{who} lends less than it says")
-            self._map = mmap.mmap(fd, _PAGE + there.size, access=mmap.ACCESS_READ)
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+            self._map = mmap.mmap(fd, _PAGE + there.size, access=access)
         finally:
             os.close(fd)
         self.bytes = _view(self._map)
 
     def read(self, at: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A view of the peer's memory from byte `at`. It is mapped for reading only: a write to it
-        ends this process.
+        """A view of the peer's memory from byte `at`.
 
         Raises: ValueError: it would reach beyond the end.
         """

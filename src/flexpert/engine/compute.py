@@ -1,6 +1,9 @@
-"""What a rank computes on: its device, where the experts' sum comes from, and which batch sizes.
+"""What a rank computes on: its device, the exchange, where the experts' sum comes from, and which
+batch sizes.
 
-On a GPU one rank holds all experts: it votes with itself through its buffer, and exchanges nothing.
+A service whose capacity is one rank exchanges nothing on a GPU: that rank holds all experts.
+Without a GPU, `--device cuda` runs in Triton's interpreter if TRITON_INTERPRET=1 is set: to test
+with, thousands of times slower.
 """
 
 from __future__ import annotations
@@ -9,52 +12,100 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flexpert.comm import Buffer
+from flexpert.comm import Buffer, BufferSpec, make_buffer
+from flexpert.comm.interpreter import INTERPRETED
 from flexpert.config import EngineConfig
+from flexpert.errors import ConfigError
 from flexpert.models.padding import padded_sizes
 from flexpert.models.source import ModelSource
-from flexpert.moe.kernels import open_gpu
+from flexpert.moe.kernels import Kernels, gpu_kernels, kernels_of, open_gpu
 from flexpert.moe.runtime import MoERuntime
+from flexpert.moe.store import ExpertStore, Store
 
 if TYPE_CHECKING:
+    from flexpert.moe.cuda.exchanged import ExchangedExperts
     from flexpert.moe.cuda.runtime import LocalExperts
+
+CPU = torch.device("cpu")
 
 MOST_CAPTURED = 512
 """Sequences of the largest graph; more of them take so long that launching them costs little."""
 
 
-def open_device(config: EngineConfig) -> torch.device:
-    """The device that the settings name.
+def open_device(config: EngineConfig, rank: int = 0) -> torch.device:
+    """The device of a rank that the settings name; several GPUs are dealt out to ranks in turn.
 
     Raises:
         ConfigError: it cannot be used.
     """
-    return torch.device("cpu") if config.device == "cpu" else open_gpu()
+    if config.device == "cpu" or (INTERPRETED and not torch.cuda.is_available()):
+        return CPU
+    open_gpu()
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def kernels_for(config: EngineConfig, device: torch.device) -> Kernels:
+    """What the dense part of a model calls."""
+    return kernels_of(device) if config.device == "cpu" else gpu_kernels()
+
+
+def make_exchange(rank: int, spec: BufferSpec, config: EngineConfig, timeout_s: float) -> Buffer:
+    """The buffer of a rank, on the current device.
+
+    Raises:
+        ConfigError: there is no room for it on the GPU.
+    """
+    if config.device == "cpu":
+        return make_buffer(rank, spec, timeout_s=timeout_s)
+    from flexpert.comm.cuda.memory import CudaError  # needs triton
+
+    try:
+        return make_buffer(rank, spec, backend="cuda", timeout_s=timeout_s)
+    except CudaError as error:
+        raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
 
 
 def make_runtime(
     buffer: Buffer, source: ModelSource, config: EngineConfig, device: torch.device
-) -> MoERuntime | LocalExperts:
+) -> MoERuntime | LocalExperts | ExchangedExperts:
     """The MoE layers of a rank on a device."""
     if config.device == "cpu":
         return MoERuntime(buffer, reduce="home" if config.deterministic else "rank")
-    from flexpert.moe.cuda.runtime import LocalExperts  # needs triton
+    info, shape = source.info, source.expert_shape()
+    if buffer.spec.capacity == 1:
+        from flexpert.moe.cuda.runtime import LocalExperts  # needs triton
 
-    info = source.info
-    return LocalExperts(buffer.rank, info.moe_layers, info.experts, source.expert_shape(), device)
+        return LocalExperts(buffer.rank, info.moe_layers, info.experts, shape, device)
+    from flexpert.moe.cuda.exchanged import ExchangedExperts  # needs triton
+
+    return ExchangedExperts(buffer, info.moe_layers, info.experts, shape, device)
 
 
-def warm_up_sizes(most: int, config: EngineConfig) -> list[int]:
+def make_store(source: ModelSource, config: EngineConfig, device: torch.device) -> Store:
+    """Where the experts of a rank lie."""
+    shapes = [source.expert_shape(layer) for layer in range(source.info.moe_layers)]
+    if config.device == "cpu":
+        return ExpertStore(shapes, source.info.experts)
+    from flexpert.moe.cuda.store import DeviceStore  # needs triton
+
+    return DeviceStore(shapes, source.info.experts, device)
+
+
+def warm_up_sizes(most: int, config: EngineConfig, device: torch.device) -> list[int]:
     """Tokens of the batches to compute before serving: one of each kernel that will be needed."""
     if config.device != "cpu":
+        if device.type == "cpu":  # the interpreter compiles nothing
+            return [2]
         return sorted({min(rows, most) for rows in (2, 16, 64, 256, 1024, most)})
     if config.deterministic:
         return sorted({min(rows, most) for rows in (1, 2, most)})
     return padded_sizes(most)
 
 
-def graph_sizes(most: int) -> list[int]:
+def graph_sizes(most: int, device: torch.device) -> list[int]:
     """Sequences of the decode steps to capture: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … `most`."""
-    most = min(most, MOST_CAPTURED)
+    most = 1 if device.type == "cpu" else min(most, MOST_CAPTURED)
     sizes = {1, 2, 4, 8} | {n for k in range(4, 10) for n in (1 << k, 3 << k - 1)}
     return sorted({size for size in sizes if size < most} | {most})

@@ -7,14 +7,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from flexpert.comm import Buffer, CommError, ExpertTable
 from flexpert.models.source import ModelSource
 from flexpert.moe.experts import ExpertWeights, LayerExperts
 from flexpert.moe.placement import Placement
 from flexpert.moe.runtime import LayerState, expert_tables
-from flexpert.moe.store import ExpertStore, Key, LentExperts
+from flexpert.moe.store import Key, PeerExperts, Store
 
 Weights = dict[Key, ExpertWeights]
 
@@ -62,8 +60,7 @@ def prepare_epoch(
     buffer: Buffer,
     source: ModelSource,
     held: Weights,
-    store: ExpertStore,
-    device: torch.device,
+    store: Store,
     deterministic: bool,
     cancelled: threading.Event,
     progress: Callable[[float], None],
@@ -72,7 +69,7 @@ def prepare_epoch(
 
     Changes nothing that the running epoch uses: peers are connected but masked, and experts that
     are held stay where they are. Others come from the memory of a peer that has them, else from the
-    checkpoint, and go on to `device`. Runs in its own thread; what it loads in vain it drops again.
+    checkpoint. Runs in its own thread; what it loads in vain it drops again.
 
     Raises:
         Cancelled: the event was set meanwhile.
@@ -101,11 +98,7 @@ def prepare_epoch(
             source.load_experts(layer, [expert for _, expert in rest], place)
             for key in rest:
                 store.filled(key)
-            of_layer = [
-                held.get((layer, e)) or store.weights((layer, e)).to(device) for e in experts
-            ]
-            if device.type != "cpu":
-                store.drop(new)  # they are on the device now
+            of_layer = [held.get((layer, e)) or store.weights((layer, e)) for e in experts]
             weights.update(((layer, e), w) for e, w in zip(experts, of_layer, strict=True))
             layers.append(
                 LayerState(tables[layer], LayerExperts(of_layer, deterministic=deterministic))
@@ -117,18 +110,18 @@ def prepare_epoch(
     return PreparedEpoch(plan, weights, layers, len(loaded), copied)
 
 
-def _place(store: ExpertStore, layer: int, expert: int) -> ExpertWeights:
+def _place(store: Store, layer: int, expert: int) -> ExpertWeights:
     return store.weights((layer, expert))
 
 
 class _Lenders:
     """The peers whose memory has experts; each is opened when it is first needed."""
 
-    def __init__(self, rank: int, addresses: Mapping[int, bytes], store: ExpertStore) -> None:
+    def __init__(self, rank: int, addresses: Mapping[int, bytes], store: Store) -> None:
         self._store = store
         self._addresses: Sequence[bytes] = [addresses[r] for r in sorted(addresses) if r != rank]
         self._first = rank  # several newcomers begin with different peers
-        self._open: dict[bytes, LentExperts | None] = {}
+        self._open: dict[bytes, PeerExperts | None] = {}
 
     def copy(self, key: Key) -> bool:
         """Fill the own place of an expert; False if no peer has it."""
@@ -139,10 +132,10 @@ class _Lenders:
                 return True
         return False
 
-    def _peer(self, address: bytes) -> LentExperts | None:
+    def _peer(self, address: bytes) -> PeerExperts | None:
         if address not in self._open:
             try:
-                self._open[address] = LentExperts(address, self._store)
+                self._open[address] = self._store.borrow(address)
             except CommError:  # it ended, or it is on another machine: the checkpoint has it, too
                 self._open[address] = None
         return self._open[address]

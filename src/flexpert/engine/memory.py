@@ -79,12 +79,12 @@ def planned_memory(
     """What a rank needs when it holds `experts` replicas (all layers) among `members` ranks.
 
     Windows are sparse: only the regions of members are ever touched. The memory of a GPU does not
-    count: weights and KV cache are there.
+    count: weights, KV cache and windows are there.
     """
     info = source.info
     spec = buffer_spec(info, config, capacity)
     if config.device != "cpu":
-        return RankMemory(0, 0, 0, windows=size_bytes(spec) * members // capacity)
+        return RankMemory(0, 0, 0, 0)
     return RankMemory(
         dense=source.dense_nbytes(),
         experts=experts * source.expert_nbytes(),

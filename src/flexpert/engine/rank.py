@@ -23,18 +23,25 @@ from typing import Protocol
 import torch
 
 from flexpert.comm import (
-    Borrowed,
     Buffer,
     CommError,
     Interrupted,
     RankLost,
     RankTimeout,
+    borrow,
     lend,
-    make_buffer,
 )
 from flexpert.config import EngineConfig
 from flexpert.engine.arrivals import Arrivals
-from flexpert.engine.compute import graph_sizes, make_runtime, open_device, warm_up_sizes
+from flexpert.engine.compute import (
+    graph_sizes,
+    kernels_for,
+    make_exchange,
+    make_runtime,
+    make_store,
+    open_device,
+    warm_up_sizes,
+)
 from flexpert.engine.epoch import Cancelled, EpochPlan, PreparedEpoch, Weights, prepare_epoch
 from flexpert.engine.faults import Faults
 from flexpert.engine.memory import (
@@ -54,7 +61,6 @@ from flexpert.models.kv_cache import KVCache
 from flexpert.models.shard import ModelShard
 from flexpert.models.source import ModelSource
 from flexpert.moe.runtime import LayerState, warmup_tables
-from flexpert.moe.store import ExpertStore
 
 THREADED_HIDDEN = 2048
 _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it does not hang
@@ -98,25 +104,25 @@ class RankEngine:
         self.config = config
         self.capacity = capacity
         self.exchange_timeout_s = exchange_timeout_s
-        buffer = make_buffer(
-            rank, buffer_spec(info, config, capacity), timeout_s=exchange_timeout_s
-        )
+        self.device = open_device(config, rank)
+        spec = buffer_spec(info, config, capacity)
+        buffer = make_exchange(rank, spec, config, exchange_timeout_s)
         self.listener = faults.listening(listener) if faults else listener
         self.buffer: Buffer = faults.around(buffer) if faults else buffer
         self._faults = faults
-        self.device = open_device(config)
         self.moe = make_runtime(self.buffer, source, config, self.device)
         blocks = kv_blocks(info, config)
-        self.lent = lend(KVCache.nbytes(info, blocks, config.kv_block_size))
+        # peers read the cache of a rank that leaves
+        self.lent = lend(KVCache.nbytes(info, blocks, config.kv_block_size), self.device)
         self.shard = ModelShard.load(
             source,
             moe=self.moe,
             kv_blocks=blocks,
             kv_block_size=config.kv_block_size,
             deterministic=config.deterministic,
-            # peers read the cache of a rank that leaves; on a GPU it is the rank's own
-            kv_memory=self.lent.bytes if config.device == "cpu" else None,
+            kv_memory=self.lent.bytes,
             device=self.device,
+            kernels=kernels_for(config, self.device),
         )
         self.scheduler = Scheduler(
             EngineLimits(
@@ -128,9 +134,7 @@ class RankEngine:
                 prefix_cache=config.prefix_cache,
             )
         )
-        self.store = ExpertStore(
-            [source.expert_shape(layer) for layer in range(info.moe_layers)], info.experts
-        )
+        self.store = make_store(source, config, self.device)
         self.sampler = Sampler()
         self.steps = 0
         self._runtime: int | None = None
@@ -307,7 +311,7 @@ class RankEngine:
     def _cache_at(self, address: bytes) -> KVCache:
         """A peer's KV cache. Raises: PeerUnreachable"""
         kv, size = self.shard.kv, self.config.kv_block_size
-        return KVCache(self.source.info, kv.blocks, size, Borrowed(address).bytes)
+        return KVCache(self.source.info, kv.blocks, size, borrow(address, self.device).bytes)
 
     # ---- preparing an epoch -----------------------------------------------------------------
 
@@ -391,9 +395,10 @@ class RankEngine:
             limits = self.scheduler.limits
             room = min(limits.max_tokens_per_step, limits.blocks * limits.block_size)
             if self.config.device == "cuda":
-                self.shard.capture(graph_sizes(min(limits.max_running, room)), limits.longest_table)
+                sizes = graph_sizes(min(limits.max_running, room), self.device)
+                self.shard.capture(sizes, limits.longest_table)
             # one of each shape of products, which would otherwise be compiled while serving
-            for rows in warm_up_sizes(room, self.config):
+            for rows in warm_up_sizes(room, self.config, self.device):
                 self.shard.forward(_warmup_batch(rows, limits.block_size, limits.max_running))
         self.moe.install([])
 
@@ -499,16 +504,17 @@ class RankEngine:
 
     def _step(self) -> None:
         if not self.scheduler.has_work:
-            self.shard.forward_idle()
+            self._idle()
             self.steps += 1
             return
         plan = self.scheduler.plan()
         if plan.tokens == 0:
             self.scheduler.rollback(plan)
-            self.shard.forward_idle()
+            self._idle()
             return
         try:
             logits = self.shard.forward(_batch(plan))
+            self.buffer.check()
         except CommError:
             self.scheduler.rollback(plan)
             raise
@@ -517,6 +523,10 @@ class RankEngine:
         lost = self.moe.lost_rows()
         events = self.scheduler.commit(plan, sampled, None if lost is None else lost.numpy())
         self.listener.published(events)
+
+    def _idle(self) -> None:
+        self.shard.forward_idle()
+        self.buffer.check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -620,7 +630,6 @@ class _Preparation(threading.Thread):
                 source=engine.source,
                 held=engine._weights,
                 store=engine.store,
-                device=engine.device,
                 deterministic=engine.config.deterministic,
                 cancelled=self._cancelled,
                 progress=lambda share: engine.listener.progress(self.plan.epoch, share),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flexpert.models.deterministic import outside_modes
 from flexpert.moe import ops
-from flexpert.moe.kernels import NormKernel, kernels_of
+from flexpert.moe.kernels import NormKernel
 
 LIBRARY_ROWS: Final = 64
 """From here on a product goes to torch if that may use more than our one thread."""
@@ -25,17 +25,19 @@ _TRIAL_ROWS: Final = 64
 _MOST_DIFFERENT: Final = 0.01  # share of elements; sums in another order round some otherwise
 
 
-def fuse(model: nn.Module, *, deterministic: bool) -> None:
-    """Replace the forward of the modules of a loaded model that our kernels compute as well."""
+def fuse(model: nn.Module, norm: NormKernel, *, deterministic: bool) -> None:
+    """Replace the forward of the modules of a loaded model that our kernels compute as well.
+
+    norm: for the device that the model is on.
+    """
     for module in model.modules():
         if type(module) is nn.Linear:
             if _linear_pays(module.weight):
                 _replace(module, _linear(module, deterministic))
         elif (eps := epsilon(module)) is not None:
-            kernel = kernels_of(module.get_parameter("weight").device).rms_norm
             for early in (True, False):
-                if _is_norm(module, eps, kernel, early=early):
-                    _replace(module, _norm(module, eps, kernel, early))
+                if _is_norm(module, eps, norm, early=early):
+                    _replace(module, _norm(module, eps, norm, early))
                     break
 
 

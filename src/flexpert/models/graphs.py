@@ -148,6 +148,14 @@ class DecodeGraphs:
         """[tokens, vocab] logits of a batch that `fits`, valid until the next call."""
         tokens = batch.token_ids.shape[0]
         captured = self._captured[next(size for size in self._sizes if size >= tokens)]
+        self._replay(captured, batch)
+        return captured.logits[:tokens]
+
+    def idle(self) -> None:
+        """A step without tokens."""
+        self._replay(self._captured[self._sizes[0]], None)
+
+    def _replay(self, captured: _Captured, batch: ForwardBatch | None) -> None:
         if self._copied is not None:
             self._copied.synchronize()  # what lies on the host has been read
         captured.host.fill(batch)
@@ -156,12 +164,17 @@ class DecodeGraphs:
         if self._copied is not None:
             self._copied.record()
         captured.replay()
-        return captured.logits[:tokens]
 
 
 def record(walk: Walk, batch: ForwardBatch, pool: Any) -> tuple[Replay, Tensor]:
-    """A CUDA graph of `walk(batch)`: (how to replay it, where its result is then)."""
+    """A CUDA graph of `walk(batch)`: (how to replay it, where its result is then).
+
+    In Triton's interpreter there are no graphs: a replay walks again, over the same memory.
+    """
     device = batch.token_ids.device
+    if device.type == "cpu":
+        result = walk(batch).clone()
+        return lambda: result.copy_(walk(batch)), result
     here = torch.cuda.current_stream(device)
     aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     aside.wait_stream(here)

@@ -47,17 +47,21 @@ class KVCache:
         )
 
     def copy_from(self, other: KVCache, pairs: Sequence[tuple[int, int]]) -> int:
-        """Copies blocks, given as (block of `other`, block of this one); returns the bytes."""
+        """Copies blocks, given as (block of `other`, block of this one); returns the bytes, when
+        they are there."""
         if not pairs:
             return 0
-        source = torch.tensor([pair[0] for pair in pairs])
-        target = torch.tensor([pair[1] for pair in pairs])
+        device = self.layers[0][0].device
+        source = torch.tensor([pair[0] for pair in pairs], device=device)
+        target = torch.tensor([pair[1] for pair in pairs], device=device)
         copied = 0
         with torch.inference_mode():
             for mine, theirs in zip(self.layers, other.layers, strict=True):
                 for to, of in zip(mine, theirs, strict=True):
                     to.index_copy_(0, target, of.index_select(0, source))
                     copied += len(pairs) * to[0].nbytes
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
         return copied
 
 

@@ -25,7 +25,7 @@ from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelInfo, ModelSource
-from flexpert.moe.kernels import PagedAttentionKernel, kernels_of
+from flexpert.moe.kernels import Kernels, PagedAttentionKernel, kernels_of
 
 CPU = torch.device("cpu")
 
@@ -180,6 +180,7 @@ class ModelShard:
         deterministic: bool,
         kv_memory: Tensor | None = None,
         device: torch.device = CPU,
+        kernels: Kernels | None = None,
     ) -> ModelShard:
         """Read the dense weights and reserve the KV cache (its pages are touched on use).
 
@@ -187,6 +188,7 @@ class ModelShard:
             kv_memory: [`KVCache.nbytes`] uint8 for the cache, on `device`; default: memory of its
                 own.
             device: "cuda" needs a `moe` that has `expect`, and is never deterministic.
+            kernels: default: the device's.
 
         Raises:
             ModelError: a tensor of the checkpoint cannot be read or has another shape.
@@ -212,6 +214,7 @@ class ModelShard:
             kv_block_size=kv_block_size,
             deterministic=deterministic,
             kv_memory=kv_memory,
+            kernels=kernels,
         )
 
     @classmethod
@@ -227,6 +230,7 @@ class ModelShard:
         kv_block_size: int,
         deterministic: bool = False,
         kv_memory: Tensor | None = None,
+        kernels: Kernels | None = None,
     ) -> ModelShard:
         """Bind a model that has its dense weights to a KV cache, beside them, and to `moe`.
 
@@ -235,7 +239,7 @@ class ModelShard:
             attention_names, experts_names: its modules of either kind, in the order of the forward.
         """
         device = next(model.parameters()).device
-        kernels = kernels_of(device)
+        kernels = kernels or kernels_of(device)
         if kv_memory is None:
             size = KVCache.nbytes(info, kv_blocks, kv_block_size)
             kv_memory = torch.empty(size, dtype=torch.uint8, device=device)
@@ -252,7 +256,7 @@ class ModelShard:
             registrations.bind(module, routed)
             experts.append(routed)
         with torch.inference_mode():
-            fuse(model, deterministic=deterministic)
+            fuse(model, kernels.rms_norm, deterministic=deterministic)
             if kernels.fusions is not None:
                 fuse_modules(model, kernels.fusions)
         return cls(
@@ -313,6 +317,10 @@ class ModelShard:
         """Take part in a step without tokens: each MoE layer in order, no attention."""
         device = self._device
         with torch.inference_mode(), self._mode():
+            if self._runtime is not None and self.graphs is not None:
+                self._runtime.expect(0)
+                self.graphs.idle()
+                return
             for layer in self._experts:
                 layer.runtime.forward(
                     layer.layer,

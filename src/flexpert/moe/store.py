@@ -8,17 +8,40 @@ the epoch for which it copies has begun, so nothing is locked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flexpert.comm import Borrowed, lend
+from flexpert.comm import Borrowed, lend_pages
 from flexpert.moe.experts import ExpertShape, ExpertWeights
 
 _PAGE = 4096
 
 Key = tuple[int, int]
 """(layer among the MoE layers, expert)."""
+
+
+class PeerExperts(Protocol):
+    """The experts in a peer's memory."""
+
+    def memory(self, key: Key) -> Tensor | None:
+        """[bytes] uint8; must not be written to. None: the peer does not have it."""
+        ...
+
+
+class Store(Protocol):
+    """What an epoch's experts lie in; see `ExpertStore`."""
+
+    address: bytes
+
+    @property
+    def resident(self) -> int: ...
+    def weights(self, key: Key) -> ExpertWeights: ...
+    def filled(self, key: Key) -> None: ...
+    def copy(self, key: Key, peer: PeerExperts) -> bool: ...
+    def drop(self, keys: Iterable[Key]) -> None: ...
+    def borrow(self, address: bytes) -> PeerExperts: ...
 
 
 class _Places:
@@ -58,7 +81,7 @@ class ExpertStore:
             experts: of each layer.
         """
         self._places = _Places(shapes, experts)
-        self._lent = lend(self._places.size)
+        self._lent = lend_pages(self._places.size)
         self.address = self._lent.address
 
     def __contains__(self, key: Key) -> bool:
@@ -79,12 +102,13 @@ class ExpertStore:
         """Peers may copy it from now on."""
         self._lent.bytes[self._places.entry(key)] = 1
 
-    def copy(self, key: Key, peer: LentExperts) -> bool:
+    def copy(self, key: Key, peer: PeerExperts) -> bool:
         """Fill a place from a peer's memory; False if the peer does not have it."""
-        if not peer.holds(key):
+        there = peer.memory(key)
+        if there is None:
             return False
         begin, size = self._places.place(key)
-        self._lent.bytes[begin : begin + size] = peer.memory(key)
+        self._lent.bytes[begin : begin + size] = there
         self.filled(key)
         return True
 
@@ -94,6 +118,10 @@ class ExpertStore:
             self._lent.bytes[self._places.entry(key)] = 0
             begin, size = self._places.place(key)
             self._lent.release(begin, _pages(size))
+
+    def borrow(self, address: bytes) -> LentExperts:
+        """A peer's store of the same model. Raises: PeerUnreachable"""
+        return LentExperts(address, self)
 
 
 class LentExperts:
@@ -110,11 +138,9 @@ class LentExperts:
         self._places = own._places
         self._borrowed = Borrowed(address)
 
-    def holds(self, key: Key) -> bool:
-        return bool(self._borrowed.read(self._places.entry(key), (1,), torch.uint8))
-
-    def memory(self, key: Key) -> Tensor:
-        """[bytes] uint8; must not be written to."""
+    def memory(self, key: Key) -> Tensor | None:
+        if not self._borrowed.read(self._places.entry(key), (1,), torch.uint8):
+            return None
         begin, size = self._places.place(key)
         return self._borrowed.read(begin, (size,), torch.uint8)
 

@@ -16,11 +16,15 @@ import importlib.util
 import torch
 
 from flexpert.comm.errors import CommError
+from flexpert.comm.interpreter import INTERPRETED
 
 
-def require() -> None:
-    """Raises: CommError: this machine cannot use the backend; says what is missing."""
+def require(*, measuring: bool = False) -> None:
+    """measuring: Triton's interpreter is not enough.
+
+    Raises: CommError: this machine cannot use the backend; says what is missing.
+    """
     if importlib.util.find_spec("triton") is None:
         raise CommError("backend 'cuda' needs Triton: pip install 'flexpert[cuda]'")
-    if not torch.cuda.is_available():
+    if (measuring or not INTERPRETED) and not torch.cuda.is_available():
         raise CommError("backend 'cuda' needs a GPU, and a torch that is built with CUDA")

@@ -58,6 +58,7 @@ from flexpert.comm.errors import (
     StaleEpoch,
 )
 from flexpert.comm.host.buffer import HostBuffer
+from flexpert.comm.interpreter import INTERPRETED
 from flexpert.comm.routing import check_dispatch, check_table
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 T = TypeVar("T")
+
+CPU = torch.device("cpu")
 
 _CONTROL_HIDDEN = 16  # rows of the control buffer are never used
 
@@ -99,7 +102,7 @@ class CudaBuffer(Buffer):
         """device: of the window; default: the current CUDA device. The rest: see `make_buffer`."""
         check(spec)
         self.rank, self.spec, self.timeout_s = rank, spec, timeout_s
-        self.device = device or torch.device("cuda", torch.cuda.current_device())
+        self.device = device or default_device()
         self._cuda = self.device.type == "cuda"
         self._lenient = on_timeout == "mask"
         self._store = store
@@ -305,6 +308,7 @@ class CudaBuffer(Buffer):
             self._links,
             self._control.epoch,
             limit_ns=int(self.timeout_s * 1e9),
+            elsewhere=any(memory.elsewhere for memory in self._peers.values()),
             restart=restart,
         )
 
@@ -512,13 +516,7 @@ class CudaBuffer(Buffer):
         return _Hook(receive)
 
     def check(self) -> tuple[int, ...]:
-        """Wait for what was launched, and act on what kernels have reported since the last call;
-        call it after each replay of a captured graph. Does nothing while a graph is captured.
-
-        Returns: the ids that were masked because nothing came from them (on_timeout="mask").
-
-        Raises: RankTimeout, RankLost, Interrupted: on_timeout="raise"; the epoch is over.
-        """
+        """As in `Buffer`. Does nothing while a graph is captured."""
         if _capturing(self._cuda):
             return ()
         self._synchronize()
@@ -657,6 +655,11 @@ class CudaBuffer(Buffer):
                 f"{self.device}, contiguous; is {list(tensor.shape)} {tensor.dtype} on "
                 f"{tensor.device}"
             )
+
+
+def default_device() -> torch.device:
+    """The current GPU; in Triton's interpreter the CPU."""
+    return CPU if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
 
 
 def _capturing(cuda: bool) -> bool:

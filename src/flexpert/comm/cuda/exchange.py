@@ -27,9 +27,11 @@ from flexpert.comm.cuda.layout import (
     scale_bytes,
     tag,
 )
+from flexpert.comm.interpreter import INTERPRETED
 
 _FOREVER_NS = 2**62
-_SIM_POLLS = 3  # the limit in Triton's interpreter, where nobody writes while a kernel waits
+_SIM_POLLS = 3  # the limit in Triton's interpreter, where a kernel of one process waits for none
+_SIM_NS = 250_000  # of one look, roughly; the limit where peers are other processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,8 @@ class Tuning:
     reducers: programs of reduce, at most.
     chunk: slots that one program of index_rows looks at in one go.
     checks: read masks and epochs; False only to measure what they cost.
+
+    In Triton's interpreter, where a program takes a millisecond, the default is `FEW`.
     """
 
     send_width: int = 8192
@@ -53,6 +57,9 @@ class Tuning:
     reducers: int = 4096
     chunk: int = 1024
     checks: bool = True
+
+
+FEW = Tuning(workers=4, reducers=8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +116,7 @@ class Exchange:
     ) -> None:
         check(spec)
         self.rank, self.spec, self.window, self.page = rank, spec, window, page
-        self.tuning = tuning or Tuning()
+        self.tuning = tuning or (FEW if INTERPRETED else Tuning())
         self.layout = layout(spec, home=home)
         self.home = home
         device = window.device
@@ -129,7 +136,7 @@ class Exchange:
         self.weights = window[at : at + self.most_rows * 4].view(torch.float32)
         self._lanes = triton.next_power_of_2(spec.capacity)
         self._topk_lanes = triton.next_power_of_2(spec.topk)
-        self._sim = waiting.INTERPRETED
+        self._sim = INTERPRETED
 
     # ---- what the host rewrites ---------------------------------------------------------------
 
@@ -140,6 +147,7 @@ class Exchange:
         epoch: int,
         *,
         limit_ns: int = _FOREVER_NS,
+        elsewhere: bool = False,
         restart: tuple[int, ...] | None = None,
     ) -> None:
         """Write membership into the table, in the order of the current stream.
@@ -149,6 +157,7 @@ class Exchange:
             links: id → number of the link, of those that take part; the own id among them.
             epoch: of the flags.
             limit_ns: of every wait.
+            elsewhere: a peer is another process; only the interpreter needs to know.
             restart: ids whose numbering begins anew; None: all.
         """
         if self._host.is_pinned():
@@ -160,7 +169,8 @@ class Exchange:
         for peer, link in links.items():
             host[Word.ACTIVE + peer] = 1
             host[Word.TAG + peer] = tag(epoch, link)
-        host[Word.LIMIT] = _SIM_POLLS if self._sim else limit_ns
+        looks = limit_ns // _SIM_NS if elsewhere else _SIM_POLLS
+        host[Word.LIMIT] = looks if self._sim else limit_ns
         host[Word.LIMIT + 1] = self.page.data_ptr()
         self.table[:HOST_WORDS].copy_(host, non_blocking=True)
         if restart is None:

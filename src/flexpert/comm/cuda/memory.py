@@ -11,12 +11,13 @@ blocks cannot be shared one by one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from typing import Any
 
 import torch
 
-from flexpert.comm.errors import PeerUnreachable
+from flexpert.comm.errors import CommError, PeerUnreachable
 
 HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
@@ -26,7 +27,7 @@ class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_char * HANDLE_BYTES),)
 
 
-class CudaError(Exception):
+class CudaError(CommError):
     """A call of the CUDA runtime failed."""
 
 
@@ -70,6 +71,8 @@ class SharedMemory:
     tensor: [size] uint8. handle: for `PeerMemory` in another process. Freed by `close`.
     """
 
+    elsewhere = False
+
     def __init__(self, size: int, device: torch.device) -> None:
         """Raises: CudaError: no memory, or the device cannot share it."""
         self._runtime = _runtime()
@@ -105,9 +108,11 @@ class SharedMemory:
 
 
 class PeerMemory:
-    """A window of another process, mapped into this one."""
+    """Memory of another process, mapped into this one."""
 
-    def __init__(self, peer: int, handle: bytes, device: torch.device) -> None:
+    elsewhere = True
+
+    def __init__(self, whose: str, handle: bytes, device: torch.device) -> None:
         """Raises: PeerUnreachable: the process is gone, or its GPU cannot be reached from here."""
         self._runtime = _runtime()
         self._device = device
@@ -117,7 +122,7 @@ class PeerMemory:
             try:
                 _check(
                     self._runtime,
-                    f"the window of rank {peer} cannot be mapped",
+                    f"the memory of {whose} cannot be mapped",
                     self._runtime.cudaIpcOpenMemHandle(
                         ctypes.byref(at), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS
                     ),
@@ -129,6 +134,11 @@ class PeerMemory:
         assert at.value is not None
         self.address = at.value
 
+    def tensor(self, size: int) -> torch.Tensor:
+        """[size] uint8. The mapping goes with the last tensor that shares this one's memory."""
+        whole = _Array(_Unmapped(self), self.address, size)
+        return torch.as_tensor(whole, device=self._device)
+
     def close(self) -> None:
         """Unmap it. No kernel that was launched may still use it: see the caller."""
         address, self.address = self.address, 0
@@ -139,3 +149,16 @@ class PeerMemory:
                     "unmapping a window",
                     self._runtime.cudaIpcCloseMemHandle(ctypes.c_void_p(address)),
                 )
+
+
+class _Unmapped:
+    """Closes a mapping when it is collected."""
+
+    def __init__(self, memory: PeerMemory) -> None:
+        self._memory = memory
+
+    def __del__(self) -> None:
+        # at the end of the process the runtime may be gone, and the mapping with it
+        with contextlib.suppress(CudaError, AttributeError, TypeError):
+            torch.cuda.synchronize(self._memory._device)
+            self._memory.close()

@@ -1,7 +1,7 @@
 """Windows of ranks, and how one finds another's.
 
 Between processes a window is mapped by its IPC handle (memory.py). Ranks of one process use each
-other's addresses as they are; in Triton's interpreter a window is ordinary memory.
+other's addresses as they are; in Triton's interpreter a window is lent memory of this machine.
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ import torch
 
 from flexpert.comm.buffer import BufferSpec
 from flexpert.comm.cuda.memory import PeerMemory, SharedMemory
-from flexpert.comm.errors import PeerUnreachable
 from flexpert.comm.layout import spec_hash
+from flexpert.comm.lent import Borrowed, lend_pages
 
 
 class Memory(Protocol):
-    """A window that this process can write: its own or a peer's. address: 0 after `close`."""
+    """A window that this process can write: its own or a peer's.
+
+    address: 0 after `close`. elsewhere: the owner is another process.
+    """
 
     address: int
+    elsewhere: bool
 
     def close(self) -> None: ...
 
 
 class Window(Memory, Protocol):
-    """The own window. tensor: [size] uint8. handle: for other processes, or empty."""
+    """The own window. tensor: [size] uint8. handle: for other processes."""
 
     tensor: torch.Tensor
     handle: bytes
@@ -65,17 +69,34 @@ def decode(peer: int, encoded: bytes, spec: BufferSpec) -> Address:
 
 
 class _HostWindow:
-    handle = b""
+    elsewhere = False
 
     def __init__(self, size: int) -> None:
-        self.tensor = torch.zeros(size, dtype=torch.uint8)
+        self._lent = lend_pages(size)
+        self.tensor = self._lent.bytes
         self.address = self.tensor.data_ptr()
+        self.handle = self._lent.address
+
+    def close(self) -> None:
+        if self.address:
+            self.address = 0
+            self._lent.close()
+
+
+class _HostPeer:
+    elsewhere = True
+
+    def __init__(self, handle: bytes) -> None:
+        self._borrowed = Borrowed(handle, writable=True)
+        self.address = self._borrowed.bytes.data_ptr()
 
     def close(self) -> None:
         self.address = 0
 
 
 class _SameProcess:
+    elsewhere = False
+
     def __init__(self, address: int) -> None:
         self.address = address
 
@@ -92,6 +113,6 @@ def open_window(peer: int, address: Address, device: torch.device) -> Memory:
     """Raises: PeerUnreachable: the process is gone, or its memory cannot be reached."""
     if address.pid == os.getpid():
         return _SameProcess(address.pointer)
-    if not address.handle or device.type != "cuda":
-        raise PeerUnreachable(f"the window of rank {peer} is in no memory of a GPU")
-    return PeerMemory(peer, address.handle, device)
+    if device.type != "cuda":
+        return _HostPeer(address.handle)
+    return PeerMemory(f"rank {peer}", address.handle, device)

@@ -38,16 +38,15 @@ SIM: in Triton's interpreter programs run one after another, and time is the num
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from flexpert.comm.cuda import layout as at
 from flexpert.comm.cuda.layout import Page, Word
+from flexpert.comm.interpreter import mend
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+mend()
 
 LANES = tl.constexpr(at.LANES)
 PEER = tl.constexpr(int(Word.PEER))

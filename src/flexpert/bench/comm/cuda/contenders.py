@@ -71,7 +71,7 @@ class Ours:
             site.rank, spec, self._memory.tensor, page, home=False, tuning=Tuning(**tuning)
         )
         self._peers = {
-            rank: PeerMemory(rank, handle, site.device)
+            rank: PeerMemory(f"rank {rank}", handle, site.device)
             for rank, handle in enumerate(site.gather(self._memory.handle))
             if rank != site.rank
         }

@@ -1,0 +1,32 @@
+"""Triton's interpreter: kernels without a GPU, to test with. Asked for by TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def mend() -> None:
+    """Triton 3.9 makes integers of a comparison of scalars, and takes only bools as masks.
+
+    To be called before a kernel runs; does nothing where nothing is interpreted.
+    """
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    builder: Any = interpreter.InterpreterBuilder
+    splat = builder.create_splat
+    if hasattr(splat, "mended"):
+        return
+
+    def create_splat(self: Any, kind: Any, scalar: Any) -> Any:
+        handle = splat(self, kind, scalar)
+        if scalar.data.dtype == bool:
+            handle.data = handle.data.astype(bool)
+        return handle
+
+    create_splat.mended = True  # type: ignore[attr-defined]
+    builder.create_splat = create_splat

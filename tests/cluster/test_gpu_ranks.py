@@ -1,0 +1,129 @@
+"""`--device cuda` with several ranks: as on a CPU, through joins, leaves and a kill.
+
+Without a GPU in Triton's interpreter: the same processes, epochs, windows and moves, only slower.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from flexpert import LLM, SamplingParams
+from flexpert.models.source import ModelSource
+
+pytest.importorskip("triton", reason="the GPU kernels need the package triton")
+
+GREEDY = SamplingParams(max_tokens=10, temperature=0.0, seed=1, ignore_eos=True)
+PROMPTS = [[5, 9, 40, 41], [60, 61, 62], [7, 8, 9, 10, 11, 12]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two layers, four experts: the interpreter takes milliseconds for each piece of a product."""
+    path = tmp_path_factory.mktemp("small")
+    tokenizer = ModelSource.open("tiny").tokenizer()
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def opened(model: str, device: str) -> LLM:
+    return LLM(
+        model,
+        ranks=2,
+        max_ranks=3,
+        engine__device=device,
+        engine__max_tokens_per_step=16,
+        engine__max_running=3,
+        engine__kv_memory="64k",
+        engine__kv_block_size=4,
+        model__dtype="float32",
+        cluster__exchange_timeout_s=60.0,
+        cluster__stall_timeout_s=30.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(model: str) -> list[list[int]]:
+    with opened(model, "cpu") as llm:
+        return [answer.token_ids for answer in llm.generate(PROMPTS, GREEDY)]
+
+
+@pytest.fixture(scope="module")
+def llm(model: str) -> Iterator[LLM]:
+    with opened(model, "cuda") as made:
+        yield made
+
+
+class Answers(threading.Thread):
+    """Those to the prompts, while something else happens."""
+
+    def __init__(self, llm: LLM) -> None:
+        super().__init__()
+        self.llm = llm
+        self.found: list[list[int]] = []
+        self.start()
+
+    def run(self) -> None:
+        self.found = [answer.token_ids for answer in self.llm.generate(PROMPTS, GREEDY)]
+
+    def wait_until_some_run(self) -> None:
+        while not any(rank.running for rank in self.llm.cluster().ranks):
+            assert self.is_alive()
+            threading.Event().wait(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_answers_are_those_of_the_cpu_through_joins_and_leaves(
+    llm: LLM, expected: list[list[int]]
+) -> None:
+    answers = Answers(llm)
+    answers.wait_until_some_run()
+    grown = llm.scale(3)
+    answers.join()
+    assert answers.found == expected
+    assert grown.copied_experts == grown.moved_experts > 0  # from its peers' memory
+    captured = {rank.id: rank.graphs for rank in llm.cluster().ranks}
+    answers = Answers(llm)
+    answers.wait_until_some_run()
+    shrunk = llm.scale(remove=[0])
+    answers.join()
+    assert answers.found == expected
+    assert (shrunk.moved_requests > 0) == (shrunk.moved_with_kv > 0)
+    assert shrunk.recomputed_tokens == 0
+    assert {rank.id: rank.graphs for rank in llm.cluster().ranks} == {
+        1: captured[1],
+        2: captured[2],
+    }
+    assert all(captured.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_rank_costs_no_answer(llm: LLM, expected: list[list[int]]) -> None:
+    answers = Answers(llm)
+    answers.wait_until_some_run()
+    victim = llm.cluster().ranks[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    answers.join()
+    assert answers.found == expected
