@@ -21,9 +21,11 @@ from flexpert.errors import FlexpertError, ModelError
 
 log = logging.getLogger("flexpert")
 
-# Threads that wait for the next parallel region must sleep: ranks share the cores.
 _ENVIRONMENT = {
+    # threads that wait for the next parallel region must sleep: ranks share the cores
     "OMP_WAIT_POLICY": "PASSIVE",
+    # whether there is a GPU is asked without CUDA: a process that used it cannot be forked
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MALLOC_ARENA_MAX": "2",
 }
