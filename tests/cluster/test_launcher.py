@@ -1,19 +1,30 @@
-"""What counts as a rank's progress."""
+"""What counts as a rank's progress, and whom a launcher kills."""
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
-from flexpert.cluster.launcher import LocalLauncher
+from flexpert.cluster.forkserver import RankSpec, Started, encode
+from flexpert.cluster.launcher import LocalLauncher, _Child
+from flexpert.config import Config
 
 BUSY = "print(flush=True)\nwhile True: pass"
+
+
+def known(process: subprocess.Popen[bytes]) -> _Child:
+    """As if a fork server, whose place this process takes, had told of it."""
+    child = _Child()
+    child.found(process.pid, parent=os.getpid())
+    return child
 
 
 @pytest.fixture
@@ -24,7 +35,7 @@ def busy() -> Iterator[tuple[LocalLauncher, int]]:
         assert process.stdout
         process.stdout.readline()
         launcher = LocalLauncher(lambda rank, status: None)
-        launcher._pids[0] = process.pid
+        launcher._children[0] = known(process)
         yield launcher, process.pid
     finally:
         process.kill()
@@ -52,6 +63,61 @@ def test_who_is_gone_makes_none() -> None:
     launcher = LocalLauncher(lambda rank, status: None)
     assert launcher.progress(7) is None
     gone = subprocess.Popen([sys.executable, "-c", ""])
+    launcher._children[7] = known(gone)
     gone.wait()
-    launcher._pids[7] = gone.pid
     assert launcher.progress(7) is None
+
+
+SPEC = RankSpec(0, "ipc://nowhere", "token", "{}")
+
+
+@pytest.fixture
+def forking(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalLauncher]:
+    """A launcher with a fork server, played by this process, that has been asked for rank 0."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        launcher = LocalLauncher(lambda rank, status, why: None)
+        launcher._config = Config()
+        launcher._channel = ours
+        launcher._process = SimpleNamespace(pid=os.getpid())  # type: ignore[assignment]
+        monkeypatch.setattr(os, "kill", lambda pid, number: pytest.fail(f"kill({pid}, {number})"))
+        launcher.spawn(SPEC)
+        yield launcher
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    read = "import sys; sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", read], stdin=subprocess.PIPE)
+    yield process
+    process.communicate()  # its input ends, and so does it
+
+
+def test_a_rank_that_is_killed_again_and_again_while_it_forks_is_the_only_one_killed(
+    forking: LocalLauncher, sleeper: subprocess.Popen[bytes]
+) -> None:
+    """A pid that is not known is no number to signal: -1 would be every process of the user."""
+    for _ in range(3):
+        forking.kill(0)
+    forking._handle(encode(Started(0, sleeper.pid)))
+    assert sleeper.wait(10.0) == -signal.SIGKILL
+    forking.kill(0)
+
+
+def test_a_pid_that_belongs_to_somebody_else_by_now_is_left_alone(
+    forking: LocalLauncher, sleeper: subprocess.Popen[bytes]
+) -> None:
+    forking._process = SimpleNamespace(pid=1)  # type: ignore[assignment]
+    forking.kill(0)
+    forking._handle(encode(Started(0, sleeper.pid)))
+    forking.kill(0)
+    assert forking.progress(0) is None
+    assert sleeper.poll() is None
+
+
+def test_who_ended_before_it_was_told_is_not_signalled(forking: LocalLauncher) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    forking._handle(encode(Started(0, gone.pid)))
+    forking.kill(0)
+    assert forking.progress(0) is None

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from flexpert.cluster import forkserver
@@ -44,7 +45,7 @@ class LocalLauncher:
         self._on_exit = on_exit
         self._config: Config | None = None
         self._timeout_s = 0.0
-        self._pids: dict[int, int] = {}
+        self._children: dict[int, _Child] = {}
         self._waiting: list[RankSpec] = []  # for a fork server that is starting
         self._starting: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -92,7 +93,7 @@ class LocalLauncher:
         if self._config is None:
             raise FlexpertError("the fork server was never started")
         self._empty.clear()
-        self._pids[spec.rank] = 0
+        self._children[spec.rank] = _Child()
         if self._channel is not None and self._starting is None:
             self._send(self._channel, spec)
             return
@@ -133,16 +134,13 @@ class LocalLauncher:
 
     def kill(self, rank: int) -> None:
         """SIGKILL; nothing if it is gone already."""
-        pid = self._pids.get(rank)
-        if pid:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        elif any(spec.rank == rank for spec in self._waiting):
+        child = self._children.get(rank)
+        if any(spec.rank == rank for spec in self._waiting):
             self._waiting = [spec for spec in self._waiting if spec.rank != rank]
             gone = "the fork server was still starting"
             asyncio.get_running_loop().call_soon(self._gone, rank, -signal.SIGKILL, gone)
-        elif pid == 0:  # the fork is under way: as soon as its pid is known
-            self._pids[rank] = -1
+        elif child is not None:
+            child.kill()
 
     def progress(self, rank: int) -> object:
         """Nanoseconds of processor time of a rank so far; None if it is gone.
@@ -151,9 +149,10 @@ class LocalLauncher:
         lives, or which gets little of a busy machine. One that wants a processor and gets none is
         starved, not stalled: what is returned for it equals nothing.
         """
-        pid = self._pids.get(rank, 0)
-        if pid <= 0:
+        child = self._children.get(rank)
+        if child is None or child.pidfd is None:
             return None
+        pid = child.pid
         try:
             return object() if _is_runnable(pid) else time.clock_gettime_ns(_process_clock(pid))
         except OSError:
@@ -171,7 +170,7 @@ class LocalLauncher:
         self._waiting.clear()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
-        for rank in list(self._pids):
+        for rank in list(self._children):
             self.kill(rank)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
@@ -212,16 +211,16 @@ class LocalLauncher:
             if self._ready and not self._ready.done():
                 self._ready.set_exception(ModelError(answer.error))
         elif isinstance(answer, Started):
-            wanted = self._pids.get(answer.rank) != -1
-            self._pids[answer.rank] = answer.pid
-            if not wanted:
-                self.kill(answer.rank)
+            assert self._process is not None  # it has just spoken
+            self._children[answer.rank].found(answer.pid, parent=self._process.pid)
         elif isinstance(answer, Exited):
             self._gone(answer.rank, answer.status)
 
     def _gone(self, rank: int, status: int, why: str = "") -> None:
-        self._pids.pop(rank, None)
-        if not self._pids:
+        child = self._children.pop(rank, None)
+        if child is not None:
+            child.close()
+        if not self._children:
             self._empty.set()
         self._on_exit(rank, status, why)
 
@@ -231,11 +230,11 @@ class LocalLauncher:
         if self._ready and not self._ready.done():
             self._ready.set_exception(FlexpertError("the fork server ended while it started"))
         later = {spec.rank for spec in self._waiting}
-        ranks = {rank: pid for rank, pid in self._pids.items() if rank not in later}
+        ranks = {rank: child for rank, child in self._children.items() if rank not in later}
         if self._process is not None:
             self._do(self._bury(self._process, ranks))
 
-    async def _bury(self, process: subprocess.Popen[bytes], ranks: dict[int, int]) -> None:
+    async def _bury(self, process: subprocess.Popen[bytes], ranks: dict[int, _Child]) -> None:
         """Tell the ends of a fork server's ranks, each when its process is certainly gone.
 
         The kernel closes the server's socket before it ends the server's children.
@@ -243,28 +242,71 @@ class LocalLauncher:
         process.kill()
         status = await asyncio.to_thread(process.wait)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        for rank, pid in ranks.items():
-            if pid > 0:  # else it had not been told yet; it has ended with the server
-                await _end(pid)
+        for rank, child in ranks.items():
+            await child.end()
             self._gone(rank, -signal.SIGKILL, f"the fork server ended ({how})")
 
 
-async def _end(pid: int) -> None:
-    """Kill a process that is not our child, and wait until it has ended."""
+@dataclass(slots=True)
+class _Child:
+    """A process of the fork server.
+
+    It is signalled through a descriptor of its own, never by a number: its pid may belong to
+    somebody else by now, and 0 and -1 mean many processes.
+
+    pidfd: None while the fork is under way, and of one that had ended before it was told.
+    """
+
+    pid: int = 0
+    pidfd: int | None = None
+    doomed: bool = False
+
+    def found(self, pid: int, parent: int) -> None:
+        """The fork is done. A pid that is no child of `parent` any more has ended already."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        if _parent(pid) != parent:
+            os.close(pidfd)
+            return
+        self.pid, self.pidfd = pid, pidfd
+        if self.doomed:
+            self.kill()
+
+    def kill(self) -> None:
+        """Now, or as soon as the fork is done."""
+        self.doomed = True
+        if self.pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    async def end(self) -> None:
+        """Kill it, though it is not our child, and wait until it has ended."""
+        if self.pidfd is None:  # it was not told yet: it has ended with the server
+            return
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(self.pidfd, ended.set)
+        try:
+            self.kill()
+            await ended.wait()
+        finally:
+            loop.remove_reader(self.pidfd)
+
+    def close(self) -> None:
+        pidfd, self.pidfd = self.pidfd, None
+        if pidfd is not None:
+            os.close(pidfd)
+
+
+def _parent(pid: int) -> int | None:
+    """Of a process; None if it is gone."""
     try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    loop = asyncio.get_running_loop()
-    ended = asyncio.Event()
-    loop.add_reader(pidfd, ended.set)
-    try:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        await ended.wait()
-    finally:
-        loop.remove_reader(pidfd)
-        os.close(pidfd)
+        with open(f"/proc/{pid}/stat") as stat:
+            return int(stat.read().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def _process_clock(pid: int) -> int:
