@@ -109,6 +109,7 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
         steps=30,
         error=0.01,
         build_s=1.0,
+        captures=4,
         capture_s=2.0,
         points=[point, msgspec.structs.replace(point, transformers_us=None, skipped="no room")],
     )

@@ -19,6 +19,8 @@ CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) CUDA_MPS_LOG_DIRECTORY=$(mktemp -d)
 export CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 nvidia-cuda-mps-control -d
 run serving python3 tools/gpu/check_serving.py
+# half of the layers: four ranks with all of them need more than 80 GB
+run ranks python3 -m flexpert bench decode --ranks 1,2,4 --layers 24 --json "$out/ranks.json"
 echo quit | nvidia-cuda-mps-control
 unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 run decode python3 -m flexpert bench decode --json "$out/decode.json"

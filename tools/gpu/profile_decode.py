@@ -11,6 +11,7 @@ from collections import defaultdict
 import torch
 
 from flexpert.bench.gpu.decode import _Ours
+from flexpert.bench.gpu.decode_group import place_on
 from flexpert.bench.gpu.model import RandomModel, qwen3_30b_a3b
 
 CONTEXT = 512
@@ -22,7 +23,9 @@ def main() -> None:
     parser.add_argument("--batch", default="1,64")
     args = parser.parse_args()
     batches = [int(part) for part in args.batch.split(",")]
-    model = RandomModel.build(qwen3_30b_a3b(args.layers), torch.device("cuda", 0))
+    model = RandomModel.build(
+        qwen3_30b_a3b(args.layers), torch.device("cuda", 0), place=place_on(1)
+    )
     with torch.inference_mode():
         ours = _Ours(model, batches, CONTEXT + 1, lambda _: None)
         for size in batches:

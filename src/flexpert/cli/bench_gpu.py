@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from flexpert.config import MOST_GPU_RANKS
 from flexpert.errors import ConfigError, FlexpertError
 
 T = TypeVar("T")
@@ -22,6 +23,7 @@ DECODE_EXAMPLES = (
     "flexpert bench decode",
     "flexpert bench decode --batch 1,64 --context 2048 --json decode.json",
     "flexpert bench decode --layers 8 --no-rival  [dim](a quick look)[/]",
+    "flexpert bench decode --ranks 1,2,4  [dim](under MPS)[/]",
 )
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="All figures.")]
@@ -68,7 +70,12 @@ def bench_layer(
 
 
 def bench_decode(
-    batch: Annotated[str, typer.Option(metavar="N[,N…]", help="Sequences.")] = "1,16,64,256",
+    batch: Annotated[
+        str, typer.Option(metavar="N[,N…]", help="Sequences, of all ranks together.")
+    ] = "1,16,64,256",
+    ranks: Annotated[
+        str, typer.Option(metavar="N[,N…]", help="On the one GPU; under MPS they run at once.")
+    ] = "1",
     layers: Annotated[int, typer.Option(min=1, max=48, help="Of the model's 48.")] = 48,
     context: Annotated[int, typer.Option(min=1, help="Tokens in each one's KV cache.")] = 512,
     steps: Annotated[int, typer.Option(min=1, help="Timed for each batch.")] = 30,
@@ -78,13 +85,16 @@ def bench_decode(
 ) -> None:
     """Measure a decode step of a model like Qwen3-30B-A3B on one GPU, with random weights.
 
-    The engine's own path, from tokens on the host to the next ones, as one rank; beside the time
-    that reading weights and KV cache takes, and transformers. Needs some 78 GB of GPU memory.
+    The engine's own path, from tokens on the host to the next ones, as one rank or several; beside
+    the time that reading weights and KV cache takes, and transformers. Needs some 78 GB of GPU
+    memory. Several ranks on one GPU run at the same time under NVIDIA's MPS only: start it before.
     Exit status 1 if the logits are not those of transformers.
     """
     from flexpert.moe.kernels import open_gpu
 
-    batches = _numbers(batch, "--batch")
+    batches, counts = _numbers(batch, "--batch"), _numbers(ranks, "--ranks")
+    if counts[-1] > MOST_GPU_RANKS:
+        raise ConfigError(f"--ranks {ranks}: at most {MOST_GPU_RANKS} ranks exchange")
     _check_folder(json_)
     open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.decode import run_decode
@@ -93,6 +103,7 @@ def bench_decode(
     report = _with_status(
         lambda note: run_decode(
             batches,
+            ranks=counts,
             layers=layers,
             context=context,
             steps=steps,

@@ -33,6 +33,7 @@ from flexpert.comm import (
 )
 from flexpert.config import EngineConfig
 from flexpert.engine.arrivals import Arrivals
+from flexpert.engine.beside import Fetch, Preparation
 from flexpert.engine.compute import (
     graph_sizes,
     kernels_for,
@@ -42,7 +43,7 @@ from flexpert.engine.compute import (
     open_device,
     warm_up_sizes,
 )
-from flexpert.engine.epoch import Cancelled, EpochPlan, PreparedEpoch, Weights, prepare_epoch
+from flexpert.engine.epoch import EpochPlan, PreparedEpoch, Weights, prepare_epoch
 from flexpert.engine.faults import Faults
 from flexpert.engine.memory import (
     SERVING_BYTES,
@@ -64,7 +65,6 @@ from flexpert.moe.runtime import LayerState, warmup_tables
 
 THREADED_HIDDEN = 2048
 _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it does not hang
-_FETCH_BLOCKS = 64  # copied at once
 
 _VOTE = struct.Struct("<BI")  # has work, ready for epoch
 
@@ -138,6 +138,7 @@ class RankEngine:
         self.sampler = Sampler()
         self.steps = 0
         self._runtime: int | None = None
+        self._unfit = ""  # why this rank can compute nothing
 
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -147,15 +148,15 @@ class RankEngine:
         self._member = False
         self._left = False
         self._weights: Weights = {}
-        self._preparing: _Preparation | None = None
-        self._latest: _Preparation | None = None  # perhaps withdrawn, perhaps still at work
+        self._preparing: Preparation | None = None
+        self._latest: Preparation | None = None  # perhaps withdrawn, perhaps still at work
         self._prepared: PreparedEpoch | None = None
         self._armed = 0  # the epoch this rank votes for; 0 = none
         self._must_vote = False  # newly armed, or in an epoch whose first vote is still to come
         self._entering: _Switch | None = None
         self._last_step_end: float | None = None
         self._halted: float | None = None  # since when it waits for the epoch after a loss
-        self._fetches: dict[int, _Fetch] = {}  # from ranks that leave
+        self._fetches: dict[int, Fetch] = {}  # from ranks that leave
 
     # ---- commands, from any thread ----------------------------------------------------------
 
@@ -261,10 +262,18 @@ class RankEngine:
             return  # withdrawn meanwhile
         arrivals = Arrivals(self.scheduler.pool)
         pairs = arrivals.reserve(moves, spare=self.scheduler.running + len(moves))
-        fetch = self._fetches[source] = _Fetch(self, epoch, source, address, arrivals, pairs)
+        fetch = self._fetches[source] = Fetch(
+            epoch,
+            source,
+            arrivals,
+            pairs,
+            own=self.shard.kv,
+            theirs=lambda: self._cache_at(address),
+            done=lambda which, copied: self._submit(lambda: self._fetched(which, copied)),
+        )
         fetch.start()
 
-    def _fetched(self, fetch: _Fetch, copied: int | None) -> None:
+    def _fetched(self, fetch: Fetch, copied: int | None) -> None:
         """The thread is through; in the step loop's thread."""
         if copied is not None:
             fetch.arrivals.settle()
@@ -317,10 +326,39 @@ class RankEngine:
 
     def _prepare(self, plan: EpochPlan) -> None:
         self._drop_preparation()
-        self._preparing = self._latest = _Preparation(self, plan, after=self._latest)
+        self._preparing = self._latest = Preparation(
+            plan,
+            work=self._work_of(plan),
+            undo=lambda result: self._undo(plan, result),
+            done=lambda which, result: self._submit(lambda: self._loaded(which, result)),
+            after=self._latest,
+        )
         self._preparing.start()
+        if self.config.device == "cuda" and self.buffer.epoch == 0 and self.shard.graphs is None:
+            self._capture()  # which compiles, while the thread loads
 
-    def _loaded(self, preparation: _Preparation, result: PreparedEpoch | str) -> None:
+    def _work_of(self, plan: EpochPlan) -> Callable[[threading.Event], PreparedEpoch]:
+        def work(cancelled: threading.Event) -> PreparedEpoch:
+            return prepare_epoch(
+                plan,
+                buffer=self.buffer,
+                source=self.source,
+                held=self._weights,
+                store=self.store,
+                deterministic=self.config.deterministic,
+                cancelled=cancelled,
+                progress=lambda share: self.listener.progress(plan.epoch, share),
+            )
+
+        return work
+
+    def _undo(self, plan: EpochPlan, result: PreparedEpoch | str) -> None:
+        """Back to how it was; may run in the preparation's thread."""
+        self._forget_peers(plan)
+        if not isinstance(result, str):
+            self._drop_experts(result)
+
+    def _loaded(self, preparation: Preparation, result: PreparedEpoch | str) -> None:
         """The thread is through; in the step loop's thread."""
         if preparation is not self._preparing:
             return
@@ -329,12 +367,12 @@ class RankEngine:
         try:
             if isinstance(result, str):
                 raise FlexpertError(result)
-            if self.buffer.epoch == 0 and result.layers:
+            if self._unfit:
+                raise FlexpertError(self._unfit)
+            if self.config.device == "cpu" and self.buffer.epoch == 0 and result.layers:
                 self._warm_up(result)
         except (FlexpertError, CommError, OSError, RuntimeError) as error:
-            self._forget_peers(preparation.plan)
-            if not isinstance(result, str):
-                self._drop_experts(result)
+            self._undo(preparation.plan, result)
             self.listener.failed(epoch, str(error))
             return
         self._prepared = result
@@ -370,8 +408,7 @@ class RankEngine:
             self._preparing.cancel()
             self._preparing = None
         if self._prepared:
-            self._forget_peers(self._prepared.plan)
-            self._drop_experts(self._prepared)
+            self._undo(self._prepared.plan, self._prepared)
             self._prepared = None
 
     def _drop_experts(self, prepared: PreparedEpoch) -> None:
@@ -392,15 +429,29 @@ class RankEngine:
         )
         self._set_threads(len(prepared.plan.members))
         if all(table.slots for table in tables):
-            limits = self.scheduler.limits
-            room = min(limits.max_tokens_per_step, limits.blocks * limits.block_size)
-            if self.config.device == "cuda":
-                sizes = graph_sizes(min(limits.max_running, room), self.device)
-                self.shard.capture(sizes, limits.longest_table)
-            # one of each shape of products, which would otherwise be compiled while serving
-            for rows in warm_up_sizes(room, self.config, self.device):
-                self.shard.forward(_warmup_batch(rows, limits.block_size, limits.max_running))
+            self._walk_alone()
         self.moe.install([])
+
+    def _capture(self) -> None:
+        """Capture the decode steps, and compile all else; no expert needs to be there."""
+        try:
+            sizes = graph_sizes(min(self.scheduler.limits.max_running, self._room), self.device)
+            self.shard.capture(sizes, self.scheduler.limits.longest_table)
+            self._walk_alone()
+        except (CommError, RuntimeError) as error:
+            self._unfit = f"{type(error).__name__}: {error}"
+
+    def _walk_alone(self) -> None:
+        """One of each shape of products, which would otherwise be compiled while serving."""
+        limits = self.scheduler.limits
+        for rows in warm_up_sizes(self._room, self.config, self.device):
+            self.shard.forward(_warmup_batch(rows, limits.block_size, limits.max_running))
+
+    @property
+    def _room(self) -> int:
+        """Tokens of the largest step."""
+        limits = self.scheduler.limits
+        return min(limits.max_tokens_per_step, limits.blocks * limits.block_size)
 
     def _set_threads(self, members: int) -> None:
         cores = len(os.sched_getaffinity(0))
@@ -535,115 +586,6 @@ class _Switch:
 
     epoch: int
     since: float | None
-
-
-class _Fetch(threading.Thread):
-    """Copies KV blocks of a rank that leaves, beside the step loop; `_fetched` comes after it.
-
-    theirs: that rank's cache, once it is open. over: the thread and `_fetched` are through.
-    """
-
-    def __init__(
-        self,
-        engine: RankEngine,
-        epoch: int,
-        source: int,
-        address: bytes,
-        arrivals: Arrivals,
-        pairs: list[tuple[int, int]],
-    ) -> None:
-        super().__init__(name=f"fetch-{source}", daemon=True)
-        self.epoch = epoch
-        self.source = source
-        self.arrivals = arrivals
-        self.theirs: KVCache | None = None
-        self.over = False
-        self.dropped = False
-        self._engine = engine
-        self._address = address
-        self._pairs = pairs
-
-    def drop(self) -> None:
-        """Nobody takes what is left; called in the step loop's thread. Blocks that the thread may
-        still write to stay taken until it is through."""
-        self.dropped = True
-        if self.over:
-            self.arrivals.drop()
-
-    def run(self) -> None:
-        copied = self._copy()
-        self._engine._submit(lambda: self._engine._fetched(self, copied))
-
-    def _copy(self) -> int | None:
-        """Bytes; None if it could not be done in full."""
-        try:
-            theirs = self._engine._cache_at(self._address)
-        except CommError:  # it is gone: there is nothing to copy
-            return None
-        copied = 0
-        for at in range(0, len(self._pairs), _FETCH_BLOCKS):
-            if self.dropped:
-                return None
-            part = self._pairs[at : at + _FETCH_BLOCKS]
-            copied += self._engine.shard.kv.copy_from(theirs, part)
-        self.theirs = theirs
-        return copied
-
-
-class _Preparation(threading.Thread):
-    """Prepares an epoch beside the step loop and hands the result to it.
-
-    Whoever comes second, the end of the work or `cancel`, takes the connections back; a later
-    preparation begins only after this one, so it never meets half-open ones of the same ids.
-    """
-
-    def __init__(self, engine: RankEngine, plan: EpochPlan, after: _Preparation | None) -> None:
-        super().__init__(name=f"prepare-{plan.epoch}", daemon=True)
-        self.plan = plan
-        self._engine = engine
-        self._after = after
-        self._cancelled = threading.Event()
-        self._result: PreparedEpoch | str | None = None  # None: it is not over
-        self._lock = threading.Lock()
-
-    def cancel(self) -> None:
-        with self._lock:
-            self._cancelled.set()
-            if self._result is not None:
-                self._undo(self._result)
-
-    def _undo(self, result: PreparedEpoch | str) -> None:
-        self._engine._forget_peers(self.plan)
-        if not isinstance(result, str):
-            self._engine._drop_experts(result)
-
-    def run(self) -> None:
-        if self._after:
-            self._after.join()
-            self._after = None
-        engine = self._engine
-        result: PreparedEpoch | str
-        try:
-            result = prepare_epoch(
-                self.plan,
-                buffer=engine.buffer,
-                source=engine.source,
-                held=engine._weights,
-                store=engine.store,
-                deterministic=engine.config.deterministic,
-                cancelled=self._cancelled,
-                progress=lambda share: engine.listener.progress(self.plan.epoch, share),
-            )
-        except Cancelled:
-            result = "cancelled"
-        except (FlexpertError, CommError, OSError, ValueError, RuntimeError) as error:
-            result = f"{type(error).__name__}: {error}"
-        with self._lock:
-            self._result = result
-            if self._cancelled.is_set():
-                self._undo(result)
-                return
-        engine._submit(lambda: engine._loaded(self, result))
 
 
 def _batch(plan: StepPlan) -> ForwardBatch:

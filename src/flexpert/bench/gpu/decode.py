@@ -1,7 +1,6 @@
 """A decode step of a random model as large as a real one: ours, transformers', and the limit.
 
-Ours is the engine's own path: a batch on the host becomes inputs on the GPU, a captured graph is
-replayed, the likeliest tokens come back. Times are of the wall, from one step's tokens to the next.
+Times are of the wall, from one step's tokens to the next; of several ranks, the slowest one's.
 """
 
 from __future__ import annotations
@@ -10,33 +9,28 @@ import gc
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from flexpert.bench.gpu.decode_group import GroupPlan, GroupResult, place_on, run_group
+from flexpert.bench.gpu.decode_rank import CHECK_TOKENS, WARM_UP, DecodeRank, check_prompts
 from flexpert.bench.gpu.device import Gpu, Spread, measure_gpu
 from flexpert.bench.gpu.model import RandomModel, qwen3_30b_a3b
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.errors import FlexpertError
-from flexpert.models.batch import ForwardBatch
-from flexpert.models.shard import ModelShard
-from flexpert.moe.cuda.experts import Gate
 from flexpert.moe.cuda.runtime import LocalExperts
 from flexpert.moe.kernels import open_gpu
 
-WARM_UP = 3
-BLOCK = 16
-CHECK_TOKENS = 33
 TOLERANCE = 0.05
 """‖logits − transformers'‖ / ‖…‖: bf16 rounds differently in other kernels, and where two experts
 are almost equally likely the router then takes the other one."""
 
 
 class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
-    """One batch size.
+    """One batch size. ranks: on the one GPU, which have it together.
 
     active: experts a layer that get a token, mean over the layers of one step.
     limit_ms: weights in use and keys and values, read once, at the rate of the GPU's memory.
@@ -44,6 +38,7 @@ class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
     captures: graphs captured until then.
     """
 
+    ranks: int = 1
     batch: int
     active: float
     limit_ms: float
@@ -64,7 +59,8 @@ class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """error: of the last logits of a short prompt, relative to transformers'."""
+    """error: of the last logits of short prompts, relative to transformers'; the worst of all
+    numbers of ranks. captures, capture_s: graphs of one rank, and the time they took."""
 
     machine: Machine
     gpu: Gpu
@@ -73,6 +69,7 @@ class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     error: float
     build_s: float
+    captures: int
     capture_s: float
     points: list[DecodePoint]
 
@@ -81,28 +78,10 @@ class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
         return self.error < TOLERANCE
 
 
-@dataclass(slots=True)
-class _Counting:
-    """Counts, while asked to, the experts that get a token."""
-
-    local: LocalExperts
-    counting: bool = False
-    active: list[int] = field(default_factory=list)
-
-    def expect(self, tokens: int) -> None:
-        self.local.expect(tokens)
-
-    def forward(
-        self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, apply_gate: Gate
-    ) -> Tensor:
-        if self.counting:
-            self.active.append(int(torch.bincount(expert_ids.flatten()).count_nonzero()))
-        return self.local.forward(layer, x, expert_ids, weights, apply_gate)
-
-
 def run_decode(
     batches: Sequence[int],
     *,
+    ranks: Sequence[int],
     layers: int,
     context: int,
     steps: int,
@@ -113,36 +92,53 @@ def run_decode(
     """Build, check, time.
 
     Args:
+        batches: sequences of all ranks together.
+        ranks: numbers of ranks on the one GPU; one rank exchanges nothing.
         context: tokens of each sequence before the first timed step.
         rival: time transformers, too.
 
     Raises:
         ConfigError: no GPU.
-        FlexpertError: too little memory on it.
+        FlexpertError: too little memory on it, or a rank failed.
     """
     device = open_gpu()
     torch.manual_seed(seed)
     note("measuring the GPU")
     gpu = measure_gpu(device)
+    torch.cuda.empty_cache()
+    config = qwen3_30b_a3b(layers)
+    groups = {
+        count: run_group(GroupPlan(config, count, batches, context, steps, seed), note)
+        for count in ranks
+        if count > 1
+    }
     note("building the model")
     began = time.perf_counter()
     try:
-        model = RandomModel.build(qwen3_30b_a3b(layers), device)
+        model = RandomModel.build(config, device, seed=seed, place=place_on(1))
         torch.cuda.synchronize()
         build_s = time.perf_counter() - began
         with torch.inference_mode():
-            ours = _Ours(model, batches, context + steps + WARM_UP + 1, note)
-            reference = model.transformers()
+            captures, capture_s, logits = 0, 0.0, {}
+            points: list[DecodePoint] = []
+            if 1 in ranks:
+                ours = _alone(model, batches, context + steps + WARM_UP + 1, note)
+                logits[1] = ours.logits(check_prompts(model.info.vocab, seed)).float().cpu()
+                points = [_point(ours, batch, gpu, context, steps, note) for batch in batches]
+                captures, capture_s = ours.graphs.captures, ours.capture_s
+                ours.shard.graphs = None  # their memory goes before transformers needs it
+                del ours
+                gc.collect()
+                torch.cuda.empty_cache()
+            for count, group in groups.items():
+                points += _points_of(group, count, batches, model, gpu, context, steps)
+                captures, capture_s = group.captures, group.capture_s
+                logits[count] = group.logits
             note("comparing with transformers")
-            error = ours.compare(reference)
-            points = [ours.point(batch, gpu, context, steps, note) for batch in batches]
-            capture_s = ours.capture_s
-            ours.shard.graphs = None  # their memory goes before transformers needs it
-            del ours
-            gc.collect()
-            torch.cuda.empty_cache()
+            reference = model.transformers()
+            error = max(difference(reference, found, seed) for found in logits.values())
             if rival:
-                points = [_with_rival(p, reference, context, steps, note) for p in points]
+                points = _with_rival(points, reference, context, steps, note)
     except torch.OutOfMemoryError as full:
         raise FlexpertError(
             f"the GPU's memory does not hold it: {str(full).splitlines()[0]}; give fewer "
@@ -156,121 +152,108 @@ def run_decode(
         steps=steps,
         error=error,
         build_s=build_s,
+        captures=captures,
         capture_s=capture_s,
         points=points,
     )
 
 
-class _Ours:
-    """The engine's shard, with a cache that holds the largest batch."""
-
-    def __init__(
-        self,
-        model: RandomModel,
-        batches: Sequence[int],
-        longest: int,
-        note: Callable[[str], None],
-    ) -> None:
-        info = model.info
-        device = next(iter(model.weights.values())).device
-        local = LocalExperts(0, info.moe_layers, info.experts, model.expert_shape, device)
-        self.model = model
-        self.runtime = _Counting(local)
-        self.width = -(-max(longest, CHECK_TOKENS + 1) // BLOCK)
-        blocks = max(*batches, 2) * self.width
-        self.shard: ModelShard = model.shard(
-            local, kv_blocks=blocks, kv_block_size=BLOCK, runtime=self.runtime
-        )
-        for cache in self.shard.kv.layers:
-            for tensor in cache:
-                tensor.normal_()
-        self.tables = torch.randperm(blocks).int().view(-1, self.width)
-        note("capturing graphs")
-        began = time.perf_counter()
-        self.shard.capture(sorted({*batches, 2}), self.width)
-        torch.cuda.synchronize()
-        self.capture_s = time.perf_counter() - began
-
-    def batch(self, tokens: list[list[int]], begin: int) -> ForwardBatch:
-        """As many tokens of each sequence, at `begin` and on; logits of each one's last."""
-        each = len(tokens[0])
-        sequences = len(tokens)
-        positions = torch.arange(begin, begin + each)
-        tables = self.tables[:sequences]
-        slots = tables[:, positions // BLOCK].long() * BLOCK + positions % BLOCK
-        ends = torch.arange(1, sequences + 1) * each
-        return ForwardBatch(
-            token_ids=torch.tensor(tokens).flatten(),
-            positions=positions.repeat(sequences),
-            query_start=torch.cat([torch.zeros(1), ends]).int(),
-            context_len=torch.full((sequences,), begin + each, dtype=torch.int32),
-            block_tables=tables,
-            slot_mapping=slots.flatten(),
-            sample_rows=ends - 1,
-        )
-
-    def compare(self, reference: PreTrainedModel) -> float:
-        """Two prompts: all but the last token at once, the last by a graph."""
-        prompts = torch.randint(0, self.model.info.vocab, (2, CHECK_TOKENS))
-        self.shard.forward(self.batch(prompts[:, :-1].tolist(), 0))
-        assert self.shard.graphs is not None
-        last = self.batch(prompts[:, -1:].tolist(), CHECK_TOKENS - 1)
-        if not self.shard.graphs.fits(last):
-            raise AssertionError("a decode step that no graph was captured for")
-        ours = self.shard.forward(last)
-        device = ours.device
-        theirs = reference(input_ids=prompts.to(device), logits_to_keep=1).logits[:, 0].float()
-        return float((ours - theirs).norm() / theirs.norm())
-
-    def point(
-        self, batch: int, gpu: Gpu, context: int, steps: int, note: Callable[[str], None]
-    ) -> DecodePoint:
-        note(f"batch {batch}")
-        shard = self.shard
-        assert shard.graphs is not None
-        tokens = torch.randint(0, self.model.info.vocab, (batch, 1)).tolist()
-        graphs, shard.graphs = shard.graphs, None  # once module by module, to count experts
-        self.runtime.counting, self.runtime.active = True, []
-        shard.forward(self.batch(tokens, context))
-        self.runtime.counting, shard.graphs = False, graphs
-        active = sum(self.runtime.active) / len(self.runtime.active)
-
-        times = []
-        for step in range(WARM_UP + steps):
-            prepared = self.batch(tokens, context + step)
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            chosen = shard.forward(prepared).argmax(dim=-1).tolist()
-            times.append((time.perf_counter() - began) * 1e6)
-            tokens = [[token] for token in chosen]
-        info = self.model.info
-        kv = batch * (context + steps / 2) * info.kv_bytes_per_token()
-        experts = active * info.moe_layers * self.model.expert_nbytes
-        nbytes = self.model.dense_nbytes + experts + kv
-        return DecodePoint(
-            batch=batch,
-            active=active,
-            limit_ms=gpu.limit_s(nbytes, 0.0) * 1e3,
-            ours_us=Spread.of(times[WARM_UP:]),
-            captures=graphs.captures,
-        )
+def _alone(
+    model: RandomModel, batches: Sequence[int], longest: int, note: Callable[[str], None]
+) -> DecodeRank:
+    note("capturing graphs")
+    info = model.info
+    device = next(iter(model.weights.values())).device
+    local = LocalExperts(0, info.moe_layers, info.experts, model.expert_shape, device)
+    return DecodeRank(model, local, batches, longest)
 
 
-def _with_rival(
-    point: DecodePoint,
-    model: PreTrainedModel,
+def _point(
+    ours: DecodeRank,
+    batch: int,
+    gpu: Gpu,
     context: int,
     steps: int,
     note: Callable[[str], None],
 ) -> DecodePoint:
+    note(f"batch {batch}")
+    active = float(ours.active(batch, context).sum(1).float().mean())
+    nbytes = _bytes_read(ours.model, 1, active, batch * (context + steps / 2))
+    return DecodePoint(
+        ranks=1,
+        batch=batch,
+        active=active,
+        limit_ms=gpu.limit_s(nbytes, 0.0) * 1e3,
+        ours_us=Spread.of(ours.times_us(batch, context, steps)),
+        captures=ours.graphs.captures,
+    )
+
+
+def _points_of(
+    group: GroupResult,
+    ranks: int,
+    batches: Sequence[int],
+    model: RandomModel,
+    gpu: Gpu,
+    context: int,
+    steps: int,
+) -> list[DecodePoint]:
+    points = []
+    for batch, active, times in zip(batches, group.active, group.times_us, strict=True):
+        nbytes = _bytes_read(model, ranks, active, batch * (context + steps / 2))
+        points.append(
+            DecodePoint(
+                ranks=ranks,
+                batch=batch,
+                active=active,
+                limit_ms=gpu.limit_s(nbytes, 0.0) * 1e3,
+                ours_us=Spread.of(times),
+                captures=group.captures,
+            )
+        )
+    return points
+
+
+def _bytes_read(model: RandomModel, ranks: int, active: float, tokens: float) -> float:
+    """By all ranks in a step. tokens: in all caches."""
+    experts = active * model.info.moe_layers * model.expert_nbytes
+    return ranks * model.dense_nbytes + experts + tokens * model.info.kv_bytes_per_token()
+
+
+def difference(
+    reference: PreTrainedModel, ours: Tensor, seed: int, tokens: int = CHECK_TOKENS
+) -> float:
+    """Of the logits of the check's prompts, relative to transformers'.
+
+    ours: [prompts, vocab] float32 on a CPU.
+    """
+    prompts = check_prompts(reference.config.vocab_size, seed, tokens).to(reference.device)
+    theirs = reference(input_ids=prompts, logits_to_keep=1).logits[:, 0].float().cpu()
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def _with_rival(
+    points: list[DecodePoint],
+    model: PreTrainedModel,
+    context: int,
+    steps: int,
+    note: Callable[[str], None],
+) -> list[DecodePoint]:
     """The same steps by transformers: its cache, sdpa, grouped_mm, launched by the host."""
-    note(f"batch {point.batch}: transformers")
-    try:
-        times = _transformers_us(model, point.batch, context, steps)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return msgspec.structs.replace(point, skipped="out of memory")
-    return msgspec.structs.replace(point, transformers_us=Spread.of(times))
+    found: dict[int, Spread | str] = {}
+    for batch in dict.fromkeys(point.batch for point in points):
+        note(f"batch {batch}: transformers")
+        try:
+            found[batch] = Spread.of(_transformers_us(model, batch, context, steps))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            found[batch] = "out of memory"
+    return [
+        msgspec.structs.replace(point, skipped=theirs)
+        if isinstance(theirs := found[point.batch], str)
+        else msgspec.structs.replace(point, transformers_us=theirs)
+        for point in points
+    ]
 
 
 def _transformers_us(model: PreTrainedModel, batch: int, context: int, steps: int) -> list[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +15,11 @@ from flexpert.models import registrations
 from flexpert.models.probe import Probe, build_skeleton, probe
 from flexpert.models.shard import ModelShard, compute_buffers
 from flexpert.models.source import ModelInfo
+from flexpert.moe.cuda.exchanged import ExchangedExperts
 from flexpert.moe.cuda.runtime import LocalExperts
 from flexpert.moe.experts import ExpertShape, ExpertWeights, LayerExperts
-from flexpert.moe.placement import replan
+from flexpert.moe.kernels import gpu_kernels
+from flexpert.moe.placement import Placement
 from flexpert.moe.runtime import LayerState, expert_tables
 
 _STD = 0.02
@@ -46,23 +50,43 @@ def qwen3_30b_a3b(layers: int = 48) -> PreTrainedConfig:
 
 @dataclass(frozen=True, slots=True)
 class RandomModel:
-    """Weights by their name in transformers, on a GPU; experts fused as there."""
+    """Weights by their name in transformers, on a GPU; experts fused as there.
+
+    placement: on which ranks the experts are. rank: whose share this is, with the dense part.
+    """
 
     config: PreTrainedConfig
     info: ModelInfo
     found: Probe
     weights: dict[str, Tensor]
+    placement: Placement
+    rank: int
 
     @classmethod
-    def build(cls, config: PreTrainedConfig, device: torch.device) -> RandomModel:
-        """bf16 weights; norms are 1."""
-        skeleton = build_skeleton(config, torch.bfloat16, attention=registrations.PROBE)
+    def build(
+        cls,
+        config: PreTrainedConfig,
+        device: torch.device,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        place: Callable[[ModelInfo], Placement],
+        rank: int = 0,
+    ) -> RandomModel:
+        """The weights depend on the seed alone, and not on who holds them; norms are 1.
+
+        place: where the experts of a model are.
+        """
+        skeleton = build_skeleton(config, dtype, attention=registrations.PROBE)
         found = probe(skeleton)
         call = found.experts_calls[0]
-        weights = {}
-        for name, parameter in skeleton.named_parameters():
-            tensor = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-            weights[name] = tensor.fill_(1) if tensor.ndim == 1 else tensor.normal_(std=_STD)
+        draw = torch.Generator(device)
+
+        def drawn(name: str, shape: torch.Size) -> Tensor:
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            draw.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+            return tensor.fill_(1) if len(shape) == 1 else tensor.normal_(std=_STD, generator=draw)
+
         info = ModelInfo(
             name="random",
             model_type=config.model_type,
@@ -72,13 +96,26 @@ class RandomModel:
             moe_layers=len(found.experts_calls),
             experts=call.experts,
             topk=call.topk,
-            dtype=torch.bfloat16,
+            dtype=dtype,
             attention=tuple(found.attention_shapes.values()),
             max_model_len=config.max_position_embeddings,
             eos_token_ids=(),
             bos_token_id=None,
         )
-        return cls(config, info, found, weights)
+        placement = place(info)
+        names = (call.name for call in found.experts_calls)
+        held = dict(zip(names, placement.held_by(rank), strict=True))
+        weights = {}
+        for name, parameter in skeleton.named_parameters():
+            module = name.rpartition(".")[0]
+            if module not in held:
+                weights[name] = drawn(name, parameter.shape)
+                continue
+            shape = parameter.shape[1:]
+            weights[name] = torch.empty((len(held[module]), *shape), dtype=dtype, device=device)
+            for index, expert in enumerate(held[module]):
+                weights[name][index] = drawn(f"{name}/{expert}", shape)
+        return cls(config, info, found, weights, placement, rank)
 
     @property
     def dense_nbytes(self) -> int:
@@ -93,12 +130,15 @@ class RandomModel:
     @property
     def expert_nbytes(self) -> int:
         """Of one expert of one layer."""
-        name = self.found.experts_calls[0].name + "."
-        whole = sum(t.nbytes for n, t in self.weights.items() if n.startswith(name))
-        return whole // self.info.experts
+        return self.expert_shape.nbytes
 
     def shard(
-        self, moe: LocalExperts, *, kv_blocks: int, kv_block_size: int, runtime: Any = None
+        self,
+        moe: LocalExperts | ExchangedExperts,
+        *,
+        kv_blocks: int,
+        kv_block_size: int,
+        runtime: Any = None,
     ) -> ModelShard:
         """Our engine's view of it; the weights are shared, not copied.
 
@@ -115,36 +155,40 @@ class RandomModel:
             moe=runtime or moe,
             kv_blocks=kv_blocks,
             kv_block_size=kv_block_size,
+            kernels=gpu_kernels(),
         )
         moe.install(self.layers())
         return shard
 
     def experts(self, layer: int) -> list[ExpertWeights]:
-        """All experts of a MoE layer, as views."""
+        """Those held of a MoE layer, in slot order, as views."""
         name = self.found.experts_calls[layer].name
         up, down = self.weights[f"{name}.gate_up_proj"], self.weights[f"{name}.down_proj"]
-        return [ExpertWeights(up[e], down[e]) for e in range(self.info.experts)]
+        return [ExpertWeights(*pair) for pair in zip(up, down, strict=True)]
 
     @property
     def expert_shape(self) -> ExpertShape:
-        return self.experts(0)[0].shape
+        name = self.found.experts_calls[0].name
+        _, height, hidden = self.weights[f"{name}.gate_up_proj"].shape
+        inter = self.weights[f"{name}.down_proj"].shape[2]
+        return ExpertShape(hidden, height, inter, self.info.dtype)
 
     def layers(self) -> list[LayerState]:
-        """All experts on rank 0."""
-        placement = replan(None, [0], experts=self.info.experts, layers=self.info.moe_layers)
+        """What this rank serves with."""
         return [
             LayerState(table, LayerExperts(self.experts(layer), deterministic=False))
-            for layer, table in enumerate(expert_tables(placement, 0))
+            for layer, table in enumerate(expert_tables(self.placement, self.rank))
         ]
 
     def transformers(self) -> PreTrainedModel:
-        """The same model as transformers runs it: sdpa, and grouped_mm for the experts."""
+        """The same as transformers runs it: sdpa, and grouped_mm for the experts, which must all
+        be here, in order."""
         model = self._model("sdpa")
         model.set_experts_implementation("grouped_mm")
         return model
 
     def _model(self, attention: str) -> PreTrainedModel:
-        model = build_skeleton(self.config, torch.bfloat16, attention=attention)
+        model = build_skeleton(self.config, self.info.dtype, attention=attention)
         with torch.no_grad():
             compute_buffers(model)
         device = next(iter(self.weights.values())).device

@@ -63,7 +63,7 @@ def decode_text(report: DecodeReport) -> RenderableType:
         title_justify="left",
         box=None,
     )
-    for column in ("batch", "experts", "limit ms", "flexpert ms", "× limit", "tokens/s"):
+    for column in ("ranks", "batch", "experts", "limit ms", "flexpert ms", "× limit", "tokens/s"):
         table.add_column(column, justify="right")
     for column in ("transformers ms", "× flexpert"):
         table.add_column(column, justify="right")
@@ -74,7 +74,7 @@ def decode_text(report: DecodeReport) -> RenderableType:
         table,
         Text.from_markup(
             f"logits differ from transformers' by {report.error:.4f} (relative){verdict}; model "
-            f"built in {report.build_s:.1f} s, {report.points[-1].captures} graphs captured in "
+            f"built in {report.build_s:.1f} s, {report.captures} graphs captured in "
             f"{report.capture_s:.1f} s\nmedians over {report.steps} steps; limit: "
             "weights in use and KV cache at the rate of its memory; transformers: DynamicCache, "
             f"sdpa, grouped_mm\n{report.gpu.line()}\n{report.machine.line()}",
@@ -86,6 +86,7 @@ def decode_text(report: DecodeReport) -> RenderableType:
 def _decode_row(point: DecodePoint) -> list[str | Text]:
     seconds = point.ours_us.p50 / 1e6
     row: list[str | Text] = [
+        f"{point.ranks}",
         f"{point.batch}",
         f"{point.active:.1f}",
         f"{point.limit_ms:.2f}",

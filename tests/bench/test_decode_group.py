@@ -1,0 +1,96 @@
+"""Ranks of `flexpert bench decode` in processes of their own compute what transformers computes.
+
+In Triton's interpreter, with a model of two small layers; times mean nothing here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+pytest.importorskip("triton", reason="what is measured needs the package triton")
+
+from flexpert.bench.gpu.decode import difference
+from flexpert.bench.gpu.decode_group import GroupPlan, place_on, run_group
+from flexpert.bench.gpu.model import RandomModel
+from flexpert.errors import FlexpertError
+from flexpert.moe.placement import Placement
+
+SMALL = AutoConfig.for_model(
+    "qwen3_moe",
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=32,
+    moe_intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    num_experts=4,
+    num_experts_per_tok=2,
+    max_position_embeddings=128,
+)
+SEED = 3
+
+
+def plan(ranks: int) -> GroupPlan:
+    return GroupPlan(
+        SMALL, ranks, [1, 3], context=8, steps=1, seed=SEED, dtype=torch.float32, check_tokens=6
+    )
+
+
+def whole(seed: int = SEED) -> RandomModel:
+    return RandomModel.build(
+        SMALL, torch.device("cpu"), seed=seed, dtype=torch.float32, place=place_on(1)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is a test of the interpreter")
+def test_two_ranks_give_the_logits_of_transformers() -> None:
+    result = run_group(plan(2), note=lambda _: None)
+    with torch.inference_mode():
+        reference = whole().transformers()
+        assert difference(reference, result.logits, SEED, 6) < 1e-4
+        other = whole(seed=SEED + 1).transformers()
+        assert difference(other, result.logits, SEED, 6) > 0.1  # it can tell
+    assert [len(times) for times in result.times_us] == [1, 1]
+    assert all(1 <= active <= 4 for active in result.active)
+    assert result.captures == 2  # for one sequence, and for the two of the check
+
+
+def test_weights_do_not_depend_on_who_holds_them() -> None:
+    alone = whole()
+    dealt = Placement(4, [{0: [3, 1], 1: [0, 2]}, {0: [2, 0], 1: [1, 3]}])
+    for rank in (0, 1):
+        share = RandomModel.build(
+            SMALL,
+            torch.device("cpu"),
+            seed=SEED,
+            dtype=torch.float32,
+            place=lambda _: dealt,
+            rank=rank,
+        )
+        for layer, held in enumerate(dealt.held_by(rank)):
+            for ours, expert in zip(share.experts(layer), held, strict=True):
+                theirs = alone.experts(layer)[expert]
+                assert torch.equal(ours.gate_up, theirs.gate_up)
+                assert torch.equal(ours.down, theirs.down)
+        for name, tensor in share.weights.items():
+            if "experts" not in name:
+                assert torch.equal(tensor, alone.weights[name])
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_is_named() -> None:
+    broken = GroupPlan(SMALL, 2, [1], 8, 2, seed=SEED, dtype=torch.int64)
+    with pytest.raises(FlexpertError, match="rank 0 of the bench: "):
+        run_group(broken, note=lambda _: None)
+
+
+def test_a_batch_is_dealt_out_evenly() -> None:
+    four = plan(4)
+    assert [four.share(6, rank) for rank in range(4)] == [2, 2, 1, 1]
+    assert [four.share(1, rank) for rank in range(4)] == [1, 0, 0, 0]
