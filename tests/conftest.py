@@ -1,4 +1,4 @@
-"""For all tests: without a GPU, Triton's kernels run in its interpreter."""
+"""For all tests: without a GPU, Triton's kernels run in its interpreter; nobody kills many."""
 
 import os
 
@@ -6,3 +6,18 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are first imported
+
+_kill = os.kill
+
+
+def _kill_one(pid: int, number: int) -> None:
+    """As os.kill, but 0 and negative numbers, which mean many processes, are a fault.
+
+    A rank that is still to be forked has no pid; taken for one, it would end the test run, or all
+    that the user runs.
+    """
+    assert pid > 0, f"kill({pid}, {number}) would signal more than one process"
+    _kill(pid, number)
+
+
+os.kill = _kill_one
