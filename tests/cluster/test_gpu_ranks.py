@@ -78,7 +78,7 @@ class Answers(threading.Thread):
     """Those to the prompts, while something else happens."""
 
     def __init__(self, llm: LLM) -> None:
-        super().__init__()
+        super().__init__(daemon=True)  # a failed test must not keep the process
         self.llm = llm
         self.found: list[list[int]] = []
         self.start()
