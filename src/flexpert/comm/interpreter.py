@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache
 def mend() -> None:
     """Triton 3.9 makes integers of a comparison of scalars, and takes only bools as masks.
 
-    To be called before a kernel runs; does nothing where nothing is interpreted.
+    To be called before a kernel runs, once or more; does nothing where nothing is interpreted.
     """
     if not INTERPRETED:
         return
@@ -19,8 +21,6 @@ def mend() -> None:
 
     builder: Any = interpreter.InterpreterBuilder
     splat = builder.create_splat
-    if hasattr(splat, "mended"):
-        return
 
     def create_splat(self: Any, kind: Any, scalar: Any) -> Any:
         handle = splat(self, kind, scalar)
@@ -28,5 +28,4 @@ def mend() -> None:
             handle.data = handle.data.astype(bool)
         return handle
 
-    create_splat.mended = True  # type: ignore[attr-defined]
     builder.create_splat = create_splat

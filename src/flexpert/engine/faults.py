@@ -132,10 +132,16 @@ class Faults:
                 if not fault.means(self._rank, os.getpid()) or fault.point != point:
                     continue
                 passed = self._passed[name] = self._passed.get(name, 0) + 1
-                if passed == fault.count:
-                    with contextlib.suppress(FileNotFoundError):  # withdrawn in time
-                        (self._folder / name).unlink()
-                        self._strike(fault)
+                if passed == fault.count and self._take(name):
+                    self._strike(fault)
+
+    def _take(self, name: str) -> bool:
+        """Whether a fault is still there; from now on it is not."""
+        try:
+            (self._folder / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def _strike(self, fault: Fault) -> None:
         match fault.action:

@@ -81,10 +81,10 @@ def planned_memory(
     Windows are sparse: only the regions of members are ever touched. The memory of a GPU does not
     count: weights, KV cache and windows are there.
     """
-    info = source.info
-    spec = buffer_spec(info, config, capacity)
     if config.device != "cpu":
         return RankMemory(0, 0, 0, 0)
+    info = source.info
+    spec = buffer_spec(info, config, capacity)
     return RankMemory(
         dense=source.dense_nbytes(),
         experts=experts * source.expert_nbytes(),
