@@ -12,6 +12,7 @@ import pytest
 from service import answer_all, change, requests, running
 
 from flexpert.cluster.head import Head
+from flexpert.engine.memory import private_memory
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +36,7 @@ def use(pid: int) -> Use:
         descriptors=process.num_fds(),
         threads=process.num_threads(),
         maps=len(process.memory_maps(grouped=False)),
-        private_mib=process.memory_full_info().uss / 2**20,
+        private_mib=private_memory(pid=pid) / 2**20,
     )
 
 

@@ -16,6 +16,7 @@ import psutil
 from flexpert.cli.chaos_report import Fault, Held, RankHeld
 from flexpert.cluster.views import RankView
 from flexpert.engine import faults as planted
+from flexpert.engine.memory import private_memory
 from flexpert.errors import ConfigError
 
 BY_ITSELF = ("oom", "partition")  # the rank does it, if its service was started to
@@ -43,9 +44,9 @@ class Family:
     def held(self, ranks: Sequence[RankView]) -> Held:
         of_ranks = {}
         for rank in ranks:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
                 process = self.process_of(rank)
-                size = process.memory_full_info().uss
+                size = private_memory(pid=process.pid)
                 of_ranks[rank.id] = RankHeld(rank.pid, round(size / 2**20, 1), process.num_fds())
         return Held(
             resident_mib=round(self.head.memory_info().rss / 2**20, 1),
