@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -93,11 +94,19 @@ def active(head: Head) -> set[int]:
     return set() if cluster.operation else {r.id for r in cluster.ranks if r.state == "active"}
 
 
-async def until(condition: Any, timeout_s: float = 20) -> None:
-    """Wait until a condition that other tasks bring about holds."""
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.01)
+async def until(condition: Callable[[], object], timeout_s: float = 20) -> None:
+    """Wait until a condition that other tasks bring about holds.
+
+    Raises AssertionError with the condition's source: asyncio drops the traceback of a TimeoutError
+    on its way to another thread.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not condition():
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        source = inspect.getsource(condition).strip()  # type: ignore[arg-type]
+        raise AssertionError(f"not within {timeout_s} s: {source}") from None
 
 
 def requests(count: int, tokens: int = 40) -> list[tuple[list[int], SamplingParams]]:

@@ -46,6 +46,7 @@ from flexpert.cluster.capacity import Capacity
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.membership import Phase
+from flexpert.cluster.ports import Work
 from flexpert.cluster.rank_process import BEATS
 from flexpert.cluster.views import ClusterEvent, Delta
 from flexpert.config import load_config
@@ -214,11 +215,11 @@ class Simulation(Network):
         del self.processes[process.id]
         self.coordinator.on_exit(process.id, status)
 
-    def progress(self, rank: int) -> object:
+    def work(self, rank: int) -> Work | None:
         process = self.processes.get(rank)
         if process is None or not process.alive:
             return None
-        return process.stopped_at if process.stopped else self.clock
+        return Work(process.stopped_at if process.stopped else self.clock, 0)
 
     def bequeath(self, held: list[HeldKV], heirs: Iterable[int]) -> dict[int, list[Move]]:
         return self.journal.bequeath(held, heirs)

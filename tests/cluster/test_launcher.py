@@ -1,4 +1,4 @@
-"""What counts as a rank's progress, and whom a launcher kills."""
+"""What counts as a rank's work, and whom a launcher kills."""
 
 from __future__ import annotations
 
@@ -15,9 +15,27 @@ import pytest
 
 from flexpert.cluster.forkserver import RankSpec, Started, encode
 from flexpert.cluster.launcher import LocalLauncher, _Child
+from flexpert.cluster.ports import Work
+from flexpert.cluster.watch import worked
 from flexpert.config import Config
 
 BUSY = "print(flush=True)\nwhile True: pass"
+HOLDS_THE_LOCK = """
+import ctypes, threading, time
+def wait():
+    while True: time.sleep(0.01)
+for _ in range(4): threading.Thread(target=wait, daemon=True).start()
+print(flush=True)
+ctypes.PyDLL(None).sleep(100)
+"""
+READS = """
+import mmap, time
+memory = mmap.mmap(-1, 1 << 24)
+print(flush=True)
+for page in range(0, 1 << 24, 4096):
+    memory[page] = 1
+    time.sleep(0.01)
+"""
 
 
 def known(process: subprocess.Popen[bytes]) -> _Child:
@@ -47,25 +65,52 @@ def test_who_waits_for_a_processor_is_not_stalled(
 ) -> None:
     launcher, _ = busy
     monkeypatch.setattr(time, "clock_gettime_ns", lambda clock: 1)  # it gets none
-    assert launcher.progress(0) != launcher.progress(0)
+    assert worked(launcher.work(0), launcher.work(0), 1.0)
 
 
-def test_who_is_stopped_makes_no_progress(busy: tuple[LocalLauncher, int]) -> None:
+def test_who_is_stopped_does_not_work(busy: tuple[LocalLauncher, int]) -> None:
     launcher, pid = busy
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED)
-    before = launcher.progress(0)
+    before = launcher.work(0)
     assert before is not None
-    assert launcher.progress(0) == before
+    assert launcher.work(0) == before
 
 
-def test_who_is_gone_makes_none() -> None:
+@pytest.mark.parametrize(("code", "works"), [(HOLDS_THE_LOCK, False), (READS, True)])
+def test_waiting_for_the_interpreter_is_no_work_and_getting_pages_is(
+    code: str, works: bool
+) -> None:
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout
+        process.stdout.readline()
+        launcher = LocalLauncher(lambda rank, status, why: None)
+        launcher._children[0] = known(process)
+        time.sleep(0.1)
+        began, before = time.monotonic(), launcher.work(0)
+        time.sleep(0.8)
+        after = launcher.work(0)
+        assert before is not None
+        assert after is not None
+        assert after.processor_s > before.processor_s
+        while after.starved:  # in the few microseconds of a wait's turn
+            after = launcher.work(0)
+            assert after is not None
+        before = Work(before.processor_s, before.faults)
+        assert worked(before, after, time.monotonic() - began) == works
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_who_is_gone_does_none() -> None:
     launcher = LocalLauncher(lambda rank, status: None)
-    assert launcher.progress(7) is None
+    assert launcher.work(7) is None
     gone = subprocess.Popen([sys.executable, "-c", ""])
     launcher._children[7] = known(gone)
     gone.wait()
-    assert launcher.progress(7) is None
+    assert launcher.work(7) is None
 
 
 SPEC = RankSpec(0, "ipc://nowhere", "token", "{}")
@@ -111,7 +156,7 @@ def test_a_pid_that_belongs_to_somebody_else_by_now_is_left_alone(
     forking.kill(0)
     forking._handle(encode(Started(0, sleeper.pid)))
     forking.kill(0)
-    assert forking.progress(0) is None
+    assert forking.work(0) is None
     assert sleeper.poll() is None
 
 
@@ -120,4 +165,4 @@ def test_who_ended_before_it_was_told_is_not_signalled(forking: LocalLauncher) -
     gone.wait()
     forking._handle(encode(Started(0, gone.pid)))
     forking.kill(0)
-    assert forking.progress(0) is None
+    assert forking.work(0) is None

@@ -53,25 +53,6 @@ def test_a_rank_that_stops_while_nobody_works_is_ended_and_replaced(service: Ser
     service.run(scenario(service.head))
 
 
-def test_the_little_that_an_idle_rank_does_is_progress(service: Service) -> None:
-    async def scenario(head: Head) -> None:
-        record = head._need_coordinator()._ranks[1]
-        for _ in range(5):  # each time it says that it lives
-            heard, progress = record.heard, head.progress(1)
-            await until(lambda heard=heard: record.heard > heard)
-            assert head.progress(1) != progress
-        os.kill(record.pid, signal.SIGSTOP)
-        await until(lambda: stopped(record.pid))
-        progress, heard = head.progress(1), record.heard
-        await asyncio.sleep(0.2)  # twice as long as it is silent while it runs
-        after = head.progress(1)
-        os.kill(record.pid, signal.SIGCONT)
-        assert after == progress
-        await until(lambda: record.heard > heard)
-
-    service.run(scenario(service.head))
-
-
 def test_a_rank_that_is_slow_is_waited_for(service: Service) -> None:
     async def scenario(head: Head) -> None:
         work = requests(8)

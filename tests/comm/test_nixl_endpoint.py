@@ -547,7 +547,7 @@ def test_a_closed_endpoint_leaves_nothing_behind(start: Start) -> None:
         b._answer()
         left.append(a.do(resources))
     assert {now[:2] for now in left} == {never_linked[:2]}
-    assert left[-1][2] == left[3][2]
+    assert left[-1][2] - left[3][2] < (len(left) - 4) // 2  # not one map each; malloc may add some
     assert left[-1][3] < left[3][3] + 4096
 
 

@@ -21,6 +21,7 @@ from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.launcher import LocalLauncher
 from flexpert.cluster.metrics import Metrics
+from flexpert.cluster.ports import Work
 from flexpert.cluster.rank_process import open_source
 from flexpert.cluster.transport import Transport
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView
@@ -245,9 +246,9 @@ class Head:
     def now(self) -> float:
         return time.monotonic()
 
-    def progress(self, rank: int) -> object:
+    def work(self, rank: int) -> Work | None:
         assert self._launcher is not None
-        return self._launcher.progress(rank)
+        return self._launcher.work(rank)
 
     def admit_waiting(self) -> None:
         self._admission.admit_waiting()

@@ -17,6 +17,7 @@ from typing import Any
 
 from flexpert.cluster import forkserver
 from flexpert.cluster.forkserver import Exited, RankSpec, Ready, Started, Unusable
+from flexpert.cluster.ports import Work
 from flexpert.config import Config
 from flexpert.errors import FlexpertError, ModelError
 
@@ -30,6 +31,9 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "MALLOC_ARENA_MAX": "2",
 }
+
+
+_MINOR_FAULTS, _MAJOR_FAULTS = 7, 9  # of /proc/…/stat, after the name
 
 
 class LocalLauncher:
@@ -142,19 +146,18 @@ class LocalLauncher:
         elif child is not None:
             child.kill()
 
-    def progress(self, rank: int) -> object:
-        """Nanoseconds of processor time of a rank so far; None if it is gone.
+    def work(self, rank: int) -> Work | None:
+        """What a rank's process has done so far; None if it is gone or not there yet.
 
-        Not from /proc: its ticks of 10 ms hide the little that a rank does which only says that it
-        lives, or which gets little of a busy machine. One that wants a processor and gets none is
-        starved, not stalled: what is returned for it equals nothing.
+        Its time is not from /proc, whose ticks of 10 ms are long against a short stall timeout.
         """
         child = self._children.get(rank)
         if child is None or child.pidfd is None:
             return None
         pid = child.pid
         try:
-            return object() if _is_runnable(pid) else time.clock_gettime_ns(_process_clock(pid))
+            spent_ns = time.clock_gettime_ns(_process_clock(pid))
+            return Work(spent_ns / 1e9, _page_faults(pid), _is_runnable(pid))
         except OSError:
             return None
 
@@ -307,6 +310,13 @@ def _parent(pid: int) -> int | None:
             return int(stat.read().rpartition(")")[2].split()[1])
     except (FileNotFoundError, ProcessLookupError):
         return None
+
+
+def _page_faults(pid: int) -> int:
+    """Of a process, minor and major. Raises: OSError: it is gone."""
+    with open(f"/proc/{pid}/stat") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    return int(fields[_MINOR_FAULTS]) + int(fields[_MAJOR_FAULTS])
 
 
 def _process_clock(pid: int) -> int:

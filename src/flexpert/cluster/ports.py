@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from flexpert.cluster import messages as msg
 from flexpert.cluster.views import ClusterEvent
 from flexpert.engine.request import HeldKV, Move
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a rank's process has done so far.
+
+    processor_s: its threads' processor time. faults: pages it had to wait for, or be given.
+    starved: wants a processor and has none, or has one just now.
+    """
+
+    processor_s: float
+    faults: int
+    starved: bool = False
 
 
 class Timer(Protocol):
@@ -28,8 +42,8 @@ class Ports(Protocol):
     def spawn(self, rank: int) -> None: ...
     def kill(self, rank: int) -> None: ...
     def send(self, rank: int, command: msg.Command) -> None: ...
-    def progress(self, rank: int) -> object:
-        """Something that changes whenever the rank's process does any work."""
+    def work(self, rank: int) -> Work | None:
+        """Of the rank's process until now; None if it is gone or not there yet."""
         ...
 
     def bequeath(self, held: list[HeldKV], heirs: Iterable[int]) -> dict[int, list[Move]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flexpert.cluster import messages as msg
+from flexpert.cluster.ports import Work
 from flexpert.cluster.views import RankState, RankView
 from flexpert.moe.placement import Placement
 
@@ -25,7 +26,9 @@ class RankRecord:
     error: str = ""
     blameless: bool = False  # ended because others were lost
     heard: float = 0.0  # when, by the ports' clock
-    progress: tuple[object] | None = None  # when it had been silent for a while
+    looked: float | None = None  # at its work, when it had been silent for a while
+    work: Work | None = None  # what it had done by then
+    suspect: bool = False  # silent for long, and has done nothing since
 
     def view(self, placement: Placement | None) -> RankView:
         return RankView(

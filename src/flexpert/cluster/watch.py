@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from flexpert.cluster.ports import Ports, Timer
+from flexpert.cluster.ports import Ports, Timer, Work
 from flexpert.cluster.record import RankRecord
 
 # Of the stall timeout: a silent rank is ended after STALLED of it; looked at WATCHES times.
 STALLED = 0.9
 STUCK = 0.7  # the same for a rank whose step loop hangs: it looks at it only ten times
 WATCHES = 20
+# Of a processor: who does less does nothing. Threads that wait for Python's lock, which a hung one
+# holds, ask for it every 5 ms; that takes up to 0.02.
+IDLE = 0.05
+
+
+def worked(before: Work | None, after: Work | None, seconds: float) -> bool:
+    """Whether a silent process did anything in these seconds: slow is not dead."""
+    if before is None or after is None:
+        return before is not after
+    return (
+        after.starved
+        or after.faults > before.faults
+        or after.processor_s - before.processor_s > IDLE * seconds
+    )
 
 
 class Watch:
@@ -44,7 +58,7 @@ class Watch:
 
     def heard(self, record: RankRecord) -> None:
         """A rank has said something."""
-        record.heard, record.progress = self._ports.now(), None
+        record.heard, record.looked, record.suspect = self._ports.now(), None, False
 
     def stuck(self, rank: int, seconds: float) -> None:
         """A rank says that it lives, but that its step loop has done nothing for a while."""
@@ -76,13 +90,15 @@ class Watch:
             if record.state == "starting":
                 continue
             if late:
-                record.heard = now
+                self.heard(record)
             silent_s = now - record.heard
-            if silent_s >= self._stall_s / 2 and record.progress is None:
-                record.progress = (self._ports.progress(rank),)
-            elif silent_s >= STALLED * self._stall_s and record.state != "stalled":
-                if record.progress != (self._ports.progress(rank),):  # slow is not dead
+            if silent_s >= self._stall_s / 2 and record.looked is None:
+                record.looked, record.work = now, self._ports.work(rank)
+            elif silent_s >= (STALLED - 1 / WATCHES) * self._stall_s and record.looked is not None:
+                if worked(record.work, self._ports.work(rank), now - record.looked):
                     self.heard(record)
-                    continue
-                self.end([rank], f"was silent for {silent_s:.1f} s")
+                elif record.suspect:
+                    self.end([rank], f"was silent for {silent_s:.1f} s")
+                else:  # its last word may be on its way
+                    record.suspect = True
         self._timer = self._ports.call_later(self._stall_s / WATCHES, self._look)
