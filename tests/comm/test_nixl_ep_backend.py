@@ -288,16 +288,24 @@ def test_a_peer_that_does_not_come_is_named_in_time(ranks: NixlRanks) -> None:
         assert ranks.buffers[0].connected == (0,)
 
 
+def test_an_expert_chosen_twice_gets_one_row_and_both_weights(ranks: NixlRanks) -> None:
+    ranks.add(0)
+    buffer, tokens = ranks.buffers[0], SPEC.max_tokens
+    x = torch.randn(tokens, SPEC.hidden).bfloat16()
+    table = random_table((0,), 10, 0, 0)
+    chosen = torch.tensor([3, 7, 3, 3]).expand(tokens, 4)
+    weights = torch.tensor([0.5, 0.25, 1.0, 2.0]).expand(tokens, 4).contiguous()
+    got = buffer.dispatch(x, chosen.contiguous(), weights, table)
+    assert int(got.offsets[-1]) == 2 * tokens
+    assert torch.equal(buffer.combine(got.x, got), (3.75 * x.float()).bfloat16())
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 
 def test_what_the_kernels_do_not_do_is_refused_before_anything_is_sent(ranks: NixlRanks) -> None:
     ranks.add(0)
     buffer, s = ranks.buffers[0], sent_by((0,), 0)[0]
-    twice = torch.zeros_like(s.expert_ids)
-    assert twice.shape[1] > 1
-    with pytest.raises(ValueError, match="an expert twice"):
-        buffer.dispatch(s.x, twice, s.weights, s.table)
     with pytest.raises(ValueError, match=r"not torch\.uint8"):
         buffer.dispatch(s.x.view(torch.uint8), s.expert_ids, s.weights, s.table)
     wide = replace(random_table((0,), 20, 0, 0), slots=SLOTS)

@@ -18,7 +18,8 @@ Differences to the contract:
     Another limit for one exchange is not possible, and neither `interrupt` nor the end of a
     peer's process ends the wait of a kernel.
   - combine sums rows at home, in float32 (reduce="rank"); `Received.weights` is not known.
-  - Rows of a slot are in the order of their arrival. A token may choose an expert once.
+  - Rows of a slot are in the order of their arrival; an expert that a token chose twice gets one
+    row, with both weights.
   - An expert without an active owner is skipped with either `on_timeout`; `loss` tells.
   - Memory is taken for capacity · slots experts; neither can grow.
 """
@@ -57,7 +58,7 @@ from flexpert.comm.nixl_ep.backend.meeting import (
 )
 from flexpert.comm.nixl_ep.backend.package import Package, check, check_room, find
 from flexpert.comm.nixl_ep.backend.received import Dispatched, NixlReceived
-from flexpert.comm.nixl_ep.backend.routes import numbered, twice
+from flexpert.comm.nixl_ep.backend.routes import numbered, once
 from flexpert.comm.routing import check_dispatch, check_table
 
 if TYPE_CHECKING:
@@ -423,7 +424,8 @@ class NixlEpBuffer(DeviceBuffer):
             given = weights
             numbers = numbered(expert_ids, table, self._up, self.slots, self._index_type)
             if not self._capturing:
-                self._check_choices(numbers, table)
+                self._check_slots(table)
+            numbers, weights = once(numbers, weights)
             if tokens == 0:
                 x, weights = x.new_zeros((1, x.shape[1])), weights.new_zeros((1, weights.shape[1]))
                 numbers = torch.full_like(weights, -1, dtype=self._index_type)
@@ -475,14 +477,11 @@ class NixlEpBuffer(DeviceBuffer):
                 f"the table has {table.slots} slots, the buffer was made for {self.slots}"
             )
 
-    def _check_choices(self, numbers: torch.Tensor, table: ExpertTable) -> None:
+    def _check_slots(self, table: ExpertTable) -> None:
         """What a graph is not asked: it would have to wait for the device."""
-        owned = (table.rank >= 0) & ((table.slot < 0) | (table.slot >= self.slots))
-        beyond, doubled = torch.stack([owned.any(), twice(numbers)]).tolist()
-        if beyond:
+        beyond = (table.rank >= 0) & ((table.slot < 0) | (table.slot >= self.slots))
+        if bool(beyond.any()):
             raise ValueError(f"the table names slots outside of the {self.slots} of the buffer")
-        if doubled:
-            raise ValueError("a token chooses an expert twice, for which nixl_ep has no room")
 
     def _launch(
         self, x: torch.Tensor, numbers: torch.Tensor, fp8: Scales | None, *, later: bool

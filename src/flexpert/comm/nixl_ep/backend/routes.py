@@ -29,10 +29,15 @@ def numbered(
     return torch.where(served, owner * slots + slot, -1).to(dtype)
 
 
-def twice(numbers: torch.Tensor) -> torch.Tensor:
-    """bool scalar: whether a token chose an expert twice, for which there is no room."""
-    ordered = numbers.sort(dim=1).values
-    return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()
+def once(numbers: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each expert at most once a token, with the sum of its weights: for more there is no room.
+
+    numbers: [tokens, k] int; weights: [tokens, k] float32. The same are returned.
+    """
+    same = numbers[:, :, None] == numbers[:, None, :]
+    again = same.tril(-1).any(2)
+    summed = (same * weights[:, None, :]).sum(2)
+    return numbers.masked_fill(again, -1), torch.where(again, 0.0, summed)
 
 
 def packed(counts: torch.Tensor, limit: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
