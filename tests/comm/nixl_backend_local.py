@@ -50,9 +50,8 @@ class NixlRanks:
                 rank,
                 spec,
                 slots=SLOTS,
-                package=PACKAGE,
                 device=torch.device("cpu"),
-                **self.options,
+                **{"package": PACKAGE, **self.options},
             )
         addresses = {rank: buffer.address for rank, buffer in self.buffers.items()}
         self.each(self.buffers, lambda b: b.connect(addresses))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -29,7 +33,13 @@ from flexpert.comm import (
     make_buffer,
 )
 from flexpert.comm.buffer import Scales
+from flexpert.comm.interpreter import INTERPRETED
+from flexpert.comm.nixl_ep import compat
 from flexpert.comm.nixl_ep.backend.buffer import NixlEpBuffer
+from flexpert.comm.nixl_ep.backend.package import Package
+
+if not INTERPRETED:
+    pytest.skip("ranks would look for NVIDIA's package", allow_module_level=True)
 
 
 @pytest.fixture
@@ -350,3 +360,103 @@ def test_a_peer_of_other_sizes_is_refused(ranks: NixlRanks) -> None:
         with pytest.raises(ValueError, match="other sizes"):
             ranks.buffers[0].connect({1: others.buffers[1].address})
     assert LIMIT_S > 0
+
+
+# ---- what NVIDIA's kernels rely on, and the CPU's do not ----------------------------------------
+
+
+class Watched(compat.Buffer):
+    """Writes down, in one list for all ranks, what is launched and who is let in."""
+
+    log: ClassVar[list[tuple[int, str]]] = []
+    lock = threading.Lock()
+
+    def _note(self, what: str) -> None:
+        with self.lock:
+            self.log.append((self.rank, what))
+
+    def dispatch(self, *args: Any, **options: Any) -> Any:
+        self._note("launch")
+        return super().dispatch(*args, **options)
+
+    def combine(self, *args: Any, **options: Any) -> Any:
+        self._note("launch")
+        return super().combine(*args, **options)
+
+    def update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        self._note("mask" if mask else "unmask")
+        super().update_mask_buffer(rank_to_mask, mask)
+
+
+@pytest.fixture
+def watched() -> Iterator[NixlRanks]:
+    Watched.log.clear()
+    module = SimpleNamespace(Buffer=Watched, topk_idx_t=torch.int64)
+    with NixlRanks(package=Package(module, fixed=True)) as made:
+        yield made
+
+
+def test_nobody_is_let_in_before_all_have_cleared_their_flags(watched: NixlRanks) -> None:
+    watched.add(0, 1, 2)
+    for epoch in range(4):
+        Watched.log.clear()
+        watched.activate(0, 1, 2)
+        steps = [what for _, what in Watched.log]
+        assert steps.count("launch") == 6
+        assert steps.count("unmask") == 6
+        assert steps.index("unmask") > max(at for at, s in enumerate(steps) if s == "launch")
+        last_mask = max(at for at, s in enumerate(steps) if s == "mask")
+        for rank in range(3):  # and nobody clears while it may be sent anything
+            assert Watched.log.index((rank, "mask")) < Watched.log.index((rank, "launch"))
+        assert last_mask < steps.index("unmask")
+        watched.exchange(0, 1, 2, seed=epoch)
+
+
+def test_ranks_that_broke_off_at_different_points_are_in_step_again(watched: NixlRanks) -> None:
+    watched.add(0, 1)
+    watched.activate(0, 1)
+    s = sent_by((0, 1), 2)[0]
+    watched.buffers[0].begin_dispatch(s.x, s.expert_ids, s.weights, s.table)
+    watched.activate(0, 1)
+    for rank in (0, 1):
+        launches = [what for r, what in Watched.log if (r, what) == (rank, "launch")]
+        # its two sets of flags take turns with each launch
+        assert len(launches) % 2 == 0
+
+
+def test_a_vote_in_which_nothing_changes_launches_nothing(watched: NixlRanks) -> None:
+    watched.add(0, 1)
+    watched.activate(0, 1)
+    Watched.log.clear()
+    watched.each((0, 1), vote)
+    assert Watched.log == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_random_histories(seed: int) -> None:
+    """Epochs of any ids; some end in the middle of an exchange; ids leave and come again."""
+    dice = random.Random(seed)
+    with NixlRanks() as ranks:
+        ranks.add(0, 1, 2, 3)
+        for turn in range(25):
+            ids = tuple(sorted(dice.sample(range(4), dice.randint(1, 4))))
+            ranks.activate(*ids)
+            for step in range(dice.randint(0, 3)):
+                ranks.exchange(*ids, seed=100 * turn + step)
+                if dice.random() < 0.5:
+                    ranks.each(ids, vote)
+            event = dice.random()
+            if event < 0.3:  # one rank breaks off after a part of an exchange
+                rank = dice.choice(ids)
+                s, buffer = sent_by(ids, turn)[rank], ranks.buffers[rank]
+                pending = buffer.begin_dispatch(s.x, s.expert_ids, s.weights, s.table)
+                if len(ids) == 1 and dice.random() < 0.5:
+                    pending()
+                buffer.interrupt()
+            elif event < 0.5:
+                gone = dice.randrange(4)
+                ranks.buffers.pop(gone).close()
+                for buffer in ranks.buffers.values():
+                    buffer.disconnect([gone])
+                ranks.add(gone)
