@@ -40,7 +40,7 @@ def opened(model: str, ranks: int, max_ranks: int, all2all: str) -> LLM:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_answers_are_those_of_one_rank_through_a_join_a_leave_and_a_kill(model: str) -> None:
     with opened(model, 1, 1, "auto") as alone:
         expected = [answer.token_ids for answer in alone.generate(PROMPTS, GREEDY)]
@@ -52,9 +52,12 @@ def test_answers_are_those_of_one_rank_through_a_join_a_leave_and_a_kill(model: 
         assert answers.found == expected
         answers = Answers(llm)
         answers.wait_until_some_run()
+        captured = {rank.id: rank.graphs for rank in llm.cluster().ranks}
         llm.scale(remove=[0])
         answers.join()
         assert answers.found == expected
+        assert captured[1] > 0
+        assert {r.id: r.graphs for r in llm.cluster().ranks} == {1: captured[1], 2: captured[2]}
         answers = Answers(llm)
         answers.wait_until_some_run()
         os.kill(llm.cluster().ranks[0].pid, signal.SIGKILL)

@@ -43,7 +43,19 @@ def open_device(config: EngineConfig, rank: int = 0) -> torch.device:
     open_gpu()
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    if config.all2all == "nixl_ep":
+        find_nixl_ep()
     return device
+
+
+def find_nixl_ep() -> None:
+    """Raises: ConfigError: NVIDIA's package cannot be used here; says what is missing."""
+    from flexpert.comm.nixl_ep.backend.package import find
+
+    try:
+        find()
+    except CommError as error:
+        raise ConfigError(f"--all2all nixl_ep: {error}") from error
 
 
 def kernels_for(config: EngineConfig, device: torch.device) -> Kernels:
