@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from flexpert.comm import (
     Buffer,
     CommError,
     Interrupted,
+    PeerUnreachable,
     RankLost,
     RankTimeout,
     StaleEpoch,
@@ -36,6 +38,7 @@ from flexpert.comm.buffer import Scales
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.comm.nixl_ep import compat
 from flexpert.comm.nixl_ep.backend.buffer import NixlEpBuffer
+from flexpert.comm.nixl_ep.backend.meeting import Place, pair_store, store_of
 from flexpert.comm.nixl_ep.backend.package import Package
 
 if not INTERPRETED:
@@ -460,3 +463,21 @@ def test_random_histories(seed: int) -> None:
                 for buffer in ranks.buffers.values():
                     buffer.disconnect([gone])
                 ranks.add(gone)
+
+
+def test_what_nixl_ep_says_travels_through_a_peers_store_byte_for_byte() -> None:
+    """As its Python does it: set, wait, multi_get, delete_key."""
+    one, metadata = Place(), bytes(range(256)) * 20
+    address = one.address(b"", SPEC, SLOTS)
+    try:
+        with one.store() as mine, store_of(1, address) as theirs:
+            here, there = (pair_store(store, "inside", b"a", b"b") for store in (mine, theirs))
+            here.set("NIXL_EP/0", metadata)  # type: ignore[arg-type]
+            there.wait(["NIXL_EP/0"], timedelta(seconds=LIMIT_S))
+            assert there.multi_get(["NIXL_EP/0"]) == [metadata]
+            assert here.delete_key("NIXL_EP/0")
+            assert not there.check(["NIXL_EP/0"])
+    finally:
+        one.close()
+    with pytest.raises(PeerUnreachable), store_of(1, address):
+        pass
