@@ -440,7 +440,7 @@ class RankEngine:
         """Capture the decode steps, and compile all else; no expert needs to be there."""
         limits = self.scheduler.limits
         try:
-            if self.buffer.capturable or self.capacity == 1:
+            if self.buffer.capturable:
                 sizes = graph_sizes(min(limits.max_running, self._room), self.device)
                 self.shard.capture(sizes, limits.longest_table)
             self._walk_alone()
