@@ -261,7 +261,9 @@ def until_lost(buffer: Buffer, ids: tuple[int, ...]) -> tuple[int, ...]:
 
 @pytest.mark.slow
 def test_a_killed_process_is_named_and_its_id_used_again() -> None:
-    ranks = {rank: process(rank) for rank in (0, 1, 2)}
+    # who notices one phase later than another waits for it in vain, too
+    limit_s = 6.0
+    ranks = {rank: process(rank, timeout_s=limit_s) for rank in (0, 1, 2)}
 
     def everybody(ids: tuple[int, ...], task: object, *args: object) -> list[object]:
         for rank in ids:
@@ -279,7 +281,7 @@ def test_a_killed_process_is_named_and_its_id_used_again() -> None:
         assert [ranks[rank].answer() for rank in (0, 2)] == [(1,), (1,)]
         assert everybody((0, 2), run_epoch, (0, 2), 2) == [4] * 2
         everybody((0, 2), disconnect, (1,))
-        ranks[1] = process(1)
+        ranks[1] = process(1, timeout_s=limit_s)
         addresses[1] = ranks[1].address
         assert everybody(ids, connect, addresses) == [ids] * 3
         assert everybody(ids, run_epoch, ids, 3) == [4] * 3
