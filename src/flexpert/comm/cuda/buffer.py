@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
@@ -233,7 +234,7 @@ class CudaBuffer(Buffer):
         self._control.mask(masked)
         with self._changes:
             for peer in masked:
-                if peer in self._links:
+                if self._links.pop(peer, None) is not None:
                     self._page[Page.GONE + peer] = 1
             self._changed = True
         self._apply_now()
@@ -346,6 +347,12 @@ class CudaBuffer(Buffer):
                     self._write(restart=fresh)
             return votes
 
+    @property
+    def vote_due(self) -> bool:
+        """Whether peers were unmasked that only the next vote takes in."""
+        with self._changes:
+            return not set(self._control.active) <= self._links.keys()
+
     def ring(self) -> None:
         self._control.ring()
 
@@ -444,8 +451,16 @@ class CudaBuffer(Buffer):
         reduce: Reduce = "rank",
         weights: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+        expert_ids: torch.Tensor | None = None,
     ) -> Pending[torch.Tensor]:
-        return self._return(y, received, reduce, weights, out, wait=False)
+        """As in `Buffer`, and:
+
+        places: of `CudaReceived.pack`: y is [slots · limit, hidden], with each row in its place.
+        expert_ids: [tokens, k] as in dispatch, but that some may be -1 now and count no longer;
+            only for "home".
+        """
+        return self._return(y, received, reduce, weights, out, places, expert_ids, wait=False)
 
     def combine(
         self,
@@ -456,9 +471,12 @@ class CudaBuffer(Buffer):
         weights: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         timeout_s: float | None = None,
+        places: torch.Tensor | None = None,
+        expert_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self._set_limit(timeout_s)
-        return self._return(y, received, reduce, weights, out, wait=self._cuda)(timeout_s)
+        hook = self._return(y, received, reduce, weights, out, places, expert_ids, wait=self._cuda)
+        return hook(timeout_s)
 
     def _return(
         self,
@@ -467,6 +485,8 @@ class CudaBuffer(Buffer):
         reduce: Reduce,
         weights: torch.Tensor | None,
         out: torch.Tensor | None,
+        places: torch.Tensor | None,
+        expert_ids: torch.Tensor | None,
         *,
         wait: bool,
     ) -> _Hook[torch.Tensor]:
@@ -483,10 +503,18 @@ class CudaBuffer(Buffer):
                 )
             assert isinstance(received, CudaReceived)
             sent = received.sent
-            self._check_rows("y", y, None if _capturing(self._cuda) else received.count)
+            if places is None:
+                self._check_rows("y", y, None if _capturing(self._cuda) else received.count)
+            else:
+                self._check_rows("y", y, y.shape[0])
+                if places.dtype is not torch.int32 or places.shape != self.exchange.rows.shape:
+                    raise ValueError("places must be those that `pack` filled")
+            if reduce != "home" and (weights is not None or expert_ids is not None):
+                raise ValueError("weights and expert_ids at combine need reduce='home'")
+            if expert_ids is not None:
+                self._check_ids(expert_ids, sent.expert_ids)
+                sent = replace(sent, expert_ids=expert_ids.contiguous())
             if weights is not None:
-                if reduce != "home":
-                    raise ValueError("weights at combine need reduce='home'")
                 if weights.dtype is not torch.float32 or weights.shape != sent.weights.shape:
                     raise ValueError(f"weights must be {list(sent.weights.shape)} float32")
                 weights = weights.contiguous()
@@ -496,7 +524,7 @@ class CudaBuffer(Buffer):
             else:
                 self._check_rows("out", out, sent.tokens)
             self._state = _BROKEN
-            self.exchange.send_combine(out, y, sent, reduce=reduce, wait=wait)
+            self.exchange.send_combine(out, y, sent, reduce=reduce, wait=wait, places=places)
             self._state = _COMBINED
         sequence, target = self.sequence, out
 
@@ -508,7 +536,7 @@ class CudaBuffer(Buffer):
                 if not wait:
                     self._set_limit(timeout_s)
                     self.exchange.wait_combine()
-                self.exchange.reduce(target, y, sent, reduce=reduce, weights=weights)
+                self.exchange.reduce(target, y, sent, reduce=reduce, weights=weights, places=places)
                 self.check()
                 self._state = _BETWEEN
                 return target
@@ -637,6 +665,17 @@ class CudaBuffer(Buffer):
             raise StaleEpoch(
                 f"{phase} {sequence} cannot be received now (epoch {self.epoch}); "
                 f"call what begin_{phase} returned once, before anything else"
+            )
+
+    def _check_ids(self, ids: torch.Tensor, sent: torch.Tensor) -> None:
+        if (
+            ids.shape != sent.shape
+            or ids.dtype not in (torch.int32, torch.int64)
+            or ids.device != self.device
+        ):
+            raise ValueError(
+                f"expert_ids must be {list(sent.shape)} int32 or int64 on {self.device}, is "
+                f"{list(ids.shape)} {ids.dtype} on {ids.device}"
             )
 
     def _check_rows(self, name: str, tensor: torch.Tensor, rows: int | None) -> None:

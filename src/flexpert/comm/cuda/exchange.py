@@ -43,6 +43,9 @@ class Tuning:
     workers: programs of send_combine, at most.
     reducers: programs of reduce, at most.
     chunk: slots that one program of index_rows looks at in one go.
+    pack_width: words of 4 bytes of a row that one program of pack_rows copies. Not measured yet,
+        nor the other two.
+    packers: programs of pack_rows that copy, at most.
     checks: read masks and epochs; False only to measure what they cost.
 
     In Triton's interpreter, where a program takes a millisecond, the default is `FEW`.
@@ -56,10 +59,13 @@ class Tuning:
     workers: int = 528
     reducers: int = 4096
     chunk: int = 1024
+    pack_width: int = 1024
+    pack_warps: int = 4
+    packers: int = 1056
     checks: bool = True
 
 
-FEW = Tuning(workers=4, reducers=8)
+FEW = Tuning(workers=4, reducers=8, packers=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,14 +244,23 @@ class Exchange:
         return sent.indexed
 
     def send_combine(
-        self, out: torch.Tensor, y: torch.Tensor, sent: Dispatched, *, reduce: Reduce, wait: bool
+        self,
+        out: torch.Tensor,
+        y: torch.Tensor,
+        sent: Dispatched,
+        *,
+        reduce: Reduce,
+        wait: bool,
+        places: torch.Tensor | None = None,
     ) -> None:
-        """y: [rows, hidden] spec.dtype, in the order of `Indexed.rows`; out: see `reduce`."""
+        """y: [rows, hidden] spec.dtype, in the order of `Indexed.rows`, or with `places` (see
+        expert_major.py) as these say; out: see `reduce`."""
         spec, tuning = self.spec, self.tuning
         pieces = triton.cdiv(spec.hidden, tuning.width)
         most = spec.capacity * spec.max_tokens * pieces
         combine.send_combine[(min(most, tuning.workers) + wait,)](
-            out, y, self.position, sent.expert_ids, sent.table.rank, self.table, self._counters,
+            out, y, self.position if places is None else places, sent.expert_ids,
+            sent.table.rank, self.table, self._counters,
             self.window.data_ptr(), sent.tokens, self.rank, sent.table.rank.shape[0],
             R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=spec.topk,
             LANES_K=self._topk_lanes, MAX_TOKENS=spec.max_tokens, H=spec.hidden,
@@ -269,12 +284,14 @@ class Exchange:
         *,
         reduce: Reduce,
         weights: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """out: [tokens, hidden] spec.dtype ← the sums of the own tokens; returned."""
         spec, tuning = self.spec, self.tuning
         pieces = triton.cdiv(spec.hidden, tuning.width)
         combine.reduce[(max(1, min(sent.tokens * pieces, tuning.reducers)),)](
-            out, y, self.position, sent.expert_ids, sent.weights if weights is None else weights,
+            out, y, self.position if places is None else places, sent.expert_ids,
+            sent.weights if weights is None else weights,
             sent.table.rank, self.table, self.window.data_ptr(), sent.tokens, self.rank,
             sent.table.rank.shape[0],
             R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=spec.topk,
