@@ -95,13 +95,37 @@ def exchange(args, buffer, rank, seed, num_ranks, use_fp8, hook_mode, zero_copy,
     )
     hook() if hook_mode else event.current_stream_wait()
     buffer.query_mask_buffer(mask)
+    check_sums(args, sent[rank], combined, mask, use_fp8)
+    return mask
+
+
+def check_sums(args, mine, combined, mask, use_fp8):
+    """Of experts that double a row, on ranks that are not masked."""
+    x, topk_idx, topk_weights = mine
     owner = topk_idx // args.experts_per_rank
     counts = (topk_idx >= 0) & (mask[owner.clamp(min=0)] == 0)
     weight = (topk_weights.double() * counts).sum(dim=1, keepdim=True)
     error = (combined.double() - 2 * weight * x.double()).abs()
     allowed = (2**-4 if use_fp8 else 2**-7) * 2 * weight * x.double().abs() + 1e-2 * use_fp8
     assert (error <= allowed).all(), error.max()
-    return mask
+
+
+def unpaired(args, buffer, rank, seed, num_ranks):
+    """Two dispatches in a row; the first is combined twice, the second never."""
+    mine = inputs(args, rank, seed, num_ranks)
+    x, topk_idx, topk_weights = mine
+    mask = torch.zeros(args.capacity, dtype=torch.int32)
+    got = [
+        buffer.dispatch(
+            tokens, topk_idx, args.num_tokens, num_ranks * args.experts_per_rank, use_fp8=False
+        )
+        for tokens in (x, -x)
+    ]
+    recv_x, _, handle = got[0][:3]
+    for _ in range(2):
+        combined, _, _ = buffer.combine(recv_x * 2, topk_idx, topk_weights, handle)
+        buffer.query_mask_buffer(mask)
+        check_sums(args, mine, combined, mask, use_fp8=False)
 
 
 def phase(args, buffer, rank, number, members, dying):
@@ -115,6 +139,7 @@ def phase(args, buffer, rank, number, members, dying):
                 mask = exchange(
                     args, buffer, rank, seed, num_ranks, use_fp8, hook_mode, zero_copy, die
                 )
+    unpaired(args, buffer, rank, seed + 1, num_ranks)
     buffer.barrier()
     return mask
 

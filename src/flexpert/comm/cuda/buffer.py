@@ -98,9 +98,11 @@ class CudaBuffer(Buffer):
         on_timeout: OnTimeout = "raise",
         store: Store | None = None,
         device: torch.device | None = None,
+        same_k: bool = False,
         tuning: Tuning | None = None,
     ) -> None:
-        """device: of the window; default: the current CUDA device. The rest: see `make_buffer`."""
+        """device: of the window; default: the current CUDA device. same_k: see `Exchange`, equal on
+        all ranks. The rest: see `make_buffer`."""
         check(spec)
         self.rank, self.spec, self.timeout_s = rank, spec, timeout_s
         self.device = device or default_device()
@@ -118,7 +120,9 @@ class CudaBuffer(Buffer):
             listener=self._hear,
         )
         self._window: Window = own_window(layout(spec).size, self.device)
-        self.exchange = Exchange(rank, spec, self._window.tensor, self._page, tuning=tuning)
+        self.exchange = Exchange(
+            rank, spec, self._window.tensor, self._page, same_k=same_k, tuning=tuning
+        )
         self._address = Address.of(self._control.address, spec, self._window).encode()
         if store is not None:  # peers that meet by id look here, once they have met
             store.set(self._key(rank), self._address)  # type: ignore[arg-type]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from flexpert.comm.buffer import Buffer as Core
-from flexpert.comm.buffer import make_buffer
+from flexpert.comm.buffer import BufferSpec, make_buffer
+from flexpert.comm.cuda import require
 from flexpert.comm.errors import CommError
 from flexpert.comm.nixl_ep.compat.checks import (
     check_one_way,
@@ -158,18 +159,10 @@ class Buffer:
             raise ValueError(f"num_experts_per_rank is {num_experts_per_rank}, must be at least 1")
         spec = spec_from_bytes(num_rdma_bytes, num_ranks)
         if self.runtime is None:
-            on = wanted()
-            core = make_buffer(
-                self.rank,
-                spec,
-                backend="host" if on == "cpu" else on,
-                timeout_s=self.timeout_ms / 1000,
-                on_timeout="mask",
-                store=cast("Store", self._store),
-            )
-            self.runtime = core
+            device = self._device(spec)
+            core = self.runtime = device.core
             self._lifetime = Lifetime(core)
-            self._exchange = Exchange(core, _device(core), num_experts_per_rank, self._lifetime)
+            self._exchange = Exchange(core, device, num_experts_per_rank, self._lifetime)
             self._experts = num_experts_per_rank
             if not self.explicitly_destroy:
                 weakref.finalize(self, self._lifetime.end)
@@ -475,6 +468,17 @@ class Buffer:
 
     # ---- helpers ----------------------------------------------------------------------------
 
+    def _device(self, spec: BufferSpec) -> Device[Any]:
+        timeout_s, store = self.timeout_ms / 1000, cast("Store", self._store)
+        if wanted() == "cpu":
+            return Cpu(
+                make_buffer(self.rank, spec, timeout_s=timeout_s, on_timeout="mask", store=store)
+            )
+        require()
+        from flexpert.comm.nixl_ep.compat.gpu import Gpu  # needs Triton
+
+        return Gpu.of(self.rank, spec, timeout_s, store)
+
     def _check_alive(self) -> None:
         if self._destroyed:
             raise CommError(f"the buffer of rank {self.rank} is destroyed")
@@ -502,18 +506,6 @@ class Buffer:
                 f"and at most the {core.spec.capacity} of update_memory_buffers"
             )
         return ranks
-
-
-def _device(core: Core) -> Device[Any]:
-    from flexpert.comm.host.buffer import HostBuffer
-
-    if isinstance(core, HostBuffer):
-        return Cpu(core)
-    # Triton need not be there without a GPU
-    from flexpert.comm.cuda.buffer import CudaBuffer
-    from flexpert.comm.nixl_ep.compat.gpu import Gpu
-
-    return Gpu(cast(CudaBuffer, core))
 
 
 def _ends(

@@ -25,7 +25,7 @@ class Cpu(Device[Arrival]):
     counts_waits = True
 
     def __init__(self, core: Buffer) -> None:
-        self._core = core
+        self.core = core
         self._memory = Memory()
 
     def admit(self) -> None:
@@ -67,13 +67,13 @@ class Cpu(Device[Arrival]):
         here = new.counts.sum(0) > 0
         if not torch.equal(came.counts * here, new.counts):
             raise CommError(
-                f"ranks combine different dispatches (rank {self._core.rank} has one of "
+                f"ranks combine different dispatches (rank {self.core.rank} has one of "
                 f"{came.places.shape[0]} rows): all must call dispatch and combine in one order"
             )
         return replace(came, places=came.places_from(here))
 
     def discard(self, received: Received) -> None:
-        self._core.combine(self._core.combine_input(received), received, reduce="rank")
+        self.core.combine(self.core.combine_input(received), received, reduce="rank")
 
     def combine(
         self,
@@ -86,9 +86,9 @@ class Cpu(Device[Arrival]):
         out: torch.Tensor | None,
         later: bool,
     ) -> Callable[[], torch.Tensor]:
-        y = self._core.combine_input(received)
+        y = self.core.combine_input(received)
         collect(x, came.places, y)
-        return self._core.begin_combine(y, received, reduce="home", weights=weights, out=out)
+        return self.core.begin_combine(y, received, reduce="home", weights=weights, out=out)
 
     def counting(
         self, topk_idx: torch.Tensor, weights: torch.Tensor, done: Dispatched[Arrival]

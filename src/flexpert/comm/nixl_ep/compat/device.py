@@ -10,7 +10,7 @@ from typing import Generic, Literal, TypeVar, cast
 
 import torch
 
-from flexpert.comm.buffer import ExpertTable, Received
+from flexpert.comm.buffer import Buffer, ExpertTable, Received
 
 Handle = tuple[torch.Tensor, torch.Tensor, int, int]
 A = TypeVar("A")  # what a device remembers of the rows that a dispatch brought
@@ -62,13 +62,15 @@ class Dispatched(Generic[A]):
 
 
 class Device(ABC, Generic[A]):
-    """A core buffer as `Exchange` uses it.
+    """A buffer as `Exchange` uses it.
 
+    core: the buffer.
     at: where all tensors are.
     own_rows_wait: rows for this rank itself are read from x only when they are received.
     counts_waits: `statistics` of the core tell how long each peer was waited for.
     """
 
+    core: Buffer
     at: torch.device
     own_rows_wait: bool
     counts_waits: bool

@@ -7,17 +7,20 @@ into a CUDA graph. For the same reason nobody looks at what tensors hold.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from flexpert.comm.buffer import Received
+from flexpert.comm.buffer import BufferSpec, Received
 from flexpert.comm.cuda.buffer import CudaBuffer
 from flexpert.comm.cuda.expert_major import NOWHERE, ExpertMajor
 from flexpert.comm.cuda.received import CudaReceived
 from flexpert.comm.errors import CommError
 from flexpert.comm.nixl_ep.compat.device import Device, Dispatched
 from flexpert.comm.nixl_ep.compat.expert_major import column_major, widened
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 
 class Gpu(Device[torch.Tensor]):
@@ -27,29 +30,38 @@ class Gpu(Device[torch.Tensor]):
     a graph.
     """
 
+    core: CudaBuffer
     own_rows_wait = False
     counts_waits = False
 
     def __init__(self, core: CudaBuffer) -> None:
-        self._core = core
+        self.core = core
         self.at = core.device
         most = core.exchange.most_rows
         self._nowhere = torch.full((most,), NOWHERE, dtype=torch.int32, device=self.at)
         self._nothing = torch.zeros((1, core.spec.hidden), dtype=torch.bfloat16, device=self.at)
         self._captured = False  # the last dispatch
 
+    @classmethod
+    def of(cls, rank: int, spec: BufferSpec, timeout_s: float, store: Store) -> Gpu:
+        """With a buffer on the current GPU."""
+        core = CudaBuffer(
+            rank, spec, timeout_s=timeout_s, on_timeout="mask", store=store, same_k=True
+        )
+        return cls(core)
+
     def admit(self) -> None:
         """Vote, if ranks were unmasked: on the device, a link begins with a vote of all.
 
         Raises: CommError: while a graph is captured.
         """
-        if self._core.vote_due:
+        if self.core.vote_due:
             if self._capturing():
                 raise CommError(
                     "ranks were unmasked that the others must agree on, and a graph is captured: "
                     "call barrier() on all ranks before"
                 )
-            self._core.barrier(timeout_s=self._core.timeout_s)
+            self.core.barrier(timeout_s=self.core.timeout_s)
 
     def recv_x(
         self,
@@ -90,7 +102,7 @@ class Gpu(Device[torch.Tensor]):
                 "a dispatch before the graph that is captured was not combined: combine it, or "
                 "call barrier() on all ranks, before the capture begins"
             )
-        self._core.combine(self._nothing, received, reduce="home", places=self._nowhere)
+        self.core.combine(self._nothing, received, reduce="home", places=self._nowhere)
 
     def combine(
         self,
@@ -103,14 +115,14 @@ class Gpu(Device[torch.Tensor]):
         out: torch.Tensor | None,
         later: bool,
     ) -> Callable[[], torch.Tensor]:
-        y = widened(x, self._core.spec.hidden)
+        y = widened(x, self.core.spec.hidden)
         y = y.view(-1, y.shape[2])
         if later:
-            return self._core.begin_combine(
+            return self.core.begin_combine(
                 y, received, reduce="home", weights=weights, out=out, places=came,
                 expert_ids=topk_idx,
             )  # fmt: skip
-        sums = self._core.combine(
+        sums = self.core.combine(
             y, received, reduce="home", weights=weights, out=out, places=came, expert_ids=topk_idx
         )
         return lambda: sums
