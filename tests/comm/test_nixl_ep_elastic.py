@@ -101,8 +101,17 @@ SMALL = ("--num-tokens", "2", "--hidden", "128", "--topk", "2", "--experts-per-r
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)  # alone it takes 15 s, but waits here do not sleep
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the script is for a CPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing is interpreted")
 @pytest.mark.parametrize("die", ["dispatch", "combine"])
 def test_the_same_with_the_kernels_of_a_gpu_in_the_interpreter(die: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install flexpert[cuda]")
     run_plan([[0, 2], [0, -1, 2], [1, 2]], "--die", die, *SMALL, device="cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; see test_on_gpu.sh")
+@pytest.mark.parametrize("die", ["dispatch", "combine"])
+def test_the_same_on_a_gpu(die: str) -> None:
+    plan = [[0, 1], [0, 1, 2, 3], [0, 1, -2, 3], [0, 3], [0, 2, 3]]
+    run_plan(plan, "--die", die, "--device", "cuda", device="cuda")

@@ -566,8 +566,6 @@ class CudaBuffer(Buffer):
             raise self._failed(missing)
         self._page[Page.REPORT : Page.REPORT + LANES] = 0
         self.mask(ranks)
-        with self._changes:
-            self._links = {p: link for p, link in self._links.items() if p not in ranks}
         return ranks
 
     def _failed(self, missing: list[Missing]) -> CommError:

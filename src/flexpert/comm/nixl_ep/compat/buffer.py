@@ -25,7 +25,7 @@ from flexpert.comm.nixl_ep.compat.checks import (
 )
 from flexpert.comm.nixl_ep.compat.config import Config
 from flexpert.comm.nixl_ep.compat.cpu import Cpu
-from flexpert.comm.nixl_ep.compat.device import Device, Handle, wanted
+from flexpert.comm.nixl_ep.compat.device import Device, Handle, on_gpu, wanted
 from flexpert.comm.nixl_ep.compat.exchange import Exchange, Receive
 from flexpert.comm.nixl_ep.compat.lifetime import Lifetime
 from flexpert.comm.nixl_ep.compat.sizes import size_hint, spec_from_bytes
@@ -418,8 +418,7 @@ class Buffer:
     @staticmethod
     def is_sm90_compiled() -> bool:
         """Whether new buffers are on a GPU of that kind or a later one."""
-        on_gpu = wanted() == "cuda" and torch.cuda.is_available()
-        return on_gpu and torch.cuda.get_device_capability() >= (9, 0)
+        return on_gpu() and torch.cuda.get_device_capability() >= (9, 0)
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
@@ -431,13 +430,11 @@ class Buffer:
     @staticmethod
     def capture() -> EventOverlap:
         """The event of all work so far on the current stream; on a CPU it is done."""
-        gpu = wanted() == "cuda" and torch.cuda.is_available()
-        return EventOverlap(Recorded() if gpu else Now())
+        return EventOverlap(Recorded() if on_gpu() else Now())
 
     def get_comm_stream(self) -> torch.cpu.Stream | torch.cuda.Stream:
         """The stream of the exchanges: the current one, the only one of a CPU."""
-        at = self._exchanges().device.at
-        return torch.cuda.current_stream(at) if at.type == "cuda" else torch.cpu.current_stream()
+        return torch.cuda.current_stream() if on_gpu() else torch.cpu.current_stream()
 
     def get_local_buffer_tensor(
         self,

@@ -29,6 +29,11 @@ def wanted() -> Literal["cpu", "cuda"]:
     return cast(Literal["cpu", "cuda"], asked)
 
 
+def on_gpu() -> bool:
+    """Whether new buffers are on a GPU; not so in Triton's interpreter."""
+    return wanted() == "cuda" and torch.cuda.is_available()
+
+
 @dataclass(slots=True, eq=False)
 class Dispatched(Generic[A]):
     """A dispatch of the user's: what was sent, the tensors that show what came, how to combine it.

@@ -240,9 +240,9 @@ class Exchange(Generic[A]):
     def settle(self) -> None:
         """Receive what is outstanding, and combine what the user did not."""
         self._receive_outstanding()
-        received, self._uncombined = self._uncombined, None
-        if received is not None:
-            self.device.discard(received)
+        if self._uncombined is not None:
+            self.device.discard(self._uncombined)
+            self._uncombined = None
 
     def _receive_outstanding(self) -> None:
         receive, self._outstanding = self._outstanding, None
