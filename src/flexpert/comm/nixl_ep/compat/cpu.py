@@ -31,6 +31,11 @@ class Cpu(Device[Arrival]):
     def admit(self) -> None:
         """The exchange itself does it."""
 
+    def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy: users mark experts of lost ranks in theirs."""
+        copy = experts.clone()
+        return copy, copy
+
     def recv_x(
         self,
         shape: tuple[int, int, int],

@@ -38,7 +38,7 @@ def on_gpu() -> bool:
 class Dispatched(Generic[A]):
     """A dispatch of the user's: what was sent, the tensors that show what came, how to combine it.
 
-    experts: [tokens, k], a copy: users mark experts of lost ranks in theirs.
+    experts: [tokens, k], of `Device.routes`.
     recv_x … layout_range: see `Buffer.dispatch`; filled when it is received.
     came: which rows came; None before.
     received: while these rows can be combined without sending anything again.
@@ -85,6 +85,11 @@ class Device(ABC, Generic[A]):
         """Before a dispatch: take in the ranks that were unmasked."""
 
     @abstractmethod
+    def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[tokens, k] each: what a dispatch to these experts is called with; and what it is called
+        with again, when it is combined later."""
+
+    @abstractmethod
     def recv_x(
         self,
         shape: tuple[int, int, int],
@@ -104,7 +109,7 @@ class Device(ABC, Generic[A]):
 
     @abstractmethod
     def again(self, done: Dispatched[A], came: A, received: Received) -> A:
-        """`came` of a dispatch along the routes of `done`, whose rows are where they were."""
+        """`came` of the dispatch that repeats `done`; the rows are where they were."""
 
     @abstractmethod
     def discard(self, received: Received) -> None:

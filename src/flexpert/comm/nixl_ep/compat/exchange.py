@@ -7,8 +7,8 @@ micro-batches that overlap, a second combine with one handle. So, before the nex
     a hook that was not called yet    is called
     a dispatch that was not combined  is combined with whatever lies in the buffer, and the sums
                                       thrown away: the peers wait for a combine
-    a combine of another dispatch     first sends 16 bytes a token along its routes again, so that
-                                      there is a dispatch to be combined
+    a combine of another dispatch     first repeats that with 16 bytes a token, so that there is a
+                                      dispatch to be combined
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ class Exchange(Generic[A]):
             if later and wire is x and fp8 is None and self.device.own_rows_wait:
                 wire = x.clone()  # the user may write to x now
             self._route()
-            experts = experts.clone()
+            now, again = self.device.routes(experts)
             before = self._core.statistics().dispatch_wait_ns if wait_stats is not None else {}
-            pending = self._dispatch(wire, experts, self._table, fp8, later=later)
-            done = self._prepare(experts, max_tokens, ranks, hidden, fp8)
+            pending = self._dispatch(wire, now, self._table, fp8, later=later)
+            done = self._prepare(again, max_tokens, ranks, hidden, fp8)
             self._kept.append(done)
 
             def receive() -> None:
@@ -206,7 +206,7 @@ class Exchange(Generic[A]):
             return self._finish(receive, later)
 
     def _again(self, done: Dispatched[A], came: A) -> tuple[Received, A]:
-        """A dispatch along the same routes; returns it, and where its rows lie in the user's x."""
+        """A dispatch of as many tokens; returns it, and where its rows lie in the user's x."""
         self.settle()
         tokens = done.experts.shape[0]
         probe = torch.zeros((tokens, _PROBE_BYTES), dtype=torch.uint8, device=self.device.at)

@@ -39,6 +39,8 @@ class Gpu(Device[torch.Tensor]):
         self.at = core.device
         most = core.exchange.most_rows
         self._nowhere = torch.full((most,), NOWHERE, dtype=torch.int32, device=self.at)
+        most = core.spec.max_tokens * core.spec.topk
+        self._nobody = torch.full((most,), -1, dtype=torch.int32, device=self.at)
         self._nothing = torch.zeros((1, core.spec.hidden), dtype=torch.bfloat16, device=self.at)
         self._captured = False  # the last dispatch
 
@@ -62,6 +64,10 @@ class Gpu(Device[torch.Tensor]):
                     "call barrier() on all ranks before"
                 )
             self.core.barrier(timeout_s=self.core.timeout_s)
+
+    def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Again to nobody: places are known, and peers only need the number of tokens."""
+        return experts, self._nobody[: experts.numel()].view(experts.shape)
 
     def recv_x(
         self,
@@ -92,7 +98,7 @@ class Gpu(Device[torch.Tensor]):
     def again(
         self, done: Dispatched[torch.Tensor], came: torch.Tensor, received: Received
     ) -> torch.Tensor:
-        """Places are by source, token and choice: those of ranks that left are not looked at."""
+        """Places are by source, token and choice; those of ranks that left are not looked at."""
         return came
 
     def discard(self, received: Received) -> None:
