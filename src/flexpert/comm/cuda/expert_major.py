@@ -50,6 +50,26 @@ class ExpertMajor:
     ranges: torch.Tensor
     places: torch.Tensor
 
+    @classmethod
+    def empty(cls, exchange: Exchange, sent: Dispatched, limit: int, sources: int) -> ExpertMajor:
+        """Uninitialised tensors for a dispatch; limit: rows that a slot has room for."""
+        slots, at = sent.table.slots, exchange.window.device
+        payload, scales = sent.indexed.payload, sent.indexed.scales
+
+        def new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=at)
+
+        return cls(
+            x=new((slots, limit, payload.shape[1]), payload.dtype),
+            scales=None
+            if scales is None
+            else new((slots, scales.shape[1], limit), scales.dtype).transpose(1, 2),
+            count=new((slots,), torch.int32),
+            token=new((slots, limit), torch.int32),
+            ranges=new((slots, sources), torch.int64),
+            places=torch.empty_like(exchange.position),
+        )
+
 
 @triton.jit
 def _describe(

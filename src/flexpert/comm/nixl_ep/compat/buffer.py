@@ -283,7 +283,7 @@ class Buffer:
             cumulative_local_expert_recv_stats: [experts_per_rank] int32; what was received
                 is added.
             dispatch_wait_recv_cost_stats: [R] int64; nanoseconds until each rank's rows were there
-                are added.
+                are added; None on a GPU.
             use_fp8: quantise to e4m3 with a scale for 128 channels.
             round_scale: scales are powers of two.
             use_ue8m0: four scales to an int32; needs round_scale.
@@ -369,7 +369,8 @@ class Buffer:
         Returns: the sums [tokens, hidden] bfloat16, event, hook.
 
         Raises:
-            ValueError: shapes, dtypes, or other experts than in dispatch; nothing was sent.
+            ValueError: shapes, dtypes, or (on a CPU) other experts than in dispatch; nothing was
+                sent.
             StaleEpoch: the handle is too old.
         """
         exchange = self._exchanges()
