@@ -389,7 +389,12 @@ def test_wrong_arguments_say_what_to_do_and_send_nothing(ranks: Phases) -> None:
         (lambda: buffer.dispatch(x, experts, 4), "multiple of 128"),
         (lambda: buffer.dispatch(x, experts[:1], 4, use_fp8=False), r"topk_idx must be \[2, k\]"),
         (lambda: buffer.dispatch(x, experts.float(), 4, use_fp8=False), "expert_ids must be int"),
-        (lambda: buffer.dispatch(x, experts.repeat(1, 9), 4, use_fp8=False), "k <= 16"),
+        (
+            lambda: buffer.dispatch(
+                torch.zeros(4, 64).bfloat16(), torch.zeros(4, 17).long(), 4, use_fp8=False
+            ),
+            "k <= 16",
+        ),
         (lambda: buffer.dispatch(x.to("meta"), experts, 4, use_fp8=False), f"meta.*{VARIABLE}"),
     ]
     for call, what in calls:

@@ -50,8 +50,10 @@ def check_x(
         )
     if tokens > max_tokens:
         raise ValueError(f"{tokens} tokens, but num_max_dispatch_tokens_per_rank={max_tokens}")
-    if topk_idx.ndim != 2 or topk_idx.shape[0] != tokens:
-        raise ValueError(f"topk_idx must be [{tokens}, k], is {list(topk_idx.shape)}")
+    if topk_idx.ndim != 2 or topk_idx.shape[0] != tokens or topk_idx.shape[1] > spec.topk:
+        raise ValueError(
+            f"topk_idx must be [{tokens}, k], k <= {spec.topk}, is {list(topk_idx.shape)}"
+        )
 
 
 def check_tensor(
