@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,9 +68,11 @@ class CudaBuffer(DeviceBuffer):
         on_timeout: OnTimeout = "raise",
         store: Store | None = None,
         device: torch.device | None = None,
+        same_k: bool = False,
         tuning: Tuning | None = None,
     ) -> None:
-        """device: of the window; default: the current CUDA device. The rest: see `make_buffer`."""
+        """device: of the window; default: the current CUDA device. same_k: see `Exchange`, equal on
+        all ranks. The rest: see `make_buffer`."""
         check(spec)
         device = device or default_device()
         self._page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -83,7 +86,9 @@ class CudaBuffer(DeviceBuffer):
             listener=self._hear,
         )
         self._window: Window = own_window(layout(spec).size, self.device)
-        self.exchange = Exchange(rank, spec, self._window.tensor, self._page, tuning=tuning)
+        self.exchange = Exchange(
+            rank, spec, self._window.tensor, self._page, same_k=same_k, tuning=tuning
+        )
         self._address = Address.of(self._control.address, spec, self._window).encode()
         if store is not None:  # peers that meet by id look here, once they have met
             store.set(self._key(rank), self._address)  # type: ignore[arg-type]
@@ -174,7 +179,7 @@ class CudaBuffer(DeviceBuffer):
         self._control.mask(masked)
         with self._changes:
             for peer in masked:
-                if peer in self._links:
+                if self._links.pop(peer, None) is not None:
                     self._page[Page.GONE + peer] = 1
             self._changed = True
         self._apply_now()
@@ -277,6 +282,12 @@ class CudaBuffer(DeviceBuffer):
                     self._write(restart=fresh)
             return votes
 
+    @property
+    def vote_due(self) -> bool:
+        """Whether peers were unmasked that only the next vote takes in."""
+        with self._changes:
+            return not set(self._control.active) <= self._links.keys()
+
     def interrupt(self) -> None:
         self._control.interrupt()
         self._page[Page.STOP] = 1
@@ -366,8 +377,16 @@ class CudaBuffer(DeviceBuffer):
         reduce: Reduce = "rank",
         weights: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+        expert_ids: torch.Tensor | None = None,
     ) -> Pending[torch.Tensor]:
-        return self._return(y, received, reduce, weights, out, wait=False)
+        """As in `Buffer`, and:
+
+        places: of `CudaReceived.pack`: y is [slots · limit, hidden], with each row in its place.
+        expert_ids: [tokens, k] as in dispatch, but that some may be -1 now and count no longer;
+            only for "home".
+        """
+        return self._return(y, received, reduce, weights, out, places, expert_ids, wait=False)
 
     def combine(
         self,
@@ -378,9 +397,12 @@ class CudaBuffer(DeviceBuffer):
         weights: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         timeout_s: float | None = None,
+        places: torch.Tensor | None = None,
+        expert_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self._set_limit(timeout_s)
-        return self._return(y, received, reduce, weights, out, wait=self._cuda)(timeout_s)
+        hook = self._return(y, received, reduce, weights, out, places, expert_ids, wait=self._cuda)
+        return hook(timeout_s)
 
     def _return(
         self,
@@ -389,6 +411,8 @@ class CudaBuffer(DeviceBuffer):
         reduce: Reduce,
         weights: torch.Tensor | None,
         out: torch.Tensor | None,
+        places: torch.Tensor | None,
+        expert_ids: torch.Tensor | None,
         *,
         wait: bool,
     ) -> Hook[torch.Tensor]:
@@ -399,10 +423,18 @@ class CudaBuffer(DeviceBuffer):
             self._check_combines(received)
             assert isinstance(received, CudaReceived)
             sent = received.sent
-            self._check_rows("y", y, None if self._capturing else received.count)
+            if places is None:
+                self._check_rows("y", y, None if self._capturing else received.count)
+            else:
+                self._check_rows("y", y, y.shape[0])
+                if places.dtype is not torch.int32 or places.shape != self.exchange.rows.shape:
+                    raise ValueError("places must be those that `pack` filled")
+            if reduce != "home" and (weights is not None or expert_ids is not None):
+                raise ValueError("weights and expert_ids at combine need reduce='home'")
+            if expert_ids is not None:
+                self._check_ids(expert_ids, sent.expert_ids)
+                sent = replace(sent, expert_ids=expert_ids.contiguous())
             if weights is not None:
-                if reduce != "home":
-                    raise ValueError("weights at combine need reduce='home'")
                 if weights.dtype is not torch.float32 or weights.shape != sent.weights.shape:
                     raise ValueError(f"weights must be {list(sent.weights.shape)} float32")
                 weights = weights.contiguous()
@@ -412,7 +444,7 @@ class CudaBuffer(DeviceBuffer):
             else:
                 self._check_rows("out", out, sent.tokens)
             self._state = State.BROKEN
-            self.exchange.send_combine(out, y, sent, reduce=reduce, wait=wait)
+            self.exchange.send_combine(out, y, sent, reduce=reduce, wait=wait, places=places)
             self._state = State.COMBINED
         sequence, target = self.sequence, out
 
@@ -424,7 +456,7 @@ class CudaBuffer(DeviceBuffer):
                 if not wait:
                     self._set_limit(timeout_s)
                     self.exchange.wait_combine()
-                self.exchange.reduce(target, y, sent, reduce=reduce, weights=weights)
+                self.exchange.reduce(target, y, sent, reduce=reduce, weights=weights, places=places)
                 self.check()
                 self._state = State.BETWEEN
                 return target
@@ -450,8 +482,6 @@ class CudaBuffer(DeviceBuffer):
             raise self._failed(ranks, missing[0].phase, missing[0].epoch, self._limit_s)
         self._page[Page.REPORT : Page.REPORT + LANES] = 0
         self.mask(ranks)
-        with self._changes:
-            self._links = {p: link for p, link in self._links.items() if p not in ranks}
         return ranks
 
     def loss(self, received: Received) -> Loss | None:
@@ -490,3 +520,14 @@ class CudaBuffer(DeviceBuffer):
         self._thread = threading.get_ident()
         self.check()  # what replays of graphs have reported since
         self._apply()
+
+    def _check_ids(self, ids: torch.Tensor, sent: torch.Tensor) -> None:
+        if (
+            ids.shape != sent.shape
+            or ids.dtype not in (torch.int32, torch.int64)
+            or ids.device != self.device
+        ):
+            raise ValueError(
+                f"expert_ids must be {list(sent.shape)} int32 or int64 on {self.device}, is "
+                f"{list(ids.shape)} {ids.dtype} on {ids.device}"
+            )
