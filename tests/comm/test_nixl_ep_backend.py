@@ -483,3 +483,22 @@ def test_what_nixl_ep_says_travels_through_a_peers_store_byte_for_byte() -> None
         one.close()
     with pytest.raises(PeerUnreachable), store_of(1, address):
         pass
+
+
+class SizedByActive(compat.Buffer):
+    """As releases before 1.5, which do not heed `num_experts`."""
+
+    def dispatch(self, *args: Any, **options: Any) -> Any:
+        del options["num_experts"]
+        return super().dispatch(*args, **options)
+
+
+def test_a_nixl_ep_that_sizes_tensors_by_who_is_active_is_followed() -> None:
+    module = SimpleNamespace(Buffer=SizedByActive, topk_idx_t=torch.int64)
+    with NixlRanks(package=Package(module, fixed=False)) as ranks:
+        ranks.add(0, 1, 3)
+        assert not ranks.buffers[0].capturable
+        for epoch, ids in enumerate([(0, 1), (0, 1, 3), (0,), (1, 3), (0, 1)]):
+            ranks.activate(*ids)
+            for seed in range(2):
+                ranks.exchange(*ids, seed=10 * epoch + seed)
