@@ -1,4 +1,6 @@
-"""For all tests: without a GPU, Triton's kernels run in its interpreter; nobody kills many."""
+"""For all tests: without a GPU, Triton's kernels run in its interpreter; nixl_ep's interface takes
+tensors on the CPU, but where a test asks for the GPU; nobody kills many.
+"""
 
 import os
 
@@ -6,6 +8,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are first imported
+os.environ.setdefault("FLEXPERT_NIXL_EP_DEVICE", "cpu")
 
 _kill = os.kill
 

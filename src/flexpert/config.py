@@ -19,6 +19,7 @@ from flexpert.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "FLEXPERT_"
 MOST_GPU_RANKS = 32
+NIXL_EP_RANKS = (*range(1, 9), 16, 24, 32)
 
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -57,6 +58,9 @@ class EngineConfig(_Section):
 
     device: Literal["cpu", "cuda"] = Field(
         "cpu", description="what a rank computes on; cuda (experimental): the GPUs of this machine"
+    )
+    all2all: Literal["auto", "nixl_ep"] = Field(
+        "auto", description="between GPUs; auto: flexpert's own kernels, nixl_ep: NVIDIA's"
     )
     max_tokens_per_step: int = Field(256, ge=16, le=65536, description="token budget of a step")
     max_running: int = Field(64, ge=1, le=4096, description="sequences decoded at once per rank")
@@ -143,7 +147,17 @@ class Config(_Section):
     @model_validator(mode="after")
     def _fits_device(self) -> Config:
         if self.engine.device != "cuda":
+            if self.engine.all2all != "auto":
+                raise ValueError(
+                    f"--all2all {self.engine.all2all} needs --device cuda: its kernels run on "
+                    "GPUs; leave it out, and ranks exchange over shared memory"
+                )
             return self
+        if self.engine.all2all == "nixl_ep" and self.cluster.max_ranks not in NIXL_EP_RANKS:
+            raise ValueError(
+                f"max_ranks ({self.cluster.max_ranks}) is none that --all2all nixl_ep takes: "
+                f"{', '.join(map(str, NIXL_EP_RANKS))}; change --max-ranks"
+            )
         if self.cluster.max_ranks > MOST_GPU_RANKS:
             raise ValueError(
                 f"max_ranks ({self.cluster.max_ranks}) is more than {MOST_GPU_RANKS}, the most "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from rich.console import Console
+from torch.distributed import HashStore
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install flexpert[cuda]")
 
@@ -33,6 +35,8 @@ from flexpert.bench.comm.workload import (
 )
 from flexpert.bench.machine import this_machine
 from flexpert.cli.bench_comm import bench_comm
+from flexpert.comm.buffer import Scales
+from flexpert.comm.nixl_ep.compat.device import VARIABLE
 from flexpert.errors import ConfigError
 
 
@@ -63,6 +67,28 @@ def test_torch_on_one_rank_agrees_with_the_oracle() -> None:
         torch_local.put_results(turn, expert_results(wanted, slots))
         result = torch_local.combine(turn)
         assert not wrong_result(result, *expected_result(work, site.pool[turn]))
+
+
+@pytest.mark.parametrize("fp8", [None, "float32"])
+def test_nixl_ep_s_interface_agrees_with_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, fp8: Scales | None
+) -> None:
+    """Our kernels in Triton's interpreter behind it, called as NVIDIA's are."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, and this is for a CPU")
+    monkeypatch.setenv(VARIABLE, "cuda")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    work = work_of(1, tokens=3)
+    site = replace(site_of(work), store=HashStore(), fp8=fp8)
+    contender = NixlEp(site, "flexpert.comm.nixl_ep.compat")
+    for turn in range(2):
+        contender.dispatch(turn)
+        wanted, slots = expected_arrivals(work, 0, turn)
+        assert not wrong_rows(contender.rows(), wanted, exact=fp8 is None)
+        contender.put_results(turn, expert_results(wanted, slots))
+        result = contender.combine(turn)
+        assert not wrong_result(result, *expected_result(work, site.pool[turn]))
+    contender.close()
 
 
 def test_who_cannot_run_here_says_why() -> None:

@@ -29,13 +29,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class CudaLocal:
     """Exchanges by id; the windows of all lie in this process."""
 
-    def __init__(self, spec: BufferSpec, ids: Iterable[int], *, tuning: Tuning = FEW) -> None:
-        self.spec = spec
+    def __init__(
+        self, spec: BufferSpec, ids: Iterable[int], *, same_k: bool = False, tuning: Tuning = FEW
+    ) -> None:
+        self.spec, self.same_k = spec, same_k
         self.ranks: dict[int, Exchange] = {}
         for rank in ids:
             window = torch.zeros(layout(spec).size, dtype=torch.uint8, device=DEVICE)
             page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=DEVICE == "cuda")
-            self.ranks[rank] = Exchange(rank, spec, window, page, tuning=tuning)
+            self.ranks[rank] = Exchange(rank, spec, window, page, same_k=same_k, tuning=tuning)
         self.epoch = 0
 
     @property
@@ -79,7 +81,7 @@ class CudaLocal:
 
 def parts(s: Sent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ExpertTable]:
     """The arguments of a dispatch."""
-    return s.x, s.expert_ids, s.weights, s.table
+    return s.x, s.expert_ids.contiguous(), s.weights, s.table
 
 
 def gathered(indexed: Indexed) -> torch.Tensor:

@@ -39,9 +39,9 @@ def dequantise(recv_x):
 def exchange(args, buffer, rank, seed, num_ranks, use_fp8, hook_mode, zero_copy, die):
     """One dispatch and combine, checked; `die` is "dispatch", "combine" or None."""
     sent = {r: inputs(args, r, seed, num_ranks) for r in range(num_ranks)}
-    x, topk_idx, topk_weights = sent[rank]
-    mask = torch.zeros(args.capacity, dtype=torch.int32)
-    stats = torch.zeros(args.experts_per_rank, dtype=torch.int32)
+    x, topk_idx, topk_weights = (t.to(args.device) for t in sent[rank])
+    mask = torch.zeros(args.capacity, dtype=torch.int32, device=args.device)
+    stats = torch.zeros(args.experts_per_rank, dtype=torch.int32, device=args.device)
     if die == "dispatch":
         os.kill(os.getpid(), signal.SIGKILL)
     recv_x, recv_count, handle, event, hook = buffer.dispatch(
@@ -68,8 +68,8 @@ def exchange(args, buffer, rank, seed, num_ranks, use_fp8, hook_mode, zero_copy,
             packed = layout_range[local, source].item()
             assert (packed >> 32, packed & 0xFFFFFFFF) == (at, len(tokens)), (rank, local, source)
             got = slice(at, at + len(tokens))
-            assert torch.equal(src_info[local, got], tokens.int())
-            want = sent[source][0][tokens]
+            assert torch.equal(src_info[local, got].cpu(), tokens.int())
+            want = sent[source][0][tokens].to(args.device)
             if use_fp8:
                 assert ((rows[local, got] - want).abs() <= 2**-4 * want.abs() + 2e-3).all()
             else:
@@ -95,13 +95,37 @@ def exchange(args, buffer, rank, seed, num_ranks, use_fp8, hook_mode, zero_copy,
     )
     hook() if hook_mode else event.current_stream_wait()
     buffer.query_mask_buffer(mask)
+    check_sums(args, sent[rank], combined.cpu(), mask.cpu(), use_fp8)
+    return mask
+
+
+def check_sums(args, mine, combined, mask, use_fp8):
+    """Of experts that double a row, on ranks that are not masked."""
+    x, topk_idx, topk_weights = mine
     owner = topk_idx // args.experts_per_rank
     counts = (topk_idx >= 0) & (mask[owner.clamp(min=0)] == 0)
     weight = (topk_weights.double() * counts).sum(dim=1, keepdim=True)
     error = (combined.double() - 2 * weight * x.double()).abs()
     allowed = (2**-4 if use_fp8 else 2**-7) * 2 * weight * x.double().abs() + 1e-2 * use_fp8
     assert (error <= allowed).all(), error.max()
-    return mask
+
+
+def unpaired(args, buffer, rank, seed, num_ranks):
+    """Two dispatches in a row; the first is combined twice, the second never."""
+    mine = inputs(args, rank, seed, num_ranks)
+    x, topk_idx, topk_weights = (t.to(args.device) for t in mine)
+    mask = torch.zeros(args.capacity, dtype=torch.int32, device=args.device)
+    got = [
+        buffer.dispatch(
+            tokens, topk_idx, args.num_tokens, num_ranks * args.experts_per_rank, use_fp8=False
+        )
+        for tokens in (x, -x)
+    ]
+    recv_x, _, handle = got[0][:3]
+    for _ in range(2):
+        combined, _, _ = buffer.combine(recv_x * 2, topk_idx, topk_weights, handle)
+        buffer.query_mask_buffer(mask)
+        check_sums(args, mine, combined.cpu(), mask.cpu(), use_fp8=False)
 
 
 def phase(args, buffer, rank, number, members, dying):
@@ -115,6 +139,7 @@ def phase(args, buffer, rank, number, members, dying):
                 mask = exchange(
                     args, buffer, rank, seed, num_ranks, use_fp8, hook_mode, zero_copy, die
                 )
+    unpaired(args, buffer, rank, seed + 1, num_ranks)
     buffer.barrier()
     return mask
 
@@ -130,6 +155,7 @@ def main():
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--topk", type=int, default=3)
     parser.add_argument("--experts-per-rank", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--timeout-ms", type=int, default=DEFAULT_TIMEOUT_MS)
     args = parser.parse_args()
     rank = args.rank

@@ -122,6 +122,30 @@ def test_a_link_unmasked_again_starts_afresh(ranks: CudaRanks) -> None:
     ranks.exchange(random_sent(SPEC, (0, 1), 2))
 
 
+def test_a_peer_unmasked_waits_for_a_vote_also_when_it_was_masked_in_an_exchange(
+    ranks: CudaRanks,
+) -> None:
+    a, b = ranks.start([0, 1]).values()
+    ranks.activate([0, 1])
+    assert not a.vote_due
+    sent = random_sent(SPEC, (0, 1), 1)
+    hooks = {r: ranks.buffers[r].begin_dispatch(*parts(s)) for r, s in sent.items()}
+    for buffer, peer in ((a, 1), (b, 0)):
+        buffer.mask([peer])
+        assert not buffer.vote_due
+        buffer.unmask([peer])
+        assert buffer.vote_due
+    got = {rank: hook() for rank, hook in hooks.items()}
+    y = {rank: apply_experts(received.x, received.offsets) for rank, received in got.items()}
+    for hook in [ranks.buffers[r].begin_combine(y[r], got[r]) for r in sent]:
+        hook()
+    for seed in (2, 3):
+        ranks.exchange(random_sent(SPEC, (seed - 2,), seed))  # each alone
+    ranks.vote([0, 1])
+    assert not a.vote_due
+    ranks.exchange(random_sent(SPEC, (0, 1), 4))
+
+
 def test_who_sends_nothing_is_named_and_the_epoch_is_over(ranks: CudaRanks) -> None:
     a, _ = ranks.start([0, 1]).values()
     ranks.activate([0, 1])

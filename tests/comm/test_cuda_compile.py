@@ -33,6 +33,8 @@ def test_kernels_spill_nothing_and_move_rows_16_bytes_at_a_time() -> None:
     # a pointer that the compiler does not know to be aligned is read and written byte by byte
     assert wide["send_dispatch fp8"] >= 1
     assert wide["send_dispatch rows"] >= 2
+    assert wide["pack_rows fp8"] >= 17
+    assert wide["pack_rows rows"] >= 17
     assert wide["send_combine rank"] >= 9
     assert wide["send_combine home"] >= 8
     if triton.__version__ < "3.7":  # 3.9 takes most reads of the others two bytes at a time

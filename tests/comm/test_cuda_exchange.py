@@ -119,8 +119,7 @@ def test_home_sums_do_not_depend_on_placement_or_number_of_ranks() -> None:
 
 
 @pytest.mark.parametrize("scales", ["float32", "power2", "ue8m0"])
-def test_scales_are_those_of_the_reference(scales: Scales) -> None:
-    """The values themselves need a GPU: the interpreter's cast to fp8 is wrong."""
+def test_fp8_values_and_scales_are_those_of_the_reference(scales: Scales) -> None:
     spec = spec_of(2, dtype=torch.float32, max_tokens=3, hidden=1024)
     local = CudaLocal(spec, range(2))
     local.activate(range(2))
@@ -129,9 +128,11 @@ def test_scales_are_those_of_the_reference(scales: Scales) -> None:
     sent[0].x[1] *= torch.logspace(-12, 12, 1024)
     for rank, handle in local.dispatch(sent, scales).items():
         rows, _, _ = expected_rows(sent, rank)
-        _, wanted = quantise(rows, scales)
+        q, wanted = quantise(rows, scales)
         assert handle.indexed.scales is not None
         at = handle.indexed.rows[: len(rows)].long()
+        values = handle.indexed.payload.view(torch.uint8)[at].view(q.dtype).float()
+        assert torch.equal(values.nan_to_num(999.0), q.float().nan_to_num(999.0))
         assert torch.equal(handle.indexed.scales[at], wanted)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import runpy
 import signal
 import sys
@@ -15,6 +16,7 @@ import torch
 from torch.distributed import TCPStore
 
 from flexpert.comm.nixl_ep import install
+from flexpert.comm.nixl_ep.compat.device import VARIABLE
 
 SCRIPT = Path(__file__).with_name("nixl_ep_script.py")
 LIMIT_S = 100.0
@@ -23,9 +25,10 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["torch", "flexpert.comm.nixl_ep.compat"])
 
 
-def run_script(arguments: list[str]) -> None:
+def run_script(arguments: list[str], device: str) -> None:
     """What a process of its own does: as if the script had been started after an install."""
     torch.set_num_threads(1)
+    os.environ[VARIABLE] = device
     install()
     sys.argv = [str(SCRIPT), *arguments]
     runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -46,7 +49,7 @@ def lives(plan: list[list[int]]) -> list[tuple[int, int, bool]]:
     return sorted(found, key=lambda life: life[1])
 
 
-def run_plan(plan: list[list[int]], *options: str) -> None:
+def run_plan(plan: list[list[int]], *options: str, device: str = "cpu") -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=LIMIT_S))
     common = ["--port", str(store.port), "--plan", json.dumps(plan), *options]
     running: dict[int, tuple[multiprocessing.process.BaseProcess, bool]] = {}
@@ -62,7 +65,7 @@ def run_plan(plan: list[list[int]], *options: str) -> None:
             if rank in running:  # an id is used again when its process has ended
                 end(rank)
             arguments = ["--rank", str(rank), "--start-phase", str(first), *common]
-            process = context.Process(target=run_script, args=(arguments,))
+            process = context.Process(target=run_script, args=(arguments, device))
             process.start()
             running[rank] = process, killed
         for rank in list(running):
@@ -91,3 +94,24 @@ def test_holes_from_the_start_and_a_rank_0_that_leaves() -> None:
 @pytest.mark.slow
 def test_up_and_down_again_with_the_same_ids() -> None:
     run_plan([[1], [0, 1, 2], [1], [0, 1, 2], [0, -1, 2], [0, 2]])
+
+
+SMALL = ("--num-tokens", "2", "--hidden", "128", "--topk", "2", "--experts-per-rank", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)  # alone it takes 15 s, but waits here do not sleep
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing is interpreted")
+@pytest.mark.parametrize("die", ["dispatch", "combine"])
+def test_the_same_with_the_kernels_of_a_gpu_in_the_interpreter(die: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed: pip install flexpert[cuda]")
+    run_plan([[0, 2], [0, -1, 2], [1, 2]], "--die", die, *SMALL, device="cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; see test_on_gpu.sh")
+@pytest.mark.parametrize("die", ["dispatch", "combine"])
+def test_the_same_on_a_gpu(die: str) -> None:
+    plan = [[0, 1], [0, 1, 2, 3], [0, 1, -2, 3], [0, 3], [0, 2, 3]]
+    run_plan(plan, "--die", die, "--device", "cuda", device="cuda")

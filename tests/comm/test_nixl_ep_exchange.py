@@ -430,7 +430,10 @@ def test_wrong_arguments_say_what_to_do_and_send_nothing(ranks: Ranks) -> None:
         (lambda: buffer.dispatch(x, experts[:1], 8), r"topk_idx must be \[2, k\]"),
         (lambda: buffer.dispatch(x, experts.float(), 8), "expert_ids must be int"),
         (lambda: buffer.dispatch(x, experts + 12, 8), "expert 12 does not exist"),
-        (lambda: buffer.dispatch(x, experts.repeat(1, 9), 8), "k <= 16"),
+        (
+            lambda: buffer.dispatch(torch.zeros(8, 512).bfloat16(), torch.zeros(8, 17).long(), 8),
+            "k <= 16",
+        ),
         (
             lambda: buffer.dispatch(
                 x, experts, 8, cumulative_local_expert_recv_stats=torch.zeros(2, dtype=torch.int32)

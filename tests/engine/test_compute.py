@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flexpert.cli.settings import settings
+from flexpert.comm import BufferSpec, CommError
 from flexpert.config import MOST_GPU_RANKS, Config, load_config
 from flexpert.engine import compute
 from flexpert.engine.compute import graph_sizes, open_device, warm_up_sizes
@@ -35,6 +36,10 @@ def test_a_gpu_has_room_for_one_rank_unless_more_are_asked_for() -> None:
             "degrade needs --device cpu",
         ),
         ({"engine.deterministic": True}, "--deterministic needs --device cpu"),
+        (
+            {"engine.all2all": "nixl_ep", "cluster.max_ranks": 12},
+            r"max_ranks \(12\) .* takes: 1, 2, .* 8, 16, 24, 32; change --max-ranks",
+        ),
     ],
 )
 def test_what_a_gpu_cannot_do_is_refused_before_anything_starts(
@@ -42,6 +47,27 @@ def test_what_a_gpu_cannot_do_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         gpu(**overrides)
+
+
+def test_a_cpu_refuses_the_kernels_of_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="--all2all nixl_ep needs --device cuda"):
+        settings(None, {"engine.all2all": "nixl_ep"})
+
+
+def test_an_absent_nixl_ep_is_told_as_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise CommError("pip install 'flexpert[nixl]'")
+
+    monkeypatch.setattr("flexpert.comm.nixl_ep.backend.package.find", absent)
+    with pytest.raises(ConfigError, match=r"--all2all nixl_ep: pip install 'flexpert\[nixl\]'"):
+        compute.find_nixl_ep()
+
+
+def test_sizes_that_nixl_ep_does_not_take_are_told_as_a_wrong_setting() -> None:
+    spec = BufferSpec(2, 4, 64, 2, torch.float32)
+    config = gpu(**{"engine.all2all": "nixl_ep"}).engine
+    with pytest.raises(ConfigError, match=r"--all2all nixl_ep: .* bfloat16 rows"):
+        compute.make_exchange(0, spec, config, 1.0, experts=4)
 
 
 def test_a_cpu_keeps_its_ranks() -> None:

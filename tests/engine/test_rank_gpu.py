@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import queue
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
+from flexpert.comm.nixl_ep import compat
+from flexpert.comm.nixl_ep.backend.package import Package
 from flexpert.config import EngineConfig
 from flexpert.engine.epoch import EpochPlan
 from flexpert.engine.memory import RankMemory
@@ -59,10 +63,14 @@ class Told:
     def adopted(self, source: int, moved: int, size: int, recomputed: int) -> None: ...
 
 
-def answers(source: ModelSource, config: EngineConfig) -> tuple[RankEngine, Told]:
+def answers(
+    source: ModelSource, config: EngineConfig, *, capacity: int = 1
+) -> tuple[RankEngine, Told]:
     """What a rank alone says to the prompts, through two epochs."""
     told = Told()
-    engine = RankEngine(0, source, config, capacity=1, exchange_timeout_s=LIMIT_S, listener=told)
+    engine = RankEngine(
+        0, source, config, capacity=capacity, exchange_timeout_s=LIMIT_S, listener=told
+    )
     running = threading.Thread(target=engine.run)
     running.start()
     try:
@@ -117,3 +125,36 @@ def test_a_rank_on_a_gpu_answers_as_on_a_cpu_with_graphs_captured_once(
     assert replays == 2
     assert told.memory is not None
     assert told.memory.kv == told.memory.dense == 0  # none of it on this machine's side
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_nothing_is_captured_that_a_join_would_break(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = Package(compat, fixed=False)
+    monkeypatch.setattr("flexpert.comm.nixl_ep.backend.buffer.find", lambda: package)
+    config = EngineConfig(
+        device="cuda",
+        all2all="nixl_ep",
+        kv_memory=2 * 2**20,
+        max_tokens_per_step=16,
+        max_running=1,
+    )
+    model = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=128,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
+    AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path)
+    engine, told = answers(ModelSource.open(str(tmp_path), dtype="bfloat16"), config, capacity=2)
+    assert engine.shard.graphs is None
+    assert all(len(tokens) == 2 for tokens in told.tokens.values())

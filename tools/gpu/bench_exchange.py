@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=60)
-    parser.add_argument("--rivals", default="nixl_ep,torch,checks")
+    parser.add_argument("--rivals", default="nixl_ep,interface,torch,checks")
     parser.add_argument("--timeout", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)

@@ -21,11 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flexpert.comm.cuda import combine, dispatch, waiting
+from flexpert.comm.cuda import combine, dispatch, expert_major, waiting
 from flexpert.comm.cuda.exchange import Tuning
 
 TUNED = Tuning()
-MODULES = (dispatch, combine, waiting)
+MODULES = (dispatch, combine, expert_major, waiting)
 P64, P32, F32, BF16, I32, I64 = "*i64", "*i32", "*fp32", "*bf16", "i32", "i64"
 SHAPE = dict(R=8, TOPK=8, MAX_TOKENS=512)
 WHERE = dict(WEIGHTS_AT=1 << 16, SCALES_AT=1 << 17, ROWS_AT=1 << 18, RESULTS_AT=1 << 24)
@@ -49,6 +49,17 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
         SHAPE | dict(LANES_R=8, CHUNK=TUNED.chunk),
         TUNED.index_warps,
     ),
+    **{
+        f"pack_rows {name}": (
+            "pack_rows",
+            dict(window=I64, table=P64, position=P32, offsets=P32, rows=P32, x=P32, scales=P32,
+                 count=P32, token=P32, ranges=P64, places=P32, slots=I32, limit=I32, sources=I32),
+            SHAPE | dict(LANES_R=8, LANES_K=8, STRIDE=words, WORDS=words, WIDTH=TUNED.pack_width,
+                         SCALE_STRIDE=scales, SCALES=scales, LANES_S=64, CHUNK=128, BLANKS=1024) | WHERE,
+            TUNED.pack_warps,
+        )
+        for name, words, scales in (("fp8", 1792, 56), ("ue8m0", 1792, 14), ("rows", 3584, 0))
+    },
     **{
         f"send_combine {name}": (
             "send_combine",

@@ -16,6 +16,7 @@ from flexpert.bench.comm.cuda.rank import POOL, GpuRank
 from flexpert.bench.comm.cuda.timing import Shots, captured, steady_times
 from flexpert.bench.comm.ranks import Ranks, Settings
 from flexpert.bench.comm.workload import Workload
+from flexpert.comm.cuda.expert_major import ExpertMajor, pack
 from flexpert.comm.cuda.layout import read_report
 
 
@@ -55,7 +56,8 @@ class TuneRank(GpuRank):
         found["pair"] = steady(pairs)
         if single:
             e, sent = own.exchange, own._sent
-            pool = self._pool
+            pool, work = self._pool, self._work
+            into = ExpertMajor.empty(e, sent, work.ranks * work.tokens, work.ranks)
             parts = {
                 "send_d": lambda t: e.send_dispatch(
                     pool[t].x, pool[t].expert_ids, pool[t].weights, own._table, fp8=own._fp8,
@@ -65,6 +67,7 @@ class TuneRank(GpuRank):
                 "send_c": lambda t: e.send_combine(
                     own._out, own._y[t], sent, reduce="rank", wait=True
                 ),
+                "pack": lambda _: pack(e, sent, into),
                 "reduce": lambda t: e.reduce(own._out, own._y[t], sent, reduce="rank"),
             }  # fmt: skip
             self._in_step()

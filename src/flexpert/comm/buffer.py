@@ -166,11 +166,13 @@ class Buffer(ABC):
 
     turns: grows now and then while this rank waits for peers, whatever they do: so another thread
         can tell a wait that goes on from a thread that hangs.
+    capturable: a CUDA graph of exchanges may be replayed whoever takes part by then.
     """
 
     rank: int
     spec: BufferSpec
     turns: int = 0
+    capturable: bool = False
 
     # ---- membership -------------------------------------------------------------------------
 
@@ -454,6 +456,7 @@ def make_buffer(
     store: Store | None = None,
     channel: Channel = "auto",
     machine: str | None = None,
+    slots: int | None = None,
 ) -> Buffer:
     """A new buffer.
 
@@ -461,7 +464,8 @@ def make_buffer(
         rank: the own id.
         spec: sizes.
         backend: "host": CPU tensors. "cuda": tensors on the current CUDA device; all ranks on one
-            host. In Triton's interpreter (TRITON_INTERPRET=1) the device is the CPU.
+            host. "nixl_ep": the same with NVIDIA's kernels. In Triton's interpreter
+            (TRITON_INTERPRET=1) the device is the CPU, and nixl_ep is `flexpert.comm.nixl_ep`.
         timeout_s: limit of every wait that is not given another.
         on_timeout: what becomes of a peer that does not answer in time, or dies: "raise" ends the
             exchange and the epoch with RankTimeout or RankLost; "mask" masks the peer and goes on
@@ -470,22 +474,33 @@ def make_buffer(
         channel: "auto": shared memory where two ranks are on one machine, else NIXL; or one of
             them for all peers.
         machine: ranks with equal names use shared memory; default: the boot id of the kernel.
+        slots: most local experts of any rank, the same on all; only "nixl_ep" must know.
 
     Raises:
         ValueError: unknown backend, rank outside [0, capacity), or a spec out of range.
-        CommError: backend "cuda" without Triton or without a GPU.
+        CommError: backend "cuda" without Triton or without a GPU, "nixl_ep" without the package or
+            without a GPU it can use.
     """
+    if (slots is not None) != (backend == "nixl_ep"):
+        raise ValueError("slots is for backend 'nixl_ep', which needs it; for no other")
+    if channel == "nixl" and backend in ("cuda", "nixl_ep"):
+        raise ValueError(f"backend {backend!r} reaches ranks of one host only; channel='auto'")
     if backend == "cuda":
         from flexpert.comm.cuda import require
 
         require()
         from flexpert.comm.cuda.buffer import CudaBuffer
 
-        if channel == "nixl":
-            raise ValueError("backend 'cuda' reaches ranks of one host only; channel='auto'")
         return CudaBuffer(rank, spec, timeout_s=timeout_s, on_timeout=on_timeout, store=store)
+    if backend == "nixl_ep":
+        from flexpert.comm.nixl_ep.backend.buffer import NixlEpBuffer
+
+        assert slots is not None  # checked above
+        return NixlEpBuffer(
+            rank, spec, slots=slots, timeout_s=timeout_s, on_timeout=on_timeout, store=store
+        )
     if backend != "host":
-        raise ValueError(f"unknown exchange backend {backend!r}: there are 'host' and 'cuda'")
+        raise ValueError(f"unknown exchange backend {backend!r}: host, cuda or nixl_ep")
     from flexpert.comm.host.buffer import HostBuffer
 
     return HostBuffer(

@@ -6,17 +6,23 @@ import functools
 import os
 from typing import Any
 
+import torch
+
+E4M3 = torch.float8_e4m3fn
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
 def mend() -> None:
-    """Triton 3.9 makes integers of a comparison of scalars, and takes only bools as masks.
+    """Triton 3.9 makes integers of a comparison of scalars, and takes only bools as masks; and it
+    does not round to bfloat16 and e4m3 as a GPU does.
 
     To be called before a kernel runs, once or more; does nothing where nothing is interpreted.
     """
     if not INTERPRETED:
         return
+    import numpy as np
+    import triton.language as tl
     from triton.runtime import interpreter
 
     builder: Any = interpreter.InterpreterBuilder
@@ -28,4 +34,15 @@ def mend() -> None:
             handle.data = handle.data.astype(bool)
         return handle
 
+    convert = interpreter._convert_float
+    rounded = {tl.bfloat16: (torch.bfloat16, torch.int16), tl.float8e4nv: (E4M3, torch.uint8)}
+
+    def convert_float(data: Any, kind: Any, target: Any, mode: Any) -> Any:
+        if kind != tl.float32 or target not in rounded:
+            return convert(data, kind, target, mode)
+        dtype, word = rounded[target]
+        bits = torch.from_numpy(np.array(data)).to(dtype).view(word).numpy()
+        return bits.view(f"uint{8 * bits.itemsize}")
+
     builder.create_splat = create_splat
+    interpreter._convert_float = convert_float

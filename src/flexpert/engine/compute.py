@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flexpert.comm import Buffer, BufferSpec, make_buffer
+from flexpert.comm import Buffer, BufferSpec, CommError, make_buffer
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.config import EngineConfig
 from flexpert.errors import ConfigError
@@ -43,7 +43,19 @@ def open_device(config: EngineConfig, rank: int = 0) -> torch.device:
     open_gpu()
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    if config.all2all == "nixl_ep":
+        find_nixl_ep()
     return device
+
+
+def find_nixl_ep() -> None:
+    """Raises: ConfigError: NVIDIA's package cannot be used here; says what is missing."""
+    from flexpert.comm.nixl_ep.backend.package import find
+
+    try:
+        find()
+    except CommError as error:
+        raise ConfigError(f"--all2all nixl_ep: {error}") from error
 
 
 def kernels_for(config: EngineConfig, device: torch.device) -> Kernels:
@@ -51,14 +63,23 @@ def kernels_for(config: EngineConfig, device: torch.device) -> Kernels:
     return kernels_of(device) if config.device == "cpu" else gpu_kernels()
 
 
-def make_exchange(rank: int, spec: BufferSpec, config: EngineConfig, timeout_s: float) -> Buffer:
+def make_exchange(
+    rank: int, spec: BufferSpec, config: EngineConfig, timeout_s: float, experts: int
+) -> Buffer:
     """The buffer of a rank, on the current device.
 
+    experts: of a layer; a rank that is alone holds all of them.
+
     Raises:
-        ConfigError: there is no room for it on the GPU.
+        ConfigError: there is no room for it on the GPU, or nixl_ep is absent or does not take it.
     """
     if config.device == "cpu":
         return make_buffer(rank, spec, timeout_s=timeout_s)
+    if config.all2all == "nixl_ep" and spec.capacity > 1:  # one rank exchanges nothing
+        try:
+            return make_buffer(rank, spec, backend="nixl_ep", slots=experts, timeout_s=timeout_s)
+        except (CommError, ValueError) as error:
+            raise ConfigError(f"--all2all nixl_ep: {error}") from error
     from flexpert.comm.cuda.memory import CudaError  # needs triton
 
     try:

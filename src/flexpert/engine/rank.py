@@ -106,7 +106,7 @@ class RankEngine:
         self.exchange_timeout_s = exchange_timeout_s
         self.device = open_device(config, rank)
         spec = buffer_spec(info, config, capacity)
-        buffer = make_exchange(rank, spec, config, exchange_timeout_s)
+        buffer = make_exchange(rank, spec, config, exchange_timeout_s, info.experts)
         self.listener = faults.listening(listener) if faults else listener
         self.buffer: Buffer = faults.around(buffer) if faults else buffer
         self._faults = faults
@@ -333,8 +333,12 @@ class RankEngine:
             done=lambda which, result: self._submit(lambda: self._loaded(which, result)),
             after=self._latest,
         )
+        cold = self.config.device == "cuda" and self.buffer.epoch == 0 and self.shard.graphs is None
+        beside = self.config.all2all != "nixl_ep"  # which waits for the device while it connects
+        if cold and not beside:
+            self._capture()
         self._preparing.start()
-        if self.config.device == "cuda" and self.buffer.epoch == 0 and self.shard.graphs is None:
+        if cold and beside:
             self._capture()  # which compiles, while the thread loads
 
     def _work_of(self, plan: EpochPlan) -> Callable[[threading.Event], PreparedEpoch]:
@@ -434,9 +438,11 @@ class RankEngine:
 
     def _capture(self) -> None:
         """Capture the decode steps, and compile all else; no expert needs to be there."""
+        limits = self.scheduler.limits
         try:
-            sizes = graph_sizes(min(self.scheduler.limits.max_running, self._room), self.device)
-            self.shard.capture(sizes, self.scheduler.limits.longest_table)
+            if self.buffer.capturable:
+                sizes = graph_sizes(min(limits.max_running, self._room), self.device)
+                self.shard.capture(sizes, limits.longest_table)
             self._walk_alone()
         except (CommError, RuntimeError) as error:
             self._unfit = f"{type(error).__name__}: {error}"

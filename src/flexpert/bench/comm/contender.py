@@ -190,7 +190,7 @@ KINDS = (
         checked=False,
     ),
 )
-GPU_RIVALS = ("nixl_ep", "torch", "checks")  # of --device cuda, see cuda/contenders.py
+GPU_RIVALS = ("nixl_ep", "interface", "torch", "checks")  # of --device cuda, see cuda/contenders.py
 RIVALS = tuple(dict.fromkeys(kind.family for kind in KINDS if kind.family != "ours"))
 
 

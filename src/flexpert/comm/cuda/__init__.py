@@ -4,6 +4,8 @@ layout      where everything lies in a window, and in the table that kernels rea
 waiting, dispatch, combine
             what runs on the GPU
 exchange    their launches and tensors; can be captured into CUDA graphs
+expert_major
+            the rows copied together by expert; can be captured, too
 memory      device memory that other processes can map
 buffer      the contract of comm/buffer.py over all that
 received    what a dispatch brought

@@ -1,9 +1,8 @@
 """CudaBuffer: dispatch and combine between GPU ranks of one host.
 
-Rows and flags go from GPU to GPU (peers.py, exchange.py). What is agreed by hosts goes through a
-`HostBuffer` of the smallest size: addresses, votes, which links are up, whose process has ended.
-Membership changes write one table on the GPU, in the order of the stream, so that captured CUDA
-graphs go on without being captured again.
+Rows and flags go from GPU to GPU (peers.py, exchange.py), what is agreed by hosts through the
+control buffer (comm/device.py). Membership changes write one table on the GPU, in the order of the
+stream, so that captured CUDA graphs go on without being captured again.
 
 Differences to the CPU backend:
   - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link.
@@ -19,13 +18,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flexpert.comm import quant
 from flexpert.comm.buffer import (
-    Buffer,
     BufferSpec,
     ExpertTable,
     Loss,
@@ -34,14 +33,12 @@ from flexpert.comm.buffer import (
     Received,
     Reduce,
     Scales,
-    Statistics,
 )
 from flexpert.comm.cuda.exchange import Dispatched, Exchange, Tuning
 from flexpert.comm.cuda.layout import (
     LANES,
     MAX_EPOCH,
     PAGE_WORDS,
-    Missing,
     Page,
     Word,
     check,
@@ -50,42 +47,16 @@ from flexpert.comm.cuda.layout import (
 )
 from flexpert.comm.cuda.peers import Address, Memory, Window, decode, open_window, own_window
 from flexpert.comm.cuda.received import CudaReceived
-from flexpert.comm.errors import (
-    CommError,
-    Interrupted,
-    RankLost,
-    RankTimeout,
-    StaleEpoch,
-)
-from flexpert.comm.host.buffer import HostBuffer
-from flexpert.comm.interpreter import INTERPRETED
+from flexpert.comm.device import DeviceBuffer, Hook, default_device, loss_of
+from flexpert.comm.errors import CommError, Interrupted
+from flexpert.comm.host.buffer import State
 from flexpert.comm.routing import check_dispatch, check_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-T = TypeVar("T")
 
-CPU = torch.device("cpu")
-
-_CONTROL_HIDDEN = 16  # rows of the control buffer are never used
-
-# Where a rank stands; as in the host backend
-_BETWEEN, _DISPATCHED, _RECEIVED, _COMBINED = "between", "dispatched", "received", "combined"
-_BROKEN, _CLOSED = "broken", "closed"
-
-
-class _Hook(Pending[T], Generic[T]):
-    def __init__(self, receive: Callable[[float | None], T]) -> None:
-        self._receive = receive
-
-    def __call__(self, timeout_s: float | None = None) -> T:
-        return self._receive(timeout_s)
-
-
-class CudaBuffer(Buffer):
+class CudaBuffer(DeviceBuffer):
     """The `Buffer` of GPU ranks. See the module's docstring."""
 
     def __init__(
@@ -97,44 +68,35 @@ class CudaBuffer(Buffer):
         on_timeout: OnTimeout = "raise",
         store: Store | None = None,
         device: torch.device | None = None,
+        same_k: bool = False,
         tuning: Tuning | None = None,
     ) -> None:
-        """device: of the window; default: the current CUDA device. The rest: see `make_buffer`."""
+        """device: of the window; default: the current CUDA device. same_k: see `Exchange`, equal on
+        all ranks. The rest: see `make_buffer`."""
         check(spec)
-        self.rank, self.spec, self.timeout_s = rank, spec, timeout_s
-        self.device = device or default_device()
-        self._cuda = self.device.type == "cuda"
-        self._lenient = on_timeout == "mask"
-        self._store = store
-        self._page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=self._cuda)
-        self._control = HostBuffer(
+        device = device or default_device()
+        self._page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
+        super().__init__(
             rank,
-            BufferSpec(spec.capacity, 1, _CONTROL_HIDDEN, 1, torch.float32),
+            spec,
             timeout_s=timeout_s,
             on_timeout=on_timeout,
             store=store,
-            channel="shm",
+            device=device,
             listener=self._hear,
         )
         self._window: Window = own_window(layout(spec).size, self.device)
-        self.exchange = Exchange(rank, spec, self._window.tensor, self._page, tuning=tuning)
+        self.exchange = Exchange(
+            rank, spec, self._window.tensor, self._page, same_k=same_k, tuning=tuning
+        )
         self._address = Address.of(self._control.address, spec, self._window).encode()
         if store is not None:  # peers that meet by id look here, once they have met
             store.set(self._key(rank), self._address)  # type: ignore[arg-type]
-        self._lock = threading.RLock()  # exchanges and votes
-        self._changes = threading.RLock()
         self._peers: dict[int, Memory] = {}
         self._departed: list[Memory] = []
-        self._changed = False
         self._thread = threading.get_ident()  # that exchanges
         self._links: dict[int, int] = {rank: 0}  # active on the device → number of the link
         self._limit_s = timeout_s
-        self._state = _BETWEEN
-        self._must_vote = False
-        self._received: CudaReceived | None = None
-        self._rooms: dict[int, torch.Tensor] = {}
-        self.sequence = 0
-        self._exchanges = 0
         self._write(restart=None)
 
     # ---- membership -------------------------------------------------------------------------
@@ -149,20 +111,16 @@ class CudaBuffer(Buffer):
             return tuple(sorted((self.rank, *self._peers)))
 
     @property
-    def active(self) -> tuple[int, ...]:
-        return self._control.active
+    def most_rows(self) -> int:
+        return self.exchange.most_rows
 
     @property
-    def epoch(self) -> int:
-        return self._control.epoch
+    def _stopped(self) -> bool:
+        return bool(self._page[Page.STOP])
 
-    @property
-    def lost(self) -> dict[int, str]:
-        return self._control.lost
-
-    def channel(self, peer: int) -> Literal["self", "shm", "nixl"]:
-        """ "shm" means memory that both GPUs reach."""
-        return self._control.channel(peer)
+    def count(self, received: Received) -> int:
+        assert isinstance(received, CudaReceived)
+        return received.count
 
     def connect(
         self,
@@ -216,30 +174,15 @@ class CudaBuffer(Buffer):
                     self._changed = True
         self._apply_now()
 
-    def grow(self, capacity: int) -> None:
-        if capacity != self.spec.capacity:
-            raise ValueError(
-                f"the windows of GPU ranks are made for capacity {self.spec.capacity}; "
-                f"start with the largest capacity instead of growing to {capacity}"
-            )
-
-    def shrink(self, capacity: int) -> None:
-        """Only disconnects; the window keeps its size."""
-        self._control.shrink(capacity)
-        self.disconnect([peer for peer in self.connected if peer >= capacity])
-
     def mask(self, ids: Iterable[int]) -> None:
         masked = sorted(set(ids))
         self._control.mask(masked)
         with self._changes:
             for peer in masked:
-                if peer in self._links:
+                if self._links.pop(peer, None) is not None:
                     self._page[Page.GONE + peer] = 1
             self._changed = True
         self._apply_now()
-
-    def unmask(self, ids: Iterable[int]) -> None:
-        self._control.unmask(ids)
 
     def set_active(self, ids: Iterable[int], epoch: int) -> None:
         with self._lock, self._changes:
@@ -250,12 +193,12 @@ class CudaBuffer(Buffer):
             self._control.set_active(wanted, epoch)
             self._synchronize()
             # a peer may still be reading what an unfinished exchange sent
-            self._must_vote |= self._state != _BETWEEN
+            self._must_vote |= self._state is not State.BETWEEN
             self._page[Page.STOP] = 0
             self._page[Page.GONE : Page.GONE + LANES] = 0
             for peer in self._control.lost:
                 self._page[Page.GONE + peer] = 1
-            self._state = _BETWEEN
+            self._state = State.BETWEEN
             self._received = None
             self.sequence = 0
             self._links = dict.fromkeys(wanted, 0)
@@ -276,14 +219,14 @@ class CudaBuffer(Buffer):
         """
         if self._thread == threading.get_ident() and self._lock.acquire(blocking=False):
             try:
-                if self._state in (_BETWEEN, _BROKEN):
+                if self._state in (State.BETWEEN, State.BROKEN):
                     self._apply()
             finally:
                 self._lock.release()
 
     def _apply(self) -> None:
         with self._changes:
-            if not self._changed or _capturing(self._cuda):
+            if not self._changed or self._capturing:
                 return
             self._changed = False
             self._synchronize()
@@ -312,19 +255,12 @@ class CudaBuffer(Buffer):
             restart=restart,
         )
 
-    def _synchronize(self) -> None:
-        if self._cuda:
-            torch.cuda.current_stream(self.device).synchronize()
-
     # ---- the step barrier ---------------------------------------------------------------------
 
     def post_vote(self, payload: bytes) -> None:
         with self._lock:
             self._begin("vote between dispatch and combine")
             self._control.post_vote(payload)
-
-    def wait_for_vote(self, timeout_s: float | None) -> bool:
-        return self._control.wait_for_vote(timeout_s)
 
     def collect_votes(self, timeout_s: float) -> dict[int, bytes]:
         with self._lock:
@@ -346,8 +282,11 @@ class CudaBuffer(Buffer):
                     self._write(restart=fresh)
             return votes
 
-    def ring(self) -> None:
-        self._control.ring()
+    @property
+    def vote_due(self) -> bool:
+        """Whether peers were unmasked that only the next vote takes in."""
+        with self._changes:
+            return not set(self._control.active) <= self._links.keys()
 
     def interrupt(self) -> None:
         self._control.interrupt()
@@ -389,51 +328,45 @@ class CudaBuffer(Buffer):
         fp8: Scales | None,
         *,
         wait: bool,
-    ) -> _Hook[CudaReceived]:
+    ) -> Hook[CudaReceived]:
         check_dispatch(self.spec, x, expert_ids, weights)
         check_table(table)
-        for name, tensor in (("x", x), ("expert_ids", expert_ids), ("table", table.rank)):
-            if tensor.device != self.device:
-                raise ValueError(f"{name} must be on {self.device}, is on {tensor.device}")
+        self._check_here(x=x, expert_ids=expert_ids, table=table.rank)
         if fp8 is not None:
             if x.dtype is torch.uint8:
                 raise ValueError(f"x is bytes already; fp8={fp8!r} takes {self.spec.dtype}")
             quant.check(self.spec.hidden, fp8)
         with self._lock:
             self._begin("dispatch before combine of the last")
-            if self._must_vote:
-                raise CommError(
-                    f"dispatch before the first vote of epoch {self.epoch}: the last exchange was "
-                    "incomplete and a peer may still be reading it"
-                )
-            self._state = _BROKEN  # first: a signal may strike right after the launch
+            self._check_voted("the last exchange was incomplete and a peer may still be reading it")
+            self._state = State.BROKEN  # first: a signal may strike right after the launch
             sent = self.exchange.send_dispatch(
                 x, expert_ids.contiguous(), weights.contiguous(), table, fp8=fp8, wait=wait
             )
             self.sequence += 1
             self._exchanges += 1
-            self._state = _DISPATCHED
+            self._state = State.DISPATCHED
         sequence = self.sequence
 
         def receive(timeout_s: float | None) -> CudaReceived:
             return self._receive(sent, sequence, timeout_s, waited=wait)
 
-        return _Hook(receive)
+        return Hook(receive)
 
     def _receive(
         self, sent: Dispatched, sequence: int, timeout_s: float | None, *, waited: bool
     ) -> CudaReceived:
         with self._lock:
             self._check_whole()
-            self._check_turn(_DISPATCHED, sequence, "dispatch")
-            self._state = _BROKEN
+            self._check_turn(State.DISPATCHED, sequence, "dispatch")
+            self._state = State.BROKEN
             if not waited:
                 self._set_limit(timeout_s)
                 self.exchange.wait_dispatch(sent)
             self.exchange.index(sent)
             masked = self.check()
             self._received = CudaReceived(self, sent, masked, self.epoch, sequence)
-            self._state = _RECEIVED
+            self._state = State.RECEIVED
             return self._received
 
     def begin_combine(
@@ -444,8 +377,16 @@ class CudaBuffer(Buffer):
         reduce: Reduce = "rank",
         weights: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+        expert_ids: torch.Tensor | None = None,
     ) -> Pending[torch.Tensor]:
-        return self._return(y, received, reduce, weights, out, wait=False)
+        """As in `Buffer`, and:
+
+        places: of `CudaReceived.pack`: y is [slots · limit, hidden], with each row in its place.
+        expert_ids: [tokens, k] as in dispatch, but that some may be -1 now and count no longer;
+            only for "home".
+        """
+        return self._return(y, received, reduce, weights, out, places, expert_ids, wait=False)
 
     def combine(
         self,
@@ -456,9 +397,12 @@ class CudaBuffer(Buffer):
         weights: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         timeout_s: float | None = None,
+        places: torch.Tensor | None = None,
+        expert_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self._set_limit(timeout_s)
-        return self._return(y, received, reduce, weights, out, wait=self._cuda)(timeout_s)
+        hook = self._return(y, received, reduce, weights, out, places, expert_ids, wait=self._cuda)
+        return hook(timeout_s)
 
     def _return(
         self,
@@ -467,26 +411,30 @@ class CudaBuffer(Buffer):
         reduce: Reduce,
         weights: torch.Tensor | None,
         out: torch.Tensor | None,
+        places: torch.Tensor | None,
+        expert_ids: torch.Tensor | None,
         *,
         wait: bool,
-    ) -> _Hook[torch.Tensor]:
+    ) -> Hook[torch.Tensor]:
         spec = self.spec
         if reduce not in ("home", "rank"):
             raise ValueError(f"reduce is {reduce!r}, must be 'home' or 'rank'")
         with self._lock:
-            self._check_whole()
-            if received is not self._received or self._state != _RECEIVED:
-                raise StaleEpoch(
-                    f"combine for dispatch {received.sequence} of epoch {received.epoch}, but the "
-                    f"last is {self.sequence} of epoch {self.epoch}, "
-                    + ("combined already" if self._state == _BETWEEN else "not combined")
-                )
+            self._check_combines(received)
             assert isinstance(received, CudaReceived)
             sent = received.sent
-            self._check_rows("y", y, None if _capturing(self._cuda) else received.count)
+            if places is None:
+                self._check_rows("y", y, None if self._capturing else received.count)
+            else:
+                self._check_rows("y", y, y.shape[0])
+                if places.dtype is not torch.int32 or places.shape != self.exchange.rows.shape:
+                    raise ValueError("places must be those that `pack` filled")
+            if reduce != "home" and (weights is not None or expert_ids is not None):
+                raise ValueError("weights and expert_ids at combine need reduce='home'")
+            if expert_ids is not None:
+                self._check_ids(expert_ids, sent.expert_ids)
+                sent = replace(sent, expert_ids=expert_ids.contiguous())
             if weights is not None:
-                if reduce != "home":
-                    raise ValueError("weights at combine need reduce='home'")
                 if weights.dtype is not torch.float32 or weights.shape != sent.weights.shape:
                     raise ValueError(f"weights must be {list(sent.weights.shape)} float32")
                 weights = weights.contiguous()
@@ -495,29 +443,29 @@ class CudaBuffer(Buffer):
                 out = torch.empty(shape, dtype=spec.dtype, device=self.device)
             else:
                 self._check_rows("out", out, sent.tokens)
-            self._state = _BROKEN
-            self.exchange.send_combine(out, y, sent, reduce=reduce, wait=wait)
-            self._state = _COMBINED
+            self._state = State.BROKEN
+            self.exchange.send_combine(out, y, sent, reduce=reduce, wait=wait, places=places)
+            self._state = State.COMBINED
         sequence, target = self.sequence, out
 
         def receive(timeout_s: float | None) -> torch.Tensor:
             with self._lock:
                 self._check_whole()
-                self._check_turn(_COMBINED, sequence, "combine")
-                self._state = _BROKEN
+                self._check_turn(State.COMBINED, sequence, "combine")
+                self._state = State.BROKEN
                 if not wait:
                     self._set_limit(timeout_s)
                     self.exchange.wait_combine()
-                self.exchange.reduce(target, y, sent, reduce=reduce, weights=weights)
+                self.exchange.reduce(target, y, sent, reduce=reduce, weights=weights, places=places)
                 self.check()
-                self._state = _BETWEEN
+                self._state = State.BETWEEN
                 return target
 
-        return _Hook(receive)
+        return Hook(receive)
 
     def check(self) -> tuple[int, ...]:
         """As in `Buffer`. Does nothing while a graph is captured."""
-        if _capturing(self._cuda):
+        if self._capturing:
             return ()
         self._synchronize()
         missing = read_report(self._page)
@@ -525,75 +473,33 @@ class CudaBuffer(Buffer):
             return ()
         ranks = tuple(m.rank for m in missing)
         if self._page[Page.STOP]:
-            self._state = _BROKEN
+            self._state = State.BROKEN
             raise Interrupted(
                 f"rank {self.rank} was interrupted in {missing[0].phase} (epoch {self.epoch})"
             )
         if not self._lenient:
-            self._state = _BROKEN
-            raise self._failed(missing)
+            self._state = State.BROKEN
+            raise self._failed(ranks, missing[0].phase, missing[0].epoch, self._limit_s)
         self._page[Page.REPORT : Page.REPORT + LANES] = 0
         self.mask(ranks)
-        with self._changes:
-            self._links = {p: link for p, link in self._links.items() if p not in ranks}
         return ranks
-
-    def _failed(self, missing: list[Missing]) -> CommError:
-        first, lost, active = missing[0], self.lost, self._control.active
-        why = {
-            m.rank: lost.get(m.rank, "masked")
-            for m in missing
-            if m.rank in lost or m.rank not in active
-        }
-        if why:
-            return RankLost(tuple(sorted(why)), first.phase, first.epoch, why)
-        ranks = tuple(m.rank for m in missing)
-        return RankTimeout(ranks, first.phase, first.epoch, self._limit_s)
-
-    def combine_input(self, received: Received) -> torch.Tensor:
-        """While a graph is captured: of the most rows there can be."""
-        assert isinstance(received, CudaReceived)
-        hidden = self.spec.hidden
-        if hidden not in self._rooms:
-            self._rooms[hidden] = torch.empty(
-                (self.exchange.most_rows, hidden), dtype=self.spec.dtype, device=self.device
-            )
-        room = self._rooms[hidden]
-        return room if _capturing(self._cuda) else room[: received.count]
 
     def loss(self, received: Received) -> Loss | None:
         with self._lock:
-            if received is not self._received or self._state != _BETWEEN:
-                raise StaleEpoch(
-                    f"loss of dispatch {received.sequence} of epoch {received.epoch}: "
-                    "ask after its combine and before the next dispatch"
-                )
+            self._check_combined(received)
             assert isinstance(received, CudaReceived)
             sent = received.sent
-            ids = sent.expert_ids.long()
-            known = (ids >= 0) & (ids < sent.table.rank.shape[0])
-            owner = sent.table.rank.long()[ids.clamp(0, sent.table.rank.shape[0] - 1)]
             back = self.exchange.table[Word.RETURNED : Word.RETURNED + LANES] != 0
             back[self.rank] = True
-            choices = known & ~((owner >= 0) & back[owner.clamp(min=0)])
-            if not bool(choices.any()):
-                return None
-            gone = sorted(set(owner[choices & (owner >= 0)].tolist()))
-            weight = torch.where(choices, sent.weights, 0.0).sum(1)
-            return Loss(tuple(gone), weight, choices)
-
-    def statistics(self) -> Statistics:
-        """Bytes and waits are not counted on the GPU: they are 0."""
-        zero = dict.fromkeys(range(self.spec.capacity), 0)
-        return Statistics(self._exchanges, zero, dict(zero), dict(zero))
+            return loss_of(sent.expert_ids, sent.weights, sent.table, back)
 
     def close(self) -> None:
         self.interrupt()  # what waits on the device ends
         with self._lock, self._changes:
-            if self._state == _CLOSED:
+            if self._state is State.CLOSED:
                 return
             self._synchronize()
-            self._state = _CLOSED
+            self._state = State.CLOSED
             self._departed += self._peers.values()
             self._peers.clear()
             self._unmap()
@@ -602,65 +508,26 @@ class CudaBuffer(Buffer):
 
     # ---- helpers ------------------------------------------------------------------------------
 
-    def holds(self, received: CudaReceived) -> bool:
-        """Whether the rows of a dispatch still lie where they arrived."""
-        return received is self._received and self._state == _RECEIVED
-
     def _set_limit(self, timeout_s: float | None) -> None:
         """In the order of the stream."""
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        if limit_s != self._limit_s and self._cuda and not _capturing(self._cuda):
+        if limit_s != self._limit_s and self._cuda and not self._capturing:
             self._limit_s = limit_s
             self.exchange.table[Word.LIMIT] = int(limit_s * 1e9)
 
     def _begin(self, otherwise: str) -> None:
-        self._check_whole()
-        if self._state != _BETWEEN:
-            raise CommError(f"{otherwise} (epoch {self.epoch})")
+        self._check_between(otherwise)
         self._thread = threading.get_ident()
         self.check()  # what replays of graphs have reported since
         self._apply()
 
-    def _check_whole(self) -> None:
-        if self._state == _CLOSED:
-            raise CommError(f"the buffer of rank {self.rank} is closed")
-        if self._page[Page.STOP]:
-            raise Interrupted(f"rank {self.rank} was interrupted (epoch {self.epoch})")
-        if self._state == _BROKEN:
-            raise StaleEpoch(
-                f"epoch {self.epoch} is over for rank {self.rank}: an exchange was incomplete; "
-                "begin another with set_active"
-            )
-
-    def _check_turn(self, state: str, sequence: int, phase: str) -> None:
-        if self._state != state or sequence != self.sequence:
-            raise StaleEpoch(
-                f"{phase} {sequence} cannot be received now (epoch {self.epoch}); "
-                f"call what begin_{phase} returned once, before anything else"
-            )
-
-    def _check_rows(self, name: str, tensor: torch.Tensor, rows: int | None) -> None:
-        """rows: how many there must be; None: as many as there can be."""
-        wanted = self.exchange.most_rows if rows is None else rows
+    def _check_ids(self, ids: torch.Tensor, sent: torch.Tensor) -> None:
         if (
-            tensor.dtype is not self.spec.dtype
-            or tensor.ndim != 2
-            or tensor.shape[0] not in (wanted, self.exchange.most_rows)
-            or tensor.shape[1] != self.spec.hidden
-            or not tensor.is_contiguous()
-            or tensor.device != self.device
+            ids.shape != sent.shape
+            or ids.dtype not in (torch.int32, torch.int64)
+            or ids.device != self.device
         ):
             raise ValueError(
-                f"{name} must be [{wanted}, {self.spec.hidden}] {self.spec.dtype} on "
-                f"{self.device}, contiguous; is {list(tensor.shape)} {tensor.dtype} on "
-                f"{tensor.device}"
+                f"expert_ids must be {list(sent.shape)} int32 or int64 on {self.device}, is "
+                f"{list(ids.shape)} {ids.dtype} on {ids.device}"
             )
-
-
-def default_device() -> torch.device:
-    """The current GPU; in Triton's interpreter the CPU."""
-    return CPU if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
-
-
-def _capturing(cuda: bool) -> bool:
-    return cuda and torch.cuda.is_current_stream_capturing()

@@ -67,7 +67,8 @@ def send_combine(
     made while the peers' flags are on their way. An own token that nobody else has to do with goes
     straight to `out`.
 
-    y: [rows, H]. position: of index_rows.
+    y: [rows, H]. position: [R * MAX_TOKENS * TOPK] int32, the row of y of each pair, of index_rows
+    or the places of expert_major.py. -1: no row is here; below: its result is zero.
     """
     pid = tl.program_id(0)
     workers = tl.num_programs(0)
@@ -99,7 +100,7 @@ def send_combine(
                 for k in tl.static_range(TOPK):
                     p = tl.load(position + pair + k)
                     v = tl.load(y + p.to(tl.int64) * H + c, mask=inside & (p >= 0), other=0.0)
-                    tl.store(results + (back * TOPK + k) * H + c, v, mask=inside & (p >= 0))
+                    tl.store(results + (back * TOPK + k) * H + c, v, mask=inside & (p != -1))
             else:
                 acc = _partial(y, position, weights, pair, c, inside, H, TOPK)
                 tl.store(results + back * H + c, acc.to(kind), mask=inside)

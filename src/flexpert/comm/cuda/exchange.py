@@ -43,6 +43,9 @@ class Tuning:
     workers: programs of send_combine, at most.
     reducers: programs of reduce, at most.
     chunk: slots that one program of index_rows looks at in one go.
+    pack_width: words of 4 bytes of a row that one program of pack_rows copies. Not measured yet,
+        nor the other two.
+    packers: programs of pack_rows that copy, at most.
     checks: read masks and epochs; False only to measure what they cost.
 
     In Triton's interpreter, where a program takes a millisecond, the default is `FEW`.
@@ -56,10 +59,13 @@ class Tuning:
     workers: int = 528
     reducers: int = 4096
     chunk: int = 1024
+    pack_width: int = 1024
+    pack_warps: int = 4
+    packers: int = 1056
     checks: bool = True
 
 
-FEW = Tuning(workers=4, reducers=8)
+FEW = Tuning(workers=4, reducers=8, packers=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +93,10 @@ class Indexed:
 
 @dataclass(frozen=True, slots=True)
 class Dispatched:
-    """What a dispatch was called with, for its combine."""
+    """What a dispatch was called with, for its combine.
+
+    stride: by how many choices two tokens are apart; see `Exchange`.
+    """
 
     expert_ids: torch.Tensor
     weights: torch.Tensor
@@ -95,6 +104,7 @@ class Dispatched:
     tokens: int
     payload: str
     indexed: Indexed
+    stride: int
 
 
 class Exchange:
@@ -102,6 +112,8 @@ class Exchange:
 
     window: [size of layout] uint8 on the device, zeroed.
     page: [PAGE_WORDS] int64 in pinned host memory (or host memory, in the interpreter).
+    same_k: all ranks dispatch with the same k, idle ones too: choices are packed by it, and the
+        kernels look at no others. Else there is room for `spec.topk` of each token.
     """
 
     def __init__(
@@ -112,6 +124,7 @@ class Exchange:
         page: torch.Tensor,
         *,
         home: bool = True,
+        same_k: bool = False,
         tuning: Tuning | None = None,
     ) -> None:
         check(spec)
@@ -119,6 +132,7 @@ class Exchange:
         self.tuning = tuning or (FEW if INTERPRETED else Tuning())
         self.layout = layout(spec, home=home)
         self.home = home
+        self._same_k = same_k
         device = window.device
         self.table = torch.zeros(TABLE_WORDS, dtype=torch.int64, device=device)
         # rewritten as one piece; what it is copied from must stay as it is until the copy is done
@@ -135,7 +149,6 @@ class Exchange:
         at = self.layout.weights_at
         self.weights = window[at : at + self.most_rows * 4].view(torch.float32)
         self._lanes = triton.next_power_of_2(spec.capacity)
-        self._topk_lanes = triton.next_power_of_2(spec.topk)
         self._sim = INTERPRETED
 
     # ---- what the host rewrites ---------------------------------------------------------------
@@ -201,6 +214,7 @@ class Exchange:
         """
         spec, where, tuning = self.spec, self.layout, self.tuning
         tokens, k = expert_ids.shape
+        stride = max(k, 1) if self._same_k else spec.topk
         indexed = self._indexed(x, table.slots, fp8)
         words = x
         if fp8 is None:
@@ -211,13 +225,14 @@ class Exchange:
         dispatch.send_dispatch[(max(tokens, 1) * triton.cdiv(words.shape[1], tile) + wait,)](
             words, expert_ids, weights, table.rank, table.slot, self.table, self._counters,
             self.window.data_ptr(), tokens, self.rank, table.rank.shape[0],
-            R=spec.capacity, LANES_R=self._lanes, K=k, TOPK=spec.topk, LANES_K=self._topk_lanes,
+            R=spec.capacity, LANES_R=self._lanes, K=k, TOPK=stride,
+            LANES_K=triton.next_power_of_2(stride),
             MAX_TOKENS=spec.max_tokens, KIND=fp8_kind(fp8), WORDS=words.shape[1],
             TILE=tile,
             WEIGHTS_AT=where.weights_at, SCALES_AT=where.scales_at, ROWS_AT=where.rows_at,
             WAIT=wait, CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.send_warps,
         )  # fmt: skip
-        return Dispatched(expert_ids, weights, table, tokens, str(fp8 or x.dtype), indexed)
+        return Dispatched(expert_ids, weights, table, tokens, str(fp8 or x.dtype), indexed, stride)
 
     def wait_dispatch(self, sent: Dispatched) -> None:
         dispatch.wait_dispatch[(1,)](
@@ -232,23 +247,32 @@ class Exchange:
         dispatch.index_rows[(sent.table.slots + 1,)](
             self.window.data_ptr(), self.table, sent.indexed.offsets, self.rows, self.pairs,
             self.position, sent.table.slots,
-            R=spec.capacity, LANES_R=self._lanes, TOPK=spec.topk, MAX_TOKENS=spec.max_tokens,
+            R=spec.capacity, LANES_R=self._lanes, TOPK=sent.stride, MAX_TOKENS=spec.max_tokens,
             CHUNK=chunk, num_warps=self.tuning.index_warps,
         )  # fmt: skip
         return sent.indexed
 
     def send_combine(
-        self, out: torch.Tensor, y: torch.Tensor, sent: Dispatched, *, reduce: Reduce, wait: bool
+        self,
+        out: torch.Tensor,
+        y: torch.Tensor,
+        sent: Dispatched,
+        *,
+        reduce: Reduce,
+        wait: bool,
+        places: torch.Tensor | None = None,
     ) -> None:
-        """y: [rows, hidden] spec.dtype, in the order of `Indexed.rows`; out: see `reduce`."""
+        """y: [rows, hidden] spec.dtype, in the order of `Indexed.rows`, or with `places` (see
+        expert_major.py) as these say; out: see `reduce`."""
         spec, tuning = self.spec, self.tuning
         pieces = triton.cdiv(spec.hidden, tuning.width)
         most = spec.capacity * spec.max_tokens * pieces
         combine.send_combine[(min(most, tuning.workers) + wait,)](
-            out, y, self.position, sent.expert_ids, sent.table.rank, self.table, self._counters,
+            out, y, self.position if places is None else places, sent.expert_ids,
+            sent.table.rank, self.table, self._counters,
             self.window.data_ptr(), sent.tokens, self.rank, sent.table.rank.shape[0],
-            R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=spec.topk,
-            LANES_K=self._topk_lanes, MAX_TOKENS=spec.max_tokens, H=spec.hidden,
+            R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
+            LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
             WIDTH=tuning.width, WEIGHTS_AT=self.layout.weights_at,
             RESULTS_AT=self.layout.results_at, HOME=reduce == "home", WAIT=wait,
             CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.combine_warps,
@@ -269,16 +293,18 @@ class Exchange:
         *,
         reduce: Reduce,
         weights: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """out: [tokens, hidden] spec.dtype ← the sums of the own tokens; returned."""
         spec, tuning = self.spec, self.tuning
         pieces = triton.cdiv(spec.hidden, tuning.width)
         combine.reduce[(max(1, min(sent.tokens * pieces, tuning.reducers)),)](
-            out, y, self.position, sent.expert_ids, sent.weights if weights is None else weights,
+            out, y, self.position if places is None else places, sent.expert_ids,
+            sent.weights if weights is None else weights,
             sent.table.rank, self.table, self.window.data_ptr(), sent.tokens, self.rank,
             sent.table.rank.shape[0],
-            R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=spec.topk,
-            LANES_K=self._topk_lanes, MAX_TOKENS=spec.max_tokens, H=spec.hidden,
+            R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
+            LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
             WIDTH=tuning.width, RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
             num_warps=tuning.combine_warps, enable_fp_fusion=False,
         )  # fmt: skip

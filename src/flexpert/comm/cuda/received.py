@@ -8,6 +8,7 @@ import torch
 
 from flexpert.comm.buffer import Received
 from flexpert.comm.cuda.exchange import Dispatched, Indexed
+from flexpert.comm.cuda.expert_major import ExpertMajor, pack
 from flexpert.comm.errors import StaleEpoch
 
 if TYPE_CHECKING:
@@ -87,6 +88,14 @@ class CudaReceived(Received):
         if self._scales is None and self.indexed.scales is not None:
             self._scales = self._gathered(self.indexed.scales)
         return self._scales
+
+    def pack(self, into: ExpertMajor) -> None:
+        """Copy the rows together by slot, with room for as many in each; can be captured.
+
+        Raises: StaleEpoch: combine has begun. ValueError: tensors that do not fit.
+        """
+        self._check()
+        pack(self._buffer.exchange, self.sent, into)
 
     def _gathered(self, payload: torch.Tensor) -> torch.Tensor:
         self._check()

@@ -128,11 +128,11 @@ class Ours:
 
 
 class NixlEp:
-    """NVIDIA's nixl_ep, low-latency kernels."""
+    """NVIDIA's nixl_ep, low-latency kernels; or `module` with the same interface."""
 
-    def __init__(self, site: GpuSite) -> None:
+    def __init__(self, site: GpuSite, module: str = "nixl_ep") -> None:
         try:
-            nixl_ep: Any = importlib.import_module("nixl_ep")
+            nixl_ep: Any = importlib.import_module(module)
         except ImportError as error:
             raise Unavailable(f"nixl_ep is not installed ({error})") from None
         work = site.work
@@ -282,6 +282,7 @@ class GpuKind:
 
 OURS = "flexpert"
 NIXL_EP = "nixl_ep"
+INTERFACE = "flexpert as nixl_ep"
 
 
 def gpu_kinds(fp8: Scales | None) -> tuple[GpuKind, ...]:
@@ -294,6 +295,14 @@ def gpu_kinds(fp8: Scales | None) -> tuple[GpuKind, ...]:
             "checks",
             lambda site: Ours(site, checks=False),
             "the same without reading masks and epochs: what these cost",
+            not fp8,
+        ),
+        GpuKind(
+            INTERFACE,
+            "interface",
+            lambda site: NixlEp(site, "flexpert.comm.nixl_ep.compat"),
+            f"our buffer behind nixl_ep's interface: {sent}, then copied together by expert; "
+            "one row an expert back",
             not fp8,
         ),
         GpuKind(NIXL_EP, "nixl_ep", NixlEp, f"{sent}, one row an expert there and back", not fp8),

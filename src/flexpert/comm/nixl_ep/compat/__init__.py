@@ -1,4 +1,6 @@
-"""NVIDIA's nixl_ep on a CPU; see docs/nixl_ep.md. `flexpert.comm.nixl_ep.install` names it so."""
+"""NVIDIA's nixl_ep on a CPU or a GPU; see docs/nixl_ep.md. `flexpert.comm.nixl_ep.install`
+names it so.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nixl_ep.buffer: NVIDIA's `Buffer` for tensors on a CPU, over `flexpert.comm.Buffer`.
+"""nixl_ep.buffer: NVIDIA's `Buffer` for tensors on a CPU or a GPU, over `flexpert.comm.Buffer`.
 
 Names, arguments, shapes and the polarity of masks are those of nixl_ep 1.5.1; docs/nixl_ep.md lists
 what differs.
@@ -13,22 +13,24 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from flexpert.comm.buffer import Buffer as Core
-from flexpert.comm.buffer import make_buffer
+from flexpert.comm.buffer import BufferSpec, make_buffer
+from flexpert.comm.cuda import require
 from flexpert.comm.errors import CommError
 from flexpert.comm.nixl_ep.compat.checks import (
     check_one_way,
-    check_stats,
     check_tensor,
+    check_waits,
     check_x,
-    counting_weights,
     scales,
 )
 from flexpert.comm.nixl_ep.compat.config import Config
-from flexpert.comm.nixl_ep.compat.exchange import Exchange, Handle, Receive
+from flexpert.comm.nixl_ep.compat.cpu import Cpu
+from flexpert.comm.nixl_ep.compat.device import Device, Handle, on_gpu, wanted
+from flexpert.comm.nixl_ep.compat.exchange import Exchange, Receive
 from flexpert.comm.nixl_ep.compat.lifetime import Lifetime
 from flexpert.comm.nixl_ep.compat.sizes import size_hint, spec_from_bytes
 from flexpert.comm.nixl_ep.compat.store import CurrentStore
-from flexpert.comm.nixl_ep.compat.utils import EventOverlap, Now
+from flexpert.comm.nixl_ep.compat.utils import EventOverlap, Now, Recorded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
@@ -68,7 +70,7 @@ class Buffer:
     ) -> None:
         """
         Args:
-            disable_ll_nvlink: no meaning on a CPU.
+            disable_ll_nvlink: no meaning here.
             explicitly_destroy: resources are kept until `destroy`; else, until this object goes.
             rank: the own id.
             low_latency_mode: must be True.
@@ -102,7 +104,7 @@ class Buffer:
         self.runtime: Core | None = None
         self._store = CurrentStore(tcp_store_group)
         self._experts = 0
-        self._exchange: Exchange | None = None
+        self._exchange: Exchange[Any] | None = None
         self._raw: dict[bool, torch.Tensor] = {}
         self._lifetime: Lifetime | None = None
         self._destroyed = False
@@ -139,29 +141,28 @@ class Buffer:
     ) -> None:
         """Take memory for up to `num_ranks` ranks; a second call may only raise their number.
 
+        It is taken on the current GPU, if torch sees one, and on the CPU otherwise; with
+        FLEXPERT_NIXL_EP_DEVICE in the environment, on what that says: "cpu" or "cuda".
+
         Args:
-            num_ranks: capacity, 1 to 256.
+            num_ranks: capacity, 1 to 256; on a GPU 1 to 32, for good.
             num_experts_per_rank: local experts of every rank.
             num_rdma_bytes: what `get_rdma_size_hint` returned in this process, or more.
             num_nvl_bytes: size of what `get_local_buffer_tensor` shows.
 
-        Raises: ValueError: less than any hint, or a second call with other sizes.
+        Raises:
+            ValueError: less than any hint, or a second call with other sizes.
+            CommError: no Triton for the GPU.
         """
         self._check_alive()
         if num_experts_per_rank < 1:
             raise ValueError(f"num_experts_per_rank is {num_experts_per_rank}, must be at least 1")
         spec = spec_from_bytes(num_rdma_bytes, num_ranks)
         if self.runtime is None:
-            core = make_buffer(
-                self.rank,
-                spec,
-                timeout_s=self.timeout_ms / 1000,
-                on_timeout="mask",
-                store=cast("Store", self._store),
-            )
-            self.runtime = core
+            device = self._device(spec)
+            core = self.runtime = device.core
             self._lifetime = Lifetime(core)
-            self._exchange = Exchange(core, num_experts_per_rank, self._lifetime)
+            self._exchange = Exchange(core, device, num_experts_per_rank, self._lifetime)
             self._experts = num_experts_per_rank
             if not self.explicitly_destroy:
                 weakref.finalize(self, self._lifetime.end)
@@ -228,6 +229,7 @@ class Buffer:
         mask_status: [capacity] int32.
         """
         core = self._core()
+        core.check()  # on a GPU, replays of graphs may have left ranks out
         if mask_status.dtype is not torch.int32 or mask_status.shape != (core.spec.capacity,):
             raise ValueError(
                 f"mask_status must be [{core.spec.capacity}] int32, is "
@@ -281,7 +283,7 @@ class Buffer:
             cumulative_local_expert_recv_stats: [experts_per_rank] int32; what was received
                 is added.
             dispatch_wait_recv_cost_stats: [R] int64; nanoseconds until each rank's rows were there
-                are added.
+                are added; None on a GPU.
             use_fp8: quantise to e4m3 with a scale for 128 channels.
             round_scale: scales are powers of two.
             use_ue8m0: four scales to an int32; needs round_scale.
@@ -306,15 +308,22 @@ class Buffer:
         check_one_way(async_finish, return_recv_hook)
         tokens, ranks = num_max_dispatch_tokens_per_rank, self._ranks(core, num_experts)
         fp8 = scales(use_fp8, round_scale, use_ue8m0)
-        check_x(x, topk_idx, tokens, fp8, core.spec)
-        check_stats(
-            "cumulative_local_expert_recv_stats",
-            cumulative_local_expert_recv_stats,
-            self._experts,
-            torch.int32,
-        )
-        check_stats(
-            "dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, ranks, torch.int64
+        at = exchange.device.at
+        check_x(x, topk_idx, tokens, fp8, core.spec, at)
+        if cumulative_local_expert_recv_stats is not None:
+            check_tensor(
+                "cumulative_local_expert_recv_stats",
+                cumulative_local_expert_recv_stats,
+                (self._experts,),
+                torch.int32,
+                at,
+            )
+        check_waits(
+            "dispatch_wait_recv_cost_stats",
+            dispatch_wait_recv_cost_stats,
+            ranks,
+            at,
+            counted=exchange.device.counts_waits,
         )
         done, receive = exchange.dispatch(
             x,
@@ -360,7 +369,8 @@ class Buffer:
         Returns: the sums [tokens, hidden] bfloat16, event, hook.
 
         Raises:
-            ValueError: shapes, dtypes, or other experts than in dispatch; nothing was sent.
+            ValueError: shapes, dtypes, or (on a CPU) other experts than in dispatch; nothing was
+                sent.
             StaleEpoch: the handle is too old.
         """
         exchange = self._exchanges()
@@ -370,20 +380,25 @@ class Buffer:
             if exchange.staged is None or exchange.staged.shape != done.recv_x.shape:
                 raise ValueError("zero_copy needs get_next_combine_buffer(handle), filled, before")
             x = exchange.staged
-        check_tensor("x", x, tuple(done.recv_x.shape), torch.bfloat16)
+        at = exchange.device.at
+        check_tensor("x", x, tuple(done.recv_x.shape), torch.bfloat16, at)
         shape = tuple(done.experts.shape)
-        check_tensor("topk_weights", topk_weights, shape, torch.float32)
-        weights = counting_weights(topk_idx, topk_weights, done.experts)
-        check_stats(
-            "combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, done.ranks, torch.int64
+        check_tensor("topk_weights", topk_weights, shape, torch.float32, at)
+        check_waits(
+            "combine_wait_recv_cost_stats",
+            combine_wait_recv_cost_stats,
+            done.ranks,
+            at,
+            counted=exchange.device.counts_waits,
         )
         size = (shape[0], x.shape[2])
         if out is None:
-            out = torch.empty(size, dtype=torch.bfloat16)
-        check_tensor("out", out, size, torch.bfloat16)
+            out = torch.empty(size, dtype=torch.bfloat16, device=at)
+        check_tensor("out", out, size, torch.bfloat16, at)
         receive = exchange.combine(
             x,
-            weights,
+            topk_idx,
+            topk_weights,
             done,
             out=out,
             later=async_finish or return_recv_hook,
@@ -403,8 +418,8 @@ class Buffer:
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """False: there are no kernels for a GPU in here."""
-        return False
+        """Whether new buffers are on a GPU of that kind or a later one."""
+        return on_gpu() and torch.cuda.get_device_capability() >= (9, 0)
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
@@ -415,12 +430,12 @@ class Buffer:
 
     @staticmethod
     def capture() -> EventOverlap:
-        """The event of all work so far, which on a CPU is done."""
-        return EventOverlap(Now())
+        """The event of all work so far on the current stream; on a CPU it is done."""
+        return EventOverlap(Recorded() if on_gpu() else Now())
 
-    def get_comm_stream(self) -> torch.cpu.Stream:
-        """The stream of the exchanges: the only one of a CPU."""
-        return torch.cpu.current_stream()
+    def get_comm_stream(self) -> torch.cpu.Stream | torch.cuda.Stream:
+        """The stream of the exchanges: the current one, the only one of a CPU."""
+        return torch.cuda.current_stream() if on_gpu() else torch.cpu.current_stream()
 
     def get_local_buffer_tensor(
         self,
@@ -435,11 +450,11 @@ class Buffer:
 
         size: shape of the view; default: all of it, flat. offset: elements to skip.
         """
-        self._core()
+        at = self._exchanges().device.at
         available = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         raw = self._raw.get(use_rdma_buffer)
         if raw is None or raw.numel() < available:
-            raw = self._raw[use_rdma_buffer] = torch.empty(available, dtype=torch.uint8)
+            raw = self._raw[use_rdma_buffer] = torch.empty(available, dtype=torch.uint8, device=at)
         flat = raw[: available // dtype.itemsize * dtype.itemsize].view(dtype)[offset:]
         if size is None:
             return flat
@@ -451,6 +466,17 @@ class Buffer:
 
     # ---- helpers ----------------------------------------------------------------------------
 
+    def _device(self, spec: BufferSpec) -> Device[Any]:
+        timeout_s, store = self.timeout_ms / 1000, cast("Store", self._store)
+        if wanted() == "cpu":
+            return Cpu(
+                make_buffer(self.rank, spec, timeout_s=timeout_s, on_timeout="mask", store=store)
+            )
+        require()
+        from flexpert.comm.nixl_ep.compat.gpu import Gpu  # needs Triton
+
+        return Gpu.of(self.rank, spec, timeout_s, store)
+
     def _check_alive(self) -> None:
         if self._destroyed:
             raise CommError(f"the buffer of rank {self.rank} is destroyed")
@@ -461,9 +487,9 @@ class Buffer:
             raise CommError(f"rank {self.rank}: call update_memory_buffers first")
         return self.runtime
 
-    def _exchanges(self) -> Exchange:
+    def _exchanges(self) -> Exchange[Any]:
         self._core()
-        return cast(Exchange, self._exchange)
+        return cast("Exchange[Any]", self._exchange)
 
     def _ranks(self, core: Core, num_experts: int | None) -> int:
         """How many ranks the tensors of a dispatch are for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flexpert.comm.buffer import BufferSpec, Scales
+from flexpert.comm.nixl_ep.compat.device import VARIABLE
 from flexpert.comm.nixl_ep.compat.sizes import CHANNELS
 
 
@@ -22,10 +23,19 @@ def scales(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Scales | None:
 
 
 def check_x(
-    x: torch.Tensor, topk_idx: torch.Tensor, max_tokens: int, fp8: Scales | None, spec: BufferSpec
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    max_tokens: int,
+    fp8: Scales | None,
+    spec: BufferSpec,
+    at: torch.device,
 ) -> None:
-    if x.device.type != "cpu":
-        raise ValueError(f"x is on {x.device}; this buffer takes tensors on the CPU")
+    for name, tensor in (("x", x), ("topk_idx", topk_idx)):
+        if tensor.device != at:
+            raise ValueError(
+                f"{name} is on {tensor.device}; this buffer takes tensors on {at} (see "
+                f"{VARIABLE} in docs/nixl_ep.md)"
+            )
     if x.dtype is not torch.bfloat16 or x.ndim != 2:
         raise ValueError(f"x must be [tokens, hidden] bfloat16, is {list(x.shape)} {x.dtype}")
     tokens, hidden = x.shape
@@ -40,23 +50,30 @@ def check_x(
         )
     if tokens > max_tokens:
         raise ValueError(f"{tokens} tokens, but num_max_dispatch_tokens_per_rank={max_tokens}")
-    if topk_idx.ndim != 2 or topk_idx.shape[0] != tokens:
-        raise ValueError(f"topk_idx must be [{tokens}, k], is {list(topk_idx.shape)}")
+    if topk_idx.ndim != 2 or topk_idx.shape[0] != tokens or topk_idx.shape[1] > spec.topk:
+        raise ValueError(
+            f"topk_idx must be [{tokens}, k], k <= {spec.topk}, is {list(topk_idx.shape)}"
+        )
 
 
 def check_tensor(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, at: torch.device
 ) -> None:
-    if tensor.dtype is not dtype or tuple(tensor.shape) != shape or tensor.device.type != "cpu":
+    if tensor.dtype is not dtype or tuple(tensor.shape) != shape or tensor.device != at:
         raise ValueError(
-            f"{name} must be {list(shape)} {dtype} on the CPU, is {list(tensor.shape)} "
+            f"{name} must be {list(shape)} {dtype} on {at}, is {list(tensor.shape)} "
             f"{tensor.dtype} on {tensor.device}"
         )
 
 
-def check_stats(name: str, tensor: torch.Tensor | None, length: int, dtype: torch.dtype) -> None:
-    if tensor is not None:
-        check_tensor(name, tensor, (length,), dtype)
+def check_waits(
+    name: str, tensor: torch.Tensor | None, ranks: int, at: torch.device, *, counted: bool
+) -> None:
+    if tensor is None:
+        return
+    if not counted:
+        raise ValueError(f"{name} must be None on a GPU: waits are not counted there")
+    check_tensor(name, tensor, (ranks,), torch.int64, at)
 
 
 def counting_weights(

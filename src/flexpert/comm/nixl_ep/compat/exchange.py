@@ -7,28 +7,23 @@ micro-batches that overlap, a second combine with one handle. So, before the nex
     a hook that was not called yet    is called
     a dispatch that was not combined  is combined with whatever lies in the buffer, and the sums
                                       thrown away: the peers wait for a combine
-    a combine of another dispatch     first sends 16 bytes a token along its routes again, so that
-                                      there is a dispatch to be combined
+    a combine of another dispatch     first repeats that with 16 bytes a token, so that there is a
+                                      dispatch to be combined
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
+from typing import Generic
 
 import torch
-from torch.nn.functional import pad
 
 from flexpert.comm.buffer import Buffer, ExpertTable, Received, Scales
-from flexpert.comm.errors import CommError, StaleEpoch
-from flexpert.comm.host._kernels import lib
-from flexpert.comm.nixl_ep.compat.expert_major import Arrival, collect, spread
+from flexpert.comm.errors import StaleEpoch
+from flexpert.comm.nixl_ep.compat.device import A, Device, Dispatched, Handle
+from flexpert.comm.nixl_ep.compat.expert_major import widened
 from flexpert.comm.nixl_ep.compat.lifetime import Lifetime
-from flexpert.comm.nixl_ep.compat.memory import Memory
-
-Handle = tuple[torch.Tensor, torch.Tensor, int, int]
 
 _PROBE_BYTES = 16
 _KEPT = 2  # dispatches that can be combined
@@ -51,50 +46,22 @@ class Receive:
         self()
 
 
-@dataclass(slots=True, eq=False)
-class Dispatched:
-    """A dispatch of the user's: what was sent, the tensors that show what came, how to combine it.
-
-    experts: [tokens, k], a copy: users mark experts of lost ranks in theirs.
-    recv_x … layout_range: see `Buffer.dispatch`; filled by `Exchange.receive`.
-    arrival: which rows came.
-    received: while these rows can be combined without sending anything again.
-    """
-
-    experts: torch.Tensor
-    table: ExpertTable
-    ranks: int
-    max_tokens: int
-    recv_x: torch.Tensor
-    scales: torch.Tensor | None
-    recv_count: torch.Tensor
-    src_info: torch.Tensor
-    layout_range: torch.Tensor
-    arrival: Arrival | None = None
-    received: Received | None = None
-
-    @property
-    def limit(self) -> int:
-        """Rows that an expert has room for."""
-        return self.ranks * self.max_tokens
-
-    @property
-    def handle(self) -> Handle:
-        return self.src_info, self.layout_range, self.max_tokens, self.recv_x.shape[2]
-
-
-class Exchange:
+class Exchange(Generic[A]):
     """What stands between the user's calls and `core`, in one thread at a time."""
 
-    def __init__(self, core: Buffer, experts_per_rank: int, lifetime: Lifetime) -> None:
+    def __init__(
+        self, core: Buffer, device: Device[A], experts_per_rank: int, lifetime: Lifetime
+    ) -> None:
         self._core = core
+        self.device = device
         self._experts = experts_per_rank
         self._lifetime = lifetime
-        self._memory = Memory()
-        self._kept: deque[Dispatched] = deque(maxlen=_KEPT)
+        self._kept: deque[Dispatched[A]] = deque(maxlen=_KEPT)
         self._outstanding: Receive | None = None
         self._uncombined: Received | None = None
-        self._table = _table(core.spec.capacity, experts_per_rank)
+        self._table = _table(core.spec.capacity, experts_per_rank, device.at)
+        # weights for dispatches; those that count come with the combine
+        self._ones = torch.ones(core.spec.max_tokens * core.spec.topk, device=device.at)
         self._staged: torch.Tensor | None = None
 
     # ---- dispatch ---------------------------------------------------------------------------
@@ -110,25 +77,25 @@ class Exchange:
         later: bool,
         recv_stats: torch.Tensor | None,
         wait_stats: torch.Tensor | None,
-    ) -> tuple[Dispatched, Receive]:
+    ) -> tuple[Dispatched[A], Receive]:
         """Send; receive too unless `later`. Arguments are checked but for what `core` checks."""
         with self._lifetime.call():
             self.settle()
+            self.device.admit()
             hidden = x.shape[1]
-            missing = self._core.spec.hidden - hidden
-            wire = pad(x, (0, missing)) if missing else x.contiguous()
-            if later and wire is x and fp8 is None:
-                wire = x.clone()  # the user may write to x now; own rows are read when received
+            wire = widened(x, self._core.spec.hidden)
+            if later and wire is x and fp8 is None and self.device.own_rows_wait:
+                wire = x.clone()  # the user may write to x now
             self._route()
-            experts = experts.clone()
-            pending = self._core.begin_dispatch(wire, experts, _ones(experts), self._table, fp8=fp8)
-            done = self._prepare(experts, max_tokens, ranks, hidden, fp8)
+            now, again = self.device.routes(experts)
+            before = self._core.statistics().dispatch_wait_ns if wait_stats is not None else {}
+            pending = self._dispatch(wire, now, self._table, fp8, later=later)
+            done = self._prepare(again, max_tokens, ranks, hidden, fp8)
             self._kept.append(done)
 
             def receive() -> None:
-                before = self._core.statistics().dispatch_wait_ns if wait_stats is not None else {}
-                self._uncombined = received = pending()
-                self._fill(done, received)
+                self._uncombined = done.received = received = pending()
+                done.came = self.device.fill(done, received)
                 if recv_stats is not None:
                     recv_stats.add_(done.recv_count)
                 if wait_stats is not None:
@@ -143,10 +110,10 @@ class Exchange:
         ranks: int,
         hidden: int,
         fp8: Scales | None,
-    ) -> Dispatched:
-        local, limit = self._experts, ranks * max_tokens
+    ) -> Dispatched[A]:
+        local, limit, at = self._experts, ranks * max_tokens, self.device.at
         packed = fp8 == "ue8m0"
-        recv_x, scales = self._memory.next_dispatch(
+        recv_x, scales = self.device.recv_x(
             (local, limit, hidden),
             torch.bfloat16 if fp8 is None else torch.float8_e4m3fn,
             0 if fp8 is None else hidden // (512 if packed else 128),
@@ -159,30 +126,30 @@ class Exchange:
             max_tokens=max_tokens,
             recv_x=recv_x,
             scales=scales,
-            recv_count=torch.empty(local, dtype=torch.int32),
-            src_info=torch.empty((local, limit), dtype=torch.int32),
-            layout_range=torch.empty((local, ranks), dtype=torch.int64),
+            recv_count=torch.empty(local, dtype=torch.int32, device=at),
+            src_info=torch.empty((local, limit), dtype=torch.int32, device=at),
+            layout_range=torch.empty((local, ranks), dtype=torch.int64, device=at),
         )
 
-    def _fill(self, done: Dispatched, received: Received) -> None:
-        arrival = Arrival.of(received.offsets, received.source, done.ranks, done.limit)
-        done.recv_count.copy_(arrival.per_expert)
-        done.src_info.view(-1)[arrival.places] = received.token
-        done.layout_range.copy_(arrival.layout_range())
-        # one copy, from where the rows arrived to where they are wanted
-        addresses, offsets = received.rows, received.offsets.tolist()
-        row_bytes = done.recv_x.shape[2] * done.recv_x.itemsize
-        for expert, (begin, end) in enumerate(pairwise(offsets)):
-            at = addresses.data_ptr() + begin * addresses.itemsize
-            lib.fx_gather(at, end - begin, 0, row_bytes, done.recv_x[expert].data_ptr())
-        if done.scales is not None and received.scales is not None:
-            spread(received.scales[:, : done.scales.shape[2]], arrival.places, done.scales)
-        done.arrival = arrival
-        done.received = received
+    def _dispatch(
+        self,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        table: ExpertTable,
+        fp8: Scales | None = None,
+        *,
+        later: bool = False,
+    ) -> Callable[[], Received]:
+        """Begin, and unless `later` end: both at once is faster on a GPU."""
+        weights = self._ones[: experts.numel()].view(experts.shape)
+        if later:
+            return self._core.begin_dispatch(x, experts, weights, table, fp8=fp8)
+        received = self._core.dispatch(x, experts, weights, table, fp8=fp8)
+        return lambda: received
 
     # ---- combine ----------------------------------------------------------------------------
 
-    def find(self, handle: Handle) -> Dispatched:
+    def find(self, handle: Handle) -> Dispatched[A]:
         """Raises: StaleEpoch: not one of the last two dispatches."""
         for done in self._kept:
             if handle[0].data_ptr() == done.src_info.data_ptr():
@@ -195,8 +162,9 @@ class Exchange:
     def combine(
         self,
         x: torch.Tensor,
+        topk_idx: torch.Tensor,
         weights: torch.Tensor,
-        done: Dispatched,
+        done: Dispatched[A],
         *,
         out: torch.Tensor,
         later: bool,
@@ -204,25 +172,31 @@ class Exchange:
     ) -> Receive:
         """Send x's rows home; receive too unless `later`.
 
-        x: [experts, limit, hidden]; weights: [tokens, k] float32; out: [tokens, hidden].
+        x: [experts, limit, hidden]; topk_idx: [tokens, k]; weights: [tokens, k] float32;
+        out: [tokens, hidden].
+
+        Raises: ValueError: other experts than in dispatch; nothing was sent.
         """
         with self._lifetime.call():
+            counting = self.device.counting(topk_idx, weights, done)
             self._receive_outstanding()
-            if done.received is not None and done.received is self._uncombined:
-                received = done.received
-                places = _arrival(done).places
-            else:
-                received, places = self._again(done)
-            y = self._core.combine_input(received)
-            collect(x.detach(), places, y)
-            whole = out.shape[1] == y.shape[1] and out.is_contiguous()
-            pending = self._core.begin_combine(
-                y, received, reduce="home", weights=weights, out=out if whole else None
+            received, came = done.received, _came(done)
+            if received is None or received is not self._uncombined:
+                received, came = self._again(done, came)
+            whole = out.shape[1] == self._core.spec.hidden and out.is_contiguous()
+            before = self._core.statistics().combine_wait_ns if wait_stats is not None else {}
+            pending = self.device.combine(
+                x.detach(),
+                topk_idx,
+                counting,
+                came,
+                received,
+                out=out if whole else None,
+                later=later,
             )
             self._uncombined = done.received = None
 
             def receive() -> None:
-                before = self._core.statistics().combine_wait_ns if wait_stats is not None else {}
                 result = pending()
                 if not whole:
                     out.copy_(result[:, : out.shape[1]])
@@ -231,28 +205,17 @@ class Exchange:
 
             return self._finish(receive, later)
 
-    def _again(self, done: Dispatched) -> tuple[Received, torch.Tensor]:
-        """A dispatch along the same routes; returns it, and where its rows lie in the user's x.
-
-        Ranks that were masked since then bring no rows.
-        """
+    def _again(self, done: Dispatched[A], came: A) -> tuple[Received, A]:
+        """A dispatch of as many tokens; returns it, and where its rows lie in the user's x."""
         self.settle()
-        probe = torch.zeros((done.experts.shape[0], _PROBE_BYTES), dtype=torch.uint8)
-        received = self._core.dispatch(probe, done.experts, _ones(done.experts), done.table)
-        self._uncombined = received
-        old = _arrival(done)
-        new = Arrival.of(received.offsets, received.source, done.ranks, done.limit)
-        here = new.counts.sum(0) > 0
-        if not torch.equal(old.counts * here, new.counts):
-            raise CommError(
-                f"ranks combine different dispatches (rank {self._core.rank} has one of "
-                f"{old.places.shape[0]} rows): all must call dispatch and combine in one order"
-            )
-        return received, old.places_from(here)
+        tokens = done.experts.shape[0]
+        probe = torch.zeros((tokens, _PROBE_BYTES), dtype=torch.uint8, device=self.device.at)
+        self._uncombined = received = self._dispatch(probe, done.experts, done.table)()
+        return received, self.device.again(done, came, received)
 
-    def stage(self, done: Dispatched) -> torch.Tensor:
+    def stage(self, done: Dispatched[A]) -> torch.Tensor:
         """[experts, limit, hidden] bf16 to write results into, for `combine(zero_copy=True)`."""
-        self._staged = self._memory.combine.take(tuple(done.recv_x.shape), torch.bfloat16)
+        self._staged = self.device.staged(tuple(done.recv_x.shape))
         return self._staged
 
     @property
@@ -264,7 +227,7 @@ class Exchange:
         """Know the owners of experts of all ranks that there may be."""
         capacity = self._core.spec.capacity
         if self._table.rank.shape[0] != capacity * self._experts:
-            self._table = _table(capacity, self._experts)
+            self._table = _table(capacity, self._experts, self.device.at)
 
     # ---- the order of exchanges -------------------------------------------------------------
 
@@ -277,9 +240,9 @@ class Exchange:
     def settle(self) -> None:
         """Receive what is outstanding, and combine what the user did not."""
         self._receive_outstanding()
-        received, self._uncombined = self._uncombined, None
-        if received is not None:
-            self._core.combine(self._core.combine_input(received), received, reduce="rank")
+        if self._uncombined is not None:
+            self.device.discard(self._uncombined)
+            self._uncombined = None
 
     def _receive_outstanding(self) -> None:
         receive, self._outstanding = self._outstanding, None
@@ -287,29 +250,24 @@ class Exchange:
             receive()
 
     def _finish(self, work: Callable[[], None], later: bool) -> Receive:
-        receive = Receive(work, self._lifetime)
+        receive = Receive(self.device.on_stream(work) if later else work, self._lifetime)
         self._outstanding = receive
         if not later:
             self._receive_outstanding()
         return receive
 
 
-def _table(ranks: int, experts_per_rank: int) -> ExpertTable:
+def _table(ranks: int, experts_per_rank: int, at: torch.device) -> ExpertTable:
     """Experts in blocks of `experts_per_rank`, by rank."""
-    expert = torch.arange(ranks * experts_per_rank, dtype=torch.int32)
+    expert = torch.arange(ranks * experts_per_rank, dtype=torch.int32, device=at)
     owner = torch.div(expert, experts_per_rank, rounding_mode="floor")
     return ExpertTable(owner, expert - owner * experts_per_rank, experts_per_rank)
 
 
-def _ones(experts: torch.Tensor) -> torch.Tensor:
-    """Weights for a dispatch; those that count come with the combine."""
-    return torch.ones(experts.shape, dtype=torch.float32)
-
-
-def _arrival(done: Dispatched) -> Arrival:
-    if done.arrival is None:
+def _came(done: Dispatched[A]) -> A:
+    if done.came is None:
         raise StaleEpoch("combine of a dispatch that was not received: its exchange had failed")
-    return done.arrival
+    return done.came
 
 
 def _add_differences(stats: torch.Tensor, before: dict[int, int], after: dict[int, int]) -> None:

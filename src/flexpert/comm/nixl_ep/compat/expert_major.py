@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,12 @@ def collect(x: torch.Tensor, places: torch.Tensor, out: torch.Tensor) -> None:
         torch.index_select(flat, 0, places, out=out)
     else:
         out[:, : flat.shape[1]] = flat[places]
+
+
+def widened(x: torch.Tensor, hidden: int) -> torch.Tensor:
+    """x with zeros up to `hidden` channels in its last dimension; contiguous."""
+    missing = hidden - x.shape[-1]
+    return pad(x, (0, missing)) if missing else x.contiguous()
 
 
 def column_major(storage: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,18 @@ class Now:
         """Returns at once."""
 
 
+class Recorded:
+    """The event of what was launched on the current stream of the GPU until now."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.current_stream()
+        self._event = self._stream.record_event()
+
+    def current_stream_wait(self) -> None:
+        """What is launched on the current stream from now on comes after it."""
+        torch.cuda.current_stream().wait_event(self._event)
+
+
 class EventOverlap:
     """An event to wait for, as a call or as the end of a `with` block.
 
@@ -36,7 +48,7 @@ class EventOverlap:
         self.extra_tensors = extra_tensors
 
     def current_stream_wait(self) -> None:
-        """Wait for the event; on a CPU this is where the rows are received."""
+        """Wait for the event: of dispatch and combine, this is where the rows are received."""
         if self.event is not None:
             self.event.current_stream_wait()
 
