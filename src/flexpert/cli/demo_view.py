@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from flexpert.cli.demo_report import Change, Gaps, Progress, Result
-from flexpert.cli.render import describe_change, ids, ranks_table
+from flexpert.cli.render import ranks_table
+from flexpert.cluster.wording import describe_change, ids
 
 # every so many refreshes a line about the traffic, where there is no terminal
 _LINE_EVERY = 8

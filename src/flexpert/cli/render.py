@@ -11,6 +11,7 @@ from rich.text import Text
 from flexpert.bench.serve import Reference, Report
 from flexpert.bench.statistics import Summary
 from flexpert.cluster.views import ClusterView, OperationView, RankView
+from flexpert.cluster.wording import describe_change, ids
 
 _RANK_STYLE = {
     "active": "green",
@@ -23,48 +24,8 @@ _RANK_STYLE = {
 _OPERATION_STYLE = {"done": "green", "failed": "bold red", "cancelled": "yellow"}
 
 
-def ids(ranks: Sequence[int]) -> str:
-    """[0, 2, 3] → "0 2 3"."""
-    return " ".join(map(str, ranks)) or "none"
-
-
-def describe_change(operation: OperationView) -> str:
-    """What a change is about, in one line."""
-    parts = []
-    if operation.add:
-        parts.append(f"add {ids(operation.add)}")
-    if operation.remove:
-        parts.append(f"remove {ids(operation.remove)}")
-    return f"{', '.join(parts) or 'nothing to change'} → ranks {ids(operation.target)}"
-
-
 def phase_line(name: str, seconds: float) -> str:
     return f"  {name:<10} {seconds:7.3f} s"
-
-
-def outcome_line(operation: OperationView) -> str:
-    """How a change that is over went."""
-    if operation.state == "failed":
-        return f"failed: {operation.error or 'no reason was given'}"
-    if operation.state == "cancelled":
-        return "cancelled; the service is as it was"
-    total = sum(operation.phases.values())
-    pause = "" if operation.pause_ms is None else f", pause {operation.pause_ms:.1f} ms"
-    return (
-        f"done in {total:.2f} s: epoch {operation.epoch}, {operation.moved_experts} experts and "
-        f"{operation.moved_requests} requests moved{_how_moved(operation)}{pause}"
-    )
-
-
-def _how_moved(operation: OperationView) -> str:
-    """What of the requests that moved came along, and what did not."""
-    parts = []
-    if operation.moved_with_kv:
-        size = operation.moved_kv_bytes / 2**20
-        parts.append(f"{operation.moved_with_kv} with their KV, {size:.1f} MiB")
-    if operation.recomputed_tokens:
-        parts.append(f"{operation.recomputed_tokens} tokens computed again for want of room")
-    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def ranks_table(ranks: Sequence[RankView], max_ranks: int) -> Table:

@@ -11,13 +11,9 @@ from rich.console import Console
 from rich.live import Live
 from typer.core import TyperCommand
 
-from flexpert.cli.render import (
-    describe_change,
-    operation_table,
-    outcome_line,
-    phase_line,
-)
+from flexpert.cli.render import operation_table, phase_line
 from flexpert.cluster.views import OperationView
+from flexpert.cluster.wording import describe_change, outcome_line
 from flexpert.errors import ConfigError
 
 POLL_S = 0.1

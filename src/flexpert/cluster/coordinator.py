@@ -26,6 +26,7 @@ from flexpert.cluster.record import RankRecord
 from flexpert.cluster.replacement import Replacements
 from flexpert.cluster.views import ClusterEvent, OperationView, PlacementView, RankView
 from flexpert.cluster.watch import Watch
+from flexpert.cluster.wording import describe_change, outcome_line
 from flexpert.config import Config
 from flexpert.engine.request import HeldKV
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused, UnknownOperation
@@ -253,10 +254,16 @@ class Coordinator:
         assert change is not None  # begin made it
         operation.epoch = change.epoch
         operation.moved_experts = sum(map(len, loads(self._placement, self._next).values()))
-        self._remember(operation)
-        self._running = operation
+        self._begin(operation)
         self._carry_out(actions)
         return operation
+
+    def _begin(self, operation: Operation) -> None:
+        self._remember(operation)
+        self._running = operation
+        view = operation.view()
+        because = f" ({view.reason})" if view.reason else ""
+        log.info("%s: %s%s", view.id, describe_change(view), because)
 
     def _replan(self, target: frozenset[int]) -> Placement:
         hosts = self._hosts(target)
@@ -384,6 +391,7 @@ class Coordinator:
             "evicted": record is not None and record.state == "stalled",
             "reason": reason,
         }
+        log.info("%s", reason)
         self._ports.publish(_event("rank", gone))
         change, phase = self._membership.change, self._membership.phase
         asked = change is not None and phase is not Phase.IDLE and rank in change.leaving
@@ -527,8 +535,7 @@ class Coordinator:
         operation.state = "committing"
         if self._next:
             operation.moved_experts = sum(map(len, loads(self._placement, self._next).values()))
-        self._remember(operation)
-        self._running = operation
+        self._begin(operation)
 
     def _hold(self, change: Change) -> None:
         """The survivors wait, halted but with all they hold, until there are ranks for the rest."""
@@ -618,7 +625,10 @@ class Coordinator:
         self._go_on()
 
     def _publish(self, operation: Operation) -> None:
-        self._ports.publish(_event("operation", msgspec.to_builtins(operation.view())))
+        view = operation.view()
+        if operation.over.is_set():
+            log.info("%s: %s", view.id, outcome_line(view))
+        self._ports.publish(_event("operation", msgspec.to_builtins(view)))
 
     # ---- what begins by itself --------------------------------------------------------------
 
