@@ -472,9 +472,10 @@ def test_what_nixl_ep_says_travels_through_a_peers_store_byte_for_byte() -> None
     one, metadata = Place(), bytes(range(256)) * 20
     address = one.address(b"", SPEC, SLOTS)
     try:
-        with one.store() as mine, store_of(1, address) as theirs:
-            here, there = (pair_store(store, "inside", b"a", b"b") for store in (mine, theirs))
-            here.set("NIXL_EP/0", metadata)  # type: ignore[arg-type]
+        with store_of(1, address) as theirs:
+            pairs = (pair_store(store, "inside", b"a", b"b") for store in (one.store, theirs))
+            here, there = pairs
+            here.set("NIXL_EP/0", metadata)
             there.wait(["NIXL_EP/0"], timedelta(seconds=LIMIT_S))
             assert there.multi_get(["NIXL_EP/0"]) == [metadata]
             assert here.delete_key("NIXL_EP/0")

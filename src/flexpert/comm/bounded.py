@@ -14,16 +14,21 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from flexpert.comm.errors import CommError
-
-if TYPE_CHECKING:
-    from torch.distributed import Store  # type: ignore[attr-defined]
 
 _GRACE_S = 1.0  # for what must still be read or tidied up when the time is over
 
 _Job = tuple["Future[Any]", Callable[[], Any]]
+
+
+class Keys(Protocol):
+    """A torch `Store`, or what else has these calls of it."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def compare_set(self, key: str, expected: str, desired: str, /) -> bytes: ...
+    def delete_key(self, key: str, /) -> bool: ...
 
 
 class BoundedStore:
@@ -36,7 +41,7 @@ class BoundedStore:
         and a second more. After that all calls fail at once. What the store raises, it raises.
     """
 
-    def __init__(self, store: Store, timeout_s: float) -> None:
+    def __init__(self, store: Keys, timeout_s: float) -> None:
         self._store = store
         self._began = time.monotonic()
         self._timeout_s = timeout_s

@@ -22,15 +22,12 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import msgspec
 
-from flexpert.comm.bounded import BoundedStore
+from flexpert.comm.bounded import BoundedStore, Keys
 from flexpert.comm.errors import ChannelDown, CommError, PeerUnreachable, RankTimeout
-
-if TYPE_CHECKING:
-    from torch.distributed import Store  # type: ignore[attr-defined]
 
 _FIRST_NAP_S, _LONGEST_NAP_S = 0.001, 0.02
 _RENEW_S = 0.25
@@ -79,7 +76,7 @@ class _Meeting:
 
 
 def meet(
-    store: Store,
+    store: Keys,
     rank: int,
     peers: Iterable[int],
     host: Host,

@@ -59,6 +59,7 @@ from flexpert.comm.nixl_ep.backend.meeting import (
 from flexpert.comm.nixl_ep.backend.package import Package, check, check_room, find
 from flexpert.comm.nixl_ep.backend.received import Dispatched, NixlReceived
 from flexpert.comm.nixl_ep.backend.routes import numbered, once
+from flexpert.comm.nixl_ep.backend.shared_store import SharedStore
 from flexpert.comm.routing import check_dispatch, check_table
 
 if TYPE_CHECKING:
@@ -242,11 +243,13 @@ class NixlEpBuffer(DeviceBuffer):
         with self._changes:
             self._linked.add(peer)
 
-    def _meeting_place(self, peer: int, address: Address | None) -> AbstractContextManager[Store]:
+    def _meeting_place(
+        self, peer: int, address: Address | None
+    ) -> AbstractContextManager[Store | SharedStore]:
         if address is None:
             assert self._store is not None  # the control buffer has met the peer there
             return nullcontext(self._store)
-        return self._place.store() if self.rank < peer else store_of(peer, address)
+        return nullcontext(self._place.store) if self.rank < peer else store_of(peer, address)
 
     def disconnect(self, ids: Iterable[int]) -> None:
         gone = set(ids)

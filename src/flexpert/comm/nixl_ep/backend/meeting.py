@@ -5,8 +5,9 @@ limit of ours. So two ranks first meet at the door (comm/rendezvous.py): both ar
 want to connect now. Then they go through it, under keys that no other pair of processes has: what
 a dead rank left behind is never read.
 
-Ranks that were given no common store meet in that of the lower id: a `FileStore` in a memfd, found
-as windows are. It is open to processes of the same user on the same machine, and ends with them.
+Ranks that were given no common store meet in that of the lower id: memory that is found as windows
+are (shared_store.py). It is open to processes of the same user on the same machine, and ends with
+them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
-from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from flexpert.comm import rendezvous
 from flexpert.comm.buffer import BufferSpec
 from flexpert.comm.host import memfd
 from flexpert.comm.layout import spec_hash
+from flexpert.comm.nixl_ep.backend.shared_store import SharedStore, Under
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -59,50 +61,48 @@ def decode(peer: int, encoded: bytes, spec: BufferSpec, slots: int) -> Address:
 
 
 class Place:
-    """Memory of this rank that has a store for those who come to it."""
+    """Memory of this rank: a store for those who come to it."""
 
     def __init__(self) -> None:
         self._name = f"flexpert-nixl-ep-{secrets.token_hex(8)}"
         self._fd = memfd.create(self._name, 0)
+        self.store = SharedStore(self._fd)
 
     def address(self, control: bytes, spec: BufferSpec, slots: int) -> Address:
         pid = os.getpid()
         started = memfd.start_time(pid)
         return Address(control, spec_hash(spec), slots, pid, started, self._fd, self._name)
 
-    @contextmanager
-    def store(self) -> Iterator[Store]:
-        yield FileStore(f"/proc/self/fd/{self._fd}")
-
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self.store.close()
 
 
 @contextmanager
-def store_of(peer: int, address: Address) -> Iterator[Store]:
+def store_of(peer: int, address: Address) -> Iterator[SharedStore]:
     """The store of a peer's `Place`. Raises: PeerUnreachable: the process is gone."""
-    fd = memfd.open_of(
-        f"rank {peer}",
-        "store",
-        pid=address.pid,
-        started=address.started,
-        fd=address.fd,
-        name=address.name,
-        header=b"",
-        header_at=0,
+    store = SharedStore(
+        memfd.open_of(
+            f"rank {peer}",
+            "store",
+            pid=address.pid,
+            started=address.started,
+            fd=address.fd,
+            name=address.name,
+            header=b"",
+            header_at=0,
+        )
     )
     try:
-        yield FileStore(f"/proc/self/fd/{fd}")
+        yield store
     finally:
-        os.close(fd)
+        store.close()
 
 
-def pair_store(store: Store, what: str, one: bytes, other: bytes) -> Store:
+def pair_store(store: Store | SharedStore, what: str, one: bytes, other: bytes) -> Store | Under:
     """Keys of a pair of processes, named by their nonces, for one thing that they do."""
     low, high = sorted((one.hex(), other.hex()))
-    return PrefixStore(f"flexpert/nixl_ep/{what}/{low}-{high}", store)
+    prefix = f"flexpert/nixl_ep/{what}/{low}-{high}"
+    return Under(prefix, store) if isinstance(store, SharedStore) else PrefixStore(prefix, store)
 
 
 class _Visitor(rendezvous.Host):
@@ -122,7 +122,7 @@ class _Visitor(rendezvous.Host):
 
 
 def at_the_door(
-    store: Store,
+    store: Store | Under,
     rank: int,
     peer: int,
     *,
