@@ -11,7 +11,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
@@ -32,14 +31,6 @@ def service() -> Iterator[Service]:
 
 def pids(head: Head) -> dict[int, int]:
     return {rank.id: rank.pid for rank in head.cluster().ranks}
-
-
-def stopped(pid: int) -> bool:
-    """All of its threads."""
-    states = [
-        path.read_text().rpartition(")")[2] for path in Path("/proc").glob(f"{pid}/task/*/stat")
-    ]
-    return all(state.split()[0] == "T" for state in states)
 
 
 def test_a_rank_that_stops_while_nobody_works_is_ended_and_replaced(service: Service) -> None:
@@ -98,6 +89,28 @@ def test_a_change_that_is_asked_for_goes_before_a_replacement(service: Service) 
         assert len(active(head)) == 2
         assert head.cluster().wanted == sorted(active(head))
         assert (await change(head, ranks=3)).state == "done"
+
+    service.run(scenario(service.head))
+
+
+def test_a_change_that_waits_and_is_cancelled_is_told_like_any_other(service: Service) -> None:
+    async def scenario(head: Head) -> None:
+        over: list[tuple[str, str]] = []
+
+        async def listen() -> None:
+            async for event in head.events():
+                if event.kind == "operation":
+                    over.append((event.data["id"], event.data["state"]))
+
+        listening = asyncio.create_task(listen())
+        os.kill(pids(head)[0], signal.SIGKILL)
+        await until(lambda: head.cluster().operation is not None)
+        waits = head.begin_operation(ranks=2)
+        assert head.cluster().operation != waits
+        assert head.cancel_operation(waits.id).state == "cancelled"
+        await until(lambda: (waits.id, "cancelled") in over)
+        await until(lambda: active(head) == {0, 1, 2})
+        listening.cancel()
 
     service.run(scenario(service.head))
 

@@ -300,6 +300,7 @@ class Coordinator:
         if self._queued and operation is self._queued[0]:
             self._queued = None
             operation.end("cancelled")
+            self._publish(operation)
             return operation.view()
         if self._membership.phase not in (Phase.SPAWN, Phase.LOAD, Phase.MOVE):
             raise OperationConflict(
@@ -391,12 +392,12 @@ class Coordinator:
             "evicted": record is not None and record.state == "stalled",
             "reason": reason,
         }
-        log.info("%s", reason)
         self._ports.publish(_event("rank", gone))
         change, phase = self._membership.change, self._membership.phase
         asked = change is not None and phase is not Phase.IDLE and rank in change.leaving
         asked |= change is not None and phase is Phase.UNDO and change.cancelled
         asked |= record is not None and record.blameless
+        log.log(logging.INFO if asked else logging.WARNING, "%s", reason)
         if asked:
             self._replacements.left(rank)
         else:
@@ -627,7 +628,8 @@ class Coordinator:
     def _publish(self, operation: Operation) -> None:
         view = operation.view()
         if operation.over.is_set():
-            log.info("%s: %s", view.id, outcome_line(view))
+            level = logging.WARNING if view.state == "failed" else logging.INFO
+            log.log(level, "%s: %s", view.id, outcome_line(view))
         self._ports.publish(_event("operation", msgspec.to_builtins(view)))
 
     # ---- what begins by itself --------------------------------------------------------------
@@ -747,6 +749,7 @@ class Coordinator:
             self._running = None
         if self._queued:
             self._queued[0].end("failed", reason)
+            self._publish(self._queued[0])
             self._queued = None
         if not self._replacements.wanted:
             self._ports.lost(reason)

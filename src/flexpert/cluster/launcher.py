@@ -33,7 +33,8 @@ _ENVIRONMENT = {
 }
 
 
-_MINOR_FAULTS, _MAJOR_FAULTS = 7, 9  # of /proc/…/stat, after the name
+# of /proc/…/stat, after the name
+_STATE, _PARENT, _MINOR_FAULTS, _MAJOR_FAULTS = 0, 1, 7, 9
 
 
 class LocalLauncher:
@@ -306,16 +307,14 @@ class _Child:
 def _parent(pid: int) -> int | None:
     """Of a process; None if it is gone."""
     try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return int(stat.read().rpartition(")")[2].split()[1])
+        return int(_stat(f"/proc/{pid}")[_PARENT])
     except (FileNotFoundError, ProcessLookupError):
         return None
 
 
 def _page_faults(pid: int) -> int:
     """Of a process, minor and major. Raises: OSError: it is gone."""
-    with open(f"/proc/{pid}/stat") as stat:
-        fields = stat.read().rpartition(")")[2].split()
+    fields = _stat(f"/proc/{pid}")
     return int(fields[_MINOR_FAULTS]) + int(fields[_MAJOR_FAULTS])
 
 
@@ -327,10 +326,13 @@ def _process_clock(pid: int) -> int:
 def _is_runnable(pid: int) -> bool:
     """Whether any of its threads runs or waits for a processor. Raises: OSError: it is gone."""
     for thread in os.listdir(f"/proc/{pid}/task"):
-        with (
-            contextlib.suppress(FileNotFoundError),
-            open(f"/proc/{pid}/task/{thread}/stat") as stat,
-        ):
-            if stat.read().rpartition(")")[2].split()[0] == "R":
+        with contextlib.suppress(FileNotFoundError):
+            if _stat(f"/proc/{pid}/task/{thread}")[_STATE] == "R":
                 return True
     return False
+
+
+def _stat(folder: str) -> list[str]:
+    """Of a process or thread, what follows its name, which may hold anything."""
+    with open(f"{folder}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import msgspec
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from flexpert.comm import rendezvous
 from flexpert.comm.buffer import BufferSpec
@@ -98,11 +97,10 @@ def store_of(peer: int, address: Address) -> Iterator[SharedStore]:
         store.close()
 
 
-def pair_store(store: Store | SharedStore, what: str, one: bytes, other: bytes) -> Store | Under:
+def pair_store(store: Store | SharedStore, what: str, one: bytes, other: bytes) -> Under:
     """Keys of a pair of processes, named by their nonces, for one thing that they do."""
     low, high = sorted((one.hex(), other.hex()))
-    prefix = f"flexpert/nixl_ep/{what}/{low}-{high}"
-    return Under(prefix, store) if isinstance(store, SharedStore) else PrefixStore(prefix, store)
+    return Under(f"flexpert/nixl_ep/{what}/{low}-{high}", store)
 
 
 class _Visitor(rendezvous.Host):
@@ -122,7 +120,7 @@ class _Visitor(rendezvous.Host):
 
 
 def at_the_door(
-    store: Store | Under,
+    store: Under,
     rank: int,
     peer: int,
     *,

@@ -18,10 +18,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from flexpert.comm.errors import CommError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 _HEADER = struct.Struct("<QQ")  # begin and length of the content
 _LOCK_LIMIT_S = 10.0
@@ -132,12 +136,12 @@ class SharedStore:
 class Under:
     """The same calls of a store, this one or torch's, with a prefix before every key."""
 
-    def __init__(self, prefix: str, store: SharedStore) -> None:
+    def __init__(self, prefix: str, store: SharedStore | Store) -> None:
         self._prefix = f"{prefix}/"
         self._store = store
 
     def set(self, key: str, value: str | bytes) -> None:
-        self._store.set(self._prefix + key, value)
+        self._store.set(self._prefix + key, value)  # type: ignore[arg-type]  # torch's takes bytes
 
     def compare_set(self, key: str, expected: str, desired: str) -> bytes:
         return self._store.compare_set(self._prefix + key, expected, desired)
