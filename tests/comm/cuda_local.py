@@ -1,7 +1,8 @@
-"""Several ranks' GPU exchanges in one process, in Triton's interpreter: phase by phase.
+"""Several ranks' GPU exchanges in one process: phase by phase.
 
-The interpreter runs the programs of a kernel one after another, so that each phase of all ranks
-must be over before any of them waits: first all send, then all wait.
+In Triton's interpreter, or on a GPU in one stream, which compute-sanitizer can look at. Either runs
+one kernel after another, and the interpreter also one program after another, so that each phase of
+all ranks must be over before any of them waits: first all send, then all wait.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from flexpert.comm.interpreter import INTERPRETED as INTERPRETED
 from flexpert.comm.routing import Sent
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LIMIT_NS = 200_000_000  # the interpreter counts looks instead
 
 
 class CudaLocal:
@@ -49,7 +51,9 @@ class CudaLocal:
         self.epoch += 1
         chosen = tuple(ids)
         for rank in chosen:
-            self.ranks[rank].configure(self.addresses, dict.fromkeys(chosen, 0), self.epoch)
+            self.ranks[rank].configure(
+                self.addresses, dict.fromkeys(chosen, 0), self.epoch, limit_ns=LIMIT_NS
+            )
 
     def dispatch(self, sent: dict[int, Sent], fp8: Scales | None = None) -> dict[int, Dispatched]:
         done = {
@@ -64,6 +68,7 @@ class CudaLocal:
     def combine(
         self, y: dict[int, torch.Tensor], done: dict[int, Dispatched], reduce: Reduce
     ) -> dict[int, torch.Tensor]:
+        y = {rank: rows.to(DEVICE) for rank, rows in y.items()}
         out = {
             rank: torch.full(
                 (handle.tokens, self.spec.hidden), float("nan"), dtype=self.spec.dtype
@@ -72,18 +77,18 @@ class CudaLocal:
         }
         for rank, handle in done.items():
             self.ranks[rank].send_combine(out[rank], y[rank], handle, reduce=reduce, wait=False)
-        sums = {}
         for rank, handle in done.items():
             self.ranks[rank].wait_combine()
-            sums[rank] = self.ranks[rank].reduce(out[rank], y[rank], handle, reduce=reduce)
-        return sums
+            self.ranks[rank].reduce(out[rank], y[rank], handle, reduce=reduce)
+        return {rank: sums.cpu() for rank, sums in out.items()}
 
 
 def parts(s: Sent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ExpertTable]:
     """The arguments of a dispatch."""
-    return s.x, s.expert_ids.contiguous(), s.weights, s.table
+    table = ExpertTable(s.table.rank.to(DEVICE), s.table.slot.to(DEVICE), s.table.slots)
+    return s.x.to(DEVICE), s.expert_ids.contiguous().to(DEVICE), s.weights.to(DEVICE), table
 
 
 def gathered(indexed: Indexed) -> torch.Tensor:
-    """[rows, n]: the rows of a dispatch, copied together."""
-    return indexed.payload[indexed.rows[: int(indexed.offsets[-1])].long()]
+    """[rows, n]: the rows of a dispatch, copied together, in the host's memory."""
+    return indexed.payload[indexed.rows[: int(indexed.offsets[-1])].long()].cpu()

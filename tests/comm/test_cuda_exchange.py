@@ -24,9 +24,10 @@ def check_exchange(local: CudaLocal, sent: dict[int, Sent], reduce: Reduce) -> N
     for rank, handle in done.items():
         x, offsets, weights = expected_rows(sent, rank)
         rows = gathered(handle.indexed)
-        assert torch.equal(handle.indexed.offsets, offsets)
+        assert torch.equal(handle.indexed.offsets.cpu(), offsets)
         assert same_bits(rows, x)
-        assert same_bits(handle.indexed.weights[handle.indexed.pairs[: len(rows)].long()], weights)
+        by_row = handle.indexed.weights[handle.indexed.pairs[: len(rows)].long()]
+        assert same_bits(by_row.cpu(), weights)
         y[rank] = apply_experts(rows, offsets)
     for rank, out in local.combine(y, done, reduce).items():
         assert same_bits(out, expected_sums(sent, y, rank, reduce))
@@ -131,12 +132,14 @@ def test_fp8_values_and_scales_are_those_of_the_reference(scales: Scales) -> Non
         q, wanted = quantise(rows, scales)
         assert handle.indexed.scales is not None
         at = handle.indexed.rows[: len(rows)].long()
-        values = handle.indexed.payload.view(torch.uint8)[at].view(q.dtype).float()
+        values = handle.indexed.payload.view(torch.uint8)[at].cpu().view(q.dtype).float()
         assert torch.equal(values.nan_to_num(999.0), q.float().nan_to_num(999.0))
-        assert torch.equal(handle.indexed.scales[at], wanted)
+        assert torch.equal(handle.indexed.scales[at].cpu(), wanted)
 
 
 def missing(local: CudaLocal, rank: int) -> list[Missing]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return read_report(local.ranks[rank].page)
 
 

@@ -66,7 +66,7 @@ def check_pack(
                 assert (entry >> 32, entry & LOW) == (begin, number)
                 begin += number
             for row, (at, _, token) in enumerate(found):
-                assert torch.equal(into.x[slot, row].view(torch.uint8), rows[at])
+                assert torch.equal(into.x[slot, row].view(torch.uint8).cpu(), rows[at])
                 assert int(into.token[slot, row]) == token
                 if scales is not None and into.scales is not None:
                     wanted = scales[handle.indexed.rows[at].long()]
@@ -126,7 +126,7 @@ def test_results_are_read_from_their_places(reduce: Any) -> None:
             end = int(offsets[slot + 1])
             spread[rank][slot, : end - begin] = y[rank][begin:end]
         spread[rank] = spread[rank].view(-1, spec.hidden)
-    out = {rank: torch.empty((h.tokens, spec.hidden)) for rank, h in done.items()}
+    out = {rank: torch.empty((h.tokens, spec.hidden), device=DEVICE) for rank, h in done.items()}
     for rank, h in done.items():
         local.ranks[rank].send_combine(
             out[rank], spread[rank], h, reduce=reduce, wait=False, places=places[rank]
@@ -136,7 +136,7 @@ def test_results_are_read_from_their_places(reduce: Any) -> None:
         sums = local.ranks[rank].reduce(
             out[rank], spread[rank], h, reduce=reduce, places=places[rank]
         )
-        assert same_bits(sums, expected_sums(sent, y, rank, reduce))
+        assert same_bits(sums.cpu(), expected_sums(sent, y, rank, reduce))
 
 
 def test_tensors_that_do_not_fit_are_refused() -> None:

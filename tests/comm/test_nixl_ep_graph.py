@@ -83,7 +83,7 @@ def test_a_dispatch_before_the_graph_cannot_be_settled_in_it(ranks: Ranks) -> No
     ):
         buffer.dispatch(x, experts, SETUP.max_tokens, use_fp8=False)
     buffer.barrier()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
         buffer.dispatch(x, experts, SETUP.max_tokens, use_fp8=False)
 
 

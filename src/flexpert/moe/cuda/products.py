@@ -160,11 +160,17 @@ def _product(
         tl.store(where, accumulated.to(out.dtype.element_ty), mask=ok)
 
 
-def choose(rows: int, slots: int, *, gated: bool, scaled: bool) -> Tiling:
+def choose(
+    rows: int, slots: int, *, gated: bool, scaled: bool, dtype: torch.dtype = torch.bfloat16
+) -> Tiling:
     """A tiling for at most `rows` rows over `slots` experts; see tools/gpu/tune_experts.py.
 
     Up to some fifty rows an expert the product is as fast as the weights come from memory.
+    float32, which is for checking, has one tiling: twice the bytes of a tile must fit into a
+    multiprocessor's shared memory, and a row's result does not depend on how many rows there are.
     """
+    if dtype == torch.float32:
+        return Tiling(32, 64, 32, warps=4, stages=3, swap=False)
     each = rows / max(1, min(rows, slots))
     if scaled:  # the left operand would be loaded in pieces of four bytes
         if each <= 8:
@@ -221,7 +227,9 @@ def grouped_product(
     if rows == 0:
         return out
     if tiling is None:
-        tiling = choose(expected or rows, slots, gated=gated, scaled=scales is not None)
+        tiling = choose(
+            expected or rows, slots, gated=gated, scaled=scales is not None, dtype=x.dtype
+        )
     if scales is not None and fp8.BLOCK % tiling.depth:
         raise ValueError(f"a tile {tiling.depth} deep crosses blocks of {fp8.BLOCK} with scales")
     # a tile that is not full belongs to a slot of its own
