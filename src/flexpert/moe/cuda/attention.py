@@ -17,6 +17,10 @@ KEYS = 64
 
 MOST_SPLITS = 32
 
+_LANES = 64
+"""Sequences of a prefill that a program looks through at least: a kernel for each number would be
+compiled while requests wait."""
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -52,7 +56,7 @@ def _write_cache(
         tl.store(value_cache + (slot * HEADS + head) * VALUE + d, row, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "max_blocks", "tokens", "splits"])
 def _attend(
     query,
     key_cache,
@@ -68,6 +72,7 @@ def _attend(
     sequences,
     max_blocks,
     tokens,
+    splits,
     scaling,
     softcap,
     query_token,
@@ -83,7 +88,7 @@ def _attend(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     DECODE: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -127,7 +132,7 @@ def _attend(
         if WINDOW > 0:
             low = tl.maximum(0, context - count + begin - WINDOW + 1) // KEYS
         high = (last + KEYS - 1) // KEYS
-        share = (high - low + SPLITS - 1) // SPLITS
+        share = (high - low + splits - 1) // splits
         low = low + split * share
         high = tl.minimum(high, low + share)
 
@@ -172,7 +177,7 @@ def _attend(
             )
         ok = row_ok[:, None] & (v < VALUE)[None, :]
         heads = KV_HEADS * GROUP
-        if SPLITS == 1:
+        if not SPLIT:
             # no key at all is a row of padding
             result = accumulated / tl.where(total == 0.0, 1.0, total)[:, None]
             where = (token * heads + head)[:, None] * VALUE + v[None, :]
@@ -184,7 +189,7 @@ def _attend(
             tl.store(sums + row, total, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "sequences", "splits"])
 def _merge(
     partial,
     peaks,
@@ -193,10 +198,10 @@ def _merge(
     out,
     rows,
     sequences,
+    splits,
     HEADS: tl.constexpr,
     VALUE: tl.constexpr,
     VALUE_PAD: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     DECODE: tl.constexpr,
 ):
@@ -206,14 +211,14 @@ def _merge(
         last = tl.load(query_start + sequences) * HEADS
     if row < last:
         s = tl.arange(0, SPLITS_PAD)
-        peak = tl.load(peaks + s * rows + row, mask=s < SPLITS, other=float("-inf"))
+        peak = tl.load(peaks + s * rows + row, mask=s < splits, other=float("-inf"))
         highest = tl.max(peak, 0)
         factor = tl.exp2(peak - tl.where(highest == float("-inf"), 0.0, highest))
-        total = tl.sum(factor * tl.load(sums + s * rows + row, mask=s < SPLITS, other=0.0), 0)
+        total = tl.sum(factor * tl.load(sums + s * rows + row, mask=s < splits, other=0.0), 0)
         v = tl.arange(0, VALUE_PAD)
         part = tl.load(
             partial + (s[:, None] * rows + row) * VALUE + v[None, :],
-            mask=(s < SPLITS)[:, None] & (v < VALUE)[None, :],
+            mask=(s < splits)[:, None] & (v < VALUE)[None, :],
             other=0.0,
         )
         result = tl.sum(part * factor[:, None], 0) / tl.where(total == 0.0, 1.0, total)
@@ -351,11 +356,12 @@ def attend(
         sequences,
         max_blocks,
         tokens,
+        splits,
         scaling,
         softcap,
         query.stride(0),
         query.stride(1),
-        SEQUENCES=1 if decode else triton.next_power_of_2(sequences),
+        SEQUENCES=1 if decode else max(_LANES, triton.next_power_of_2(sequences)),
         BLOCK=key_cache.shape[1],
         KV_HEADS=kv_heads,
         GROUP=group,
@@ -366,7 +372,7 @@ def attend(
         TOKENS=together,
         ROWS=max(16, triton.next_power_of_2(together * group)),
         KEYS=KEYS if key_pad <= 128 else KEYS // 2,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         DECODE=decode,
         WINDOW=window,
         CAPPED=softcap != 0.0,
@@ -384,11 +390,11 @@ def attend(
             out,
             tokens * heads,
             sequences,
+            splits,
             HEADS=heads,
             VALUE=value_dim,
             VALUE_PAD=value_pad,
-            SPLITS=splits,
-            SPLITS_PAD=triton.next_power_of_2(splits),
+            SPLITS_PAD=splits if decode else MOST_SPLITS,
             DECODE=decode,
             num_warps=4,
         )
@@ -402,7 +408,7 @@ def _padded(dim: int) -> int:
 def _splits(programs: int, longest: int, device: torch.device) -> int:
     """Into how many parts the keys of a sequence are cut, so that the GPU is full twice over.
 
-    A power of two: each number is a kernel of its own.
+    A power of two: each number is a kernel of its own in decode steps.
     """
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -10,7 +10,7 @@ from torch import Tensor
 _ELEMENTS = 2048  # of a program: short rows share one
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm(
     x,
     weight,
@@ -52,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool) -> Tensor:
     if rows == 0:
         return y
     columns = triton.next_power_of_2(n)
-    together = max(1, min(_ELEMENTS // columns, triton.next_power_of_2(rows)))
+    together = max(1, _ELEMENTS // columns) if rows > 1 else 1  # few kernels to compile
     _rms_norm[(triton.cdiv(rows, together),)](
         x,
         weight,

@@ -42,7 +42,7 @@ def _tile(pointer, depth, K, EVEN: tl.constexpr):
     return tl.load(pointer, mask=depth < K, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def _product(
     x,
     index,

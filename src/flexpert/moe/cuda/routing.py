@@ -43,7 +43,7 @@ def _slots_of(ids, slot_of, valid, i, choices, experts, TOPK: tl.constexpr):
     return tl.where(ok, slot, 0), ok
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices", "experts", "slots"])
 def _sort_alone(
     ids,
     slot_of,
@@ -78,7 +78,7 @@ def _sort_alone(
         tl.store(row + i, tl.where(ok, place, -1), mask=i < choices)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices", "experts"])
 def _count(
     ids,
     slot_of,
@@ -96,7 +96,7 @@ def _count(
     tl.atomic_add(counts + tl.arange(0, SLOTS), count, mask=count > 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices", "experts", "slots"])
 def _scatter(
     ids,
     slot_of,
