@@ -8,7 +8,7 @@ import pytest
 import torch
 from comm_local import same_bits
 from comm_ranks import apply_experts, random_sent, random_table, spec_of
-from cuda_local import CudaLocal, gathered, parts
+from cuda_local import DEVICE, CudaLocal, gathered, parts
 
 from flexpert.comm import ExpertTable, Reduce
 from flexpert.comm.buffer import Scales
@@ -59,6 +59,24 @@ def test_sparse_ids_in_any_capacity(capacity: int, ids: tuple[int, ...]) -> None
     local.activate(ids)
     check_exchange(local, random_sent(spec, ids, 3), "rank")
     check_exchange(local, random_sent(spec, ids, 4), "home")
+
+
+@pytest.mark.parametrize("reduce", ["rank", "home"])
+def test_where_there_can_be_no_other_rank(reduce: Reduce) -> None:
+    spec = spec_of(1, dtype=torch.float32, max_tokens=4, hidden=12)
+    local = CudaLocal(spec, [0])
+    local.activate([0])
+    alone = local.ranks[0]
+    for seed in range(3):
+        sent = random_sent(spec, (0,), seed)
+        sent[0].expert_ids[0] = -1
+        done = alone.dispatch(*parts(sent[0]))
+        x, offsets, _ = expected_rows(sent, 0)
+        assert same_bits(gathered(done.indexed), x)
+        y = apply_experts(x, offsets)
+        out = torch.full((done.tokens, spec.hidden), float("nan"), device=DEVICE)
+        alone.combine(y.to(DEVICE), done, out, reduce=reduce)
+        assert same_bits(out.cpu(), expected_sums(sent, {0: y}, 0, reduce))
 
 
 @pytest.mark.slow

@@ -444,7 +444,10 @@ class CudaBuffer(DeviceBuffer):
             else:
                 self._check_rows("out", out, sent.tokens)
             self._state = State.BROKEN
-            self.exchange.send_combine(out, y, sent, reduce=reduce, wait=wait, places=places)
+            if wait:
+                self.exchange.combine(y, sent, out, reduce=reduce, weights=weights, places=places)
+            else:
+                self.exchange.send_combine(out, y, sent, reduce=reduce, wait=False, places=places)
             self._state = State.COMBINED
         sequence, target = self.sequence, out
 
@@ -456,7 +459,9 @@ class CudaBuffer(DeviceBuffer):
                 if not wait:
                     self._set_limit(timeout_s)
                     self.exchange.wait_combine()
-                self.exchange.reduce(target, y, sent, reduce=reduce, weights=weights, places=places)
+                    self.exchange.reduce(
+                        target, y, sent, reduce=reduce, weights=weights, places=places
+                    )
                 self.check()
                 self._state = State.BETWEEN
                 return target

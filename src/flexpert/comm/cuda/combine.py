@@ -65,7 +65,7 @@ def send_combine(
 
     The peers' tokens come first, then the flags, and the own tokens' partial sums last: they are
     made while the peers' flags are on their way. An own token that nobody else has to do with goes
-    straight to `out`.
+    straight to `out`: where there can be no other rank, that is all.
 
     y: [rows, H]. position: [R * MAX_TOKENS * TOPK] int32, the row of y of each pair, of index_rows
     or the places of expert_major.py. -1: no row is here; below: its result is zero.
@@ -125,6 +125,8 @@ def send_combine(
                 asked = _asked(expert_ids, owner, experts, t, K, LANES_K)
                 acc = _partial(y, position, weights, own * TOPK, c, inside, H, TOPK)
                 alone = asked == (tl.full((), 1, tl.int64) << me)
+                if R == 1:  # a token without experts, too
+                    alone = t >= 0
                 results = part_of(window, RESULTS_AT, kind)
                 tl.store(results + own * H + c, acc.to(kind), mask=inside & (alone == 0))
                 whole = (0.0 + acc.to(kind).to(tl.float32)).to(kind)

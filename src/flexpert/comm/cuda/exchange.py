@@ -341,10 +341,14 @@ class Exchange:
         *,
         reduce: Reduce = "rank",
         weights: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Send, wait and sum: two launches."""
-        self.send_combine(out, y, sent, reduce=reduce, wait=True)
-        return self.reduce(out, y, sent, reduce=reduce, weights=weights)
+        """Send, wait and sum: two launches, or one where there is nobody else."""
+        alone = self.spec.capacity == 1 and reduce == "rank"
+        self.send_combine(out, y, sent, reduce=reduce, wait=not alone, places=places)
+        if not alone:
+            self.reduce(out, y, sent, reduce=reduce, weights=weights, places=places)
+        return out
 
     # ---- views --------------------------------------------------------------------------------
 
