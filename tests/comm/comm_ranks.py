@@ -119,6 +119,8 @@ def serve_rank(
     rank: int, spec: BufferSpec, port: int, options: dict[str, Any], pipe: Connection
 ) -> None:
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     if port:
         options["store"] = dist.TCPStore("127.0.0.1", port, is_master=False)
     buffer = make_buffer(rank, spec, **{"timeout_s": LIMIT_S, **options})

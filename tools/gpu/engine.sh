@@ -26,5 +26,4 @@ unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 run decode python3 -m flexpert bench decode --json "$out/decode.json"
 run layer python3 -m flexpert bench layer --json "$out/layer.json"
 run kernels python3 tools/gpu/check_kernels.py
-run fp8 python3 tools/gpu/tune_experts.py --fp8 --shapes qwen3 --tokens 1,64,512 --waves 0,2
 exit $status

@@ -108,9 +108,9 @@ def send_combine(
         busy = tl.maximum(tl.minimum(away, workers), 1)
         if pid < busy:
             tl.debug_barrier()
-            done = tl.atomic_add(counters + COUNTERS, 1, sem="release", scope="gpu")
+            done = tl.atomic_add(counters + COUNTERS, 1, sem="acq_rel", scope="gpu")
             if done == busy - 1:
-                tl.atomic_xchg(counters + COUNTERS, 0, sem="acquire", scope="gpu")
+                tl.store(counters + COUNTERS, 0)
                 peers = tl.load(table + PEER + ids, mask=up, other=0)
                 flags = (peers + COMBINE_FLAGS).to(tl.pointer_type(tl.int64))
                 value = tag_of(table, ids, 0, CHECKS)

@@ -112,9 +112,9 @@ def send_dispatch(
                         tl.store(scales + scale_at, scale, mask=b * 128 < WORDS)
         tl.debug_barrier()
         total = tl.maximum(tokens, 1) * PIECES
-        done = tl.atomic_add(counters, 1, sem="release", scope="gpu")
+        done = tl.atomic_add(counters, 1, sem="acq_rel", scope="gpu")
         if done == total - 1:
-            tl.atomic_xchg(counters, 0, sem="acquire", scope="gpu")
+            tl.store(counters, 0)
             flags = (peers + DISPATCH_FLAGS).to(tl.pointer_type(tl.int64))
             value = tag_of(table, r, 1, CHECKS) | tokens
             tl.atomic_xchg(flags + me, value, mask=up & (r != me), sem="release", scope="sys")
@@ -164,8 +164,10 @@ def index_rows(
     total = tl.max(ends, 0)
     at_slots = part_of(window, SLOTS, tl.int32)
     lanes = tl.arange(0, CHUNK)
-    base = total * 0
-    i = total * 0  # loops are written with while: the interpreter's range takes no tensors
+    # loops are written with while: the interpreter's range takes no tensors
+    pair, here, v = _slots_of(at_slots, ends, lanes, LANES_R, R, TOPK, MAX_TOKENS)
+    base = tl.sum(((v >= 0) & (v < s)).to(tl.int32), 0)
+    i = total * 0 + CHUNK
     while i < total:
         _, _, v = _slots_of(at_slots, ends, i + lanes, LANES_R, R, TOPK, MAX_TOKENS)
         base += tl.sum(((v >= 0) & (v < s)).to(tl.int32), 0)
@@ -174,7 +176,8 @@ def index_rows(
     i = total * 0
     if s < slots:
         while i < total:
-            pair, _, v = _slots_of(at_slots, ends, i + lanes, LANES_R, R, TOPK, MAX_TOKENS)
+            if total > CHUNK:  # else all of them are at hand
+                pair, _, v = _slots_of(at_slots, ends, i + lanes, LANES_R, R, TOPK, MAX_TOKENS)
             hit = (v == s).to(tl.int32)
             order = base + tl.cumsum(hit, 0) - 1
             tl.store(rows + order, pair // TOPK, mask=hit != 0)

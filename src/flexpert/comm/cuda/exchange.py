@@ -58,7 +58,7 @@ class Tuning:
     combine_warps: int = 4
     workers: int = 528
     reducers: int = 4096
-    chunk: int = 1024
+    chunk: int = 2048
     pack_width: int = 1024
     pack_warps: int = 4
     packers: int = 1056

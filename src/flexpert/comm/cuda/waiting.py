@@ -20,10 +20,10 @@ page in host memory, where the host says that a peer's process has ended, or tha
 Nothing traps: whoever did not come is reported on that page and left out from then on, so that the
 rest of a captured graph does not wait for it again.
 
-Order. A program writes its rows, meets at a barrier, and adds itself to a counter with release in
-the GPU's scope; who completes the count reads it again with acquire, and raises the flags with
-release in the system's scope. Causality in the memory model is transitive, so that the peer, which
-reads the flag with acquire in the system's scope, sees what all programs wrote.
+Order. A program writes its rows, meets at a barrier, and adds itself to a counter with release and
+acquire in the GPU's scope; who completes the count raises the flags with release in the system's
+scope. Causality in the memory model is transitive, so that the peer, which reads the flag with
+acquire in the system's scope, sees what all programs wrote.
 
 Why one window is enough: see comm/host/kernels.c; the order of flags is the same. Flags carry
 (epoch, link, sequence) and must be equal to what is expected. The sequence lives in the table and
