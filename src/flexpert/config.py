@@ -57,7 +57,7 @@ class EngineConfig(_Section):
     """One rank."""
 
     device: Literal["cpu", "cuda"] = Field(
-        "cpu", description="what a rank computes on; cuda (experimental): the GPUs of this machine"
+        "cpu", description="what a rank computes on; cuda: the NVIDIA GPUs of this machine"
     )
     all2all: Literal["auto", "nixl_ep"] = Field(
         "auto", description="between GPUs; auto: flexpert's own kernels, nixl_ep: NVIDIA's"

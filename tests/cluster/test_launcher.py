@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -166,3 +168,20 @@ def test_who_ended_before_it_was_told_is_not_signalled(forking: LocalLauncher) -
     forking._handle(encode(Started(0, gone.pid)))
     forking.kill(0)
     assert forking.work(0) is None
+
+
+@pytest.mark.slow
+def test_a_fork_server_has_one_thread() -> None:
+    """What another thread holds at a fork, a lock say, is held forever in the rank."""
+
+    async def scenario() -> list[str]:
+        launcher = LocalLauncher(lambda rank, status: None)
+        await launcher.start(Config(), 120.0)
+        assert launcher._process
+        names = [
+            task.read_text() for task in Path(f"/proc/{launcher._process.pid}/task").glob("*/comm")
+        ]
+        await launcher.close()
+        return names
+
+    assert len(asyncio.run(scenario())) == 1

@@ -29,6 +29,8 @@ _ENVIRONMENT = {
     # whether there is a GPU is asked without CUDA: a process that used it cannot be forked
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # numpy's would start its threads when it is imported; and a fork has but the one that forks
+    "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "2",
 }
 
