@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -76,6 +77,19 @@ def test_each_row_meets_the_weights_of_its_own_expert(
             expected = half * expected[INTER:]
         torch.testing.assert_close(out[row].double(), expected, rtol=1e-4, atol=1e-4)
     assert out[rows:].isnan().all()  # what nobody asked for is not touched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize("gated", [False, True], ids=["product", "gated"])
+def test_the_tiles_that_are_chosen_fit_into_shared_memory(
+    dtype: torch.dtype, scaled: bool, gated: bool
+) -> None:
+    """Triton keeps a tile of each operand for each stage; an H100 has 227 KiB for a program."""
+    for rows in (1, 64, 8 * 64, 9 * 64, 48 * 64, 49 * 64, 128 * 64, 129 * 64, 4096 * 64):
+        t = products.choose(rows, 64, gated=gated, scaled=scaled, dtype=dtype)
+        weights = t.columns * t.depth * (2 if gated else 1) * (1 if scaled else dtype.itemsize)
+        assert t.stages * (t.rows * t.depth * dtype.itemsize + weights) <= 227 * 1024
 
 
 def test_rows_are_their_own_without_an_index() -> None:
@@ -224,6 +238,37 @@ def test_paged_attention_is_the_one_of_the_cpu(
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     for ours, expected in zip(*sequences.caches, strict=True):
         assert torch.equal(ours.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_prefills_of_any_number_of_sequences_share_two_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What else they needed would be compiled while requests wait."""
+    kernels: dict[str, set[Any]] = {"_attend": set(), "_merge": set()}
+
+    class Launch:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **constants: kernels[self.name].add(tuple(constants.items()))
+
+    for name in kernels:
+        monkeypatch.setattr(attention, name, Launch(name))
+    cache = torch.zeros(64, 16, 2, 16)
+    for sequences, each, blocks in itertools.product((1, 2, 3, 17, 64), (2, 5, 40), (1, 3, 40)):
+        tokens = sequences * each
+        attention.attend(
+            torch.zeros(tokens, 4, 16),
+            cache,
+            cache,
+            torch.arange(sequences + 1, dtype=torch.int32) * each,
+            torch.full((sequences,), each, dtype=torch.int32),
+            torch.zeros(sequences, blocks, dtype=torch.int32),
+            scaling=1.0,
+        )
+    assert len(kernels["_attend"]) == 2  # keys split among programs, or not
+    assert len(kernels["_merge"]) == 1
 
 
 def test_a_sequence_of_padding_attends_to_nothing_and_writes_nothing() -> None:
