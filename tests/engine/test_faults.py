@@ -77,6 +77,8 @@ def test_a_count_below_one_is_refused() -> None:
 
 
 def test_a_starved_process_gets_no_more_memory(tmp_path: Path) -> None:
+    holes = [bytearray(4100) for _ in range(60_000)]  # of a process that has served for a while
+    del holes[::2]
     pid = os.fork()
     if pid == 0:
         faults = Faults(0, tmp_path)

@@ -16,7 +16,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import msgspec
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from flexpert.engine.rank import RankListener
 
 VARIABLE = "FLEXPERT_FAULTS"
+
+Taken: TypeAlias = "tuple[bytearray, Taken] | None"  # memory that a starved process may not have
 
 Point = Literal[
     # one step
@@ -111,7 +113,7 @@ class Faults:
 
     def __init__(self, rank: int, folder: Path) -> None:
         self.cut: Callable[[float], None] | None = None
-        self._leaked: list[bytearray] = []
+        self._leaked: Taken = None
         self._rank = rank
         self._folder = folder
         self._known: dict[str, Fault] = {}
@@ -242,21 +244,22 @@ class _FaultyListener:
         return told
 
 
-def starve() -> list[bytearray]:
+def starve() -> Taken:
     """The address space may not grow any more, and what the allocators still hold is taken.
 
     A limit alone is hardly felt: whoever has served for a while gets all it needs from memory that
     was freed before. This takes no more of the machine than the process has mapped already.
-    Returns what was taken.
+    Returns what was taken: a chain of pairs, because a list would need ever larger pieces to grow
+    and would leave every small hole once there is no large one.
     """
-    taken: list[bytearray] = []
+    taken: Taken = None
     with open("/proc/self/statm") as statm:
         mapped = int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (mapped, resource.getrlimit(resource.RLIMIT_AS)[1]))
     size = 1 << 20
     while size >= 64:
         try:
-            taken.append(bytearray(size))
+            taken = bytearray(size), taken
         except MemoryError:
             size //= 2
     return taken
