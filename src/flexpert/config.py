@@ -50,6 +50,9 @@ class ModelConfig(_Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     served_name: str | None = Field(None, description="name in the API; default: the model's")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
+    quantization: Literal["auto", "none", "fp8"] = Field(
+        "auto", description="of the experts on a GPU; auto: the checkpoint's, none: whole weights"
+    )
     max_model_len: int | None = Field(None, ge=8, description="tokens of prompt and answer")
 
 
@@ -147,6 +150,11 @@ class Config(_Section):
     @model_validator(mode="after")
     def _fits_device(self) -> Config:
         if self.engine.device != "cuda":
+            if self.model.quantization == "fp8":
+                raise ValueError(
+                    "--quantization fp8 needs --device cuda: a CPU computes with whole weights; "
+                    "leave it out, an fp8 checkpoint is restored at load"
+                )
             if self.engine.all2all != "auto":
                 raise ValueError(
                     f"--all2all {self.engine.all2all} needs --device cuda: its kernels run on "

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flexpert.cli.settings import settings
+from flexpert.cluster.rank_process import open_source
 from flexpert.comm import BufferSpec, CommError
 from flexpert.config import MOST_GPU_RANKS, Config, load_config
 from flexpert.engine import compute
@@ -52,6 +53,21 @@ def test_what_a_gpu_cannot_do_is_refused_before_anything_starts(
 def test_a_cpu_refuses_the_kernels_of_a_gpu() -> None:
     with pytest.raises(ConfigError, match="--all2all nixl_ep needs --device cuda"):
         settings(None, {"engine.all2all": "nixl_ep"})
+    with pytest.raises(ConfigError, match="--quantization fp8 needs --device cuda"):
+        settings(None, {"model.quantization": "fp8"})
+
+
+@pytest.mark.parametrize(
+    ("device", "quantization", "fp8"),
+    [("cpu", "auto", False), ("cuda", "auto", False), ("cuda", "fp8", True)],
+)
+def test_experts_are_fp8_where_it_is_wanted_and_computed(
+    device: str, quantization: str, fp8: bool
+) -> None:
+    asked = {"engine.device": device, "model.quantization": quantization}
+    source = open_source(settings(None, asked))
+    assert source.fp8_experts == fp8
+    assert (source.expert_shape().dtype == torch.float8_e4m3fn) == fp8
 
 
 def test_an_absent_nixl_ep_is_told_as_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import Sequences, lone_shard, prompt_of
+from fp8_checkpoints import make_fp8_checkpoint
 
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.graphs import StepInputs
@@ -84,6 +85,21 @@ def test_the_kernels_give_the_logits_of_the_cpu_wherever_the_experts_are(
         local.install(states(source, backward if index == 1 else forward))
         for name, logits in gpu.step(step).items():
             torch.testing.assert_close(logits, expected[index][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_fp8_experts_give_the_logits_of_a_cpu_that_restores_them(tmp_path: Path) -> None:
+    small, _ = make_fp8_checkpoint("qwen3_moe", tmp_path, num_hidden_layers=2, num_experts=4)
+    prompt = prompt_of(5, 1)
+    steps = [{"a": prompt[:4]}, {"a": prompt[4:]}]
+    cpu = lone_shard(small)
+    source = ModelSource.open(str(small), experts="stored")
+    assert source.expert_shape().dtype == torch.float8_e4m3fn
+    gpu, local = gpu_shard(source)
+    info = source.info
+    local.install(states(source, replan(None, [0], experts=info.experts, layers=info.moe_layers)))
+    for step in steps:
+        torch.testing.assert_close(gpu.step(step)["a"], cpu.step(step)["a"], rtol=1e-3, atol=1e-4)
 
 
 def test_experts_on_another_rank_are_refused() -> None:

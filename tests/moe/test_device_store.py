@@ -14,7 +14,7 @@ from flexpert.moe.cuda.store import DeviceStore, LentOnDevice
 from flexpert.moe.experts import ExpertShape
 
 PLAIN = ExpertShape(4, 6, 3, torch.bfloat16)
-BIASED = ExpertShape(96, 64, 32, torch.bfloat16, biased=True)
+BIASED = ExpertShape(96, 64, 32, torch.bfloat16, biases=torch.bfloat16)
 CPU = torch.device("cpu")
 
 

@@ -8,7 +8,7 @@ from flexpert.moe.experts import ExpertShape
 from flexpert.moe.store import ExpertStore, LentExperts
 
 PLAIN = ExpertShape(4, 6, 3, torch.bfloat16)
-BIASED = ExpertShape(96, 64, 32, torch.bfloat16, biased=True)
+BIASED = ExpertShape(96, 64, 32, torch.bfloat16, biases=torch.bfloat16)
 
 
 def store() -> ExpertStore:

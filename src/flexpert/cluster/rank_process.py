@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 
 import msgspec
 import zmq
@@ -24,12 +25,13 @@ from flexpert.engine.pulse import Pulse, work_of_main_thread
 from flexpert.engine.rank import RankEngine
 from flexpert.engine.request import HeldKV, TokenEvent
 from flexpert.errors import FlexpertError
-from flexpert.models.source import ModelSource
+from flexpert.models.source import ExpertFormat, ModelSource
 
 _REPORT_TIMEOUT_MS = 10_000
 _FAREWELL_MS = 1_000
 _MEMORY_EVERY_S = 1.0
 BEATS = 10  # in one stall timeout
+_EXPERTS: Mapping[str, ExpertFormat] = {"none": "whole", "auto": "stored", "fp8": "fp8"}
 
 
 def open_model(config_json: str) -> ModelSource:
@@ -43,11 +45,13 @@ def open_source(config: Config) -> ModelSource:
     Raises:
         ModelError: it cannot be opened or served.
     """
+    quantization = config.model.quantization if config.engine.device == "cuda" else "none"
     return ModelSource.open(
         config.model.model,
         revision=config.model.revision,
         dtype=config.model.dtype,
         max_model_len=config.model.max_model_len,
+        experts=_EXPERTS[quantization],
     )
 
 

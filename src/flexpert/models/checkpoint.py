@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -31,6 +33,14 @@ from flexpert.errors import ModelError
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
+
+
+class Tensors(Protocol):
+    """Tensors by the files' keys."""
+
+    def shape(self, key: str) -> tuple[int, ...]: ...
+    def read(self, key: str) -> Tensor: ...
+    def read_row(self, key: str, row: int) -> Tensor: ...
 
 
 class TensorFiles:
@@ -112,6 +122,11 @@ class TensorFiles:
         with self._lock:
             return tuple(self._open[self._file_of[key]].get_slice(key).get_shape())
 
+    def dtype(self, key: str) -> str:
+        """As safetensors calls it."""
+        with self._lock:
+            return str(self._open[self._file_of[key]].get_slice(key).get_dtype())
+
     def read(self, key: str) -> Tensor:
         """The whole tensor."""
         with self._lock:
@@ -184,35 +199,54 @@ class Checkpoint:
         """Names of all parameters that the files hold."""
         return {target for recipe in self.recipes.values() for target in recipe.targets}
 
-    def read(self, name: str) -> dict[str, Tensor]:
-        """The parameters that the recipe of `name` yields, by name."""
+    def read(self, name: str, files: Tensors | None = None) -> dict[str, Tensor]:
+        """The parameters that the recipe of `name` yields, by name.
+
+        files: what to read instead of the files.
+        """
+        files = files or self.files
         recipe = self.recipes[name]
         if recipe.converter is None:
-            return {name: self.files.read(recipe.sources[""][-1])}
-        sources = {p: [self.files.read(k) for k in keys] for p, keys in recipe.sources.items()}
+            return {name: files.read(recipe.sources[""][-1])}
+        sources = {p: [files.read(k) for k in keys] for p, keys in recipe.sources.items()}
         return self._convert(recipe.converter, name, sources, self._skeleton)
 
-    def read_expert(self, name: str, expert: int, experts: int) -> Tensor:
-        """One expert's part of a parameter [experts, …]; reads only what it needs."""
+    def read_expert(
+        self, name: str, expert: int, experts: int, files: Tensors | None = None
+    ) -> Tensor:
+        """One expert's part of a parameter [experts, …]; reads only what it needs.
+
+        files: what to read instead of the files.
+        """
+        files = files or self.files
         recipe = self.recipes.get(name)
         if recipe is None:
             raise ModelError(f"{self.files.path} lacks the experts' weights {name}")
         if recipe.converter is None:
             key = recipe.sources[""][-1]
-            self._check_experts(name, self.files.shape(key)[0], experts)
-            return self.files.read_row(key, expert)[0]
+            self._check_experts(name, files.shape(key)[0], experts)
+            return files.read_row(key, expert)[0]
         sources: dict[str, list[Tensor]] = {}
         for pattern, keys in recipe.sources.items():
             if "*" in pattern:  # one tensor an expert
                 self._check_experts(name, len(keys), experts)
-                sources[pattern] = [self.files.read(keys[expert])]
+                sources[pattern] = [files.read(keys[expert])]
             else:
-                self._check_experts(name, self.files.shape(keys[0])[0], experts)
-                if _moves_experts(recipe.converter, len(self.files.shape(keys[0]))):
-                    return self.read(name)[name][expert].clone()
-                sources[pattern] = [self.files.read_row(keys[0], expert)]
+                self._check_experts(name, files.shape(keys[0])[0], experts)
+                if _moves_experts(recipe.converter, len(files.shape(keys[0]))):
+                    return self.read(name, files)[name][expert].clone()
+                sources[pattern] = [files.read_row(keys[0], expert)]
         one = _OneExpert(self._skeleton)
         return self._convert(recipe.converter, name, sources, one)[name][0]
+
+    def joins_only(self, name: str) -> bool:
+        """Whether a parameter is its tensors put together, and nothing is done to their elements.
+
+        Then whatever goes with them by blocks of rows and columns may be put together likewise.
+        """
+        recipe = self.recipes[name]
+        operations = [] if recipe.converter is None else recipe.converter.operations
+        return all(isinstance(one, MergeModulelist | Concatenate) for one in operations)
 
     def _check_experts(self, name: str, found: int, experts: int) -> None:
         if found != experts:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,9 @@ from transformers import (
 from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.models import registrations
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
+from flexpert.models.fp8_files import Fp8Files, block_of
 from flexpert.models.probe import AttentionShape, Probe, build_skeleton, probe
+from flexpert.moe import fp8
 from flexpert.moe.experts import ExpertShape, ExpertWeights
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,10 @@ TINY: Final = "tiny"
 """The name of the model that comes with the package."""
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+ExpertFormat = Literal["whole", "stored", "fp8"]
+"""Of experts in memory. whole: in the model's dtype; fp8: with a scale for each block of 128 x 128
+(see `flexpert.moe.fp8`), quantised at load if they are not; stored: fp8 if the files have it."""
 
 WANTED_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
@@ -70,11 +76,15 @@ class ModelSource:
     """A checkpoint directory, opened: configuration, index and conversion rules; no weights.
 
     Made by `open`. `load_experts` may be called from any thread.
+
+    Attributes:
+        fp8_experts: whether experts are fp8 in memory; a CPU does not compute those.
     """
 
     path: Path
     info: ModelInfo
     config: PreTrainedConfig
+    fp8_experts: bool
 
     def __init__(
         self,
@@ -83,6 +93,8 @@ class ModelSource:
         info: ModelInfo,
         skeleton: PreTrainedModel,
         found: Probe,
+        files: TensorFiles,
+        experts: ExpertFormat,
     ) -> None:
         self.path = path
         self.config = config
@@ -90,7 +102,12 @@ class ModelSource:
         self.skeleton = skeleton
         self.attention_names = tuple(found.attention_shapes)
         self.experts_names = tuple(call.name for call in found.experts_calls)
-        self.checkpoint = Checkpoint(TensorFiles(path), skeleton)
+        self.checkpoint = Checkpoint(files, skeleton)
+        self._fp8_files = files if isinstance(files, Fp8Files) else None
+        self.fp8_experts = experts == "fp8" or (
+            experts == "stored"
+            and any(map(self._quantised_in_files, sorted(self.expert_parameters)))
+        )
         self._check_complete()
 
     @classmethod
@@ -101,6 +118,7 @@ class ModelSource:
         revision: str | None = None,
         dtype: str = "auto",
         max_model_len: int | None = None,
+        experts: ExpertFormat = "whole",
     ) -> ModelSource:
         """Open a model by name.
 
@@ -109,21 +127,16 @@ class ModelSource:
             revision: of the hub repository.
             dtype: "auto" (the checkpoint's; float16 becomes bfloat16), "bfloat16" or "float32".
             max_model_len: a shorter limit of prompt and answer than the model's.
+            experts: their format in memory.
 
         Raises:
-            UnsupportedModel: a dense model, or a family that does not fit; says why.
+            UnsupportedModel: a dense model, another quantisation than fp8 with blocks, or a family
+                that does not fit; says why.
             ModelError: files are missing, damaged or cannot be had.
         """
         path = locate(model, revision)
         config = _read_config(path)
-        if quantization := getattr(config, "quantization_config", None):
-            method = (
-                quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
-            )
-            raise UnsupportedModel(
-                f"{model} is quantised ({method}), which flexpert does not read yet; "
-                "use a bfloat16 checkpoint of it"
-            )
+        block = block_of(path, config)
         skeleton = build_skeleton(config, _dtype(config, dtype), attention=registrations.PROBE)
         found = probe(skeleton)
         return cls(
@@ -132,17 +145,15 @@ class ModelSource:
             _info(model, path, config, skeleton, found, max_model_len),
             skeleton,
             found,
+            TensorFiles(path) if block is None else Fp8Files(path, block),
+            experts,
         )
 
     # ---- sizes ------------------------------------------------------------------------------
 
     def expert_nbytes(self) -> int:
         """Bytes of one expert of one layer in memory."""
-        module = self.skeleton.get_submodule(self.experts_names[0])
-        elements: int = sum(
-            p.numel() // self.info.experts for p in module.parameters(recurse=False)
-        )
-        return elements * self.info.dtype.itemsize
+        return self.expert_shape().nbytes
 
     def dense_nbytes(self) -> int:
         """Bytes of everything but the experts in memory."""
@@ -215,7 +226,14 @@ class ModelSource:
 
         height, hidden = shape("gate_up_proj" if module.has_gate else "up_proj")
         _, inter = shape("down_proj")
-        return ExpertShape(hidden, height, inter, self.info.dtype, biased=module.has_bias)
+        whole = self.info.dtype
+        return ExpertShape(
+            hidden,
+            height,
+            inter,
+            fp8.DTYPE if self.fp8_experts else whole,
+            biases=whole if module.has_bias else None,
+        )
 
     def load_experts(
         self,
@@ -249,10 +267,13 @@ class ModelSource:
         module: Any = self.skeleton.get_submodule(name)
         up = "gate_up_proj" if module.has_gate else "up_proj"
 
-        def read(parameter: str, target: Tensor | None) -> None:
+        def read(parameter: str, target: Tensor | None, scales: Tensor | None = None) -> None:
             if target is None:
                 return
             full = f"{name}.{parameter}"
+            if scales is not None and self._takes_as_stored(name, full):
+                self._copy_stored(full, expert, target, scales)
+                return
             tensor = self.checkpoint.read_expert(full, expert, self.info.experts)
             expected = tuple(self.skeleton.get_parameter(full).shape[1:])
             if tuple(tensor.shape) != expected:
@@ -262,12 +283,55 @@ class ModelSource:
                 )
             if tensor.ndim == 2 and module.is_transposed:
                 tensor = tensor.t()
-            target.copy_(tensor)
+            if scales is None:
+                target.copy_(tensor)
+            else:
+                for to, part in zip(
+                    (target, scales), fp8.quantise(tensor.to(target.device)), strict=True
+                ):
+                    to.copy_(part)
 
-        read(up, into.gate_up)
-        read("down_proj", into.down)
+        read(up, into.gate_up, into.gate_up_scale)
+        read("down_proj", into.down, into.down_scale)
         read(f"{up}_bias", into.gate_up_bias)
         read("down_proj_bias", into.down_bias)
+
+    def _quantised_in_files(self, name: str) -> bool:
+        """Whether all that a parameter is made of is fp8 with scales."""
+        files, recipe = self._fp8_files, self.checkpoint.recipes.get(name)
+        if files is None or recipe is None:
+            return False
+        return all(files.is_fp8(key) for keys in recipe.sources.values() for key in keys)
+
+    def _takes_as_stored(self, module: str, name: str) -> bool:
+        """Whether fp8 weights and scales can be put together as they lie in the files.
+
+        Else they are restored and quantised anew: blocks of another size or layout, or of gate and
+        up that would share one.
+        """
+        files = self._fp8_files
+        experts: Any = self.skeleton.get_submodule(module)
+        rows = self.skeleton.get_parameter(name).shape[1]
+        return (
+            files is not None
+            and files.block == (fp8.BLOCK, fp8.BLOCK)
+            and not experts.is_transposed
+            and (not experts.has_gate or rows // 2 % fp8.BLOCK == 0)
+            and self._quantised_in_files(name)
+            and self.checkpoint.joins_only(name)
+        )
+
+    def _copy_stored(self, name: str, expert: int, weight: Tensor, scales: Tensor) -> None:
+        files = self._fp8_files
+        assert files is not None
+        for part, into in ((files.weights, weight.view(torch.uint8)), (files.scales, scales)):
+            tensor = self.checkpoint.read_expert(name, expert, self.info.experts, part)
+            if tensor.shape != into.shape:
+                raise ModelError(
+                    f"{self.path}: expert {expert} of {name} has fp8 weights or scales of shape "
+                    f"{tuple(tensor.shape)}, config.json says {tuple(into.shape)}"
+                )
+            into.copy_(tensor)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer.

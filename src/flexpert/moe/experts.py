@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from math import prod
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,37 +30,74 @@ def library_rows(dtype: torch.dtype, threads: int) -> tuple[int, ...]:
     return LIBRARY_ROWS
 
 
+ALIGNMENT: Final = 16
+"""Bytes; kernels load that many at once."""
+
+
+class _Part(NamedTuple):
+    """One tensor of an expert. begin: in the expert's memory, in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    begin: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + prod(self.shape) * self.dtype.itemsize
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """Of one expert. height: rows of gate_up, i.e. 2 * inter (inter for experts without a gate)."""
+    """Of one expert. height: rows of gate_up, i.e. 2 * inter (inter for experts without a gate).
+
+    dtype: of the weights; that of fp8 means that they have scales (see `flexpert.moe.fp8`).
+    biases: their dtype; None: there are none.
+    """
 
     hidden: int
     height: int
     inter: int
     dtype: torch.dtype
-    biased: bool = False
+    biases: torch.dtype | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of an expert; scales of fp8 weights are not counted."""
-        return sum(map(prod, self._tensors())) * self.dtype.itemsize
+        """Bytes of an expert's tensors, each aligned to `ALIGNMENT`."""
+        return self._parts()[-1].end
 
     def over(self, memory: Tensor) -> ExpertWeights:
         """An expert whose tensors are views of `memory`, [`nbytes`] uint8, one behind the other."""
-        parts, at = [], 0
-        for shape in self._tensors():
-            size = prod(shape) * self.dtype.itemsize
-            parts.append(memory[at : at + size].view(self.dtype).view(shape))
-            at += size
-        return ExpertWeights(*parts)
+        return ExpertWeights(
+            **{
+                part.name: memory[part.begin : part.end].view(part.dtype).view(part.shape)
+                for part in self._parts()
+            }
+        )
 
     def empty(self) -> ExpertWeights:
         """An expert in memory of its own, not yet filled."""
         return self.over(torch.empty(self.nbytes, dtype=torch.uint8))
 
-    def _tensors(self) -> list[tuple[int, ...]]:
-        weights: list[tuple[int, ...]] = [(self.height, self.hidden), (self.hidden, self.inter)]
-        return weights + ([(self.height,), (self.hidden,)] if self.biased else [])
+    def _parts(self) -> list[_Part]:
+        up, down = (self.height, self.hidden), (self.hidden, self.inter)
+        scaled = self.dtype == fp8.DTYPE
+        wanted: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+            ("gate_up", up, self.dtype),
+            ("down", down, self.dtype),
+        ]
+        if self.biases is not None:
+            wanted += [("gate_up_bias", up[:1], self.biases), ("down_bias", down[:1], self.biases)]
+        if scaled:
+            wanted += [
+                ("gate_up_scale", fp8.scales_of(*up), torch.float32),
+                ("down_scale", fp8.scales_of(*down), torch.float32),
+            ]
+        parts: list[_Part] = []
+        for name, shape, dtype in wanted:
+            at = -(-parts[-1].end // ALIGNMENT) * ALIGNMENT if parts else 0
+            parts.append(_Part(name, shape, dtype, at))
+        return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +146,10 @@ class ExpertWeights:
             or any(given != wanted for given, wanted in scales)
         ):
             raise ValueError("the tensors of an expert do not fit each other")
-        return ExpertShape(hidden, height, inter, self.gate_up.dtype, bool(biases))
+        bias = self.gate_up_bias
+        return ExpertShape(
+            hidden, height, inter, self.gate_up.dtype, None if bias is None else bias.dtype
+        )
 
     def to(self, device: torch.device) -> ExpertWeights:
         """A copy on a device; itself if it is there."""
@@ -134,6 +174,17 @@ class ExpertWeights:
             gate_up, down, self.gate_up_bias, self.down_bias, gate_up_scale, down_scale
         )
 
+    def restored(self) -> ExpertWeights:
+        """The same in float32 without scales; itself if it has none."""
+        if self.gate_up_scale is None or self.down_scale is None:
+            return self
+        return ExpertWeights(
+            fp8.restore(self.gate_up, self.gate_up_scale),
+            fp8.restore(self.down, self.down_scale),
+            self.gate_up_bias,
+            self.down_bias,
+        )
+
 
 class LayerExperts:
     """The experts a rank holds of one layer; an expert's slot is its position.
@@ -152,8 +203,6 @@ class LayerExperts:
         if (self.experts[0].gate_up_bias is None) != (self.experts[0].down_bias is None):
             raise ValueError("experts have both biases or none")
         weight = self.experts[0].gate_up
-        if weight.dtype == fp8.DTYPE and weight.device.type == "cpu":
-            raise ValueError("a CPU does not compute fp8 experts")
         if weight.dtype in ops.DTYPES and weight.device.type == "cpu":
             up_biases = [e.gate_up_bias for e in self.experts if e.gate_up_bias is not None]
             down_biases = [e.down_bias for e in self.experts if e.down_bias is not None]
@@ -179,6 +228,8 @@ class LayerExperts:
         """
         if x.shape[0] == 0:
             return x.new_empty(x.shape)
+        if self.experts[0].gate_up.dtype == fp8.DTYPE:
+            raise ValueError("torch does not compute fp8 experts with scales of blocks")
         if self._up is None or self._down is None:
             return self._compute_by_torch(x, offsets, apply_gate)
         x = x.contiguous()

@@ -1,4 +1,4 @@
-"""Expert weights in fp8, each block of 128 x 128 with a scale, as in DeepSeek-V3's files."""
+"""Weights in fp8, each block of 128 x 128 with a scale, as in DeepSeek-V3's files."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ DTYPE: Final = torch.float8_e4m3fn
 LARGEST: Final = 448.0
 
 
+def scales_of(rows: int, columns: int) -> tuple[int, int]:
+    """The shape of the scales of a weight."""
+    return -(-rows // BLOCK), -(-columns // BLOCK)
+
+
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Scale each block so that its largest element becomes the largest of fp8.
 
@@ -23,7 +28,7 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
         ([out, in] float8_e4m3fn, [ceil(out / 128), ceil(in / 128)] float32).
     """
     rows, columns = weight.shape
-    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    padded = F.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK)).contiguous()
     blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
     scales = blocks.abs().amax((1, 3)).clamp(min=1e-12) / LARGEST
     scaled = (blocks / scales[:, None, :, None]).to(DTYPE)
@@ -31,8 +36,16 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     return whole[:rows, :columns].contiguous(), scales
 
 
-def restore(weight: Tensor, scales: Tensor) -> Tensor:
-    """[out, in] float32 of what `quantise` gave."""
-    rows, columns = weight.shape
-    whole = scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    return weight.float() * whole
+def restore(weight: Tensor, scales: Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> Tensor:
+    """What `quantise` gave, in float32.
+
+    Args:
+        weight: [..., out, in] float8.
+        scales: [..., ceil(out / block[0]), ceil(in / block[1])] of any float dtype.
+
+    Returns:
+        [..., out, in] float32.
+    """
+    rows, columns = weight.shape[-2:]
+    whole = scales.float().repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
+    return weight.float() * whole[..., :rows, :columns]

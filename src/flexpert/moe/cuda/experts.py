@@ -14,12 +14,9 @@ from torch import Tensor
 
 from flexpert.moe import fp8
 from flexpert.moe.cuda.products import grouped_product
-from flexpert.moe.experts import ExpertShape, ExpertWeights
+from flexpert.moe.experts import ALIGNMENT, ExpertShape, ExpertWeights
 
 Gate = Callable[[Tensor], Tensor]
-
-ALIGNMENT = 16
-"""Bytes; the kernels load that many at once."""
 
 _TABLES = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
 
@@ -106,7 +103,7 @@ class DeviceExperts:
             x.new_empty((rows, height // 2 if gated else height)),
             index=index,
             scales=up_scale if scaled else None,
-            biases=up_bias if self.shape.biased else None,
+            biases=None if self.shape.biases is None else up_bias,
             gated=gated,
             expected=expected,
         )
@@ -118,7 +115,7 @@ class DeviceExperts:
             offsets,
             x.new_empty((rows, x.shape[1])),
             scales=down_scale if scaled else None,
-            biases=down_bias if self.shape.biased else None,
+            biases=None if self.shape.biases is None else down_bias,
             expected=expected,
         )
 
