@@ -62,6 +62,26 @@ def test_spread_is_of_the_sorted_times() -> None:
     assert 1.0 < spread.p10 < spread.p90 < 3.0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is a test of the interpreter")
+@pytest.mark.parametrize("quantise", [False, True], ids=["whole", "fp8"])
+def test_a_layer_is_the_function_that_rivals_compute(quantise: bool) -> None:
+    pytest.importorskip("triton", reason="what is measured needs the package triton")
+    from flexpert.bench.gpu.layer import EXCHANGED, OURS, Layer, Shape
+
+    torch.manual_seed(0)
+    shape = Shape("small", hidden=160, inter=48, experts=6, topk=2)
+    cpu = torch.device("cpu")
+    layer = Layer.build(shape, cpu, quantise=quantise, dtype=torch.float32)
+    assert (layer.experts[0].gate_up.dtype == torch.float8_e4m3fn) == quantise
+    x = torch.randn(1, 5, shape.hidden)
+    with torch.inference_mode(), layer.exchanged(5) as exchanged:
+        layer.local.expect(5)
+        for name, moe in ((OURS, layer.local), (EXCHANGED, exchanged), ("eager", None)):
+            y = layer.block(name, moe, 5)(x)[0]
+            assert layer.error(y, x[0]) < 1e-5
+            assert layer.error(y.roll(1, 0), x[0]) > 0.1  # it can tell
+
+
 def test_tables_show_factors_and_say_what_is_wrong() -> None:
     pytest.importorskip("triton", reason="what is measured needs the package triton")
     from flexpert.bench.gpu.decode import DecodePoint, DecodeReport

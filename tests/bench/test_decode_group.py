@@ -34,27 +34,41 @@ SMALL = AutoConfig.for_model(
 SEED = 3
 
 
-def plan(ranks: int) -> GroupPlan:
+def plan(ranks: int, *, quantise: bool = False) -> GroupPlan:
     return GroupPlan(
-        SMALL, ranks, [1, 3], context=8, steps=1, seed=SEED, dtype=torch.float32, check_tokens=6
+        SMALL,
+        ranks,
+        [1, 3],
+        context=8,
+        steps=1,
+        seed=SEED,
+        dtype=torch.float32,
+        check_tokens=6,
+        quantise=quantise,
     )
 
 
-def whole(seed: int = SEED) -> RandomModel:
+def whole(seed: int = SEED, *, quantise: bool = False) -> RandomModel:
     return RandomModel.build(
-        SMALL, torch.device("cpu"), seed=seed, dtype=torch.float32, place=place_on(1)
+        SMALL,
+        torch.device("cpu"),
+        seed=seed,
+        dtype=torch.float32,
+        place=place_on(1),
+        quantise=quantise,
     )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is a test of the interpreter")
-def test_two_ranks_give_the_logits_of_transformers() -> None:
-    result = run_group(plan(2), note=lambda _: None)
+@pytest.mark.parametrize("quantise", [False, True], ids=["whole", "fp8"])
+def test_two_ranks_give_the_logits_of_transformers(quantise: bool) -> None:
+    result = run_group(plan(2, quantise=quantise), note=lambda _: None)
     with torch.inference_mode():
-        reference = whole().transformers()
+        reference = whole(quantise=quantise).transformers()
         assert difference(reference, result.logits, SEED, 6) < 1e-4
-        other = whole(seed=SEED + 1).transformers()
+        other = whole(seed=SEED + 1, quantise=quantise).transformers()
         assert difference(other, result.logits, SEED, 6) > 0.1  # it can tell
     assert [len(times) for times in result.times_us] == [1, 1]
     assert all(1 <= active <= 4 for active in result.active)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
@@ -18,15 +18,20 @@ LAYER_EXAMPLES = (
     "flexpert bench layer",
     "flexpert bench layer --shapes qwen3-30b-a3b --tokens 1,64,4096 --json layer.json",
     "flexpert bench layer --rivals grouped_mm --repeat 200",
+    "flexpert bench layer --quantization fp8",
 )
 DECODE_EXAMPLES = (
     "flexpert bench decode",
     "flexpert bench decode --batch 1,64 --context 2048 --json decode.json",
     "flexpert bench decode --layers 8 --no-rival  [dim](a quick look)[/]",
     "flexpert bench decode --ranks 1,2,4  [dim](under MPS)[/]",
+    "flexpert bench decode --layers 24 --quantization fp8",
 )
 
 Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="All figures.")]
+Quantization = Annotated[
+    Literal["none", "fp8"], typer.Option(help="Of flexpert's experts; fp8: blocks of 128 x 128.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Of weights and data.")]
 
 
@@ -41,13 +46,15 @@ def bench_layer(
         str, typer.Option(metavar="NAME[,NAME…]", help="transformers' grouped_mm, eager.")
     ] = "grouped_mm,eager",
     repeat: Annotated[int, typer.Option(min=1, help="Replays of each contender.")] = 50,
+    quantization: Quantization = "none",
     seed: Seed = 0,
     json_: Json = None,
 ) -> None:
     """Measure a whole MoE layer on one GPU beside transformers' and its limit.
 
-    Route, sort, experts and combine of one rank that holds all experts, bf16. Each contender is
-    checked against float64 first; exit status 1 if one computes something else.
+    Route, sort, experts and combine of one rank that holds all experts, bf16; and the same with a
+    dispatch and a combine through the exchange, as one of several ranks does it. Each contender
+    is checked against float64 first; exit status 1 if one computes something else.
     """
     from flexpert.moe.kernels import open_gpu
 
@@ -61,7 +68,13 @@ def bench_layer(
     against = _names(rivals, RIVALS, "--rivals")
     report = _with_status(
         lambda note: run_layer(
-            [SHAPES[name] for name in wanted], counts, against, repeat=repeat, seed=seed, note=note
+            [SHAPES[name] for name in wanted],
+            counts,
+            against,
+            repeat=repeat,
+            quantise=quantization == "fp8",
+            seed=seed,
+            note=note,
         )
     )
     _show(layer_text(report), report, json_)
@@ -80,6 +93,7 @@ def bench_decode(
     context: Annotated[int, typer.Option(min=1, help="Tokens in each one's KV cache.")] = 512,
     steps: Annotated[int, typer.Option(min=1, help="Timed for each batch.")] = 30,
     rival: Annotated[bool, typer.Option(help="Time transformers, too.")] = True,
+    quantization: Quantization = "none",
     seed: Seed = 0,
     json_: Json = None,
 ) -> None:
@@ -87,8 +101,9 @@ def bench_decode(
 
     The engine's own path, from tokens on the host to the next ones, as one rank or several; beside
     the time that reading weights and KV cache takes, and transformers. Needs some 78 GB of GPU
-    memory. Several ranks on one GPU run at the same time under NVIDIA's MPS only: start it before.
-    Exit status 1 if the logits are not those of transformers.
+    memory, with fp8 experts some 110: transformers has the same weights in bf16. Several ranks on
+    one GPU run at the same time under NVIDIA's MPS only: start it before. Exit status 1 if the
+    logits are not those of transformers.
     """
     from flexpert.moe.kernels import open_gpu
 
@@ -108,6 +123,7 @@ def bench_decode(
             context=context,
             steps=steps,
             rival=rival,
+            quantise=quantization == "fp8",
             seed=seed,
             note=note,
         )

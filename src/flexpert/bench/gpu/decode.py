@@ -59,7 +59,8 @@ class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """error: of the last logits of short prompts, relative to transformers'; the worst of all
+    """quantised: the experts are fp8, and transformers has them restored, in bf16.
+    error: of the last logits of short prompts, relative to transformers'; the worst of all
     numbers of ranks. captures, capture_s: graphs of one rank, and the time they took."""
 
     machine: Machine
@@ -72,6 +73,7 @@ class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
     captures: int
     capture_s: float
     points: list[DecodePoint]
+    quantised: bool = False
 
     @property
     def correct(self) -> bool:
@@ -86,6 +88,7 @@ def run_decode(
     context: int,
     steps: int,
     rival: bool,
+    quantise: bool = False,
     seed: int,
     note: Callable[[str], None],
 ) -> DecodeReport:
@@ -96,6 +99,7 @@ def run_decode(
         ranks: numbers of ranks on the one GPU; one rank exchanges nothing.
         context: tokens of each sequence before the first timed step.
         rival: time transformers, too.
+        quantise: the experts are fp8.
 
     Raises:
         ConfigError: no GPU.
@@ -108,14 +112,16 @@ def run_decode(
     torch.cuda.empty_cache()
     config = qwen3_30b_a3b(layers)
     groups = {
-        count: run_group(GroupPlan(config, count, batches, context, steps, seed), note)
+        count: run_group(
+            GroupPlan(config, count, batches, context, steps, seed, quantise=quantise), note
+        )
         for count in ranks
         if count > 1
     }
     note("building the model")
     began = time.perf_counter()
     try:
-        model = RandomModel.build(config, device, seed=seed, place=place_on(1))
+        model = RandomModel.build(config, device, seed=seed, place=place_on(1), quantise=quantise)
         torch.cuda.synchronize()
         build_s = time.perf_counter() - began
         with torch.inference_mode():
@@ -155,6 +161,7 @@ def run_decode(
         captures=captures,
         capture_s=capture_s,
         points=points,
+        quantised=quantise,
     )
 
 

@@ -36,7 +36,7 @@ EXCHANGE_S = 60.0
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
     """What the ranks do. batches: sequences of all ranks together. check_tokens: of a prompt of the
-    check."""
+    check. quantise: experts are fp8."""
 
     config: PreTrainedConfig
     ranks: int
@@ -46,6 +46,7 @@ class GroupPlan:
     seed: int
     dtype: torch.dtype = torch.bfloat16
     check_tokens: int = CHECK_TOKENS
+    quantise: bool = False
 
     def share(self, batch: int, rank: int) -> int:
         """Sequences of a rank."""
@@ -168,6 +169,8 @@ def _measure(rank: int, plan: GroupPlan, pipe: Connection) -> None:
         dtype=plan.dtype,
         place=place_on(plan.ranks),
         rank=rank,
+        quantise=plan.quantise,
+        whole=False,
     )
     info = model.info
     shares = [plan.share(batch, rank) for batch in plan.batches]

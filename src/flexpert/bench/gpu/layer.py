@@ -1,12 +1,14 @@
-"""A whole MoE layer (route, sort, experts, combine) of a rank that holds all its experts.
+"""A whole MoE layer (route, dispatch, experts, combine) of a rank that holds all its experts.
 
 Every contender is the same module of transformers with another experts implementation, so router,
-data and weights are the same.
+data and weights are the same. flexpert is there twice: as the only rank there can be, which sorts
+its rows and exchanges nothing, and as one of several, whose rows go through the exchange.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -24,10 +26,13 @@ from flexpert.bench.gpu.device import (
     replay_us,
     timed_us,
 )
+from flexpert.bench.gpu.model import quantised_with
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.comm import BufferSpec, make_buffer
 from flexpert.errors import FlexpertError
 from flexpert.models import registrations
 from flexpert.models.shard import RoutedExperts
+from flexpert.moe.cuda.exchanged import ExchangedExperts
 from flexpert.moe.cuda.runtime import LocalExperts
 from flexpert.moe.experts import ExpertWeights, LayerExperts
 from flexpert.moe.kernels import open_gpu
@@ -35,11 +40,15 @@ from flexpert.moe.placement import replan
 from flexpert.moe.runtime import LayerState, expert_tables
 
 OURS = "flexpert"
+EXCHANGED = "flexpert, exchanged"
 RIVALS = ("grouped_mm", "eager")
 """transformers' own: torch's grouped product, and a loop over the experts that waits for the GPU
 to tell it which ones."""
 
+Ours = LocalExperts | ExchangedExperts
+
 INPUTS = 4  # different batches in one graph, so that the L2 does not keep one's experts
+EXCHANGE_S = 60.0
 CHECKED = 4  # tokens compared with float64
 TOLERANCE = 1e-2  # ‖out − ref‖ / ‖ref‖, where bf16 rounds the intermediate once
 
@@ -76,13 +85,15 @@ class LayerResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LayerPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """active: experts that get a token, mean. limit_us: bytes and flops over what the GPU can."""
+    """active: experts that get a token, mean. limit_us: bytes and flops over what the GPU can.
+    quantised: flexpert's experts are fp8, and the limit is theirs; the rivals have bf16."""
 
     shape: Shape
     tokens: int
     active: float
     limit_us: float
     results: list[LayerResult]
+    quantised: bool = False
 
 
 class LayerReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,10 +112,13 @@ def run_layer(
     rivals: Sequence[str],
     *,
     repeat: int,
+    quantise: bool,
     seed: int,
     note: Callable[[str], None],
 ) -> LayerReport:
     """Check and time all contenders.
+
+    quantise: flexpert's experts are fp8.
 
     Raises: ConfigError: no GPU.
     """
@@ -115,7 +129,7 @@ def run_layer(
     points = []
     for shape in shapes:
         note(f"{shape.name}: weights")
-        layer = _Layer.build(shape, device)
+        layer = Layer.build(shape, device, quantise=quantise)
         for count in tokens:
             points.append(layer.point(count, rivals, gpu, repeat=repeat, note=note))
         del layer
@@ -128,19 +142,29 @@ def _distinct(ids: Tensor) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
+    """Its weights, and both of flexpert's ways to compute it."""
+
     shape: Shape
     router: Tensor
     up: Tensor
     down: Tensor
+    experts: list[ExpertWeights]
     local: LocalExperts
 
     @classmethod
-    def build(cls, shape: Shape, device: torch.device) -> _Layer:
+    def build(
+        cls,
+        shape: Shape,
+        device: torch.device,
+        *,
+        quantise: bool,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Layer:
         """Random weights that keep the size of what passes through them."""
 
         def weights(*size: int) -> Tensor:
-            tensor = torch.empty(size, dtype=torch.bfloat16, device=device)
+            tensor = torch.empty(size, dtype=dtype, device=device)
             for part in tensor if tensor.ndim == 3 else [tensor]:
                 part.normal_(std=size[-1] ** -0.5)
             return tensor
@@ -148,10 +172,33 @@ class _Layer:
         up = weights(shape.experts, 2 * shape.inter, shape.hidden)
         down = weights(shape.experts, shape.hidden, shape.inter)
         experts = [ExpertWeights(up[e], down[e]) for e in range(shape.experts)]
+        if quantise:
+            experts = [quantised_with(whole) for whole in experts]
         local = LocalExperts(0, 1, shape.experts, experts[0].shape, device)
-        table = expert_tables(replan(None, [0], experts=shape.experts, layers=1), 0)[0]
-        local.install([LayerState(table, LayerExperts(experts, deterministic=False))])
-        return cls(shape, weights(shape.experts, shape.hidden), up, down, local)
+        layer = cls(shape, weights(shape.experts, shape.hidden), up, down, experts, local)
+        local.install(layer.states())
+        return layer
+
+    def states(self) -> list[LayerState]:
+        """All experts on rank 0."""
+        table = expert_tables(replan(None, [0], experts=self.shape.experts, layers=1), 0)[0]
+        return [LayerState(table, LayerExperts(self.experts, deterministic=False))]
+
+    @contextlib.contextmanager
+    def exchanged(self, tokens: int) -> Iterator[ExchangedExperts]:
+        """The layer of one of two ranks, of which the other has not come yet."""
+        shape, device = self.shape, self.up.device
+        spec = BufferSpec(2, tokens, shape.hidden, shape.topk, self.up.dtype)
+        with contextlib.closing(make_buffer(0, spec, backend="cuda")) as buffer:
+            buffer.connect({0: buffer.address})
+            moe = ExchangedExperts(buffer, 1, shape.experts, self.experts[0].shape, device)
+            moe.install(self.states())
+            buffer.set_active([0], 1)
+            buffer.post_vote(b"")
+            buffer.collect_votes(EXCHANGE_S)
+            moe.expect(tokens)
+            yield moe
+            buffer.check()
 
     def point(
         self,
@@ -165,7 +212,7 @@ class _Layer:
         shape = self.shape
         device = self.up.device
         xs = [
-            torch.empty(1, tokens, shape.hidden, dtype=torch.bfloat16, device=device)
+            torch.empty(1, tokens, shape.hidden, dtype=self.up.dtype, device=device)
             for _ in range(INPUTS)
         ]
         flush = flusher(device)
@@ -179,11 +226,12 @@ class _Layer:
         self.local.expect(tokens)
         active = sum(_distinct(self._route(x)[0]) for x in xs) / INPUTS
         results: dict[str, LayerResult] = {}
-        with torch.inference_mode():
-            for name in (OURS, *rivals):
+        with torch.inference_mode(), self.exchanged(tokens) as exchanged:
+            ours: dict[str, Ours] = {OURS: self.local, EXCHANGED: exchanged}
+            for name in (*ours, *rivals):
                 note(f"{shape.name}, {tokens} tokens: {name}")
-                results[name] = self._result(name, xs, fresh, repeat)
-        ours = results[OURS].us
+                results[name] = self._result(name, ours.get(name), xs, fresh, repeat)
+        own = results[OURS].us
         return LayerPoint(
             shape=shape,
             tokens=tokens,
@@ -191,23 +239,31 @@ class _Layer:
             limit_us=self._limit_s(gpu, tokens, active) * 1e6,
             results=[
                 result
-                if result.us is None or ours is None
-                else msgspec.structs.replace(result, times_ours=result.us.p50 / ours.p50)
+                if result.us is None or own is None
+                else msgspec.structs.replace(result, times_ours=result.us.p50 / own.p50)
                 for result in results.values()
             ],
+            quantised=self.experts[0].gate_up_scale is not None,
         )
 
     def _limit_s(self, gpu: Gpu, tokens: int, active: float) -> float:
         """Weights of the experts that are used, the router's, and tokens in and out, once each."""
-        nbytes = active * (self.up[0].nbytes + self.down[0].nbytes) + self.router.nbytes
+        nbytes = active * self.experts[0].nbytes + self.router.nbytes
         nbytes += 2 * tokens * self.shape.hidden * self.up.element_size()
         elements = self.up[0].numel() + self.down[0].numel()
         flops = 2.0 * tokens * self.shape.topk * elements + 2.0 * tokens * self.router.numel()
         return gpu.limit_s(nbytes, flops)
 
-    def _result(self, name: str, xs: list[Tensor], fresh: Launch, repeat: int) -> LayerResult:
-        block = self._block(name, xs[0].shape[1])
-        error = max(self._error(block(x)[0], x[0]) for x in xs[:2])
+    def _result(
+        self,
+        name: str,
+        moe: Ours | None,
+        xs: list[Tensor],
+        fresh: Launch,
+        repeat: int,
+    ) -> LayerResult:
+        block = self.block(name, moe, xs[0].shape[1])
+        error = max(self.error(block(x)[0], x[0]) for x in xs[:2])
         if not error < TOLERANCE:
             return LayerResult(
                 contender=name,
@@ -227,7 +283,7 @@ class _Layer:
             return LayerResult(contender=name, error=error, skipped=str(problem).splitlines()[0])
         return LayerResult(contender=name, us=Spread.of(times), error=error)
 
-    def _block(self, name: str, tokens: int) -> Qwen3MoeSparseMoeBlock:
+    def block(self, name: str, moe: Ours | None, tokens: int) -> Qwen3MoeSparseMoeBlock:
         shape = self.shape
         config = Qwen3MoeConfig(
             hidden_size=shape.hidden,
@@ -237,7 +293,7 @@ class _Layer:
             norm_topk_prob=True,
         )
         registrations.register()
-        config._experts_implementation = registrations.IMPLEMENTATION if name == OURS else name
+        config._experts_implementation = name if moe is None else registrations.IMPLEMENTATION
         with torch.device("meta"):
             block = Qwen3MoeSparseMoeBlock(config)
         parameters = {
@@ -246,8 +302,8 @@ class _Layer:
             "experts.down_proj": self.down,
         }
         block.load_state_dict(parameters, assign=True)
-        if name == OURS:
-            routed = RoutedExperts(0, block.experts, self.local, shape.topk)
+        if moe is not None:
+            routed = RoutedExperts(0, block.experts, moe, shape.topk)
             registrations.bind(block.experts, routed)
             routed.rows = tokens
         return block.eval()
@@ -258,7 +314,7 @@ class _Layer:
         weights, ids = logits.float().softmax(-1).topk(self.shape.topk)
         return ids, (weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
 
-    def _error(self, y: Tensor, x: Tensor) -> float:
+    def error(self, y: Tensor, x: Tensor) -> float:
         """Of the first tokens, relative to float64."""
         ids, weights = self._route(x[None])
         found, expected = [], []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from flexpert.models import registrations
 from flexpert.models.probe import Probe, build_skeleton, probe
 from flexpert.models.shard import ModelShard, compute_buffers
 from flexpert.models.source import ModelInfo
+from flexpert.moe import fp8
 from flexpert.moe.cuda.exchanged import ExchangedExperts
 from flexpert.moe.cuda.runtime import LocalExperts
 from flexpert.moe.experts import ExpertShape, ExpertWeights, LayerExperts
@@ -48,11 +49,22 @@ def qwen3_30b_a3b(layers: int = 48) -> PreTrainedConfig:
     )
 
 
+def quantised_with(whole: ExpertWeights) -> ExpertWeights:
+    """An expert in fp8; the one given becomes what it is, so that others compute the same."""
+    small = whole.quantised()
+    restored = small.restored()
+    whole.gate_up.copy_(restored.gate_up)
+    whole.down.copy_(restored.down)
+    return small
+
+
 @dataclass(frozen=True, slots=True)
 class RandomModel:
     """Weights by their name in transformers, on a GPU; experts fused as there.
 
     placement: on which ranks the experts are. rank: whose share this is, with the dense part.
+    quantised: of each MoE layer, the experts in fp8 that are held, or None; what is in `weights` is
+    then the same function.
     """
 
     config: PreTrainedConfig
@@ -61,6 +73,8 @@ class RandomModel:
     weights: dict[str, Tensor]
     placement: Placement
     rank: int
+    expert_shape: ExpertShape
+    quantised: list[list[ExpertWeights]] | None = None
 
     @classmethod
     def build(
@@ -72,10 +86,15 @@ class RandomModel:
         dtype: torch.dtype = torch.bfloat16,
         place: Callable[[ModelInfo], Placement],
         rank: int = 0,
+        quantise: bool = False,
+        whole: bool = True,
     ) -> RandomModel:
         """The weights depend on the seed alone, and not on who holds them; norms are 1.
 
-        place: where the experts of a model are.
+        Args:
+            place: where the experts of a model are.
+            quantise: the engine's experts are fp8.
+            whole: keep those of `transformers()` beside them.
         """
         skeleton = build_skeleton(config, dtype, attention=registrations.PROBE)
         found = probe(skeleton)
@@ -115,7 +134,22 @@ class RandomModel:
             weights[name] = torch.empty((len(held[module]), *shape), dtype=dtype, device=device)
             for index, expert in enumerate(held[module]):
                 weights[name][index] = drawn(f"{name}/{expert}", shape)
-        return cls(config, info, found, weights, placement, rank)
+        up, down = (weights[f"{call.name}.{part}_proj"].shape for part in ("gate_up", "down"))
+        shape = ExpertShape(up[2], up[1], down[2], fp8.DTYPE if quantise else dtype)
+        model = cls(config, info, found, weights, placement, rank, shape)
+        if not quantise:
+            return model
+        quantised = [model._quantise(layer, keep=whole) for layer in range(info.moe_layers)]
+        return replace(model, quantised=quantised)
+
+    def _quantise(self, layer: int, *, keep: bool) -> list[ExpertWeights]:
+        """The experts of a layer in fp8; what `weights` has becomes equal to them, or goes."""
+        experts = [quantised_with(whole) for whole in self.experts(layer)]
+        if not keep:
+            name = self.found.experts_calls[layer].name
+            for part in ("gate_up", "down"):
+                del self.weights[f"{name}.{part}_proj"]
+        return experts
 
     @property
     def dense_nbytes(self) -> int:
@@ -161,17 +195,12 @@ class RandomModel:
         return shard
 
     def experts(self, layer: int) -> list[ExpertWeights]:
-        """Those held of a MoE layer, in slot order, as views."""
+        """Those held of a MoE layer, in slot order; whole ones as views."""
+        if self.quantised is not None:
+            return self.quantised[layer]
         name = self.found.experts_calls[layer].name
         up, down = self.weights[f"{name}.gate_up_proj"], self.weights[f"{name}.down_proj"]
         return [ExpertWeights(*pair) for pair in zip(up, down, strict=True)]
-
-    @property
-    def expert_shape(self) -> ExpertShape:
-        name = self.found.experts_calls[0].name
-        _, height, hidden = self.weights[f"{name}.gate_up_proj"].shape
-        inter = self.weights[f"{name}.down_proj"].shape[2]
-        return ExpertShape(hidden, height, inter, self.info.dtype)
 
     def layers(self) -> list[LayerState]:
         """What this rank serves with."""

@@ -28,7 +28,8 @@ def layer_text(report: LayerReport) -> RenderableType:
 def _layer_table(point: LayerPoint) -> Table:
     shape = point.shape
     title = (
-        f"{shape.name}: {point.tokens} tokens, hidden {shape.hidden}, inter {shape.inter}, "
+        f"{shape.name}{', experts in fp8' if point.quantised else ''}: {point.tokens} tokens, "
+        f"hidden {shape.hidden}, inter {shape.inter}, "
         f"top-{shape.topk} of {shape.experts} experts, {point.active:.0f} of them in use: "
         f"limit {point.limit_us:,.0f} µs"
     )
@@ -58,7 +59,8 @@ def _layer_row(result: LayerResult, limit_us: float) -> list[str | Text]:
 def decode_text(report: DecodeReport) -> RenderableType:
     """One table, then what was measured on."""
     table = Table(
-        title=f"a decode step of Qwen3-30B-A3B's shapes ({report.layers} layers, random weights), "
+        title=f"a decode step of Qwen3-30B-A3B's shapes ({report.layers} layers, random weights"
+        f"{', experts in fp8' if report.quantised else ''}), "
         f"{report.context} tokens in the cache of each sequence",
         title_justify="left",
         box=None,
