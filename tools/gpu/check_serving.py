@@ -1,70 +1,175 @@
-"""Serves the embedded model on this GPU, and compares with the CPU: alone, elastic, and killed.
+"""Serves on this GPU, and compares with the CPU: alone, elastic, and killed.
 
     PYTHONPATH=src python tools/gpu/check_serving.py            # one rank; two, four, two of them
     PYTHONPATH=src python tools/gpu/check_serving.py --kill     # two, of which one is killed
+    PYTHONPATH=src python tools/gpu/check_serving.py --fp8      # one rank, experts in fp8
+    PYTHONPATH=src python tools/gpu/check_serving.py --nixl-ep  # two, one, two, killed; two GPUs
 
 Several ranks on one GPU run at the same time under NVIDIA's MPS only; without it they take turns,
 and a killed rank takes nobody down: so start MPS for the first and not for the second.
 
-Exit status 1 if a request is lost, more than one answer in ten is another one, a rank captured a
-graph again, or a killed rank did not come back.
+The first two serve the embedded model in float32. NVIDIA's nixl_ep takes bfloat16 and wide models
+only: there it is a random one, compared with flexpert's own exchange on the same GPUs; --fp8 serves
+that one's experts in fp8, compared with the same weights restored.
+
+Exit status 1 if a request is lost, too many answers are other ones, a rank captured a graph again,
+or a killed rank did not come back.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from flexpert import LLM, SamplingParams
 from flexpert.cluster.views import OperationView
+from flexpert.models.source import ModelSource
+from flexpert.moe.fp8 import quantise as quantise_weight
 
 STARTS = ["In the beginning", "And it came to pass", "Blessed are", "The LORD said unto Moses"]
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(16)]
-GREEDY = SamplingParams(max_tokens=128, temperature=0.0)
-ENOUGH = 0.9
-"""Share of equal answers: where two tokens are almost equally likely, rounding decides."""
-
 Answers = list[list[int]]
 
 
+@dataclass(frozen=True)
+class Served:
+    """enough: the share of answers that must be equal; where two tokens are almost equally likely,
+    rounding decides. settings: of the service."""
+
+    model: str
+    tokens: int
+    enough: float
+    settings: dict[str, Any]
+
+    def open(self, **settings: Any) -> LLM:
+        return LLM(self.model, **{**self.settings, **settings})
+
+    def generate(self, llm: LLM) -> Answers:
+        greedy = SamplingParams(max_tokens=self.tokens, temperature=0.0)
+        return [answer.token_ids for answer in llm.generate(PROMPTS, greedy)]
+
+    def rate(self, llm: LLM) -> float:
+        """Tokens a second of a round."""
+        began = time.perf_counter()
+        self.generate(llm)
+        return len(PROMPTS) * self.tokens / (time.perf_counter() - began)
+
+    def same(self, found: Answers, expected: Answers) -> bool:
+        return _equal(found, expected) >= self.enough * len(found)
+
+
+TINY = Served("tiny", 128, 0.9, {"model__dtype": "float32"})
+
+
 def main() -> None:
-    good = True
-    expected = served("cpu")[0]
-    if "--kill" in sys.argv[1:]:
-        good &= elastic(expected, [killed, killed])
+    asked = sys.argv[1:]
+    if "--kill" in asked:
+        good = elastic(TINY, alone(TINY, "cpu"), [killed, killed])
+    elif "--nixl-ep" in asked or "--fp8" in asked:
+        with tempfile.TemporaryDirectory() as folder:
+            good = (nixl_ep if "--nixl-ep" in asked else fp8)(wide(Path(folder)))
     else:
-        alone, rate = served("cuda")
-        print(f"one rank: {rate:,.0f} tokens/s, {share(alone, expected)}")
-        good &= same(alone, expected)
-        good &= elastic(expected, [scaled(4), scaled(2)])
+        expected = alone(TINY, "cpu")
+        good = TINY.same(alone(TINY, "cuda", expected), expected)
+        good &= elastic(TINY, expected, [scaled(4), scaled(2)])
     sys.exit(0 if good else 1)
 
 
-def served(device: str) -> tuple[Answers, float]:
-    """The answers of one rank, and tokens a second of a second round."""
+def nixl_ep(served: Served) -> bool:
+    """NVIDIA's kernels beside ours."""
+    two = {"engine__device": "cuda", "ranks": 2, "max_ranks": 2}
+    with served.open(**two) as llm:
+        expected = served.generate(llm)
+        print(f"two ranks, own exchange: {served.rate(llm):,.0f} tokens/s", flush=True)
+    settings = {**served.settings, **two, "engine__all2all": "nixl_ep"}
+    theirs = replace(served, settings={**settings, "cluster__exchange_timeout_s": 10.0})
+    return elastic(theirs, expected, [scaled(1), scaled(2), killed])
+
+
+def fp8(served: Served) -> bool:
+    """An fp8 checkpoint, restored and as it is."""
+    quantise(Path(served.model))
+    restored = replace(served, settings={**served.settings, "model__quantization": "none"})
+    expected = alone(restored, "cuda")
+    return served.same(alone(served, "cuda", expected), expected)
+
+
+def quantise(folder: Path) -> None:
+    """Make a checkpoint's projections fp8 with scales of blocks."""
+    state = load_file(folder / "model.safetensors")
+    for key in [key for key in state if "_proj" in key]:
+        state[key], state[f"{key}_scale_inv"] = quantise_weight(state[key])
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def wide(folder: Path) -> Served:
+    """A random model of 2,048 channels, with the tokens of the embedded one."""
+    tokenizer = ModelSource.open("tiny").tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=2048,
+        intermediate_size=512,
+        moe_intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=128,
+        num_experts=16,
+        num_experts_per_tok=4,
+        max_position_embeddings=512,
+        dtype="bfloat16",
+    )
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return Served(str(folder), 8, 0.6, {"engine__max_tokens_per_step": 64})
+
+
+def alone(served: Served, device: str, expected: Answers | None = None) -> Answers:
+    """The answers of one rank."""
     began = time.perf_counter()
-    with LLM("tiny", engine__device=device, model__dtype="float32") as llm:
-        print(f"{device}: started in {time.perf_counter() - began:.1f} s", flush=True)
-        answers = generate(llm)
-        again = time.perf_counter()
-        generate(llm)
-        return answers, len(PROMPTS) * (GREEDY.max_tokens or 0) / (time.perf_counter() - again)
+    with served.open(engine__device=device) as llm:
+        started = time.perf_counter() - began
+        answers = served.generate(llm)
+        compared = "" if expected is None else f", {share(answers, expected)}"
+        print(
+            f"one rank on {device}: started in {started:.1f} s, "
+            f"{served.rate(llm):,.0f} tokens/s{compared}",
+            flush=True,
+        )
+        return answers
 
 
-def elastic(expected: Answers, events: list[Callable[[LLM], str]]) -> bool:
+def elastic(served: Served, expected: Answers, events: list[Callable[[LLM], str]]) -> bool:
     """Two ranks of at most four; each event happens under load."""
     good = True
-    with LLM("tiny", ranks=2, max_ranks=4, engine__device="cuda", model__dtype="float32") as llm:
+    generate, same = served.generate, served.same
+    with served.open(
+        **{"ranks": 2, "max_ranks": 4, "engine__device": "cuda", **served.settings}
+    ) as llm:
         undisturbed = generate(llm)
-        began = time.perf_counter()
-        generate(llm)
-        rate = len(PROMPTS) * (GREEDY.max_tokens or 0) / (time.perf_counter() - began)
-        print(f"two ranks: {rate:,.0f} tokens/s, {share(undisturbed, expected)}", flush=True)
+        print(
+            f"two ranks: {served.rate(llm):,.0f} tokens/s, {share(undisturbed, expected)}",
+            flush=True,
+        )
         good &= same(undisturbed, expected)
+        captures = llm.cluster().ranks[0].graphs > 0
         for event in events:
             before = {rank.pid: rank.graphs for rank in llm.cluster().ranks}
             happened = ""
@@ -89,7 +194,7 @@ def elastic(expected: Answers, events: list[Callable[[LLM], str]]) -> bool:
                 flush=True,
             )
             good &= bool(happened) and same(answers, expected) and not again
-            good &= all(rank.graphs > 0 for rank in ranks)
+            good &= all((rank.graphs > 0) == captures for rank in ranks)
     return good
 
 
@@ -120,16 +225,8 @@ def killed(llm: LLM) -> str:
     return f"killed rank {victim.id}, all are back after {time.perf_counter() - began:.1f} s"
 
 
-def generate(llm: LLM) -> Answers:
-    return [answer.token_ids for answer in llm.generate(PROMPTS, GREEDY)]
-
-
-def same(found: Answers, expected: Answers) -> bool:
-    return _equal(found, expected) >= ENOUGH * len(found)
-
-
 def share(found: Answers, expected: Answers) -> str:
-    return f"{_equal(found, expected)} of {len(found)} answers are the CPU's"
+    return f"{_equal(found, expected)} of {len(found)} answers are as expected"
 
 
 def _equal(found: Answers, expected: Answers) -> int:
