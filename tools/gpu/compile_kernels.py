@@ -1,4 +1,4 @@
-"""Compile the exchange kernels for Hopper without a GPU, and print what ptxas says of each.
+"""Compile exchange and experts' products for Hopper without a GPU, and print what ptxas says.
 
     python tools/gpu/compile_kernels.py [--ptx DIRECTORY]
 
@@ -10,6 +10,7 @@ Needs Triton, and a ptxas (the one that Triton brings). Exit status 1 if a kerne
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from triton.compiler import ASTSource
 
 from flexpert.comm.cuda import combine, dispatch, expert_major, waiting
 from flexpert.comm.cuda.exchange import Tuning
+from flexpert.moe.cuda import products
 
 TUNED = Tuning()
-MODULES = (dispatch, combine, expert_major, waiting)
+MODULES = (dispatch, combine, expert_major, waiting, products)
 P64, P32, F32, BF16, I32, I64 = "*i64", "*i32", "*fp32", "*bf16", "i32", "i64"
 SHAPE = dict(R=8, TOPK=8, MAX_TOKENS=512)
 WHERE = dict(WEIGHTS_AT=1 << 16, SCALES_AT=1 << 17, ROWS_AT=1 << 18, RESULTS_AT=1 << 24)
@@ -86,7 +88,30 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-def compiled(function: str, types: dict[str, str], constants: dict[str, Any], warps: int) -> str:
+ROWS_EACH = {"few rows": 4, "some rows": 32, "more rows": 64, "many rows": 256}
+
+
+def product(
+    gated: bool, scaled: bool, each: int
+) -> tuple[dict[str, str], dict[str, Any], int, int]:
+    """(types, constants, warps, stages) of an experts' product with about `each` rows an expert."""
+    slots = 128
+    tiling = products.choose(each * slots, slots, gated=gated, scaled=scaled)
+    types = dict(x=BF16, index=P32, weights=P64, offsets=P32, out=BF16, slots=I32, K=I32, N=I32)
+    if scaled:
+        types["scales"] = P64
+    constants = dict(
+        biases=None, EVEN=True, SLOTS=slots, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth,
+        GATED=gated, INDEXED=True, SCALED=scaled, BIASED=False, SWAP=tiling.swap, PRECISION="tf32",
+    )  # fmt: skip
+    if not scaled:
+        constants["scales"] = None
+    return types, constants, tiling.warps, tiling.stages
+
+
+def compiled(
+    function: str, types: dict[str, str], constants: dict[str, Any], warps: int, stages: int = 3
+) -> str:
     """PTX for sm_90, pointers aligned as the allocator aligns them."""
     kernel = next(getattr(m, function) for m in MODULES if hasattr(m, function))
     names = kernel.arg_names
@@ -95,10 +120,11 @@ def compiled(function: str, types: dict[str, str], constants: dict[str, Any], wa
     aligned = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(names)
-        if signature[name].startswith("*") or name == "window"
+        if signature[name].startswith("*")
+        or (name in ("window", "K", "N") and signature[name] != "constexpr")
     }
     source = ASTSource(kernel, signature, values, aligned)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     return str(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"])
 
 
@@ -133,12 +159,17 @@ def main() -> int:
     parser.add_argument("--ptx", type=Path, help="keep the PTX here")
     options = parser.parse_args()
     worst = 0
-    for name, (function, types, constants, warps) in CASES.items():
-        ptx = compiled(function, types, constants, warps)
+    cases: dict[str, tuple[Any, ...]] = dict(CASES)
+    for gated, scaled in itertools.product((True, False), repeat=2):
+        for rows, each in ROWS_EACH.items():
+            kind = f"{'gate_up' if gated else 'down'} {'fp8' if scaled else 'bf16'} {rows}"
+            cases[kind] = ("_product", *product(gated, scaled, each))
+    for name, (function, types, constants, warps, *stages) in cases.items():
+        ptx = compiled(function, types, constants, warps, *stages)
         registers, spilled, shared = resources(ptx)
         wide = len(re.findall(r"(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)", ptx))
         print(
-            f"{name:20} {warps} warps, {registers:3} registers, {spilled} bytes spilled, "
+            f"{name:22} {warps} warps, {registers:3} registers, {spilled} bytes spilled, "
             f"{shared} bytes shared, {wide} accesses of 16 bytes"
         )
         worst = max(worst, spilled)

@@ -50,11 +50,14 @@ TILINGS_FP8 = [
     Tiling(16, 128, 128, 8, 4, False),
     Tiling(16, 64, 128, 4, 6, True),
     Tiling(32, 64, 128, 4, 4, False),
+    Tiling(32, 128, 128, 4, 3, False),
     Tiling(32, 128, 128, 8, 3, False),
-    Tiling(64, 128, 128, 8, 3, False),
-    Tiling(64, 128, 64, 8, 4, False),
-    Tiling(128, 128, 64, 8, 3, False),
-    Tiling(128, 128, 128, 8, 3, False),
+    Tiling(64, 64, 128, 4, 3, True),
+    Tiling(64, 128, 64, 4, 4, False),
+    Tiling(64, 128, 128, 8, 3, True),
+    Tiling(128, 64, 64, 4, 4, True),
+    Tiling(128, 128, 64, 8, 3, True),
+    Tiling(128, 256, 64, 8, 3, False),
 ]
 
 
