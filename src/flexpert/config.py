@@ -21,6 +21,8 @@ ENVIRONMENT_PREFIX = "FLEXPERT_"
 MOST_GPU_RANKS = 32
 NIXL_EP_RANKS = (*range(1, 9), 16, 24, 32)
 
+_GPU_DEFAULTS = {"max_tokens_per_step": 2048, "max_running": 256, "kv_memory": 4 * 2**30}
+
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -65,9 +67,13 @@ class EngineConfig(_Section):
     all2all: Literal["auto", "nixl_ep"] = Field(
         "auto", description="between GPUs; auto: flexpert's own kernels, nixl_ep: NVIDIA's"
     )
-    max_tokens_per_step: int = Field(256, ge=16, le=65536, description="token budget of a step")
-    max_running: int = Field(64, ge=1, le=4096, description="sequences decoded at once per rank")
-    kv_memory: Bytes = Field(256 * 2**20, description="bytes of KV cache per rank")
+    max_tokens_per_step: int = Field(
+        256, ge=16, le=65536, description="token budget of a step; on a GPU 2048"
+    )
+    max_running: int = Field(
+        64, ge=1, le=4096, description="sequences decoded at once per rank; on a GPU 256"
+    )
+    kv_memory: Bytes = Field(256 * 2**20, description="bytes of KV cache per rank; on a GPU 4GiB")
     kv_block_size: int = Field(16, ge=1, le=256, description="tokens of a KV block")
     prefix_cache: bool = Field(True, description="reuse KV blocks of equal prompt prefixes")
     deterministic: bool = Field(False, description="bit-identical answers under any scaling")
@@ -139,12 +145,18 @@ class Config(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _room_for_one(cls, tree: Any) -> Any:
+    def _defaults_of_a_gpu(cls, tree: Any) -> Any:
         """On a GPU max_ranks is 1 unless ranks are asked for: one rank exchanges nothing."""
-        if isinstance(tree, dict) and _device(tree.get("engine")) == "cuda":
-            cluster = tree.get("cluster") or {}
-            if isinstance(cluster, dict) and not {"ranks", "max_ranks"} & cluster.keys():
-                return {**tree, "cluster": {"max_ranks": 1, **cluster}}
+        if not isinstance(tree, dict) or _device(tree.get("engine")) != "cuda":
+            return tree
+        engine, cluster = tree["engine"], tree.get("cluster") or {}
+        if isinstance(engine, dict):
+            defaults = dict(_GPU_DEFAULTS)
+            if engine.get("all2all") == "nixl_ep":
+                del defaults["max_tokens_per_step"]  # its memory grows with tokens times experts
+            tree = {**tree, "engine": {**defaults, **engine}}
+        if isinstance(cluster, dict) and not {"ranks", "max_ranks"} & cluster.keys():
+            tree = {**tree, "cluster": {"max_ranks": 1, **cluster}}
         return tree
 
     @model_validator(mode="after")

@@ -28,6 +28,19 @@ def test_a_gpu_has_room_for_one_rank_unless_more_are_asked_for() -> None:
     assert Config.model_validate_json(config.model_dump_json()) == config  # as ranks are told
 
 
+def test_a_gpu_has_larger_steps_and_caches_unless_they_are_given() -> None:
+    def sizes(config: Config) -> tuple[int, int, int]:
+        engine = config.engine
+        return engine.max_tokens_per_step, engine.max_running, engine.kv_memory
+
+    assert sizes(settings(None, {"engine.device": "cpu"})) == (256, 64, 256 * 2**20)
+    assert sizes(gpu()) == (2048, 256, 4 * 2**30)
+    given = {"max_tokens_per_step": 32, "max_running": 8, "kv_memory": "1MiB"}
+    found = gpu(**{f"engine.{name}": value for name, value in given.items()})
+    assert sizes(found) == (32, 8, 2**20)
+    assert gpu(**{"engine.all2all": "nixl_ep"}).engine.max_tokens_per_step == 256
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

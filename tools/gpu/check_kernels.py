@@ -119,7 +119,7 @@ def time_attention() -> None:
         time = replay([lambda c=c: attention.paged_attention(**c, scaling=0.1) for c in cases])
         rate = f"{moved / time / 1e6:.2f} TB/s"
         print(f"attention decode {sequences} x {context}: {time:.1f} us, {rate}")
-    for count in (512, 4096):
+    for count in (512, 2048, 4096):
         case = attention_case([0], [count], 32, 4, (128, 128))
         time = replay([lambda: attention.paged_attention(**case, scaling=0.1)])
         flops = 2 * 2 * 32 * 128 * count * count / 2

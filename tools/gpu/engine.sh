@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything about the engine that needs one NVIDIA GPU, in some eight minutes; from the repository:
+# Everything about the engine that needs one NVIDIA GPU, in some nine minutes; from the repository:
 #     sh tools/gpu/engine.sh [FOLDER]
 # Figures go to FOLDER (default: build/gpu). Exit status 1 if anything computes something else.
 set -u
@@ -24,6 +24,12 @@ run ranks python3 -m flexpert bench decode --ranks 1,2,4 --layers 24 --json "$ou
 echo quit | nvidia-cuda-mps-control
 unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 run decode python3 -m flexpert bench decode --json "$out/decode.json"
-run layer python3 -m flexpert bench layer --json "$out/layer.json"
+# half of the layers: transformers has the same weights in bf16 beside them
+run decode_fp8 python3 -m flexpert bench decode --layers 24 --quantization fp8 \
+    --json "$out/decode_fp8.json"
+run layer python3 -m flexpert bench layer --rivals grouped_mm --json "$out/layer.json"
+run layer_fp8 python3 -m flexpert bench layer --rivals grouped_mm --quantization fp8 \
+    --json "$out/layer_fp8.json"
+run fp8 python3 tools/gpu/check_serving.py --fp8
 run kernels python3 tools/gpu/check_kernels.py
 exit $status

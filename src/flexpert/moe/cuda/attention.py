@@ -7,13 +7,25 @@ keys of a sequence are split among several, and a second kernel merges what they
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-KEYS = 64
-"""Keys a program looks at in one go."""
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """rows: of queries in a program, tokens times heads of a group. keys: that it looks at in one
+    go. fill: programs for each multiprocessor, below which keys are split."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    fill: int = 2
+
 
 MOST_SPLITS = 32
 
@@ -54,6 +66,79 @@ def _write_cache(
         ok = (head < HEADS) & (d < VALUE)
         row = tl.load(value + token * value_token + head * value_head + d, mask=ok)
         tl.store(value_cache + (slot * HEADS + head) * VALUE + d, row, mask=ok)
+
+
+@triton.jit
+def _look(
+    accumulated,
+    peak,
+    total,
+    q,
+    key_cache,
+    value_cache,
+    blocks,
+    tile,
+    last,
+    position,
+    kv_head,
+    scaling,
+    softcap,
+    BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    KEY: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The sums so far with one tile of keys; not MASKED: every row sees all of them."""
+    n = tile * KEYS + tl.arange(0, KEYS)
+    d = tl.arange(0, KEY_PAD)
+    v = tl.arange(0, VALUE_PAD)
+    if MASKED:
+        there = n < last
+        block = tl.load(blocks + n // BLOCK, mask=there, other=0)
+    else:
+        block = tl.load(blocks + n // BLOCK)
+    place = (block.to(tl.int64) * BLOCK + n % BLOCK) * KV_HEADS + kv_head
+    keys = key_cache + place[None, :] * KEY + d[:, None]
+    if MASKED:
+        k = tl.load(keys, mask=there[None, :] & (d < KEY)[:, None], other=0.0)
+    elif KEY < KEY_PAD:
+        k = tl.load(keys, mask=(d < KEY)[:, None], other=0.0)
+    else:
+        k = tl.load(keys)
+    score = tl.dot(q, k, input_precision=PRECISION)
+    if CAPPED:
+        score *= scaling
+        score = softcap * _LOG2_E * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
+    else:
+        score *= scaling * _LOG2_E
+    if MASKED:
+        seen = n[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen = seen & (n[None, :] > position[:, None] - WINDOW)
+        score = tl.where(seen, score, float("-inf"))
+    higher = tl.maximum(peak, tl.max(score, 1))
+    safe = higher
+    if MASKED:
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+    shrink = tl.exp2(peak - safe)
+    p = tl.exp2(score - safe[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    values = value_cache + place[:, None] * VALUE + v[None, :]
+    if MASKED:
+        w = tl.load(values, mask=there[:, None] & (v < VALUE)[None, :], other=0.0)
+    elif VALUE < VALUE_PAD:
+        w = tl.load(values, mask=(v < VALUE)[None, :], other=0.0)
+    else:
+        w = tl.load(values)
+    accumulated = tl.dot(p.to(w.dtype), w, accumulated * shrink[:, None], input_precision=PRECISION)
+    return accumulated, higher, total
 
 
 @triton.jit(do_not_specialize=["sequences", "max_blocks", "tokens", "splits"])
@@ -144,37 +229,24 @@ def _attend(
                 peak = sink * _LOG2_E
                 total = tl.full((ROWS,), 1.0, tl.float32)
         accumulated = tl.zeros((ROWS, VALUE_PAD), tl.float32)
-        for tile in range(low, high):
-            n = tile * KEYS + tl.arange(0, KEYS)
-            there = n < last
-            block = tl.load(block_tables + sequence * max_blocks + n // BLOCK, mask=there, other=0)
-            place = (block.to(tl.int64) * BLOCK + n % BLOCK) * KV_HEADS + kv_head
-            k = tl.load(
-                key_cache + place[None, :] * KEY + d[:, None],
-                mask=there[None, :] & (d < KEY)[:, None],
-                other=0.0,
-            )
-            score = tl.dot(q, k, input_precision=PRECISION) * scaling
-            if CAPPED:
-                score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
-            seen = (n[None, :] <= position[:, None]) & row_ok[:, None]
-            if WINDOW > 0:
-                seen = seen & (n[None, :] > position[:, None] - WINDOW)
-            score = tl.where(seen, score * _LOG2_E, float("-inf"))
-            higher = tl.maximum(peak, tl.max(score, 1))
-            safe = tl.where(higher == float("-inf"), 0.0, higher)
-            shrink = tl.exp2(peak - safe)
-            p = tl.exp2(score - safe[:, None])
-            total = total * shrink + tl.sum(p, 1)
-            peak = higher
-            values = tl.load(
-                value_cache + place[:, None] * VALUE + v[None, :],
-                mask=there[:, None] & (v < VALUE)[None, :],
-                other=0.0,
-            )
-            accumulated = tl.dot(
-                p.to(values.dtype), values, accumulated * shrink[:, None], input_precision=PRECISION
-            )
+        blocks = block_tables + sequence * max_blocks
+        middle = low
+        # a decode step is as fast as its keys arrive, and a second loop makes it slower
+        if not DECODE and WINDOW == 0:
+            # up to here every row sees every key
+            middle = tl.minimum(tl.maximum((context - count + begin + 1) // KEYS, low), high)
+            for tile in range(low, middle):
+                accumulated, peak, total = _look(
+                    accumulated, peak, total, q, key_cache, value_cache, blocks, tile, last,
+                    position, kv_head, scaling, softcap, BLOCK, KV_HEADS, KEY, KEY_PAD, VALUE,
+                    VALUE_PAD, KEYS, False, WINDOW, CAPPED, PRECISION,
+                )  # fmt: skip
+        for tile in range(middle, high):
+            accumulated, peak, total = _look(
+                accumulated, peak, total, q, key_cache, value_cache, blocks, tile, last, position,
+                kv_head, scaling, softcap, BLOCK, KV_HEADS, KEY, KEY_PAD, VALUE, VALUE_PAD, KEYS,
+                True, WINDOW, CAPPED, PRECISION,
+            )  # fmt: skip
         ok = row_ok[:, None] & (v < VALUE)[None, :]
         heads = KV_HEADS * GROUP
         if not SPLIT:
@@ -319,8 +391,12 @@ def attend(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    tiling: Tiling | None = None,
 ) -> Tensor:
-    """Attend causally over a cache that has this step's keys and values; see `paged_attention`."""
+    """Attend causally over a cache that has this step's keys and values; see `paged_attention`.
+
+    tiling: default: `choose`'s.
+    """
     tokens, heads, key_dim = query.shape
     kv_heads, value_dim = value_cache.shape[2:]
     sequences, max_blocks = block_tables.shape
@@ -330,12 +406,14 @@ def attend(
     key_pad, value_pad = _padded(key_dim), _padded(value_dim)
     group = heads // kv_heads
     decode = tokens == sequences
-    together = 1 if decode else max(1, 64 // triton.next_power_of_2(group))
+    if tiling is None:
+        tiling = choose(key_pad, decode=decode, dtype=query.dtype)
+    together = 1 if decode else max(1, tiling.rows // triton.next_power_of_2(group))
     programs = sequences if decode else tokens // together + sequences
     longest = max_blocks * key_cache.shape[1]
     if window:
-        longest = min(longest, window + together + KEYS)
-    splits = _splits(programs * kv_heads, longest, query.device)
+        longest = min(longest, window + together + tiling.keys)
+    splits = _splits(programs * kv_heads, longest // (2 * tiling.keys), tiling.fill, query.device)
     partial = peaks = sums = out
     if splits > 1:
         shape = (splits, tokens, heads)
@@ -371,15 +449,15 @@ def attend(
         VALUE_PAD=value_pad,
         TOKENS=together,
         ROWS=max(16, triton.next_power_of_2(together * group)),
-        KEYS=KEYS if key_pad <= 128 else KEYS // 2,
+        KEYS=tiling.keys,
         SPLIT=splits > 1,
         DECODE=decode,
         WINDOW=window,
         CAPPED=softcap != 0.0,
         SINKS=sinks is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4,
-        num_stages=2 if query.dtype == torch.float32 else 3,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
     )
     if splits > 1:
         _merge[(tokens * heads,)](
@@ -405,8 +483,20 @@ def _padded(dim: int) -> int:
     return max(16, int(triton.next_power_of_2(dim)))
 
 
-def _splits(programs: int, longest: int, device: torch.device) -> int:
-    """Into how many parts the keys of a sequence are cut, so that the GPU is full twice over.
+def choose(key_dim: int, *, decode: bool, dtype: torch.dtype) -> Tiling:
+    """A tiling for a padded dimension of keys, measured on an H100; float32 is for checking."""
+    keys = 64 if key_dim <= 128 else 32
+    if dtype == torch.float32:
+        return Tiling(64, keys, warps=4, stages=2)
+    if decode:
+        return Tiling(64, keys, warps=4, stages=3)
+    if key_dim <= 128:
+        return Tiling(64, 64, warps=4, stages=2, fill=1)
+    return Tiling(128, 64, warps=8, stages=2, fill=1)
+
+
+def _splits(programs: int, most: int, fill: int, device: torch.device) -> int:
+    """Into how many parts the keys of a sequence are cut, `most` at most, to fill the GPU.
 
     A power of two: each number is a kernel of its own in decode steps.
     """
@@ -414,5 +504,5 @@ def _splits(programs: int, longest: int, device: torch.device) -> int:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
     else:
         processors = 8  # so that the interpreter meets both ways
-    most = max(1, min(-(-2 * processors // programs), MOST_SPLITS, longest // (2 * KEYS)))
+    most = max(1, min(-(-fill * processors // programs), MOST_SPLITS, most))
     return 1 << most.bit_length() - 1
