@@ -99,6 +99,17 @@ def test_sizes_that_nixl_ep_does_not_take_are_told_as_a_wrong_setting() -> None:
         compute.make_exchange(0, spec, config, 1.0, experts=4)
 
 
+def test_a_cache_that_the_gpu_has_no_room_for_is_told_as_a_wrong_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(size: int, device: torch.device) -> None:
+        raise CommError(f"{size} bytes of the GPU's memory: out of memory")
+
+    monkeypatch.setattr(compute, "lend", full)
+    with pytest.raises(ConfigError, match=r"KV cache: 4096 bytes .*; lower --kv-memory"):
+        compute.lend_cache(4096, GPU)
+
+
 def test_a_cpu_keeps_its_ranks() -> None:
     assert settings(None, {"engine.device": "cpu"}).cluster.max_ranks == 8
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flexpert.comm import Buffer, BufferSpec, CommError, make_buffer
+from flexpert.comm import Buffer, BufferSpec, CommError, Lending, lend, make_buffer
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.config import EngineConfig
 from flexpert.errors import ConfigError
@@ -86,6 +86,18 @@ def make_exchange(
         return make_buffer(rank, spec, backend="cuda", timeout_s=timeout_s)
     except CudaError as error:
         raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
+
+
+def lend_cache(size: int, device: torch.device) -> Lending:
+    """Memory of the KV cache, which peers may read.
+
+    Raises:
+        ConfigError: the GPU does not have it.
+    """
+    try:
+        return lend(size, device)
+    except CommError as error:
+        raise ConfigError(f"the KV cache: {error}; lower --kv-memory") from error
 
 
 def make_runtime(

@@ -29,7 +29,6 @@ from flexpert.comm import (
     RankLost,
     RankTimeout,
     borrow,
-    lend,
 )
 from flexpert.config import EngineConfig
 from flexpert.engine.arrivals import Arrivals
@@ -37,6 +36,7 @@ from flexpert.engine.beside import Fetch, Preparation
 from flexpert.engine.compute import (
     graph_sizes,
     kernels_for,
+    lend_cache,
     make_exchange,
     make_runtime,
     make_store,
@@ -113,7 +113,7 @@ class RankEngine:
         self.moe = make_runtime(self.buffer, source, config, self.device)
         blocks = kv_blocks(info, config)
         # peers read the cache of a rank that leaves
-        self.lent = lend(KVCache.nbytes(info, blocks, config.kv_block_size), self.device)
+        self.lent = lend_cache(KVCache.nbytes(info, blocks, config.kv_block_size), self.device)
         self.shard = ModelShard.load(
             source,
             moe=self.moe,

@@ -81,7 +81,7 @@ class SharedMemory:
             at = ctypes.c_void_p()
             _check(
                 self._runtime,
-                f"{size} bytes for a window",
+                f"{size} bytes of the GPU's memory",
                 self._runtime.cudaMalloc(ctypes.byref(at), ctypes.c_size_t(size)),
             )
             assert at.value is not None
