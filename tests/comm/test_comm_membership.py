@@ -136,7 +136,7 @@ def test_an_evicted_rank_that_goes_on_writing_changes_no_result(local: Local) ->
         rounds = 0
         while not stop.is_set():
             lib.fx_send_dispatch(
-                evicted._b,
+                evicted._core.b,
                 s.x.data_ptr(),
                 spec.hidden * 2,
                 spec.hidden * 2,
@@ -151,7 +151,7 @@ def test_an_evicted_rank_that_goes_on_writing_changes_no_result(local: Local) ->
                 bad,
             )
             for home in (0, 1):
-                lib.fx_send_combine(evicted._b, y.data_ptr(), home)
+                lib.fx_send_combine(evicted._core.b, y.data_ptr(), home)
             rounds += 1
         return rounds
 

@@ -296,9 +296,9 @@ def test_a_rejoined_id_is_not_disturbed_by_its_old_process(local: Local) -> None
     def hammer() -> int:
         rounds = 0
         while not stop.is_set():
-            lib.fx_greet(old._b)
+            lib.fx_greet(old._core.b)
             lib.fx_send_dispatch(
-                old._b,
+                old._core.b,
                 s.x.data_ptr(),
                 2 * spec.hidden,
                 2 * spec.hidden,
@@ -312,7 +312,7 @@ def test_a_rejoined_id_is_not_disturbed_by_its_old_process(local: Local) -> None
                 s.table.rank.shape[0],
                 bad,
             )
-            lib.fx_send_combine(old._b, y.data_ptr(), rounds % 2)
+            lib.fx_send_combine(old._core.b, y.data_ptr(), rounds % 2)
             rounds += 1
         return rounds
 
@@ -432,7 +432,7 @@ def test_statistics_name_the_slow_rank_and_count_each_token_once(local: Local) -
     assert max(told.dispatch_wait_ns, key=lambda r: told.dispatch_wait_ns[r]) == 1
     owners = sent[0].table.rank[sent[0].expert_ids.clamp(min=0).long()]
     to_one = int(((owners == 1) & (sent[0].expert_ids >= 0)).any(1).sum())
-    row = local.buffers[0]._window.layout
+    row = local.buffers[0]._core.window.layout
     dispatched = to_one * (row.meta_bytes + row.result_stride)
     from_one = int(
         (

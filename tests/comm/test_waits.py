@@ -185,7 +185,7 @@ def test_ctrl_c_ends_a_wait(local: Local) -> None:
         ranks.all(connect, {1: watcher.address})
         ranks.ranks[0].ask(set_active, (0, 1), 1)
         ranks.ranks[0].answer()
-        flag = watcher._b.inbox[0] + DISPATCH_FLAG_AT
+        flag = watcher._core.b.inbox[0] + DISPATCH_FLAG_AT
         ranks.ranks[0].ask(wait_for_ctrl_c, random_sent(spec, (0, 1), 1)[0])
         limit = time.monotonic() + LIMIT_S
         while not any(ffi.buffer(ffi.cast("char *", flag), 8)[:]) and time.monotonic() < limit:

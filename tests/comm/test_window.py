@@ -146,7 +146,7 @@ def test_nothing_is_left_in_shared_memory_after_sigkill() -> None:
 def test_a_window_takes_the_memory_that_was_written_and_gives_it_back(local: Local) -> None:
     spec = spec_of(256, max_tokens=1024, hidden=2048, topk=8)
     local.start(spec, [0, 1])
-    window = local.buffers[0]._window
+    window = local.buffers[0]._core.window
     assert size_bytes(spec) > 2**30
     assert window.memory_bytes() < 2**18
     local.activate([0, 1])
@@ -170,7 +170,7 @@ def test_disconnecting_an_active_peer_masks_it(local: Local) -> None:
 def test_a_peer_cannot_shrink_a_window_under_its_owner(local: Local) -> None:
     local.start(spec_of(2), [0, 1])
     with pytest.raises(PermissionError):
-        os.ftruncate(local.buffers[0]._window.fd, HEADER_BYTES)
+        os.ftruncate(local.buffers[0]._core.window.fd, HEADER_BYTES)
 
 
 # ---- garbage: rank 1 writes what no rank of ours would ------------------------------------------
@@ -204,8 +204,10 @@ def test_garbage_in_a_dispatch_is_refused_and_its_writer_named(
     zero, one = local.start(spec, [0, 1]).values()
     local.activate([0, 1])
     for row in range(min(rows, 2)):
-        poke(one._b.outbox[0] + slots_of_row(spec, row), struct.pack(f"={len(slots)}h", *slots))
-    poke(one._b.outbox[0] + DISPATCH_FLAG_AT, flag(1 << 32 | 1, rows, 0, row_bytes))
+        poke(
+            one._core.b.outbox[0] + slots_of_row(spec, row), struct.pack(f"={len(slots)}h", *slots)
+        )
+    poke(one._core.b.outbox[0] + DISPATCH_FLAG_AT, flag(1 << 32 | 1, rows, 0, row_bytes))
     sent = random_sent(spec, (0, 1), 1)
     with pytest.raises(CommError, match="rank 1 sent rows or slots"):
         dispatch(zero, sent[0])
@@ -229,8 +231,8 @@ def test_garbage_in_a_combine_is_refused_and_its_writer_named(
     local.activate([0, 1])
     sent = random_sent(spec, (0, 1), 1)
     received = local.each(sent, lambda b: dispatch(b, sent[b.rank]))
-    at = one._b.outbox[0] + COMBINE_FLAG_AT
-    poke(at, flag(1 << 32 | 1, zero._b.sent_rows[1] + extra, mode))
+    at = one._core.b.outbox[0] + COMBINE_FLAG_AT
+    poke(at, flag(1 << 32 | 1, zero._core.b.sent_rows[1] + extra, mode))
     with pytest.raises(CommError, match=f"rank 1 sent {message}"):
         zero.combine(received[0].x.clone(), received[0], reduce="rank")
 
@@ -245,13 +247,13 @@ def test_random_bytes_in_all_that_a_peer_may_write_never_crash_the_owner(local: 
     for _ in range(100):
         local.epoch += 1
         zero.set_active([0, 1], local.epoch)
-        zero._must_vote = False
+        zero._core.must_vote = False
         for row in range(spec.max_tokens):
             slots = torch.randint(-2, 3, (spec.topk,), generator=generator, dtype=torch.int16)
-            poke(one._b.outbox[0] + slots_of_row(spec, row), slots.numpy().tobytes())
+            poke(one._core.b.outbox[0] + slots_of_row(spec, row), slots.numpy().tobytes())
         rows = int(torch.randint(0, 6, (1,), generator=generator))
         tag = local.epoch << 32 | 1
-        poke(one._b.outbox[0] + DISPATCH_FLAG_AT, flag(tag, rows, 0, where.row_bytes))
+        poke(one._core.b.outbox[0] + DISPATCH_FLAG_AT, flag(tag, rows, 0, where.row_bytes))
         try:
             got = dispatch(zero, sent[0], 1.0)
         except CommError as error:

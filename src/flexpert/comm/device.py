@@ -24,7 +24,8 @@ from flexpert.comm.buffer import (
     Statistics,
 )
 from flexpert.comm.errors import CommError, Interrupted, RankLost, RankTimeout, StaleEpoch
-from flexpert.comm.host.buffer import HostBuffer, State
+from flexpert.comm.host.buffer import HostBuffer
+from flexpert.comm.host.core import State
 from flexpert.comm.interpreter import INTERPRETED
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ from flexpert.comm.cuda.peers import Address, Memory, Window, decode, open_windo
 from flexpert.comm.cuda.received import CudaReceived
 from flexpert.comm.device import DeviceBuffer, Hook, default_device, loss_of
 from flexpert.comm.errors import CommError, Interrupted
-from flexpert.comm.host.buffer import State
+from flexpert.comm.host.core import State
 from flexpert.comm.routing import check_dispatch, check_table
 
 if TYPE_CHECKING:

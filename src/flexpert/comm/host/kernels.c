@@ -1,7 +1,7 @@
 /* The hot path of the host backend: copies, sums, flags and futexes of one rank's exchanges.
  *
- * Python (buffer.py) decides and checks; each function here is one phase of an exchange, runs
- * without the GIL, and never trusts a number that a peer wrote: it copies it once, then checks it.
+ * Python decides and checks; each function here is one phase of an exchange, runs without the GIL,
+ * and never trusts a number that a peer wrote: it copies it once, then checks it.
  *
  * Tags. Each pair of ranks counts its own exchanges and votes. A flag carries
  * epoch << 32 | link << 20 | count and must be equal to what its reader expects. Counts start anew
@@ -25,7 +25,7 @@
  *     it has reduced combine n.
  * A side that gives up on the other masks it, writes no more, and later needs a hello. Between
  * epochs the same holds if the last exchange of the old one was whole on A. If it was not,
- * B may still be reading, and A must first see B's vote of the new epoch; buffer.py insists.
+ * B may still be reading, and A must first see B's vote of the new epoch; exchange.py insists.
  *
  * Beats. A rank that waits for long says so in the second word of its hellos (epoch, count). Who
  * runs out of time does not blame those: they wait as well, for a third one, and not for ever.
@@ -41,7 +41,7 @@
  * waiters is seq_cst: if the waker saw no waiter, the futex sees the new doorbell and returns.
  *
  * Peers on other machines have an outbox in own memory (staging) and no control part. What would
- * be a store into their window is noted as due; buffer.py sends it over NIXL, and stores what
+ * be a store into their window is noted as due; remote.py sends it over NIXL, and stores what
  * arrives into the inbox.
  */
 #ifndef _GNU_SOURCE
@@ -92,7 +92,7 @@ typedef struct {
     uint8_t due[256];  /* FX_DUE_*: to be sent over NIXL */
     uint8_t come[256]; /* by this wait */
     uint32_t beat;     /* how often this rank has said that it waits */
-    int32_t to_open;   /* a peer has lent its place by now: buffer.py should map it */
+    int32_t to_open;   /* a peer has lent its place by now: Python should map it */
 
     /* the own vote of this step; ballot_bytes -1: not posted */
     uint8_t ballot[48];
@@ -177,7 +177,7 @@ enum { FX_BF16 = 0, FX_FP16 = 1, FX_FP32 = 2 };
 enum { FX_NO_SUCH_EXPERT = 1, FX_NO_OWNER = 2 };
 enum { FX_WRONG_MODE = 1, FX_WRONG_ROWS = 2 };
 enum { FX_NONSENSE = -1, FX_NO_MEMORY = -2, FX_WRONG_PAYLOAD = -3 };
-enum { FX_GONE_RESTARTED = 4 }; /* 1 to 3 come from buffer.py */
+enum { FX_GONE_RESTARTED = 4 }; /* 1 to 3: see codes.py */
 enum { FX_OWED_DISPATCH = 1, FX_OWED_VOTE = 2 };
 enum { FX_DUE_HELLO = 1, FX_DUE_VOTE = 2, FX_DUE_DISPATCH = 4, FX_DUE_COMBINE = 8 };
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,9 +11,8 @@ from flexpert.comm import quant
 from flexpert.comm.buffer import BufferSpec, Received, Scales
 from flexpert.comm.errors import StaleEpoch
 from flexpert.comm.host._kernels import lib
-
-if TYPE_CHECKING:
-    from flexpert.comm.host.buffer import HostBuffer
+from flexpert.comm.host.core import Core
+from flexpert.comm.host.rooms import Rooms
 
 
 class Kind(IntEnum):
@@ -64,8 +62,8 @@ class HostReceived(Received):
 
     def __init__(
         self,
-        buffer: HostBuffer,
-        b: object,  # the kernels' view of the buffer, after fx_receive
+        core: Core,  # after fx_receive
+        rooms: Rooms,
         payload: Payload,
         offsets: torch.Tensor,
         pairs: int,
@@ -80,16 +78,17 @@ class HostReceived(Received):
         self.tokens_sent = wire.shape[0]
         self.choices = choices  # k of expert_ids
         self.masked = masked
-        self.epoch = buffer.epoch
-        self.sequence = buffer.sequence
+        self.epoch = core.epoch
+        self.sequence = core.sequence
         self._rows = torch.empty(pairs, dtype=torch.int64)
-        self._buffer = buffer
+        self._core = core
+        self._rooms = rooms
         self._payload = payload
         self._wire = wire  # own rows are read where they are
         self._x: torch.Tensor | None = None
         self._scales: torch.Tensor | None = None
         lib.fx_index(
-            b,
+            core.b,
             self.weights.data_ptr(),
             self.source.data_ptr(),
             self.token.data_ptr(),
@@ -105,11 +104,11 @@ class HostReceived(Received):
     def x(self) -> torch.Tensor:
         if self._x is None:
             self._check()
-            raw = self._buffer.room(self._rows.shape[0], self._payload.value_bytes)
+            raw = self._rooms.room(self._rows.shape[0], self._payload.value_bytes, "x")
             self._gather(0, raw)
             kind = self._payload.kind
             if kind is Kind.ROWS:
-                self._x = raw.view(self._buffer.spec.dtype)
+                self._x = raw.view(self._core.spec.dtype)
             else:
                 self._x = raw if kind is Kind.BYTES else raw.view(torch.float8_e4m3fn)
         return self._x
@@ -130,7 +129,7 @@ class HostReceived(Received):
 
     def _check(self) -> None:
         """Rows lie where peers write the next dispatch once they have this rank's combine."""
-        if not self._buffer.holds(self):
+        if not self._core.holds(self):
             raise StaleEpoch(
                 f"the rows of dispatch {self.sequence} (epoch {self.epoch}) were not copied "
                 "before combine began: use x before"

@@ -46,7 +46,7 @@ from flexpert.comm.buffer import (
 )
 from flexpert.comm.device import DeviceBuffer, Hook, default_device, loss_of
 from flexpert.comm.errors import CommError, Interrupted
-from flexpert.comm.host.buffer import State
+from flexpert.comm.host.core import State
 from flexpert.comm.layout import VOTE_BYTES, align
 from flexpert.comm.nixl_ep.backend.meeting import (
     Address,

@@ -1,0 +1,26 @@
+"""Numbers that kernels.c gives and takes, by name."""
+
+from __future__ import annotations
+
+LINK_SHIFT, MOST_LINK = 20, 0xFFF  # of a session
+
+# how a wait ended
+OK, TIMEOUT, INTERRUPTED, AGAIN, RUNG, LOST = range(6)
+
+# what is waited for
+DISPATCH, COMBINE, VOTE = range(3)
+PHASES = ("dispatch", "combine", "vote")
+
+# what was wrong with a dispatch, a combine, and with what a dispatch brought
+NO_SUCH_EXPERT = 1
+WRONG_MODE = 1
+NO_MEMORY, WRONG_PAYLOAD = -2, -3
+
+# why waiting for a peer is in vain
+ENDED, BROKEN_LINK, MASKED, RESTARTED = 1, 2, 3, 4
+WHY = {
+    ENDED: "process ended",
+    BROKEN_LINK: "link broken",
+    MASKED: "masked",
+    RESTARTED: "started afresh",
+}
