@@ -7,6 +7,7 @@ watch.py              ends of processes
 
 buffer.py     HostBuffer: the contract of flexpert.comm.Buffer, handed on to these, each of which
               knows only those above it:
+checks.py       arguments
 core.py         the kernels' struct, the locks, where this rank stands
 remote.py       what is sent and taken over NIXL
 members.py      links and active ids, as the kernels know them
@@ -15,5 +16,4 @@ connecting.py   how peers come to be connected
 waiting.py      waits for all that are active
 votes.py        the step barrier
 exchange.py     dispatch and combine; received.py, rooms.py: what they bring, and memory for it
-checks.py       arguments
 """

@@ -41,7 +41,7 @@ class Votes:
             self._remote.flush()
 
     def wait(self, timeout_s: float | None) -> bool:
-        """For any."""
+        """For any; see `Buffer.wait_for_vote`."""
         most_ns = FOREVER_NS if timeout_s is None else limit_ns(timeout_s)
         core = self._core
         with core.exchanging:
