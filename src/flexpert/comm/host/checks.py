@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from flexpert.comm.buffer import BufferSpec, Channel, OnTimeout, Reduce
+from flexpert.comm.buffer import BufferSpec, Channel, OnTimeout
 from flexpert.comm.layout import check_spec
 
 FOREVER_NS = 2**62
@@ -48,12 +48,6 @@ def check_rows(name: str, tensor: torch.Tensor, rows: int, spec: BufferSpec) -> 
             f"{name} must be [{rows}, {spec.hidden}] {spec.dtype}, contiguous; "
             f"is {list(tensor.shape)} {tensor.dtype}"
         )
-
-
-def check_reduce(reduce: Reduce) -> None:
-    """Raises: ValueError"""
-    if reduce not in ("home", "rank"):
-        raise ValueError(f"reduce is {reduce!r}, must be 'home' or 'rank'")
 
 
 def check_weights(weights: torch.Tensor, shape: tuple[int, int], *, home: bool) -> None:

@@ -23,7 +23,7 @@ from flexpert.comm.buffer import (
 from flexpert.comm.errors import CommError, StaleEpoch
 from flexpert.comm.host._kernels import ffi, lib
 from flexpert.comm.host.changes import Changes
-from flexpert.comm.host.checks import check_reduce, check_rows, check_weights
+from flexpert.comm.host.checks import check_rows, check_weights
 from flexpert.comm.host.codes import (
     COMBINE,
     DISPATCH,
@@ -179,7 +179,8 @@ class Exchange:
         core = self._core
         spec = core.spec
         check_rows("y", y, received.weights.shape[0], spec)
-        check_reduce(reduce)
+        if reduce not in ("home", "rank"):
+            raise ValueError(f"reduce is {reduce!r}, must be 'home' or 'rank'")
         if out is None:
             out = torch.empty((received.tokens_sent, spec.hidden), dtype=spec.dtype)
         else:
@@ -194,7 +195,10 @@ class Exchange:
                     + ("combined already" if core.state is State.BETWEEN else "not combined")
                 )
             if weights is not None:
-                self._set_weights(weights, received, home)
+                assert isinstance(received, HostReceived)
+                k = received.choices
+                check_weights(weights, (received.tokens_sent, k), home=home)
+                lib.fx_set_weights(core.b, weights.contiguous().data_ptr(), k)
             core.state = State.BROKEN
             lib.fx_send_combine(core.b, y.data_ptr(), home)
             self._remote.flush()
@@ -205,12 +209,6 @@ class Exchange:
             return self._reduce(y, out, home, sequence, timeout_s)
 
         return _Hook(receive)
-
-    def _set_weights(self, weights: torch.Tensor, received: Received, home: bool) -> None:
-        assert isinstance(received, HostReceived)
-        shape = (received.tokens_sent, received.choices)
-        check_weights(weights, shape, home=home)
-        lib.fx_set_weights(self._core.b, weights.contiguous().data_ptr(), shape[1])
 
     def _reduce(
         self, y: torch.Tensor, out: torch.Tensor, home: bool, sequence: int, timeout_s: float | None
