@@ -97,7 +97,7 @@ class Changes:
                 nonce = link.address.nonce
                 lib.fx_lend(core.b, link.peer, link.inbox.number, nonce)
         self.apply_now()
-        with core.signalling, core.changing:
+        with core.changing, core.signalling:  # in this order, as everywhere
             if self._members.installed.get(link.peer) is link:
                 lib.fx_ring_peer(core.b, link.peer)
 
