@@ -62,13 +62,13 @@ def whole(seed: int = SEED, *, quantise: bool = False) -> RandomModel:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is a test of the interpreter")
-@pytest.mark.parametrize("quantise", [False, True], ids=["whole", "fp8"])
-def test_two_ranks_give_the_logits_of_transformers(quantise: bool) -> None:
-    result = run_group(plan(2, quantise=quantise), note=lambda _: None)
+def test_two_ranks_give_the_logits_of_transformers() -> None:
+    """With experts in fp8, of which transformers has the restored ones."""
+    result = run_group(plan(2, quantise=True), note=lambda _: None)
     with torch.inference_mode():
-        reference = whole(quantise=quantise).transformers()
+        reference = whole(quantise=True).transformers()
         assert difference(reference, result.logits, SEED, 6) < 1e-4
-        other = whole(seed=SEED + 1, quantise=quantise).transformers()
+        other = whole(seed=SEED + 1, quantise=True).transformers()
         assert difference(other, result.logits, SEED, 6) > 0.1  # it can tell
     assert [len(times) for times in result.times_us] == [1, 1]
     assert all(1 <= active <= 4 for active in result.active)
