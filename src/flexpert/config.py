@@ -146,7 +146,8 @@ class Config(_Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_a_gpu(cls, tree: Any) -> Any:
-        """On a GPU max_ranks is 1 unless ranks are asked for: one rank exchanges nothing."""
+        """Larger steps and caches; and max_ranks is 1 unless ranks are asked for, because one rank
+        exchanges nothing."""
         if not isinstance(tree, dict) or _device(tree.get("engine")) != "cuda":
             return tree
         engine, cluster = tree["engine"], tree.get("cluster") or {}

@@ -20,7 +20,6 @@ from flexpert.moe import fp8
 SUFFIX = "_scale_inv"
 REMEDY = "use a bfloat16 checkpoint of it"
 
-
 Block = tuple[int, int]
 """(rows, columns) that share a scale."""
 
@@ -67,8 +66,9 @@ class Fp8Files(TensorFiles):
         self.block = block
         self.weights = _As(self, "")
         self.scales = _As(self, SUFFIX)
-        for key in self.keys():
-            if self.is_fp8(key) and not self.scaled(key):
+        self._fp8 = frozenset(key for key in self.keys() if self.dtype(key) == "F8_E4M3")
+        for key in sorted(self._fp8):
+            if not self.scaled(key):
                 raise ModelError(
                     f"{path} has {key} in fp8 without its scales {key}{SUFFIX}; download it again"
                 )
@@ -78,13 +78,13 @@ class Fp8Files(TensorFiles):
         return key + SUFFIX in self._file_of
 
     def is_fp8(self, key: str) -> bool:
-        return self.dtype(key).startswith("F8_E4M3")
+        return key in self._fp8
 
     def read(self, key: str) -> Tensor:
         tensor = super().read(key)
-        return (
-            self._restored(key, tensor, super().read(key + SUFFIX)) if self.scaled(key) else tensor
-        )
+        if not self.scaled(key):
+            return tensor
+        return self._restored(key, tensor, super().read(key + SUFFIX))
 
     def read_row(self, key: str, row: int) -> Tensor:
         tensor = super().read_row(key, row)

@@ -103,11 +103,14 @@ class ModelSource:
         self.attention_names = tuple(found.attention_shapes)
         self.experts_names = tuple(call.name for call in found.experts_calls)
         self.checkpoint = Checkpoint(files, skeleton)
-        self._fp8_files = files if isinstance(files, Fp8Files) else None
-        self.fp8_experts = experts == "fp8" or (
-            experts == "stored"
-            and any(map(self._quantised_in_files, sorted(self.expert_parameters)))
-        )
+        # parameters of experts that are fp8 in the files, and those that can be taken as they are
+        quantised = self._quantised(files) if isinstance(files, Fp8Files) else {}
+        self.fp8_experts = experts == "fp8" or (experts == "stored" and bool(quantised))
+        self._as_stored = {
+            name: fp8_files
+            for name, fp8_files in quantised.items()
+            if self.fp8_experts and self._fits_as_stored(name, fp8_files)
+        }
         self._check_complete()
 
     @classmethod
@@ -271,8 +274,9 @@ class ModelSource:
             if target is None:
                 return
             full = f"{name}.{parameter}"
-            if scales is not None and self._takes_as_stored(name, full):
-                self._copy_stored(full, expert, target, scales)
+            files = self._as_stored.get(full)
+            if files is not None and scales is not None:
+                self._copy_stored(files, full, expert, target, scales)
                 return
             tensor = self.checkpoint.read_expert(full, expert, self.info.experts)
             expected = tuple(self.skeleton.get_parameter(full).shape[1:])
@@ -296,34 +300,33 @@ class ModelSource:
         read(f"{up}_bias", into.gate_up_bias)
         read("down_proj_bias", into.down_bias)
 
-    def _quantised_in_files(self, name: str) -> bool:
-        """Whether all that a parameter is made of is fp8 with scales."""
-        files, recipe = self._fp8_files, self.checkpoint.recipes.get(name)
-        if files is None or recipe is None:
-            return False
-        return all(files.is_fp8(key) for keys in recipe.sources.values() for key in keys)
+    def _quantised(self, files: Fp8Files) -> dict[str, Fp8Files]:
+        """The parameters of experts that are made of fp8 weights with scales, and nothing else."""
+        recipes = self.checkpoint.recipes
+        return {
+            name: files
+            for name in self.expert_parameters & recipes.keys()
+            if all(files.is_fp8(key) for keys in recipes[name].sources.values() for key in keys)
+        }
 
-    def _takes_as_stored(self, module: str, name: str) -> bool:
+    def _fits_as_stored(self, name: str, files: Fp8Files) -> bool:
         """Whether fp8 weights and scales can be put together as they lie in the files.
 
         Else they are restored and quantised anew: blocks of another size or layout, or of gate and
         up that would share one.
         """
-        files = self._fp8_files
-        experts: Any = self.skeleton.get_submodule(module)
+        experts: Any = self.skeleton.get_submodule(name.rpartition(".")[0])
         rows = self.skeleton.get_parameter(name).shape[1]
         return (
-            files is not None
-            and files.block == (fp8.BLOCK, fp8.BLOCK)
+            files.block == (fp8.BLOCK, fp8.BLOCK)
             and not experts.is_transposed
             and (not experts.has_gate or rows // 2 % fp8.BLOCK == 0)
-            and self._quantised_in_files(name)
             and self.checkpoint.joins_only(name)
         )
 
-    def _copy_stored(self, name: str, expert: int, weight: Tensor, scales: Tensor) -> None:
-        files = self._fp8_files
-        assert files is not None
+    def _copy_stored(
+        self, files: Fp8Files, name: str, expert: int, weight: Tensor, scales: Tensor
+    ) -> None:
         for part, into in ((files.weights, weight.view(torch.uint8)), (files.scales, scales)):
             tensor = self.checkpoint.read_expert(name, expert, self.info.experts, part)
             if tensor.shape != into.shape:
