@@ -33,13 +33,6 @@ class Barriers:
         return {rank: number.to_bytes(4, "little") for rank, number in votes.items()}
 
 
-class Silent:
-    """A store in which nobody asks for anything."""
-
-    def clone(self) -> Silent:
-        return self
-
-
 def test_an_epoch_that_begins_without_somebody_is_agreed_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -56,7 +49,8 @@ def test_an_epoch_that_begins_without_somebody_is_agreed_anew(
     run: Any = worker.Run(
         buffer,  # type: ignore[arg-type]
         setup,
-        Silent(),
+        None,
+        None,
         worker.Task(0, View(1, (0, 1, 2))),
         None,  # type: ignore[arg-type]
     )

@@ -262,3 +262,39 @@ def test_processes_agree_without_one_that_is_killed_or_stopped(signal_: int) -> 
     finally:
         for rank_ in ranks[0 if signal_ == signal.SIGSTOP else 1 :]:
             rank_.kill()
+
+
+def asks_for(buffer: Buffer, port: int, view: View, timeout_s: float) -> str:
+    """What came of a call that waits for all others; says "asking" to the store when it begins."""
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store.set(f"asking/{view.epoch}", "")
+    try:
+        return str(agree(store, buffer.rank, view, timeout_s=timeout_s, patience_s=LIMIT_S))
+    except CommError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_one_that_was_stopped_past_its_limit_learns_what_was_decided(
+    pool: ThreadPoolExecutor,
+) -> None:
+    """Wherever in the call: the time that it was not there for is no reason to know nothing."""
+    limit_s = 0.3
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    others = Group(dist.TCPStore("127.0.0.1", server.port, is_master=False), pool)
+    sleeper = Rank(0, spec_of(3))
+    pid = sleeper.process.pid
+    assert pid
+    try:
+        for step in range(8):
+            view = View(2 * step, (0, 1, 2))  # the epoch after it is decided by 1 and 2
+            sleeper.ask(asks_for, server.port, view, limit_s)
+            server.wait([f"asking/{view.epoch}"])
+            time.sleep(0.005 * step)
+            os.kill(pid, signal.SIGSTOP)
+            calls = [others.ask(rank, view, suspects=(0,), patience_s=0.1) for rank in (1, 2)]
+            assert {call.result(LIMIT_S) for call in calls} == {View(view.epoch + 1, (1, 2))}
+            time.sleep(limit_s + 1.1)
+            os.kill(pid, signal.SIGCONT)
+            assert sleeper.answer().startswith("Evicted: ")
+    finally:
+        sleeper.kill()

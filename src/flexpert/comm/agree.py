@@ -162,7 +162,8 @@ class _Call:
         known: dict[int, Report] = {}
         nap_s = _FIRST_NAP_S
         while True:
-            newest = self.newest()
+            late = time.monotonic() - began >= timeout_s  # known before the look: who was stopped
+            newest = self.newest()  # since the last one looks again, however long that was
             found = self.settled(newest)
             if found:
                 return found
@@ -180,7 +181,7 @@ class _Call:
                 if now >= ready + turn * patience_s:
                     self.decide(reports)
                     continue
-            if now - began >= timeout_s:
+            if late:
                 silent = missing or tuple(sorted(set(self.view.ranks) - {self.rank}))
                 raise RankTimeout(silent, "agree", self.epoch, timeout_s)
             nap_s = min(1.5 * nap_s, _LONGEST_NAP_S)

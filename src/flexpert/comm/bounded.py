@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from flexpert.comm.errors import CommError
 
 _GRACE_S = 1.0  # for what must still be read or tidied up when the time is over
+_WAKING_S = 0.2  # for an answer that came while this process was stopped itself
 
 _Job = tuple["Future[Any]", Callable[[], Any]]
 
@@ -82,16 +83,14 @@ class BoundedStore:
         done: Future[Any] = Future()
         self._jobs.put((done, call))
         left_s = max(0.0, self._began + self._timeout_s - time.monotonic())
-        try:
-            return done.result(left_s + _GRACE_S)
-        except TimeoutError:
-            if done.done():
-                raise
-            self._silent = (
-                f"the store gave no answer for {left_s + _GRACE_S:.1f} s: "
-                "the process that serves it is stopped or cut off"
-            )
-            raise CommError(self._silent) from None
+        for wait_s in (left_s + _GRACE_S, _WAKING_S):
+            if wait([done], wait_s).done:
+                return done.result()
+        self._silent = (
+            f"the store gave no answer for {left_s + _GRACE_S:.1f} s: "
+            "the process that serves it is stopped or cut off"
+        )
+        raise CommError(self._silent)
 
 
 def _work(jobs: SimpleQueue[_Job | None]) -> None:

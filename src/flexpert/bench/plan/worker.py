@@ -87,6 +87,8 @@ def serve(rank: int, setup: Setup, pipe: Connection) -> None:
     store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", setup.port, is_master=False, timeout=timedelta(seconds=setup.connect_s)
     )
+    # now, not in a phase: who is stopped while it connects has no time left when it wakes
+    ear = store.clone()  # type: ignore[attr-defined]
     spec = BufferSpec(setup.capacity, sizes.tokens, sizes.hidden, sizes.topk, sizes.dtype)
     buffer = make_buffer(
         rank,
@@ -114,7 +116,7 @@ def serve(rank: int, setup: Setup, pipe: Connection) -> None:
                     buffer.disconnect(argument)
                     pipe.send(("done", time.monotonic() - began))
                 else:
-                    pipe.send(("done", Run(buffer, setup, store, argument, pipe).phase()))
+                    pipe.send(("done", Run(buffer, setup, store, ear, argument, pipe).phase()))
             except CommError as error:
                 pipe.send(("failed", f"{type(error).__name__}: {error}"))
     except (EOFError, BrokenPipeError):
@@ -124,15 +126,21 @@ def serve(rank: int, setup: Setup, pipe: Connection) -> None:
 
 
 class Run:
-    """One phase on one rank."""
+    """One phase on one rank. ear: a second connection to the store, for what listens beside."""
 
     def __init__(
-        self, buffer: Buffer, setup: Setup, store: Any, task: Task, pipe: Connection
+        self,
+        buffer: Buffer,
+        setup: Setup,
+        store: Any,
+        ear: Any,
+        task: Task,
+        pipe: Connection,
     ) -> None:
         self.buffer = buffer
         self.setup = setup
         self.store = store
-        self.ear = store.clone()
+        self.ear = ear
         self.task = task
         self.pipe = pipe
         self.view = task.view
