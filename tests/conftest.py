@@ -3,7 +3,9 @@ tensors on the CPU, but where a test asks for the GPU; nobody kills many.
 """
 
 import os
+from collections.abc import Callable
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -24,3 +26,11 @@ def _kill_one(pid: int, number: int) -> None:
 
 
 os.kill = _kill_one
+
+
+@pytest.fixture
+def in_shm() -> Callable[[], set[str]]:
+    """Names in /dev/shm, without those of semaphores of Python's process pools: flexpert has none,
+    and a test that runs beside this one may.
+    """
+    return lambda: {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
@@ -179,9 +179,9 @@ time.sleep(60)
     assert "commands failed: MemoryError: no more" in ended.stderr
 
 
-def test_nothing_outlives_a_head_that_is_killed() -> None:
+def test_nothing_outlives_a_head_that_is_killed(in_shm: Callable[[], set[str]]) -> None:
     command = [sys.executable, "-m", "flexpert", "serve", "--ranks", "2", "--port", "0"]
-    shm = set(os.listdir("/dev/shm"))
+    shm = in_shm()
     for _ in range(2):  # and a new head on the same settings serves again
         head = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -203,7 +203,7 @@ def test_nothing_outlives_a_head_that_is_killed() -> None:
         while left := [child for child in children if _lives(child)]:
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
-    assert set(os.listdir("/dev/shm")) <= shm
+    assert in_shm() <= shm
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 from comm_ranks import Rank, spec_of
@@ -105,7 +106,7 @@ class Group:
         self.pool = pool
 
     def ask(self, rank: int, view: View, suspects: tuple[int, ...] = (), **more: Any) -> Any:
-        options = {"timeout_s": LIMIT_S, "patience_s": 0.1, "life": life_of(rank)} | more
+        options = {"timeout_s": LIMIT_S, "patience_s": LIMIT_S, "life": life_of(rank)} | more
         return self.pool.submit(agree, self.store, rank, view, suspects=suspects, **options)
 
 
@@ -129,7 +130,7 @@ def test_survivors_agree_over_many_epochs_and_leave_few_keys(group: Group) -> No
 def test_who_is_silent_is_left_out_and_learns_it_whenever_it_wakes(group: Group) -> None:
     view = View(0, (0, 1, 2))
     for epoch in (1, 2, 3, 4, 5, 6):
-        calls = [group.ask(rank, view) for rank in (1, 2)]
+        calls = [group.ask(rank, view, patience_s=0.2) for rank in (1, 2)]
         view = calls[0].result(LIMIT_S)
         assert view == calls[1].result(LIMIT_S) == View(epoch, (1, 2))
     with pytest.raises(Evicted) as caught:
@@ -212,7 +213,7 @@ def test_the_decider_may_die_at_any_moment(operations: int, pool: ThreadPoolExec
             agree(Mortal(store, operations), 0, view, life=life_of(0), patience_s=0.1)  # type: ignore[arg-type]
 
     dying = pool.submit(die)
-    others = [group.ask(rank, view) for rank in (1, 2)]
+    others = [group.ask(rank, view, patience_s=0.1) for rank in (1, 2)]
     views = [call.result(LIMIT_S) for call in others]
     dying.result(LIMIT_S)
     assert views[0] == views[1]
@@ -236,7 +237,7 @@ def test_a_store_that_is_gone_is_a_clear_error(pool: ThreadPoolExecutor) -> None
 def agrees(buffer: Buffer, port: int, view: View, suspects: tuple[int, ...]) -> View | str:
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     try:
-        return agree(store, buffer.rank, view, suspects=suspects, patience_s=0.3)
+        return agree(store, buffer.rank, view, suspects=suspects, patience_s=LIMIT_S)
     except Evicted as error:
         return str(error)
 
@@ -264,10 +265,23 @@ def test_processes_agree_without_one_that_is_killed_or_stopped(signal_: int) -> 
             rank_.kill()
 
 
-def asks_for(buffer: Buffer, port: int, view: View, timeout_s: float) -> str:
-    """What came of a call that waits for all others; says "asking" to the store when it begins."""
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    store.set(f"asking/{view.epoch}", "")
+class Sleeper:
+    """A store whose client is stopped, the whole process, in the call with this number."""
+
+    def __init__(self, store: dist.Store, number: int) -> None:
+        self.store = store
+        self.left = number
+
+    def __getattr__(self, name: str) -> Any:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return getattr(self.store, name)
+
+
+def falls_asleep(buffer: Buffer, port: int, view: View, call: int, timeout_s: float) -> str:
+    """What comes of a call that waits for all others."""
+    store: Any = Sleeper(dist.TCPStore("127.0.0.1", port, is_master=False), call)
     try:
         return str(agree(store, buffer.rank, view, timeout_s=timeout_s, patience_s=LIMIT_S))
     except CommError as error:
@@ -278,23 +292,21 @@ def test_one_that_was_stopped_past_its_limit_learns_what_was_decided(
     pool: ThreadPoolExecutor,
 ) -> None:
     """Wherever in the call: the time that it was not there for is no reason to know nothing."""
-    limit_s = 0.3
+    limit_s = 1.0
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     others = Group(dist.TCPStore("127.0.0.1", server.port, is_master=False), pool)
     sleeper = Rank(0, spec_of(3))
-    pid = sleeper.process.pid
-    assert pid
+    process = psutil.Process(sleeper.process.pid)
     try:
-        for step in range(8):
-            view = View(2 * step, (0, 1, 2))  # the epoch after it is decided by 1 and 2
-            sleeper.ask(asks_for, server.port, view, limit_s)
-            server.wait([f"asking/{view.epoch}"])
-            time.sleep(0.005 * step)
-            os.kill(pid, signal.SIGSTOP)
-            calls = [others.ask(rank, view, suspects=(0,), patience_s=0.1) for rank in (1, 2)]
-            assert {call.result(LIMIT_S) for call in calls} == {View(view.epoch + 1, (1, 2))}
+        for epoch, call in ((0, 1), (2, 4), (4, 9)):  # its first look, its report, a later look
+            view = View(epoch, (0, 1, 2))
+            sleeper.ask(falls_asleep, server.port, view, call, limit_s)
+            while process.status() != psutil.STATUS_STOPPED:
+                assert not sleeper.pipe.poll(0.01), sleeper.answer()
+            calls = [others.ask(rank, view, suspects=(0,)) for rank in (1, 2)]
+            assert {call.result(LIMIT_S) for call in calls} == {View(epoch + 1, (1, 2))}
             time.sleep(limit_s + 1.1)
-            os.kill(pid, signal.SIGCONT)
+            process.resume()
             assert sleeper.answer().startswith("Evicted: ")
     finally:
         sleeper.kill()

@@ -125,7 +125,8 @@ def agree(
     Raises:
         Evicted: a later epoch was agreed without this rank.
         RankTimeout: no decision within the limit ("agree"); it names who was waited for.
-        CommError: the store is gone, or gave no answer within the limit and a second more.
+        CommError: the store is gone, or gave no answer within the limit and little more than
+            a second.
     """
     report = Report(life or _LIFE, tuple(sorted(set(suspects))))
     try:
@@ -162,8 +163,9 @@ class _Call:
         known: dict[int, Report] = {}
         nap_s = _FIRST_NAP_S
         while True:
-            late = time.monotonic() - began >= timeout_s  # known before the look: who was stopped
-            newest = self.newest()  # since the last one looks again, however long that was
+            # known before the look: who was stopped past the limit looks once more
+            late = time.monotonic() - began >= timeout_s
+            newest = self.newest()
             found = self.settled(newest)
             if found:
                 return found

@@ -39,7 +39,8 @@ class BoundedStore:
     the server answers or its connection ends.
 
     Raises, from every call: CommError: no answer within `timeout_s`, counted from the beginning,
-        and a second more. After that all calls fail at once. What the store raises, it raises.
+        and little more than a second. After that all calls fail at once. What the store raises, it
+        raises.
     """
 
     def __init__(self, store: Keys, timeout_s: float) -> None:

@@ -102,8 +102,8 @@ def meet(
         RankTimeout: some did not come ("connect"); those that did stay met. Its cause, if there is
             one, is a `ChannelDown`: what was wrong on this side.
         ValueError: a peer that can never be met; those met so far stay met.
-        CommError: the store is gone, gave no answer within the limit and a second more, or it
-            was cancelled.
+        CommError: the store is gone, gave no answer within the limit and little more than a
+            second, or it was cancelled.
     """
     with BoundedStore(store, timeout_s) as bounded:
         return _meet(bounded, rank, peers, host, timeout_s, epoch, cancelled)
