@@ -175,7 +175,7 @@ class Simulation(Network):
         if not spared and self.chance(0.03):
             self.call(0.01, self.end, process, 1)
         elif not spared and self.chance(0.02):
-            self.tell(process, msg.Unable("", "no memory"))
+            self.tell(process, msg.Unable("no memory"))
             self.call(self.draw.random(), self.end, process, 1)
         else:
             slow = not spared and self.chance(0.02)
@@ -187,7 +187,7 @@ class Simulation(Network):
             process.inbox.append(lambda: self.started(process))
         elif process.alive:
             own = process.address
-            hello = msg.Hello("", process.life, socket.gethostname(), own, own, own)
+            hello = msg.Hello(process.life, socket.gethostname(), own, own, own)
             self.tell(process, hello)
 
     def kill(self, rank: int) -> None:

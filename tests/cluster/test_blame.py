@@ -38,7 +38,7 @@ class Ranks:
 
     def hello(self, *ranks: int) -> None:
         for rank in ranks:
-            greeting = msg.Hello("", 100 + rank, "here", b"", b"", b"")
+            greeting = msg.Hello(100 + rank, "here", b"", b"", b"")
             self.coordinator.on_report(rank, greeting)
 
     def enter(self, *ranks: int) -> None:

@@ -11,11 +11,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from flexpert.cluster.forkserver import RankSpec, Started, encode
+from flexpert.cluster.forkserver import Fork, Kill, Started, decode_request, encode
 from flexpert.cluster.launcher import LocalLauncher, _Child
 from flexpert.cluster.ports import Work
 from flexpert.cluster.watch import worked
@@ -42,8 +41,8 @@ for page in range(0, 1 << 24, 4096):
 
 def known(process: subprocess.Popen[bytes]) -> _Child:
     """As if a fork server, whose place this process takes, had told of it."""
-    child = _Child()
-    child.found(process.pid, parent=os.getpid())
+    child = _Child(lambda status, why: None)
+    child.found(process.pid, os.pidfd_open(process.pid))
     return child
 
 
@@ -115,21 +114,24 @@ def test_who_is_gone_does_none() -> None:
     assert launcher.work(7) is None
 
 
-SPEC = RankSpec(0, "ipc://nowhere", "token", "{}")
-
-
 @pytest.fixture
-def forking(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalLauncher]:
-    """A launcher with a fork server, played by this process, that has been asked for rank 0."""
+def forking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[tuple[LocalLauncher, socket.socket]]:
+    """A launcher, and the socket of a fork server, played by this process, that has been asked for
+    rank 0.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         launcher = LocalLauncher(lambda rank, status, why: None)
         launcher._config = Config()
         launcher._channel = ours
-        launcher._process = SimpleNamespace(pid=os.getpid())  # type: ignore[assignment]
         monkeypatch.setattr(os, "kill", lambda pid, number: pytest.fail(f"kill({pid}, {number})"))
-        launcher.spawn(SPEC)
-        yield launcher
+        launcher.spawn(0, "no:entry", b"", socket.socket())
+        packet, descriptors, _, _ = socket.recv_fds(theirs, 1 << 16, 1)
+        os.close(descriptors[0])
+        assert decode_request(packet) == Fork(0, "no:entry", b"")
+        yield launcher, theirs
 
 
 @pytest.fixture
@@ -141,33 +143,38 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_rank_that_is_killed_again_and_again_while_it_forks_is_the_only_one_killed(
-    forking: LocalLauncher, sleeper: subprocess.Popen[bytes]
+    forking: tuple[LocalLauncher, socket.socket], sleeper: subprocess.Popen[bytes]
 ) -> None:
     """A pid that is not known is no number to signal: -1 would be every process of the user."""
+    launcher, _ = forking
     for _ in range(3):
-        forking.kill(0)
-    forking._handle(encode(Started(0, sleeper.pid)))
+        launcher.kill(0)
+    launcher._handle(encode(Started(0, sleeper.pid)), [os.pidfd_open(sleeper.pid)])
     assert sleeper.wait(10.0) == -signal.SIGKILL
-    forking.kill(0)
+    launcher.kill(0)
 
 
-def test_a_pid_that_belongs_to_somebody_else_by_now_is_left_alone(
-    forking: LocalLauncher, sleeper: subprocess.Popen[bytes]
+def test_who_ended_before_it_was_told_is_not_signalled(
+    forking: tuple[LocalLauncher, socket.socket], sleeper: subprocess.Popen[bytes]
 ) -> None:
-    forking._process = SimpleNamespace(pid=1)  # type: ignore[assignment]
-    forking.kill(0)
-    forking._handle(encode(Started(0, sleeper.pid)))
-    forking.kill(0)
-    assert forking.work(0) is None
+    """Its pid may be another's by then; its descriptor means nobody else."""
+    launcher, _ = forking
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    pidfd = os.pidfd_open(gone.pid)
+    gone.wait()
+    launcher._handle(encode(Started(0, sleeper.pid)), [pidfd])
+    launcher.kill(0)
     assert sleeper.poll() is None
 
 
-def test_who_ended_before_it_was_told_is_not_signalled(forking: LocalLauncher) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    forking._handle(encode(Started(0, gone.pid)))
-    forking.kill(0)
-    assert forking.work(0) is None
+def test_without_a_descriptor_for_a_rank_its_fork_server_is_asked_to_kill_it(
+    forking: tuple[LocalLauncher, socket.socket], sleeper: subprocess.Popen[bytes]
+) -> None:
+    launcher, server = forking
+    launcher._handle(encode(Started(0, sleeper.pid)), [])
+    launcher.kill(0)
+    assert decode_request(server.recv(1 << 16)) == Kill(0)
+    assert sleeper.poll() is None
 
 
 @pytest.mark.slow

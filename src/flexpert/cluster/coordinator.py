@@ -323,12 +323,12 @@ class Coordinator:
                 self._watch.stuck(rank, stuck_s)
             case msg.Published(_, load):
                 record.load = load
-            case msg.Hello(_, pid, host, address, kv, experts):
+            case msg.Hello(pid, host, address, kv, experts):
                 record.pid, record.host, record.address = pid, host, address
                 record.kv, record.experts = kv, experts
                 record.state = "preparing"
                 self._handle(Event(Kind.HELLO, rank))
-            case msg.Unable(_, error):
+            case msg.Unable(error):
                 record.error = error
                 self._ports.send(rank, msg.Stop())
             case msg.Progress(of, share) if of == epoch and self._running:
@@ -376,6 +376,10 @@ class Coordinator:
                 self._ports.publish(_event("warning", {"rank": rank, "error": error}))
                 self._loss, self._before_loss = f"rank {rank}: {error}", self.members
                 self._handle(Event(Kind.BROKEN, rank, error))
+
+    def expel(self, rank: int, why: str) -> None:
+        """A rank cannot be understood: it is ended, which is an ordinary loss. why: a predicate."""
+        self._watch.end([rank], why)
 
     def on_exit(self, rank: int, status: int, why: str = "") -> None:
         """A rank's process is certainly gone. why: what is known beyond the status."""

@@ -2,35 +2,57 @@
 
 Started by the launcher as `python -m flexpert.cluster.forkserver FD`, where FD is one end of a
 socket pair. It runs no tensor operation and starts no thread, so that a fork is a whole process.
-Requests and answers are one packet each. It ends when the head's end of the socket closes, and its
-ranks end with it (PR_SET_PDEATHSIG), however it ends.
+Requests and answers are one packet each; with a request comes the descriptor of the new process's
+connection to the head. It ends when the head's end of the socket closes, and its children end with
+it (PR_SET_PDEATHSIG), however it ends.
+
+A fork that the system refuses (descriptors, processes, memory) is answered with the reason, and
+costs nobody else anything.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import os
+import pkgutil
 import selectors
 import signal
 import socket
 import sys
 import traceback
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
+
+if TYPE_CHECKING:
+    from flexpert.models.source import ModelSource
 
 _PACKET = 1 << 20
 _PR_SET_PDEATHSIG = 1
 
 
-class RankSpec(msgspec.Struct, frozen=True):
-    """What a new rank is told. config: the settings tree as JSON; endpoint: the head's ROUTER."""
+class Fork(msgspec.Struct, frozen=True, tag="fork"):
+    """child: a number of the launcher's. entry: "module:function" that the child runs.
 
-    rank: int
-    endpoint: str
-    token: str
-    config: str
+    The function gets spec, its end of a connection to the head and the model, and returns the exit
+    status: `entry(spec: bytes, end: socket.socket, source: ModelSource) -> int`.
+    """
+
+    child: int
+    entry: str
+    spec: bytes
+
+
+class Kill(msgspec.Struct, frozen=True, tag="kill"):
+    """Sent by a launcher that had no descriptor left for the child's pidfd."""
+
+    child: int
+
+
+Request = Fork | Kill
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -44,22 +66,31 @@ class Unusable(msgspec.Struct, frozen=True, tag="unusable"):
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
-    rank: int
+    """With it comes the child's pidfd, which means this process and no later one of its number."""
+
+    child: int
     pid: int
 
 
-class Exited(msgspec.Struct, frozen=True, tag="exited"):
-    """A rank's process is gone and reaped. status: exit code, or minus the signal."""
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """There is no such process: the system would not have it."""
 
-    rank: int
+    child: int
+    error: str
+
+
+class Exited(msgspec.Struct, frozen=True, tag="exited"):
+    """A child's process is gone and reaped. status: exit code, or minus the signal."""
+
+    child: int
     pid: int
     status: int
 
 
-Answer = Ready | Unusable | Started | Exited
+Answer = Ready | Unusable | Started | Refused | Exited
 
 decode_answer = msgspec.msgpack.Decoder(Answer).decode
-decode_spec = msgspec.msgpack.Decoder(RankSpec).decode
+decode_request = msgspec.msgpack.Decoder(Request).decode
 encode = msgspec.msgpack.encode
 
 
@@ -71,7 +102,7 @@ def main(descriptor: int) -> None:
     config = channel.recv(_PACKET).decode()
     if not config:
         return
-    from flexpert.cluster.rank_process import open_model, rank_main
+    from flexpert.cluster.rank_process import open_model
     from flexpert.errors import FlexpertError
 
     try:
@@ -83,49 +114,96 @@ def main(descriptor: int) -> None:
     gc.freeze()  # shared pages stay shared: the collector does not touch what was imported
     _answer(channel, Ready())
 
-    selector = selectors.DefaultSelector()
+    selector = selectors.EpollSelector()
     selector.register(channel, selectors.EVENT_READ)
-    ranks: dict[int, int] = {}
+    children: dict[int, tuple[int, int]] = {}  # pidfd → number and pid
     while True:
         for key, _ in selector.select():
             if key.fileobj is channel:
-                packet = channel.recv(_PACKET)
+                packet, descriptors, _, _ = socket.recv_fds(channel, _PACKET, 1)
                 if not packet:
                     return
-                spec = decode_spec(packet)
-                pid = os.fork()
-                if pid == 0:
-                    selector.close()
-                    channel.close()
-                    _become_rank()
-                    status = 1
-                    try:
-                        status = rank_main(spec, source)
-                    except BaseException:  # noqa: BLE001 - the last frame of this process
-                        traceback.print_exc()
-                    finally:
-                        sys.stdout.flush()
-                        sys.stderr.flush()
-                        os._exit(status)
-                pidfd = os.pidfd_open(pid)
-                ranks[pidfd] = spec.rank
-                selector.register(pidfd, selectors.EVENT_READ, data=pid)
-                _answer(channel, Started(spec.rank, pid))
+                request = decode_request(packet)
+                if isinstance(request, Kill):
+                    for pidfd, (child, _) in children.items():
+                        if child == request.child:
+                            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    continue
+                not_theirs = [channel.fileno(), selector.fileno(), *children]
+                try:
+                    pid, pidfd = _fork(request, descriptors, source, not_theirs)
+                except OSError as error:
+                    _answer(channel, Refused(request.child, _refusal(error)))
+                    continue
+                children[pidfd] = request.child, pid
+                selector.register(pidfd, selectors.EVENT_READ)
+                _answer(channel, Started(request.child, pid), pidfd)
             else:
-                pidfd = key.fd
-                selector.unregister(pidfd)
-                os.close(pidfd)
-                _, status = os.waitpid(key.data, 0)
-                code = os.waitstatus_to_exitcode(status)
-                _answer(channel, Exited(ranks.pop(pidfd), key.data, code))
+                selector.unregister(key.fd)
+                os.close(key.fd)
+                child, pid = children.pop(key.fd)
+                _, status = os.waitpid(pid, 0)
+                _answer(channel, Exited(child, pid, os.waitstatus_to_exitcode(status)))
 
 
-def _answer(channel: socket.socket, answer: Answer) -> None:
+def _fork(
+    request: Fork, descriptors: list[int], source: ModelSource, not_ours: list[int]
+) -> tuple[int, int]:
+    """Pid and pidfd of a new child; in the child it does not return.
+
+    descriptors: of the child's end of its connection. not_ours: what the child has no use for.
+    Raises: OSError: the system refuses; there is no child.
+    """
+    try:
+        if not descriptors:  # the kernel had none left to receive it
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        pid = os.fork()
+        if pid == 0:
+            _run(request, descriptors[0], source, not_ours)
+        try:
+            return pid, os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)  # ours, and not reaped yet: the number is its own
+            os.waitpid(pid, 0)
+            raise
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _run(request: Fork, end: int, source: ModelSource, not_ours: list[int]) -> NoReturn:
+    status = 1
+    try:
+        _end_with_parent()
+        for descriptor in not_ours:
+            os.close(descriptor)
+        entry = pkgutil.resolve_name(request.entry)
+        status = entry(request.spec, socket.socket(fileno=end), source)
+    except BaseException:  # noqa: BLE001 - the last frame of this process
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):  # nobody may read what it says any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def _refusal(error: OSError) -> str:
+    remedy = {
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
+        errno.ENFILE: "the machine has no open files left (fs.file-max)",
+        errno.EAGAIN: "raise the limit of processes (ulimit -u, pids.max of its cgroup)",
+        errno.ENOMEM: "there is not enough memory for another process",
+    }.get(error.errno or 0, "")
+    return f"no process can be started: {error.strerror}" + (f"; {remedy}" if remedy else "")
+
+
+def _answer(channel: socket.socket, answer: Answer, *descriptors: int) -> None:
     with contextlib.suppress(BrokenPipeError):  # the head is gone; the next read says so
-        channel.send(encode(answer))
+        socket.send_fds(channel, [encode(answer)], descriptors)
 
 
-def _become_rank() -> None:
+def _end_with_parent() -> None:
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the call

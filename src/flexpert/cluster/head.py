@@ -16,13 +16,12 @@ import msgspec
 from flexpert.cluster import messages as msg
 from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
-from flexpert.cluster.forkserver import RankSpec
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
-from flexpert.cluster.launcher import LocalLauncher
+from flexpert.cluster.launcher import LocalLauncher, for_children
 from flexpert.cluster.metrics import Metrics
 from flexpert.cluster.ports import Work
-from flexpert.cluster.rank_process import open_source
+from flexpert.cluster.rank_process import ENTRY, RankSpec, encode_spec, open_source
 from flexpert.cluster.transport import Transport
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView
 from flexpert.config import Config
@@ -81,8 +80,7 @@ class Head:
         try:
             await asyncio.to_thread(open_device, self.config.engine)
             tell(f"opening model {self.config.model.model!r}, starting the fork server")
-            self._transport = Transport(self._on_report)
-            self._transport.start()
+            self._transport = Transport(self._on_report, self._on_cut_off)
             self._launcher = LocalLauncher(self._on_exit)
             source, _ = await asyncio.gather(
                 asyncio.to_thread(open_source, self.config),
@@ -131,7 +129,7 @@ class Head:
         if self._launcher:
             await self._launcher.close()
         if self._transport:
-            await self._transport.stop()
+            self._transport.close()
 
     @property
     def serving(self) -> bool:
@@ -256,14 +254,14 @@ class Head:
     def spawn(self, rank: int) -> None:
         assert self._launcher is not None
         assert self._transport is not None
-        self._launcher.spawn(
-            RankSpec(
-                rank=rank,
-                endpoint=self._transport.endpoint,
-                token=self._transport.token,
-                config=self.config.model_dump_json(),
-            )
-        )
+        try:
+            end = self._transport.open(rank)
+        except OSError as error:
+            why = f"it cannot be connected: {error.strerror}; raise the limit of open files"
+            asyncio.get_running_loop().call_soon(self._on_exit, rank, 1, why)
+            return
+        spec = encode_spec(RankSpec(rank, for_children(self.config)))
+        self._launcher.spawn(rank, ENTRY, spec, end)
 
     def kill(self, rank: int) -> None:
         assert self._launcher is not None
@@ -319,8 +317,13 @@ class Head:
                 self._journal.fail(sequence_id, RequestError(error))
         self._coordinator.on_report(rank, report)
 
+    def _on_cut_off(self, rank: int, why: str) -> None:
+        if self._coordinator and not self._stopped:
+            self._coordinator.expel(rank, why)
+
     def _on_exit(self, rank: int, status: int, why: str) -> None:
         if self._transport:
+            self._transport.drain(rank)
             self._transport.forget(rank)
         if self._coordinator and not self._stopped:
             self._coordinator.on_exit(rank, status, why)

@@ -1,9 +1,10 @@
-"""Starts and ends rank processes on this machine, through the fork server."""
+"""Starts and ends child processes on this machine, ranks and others, through the fork server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexpert.cluster import forkserver
-from flexpert.cluster.forkserver import Exited, RankSpec, Ready, Started, Unusable
+from flexpert.cluster.forkserver import Exited, Fork, Kill, Ready, Refused, Started, Unusable
 from flexpert.cluster.ports import Work
 from flexpert.config import Config
 from flexpert.errors import FlexpertError, ModelError
@@ -36,24 +37,29 @@ _ENVIRONMENT = {
 
 
 # of /proc/…/stat, after the name
-_STATE, _PARENT, _MINOR_FAULTS, _MAJOR_FAULTS = 0, 1, 7, 9
+_STATE, _MINOR_FAULTS, _MAJOR_FAULTS = 0, 7, 9
+
+
+OnExit = Callable[[int, str], None]
+_OTHERS = 2**16  # children that are no ranks are numbered from here
 
 
 class LocalLauncher:
-    """Ranks as forks of one warm process; their ends are seen within milliseconds.
+    """Children as forks of one warm process; their ends are seen within milliseconds.
 
-    If that process ends, its ranks end with it, and the next `spawn` starts another one.
+    If that process ends, its children end with it, and the next `fork` starts another one.
 
-    on_exit(rank, status, why) is called when a process is certainly gone (reaped); why: what is
-    known beyond its status, or "".
+    on_exit(rank, status, why) is called when a rank's process is certainly gone (reaped), or could
+    not be started; why: what is known beyond its status, or "".
     """
 
     def __init__(self, on_exit: Callable[[int, int, str], None]) -> None:
         self._on_exit = on_exit
         self._config: Config | None = None
         self._timeout_s = 0.0
-        self._children: dict[int, _Child] = {}
-        self._waiting: list[RankSpec] = []  # for a fork server that is starting
+        self._children: dict[int, _Child] = {}  # a rank's number is its id
+        self._numbers = itertools.count(_OTHERS)
+        self._waiting: list[_Waiting] = []  # for a fork server that is starting
         self._starting: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._process: subprocess.Popen[bytes] | None = None
@@ -86,7 +92,7 @@ class LocalLauncher:
         self._channel = ours
         self._ready = loop.create_future()
         loop.add_reader(ours, self._receive)
-        ours.send(config.model_dump_json().encode())
+        ours.send(for_children(config).encode())
         try:
             await asyncio.wait_for(self._ready, timeout_s)
         except TimeoutError:
@@ -95,16 +101,33 @@ class LocalLauncher:
                 "raise cluster.start_timeout_s"
             ) from None
 
-    def spawn(self, spec: RankSpec) -> None:
-        """Fork a rank; its end is told through on_exit even if it never came up."""
+    def spawn(self, rank: int, entry: str, spec: bytes, end: socket.socket) -> None:
+        """Fork a rank; its end is told through on_exit even if it never came up.
+
+        Args:
+            entry, spec: what it runs, see `forkserver.Fork`.
+            end: its end of a connection to the head; closed here in any case.
+        """
+        self._fork(rank, entry, spec, end, lambda status, why: self._on_exit(rank, status, why))
+
+    def fork(self, entry: str, spec: bytes, end: socket.socket, on_exit: OnExit) -> int:
+        """As `spawn`, for a child that is no rank. Returns its number, for `kill`."""
+        number = next(self._numbers)
+        self._fork(number, entry, spec, end, on_exit)
+        return number
+
+    def _fork(
+        self, number: int, entry: str, spec: bytes, end: socket.socket, on_exit: OnExit
+    ) -> None:
         if self._config is None:
             raise FlexpertError("the fork server was never started")
         self._empty.clear()
-        self._children[spec.rank] = _Child()
+        self._children[number] = _Child(on_exit)
+        waiting = _Waiting(Fork(number, entry, spec), end)
         if self._channel is not None and self._starting is None:
-            self._send(self._channel, spec)
+            self._send(self._channel, waiting)
             return
-        self._waiting.append(spec)
+        self._waiting.append(waiting)
         if self._starting is None:
             self._starting = self._do(self._start_again(self._config))
 
@@ -121,17 +144,23 @@ class LocalLauncher:
                 self._do(self._bury(self._process, {}))
         self._starting = None
         waiting, self._waiting = self._waiting, []
-        for spec in waiting:
+        for one in waiting:
             if failure is None and self._channel is not None:
-                self._send(self._channel, spec)
+                self._send(self._channel, one)
             else:
-                self._gone(spec.rank, 1, failure or "the fork server ended while it started")
+                one.end.close()
+                why = failure or "the fork server ended while it started"
+                self._gone(one.request.child, 1, why)
 
-    @staticmethod
-    def _send(channel: socket.socket, spec: RankSpec) -> None:
-        # a server that has just ended is seen when its answer is read
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            channel.send(forkserver.encode(spec))
+    def _send(self, channel: socket.socket, one: _Waiting) -> None:
+        with one.end:
+            try:
+                socket.send_fds(channel, [forkserver.encode(one.request)], [one.end.fileno()])
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # a server that has just ended is seen when its answer is read
+            except OSError as error:
+                why = f"the fork server cannot be asked: {error.strerror}"
+                asyncio.get_running_loop().call_soon(self._gone, one.request.child, 1, why)
 
     def _do(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
@@ -139,15 +168,21 @@ class LocalLauncher:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def kill(self, rank: int) -> None:
-        """SIGKILL; nothing if it is gone already."""
-        child = self._children.get(rank)
-        if any(spec.rank == rank for spec in self._waiting):
-            self._waiting = [spec for spec in self._waiting if spec.rank != rank]
-            gone = "the fork server was still starting"
-            asyncio.get_running_loop().call_soon(self._gone, rank, -signal.SIGKILL, gone)
-        elif child is not None:
+    def kill(self, number: int) -> None:
+        """SIGKILL to a rank or another child; nothing if it is gone already."""
+        child = self._children.get(number)
+        for one in self._waiting:
+            if one.request.child == number:
+                self._waiting.remove(one)
+                one.end.close()
+                gone = "the fork server was still starting"
+                asyncio.get_running_loop().call_soon(self._gone, number, -signal.SIGKILL, gone)
+                return
+        if child is not None:
             child.kill()
+            if child.pid and child.pidfd is None and self._channel is not None:
+                with contextlib.suppress(OSError):  # it has ended, and its children with it
+                    self._channel.send(forkserver.encode(Kill(number)))
 
     def work(self, rank: int) -> Work | None:
         """What a rank's process has done so far; None if it is gone or not there yet.
@@ -171,9 +206,10 @@ class LocalLauncher:
         if self._starting is not None:
             self._starting.cancel()
             self._process.kill()
-        for spec in self._waiting:
-            self._gone(spec.rank, -signal.SIGKILL)
-        self._waiting.clear()
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            one.end.close()
+            self._gone(one.request.child, -signal.SIGKILL)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         for rank in list(self._children):
@@ -198,17 +234,19 @@ class LocalLauncher:
         assert self._channel is not None
         while True:
             try:
-                packet = self._channel.recv(1 << 20)
+                packet, descriptors, _, _ = socket.recv_fds(
+                    self._channel, 1 << 20, 1, socket.MSG_CMSG_CLOEXEC
+                )
             except BlockingIOError:
                 return
             except ConnectionResetError:
-                packet = b""
+                packet, descriptors = b"", []
             if not packet:
                 self._died()
                 return
-            self._handle(packet)
+            self._handle(packet, descriptors)
 
-    def _handle(self, packet: bytes) -> None:
+    def _handle(self, packet: bytes, descriptors: list[int]) -> None:
         answer = forkserver.decode_answer(packet)
         if isinstance(answer, Ready):
             if self._ready and not self._ready.done():
@@ -217,68 +255,76 @@ class LocalLauncher:
             if self._ready and not self._ready.done():
                 self._ready.set_exception(ModelError(answer.error))
         elif isinstance(answer, Started):
-            assert self._process is not None  # it has just spoken
-            self._children[answer.rank].found(answer.pid, parent=self._process.pid)
+            pidfd = descriptors[0] if descriptors else None  # None: there was none left
+            child = self._children[answer.child]
+            child.found(answer.pid, pidfd)
+            if child.doomed:
+                self.kill(answer.child)
+        elif isinstance(answer, Refused):
+            self._gone(answer.child, 1, answer.error)
         elif isinstance(answer, Exited):
-            self._gone(answer.rank, answer.status)
+            self._gone(answer.child, answer.status)
 
-    def _gone(self, rank: int, status: int, why: str = "") -> None:
-        child = self._children.pop(rank, None)
-        if child is not None:
-            child.close()
+    def _gone(self, number: int, status: int, why: str = "") -> None:
+        child = self._children.pop(number, None)
         if not self._children:
             self._empty.set()
-        self._on_exit(rank, status, why)
+        if child is not None:
+            child.close()
+            child.on_exit(status, why)
 
     def _died(self) -> None:
         """The fork server is gone, and with it every rank."""
         self._disconnect()
         if self._ready and not self._ready.done():
             self._ready.set_exception(FlexpertError("the fork server ended while it started"))
-        later = {spec.rank for spec in self._waiting}
-        ranks = {rank: child for rank, child in self._children.items() if rank not in later}
+        later = {one.request.child for one in self._waiting}
+        children = {n: child for n, child in self._children.items() if n not in later}
         if self._process is not None:
-            self._do(self._bury(self._process, ranks))
+            self._do(self._bury(self._process, children))
 
-    async def _bury(self, process: subprocess.Popen[bytes], ranks: dict[int, _Child]) -> None:
-        """Tell the ends of a fork server's ranks, each when its process is certainly gone.
+    async def _bury(self, process: subprocess.Popen[bytes], children: dict[int, _Child]) -> None:
+        """Tell the ends of a fork server's children, each when its process is certainly gone.
 
         The kernel closes the server's socket before it ends the server's children.
         """
         process.kill()
         status = await asyncio.to_thread(process.wait)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        for rank, child in ranks.items():
+        for number, child in children.items():
             await child.end()
-            self._gone(rank, -signal.SIGKILL, f"the fork server ended ({how})")
+            self._gone(number, -signal.SIGKILL, f"the fork server ended ({how})")
+
+
+def for_children(config: Config) -> str:
+    """The settings as JSON, without those of the HTTP server, whose keys are nobody else's."""
+    return config.model_dump_json(exclude={"server"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    request: Fork
+    end: socket.socket
 
 
 @dataclass(slots=True)
 class _Child:
-    """A process of the fork server.
+    """A process of the fork server. on_exit(status, why): when it is gone.
 
     It is signalled through a descriptor of its own, never by a number: its pid may belong to
     somebody else by now, and 0 and -1 mean many processes.
 
-    pidfd: None while the fork is under way, and of one that had ended before it was told.
+    pid: 0 while the fork is under way. pidfd: None then, and if there was no descriptor for it.
     """
 
+    on_exit: OnExit
     pid: int = 0
     pidfd: int | None = None
     doomed: bool = False
 
-    def found(self, pid: int, parent: int) -> None:
-        """The fork is done. A pid that is no child of `parent` any more has ended already."""
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return
-        if _parent(pid) != parent:
-            os.close(pidfd)
-            return
+    def found(self, pid: int, pidfd: int | None) -> None:
+        """The fork is done."""
         self.pid, self.pidfd = pid, pidfd
-        if self.doomed:
-            self.kill()
 
     def kill(self) -> None:
         """Now, or as soon as the fork is done."""
@@ -304,14 +350,6 @@ class _Child:
         pidfd, self.pidfd = self.pidfd, None
         if pidfd is not None:
             os.close(pidfd)
-
-
-def _parent(pid: int) -> int | None:
-    """Of a process; None if it is gone."""
-    try:
-        return int(_stat(f"/proc/{pid}")[_PARENT])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
 
 
 def _page_faults(pid: int) -> int:

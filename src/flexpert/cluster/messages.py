@@ -1,8 +1,6 @@
-"""What head and ranks say to each other: msgspec structs as MessagePack over ZeroMQ.
+"""What head and ranks say to each other: msgspec structs as MessagePack over a socket pair.
 
-Every message between them is one of these, and anything else on the wire is refused unread. A rank
-has two DEALER sockets to the head's ROUTER: `<id>` hears commands, `<id>!` sends reports, so that
-each is used by one side of the rank only. Both prove themselves with the cluster's token.
+Every message between them is one of these; a rank that says anything else is cut off.
 """
 
 from __future__ import annotations
@@ -126,7 +124,6 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     experts it will hold, for those who need one.
     """
 
-    token: str
     pid: int
     host: str
     address: bytes
@@ -137,7 +134,6 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 class Unable(msgspec.Struct, frozen=True, tag="unable"):
     """A rank cannot come up; it ends when it is told to stop."""
 
-    token: str
     error: str
 
 

@@ -1,4 +1,4 @@
-"""The shell around one rank's engine: its sockets to the head, and nothing else."""
+"""The shell around one rank's engine: its connection to the head, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import traceback
 from collections.abc import Mapping
 
 import msgspec
-import zmq
 
 from flexpert.cluster import messages as msg
-from flexpert.cluster.forkserver import RankSpec
+from flexpert.cluster.connection import Connection, ConnectionEnded
 from flexpert.cluster.relay import Relay
 from flexpert.config import Config
 from flexpert.engine.epoch import EpochPlan
@@ -27,11 +26,23 @@ from flexpert.engine.request import HeldKV, TokenEvent
 from flexpert.errors import FlexpertError
 from flexpert.models.source import ExpertFormat, ModelSource
 
-_REPORT_TIMEOUT_MS = 10_000
-_FAREWELL_MS = 1_000
 _MEMORY_EVERY_S = 1.0
 BEATS = 10  # in one stall timeout
 _EXPERTS: Mapping[str, ExpertFormat] = {"none": "whole", "auto": "stored", "fp8": "fp8"}
+
+
+ENTRY = f"{__name__}:rank_main"
+
+
+class RankSpec(msgspec.Struct, frozen=True):
+    """What a new rank is told. config: the settings tree as JSON."""
+
+    rank: int
+    config: str
+
+
+encode_spec = msgspec.msgpack.encode
+decode_spec = msgspec.msgpack.Decoder(RankSpec).decode
 
 
 def open_model(config_json: str) -> ModelSource:
@@ -58,13 +69,8 @@ def open_source(config: Config) -> ModelSource:
 class Reporter:
     """Tells the head; callable from any thread of the rank."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], spec: RankSpec) -> None:
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.IDENTITY, f"{spec.rank}!".encode())
-        self._socket.setsockopt(zmq.LINGER, 1000)
-        self._socket.setsockopt(zmq.SNDTIMEO, _REPORT_TIMEOUT_MS)
-        self._socket.connect(spec.endpoint)
-        self._lock = threading.Lock()
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self.engine: RankEngine | None = None
         self._memory = 0
 
@@ -78,7 +84,7 @@ class Reporter:
         def run() -> None:
             next_look = 0.0
             pulse = Pulse(every_s, time.monotonic())
-            with contextlib.suppress(zmq.ZMQError):  # closed: the rank ends
+            with contextlib.suppress(ConnectionEnded):  # the rank ends
                 while True:
                     turns = self.engine.turns if self.engine else 0
                     stuck_s = pulse.look(time.monotonic(), turns, work_of_main_thread)
@@ -91,13 +97,8 @@ class Reporter:
         threading.Thread(target=run, name="beat", daemon=True).start()
 
     def tell(self, report: msg.Report) -> None:
-        packet = msg.encode(report)
-        with self._lock:
-            self._socket.send(packet)
-
-    def close(self) -> None:
-        with self._lock:
-            self._socket.close()
+        """Raises: ConnectionEnded"""
+        self._connection.send(msg.encode(report))
 
     def published(self, events: list[TokenEvent]) -> None:
         self.tell(msg.Published(events, self._load()))
@@ -171,25 +172,22 @@ def end_with_any_thread() -> None:
     threading.excepthook = end
 
 
-def rank_main(spec: RankSpec, source: ModelSource) -> int:
+def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
     """Run a rank until the head stops it; returns the exit status."""
     end_with_any_thread()
-    config = Config.model_validate_json(spec.config)
-    faults = Faults.of_environment(spec.rank)
+    told = decode_spec(spec)
+    config = Config.model_validate_json(told.config)
+    faults = Faults.of_environment(told.rank)
     if faults:
-        relay = Relay(spec.endpoint)
-        faults.cut, spec = relay.cut, msgspec.structs.replace(spec, endpoint=relay.endpoint)
+        relay = Relay(end)
+        faults.cut, end = relay.cut, relay.near
         faults.at("spawn")
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    commands = context.socket(zmq.DEALER)
-    commands.setsockopt(zmq.IDENTITY, str(spec.rank).encode())
-    commands.setsockopt(zmq.LINGER, 0)
-    commands.connect(spec.endpoint)
-    reporter = Reporter(context, spec)
+    connection = Connection(end)
+    reporter = Reporter(connection)
     try:
         try:
             engine = RankEngine(
-                spec.rank,
+                told.rank,
                 source,
                 config.engine,
                 capacity=config.cluster.max_ranks,
@@ -198,35 +196,37 @@ def rank_main(spec: RankSpec, source: ModelSource) -> int:
                 faults=faults,
             )
         except (FlexpertError, OSError, MemoryError, RuntimeError) as error:
-            commands.send(msg.encode(msg.Unable(spec.token, f"{type(error).__name__}: {error}")))
-            commands.poll(_FAREWELL_MS)  # the reason must arrive before the end is seen
+            reporter.tell(msg.Unable(f"{type(error).__name__}: {error}"))
             return 1
         reporter.engine = engine
-        hello = msg.Hello(
-            spec.token,
-            os.getpid(),
-            socket.gethostname(),
-            engine.buffer.address,
-            engine.lent.address,
-            engine.store.address,
+        reporter.tell(
+            msg.Hello(
+                os.getpid(),
+                socket.gethostname(),
+                engine.buffer.address,
+                engine.lent.address,
+                engine.store.address,
+            )
         )
-        commands.send(msg.encode(hello))  # the head must know both routes
-        reporter.tell(hello)
         reporter.beat(config.cluster.stall_timeout_s / BEATS)
         listener = threading.Thread(
-            target=_listen, args=(commands, engine, reporter), name="commands", daemon=True
+            target=_listen, args=(connection, engine, reporter), name="commands", daemon=True
         )
         listener.start()
         engine.run()
         return 0
+    except ConnectionEnded:
+        return 1  # the head is gone, or wants no more of this rank
     finally:
-        reporter.close()
-        sys.stdout.flush()
+        connection.close()
 
 
-def _listen(commands: zmq.Socket[bytes], engine: RankEngine, reporter: Reporter) -> None:
+def _listen(connection: Connection, engine: RankEngine, reporter: Reporter) -> None:
     while True:
-        command = msg.decode_command(commands.recv())
+        try:
+            command = msg.decode_command(connection.receive())
+        except ConnectionEnded:
+            os._exit(1)  # whatever the step loop waits for: nobody is told of it any more
         match command:
             case msg.Prepare(epoch, members, placement, lenders):
                 engine.prepare(EpochPlan(epoch, members, placement, lenders))

@@ -1,92 +1,197 @@
-"""The head's end of the control messages: one ROUTER, for those who proved themselves."""
+"""The head's ends of its connections to child processes.
+
+Each child has a socket pair of its own, made here and handed over at its fork: there is no name to
+connect to and nothing to prove. A child may still go wrong, so that what comes from one is read a
+piece at a time, bounded and checked, and a child that cannot be understood is cut off: its
+connection is closed and its owner told, and nobody else notices.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
+import collections
 import logging
-import secrets
+import socket
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from flexpert.cluster import messages as msg
+from flexpert.cluster.framing import BadFrame, Deframer, frame
 
 log = logging.getLogger("flexpert")
 
+_CHUNK = 1 << 18
+_MOST_RECEIVED = 64 * 2**20  # bytes of a message from a child
+_MOST_UNSENT = 256 * 2**20  # bytes that wait for a child that does not read
 
-class Transport:
-    """Carries commands to ranks and brings their reports; see `messages` for the two sockets.
 
-    on_report(rank, report) is called for authenticated ranks only. Anything else is dropped with a
-    warning, undecoded.
+class Link:
+    """One connection, on the event loop.
+
+    on_message(message) may raise: the connection is closed then, like after a message that is none.
+    on_end(why): the connection has ended by itself: closed by the child ("" then), or cut off
+    because the child cannot be understood or does not read. Not called after `close`.
     """
 
-    def __init__(self, on_report: Callable[[int, msg.Report], None]) -> None:
-        self._on_report = on_report
-        self.token = secrets.token_hex(16)
-        # an abstract address: no file to leave behind
-        self.endpoint = f"ipc://@flexpert-{secrets.token_hex(8)}"
-        self._context = zmq.asyncio.Context()
-        self._router = self._context.socket(zmq.ROUTER)
-        self._router.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._router.setsockopt(zmq.LINGER, 500)
-        self._proven: set[bytes] = set()
-        self._reader: asyncio.Task[None] | None = None
+    def __init__(
+        self,
+        on_message: Callable[[bytes], None],
+        on_end: Callable[[str], None],
+        *,
+        most_received: int = _MOST_RECEIVED,
+        most_unsent: int = _MOST_UNSENT,
+    ) -> None:
+        """Raises: OSError: there are no descriptors left."""
+        self._on_message = on_message
+        self._on_end = on_end
+        self._deframer = Deframer(most_received)
+        self._most_unsent = most_unsent
+        self._unsent: collections.deque[memoryview] = collections.deque()
+        self._unsent_bytes = 0
+        self._loop = asyncio.get_running_loop()
+        self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.setblocking(False)
+        self._open = True
+        self._loop.add_reader(self._socket, self._readable)
 
-    def start(self) -> None:
-        self._router.bind(self.endpoint)
-        self._reader = asyncio.get_running_loop().create_task(self._read())
+    @property
+    def child_end(self) -> socket.socket:
+        """What the child gets; whoever hands it over closes it here."""
+        return self._theirs
+
+    def send(self, message: bytes) -> None:
+        """Queue a message; one for a child that is gone is dropped, its end is told elsewhere."""
+        if not self._open:
+            return
+        data = memoryview(frame(message))
+        if not self._unsent:
+            try:
+                data = data[self._socket.send(data, socket.MSG_NOSIGNAL) :]
+            except BlockingIOError:
+                pass
+            except OSError:
+                return  # it is gone, as reading tells
+            if not data:
+                return
+            self._loop.add_writer(self._socket, self._writable)
+        self._unsent.append(data)
+        self._unsent_bytes += len(data)
+        if self._unsent_bytes > self._most_unsent:
+            self._end(f"leaves {self._unsent_bytes} bytes of what it is told unread")
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._open:
+            self._open = False
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            self._socket.close()
+            self._theirs.close()
+            self._unsent.clear()
+
+    def drain(self) -> None:
+        """The child is gone: what it said before is heard now."""
+        while self._open and self._readable():
+            pass
+
+    def _end(self, why: str) -> None:
+        self.close()
+        self._on_end(why)
+
+    def _readable(self) -> bool:
+        """One piece, so that a child that talks much does not keep the loop from the others.
+
+        Returns whether there was one.
+        """
+        try:
+            data = self._socket.recv(_CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._end("")
+            return False
+        try:
+            for message in self._deframer.feed(data):
+                self._on_message(message)
+                if not self._open:
+                    return False
+        except (BadFrame, msgspec.MsgspecError) as error:
+            self._end(f"says what cannot be understood: {error}")
+        except Exception as error:
+            log.exception("a message of a child process could not be handled")
+            self._end(f"says what cannot be handled: {type(error).__name__}: {error}")
+        return self._open
+
+    def _writable(self) -> None:
+        while self._unsent:
+            data = self._unsent[0]
+            try:
+                sent = self._socket.send(data, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            except OSError:  # it is gone, as reading tells
+                self._unsent.clear()
+                break
+            self._unsent_bytes -= sent
+            if sent < len(data):
+                self._unsent[0] = data[sent:]
+                return
+            self._unsent.popleft()
+        self._unsent_bytes = 0
+        self._loop.remove_writer(self._socket)
+
+
+class Transport:
+    """Carries commands to ranks and brings their reports.
+
+    on_report(rank, report): may raise; the rank is cut off then.
+    on_cut_off(rank, why): a rank cannot be understood; nothing is heard from it any more.
+    """
+
+    def __init__(
+        self, on_report: Callable[[int, msg.Report], None], on_cut_off: Callable[[int, str], None]
+    ) -> None:
+        self._on_report = on_report
+        self._on_cut_off = on_cut_off
+        self._links: dict[int, Link] = {}
+
+    def open(self, rank: int) -> socket.socket:
+        """A connection for a rank that is to be started. Returns the rank's end.
+
+        Raises: OSError: there are no descriptors left.
+        """
+
+        def ended(why: str) -> None:
+            if why:
+                self._on_cut_off(rank, why)
+
+        def received(message: bytes) -> None:
+            self._on_report(rank, msg.decode_report(message))
+
+        self.forget(rank)
+        link = self._links[rank] = Link(received, ended)
+        return link.child_end
 
     def send(self, rank: int, command: msg.Command) -> None:
         """Queue a command; one for a rank that is gone is dropped, its end is told elsewhere."""
-        sending = self._router.send_multipart([str(rank).encode(), msg.encode(command)])
-        asyncio.ensure_future(sending).add_done_callback(_note_undelivered)
+        link = self._links.get(rank)
+        if link is not None:
+            link.send(msg.encode(command))
+
+    def drain(self, rank: int) -> None:
+        """The rank's process is gone: what it said before is heard now."""
+        if rank in self._links:
+            self._links[rank].drain()
 
     def forget(self, rank: int) -> None:
-        """The rank's process is gone: whoever comes under its id must prove itself again."""
-        self._proven -= {str(rank).encode(), f"{rank}!".encode()}
+        """The rank's process is gone, or was never started."""
+        link = self._links.pop(rank, None)
+        if link is not None:
+            link.close()
 
-    async def stop(self) -> None:
-        if self._reader:
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
-        self._router.close()
-        self._context.term()
-
-    async def _read(self) -> None:
-        while True:
-            identity, *frames = await self._router.recv_multipart()
-            try:
-                self._receive(identity, frames)
-            except msgspec.MsgspecError as error:
-                log.warning("dropped a malformed message from %r: %s", identity, error)
-
-    def _receive(self, identity: bytes, frames: list[bytes]) -> None:
-        name = identity.removesuffix(b"!")
-        if len(frames) != 1 or not name.isdigit():
-            log.warning("dropped a message from an unknown sender %r", identity)
-            return
-        if identity in self._proven:
-            self._on_report(int(name), msg.decode_report(frames[0]))
-            return
-        report = msg.decode_report(frames[0])
-        token = report.token if isinstance(report, msg.Hello | msg.Unable) else ""
-        if not hmac.compare_digest(token.encode(), self.token.encode()):
-            log.warning("dropped a message from %r, which has not proved itself", identity)
-            return
-        if isinstance(report, msg.Unable):
-            self._on_report(int(name), report)
-            return
-        self._proven.add(identity)
-        if {name, name + b"!"} <= self._proven:  # both routes are known
-            self._on_report(int(name), report)
-
-
-def _note_undelivered(future: asyncio.Future[Any]) -> None:
-    if not future.cancelled() and isinstance(future.exception(), zmq.ZMQError):
-        log.debug("a command was not delivered: %s", future.exception())
+    def close(self) -> None:
+        for rank in list(self._links):
+            self.forget(rank)
