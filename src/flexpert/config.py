@@ -132,6 +132,13 @@ class ServerConfig(_Section):
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free one")
     api_key: str | None = Field(None, description="bearer token for /v1; none: open")
     control_key: str | None = Field(None, description="bearer token to scale; default: api_key")
+    max_choices: int = Field(1024, ge=1, description="prompts times n of one request")
+    max_prompt_tokens: int | None = Field(
+        None, ge=1, description="of all prompts of one request; default: 1048576, or one context"
+    )
+    preprocess_timeout_s: float = Field(
+        10.0, gt=0, description="parsing and tokenising one request"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

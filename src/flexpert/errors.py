@@ -35,7 +35,14 @@ class UnsupportedModel(ModelError):  # noqa: N818 - reads as what it says
 
 
 class RequestError(FlexpertError):
-    """The request is malformed or asks for something the service cannot do."""
+    """The request is malformed or asks for something the service cannot do.
+
+    field: the setting or part of the body at fault, if it is one.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class ContextOverflow(RequestError):  # noqa: N818

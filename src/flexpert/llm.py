@@ -262,10 +262,15 @@ class LLM:
             raise
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        return self._text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            return self._text.encode(prompt)
+        ids = list(prompt)
+        wrong = next((token for token in ids if type(token) is not int), None)
+        if wrong is not None:
+            raise RequestError(f"a prompt is a text or a list of token ids; {wrong!r} is neither")
+        return ids
 
     def _begin(self, prompt: list[int], params: SamplingParams) -> Generation:
-        """On the loop."""
         name = f"llm-{next(self._numbers)}"
         return Generation(self._head, self._text, [prompt], params, request_id=name)
 
@@ -291,6 +296,7 @@ class LLM:
             try:
                 for prompt, wanted in zip(prompts, each, strict=True):
                     begun.append(self._begin(prompt, wanted))
+                    await begun[-1].submit()
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(one(generation)) for generation in begun]
                 return [task.result() for task in tasks]
@@ -316,6 +322,7 @@ class LLM:
         async def produce() -> None:
             try:
                 with self._begin(prompt, params) as generation:
+                    await generation.submit()
                     async with aclosing(generation.parts()) as arriving:
                         async for parts in arriving:
                             arrived.put("".join([part.text for part in parts]))

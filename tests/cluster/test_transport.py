@@ -275,7 +275,11 @@ def test_a_head_that_never_reads_does_not_fill_the_rank() -> None:
     ours, theirs = socket.socketpair()
     with ours:
         rank = Connection(theirs, most_unsent=1 << 20)
-        with pytest.raises(ConnectionEnded, match="unread"):
+
+        def speak() -> None:
             for _ in range(100):
                 rank.send(bytes(1 << 16))
+
+        with pytest.raises(ConnectionEnded, match="unread"):
+            speak()
         rank.close(timeout_s=0.05)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import math
+import pkgutil
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from flexpert.cluster.transport import Link
 from flexpert.cluster.views import (
     ClusterEvent,
     ClusterView,
@@ -74,6 +80,37 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     )
     backend.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "</s>")])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+class SpawnedHelper:
+    """A helper as a process of its own, because there is no fork server."""
+
+    def __init__(self, entry, spec, on_message, on_end) -> None:
+        self._on_end = on_end
+        self._link = Link(on_message, self._ended)
+        with self._link.child_end as end:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, entry, spec.hex(), str(end.fileno())],
+                pass_fds=[end.fileno()],
+            )
+
+    def send(self, message: bytes) -> None:
+        self._link.send(message)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def _ended(self, why: str) -> None:
+        self.process.kill()
+        self._on_end(why or f"status {self.process.wait()}")
+
+
+def run_helper(entry: str, spec: str, descriptor: str) -> int:
+    """What the helper's process does."""
+    source = SimpleNamespace(tokenizer=byte_level_tokenizer)
+    end = socket.socket(fileno=int(descriptor))
+    status: int = pkgutil.resolve_name(entry)(bytes.fromhex(spec), end, source)
+    return status
 
 
 @dataclass(frozen=True)
@@ -233,6 +270,13 @@ class FakeHead:
         self.running.add(name)
         return FakeStream(self, name, prompt, params)
 
+    def check_room(self, sequences: int) -> None:
+        if self.full:
+            raise Overloaded("too many")
+
+    def start_helper(self, entry, spec, on_message, on_end) -> SpawnedHelper:
+        return SpawnedHelper(entry, spec, on_message, on_end)
+
     # ---- the cluster ------------------------------------------------------------------------
 
     def cluster(self) -> ClusterView:
@@ -330,3 +374,7 @@ class FakeHead:
     @property
     def listening(self) -> int:
         return len(self._listeners)
+
+
+if __name__ == "__main__":
+    sys.exit(run_helper(*sys.argv[1:]))

@@ -45,6 +45,7 @@ class Running:
         serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
         self._ready.set()
         await serving
+        self._app.state.preprocessors.close()
         listener.close()
 
     def call(self, work: Callable[[], T]) -> T:

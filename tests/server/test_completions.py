@@ -302,7 +302,7 @@ def test_a_wrong_request_is_refused_and_names_the_field(
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, None),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages"),
     ],
 )
 def test_a_wrong_chat_is_refused(

@@ -16,6 +16,7 @@ import msgspec
 from flexpert.cluster import messages as msg
 from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
+from flexpert.cluster.helper import ForkedHelper, OnEnd, OnMessage
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.launcher import LocalLauncher, for_children
@@ -158,14 +159,15 @@ class Head:
 
     def _resolve(self, prompt: list[int], params: SamplingParams) -> SamplingParams:
         params.check()
+        params.check_model(self.info.vocab, self.info.max_model_len)
         if not prompt:
             raise RequestError("the prompt is empty")
-        bad = next((t for t in prompt if not 0 <= t < self.info.vocab), None)
-        if bad is not None:
+        if not (min(prompt) >= 0 and max(prompt) < self.info.vocab):
+            bad = next(token for token in prompt if not 0 <= token < self.info.vocab)
             raise RequestError(f"token {bad} is outside the vocabulary of {self.info.vocab}")
         room = self.info.max_model_len - len(prompt)
         wanted = room if params.max_tokens is None else params.max_tokens
-        if room < 1 or wanted > room:
+        if room < 1 or max(wanted, params.min_tokens) > room:
             raise ContextOverflow(
                 f"the model's context is {self.info.max_model_len} tokens; the prompt has "
                 f"{len(prompt)} and the answer asks for {max(wanted, 1)}"
@@ -235,6 +237,21 @@ class Head:
         if self._coordinator is None:
             raise ServiceStopped("the service is not up yet")
         return self._coordinator
+
+    def start_helper(
+        self, entry: str, spec: bytes, on_message: OnMessage, on_end: OnEnd
+    ) -> ForkedHelper:
+        """A child process that is no rank; see `ForkedHelper`.
+
+        Raises: OSError, ServiceStopped
+        """
+        if self._launcher is None or self._stopped:
+            raise ServiceStopped("the service is not up")
+        return ForkedHelper(self._launcher, entry, spec, on_message, on_end)
+
+    def check_room(self, sequences: int) -> None:
+        """Raises: Overloaded: there is no room in the journal for so many more."""
+        self._journal.check_room(sequences)
 
     # ---- the coordinator's ports ------------------------------------------------------------
 

@@ -104,6 +104,14 @@ class Journal:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def check_room(self, sequences: int) -> None:
+        """Raises: Overloaded: there is none for so many more."""
+        if len(self._entries) + sequences > self._limit:
+            raise Overloaded(
+                f"{len(self._entries)} sequences are unfinished and {self._limit} may be "
+                f"(--max-sequences), {sequences} more are too many; try again later"
+            )
+
     def rank_of(self, sequence_id: str) -> int | None:
         """Where a sequence runs."""
         entry = self._entries.get(sequence_id)
@@ -121,10 +129,7 @@ class Journal:
 
         Raises: Overloaded
         """
-        if len(self._entries) >= self._limit:
-            raise Overloaded(
-                f"{self._limit} sequences are unfinished already (max_sequences); try again later"
-            )
+        self.check_room(1)
         stream = TokenStream(sequence_id, on_cancel)
         request = Sequence(id=sequence_id, prompt=prompt, generated=[], params=params, eos=eos)
         entry = self._entries[sequence_id] = Entry(request, stream)

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import msgspec
 
-from flexpert.errors import RequestError
+from flexpert.errors import ContextOverflow, RequestError
 
 FINISH_STOP = "stop"
 FINISH_LENGTH = "length"
+
+MOST_TOP_K = 2**31 - 1  # a larger one than the vocabulary is as good as off
+MOST_SAMPLES = 128
+MOST_STOPS = 16
+LONGEST_STOP = 512  # characters: each token is compared with as much of what came before it
+MOST_STOP_TOKENS = 1024
+MOST_LOGPROBS = 20
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,29 +49,64 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
 
     def check(self) -> None:
-        """Raises RequestError naming the first value out of its range."""
+        """Raises RequestError naming the first value of a wrong type or out of its range."""
+        try:
+            msgspec.convert(msgspec.to_builtins(self), SamplingParams)
+        except (msgspec.ValidationError, TypeError, ValueError, OverflowError) as error:
+            raise RequestError(f"a sampling parameter is of a wrong type: {error}") from None
         checks = [
-            (self.max_tokens is None or self.max_tokens >= 1, "max_tokens must be at least 1"),
-            (0 <= self.temperature <= 100, "temperature must be between 0 and 100"),
-            (0 < self.top_p <= 1, "top_p must be above 0 and at most 1"),
-            (self.top_k >= 0, "top_k must be 0 (off) or positive"),
-            (0 <= self.min_p <= 1, "min_p must be between 0 and 1"),
-            (0 < self.repetition_penalty <= 100, "repetition_penalty must be in (0, 100]"),
-            (-2 <= self.presence_penalty <= 2, "presence_penalty must be between -2 and 2"),
-            (-2 <= self.frequency_penalty <= 2, "frequency_penalty must be between -2 and 2"),
-            (self.seed is None or -(2**63) <= self.seed < 2**63, "seed must fit into 64 bits"),
-            (1 <= self.n <= 128, "n must be between 1 and 128"),
-            (len(self.stop) <= 16 and all(self.stop), "stop takes at most 16 non-empty texts"),
-            (self.min_tokens >= 0, "min_tokens must not be negative"),
+            ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "must be at least 1"),
+            ("temperature", 0 <= self.temperature <= 100, "must be between 0 and 100"),
+            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            ("top_k", 0 <= self.top_k <= MOST_TOP_K, f"must be 0 (off) to {MOST_TOP_K}"),
+            ("min_p", 0 <= self.min_p <= 1, "must be between 0 and 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "must be in (0, 100]"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "must be between -2 and 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "must be between -2 and 2"),
+            ("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "must fit into 64 bits"),
+            ("n", 1 <= self.n <= MOST_SAMPLES, f"must be between 1 and {MOST_SAMPLES}"),
             (
-                self.max_tokens is None or self.min_tokens <= self.max_tokens,
-                "min_tokens must not exceed max_tokens",
+                "stop",
+                len(self.stop) <= MOST_STOPS
+                and all(0 < len(text) <= LONGEST_STOP for text in self.stop),
+                f"takes at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters",
             ),
-            (self.logprobs is None or 0 <= self.logprobs <= 20, "logprobs must be 0 to 20"),
+            (
+                "stop_token_ids",
+                len(self.stop_token_ids) <= MOST_STOP_TOKENS,
+                f"takes at most {MOST_STOP_TOKENS} tokens",
+            ),
+            ("min_tokens", self.min_tokens >= 0, "must not be negative"),
+            (
+                "min_tokens",
+                self.max_tokens is None or self.min_tokens <= self.max_tokens,
+                "must not exceed max_tokens",
+            ),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
+                f"must be 0 to {MOST_LOGPROBS}",
+            ),
         ]
-        for holds, message in checks:
+        for name, holds, message in checks:
             if not holds:
-                raise RequestError(message)
+                raise RequestError(f"{name} {message}", name)
+
+    def check_model(self, vocab: int, max_model_len: int) -> None:
+        """Raises RequestError, ContextOverflow naming what a model of this size cannot do."""
+        for token in self.stop_token_ids:
+            if not 0 <= token < vocab:
+                raise RequestError(
+                    f"stop_token_ids: {token} is outside the vocabulary of {vocab}",
+                    "stop_token_ids",
+                )
+        for name, tokens in (("max_tokens", self.max_tokens), ("min_tokens", self.min_tokens)):
+            if tokens is not None and tokens >= max_model_len:
+                raise ContextOverflow(
+                    f"{name} is {tokens}; the model's context is {max_model_len} tokens, of which "
+                    "the prompt has at least one",
+                    name,
+                )
 
 
 class Sequence(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,30 +18,53 @@ from flexpert.server.errors import ApiError, api_error, validation_error
 from flexpert.server.gate import Gate
 from flexpert.server.metrics import ServerMetrics
 from flexpert.server.openai import OpenAIRoutes
+from flexpert.server.preprocessing import Limits
+from flexpert.server.preprocessors import Preprocessors
+from flexpert.server.stream import CLIENT_GONE, ClientGone
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
 
 log = logging.getLogger("flexpert.server")
 
+MOST_PROMPT_TOKENS = 2**20  # of one request, unless the settings say otherwise
+
 
 def create_app(head: Head) -> FastAPI:
     """The HTTP side of a head that has been started.
 
     `app.state.closing` is an asyncio.Event; set it before shutting the server down, so that
-    event streams end.
+    event streams end. `app.state.preprocessors` may be started ahead, and must be closed.
     """
     app = FastAPI(title="flexpert", version=flexpert.__version__)
     metrics = ServerMetrics()
     app.state.closing = asyncio.Event()
-    app.include_router(OpenAIRoutes(head, metrics).router)
+    app.state.preprocessors = _preprocessors(head)
+    app.include_router(OpenAIRoutes(head, metrics, app.state.preprocessors).router)
     app.include_router(ControlRoutes(head, app.state.closing).router)
     _add_service_routes(app, head, metrics)
     app.add_middleware(Gate, config=head.config.server, metrics=metrics)
     for kind in (FlexpertError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
+    app.add_exception_handler(ClientGone, _on_client_gone)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     return app
+
+
+def _preprocessors(head: Head) -> Preprocessors:
+    server = head.config.server
+
+    def limits() -> Limits:
+        context = head.info.max_model_len
+        return Limits(
+            model=head.model_name,
+            vocab=head.info.vocab,
+            max_model_len=context,
+            max_choices=server.max_choices,
+            max_prompt_tokens=server.max_prompt_tokens or max(MOST_PROMPT_TOKENS, context),
+        )
+
+    return Preprocessors(head, limits, server.preprocess_timeout_s)
 
 
 def _add_service_routes(app: FastAPI, head: Head, metrics: ServerMetrics) -> None:
@@ -70,6 +93,11 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if answer.status_code >= 500:
         log.error("%s %s: %s", request.method, request.url.path, error)
     return answer.response()
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    request.scope[CLIENT_GONE] = True
+    return Response(status_code=499)  # for the request counter; nobody reads it
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

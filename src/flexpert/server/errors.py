@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,7 +71,7 @@ def api_error(error: Exception) -> ApiError:
         case ContextOverflow():
             return ApiError(400, str(error), code="context_length_exceeded")
         case RequestError():
-            return ApiError(400, str(error), param=_field(error))
+            return ApiError(400, str(error), param=error.field)
         case OperationConflict():
             return ApiError(409, str(error), code="operation_conflict")
         case OperationRefused():
@@ -109,10 +108,3 @@ def unknown_model(name: str) -> ApiError:
     """404 as OpenAI words it to programs."""
     message = f"the model {name!r} does not exist; GET /v1/models lists what is served"
     return ApiError(404, message, param="model", code="model_not_found")
-
-
-def _field(error: RequestError) -> str | None:
-    """The setting at fault: by convention a RequestError's first word if it has an underscore or
-    is followed by "must" or "takes" (`SamplingParams.check`)."""
-    found = re.match(r"([a-z]+(?:_[a-z]+)+|[a-z]+(?= must| takes))\b", str(error))
-    return found[1] if found else None

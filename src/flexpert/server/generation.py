@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from flexpert.cluster.head import Head, TokenStream
 
 
+# Tokens that are looked through in the time that submitting a sequence takes beside its prompt, and
+# how many may be before others get their turn: about ten milliseconds.
+_SUBMIT_COST = 2_000
+_COST_OF_A_TURN = 300_000
+
+
 class TokenRecord(msgspec.Struct, frozen=True):
     """A token of an answer with its log probabilities; offset: where its text begins, in characters
     of the answer."""
@@ -64,14 +70,11 @@ class Meter(Protocol):
 class Generation:
     """The choices of one request: every prompt, sampled `params.n` times.
 
-    All sequences are submitted at once; leaving the context frees those that still run.
+    `submit` has them run; leaving the context frees those that still do.
 
     Args:
         prompts: token ids of each prompt.
         request_id: the sequences are named after it.
-
-    Raises:
-        RequestError, ServiceStopped: as the head refuses; nothing of the request is left running.
     """
 
     def __init__(
@@ -85,24 +88,45 @@ class Generation:
         meter: Meter | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        params.check()
-        if not all(prompts):
-            raise RequestError("prompt must have at least one token")
+        self._head = head
+        self._text = text
+        self._prompts = prompts
+        self._params = params
+        self._request_id = request_id
         self._meter = meter
         self._clock = clock
         self._started = clock()
         self._prompt_tokens = sum(map(len, prompts))
         self.answers: list[Answer] = []
-        hidden = frozenset((*params.stop_token_ids, *head.info.eos_token_ids))
+
+    async def submit(self) -> None:
+        """All sequences, or none; many of them a few at a time, because others want the loop too.
+
+        Raises:
+            RequestError, Overloaded, ServiceStopped: as the head refuses.
+        """
+        params = self._params
+        params.check()
+        if not all(self._prompts):
+            raise RequestError("prompt must have at least one token", "prompt")
+        self._head.check_room(len(self._prompts) * params.n)
+        hidden = frozenset((*params.stop_token_ids, *self._head.info.eos_token_ids))
+        cost = 0
         try:
-            for prompt in prompts:
+            for prompt in self._prompts:
                 # equal prompts in one request are different samples unless a seed was given
                 seed = secrets.randbits(63) if params.seed is None else params.seed
                 for sample in range(params.n):
                     index = len(self.answers)
                     one = msgspec.structs.replace(params, n=1, seed=_wrap(seed + sample))
-                    stream = head.submit(prompt, one, request_id=f"{request_id}-{index}")
-                    self.answers.append(Answer(index, stream, one, text, hidden))
+                    stream = self._head.submit(
+                        prompt, one, request_id=f"{self._request_id}-{index}"
+                    )
+                    self.answers.append(Answer(index, stream, one, self._text, hidden))
+                    cost += _SUBMIT_COST + len(prompt)
+                    if cost > _COST_OF_A_TURN:
+                        cost = 0
+                        await asyncio.sleep(0)
         except BaseException:
             self.cancel()
             raise

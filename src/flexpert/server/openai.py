@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import APIRouter, Request, Response
+from starlette.requests import ClientDisconnect
 
-from flexpert.engine.request import SamplingParams
-from flexpert.errors import FlexpertError, RequestError
+from flexpert.errors import FlexpertError
 from flexpert.server import wire
-from flexpert.server.errors import api_error, unknown_model
+from flexpert.server.errors import ApiError, api_error, unknown_model
 from flexpert.server.generation import Generation
 from flexpert.server.metrics import ServerMetrics
-from flexpert.server.schemas import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    Prompt,
-    TokenizeRequest,
-)
+from flexpert.server.preprocessing import Detokenized, Generate, Kind, Tokenized, unpacked
+from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.shapes import ChatShape, Shape, TextShape
-from flexpert.server.stream import CLIENT_GONE, DONE, ClientGone, EventStream, event, unless_gone
+from flexpert.server.stream import DONE, ClientGone, EventStream, event, unless_gone
 from flexpert.server.text import TokenText
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
 
-# Characters. A longer text is tokenised in a thread: it would keep every stream waiting.
-LONG_TEXT = 20_000
+log = logging.getLogger("flexpert.server")
+
+T = TypeVar("T")
 
 
 class OpenAIRoutes:
     """The routes over one started head."""
 
-    def __init__(self, head: Head, metrics: ServerMetrics) -> None:
+    def __init__(self, head: Head, metrics: ServerMetrics, preprocessors: Preprocessors) -> None:
         self._head = head
         self._metrics = metrics
+        self._preprocessors = preprocessors
         self._text = TokenText(head.tokenizer)
         self._created = int(time.time())
         self.router = APIRouter(tags=["openai"])
@@ -61,95 +58,87 @@ class OpenAIRoutes:
         self._check_model(name)
         return wire.json_response(self._model())
 
-    async def completions(self, request: Request, body: CompletionRequest) -> Response:
+    async def completions(self, request: Request) -> Response:
         """Continue one or several prompts; choice prompt * n + sample."""
-        self._check_model(body.model)
-        prompts = [await self._encode(prompt) for prompt in body.prompts]
-        params = body.params
-        echoes: list[str] = []
-        if body.echo:
-            texts = [
-                prompt if isinstance(prompt, str) else self._text.decode(prompt)
-                for prompt in body.prompts
-            ]
-            echoes = [text for text in texts for _ in range(params.n)]
+        asked = await self._preprocess(request, "completions", Generate)
         id = f"cmpl-{secrets.token_hex(12)}"
         shape = TextShape(
             id,
             int(time.time()),
             self._head.model_name,
             self._text,
-            with_usage=body.include_usage,
-            echoes=echoes,
+            with_usage=asked.include_usage,
+            echoes=[text for text in asked.echoes for _ in range(asked.params.n)],
         )
-        return await self._answer(request, prompts, params, shape, stream=body.stream)
+        return await self._answer(request, asked, shape)
 
-    async def chat(self, request: Request, body: ChatRequest) -> Response:
+    async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        self._check_model(body.model)
-        prompt = self._text.chat(body.conversation)
+        asked = await self._preprocess(request, "chat", Generate)
         id = f"chatcmpl-{secrets.token_hex(12)}"
         shape = ChatShape(
             id,
             int(time.time()),
             self._head.model_name,
             self._text,
-            with_usage=body.include_usage,
+            with_usage=asked.include_usage,
         )
-        return await self._answer(request, [prompt], body.params, shape, stream=body.stream)
+        return await self._answer(request, asked, shape)
 
-    async def tokenize(self, body: TokenizeRequest) -> Response:
+    async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or a conversation."""
-        self._check_model(body.model)
-        if body.prompt is not None:
-            ids = await self._encode(body.prompt, add_special_tokens=body.add_special_tokens)
-        else:
-            messages = [message.model_dump() for message in body.messages or ()]
-            ids = self._text.chat(messages, add_generation_prompt=body.add_generation_prompt)
+        found = await self._preprocess(request, "tokenize", Tokenized)
+        ids = unpacked(found.tokens)
         return wire.json_response(wire.Tokens(len(ids), self._head.info.max_model_len, ids))
 
-    async def detokenize(self, body: DetokenizeRequest) -> Response:
+    async def detokenize(self, request: Request) -> Response:
         """Text of token ids."""
-        self._check_model(body.model)
-        size = self._text.vocabulary_size
-        wrong = next((id for id in body.tokens if not 0 <= id < size), None)
-        if wrong is not None:
-            raise RequestError(
-                f"tokens must be below {size}, the vocabulary's size; {wrong} is not"
-            )
-        return wire.json_response(wire.Text(self._text.decode(body.tokens)))
+        found = await self._preprocess(request, "detokenize", Detokenized)
+        return wire.json_response(wire.Text(found.text))
 
-    async def _answer(
-        self,
-        request: Request,
-        prompts: list[list[int]],
-        params: SamplingParams,
-        shape: Shape,
-        *,
-        stream: bool,
-    ) -> Response:
-        # the head admits or refuses here, before anything is sent: a refusal has its own status
+    async def _preprocess(self, request: Request, kind: Kind, expected: type[T]) -> T:
+        """What the body asks for.
+
+        Raises: ApiError, Overloaded, ClientGone
+        """
+        if not is_json(request.headers.get("content-type")):
+            raise ApiError(
+                415, "the body must be JSON; send the header 'Content-Type: application/json'"
+            )
+        claimed = 0
+        try:
+            pieces = []
+            async for piece in request.stream():
+                self._preprocessors.claim(len(piece))
+                claimed += len(piece)
+                pieces.append(piece)
+            body = b"".join(pieces)
+            del pieces
+            outcome = await unless_gone(request.receive, self._preprocessors.run(kind, body))
+        except ClientDisconnect:
+            raise ClientGone from None
+        finally:
+            self._preprocessors.release(claimed)
+        if not isinstance(outcome, expected):
+            raise TypeError(f"{kind} was prepared as {type(outcome).__name__}")
+        return outcome
+
+    async def _answer(self, request: Request, asked: Generate, shape: Shape) -> Response:
         generation = Generation(
-            self._head, self._text, prompts, params, request_id=shape.id, meter=self._metrics
+            self._head,
+            self._text,
+            asked.prompt_ids,
+            asked.params,
+            request_id=shape.id,
+            meter=self._metrics,
         )
-        if stream:
+        # the head admits or refuses here, before anything is sent: a refusal has its own status
+        await generation.submit()
+        if asked.stream:
             return EventStream(_events(generation, shape), generation.cancel)
         with generation:
-            try:
-                choices = await unless_gone(request.receive, generation.whole())
-            except ClientGone:
-                request.scope[CLIENT_GONE] = True
-                return Response(status_code=499)  # for the request counter; nobody reads it
+            choices = await unless_gone(request.receive, generation.whole())
         return Response(shape.whole(choices, generation.usage), media_type="application/json")
-
-    async def _encode(self, prompt: Prompt, *, add_special_tokens: bool = True) -> list[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        if len(prompt) < LONG_TEXT:
-            return self._text.encode(prompt, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(
-            self._text.encode, prompt, add_special_tokens=add_special_tokens
-        )
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._head.model_name:
@@ -179,6 +168,18 @@ async def _events(generation: Generation, shape: Shape) -> AsyncGenerator[bytes,
                     yield piece
         if shape.with_usage:
             yield event(shape.usage_chunk(generation.usage))
-    except FlexpertError as error:
+    except Exception as error:
+        if not isinstance(error, FlexpertError):
+            log.exception("%s failed", shape.id)
         yield event(api_error(error).body)  # the status has been sent; this is how clients learn
     yield DONE
+
+
+def is_json(content_type: str | None) -> bool:
+    """Whether a header names JSON; a body without one is taken for it."""
+    if content_type is None:
+        return True
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (
+        kind.startswith("application/") and kind.endswith("+json")
+    )

@@ -175,6 +175,7 @@ class _Service:
                 timeout_graceful_shutdown=ceil(ranks.shutdown_timeout_s) + UNREAD_S,
             )
         )
+        await app.state.preprocessors.start()
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         asked = asyncio.ensure_future(self._asked.wait())
         print(
@@ -192,6 +193,7 @@ class _Service:
         forced = asyncio.ensure_future(self._forced.wait())
         await asyncio.wait((ending, forced), return_when=asyncio.FIRST_COMPLETED)
         forced.cancel()
+        app.state.preprocessors.close()
         if ending.done():
             ending.result()
         else:

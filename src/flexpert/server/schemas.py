@@ -14,11 +14,24 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictInt,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from flexpert.engine.request import SamplingParams
+from flexpert.engine.request import (
+    LONGEST_STOP,
+    MOST_LOGPROBS,
+    MOST_SAMPLES,
+    MOST_STOP_TOKENS,
+    MOST_STOPS,
+    MOST_TOP_K,
+    SamplingParams,
+)
+
+LONGEST_NAME = 512  # characters
+MOST_MESSAGES = 16_384
+MOST_RANKS = 4096  # far above any capacity, which says itself what it is
 
 TokenIds = list[int]
 Prompt = str | TokenIds
@@ -47,12 +60,24 @@ def _as_texts(value: Any) -> Any:
 
 
 # Prompts may be long: one pass of ours instead of pydantic's over every union member.
-Prompts = Annotated[Any, BeforeValidator(_as_prompts)]
-Stops = Annotated[list[str] | None, BeforeValidator(_as_texts)]
+_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+Prompts = Annotated[
+    Any,
+    BeforeValidator(_as_prompts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS}]}),
+]
+_STOP = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
+Stops = Annotated[
+    list[str] | None,
+    BeforeValidator(_as_texts),
+    WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MOST_STOPS}]}),
+]
+Name = Annotated[str, Field(max_length=LONGEST_NAME)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
 class StreamOptions(_Body):
@@ -64,23 +89,23 @@ class StreamOptions(_Body):
 class Sampling(_Body):
     """What both ways of generating share: OpenAI's settings and vLLM's extras."""
 
-    model: str | None = None
-    n: int | None = None
+    model: Name | None = None
+    n: int | None = Field(None, ge=1, le=MOST_SAMPLES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stops = None
-    max_tokens: int | None = None
-    top_k: int | None = Field(None, description="0 or -1: off")
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    stop_token_ids: list[int] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=-1, le=MOST_TOP_K, description="0 or -1: off")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    stop_token_ids: list[int] | None = Field(None, max_length=MOST_STOP_TOKENS)
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: int | None = Field(None, ge=0)
 
     logit_bias: Any = None
     response_format: Any = None
@@ -143,7 +168,7 @@ class CompletionRequest(Sampling):
 
     prompt: Prompts
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     best_of: int | None = None
     suffix: str | None = None
 
@@ -193,7 +218,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    role: str
+    role: Name
     content: str | list[ContentPart] | None = None
 
     @field_validator("content")
@@ -209,10 +234,10 @@ class Message(BaseModel):
 class ChatRequest(Sampling):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = None
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
     @field_validator("top_logprobs")
     @classmethod
@@ -220,11 +245,6 @@ class ChatRequest(Sampling):
         if value is not None and not info.data.get("logprobs"):
             raise ValueError("only with logprobs=true")
         return value
-
-    @property
-    def conversation(self) -> list[dict[str, Any]]:
-        """As chat templates want it."""
-        return [message.model_dump() for message in self.messages]
 
     @property
     def params(self) -> SamplingParams:
@@ -239,9 +259,9 @@ class ChatRequest(Sampling):
 class TokenizeRequest(_Body):
     """`POST /tokenize`: a prompt, or messages."""
 
-    model: str | None = None
+    model: Name | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: list[Message] | None = Field(None, max_length=MOST_MESSAGES)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -255,7 +275,7 @@ class TokenizeRequest(_Body):
 class DetokenizeRequest(_Body):
     """`POST /detokenize`."""
 
-    model: str | None = None
+    model: Name | None = None
     tokens: list[StrictInt]
 
 
@@ -265,9 +285,11 @@ class OperationRequest(BaseModel):
     # a misspelt field here would move machines
     model_config = ConfigDict(extra="forbid")
 
-    ranks: StrictInt | None = Field(None, ge=1)
-    add: StrictInt = Field(0, ge=0)
-    remove: list[StrictInt] = []
+    ranks: StrictInt | None = Field(None, ge=1, le=MOST_RANKS)
+    add: StrictInt = Field(0, ge=0, le=MOST_RANKS)
+    remove: list[Annotated[StrictInt, Field(ge=0, le=MOST_RANKS)]] = Field(
+        [], max_length=MOST_RANKS
+    )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> OperationRequest:
@@ -279,5 +301,5 @@ class OperationRequest(BaseModel):
 class ElasticScaleRequest(_Body):
     """vLLM's `POST /scale_elastic_ep`; drain_timeout: seconds to wait for the change."""
 
-    new_data_parallel_size: StrictInt = Field(gt=0)
-    drain_timeout: StrictInt = Field(120, gt=0)
+    new_data_parallel_size: StrictInt = Field(gt=0, le=MOST_RANKS)
+    drain_timeout: StrictInt = Field(120, gt=0, le=86_400)

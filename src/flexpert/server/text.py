@@ -7,9 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jinja2 import TemplateError
-
-from flexpert.errors import RequestError
+from flexpert.errors import ContextOverflow, RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +47,9 @@ class TokenText:
         for token, id in vocabulary.items():
             self._bytes[id] = to_bytes(token)
         self.vocabulary_size = len(self._bytes)
+        # Characters of the longest token; a normaliser may make a text shorter, but not by much.
+        longest = max(len(piece.decode("utf-8", "replace")) for piece in [b" ", *self._bytes])
+        self._longest = longest * (1 if self._byte_level and not _normalises(tokenizer) else 4)
         self._shown = [b"" if id in self._special else raw for id, raw in enumerate(self._bytes)]
 
     def detokenizer(self) -> Detokenizer:
@@ -62,9 +63,32 @@ class TokenText:
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
+        """Token ids of a text.
+
+        Raises: RequestError: it is no valid Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text is not valid Unicode: {error.reason} at character {error.start}"
+            ) from None
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
+
+    def encode_bounded(self, text: str, most: int, *, add_special_tokens: bool = True) -> list[int]:
+        """As `encode`, but a text whose length alone tells that it has more than `most` tokens is
+        not tokenised.
+
+        Raises: RequestError, ContextOverflow
+        """
+        least = -(-len(text) // self._longest)
+        if least > most:
+            raise ContextOverflow(
+                f"the text has {len(text)} characters, which are at least {least} tokens; "
+                f"{most} can be taken"
+            )
+        return self.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a whole sequence, special tokens left out."""
@@ -75,6 +99,17 @@ class TokenText:
         self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a conversation, by the model's chat template.
+
+        Raises: RequestError, as `render`.
+        """
+        text = self.render(messages, add_generation_prompt=add_generation_prompt)
+        # the template has written the special tokens itself
+        return self.encode(text, add_special_tokens=False)
+
+    def render(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the model's chat template writes it.
 
         Raises:
             RequestError: the model has no chat template, or the template refuses the messages.
@@ -87,11 +122,14 @@ class TokenText:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            # templates fail by raise_exception or, on a shape they did not expect, as Python does
-            raise RequestError(f"the model's chat template refuses the messages: {error}") from None
-        # the template has written the special tokens itself
-        return self.encode(str(text), add_special_tokens=False)
+        except (MemoryError, RecursionError):
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a template does with odd messages
+            # by raise_exception, or on a shape it did not expect, as Python does
+            raise RequestError(
+                f"the model's chat template refuses the messages: {error}", "messages"
+            ) from None
+        return str(text)
 
 
 class StopTexts:
@@ -214,6 +252,11 @@ class _WindowDetokenizer:
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return type(getattr(backend, "decoder", None)).__name__ == "ByteLevel"
+
+
+def _normalises(tokenizer: PreTrainedTokenizerBase) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return getattr(backend, "normalizer", None) is not None
 
 
 def _byte_level_alphabet() -> dict[int, str]:

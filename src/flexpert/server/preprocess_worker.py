@@ -1,0 +1,53 @@
+"""The process in which bodies are parsed and tokenised: one at a time, within bounds.
+
+It gives way to ranks and head where they want the processor, and says so when a body has left it
+large, so that another one takes its place at the size of the fork server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+from typing import Any, Protocol
+
+import psutil
+
+from flexpert.cluster.connection import Connection, ConnectionEnded
+from flexpert.server.preprocessing import Reply, decode_limits, decode_task, encode, preprocess
+from flexpert.server.text import TokenText
+
+ENTRY = f"{__name__}:preprocess_main"
+
+MOST_MEMORY = 2 * 2**30  # bytes beyond what it has at the start
+MOST_KEPT = 256 * 2**20  # bytes that it may have grown by when it takes the next body
+_NICENESS = 5
+
+
+class Source(Protocol):
+    """A model's, of which only the tokenizer is used."""
+
+    def tokenizer(self) -> Any: ...
+
+
+def preprocess_main(spec: bytes, end: socket.socket, source: Source) -> int:
+    """Serve until the head closes the connection. spec: `Limits`."""
+    limits = decode_limits(spec)
+    connection = Connection(end)
+    text = TokenText(source.tokenizer())
+    process = psutil.Process()
+    os.nice(_NICENESS)
+    before = process.memory_info()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = before.vms + MOST_MEMORY
+    if hard == resource.RLIM_INFINITY or most < hard:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    with contextlib.suppress(ConnectionEnded):
+        connection.send(b"")  # ready
+        while True:
+            outcome = preprocess(decode_task(connection.receive()), text, limits)
+            worn = process.memory_info().rss > before.rss + MOST_KEPT
+            connection.send(encode(Reply(outcome, worn)))
+    connection.close()
+    return 0

@@ -1,0 +1,273 @@
+"""A request's body → what the engine needs of it, or why it is refused (pure).
+
+All that takes time in proportion to what a client sends happens here: parsing, checking, chat
+templates, tokenising. It runs in a process of its own (`preprocess_worker`), never in the head.
+What bytes and counts already tell is refused before anything costly is done.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ValidationError
+
+from flexpert.engine.request import SamplingParams
+from flexpert.errors import ContextOverflow, FlexpertError, RequestError
+from flexpert.server.errors import ApiError, api_error, unknown_model, validation_error
+from flexpert.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    Prompt,
+    TokenizeRequest,
+)
+from flexpert.server.text import TokenText
+
+log = logging.getLogger("flexpert.server")
+
+Body = TypeVar("Body", bound=BaseModel)
+Kind = Literal["completions", "chat", "tokenize", "detokenize"]
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What one request may ask for.
+
+    model: the name it is served under. vocab: size of the model's vocabulary. max_model_len: tokens
+    of prompt and answer. max_choices: prompts × n. max_prompt_tokens: of all prompts together.
+    """
+
+    model: str
+    vocab: int
+    max_model_len: int
+    max_choices: int
+    max_prompt_tokens: int
+
+
+class Generate(msgspec.Struct, frozen=True, tag="generate"):
+    """Sequences to run. prompts: token ids, int32; echoes: texts of the prompts, if asked for."""
+
+    prompts: list[bytes]
+    params: SamplingParams
+    stream: bool
+    include_usage: bool
+    echoes: list[str]
+
+    @property
+    def prompt_ids(self) -> list[list[int]]:
+        return [unpacked(prompt) for prompt in self.prompts]
+
+
+class Tokenized(msgspec.Struct, frozen=True, tag="tokenized"):
+    """Token ids, int32."""
+
+    tokens: bytes
+
+
+class Detokenized(msgspec.Struct, frozen=True, tag="detokenized"):
+    text: str
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """An `ApiError`."""
+
+    status: int
+    message: str
+    error_type: str
+    param: str | None
+    code: str | None
+
+    @property
+    def error(self) -> ApiError:
+        return ApiError(
+            self.status, self.message, type=self.error_type, param=self.param, code=self.code
+        )
+
+
+Outcome = Generate | Tokenized | Detokenized | Refused
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """worn: the worker has grown so much that another one should take its place."""
+
+    outcome: Outcome
+    worn: bool = False
+
+
+class Task(msgspec.Struct, frozen=True):
+    kind: Kind
+    body: bytes
+
+
+encode = msgspec.msgpack.encode
+decode_task = msgspec.msgpack.Decoder(Task).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode
+decode_limits = msgspec.msgpack.Decoder(Limits).decode
+
+
+def preprocess(task: Task, text: TokenText, limits: Limits) -> Outcome:
+    """Never raises: whatever a body brings about is its own refusal."""
+    try:
+        return _KINDS[task.kind](task.body, text, limits)
+    except ValidationError as error:
+        return _refused(validation_error(error.errors(include_url=False, include_input=False)))
+    except RecursionError:
+        return _refused(ApiError(400, "the body is nested too deeply"))
+    except MemoryError:
+        message = "the request takes more memory to prepare than there is; send less of it"
+        return _refused(ApiError(413, message, code="request_too_costly"))
+    except Exception as error:
+        if not isinstance(error, FlexpertError | ApiError):
+            log.exception("a body for %s could not be prepared", task.kind)
+        return _refused(api_error(error))
+
+
+def _completions(body: bytes, text: TokenText, limits: Limits) -> Generate:
+    request = _parsed(CompletionRequest, body, limits)
+    params = _checked(request.params, len(request.prompts), limits)
+    prompts = _encoded(request.prompts, text, limits, answer=params.max_tokens)
+    echoes = []
+    if request.echo:
+        echoes = [p if isinstance(p, str) else text.decode(p) for p in request.prompts]
+    return Generate(prompts, params, request.stream, request.include_usage, echoes)
+
+
+def _chat(body: bytes, text: TokenText, limits: Limits) -> Generate:
+    request = _parsed(ChatRequest, body, limits)
+    params = _checked(request.params, 1, limits)
+    rendered = text.render(_conversation(request.messages))
+    prompt = text.encode_bounded(rendered, limits.max_model_len - 1, add_special_tokens=False)
+    _fits(len(prompt), params.max_tokens, limits)
+    return Generate([_packed(prompt)], params, request.stream, request.include_usage, [])
+
+
+def _tokenize(body: bytes, text: TokenText, limits: Limits) -> Tokenized:
+    request = _parsed(TokenizeRequest, body, limits)
+    if request.prompt is not None:
+        source, special = request.prompt, request.add_special_tokens
+    else:
+        messages = _conversation(request.messages or ())
+        source = text.render(messages, add_generation_prompt=request.add_generation_prompt)
+        special = False
+    most = limits.max_prompt_tokens
+    return Tokenized(_packed(text.encode_bounded(source, most, add_special_tokens=special)))
+
+
+def _detokenize(body: bytes, text: TokenText, limits: Limits) -> Detokenized:
+    request = _parsed(DetokenizeRequest, body, limits)
+    size, tokens = text.vocabulary_size, request.tokens
+    if len(tokens) > limits.max_prompt_tokens:
+        raise RequestError(
+            f"there must be at most {limits.max_prompt_tokens} tokens, not {len(tokens)}", "tokens"
+        )
+    wrong = _outside(tokens, size)
+    if wrong is not None:
+        raise RequestError(
+            f"tokens must be below {size}, the vocabulary's size; {wrong} is not", "tokens"
+        )
+    return Detokenized(text.decode(tokens))
+
+
+_KINDS: Mapping[Kind, Callable[[bytes, TokenText, Limits], Outcome]] = {
+    "completions": _completions,
+    "chat": _chat,
+    "tokenize": _tokenize,
+    "detokenize": _detokenize,
+}
+
+
+def _parsed(schema: type[Body], body: bytes, limits: Limits) -> Body:
+    request = schema.model_validate_json(body)
+    name = getattr(request, "model", None)
+    if name is not None and name != limits.model:
+        raise unknown_model(name)
+    return request
+
+
+def _checked(params: SamplingParams, prompts: int, limits: Limits) -> SamplingParams:
+    """Before anything is tokenised."""
+    params.check()
+    params.check_model(limits.vocab, limits.max_model_len)
+    choices = prompts * params.n
+    if choices > limits.max_choices:
+        raise RequestError(
+            f"n must be lower or there must be fewer prompts: {prompts} prompts and n={params.n} "
+            f"are {choices} choices, one request may have {limits.max_choices} (--max-choices)",
+            "n",
+        )
+    return params
+
+
+def _encoded(
+    prompts: Sequence[Prompt], text: TokenText, limits: Limits, answer: int | None
+) -> list[bytes]:
+    """Token ids of each prompt."""
+    packed, total = [], 0
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids = text.encode_bounded(prompt, limits.max_model_len - 1)
+        else:
+            ids = prompt
+            _fits(len(ids), answer, limits)
+            wrong = _outside(ids, limits.vocab)
+            if wrong is not None:
+                raise RequestError(
+                    f"token {wrong} is outside the vocabulary of {limits.vocab}", "prompt"
+                )
+        _fits(len(ids), answer, limits)
+        total += len(ids)
+        if total > limits.max_prompt_tokens:
+            raise RequestError(
+                f"the prompts have more than {limits.max_prompt_tokens} tokens together, the most "
+                "of one request (--max-prompt-tokens); send several requests",
+                "prompt",
+            )
+        packed.append(_packed(ids))
+    return packed
+
+
+def _fits(prompt: int, answer: int | None, limits: Limits) -> None:
+    if not prompt:
+        raise RequestError("prompt must have at least one token", "prompt")
+    if prompt + (answer or 1) > limits.max_model_len:
+        raise ContextOverflow(
+            f"the model's context is {limits.max_model_len} tokens; the prompt has {prompt} and "
+            f"the answer asks for {answer or 1}"
+        )
+
+
+def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """As chat templates want it."""
+    return [message.model_dump() for message in messages]
+
+
+def _outside(tokens: list[int], size: int) -> int | None:
+    """A token that is none of a vocabulary of this size."""
+    if not tokens or (min(tokens) >= 0 and max(tokens) < size):
+        return None
+    return next(token for token in tokens if not 0 <= token < size)
+
+
+def _packed(tokens: list[int]) -> bytes:
+    return array("i", tokens).tobytes()
+
+
+def unpacked(tokens: bytes) -> list[int]:
+    """Token ids as they travel → a list."""
+    ids = array("i")
+    ids.frombytes(tokens)
+    return ids.tolist()
+
+
+_LONGEST_MESSAGE = 2000
+
+
+def _refused(error: ApiError) -> Refused:
+    message = error.detail
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[:_LONGEST_MESSAGE]}…"
+    return Refused(error.status_code, message, error.type, error.param, error.code)

@@ -1,0 +1,190 @@
+"""The head's side of preprocessing: who gets a turn, for how long, and what waits.
+
+Two workers, each with a queue: one for small bodies and one for large ones, so that nobody who
+sends a little waits behind somebody who sends much.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from flexpert.cluster.helper import Helper, OnEnd, OnMessage
+from flexpert.errors import Overloaded
+from flexpert.server.errors import SERVER, ApiError
+from flexpert.server.preprocess_worker import ENTRY
+from flexpert.server.preprocessing import (
+    Kind,
+    Limits,
+    Outcome,
+    Refused,
+    Task,
+    decode_reply,
+    encode,
+)
+
+log = logging.getLogger("flexpert.server")
+
+SMALL_BODY = 32 * 2**10  # bytes
+_MOST_WAITING = 128 * 2**20  # bytes of bodies, also of those that are still coming
+_START_TIMEOUT_S = 120.0  # a large vocabulary takes seconds
+
+
+class Owner(Protocol):
+    """A head."""
+
+    def start_helper(
+        self, entry: str, spec: bytes, on_message: OnMessage, on_end: OnEnd
+    ) -> Helper: ...
+
+
+class Preprocessors:
+    """Both workers; they start with the first body, or with `start`.
+
+    timeout_s: of one body, from its turn on.
+    """
+
+    def __init__(self, owner: Owner, limits: Callable[[], Limits], timeout_s: float) -> None:
+        self._workers = [_Worker(owner, limits, timeout_s, name) for name in ("small", "large")]
+        self._waiting = 0  # bytes
+
+    async def start(self) -> None:
+        """Both are up, or the reason is logged; they are started again when they are needed."""
+        await asyncio.gather(*(worker.warm_up() for worker in self._workers))
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+
+    def claim(self, size: int) -> None:
+        """Room for a body that is coming. Raises: Overloaded"""
+        if self._waiting + size > _MOST_WAITING:
+            raise Overloaded(
+                f"request bodies of {self._waiting >> 20} MiB are waiting already; try again later"
+            )
+        self._waiting += size
+
+    def release(self, size: int) -> None:
+        self._waiting -= size
+
+    async def run(self, kind: Kind, body: bytes) -> Outcome:
+        """What a body asks for. It is claimed by the caller.
+
+        Raises: ApiError: it is refused, or could not be prepared.
+        """
+        worker = self._workers[len(body) > SMALL_BODY]
+        # it runs to its end though the client may go: only a whole turn leaves the worker in order
+        turn = asyncio.ensure_future(worker.run(Task(kind, body)))
+        turn.add_done_callback(lambda done: done.cancelled() or done.exception())
+        outcome = await asyncio.shield(turn)
+        if isinstance(outcome, Refused):
+            raise outcome.error
+        return outcome
+
+
+class _Ended(Exception):  # noqa: N818
+    """The worker is gone before it has answered."""
+
+
+class _Worker:
+    def __init__(
+        self, owner: Owner, limits: Callable[[], Limits], timeout_s: float, name: str
+    ) -> None:
+        self._owner = owner
+        self._limits = limits
+        self._timeout_s = timeout_s
+        self._name = name
+        self._turn = asyncio.Lock()  # first come, first served
+        self._helper: Helper | None = None
+        self._answer: asyncio.Future[bytes] | None = None
+        self._closed = False
+
+    async def warm_up(self) -> None:
+        async with self._turn:
+            try:
+                await self._start()
+            except _Ended as error:
+                log.warning("the worker for %s bodies did not start: %s", self._name, error)
+
+    def close(self) -> None:
+        self._closed = True
+        if self._helper:
+            self._helper.kill()
+
+    async def run(self, task: Task) -> Outcome:
+        async with self._turn:
+            try:
+                if self._helper is None:
+                    await self._start()
+                reply = decode_reply(await self._ask(encode(task), self._timeout_s))
+            except TimeoutError:
+                self._drop()
+                raise ApiError(
+                    400,
+                    f"the request takes longer than {self._timeout_s:g} s to prepare "
+                    "(--preprocess-timeout-s); send less of it at once",
+                    code="request_too_costly",
+                ) from None
+            except _Ended as error:
+                log.error("a request could not be prepared: its worker ended (%s)", error)
+                raise ApiError(
+                    503 if self._closed else 500,
+                    f"the request could not be prepared: {error}",
+                    type=SERVER,
+                    code="preprocessing_failed",
+                ) from None
+            if reply.worn:
+                self._drop()
+                with contextlib.suppress(_Ended):  # the next body tells
+                    await self._start()
+            return reply.outcome
+
+    async def _start(self) -> None:
+        """Raises: _Ended"""
+        if self._closed:
+            raise _Ended("the service is stopping")
+        spec = encode(self._limits())
+        try:
+            helper = self._owner.start_helper(
+                ENTRY, spec, self._received, lambda why: self._ended(helper, why)
+            )
+        except OSError as error:
+            raise _Ended(f"no process can be started: {error.strerror}") from None
+        self._helper = helper
+        try:
+            await self._ask(None, _START_TIMEOUT_S)
+        except TimeoutError:
+            self._drop()
+            raise _Ended(f"it was not ready within {_START_TIMEOUT_S:g} s") from None
+
+    async def _ask(self, message: bytes | None, limit_s: float) -> bytes:
+        """The worker's next message. Raises: TimeoutError, _Ended"""
+        if self._helper is None:
+            raise _Ended("it is gone")
+        self._answer = asyncio.get_running_loop().create_future()
+        try:
+            if message is not None:
+                self._helper.send(message)
+            async with asyncio.timeout(limit_s):
+                return await self._answer
+        finally:
+            self._answer = None
+
+    def _drop(self) -> None:
+        helper, self._helper = self._helper, None
+        if helper:
+            helper.kill()
+
+    def _received(self, message: bytes) -> None:
+        if self._answer and not self._answer.done():
+            self._answer.set_result(message)
+
+    def _ended(self, helper: Helper, why: str) -> None:
+        if helper is not self._helper:
+            return  # it was dropped, or made room for another
+        self._helper = None
+        if self._answer and not self._answer.done():
+            self._answer.set_exception(_Ended(why))
