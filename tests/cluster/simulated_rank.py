@@ -42,6 +42,7 @@ class World(Protocol):
 
     def enters(self, rank: SimRank, plan: msg.Prepare) -> None: ...
     def takes(self, rank: SimRank, sequence_id: str) -> None: ...
+    def poisons(self, rank: SimRank) -> bool: ...
     def adopted(self, rank: SimRank, kv: bytes) -> None: ...
     def token(self, previous: int) -> int:
         """A token that is computed now, after `previous` (-1: the first)."""
@@ -81,9 +82,11 @@ class SimRank:
         "inbox",
         "interrupted",
         "left",
+        "lies",
         "life",
         "lost_after",
         "member",
+        "on_trial",
         "owed",
         "plan",
         "prepared",
@@ -107,6 +110,8 @@ class SimRank:
         self.alive = True
         self.well = True
         self.proven = False
+        self.lies = False
+        self.on_trial: set[str] = set()
         self.stopped = False
         self.stopped_at = 0.0
         self.cut_until = 0.0  # its exchanges are held up
@@ -192,6 +197,8 @@ class SimRank:
             assert sequence.params.max_tokens is not None
             running = Running(sequence.generated, sequence.params.max_tokens)
             self.sequences[sequence.id] = running
+            if sequence.on_trial:
+                self.on_trial.add(sequence.id)
 
     def _held(self) -> list[HeldKV]:
         """In place of blocks, the latest token that was computed: it names all before it."""
@@ -301,6 +308,8 @@ class SimRank:
     def publish(self) -> None:
         """The step is whole."""
         self._through()
+        if self.world.poisons(self):
+            return
         events = []
         for name, running in list(self.sequences.items()):
             running.last = self.world.token(running.last)

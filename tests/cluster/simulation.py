@@ -30,15 +30,17 @@ import argparse
 import gc
 import heapq
 import logging
+import random
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
 from simulated_network import Network, Timer
-from simulated_rank import NEVER_S, SimRank, Violation, weights_of
+from simulated_rank import LOAD, MEMORY, NEVER_S, SimRank, Violation, weights_of
 
 from flexpert.cluster import messages as msg
 from flexpert.cluster.admission import Admission
@@ -50,13 +52,14 @@ from flexpert.cluster.ports import Work
 from flexpert.cluster.rank_process import BEATS
 from flexpert.cluster.views import ClusterEvent, Delta
 from flexpert.config import load_config
-from flexpert.engine.request import HeldKV, Move, SamplingParams
+from flexpert.engine.request import HeldKV, Move, SamplingParams, TokenEvent
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused
 from flexpert.moe.placement import Placement
 
 TROUBLE_S = 8.0  # of a history; then faults stop
 PATIENCE_S = 200.0  # until all must be well again
 MOST_EVENTS = 50_000  # a history has a few hundred
+MOST_POISONED = 8  # ranks that one request may end; two if it is alone
 STEP_S = 0.05
 REPORT_EVERY = 10_000
 STALL_S = 4.0
@@ -94,6 +97,11 @@ class Simulation(Network):
         self.processes: dict[int, SimRank] = {}  # until their end was told
         self.addresses: set[bytes] = set()  # of processes that live
         self.adopting: list[tuple[SimRank, bytes]] = []  # told to take KV, has not heard it
+        self.hostile = seed % 4 == 3
+        self.evil = random.Random(seed)  # of its own: other histories stay what they are
+        self.poison: dict[str, tuple[int, int]] = {}  # the step that ends its rank, with a status
+        self.poisoned: dict[str, int] = {}  # how many it has ended
+        self.on_board: Counter[str] = Counter()  # when poison ended a rank
         self.quiet = False  # no step is possible before something changes
         self.journal = Journal()
         self.admission = Admission(self.journal, lambda: self.coordinator.admitting, self.send)
@@ -141,12 +149,19 @@ class Simulation(Network):
             return
         if self.trace:
             self.note("head ←", process.id, type(report).__name__, getattr(report, "epoch", ""))
-        if isinstance(report, msg.Published):
-            for event in report.events:
-                self.journal.publish(process.id, event)
-        elif isinstance(report, msg.Hello):
+        if isinstance(report, msg.Hello):
             process.proven = True
-        self.coordinator.on_report(process.id, report)
+        try:
+            if isinstance(report, msg.OnTrial):
+                self.journal.on_trial(report.id)
+            elif isinstance(report, msg.Published):
+                for event in report.events:
+                    self.journal.publish(process.id, event)
+            self.coordinator.on_report(process.id, report)
+        except msg.Contradiction as error:
+            if not process.lies:
+                raise Violation(f"rank {process.id} is taken for a liar: {error}") from error
+            self.coordinator.expel(process.id, f"contradicts itself: {error}")
 
     def forgotten(self, process: SimRank) -> bool:
         """Its end was told: whoever comes under its id must prove itself first."""
@@ -209,7 +224,12 @@ class Simulation(Network):
         self.addresses.discard(process.address)
         if status < 0:
             process.lost_after = self.clock - 0.02 * self.draw.random()
-        self.call(0.0005 + 0.01 * self.draw.random(), self.ended, process, status)
+        delay_s = 0.0005 + 0.01 * self.draw.random()
+        if self.hostile:  # what it has sent is read before its end is told
+            process.lost_after = self.clock
+            said = self.links.get(("up", process.life), 0.0) - self.clock
+            delay_s = max(delay_s, min(said, 0.5) + 1e-6)
+        self.call(delay_s, self.ended, process, status)
 
     def ended(self, process: SimRank, status: int) -> None:
         del self.processes[process.id]
@@ -228,6 +248,9 @@ class Simulation(Network):
         self, rank: int, held: list[HeldKV], heirs: Iterable[int]
     ) -> dict[int, list[Move]]:
         return self.journal.hand_over(rank, held, heirs)
+
+    def rank_ended(self, rank: int, own_fault: bool) -> None:
+        self.journal.rank_ended(rank, own_fault=own_fault)
 
     def admit_waiting(self) -> None:
         self.admission.admit_waiting()
@@ -254,6 +277,23 @@ class Simulation(Network):
     def token(self, previous: int) -> int:
         self.before.append(previous)
         return len(self.before) - 1
+
+    def poisons(self, rank: SimRank) -> bool:
+        """Whether the step that a rank is in ends it."""
+        for name in rank.on_trial.intersection(rank.sequences):
+            self.tell(rank, msg.OnTrial(name))
+        rank.on_trial.clear()
+        for name, running in rank.sequences.items():
+            fatal = self.poison.get(name)
+            if fatal and running.length >= fatal[0]:
+                self.poisoned[name] = self.poisoned.get(name, 0) + 1
+                if self.poisoned[name] > MOST_POISONED:
+                    raise Violation(f"request {name} may end one rank after the other")
+                self.note("poisoned by", name, rank.id)
+                self.on_board.update(list(rank.sequences))
+                self.end(rank, fatal[1])
+                return True
+        return False
 
     def takes(self, rank: SimRank, sequence_id: str) -> None:
         for other in self.processes.values():
@@ -364,6 +404,8 @@ class Simulation(Network):
 
     def ask(self) -> None:
         name = f"r{len(self.answers)}"
+        if self.hostile and self.evil.random() < 0.03:  # an error, a crash, or too much memory
+            self.poison[name] = self.evil.randint(0, 5), self.evil.choice((1, -11, -9))
         tokens = 1 + int(15 * self.draw.random())
         params = SamplingParams(max_tokens=tokens, seed=0)
         entry = self.journal.open(name, [1], params, (), self.cancelled)
@@ -375,7 +417,8 @@ class Simulation(Network):
 
     def receive(self, name: str, item: Delta | FlexpertError) -> None:
         if isinstance(item, FlexpertError):
-            if self.dead is None:
+            # where there is poison, a request may be found guilty that was on board twice
+            if self.dead is None and name not in self.poisoned and self.on_board[name] < 2:
                 raise Violation(f"request {name} failed: {item}")
             del self.open[name]
             return
@@ -446,6 +489,40 @@ class Simulation(Network):
             self.note("head deaf", seconds)
             self.deaf_until = self.clock + seconds
 
+    def lie(self) -> None:
+        """A rank says what is not so; that may cost it its life, and others nothing."""
+        able = [r for r in self.processes.values() if r.runs and r.proven]
+        if not able:
+            return
+        rank = self.evil.choice(able)
+        other = self.evil.choice([*self.answers, "nobody's"])
+        epoch = self.evil.choice((0, rank.epoch, self.coordinator.epoch, 10**9))
+        lost = [HeldKV(name, 10**6, [-1]) for name in self.answers]
+        report: msg.Report = self.evil.choice(
+            (
+                msg.Hello(0, "nowhere", b"?", b"?", b"?"),
+                msg.Unable("no reason"),
+                msg.HandedOver(epoch, lost),
+                msg.Offered(epoch, lost),
+                msg.Fetched(epoch, 10**6, -1),
+                msg.Adopted(10**6, -1, -1, -1),
+                msg.Halted(epoch),
+                msg.Progress(epoch, float("nan")),
+                msg.Failed(0, "?"),
+                msg.Switched(10**9, float("nan"), LOAD),
+                msg.Prepared(10**9, -1, MEMORY),
+                msg.Broken(10**9, [10**6], "?"),
+                msg.Rejected("nobody's", "?"),
+                msg.Published([TokenEvent(other, 10**6, [1], None, None)], LOAD),
+                msg.Published([TokenEvent(other, 0, [], None, "?")], LOAD),
+            )
+        )
+        if isinstance(report, msg.HandedOver) and rank.id not in self.coordinator._staying:
+            return  # it leaves, and nobody else can know what it does
+        self.note("lies", rank.id, report)
+        rank.lies, rank.well = True, False
+        self.tell(rank, report)
+
     def stop(self, rank: SimRank) -> None:
         self.note("stops", rank.id)
         rank.stop(self.clock)
@@ -480,8 +557,13 @@ class Simulation(Network):
             while at < TROUBLE_S:
                 self.call(0.5 + at, action)
                 at += self.draw.expovariate(1 / mean)
+        at = self.evil.expovariate(1 / 2.0)
+        while self.hostile and at < TROUBLE_S:
+            self.call(0.5 + at, self.lie)
+            at += self.evil.expovariate(1 / 2.0)
         next_step = 0.0
-        events, end = self.events, TROUBLE_S + PATIENCE_S
+        # a rank that a request ends again and again starts ever later
+        events, end = self.events, TROUBLE_S + PATIENCE_S * (1 + 9 * self.hostile)
         while self.clock < end and self.dead is None and not self.over:
             if not self.quiet and events[0][0] >= next_step:
                 if next_step > self.clock:

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from flexpert.cluster.journal import Entry, Journal
+from flexpert.cluster.messages import Contradiction
 from flexpert.cluster.operation import resolve_target
 from flexpert.engine.request import SamplingParams, TokenEvent
 from flexpert.errors import FlexpertError, OperationRefused, Overloaded, ServiceStopped
@@ -74,7 +75,8 @@ def test_a_sequence_resumes_with_every_published_token_and_no_other() -> None:
         journal.publish(0, TokenEvent("a", 0, [5], None, None))
         journal.publish(1, TokenEvent("a", 1, [9], None, None))  # not its rank
         journal.publish(0, TokenEvent("a", 0, [5], None, None))  # a repetition
-        journal.publish(0, TokenEvent("a", 3, [9], None, None))  # a gap
+        with pytest.raises(Contradiction, match="publishes token 3"):
+            journal.publish(0, TokenEvent("a", 3, [9], None, None))  # a gap
         journal.publish(0, TokenEvent("a", 1, [6, 7], None, None))
         released = journal.release("a")
         assert released is not None

@@ -23,6 +23,7 @@ class Admission:
         self._journal = journal
         self._admitting = admitting
         self._send = send
+        journal.on_trial_over = self.admit_waiting
 
     def admit(self, entry: Entry) -> None:
         """Give a sequence to a rank; it waits in the journal while none admits."""

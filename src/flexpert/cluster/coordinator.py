@@ -36,6 +36,16 @@ from flexpert.moe.placement import Placement, keep, loads
 log = logging.getLogger("flexpert")
 
 _KEPT_OPERATIONS = 256
+# Signals that a process brings upon itself.
+_FAULTS = {
+    signal.SIGABRT,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGSEGV,
+    signal.SIGSYS,
+    signal.SIGTRAP,
+}
 _RELEASE_TIMEOUT_S = 5.0
 
 
@@ -103,6 +113,16 @@ class Coordinator:
     @property
     def members(self) -> frozenset[int]:
         return self._membership.members
+
+    @property
+    def _staying(self) -> frozenset[int]:
+        """Ranks that cannot have left: nobody has told them to switch to an epoch without them."""
+        change, phase = self._membership.change, self._membership.phase
+        if change is None or phase is Phase.LOST:
+            return frozenset()
+        if phase in (Phase.COMMIT, Phase.RELEASE, Phase.RECOVER):
+            return change.after
+        return frozenset(self._ranks)
 
     @property
     def admitting(self) -> frozenset[int]:
@@ -312,7 +332,7 @@ class Coordinator:
     # ---- events -----------------------------------------------------------------------------
 
     def on_report(self, rank: int, report: msg.Report) -> None:
-        """A report of a rank that has proved itself."""
+        """Raises: Contradiction: it cannot be true."""
         record = self._ranks.get(rank)
         if record is None:
             return
@@ -324,11 +344,15 @@ class Coordinator:
             case msg.Published(_, load):
                 record.load = load
             case msg.Hello(pid, host, address, kv, experts):
+                if record.state != "starting":
+                    raise msg.Contradiction(f"it says hello, and is {record.state} already")
                 record.pid, record.host, record.address = pid, host, address
                 record.kv, record.experts = kv, experts
                 record.state = "preparing"
                 self._handle(Event(Kind.HELLO, rank))
             case msg.Unable(error):
+                if record.state != "starting":
+                    raise msg.Contradiction(f"it cannot come up, and is {record.state} already")
                 record.error = error
                 self._ports.send(rank, msg.Stop())
             case msg.Progress(of, share) if of == epoch and self._running:
@@ -359,6 +383,8 @@ class Coordinator:
                 if self._moves.fetched(source, rank):
                     self._handle(Event(Kind.MOVED, source))
             case msg.HandedOver(of, held):
+                if rank in self._staying:
+                    raise msg.Contradiction("it has left, and was not asked to")
                 self._hand_over(rank, held if of == epoch else [])
                 record.state = "leaving"
                 if of == epoch:
@@ -409,6 +435,8 @@ class Coordinator:
         self._loss, self._before_loss = reason, self.members
         self._handle(Event(Kind.EXITED, rank, reason))
         self._moves.lost(rank)
+        if not asked:
+            self._ports.rank_ended(rank, status > 0 or -status in _FAULTS)
         # only now: admission must not choose the lost rank again
         self._hand_over(rank, [])
         if self._down and not self._ranks and self._membership.phase is Phase.LOST:

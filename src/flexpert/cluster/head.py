@@ -295,6 +295,12 @@ class Head:
     ) -> dict[int, list[Move]]:
         return self._journal.hand_over(rank, held, heirs)
 
+    def rank_ended(self, rank: int, own_fault: bool) -> None:
+        failed = self._journal.rank_ended(rank, own_fault=own_fault)
+        if failed is not None:
+            self.metrics.sequences.labels("failed").inc()
+            log.error("request %s failed: ranks keep ending in the step that takes it", failed)
+
     def heard(self) -> bool:
         return bool(self._listeners)
 
@@ -324,14 +330,21 @@ class Head:
                 before = journal.tokens_published
                 degraded = journal.tokens_degraded, journal.answers_degraded
                 for event in events:
+                    if not all(0 <= token < self.info.vocab for token in event.tokens):
+                        raise msg.Contradiction(f"it publishes tokens {event.tokens[:8]}")
                     journal.publish(rank, event)
                     if event.finish is not None:
                         self.metrics.sequences.labels(event.finish).inc()
                 self.metrics.tokens.inc(journal.tokens_published - before)
                 self.metrics.degraded_tokens.inc(journal.tokens_degraded - degraded[0])
                 self.metrics.degraded_sequences.inc(journal.answers_degraded - degraded[1])
-            case msg.Rejected(sequence_id, error):
-                self._journal.fail(sequence_id, RequestError(error))
+            case msg.OnTrial(sequence_id):
+                self._journal.on_trial(sequence_id)
+            case msg.Rejected(sequence_id, error, fault):
+                if fault:
+                    log.error("request %s failed on rank %d: %s", sequence_id, rank, error)
+                kind = FlexpertError if fault else RequestError
+                self._journal.fail(sequence_id, kind(error))
         self._coordinator.on_report(rank, report)
 
     def _on_cut_off(self, rank: int, why: str) -> None:

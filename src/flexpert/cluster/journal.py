@@ -12,31 +12,48 @@ from types import TracebackType
 
 import msgspec
 
+from flexpert.cluster.messages import Contradiction
+from flexpert.cluster.quarantine import Quarantine
 from flexpert.cluster.views import Delta
-from flexpert.engine.request import HeldKV, Move, SamplingParams, Sequence, TokenEvent
+from flexpert.engine.request import (
+    FINISH_LENGTH,
+    FINISH_STOP,
+    HeldKV,
+    Move,
+    SamplingParams,
+    Sequence,
+    TokenEvent,
+)
 from flexpert.errors import FlexpertError, Overloaded
+
+_FINISHES = (None, FINISH_STOP, FINISH_LENGTH)
 
 
 class Entry:
     """One unfinished sequence.
 
-    rank: where it runs; None while no rank has it. heir: where its KV has been copied to, while its
-    rank leaves. degraded: some of what it has said was computed without some experts.
+    rank: where it runs; None while no rank has it. said: tokens it had said when that rank took it.
+    heir: where its KV has been copied to, while its
+    rank leaves. on_trial: it may be what ends ranks, and that rank tells when it begins with it.
+    degraded: some of what it has said was computed without some experts.
     """
 
-    __slots__ = ("degraded", "generated", "heir", "rank", "request", "stream")
+    __slots__ = ("degraded", "generated", "heir", "on_trial", "rank", "request", "said", "stream")
 
     def __init__(self, request: Sequence, stream: TokenStream) -> None:
         self.request = request
         self.stream = stream
         self.generated: list[int] = []
         self.rank: int | None = None
+        self.said = 0
         self.heir: int | None = None
         self.degraded = False
+        self.on_trial = False
 
     def resume(self) -> Sequence:
         """The sequence as the next rank must receive it."""
-        return msgspec.structs.replace(self.request, generated=list(self.generated))
+        generated, on_trial = list(self.generated), self.on_trial
+        return msgspec.structs.replace(self.request, generated=generated, on_trial=on_trial)
 
 
 class TokenStream:
@@ -89,6 +106,7 @@ class Journal:
     """All unfinished sequences; decides which rank runs what.
 
     Its memory is bounded: at most `limit` of them, each as long as the model's context.
+    on_trial_over: sequences that waited because of a suspect may run; see `quarantine`.
     tokens_published, tokens_degraded: since the start; the latter were computed without some
     experts, or follow such. answers_degraded: how many sequences have any.
     """
@@ -97,6 +115,8 @@ class Journal:
         self._limit = limit
         self._entries: dict[str, Entry] = {}
         self._by_rank: dict[int, set[str]] = {}
+        self._quarantine = Quarantine()
+        self.on_trial_over: Callable[[], None] = lambda: None
         self.tokens_published = 0
         self.tokens_degraded = 0
         self.answers_degraded = 0
@@ -136,12 +156,35 @@ class Journal:
         return entry
 
     def assign(self, entry: Entry, ranks: Iterable[int]) -> int | None:
-        """Give a sequence to the rank with the fewest; None if there are no ranks."""
-        rank = min(ranks, key=lambda rank: (len(self._by_rank.get(rank, ())), rank), default=None)
-        if rank is not None:
-            entry.rank = rank
-            self._by_rank.setdefault(rank, set()).add(entry.request.id)
+        """Give a sequence to the rank with the fewest.
+
+        Returns: None: there are no ranks, or none that may be given it now, because of a request
+            that may be what ends ranks; `on_trial_over` tells when that has changed.
+        """
+        quarantine, name = self._quarantine, entry.request.id
+        on_trial = self._entries.get(quarantine.trial or "")
+        counts = {rank: len(self._by_rank.get(rank, ())) for rank in ranks}
+        suspect = quarantine.suspects(name)
+        if on_trial is not None:
+            if suspect:
+                return None
+            counts.pop(on_trial.rank if on_trial.rank is not None else -1, None)
+        if not counts:
+            return None
+        rank = min(
+            counts, key=lambda rank: (len(self._silent(rank)) if suspect else 0, counts[rank], rank)
+        )
+        entry.on_trial = suspect
+        if suspect:
+            quarantine.try_alone(name)
+        entry.rank, entry.said = rank, len(entry.generated)
+        self._by_rank.setdefault(rank, set()).add(name)
         return rank
+
+    def _silent(self, rank: int) -> list[str]:
+        """The sequences of a rank that have said nothing since it took them."""
+        entries = [self._entries[name] for name in sorted(self._by_rank.get(rank, ()))]
+        return [e.request.id for e in entries if len(e.generated) == e.said]
 
     def bequeath(self, held: Iterable[HeldKV], heirs: Iterable[int]) -> dict[int, list[Move]]:
         """Choose who will go on with a leaver's sequences; they stay where they are for now.
@@ -193,20 +236,55 @@ class Journal:
         if entry and entry.rank is not None:
             self._by_rank[entry.rank].discard(sequence_id)
             entry.rank = None
+            self._quarantine.over(sequence_id)
         return entry
 
     def close(self, sequence_id: str) -> Entry | None:
         """Forget a sequence."""
+        cleared = self._quarantine.cleared(sequence_id)
         entry = self.release(sequence_id)
         self._entries.pop(sequence_id, None)
+        if cleared:
+            self.on_trial_over()
         return entry
 
+    def on_trial(self, sequence_id: str) -> None:
+        """A rank takes its first step with a suspect now."""
+        self._quarantine.begun(sequence_id)
+
+    def rank_ended(self, rank: int, *, own_fault: bool) -> str | None:
+        """A rank has ended unasked: a sequence that is found to end ranks is failed.
+
+        own_fault: it was no signal that anybody may have sent. Returns the sequence's id.
+        """
+        silent = self._silent(rank)
+        speaking = self._by_rank.get(rank, set()) - set(silent)
+        convicted = self._quarantine.ended(silent, speaking, own_fault=own_fault)
+        if convicted is not None:
+            self.fail(
+                convicted,
+                FlexpertError(
+                    f"request {convicted} is not tried again: more than one rank has ended in the "
+                    "step that took it; the log of the service says how"
+                ),
+            )
+        return convicted
+
     def publish(self, rank: int, event: TokenEvent) -> None:
-        """Append what a rank produced, if it is the next of a sequence that runs there."""
+        """Append what a rank produced, if it is the next of a sequence that runs there.
+
+        Raises: Contradiction: tokens before it are missing.
+        """
         entry = self._entries.get(event.id)
-        if entry is None or entry.rank != rank or event.position != len(entry.generated):
+        if entry is None or entry.rank != rank or event.position < len(entry.generated):
             return  # cancelled meanwhile, or from a rank that no longer runs it
+        if event.position > len(entry.generated) or event.finish not in _FINISHES:
+            raise Contradiction(
+                f"after token {len(entry.generated)} of {event.id} it publishes token "
+                f"{event.position}, finish {event.finish!r}"
+            )
         entry.generated += event.tokens
+        cleared = self._quarantine.cleared(event.id)
         self.tokens_published += len(event.tokens)
         if event.degraded:
             self.tokens_degraded += len(event.tokens)
@@ -222,6 +300,8 @@ class Journal:
                 degraded=entry.degraded,
             )
         )
+        if cleared:
+            self.on_trial_over()
 
     def waiting(self) -> list[Entry]:
         """Sequences that no rank runs, oldest first."""

@@ -8,7 +8,12 @@ from __future__ import annotations
 import msgspec
 
 from flexpert.engine.request import HeldKV, Move, Sequence, TokenEvent
+from flexpert.errors import FlexpertError
 from flexpert.moe.placement import Placement
+
+
+class Contradiction(FlexpertError):  # noqa: N818
+    """A report that cannot be true: the rank that sent it is not to be trusted any more."""
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
@@ -225,10 +230,17 @@ class Published(msgspec.Struct, frozen=True, tag="published"):
 
 
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
-    """A sequence that this rank can never run."""
+    """A sequence that this rank can never run. fault: not for what it asks for, but for ours."""
 
     id: str
     error: str
+    fault: bool = False
+
+
+class OnTrial(msgspec.Struct, frozen=True, tag="on_trial"):
+    """The first step with a sequence that may be what ends ranks begins now."""
+
+    id: str
 
 
 class Broken(msgspec.Struct, frozen=True, tag="broken"):
@@ -254,6 +266,7 @@ Report = (
     | Adopted
     | Published
     | Rejected
+    | OnTrial
     | Broken
 )
 

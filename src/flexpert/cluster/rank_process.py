@@ -118,8 +118,11 @@ class Reporter:
             graphs.captures if graphs else 0,
         )
 
-    def rejected(self, sequence_id: str, error: str) -> None:
-        self.tell(msg.Rejected(sequence_id, error))
+    def rejected(self, sequence_id: str, error: str, fault: bool = False) -> None:
+        self.tell(msg.Rejected(sequence_id, error, fault))
+
+    def on_trial(self, sequence_id: str) -> None:
+        self.tell(msg.OnTrial(sequence_id))
 
     def progress(self, epoch: int, share: float) -> None:
         self.tell(msg.Progress(epoch, share))

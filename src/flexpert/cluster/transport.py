@@ -120,6 +120,8 @@ class Link:
                     return False
         except (BadFrame, msgspec.MsgspecError) as error:
             self._end(f"says what cannot be understood: {error}")
+        except msg.Contradiction as error:
+            self._end(f"contradicts itself: {error}")
         except Exception as error:
             log.exception("a message of a child process could not be handled")
             self._end(f"says what cannot be handled: {type(error).__name__}: {error}")

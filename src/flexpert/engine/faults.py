@@ -14,7 +14,7 @@ import resource
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
@@ -33,6 +33,7 @@ Point = Literal[
     # one step
     "vote",  # before its vote is posted
     "vote_wait",  # before it waits for the others' votes
+    "forward",  # of its own tokens, before anything is computed
     "dispatch_send",  # of a layer, before anything is sent
     "dispatch_wait",  # sent, nothing received
     "combine_send",
@@ -76,14 +77,16 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     action: "kill" and "stop" are SIGKILL and SIGSTOP. "starve": a leak takes all that the process
     may still get, and it may get no more. "cut": the rank and the head do not hear each other for
-    so many `seconds`; what they say arrives afterwards.
+    so many `seconds`; what they say arrives afterwards. "fail" is an error that nobody expects.
+    token: if given, only a step that computes it is meant, at the point "forward".
     pid: if given, another process of that id is not meant.
     """
 
     rank: int
     point: Point
     count: int = 1
-    action: Literal["kill", "stop", "starve", "cut"] = "kill"
+    action: Literal["kill", "stop", "starve", "cut", "fail"] = "kill"
+    token: int | None = None
     seconds: float = 0.0
     pid: int | None = None
 
@@ -92,6 +95,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"count is {self.count}, must be at least 1")
         if (self.seconds > 0) != (self.action == "cut"):
             raise ValueError(f"{self.action} for {self.seconds:g} seconds: only a cut takes time")
+        if self.token is not None and self.point != "forward":
+            raise ValueError(f"token {self.token} at {self.point}: tokens are known at forward")
 
     def means(self, rank: int, pid: int) -> bool:
         return rank == self.rank and self.pid in (None, pid)
@@ -126,12 +131,14 @@ class Faults:
         folder = os.environ.get(VARIABLE)
         return cls(rank, Path(folder)) if folder else None
 
-    def at(self, point: Point) -> None:
-        """The rank passes a point; it may not return."""
+    def at(self, point: Point, tokens: Container[int] = ()) -> None:
+        """The rank passes a point; it may not return. tokens: those that it computes then."""
         with self._lock:
             for name in self._planted():
                 fault = self._known[name]
                 if not fault.means(self._rank, os.getpid()) or fault.point != point:
+                    continue
+                if fault.token is not None and fault.token not in tokens:
                     continue
                 passed = self._passed[name] = self._passed.get(name, 0) + 1
                 if passed == fault.count and self._take(name):
@@ -151,6 +158,8 @@ class Faults:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            case "fail":
+                raise RuntimeError(f"a fault was planted at {fault.point}")
             case "starve":
                 self._leaked = starve()
             case "cut" if self.cut:

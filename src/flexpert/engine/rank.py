@@ -15,7 +15,8 @@ import os
 import struct
 import threading
 import time
-from collections import deque
+import traceback
+from collections import abc, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -56,6 +57,7 @@ from flexpert.engine.memory import (
 from flexpert.engine.request import HeldKV, Move, Sequence, TokenEvent
 from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
+from flexpert.engine.sequence import Sampled, SampleState
 from flexpert.errors import FlexpertError
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.kv_cache import KVCache
@@ -66,6 +68,11 @@ from flexpert.moe.runtime import LayerState, warmup_tables
 THREADED_HIDDEN = 2048
 _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it does not hang
 
+Samples = abc.Sequence[SampleState]
+
+# What adding or sampling one sequence may raise; more than that concerns the whole rank.
+_FAULTS = (ValueError, TypeError, LookupError, ArithmeticError)
+
 _VOTE = struct.Struct("<BI")  # has work, ready for epoch
 
 
@@ -73,7 +80,8 @@ class RankListener(Protocol):
     """Whom a rank tells. Calls come from the step loop, preparations from their own thread."""
 
     def published(self, events: list[TokenEvent]) -> None: ...
-    def rejected(self, sequence_id: str, error: str) -> None: ...
+    def rejected(self, sequence_id: str, error: str, fault: bool = False) -> None: ...
+    def on_trial(self, sequence_id: str) -> None: ...
     def progress(self, epoch: int, share: float) -> None: ...
     def prepared(self, epoch: int, copied: int, memory: RankMemory) -> None: ...
     def failed(self, epoch: int, error: str) -> None: ...
@@ -137,6 +145,7 @@ class RankEngine:
         self.store = make_store(source, config, self.device)
         self.sampler = Sampler()
         self.steps = 0
+        self._on_trial: set[str] = set()  # sequences whose first step must be announced
         self._runtime: int | None = None
         self._unfit = ""  # why this rank can compute nothing
 
@@ -242,12 +251,17 @@ class RankEngine:
             self.listener.handed_over(self.buffer.epoch, held)
             return
         for sequence in sequences:
+            if sequence.on_trial:
+                self._on_trial.add(sequence.id)
             try:
                 self.scheduler.add(sequence)
             except FlexpertError as error:
                 self.listener.rejected(sequence.id, str(error))
+            except _FAULTS as error:
+                self._failed(sequence.id, error)
 
     def _abort(self, ids: list[str]) -> None:
+        self._on_trial.difference_update(ids)
         for name in ids:
             self.scheduler.abort(name)
 
@@ -569,6 +583,11 @@ class RankEngine:
             self.scheduler.rollback(plan)
             self._idle()
             return
+        for name in self._on_trial.intersection(plan.ids if self._on_trial else ()):
+            self._on_trial.discard(name)
+            self.listener.on_trial(name)
+        if self._faults:
+            self._faults.at("forward", plan.token_ids)
         try:
             logits = self.shard.forward(_batch(plan))
             self.buffer.check()
@@ -576,10 +595,32 @@ class RankEngine:
             self.scheduler.rollback(plan)
             raise
         self.steps += 1
-        sampled = self.sampler.sample(logits, plan.samples)
+        sampled = self._sample(logits, plan.samples)
         lost = self.moe.lost_rows()
         events = self.scheduler.commit(plan, sampled, None if lost is None else lost.numpy())
         self.listener.published(events)
+
+    def _sample(self, logits: torch.Tensor, samples: Samples) -> Sampled:
+        """One token for each; a sequence that cannot be sampled fails, and the others go on."""
+        try:
+            return self.sampler.sample(logits, samples)
+        except _FAULTS:
+            each = [self._sample_one(logits[i : i + 1], s) for i, s in enumerate(samples)]
+        return Sampled([one.tokens[0] for one in each], [one.logprobs[0] for one in each])
+
+    def _sample_one(self, row: torch.Tensor, sample: SampleState) -> Sampled:
+        try:
+            return self.sampler.sample(row, [sample])
+        except _FAULTS as error:
+            self.scheduler.abort(sample.id)
+            self._failed(sample.id, error)
+            return Sampled([0], [None])
+
+    def _failed(self, sequence_id: str, error: Exception) -> None:
+        """By a fault of ours that only one sequence brings about."""
+        traceback.print_exception(error)
+        why = f"the request could not be computed: {type(error).__name__}: {error}"
+        self.listener.rejected(sequence_id, why, True)
 
     def _idle(self) -> None:
         self.shard.forward_idle()

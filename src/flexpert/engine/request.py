@@ -114,7 +114,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
 
     prompt: token ids of the prompt. generated: token ids already published (a resumed sequence).
     params: with max_tokens and seed resolved to numbers, n = 1; `stop` texts are the head's work.
-    eos: the model's end tokens; empty with ignore_eos.
+    eos: the model's end tokens; empty with ignore_eos. on_trial: it may be what ends ranks.
     """
 
     id: str
@@ -122,6 +122,7 @@ class Sequence(msgspec.Struct, frozen=True, kw_only=True):
     generated: list[int]
     params: SamplingParams
     eos: tuple[int, ...]
+    on_trial: bool = False
 
 
 class HeldKV(msgspec.Struct, frozen=True, array_like=True):

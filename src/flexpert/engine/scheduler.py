@@ -115,6 +115,12 @@ class StepPlan:
     _chunks: list[tuple[_Scheduled, int]] = field(repr=False)  # computed up to here afterwards
 
     @property
+    def ids(self) -> abc.Iterable[str]:
+        """Of all sequences that take part."""
+        yield from (state.id for state in self._decoding)
+        yield from (state.id for state, _ in self._chunks)
+
+    @property
     def samples(self) -> abc.Sequence[SampleState]:
         """The M sequences to sample, in the order of sample_rows."""
         return self._sampled
