@@ -12,6 +12,7 @@ when its id belongs to another, finds another life in the decision and learns th
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Iterable, Mapping
@@ -30,7 +31,16 @@ _FIRST_NAP_S, _LONGEST_NAP_S = 0.001, 0.02
 _NOTHING = "-"  # what a read of a missing key returns; never a value
 _KEPT = 3  # epochs whose keys stay
 
-_LIFE = secrets.token_bytes(8)
+_life = secrets.token_bytes(8)
+
+
+def _begin_life() -> None:
+    global _life
+    _life = secrets.token_bytes(8)
+
+
+# ranks may be forks of one process that has imported this; each is another life
+os.register_at_fork(after_in_child=_begin_life)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +138,7 @@ def agree(
         CommError: the store is gone, or gave no answer within the limit and little more than
             a second.
     """
-    report = Report(life or _LIFE, tuple(sorted(set(suspects))))
+    report = Report(life or _life, tuple(sorted(set(suspects))))
     try:
         with BoundedStore(store, timeout_s) as bounded:
             return _Call(bounded, rank, view, report, joining).run(timeout_s, patience_s)

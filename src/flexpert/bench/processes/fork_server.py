@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import importlib
 import os
@@ -74,12 +75,14 @@ def _serve(channel: socket.socket) -> None:
     while True:
         for key, _ in selector.select():
             if key.fileobj is channel:
-                packet, given, _, _ = socket.recv_fds(channel, PACKET, _MOST_DESCRIPTORS)
+                packet, given, flags, _ = socket.recv_fds(channel, PACKET, _MOST_DESCRIPTORS)
                 if not packet:
                     return
                 request = msgspec.msgpack.decode(packet, type=Fork)
                 try:
-                    pid = os.fork()
+                    if flags & socket.MSG_CTRUNC:
+                        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                    pid, pidfd = _fork()
                 except OSError as error:
                     for number in given:
                         os.close(number)
@@ -88,14 +91,13 @@ def _serve(channel: socket.socket) -> None:
                 if pid == 0:
                     selector.close()
                     channel.close()
-                    for pidfd, (_, theirs) in running.items():
-                        os.close(pidfd)
+                    for other, (_, theirs) in running.items():
+                        os.close(other)
                         os.close(theirs)
                     os.close(given[0])
                     _run(request.function, given[1:])
                 for number in given[1:]:
                     os.close(number)
-                pidfd = os.pidfd_open(pid)
                 running[pidfd] = (pid, given[0])
                 selector.register(pidfd, selectors.EVENT_READ)
                 _answer(channel, Forked(pid), [pidfd])
@@ -107,6 +109,19 @@ def _serve(channel: socket.socket) -> None:
                 with contextlib.suppress(BrokenPipeError):  # nobody wants to know
                     os.write(theirs, b"%d" % os.waitstatus_to_exitcode(status))
                 os.close(theirs)
+
+
+def _fork() -> tuple[int, int]:
+    """The child's pid and pidfd; in the child 0 and nothing. Raises: OSError: there is none."""
+    pid = os.fork()
+    if pid == 0:
+        return 0, -1
+    try:
+        return pid, os.pidfd_open(pid)
+    except OSError:
+        os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+        os.waitpid(pid, 0)
+        raise
 
 
 def _answer(channel: socket.socket, answer: Forked, descriptors: list[int]) -> None:
