@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flexpert.errors import ConfigError, FlexpertError
+from flexpert.cli.output import check_outputs, write_report
+from flexpert.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexpert.bench.comm.ranks import Settings
@@ -68,7 +69,6 @@ def bench_comm(
     Exit status 1 if one computes something else. With --device cuda beside nixl_ep and torch, in
     CUDA graphs; several ranks on one GPU need NVIDIA's MPS to run at the same time.
     """
-    import msgspec
     from rich.console import Console
 
     from flexpert.bench.comm.contender import GPU_RIVALS, RIVALS
@@ -98,6 +98,7 @@ def bench_comm(
             raise ConfigError(f"--fp8 {fp8}: {error}") from None
     if plot is not None:
         check_plot(plot)
+    check_outputs(json_, plot)
     workloads = [
         Workload(
             ranks=ranks,
@@ -123,8 +124,7 @@ def bench_comm(
             workloads, settings, names, repeat=repeat, seconds=seconds, note=status.update
         )
     Console(file=sys.stdout).print(comm_text(report))
-    if json_ is not None:
-        _write(json_, msgspec.json.format(msgspec.json.encode(report), indent=2))
+    write_report(json_, report)
     if plot is not None:
         draw(report, plot)
     if not report.correct:
@@ -138,7 +138,6 @@ def _on_gpu(
     repeat: int,
     json_: Path | None,
 ) -> None:
-    import msgspec
     from rich.console import Console
 
     from flexpert.comm.cuda import require
@@ -154,18 +153,9 @@ def _on_gpu(
     with Console(stderr=True).status("") as status:
         report = run_gpu(workloads, settings, rivals, repeat=repeat, note=status.update)
     Console(file=sys.stdout).print(gpu_text(report))
-    if json_ is not None:
-        _write(json_, msgspec.json.format(msgspec.json.encode(report), indent=2))
+    write_report(json_, report)
     if not report.correct:
         raise typer.Exit(1)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Raises: FlexpertError"""
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise FlexpertError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _numbers(text: str) -> list[int]:

@@ -9,8 +9,9 @@ from typing import Annotated, Literal, TypeVar
 
 import typer
 
+from flexpert.cli.output import check_outputs, write_report
 from flexpert.config import MOST_GPU_RANKS
-from flexpert.errors import ConfigError, FlexpertError
+from flexpert.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ def bench_layer(
     from flexpert.moe.kernels import open_gpu
 
     counts = _numbers(tokens, "--tokens")
-    _check_folder(json_)
+    check_outputs(json_)
     open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.layer import RIVALS, SHAPES, run_layer
     from flexpert.bench.gpu.report import layer_text
@@ -110,7 +111,7 @@ def bench_decode(
     batches, counts = _numbers(batch, "--batch"), _numbers(ranks, "--ranks")
     if counts[-1] > MOST_GPU_RANKS:
         raise ConfigError(f"--ranks {ranks}: at most {MOST_GPU_RANKS} ranks exchange")
-    _check_folder(json_)
+    check_outputs(json_)
     open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.decode import run_decode
     from flexpert.bench.gpu.report import decode_text
@@ -141,20 +142,10 @@ def _with_status(run: Callable[[Callable[[str], None]], T]) -> T:
 
 
 def _show(text: object, report: object, file: Path | None) -> None:
-    import msgspec
     from rich.console import Console
 
     Console(file=sys.stdout).print(text)
-    if file is not None:
-        try:
-            file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
-        except OSError as error:
-            raise FlexpertError(f"cannot write {file}: {error.strerror}") from None
-
-
-def _check_folder(file: Path | None) -> None:
-    if file is not None and not file.absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {file}: there is no folder {file.parent}")
+    write_report(file, report)
 
 
 def _names(text: str, known: tuple[str, ...], flag: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -13,6 +13,7 @@ import typer
 
 import flexpert
 from flexpert.cli import bench_comm, bench_gpu, plan
+from flexpert.cli.output import EXIT_FAILURE, check_outputs, printing, write_report
 from flexpert.cli.scale import ScaleCommand
 from flexpert.cli.settings import with_settings
 from flexpert.config import Config
@@ -21,7 +22,6 @@ from flexpert.errors import ConfigError, FlexpertError
 if TYPE_CHECKING:
     from flexpert.cli.client import Client
 
-EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
@@ -64,7 +64,7 @@ app.add_typer(bench, name="bench", help="Measure a service.")
 
 def main() -> NoReturn:
     """Run the command line; an error that can be expected is one line, not a traceback."""
-    with expected_errors():
+    with printing(), expected_errors():
         app()
     sys.exit(0)
 
@@ -75,7 +75,8 @@ def expected_errors() -> Iterator[None]:
     try:
         yield
     except FlexpertError as error:
-        print(f"flexpert: {error}", file=sys.stderr)
+        with suppress(OSError):  # the exit status says it, too
+            print(f"flexpert: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE)
 
 
@@ -320,9 +321,7 @@ def chaos(
 
     if plot:
         check_plot(plot)
-    for file in (output, plot):
-        if file and not file.absolute().parent.is_dir():
-            raise ConfigError(f"cannot write {file}: there is no folder {file.parent}")
+    check_outputs(output, plot)
     plan = ChaosPlan(
         faults=parse_faults(faults, own=url is None),
         rate=rate,
@@ -423,6 +422,7 @@ def bench_serve(
     if url is not None and (service or compare):
         what = "flags of a service" if service else "--compare"
         raise ConfigError(f"{what} can only be had with a service of our own; leave out --url")
+    check_outputs(json_)
     load = Load(
         prompts=prompts,
         count=num_prompts,
@@ -441,13 +441,7 @@ def bench_serve(
         load, measured, compare=compare is not None, note=lambda line: _note(line, console)
     )
     console.print(figures_text(report), soft_wrap=True, highlight=False)
-    if json_ is not None:
-        import msgspec
-
-        try:
-            json_.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
-        except OSError as error:
-            raise FlexpertError(f"cannot write {json_}: {error.strerror}") from None
+    write_report(json_, report)
     if report.service.failed:
         raise typer.Exit(EXIT_FAILURE)
 
