@@ -6,6 +6,7 @@ moment, and ends with this one: however this one ends, nothing is left behind.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -118,6 +119,13 @@ class _Server:
 
 _lock = threading.Lock()
 _server: _Server | None = None
+
+
+@atexit.register
+def _close() -> None:
+    """It would end by itself, but stay a zombie where nobody reaps those of others."""
+    if _server is not None:
+        _server.close()
 
 
 def start(function: str, *given: socket.socket) -> Process:
