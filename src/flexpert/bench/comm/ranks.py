@@ -132,7 +132,7 @@ class Ranks:
         for process in self._processes:
             with suppress(Closed):  # the answer says why
                 process.connection.send(packet)
-        return self._answers(task, _schema(self._make, task)[1])
+        return self._answers(task, schema(self._make, task)[1])
 
     def _answers(self, task: str, kind: Any) -> list[Any]:
         # a chunk of exchanges waits at each of them for its limit at most, so this is generous
@@ -166,7 +166,7 @@ def _name(make: Make) -> str:
     return f"{make.__module__}:{make.__qualname__}"
 
 
-def _schema(make: Any, task: str) -> tuple[Any, Any]:
+def schema(make: Any, task: str) -> tuple[Any, Any]:
     """Types of a task's arguments and of its answer. Raises: ValueError: there is no such task."""
     method = getattr(make, task, None)
     if task.startswith("_") or not callable(method):
@@ -203,7 +203,7 @@ def serve(end: socket.socket, store: socket.socket) -> None:
 
 
 def _do(own: object, task: Task) -> Any:
-    kinds, _ = _schema(type(own), task.name)
+    kinds, _ = schema(type(own), task.name)
     return getattr(own, task.name)(*msgspec.msgpack.decode(task.arguments, type=kinds))
 
 
