@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from flexpert.cli.command import numbers
 from flexpert.cli.output import check_outputs, write_report
 from flexpert.errors import ConfigError
 
@@ -109,7 +110,7 @@ def bench_comm(
             dtype=dtype,
             seed=seed,
         )
-        for count in _numbers(tokens)
+        for count in numbers(tokens, "--tokens")
     ]
     settings = Settings(channel, scales, threads, timeout)
     if device == "cuda":
@@ -156,14 +157,3 @@ def _on_gpu(
     write_report(json_, report)
     if not report.correct:
         raise typer.Exit(1)
-
-
-def _numbers(text: str) -> list[int]:
-    """Raises: ConfigError"""
-    try:
-        values = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        values = []
-    if not values or values[0] < 1:
-        raise ConfigError(f"--tokens {text}: positive numbers, with commas between them")
-    return values

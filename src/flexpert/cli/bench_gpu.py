@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeVar
 
 import typer
 
+from flexpert.cli.command import numbers
 from flexpert.cli.output import check_outputs, write_report
 from flexpert.config import MOST_GPU_RANKS
 from flexpert.errors import ConfigError
@@ -59,7 +60,7 @@ def bench_layer(
     """
     from flexpert.moe.kernels import open_gpu
 
-    counts = _numbers(tokens, "--tokens")
+    counts = numbers(tokens, "--tokens")
     check_outputs(json_)
     open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.layer import RIVALS, SHAPES, run_layer
@@ -108,7 +109,7 @@ def bench_decode(
     """
     from flexpert.moe.kernels import open_gpu
 
-    batches, counts = _numbers(batch, "--batch"), _numbers(ranks, "--ranks")
+    batches, counts = numbers(batch, "--batch"), numbers(ranks, "--ranks")
     if counts[-1] > MOST_GPU_RANKS:
         raise ConfigError(f"--ranks {ranks}: at most {MOST_GPU_RANKS} ranks exchange")
     check_outputs(json_)
@@ -153,13 +154,3 @@ def _names(text: str, known: tuple[str, ...], flag: str) -> list[str]:
     if unknown := sorted(set(names) - set(known)):
         raise ConfigError(f"{flag} {','.join(unknown)}: there are {', '.join(known)}")
     return names
-
-
-def _numbers(text: str, flag: str) -> list[int]:
-    try:
-        values = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        values = []
-    if not values or values[0] < 1:
-        raise ConfigError(f"{flag} {text}: positive numbers, with commas between them")
-    return values

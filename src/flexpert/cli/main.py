@@ -13,6 +13,7 @@ import typer
 
 import flexpert
 from flexpert.cli import bench_comm, bench_gpu, plan
+from flexpert.cli.command import Command
 from flexpert.cli.output import EXIT_FAILURE, check_outputs, printing, write_report
 from flexpert.cli.scale import ScaleCommand
 from flexpert.cli.settings import with_settings
@@ -85,11 +86,12 @@ def _examples(*lines: str) -> str:
 
 
 @app.command(
+    cls=Command,
     epilog=_examples(
         "flexpert serve --ranks 2",
         "flexpert serve --model ./olmoe --ranks 4 --kv-memory 2GiB --port 9000",
         "flexpert serve --config flexpert.yaml --deterministic",
-    )
+    ),
 )
 @with_settings
 def serve(config: Config) -> None:
@@ -149,7 +151,8 @@ def scale(
 
 
 @app.command(
-    epilog=_examples("flexpert status", "flexpert status --watch", "flexpert status --json")
+    cls=Command,
+    epilog=_examples("flexpert status", "flexpert status --watch", "flexpert status --json"),
 )
 def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second.")] = False,
@@ -165,11 +168,12 @@ def status(
 
 
 @app.command(
+    cls=Command,
     epilog=_examples(
         "flexpert chat",
         'flexpert chat "Who was Noah?"',
         "echo 'Who was Noah?' | flexpert chat --temperature 0",
-    )
+    ),
 )
 def chat(
     message: Annotated[
@@ -196,11 +200,12 @@ def chat(
 
 
 @app.command(
+    cls=Command,
     epilog=_examples(
         'flexpert complete "In the beginning"',
         'flexpert complete "In the beginning" --max-tokens 200 --temperature 0.8 --seed 7',
         "cat prompt.txt | flexpert complete -",
-    )
+    ),
 )
 def complete(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
@@ -237,11 +242,12 @@ def complete(
 
 
 @app.command(
+    cls=Command,
     epilog=_examples(
         "flexpert demo",
         "flexpert demo --many --clients 16 --requests 200 --duration 30",
         "flexpert demo --json > run.json",
-    )
+    ),
 )
 def demo(
     clients: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 8,
@@ -266,12 +272,13 @@ def demo(
 
 
 @app.command(
+    cls=Command,
     epilog=_examples(
         "flexpert chaos",
         "flexpert chaos --faults kill --rate 0.5 --duration 300 --plot kills.png",
         "flexpert chaos --pairs --during-scaling --seed 7 --json run.json",
         "flexpert chaos --ranks 3 -- --stall-timeout-s 1",
-    )
+    ),
 )
 def chaos(
     service: Annotated[
@@ -316,12 +323,12 @@ def chaos(
     partition: rank and head do not hear each other for a while. Exit status 1 if an answer was lost
     or altered, a rank ended that was not harmed or has grown, or not all came back.
     """
+    check_outputs(output, plot)
     from flexpert.bench.comm.plot import check_plot
     from flexpert.cli.chaos import ChaosPlan, check_flags, parse_faults, run_chaos
 
     if plot:
         check_plot(plot)
-    check_outputs(output, plot)
     plan = ChaosPlan(
         faults=parse_faults(faults, own=url is None),
         rate=rate,
@@ -343,6 +350,7 @@ def chaos(
 
 app.command(
     "plan",
+    cls=Command,
     epilog=_examples(
         "flexpert plan examples/plans/rejoin.json",
         "flexpert plan examples/plans/rejoin.json --kill sigstop --at combine-wait",
@@ -351,13 +359,17 @@ app.command(
 )(plan.plan)
 
 
-bench.command("comm", epilog=_examples(*bench_comm.EXAMPLES))(bench_comm.bench_comm)
-bench.command("layer", epilog=_examples(*bench_gpu.LAYER_EXAMPLES))(bench_gpu.bench_layer)
-bench.command("decode", epilog=_examples(*bench_gpu.DECODE_EXAMPLES))(bench_gpu.bench_decode)
+for _name, _command, _lines in (
+    ("comm", bench_comm.bench_comm, bench_comm.EXAMPLES),
+    ("layer", bench_gpu.bench_layer, bench_gpu.LAYER_EXAMPLES),
+    ("decode", bench_gpu.bench_decode, bench_gpu.DECODE_EXAMPLES),
+):
+    bench.command(_name, cls=Command, epilog=_examples(*_lines))(_command)
 
 
 @bench.command(
     "serve",
+    cls=Command,
     epilog=_examples(
         "flexpert bench serve",
         "flexpert bench serve --compare transformers --ranks 1 --concurrency 16",
@@ -446,7 +458,7 @@ def bench_serve(
         raise typer.Exit(EXIT_FAILURE)
 
 
-@app.command(epilog=_examples("flexpert version", "flexpert version --json"))
+@app.command(cls=Command, epilog=_examples("flexpert version", "flexpert version --json"))
 def version(json_: Json = False) -> None:
     """Print the version, and those of what it stands on."""
     from importlib.metadata import PackageNotFoundError

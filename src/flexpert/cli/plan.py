@@ -79,6 +79,9 @@ def plan(
     but flexpert.comm; every row, weight and sum is held against a float64 oracle, also in the
     exchange in which a rank dies. Exit status: 0 all was right, 1 not, 2 a bad plan or flag.
     """
+    if (file is None) == (random == 0):
+        raise ConfigError("name a plan file, or --random N; see flexpert plan --help")
+    check_outputs(output)
     import torch
     from rich.console import Console
 
@@ -87,9 +90,6 @@ def plan(
     from flexpert.bench.plan.oracle import Sizes
     from flexpert.comm import quant
 
-    if (file is None) == (random == 0):
-        raise ConfigError("name a plan file, or --random N; see flexpert plan --help")
-    check_outputs(output)
     scales = None if fp8 is Fp8.NONE else fp8.value
     if scales is not None:
         try:
