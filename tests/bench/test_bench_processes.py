@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import itertools
 import os
 import signal
@@ -325,19 +325,20 @@ def test_what_listens_is_found() -> None:
     del served
 
 
+HAS_NIXL = any(importlib.util.find_spec(f"nixl_cu{cuda}") for cuda in (12, 13))
+SMALL = ("--tokens", "4", "--hidden", "256")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("bench", "comm", "--ranks", "2", "--tokens", "4", "--hidden", "256", "--repeat", "20"),
-        ("plan", "--random", "2", "--tokens", "4", "--hidden", "256", "--exchanges", "4"),
-        ("plan", "--random", "1", "--tokens", "4", "--hidden", "256", "--channel", "nixl"),
+        ("bench", "comm", "--ranks", "2", "--repeat", "10", *SMALL),
+        ("plan", "--random", "1", "--channel", "nixl" if HAS_NIXL else "shm", *SMALL),
     ],
-    ids=["comm", "plan", "plan-nixl"],
+    ids=["bench comm", "plan"],
 )
 def test_nothing_listens_beyond_loopback(arguments: tuple[str, ...]) -> None:
-    if "nixl" in arguments:
-        pytest.importorskip("nixl_cu13")
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -355,7 +356,7 @@ def test_nothing_listens_beyond_loopback(arguments: tuple[str, ...]) -> None:
         while command.poll() is None:
             seen |= listening(root)
             most = max(most, len(root.children(recursive=True)))
-            time.sleep(0.02)
+            time.sleep(0.1)  # whatever listens does so for the whole run
         assert command.stdout is not None
         assert command.returncode == 0, command.stdout.read().decode()
     assert most >= 2  # it was seen at work: a fork server and a rank
