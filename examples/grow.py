@@ -1,5 +1,6 @@
 """The buffer alone. One terminal: python grow.py 0. Another: python grow.py 1. Then: grow.py 2."""
 
+import socket
 import sys
 import time
 
@@ -8,8 +9,14 @@ from torch.distributed import TCPStore
 
 from flexpert.comm import BufferSpec, ExpertTable, make_buffer
 
+HERE = ("127.0.0.1", 29411)
+
 rank = int(sys.argv[1])
-store = TCPStore("127.0.0.1", 29411, is_master=rank == 0, wait_for_workers=False)
+if rank == 0:  # without a socket of ours torch's store listens on all interfaces
+    listener = socket.create_server(HERE).detach()
+    store = TCPStore(*HERE, is_master=True, wait_for_workers=False, master_listen_fd=listener)
+else:
+    store = TCPStore(*HERE, is_master=False)
 spec = BufferSpec(capacity=8, max_tokens=16, hidden=64, topk=2, dtype=torch.float32)
 buffer = make_buffer(rank, spec, store=store, on_timeout="mask", timeout_s=10)
 store.add("members", 1)

@@ -8,18 +8,20 @@ python tools/measure.py shapes      what oneDNN's kernel for each number of rows
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import random
+import socket
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 
+import msgspec
 import torch
 import torch.nn.functional as F
 
+from flexpert.bench.processes import forks
+from flexpert.bench.processes.connection import Connection
 from flexpert.comm import BufferSpec, ExpertTable, Reduce, make_buffer
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.padding import padded_size
@@ -35,24 +37,24 @@ BLOCK = 16
 
 def exchange() -> None:
     """Medians on rank 0, microseconds."""
-    context = multiprocessing.get_context("spawn")
     print("tokens hidden top-k ranks reduce  dispatch  combine  µs")
     for tokens, hidden, topk, rounds in ((16, 256, 4, 2000), (128, 7168, 8, 30)):
         for ranks in (1, 2, 4):
-            spec = BufferSpec(ranks, tokens, hidden, topk, torch.bfloat16)
-            pipes, children = [], []
-            for rank in range(ranks):
-                ours, theirs = context.Pipe()
-                child = context.Process(target=_exchange_rank, args=(rank, spec, rounds, theirs))
-                child.start()
-                pipes.append(ours)
-                children.append(child)
-            addresses = {rank: pipe.recv() for rank, pipe in enumerate(pipes)}
-            for pipe in pipes:
-                pipe.send(addresses)
-            results = [pipe.recv() for pipe in pipes]
-            for child in children:
-                child.join()
+            processes = [forks.start("measure:exchange_rank") for _ in range(ranks)]
+            try:
+                for rank, process in enumerate(processes):
+                    begin = (rank, ranks, tokens, hidden, topk, rounds)
+                    process.connection.send(msgspec.msgpack.encode(begin))
+                addresses = {
+                    rank: msgspec.msgpack.decode(process.connection.receive(), type=bytes)
+                    for rank, process in enumerate(processes)
+                }
+                for process in processes:
+                    process.connection.send(msgspec.msgpack.encode(addresses))
+                results = [msgspec.msgpack.decode(p.connection.receive()) for p in processes]
+            finally:
+                for process in processes:
+                    process.end()
             for reduce, (dispatch, combine) in results[0].items():
                 print(
                     f"{tokens:6} {hidden:6} {topk:5} {ranks:5} {reduce:>6} "
@@ -60,11 +62,16 @@ def exchange() -> None:
                 )
 
 
-def _exchange_rank(rank: int, spec: BufferSpec, rounds: int, pipe: Connection) -> None:
+def exchange_rank(end: socket.socket) -> None:
     torch.set_num_threads(1)
+    connection = Connection(end)
+    rank, ranks, tokens, hidden, topk, rounds = msgspec.msgpack.decode(
+        connection.receive(), type=tuple[int, int, int, int, int, int]
+    )
+    spec = BufferSpec(ranks, tokens, hidden, topk, torch.bfloat16)
     buffer = make_buffer(rank, spec)
-    pipe.send(buffer.address)
-    addresses = pipe.recv()
+    connection.send(msgspec.msgpack.encode(buffer.address))
+    addresses = msgspec.msgpack.decode(connection.receive(), type=dict[int, bytes])
     buffer.connect(addresses)
     draw = torch.Generator().manual_seed(rank)
     x = torch.randn(spec.max_tokens, spec.hidden, generator=draw).to(spec.dtype)
@@ -90,7 +97,7 @@ def _exchange_rank(rank: int, spec: BufferSpec, rounds: int, pipe: Connection) -
         results[reduce] = tuple(
             statistics.median(pair[side] for pair in warm) * 1e6 for side in (0, 1)
         )
-    pipe.send(results)
+    connection.send(msgspec.msgpack.encode(results))
     buffer.close()
 
 

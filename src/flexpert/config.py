@@ -7,19 +7,34 @@ path joined by two underscores: `FLEXPERT_ENGINE__MAX_RUNNING=32`. Unknown names
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from flexpert.errors import ConfigError
+from flexpert.reading import read_text, shown
 
 ENVIRONMENT_PREFIX = "FLEXPERT_"
 MOST_GPU_RANKS = 32
 NIXL_EP_RANKS = (*range(1, 9), 16, 24, 32)
+
+_MOST_FILE_BYTES = 1 << 16  # the tree with all its settings has some 3 KiB
+_MOST_DEPTH = 8  # the tree has 2
+_MOST_COUNT = 2**50  # bytes or whatever is counted
+_MOST_SECONDS = 366 * 86400.0  # what is handed to the system's clocks must not overflow there
 
 _GPU_DEFAULTS = {"max_tokens_per_step": 2048, "max_running": 256, "kv_memory": 4 * 2**30}
 
@@ -33,16 +48,35 @@ def parse_bytes(text: object) -> object:
     number = text.strip().lower().removesuffix("ib").removesuffix("b").strip()
     unit = number[-1:] if number[-1:].isalpha() else ""
     try:
-        return int(float(number.removesuffix(unit)) * _UNITS[unit])
-    except (ValueError, KeyError):
-        raise ValueError(f"{text!r} is no size; write for example 256MiB or 2GiB") from None
+        size = float(number.removesuffix(unit)) * _UNITS[unit]
+        return int(size) if size >= 0 else -1  # which no size may be; -0.5 is not 0
+    except (ValueError, KeyError, OverflowError):  # the last: it is infinite
+        raise ValueError(f"{shown(text)!r} is no size; write for example 256MiB or 2GiB") from None
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 
 
+def _is_text(value: str) -> bool:
+    """Whether it can be written down; half of a surrogate pair cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _within_reason(cls, value: Any) -> Any:
+        """What every setting is, beside the range of its own."""
+        if isinstance(value, float) and not abs(value) <= _MOST_SECONDS:  # nan is not, either
+            wrong = "more than a year" if math.isfinite(value) else "not a finite number"
+            raise ValueError(f"{value:g} is {wrong}")
+        if isinstance(value, int) and abs(value) > _MOST_COUNT:
+            raise ValueError("larger than anything that is counted here (2**50)")
+        if isinstance(value, str) and ("\0" in value or not _is_text(value)):
+            raise ValueError(f"{value!a} is not valid text")
+        return value
 
 
 class ModelConfig(_Section):
@@ -55,7 +89,9 @@ class ModelConfig(_Section):
     quantization: Literal["auto", "none", "fp8"] = Field(
         "auto", description="of the experts on a GPU; auto: the checkpoint's, none: whole weights"
     )
-    max_model_len: int | None = Field(None, ge=8, description="tokens of prompt and answer")
+    max_model_len: int | None = Field(
+        None, ge=8, le=2**31 - 1, description="tokens of prompt and answer"
+    )
 
 
 class EngineConfig(_Section):
@@ -78,7 +114,10 @@ class EngineConfig(_Section):
     prefix_cache: bool = Field(True, description="reuse KV blocks of equal prompt prefixes")
     deterministic: bool = Field(False, description="bit-identical answers under any scaling")
     threads: int | None = Field(
-        None, ge=1, description="per rank; default: 1, or its share of the cores for wide models"
+        None,
+        ge=1,
+        le=4096,
+        description="per rank; default: 1, or its share of the cores for wide models",
     )
 
 
@@ -88,7 +127,7 @@ class ClusterConfig(_Section):
     ranks: int = Field(1, ge=1, le=256, description="ranks at start")
     max_ranks: int = Field(8, ge=1, le=256, description="capacity: number of rank ids")
     redundant_experts: int = Field(
-        0, ge=0, description="replicas in each layer beyond one of each expert"
+        0, ge=0, le=2**20, description="replicas in each layer beyond one of each expert"
     )
     start_timeout_s: float = Field(120.0, gt=0, description="spawn until a rank reports")
     load_timeout_s: float = Field(600.0, gt=0, description="weights and warm-up of a change")
@@ -248,27 +287,47 @@ def load_config(
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = [
-            f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}"
+            f"{'.'.join(map(shown, item['loc']))}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors()
         ]
         complaint = "; ".join(line.removeprefix(": ") for line in lines)  # of the whole tree
         raise ConfigError(f"wrong settings: {complaint}") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without what grows when it is read: references, and depth."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise ConfigError(f"line {mark.line + 1} has a reference (*), which is not read")
+        self.depth += 1
+        if self.depth > _MOST_DEPTH:
+            raise ConfigError(f"it is nested deeper than {_MOST_DEPTH} levels")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+
 def _read_file(file: Path) -> dict[str, Any]:
+    text = read_text(file, "the settings file", most=_MOST_FILE_BYTES)
     try:
-        text = file.read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read the settings file {file}: {error.strerror}") from None
-    try:
-        tree = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        # the loader is a safe one
+        tree = json.loads(text) if file.suffix == ".json" else yaml.load(text, Loader=_Loader)
+    except (ConfigError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} is not valid YAML or JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{file} is not valid YAML or JSON: it is nested too deep") from None
+    except (LookupError, AttributeError, TypeError):  # PyYAML's of a value that its tag denies
+        raise ConfigError(f"{file} is not valid YAML or JSON: a tag (!!) is wrong") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} must hold a mapping with sections such as 'cluster:'")
-    return tree
+    return {name: section for name, section in tree.items() if section is not None}
 
 
 def _insert(tree: dict[str, Any], path: list[str], value: Any) -> None:

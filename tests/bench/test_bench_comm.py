@@ -58,7 +58,7 @@ def test_a_rank_that_fails_is_named_and_none_is_left() -> None:
         processes = list(ranks._processes)
         with pytest.raises(RankFailed, match="rank 0 failed in measure"):
             ranks.all("measure", "no such contender", 0, 1, 0)
-    assert not any(process.is_alive() for process in processes)
+    assert not any(process.alive() for process in processes)
 
 
 def test_wrong_rows_and_sums_are_found() -> None:

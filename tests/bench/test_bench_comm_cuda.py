@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 import torch
 from rich.console import Console
@@ -16,6 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install flexp
 
 from flexpert.bench.comm.contender import GPU_RIVALS, Unavailable
 from flexpert.bench.comm.cuda.contenders import GpuSite, NixlEp, TorchLocal, gpu_kinds
+from flexpert.bench.comm.cuda.rank import GpuRank, Phases
 from flexpert.bench.comm.cuda.report import gpu_text
 from flexpert.bench.comm.cuda.run import (
     GpuPoint,
@@ -24,7 +26,7 @@ from flexpert.bench.comm.cuda.run import (
     limit_times,
     traffic_limit,
 )
-from flexpert.bench.comm.ranks import wrong_result, wrong_rows
+from flexpert.bench.comm.ranks import schema, wrong_result, wrong_rows
 from flexpert.bench.comm.run import Spread
 from flexpert.bench.comm.workload import (
     Workload,
@@ -160,3 +162,27 @@ def test_the_table_shows_ratio_limit_and_who_was_skipped() -> None:
 def test_flags_that_cannot_be_are_named(flags: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         bench_comm(device="cuda", **flags)
+
+
+def test_what_gpu_ranks_are_asked_and_answer_can_be_sent() -> None:
+    """The signature of a task is the schema of its messages."""
+    said: dict[str, tuple[tuple[Any, ...], Any]] = {
+        "device_name": ((), "a GPU"),
+        "device_index": ((), 0),
+        "bandwidth": ((), 3e12),
+        "prepare": ((work_of(2),), None),
+        "build": (("flexpert",), "no reason"),
+        "check": (("flexpert", 1), ""),
+        "measure": (("flexpert", 30), Phases([1.0], [2.0], [3.0])),
+        "drop": (("flexpert",), None),
+    }
+    tasks = {name for name, found in vars(GpuRank).items() if callable(found) and name[0] != "_"}
+    assert set(said) == tasks
+    for task, (arguments, answer) in said.items():
+        taken, given = schema(GpuRank, task)
+        packed = msgspec.msgpack.encode(arguments), msgspec.msgpack.encode(answer)
+        assert msgspec.msgpack.decode(packed[0], type=taken) == arguments
+        assert msgspec.msgpack.decode(packed[1], type=given) == answer
+    for name in ("_gather", "nothing"):
+        with pytest.raises(ValueError, match=f"there is no task {name}"):
+            schema(GpuRank, name)

@@ -45,11 +45,10 @@ def test_an_epoch_that_begins_without_somebody_is_agreed_anew(
     monkeypatch.setattr(worker, "agree", agree)
     monkeypatch.setattr(worker, "asked", lambda store, view: False)
     buffer = Barriers({0: 4, 1: 4}, {0: 4, 1: 3})  # the lost rank 2 may have wanted less
-    setup = worker.Setup(Sizes(1, 16, 1, 1, torch.bfloat16), 3, "shm", None, 5, 1.0, 1.0, 0, 0)
+    setup = worker.Setup(Sizes(1, 16, 1, 1, torch.bfloat16), 3, "shm", None, 5, 1.0, 1.0, 0)
     run: Any = worker.Run(
         buffer,  # type: ignore[arg-type]
         setup,
-        None,
         None,
         worker.Task(0, View(1, (0, 1, 2))),
         None,  # type: ignore[arg-type]
@@ -63,11 +62,11 @@ def test_an_epoch_that_begins_without_somebody_is_agreed_anew(
 def test_a_rank_that_dies_with_its_mail_unread_is_buried() -> None:
     sizes = Sizes(2, 32, 1, 1, torch.bfloat16)
     with runner.Runner(runner.Options(sizes, channel="shm"), 1) as made:
-        rank = runner._Rank(made.context, 0, made.setup)
+        rank = runner._Rank(0, made.setup, made.store)
         made.up[0] = rank
-        made.answers([0], runner.START_S)
+        made.answers([0], runner.START_S, worker.Ready)
         rank.signal(signal.SIGSTOP)  # it will not read what comes now
-        rank.ask("connect", (0,))
+        rank.ask(worker.Connect((0,)))
         rank.signal(signal.SIGKILL)
         rank.process.join()
         made.bury(Phase((0,), (0,)), {})

@@ -128,3 +128,31 @@ def test_client_commands_load_neither_torch_nor_a_web_framework() -> None:
     )
     out = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "--random", "1", "--timeout", "inf"], "--timeout inf is not a finite number"),
+        (["plan", "--random", "1", "--timeout", "1e300"], "--timeout 1e+300 is too large"),
+        (["plan", "--random", "1", "--tokens", str(2**70)], "--tokens: the number is too large"),
+        (["bench", "comm", "--seconds", "inf"], "--seconds inf is not a finite number"),
+        (["bench", "comm", "--seed", str(2**70)], "--seed: the number is too large"),
+        (["bench", "comm", "--tokens", str(2**70)], "--tokens 1180591620717411303424: positive"),
+        (["bench", "layer", "--repeat", str(2**70)], "--repeat: the number is too large"),
+        (["bench", "decode", "--context", str(2**70)], "--context: the number is too large"),
+        (["bench", "serve", "--request-rate", "inf"], "--request-rate inf is not a finite number"),
+        (["demo", "--duration", "inf"], "--duration inf is not a finite number"),
+        (["complete", "x", "--temperature", "inf"], "--temperature inf is not a finite number"),
+        (["chat", "x", "--top-p", "nan"], "--top-p nan is not a finite number"),
+        (["scale", "--remove", "1", str(2**70)], "--remove: the number is too large"),
+        (["serve", "--stall-timeout-s", "nan"], "--stall-timeout-s nan: "),
+        (["serve", "--stall-timeout-s", "\\g<0>"], "--stall-timeout-s \\g<0>: "),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(run: Run, arguments: list[str], says: str) -> None:
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert says in err
+    assert err.count("\n") == 1
+    assert not out

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 from comm_ranks import Rank, spec_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpert.comm import Buffer, CommError, Evicted, RankTimeout
@@ -310,3 +310,46 @@ def test_one_that_was_stopped_past_its_limit_learns_what_was_decided(
             assert sleeper.answer().startswith("Evicted: ")
     finally:
         sleeper.kill()
+
+
+# ---- what others have written -------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.dictionaries(
+        st.sampled_from(["newest", "1/who", "2/who", "1/report/1", "1/decision", "2/decision"]),
+        st.text(max_size=12)
+        | st.binary(max_size=12).map(bytes.hex)
+        | st.sampled_from(["0 1", "9" * 5000, "-1", "91c401", "80", "\udcff"]),
+    )
+)
+def test_what_no_rank_has_written_is_a_clear_error_or_passed_over(values: dict[str, str]) -> None:
+    store = Written({f"flexpert/agree/{key}": value for key, value in values.items()})
+    try:
+        view = agree(store, 0, View(0, (0,)), timeout_s=0.02, patience_s=0.005)
+    except CommError:
+        return
+    assert 0 in view.ranks
+
+
+class Written:
+    """A store in this process, in which anything may lie."""
+
+    def __init__(self, values: dict[str, str]) -> None:
+        self.values = {
+            key: value.encode("utf-8", "surrogateescape") for key, value in values.items()
+        }
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value.encode()
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        found = self.values.get(key, b"")
+        if found != expected.encode():
+            return found or expected.encode()
+        self.values[key] = desired.encode()
+        return self.values[key]
+
+    def delete_key(self, key: str) -> bool:
+        return self.values.pop(key, None) is not None

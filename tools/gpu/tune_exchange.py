@@ -118,4 +118,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import tune_exchange  # TuneRank must be in a module that the ranks can import
+
+    sys.exit(tune_exchange.main())

@@ -10,8 +10,11 @@ import msgspec
 
 from flexpert.bench.load import LoadError, Target, call, error_message
 from flexpert.errors import ConfigError
+from flexpert.reading import read_text
 
 Prompt = str | list[int]
+
+_MOST_BYTES = 1 << 28
 
 # Its token ids are what random prompts are drawn from: they are ordinary tokens of whatever
 # model is served, and no tokenizer is needed here.
@@ -34,10 +37,8 @@ def read_prompts(file: Path, count: int) -> list[Prompt]:
     Raises:
         ConfigError: unreadable, empty, or a line that is no prompt.
     """
-    try:
-        lines = [line for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the prompts in {file}: {error}") from None
+    text = read_text(file, "the file of prompts", most=_MOST_BYTES)
+    lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise ConfigError(f"there is no prompt in {file}")
     as_json = file.suffix in (".jsonl", ".json") or all(line.startswith("{") for line in lines)
@@ -48,7 +49,7 @@ def read_prompts(file: Path, count: int) -> list[Prompt]:
             continue
         try:
             found = msgspec.json.decode(line, type=_Line | str)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise ConfigError(f"{file} line {number} is no prompt: {error}") from None
         prompts.append(found.prompt if isinstance(found, _Line) else found)
     return [prompts[number % len(prompts)] for number in range(count)]

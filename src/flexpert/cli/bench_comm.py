@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flexpert.errors import ConfigError, FlexpertError
+from flexpert.cli.command import numbers
+from flexpert.cli.output import check_outputs, write_report
+from flexpert.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexpert.bench.comm.ranks import Settings
@@ -68,7 +70,6 @@ def bench_comm(
     Exit status 1 if one computes something else. With --device cuda beside nixl_ep and torch, in
     CUDA graphs; several ranks on one GPU need NVIDIA's MPS to run at the same time.
     """
-    import msgspec
     from rich.console import Console
 
     from flexpert.bench.comm.contender import GPU_RIVALS, RIVALS
@@ -98,6 +99,7 @@ def bench_comm(
             raise ConfigError(f"--fp8 {fp8}: {error}") from None
     if plot is not None:
         check_plot(plot)
+    check_outputs(json_, plot)
     workloads = [
         Workload(
             ranks=ranks,
@@ -108,7 +110,7 @@ def bench_comm(
             dtype=dtype,
             seed=seed,
         )
-        for count in _numbers(tokens)
+        for count in numbers(tokens, "--tokens")
     ]
     settings = Settings(channel, scales, threads, timeout)
     if device == "cuda":
@@ -123,8 +125,7 @@ def bench_comm(
             workloads, settings, names, repeat=repeat, seconds=seconds, note=status.update
         )
     Console(file=sys.stdout).print(comm_text(report))
-    if json_ is not None:
-        _write(json_, msgspec.json.format(msgspec.json.encode(report), indent=2))
+    write_report(json_, report)
     if plot is not None:
         draw(report, plot)
     if not report.correct:
@@ -138,7 +139,6 @@ def _on_gpu(
     repeat: int,
     json_: Path | None,
 ) -> None:
-    import msgspec
     from rich.console import Console
 
     from flexpert.comm.cuda import require
@@ -154,26 +154,6 @@ def _on_gpu(
     with Console(stderr=True).status("") as status:
         report = run_gpu(workloads, settings, rivals, repeat=repeat, note=status.update)
     Console(file=sys.stdout).print(gpu_text(report))
-    if json_ is not None:
-        _write(json_, msgspec.json.format(msgspec.json.encode(report), indent=2))
+    write_report(json_, report)
     if not report.correct:
         raise typer.Exit(1)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Raises: FlexpertError"""
-    try:
-        path.write_bytes(data)
-    except OSError as error:
-        raise FlexpertError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _numbers(text: str) -> list[int]:
-    """Raises: ConfigError"""
-    try:
-        values = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        values = []
-    if not values or values[0] < 1:
-        raise ConfigError(f"--tokens {text}: positive numbers, with commas between them")
-    return values

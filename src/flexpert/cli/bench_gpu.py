@@ -9,8 +9,10 @@ from typing import Annotated, Literal, TypeVar
 
 import typer
 
+from flexpert.cli.command import numbers
+from flexpert.cli.output import check_outputs, write_report
 from flexpert.config import MOST_GPU_RANKS
-from flexpert.errors import ConfigError, FlexpertError
+from flexpert.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -58,8 +60,8 @@ def bench_layer(
     """
     from flexpert.moe.kernels import open_gpu
 
-    counts = _numbers(tokens, "--tokens")
-    _check_folder(json_)
+    counts = numbers(tokens, "--tokens")
+    check_outputs(json_)
     open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.layer import RIVALS, SHAPES, run_layer
     from flexpert.bench.gpu.report import layer_text
@@ -107,10 +109,10 @@ def bench_decode(
     """
     from flexpert.moe.kernels import open_gpu
 
-    batches, counts = _numbers(batch, "--batch"), _numbers(ranks, "--ranks")
+    batches, counts = numbers(batch, "--batch"), numbers(ranks, "--ranks")
     if counts[-1] > MOST_GPU_RANKS:
         raise ConfigError(f"--ranks {ranks}: at most {MOST_GPU_RANKS} ranks exchange")
-    _check_folder(json_)
+    check_outputs(json_)
     open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.decode import run_decode
     from flexpert.bench.gpu.report import decode_text
@@ -141,20 +143,10 @@ def _with_status(run: Callable[[Callable[[str], None]], T]) -> T:
 
 
 def _show(text: object, report: object, file: Path | None) -> None:
-    import msgspec
     from rich.console import Console
 
     Console(file=sys.stdout).print(text)
-    if file is not None:
-        try:
-            file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
-        except OSError as error:
-            raise FlexpertError(f"cannot write {file}: {error.strerror}") from None
-
-
-def _check_folder(file: Path | None) -> None:
-    if file is not None and not file.absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {file}: there is no folder {file.parent}")
+    write_report(file, report)
 
 
 def _names(text: str, known: tuple[str, ...], flag: str) -> list[str]:
@@ -162,13 +154,3 @@ def _names(text: str, known: tuple[str, ...], flag: str) -> list[str]:
     if unknown := sorted(set(names) - set(known)):
         raise ConfigError(f"{flag} {','.join(unknown)}: there are {', '.join(known)}")
     return names
-
-
-def _numbers(text: str, flag: str) -> list[int]:
-    try:
-        values = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        values = []
-    if not values or values[0] < 1:
-        raise ConfigError(f"{flag} {text}: positive numbers, with commas between them")
-    return values

@@ -36,6 +36,7 @@ from flexpert.cli.chaos_report import (
 from flexpert.cli.chaos_view import draw, show
 from flexpert.cli.demo import demo_requests, same
 from flexpert.cli.demo_report import Plan
+from flexpert.cli.output import write_report
 from flexpert.cluster.views import ClusterView, OperationView
 from flexpert.engine.faults import VARIABLE
 from flexpert.errors import ConfigError, FlexpertError
@@ -100,8 +101,7 @@ def run_chaos(plan: ChaosPlan, *, console: Console, output: Path | None) -> int:
         console.print("interrupted; the service is stopped")
         return EXIT_INTERRUPTED
     show(console, result, seen)
-    if output:
-        output.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=2))
+    write_report(output, result)
     if plan.plot:
         draw(seen, result, plan.plot)
     return EXIT_OK if result.good else EXIT_BAD

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -13,6 +13,8 @@ import typer
 
 import flexpert
 from flexpert.cli import bench_comm, bench_gpu, plan
+from flexpert.cli.command import Command
+from flexpert.cli.output import EXIT_FAILURE, check_outputs, printing, write_report
 from flexpert.cli.scale import ScaleCommand
 from flexpert.cli.settings import with_settings
 from flexpert.config import Config
@@ -21,7 +23,6 @@ from flexpert.errors import ConfigError, FlexpertError
 if TYPE_CHECKING:
     from flexpert.cli.client import Client
 
-EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
@@ -64,7 +65,7 @@ app.add_typer(bench, name="bench", help="Measure a service.")
 
 def main() -> NoReturn:
     """Run the command line; an error that can be expected is one line, not a traceback."""
-    with expected_errors():
+    with printing(), expected_errors():
         app()
     sys.exit(0)
 
@@ -75,7 +76,8 @@ def expected_errors() -> Iterator[None]:
     try:
         yield
     except FlexpertError as error:
-        print(f"flexpert: {error}", file=sys.stderr)
+        with suppress(OSError):  # the exit status says it, too
+            print(f"flexpert: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE)
 
 
@@ -84,11 +86,12 @@ def _examples(*lines: str) -> str:
 
 
 @app.command(
+    cls=Command,
     epilog=_examples(
         "flexpert serve --ranks 2",
         "flexpert serve --model ./olmoe --ranks 4 --kv-memory 2GiB --port 9000",
         "flexpert serve --config flexpert.yaml --deterministic",
-    )
+    ),
 )
 @with_settings
 def serve(config: Config) -> None:
@@ -148,7 +151,8 @@ def scale(
 
 
 @app.command(
-    epilog=_examples("flexpert status", "flexpert status --watch", "flexpert status --json")
+    cls=Command,
+    epilog=_examples("flexpert status", "flexpert status --watch", "flexpert status --json"),
 )
 def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second.")] = False,
@@ -164,11 +168,12 @@ def status(
 
 
 @app.command(
+    cls=Command,
     epilog=_examples(
         "flexpert chat",
         'flexpert chat "Who was Noah?"',
         "echo 'Who was Noah?' | flexpert chat --temperature 0",
-    )
+    ),
 )
 def chat(
     message: Annotated[
@@ -195,11 +200,12 @@ def chat(
 
 
 @app.command(
+    cls=Command,
     epilog=_examples(
         'flexpert complete "In the beginning"',
         'flexpert complete "In the beginning" --max-tokens 200 --temperature 0.8 --seed 7',
         "cat prompt.txt | flexpert complete -",
-    )
+    ),
 )
 def complete(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
@@ -236,11 +242,12 @@ def complete(
 
 
 @app.command(
+    cls=Command,
     epilog=_examples(
         "flexpert demo",
         "flexpert demo --many --clients 16 --requests 200 --duration 30",
         "flexpert demo --json > run.json",
-    )
+    ),
 )
 def demo(
     clients: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 8,
@@ -265,12 +272,13 @@ def demo(
 
 
 @app.command(
+    cls=Command,
     epilog=_examples(
         "flexpert chaos",
         "flexpert chaos --faults kill --rate 0.5 --duration 300 --plot kills.png",
         "flexpert chaos --pairs --during-scaling --seed 7 --json run.json",
         "flexpert chaos --ranks 3 -- --stall-timeout-s 1",
-    )
+    ),
 )
 def chaos(
     service: Annotated[
@@ -315,14 +323,12 @@ def chaos(
     partition: rank and head do not hear each other for a while. Exit status 1 if an answer was lost
     or altered, a rank ended that was not harmed or has grown, or not all came back.
     """
+    check_outputs(output, plot)
     from flexpert.bench.comm.plot import check_plot
     from flexpert.cli.chaos import ChaosPlan, check_flags, parse_faults, run_chaos
 
     if plot:
         check_plot(plot)
-    for file in (output, plot):
-        if file and not file.absolute().parent.is_dir():
-            raise ConfigError(f"cannot write {file}: there is no folder {file.parent}")
     plan = ChaosPlan(
         faults=parse_faults(faults, own=url is None),
         rate=rate,
@@ -344,6 +350,7 @@ def chaos(
 
 app.command(
     "plan",
+    cls=Command,
     epilog=_examples(
         "flexpert plan examples/plans/rejoin.json",
         "flexpert plan examples/plans/rejoin.json --kill sigstop --at combine-wait",
@@ -352,13 +359,17 @@ app.command(
 )(plan.plan)
 
 
-bench.command("comm", epilog=_examples(*bench_comm.EXAMPLES))(bench_comm.bench_comm)
-bench.command("layer", epilog=_examples(*bench_gpu.LAYER_EXAMPLES))(bench_gpu.bench_layer)
-bench.command("decode", epilog=_examples(*bench_gpu.DECODE_EXAMPLES))(bench_gpu.bench_decode)
+for _name, _command, _lines in (
+    ("comm", bench_comm.bench_comm, bench_comm.EXAMPLES),
+    ("layer", bench_gpu.bench_layer, bench_gpu.LAYER_EXAMPLES),
+    ("decode", bench_gpu.bench_decode, bench_gpu.DECODE_EXAMPLES),
+):
+    bench.command(_name, cls=Command, epilog=_examples(*_lines))(_command)
 
 
 @bench.command(
     "serve",
+    cls=Command,
     epilog=_examples(
         "flexpert bench serve",
         "flexpert bench serve --compare transformers --ranks 1 --concurrency 16",
@@ -423,6 +434,7 @@ def bench_serve(
     if url is not None and (service or compare):
         what = "flags of a service" if service else "--compare"
         raise ConfigError(f"{what} can only be had with a service of our own; leave out --url")
+    check_outputs(json_)
     load = Load(
         prompts=prompts,
         count=num_prompts,
@@ -441,18 +453,12 @@ def bench_serve(
         load, measured, compare=compare is not None, note=lambda line: _note(line, console)
     )
     console.print(figures_text(report), soft_wrap=True, highlight=False)
-    if json_ is not None:
-        import msgspec
-
-        try:
-            json_.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
-        except OSError as error:
-            raise FlexpertError(f"cannot write {json_}: {error.strerror}") from None
+    write_report(json_, report)
     if report.service.failed:
         raise typer.Exit(EXIT_FAILURE)
 
 
-@app.command(epilog=_examples("flexpert version", "flexpert version --json"))
+@app.command(cls=Command, epilog=_examples("flexpert version", "flexpert version --json"))
 def version(json_: Json = False) -> None:
     """Print the version, and those of what it stands on."""
     from importlib.metadata import PackageNotFoundError

@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from flexpert.cli.output import check_outputs, write_output
 from flexpert.errors import ConfigError
 
 
@@ -78,6 +79,9 @@ def plan(
     but flexpert.comm; every row, weight and sum is held against a float64 oracle, also in the
     exchange in which a rank dies. Exit status: 0 all was right, 1 not, 2 a bad plan or flag.
     """
+    if (file is None) == (random == 0):
+        raise ConfigError("name a plan file, or --random N; see flexpert plan --help")
+    check_outputs(output)
     import torch
     from rich.console import Console
 
@@ -86,10 +90,6 @@ def plan(
     from flexpert.bench.plan.oracle import Sizes
     from flexpert.comm import quant
 
-    if (file is None) == (random == 0):
-        raise ConfigError("name a plan file, or --random N; see flexpert plan --help")
-    if output and not output.parent.is_dir():
-        raise ConfigError(f"cannot write {output}: there is no folder {output.parent}")
     scales = None if fp8 is Fp8.NONE else fp8.value
     if scales is not None:
         try:
@@ -154,5 +154,5 @@ def plan(
             },
             "runs": written,
         }
-        output.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        write_output(output, json.dumps(told, indent=1).encode())
     raise typer.Exit(0 if good else 1)

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import msgspec
 from rich.console import Console
 from rich.live import Live
-from typer.core import TyperCommand
 
+from flexpert.cli.command import Command
 from flexpert.cli.render import operation_table, phase_line
 from flexpert.cluster.views import OperationView
 from flexpert.cluster.wording import describe_change, outcome_line
@@ -56,7 +56,7 @@ def spread_ids(arguments: list[str]) -> list[str]:
     return spread
 
 
-class ScaleCommand(TyperCommand):
+class ScaleCommand(Command):
     """Lets `--remove` take several ids."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

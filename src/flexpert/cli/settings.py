@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from flexpert.config import Config, load_config
 from flexpert.errors import ConfigError
+from flexpert.reading import shown
 
 # what a field without a description of its own means
 _HELP = {
@@ -171,5 +172,7 @@ def settings(file: Path | None, overrides: Mapping[str, Any]) -> Config:
         for path, value in overrides.items():
             if value is not None:
                 flag = "--" + path.split(".")[1].replace("_", "-")
-                message = re.sub(rf"\b{re.escape(path)}:", f"{flag} {value}:", message)
+                said = f"{flag} {shown(value)}:"
+                # not re.sub, which would read what was given for a pattern's replacement
+                message = said.join(re.split(rf"\b{re.escape(path)}:", message))
         raise ConfigError(message) from None

@@ -12,11 +12,12 @@ when its id belongs to another, finds another life in the decision and learns th
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
@@ -26,11 +27,26 @@ from flexpert.comm.errors import CommError, Evicted, RankTimeout
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
+T = TypeVar("T")
+
 _FIRST_NAP_S, _LONGEST_NAP_S = 0.001, 0.02
 _NOTHING = "-"  # what a read of a missing key returns; never a value
+_FOREIGN = (
+    "the store that ranks agree through holds what no rank has written; give each group of ranks a "
+    "store, or a prefix, of its own"
+)
 _KEPT = 3  # epochs whose keys stay
 
-_LIFE = secrets.token_bytes(8)
+_life = secrets.token_bytes(8)
+
+
+def _begin_life() -> None:
+    global _life
+    _life = secrets.token_bytes(8)
+
+
+# ranks may be forks of one process that has imported this; each is another life
+os.register_at_fork(after_in_child=_begin_life)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +144,7 @@ def agree(
         CommError: the store is gone, or gave no answer within the limit and little more than
             a second.
     """
-    report = Report(life or _LIFE, tuple(sorted(set(suspects))))
+    report = Report(life or _life, tuple(sorted(set(suspects))))
     try:
         with BoundedStore(store, timeout_s) as bounded:
             return _Call(bounded, rank, view, report, joining).run(timeout_s, patience_s)
@@ -226,10 +242,10 @@ class _Call:
 
     def reports(self) -> dict[int, Report]:
         found: dict[int, Report] = {}
-        for rank in map(int, self.read_text(f"{self.epoch}/who").split()):
+        for rank in map(_number, self.read_text(f"{self.epoch}/who").split()):
             text = self.read_text(f"{self.epoch}/report/{rank}")
             if text:
-                found[rank] = msgspec.msgpack.decode(bytes.fromhex(text), type=Report)
+                found[rank] = _decoded(text, Report)
         return found
 
     def decide(self, reports: Mapping[int, Report]) -> None:
@@ -246,21 +262,24 @@ class _Call:
 
     def decision(self, epoch: int) -> Decision | None:
         text = self.read_text(f"{epoch}/decision")
-        return msgspec.msgpack.decode(bytes.fromhex(text), type=Decision) if text else None
+        return _decoded(text, Decision) if text else None
 
     def newest(self) -> int:
-        return int(self.read_text("newest") or 0)
+        return _number(self.read_text("newest") or "0")
 
     def announce(self, epoch: int) -> None:
         """Never lets the number fall: who wakes from an old epoch cannot bring it back."""
         while True:
             text = self.read_text("newest")
-            if int(text or 0) >= epoch or self.swap("newest", text, str(epoch)):
+            if _number(text or "0") >= epoch or self.swap("newest", text, str(epoch)):
                 return
 
     def read_text(self, key: str) -> str:
         """Without waiting, as `get` would for a missing key; "" if it is missing."""
-        text = self.store.compare_set(_key(key), _NOTHING, _NOTHING).decode()
+        try:
+            text = self.store.compare_set(_key(key), _NOTHING, _NOTHING).decode()
+        except UnicodeDecodeError as error:
+            raise CommError(_FOREIGN) from error
         return "" if text == _NOTHING else text
 
     def write(self, key: str, value: Report) -> None:
@@ -272,6 +291,21 @@ class _Call:
     def delete(self, key: str) -> None:
         if self.read_text(key):
             self.store.delete_key(_key(key))
+
+
+def _decoded(text: str, kind: type[T]) -> T:
+    """Raises: CommError"""
+    try:
+        return msgspec.msgpack.decode(bytes.fromhex(text), type=kind)
+    except ValueError as error:  # msgspec's are
+        raise CommError(_FOREIGN) from error
+
+
+def _number(text: str) -> int:
+    """Raises: CommError"""
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise CommError(_FOREIGN)
+    return int(text)
 
 
 def _key(name: str) -> str:

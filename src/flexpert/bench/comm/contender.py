@@ -47,7 +47,7 @@ class Contender(Protocol):
 class Site:
     """Where a contender runs.
 
-    gather: every rank's object by rank, given this rank's; all ranks call it.
+    gather: every rank's value by rank, given this rank's; all ranks call it. See `ranks.gather`.
     store: the same for all ranks.
     channel: of our buffer.
     """

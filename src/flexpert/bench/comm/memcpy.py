@@ -36,11 +36,11 @@ class Memcpy:
                 os.close(number)
         self._views = [ctypes.c_char.from_buffer(area) for area in self._maps]
         self._at = [ctypes.addressof(view) for view in self._views]
-        rows = [deduplicated_rows(work, site.rank, turn) for turn in range(work.pool)]
+        rows = [deduplicated_rows(work, site.rank, turn).tolist() for turn in range(work.pool)]
         everyone = site.gather(rows)
-        self._there = [[int(n) * work.row_bytes for n in row] for row in rows]
+        self._there = [[n * work.row_bytes for n in row] for row in rows]
         self._back = [
-            [int(theirs[turn][site.rank]) * work.row_bytes for theirs in everyone]
+            [theirs[turn][site.rank] * work.row_bytes for theirs in everyone]
             for turn in range(work.pool)
         ]
         self._results = torch.ones(work.ranks * self._piece, dtype=torch.uint8)

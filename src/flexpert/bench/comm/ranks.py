@@ -1,26 +1,26 @@
 """Rank processes of the benchmark: each owns one object of every contender and does as it is told.
 
-They come from a fork server that has imported torch once, and end with it, however it ends.
+What they are asked and answer is msgpack, and the signature of a task is the schema of both.
 """
 
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
-import os
-import pickle
-import signal
+import functools
+import importlib
+import inspect
+import socket
 import time
+import typing
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from flexpert.bench.comm.contender import Contender, Site, Unavailable, kind_named
 from flexpert.bench.comm.workload import (
@@ -30,11 +30,17 @@ from flexpert.bench.comm.workload import (
     expert_results,
     make_input,
 )
+from flexpert.bench.processes import forks
+from flexpert.bench.processes.connection import Closed, Connection
+from flexpert.bench.processes.loopback import keep_to_loopback
+from flexpert.bench.processes.store import SocketStore, StoreServer
 from flexpert.comm import BufferSpec, make_buffer
 from flexpert.comm.buffer import Scales
 from flexpert.errors import FlexpertError
 
-_PR_SET_PDEATHSIG = 1
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MALLOC_MOST = 32 << 20  # what glibc allows
 
@@ -55,35 +61,53 @@ class RankFailed(FlexpertError):  # noqa: N818 - says what happened
     """A rank of the benchmark failed."""
 
 
-Make = Callable[[int, int, int, Settings], object]
+class Begin(msgspec.Struct, frozen=True):
+    """What a process is told first. tasks: "package.module:Class", see `Ranks`."""
+
+    rank: int
+    ranks: int
+    settings: Settings
+    tasks: str
+
+
+class Task(msgspec.Struct, frozen=True, array_like=True):
+    """arguments: msgpack of a list."""
+
+    name: str
+    arguments: bytes
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """value: msgpack of what the task returned; error: what it raised instead."""
+
+    value: bytes = b""
+    error: str = ""
+
+
+Make = Callable[[int, int, "Store", Settings], object]
+_encode = msgspec.msgpack.encode
 
 
 class Ranks:
     """The processes of a run. Use as a context manager: none is left afterwards.
 
-    make: the object whose methods are the tasks, from rank, ranks, port of the store, settings.
+    make: the class whose methods are the tasks, made from rank, ranks, store, settings. Their types
+    must be such that msgspec can encode and decode them.
     """
 
     def __init__(self, count: int, settings: Settings, make: Make | None = None) -> None:
         self._settings = settings
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", __name__])
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._pipes: list[Connection] = []
-        self._processes: list[Any] = []
+        self._make = make or _Rank
+        self._store = StoreServer()
+        self._processes: list[forks.Process] = []
         try:
             for rank in range(count):
-                ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_serve,
-                    args=(rank, count, self._store.port, settings, theirs, make or _Rank),
-                )
-                process.daemon = True
-                process.start()
-                theirs.close()
-                self._pipes.append(ours)
+                process = forks.start(f"{__name__}:serve", self._store.lend())
                 self._processes.append(process)
-            self._answers()
+                begin = Begin(rank, count, settings, _name(self._make))
+                with suppress(Closed):  # the answer says why
+                    process.connection.send(_encode(begin))
+            self._answers("start", type(None))
         except BaseException:
             self.close()
             raise
@@ -100,83 +124,114 @@ class Ranks:
         self.close()
 
     def all(self, task: str, *args: Any) -> list[Any]:
-        """Have all ranks do a task of `_Rank` at the same time; their answers by rank.
+        """Have all ranks do a task of `make` at the same time; their answers by rank.
 
         Raises: RankFailed
         """
-        for pipe in self._pipes:
-            with suppress(BrokenPipeError):  # the answer says why
-                pipe.send((task, args))
-        return self._answers(task)
+        packet = _encode(Task(task, _encode(args)))
+        for process in self._processes:
+            with suppress(Closed):  # the answer says why
+                process.connection.send(packet)
+        return self._answers(task, schema(self._make, task)[1])
 
-    def _answers(self, task: str = "start") -> list[Any]:
+    def _answers(self, task: str, kind: Any) -> list[Any]:
         # a chunk of exchanges waits at each of them for its limit at most, so this is generous
         deadline = time.monotonic() + 10 * self._settings.timeout_s
         answers = []
-        for rank, pipe in enumerate(self._pipes):
+        for rank, process in enumerate(self._processes):
             try:
-                if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                    raise RankFailed(f"rank {rank} gave no answer in {task}")
-                fine, value = pipe.recv()
-            except (EOFError, ConnectionResetError):
-                self._processes[rank].join(5)
-                code = self._processes[rank].exitcode
+                packet = process.connection.receive(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                raise RankFailed(f"rank {rank} gave no answer in {task}") from None
+            except Closed:
+                process.join(5)
+                code = process.exitcode
                 raise RankFailed(f"rank {rank} ended in {task} (exit status {code})") from None
-            if not fine:
-                raise RankFailed(f"rank {rank} failed in {task}: {value}")
-            answers.append(value)
+            answer = msgspec.msgpack.decode(packet, type=Answer)
+            if answer.error:
+                raise RankFailed(f"rank {rank} failed in {task}: {answer.error}")
+            answers.append(msgspec.msgpack.decode(answer.value, type=kind))
         return answers
 
     def close(self) -> None:
         """End the processes; they hold nothing that outlives them."""
         for process in self._processes:
-            process.kill()
-        for process in self._processes:
-            process.join()
-        for pipe in self._pipes:
-            pipe.close()
+            process.end()
+        self._store.close()
 
 
-def _serve(
-    rank: int, ranks: int, port: int, settings: Settings, pipe: Connection, make: Make
-) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the head's to handle
+def _name(make: Make) -> str:
+    if make.__module__ == "__main__":
+        raise ValueError(f"{make.__qualname__} must be in a module that other processes can import")
+    return f"{make.__module__}:{make.__qualname__}"
+
+
+def schema(make: Any, task: str) -> tuple[Any, Any]:
+    """Types of a task's arguments and of its answer. Raises: ValueError: there is no such task."""
+    method = getattr(make, task, None)
+    if task.startswith("_") or not callable(method):
+        raise ValueError(f"there is no task {task}")
+    hints = typing.get_type_hints(method)
+    names = list(inspect.signature(method).parameters)[1:]
+    return tuple[tuple(hints[name] for name in names)], hints["return"]  # type: ignore[misc]
+
+
+def serve(end: socket.socket, store: socket.socket) -> None:
+    """The life of a rank."""
     libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # else each large result of torch is new memory, and its page faults are what one measures
     libc.mallopt(_M_MMAP_THRESHOLD, _MALLOC_MOST)
     libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(settings.threads)
+    keep_to_loopback()
     torch.set_grad_enabled(False)
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch renames its collectives
+    connection = Connection(end)
+    with suppress(Closed):  # the head is gone
+        begin = msgspec.msgpack.decode(connection.receive(), type=Begin)
+        torch.set_num_threads(begin.settings.threads)
+        module, _, name = begin.tasks.partition(":")
+        made: list[object] = []
+
+        def make() -> None:
+            kind = getattr(importlib.import_module(module), name)
+            made.append(kind(begin.rank, begin.ranks, SocketStore(store), begin.settings))
+
+        connection.send(_encode(_answer(make)))
+        while made:
+            task = msgspec.msgpack.decode(connection.receive(), type=Task)
+            connection.send(_encode(_answer(functools.partial(_do, made[0], task))))
+
+
+def _do(own: object, task: Task) -> Any:
+    kinds, _ = schema(type(own), task.name)
+    return getattr(own, task.name)(*msgspec.msgpack.decode(task.arguments, type=kinds))
+
+
+def _answer(work: Callable[[], Any]) -> Answer:
     try:
-        own = make(rank, ranks, port, settings)
-        pipe.send((True, None))
+        return Answer(_encode(work()))
     except Exception as error:  # noqa: BLE001  # goes to the head
-        pipe.send((False, f"{type(error).__name__}: {error}"))
-        return
-    while True:
-        try:
-            task, args = pipe.recv()
-        except (EOFError, ConnectionResetError):
-            return
-        try:
-            answer = (True, getattr(own, task)(*args))
-        except Exception as error:  # noqa: BLE001  # goes to the head
-            answer = (False, f"{type(error).__name__}: {error}")
-        try:
-            pipe.send(answer)
-        except BrokenPipeError:  # the head is gone
-            return
+        return Answer(error=f"{type(error).__name__}: {error}")
+
+
+def gather(store: Store, key: str, rank: int, ranks: int, value: Any) -> list[Any]:
+    """Every rank's value by rank, given this rank's; all ranks call it, with another key each time.
+
+    value: plain: numbers, text, bytes, lists and dicts of them; a tuple comes back as a list.
+    """
+    store.set(f"{key}/{rank}", _encode(value).hex())
+    return [
+        msgspec.msgpack.decode(bytes.fromhex(store.get(f"{key}/{of}").decode()))
+        for of in range(ranks)
+    ]
 
 
 class _Rank:
     """The tasks."""
 
-    def __init__(self, rank: int, ranks: int, port: int, settings: Settings) -> None:
+    def __init__(self, rank: int, ranks: int, store: Store, settings: Settings) -> None:
         self._rank, self._settings = rank, settings
-        self._store = TCPStore("127.0.0.1", port, is_master=False)
+        self._store = store
         self._contenders: dict[str, Contender] = {}
         self._built = self._gathered = 0
         # what starts every phase at the same moment is the same for all contenders
@@ -254,11 +309,7 @@ class _Rank:
     def _gather(self, value: Any) -> list[Any]:
         self._gathered += 1
         key = f"gather/{self._gathered}"
-        self._store.set(f"{key}/{self._rank}", pickle.dumps(value).hex())
-        return [
-            pickle.loads(bytes.fromhex(self._store.get(f"{key}/{rank}").decode()))
-            for rank in range(self._work.ranks)
-        ]
+        return gather(self._store, key, self._rank, self._work.ranks, value)
 
 
 def wrong_rows(rows: torch.Tensor, wanted: torch.Tensor, *, exact: bool) -> str:

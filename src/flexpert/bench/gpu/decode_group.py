@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import json
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from flexpert.bench.gpu.decode_rank import (
     CHECK_PROMPTS,
@@ -22,12 +23,16 @@ from flexpert.bench.gpu.decode_rank import (
     check_prompts,
 )
 from flexpert.bench.gpu.model import RandomModel
+from flexpert.bench.processes import forks
+from flexpert.bench.processes.connection import Closed, Connection
 from flexpert.comm import Buffer, BufferSpec, make_buffer
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.errors import FlexpertError
 from flexpert.models.source import ModelInfo
 from flexpert.moe.cuda.exchanged import ExchangedExperts
 from flexpert.moe.placement import Placement, replan
+
+T = TypeVar("T")
 
 LIMIT_S = 600.0  # until a rank has built, captured or measured
 EXCHANGE_S = 60.0
@@ -77,89 +82,169 @@ def run_group(plan: GroupPlan, note: Callable[[str], None]) -> GroupResult:
     """
     with _processes(plan) as ranks:
         note(f"{plan.ranks} ranks build the model")
-        addresses = dict(enumerate(_answers(ranks)))
-        _ask(ranks, addresses)
+        addresses = dict(enumerate(_answers(ranks, bytes)))
+        _tell(ranks, addresses)
         note(f"{plan.ranks} ranks capture graphs")
-        captured = _answers(ranks)
+        captured = _answers(ranks, Captured)
         note(f"{plan.ranks} ranks are checked")
-        logits = torch.from_numpy(_answers(ranks)[0])
+        checked = _answers(ranks, Checked)[0]
+        logits = torch.frombuffer(bytearray(checked.logits), dtype=torch.float32)
         active, times = [], []
         for batch in plan.batches:
             note(f"{plan.ranks} ranks, batch {batch}")
-            found = _answers(ranks)
-            used = torch.stack([torch.from_numpy(which) for which, _ in found]).any(0)
+            found = _answers(ranks, Timed)
+            used = torch.tensor([answer.active for answer in found]).any(0)
             active.append(float(used.sum(1).float().mean()))
-            times.append([max(step) for step in zip(*(t for _, t in found), strict=True)])
+            times.append([max(step) for step in zip(*(t.times_us for t in found), strict=True)])
         return GroupResult(
-            logits, active, times, captured[0][0], max(seconds for _, seconds in captured)
+            logits.view(checked.prompts, -1),
+            active,
+            times,
+            captured[0].captures,
+            max(answer.seconds for answer in captured),
         )
 
 
-Rank = tuple[BaseProcess, Connection]
+class Begin(msgspec.Struct, frozen=True):
+    """What a rank is told first: itself and the plan, whose config is JSON and dtype a name."""
+
+    rank: int
+    config: str
+    ranks: int
+    batches: list[int]
+    context: int
+    steps: int
+    seed: int
+    dtype: str
+    check_tokens: int
+    quantise: bool
+
+    @classmethod
+    def of(cls, rank: int, plan: GroupPlan) -> Begin:
+        return cls(
+            rank=rank,
+            config=json.dumps({**plan.config.to_dict(), "model_type": plan.config.model_type}),
+            ranks=plan.ranks,
+            batches=list(plan.batches),
+            context=plan.context,
+            steps=plan.steps,
+            seed=plan.seed,
+            dtype=str(plan.dtype).removeprefix("torch."),
+            check_tokens=plan.check_tokens,
+            quantise=plan.quantise,
+        )
+
+    def plan(self) -> GroupPlan:
+        """Raises: ValueError"""
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"there is no dtype {self.dtype}")
+        return GroupPlan(
+            config=AutoConfig.for_model(**json.loads(self.config)),
+            ranks=self.ranks,
+            batches=self.batches,
+            context=self.context,
+            steps=self.steps,
+            seed=self.seed,
+            dtype=dtype,
+            check_tokens=self.check_tokens,
+            quantise=self.quantise,
+        )
+
+
+class Captured(msgspec.Struct, frozen=True):
+    captures: int
+    seconds: float
+
+
+class Checked(msgspec.Struct, frozen=True):
+    """logits: float32 of `check_prompts`, of rank 0; nothing of others."""
+
+    prompts: int = 0
+    logits: bytes = b""
+
+
+class Timed(msgspec.Struct, frozen=True):
+    """active: [layers, experts], which got a token of this rank's."""
+
+    active: list[list[bool]]
+    times_us: list[float]
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """value: msgpack of the next thing that a rank has to say; why: that it failed instead."""
+
+    value: bytes = b""
+    why: str = ""
+
+
+_encode = msgspec.msgpack.encode
 
 
 @contextlib.contextmanager
-def _processes(plan: GroupPlan) -> Iterator[list[Rank]]:
-    context = multiprocessing.get_context("spawn")
-    ranks: list[Rank] = []
+def _processes(plan: GroupPlan) -> Iterator[list[forks.Process]]:
+    ranks: list[forks.Process] = []
     try:
         for rank in range(plan.ranks):
-            ours, theirs = context.Pipe()
-            process: BaseProcess = context.Process(
-                target=_serve, args=(rank, plan, theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-            ranks.append((process, ours))
+            process = forks.start(f"{__name__}:serve")
+            ranks.append(process)
+            with contextlib.suppress(Closed):  # the answer says why
+                process.connection.send(_encode(Begin.of(rank, plan)))
         yield ranks
-        for done, _ in ranks:
-            done.join(LIMIT_S)
+        deadline = time.monotonic() + LIMIT_S
+        for process in ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
     finally:
-        for ended, pipe in ranks:
-            ended.kill()
-            ended.join()
-            pipe.close()
+        for process in ranks:
+            process.end()
 
 
-def _ask(ranks: Sequence[Rank], what: object) -> None:
-    for _, pipe in ranks:
-        pipe.send(what)
+def _tell(ranks: Sequence[forks.Process], what: object) -> None:
+    for process in ranks:
+        with contextlib.suppress(Closed):  # the answer says why
+            process.connection.send(_encode(what))
 
 
-def _answers(ranks: Sequence[Rank]) -> list[Any]:
+def _answers(ranks: Sequence[forks.Process], kind: type[T]) -> list[T]:
     found = []
-    for rank, (process, pipe) in enumerate(ranks):
+    for rank, process in enumerate(ranks):
         try:
-            if not pipe.poll(LIMIT_S):
-                raise FlexpertError(f"rank {rank} of the bench did not answer in {LIMIT_S:g} s")
-            answer = pipe.recv()
-        except (EOFError, ConnectionError):
+            packet = process.connection.receive(LIMIT_S)
+        except TimeoutError:
+            raise FlexpertError(
+                f"rank {rank} of the bench did not answer in {LIMIT_S:g} s"
+            ) from None
+        except Closed:
             process.join(1.0)
             raise FlexpertError(
                 f"rank {rank} of the bench ended (exit status {process.exitcode})"
             ) from None
-        if isinstance(answer, _Failure):
+        answer = msgspec.msgpack.decode(packet, type=Answer)
+        if answer.why:
             raise FlexpertError(f"rank {rank} of the bench: {answer.why}")
-        found.append(answer)
+        found.append(msgspec.msgpack.decode(answer.value, type=kind))
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    why: str
-
-
-def _serve(rank: int, plan: GroupPlan, pipe: Connection) -> None:
+def serve(end: socket.socket) -> None:
     """A rank's process."""
-    with torch.inference_mode():
+    connection = Connection(end)
+    with contextlib.suppress(Closed), torch.inference_mode():
+        begin = msgspec.msgpack.decode(connection.receive(), type=Begin)
         try:
-            _measure(rank, plan, pipe)
+            _measure(begin.rank, begin.plan(), connection)
+        except Closed:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the parent says it
             first = (str(error).splitlines() or [""])[0]
-            pipe.send(_Failure(f"{type(error).__name__}: {first}"))
+            connection.send(_encode(Answer(why=f"{type(error).__name__}: {first}")))
 
 
-def _measure(rank: int, plan: GroupPlan, pipe: Connection) -> None:
+def _say(connection: Connection, what: object) -> None:
+    connection.send(_encode(Answer(_encode(what))))
+
+
+def _measure(rank: int, plan: GroupPlan, connection: Connection) -> None:
     device = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
     torch.manual_seed(plan.seed + rank)
     model = RandomModel.build(
@@ -178,25 +263,25 @@ def _measure(rank: int, plan: GroupPlan, pipe: Connection) -> None:
     spec = BufferSpec(plan.ranks, most, info.hidden, info.topk, info.dtype)
     buffer = make_buffer(rank, spec, backend="cuda", timeout_s=EXCHANGE_S)
     try:
-        pipe.send(buffer.address)
-        buffer.connect(pipe.recv())
+        _say(connection, buffer.address)
+        buffer.connect(msgspec.msgpack.decode(connection.receive(), type=dict[int, bytes]))
         moe = ExchangedExperts(buffer, info.moe_layers, info.experts, model.expert_shape, device)
         longest = plan.context + plan.steps + WARM_UP + 1
         ours = DecodeRank(model, moe, shares, longest, settle=buffer.check)
         buffer.set_active(range(plan.ranks), 1)
         _meet(buffer)
-        pipe.send((ours.graphs.captures, ours.capture_s))
+        _say(connection, Captured(ours.graphs.captures, ours.capture_s))
         prompts = check_prompts(info.vocab, plan.seed, plan.check_tokens)
         if rank == 0:
-            # arrays: a tensor would be shared, and its memory go with this process
-            pipe.send(ours.logits(prompts).float().cpu().numpy())
+            logits = ours.logits(prompts).float().cpu()
+            _say(connection, Checked(len(logits), logits.numpy().tobytes()))
         else:
             ours.idle(steps=2)
-            pipe.send(None)
+            _say(connection, Checked())
         for share in shares:
             _meet(buffer)
-            which = ours.active(share, plan.context).numpy()
-            pipe.send((which, ours.times_us(share, plan.context, plan.steps)))
+            which: list[list[bool]] = ours.active(share, plan.context).tolist()
+            _say(connection, Timed(which, ours.times_us(share, plan.context, plan.steps)))
         _meet(buffer)
     finally:
         buffer.close()

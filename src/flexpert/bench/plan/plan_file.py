@@ -11,6 +11,9 @@ from typing import Any
 
 from flexpert.comm.layout import MAX_CAPACITY
 from flexpert.errors import ConfigError
+from flexpert.reading import read_text, shown
+
+_MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +29,12 @@ class Phase:
 
 def load(path: Path) -> list[Phase]:
     """Raises: ConfigError: no such file, or not a plan; says where and what is wrong."""
+    text = read_text(path, "plan", most=_MOST_BYTES)
     try:
-        return parse(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except OSError as error:
-        raise ConfigError(f"cannot read plan {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+        plan = json.loads(text)
+    except (ValueError, RecursionError) as error:  # the first also of a number without an end
         raise ConfigError(f"plan {path} is not JSON: {error}") from error
+    return parse(plan, str(path))
 
 
 def parse(plan: Any, name: str = "plan") -> list[Phase]:
@@ -55,8 +58,10 @@ def parse(plan: Any, name: str = "plan") -> list[Phase]:
 def _phase(phase: Any, where: str) -> Phase:
     if isinstance(phase, dict):
         if unknown := set(phase) - {"ranks", "kill"}:
-            raise ConfigError(f'{where}: {sorted(unknown)[0]!r} is not "ranks" or "kill"')
+            raise ConfigError(f'{where}: {shown(min(unknown))!r} is not "ranks" or "kill"')
         ranks, kill = phase.get("ranks", []), phase.get("kill", [])
+        if not isinstance(ranks, list) or not isinstance(kill, list):
+            raise ConfigError(f'{where}: "ranks" and "kill" are lists of ids')
     elif isinstance(phase, list):
         numbers = [rank for rank in phase if _is_id(rank)]
         ranks = [abs(rank) if _is_id(rank) else rank for rank in phase]
@@ -65,7 +70,9 @@ def _phase(phase: Any, where: str) -> Phase:
         raise ConfigError(f'{where}: expected a list of ids or {{"ranks": [...], "kill": [...]}}')
     for rank in (*ranks, *kill):
         if not _is_id(rank) or not 0 <= rank < MAX_CAPACITY:
-            raise ConfigError(f"{where}: {rank!r} is not a rank id from 0 to {MAX_CAPACITY - 1}")
+            raise ConfigError(
+                f"{where}: {shown(repr(rank))} is not a rank id from 0 to {MAX_CAPACITY - 1}"
+            )
     if not ranks:
         raise ConfigError(f"{where}: no ranks")
     if len(set(ranks)) < len(ranks):

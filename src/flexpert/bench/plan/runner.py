@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import random
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection, wait
 from statistics import median
-from typing import Any
-
-import torch.distributed as dist
+from typing import Any, TypeVar
 
 from flexpert.bench.plan import worker
 from flexpert.bench.plan.oracle import Sizes
 from flexpert.bench.plan.plan_file import Phase
-from flexpert.bench.plan.worker import POINTS, SIGNALS, Outcome, Point, Setup, Task
+from flexpert.bench.plan.worker import (
+    POINTS,
+    SIGNALS,
+    Answer,
+    Begin,
+    Command,
+    Connect,
+    Disconnect,
+    Done,
+    Dying,
+    Exchange,
+    Exchanged,
+    Leave,
+    Outcome,
+    Point,
+    Ready,
+    Setup,
+    Task,
+)
+from flexpert.bench.processes import forks
+from flexpert.bench.processes.connection import Closed
+from flexpert.bench.processes.store import StoreServer
 from flexpert.comm.agree import View
 from flexpert.comm.buffer import Channel, Scales
+
+T = TypeVar("T")
 
 START_S = 60.0
 ANSWER_S = 20.0  # beyond what a phase's own limits add up to
@@ -69,31 +86,29 @@ class Failed(Exception):  # noqa: N818
 
 
 class _Rank:
-    def __init__(self, context: Any, rank: int, setup: Setup) -> None:
+    def __init__(self, rank: int, setup: Setup, store: StoreServer) -> None:
         self.rank = rank
         self.doing = "starting"
-        self.pipe: Connection
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=worker.serve, args=(rank, setup, theirs), daemon=True, name=f"plan-{rank}"
-        )
-        self.process.start()
-        theirs.close()
+        self.process = forks.start(f"{worker.__name__}:serve", store.lend())
+        self.say(Begin(rank, setup))
 
-    def ask(self, name: str, argument: Any) -> None:
-        self.doing = name
-        with contextlib.suppress(BrokenPipeError):  # it has ended; whoever listens finds out
-            self.pipe.send((name, argument))
+    def ask(self, command: Command) -> None:
+        self.doing = type(command).__name__.lower()
+        self.say(command)
+
+    def say(self, command: Command) -> None:
+        with contextlib.suppress(Closed):  # it has ended; whoever listens finds out
+            self.process.connection.send(worker.encode(command))
+
+    def heard(self, timeout_s: float = 0.0) -> Answer:
+        """Raises: Closed, TimeoutError"""
+        return worker.decode_answer(self.process.connection.receive(timeout_s))
 
     def signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            if self.process.pid is not None:
-                os.kill(self.process.pid, number)
+        self.process.signal(number)
 
     def end(self) -> None:
-        self.signal(signal.SIGKILL)
-        self.process.join()
-        self.pipe.close()
+        self.process.end()
 
 
 class Runner:
@@ -101,9 +116,7 @@ class Runner:
 
     def __init__(self, options: Options, capacity: int) -> None:
         self.options = options
-        self.store = dist.TCPStore(  # type: ignore[attr-defined]
-            "127.0.0.1", 0, is_master=True, wait_for_workers=False
-        )
+        self.store = StoreServer()
         self.setup = Setup(
             sizes=options.sizes,
             capacity=capacity,
@@ -113,11 +126,7 @@ class Runner:
             timeout_s=options.timeout_s,
             connect_s=max(15.0, 4 * options.timeout_s),
             seed=options.seed,
-            port=self.store.port,
         )
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "flexpert.bench.plan.worker"])
-        _start_forkserver()
         self.draw = random.Random(options.seed)
         self.up: dict[int, _Rank] = {}
         self.stopped: list[_Rank] = []
@@ -130,6 +139,7 @@ class Runner:
     def __exit__(self, *_: object) -> None:
         for rank in (*self.up.values(), *self.stopped):
             rank.end()
+        self.store.close()
 
     def run(self, plan: list[Phase], progress: Callable[[PhaseResult], None]) -> list[PhaseResult]:
         results: list[PhaseResult] = []
@@ -158,12 +168,10 @@ class Runner:
         gone, self.gone = self.gone | leaving, set()
         if gone:
             for rank in self.up:
-                if rank in leaving:
-                    self.up[rank].ask("leave", None)
-                else:
-                    self.up[rank].ask("disconnect", sorted(gone))
-            parted = self.answers(self.up, self.setup.connect_s + ANSWER_S)
-            result.disconnect_s = max(parted.values(), default=None)
+                leave = rank in leaving
+                self.up[rank].ask(Leave() if leave else Disconnect(tuple(sorted(gone))))
+            parted = self.answers(self.up, self.setup.connect_s + ANSWER_S, Done)
+            result.disconnect_s = max((done.seconds for done in parted.values()), default=None)
         for rank in leaving:
             self.up.pop(rank).end()
         new = [rank for rank in phase.ranks if rank not in self.up]
@@ -172,9 +180,12 @@ class Runner:
         began = time.monotonic()
         for rank in new:
             with _uninterrupted():  # a process that nobody knows would stay behind
-                self.up[rank] = _Rank(self.context, rank, self.setup)
-        self.answers(new, START_S)
-        took = max(self.ask_all("connect", phase.ranks).values())
+                self.up[rank] = _Rank(rank, self.setup, self.store)
+        self.answers(new, START_S, Ready)
+        for up in self.up.values():
+            up.ask(Connect(phase.ranks))
+        connected = self.answers(self.up, self.setup.connect_s + ANSWER_S, Done)
+        took = max(done.seconds for done in connected.values())
         if rejoining:
             result.rejoin_s = time.monotonic() - began
         else:
@@ -185,10 +196,9 @@ class Runner:
         for rank in self.stopped:
             rank.signal(signal.SIGCONT)
         for rank in self.stopped:
-            name, answer = self.hear(rank, self.limit())
-            told = isinstance(answer, Outcome) and answer.evicted
-            if not told:
-                result.errors.append(f"rank {rank.rank} woke and was not told: {name} {answer}")
+            answer = self.hear(rank, self.limit())
+            if not (isinstance(answer, Exchanged) and answer.outcome.evicted):
+                result.errors.append(f"rank {rank.rank} woke and was not told: {answer}")
             rank.end()
         self.stopped.clear()
 
@@ -203,13 +213,14 @@ class Runner:
             if rank in phase.kill and own_points:
                 at = self.draw.randrange(self.options.exchanges)
                 task = replace(task, kill=SIGNALS[self.options.kill], point=self.options.at, at=at)
-            self.up[rank].ask("exchange", task)
+            self.up[rank].ask(Exchange(task))
         sleeping, self.stopped = self.stopped, []
         for old in sleeping:  # in the middle of the others' exchanges
             old.signal(signal.SIGCONT)
         died = self.kill(phase) if not own_points else {}
         survivors = [rank for rank in phase.ranks if rank not in phase.kill]
-        outcomes: dict[int, Outcome] = self.answers(survivors, self.limit())
+        exchanged = self.answers(survivors, self.limit(), Exchanged)
+        outcomes = {rank: answer.outcome for rank, answer in exchanged.items()}
         self.bury(phase, died)
         self.stopped, mine = sleeping, self.stopped
         self.wake(result)
@@ -228,13 +239,11 @@ class Runner:
     def bury(self, phase: Phase, died: dict[int, float]) -> None:
         for rank in phase.kill:
             dead = self.up.pop(rank)
-            while dead.pipe.poll():
-                try:
-                    name, argument = dead.pipe.recv()
-                except (EOFError, ConnectionResetError):  # reset: it died with mail unread
-                    break
-                if name == "dying":
-                    died[rank] = argument
+            with contextlib.suppress(Closed, TimeoutError):
+                while True:
+                    answer = dead.heard()
+                    if isinstance(answer, Dying):
+                        died[rank] = answer.at
             self.gone.add(rank)
             if self.options.kill == "sigstop":
                 self.stopped.append(dead)
@@ -283,35 +292,31 @@ class Runner:
         each = 2 * self.options.timeout_s + 0.5
         return self.setup.connect_s * 2 + each * self.options.exchanges / 4 + ANSWER_S
 
-    def ask_all(self, name: str, argument: Any) -> dict[int, float]:
-        for rank in self.up.values():
-            rank.ask(name, argument)
-        return self.answers(self.up, self.setup.connect_s + ANSWER_S)
-
-    def answers(self, ranks: Iterable[int], limit_s: float) -> dict[int, Any]:
+    def answers(self, ranks: Iterable[int], limit_s: float, kind: type[T]) -> dict[int, T]:
         deadline = time.monotonic() + limit_s
-        found: dict[int, Any] = {}
+        found: dict[int, T] = {}
         for rank in ranks:
-            name, answer = self.hear(self.up[rank], max(0.0, deadline - time.monotonic()))
-            if name == "failed":
-                raise Failed(f"rank {rank} failed in {self.up[rank].doing}: {answer}")
+            answer = self.hear(self.up[rank], max(0.0, deadline - time.monotonic()))
+            if isinstance(answer, worker.Failed):
+                raise Failed(f"rank {rank} failed in {self.up[rank].doing}: {answer.why}")
+            if not isinstance(answer, kind):
+                raise Failed(f"rank {rank} answered {self.up[rank].doing} with {answer}")
             found[rank] = answer
         return found
 
-    def hear(self, rank: _Rank, limit_s: float) -> tuple[str, Any]:
+    def hear(self, rank: _Rank, limit_s: float) -> Answer:
         deadline = time.monotonic() + limit_s
         while True:
-            wait([rank.pipe, rank.process.sentinel], max(0.0, deadline - time.monotonic()))
-            if rank.pipe.poll():
-                with contextlib.suppress(EOFError, ConnectionResetError):
-                    name, answer = rank.pipe.recv()
-                    if name == "dying":
-                        continue
-                    return name, answer
-            if not rank.process.is_alive():
-                raise Failed(f"rank {rank.rank} ended by itself while {rank.doing}")
-            if time.monotonic() >= deadline:
-                raise Failed(f"rank {rank.rank} is stuck in {rank.doing} after {limit_s:.0f} s")
+            try:
+                answer = rank.heard(max(0.0, deadline - time.monotonic()))
+            except Closed:
+                raise Failed(f"rank {rank.rank} ended by itself while {rank.doing}") from None
+            except TimeoutError:
+                raise Failed(
+                    f"rank {rank.rank} is stuck in {rank.doing} after {limit_s:.0f} s"
+                ) from None
+            if not isinstance(answer, Dying):
+                return answer
 
 
 @contextlib.contextmanager
@@ -325,15 +330,6 @@ def _uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if came:
         raise KeyboardInterrupt
-
-
-def _start_forkserver() -> None:
-    """Ctrl-C reaches the whole terminal; what starts here inherits that it is not meant."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def run(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
-from multiprocessing.connection import Connection
 from typing import Any, Literal
 
+import msgspec
 import torch
-import torch.distributed as dist
 
 from flexpert.bench.plan import oracle
+from flexpert.bench.processes.connection import Closed, Connection
+from flexpert.bench.processes.loopback import keep_to_loopback
+from flexpert.bench.processes.store import SocketStore
 from flexpert.comm import (
     Buffer,
     BufferSpec,
@@ -47,7 +49,6 @@ class Setup:
     timeout_s: float
     connect_s: float
     seed: int
-    port: int
 
 
 @dataclass(slots=True)
@@ -79,16 +80,97 @@ class Task:
     at: int = -1
 
 
-def serve(rank: int, setup: Setup, pipe: Connection) -> None:
-    """The life of a rank: commands come over the pipe, each is answered."""
+class Begin(msgspec.Struct, frozen=True, tag=True):
+    """The first message: who this is."""
+
+    rank: int
+    setup: Setup
+
+
+class Connect(msgspec.Struct, frozen=True, tag=True):
+    ranks: tuple[int, ...]
+
+
+class Disconnect(msgspec.Struct, frozen=True, tag=True):
+    ranks: tuple[int, ...]
+
+
+class Leave(msgspec.Struct, frozen=True, tag=True):
+    """Let go of all others, and end."""
+
+
+class Exchange(msgspec.Struct, frozen=True, tag=True):
+    task: Task
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """What `Begin` is answered with."""
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    seconds: float
+
+
+class Exchanged(msgspec.Struct, frozen=True, tag=True):
+    outcome: Outcome
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    why: str
+
+
+class Dying(msgspec.Struct, frozen=True, tag=True):
+    """Not an answer: said just before, on the monotonic clock."""
+
+    at: float
+
+
+Command = Begin | Connect | Disconnect | Leave | Exchange
+Answer = Ready | Done | Exchanged | Failed | Dying
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    raise NotImplementedError(type(value))
+
+
+def _made(kind: type, value: str) -> object:
+    found = getattr(torch, value, None)
+    if kind is torch.dtype and isinstance(found, torch.dtype):
+        return found
+    raise ValueError(f"{value!r} is no {kind.__name__}")
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=_plain).encode
+_COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command, dec_hook=_made)
+_ANSWERS: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+
+
+def decode_command(packet: bytes) -> Command:
+    """Raises: msgspec.MsgspecError"""
+    return _COMMANDS.decode(packet)
+
+
+def decode_answer(packet: bytes) -> Answer:
+    """Raises: msgspec.MsgspecError"""
+    return _ANSWERS.decode(packet)
+
+
+def serve(end: socket.socket, lent: socket.socket) -> None:
+    """The life of a rank: commands come over the connection, each is answered."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner ends it
+    keep_to_loopback()
+    connection = Connection(end)
+    with suppress(Closed):  # the runner is gone
+        begin = decode_command(connection.receive())
+        if not isinstance(begin, Begin):
+            raise ValueError(f"{begin} cannot be the first message")
+        _serve(begin.rank, begin.setup, SocketStore(lent, begin.setup.connect_s), connection)
+
+
+def _serve(rank: int, setup: Setup, store: SocketStore, connection: Connection) -> None:
     sizes = setup.sizes
-    store = dist.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", setup.port, is_master=False, timeout=timedelta(seconds=setup.connect_s)
-    )
-    # now, not in a phase: who is stopped while it connects has no time left when it wakes
-    ear = store.clone()  # type: ignore[attr-defined]
     spec = BufferSpec(setup.capacity, sizes.tokens, sizes.hidden, sizes.topk, sizes.dtype)
     buffer = make_buffer(
         rank,
@@ -98,51 +180,51 @@ def serve(rank: int, setup: Setup, pipe: Connection) -> None:
         timeout_s=setup.timeout_s,
         channel=setup.channel,
     )
-    pipe.send(("ready", None))
     try:
+        connection.send(encode(Ready()))
         while True:
-            name, argument = pipe.recv()
+            command = decode_command(connection.receive())
             began = time.monotonic()
+            answer: Answer
             try:
-                if name == "connect":
-                    buffer.connect(argument, timeout_s=setup.connect_s)
-                    pipe.send(("done", time.monotonic() - began))
-                elif name == "leave":
-                    buffer.disconnect(set(buffer.connected) - {rank})
-                    buffer.close()
-                    pipe.send(("done", time.monotonic() - began))
-                    return
-                elif name == "disconnect":
-                    buffer.disconnect(argument)
-                    pipe.send(("done", time.monotonic() - began))
-                else:
-                    pipe.send(("done", Run(buffer, setup, store, ear, argument, pipe).phase()))
+                match command:
+                    case Connect(ranks):
+                        buffer.connect(ranks, timeout_s=setup.connect_s)
+                    case Leave():
+                        buffer.disconnect(set(buffer.connected) - {rank})
+                        buffer.close()
+                    case Disconnect(ranks):
+                        buffer.disconnect(ranks)
+                    case Exchange(task):
+                        outcome = Run(buffer, setup, store, task, connection).phase()
+                answer = Done(time.monotonic() - began)
+                if isinstance(command, Exchange):
+                    answer = Exchanged(outcome)
             except CommError as error:
-                pipe.send(("failed", f"{type(error).__name__}: {error}"))
-    except (EOFError, BrokenPipeError):
-        pass
+                answer = Failed(f"{type(error).__name__}: {error}")
+            connection.send(encode(answer))
+            if isinstance(command, Leave):
+                return
     finally:
         buffer.close()
 
 
 class Run:
-    """One phase on one rank. ear: a second connection to the store, for what listens beside."""
+    """One phase on one rank."""
 
     def __init__(
         self,
         buffer: Buffer,
         setup: Setup,
         store: Any,
-        ear: Any,
         task: Task,
-        pipe: Connection,
+        connection: Connection,
     ) -> None:
         self.buffer = buffer
         self.setup = setup
         self.store = store
-        self.ear = ear
         self.task = task
-        self.pipe = pipe
+        self.connection = connection
         self.view = task.view
         self.outcome = Outcome(task.view.epoch, task.view.ranks)
 
@@ -228,7 +310,7 @@ class Run:
         def listen() -> None:
             while not ended.wait(0.02):
                 try:
-                    wanted = asked(self.ear, self.view)
+                    wanted = asked(self.store, self.view)
                 except CommError:  # no answer this time: this rank was stopped meanwhile, say
                     continue
                 if wanted:
@@ -341,5 +423,5 @@ class Run:
     def maybe_die(self, point: Point, number: int) -> None:
         task = self.task
         if task.kill and task.point == point and number == task.at:
-            self.pipe.send(("dying", time.monotonic()))
+            self.connection.send(encode(Dying(time.monotonic())))
             os.kill(os.getpid(), task.kill)

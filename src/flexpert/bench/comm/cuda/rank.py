@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from flexpert.bench.comm.contender import Unavailable
 from flexpert.bench.comm.cuda.contenders import GpuContender, GpuKind, GpuSite, Ours, gpu_kinds
 from flexpert.bench.comm.cuda.timing import Shots, captured, copy_bandwidth, steady_times
-from flexpert.bench.comm.ranks import Settings, wrong_result, wrong_rows
+from flexpert.bench.comm.ranks import Settings, gather, wrong_result, wrong_rows
 from flexpert.bench.comm.workload import (
     Input,
     Workload,
@@ -21,6 +20,9 @@ from flexpert.bench.comm.workload import (
     expert_results,
     make_input,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 POOL = 4  # inputs in turn
 STEADY = 16  # exchanges in one graph
@@ -37,9 +39,9 @@ class Phases(msgspec.Struct, frozen=True):
 class GpuRank:
     """The tasks. Contenders are built and closed by all ranks together."""
 
-    def __init__(self, rank: int, ranks: int, port: int, settings: Settings) -> None:
+    def __init__(self, rank: int, ranks: int, store: Store, settings: Settings) -> None:
         self._rank, self._ranks, self._settings = rank, ranks, settings
-        self._store = TCPStore("127.0.0.1", port, is_master=False)
+        self._store = store
         self._contenders: dict[str, GpuContender] = {}
         self._built = self._gathered = 0
         self._device = torch.device("cuda", rank % torch.cuda.device_count())
@@ -154,8 +156,4 @@ class GpuRank:
     def _gather(self, value: Any) -> list[Any]:
         self._gathered += 1
         key = f"gather/{self._gathered}"
-        self._store.set(f"{key}/{self._rank}", pickle.dumps(value).hex())
-        return [
-            pickle.loads(bytes.fromhex(self._store.get(f"{key}/{rank}").decode()))
-            for rank in range(self._ranks)
-        ]
+        return gather(self._store, key, self._rank, self._ranks, value)
