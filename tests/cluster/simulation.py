@@ -101,7 +101,7 @@ class Simulation(Network):
         self.evil = random.Random(seed)  # of its own: other histories stay what they are
         self.poison: dict[str, tuple[int, int]] = {}  # the step that ends its rank, with a status
         self.poisoned: dict[str, int] = {}  # how many it has ended
-        self.on_board: Counter[str] = Counter()  # when poison ended a rank
+        self.on_board: Counter[str] = Counter()  # when a rank ended unasked
         self.quiet = False  # no step is possible before something changes
         self.journal = Journal()
         self.admission = Admission(self.journal, lambda: self.coordinator.admitting, self.send)
@@ -250,6 +250,7 @@ class Simulation(Network):
         return self.journal.hand_over(rank, held, heirs)
 
     def rank_ended(self, rank: int, own_fault: bool) -> None:
+        self.on_board.update(self.journal.of_rank(rank))
         self.journal.rank_ended(rank, own_fault=own_fault)
 
     def admit_waiting(self) -> None:
@@ -290,7 +291,6 @@ class Simulation(Network):
                 if self.poisoned[name] > MOST_POISONED:
                     raise Violation(f"request {name} may end one rank after the other")
                 self.note("poisoned by", name, rank.id)
-                self.on_board.update(list(rank.sequences))
                 self.end(rank, fatal[1])
                 return True
         return False

@@ -90,6 +90,7 @@ POISON = 2999  # a token that no other request has
 SETTINGS: dict[str, Any] = {
     "cluster__ranks": 2,
     "cluster__restart_backoff_s": 0.1,
+    "cluster__restart_limit": 20,
     "engine__deterministic": True,
     "engine__kv_memory": "32MiB",
 }
@@ -113,8 +114,9 @@ def test_a_request_that_ends_ranks_fails_and_the_others_are_answered(
         await until(lambda: sum(rank.running for rank in head.cluster().ranks) >= 5)
         with pytest.raises(FlexpertError, match="not tried again"):
             await answer(head, [10, POISON], SamplingParams(max_tokens=4, temperature=0))
+        # a killed rank takes what its relay has not handed on with it
         struck = 40 - len(list(tmp_path.glob("*.json")))
-        assert 2 <= struck <= (2 if action == "fail" else 6)
+        assert 2 <= struck <= (2 if action == "fail" else 10)
         assert await others == expected
         assert len(head._journal) == 0
         await until(lambda: active(head) == set(range(ranks)))
