@@ -181,7 +181,7 @@ _KINDS: Mapping[Kind, Callable[[bytes, TokenText, Limits], Outcome]] = {
 
 
 def _parsed(schema: type[Body], body: bytes, limits: Limits) -> Body:
-    request = schema.model_validate_json(body)
+    request = schema.model_validate_json(body, context=limits)
     name = getattr(request, "model", None)
     if name is not None and name != limits.model:
         raise unknown_model(name)

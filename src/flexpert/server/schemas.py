@@ -6,7 +6,7 @@ is refused. null means the default everywhere.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import (
     BaseModel,
@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictInt,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -37,13 +38,29 @@ TokenIds = list[int]
 Prompt = str | TokenIds
 
 
-def _as_prompts(value: Any) -> Any:
+class Most(Protocol):
+    """Limits that are looked at before the items of a long list are; the validation's context."""
+
+    @property
+    def max_choices(self) -> int: ...
+    @property
+    def max_prompt_tokens(self) -> int: ...
+
+
+def _as_prompts(value: Any, info: ValidationInfo) -> Any:
     """str, [str, …], [int, …] or [[int, …], …] → a list of prompts."""
     message = "must be a text, a list of texts, token ids, or a list of token ids, and not empty"
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
         raise ValueError(message)
+    most: Most | None = info.context
+    if most is not None:
+        single = type(value[0]) is int
+        limit = most.max_prompt_tokens if single else most.max_choices
+        if len(value) > limit:
+            what = "tokens" if single else "prompts"
+            raise ValueError(f"has {len(value)} {what}, one request may have {limit}")
     if _are_token_ids(value):
         return [value]
     if all(isinstance(item, str) for item in value) or all(map(_are_token_ids, value)):
