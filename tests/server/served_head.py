@@ -14,6 +14,7 @@ from fake_head import FakeHead
 
 from flexpert.config import Config, ServerConfig
 from flexpert.server.app import create_app
+from flexpert.server.protocol import bounded_protocol
 from flexpert.server.run import bind
 
 T = TypeVar("T")
@@ -39,7 +40,12 @@ class Running:
         self.url = "http://{}:{}".format(*listener.getsockname())
         self._app = create_app(self.head)
         config = uvicorn.Config(
-            self._app, lifespan="off", log_level="error", timeout_graceful_shutdown=2
+            self._app,
+            http=bounded_protocol(self.head.config.server),
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            timeout_graceful_shutdown=2,
         )
         self._server = uvicorn.Server(config)
         serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
@@ -63,7 +69,13 @@ class Running:
 
         asyncio.run_coroutine_threadsafe(wait(), self._loop).result(limit_s + 1)
 
+    @property
+    def connections(self) -> set[object]:
+        """Open ones."""
+        return self._server.server_state.connections
+
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._app.state.closing.set)
         self._server.should_exit = True
         self._thread.join(20)
+        assert not self._thread.is_alive()

@@ -51,7 +51,9 @@ def test_monitors_need_no_key(closed_server: Running, path: str) -> None:
 
 
 def test_health_and_version(server: Running) -> None:
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    for path in ("/health", "/health/ready", "/health/live"):
+        health = {"status": "ok", "live": True, "ready": True, "reason": None}
+        assert httpx.get(f"{server.url}{path}").json() == health
     version = httpx.get(f"{server.url}/version").json()
     assert version == {"version": flexpert.__version__}
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from flexpert.server.errors import api_error
+
+log = logging.getLogger("flexpert.server")
 
 T = TypeVar("T")
 
@@ -91,7 +96,13 @@ class EventStream(Response):
             "headers": self.raw_headers,
         }
         await send(start)
-        async with aclosing(self._chunks) as chunks:
-            async for chunk in chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        try:
+            async with aclosing(self._chunks) as chunks:
+                async for chunk in chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except Exception as error:
+            # the status has been sent: an event is the only way left to tell the client
+            log.exception("a stream of events failed")
+            last = event(api_error(error).body)
+            await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
