@@ -21,9 +21,14 @@ T = TypeVar("T")
 
 
 class Running:
-    """A served fake head; `call` runs on its loop."""
+    """A served fake head; `call` runs on its loop.
 
-    def __init__(self, server: ServerConfig) -> None:
+    Args:
+        send_buffer: bytes that the kernel keeps of an answer; default: its own choice, megabytes.
+    """
+
+    def __init__(self, server: ServerConfig, *, send_buffer: int | None = None) -> None:
+        self._send_buffer = send_buffer
         self.head = FakeHead(Config(server=server))
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -37,6 +42,8 @@ class Running:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         listener: socket.socket = bind(ServerConfig(port=0))
+        if self._send_buffer:  # connections inherit it
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
         self.url = "http://{}:{}".format(*listener.getsockname())
         self._app = create_app(self.head)
         config = uvicorn.Config(

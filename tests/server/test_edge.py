@@ -41,7 +41,7 @@ CLOSE = {"connection": "close"}
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Running]:
-    running = Running(LIMITS)
+    running = Running(LIMITS, send_buffer=2**13)
     yield running
     running.close()
 
@@ -250,44 +250,51 @@ def test_connections_leave_files_for_the_service_itself(monkeypatch: pytest.Monk
 # ---- answers that are not read ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_who_does_not_read_the_answer_loses_the_connection(strict: Running, stream: bool) -> None:
+@pytest.fixture
+def long_answers(strict: Running) -> Iterator[Running]:
+    """As long as wanted, in pieces of 10 kB."""
     info = strict.head.info
     strict.head.info = replace(info, max_model_len=10**9)
-    strict.head.behaviour.per_delta = 10_000
-    tokens = 10**9 if stream else 12_000_000  # 12 MB: more than sockets buffer
-    if not stream:
-        strict.head.behaviour.per_delta = tokens
-        strict.head.behaviour.answer = [strict.head.tokenizer.convert_tokens_to_ids("a")]
-    try:
-        with connection(strict.url, receive_buffer=4096) as raw:
-            raw.sendall(completion(max_tokens=tokens, stream=stream))
-            strict.until(lambda: len(strict.connections) == 1, 10)
-            strict.until(lambda: not strict.connections and not strict.head.running, 20)
-        if stream:
-            assert len(strict.head.cancelled) == 1
-    finally:
-        strict.head.info = info
+    letter = strict.head.tokenizer.convert_tokens_to_ids("a")
+    strict.head.behaviour = Behaviour(per_delta=10_000, answer=[letter])
+    yield strict
+    strict.head.info = info
 
 
-def test_a_slow_reader_keeps_its_connection(strict: Running) -> None:
+def test_who_does_not_read_a_stream_loses_the_connection(long_answers: Running) -> None:
+    with connection(long_answers.url, receive_buffer=4096) as raw:
+        raw.sendall(completion(max_tokens=10**8, stream=True))
+        long_answers.until(lambda: len(long_answers.head.running) == 1)
+        long_answers.until(lambda: not long_answers.connections, 20)
+        long_answers.until(lambda: len(long_answers.head.cancelled) == 1)
+
+
+def test_who_does_not_read_a_whole_answer_loses_the_connection(long_answers: Running) -> None:
+    with connection(long_answers.url, receive_buffer=4096) as raw:
+        raw.sendall(completion(max_tokens=10**6))
+        long_answers.until(lambda: len(long_answers.head.running) == 1)
+        long_answers.until(lambda: not long_answers.connections, 20)
+
+
+def test_who_does_not_read_the_end_of_an_answer_loses_the_connection(strict: Running) -> None:
+    """After the last write, when nobody waits to write more."""
+    with connection(strict.url, receive_buffer=4096) as raw:
+        raw.sendall(request("GET", "/openapi.json", **CLOSE))
+        strict.until(lambda: len(strict.connections) == 1)
+        strict.until(lambda: not strict.connections)
+        assert len(read_all(raw)) < 2**14  # the rest was given up
+
+
+def test_a_slow_reader_keeps_its_connection(long_answers: Running) -> None:
     """It takes longer than the limit, but never stands still for so long."""
-    info = strict.head.info
-    strict.head.info = replace(info, max_model_len=10**9)
-    strict.head.behaviour.per_delta = 10_000
-    try:
-        with connection(strict.url, receive_buffer=2**16) as raw:
-            raw.sendall(completion(max_tokens=10**9, stream=True))
+    with connection(long_answers.url, receive_buffer=2**16) as raw:
+        raw.sendall(completion(max_tokens=10**8, stream=True))
+        for _ in range(12):
+            threading.Event().wait(0.1)  # the reader's slowness; nothing is waited for
             received = 0
-            for _ in range(12):
-                threading.Event().wait(0.1)  # a reader's slowness, not a wait for anything
-                while received < 10**9 and (piece := raw.recv(2**20)):
-                    received += len(piece)
-                    if received % 7 == 0 or len(piece) < 2**15:
-                        break
-            assert len(strict.connections) == 1
-    finally:
-        strict.head.info = info
+            while received < 2**18:  # more than both ends keep: the service must have written
+                received += len(raw.recv(2**18))
+        assert len(long_answers.connections) == 1
 
 
 # ---- one request behind another -----------------------------------------------------------------
