@@ -24,6 +24,9 @@ _HELP = {
     "server.log_level": "least severity that is logged",
 }
 
+# what no complaint repeats
+_SECRET = frozenset({"server.api_key", "server.control_key"})
+
 
 @dataclass(frozen=True, slots=True)
 class Flag:
@@ -81,7 +84,7 @@ def _flag(path: str, field: FieldInfo, panel: str) -> Flag:
     elif is_size:
         metavar = "SIZE"
     else:
-        names = {int: "N", float: "SECONDS" if path.endswith("_s") else "NUMBER"}
+        names = {int: "N", float: "SECONDS" if path.endswith("_s") else "NUMBER", Path: "FILE"}
         metavar = names.get(kind, "TEXT")
     if is_size and isinstance(default, int):
         shown: str | None = _size(default)
@@ -171,5 +174,8 @@ def settings(file: Path | None, overrides: Mapping[str, Any]) -> Config:
         for path, value in overrides.items():
             if value is not None:
                 flag = "--" + path.split(".")[1].replace("_", "-")
-                message = re.sub(rf"\b{re.escape(path)}:", f"{flag} {value}:", message)
+                given = flag if path in _SECRET else f"{flag} {value}"
+                message = re.sub(
+                    rf"\b{re.escape(path)}:", given.replace("\\", r"\\") + ":", message
+                )
         raise ConfigError(message) from None
