@@ -22,6 +22,7 @@ from flexpert.server.gate import Gate
 from flexpert.server.keys import Keys, read_keys
 from flexpert.server.metrics import ServerMetrics
 from flexpert.server.openai import OpenAIRoutes
+from flexpert.server.openapi import DescribedAPI
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
@@ -38,7 +39,7 @@ def create_app(head: Head, keys: Keys | None = None) -> FastAPI:
     `app.state.closing` is an asyncio.Event; set it before shutting the server down, so that
     event streams end.
     """
-    app = FastAPI(title="flexpert", version=flexpert.__version__, redirect_slashes=False)
+    app = DescribedAPI(title="flexpert", version=flexpert.__version__, redirect_slashes=False)
     metrics = ServerMetrics()
     app.state.closing = asyncio.Event()
     app.include_router(OpenAIRoutes(head, metrics).router)
