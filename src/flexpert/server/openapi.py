@@ -124,9 +124,13 @@ def _success(answers: Answers) -> dict[str, Any]:
     if answers.body is not None:
         content[_JSON] = {"schema": _reference(answers.body)}
     if answers.events is not None:
-        content[_EVENTS] = {"schema": {"type": "string"}}
-        name = answers.events.__name__
-        meaning = f"{meaning}; as a stream, the data of each event is a {name} in JSON"
+        data = {
+            "type": "string",
+            "contentMediaType": _JSON,
+            "contentSchema": _reference(answers.events),
+        }
+        event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        content[_EVENTS] = {"itemSchema": event}  # of OpenAPI 3.2; older readers pass it over
     if answers.text:
         content["text/plain"] = {"schema": {"type": "string"}}
     response: dict[str, Any] = {"description": meaning, "content": content}

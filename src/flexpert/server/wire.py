@@ -124,7 +124,7 @@ class ModelList(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """`/health`; see `views.Readiness`."""
+    """`/health`. live: the service may yet recover by itself; ready: requests are answered now."""
 
     status: Literal["ok", "unavailable"]
     live: bool
