@@ -124,13 +124,33 @@ chunk = st.one_of(
 content = st.one_of(some(b"", BODY, b"[" * 5000, b"x" * 70_000), odd, st.lists(chunk).map(b"".join))
 
 
+PLACES = ("method", "target", "version", "headers", "length", "chunks", "content", "end")
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> bytes:
-    version = draw(st.sampled_from([b" HTTP/1.1"] * 6 + [b" HTTP/1.0", b" HTTP/9.9", b"", b" X"]))
-    line = draw(method) + b" " + draw(target) + version
-    headers = [name + b": " + value for name, value in draw(st.lists(header, max_size=5))]
-    end = draw(st.sampled_from([b"\r\n"] * 8 + [b"\n", b"\r"]))
-    return end.join([line, *headers, b"", b""]) + draw(content)
+    """A request that is right but for one or two places, so that most go deep."""
+    spoiled = draw(st.sets(st.sampled_from(PLACES), max_size=2))
+    verb = draw(method if "method" in spoiled else some(b"GET", b"POST", b"POST", b"DELETE"))
+    where = draw(target if "target" in spoiled else known)
+    version = b"HTTP/1.1"
+    if "version" in spoiled:
+        version = draw(some(b"HTTP/1.0", b"HTTP/9.9", b"", b"X", b"HTTP/1.1 "))
+    headers = [(b"host", b"x"), (b"content-type", b"application/json")]
+    headers.append((b"authorization", b"Bearer " + KEY.encode()))
+    if "headers" in spoiled:
+        headers += draw(st.lists(header, min_size=1, max_size=4))
+    body = draw(content) if "content" in spoiled else BODY
+    if "chunks" in spoiled:
+        headers.append((b"transfer-encoding", b"chunked"))
+        body = b"".join(draw(st.lists(chunk, max_size=4)))
+    elif "length" in spoiled:
+        headers.append((b"content-length", draw(length)))
+    else:
+        headers.append((b"content-length", str(len(body)).encode()))
+    end = draw(some(b"\n", b"\r", b"\r\r\n", b" \r\n ")) if "end" in spoiled else b"\r\n"
+    lines = [b" ".join((verb, where, version)), *(b": ".join(pair) for pair in headers)]
+    return end.join([*lines, b"", b""]) + body
 
 
 def send(url: str, data: bytes) -> bytes:
