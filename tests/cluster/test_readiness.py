@@ -94,4 +94,4 @@ def test_it_is_ready_through_changes_and_says_so_when_all_ranks_are_lost() -> No
         assert service.run(during_changes(service.head)) == {Readiness()}
         seen = service.run(during_loss(service.head))
         assert all(state.live for state in seen)
-        assert any("rank 0" in (state.reason or "") for state in seen if not state.ready)
+        assert any("lost" in (state.reason or "") for state in seen if not state.ready)

@@ -48,7 +48,7 @@ class Running:
         self._app = create_app(self.head)
         config = uvicorn.Config(
             self._app,
-            http=bounded_protocol(self.head.config.server),
+            http=bounded_protocol(self.head.config.server, self._app.state.metrics.refused),
             lifespan="off",
             log_config=None,
             log_level="warning",

@@ -136,11 +136,6 @@ class Head:
         if self._transport:
             await self._transport.stop()
 
-    @property
-    def serving(self) -> bool:
-        """Whether requests are accepted."""
-        return self._serving
-
     def readiness(self) -> Readiness:
         """Whether requests are answered now; they are throughout every change of the ranks."""
         if self.failure is not None:

@@ -37,11 +37,12 @@ def create_app(head: Head, keys: Keys | None = None) -> FastAPI:
         keys: default: those that the head's settings name.
 
     `app.state.closing` is an asyncio.Event; set it before shutting the server down, so that
-    event streams end.
+    event streams end. `app.state.metrics` are the `ServerMetrics`.
     """
     app = DescribedAPI(title="flexpert", version=flexpert.__version__, redirect_slashes=False)
     metrics = ServerMetrics()
     app.state.closing = asyncio.Event()
+    app.state.metrics = metrics
     app.include_router(OpenAIRoutes(head, metrics).router)
     app.include_router(ControlRoutes(head, app.state.closing).router)
     _add_service_routes(app, head, metrics)

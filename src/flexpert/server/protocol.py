@@ -75,6 +75,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     limits: ServerConfig
     most_connections: int
+    refused: Callable[[int], None]
 
     def __init__(
         self,
@@ -259,6 +260,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Answer without the application, and end the connection."""
         if self._deaf or self._wire.is_closing():
             return
+        type(self).refused(error.status_code)
         body = error.body
         lines = [STATUS_LINE[error.status_code]]
         headers = [
@@ -321,14 +323,21 @@ class BoundedProtocol(HttpToolsProtocol):
         self._wire.abort()
 
 
-def bounded_protocol(limits: ServerConfig) -> type[BoundedProtocol]:
-    """The protocol class under these settings, for `uvicorn.Config(http=…)`."""
+def bounded_protocol(
+    limits: ServerConfig, refused: Callable[[int], None] = lambda status: None
+) -> type[BoundedProtocol]:
+    """The protocol class under these settings, for `uvicorn.Config(http=…)`.
+
+    Args:
+        refused: told the status of each answer that the application does not know of.
+    """
 
     class Bounded(BoundedProtocol):
         pass
 
     Bounded.limits = limits
     Bounded.most_connections = most_connections(limits)
+    Bounded.refused = staticmethod(refused)
     return Bounded
 
 

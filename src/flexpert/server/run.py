@@ -186,7 +186,7 @@ class _Service:
         server = _Server(
             uvicorn.Config(
                 app,
-                http=bounded_protocol(self._config.server),
+                http=bounded_protocol(self._config.server, app.state.metrics.refused),
                 ws="none",
                 lifespan="off",
                 log_config=None,
