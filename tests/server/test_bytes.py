@@ -21,7 +21,13 @@ from flexpert.config import ServerConfig
 PATHS = (
     *("/health", "/version", "/metrics", "/openapi.json", "/v1/models", "/v1/completions"),
     *("/v1/chat/completions", "/tokenize", "/detokenize", "/cluster", "/cluster/operations"),
-    *("/cluster/operations/x", "/scale_elastic_ep", "/is_scaling_elastic_ep", "/docs"),
+    *(
+        "/cluster/events",
+        "/cluster/operations/x",
+        "/scale_elastic_ep",
+        "/is_scaling_elastic_ep",
+        "/docs",
+    ),
 )
 BODY = b'{"prompt":"x","max_tokens":2}'
 

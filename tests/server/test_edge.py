@@ -127,14 +127,23 @@ def test_a_body_that_nobody_wants_does_not_hold_the_connection(
             assert seconds_until_closed(raw) < 5
 
 
+def test_a_stream_is_refused_whose_request_is_broken(
+    strict: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = request("GET", "/cluster/events", transfer_encoding="chunked")
+    assert one(ask(strict.url, head + b"zz\r\n")).status == 400
+    assert not caplog.records
+
+
 def test_a_stream_ends_whose_request_has_a_body_without_end(
-    strict: Running, monkeypatch: pytest.MonkeyPatch
+    strict: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(protocol, "LINGER_S", 0.2)
     with connection(strict.url) as raw:
         raw.sendall(request("GET", "/cluster/events", content_length="1000") + b"x")
         assert seconds_until_closed(raw) < 5
     strict.until(lambda: strict.head.listening == 0)
+    assert not caplog.records
 
 
 # ---- requests that are too large ----------------------------------------------------------------

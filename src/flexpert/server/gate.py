@@ -70,7 +70,7 @@ class Gate:
         with self._metrics.in_flight.track_inprogress():
             try:
                 with self._admitted(scope):
-                    body.check_declared()
+                    body.check()
                     await self._app(scope, body.receive, counted_send)
             except ApiError as error:
                 await error.response()(scope, receive, counted_send)
@@ -146,8 +146,10 @@ class _Body:
         self.complete = not chunked and self._declared.strip(b"0") == b""
         self.answered = False
 
-    def check_declared(self) -> None:
-        """Raises ApiError, 413, for a body whose headers say that it is too large."""
+    def check(self) -> None:
+        """Raises ApiError for a body that is too large by its headers, or has failed already."""
+        if (error := self._failure()) is not None:
+            raise error
         declared = self._declared
         # no more digits than int() takes; the parser has refused what is no number
         if declared.isdigit() and (len(declared) > 19 or int(declared) > self._limit):
@@ -164,7 +166,7 @@ class _Body:
             return message
         self._received += len(message.get("body", b""))
         self.complete = not message.get("more_body", False)
-        error = self._scope.get(BODY_FAILED)
+        error = self._failure()
         if error is None and self._received > self._limit:
             error = self._too_large()
         if error is None:
@@ -172,6 +174,10 @@ class _Body:
         if self.answered:
             return {"type": "http.disconnect"}
         raise error
+
+    def _failure(self) -> ApiError | None:
+        failure: ApiError | None = self._scope.get(BODY_FAILED)
+        return failure
 
     def _too_large(self) -> ApiError:
         limit = f"{self._limit} bytes (server.max_body)"

@@ -58,12 +58,16 @@ class Door:
         close: Callable[[], None],
         is_closing: Callable[[], bool],
     ) -> None:
+        self._transport = transport
         self.close = close
         self.is_closing = is_closing
         self.write = transport.write  # on the way of every token: no call of ours between
         self.get_extra_info = transport.get_extra_info
         self.pause_reading = transport.pause_reading
         self.resume_reading = transport.resume_reading
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
 
 
 class _Refused(Exception):  # noqa: N818 - ends the parser's work; `_error` says why
