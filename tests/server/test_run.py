@@ -145,7 +145,7 @@ def test_an_http_server_that_ends_by_itself_ends_the_service(
         ticks.append(True)
         raise RuntimeError("no date today")
 
-    monkeypatch.setattr("uvicorn.Server.on_tick", broken)
+    monkeypatch.setattr("flexpert.server.run._Server.on_tick", broken)
     heads: list[FakeHead] = []
 
     def head(config: Config) -> FakeHead:
