@@ -234,6 +234,8 @@ def test_requests_at_once_are_limited_for_each_key(strict: Running) -> None:
         refused = httpx.post(f"{strict.url}/v1/completions", json={"prompt": "x"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_requests")
         assert refused.headers["retry-after"] == "1"
+        body = b"x" * 10**7  # more than both ends keep; it is refused unread
+        assert one(ask(strict.url, request("POST", "/v1/completions", body))).status == 429
         # those who watch and scale are not kept out by it
         assert httpx.get(f"{strict.url}/health").status_code == 200
         assert httpx.get(f"{strict.url}/cluster").status_code == 200
