@@ -15,10 +15,12 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -60,6 +62,18 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 def _is_text(value: str) -> bool:
     """Whether it can be written down; half of a surrogate pair cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _check_key(key: SecretStr) -> SecretStr:
+    text = key.get_secret_value()
+    if not text.strip():
+        raise ValueError("is empty; leave it out, or give a key")
+    if text != text.strip() or not text.isprintable():
+        raise ValueError("must be printable text without spaces at its ends")
+    return key
+
+
+Key = Annotated[SecretStr, AfterValidator(_check_key)]
 
 
 class _Section(BaseModel):
@@ -169,8 +183,35 @@ class ServerConfig(_Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free one")
-    api_key: str | None = Field(None, description="bearer token for /v1; none: open")
-    control_key: str | None = Field(None, description="bearer token to scale; default: api_key")
+    api_key: Key | None = Field(
+        None,
+        description="bearer token for /v1; others on this machine see it on the command line: "
+        "prefer --api-key-file, or FLEXPERT_SERVER__API_KEY; none: open",
+    )
+    api_key_file: Path | None = Field(None, description="a file whose first line is that token")
+    control_key: Key | None = Field(
+        None,
+        description="bearer token to scale, as visible as --api-key; default: the API's",
+    )
+    control_key_file: Path | None = Field(None, description="a file whose first line is that token")
+    insecure: bool = Field(
+        False, description="listen on a --host other than loopback without a key: all may use it"
+    )
+    header_timeout_s: float = Field(10.0, gt=0, description="for a request's headers to come")
+    body_timeout_s: float = Field(60.0, gt=0, description="for a request's body to come")
+    write_timeout_s: float = Field(
+        60.0, gt=0, description="without any progress of a client that reads its answer"
+    )
+    max_header_bytes: Bytes = Field(64 * 2**10, ge=1024, description="headers of a request")
+    max_body: Bytes = Field(16 * 2**20, ge=1024, description="body of a request")
+    max_requests_per_key: int = Field(
+        1024, ge=1, description="requests at once of one key, or of all where there is none"
+    )
+    max_connections: int | None = Field(
+        None,
+        ge=1,
+        description="open at once; default: what the limit of open files allows",
+    )
     max_choices: int = Field(1024, ge=1, description="prompts times n of one request")
     max_prompt_tokens: int | None = Field(
         None, ge=1, description="of all prompts of one request; default: 1048576, or one context"
@@ -179,6 +220,13 @@ class ServerConfig(_Section):
         10.0, gt=0, description="parsing and tokenising one request"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ServerConfig:
+        for name in ("api_key", "control_key"):
+            if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
+                raise ValueError(f"{name} and {name}_file are both set; leave one out")
+        return self
 
 
 class Config(_Section):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from flexpert.cli.settings import flags, with_settings
@@ -46,7 +47,8 @@ def test_flags_reach_their_settings() -> None:
     assert (config.model.model, config.cluster.ranks, config.server.port) == ("x", 3, 0)
     assert config.engine.kv_memory == 3 * 2**29
     assert (config.engine.deterministic, config.engine.prefix_cache) == (True, False)
-    assert (config.server.control_key, config.cluster.commit_timeout_s) == ("k", 2.5)
+    assert config.server.control_key == SecretStr("k")
+    assert config.cluster.commit_timeout_s == 2.5
 
 
 def test_flags_go_before_environment_before_file(

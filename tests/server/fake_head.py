@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.transport import Link
 from flexpert.cluster.views import (
     ClusterEvent,
@@ -27,6 +28,7 @@ from flexpert.cluster.views import (
     OperationView,
     PlacementView,
     RankView,
+    Readiness,
 )
 from flexpert.config import Config
 from flexpert.engine.request import SamplingParams, TokenLogprobs
@@ -222,6 +224,7 @@ class FakeHead:
         self.on_failure = None
         self.submitted: list[tuple[str, list[int], SamplingParams]] = []
         self.running: set[str] = set()
+        self.impaired: dict[str, str] = {}
         self.cancelled: list[str] = []
         self.serving = True
         self.full = False
@@ -231,7 +234,9 @@ class FakeHead:
         self._stopped = asyncio.Event()
         self._operations: dict[str, OperationView] = {}
         self._over: dict[str, asyncio.Event] = {}
-        self._listeners: list[asyncio.Queue[ClusterEvent]] = []
+        self.down: str | None = None
+        self.failure: FlexpertError | None = None
+        self.listeners = Listeners()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, report=None) -> None:
@@ -344,8 +349,7 @@ class FakeHead:
         if view.state not in ("preparing", "committing"):
             self._over[id].set()
         event = ClusterEvent(kind="operation", time=1.0, data=msgspec.to_builtins(view))
-        for listener in self._listeners:
-            listener.put_nowait(event)
+        self.listeners.publish(event)
 
     def operation(self, id: str) -> OperationView:
         if id not in self._operations:
@@ -362,18 +366,19 @@ class FakeHead:
         await self._over[id].wait()
         return self._operations[id]
 
-    async def events(self) -> AsyncIterator[ClusterEvent]:
-        queue: asyncio.Queue[ClusterEvent] = asyncio.Queue()
-        self._listeners.append(queue)
-        try:
-            while True:
-                yield await queue.get()
-        finally:
-            self._listeners.remove(queue)
+    def events(self) -> AsyncIterator[ClusterEvent]:
+        return self.listeners.events()
 
     @property
     def listening(self) -> int:
-        return len(self._listeners)
+        return len(self.listeners)
+
+    def readiness(self) -> Readiness:
+        if self.failure is not None:
+            return Readiness(live=False, ready=False, reason=str(self.failure))
+        if not self.serving:
+            return Readiness(ready=False, reason="the service does not accept requests")
+        return Readiness(ready=self.down is None, reason=self.down)
 
 
 if __name__ == "__main__":

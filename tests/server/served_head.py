@@ -14,15 +14,21 @@ from fake_head import FakeHead
 
 from flexpert.config import Config, ServerConfig
 from flexpert.server.app import create_app
+from flexpert.server.protocol import bounded_protocol
 from flexpert.server.run import bind
 
 T = TypeVar("T")
 
 
 class Running:
-    """A served fake head; `call` runs on its loop."""
+    """A served fake head; `call` runs on its loop.
 
-    def __init__(self, server: ServerConfig) -> None:
+    Args:
+        send_buffer: bytes that the kernel keeps of an answer; default: its own choice, megabytes.
+    """
+
+    def __init__(self, server: ServerConfig, *, send_buffer: int | None = None) -> None:
+        self._send_buffer = send_buffer
         self.head = FakeHead(Config(server=server))
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -36,16 +42,23 @@ class Running:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         listener: socket.socket = bind(ServerConfig(port=0))
+        if self._send_buffer:  # connections inherit it
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
         self.url = "http://{}:{}".format(*listener.getsockname())
-        self._app = create_app(self.head)
+        self.app = create_app(self.head)
         config = uvicorn.Config(
-            self._app, lifespan="off", log_level="error", timeout_graceful_shutdown=2
+            self.app,
+            http=bounded_protocol(self.head.config.server, self.app.state.metrics.refused),
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            timeout_graceful_shutdown=2,
         )
         self._server = uvicorn.Server(config)
         serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
         self._ready.set()
         await serving
-        self._app.state.preprocessors.close()
+        self.app.state.preprocessors.close()
         listener.close()
 
     def call(self, work: Callable[[], T]) -> T:
@@ -64,7 +77,13 @@ class Running:
 
         asyncio.run_coroutine_threadsafe(wait(), self._loop).result(limit_s + 1)
 
+    @property
+    def connections(self) -> set[object]:
+        """Open ones."""
+        return self._server.server_state.connections
+
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._app.state.closing.set)
+        self._loop.call_soon_threadsafe(self.app.state.closing.set)
         self._server.should_exit = True
         self._thread.join(20)
+        assert not self._thread.is_alive()

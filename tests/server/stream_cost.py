@@ -24,6 +24,7 @@ from flexpert.cluster.views import Delta
 from flexpert.config import ServerConfig
 from flexpert.engine.request import SamplingParams, TokenLogprobs
 from flexpert.server.app import create_app
+from flexpert.server.protocol import bounded_protocol
 from flexpert.server.run import bind
 
 CLIENTS = 16
@@ -108,7 +109,11 @@ async def served(path: str, body: dict[str, object]) -> float:
     head = SteppingHead()
     listener = bind(ServerConfig(port=0))
     config = uvicorn.Config(
-        create_app(head), lifespan="off", http="httptools", log_level="error", access_log=False
+        create_app(head),
+        lifespan="off",
+        http=bounded_protocol(ServerConfig()),
+        log_level="error",
+        access_log=False,
     )
     server = uvicorn.Server(config)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))

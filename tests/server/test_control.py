@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
 from fake_head import FakeHead
 from served_head import Running
 
+from flexpert.cluster.listeners import MOST_WAITING
+from flexpert.cluster.views import ClusterEvent
 from flexpert.server.control import ControlRoutes
 
 
@@ -118,6 +120,64 @@ def test_events_are_listened_for_before_the_view_is_taken() -> None:
         return listening
 
     assert asyncio.run(listening_with_first_event()) == 1
+
+
+def test_a_listener_that_does_not_read_is_let_go(server: Running, http: httpx.Client) -> None:
+    """Its last event says so; it listens anew and has the whole view again."""
+    with http.stream("GET", "/cluster/events") as answered:
+        events = read_events(answered.iter_lines())
+        assert next(events)[0] == "cluster"
+        happened = ClusterEvent(kind="warning", time=1.0, data={"error": "x"})
+
+        def too_many() -> None:  # the loop does nothing else meanwhile
+            for _ in range(MOST_WAITING + 2):
+                server.head.listeners.publish(happened)
+
+        server.call(too_many)
+        assert server.head.listening == 0
+        # what it had been handed before may come first
+        *before, last = list(events)
+        assert [name for name, _ in before] in ([], ["warning"])
+        assert last[0] == "overrun"
+    with http.stream("GET", "/cluster/events") as answered:
+        assert next(read_events(answered.iter_lines()))[0] == "cluster"
+
+
+def test_a_listener_that_keeps_up_gets_every_event(server: Running, http: httpx.Client) -> None:
+    with http.stream("GET", "/cluster/events") as answered:
+        events = read_events(answered.iter_lines())
+        next(events)
+        for number in range(3):
+
+            def some(number: int = number) -> None:
+                for place in range(MOST_WAITING // 2):
+                    data = {"number": number * (MOST_WAITING // 2) + place}
+                    server.head.listeners.publish(ClusterEvent(kind="rank", time=1.0, data=data))
+
+            server.call(some)
+            for place in range(MOST_WAITING // 2):
+                name, event = next(events)
+                assert name == "rank"
+                assert event["data"] == {"number": number * (MOST_WAITING // 2) + place}
+
+
+def test_events_that_fail_are_logged_and_the_client_is_told(
+    server: Running,
+    http: httpx.Client,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def broken() -> AsyncIterator[ClusterEvent]:
+        yield ClusterEvent(kind="warning", time=1.0, data={})
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(server.head, "events", broken)
+    with http.stream("GET", "/cluster/events") as answered:
+        text = answered.read().decode()
+    assert text.endswith("\n\n")
+    assert "internal error" in text.rsplit("data: ", 1)[1]
+    assert "secret" not in text
+    assert "secret detail" in caplog.text
 
 
 def test_quiet_event_streams_are_kept_alive(

@@ -134,6 +134,58 @@ def test_a_service_that_fails_ends_with_an_error(capsys: pytest.CaptureFixture[s
     assert beside.serve() == 1
 
 
+def test_an_http_server_that_ends_by_itself_ends_the_service(
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ticks: list[bool] = []
+
+    async def broken(self: object, counter: int) -> bool:
+        ticks.append(True)
+        raise RuntimeError("no date today")
+
+    monkeypatch.setattr("flexpert.server.run._Server.on_tick", broken)
+    heads: list[FakeHead] = []
+
+    def head(config: Config) -> FakeHead:
+        heads.append(FakeHead(config))
+        return heads[0]
+
+    assert serve(CONFIG, head=head) == 1
+    assert ticks
+    assert "ended by itself" in capsys.readouterr().err
+    assert "no date today" in caplog.text
+    assert heads[0].stops == 1
+
+
+def test_what_nobody_noticed_is_logged_and_the_service_goes_on(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    texts: list[str] = []
+
+    class Broken(FakeHead):
+        async def start(self, report: object = None) -> None:
+            import asyncio
+
+            def fail() -> None:
+                raise RuntimeError("in a callback")
+
+            asyncio.get_running_loop().call_soon(fail)
+
+    def do(url: str) -> None:
+        texts.append(stream(url, 5, lambda: None))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    beside = Beside(capsys, do)
+    beside.head_for = lambda config: Broken(config)
+    assert beside.serve() == 0
+    assert texts[0].rstrip().endswith("data: [DONE]")
+    (record,) = [r for r in caplog.records if "event loop" in r.getMessage()]
+    assert record.name == "flexpert.server"
+    assert "in a callback" in caplog.text
+
+
 def test_a_start_that_fails_ends_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
     class Broken(FakeHead):
         async def start(self, report: object = None) -> None:

@@ -25,6 +25,9 @@ _HELP = {
     "server.log_level": "least severity that is logged",
 }
 
+# what no complaint repeats
+_SECRET = frozenset({"server.api_key", "server.control_key"})
+
 
 @dataclass(frozen=True, slots=True)
 class Flag:
@@ -82,7 +85,7 @@ def _flag(path: str, field: FieldInfo, panel: str) -> Flag:
     elif is_size:
         metavar = "SIZE"
     else:
-        names = {int: "N", float: "SECONDS" if path.endswith("_s") else "NUMBER"}
+        names = {int: "N", float: "SECONDS" if path.endswith("_s") else "NUMBER", Path: "FILE"}
         metavar = names.get(kind, "TEXT")
     if is_size and isinstance(default, int):
         shown: str | None = _size(default)
@@ -172,7 +175,7 @@ def settings(file: Path | None, overrides: Mapping[str, Any]) -> Config:
         for path, value in overrides.items():
             if value is not None:
                 flag = "--" + path.split(".")[1].replace("_", "-")
-                said = f"{flag} {shown(value)}:"
+                given = flag if path in _SECRET else f"{flag} {shown(value)}"
                 # not re.sub, which would read what was given for a pattern's replacement
-                message = said.join(re.split(rf"\b{re.escape(path)}:", message))
+                message = f"{given}:".join(re.split(rf"\b{re.escape(path)}:", message))
         raise ConfigError(message) from None

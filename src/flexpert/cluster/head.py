@@ -20,11 +20,12 @@ from flexpert.cluster.helper import ForkedHelper, OnEnd, OnMessage
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.launcher import LocalLauncher, for_children
+from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.metrics import Metrics
 from flexpert.cluster.ports import Work
 from flexpert.cluster.rank_process import ENTRY, RankSpec, encode_spec, open_source
 from flexpert.cluster.transport import Transport
-from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView
+from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
 from flexpert.config import Config
 from flexpert.engine.compute import open_device
 from flexpert.engine.request import HeldKV, Move, SamplingParams
@@ -45,6 +46,8 @@ class Head:
     info, tokenizer, model_name: of the model; set by `start`.
     registry: metrics of cluster and engine.
     failure: why the service went down by itself, or None. on_failure: told when it does.
+    impaired: part of the service → why it does not work now. Who owns a long-lived task writes down
+    here what `/health` must say while it is not well, and takes it away when it is again.
     """
 
     info: ModelInfo
@@ -55,12 +58,13 @@ class Head:
         self.config = config
         self.failure: FlexpertError | None = None
         self.on_failure: Callable[[FlexpertError], None] | None = None
+        self.impaired: dict[str, str] = {}
         self._journal = Journal(config.cluster.max_sequences)
         self._admission = Admission(self._journal, self._admitting, self._send)
         self._transport: Transport | None = None
         self._launcher: LocalLauncher | None = None
         self._coordinator: Coordinator | None = None
-        self._listeners: set[asyncio.Queue[ClusterEvent | None]] = set()
+        self._listeners = Listeners()
         self._numbers = itertools.count(1)
         self._serving = False
         self._stopping = asyncio.Lock()
@@ -122,8 +126,7 @@ class Head:
         if self._coordinator:
             self._coordinator.close()
         self._journal.fail_all(ServiceStopped("the service is stopping"))
-        for listener in self._listeners:
-            listener.put_nowait(None)
+        self._listeners.close()
         if self._coordinator and self._transport:
             for rank in self._coordinator.ranks():
                 self._transport.send(rank.id, msg.Stop())
@@ -132,10 +135,20 @@ class Head:
         if self._transport:
             self._transport.close()
 
-    @property
-    def serving(self) -> bool:
-        """Whether requests are accepted."""
-        return self._serving
+    def readiness(self) -> Readiness:
+        """Whether requests are answered now; they are throughout every change of the ranks."""
+        if self.failure is not None:
+            return Readiness(live=False, ready=False, reason=str(self.failure))
+        if not self._serving or self._coordinator is None:
+            return Readiness(ready=False, reason="the service does not accept requests")
+        if self._coordinator.down is not None:
+            return Readiness(ready=False, reason=self._coordinator.down)
+        if not self._coordinator.admitting:
+            return Readiness(ready=False, reason="no rank is up")
+        if self.impaired:
+            reason = "; ".join(f"{part}: {why}" for part, why in sorted(self.impaired.items()))
+            return Readiness(ready=False, reason=reason)
+        return Readiness()
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -223,15 +236,9 @@ class Head:
         await operation.over.wait()
         return operation.view()
 
-    async def events(self) -> AsyncIterator[ClusterEvent]:
-        """What happens from now on, until the service stops."""
-        queue: asyncio.Queue[ClusterEvent | None] = asyncio.Queue(maxsize=0)
-        self._listeners.add(queue)
-        try:
-            while not self._stopped and (event := await queue.get()) is not None:
-                yield event
-        finally:
-            self._listeners.discard(queue)
+    def events(self) -> AsyncIterator[ClusterEvent]:
+        """What happens from now on, until the service stops; see `Listeners.events`."""
+        return self._listeners.events()
 
     def _need_coordinator(self) -> Coordinator:
         if self._coordinator is None:
@@ -316,8 +323,7 @@ class Head:
     def publish(self, event: ClusterEvent) -> None:
         if event.kind == "operation" and event.data["state"] in ("done", "failed", "cancelled"):
             self.metrics.operation_over(msgspec.convert(event.data, OperationView))
-        for listener in self._listeners:
-            listener.put_nowait(event)
+        self._listeners.publish(event)
 
     # ---- from the ranks ---------------------------------------------------------------------
 

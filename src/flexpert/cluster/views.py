@@ -104,12 +104,22 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
 class ClusterEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `GET /cluster/events`.
 
-    kind: "operation" (data: an OperationView), "epoch", "rank", "warning".
+    kind: "operation" (data: an OperationView), "epoch", "rank", "warning"; "overrun": the listener
+    was too slow, and this is the last one.
     """
 
     kind: str
     time: float
     data: dict[str, Any]
+
+
+class Readiness(msgspec.Struct, frozen=True, kw_only=True):
+    """live: the service may yet recover by itself. ready: requests are answered now; if not, reason
+    says why."""
+
+    live: bool = True
+    ready: bool = True
+    reason: str | None = None
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):

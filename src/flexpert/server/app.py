@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from http import HTTPMethod
+from typing import TYPE_CHECKING, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 import flexpert
+from flexpert.cluster.views import Readiness
 from flexpert.errors import FlexpertError
 from flexpert.server import wire
 from flexpert.server.control import ControlRoutes
-from flexpert.server.errors import ApiError, api_error, validation_error
+from flexpert.server.errors import api_error, validation_error
 from flexpert.server.gate import Gate
+from flexpert.server.keys import Keys, read_keys
 from flexpert.server.metrics import ServerMetrics
 from flexpert.server.openai import OpenAIRoutes
+from flexpert.server.openapi import DescribedAPI
 from flexpert.server.preprocessing import Limits
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.stream import CLIENT_GONE, ClientGone
@@ -30,20 +35,26 @@ log = logging.getLogger("flexpert.server")
 MOST_PROMPT_TOKENS = 2**20  # of one request, unless the settings say otherwise
 
 
-def create_app(head: Head) -> FastAPI:
+def create_app(head: Head, keys: Keys | None = None) -> FastAPI:
     """The HTTP side of a head that has been started.
+
+    Args:
+        keys: default: those that the head's settings name.
 
     `app.state.closing` is an asyncio.Event; set it before shutting the server down, so that
     event streams end. `app.state.preprocessors` may be started ahead, and must be closed.
+    `app.state.metrics` are the `ServerMetrics`.
     """
-    app = FastAPI(title="flexpert", version=flexpert.__version__)
+    app = DescribedAPI(title="flexpert", version=flexpert.__version__, redirect_slashes=False)
     metrics = ServerMetrics()
     app.state.closing = asyncio.Event()
+    app.state.metrics = metrics
     app.state.preprocessors = _preprocessors(head)
     app.include_router(OpenAIRoutes(head, metrics, app.state.preprocessors).router)
     app.include_router(ControlRoutes(head, app.state.closing).router)
     _add_service_routes(app, head, metrics)
-    app.add_middleware(Gate, config=head.config.server, metrics=metrics)
+    config = head.config.server
+    app.add_middleware(Gate, config=config, keys=keys or read_keys(config), metrics=metrics)
     for kind in (FlexpertError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(ClientGone, _on_client_gone)
@@ -69,11 +80,14 @@ def _preprocessors(head: Head) -> Preprocessors:
 
 def _add_service_routes(app: FastAPI, head: Head, metrics: ServerMetrics) -> None:
     async def health() -> Response:
-        """200 while requests are accepted, through every change of the cluster; else 503."""
-        if not head.serving:
-            message = "the service does not accept requests"
-            raise ApiError(503, message, type="service_unavailable")
-        return wire.json_response(wire.Health())
+        """200 while requests are answered, through every change of the cluster; else 503."""
+        state = head.readiness()
+        return _health(state, well=state.ready)
+
+    async def live() -> Response:
+        """503 once the service has failed for good: only a new process helps."""
+        state = head.readiness()
+        return _health(state, well=state.live)
 
     async def version() -> Response:
         """flexpert's."""
@@ -84,20 +98,41 @@ def _add_service_routes(app: FastAPI, head: Head, metrics: ServerMetrics) -> Non
         return metrics.response(head.registry)
 
     app.add_api_route("/health", health, methods=["GET"], tags=["service"])
+    app.add_api_route("/health/ready", health, methods=["GET"], tags=["service"])
+    app.add_api_route("/health/live", live, methods=["GET"], tags=["service"])
     app.add_api_route("/version", version, methods=["GET"], tags=["service"])
     app.add_api_route("/metrics", prometheus, methods=["GET"], tags=["service"])
+
+
+def _health(state: Readiness, *, well: bool) -> Response:
+    status: Literal["ok", "unavailable"] = "ok" if well else "unavailable"
+    body = wire.Health(status, live=state.live, ready=state.ready, reason=state.reason)
+    return wire.json_response(body, 200 if well else 503)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
     answer = api_error(error)
     if answer.status_code >= 500:
-        log.error("%s %s: %s", request.method, request.url.path, error)
+        log.error("%s %r: %s", request.method, request.scope["path"], error)
+    if answer.status_code == 405:
+        # starlette names the methods of the first route of this path only
+        answer.headers = {"allow": ", ".join(_methods(request))}
     return answer.response()
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
     request.scope[CLIENT_GONE] = True
     return Response(status_code=499)  # for the request counter; nobody reads it
+
+
+def _methods(request: Request) -> list[str]:
+    """All that the request's path may be asked with."""
+    routes = request.app.router.routes
+    return [
+        method
+        for method in HTTPMethod
+        if any(r.matches({**request.scope, "method": method})[0] is Match.FULL for r in routes)
+    ]
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:

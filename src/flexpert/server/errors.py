@@ -24,6 +24,21 @@ INVALID = "invalid_request_error"
 SERVER = "server_error"
 
 
+class ErrorDetail(msgspec.Struct):
+    """message: for people; type, code: for programs; param: the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct):
+    """What every failure is told with."""
+
+    error: ErrorDetail
+
+
 class ApiError(HTTPException):
     """A failure with its HTTP status; param: the field at fault, code: for programs."""
 
@@ -45,13 +60,8 @@ class ApiError(HTTPException):
     @property
     def body(self) -> bytes:
         """The JSON."""
-        error = {
-            "message": self.detail,
-            "type": self.type,
-            "param": self.param,
-            "code": self.code,
-        }
-        return msgspec.json.encode({"error": error})
+        error = ErrorDetail(self.detail, self.type, self.param, self.code)
+        return msgspec.json.encode(ErrorBody(error))
 
     def response(self) -> Response:
         """The whole answer."""

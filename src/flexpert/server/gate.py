@@ -1,25 +1,37 @@
-"""In front of every route: bearer tokens, the size of bodies, request counts.
+"""In front of every route: bearer tokens, requests at once, the size of bodies, request counts.
 
 Plain ASGI, because a framework's middleware would stand between every token and its socket.
 """
 
 from __future__ import annotations
 
-import hmac
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexpert.config import ServerConfig
 from flexpert.server.errors import ApiError
+from flexpert.server.keys import Keys, is_right
 from flexpert.server.metrics import ServerMetrics
+from flexpert.server.protocol import BODY_FAILED
 from flexpert.server.stream import CLIENT_GONE
-
-MAX_BODY_BYTES = 16 * 2**20
 
 # What monitors and browsers ask for without a key. Any other path needs one: a route that is
 # added later is closed until somebody decides otherwise.
-OPEN_PATHS = frozenset({"/health", "/version", "/metrics", "/docs", "/redoc", "/openapi.json"})
+OPEN_PATHS = frozenset(
+    {
+        "/health",
+        "/health/live",
+        "/health/ready",
+        "/version",
+        "/metrics",
+        "/docs",
+        "/redoc",
+        "/openapi.json",
+    }
+)
 CONTROL_PATHS = ("/cluster", "/scale_elastic_ep", "/is_scaling_elastic_ep")
 
 
@@ -27,35 +39,41 @@ class Gate:
     """ASGI middleware.
 
     Args:
-        config: api_key and control_key; None leaves its paths open.
+        keys: one that is None leaves its paths open.
     """
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, metrics: ServerMetrics) -> None:
+    def __init__(
+        self, app: ASGIApp, config: ServerConfig, keys: Keys, metrics: ServerMetrics
+    ) -> None:
         self._app = app
-        self._api_key = config.api_key
-        self._control_key = config.control_key or config.api_key
+        self._config = config
+        self._keys = keys
         self._metrics = metrics
+        self._at_once: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         status = 500  # unless the application gets to say otherwise
+        body = _Body(scope, receive, self._config.max_body)
 
         async def counted_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                body.answered = True
+                if not body.complete:  # whatever else comes is not read as another request
+                    message = {**message, "headers": [*message["headers"], _CLOSE]}
             await send(message)
 
         with self._metrics.in_flight.track_inprogress():
             try:
-                self._check_key(scope)
-                limited = _limited(scope, receive)
+                with self._admitted(scope):
+                    body.check()
+                    await self._app(scope, body.receive, counted_send)
             except ApiError as error:
                 await error.response()(scope, receive, counted_send)
-            else:
-                await self._app(scope, limited, counted_send)
             finally:
                 if scope.get(CLIENT_GONE):
                     self._metrics.disconnects.inc()
@@ -63,52 +81,109 @@ class Gate:
                 path = getattr(scope.get("route"), "path", "unmatched")
                 self._metrics.requests.labels(scope["method"], path, str(status)).inc()
 
-    def _check_key(self, scope: Scope) -> None:
+    @contextmanager
+    def _admitted(self, scope: Scope) -> Iterator[None]:
+        """For the time of a request that its key, and the number of others, allow.
+
+        Raises:
+            ApiError: 401, 429.
+        """
         path = scope["path"]
         if path in OPEN_PATHS:
+            yield
             return
         control = any(path == one or path.startswith(one + "/") for one in CONTROL_PATHS)
-        key = self._control_key if control else self._api_key
-        if key is None:
-            return
-        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        # in constant time: how long a refusal takes must not tell how much of a key was right
-        right = hmac.compare_digest(given.strip().encode(), key.encode())
-        if scheme.lower() != "bearer" or not right:
+        _check_key(scope, self._keys.control if control else self._keys.api)
+        # apart, so that a flood of requests does not keep the operator from scaling
+        group = "control" if control else "api"
+        most = self._config.max_requests_per_key
+        if self._at_once[group] >= most:
             raise ApiError(
-                401,
-                "missing or wrong API key; send the header 'Authorization: Bearer <key>'",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
+                429,
+                f"{most} requests are being answered, the most at once for one key, or for "
+                "everybody where there are no keys (server.max_requests_per_key); try again later",
+                type="rate_limit_error",
+                code="too_many_requests",
+                headers={"retry-after": "1"},
             )
+        self._at_once[group] += 1
+        try:
+            yield
+        finally:
+            self._at_once[group] -= 1
 
 
-def _limited(scope: Scope, receive: Receive) -> Receive:
-    """`receive` that refuses bodies beyond the limit, declared or not.
+def _check_key(scope: Scope, key: bytes | None) -> None:
+    if key is None:
+        return
+    scheme, _, given = _header(scope, b"authorization").partition(b" ")
+    right = is_right(given.strip(), key)
+    if scheme.lower() != b"bearer" or not right:
+        raise ApiError(
+            401,
+            "missing or wrong API key; send the header 'Authorization: Bearer <key>'",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
 
-    Raises:
-        ApiError: 413; also from the receive it returns.
+
+_CLOSE = (b"connection", b"close")
+
+
+class _Body:
+    """A request's body on its way to the application.
+
+    complete: nothing more of it comes. answered: set by the gate when the answer begins.
     """
-    declared = Headers(scope=scope).get("content-length", "")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        raise _too_large()
-    received = 0
 
-    async def limited() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > MAX_BODY_BYTES:
-            raise _too_large()
-        return message
+    def __init__(self, scope: Scope, receive: Receive, limit: int) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._limit = limit
+        self._received = 0
+        self._declared = _header(scope, b"content-length")
+        chunked = _header(scope, b"transfer-encoding")
+        self.complete = not chunked and self._declared.strip(b"0") == b""
+        self.answered = False
 
-    return limited
+    def check(self) -> None:
+        """Raises ApiError for a body that is too large by its headers, or has failed already."""
+        if (error := self._failure()) is not None:
+            raise error
+        declared = self._declared
+        # no more digits than int() takes; the parser has refused what is no number
+        if declared.isdigit() and (len(declared) > 19 or int(declared) > self._limit):
+            raise self._too_large()
+
+    async def receive(self) -> Message:
+        """The next piece.
+
+        Raises:
+            ApiError: 413; or what ended it, see `protocol.BODY_FAILED`.
+        """
+        message = await self._receive()
+        if message["type"] != "http.request":
+            return message
+        self._received += len(message.get("body", b""))
+        self.complete = not message.get("more_body", False)
+        error = self._failure()
+        if error is None and self._received > self._limit:
+            error = self._too_large()
+        if error is None:
+            return message
+        if self.answered:
+            return {"type": "http.disconnect"}
+        raise error
+
+    def _failure(self) -> ApiError | None:
+        failure: ApiError | None = self._scope.get(BODY_FAILED)
+        return failure
+
+    def _too_large(self) -> ApiError:
+        limit = f"{self._limit} bytes (server.max_body)"
+        return ApiError(413, f"the body exceeds {limit}", code="body_too_large")
 
 
-def _too_large() -> ApiError:
-    return ApiError(
-        413,
-        f"the body exceeds {MAX_BODY_BYTES // 2**20} MiB",
-        code="body_too_large",
-        headers={"connection": "close"},
-    )
+def _header(scope: Scope, name: bytes) -> bytes:
+    """The first header of that name, as it was sent; b"" if there is none."""
+    return next((value for key, value in scope["headers"] if key == name), b"")

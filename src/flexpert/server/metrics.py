@@ -44,6 +44,10 @@ class ServerMetrics:
             buckets=_GAP_S,
         )
 
+    def refused(self, status: int) -> None:
+        """A request was answered before it was whole: no method or path is sure."""
+        self.requests.labels("", "unmatched", str(status)).inc()
+
     def first_token(self, waited_s: float) -> None:
         """A sequence's first token has come."""
         self._first_token.observe(waited_s)

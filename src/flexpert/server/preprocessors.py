@@ -34,7 +34,9 @@ _START_TIMEOUT_S = 120.0  # a large vocabulary takes seconds
 
 
 class Owner(Protocol):
-    """A head."""
+    """A head. impaired: why parts of it do not work now."""
+
+    impaired: dict[str, str]
 
     def start_helper(
         self, entry: str, spec: bytes, on_message: OnMessage, on_end: OnEnd
@@ -54,6 +56,11 @@ class Preprocessors:
     async def start(self) -> None:
         """Both are up, or the reason is logged; they are started again when they are needed."""
         await asyncio.gather(*(worker.warm_up() for worker in self._workers))
+
+    def restart(self) -> None:
+        """The next bodies find new workers, which know the limits of then."""
+        for worker in self._workers:
+            worker.drop()
 
     def close(self) -> None:
         for worker in self._workers:
@@ -121,7 +128,7 @@ class _Worker:
                     await self._start()
                 reply = decode_reply(await self._ask(encode(task), self._timeout_s))
             except TimeoutError:
-                self._drop()
+                self.drop()
                 raise ApiError(
                     400,
                     f"the request takes longer than {self._timeout_s:g} s to prepare "
@@ -137,7 +144,7 @@ class _Worker:
                     code="preprocessing_failed",
                 ) from None
             if reply.worn:
-                self._drop()
+                self.drop()
                 with contextlib.suppress(_Ended):  # the next body tells
                     await self._start()
             return reply.outcome
@@ -146,19 +153,25 @@ class _Worker:
         """Raises: _Ended"""
         if self._closed:
             raise _Ended("the service is stopping")
+        part = f"preprocessing of {self._name} bodies"
         spec = encode(self._limits())
         try:
             helper = self._owner.start_helper(
                 ENTRY, spec, self._received, lambda why: self._ended(helper, why)
             )
         except OSError as error:
-            raise _Ended(f"no process can be started: {error.strerror}") from None
+            self._owner.impaired[part] = f"no process can be started: {error.strerror}"
+            raise _Ended(self._owner.impaired[part]) from None
         self._helper = helper
         try:
             await self._ask(None, _START_TIMEOUT_S)
         except TimeoutError:
-            self._drop()
+            self.drop()
             raise _Ended(f"it was not ready within {_START_TIMEOUT_S:g} s") from None
+        except _Ended as error:
+            self._owner.impaired[part] = str(error)
+            raise
+        self._owner.impaired.pop(part, None)
 
     async def _ask(self, message: bytes | None, limit_s: float) -> bytes:
         """The worker's next message. Raises: TimeoutError, _Ended"""
@@ -173,7 +186,7 @@ class _Worker:
         finally:
             self._answer = None
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
         helper, self._helper = self._helper, None
         if helper:
             helper.kill()

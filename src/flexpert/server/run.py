@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import signal
 import socket
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 import uvloop
@@ -19,9 +20,13 @@ import flexpert
 from flexpert.config import Config, ServerConfig
 from flexpert.errors import ConfigError, FlexpertError
 from flexpert.server.app import create_app
+from flexpert.server.keys import Keys, read_keys
+from flexpert.server.protocol import bounded_protocol
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
+
+log = logging.getLogger("flexpert.server")
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -53,7 +58,8 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
     try:
         # Bound before any rank starts, so that a port in use fails in milliseconds. It listens
         # already: who connects during the start waits and is answered when the model is there.
-        listener = bind(config.server)
+        keys = read_keys(config.server)
+        listener = bind(config.server, keys)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_WRONG_SETTINGS
@@ -62,14 +68,15 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
 
         head = Head
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Service(config, head(config), listener).run())
+        return runner.run(_Service(config, head(config), listener, keys).run())
 
 
-def bind(config: ServerConfig) -> socket.socket:
+def bind(config: ServerConfig, keys: Keys | None = None) -> socket.socket:
     """A listening socket.
 
     Raises:
-        ConfigError: the port is in use, or the host is not one of this machine's.
+        ConfigError: the port is in use, the host is not one of this machine's, or other machines
+            could reach it and need no key.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -78,6 +85,15 @@ def bind(config: ServerConfig) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"server.host {config.host!r}: {error.strerror}") from None
+    except UnicodeError:  # a part of it is empty, or too long
+        raise ConfigError(f"server.host {config.host!r} is no name of a machine") from None
+    if not (config.insecure or (keys and keys.api) or _is_loopback(str(address[0]))):
+        listener.close()
+        raise ConfigError(
+            f"server.host {config.host!r} can be reached from other machines, and no key is asked "
+            "for: give one with --api-key-file or FLEXPERT_SERVER__API_KEY, or, if everybody "
+            "there may use and scale this service, say so with --insecure"
+        )
     try:
         # ports of connections that ended a minute ago may be taken again
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -93,6 +109,10 @@ def bind(config: ServerConfig) -> socket.socket:
     return listener
 
 
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers: `_Service` has them from the start of the ranks on."""
 
@@ -104,8 +124,9 @@ class _Server(uvicorn.Server):
 class _Service:
     """One run: start, serve, drain, stop."""
 
-    def __init__(self, config: Config, head: Head, listener: socket.socket) -> None:
+    def __init__(self, config: Config, head: Head, listener: socket.socket, keys: Keys) -> None:
         self._config = config
+        self._keys = keys
         self._head = head
         self._listener = listener
         self._asked = asyncio.Event()  # to stop
@@ -115,6 +136,7 @@ class _Service:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_on_loop_error)
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         host, port = self._listener.getsockname()[:2]
@@ -158,13 +180,13 @@ class _Service:
         return False
 
     async def _serve(self) -> None:
-        app = create_app(self._head)
+        app = create_app(self._head, self._keys)
         level = self._config.server.log_level
         ranks = self._config.cluster
         server = _Server(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=bounded_protocol(self._config.server, app.state.metrics.refused),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -185,17 +207,25 @@ class _Service:
         )
         await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
+        if serving.done() and self._failure is None:
+            # nobody asked it to end: whatever it was, the service does not answer any more
+            log.error("the HTTP server has ended by itself", exc_info=serving.exception())
+            self._failure = FlexpertError("the HTTP server has ended by itself; the log says why")
         print("stopping: running requests may finish; Ctrl-C again stops at once", flush=True)
         app.state.closing.set()
         server.should_exit = True
         # the head answers what is left when the time is over with an error; so HTTP ends by itself
-        ending = asyncio.gather(self._head.stop(ranks.shutdown_timeout_s), serving)
+        ending = asyncio.gather(
+            self._head.stop(ranks.shutdown_timeout_s), serving, return_exceptions=True
+        )
         forced = asyncio.ensure_future(self._forced.wait())
         await asyncio.wait((ending, forced), return_when=asyncio.FIRST_COMPLETED)
         forced.cancel()
         app.state.preprocessors.close()
         if ending.done():
-            ending.result()
+            for error in ending.result():
+                if isinstance(error, BaseException) and self._failure is None:
+                    raise error
         else:
             ending.cancel()
             await asyncio.wait((ending,))
@@ -213,3 +243,8 @@ class _Service:
             print(f"error: {self._failure}", file=sys.stderr, flush=True)
             return EXIT_FAILED
         return 128 + self._signal if self._forced.is_set() else EXIT_OK
+
+
+def _on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody else has noticed: a callback that raised, a task whose error nobody asked for."""
+    log.error("in the event loop: %s", context["message"], exc_info=context.get("exception"))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
+
+from flexpert.server.errors import api_error
+
+log = logging.getLogger("flexpert.server")
 
 T = TypeVar("T")
 
@@ -32,14 +37,14 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled as soon as the client goes away.
 
     Raises:
-        ClientGone: it did.
+        ClientGone: it did; or its request failed (the cause), whose body nobody waited for.
     """
     watcher = asyncio.ensure_future(_gone(receive))
     worker = asyncio.ensure_future(work)
     try:
         await asyncio.wait((worker, watcher), return_when=asyncio.FIRST_COMPLETED)
         if not worker.done():
-            raise ClientGone
+            raise ClientGone from watcher.exception()
         return worker.result()
     finally:
         watcher.cancel()
@@ -74,12 +79,15 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._chunks = chunks
         self._on_close = on_close
+        self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await unless_gone(receive, self._send_all(send))
         except ClientGone:
             scope[CLIENT_GONE] = True
+            if self._begun:  # it may be there yet, and its request wrong: its answer ends
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             if self._on_close is not None:
                 self._on_close()
@@ -91,7 +99,14 @@ class EventStream(Response):
             "headers": self.raw_headers,
         }
         await send(start)
-        async with aclosing(self._chunks) as chunks:
-            async for chunk in chunks:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        self._begun = True
+        try:
+            async with aclosing(self._chunks) as chunks:
+                async for chunk in chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except Exception as error:
+            # the status has been sent: an event is the only way left to tell the client
+            log.exception("a stream of events failed")
+            last = event(api_error(error).body)
+            await send({"type": "http.response.body", "body": last, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from starlette.responses import Response
@@ -124,9 +124,12 @@ class ModelList(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """`/health` of a service that serves."""
+    """`/health`. live: the service may yet recover by itself; ready: requests are answered now."""
 
-    status: str = "ok"
+    status: Literal["ok", "unavailable"]
+    live: bool
+    ready: bool
+    reason: str | None
 
 
 class Version(msgspec.Struct):

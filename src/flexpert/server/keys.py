@@ -1,0 +1,72 @@
+"""Bearer keys from the settings, the environment or a file; never shown, never logged."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from flexpert.config import ServerConfig
+from flexpert.errors import ConfigError
+
+log = logging.getLogger("flexpert.server")
+
+# A key file is a line; whoever names a log or a checkpoint by mistake is told, not waited for.
+_LONGEST_FILE = 64 * 2**10
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What opens the API and the control API; None: open to everybody."""
+
+    api: bytes | None = field(default=None, repr=False)
+    control: bytes | None = field(default=None, repr=False)
+
+
+def read_keys(config: ServerConfig) -> Keys:
+    """The keys that the settings name. Without a control key the API's opens both.
+
+    Raises:
+        ConfigError: a file cannot be read, or holds no key.
+    """
+    api = _key("api_key", config.api_key, config.api_key_file)
+    control = _key("control_key", config.control_key, config.control_key_file)
+    return Keys(api, control if control is not None else api)
+
+
+def is_right(given: bytes, key: bytes) -> bool:
+    """In constant time: how long a refusal takes must not tell how much of a key was right."""
+    return hmac.compare_digest(given, key)
+
+
+def _key(name: str, given: SecretStr | None, file: Path | None) -> bytes | None:
+    if file is not None:
+        return _from_file(name, file)
+    return None if given is None else given.get_secret_value().encode()
+
+
+def _from_file(name: str, file: Path) -> bytes:
+    what = f"server.{name}_file {str(file)!r}"
+    try:
+        with file.open("rb") as opened:
+            mode = stat.S_IMODE(file.stat().st_mode)
+            raw = opened.read(_LONGEST_FILE + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"{what} cannot be read: {reason}") from None
+    if len(raw) > _LONGEST_FILE:
+        raise ConfigError(f"{what} is no key file: it has more than {_LONGEST_FILE} bytes")
+    try:
+        lines = raw.decode().splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{what} is no text; write the key into its first line") from None
+    key = lines[0].strip() if lines else ""
+    if not key or "\0" in key:
+        raise ConfigError(f"{what} has no key in its first line")
+    if mode & (stat.S_IRGRP | stat.S_IROTH):
+        log.warning("%s can be read by others on this machine; chmod 600 it", what)
+    return key.encode()

@@ -1,0 +1,97 @@
+"""Promises of what `/health` is told: ready through every change, and the reason when not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+from service import change, running
+
+from flexpert.cluster.head import Head
+from flexpert.cluster.views import Readiness
+from flexpert.config import Config
+from flexpert.errors import FlexpertError
+
+
+@pytest.fixture
+def head() -> Head:
+    """As if one rank were up."""
+    head = Head(Config())
+    head._serving = True
+    head._coordinator = SimpleNamespace(down=None, admitting={0})
+    return head
+
+
+def test_a_head_with_a_rank_is_ready(head: Head) -> None:
+    assert head.readiness() == Readiness(live=True, ready=True, reason=None)
+
+
+def test_a_head_that_has_not_started_is_alive_and_not_ready() -> None:
+    before = Head(Config()).readiness()
+    assert (before.live, before.ready) == (True, False)
+    assert before.reason
+
+
+def test_without_ranks_it_is_not_ready_and_says_why(head: Head) -> None:
+    head._coordinator.down = "all ranks were lost"
+    assert head.readiness() == Readiness(ready=False, reason="all ranks were lost")
+    head._coordinator.down = None
+    head._coordinator.admitting = frozenset()
+    assert head.readiness() == Readiness(ready=False, reason="no rank is up")
+
+
+def test_who_owns_a_task_can_say_that_it_is_not_well(head: Head) -> None:
+    head.impaired["tokenizer"] = "its worker starts again"
+    head.impaired["control socket"] = "closed"
+    said = head.readiness()
+    assert (said.live, said.ready) == (True, False)
+    assert said.reason == "control socket: closed; tokenizer: its worker starts again"
+    head.impaired.clear()
+    assert head.readiness().ready
+
+
+def test_a_head_that_failed_is_not_alive(head: Head) -> None:
+    failures: list[FlexpertError] = []
+    head.on_failure = failures.append
+    head.lost("rank 0 is gone")
+    said = head.readiness()
+    assert (said.live, said.ready, said.reason) == (False, False, str(failures[0]))
+
+
+@pytest.mark.slow
+def test_it_is_ready_through_changes_and_says_so_when_all_ranks_are_lost() -> None:
+    async def watched(head: Head, work: asyncio.Task[object]) -> set[Readiness]:
+        seen = set()
+        while not work.done():
+            seen.add(head.readiness())
+            await asyncio.sleep(0)
+        await work
+        return seen
+
+    async def during_changes(head: Head) -> set[Readiness]:
+        async def changes() -> None:
+            for ranks in (2, 1):
+                assert (await change(head, ranks=ranks)).state == "done"
+
+        return await watched(head, asyncio.ensure_future(changes()))
+
+    async def during_loss(head: Head) -> set[Readiness]:
+        async def loss() -> None:
+            (rank,) = head.cluster().ranks
+            async with asyncio.timeout(60):
+                os.kill(rank.pid, signal.SIGKILL)
+                while head.readiness().ready:
+                    await asyncio.sleep(0.001)
+                while not head.readiness().ready:
+                    await asyncio.sleep(0.001)
+
+        return await watched(head, asyncio.ensure_future(loss()))
+
+    with running(cluster__ranks=1, cluster__max_ranks=2, engine__kv_memory="32MiB") as service:
+        assert service.run(during_changes(service.head)) == {Readiness()}
+        seen = service.run(during_loss(service.head))
+        assert all(state.live for state in seen)
+        assert any("lost" in (state.reason or "") for state in seen if not state.ready)
