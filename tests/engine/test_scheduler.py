@@ -445,6 +445,7 @@ class Life(RuleBasedStateMachine):
         full = computed // size
         ahead = ahead and full <= pool.free_count - self.scheduler.running - 1
         have = pool.allocate(full) if ahead else []
+        queue = [waits for waits in self.scheduler._waiting if waits.blocks]
         pairs = self.scheduler.adopt(
             s, HeldKV(name, computed, list(range(-(-computed // size)))), have
         )

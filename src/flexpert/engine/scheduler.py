@@ -9,10 +9,10 @@ sequence, then chunks of prompts in order of arrival up to the token budget. A s
 when all blocks of its prompt are free, and a spare one for each sequence that runs already; so
 only decoding can run out of blocks. Then the latest arrival is preempted and later computed again.
 
-A sequence that comes from another rank with its keys and values, and finds no row, waits with them:
-in all the blocks its tokens need, so that a row is all it waits for. Those that wait with blocks are
-ahead of those without, and lose them before anybody who runs does. So the first in the queue can
-always be admitted once nobody runs: nobody waits for blocks that one behind it holds.
+A sequence that comes from another rank with its keys and values, and finds no row, waits with them,
+in all the blocks that its tokens need, so that a row is all it waits for. Those that wait with
+blocks are ahead of those without, and lose them before anybody who runs does. So the first in the
+queue can be admitted at the latest when nobody runs: it waits for no block that one behind it has.
 
 A step is a transaction, because a rank may die in the middle of it:
 
