@@ -136,7 +136,7 @@ async def main(arguments: argparse.Namespace) -> None:
     settings = {
         "cluster.ranks": 2,
         "cluster.max_ranks": 6,
-        "engine.kv_memory": "32MiB",
+        "engine.kv_memory": arguments.kv_memory,
         "engine.deterministic": arguments.deterministic,
     }
     head = Head(load_config(environment={}, overrides=settings))
@@ -153,5 +153,6 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["rounding", "changes"])
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=192)
+    parser.add_argument("--kv-memory", default="32MiB")
     parser.add_argument("--deterministic", action="store_true")
     asyncio.run(main(parser.parse_args()))
