@@ -126,7 +126,9 @@ class EngineConfig(_Section):
     kv_memory: Bytes = Field(256 * 2**20, description="bytes of KV cache per rank; on a GPU 4GiB")
     kv_block_size: int = Field(16, ge=1, le=256, description="tokens of a KV block")
     prefix_cache: bool = Field(True, description="reuse KV blocks of equal prompt prefixes")
-    deterministic: bool = Field(False, description="bit-identical answers under any scaling")
+    deterministic: bool = Field(
+        False, description="bit-identical answers on any ranks; without it rounding may change them"
+    )
     threads: int | None = Field(
         None,
         ge=1,
@@ -146,7 +148,9 @@ class ClusterConfig(_Section):
     start_timeout_s: float = Field(120.0, gt=0, description="spawn until a rank reports")
     load_timeout_s: float = Field(600.0, gt=0, description="weights and warm-up of a change")
     move_timeout_s: float = Field(
-        30.0, gt=0, description="copying of leavers' KV; what is late is computed again"
+        30.0,
+        gt=0,
+        description="copying of leavers' KV beside serving; what is late is copied at the switch",
     )
     commit_timeout_s: float = Field(30.0, gt=0, description="arming until all ranks switched")
     exchange_timeout_s: float = Field(60.0, gt=0, description="wait for a peer within a step")

@@ -70,7 +70,7 @@ def test_phases_are_printed_as_they_pass(service: Any) -> None:
         "  load         0.500 s",
         "  commit       0.010 s",
         "done in 0.76 s: epoch 2, 32 experts and 3 requests moved (2 with their KV, "
-        "3.0 MiB; 40 tokens computed again for want of room), pause 4.2 ms",
+        "3.0 MiB; up to 40 tokens computed again for want of room), pause 4.2 ms",
     ]
 
 

@@ -87,6 +87,23 @@ def test_a_shared_prefix_moves_once(service: Service) -> None:
     service.run(scenario(service.head))
 
 
+def test_more_requests_than_may_run_wait_with_their_kv() -> None:
+    async def scenario(head: Head) -> None:
+        work = requests(12, tokens=150)
+        expected = await answer_all(head, work, clients=12)
+        traffic = asyncio.create_task(answer_all(head, work, clients=12))
+        await until(lambda: everywhere(head, 12))
+        done = await change(head, ranks=1)
+        assert done.state == "done"
+        assert done.moved_with_kv == done.moved_requests == 6
+        assert done.recomputed_tokens == 0
+        assert await traffic == expected
+        await until(lambda: all(rank.kv_used == 0 for rank in head.cluster().ranks))
+
+    with running(cluster__ranks=2, **SETTINGS, engine__max_running=6) as service:
+        service.run(scenario(service.head))
+
+
 def test_without_room_requests_are_computed_again_and_said_so() -> None:
     async def scenario(head: Head) -> None:
         work = [

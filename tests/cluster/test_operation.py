@@ -9,7 +9,7 @@ import pytest
 from flexpert.cluster.journal import Entry, Journal
 from flexpert.cluster.messages import Contradiction
 from flexpert.cluster.operation import resolve_target
-from flexpert.engine.request import SamplingParams, TokenEvent
+from flexpert.engine.request import HeldKV, SamplingParams, TokenEvent
 from flexpert.errors import FlexpertError, OperationRefused, Overloaded, ServiceStopped
 
 
@@ -115,6 +115,24 @@ def test_sequences_go_to_the_rank_with_the_fewest() -> None:
         journal.close("1")
         assert journal.assign(open_entry(journal, "x", []), [0, 2]) == 2
         assert journal.of_rank(0) == ["0", "2"]
+
+    asyncio.run(scenario())
+
+
+def test_what_moves_goes_where_its_kv_has_room() -> None:
+    async def scenario() -> None:
+        journal = Journal()
+        journal.kv_tokens = 100
+        params = SamplingParams(max_tokens=8, seed=1)
+        for name, prompt, rank in (("long", 90, 0), ("a", 5, 1), ("b", 5, 1), ("x", 30, 2)):
+            entry = journal.open(name, [1] * prompt, params, (0,), lambda _: None)
+            journal.assign(entry, [rank])
+        for name in "yz":
+            journal.assign(journal.open(name, [1] * 8, params, (0,), lambda _: None), [2])
+        held = [HeldKV(name, 8, [0]) for name in ("x", "y", "z")]
+        moves = journal.bequeath(held, [0, 1])
+        there = {heir: [move.sequence.id for move in some] for heir, some in moves.items()}
+        assert there == {1: ["x", "z"], 0: ["y"]}, "rank 0 has fewer, but room for only 10 tokens"
 
     asyncio.run(scenario())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from random import Random
 
 import msgspec
@@ -142,6 +143,69 @@ def test_what_was_offered_is_not_overwritten_when_its_sequence_ends() -> None:
     leaver.check_empty()
 
 
+def test_without_a_free_row_it_waits_with_its_kv_and_nothing_is_computed_again() -> None:
+    leaver, heir = Rank(), Rank(max_running=1)
+    asked = [sequence(n, [i] * 9, max_tokens=12, ignore_eos=True) for i, n in enumerate("abcd")]
+    for s in asked[:3]:
+        leaver.add(s)
+    heir.add(asked[3])
+    heir.step()
+    leaver.step(4)
+    held = {one.id: one for one in leaver.scheduler.hand_over()}
+    for s in asked[:3]:
+        assert heir.adopt(leaver, leaver.resumed(s), held[s.id], [])
+    later = sequence("e", [9] * 9, max_tokens=12, ignore_eos=True)
+    heir.add(later)
+    assert (heir.scheduler.running, heir.scheduler.waiting) == (1, 4)
+    before = heir.computed
+    wanted = sum(12 - len(heir.got[s.id]) for s in asked)
+    heir.step(wanted)
+    assert heir.computed - before == wanted, "a token each, one sequence at a time"
+    assert [len(heir.got[s.id]) for s in (*asked, later)] == [12, 12, 12, 12, 0]
+    heir.step(12)
+    for s in (*asked, later):
+        assert heir.got[s.id] == answer(s, 60)
+    heir.check_empty()
+
+
+def test_what_waits_with_its_kv_moves_on_with_it() -> None:
+    leaver, heir, third = Rank(), Rank(max_running=1), Rank()
+    asked = [sequence(n, [i] * 9, max_tokens=12, ignore_eos=True) for i, n in enumerate("ab")]
+    leaver.add(asked[0])
+    leaver.step(4)
+    heir.add(asked[1])
+    heir.step()
+    (held,) = leaver.scheduler.hand_over()
+    assert heir.adopt(leaver, leaver.resumed(asked[0]), held, [])
+    assert [(one.id, one.computed) for one in heir.scheduler.offer()] == [("b", 8), ("a", 12)]
+    for one in heir.scheduler.hand_over():
+        s = next(s for s in asked if s.id == one.id)
+        assert third.adopt(heir, heir.resumed(s), one, [])
+    heir.check_empty()
+    third.step(11)
+    assert third.computed == 11 + 8
+    assert [third.got[s.id] for s in asked] == [answer(s, 60) for s in asked]
+
+
+def test_those_that_run_take_the_blocks_of_those_that_wait() -> None:
+    leaver, heir = Rank(), Rank(blocks=8, max_running=1, max_model_len=30, prefix_cache=False)
+    asked = [sequence(n, [i] * 9, max_tokens=18, ignore_eos=True) for i, n in enumerate("abc")]
+    for s in asked[:2]:
+        leaver.add(s)
+    leaver.step()
+    heir.add(asked[2])
+    heir.step()
+    held = {one.id: one for one in leaver.scheduler.hand_over()}
+    assert heir.adopt(leaver, leaver.resumed(asked[0]), held["a"], [])
+    assert not heir.adopt(leaver, leaver.resumed(asked[1]), held["b"], []), "5 of 8 are taken"
+    heir.step(17)
+    assert heir.scheduler.preemptions == 1
+    heir.step(40)
+    for s in asked:
+        assert heir.got[s.id] == answer(s, 30)
+    heir.check_empty()
+
+
 def test_without_room_it_waits_and_is_computed_again() -> None:
     leaver, heir = Rank(), Rank(blocks=6, max_model_len=24)
     asked = sequence("a", list(range(9)), max_tokens=9, ignore_eos=True)
@@ -183,21 +247,37 @@ def test_random_moves_change_no_answer_and_leak_nothing(seed: int) -> None:
         "max_tokens_per_step": draw.choice([4, 9, 30]),
         "max_model_len": 40,
     }
-    leaver = Rank(blocks=draw.choice([11, 16, 40]), max_running=draw.choice([2, 5]), **shape)
-    heir = Rank(blocks=draw.choice([11, 16, 40]), max_running=draw.choice([2, 5]), **shape)
+    ranks = [
+        Rank(blocks=draw.choice([11, 16, 40]), max_running=draw.choice([1, 2, 5]), **shape)
+        for _ in range(3)
+    ]
     asked = {}
     for number in range(draw.randint(2, 9)):
         prompt = draw.choices([0, 1], k=draw.choice([1, 5, 12, 20]))
         s = sequence(str(number), prompt, max_tokens=draw.randint(1, 18), ignore_eos=True)
         asked[s.id] = s
-        (heir if draw.random() < 0.3 else leaver).add(s)
-    leaver.step(draw.randint(0, 12))
-    heir.step(draw.randint(0, 6))
+        draw.choices(ranks, [7, 3, 1])[0].add(s)
+    for rank, most in zip(ranks, (12, 6, 6), strict=True):
+        rank.step(draw.randint(0, most))
     over: dict[str, list[int]] = {}
+    for leaver, heir in pairwise(ranks):  # what has moved once moves again
+        move_all(leaver, heir, asked, draw)
+        over |= {n: got for n, got in leaver.got.items() if n not in heir.got}
+        leaver.check_empty()
+        heir.step(draw.randint(0, 5))
+    last = ranks[-1]
+    for _ in range(500):
+        if not last.scheduler.has_work:
+            break
+        last.step()
+    over |= last.got
+    for name, s in asked.items():
+        assert over[name] == answer(s, 40), name
+    last.check_empty()
 
-    def running(rank: Rank) -> dict[str, list[int]]:
-        return {name: got for name, got in rank.got.items() if name in rank.scheduler}
 
+def move_all(leaver: Rank, heir: Rank, asked: dict[str, Sequence], draw: Random) -> None:
+    """A change in which a rank leaves, as `engine/rank.py` does it."""
     arrivals = Arrivals(heir.scheduler.pool)
     if draw.random() < 0.8:
         moves = [Move(leaver.resumed(asked[h.id]), h) for h in leaver.scheduler.offer()]
@@ -212,17 +292,6 @@ def test_random_moves_change_no_answer_and_leak_nothing(seed: int) -> None:
             arrivals.drop()  # the copy failed
         for rank in (leaver, heir):
             rank.step(draw.randint(0, 5))
-    alive = running(leaver)
-    over |= {name: got for name, got in leaver.got.items() if name not in alive}
     for held in leaver.scheduler.hand_over():
         heir.adopt(leaver, leaver.resumed(asked[held.id]), held, arrivals.take(held.id))
     arrivals.drop()
-    leaver.check_empty()
-    for _ in range(500):
-        if not heir.scheduler.has_work:
-            break
-        heir.step()
-    over |= heir.got
-    for name, s in asked.items():
-        assert over[name] == answer(s, 40), name
-    heir.check_empty()

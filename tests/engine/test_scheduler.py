@@ -11,7 +11,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from flexpert.engine.request import SamplingParams, Sequence, TokenEvent, TokenLogprobs
+from flexpert.engine.request import (
+    HeldKV,
+    SamplingParams,
+    Sequence,
+    TokenEvent,
+    TokenLogprobs,
+)
 from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
 from flexpert.engine.sequence import Sampled
 from flexpert.errors import ConfigError, ContextOverflow, RequestError
@@ -372,7 +378,8 @@ def test_drain_takes_everything_out_in_order_of_arrival() -> None:
 
 
 class Life(RuleBasedStateMachine):
-    """Adds, aborts, whole steps and broken ones in any order; then everything must complete."""
+    """Adds, arrivals with KV, aborts, whole steps and broken ones in any order; then everything
+    must complete."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -380,6 +387,7 @@ class Life(RuleBasedStateMachine):
         self.got: dict[str, list[int]] = {}
         self.done: set[str] = set()
         self.started: list[str] = []
+        self.came: set[str] = set()  # from another rank
         self.in_flight: StepPlan | None = None
         self.broken: StepPlan | None = None  # rolled back, and nothing happened since
         self.quiet = True  # nothing was added or aborted since the plan
@@ -417,6 +425,39 @@ class Life(RuleBasedStateMachine):
         self.asked[name] = sequence(name, prompt, before, **params)
         self.got[name] = list(before)
         self.scheduler.add(self.asked[name])
+        self.broken, self.quiet = None, False
+
+    @precondition(lambda self: self.in_flight is None)
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=22),
+        resumed=st.integers(0, 6),
+        computed=st.integers(0, 28),
+        ahead=st.booleans(),
+    )
+    def adopt(self, prompt: list[int], resumed: int, computed: int, ahead: bool) -> None:
+        """From another rank, which has computed some of it; ahead: its full blocks are here."""
+        name, size, pool = str(len(self.asked)), 4, self.scheduler.pool
+        before = answer(sequence(name, prompt, max_tokens=18))[:-1][:resumed]
+        s = self.asked[name] = sequence(name, prompt, before, max_tokens=18)
+        self.got[name] = list(before)
+        tokens = [*prompt, *before]
+        computed = min(computed, len(tokens) - 1)
+        full = computed // size
+        ahead = ahead and full <= pool.free_count - self.scheduler.running - 1
+        have = pool.allocate(full) if ahead else []
+        queue = [waits for waits in self.scheduler._waiting if waits.blocks]
+        pairs = self.scheduler.adopt(
+            s, HeldKV(name, computed, list(range(-(-computed // size)))), have
+        )
+        for there, here in [*enumerate(have), *(pairs or [])]:
+            for at in range(there * size, min((there + 1) * size, computed)):
+                self.model.cache[here * size + at % size] = (at, tokens[at])
+        if pairs is not None:
+            state = self.scheduler._states[name]
+            assert computed == state.computed
+            assert state.row < 0 or not queue, "it overtakes who waits with KV"
+            self.scheduler.settle(name)
+        self.came.add(name)
         self.broken, self.quiet = None, False
 
     @precondition(lambda self: set(self.asked) - self.done)
@@ -479,22 +520,27 @@ class Life(RuleBasedStateMachine):
             return
         pool = self.scheduler.pool
         running = [*self.scheduler._decoding, *self.scheduler._prefilling]
-        held = [block for s in running for block in s.blocks]
+        with_kv = [s for s in self.scheduler._waiting if s.blocks]
+        held = [block for s in (*running, *with_kv) for block in s.blocks]
         assert [pool.refs(b) for b in range(pool.blocks)] == [
             held.count(b) for b in range(pool.blocks)
         ]
-        for s in running:  # what it may still write to is its own
+        for s in (*running, *with_kv):  # what it may still write to is its own
             assert all(pool.refs(b) == 1 for b in s.blocks[s.computed // 4 :])
         assert len({s.row for s in running}) == len(running)
         assert set(self.scheduler._states) == set(self.asked) - self.done
 
     @invariant()
     def nobody_overtakes(self) -> None:
-        assert self.started == sorted(self.started, key=int)
+        started = [name for name in self.started if name not in self.came]
+        assert started == sorted(started, key=int)
         if hasattr(self, "scheduler"):
             s = self.scheduler
-            order = [int(each.id) for each in (*s._decoding, *s._prefilling, *s._waiting)]
+            every = [each.id for each in (*s._decoding, *s._prefilling, *s._waiting)]
+            order = [int(name) for name in every if name not in self.came]
             assert order == sorted(order)
+            with_kv = [bool(each.blocks) for each in s._waiting]
+            assert with_kv == sorted(with_kv, reverse=True), "who holds blocks waits in front"
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -521,8 +567,9 @@ TestLife.settings = settings(
 )
 
 
+@pytest.mark.parametrize("arrivals", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_long_random_lives_under_pressure(seed: int) -> None:
+def test_long_random_lives_under_pressure(seed: int, arrivals: bool) -> None:
     """The rules of `Life`, by a random walk that keeps the cache full for long."""
     random, life = Random(seed), Life()
     life.begin(
@@ -537,6 +584,14 @@ def test_long_random_lives_under_pressure(seed: int) -> None:
             if random.random() < 0.4:
                 prompt = [0] * len(prompt)
             life.add(prompt=prompt, resumed=random.randrange(5), max_tokens=18, ignore_eos=True)
+        if arrivals and life.in_flight is None and random.random() < 0.2:
+            prompt = random.choices([0, 1], k=random.choice([1, 5, 12, 22]))
+            life.adopt(
+                prompt=prompt,
+                resumed=random.randrange(5),
+                computed=random.randrange(28),
+                ahead=random.random() < 0.5,
+            )
         if len(life.done) < len(life.asked) and random.random() < 0.04:
             life.abort(pick=random.randrange(100))
         if life.in_flight is None:

@@ -24,7 +24,7 @@ def show(console: Console, result: ChaosResult, seen: Seen) -> None:
     table.add_row("requests sent", str(result.sent))
     table.add_row("answered", str(result.answered))
     table.add_row("lost", str(result.lost))
-    table.add_row("altered", str(result.altered))
+    table.add_row("altered (--deterministic)", str(result.altered))
     table.add_row("tokens a second", f"{result.tokens_per_s:,.0f}")
     for name, before, after in (
         ("memory of the head, MiB", result.before.resident_mib, result.after.resident_mib),

@@ -169,7 +169,7 @@ def summary(result: Result) -> RenderableType:
         parts += ["", Text.assemble((result.sample_prompt, "dim"), result.sample)]
     parts += ["", Text(f"{result.model} on {result.machine.line()}", style="dim")]
     verdict = Text(
-        "Nothing was lost, and every answer is what it would have been."
+        "Nothing was lost, and (--deterministic) every answer is what it would have been."
         if result.good
         else "This run is not as it should be.",
         style="bold green" if result.good else bad,

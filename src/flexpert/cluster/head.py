@@ -28,6 +28,7 @@ from flexpert.cluster.transport import Transport
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
 from flexpert.config import Config
 from flexpert.engine.compute import open_device
+from flexpert.engine.memory import kv_blocks
 from flexpert.engine.request import HeldKV, Move, SamplingParams
 from flexpert.errors import (
     ContextOverflow,
@@ -91,7 +92,8 @@ class Head:
                 asyncio.to_thread(open_source, self.config),
                 self._launcher.start(self.config, self.config.cluster.start_timeout_s),
             )
-            self.info = source.info
+            self.info, engine = source.info, self.config.engine
+            self._journal.kv_tokens = kv_blocks(self.info, engine) * engine.kv_block_size
             self.tokenizer = await asyncio.to_thread(source.tokenizer)
             self.model_name = self.config.model.served_name or self.info.name
             self._coordinator = Coordinator(self.config, source, self)

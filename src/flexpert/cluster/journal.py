@@ -107,11 +107,13 @@ class Journal:
 
     Its memory is bounded: at most `limit` of them, each as long as the model's context.
     on_trial_over: sequences that waited because of a suspect may run; see `quarantine`.
+    kv_tokens: how many tokens the KV cache of a rank holds; set before the first rank leaves.
     tokens_published, tokens_degraded: since the start; the latter were computed without some
     experts, or follow such. answers_degraded: how many sequences have any.
     """
 
     def __init__(self, limit: int = 16384) -> None:
+        self.kv_tokens = 2**62
         self._limit = limit
         self._entries: dict[str, Entry] = {}
         self._by_rank: dict[int, set[str]] = {}
@@ -189,22 +191,32 @@ class Journal:
     def bequeath(self, held: Iterable[HeldKV], heirs: Iterable[int]) -> dict[int, list[Move]]:
         """Choose who will go on with a leaver's sequences; they stay where they are for now.
 
-        Returns: heir → what moves there; each goes to the rank that will then have the fewest.
+        Returns: heir → what moves there. Each goes to the rank that will then have the fewest, of
+        those whose KV cache has room for it if there are any.
         """
         counts = {heir: len(self._by_rank.get(heir, ())) for heir in sorted(heirs)}
-        for entry in self._entries.values():
+        tokens = {heir: sum(map(self._tokens_of, self._by_rank.get(heir, ()))) for heir in counts}
+        for name, entry in self._entries.items():
             if entry.heir in counts and entry.rank not in counts:
                 counts[entry.heir] += 1
+                tokens[entry.heir] += self._tokens_of(name)
         moves: dict[int, list[Move]] = {}
         for one in held:
             found = self._entries.get(one.id)
             if found is None or not counts:
                 continue
-            heir = min(counts, key=lambda rank: (counts[rank], rank))
+            more = self._tokens_of(one.id)
+            full = {heir for heir in counts if tokens[heir] + more > self.kv_tokens}
+            heir = min(counts, key=lambda rank: (rank in full, counts[rank], rank))
             found.heir = heir
             counts[heir] += 1
+            tokens[heir] += more
             moves.setdefault(heir, []).append(Move(found.resume(), one))
         return moves
+
+    def _tokens_of(self, sequence_id: str) -> int:
+        entry = self._entries[sequence_id]
+        return len(entry.request.prompt) + len(entry.generated)
 
     def hand_over(
         self, rank: int, held: Iterable[HeldKV], heirs: Iterable[int]

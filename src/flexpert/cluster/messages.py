@@ -213,7 +213,7 @@ class Adopted(msgspec.Struct, frozen=True, tag="adopted"):
     """A leaver's sequences go on here.
 
     moved: how many with their KV. size: bytes copied since `Fetched`. recomputed: tokens that must
-    be computed again, because there was no room.
+    be computed again, because there were no blocks for them.
     """
 
     source: int

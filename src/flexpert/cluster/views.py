@@ -56,7 +56,8 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     memory and not from the checkpoint.
     moved_requests: those that went on on another rank; moved_with_kv: of them, with the keys and
     values that were computed already, in all moved_kv_bytes. recomputed_tokens: tokens of leavers'
-    requests that are computed again, because there was no room for their keys and values.
+    requests that are computed again, because there were no KV blocks for them or the leaver had
+    died; at most so many, since prefixes that are in the cache by then are found.
     reason: why the head began it by itself (a rank was lost, or is replaced); None for a change
     that was asked for.
     """

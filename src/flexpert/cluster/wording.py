@@ -43,5 +43,5 @@ def _how_moved(operation: OperationView) -> str:
         size = operation.moved_kv_bytes / 2**20
         parts.append(f"{operation.moved_with_kv} with their KV, {size:.1f} MiB")
     if operation.recomputed_tokens:
-        parts.append(f"{operation.recomputed_tokens} tokens computed again for want of room")
+        parts.append(f"up to {operation.recomputed_tokens} tokens computed again for want of room")
     return f" ({'; '.join(parts)})" if parts else ""

@@ -1,13 +1,18 @@
 """Which tokens a rank computes in the next step, and what becomes of them. Pure.
 
     add → waiting ──admit──► prefilling ──prompt computed──► decoding ──finished──► gone
-             ▲                    │                             │
-             └────── preempt (blocks given back, tokens kept) ──┘
+           ▲   ▲                  │                             │
+    adopt ─┘   └──── preempt (blocks given back, tokens kept) ──┘
 
 Policy: first come, first served, without overtaking. A step computes one token of every decoding
 sequence, then chunks of prompts in order of arrival up to the token budget. A sequence is admitted
 when all blocks of its prompt are free, and a spare one for each sequence that runs already; so
 only decoding can run out of blocks. Then the latest arrival is preempted and later computed again.
+
+A sequence that comes from another rank with its keys and values, and finds no row, waits with them,
+in all the blocks that its tokens need, so that a row is all it waits for. Those that wait with
+blocks are ahead of those without, and lose them before anybody who runs does. So the first in the
+queue can be admitted at the latest when nobody runs: it waits for no block that one behind it has.
 
 A step is a transaction, because a rank may die in the middle of it:
 
@@ -65,7 +70,8 @@ class EngineLimits:
 
 
 class _Scheduled(SampleState):
-    """A sequence in this scheduler. While it waits it holds no blocks and row is -1."""
+    """A sequence in this scheduler. While it waits row is -1, and it has blocks only if it came
+    with them (`adopt`)."""
 
     __slots__ = ("aborted", "blocks", "computed", "digests", "row", "tainted")
 
@@ -85,6 +91,7 @@ class _Admission:
     row: int
     blocks: list[int]
     cached: int  # tokens that need no computing
+    kept: bool  # the blocks are those it has waited with
 
 
 @dataclass(slots=True, eq=False)
@@ -179,12 +186,12 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Sequences that hold blocks."""
+        """Sequences that are computed."""
         return len(self._decoding) + len(self._prefilling)
 
     @property
     def waiting(self) -> int:
-        """Sequences not yet admitted, or preempted."""
+        """Sequences not yet admitted, or preempted, or that have come and found no row."""
         return len(self._waiting)
 
     @property
@@ -266,7 +273,7 @@ class Scheduler:
         return ids
 
     def offer(self) -> list[HeldKV]:
-        """The full blocks of each running sequence, for another rank to copy while it goes on.
+        """The full blocks of each sequence that has any, for another rank to copy meanwhile.
 
         Not of a tainted one: where it goes on it is computed again. They stay as they are until
         `withdraw`, whatever becomes of the sequence.
@@ -275,8 +282,8 @@ class Scheduler:
         size = self.limits.block_size
         held = [
             HeldKV(s.id, s.computed // size * size, s.blocks[: s.computed // size])
-            for s in (*self._decoding, *self._prefilling)
-            if not s.tainted
+            for s in (*self._decoding, *self._prefilling, *self._waiting)
+            if s.blocks and not s.tainted
         ]
         self._offered = [block for one in held for block in one.blocks]
         self.pool.hold(self._offered)
@@ -312,8 +319,9 @@ class Scheduler:
             have: blocks of this pool with the first of it, whose references go over.
 
         Returns:
-            (block there, block here) of what must be copied before `settle` and the next plan; or
-            None: there is no room to go on at once, so it waits and is computed again.
+            (block there, block here) of what must be copied before `settle` and the next plan, be
+            it that it goes on at once or that it waits for a row; or None: there are no blocks for
+            it, so it waits and is computed again.
 
         Raises:
             As `add`.
@@ -331,24 +339,35 @@ class Scheduler:
         decodes = computed == len(state.tokens) - 1
         used = -(-computed // size)
         total = used if decodes else -(-len(state.tokens) // size)
-        room = self.pool.free_count - self.running - 1
-        if computed < 1 or not self._free_rows or total - len(have) > room:
+        room = self.pool.free_count - self.running
+        ahead = sum(1 for waits in self._waiting if waits.blocks)
+        runs = bool(self._free_rows) and not ahead and total - len(have) < room
+        if not runs:  # the block of the token that comes next, too: admission takes none
+            total = -(-len(state.tokens) // size)
+        if computed < 1 or total - len(have) > room:
             self.pool.free(have)
             return None
         self._waiting.pop()
         state.blocks = have + self.pool.allocate(total - len(have))
         state.computed = computed
+        if runs:
+            self._go_on(state, decodes)
+        else:
+            self._waiting.insert(ahead, state)
+        return list(zip(held.blocks[len(have) : used], state.blocks[len(have) : used], strict=True))
+
+    def _go_on(self, state: _Scheduled, decodes: bool) -> None:
+        """A sequence that has come with its blocks runs at once."""
         state.row = self._free_rows.pop()
-        self._tables[state.row, :total] = state.blocks
-        self._held[state.row] = total
+        self._tables[state.row, : len(state.blocks)] = state.blocks
+        self._held[state.row] = len(state.blocks)
         if decodes:
             self._last[state.row] = state.tokens[-1]
-            self._length[state.row] = computed
+            self._length[state.row] = state.computed
             self._decoding.append(state)
             self._order = None
         else:
             self._prefilling.append(state)
-        return list(zip(held.blocks[len(have) : used], state.blocks[len(have) : used], strict=True))
 
     def settle(self, id: str) -> None:
         """What `adopt` asked for is copied: others may find the full blocks."""
@@ -394,20 +413,26 @@ class Scheduler:
         for state in self._waiting:
             if budget <= 0 or not self._free_rows:
                 break
-            total = -(-len(state.tokens) // size)
-            matchable = self.pool.matchable(len(state.tokens))
-            found = self.pool.match(chain(state.tokens, size, state.digests, matchable)[:matchable])
-            idle = sum(self.pool.refs(block) == 0 for block in found)
             spare = self.running + len(admitted)
-            if total - len(found) + idle + spare > self.pool.free_count:
-                break
-            self.pool.share(found)
-            blocks = found + self.pool.allocate(total - len(found))
+            blocks, start = state.blocks, state.computed
+            if blocks:  # all it needs
+                if spare > self.pool.free_count:
+                    break
+            else:
+                total = -(-len(state.tokens) // size)
+                matchable = self.pool.matchable(len(state.tokens))
+                digests = chain(state.tokens, size, state.digests, matchable)[:matchable]
+                found = self.pool.match(digests)
+                idle = sum(self.pool.refs(block) == 0 for block in found)
+                if total - len(found) + idle + spare > self.pool.free_count:
+                    break
+                self.pool.share(found)
+                blocks = found + self.pool.allocate(total - len(found))
+                start = len(found) * size
             row = self._free_rows.pop()
-            self._tables[row, :total] = blocks
-            start = len(found) * size
+            self._tables[row, : len(blocks)] = blocks
             end = min(len(state.tokens), start + budget)
-            admitted.append(_Admission(state, row, blocks, start))
+            admitted.append(_Admission(state, row, blocks, start, kept=bool(state.blocks)))
             chunks.append(_Chunk(state, row, start, end))
             budget -= end - start
         return admitted
@@ -508,7 +533,8 @@ class Scheduler:
         self._plan = None
         for admission in reversed(plan._admitted):
             self._free_rows.append(admission.row)
-            self.pool.free(admission.blocks)
+            if not admission.kept:
+                self.pool.free(admission.blocks)
         for _state, block in reversed(plan._grown):
             self.pool.free([block])
         self._drop_orphans()
@@ -519,8 +545,9 @@ class Scheduler:
             state.row, state.blocks = admission.row, admission.blocks
             state.computed = admission.cached
             self._held[state.row] = len(state.blocks)
-            self.prompt_tokens += len(state.tokens)
-            self.cached_tokens += admission.cached
+            if not admission.kept:
+                self.prompt_tokens += len(state.tokens)
+                self.cached_tokens += admission.cached
             if not state.aborted:
                 self._waiting.popleft()
                 self._prefilling.append(state)
@@ -575,10 +602,11 @@ class Scheduler:
             return
         needed = [s for s in self._decoding if s.computed == len(s.blocks) * size]
         while len(needed) > self.pool.free_count:
-            queue = self._prefilling or self._decoding
-            victim = queue.pop()
+            waits = next((s for s in reversed(self._waiting) if s.blocks), None)
+            victim = waits or (self._prefilling or self._decoding).pop()
             self._release(victim)
-            self._waiting.appendleft(victim)
+            if waits is None:
+                self._waiting.appendleft(victim)
             self._order = None
             self.preemptions += 1
             if needed[-1] is victim:
@@ -595,9 +623,9 @@ class Scheduler:
             self.pool.publish(state.blocks[index], state.digests[index])
 
     def _release(self, state: _Scheduled) -> None:
-        """Gives back the blocks and the row of a sequence that leaves the running ones."""
+        """Gives back the blocks and the row of a sequence, as far as it has them."""
+        self.pool.free(state.blocks)
         if state.row >= 0:
-            self.pool.free(state.blocks)
             self._free_rows.append(state.row)
         state.blocks, state.computed, state.row, state.tainted = [], 0, -1, False
 
