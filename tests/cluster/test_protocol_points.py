@@ -84,6 +84,7 @@ TABLE = [
     in_a_step("dispatch_wait"),
     in_a_step("combine_send"),
     in_a_step("combine_wait"),
+    in_a_step("forward"),
     in_a_step("publish"),
     in_a_step("published"),
     in_a_step("vote", action="stop"),

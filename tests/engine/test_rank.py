@@ -6,7 +6,9 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import msgspec
 import pytest
 
 from flexpert.comm import Buffer, make_buffer
@@ -15,7 +17,7 @@ from flexpert.config import EngineConfig
 from flexpert.engine.epoch import EpochPlan
 from flexpert.engine.memory import RankMemory, buffer_spec
 from flexpert.engine.rank import RankEngine
-from flexpert.engine.request import HeldKV, SamplingParams, Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, Move, SamplingParams, Sequence, TokenEvent
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import replan
 
@@ -28,6 +30,8 @@ class Told:
 
     def __init__(self) -> None:
         self._said: queue.Queue[tuple[str, int]] = queue.Queue()
+        self.tokens: dict[str, list[int]] = {}
+        self.rejections: dict[str, tuple[str, bool]] = {}
         self.interfere: Callable[[str, int], None] = lambda what, epoch: None
 
     def wait_for(self, what: str, epoch: int) -> None:
@@ -38,7 +42,8 @@ class Told:
         self.interfere(what, epoch)
         self._said.put((what, epoch))
 
-    def rejected(self, sequence_id: str, error: str) -> None:
+    def rejected(self, sequence_id: str, error: str, fault: bool = False) -> None:
+        self.rejections[sequence_id] = (error, fault)
         self._say("rejected", 0)
 
     def progress(self, epoch: int, share: float) -> None:
@@ -53,7 +58,15 @@ class Told:
     def switched(self, epoch: int, pause_ms: float | None) -> None:
         self._say("switched", epoch)
 
-    def published(self, events: list[TokenEvent]) -> None: ...
+    def published(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            self.tokens.setdefault(event.id, []).extend(event.tokens)
+            if event.finish:
+                self._say("finished", 0)
+
+    def on_trial(self, sequence_id: str) -> None:
+        self._say("on_trial", 0)
+
     def offered(self, epoch: int, held: list[HeldKV]) -> None: ...
     def fetched(self, epoch: int, source: int, size: int) -> None: ...
     def handed_over(self, epoch: int, held: list[HeldKV]) -> None: ...
@@ -168,3 +181,66 @@ def _wait(event: threading.Event, yes: bool) -> None:
 def _too_long() -> Sequence:
     greedy = SamplingParams(max_tokens=1, temperature=0.0)
     return Sequence(id="long", prompt=[1] * 10**6, generated=[], params=greedy, eos=())
+
+
+def alone(source: ModelSource, engine: RankEngine, told: Told) -> None:
+    """Rank 0 serves by itself."""
+    engine.prepare(plan(engine, 1, {}))
+    told.wait_for("prepared", 1)
+    engine.commit(1)
+    told.wait_for("switched", 1)
+
+
+def asked(name: str, **params: Any) -> Sequence:
+    greedy = SamplingParams(**{"max_tokens": 6, "temperature": 0, "seed": 0} | params)
+    return Sequence(id=name, prompt=[*range(10, 30)], generated=[], params=greedy, eos=())
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        HeldKV("lie", 10**6, [0]),
+        HeldKV("lie", 16, [10**6]),
+        HeldKV("lie", 16, [-1]),
+        HeldKV("lie", 16, []),
+        HeldKV("lie", -5, []),
+        HeldKV("lie", 16, [0, 1, 2, 3]),
+    ],
+)
+@pytest.mark.parametrize("address", [b"", b"?"])
+def test_what_a_rank_says_of_its_kv_is_not_believed_where_it_cannot_be(
+    source: ModelSource, held: HeldKV, address: bytes
+) -> None:
+    with rank_and_peer(source) as (engine, told, _):
+        alone(source, engine, told)
+        engine.admit([asked("true")])
+        told.wait_for("finished", 0)
+        engine.adopt(1, address, [Move(asked("lie"), held)])
+        told.wait_for("finished", 0)
+        assert told.tokens["lie"] == told.tokens["true"]
+        assert not told.rejections
+
+
+def test_a_sequence_that_cannot_be_sampled_fails_alone(source: ModelSource) -> None:
+    with rank_and_peer(source) as (engine, told, _):
+        alone(source, engine, told)
+        engine.admit([asked("before")])
+        told.wait_for("finished", 0)
+        # no such sequence passes the head's checks: its logits cannot be counted
+        odd = asked("odd", temperature=0.5, logprobs=3, top_k=-3)
+        engine.admit([asked("beside"), odd, msgspec.structs.replace(odd, id="after")])
+        told.wait_for("finished", 0)
+        assert told.tokens["beside"] == told.tokens["before"]
+        assert {name: fault for name, (_, fault) in told.rejections.items()} == {
+            "odd": True,
+            "after": True,
+        }
+        assert engine.scheduler.running == engine.scheduler.waiting == 0
+
+
+def test_the_first_step_with_a_suspect_is_told(source: ModelSource) -> None:
+    with rank_and_peer(source) as (engine, told, _):
+        alone(source, engine, told)
+        engine.admit([msgspec.structs.replace(asked("a"), on_trial=True)])
+        told.wait_for("on_trial", 0)
+        told.wait_for("finished", 0)

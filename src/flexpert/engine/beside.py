@@ -93,7 +93,7 @@ class Fetch(threading.Thread):
         """
         Args:
             pairs: (block there, block here).
-            theirs: opens the cache. Raises: CommError
+            theirs: opens the cache. Raises: CommError, ValueError
             done: called in the thread: bytes, or None if it could not be done in full.
         """
         super().__init__(name=f"fetch-{source}", daemon=True)
@@ -121,7 +121,7 @@ class Fetch(threading.Thread):
     def _copy(self) -> int | None:
         try:
             theirs = self._open()
-        except CommError:  # it is gone: there is nothing to copy
+        except (CommError, ValueError):  # it is gone or its address is none: nothing to copy
             return None
         copied = 0
         for at in range(0, len(self._pairs), _FETCH_BLOCKS):

@@ -251,8 +251,7 @@ class RankEngine:
             self.listener.handed_over(self.buffer.epoch, held)
             return
         for sequence in sequences:
-            if sequence.on_trial:
-                self._on_trial.add(sequence.id)
+            self._announce(sequence)
             try:
                 self.scheduler.add(sequence)
             except FlexpertError as error:
@@ -274,6 +273,7 @@ class RankEngine:
     def _begin_fetch(self, epoch: int, source: int, address: bytes, moves: list[Move]) -> None:
         if self._prepared is None or self._prepared.plan.epoch != epoch:
             return  # withdrawn meanwhile
+        moves = self._credible(moves)
         arrivals = Arrivals(self.scheduler.pool)
         pairs = arrivals.reserve(moves, spare=self.scheduler.running + len(moves))
         fetch = self._fetches[source] = Fetch(
@@ -309,16 +309,22 @@ class RankEngine:
         fetch = self._fetches.pop(source, None)
         moved = copied = recomputed = 0
         theirs = fetch.theirs if fetch else None
+        moves = self._credible(moves)
         if theirs is None and any(move.held.computed for move in moves):
-            with contextlib.suppress(CommError):  # it is gone: all is computed again
+            # it is gone, or its address is none: all is computed again
+            with contextlib.suppress(CommError, ValueError):
                 theirs = self._cache_at(address)
         for sequence, held in ((move.sequence, move.held) for move in moves):
+            self._announce(sequence)
             have = fetch.arrivals.take(sequence.id) if fetch and fetch.over else []
             there = held if theirs else HeldKV(sequence.id, 0, [])
             try:
                 pairs = self.scheduler.adopt(sequence, there, have)
             except FlexpertError as error:
                 self.listener.rejected(sequence.id, str(error))
+                continue
+            except _FAULTS as error:
+                self._failed(sequence.id, error)
                 continue
             if pairs is None:
                 recomputed += held.computed
@@ -331,8 +337,29 @@ class RankEngine:
             fetch.drop()
         self.listener.adopted(source, moved, copied, recomputed)
 
+    def _announce(self, sequence: Sequence) -> None:
+        """The first step with it is told, if it may be what ends ranks."""
+        if sequence.on_trial:
+            self._on_trial.add(sequence.id)
+
+    def _credible(self, moves: list[Move]) -> list[Move]:
+        """What the rank they come from says it holds, where that can be; else it holds nothing."""
+        size, blocks = self.config.kv_block_size, self.shard.kv.blocks
+
+        def checked(move: Move) -> Move:
+            sequence, held = move.sequence, move.held
+            tokens = len(sequence.prompt) + len(sequence.generated)
+            right = (
+                0 <= held.computed <= tokens
+                and len(held.blocks) == -(-held.computed // size)
+                and all(0 <= block < blocks for block in held.blocks)
+            )
+            return move if right else Move(sequence, HeldKV(sequence.id, 0, []))
+
+        return [checked(move) for move in moves]
+
     def _cache_at(self, address: bytes) -> KVCache:
-        """A peer's KV cache. Raises: PeerUnreachable"""
+        """A peer's KV cache. Raises: PeerUnreachable; ValueError: that is no address"""
         kv, size = self.shard.kv, self.config.kv_block_size
         return KVCache(self.source.info, kv.blocks, size, borrow(address, self.device).bytes)
 
