@@ -1,6 +1,6 @@
 """Time and links of a simulated cluster: a clock that jumps from one event to the next.
 
-Links lose nothing while both ends live and keep their order, as ZeroMQ over TCP does; a partition
+Links lose nothing while both ends live and keep their order, as socket pairs do; a partition
 holds a link up, and what was sent meanwhile arrives afterwards.
 """
 

@@ -51,7 +51,7 @@ class Pulse:
 
 def work_of_main_thread() -> object:
     """Changes when the main thread, or one that computes for it, runs, takes a page fault or waits
-    for a core. Those are all threads that neither Python nor ZeroMQ has started."""
+    for a core. Those are all threads that Python has not started."""
     main = threading.main_thread()
     helpers = {thread.native_id for thread in threading.enumerate() if thread is not main}
     found = []
@@ -63,10 +63,7 @@ def work_of_main_thread() -> object:
             spent_ns = time.clock_gettime_ns(_thread_clock(int(task)))
         except OSError:  # it has just ended
             continue
-        name, _, rest = text.partition(") ")
-        fields = rest.split()
-        if "(ZMQbg" in name:
-            continue
+        fields = text.rpartition(")")[2].split()
         if fields[_STATE] == "R":
             return object()
         found.append((task, spent_ns, *fields[_FAULTS]))
