@@ -32,12 +32,14 @@ from flexpert.bench.gpu.model import qwen3_30b_a3b
 from flexpert.engine.faults import VARIABLE, Fault
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "server"))
-from bodies import HEAVY  # type: ignore[import-not-found]  # noqa: E402
+from bodies import HEAVY  # type: ignore[import-not-found]
 
 URL = "http://127.0.0.1:8124"
 POISON = 4001
 STREAMS = 8
-TOKENS = 200
+TOKENS = 400
+# made ahead: in a thread it would hold up those that read streams
+BODIES = [(path, make(8 * 2**20)[: 8 * 2**20]) for path, make in HEAVY.values()]
 
 
 def make_model(folder: Path, layers: int) -> None:
@@ -81,17 +83,19 @@ def streams(meanwhile) -> tuple[float, list[str]]:
     began = time.perf_counter()
     for thread in threads:
         thread.start()
-    meanwhile(threads)
+    beside = threading.Thread(target=meanwhile, args=(threads,))
+    beside.start()
     for thread in threads:
         thread.join()
-    return STREAMS * TOKENS / (time.perf_counter() - began), failed
+    seconds = time.perf_counter() - began
+    beside.join()
+    return STREAMS * TOKENS / seconds, failed
 
 
 def heavy(threads: list[threading.Thread]) -> None:
     statuses: dict[int, int] = {}
-    bodies = [(path, make(8 * 2**20)[: 8 * 2**20]) for path, make in HEAVY.values()]
     while any(thread.is_alive() for thread in threads):
-        for path, body in bodies:
+        for path, body in BODIES:
             answered = httpx.post(URL + path, content=body, timeout=60)
             statuses[answered.status_code] = statuses.get(answered.status_code, 0) + 1
     print("heavy bodies were answered with", statuses, flush=True)
