@@ -436,7 +436,8 @@ class Coordinator:
         self._handle(Event(Kind.EXITED, rank, reason))
         self._moves.lost(rank)
         if not asked:
-            self._ports.rank_ended(rank, status > 0 or -status in _FAULTS)
+            by_us = record is not None and record.state == "stalled"
+            self._ports.rank_ended(rank, not by_us and (status > 0 or -status in _FAULTS))
         # only now: admission must not choose the lost rank again
         self._hand_over(rank, [])
         if self._down and not self._ranks and self._membership.phase is Phase.LOST:
