@@ -277,6 +277,8 @@ def _note(seen: Seen, event: dict[str, Any]) -> None:
             seen.on_epoch(data["ranks"], data["wanted"], at)
         case "warning":
             seen.warnings.append(str(data.get("error")))
+        case "overrun":
+            raise LoadError("the service said more than this could note; faults would be missed")
 
 
 async def _all_back(target: Target, wanted: int) -> bool:
