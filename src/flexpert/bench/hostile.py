@@ -225,7 +225,8 @@ async def _beside(
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
-    assert process.stdin and process.stdout
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         process.stdin.write(msgspec.json.encode(job) + b"\n")
         if await process.stdout.readline() != b"ready\n":

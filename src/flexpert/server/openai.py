@@ -17,7 +17,7 @@ from flexpert.server import wire
 from flexpert.server.errors import ApiError, api_error, unknown_model
 from flexpert.server.generation import Generation
 from flexpert.server.metrics import ServerMetrics
-from flexpert.server.preprocessing import Detokenized, Generate, Kind, Tokenized, unpacked
+from flexpert.server.preprocessing import Generate, Kind, Rendered
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.shapes import ChatShape, Shape, TextShape
 from flexpert.server.stream import DONE, ClientGone, EventStream, event, unless_gone
@@ -87,14 +87,13 @@ class OpenAIRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or a conversation."""
-        found = await self._preprocess(request, "tokenize", Tokenized)
-        ids = unpacked(found.tokens)
-        return wire.json_response(wire.Tokens(len(ids), self._head.info.max_model_len, ids))
+        found = await self._preprocess(request, "tokenize", Rendered)
+        return Response(found.json, media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
         """Text of token ids."""
-        found = await self._preprocess(request, "detokenize", Detokenized)
-        return wire.json_response(wire.Text(found.text))
+        found = await self._preprocess(request, "detokenize", Rendered)
+        return Response(found.json, media_type="application/json")
 
     async def _preprocess(self, request: Request, kind: Kind, expected: type[T]) -> T:
         """What the body asks for.

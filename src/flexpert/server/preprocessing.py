@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from flexpert.engine.request import SamplingParams
 from flexpert.errors import ContextOverflow, FlexpertError, RequestError
+from flexpert.server import wire
 from flexpert.server.errors import ApiError, api_error, unknown_model, validation_error
 from flexpert.server.schemas import (
     ChatRequest,
@@ -62,14 +63,10 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
         return [unpacked(prompt) for prompt in self.prompts]
 
 
-class Tokenized(msgspec.Struct, frozen=True, tag="tokenized"):
-    """Token ids, int32."""
+class Rendered(msgspec.Struct, frozen=True, tag="rendered"):
+    """A whole answer, in JSON: a million tokens take the head no time."""
 
-    tokens: bytes
-
-
-class Detokenized(msgspec.Struct, frozen=True, tag="detokenized"):
-    text: str
+    json: bytes
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -88,7 +85,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
         )
 
 
-Outcome = Generate | Tokenized | Detokenized | Refused
+Outcome = Generate | Rendered | Refused
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -145,7 +142,7 @@ def _chat(body: bytes, text: TokenText, limits: Limits) -> Generate:
     return Generate([_packed(prompt)], params, request.stream, request.include_usage, [])
 
 
-def _tokenize(body: bytes, text: TokenText, limits: Limits) -> Tokenized:
+def _tokenize(body: bytes, text: TokenText, limits: Limits) -> Rendered:
     request = _parsed(TokenizeRequest, body, limits)
     if request.prompt is not None:
         source, special = request.prompt, request.add_special_tokens
@@ -154,10 +151,11 @@ def _tokenize(body: bytes, text: TokenText, limits: Limits) -> Tokenized:
         source = text.render(messages, add_generation_prompt=request.add_generation_prompt)
         special = False
     most = limits.max_prompt_tokens
-    return Tokenized(_packed(text.encode_bounded(source, most, add_special_tokens=special)))
+    ids = text.encode_bounded(source, most, add_special_tokens=special)
+    return Rendered(wire.encode(wire.Tokens(len(ids), limits.max_model_len, ids)))
 
 
-def _detokenize(body: bytes, text: TokenText, limits: Limits) -> Detokenized:
+def _detokenize(body: bytes, text: TokenText, limits: Limits) -> Rendered:
     request = _parsed(DetokenizeRequest, body, limits)
     size, tokens = text.vocabulary_size, request.tokens
     if len(tokens) > limits.max_prompt_tokens:
@@ -169,7 +167,7 @@ def _detokenize(body: bytes, text: TokenText, limits: Limits) -> Detokenized:
         raise RequestError(
             f"tokens must be below {size}, the vocabulary's size; {wrong} is not", "tokens"
         )
-    return Detokenized(text.decode(tokens))
+    return Rendered(wire.encode(wire.Text(text.decode(tokens))))
 
 
 _KINDS: Mapping[Kind, Callable[[bytes, TokenText, Limits], Outcome]] = {

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 from collections.abc import Callable
 from typing import Protocol
 
 from flexpert.cluster.helper import Helper, OnEnd, OnMessage
 from flexpert.errors import Overloaded
+from flexpert.server import heap
 from flexpert.server.errors import SERVER, ApiError
 from flexpert.server.preprocess_worker import ENTRY
 from flexpert.server.preprocessing import (
@@ -31,6 +33,10 @@ log = logging.getLogger("flexpert.server")
 SMALL_BODY = 32 * 2**10  # bytes
 _MOST_WAITING = 128 * 2**20  # bytes of bodies, also of those that are still coming
 _START_TIMEOUT_S = 120.0  # a large vocabulary takes seconds
+# How a worker ends when a tokenizer, which is Rust, gets no memory: see
+# `preprocess_worker.MOST_MEMORY`.
+_GAVE_UP = f"signal {signal.SIGABRT:d}"
+_TRIM_AFTER_S = 1.0  # without large bodies
 
 
 class Owner(Protocol):
@@ -52,9 +58,11 @@ class Preprocessors:
     def __init__(self, owner: Owner, limits: Callable[[], Limits], timeout_s: float) -> None:
         self._workers = [_Worker(owner, limits, timeout_s, name) for name in ("small", "large")]
         self._waiting = 0  # bytes
+        self._trimming: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         """Both are up, or the reason is logged; they are started again when they are needed."""
+        heap.map_large_apart()
         await asyncio.gather(*(worker.warm_up() for worker in self._workers))
 
     def restart(self) -> None:
@@ -76,6 +84,10 @@ class Preprocessors:
 
     def release(self, size: int) -> None:
         self._waiting -= size
+        if size > SMALL_BODY:
+            if self._trimming:
+                self._trimming.cancel()
+            self._trimming = asyncio.get_running_loop().call_later(_TRIM_AFTER_S, heap.trim)
 
     async def run(self, kind: Kind, body: bytes) -> Outcome:
         """What a body asks for. It is claimed by the caller.
@@ -137,6 +149,13 @@ class _Worker:
                 ) from None
             except _Ended as error:
                 log.error("a request could not be prepared: its worker ended (%s)", error)
+                if str(error) == _GAVE_UP:
+                    raise ApiError(
+                        413,
+                        "the request takes more memory to prepare than one may have; send less of "
+                        "it at once",
+                        code="request_too_costly",
+                    ) from None
                 raise ApiError(
                     503 if self._closed else 500,
                     f"the request could not be prepared: {error}",
