@@ -21,7 +21,6 @@ from flexpert.bench.service import own_service
 from flexpert.errors import FlexpertError
 
 SETTLE_S = 2.0
-AFTER_S = 10.0
 WANTED_RATIO = 0.8
 WANTED_GROWTH_MIB = 50.0
 # Clients are elsewhere in life. On a machine of few cores they give way, in both measurements.
@@ -42,7 +41,7 @@ class Plan:
     clients: int = 16
     max_body: int = 16 * 2**20
     seed: int = 0
-    after_s: float = AFTER_S
+    after_s: float = 10.0
     flags: tuple[str, ...] = ()
 
 
@@ -232,7 +231,7 @@ async def _beside(
         if await process.stdout.readline() != b"ready\n":
             raise FlexpertError("the clients did not start")
         process.stdin.write(b"go\n")
-        await asyncio.sleep(SETTLE_S)
+        await asyncio.sleep(min(SETTLE_S, plan.duration_s))
         for stream in streams:
             stream.reset()
         began, cpu = perf_counter(), sum(head.cpu_times()[:2])

@@ -35,6 +35,9 @@ def bench_hostile(
     max_body: Annotated[
         str, typer.Option(metavar="SIZE", help="Of the largest body, and the service's limit.")
     ] = "16MiB",
+    after: Annotated[
+        float, typer.Option(min=0, max=3600, help="Seconds until memory is looked at again.")
+    ] = 10.0,
     seed: Annotated[int, typer.Option(min=0, help="Of bodies and their order.")] = 0,
     json_: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")
@@ -44,7 +47,7 @@ def bench_hostile(
 
     It starts a service with the embedded model and measures a few streams twice: beside ordinary
     clients (short prompts, streamed), then beside as many that send heavy and odd bodies without a
-    pause; and the memory of the serving process before, meanwhile and 10 s after. Exit status 1 if
+    pause; and the memory of the serving process before, meanwhile and after. Exit status 1 if
     anything was answered with a 5xx, or one of the streams failed.
     """
     check_outputs(json_)
@@ -58,6 +61,7 @@ def bench_hostile(
         clients=clients,
         max_body=_size(max_body),
         seed=seed,
+        after_s=after,
         flags=tuple(service or ()),
     )
     console = Console(stderr=True)
