@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Sequence
 
 import pytest
+from raw import answers, connection, read_all, request
+from served_head import Running
 
+from flexpert.cluster.framing import Piece
 from flexpert.cluster.helper import OnEnd, OnMessage
 from flexpert.server.errors import ApiError
-from flexpert.server.preprocessing import Limits
+from flexpert.server.preprocessing import Kind, Limits, Outcome
 from flexpert.server.preprocessors import Preprocessors
 
 
@@ -21,7 +25,7 @@ class Dying:
         self._on_end = on_end
         asyncio.get_running_loop().call_soon(on_message, b"")
 
-    def send(self, message: bytes) -> None:
+    def send_pieces(self, pieces: Sequence[Piece]) -> None:
         asyncio.get_running_loop().call_soon(self._on_end, self._why)
 
     def kill(self) -> None:
@@ -55,9 +59,39 @@ def test_a_worker_that_gave_up_for_memory_is_the_bodys_fault(
         workers = Preprocessors(owner, lambda: limits, 5.0)
         for body in (b"{}", b"{}"):
             with pytest.raises(ApiError) as refused:
-                await workers.run("completions", body)
+                await workers.run("completions", [body])
             assert refused.value.status_code == status
             assert refused.value.code == code
         assert owner.started == 2, "the next body finds a new worker"
 
     asyncio.run(scenario())
+
+
+def test_a_body_in_crumbs_is_not_kept_as_crumbs(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would be an object of its own, and a call to send it on."""
+    body = b'{"prompt": "a", "max_tokens": 2' + b" " * 3000 + b"}"
+    crumbs = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    kept: list[int] = []
+    run = server.app.state.preprocessors.run
+
+    async def watched(kind: Kind, pieces: Sequence[Piece]) -> Outcome:
+        kept.append(len(pieces))
+        assert b"".join(pieces) == body
+        return await run(kind, pieces)
+
+    monkeypatch.setattr(server.app.state.preprocessors, "run", watched)
+    head = request(
+        "POST",
+        "/v1/completions",
+        transfer_encoding="chunked",
+        content_type="application/json",
+        connection="close",
+    )
+    with connection(server.url) as raw:
+        raw.sendall(head)
+        for at in range(0, len(crumbs), 600):
+            raw.sendall(crumbs[at : at + 600])
+        assert [answer.status for answer in answers(read_all(raw))] == [200]
+    assert kept == [1]

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 from pydantic import BaseModel, ValidationError
 
+from flexpert.cluster.framing import Piece
 from flexpert.engine.request import SamplingParams
 from flexpert.errors import ContextOverflow, FlexpertError, RequestError
 from flexpert.server import wire
@@ -33,6 +34,7 @@ log = logging.getLogger("flexpert.server")
 
 Body = TypeVar("Body", bound=BaseModel)
 Kind = Literal["completions", "chat", "tokenize", "detokenize"]
+_KIND_NAMES: dict[bytes, Kind] = {kind.encode(): kind for kind in get_args(Kind)}
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -96,12 +98,24 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 class Task(msgspec.Struct, frozen=True):
+    """pieces: of the body, as they came."""
+
     kind: Kind
-    body: bytes
+    pieces: Sequence[Piece]
+
+    @property
+    def message(self) -> list[Piece]:
+        """As it travels to a worker: in pieces, because to put them together takes the head
+        milliseconds, and as much memory again."""
+        return [self.kind.encode() + b"\n", *self.pieces]
+
+
+def decode_task(message: bytes) -> Task:
+    kind, _, body = message.partition(b"\n")
+    return Task(_KIND_NAMES[kind], (body,))
 
 
 encode = msgspec.msgpack.encode
-decode_task = msgspec.msgpack.Decoder(Task).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 decode_limits = msgspec.msgpack.Decoder(Limits).decode
 
@@ -109,7 +123,7 @@ decode_limits = msgspec.msgpack.Decoder(Limits).decode
 def preprocess(task: Task, text: TokenText, limits: Limits) -> Outcome:
     """Never raises: whatever a body brings about is its own refusal."""
     try:
-        return _KINDS[task.kind](task.body, text, limits)
+        return _KINDS[task.kind](b"".join(task.pieces), text, limits)
     except ValidationError as error:
         return _refused(validation_error(error.errors(include_url=False, include_input=False)))
     except RecursionError:

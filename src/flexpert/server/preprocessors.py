@@ -10,9 +10,10 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from flexpert.cluster.framing import Piece
 from flexpert.cluster.helper import Helper, OnEnd, OnMessage
 from flexpert.errors import Overloaded
 from flexpert.server import heap
@@ -89,14 +90,14 @@ class Preprocessors:
                 self._trimming.cancel()
             self._trimming = asyncio.get_running_loop().call_later(_TRIM_AFTER_S, heap.trim)
 
-    async def run(self, kind: Kind, body: bytes) -> Outcome:
+    async def run(self, kind: Kind, pieces: Sequence[Piece]) -> Outcome:
         """What a body asks for. It is claimed by the caller.
 
         Raises: ApiError: it is refused, or could not be prepared.
         """
-        worker = self._workers[len(body) > SMALL_BODY]
+        worker = self._workers[sum(map(len, pieces)) > SMALL_BODY]
         # it runs to its end though the client may go: only a whole turn leaves the worker in order
-        turn = asyncio.ensure_future(worker.run(Task(kind, body)))
+        turn = asyncio.ensure_future(worker.run(Task(kind, pieces)))
         turn.add_done_callback(lambda done: done.cancelled() or done.exception())
         outcome = await asyncio.shield(turn)
         if isinstance(outcome, Refused):
@@ -138,7 +139,7 @@ class _Worker:
             try:
                 if self._helper is None:
                     await self._start()
-                reply = decode_reply(await self._ask(encode(task), self._timeout_s))
+                reply = decode_reply(await self._ask(task.message, self._timeout_s))
             except TimeoutError:
                 self.drop()
                 raise ApiError(
@@ -192,14 +193,14 @@ class _Worker:
             raise
         self._owner.impaired.pop(part, None)
 
-    async def _ask(self, message: bytes | None, limit_s: float) -> bytes:
+    async def _ask(self, message: Sequence[Piece] | None, limit_s: float) -> bytes:
         """The worker's next message. Raises: TimeoutError, _Ended"""
         if self._helper is None:
             raise _Ended("it is gone")
         self._answer = asyncio.get_running_loop().create_future()
         try:
             if message is not None:
-                self._helper.send(message)
+                self._helper.send_pieces(message)
             async with asyncio.timeout(limit_s):
                 return await self._answer
         finally:
