@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -13,7 +15,7 @@ from served_head import Running
 from flexpert.cluster.framing import Piece
 from flexpert.cluster.helper import OnEnd, OnMessage
 from flexpert.server.errors import ApiError
-from flexpert.server.preprocessing import Kind, Limits, Outcome
+from flexpert.server.preprocessing import Kind, Limits, Outcome, Rendered, Reply, encode
 from flexpert.server.preprocessors import Preprocessors
 
 
@@ -27,6 +29,24 @@ class Dying:
 
     def send_pieces(self, pieces: Sequence[Piece]) -> None:
         asyncio.get_running_loop().call_soon(self._on_end, self._why)
+
+    def kill(self) -> None:
+        pass
+
+
+class Busy:
+    """A helper that takes bodies, and answers when it is told to."""
+
+    def __init__(self, on_message: OnMessage) -> None:
+        self._on_message = on_message
+        self.bodies: list[bytes] = []
+        asyncio.get_running_loop().call_soon(on_message, b"")
+
+    def send_pieces(self, pieces: Sequence[Piece]) -> None:
+        self.bodies.append(b"".join(pieces))
+
+    def answer(self) -> None:
+        self._on_message(encode(Reply(Rendered(b"{}"))))
 
     def kill(self) -> None:
         pass
@@ -63,6 +83,49 @@ def test_a_worker_that_gave_up_for_memory_is_the_bodys_fault(
             assert refused.value.status_code == status
             assert refused.value.code == code
         assert owner.started == 2, "the next body finds a new worker"
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_goes_while_it_waits_leaves_no_body_behind() -> None:
+    class Body(bytearray):
+        """One that can be asked after."""
+
+    async def scenario() -> None:
+        helpers: list[Busy] = []
+
+        class BusyOwner(Owner):
+            def start_helper(
+                self, entry: str, spec: bytes, on_message: OnMessage, on_end: OnEnd
+            ) -> Busy:
+                helpers.append(Busy(on_message))
+                return helpers[-1]
+
+        workers = Preprocessors(BusyOwner(""), lambda: Limits("m", 10, 10, 1, 10), 5.0)
+        first = asyncio.create_task(workers.run("tokenize", [b"first"]))
+        body = Body(b"gone")
+        kept = weakref.ref(body)
+        gone = asyncio.create_task(workers.run("tokenize", [body]))
+        last = asyncio.create_task(workers.run("tokenize", [b"last"]))
+        async with asyncio.timeout(5):
+            while not (helpers and helpers[0].bodies):
+                await asyncio.sleep(0)
+        del body
+        gone.cancel()
+        await asyncio.wait([gone])
+        del gone
+        gc.collect()
+        assert kept() is None
+        # one whose turn has begun leaves the worker in order, whoever waits for it
+        first.cancel()
+        await asyncio.wait([first])
+        helpers[0].answer()
+        async with asyncio.timeout(5):
+            while len(helpers[0].bodies) < 2:
+                await asyncio.sleep(0)
+        helpers[0].answer()
+        assert await last == Rendered(b"{}")
+        assert helpers[0].bodies == [b"tokenize\nfirst", b"tokenize\nlast"]
 
     asyncio.run(scenario())
 

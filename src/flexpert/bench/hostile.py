@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
 
 import msgspec
 import psutil
@@ -21,6 +20,7 @@ from flexpert.bench.service import own_service
 from flexpert.errors import FlexpertError
 
 SETTLE_S = 2.0
+TURN_S = 15.0  # at most, or a little more
 WANTED_RATIO = 0.8
 WANTED_GROWTH_MIB = 50.0
 # Clients are elsewhere in life. On a machine of few cores they give way, in both measurements.
@@ -49,7 +49,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """Streams beside clients of one kind.
 
     longest_gap_ms: between two pieces of one answer; longest_first_ms: from sending to the first.
-    load: of the machine, in the minute before the end. clients: what came back to them.
+    load: of the machine, the highest of
+    the last minute at the end of a turn. clients: what came back to them.
     """
 
     tokens_per_s: float
@@ -166,27 +167,23 @@ async def _run(plan: Plan, note: Note) -> Report:
         streams = [
             _Stream(target, requests[place :: plan.streams]) for place in range(plan.streams)
         ]
-        tasks = [asyncio.create_task(stream.run()) for stream in streams]
         try:
-            note(f"{plan.streams} streams beside {plan.clients} ordinary clients")
-            ordinary = await _beside("ordinary", plan, target, head, streams)
-            before = _mib(head)
-            note(f"{plan.streams} streams beside {plan.clients} hostile clients")
-            async with _watching(head, await _ranks(target)) as seen:
-                hostile = await _beside("hostile", plan, target, head, streams)
-            await _end(tasks)
-            note(f"waiting {plan.after_s:g} s")
-            await asyncio.sleep(plan.after_s)
-            memory = Memory(
-                before=before, highest=seen.highest, after=_mib(head), helpers_highest=seen.helpers
-            )
+            async with (
+                _clients("ordinary", plan, target) as ordinary,
+                _clients("hostile", plan, target) as hostile,
+            ):
+                memory = await _measure(plan, note, target, head, streams, ordinary, hostile)
         except psutil.NoSuchProcess:
             last = "\n  ".join(list(service.output)[-15:])
             raise FlexpertError(f"the service has ended; its last lines:\n  {last}") from None
-        finally:
-            await _end(tasks)
-    both = (ordinary.clients.statuses, hostile.clients.statuses)
-    errors = sum(count for found in both for status, count in found.items() if status[0] == "5")
+    found = (ordinary.measured(), hostile.measured())
+    errors = sum(
+        count
+        for one in found
+        for status, count in one.clients.statuses.items()
+        if status.startswith("5")
+    )
+    slow, fast = found[1].tokens_per_s, found[0].tokens_per_s
     return Report(
         command=" ".join(["flexpert", *sys.argv[1:]]),
         machine=this_machine(),
@@ -195,21 +192,106 @@ async def _run(plan: Plan, note: Note) -> Report:
         clients=plan.clients,
         max_body=plan.max_body,
         seed=plan.seed,
-        ordinary=ordinary,
-        hostile=hostile,
-        ratio=round(hostile.tokens_per_s / ordinary.tokens_per_s, 3)
-        if ordinary.tokens_per_s
-        else 0,
+        ordinary=found[0],
+        hostile=found[1],
+        ratio=round(slow / fast, 3) if fast else 0.0,
         memory=memory,
         memory_growth_mib=memory.growth,
         server_errors=errors,
     )
 
 
-async def _beside(
-    kind: Kind, plan: Plan, target: Target, head: psutil.Process, streams: list[_Stream]
-) -> Measured:
-    """The streams, which run already, beside clients that come and go."""
+async def _measure(
+    plan: Plan,
+    note: Note,
+    target: Target,
+    head: psutil.Process,
+    streams: list[_Stream],
+    ordinary: _Clients,
+    hostile: _Clients,
+) -> Memory:
+    """By turns, so that what else the machine does meanwhile meets both."""
+    tasks = [asyncio.create_task(stream.run()) for stream in streams]
+    turns = max(1, round(plan.duration_s / TURN_S))
+    ranks = await _ranks(target)
+    before, highest, helpers = 0.0, 0.0, 0.0
+    try:
+        for turn in range(1, turns + 1):
+            note(f"{plan.streams} streams beside others, turn {turn} of {turns}")
+            await ordinary.beside(streams, head, plan.duration_s / turns)
+            before = before or _mib(head)
+            async with _watching(head, ranks) as seen:
+                await hostile.beside(streams, head, plan.duration_s / turns)
+            highest, helpers = max(highest, seen.highest), max(helpers, seen.helpers)
+    finally:
+        await _end(tasks)
+    note(f"waiting {plan.after_s:g} s")
+    await asyncio.sleep(plan.after_s)
+    return Memory(before=before, highest=highest, after=_mib(head), helpers_highest=helpers)
+
+
+@dataclass(slots=True)
+class _Clients:
+    """The process of clients of one kind, and the streams beside it in all its turns."""
+
+    process: asyncio.subprocess.Process
+    tokens: int = 0
+    seconds: float = 0.0
+    head_cpu_s: float = 0.0
+    longest_gap_s: float = 0.0
+    longest_first_s: float = 0.0
+    errors: list[str] = field(default_factory=list)
+    load: float = 0.0
+    outcome: Outcome | None = None
+
+    async def beside(self, streams: list[_Stream], head: psutil.Process, seconds: float) -> None:
+        """One turn: the clients come, the streams are measured for so long, and they go."""
+        self._tell(b"go")
+        await asyncio.sleep(min(SETTLE_S, seconds))
+        for stream in streams:
+            stream.reset()
+        began, cpu = perf_counter(), sum(head.cpu_times()[:2])
+        await asyncio.sleep(seconds)
+        self.seconds += perf_counter() - began
+        self.head_cpu_s += sum(head.cpu_times()[:2]) - cpu
+        for stream in streams:
+            stream.look()
+            self.tokens += stream.tokens
+            self.longest_gap_s = max(self.longest_gap_s, stream.longest_gap_s)
+            self.longest_first_s = max(self.longest_first_s, stream.longest_first_s)
+            self.errors += stream.errors
+        self.load = max(self.load, os.getloadavg()[0])
+        self._tell(b"stop")
+        await self.hear(b"stopped")
+
+    def _tell(self, line: bytes) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.write(line + b"\n")
+
+    async def hear(self, line: bytes) -> None:
+        """Raises: FlexpertError: it ended before it said so."""
+        if self.process.stdout is not None and await self.process.stdout.readline() == line + b"\n":
+            return
+        raise FlexpertError("the process of the clients has ended")
+
+    def measured(self) -> Measured:
+        """Raises: FlexpertError: the clients did not come to their end."""
+        if self.outcome is None:
+            raise FlexpertError("the process of the clients has ended without a result")
+        return Measured(
+            tokens_per_s=round(self.tokens / self.seconds, 1),
+            longest_gap_ms=round(self.longest_gap_s * 1e3, 1),
+            longest_first_ms=round(self.longest_first_s * 1e3, 1),
+            stream_errors=list(dict.fromkeys(self.errors))[:5],
+            head_cpu=round(self.head_cpu_s / self.seconds, 3),
+            load=round(self.load, 2),
+            clients=self.outcome,
+        )
+
+
+@asynccontextmanager
+async def _clients(kind: Kind, plan: Plan, target: Target) -> AsyncIterator[_Clients]:
+    """They have their bodies, and wait. Ended however the block ends."""
     job = Job(
         host=target.host,
         port=target.port,
@@ -224,36 +306,18 @@ async def _beside(
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
+    clients = _Clients(process)
     try:
-        process.stdin.write(msgspec.json.encode(job) + b"\n")
-        if await process.stdout.readline() != b"ready\n":
-            raise FlexpertError("the clients did not start")
-        process.stdin.write(b"go\n")
-        await asyncio.sleep(min(SETTLE_S, plan.duration_s))
-        for stream in streams:
-            stream.reset()
-        began, cpu = perf_counter(), sum(head.cpu_times()[:2])
-        await asyncio.sleep(plan.duration_s)
-        took = perf_counter() - began
-        for stream in streams:
-            stream.look()
-        measured: dict[str, Any] = {
-            "tokens_per_s": round(sum(stream.tokens for stream in streams) / took, 1),
-            "longest_gap_ms": round(max(s.longest_gap_s for s in streams) * 1e3, 1),
-            "longest_first_ms": round(max(s.longest_first_s for s in streams) * 1e3, 1),
-            "stream_errors": list(dict.fromkeys(e for s in streams for e in s.errors))[:5],
-            "head_cpu": round((sum(head.cpu_times()[:2]) - cpu) / took, 3),
-            "load": round(os.getloadavg()[0], 2),
-        }
-        process.stdin.close()
-        output = await process.stdout.read()
-        await process.wait()
-    except BaseException:
-        process.kill()
-        raise
-    return Measured(**measured, clients=msgspec.json.decode(output, type=Outcome))
+        if process.stdin is not None:
+            process.stdin.write(msgspec.json.encode(job) + b"\n")
+        await clients.hear(b"ready")
+        yield clients
+        output, _ = await process.communicate()
+        clients.outcome = msgspec.json.decode(output, type=Outcome)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 @dataclass(slots=True)

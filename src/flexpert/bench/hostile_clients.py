@@ -2,8 +2,8 @@
 
     python -m flexpert.bench.hostile_clients
 
-It reads a job as a line of JSON, makes all bodies, says "ready", begins with the next line and ends
-with standard input; then it prints what came of it. Bodies are made before, and a client is a
+It reads a job as a line of JSON, makes all bodies and says "ready"; "go" and "stop" are what it is
+told then, and in the end it prints what came of it. Bodies are made before, and a client is a
 thread that hands them to a blocking socket whole: what is measured shares the processors with it.
 """
 
@@ -30,7 +30,6 @@ HEAVY_BODIES = 48
 ODD_BODIES = 256
 # One client in so many sends small odd bodies, which do not wait behind the heavy ones.
 ODD_CLIENTS = 4
-_STOP_S = 5.0
 
 Kind = Literal["ordinary", "hostile"]
 
@@ -77,32 +76,38 @@ class Clients:
         self._broken = 0
         self._slowest_s = 0.0
         self._sent = 0
+        self._threads: list[threading.Thread] = []
         self._requests = list(self._made())
+        self._cpu_before = time.process_time()
 
-    def run(self, wait: threading.Event) -> Outcome:
-        """Until the event."""
-        threads = [
+    def start(self) -> None:
+        self._over = False
+        self._threads = [
             threading.Thread(target=self._client, args=(number,), daemon=True)
             for number in range(self._job.clients)
         ]
-        began = time.process_time()
-        for thread in threads:
+        for thread in self._threads:
             thread.start()
-        wait.wait()
+
+    def stop(self) -> None:
+        """Whoever waits for an answer goes away."""
         with self._lock:
             self._over = True
             for raw in self._sockets.values():
                 with suppress(OSError):
                     raw.shutdown(socket.SHUT_RDWR)
-        deadline = time.monotonic() + _STOP_S
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def outcome(self) -> Outcome:
+        """So far."""
         return Outcome(
             statuses=dict(sorted(self._statuses.items())),
             broken=self._broken,
             slowest_s=round(self._slowest_s, 3),
             sent_mib=round(self._sent / 2**20, 1),
-            cpu_s=round(time.process_time() - began, 2),
+            cpu_s=round(time.process_time() - self._cpu_before, 2),
             failed=self._failed,
         )
 
@@ -192,18 +197,13 @@ def main() -> None:
     os.nice(job.niceness)
     clients = Clients(job)
     print("ready", flush=True)
-    if not sys.stdin.buffer.readline():
-        return
-    over = threading.Event()
-
-    def watch() -> None:
-        sys.stdin.buffer.read()
-        over.set()
-
-    threading.Thread(target=watch, daemon=True).start()
-    sys.stdout.buffer.write(msgspec.json.encode(clients.run(over)))
-    sys.stdout.flush()
-    os._exit(0)  # a client that still waits for its answer is not waited for
+    for line in sys.stdin:
+        if line.strip() == "go":
+            clients.start()
+        else:
+            clients.stop()
+            print("stopped", flush=True)
+    sys.stdout.buffer.write(msgspec.json.encode(clients.outcome))
 
 
 if __name__ == "__main__":

@@ -96,10 +96,7 @@ class Preprocessors:
         Raises: ApiError: it is refused, or could not be prepared.
         """
         worker = self._workers[sum(map(len, pieces)) > SMALL_BODY]
-        # it runs to its end though the client may go: only a whole turn leaves the worker in order
-        turn = asyncio.ensure_future(worker.run(Task(kind, pieces)))
-        turn.add_done_callback(lambda done: done.cancelled() or done.exception())
-        outcome = await asyncio.shield(turn)
+        outcome = await worker.run(Task(kind, pieces))
         if isinstance(outcome, Refused):
             raise outcome.error
         return outcome
@@ -135,39 +132,53 @@ class _Worker:
             self._helper.kill()
 
     async def run(self, task: Task) -> Outcome:
-        async with self._turn:
-            try:
-                if self._helper is None:
-                    await self._start()
-                reply = decode_reply(await self._ask(task.message, self._timeout_s))
-            except TimeoutError:
-                self.drop()
+        """Who is cancelled before his turn leaves the queue, and his body is let go: clients that
+        come and go would fill the head with what it does not count any more. A turn that has begun
+        runs to its end: only a whole one leaves the worker in order.
+        """
+        await self._turn.acquire()
+        turn = asyncio.ensure_future(self._prepare(task))
+        turn.add_done_callback(self._turn_over)
+        return await asyncio.shield(turn)
+
+    def _turn_over(self, turn: asyncio.Future[Outcome]) -> None:
+        self._turn.release()
+        if not turn.cancelled():
+            turn.exception()  # it is known of, whether anybody still waits or not
+
+    async def _prepare(self, task: Task) -> Outcome:
+        try:
+            if self._helper is None:
+                await self._start()
+            reply = decode_reply(await self._ask(task.message, self._timeout_s))
+        except TimeoutError:
+            self.drop()
+            raise ApiError(
+                400,
+                f"the request takes longer than {self._timeout_s:g} s to prepare "
+                "(--preprocess-timeout-s); send less of it at once",
+                code="request_too_costly",
+            ) from None
+        except _Ended as error:
+            log.error("a request could not be prepared: its worker ended (%s)", error)
+            if str(error) == _GAVE_UP:
                 raise ApiError(
-                    400,
-                    f"the request takes longer than {self._timeout_s:g} s to prepare "
-                    "(--preprocess-timeout-s); send less of it at once",
+                    413,
+                    "the request takes more memory to prepare than one may have; send less of "
+                    "it at once",
                     code="request_too_costly",
                 ) from None
-            except _Ended as error:
-                log.error("a request could not be prepared: its worker ended (%s)", error)
-                if str(error) == _GAVE_UP:
-                    raise ApiError(
-                        413,
-                        "the request takes more memory to prepare than one may have; send less of "
-                        "it at once",
-                        code="request_too_costly",
-                    ) from None
-                raise ApiError(
-                    503 if self._closed else 500,
-                    f"the request could not be prepared: {error}",
-                    type=SERVER,
-                    code="preprocessing_failed",
-                ) from None
-            if reply.worn:
-                self.drop()
-                with contextlib.suppress(_Ended):  # the next body tells
-                    await self._start()
-            return reply.outcome
+            raise ApiError(
+                503 if self._closed else 500,
+                f"the request could not be prepared: {error}",
+                type=SERVER,
+                code="preprocessing_failed",
+            ) from None
+        if reply.worn:
+            self.drop()
+            with contextlib.suppress(_Ended):  # the next body tells
+                await self._start()
+        return reply.outcome
 
     async def _start(self) -> None:
         """Raises: _Ended"""
