@@ -15,7 +15,7 @@ from flexpert.cli.main import app
 @pytest.mark.slow
 def test_a_short_run_measures_both_and_finds_no_server_error(tmp_path: Path) -> None:
     out = tmp_path / "hostile.json"
-    size = ["--duration", "2", "--max-body", "64KiB", "--streams", "2", "--clients", "4"]
+    size = ["--duration", "1", "--max-body", "64KiB", "--streams", "2", "--clients", "4"]
     run = CliRunner().invoke(
         app,
         ["bench", "hostile", *size, "--after", "0.5", "--json", str(out)],

@@ -312,7 +312,7 @@ async def _clients(kind: Kind, plan: Plan, target: Target) -> AsyncIterator[_Cli
             process.stdin.write(msgspec.json.encode(job) + b"\n")
         await clients.hear(b"ready")
         yield clients
-        output, _ = await process.communicate()
+        output, _ = await process.communicate(b"")  # closes its input
         clients.outcome = msgspec.json.decode(output, type=Outcome)
     finally:
         if process.returncode is None:
