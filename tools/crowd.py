@@ -66,7 +66,7 @@ MORE_MIB = 16.0
 
 
 class Held(msgspec.Struct, frozen=True):
-    """What a process holds. memory_mib: of the head resident, of a rank its own."""
+    """What a process holds. memory_mib: its own."""
 
     pid: int
     descriptors: int
@@ -280,12 +280,11 @@ async def held(head: int, rank: int) -> dict[str, Held]:
         for _ in range(10):
             looks.append((process.num_fds(), process.num_threads()))
             await asyncio.sleep(0.05)
-        size = process.memory_info().rss if name == "head" else private_memory(pid=pid)
         found[name] = Held(
             pid,
             min(descriptors for descriptors, _ in looks),
             min(threads for _, threads in looks),
-            round(size / 2**20, 1),
+            round(private_memory(pid=pid) / 2**20, 1),
         )
     return found
 

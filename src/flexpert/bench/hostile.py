@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 
 import msgspec
@@ -63,9 +64,11 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """Resident MiB of the serving process; before: the hostile clients begin, after: they are gone.
+    """Resident MiB of the serving process, without pages of files, which come and go as the kernel
+    likes; before: the hostile clients begin, after: they are gone.
 
-    helpers_highest: of all its other processes but the ranks, together.
+    helpers_highest: of all its other processes but the ranks, together, each with what it shares
+    with its parent.
     """
 
     before: float
@@ -365,4 +368,11 @@ async def _ranks(target: Target) -> set[int]:
 
 
 def _mib(process: psutil.Process) -> float:
-    return round(process.memory_info().rss / 2**20, 1)
+    """Raises: psutil.NoSuchProcess"""
+    try:
+        text = Path(f"/proc/{process.pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(process.pid) from None
+    # a zombie has no memory
+    found = next((line for line in text.splitlines() if line.startswith("RssAnon:")), None)
+    return round(int(found.split()[1]) / 2**10, 1) if found else 0.0
