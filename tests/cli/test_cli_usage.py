@@ -13,7 +13,17 @@ from typer.testing import CliRunner
 from flexpert import __version__
 from flexpert.cli.main import app, main
 
-COMMANDS = ["serve", "scale", "status", "chat", "complete", "demo", "bench serve", "version"]
+COMMANDS = [
+    "serve",
+    "scale",
+    "status",
+    "chat",
+    "complete",
+    "demo",
+    "bench serve",
+    "bench hostile",
+    "version",
+]
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -221,6 +221,22 @@ def test_a_child_that_reads_nothing_is_cut_off_before_it_fills_the_head() -> Non
     run(scenario())
 
 
+def test_a_message_in_pieces_comes_as_one_between_the_others() -> None:
+    async def scenario() -> None:
+        link = Link(lambda message: None, lambda why: None)
+        child = Connection(link.child_end)
+        large = bytearray(b"c" * 500_000)  # more than the socket holds
+        link.send(b"before")
+        link.send_pieces([b"ab", b"", large, b"d"])
+        link.send_pieces([])
+        link.send(b"after")
+        got = [await asyncio.to_thread(child.receive) for _ in range(4)]
+        assert got == [b"before", b"ab" + large + b"d", b"", b"after"]
+        link.close()
+
+    run(scenario())
+
+
 def test_what_a_rank_said_before_its_end_is_heard_before_its_end_is_told() -> None:
     async def scenario() -> None:
         heard = Heard()

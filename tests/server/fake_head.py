@@ -96,8 +96,8 @@ class SpawnedHelper:
                 pass_fds=[end.fileno()],
             )
 
-    def send(self, message: bytes) -> None:
-        self._link.send(message)
+    def send_pieces(self, pieces: Sequence[bytes]) -> None:
+        self._link.send_pieces(pieces)
 
     def kill(self) -> None:
         self.process.kill()

@@ -10,10 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
-from bodies import HEAVY, PATHS, each_field
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from served_head import Running
+
+from flexpert.bench.hostile_bodies import HEAVY, PATHS, each_field
 
 MAX_BODY = 16 * 2**20
 JSON_TYPE = {"content-type": "application/json"}

@@ -7,7 +7,7 @@ from fake_head import byte_level_tokenizer, sentencepiece_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexpert.errors import RequestError
+from flexpert.errors import ContextOverflow, RequestError
 from flexpert.server.text import REPLACEMENT, StopTexts, TokenText
 
 BYTE_LEVEL = TokenText(byte_level_tokenizer())
@@ -115,3 +115,22 @@ def test_chat_template() -> None:
         BYTE_LEVEL.chat([{"role": "robot", "content": "hi"}])
     with pytest.raises(RequestError, match="no chat template"):
         PIECES.chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_text_far_too_long_is_refused_by_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = TokenText(byte_level_tokenizer())
+    longest = 0
+    encode = text.encode
+
+    def watched(part: str, **how: bool) -> list[int]:
+        nonlocal longest
+        longest = max(longest, len(part))
+        return encode(part, **how)
+
+    monkeypatch.setattr(text, "encode", watched)
+    with pytest.raises(ContextOverflow, match="about"):
+        text.encode_bounded("a b" * 400_000, 100_000)
+    assert longest < 200_000
+    # and one that fits is the same tokens, however it is counted
+    prose = "In the beginning " * 20_000
+    assert text.encode_bounded(prose, 400_000) == encode(prose)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import flexpert
-from flexpert.cli import bench_comm, bench_gpu, plan
+from flexpert.cli import bench_comm, bench_gpu, bench_hostile, plan
 from flexpert.cli.command import Command
 from flexpert.cli.output import EXIT_FAILURE, check_outputs, printing, write_report
 from flexpert.cli.scale import ScaleCommand
@@ -361,6 +361,7 @@ app.command(
 
 for _name, _command, _lines in (
     ("comm", bench_comm.bench_comm, bench_comm.EXAMPLES),
+    ("hostile", bench_hostile.bench_hostile, bench_hostile.EXAMPLES),
     ("layer", bench_gpu.bench_layer, bench_gpu.LAYER_EXAMPLES),
     ("decode", bench_gpu.bench_decode, bench_gpu.DECODE_EXAMPLES),
 ):

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from flexpert.errors import FlexpertError
 
+Piece = bytes | bytearray  # of a message
+
 _HEADER = 4
 MOST_BYTES = 2**30  # of a message; the length's upper bits are free for what may come
 
@@ -19,9 +21,17 @@ def frame(message: bytes) -> bytes:
 
     Raises: BadFrame: it is too long to be sent.
     """
-    if len(message) > MOST_BYTES:
-        raise BadFrame(f"a message of {len(message)} bytes exceeds the {MOST_BYTES} that travel")
-    return len(message).to_bytes(_HEADER, "little") + message
+    return header(len(message)) + message
+
+
+def header(length: int) -> bytes:
+    """What goes before a message of so many bytes.
+
+    Raises: BadFrame: it is too long to be sent.
+    """
+    if length > MOST_BYTES:
+        raise BadFrame(f"a message of {length} bytes exceeds the {MOST_BYTES} that travel")
+    return length.to_bytes(_HEADER, "little")
 
 
 class Deframer:

@@ -70,7 +70,7 @@ class Head:
         self._serving = False
         self._stopping = asyncio.Lock()
         self._stopped = False
-        self.metrics = Metrics(self._rank_views, lambda: self._epoch)
+        self.metrics = Metrics(self._rank_views, lambda: self._epoch, lambda: len(self._journal))
         self.registry = self.metrics.registry
 
     # ---- life -------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from flexpert.cluster.framing import Piece
 from flexpert.cluster.launcher import LocalLauncher
 from flexpert.cluster.transport import Link
 
@@ -15,7 +16,7 @@ OnEnd = Callable[[str], None]
 class Helper(Protocol):
     """What its owner needs of one."""
 
-    def send(self, message: bytes) -> None: ...
+    def send_pieces(self, pieces: Sequence[Piece]) -> None: ...
     def kill(self) -> None: ...
 
 
@@ -45,9 +46,9 @@ class ForkedHelper:
         self._link = Link(on_message, self._cut_off)
         self._number = launcher.fork(entry, spec, self._link.child_end, self._exited)
 
-    def send(self, message: bytes) -> None:
-        """Dropped if it is gone, of which on_end tells."""
-        self._link.send(message)
+    def send_pieces(self, pieces: Sequence[Piece]) -> None:
+        """One message. Dropped if it is gone, of which on_end tells."""
+        self._link.send_pieces(pieces)
 
     def kill(self) -> None:
         """SIGKILL; on_end is still told."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -48,7 +48,13 @@ class _RankCollector(Collector):
 class Metrics:
     """What the head counts."""
 
-    def __init__(self, ranks: Callable[[], list[RankView]], epoch: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        ranks: Callable[[], list[RankView]],
+        epoch: Callable[[], int],
+        unfinished: Callable[[], int],
+    ) -> None:
+        """unfinished: sequences in the journal, whether a rank has them or not."""
         self.registry = CollectorRegistry()
         self.registry.register(_RankCollector(ranks, epoch))
         self.prompt_tokens = Counter(
@@ -66,6 +72,9 @@ class Metrics:
         self.sequences = Counter(
             "flexpert_sequences", "sequences by how they ended", ["outcome"], registry=self.registry
         )
+        Gauge(
+            "flexpert_unfinished_sequences", "sequences accepted and kept", registry=self.registry
+        ).set_function(unfinished)
         self.operations = Counter(
             "flexpert_operations", "changes by how they ended", ["state"], registry=self.registry
         )

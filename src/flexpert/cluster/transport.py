@@ -12,12 +12,12 @@ import asyncio
 import collections
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from flexpert.cluster import messages as msg
-from flexpert.cluster.framing import BadFrame, Deframer, frame
+from flexpert.cluster.framing import BadFrame, Deframer, Piece, frame, header
 
 log = logging.getLogger("flexpert")
 
@@ -64,7 +64,18 @@ class Link:
         """Queue a message; one for a child that is gone is dropped, its end is told elsewhere."""
         if not self._open:
             return
-        data = memoryview(frame(message))
+        self._send(memoryview(frame(message)))
+
+    def send_pieces(self, pieces: Sequence[Piece]) -> None:
+        """As `send`, of one message that has come in pieces: nothing is copied, and each is let go
+        as soon as it is sent.
+        """
+        length = sum(map(len, pieces))
+        for data in (header(length), *pieces):
+            if self._open and data:
+                self._send(memoryview(data))
+
+    def _send(self, data: memoryview) -> None:
         if not self._unsent:
             try:
                 data = data[self._socket.send(data, socket.MSG_NOSIGNAL) :]

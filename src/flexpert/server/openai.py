@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, TypeVar
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
+from flexpert.cluster.framing import Piece
 from flexpert.errors import FlexpertError
 from flexpert.server import wire
 from flexpert.server.errors import ApiError, api_error, unknown_model
 from flexpert.server.generation import Generation
 from flexpert.server.metrics import ServerMetrics
-from flexpert.server.preprocessing import Detokenized, Generate, Kind, Tokenized, unpacked
+from flexpert.server.preprocessing import Generate, Kind, Rendered
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.shapes import ChatShape, Shape, TextShape
 from flexpert.server.stream import DONE, ClientGone, EventStream, event, unless_gone
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("flexpert.server")
 
 T = TypeVar("T")
+
+_PIECE = 2**15  # bytes
 
 
 class OpenAIRoutes:
@@ -87,14 +90,13 @@ class OpenAIRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or a conversation."""
-        found = await self._preprocess(request, "tokenize", Tokenized)
-        ids = unpacked(found.tokens)
-        return wire.json_response(wire.Tokens(len(ids), self._head.info.max_model_len, ids))
+        found = await self._preprocess(request, "tokenize", Rendered)
+        return Response(found.json, media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
         """Text of token ids."""
-        found = await self._preprocess(request, "detokenize", Detokenized)
-        return wire.json_response(wire.Text(found.text))
+        found = await self._preprocess(request, "detokenize", Rendered)
+        return Response(found.json, media_type="application/json")
 
     async def _preprocess(self, request: Request, kind: Kind, expected: type[T]) -> T:
         """What the body asks for.
@@ -107,14 +109,12 @@ class OpenAIRoutes:
             )
         claimed = 0
         try:
-            pieces = []
+            pieces: list[Piece] = []
             async for piece in request.stream():
                 self._preprocessors.claim(len(piece))
                 claimed += len(piece)
-                pieces.append(piece)
-            body = b"".join(pieces)
-            del pieces
-            outcome = await unless_gone(request.receive, self._preprocessors.run(kind, body))
+                _gather(pieces, piece)
+            outcome = await unless_gone(request.receive, self._preprocessors.run(kind, pieces))
         except ClientDisconnect:
             raise ClientGone from None
         finally:
@@ -151,6 +151,16 @@ class OpenAIRoutes:
             self._head.info.max_model_len,
             self._head.config.model.model,
         )
+
+
+def _gather(pieces: list[Piece], piece: bytes) -> None:
+    """Append it; small ones are put together, so that a body is never many of them."""
+    if len(piece) >= _PIECE:
+        pieces.append(piece)
+    elif pieces and isinstance(pieces[-1], bytearray) and len(pieces[-1]) < _PIECE:
+        pieces[-1] += piece
+    else:
+        pieces.append(bytearray(piece))
 
 
 async def _events(generation: Generation, shape: Shape) -> AsyncGenerator[bytes, None]:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 from pydantic import BaseModel, ValidationError
 
+from flexpert.cluster.framing import Piece
 from flexpert.engine.request import SamplingParams
 from flexpert.errors import ContextOverflow, FlexpertError, RequestError
+from flexpert.server import wire
 from flexpert.server.errors import ApiError, api_error, unknown_model, validation_error
 from flexpert.server.schemas import (
     ChatRequest,
@@ -32,6 +34,7 @@ log = logging.getLogger("flexpert.server")
 
 Body = TypeVar("Body", bound=BaseModel)
 Kind = Literal["completions", "chat", "tokenize", "detokenize"]
+_KIND_NAMES: dict[bytes, Kind] = {kind.encode(): kind for kind in get_args(Kind)}
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -62,14 +65,10 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
         return [unpacked(prompt) for prompt in self.prompts]
 
 
-class Tokenized(msgspec.Struct, frozen=True, tag="tokenized"):
-    """Token ids, int32."""
+class Rendered(msgspec.Struct, frozen=True, tag="rendered"):
+    """A whole answer, in JSON: a million tokens take the head no time."""
 
-    tokens: bytes
-
-
-class Detokenized(msgspec.Struct, frozen=True, tag="detokenized"):
-    text: str
+    json: bytes
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -88,7 +87,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
         )
 
 
-Outcome = Generate | Tokenized | Detokenized | Refused
+Outcome = Generate | Rendered | Refused
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -99,12 +98,24 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 class Task(msgspec.Struct, frozen=True):
+    """pieces: of the body, as they came."""
+
     kind: Kind
-    body: bytes
+    pieces: Sequence[Piece]
+
+    @property
+    def message(self) -> list[Piece]:
+        """As it travels to a worker: in pieces, because to put them together takes the head
+        milliseconds, and as much memory again."""
+        return [self.kind.encode() + b"\n", *self.pieces]
+
+
+def decode_task(message: bytes) -> Task:
+    kind, _, body = message.partition(b"\n")
+    return Task(_KIND_NAMES[kind], (body,))
 
 
 encode = msgspec.msgpack.encode
-decode_task = msgspec.msgpack.Decoder(Task).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 decode_limits = msgspec.msgpack.Decoder(Limits).decode
 
@@ -112,7 +123,7 @@ decode_limits = msgspec.msgpack.Decoder(Limits).decode
 def preprocess(task: Task, text: TokenText, limits: Limits) -> Outcome:
     """Never raises: whatever a body brings about is its own refusal."""
     try:
-        return _KINDS[task.kind](task.body, text, limits)
+        return _KINDS[task.kind](b"".join(task.pieces), text, limits)
     except ValidationError as error:
         return _refused(validation_error(error.errors(include_url=False, include_input=False)))
     except RecursionError:
@@ -145,7 +156,7 @@ def _chat(body: bytes, text: TokenText, limits: Limits) -> Generate:
     return Generate([_packed(prompt)], params, request.stream, request.include_usage, [])
 
 
-def _tokenize(body: bytes, text: TokenText, limits: Limits) -> Tokenized:
+def _tokenize(body: bytes, text: TokenText, limits: Limits) -> Rendered:
     request = _parsed(TokenizeRequest, body, limits)
     if request.prompt is not None:
         source, special = request.prompt, request.add_special_tokens
@@ -154,10 +165,11 @@ def _tokenize(body: bytes, text: TokenText, limits: Limits) -> Tokenized:
         source = text.render(messages, add_generation_prompt=request.add_generation_prompt)
         special = False
     most = limits.max_prompt_tokens
-    return Tokenized(_packed(text.encode_bounded(source, most, add_special_tokens=special)))
+    ids = text.encode_bounded(source, most, add_special_tokens=special)
+    return Rendered(wire.encode(wire.Tokens(len(ids), limits.max_model_len, ids)))
 
 
-def _detokenize(body: bytes, text: TokenText, limits: Limits) -> Detokenized:
+def _detokenize(body: bytes, text: TokenText, limits: Limits) -> Rendered:
     request = _parsed(DetokenizeRequest, body, limits)
     size, tokens = text.vocabulary_size, request.tokens
     if len(tokens) > limits.max_prompt_tokens:
@@ -169,7 +181,7 @@ def _detokenize(body: bytes, text: TokenText, limits: Limits) -> Detokenized:
         raise RequestError(
             f"tokens must be below {size}, the vocabulary's size; {wrong} is not", "tokens"
         )
-    return Detokenized(text.decode(tokens))
+    return Rendered(wire.encode(wire.Text(text.decode(tokens))))
 
 
 _KINDS: Mapping[Kind, Callable[[bytes, TokenText, Limits], Outcome]] = {

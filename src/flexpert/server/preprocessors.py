@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from flexpert.cluster.framing import Piece
 from flexpert.cluster.helper import Helper, OnEnd, OnMessage
 from flexpert.errors import Overloaded
+from flexpert.server import heap
 from flexpert.server.errors import SERVER, ApiError
 from flexpert.server.preprocess_worker import ENTRY
 from flexpert.server.preprocessing import (
@@ -31,6 +34,10 @@ log = logging.getLogger("flexpert.server")
 SMALL_BODY = 32 * 2**10  # bytes
 _MOST_WAITING = 128 * 2**20  # bytes of bodies, also of those that are still coming
 _START_TIMEOUT_S = 120.0  # a large vocabulary takes seconds
+# How a worker ends when a tokenizer, which is Rust, gets no memory: see
+# `preprocess_worker.MOST_MEMORY`.
+_GAVE_UP = f"signal {signal.SIGABRT:d}"
+_TRIM_AFTER_S = 1.0  # without large bodies
 
 
 class Owner(Protocol):
@@ -52,9 +59,11 @@ class Preprocessors:
     def __init__(self, owner: Owner, limits: Callable[[], Limits], timeout_s: float) -> None:
         self._workers = [_Worker(owner, limits, timeout_s, name) for name in ("small", "large")]
         self._waiting = 0  # bytes
+        self._trimming: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
         """Both are up, or the reason is logged; they are started again when they are needed."""
+        heap.map_large_apart()
         await asyncio.gather(*(worker.warm_up() for worker in self._workers))
 
     def restart(self) -> None:
@@ -76,17 +85,18 @@ class Preprocessors:
 
     def release(self, size: int) -> None:
         self._waiting -= size
+        if size > SMALL_BODY:
+            if self._trimming:
+                self._trimming.cancel()
+            self._trimming = asyncio.get_running_loop().call_later(_TRIM_AFTER_S, heap.trim)
 
-    async def run(self, kind: Kind, body: bytes) -> Outcome:
+    async def run(self, kind: Kind, pieces: Sequence[Piece]) -> Outcome:
         """What a body asks for. It is claimed by the caller.
 
         Raises: ApiError: it is refused, or could not be prepared.
         """
-        worker = self._workers[len(body) > SMALL_BODY]
-        # it runs to its end though the client may go: only a whole turn leaves the worker in order
-        turn = asyncio.ensure_future(worker.run(Task(kind, body)))
-        turn.add_done_callback(lambda done: done.cancelled() or done.exception())
-        outcome = await asyncio.shield(turn)
+        worker = self._workers[sum(map(len, pieces)) > SMALL_BODY]
+        outcome = await worker.run(Task(kind, pieces))
         if isinstance(outcome, Refused):
             raise outcome.error
         return outcome
@@ -122,32 +132,53 @@ class _Worker:
             self._helper.kill()
 
     async def run(self, task: Task) -> Outcome:
-        async with self._turn:
-            try:
-                if self._helper is None:
-                    await self._start()
-                reply = decode_reply(await self._ask(encode(task), self._timeout_s))
-            except TimeoutError:
-                self.drop()
+        """Who is cancelled before his turn leaves the queue, and his body is let go: clients that
+        come and go would fill the head with what it does not count any more. A turn that has begun
+        runs to its end: only a whole one leaves the worker in order.
+        """
+        await self._turn.acquire()
+        turn = asyncio.ensure_future(self._prepare(task))
+        turn.add_done_callback(self._turn_over)
+        return await asyncio.shield(turn)
+
+    def _turn_over(self, turn: asyncio.Future[Outcome]) -> None:
+        self._turn.release()
+        if not turn.cancelled():
+            turn.exception()  # it is known of, whether anybody still waits or not
+
+    async def _prepare(self, task: Task) -> Outcome:
+        try:
+            if self._helper is None:
+                await self._start()
+            reply = decode_reply(await self._ask(task.message, self._timeout_s))
+        except TimeoutError:
+            self.drop()
+            raise ApiError(
+                400,
+                f"the request takes longer than {self._timeout_s:g} s to prepare "
+                "(--preprocess-timeout-s); send less of it at once",
+                code="request_too_costly",
+            ) from None
+        except _Ended as error:
+            log.error("a request could not be prepared: its worker ended (%s)", error)
+            if str(error) == _GAVE_UP:
                 raise ApiError(
-                    400,
-                    f"the request takes longer than {self._timeout_s:g} s to prepare "
-                    "(--preprocess-timeout-s); send less of it at once",
+                    413,
+                    "the request takes more memory to prepare than one may have; send less of "
+                    "it at once",
                     code="request_too_costly",
                 ) from None
-            except _Ended as error:
-                log.error("a request could not be prepared: its worker ended (%s)", error)
-                raise ApiError(
-                    503 if self._closed else 500,
-                    f"the request could not be prepared: {error}",
-                    type=SERVER,
-                    code="preprocessing_failed",
-                ) from None
-            if reply.worn:
-                self.drop()
-                with contextlib.suppress(_Ended):  # the next body tells
-                    await self._start()
-            return reply.outcome
+            raise ApiError(
+                503 if self._closed else 500,
+                f"the request could not be prepared: {error}",
+                type=SERVER,
+                code="preprocessing_failed",
+            ) from None
+        if reply.worn:
+            self.drop()
+            with contextlib.suppress(_Ended):  # the next body tells
+                await self._start()
+        return reply.outcome
 
     async def _start(self) -> None:
         """Raises: _Ended"""
@@ -173,14 +204,14 @@ class _Worker:
             raise
         self._owner.impaired.pop(part, None)
 
-    async def _ask(self, message: bytes | None, limit_s: float) -> bytes:
+    async def _ask(self, message: Sequence[Piece] | None, limit_s: float) -> bytes:
         """The worker's next message. Raises: TimeoutError, _Ended"""
         if self._helper is None:
             raise _Ended("it is gone")
         self._answer = asyncio.get_running_loop().create_future()
         try:
             if message is not None:
-                self._helper.send(message)
+                self._helper.send_pieces(message)
             async with asyncio.timeout(limit_s):
                 return await self._answer
         finally:

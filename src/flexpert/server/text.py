@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
+# A tokenizer takes up to 250 bytes of memory a character, and gives the process up where it gets
+# none: a text longer than this is counted a piece at a time before it is tokenised whole.
+_PIECE = 2**17  # characters
+
 
 class Detokenizer(Protocol):
     """The text of one sequence, token by token.
@@ -77,8 +81,8 @@ class TokenText:
         return ids
 
     def encode_bounded(self, text: str, most: int, *, add_special_tokens: bool = True) -> list[int]:
-        """As `encode`, but a text whose length alone tells that it has more than `most` tokens is
-        not tokenised.
+        """As `encode`, but a text whose length, or whose beginning, tells that it has far more than
+        `most` tokens is not tokenised whole.
 
         Raises: RequestError, ContextOverflow
         """
@@ -88,7 +92,22 @@ class TokenText:
                 f"the text has {len(text)} characters, which are at least {least} tokens; "
                 f"{most} can be taken"
             )
+        if len(text) > _PIECE:
+            self._check_pieces(text, most)
         return self.encode(text, add_special_tokens=add_special_tokens)
+
+    def _check_pieces(self, text: str, most: int) -> None:
+        """Raises: RequestError, ContextOverflow: pieces of it have far more tokens already; a cut
+        through a word makes a few more than there are.
+        """
+        counted = 0
+        for at in range(0, len(text), _PIECE):
+            counted += len(self.encode(text[at : at + _PIECE], add_special_tokens=False))
+            if counted > most + most // 8 + _PIECE // 64:
+                raise ContextOverflow(
+                    f"the first {at + _PIECE} of the text's {len(text)} characters are about "
+                    f"{counted} tokens; {most} can be taken"
+                )
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a whole sequence, special tokens left out."""

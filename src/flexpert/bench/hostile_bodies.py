@@ -104,7 +104,7 @@ HEAVY: dict[str, tuple[str, Heavy]] = {
     "a long model": ("/v1/completions", lambda n: _json({"prompt": "a", "model": "m" * n})),
     "many fields": (
         "/v1/completions",
-        lambda n: _json({"prompt": "a"} | {f"f{i}": i for i in range(n // 16)}),
+        lambda n: _json({"prompt": "a"} | {f"f{i}": i for i in range(n // 24)}),
     ),
     "echoes": (
         "/v1/completions",
@@ -121,7 +121,7 @@ HEAVY: dict[str, tuple[str, Heavy]] = {
     "many parts": (
         "/v1/chat/completions",
         lambda n: _json(
-            {"messages": [{"role": "u", "content": [{"type": "text", "text": "a"}] * (n // 29)}]}
+            {"messages": [{"role": "u", "content": [{"type": "text", "text": "a"}] * (n // 31)}]}
         ),
     ),
     "messages with much beside": (
