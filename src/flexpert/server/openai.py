@@ -109,7 +109,7 @@ class OpenAIRoutes:
         try:
             pieces = []
             async for piece in request.stream():
-                self._preprocessors.claim(len(piece))
+                self._preprocessors.claim(len(piece), claimed)
                 claimed += len(piece)
                 pieces.append(piece)
             body = b"".join(pieces)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 from collections.abc import Callable
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from flexpert.server.preprocessing import (
     Limits,
     Outcome,
     Refused,
+    Reply,
     Task,
     decode_reply,
     encode,
@@ -30,6 +32,9 @@ log = logging.getLogger("flexpert.server")
 
 SMALL_BODY = 32 * 2**10  # bytes
 _MOST_WAITING = 128 * 2**20  # bytes of bodies, also of those that are still coming
+# What Rust does where there is no memory left: parser and tokeniser are written in it.
+_OUT_OF_MEMORY = f"signal {signal.SIGABRT:d}"
+_RETRY_S = 2.0
 _START_TIMEOUT_S = 120.0  # a large vocabulary takes seconds
 
 
@@ -66,9 +71,15 @@ class Preprocessors:
         for worker in self._workers:
             worker.close()
 
-    def claim(self, size: int) -> None:
-        """Room for a body that is coming. Raises: Overloaded"""
-        if self._waiting + size > _MOST_WAITING:
+    def claim(self, size: int, before: int) -> None:
+        """Room for another piece of a body that is coming, and of which `before` bytes have come.
+
+        Small bodies always have it, or a few clients with large ones that they never finish would
+        keep everybody out; how many there are at once is bounded by `max_requests_per_key`.
+
+        Raises: Overloaded
+        """
+        if before + size > SMALL_BODY and self._waiting + size > _MOST_WAITING:
             raise Overloaded(
                 f"request bodies of {self._waiting >> 20} MiB are waiting already; try again later"
             )
@@ -82,11 +93,7 @@ class Preprocessors:
 
         Raises: ApiError: it is refused, or could not be prepared.
         """
-        worker = self._workers[len(body) > SMALL_BODY]
-        # it runs to its end though the client may go: only a whole turn leaves the worker in order
-        turn = asyncio.ensure_future(worker.run(Task(kind, body)))
-        turn.add_done_callback(lambda done: done.cancelled() or done.exception())
-        outcome = await asyncio.shield(turn)
+        outcome = await self._workers[len(body) > SMALL_BODY].run(Task(kind, body))
         if isinstance(outcome, Refused):
             raise outcome.error
         return outcome
@@ -108,46 +115,95 @@ class _Worker:
         self._helper: Helper | None = None
         self._answer: asyncio.Future[bytes] | None = None
         self._closed = False
+        self._retry: asyncio.Task[None] | None = None
 
     async def warm_up(self) -> None:
+        """It is up, or the reason is logged and it is tried again."""
         async with self._turn:
-            try:
-                await self._start()
-            except _Ended as error:
-                log.warning("the worker for %s bodies did not start: %s", self._name, error)
+            if self._helper is None and not self._closed:
+                try:
+                    await self._start()
+                except _Ended as error:
+                    log.warning("the worker for %s bodies did not start: %s", self._name, error)
 
     def close(self) -> None:
         self._closed = True
+        if self._retry:
+            self._retry.cancel()
         if self._helper:
             self._helper.kill()
 
+    def _start_later(self) -> None:
+        """No body may come that would start it: who sees that we are not ready sends none."""
+
+        async def again() -> None:
+            await asyncio.sleep(_RETRY_S)
+            self._retry = None
+            await self.warm_up()
+
+        if self._retry is None and not self._closed:
+            self._retry = asyncio.create_task(again())
+
     async def run(self, task: Task) -> Outcome:
-        async with self._turn:
-            try:
-                if self._helper is None:
-                    await self._start()
-                reply = decode_reply(await self._ask(encode(task), self._timeout_s))
-            except TimeoutError:
-                self.drop()
+        # who goes away while it waits gives its place up: else bodies that nobody waits for pile up
+        await self._turn.acquire()
+        # a turn that has begun goes on to its end: only a whole one leaves the worker in order
+        turn = asyncio.ensure_future(self._take_turn(task))
+        turn.add_done_callback(self._turn_over)
+        return await asyncio.shield(turn)
+
+    def _turn_over(self, turn: asyncio.Future[Outcome]) -> None:
+        self._turn.release()
+        if not turn.cancelled():
+            turn.exception()  # whoever waited may be gone
+
+    async def _take_turn(self, task: Task) -> Outcome:
+        try:
+            reply = await self._reply(task)
+        except TimeoutError:
+            self.drop()
+            raise ApiError(
+                400,
+                f"the request takes longer than {self._timeout_s:g} s to prepare "
+                "(--preprocess-timeout-s); send less of it at once",
+                code="request_too_costly",
+            ) from None
+        except _Ended as error:
+            log.error("a request could not be prepared: its worker ended (%s)", error)
+            if str(error) == _OUT_OF_MEMORY:
                 raise ApiError(
-                    400,
-                    f"the request takes longer than {self._timeout_s:g} s to prepare "
-                    "(--preprocess-timeout-s); send less of it at once",
+                    413,
+                    "the request takes more memory to prepare than there is; send less of it",
                     code="request_too_costly",
                 ) from None
-            except _Ended as error:
-                log.error("a request could not be prepared: its worker ended (%s)", error)
-                raise ApiError(
-                    503 if self._closed else 500,
-                    f"the request could not be prepared: {error}",
-                    type=SERVER,
-                    code="preprocessing_failed",
-                ) from None
-            if reply.worn:
-                self.drop()
-                with contextlib.suppress(_Ended):  # the next body tells
-                    await self._start()
-            return reply.outcome
+            raise ApiError(
+                503 if self._closed else 500,
+                f"the request could not be prepared: {error}",
+                type=SERVER,
+                code="preprocessing_failed",
+            ) from None
+        if reply.worn:
+            self.drop()
+            with contextlib.suppress(_Ended):  # the next body tells
+                await self._start()
+        return reply.outcome
+
+    async def _reply(self, task: Task) -> Reply:
+        """Raises: TimeoutError, _Ended"""
+        message = encode(task)
+        try:
+            if self._helper is None:
+                await self._start()
+            return decode_reply(await self._ask(message, self._timeout_s))
+        except _Ended as error:
+            if self._closed or str(error) == _OUT_OF_MEMORY:
+                raise
+            # somebody may have ended it, and the request has no part in that
+            log.warning(
+                "the worker for %s bodies ended (%s); another one starts", self._name, error
+            )
+        await self._start()
+        return decode_reply(await self._ask(message, self._timeout_s))
 
     async def _start(self) -> None:
         """Raises: _Ended"""
@@ -157,19 +213,26 @@ class _Worker:
         spec = encode(self._limits())
         try:
             helper = self._owner.start_helper(
-                ENTRY, spec, self._received, lambda why: self._ended(helper, why)
+                ENTRY,
+                spec,
+                lambda message: self._received(helper, message),
+                lambda why: self._ended(helper, why),
             )
         except OSError as error:
             self._owner.impaired[part] = f"no process can be started: {error.strerror}"
+            self._start_later()
             raise _Ended(self._owner.impaired[part]) from None
         self._helper = helper
         try:
             await self._ask(None, _START_TIMEOUT_S)
         except TimeoutError:
             self.drop()
-            raise _Ended(f"it was not ready within {_START_TIMEOUT_S:g} s") from None
+            self._owner.impaired[part] = f"it was not ready within {_START_TIMEOUT_S:g} s"
+            self._start_later()
+            raise _Ended(self._owner.impaired[part]) from None
         except _Ended as error:
             self._owner.impaired[part] = str(error)
+            self._start_later()
             raise
         self._owner.impaired.pop(part, None)
 
@@ -191,8 +254,10 @@ class _Worker:
         if helper:
             helper.kill()
 
-    def _received(self, message: bytes) -> None:
-        if self._answer and not self._answer.done():
+    def _received(self, helper: Helper, message: bytes) -> None:
+        # one that was dropped may have answered at the last moment: it would be taken for the
+        # answer to what its successor is asked
+        if helper is self._helper and self._answer and not self._answer.done():
             self._answer.set_result(message)
 
     def _ended(self, helper: Helper, why: str) -> None:
