@@ -177,6 +177,28 @@ def test_without_a_descriptor_for_a_rank_its_fork_server_is_asked_to_kill_it(
     assert sleeper.poll() is None
 
 
+def test_a_fork_server_that_the_system_refuses_is_the_end_of_those_who_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    async def scenario() -> None:
+        ends: asyncio.Queue[tuple[int, int, str]] = asyncio.Queue()
+        launcher = LocalLauncher(lambda *end: ends.put_nowait(end))
+        launcher._config = Config()  # it was up, and has ended
+        monkeypatch.setattr(subprocess, "Popen", refuse)
+        for _ in range(2):  # the next one is tried anew
+            launcher.spawn(0, "no:entry", b"", socket.socket())
+            async with asyncio.timeout(5):
+                rank, status, why = await ends.get()
+            assert (rank, status) == (0, 1)
+            assert "Resource temporarily unavailable" in why
+        await launcher.close()
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.slow
 def test_a_fork_server_has_one_thread() -> None:
     """What another thread holds at a fork, a lock say, is held forever in the rank."""
