@@ -195,9 +195,15 @@ class LocalLauncher:
             return None
 
     async def close(self, timeout_s: float = 5.0) -> None:
-        """Wait for the ranks to end, kill those that do not, end the fork server. Idempotent."""
+        """Wait for the ranks to end, kill those that do not, end the fork server. Idempotent.
+
+        Ranks have been told to end; other children work for nobody any more and are killed.
+        """
         if self._process is None:
             return
+        for number in list(self._children):
+            if number >= _OTHERS:
+                self.kill(number)
         if self._starting is not None:
             self._starting.cancel()
             self._process.kill()
@@ -207,8 +213,8 @@ class LocalLauncher:
             self._gone(one.request.child, -signal.SIGKILL)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
-        for rank in list(self._children):
-            self.kill(rank)
+        for number in list(self._children):
+            self.kill(number)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         self._disconnect()
