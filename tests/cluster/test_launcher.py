@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from flexpert.cluster.forkserver import Fork, Kill, Started, decode_request, encode
+from flexpert.cluster.forkserver import Exited, Fork, Kill, Started, decode_request, encode
 from flexpert.cluster.launcher import LocalLauncher, _Child
 from flexpert.cluster.ports import Work
 from flexpert.cluster.watch import worked
@@ -175,6 +175,51 @@ def test_without_a_descriptor_for_a_rank_its_fork_server_is_asked_to_kill_it(
     launcher.kill(0)
     assert decode_request(server.recv(1 << 16)) == Kill(0)
     assert sleeper.poll() is None
+
+
+def test_at_the_end_nobody_waits_for_a_child_that_is_no_rank(
+    sleeper: subprocess.Popen[bytes],
+) -> None:
+    """A rank is told to end, and ends by itself; a helper would wait for work."""
+
+    async def scenario() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            launcher = LocalLauncher(lambda rank, status, why: None)
+            launcher._config = Config()
+            launcher._channel = ours
+            launcher._process = subprocess.Popen([sys.executable, "-c", ""])
+            number = launcher.fork("no:entry", b"", socket.socket(), lambda status, why: None)
+            launcher._handle(encode(Started(number, sleeper.pid)), [os.pidfd_open(sleeper.pid)])
+            closing = asyncio.ensure_future(launcher.close(timeout_s=600))
+            status = await asyncio.to_thread(sleeper.wait, 10)
+            assert status == -signal.SIGKILL
+            launcher._handle(encode(Exited(number, sleeper.pid, status)), [])
+            await asyncio.wait_for(closing, 10)
+
+    asyncio.run(scenario())
+
+
+def test_a_fork_server_that_the_system_refuses_is_the_end_of_those_who_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    async def scenario() -> None:
+        ends: asyncio.Queue[tuple[int, int, str]] = asyncio.Queue()
+        launcher = LocalLauncher(lambda *end: ends.put_nowait(end))
+        launcher._config = Config()  # it was up, and has ended
+        monkeypatch.setattr(subprocess, "Popen", refuse)
+        for _ in range(2):  # the next one is tried anew
+            launcher.spawn(0, "no:entry", b"", socket.socket())
+            async with asyncio.timeout(5):
+                rank, status, why = await ends.get()
+            assert (rank, status) == (0, 1)
+            assert "Resource temporarily unavailable" in why
+        await launcher.close()
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -345,6 +346,35 @@ def test_what_is_no_http_behind_a_request_does_not_spoil_its_answer(strict: Runn
 def test_another_protocol_is_not_spoken_and_the_request_is_answered(strict: Running) -> None:
     head = request("GET", "/health", connection="Upgrade", upgrade="websocket")
     assert one(ask(strict.url, head + b"more")).status == 200
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_offers_another_protocol_with_a_body_is_answered_as_usual(
+    strict: Running, late: bool
+) -> None:
+    """As curl --http2 and Java's HttpClient do with their first request."""
+    body = b'{"prompt": "x", "max_tokens": 2}'
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAMAAA"}
+    whole = request("POST", "/v1/completions", body, content_type="application/json", **offer)
+    with connection(strict.url) as raw:
+        at = len(whole) - len(body) if late else len(whole)
+        raw.sendall(whole[:at])
+        if late:
+            strict.until(lambda: any(one.cycle for one in strict.connections))
+            raw.sendall(whole[at:])
+        raw.sendall(request("GET", "/health", connection="close"))
+        found = answers(read_all(raw))
+    assert [answer.status for answer in found] == [200, 200]
+    assert json.loads(found[0].body)["usage"]["completion_tokens"] == 2
+
+
+def test_a_change_of_ranks_takes_few_bytes(strict: Running) -> None:
+    """It is parsed on the event loop."""
+    body = b'{"a": [' + b"[]," * 30_000 + b"[]]}"
+    refused = httpx.post(f"{strict.url}/cluster/operations", content=body)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
+    most = json.dumps({"remove": list(range(4096))})
+    assert httpx.post(f"{strict.url}/cluster/operations", content=most).status_code < 413
 
 
 def test_a_service_ends_though_connections_linger() -> None:

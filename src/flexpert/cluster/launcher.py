@@ -73,22 +73,17 @@ class LocalLauncher:
 
         Raises:
             ModelError: the model cannot be opened.
-            FlexpertError: it died or took longer than timeout_s.
+            FlexpertError: it could not be started, died or took longer than timeout_s.
         """
         self._config, self._timeout_s = config, timeout_s
         await self._start(config, timeout_s)
 
     async def _start(self, config: Config, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "flexpert.cluster.forkserver", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **_ENVIRONMENT},
-            )
-        ours.setblocking(False)
+        try:
+            self._process, ours = _popen()
+        except OSError as error:
+            raise FlexpertError(f"no fork server can be started: {error.strerror}") from None
         self._channel = ours
         self._ready = loop.create_future()
         loop.add_reader(ours, self._receive)
@@ -200,9 +195,15 @@ class LocalLauncher:
             return None
 
     async def close(self, timeout_s: float = 5.0) -> None:
-        """Wait for the ranks to end, kill those that do not, end the fork server. Idempotent."""
+        """Wait for the ranks to end, kill those that do not, end the fork server. Idempotent.
+
+        Ranks have been told to end; other children work for nobody any more and are killed.
+        """
         if self._process is None:
             return
+        for number in list(self._children):
+            if number >= _OTHERS:
+                self.kill(number)
         if self._starting is not None:
             self._starting.cancel()
             self._process.kill()
@@ -212,8 +213,8 @@ class LocalLauncher:
             self._gone(one.request.child, -signal.SIGKILL)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
-        for rank in list(self._children):
-            self.kill(rank)
+        for number in list(self._children):
+            self.kill(number)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         self._disconnect()
@@ -294,6 +295,24 @@ class LocalLauncher:
         for number, child in children.items():
             await child.end()
             self._gone(number, -signal.SIGKILL, f"the fork server ended ({how})")
+
+
+def _popen() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A new fork server and our end of its socket. Raises: OSError: there is none."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    with theirs:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flexpert.cluster.forkserver", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **_ENVIRONMENT},
+            )
+        except OSError:
+            ours.close()
+            raise
+    return process, ours
 
 
 def for_children(config: Config) -> str:

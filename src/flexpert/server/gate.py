@@ -34,6 +34,9 @@ OPEN_PATHS = frozenset(
 )
 CONTROL_PATHS = ("/cluster", "/scale_elastic_ep", "/is_scaling_elastic_ep")
 
+# Bytes. They are parsed on the event loop, and the longest that makes sense names 4096 ranks.
+MOST_CONTROL_BODY = 64 * 2**10
+
 
 class Gate:
     """ASGI middleware.
@@ -56,7 +59,10 @@ class Gate:
             await self._app(scope, receive, send)
             return
         status = 500  # unless the application gets to say otherwise
-        body = _Body(scope, receive, self._config.max_body)
+        most = self._config.max_body
+        if _is_control(scope["path"]):
+            most = min(most, MOST_CONTROL_BODY)
+        body = _Body(scope, receive, most)
 
         async def counted_send(message: Message) -> None:
             nonlocal status
@@ -92,7 +98,7 @@ class Gate:
         if path in OPEN_PATHS:
             yield
             return
-        control = any(path == one or path.startswith(one + "/") for one in CONTROL_PATHS)
+        control = _is_control(path)
         _check_key(scope, self._keys.control if control else self._keys.api)
         # apart, so that a flood of requests does not keep the operator from scaling
         group = "control" if control else "api"
@@ -111,6 +117,10 @@ class Gate:
             yield
         finally:
             self._at_once[group] -= 1
+
+
+def _is_control(path: str) -> bool:
+    return any(path == one or path.startswith(one + "/") for one in CONTROL_PATHS)
 
 
 def _check_key(scope: Scope, key: bytes | None) -> None:
@@ -180,7 +190,8 @@ class _Body:
         return failure
 
     def _too_large(self) -> ApiError:
-        limit = f"{self._limit} bytes (server.max_body)"
+        setting = "" if _is_control(self._scope["path"]) else " (server.max_body)"
+        limit = f"{self._limit} bytes{setting}"
         return ApiError(413, f"the body exceeds {limit}", code="body_too_large")
 
 

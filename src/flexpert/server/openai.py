@@ -111,7 +111,7 @@ class OpenAIRoutes:
         try:
             pieces: list[Piece] = []
             async for piece in request.stream():
-                self._preprocessors.claim(len(piece))
+                self._preprocessors.claim(len(piece), claimed)
                 claimed += len(piece)
                 _gather(pieces, piece)
             outcome = await unless_gone(request.receive, self._preprocessors.run(kind, pieces))

@@ -172,10 +172,6 @@ def _tokenize(body: bytes, text: TokenText, limits: Limits) -> Rendered:
 def _detokenize(body: bytes, text: TokenText, limits: Limits) -> Rendered:
     request = _parsed(DetokenizeRequest, body, limits)
     size, tokens = text.vocabulary_size, request.tokens
-    if len(tokens) > limits.max_prompt_tokens:
-        raise RequestError(
-            f"there must be at most {limits.max_prompt_tokens} tokens, not {len(tokens)}", "tokens"
-        )
     wrong = _outside(tokens, size)
     if wrong is not None:
         raise RequestError(

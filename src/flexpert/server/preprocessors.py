@@ -24,6 +24,7 @@ from flexpert.server.preprocessing import (
     Limits,
     Outcome,
     Refused,
+    Reply,
     Task,
     decode_reply,
     encode,
@@ -33,11 +34,12 @@ log = logging.getLogger("flexpert.server")
 
 SMALL_BODY = 32 * 2**10  # bytes
 _MOST_WAITING = 128 * 2**20  # bytes of bodies, also of those that are still coming
-_START_TIMEOUT_S = 120.0  # a large vocabulary takes seconds
-# How a worker ends when a tokenizer, which is Rust, gets no memory: see
+# How a worker ends when parser or tokenizer, which are Rust, get no memory: see
 # `preprocess_worker.MOST_MEMORY`.
-_GAVE_UP = f"signal {signal.SIGABRT:d}"
+_OUT_OF_MEMORY = f"signal {signal.SIGABRT:d}"
+_RETRY_S = 2.0
 _TRIM_AFTER_S = 1.0  # without large bodies
+_START_TIMEOUT_S = 120.0  # a large vocabulary takes seconds
 
 
 class Owner(Protocol):
@@ -75,9 +77,15 @@ class Preprocessors:
         for worker in self._workers:
             worker.close()
 
-    def claim(self, size: int) -> None:
-        """Room for a body that is coming. Raises: Overloaded"""
-        if self._waiting + size > _MOST_WAITING:
+    def claim(self, size: int, before: int) -> None:
+        """Room for another piece of a body that is coming, and of which `before` bytes have come.
+
+        Small bodies always have it, or a few clients with large ones that they never finish would
+        keep everybody out; how many there are at once is bounded by `max_requests_per_key`.
+
+        Raises: Overloaded
+        """
+        if before + size > SMALL_BODY and self._waiting + size > _MOST_WAITING:
             raise Overloaded(
                 f"request bodies of {self._waiting >> 20} MiB are waiting already; try again later"
             )
@@ -118,39 +126,51 @@ class _Worker:
         self._helper: Helper | None = None
         self._answer: asyncio.Future[bytes] | None = None
         self._closed = False
+        self._retry: asyncio.Task[None] | None = None
 
     async def warm_up(self) -> None:
+        """It is up, or the reason is logged and it is tried again."""
         async with self._turn:
-            try:
-                await self._start()
-            except _Ended as error:
-                log.warning("the worker for %s bodies did not start: %s", self._name, error)
+            if self._helper is None and not self._closed:
+                try:
+                    await self._start()
+                except _Ended as error:
+                    log.warning("the worker for %s bodies did not start: %s", self._name, error)
 
     def close(self) -> None:
         self._closed = True
+        if self._retry:
+            self._retry.cancel()
         if self._helper:
             self._helper.kill()
 
+    def _start_later(self) -> None:
+        """No body may come that would start it: who sees that we are not ready sends none."""
+
+        async def again() -> None:
+            await asyncio.sleep(_RETRY_S)
+            self._retry = None
+            await self.warm_up()
+
+        if self._retry is None and not self._closed:
+            self._retry = asyncio.create_task(again())
+
     async def run(self, task: Task) -> Outcome:
-        """Who is cancelled before his turn leaves the queue, and his body is let go: clients that
-        come and go would fill the head with what it does not count any more. A turn that has begun
-        runs to its end: only a whole one leaves the worker in order.
-        """
+        # who goes away while it waits gives its place up: else bodies that nobody waits for pile up
         await self._turn.acquire()
-        turn = asyncio.ensure_future(self._prepare(task))
+        # a turn that has begun goes on to its end: only a whole one leaves the worker in order
+        turn = asyncio.ensure_future(self._take_turn(task))
         turn.add_done_callback(self._turn_over)
         return await asyncio.shield(turn)
 
     def _turn_over(self, turn: asyncio.Future[Outcome]) -> None:
         self._turn.release()
         if not turn.cancelled():
-            turn.exception()  # it is known of, whether anybody still waits or not
+            turn.exception()  # whoever waited may be gone
 
-    async def _prepare(self, task: Task) -> Outcome:
+    async def _take_turn(self, task: Task) -> Outcome:
         try:
-            if self._helper is None:
-                await self._start()
-            reply = decode_reply(await self._ask(task.message, self._timeout_s))
+            reply = await self._reply(task)
         except TimeoutError:
             self.drop()
             raise ApiError(
@@ -161,7 +181,7 @@ class _Worker:
             ) from None
         except _Ended as error:
             log.error("a request could not be prepared: its worker ended (%s)", error)
-            if str(error) == _GAVE_UP:
+            if str(error) == _OUT_OF_MEMORY:
                 raise ApiError(
                     413,
                     "the request takes more memory to prepare than one may have; send less of "
@@ -180,6 +200,22 @@ class _Worker:
                 await self._start()
         return reply.outcome
 
+    async def _reply(self, task: Task) -> Reply:
+        """Raises: TimeoutError, _Ended"""
+        try:
+            if self._helper is None:
+                await self._start()
+            return decode_reply(await self._ask(task.message, self._timeout_s))
+        except _Ended as error:
+            if self._closed or str(error) == _OUT_OF_MEMORY:
+                raise
+            # somebody may have ended it, and the request has no part in that
+            log.warning(
+                "the worker for %s bodies ended (%s); another one starts", self._name, error
+            )
+        await self._start()
+        return decode_reply(await self._ask(task.message, self._timeout_s))
+
     async def _start(self) -> None:
         """Raises: _Ended"""
         if self._closed:
@@ -188,19 +224,26 @@ class _Worker:
         spec = encode(self._limits())
         try:
             helper = self._owner.start_helper(
-                ENTRY, spec, self._received, lambda why: self._ended(helper, why)
+                ENTRY,
+                spec,
+                lambda message: self._received(helper, message),
+                lambda why: self._ended(helper, why),
             )
         except OSError as error:
             self._owner.impaired[part] = f"no process can be started: {error.strerror}"
+            self._start_later()
             raise _Ended(self._owner.impaired[part]) from None
         self._helper = helper
         try:
             await self._ask(None, _START_TIMEOUT_S)
         except TimeoutError:
             self.drop()
-            raise _Ended(f"it was not ready within {_START_TIMEOUT_S:g} s") from None
+            self._owner.impaired[part] = f"it was not ready within {_START_TIMEOUT_S:g} s"
+            self._start_later()
+            raise _Ended(self._owner.impaired[part]) from None
         except _Ended as error:
             self._owner.impaired[part] = str(error)
+            self._start_later()
             raise
         self._owner.impaired.pop(part, None)
 
@@ -222,8 +265,10 @@ class _Worker:
         if helper:
             helper.kill()
 
-    def _received(self, message: bytes) -> None:
-        if self._answer and not self._answer.done():
+    def _received(self, helper: Helper, message: bytes) -> None:
+        # one that was dropped may have answered at the last moment: it would be taken for the
+        # answer to what its successor is asked
+        if helper is self._helper and self._answer and not self._answer.done():
             self._answer.set_result(message)
 
     def _ended(self, helper: Helper, why: str) -> None:

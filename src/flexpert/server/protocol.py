@@ -95,6 +95,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unparsed = 0
         self._running: RequestResponseCycle | None = None  # being answered
         self._error: ApiError | None = None  # why the parser was stopped
+        self._offers_protocol = False  # the request whose headers have just been read
         self._deaf = False  # nothing the client sends is looked at any more
         self._lingering = False
         self._dropped = 0  # bytes that were not looked at
@@ -176,16 +177,42 @@ class BoundedProtocol(HttpToolsProtocol):
             self._begin_headers()
         self._unparsed += len(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:  # no other protocol is spoken here; this is answered
-            self._deaf = True
-            self.cycle.keep_alive = False
+            self._parse(data)
         except httptools.HttpParserError:
             self._fail(self._error or ApiError(400, "the request is not valid HTTP/1.1"))
         else:
             too_many = self._unparsed > self.limits.max_header_bytes
             if too_many and self._expect is not Expect.REQUEST:
                 self._fail(self._headers_too_large())
+
+    def _parse(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                if not self._offers_protocol:  # CONNECT, which is answered, and nothing after it
+                    self._deaf = True
+                    self.cycle.keep_alive = False
+                    return
+                self._offers_protocol = False
+                data = data[offer.args[0] :]
+                self._decline()
+
+    def _decline(self) -> None:
+        """Have the parser, which would read no body after it, read a request without its offer to
+        speak another protocol: many clients that know HTTP/2 make it with their first request."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = [option.strip() for option in value.split(b",")]
+                value = b", ".join([one for one in options if one.lower() != b"upgrade"])
+            if name != b"upgrade":
+                lines.append(b"%s: %s" % (name, value))
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
+        self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
 
     def _begin_headers(self) -> None:
         self._expect = Expect.HEADERS
@@ -204,6 +231,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._error = ApiError(400, f"more than {MAX_PIPELINED} requests wait for answers")
         if self._error is not None:
             raise _Refused
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._offers_protocol = True
+            return
         super().on_headers_complete()
         self._unparsed = 0
         self._expect = Expect.BODY
@@ -216,6 +246,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._offers_protocol:
+            return
         self._unparsed = 0
         self._expect = Expect.REQUEST
         self._limit_request(None)

@@ -32,6 +32,7 @@ from flexpert.engine.request import (
 
 LONGEST_NAME = 512  # characters
 MOST_MESSAGES = 16_384
+MOST_PARTS = 16_384  # of one message
 MOST_RANKS = 4096  # far above any capacity, which says itself what it is
 
 TokenIds = list[int]
@@ -70,6 +71,13 @@ def _as_prompts(value: Any, info: ValidationInfo) -> Any:
 
 def _are_token_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _as_many_as_may_be(value: Any, info: ValidationInfo) -> Any:
+    most: Most | None = info.context
+    if isinstance(value, list) and most is not None and len(value) > most.max_prompt_tokens:
+        raise ValueError(f"has {len(value)} tokens, there may be {most.max_prompt_tokens}")
+    return value
 
 
 def _as_texts(value: Any) -> Any:
@@ -236,7 +244,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Name
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=MOST_PARTS)] | None = None
 
     @field_validator("content")
     @classmethod
@@ -293,7 +301,8 @@ class DetokenizeRequest(_Body):
     """`POST /detokenize`."""
 
     model: Name | None = None
-    tokens: list[StrictInt]
+    # counted first: each item that is no number would be an error with its place
+    tokens: Annotated[list[StrictInt], BeforeValidator(_as_many_as_may_be)]
 
 
 class OperationRequest(BaseModel):
