@@ -219,6 +219,9 @@ class LocalLauncher:
         for one in waiting:
             one.end.close()
             self._gone(one.request.child, -signal.SIGKILL)
+        for number in list(self._children):
+            if number >= _OTHERS:  # nobody has told those to end
+                self.kill(number)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         for rank in list(self._children):

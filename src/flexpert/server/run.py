@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ import uvicorn
 import uvloop
 
 import flexpert
-from flexpert.cluster import caches
 from flexpert.config import Config, ServerConfig
 from flexpert.errors import ConfigError, FlexpertError
 from flexpert.server.app import create_app
@@ -59,7 +57,6 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         handlers=[LogHandler()],
     )
-    caches.keep_private(os.environ)
     try:
         raise_limit(config.cluster.ranks)
         # Bound before any rank starts, so that a port in use fails in milliseconds. It listens
