@@ -55,6 +55,8 @@ class Anything:
                     asked += more
                 connection.sendall(self.said)
                 connection.shutdown(socket.SHUT_WR)
+                while connection.recv(1 << 16):  # to close before it is read would reset it
+                    pass
 
     def close(self) -> None:
         self.said = b""
