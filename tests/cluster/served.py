@@ -58,7 +58,9 @@ class Served:
         begun = self.http("POST", "/cluster/operations", {"ranks": ranks}).json()
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            operation: dict[str, Any] = self.http("GET", f"/cluster/operations/{begun['id']}").json()
+            operation: dict[str, Any] = self.http(
+                "GET", f"/cluster/operations/{begun['id']}"
+            ).json()
             if operation["state"] in ("done", "failed", "cancelled"):
                 return operation
             time.sleep(0.05)

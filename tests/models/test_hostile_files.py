@@ -99,7 +99,8 @@ def test_a_file_of_any_bytes_is_refused(copy: Path, name: str, content: bytes) -
 
 
 @pytest.mark.parametrize(
-    "name", ["../../etc/passwd", "/etc/passwd", "../model.safetensors", "a\0b", 7, None, [], "", "."]
+    "name",
+    ["../../etc/passwd", "/etc/passwd", "../model.safetensors", "a\0b", 7, None, [], "", "."],
 )
 def test_an_index_leads_nowhere_else(copy: Path, name: object) -> None:
     (copy / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))

@@ -55,7 +55,7 @@ class Client:
             self.url = f"http://{self.url}"
         if key and not key.isprintable():
             raise ClientError("the key has characters that cannot be sent, such as line ends")
-        headers = {"authorization": f"Bearer {key}".encode()} if key else {}
+        headers = {b"authorization": f"Bearer {key}".encode()} if key else {}
         timeout = httpx.Timeout(timeout_s, connect=5.0)
         try:
             self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)

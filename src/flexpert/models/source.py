@@ -271,7 +271,13 @@ class ModelSource:
                 raise ValueError(f"there is no expert {expert}: the model has {self.info.experts}")
         self.checkpoint.files.check_unchanged()
         shape = self.expert_shape(layer)
-        loaded = {expert: place(expert) if place else shape.empty() for expert in experts}
+        try:
+            loaded = {expert: place(expert) if place else shape.empty() for expert in experts}
+        except (RuntimeError, MemoryError) as error:
+            raise ModelError(
+                f"{self.path}: there is no memory for {len(experts)} experts of {shape.nbytes} "
+                f"bytes ({_short(error)})"
+            ) from error
         for expert, into in loaded.items():
             self._load_expert(self.experts_names[layer], expert, into)
         return loaded
@@ -490,8 +496,9 @@ def _token_ids(path: Path, name: str, value: object, vocab: int) -> tuple[int, .
 
     Raises: ModelError: they are no token ids.
     """
-    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+    given = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    ids = [one for one in given if isinstance(one, int) and not isinstance(one, bool)]
+    if len(ids) < len(given):
         raise ModelError(
             f"{path}: {name} in generation_config.json or config.json is {shown(value)}, not the "
             "number of a token"
@@ -508,7 +515,8 @@ def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
     limit = config.max_position_embeddings
     if not isinstance(limit, int) or not 0 < limit < 2**31:
         raise ModelError(
-            f"max_position_embeddings in config.json is {shown(limit)}, which is no number of tokens"
+            f"max_position_embeddings in config.json is {shown(limit)}, "
+            "which is no number of tokens"
         )
     reason = "its max_position_embeddings"
     rope = getattr(config, "rope_parameters", None) or {}

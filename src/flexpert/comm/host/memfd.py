@@ -54,9 +54,8 @@ def reserve(fd: int, offset: int, size: int) -> None:
     try:
         os.posix_fallocate(fd, offset, size)
     except OSError as error:
-        raise OSError(
-            error.errno, f"no memory for {size} bytes of shared memory: {os.strerror(error.errno)}"
-        ) from None
+        what = f"no memory for {size} bytes of shared memory: {error.strerror}"
+        raise OSError(error.errno, what) from None
 
 
 def overcommits() -> bool:

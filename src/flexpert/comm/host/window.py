@@ -101,7 +101,8 @@ class Window:
         number = self._next
         try:
             os.ftruncate(self.fd, self.layout.place_at(number + 1))
-            memfd.reserve(self.fd, self.layout.place_at(number), self.layout.place_bytes)
+            if not memfd.overcommits():
+                memfd.reserve(self.fd, self.layout.place_at(number), self.layout.place_bytes)
         except OSError as error:
             raise CommError(f"no place of a window: {error.strerror}") from error
         place = Place(
