@@ -1,7 +1,7 @@
 """What another user of the machine tries against a service; run by test_other_user.py, as root.
 
-`python other_user.py UID` reads what to try as JSON from standard input, becomes UID, and writes what
-worked: a list of lines, which is to be empty.
+`python other_user.py UID` reads what to try as JSON from standard input, becomes UID, and writes
+what worked: a list of lines, which is to be empty.
 """
 
 from __future__ import annotations

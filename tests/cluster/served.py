@@ -35,7 +35,7 @@ CAN_BE_ANOTHER = ROOT and shutil.which("setpriv") is not None
 
 @dataclass
 class Served:
-    """log: what it has said on standard error, and on standard output unless that goes elsewhere."""
+    """log: what it has said, unless that goes elsewhere."""
 
     process: subprocess.Popen[bytes]
     url: str

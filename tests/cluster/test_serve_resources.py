@@ -59,19 +59,19 @@ def test_on_a_machine_whose_disks_are_all_full_it_serves_and_scales() -> None:
 def test_nobody_who_reads_what_it_prints_is_no_reason_to_end() -> None:
     """`flexpert serve 2>&1 | head -1`, and a rank that dies, of which it says something."""
     reader, writer = os.pipe()
-    with os.fdopen(reader, "rb") as read, os.fdopen(writer, "wb") as write:
-        with served(stdout=write, stderr=write) as service:
-            assert read.readline().startswith(b"flexpert")
-            read.close()
-            write.close()
-            victim = service.ranks()[1]
-            os.kill(victim, 9)
-            deadline = time.monotonic() + 30
-            while set(service.ranks()) != {0, 1} or victim in service.ranks().values():
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-            assert service.answer()
-            assert service.stop() == 0
+    read, write = os.fdopen(reader, "rb"), os.fdopen(writer, "wb")
+    with read, write, served(stdout=write, stderr=write) as service:
+        assert read.readline().startswith(b"flexpert")
+        read.close()
+        write.close()
+        victim = service.ranks()[1]
+        os.kill(victim, 9)
+        deadline = time.monotonic() + 30
+        while set(service.ranks()) != {0, 1} or victim in service.ranks().values():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert service.answer()
+        assert service.stop() == 0
 
 
 @pytest.mark.skipif(not CAN_BE_ANOTHER, reason="root has no limit of processes")

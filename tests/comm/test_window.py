@@ -180,7 +180,7 @@ def test_where_the_kernel_promises_no_more_than_it_has_pages_are_taken_at_once(
 
 def test_pages_that_are_not_to_be_had_are_an_error() -> None:
     fd = memfd.create("test", 4096)
-    with pytest.raises(OSError, match="no memory for .* bytes of shared memory"):
+    with pytest.raises(OSError, match="of shared memory"):
         memfd.reserve(fd, 0, 2**62)
     os.close(fd)
 
