@@ -267,6 +267,10 @@ class Simulation(Network):
             if not members.isdisjoint(event.data["add"]) or not members >= {*event.data["remove"]}:
                 raise Violation(f"a change is cancelled, but {sorted(members)} are members")
 
+    def impair(self, part: str, why: str | None) -> None:
+        if why is not None:
+            raise Violation(f"{part}: {why}")
+
     def heard(self) -> bool:
         return False
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,7 @@ def test_a_rank_that_is_killed_again_and_again_while_it_forks_is_the_only_one_ki
     launcher, _ = forking
     for _ in range(3):
         launcher.kill(0)
-    launcher._handle(encode(Started(0, sleeper.pid)), [os.pidfd_open(sleeper.pid)])
+    launcher._handle(Started(0, sleeper.pid), [os.pidfd_open(sleeper.pid)])
     assert sleeper.wait(10.0) == -signal.SIGKILL
     launcher.kill(0)
 
@@ -162,7 +163,7 @@ def test_who_ended_before_it_was_told_is_not_signalled(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     pidfd = os.pidfd_open(gone.pid)
     gone.wait()
-    launcher._handle(encode(Started(0, sleeper.pid)), [pidfd])
+    launcher._handle(Started(0, sleeper.pid), [pidfd])
     launcher.kill(0)
     assert sleeper.poll() is None
 
@@ -171,7 +172,7 @@ def test_without_a_descriptor_for_a_rank_its_fork_server_is_asked_to_kill_it(
     forking: tuple[LocalLauncher, socket.socket], sleeper: subprocess.Popen[bytes]
 ) -> None:
     launcher, server = forking
-    launcher._handle(encode(Started(0, sleeper.pid)), [])
+    launcher._handle(Started(0, sleeper.pid), [])
     launcher.kill(0)
     assert decode_request(server.recv(1 << 16)) == Kill(0)
     assert sleeper.poll() is None
@@ -220,6 +221,92 @@ def test_a_fork_server_that_the_system_refuses_is_the_end_of_those_who_wait_for_
         await launcher.close()
 
     asyncio.run(scenario())
+
+
+# ---- what nobody waits for ----------------------------------------------------------------------
+
+
+def played(
+    play: Callable[[socket.socket], None], ends: list[tuple[int, str]]
+) -> subprocess.Popen[bytes]:
+    """A launcher whose fork server is `play` starts two ranks; until their ends are told.
+
+    Whom they are told to notes them in `ends`, and raises. Returns the fork server's process.
+    """
+
+    def on_exit(rank: int, status: int, why: str) -> None:
+        ends.append((rank, why))
+        raise RuntimeError("the coordinator is at a loss")
+
+    async def scenario() -> subprocess.Popen[bytes]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        launcher = LocalLauncher(on_exit)
+        launcher._config, launcher._channel, launcher._process = Config(), ours, process
+        ours.setblocking(False)
+        asyncio.get_running_loop().add_reader(ours, launcher._receive)
+        with theirs:
+            launcher.spawn(0, "no:entry", b"", socket.socket())
+            launcher.spawn(1, "no:entry", b"", socket.socket())
+            play(theirs)
+            async with asyncio.timeout(10):
+                await launcher._empty.wait()
+                await asyncio.gather(*launcher._tasks)
+            launcher._disconnect()
+        return process
+
+    process = asyncio.run(scenario())
+    process.kill()
+    process.wait()
+    return process
+
+
+def test_ends_are_told_though_one_could_not_be_handled(caplog: pytest.LogCaptureFixture) -> None:
+    ends: list[tuple[int, str]] = []
+
+    def play(server: socket.socket) -> None:
+        server.send(encode(Exited(7, 1, 0)))  # nobody that was asked for
+        server.send(encode(Exited(0, 1, 0)))
+        server.send(encode(Exited(1, 1, 0)))
+
+    played(play, ends)
+    assert ends == [(0, ""), (1, "")]
+    assert [bool(record.exc_info) for record in caplog.records] == [True, True]
+
+
+@pytest.mark.parametrize("packet", [b"\xc1", b"\xff" * 5000, encode(Kill(0)), b"\x91" * 3000])
+def test_a_fork_server_that_says_nonsense_is_ended_and_its_children_with_it(
+    packet: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    ends: list[tuple[int, str]] = []
+    process = played(lambda server: server.send(packet), ends)
+    assert process.returncode == -signal.SIGKILL
+    assert ends == [(rank, "the fork server ended (SIGKILL)") for rank in (0, 1)]
+    assert "cannot be understood" in caplog.text
+
+
+def test_where_no_fork_server_can_be_started_a_change_fails_and_the_next_one_tries_again() -> None:
+    ends: list[tuple[int, str]] = []
+
+    async def scenario() -> None:
+        launcher = LocalLauncher(lambda rank, status, why: ends.append((rank, why)))
+        launcher._config, launcher._timeout_s = Config(), 60.0
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for rank in (0, 1):
+            end = socket.socket()
+            free = min(set(range(4096)) - set(map(int, os.listdir("/proc/self/fd"))))
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+                launcher.spawn(rank, "no:entry", b"", end)
+                async with asyncio.timeout(10):
+                    await launcher._empty.wait()
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        await launcher.close()
+
+    asyncio.run(scenario())
+    assert [rank for rank, _ in ends] == [0, 1]
+    assert all("ulimit -n" in why for _, why in ends)
 
 
 @pytest.mark.slow

@@ -8,9 +8,11 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-from service import change, running
+from service import change, running, until
 
+from flexpert.cluster.coordinator import CHANGES, Coordinator
 from flexpert.cluster.head import Head
+from flexpert.cluster.operation import Operation
 from flexpert.cluster.views import Readiness
 from flexpert.config import Config
 from flexpert.errors import FlexpertError
@@ -95,3 +97,42 @@ def test_it_is_ready_through_changes_and_says_so_when_all_ranks_are_lost() -> No
         seen = service.run(during_loss(service.head))
         assert all(state.live for state in seen)
         assert any("lost" in (state.reason or "") for state in seen if not state.ready)
+
+
+def test_a_timer_that_fails_is_logged_and_said_until_a_change_succeeds(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    head = Head(Config())
+    source = SimpleNamespace(info=SimpleNamespace(experts=16, moe_layers=4))
+    coordinator = Coordinator(head.config, source, head, SimpleNamespace())
+
+    def deadline() -> None:
+        raise RuntimeError("no such phase")
+
+    coordinator._on_deadline = deadline
+
+    async def scenario() -> None:
+        coordinator._start_clock(0.0)
+        await until(lambda: head.impaired)
+
+    asyncio.run(scenario())
+    assert "no such phase" in head.impaired[CHANGES]
+    (record,) = caplog.records
+    assert record.exc_info
+    coordinator._running = Operation(frozenset(), frozenset({0}), 0)
+    coordinator._closed = True  # nothing is to follow
+    coordinator._finish(None, cancelled=False)
+    assert head.impaired == {}
+
+
+def test_an_end_of_a_rank_that_cannot_be_handled_is_logged_and_said(
+    head: Head, caplog: pytest.LogCaptureFixture
+) -> None:
+    def on_exit(rank: int, status: int, why: str) -> None:
+        raise KeyError(rank)
+
+    head._coordinator.on_exit = on_exit
+    head._on_exit(3, 0, "")
+    assert "KeyError(3)" in (head.readiness().reason or "")
+    (record,) = caplog.records
+    assert record.exc_info

@@ -88,3 +88,33 @@ def test_a_rank_that_gets_no_memory_fails_its_change_with_the_reason() -> None:
 
     with running(**SETTINGS) as service:
         service.run(scenario(service.head))
+
+
+def test_a_member_that_gets_no_memory_for_its_window_fails_the_change_and_goes_on() -> None:
+    """Shared memory may not grow (RLIMIT_FSIZE counts for memfds, too): a place for a newcomer is
+    refused to a member while it serves."""
+
+    async def scenario(head: Head) -> None:
+        (pid,) = [rank.pid for rank in head.cluster().ranks if rank.id == 1]
+        limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, limits[1]))
+        await refused(head, "rank 1", "no place of a window", "File too large")
+        assert [rank.pid for rank in head.cluster().ranks if rank.id == 1] == [pid]
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+        assert (await change(head, ranks=3)).state == "done"
+
+    with running(**SETTINGS) as service:
+        service.run(scenario(service.head))
+
+
+def test_a_newcomer_that_gets_no_memory_for_its_kv_cache_says_so() -> None:
+    async def scenario(head: Head) -> None:
+        pid = fork_server(head)
+        limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # of 32 MiB
+        await refused(head, "rank 2 ended", "File too large")
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+        assert (await change(head, ranks=3)).state == "done"
+
+    with running(**SETTINGS) as service:
+        service.run(scenario(service.head))

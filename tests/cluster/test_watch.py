@@ -9,7 +9,7 @@ import pytest
 
 from flexpert.cluster.ports import Ports, Timer, Work
 from flexpert.cluster.record import RankRecord
-from flexpert.cluster.watch import WATCHES, Watch
+from flexpert.cluster.watch import PART, WATCHES, Watch
 
 STALL_S = 2.0
 
@@ -22,6 +22,8 @@ class Clock:
         self.done = Work(0.0, 0)
         self.killed: list[tuple[float, int]] = []
         self.look: Callable[[], None] = lambda: None
+        self.broken: Exception | None = None
+        self.impaired: dict[str, str | None] = {}
 
     def now(self) -> float:
         return self.seconds
@@ -31,7 +33,12 @@ class Clock:
         return cast(Timer, None)
 
     def work(self, rank: int) -> Work | None:
+        if self.broken:
+            raise self.broken
         return self.done
+
+    def impair(self, part: str, why: str | None) -> None:
+        self.impaired[part] = why
 
     def kill(self, rank: int) -> None:
         self.killed.append((self.seconds, rank))
@@ -105,3 +112,19 @@ def test_a_head_that_was_held_up_blames_nobody(clock: Clock) -> None:
     assert not clock.killed
     clock.run(0.2 * STALL_S)
     assert clock.killed
+
+
+def test_a_look_that_fails_is_said_once_and_not_the_last(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched(clock)
+    clock.broken = RuntimeError("no such clock")
+    clock.run(2 * STALL_S)
+    assert clock.killed == []
+    assert "no such clock" in (clock.impaired[PART] or "")
+    (record,) = caplog.records
+    assert record.exc_info
+    clock.broken = None
+    clock.run(2 * STALL_S)
+    assert clock.impaired[PART] is None
+    assert [rank for _, rank in clock.killed] == [3]

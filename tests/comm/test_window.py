@@ -14,9 +14,10 @@ import torch
 from comm_local import Local, dispatch, poke
 from comm_ranks import Rank, Ranks, random_sent, spec_of
 
-from flexpert.comm import BufferSpec, CommError, PeerUnreachable, RankTimeout
+from flexpert.comm import BufferSpec, CommError, PeerUnreachable, RankTimeout, lend_pages
+from flexpert.comm.host import memfd
 from flexpert.comm.host.buffer import HostBuffer
-from flexpert.comm.host.window import Address, decode, encode
+from flexpert.comm.host.window import Address, Window, decode, encode
 from flexpert.comm.layout import (
     COMBINE_FLAG_AT,
     DISPATCH_FLAG_AT,
@@ -158,6 +159,30 @@ def test_a_window_takes_the_memory_that_was_written_and_gives_it_back(local: Loc
     local.activate([0])
     local.buffers[0].disconnect([1])
     assert window.memory_bytes() < used - 16 * 2048 * 2
+
+
+def test_where_the_kernel_promises_no_more_than_it_has_pages_are_taken_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There, one that is missing at first use is SIGBUS. To switch the kernel itself would be for
+    the whole machine."""
+    monkeypatch.setattr(memfd, "overcommits", lambda: False)
+    spec = spec_of(2)
+    window = Window(0, spec)
+    place = window.lend()
+    assert window.memory_bytes() >= window.layout.place_bytes
+    window.take_back(place)
+    window.close()
+    lent = lend_pages(1 << 20)
+    assert lent.resident >= 1 << 20
+    lent.close()
+
+
+def test_pages_that_are_not_to_be_had_are_an_error() -> None:
+    fd = memfd.create("test", 4096)
+    with pytest.raises(OSError, match="of shared memory"):
+        memfd.reserve(fd, 0, 2**62)
+    os.close(fd)
 
 
 def test_disconnecting_an_active_peer_masks_it(local: Local) -> None:

@@ -12,6 +12,8 @@ from flexpert.cluster.views import ClusterView, OperationView
 from flexpert.errors import FlexpertError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+_MOST_BYTES = 64 * 2**20  # of an answer, or of one event of a stream
+_MOST_SHOWN = 500  # characters of what the server says, in a message
 
 T = TypeVar("T")
 
@@ -24,6 +26,26 @@ class ClientError(FlexpertError):
         self.status = status
 
 
+class Delta(msgspec.Struct):
+    """What a chat's answer grows by."""
+
+    content: str | None = None
+
+
+class Choice(msgspec.Struct):
+    """text: of a completion. delta: of a chat."""
+
+    text: str | None = None
+    delta: Delta | None = None
+
+
+class Event(msgspec.Struct):
+    """Of a streamed answer."""
+
+    choices: list[Choice] = []
+    error: Any = None
+
+
 class Client:
     """One service. A context manager."""
 
@@ -31,10 +53,14 @@ class Client:
         self.url = url.rstrip("/").removesuffix("/v1")
         if "://" not in self.url:
             self.url = f"http://{self.url}"
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=httpx.Timeout(timeout_s, connect=5.0)
-        )
+        if key and not key.isprintable():
+            raise ClientError("the key has characters that cannot be sent, such as line ends")
+        headers = {b"authorization": f"Bearer {key}".encode()} if key else {}
+        timeout = httpx.Timeout(timeout_s, connect=5.0)
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+        except _REFUSED as error:
+            raise self._unreachable(error) from None
 
     def __enter__(self) -> Client:
         return self
@@ -57,54 +83,81 @@ class Client:
         data = self._send("DELETE", f"/cluster/operations/{operation_id}")
         return self._decode(data, OperationView)
 
-    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[Event]:
         """The events of a streamed answer, as they come."""
         body = {**body, "stream": True}
         try:
             with self._http.stream("POST", path, json=body) as response:
                 if response.status_code >= 400:
-                    response.read()
-                    self._check(response)
-                for line in response.iter_lines():
-                    data = line.removeprefix("data: ")
+                    self._check(response, self._read(response))
+                for line in self._lines(response):
+                    data = line.removeprefix(b"data: ")
                     if data == line:
                         continue
-                    if data == "[DONE]":
+                    if data == b"[DONE]":
                         return
-                    event = self._decode(data.encode(), dict[str, Any])
-                    if event.get("error"):
-                        raise ClientError(event["error"]["message"])
+                    event = self._decode(data, Event)
+                    if event.error:
+                        raise ClientError(_shown(_message(event.error)))
                     yield event
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except _REFUSED as error:
             raise self._unreachable(error) from None
         raise ClientError("the answer broke off; look at the server's log")
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
         try:
-            response = self._http.request(method, path, json=body)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            with self._http.stream(method, path, json=body) as response:
+                content = self._read(response)
+                self._check(response, content)
+                return content
+        except _REFUSED as error:
             raise self._unreachable(error) from None
-        self._check(response)
-        return response.content
+
+    def _read(self, response: httpx.Response) -> bytes:
+        """All of it: no more than a service would say."""
+        content = bytearray()
+        for piece in response.iter_bytes():
+            content += piece
+            if len(content) > _MOST_BYTES:
+                raise self._too_much()
+        return bytes(content)
+
+    def _lines(self, response: httpx.Response) -> Iterator[bytes]:
+        held = b""
+        for piece in response.iter_bytes():
+            *lines, held = (held + piece).split(b"\n")
+            yield from (line.removesuffix(b"\r") for line in lines)
+            if len(held) > _MOST_BYTES:
+                raise self._too_much()
+        yield held
+
+    def _too_much(self) -> ClientError:
+        return ClientError(
+            f"{self.url} does not answer like a flexpert service: {_MOST_BYTES >> 20} MiB and more"
+        )
 
     def _decode(self, data: bytes, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(data, type=kind)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise ClientError(
-                f"{self.url} does not answer like a flexpert service of this version: {error}"
+                f"{self.url} does not answer like a flexpert service of this version: "
+                f"{_shown(str(error))}"
             ) from None
 
-    def _check(self, response: httpx.Response) -> None:
-        if response.status_code < 400:
+    def _check(self, response: httpx.Response, content: bytes) -> None:
+        status = response.status_code
+        if status < 400:
             return
         try:
-            message = str(msgspec.json.decode(response.content)["error"]["message"])
-        except (msgspec.DecodeError, KeyError, TypeError):
-            message = f"{self.url} answered {response.status_code}: {response.text[:200].strip()}"
-        if response.status_code == 401:
+            message = _message(msgspec.json.decode(content, type=dict[str, Any])["error"])
+        except (msgspec.MsgspecError, RecursionError, KeyError):
+            text = content[: 2 * _MOST_SHOWN].decode(errors="replace")
+            message = f"{self.url} answered {status}: {text[:200].strip()}"
+        message = _shown(message)
+        if status == 401:
             message += "; give it with --api-key or $FLEXPERT_API_KEY"
-        raise ClientError(message, response.status_code)
+        raise ClientError(message, status)
 
     def _unreachable(self, error: Exception) -> ClientError:
         if isinstance(error, httpx.ConnectError):
@@ -116,4 +169,23 @@ class Client:
             return ClientError(f"{self.url} did not answer in time; is it still starting?")
         if isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
             return ClientError(f"{self.url!r} is no address; write for example {DEFAULT_URL}")
-        return ClientError(f"the connection to {self.url} broke: {error or type(error).__name__}")
+        why = _shown(str(error)) or type(error).__name__
+        return ClientError(f"the connection to {self.url} broke: {why}")
+
+
+# What httpx raises: of addresses, of connections, and of answers that are no HTTP. ValueError: a
+# port that is none, names that are none.
+_REFUSED = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError)
+
+
+def _message(error: object) -> str:
+    """Of an error as OpenAI's API tells it, or of anything else in its place."""
+    told = error.get("message") if isinstance(error, dict) else None
+    return str(error if told is None else told)
+
+
+def _shown(text: str) -> str:
+    """On one line, and nothing that a terminal would obey."""
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    return line if len(line) <= _MOST_SHOWN else f"{line[:_MOST_SHOWN]}…"

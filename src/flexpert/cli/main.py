@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -100,6 +101,9 @@ def serve(config: Config) -> None:
     A setting comes from its flag, else from the environment (FLEXPERT_CLUSTER__RANKS=2), else
     from --config FILE, else from its default.
     """
+    from flexpert.cluster import caches
+
+    caches.keep_private(os.environ)  # before torch is imported
     from flexpert.server.run import serve as run
 
     raise typer.Exit(run(config))

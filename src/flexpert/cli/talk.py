@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from flexpert.cli.client import Event
 
 
 class Streams(Protocol):
     """The part of `cli.client.Client` that is needed here."""
 
-    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]: ...
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[Event]: ...
 
 
 def run_complete(client: Streams, prompt: str, params: dict[str, Any], out: TextIO) -> None:
@@ -57,14 +60,14 @@ def run_chat(
 
 def _completion_texts(client: Streams, body: dict[str, Any]) -> Iterator[str]:
     for event in client.stream("/v1/completions", body):
-        for choice in event.get("choices", ()):
-            yield choice.get("text") or ""
+        for choice in event.choices:
+            yield choice.text or ""
 
 
 def _chat_texts(client: Streams, body: dict[str, Any]) -> Iterator[str]:
     for event in client.stream("/v1/chat/completions", body):
-        for choice in event.get("choices", ()):
-            yield choice.get("delta", {}).get("content") or ""
+        for choice in event.choices:
+            yield (choice.delta and choice.delta.content) or ""
 
 
 def _print(texts: Iterator[str], out: TextIO) -> str:

@@ -52,7 +52,13 @@ class Capacity:
 
     def check_free(self, needs: dict[int, int]) -> None:
         """Whether this machine has the memory for newcomers. needs: rank → bytes."""
-        memory = psutil.virtual_memory()
+        try:
+            memory = psutil.virtual_memory()
+        except OSError as error:  # no descriptor is left to read it with
+            raise OperationRefused(
+                f"how much memory is free cannot be read: {error.strerror}; "
+                "too many connections are open, or the limit of open files is low (ulimit -n)"
+            ) from None
         free = memory.available - int(memory.total * self._config.cluster.memory_headroom)
         wanted = sum(needs.values())
         if wanted > free:

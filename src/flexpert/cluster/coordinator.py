@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -35,6 +35,7 @@ from flexpert.moe.placement import Placement, keep, loads
 
 log = logging.getLogger("flexpert")
 
+CHANGES = "changes of the ranks"  # the part of the service that this is
 _KEPT_OPERATIONS = 256
 # Signals that a process brings upon itself.
 _FAULTS = {
@@ -541,7 +542,7 @@ class Coordinator:
     def _expect_halted(self, change: Change) -> None:
         limit_s = self._config.cluster.stall_timeout_s
         due = self._ports.now() + limit_s
-        self._ports.call_later(limit_s, lambda: self._end_stalled(change, due))
+        self._later(limit_s, lambda: self._end_stalled(change, due))
 
     def _end_stalled(self, change: Change, due: float) -> None:
         """Who did not even hear the halt has stalled; its end is an ordinary loss."""
@@ -593,13 +594,25 @@ class Coordinator:
 
     def _start_clock(self, timeout_s: float) -> None:
         due = self._ports.now() + timeout_s
-        self._deadline = self._ports.call_later(timeout_s, lambda: self._clock_is_up(due))
+        self._deadline = self._later(timeout_s, lambda: self._clock_is_up(due))
 
     def _clock_is_up(self, due: float) -> None:
         if self._watch.late(due):
             self._start_clock(self._config.cluster.stall_timeout_s)
         else:
             self._on_deadline()
+
+    def _later(self, delay_s: float, action: Callable[[], None]) -> Timer:
+        """Nobody waits for a timer: what it raises is logged, and the service says so."""
+
+        def run() -> None:
+            try:
+                action()
+            except Exception as error:
+                log.exception("what was due in a change of the ranks could not be done")
+                self._ports.impair(CHANGES, f"what was due could not be done: {error!r}")
+
+        return self._ports.call_later(delay_s, run)
 
     def _stop_clock(self) -> None:
         if self._deadline:
@@ -653,6 +666,7 @@ class Coordinator:
                 operation.end("failed", error)
             else:
                 operation.end("done")
+                self._ports.impair(CHANGES, None)  # if they were, they work again
                 if not operation.automatic:
                     self._replacements.want(operation.after)
             self._publish(operation)
@@ -691,7 +705,7 @@ class Coordinator:
             again_s = max(0.0, self._restore_not_before - self._ports.now())
             wait_s = again_s if wait_s is None else min(wait_s, again_s)
         if wait_s is not None:
-            self._replace_timer = self._ports.call_later(wait_s, self._replace)
+            self._replace_timer = self._later(wait_s, self._replace)
         elif self._down:
             self._never("no rank is started again by itself")
 
@@ -739,7 +753,7 @@ class Coordinator:
             missing = self._replacements.missing(self.members)
             if due < missing:  # all of them together may have the memory
                 wait_s = self._replacements.all_s(self.members, self._ports.now())
-                self._replace_timer = self._ports.call_later(wait_s, self._replace)
+                self._replace_timer = self._later(wait_s, self._replace)
                 return
             if self._down:
                 everybody = sorted(self.members | due)

@@ -133,7 +133,7 @@ def main(descriptor: int) -> None:
                 try:
                     pid, pidfd = _fork(request, descriptors, source, not_theirs)
                 except OSError as error:
-                    _answer(channel, Refused(request.child, _refusal(error)))
+                    _answer(channel, Refused(request.child, refusal(error)))
                     continue
                 children[pidfd] = request.child, pid
                 selector.register(pidfd, selectors.EVENT_READ)
@@ -188,7 +188,8 @@ def _run(request: Fork, end: int, source: ModelSource, not_ours: list[int]) -> N
         os._exit(status)
 
 
-def _refusal(error: OSError) -> str:
+def refusal(error: OSError) -> str:
+    """Why there is no new process, and what to do about it."""
     remedy = {
         errno.EMFILE: "raise the limit of open files (ulimit -n)",
         errno.ENFILE: "the machine has no open files left (fs.file-max)",

@@ -15,7 +15,7 @@ import msgspec
 
 from flexpert.cluster import messages as msg
 from flexpert.cluster.admission import Admission
-from flexpert.cluster.coordinator import Coordinator
+from flexpert.cluster.coordinator import CHANGES, Coordinator
 from flexpert.cluster.helper import ForkedHelper, OnEnd, OnMessage
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
@@ -322,6 +322,12 @@ class Head:
         if self.on_failure:
             self.on_failure(self.failure)
 
+    def impair(self, part: str, why: str | None) -> None:
+        if why is None:
+            self.impaired.pop(part, None)
+        else:
+            self.impaired[part] = why
+
     def publish(self, event: ClusterEvent) -> None:
         if event.kind == "operation" and event.data["state"] in ("done", "failed", "cancelled"):
             self.metrics.operation_over(msgspec.convert(event.data, OperationView))
@@ -364,7 +370,11 @@ class Head:
             self._transport.drain(rank)
             self._transport.forget(rank)
         if self._coordinator and not self._stopped:
-            self._coordinator.on_exit(rank, status, why)
+            try:
+                self._coordinator.on_exit(rank, status, why)
+            except Exception as error:
+                log.exception("the end of rank %d could not be handled", rank)
+                self.impair(CHANGES, f"the end of rank {rank} could not be handled: {error!r}")
 
     def _send(self, rank: int, command: msg.Command) -> None:
         if self._transport:

@@ -16,7 +16,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from flexpert.cluster import forkserver
+import msgspec
+
+from flexpert.cluster import caches, forkserver
 from flexpert.cluster.forkserver import Exited, Fork, Kill, Ready, Refused, Started, Unusable
 from flexpert.cluster.ports import Work
 from flexpert.config import Config
@@ -39,6 +41,9 @@ _ENVIRONMENT = {
 # of /proc/…/stat, after the name
 _STATE, _MINOR_FAULTS, _MAJOR_FAULTS = 0, 7, 9
 
+
+# not for children: the keys of the HTTP server and of its clients (see `for_children`)
+_SECRETS = ("FLEXPERT_SERVER__", "FLEXPERT_API_KEY")
 
 OnExit = Callable[[int, str], None]
 _OTHERS = 2**16  # children that are no ranks are numbered from here
@@ -81,9 +86,11 @@ class LocalLauncher:
     async def _start(self, config: Config, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
         try:
-            self._process, ours = _popen()
+            self._process, ours = _start_fork_server()
         except OSError as error:
-            raise FlexpertError(f"no fork server can be started: {error.strerror}") from None
+            why = forkserver.refusal(error)
+            raise FlexpertError(f"the fork server cannot be started: {why}") from None
+        ours.setblocking(False)
         self._channel = ours
         self._ready = loop.create_future()
         loop.add_reader(ours, self._receive)
@@ -129,11 +136,13 @@ class LocalLauncher:
     async def _start_again(self, config: Config) -> None:
         """Another fork server, and what waits for it."""
         log.warning("a new fork server is started")
+        failure: str | None = None
         try:
             await self._start(config, self._timeout_s)
-            failure = None
-        except FlexpertError as error:
-            failure = str(error)
+        except Exception as error:
+            if not isinstance(error, FlexpertError):
+                log.exception("the fork server could not be started")
+            failure = str(error) or type(error).__name__
             self._disconnect()
             if self._process:
                 self._do(self._bury(self._process, {}))
@@ -160,8 +169,13 @@ class LocalLauncher:
     def _do(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
         return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("processes could not be started or buried", exc_info=error)
 
     def kill(self, number: int) -> None:
         """SIGKILL to a rank or another child; nothing if it is gone already."""
@@ -201,9 +215,6 @@ class LocalLauncher:
         """
         if self._process is None:
             return
-        for number in list(self._children):
-            if number >= _OTHERS:
-                self.kill(number)
         if self._starting is not None:
             self._starting.cancel()
             self._process.kill()
@@ -211,6 +222,9 @@ class LocalLauncher:
         for one in waiting:
             one.end.close()
             self._gone(one.request.child, -signal.SIGKILL)
+        for number in list(self._children):
+            if number >= _OTHERS:  # nobody has told those to end
+                self.kill(number)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_s)
         for number in list(self._children):
@@ -240,15 +254,25 @@ class LocalLauncher:
                 )
             except BlockingIOError:
                 return
-            except ConnectionResetError:
+            except OSError as error:
+                if not isinstance(error, ConnectionResetError):
+                    log.error("the fork server cannot be heard: %s", error.strerror)
                 packet, descriptors = b"", []
             if not packet:
                 self._died()
                 return
-            self._handle(packet, descriptors)
+            try:
+                answer = forkserver.decode_answer(packet)
+            except msgspec.MsgspecError as error:
+                # what else it has said or will say is no better, and its children end with it
+                log.error("the fork server says what cannot be understood, it is ended: %s", error)
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                self._died()
+                return
+            self._handle(answer, descriptors)
 
-    def _handle(self, packet: bytes, descriptors: list[int]) -> None:
-        answer = forkserver.decode_answer(packet)
+    def _handle(self, answer: forkserver.Answer, descriptors: list[int]) -> None:
         if isinstance(answer, Ready):
             if self._ready and not self._ready.done():
                 self._ready.set_result(None)
@@ -257,7 +281,13 @@ class LocalLauncher:
                 self._ready.set_exception(ModelError(answer.error))
         elif isinstance(answer, Started):
             pidfd = descriptors[0] if descriptors else None  # None: there was none left
-            child = self._children[answer.child]
+            child = self._children.get(answer.child)
+            if child is None:  # we never asked for it, or it has been told as gone
+                if pidfd is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                    os.close(pidfd)
+                return
             child.found(answer.pid, pidfd)
             if child.doomed:
                 self.kill(answer.child)
@@ -272,7 +302,10 @@ class LocalLauncher:
             self._empty.set()
         if child is not None:
             child.close()
-            child.on_exit(status, why)
+            try:
+                child.on_exit(status, why)
+            except Exception:  # the others' ends are to be told all the same
+                log.exception("the end of a process (pid %d) could not be handled", child.pid)
 
     def _died(self) -> None:
         """The fork server is gone, and with it every rank."""
@@ -293,21 +326,28 @@ class LocalLauncher:
         status = await asyncio.to_thread(process.wait)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         for number, child in children.items():
-            await child.end()
+            try:
+                await child.end()
+            except OSError as error:  # it has no descriptor to be waited for with
+                log.error("pid %d was not waited for: %s", child.pid, error.strerror)
             self._gone(number, -signal.SIGKILL, f"the fork server ended ({how})")
 
 
-def _popen() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A new fork server and our end of its socket. Raises: OSError: there is none."""
+def _start_fork_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The process and the head's end of its channel. Raises: OSError: the system refuses."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)
+    }
+    environment.update(_ENVIRONMENT)
+    caches.keep_private(environment)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
     with theirs:
         try:
             process = subprocess.Popen(
                 [sys.executable, "-m", "flexpert.cluster.forkserver", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **_ENVIRONMENT},
+                env=environment,
             )
         except OSError:
             ours.close()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 
 from flexpert.cluster.ports import Ports, Timer, Work
 from flexpert.cluster.record import RankRecord
+
+log = logging.getLogger("flexpert")
+
+PART = "the watch for ranks that hang"  # of the service
 
 # Of the stall timeout: a silent rank is ended after STALLED of it; looked at WATCHES times.
 STALLED = 0.9
@@ -47,10 +52,11 @@ class Watch:
         self._timer: Timer | None = None
         self._looked = 0.0
         self._held_up = float("-inf")  # until when the head itself was
+        self._failed = ""  # why the latest look did
 
     def start(self) -> None:
         self._looked = self._ports.now()
-        self._look()
+        self._look_again()
 
     def close(self) -> None:
         if self._timer:
@@ -80,6 +86,22 @@ class Watch:
                 self._warn(f"rank {rank} {why} and is ended")
                 self._ports.kill(rank)
 
+    def _look_again(self) -> None:
+        """One look; whatever becomes of it, there is a next one."""
+        try:
+            self._look()
+        except Exception as error:
+            why = repr(error)
+            if why != self._failed:  # once, not twenty times in a stall timeout
+                log.exception("ranks could not be watched")
+            self._failed = why
+            self._ports.impair(PART, why)
+        else:
+            if self._failed:
+                self._failed = ""
+                self._ports.impair(PART, None)
+        self._timer = self._ports.call_later(self._stall_s / WATCHES, self._look_again)
+
     def _look(self) -> None:
         now = self._ports.now()
         late = now - self._looked > self._stall_s / 4
@@ -101,4 +123,3 @@ class Watch:
                     self.end([rank], f"was silent for {silent_s:.1f} s")
                 else:  # its last word may be on its way
                     record.suspect = True
-        self._timer = self._ports.call_later(self._stall_s / WATCHES, self._look)

@@ -113,13 +113,23 @@ class Lent:
 
 
 def lend_pages(size: int) -> Lent:
-    """New memory of this machine. Raises: OSError: there is none."""
+    """New memory of this machine; its pages are taken on first use, unless the kernel promises no
+    more than it has: then one that is missing at first use would end the process.
+
+    Raises: OSError: there is none.
+    """
     fd = memfd.create(_NAME, _PAGE + size)
-    nonce = secrets.token_bytes(_NONCE_BYTES)
-    os.pwrite(fd, nonce, 0)
-    pid = os.getpid()
-    address = _Address(memfd.boot_id(), pid, memfd.start_time(pid), fd, nonce, size)
-    mapped = mmap.mmap(fd, _PAGE + size)
+    try:
+        if not memfd.overcommits():
+            memfd.reserve(fd, 0, _PAGE + size)
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        os.pwrite(fd, nonce, 0)
+        pid = os.getpid()
+        address = _Address(memfd.boot_id(), pid, memfd.start_time(pid), fd, nonce, size)
+        mapped = mmap.mmap(fd, _PAGE + size)
+    except OSError:
+        os.close(fd)
+        raise
     return Lent(msgspec.msgpack.encode(address), _view(mapped), fd)
 
 

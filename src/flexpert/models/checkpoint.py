@@ -30,9 +30,13 @@ from transformers.core_model_loading import (
 )
 
 from flexpert.errors import ModelError
+from flexpert.reading import shown
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
+_MOST_INDEX_BYTES: Final = 256 * 2**20
+# of a tensor whose header does not say the truth
+_UNREADABLE: Final = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, MemoryError)
 
 
 class Tensors(Protocol):
@@ -62,14 +66,7 @@ class TensorFiles:
     def _file_names(self) -> list[str]:
         index = self.path / INDEX
         if index.is_file():
-            try:
-                names = sorted(
-                    set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-                )
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError(
-                    f"{index} is not an index of safetensors files: {error}"
-                ) from error
+            names = _names_in(index)
             missing = [name for name in names if not (self.path / name).is_file()]
             if missing:
                 raise ModelError(
@@ -90,7 +87,7 @@ class TensorFiles:
         try:
             self._identity[name] = _identity(self.path / name)
             return safe_open(str(self.path / name), framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError, MemoryError, OverflowError) as error:
             raise ModelError(
                 f"{self.path / name} is damaged or incomplete ({error}); download it again"
             ) from error
@@ -118,6 +115,12 @@ class TensorFiles:
     def keys(self) -> Iterable[str]:
         return self._file_of.keys()
 
+    def _refuse(self, key: str, error: Exception) -> ModelError:
+        return ModelError(
+            f"{self.path / self._file_of[key]} is damaged: {key} cannot be read ({error}); "
+            "download it again"
+        )
+
     def shape(self, key: str) -> tuple[int, ...]:
         with self._lock:
             return tuple(self._open[self._file_of[key]].get_slice(key).get_shape())
@@ -129,15 +132,44 @@ class TensorFiles:
 
     def read(self, key: str) -> Tensor:
         """The whole tensor."""
-        with self._lock:
-            tensor: Tensor = self._open[self._file_of[key]].get_tensor(key)
-            return tensor
+        try:
+            with self._lock:
+                tensor: Tensor = self._open[self._file_of[key]].get_tensor(key)
+                return tensor
+        except _UNREADABLE as error:
+            raise self._refuse(key, error) from error
 
     def read_row(self, key: str, row: int) -> Tensor:
         """[1, …]: one row of a tensor; nothing else of it is read."""
-        with self._lock:
-            tensor: Tensor = self._open[self._file_of[key]].get_slice(key)[row : row + 1]
-            return tensor
+        try:
+            with self._lock:
+                tensor: Tensor = self._open[self._file_of[key]].get_slice(key)[row : row + 1]
+                return tensor
+        except _UNREADABLE as error:
+            raise self._refuse(key, error) from error
+
+
+def _names_in(index: Path) -> list[str]:
+    """The weight files that an index names, all of its own directory.
+
+    Raises: ModelError: it is no index.
+    """
+    try:
+        if (size := index.stat().st_size) > _MOST_INDEX_BYTES:
+            raise ValueError(f"it has {size} bytes")
+        told = json.loads(index.read_text(encoding="utf-8"))
+        names = sorted({str(name) for name in told["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = shown(f"{type(error).__name__}: {error}")
+        raise ModelError(f"{index} is not an index of safetensors files: {why}") from error
+    for name in names:
+        # a file elsewhere is none of the checkpoint's, and may be one that only this user can read
+        if "/" in name or "\0" in name or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{index} names {shown(name)!r} as a weight file; those are safetensors files "
+                "in the same directory"
+            )
+    return names
 
 
 def _identity(file: Path) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -22,13 +23,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from flexpert.errors import ModelError, UnsupportedModel
+from flexpert.errors import ConfigError, ModelError, UnsupportedModel
 from flexpert.models import registrations
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.fp8_files import Fp8Files, block_of
 from flexpert.models.probe import AttentionShape, Probe, build_skeleton, probe
 from flexpert.moe import fp8
 from flexpert.moe.experts import ExpertShape, ExpertWeights
+from flexpert.reading import read_text, shown
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,10 @@ DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ExpertFormat = Literal["whole", "stored", "fp8"]
 """Of experts in memory. whole: in the model's dtype; fp8: with a scale for each block of 128 x 128
 (see `flexpert.moe.fp8`), quantised at load if they are not; stored: fp8 if the files have it."""
+
+_MOST_CONFIG_BYTES: Final = 8 * 2**20
+_MOST_PARTS: Final = 100_000  # of one kind in a model: layers, heads, experts
+_MOST_SAID: Final = 600  # characters of what a library says
 
 WANTED_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
@@ -139,18 +145,22 @@ class ModelSource:
         """
         path = locate(model, revision)
         config = _read_config(path)
-        block = block_of(path, config)
-        skeleton = build_skeleton(config, _dtype(config, dtype), attention=registrations.PROBE)
-        found = probe(skeleton)
-        return cls(
-            path,
-            config,
-            _info(model, path, config, skeleton, found, max_model_len),
-            skeleton,
-            found,
-            TensorFiles(path) if block is None else Fp8Files(path, block),
-            experts,
-        )
+        try:
+            block = block_of(path, config)
+            skeleton = build_skeleton(config, _dtype(config, dtype), attention=registrations.PROBE)
+            found = probe(skeleton)
+            info = _info(model, path, config, skeleton, found, max_model_len)
+            files = TensorFiles(path) if block is None else Fp8Files(path, block)
+            return cls(path, config, info, skeleton, found, files, experts)
+        except ModelError as error:
+            if str(path) in str(error):
+                raise
+            raise type(error)(f"{path}: {error}") from error
+        except Exception as error:  # whatever the library makes of numbers that fit nowhere
+            raise ModelError(
+                f"{path / 'config.json'} describes no model that can be built "
+                f"({type(error).__name__}: {_short(error)})"
+            ) from error
 
     # ---- sizes ------------------------------------------------------------------------------
 
@@ -261,7 +271,13 @@ class ModelSource:
                 raise ValueError(f"there is no expert {expert}: the model has {self.info.experts}")
         self.checkpoint.files.check_unchanged()
         shape = self.expert_shape(layer)
-        loaded = {expert: place(expert) if place else shape.empty() for expert in experts}
+        try:
+            loaded = {expert: place(expert) if place else shape.empty() for expert in experts}
+        except (RuntimeError, MemoryError) as error:
+            raise ModelError(
+                f"{self.path}: there is no memory for {len(experts)} experts of {shape.nbytes} "
+                f"bytes ({_short(error)})"
+            ) from error
         for expert, into in loaded.items():
             self._load_expert(self.experts_names[layer], expert, into)
         return loaded
@@ -382,6 +398,7 @@ def locate(model: str, revision: str | None = None) -> Path:
 def _read_config(path: Path) -> PreTrainedConfig:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: it is not a checkpoint of transformers")
+    _check_settings(path / "config.json")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path)
     except Exception as error:
@@ -391,8 +408,32 @@ def _read_config(path: Path) -> PreTrainedConfig:
             raise UnsupportedModel(
                 f"{path}: the installed transformers does not know this model ({error})"
             ) from error
-        raise ModelError(f"{path / 'config.json'} cannot be read: {error}") from error
+        raise ModelError(f"{path / 'config.json'} cannot be read: {_short(error)}") from error
     return config
+
+
+def _check_settings(file: Path) -> None:
+    """Before the library makes a layer of each that a number promises.
+
+    Raises: ModelError: it is no configuration, or no machine could hold the model.
+    """
+    try:
+        settings = json.loads(read_text(file, "the configuration", most=_MOST_CONFIG_BYTES))
+    except (ConfigError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} cannot be read: {_short(error)}") from None
+    if not isinstance(settings, dict):
+        raise ModelError(f"{file} cannot be read: it is no JSON object")
+    inner = [value for value in settings.values() if isinstance(value, dict)]
+    for name, value in (pair for each in (settings, *inner) for pair in each.items()):
+        counts = name.startswith(("num_", "n_")) or name.endswith("_layers")
+        if counts and isinstance(value, int | float) and not value <= _MOST_PARTS:
+            raise ModelError(f"{file}: {name} is {value!r}, more than any model has")
+
+
+def _short(error: BaseException) -> str:
+    """What a library says, on one line."""
+    text = " ".join(str(error).split()).encode(errors="replace").decode()
+    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
 
 
 def _dtype(config: PreTrainedConfig, asked: str) -> torch.dtype:
@@ -425,12 +466,14 @@ def _info(
     if (path / "generation_config.json").is_file():
         try:
             generation = GenerationConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except Exception as error:
             raise ModelError(
-                f"{path / 'generation_config.json'} cannot be read: {error}"
+                f"{path / 'generation_config.json'} cannot be read: {_short(error)}"
             ) from error
         eos = generation.eos_token_id if generation.eos_token_id is not None else eos
         bos = generation.bos_token_id if generation.bos_token_id is not None else bos
+    ends = _token_ids(path, "eos_token_id", eos, text.vocab_size)
+    begins = _token_ids(path, "bos_token_id", bos, text.vocab_size)
     return ModelInfo(
         name=model,
         model_type=config.model_type,
@@ -443,9 +486,24 @@ def _info(
         dtype=skeleton.dtype,
         attention=tuple(found.attention_shapes.values()),
         max_model_len=_context_limit(text, max_model_len),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        bos_token_id=bos,
+        eos_token_ids=ends,
+        bos_token_id=begins[0] if begins else None,
     )
+
+
+def _token_ids(path: Path, name: str, value: object, vocab: int) -> tuple[int, ...]:
+    """One, several or none. What is not in the vocabulary never comes.
+
+    Raises: ModelError: they are no token ids.
+    """
+    given = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    ids = [one for one in given if isinstance(one, int) and not isinstance(one, bool)]
+    if len(ids) < len(given):
+        raise ModelError(
+            f"{path}: {name} in generation_config.json or config.json is {shown(value)}, not the "
+            "number of a token"
+        )
+    return tuple(one for one in ids if 0 <= one < vocab)
 
 
 def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
@@ -454,7 +512,12 @@ def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
     With rope type "longrope" the frequencies of all tokens of a batch depend on the longest of
     them; within the original context they do not.
     """
-    limit = int(config.max_position_embeddings)
+    limit = config.max_position_embeddings
+    if not isinstance(limit, int) or not 0 < limit < 2**31:
+        raise ModelError(
+            f"max_position_embeddings in config.json is {shown(limit)}, "
+            "which is no number of tokens"
+        )
     reason = "its max_position_embeddings"
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *rope.values()):

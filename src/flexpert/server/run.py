@@ -7,7 +7,6 @@ import ipaddress
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil
@@ -20,6 +19,8 @@ import flexpert
 from flexpert.config import Config, ServerConfig
 from flexpert.errors import ConfigError, FlexpertError
 from flexpert.server.app import create_app
+from flexpert.server.console import LogHandler, complain, say
+from flexpert.server.descriptors import raise_limit
 from flexpert.server.keys import Keys, read_keys
 from flexpert.server.protocol import bounded_protocol
 
@@ -54,14 +55,16 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
     logging.basicConfig(
         level=config.server.log_level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[LogHandler()],
     )
     try:
+        raise_limit(config.cluster.ranks)
         # Bound before any rank starts, so that a port in use fails in milliseconds. It listens
         # already: who connects during the start waits and is answered when the model is there.
         keys = read_keys(config.server)
         listener = bind(config.server, keys)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        complain(f"error: {error}")
         return EXIT_WRONG_SETTINGS
     if head is None:
         from flexpert.cluster.head import Head  # torch and transformers, seconds
@@ -141,14 +144,14 @@ class _Service:
             loop.add_signal_handler(number, self._on_signal, number)
         host, port = self._listener.getsockname()[:2]
         self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        print(f"flexpert {flexpert.__version__} on {self._url}", flush=True)
+        say(f"flexpert {flexpert.__version__} on {self._url}")
         try:
             if await self._started():
                 await self._serve()
                 return self._exit_code()
             return 128 + self._signal
         except FlexpertError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            complain(f"error: {error}")
             return EXIT_FAILED
         finally:
             await self._stop()
@@ -168,7 +171,7 @@ class _Service:
     async def _started(self) -> bool:
         """The head serves; False: a signal came first."""
         self._head.on_failure = self._on_failure
-        start = asyncio.ensure_future(self._head.start(lambda line: print(line, flush=True)))
+        start = asyncio.ensure_future(self._head.start(say))
         asked = asyncio.ensure_future(self._asked.wait())
         await asyncio.wait((start, asked), return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
@@ -200,10 +203,9 @@ class _Service:
         await app.state.preprocessors.start()
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         asked = asyncio.ensure_future(self._asked.wait())
-        print(
+        say(
             f"{self._head.model_name} on {ranks.ranks} of at most {ranks.max_ranks} ranks\n"
-            f"ready: {self._url}/v1",
-            flush=True,
+            f"ready: {self._url}/v1"
         )
         await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
@@ -211,7 +213,7 @@ class _Service:
             # nobody asked it to end: whatever it was, the service does not answer any more
             log.error("the HTTP server has ended by itself", exc_info=serving.exception())
             self._failure = FlexpertError("the HTTP server has ended by itself; the log says why")
-        print("stopping: running requests may finish; Ctrl-C again stops at once", flush=True)
+        say("stopping: running requests may finish; Ctrl-C again stops at once")
         app.state.closing.set()
         server.should_exit = True
         # the head answers what is left when the time is over with an error; so HTTP ends by itself
@@ -235,12 +237,12 @@ class _Service:
             async with asyncio.timeout(FORCED_STOP_S if self._forced.is_set() else None):
                 await self._head.stop()
         except TimeoutError:
-            print("ranks did not stop in time; they end with this process", file=sys.stderr)
-        print("stopped", flush=True)
+            complain("ranks did not stop in time; they end with this process")
+        say("stopped")
 
     def _exit_code(self) -> int:
         if self._failure is not None:
-            print(f"error: {self._failure}", file=sys.stderr, flush=True)
+            complain(f"error: {self._failure}")
             return EXIT_FAILED
         return 128 + self._signal if self._forced.is_set() else EXIT_OK
 

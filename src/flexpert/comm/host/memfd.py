@@ -45,6 +45,30 @@ def create(name: str, size: int) -> int:
     return fd
 
 
+def reserve(fd: int, offset: int, size: int) -> None:
+    """Take the pages of a part now: later, one that the kernel has no memory for would end the
+    process that touches it (SIGBUS).
+
+    Raises: OSError: there is none.
+    """
+    try:
+        os.posix_fallocate(fd, offset, size)
+    except OSError as error:
+        what = f"no memory for {size} bytes of shared memory: {error.strerror}"
+        raise OSError(error.errno, what) from None
+
+
+def overcommits() -> bool:
+    """Whether the kernel promises memory that it may not have (vm.overcommit_memory not 2).
+
+    Where it does, what it cannot keep ends a process by its OOM killer, reserved or not.
+    """
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "2"
+    except OSError:
+        return True
+
+
 def open_of(
     who: str,
     what: str,

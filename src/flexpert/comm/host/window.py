@@ -94,9 +94,17 @@ class Window:
         self._next = 0
 
     def lend(self) -> Place:
-        """A place that was never lent before."""
+        """A place that was never lent before.
+
+        Raises: CommError: there is no memory for it.
+        """
         number = self._next
-        os.ftruncate(self.fd, self.layout.place_at(number + 1))
+        try:
+            os.ftruncate(self.fd, self.layout.place_at(number + 1))
+            if not memfd.overcommits():
+                memfd.reserve(self.fd, self.layout.place_at(number), self.layout.place_bytes)
+        except OSError as error:
+            raise CommError(f"no place of a window: {error.strerror}") from error
         place = Place(
             number, map_part(self.fd, self.layout.place_at(number), self.layout.place_bytes)
         )
