@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures.thread  # noqa: F401 - its exit hook must come before ours
+import concurrent.futures.thread
 import itertools
 import queue
 import threading
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,7 +30,7 @@ STOP_TIMEOUT_S = 10.0
 
 Prompt = str | list[int]
 Prompts = str | Sequence[Prompt]
-Params = SamplingParams | Sequence[SamplingParams] | None
+Params = SamplingParams | Iterable[SamplingParams] | None
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -111,7 +111,7 @@ class LLM:
         self.config = _settle(config, given)
         self._head = Head(self.config)
         self._numbers = itertools.count(1)
-        self._closing = threading.Lock()
+        self._closing = threading.RLock()  # a signal's handler may close while we hold it
         self._closed = False
         self._loop = asyncio.new_event_loop()
         # a daemon, so that a program that forgets to close still comes to its exit hooks
@@ -140,7 +140,8 @@ class LLM:
         Raises:
             RequestError: one of them cannot be answered; then none is.
         """
-        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        one = isinstance(prompts, str | bytes | bytearray | Mapping)
+        asked: list[Any] = [prompts] if one or not isinstance(prompts, Iterable) else list(prompts)
         encoded = [self._encode(prompt) for prompt in asked]
         texts = [prompt if isinstance(prompt, str) else None for prompt in asked]
         return self._generate(texts, encoded, params, progress=progress)
@@ -251,19 +252,30 @@ class LLM:
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run on the head's loop and wait; Ctrl-C while waiting cancels the work."""
-        if self._closed:
-            work.close()
-            raise ServiceStopped("this LLM is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self._begin_on_loop(work)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
 
+    def _begin_on_loop(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        # what begins before `close` is ended by it; later the loop would never get to it
+        with self._closing:
+            if self._closed:
+                work.close()
+                raise ServiceStopped("this LLM is closed")
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
+
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self._text.encode(prompt)
+        # bytes and mappings are iterated as well, and would be answered as something else
+        if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
+            raise RequestError(
+                f"a prompt is a text or a list of token ids, not {type(prompt).__name__}; "
+                "generate() takes one text, or a list of prompts"
+            )
         ids = list(prompt)
         wrong = next((token for token in ids if type(token) is not int), None)
         if wrong is not None:
@@ -329,9 +341,7 @@ class LLM:
             finally:
                 arrived.put(None)
 
-        if self._closed:
-            raise ServiceStopped("this LLM is closed")
-        future = asyncio.run_coroutine_threadsafe(produce(), self._loop)
+        future = self._begin_on_loop(produce())
         try:
             while (text := arrived.get()) is not None:
                 if text:
@@ -368,9 +378,12 @@ threading._register_atexit(_close_all)  # type: ignore[attr-defined]
 def _spread(params: Params, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise RequestError(f"{len(params)} params were given for {count} prompts")
-    return list(params)
+    each = list(params)
+    if not all(isinstance(one, SamplingParams) for one in each):
+        raise RequestError("params are SamplingParams(…), or a list of them, one for each prompt")
+    if len(each) != count:
+        raise RequestError(f"{len(each)} params were given for {count} prompts")
+    return each
 
 
 def _settle(config: Config | None, given: dict[str, Any]) -> Config:

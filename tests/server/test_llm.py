@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_head import FakeHead
@@ -73,6 +74,26 @@ def test_one_wrong_prompt_leaves_none_running(llm: LLM) -> None:
     with pytest.raises(RequestError):
         llm.generate(["fine", "x" * 300])
     assert idle(llm)
+
+
+@pytest.mark.parametrize(
+    "prompts", [b"abc", [b"abc"], [bytearray(b"abc")], {"prompt": "a"}, [1, 2, 3], None, [None]]
+)
+def test_what_is_no_prompt_is_refused_and_not_taken_for_one(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(RequestError, match="a prompt is a text or a list of token ids"):
+        llm.generate(prompts)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 2}, [None], ["x"]])
+def test_what_are_no_params_is_refused(llm: LLM, params: Any) -> None:
+    with pytest.raises(RequestError, match="SamplingParams"):
+        llm.generate("a", params)
+
+
+def test_params_may_come_from_a_generator(llm: LLM) -> None:
+    lengths = [1, 2]
+    found = llm.generate(["a", "b"], (SamplingParams(max_tokens=n) for n in lengths))
+    assert [len(completion.token_ids) for completion in found] == lengths
 
 
 def test_a_failed_sequence_raises_its_error(llm: LLM) -> None:

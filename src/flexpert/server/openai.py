@@ -138,7 +138,8 @@ class OpenAIRoutes:
             return EventStream(_events(generation, shape), generation.cancel)
         with generation:
             choices = await unless_gone(request.receive, generation.whole())
-        return Response(shape.whole(choices, generation.usage), media_type="application/json")
+        body = await shape.answer(choices, generation.usage)
+        return Response(body, media_type="application/json")
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._head.model_name:

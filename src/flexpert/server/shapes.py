@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 from collections.abc import Sequence
+from typing import cast
 
 import msgspec
 
@@ -40,8 +42,21 @@ class Shape(abc.ABC):
         """JSON of the last event of a stream that asked for its usage."""
 
     @abc.abstractmethod
-    def whole(self, choices: Sequence[Part], usage: Usage) -> bytes:
-        """JSON of the answer at once."""
+    def whole_choice(self, part: Part) -> wire.TextChoice | wire.ChatChoice:
+        """A choice of the answer at once."""
+
+    @abc.abstractmethod
+    def whole(self, choices: list[msgspec.Raw], usage: Usage, parts: Sequence[Part]) -> bytes:
+        """JSON of the answer at once. choices: JSON of each."""
+
+    async def answer(self, parts: Sequence[Part], usage: Usage) -> bytes:
+        """JSON of the answer at once; others get their turn between its choices, because many of
+        them with log probabilities take seconds."""
+        choices = []
+        for part in parts:
+            choices.append(msgspec.Raw(wire.encode(self.whole_choice(part))))
+            await asyncio.sleep(0)
+        return self.whole(choices, usage, parts)
 
 
 class TextShape(Shape):
@@ -73,8 +88,11 @@ class TextShape(Shape):
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._encode([], usage)
 
-    def whole(self, choices: Sequence[Part], usage: Usage) -> bytes:
-        return self._encode([self._choice(part) for part in choices], usage, _remark(choices))
+    def whole(self, choices: list[msgspec.Raw], usage: Usage, parts: Sequence[Part]) -> bytes:
+        return self._encode(cast(list[wire.TextChoice], choices), usage, _remark(parts))
+
+    def whole_choice(self, part: Part) -> wire.TextChoice:
+        return self._choice(part)
 
     def _choice(self, part: Part) -> wire.TextChoice:
         records = part.records
@@ -125,20 +143,20 @@ class ChatShape(Shape):
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._encode([], usage)
 
-    def whole(self, choices: Sequence[Part], usage: Usage) -> bytes:
-        whole = [
-            wire.ChatChoice(
-                part.index,
-                wire.ChatMessage(part.text),
-                None if part.records is None else chat_logprobs(part.records, self.text),
-                part.finish,
-            )
-            for part in choices
-        ]
+    def whole(self, choices: list[msgspec.Raw], usage: Usage, parts: Sequence[Part]) -> bytes:
+        all_of_them = cast(list[wire.ChatChoice], choices)
         return wire.encode(
             wire.ChatCompletion(
-                self.id, self.created, self.model, whole, usage, flexpert=_remark(choices)
+                self.id, self.created, self.model, all_of_them, usage, flexpert=_remark(parts)
             )
+        )
+
+    def whole_choice(self, part: Part) -> wire.ChatChoice:
+        return wire.ChatChoice(
+            part.index,
+            wire.ChatMessage(part.text),
+            None if part.records is None else chat_logprobs(part.records, self.text),
+            part.finish,
         )
 
     def _encode(
