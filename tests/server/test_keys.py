@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -46,8 +47,8 @@ def test_a_key_is_the_first_line_of_its_file(
         (b"\n", "no key in its first line"),
         (b"  \nkey", "no key in its first line"),
         (b"a\0b\n", "no key in its first line"),
-        (b"\xff\xfe\n", "no text"),
-        (b"x" * 10**6, "no key file"),
+        (b"\xff\xfe\n", "not text"),
+        (b"x" * 10**6, "larger than 64 KiB"),
     ],
 )
 def test_a_file_without_a_key_is_a_wrong_setting(
@@ -58,9 +59,15 @@ def test_a_file_without_a_key_is_a_wrong_setting(
         read_keys(ServerConfig(api_key_file=file))
 
 
+def test_a_pipe_that_nobody_writes_into_is_a_wrong_setting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="nothing comes out of"):
+        read_keys(ServerConfig(api_key_file=tmp_path / "pipe"))
+
+
 def test_a_file_that_cannot_be_read_is_a_wrong_setting(tmp_path: Path) -> None:
     for file in (tmp_path / "none", tmp_path, Path("a\0b")):
-        with pytest.raises(ConfigError, match=r"server\.control_key_file.*cannot be read"):
+        with pytest.raises(ConfigError, match=r"cannot read server\.control_key_file"):
             read_keys(ServerConfig(control_key_file=file))
 
 
@@ -143,7 +150,7 @@ def test_serve_refuses_before_anything_starts(
     ):
         config = Config(server=server)
         assert serve(config, head=lambda config: pytest.fail("started")) == 2
-        assert capsys.readouterr().err.startswith("error: server.")
+        assert re.match(r"error: (cannot read )?server\.", capsys.readouterr().err)
 
 
 def test_nothing_that_is_served_or_logged_shows_a_key(caplog: pytest.LogCaptureFixture) -> None:

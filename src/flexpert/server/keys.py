@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import stat
@@ -12,6 +13,7 @@ from pydantic import SecretStr
 
 from flexpert.config import ServerConfig
 from flexpert.errors import ConfigError
+from flexpert.reading import read_text
 
 log = logging.getLogger("flexpert.server")
 
@@ -51,22 +53,17 @@ def _key(name: str, given: SecretStr | None, file: Path | None) -> bytes | None:
 
 def _from_file(name: str, file: Path) -> bytes:
     what = f"server.{name}_file {str(file)!r}"
-    try:
-        with file.open("rb") as opened:
-            mode = stat.S_IMODE(file.stat().st_mode)
-            raw = opened.read(_LONGEST_FILE + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{what} cannot be read: {reason}") from None
-    if len(raw) > _LONGEST_FILE:
-        raise ConfigError(f"{what} is no key file: it has more than {_LONGEST_FILE} bytes")
-    try:
-        lines = raw.decode().splitlines()
-    except UnicodeDecodeError:
-        raise ConfigError(f"{what} is no text; write the key into its first line") from None
+    # as other files that a user names: a pipe that nobody writes into must not keep us
+    lines = read_text(file, f"server.{name}_file", most=_LONGEST_FILE).splitlines()
     key = lines[0].strip() if lines else ""
     if not key or "\0" in key:
         raise ConfigError(f"{what} has no key in its first line")
-    if mode & (stat.S_IRGRP | stat.S_IROTH):
-        log.warning("%s can be read by others on this machine; chmod 600 it", what)
+    with contextlib.suppress(OSError):  # it may be gone by now
+        _warn_if_open(file, f"server.{name}_file {str(file)!r}")
     return key.encode()
+
+
+def _warn_if_open(file: Path, what: str) -> None:
+    mode = file.stat().st_mode
+    if stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
+        log.warning("%s can be read by others on this machine; chmod 600 it", what)
