@@ -59,8 +59,12 @@ def test_on_a_machine_whose_disks_are_all_full_it_serves_and_scales() -> None:
 def test_nobody_who_reads_what_it_prints_is_no_reason_to_end() -> None:
     """`flexpert serve 2>&1 | head -1`, and a rank that dies, of which it says something."""
     reader, writer = os.pipe()
+    # beside that: the soft limit of open files is raised as far as it may be
+    prefix = ("sh", "-c", 'ulimit -Sn 48 && ulimit -Hn 900 && exec "$@"', "sh")
     read, write = os.fdopen(reader, "rb"), os.fdopen(writer, "wb")
-    with read, write, served(stdout=write, stderr=write) as service:
+    with read, write, served(prefix=prefix, stdout=write, stderr=write) as service:
+        for process in service.processes():
+            assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (900, 900)
         assert read.readline().startswith(b"flexpert")
         read.close()
         write.close()
@@ -166,13 +170,6 @@ def test_with_too_few_open_files_it_says_at_once_what_it_needs() -> None:
     (line,) = run.stderr.splitlines()
     assert "40 files may be open at once (ulimit -n)" in line
     assert time.monotonic() - began < 30
-
-
-def test_the_soft_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
-    prefix = ("sh", "-c", 'ulimit -Sn 48 && ulimit -Hn 900 && exec "$@"', "sh")
-    with served(prefix=prefix) as service:
-        for process in service.processes():
-            assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (900, 900)
 
 
 def status_of(client: socket.socket) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -180,9 +181,14 @@ def test_where_the_kernel_promises_no_more_than_it_has_pages_are_taken_at_once(
 
 def test_pages_that_are_not_to_be_had_are_an_error() -> None:
     fd = memfd.create("test", 4096)
-    with pytest.raises(OSError, match="of shared memory"):
-        memfd.reserve(fd, 0, 2**62)
-    os.close(fd)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(OSError, match="no memory for 2097152 bytes of shared memory"):
+            memfd.reserve(fd, 0, 2 << 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        os.close(fd)
 
 
 def test_disconnecting_an_active_peer_masks_it(local: Local) -> None:
