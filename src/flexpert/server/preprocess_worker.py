@@ -15,14 +15,13 @@ from typing import Any, Protocol
 import psutil
 
 from flexpert.cluster.connection import Connection, ConnectionEnded
-from flexpert.server.preprocessing import Reply, decode_limits, decode_task, encode, preprocess
+from flexpert.server.preprocessing import Reply, decode_spec, decode_task, encode, preprocess
 from flexpert.server.text import TokenText
 
 ENTRY = f"{__name__}:preprocess_main"
 
 MOST_MEMORY = 2 * 2**30  # bytes beyond what it has at the start
 MOST_KEPT = 256 * 2**20  # bytes that it may have grown by when it takes the next body
-_NICENESS = 5
 
 
 class Source(Protocol):
@@ -32,12 +31,13 @@ class Source(Protocol):
 
 
 def preprocess_main(spec: bytes, end: socket.socket, source: Source) -> int:
-    """Serve until the head closes the connection. spec: `Limits`."""
-    limits = decode_limits(spec)
+    """Serve until the head closes the connection. spec: `Spec`."""
+    settings = decode_spec(spec)
+    limits = settings.limits
     connection = Connection(end)
     text = TokenText(source.tokenizer())
     process = psutil.Process()
-    os.nice(_NICENESS)
+    os.nice(settings.niceness)
     before = process.memory_info()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = before.vms + MOST_MEMORY

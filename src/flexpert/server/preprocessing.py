@@ -51,6 +51,13 @@ class Limits(msgspec.Struct, frozen=True):
     max_prompt_tokens: int
 
 
+class Spec(msgspec.Struct, frozen=True):
+    """Of a worker."""
+
+    limits: Limits
+    niceness: int
+
+
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
     """Sequences to run. prompts: token ids, int32; echoes: texts of the prompts, if asked for."""
 
@@ -117,7 +124,7 @@ def decode_task(message: bytes) -> Task:
 
 encode = msgspec.msgpack.encode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
-decode_limits = msgspec.msgpack.Decoder(Limits).decode
+decode_spec = msgspec.msgpack.Decoder(Spec).decode
 
 
 def preprocess(task: Task, text: TokenText, limits: Limits) -> Outcome:

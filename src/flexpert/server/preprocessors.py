@@ -25,6 +25,7 @@ from flexpert.server.preprocessing import (
     Outcome,
     Refused,
     Reply,
+    Spec,
     Task,
     decode_reply,
     encode,
@@ -38,6 +39,9 @@ _MOST_WAITING = 128 * 2**20  # bytes of bodies, also of those that are still com
 # `preprocess_worker.MOST_MEMORY`.
 _OUT_OF_MEMORY = f"signal {signal.SIGABRT:d}"
 _RETRY_S = 2.0
+# Both give way to ranks and head; large bodies to small ones, too, or on a busy machine a few of
+# them would have as much of it as all who are answered.
+_NICENESS = {"small": 5, "large": 10}
 _TRIM_AFTER_S = 1.0  # without large bodies
 _START_TIMEOUT_S = 120.0  # a large vocabulary takes seconds
 
@@ -59,7 +63,7 @@ class Preprocessors:
     """
 
     def __init__(self, owner: Owner, limits: Callable[[], Limits], timeout_s: float) -> None:
-        self._workers = [_Worker(owner, limits, timeout_s, name) for name in ("small", "large")]
+        self._workers = [_Worker(owner, limits, timeout_s, name) for name in _NICENESS]
         self._waiting = 0  # bytes
         self._trimming: asyncio.TimerHandle | None = None
 
@@ -221,7 +225,7 @@ class _Worker:
         if self._closed:
             raise _Ended("the service is stopping")
         part = f"preprocessing of {self._name} bodies"
-        spec = encode(self._limits())
+        spec = encode(Spec(self._limits(), _NICENESS[self._name]))
         try:
             helper = self._owner.start_helper(
                 ENTRY,
