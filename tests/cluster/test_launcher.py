@@ -191,11 +191,11 @@ def test_at_the_end_nobody_waits_for_a_child_that_is_no_rank(
             launcher._channel = ours
             launcher._process = subprocess.Popen([sys.executable, "-c", ""])
             number = launcher.fork("no:entry", b"", socket.socket(), lambda status, why: None)
-            launcher._handle(encode(Started(number, sleeper.pid)), [os.pidfd_open(sleeper.pid)])
+            launcher._handle(Started(number, sleeper.pid), [os.pidfd_open(sleeper.pid)])
             closing = asyncio.ensure_future(launcher.close(timeout_s=600))
             status = await asyncio.to_thread(sleeper.wait, 10)
             assert status == -signal.SIGKILL
-            launcher._handle(encode(Exited(number, sleeper.pid, status)), [])
+            launcher._handle(Exited(number, sleeper.pid, status), [])
             await asyncio.wait_for(closing, 10)
 
     asyncio.run(scenario())
