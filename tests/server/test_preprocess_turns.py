@@ -40,6 +40,7 @@ class Owner:
         self.impaired: dict[str, str] = {}
         self.helpers: list[Helper] = []
         self.refused = False
+        self.silent = False  # they are not ready until the test says so
         self.started = asyncio.Event()
 
     def start_helper(
@@ -53,7 +54,8 @@ class Owner:
             raise BlockingIOError(11, "Resource temporarily unavailable")
         helper = Helper(on_message, on_end)
         self.helpers.append(helper)
-        asyncio.get_running_loop().call_soon(on_message, b"")
+        if not self.silent:
+            asyncio.get_running_loop().call_soon(on_message, b"")
         self.started.set()
         return helper
 
@@ -174,5 +176,26 @@ def test_a_worker_that_cannot_be_started_is_tried_again_without_a_body(
             while owner.impaired:
                 await asyncio.sleep(0.01)
         workers.close()
+
+    asyncio.run(scenario())
+
+
+def test_while_a_worker_does_not_come_up_the_service_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preprocessors, "_SLOW_START_S", 0.01)
+
+    async def scenario() -> None:
+        owner, workers = make()
+        owner.silent = True
+        turn = ask(workers, b"x")
+        async with asyncio.timeout(5):
+            while not owner.impaired:
+                await asyncio.sleep(0.01)
+            owner.helpers[0].hear(b"")  # it is up after all
+            assert await owner.helpers[0].asked.get() == b"x"
+        assert not owner.impaired
+        owner.helpers[0].answer("x")
+        assert await turn == Rendered(b"x")
 
     asyncio.run(scenario())

@@ -110,6 +110,12 @@ HEAVY: dict[str, tuple[str, Heavy]] = {
         "/v1/completions",
         lambda n: _json({"prompt": ["ab" * 40] * (n // 84), "echo": True}),
     ),
+    "many fields of a message": (
+        "/v1/chat/completions",
+        lambda n: _json(
+            {"messages": [{"role": "user", "content": "a"} | {f"f{i}": i for i in range(n // 16)}]}
+        ),
+    ),
     "many messages": (
         "/v1/chat/completions",
         lambda n: _json({"messages": [{"role": "user", "content": "a"}] * (n // 34)}),

@@ -44,6 +44,7 @@ _RETRY_S = 2.0
 _NICENESS = {"small": 5, "large": 10}
 _TRIM_AFTER_S = 1.0  # without large bodies
 _START_TIMEOUT_S = 120.0  # a large vocabulary takes seconds
+_SLOW_START_S = 10.0  # from then on the service is not ready meanwhile
 
 
 class Owner(Protocol):
@@ -238,6 +239,9 @@ class _Worker:
             self._start_later()
             raise _Ended(self._owner.impaired[part]) from None
         self._helper = helper
+        slow = asyncio.get_running_loop().call_later(
+            _SLOW_START_S, self._owner.impaired.setdefault, part, "its worker does not come up"
+        )
         try:
             await self._ask(None, _START_TIMEOUT_S)
         except TimeoutError:
@@ -249,6 +253,8 @@ class _Worker:
             self._owner.impaired[part] = str(error)
             self._start_later()
             raise
+        finally:
+            slow.cancel()
         self._owner.impaired.pop(part, None)
 
     async def _ask(self, message: Sequence[Piece] | None, limit_s: float) -> bytes:

@@ -32,6 +32,7 @@ from flexpert.engine.request import (
 
 LONGEST_NAME = 512  # characters
 MOST_MESSAGES = 16_384
+MOST_FIELDS = 64  # of a message: each is checked, copied and shown to the chat template
 MOST_PARTS = 16_384  # of one message
 MOST_RANKS = 4096  # far above any capacity, which says itself what it is
 
@@ -242,6 +243,13 @@ class Message(BaseModel):
     """A turn of a conversation; fields beyond these reach the chat template as they are."""
 
     model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MOST_FIELDS:
+            raise ValueError(f"has {len(value)} fields, a message may have {MOST_FIELDS}")
+        return value
 
     role: Name
     content: str | Annotated[list[ContentPart], Field(max_length=MOST_PARTS)] | None = None
