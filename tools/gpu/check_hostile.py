@@ -29,10 +29,8 @@ import torch
 from transformers import Qwen3MoeForCausalLM
 
 from flexpert.bench.gpu.model import qwen3_30b_a3b
+from flexpert.bench.hostile_bodies import HEAVY
 from flexpert.engine.faults import VARIABLE, Fault
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "server"))
-from bodies import HEAVY  # type: ignore[import-not-found]
 
 URL = "http://127.0.0.1:8124"
 POISON = 4001
