@@ -12,6 +12,7 @@ import pytest
 from service import Answer, active, answer_all, change, requests, running, until
 
 from flexpert.cluster.head import Head
+from flexpert.errors import OperationRefused
 
 pytestmark = pytest.mark.slow
 SETTINGS: dict[str, Any] = {
@@ -66,7 +67,13 @@ def test_without_descriptors_in_the_head_a_scale_up_fails_and_later_succeeds() -
         free = sorted(set(range(4096)) - set(map(int, os.listdir("/proc/self/fd"))))
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (free[0], hard))
-            await refused(head, "open files")
+            try:
+                done = await change(head, ranks=3)
+            except OperationRefused as error:  # not even the free memory could be read
+                assert "ulimit -n" in str(error)
+            else:
+                assert (done.state, "open files" in (done.error or "")) == ("failed", True)
+            assert await answer_all(head, requests(2, tokens=9), clients=2)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert (await change(head, ranks=3)).state == "done"

@@ -24,9 +24,13 @@ FULL = Path("/dev/full")
 # disks without a byte left, where this process and its children look
 FULL_DISKS = """
 set -e
-mount --bind "$SOURCES" /srv  # they may lie in /tmp
+mount --bind "$SOURCES" /srv  # they may lie in /tmp, and so may Python's packages
+mount --bind "$PREFIX" /media
 for folder in /dev/shm /tmp /var/tmp "$HOME"; do
     mount -t tmpfs -o size=4096,mode=1777 tmpfs "$folder"
+    case "$PREFIX" in
+        "$folder"/*) mkdir -p "$PREFIX" && mount --bind /media "$PREFIX" ;;
+    esac
     head -c 4096 /dev/zero > "$folder/full"
 done
 exec "$@"
@@ -40,7 +44,12 @@ def test_on_a_machine_whose_disks_are_all_full_it_serves_and_scales() -> None:
     """/dev/shm, /tmp, the caches in the home directory, and where it prints."""
     prefix = ("unshare", "-m", "sh", "-c", FULL_DISKS, "sh")
     with FULL.open("wb") as full:
-        environment = {"HOME": "/mnt", "SOURCES": str(SOURCES), "PYTHONPATH": "/srv"}
+        environment = {
+            "HOME": "/mnt",
+            "SOURCES": str(SOURCES),
+            "PYTHONPATH": "/srv",
+            "PREFIX": sys.prefix,
+        }
         with served(prefix=prefix, environment=environment, stdout=full, stderr=full) as service:
             head = service.process.pid  # unshare and sh became it
             assert os.readlink(f"/proc/{head}/fd/2") == "/dev/full"
