@@ -69,10 +69,11 @@ def test_without_descriptors_in_the_head_a_scale_up_fails_and_later_succeeds() -
             resource.setrlimit(resource.RLIMIT_NOFILE, (free[0], hard))
             try:
                 done = await change(head, ranks=3)
+                state, why = done.state, done.error or ""
             except OperationRefused as error:  # not even the free memory could be read
-                assert "ulimit -n" in str(error)
-            else:
-                assert (done.state, "open files" in (done.error or "")) == ("failed", True)
+                state, why = "refused", str(error)
+            assert state in ("failed", "refused")
+            assert "open files" in why
             assert await answer_all(head, requests(2, tokens=9), clients=2)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
