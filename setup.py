@@ -5,6 +5,6 @@ from setuptools import setup
 setup(
     cffi_modules=[
         "src/flexpert/comm/host/build_kernels.py:ffibuilder",
-        "src/flexpert/moe/build_ops.py:ffibuilder",
+        "src/flexpert/kernels/cpu/build_ops.py:ffibuilder",
     ]
 )

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flexpert.bench.plan import plan_file
-from flexpert.bench.plan.plan_file import Phase
 from flexpert.bench.prompts import read_prompts
 from flexpert.config import Config, load_config
 from flexpert.errors import ConfigError
 from flexpert.reading import read_text
+from flexpert.trials.plan import plan_file
+from flexpert.trials.plan.plan_file import Phase
 
 READERS: dict[str, Callable[[Path], object]] = {
     "settings": lambda file: load_config(file=file, environment={}),

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from flexpert.cli.demo import MANY_CHANGES, Plan, demo_requests
 from flexpert.cluster.head import Head
 from flexpert.cluster.views import OperationView
 from flexpert.config import load_config
 from flexpert.engine.request import SamplingParams
+from flexpert.trials.demo import MANY_CHANGES, Plan, demo_requests
 
 CHANGES = (*MANY_CHANGES, {"ranks": 4}, {"ranks": 1})
 

@@ -44,10 +44,10 @@ from flexpert.bench.load import (
 )
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.service import own_service
-from flexpert.cli.demo import demo_requests, same
-from flexpert.cli.demo_report import Plan
 from flexpert.cluster.views import ClusterView, OperationView
-from flexpert.engine.memory import private_memory
+from flexpert.engine.memory_plan import private_memory
+from flexpert.trials.demo import demo_requests, same
+from flexpert.trials.demo_report import Plan
 
 SERVE = (
     *("--model", "tiny", "--ranks", "2", "--max-ranks", "6", "--deterministic"),

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from flexpert.bench.processes import forks
 from flexpert.bench.processes.connection import Connection
 from flexpert.comm import BufferSpec, ExpertTable, Reduce, make_buffer
+from flexpert.kernels.experts import LayerExperts
 from flexpert.models.batch import ForwardBatch
+from flexpert.models.model_runner import ModelRunner
 from flexpert.models.padding import padded_size
-from flexpert.models.shard import ModelShard
 from flexpert.models.source import ModelSource
-from flexpert.moe.experts import LayerExperts
 from flexpert.moe.placement import replan
 from flexpert.moe.runtime import LayerState, MoERuntime, expert_tables
 
@@ -108,7 +108,7 @@ def step(deterministic: bool) -> None:
     info = source.info
     spec = BufferSpec(1, 512, info.hidden, info.topk, info.dtype)
     runtime = MoERuntime(make_buffer(0, spec), reduce="home" if deterministic else "rank")
-    shard = ModelShard.load(
+    shard = ModelRunner.load(
         source, moe=runtime, kv_blocks=2048, kv_block_size=BLOCK, deterministic=deterministic
     )
     placement = replan(None, [0], experts=info.experts, layers=info.moe_layers)

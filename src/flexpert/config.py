@@ -147,7 +147,7 @@ class ClusterConfig(_Section):
     )
     start_timeout_s: float = Field(120.0, gt=0, description="spawn until a rank reports")
     load_timeout_s: float = Field(600.0, gt=0, description="weights and warm-up of a change")
-    move_timeout_s: float = Field(
+    migration_timeout_s: float = Field(
         30.0,
         gt=0,
         description="copying of leavers' KV beside serving; what is late is copied at the switch",

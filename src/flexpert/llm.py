@@ -18,8 +18,8 @@ from flexpert.cluster.views import ClusterView, OperationView
 from flexpert.config import Config, load_config
 from flexpert.engine.request import SamplingParams, TokenLogprobs
 from flexpert.errors import OperationError, RequestError, ServiceStopped
-from flexpert.server.generation import Generation
-from flexpert.server.text import TokenText
+from flexpert.frontend.generation import Generation
+from flexpert.frontend.text import TokenText
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -306,8 +306,8 @@ class LLM:
         async def all_of_them() -> list[list[Sample]]:
             begun: list[Generation] = []
             try:
-                for prompt, wanted in zip(prompts, each, strict=True):
-                    begun.append(self._begin(prompt, wanted))
+                for prompt, desired in zip(prompts, each, strict=True):
+                    begun.append(self._begin(prompt, desired))
                     await begun[-1].submit()
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(one(generation)) for generation in begun]
@@ -394,8 +394,8 @@ def _settle(config: Config | None, given: dict[str, Any]) -> Config:
         for section, values in config.model_dump().items()
         for name, value in values.items()
     }
-    wanted = {path: value for path, value in given.items() if value is not None}
-    return load_config(environment={}, overrides=base | wanted)
+    desired = {path: value for path, value in given.items() if value is not None}
+    return load_config(environment={}, overrides=base | desired)
 
 
 def _progress(total: int) -> Progress:

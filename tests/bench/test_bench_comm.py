@@ -1,4 +1,4 @@
-"""`flexpert bench comm` at tiny sizes: every contender is right, and what is wrong is said."""
+"""`flexpert bench comm` at tiny sizes: every baseline is right, and what is wrong is said."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from flexpert.bench.comm import ranks as rank_module
-from flexpert.bench.comm.contender import KINDS, RIVALS
+from flexpert.bench.comm.baseline import KINDS, RIVALS
+from flexpert.bench.comm.comm_run import Report, run_comm
 from flexpert.bench.comm.ranks import RankFailed, Ranks, Settings
-from flexpert.bench.comm.run import Report, run_comm
 from flexpert.bench.comm.workload import (
     Workload,
     deduplicated_rows,
@@ -36,7 +36,7 @@ def test_every_contender_agrees_with_the_oracle() -> None:
     for point in report.points:
         for result in point.results:
             if result.skipped is not None:
-                assert result.contender.startswith("NIXL")
+                assert result.baseline.startswith("NIXL")
                 continue
             assert result.exchanges == 3
             assert result.total_us is not None
@@ -57,7 +57,7 @@ def test_a_rank_that_fails_is_named_and_none_is_left() -> None:
     with Ranks(2, SETTINGS) as ranks:
         processes = list(ranks._processes)
         with pytest.raises(RankFailed, match="rank 0 failed in measure"):
-            ranks.all("measure", "no such contender", 0, 1, 0)
+            ranks.all("measure", "no such baseline", 0, 1, 0)
     assert not any(process.alive() for process in processes)
 
 
@@ -81,7 +81,7 @@ def test_deduplicated_rows_counts_a_token_once_a_rank() -> None:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"rivals": "gloo,mpi"}, "mpi"),
+        ({"baselines": "gloo,mpi"}, "mpi"),
         ({"tokens": "8,x"}, "--tokens"),
         ({"tokens": "0"}, "--tokens"),
         ({"hidden": 100}, "--hidden"),

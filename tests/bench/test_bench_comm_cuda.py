@@ -15,11 +15,12 @@ from torch.distributed import HashStore
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install flexpert[cuda]")
 
-from flexpert.bench.comm.contender import GPU_RIVALS, Unavailable
-from flexpert.bench.comm.cuda.contenders import GpuSite, NixlEp, TorchLocal, gpu_kinds
-from flexpert.bench.comm.cuda.rank import GpuRank, Phases
-from flexpert.bench.comm.cuda.report import gpu_text
-from flexpert.bench.comm.cuda.run import (
+from flexpert.bench.comm.baseline import GPU_RIVALS, Unavailable
+from flexpert.bench.comm.comm_run import Spread
+from flexpert.bench.comm.cuda.gpu_baselines import GpuSite, NixlEp, TorchLocal, gpu_kinds
+from flexpert.bench.comm.cuda.gpu_comm_rank import GpuRank, Phases
+from flexpert.bench.comm.cuda.gpu_comm_report import gpu_text
+from flexpert.bench.comm.cuda.gpu_comm_run import (
     GpuPoint,
     GpuReport,
     GpuResult,
@@ -27,7 +28,6 @@ from flexpert.bench.comm.cuda.run import (
     traffic_limit,
 )
 from flexpert.bench.comm.ranks import schema, wrong_result, wrong_rows
-from flexpert.bench.comm.run import Spread
 from flexpert.bench.comm.workload import (
     Workload,
     expected_arrivals,
@@ -38,7 +38,7 @@ from flexpert.bench.comm.workload import (
 from flexpert.bench.machine import this_machine
 from flexpert.cli.bench_comm import bench_comm
 from flexpert.comm.buffer import Scales
-from flexpert.comm.nixl_ep.compat.device import VARIABLE
+from flexpert.compat.nixl_ep.device_exchange import VARIABLE
 from flexpert.errors import ConfigError
 
 
@@ -82,15 +82,15 @@ def test_nixl_ep_s_interface_agrees_with_the_oracle(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     work = work_of(1, tokens=3)
     site = replace(site_of(work), store=HashStore(), fp8=fp8)
-    contender = NixlEp(site, "flexpert.comm.nixl_ep.compat")
+    baseline = NixlEp(site, "flexpert.compat.nixl_ep")
     for turn in range(2):
-        contender.dispatch(turn)
+        baseline.dispatch(turn)
         wanted, slots = expected_arrivals(work, 0, turn)
-        assert not wrong_rows(contender.rows(), wanted, exact=fp8 is None)
-        contender.put_results(turn, expert_results(wanted, slots))
-        result = contender.combine(turn)
+        assert not wrong_rows(baseline.rows(), wanted, exact=fp8 is None)
+        baseline.put_results(turn, expert_results(wanted, slots))
+        result = baseline.combine(turn)
         assert not wrong_result(result, *expected_result(work, site.pool[turn]))
-    contender.close()
+    baseline.close()
 
 
 def test_who_cannot_run_here_says_why() -> None:
@@ -101,17 +101,17 @@ def test_who_cannot_run_here_says_why() -> None:
 
 
 def test_rows_of_nixl_ep_are_put_in_order_of_source_and_token() -> None:
-    contender = NixlEp.__new__(NixlEp)
-    contender._site = cast(Any, SimpleNamespace(device=torch.device("cpu")))
-    contender._fp8 = False
+    baseline = NixlEp.__new__(NixlEp)
+    baseline._site = cast(Any, SimpleNamespace(device=torch.device("cpu")))
+    baseline._fp8 = False
     rows = torch.arange(8.0).view(1, 8, 1)
     tokens = torch.tensor([[2, 0, 1, 5, -1, -1, -1, -1]])
     ranges = torch.tensor([[2 << 32 | 2, 0 << 32 | 2]])  # two rows of rank 0 from 2 on; rank 1: 0
-    contender._last = (rows, torch.tensor([4]), (tokens, ranges, 4, 1))
-    assert contender.rows().flatten().tolist() == [2.0, 3.0, 1.0, 0.0]
-    contender._y = [torch.zeros(1, 8, 1)]
-    contender.put_results(0, torch.tensor([[10.0], [11.0], [12.0], [13.0]]))
-    assert contender._y[0].flatten().tolist() == [13.0, 12.0, 10.0, 11.0, 0, 0, 0, 0]
+    baseline._last = (rows, torch.tensor([4]), (tokens, ranges, 4, 1))
+    assert baseline.rows().flatten().tolist() == [2.0, 3.0, 1.0, 0.0]
+    baseline._y = [torch.zeros(1, 8, 1)]
+    baseline.put_results(0, torch.tensor([[10.0], [11.0], [12.0], [13.0]]))
+    assert baseline._y[0].flatten().tolist() == [13.0, 12.0, 10.0, 11.0, 0, 0, 0, 0]
 
 
 def test_the_limit_counts_what_must_move() -> None:
@@ -129,9 +129,9 @@ def test_the_limit_counts_what_must_move() -> None:
 def test_the_table_shows_ratio_limit_and_who_was_skipped() -> None:
     fast, slow = Spread(1.0, 2.0, 3.0), Spread(8.0, 8.0, 8.0)
     results = [
-        GpuResult(contender="flexpert", dispatch_us=fast, combine_us=fast, pair_us=fast),
-        GpuResult(contender="nixl_ep", dispatch_us=slow, combine_us=slow, pair_us=slow),
-        GpuResult(contender="torch", skipped="no reason"),
+        GpuResult(baseline="flexpert", dispatch_us=fast, combine_us=fast, pair_us=fast),
+        GpuResult(baseline="nixl_ep", dispatch_us=slow, combine_us=slow, pair_us=slow),
+        GpuResult(baseline="torch", skipped="no reason"),
     ]
     limit = limit_times((3_000_000, 6_000_000), 3e12)
     point = GpuPoint(workload=work_of(1), limit=limit, results=results)
@@ -154,7 +154,7 @@ def test_the_table_shows_ratio_limit_and_who_was_skipped() -> None:
     ("flags", "named"),
     [
         ({}, "needs a GPU"),
-        ({"rivals": "gloo"}, "--rivals gloo: there are nixl_ep"),
+        ({"baselines": "gloo"}, "--baselines gloo: there are nixl_ep"),
         ({"seconds": 3.0}, "--seconds is not there with --device cuda"),
         ({"plot": Path("latency.png")}, "--plot is not there"),
     ],

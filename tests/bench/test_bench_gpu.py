@@ -8,7 +8,7 @@ import torch
 from rich.console import Console, RenderableType
 from typer.testing import CliRunner
 
-from flexpert.bench.gpu.device import Gpu, Spread
+from flexpert.bench.gpu.gpu_device import Gpu, Spread
 from flexpert.bench.machine import this_machine
 from flexpert.cli.main import app
 from flexpert.errors import ConfigError
@@ -85,8 +85,8 @@ def test_a_layer_is_the_function_that_rivals_compute(quantise: bool) -> None:
 def test_tables_show_factors_and_say_what_is_wrong() -> None:
     pytest.importorskip("triton", reason="what is measured needs the package triton")
     from flexpert.bench.gpu.decode import DecodePoint, DecodeReport
+    from flexpert.bench.gpu.gpu_report import decode_text, layer_text
     from flexpert.bench.gpu.layer import SHAPES, LayerPoint, LayerReport, LayerResult
-    from flexpert.bench.gpu.report import decode_text, layer_text
 
     layer = LayerReport(
         machine=this_machine(),
@@ -99,9 +99,9 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
                 limit_us=400.0,
                 results=[
                     LayerResult(
-                        contender="flexpert", us=Spread(400, 440, 500), error=0.004, times_ours=1
+                        baseline="flexpert", us=Spread(400, 440, 500), error=0.004, times_ours=1
                     ),
-                    LayerResult(contender="eager", skipped="differs by 0.5", wrong=True),
+                    LayerResult(baseline="eager", skipped="differs by 0.5", wrong=True),
                 ],
             )
         ],

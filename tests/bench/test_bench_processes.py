@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from flexpert.bench.processes import connection as connections
 from flexpert.bench.processes import forks
 from flexpert.bench.processes.connection import Closed, Connection
-from flexpert.bench.processes.store import SocketStore, StoreServer, Values
+from flexpert.bench.processes.socket_store import SocketStore, StoreServer, Values
 from flexpert.errors import FlexpertError
 
 HERE = "test_bench_processes"
@@ -45,15 +45,15 @@ def raises(end: socket.socket) -> None:
     raise SystemExit(3)
 
 
-def counts(end: socket.socket, lent: socket.socket) -> None:
-    store = SocketStore(lent)
+def counts(end: socket.socket, exported: socket.socket) -> None:
+    store = SocketStore(exported)
     for _ in range(100):
         store.add("count", 1)
     Connection(end).send(b"done")
 
 
 def life(end: socket.socket) -> None:
-    Connection(end).send(importlib.import_module("flexpert.comm.agree")._life)
+    Connection(end).send(importlib.import_module("flexpert.comm.agreement")._life)
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_a_message_in_pieces_is_kept_until_it_is_whole() -> None:
 
 def test_the_store_does_what_torch_s_do(store: StoreServer) -> None:
     """Side by side, alone and below a prefix."""
-    ours, torchs = SocketStore(store.lend()), dist.HashStore()
+    ours, torchs = SocketStore(store.hand_out()), dist.HashStore()
     for prefix in ("", "a", "b"):
         seen = []
         for one in (ours, torchs):
@@ -233,7 +233,10 @@ def test_the_store_does_what_torch_s_do(store: StoreServer) -> None:
 
 
 def test_a_key_is_waited_for(store: StoreServer) -> None:
-    one, other = SocketStore(store.lend()), SocketStore(store.lend(), timeout_s=0.05)
+    one, other = (
+        SocketStore(store.hand_out()),
+        SocketStore(store.hand_out(), timeout_s=0.05),
+    )
     with pytest.raises(TimeoutError, match="no late within"):
         other.wait(["late"], timedelta(seconds=0.05))
     with pytest.raises(TimeoutError, match="no late within"):
@@ -245,8 +248,8 @@ def test_a_key_is_waited_for(store: StoreServer) -> None:
 
 
 def test_processes_and_threads_share_the_store(store: StoreServer) -> None:
-    processes = [forks.start(f"{HERE}:counts", store.lend()) for _ in range(3)]
-    ours = SocketStore(store.lend())
+    processes = [forks.start(f"{HERE}:counts", store.hand_out()) for _ in range(3)]
+    ours = SocketStore(store.hand_out())
     try:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda _: ours.add("count", 1), range(200)))
@@ -259,9 +262,9 @@ def test_processes_and_threads_share_the_store(store: StoreServer) -> None:
 
 
 def test_who_does_not_read_or_says_nonsense_disturbs_nobody(store: StoreServer) -> None:
-    ours = SocketStore(store.lend())
+    ours = SocketStore(store.hand_out())
     ours.set("large", b"x" * 500_000)
-    silent, mad = store.lend(), store.lend()
+    silent, mad = store.hand_out(), store.hand_out()
     # asks for more than its socket holds, and reads none of it
     packet = connections.framed(b"\x92\xa3get\x91\xa5large")
     silent.sendall(packet * 8)
@@ -276,7 +279,7 @@ def test_who_does_not_read_or_says_nonsense_disturbs_nobody(store: StoreServer) 
 
 
 def test_without_the_process_that_keeps_it_every_call_fails(store: StoreServer) -> None:
-    ours = SocketStore(store.lend())
+    ours = SocketStore(store.hand_out())
     ours.set("x", "1")
     store.close()
     store.close()

@@ -9,8 +9,8 @@ import pytest
 
 from flexpert.bench.load import call
 from flexpert.bench.service import own_service
-from flexpert.cli.demo import SERVE
 from flexpert.errors import FlexpertError
+from flexpert.trials.demo import SERVE
 
 
 def test_a_service_that_does_not_start_says_why() -> None:

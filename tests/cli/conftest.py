@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from fake_service import FakeService
+from support.fake_service import FakeService
 
 
 @pytest.fixture

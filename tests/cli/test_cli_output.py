@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_service import CLUSTER, FakeService
+from support.fake_service import CLUSTER, FakeService
 
-from flexpert.cli import output
 from flexpert.cli.bench_comm import bench_comm
 from flexpert.cli.bench_gpu import bench_decode, bench_layer
 from flexpert.cli.main import bench_serve, chaos
-from flexpert.cli.output import check_outputs, printing, write_output, write_report
 from flexpert.cli.plan import plan
+from flexpert.display import output
+from flexpert.display.output import check_outputs, printing, write_output, write_report
 from flexpert.errors import ConfigError, FlexpertError
 
 FULL = Path("/dev/full")

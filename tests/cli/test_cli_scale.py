@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 import pytest
-from fake_service import CLUSTER, DONE, OPERATION
 from rich.console import Console
+from support.fake_service import CLUSTER, DONE, OPERATION
 from typer.testing import CliRunner
 
 from flexpert.cli.client import Client, ClientError

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from service import Service, active, answer_all, change, requests, running, until
+from support.service import Service, active, answer_all, change, requests, running, until
 
 import flexpert.models
 from flexpert.cluster.head import Head
@@ -194,7 +194,7 @@ def test_a_killed_member_costs_no_request_and_changes_none(service: Service) -> 
             assert await traffic == expected
             await until(lambda: active(head) == {0, 1, 2, 3})
             assert {r.id: r.pid for r in head.cluster().ranks}[victim] != members[victim]
-        assert head.cluster().wanted == [0, 1, 2, 3]
+        assert head.cluster().desired == [0, 1, 2, 3]
 
     service.run(scenario(service.head))
 

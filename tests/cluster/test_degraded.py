@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from service import active, answer_all, change, requests, running, until
+from support.service import active, answer_all, change, requests, running, until
 
 from flexpert.cluster.head import Head
 from flexpert.cluster.views import OperationView
@@ -94,7 +94,7 @@ def test_a_change_that_is_asked_for_waits_until_the_experts_are_loaded(target: i
         restoring = next(view for view in over if str(view.reason).startswith("loads "))
         assert restoring.state == "done"
         assert len(active(head)) == target
-        assert head.cluster().wanted == sorted(active(head))
+        assert head.cluster().desired == sorted(active(head))
         listening.cancel()
 
     with running(**SETTINGS) as service:

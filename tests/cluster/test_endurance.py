@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import psutil
 import pytest
-from service import answer_all, change, requests, running
+from support.service import answer_all, change, requests, running
 
 from flexpert.cluster.head import Head
-from flexpert.engine.memory import private_memory
+from flexpert.engine.memory_plan import private_memory
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from service import active, answer_all, change, requests, running, until
+from support.service import active, answer_all, change, requests, running, until
 
 from flexpert.cluster.head import Head
 from flexpert.errors import FlexpertError

@@ -1,6 +1,7 @@
 """`--device cuda` with several ranks: as on a CPU, through joins, leaves and a kill.
 
-Without a GPU in Triton's interpreter: the same processes, epochs, windows and moves, only slower.
+Without a GPU in Triton's interpreter: the same processes, epochs, windows and migrations, only
+slower.
 """
 
 from __future__ import annotations

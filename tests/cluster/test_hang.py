@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from service import Service, active, answer_all, requests, running, until
+from support.service import Service, active, answer_all, requests, running, until
 
 from flexpert.cluster.head import Head
 

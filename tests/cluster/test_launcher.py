@@ -15,10 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from flexpert.cluster.forkserver import Exited, Fork, Kill, Started, decode_request, encode
-from flexpert.cluster.launcher import LocalLauncher, _Child
-from flexpert.cluster.ports import Work
-from flexpert.cluster.watch import worked
+from flexpert.cluster.interfaces import Work
+from flexpert.cluster.processes.fork_server import (
+    Exited,
+    Fork,
+    Kill,
+    Started,
+    decode_request,
+    encode,
+)
+from flexpert.cluster.processes.launcher import LocalLauncher, _Child
+from flexpert.cluster.stall_detector import worked
 from flexpert.config import Config
 
 BUSY = "print(flush=True)\nwhile True: pass"

@@ -53,7 +53,7 @@ def test_a_scale_down_skips_spawning_and_ends_when_the_leaver_is_gone() -> None:
     membership = started(0, 1, 2)
     assert membership.begin({0, 2}) == [Do.SPAWN, Do.PREPARE]
     assert run(membership, *(Event(Kind.PREPARED, rank) for rank in (0, 1, 2))) == [Do.OFFER]
-    assert run(membership, Event(Kind.MOVED, 1)) == [Do.COMMIT]
+    assert run(membership, Event(Kind.MIGRATED, 1)) == [Do.COMMIT]
     run(membership, Event(Kind.SWITCHED, 0), Event(Kind.SWITCHED, 2))
     assert run(membership, Event(Kind.HANDED_OVER, 1)) == [Do.STOP]
     assert membership.phase is Phase.RELEASE

@@ -8,12 +8,12 @@ import signal
 from typing import Any
 
 import pytest
-from service import active, answer_all, change, requests, running, until
+from support.service import active, answer_all, change, requests, running, until
 
 from flexpert.cluster.head import Head
-from flexpert.cluster.rank_process import open_source
+from flexpert.cluster.processes.rank_process import open_source
 from flexpert.config import load_config
-from flexpert.engine.memory import planned_memory
+from flexpert.engine.memory_plan import planned_memory
 from flexpert.moe.placement import replan
 
 pytestmark = pytest.mark.slow

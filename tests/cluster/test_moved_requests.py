@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from service import Service, active, answer_all, change, requests, running, until
+from support.service import Service, active, answer_all, change, requests, running, until
 
 from flexpert.cluster.head import Head
 from flexpert.engine.request import SamplingParams
@@ -123,7 +123,7 @@ def test_without_room_requests_are_computed_again_and_said_so() -> None:
         service.run(scenario(service.head))
 
 
-@pytest.mark.parametrize("victim", ["leaver", "heir"])
+@pytest.mark.parametrize("victim", ["leaver", "destination"])
 def test_a_rank_that_dies_while_kv_moves_costs_no_answer(service: Service, victim: str) -> None:
     async def scenario(head: Head) -> None:
         await change(head, ranks=3)
@@ -131,21 +131,21 @@ def test_a_rank_that_dies_while_kv_moves_costs_no_answer(service: Service, victi
         expected = await answer_all(head, work, clients=12)
         traffic = asyncio.create_task(answer_all(head, work, clients=12))
         await until(lambda: everywhere(head, 12))
-        leaver, heir = max(active(head)), min(active(head))
+        leaver, destination = max(active(head)), min(active(head))
         pid = {rank.id: rank.pid for rank in head.cluster().ranks}
         operation = head.begin_operation(remove=[leaver])
 
         async def listen() -> None:
             async for event in head.events():
                 if event.kind == "operation" and event.data["phase"] == "move":
-                    psutil.Process(pid[leaver if victim == "leaver" else heir]).kill()
+                    psutil.Process(pid[leaver if victim == "leaver" else destination]).kill()
                     return
 
         listening = asyncio.create_task(listen())
         await asyncio.wait_for(listening, 20)
         await head.wait_operation(operation.id)
         assert await traffic == expected
-        await until(lambda: active(head) == set(head.cluster().wanted))
+        await until(lambda: active(head) == set(head.cluster().desired))
         assert (await change(head, ranks=4)).state == "done"
 
     service.run(scenario(service.head))

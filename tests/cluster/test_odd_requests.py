@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from service import active, answer, answer_all, change, requests, running
+from support.service import active, answer, answer_all, change, requests, running
 
 from flexpert.cluster import messages as msg
 from flexpert.cluster.head import Head

@@ -130,8 +130,11 @@ def test_what_moves_goes_where_its_kv_has_room() -> None:
         for name in "yz":
             journal.assign(journal.open(name, [1] * 8, params, (0,), lambda _: None), [2])
         held = [HeldKV(name, 8, [0]) for name in ("x", "y", "z")]
-        moves = journal.bequeath(held, [0, 1])
-        there = {heir: [move.sequence.id for move in some] for heir, some in moves.items()}
+        migrations = journal.assign_destinations(held, [0, 1])
+        there = {
+            destination: [move.sequence.id for move in some]
+            for destination, some in migrations.items()
+        }
         assert there == {1: ["x", "z"], 0: ["y"]}, "rank 0 has fewer, but room for only 10 tokens"
 
     asyncio.run(scenario())

@@ -14,11 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
-from served import CAN_BE_ANOTHER, OTHER_UID, SERVICE_UID, UNPRIVILEGED, Served, served
+from support.served import CAN_BE_ANOTHER, OTHER_UID, SERVICE_UID, UNPRIVILEGED, Served, served
 
 from flexpert.cluster import messages as msg
-from flexpert.cluster.forkserver import Fork, encode
-from flexpert.cluster.framing import frame
+from flexpert.cluster.processes.fork_server import Fork, encode
+from flexpert.cluster.processes.framing import frame
 
 pytestmark = [
     pytest.mark.slow,
@@ -95,7 +95,7 @@ def targets(service: Served, home: Path) -> dict[str, Any]:
 
 def attack(told: dict[str, Any]) -> dict[str, Any]:
     """What the other user could do."""
-    script = Path(__file__).with_name("other_user.py")
+    script = Path(__file__).parents[1] / "support" / "other_user.py"
     run = subprocess.run(
         [sys.executable, str(script), str(OTHER_UID)],
         input=json.dumps(told),

@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from service import Answer, Service, active, answer, answer_all, change, requests, running, until
+from support.service import (
+    Answer,
+    Service,
+    active,
+    answer,
+    answer_all,
+    change,
+    requests,
+    running,
+    until,
+)
 
 from flexpert.cluster import messages as msg
 from flexpert.cluster.head import Head
@@ -30,7 +40,7 @@ WORK = requests(12, tokens=30)
 
 Who = Literal["member", "leaver", "newcomer", "other"]
 Action = Literal["kill", "stop", "starve"]
-Ends = Literal["as before", "as wanted"]
+Ends = Literal["as before", "as desired"]
 
 
 @dataclass(frozen=True)
@@ -105,20 +115,20 @@ TABLE = [
     in_a_change("leaver", "offer", "as before"),
     in_a_change("newcomer", "fetch", "as before"),
     # commit: it cannot be withdrawn any more
-    in_a_change("member", "armed", "as wanted"),
-    in_a_change("leaver", "armed", "as wanted"),
-    in_a_change("newcomer", "armed", "as wanted"),
-    in_a_change("member", "switch", "as wanted"),
-    in_a_change("newcomer", "switch", "as wanted"),
-    in_a_change("member", "first_vote", "as wanted"),
-    in_a_change("newcomer", "first_vote", "as wanted"),
-    in_a_change("member", "switched", "as wanted"),
-    in_a_change("newcomer", "switched", "as wanted"),
-    in_a_change("leaver", "hand_over", "as wanted"),
-    in_a_change("leaver", "handed_over", "as wanted"),
+    in_a_change("member", "armed", "as desired"),
+    in_a_change("leaver", "armed", "as desired"),
+    in_a_change("newcomer", "armed", "as desired"),
+    in_a_change("member", "switch", "as desired"),
+    in_a_change("newcomer", "switch", "as desired"),
+    in_a_change("member", "first_vote", "as desired"),
+    in_a_change("newcomer", "first_vote", "as desired"),
+    in_a_change("member", "switched", "as desired"),
+    in_a_change("newcomer", "switched", "as desired"),
+    in_a_change("leaver", "hand_over", "as desired"),
+    in_a_change("leaver", "handed_over", "as desired"),
     # release
-    in_a_change("newcomer", "adopt", "as wanted"),
-    in_a_change("leaver", "release", "as wanted"),
+    in_a_change("newcomer", "adopt", "as desired"),
+    in_a_change("leaver", "release", "as desired"),
     # while the others recover from a loss
     in_a_recovery("connect"),
     in_a_recovery("load"),
@@ -201,7 +211,7 @@ def test_a_rank_that_ends_at_any_point_costs_no_answer(
         ids = {"leaver": leaver, "member": member, "other": other, "newcomer": newcomer}
         struck = {ids[strike.who] for strike in case.strikes}
         doomed = {process for process in processes(head) if process[0] in struck}
-        wanted = before - {leaver} | {newcomer} if case.ends == "as wanted" else before
+        desired = before - {leaver} | {newcomer} if case.ends == "as desired" else before
         async with traffic(head, undisturbed):
             planted = [
                 Fault(ids[s.who], s.point, s.count, s.action).plant(folder) for s in case.strikes
@@ -210,10 +220,10 @@ def test_a_rank_that_ends_at_any_point_costs_no_answer(
                 await change(head, add=1, remove=[leaver])
             await until(lambda: not any(path.exists() for path in planted))
             await until(lambda: not doomed & processes(head))
-            await until(lambda: active(head) == wanted)
-            assert set(head.cluster().wanted) == wanted
+            await until(lambda: active(head) == desired)
+            assert set(head.cluster().desired) == desired
             assert head.cluster().down is None
-            further = await change(head, add=1, remove=[min(wanted)])
+            further = await change(head, add=1, remove=[min(desired)])
             assert further.state == "done", further
             assert active(head) == set(further.target)
 
@@ -253,12 +263,12 @@ def test_a_rank_that_is_not_heard_and_does_not_work_is_ended(
 ) -> None:
     async def scenario(head: Head) -> None:
         await until(lambda: len(active(head)) == 3)
-        before, wanted = processes(head), active(head)
-        victim = min(wanted)
+        before, desired = processes(head), active(head)
+        victim = min(desired)
         async with traffic(head, undisturbed):
             Fault(victim, "vote", action="cut", seconds=60).plant(folder)
             Fault(victim, "vote", count=2, action="stop").plant(folder)
-            await until(lambda: active(head) == wanted and len(processes(head) - before) == 1)
+            await until(lambda: active(head) == desired and len(processes(head) - before) == 1)
             assert {rank for rank, _ in before - processes(head)} == {victim}
 
     service.run(scenario(service.head))

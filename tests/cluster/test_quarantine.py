@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from service import active, answer, answer_all, requests, running, until
+from support.service import active, answer, answer_all, requests, running, until
 
 from flexpert.cluster.head import Head
 from flexpert.cluster.journal import Entry, Journal

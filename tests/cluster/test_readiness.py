@@ -8,7 +8,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-from service import change, running, until
+from support.service import change, running, until
 
 from flexpert.cluster.coordinator import CHANGES, Coordinator
 from flexpert.cluster.head import Head

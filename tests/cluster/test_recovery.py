@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
-from service import Service, active, answer_all, change, requests, running, until
+from support.service import Service, active, answer_all, change, requests, running, until
 
 from flexpert.cluster.head import Head
 from flexpert.errors import FlexpertError
@@ -87,7 +87,7 @@ def test_a_change_that_is_asked_for_goes_before_a_replacement(service: Service) 
         asked = await change(head, ranks=2)
         assert asked.state == "done"
         assert len(active(head)) == 2
-        assert head.cluster().wanted == sorted(active(head))
+        assert head.cluster().desired == sorted(active(head))
         assert (await change(head, ranks=3)).state == "done"
 
     service.run(scenario(service.head))
@@ -152,7 +152,7 @@ def test_with_never_the_others_go_on_alone_and_the_last_is_the_end() -> None:
         os.kill(pids(head)[0], signal.SIGKILL)
         await until(lambda: active(head) == {1})
         assert await answer_all(head, work, clients=6) == expected
-        assert head.cluster().wanted == [1]
+        assert head.cluster().desired == [1]
         os.kill(pids(head)[1], signal.SIGKILL)
         await until(lambda: head.failure is not None)
         with pytest.raises(FlexpertError):
@@ -165,7 +165,7 @@ def test_with_never_the_others_go_on_alone_and_the_last_is_the_end() -> None:
 def test_an_error_in_any_thread_ends_the_process() -> None:
     program = """
 import threading, time
-from flexpert.cluster.rank_process import end_with_any_thread
+from flexpert.cluster.processes.rank_process import end_with_any_thread
 end_with_any_thread()
 def work():
     raise MemoryError("no more")

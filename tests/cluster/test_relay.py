@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 import time
 
-from flexpert.cluster.connection import Connection
-from flexpert.cluster.relay import Relay
+from flexpert.cluster.processes.child_connection import Connection
+from flexpert.cluster.processes.relay import Relay
 
 
 def test_what_is_said_while_the_line_is_cut_arrives_afterwards_in_order() -> None:

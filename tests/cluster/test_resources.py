@@ -1,4 +1,4 @@
-"""What the machine refuses, the change that wanted it reports; nothing else notices."""
+"""What the machine refuses, the change that desired it reports; nothing else notices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from service import Answer, active, answer_all, change, requests, running, until
+from support.service import Answer, active, answer_all, change, requests, running, until
 
 from flexpert.cluster.head import Head
 from flexpert.errors import OperationRefused

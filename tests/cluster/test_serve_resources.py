@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from served import CAN_BE_ANOTHER, ROOT, SOURCES, UNPRIVILEGED, Served, served
+from support.served import CAN_BE_ANOTHER, ROOT, SOURCES, UNPRIVILEGED, Served, served
 
 pytestmark = pytest.mark.slow
 FULL = Path("/dev/full")

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from service import Service, change, running
+from support.checkpoints import MAIN_FAMILIES, greedy, make_checkpoint, reference_logits
+from support.service import Service, change, running
 
 import flexpert.models
 from flexpert.cluster.head import Head
 from flexpert.engine.request import SamplingParams
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-from checkpoints import MAIN_FAMILIES, greedy, make_checkpoint, reference_logits
 
 pytestmark = pytest.mark.slow
 

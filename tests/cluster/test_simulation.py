@@ -12,15 +12,17 @@ from typing import Any
 
 import msgspec
 import pytest
-import simulation
-from simulation import Simulation, Violation, histories, history
+from support import simulation
+from support.simulation import Simulation, Violation, histories, history
 
-from flexpert.cluster import coverage, membership, watch
-from flexpert.cluster.capacity import Capacity
+from flexpert.cluster import expert_recovery as coverage
+from flexpert.cluster import membership
+from flexpert.cluster import stall_detector as watch
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.journal import Entry, Journal
 from flexpert.cluster.membership import Change, Do, Kind, Membership, Phase
-from flexpert.cluster.replacement import Replacements
+from flexpert.cluster.memory_budget import MemoryBudget
+from flexpert.cluster.restart_policy import RestartPolicy
 from flexpert.cluster.views import ClusterEvent
 from flexpert.engine.request import Sequence, TokenEvent
 from flexpert.moe.placement import Placement
@@ -149,7 +151,7 @@ def a_leaver_is_stopped_before_it_has_handed_over(patch: Patch) -> None:
     """A leaver is stopped when it has handed over.
 
     Two rules keep that, and where nobody is lost each alone is enough: RELEASE begins when leavers
-    have handed over, and who has heirs for its KV stays until they have taken it.
+    have handed over, and who has destinations for its KV stays until they have taken it.
     """
 
     def switched(change: Change, event: membership.Event) -> bool:
@@ -160,12 +162,12 @@ def a_leaver_is_stopped_before_it_has_handed_over(patch: Patch) -> None:
 
 
 def a_leaver_is_stopped_while_its_kv_is_read(patch: Patch) -> None:
-    """A leaver stays until all heirs have taken from its memory what they need."""
+    """A leaver stays until all destinations have taken from its memory what they need."""
     carry_out = Coordinator._carry_out
 
     def nobody_reads(self: Coordinator, actions: list[Do]) -> None:
         if Do.STOP in actions:
-            self._moves.clear()
+            self._migrations.clear()
         carry_out(self, actions)
 
     patch.setattr(Coordinator, "_carry_out", nobody_reads)
@@ -193,7 +195,7 @@ def an_epoch_is_used_twice(patch: Patch) -> None:
 
 
 def a_request_goes_on_one_token_too_late(patch: Patch) -> None:
-    """What moves goes on where its journal ends."""
+    """What migrations goes on where its journal ends."""
     resume = Entry.resume
 
     def late(self: Entry) -> Sequence:
@@ -210,7 +212,7 @@ def requests_of_the_dead_stay_there(patch: Patch) -> None:
 
 
 def a_request_is_given_to_two(patch: Patch) -> None:
-    """A request moves only when its rank has let go of it."""
+    """A request migrations only when its rank has let go of it."""
 
     def at_a_halt(self: Coordinator, change: Change) -> None:
         halt(self, change)
@@ -223,8 +225,8 @@ def a_request_is_given_to_two(patch: Patch) -> None:
 
 def nobody_comes_back(patch: Patch) -> None:
     """Lost ranks are replaced."""
-    patch.setattr(Replacements, "due", lambda *_: frozenset())
-    patch.setattr(Replacements, "next_s", lambda *_: None)
+    patch.setattr(RestartPolicy, "due", lambda *_: frozenset())
+    patch.setattr(RestartPolicy, "next_s", lambda *_: None)
 
 
 def who_is_silent_is_let_be(patch: Patch) -> None:
@@ -245,12 +247,12 @@ def lost_experts_are_not_loaded(patch: Patch) -> None:
 
 def any_number_of_ranks_will_do(patch: Patch) -> None:
     """A change to ranks that cannot hold all experts is refused."""
-    patch.setattr(Capacity, "check", lambda *_: None)
+    patch.setattr(MemoryBudget, "check", lambda *_: None)
 
 
 def who_cannot_hold_all_goes_on(patch: Patch) -> None:
     """Survivors without the memory for all experts wait for more ranks."""
-    patch.setattr(Capacity, "fits", lambda *_: True)
+    patch.setattr(MemoryBudget, "fits", lambda *_: True)
 
 
 def a_head_that_was_held_up_blames_the_ranks(patch: Patch) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from comm_local import Local
+from support.comm_local import Local
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from multiprocessing.connection import Connection
 
 import pytest
 import torch.distributed as dist
-from comm_ranks import LIMIT_S, context
+from support.comm_ranks import LIMIT_S, context
 
 from flexpert.comm import CommError
-from flexpert.comm.agree import View, agree, asked
+from flexpert.comm.agreement import View, agree, asked
 from flexpert.comm.bounded import BoundedStore
 from flexpert.comm.rendezvous import meet
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from comm_local import applied, check_received, masked_ids, same_bits
-from comm_ranks import LIMIT_S, Rank, apply_experts, random_sent, spec_of
+from support.comm_local import applied, check_received, masked_ids, same_bits
+from support.comm_ranks import LIMIT_S, Rank, apply_experts, random_sent, spec_of
 
 from flexpert.comm import Buffer, RankLost, RankTimeout
 from flexpert.comm.routing import Sent

@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
-from comm_local import Local, check_received, dispatch
-from comm_ranks import LIMIT_S, Ranks, random_sent, spec_of, vote
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from support.comm_local import Local, check_received, dispatch
+from support.comm_ranks import LIMIT_S, Ranks, random_sent, spec_of, vote
 
 from flexpert.comm import Buffer
 from flexpert.comm.host._kernels import ffi, lib

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comm_local import check_received, same_bits
-from comm_ranks import apply_experts, random_sent, spec_of
-from cuda_local import DEVICE, FEW, INTERPRETED, parts
+from support.comm_local import check_received, same_bits
+from support.comm_ranks import apply_experts, random_sent, spec_of
+from support.cuda_local import DEVICE, FEW, INTERPRETED, parts
 
 from flexpert.comm import (
     BufferSpec,
@@ -22,8 +22,8 @@ from flexpert.comm import (
     StaleEpoch,
 )
 from flexpert.comm.buffer import OnTimeout
-from flexpert.comm.cuda.buffer import CudaBuffer
-from flexpert.comm.cuda.layout import Word
+from flexpert.comm.cuda.cuda_buffer import CudaBuffer
+from flexpert.comm.cuda.cuda_layout import Word
 from flexpert.comm.routing import Sent, expected_rows, expected_sums
 
 if not INTERPRETED:

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comm_local import same_bits
-from comm_ranks import apply_experts, random_sent, random_table, spec_of
-from cuda_local import DEVICE, CudaLocal, gathered, parts
+from support.comm_local import same_bits
+from support.comm_ranks import apply_experts, random_sent, random_table, spec_of
+from support.cuda_local import DEVICE, CudaLocal, gathered, parts
 
 from flexpert.comm import ExpertTable, Reduce
 from flexpert.comm.buffer import Scales
-from flexpert.comm.cuda.exchange import Tuning
-from flexpert.comm.cuda.layout import Missing, Word, read_report
+from flexpert.comm.cuda.cuda_exchange import Tuning
+from flexpert.comm.cuda.cuda_layout import Missing, Word, read_report
 from flexpert.comm.quant import quantise
 from flexpert.comm.routing import Sent, arrivals, expected_rows, expected_sums
 

@@ -7,13 +7,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from comm_local import same_bits
-from comm_ranks import apply_experts, random_sent, spec_of
-from cuda_local import DEVICE, CudaLocal, gathered
+from support.comm_local import same_bits
+from support.comm_ranks import apply_experts, random_sent, spec_of
+from support.cuda_local import DEVICE, CudaLocal, gathered
 
 from flexpert.comm import BufferSpec
 from flexpert.comm.buffer import Scales
-from flexpert.comm.cuda.exchange import FEW, Dispatched, Exchange, Tuning
+from flexpert.comm.cuda.cuda_exchange import FEW, Dispatched, Exchange, Tuning
 from flexpert.comm.cuda.expert_major import NO_ROOM, NOWHERE, ExpertMajor, pack
 from flexpert.comm.routing import arrivals, expected_rows, expected_sums
 

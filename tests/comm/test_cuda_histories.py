@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comm_local import applied, masked_ids, same_bits
-from comm_ranks import apply_experts, random_sent, spec_of
-from cuda_local import INTERPRETED, parts
+from support.comm_local import applied, masked_ids, same_bits
+from support.comm_ranks import apply_experts, random_sent, spec_of
+from support.cuda_local import INTERPRETED, parts
 from test_cuda_buffer import CudaRanks
 
 from flexpert.comm import Reduce
-from flexpert.comm.cuda.received import CudaReceived
+from flexpert.comm.cuda.cuda_received import CudaReceived
 
 if not INTERPRETED:
     pytest.skip("ranks of one process wait for each other on a GPU", allow_module_level=True)

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from comm_ranks import spec_of
+from support.comm_ranks import spec_of
 
 from flexpert.comm import BufferSpec, CommError, cuda, make_buffer
-from flexpert.comm.cuda.layout import (
+from flexpert.comm.cuda.cuda_layout import (
     LANES,
     MAX_EPOCH,
     MAX_LINK,

@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from comm_local import same_bits
-from comm_ranks import (
+from support.comm_local import same_bits
+from support.comm_ranks import (
     LIMIT_S,
     Rank,
     apply_experts,
@@ -135,7 +135,7 @@ class Layer:
     captures = 0
 
     def __init__(self, buffer: Buffer, tokens: int, experts: int, slots: int) -> None:
-        from flexpert.comm.cuda.received import CudaReceived
+        from flexpert.comm.cuda.cuda_received import CudaReceived
 
         spec = buffer.spec
         self.tokens = tokens
@@ -194,7 +194,7 @@ def capture(buffer: Buffer) -> int:
 
 def replay(buffer: Buffer, ids: tuple[int, ...], seeds: range) -> int:
     """Replays of the one graph; each seed is another input and another placement."""
-    from flexpert.comm.cuda.buffer import CudaBuffer
+    from flexpert.comm.cuda.cuda_buffer import CudaBuffer
 
     layer = LAYERS[buffer.rank]
     for seed in seeds:

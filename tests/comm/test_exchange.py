@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comm_local import Local, check_received, dispatch, same_bits
-from comm_ranks import Ranks, apply_experts, random_sent, random_table, spec_of, vote
+from support.comm_local import Local, check_received, dispatch, same_bits
+from support.comm_ranks import Ranks, apply_experts, random_sent, random_table, spec_of, vote
 
 from flexpert.comm import Buffer, ExpertTable, Reduce, StaleEpoch
 from flexpert.comm.routing import Sent, arrivals, expected_sums, pairs

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comm_ranks import spec_of
+from support.comm_ranks import spec_of
 
 from flexpert.comm import CommError
 from flexpert.comm.manager import BufferManager

@@ -6,7 +6,10 @@ import threading
 
 import pytest
 import torch
-from comm_local import (
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from support.comm_local import (
     Local,
     applied,
     apply_experts,
@@ -15,14 +18,11 @@ from comm_local import (
     masked_ids,
     same_bits,
 )
-from comm_ranks import LIMIT_S, Ranks, random_sent, spec_of
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from support.comm_ranks import LIMIT_S, Ranks, random_sent, spec_of
 
 from flexpert.comm import Buffer, CommError, Loss, RankLost, StaleEpoch
 from flexpert.comm.host._kernels import ffi, lib
-from flexpert.comm.host.buffer import HostBuffer
+from flexpert.comm.host.host_buffer import HostBuffer
 from flexpert.comm.routing import Sent, expected_rows
 
 Views = dict[int, set[int]]  # rank → whom it exchanges with

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from comm_ranks import LIMIT_S
+from support.comm_ranks import LIMIT_S
 
 from flexpert.comm import Buffer, BufferSpec, CommError, ExpertTable
 
@@ -97,7 +97,7 @@ class Process:
 
 
 def start(namespace: str, pipe: Connection) -> subprocess.Popen[bytes]:
-    script = Path(__file__).with_name("namespace_rank.py")
+    script = Path(__file__).parents[1] / "support" / "namespace_rank.py"
     return subprocess.Popen(
         ["ip", "netns", "exec", namespace, sys.executable, str(script), str(pipe.fileno())],
         env={

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comm_ranks import LIMIT_S, context
+from support.comm_ranks import LIMIT_S, context
 
 from flexpert.comm import CommError, PeerUnreachable
 from flexpert.comm.host import nixl
@@ -140,7 +140,7 @@ def start(request: pytest.FixtureRequest, children: list[Child]) -> Iterator[Sta
 
 
 def connect(a: Child, b: Child, name: str = "link") -> None:
-    theirs, ours = b.do(lend, name), a.do(lend, name)
+    theirs, ours = b.do(export_memory, name), a.do(export_memory, name)
     a.do(open_link, name, theirs)
     b.do(open_link, name, ours)
 
@@ -148,7 +148,7 @@ def connect(a: Child, b: Child, name: str = "link") -> None:
 # ---- tasks ------------------------------------------------------------------------------------
 
 
-def lend(side: Side, name: str) -> bytes:
+def export_memory(side: Side, name: str) -> bytes:
     side.links[name] = side.endpoint.link(SIZE, clear=4096)
     return side.links[name].offer
 
@@ -324,7 +324,7 @@ def test_a_message_is_up_to_128_bytes_of_any_value(start: Start) -> None:
 @needs_nixl
 def test_what_comes_before_a_link_is_open_is_kept(start: Start) -> None:
     a, b = start(), start()
-    theirs, ours = b.do(lend, "link"), a.do(lend, "link")
+    theirs, ours = b.do(export_memory, "link"), a.do(export_memory, "link")
     a.do(open_link, "link", theirs)
     a.do(notify, "link", [b"early"])
     a.do(write, "link", [(0, 4096, 5)])
@@ -394,9 +394,9 @@ def test_a_killed_peer_breaks_its_link_and_no_other(
 @needs_nixl
 def test_a_process_that_is_dead_already_is_unreachable(start: Start) -> None:
     a, b = start(), start()
-    theirs = b.do(lend, "link")
+    theirs = b.do(export_memory, "link")
     b.kill()
-    a.do(lend, "link")
+    a.do(export_memory, "link")
     # on this machine opening is refused; elsewhere it shows later
     with pytest.raises(AssertionError, match=f"(PeerUnreachable|LinkBroken): .*{b.agent}"):
         a.do(open_and_probe, "link", theirs)
@@ -410,14 +410,14 @@ def test_a_process_that_is_dead_already_is_unreachable(start: Start) -> None:
 @needs_nixl
 def test_no_call_waits_for_a_stopped_peer(start: Start) -> None:
     a, b, c = start(), start(), start()
-    second = b.do(lend, "second")
+    second = b.do(export_memory, "second")
     connect(a, b)
     connect(a, c, "c")
     b.do(write, "link", [(0, 4096, 1)])
     a.do(received, 1)
     b.signal(signal.SIGSTOP)
     a.do(use_all, "link")
-    ours = a.do(lend, "second")
+    ours = a.do(export_memory, "second")
     a.do(open_link, "second", second)
     a.do(use_all, "second")
     a.do(close_link, "second")
@@ -492,7 +492,7 @@ def test_hundreds_of_links_leave_nothing_behind(start: Start) -> None:
     for number in range(320):
         if number == 20:
             before = [child.do(resources) for child in pair]
-        offers = [child.do(lend, "link") for child in pair]
+        offers = [child.do(export_memory, "link") for child in pair]
         for child, offer in zip(pair, reversed(offers), strict=True):
             child.ask(round_trip, offer)
         for child in pair:
@@ -557,8 +557,8 @@ def test_a_closed_endpoint_leaves_nothing_behind(start: Start) -> None:
 @needs_nixl
 def test_what_is_no_offer_is_refused(start: Start) -> None:
     a, b = start(), start()
-    offer = nixl.msgspec.msgpack.decode(b.do(lend, "link"), type=nixl.Offer)
-    a.do(lend, "link")
+    offer = nixl.msgspec.msgpack.decode(b.do(export_memory, "link"), type=nixl.Offer)
+    a.do(export_memory, "link")
 
     def open_with(**changes: Any) -> None:
         changed = nixl.msgspec.structs.replace(offer, **changes)
@@ -566,7 +566,9 @@ def test_what_is_no_offer_is_refused(start: Start) -> None:
 
     with pytest.raises(AssertionError, match="ValueError: not the offer of a NIXL link"):
         a.do(open_link, "link", b"nonsense")
-    with pytest.raises(AssertionError, match=r"ValueError: .* lends 4096 bytes, expected 8388608"):
+    with pytest.raises(
+        AssertionError, match=r"ValueError: .* exports 4096 bytes, expected 8388608"
+    ):
         open_with(size=4096)
     with pytest.raises(AssertionError, match=r"PeerUnreachable: NIXL cannot reach side-.*: NIXL_"):
         open_with(metadata=b"nonsense")

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from comm_ranks import LIMIT_S, Rank, random_table, vote
-from nixl_backend_local import (
+from support.comm_ranks import LIMIT_S, Rank, random_table, vote
+from support.nixl_backend_local import (
     SLOTS,
     SPEC,
     NixlRanks,
@@ -36,10 +36,10 @@ from flexpert.comm import (
 )
 from flexpert.comm.buffer import Scales
 from flexpert.comm.interpreter import INTERPRETED
-from flexpert.comm.nixl_ep import compat
-from flexpert.comm.nixl_ep.backend.buffer import NixlEpBuffer
-from flexpert.comm.nixl_ep.backend.meeting import Place, pair_store, store_of
-from flexpert.comm.nixl_ep.backend.package import Package
+from flexpert.comm.nixl_ep.meeting import Place, pair_store, store_of
+from flexpert.comm.nixl_ep.nixl_ep_buffer import NixlEpBuffer
+from flexpert.comm.nixl_ep.package import Package
+from flexpert.compat import nixl_ep as compat
 
 if not INTERPRETED:
     pytest.skip("ranks would look for NVIDIA's package", allow_module_level=True)

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from cuda_local import INTERPRETED
-from nixl_ep_local import (
+from support.cuda_local import INTERPRETED
+from support.nixl_ep_local import (
     Input,
     Ranks,
     Setup,
@@ -26,10 +26,10 @@ from nixl_ep_local import (
 )
 
 from flexpert.comm import StaleEpoch
-from flexpert.comm.cuda.buffer import CudaBuffer
-from flexpert.comm.nixl_ep.compat import Buffer
-from flexpert.comm.nixl_ep.compat.device import VARIABLE
+from flexpert.comm.cuda.cuda_buffer import CudaBuffer
 from flexpert.comm.quant import quantise
+from flexpert.compat.nixl_ep import Buffer
+from flexpert.compat.nixl_ep.device_exchange import VARIABLE
 
 if not INTERPRETED:
     pytest.skip("ranks of one process wait for each other on a GPU", allow_module_level=True)

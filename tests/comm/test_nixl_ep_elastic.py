@@ -15,21 +15,21 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from flexpert.comm.nixl_ep import install
-from flexpert.comm.nixl_ep.compat.device import VARIABLE
+from flexpert.compat import install_nixl_ep
+from flexpert.compat.nixl_ep.device_exchange import VARIABLE
 
-SCRIPT = Path(__file__).with_name("nixl_ep_script.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "nixl_ep_script.py"
 LIMIT_S = 100.0
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "flexpert.comm.nixl_ep.compat"])
+context.set_forkserver_preload(["torch", "flexpert.compat.nixl_ep"])
 
 
 def run_script(arguments: list[str], device: str) -> None:
     """What a process of its own does: as if the script had been started after an install."""
     torch.set_num_threads(1)
     os.environ[VARIABLE] = device
-    install()
+    install_nixl_ep()
     sys.argv = [str(SCRIPT), *arguments]
     runpy.run_path(str(SCRIPT), run_name="__main__")
 

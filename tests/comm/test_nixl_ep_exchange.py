@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nixl_ep_local import (
+from support.nixl_ep_local import (
     Input,
     Ranks,
     Setup,
@@ -19,7 +19,7 @@ from nixl_ep_local import (
 )
 
 from flexpert.comm import StaleEpoch
-from flexpert.comm.nixl_ep.compat import Buffer, EventOverlap
+from flexpert.compat.nixl_ep import Buffer, EventOverlap
 
 
 @pytest.fixture

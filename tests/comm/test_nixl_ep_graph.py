@@ -6,10 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from nixl_ep_local import Input, Ranks, Setup, check_combined, check_dispatched, factor, make_input
+from support.nixl_ep_local import (
+    Input,
+    Ranks,
+    Setup,
+    check_combined,
+    check_dispatched,
+    factor,
+    make_input,
+)
 
 from flexpert.comm import CommError
-from flexpert.comm.nixl_ep.compat.device import VARIABLE
+from flexpert.compat.nixl_ep.device_exchange import VARIABLE
 
 pytestmark = [
     pytest.mark.slow,

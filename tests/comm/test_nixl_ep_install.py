@@ -20,22 +20,22 @@ def run(code: str) -> str:
 @pytest.mark.slow
 def test_every_way_to_import_it_leads_to_ours() -> None:
     code = """
-from flexpert.comm.nixl_ep import install
-install()
-install()
+from flexpert.compat import install_nixl_ep
+install_nixl_ep()
+install_nixl_ep()
 import importlib.util
 import torch
 import nixl_ep, nixl_ep.buffer, nixl_ep.utils
 from nixl_ep import Buffer, Config, EventOverlap, topk_idx_t
 from nixl_ep.buffer import DEFAULT_TIMEOUT_MS
-from flexpert.comm.nixl_ep import compat
+from flexpert.compat import nixl_ep as compat
 assert nixl_ep is compat and importlib.util.find_spec("nixl_ep") is not None
 assert Buffer is nixl_ep.buffer.Buffer is compat.Buffer
 assert EventOverlap is nixl_ep.utils.EventOverlap
 assert topk_idx_t is torch.int64 and DEFAULT_TIMEOUT_MS == 30000
 print(Config(20, 6, 256, 6, 128).num_sms, Buffer.__module__)
 """
-    assert run(code) == "20 flexpert.comm.nixl_ep.compat.buffer"
+    assert run(code) == "20 flexpert.compat.nixl_ep.buffer"
 
 
 @pytest.mark.slow
@@ -44,13 +44,13 @@ def test_a_real_nixl_ep_that_is_in_use_is_not_replaced() -> None:
 import sys, types
 theirs = sys.modules["nixl_ep"] = types.ModuleType("nixl_ep")
 theirs.__file__ = "/site-packages/nixl_ep/__init__.py"
-from flexpert.comm.nixl_ep import install
+from flexpert.compat import install_nixl_ep
 try:
-    install()
+    install_nixl_ep()
 except RuntimeError as error:
     print(error)
 assert sys.modules["nixl_ep"] is theirs and "nixl_ep.buffer" not in sys.modules
 """
     said = run(code)
     assert "imported already, from /site-packages/nixl_ep/__init__.py" in said
-    assert "install() first" in said
+    assert "install_nixl_ep() first" in said

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexpert.comm.nixl_ep.compat.expert_major import Arrival, collect, column_major, spread
-from flexpert.comm.nixl_ep.compat.memory import Memory
+from flexpert.compat.nixl_ep.expert_major_tensors import Arrival, collect, column_major, spread
+from flexpert.compat.nixl_ep.returned_memory import Memory
 
 LOW = (1 << 32) - 1
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from nixl_ep_local import Ranks, Setup, apply_experts, check_combined, check_dispatched
+from support.nixl_ep_local import Ranks, Setup, apply_experts, check_combined, check_dispatched
 from torch.distributed import HashStore
 
 from flexpert.comm import CommError, Interrupted
-from flexpert.comm.nixl_ep.compat import Buffer
+from flexpert.compat.nixl_ep import Buffer
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from nixl_backend_local import SPEC
+from support.nixl_backend_local import SPEC
 
 from flexpert.comm import CommError, make_buffer
-from flexpert.comm.nixl_ep.backend import package
-from flexpert.comm.nixl_ep.backend.package import (
+from flexpert.comm.nixl_ep import package
+from flexpert.comm.nixl_ep.package import (
     check_capability,
     check_capacity,
     check_room,
@@ -113,13 +113,13 @@ def test_the_settings_take_the_capacities_that_the_backend_takes() -> None:
 def test_a_size_that_its_kernels_refuse_is_told_with_their_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from flexpert.comm.nixl_ep import compat
+    from flexpert.compat import nixl_ep as compat
 
     class Picky(compat.Buffer):
         def dispatch(self, *args: Any, **options: Any) -> Any:
             raise RuntimeError('Assertion error: false and "Unsupported hidden"')
 
     found = package.Package(SimpleNamespace(Buffer=Picky, topk_idx_t=torch.int64), fixed=True)
-    monkeypatch.setattr("flexpert.comm.nixl_ep.backend.buffer.find", lambda: found)
+    monkeypatch.setattr("flexpert.comm.nixl_ep.nixl_ep_buffer.find", lambda: found)
     with pytest.raises(ValueError, match="some hidden sizes only"):
         make_buffer(0, replace(SPEC, hidden=256), backend="nixl_ep", slots=4)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexpert.comm.layout import size_bytes
-from flexpert.comm.nixl_ep.compat import Buffer, sizes
-from flexpert.comm.nixl_ep.compat.sizes import size_hint, spec_from_bytes, spec_of
+from flexpert.comm.window_layout import size_bytes
+from flexpert.compat.nixl_ep import Buffer, sizes
+from flexpert.compat.nixl_ep.sizes import size_hint, spec_from_bytes, spec_of
 
 shapes = st.tuples(
     st.integers(1, 1024), st.integers(1, 1024).map(lambda n: 16 * n), st.integers(1, 256)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comm_local import Local, dispatch
-from comm_ranks import random_sent, spec_of
 from hypothesis import given
 from hypothesis import strategies as st
+from support.comm_local import Local, dispatch
+from support.comm_ranks import random_sent, spec_of
 
 from flexpert.comm import quant
 from flexpert.comm.buffer import Scales
 from flexpert.comm.host._kernels import lib
-from flexpert.comm.layout import DTYPES
 from flexpert.comm.routing import expected_rows
+from flexpert.comm.window_layout import DTYPES
 
 KINDS: tuple[Scales, ...] = ("float32", "power2", "ue8m0")
 

@@ -14,7 +14,7 @@ import os
 
 import msgspec
 import pytest
-from comm_ranks import spec_of
+from support.comm_ranks import spec_of
 from test_channels import Meeting, exchanges, meet, needs_nixl, part
 
 from flexpert.comm import Buffer

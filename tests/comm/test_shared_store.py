@@ -16,8 +16,8 @@ import pytest
 
 from flexpert.comm import CommError
 from flexpert.comm.host import memfd
-from flexpert.comm.nixl_ep.backend import shared_store
-from flexpert.comm.nixl_ep.backend.shared_store import SharedStore, Under
+from flexpert.comm.nixl_ep import shared_store
+from flexpert.comm.nixl_ep.shared_store import SharedStore, Under
 
 HOLDER = """
 import fcntl, sys
@@ -27,7 +27,7 @@ input()
 """
 WRITER = """
 import sys
-from flexpert.comm.nixl_ep.backend.shared_store import SharedStore
+from flexpert.comm.nixl_ep.shared_store import SharedStore
 store = SharedStore(int(sys.argv[1]))
 print(flush=True)
 number = 0

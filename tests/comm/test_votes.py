@@ -7,8 +7,8 @@ import time
 from itertools import pairwise
 
 import pytest
-from comm_local import Local
-from comm_ranks import LIMIT_S, Ranks, spec_of, vote
+from support.comm_local import Local
+from support.comm_ranks import LIMIT_S, Ranks, spec_of, vote
 
 from flexpert.comm import Buffer, CommError, RankTimeout
 

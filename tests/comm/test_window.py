@@ -12,14 +12,14 @@ from dataclasses import replace
 import msgspec
 import pytest
 import torch
-from comm_local import Local, dispatch, poke
-from comm_ranks import Rank, Ranks, random_sent, spec_of
+from support.comm_local import Local, dispatch, poke
+from support.comm_ranks import Rank, Ranks, random_sent, spec_of
 
-from flexpert.comm import BufferSpec, CommError, PeerUnreachable, RankTimeout, lend_pages
+from flexpert.comm import BufferSpec, CommError, PeerUnreachable, RankTimeout, export_pages
 from flexpert.comm.host import memfd
-from flexpert.comm.host.buffer import HostBuffer
+from flexpert.comm.host.host_buffer import HostBuffer
 from flexpert.comm.host.window import Address, Window, decode, encode
-from flexpert.comm.layout import (
+from flexpert.comm.window_layout import (
     COMBINE_FLAG_AT,
     DISPATCH_FLAG_AT,
     HEADER_BYTES,
@@ -170,13 +170,13 @@ def test_where_the_kernel_promises_no_more_than_it_has_pages_are_taken_at_once(
     monkeypatch.setattr(memfd, "overcommits", lambda: False)
     spec = spec_of(2)
     window = Window(0, spec)
-    place = window.lend()
+    place = window.export_memory()
     assert window.memory_bytes() >= window.layout.place_bytes
     window.take_back(place)
     window.close()
-    lent = lend_pages(1 << 20)
-    assert lent.resident >= 1 << 20
-    lent.close()
+    exported = export_pages(1 << 20)
+    assert exported.resident >= 1 << 20
+    exported.close()
 
 
 def test_pages_that_are_not_to_be_had_are_an_error() -> None:

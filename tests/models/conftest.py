@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from support.checkpoints import make_checkpoint
 
 Checkpoints = Callable[..., Path]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import MAIN_FAMILIES, Sequences, lone_shard, prompt_of
+from support.checkpoints import MAIN_FAMILIES, Sequences, lone_shard, prompt_of
 from torch import Tensor
 
 from flexpert.errors import UnsupportedModel

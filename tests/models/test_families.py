@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FAMILIES, FURTHER_FAMILIES, greedy, lone_shard, prompt_of, reference_logits
+from support.checkpoints import (
+    FAMILIES,
+    FURTHER_FAMILIES,
+    greedy,
+    lone_shard,
+    prompt_of,
+    reference_logits,
+)
 from transformers import CONFIG_MAPPING
 
 Checkpoints = Callable[..., Path]
@@ -67,8 +74,8 @@ def test_further_families_give_the_logits_of_transformers_in_chunks(
 
 def test_an_idle_step_walks_every_moe_layer_in_order(checkpoint: Checkpoints) -> None:
     sequences = lone_shard(checkpoint("deepseek_v3"))
-    moe: Any = sequences.shard._experts[0].runtime
-    sequences.shard.forward_idle()
+    moe: Any = sequences.runner._experts[0].runtime
+    sequences.runner.forward_idle()
     assert moe.calls == [0, 1]
     moe.calls.clear()
     sequences.step({"a": [5, 6]})

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import lone_shard, prompt_of, reference_logits
-from fp8_checkpoints import change_settings, make_fp8_checkpoint
 from safetensors.torch import load_file, save_file
+from support.checkpoints import lone_shard, prompt_of, reference_logits
+from support.fp8_checkpoints import change_settings, make_fp8_checkpoint
 
 from flexpert.errors import ModelError, UnsupportedModel
+from flexpert.kernels import block_fp8 as fp8
+from flexpert.kernels.experts import ExpertWeights
 from flexpert.models.source import ModelSource
-from flexpert.moe import fp8
-from flexpert.moe.experts import ExpertWeights
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import FAMILIES, random_model
+from support.checkpoints import FAMILIES, random_model
 from torch import Tensor, nn
 
+from flexpert.kernels.cpu import ops
 from flexpert.models.fused import fuse
-from flexpert.moe import ops
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
+from flexpert.kernels.kernel_set import Fusions, gpu_kernels
 from flexpert.models import registrations
 from flexpert.models.fused_modules import fuse_modules
-from flexpert.moe.kernels import Fusions, gpu_kernels
 
 HEADS, KV_HEADS, DIM, HIDDEN = 4, 2, 16, 24
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import (
+from safetensors.torch import load_file, save_file
+from support.checkpoints import (
     COMMON,
     FAMILIES,
     lone_shard,
@@ -20,12 +21,11 @@ from checkpoints import (
     reference,
     reference_logits,
 )
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexpert.errors import ModelError, UnsupportedModel
+from flexpert.kernels.experts import ExpertWeights
 from flexpert.models.source import ModelSource
-from flexpert.moe.experts import ExpertWeights
 
 Checkpoints = Callable[..., Path]
 
@@ -114,7 +114,7 @@ def test_the_embedded_model_opens_with_its_tokenizer() -> None:
 def test_sizes_are_real(family: str, checkpoint: Checkpoints) -> None:
     path = checkpoint(family, torch.bfloat16)
     sequences = lone_shard(path, blocks=10, block_size=4)
-    source, shard = ModelSource.open(str(path)), sequences.shard
+    source, shard = ModelSource.open(str(path)), sequences.runner
     buffers = dict(shard._model.named_non_persistent_buffers()).values()
     assert shard.dense_nbytes == source.dense_nbytes() + sum(b.nbytes for b in buffers)
     assert shard.kv_nbytes == 10 * 4 * source.info.kv_bytes_per_token()
@@ -126,7 +126,7 @@ def test_sizes_are_real(family: str, checkpoint: Checkpoints) -> None:
 def test_what_a_family_keeps_in_float32_stays_so(checkpoint: Checkpoints) -> None:
     """Which these are differs from one release of transformers to another: ask it."""
     path = checkpoint("deepseek_v3", torch.bfloat16)
-    model = lone_shard(path).shard._model
+    model = lone_shard(path).runner._model
     kept = {n: b.dtype for n, b in model.named_buffers() if b.dtype == torch.float32}
     assert any(name.endswith("e_score_correction_bias") for name in kept)
     assert any(name.endswith("inv_freq") for name in kept)
@@ -137,7 +137,7 @@ def test_what_a_family_keeps_in_float32_stays_so(checkpoint: Checkpoints) -> Non
 
 
 def test_tied_embeddings_are_one_tensor(checkpoint: Checkpoints) -> None:
-    model: Any = lone_shard(checkpoint("qwen3_moe")).shard._model
+    model: Any = lone_shard(checkpoint("qwen3_moe")).runner._model
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 

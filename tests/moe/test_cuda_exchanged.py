@@ -10,10 +10,10 @@ pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 pytest.importorskip("flexpert.comm.cuda", reason="the exchange between GPUs")
 
 from flexpert.comm import BufferSpec
-from flexpert.comm.cuda.buffer import CudaBuffer
-from flexpert.comm.cuda.exchange import Tuning
-from flexpert.moe.cuda.exchanged import ExchangedExperts
-from flexpert.moe.experts import ExpertWeights, LayerExperts
+from flexpert.comm.cuda.cuda_buffer import CudaBuffer
+from flexpert.comm.cuda.cuda_exchange import Tuning
+from flexpert.kernels.experts import ExpertWeights, LayerExperts
+from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
 from flexpert.moe.placement import Placement, replan
 from flexpert.moe.runtime import LayerState, expert_tables
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpert.comm import BufferSpec, make_buffer
-from flexpert.moe.experts import ExpertWeights, LayerExperts
+from flexpert.kernels.experts import ExpertWeights, LayerExperts
 from flexpert.moe.placement import Placement
 from flexpert.moe.runtime import LayerState, MoERuntime, expert_tables, without
 

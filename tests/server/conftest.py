@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_head import Behaviour
-from served_head import Running
+from support.fake_head import Behaviour
+from support.served_head import Running
 
 from flexpert.config import ServerConfig
 

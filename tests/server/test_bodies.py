@@ -12,7 +12,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from served_head import Running
+from support.served_head import Running
 
 from flexpert.bench.hostile_bodies import HEAVY, PATHS, each_field
 

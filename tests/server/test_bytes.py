@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from raw import answers, completion, connection, request
-from served_head import Running
+from support.raw import answers, completion, connection, request
+from support.served_head import Running
 
 from flexpert.config import ServerConfig
 

@@ -7,7 +7,7 @@ import json
 import httpx
 import openai
 import pytest
-from served_head import Running
+from support.served_head import Running
 
 
 @pytest.fixture

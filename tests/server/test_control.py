@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
-from fake_head import FakeHead
-from served_head import Running
+from support.fake_head import FakeHead
+from support.served_head import Running
 
 from flexpert.cluster.listeners import MOST_WAITING
 from flexpert.cluster.views import ClusterEvent

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from fake_head import Behaviour
-from raw import (
+from support.fake_head import Behaviour
+from support.raw import (
     Answer,
     answers,
     ask,
@@ -22,7 +22,7 @@ from raw import (
     request,
     seconds_until_closed,
 )
-from served_head import Running
+from support.served_head import Running
 
 from flexpert.config import ServerConfig
 from flexpert.server import protocol
@@ -266,7 +266,7 @@ def test_connections_leave_files_for_the_service_itself(monkeypatch: pytest.Monk
 
 @pytest.fixture
 def long_answers(strict: Running) -> Iterator[Running]:
-    """As long as wanted, in pieces of 10 kB."""
+    """As long as desired, in pieces of 10 kB."""
     info = strict.head.info
     strict.head.info = replace(info, max_model_len=10**9)
     letter = strict.head.tokenizer.convert_tokens_to_ids("a")

@@ -9,13 +9,13 @@ import socket
 from pathlib import Path
 
 import pytest
-from fake_head import FakeHead
+from support.fake_head import FakeHead
 
 from flexpert.cli.settings import settings
 from flexpert.config import Config, ServerConfig, load_config
 from flexpert.errors import ConfigError
 from flexpert.server.keys import Keys, read_keys
-from flexpert.server.run import bind, serve
+from flexpert.server.service_process import bind, serve
 
 SECRET = "s3cret-äöü"
 
@@ -155,7 +155,7 @@ def test_serve_refuses_before_anything_starts(
 
 def test_nothing_that_is_served_or_logged_shows_a_key(caplog: pytest.LogCaptureFixture) -> None:
     import httpx
-    from served_head import Running
+    from support.served_head import Running
 
     with caplog.at_level(logging.DEBUG):
         running = Running(ServerConfig(api_key=SECRET))

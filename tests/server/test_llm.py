@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_head import FakeHead
+from support.fake_head import FakeHead
 
 import flexpert
 from flexpert import LLM, SamplingParams

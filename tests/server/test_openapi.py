@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_head import FakeHead
-from raw import answers, connection, request
-from served_head import Running
+from support.fake_head import FakeHead
+from support.raw import answers, connection, request
+from support.served_head import Running
 
 from flexpert.config import ServerConfig
 from flexpert.server.app import create_app

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from flexpert.cluster.framing import Piece
+from flexpert.cluster.processes.framing import Piece
 from flexpert.errors import Overloaded
 from flexpert.server import preprocessors
-from flexpert.server.errors import ApiError
+from flexpert.server.http_errors import ApiError
 from flexpert.server.preprocessing import Limits, Rendered, Reply, encode
 from flexpert.server.preprocessors import SMALL_BODY, Preprocessors
 

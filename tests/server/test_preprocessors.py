@@ -9,12 +9,12 @@ import weakref
 from collections.abc import Sequence
 
 import pytest
-from raw import answers, connection, read_all, request
-from served_head import Running
+from support.raw import answers, connection, read_all, request
+from support.served_head import Running
 
-from flexpert.cluster.framing import Piece
-from flexpert.cluster.helper import OnEnd, OnMessage
-from flexpert.server.errors import ApiError
+from flexpert.cluster.processes.framing import Piece
+from flexpert.cluster.processes.helper import OnEnd, OnMessage
+from flexpert.server.http_errors import ApiError
 from flexpert.server.preprocessing import Kind, Limits, Outcome, Rendered, Reply, encode
 from flexpert.server.preprocessors import Preprocessors
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from fake_head import Behaviour, FakeHead
+from support.fake_head import Behaviour, FakeHead
 
 from flexpert.config import ClusterConfig, Config, ServerConfig
 from flexpert.errors import ConfigError, FlexpertError
-from flexpert.server.run import bind, serve
+from flexpert.server.service_process import bind, serve
 
 CONFIG = Config(server=ServerConfig(port=0), cluster=ClusterConfig(shutdown_timeout_s=5))
 
@@ -145,7 +145,7 @@ def test_an_http_server_that_ends_by_itself_ends_the_service(
         ticks.append(True)
         raise RuntimeError("no date today")
 
-    monkeypatch.setattr("flexpert.server.run._Server.on_tick", broken)
+    monkeypatch.setattr("flexpert.server.service_process._Server.on_tick", broken)
     heads: list[FakeHead] = []
 
     def head(config: Config) -> FakeHead:

@@ -7,8 +7,8 @@ import logging
 import httpx
 import openai
 import pytest
-from fake_head import FakeHead
-from served_head import Running
+from support.fake_head import FakeHead
+from support.served_head import Running
 
 import flexpert
 from flexpert.config import ServerConfig

@@ -6,11 +6,11 @@ import asyncio
 import json
 
 import pytest
-from fake_head import byte_level_tokenizer
+from support.fake_head import byte_level_tokenizer
 
-from flexpert.server.generation import Part, Usage
+from flexpert.frontend.generation import Part, Usage
+from flexpert.frontend.text import TokenText
 from flexpert.server.shapes import ChatShape, Shape, TextShape
-from flexpert.server.text import TokenText
 
 
 @pytest.mark.parametrize("kind", [TextShape, ChatShape])

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from flexpert.bench.comm.cuda.report import gpu_text
-from flexpert.bench.comm.cuda.run import run_gpu
+from flexpert.bench.comm.cuda.gpu_comm_report import gpu_text
+from flexpert.bench.comm.cuda.gpu_comm_run import run_gpu
 from flexpert.bench.comm.ranks import Settings
 from flexpert.bench.comm.workload import Workload
 
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=60)
-    parser.add_argument("--rivals", default="nixl_ep,interface,torch,checks")
+    parser.add_argument("--baselines", default="nixl_ep,interface,torch,checks")
     parser.add_argument("--timeout", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -42,7 +42,7 @@ def main() -> int:
     ]  # fmt: skip
     settings = Settings("shm", "float32", 1, o.timeout)
     report = run_gpu(
-        works, settings, o.rivals.split(","), repeat=o.repeat,
+        works, settings, o.baselines.split(","), repeat=o.repeat,
         note=lambda text: print(text, file=sys.stderr, flush=True),
     )  # fmt: skip
     Console(width=120).print(gpu_text(report))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexpert.moe.cuda import attention, norm, routing
+from flexpert.kernels.cuda import attention, norm
+from flexpert.kernels.cuda import row_sorting as routing
 
 BLOCK = 16
 

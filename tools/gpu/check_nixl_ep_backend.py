@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from comm_ranks import Rank, vote
-from nixl_backend_local import check_sums, exchange, results, sent_by
+from support.comm_ranks import Rank, vote
+from support.nixl_backend_local import check_sums, exchange, results, sent_by
 
 from flexpert.comm import Buffer, BufferSpec, ExpertTable, RankTimeout
-from flexpert.comm.nixl_ep.backend.buffer import NixlEpBuffer
+from flexpert.comm.nixl_ep.nixl_ep_buffer import NixlEpBuffer
 
 SPEC = BufferSpec(2, 32, 2048, 4, torch.bfloat16)
 SLOTS = 11

@@ -36,8 +36,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from flexpert import LLM, SamplingParams
 from flexpert.cluster.views import OperationView
+from flexpert.kernels.block_fp8 import quantise as quantise_weight
 from flexpert.models.source import ModelSource
-from flexpert.moe.fp8 import quantise as quantise_weight
 
 STARTS = ["In the beginning", "And it came to pass", "Blessed are", "The LORD said unto Moses"]
 PROMPTS = [f"{start} {number}" for start in STARTS for number in range(16)]

@@ -22,9 +22,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flexpert.comm.cuda import combine, dispatch, expert_major, waiting
-from flexpert.comm.cuda.exchange import Tuning
-from flexpert.moe.cuda import products
+from flexpert.comm.cuda import combine_kernels as combine
+from flexpert.comm.cuda import dispatch_kernels as dispatch
+from flexpert.comm.cuda import expert_major
+from flexpert.comm.cuda import wait_kernels as waiting
+from flexpert.comm.cuda.cuda_exchange import Tuning
+from flexpert.kernels.cuda import grouped_products as products
 
 TUNED = Tuning()
 MODULES = (dispatch, combine, expert_major, waiting, products)

@@ -27,8 +27,8 @@ run decode python3 -m flexpert bench decode --json "$out/decode.json"
 # half of the layers: transformers has the same weights in bf16 beside them
 run decode_fp8 python3 -m flexpert bench decode --layers 24 --quantization fp8 \
     --json "$out/decode_fp8.json"
-run layer python3 -m flexpert bench layer --rivals grouped_mm --json "$out/layer.json"
-run layer_fp8 python3 -m flexpert bench layer --rivals grouped_mm --quantization fp8 \
+run layer python3 -m flexpert bench layer --baselines grouped_mm --json "$out/layer.json"
+run layer_fp8 python3 -m flexpert bench layer --baselines grouped_mm --quantization fp8 \
     --json "$out/layer_fp8.json"
 run fp8 python3 tools/gpu/check_serving.py --fp8
 run kernels python3 tools/gpu/check_kernels.py

@@ -15,9 +15,9 @@ run() {
     tail -n 30 "$out/$name.log"
 }
 bench() {
-    ranks=$1 tokens=$2 rivals=$3
+    ranks=$1 tokens=$2 baselines=$3
     run 180 "exchange$ranks" python3 tools/gpu/bench_exchange.py --ranks "$ranks" \
-        --tokens "$tokens" --rivals "$rivals" --json "$out/exchange$ranks.json"
+        --tokens "$tokens" --baselines "$baselines" --json "$out/exchange$ranks.json"
 }
 mps() {
     CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d) CUDA_MPS_LOG_DIRECTORY=$(mktemp -d)

@@ -24,11 +24,11 @@ import torch
 
 from flexpert.config import load_config
 from flexpert.engine.epoch import EpochPlan
-from flexpert.engine.rank import RankEngine
+from flexpert.engine.rank_engine import RankEngine
 from flexpert.engine.request import SamplingParams, Sequence, TokenEvent
 from flexpert.engine.sampler import Sampler
 from flexpert.models.batch import ForwardBatch
-from flexpert.models.shard import ModelShard
+from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import replan
 
@@ -91,7 +91,7 @@ def watch(slow: list[Slow], limit_ms: float, cuda: bool) -> None:
         sequences, samples = batch.context_len.shape[0], batch.sample_rows.shape[0]
         return f"{batch.token_ids.shape[0]} tokens, {sequences} sequences, {samples} samples"
 
-    timed(ModelShard, "forward", sizes)
+    timed(ModelRunner, "forward", sizes)
     timed(Sampler, "sample", lambda logits, samples: f"{len(samples)} rows")
 
 

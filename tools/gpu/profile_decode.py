@@ -31,10 +31,10 @@ def main() -> None:
         for size in batches:
             batch = ours.batch([[7]] * size, CONTEXT)
             for _ in range(3):
-                ours.shard.forward(batch)
+                ours.runner.forward(batch)
             torch.cuda.synchronize()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-                ours.shard.forward(batch)
+                ours.runner.forward(batch)
                 torch.cuda.synchronize()
             show(seen, size)
 

@@ -11,13 +11,13 @@ import argparse
 import sys
 from typing import Any
 
-from flexpert.bench.comm.cuda.contenders import Ours
-from flexpert.bench.comm.cuda.rank import POOL, GpuRank
+from flexpert.bench.comm.cuda.gpu_baselines import Ours
+from flexpert.bench.comm.cuda.gpu_comm_rank import POOL, GpuRank
 from flexpert.bench.comm.cuda.timing import Shots, captured, steady_times
 from flexpert.bench.comm.ranks import Ranks, Settings
 from flexpert.bench.comm.workload import Workload
+from flexpert.comm.cuda.cuda_layout import read_report
 from flexpert.comm.cuda.expert_major import ExpertMajor, pack
-from flexpert.comm.cuda.layout import read_report
 
 
 class TuneRank(GpuRank):

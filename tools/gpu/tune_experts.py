@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from flexpert.moe import fp8
-from flexpert.moe.cuda import products, routing
-from flexpert.moe.cuda.products import Tiling
+from flexpert.kernels import block_fp8 as fp8
+from flexpert.kernels.cuda import grouped_products as products
+from flexpert.kernels.cuda import row_sorting as routing
+from flexpert.kernels.cuda.grouped_products import Tiling
 
 SHAPES = {"qwen3": (128, 2048, 768), "deepseek": (256, 7168, 2048)}
 TOPK = 8

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from flexpert.bench.load import Target
 from flexpert.errors import FlexpertError
 
-# the line of `server/run.py` that says where it listens
+# the line of `server/service_process.py` that says where it listens
 READY = "ready: "
 
 _PR_SET_PDEATHSIG = 1

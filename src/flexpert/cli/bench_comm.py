@@ -1,4 +1,4 @@
-"""`flexpert bench comm`: our exchange beside its rivals."""
+"""`flexpert bench comm`: our exchange beside its baselines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flexpert.cli.command import numbers
-from flexpert.cli.output import check_outputs, write_report
+from flexpert.display.output import check_outputs, write_report
 from flexpert.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "flexpert bench comm",
     "flexpert bench comm --tokens 1,8,32,128,512 --plot latency.png --json latency.json",
-    "flexpert bench comm --ranks 2 --rivals gloo,memcpy --repeat 30",
+    "flexpert bench comm --ranks 2 --baselines gloo,memcpy --repeat 30",
     "flexpert bench comm --channel nixl --seconds 20",
     "flexpert bench comm --device cuda --ranks 1 --tokens 1,128,512",
 )
@@ -39,14 +39,14 @@ def bench_comm(
         typer.Option(help="Scales of the fp8 row; auto: float32 where --hidden allows it."),
     ] = "auto",
     channel: Annotated[Literal["shm", "nixl"], typer.Option(help="Of flexpert's rows.")] = "shm",
-    repeat: Annotated[int, typer.Option(min=1, help="Exchanges of each contender.")] = 100,
+    repeat: Annotated[int, typer.Option(min=1, help="Exchanges of each baseline.")] = 100,
     seconds: Annotated[
         float | None, typer.Option(min=0.1, help="Instead: as many as fit, for each --tokens.")
     ] = None,
     device: Annotated[
         Literal["cpu", "cuda"], typer.Option(help="Where the rows are and the exchange runs.")
     ] = "cpu",
-    rivals: Annotated[
+    baselines: Annotated[
         str | None,
         typer.Option(
             metavar="NAME[,NAME…]",
@@ -72,19 +72,19 @@ def bench_comm(
     """
     from rich.console import Console
 
-    from flexpert.bench.comm.contender import GPU_RIVALS, RIVALS
+    from flexpert.bench.comm.baseline import GPU_RIVALS, RIVALS
+    from flexpert.bench.comm.comm_report import comm_text
+    from flexpert.bench.comm.comm_run import run_comm
     from flexpert.bench.comm.plot import check_plot, draw
     from flexpert.bench.comm.ranks import Settings
-    from flexpert.bench.comm.report import comm_text
-    from flexpert.bench.comm.run import run_comm
     from flexpert.bench.comm.workload import Workload
     from flexpert.comm import quant
     from flexpert.comm.buffer import Scales
 
     known = RIVALS if device == "cpu" else GPU_RIVALS
-    names = list(known) if rivals is None else [name for name in rivals.split(",") if name]
+    names = list(known) if baselines is None else [name for name in baselines.split(",") if name]
     if unknown := sorted(set(names) - set(known)):
-        raise ConfigError(f"--rivals {','.join(unknown)}: there are {', '.join(known)}")
+        raise ConfigError(f"--baselines {','.join(unknown)}: there are {', '.join(known)}")
     if hidden % 16:
         raise ConfigError(f"--hidden {hidden}: must be a multiple of 16")
     if topk > min(experts, 16):
@@ -135,7 +135,7 @@ def bench_comm(
 def _on_gpu(
     workloads: list[Workload],
     settings: Settings,
-    rivals: list[str],
+    baselines: list[str],
     repeat: int,
     json_: Path | None,
 ) -> None:
@@ -148,11 +148,11 @@ def _on_gpu(
         require(measuring=True)
     except CommError as error:
         raise ConfigError(f"--device cuda: {error}") from None
-    from flexpert.bench.comm.cuda.report import gpu_text
-    from flexpert.bench.comm.cuda.run import run_gpu
+    from flexpert.bench.comm.cuda.gpu_comm_report import gpu_text
+    from flexpert.bench.comm.cuda.gpu_comm_run import run_gpu
 
     with Console(stderr=True).status("") as status:
-        report = run_gpu(workloads, settings, rivals, repeat=repeat, note=status.update)
+        report = run_gpu(workloads, settings, baselines, repeat=repeat, note=status.update)
     Console(file=sys.stdout).print(gpu_text(report))
     write_report(json_, report)
     if not report.correct:

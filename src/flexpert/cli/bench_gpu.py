@@ -10,8 +10,8 @@ from typing import Annotated, Literal, TypeVar
 import typer
 
 from flexpert.cli.command import numbers
-from flexpert.cli.output import check_outputs, write_report
 from flexpert.config import MOST_GPU_RANKS
+from flexpert.display.output import check_outputs, write_report
 from flexpert.errors import ConfigError
 
 T = TypeVar("T")
@@ -19,13 +19,13 @@ T = TypeVar("T")
 LAYER_EXAMPLES = (
     "flexpert bench layer",
     "flexpert bench layer --shapes qwen3-30b-a3b --tokens 1,64,4096 --json layer.json",
-    "flexpert bench layer --rivals grouped_mm --repeat 200",
+    "flexpert bench layer --baselines grouped_mm --repeat 200",
     "flexpert bench layer --quantization fp8",
 )
 DECODE_EXAMPLES = (
     "flexpert bench decode",
     "flexpert bench decode --batch 1,64 --context 2048 --json decode.json",
-    "flexpert bench decode --layers 8 --no-rival  [dim](a quick look)[/]",
+    "flexpert bench decode --layers 8 --no-baseline  [dim](a quick look)[/]",
     "flexpert bench decode --ranks 1,2,4  [dim](under MPS)[/]",
     "flexpert bench decode --layers 24 --quantization fp8",
 )
@@ -44,10 +44,10 @@ def bench_layer(
     tokens: Annotated[str, typer.Option(metavar="N[,N…]", help="In one pass.")] = (
         "1,16,64,128,512,4096"
     ),
-    rivals: Annotated[
+    baselines: Annotated[
         str, typer.Option(metavar="NAME[,NAME…]", help="transformers' grouped_mm, eager.")
     ] = "grouped_mm,eager",
-    repeat: Annotated[int, typer.Option(min=1, help="Replays of each contender.")] = 50,
+    repeat: Annotated[int, typer.Option(min=1, help="Replays of each baseline.")] = 50,
     quantization: Quantization = "none",
     seed: Seed = 0,
     json_: Json = None,
@@ -55,22 +55,22 @@ def bench_layer(
     """Measure a whole MoE layer on one GPU beside transformers' and its limit.
 
     Route, sort, experts and combine of one rank that holds all experts, bf16; and the same with a
-    dispatch and a combine through the exchange, as one of several ranks does it. Each contender
+    dispatch and a combine through the exchange, as one of several ranks does it. Each baseline
     is checked against float64 first; exit status 1 if one computes something else.
     """
-    from flexpert.moe.kernels import open_gpu
+    from flexpert.kernels.kernel_set import open_gpu
 
     counts = numbers(tokens, "--tokens")
     check_outputs(json_)
     open_gpu()  # before what needs triton is imported
+    from flexpert.bench.gpu.gpu_report import layer_text
     from flexpert.bench.gpu.layer import RIVALS, SHAPES, run_layer
-    from flexpert.bench.gpu.report import layer_text
 
-    wanted = _names(shapes, tuple(SHAPES), "--shapes")
-    against = _names(rivals, RIVALS, "--rivals")
+    desired = _names(shapes, tuple(SHAPES), "--shapes")
+    against = _names(baselines, RIVALS, "--baselines")
     report = _with_status(
         lambda note: run_layer(
-            [SHAPES[name] for name in wanted],
+            [SHAPES[name] for name in desired],
             counts,
             against,
             repeat=repeat,
@@ -94,7 +94,7 @@ def bench_decode(
     layers: Annotated[int, typer.Option(min=1, max=48, help="Of the model's 48.")] = 48,
     context: Annotated[int, typer.Option(min=1, help="Tokens in each one's KV cache.")] = 512,
     steps: Annotated[int, typer.Option(min=1, help="Timed for each batch.")] = 30,
-    rival: Annotated[bool, typer.Option(help="Time transformers, too.")] = True,
+    baseline: Annotated[bool, typer.Option(help="Time transformers, too.")] = True,
     quantization: Quantization = "none",
     seed: Seed = 0,
     json_: Json = None,
@@ -107,7 +107,7 @@ def bench_decode(
     one GPU run at the same time under NVIDIA's MPS only: start it before. Exit status 1 if the
     logits are not those of transformers.
     """
-    from flexpert.moe.kernels import open_gpu
+    from flexpert.kernels.kernel_set import open_gpu
 
     batches, counts = numbers(batch, "--batch"), numbers(ranks, "--ranks")
     if counts[-1] > MOST_GPU_RANKS:
@@ -115,7 +115,7 @@ def bench_decode(
     check_outputs(json_)
     open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.decode import run_decode
-    from flexpert.bench.gpu.report import decode_text
+    from flexpert.bench.gpu.gpu_report import decode_text
 
     report = _with_status(
         lambda note: run_decode(
@@ -124,7 +124,7 @@ def bench_decode(
             layers=layers,
             context=context,
             steps=steps,
-            rival=rival,
+            baseline=baseline,
             quantise=quantization == "fp8",
             seed=seed,
             note=note,

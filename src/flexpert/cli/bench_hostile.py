@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexpert.cli.output import EXIT_FAILURE, check_outputs, write_report
 from flexpert.config import Config, parse_bytes
+from flexpert.display.output import EXIT_FAILURE, check_outputs, write_report
 from flexpert.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -114,11 +114,11 @@ def _text(report: Report) -> Any:
     row("load average", lambda m: f"{m.load:.2f}")
     memory = report.memory
     table.add_section()
-    table.add_row("ratio", "", f"{report.ratio:.2f} (wanted: {WANTED_RATIO} at least)")
+    table.add_row("ratio", "", f"{report.ratio:.2f} (desired: {WANTED_RATIO} at least)")
     table.add_row("head's memory before", "", f"{memory.before:.0f} MiB")
     table.add_row("  highest", "", f"{memory.highest:.0f} MiB")
     table.add_row(
-        "  after", "", f"{memory.growth:+.0f} MiB (wanted: within {WANTED_GROWTH_MIB:.0f})"
+        "  after", "", f"{memory.growth:+.0f} MiB (desired: within {WANTED_GROWTH_MIB:.0f})"
     )
     table.add_row("its helpers, highest", "", f"{memory.helpers_highest:.0f} MiB")
     for kind in (report.ordinary, report.hostile):

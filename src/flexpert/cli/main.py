@@ -15,10 +15,10 @@ import typer
 import flexpert
 from flexpert.cli import bench_comm, bench_gpu, bench_hostile, plan
 from flexpert.cli.command import Command
-from flexpert.cli.output import EXIT_FAILURE, check_outputs, printing, write_report
 from flexpert.cli.scale import ScaleCommand
 from flexpert.cli.settings import with_settings
 from flexpert.config import Config
+from flexpert.display.output import EXIT_FAILURE, check_outputs, printing, write_report
 from flexpert.errors import ConfigError, FlexpertError
 
 if TYPE_CHECKING:
@@ -101,10 +101,10 @@ def serve(config: Config) -> None:
     A setting comes from its flag, else from the environment (FLEXPERT_CLUSTER__RANKS=2), else
     from --config FILE, else from its default.
     """
-    from flexpert.cluster import caches
+    from flexpert.cluster.processes import caches
 
     caches.keep_private(os.environ)  # before torch is imported
-    from flexpert.server.run import serve as run
+    from flexpert.server.service_process import serve as run
 
     raise typer.Exit(run(config))
 
@@ -267,7 +267,7 @@ def demo(
     of an undisturbed run, then asks the same again while the ranks change, and compares. Exit
     status 1 if an answer was lost or differs.
     """
-    from flexpert.cli.demo import Plan, run_demo
+    from flexpert.trials.demo import Plan, run_demo
 
     plan = Plan(
         clients=clients, requests=requests, max_tokens=max_tokens, duration_s=duration, many=many
@@ -329,7 +329,7 @@ def chaos(
     """
     check_outputs(output, plot)
     from flexpert.bench.comm.plot import check_plot
-    from flexpert.cli.chaos import ChaosPlan, check_flags, parse_faults, run_chaos
+    from flexpert.trials.chaos import ChaosPlan, check_flags, parse_faults, run_chaos
 
     if plot:
         check_plot(plot)
@@ -432,7 +432,7 @@ def bench_serve(
 ) -> None:
     """Measure a service: throughput, time to first token, inter-token latency, end to end."""
     from flexpert.bench.serve import Load, Measured, run_bench
-    from flexpert.cli.render import figures_text
+    from flexpert.display.render import figures_text
 
     if compare not in (None, "transformers"):
         raise ConfigError(f"--compare {compare}: only 'transformers' is known")

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 import typer
 
-from flexpert.cli.output import check_outputs, write_output
+from flexpert.display.output import check_outputs, write_output
 from flexpert.errors import ConfigError
 
 
@@ -86,9 +86,10 @@ def plan(
     from rich.console import Console
 
     from flexpert.bench.machine import this_machine
-    from flexpert.bench.plan import plan_file, report, runner
-    from flexpert.bench.plan.oracle import Sizes
     from flexpert.comm import quant
+    from flexpert.trials.plan import plan_file, runner
+    from flexpert.trials.plan import plan_report as report
+    from flexpert.trials.plan.oracle import Sizes
 
     scales = None if fp8 is Fp8.NONE else fp8.value
     if scales is not None:

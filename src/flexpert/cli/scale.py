@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.live import Live
 
 from flexpert.cli.command import Command
-from flexpert.cli.render import operation_table, phase_line
+from flexpert.cluster.formatting import describe_change, outcome_line
 from flexpert.cluster.views import OperationView
-from flexpert.cluster.wording import describe_change, outcome_line
+from flexpert.display.render import operation_table, phase_line
 from flexpert.errors import ConfigError
 
 POLL_S = 0.1

@@ -11,8 +11,8 @@ import msgspec
 from rich.console import Console
 from rich.live import Live
 
-from flexpert.cli.render import cluster_view
 from flexpert.cluster.views import ClusterView
+from flexpert.display.render import cluster_view
 
 INTERVAL_S = 1.0
 

@@ -16,17 +16,17 @@ from dataclasses import dataclass
 import msgspec
 
 from flexpert.cluster import messages as msg
-from flexpert.cluster.capacity import Capacity
-from flexpert.cluster.coverage import Coverage
+from flexpert.cluster.expert_recovery import ExpertRecovery
+from flexpert.cluster.formatting import describe_change, outcome_line
+from flexpert.cluster.interfaces import HeadInterface, Timer
+from flexpert.cluster.kv_migration import KVMigrations
 from flexpert.cluster.membership import Change, Do, Event, Kind, Membership, Phase
-from flexpert.cluster.moves import Moves
+from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.operation import Operation, resolve_target
-from flexpert.cluster.ports import Ports, Timer
-from flexpert.cluster.record import RankRecord
-from flexpert.cluster.replacement import Replacements
+from flexpert.cluster.rank_state import RankState
+from flexpert.cluster.restart_policy import RestartPolicy
+from flexpert.cluster.stall_detector import Watch
 from flexpert.cluster.views import ClusterEvent, OperationView, PlacementView, RankView
-from flexpert.cluster.watch import Watch
-from flexpert.cluster.wording import describe_change, outcome_line
 from flexpert.config import Config
 from flexpert.engine.request import HeldKV
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused, UnknownOperation
@@ -63,17 +63,21 @@ class Coordinator:
     """Runs one change at a time; see `docs` and `membership.py` for the protocol."""
 
     def __init__(
-        self, config: Config, source: ModelSource, ports: Ports, capacity: Capacity | None = None
+        self,
+        config: Config,
+        source: ModelSource,
+        ports: HeadInterface,
+        capacity: MemoryBudget | None = None,
     ) -> None:
         self._config = config
         self._source = source
         self._ports = ports
-        self._capacity = capacity or Capacity(config, source)
+        self._memory_budget = capacity or MemoryBudget(config, source)
         self._membership = Membership()
         self._placement: Placement | None = None
         self._next: Placement | None = None
-        self._ranks: dict[int, RankRecord] = {}
-        self._moves = Moves(self._ranks, ports)
+        self._ranks: dict[int, RankState] = {}
+        self._migrations = KVMigrations(self._ranks, ports)
         self._watch = Watch(self._ranks, ports, config.cluster.stall_timeout_s, self._warn)
         self._operations: dict[str, Operation] = {}
         self._running: Operation | None = None
@@ -83,13 +87,13 @@ class Coordinator:
         self._before_loss: frozenset[int] = frozenset()
         self._halted: set[int] = set()  # who acknowledged the latest halt
         cluster = config.cluster
-        self._replacements = Replacements(
+        self._restart_policy = RestartPolicy(
             cluster.restart_policy,
             limit=cluster.restart_limit,
             backoff_s=cluster.restart_backoff_s,
             longest_backoff_s=cluster.restart_backoff_max_s,
         )
-        self._coverage = Coverage(
+        self._expert_recovery = ExpertRecovery(
             source.info.experts,
             source.info.moe_layers,
             cluster.redundant_experts,
@@ -131,7 +135,7 @@ class Coordinator:
         change = self._membership.change
         if self._membership.phase is Phase.LOST or self._down:
             return frozenset()
-        if self._membership.phase in (Phase.MOVE, Phase.COMMIT, Phase.RECOVER) and change:
+        if self._membership.phase in (Phase.MIGRATE, Phase.COMMIT, Phase.RECOVER) and change:
             return change.before & change.after or change.after
         return self._membership.members
 
@@ -140,14 +144,14 @@ class Coordinator:
         return self._running.view() if self._running else None
 
     @property
-    def wanted(self) -> frozenset[int]:
+    def desired(self) -> frozenset[int]:
         """The ids that the last change that was asked for left active."""
-        return self._replacements.wanted
+        return self._restart_policy.desired
 
     @property
     def left_out(self) -> frozenset[int]:
         """Wanted ids that kept dying and are not started again."""
-        return self._replacements.left_out
+        return self._restart_policy.left_out
 
     @property
     def down(self) -> str | None:
@@ -171,8 +175,10 @@ class Coordinator:
             replicas=sum(counts.values()),
             experts_per_rank=counts,
             missing_experts=len(placement.missing()) if placement else 0,
-            thin_experts=(
-                self._coverage.thin(placement, len(self.wanted | self.members)) if placement else 0
+            under_replicated_experts=(
+                self._expert_recovery.under_replicated(placement, len(self.desired | self.members))
+                if placement
+                else 0
             ),
         )
 
@@ -201,8 +207,8 @@ class Coordinator:
             running = self._queued[0]
         elif self._same_as_running(running.before, wish) == running.after:
             if running.automatic:
-                self._capacity.check((), self._replan(running.after))
-                self._replacements.want(running.after)
+                self._memory_budget.check((), self._replan(running.after))
+                self._restart_policy.set_desired(running.after)
             return running.view()
         elif running.automatic:
             return self._queue(wish).view()
@@ -217,7 +223,7 @@ class Coordinator:
         operation.enter("waiting")
         self._remember(operation)
         self._queued = operation, wish
-        in_time = self._membership.phase in (Phase.SPAWN, Phase.LOAD, Phase.MOVE)
+        in_time = self._membership.phase in (Phase.SPAWN, Phase.LOAD, Phase.MIGRATE)
         if in_time and self._running is not self._restoring:
             self._handle(Event(Kind.CANCEL, reason=f"operation {operation.id} was asked for"))
         return operation
@@ -258,14 +264,14 @@ class Coordinator:
         operation.before, operation.after, operation.epoch = members, target, self.epoch
         if target == members:
             if not operation.automatic:  # they may be what a loss has left, and too few
-                self._capacity.check((), self._replan(target))
+                self._memory_budget.check((), self._replan(target))
             operation.end("done")
             self._remember(operation)
             if not operation.automatic:
-                self._replacements.want(target)
+                self._restart_policy.set_desired(target)
             return operation
         placement = self._replan(target)
-        self._capacity.check(target - members, placement)
+        self._memory_budget.check(target - members, placement)
         return self._run(operation, placement)
 
     def _run(self, operation: Operation, placement: Placement) -> Operation:
@@ -288,7 +294,9 @@ class Coordinator:
 
     def _replan(self, target: frozenset[int]) -> Placement:
         hosts = self._hosts(target)
-        return self._coverage.spread(self._placement, target, self._capacity.fits, hosts=hosts)
+        return self._expert_recovery.spread(
+            self._placement, target, self._memory_budget.fits, hosts=hosts
+        )
 
     def _hosts(self, ranks: Iterable[int]) -> dict[int, str]:
         """The machine of each rank; those that are still to be started will be on this one."""
@@ -323,7 +331,7 @@ class Coordinator:
             operation.end("cancelled")
             self._publish(operation)
             return operation.view()
-        if self._membership.phase not in (Phase.SPAWN, Phase.LOAD, Phase.MOVE):
+        if self._membership.phase not in (Phase.SPAWN, Phase.LOAD, Phase.MIGRATE):
             raise OperationConflict(
                 f"operation {operation.id} is in phase {operation.phase} and cannot be withdrawn"
             )
@@ -371,18 +379,18 @@ class Coordinator:
                     self._handle(Event(Kind.FAILED, rank, f"rank {rank}: {error}"))
             case msg.Switched(of, pause_ms, load) if of == epoch:
                 record.state, record.load = "active", load
-                self._replacements.active(rank, self._ports.now())
+                self._restart_policy.active(rank, self._ports.now())
                 if pause_ms is not None and self._running:
                     self._running.pause_ms = max(pause_ms, self._running.pause_ms or 0.0)
                 self._handle(Event(Kind.SWITCHED, rank))
-            case msg.Offered(of, held) if of == epoch and self._membership.phase is Phase.MOVE:
-                if self._moves.offered(epoch, rank, held, self._heirs()):
-                    self._handle(Event(Kind.MOVED, rank))
+            case msg.Offered(of, held) if of == epoch and self._membership.phase is Phase.MIGRATE:
+                if self._migrations.offered(epoch, rank, held, self._heirs()):
+                    self._handle(Event(Kind.MIGRATED, rank))
             case msg.Fetched(of, source, size) if of == epoch:
                 if self._running:
                     self._running.moved_kv_bytes += size
-                if self._moves.fetched(source, rank):
-                    self._handle(Event(Kind.MOVED, source))
+                if self._migrations.fetched(source, rank):
+                    self._handle(Event(Kind.MIGRATED, source))
             case msg.HandedOver(of, held):
                 if rank in self._staying:
                     raise msg.Contradiction("it has left, and was not asked to")
@@ -430,12 +438,12 @@ class Coordinator:
         asked |= record is not None and record.blameless
         log.log(logging.INFO if asked else logging.WARNING, "%s", reason)
         if asked:
-            self._replacements.left(rank)
+            self._restart_policy.left(rank)
         else:
-            self._replacements.ended(rank, status, self._ports.now())
+            self._restart_policy.ended(rank, status, self._ports.now())
         self._loss, self._before_loss = reason, self.members
         self._handle(Event(Kind.EXITED, rank, reason))
-        self._moves.lost(rank)
+        self._migrations.lost(rank)
         if not asked:
             by_us = record is not None and record.state == "stalled"
             self._ports.rank_ended(rank, not by_us and (status > 0 or -status in _FAULTS))
@@ -466,13 +474,13 @@ class Coordinator:
     def _hand_over(self, rank: int, held: list[HeldKV]) -> None:
         """A rank has left or is lost: others go on with its sequences."""
         leaves = self._membership.phase is Phase.COMMIT and bool(held)
-        moved = self._moves.hand_over(rank, held, self._heirs() if leaves else self.admitting)
+        moved = self._migrations.hand_over(rank, held, self._heirs() if leaves else self.admitting)
         if self._running:
             self._running.moved_requests += moved
 
-    def _adopted(self, leaver: int, heir: int) -> None:
+    def _adopted(self, leaver: int, destination: int) -> None:
         change = self._membership.change
-        last = self._moves.adopted(leaver, heir)
+        last = self._migrations.adopted(leaver, destination)
         if last and self._membership.phase is Phase.RELEASE and change:
             self._tell({leaver} & change.leaving, msg.Stop())
 
@@ -487,18 +495,18 @@ class Coordinator:
                 case Do.SPAWN:
                     self._phase("spawn", self._config.cluster.start_timeout_s)
                     for rank in sorted(change.joining):
-                        self._ranks[rank] = RankRecord(rank)
+                        self._ranks[rank] = RankState(rank)
                         self._ports.spawn(rank)
                 case Do.PREPARE:
                     if self._next is None:
-                        too_small = self._capacity.too_small(change.after)
+                        too_small = self._memory_budget.too_small(change.after)
                         self._handle(Event(Kind.SHORT, reason=f"{self._loss}; {too_small}"))
                         return
                     name = "recover" if self._membership.phase is Phase.RECOVER else "load"
                     self._phase(name, self._config.cluster.load_timeout_s)
                     self._prepare(change.epoch, change.after, change.everyone)
                 case Do.OFFER:
-                    self._phase("move", self._config.cluster.move_timeout_s)
+                    self._phase("move", self._config.cluster.migration_timeout_s)
                     self._tell(change.leaving, msg.Offer(change.epoch))
                 case Do.COMMIT:
                     self._phase("commit", self._config.cluster.commit_timeout_s)
@@ -506,7 +514,7 @@ class Coordinator:
                 case Do.STOP:
                     self._switched(change.epoch)
                     self._phase("release", _RELEASE_TIMEOUT_S)
-                    read = set(filter(self._moves.reads, change.leaving))
+                    read = set(filter(self._migrations.reads, change.leaving))
                     self._tell(change.leaving - read, msg.Stop())
                 case Do.ABANDON:
                     self._abandon(change)
@@ -534,7 +542,7 @@ class Coordinator:
             self._announce()
 
     def _halt(self, change: Change) -> None:
-        self._moves.clear()
+        self._migrations.clear()
         self._halted = set()
         self._tell(change.before, msg.Halt(change.epoch))
         self._expect_halted(change)
@@ -558,14 +566,16 @@ class Coordinator:
     def _abandon(self, recovery: Change) -> None:
         """A member is lost: what ran is over, and an operation of its own brings the rest back."""
         if self._running and not self._running.automatic and recovery.kept:
-            self._replacements.want(self._running.after)
+            self._restart_policy.set_desired(self._running.after)
         before = self._running.before if self._running else self._before_loss
         reason = self._loss
         if self._running:
             self._running.end("failed", reason)
             self._publish(self._running)
         self._withdraw(recovery.doomed)
-        self._next = self._coverage.after_loss(self._placement, recovery.after, self._capacity.fits)
+        self._next = self._expert_recovery.after_loss(
+            self._placement, recovery.after, self._memory_budget.fits
+        )
         operation = Operation(before, recovery.after, recovery.epoch, reason or "a rank was lost")
         operation.state = "committing"
         if self._next:
@@ -623,8 +633,8 @@ class Coordinator:
         assert self._next is not None  # _start planned it
         members = {rank: self._ranks[rank].address for rank in after}
         holders = set(self._placement.ranks) if self._placement else set()
-        lenders = {rank: self._ranks[rank].experts for rank in holders & set(self._ranks)}
-        self._tell(everyone, msg.Prepare(epoch, members, self._next, lenders))
+        exporters = {rank: self._ranks[rank].experts for rank in holders & set(self._ranks)}
+        self._tell(everyone, msg.Prepare(epoch, members, self._next, exporters))
 
     def _tell(self, ranks: Iterable[int], command: msg.Command) -> None:
         for rank in sorted(ranks):
@@ -648,13 +658,13 @@ class Coordinator:
         self._down = None
         self._ports.admit_waiting()
         asked = self._running and not self._running.automatic
-        wanted = self._running.after if self._running and asked else self.wanted
-        entered = {"epoch": epoch, "ranks": sorted(self.members), "wanted": sorted(wanted)}
+        desired = self._running.after if self._running and asked else self.desired
+        entered = {"epoch": epoch, "ranks": sorted(self.members), "desired": sorted(desired)}
         self._ports.publish(_event("epoch", entered))
 
     def _finish(self, error: str | None, cancelled: bool) -> None:
         self._stop_clock()
-        self._moves.clear()
+        self._migrations.clear()
         operation, self._running = self._running, None
         self._next = None
         if operation is not None and operation is self._restoring:
@@ -668,7 +678,7 @@ class Coordinator:
                 operation.end("done")
                 self._ports.impair(CHANGES, None)  # if they were, they work again
                 if not operation.automatic:
-                    self._replacements.want(operation.after)
+                    self._restart_policy.set_desired(operation.after)
             self._publish(operation)
         self._go_on()
 
@@ -700,7 +710,7 @@ class Coordinator:
         for rank in sorted(self.left_out - self._told):
             self._warn(f"rank {rank} keeps ending and is left out; scale to have it tried again")
         self._told = self.left_out
-        wait_s = self._replacements.next_s(self.members, self._ports.now())
+        wait_s = self._restart_policy.next_s(self.members, self._ports.now())
         if self._restore_tries:
             again_s = max(0.0, self._restore_not_before - self._ports.now())
             wait_s = again_s if wait_s is None else min(wait_s, again_s)
@@ -718,7 +728,9 @@ class Coordinator:
             return False
         if self._restore_tries and self._ports.now() < self._restore_not_before:
             return False
-        placement = self._coverage.whole(self._placement, self.members, self._capacity.fits)
+        placement = self._expert_recovery.whole(
+            self._placement, self.members, self._memory_budget.fits
+        )
         if placement is None:
             self._restore_tries = 0  # time changes nothing about it, only more ranks do
             self._warn_once(
@@ -745,14 +757,14 @@ class Coordinator:
     def _replace(self) -> None:
         if self._closed or self._running or self._membership.phase is not Phase.IDLE:
             return  # `_go_on` comes when that is over
-        due = self._replacements.due(self.members, self._ports.now()) - set(self._ranks)
+        due = self._restart_policy.due(self.members, self._ports.now()) - set(self._ranks)
         if not due:
             self._go_on()
             return
-        if not self._capacity.fits(self._replan(self.members | due)):
-            missing = self._replacements.missing(self.members)
+        if not self._memory_budget.fits(self._replan(self.members | due)):
+            missing = self._restart_policy.missing(self.members)
             if due < missing:  # all of them together may have the memory
-                wait_s = self._replacements.all_s(self.members, self._ports.now())
+                wait_s = self._restart_policy.all_s(self.members, self._ports.now())
                 self._replace_timer = self._later(wait_s, self._replace)
                 return
             if self._down:
@@ -765,7 +777,7 @@ class Coordinator:
         except OperationRefused as error:
             self._warn(f"rank {names} cannot be replaced: {error}")
             for rank in due:
-                self._replacements.ended(rank, 1, self._ports.now())
+                self._restart_policy.ended(rank, 1, self._ports.now())
             self._go_on()
         except FlexpertError as error:  # there is nothing to start ranks with any more
             self._ports.lost(f"rank {names} cannot be replaced: {error}")
@@ -789,7 +801,7 @@ class Coordinator:
 
     def _lost(self, reason: str) -> None:
         self._stop_clock()
-        self._moves.clear()
+        self._migrations.clear()
         if self._running:
             self._running.end("failed", reason)
             self._publish(self._running)
@@ -798,7 +810,7 @@ class Coordinator:
             self._queued[0].end("failed", reason)
             self._publish(self._queued[0])
             self._queued = None
-        if not self._replacements.wanted:
+        if not self._restart_policy.desired:
             self._ports.lost(reason)
             return
         self._down = reason

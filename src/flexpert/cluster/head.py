@@ -16,20 +16,20 @@ import msgspec
 from flexpert.cluster import messages as msg
 from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import CHANGES, Coordinator
-from flexpert.cluster.helper import ForkedHelper, OnEnd, OnMessage
+from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
-from flexpert.cluster.launcher import LocalLauncher, for_children
 from flexpert.cluster.listeners import Listeners
-from flexpert.cluster.metrics import Metrics
-from flexpert.cluster.ports import Work
-from flexpert.cluster.rank_process import ENTRY, RankSpec, encode_spec, open_source
-from flexpert.cluster.transport import Transport
+from flexpert.cluster.processes.helper import ForkedHelper, OnEnd, OnMessage
+from flexpert.cluster.processes.launcher import LocalLauncher, for_children
+from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
+from flexpert.cluster.processes.transport import Transport
+from flexpert.cluster.service_metrics import Metrics
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
 from flexpert.config import Config
-from flexpert.engine.compute import open_device
-from flexpert.engine.memory import kv_blocks
-from flexpert.engine.request import HeldKV, Move, SamplingParams
+from flexpert.engine.device_profile import open_device
+from flexpert.engine.memory_plan import kv_blocks
+from flexpert.engine.request import HeldKV, KVMigration, SamplingParams
 from flexpert.errors import (
     ContextOverflow,
     FlexpertError,
@@ -181,14 +181,14 @@ class Head:
             bad = next(token for token in prompt if not 0 <= token < self.info.vocab)
             raise RequestError(f"token {bad} is outside the vocabulary of {self.info.vocab}")
         room = self.info.max_model_len - len(prompt)
-        wanted = room if params.max_tokens is None else params.max_tokens
-        if room < 1 or max(wanted, params.min_tokens) > room:
+        desired = room if params.max_tokens is None else params.max_tokens
+        if room < 1 or max(desired, params.min_tokens) > room:
             raise ContextOverflow(
                 f"the model's context is {self.info.max_model_len} tokens; the prompt has "
-                f"{len(prompt)} and the answer asks for {max(wanted, 1)}"
+                f"{len(prompt)} and the answer asks for {max(desired, 1)}"
             )
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        return msgspec.structs.replace(params, max_tokens=wanted, seed=seed, n=1, stop=())
+        return msgspec.structs.replace(params, max_tokens=desired, seed=seed, n=1, stop=())
 
     def _admitting(self) -> frozenset[int]:
         return self._need_coordinator().admitting
@@ -209,7 +209,7 @@ class Head:
             ranks=coordinator.ranks(),
             placement=coordinator.placement(),
             operation=coordinator.running,
-            wanted=sorted(coordinator.wanted),
+            desired=sorted(coordinator.desired),
             left_out=sorted(coordinator.left_out),
             down=coordinator.down,
         )
@@ -296,13 +296,15 @@ class Head:
     def send(self, rank: int, command: msg.Command) -> None:
         self._send(rank, command)
 
-    def bequeath(self, held: list[HeldKV], heirs: Iterable[int]) -> dict[int, list[Move]]:
-        return self._journal.bequeath(held, heirs)
+    def assign_destinations(
+        self, held: list[HeldKV], destinations: Iterable[int]
+    ) -> dict[int, list[KVMigration]]:
+        return self._journal.assign_destinations(held, destinations)
 
     def hand_over(
-        self, rank: int, held: list[HeldKV], heirs: Iterable[int]
-    ) -> dict[int, list[Move]]:
-        return self._journal.hand_over(rank, held, heirs)
+        self, rank: int, held: list[HeldKV], destinations: Iterable[int]
+    ) -> dict[int, list[KVMigration]]:
+        return self._journal.hand_over(rank, held, destinations)
 
     def rank_ended(self, rank: int, own_fault: bool) -> None:
         failed = self._journal.rank_ended(rank, own_fault=own_fault)

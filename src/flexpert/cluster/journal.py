@@ -19,7 +19,7 @@ from flexpert.engine.request import (
     FINISH_LENGTH,
     FINISH_STOP,
     HeldKV,
-    Move,
+    KVMigration,
     SamplingParams,
     Sequence,
     TokenEvent,
@@ -33,12 +33,21 @@ class Entry:
     """One unfinished sequence.
 
     rank: where it runs; None while no rank has it. said: tokens it had said when that rank took it.
-    heir: where its KV has been copied to, while its
+    destination: where its KV has been copied to, while its
     rank leaves. on_trial: it may be what ends ranks, and that rank tells when it begins with it.
     degraded: some of what it has said was computed without some experts.
     """
 
-    __slots__ = ("degraded", "generated", "heir", "on_trial", "rank", "request", "said", "stream")
+    __slots__ = (
+        "degraded",
+        "destination",
+        "generated",
+        "on_trial",
+        "rank",
+        "request",
+        "said",
+        "stream",
+    )
 
     def __init__(self, request: Sequence, stream: TokenStream) -> None:
         self.request = request
@@ -46,7 +55,7 @@ class Entry:
         self.generated: list[int] = []
         self.rank: int | None = None
         self.said = 0
-        self.heir: int | None = None
+        self.destination: int | None = None
         self.degraded = False
         self.on_trial = False
 
@@ -188,59 +197,69 @@ class Journal:
         entries = [self._entries[name] for name in sorted(self._by_rank.get(rank, ()))]
         return [e.request.id for e in entries if len(e.generated) == e.said]
 
-    def bequeath(self, held: Iterable[HeldKV], heirs: Iterable[int]) -> dict[int, list[Move]]:
+    def assign_destinations(
+        self, held: Iterable[HeldKV], destinations: Iterable[int]
+    ) -> dict[int, list[KVMigration]]:
         """Choose who will go on with a leaver's sequences; they stay where they are for now.
 
-        Returns: heir → what moves there. Each goes to the rank that will then have the fewest, of
-        those whose KV cache has room for it if there are any.
+        Returns: destination → what goes there. Each goes to the rank that will then have the
+        fewest, of those whose KV cache has room for it if there are any.
         """
-        counts = {heir: len(self._by_rank.get(heir, ())) for heir in sorted(heirs)}
-        tokens = {heir: sum(map(self._tokens_of, self._by_rank.get(heir, ()))) for heir in counts}
+        counts = {
+            destination: len(self._by_rank.get(destination, ()))
+            for destination in sorted(destinations)
+        }
+        tokens = {
+            destination: sum(map(self._tokens_of, self._by_rank.get(destination, ())))
+            for destination in counts
+        }
         for name, entry in self._entries.items():
-            if entry.heir in counts and entry.rank not in counts:
-                counts[entry.heir] += 1
-                tokens[entry.heir] += self._tokens_of(name)
-        moves: dict[int, list[Move]] = {}
+            if entry.destination in counts and entry.rank not in counts:
+                counts[entry.destination] += 1
+                tokens[entry.destination] += self._tokens_of(name)
+        migrations: dict[int, list[KVMigration]] = {}
         for one in held:
             found = self._entries.get(one.id)
             if found is None or not counts:
                 continue
             more = self._tokens_of(one.id)
-            full = {heir for heir in counts if tokens[heir] + more > self.kv_tokens}
-            heir = min(counts, key=lambda rank: (rank in full, counts[rank], rank))
-            found.heir = heir
-            counts[heir] += 1
-            tokens[heir] += more
-            moves.setdefault(heir, []).append(Move(found.resume(), one))
-        return moves
+            full = {
+                destination for destination in counts if tokens[destination] + more > self.kv_tokens
+            }
+            destination = min(counts, key=lambda rank: (rank in full, counts[rank], rank))
+            found.destination = destination
+            counts[destination] += 1
+            tokens[destination] += more
+            migrations.setdefault(destination, []).append(KVMigration(found.resume(), one))
+        return migrations
 
     def _tokens_of(self, sequence_id: str) -> int:
         entry = self._entries[sequence_id]
         return len(entry.request.prompt) + len(entry.generated)
 
     def hand_over(
-        self, rank: int, held: Iterable[HeldKV], heirs: Iterable[int]
-    ) -> dict[int, list[Move]]:
-        """A rank has left: assign its sequences, to whom they were bequeathed if that one is among
-        the heirs, else to the one with the fewest.
+        self, rank: int, held: Iterable[HeldKV], destinations: Iterable[int]
+    ) -> dict[int, list[KVMigration]]:
+        """A rank has left: assign its sequences, to whom they were assigned if that one is among
+        the destinations, else to the one with the fewest.
 
-        Returns: heir → what moves there. Sequences of which nothing is held move, too.
+        Returns: destination → what goes there. Sequences of which nothing is held move, too.
         """
-        heirs = sorted(heirs)
+        destinations = sorted(destinations)
         known = {one.id: one for one in held}
-        moves: dict[int, list[Move]] = {}
+        migrations: dict[int, list[KVMigration]] = {}
         for name in sorted({*known, *self._by_rank.get(rank, ())}):
             entry = self._entries.get(name)
             if entry is None or entry.rank != rank:
                 continue  # it is over, or runs elsewhere already
             self.release(name)
-            chosen = [entry.heir] if entry.heir in heirs else heirs
-            entry.heir = None
-            heir = self.assign(entry, [r for r in chosen if r is not None])
-            if heir is not None:
+            chosen = [entry.destination] if entry.destination in destinations else destinations
+            entry.destination = None
+            destination = self.assign(entry, [r for r in chosen if r is not None])
+            if destination is not None:
                 one = known.get(name) or HeldKV(name, 0, [])
-                moves.setdefault(heir, []).append(Move(entry.resume(), one))
-        return moves
+                migrations.setdefault(destination, []).append(KVMigration(entry.resume(), one))
+        return migrations
 
     def release(self, sequence_id: str) -> Entry | None:
         """Take a sequence off its rank; it stays in the journal."""

@@ -8,8 +8,8 @@ looks the rule up and keeps the books; it does no I/O, reads no clock and never 
 coordinator is the shell that carries the actions out and brings the events.
 
     IDLE → SPAWN → LOAD → COMMIT → RELEASE → IDLE      a change that succeeds
-                   LOAD → MOVE → COMMIT                one in which somebody leaves
-           SPAWN, LOAD, MOVE → UNDO → IDLE             one that fails or is cancelled
+                   LOAD → MIGRATE → COMMIT                one in which somebody leaves
+           SPAWN, LOAD, MIGRATE → UNDO → IDLE             one that fails or is cancelled
     any  → RECOVER → COMMIT → RELEASE → IDLE           a member is lost, or an exchange broke
 
 Until COMMIT nothing that serves has been touched, so UNDO only ends the newcomers. From COMMIT on
@@ -33,7 +33,7 @@ class Phase(Enum):
     IDLE = "idle"
     SPAWN = "spawn"
     LOAD = "load"
-    MOVE = "move"
+    MIGRATE = "migrate"
     COMMIT = "commit"
     RELEASE = "release"
     UNDO = "undo"
@@ -47,7 +47,7 @@ class Kind(Enum):
     BEGIN = "begin"
     HELLO = "hello"  # a newcomer is up
     PREPARED = "prepared"  # a member or leaver is ready to vote
-    MOVED = "moved"  # what a leaver offered of its KV is where it will be needed
+    MIGRATED = "migrated"  # what a leaver offered of its KV is where it will be needed
     SWITCHED = "switched"  # a member's first vote in the new epoch is whole
     HANDED_OVER = "handed over"  # a leaver has left
     BROKEN = "broken"  # a member's exchange did not complete
@@ -153,7 +153,7 @@ def _somebody_leaves(change: Change, event: Event) -> bool:
     return _all_reported(change, event) and bool(change.leaving)
 
 
-def _all_moved(change: Change, event: Event) -> bool:
+def _all_migrated(change: Change, event: Event) -> bool:
     return change.reported >= change.leaving
 
 
@@ -199,18 +199,18 @@ RULES: tuple[Rule, ...] = (
     Rule(P.IDLE, K.BEGIN, P.SPAWN, (Do.SPAWN,)),
     # prepare: beside serving, and it can be withdrawn
     Rule(P.SPAWN, K.HELLO, P.LOAD, (Do.PREPARE,), _all_joined),
-    Rule(P.LOAD, K.PREPARED, P.MOVE, (Do.OFFER,), _somebody_leaves),
+    Rule(P.LOAD, K.PREPARED, P.MIGRATE, (Do.OFFER,), _somebody_leaves),
     Rule(P.LOAD, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
     # what leavers have computed is copied while they go on; what is late is computed again
-    Rule(P.MOVE, K.MOVED, P.COMMIT, (Do.COMMIT,), _all_moved),
-    Rule(P.MOVE, K.DEADLINE, P.COMMIT, (Do.COMMIT,)),
+    Rule(P.MIGRATE, K.MIGRATED, P.COMMIT, (Do.COMMIT,), _all_migrated),
+    Rule(P.MIGRATE, K.DEADLINE, P.COMMIT, (Do.COMMIT,)),
     Rule(P.SPAWN, K.EXITED, P.UNDO, (Do.KILL_NEWCOMERS,), _newcomer),
     Rule(P.SPAWN, K.DEADLINE, P.UNDO, (Do.KILL_NEWCOMERS,)),
     Rule(P.SPAWN, K.CANCEL, P.UNDO, (Do.KILL_NEWCOMERS,)),
     Rule(P.LOAD, K.DEADLINE, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS)),
     *(
         Rule(phase, kind, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS), guard)
-        for phase in (P.LOAD, P.MOVE)
+        for phase in (P.LOAD, P.MIGRATE)
         for kind, guard in (
             (K.EXITED, _newcomer),
             (K.FAILED, _participant),
@@ -238,7 +238,7 @@ RULES: tuple[Rule, ...] = (
             (P.IDLE, _member_with_survivors),
             (P.SPAWN, _member_with_survivors),
             (P.LOAD, _member_with_survivors),
-            (P.MOVE, _member_with_survivors),
+            (P.MIGRATE, _member_with_survivors),
             (P.UNDO, _member_with_survivors),
             (P.COMMIT, _part_with_survivors),
             (P.RELEASE, _part_with_survivors),
@@ -248,7 +248,7 @@ RULES: tuple[Rule, ...] = (
     # an exchange broke: nobody is known to be lost, whoever does not answer will be
     *(
         Rule(phase, K.BROKEN, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _participant)
-        for phase in (P.IDLE, P.SPAWN, P.LOAD, P.MOVE, P.UNDO, P.COMMIT, P.RELEASE)
+        for phase in (P.IDLE, P.SPAWN, P.LOAD, P.MIGRATE, P.UNDO, P.COMMIT, P.RELEASE)
     ),
     Rule(P.RECOVER, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
     Rule(P.RECOVER, K.EXITED, P.RECOVER, (), _ending),
@@ -260,7 +260,7 @@ RULES: tuple[Rule, ...] = (
     Rule(P.COMMIT, K.EXITED, P.COMMIT, (), _ending),
     *(
         Rule(phase, K.EXITED, P.LOST, (Do.ALARM,), _participant)
-        for phase in (P.IDLE, P.SPAWN, P.LOAD, P.MOVE, P.COMMIT, P.RELEASE, P.UNDO, P.RECOVER)
+        for phase in (P.IDLE, P.SPAWN, P.LOAD, P.MIGRATE, P.COMMIT, P.RELEASE, P.UNDO, P.RECOVER)
     ),
 )
 
@@ -271,7 +271,7 @@ _POINT_OF_NO_RETURN = {Phase.COMMIT, Phase.RELEASE, Phase.RECOVER}
 _COUNTS = {
     (P.SPAWN, K.HELLO),
     (P.LOAD, K.PREPARED),
-    (P.MOVE, K.MOVED),
+    (P.MIGRATE, K.MIGRATED),
     (P.RECOVER, K.PREPARED),
     (P.COMMIT, K.SWITCHED),
     (P.COMMIT, K.HANDED_OVER),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from flexpert.engine.request import HeldKV, Move, Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, KVMigration, Sequence, TokenEvent
 from flexpert.errors import FlexpertError
 from flexpert.moe.placement import Placement
 
@@ -19,13 +19,13 @@ class Contradiction(FlexpertError):  # noqa: N818
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     """Get ready for an epoch beside serving.
 
-    members: rank id → address of its window. lenders: rank id → address of the experts it holds.
+    members: rank id → address of its window. exporters: rank id → address of the experts it holds.
     """
 
     epoch: int
     members: dict[int, bytes]
     placement: Placement
-    lenders: dict[int, bytes] = {}
+    exporters: dict[int, bytes] = {}
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
@@ -61,7 +61,7 @@ class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
     epoch: int
     source: int
     kv: bytes
-    moves: list[Move]
+    migrations: list[KVMigration]
 
 
 class Adopt(msgspec.Struct, frozen=True, tag="adopt"):
@@ -69,7 +69,7 @@ class Adopt(msgspec.Struct, frozen=True, tag="adopt"):
 
     source: int
     kv: bytes
-    moves: list[Move]
+    migrations: list[KVMigration]
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 OperationState = Literal["preparing", "committing", "done", "failed", "cancelled"]
-RankState = Literal["starting", "preparing", "ready", "active", "leaving", "stalled", "gone"]
+RankStatus = Literal["starting", "preparing", "ready", "active", "leaving", "stalled", "gone"]
 
 
 class RankView(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,7 +17,7 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     id: int
-    state: RankState
+    state: RankStatus
     host: str
     pid: int
     running: int = 0
@@ -33,8 +33,8 @@ class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
     """experts_per_rank: rank id → replicas it holds, summed over the layers.
 
     missing_experts: those that nobody holds, summed over the layers: answers go on without them
-    until they are loaded (`on_missing_expert`), and say so. thin_experts: those that somebody
-    holds, but fewer ranks than `redundant_experts` asks for.
+    until they are loaded (`on_missing_expert`), and say so. under_replicated_experts: those that
+    somebody holds, but fewer ranks than `redundant_experts` asks for.
     """
 
     layers: int
@@ -42,7 +42,7 @@ class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int
     experts_per_rank: dict[str, int]
     missing_experts: int = 0
-    thin_experts: int = 0
+    under_replicated_experts: int = 0
 
 
 class OperationView(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +86,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
 class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     """`GET /cluster`.
 
-    wanted: the rank ids that the last change that was asked for left active. left_out: those of
+    desired: the rank ids that the last change that was asked for left active. left_out: those of
     them that are not started again, because they kept dying. down: why nothing is computed now and
     requests wait, or None.
     """
@@ -97,7 +97,7 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     ranks: list[RankView]
     placement: PlacementView
     operation: OperationView | None
-    wanted: list[int] = []
+    desired: list[int] = []
     left_out: list[int] = []
     down: str | None = None
 

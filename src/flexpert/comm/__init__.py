@@ -1,6 +1,6 @@
 """Elastic dispatch/combine between expert-parallel ranks; usable without the rest of flexpert."""
 
-from flexpert.comm.agree import View, agree, asked
+from flexpert.comm.agreement import View, agree, asked
 from flexpert.comm.buffer import (
     Buffer,
     BufferSpec,
@@ -22,20 +22,28 @@ from flexpert.comm.errors import (
     RankTimeout,
     StaleEpoch,
 )
-from flexpert.comm.lent import Borrowed, Borrowing, Lending, Lent, borrow, lend, lend_pages
+from flexpert.comm.peer_memory import (
+    ExportedMemory,
+    ExportedPages,
+    ImportedMemory,
+    ImportedPages,
+    export_memory,
+    export_pages,
+    import_memory,
+)
 
 __all__ = [
-    "Borrowed",
-    "Borrowing",
     "Buffer",
     "BufferSpec",
     "ChannelDown",
     "CommError",
     "Evicted",
     "ExpertTable",
+    "ExportedMemory",
+    "ExportedPages",
+    "ImportedMemory",
+    "ImportedPages",
     "Interrupted",
-    "Lending",
-    "Lent",
     "Loss",
     "PeerUnreachable",
     "Pending",
@@ -48,8 +56,8 @@ __all__ = [
     "View",
     "agree",
     "asked",
-    "borrow",
-    "lend",
-    "lend_pages",
+    "export_memory",
+    "export_pages",
+    "import_memory",
     "make_buffer",
 ]

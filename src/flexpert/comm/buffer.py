@@ -489,11 +489,11 @@ def make_buffer(
         from flexpert.comm.cuda import require
 
         require()
-        from flexpert.comm.cuda.buffer import CudaBuffer
+        from flexpert.comm.cuda.cuda_buffer import CudaBuffer
 
         return CudaBuffer(rank, spec, timeout_s=timeout_s, on_timeout=on_timeout, store=store)
     if backend == "nixl_ep":
-        from flexpert.comm.nixl_ep.backend.buffer import NixlEpBuffer
+        from flexpert.comm.nixl_ep.nixl_ep_buffer import NixlEpBuffer
 
         assert slots is not None  # checked above
         return NixlEpBuffer(
@@ -501,7 +501,7 @@ def make_buffer(
         )
     if backend != "host":
         raise ValueError(f"unknown exchange backend {backend!r}: host, cuda or nixl_ep")
-    from flexpert.comm.host.buffer import HostBuffer
+    from flexpert.comm.host.host_buffer import HostBuffer
 
     return HostBuffer(
         rank,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flexpert.engine.blocks import BlockPool, chain
-from flexpert.engine.request import Move
+from flexpert.engine.request import KVMigration
 
 
 class Arrivals:
@@ -21,7 +21,7 @@ class Arrivals:
         self._blocks: dict[str, list[int]] = {}  # sequence → its first full blocks, here
         self._coming: dict[bytes, int] = {}  # digest → block that is still to be copied
 
-    def reserve(self, moves: Iterable[Move], spare: int) -> list[tuple[int, int]]:
+    def reserve(self, migrations: Iterable[KVMigration], spare: int) -> list[tuple[int, int]]:
         """Blocks for as many as there is room for.
 
         Args:
@@ -32,7 +32,7 @@ class Arrivals:
             (block there, block here) of each that must be copied before `settle`.
         """
         pool, pairs = self._pool, []
-        for sequence, held in ((move.sequence, move.held) for move in moves):
+        for sequence, held in ((move.sequence, move.held) for move in migrations):
             tokens = [*sequence.prompt, *sequence.generated]
             full = min(len(held.blocks), len(tokens) // pool.block_size)
             digests = chain(tokens, pool.block_size, [], full) if pool.prefix_cache else []

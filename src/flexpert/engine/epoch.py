@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flexpert.comm import Buffer, CommError, ExpertTable
+from flexpert.kernels.experts import ExpertWeights, LayerExperts
 from flexpert.models.source import ModelSource
-from flexpert.moe.experts import ExpertWeights, LayerExperts
+from flexpert.moe.expert_store import Key, PeerExperts, Store
 from flexpert.moe.placement import Placement
 from flexpert.moe.runtime import LayerState, expert_tables
-from flexpert.moe.store import Key, PeerExperts, Store
 
 Weights = dict[Key, ExpertWeights]
 
@@ -25,14 +25,14 @@ class Cancelled(Exception):  # noqa: N818 - a signal between two functions, neve
 class EpochPlan:
     """What the coordinator wants next.
 
-    members: rank id → address of its window. lenders: rank id → address of the experts it holds in
-    the running epoch.
+    members: rank id → address of its window. exporters: rank id → address of the experts it holds
+    in the running epoch.
     """
 
     epoch: int
     members: Mapping[int, bytes]
     placement: Placement
-    lenders: Mapping[int, bytes] = field(default_factory=dict)
+    exporters: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +85,14 @@ def prepare_epoch(
     copied = 0
     wanted = plan.placement.held_by(rank)
     tables: list[ExpertTable] = expert_tables(plan.placement, rank)
-    lenders = _Lenders(rank, plan.lenders, store)
+    exporters = _Exporters(rank, plan.exporters, store)
     try:
         for layer, experts in enumerate(wanted):
             if cancelled.is_set():
                 raise Cancelled
             new = [(layer, expert) for expert in experts if (layer, expert) not in held]
             loaded += new
-            rest = [key for key in new if not lenders.copy(key)]
+            rest = [key for key in new if not exporters.copy(key)]
             copied += len(new) - len(rest)
             place = functools.partial(_place, store, layer)
             source.load_experts(layer, [expert for _, expert in rest], place)
@@ -114,7 +114,7 @@ def _place(store: Store, layer: int, expert: int) -> ExpertWeights:
     return store.weights((layer, expert))
 
 
-class _Lenders:
+class _Exporters:
     """The peers whose memory has experts; each is opened when it is first needed."""
 
     def __init__(self, rank: int, addresses: Mapping[int, bytes], store: Store) -> None:
@@ -135,7 +135,7 @@ class _Lenders:
     def _peer(self, address: bytes) -> PeerExperts | None:
         if address not in self._open:
             try:
-                self._open[address] = self._store.borrow(address)
+                self._open[address] = self._store.import_memory(address)
             except CommError:  # it ended, or it is on another machine: the checkpoint has it, too
                 self._open[address] = None
         return self._open[address]

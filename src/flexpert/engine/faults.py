@@ -23,7 +23,7 @@ import msgspec
 from flexpert.comm import Buffer
 
 if TYPE_CHECKING:
-    from flexpert.engine.rank import RankListener
+    from flexpert.engine.rank_engine import RankListener
 
 VARIABLE = "FLEXPERT_FAULTS"
 
@@ -47,7 +47,7 @@ Point = Literal[
     "warm_up",  # a newcomer walks the model alone: each of its dispatches
     "prepared",  # ready, the head was not told
     "offer",  # a leaver knows what KV could move, the head was not told
-    "fetch",  # an heir has copied it, the head was not told
+    "fetch",  # an destination has copied it, the head was not told
     # commit and release
     "armed",  # it will vote for the new epoch, or enter it
     "switch",  # all have voted for it, nothing has changed
@@ -55,7 +55,7 @@ Point = Literal[
     "switched",  # the first vote is whole, the head was not told
     "hand_over",  # a leaver has left, the head was not told
     "handed_over",  # the head was told
-    "adopt",  # an heir goes on with what a leaver left, the head was not told
+    "adopt",  # an destination goes on with what a leaver left, the head was not told
     "release",  # told to stop: before its window closes
 ]
 

@@ -136,7 +136,7 @@ class HeldKV(msgspec.Struct, frozen=True, array_like=True):
     blocks: list[int]
 
 
-class Move(msgspec.Struct, frozen=True, array_like=True):
+class KVMigration(msgspec.Struct, frozen=True, array_like=True):
     """A sequence on its way to another rank, and what the one it comes from holds of it."""
 
     sequence: Sequence

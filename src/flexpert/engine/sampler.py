@@ -5,10 +5,10 @@ penalties; end tokens masked before `min_tokens`; temperature; min-p; top-k; top
 
 Randomness is counter-based: one uniform number per (seed, position in the answer), from
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So a
-sequence that moves to another rank goes on with the numbers it would have had. The number picks
-from the cumulative distribution over the kept tokens in order of token id. That order was chosen
-over descending probability because it needs no sort, and because two tokens that rounding brings
-into another order do not then exchange their places. Which tokens are kept is decided by
+sequence that moves to another rank goes on with the numbers it would have had. The number
+picks from the cumulative distribution over the kept tokens in order of token id. That order was
+chosen over descending probability because it needs no sort, and because two tokens that rounding
+brings into another order do not then exchange their places. Which tokens are kept is decided by
 descending probability, equal ones by ascending id.
 
 The same bits for a row whatever shares its batch: every sum is taken in blocks of 64 along the

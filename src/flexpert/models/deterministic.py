@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from flexpert.errors import UnsupportedModel
-from flexpert.moe import ops
+from flexpert.kernels.cpu import ops
 
 WHOLE_VECTORS: Final = 128
 """Elements: a multiple of what any CPU kernel of torch does in one go (two 512-bit vectors of

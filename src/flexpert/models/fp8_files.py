@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from flexpert.errors import ModelError, UnsupportedModel
+from flexpert.kernels import block_fp8 as fp8
 from flexpert.models.checkpoint import TensorFiles
-from flexpert.moe import fp8
 
 SUFFIX = "_scale_inv"
 REMEDY = "use a bfloat16 checkpoint of it"

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexpert.kernels.cpu import ops
+from flexpert.kernels.kernel_set import NormKernel
 from flexpert.models.deterministic import outside_modes
-from flexpert.moe import ops
-from flexpert.moe.kernels import NormKernel
 
 LIBRARY_ROWS: Final = 64
 """From here on a product goes to torch if that may use more than our one thread."""

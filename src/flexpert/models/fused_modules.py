@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexpert.kernels.kernel_set import Fusions
 from flexpert.models import registrations
 from flexpert.models.fused import epsilon
-from flexpert.moe.kernels import Fusions
 
 _ROWS: Final = 24
 _BLOCK: Final = 8  # of the trial's cache

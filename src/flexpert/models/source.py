@@ -24,12 +24,12 @@ from transformers import (
 )
 
 from flexpert.errors import ConfigError, ModelError, UnsupportedModel
+from flexpert.kernels import block_fp8 as fp8
+from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.models import registrations
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.fp8_files import Fp8Files, block_of
 from flexpert.models.probe import AttentionShape, Probe, build_skeleton, probe
-from flexpert.moe import fp8
-from flexpert.moe.experts import ExpertShape, ExpertWeights
 from flexpert.reading import read_text, shown
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 ExpertFormat = Literal["whole", "stored", "fp8"]
 """Of experts in memory. whole: in the model's dtype; fp8: with a scale for each block of 128 x 128
-(see `flexpert.moe.fp8`), quantised at load if they are not; stored: fp8 if the files have it."""
+(see `flexpert.kernels.block_fp8`), quantised at load if they are not; stored: fp8 if the files have
+it."""
 
 _MOST_CONFIG_BYTES: Final = 8 * 2**20
 _MOST_PARTS: Final = 100_000  # of one kind in a model: layers, heads, experts

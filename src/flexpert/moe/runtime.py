@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from flexpert.comm import Buffer, ExpertTable, Reduce
-from flexpert.moe.experts import LayerExperts
+from flexpert.kernels.experts import LayerExperts
 from flexpert.moe.placement import Placement
 
 Gate = Callable[[torch.Tensor], torch.Tensor]

@@ -17,10 +17,10 @@ from flexpert.cluster.views import Readiness
 from flexpert.errors import FlexpertError
 from flexpert.server import wire
 from flexpert.server.control import ControlRoutes
-from flexpert.server.errors import api_error, validation_error
 from flexpert.server.gate import Gate
+from flexpert.server.http_errors import api_error, validation_error
+from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.keys import Keys, read_keys
-from flexpert.server.metrics import ServerMetrics
 from flexpert.server.openai import OpenAIRoutes
 from flexpert.server.openapi import DescribedAPI
 from flexpert.server.preprocessing import Limits

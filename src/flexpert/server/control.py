@@ -12,7 +12,7 @@ from fastapi import APIRouter, Response
 from flexpert.cluster.views import ClusterEvent, OperationView
 from flexpert.errors import OperationError
 from flexpert.server import wire
-from flexpert.server.errors import SERVER, ApiError
+from flexpert.server.http_errors import SERVER, ApiError
 from flexpert.server.schemas import ElasticScaleRequest, OperationRequest
 from flexpert.server.stream import EventStream, event
 

@@ -24,11 +24,11 @@ def raise_limit(ranks: int) -> int:
     Raises: ConfigError: it is too low to serve with.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    desired = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
+    if soft != resource.RLIM_INFINITY and soft < desired:
         with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
+            resource.setrlimit(resource.RLIMIT_NOFILE, (desired, hard))
+            soft = desired
     needed = BASE + EACH * (ranks + HELPERS) + BRIEFLY
     if soft != resource.RLIM_INFINITY and soft < needed:
         raise ConfigError(

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexpert.config import ServerConfig
-from flexpert.server.errors import ApiError
+from flexpert.server.http_errors import ApiError
+from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.keys import Keys, is_right
-from flexpert.server.metrics import ServerMetrics
 from flexpert.server.protocol import BODY_FAILED
 from flexpert.server.stream import CLIENT_GONE
 

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, TypeVar
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
-from flexpert.cluster.framing import Piece
+from flexpert.cluster.processes.framing import Piece
 from flexpert.errors import FlexpertError
+from flexpert.frontend.generation import Generation
+from flexpert.frontend.text import TokenText
 from flexpert.server import wire
-from flexpert.server.errors import ApiError, api_error, unknown_model
-from flexpert.server.generation import Generation
-from flexpert.server.metrics import ServerMetrics
+from flexpert.server.http_errors import ApiError, api_error, unknown_model
+from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.preprocessing import Generate, Kind, Rendered
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.shapes import ChatShape, Shape, TextShape
 from flexpert.server.stream import DONE, ClientGone, EventStream, event, unless_gone
-from flexpert.server.text import TokenText
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head

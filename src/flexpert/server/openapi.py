@@ -18,8 +18,8 @@ from pydantic.json_schema import models_json_schema
 
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView
 from flexpert.server import wire
-from flexpert.server.errors import ErrorBody
 from flexpert.server.gate import OPEN_PATHS
+from flexpert.server.http_errors import ErrorBody
 from flexpert.server.schemas import (
     ChatRequest,
     CompletionRequest,

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import psutil
 
-from flexpert.cluster.connection import Connection, ConnectionEnded
+from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
+from flexpert.frontend.text import TokenText
 from flexpert.server.preprocessing import Reply, decode_spec, decode_task, encode, preprocess
-from flexpert.server.text import TokenText
 
 ENTRY = f"{__name__}:preprocess_main"
 

@@ -15,11 +15,12 @@ from typing import Any, Literal, TypeVar, get_args
 import msgspec
 from pydantic import BaseModel, ValidationError
 
-from flexpert.cluster.framing import Piece
+from flexpert.cluster.processes.framing import Piece
 from flexpert.engine.request import SamplingParams
 from flexpert.errors import ContextOverflow, FlexpertError, RequestError
+from flexpert.frontend.text import TokenText
 from flexpert.server import wire
-from flexpert.server.errors import ApiError, api_error, unknown_model, validation_error
+from flexpert.server.http_errors import ApiError, api_error, unknown_model, validation_error
 from flexpert.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -28,7 +29,6 @@ from flexpert.server.schemas import (
     Prompt,
     TokenizeRequest,
 )
-from flexpert.server.text import TokenText
 
 log = logging.getLogger("flexpert.server")
 

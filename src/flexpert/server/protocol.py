@@ -25,7 +25,7 @@ from uvicorn.protocols.http.httptools_impl import (
 from uvicorn.server import ServerState
 
 from flexpert.config import ServerConfig
-from flexpert.server.errors import ApiError
+from flexpert.server.http_errors import ApiError
 
 log = logging.getLogger("flexpert.server")
 

@@ -314,7 +314,7 @@ class DetokenizeRequest(_Body):
 
 
 class OperationRequest(BaseModel):
-    """`POST /cluster/operations`: the number of ranks wanted, or who joins and leaves."""
+    """`POST /cluster/operations`: the number of ranks desired, or who joins and leaves."""
 
     # a misspelt field here would move machines
     model_config = ConfigDict(extra="forbid")

@@ -9,10 +9,10 @@ from typing import cast
 
 import msgspec
 
+from flexpert.frontend.generation import Part, Usage
+from flexpert.frontend.logprobs import chat_logprobs, completion_logprobs
+from flexpert.frontend.text import TokenText
 from flexpert.server import wire
-from flexpert.server.generation import Part, Usage
-from flexpert.server.logprobs import chat_logprobs, completion_logprobs
-from flexpert.server.text import TokenText
 
 
 class Shape(abc.ABC):

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from flexpert.server.errors import api_error
+from flexpert.server.http_errors import api_error
 
 log = logging.getLogger("flexpert.server")
 

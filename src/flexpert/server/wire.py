@@ -8,8 +8,8 @@ from typing import Any, Literal
 import msgspec
 from starlette.responses import Response
 
-from flexpert.server.generation import Usage
-from flexpert.server.logprobs import ChatLogprobs, CompletionLogprobs
+from flexpert.frontend.generation import Usage
+from flexpert.frontend.logprobs import ChatLogprobs, CompletionLogprobs
 
 encode = msgspec.json.Encoder().encode
 

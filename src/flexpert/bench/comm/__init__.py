@@ -1,9 +1,9 @@
 """`flexpert bench comm`: our exchange beside what else there is, in the same processes.
 
 workload    sizes, routing and data; the float64 oracle
-contender   what every contender does, and the list of them
+baseline   what every baseline does, and the list of them
 ours, gloo, nixl_writes, memcpy
-            the contenders; routes: the index work that the rivals share
+            the baselines; routes: the index work that the baselines share
 ranks       real rank processes
 run         who is checked and timed when
 report, plot

@@ -1,4 +1,4 @@
-"""torch.distributed's gloo as a contender, in the three ways that frameworks use it.
+"""torch.distributed's gloo as a baseline, in the three ways that frameworks use it.
 
 Rows travel as bytes, because gloo need not know their dtype; memory is allocated once, except for
 what `embedding_bag` returns.
@@ -11,8 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from flexpert.bench.comm import routes
-from flexpert.bench.comm.contender import Site
+from flexpert.bench.comm import index_work as routes
+from flexpert.bench.comm.baseline import Site
 
 
 class _Gloo:

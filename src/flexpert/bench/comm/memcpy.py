@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from flexpert.bench.comm.contender import Site
+from flexpert.bench.comm.baseline import Site
 from flexpert.bench.comm.workload import deduplicated_rows
 
 

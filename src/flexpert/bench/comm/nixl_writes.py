@@ -1,4 +1,4 @@
-"""NIXL's one-sided writes over DRAM as a contender, used as its documentation shows it.
+"""NIXL's one-sided writes over DRAM as a baseline, used as its documentation shows it.
 
 An inbox has a part for each peer: routing [n, 2 k] int32, then rows [n, hidden]; and another for
 partial sums that come back. n travels in the notification.
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexpert.bench.comm import routes
-from flexpert.bench.comm.contender import Site, Unavailable
+from flexpert.bench.comm import index_work as routes
+from flexpert.bench.comm.baseline import Site, Unavailable
 from flexpert.comm import CommError
 from flexpert.comm.host.nixl import load
 

@@ -1,4 +1,4 @@
-"""`flexpert.comm.Buffer` as a contender."""
+"""`flexpert.comm.Buffer` as a baseline."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 
-from flexpert.bench.comm.contender import Site
+from flexpert.bench.comm.baseline import Site
 from flexpert.bench.comm.workload import expert_table
 from flexpert.comm import BufferSpec, Received, Reduce, make_buffer
 from flexpert.comm.buffer import Channel

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flexpert.bench.comm.contender import KINDS, MEMCPY, OURS
-from flexpert.bench.comm.run import Report
+from flexpert.bench.comm.baseline import KINDS, MEMCPY, OURS
+from flexpert.bench.comm.comm_run import Report
 from flexpert.errors import ConfigError, FlexpertError
 
 SUFFIXES = (".png", ".svg")
@@ -31,7 +31,7 @@ def check_plot(path: Path) -> None:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Median dispatch + combine of each contender over tokens, both axes logarithmic.
+    """Median dispatch + combine of each baseline over tokens, both axes logarithmic.
 
     Raises: FlexpertError: the file cannot be written.
     """
@@ -44,7 +44,7 @@ def draw(report: Report, path: Path) -> None:
         for result in point.results:
             if result.total_us is not None:
                 spot = (point.workload.tokens, result.total_us.p50)
-                lines.setdefault(result.contender, []).append(spot)
+                lines.setdefault(result.baseline, []).append(spot)
     every = sorted({point.workload.tokens for point in report.points})
     ends: list[tuple[float, str, str]] = []
     for name, spots in lines.items():

@@ -1,4 +1,4 @@
-"""Rank processes of the benchmark: each owns one object of every contender and does as it is told.
+"""Rank processes of the benchmark: each owns one object of every baseline and does as it is told.
 
 What they are asked and answer is msgpack, and the signature of a task is the schema of both.
 """
@@ -22,7 +22,7 @@ import msgspec
 import torch
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from flexpert.bench.comm.contender import Contender, Site, Unavailable, kind_named
+from flexpert.bench.comm.baseline import Baseline, Site, Unavailable, kind_named
 from flexpert.bench.comm.workload import (
     Workload,
     expected_arrivals,
@@ -33,7 +33,7 @@ from flexpert.bench.comm.workload import (
 from flexpert.bench.processes import forks
 from flexpert.bench.processes.connection import Closed, Connection
 from flexpert.bench.processes.loopback import keep_to_loopback
-from flexpert.bench.processes.store import SocketStore, StoreServer
+from flexpert.bench.processes.socket_store import SocketStore, StoreServer
 from flexpert.comm import BufferSpec, make_buffer
 from flexpert.comm.buffer import Scales
 from flexpert.errors import FlexpertError
@@ -102,7 +102,7 @@ class Ranks:
         self._processes: list[forks.Process] = []
         try:
             for rank in range(count):
-                process = forks.start(f"{__name__}:serve", self._store.lend())
+                process = forks.start(f"{__name__}:serve", self._store.hand_out())
                 self._processes.append(process)
                 begin = Begin(rank, count, settings, _name(self._make))
                 with suppress(Closed):  # the answer says why
@@ -232,9 +232,9 @@ class _Rank:
     def __init__(self, rank: int, ranks: int, store: Store, settings: Settings) -> None:
         self._rank, self._settings = rank, settings
         self._store = store
-        self._contenders: dict[str, Contender] = {}
+        self._contenders: dict[str, Baseline] = {}
         self._built = self._gathered = 0
-        # what starts every phase at the same moment is the same for all contenders
+        # what starts every phase at the same moment is the same for all baselines
         self._clock = make_buffer(
             rank,
             BufferSpec(ranks, 1, 16, 1, torch.float32),
@@ -247,19 +247,19 @@ class _Rank:
 
     def prepare(self, work: Workload) -> None:
         """Forget the last workload and make the inputs of this one."""
-        for contender in self._contenders.values():
-            contender.close()
+        for baseline in self._contenders.values():
+            baseline.close()
         self._contenders.clear()
         self._work = work
         self._pool = [make_input(work, self._rank, turn) for turn in range(work.pool)]
 
     def build(self, name: str) -> str:
-        """Returns why the contender cannot run here, or nothing."""
+        """Returns why the baseline cannot run here, or nothing."""
         self._built += 1
         site = Site(
             rank=self._rank,
             work=self._work,
-            store=PrefixStore(f"contender/{self._built}", self._store),
+            store=PrefixStore(f"baseline/{self._built}", self._store),
             gather=self._gather,
             channel=self._settings.channel,
             fp8=self._settings.fp8,
@@ -274,31 +274,31 @@ class _Rank:
 
     def check(self, name: str, turn: int) -> str:
         """One exchange against the oracle; returns what is wrong, or nothing."""
-        kind, contender, work = kind_named(name), self._contenders[name], self._work
-        contender.dispatch(turn)
+        kind, baseline, work = kind_named(name), self._contenders[name], self._work
+        baseline.dispatch(turn)
         if not kind.checked:
-            contender.combine()
+            baseline.combine()
             return ""
         wanted, slots = expected_arrivals(work, self._rank, turn)
-        wrong = wrong_rows(contender.rows(), wanted, exact=kind.exact)
-        room = contender.y_room()
+        wrong = wrong_rows(baseline.rows(), wanted, exact=kind.exact)
+        room = baseline.y_room()
         if room.shape == wanted.shape:
             room.copy_(expert_results(wanted, slots))
-        result = contender.combine()
+        result = baseline.combine()
         return wrong or wrong_result(result, *expected_result(work, self._pool[turn % work.pool]))
 
     def measure(self, name: str, first: int, turns: int, warm_up: int) -> Times:
         """`turns` exchanges after `warm_up` that do not count."""
-        contender = self._contenders[name]
+        baseline = self._contenders[name]
         times: Times = []
         for turn in range(first, first + warm_up + turns):
             self._meet()
             begin = time.monotonic_ns()
-            contender.dispatch(turn)
+            baseline.dispatch(turn)
             dispatched = time.monotonic_ns()
             self._meet()
             middle = time.monotonic_ns()
-            contender.combine()
+            baseline.combine()
             times.append((begin, dispatched, middle, time.monotonic_ns()))
         self._meet()
         return times[warm_up:]

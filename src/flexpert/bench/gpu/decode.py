@@ -17,12 +17,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from flexpert.bench.gpu.decode_group import GroupPlan, GroupResult, place_on, run_group
 from flexpert.bench.gpu.decode_rank import CHECK_TOKENS, WARM_UP, DecodeRank, check_prompts
-from flexpert.bench.gpu.device import Gpu, Spread, measure_gpu
+from flexpert.bench.gpu.gpu_device import Gpu, Spread, measure_gpu
 from flexpert.bench.gpu.model import RandomModel, qwen3_30b_a3b
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.errors import FlexpertError
-from flexpert.moe.cuda.runtime import LocalExperts
-from flexpert.moe.kernels import open_gpu
+from flexpert.kernels.kernel_set import open_gpu
+from flexpert.moe.cuda.local_experts import LocalExperts
 
 TOLERANCE = 0.05
 """‖logits − transformers'‖ / ‖…‖: bf16 rounds differently in other kernels, and where two experts
@@ -87,7 +87,7 @@ def run_decode(
     layers: int,
     context: int,
     steps: int,
-    rival: bool,
+    baseline: bool,
     quantise: bool = False,
     seed: int,
     note: Callable[[str], None],
@@ -98,7 +98,7 @@ def run_decode(
         batches: sequences of all ranks together.
         ranks: numbers of ranks on the one GPU; one rank exchanges nothing.
         context: tokens of each sequence before the first timed step.
-        rival: time transformers, too.
+        baseline: time transformers, too.
         quantise: the experts are fp8.
 
     Raises:
@@ -132,7 +132,7 @@ def run_decode(
                 logits[1] = ours.logits(check_prompts(model.info.vocab, seed)).float().cpu()
                 points = [_point(ours, batch, gpu, context, steps, note) for batch in batches]
                 captures, capture_s = ours.graphs.captures, ours.capture_s
-                ours.shard.graphs = None  # their memory goes before transformers needs it
+                ours.runner.graphs = None  # their memory goes before transformers needs it
                 del ours
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -143,7 +143,7 @@ def run_decode(
             note("comparing with transformers")
             reference = model.transformers()
             error = max(difference(reference, found, seed) for found in logits.values())
-            if rival:
+            if baseline:
                 points = _with_rival(points, reference, context, steps, note)
     except torch.OutOfMemoryError as full:
         raise FlexpertError(

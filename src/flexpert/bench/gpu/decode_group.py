@@ -29,7 +29,7 @@ from flexpert.comm import Buffer, BufferSpec, make_buffer
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.errors import FlexpertError
 from flexpert.models.source import ModelInfo
-from flexpert.moe.cuda.exchanged import ExchangedExperts
+from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
 from flexpert.moe.placement import Placement, replan
 
 T = TypeVar("T")

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from flexpert.bench.gpu.model import RandomModel
+from flexpert.kernels.cuda.device_experts import Gate
 from flexpert.models.batch import ForwardBatch
-from flexpert.models.graphs import DecodeGraphs
-from flexpert.models.shard import ModelShard
-from flexpert.moe.cuda.exchanged import ExchangedExperts
-from flexpert.moe.cuda.experts import Gate
-from flexpert.moe.cuda.runtime import LocalExperts
+from flexpert.models.decode_graphs import DecodeGraphs
+from flexpert.models.model_runner import ModelRunner
+from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
+from flexpert.moe.cuda.local_experts import LocalExperts
 
 WARM_UP = 3
 BLOCK = 16
@@ -78,23 +78,23 @@ class DecodeRank:
         self._settle = settle
         self.width = -(-max(longest, CHECK_TOKENS + 1) // BLOCK)
         largest = max(*batches, CHECK_PROMPTS)
-        self.shard: ModelShard = model.shard(
+        self.runner: ModelRunner = model.runner(
             moe, kv_blocks=largest * self.width, kv_block_size=BLOCK, runtime=self.runtime
         )
-        for cache in self.shard.kv.layers:
+        for cache in self.runner.kv.layers:
             for tensor in cache:
                 tensor.normal_()
         self.tables = torch.randperm(largest * self.width).int().view(-1, self.width)
         began = time.perf_counter()
         sizes = sorted({*batches, CHECK_PROMPTS} - {0})
-        self.shard.capture(sizes, self.width)
+        self.runner.capture(sizes, self.width)
         self._wait()
         self.capture_s = time.perf_counter() - began
 
     @property
     def graphs(self) -> DecodeGraphs:
-        assert self.shard.graphs is not None  # captured at the start
-        return self.shard.graphs
+        assert self.runner.graphs is not None  # captured at the start
+        return self.runner.graphs
 
     def logits(self, prompts: Tensor) -> Tensor:
         """[prompts, vocab] of the last tokens: all others at once, the last by a graph."""
@@ -107,17 +107,17 @@ class DecodeRank:
     def idle(self, steps: int) -> None:
         """Take part in others' steps."""
         for _ in range(steps):
-            self.shard.forward_idle()
+            self.runner.forward_idle()
             self._settle()
 
     def active(self, batch: int, context: int) -> Tensor:
         """[layers, experts] bool: which experts get a token of a step, walked module by module."""
-        graphs, self.shard.graphs = self.graphs, None
+        graphs, self.runner.graphs = self.graphs, None
         self.runtime.counting, self.runtime.active = True, []
         try:
             self._step(self._batch(self._tokens(batch), context) if batch else None)
         finally:
-            self.runtime.counting, self.shard.graphs = False, graphs
+            self.runtime.counting, self.runner.graphs = False, graphs
         return torch.stack(self.runtime.active)
 
     def times_us(self, batch: int, context: int, steps: int) -> list[float]:
@@ -137,10 +137,10 @@ class DecodeRank:
     def _step(self, batch: ForwardBatch | None) -> Tensor:
         """[M, vocab] logits; of nothing, [0, vocab]."""
         if batch is None:
-            self.shard.forward_idle()
+            self.runner.forward_idle()
             self._settle()
             return torch.empty((0, self.model.info.vocab))
-        logits = self.shard.forward(batch)
+        logits = self.runner.forward(batch)
         self._settle()
         return logits
 

@@ -1,6 +1,6 @@
 """A whole MoE layer (route, dispatch, experts, combine) of a rank that holds all its experts.
 
-Every contender is the same module of transformers with another experts implementation, so router,
+Every baseline is the same module of transformers with another experts implementation, so router,
 data and weights are the same. flexpert is there twice: as the only rank there can be, which sorts
 its rows and exchanges nothing, and as one of several, whose rows go through the exchange.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from flexpert.bench.gpu.device import (
+from flexpert.bench.gpu.gpu_device import (
     Gpu,
     Launch,
     Spread,
@@ -30,12 +30,12 @@ from flexpert.bench.gpu.model import quantised_with
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.comm import BufferSpec, make_buffer
 from flexpert.errors import FlexpertError
+from flexpert.kernels.experts import ExpertWeights, LayerExperts
+from flexpert.kernels.kernel_set import open_gpu
 from flexpert.models import registrations
-from flexpert.models.shard import RoutedExperts
-from flexpert.moe.cuda.exchanged import ExchangedExperts
-from flexpert.moe.cuda.runtime import LocalExperts
-from flexpert.moe.experts import ExpertWeights, LayerExperts
-from flexpert.moe.kernels import open_gpu
+from flexpert.models.model_runner import RoutedExperts
+from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
+from flexpert.moe.cuda.local_experts import LocalExperts
 from flexpert.moe.placement import replan
 from flexpert.moe.runtime import LayerState, expert_tables
 
@@ -70,13 +70,13 @@ SHAPES = {
 
 
 class LayerResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One contender at one number of tokens.
+    """One baseline at one number of tokens.
 
     error: relative to float64. times_ours: of the medians. skipped: why there are no figures;
     wrong: it computed something else.
     """
 
-    contender: str
+    baseline: str
     us: Spread | None = None
     error: float | None = None
     times_ours: float | None = None
@@ -86,7 +86,7 @@ class LayerResult(msgspec.Struct, frozen=True, kw_only=True):
 
 class LayerPoint(msgspec.Struct, frozen=True, kw_only=True):
     """active: experts that get a token, mean. limit_us: bytes and flops over what the GPU can.
-    quantised: flexpert's experts are fp8, and the limit is theirs; the rivals have bf16."""
+    quantised: flexpert's experts are fp8, and the limit is theirs; the baselines have bf16."""
 
     shape: Shape
     tokens: int
@@ -109,14 +109,14 @@ class LayerReport(msgspec.Struct, frozen=True, kw_only=True):
 def run_layer(
     shapes: Sequence[Shape],
     tokens: Sequence[int],
-    rivals: Sequence[str],
+    baselines: Sequence[str],
     *,
     repeat: int,
     quantise: bool,
     seed: int,
     note: Callable[[str], None],
 ) -> LayerReport:
-    """Check and time all contenders.
+    """Check and time all baselines.
 
     quantise: flexpert's experts are fp8.
 
@@ -131,7 +131,7 @@ def run_layer(
         note(f"{shape.name}: weights")
         layer = Layer.build(shape, device, quantise=quantise)
         for count in tokens:
-            points.append(layer.point(count, rivals, gpu, repeat=repeat, note=note))
+            points.append(layer.point(count, baselines, gpu, repeat=repeat, note=note))
         del layer
         torch.cuda.empty_cache()
     return LayerReport(machine=this_machine(), gpu=gpu, points=points)
@@ -203,7 +203,7 @@ class Layer:
     def point(
         self,
         tokens: int,
-        rivals: Sequence[str],
+        baselines: Sequence[str],
         gpu: Gpu,
         *,
         repeat: int,
@@ -228,7 +228,7 @@ class Layer:
         results: dict[str, LayerResult] = {}
         with torch.inference_mode(), self.exchanged(tokens) as exchanged:
             ours: dict[str, Ours] = {OURS: self.local, EXCHANGED: exchanged}
-            for name in (*ours, *rivals):
+            for name in (*ours, *baselines):
                 note(f"{shape.name}, {tokens} tokens: {name}")
                 results[name] = self._result(name, ours.get(name), xs, fresh, repeat)
         own = results[OURS].us
@@ -266,7 +266,7 @@ class Layer:
         error = max(self.error(block(x)[0], x[0]) for x in xs[:2])
         if not error < TOLERANCE:
             return LayerResult(
-                contender=name,
+                baseline=name,
                 error=error,
                 wrong=True,
                 skipped=f"differs from float64 by {error:.3g}",
@@ -280,8 +280,8 @@ class Layer:
             else:
                 times = replay_us(launches, repeat=repeat, before=fresh)
         except (FlexpertError, torch.OutOfMemoryError) as problem:
-            return LayerResult(contender=name, error=error, skipped=str(problem).splitlines()[0])
-        return LayerResult(contender=name, us=Spread.of(times), error=error)
+            return LayerResult(baseline=name, error=error, skipped=str(problem).splitlines()[0])
+        return LayerResult(baseline=name, us=Spread.of(times), error=error)
 
     def block(self, name: str, moe: Ours | None, tokens: int) -> Qwen3MoeSparseMoeBlock:
         shape = self.shape

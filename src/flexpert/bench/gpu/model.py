@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
+from flexpert.kernels import block_fp8 as fp8
+from flexpert.kernels.experts import ExpertShape, ExpertWeights, LayerExperts
+from flexpert.kernels.kernel_set import gpu_kernels
 from flexpert.models import registrations
+from flexpert.models.model_runner import ModelRunner, compute_buffers
 from flexpert.models.probe import Probe, build_skeleton, probe
-from flexpert.models.shard import ModelShard, compute_buffers
 from flexpert.models.source import ModelInfo
-from flexpert.moe import fp8
-from flexpert.moe.cuda.exchanged import ExchangedExperts
-from flexpert.moe.cuda.runtime import LocalExperts
-from flexpert.moe.experts import ExpertShape, ExpertWeights, LayerExperts
-from flexpert.moe.kernels import gpu_kernels
+from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
+from flexpert.moe.cuda.local_experts import LocalExperts
 from flexpert.moe.placement import Placement
 from flexpert.moe.runtime import LayerState, expert_tables
 
@@ -166,14 +166,14 @@ class RandomModel:
         """Of one expert of one layer."""
         return self.expert_shape.nbytes
 
-    def shard(
+    def runner(
         self,
         moe: LocalExperts | ExchangedExperts,
         *,
         kv_blocks: int,
         kv_block_size: int,
         runtime: Any = None,
-    ) -> ModelShard:
+    ) -> ModelRunner:
         """Our engine's view of it; the weights are shared, not copied.
 
         runtime: stands between the model and `moe`, or None.
@@ -181,7 +181,7 @@ class RandomModel:
         model = self._model(registrations.IMPLEMENTATION)
         for call in self.found.experts_calls:
             model.get_submodule(call.name)._parameters.clear()
-        shard = ModelShard.assemble(
+        runner = ModelRunner.assemble(
             model,
             self.info,
             attention_names=tuple(self.found.attention_shapes),
@@ -192,7 +192,7 @@ class RandomModel:
             kernels=gpu_kernels(),
         )
         moe.install(self.layers())
-        return shard
+        return runner
 
     def experts(self, layer: int) -> list[ExpertWeights]:
         """Those held of a MoE layer, in slot order; whole ones as views."""

@@ -23,7 +23,7 @@ from flexpert.bench.processes.connection import Connection
 from flexpert.bench.processes.fork_server import PACKET, Begin, Fork, Forked, encode
 from flexpert.errors import FlexpertError
 
-_PRELOAD = ["torch", "torch.distributed", "flexpert.comm", "flexpert.bench.processes.store"]
+_PRELOAD = ["torch", "torch.distributed", "flexpert.comm", "flexpert.bench.processes.socket_store"]
 _START_S = 120.0  # torch from a cold disk
 
 

@@ -17,8 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from flexpert.comm.cuda.exchange import Dispatched, Exchange
-from flexpert.comm.cuda.waiting import ARRIVED, SLOTS, part_of
+from flexpert.comm.cuda.cuda_exchange import Dispatched, Exchange
+from flexpert.comm.cuda.wait_kernels import ARRIVED, SLOTS, part_of
 
 NOWHERE = -1  # in `places`: no row here
 NO_ROOM = -2  # a row came and could not be kept; its result is zero

@@ -1,7 +1,7 @@
 """Windows of ranks, and how one finds another's.
 
 Between processes a window is mapped by its IPC handle (memory.py). Ranks of one process use each
-other's addresses as they are; in Triton's interpreter a window is lent memory of this machine.
+other's addresses as they are; in Triton's interpreter a window is exported memory of this machine.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import msgspec
 import torch
 
 from flexpert.comm.buffer import BufferSpec
-from flexpert.comm.cuda.memory import PeerMemory, SharedMemory
-from flexpert.comm.layout import spec_hash
-from flexpert.comm.lent import Borrowed, lend_pages
+from flexpert.comm.cuda.ipc_memory import PeerMemory, SharedMemory
+from flexpert.comm.peer_memory import ImportedPages, export_pages
+from flexpert.comm.window_layout import spec_hash
 
 
 class Memory(Protocol):
@@ -72,7 +72,7 @@ class _HostWindow:
     elsewhere = False
 
     def __init__(self, size: int) -> None:
-        self._lent = lend_pages(size)
+        self._lent = export_pages(size)
         self.tensor = self._lent.bytes
         self.address = self.tensor.data_ptr()
         self.handle = self._lent.address
@@ -87,7 +87,7 @@ class _HostPeer:
     elsewhere = True
 
     def __init__(self, handle: bytes) -> None:
-        self._borrowed = Borrowed(handle, writable=True)
+        self._borrowed = ImportedPages(handle, writable=True)
         self.address = self._borrowed.bytes.data_ptr()
 
     def close(self) -> None:

@@ -22,8 +22,8 @@ from flexpert.comm.host.codes import (
 from flexpert.comm.host.core import Core, State
 from flexpert.comm.host.links import Link, ShmLink
 from flexpert.comm.host.members import Members
+from flexpert.comm.host.process_watch import Watcher
 from flexpert.comm.host.remote import Remote
-from flexpert.comm.host.watch import Watcher
 
 _MAX_EPOCH = 0xFFFFFFFF
 

@@ -10,8 +10,8 @@ import msgspec
 
 from flexpert.comm import rendezvous
 from flexpert.comm.errors import CommError, PeerUnreachable
+from flexpert.comm.host.arguments import limit_ns
 from flexpert.comm.host.changes import Changes
-from flexpert.comm.host.checks import limit_ns
 from flexpert.comm.host.core import Core, State
 from flexpert.comm.host.links import Greeting, Link, NixlLink, ShmLink, choose_channel
 from flexpert.comm.host.remote import Remote

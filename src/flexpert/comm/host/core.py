@@ -16,7 +16,7 @@ from flexpert.comm.buffer import BufferSpec, Received
 from flexpert.comm.errors import CommError, Interrupted, StaleEpoch
 from flexpert.comm.host._kernels import ffi, lib
 from flexpert.comm.host.window import Window
-from flexpert.comm.layout import (
+from flexpert.comm.window_layout import (
     COMBINE_FLAG_AT,
     DISPATCH_FLAG_AT,
     DOORBELL_AT,
@@ -94,7 +94,7 @@ class Core:
         b.lenient = lenient
         b.ballot_bytes = -1
         b.control[rank] = self.window.control
-        b.inbox[rank] = b.outbox[rank] = self.window.lend().at
+        b.inbox[rank] = b.outbox[rank] = self.window.export_memory().at
         if lib.fx_open(b) != 0:
             self.interrupt()
             self.end()

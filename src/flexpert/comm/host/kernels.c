@@ -79,7 +79,7 @@ typedef struct {
     uint8_t is_active[256];
     uintptr_t control[256]; /* control part of the window of rank i (the own one, too); 0 remote */
     uintptr_t inbox[256];   /* own window: place of source i */
-    uintptr_t outbox[256];  /* window of rank i: place of this rank; 0 not lent yet */
+    uintptr_t outbox[256];  /* window of rank i: place of this rank; 0 not exported yet */
     uint8_t remote[256];
 
     /* links */
@@ -92,7 +92,7 @@ typedef struct {
     uint8_t due[256];  /* FX_DUE_*: to be sent over NIXL */
     uint8_t come[256]; /* by this wait */
     uint32_t beat;     /* how often this rank has said that it waits */
-    int32_t to_open;   /* a peer has lent its place by now: Python should map it */
+    int32_t to_open;   /* a peer has exported its place by now: Python should map it */
 
     /* the own vote of this step; ballot_bytes -1: not posted */
     uint8_t ballot[48];
@@ -257,7 +257,7 @@ void fx_lend(fx_buffer *b, int source, int64_t place, const char *nonce) {
     __atomic_store_n(&lease->place, place + 1, __ATOMIC_RELEASE);
 }
 
-/* The place that a peer has lent to this very process, or -1. */
+/* The place that a peer has exported to this very process, or -1. */
 int64_t fx_lent(fx_buffer *b, int peer) {
     const fx_lease *lease = lease_of(b, peer, b->rank);
     int64_t place = __atomic_load_n(&lease->place, __ATOMIC_ACQUIRE);

@@ -17,7 +17,7 @@ from flexpert.comm.buffer import BufferSpec, Channel
 from flexpert.comm.host._kernels import ffi
 from flexpert.comm.host.memfd import boot_id
 from flexpert.comm.host.window import Address, PeerWindow, Place, Window
-from flexpert.comm.layout import (
+from flexpert.comm.window_layout import (
     COMBINE_FLAG_AT,
     DISPATCH_FLAG_AT,
     HELLO_AT,
@@ -76,7 +76,7 @@ class ShmLink:
         self._own = window
         self._theirs = PeerWindow(peer, address, spec)
         try:
-            self.inbox = window.lend()
+            self.inbox = window.export_memory()
         except BaseException:
             self._theirs.close()
             raise

@@ -9,7 +9,7 @@ from flexpert.comm.host._kernels import ffi, lib
 from flexpert.comm.host.codes import BROKEN_LINK, MASKED, RESTARTED
 from flexpert.comm.host.core import Core
 from flexpert.comm.host.links import Link, NixlLink
-from flexpert.comm.layout import MAX_CAPACITY
+from flexpert.comm.window_layout import MAX_CAPACITY
 
 
 class Members:
@@ -75,10 +75,10 @@ class Members:
         self._use_active()
 
     def open_places(self, *, again: bool = False) -> None:
-        """Map the places that peers have lent since they connected, too.
+        """Map the places that peers have exported since they connected, too.
 
         again: and those of peers that have disconnected this rank and connected it anew, while
-            this rank stayed connected: they read nothing in the place they had lent before.
+            this rank stayed connected: they read nothing in the place they had exported before.
         """
         b = self._core.b
         b.to_open = 0

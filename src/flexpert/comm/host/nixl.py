@@ -1,7 +1,7 @@
 """Peers behind NIXL: one-sided writes and short messages to processes on other machines.
 
 A `Link` is one peer: memory of ours that only it writes (`inbox`), and memory of ours (`outbox`)
-that is written to the same offsets of the inbox it lends us. An `Endpoint` is the NIXL agent that
+that is written to the same offsets of the inbox it exports us. An `Endpoint` is the NIXL agent that
 all links of a buffer share. No call waits for a peer, but for `close`, which has a limit.
 
 What NIXL 1.5 with UCX does not promise, measured, and what is done about it here:
@@ -9,8 +9,8 @@ What NIXL 1.5 with UCX does not promise, measured, and what is done about it her
 - A write's notification leaves when its transfer is seen to be complete, so that of a later write,
   or a plain one, overtakes it. Messages are numbered, and put in order where they arrive.
 - Closing a connection or deregistering memory does not stop a peer: over TCP and process_vm_writev
-  nobody checks its key. Memory that was lent is lent again only after the writer's last word; if
-  that never comes, its addresses stay reserved as long as the process lives.
+  nobody checks its key. Memory that was exported is exported again only after the writer's last
+  word; if that never comes, its addresses stay reserved as long as the process lives.
 - Memory registered anew at an old address is refused by agents that know the old key. What is
   registered stays so until the endpoint closes, and is used again.
 - Removing a live remote agent leaves a socket open on both sides. It stays loaded until it is dead.
@@ -54,7 +54,8 @@ _HEADER = struct.Struct("<8sQB")  # the receiver's token, number, kind
 _DATA, _GOODBYE = 0, 1
 _NUDGE = b"\0"  # too short for a message: thrown away where it arrives
 
-# Lent to peers that never said they were done. Kept mapped, so that nothing else gets the address.
+# ExportedPages to peers that never said they were done. Kept mapped, so that nothing else gets the
+# address.
 _forsaken: list[mmap.mmap] = []
 
 
@@ -350,7 +351,7 @@ class Endpoint:
                 self._accept(message)
 
     def _sweep(self) -> None:
-        """Forget agents that have died, and what was lent to them."""
+        """Forget agents that have died, and what was exported to them."""
         for remote in list(self._remotes.values()):
             remote.flushed(self._agent, self._errors)
             if not remote.dead or remote.links:
@@ -419,7 +420,7 @@ class Link:
         self._peer_done = False
 
     def open(self, offer: bytes) -> None:
-        """Connect to what the peer lends. Does not wait for the peer.
+        """Connect to what the peer exports. Does not wait for the peer.
 
         Raises:
             PeerUnreachable: NIXL refuses.
@@ -430,7 +431,7 @@ class Link:
         except msgspec.MsgspecError as error:
             raise ValueError(f"not the offer of a NIXL link: {error}") from error
         if theirs.size != self.size:
-            raise ValueError(f"{theirs.agent} lends {theirs.size} bytes, expected {self.size}")
+            raise ValueError(f"{theirs.agent} exports {theirs.size} bytes, expected {self.size}")
         with self._endpoint._lock:
             if self.peer or self.closed:
                 raise ValueError("a link is opened once")
@@ -539,11 +540,11 @@ class Link:
                 endpoint._sweep()
 
     def _say_goodbye(self, deadline: float) -> None:
-        """And see it off: nobody may poll after a close, and what the peer lent is lost to it
+        """And see it off: nobody may poll after a close, and what the peer exported is lost to it
         without the last word."""
         with self._endpoint._lock:
             if self._remote is None or self._flying or self._broken:
-                return  # if not all has arrived, the peer must not lend its memory again
+                return  # if not all has arrived, the peer must not export_memory its memory again
             try:
                 self._send(self._words(_GOODBYE, b""))
             except LinkBroken:

@@ -6,14 +6,14 @@ import time
 
 from flexpert.comm.errors import CommError
 from flexpert.comm.host._kernels import ffi, lib
+from flexpert.comm.host.arguments import FOREVER_NS, limit_ns
 from flexpert.comm.host.changes import Changes
-from flexpert.comm.host.checks import FOREVER_NS, limit_ns
 from flexpert.comm.host.codes import AGAIN, INTERRUPTED, OK, VOTE
 from flexpert.comm.host.core import Core
 from flexpert.comm.host.members import Members
 from flexpert.comm.host.remote import Remote
-from flexpert.comm.host.waiting import POLL_FIRST_NS, POLL_MOST_NS, SLICE_NS, Waiter
-from flexpert.comm.layout import LINE, VOTE_BYTES
+from flexpert.comm.host.waits import POLL_FIRST_NS, POLL_MOST_NS, SLICE_NS, Waiter
+from flexpert.comm.window_layout import LINE, VOTE_BYTES
 
 
 class Votes:

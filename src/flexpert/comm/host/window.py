@@ -14,7 +14,7 @@ from flexpert.comm.errors import CommError, PeerUnreachable
 from flexpert.comm.host import memfd
 from flexpert.comm.host._kernels import ffi, lib
 from flexpert.comm.host.memfd import boot_id, start_time
-from flexpert.comm.layout import (
+from flexpert.comm.window_layout import (
     CONTROL_BYTES,
     HEADER_BYTES,
     MAGIC,
@@ -93,8 +93,8 @@ class Window:
         self._places: dict[int, Place] = {}
         self._next = 0
 
-    def lend(self) -> Place:
-        """A place that was never lent before.
+    def export_memory(self) -> Place:
+        """A place that was never exported before.
 
         Raises: CommError: there is no memory for it.
         """
@@ -132,7 +132,8 @@ class Window:
 
 
 class PeerWindow:
-    """A peer's window, as far as this rank may touch it: its control part and the place lent to it.
+    """A peer's window, as far as this rank may touch it: its control part and the place exported to
+    it.
 
     Opening the control part never waits; the place is there once the peer has connected, too.
     """
@@ -156,8 +157,8 @@ class PeerWindow:
         self._layout = layout(spec)
 
     def open_place(self, number: int) -> int:
-        """Map the place that was lent, instead of one that was lent before; the descriptor is not
-        needed any more.
+        """Map the place that was exported, instead of one that was exported before; the descriptor
+        is not needed any more.
 
         Raises: PeerUnreachable: the window is smaller than that, or its process is gone.
         """
@@ -165,7 +166,9 @@ class PeerWindow:
             self._fd = _open(self._peer, self.address, self._spec)
         at = self._layout.place_at(number)
         if os.fstat(self._fd).st_size < at + self._layout.place_bytes:
-            raise PeerUnreachable(f"pid {self.address.pid} has lent a place that does not exist")
+            raise PeerUnreachable(
+                f"pid {self.address.pid} has exported a place that does not exist"
+            )
         before, self.place = self.place, map_part(self._fd, at, self._layout.place_bytes)
         self.number = number
         self._close_fd()

@@ -1,6 +1,6 @@
-"""`flexpert bench comm --device cuda`: our exchange on GPUs beside its rivals.
+"""`flexpert bench comm --device cuda`: our exchange on GPUs beside its baselines.
 
-contenders  what is measured: ours, NVIDIA's nixl_ep, torch on one rank
+baselines  what is measured: ours, NVIDIA's nixl_ep, torch on one rank
 timing      CUDA graphs, a flushed L2, medians
 rank        the tasks of one rank process
 run         who is checked and timed when; the bytes-over-bandwidth limit

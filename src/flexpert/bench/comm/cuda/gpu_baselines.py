@@ -1,0 +1,316 @@
+"""What is measured on GPUs. Everything a baseline launches can be captured into a CUDA graph."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from flexpert.bench.comm.baseline import Unavailable
+from flexpert.bench.comm.workload import Input, Workload, expert_table
+from flexpert.comm import BufferSpec, ExpertTable
+from flexpert.comm.buffer import Scales
+from flexpert.comm.quant import dequantise
+from flexpert.comm.window_layout import align
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+
+@dataclass(slots=True)
+class GpuSite:
+    """Where a baseline runs. pool: inputs on the device; store, gather: as in `Site`."""
+
+    rank: int
+    work: Workload
+    store: Store
+    gather: Callable[[Any], list[Any]]
+    fp8: Scales | None
+    timeout_s: float
+    pool: list[Input]
+    device: torch.device
+
+
+class GpuBaseline(Protocol):
+    """One way to exchange, on one rank. A turn is an input of the pool.
+
+    `dispatch` ends when each expert can find its rows; `combine` begins with one row of results
+    for each (token, local expert) and ends with the weighted sums [tokens, hidden].
+    """
+
+    def dispatch(self, turn: int) -> None: ...
+
+    def combine(self, turn: int) -> torch.Tensor: ...
+
+    def rows(self) -> torch.Tensor:
+        """[pairs, hidden] of the last dispatch by slot, source and token; not timed."""
+
+    def put_results(self, turn: int, y: torch.Tensor) -> None:
+        """y: [pairs, hidden] in the order of `rows`: what combine of this turn sends."""
+
+    def close(self) -> None: ...
+
+
+class Ours:
+    """`flexpert.comm.cuda`."""
+
+    def __init__(self, site: GpuSite, *, fp8: bool = True, **tuning: Any) -> None:
+        from flexpert.comm.cuda.cuda_exchange import Dispatched, Exchange, Tuning
+        from flexpert.comm.cuda.cuda_layout import PAGE_WORDS, layout
+        from flexpert.comm.cuda.ipc_memory import PeerMemory, SharedMemory
+
+        work = site.work
+        spec = BufferSpec(work.ranks, work.tokens, work.hidden, work.topk, work.torch_dtype)
+        self._site = site
+        self._memory = SharedMemory(layout(spec, home=False).size, site.device)
+        page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=True)
+        self.exchange = Exchange(
+            site.rank, spec, self._memory.tensor, page, home=False, tuning=Tuning(**tuning)
+        )
+        self._peers = {
+            rank: PeerMemory(f"rank {rank}", handle, site.device)
+            for rank, handle in enumerate(site.gather(self._memory.handle))
+            if rank != site.rank
+        }
+        addresses = {rank: peer.address for rank, peer in self._peers.items()}
+        addresses[site.rank] = self._memory.address
+        self.exchange.configure(
+            addresses,
+            dict.fromkeys(range(work.ranks), 0),
+            1,
+            limit_ns=int(site.timeout_s * 1e9),
+        )
+        torch.cuda.synchronize()
+        site.gather(None)
+        table = expert_table(work)
+        self._table = ExpertTable(
+            table.rank.to(site.device), table.slot.to(site.device), table.slots
+        )
+        self._fp8: Scales | None = site.fp8 if fp8 else None
+        shape = (self.exchange.most_rows, work.hidden)
+        self._y = [torch.randn(shape, device=site.device).to(work.torch_dtype) for _ in site.pool]
+        self._out = torch.empty(
+            (work.tokens, work.hidden), dtype=work.torch_dtype, device=site.device
+        )
+        self._sent: Dispatched | None = None
+
+    def dispatch(self, turn: int) -> None:
+        i = self._site.pool[turn]
+        self._sent = self.exchange.dispatch(
+            i.x, i.expert_ids, i.weights, self._table, fp8=self._fp8
+        )
+
+    def combine(self, turn: int) -> torch.Tensor:
+        assert self._sent is not None
+        return self.exchange.combine(self._y[turn], self._sent, self._out)
+
+    def rows(self) -> torch.Tensor:
+        assert self._sent is not None
+        indexed = self._sent.indexed
+        rows = indexed.rows[: int(indexed.offsets[-1])].long()
+        if indexed.scales is None:
+            return indexed.payload[rows]
+        return dequantise(indexed.payload[rows], indexed.scales[rows], self._out.dtype)
+
+    def put_results(self, turn: int, y: torch.Tensor) -> None:
+        self._y[turn][: y.shape[0]] = y
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        self._site.gather(None)
+        for peer in self._peers.values():
+            peer.close()
+        self._site.gather(None)
+        self._memory.close()
+
+
+class NixlEp:
+    """NVIDIA's nixl_ep, low-latency kernels; or `module` with the same interface."""
+
+    def __init__(self, site: GpuSite, module: str = "nixl_ep") -> None:
+        try:
+            nixl_ep: Any = importlib.import_module(module)
+        except ImportError as error:
+            raise Unavailable(f"nixl_ep is not installed ({error})") from None
+        work = site.work
+        if work.torch_dtype is not torch.bfloat16 or site.fp8 not in (None, "float32"):
+            raise Unavailable("nixl_ep is measured with bfloat16 and float32 scales")
+        self._site, self._fp8 = site, site.fp8 is not None
+        self._ids = [i.expert_ids.to(nixl_ep.topk_idx_t) for i in site.pool]
+        self._buffer = nixl_ep.Buffer(
+            rank=site.rank,
+            tcp_store_group=site.store,
+            explicitly_destroy=True,
+            timeout_ms=int(site.timeout_s * 1e3),
+        )
+        self._most = align(work.tokens, 4)  # it takes no other numbers
+        size = nixl_ep.Buffer.get_rdma_size_hint(
+            self._most, work.hidden, work.ranks, work.slots * work.ranks
+        )
+        self._buffer.update_memory_buffers(work.ranks, work.slots, size)
+        self._out = torch.empty(
+            (work.tokens, work.hidden), dtype=torch.bfloat16, device=site.device
+        )
+        # alone first: a kernel is loaded at its first launch, and that would wait for a peer that
+        # is waiting already
+        self._buffer.connect_ranks([site.rank])
+        self._y = [
+            torch.zeros(
+                (work.slots, (site.rank + 1) * self._most, work.hidden),
+                device=site.device,
+                dtype=torch.bfloat16,
+            )
+        ]
+        ids, self._ids = self._ids, [torch.full_like(ids, -1) for ids in self._ids]
+        self.dispatch(0)
+        self.combine(0)
+        torch.cuda.synchronize()
+        self._ids = ids
+        site.gather(None)
+        self._buffer.connect_ranks(list(range(work.ranks)))
+        site.gather(None)
+        shape = (work.slots, work.ranks * self._most, work.hidden)
+        self._y = [torch.randn(shape, device=site.device, dtype=torch.bfloat16) for _ in site.pool]
+        self._last: tuple[Any, Any, Any] | None = None
+
+    def dispatch(self, turn: int) -> None:
+        i = self._site.pool[turn]
+        got, counts, handle, _, _ = self._buffer.dispatch(
+            i.x, self._ids[turn], self._most, use_fp8=self._fp8
+        )
+        self._last = (got, counts, handle)
+
+    def combine(self, turn: int) -> torch.Tensor:
+        assert self._last is not None
+        i = self._site.pool[turn]
+        out, _, _ = self._buffer.combine(
+            self._y[turn], self._ids[turn], i.weights, self._last[2], out=self._out
+        )
+        result: torch.Tensor = out
+        return result
+
+    def _order(self) -> list[tuple[int, torch.Tensor]]:
+        """For each slot, its rows by source and token."""
+        assert self._last is not None
+        _, counts, (token_of, ranges, _, _) = self._last
+        order = []
+        for slot, count in enumerate(counts.tolist()):
+            key = torch.full((count,), -1, dtype=torch.int64)
+            for source, both in enumerate(ranges[slot].tolist()):
+                begin, many = both >> 32, both & 0xFFFFFFFF
+                key[begin : begin + many] = source << 32
+            key += token_of[slot, :count].cpu().long()
+            order.append((slot, key.argsort()))
+        return order
+
+    def rows(self) -> torch.Tensor:
+        assert self._last is not None
+        got = self._last[0]
+        parts = []
+        for slot, order in self._order():
+            at = order.to(self._site.device)
+            if self._fp8:
+                q, scales = got[0][slot][at], got[1][slot][at]
+                parts.append(dequantise(q, scales.contiguous(), torch.bfloat16))
+            else:
+                parts.append(got[slot][at])
+        return torch.cat(parts)
+
+    def put_results(self, turn: int, y: torch.Tensor) -> None:
+        begin = 0
+        for slot, order in self._order():
+            at = order.to(self._site.device)
+            self._y[turn][slot, at] = y[begin : begin + len(order)]
+            begin += len(order)
+
+    def close(self) -> None:
+        torch.cuda.synchronize()
+        self._site.gather(None)
+        self._buffer.destroy()
+
+
+class TorchLocal:
+    """torch on one rank: the rows of each expert copied together, and the weighted sums."""
+
+    def __init__(self, site: GpuSite) -> None:
+        if site.work.ranks > 1:
+            raise Unavailable("torch's collectives (NCCL) need a GPU for each rank")
+        self._site = site
+        work = site.work
+        shape = (work.tokens * work.topk, work.hidden)
+        self._y = [torch.randn(shape, device=site.device).to(work.torch_dtype) for _ in site.pool]
+        self._slots = torch.arange(work.slots + 1, device=site.device)
+        self._x = self._order = self._offsets = torch.empty(0)
+
+    def dispatch(self, turn: int) -> None:
+        i = self._site.pool[turn]
+        experts, self._order = i.expert_ids.flatten().sort(stable=True)
+        self._x = i.x[self._order // self._site.work.topk]
+        self._offsets = torch.searchsorted(experts, self._slots)
+
+    def combine(self, turn: int) -> torch.Tensor:
+        i, work = self._site.pool[turn], self._site.work
+        place = torch.empty_like(self._order)
+        place[self._order] = torch.arange(self._order.shape[0], device=self._site.device)
+        rows = self._y[turn][place].view(work.tokens, work.topk, work.hidden)
+        sums = (rows.float() * i.weights[..., None]).sum(1)
+        return sums.to(work.torch_dtype)
+
+    def rows(self) -> torch.Tensor:
+        return self._x
+
+    def put_results(self, turn: int, y: torch.Tensor) -> None:
+        self._y[turn].copy_(y)
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class GpuKind:
+    """One row of the table; see `baseline.Kind`."""
+
+    name: str
+    family: str
+    make: Callable[[GpuSite], GpuBaseline]
+    time: str
+    exact: bool
+
+
+OURS = "flexpert"
+NIXL_EP = "nixl_ep"
+INTERFACE = "flexpert as nixl_ep"
+
+
+def gpu_kinds(fp8: Scales | None) -> tuple[GpuKind, ...]:
+    """fp8: of the dispatch; None: rows in the dtype of the workload."""
+    sent = "fp8 on the way" if fp8 else "rows as they are"
+    return (
+        GpuKind(OURS, "ours", Ours, f"{sent}, flags, index by expert; partial sums back", not fp8),
+        GpuKind(
+            "flexpert, no checks",
+            "checks",
+            lambda site: Ours(site, checks=False),
+            "the same without reading masks and epochs: what these cost",
+            not fp8,
+        ),
+        GpuKind(
+            INTERFACE,
+            "interface",
+            lambda site: NixlEp(site, "flexpert.compat.nixl_ep"),
+            f"our buffer behind nixl_ep's interface: {sent}, then copied together by expert; "
+            "one row an expert back",
+            not fp8,
+        ),
+        GpuKind(NIXL_EP, "nixl_ep", NixlEp, f"{sent}, one row an expert there and back", not fp8),
+        GpuKind(
+            "torch",
+            "torch",
+            TorchLocal,
+            "sort, gather by expert (no fp8); gather and weighted sum in float32",
+            True,
+        ),
+    )

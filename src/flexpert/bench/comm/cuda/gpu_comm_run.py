@@ -1,0 +1,175 @@
+"""Who is checked and timed when on the GPUs, and the limit that no exchange can beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from flexpert.bench.comm.comm_run import Spread, spread_of
+from flexpert.bench.comm.cuda.gpu_baselines import NIXL_EP, OURS, GpuKind, gpu_kinds
+from flexpert.bench.comm.cuda.gpu_comm_rank import GpuRank, Phases
+from flexpert.bench.comm.ranks import RankFailed, Ranks, Settings
+from flexpert.bench.comm.workload import Workload, expert_table, make_input
+from flexpert.bench.machine import Machine, this_machine
+from flexpert.comm.quant import BLOCK
+
+CHECKED_TURNS = 2
+Note = Callable[[str], None]
+
+
+class GpuResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One baseline at one number of tokens.
+
+    dispatch_us, combine_us: one phase after a flush of the L2, the slowest rank of each exchange.
+    pair_us: dispatch and combine in a steady run.
+    skipped: why there are no figures, if there are none. wrong: it computed something else.
+    """
+
+    baseline: str
+    dispatch_us: Spread | None = None
+    combine_us: Spread | None = None
+    pair_us: Spread | None = None
+    skipped: str | None = None
+    wrong: bool = False
+
+
+class Limit(msgspec.Struct, frozen=True):
+    """Bytes that the ranks of one GPU must read and write at least, and the time that takes."""
+
+    dispatch_bytes: int
+    combine_bytes: int
+    dispatch_us: float
+    combine_us: float
+
+
+class GpuPoint(msgspec.Struct, frozen=True, kw_only=True):
+    workload: Workload
+    limit: Limit
+    results: list[GpuResult]
+
+    def ratio(self, phase: str) -> float | None:
+        """Our median over that of nixl_ep; phase: "dispatch_us", "combine_us" or "pair_us"."""
+        by_name = {result.baseline: getattr(result, phase) for result in self.results}
+        ours, theirs = by_name.get(OURS), by_name.get(NIXL_EP)
+        return ours.p50 / theirs.p50 if ours and theirs else None
+
+
+class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
+    """bandwidth: bytes a second of a large copy on the device, read and written."""
+
+    machine: Machine
+    devices: list[str]
+    bandwidth: float
+    fp8: str
+    contains: dict[str, str]
+    points: list[GpuPoint]
+
+    @property
+    def correct(self) -> bool:
+        """Whether everything of ours is; what a baseline computes is its own affair."""
+        ours = [r for point in self.points for r in point.results if r.baseline.startswith(OURS)]
+        return not any(result.wrong for result in ours)
+
+
+def run_gpu(
+    workloads: Sequence[Workload],
+    settings: Settings,
+    baselines: Sequence[str],
+    *,
+    repeat: int,
+    note: Note,
+) -> GpuReport:
+    """Check and time all baselines at every workload, which have the same number of ranks.
+
+    Raises: FlexpertError: a rank failed.
+    """
+    kinds = [k for k in gpu_kinds(settings.fp8) if k.family == "ours" or k.family in baselines]
+    ranks_count = workloads[0].ranks
+    points: list[GpuPoint] = []
+    note(f"starting {ranks_count} ranks")
+    with Ranks(ranks_count, settings, GpuRank) as ranks:
+        devices = ranks.all("device_name")
+        bandwidth = ranks.all("bandwidth")[0]
+        sharing = len(devices) // len(set(ranks.all("device_index")))
+        for work in workloads:
+            ranks.all("prepare", work)
+            results = []
+            for kind in kinds:
+                results.append(_measured(ranks, work, kind, repeat, note))
+                note(f"  {results[-1]}")
+            limit = traffic_limit(work, fp8=settings.fp8 is not None, sharing=sharing)
+            points.append(
+                GpuPoint(workload=work, limit=limit_times(limit, bandwidth), results=results)
+            )
+        ranks.all("prepare", workloads[0])  # closes what is open while everybody is there
+    return GpuReport(
+        machine=this_machine(),
+        devices=devices,
+        bandwidth=bandwidth,
+        fp8=settings.fp8 or "none",
+        contains={kind.name: kind.time for kind in kinds},
+        points=points,
+    )
+
+
+def _measured(ranks: Ranks, work: Workload, kind: GpuKind, repeat: int, note: Note) -> GpuResult:
+    note(f"{work.tokens} tokens: {kind.name}")
+    if why := _first(ranks.all("build", kind.name)):
+        ranks.all("drop", kind.name)
+        return GpuResult(baseline=kind.name, skipped=why)
+    wrong = _first(
+        [w for turn in range(CHECKED_TURNS) for w in ranks.all("check", kind.name, turn)]
+    )
+    if wrong:
+        ranks.all("drop", kind.name)
+        return GpuResult(baseline=kind.name, skipped=wrong, wrong=True)
+    by_rank: list[Phases] = ranks.all("measure", kind.name, repeat)
+    # again: had a rank been left out meanwhile, these would be times of something else
+    wrong = _first(ranks.all("check", kind.name, 0))
+    ranks.all("drop", kind.name)
+    if wrong:
+        return GpuResult(baseline=kind.name, skipped=f"after it was timed: {wrong}", wrong=True)
+    return GpuResult(
+        baseline=kind.name,
+        dispatch_us=_slowest([phases.dispatch for phases in by_rank]),
+        combine_us=_slowest([phases.combine for phases in by_rank]),
+        pair_us=_slowest([phases.pair for phases in by_rank]),
+    )
+
+
+def _slowest(by_rank: Sequence[Sequence[float]]) -> Spread:
+    return spread_of([max(turn) for turn in zip(*by_rank, strict=True)])
+
+
+def traffic_limit(work: Workload, *, fp8: bool, sharing: int) -> tuple[int, int]:
+    """Bytes (dispatch, combine) that `sharing` ranks on one GPU must move; of the first input.
+
+    dispatch: each token is read once and written once to each rank that wants it.
+    combine: each pair's result is read once; a partial sum is written for each (token, other rank)
+    and read at home; the sums are written.
+    """
+    row = work.row_bytes
+    sent_row = work.hidden + work.hidden // BLOCK * 4 if fp8 else row
+    owner = expert_table(work).rank
+    dispatch = combine = 0
+    for rank in range(work.ranks):
+        owners = owner[make_input(work, rank, 0).expert_ids]
+        wanted = [set(token) for token in owners.tolist()]
+        copies = sum(len(ranks) for ranks in wanted)
+        away = sum(len(ranks - {rank}) for ranks in wanted)
+        dispatch += work.tokens * row + copies * sent_row
+        combine += work.tokens * work.topk * row + 2 * away * row + work.tokens * row
+    return dispatch * sharing // work.ranks, combine * sharing // work.ranks
+
+
+def limit_times(limit: tuple[int, int], bandwidth: float) -> Limit:
+    dispatch, combine = limit
+    return Limit(dispatch, combine, dispatch / bandwidth * 1e6, combine / bandwidth * 1e6)
+
+
+def _first(answers: Sequence[str]) -> str:
+    return next((answer for answer in answers if answer), "")
+
+
+__all__ = ["GpuReport", "RankFailed", "run_gpu"]

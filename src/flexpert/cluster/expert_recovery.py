@@ -1,0 +1,97 @@
+"""Which experts the survivors of a loss hold, and how every expert is held again (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from flexpert.moe.placement import Placement, copies_of, cover, keep, replan
+
+Fits = Callable[[Placement], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRecovery:
+    """The rules of one service.
+
+    experts: logical experts of each of `layers`. redundant: replicas asked for beyond one of each.
+    degrade: after a loss serve without the experts that nobody holds, until they are loaded.
+    """
+
+    experts: int
+    layers: int
+    redundant: int = 0
+    degrade: bool = False
+
+    def whole(
+        self, previous: Placement | None, ranks: Iterable[int], fits: Fits
+    ) -> Placement | None:
+        """The placement of all experts on `ranks` that loads the fewest of those that fit.
+
+        After a loss redundancy is not restored, and is given up for room. None: none fits.
+        """
+        return next(filter(fits, self._choices(previous, frozenset(ranks))), None)
+
+    def spread(
+        self,
+        previous: Placement | None,
+        ranks: Iterable[int],
+        fits: Fits,
+        *,
+        hosts: Mapping[int, str] | None = None,
+    ) -> Placement:
+        """All experts and the redundancy asked for, balanced on `ranks`.
+
+        The one that loads the fewest, unless only another fits; what fits nowhere is for the caller
+        to find out. hosts: rank → its machine, see `replan`.
+        """
+        ids = frozenset(ranks)
+        fewest = self._replan(previous, ids, self.redundant, hosts)
+        if fits(fewest):
+            return fewest
+        # where history gave some ranks the larger share of every layer, a fresh start is fairer
+        fresh = self._replan(None, ids, self.redundant, hosts)
+        return fresh if fits(fresh) else fewest
+
+    def after_loss(
+        self, previous: Placement | None, survivors: Iterable[int], fits: Fits
+    ) -> Placement | None:
+        """What the survivors enter the next epoch with; None: they cannot serve.
+
+        fits: whether each rank has the memory for what it would hold.
+        """
+        ranks = frozenset(survivors)
+        if self.degrade and previous and ranks <= set(previous.ranks):
+            return keep(previous, ranks)  # less than they hold already: it fits
+        whole = self.whole(previous, ranks, fits)
+        return keep(previous, ranks) if whole is None and self.degrade and previous else whole
+
+    def under_replicated(self, placement: Placement, ranks: int) -> int:
+        """How many experts, over all layers, fewer ranks hold than asked for among `ranks`."""
+        if not self.redundant:
+            return 0
+        return placement.thinner_than(copies_of(self.experts, self.redundant, ranks))
+
+    def _choices(self, previous: Placement | None, ranks: frozenset[int]) -> Iterator[Placement]:
+        if previous and ranks <= set(previous.ranks):
+            yield cover(previous, ranks)
+        else:
+            yield self._replan(previous, ranks, self.redundant)
+        yield self._replan(previous, ranks, 0)
+        yield self._replan(None, ranks, 0)
+
+    def _replan(
+        self,
+        previous: Placement | None,
+        ranks: frozenset[int],
+        redundant: int,
+        hosts: Mapping[int, str] | None = None,
+    ) -> Placement:
+        return replan(
+            previous,
+            ranks,
+            experts=self.experts,
+            layers=self.layers,
+            redundant=redundant,
+            hosts=hosts,
+        )

@@ -1,0 +1,75 @@
+"""What the coordinator needs from the head around it: time, processes, messages, the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from flexpert.cluster import messages as msg
+from flexpert.cluster.views import ClusterEvent
+from flexpert.engine.request import HeldKV, KVMigration
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a rank's process has done so far.
+
+    processor_s: its threads' processor time. faults: pages it had to wait for, or be given.
+    starved: wants a processor and has none, or has one just now.
+    """
+
+    processor_s: float
+    faults: int
+    starved: bool = False
+
+
+class Timer(Protocol):
+    """A call that is still to come."""
+
+    def cancel(self) -> object: ...
+
+
+class HeadInterface(Protocol):
+    """The head, or a simulation of it."""
+
+    def call_later(self, delay_s: float, action: Callable[[], None]) -> Timer: ...
+
+    def now(self) -> float:
+        """Seconds, of a clock that only goes forward."""
+        ...
+
+    def spawn(self, rank: int) -> None: ...
+    def kill(self, rank: int) -> None: ...
+    def send(self, rank: int, command: msg.Command) -> None: ...
+    def work(self, rank: int) -> Work | None:
+        """Of the rank's process until now; None if it is gone or not there yet."""
+        ...
+
+    def assign_destinations(
+        self, held: list[HeldKV], destinations: Iterable[int]
+    ) -> dict[int, list[KVMigration]]:
+        """Who will go on with a leaver's sequences; see `Journal.assign_destinations`."""
+        ...
+
+    def hand_over(
+        self, rank: int, held: list[HeldKV], destinations: Iterable[int]
+    ) -> dict[int, list[KVMigration]]:
+        """A rank has left or is lost: who goes on with its sequences; see `Journal.hand_over`."""
+        ...
+
+    def rank_ended(self, rank: int, own_fault: bool) -> None:
+        """A rank has ended unasked: what may have ended it is not tried for ever; see
+        `Journal.rank_ended`."""
+        ...
+
+    def admit_waiting(self) -> None: ...
+    def lost(self, reason: str) -> None: ...
+    def publish(self, event: ClusterEvent) -> None: ...
+    def impair(self, part: str, why: str | None) -> None:
+        """A part of the service does not do its work now, or does again (None)."""
+        ...
+
+    def heard(self) -> bool:
+        """Whether anybody listens to how an operation goes on; its end is always published."""
+        ...

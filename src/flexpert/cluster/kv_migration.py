@@ -1,0 +1,85 @@
+"""How the sequences of a rank that leaves or is lost come to others, with their KV if it leaves.
+
+In a planned change a leaver tells what it holds, its destinations copy that while it goes on
+(`offered`, `fetched`); at the switch it hands over the rest (`hand_over`), and ends once the last
+destination has read it (`adopted`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from flexpert.cluster import messages as msg
+from flexpert.cluster.interfaces import HeadInterface
+from flexpert.cluster.rank_state import RankState
+from flexpert.engine.request import HeldKV
+
+
+class KVMigrations:
+    """Who still copies from whom. ranks: the coordinator's records, as they are."""
+
+    def __init__(self, ranks: Mapping[int, RankState], ports: HeadInterface) -> None:
+        self._ranks = ranks
+        self._ports = ports
+        self._fetching: dict[int, set[int]] = {}  # leaver → destinations that copy what it offered
+        self._adopting: dict[int, set[int]] = {}  # leaver → destinations that may still read its KV
+
+    def clear(self) -> None:
+        self._fetching.clear()
+        self._adopting.clear()
+
+    def offered(
+        self, epoch: int, leaver: int, held: list[HeldKV], destinations: Iterable[int]
+    ) -> bool:
+        """Tell destinations what to copy ahead; True: there is nothing to wait for."""
+        migrations = self._ports.assign_destinations(held, destinations)
+        self._fetching[leaver] = set(migrations)
+        self._adopting[leaver] = set(migrations)
+        for destination, some in migrations.items():
+            self._ports.send(destination, msg.Fetch(epoch, leaver, self._ranks[leaver].kv, some))
+        return not migrations
+
+    def fetched(self, leaver: int, destination: int) -> bool:
+        """An destination has copied what was there; True: it was the last."""
+        waited = self._fetching.get(leaver)
+        if waited is None:
+            return False
+        waited.discard(destination)
+        return not waited
+
+    def hand_over(self, rank: int, held: list[HeldKV], destinations: Iterable[int]) -> int:
+        """Others go on with a rank's sequences. Returns how many of them.
+
+        held: what of their KV there is to copy; nothing if the rank is lost.
+        """
+        migrations = self._ports.hand_over(rank, held, destinations)
+        record = self._ranks.get(rank)
+        if record is None:
+            for destination, some in migrations.items():
+                self._ports.send(destination, msg.Admit([move.sequence for move in some]))
+        else:
+            # those who copied ahead hear in any case that no more comes
+            told = set(migrations) | self._adopting.get(rank, set())
+            self._adopting[rank] = told
+            for destination in sorted(told):
+                self._ports.send(
+                    destination, msg.Adopt(rank, record.kv, migrations.get(destination, []))
+                )
+        return sum(map(len, migrations.values()))
+
+    def adopted(self, leaver: int, destination: int) -> bool:
+        """An destination reads nothing of a leaver's memory any more; True: nobody does."""
+        waited = self._adopting.get(leaver)
+        if waited is None:
+            return False
+        waited.discard(destination)
+        return not waited
+
+    def lost(self, destination: int) -> None:
+        """A rank that reads nothing any more, because it is gone."""
+        for destinations in self._adopting.values():
+            destinations.discard(destination)
+
+    def reads(self, leaver: int) -> bool:
+        """Whether anybody may still read a leaver's memory."""
+        return bool(self._adopting.get(leaver))

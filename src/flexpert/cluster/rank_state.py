@@ -1,0 +1,46 @@
+"""What the head knows of one rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flexpert.cluster import messages as msg
+from flexpert.cluster.interfaces import Work
+from flexpert.cluster.views import RankStatus, RankView
+from flexpert.moe.placement import Placement
+
+
+@dataclass(slots=True)
+class RankState:
+    """Kept by the coordinator from the start of the process to its certain end."""
+
+    id: int
+    state: RankStatus = "starting"
+    host: str = ""
+    pid: int = 0
+    address: bytes = b""
+    kv: bytes = b""  # address of its KV cache
+    experts: bytes = b""  # address of those it holds
+    load: msg.Load = field(default_factory=lambda: msg.Load(0, 0, 0.0, 0))
+    memory: msg.Memory | None = None
+    error: str = ""
+    blameless: bool = False  # ended because others were lost
+    heard: float = 0.0  # when, by the ports' clock
+    looked: float | None = None  # at its work, when it had been silent for a while
+    work: Work | None = None  # what it had done by then
+    suspect: bool = False  # silent for long, and has done nothing since
+
+    def view(self, placement: Placement | None) -> RankView:
+        return RankView(
+            id=self.id,
+            state=self.state,
+            host=self.host,
+            pid=self.pid,
+            running=self.load.running,
+            waiting=self.load.waiting,
+            kv_used=round(self.load.kv_used, 4),
+            experts=placement.count(self.id) if placement else 0,
+            memory_bytes=self.load.memory,
+            planned_bytes=self.memory.total if self.memory else 0,
+            graphs=self.load.graphs,
+        )

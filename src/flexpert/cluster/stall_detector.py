@@ -1,0 +1,125 @@
+"""Which ranks have stalled: those that neither speak nor work."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from flexpert.cluster.interfaces import HeadInterface, Timer, Work
+from flexpert.cluster.rank_state import RankState
+
+log = logging.getLogger("flexpert")
+
+PART = "the watch for ranks that hang"  # of the service
+
+# Of the stall timeout: a silent rank is ended after STALLED of it; looked at WATCHES times.
+STALLED = 0.9
+STUCK = 0.7  # the same for a rank whose step loop hangs: it looks at it only ten times
+WATCHES = 20
+# Of a processor: who does less does nothing. Threads that wait for Python's lock, which a hung one
+# holds, ask for it every 5 ms; that takes up to 0.02.
+IDLE = 0.05
+
+
+def worked(before: Work | None, after: Work | None, seconds: float) -> bool:
+    """Whether a silent process did anything in these seconds: slow is not dead."""
+    if before is None or after is None:
+        return before is not after
+    return (
+        after.starved
+        or after.faults > before.faults
+        or after.processor_s - before.processor_s > IDLE * seconds
+    )
+
+
+class Watch:
+    """Ends them; such an end is an ordinary loss.
+
+    ranks: the coordinator's records, as they are. warn: tells the people.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[int, RankState],
+        ports: HeadInterface,
+        stall_timeout_s: float,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._ranks = ranks
+        self._ports = ports
+        self._stall_s = stall_timeout_s
+        self._warn = warn
+        self._timer: Timer | None = None
+        self._looked = 0.0
+        self._held_up = float("-inf")  # until when the head itself was
+        self._failed = ""  # why the latest look did
+
+    def start(self) -> None:
+        self._looked = self._ports.now()
+        self._look_again()
+
+    def close(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+
+    def heard(self, record: RankState) -> None:
+        """A rank has said something."""
+        record.heard, record.looked, record.suspect = self._ports.now(), None, False
+
+    def stuck(self, rank: int, seconds: float) -> None:
+        """A rank says that it lives, but that its step loop has done nothing for a while."""
+        if seconds >= STUCK * self._stall_s:
+            self.end([rank], f"does nothing for {seconds:.1f} s, its step loop hangs")
+
+    def late(self, due: float) -> bool:
+        """Whether the head itself was held up: reports may lie there unread, and nobody is to
+        blame before they are read."""
+        limit_s = self._stall_s / 4
+        now = self._ports.now()
+        return now - due > limit_s or now - self._held_up < limit_s
+
+    def end(self, ranks: Iterable[int], why: str) -> None:
+        for rank in sorted(ranks):
+            record = self._ranks.get(rank)
+            if record and record.state != "stalled":
+                record.state, record.error = "stalled", why
+                self._warn(f"rank {rank} {why} and is ended")
+                self._ports.kill(rank)
+
+    def _look_again(self) -> None:
+        """One look; whatever becomes of it, there is a next one."""
+        try:
+            self._look()
+        except Exception as error:
+            why = repr(error)
+            if why != self._failed:  # once, not twenty times in a stall timeout
+                log.exception("ranks could not be watched")
+            self._failed = why
+            self._ports.impair(PART, why)
+        else:
+            if self._failed:
+                self._failed = ""
+                self._ports.impair(PART, None)
+        self._timer = self._ports.call_later(self._stall_s / WATCHES, self._look_again)
+
+    def _look(self) -> None:
+        now = self._ports.now()
+        late = now - self._looked > self._stall_s / 4
+        if late:
+            self._held_up = now
+        self._looked = now
+        for rank, record in list(self._ranks.items()):
+            if record.state == "starting":
+                continue
+            if late:
+                self.heard(record)
+            silent_s = now - record.heard
+            if silent_s >= self._stall_s / 2 and record.looked is None:
+                record.looked, record.work = now, self._ports.work(rank)
+            elif silent_s >= (STALLED - 1 / WATCHES) * self._stall_s and record.looked is not None:
+                if worked(record.work, self._ports.work(rank), now - record.looked):
+                    self.heard(record)
+                elif record.suspect:
+                    self.end([rank], f"was silent for {silent_s:.1f} s")
+                else:  # its last word may be on its way
+                    record.suspect = True

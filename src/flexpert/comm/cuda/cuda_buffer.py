@@ -1,0 +1,538 @@
+"""CudaBuffer: dispatch and combine between GPU ranks of one host.
+
+Rows and flags go from GPU to GPU (peers.py, exchange.py), what is agreed by hosts through the
+control buffer (comm/gpu_buffer.py). Membership changes write one table on the GPU, in the order of
+the stream, so that captured CUDA graphs go on without being captured again.
+
+Differences to the CPU backend:
+  - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link.
+  - An expert without an active owner is skipped with either `on_timeout`; `loss` tells.
+  - Outside of graphs, each exchange waits for the device, since errors must be raised in time.
+    While a graph is captured, and in its replays, nothing is waited for: ask `check` afterwards.
+  - Everything must be launched on one stream, the current one of the caller.
+  - Windows are sized for the capacity: it cannot grow. An id may be used again only when its old
+    process has ended: the place in the peers' windows belongs to the id.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexpert.comm import quant
+from flexpert.comm.buffer import (
+    BufferSpec,
+    ExpertTable,
+    Loss,
+    OnTimeout,
+    Pending,
+    Received,
+    Reduce,
+    Scales,
+)
+from flexpert.comm.cuda.cuda_exchange import Dispatched, Exchange, Tuning
+from flexpert.comm.cuda.cuda_layout import (
+    LANES,
+    MAX_EPOCH,
+    PAGE_WORDS,
+    Page,
+    Word,
+    check,
+    layout,
+    read_report,
+)
+from flexpert.comm.cuda.cuda_received import CudaReceived
+from flexpert.comm.cuda.peers import Address, Memory, Window, decode, open_window, own_window
+from flexpert.comm.errors import CommError, Interrupted
+from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, loss_of
+from flexpert.comm.host.core import State
+from flexpert.comm.routing import check_dispatch, check_table
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+
+class CudaBuffer(DeviceBuffer):
+    """The `Buffer` of GPU ranks. See the module's docstring."""
+
+    def __init__(
+        self,
+        rank: int,
+        spec: BufferSpec,
+        *,
+        timeout_s: float = 30.0,
+        on_timeout: OnTimeout = "raise",
+        store: Store | None = None,
+        device: torch.device | None = None,
+        same_k: bool = False,
+        tuning: Tuning | None = None,
+    ) -> None:
+        """device: of the window; default: the current CUDA device. same_k: see `Exchange`, equal on
+        all ranks. The rest: see `make_buffer`."""
+        check(spec)
+        device = device or default_device()
+        self._page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
+        super().__init__(
+            rank,
+            spec,
+            timeout_s=timeout_s,
+            on_timeout=on_timeout,
+            store=store,
+            device=device,
+            listener=self._hear,
+        )
+        self._window: Window = own_window(layout(spec).size, self.device)
+        self.exchange = Exchange(
+            rank, spec, self._window.tensor, self._page, same_k=same_k, tuning=tuning
+        )
+        self._address = Address.of(self._control.address, spec, self._window).encode()
+        if store is not None:  # peers that meet by id look here, once they have met
+            store.set(self._key(rank), self._address)  # type: ignore[arg-type]
+        self._peers: dict[int, Memory] = {}
+        self._departed: list[Memory] = []
+        self._thread = threading.get_ident()  # that exchanges
+        self._links: dict[int, int] = {rank: 0}  # active on the device → number of the link
+        self._limit_s = timeout_s
+        self._write(restart=None)
+
+    # ---- membership -------------------------------------------------------------------------
+
+    @property
+    def address(self) -> bytes:
+        return self._address
+
+    @property
+    def connected(self) -> tuple[int, ...]:
+        with self._changes:
+            return tuple(sorted((self.rank, *self._peers)))
+
+    @property
+    def most_rows(self) -> int:
+        return self.exchange.most_rows
+
+    @property
+    def _stopped(self) -> bool:
+        return bool(self._page[Page.STOP])
+
+    def count(self, received: Received) -> int:
+        assert isinstance(received, CudaReceived)
+        return received.count
+
+    def connect(
+        self,
+        peers: Mapping[int, bytes] | Iterable[int],
+        *,
+        activate: bool = False,
+        timeout_s: float | None = None,
+    ) -> None:
+        known = set(self.connected)
+        if isinstance(peers, Mapping):
+            new = {p: decode(p, a, self.spec) for p, a in peers.items() if p not in known}
+            controls = {peer: address.control for peer, address in new.items()}
+            self._control.connect(controls, timeout_s=timeout_s)
+        else:
+            peers = sorted(set(peers))
+            self._control.connect(peers, timeout_s=timeout_s)
+            new = {peer: self._met(peer) for peer in peers if peer not in known}
+        opened: dict[int, Memory] = {}
+        try:
+            for peer, address in new.items():
+                opened[peer] = open_window(peer, address, self.device)
+        except CommError:
+            self._control.disconnect(new)
+            for memory in opened.values():
+                memory.close()
+            raise
+        with self._changes:
+            self._peers.update(opened)
+            self._changed = True
+        self._apply_now()
+        if activate:
+            self.unmask(peers)
+
+    def _key(self, peer: int) -> str:
+        """Of a process's address in the store; no other process ever has the same."""
+        return f"flexpert/cuda/{self._control.nonce(peer).hex()}"
+
+    def _met(self, peer: int) -> Address:
+        assert self._store is not None
+        return decode(peer, self._store.get(self._key(peer)), self.spec)
+
+    def disconnect(self, ids: Iterable[int]) -> None:
+        gone = sorted(set(ids))
+        self._control.disconnect(gone)
+        with self._changes:
+            for peer in gone:
+                memory = self._peers.pop(peer, None)
+                if memory is not None:
+                    self._departed.append(memory)
+                    self._page[Page.GONE + peer] = 1
+                    self._changed = True
+        self._apply_now()
+
+    def mask(self, ids: Iterable[int]) -> None:
+        masked = sorted(set(ids))
+        self._control.mask(masked)
+        with self._changes:
+            for peer in masked:
+                if self._links.pop(peer, None) is not None:
+                    self._page[Page.GONE + peer] = 1
+            self._changed = True
+        self._apply_now()
+
+    def set_active(self, ids: Iterable[int], epoch: int) -> None:
+        with self._lock, self._changes:
+            self._thread = threading.get_ident()
+            if epoch > MAX_EPOCH:
+                raise ValueError(f"epoch {epoch} is above {MAX_EPOCH}, which flags can carry")
+            wanted = tuple(sorted(set(ids)))
+            self._control.set_active(wanted, epoch)
+            self._synchronize()
+            # a peer may still be reading what an unfinished exchange sent
+            self._must_vote |= self._state is not State.BETWEEN
+            self._page[Page.STOP] = 0
+            self._page[Page.GONE : Page.GONE + LANES] = 0
+            for peer in self._control.lost:
+                self._page[Page.GONE + peer] = 1
+            self._state = State.BETWEEN
+            self._received = None
+            self.sequence = 0
+            self._links = dict.fromkeys(wanted, 0)
+            self._unmap()
+            self._write(restart=None)
+
+    # ---- changes ------------------------------------------------------------------------------
+
+    def _hear(self, peer: int, in_vain: bool) -> None:
+        """From the control buffer's threads: whether waiting for a peer is in vain."""
+        if peer < LANES:
+            self._page[Page.GONE + peer] = int(in_vain)
+
+    def _apply_now(self) -> None:
+        """Apply changes if no exchange is under way; else the next exchange or vote will.
+
+        Only the thread that exchanges may: to the others, the stream it launches on is unknown.
+        """
+        if self._thread == threading.get_ident() and self._lock.acquire(blocking=False):
+            try:
+                if self._state in (State.BETWEEN, State.BROKEN):
+                    self._apply()
+            finally:
+                self._lock.release()
+
+    def _apply(self) -> None:
+        with self._changes:
+            if not self._changed or self._capturing:
+                return
+            self._changed = False
+            self._synchronize()
+            active = self._control.active
+            self._links = {p: link for p, link in self._links.items() if p in active}
+            self._unmap()
+            self._write(restart=())
+
+    def _unmap(self) -> None:
+        """Nothing that was launched is under way. The table forgets these peers right after."""
+        for memory in self._departed:
+            memory.close()
+        self._departed.clear()
+
+    def _write(self, restart: tuple[int, ...] | None) -> None:
+        """Rewrite the table, between two exchanges."""
+        addresses = {peer: memory.address for peer, memory in self._peers.items()}
+        addresses[self.rank] = self._window.address
+        self._limit_s = self.timeout_s
+        self.exchange.configure(
+            addresses,
+            self._links,
+            self._control.epoch,
+            limit_ns=int(self.timeout_s * 1e9),
+            elsewhere=any(memory.elsewhere for memory in self._peers.values()),
+            restart=restart,
+        )
+
+    # ---- the step barrier ---------------------------------------------------------------------
+
+    def post_vote(self, payload: bytes) -> None:
+        with self._lock:
+            self._begin("vote between dispatch and combine")
+            self._control.post_vote(payload)
+
+    def collect_votes(self, timeout_s: float) -> dict[int, bytes]:
+        with self._lock:
+            self._check_whole()
+            votes = self._control.collect_votes(timeout_s)
+            self._must_vote = False
+            with self._changes:
+                links = {
+                    peer: link
+                    for peer in self._control.active
+                    if (link := self._control.link(peer)) is not None
+                }
+                fresh = tuple(p for p, link in links.items() if self._links.get(p) != link)
+                if fresh or links.keys() != self._links.keys():
+                    self._synchronize()
+                    for peer in fresh:
+                        self._page[Page.GONE + peer] = 0
+                    self._links = links
+                    self._write(restart=fresh)
+            return votes
+
+    @property
+    def vote_due(self) -> bool:
+        """Whether peers were unmasked that only the next vote takes in."""
+        with self._changes:
+            return not set(self._control.active) <= self._links.keys()
+
+    def interrupt(self) -> None:
+        self._control.interrupt()
+        self._page[Page.STOP] = 1
+
+    # ---- the exchange -------------------------------------------------------------------------
+
+    def begin_dispatch(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: ExpertTable,
+        *,
+        fp8: Scales | None = None,
+    ) -> Pending[Received]:
+        pending: Pending[Any] = self._send(x, expert_ids, weights, table, fp8, wait=False)
+        return pending
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: ExpertTable,
+        *,
+        fp8: Scales | None = None,
+        timeout_s: float | None = None,
+    ) -> CudaReceived:
+        self._set_limit(timeout_s)
+        return self._send(x, expert_ids, weights, table, fp8, wait=self._cuda)(timeout_s)
+
+    def _send(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: ExpertTable,
+        fp8: Scales | None,
+        *,
+        wait: bool,
+    ) -> Hook[CudaReceived]:
+        check_dispatch(self.spec, x, expert_ids, weights)
+        check_table(table)
+        self._check_here(x=x, expert_ids=expert_ids, table=table.rank)
+        if fp8 is not None:
+            if x.dtype is torch.uint8:
+                raise ValueError(f"x is bytes already; fp8={fp8!r} takes {self.spec.dtype}")
+            quant.check(self.spec.hidden, fp8)
+        with self._lock:
+            self._begin("dispatch before combine of the last")
+            self._check_voted("the last exchange was incomplete and a peer may still be reading it")
+            self._state = State.BROKEN  # first: a signal may strike right after the launch
+            sent = self.exchange.send_dispatch(
+                x, expert_ids.contiguous(), weights.contiguous(), table, fp8=fp8, wait=wait
+            )
+            self.sequence += 1
+            self._exchanges += 1
+            self._state = State.DISPATCHED
+        sequence = self.sequence
+
+        def receive(timeout_s: float | None) -> CudaReceived:
+            return self._receive(sent, sequence, timeout_s, waited=wait)
+
+        return Hook(receive)
+
+    def _receive(
+        self, sent: Dispatched, sequence: int, timeout_s: float | None, *, waited: bool
+    ) -> CudaReceived:
+        with self._lock:
+            self._check_whole()
+            self._check_turn(State.DISPATCHED, sequence, "dispatch")
+            self._state = State.BROKEN
+            if not waited:
+                self._set_limit(timeout_s)
+                self.exchange.wait_dispatch(sent)
+            self.exchange.index(sent)
+            masked = self.check()
+            self._received = CudaReceived(self, sent, masked, self.epoch, sequence)
+            self._state = State.RECEIVED
+            return self._received
+
+    def begin_combine(
+        self,
+        y: torch.Tensor,
+        received: Received,
+        *,
+        reduce: Reduce = "rank",
+        weights: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+        expert_ids: torch.Tensor | None = None,
+    ) -> Pending[torch.Tensor]:
+        """As in `Buffer`, and:
+
+        places: of `CudaReceived.pack`: y is [slots · limit, hidden], with each row in its place.
+        expert_ids: [tokens, k] as in dispatch, but that some may be -1 now and count no longer;
+            only for "home".
+        """
+        return self._return(y, received, reduce, weights, out, places, expert_ids, wait=False)
+
+    def combine(
+        self,
+        y: torch.Tensor,
+        received: Received,
+        *,
+        reduce: Reduce = "rank",
+        weights: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        timeout_s: float | None = None,
+        places: torch.Tensor | None = None,
+        expert_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        self._set_limit(timeout_s)
+        hook = self._return(y, received, reduce, weights, out, places, expert_ids, wait=self._cuda)
+        return hook(timeout_s)
+
+    def _return(
+        self,
+        y: torch.Tensor,
+        received: Received,
+        reduce: Reduce,
+        weights: torch.Tensor | None,
+        out: torch.Tensor | None,
+        places: torch.Tensor | None,
+        expert_ids: torch.Tensor | None,
+        *,
+        wait: bool,
+    ) -> Hook[torch.Tensor]:
+        spec = self.spec
+        if reduce not in ("home", "rank"):
+            raise ValueError(f"reduce is {reduce!r}, must be 'home' or 'rank'")
+        with self._lock:
+            self._check_combines(received)
+            assert isinstance(received, CudaReceived)
+            sent = received.sent
+            if places is None:
+                self._check_rows("y", y, None if self._capturing else received.count)
+            else:
+                self._check_rows("y", y, y.shape[0])
+                if places.dtype is not torch.int32 or places.shape != self.exchange.rows.shape:
+                    raise ValueError("places must be those that `pack` filled")
+            if reduce != "home" and (weights is not None or expert_ids is not None):
+                raise ValueError("weights and expert_ids at combine need reduce='home'")
+            if expert_ids is not None:
+                self._check_ids(expert_ids, sent.expert_ids)
+                sent = replace(sent, expert_ids=expert_ids.contiguous())
+            if weights is not None:
+                if weights.dtype is not torch.float32 or weights.shape != sent.weights.shape:
+                    raise ValueError(f"weights must be {list(sent.weights.shape)} float32")
+                weights = weights.contiguous()
+            if out is None:
+                shape = (sent.tokens, spec.hidden)
+                out = torch.empty(shape, dtype=spec.dtype, device=self.device)
+            else:
+                self._check_rows("out", out, sent.tokens)
+            self._state = State.BROKEN
+            if wait:
+                self.exchange.combine(y, sent, out, reduce=reduce, weights=weights, places=places)
+            else:
+                self.exchange.send_combine(out, y, sent, reduce=reduce, wait=False, places=places)
+            self._state = State.COMBINED
+        sequence, target = self.sequence, out
+
+        def receive(timeout_s: float | None) -> torch.Tensor:
+            with self._lock:
+                self._check_whole()
+                self._check_turn(State.COMBINED, sequence, "combine")
+                self._state = State.BROKEN
+                if not wait:
+                    self._set_limit(timeout_s)
+                    self.exchange.wait_combine()
+                    self.exchange.reduce(
+                        target, y, sent, reduce=reduce, weights=weights, places=places
+                    )
+                self.check()
+                self._state = State.BETWEEN
+                return target
+
+        return Hook(receive)
+
+    def check(self) -> tuple[int, ...]:
+        """As in `Buffer`. Does nothing while a graph is captured."""
+        if self._capturing:
+            return ()
+        self._synchronize()
+        missing = read_report(self._page)
+        if not missing:
+            return ()
+        ranks = tuple(m.rank for m in missing)
+        if self._page[Page.STOP]:
+            self._state = State.BROKEN
+            raise Interrupted(
+                f"rank {self.rank} was interrupted in {missing[0].phase} (epoch {self.epoch})"
+            )
+        if not self._lenient:
+            self._state = State.BROKEN
+            raise self._failed(ranks, missing[0].phase, missing[0].epoch, self._limit_s)
+        self._page[Page.REPORT : Page.REPORT + LANES] = 0
+        self.mask(ranks)
+        return ranks
+
+    def loss(self, received: Received) -> Loss | None:
+        with self._lock:
+            self._check_combined(received)
+            assert isinstance(received, CudaReceived)
+            sent = received.sent
+            back = self.exchange.table[Word.RETURNED : Word.RETURNED + LANES] != 0
+            back[self.rank] = True
+            return loss_of(sent.expert_ids, sent.weights, sent.table, back)
+
+    def close(self) -> None:
+        self.interrupt()  # what waits on the device ends
+        with self._lock, self._changes:
+            if self._state is State.CLOSED:
+                return
+            self._synchronize()
+            self._state = State.CLOSED
+            self._departed += self._peers.values()
+            self._peers.clear()
+            self._unmap()
+            self._control.close()
+            self._window.close()
+
+    # ---- helpers ------------------------------------------------------------------------------
+
+    def _set_limit(self, timeout_s: float | None) -> None:
+        """In the order of the stream."""
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        if limit_s != self._limit_s and self._cuda and not self._capturing:
+            self._limit_s = limit_s
+            self.exchange.table[Word.LIMIT] = int(limit_s * 1e9)
+
+    def _begin(self, otherwise: str) -> None:
+        self._check_between(otherwise)
+        self._thread = threading.get_ident()
+        self.check()  # what replays of graphs have reported since
+        self._apply()
+
+    def _check_ids(self, ids: torch.Tensor, sent: torch.Tensor) -> None:
+        if (
+            ids.shape != sent.shape
+            or ids.dtype not in (torch.int32, torch.int64)
+            or ids.device != self.device
+        ):
+            raise ValueError(
+                f"expert_ids must be {list(sent.shape)} int32 or int64 on {self.device}, is "
+                f"{list(ids.shape)} {ids.dtype} on {ids.device}"
+            )

@@ -1,0 +1,380 @@
+"""One rank's exchange on its GPU: the tensors the kernels work on, and their launches.
+
+Everything here can be captured into a CUDA graph: launches have fixed arguments, what changes lies
+in the table. `CudaBuffer` adds what concerns other processes and the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from flexpert.comm import quant
+from flexpert.comm.buffer import BufferSpec, ExpertTable, Reduce, Scales
+from flexpert.comm.cuda import combine_kernels as combine
+from flexpert.comm.cuda import dispatch_kernels as dispatch
+from flexpert.comm.cuda import wait_kernels as waiting
+from flexpert.comm.cuda.cuda_layout import (
+    HOST_WORDS,
+    LANES,
+    TABLE_WORDS,
+    Page,
+    Word,
+    check,
+    fp8_kind,
+    layout,
+    scale_bytes,
+    tag,
+)
+from flexpert.comm.interpreter import INTERPRETED
+
+_FOREVER_NS = 2**62
+_SIM_POLLS = 3  # the limit in Triton's interpreter, where a kernel of one process waits for none
+_SIM_NS = 250_000  # of one look, roughly; the limit where peers are other processes
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the kernels are launched; found by measuring on an H100, see docs/performance.md.
+
+    send_width: elements of a row that one program of dispatch sends.
+    width: elements of a row that one program of combine sums.
+    workers: programs of send_combine, at most.
+    reducers: programs of reduce, at most.
+    chunk: slots that one program of index_rows looks at in one go.
+    pack_width: words of 4 bytes of a row that one program of pack_rows copies. Not measured yet,
+        nor the other two.
+    packers: programs of pack_rows that copy, at most.
+    checks: read masks and epochs; False only to measure what they cost.
+
+    In Triton's interpreter, where a program takes a millisecond, the default is `FEW`.
+    """
+
+    send_width: int = 8192
+    send_warps: int = 16
+    index_warps: int = 16
+    width: int = 1024
+    combine_warps: int = 4
+    workers: int = 528
+    reducers: int = 4096
+    chunk: int = 2048
+    pack_width: int = 1024
+    pack_warps: int = 4
+    packers: int = 1056
+    checks: bool = True
+
+
+FEW = Tuning(workers=4, reducers=8, packers=4)
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """Where the rows of the last dispatch lie. Static tensors: each replay fills them anew.
+
+    Rows are (token, local expert) pairs, by slot, then source rank, token and choice.
+
+    offsets: [slots + 1] int32; rows of slot s are offsets[s] … offsets[s+1]-1.
+    rows: [most rows] int32: row of `payload` for each; places beyond offsets[-1] hold nothing.
+    pairs: [most rows] int32: source · max_tokens · topk + token · topk + choice.
+    payload: [capacity · max_tokens, n]: where tokens arrived: hidden in spec.dtype or
+        float8_e4m3fn, or bytes.
+    scales: [capacity · max_tokens, hidden / 128] float32, or [.., hidden / 512] int32, or None.
+    weights: [capacity · max_tokens · topk] float32, by pair.
+    """
+
+    offsets: torch.Tensor
+    rows: torch.Tensor
+    pairs: torch.Tensor
+    payload: torch.Tensor
+    scales: torch.Tensor | None
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatched:
+    """What a dispatch was called with, for its combine.
+
+    stride: by how many choices two tokens are apart; see `Exchange`.
+    """
+
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+    table: ExpertTable
+    tokens: int
+    payload: str
+    indexed: Indexed
+    stride: int
+
+
+class Exchange:
+    """The kernels of one rank over a window that peers can write.
+
+    window: [size of layout] uint8 on the device, zeroed.
+    page: [PAGE_WORDS] int64 in pinned host memory (or host memory, in the interpreter).
+    same_k: all ranks dispatch with the same k, idle ones too: choices are packed by it, and the
+        kernels look at no others. Else there is room for `spec.topk` of each token.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        spec: BufferSpec,
+        window: torch.Tensor,
+        page: torch.Tensor,
+        *,
+        home: bool = True,
+        same_k: bool = False,
+        tuning: Tuning | None = None,
+    ) -> None:
+        check(spec)
+        self.rank, self.spec, self.window, self.page = rank, spec, window, page
+        self.tuning = tuning or (FEW if INTERPRETED else Tuning())
+        self.layout = layout(spec, home=home)
+        self.home = home
+        self._same_k = same_k
+        device = window.device
+        self.table = torch.zeros(TABLE_WORDS, dtype=torch.int64, device=device)
+        # rewritten as one piece; what it is copied from must stay as it is until the copy is done
+        self._host = torch.zeros(HOST_WORDS, dtype=torch.int64)
+        if device.type == "cuda":
+            self._host = self._host.pin_memory()
+        self._counters = torch.zeros((LANES, LANES), dtype=torch.int32, device=device)
+        places = spec.capacity * spec.max_tokens
+        self.most_rows = places * spec.topk
+        self.rows = torch.zeros(self.most_rows, dtype=torch.int32, device=device)
+        self.pairs = torch.zeros_like(self.rows)
+        self.position = torch.full_like(self.rows, -1)
+        self._offsets: dict[int, torch.Tensor] = {}
+        at = self.layout.weights_at
+        self.weights = window[at : at + self.most_rows * 4].view(torch.float32)
+        self._lanes = triton.next_power_of_2(spec.capacity)
+        self._sim = INTERPRETED
+
+    # ---- what the host rewrites ---------------------------------------------------------------
+
+    def configure(
+        self,
+        peers: Mapping[int, int],
+        links: Mapping[int, int],
+        epoch: int,
+        *,
+        limit_ns: int = _FOREVER_NS,
+        elsewhere: bool = False,
+        restart: tuple[int, ...] | None = None,
+    ) -> None:
+        """Write membership into the table, in the order of the current stream.
+
+        Args:
+            peers: id → address of the window of every connected rank, own id included.
+            links: id → number of the link, of those that take part; the own id among them.
+            epoch: of the flags.
+            limit_ns: of every wait.
+            elsewhere: a peer is another process; only the interpreter needs to know.
+            restart: ids whose numbering begins anew; None: all.
+        """
+        if self._host.is_pinned():
+            torch.cuda.current_stream(self.window.device).synchronize()
+        host = self._host
+        host.zero_()
+        for peer, address in peers.items():
+            host[Word.PEER + peer] = address
+        for peer, link in links.items():
+            host[Word.ACTIVE + peer] = 1
+            host[Word.TAG + peer] = tag(epoch, link)
+        looks = limit_ns // _SIM_NS if elsewhere else _SIM_POLLS
+        host[Word.LIMIT] = looks if self._sim else limit_ns
+        host[Word.LIMIT + 1] = self.page.data_ptr()
+        self.table[:HOST_WORDS].copy_(host, non_blocking=True)
+        if restart is None:
+            self.table[HOST_WORDS:].zero_()
+            self._counters.zero_()
+        else:
+            for peer in restart:
+                self.table[Word.SEQUENCE + peer] = 0
+                self.table[Word.MEETINGS + peer] = 0
+        self.page[Page.REPORT : Page.REPORT + LANES] = 0
+
+    # ---- launches -----------------------------------------------------------------------------
+
+    def send_dispatch(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: ExpertTable,
+        *,
+        fp8: Scales | None = None,
+        wait: bool,
+    ) -> Dispatched:
+        """The sending half; with `wait` the peers' flags are waited for in the same launch.
+
+        x: [tokens, hidden] spec.dtype, or uint8 [tokens, n]; expert_ids: [tokens, k] int32 or
+        int64; weights: [tokens, k] float32; table on the same device.
+        """
+        spec, where, tuning = self.spec, self.layout, self.tuning
+        tokens, k = expert_ids.shape
+        stride = max(k, 1) if self._same_k else spec.topk
+        indexed = self._indexed(x, table.slots, fp8)
+        words = x
+        if fp8 is None:
+            row = x.shape[1] * x.itemsize
+            unit = torch.int32 if row % 4 == 0 else torch.uint8
+            words = x.view(unit)
+        tile = min(tuning.send_width, max(quant.BLOCK, triton.next_power_of_2(words.shape[1])))
+        dispatch.send_dispatch[(max(tokens, 1) * triton.cdiv(words.shape[1], tile) + wait,)](
+            words, expert_ids, weights, table.rank, table.slot, self.table, self._counters,
+            self.window.data_ptr(), tokens, self.rank, table.rank.shape[0],
+            R=spec.capacity, LANES_R=self._lanes, K=k, TOPK=stride,
+            LANES_K=triton.next_power_of_2(stride),
+            MAX_TOKENS=spec.max_tokens, KIND=fp8_kind(fp8), WORDS=words.shape[1],
+            TILE=tile,
+            WEIGHTS_AT=where.weights_at, SCALES_AT=where.scales_at, ROWS_AT=where.rows_at,
+            WAIT=wait, CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.send_warps,
+        )  # fmt: skip
+        return Dispatched(expert_ids, weights, table, tokens, str(fp8 or x.dtype), indexed, stride)
+
+    def wait_dispatch(self, sent: Dispatched) -> None:
+        dispatch.wait_dispatch[(1,)](
+            self.table, self.window.data_ptr(), sent.tokens, self.rank,
+            R=self.spec.capacity, CHECKS=self.tuning.checks, SIM=self._sim, num_warps=1,
+        )  # fmt: skip
+
+    def index(self, sent: Dispatched) -> Indexed:
+        """What came, by slot; the exchange has its number from here on."""
+        spec = self.spec
+        chunk = min(triton.next_power_of_2(self.most_rows), self.tuning.chunk)
+        dispatch.index_rows[(sent.table.slots + 1,)](
+            self.window.data_ptr(), self.table, sent.indexed.offsets, self.rows, self.pairs,
+            self.position, sent.table.slots,
+            R=spec.capacity, LANES_R=self._lanes, TOPK=sent.stride, MAX_TOKENS=spec.max_tokens,
+            CHUNK=chunk, num_warps=self.tuning.index_warps,
+        )  # fmt: skip
+        return sent.indexed
+
+    def send_combine(
+        self,
+        out: torch.Tensor,
+        y: torch.Tensor,
+        sent: Dispatched,
+        *,
+        reduce: Reduce,
+        wait: bool,
+        places: torch.Tensor | None = None,
+    ) -> None:
+        """y: [rows, hidden] spec.dtype, in the order of `Indexed.rows`, or with `places` (see
+        expert_major.py) as these say; out: see `reduce`."""
+        spec, tuning = self.spec, self.tuning
+        pieces = triton.cdiv(spec.hidden, tuning.width)
+        most = spec.capacity * spec.max_tokens * pieces
+        combine.send_combine[(min(most, tuning.workers) + wait,)](
+            out, y, self.position if places is None else places, sent.expert_ids,
+            sent.table.rank, self.table, self._counters,
+            self.window.data_ptr(), sent.tokens, self.rank, sent.table.rank.shape[0],
+            R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
+            LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
+            WIDTH=tuning.width, WEIGHTS_AT=self.layout.weights_at,
+            RESULTS_AT=self.layout.results_at, HOME=reduce == "home", WAIT=wait,
+            CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.combine_warps,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def wait_combine(self) -> None:
+        combine.wait_combine[(1,)](
+            self.table, self.window.data_ptr(), self.rank,
+            R=self.spec.capacity, CHECKS=self.tuning.checks, SIM=self._sim, num_warps=1,
+        )  # fmt: skip
+
+    def reduce(
+        self,
+        out: torch.Tensor,
+        y: torch.Tensor,
+        sent: Dispatched,
+        *,
+        reduce: Reduce,
+        weights: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """out: [tokens, hidden] spec.dtype ← the sums of the own tokens; returned."""
+        spec, tuning = self.spec, self.tuning
+        pieces = triton.cdiv(spec.hidden, tuning.width)
+        combine.reduce[(max(1, min(sent.tokens * pieces, tuning.reducers)),)](
+            out, y, self.position if places is None else places, sent.expert_ids,
+            sent.weights if weights is None else weights,
+            sent.table.rank, self.table, self.window.data_ptr(), sent.tokens, self.rank,
+            sent.table.rank.shape[0],
+            R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
+            LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
+            WIDTH=tuning.width, RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
+            num_warps=tuning.combine_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+        return out
+
+    def meet(self, *, send: bool = True, wait: bool = True) -> None:
+        """A barrier on the device of all active ranks."""
+        waiting.meet[(1,)](
+            self.table, self.window.data_ptr(), self.rank,
+            SEND=send, WAIT=wait, SIM=self._sim, num_warps=1,
+        )  # fmt: skip
+
+    # ---- whole phases -------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: ExpertTable,
+        *,
+        fp8: Scales | None = None,
+    ) -> Dispatched:
+        """Send, wait and index: two launches."""
+        sent = self.send_dispatch(x, expert_ids, weights, table, fp8=fp8, wait=True)
+        self.index(sent)
+        return sent
+
+    def combine(
+        self,
+        y: torch.Tensor,
+        sent: Dispatched,
+        out: torch.Tensor,
+        *,
+        reduce: Reduce = "rank",
+        weights: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Send, wait and sum: two launches, or one where there is nobody else."""
+        alone = self.spec.capacity == 1 and reduce == "rank"
+        self.send_combine(out, y, sent, reduce=reduce, wait=not alone, places=places)
+        if not alone:
+            self.reduce(out, y, sent, reduce=reduce, weights=weights, places=places)
+        return out
+
+    # ---- views --------------------------------------------------------------------------------
+
+    def _indexed(self, x: torch.Tensor, slots: int, fp8: Scales | None) -> Indexed:
+        spec, where = self.spec, self.layout
+        places = spec.capacity * spec.max_tokens
+        if slots not in self._offsets:
+            self._offsets[slots] = torch.zeros(
+                slots + 1, dtype=torch.int32, device=self.window.device
+            )
+        dtype = x.dtype if fp8 is None else torch.float8_e4m3fn
+        row = x.shape[1] * dtype.itemsize
+        raw = self.window[where.rows_at : where.rows_at + places * row]
+        scales: torch.Tensor | None = None
+        if fp8 is not None:
+            size = scale_bytes(spec.hidden, fp8)
+            packed = self.window[where.scales_at : where.scales_at + places * size]
+            kind = torch.int32 if fp8 == "ue8m0" else torch.float32
+            scales = packed.view(kind).view(places, -1)
+        return Indexed(
+            self._offsets[slots],
+            self.rows,
+            self.pairs,
+            raw.view(dtype).view(places, -1),
+            scales,
+            self.weights,
+        )

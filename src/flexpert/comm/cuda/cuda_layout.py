@@ -1,0 +1,158 @@
+"""Where everything lies inside a window on a GPU, and inside the table its kernels read (pure).
+
+A window is one allocation, written by the peers and read by its owner:
+
+    flags      dispatch [32] int64, combine [32] int64, meeting [32] int64: one for each source id
+    slots      [capacity, max_tokens, topk] int32    slot of each (token, choice) here; -1 none
+    weights    [capacity, max_tokens, topk] float32
+    scales     [capacity, max_tokens, hidden / 128]  float32; or one byte each
+    rows       [capacity, max_tokens, row bytes]     packed by the row size of the exchange
+    results    [capacity, max_tokens, hidden]        what a source returns, a partial sum a token
+               [capacity, max_tokens, topk, hidden]  or a row for each choice ("home")
+
+A token's place is its index at home: sending allocates nothing, and receiving moves nothing.
+
+The table is int64 and lives on the owner's GPU. The host rewrites its first part between two
+exchanges; captured CUDA graphs read what is there when they are replayed. See `Word`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+
+from flexpert.comm.buffer import BufferSpec, Scales
+from flexpert.comm.quant import BLOCK
+from flexpert.comm.window_layout import align, check_spec
+
+LANES = 32  # ids that fit into one vector of the kernels
+SECTION = 256  # bytes; where each part begins, for wide loads
+MAX_TOKENS = 2**16 - 1
+MAX_EPOCH = 2**22 - 1
+MAX_LINK = 2**12 - 1
+
+# A flag: epoch (22 bits), link (12), sequence (12), tokens (16).
+EPOCH_SHIFT, LINK_SHIFT, SEQUENCE_SHIFT = 40, 28, 16
+
+DISPATCH, COMBINE, MEETING = 1, 2, 3  # phases, as a report names them
+PHASES = {DISPATCH: "dispatch", COMBINE: "combine", MEETING: "vote"}
+DISPATCH_FLAGS_AT, COMBINE_FLAGS_AT, MEETING_FLAGS_AT = 0, LANES * 8, 2 * LANES * 8
+SLOTS_AT = 4 * LANES * 8
+
+
+class Word(IntEnum):
+    """The table: vectors of `LANES` words, one word for each id. Begin of each, in words.
+
+    Written by the host: PEER (address of the window, 0 not connected), ACTIVE (1 takes part), TAG
+    (epoch and link of the flags), LIMIT (word 0: nanoseconds; 1: address of the page).
+    Advanced by the kernels: SEQUENCE, ARRIVED (tokens of the last dispatch; -1 nothing came),
+    RETURNED (1: its results are here), MEETINGS.
+    """
+
+    PEER = 0
+    ACTIVE = 1 * LANES
+    TAG = 2 * LANES
+    LIMIT = 3 * LANES
+    SEQUENCE = 4 * LANES
+    ARRIVED = 5 * LANES
+    RETURNED = 6 * LANES
+    MEETINGS = 7 * LANES
+
+
+HOST_WORDS = int(Word.SEQUENCE)
+TABLE_WORDS = 8 * LANES
+
+
+class Page(IntEnum):
+    """The page: int64 in pinned host memory, seen from both sides while kernels run.
+
+    REPORT: written by kernels: tag and phase of the exchange in which nothing came from an id.
+    GONE: written by the host: waiting for this id is in vain. STOP (word 0): every wait is.
+    """
+
+    REPORT = 0
+    GONE = LANES
+    STOP = 2 * LANES
+
+
+PAGE_WORDS = 3 * LANES
+
+_FP8_KIND: dict[Scales | None, int] = {None: 0, "float32": 1, "power2": 2, "ue8m0": 3}
+
+
+def fp8_kind(fp8: Scales | None) -> int:
+    """The number that kernels know a kind of scales by; 0: rows as they are."""
+    return _FP8_KIND[fp8]
+
+
+def scale_bytes(hidden: int, fp8: Scales | None) -> int:
+    """Of one row."""
+    return 0 if fp8 is None else hidden // BLOCK * (1 if fp8 == "ue8m0" else 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Offsets in bytes from the start of a window, and its size."""
+
+    weights_at: int
+    scales_at: int
+    rows_at: int
+    results_at: int
+    size: int
+
+
+def check(spec: BufferSpec) -> None:
+    """Raises: ValueError: a value is out of its range."""
+    check_spec(spec)
+    if spec.capacity > LANES:
+        raise ValueError(
+            f"capacity is {spec.capacity}; backend 'cuda' takes at most {LANES} ranks of one host"
+        )
+    if spec.max_tokens > MAX_TOKENS:
+        raise ValueError(f"max_tokens is {spec.max_tokens}, must be at most {MAX_TOKENS}")
+    if spec.hidden * spec.dtype.itemsize % 4:
+        raise ValueError(f"backend 'cuda' needs rows of whole 4 bytes; hidden is {spec.hidden}")
+
+
+def layout(spec: BufferSpec, *, home: bool = True) -> Layout:
+    """home: with room for a result row for each choice of a token."""
+    check(spec)
+    tokens = spec.capacity * spec.max_tokens
+    row = spec.hidden * spec.dtype.itemsize
+    weights_at = align(SLOTS_AT + tokens * spec.topk * 4, SECTION)
+    scales_at = align(weights_at + tokens * spec.topk * 4, SECTION)
+    rows_at = align(scales_at + tokens * (spec.hidden // BLOCK) * 4, SECTION)
+    results_at = align(rows_at + tokens * row, SECTION)
+    size = align(results_at + tokens * row * (spec.topk if home else 1), SECTION)
+    return Layout(weights_at, scales_at, rows_at, results_at, size)
+
+
+def tag(epoch: int, link: int) -> int:
+    """The part of a flag that the host knows.
+
+    Raises: ValueError: an epoch or link that does not fit.
+    """
+    if not 0 <= epoch <= MAX_EPOCH or not 0 <= link <= MAX_LINK:
+        raise ValueError(f"epoch {epoch} (most {MAX_EPOCH}) or link {link} does not fit a flag")
+    return epoch << EPOCH_SHIFT | link << LINK_SHIFT
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """What a kernel reported: nothing came from `rank` in `phase` of an epoch."""
+
+    rank: int
+    phase: str
+    epoch: int
+
+
+def read_report(page: torch.Tensor) -> list[Missing]:
+    """What the kernels have reported so far. page: [PAGE_WORDS] int64."""
+    words = page[Page.REPORT : Page.REPORT + LANES].tolist()
+    return [
+        Missing(rank, PHASES[word & 0xF], word >> EPOCH_SHIFT)
+        for rank, word in enumerate(words)
+        if word
+    ]

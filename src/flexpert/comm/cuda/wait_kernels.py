@@ -1,0 +1,202 @@
+"""What all kernels of the exchange share, and how one program of a rank waits for its peers.
+
+An exchange is four launches, and each phase may be split between its two:
+
+    dispatch.py   send_dispatch   a program for each (token, piece of its row): the row, quantised
+                                  on the way, and which slots it is for; the last raises the flags
+                  index_rows      a program for each slot: which rows are for it, in a fixed order
+    combine.py    send_combine    partial sums (or rows) of the tokens that came, written to their
+                                  homes; flags
+                  reduce          the sums of the own tokens
+
+Who waits. Exactly one program of a rank waits for peers, ever: an extra one of the sending kernel
+(or a kernel of its own, when a phase is split). It decides once for each peer whether something
+came, notes that in the table, and what follows in the stream goes by the note. So all programs of
+a rank agree on who was there; and ranks that share one GPU cannot starve each other, because
+what waits takes one program's room and everything else runs to its end.
+
+Waits end. They are bounded by the clock. After a short while the waiting program also looks at a
+page in host memory, where the host says that a peer's process has ended, or that all is to stop.
+Nothing traps: whoever did not come is reported on that page and left out from then on, so that the
+rest of a captured graph does not wait for it again.
+
+Order. A program writes its rows, meets at a barrier, and adds itself to a counter with release and
+acquire in the GPU's scope; who completes the count raises the flags with release in the system's
+scope. Causality in the memory model is transitive, so that the peer, which reads the flag with
+acquire in the system's scope, sees what all programs wrote.
+
+Why one window is enough: see comm/host/kernels.c; the order of flags is the same. Flags carry
+(epoch, link, sequence) and must be equal to what is expected. The sequence lives in the table and
+is advanced by `index_rows`, so that each replay of a captured graph is an exchange of its own.
+
+SIM: in Triton's interpreter programs run one after another, and time is the number of looks.
+"""
+
+# Triton reads these functions: constants are in capitals, and nothing is annotated but constants.
+# ruff: noqa: RET505
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+from flexpert.comm.cuda import cuda_layout as at
+from flexpert.comm.cuda.cuda_layout import Page, Word
+from flexpert.comm.interpreter import mend
+
+mend()
+
+LANES = tl.constexpr(at.LANES)
+PEER = tl.constexpr(int(Word.PEER))
+ACTIVE = tl.constexpr(int(Word.ACTIVE))
+_TAG = tl.constexpr(int(Word.TAG))
+_LIMIT = tl.constexpr(int(Word.LIMIT))
+SEQUENCE = tl.constexpr(int(Word.SEQUENCE))
+ARRIVED = tl.constexpr(int(Word.ARRIVED))
+RETURNED = tl.constexpr(int(Word.RETURNED))
+_MEETINGS = tl.constexpr(int(Word.MEETINGS))
+_REPORT = tl.constexpr(int(Page.REPORT))
+_GONE = tl.constexpr(int(Page.GONE))
+_STOP = tl.constexpr(int(Page.STOP))
+_SEQUENCE_SHIFT = tl.constexpr(at.SEQUENCE_SHIFT)
+_DISPATCH = tl.constexpr(at.DISPATCH)
+_COMBINE = tl.constexpr(at.COMBINE)
+_MEETING = tl.constexpr(at.MEETING)
+DISPATCH_FLAGS = tl.constexpr(at.DISPATCH_FLAGS_AT)
+COMBINE_FLAGS = tl.constexpr(at.COMBINE_FLAGS_AT)
+_MEETING_FLAGS = tl.constexpr(at.MEETING_FLAGS_AT)
+SLOTS = tl.constexpr(at.SLOTS_AT)
+COUNTERS = tl.constexpr(at.LANES)  # words between two counters: a cache line for each
+_IMPATIENT_NS = tl.constexpr(50_000)
+
+
+@triton.jit
+def _address(table, word, kind: tl.constexpr):
+    return tl.load(table + word).to(tl.pointer_type(kind))
+
+
+@triton.jit
+def part_of(window, AT: tl.constexpr, kind: tl.constexpr):
+    """A part of a window: parts begin at whole sections, and the compiler must know, or it writes
+    byte by byte."""
+    return tl.multiple_of((window + AT).to(tl.pointer_type(kind)), 16)
+
+
+@triton.jit
+def tag_of(table, ids, ahead, CHECKS: tl.constexpr):
+    """Of this exchange, for one id or a vector of them. ahead: 1 until index_rows has counted."""
+    count = ((tl.load(table + SEQUENCE + ids) + ahead) & 0xFFF) << _SEQUENCE_SHIFT
+    if CHECKS:
+        count = count | tl.load(table + _TAG + ids)
+    return count
+
+
+@triton.jit
+def active_of(table, ids, R: tl.constexpr, CHECKS: tl.constexpr):
+    if CHECKS:
+        return tl.load(table + ACTIVE + ids) != 0
+    else:
+        return ids < R
+
+
+@triton.jit
+def _now(polls, SIM: tl.constexpr):
+    if SIM:
+        return polls
+    else:
+        return globaltimer()
+
+
+@triton.jit
+def _wait(table, flags, wanted, up, SIM: tl.constexpr):
+    """Until the flags of all `up` are `wanted` (without their tokens), or waiting is in vain.
+
+    flags: address of [LANES] in the own window. Returns the flags, and who came.
+    """
+    ids = tl.arange(0, LANES)
+    seen = tl.atomic_or(flags + ids, 0, mask=up, sem="acquire", scope="sys")
+    come = up & ((seen >> _SEQUENCE_SHIFT) == (wanted >> _SEQUENCE_SHIFT))
+    waiting = tl.sum((up & (come == 0)).to(tl.int32), 0)
+    if waiting > 0:
+        page = _address(table, _LIMIT + 1, tl.int64)
+        limit = tl.load(table + _LIMIT)
+        polls = waiting.to(tl.int64) * 0
+        begun = _now(polls, SIM)
+        while waiting > 0:
+            polls += 1
+            waited = _now(polls, SIM) - begun
+            late = waited > limit
+            gone = up & late
+            if SIM or waited > _IMPATIENT_NS:
+                stop = tl.load(page + _STOP, volatile=True) != 0
+                gone = gone | (up & stop)
+                gone = gone | (tl.load(page + _GONE + ids, mask=up, other=0, volatile=True) != 0)
+            again = tl.atomic_or(flags + ids, 0, mask=up, sem="acquire", scope="sys")
+            seen = tl.where(come, seen, again)
+            come = come | (up & ((again >> _SEQUENCE_SHIFT) == (wanted >> _SEQUENCE_SHIFT)))
+            waiting = tl.sum((up & (come == 0) & (gone == 0)).to(tl.int32), 0)
+    return seen, come
+
+
+@triton.jit
+def _report(table, wanted, missing, phase):
+    """Tell the host who did not come."""
+    if tl.sum(missing.to(tl.int32), 0) > 0:
+        page = _address(table, _LIMIT + 1, tl.int64)
+        ids = tl.arange(0, LANES)
+        tl.store(page + _REPORT + ids, wanted | phase, mask=missing)
+
+
+@triton.jit
+def await_dispatch(
+    table, window, tokens, me,
+    R: tl.constexpr, CHECKS: tl.constexpr, SIM: tl.constexpr,
+):  # fmt: skip
+    ids = tl.arange(0, LANES)
+    active = active_of(table, ids, R, CHECKS)
+    wanted = tag_of(table, ids, 1, CHECKS)
+    flags = part_of(window, DISPATCH_FLAGS, tl.int64)
+    up = active & (ids != me)
+    seen, come = _wait(table, flags, wanted, up, SIM)
+    missing = up & (come == 0)
+    _report(table, wanted, missing, _DISPATCH)
+    arrived = tl.where(come, seen & 0xFFFF, 0)
+    arrived = tl.where(missing, -1, arrived)
+    arrived = tl.where(active & (ids == me), tokens, arrived)
+    tl.store(table + ARRIVED + ids, arrived)
+
+
+@triton.jit
+def await_combine(table, window, me, R: tl.constexpr, CHECKS: tl.constexpr, SIM: tl.constexpr):
+    ids = tl.arange(0, LANES)
+    up = active_of(table, ids, R, CHECKS) & (ids != me)
+    wanted = tag_of(table, ids, 0, CHECKS)
+    flags = part_of(window, COMBINE_FLAGS, tl.int64)
+    _, come = _wait(table, flags, wanted, up, SIM)
+    _report(table, wanted, up & (come == 0), _COMBINE)
+    tl.store(table + RETURNED + ids, come.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["me"])
+def meet(table, window, me, SEND: tl.constexpr, WAIT: tl.constexpr, SIM: tl.constexpr):
+    """A barrier of the active ranks on their GPUs; one program."""
+    ids = tl.arange(0, LANES)
+    active = tl.load(table + ACTIVE + ids)
+    up = (active != 0) & (ids != me)
+    count = tl.load(table + _MEETINGS + ids)
+    if SEND:
+        count += 1
+    wanted = tl.load(table + _TAG + ids) | ((count & 0xFFF) << _SEQUENCE_SHIFT)
+    if SEND:
+        peers = tl.load(table + PEER + ids, mask=up, other=0)
+        theirs = (peers + _MEETING_FLAGS).to(tl.pointer_type(tl.int64))
+        tl.atomic_xchg(theirs + me, wanted, mask=up, sem="release", scope="sys")
+        tl.store(table + _MEETINGS + ids, count)
+    if WAIT:
+        flags = (window + _MEETING_FLAGS).to(tl.pointer_type(tl.int64))
+        _, come = _wait(table, flags, wanted, up, SIM)
+        missing = up & (come == 0)
+        _report(table, wanted, missing, _MEETING)
+        tl.store(table + ACTIVE + ids, tl.where(missing, 0, active))

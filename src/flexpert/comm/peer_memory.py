@@ -1,0 +1,192 @@
+"""Memory that a rank lets its peers read beside the exchanges: a KV cache whose blocks move.
+
+The owner makes it with `export_memory` and goes on using it as its own; a peer that was told the
+address reads it with `import_memory`, without the owner's help. Nothing is locked: what may be
+read, and until when it stays, is for the two to agree on. On a GPU the memory is the device's
+(cuda/exported.py).
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import torch
+
+from flexpert.comm.errors import PeerUnreachable
+from flexpert.comm.host import memfd
+from flexpert.comm.host._kernels import ffi, lib
+
+_NAME = "flexpert-exported"
+_NONCE_BYTES = 16
+_PAGE = 4096  # the header has one, so that what follows is aligned
+_CPU = torch.device("cpu")
+
+
+class ExportedMemory(Protocol):
+    """Own memory that peers may read.
+
+    address: for a peer's `import_memory`; opaque, below 1 KiB.
+    bytes: [size] uint8 on the device, zero at first.
+    resident: bytes of this machine's memory that it takes now; a GPU's do not count.
+    """
+
+    @property
+    def address(self) -> bytes: ...
+    @property
+    def bytes(self) -> torch.Tensor: ...
+    @property
+    def resident(self) -> int: ...
+
+    def close(self) -> None:
+        """No peer can open it any more; those that have go on reading what is there."""
+
+
+class ImportedMemory(Protocol):
+    """A peer's memory, for reading; it stays readable when the peer ends. bytes: [size] uint8."""
+
+    @property
+    def bytes(self) -> torch.Tensor: ...
+
+
+def export_memory(size: int, device: torch.device = _CPU) -> ExportedMemory:
+    """New memory of `size` bytes. Raises: OSError, CudaError: there is none."""
+    if device.type == "cpu":
+        return export_pages(size)
+    from flexpert.comm.cuda.device_memory import ExportedDeviceMemory
+
+    return ExportedDeviceMemory(size, device)
+
+
+def import_memory(address: bytes, device: torch.device = _CPU) -> ImportedMemory:
+    """A peer's memory, for a rank that computes on `device`.
+
+    Raises:
+        PeerUnreachable: its process is gone, or its memory cannot be reached from here.
+        ValueError: not an address of memory on such a device.
+    """
+    if device.type == "cpu":
+        return ImportedPages(address)
+    from flexpert.comm.cuda.device_memory import ImportedDeviceMemory
+
+    return ImportedDeviceMemory(address, device)
+
+
+class _Address(msgspec.Struct, frozen=True, array_like=True):
+    boot_id: str
+    pid: int
+    started: int
+    fd: int
+    nonce: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedPages:
+    """`ExportedMemory` of this machine's memory; pages are taken on first use."""
+
+    address: bytes
+    bytes: torch.Tensor
+    _fd: int
+
+    @property
+    def resident(self) -> int:
+        return os.fstat(self._fd).st_blocks * 512
+
+    def release(self, at: int, size: int) -> None:
+        """Give whole pages back; they read as zeros, also for peers.
+
+        Raises: ValueError: not whole pages within.
+        """
+        if at % _PAGE or size % _PAGE or at < 0 or at + size > len(self.bytes):
+            raise ValueError(f"{size} bytes at {at} are not whole pages of {len(self.bytes)} bytes")
+        if lib.fx_punch(self._fd, _PAGE + at, size) != 0:
+            raise OSError(ffi.errno, os.strerror(ffi.errno))
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def export_pages(size: int) -> ExportedPages:
+    """New memory of this machine; its pages are taken on first use, unless the kernel promises no
+    more than it has: then one that is missing at first use would end the process.
+
+    Raises: OSError: there is none.
+    """
+    fd = memfd.create(_NAME, _PAGE + size)
+    try:
+        if not memfd.overcommits():
+            memfd.reserve(fd, 0, _PAGE + size)
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        os.pwrite(fd, nonce, 0)
+        pid = os.getpid()
+        address = _Address(memfd.boot_id(), pid, memfd.start_time(pid), fd, nonce, size)
+        mapped = mmap.mmap(fd, _PAGE + size)
+    except OSError:
+        os.close(fd)
+        raise
+    return ExportedPages(msgspec.msgpack.encode(address), _view(mapped), fd)
+
+
+class ImportedPages:
+    """A peer's `ExportedPages`; it stays readable when the peer ends."""
+
+    def __init__(self, address: bytes, *, writable: bool = False) -> None:
+        """
+        Args:
+            writable: else a write to it ends this process.
+
+        Raises:
+            PeerUnreachable: its process is gone or on another machine.
+            ValueError: not an address.
+        """
+        try:
+            there = msgspec.msgpack.decode(address, type=_Address)
+        except msgspec.MsgspecError as error:
+            raise ValueError(f"not an address of exported memory: {error}") from error
+        who = f"pid {there.pid}"
+        if there.boot_id != memfd.boot_id():
+            raise PeerUnreachable(f"{who} is on another machine, or this one was restarted")
+        fd = memfd.open_of(
+            who,
+            "memory",
+            pid=there.pid,
+            started=there.started,
+            fd=there.fd,
+            name=_NAME,
+            header=there.nonce,
+            header_at=0,
+        )
+        try:
+            if os.fstat(fd).st_size < _PAGE + there.size:
+                raise PeerUnreachable(f"{who} exports less than it says")
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+            self._map = mmap.mmap(fd, _PAGE + there.size, access=access)
+        finally:
+            os.close(fd)
+        self.bytes = _view(self._map)
+
+    def read(self, at: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A view of the peer's memory from byte `at`.
+
+        Raises: ValueError: it would reach beyond the end.
+        """
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        if at < 0 or at + size > len(self.bytes):
+            raise ValueError(f"{size} bytes at {at} of {len(self.bytes)} exported ones")
+        return self.bytes[at : at + size].view(dtype).view(*shape)
+
+
+def _view(mapped: mmap.mmap) -> torch.Tensor:
+    """[size] uint8 of what follows the header; it keeps the mapping."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a buffer that cannot be written to
+        return torch.frombuffer(mapped, dtype=torch.uint8)[_PAGE:]

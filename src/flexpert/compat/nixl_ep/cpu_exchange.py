@@ -1,0 +1,101 @@
+"""Exchanges of nixl_ep's users on a CPU: rows are copied by the host from where they arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+
+from flexpert.comm.buffer import Buffer, Received
+from flexpert.comm.errors import CommError
+from flexpert.comm.host._kernels import lib
+from flexpert.compat.nixl_ep.call_checks import counting_weights
+from flexpert.compat.nixl_ep.device_exchange import Device, Dispatched
+from flexpert.compat.nixl_ep.expert_major_tensors import Arrival, collect, spread
+from flexpert.compat.nixl_ep.returned_memory import Memory
+
+
+class Cpu(Device[Arrival]):
+    """See `Device`."""
+
+    at = torch.device("cpu")
+    own_rows_wait = True
+    counts_waits = True
+
+    def __init__(self, core: Buffer) -> None:
+        self.core = core
+        self._memory = Memory()
+
+    def admit(self) -> None:
+        """The exchange itself does it."""
+
+    def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy: users mark experts of lost ranks in theirs."""
+        copy = experts.clone()
+        return copy, copy
+
+    def recv_x(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        scale_columns: int,
+        scale_dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._memory.next_dispatch(shape, dtype, scale_columns, scale_dtype)
+
+    def staged(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._memory.combine.take(shape, torch.bfloat16)
+
+    def fill(self, done: Dispatched[Arrival], received: Received) -> Arrival:
+        arrival = Arrival.of(received.offsets, received.source, done.ranks, done.limit)
+        done.recv_count.copy_(arrival.per_expert)
+        done.src_info.view(-1)[arrival.places] = received.token
+        done.layout_range.copy_(arrival.layout_range())
+        # one copy, from where the rows arrived to where they are wanted
+        addresses, offsets = received.rows, received.offsets.tolist()
+        row_bytes = done.recv_x.shape[2] * done.recv_x.itemsize
+        for expert, (begin, end) in enumerate(pairwise(offsets)):
+            at = addresses.data_ptr() + begin * addresses.itemsize
+            lib.fx_gather(at, end - begin, 0, row_bytes, done.recv_x[expert].data_ptr())
+        if done.scales is not None and received.scales is not None:
+            spread(received.scales[:, : done.scales.shape[2]], arrival.places, done.scales)
+        return arrival
+
+    def again(self, done: Dispatched[Arrival], came: Arrival, received: Received) -> Arrival:
+        """Ranks that were masked since then bring no rows.
+
+        Raises: CommError: the rows are not those of `done`.
+        """
+        new = Arrival.of(received.offsets, received.source, done.ranks, done.limit)
+        here = new.counts.sum(0) > 0
+        if not torch.equal(came.counts * here, new.counts):
+            raise CommError(
+                f"ranks combine different dispatches (rank {self.core.rank} has one of "
+                f"{came.places.shape[0]} rows): all must call dispatch and combine in one order"
+            )
+        return replace(came, places=came.places_from(here))
+
+    def discard(self, received: Received) -> None:
+        self.core.combine(self.core.combine_input(received), received, reduce="rank")
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor,
+        came: Arrival,
+        received: Received,
+        *,
+        out: torch.Tensor | None,
+        later: bool,
+    ) -> Callable[[], torch.Tensor]:
+        y = self.core.combine_input(received)
+        collect(x, came.places, y)
+        return self.core.begin_combine(y, received, reduce="home", weights=weights, out=out)
+
+    def counting(
+        self, topk_idx: torch.Tensor, weights: torch.Tensor, done: Dispatched[Arrival]
+    ) -> torch.Tensor:
+        return counting_weights(topk_idx, weights, done.experts)

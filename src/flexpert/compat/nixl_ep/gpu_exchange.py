@@ -1,0 +1,163 @@
+"""Exchanges of nixl_ep's users on a GPU.
+
+Nothing here waits for the device but what `CudaBuffer` waits for, so that all of it can be captured
+into a CUDA graph. For the same reason nobody looks at what tensors hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from flexpert.comm.buffer import BufferSpec, Received
+from flexpert.comm.cuda.cuda_buffer import CudaBuffer
+from flexpert.comm.cuda.cuda_received import CudaReceived
+from flexpert.comm.cuda.expert_major import NOWHERE, ExpertMajor
+from flexpert.comm.errors import CommError
+from flexpert.compat.nixl_ep.device_exchange import Device, Dispatched
+from flexpert.compat.nixl_ep.expert_major_tensors import column_major, widened
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+
+class Gpu(Device[torch.Tensor]):
+    """See `Device`. What is remembered of a dispatch are its `places`, see `ExpertMajor`.
+
+    Tensors are new for each call: torch's allocator has them at no cost, and knows which belong to
+    a graph.
+    """
+
+    core: CudaBuffer
+    own_rows_wait = False
+    counts_waits = False
+
+    def __init__(self, core: CudaBuffer) -> None:
+        self.core = core
+        self.at = core.device
+        most = core.exchange.most_rows
+        self._nowhere = torch.full((most,), NOWHERE, dtype=torch.int32, device=self.at)
+        most = core.spec.max_tokens * core.spec.topk
+        self._nobody = torch.full((most,), -1, dtype=torch.int32, device=self.at)
+        self._nothing = torch.zeros((1, core.spec.hidden), dtype=torch.bfloat16, device=self.at)
+        self._captured = False  # the last dispatch
+
+    @classmethod
+    def of(cls, rank: int, spec: BufferSpec, timeout_s: float, store: Store) -> Gpu:
+        """With a buffer on the current GPU."""
+        core = CudaBuffer(
+            rank, spec, timeout_s=timeout_s, on_timeout="mask", store=store, same_k=True
+        )
+        return cls(core)
+
+    def admit(self) -> None:
+        """Vote, if ranks were unmasked: on the device, a link begins with a vote of all.
+
+        Raises: CommError: while a graph is captured.
+        """
+        if self.core.vote_due:
+            if self._capturing():
+                raise CommError(
+                    "ranks were unmasked that the others must agree on, and a graph is captured: "
+                    "call barrier() on all ranks before"
+                )
+            self.core.barrier(timeout_s=self.core.timeout_s)
+
+    def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Again to nobody: places are known, and peers only need the number of tokens."""
+        return experts, self._nobody[: experts.numel()].view(experts.shape)
+
+    def recv_x(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        scale_columns: int,
+        scale_dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = torch.empty(shape, dtype=dtype, device=self.at)
+        if not scale_columns:
+            return rows, None
+        experts, limit, _ = shape
+        storage = (experts, scale_columns, limit)
+        return rows, column_major(torch.empty(storage, dtype=scale_dtype, device=self.at))
+
+    def staged(self, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device=self.at)
+
+    def fill(self, done: Dispatched[torch.Tensor], received: Received) -> torch.Tensor:
+        places = torch.empty_like(self._nowhere)
+        into = ExpertMajor(
+            done.recv_x, done.scales, done.recv_count, done.src_info, done.layout_range, places
+        )
+        cast(CudaReceived, received).pack(into)
+        self._captured = self._capturing()
+        return places
+
+    def again(
+        self, done: Dispatched[torch.Tensor], came: torch.Tensor, received: Received
+    ) -> torch.Tensor:
+        """Places are by source, token and choice; those of ranks that left are not looked at."""
+        return came
+
+    def discard(self, received: Received) -> None:
+        """Raises: CommError: the dispatch was before the graph that is captured now."""
+        if self._capturing() and not self._captured:
+            raise CommError(
+                "a dispatch before the graph that is captured was not combined: combine it, or "
+                "call barrier() on all ranks, before the capture begins"
+            )
+        self.core.combine(self._nothing, received, reduce="home", places=self._nowhere)
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor,
+        came: torch.Tensor,
+        received: Received,
+        *,
+        out: torch.Tensor | None,
+        later: bool,
+    ) -> Callable[[], torch.Tensor]:
+        y = widened(x, self.core.spec.hidden)
+        y = y.view(-1, y.shape[2])
+        if later:
+            return self.core.begin_combine(
+                y, received, reduce="home", weights=weights, out=out, places=came,
+                expert_ids=topk_idx,
+            )  # fmt: skip
+        sums = self.core.combine(
+            y, received, reduce="home", weights=weights, out=out, places=came, expert_ids=topk_idx
+        )
+        return lambda: sums
+
+    def counting(
+        self, topk_idx: torch.Tensor, weights: torch.Tensor, done: Dispatched[torch.Tensor]
+    ) -> torch.Tensor:
+        """As they are: topk_idx itself says at combine which rows count."""
+        shape = done.experts.shape
+        if topk_idx.shape != shape or topk_idx.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"topk_idx must be {list(shape)} int64 or int32 as in dispatch, is "
+                f"{list(topk_idx.shape)} {topk_idx.dtype}"
+            )
+        return weights
+
+    def on_stream(self, work: Callable[[], None]) -> Callable[[], None]:
+        if self.at.type != "cuda":
+            return work
+        stream = torch.cuda.current_stream(self.at)
+
+        def run() -> None:
+            now = torch.cuda.current_stream(self.at)
+            with torch.cuda.stream(stream):
+                work()
+            if now != stream:
+                now.wait_stream(stream)
+
+        return run
+
+    def _capturing(self) -> bool:
+        return self.at.type == "cuda" and torch.cuda.is_current_stream_capturing()

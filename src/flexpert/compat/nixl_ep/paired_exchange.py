@@ -1,0 +1,276 @@
+"""Dispatch and combine as nixl_ep's users call them, over exchanges that come in pairs.
+
+Underneath, every dispatch is followed by exactly one combine, and is received before the next
+exchange begins. nixl_ep allows more as long as all ranks do the same: two dispatches in a row, two
+micro-batches that overlap, a second combine with one handle. So, before the next exchange begins,
+
+    a hook that was not called yet    is called
+    a dispatch that was not combined  is combined with whatever lies in the buffer, and the sums
+                                      thrown away: the peers wait for a combine
+    a combine of another dispatch     first repeats that with 16 bytes a token, so that there is a
+                                      dispatch to be combined
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Generic
+
+import torch
+
+from flexpert.comm.buffer import Buffer, ExpertTable, Received, Scales
+from flexpert.comm.errors import StaleEpoch
+from flexpert.compat.nixl_ep.device_exchange import A, Device, Dispatched, Handle
+from flexpert.compat.nixl_ep.expert_major_tensors import widened
+from flexpert.compat.nixl_ep.lifetime import Lifetime
+
+_PROBE_BYTES = 16
+_KEPT = 2  # dispatches that can be combined
+
+
+class Receive:
+    """The receiving half of an exchange, as a hook and as an event. Works once."""
+
+    def __init__(self, work: Callable[[], None], lifetime: Lifetime) -> None:
+        self._work: Callable[[], None] | None = work
+        self._lifetime = lifetime
+
+    def __call__(self) -> None:
+        work, self._work = self._work, None
+        if work is not None:
+            with self._lifetime.call():
+                work()
+
+    def current_stream_wait(self) -> None:
+        self()
+
+
+class Exchange(Generic[A]):
+    """What stands between the user's calls and `core`, in one thread at a time."""
+
+    def __init__(
+        self, core: Buffer, device: Device[A], experts_per_rank: int, lifetime: Lifetime
+    ) -> None:
+        self._core = core
+        self.device = device
+        self._experts = experts_per_rank
+        self._lifetime = lifetime
+        self._kept: deque[Dispatched[A]] = deque(maxlen=_KEPT)
+        self._outstanding: Receive | None = None
+        self._uncombined: Received | None = None
+        self._table = _table(core.spec.capacity, experts_per_rank, device.at)
+        # weights for dispatches; those that count come with the combine
+        self._ones = torch.ones(core.spec.max_tokens * core.spec.topk, device=device.at)
+        self._staged: torch.Tensor | None = None
+
+    # ---- dispatch ---------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        max_tokens: int,
+        ranks: int,
+        fp8: Scales | None,
+        *,
+        later: bool,
+        recv_stats: torch.Tensor | None,
+        wait_stats: torch.Tensor | None,
+    ) -> tuple[Dispatched[A], Receive]:
+        """Send; receive too unless `later`. Arguments are checked but for what `core` checks."""
+        with self._lifetime.call():
+            self.settle()
+            self.device.admit()
+            hidden = x.shape[1]
+            wire = widened(x, self._core.spec.hidden)
+            if later and wire is x and fp8 is None and self.device.own_rows_wait:
+                wire = x.clone()  # the user may write to x now
+            self._route()
+            now, again = self.device.routes(experts)
+            before = self._core.statistics().dispatch_wait_ns if wait_stats is not None else {}
+            pending = self._dispatch(wire, now, self._table, fp8, later=later)
+            done = self._prepare(again, max_tokens, ranks, hidden, fp8)
+            self._kept.append(done)
+
+            def receive() -> None:
+                self._uncombined = done.received = received = pending()
+                done.came = self.device.fill(done, received)
+                if recv_stats is not None:
+                    recv_stats.add_(done.recv_count)
+                if wait_stats is not None:
+                    _add_differences(wait_stats, before, self._core.statistics().dispatch_wait_ns)
+
+            return done, self._finish(receive, later)
+
+    def _prepare(
+        self,
+        experts: torch.Tensor,
+        max_tokens: int,
+        ranks: int,
+        hidden: int,
+        fp8: Scales | None,
+    ) -> Dispatched[A]:
+        local, limit, at = self._experts, ranks * max_tokens, self.device.at
+        packed = fp8 == "ue8m0"
+        recv_x, scales = self.device.recv_x(
+            (local, limit, hidden),
+            torch.bfloat16 if fp8 is None else torch.float8_e4m3fn,
+            0 if fp8 is None else hidden // (512 if packed else 128),
+            torch.int32 if packed else torch.float32,
+        )
+        return Dispatched(
+            experts=experts,
+            table=self._table,
+            ranks=ranks,
+            max_tokens=max_tokens,
+            recv_x=recv_x,
+            scales=scales,
+            recv_count=torch.empty(local, dtype=torch.int32, device=at),
+            src_info=torch.empty((local, limit), dtype=torch.int32, device=at),
+            layout_range=torch.empty((local, ranks), dtype=torch.int64, device=at),
+        )
+
+    def _dispatch(
+        self,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        table: ExpertTable,
+        fp8: Scales | None = None,
+        *,
+        later: bool = False,
+    ) -> Callable[[], Received]:
+        """Begin, and unless `later` end: both at once is faster on a GPU."""
+        weights = self._ones[: experts.numel()].view(experts.shape)
+        if later:
+            return self._core.begin_dispatch(x, experts, weights, table, fp8=fp8)
+        received = self._core.dispatch(x, experts, weights, table, fp8=fp8)
+        return lambda: received
+
+    # ---- combine ----------------------------------------------------------------------------
+
+    def find(self, handle: Handle) -> Dispatched[A]:
+        """Raises: StaleEpoch: not one of the last two dispatches."""
+        for done in self._kept:
+            if handle[0].data_ptr() == done.src_info.data_ptr():
+                return done
+        raise StaleEpoch(
+            f"the handle is not of one of the last {_KEPT} dispatches of rank {self._core.rank}; "
+            "what they returned is used again by later ones"
+        )
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor,
+        done: Dispatched[A],
+        *,
+        out: torch.Tensor,
+        later: bool,
+        wait_stats: torch.Tensor | None,
+    ) -> Receive:
+        """Send x's rows home; receive too unless `later`.
+
+        x: [experts, limit, hidden]; topk_idx: [tokens, k]; weights: [tokens, k] float32;
+        out: [tokens, hidden].
+
+        Raises: ValueError: other experts than in dispatch; nothing was sent.
+        """
+        with self._lifetime.call():
+            counting = self.device.counting(topk_idx, weights, done)
+            self._receive_outstanding()
+            received, came = done.received, _came(done)
+            if received is None or received is not self._uncombined:
+                received, came = self._again(done, came)
+            whole = out.shape[1] == self._core.spec.hidden and out.is_contiguous()
+            before = self._core.statistics().combine_wait_ns if wait_stats is not None else {}
+            pending = self.device.combine(
+                x.detach(),
+                topk_idx,
+                counting,
+                came,
+                received,
+                out=out if whole else None,
+                later=later,
+            )
+            self._uncombined = done.received = None
+
+            def receive() -> None:
+                result = pending()
+                if not whole:
+                    out.copy_(result[:, : out.shape[1]])
+                if wait_stats is not None:
+                    _add_differences(wait_stats, before, self._core.statistics().combine_wait_ns)
+
+            return self._finish(receive, later)
+
+    def _again(self, done: Dispatched[A], came: A) -> tuple[Received, A]:
+        """A dispatch of as many tokens; returns it, and where its rows lie in the user's x."""
+        self.settle()
+        tokens = done.experts.shape[0]
+        probe = torch.zeros((tokens, _PROBE_BYTES), dtype=torch.uint8, device=self.device.at)
+        self._uncombined = received = self._dispatch(probe, done.experts, done.table)()
+        return received, self.device.again(done, came, received)
+
+    def stage(self, done: Dispatched[A]) -> torch.Tensor:
+        """[experts, limit, hidden] bf16 to write results into, for `combine(zero_copy=True)`."""
+        self._staged = self.device.staged(tuple(done.recv_x.shape))
+        return self._staged
+
+    @property
+    def staged(self) -> torch.Tensor | None:
+        """What `stage` gave last."""
+        return self._staged
+
+    def _route(self) -> None:
+        """Know the owners of experts of all ranks that there may be."""
+        capacity = self._core.spec.capacity
+        if self._table.rank.shape[0] != capacity * self._experts:
+            self._table = _table(capacity, self._experts, self.device.at)
+
+    # ---- the order of exchanges -------------------------------------------------------------
+
+    def barrier(self, timeout_s: float) -> None:
+        """Wait for the active ranks."""
+        with self._lifetime.call():
+            self.settle()
+            self._core.barrier(timeout_s=timeout_s)
+
+    def settle(self) -> None:
+        """Receive what is outstanding, and combine what the user did not."""
+        self._receive_outstanding()
+        if self._uncombined is not None:
+            self.device.discard(self._uncombined)
+            self._uncombined = None
+
+    def _receive_outstanding(self) -> None:
+        receive, self._outstanding = self._outstanding, None
+        if receive is not None:
+            receive()
+
+    def _finish(self, work: Callable[[], None], later: bool) -> Receive:
+        receive = Receive(self.device.on_stream(work) if later else work, self._lifetime)
+        self._outstanding = receive
+        if not later:
+            self._receive_outstanding()
+        return receive
+
+
+def _table(ranks: int, experts_per_rank: int, at: torch.device) -> ExpertTable:
+    """Experts in blocks of `experts_per_rank`, by rank."""
+    expert = torch.arange(ranks * experts_per_rank, dtype=torch.int32, device=at)
+    owner = torch.div(expert, experts_per_rank, rounding_mode="floor")
+    return ExpertTable(owner, expert - owner * experts_per_rank, experts_per_rank)
+
+
+def _came(done: Dispatched[A]) -> A:
+    if done.came is None:
+        raise StaleEpoch("combine of a dispatch that was not received: its exchange had failed")
+    return done.came
+
+
+def _add_differences(stats: torch.Tensor, before: dict[int, int], after: dict[int, int]) -> None:
+    """stats: [ranks] int64, a sum of nanoseconds for each rank."""
+    ranks = range(stats.shape[0])
+    stats.add_(torch.tensor([after.get(rank, 0) - before.get(rank, 0) for rank in ranks]))

@@ -1,0 +1,1 @@
+"""What commands show and write: tables and lines for people, reports into files."""

@@ -1,0 +1,144 @@
+"""Ranks, placement and changes as people read them: lines and rich tables (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from flexpert.bench.serve import Reference, Report
+from flexpert.bench.statistics import Summary
+from flexpert.cluster.formatting import describe_change, ids
+from flexpert.cluster.views import ClusterView, OperationView, RankView
+
+_RANK_STYLE = {
+    "active": "green",
+    "ready": "cyan",
+    "preparing": "yellow",
+    "starting": "yellow",
+    "leaving": "magenta",
+    "gone": "dim",
+}
+_OPERATION_STYLE = {"done": "green", "failed": "bold red", "cancelled": "yellow"}
+
+
+def phase_line(name: str, seconds: float) -> str:
+    return f"  {name:<10} {seconds:7.3f} s"
+
+
+def ranks_table(ranks: Sequence[RankView], max_ranks: int) -> Table:
+    table = Table(title=f"ranks (of at most {max_ranks})", title_justify="left", box=None)
+    table.add_column("id", justify="right")
+    table.add_column("state")
+    for name in ("running", "waiting", "KV", "experts", "memory"):
+        table.add_column(name, justify="right")
+    table.add_column("host", style="dim")
+    table.add_column("pid", justify="right", style="dim")
+    for rank in ranks:
+        table.add_row(
+            str(rank.id),
+            Text(rank.state, style=_RANK_STYLE.get(rank.state, "")),
+            str(rank.running),
+            str(rank.waiting),
+            f"{rank.kv_used:.0%}",
+            str(rank.experts),
+            f"{rank.memory_bytes / 2**20:.0f} MiB" if rank.memory_bytes else "",
+            rank.host,
+            str(rank.pid or ""),
+        )
+    return table
+
+
+def operation_table(operation: OperationView) -> RenderableType:
+    """A change with the phases so far."""
+    state = Text(operation.state, style=_OPERATION_STYLE.get(operation.state, "yellow"))
+    head = Text.assemble(f"{operation.id}  {describe_change(operation)}  ", state)
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column()
+    table.add_column(justify="right")
+    for name, seconds in operation.phases.items():
+        now = name == operation.phase
+        table.add_row(
+            Text(("▸ " if now else "✓ ") + name, style="bold" if now else ""), f"{seconds:.3f} s"
+        )
+    return Group(head, table)
+
+
+def cluster_view(cluster: ClusterView) -> RenderableType:
+    """`flexpert status`."""
+    placement = cluster.placement
+    summary = Text(f"{cluster.model}, epoch {cluster.epoch}", style="bold")
+    experts = (
+        f"placement: {placement.replicas} replicas of {placement.layers} layers × "
+        f"{placement.experts} experts"
+    )
+    parts: list[RenderableType] = [summary, ranks_table(cluster.ranks, cluster.max_ranks), experts]
+    if cluster.down:
+        parts.append(Text(f"down: {cluster.down}; requests wait", style="bold red"))
+    if placement.missing_experts:
+        text = f"{placement.missing_experts} experts are held by nobody: answers are degraded"
+        parts.append(Text(text, style="bold red"))
+    if placement.under_replicated_experts:
+        text = f"{placement.under_replicated_experts} experts have fewer replicas than asked for"
+        parts.append(Text(text, style="yellow"))
+    if cluster.left_out:
+        parts.append(Text(f"left out, for they kept ending: {ids(cluster.left_out)}", style="red"))
+    if cluster.operation:
+        parts.append(operation_table(cluster.operation))
+    else:
+        parts.append(Text("no change is running", style="dim"))
+    return Group(*parts)
+
+
+def figures_text(report: Report) -> str:
+    """`flexpert bench serve`."""
+    found = report.service
+    lines = [
+        f"{report.model}"
+        + (
+            f" on {report.ranks} rank(s) of {report.threads_per_rank} thread(s)"
+            * bool(report.ranks)
+        )
+        + f": {report.offered}",
+        report.machine.line(),
+        "",
+        f"requests            {found.requests - found.failed} answered, {found.failed} failed, "
+        f"in {found.duration_s:.2f} s",
+        f"requests/s          {found.requests_per_s:.2f}",
+        f"output tokens/s     {found.output_tokens_per_s:.1f}",
+        f"client              {report.client_cpu_s:.2f} s of CPU"
+        + (
+            f", {report.client_cpu_s / found.output_tokens * 1e6:.0f} µs a token"
+            if found.output_tokens
+            else ""
+        ),
+        "",
+        f"{'ms':<20}{'mean':>9}{'p50':>9}{'p90':>9}{'p99':>9}{'longest':>9}",
+        _summary_line("time to first token", found.first_token_ms),
+        _summary_line("inter-token latency", found.inter_token_ms),
+        _summary_line("end to end", found.end_to_end_ms),
+    ]
+    lines += [f"failed: {error}" for error in found.errors]
+    if report.references:
+        lines += ["", "transformers alone:"]
+        lines += [_reference_line(reference) for reference in report.references]
+    return "\n".join(lines)
+
+
+def _summary_line(name: str, summary: Summary | None) -> str:
+    if summary is None:
+        return f"{name:<20}        -"
+    values = (summary.mean, summary.p50, summary.p90, summary.p99, summary.longest)
+    return f"{name:<20}" + "".join(f"{value:9.1f}" for value in values)
+
+
+def _reference_line(reference: Reference) -> str:
+    way = f"{reference.method}, {reference.concurrency or 'all'} at once"
+    if reference.error is not None or reference.output_tokens_per_s is None:
+        return f"  {way:<28} failed: {reference.error}"
+    return (
+        f"  {way:<28}{reference.output_tokens_per_s:9.1f} output tokens/s "
+        f"({reference.threads} threads); flexpert: {reference.ratio:.2f} times as many"
+    )

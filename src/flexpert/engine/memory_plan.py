@@ -1,0 +1,100 @@
+"""What memory a rank needs: planned before it starts, measured while it lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flexpert.comm import BufferSpec
+from flexpert.comm.window_layout import size_bytes
+from flexpert.config import EngineConfig
+from flexpert.errors import FlexpertError
+from flexpert.models.source import ModelInfo, ModelSource
+
+RUNTIME_BYTES = 64 * 2**20
+SERVING_BYTES = 4 * 2**20  # what requests in flight add to a warm process (measured: 3 to 6 MiB)
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Planned bytes of a rank.
+
+    runtime: what the process takes beyond its share of the fork server's pages: measured when the
+    rank is warm, before that an estimate.
+    """
+
+    dense: int
+    experts: int
+    kv: int
+    windows: int
+    runtime: int = RUNTIME_BYTES
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.experts + self.kv + self.windows + self.runtime
+
+
+def private_memory(exported: int = 0, pid: int | None = None) -> int:
+    """Bytes of a process that no other shares, and its part of the shared windows.
+
+    Pages of files do not count as long as they are as in the file: whether they are this process's
+    alone depends on who else runs (of a rank 27 MiB, where a second service comes and goes).
+
+    Args:
+        exported: what `comm.export_memory` takes, bytes: it counts as private while no peer has
+        opened it. pid: default: this process.
+
+    Raises: ProcessLookupError, FileNotFoundError: it is gone.
+    """
+    sizes = {}
+    for line in Path(f"/proc/{pid or 'self'}/smaps_rollup").read_text().splitlines()[1:]:
+        name, size = line.split(":")
+        sizes[name] = int(size.split()[0]) * 1024
+    return sizes["Private_Dirty"] + max(0, sizes["Pss_Shmem"] - exported)
+
+
+def kv_blocks(info: ModelInfo, config: EngineConfig) -> int:
+    """KV blocks that the configured memory holds, at least one sequence's worth of one block.
+
+    Raises:
+        FlexpertError: not even one block fits.
+    """
+    block = info.kv_bytes_per_token() * config.kv_block_size
+    blocks = config.kv_memory // block
+    if blocks < 1:
+        raise FlexpertError(
+            f"engine.kv_memory of {config.kv_memory} bytes holds no KV block of {block} bytes; "
+            "raise --kv-memory"
+        )
+    return int(blocks)
+
+
+def buffer_spec(info: ModelInfo, config: EngineConfig, capacity: int) -> BufferSpec:
+    """The windows' size; the same on every rank of a service."""
+    return BufferSpec(
+        capacity=capacity,
+        max_tokens=config.max_tokens_per_step,
+        hidden=info.hidden,
+        topk=info.topk,
+        dtype=info.dtype,
+    )
+
+
+def planned_memory(
+    source: ModelSource, config: EngineConfig, capacity: int, experts: int, members: int
+) -> RankMemory:
+    """What a rank needs when it holds `experts` replicas (all layers) among `members` ranks.
+
+    Windows are sparse: only the regions of members are ever touched. The memory of a GPU does not
+    count: weights, KV cache and windows are there.
+    """
+    if config.device != "cpu":
+        return RankMemory(0, 0, 0, 0)
+    info = source.info
+    spec = buffer_spec(info, config, capacity)
+    return RankMemory(
+        dense=source.dense_nbytes(),
+        experts=experts * source.expert_nbytes(),
+        kv=kv_blocks(info, config) * config.kv_block_size * info.kv_bytes_per_token(),
+        windows=size_bytes(spec) * members // capacity,
+    )

@@ -1,0 +1,1 @@
+"""From a request to text, without HTTP: sequences, detokenization, stop texts, logprobs."""

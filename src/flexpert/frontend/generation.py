@@ -1,0 +1,347 @@
+"""One request → its sequences in the head → the parts of its choices."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from flexpert.cluster.views import Delta
+from flexpert.engine.request import FINISH_STOP, SamplingParams, TokenLogprobs
+from flexpert.errors import RequestError, ServiceStopped
+from flexpert.frontend.text import StopTexts, TokenText
+
+if TYPE_CHECKING:
+    from flexpert.cluster.head import Head, TokenStream
+
+
+# Tokens that are looked through in the time that submitting a sequence takes beside its prompt, and
+# how many may be before others get their turn: about ten milliseconds.
+_SUBMIT_COST = 2_000
+_COST_OF_A_TURN = 300_000
+
+
+class TokenRecord(msgspec.Struct, frozen=True):
+    """A token of an answer with its log probabilities; offset: where its text begins, in characters
+    of the answer."""
+
+    id: int
+    offset: int
+    logprobs: TokenLogprobs
+
+
+class Part(msgspec.Struct):
+    """What a choice has grown by.
+
+    index: of the choice: prompt * n + sample. records: None unless log probabilities were asked
+    for. finish: set on a choice's last part: "stop" or "length". degraded: some of the choice so
+    far was computed while experts were missing.
+    """
+
+    index: int
+    text: str
+    records: list[TokenRecord] | None
+    finish: str | None
+    degraded: bool = False
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens a request has cost; a prompt counts once whatever n is."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Meter(Protocol):
+    """Who wants to know how fast tokens come; seconds."""
+
+    def first_token(self, waited_s: float) -> None: ...
+
+    def next_tokens(self, gap_s: float, count: int) -> None: ...
+
+
+class Generation:
+    """The choices of one request: every prompt, sampled `params.n` times.
+
+    `submit` has them run; leaving the context frees those that still do.
+
+    Args:
+        prompts: token ids of each prompt.
+        request_id: the sequences are named after it.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        text: TokenText,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        meter: Meter | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._head = head
+        self._text = text
+        self._prompts = prompts
+        self._params = params
+        self._request_id = request_id
+        self._meter = meter
+        self._clock = clock
+        self._started = clock()
+        self._prompt_tokens = sum(map(len, prompts))
+        self.answers: list[Answer] = []
+
+    async def submit(self) -> None:
+        """All sequences, or none; many of them a few at a time, because others want the loop too.
+
+        Raises:
+            RequestError, Overloaded, ServiceStopped: as the head refuses.
+        """
+        params = self._params
+        params.check()
+        if not all(self._prompts):
+            raise RequestError("prompt must have at least one token", "prompt")
+        self._head.check_room(len(self._prompts) * params.n)
+        hidden = frozenset((*params.stop_token_ids, *self._head.info.eos_token_ids))
+        cost = 0
+        try:
+            for prompt in self._prompts:
+                # equal prompts in one request are different samples unless a seed was given
+                seed = secrets.randbits(63) if params.seed is None else params.seed
+                for sample in range(params.n):
+                    index = len(self.answers)
+                    one = msgspec.structs.replace(params, n=1, seed=_wrap(seed + sample))
+                    stream = self._head.submit(
+                        prompt, one, request_id=f"{self._request_id}-{index}"
+                    )
+                    self.answers.append(Answer(index, stream, one, self._text, hidden))
+                    cost += _SUBMIT_COST + len(prompt)
+                    if cost > _COST_OF_A_TURN:
+                        cost = 0
+                        await asyncio.sleep(0)
+        except BaseException:
+            self.cancel()
+            raise
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Free every sequence that still runs; idempotent."""
+        for answer in self.answers:
+            answer.stream.cancel()
+
+    @property
+    def usage(self) -> Usage:
+        """So far."""
+        completion = sum(len(answer.tokens) for answer in self.answers)
+        return Usage(self._prompt_tokens, completion, self._prompt_tokens + completion)
+
+    async def parts(self) -> AsyncGenerator[list[Part], None]:
+        """What the choices grow by, all that is there at once in one list, until all are finished.
+
+        Raises:
+            FlexpertError: a sequence failed.
+        """
+        if len(self.answers) == 1:
+            async for part in self._follow(self.answers[0]):
+                yield [part]
+            return
+        async for parts in self._merged():
+            yield parts
+
+    async def whole(self) -> list[Part]:
+        """Every choice put together, in order.
+
+        Raises:
+            FlexpertError: a sequence failed.
+        """
+        gathered: list[list[Part]] = [[] for _ in self.answers]
+        async with aclosing(self.parts()) as arriving:
+            async for parts in arriving:
+                for part in parts:
+                    gathered[part.index].append(part)
+        return [_join(parts) for parts in gathered]
+
+    async def _follow(self, answer: Answer) -> AsyncGenerator[Part, None]:
+        async for delta in answer.stream:
+            self._measure(answer, delta)
+            part = answer.feed(delta)
+            yield part
+            if part.finish is not None:
+                if delta.finish is None:
+                    answer.stream.cancel()  # a stop text was met, the sequence would go on
+                return
+        raise ServiceStopped("the service stopped before the answer was complete")
+
+    async def _merged(self) -> AsyncGenerator[list[Part], None]:
+        arrived: asyncio.Queue[Part | BaseException] = asyncio.Queue()
+
+        async def pump(answer: Answer) -> None:
+            try:
+                async for part in self._follow(answer):
+                    arrived.put_nowait(part)
+            except Exception as error:  # noqa: BLE001 - raised again where the parts are read
+                arrived.put_nowait(error)
+
+        pumps = [asyncio.create_task(pump(answer)) for answer in self.answers]
+        try:
+            running = len(pumps)
+            while running:
+                ready = [await arrived.get()]
+                with suppress(asyncio.QueueEmpty):
+                    while True:
+                        ready.append(arrived.get_nowait())
+                parts = []
+                for item in ready:
+                    if isinstance(item, BaseException):
+                        raise item
+                    parts.append(item)
+                    running -= item.finish is not None
+                yield parts
+        finally:
+            for task in pumps:
+                task.cancel()
+
+    def _measure(self, answer: Answer, delta: Delta) -> None:
+        if self._meter is None or not delta.tokens:
+            return
+        now = self._clock()
+        if answer.latest is None:
+            self._meter.first_token(now - self._started)
+        else:
+            self._meter.next_tokens(now - answer.latest, len(delta.tokens))
+        answer.latest = now
+
+
+class Answer:
+    """One sequence's answer as it grows.
+
+    tokens: ids so far, the one that ended it included. latest: when the last ones came.
+    """
+
+    __slots__ = (
+        "_armed_at",
+        "_detokenizer",
+        "_fast",
+        "_hidden",
+        "_length",
+        "_records",
+        "_shown",
+        "_stops",
+        "_with_logprobs",
+        "index",
+        "latest",
+        "stream",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        index: int,
+        stream: TokenStream,
+        params: SamplingParams,
+        text: TokenText,
+        hidden: frozenset[int],
+    ) -> None:
+        self.index = index
+        self.stream = stream
+        self.tokens: list[int] = []
+        self.latest: float | None = None
+        self._detokenizer = text.detokenizer()
+        self._stops = StopTexts(params.stop)
+        self._armed_at = params.min_tokens
+        self._hidden = hidden
+        self._with_logprobs = params.logprobs is not None
+        self._fast = not params.stop and not self._with_logprobs
+        self._records: list[TokenRecord] = []  # of tokens whose text is not out yet
+        self._length = 0  # characters detokenised
+        self._shown = 0  # characters let through
+
+    def feed(self, delta: Delta) -> Part:
+        """The part that these tokens make.
+
+        A token that ended the answer (end of sequence, stop token) has no text and no record. A
+        stop text is not looked for in the first `min_tokens` tokens.
+        """
+        part = self._feed(delta)
+        part.degraded = delta.degraded
+        return part
+
+    def _feed(self, delta: Delta) -> Part:
+        tokens = delta.tokens
+        visible = len(tokens)
+        if delta.finish == FINISH_STOP and tokens and tokens[-1] in self._hidden:
+            visible -= 1
+        if self._fast:
+            self.tokens += tokens
+            text = self._detokenizer.push(tokens[:visible])
+            if delta.finish is not None:
+                text += self._detokenizer.flush()
+            return Part(self.index, text, None, delta.finish)
+        return self._feed_each(delta, visible)
+
+    def _feed_each(self, delta: Delta, visible: int) -> Part:
+        """Token by token: for stop texts, which may end within the delta, and for offsets."""
+        pieces: list[str] = []
+        for place, token in enumerate(delta.tokens[:visible]):
+            self.tokens.append(token)
+            if self._with_logprobs and delta.logprobs is not None:
+                self._records.append(TokenRecord(token, self._length, delta.logprobs[place]))
+            pieces.append(self._let_through(self._detokenizer.push((token,))))
+            if self._stops.met:
+                return self._part(pieces, FINISH_STOP)
+        self.tokens += delta.tokens[visible:]
+        if delta.finish is not None:
+            pieces.append(self._let_through(self._detokenizer.flush()))
+            if self._stops.met:
+                return self._part(pieces, FINISH_STOP)
+            pieces.append(self._stops.flush())
+        return self._part(pieces, delta.finish)
+
+    def _let_through(self, text: str) -> str:
+        self._length += len(text)
+        return self._stops.push(text) if len(self.tokens) >= self._armed_at else text
+
+    def _part(self, pieces: list[str], finish: str | None) -> Part:
+        text = "".join(pieces)
+        self._shown += len(text)
+        if not self._with_logprobs:
+            return Part(self.index, text, None, finish)
+        # a record goes out with its token's text; those of a stop text that was cut off never do
+        if finish is not None and not self._stops.met:
+            out = len(self._records)
+        else:
+            out = sum(record.offset < self._shown for record in self._records)
+        records, self._records = self._records[:out], self._records[out:]
+        return Part(self.index, text, records, finish)
+
+
+def _join(parts: list[Part]) -> Part:
+    last = parts[-1]
+    records: list[TokenRecord] | None = None
+    if last.records is not None:
+        records = [record for part in parts for record in part.records or ()]
+    text = "".join([part.text for part in parts])
+    return Part(last.index, text, records, last.finish, last.degraded)
+
+
+def _wrap(seed: int) -> int:
+    """Into a signed 64-bit number."""
+    return (seed + 2**63) % 2**64 - 2**63

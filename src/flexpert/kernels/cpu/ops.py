@@ -1,0 +1,259 @@
+"""The C kernels of ops.c, taking tensors: linear layers, RMS norm and paged attention on a CPU.
+
+The bits of each result row depend on that row's operands only, never on what shares the call.
+Callers check shapes once, when weights are loaded; these are the hot path.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from flexpert.errors import FlexpertError
+
+
+class _Absent:
+    """Stands for the C extension where it cannot be loaded; a GPU needs none of it."""
+
+    def __init__(self, reason: ImportError) -> None:
+        self._reason = reason
+
+    def __getattr__(self, name: str) -> Any:
+        raise FlexpertError(
+            f"the kernels for CPUs cannot be loaded ({self._reason}): install flexpert with pip, "
+            "or build them with `python setup.py build_ext --inplace`"
+        )
+
+
+try:
+    from flexpert.kernels.cpu._ops import ffi, lib
+except ImportError as error:
+    ffi = lib = _Absent(error)
+
+DTYPES: Final = {torch.float32: 0, torch.bfloat16: 1}
+"""What the kernels compute; products and sums are float32 in either case."""
+
+_NO_SCRATCH: Final = "no memory for the scratch of a CPU kernel"
+
+
+@functools.cache
+def instruction_set() -> str:
+    """Which copy of the kernels this process uses: portable, avx2, avx512 or amx."""
+    return str(ffi.string(lib.fx_instruction_set()).decode())
+
+
+class WeightTable:
+    """Addresses of equally shaped weights; moving an expert changes a pointer, nothing else.
+
+    Args:
+        weights: of [out, in] each, contiguous, bf16 or f32; kept alive by the table.
+        biases: of [out] each, same dtype, or None.
+    """
+
+    __slots__ = (
+        "_bias_table",
+        "_dtype",
+        "_table",
+        "biases",
+        "in_features",
+        "out_features",
+        "slots",
+        "weights",
+    )
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
+        self.slots = len(weights)
+        self.out_features, self.in_features = weights[0].shape if weights else (0, 0)
+        dtype = weights[0].dtype if weights else torch.float32
+        for weight in weights:
+            if weight.shape != weights[0].shape or weight.dtype != dtype:
+                raise ValueError("the experts of a layer must have equal shapes and dtypes")
+            if not weight.is_contiguous():
+                raise ValueError("expert weights must be contiguous")
+        for bias in biases or ():
+            if bias.dtype != dtype or bias.shape != (self.out_features,):
+                raise ValueError(f"a bias must be [{self.out_features}] {dtype}")
+        self.weights = tuple(weights)
+        self.biases = tuple(b.contiguous() for b in biases) if biases else None
+        self._dtype = DTYPES[dtype]
+        self._table = torch.tensor([w.data_ptr() for w in weights], dtype=torch.int64)
+        self._bias_table = (
+            torch.tensor([b.data_ptr() for b in self.biases], dtype=torch.int64)
+            if self.biases is not None
+            else None
+        )
+
+    def linear(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """y[r] = x[r] · weight[slot of r]ᵀ + bias[slot of r].
+
+        Args:
+            x: [rows, in] of the weights' dtype, contiguous, sorted by slot.
+            offsets: [slots + 1] int32; rows of slot s are offsets[s] … offsets[s+1]-1.
+
+        Returns:
+            [rows, out] of x's dtype.
+        """
+        y = x.new_empty((x.shape[0], self.out_features))
+        begins = offsets.data_ptr()
+        self._call(x, begins, begins + offsets.element_size(), y)
+        return y
+
+    def linear_ranges(self, x: Tensor, begins: Tensor, ends: Tensor, y: Tensor) -> None:
+        """As `linear`, for rows begins[s] … ends[s]-1 of each slot s only.
+
+        Args:
+            begins, ends: [slots] int32, contiguous.
+            y: [rows, out], to fill.
+        """
+        self._call(x, begins.data_ptr(), ends.data_ptr(), y)
+
+    def _call(self, x: Tensor, begins: int, ends: int, y: Tensor) -> None:
+        failed = lib.fx_grouped_linear(
+            x.data_ptr(),
+            self._table.data_ptr(),
+            0 if self._bias_table is None else self._bias_table.data_ptr(),
+            begins,
+            ends,
+            y.data_ptr(),
+            self.slots,
+            self.in_features,
+            self.out_features,
+            self._dtype,
+        )
+        if failed:
+            raise MemoryError(_NO_SCRATCH)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias, each row's bits independent of the others.
+
+    Args:
+        x: [..., in]; weight: [out, in]; bias: [out] or None; all bf16 or all f32.
+
+    Returns:
+        [..., out] of x's dtype.
+    """
+    x = x.contiguous()
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out_features, in_features = weight.shape
+    y = x.new_empty((*x.shape[:-1], out_features))
+    failed = lib.fx_linear(
+        x.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        y.numel() // out_features if out_features else 0,
+        in_features,
+        out_features,
+        DTYPES[x.dtype],
+    )
+    if failed:
+        raise MemoryError(_NO_SCRATCH)
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32.
+
+    Args:
+        x: [..., n]; weight: [n], contiguous; both bf16 or both f32.
+        early: round to x's dtype before the multiplication by weight as well as after.
+
+    Returns:
+        [..., n] of x's dtype.
+    """
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    n = weight.shape[0]
+    lib.fx_rms_norm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        x.numel() // n,
+        n,
+        eps,
+        early,
+        DTYPES[x.dtype],
+    )
+    return y
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_start: Tensor,
+    context_len: Tensor,
+    block_tables: Tensor,
+    slot_mapping: Tensor,
+    *,
+    scaling: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Append this step's keys and values to the cache, then attend causally over it.
+
+    All floating tensors have one dtype, bf16 or f32. N tokens of S sequences, packed.
+
+    Args:
+        query: [N, heads, key_dim]; last dimension contiguous, as for key and value.
+        key: [N, kv_heads, key_dim].
+        value: [N, kv_heads, value_dim].
+        key_cache: [blocks, block_size, kv_heads, key_dim], contiguous.
+        value_cache: [blocks, block_size, kv_heads, value_dim], contiguous.
+        query_start: [S + 1] int32. Tokens from query_start[S] on are padding: not touched.
+        context_len: [S] int32, tokens in the cache after this step; a sequence's rows are its last.
+        block_tables: [S, max_blocks] int32.
+        slot_mapping: [N] int64, where each token's key and value go; -1 = nowhere.
+        window: keys each row sees, itself included; 0 = all.
+        softcap: scores become softcap · tanh(score / softcap); 0 = off.
+        sinks: [heads] scores of a key whose value is zero, or None.
+
+    Returns:
+        [N, heads, value_dim].
+    """
+    tokens, heads, key_dim = query.shape
+    _, kv_heads, value_dim = value.shape
+    out = query.new_empty((tokens, heads, value_dim))
+    query_strides, key_strides, value_strides = query.stride(), key.stride(), value.stride()
+    failed = lib.fx_paged_attention(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        query_start.data_ptr(),
+        context_len.data_ptr(),
+        block_tables.data_ptr(),
+        slot_mapping.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(),
+        out.data_ptr(),
+        query_strides[0],
+        query_strides[1],
+        key_strides[0],
+        key_strides[1],
+        value_strides[0],
+        value_strides[1],
+        context_len.shape[0],
+        block_tables.shape[1],
+        key_cache.shape[1],
+        heads,
+        kv_heads,
+        key_dim,
+        value_dim,
+        window,
+        scaling,
+        softcap,
+        DTYPES[query.dtype],
+    )
+    if failed:
+        raise MemoryError(_NO_SCRATCH)
+    return out

@@ -1,0 +1,508 @@
+"""Paged attention on a GPU, as `flexpert.kernels.cpu.ops.paged_attention` on a CPU.
+
+A program takes a few tokens of one sequence with all query heads of one key head, so that keys
+are read once for the whole group. Where there are too few such programs to fill the GPU, the
+keys of a sequence are split among several, and a second kernel merges what they found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """rows: of queries in a program, tokens times heads of a group. keys: that it looks at in one
+    go. fill: programs for each multiprocessor, below which keys are split."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    fill: int = 2
+
+
+MOST_SPLITS = 32
+
+_LANES = 64
+"""Sequences of a prefill that a program looks through at least: a kernel for each number would be
+compiled while requests wait."""
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _write_cache(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    slot_mapping,
+    key_token,
+    key_head,
+    value_token,
+    value_head,
+    HEADS: tl.constexpr,
+    HEADS_PAD: tl.constexpr,
+    KEY: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    if slot >= 0:
+        head = tl.arange(0, HEADS_PAD)[:, None]
+        d = tl.arange(0, KEY_PAD)[None, :]
+        ok = (head < HEADS) & (d < KEY)
+        row = tl.load(key + token * key_token + head * key_head + d, mask=ok)
+        tl.store(key_cache + (slot * HEADS + head) * KEY + d, row, mask=ok)
+        d = tl.arange(0, VALUE_PAD)[None, :]
+        ok = (head < HEADS) & (d < VALUE)
+        row = tl.load(value + token * value_token + head * value_head + d, mask=ok)
+        tl.store(value_cache + (slot * HEADS + head) * VALUE + d, row, mask=ok)
+
+
+@triton.jit
+def _look(
+    accumulated,
+    peak,
+    total,
+    q,
+    key_cache,
+    value_cache,
+    blocks,
+    tile,
+    last,
+    position,
+    kv_head,
+    scaling,
+    softcap,
+    BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    KEY: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The sums so far with one tile of keys; not MASKED: every row sees all of them."""
+    n = tile * KEYS + tl.arange(0, KEYS)
+    d = tl.arange(0, KEY_PAD)
+    v = tl.arange(0, VALUE_PAD)
+    if MASKED:
+        there = n < last
+        block = tl.load(blocks + n // BLOCK, mask=there, other=0)
+    else:
+        block = tl.load(blocks + n // BLOCK)
+    place = (block.to(tl.int64) * BLOCK + n % BLOCK) * KV_HEADS + kv_head
+    keys = key_cache + place[None, :] * KEY + d[:, None]
+    if MASKED:
+        k = tl.load(keys, mask=there[None, :] & (d < KEY)[:, None], other=0.0)
+    elif KEY < KEY_PAD:
+        k = tl.load(keys, mask=(d < KEY)[:, None], other=0.0)
+    else:
+        k = tl.load(keys)
+    score = tl.dot(q, k, input_precision=PRECISION)
+    if CAPPED:
+        score *= scaling
+        score = softcap * _LOG2_E * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
+    else:
+        score *= scaling * _LOG2_E
+    if MASKED:
+        seen = n[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen = seen & (n[None, :] > position[:, None] - WINDOW)
+        score = tl.where(seen, score, float("-inf"))
+    higher = tl.maximum(peak, tl.max(score, 1))
+    safe = higher
+    if MASKED:
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+    shrink = tl.exp2(peak - safe)
+    p = tl.exp2(score - safe[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    values = value_cache + place[:, None] * VALUE + v[None, :]
+    if MASKED:
+        w = tl.load(values, mask=there[:, None] & (v < VALUE)[None, :], other=0.0)
+    elif VALUE < VALUE_PAD:
+        w = tl.load(values, mask=(v < VALUE)[None, :], other=0.0)
+    else:
+        w = tl.load(values)
+    accumulated = tl.dot(p.to(w.dtype), w, accumulated * shrink[:, None], input_precision=PRECISION)
+    return accumulated, higher, total
+
+
+@triton.jit(do_not_specialize=["sequences", "max_blocks", "tokens", "splits"])
+def _attend(
+    query,
+    key_cache,
+    value_cache,
+    query_start,
+    context_len,
+    block_tables,
+    sinks,
+    out,
+    partial,
+    peaks,
+    sums,
+    sequences,
+    max_blocks,
+    tokens,
+    splits,
+    scaling,
+    softcap,
+    query_token,
+    query_head,
+    SEQUENCES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEY: tl.constexpr,
+    KEY_PAD: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DECODE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    if DECODE:
+        sequence = tl.program_id(0)
+        first = sequence
+        begin = 0
+        count = 1
+    else:
+        # sequence s has the programs query_start[s] // TOKENS + s and on: at least enough
+        lane = tl.arange(0, SEQUENCES)
+        starts = tl.load(query_start + lane, mask=lane < sequences, other=1 << 30)
+        sequence = tl.sum((starts // TOKENS + lane <= tl.program_id(0)).to(tl.int32), 0) - 1
+        first = tl.load(query_start + sequence)
+        begin = (tl.program_id(0) - first // TOKENS - sequence) * TOKENS
+        count = tl.load(query_start + sequence + 1) - first
+    if begin < count:
+        context = tl.load(context_len + sequence)
+        r = tl.arange(0, ROWS)
+        inside = begin + r // GROUP
+        row_ok = (r < TOKENS * GROUP) & (inside < count)
+        position = context - count + inside
+        token = (first + inside).to(tl.int64)
+        head = kv_head * GROUP + r % GROUP
+        d = tl.arange(0, KEY_PAD)
+        q = tl.load(
+            query + token[:, None] * query_token + head[:, None] * query_head + d[None, :],
+            mask=row_ok[:, None] & (d < KEY)[None, :],
+            other=0.0,
+        )
+        v = tl.arange(0, VALUE_PAD)
+
+        # the keys that any row of this program sees, and this split's part of them
+        last = tl.minimum(context, context - count + begin + TOKENS)
+        low = 0
+        if WINDOW > 0:
+            low = tl.maximum(0, context - count + begin - WINDOW + 1) // KEYS
+        high = (last + KEYS - 1) // KEYS
+        share = (high - low + splits - 1) // splits
+        low = low + split * share
+        high = tl.minimum(high, low + share)
+
+        peak = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        if SINKS:
+            if split == 0:
+                sink = tl.load(sinks + head, mask=row_ok, other=0.0).to(tl.float32)
+                peak = sink * _LOG2_E
+                total = tl.full((ROWS,), 1.0, tl.float32)
+        accumulated = tl.zeros((ROWS, VALUE_PAD), tl.float32)
+        blocks = block_tables + sequence * max_blocks
+        middle = low
+        # a decode step is as fast as its keys arrive, and a second loop makes it slower
+        if not DECODE and WINDOW == 0:
+            # up to here every row sees every key
+            middle = tl.minimum(tl.maximum((context - count + begin + 1) // KEYS, low), high)
+            for tile in range(low, middle):
+                accumulated, peak, total = _look(
+                    accumulated, peak, total, q, key_cache, value_cache, blocks, tile, last,
+                    position, kv_head, scaling, softcap, BLOCK, KV_HEADS, KEY, KEY_PAD, VALUE,
+                    VALUE_PAD, KEYS, False, WINDOW, CAPPED, PRECISION,
+                )  # fmt: skip
+        for tile in range(middle, high):
+            accumulated, peak, total = _look(
+                accumulated, peak, total, q, key_cache, value_cache, blocks, tile, last, position,
+                kv_head, scaling, softcap, BLOCK, KV_HEADS, KEY, KEY_PAD, VALUE, VALUE_PAD, KEYS,
+                True, WINDOW, CAPPED, PRECISION,
+            )  # fmt: skip
+        ok = row_ok[:, None] & (v < VALUE)[None, :]
+        heads = KV_HEADS * GROUP
+        if not SPLIT:
+            # no key at all is a row of padding
+            result = accumulated / tl.where(total == 0.0, 1.0, total)[:, None]
+            where = (token * heads + head)[:, None] * VALUE + v[None, :]
+            tl.store(out + where, result.to(out.dtype.element_ty), mask=ok)
+        else:
+            row = (split * tokens + token) * heads + head
+            tl.store(partial + row[:, None] * VALUE + v[None, :], accumulated, mask=ok)
+            tl.store(peaks + row, peak, mask=row_ok)
+            tl.store(sums + row, total, mask=row_ok)
+
+
+@triton.jit(do_not_specialize=["rows", "sequences", "splits"])
+def _merge(
+    partial,
+    peaks,
+    sums,
+    query_start,
+    out,
+    rows,
+    sequences,
+    splits,
+    HEADS: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    last = rows
+    if not DECODE:
+        last = tl.load(query_start + sequences) * HEADS
+    if row < last:
+        s = tl.arange(0, SPLITS_PAD)
+        peak = tl.load(peaks + s * rows + row, mask=s < splits, other=float("-inf"))
+        highest = tl.max(peak, 0)
+        factor = tl.exp2(peak - tl.where(highest == float("-inf"), 0.0, highest))
+        total = tl.sum(factor * tl.load(sums + s * rows + row, mask=s < splits, other=0.0), 0)
+        v = tl.arange(0, VALUE_PAD)
+        part = tl.load(
+            partial + (s[:, None] * rows + row) * VALUE + v[None, :],
+            mask=(s < splits)[:, None] & (v < VALUE)[None, :],
+            other=0.0,
+        )
+        result = tl.sum(part * factor[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+        tl.store(out + row * VALUE + v, result.to(out.dtype.element_ty), mask=v < VALUE)
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_start: Tensor,
+    context_len: Tensor,
+    block_tables: Tensor,
+    slot_mapping: Tensor,
+    *,
+    scaling: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Append this step's keys and values to the cache, then attend causally over it.
+
+    All floating tensors have one dtype, bf16 or f32. N tokens of S sequences, packed. As many
+    tokens as sequences means that each sequence has one.
+
+    Args:
+        query: [N, heads, key_dim]; last dimension contiguous, as for key and value.
+        key: [N, kv_heads, key_dim].
+        value: [N, kv_heads, value_dim].
+        key_cache: [blocks, block_size, kv_heads, key_dim], contiguous.
+        value_cache: [blocks, block_size, kv_heads, value_dim], contiguous.
+        query_start: [S + 1] int32. Tokens from query_start[S] on are padding: not touched.
+        context_len: [S] int32, tokens in the cache after this step; a sequence's rows are its last.
+            0: the sequence is padding; its row becomes zero.
+        block_tables: [S, max_blocks] int32, contiguous.
+        slot_mapping: [N] int64, where each token's key and value go; -1 = nowhere.
+        window: keys each row sees, itself included; 0 = all.
+        softcap: scores become softcap · tanh(score / softcap); 0 = off.
+        sinks: [heads] scores of a key whose value is zero, or None.
+
+    Returns:
+        [N, heads, value_dim].
+    """
+    write_cache(key, value, key_cache, value_cache, slot_mapping)
+    return attend(
+        query,
+        key_cache,
+        value_cache,
+        query_start,
+        context_len,
+        block_tables,
+        scaling=scaling,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def write_cache(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """Put each token's key and value where `slot_mapping` says; see `paged_attention`."""
+    tokens, kv_heads, key_dim = key.shape
+    value_dim = value.shape[2]
+    if tokens == 0:
+        return
+    _write_cache[(tokens,)](
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slot_mapping,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        HEADS=kv_heads,
+        HEADS_PAD=triton.next_power_of_2(kv_heads),
+        KEY=key_dim,
+        KEY_PAD=_padded(key_dim),
+        VALUE=value_dim,
+        VALUE_PAD=_padded(value_dim),
+        num_warps=2,
+    )
+
+
+def attend(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_start: Tensor,
+    context_len: Tensor,
+    block_tables: Tensor,
+    *,
+    scaling: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """Attend causally over a cache that has this step's keys and values; see `paged_attention`.
+
+    tiling: default: `choose`'s.
+    """
+    tokens, heads, key_dim = query.shape
+    kv_heads, value_dim = value_cache.shape[2:]
+    sequences, max_blocks = block_tables.shape
+    out = query.new_empty((tokens, heads, value_dim))
+    if tokens == 0 or sequences == 0:
+        return out
+    key_pad, value_pad = _padded(key_dim), _padded(value_dim)
+    group = heads // kv_heads
+    decode = tokens == sequences
+    if tiling is None:
+        tiling = choose(key_pad, decode=decode, dtype=query.dtype)
+    together = 1 if decode else max(1, tiling.rows // triton.next_power_of_2(group))
+    programs = sequences if decode else tokens // together + sequences
+    longest = max_blocks * key_cache.shape[1]
+    if window:
+        longest = min(longest, window + together + tiling.keys)
+    splits = _splits(programs * kv_heads, longest // (2 * tiling.keys), tiling.fill, query.device)
+    partial = peaks = sums = out
+    if splits > 1:
+        shape = (splits, tokens, heads)
+        partial = torch.empty((*shape, value_dim), dtype=torch.float32, device=query.device)
+        peaks, sums = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
+    _attend[(programs, kv_heads, splits)](
+        query,
+        key_cache,
+        value_cache,
+        query_start,
+        context_len,
+        block_tables,
+        sinks,
+        out,
+        partial,
+        peaks,
+        sums,
+        sequences,
+        max_blocks,
+        tokens,
+        splits,
+        scaling,
+        softcap,
+        query.stride(0),
+        query.stride(1),
+        SEQUENCES=1 if decode else max(_LANES, triton.next_power_of_2(sequences)),
+        BLOCK=key_cache.shape[1],
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        KEY=key_dim,
+        KEY_PAD=key_pad,
+        VALUE=value_dim,
+        VALUE_PAD=value_pad,
+        TOKENS=together,
+        ROWS=max(16, triton.next_power_of_2(together * group)),
+        KEYS=tiling.keys,
+        SPLIT=splits > 1,
+        DECODE=decode,
+        WINDOW=window,
+        CAPPED=softcap != 0.0,
+        SINKS=sinks is not None,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+    if splits > 1:
+        _merge[(tokens * heads,)](
+            partial,
+            peaks,
+            sums,
+            query_start,
+            out,
+            tokens * heads,
+            sequences,
+            splits,
+            HEADS=heads,
+            VALUE=value_dim,
+            VALUE_PAD=value_pad,
+            SPLITS_PAD=splits if decode else MOST_SPLITS,
+            DECODE=decode,
+            num_warps=4,
+        )
+    return out
+
+
+def _padded(dim: int) -> int:
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
+def choose(key_dim: int, *, decode: bool, dtype: torch.dtype) -> Tiling:
+    """A tiling for a padded dimension of keys, measured on an H100; float32 is for checking."""
+    keys = 64 if key_dim <= 128 else 32
+    if dtype == torch.float32:
+        return Tiling(64, keys, warps=4, stages=2)
+    if decode:
+        return Tiling(64, keys, warps=4, stages=3)
+    if key_dim <= 128:
+        return Tiling(64, 64, warps=4, stages=2, fill=1)
+    return Tiling(128, 64, warps=8, stages=2, fill=1)
+
+
+def _splits(programs: int, most: int, fill: int, device: torch.device) -> int:
+    """Into how many parts the keys of a sequence are cut, `most` at most, to fill the GPU.
+
+    A power of two: each number is a kernel of its own in decode steps.
+    """
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    else:
+        processors = 8  # so that the interpreter meets both ways
+    most = max(1, min(-(-fill * processors // programs), MOST_SPLITS, most))
+    return 1 << most.bit_length() - 1

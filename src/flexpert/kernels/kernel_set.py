@@ -1,0 +1,156 @@
+"""The kernels of a device under one contract: C on a CPU (`ops`), Triton on a GPU (`cuda`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexpert.errors import ConfigError
+from flexpert.kernels.cpu import ops
+
+
+class PagedAttentionKernel(Protocol):
+    """See `ops.paged_attention`."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        slot_mapping: Tensor,
+        *,
+        scaling: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class NormKernel(Protocol):
+    """See `ops.rms_norm`."""
+
+    def __call__(self, x: Tensor, weight: Tensor, eps: float, *, early: bool) -> Tensor: ...
+
+
+class AttendKernel(Protocol):
+    """See `cuda.attention.attend`."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        *,
+        scaling: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class TurnKernel(Protocol):
+    """See `cuda.rotary.turn_and_store`."""
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slot_mapping: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        *,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        early: bool,
+    ) -> Tensor: ...
+
+
+class ChooseKernel(Protocol):
+    """See `cuda.router.choose_experts`."""
+
+    def __call__(
+        self, logits: Tensor, topk: int, *, normalised: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fusions:
+    """What takes the place of whole modules where launches cost more than their work."""
+
+    attend: AttendKernel
+    turn_and_store: TurnKernel
+    choose_experts: ChooseKernel
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What a model's dense part calls."""
+
+    paged_attention: PagedAttentionKernel
+    rms_norm: NormKernel
+    fusions: Fusions | None = None
+
+
+_CPU = Kernels(ops.paged_attention, ops.rms_norm)
+
+
+def kernels_of(device: torch.device) -> Kernels:
+    """The kernels of a device.
+
+    Raises:
+        ConfigError: a GPU's, and the package triton is missing.
+    """
+    if device.type == "cpu":
+        return _CPU
+    _need_triton()
+    return gpu_kernels()
+
+
+def gpu_kernels() -> Kernels:
+    """Those in Triton; on tensors of a CPU they need its interpreter."""
+    from flexpert.kernels.cuda import attention, norm, rotary, router
+
+    fusions = Fusions(attention.attend, rotary.turn_and_store, router.choose_experts)
+    return Kernels(attention.paged_attention, norm.rms_norm, fusions)
+
+
+def open_gpu() -> torch.device:
+    """The GPU that this process uses.
+
+    Raises:
+        ConfigError: torch sees none, or triton is missing; says what to do.
+    """
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        raise ConfigError(
+            "no NVIDIA GPU that torch can use: "
+            + (
+                f"torch {torch.__version__} was built for CUDA {built}; is the driver installed, "
+                "and is CUDA_VISIBLE_DEVICES right?"
+                if built
+                else f"torch {torch.__version__} is a build for CPUs; install one for CUDA"
+            )
+        )
+    _need_triton()
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _need_triton() -> None:
+    try:
+        import triton  # noqa: F401 - only whether it is there
+    except ImportError as error:
+        raise ConfigError(
+            f"computing on a GPU needs the package triton ({error}): pip install flexpert[cuda]"
+        ) from error

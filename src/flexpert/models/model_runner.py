@@ -1,0 +1,416 @@
+"""The dense part of a model in this process: everything but the experts, and the KV cache.
+
+On a CPU batches are padded to few sizes; on a GPU decode steps are replays of captured graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexpert.errors import ModelError, UnsupportedModel
+from flexpert.kernels.kernel_set import Kernels, PagedAttentionKernel, kernels_of
+from flexpert.models import registrations
+from flexpert.models.batch import ForwardBatch
+from flexpert.models.decode_graphs import DecodeGraphs
+from flexpert.models.deterministic import RowwiseMode, outside_modes
+from flexpert.models.fused import fuse
+from flexpert.models.fused_modules import fuse_modules
+from flexpert.models.kv_cache import KVCache
+from flexpert.models.padding import exact_batch, pad_batch, pad_rows
+from flexpert.models.probe import build_skeleton
+from flexpert.models.source import ModelInfo, ModelSource
+
+CPU = torch.device("cpu")
+
+
+class MoERuntime(Protocol):
+    """Where the routed experts' sum comes from; `flexpert.moe.runtime` has the real one."""
+
+    def forward(
+        self,
+        layer: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        apply_gate: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """x: [T, hidden], expert_ids: [T, k], weights: [T, k] float32, on a GPU any float dtype
+        → [T, hidden]."""
+        ...
+
+
+class DeviceRuntime(MoERuntime, Protocol):
+    """The same on a GPU, where the host must not cut a batch to its rows."""
+
+    def expect(self, tokens: int) -> None:
+        """So many rows of the batches to come count; the rest is padding."""
+        ...
+
+
+class PagedAttention:
+    """One attention layer's cache, and the batch that all layers share.
+
+    key_cache: [blocks, block_size, kv_heads, key_dim]; value_cache: […, value_dim].
+    """
+
+    __slots__ = ("batch", "isolated", "kernel", "key_cache", "value_cache")
+
+    def __init__(
+        self,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        kernel: PagedAttentionKernel,
+        *,
+        isolated: bool,
+    ) -> None:
+        self.key_cache = key_cache
+        self.value_cache = value_cache
+        self.kernel = kernel
+        self.isolated = isolated
+        self.batch: ForwardBatch | None = None
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: object,
+        *,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **_: object,  # `probe` has refused what would matter
+    ) -> Tensor:
+        with outside_modes() if self.isolated else contextlib.nullcontext():
+            batch = self.batch
+            if batch is None:
+                raise RuntimeError("attention outside of ModelRunner.forward")
+            rows = batch.slot_mapping.shape[0]
+            out = self.kernel(
+                _rows(query)[:rows],
+                _rows(key)[:rows],
+                _rows(value)[:rows],
+                self.key_cache,
+                self.value_cache,
+                batch.query_start,
+                batch.context_len,
+                batch.block_tables,
+                batch.slot_mapping,
+                scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
+                window=sliding_window or 0,
+                softcap=softcap or 0.0,
+                sinks=None if s_aux is None else s_aux.to(query.dtype).contiguous(),
+            )
+            return pad_rows(out, query.shape[2]).unsqueeze(0)
+
+
+class RoutedExperts:
+    """One MoE layer's experts module, bound to the runtime."""
+
+    __slots__ = ("apply_gate", "layer", "rows", "runtime", "topk")
+
+    def __init__(self, layer: int, module: Any, runtime: MoERuntime, topk: int) -> None:
+        self.layer = layer
+        self.runtime = runtime
+        self.topk = topk
+        self.rows = 0  # of the batch; what comes after is padding
+        self.apply_gate: Callable[[Tensor], Tensor] = (
+            module._apply_gate if module.has_gate else module.act_fn
+        )
+
+    def experts(self, module: nn.Module, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        rows = self.rows
+        y = self.runtime.forward(
+            self.layer,
+            x[:rows].contiguous(),
+            expert_ids[:rows].contiguous(),
+            (weights if x.is_cuda else weights.float())[:rows].contiguous(),
+            self.apply_gate,
+        )
+        return pad_rows(y, x.shape[0])
+
+
+class ModelRunner:
+    """The dense part of a model, ready to compute batches; made by `load`, used by one thread.
+
+    kv: the cache that attention reads and writes.
+    """
+
+    info: ModelInfo
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        model: PreTrainedModel,
+        attention: list[PagedAttention],
+        experts: list[RoutedExperts],
+        kv: KVCache,
+        *,
+        deterministic: bool,
+        runtime: DeviceRuntime | None,
+    ) -> None:
+        self.info = info
+        self.kv = kv
+        self.graphs: DecodeGraphs | None = None
+        self._model = model
+        self._attention = attention
+        self._experts = experts
+        self._deterministic = deterministic
+        self._runtime = runtime
+        self._device = next(model.parameters()).device
+        self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @classmethod
+    def load(
+        cls,
+        source: ModelSource,
+        *,
+        moe: MoERuntime | DeviceRuntime,
+        kv_blocks: int,
+        kv_block_size: int,
+        deterministic: bool,
+        kv_memory: Tensor | None = None,
+        device: torch.device = CPU,
+        kernels: Kernels | None = None,
+    ) -> ModelRunner:
+        """Read the dense weights and reserve the KV cache (its pages are touched on use).
+
+        Args:
+            kv_memory: [`KVCache.nbytes`] uint8 for the cache, on `device`; default: memory of its
+                own.
+            device: "cuda" needs a `moe` that has `expect`, and is never deterministic.
+            kernels: default: the device's.
+
+        Raises:
+            ModelError: a tensor of the checkpoint cannot be read or has another shape.
+            UnsupportedModel: the model computes something at its start that we cannot repeat.
+        """
+        source.checkpoint.files.check_unchanged()
+        model = build_skeleton(
+            source.config, source.info.dtype, attention=registrations.IMPLEMENTATION
+        )
+        for name in source.experts_names:
+            model.get_submodule(name)._parameters.clear()
+        with torch.no_grad():
+            compute_buffers(model)
+            _load_dense(model, source)
+        _check_real(model)
+        return cls.assemble(
+            model.to(device),
+            source.info,
+            attention_names=source.attention_names,
+            experts_names=source.experts_names,
+            moe=moe,
+            kv_blocks=kv_blocks,
+            kv_block_size=kv_block_size,
+            deterministic=deterministic,
+            kv_memory=kv_memory,
+            kernels=kernels,
+        )
+
+    @classmethod
+    def assemble(
+        cls,
+        model: PreTrainedModel,
+        info: ModelInfo,
+        *,
+        attention_names: Sequence[str],
+        experts_names: Sequence[str],
+        moe: MoERuntime | DeviceRuntime,
+        kv_blocks: int,
+        kv_block_size: int,
+        deterministic: bool = False,
+        kv_memory: Tensor | None = None,
+        kernels: Kernels | None = None,
+    ) -> ModelRunner:
+        """Bind a model that has its dense weights to a KV cache, beside them, and to `moe`.
+
+        Args:
+            model: built with `registrations.IMPLEMENTATION`, on one device.
+            attention_names, experts_names: its modules of either kind, in the order of the forward.
+        """
+        device = next(model.parameters()).device
+        kernels = kernels or kernels_of(device)
+        if kv_memory is None:
+            size = KVCache.nbytes(info, kv_blocks, kv_block_size)
+            kv_memory = torch.empty(size, dtype=torch.uint8, device=device)
+        kv = KVCache(info, kv_blocks, kv_block_size, kv_memory)
+        attention = []
+        for name, (keys, values) in zip(attention_names, kv.layers, strict=True):
+            layer = PagedAttention(keys, values, kernels.paged_attention, isolated=deterministic)
+            registrations.bind(model.get_submodule(name), layer)
+            attention.append(layer)
+        experts = []
+        for index, name in enumerate(experts_names):
+            module = model.get_submodule(name)
+            routed = RoutedExperts(index, module, moe, info.topk)
+            registrations.bind(module, routed)
+            experts.append(routed)
+        with torch.inference_mode():
+            fuse(model, kernels.rms_norm, deterministic=deterministic)
+            if kernels.fusions is not None:
+                fuse_modules(model, kernels.fusions)
+        return cls(
+            info,
+            model,
+            attention,
+            experts,
+            kv,
+            deterministic=deterministic,
+            runtime=cast(DeviceRuntime, moe) if hasattr(moe, "expect") else None,
+        )
+
+    def capture(self, sizes: Sequence[int], max_blocks: int) -> None:
+        """From now on, compute decode steps on a GPU as replays of graphs captured here.
+
+        Args:
+            sizes: of batches, in sequences; a batch is padded to the next one.
+            max_blocks: KV blocks of the longest sequence.
+        """
+        with torch.inference_mode():
+            self.graphs = DecodeGraphs(
+                self._walk, sizes=sizes, max_blocks=max_blocks, device=self._device
+            )
+
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """[M, vocab] float32 logits of `batch.sample_rows`; walks all MoE layers once, in order.
+
+        On a GPU they are valid until the next call.
+        """
+        with torch.inference_mode(), self._mode():
+            if self._runtime is None:
+                return self._walk(batch)
+            self._runtime.expect(batch.token_ids.shape[0])
+            if self.graphs is not None and self.graphs.fits(batch):
+                return self.graphs.forward(batch)
+            return self._walk(batch.to(self._device))
+
+    def _walk(self, batch: ForwardBatch) -> Tensor:
+        """`forward`, launched module by module."""
+        for layer in self._attention:
+            layer.batch = batch
+        for experts in self._experts:
+            experts.rows = batch.token_ids.shape[0]
+        exact = self._deterministic or self._runtime is not None
+        token_ids, positions, sample_rows = (exact_batch if exact else pad_batch)(batch)
+        rows = {"logits_to_keep": sample_rows} if self._slices_logits else {}
+        logits: Tensor = self._model(
+            input_ids=token_ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            **rows,
+        ).logits[0]
+        if not rows:
+            logits = logits[sample_rows]
+        return logits[: batch.sample_rows.shape[0]].float()
+
+    def forward_idle(self) -> None:
+        """Take part in a step without tokens: each MoE layer in order, no attention."""
+        device = self._device
+        with torch.inference_mode(), self._mode():
+            if self._runtime is not None and self.graphs is not None:
+                self._runtime.expect(0)
+                self.graphs.idle()
+                return
+            for layer in self._experts:
+                layer.runtime.forward(
+                    layer.layer,
+                    torch.empty((0, self.info.hidden), dtype=self.info.dtype, device=device),
+                    torch.empty((0, layer.topk), dtype=torch.int64, device=device),
+                    torch.empty((0, layer.topk), dtype=torch.float32, device=device),
+                    layer.apply_gate,
+                )
+
+    def _mode(self) -> contextlib.AbstractContextManager[object]:
+        return RowwiseMode() if self._deterministic else contextlib.nullcontext()
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of weights and buffers in this process."""
+        tensors = {*self._model.parameters(), *self._model.buffers()}
+        return sum(t.nbytes for t in tensors)
+
+    @property
+    def kv_nbytes(self) -> int:
+        """Bytes reserved for the KV cache."""
+        return sum(k.nbytes + v.nbytes for k, v in self.kv.layers)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[1, heads, N, dim] → [N, heads, dim], last dimension contiguous."""
+    x = x[0].transpose(0, 1)
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _load_dense(model: PreTrainedModel, source: ModelSource) -> None:
+    """Give every parameter and persistent buffer outside the experts its value."""
+    for name, recipe in source.checkpoint.recipes.items():
+        if source.expert_parameters.intersection(recipe.targets):
+            continue
+        for target, tensor in source.checkpoint.read(name).items():
+            expected = model.get_parameter_or_buffer(target)
+            if tensor.shape != expected.shape:
+                raise ModelError(
+                    f"{source.path}: {target} has shape {tuple(tensor.shape)}, "
+                    f"config.json says {tuple(expected.shape)}"
+                )
+            _replace(model, target, tensor.to(source.dtype_of(target)).contiguous())
+    # transformers says which name of a tied pair to fill when the files hold only one
+    everything = {*model.state_dict(), *source.expert_parameters}
+    model.tie_weights(missing_keys=everything - source.held, recompute_mapping=False)
+
+
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies) as transformers does.
+
+    `_init_weights` is transformers' own way to do so after loading on the meta device; parameters
+    are still there, so it cannot touch any.
+    """
+    modules: dict[str, list[str]] = {}
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        modules.setdefault(path, []).append(leaf)
+        unset = float("nan") if buffer.is_floating_point() else 0
+        _replace(model, name, torch.full(buffer.shape, unset, dtype=buffer.dtype))
+    for path, leaves in modules.items():
+        module = model.get_submodule(path)
+        model._init_weights(module)
+        for leaf in leaves:
+            buffer = getattr(module, leaf)
+            if not buffer.is_floating_point() or buffer.isnan().any():
+                raise UnsupportedModel(
+                    f"{model.config.model_type} does not fit: its buffer {path}.{leaf} is in no "
+                    "checkpoint and transformers does not say how to compute it"
+                )
+
+
+def _replace(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _check_real(model: PreTrainedModel) -> None:
+    """Nothing may be left on the meta device."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise ModelError(f"{name} of {type(model).__name__} got no value from the checkpoint")
+    for path, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise UnsupportedModel(
+                    f"{model.config.model_type} does not fit: {path}.{attribute} is computed when "
+                    "the model is built and in no checkpoint"
+                )

@@ -1,0 +1,123 @@
+"""The MoE layers of one GPU rank among several: route → dispatch → local experts → combine.
+
+The counterpart of `flexpert.moe.runtime` for a buffer whose rows stay where they arrived on the
+GPU. All state that a step reads lies in device memory of a fixed place, with as many slots as the
+model has experts: a captured graph goes on through joins, leaves and moves of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flexpert.comm import ExpertTable, Reduce
+from flexpert.kernels.cuda.device_experts import DeviceExperts, Gate
+from flexpert.kernels.experts import ExpertShape
+from flexpert.moe.runtime import LayerState
+
+
+class IndexedRows(Protocol):
+    """Where the rows of a dispatch lie, without waiting for the device.
+
+    offsets: [slots + 1] int32. rows: [most rows] int32, of payload. payload: [any, hidden].
+    """
+
+    @property
+    def offsets(self) -> Tensor: ...
+    @property
+    def rows(self) -> Tensor: ...
+    @property
+    def payload(self) -> Tensor: ...
+
+
+class ExchangedExperts:
+    """See the module's docstring.
+
+    Args:
+        buffer: a `Buffer` whose `Received` has `indexed`, an `IndexedRows`.
+        layers, experts, shape: of the model.
+
+    Attributes:
+        walked: layers so far, as in `MoERuntime`; a replayed step counts none.
+    """
+
+    def __init__(
+        self,
+        buffer: Any,
+        layers: int,
+        experts: int,
+        shape: ExpertShape,
+        device: torch.device,
+        *,
+        reduce: Reduce = "rank",
+    ) -> None:
+        self.buffer = buffer
+        self.reduce: Reduce = reduce
+        self.walked = 0
+        self._experts = DeviceExperts(layers, experts, shape, device)
+        self._places = torch.full((2, layers, experts), -1, dtype=torch.int32, device=device)
+        self._tables = [
+            ExpertTable(rank=self._places[0, layer], slot=self._places[1, layer], slots=experts)
+            for layer in range(layers)
+        ]
+        self._tokens = torch.zeros(1, dtype=torch.int32, device=device)
+        self._row = torch.arange(buffer.spec.max_tokens, dtype=torch.int32, device=device)
+
+    def install(self, layers: Sequence[LayerState]) -> None:
+        """Use these from the next step on; an empty list: no expert is anywhere.
+
+        Raises: ValueError: what `DeviceExperts.install` raises.
+        """
+        places = torch.full(self._places.shape, -1, dtype=torch.int32)
+        for index, state in enumerate(layers):
+            places[0, index], places[1, index] = state.table.rank, state.table.slot
+        self._experts.install([state.experts.experts for state in layers])
+        self._places.copy_(places)
+
+    def lost_rows(self) -> None:
+        """Not told: where nobody holds an expert, the buffer skips it."""
+
+    def expect(self, tokens: int) -> None:
+        """So many rows of the batches to come count; the rest is padding."""
+        self._tokens.fill_(tokens)
+
+    def forward(
+        self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, apply_gate: Gate
+    ) -> Tensor:
+        """The routed experts' weighted sum for this rank's tokens; serves the peers' on the way.
+
+        Args:
+            layer: index among the MoE layers.
+            x: [T, hidden]; expert_ids: [T, k] int; weights: [T, k] float; all contiguous. T may be
+                0, the exchanges are walked all the same.
+            apply_gate: transformers' gate of this layer, [rows, 2·inter] → [rows, inter].
+
+        Returns:
+            [T, hidden] in x's dtype.
+        """
+        self.walked += 1
+        padding = self._row[: x.shape[0], None] >= self._tokens
+        received = self.buffer.dispatch(
+            x, expert_ids.masked_fill(padding, -1), weights.float(), self._tables[layer]
+        )
+        y = self.compute(layer, received.indexed, apply_gate, expert_ids.numel())
+        result: Tensor = self.buffer.combine(y, received, reduce=self.reduce)
+        return result
+
+    def compute(self, layer: int, rows: IndexedRows, apply_gate: Gate, expected: int) -> Tensor:
+        """[most rows, hidden]: each row that arrived through its expert.
+
+        expected: about how many there are; a rank expects as many as it sends.
+        """
+        return self._experts.compute(
+            layer,
+            rows.payload,
+            rows.rows,
+            rows.offsets,
+            rows.rows.shape[0],
+            apply_gate,
+            max(1, expected),
+        )

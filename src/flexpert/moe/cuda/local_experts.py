@@ -1,0 +1,81 @@
+"""The MoE layers of a rank that holds every expert: route → experts → combine, on one GPU.
+
+The counterpart of `flexpert.moe.runtime` without an exchange. All state that a step reads lies in
+device memory of a fixed place: a captured graph goes on through any change of the experts' places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexpert.kernels.cuda.device_experts import DeviceExperts, Gate
+from flexpert.kernels.cuda.row_sorting import combine, sort_by_slot
+from flexpert.kernels.experts import ExpertShape
+from flexpert.moe.runtime import LayerState
+
+
+class LocalExperts:
+    """See the module's docstring.
+
+    Args:
+        rank: the own id, which must own every expert.
+        layers, experts, shape: of the model.
+
+    Attributes:
+        walked: layers so far, as in `MoERuntime`; a replayed step counts none.
+    """
+
+    def __init__(
+        self, rank: int, layers: int, experts: int, shape: ExpertShape, device: torch.device
+    ) -> None:
+        self.rank = rank
+        self.walked = 0
+        self._tokens = torch.zeros(1, dtype=torch.int32, device=device)
+        self._experts = DeviceExperts(layers, experts, shape, device)
+        self._slot_of = torch.full((layers, experts), -1, dtype=torch.int32, device=device)
+
+    def install(self, layers: Sequence[LayerState]) -> None:
+        """Use these from the next step on; an empty list: no expert is anywhere.
+
+        Raises:
+            ValueError: an expert is on another rank, or what `DeviceExperts.install` raises.
+        """
+        slot_of = torch.full(self._slot_of.shape, -1, dtype=torch.int32)
+        for index, state in enumerate(layers):
+            if not bool((state.table.rank == self.rank).all()):
+                raise ValueError(f"MoE layer {index} has experts on other ranks than {self.rank}")
+            slot_of[index] = state.table.slot
+        self._experts.install([state.experts.experts for state in layers])
+        self._slot_of.copy_(slot_of)
+
+    def lost_rows(self) -> None:
+        """As `MoERuntime.lost_rows`: a rank that holds all experts loses no choice."""
+
+    def expect(self, tokens: int) -> None:
+        """So many rows of the batches to come count; the rest is padding."""
+        self._tokens.fill_(tokens)
+
+    def forward(
+        self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, apply_gate: Gate
+    ) -> Tensor:
+        """The routed experts' weighted sum; rows of padding become zero.
+
+        Args:
+            layer: index among the MoE layers.
+            x: [T, hidden]; expert_ids: [T, k] int; weights: [T, k] float; all contiguous.
+            apply_gate: transformers' gate of this layer, [rows, 2·inter] → [rows, inter].
+
+        Returns:
+            [T, hidden] in x's dtype.
+        """
+        self.walked += 1
+        out = torch.empty_like(x)
+        if x.shape[0] == 0:
+            return out
+        experts = self._experts
+        rows = sort_by_slot(expert_ids, self._slot_of[layer], self._tokens, experts.slots)
+        y = experts.compute(layer, x, rows.token, rows.offsets, rows.token.shape[0], apply_gate)
+        return combine(y, rows.row, weights, out)

@@ -1,0 +1,30 @@
+"""What a rank says it will need is what it needs once its KV cache is full."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from support.service import answer_all, requests, running
+
+from flexpert.cluster.head import Head
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["fast", "deterministic"])
+def test_planned_memory_is_true_within_ten_percent(deterministic: bool) -> None:
+    async def scenario(head: Head) -> None:
+        # some 16,000 tokens through twice 6,144 places: every block is used
+        await answer_all(head, requests(128, tokens=60), clients=32)
+        await asyncio.sleep(1.5)  # until memory was read again
+        await answer_all(head, requests(4), clients=4)
+        for rank in head.cluster().ranks:
+            assert rank.memory_bytes == pytest.approx(rank.planned_bytes, rel=0.1)
+
+    with running(
+        cluster__ranks=2,
+        engine__deterministic=deterministic,
+        engine__kv_memory="12MiB",
+    ) as service:
+        service.run(scenario(service.head))

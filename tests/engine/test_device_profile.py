@@ -1,0 +1,146 @@
+"""What `--device` decides, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexpert.cli.settings import settings
+from flexpert.cluster.processes.rank_process import open_source
+from flexpert.comm import BufferSpec, CommError
+from flexpert.config import MOST_GPU_RANKS, Config, load_config
+from flexpert.engine import device_profile as compute
+from flexpert.engine.device_profile import graph_sizes, open_device, warm_up_sizes
+from flexpert.errors import ConfigError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def gpu(**overrides: object) -> Config:
+    return load_config(environment={}, overrides={"engine.device": "cuda", **overrides})
+
+
+def test_a_gpu_has_room_for_one_rank_unless_more_are_asked_for() -> None:
+    config = gpu()
+    assert (config.cluster.ranks, config.cluster.max_ranks) == (1, 1)
+    assert gpu(**{"cluster.ranks": 2}).cluster.max_ranks == 8
+    assert gpu(**{"cluster.max_ranks": 4}).cluster.ranks == 1
+    assert Config.model_validate_json(config.model_dump_json()) == config  # as ranks are told
+
+
+def test_a_gpu_has_larger_steps_and_caches_unless_they_are_given() -> None:
+    def sizes(config: Config) -> tuple[int, int, int]:
+        engine = config.engine
+        return engine.max_tokens_per_step, engine.max_running, engine.kv_memory
+
+    assert sizes(settings(None, {"engine.device": "cpu"})) == (256, 64, 256 * 2**20)
+    assert sizes(gpu()) == (2048, 256, 4 * 2**30)
+    given = {"max_tokens_per_step": 32, "max_running": 8, "kv_memory": "1MiB"}
+    found = gpu(**{f"engine.{name}": value for name, value in given.items()})
+    assert sizes(found) == (32, 8, 2**20)
+    assert gpu(**{"engine.all2all": "nixl_ep"}).engine.max_tokens_per_step == 256
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"cluster.max_ranks": 33}, "more than 32.*lower --max-ranks"),
+        (
+            {"cluster.max_ranks": 4, "cluster.on_missing_expert": "degrade"},
+            "degrade needs --device cpu",
+        ),
+        ({"engine.deterministic": True}, "--deterministic needs --device cpu"),
+        (
+            {"engine.all2all": "nixl_ep", "cluster.max_ranks": 12},
+            r"max_ranks \(12\) .* takes: 1, 2, .* 8, 16, 24, 32; change --max-ranks",
+        ),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused_before_anything_starts(
+    overrides: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        gpu(**overrides)
+
+
+def test_a_cpu_refuses_the_kernels_of_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="--all2all nixl_ep needs --device cuda"):
+        settings(None, {"engine.all2all": "nixl_ep"})
+    with pytest.raises(ConfigError, match="--quantization fp8 needs --device cuda"):
+        settings(None, {"model.quantization": "fp8"})
+
+
+@pytest.mark.parametrize(
+    ("device", "quantization", "fp8"),
+    [("cpu", "auto", False), ("cuda", "auto", False), ("cuda", "fp8", True)],
+)
+def test_experts_are_fp8_where_it_is_wanted_and_computed(
+    device: str, quantization: str, fp8: bool
+) -> None:
+    asked = {"engine.device": device, "model.quantization": quantization}
+    source = open_source(settings(None, asked))
+    assert source.fp8_experts == fp8
+    assert (source.expert_shape().dtype == torch.float8_e4m3fn) == fp8
+
+
+def test_an_absent_nixl_ep_is_told_as_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise CommError("pip install 'flexpert[nixl]'")
+
+    monkeypatch.setattr("flexpert.comm.nixl_ep.package.find", absent)
+    with pytest.raises(ConfigError, match=r"--all2all nixl_ep: pip install 'flexpert\[nixl\]'"):
+        compute.find_nixl_ep()
+
+
+def test_sizes_that_nixl_ep_does_not_take_are_told_as_a_wrong_setting() -> None:
+    spec = BufferSpec(2, 4, 64, 2, torch.float32)
+    config = gpu(**{"engine.all2all": "nixl_ep"}).engine
+    with pytest.raises(ConfigError, match=r"--all2all nixl_ep: .* bfloat16 rows"):
+        compute.make_exchange(0, spec, config, 1.0, experts=4)
+
+
+def test_a_cache_that_the_gpu_has_no_room_for_is_told_as_a_wrong_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(size: int, device: torch.device) -> None:
+        raise CommError(f"{size} bytes of the GPU's memory: out of memory")
+
+    monkeypatch.setattr(compute, "export_memory", full)
+    with pytest.raises(ConfigError, match=r"KV cache: 4096 bytes .*; lower --kv-memory"):
+        compute.export_kv_cache(4096, GPU)
+
+
+def test_a_cpu_keeps_its_ranks() -> None:
+    assert settings(None, {"engine.device": "cpu"}).cluster.max_ranks == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_reason_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute, "INTERPRETED", False)
+    with pytest.raises(ConfigError, match=r"no NVIDIA GPU .*(driver|install one for CUDA)"):
+        open_device(gpu().engine)
+
+
+def test_graphs_are_captured_for_few_sizes_that_waste_at_most_half() -> None:
+    assert graph_sizes(1, GPU) == [1]
+    assert graph_sizes(64, GPU) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert graph_sizes(50, GPU)[-1] == 50
+    assert graph_sizes(4096, GPU)[-1] == 512
+    sizes = graph_sizes(512, GPU)
+    assert len(sizes) < 20
+    for batch in range(1, 513):
+        size = next(size for size in sizes if size >= batch)
+        assert size < 2 * batch
+
+
+def test_warm_up_stays_within_the_room_there_is() -> None:
+    for device in (CPU, GPU):
+        engine = load_config(environment={}, overrides={"engine.device": device.type}).engine
+        assert max(warm_up_sizes(100, engine, device)) <= max(100, 128)
+    assert warm_up_sizes(100, gpu().engine, GPU) == [2, 16, 64, 100]
+
+
+def test_as_many_ranks_as_the_exchange_takes() -> None:
+    from flexpert.comm.cuda.cuda_layout import LANES
+
+    assert LANES == MOST_GPU_RANKS

@@ -1,0 +1,160 @@
+"""A rank with `--device cuda` in Triton's interpreter answers as one on a CPU."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+pytest.importorskip("triton", reason="the GPU kernels need the package triton")
+
+from flexpert.comm.nixl_ep.package import Package
+from flexpert.compat import nixl_ep as compat
+from flexpert.config import EngineConfig
+from flexpert.engine.epoch import EpochPlan
+from flexpert.engine.memory_plan import RankMemory
+from flexpert.engine.rank_engine import RankEngine
+from flexpert.engine.request import HeldKV, SamplingParams, Sequence, TokenEvent
+from flexpert.models import decode_graphs as graphs
+from flexpert.models.source import ModelSource
+from flexpert.moe.placement import replan
+
+LIMIT_S = 100.0
+PROMPTS = {"a": [5, 9, 40, 41], "b": [60, 61, 62]}
+
+
+class Told:
+    """Collects the tokens of each sequence, and what else a rank says."""
+
+    def __init__(self) -> None:
+        self.said: queue.Queue[str] = queue.Queue()
+        self.tokens: dict[str, list[int]] = {name: [] for name in PROMPTS}
+        self.memory: RankMemory | None = None
+
+    def published(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            self.tokens[event.id] += event.tokens
+            if event.finish is not None:
+                self.said.put("finished")
+
+    def prepared(self, epoch: int, copied: int, memory: RankMemory) -> None:
+        self.memory = memory
+        self.said.put("prepared")
+
+    def failed(self, epoch: int, error: str) -> None:
+        self.said.put(error)
+
+    def rejected(self, sequence_id: str, error: str) -> None:
+        self.said.put(error)
+
+    def broken(self, epoch: int, ranks: tuple[int, ...], error: str) -> None:
+        self.said.put(error)
+
+    def progress(self, epoch: int, share: float) -> None: ...
+    def switched(self, epoch: int, pause_ms: float | None) -> None: ...
+    def offered(self, epoch: int, held: list[HeldKV]) -> None: ...
+    def fetched(self, epoch: int, source: int, size: int) -> None: ...
+    def handed_over(self, epoch: int, held: list[HeldKV]) -> None: ...
+    def adopted(self, source: int, moved: int, size: int, recomputed: int) -> None: ...
+
+
+def answers(
+    source: ModelSource, config: EngineConfig, *, capacity: int = 1
+) -> tuple[RankEngine, Told]:
+    """What a rank alone says to the prompts, through two epochs."""
+    told = Told()
+    engine = RankEngine(
+        0, source, config, capacity=capacity, exchange_timeout_s=LIMIT_S, listener=told
+    )
+    running = threading.Thread(target=engine.run)
+    running.start()
+    try:
+        info = source.info
+        placement = replan(None, [0], experts=info.experts, layers=info.moe_layers)
+        for epoch, name in ((1, "a"), (2, "b")):
+            engine.prepare(EpochPlan(epoch, {0: engine.buffer.address}, placement))
+            assert told.said.get(timeout=LIMIT_S) == "prepared"
+            engine.commit(epoch)
+            engine.admit([sequence(name)])
+            assert told.said.get(timeout=LIMIT_S) == "finished"
+    finally:
+        engine.stop()
+        running.join(LIMIT_S)
+    assert not running.is_alive()
+    return engine, told
+
+
+def sequence(name: str) -> Sequence:
+    params = SamplingParams(max_tokens=2, temperature=0.0, seed=1)
+    return Sequence(id=name, prompt=PROMPTS[name], generated=[], params=params, eos=())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_rank_on_a_gpu_answers_as_on_a_cpu_with_graphs_captured_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = ModelSource.open("tiny", dtype="float32")
+    cpu = EngineConfig(kv_memory=2 * 2**20, max_tokens_per_step=16, max_running=1)
+    _, expected = answers(source, cpu)
+
+    replays = 0
+    record = graphs.record
+
+    def counted(*args: Any) -> tuple[graphs.Replay, Tensor]:
+        replay, logits = record(*args)
+
+        def counting() -> None:
+            nonlocal replays
+            replays += 1
+            replay()
+
+        return counting, logits
+
+    monkeypatch.setattr(graphs, "record", counted)
+    engine, told = answers(source, cpu.model_copy(update={"device": "cuda"}))
+    assert told.tokens == expected.tokens
+    assert all(len(tokens) == 2 for tokens in told.tokens.values())
+    assert engine.runner.graphs is not None
+    assert engine.runner.graphs.captures == 1  # in the first epoch
+    assert replays == 2
+    assert told.memory is not None
+    assert told.memory.kv == told.memory.dense == 0  # none of it on this machine's side
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_nothing_is_captured_that_a_join_would_break(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = Package(compat, fixed=False)
+    monkeypatch.setattr("flexpert.comm.nixl_ep.nixl_ep_buffer.find", lambda: package)
+    config = EngineConfig(
+        device="cuda",
+        all2all="nixl_ep",
+        kv_memory=2 * 2**20,
+        max_tokens_per_step=16,
+        max_running=1,
+    )
+    model = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=128,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
+    AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path)
+    engine, told = answers(ModelSource.open(str(tmp_path), dtype="bfloat16"), config, capacity=2)
+    assert engine.runner.graphs is None
+    assert all(len(tokens) == 2 for tokens in told.tokens.values())

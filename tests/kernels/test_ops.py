@@ -1,0 +1,212 @@
+"""The C kernels compute what torch does, and each row's bits depend on that row alone."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexpert.kernels.cpu import ops
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+REFERENCE_DTYPE = torch.float64
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 31), (16, 32), (33, 72), (40, 515)])
+def test_linear_is_the_product_of_torch(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(shape).to(dtype), torch.randn(shape[0]).to(dtype)
+    for rows in (0, 1, 2, 3, 4, 5, 9, 24, 150):
+        x = torch.randn(2, rows, shape[1]).to(dtype)
+        expected = torch.nn.functional.linear(
+            x.to(REFERENCE_DTYPE), weight.to(REFERENCE_DTYPE), bias.to(REFERENCE_DTYPE)
+        )
+        torch.testing.assert_close(
+            ops.linear(x, weight, bias).double(),
+            expected,
+            rtol=TOLERANCE[dtype],
+            atol=TOLERANCE[dtype] * math.sqrt(shape[1]),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(7, 20), (64, 64), (130, 200)])
+def test_a_row_of_linear_has_the_same_bits_in_any_company(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight = torch.randn(shape).to(dtype)
+    x = torch.randn(67, shape[1]).to(dtype)
+    each = torch.cat([ops.linear(row[None], weight) for row in x])
+    for rows in range(1, len(x) + 1):
+        assert torch.equal(ops.linear(x[:rows], weight), each[:rows])
+
+
+def test_linear_keeps_nan_and_infinity_in_bf16() -> None:
+    x = torch.tensor([[math.nan, 1.0], [math.inf, 1.0], [3e38, 3e38]], dtype=torch.bfloat16)
+    y = ops.linear(x, torch.ones(1, 2, dtype=torch.bfloat16))
+    assert y[0].isnan()
+    assert y[1] == math.inf
+    assert y[2] == math.inf
+
+
+def test_a_weight_table_refuses_experts_of_unequal_shapes() -> None:
+    with pytest.raises(ValueError, match="equal shapes"):
+        ops.WeightTable([torch.zeros(2, 3), torch.zeros(3, 3)], None)
+    with pytest.raises(ValueError, match="contiguous"):
+        ops.WeightTable([torch.zeros(3, 2).t()], None)
+
+
+class Cache:
+    """Sequences in scattered blocks, and what attention over them should be."""
+
+    def __init__(
+        self, heads: tuple[int, int], dims: tuple[int, int], block_size: int, dtype: torch.dtype
+    ) -> None:
+        generator = torch.Generator().manual_seed(7)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        self.heads, self.kv_heads = heads
+        self.dims, self.block_size, self.dtype, self.longest = dims, block_size, dtype, 83
+        blocks = -(-self.longest // block_size)
+        self.table = torch.randperm(blocks + 3, generator=generator)[:blocks].int()
+        # what no token has been written to must not be read
+        shape = (blocks + 3, block_size, self.kv_heads)
+        self.key_cache = torch.full((*shape, dims[0]), math.nan, dtype=dtype)
+        self.value_cache = torch.full((*shape, dims[1]), math.nan, dtype=dtype)
+        self.query = randn(self.longest, self.heads, dims[0])
+        self.key = randn(self.longest, self.kv_heads, dims[0])
+        self.value = randn(self.longest, self.kv_heads, dims[1])
+
+    def attend(self, begin: int, end: int, **options: Any) -> Tensor:
+        positions = torch.arange(begin, end)
+        blocks = self.table[positions // self.block_size].long()
+        return ops.paged_attention(
+            self.query[begin:end],
+            self.key[begin:end],
+            self.value[begin:end],
+            self.key_cache,
+            self.value_cache,
+            torch.tensor([0, end - begin], dtype=torch.int32),
+            torch.tensor([end], dtype=torch.int32),
+            self.table[None],
+            blocks * self.block_size + positions % self.block_size,
+            scaling=0.3,
+            **options,
+        )
+
+    def expected(
+        self, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None
+    ) -> Tensor:
+        group = self.heads // self.kv_heads
+        key = self.key.double().repeat_interleave(group, 1)
+        value = self.value.double().repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", self.query.double(), key) * 0.3
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        q, k = torch.arange(self.longest)[:, None], torch.arange(self.longest)[None]
+        seen = (k <= q) & ((k > q - window) if window else True)
+        scores = scores.masked_fill(~seen, -math.inf)
+        if sinks is not None:
+            extra = sinks.double()[:, None, None].expand(-1, self.longest, 1)
+            scores = torch.cat([scores, extra], -1)
+        weights = scores.softmax(-1)[..., : self.longest]
+        return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+OPTIONS = [
+    {},
+    {"window": 1},
+    {"window": 16},
+    {"window": 21},
+    {"softcap": 1.5},
+    {"sinks": torch.tensor([2.0, -1.0, 0.0, 9.0])},
+    {"sinks": torch.tensor([2.0, -1.0, 0.0, 9.0]), "window": 9},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [(32, 32), (24, 20), (72, 40)])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
+def test_paged_attention_is_causal_softmax_attention(
+    options: dict[str, Any], kv_heads: int, dims: tuple[int, int], dtype: torch.dtype
+) -> None:
+    cache = Cache((4, kv_heads), dims, 8, dtype)
+    given = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+    result = cache.attend(0, cache.longest, **given)
+    torch.testing.assert_close(
+        result.double(), cache.expected(**options), rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [1, 5, 16, 32])
+@pytest.mark.parametrize("options", [{}, {"window": 21}], ids=["all", "window"])
+def test_attention_of_a_row_has_the_same_bits_for_any_chunking(
+    options: dict[str, Any], block_size: int, dtype: torch.dtype
+) -> None:
+    whole = Cache((4, 2), (24, 20), block_size, dtype)
+    expected = whole.attend(0, whole.longest, **options)
+    for chunk in (1, 2, 3, 16, 40):
+        cache = Cache((4, 2), (24, 20), block_size, dtype)
+        steps = range(0, cache.longest, chunk)
+        pieces = [cache.attend(i, min(i + chunk, cache.longest), **options) for i in steps]
+        assert torch.equal(torch.cat(pieces), expected)
+
+
+SCRIPT = """
+import torch
+from flexpert.kernels.cpu import ops
+torch.manual_seed(0)
+x, w = torch.randn(9, 200), torch.randn(40, 200)
+for dtype in (torch.float32, torch.bfloat16):
+    a, b = x.to(dtype), w.to(dtype)
+    y = ops.linear(a, b)
+    assert all(torch.equal(ops.linear(a[i : i + 1], b)[0], y[i]) for i in range(9))
+    torch.testing.assert_close(y.double(), a.double() @ b.double().t(), rtol=1e-2, atol=1e-1)
+    cache = torch.empty(4, 16, 2, 24, dtype=dtype)
+    q, k = torch.randn(50, 4, 24).to(dtype), torch.randn(50, 2, 24).to(dtype)
+    at = lambda i, j: ops.paged_attention(
+        q[i:j], k[i:j], k[i:j], cache, cache.clone() if i == 0 else values,
+        torch.tensor([0, j - i], dtype=torch.int32), torch.tensor([j], dtype=torch.int32),
+        torch.arange(4, dtype=torch.int32)[None], torch.arange(i, j), scaling=0.2)
+    values = torch.empty_like(cache)
+    each = torch.cat([ops.paged_attention(
+        q[i:i+1], k[i:i+1], k[i:i+1], cache, values, torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor([i + 1], dtype=torch.int32), torch.arange(4, dtype=torch.int32)[None],
+        torch.tensor([i]), scaling=0.2) for i in range(50)])
+    assert torch.equal(each, at(0, 50))
+    full = torch.nn.functional.scaled_dot_product_attention(
+        *(t.double().transpose(0, 1)[None] for t in (q, k, k)), is_causal=True, scale=0.2,
+        enable_gqa=True)[0].transpose(0, 1)
+    torch.testing.assert_close(each.double(), full, rtol=2e-2, atol=1e-2)
+print(ops.instruction_set())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
+def test_lesser_instruction_sets_keep_the_promises(instruction_set: str) -> None:
+    order = ["portable", "avx2", "avx512", "amx"]
+    if order.index(ops.instruction_set()) < order.index(instruction_set):
+        pytest.skip(f"this CPU has no {instruction_set}")
+    source = str(Path(ops.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, "FLEXPERT_CPU": instruction_set, "PYTHONPATH": source},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.stdout.strip() == instruction_set, done.stderr

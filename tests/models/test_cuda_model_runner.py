@@ -1,0 +1,166 @@
+"""The engine on a GPU computes what it computes on a CPU; its kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import Sequences, lone_shard, prompt_of
+from support.fp8_checkpoints import make_fp8_checkpoint
+
+from flexpert.kernels.experts import LayerExperts
+from flexpert.kernels.kernel_set import gpu_kernels
+from flexpert.models.batch import ForwardBatch
+from flexpert.models.decode_graphs import StepInputs
+from flexpert.models.model_runner import ModelRunner
+from flexpert.models.source import ModelSource
+from flexpert.moe.placement import Placement, replan
+from flexpert.moe.runtime import LayerState, expert_tables
+
+pytest.importorskip("triton", reason="the GPU kernels need the package triton")
+
+from flexpert.kernels.cuda.device_experts import is_swiglu
+from flexpert.moe.cuda.local_experts import LocalExperts
+
+CPU = torch.device("cpu")
+
+
+def states(source: ModelSource, placement: Placement) -> list[LayerState]:
+    held = [
+        LayerExperts(
+            [source.load_experts(layer, [expert])[expert] for expert in experts],
+            deterministic=False,
+        )
+        for layer, experts in enumerate(placement.held_by(0))
+    ]
+    tables = expert_tables(placement, 0)
+    return [LayerState(table, experts) for table, experts in zip(tables, held, strict=True)]
+
+
+def gpu_shard(source: ModelSource) -> tuple[Sequences, LocalExperts]:
+    info = source.info
+    local = LocalExperts(0, info.moe_layers, info.experts, source.expert_shape(), CPU)
+    made = ModelRunner.load(
+        source,
+        moe=local,
+        kv_blocks=32,
+        kv_block_size=8,
+        deterministic=False,
+        kernels=gpu_kernels(),
+    )
+    return Sequences(made, 8), local
+
+
+FUSED = {
+    "qwen3_moe": {"Qwen3MoeAttention", "Qwen3MoeTopKRouter", "Qwen3MoeRMSNorm"},
+    "mixtral": {"MixtralAttention", "MixtralTopKRouter", "MixtralRMSNorm"},
+    "olmoe": {"OlmoeTopKRouter", "OlmoeRMSNorm"},  # it norms all heads together
+    "gpt_oss": {"GptOssRMSNorm"},
+    "deepseek_v3": {"DeepseekV3RMSNorm"},
+}
+"""Modules that one kernel, or a few, must have taken the place of."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(FUSED))
+def test_the_kernels_give_the_logits_of_the_cpu_wherever_the_experts_are(
+    family: str, checkpoint: Callable[..., Path]
+) -> None:
+    path = checkpoint(family)
+    a, b = prompt_of(9, 1), prompt_of(3, 2)
+    steps = [{"a": a[:7], "b": b[:1]}, {"a": a[7:8], "b": b[1:2]}, {"a": a[8:], "b": b[2:]}]
+    cpu = lone_shard(path, dtype="float32")
+    expected = [cpu.step(step) for step in steps]
+
+    source = ModelSource.open(str(path), dtype="float32")
+    gpu, local = gpu_shard(source)
+    fused = {type(m).__name__ for m in gpu.runner._model.modules() if "forward" in vars(m)}
+    assert fused >= FUSED[family]
+    experts, layers = source.info.experts, source.info.moe_layers
+    forward = replan(None, [0], experts=experts, layers=layers)
+    backward = Placement(experts, [{0: list(reversed(range(experts)))} for _ in range(layers)])
+    for index, step in enumerate(steps):
+        local.install(states(source, backward if index == 1 else forward))
+        for name, logits in gpu.step(step).items():
+            torch.testing.assert_close(logits, expected[index][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_fp8_experts_give_the_logits_of_a_cpu_that_restores_them(tmp_path: Path) -> None:
+    small, _ = make_fp8_checkpoint("qwen3_moe", tmp_path, num_hidden_layers=2, num_experts=4)
+    prompt = prompt_of(5, 1)
+    steps = [{"a": prompt[:4]}, {"a": prompt[4:]}]
+    cpu = lone_shard(small)
+    source = ModelSource.open(str(small), experts="stored")
+    assert source.expert_shape().dtype == torch.float8_e4m3fn
+    gpu, local = gpu_shard(source)
+    info = source.info
+    local.install(states(source, replan(None, [0], experts=info.experts, layers=info.moe_layers)))
+    for step in steps:
+        torch.testing.assert_close(gpu.step(step)["a"], cpu.step(step)["a"], rtol=1e-3, atol=1e-4)
+
+
+def test_experts_on_another_rank_are_refused() -> None:
+    source = ModelSource.open("tiny", dtype="float32")
+    info = source.info
+    local = LocalExperts(0, info.moe_layers, info.experts, source.expert_shape(), CPU)
+    placement = replan(None, [0, 1], experts=info.experts, layers=info.moe_layers)
+    with pytest.raises(ValueError, match="other ranks"):
+        local.install(states(source, placement))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001])
+def test_a_gate_is_taken_for_swiglu_only_if_it_computes_it(factor: float) -> None:
+    def gate(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(a) * b * factor
+
+    assert is_swiglu(gate) == (factor == 1.0)
+    assert not is_swiglu(torch.nn.functional.silu)
+
+
+@pytest.mark.slow
+def test_captured_steps_follow_the_experts_without_another_capture(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint("qwen3_moe")
+    prompts = {name: prompt_of(9, seed) for seed, name in enumerate("abc")}
+    begin = {name: prompt[:5] for name, prompt in prompts.items()}
+    # one after the other in graphs for one, two and four sequences, with padding in the last
+    decodes = [{name: prompts[name][5 + i : 6 + i] for name in "abc"[: 3 - i]} for i in range(3)]
+    cpu = lone_shard(path, dtype="float32")
+    expected = [cpu.step(step) for step in (begin, *decodes)][1:]
+
+    source = ModelSource.open(str(path), dtype="float32")
+    gpu, local = gpu_shard(source)
+    gpu.runner.capture([1, 2, 4], max_blocks=3)  # before any expert is there
+    experts, layers = source.info.experts, source.info.moe_layers
+    forward = replan(None, [0], experts=experts, layers=layers)
+    backward = Placement(experts, [{0: list(reversed(range(experts)))} for _ in range(layers)])
+    local.install(states(source, forward))
+    gpu.step(begin)
+    for index, step in enumerate(decodes):
+        local.install(states(source, backward if index % 2 else forward))
+        with monkeypatch.context() as only_graphs:
+            only_graphs.setattr(gpu.runner, "_walk", None)
+            found = gpu.step(step)
+        for name, logits in found.items():
+            torch.testing.assert_close(logits, expected[index][name], rtol=1e-3, atol=1e-4)
+    assert gpu.runner.graphs is not None
+    assert gpu.runner.graphs.captures == 3
+
+
+def test_padding_of_a_captured_step_is_no_leftover_of_a_larger_one() -> None:
+    memory = torch.full((StepInputs.room(8, 5),), 255, dtype=torch.uint8)
+    inputs = StepInputs.over(memory, 4, 5)
+    tables = torch.arange(6, dtype=torch.int32).view(2, 3)
+    ones = torch.ones(2, dtype=torch.int64)
+    inputs.fill(ForwardBatch(ones, ones, ones, 2 * ones.int(), tables, 3 * ones, ones))
+    assert inputs.token_ids.tolist() == [1, 1, 0, 0]
+    assert inputs.positions.tolist() == [1, 1, 0, 0]
+    assert inputs.slot_mapping.tolist() == [3, 3, -1, -1]
+    assert inputs.context_len.tolist() == [2, 2, 0, 0]
+    assert torch.equal(inputs.block_tables[:2, :3], tables)
+    assert inputs.nbytes == StepInputs.room(4, 5)

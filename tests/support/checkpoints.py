@@ -1,0 +1,340 @@
+"""Small random checkpoints of real families, transformers' own answers, and a lone rank to compare.
+
+`make_checkpoint(family, dir, dtype, seed)` writes one; `reference_logits` and `greedy` say what
+transformers computes with it; `LocalMoE` and `Sequences` drive a ModelRunner without engine or
+exchange.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from flexpert.kernels.experts import LayerExperts
+from flexpert.models.batch import ForwardBatch
+from flexpert.models.model_runner import ModelRunner
+from flexpert.models.source import ModelSource
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 72,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MLA: dict[str, Any] = {
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+}
+ROUTED: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "head_dim": 24,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    },
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 19},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 4},
+    "deepseek_v3": {**MLA, **ROUTED, "q_lora_rank": 32, "n_group": 4, "topk_group": 2},
+    "gpt_oss": {
+        "head_dim": 24,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": 9,
+        "num_hidden_layers": 4,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "granitemoe": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.2,
+    },
+    "glm4_moe": {**ROUTED, "head_dim": 24, "use_qk_norm": True, "attention_bias": True},
+    "deepseek_v2": {
+        **MLA,
+        **ROUTED,
+        "q_lora_rank": None,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": "group_limited_greedy",
+    },
+}
+"""Model type → what its configuration sets beyond COMMON. Sizes are no multiples of a vector."""
+
+FURTHER_FAMILIES = (
+    "afmoe",
+    "axk1",
+    "beam",
+    "cohere2_moe",
+    "dots1",
+    "ernie4_5_moe",
+    "exaone_moe",
+    "flex_olmo",
+    "flint",
+    "glm4_moe_lite",
+    "granitemoe_swa",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "kolibri1",
+    "laguna",
+    "mellum",
+    "mimo_v2_flash",
+    "minimax_m2",
+    "phimoe",
+    "qwen2_moe",
+    "solar_open",
+)
+"""Other families of transformers 5.23 that fit; configured by `small_settings`."""
+
+MAIN_FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss")
+
+
+def small_settings(family: str) -> dict[str, Any]:
+    """The sizes that a family's configuration knows, made small."""
+    sizes = {
+        **COMMON,
+        **MLA,
+        **ROUTED,
+        "num_hidden_layers": 4,
+        "head_dim": 24,
+        "rotary_dim": 8,
+        "num_experts": 8,
+        "num_local_experts": 8,
+        "num_shared_experts": 1,
+        "shared_expert_intermediate_size": 40,
+        "moe_topk": 3,
+        "q_lora_rank": 32,
+        "n_group": 4,
+        "topk_group": 2,
+        "sliding_window": 9,
+    }
+    defaults = AutoConfig.for_model(family)
+    optional = {"sliding_window", "n_group", "topk_group", "q_lora_rank"}
+    known = {
+        name: size
+        for name, size in sizes.items()
+        if hasattr(defaults, name) and not (name in optional and getattr(defaults, name) is None)
+    }
+    if "kv_lora_rank" in known:
+        known.pop("head_dim", None)
+    else:
+        known["num_key_value_heads"] = 2
+    return known
+
+
+def random_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A float32 model whose weights are large enough that routing and attention matter."""
+    settings = {**COMMON, **FAMILIES[family]} if family in FAMILIES else small_settings(family)
+    config = AutoConfig.for_model(family, **{**settings, **changes})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith("inv_freq"):
+                continue
+            noise = torch.randn(tensor.shape, generator=generator)
+            if "norm" in name:
+                tensor.copy_(1.0 + 0.2 * noise)
+            elif tensor.ndim == 1 or name.endswith("_bias"):
+                tensor.copy_(noise if "sinks" in name else 0.1 * noise)
+            else:
+                fan_in = (
+                    tensor.shape[1]
+                    if "gpt_oss" in family and tensor.ndim == 3
+                    else tensor.shape[-1]
+                )
+                scale = 1.0 if "embed" in name else 1.3 * fan_in**-0.5
+                tensor.copy_(scale * noise)
+    return model.eval()
+
+
+def make_checkpoint(
+    family: str, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> Path:
+    """Write a checkpoint as save_pretrained does: experts in the family's own layout on disk."""
+    model = random_model(family, seed, **changes).to(dtype)
+    if dtype != torch.float32:
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.data = buffer.data.float()
+    model.save_pretrained(directory)
+    return directory
+
+
+@functools.lru_cache(maxsize=4)
+def reference(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The checkpoint in transformers, all eager."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    )
+    return model.eval()
+
+
+def reference_logits(
+    directory: Path, tokens: Sequence[int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """[tokens, vocab] float32: transformers' logits of one sequence in one pass."""
+    with torch.inference_mode():
+        logits: Tensor = reference(directory, dtype)(torch.tensor([tokens])).logits[0]
+    return logits.float()
+
+
+def greedy(directory: Path, prompt: Sequence[int], count: int) -> list[int]:
+    """transformers' next `count` tokens."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(reference_logits(directory, tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+class LocalMoE:
+    """All experts in this process, no exchange: the sum of each token's experts in router order."""
+
+    def __init__(self, source: ModelSource, *, deterministic: bool = False) -> None:
+        self.calls: list[int] = []
+        self._layers = []
+        for layer in range(source.info.moe_layers):
+            held = source.load_experts(layer, range(source.info.experts))
+            experts = [held[e] for e in range(source.info.experts)]
+            self._layers.append(LayerExperts(experts, deterministic=deterministic))
+
+    def forward(
+        self,
+        layer: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        apply_gate: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        with torch._C.DisableTorchFunction():  # bookkeeping of the test, not the model's arithmetic
+            self.calls.append(layer)
+            tokens, k = expert_ids.shape
+            order = expert_ids.reshape(-1).argsort(stable=True)
+            counts = torch.bincount(expert_ids.reshape(-1), minlength=self._layers[layer].slots)
+            offsets = torch.zeros(len(counts) + 1, dtype=torch.int32)
+            offsets[1:] = counts.cumsum(0)
+            rows = x[order // k]
+        y = self._layers[layer].compute(rows, offsets, apply_gate)
+        with torch._C.DisableTorchFunction():
+            back = torch.empty_like(y)
+            back[order] = y
+            each = back.view(tokens, k, x.shape[1]).float() * weights.unsqueeze(-1)
+            total = torch.zeros((tokens, x.shape[1]))
+            for i in range(k):  # an order of its own, not the library's reduction
+                total += each[:, i]
+            return total.to(x.dtype)
+
+
+class Sequences:
+    """Sequences over one ModelRunner, with scattered KV blocks."""
+
+    def __init__(self, shard: ModelRunner, block_size: int, seed: int = 0) -> None:
+        self.runner = shard
+        self.block_size = block_size
+        blocks = shard.kv.layers[0][0].shape[0]
+        self._free = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+        self._tables: dict[object, list[int]] = {}
+        self._lengths: dict[object, int] = {}
+
+    def drop(self, name: object) -> None:
+        self._free.extend(self._tables.pop(name, []))
+        self._lengths.pop(name, None)
+
+    def step(self, work: dict[Any, Sequence[int]]) -> dict[Any, Tensor]:
+        """Append tokens to sequences, all in one packed pass; name → [tokens, vocab] logits."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        starts, contexts = [0], []
+        for name, new in work.items():
+            length = self._lengths.get(name, 0)
+            table = self._tables.setdefault(name, [])
+            while len(table) * self.block_size < length + len(new):
+                table.append(self._free.pop())
+            for position in range(length, length + len(new)):
+                block, offset = divmod(position, self.block_size)
+                slots.append(table[block] * self.block_size + offset)
+                positions.append(position)
+            tokens.extend(new)
+            starts.append(len(tokens))
+            self._lengths[name] = length + len(new)
+            contexts.append(length + len(new))
+        width = max(len(self._tables[name]) for name in work)
+        tables = torch.full((len(work), width), -1, dtype=torch.int32)
+        for row, name in enumerate(work):
+            table = self._tables[name]
+            tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+        logits = self.runner.forward(
+            ForwardBatch(
+                token_ids=torch.tensor(tokens),
+                positions=torch.tensor(positions),
+                query_start=torch.tensor(starts, dtype=torch.int32),
+                context_len=torch.tensor(contexts, dtype=torch.int32),
+                block_tables=tables,
+                slot_mapping=torch.tensor(slots),
+                sample_rows=torch.arange(len(tokens)),
+            )
+        )
+        return {name: logits[starts[i] : starts[i + 1]] for i, name in enumerate(work)}
+
+
+def lone_shard(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    deterministic: bool = False,
+    blocks: int = 64,
+    block_size: int = 8,
+) -> Sequences:
+    """A whole model in this process, ready to be stepped."""
+    source = ModelSource.open(str(model), dtype=dtype)
+    shard = ModelRunner.load(
+        source,
+        moe=LocalMoE(source, deterministic=deterministic),
+        kv_blocks=blocks,
+        kv_block_size=block_size,
+        deterministic=deterministic,
+    )
+    return Sequences(shard, block_size)
+
+
+def prompt_of(length: int, seed: int, vocab: int = 160) -> list[int]:
+    """Random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab, (length,), generator=generator).tolist()
