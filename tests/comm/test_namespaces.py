@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,14 +96,15 @@ class Process:
 
 
 def start(namespace: str, pipe: Connection) -> subprocess.Popen[bytes]:
-    script = Path(__file__).parents[1] / "support" / "namespace_rank.py"
+    rank = [sys.executable, "-m", "support.namespace_rank", str(pipe.fileno())]
     return subprocess.Popen(
-        ["ip", "netns", "exec", namespace, sys.executable, str(script), str(pipe.fileno())],
+        ["ip", "netns", "exec", namespace, *rank],
         env={
             **os.environ,
             "UCX_TLS": "tcp",
             "UCX_NET_DEVICES": DEVICE,
             "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "PYTHONPATH": os.pathsep.join(sys.path),
         },
         pass_fds=[pipe.fileno()],
         stdin=subprocess.DEVNULL,

@@ -152,7 +152,7 @@ def test_ctrl_c_while_waiting_frees_what_runs(llm: LLM) -> None:
 
 def test_a_program_that_forgets_to_close_ends_in_order() -> None:
     code = (
-        "import asyncio, flexpert.cluster.head, fake_head\n"
+        "import asyncio, flexpert.cluster.head\nfrom support import fake_head\n"
         "class Told(fake_head.FakeHead):\n"
         "    async def stop(self, drain_s=0.0): await asyncio.to_thread(print, 'stopped')\n"
         "flexpert.cluster.head.Head = Told\n"
@@ -163,7 +163,7 @@ def test_a_program_that_forgets_to_close_ends_in_order() -> None:
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
         timeout=60,
     )
     assert (ran.stdout.split(), ran.stderr) == (["1", "stopped"], "")

@@ -1,6 +1,6 @@
 """Measures the CPU time of the head's process for one streamed token.
 
-    PYTHONPATH=src python tests/support/stream_cost.py
+    PYTHONPATH=src:tests python -m support.stream_cost
 
 16 clients stream from a head whose every step gives each sequence one token, 100 steps a second.
 The clients are a process of their own. "head" is the same run with the streams read by nobody but

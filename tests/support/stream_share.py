@@ -1,6 +1,6 @@
 """Measures what streams that nobody reads cost those that are read.
 
-    PYTHONPATH=src python tests/support/stream_share.py
+    PYTHONPATH=src:tests python -m support.stream_share
 
 4 readers alone, then beside 32 others that read, that never read, and that are not streamed at
 all; one service of one rank each time, started anew. Shown are the readers' tokens a second, all
