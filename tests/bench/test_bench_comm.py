@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexpert.bench.comm import ranks as rank_module
-from flexpert.bench.comm.baseline import KINDS, RIVALS
+from flexpert.bench.comm.baseline_kinds import BASELINE_FAMILIES, KINDS
 from flexpert.bench.comm.comm_run import Report, run_comm
 from flexpert.bench.comm.ranks import RankFailed, Ranks, Settings
 from flexpert.bench.comm.workload import (
@@ -30,7 +30,9 @@ def work_of(tokens: int, ranks: int = 3, dtype: str = "bfloat16") -> Workload:
 
 def test_every_contender_agrees_with_the_oracle() -> None:
     notes: list[str] = []
-    report = run_comm([work_of(5), work_of(1)], SETTINGS, RIVALS, repeat=3, note=notes.append)
+    report = run_comm(
+        [work_of(5), work_of(1)], SETTINGS, BASELINE_FAMILIES, repeat=3, note=notes.append
+    )
     assert report.correct
     assert [len(point.results) for point in report.points] == [len(KINDS)] * 2
     for point in report.points:

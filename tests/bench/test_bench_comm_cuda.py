@@ -15,7 +15,8 @@ from torch.distributed import HashStore
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install flexpert[cuda]")
 
-from flexpert.bench.comm.baseline import GPU_RIVALS, Unavailable
+from flexpert.bench.comm.baseline import Unavailable
+from flexpert.bench.comm.baseline_kinds import GPU_BASELINE_FAMILIES
 from flexpert.bench.comm.comm_run import Spread
 from flexpert.bench.comm.cuda.gpu_baselines import GpuSite, NixlEp, TorchLocal, gpu_kinds
 from flexpert.bench.comm.cuda.gpu_comm_rank import GpuRank, Phases
@@ -55,7 +56,7 @@ def site_of(work: Workload) -> GpuSite:
 
 def test_every_rival_that_can_be_asked_for_is_there() -> None:
     families = {kind.family for kind in gpu_kinds("float32")}
-    assert families == {"ours", *GPU_RIVALS}
+    assert families == {"ours", *GPU_BASELINE_FAMILIES}
 
 
 def test_torch_on_one_rank_agrees_with_the_oracle() -> None:

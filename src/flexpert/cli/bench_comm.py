@@ -72,7 +72,7 @@ def bench_comm(
     """
     from rich.console import Console
 
-    from flexpert.bench.comm.baseline import GPU_RIVALS, RIVALS
+    from flexpert.bench.comm.baseline_kinds import BASELINE_FAMILIES, GPU_BASELINE_FAMILIES
     from flexpert.bench.comm.comm_report import comm_text
     from flexpert.bench.comm.comm_run import run_comm
     from flexpert.bench.comm.plot import check_plot, draw
@@ -81,7 +81,7 @@ def bench_comm(
     from flexpert.comm import quant
     from flexpert.comm.buffer import Scales
 
-    known = RIVALS if device == "cpu" else GPU_RIVALS
+    known = BASELINE_FAMILIES if device == "cpu" else GPU_BASELINE_FAMILIES
     names = list(known) if baselines is None else [name for name in baselines.split(",") if name]
     if unknown := sorted(set(names) - set(known)):
         raise ConfigError(f"--baselines {','.join(unknown)}: there are {', '.join(known)}")

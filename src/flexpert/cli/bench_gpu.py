@@ -64,10 +64,10 @@ def bench_layer(
     check_outputs(json_)
     open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.gpu_report import layer_text
-    from flexpert.bench.gpu.layer import RIVALS, SHAPES, run_layer
+    from flexpert.bench.gpu.layer import BASELINE_FAMILIES, SHAPES, run_layer
 
     desired = _names(shapes, tuple(SHAPES), "--shapes")
-    against = _names(baselines, RIVALS, "--baselines")
+    against = _names(baselines, BASELINE_FAMILIES, "--baselines")
     report = _with_status(
         lambda note: run_layer(
             [SHAPES[name] for name in desired],

@@ -10,7 +10,6 @@ from flexpert.comm.buffer import (
     Received,
     Reduce,
     Statistics,
-    make_buffer,
 )
 from flexpert.comm.errors import (
     ChannelDown,
@@ -22,6 +21,7 @@ from flexpert.comm.errors import (
     RankTimeout,
     StaleEpoch,
 )
+from flexpert.comm.factory import make_buffer
 from flexpert.comm.peer_memory import (
     ExportedMemory,
     ExportedPages,

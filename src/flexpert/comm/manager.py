@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from flexpert.comm.buffer import Buffer, BufferSpec, make_buffer
+from flexpert.comm.buffer import Buffer, BufferSpec
+from flexpert.comm.factory import make_buffer
 
 
 class BufferManager:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from flexpert.bench.comm.baseline import KINDS, MEMCPY, OURS, Kind
+from flexpert.bench.comm.baseline_kinds import KINDS, MEMCPY, OURS, BaselineKind
 from flexpert.bench.comm.ranks import Ranks, Settings, Times
 from flexpert.bench.comm.workload import Workload, deduplicated_rows
 from flexpert.bench.machine import Machine, this_machine
@@ -113,7 +113,7 @@ def run_comm(
 def _point(
     ranks: Ranks,
     work: Workload,
-    kinds: Sequence[Kind],
+    kinds: Sequence[BaselineKind],
     repeat: int,
     seconds: float | None,
     note: Note,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flexpert.bench.comm.baseline import KINDS, MEMCPY, OURS
+from flexpert.bench.comm.baseline_kinds import KINDS, MEMCPY, OURS
 from flexpert.bench.comm.comm_run import Report
 from flexpert.errors import ConfigError, FlexpertError
 

@@ -22,7 +22,8 @@ import msgspec
 import torch
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from flexpert.bench.comm.baseline import Baseline, Site, Unavailable, kind_named
+from flexpert.bench.comm.baseline import Baseline, Site, Unavailable
+from flexpert.bench.comm.baseline_kinds import kind_named
 from flexpert.bench.comm.workload import (
     Workload,
     expected_arrivals,
@@ -232,7 +233,7 @@ class _Rank:
     def __init__(self, rank: int, ranks: int, store: Store, settings: Settings) -> None:
         self._rank, self._settings = rank, settings
         self._store = store
-        self._contenders: dict[str, Baseline] = {}
+        self._baselines: dict[str, Baseline] = {}
         self._built = self._gathered = 0
         # what starts every phase at the same moment is the same for all baselines
         self._clock = make_buffer(
@@ -247,9 +248,9 @@ class _Rank:
 
     def prepare(self, work: Workload) -> None:
         """Forget the last workload and make the inputs of this one."""
-        for baseline in self._contenders.values():
+        for baseline in self._baselines.values():
             baseline.close()
-        self._contenders.clear()
+        self._baselines.clear()
         self._work = work
         self._pool = [make_input(work, self._rank, turn) for turn in range(work.pool)]
 
@@ -267,14 +268,14 @@ class _Rank:
             pool=self._pool,
         )
         try:
-            self._contenders[name] = kind_named(name).make(site)
+            self._baselines[name] = kind_named(name).make(site)
         except Unavailable as error:
             return str(error)
         return ""
 
     def check(self, name: str, turn: int) -> str:
         """One exchange against the oracle; returns what is wrong, or nothing."""
-        kind, baseline, work = kind_named(name), self._contenders[name], self._work
+        kind, baseline, work = kind_named(name), self._baselines[name], self._work
         baseline.dispatch(turn)
         if not kind.checked:
             baseline.combine()
@@ -289,7 +290,7 @@ class _Rank:
 
     def measure(self, name: str, first: int, turns: int, warm_up: int) -> Times:
         """`turns` exchanges after `warm_up` that do not count."""
-        baseline = self._contenders[name]
+        baseline = self._baselines[name]
         times: Times = []
         for turn in range(first, first + warm_up + turns):
             self._meet()

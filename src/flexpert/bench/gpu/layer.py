@@ -41,7 +41,7 @@ from flexpert.moe.runtime import LayerState, expert_tables
 
 OURS = "flexpert"
 EXCHANGED = "flexpert, exchanged"
-RIVALS = ("grouped_mm", "eager")
+BASELINE_FAMILIES = ("grouped_mm", "eager")
 """transformers' own: torch's grouped product, and a loop over the experts that waits for the GPU
 to tell it which ones."""
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from flexpert.comm.buffer import Buffer as Core
-from flexpert.comm.buffer import BufferSpec, make_buffer
+from flexpert.comm.buffer import BufferSpec
 from flexpert.comm.cuda import require
 from flexpert.comm.errors import CommError
+from flexpert.comm.factory import make_buffer
 from flexpert.compat.nixl_ep.call_checks import (
     check_one_way,
     check_tensor,

@@ -42,7 +42,7 @@ class GpuRank:
     def __init__(self, rank: int, ranks: int, store: Store, settings: Settings) -> None:
         self._rank, self._ranks, self._settings = rank, ranks, settings
         self._store = store
-        self._contenders: dict[str, GpuBaseline] = {}
+        self._baselines: dict[str, GpuBaseline] = {}
         self._built = self._gathered = 0
         self._device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(self._device)
@@ -59,9 +59,9 @@ class GpuRank:
 
     def prepare(self, work: Workload) -> None:
         """Forget the last workload and make the inputs of this one."""
-        for baseline in self._contenders.values():
+        for baseline in self._baselines.values():
             baseline.close()
-        self._contenders.clear()
+        self._baselines.clear()
         torch.cuda.empty_cache()
         self._work = work
         self._inputs = [make_input(work, self._rank, turn) for turn in range(POOL)]
@@ -90,7 +90,7 @@ class GpuRank:
     def build(self, name: str) -> str:
         """Returns why the baseline cannot run here, or nothing."""
         try:
-            self._contenders[name] = self._kind(name).make(self._site("baseline"))
+            self._baselines[name] = self._kind(name).make(self._site("baseline"))
         except Unavailable as error:
             return str(error)
         except RuntimeError as error:  # of a baseline's library; all ranks are told
@@ -99,7 +99,7 @@ class GpuRank:
 
     def check(self, name: str, turn: int) -> str:
         """One exchange against the float64 oracle; returns what is wrong, or nothing."""
-        baseline, work = self._contenders[name], self._work
+        baseline, work = self._baselines[name], self._work
         self._in_step()
         baseline.dispatch(turn)
         self._in_step()
@@ -116,7 +116,7 @@ class GpuRank:
 
     def measure(self, name: str, turns: int) -> Phases:
         """turns: replays of each graph. All ranks stay in step: some baselines need that."""
-        baseline = self._contenders[name]
+        baseline = self._baselines[name]
         for turn in range(POOL):  # compiles, before anything is captured
             baseline.dispatch(turn)
             self._in_step()
@@ -148,7 +148,7 @@ class GpuRank:
 
     def drop(self, name: str) -> None:
         """Close a baseline, so that the next has the memory."""
-        baseline = self._contenders.pop(name, None)
+        baseline = self._baselines.pop(name, None)
         if baseline is not None:
             baseline.close()
         torch.cuda.empty_cache()

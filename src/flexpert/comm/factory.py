@@ -1,0 +1,78 @@
+"""Makes the buffer of a backend: the one module of the exchange that knows them all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flexpert.comm.buffer import Buffer, BufferSpec, Channel, OnTimeout
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+
+def make_buffer(
+    rank: int,
+    spec: BufferSpec,
+    *,
+    backend: str = "host",
+    timeout_s: float = 30.0,
+    on_timeout: OnTimeout = "raise",
+    store: Store | None = None,
+    channel: Channel = "auto",
+    machine: str | None = None,
+    slots: int | None = None,
+) -> Buffer:
+    """A new buffer.
+
+    Args:
+        rank: the own id.
+        spec: sizes.
+        backend: "host": CPU tensors. "cuda": tensors on the current CUDA device; all ranks on one
+            host. "nixl_ep": the same with NVIDIA's kernels. In Triton's interpreter
+            (TRITON_INTERPRET=1) the device is the CPU, and nixl_ep is `flexpert.compat.nixl_ep`.
+        timeout_s: limit of every wait that is not given another.
+        on_timeout: what becomes of a peer that does not answer in time, or dies: "raise" ends the
+            exchange and the epoch with RankTimeout or RankLost; "mask" masks the peer and goes on
+            without it, see `Buffer.loss`.
+        store: a torch.distributed Store for `connect` by ids.
+        channel: "auto": shared memory where two ranks are on one machine, else NIXL; or one of
+            them for all peers.
+        machine: ranks with equal names use shared memory; default: the boot id of the kernel.
+        slots: most local experts of any rank, the same on all; only "nixl_ep" must know.
+
+    Raises:
+        ValueError: unknown backend, rank outside [0, capacity), or a spec out of range.
+        CommError: backend "cuda" without Triton or without a GPU, "nixl_ep" without the package or
+            without a GPU it can use.
+    """
+    if (slots is not None) != (backend == "nixl_ep"):
+        raise ValueError("slots is for backend 'nixl_ep', which needs it; for no other")
+    if channel == "nixl" and backend in ("cuda", "nixl_ep"):
+        raise ValueError(f"backend {backend!r} reaches ranks of one host only; channel='auto'")
+    if backend == "cuda":
+        from flexpert.comm.cuda import require
+
+        require()
+        from flexpert.comm.cuda.cuda_buffer import CudaBuffer
+
+        return CudaBuffer(rank, spec, timeout_s=timeout_s, on_timeout=on_timeout, store=store)
+    if backend == "nixl_ep":
+        from flexpert.comm.nixl_ep.nixl_ep_buffer import NixlEpBuffer
+
+        assert slots is not None  # checked above
+        return NixlEpBuffer(
+            rank, spec, slots=slots, timeout_s=timeout_s, on_timeout=on_timeout, store=store
+        )
+    if backend != "host":
+        raise ValueError(f"unknown exchange backend {backend!r}: host, cuda or nixl_ep")
+    from flexpert.comm.host.host_buffer import HostBuffer
+
+    return HostBuffer(
+        rank,
+        spec,
+        timeout_s=timeout_s,
+        on_timeout=on_timeout,
+        store=store,
+        channel=channel,
+        machine=machine,
+    )
