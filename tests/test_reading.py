@@ -20,7 +20,7 @@ from flexpert.config import Config, load_config
 from flexpert.errors import ConfigError
 from flexpert.reading import read_text
 from flexpert.trials.plan import plan_file
-from flexpert.trials.plan.plan_file import Phase
+from flexpert.trials.plan.plan_file import PlanPhase
 
 READERS: dict[str, Callable[[Path], object]] = {
     "settings": lambda file: load_config(file=file, environment={}),
@@ -160,7 +160,7 @@ def test_any_plan(tree: Any) -> None:
     assert plan or complaint
     if isinstance(plan, list):
         for phase in plan:
-            assert isinstance(phase, Phase)
+            assert isinstance(phase, PlanPhase)
             assert set(phase.kill) < set(phase.ranks)
             assert list(phase.ranks) == sorted(set(phase.ranks))
 

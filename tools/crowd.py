@@ -32,7 +32,7 @@ import msgspec
 import psutil
 
 from flexpert.bench.load import (
-    Answer,
+    ClientAnswer,
     LoadError,
     Target,
     call,
@@ -47,7 +47,7 @@ from flexpert.bench.service import own_service
 from flexpert.cluster.views import ClusterView, OperationView
 from flexpert.engine.memory_plan import private_memory
 from flexpert.trials.demo import demo_requests, same
-from flexpert.trials.demo_report import Plan
+from flexpert.trials.demo_report import DemoPlan
 
 SERVE = (
     *("--model", "tiny", "--ranks", "2", "--max-ranks", "6", "--deterministic"),
@@ -110,7 +110,7 @@ class Crowd:
 
     target: Target
     requests: list[bytes]
-    expected: list[Answer]
+    expected: list[ClientAnswer]
     slow_s: float
     draw: random.Random
     over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -153,7 +153,7 @@ class Crowd:
                         await asyncio.sleep(pause_s)
             answer = parse_completion(began, parse_reply(pieces))
         except (OSError, LoadError, TimeoutError) as error:
-            answer = Answer(began, error=f"{type(error).__name__}: {error}")
+            answer = ClientAnswer(began, error=f"{type(error).__name__}: {error}")
         self._judge(place, answer)
         self.slow += 1
 
@@ -191,7 +191,7 @@ class Crowd:
         raw.setblocking(False)
         return raw
 
-    def _judge(self, place: int, answer: Answer) -> None:
+    def _judge(self, place: int, answer: ClientAnswer) -> None:
         if answer.error is not None:
             self.lost.append(answer.error)
             self.server_errors += answer.error.startswith("HTTP 5")
@@ -304,13 +304,13 @@ def growth(before: dict[str, Held], after: dict[str, Held]) -> list[str]:
 
 
 async def run(arguments: argparse.Namespace) -> Result:
-    plan = Plan(requests=arguments.requests, max_tokens=arguments.max_tokens)
+    plan = DemoPlan(requests=arguments.requests, max_tokens=arguments.max_tokens)
     changes = [CHANGES[number % len(CHANGES)] for number in range(arguments.changes - 1)] + [2]
     draw = random.Random(arguments.seed)
     async with own_service(SERVE) as service:
         target = service.target
         requests = [target.message("POST", "/v1/completions", body) for body in demo_requests(plan)]
-        answers: dict[int, Answer] = {}
+        answers: dict[int, ClientAnswer] = {}
 
         async def ask(place: int) -> None:
             answers[place] = await complete(target, requests[place], stall_s=STALL_S)

@@ -10,7 +10,7 @@ import torch
 
 from flexpert.bench.comm import ranks as rank_module
 from flexpert.bench.comm.baseline_kinds import BASELINE_FAMILIES, KINDS
-from flexpert.bench.comm.comm_run import Report, run_comm
+from flexpert.bench.comm.comm_run import CommReport, run_comm
 from flexpert.bench.comm.ranks import RankFailed, Ranks, Settings
 from flexpert.bench.comm.workload import (
     Workload,
@@ -28,7 +28,7 @@ def work_of(tokens: int, ranks: int = 3, dtype: str = "bfloat16") -> Workload:
     return Workload(ranks=ranks, tokens=tokens, hidden=256, topk=3, experts=7, dtype=dtype, seed=1)
 
 
-def test_every_contender_agrees_with_the_oracle() -> None:
+def test_every_baseline_agrees_with_the_oracle() -> None:
     notes: list[str] = []
     report = run_comm(
         [work_of(5), work_of(1)], SETTINGS, BASELINE_FAMILIES, repeat=3, note=notes.append
@@ -44,7 +44,7 @@ def test_every_contender_agrees_with_the_oracle() -> None:
             assert result.total_us is not None
             assert result.total_us.p10 <= result.total_us.p50 <= result.total_us.p90
     assert any("checking" in line for line in notes)
-    assert msgspec.json.decode(msgspec.json.encode(report), type=Report) == report
+    assert msgspec.json.decode(msgspec.json.encode(report), type=CommReport) == report
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

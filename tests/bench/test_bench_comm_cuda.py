@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install flexp
 
 from flexpert.bench.comm.baseline import Unavailable
 from flexpert.bench.comm.baseline_kinds import GPU_BASELINE_FAMILIES
-from flexpert.bench.comm.comm_run import Spread
+from flexpert.bench.comm.comm_run import CommSpread
 from flexpert.bench.comm.cuda.gpu_baselines import GpuSite, NixlEp, TorchLocal, gpu_kinds
 from flexpert.bench.comm.cuda.gpu_comm_rank import GpuRank, Phases
 from flexpert.bench.comm.cuda.gpu_comm_report import gpu_text
@@ -54,7 +54,7 @@ def site_of(work: Workload) -> GpuSite:
     return GpuSite(0, work, cast(Any, None), lambda v: [v], None, 1.0, pool, torch.device("cpu"))
 
 
-def test_every_rival_that_can_be_asked_for_is_there() -> None:
+def test_every_baseline_that_can_be_asked_for_is_there() -> None:
     families = {kind.family for kind in gpu_kinds("float32")}
     assert families == {"ours", *GPU_BASELINE_FAMILIES}
 
@@ -128,7 +128,7 @@ def test_the_limit_counts_what_must_move() -> None:
 
 
 def test_the_table_shows_ratio_limit_and_who_was_skipped() -> None:
-    fast, slow = Spread(1.0, 2.0, 3.0), Spread(8.0, 8.0, 8.0)
+    fast, slow = CommSpread(1.0, 2.0, 3.0), CommSpread(8.0, 8.0, 8.0)
     results = [
         GpuResult(baseline="flexpert", dispatch_us=fast, combine_us=fast, pair_us=fast),
         GpuResult(baseline="nixl_ep", dispatch_us=slow, combine_us=slow, pair_us=slow),

@@ -8,12 +8,12 @@ import torch
 from rich.console import Console, RenderableType
 from typer.testing import CliRunner
 
-from flexpert.bench.gpu.gpu_device import Gpu, Spread
+from flexpert.bench.gpu.gpu_device import GpuSpread, MeasuredGpu
 from flexpert.bench.machine import this_machine
 from flexpert.cli.main import app
 from flexpert.errors import ConfigError
 
-GPU = Gpu("H", "13.0", "2.11", "3.6", bytes_per_s=3e12, flops=8e14)
+GPU = MeasuredGpu("H", "13.0", "2.11", "3.6", bytes_per_s=3e12, flops=8e14)
 
 
 def shown(text: RenderableType) -> str:
@@ -57,19 +57,19 @@ def test_the_limit_is_memory_or_arithmetic_whichever_takes_longer() -> None:
 
 
 def test_spread_is_of_the_sorted_times() -> None:
-    spread = Spread.of([3.0, 1.0, 2.0])
+    spread = GpuSpread.of([3.0, 1.0, 2.0])
     assert spread.p50 == 2.0
     assert 1.0 < spread.p10 < spread.p90 < 3.0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is a test of the interpreter")
 @pytest.mark.parametrize("quantise", [False, True], ids=["whole", "fp8"])
-def test_a_layer_is_the_function_that_rivals_compute(quantise: bool) -> None:
+def test_a_layer_is_the_function_that_baselines_compute(quantise: bool) -> None:
     pytest.importorskip("triton", reason="what is measured needs the package triton")
-    from flexpert.bench.gpu.layer import EXCHANGED, OURS, Layer, Shape
+    from flexpert.bench.gpu.layer import EXCHANGED, OURS, Layer, LayerShape
 
     torch.manual_seed(0)
-    shape = Shape("small", hidden=160, inter=48, experts=6, topk=2)
+    shape = LayerShape("small", hidden=160, inter=48, experts=6, topk=2)
     cpu = torch.device("cpu")
     layer = Layer.build(shape, cpu, quantise=quantise, dtype=torch.float32)
     assert (layer.experts[0].gate_up.dtype == torch.float8_e4m3fn) == quantise
@@ -99,7 +99,7 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
                 limit_us=400.0,
                 results=[
                     LayerResult(
-                        baseline="flexpert", us=Spread(400, 440, 500), error=0.004, times_ours=1
+                        baseline="flexpert", us=GpuSpread(400, 440, 500), error=0.004, times_ours=1
                     ),
                     LayerResult(baseline="eager", skipped="differs by 0.5", wrong=True),
                 ],
@@ -117,9 +117,9 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
         batch=64,
         active=126.0,
         limit_ms=20.0,
-        ours_us=Spread(24000, 25000, 26000),
+        ours_us=GpuSpread(24000, 25000, 26000),
         captures=4,
-        transformers_us=Spread(90000, 100000, 110000),
+        transformers_us=GpuSpread(90000, 100000, 110000),
     )
     decode = DecodeReport(
         machine=this_machine(),

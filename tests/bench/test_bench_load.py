@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexpert.bench.load import (
+    HttpReply,
     LoadError,
-    Reply,
     Target,
     call,
     closed_loop,
@@ -78,7 +78,7 @@ def test_an_event_has_the_time_of_the_piece_that_completed_it() -> None:
 
 @pytest.mark.parametrize("kept", [1, 3, 5])
 def test_a_stream_that_ends_early_is_no_whole_answer(kept: int) -> None:
-    answer = parse_completion(0.0, Reply(200, [(1.0, b"".join(EVENTS[:kept]))]))
+    answer = parse_completion(0.0, HttpReply(200, [(1.0, b"".join(EVENTS[:kept]))]))
     assert answer.error == "the stream ended before the answer was complete"
 
 
@@ -93,10 +93,10 @@ def test_a_connection_cut_in_the_middle_is_an_error() -> None:
 
 def test_an_error_in_the_stream_and_a_refusal_are_told() -> None:
     broken = event(error={"message": "rank 3 is gone", "type": "server_error"})
-    answer = parse_completion(0.0, Reply(200, [(1.0, EVENTS[0] + broken + EVENTS[-1])]))
+    answer = parse_completion(0.0, HttpReply(200, [(1.0, EVENTS[0] + broken + EVENTS[-1])]))
     assert answer.error == "rank 3 is gone"
     refusal = msgspec.json.encode({"error": {"message": "too long", "type": "x"}})
-    assert parse_completion(0.0, Reply(400, [(1.0, refusal)])).error == "HTTP 400: too long"
+    assert parse_completion(0.0, HttpReply(400, [(1.0, refusal)])).error == "HTTP 400: too long"
 
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "http://a:port"])

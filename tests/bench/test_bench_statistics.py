@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexpert.bench.load import Answer
+from flexpert.bench.load import ClientAnswer
 from flexpert.bench.statistics import figures, percentile, summarise
 
 numbers = st.floats(0, 1e6, allow_nan=False)
@@ -32,9 +32,9 @@ def test_without_values_there_is_no_summary() -> None:
 
 
 def test_figures_count_only_whole_answers() -> None:
-    good = Answer(sent=1.0, tokens=3, finish="length", times=[1.5, 1.7, 2.0], ended=2.0)
-    late = Answer(sent=2.0, tokens=1, finish="stop", times=[4.0], ended=5.0)
-    broken = Answer(sent=1.0, tokens=9, times=[1.1], ended=3.0, error="gone")
+    good = ClientAnswer(sent=1.0, tokens=3, finish="length", times=[1.5, 1.7, 2.0], ended=2.0)
+    late = ClientAnswer(sent=2.0, tokens=1, finish="stop", times=[4.0], ended=5.0)
+    broken = ClientAnswer(sent=1.0, tokens=9, times=[1.1], ended=3.0, error="gone")
     found = figures([good, late, broken])
     assert (found.requests, found.failed, found.errors) == (3, 1, ["gone"])
     assert found.duration_s == 4.0
@@ -51,7 +51,7 @@ def test_figures_count_only_whole_answers() -> None:
 
 def test_a_run_in_which_all_failed_has_figures() -> None:
     found = figures(
-        [Answer(sent=0.0, ended=1.0, error="x"), Answer(sent=0.0, ended=1.0, error="x")]
+        [ClientAnswer(sent=0.0, ended=1.0, error="x"), ClientAnswer(sent=0.0, ended=1.0, error="x")]
     )
     assert (found.failed, found.errors, found.requests_per_s) == (2, ["x"], 0.0)
     assert found.first_token_ms is None

@@ -12,15 +12,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from flexpert.cluster.membership import (
     RULES,
     Do,
-    Event,
-    Kind,
+    EventKind,
     Membership,
+    MembershipEvent,
     Phase,
     diagram,
 )
 
 
-def run(membership: Membership, *events: Event) -> list[Do]:
+def run(membership: Membership, *events: MembershipEvent) -> list[Do]:
     return [action for event in events for action in membership.handle(event)]
 
 
@@ -28,9 +28,9 @@ def started(*ranks: int) -> Membership:
     """A membership whose first change is done."""
     membership = Membership()
     membership.begin(ranks)
-    run(membership, *(Event(Kind.HELLO, rank) for rank in ranks))
-    run(membership, *(Event(Kind.PREPARED, rank) for rank in ranks))
-    run(membership, *(Event(Kind.SWITCHED, rank) for rank in ranks))
+    run(membership, *(MembershipEvent(EventKind.HELLO, rank) for rank in ranks))
+    run(membership, *(MembershipEvent(EventKind.PREPARED, rank) for rank in ranks))
+    run(membership, *(MembershipEvent(EventKind.SWITCHED, rank) for rank in ranks))
     assert membership.phase is Phase.IDLE
     assert membership.members == set(ranks)
     return membership
@@ -39,12 +39,26 @@ def started(*ranks: int) -> Membership:
 def test_a_scale_up_waits_for_everyone_in_each_phase() -> None:
     membership = started(0, 1)
     assert membership.begin({0, 1, 2}) == [Do.SPAWN]
-    assert run(membership, Event(Kind.HELLO, 2)) == [Do.PREPARE]
-    assert run(membership, Event(Kind.PREPARED, 0), Event(Kind.PREPARED, 2)) == []
-    assert run(membership, Event(Kind.PREPARED, 1)) == [Do.COMMIT]
+    assert run(membership, MembershipEvent(EventKind.HELLO, 2)) == [Do.PREPARE]
+    assert (
+        run(
+            membership,
+            MembershipEvent(EventKind.PREPARED, 0),
+            MembershipEvent(EventKind.PREPARED, 2),
+        )
+        == []
+    )
+    assert run(membership, MembershipEvent(EventKind.PREPARED, 1)) == [Do.COMMIT]
     assert membership.members == {0, 1}, "nothing is agreed before all have switched"
-    assert run(membership, Event(Kind.SWITCHED, 0), Event(Kind.SWITCHED, 1)) == []
-    assert run(membership, Event(Kind.SWITCHED, 2)) == [Do.STOP, Do.FINISH]
+    assert (
+        run(
+            membership,
+            MembershipEvent(EventKind.SWITCHED, 0),
+            MembershipEvent(EventKind.SWITCHED, 1),
+        )
+        == []
+    )
+    assert run(membership, MembershipEvent(EventKind.SWITCHED, 2)) == [Do.STOP, Do.FINISH]
     assert membership.members == {0, 1, 2}
     assert membership.epoch == 2
 
@@ -52,39 +66,43 @@ def test_a_scale_up_waits_for_everyone_in_each_phase() -> None:
 def test_a_scale_down_skips_spawning_and_ends_when_the_leaver_is_gone() -> None:
     membership = started(0, 1, 2)
     assert membership.begin({0, 2}) == [Do.SPAWN, Do.PREPARE]
-    assert run(membership, *(Event(Kind.PREPARED, rank) for rank in (0, 1, 2))) == [Do.OFFER]
-    assert run(membership, Event(Kind.MIGRATED, 1)) == [Do.COMMIT]
-    run(membership, Event(Kind.SWITCHED, 0), Event(Kind.SWITCHED, 2))
-    assert run(membership, Event(Kind.HANDED_OVER, 1)) == [Do.STOP]
+    assert run(membership, *(MembershipEvent(EventKind.PREPARED, rank) for rank in (0, 1, 2))) == [
+        Do.OFFER
+    ]
+    assert run(membership, MembershipEvent(EventKind.MIGRATED, 1)) == [Do.COMMIT]
+    run(membership, MembershipEvent(EventKind.SWITCHED, 0), MembershipEvent(EventKind.SWITCHED, 2))
+    assert run(membership, MembershipEvent(EventKind.HANDED_OVER, 1)) == [Do.STOP]
     assert membership.phase is Phase.RELEASE
-    assert run(membership, Event(Kind.EXITED, 1)) == [Do.FINISH]
+    assert run(membership, MembershipEvent(EventKind.EXITED, 1)) == [Do.FINISH]
     assert membership.members == {0, 2}
 
 
 @pytest.mark.parametrize(
     "trouble",
     [
-        Event(Kind.EXITED, 2, "rank 2 ended"),
-        Event(Kind.FAILED, 0, "no such file"),
-        Event(Kind.DEADLINE, reason="deadline"),
-        Event(Kind.CANCEL, reason="cancelled"),
+        MembershipEvent(EventKind.EXITED, 2, "rank 2 ended"),
+        MembershipEvent(EventKind.FAILED, 0, "no such file"),
+        MembershipEvent(EventKind.DEADLINE, reason="deadline"),
+        MembershipEvent(EventKind.CANCEL, reason="cancelled"),
     ],
     ids=lambda event: event.kind.value,
 )
-def test_trouble_before_commit_undoes_the_change_and_the_next_one_works(trouble: Event) -> None:
+def test_trouble_before_commit_undoes_the_change_and_the_next_one_works(
+    trouble: MembershipEvent,
+) -> None:
     membership = started(0, 1)
     membership.begin({0, 1, 2})
-    run(membership, Event(Kind.HELLO, 2), Event(Kind.PREPARED, 0))
+    run(membership, MembershipEvent(EventKind.HELLO, 2), MembershipEvent(EventKind.PREPARED, 0))
     actions = run(membership, trouble)
     assert Do.CANCEL in actions
-    if trouble.kind is not Kind.EXITED:
+    if trouble.kind is not EventKind.EXITED:
         assert membership.phase is Phase.UNDO, "the id is free only when the process is gone"
-        assert run(membership, Event(Kind.EXITED, 2)) == [Do.FINISH]
+        assert run(membership, MembershipEvent(EventKind.EXITED, 2)) == [Do.FINISH]
     assert membership.phase is Phase.IDLE
     assert membership.members == {0, 1}
     assert membership.change is not None
     assert membership.change.error == trouble.reason
-    assert membership.change.cancelled == (trouble.kind is Kind.CANCEL)
+    assert membership.change.cancelled == (trouble.kind is EventKind.CANCEL)
 
     assert membership.begin({0, 1, 2}) == [Do.SPAWN]
     assert membership.change.epoch == 3, "a failed epoch's number is never used again"
@@ -93,15 +111,18 @@ def test_trouble_before_commit_undoes_the_change_and_the_next_one_works(trouble:
 def test_late_reports_of_a_change_that_failed_count_for_nothing() -> None:
     membership = started(0)
     membership.begin({0, 1})
-    run(membership, Event(Kind.EXITED, 1, "gone"))
-    assert run(membership, Event(Kind.HELLO, 1), Event(Kind.PREPARED, 1)) == []
+    run(membership, MembershipEvent(EventKind.EXITED, 1, "gone"))
+    assert (
+        run(membership, MembershipEvent(EventKind.HELLO, 1), MembershipEvent(EventKind.PREPARED, 1))
+        == []
+    )
     assert membership.phase is Phase.IDLE
 
 
 def test_a_failed_scale_down_touches_nobody() -> None:
     membership = started(0, 1)
     membership.begin({0})
-    actions = run(membership, Event(Kind.FAILED, 0, "checkpoint file missing"))
+    actions = run(membership, MembershipEvent(EventKind.FAILED, 0, "checkpoint file missing"))
     assert actions == [Do.CANCEL, Do.KILL_NEWCOMERS, Do.FINISH]
     assert membership.members == {0, 1}
 
@@ -112,44 +133,51 @@ def test_a_member_that_dies_unasked_is_a_loss_in_every_phase(phase: str) -> None
     if phase != "idle":
         membership.begin({0, 1, 2})
     if phase in ("load", "commit"):
-        run(membership, Event(Kind.HELLO, 2))
+        run(membership, MembershipEvent(EventKind.HELLO, 2))
     if phase == "commit":
-        run(membership, *(Event(Kind.PREPARED, rank) for rank in (0, 1, 2)))
+        run(membership, *(MembershipEvent(EventKind.PREPARED, rank) for rank in (0, 1, 2)))
     assert membership.phase.value == phase
-    assert Do.HALT in run(membership, Event(Kind.EXITED, 1, "killed"))
+    assert Do.HALT in run(membership, MembershipEvent(EventKind.EXITED, 1, "killed"))
     assert membership.phase is Phase.RECOVER
     change = membership.change
     assert change is not None
     survivors = {0, 2} if phase == "commit" else {0}
     assert change.after == survivors
-    run(membership, *(Event(Kind.PREPARED, rank) for rank in survivors))
-    run(membership, *(Event(Kind.SWITCHED, rank) for rank in survivors))
+    run(membership, *(MembershipEvent(EventKind.PREPARED, rank) for rank in survivors))
+    run(membership, *(MembershipEvent(EventKind.SWITCHED, rank) for rank in survivors))
     if change.doomed:
         assert membership.phase is Phase.RELEASE, "the abandoned newcomer must end first"
-        run(membership, Event(Kind.EXITED, 2))
+        run(membership, MembershipEvent(EventKind.EXITED, 2))
     assert membership.phase is Phase.IDLE
     assert membership.members == survivors
 
 
 def test_losses_one_after_the_other_end_in_one_epoch_of_the_survivors() -> None:
     membership = started(0, 1, 2, 3)
-    run(membership, Event(Kind.EXITED, 1), Event(Kind.PREPARED, 0), Event(Kind.EXITED, 3))
+    run(
+        membership,
+        MembershipEvent(EventKind.EXITED, 1),
+        MembershipEvent(EventKind.PREPARED, 0),
+        MembershipEvent(EventKind.EXITED, 3),
+    )
     assert membership.change is not None
     assert membership.change.after == {0, 2}
     assert membership.change.reported == set(), "what was prepared for the older epoch is void"
-    run(membership, Event(Kind.PREPARED, 0), Event(Kind.PREPARED, 2))
-    run(membership, Event(Kind.SWITCHED, 0), Event(Kind.SWITCHED, 2))
+    run(membership, MembershipEvent(EventKind.PREPARED, 0), MembershipEvent(EventKind.PREPARED, 2))
+    run(membership, MembershipEvent(EventKind.SWITCHED, 0), MembershipEvent(EventKind.SWITCHED, 2))
     assert membership.members == {0, 2}
     assert membership.phase is Phase.IDLE
 
 
 def test_a_broken_exchange_with_all_members_well_goes_on_with_the_same_members() -> None:
     membership = started(0, 1)
-    actions = run(membership, Event(Kind.BROKEN, 0, "rank 1 did not answer"))
+    actions = run(membership, MembershipEvent(EventKind.BROKEN, 0, "rank 1 did not answer"))
     assert actions == [Do.ABANDON, Do.HALT, Do.PREPARE]
-    assert run(membership, Event(Kind.BROKEN, 1)) == [], "one verdict for all reports"
-    run(membership, *(Event(Kind.PREPARED, rank) for rank in (0, 1)))
-    run(membership, *(Event(Kind.SWITCHED, rank) for rank in (0, 1)))
+    assert run(membership, MembershipEvent(EventKind.BROKEN, 1)) == [], (
+        "one verdict for all reports"
+    )
+    run(membership, *(MembershipEvent(EventKind.PREPARED, rank) for rank in (0, 1)))
+    run(membership, *(MembershipEvent(EventKind.SWITCHED, rank) for rank in (0, 1)))
     assert membership.phase is Phase.IDLE
     assert membership.members == {0, 1}
     assert membership.epoch == 2
@@ -158,25 +186,27 @@ def test_a_broken_exchange_with_all_members_well_goes_on_with_the_same_members()
 @pytest.mark.parametrize("phase", [Phase.RECOVER, Phase.COMMIT], ids=lambda phase: phase.value)
 def test_who_is_silent_until_the_deadline_is_killed_and_the_rest_goes_on(phase: Phase) -> None:
     membership = started(0, 1, 2)
-    run(membership, Event(Kind.BROKEN, 0))
+    run(membership, MembershipEvent(EventKind.BROKEN, 0))
     if phase is Phase.COMMIT:
-        run(membership, *(Event(Kind.PREPARED, rank) for rank in (0, 1, 2)))
-    report = Kind.PREPARED if phase is Phase.RECOVER else Kind.SWITCHED
-    run(membership, Event(report, 0), Event(report, 2))
-    assert run(membership, Event(Kind.DEADLINE)) == [Do.KILL_SILENT]
+        run(membership, *(MembershipEvent(EventKind.PREPARED, rank) for rank in (0, 1, 2)))
+    report = EventKind.PREPARED if phase is Phase.RECOVER else EventKind.SWITCHED
+    run(membership, MembershipEvent(report, 0), MembershipEvent(report, 2))
+    assert run(membership, MembershipEvent(EventKind.DEADLINE)) == [Do.KILL_SILENT]
     assert membership.phase is phase
     assert membership.change is not None
     assert membership.change.everyone - membership.change.reported == {1}
-    assert Do.HALT in run(membership, Event(Kind.EXITED, 1))
+    assert Do.HALT in run(membership, MembershipEvent(EventKind.EXITED, 1))
     assert membership.change.after == {0, 2}
 
 
 def test_a_recovery_that_fails_in_a_rank_that_lives_is_tried_again_and_not_for_ever() -> None:
     membership = started(0, 1, 2)
-    run(membership, Event(Kind.EXITED, 1))
+    run(membership, MembershipEvent(EventKind.EXITED, 1))
     epochs = []
     for _ in range(3):
-        assert run(membership, Event(Kind.FAILED, 0, "rank 2 cannot be reached")) == [
+        assert run(
+            membership, MembershipEvent(EventKind.FAILED, 0, "rank 2 cannot be reached")
+        ) == [
             Do.ABANDON,
             Do.HALT,
             Do.PREPARE,
@@ -185,44 +215,53 @@ def test_a_recovery_that_fails_in_a_rank_that_lives_is_tried_again_and_not_for_e
         assert membership.change.after == {0, 2}
         epochs.append(membership.change.epoch)
     assert epochs == sorted(set(epochs)), "each try is an epoch of its own"
-    run(membership, Event(Kind.EXITED, 2))
+    run(membership, MembershipEvent(EventKind.EXITED, 2))
     assert membership.change.after == {0}, "what had failed was the end of rank 2"
     for _ in range(3):
-        assert Do.HALT in run(membership, Event(Kind.FAILED, 0, "no such file"))
-    assert run(membership, Event(Kind.FAILED, 0, "no such file")) == [Do.ALARM]
+        assert Do.HALT in run(membership, MembershipEvent(EventKind.FAILED, 0, "no such file"))
+    assert run(membership, MembershipEvent(EventKind.FAILED, 0, "no such file")) == [Do.ALARM]
     assert membership.phase is Phase.LOST
 
 
 def test_a_rank_that_cannot_commit_makes_a_recovery_of_the_change() -> None:
     membership = started(0, 1)
     membership.begin({0, 1, 2})
-    run(membership, Event(Kind.HELLO, 2), *(Event(Kind.PREPARED, rank) for rank in (0, 1, 2)))
-    assert Do.HALT in run(membership, Event(Kind.FAILED, 1, "epoch 2 is not prepared"))
-    run(membership, *(Event(Kind.PREPARED, rank) for rank in (0, 1, 2)))
-    run(membership, *(Event(Kind.SWITCHED, rank) for rank in (0, 1, 2)))
+    run(
+        membership,
+        MembershipEvent(EventKind.HELLO, 2),
+        *(MembershipEvent(EventKind.PREPARED, rank) for rank in (0, 1, 2)),
+    )
+    assert Do.HALT in run(
+        membership, MembershipEvent(EventKind.FAILED, 1, "epoch 2 is not prepared")
+    )
+    run(membership, *(MembershipEvent(EventKind.PREPARED, rank) for rank in (0, 1, 2)))
+    run(membership, *(MembershipEvent(EventKind.SWITCHED, rank) for rank in (0, 1, 2)))
     assert membership.phase is Phase.IDLE
     assert membership.members == {0, 1, 2}
 
 
 def test_the_last_rank_lost_is_the_end() -> None:
     membership = started(0)
-    assert run(membership, Event(Kind.EXITED, 0, "killed")) == [Do.ALARM]
+    assert run(membership, MembershipEvent(EventKind.EXITED, 0, "killed")) == [Do.ALARM]
     assert membership.phase is Phase.LOST
 
 
 def test_survivors_without_the_memory_stay_members_until_a_change_adds_ranks() -> None:
     membership = started(0, 1, 2)
-    assert Do.HALT in run(membership, Event(Kind.EXITED, 1, "killed"))
-    assert run(membership, Event(Kind.SHORT, reason="no memory")) == [Do.HOLD, Do.FINISH]
+    assert Do.HALT in run(membership, MembershipEvent(EventKind.EXITED, 1, "killed"))
+    assert run(membership, MembershipEvent(EventKind.SHORT, reason="no memory")) == [
+        Do.HOLD,
+        Do.FINISH,
+    ]
     assert membership.phase is Phase.IDLE
     assert membership.members == {0, 2}
     assert membership.change is not None
     assert membership.change.error == "no memory"
     assert membership.begin({0, 1, 2}) == [Do.SPAWN]
-    assert Do.HALT in run(membership, Event(Kind.EXITED, 0, "killed"))
-    assert run(membership, Event(Kind.SHORT)) == [Do.HOLD]
+    assert Do.HALT in run(membership, MembershipEvent(EventKind.EXITED, 0, "killed"))
+    assert run(membership, MembershipEvent(EventKind.SHORT)) == [Do.HOLD]
     assert membership.phase is Phase.RELEASE, "the newcomer's id is free when it has ended"
-    assert run(membership, Event(Kind.EXITED, 1)) == [Do.FINISH]
+    assert run(membership, MembershipEvent(EventKind.EXITED, 1)) == [Do.FINISH]
     assert membership.members == {2}
 
 
@@ -248,7 +287,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.alive: set[int] = set()
         self.highest_epoch = 0
 
-    def feed(self, event: Event) -> None:
+    def feed(self, event: MembershipEvent) -> None:
         self.obey(self.membership.handle(event))
 
     def obey(self, actions: list[Do]) -> None:
@@ -266,29 +305,31 @@ class AnyOrder(RuleBasedStateMachine):
             self.obey(self.membership.begin(ranks))
 
     @rule(
-        kind=st.sampled_from([Kind.HELLO, Kind.PREPARED, Kind.SWITCHED, Kind.HANDED_OVER]),
+        kind=st.sampled_from(
+            [EventKind.HELLO, EventKind.PREPARED, EventKind.SWITCHED, EventKind.HANDED_OVER]
+        ),
         rank=st.integers(0, 4),
     )
-    def report(self, kind: Kind, rank: int) -> None:
+    def report(self, kind: EventKind, rank: int) -> None:
         if rank in self.alive:
-            self.feed(Event(kind, rank))
+            self.feed(MembershipEvent(kind, rank))
 
-    @rule(kind=st.sampled_from([Kind.DEADLINE, Kind.CANCEL]))
-    def outside(self, kind: Kind) -> None:
+    @rule(kind=st.sampled_from([EventKind.DEADLINE, EventKind.CANCEL]))
+    def outside(self, kind: EventKind) -> None:
         if self.membership.phase is not Phase.IDLE:
-            self.feed(Event(kind, reason=kind.value))
+            self.feed(MembershipEvent(kind, reason=kind.value))
             assert self.membership.phase is not Phase.LOST
 
     @rule(rank=st.integers(0, 4))
     def broken(self, rank: int) -> None:
         if rank in self.membership.members & self.alive:
-            self.feed(Event(Kind.BROKEN, rank, "no answer"))
+            self.feed(MembershipEvent(EventKind.BROKEN, rank, "no answer"))
             assert self.membership.phase is not Phase.LOST
 
     @precondition(lambda self: self.membership.phase is Phase.RECOVER)
     @rule()
     def short(self) -> None:
-        self.feed(Event(Kind.SHORT, reason="no memory"))
+        self.feed(MembershipEvent(EventKind.SHORT, reason="no memory"))
 
     @rule(rank=st.integers(0, 4))
     def exit(self, rank: int) -> None:
@@ -302,7 +343,7 @@ class AnyOrder(RuleBasedStateMachine):
         )
         if rank in self.alive and expected:
             self.alive.discard(rank)
-            self.feed(Event(Kind.EXITED, rank, "exited"))
+            self.feed(MembershipEvent(EventKind.EXITED, rank, "exited"))
             assert self.membership.phase is not Phase.LOST
 
     @rule(rank=st.integers(0, 4))
@@ -310,7 +351,7 @@ class AnyOrder(RuleBasedStateMachine):
         members = self.membership.members & self.alive
         if rank in self.alive and len(members - {rank}) and self.membership.phase is not Phase.LOST:
             self.alive.discard(rank)
-            self.feed(Event(Kind.EXITED, rank, "died"))
+            self.feed(MembershipEvent(EventKind.EXITED, rank, "died"))
             if members - {rank} == members:
                 assert self.membership.phase is not Phase.LOST
 

@@ -20,7 +20,7 @@ from flexpert.cluster import membership
 from flexpert.cluster import stall_detector as watch
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.journal import Entry, Journal
-from flexpert.cluster.membership import Change, Do, Kind, Membership, Phase
+from flexpert.cluster.membership import Change, Do, EventKind, Membership, Phase
 from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.restart_policy import RestartPolicy
 from flexpert.cluster.views import ClusterEvent
@@ -107,14 +107,14 @@ def anyway(*_: Any) -> bool:
 def a_plan_is_committed_before_all_are_prepared(patch: Patch) -> None:
     """COMMIT begins when every member and leaver has prepared."""
 
-    def first(change: Change, event: membership.Event) -> bool:
+    def first(change: Change, event: membership.MembershipEvent) -> bool:
         return bool(change.reported)
 
-    def leaves(change: Change, event: membership.Event) -> bool:
+    def leaves(change: Change, event: membership.MembershipEvent) -> bool:
         return bool(change.reported and change.leaving)
 
     instead = {membership._all_reported: first, membership._somebody_leaves: leaves}
-    rules(patch, lambda r: replace(r, when=instead[r.when]) if r.event is Kind.PREPARED else r)
+    rules(patch, lambda r: replace(r, when=instead[r.when]) if r.event is EventKind.PREPARED else r)
 
 
 def survivors_are_not_halted(patch: Patch) -> None:
@@ -136,15 +136,15 @@ def a_loss_is_ignored(patch: Patch) -> None:
     """A member whose process has ended is no member of the next epoch."""
     rules(
         patch,
-        lambda r: None if (r.phase, r.event) == (Phase.IDLE, Kind.EXITED) else r,
+        lambda r: None if (r.phase, r.event) == (Phase.IDLE, EventKind.EXITED) else r,
     )
 
 
 def an_id_is_free_before_its_process_is_gone(patch: Patch) -> None:
     """An id is used again only when its old process is certainly gone."""
-    ends = (Phase.RELEASE, Kind.EXITED, Phase.IDLE)
+    ends = (Phase.RELEASE, EventKind.EXITED, Phase.IDLE)
     rules(patch, lambda r: replace(r, when=anyway) if (r.phase, r.event, r.then) == ends else r)
-    patch.setitem(membership._PASSES, Phase.RELEASE, (Kind.EXITED, anyway))
+    patch.setitem(membership._PASSES, Phase.RELEASE, (EventKind.EXITED, anyway))
 
 
 def a_leaver_is_stopped_before_it_has_handed_over(patch: Patch) -> None:
@@ -154,10 +154,10 @@ def a_leaver_is_stopped_before_it_has_handed_over(patch: Patch) -> None:
     have handed over, and who has destinations for its KV stays until they have taken it.
     """
 
-    def switched(change: Change, event: membership.Event) -> bool:
+    def switched(change: Change, event: membership.MembershipEvent) -> bool:
         return change.reported >= change.after
 
-    rules(patch, lambda r: replace(r, when=switched) if r.event is Kind.SWITCHED else r)
+    rules(patch, lambda r: replace(r, when=switched) if r.event is EventKind.SWITCHED else r)
     a_leaver_is_stopped_while_its_kv_is_read(patch)
 
 

@@ -20,7 +20,7 @@ from flexpert.cluster.processes import fork_server as forkserver
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.cluster.processes.framing import BadFrame, Deframer, frame
 from flexpert.cluster.processes.rank_process import decode_spec
-from flexpert.cluster.processes.transport import Link, Transport
+from flexpert.cluster.processes.transport import ChildLink, Transport
 
 LOAD = msg.Load(0, 0, 0.0, 0)
 LIMIT = 1 << 16
@@ -211,7 +211,7 @@ def test_a_rank_that_says_very_much_does_not_keep_the_loop_from_the_others() -> 
 def test_a_child_that_reads_nothing_is_cut_off_before_it_fills_the_head() -> None:
     async def scenario() -> None:
         ends: list[str] = []
-        link = Link(lambda message: None, ends.append, most_unsent=1 << 20)
+        link = ChildLink(lambda message: None, ends.append, most_unsent=1 << 20)
         for _ in range(40):
             link.send(bytes(1 << 16))
         assert len(ends) == 1
@@ -223,7 +223,7 @@ def test_a_child_that_reads_nothing_is_cut_off_before_it_fills_the_head() -> Non
 
 def test_a_message_in_pieces_comes_as_one_between_the_others() -> None:
     async def scenario() -> None:
-        link = Link(lambda message: None, lambda why: None)
+        link = ChildLink(lambda message: None, lambda why: None)
         child = Connection(link.child_end)
         large = bytearray(b"c" * 500_000)  # more than the socket holds
         link.send(b"before")

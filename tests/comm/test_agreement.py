@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from support.comm_ranks import Rank, spec_of
 
 from flexpert.comm import Buffer, CommError, Evicted, RankTimeout
-from flexpert.comm.agreement import Report, View, accepted, agree, awaited
+from flexpert.comm.agreement import SuspectReport, View, accepted, agree, awaited
 
 LIMIT_S = 30.0
 reports_of = st.dictionaries(
     st.integers(0, 7),
-    st.sets(st.integers(0, 7), max_size=4).map(lambda s: Report(b"", tuple(sorted(s)))),
+    st.sets(st.integers(0, 7), max_size=4).map(lambda s: SuspectReport(b"", tuple(sorted(s)))),
     min_size=1,
 )
 
 
 @given(reports_of)
-def test_nobody_who_stays_suspects_one_who_stays(reports: dict[int, Report]) -> None:
+def test_nobody_who_stays_suspects_one_who_stays(reports: dict[int, SuspectReport]) -> None:
     staying = accepted(reports)
     assert staying
     assert set(staying) <= set(reports)
@@ -39,7 +39,7 @@ def test_nobody_who_stays_suspects_one_who_stays(reports: dict[int, Report]) -> 
 
 
 @given(reports_of)
-def test_who_is_not_party_to_any_suspicion_stays(reports: dict[int, Report]) -> None:
+def test_who_is_not_party_to_any_suspicion_stays(reports: dict[int, SuspectReport]) -> None:
     parties = {
         party
         for rank, report in reports.items()
@@ -50,8 +50,8 @@ def test_who_is_not_party_to_any_suspicion_stays(reports: dict[int, Report]) -> 
     assert set(reports) - parties <= set(accepted(reports))
 
 
-def said(**suspects: tuple[int, ...]) -> dict[int, Report]:
-    return {int(rank[1:]): Report(b"", who) for rank, who in suspects.items()}
+def said(**suspects: tuple[int, ...]) -> dict[int, SuspectReport]:
+    return {int(rank[1:]): SuspectReport(b"", who) for rank, who in suspects.items()}
 
 
 def test_the_one_with_more_accusers_goes_and_of_two_equals_the_higher() -> None:
@@ -65,8 +65,8 @@ def test_the_one_with_more_accusers_goes_and_of_two_equals_the_higher() -> None:
 @given(st.integers(0, 7), st.sets(st.integers(0, 7), min_size=3))
 def test_one_that_suspects_everybody_goes_itself(accuser: int, ids: set[int]) -> None:
     everybody = ids | {accuser}
-    reports = {rank: Report(b"") for rank in everybody}
-    reports[accuser] = Report(b"", tuple(everybody - {accuser}))
+    reports = {rank: SuspectReport(b"") for rank in everybody}
+    reports[accuser] = SuspectReport(b"", tuple(everybody - {accuser}))
     assert accepted(reports) == tuple(sorted(everybody - {accuser}))
 
 

@@ -13,14 +13,14 @@ from support.cuda_local import DEVICE, CudaLocal, gathered
 
 from flexpert.comm import BufferSpec
 from flexpert.comm.buffer import Scales
-from flexpert.comm.cuda.cuda_exchange import FEW, Dispatched, Exchange, Tuning
+from flexpert.comm.cuda.cuda_exchange import FEW, CudaDispatched, CudaExchange, Tuning
 from flexpert.comm.cuda.expert_major import NO_ROOM, NOWHERE, ExpertMajor, pack
 from flexpert.comm.routing import arrivals, expected_rows, expected_sums
 
 LOW = (1 << 32) - 1
 
 
-def room(exchange: Exchange, sent: Dispatched, limit: int, sources: int) -> ExpertMajor:
+def room(exchange: CudaExchange, sent: CudaDispatched, limit: int, sources: int) -> ExpertMajor:
     """Tensors filled with what nobody sends."""
     into = ExpertMajor.empty(exchange, sent, limit, sources)
     into.x.view(torch.uint8).fill_(0x7F)

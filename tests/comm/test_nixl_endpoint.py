@@ -38,7 +38,7 @@ class Side:
 
     def restart(self) -> None:
         self.endpoint = nixl.Endpoint(f"side-{os.getpid()}-{secrets.token_hex(4)}")
-        self.links: dict[str, nixl.Link] = {}
+        self.links: dict[str, nixl.NixlEndpointLink] = {}
         self.messages: list[tuple[str, bytes]] = []
 
     def poll(self) -> None:
@@ -458,7 +458,7 @@ def test_an_endpoint_closes_while_its_peers_are_stopped(start: Start) -> None:
 
 
 @needs_nixl
-def test_memory_is_not_lent_again_while_a_peer_may_write_it(start: Start) -> None:
+def test_memory_is_not_exported_again_while_a_peer_may_write_it(start: Start) -> None:
     a, b = start(), start()
     connect(a, b)
     old = b.do(inbox, "link")
@@ -557,7 +557,7 @@ def test_a_closed_endpoint_leaves_nothing_behind(start: Start) -> None:
 @needs_nixl
 def test_what_is_no_offer_is_refused(start: Start) -> None:
     a, b = start(), start()
-    offer = nixl.msgspec.msgpack.decode(b.do(export_memory, "link"), type=nixl.Offer)
+    offer = nixl.msgspec.msgpack.decode(b.do(export_memory, "link"), type=nixl.NixlOffer)
     a.do(export_memory, "link")
 
     def open_with(**changes: Any) -> None:

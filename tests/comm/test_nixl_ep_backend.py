@@ -36,7 +36,7 @@ from flexpert.comm import (
 )
 from flexpert.comm.buffer import Scales
 from flexpert.comm.interpreter import INTERPRETED
-from flexpert.comm.nixl_ep.meeting import Place, pair_store, store_of
+from flexpert.comm.nixl_ep.meeting import MeetingPlace, pair_store, store_of
 from flexpert.comm.nixl_ep.nixl_ep_buffer import NixlEpBuffer
 from flexpert.comm.nixl_ep.package import Package
 from flexpert.compat import nixl_ep as compat
@@ -469,7 +469,7 @@ def test_random_histories(seed: int) -> None:
 
 def test_what_nixl_ep_says_travels_through_a_peers_store_byte_for_byte() -> None:
     """As its Python does it: set, wait, multi_get, delete_key."""
-    one, metadata = Place(), bytes(range(256)) * 20
+    one, metadata = MeetingPlace(), bytes(range(256)) * 20
     address = one.address(b"", SPEC, SLOTS)
     try:
         with store_of(1, address) as theirs:

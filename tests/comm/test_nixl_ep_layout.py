@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexpert.compat.nixl_ep.expert_major_tensors import Arrival, collect, column_major, spread
-from flexpert.compat.nixl_ep.returned_memory import Memory
+from flexpert.compat.nixl_ep.returned_memory import ReturnedMemory
 
 LOW = (1 << 32) - 1
 
@@ -114,7 +114,7 @@ def test_collect_into_wider_rows_leaves_the_rest() -> None:
 
 
 def test_what_a_dispatch_returned_survives_the_next_one() -> None:
-    memory = Memory()
+    memory = ReturnedMemory()
     args = ((2, 4, 8), torch.bfloat16, 3, torch.float32)
     (first, first_scales), (second, _), (third, third_scales) = (
         memory.next_dispatch(*args) for _ in range(3)

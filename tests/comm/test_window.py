@@ -18,7 +18,7 @@ from support.comm_ranks import Rank, Ranks, random_sent, spec_of
 from flexpert.comm import BufferSpec, CommError, PeerUnreachable, RankTimeout, export_pages
 from flexpert.comm.host import memfd
 from flexpert.comm.host.host_buffer import HostBuffer
-from flexpert.comm.host.window import Address, Window, decode, encode
+from flexpert.comm.host.window import HostWindow, WindowAddress, decode, encode
 from flexpert.comm.window_layout import (
     COMBINE_FLAG_AT,
     DISPATCH_FLAG_AT,
@@ -61,7 +61,7 @@ def test_a_killed_peer_is_unreachable_and_nothing_is_connected(local: Local) -> 
     ids=["start time", "nonce", "machine", "other file", "no file", "no process"],
 )
 def test_an_address_that_fits_in_all_but_one_field_is_unreachable(
-    local: Local, forge: Callable[[Address], Address]
+    local: Local, forge: Callable[[WindowAddress], WindowAddress]
 ) -> None:
     one, two = local.start(spec_of(4), [0, 1]).values()
     fresh = HostBuffer(2, spec_of(4))
@@ -169,7 +169,7 @@ def test_where_the_kernel_promises_no_more_than_it_has_pages_are_taken_at_once(
     the whole machine."""
     monkeypatch.setattr(memfd, "overcommits", lambda: False)
     spec = spec_of(2)
-    window = Window(0, spec)
+    window = HostWindow(0, spec)
     place = window.export_memory()
     assert window.memory_bytes() >= window.layout.place_bytes
     window.take_back(place)

@@ -17,14 +17,14 @@ pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 from flexpert.kernels.cuda import attention, norm, rotary, router
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.cuda import row_sorting as routing
-from flexpert.kernels.cuda.grouped_products import Tiling
+from flexpert.kernels.cuda.grouped_products import ProductTiling
 
 HIDDEN, INTER = 48, 40
 
 TILINGS = [
-    Tiling(16, 64, 32, warps=4, stages=2, swap=True),
-    Tiling(16, 16, 16, warps=4, stages=2, swap=False),
-    Tiling(32, 16, 32, warps=4, stages=2, swap=False),
+    ProductTiling(16, 64, 32, warps=4, stages=2, swap=True),
+    ProductTiling(16, 16, 16, warps=4, stages=2, swap=False),
+    ProductTiling(32, 16, 32, warps=4, stages=2, swap=False),
 ]
 
 
@@ -48,7 +48,7 @@ COUNTS = [[1, 0, 2, 5], [0, 0, 0], [0, 7, 0, 0, 0], [40, 3, 0, 17]]
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("gated", [False, True], ids=["product", "gated"])
 def test_each_row_meets_the_weights_of_its_own_expert(
-    counts: list[int], tiling: Tiling, biased: bool, gated: bool
+    counts: list[int], tiling: ProductTiling, biased: bool, gated: bool
 ) -> None:
     slots, rows = len(counts), sum(counts)
     height = 2 * INTER if gated else INTER
@@ -117,7 +117,7 @@ def test_fp8_weights_count_times_the_scale_of_their_block(swap: bool, gated: boo
         torch.full((5, inter), math.nan),
         scales=addresses(scales),
         gated=gated,
-        tiling=Tiling(16, 64, 64, warps=4, stages=2, swap=swap),
+        tiling=ProductTiling(16, 64, 64, warps=4, stages=2, swap=swap),
     )
     for row in range(5):
         s = int(row >= 2)

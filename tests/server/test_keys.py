@@ -14,7 +14,7 @@ from support.fake_head import FakeHead
 from flexpert.cli.settings import settings
 from flexpert.config import Config, ServerConfig, load_config
 from flexpert.errors import ConfigError
-from flexpert.server.keys import Keys, read_keys
+from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.service_process import bind, serve
 
 SECRET = "s3cret-äöü"
@@ -34,9 +34,11 @@ def test_a_key_is_the_first_line_of_its_file(
     tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = key_file(tmp_path, content.encode())
-    assert read_keys(ServerConfig(api_key_file=file)) == Keys(SECRET.encode(), SECRET.encode())
+    assert read_keys(ServerConfig(api_key_file=file)) == BearerKeys(
+        SECRET.encode(), SECRET.encode()
+    )
     both = ServerConfig(api_key="a", control_key_file=file)
-    assert read_keys(both) == Keys(b"a", SECRET.encode())
+    assert read_keys(both) == BearerKeys(b"a", SECRET.encode())
     assert not caplog.text
 
 
@@ -131,12 +133,12 @@ def test_other_machines_need_a_key_or_leave(host: str) -> None:
     if host == "::" and not _has_ipv6():
         pytest.skip("no IPv6 here")
     open_ = ServerConfig(host=host, port=0)
-    for keys in (None, Keys(), Keys(control=b"only to scale")):
+    for keys in (None, BearerKeys(), BearerKeys(control=b"only to scale")):
         with pytest.raises(ConfigError) as raised:
             bind(open_, keys)
         for way in ("--api-key-file", "FLEXPERT_SERVER__API_KEY", "--insecure"):
             assert way in str(raised.value)
-    bind(open_, Keys(api=b"key")).close()
+    bind(open_, BearerKeys(api=b"key")).close()
     bind(open_.model_copy(update={"insecure": True})).close()
 
 

@@ -11,7 +11,7 @@ from flexpert.cluster.processes.framing import Piece
 from flexpert.errors import Overloaded
 from flexpert.server import preprocessors
 from flexpert.server.http_errors import ApiError
-from flexpert.server.preprocessing import Limits, Rendered, Reply, encode
+from flexpert.server.preprocessing import Limits, PreprocessReply, Rendered, encode
 from flexpert.server.preprocessors import SMALL_BODY, Preprocessors
 
 
@@ -30,7 +30,7 @@ class Helper:
         self.killed = True
 
     def answer(self, text: str) -> None:
-        self.hear(encode(Reply(Rendered(text.encode()))))
+        self.hear(encode(PreprocessReply(Rendered(text.encode()))))
 
 
 class Owner:

@@ -15,7 +15,7 @@ from support.served_head import Running
 from flexpert.cluster.processes.framing import Piece
 from flexpert.cluster.processes.helper import OnEnd, OnMessage
 from flexpert.server.http_errors import ApiError
-from flexpert.server.preprocessing import Kind, Limits, Outcome, Rendered, Reply, encode
+from flexpert.server.preprocessing import Kind, Limits, Outcome, PreprocessReply, Rendered, encode
 from flexpert.server.preprocessors import Preprocessors
 
 
@@ -46,7 +46,7 @@ class Busy:
         self.bodies.append(b"".join(pieces))
 
     def answer(self) -> None:
-        self._on_message(encode(Reply(Rendered(b"{}"))))
+        self._on_message(encode(PreprocessReply(Rendered(b"{}"))))
 
     def kill(self) -> None:
         pass

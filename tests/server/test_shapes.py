@@ -10,7 +10,7 @@ from support.fake_head import byte_level_tokenizer
 
 from flexpert.frontend.generation import Part, Usage
 from flexpert.frontend.text import TokenText
-from flexpert.server.shapes import ChatShape, Shape, TextShape
+from flexpert.server.shapes import ChatShape, ChoiceShape, TextShape
 
 
 @pytest.mark.parametrize("kind", [TextShape, ChatShape])
@@ -18,7 +18,7 @@ def test_others_get_their_turn_between_the_choices_of_a_whole_answer(
     kind: type[TextShape] | type[ChatShape],
 ) -> None:
     text = TokenText(byte_level_tokenizer())
-    shape: Shape = kind("id", 1, "model", text, with_usage=False)
+    shape: ChoiceShape = kind("id", 1, "model", text, with_usage=False)
     parts = [Part(index, f"text {index}", None, "stop") for index in range(50)]
 
     async def scenario() -> tuple[bytes, int]:

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install flexp
 
 from flexpert.comm import BufferSpec, ExpertTable, Reduce
 from flexpert.comm.buffer import Scales
-from flexpert.comm.cuda.cuda_exchange import FEW, Dispatched, Exchange, Indexed, Tuning
+from flexpert.comm.cuda.cuda_exchange import FEW, CudaDispatched, CudaExchange, CudaIndexed, Tuning
 from flexpert.comm.cuda.cuda_layout import PAGE_WORDS, layout
 from flexpert.comm.interpreter import INTERPRETED as INTERPRETED
 from flexpert.comm.routing import Sent
@@ -35,11 +35,11 @@ class CudaLocal:
         self, spec: BufferSpec, ids: Iterable[int], *, same_k: bool = False, tuning: Tuning = FEW
     ) -> None:
         self.spec, self.same_k = spec, same_k
-        self.ranks: dict[int, Exchange] = {}
+        self.ranks: dict[int, CudaExchange] = {}
         for rank in ids:
             window = torch.zeros(layout(spec).size, dtype=torch.uint8, device=DEVICE)
             page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=DEVICE == "cuda")
-            self.ranks[rank] = Exchange(rank, spec, window, page, same_k=same_k, tuning=tuning)
+            self.ranks[rank] = CudaExchange(rank, spec, window, page, same_k=same_k, tuning=tuning)
         self.epoch = 0
 
     @property
@@ -55,7 +55,9 @@ class CudaLocal:
                 self.addresses, dict.fromkeys(chosen, 0), self.epoch, limit_ns=LIMIT_NS
             )
 
-    def dispatch(self, sent: dict[int, Sent], fp8: Scales | None = None) -> dict[int, Dispatched]:
+    def dispatch(
+        self, sent: dict[int, Sent], fp8: Scales | None = None
+    ) -> dict[int, CudaDispatched]:
         done = {
             rank: self.ranks[rank].send_dispatch(*parts(s), fp8=fp8, wait=False)
             for rank, s in sent.items()
@@ -66,7 +68,7 @@ class CudaLocal:
         return done
 
     def combine(
-        self, y: dict[int, torch.Tensor], done: dict[int, Dispatched], reduce: Reduce
+        self, y: dict[int, torch.Tensor], done: dict[int, CudaDispatched], reduce: Reduce
     ) -> dict[int, torch.Tensor]:
         y = {rank: rows.to(DEVICE) for rank, rows in y.items()}
         out = {
@@ -89,6 +91,6 @@ def parts(s: Sent) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ExpertTabl
     return s.x.to(DEVICE), s.expert_ids.contiguous().to(DEVICE), s.weights.to(DEVICE), table
 
 
-def gathered(indexed: Indexed) -> torch.Tensor:
+def gathered(indexed: CudaIndexed) -> torch.Tensor:
     """[rows, n]: the rows of a dispatch, copied together, in the host's memory."""
     return indexed.payload[indexed.rows[: int(indexed.offsets[-1])].long()].cpu()

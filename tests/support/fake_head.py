@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flexpert.cluster.listeners import Listeners
-from flexpert.cluster.processes.transport import Link
+from flexpert.cluster.processes.transport import ChildLink
 from flexpert.cluster.views import (
     ClusterEvent,
     ClusterView,
@@ -89,7 +89,7 @@ class SpawnedHelper:
 
     def __init__(self, entry, spec, on_message, on_end) -> None:
         self._on_end = on_end
-        self._link = Link(on_message, self._ended)
+        self._link = ChildLink(on_message, self._ended)
         with self._link.child_end as end:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, entry, spec.hex(), str(end.fileno())],

@@ -20,7 +20,7 @@ from flexpert.errors import ConfigError
 from flexpert.trials.chaos import KINDS, parse_faults
 from flexpert.trials.chaos_processes import find_family
 from flexpert.trials.chaos_report import (
-    Fault,
+    ChaosFault,
     Held,
     RankHeld,
     Seen,
@@ -81,8 +81,8 @@ def test_faults_are_named_once_and_a_service_of_others_gets_signals_only() -> No
         parse_faults("", own=True)
 
 
-def fault(kind: str, rank: int, at: float) -> Fault:
-    return Fault(kind, rank, 100 + rank, at)
+def fault(kind: str, rank: int, at: float) -> ChaosFault:
+    return ChaosFault(kind, rank, 100 + rank, at)
 
 
 def gone(

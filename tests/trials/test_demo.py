@@ -13,15 +13,15 @@ import pytest
 from rich.console import Console
 from support.fake_service import DONE
 
-from flexpert.bench.load import Answer
+from flexpert.bench.load import ClientAnswer
 from flexpert.bench.machine import this_machine
 from flexpert.cluster.views import OperationView
 from flexpert.trials.demo import demo_requests, same
 from flexpert.trials.demo_report import (
-    Change,
-    Plan,
-    Progress,
-    Result,
+    DemoChange,
+    DemoPlan,
+    DemoProgress,
+    DemoResult,
     demo_result,
     measure,
     sort_gaps,
@@ -44,27 +44,29 @@ def test_median_and_longest() -> None:
 
 
 def test_requests_are_fixed_and_different() -> None:
-    bodies = demo_requests(Plan(requests=64))
-    assert bodies == demo_requests(Plan(requests=64))
+    bodies = demo_requests(DemoPlan(requests=64))
+    assert bodies == demo_requests(DemoPlan(requests=64))
     assert len({json.dumps(body) for body in bodies}) == 64
     assert {body["temperature"] for body in bodies} == {0.0, 0.8}
 
 
 def test_equal_means_text_tokens_and_reason() -> None:
-    one = Answer(0.0, text="a", tokens=1, finish="stop")
-    assert same(one, Answer(9.0, text="a", tokens=1, finish="stop"))
-    assert not same(one, Answer(0.0, text="b", tokens=1, finish="stop"))
-    assert not same(one, Answer(0.0, text="a", tokens=2, finish="stop"))
-    assert not same(one, Answer(0.0, text="a", tokens=1, finish="length"))
+    one = ClientAnswer(0.0, text="a", tokens=1, finish="stop")
+    assert same(one, ClientAnswer(9.0, text="a", tokens=1, finish="stop"))
+    assert not same(one, ClientAnswer(0.0, text="b", tokens=1, finish="stop"))
+    assert not same(one, ClientAnswer(0.0, text="a", tokens=2, finish="stop"))
+    assert not same(one, ClientAnswer(0.0, text="a", tokens=1, finish="length"))
 
 
-def result(**changed: Any) -> Result:
-    progress = Progress(model="tiny", sent=1, answered=1, equal=1)
-    progress.changes.append(Change(began=1.0, ended=2.0, operation=OPERATION))
+def result(**changed: Any) -> DemoResult:
+    progress = DemoProgress(model="tiny", sent=1, answered=1, equal=1)
+    progress.changes.append(DemoChange(began=1.0, ended=2.0, operation=OPERATION))
     for name, value in changed.items():
         setattr(progress, name, value)
-    answer = Answer(0.5, text=" were", tokens=3, finish="length", times=[0.6, 1.5, 2.5], ended=2.5)
-    return demo_result(Plan(), this_machine(), progress, [(0, answer)], ["There"], began=0.5)
+    answer = ClientAnswer(
+        0.5, text=" were", tokens=3, finish="length", times=[0.6, 1.5, 2.5], ended=2.5
+    )
+    return demo_result(DemoPlan(), this_machine(), progress, [(0, answer)], ["There"], began=0.5)
 
 
 def test_a_run_is_good_only_if_all_was_answered_alike_and_every_change_was_done() -> None:
@@ -73,8 +75,8 @@ def test_a_run_is_good_only_if_all_was_answered_alike_and_every_change_was_done(
     assert not result(equal=0).good
     assert not result(changes=[]).good
     failed = msgspec.structs.replace(OPERATION, state="failed", error="no room")
-    assert not result(changes=[Change(1.0, 2.0, failed)]).good
-    assert not result(changes=[Change(1.0, 2.0, None, "HTTP 400")]).good
+    assert not result(changes=[DemoChange(1.0, 2.0, failed)]).good
+    assert not result(changes=[DemoChange(1.0, 2.0, None, "HTTP 400")]).good
 
 
 def test_the_summary_tells_counts_gaps_and_an_answer() -> None:
@@ -90,9 +92,9 @@ def test_the_summary_tells_counts_gaps_and_an_answer() -> None:
 def test_without_a_terminal_each_change_is_told_once() -> None:
     console = Console(file=io.StringIO(), width=120)
     view = LineView(console)
-    progress = Progress(stage="traffic")
+    progress = DemoProgress(stage="traffic")
     view.refresh(progress)
-    progress.changes.append(Change(began=1.0, operation=OPERATION))
+    progress.changes.append(DemoChange(began=1.0, operation=OPERATION))
     view.refresh(progress)
     progress.changes[0].ended = 2.0
     view.refresh(progress)
@@ -107,7 +109,7 @@ def test_without_a_terminal_each_change_is_told_once() -> None:
 
 
 def test_the_rate_is_that_of_the_last_moments() -> None:
-    progress = Progress()
+    progress = DemoProgress()
     for second in range(10):
         progress.tokens = 1000 if second < 5 else 1000 + 10 * (second - 4)
         progress.tick(float(second))

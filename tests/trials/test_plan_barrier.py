@@ -11,7 +11,7 @@ import torch
 from flexpert.comm.agreement import View
 from flexpert.trials.plan import runner, worker
 from flexpert.trials.plan.oracle import Sizes
-from flexpert.trials.plan.plan_file import Phase
+from flexpert.trials.plan.plan_file import PlanPhase
 
 
 class Barriers:
@@ -50,7 +50,7 @@ def test_an_epoch_that_begins_without_somebody_is_agreed_anew(
         buffer,  # type: ignore[arg-type]
         setup,
         None,
-        worker.Task(0, View(1, (0, 1, 2))),
+        worker.WorkerTask(0, View(1, (0, 1, 2))),
         None,  # type: ignore[arg-type]
     )
     assert run.begin(4) == 3
@@ -64,11 +64,11 @@ def test_a_rank_that_dies_with_its_mail_unread_is_buried() -> None:
     with runner.Runner(runner.Options(sizes, channel="shm"), 1) as made:
         rank = runner._Rank(0, made.setup, made.store)
         made.up[0] = rank
-        made.answers([0], runner.START_S, worker.Ready)
+        made.answers([0], runner.START_S, worker.WorkerReady)
         rank.signal(signal.SIGSTOP)  # it will not read what comes now
         rank.ask(worker.Connect((0,)))
         rank.signal(signal.SIGKILL)
         rank.process.join()
-        made.bury(Phase((0,), (0,)), {})
+        made.bury(PlanPhase((0,), (0,)), {})
         assert made.up == {}
         assert made.gone == {0}

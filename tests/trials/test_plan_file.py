@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 
 from flexpert.errors import ConfigError
-from flexpert.trials.plan.plan_file import Phase, load, parse, random_plan
+from flexpert.trials.plan.plan_file import PlanPhase, load, parse, random_plan
 
 
 def test_a_plan_says_who_is_up_and_who_dies() -> None:
     plan = parse([[0, 1], [3, 1, -2, 0], {"ranks": [0, 3], "kill": [0]}, [3]])
-    assert plan == [Phase((0, 1)), Phase((0, 1, 2, 3), (2,)), Phase((0, 3), (0,)), Phase((3,))]
+    assert plan == [
+        PlanPhase((0, 1)),
+        PlanPhase((0, 1, 2, 3), (2,)),
+        PlanPhase((0, 3), (0,)),
+        PlanPhase((3,)),
+    ]
     assert str(plan[1]) == "0 1 2† 3"
 
 

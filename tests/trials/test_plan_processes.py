@@ -14,7 +14,7 @@ from flexpert.cli.main import app
 from flexpert.errors import ConfigError
 from flexpert.trials.plan import runner
 from flexpert.trials.plan.oracle import Sizes
-from flexpert.trials.plan.plan_file import Phase, parse, random_plan
+from flexpert.trials.plan.plan_file import PlanPhase, parse, random_plan
 from flexpert.trials.plan.worker import POINTS
 
 HAS_NIXL = any(importlib.util.find_spec(f"nixl_cu{cuda}") for cuda in (12, 13))
@@ -24,7 +24,7 @@ SIZES = Sizes(tokens=12, hidden=256, topk=4, experts_per_rank=2, dtype=torch.bfl
 PLAN = parse([[0, 2], [0, 1, 2, 3], [0, 1, -2, 3], [0, 2, 3], [2]])
 
 
-def passes(plan: list[Phase], **options: object) -> list[runner.PhaseResult]:
+def passes(plan: list[PlanPhase], **options: object) -> list[runner.PhaseResult]:
     given = runner.Options(SIZES, exchanges=5, timeout_s=2.0, **options)  # type: ignore[arg-type]
     results = runner.run(plan, given, lambda _: None)
     assert [result.errors for result in results] == [[] for _ in plan]
@@ -74,7 +74,7 @@ def test_what_a_rank_finds_wrong_fails_the_phase() -> None:
     result = runner.PhaseResult("0", (0,), ())
     outcome = runner.Outcome(1, (0,), errors=["exchange 0: a combined result is wrong"])
     with runner.Runner(runner.Options(SIZES), 1) as made:
-        made.judge(Phase((0,)), {0: outcome}, {}, result)
+        made.judge(PlanPhase((0,)), {0: outcome}, {}, result)
     assert result.errors == ["rank 0: exchange 0: a combined result is wrong"]
 
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 from typing import Any
 
-from flexpert.bench.comm.cuda.gpu_baselines import Ours
+from flexpert.bench.comm.cuda.gpu_baselines import CudaExchangeBaseline
 from flexpert.bench.comm.cuda.gpu_comm_rank import POOL, GpuRank
 from flexpert.bench.comm.cuda.timing import Shots, captured, steady_times
 from flexpert.bench.comm.ranks import Ranks, Settings
@@ -22,7 +22,7 @@ from flexpert.comm.cuda.expert_major import ExpertMajor, pack
 
 class TuneRank(GpuRank):
     def variant(self, fields: dict[str, Any], replays: int, single: bool) -> dict[str, float]:
-        own = Ours(self._site("variant"), **fields)
+        own = CudaExchangeBaseline(self._site("variant"), **fields)
         for turn in range(POOL):
             own.dispatch(turn)
             own.combine(turn)

@@ -18,47 +18,47 @@ from torch import Tensor
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.cuda import row_sorting as routing
-from flexpert.kernels.cuda.grouped_products import Tiling
+from flexpert.kernels.cuda.grouped_products import ProductTiling
 
 SHAPES = {"qwen3": (128, 2048, 768), "deepseek": (256, 7168, 2048)}
 TOPK = 8
 ROUTINGS = 6
 
 TILINGS = [
-    Tiling(16, 64, 128, 4, 4, True),
-    Tiling(16, 64, 128, 4, 3, True),
-    Tiling(16, 64, 256, 4, 2, True),
-    Tiling(16, 128, 64, 4, 4, True),
-    Tiling(16, 128, 128, 8, 3, True),
-    Tiling(16, 32, 128, 4, 4, False),
-    Tiling(16, 64, 128, 4, 4, False),
-    Tiling(16, 32, 256, 4, 3, False),
-    Tiling(32, 64, 128, 4, 3, True),
-    Tiling(32, 128, 64, 4, 4, True),
-    Tiling(32, 128, 128, 8, 3, True),
-    Tiling(64, 64, 64, 4, 4, True),
-    Tiling(64, 128, 64, 4, 3, True),
-    Tiling(64, 128, 64, 8, 4, True),
-    Tiling(128, 128, 64, 8, 3, False),
-    Tiling(128, 128, 64, 8, 4, False),
-    Tiling(128, 128, 64, 4, 3, False),
-    Tiling(128, 256, 64, 8, 3, False),
+    ProductTiling(16, 64, 128, 4, 4, True),
+    ProductTiling(16, 64, 128, 4, 3, True),
+    ProductTiling(16, 64, 256, 4, 2, True),
+    ProductTiling(16, 128, 64, 4, 4, True),
+    ProductTiling(16, 128, 128, 8, 3, True),
+    ProductTiling(16, 32, 128, 4, 4, False),
+    ProductTiling(16, 64, 128, 4, 4, False),
+    ProductTiling(16, 32, 256, 4, 3, False),
+    ProductTiling(32, 64, 128, 4, 3, True),
+    ProductTiling(32, 128, 64, 4, 4, True),
+    ProductTiling(32, 128, 128, 8, 3, True),
+    ProductTiling(64, 64, 64, 4, 4, True),
+    ProductTiling(64, 128, 64, 4, 3, True),
+    ProductTiling(64, 128, 64, 8, 4, True),
+    ProductTiling(128, 128, 64, 8, 3, False),
+    ProductTiling(128, 128, 64, 8, 4, False),
+    ProductTiling(128, 128, 64, 4, 3, False),
+    ProductTiling(128, 256, 64, 8, 3, False),
 ]
 
 TILINGS_FP8 = [
-    Tiling(16, 64, 128, 4, 4, False),
-    Tiling(16, 32, 128, 4, 5, False),
-    Tiling(16, 128, 128, 8, 4, False),
-    Tiling(16, 64, 128, 4, 6, True),
-    Tiling(32, 64, 128, 4, 4, False),
-    Tiling(32, 128, 128, 4, 3, False),
-    Tiling(32, 128, 128, 8, 3, False),
-    Tiling(64, 64, 128, 4, 3, True),
-    Tiling(64, 128, 64, 4, 4, False),
-    Tiling(64, 128, 128, 8, 3, True),
-    Tiling(128, 64, 64, 4, 4, True),
-    Tiling(128, 128, 64, 8, 3, True),
-    Tiling(128, 256, 64, 8, 3, False),
+    ProductTiling(16, 64, 128, 4, 4, False),
+    ProductTiling(16, 32, 128, 4, 5, False),
+    ProductTiling(16, 128, 128, 8, 4, False),
+    ProductTiling(16, 64, 128, 4, 6, True),
+    ProductTiling(32, 64, 128, 4, 4, False),
+    ProductTiling(32, 128, 128, 4, 3, False),
+    ProductTiling(32, 128, 128, 8, 3, False),
+    ProductTiling(64, 64, 128, 4, 3, True),
+    ProductTiling(64, 128, 64, 4, 4, False),
+    ProductTiling(64, 128, 128, 8, 3, True),
+    ProductTiling(128, 64, 64, 4, 4, True),
+    ProductTiling(128, 128, 64, 8, 3, True),
+    ProductTiling(128, 256, 64, 8, 3, False),
 ]
 
 
@@ -83,7 +83,7 @@ def microseconds(launches: Sequence[Callable[[], object]]) -> float:
     return statistics.median(times)
 
 
-def candidates(rows: int, experts: int, scaled: bool) -> list[Tiling]:
+def candidates(rows: int, experts: int, scaled: bool) -> list[ProductTiling]:
     each = rows / min(rows, experts)
     every = TILINGS_FP8 if scaled else TILINGS
     return [t for t in every if each / 6 <= t.rows <= max(16, 8 * each)]
@@ -148,9 +148,11 @@ def tune(
         expected = reference(x if gated else h, sorted_[0], weights, gated)
         for tiling in candidates(rows, experts, scaled):
             for wave in waves:
-                t = Tiling(*[getattr(tiling, f) for f in Tiling.__slots__[:-1]], waves=wave)
+                t = ProductTiling(
+                    *[getattr(tiling, f) for f in ProductTiling.__slots__[:-1]], waves=wave
+                )
 
-                def launch(s: routing.SortedRows, t: Tiling = t) -> Callable[[], object]:
+                def launch(s: routing.SortedRows, t: ProductTiling = t) -> Callable[[], object]:
                     return lambda: products.grouped_product(
                         x if gated else h,
                         table,

@@ -14,7 +14,7 @@ from time import perf_counter
 import msgspec
 import psutil
 
-from flexpert.bench.hostile_clients import Job, Kind, Outcome
+from flexpert.bench.hostile_clients import ClientsJob, ClientsOutcome, Kind
 from flexpert.bench.load import LoadError, Target, call, complete, completion_body
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.service import own_service
@@ -34,7 +34,7 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class HostilePlan:
     """flags: of the service, besides. after_s: until memory is looked at again."""
 
     duration_s: float = 60.0
@@ -46,7 +46,7 @@ class Plan:
     flags: tuple[str, ...] = ()
 
 
-class Measured(msgspec.Struct, frozen=True, kw_only=True):
+class HostileMeasured(msgspec.Struct, frozen=True, kw_only=True):
     """Streams beside clients of one kind.
 
     longest_gap_ms: between two pieces of one answer; longest_first_ms: from sending to the first.
@@ -60,10 +60,10 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     stream_errors: list[str]
     head_cpu: float
     load: float
-    clients: Outcome
+    clients: ClientsOutcome
 
 
-class Memory(msgspec.Struct, frozen=True, kw_only=True):
+class HeadMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Resident MiB of the serving process, without pages of files, which come and go as the kernel
     likes; before: the hostile clients begin, after: they are gone.
 
@@ -81,7 +81,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
         return round(self.after - self.before, 1)
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class HostileReport(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON of `flexpert bench hostile`. ratio: tokens/s beside hostile clients over those
     beside ordinary ones."""
 
@@ -92,10 +92,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     clients: int
     max_body: int
     seed: int
-    ordinary: Measured
-    hostile: Measured
+    ordinary: HostileMeasured
+    hostile: HostileMeasured
     ratio: float
-    memory: Memory
+    memory: HeadMemory
     memory_growth_mib: float
     server_errors: int
 
@@ -143,7 +143,7 @@ class _Stream:
         self.errors.clear()
 
 
-def run_hostile(plan: Plan, note: Note) -> Report:
+def run_hostile(plan: HostilePlan, note: Note) -> HostileReport:
     """Measure a service of our own.
 
     Raises: FlexpertError
@@ -151,7 +151,7 @@ def run_hostile(plan: Plan, note: Note) -> Report:
     return asyncio.run(_run(plan, note))
 
 
-async def _run(plan: Plan, note: Note) -> Report:
+async def _run(plan: HostilePlan, note: Note) -> HostileReport:
     flags = ("--model", "tiny", "--ranks", "1", "--max-ranks", "1", "--log-level", "warning")
     size = ("--max-body", str(plan.max_body))
     async with own_service((*flags, *size, *plan.flags), report=note) as service:
@@ -187,7 +187,7 @@ async def _run(plan: Plan, note: Note) -> Report:
         if status.startswith("5")
     )
     slow, fast = found[1].tokens_per_s, found[0].tokens_per_s
-    return Report(
+    return HostileReport(
         command=" ".join(["flexpert", *sys.argv[1:]]),
         machine=this_machine(),
         duration_s=plan.duration_s,
@@ -205,14 +205,14 @@ async def _run(plan: Plan, note: Note) -> Report:
 
 
 async def _measure(
-    plan: Plan,
+    plan: HostilePlan,
     note: Note,
     target: Target,
     head: psutil.Process,
     streams: list[_Stream],
     ordinary: _Clients,
     hostile: _Clients,
-) -> Memory:
+) -> HeadMemory:
     """By turns, so that what else the machine does meanwhile meets both."""
     tasks = [asyncio.create_task(stream.run()) for stream in streams]
     turns = max(1, round(plan.duration_s / TURN_S))
@@ -230,7 +230,7 @@ async def _measure(
         await _end(tasks)
     note(f"waiting {plan.after_s:g} s")
     await asyncio.sleep(plan.after_s)
-    return Memory(before=before, highest=highest, after=_mib(head), helpers_highest=helpers)
+    return HeadMemory(before=before, highest=highest, after=_mib(head), helpers_highest=helpers)
 
 
 @dataclass(slots=True)
@@ -245,7 +245,7 @@ class _Clients:
     longest_first_s: float = 0.0
     errors: list[str] = field(default_factory=list)
     load: float = 0.0
-    outcome: Outcome | None = None
+    outcome: ClientsOutcome | None = None
 
     async def beside(self, streams: list[_Stream], head: psutil.Process, seconds: float) -> None:
         """One turn: the clients come, the streams are measured for so long, and they go."""
@@ -277,11 +277,11 @@ class _Clients:
             return
         raise FlexpertError("the process of the clients has ended")
 
-    def measured(self) -> Measured:
+    def measured(self) -> HostileMeasured:
         """Raises: FlexpertError: the clients did not come to their end."""
         if self.outcome is None:
             raise FlexpertError("the process of the clients has ended without a result")
-        return Measured(
+        return HostileMeasured(
             tokens_per_s=round(self.tokens / self.seconds, 1),
             longest_gap_ms=round(self.longest_gap_s * 1e3, 1),
             longest_first_ms=round(self.longest_first_s * 1e3, 1),
@@ -293,9 +293,9 @@ class _Clients:
 
 
 @asynccontextmanager
-async def _clients(kind: Kind, plan: Plan, target: Target) -> AsyncIterator[_Clients]:
+async def _clients(kind: Kind, plan: HostilePlan, target: Target) -> AsyncIterator[_Clients]:
     """They have their bodies, and wait. Ended however the block ends."""
-    job = Job(
+    job = ClientsJob(
         host=target.host,
         port=target.port,
         kind=kind,
@@ -316,7 +316,7 @@ async def _clients(kind: Kind, plan: Plan, target: Target) -> AsyncIterator[_Cli
         await clients.hear(b"ready")
         yield clients
         output, _ = await process.communicate(b"")  # closes its input
-        clients.outcome = msgspec.json.decode(output, type=Outcome)
+        clients.outcome = msgspec.json.decode(output, type=ClientsOutcome)
     finally:
         if process.returncode is None:
             process.kill()
@@ -333,7 +333,7 @@ class _Seen:
 
 @asynccontextmanager
 async def _watching(head: psutil.Process, ranks: set[int]) -> AsyncIterator[_Seen]:
-    """Memory, looked at while the block lasts."""
+    """HeadMemory, looked at while the block lasts."""
     seen = _Seen()
 
     async def watch() -> None:

@@ -34,7 +34,7 @@ ODD_CLIENTS = 4
 Kind = Literal["ordinary", "hostile"]
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class ClientsJob(msgspec.Struct, frozen=True, kw_only=True):
     """kind: ordinary (short prompts, streamed) or hostile. max_body: bytes. niceness: of the
     process."""
 
@@ -47,7 +47,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     niceness: int = 0
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class ClientsOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """statuses: how many answers had which. broken: connections that ended without an answer.
 
     slowest_s: longest time to a whole answer. sent_mib: bodies. cpu_s: of the clients themselves.
@@ -65,7 +65,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 class Clients:
     """All clients of a job."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ClientsJob) -> None:
         self._job = job
         self._target = Target(job.host, job.port)
         self._over = False
@@ -100,9 +100,9 @@ class Clients:
             thread.join()
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> ClientsOutcome:
         """So far."""
-        return Outcome(
+        return ClientsOutcome(
             statuses=dict(sorted(self._statuses.items())),
             broken=self._broken,
             slowest_s=round(self._slowest_s, 3),
@@ -193,7 +193,7 @@ class Clients:
 
 
 def main() -> None:
-    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=Job)
+    job = msgspec.json.decode(sys.stdin.buffer.readline(), type=ClientsJob)
     os.nice(job.niceness)
     clients = Clients(job)
     print("ready", flush=True)

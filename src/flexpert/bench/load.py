@@ -150,7 +150,7 @@ async def exchange(
 
 
 @dataclass(slots=True)
-class Reply:
+class HttpReply:
     """An answer taken apart. chunks: the body, each part with the time it was complete."""
 
     status: int
@@ -161,7 +161,7 @@ class Reply:
         return b"".join(data for _, data in self.chunks)
 
 
-def parse_reply(pieces: Pieces) -> Reply:
+def parse_reply(pieces: Pieces) -> HttpReply:
     """The HTTP answer in what was received until the connection closed.
 
     Raises:
@@ -186,11 +186,11 @@ def parse_reply(pieces: Pieces) -> Reply:
     }
     body = [(time, rest), *pieces]
     if "chunked" in headers.get("transfer-encoding", "").lower():
-        return Reply(status, list(_dechunk(body)))
+        return HttpReply(status, list(_dechunk(body)))
     wanted = headers.get("content-length")
     if wanted is not None and sum(len(data) for _, data in body) < int(wanted):
         raise LoadError("the connection closed in the middle of the answer")
-    return Reply(status, body)
+    return HttpReply(status, body)
 
 
 def _dechunk(pieces: Pieces) -> Iterator[tuple[float, bytes]]:
@@ -246,7 +246,7 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
 @dataclass(slots=True)
-class Answer:
+class ClientAnswer:
     """What became of one completion; times are `perf_counter` seconds.
 
     times: when each event with text came. tokens: as the server counts them. error: why there is
@@ -294,7 +294,7 @@ async def complete(
     *,
     stall_s: float = 60.0,
     on_tokens: Callable[[int], None] | None = None,
-) -> Answer:
+) -> ClientAnswer:
     """Stream one completion; what goes wrong is in the answer, never raised.
 
     Args:
@@ -313,12 +313,12 @@ async def complete(
         pieces = await exchange(target, request, stall_s=stall_s, on_data=on_data)
         return parse_completion(sent, parse_reply(pieces))
     except LoadError as error:
-        return Answer(sent, error=str(error), ended=perf_counter())
+        return ClientAnswer(sent, error=str(error), ended=perf_counter())
 
 
-def parse_completion(sent: float, reply: Reply) -> Answer:
+def parse_completion(sent: float, reply: HttpReply) -> ClientAnswer:
     """The answer in a streamed completion."""
-    answer = Answer(sent, ended=reply.chunks[-1][0] if reply.chunks else sent)
+    answer = ClientAnswer(sent, ended=reply.chunks[-1][0] if reply.chunks else sent)
     if reply.status != 200:
         answer.error = f"HTTP {reply.status}: {error_message(reply.body)}"
         return answer

@@ -20,7 +20,7 @@ import msgspec
 Method = Literal["generate_batch", "generate"]
 
 
-class Job(msgspec.Struct, kw_only=True):
+class ReferenceJob(msgspec.Struct, kw_only=True):
     """prompts: token ids. output_tokens: of each answer. dtype: as in the settings.
 
     concurrency: requests that generate_batch may run at once; None: all.
@@ -37,7 +37,7 @@ class Job(msgspec.Struct, kw_only=True):
     warmup: int = 2
 
 
-class Result(msgspec.Struct, kw_only=True):
+class ReferenceResult(msgspec.Struct, kw_only=True):
     """tokens: those that were asked for; a static batch makes more if the lengths differ.
 
     answers: the token ids of each.
@@ -50,14 +50,14 @@ class Result(msgspec.Struct, kw_only=True):
 
 
 def main() -> None:
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=ReferenceJob)
     out, sys.stdout = sys.stdout, sys.stderr  # libraries print; the result stands alone
     result = run(job)
     out.buffer.write(msgspec.json.encode(result))
     out.flush()
 
 
-def run(job: Job) -> Result:
+def run(job: ReferenceJob) -> ReferenceResult:
     """Load, warm up, measure."""
     import torch
     import transformers
@@ -78,7 +78,7 @@ def run(job: Job) -> Result:
     answers = answer(model, job.prompts, job.output_tokens)
     seconds = time.perf_counter() - began
     answers = [ids[:wanted] for ids, wanted in zip(answers, job.output_tokens, strict=True)]
-    return Result(
+    return ReferenceResult(
         seconds=seconds,
         tokens=sum(map(len, answers)),
         attention=model.config._attn_implementation,

@@ -16,7 +16,7 @@ import msgspec
 
 from flexpert.bench import reference
 from flexpert.bench.load import (
-    Answer,
+    ClientAnswer,
     Target,
     closed_loop,
     complete,
@@ -36,7 +36,7 @@ Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class OfferedLoad:
     """What is asked, and how fast. prompts: a file; None: random ones.
 
     request_rate: arrivals a second; None: `concurrency` clients without a pause.
@@ -53,7 +53,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class ServeMeasured:
     """What is measured: the service at `url`, or else one of our own."""
 
     url: str | None = None
@@ -103,7 +103,7 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class ServeReport(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON of `flexpert bench serve`. client_cpu_s: what measuring itself cost."""
 
     command: str
@@ -117,7 +117,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     references: list[Reference] = []
 
 
-def run_bench(load: Load, measured: Measured, *, compare: bool, note: Note) -> Report:
+def run_bench(
+    load: OfferedLoad, measured: ServeMeasured, *, compare: bool, note: Note
+) -> ServeReport:
     """Measure; the service of our own is gone before transformers has its turn.
 
     Raises:
@@ -135,7 +137,7 @@ def run_bench(load: Load, measured: Measured, *, compare: bool, note: Note) -> R
             note(f"transformers: {method}, {concurrency or 'all'} at once")
             references.append(_reference(method, concurrency, load, measured, prompts, found))
     own = measured.url is None
-    return Report(
+    return ServeReport(
         command=" ".join(["flexpert", *sys.argv[1:]]),
         machine=this_machine(),
         model=measured.model if own else str(measured.url),
@@ -148,7 +150,7 @@ def run_bench(load: Load, measured: Measured, *, compare: bool, note: Note) -> R
     )
 
 
-def describe(load: Load) -> str:
+def describe(load: OfferedLoad) -> str:
     """The load in words."""
     what = f"prompts of {load.prompts}" if load.prompts else f"{load.input_tokens} random tokens in"
     if load.request_rate is None:
@@ -159,8 +161,8 @@ def describe(load: Load) -> str:
 
 
 async def _measure(
-    load: Load, measured: Measured, tokens_wanted: bool, note: Note
-) -> tuple[list[Answer], list[list[int]], float]:
+    load: OfferedLoad, measured: ServeMeasured, tokens_wanted: bool, note: Note
+) -> tuple[list[ClientAnswer], list[list[int]], float]:
     """Answers, the prompts as token ids if wanted, and our own CPU seconds."""
     async with AsyncExitStack() as stack:
         if measured.url is None:
@@ -192,15 +194,15 @@ async def _measure(
         return answers, ids, cpu_s
 
 
-async def _prompts(target: Target, load: Load) -> list[Prompt]:
+async def _prompts(target: Target, load: OfferedLoad) -> list[Prompt]:
     if load.prompts is not None:
         return read_prompts(load.prompts, load.count)
     return random_prompts(await token_pool(target), load.input_tokens, load.count, load.seed)
 
 
 async def _offer(
-    target: Target, load: Load, prompts: list[Prompt], arrivals: list[float] | None
-) -> list[Answer]:
+    target: Target, load: OfferedLoad, prompts: list[Prompt], arrivals: list[float] | None
+) -> list[ClientAnswer]:
     requests = [
         target.message(
             "POST",
@@ -212,7 +214,7 @@ async def _offer(
         for prompt in prompts
     ]
 
-    async def send(number: int) -> Answer:
+    async def send(number: int) -> ClientAnswer:
         return await complete(target, requests[number], stall_s=STALL_S)
 
     if arrivals is not None:
@@ -223,13 +225,13 @@ async def _offer(
 def _reference(
     method: reference.Method,
     concurrency: int | None,
-    load: Load,
-    measured: Measured,
+    load: OfferedLoad,
+    measured: ServeMeasured,
     prompts: list[list[int]],
     found: Figures,
 ) -> Reference:
     threads = measured.threads_per_rank * measured.ranks
-    job = reference.Job(
+    job = reference.ReferenceJob(
         model=measured.model,
         dtype=measured.dtype,
         threads=threads,
@@ -256,7 +258,7 @@ def _reference(
     )
 
 
-async def _run_reference(job: reference.Job) -> reference.Result:
+async def _run_reference(job: reference.ReferenceJob) -> reference.ReferenceResult:
     with tempfile.TemporaryFile() as errors:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "flexpert.bench.reference"),
@@ -278,7 +280,7 @@ async def _run_reference(job: reference.Job) -> reference.Result:
             process.kill()
             raise
         if process.returncode == 0:
-            return msgspec.json.decode(output, type=reference.Result)
+            return msgspec.json.decode(output, type=reference.ReferenceResult)
         errors.seek(0)
         last = errors.read().decode("utf-8", "replace").strip().splitlines()[-1:]
         raise FlexpertError(f"exit status {process.returncode}: {' '.join(last)}")

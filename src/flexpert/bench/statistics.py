@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from flexpert.bench.load import Answer
+from flexpert.bench.load import ClientAnswer
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -61,7 +61,7 @@ def summarise(values: Iterable[float]) -> Summary | None:
     )
 
 
-def figures(answers: Sequence[Answer]) -> Figures:
+def figures(answers: Sequence[ClientAnswer]) -> Figures:
     """The figures of a run."""
     whole = [answer for answer in answers if answer.whole]
     duration = 0.0

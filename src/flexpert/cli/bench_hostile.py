@@ -13,7 +13,7 @@ from flexpert.display.output import EXIT_FAILURE, check_outputs, write_report
 from flexpert.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexpert.bench.hostile import Measured, Report
+    from flexpert.bench.hostile import HostileMeasured, HostileReport
 
 EXAMPLES = (
     "flexpert bench hostile",
@@ -53,9 +53,9 @@ def bench_hostile(
     check_outputs(json_)
     from rich.console import Console
 
-    from flexpert.bench.hostile import Plan, run_hostile
+    from flexpert.bench.hostile import HostilePlan, run_hostile
 
-    plan = Plan(
+    plan = HostilePlan(
         duration_s=duration,
         streams=streams,
         clients=clients,
@@ -89,7 +89,7 @@ def _size(text: str) -> int:
     return size
 
 
-def _text(report: Report) -> Any:
+def _text(report: HostileReport) -> Any:
     from rich.table import Table
 
     from flexpert.bench.hostile import WANTED_GROWTH_MIB, WANTED_RATIO
@@ -127,11 +127,11 @@ def _text(report: Report) -> Any:
     return table
 
 
-def _statuses(measured: Measured) -> str:
+def _statuses(measured: HostileMeasured) -> str:
     found = measured.clients.statuses
     broken = {"broken": measured.clients.broken} if measured.clients.broken else {}
     return "\n".join(f"{status}: {count}" for status, count in {**found, **broken}.items())
 
 
-def _errors(measured: Measured) -> str:
+def _errors(measured: HostileMeasured) -> str:
     return "; ".join(measured.stream_errors) or "0"

@@ -26,7 +26,7 @@ class ClientError(FlexpertError):
         self.status = status
 
 
-class Delta(msgspec.Struct):
+class TextDelta(msgspec.Struct):
     """What a chat's answer grows by."""
 
     content: str | None = None
@@ -36,10 +36,10 @@ class Choice(msgspec.Struct):
     """text: of a completion. delta: of a chat."""
 
     text: str | None = None
-    delta: Delta | None = None
+    delta: TextDelta | None = None
 
 
-class Event(msgspec.Struct):
+class ServerEvent(msgspec.Struct):
     """Of a streamed answer."""
 
     choices: list[Choice] = []
@@ -83,7 +83,7 @@ class Client:
         data = self._send("DELETE", f"/cluster/operations/{operation_id}")
         return self._decode(data, OperationView)
 
-    def stream(self, path: str, body: dict[str, Any]) -> Iterator[Event]:
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[ServerEvent]:
         """The events of a streamed answer, as they come."""
         body = {**body, "stream": True}
         try:
@@ -96,7 +96,7 @@ class Client:
                         continue
                     if data == b"[DONE]":
                         return
-                    event = self._decode(data, Event)
+                    event = self._decode(data, ServerEvent)
                     if event.error:
                         raise ClientError(_shown(_message(event.error)))
                     yield event

@@ -267,9 +267,9 @@ def demo(
     of an undisturbed run, then asks the same again while the ranks change, and compares. Exit
     status 1 if an answer was lost or differs.
     """
-    from flexpert.trials.demo import Plan, run_demo
+    from flexpert.trials.demo import DemoPlan, run_demo
 
-    plan = Plan(
+    plan = DemoPlan(
         clients=clients, requests=requests, max_tokens=max_tokens, duration_s=duration, many=many
     )
     raise typer.Exit(run_demo(plan, console=_console(stderr=json_), as_json=json_))
@@ -431,7 +431,7 @@ def bench_serve(
     ] = None,
 ) -> None:
     """Measure a service: throughput, time to first token, inter-token latency, end to end."""
-    from flexpert.bench.serve import Load, Measured, run_bench
+    from flexpert.bench.serve import OfferedLoad, ServeMeasured, run_bench
     from flexpert.display.render import figures_text
 
     if compare not in (None, "transformers"):
@@ -440,7 +440,7 @@ def bench_serve(
         what = "flags of a service" if service else "--compare"
         raise ConfigError(f"{what} can only be had with a service of our own; leave out --url")
     check_outputs(json_)
-    load = Load(
+    load = OfferedLoad(
         prompts=prompts,
         count=num_prompts,
         input_tokens=input_len,
@@ -450,7 +450,7 @@ def bench_serve(
         warmup=warmup,
         seed=seed,
     )
-    measured = Measured(
+    measured = ServeMeasured(
         url=url, key=api_key, model=model, ranks=ranks, threads=threads, flags=tuple(service or ())
     )
     console = _console()

@@ -14,7 +14,7 @@ from flexpert.display.output import check_outputs, write_output
 from flexpert.errors import ConfigError
 
 
-class Kill(StrEnum):
+class KillSignal(StrEnum):
     SIGKILL = "sigkill"
     SIGSTOP = "sigstop"
     SIGTERM = "sigterm"
@@ -57,7 +57,7 @@ def plan(
     experts_per_rank: Annotated[int, typer.Option(min=1, help="Experts of a rank.")] = 4,
     dtype: Annotated[Dtype, typer.Option(help="Of the rows.")] = Dtype.BFLOAT16,
     fp8: Annotated[Fp8, typer.Option(help="Dispatch in fp8 with these scales.")] = Fp8.NONE,
-    kill: Annotated[Kill, typer.Option(help="How ranks die.")] = Kill.SIGKILL,
+    kill: Annotated[KillSignal, typer.Option(help="How ranks die.")] = KillSignal.SIGKILL,
     at: Annotated[At, typer.Option(help="Where in an exchange.")] = At.RANDOM,
     channel: Annotated[ChannelName, typer.Option(help="Between ranks.")] = ChannelName.AUTO,
     exchanges: Annotated[int, typer.Option(min=1, help="In each phase.")] = 10,

@@ -17,14 +17,14 @@ from flexpert.display.render import cluster_view
 INTERVAL_S = 1.0
 
 
-class Source(Protocol):
+class StatusSource(Protocol):
     """The part of `cli.client.Client` that is needed here."""
 
     def cluster(self) -> ClusterView: ...
 
 
 def run_status(
-    source: Source,
+    source: StatusSource,
     *,
     console: Console,
     watch: bool = False,
@@ -37,7 +37,11 @@ def run_status(
 
 
 def _show(
-    source: Source, console: Console, watch: bool, as_json: bool, sleep: Callable[[float], None]
+    source: StatusSource,
+    console: Console,
+    watch: bool,
+    as_json: bool,
+    sleep: Callable[[float], None],
 ) -> None:
     cluster = source.cluster()
     if as_json or not (watch and console.is_terminal):

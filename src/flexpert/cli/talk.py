@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
-    from flexpert.cli.client import Event
+    from flexpert.cli.client import ServerEvent
 
 
 class Streams(Protocol):
     """The part of `cli.client.Client` that is needed here."""
 
-    def stream(self, path: str, body: dict[str, Any]) -> Iterator[Event]: ...
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[ServerEvent]: ...
 
 
 def run_complete(client: Streams, prompt: str, params: dict[str, Any], out: TextIO) -> None:

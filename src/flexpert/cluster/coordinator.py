@@ -20,7 +20,7 @@ from flexpert.cluster.expert_recovery import ExpertRecovery
 from flexpert.cluster.formatting import describe_change, outcome_line
 from flexpert.cluster.interfaces import HeadInterface, Timer
 from flexpert.cluster.kv_migration import KVMigrations
-from flexpert.cluster.membership import Change, Do, Event, Kind, Membership, Phase
+from flexpert.cluster.membership import Change, Do, EventKind, Membership, MembershipEvent, Phase
 from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.operation import Operation, resolve_target
 from flexpert.cluster.rank_state import RankState
@@ -83,7 +83,7 @@ class Coordinator:
         self._running: Operation | None = None
         self._deadline: Timer | None = None
         self._loss = ""
-        self._cause = Kind.BEGIN  # the latest event
+        self._cause = EventKind.BEGIN  # the latest event
         self._before_loss: frozenset[int] = frozenset()
         self._halted: set[int] = set()  # who acknowledged the latest halt
         cluster = config.cluster
@@ -225,7 +225,9 @@ class Coordinator:
         self._queued = operation, wish
         in_time = self._membership.phase in (Phase.SPAWN, Phase.LOAD, Phase.MIGRATE)
         if in_time and self._running is not self._restoring:
-            self._handle(Event(Kind.CANCEL, reason=f"operation {operation.id} was asked for"))
+            self._handle(
+                MembershipEvent(EventKind.CANCEL, reason=f"operation {operation.id} was asked for")
+            )
         return operation
 
     def _resolve(self, wish: Wish, members: frozenset[int]) -> frozenset[int]:
@@ -335,7 +337,7 @@ class Coordinator:
             raise OperationConflict(
                 f"operation {operation.id} is in phase {operation.phase} and cannot be withdrawn"
             )
-        self._handle(Event(Kind.CANCEL, reason="cancelled"))
+        self._handle(MembershipEvent(EventKind.CANCEL, reason="cancelled"))
         return operation.view()
 
     # ---- events -----------------------------------------------------------------------------
@@ -358,7 +360,7 @@ class Coordinator:
                 record.pid, record.host, record.address = pid, host, address
                 record.kv, record.experts = kv, experts
                 record.state = "preparing"
-                self._handle(Event(Kind.HELLO, rank))
+                self._handle(MembershipEvent(EventKind.HELLO, rank))
             case msg.Unable(error):
                 if record.state != "starting":
                     raise msg.Contradiction(f"it cannot come up, and is {record.state} already")
@@ -372,32 +374,32 @@ class Coordinator:
                     self._running.copied_experts += copied
                 if record.state == "preparing":
                     record.state = "ready"
-                self._handle(Event(Kind.PREPARED, rank))
+                self._handle(MembershipEvent(EventKind.PREPARED, rank))
             case msg.Failed(of, error):
                 record.error = error
                 if of == epoch:
-                    self._handle(Event(Kind.FAILED, rank, f"rank {rank}: {error}"))
+                    self._handle(MembershipEvent(EventKind.FAILED, rank, f"rank {rank}: {error}"))
             case msg.Switched(of, pause_ms, load) if of == epoch:
                 record.state, record.load = "active", load
                 self._restart_policy.active(rank, self._ports.now())
                 if pause_ms is not None and self._running:
                     self._running.pause_ms = max(pause_ms, self._running.pause_ms or 0.0)
-                self._handle(Event(Kind.SWITCHED, rank))
+                self._handle(MembershipEvent(EventKind.SWITCHED, rank))
             case msg.Offered(of, held) if of == epoch and self._membership.phase is Phase.MIGRATE:
-                if self._migrations.offered(epoch, rank, held, self._heirs()):
-                    self._handle(Event(Kind.MIGRATED, rank))
+                if self._migrations.offered(epoch, rank, held, self._destinations()):
+                    self._handle(MembershipEvent(EventKind.MIGRATED, rank))
             case msg.Fetched(of, source, size) if of == epoch:
                 if self._running:
                     self._running.moved_kv_bytes += size
                 if self._migrations.fetched(source, rank):
-                    self._handle(Event(Kind.MIGRATED, source))
+                    self._handle(MembershipEvent(EventKind.MIGRATED, source))
             case msg.HandedOver(of, held):
                 if rank in self._staying:
                     raise msg.Contradiction("it has left, and was not asked to")
                 self._hand_over(rank, held if of == epoch else [])
                 record.state = "leaving"
                 if of == epoch:
-                    self._handle(Event(Kind.HANDED_OVER, rank))
+                    self._handle(MembershipEvent(EventKind.HANDED_OVER, rank))
             case msg.Adopted(source, moved, size, recomputed):
                 if self._running:
                     self._running.moved_with_kv += moved
@@ -410,7 +412,7 @@ class Coordinator:
                 log.warning("rank %d: %s", rank, error)
                 self._ports.publish(_event("warning", {"rank": rank, "error": error}))
                 self._loss, self._before_loss = f"rank {rank}: {error}", self.members
-                self._handle(Event(Kind.BROKEN, rank, error))
+                self._handle(MembershipEvent(EventKind.BROKEN, rank, error))
 
     def expel(self, rank: int, why: str) -> None:
         """A rank cannot be understood: it is ended, which is an ordinary loss. why: a predicate."""
@@ -442,7 +444,7 @@ class Coordinator:
         else:
             self._restart_policy.ended(rank, status, self._ports.now())
         self._loss, self._before_loss = reason, self.members
-        self._handle(Event(Kind.EXITED, rank, reason))
+        self._handle(MembershipEvent(EventKind.EXITED, rank, reason))
         self._migrations.lost(rank)
         if not asked:
             by_us = record is not None and record.state == "stalled"
@@ -454,7 +456,7 @@ class Coordinator:
             self._placement = self._next = None
             self._go_on()
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: MembershipEvent) -> None:
         self._cause = event.kind
         self._carry_out(self._membership.handle(event))
 
@@ -463,10 +465,13 @@ class Coordinator:
         change = self._membership.change
         waited = sorted(change.everyone - change.reported - change.gone) if change else []
         self._handle(
-            Event(Kind.DEADLINE, reason=f"deadline passed in {phase.value}, missing ranks {waited}")
+            MembershipEvent(
+                EventKind.DEADLINE,
+                reason=f"deadline passed in {phase.value}, missing ranks {waited}",
+            )
         )
 
-    def _heirs(self) -> frozenset[int]:
+    def _destinations(self) -> frozenset[int]:
         """Ranks of the next epoch that are up."""
         change = self._membership.change
         return change.after & set(self._ranks) if change else frozenset()
@@ -474,7 +479,9 @@ class Coordinator:
     def _hand_over(self, rank: int, held: list[HeldKV]) -> None:
         """A rank has left or is lost: others go on with its sequences."""
         leaves = self._membership.phase is Phase.COMMIT and bool(held)
-        moved = self._migrations.hand_over(rank, held, self._heirs() if leaves else self.admitting)
+        moved = self._migrations.hand_over(
+            rank, held, self._destinations() if leaves else self.admitting
+        )
         if self._running:
             self._running.moved_requests += moved
 
@@ -500,7 +507,9 @@ class Coordinator:
                 case Do.PREPARE:
                     if self._next is None:
                         too_small = self._memory_budget.too_small(change.after)
-                        self._handle(Event(Kind.SHORT, reason=f"{self._loss}; {too_small}"))
+                        self._handle(
+                            MembershipEvent(EventKind.SHORT, reason=f"{self._loss}; {too_small}")
+                        )
                         return
                     name = "recover" if self._membership.phase is Phase.RECOVER else "load"
                     self._phase(name, self._config.cluster.load_timeout_s)
@@ -645,7 +654,7 @@ class Coordinator:
         """End ranks whose change is over. It is not held against them if others were lost."""
         for rank in ranks:
             record = self._ranks.get(rank)
-            if record and not record.error and self._cause in (Kind.EXITED, Kind.BROKEN):
+            if record and not record.error and self._cause in (EventKind.EXITED, EventKind.BROKEN):
                 record.blameless = True
         self._kill(ranks)
 

@@ -41,7 +41,7 @@ class Phase(Enum):
     LOST = "lost"
 
 
-class Kind(Enum):
+class EventKind(Enum):
     """What can happen."""
 
     BEGIN = "begin"
@@ -78,10 +78,10 @@ class Do(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class MembershipEvent:
     """rank: whom it concerns, if anybody. reason: for people."""
 
-    kind: Kind
+    kind: EventKind
     rank: int | None = None
     reason: str = ""
 
@@ -124,61 +124,61 @@ class Change:
         return self.leaving | self.doomed
 
 
-Guard = Callable[[Change, Event], bool]
+Guard = Callable[[Change, MembershipEvent], bool]
 
 _RETRIES = 3
 
 
-def _always(change: Change, event: Event) -> bool:
+def _always(change: Change, event: MembershipEvent) -> bool:
     return True
 
 
-def _newcomer(change: Change, event: Event) -> bool:
+def _newcomer(change: Change, event: MembershipEvent) -> bool:
     return event.rank in change.joining | change.doomed
 
 
-def _ending(change: Change, event: Event) -> bool:
+def _ending(change: Change, event: MembershipEvent) -> bool:
     return event.rank in change.ending
 
 
-def _all_joined(change: Change, event: Event) -> bool:
+def _all_joined(change: Change, event: MembershipEvent) -> bool:
     return change.reported >= change.joining
 
 
-def _all_reported(change: Change, event: Event) -> bool:
+def _all_reported(change: Change, event: MembershipEvent) -> bool:
     return change.reported >= change.everyone
 
 
-def _somebody_leaves(change: Change, event: Event) -> bool:
+def _somebody_leaves(change: Change, event: MembershipEvent) -> bool:
     return _all_reported(change, event) and bool(change.leaving)
 
 
-def _all_migrated(change: Change, event: Event) -> bool:
+def _all_migrated(change: Change, event: MembershipEvent) -> bool:
     return change.reported >= change.leaving
 
 
-def _last_to_end(change: Change, event: Event) -> bool:
+def _last_to_end(change: Change, event: MembershipEvent) -> bool:
     return (event.rank is None or event.rank in change.ending) and change.gone >= change.ending
 
 
-def _last_newcomer(change: Change, event: Event) -> bool:
+def _last_newcomer(change: Change, event: MembershipEvent) -> bool:
     return (event.rank is None or event.rank in change.joining) and change.gone >= change.joining
 
 
-def _participant(change: Change, event: Event) -> bool:
+def _participant(change: Change, event: MembershipEvent) -> bool:
     return event.rank in change.everyone
 
 
-def _may_retry(change: Change, event: Event) -> bool:
+def _may_retry(change: Change, event: MembershipEvent) -> bool:
     # Who connects to a rank that has just died may fail before its end is reported here.
     return event.rank in change.everyone and change.retries < _RETRIES
 
 
-def _member_with_survivors(change: Change, event: Event) -> bool:
+def _member_with_survivors(change: Change, event: MembershipEvent) -> bool:
     return event.rank in change.before and bool(change.before - change.gone)
 
 
-def _part_with_survivors(change: Change, event: Event) -> bool:
+def _part_with_survivors(change: Change, event: MembershipEvent) -> bool:
     return event.rank in change.everyone and bool(change.after - change.gone)
 
 
@@ -187,13 +187,13 @@ class Rule:
     """In `phase`, on `event`, if `when` holds (books are kept first): `do`, and go to `then`."""
 
     phase: Phase
-    event: Kind
+    event: EventKind
     then: Phase
     do: tuple[Do, ...] = ()
     when: Guard = _always
 
 
-P, K = Phase, Kind
+P, K = Phase, EventKind
 
 RULES: tuple[Rule, ...] = (
     Rule(P.IDLE, K.BEGIN, P.SPAWN, (Do.SPAWN,)),
@@ -312,28 +312,28 @@ class Membership:
             raise ValueError("a service needs at least one rank")
         self._epochs_used += 1
         self.change = Change(self._epochs_used, self.members, after)
-        return self.handle(Event(Kind.BEGIN))
+        return self.handle(MembershipEvent(EventKind.BEGIN))
 
-    def handle(self, event: Event) -> list[Do]:
+    def handle(self, event: MembershipEvent) -> list[Do]:
         """Keep the books of an event and return what must be done, in order."""
         change = self.change
-        if change is None or (self.phase is Phase.IDLE and event.kind is not Kind.BEGIN):
+        if change is None or (self.phase is Phase.IDLE and event.kind is not EventKind.BEGIN):
             change = Change(self.epoch, self.members, self.members)
         if event.rank is not None:
             if (self.phase, event.kind) in _COUNTS and event.rank in change.everyone:
                 change.reported.add(event.rank)
-            if event.kind is Kind.EXITED:
+            if event.kind is EventKind.EXITED:
                 change.gone.add(event.rank)
         rule = _find(self.phase, event, change)
         if rule is None:
             return []
         if rule.then is Phase.UNDO and self.phase is not Phase.UNDO:
-            change.cancelled = event.kind is Kind.CANCEL
+            change.cancelled = event.kind is EventKind.CANCEL
             change.error = event.reason or None
-        if rule.then is Phase.LOST or event.kind is Kind.SHORT:
+        if rule.then is Phase.LOST or event.kind is EventKind.SHORT:
             change.error = event.reason or None
         if Do.HALT in rule.do:
-            retries = change.retries + 1 if event.kind is Kind.FAILED else 0
+            retries = change.retries + 1 if event.kind is EventKind.FAILED else 0
             change = self.change = self._recovery(change, retries)
         actions = list(rule.do)
         entered = rule.then is not self.phase
@@ -363,12 +363,12 @@ class Membership:
             self.members, self.epoch = change.after, change.epoch
         if self.phase in _PASSES:
             kind, satisfied = _PASSES[self.phase]
-            if satisfied(change, Event(kind)):
-                return self.handle(Event(kind))
+            if satisfied(change, MembershipEvent(kind)):
+                return self.handle(MembershipEvent(kind))
         return []
 
 
-def _find(phase: Phase, event: Event, change: Change) -> Rule | None:
+def _find(phase: Phase, event: MembershipEvent, change: Change) -> Rule | None:
     for rule in RULES:
         if rule.phase is phase and rule.event is event.kind and rule.when(change, event):
             return rule

@@ -57,7 +57,7 @@ class View:
     ranks: tuple[int, ...]
 
 
-class Report(msgspec.Struct, frozen=True, array_like=True):
+class SuspectReport(msgspec.Struct, frozen=True, array_like=True):
     """What one rank knows when it asks for an epoch."""
 
     life: bytes
@@ -67,7 +67,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
 Decision = dict[int, bytes]  # id → life
 
 
-def accepted(reports: Mapping[int, Report]) -> tuple[int, ...]:
+def accepted(reports: Mapping[int, SuspectReport]) -> tuple[int, ...]:
     """Who of those that reported stays: nobody who stays suspects one who stays.
 
     Two of which one suspects the other are at odds. The rank at odds with most goes first, whoever
@@ -89,7 +89,7 @@ def accepted(reports: Mapping[int, Report]) -> tuple[int, ...]:
         staying.remove(worst)
 
 
-def awaited(members: Iterable[int], reports: Mapping[int, Report]) -> tuple[int, ...]:
+def awaited(members: Iterable[int], reports: Mapping[int, SuspectReport]) -> tuple[int, ...]:
     """Members that have not reported, but for those that are suspected by most members.
 
     A suspicion makes an end of waiting only if those who stay are more than half of the members,
@@ -144,7 +144,7 @@ def agree(
         CommError: the store is gone, or gave no answer within the limit and little more than
             a second.
     """
-    report = Report(life or _life, tuple(sorted(set(suspects))))
+    report = SuspectReport(life or _life, tuple(sorted(set(suspects))))
     try:
         with BoundedStore(store, timeout_s) as bounded:
             return _Call(bounded, rank, view, report, joining).run(timeout_s, patience_s)
@@ -159,13 +159,13 @@ def asked(store: Store, view: View) -> bool:
     Raises: CommError: the store gave no answer for a second.
     """
     with BoundedStore(store, 0.0) as bounded:
-        call = _Call(bounded, -1, view, Report(b""), joining=True)
+        call = _Call(bounded, -1, view, SuspectReport(b""), joining=True)
         return call.newest() > view.epoch or bool(call.read_text(f"{view.epoch + 1}/who"))
 
 
 class _Call:
     def __init__(
-        self, store: BoundedStore, rank: int, view: View, report: Report, joining: bool
+        self, store: BoundedStore, rank: int, view: View, report: SuspectReport, joining: bool
     ) -> None:
         self.store = store
         self.rank = rank
@@ -176,7 +176,7 @@ class _Call:
 
     def run(self, timeout_s: float, patience_s: float) -> View:
         began = changed = time.monotonic()
-        known: dict[int, Report] = {}
+        known: dict[int, SuspectReport] = {}
         nap_s = _FIRST_NAP_S
         while True:
             # known before the look: who was stopped past the limit looks once more
@@ -205,7 +205,7 @@ class _Call:
             nap_s = min(1.5 * nap_s, _LONGEST_NAP_S)
             time.sleep(nap_s)
 
-    def turn(self, reports: Mapping[int, Report]) -> int | None:
+    def turn(self, reports: Mapping[int, SuspectReport]) -> int | None:
         """How many would decide before this rank; None: it does not decide."""
         deciders = [rank for rank in accepted(reports) if rank in self.view.ranks]
         if self.joining or self.rank not in deciders:
@@ -240,15 +240,15 @@ class _Call:
             if self.swap(f"{self.epoch}/who", there, more):
                 return
 
-    def reports(self) -> dict[int, Report]:
-        found: dict[int, Report] = {}
+    def reports(self) -> dict[int, SuspectReport]:
+        found: dict[int, SuspectReport] = {}
         for rank in map(_number, self.read_text(f"{self.epoch}/who").split()):
             text = self.read_text(f"{self.epoch}/report/{rank}")
             if text:
-                found[rank] = _decoded(text, Report)
+                found[rank] = _decoded(text, SuspectReport)
         return found
 
-    def decide(self, reports: Mapping[int, Report]) -> None:
+    def decide(self, reports: Mapping[int, SuspectReport]) -> None:
         """At most one decision of an epoch is ever written; if it is another's, so be it."""
         decision: Decision = {rank: reports[rank].life for rank in accepted(reports)}
         value = msgspec.msgpack.encode(decision).hex()
@@ -282,7 +282,7 @@ class _Call:
             raise CommError(_FOREIGN) from error
         return "" if text == _NOTHING else text
 
-    def write(self, key: str, value: Report) -> None:
+    def write(self, key: str, value: SuspectReport) -> None:
         self.store.set(_key(key), msgspec.msgpack.encode(value).hex())
 
     def swap(self, key: str, old: str, new: str) -> bool:

@@ -24,7 +24,7 @@ _WAKING_S = 0.2  # for an answer that came while this process was stopped itself
 _Job = tuple["Future[Any]", Callable[[], Any]]
 
 
-class Keys(Protocol):
+class StoreKeys(Protocol):
     """A torch `Store`, or what else has these calls of it."""
 
     def set(self, key: str, value: str, /) -> None: ...
@@ -43,7 +43,7 @@ class BoundedStore:
         raises.
     """
 
-    def __init__(self, store: Keys, timeout_s: float) -> None:
+    def __init__(self, store: StoreKeys, timeout_s: float) -> None:
         self._store = store
         self._began = time.monotonic()
         self._timeout_s = timeout_s

@@ -26,7 +26,7 @@ from typing import Protocol
 
 import msgspec
 
-from flexpert.comm.bounded import BoundedStore, Keys
+from flexpert.comm.bounded import BoundedStore, StoreKeys
 from flexpert.comm.errors import ChannelDown, CommError, PeerUnreachable, RankTimeout
 
 _FIRST_NAP_S, _LONGEST_NAP_S = 0.001, 0.02
@@ -56,7 +56,7 @@ class Host(Protocol):
         """Undo `prepare` for a peer that did not come."""
 
 
-class Offer(msgspec.Struct, frozen=True, array_like=True):
+class RendezvousOffer(msgspec.Struct, frozen=True, array_like=True):
     nonce: bytes
     echo: bytes
     greeting: bytes
@@ -70,13 +70,13 @@ class _Meeting:
     nonce: bytes
     theirs: bytes = b""  # nonce of the offer that was answered
     dead: bytes = b""  # nonce of one that a dead rank left
-    offer: Offer | None = None  # what lies in the store
+    offer: RendezvousOffer | None = None  # what lies in the store
     renewed: bool = False
     down: ChannelDown | None = None  # why it does not go on
 
 
 def meet(
-    store: Keys,
+    store: StoreKeys,
     rank: int,
     peers: Iterable[int],
     host: Host,
@@ -125,7 +125,7 @@ def _meet(
     nap_s, renewed = _FIRST_NAP_S, time.monotonic()
     try:
         for peer, meeting in left.items():
-            _write(store, rank, peer, meeting, Offer(meeting.nonce, b"", greeting, b""))
+            _write(store, rank, peer, meeting, RendezvousOffer(meeting.nonce, b"", greeting, b""))
         while left:
             moved = False
             for peer in list(left):
@@ -167,7 +167,7 @@ def _advance(store: BoundedStore, rank: int, peer: int, meeting: _Meeting, host:
         if theirs.nonce != meeting.theirs:
             details = host.prepare(peer, theirs.greeting)
             meeting.theirs = theirs.nonce
-            answer = Offer(meeting.nonce, theirs.nonce, meeting.offer.greeting, details)
+            answer = RendezvousOffer(meeting.nonce, theirs.nonce, meeting.offer.greeting, details)
             _write(store, rank, peer, meeting, answer)
         if theirs.echo != meeting.nonce:
             return False
@@ -195,19 +195,21 @@ def _key(source: int, target: int) -> str:
     return f"flexpert/{source}>{target}"
 
 
-def _write(store: BoundedStore, rank: int, peer: int, meeting: _Meeting, offer: Offer) -> None:
+def _write(
+    store: BoundedStore, rank: int, peer: int, meeting: _Meeting, offer: RendezvousOffer
+) -> None:
     meeting.offer = offer
     # hex: stores compare text
     store.set(_key(rank, peer), msgspec.msgpack.encode(offer).hex())
 
 
-def _read(store: BoundedStore, source: int, target: int) -> Offer | None:
+def _read(store: BoundedStore, source: int, target: int) -> RendezvousOffer | None:
     """Without waiting, as `get` would for a key that is not there or was just deleted."""
     value = store.compare_set(_key(source, target), _NOTHING, _NOTHING)
     if value == _NOTHING.encode():
         return None
     try:
-        return msgspec.msgpack.decode(bytes.fromhex(value.decode()), type=Offer)
+        return msgspec.msgpack.decode(bytes.fromhex(value.decode()), type=RendezvousOffer)
     except (ValueError, msgspec.MsgspecError):
         return None  # not ours; a real offer will replace it
 

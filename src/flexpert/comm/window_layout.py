@@ -99,7 +99,7 @@ def spec_hash(spec: BufferSpec) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class WindowLayout:
     """Offsets and sizes in bytes."""
 
     row_bytes: int  # of a hidden state in spec.dtype
@@ -113,13 +113,13 @@ class Layout:
         return CONTROL_BYTES + place * self.place_bytes
 
 
-def layout(spec: BufferSpec) -> Layout:
+def layout(spec: BufferSpec) -> WindowLayout:
     check_spec(spec)
     row_bytes = spec.hidden * spec.dtype.itemsize
     result_stride = align(row_bytes, LINE)
     meta_bytes = align(8 + 6 * spec.topk, LINE)
     results_at = align(ROWS_AT + spec.max_tokens * (meta_bytes + result_stride), PAGE)
-    return Layout(
+    return WindowLayout(
         row_bytes=row_bytes,
         meta_bytes=meta_bytes,
         result_stride=result_stride,

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from flexpert.bench.serve import Reference, Report
+from flexpert.bench.serve import Reference, ServeReport
 from flexpert.bench.statistics import Summary
 from flexpert.cluster.formatting import describe_change, ids
 from flexpert.cluster.views import ClusterView, OperationView, RankView
@@ -92,7 +92,7 @@ def cluster_view(cluster: ClusterView) -> RenderableType:
     return Group(*parts)
 
 
-def figures_text(report: Report) -> str:
+def figures_text(report: ServeReport) -> str:
     """`flexpert bench serve`."""
     found = report.service
     lines = [

@@ -30,7 +30,7 @@ from flexpert.models.source import ModelInfo, ModelSource
 CPU = torch.device("cpu")
 
 
-class MoERuntime(Protocol):
+class MoELayers(Protocol):
     """Where the routed experts' sum comes from; `flexpert.moe.runtime` has the real one."""
 
     def forward(
@@ -46,7 +46,7 @@ class MoERuntime(Protocol):
         ...
 
 
-class DeviceRuntime(MoERuntime, Protocol):
+class DeviceRuntime(MoELayers, Protocol):
     """The same on a GPU, where the host must not cut a batch to its rows."""
 
     def expect(self, tokens: int) -> None:
@@ -118,7 +118,7 @@ class RoutedExperts:
 
     __slots__ = ("apply_gate", "layer", "rows", "runtime", "topk")
 
-    def __init__(self, layer: int, module: Any, runtime: MoERuntime, topk: int) -> None:
+    def __init__(self, layer: int, module: Any, runtime: MoELayers, topk: int) -> None:
         self.layer = layer
         self.runtime = runtime
         self.topk = topk
@@ -174,7 +174,7 @@ class ModelRunner:
         cls,
         source: ModelSource,
         *,
-        moe: MoERuntime | DeviceRuntime,
+        moe: MoELayers | DeviceRuntime,
         kv_blocks: int,
         kv_block_size: int,
         deterministic: bool,
@@ -225,7 +225,7 @@ class ModelRunner:
         *,
         attention_names: Sequence[str],
         experts_names: Sequence[str],
-        moe: MoERuntime | DeviceRuntime,
+        moe: MoELayers | DeviceRuntime,
         kv_blocks: int,
         kv_block_size: int,
         deterministic: bool = False,

@@ -81,26 +81,26 @@ class ExpertStore:
             experts: of each layer.
         """
         self._places = _Places(shapes, experts)
-        self._lent = export_pages(self._places.size)
-        self.address = self._lent.address
+        self._exported = export_pages(self._places.size)
+        self.address = self._exported.address
 
     def __contains__(self, key: Key) -> bool:
-        return bool(self._lent.bytes[self._places.entry(key)])
+        return bool(self._exported.bytes[self._places.entry(key)])
 
     @property
     def resident(self) -> int:
         """Bytes of memory it takes now."""
-        return self._lent.resident
+        return self._exported.resident
 
     def weights(self, key: Key) -> ExpertWeights:
         """The place of an expert, to be filled or used."""
         begin, size = self._places.place(key)
-        memory = self._lent.bytes[begin : begin + size]
+        memory = self._exported.bytes[begin : begin + size]
         return self._places.shapes[key[0]].over(memory)
 
     def filled(self, key: Key) -> None:
         """Peers may copy it from now on."""
-        self._lent.bytes[self._places.entry(key)] = 1
+        self._exported.bytes[self._places.entry(key)] = 1
 
     def copy(self, key: Key, peer: PeerExperts) -> bool:
         """Fill a place from a peer's memory; False if the peer does not have it."""
@@ -108,16 +108,16 @@ class ExpertStore:
         if there is None:
             return False
         begin, size = self._places.place(key)
-        self._lent.bytes[begin : begin + size] = there
+        self._exported.bytes[begin : begin + size] = there
         self.filled(key)
         return True
 
     def drop(self, keys: Iterable[Key]) -> None:
         """Give memory back. Nobody may use `weights` of these any more."""
         for key in keys:
-            self._lent.bytes[self._places.entry(key)] = 0
+            self._exported.bytes[self._places.entry(key)] = 0
             begin, size = self._places.place(key)
-            self._lent.release(begin, _pages(size))
+            self._exported.release(begin, _pages(size))
 
     def import_memory(self, address: bytes) -> ExportedExperts:
         """A peer's store of the same model. Raises: PeerUnreachable"""
@@ -136,13 +136,13 @@ class ExportedExperts:
             PeerUnreachable: the peer is gone or on another machine.
         """
         self._places = own._places
-        self._borrowed = ImportedPages(address)
+        self._imported = ImportedPages(address)
 
     def memory(self, key: Key) -> Tensor | None:
-        if not self._borrowed.read(self._places.entry(key), (1,), torch.uint8):
+        if not self._imported.read(self._places.entry(key), (1,), torch.uint8):
             return None
         begin, size = self._places.place(key)
-        return self._borrowed.read(begin, (size,), torch.uint8)
+        return self._imported.read(begin, (size,), torch.uint8)
 
 
 def _pages(size: int) -> int:

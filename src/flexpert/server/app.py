@@ -20,7 +20,7 @@ from flexpert.server.control import ControlRoutes
 from flexpert.server.gate import Gate
 from flexpert.server.http_errors import api_error, validation_error
 from flexpert.server.http_metrics import ServerMetrics
-from flexpert.server.keys import Keys, read_keys
+from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.openai import OpenAIRoutes
 from flexpert.server.openapi import DescribedAPI
 from flexpert.server.preprocessing import Limits
@@ -35,7 +35,7 @@ log = logging.getLogger("flexpert.server")
 MOST_PROMPT_TOKENS = 2**20  # of one request, unless the settings say otherwise
 
 
-def create_app(head: Head, keys: Keys | None = None) -> FastAPI:
+def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
     """The HTTP side of a head that has been started.
 
     Args:

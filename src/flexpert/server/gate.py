@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flexpert.config import ServerConfig
 from flexpert.server.http_errors import ApiError
 from flexpert.server.http_metrics import ServerMetrics
-from flexpert.server.keys import Keys, is_right
+from flexpert.server.keys import BearerKeys, is_right
 from flexpert.server.protocol import BODY_FAILED
 from flexpert.server.stream import CLIENT_GONE
 
@@ -46,7 +46,7 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, config: ServerConfig, keys: Keys, metrics: ServerMetrics
+        self, app: ASGIApp, config: ServerConfig, keys: BearerKeys, metrics: ServerMetrics
     ) -> None:
         self._app = app
         self._config = config

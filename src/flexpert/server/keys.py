@@ -22,14 +22,14 @@ _LONGEST_FILE = 64 * 2**10
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class BearerKeys:
     """What opens the API and the control API; None: open to everybody."""
 
     api: bytes | None = field(default=None, repr=False)
     control: bytes | None = field(default=None, repr=False)
 
 
-def read_keys(config: ServerConfig) -> Keys:
+def read_keys(config: ServerConfig) -> BearerKeys:
     """The keys that the settings name. Without a control key the API's opens both.
 
     Raises:
@@ -37,7 +37,7 @@ def read_keys(config: ServerConfig) -> Keys:
     """
     api = _key("api_key", config.api_key, config.api_key_file)
     control = _key("control_key", config.control_key, config.control_key_file)
-    return Keys(api, control if control is not None else api)
+    return BearerKeys(api, control if control is not None else api)
 
 
 def is_right(given: bytes, key: bytes) -> bool:

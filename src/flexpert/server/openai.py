@@ -21,7 +21,7 @@ from flexpert.server.http_errors import ApiError, api_error, unknown_model
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.preprocessing import Generate, Kind, Rendered
 from flexpert.server.preprocessors import Preprocessors
-from flexpert.server.shapes import ChatShape, Shape, TextShape
+from flexpert.server.shapes import ChatShape, ChoiceShape, TextShape
 from flexpert.server.stream import DONE, ClientGone, EventStream, event, unless_gone
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class OpenAIRoutes:
             raise TypeError(f"{kind} was prepared as {type(outcome).__name__}")
         return outcome
 
-    async def _answer(self, request: Request, asked: Generate, shape: Shape) -> Response:
+    async def _answer(self, request: Request, asked: Generate, shape: ChoiceShape) -> Response:
         generation = Generation(
             self._head,
             self._text,
@@ -164,7 +164,7 @@ def _gather(pieces: list[Piece], piece: bytes) -> None:
         pieces.append(bytearray(piece))
 
 
-async def _events(generation: Generation, shape: Shape) -> AsyncGenerator[bytes, None]:
+async def _events(generation: Generation, shape: ChoiceShape) -> AsyncGenerator[bytes, None]:
     """The stream's events; what came in one step leaves in one piece."""
     try:
         async with aclosing(generation.parts()) as arriving:

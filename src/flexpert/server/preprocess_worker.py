@@ -16,7 +16,13 @@ import psutil
 
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.frontend.text import TokenText
-from flexpert.server.preprocessing import Reply, decode_spec, decode_task, encode, preprocess
+from flexpert.server.preprocessing import (
+    PreprocessReply,
+    decode_spec,
+    decode_task,
+    encode,
+    preprocess,
+)
 
 ENTRY = f"{__name__}:preprocess_main"
 
@@ -24,13 +30,13 @@ MOST_MEMORY = 2 * 2**30  # bytes beyond what it has at the start
 MOST_KEPT = 256 * 2**20  # bytes that it may have grown by when it takes the next body
 
 
-class Source(Protocol):
+class PreprocessSource(Protocol):
     """A model's, of which only the tokenizer is used."""
 
     def tokenizer(self) -> Any: ...
 
 
-def preprocess_main(spec: bytes, end: socket.socket, source: Source) -> int:
+def preprocess_main(spec: bytes, end: socket.socket, source: PreprocessSource) -> int:
     """Serve until the head closes the connection. spec: `Spec`."""
     settings = decode_spec(spec)
     limits = settings.limits
@@ -48,6 +54,6 @@ def preprocess_main(spec: bytes, end: socket.socket, source: Source) -> int:
         while True:
             outcome = preprocess(decode_task(connection.receive()), text, limits)
             worn = process.memory_info().rss > before.rss + MOST_KEPT
-            connection.send(encode(Reply(outcome, worn)))
+            connection.send(encode(PreprocessReply(outcome, worn)))
     connection.close()
     return 0

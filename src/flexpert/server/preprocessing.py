@@ -78,7 +78,7 @@ class Rendered(msgspec.Struct, frozen=True, tag="rendered"):
     json: bytes
 
 
-class Refused(msgspec.Struct, frozen=True, tag="refused"):
+class RefusedBody(msgspec.Struct, frozen=True, tag="refused"):
     """An `ApiError`."""
 
     status: int
@@ -94,17 +94,17 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
         )
 
 
-Outcome = Generate | Rendered | Refused
+Outcome = Generate | Rendered | RefusedBody
 
 
-class Reply(msgspec.Struct, frozen=True):
+class PreprocessReply(msgspec.Struct, frozen=True):
     """worn: the worker has grown so much that another one should take its place."""
 
     outcome: Outcome
     worn: bool = False
 
 
-class Task(msgspec.Struct, frozen=True):
+class PreprocessTask(msgspec.Struct, frozen=True):
     """pieces: of the body, as they came."""
 
     kind: Kind
@@ -117,17 +117,17 @@ class Task(msgspec.Struct, frozen=True):
         return [self.kind.encode() + b"\n", *self.pieces]
 
 
-def decode_task(message: bytes) -> Task:
+def decode_task(message: bytes) -> PreprocessTask:
     kind, _, body = message.partition(b"\n")
-    return Task(_KIND_NAMES[kind], (body,))
+    return PreprocessTask(_KIND_NAMES[kind], (body,))
 
 
 encode = msgspec.msgpack.encode
-decode_reply = msgspec.msgpack.Decoder(Reply).decode
+decode_reply = msgspec.msgpack.Decoder(PreprocessReply).decode
 decode_spec = msgspec.msgpack.Decoder(Spec).decode
 
 
-def preprocess(task: Task, text: TokenText, limits: Limits) -> Outcome:
+def preprocess(task: PreprocessTask, text: TokenText, limits: Limits) -> Outcome:
     """Never raises: whatever a body brings about is its own refusal."""
     try:
         return _KINDS[task.kind](b"".join(task.pieces), text, limits)
@@ -281,8 +281,8 @@ def unpacked(tokens: bytes) -> list[int]:
 _LONGEST_MESSAGE = 2000
 
 
-def _refused(error: ApiError) -> Refused:
+def _refused(error: ApiError) -> RefusedBody:
     message = error.detail
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[:_LONGEST_MESSAGE]}…"
-    return Refused(error.status_code, message, error.type, error.param, error.code)
+    return RefusedBody(error.status_code, message, error.type, error.param, error.code)

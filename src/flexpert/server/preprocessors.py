@@ -23,10 +23,10 @@ from flexpert.server.preprocessing import (
     Kind,
     Limits,
     Outcome,
-    Refused,
-    Reply,
+    PreprocessReply,
+    PreprocessTask,
+    RefusedBody,
     Spec,
-    Task,
     decode_reply,
     encode,
 )
@@ -109,8 +109,8 @@ class Preprocessors:
         Raises: ApiError: it is refused, or could not be prepared.
         """
         worker = self._workers[sum(map(len, pieces)) > SMALL_BODY]
-        outcome = await worker.run(Task(kind, pieces))
-        if isinstance(outcome, Refused):
+        outcome = await worker.run(PreprocessTask(kind, pieces))
+        if isinstance(outcome, RefusedBody):
             raise outcome.error
         return outcome
 
@@ -160,7 +160,7 @@ class _Worker:
         if self._retry is None and not self._closed:
             self._retry = asyncio.create_task(again())
 
-    async def run(self, task: Task) -> Outcome:
+    async def run(self, task: PreprocessTask) -> Outcome:
         # who goes away while it waits gives its place up: else bodies that nobody waits for pile up
         await self._turn.acquire()
         # a turn that has begun goes on to its end: only a whole one leaves the worker in order
@@ -173,7 +173,7 @@ class _Worker:
         if not turn.cancelled():
             turn.exception()  # whoever waited may be gone
 
-    async def _take_turn(self, task: Task) -> Outcome:
+    async def _take_turn(self, task: PreprocessTask) -> Outcome:
         try:
             reply = await self._reply(task)
         except TimeoutError:
@@ -205,7 +205,7 @@ class _Worker:
                 await self._start()
         return reply.outcome
 
-    async def _reply(self, task: Task) -> Reply:
+    async def _reply(self, task: PreprocessTask) -> PreprocessReply:
         """Raises: TimeoutError, _Ended"""
         try:
             if self._helper is None:

@@ -21,7 +21,7 @@ from flexpert.errors import ConfigError, FlexpertError
 from flexpert.server.app import create_app
 from flexpert.server.console import LogHandler, complain, say
 from flexpert.server.descriptors import raise_limit
-from flexpert.server.keys import Keys, read_keys
+from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.protocol import bounded_protocol
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
         return runner.run(_Service(config, head(config), listener, keys).run())
 
 
-def bind(config: ServerConfig, keys: Keys | None = None) -> socket.socket:
+def bind(config: ServerConfig, keys: BearerKeys | None = None) -> socket.socket:
     """A listening socket.
 
     Raises:
@@ -127,7 +127,9 @@ class _Server(uvicorn.Server):
 class _Service:
     """One run: start, serve, drain, stop."""
 
-    def __init__(self, config: Config, head: Head, listener: socket.socket, keys: Keys) -> None:
+    def __init__(
+        self, config: Config, head: Head, listener: socket.socket, keys: BearerKeys
+    ) -> None:
         self._config = config
         self._keys = keys
         self._head = head

@@ -15,7 +15,7 @@ from flexpert.frontend.text import TokenText
 from flexpert.server import wire
 
 
-class Shape(abc.ABC):
+class ChoiceShape(abc.ABC):
     """How one request is answered.
 
     Args:
@@ -59,7 +59,7 @@ class Shape(abc.ABC):
         return self.whole(choices, usage, parts)
 
 
-class TextShape(Shape):
+class TextShape(ChoiceShape):
     """`/v1/completions`.
 
     Args:
@@ -114,7 +114,7 @@ class TextShape(Shape):
         )
 
 
-class ChatShape(Shape):
+class ChatShape(ChoiceShape):
     """`/v1/chat/completions`."""
 
     def __init__(

@@ -20,7 +20,7 @@ import msgspec
 import psutil
 from rich.console import Console
 
-from flexpert.bench.load import Answer, LoadError, Target, call, closed_loop, complete
+from flexpert.bench.load import ClientAnswer, LoadError, Target, call, closed_loop, complete
 from flexpert.bench.machine import this_machine
 from flexpert.bench.service import own_service
 from flexpert.cluster.views import ClusterView, OperationView
@@ -30,8 +30,8 @@ from flexpert.errors import ConfigError, FlexpertError
 from flexpert.trials.chaos_processes import BY_ITSELF, Family, find_family, strike
 from flexpert.trials.chaos_report import (
     LETHAL,
+    ChaosFault,
     ChaosResult,
-    Fault,
     Seen,
     counts,
     growth,
@@ -39,7 +39,7 @@ from flexpert.trials.chaos_report import (
 )
 from flexpert.trials.chaos_view import draw, show
 from flexpert.trials.demo import demo_requests, same
-from flexpert.trials.demo_report import Plan
+from flexpert.trials.demo_report import DemoPlan
 
 KINDS = ("kill", "stop", "slow", "oom", "partition")
 
@@ -128,7 +128,7 @@ async def _run(plan: ChaosPlan, console: Console) -> tuple[ChaosResult, Seen]:
 
 
 async def _disturb(plan: ChaosPlan, target: Target, console: Console) -> tuple[ChaosResult, Seen]:
-    demo = Plan(clients=plan.clients, requests=plan.requests, max_tokens=plan.max_tokens)
+    demo = DemoPlan(clients=plan.clients, requests=plan.requests, max_tokens=plan.max_tokens)
     requests = [target.message("POST", "/v1/completions", body) for body in demo_requests(demo)]
     first = await _cluster(target)
     family = find_family(first.ranks, target.port)
@@ -139,7 +139,7 @@ async def _disturb(plan: ChaosPlan, target: Target, console: Console) -> tuple[C
             f"started with {VARIABLE}=FOLDER in its environment"
         )
     with console.status("undisturbed run"):
-        expected: dict[int, Answer] = {}
+        expected: dict[int, ClientAnswer] = {}
 
         async def ask(number: int) -> None:
             expected[number] = await complete(target, requests[number], stall_s=_STALL_S)
@@ -151,7 +151,7 @@ async def _disturb(plan: ChaosPlan, target: Target, console: Console) -> tuple[C
 
     before = family.held(first.ranks)
     seen = Seen(began=time.time())
-    answers: list[tuple[int, Answer]] = []
+    answers: list[tuple[int, ClientAnswer]] = []
     changes: Counter[str] = Counter()
     over = asyncio.Event()
 
@@ -342,7 +342,7 @@ async def _inject(plan: ChaosPlan, target: Target, family: Family, seen: Seen) -
             with suppress(LoadError):
                 up = [rank for rank in (await _cluster(target)).ranks if rank.pid]
                 for rank in whom.sample(up, min(len(up), 2 if plan.pairs else 1)):
-                    fault = Fault(kind, rank.id, rank.pid, time.time())
+                    fault = ChaosFault(kind, rank.id, rank.pid, time.time())
                     fault.seconds = seconds if kind == "partition" else 0.0
                     fault.serving = rank.state not in ("starting", "preparing", "ready")
                     task = asyncio.create_task(_strike(family, fault, seen))
@@ -353,7 +353,7 @@ async def _inject(plan: ChaosPlan, target: Target, family: Family, seen: Seen) -
             await asyncio.wait(under_way)
 
 
-async def _strike(family: Family, fault: Fault, seen: Seen) -> None:
+async def _strike(family: Family, fault: ChaosFault, seen: Seen) -> None:
     seen.faults.append(fault)
     try:
         await strike(family, fault)

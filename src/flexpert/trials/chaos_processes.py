@@ -17,7 +17,7 @@ from flexpert.cluster.views import RankView
 from flexpert.engine import faults as planted
 from flexpert.engine.memory_plan import private_memory
 from flexpert.errors import ConfigError
-from flexpert.trials.chaos_report import Fault, Held, RankHeld
+from flexpert.trials.chaos_report import ChaosFault, Held, RankHeld
 
 BY_ITSELF = ("oom", "partition")  # the rank does it, if its service was started to
 
@@ -88,7 +88,7 @@ def find_family(ranks: Sequence[RankView], port: int) -> Family:
     return Family(head, server, Path(folder) if folder else None)
 
 
-async def strike(family: Family, fault: Fault) -> None:
+async def strike(family: Family, fault: ChaosFault) -> None:
     """One fault; psutil signals only the very process that was looked up.
 
     Raises: psutil.NoSuchProcess
@@ -112,7 +112,7 @@ async def strike(family: Family, fault: Fault) -> None:
         await _plant(family.folder, fault)
 
 
-async def _plant(folder: Path, fault: Fault) -> None:
+async def _plant(folder: Path, fault: ChaosFault) -> None:
     """Until the rank has passed the point, or will not in time."""
     if fault.kind == "oom":
         what = planted.Fault(fault.rank, "vote", action="starve", pid=fault.pid)

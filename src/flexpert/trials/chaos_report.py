@@ -19,7 +19,7 @@ _MORE_MIB, _MORE_DESCRIPTORS = 48.0, 8  # more than that, and a process has grow
 
 
 @dataclass(slots=True)
-class Fault:
+class ChaosFault:
     """One fault; times are `time.time` seconds. gone: when the head said that the process is gone.
 
     serving: whether the rank was a member then, and no newcomer. seconds: of a partition.
@@ -45,7 +45,7 @@ class Seen:
     """
 
     began: float = 0.0
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[ChaosFault] = field(default_factory=list)
     tokens: list[tuple[float, int]] = field(default_factory=list)  # when, how many
     warnings: list[str] = field(default_factory=list)
     unharmed: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Seen:
                 fault.whole = now
 
 
-class Spread(msgspec.Struct, frozen=True):
+class ChaosSpread(msgspec.Struct, frozen=True):
     """Milliseconds after the fault."""
 
     count: int
@@ -124,10 +124,10 @@ class Times(msgspec.Struct, frozen=True, kw_only=True):
     """From a fault until: the head knows, the next epoch is entered, a token comes out of it, and
     all ranks are back. None if it never happened. A newcomer's end needs no epoch."""
 
-    detect: Spread | None
-    epoch: Spread | None
-    first_good_step: Spread | None
-    full_capacity: Spread | None
+    detect: ChaosSpread | None
+    epoch: ChaosSpread | None
+    first_good_step: ChaosSpread | None
+    full_capacity: ChaosSpread | None
 
 
 class ChaosResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,18 +163,18 @@ class ChaosResult(msgspec.Struct, frozen=True, kw_only=True):
     errors: list[str]
 
 
-def spread(values_s: Sequence[float]) -> Spread | None:
+def spread(values_s: Sequence[float]) -> ChaosSpread | None:
     if not values_s:
         return None
     ordered = sorted(values_s)
     p90 = ordered[min(len(ordered) - 1, int(0.9 * len(ordered)))]
     median = statistics.median(ordered)
-    return Spread(
+    return ChaosSpread(
         len(ordered), round(median * 1e3, 1), round(p90 * 1e3, 1), round(ordered[-1] * 1e3, 1)
     )
 
 
-def times_of(faults: Sequence[Fault]) -> dict[str, Times]:
+def times_of(faults: Sequence[ChaosFault]) -> dict[str, Times]:
     """By kind, of those that ended a rank."""
     kinds = sorted({fault.kind for fault in faults if fault.gone is not None})
     return {
@@ -188,7 +188,7 @@ def times_of(faults: Sequence[Fault]) -> dict[str, Times]:
     }
 
 
-def counts(faults: Sequence[Fault]) -> dict[str, int]:
+def counts(faults: Sequence[ChaosFault]) -> dict[str, int]:
     return dict(sorted(Counter(fault.kind for fault in faults).items()))
 
 

@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 
 from flexpert.bench.load import (
-    Answer,
+    ClientAnswer,
     LoadError,
     Target,
     call,
@@ -27,10 +27,10 @@ from flexpert.bench.machine import this_machine
 from flexpert.bench.service import own_service
 from flexpert.cluster.views import ClusterView, OperationView
 from flexpert.errors import FlexpertError
-from flexpert.trials.demo_report import Change, Plan, Progress, Result, demo_result
+from flexpert.trials.demo_report import DemoChange, DemoPlan, DemoProgress, DemoResult, demo_result
 from flexpert.trials.demo_view import LineView, LiveView, summary
 
-__all__ = ["Plan", "run_demo"]
+__all__ = ["DemoPlan", "run_demo"]
 
 EXIT_OK = 0
 EXIT_BAD = 1
@@ -87,14 +87,14 @@ OPENINGS = (
 )
 
 
-class View(Protocol):
+class DemoView(Protocol):
     """What shows the run while it lasts."""
 
     def note(self, line: str) -> None: ...
-    def refresh(self, progress: Progress) -> None: ...
+    def refresh(self, progress: DemoProgress) -> None: ...
 
 
-def run_demo(plan: Plan, *, console: Console, as_json: bool) -> int:
+def run_demo(plan: DemoPlan, *, console: Console, as_json: bool) -> int:
     """The whole demonstration; the exit status."""
     try:
         if console.is_terminal:
@@ -112,7 +112,7 @@ def run_demo(plan: Plan, *, console: Console, as_json: bool) -> int:
     return EXIT_OK if result.good else EXIT_BAD
 
 
-def demo_requests(plan: Plan) -> list[dict[str, Any]]:
+def demo_requests(plan: DemoPlan) -> list[dict[str, Any]]:
     """The fixed set: every other request samples with a seed of its own, the others are greedy."""
     bodies = []
     for number in range(plan.requests):
@@ -129,8 +129,8 @@ def demo_requests(plan: Plan) -> list[dict[str, Any]]:
     return bodies
 
 
-async def _demonstrate(plan: Plan, view: View) -> Result:
-    progress = Progress()
+async def _demonstrate(plan: DemoPlan, view: DemoView) -> DemoResult:
+    progress = DemoProgress()
     async with own_service(SERVE, report=view.note) as service:
         target = service.target
         requests = [target.message("POST", "/v1/completions", body) for body in demo_requests(plan)]
@@ -143,9 +143,9 @@ async def _demonstrate(plan: Plan, view: View) -> Result:
 
 
 async def _undisturbed(
-    target: Target, requests: list[bytes], plan: Plan, progress: Progress
-) -> list[Answer]:
-    answers: dict[int, Answer] = {}
+    target: Target, requests: list[bytes], plan: DemoPlan, progress: DemoProgress
+) -> list[ClientAnswer]:
+    answers: dict[int, ClientAnswer] = {}
 
     async def send(number: int) -> None:
         answers[number] = await complete(
@@ -161,10 +161,14 @@ async def _undisturbed(
 
 
 async def _disturbed(
-    target: Target, requests: list[bytes], expected: list[Answer], plan: Plan, progress: Progress
-) -> Result:
+    target: Target,
+    requests: list[bytes],
+    expected: list[ClientAnswer],
+    plan: DemoPlan,
+    progress: DemoProgress,
+) -> DemoResult:
     began = perf_counter()
-    answers: list[tuple[int, Answer]] = []
+    answers: list[tuple[int, ClientAnswer]] = []
     scaling = asyncio.create_task(_change(target, plan, began, progress))
 
     async def send(number: int) -> None:
@@ -192,7 +196,7 @@ async def _disturbed(
     return demo_result(plan, this_machine(), progress, answers, prompts, began)
 
 
-def same(answer: Answer, expected: Answer) -> bool:
+def same(answer: ClientAnswer, expected: ClientAnswer) -> bool:
     """Word for word, token for token, ended for the same reason."""
     return (answer.text, answer.tokens, answer.finish) == (
         expected.text,
@@ -201,14 +205,14 @@ def same(answer: Answer, expected: Answer) -> bool:
     )
 
 
-async def _change(target: Target, plan: Plan, began: float, progress: Progress) -> None:
+async def _change(target: Target, plan: DemoPlan, began: float, progress: DemoProgress) -> None:
     """The changes, spread over the duration; each leaves the next a steady stretch before it."""
     changes = MANY_CHANGES if plan.many else CHANGES
     steady_s = plan.duration_s / (len(changes) + 1)
     for number, body in enumerate(changes, 1):
         at = max(began + number * steady_s, perf_counter() + steady_s / 4)
         await asyncio.sleep(at - perf_counter())
-        change = Change(began=perf_counter())
+        change = DemoChange(began=perf_counter())
         progress.changes.append(change)
         status, answer = await call(target, "POST", "/cluster/operations", body)
         if status != 202:
@@ -231,7 +235,7 @@ async def _cluster(target: Target) -> ClusterView:
 
 
 @asynccontextmanager
-async def _shown(target: Target, progress: Progress, view: View) -> AsyncIterator[None]:
+async def _shown(target: Target, progress: DemoProgress, view: DemoView) -> AsyncIterator[None]:
     async def show() -> None:
         while True:
             with suppress(LoadError):  # the view may be late; what counts is counted elsewhere

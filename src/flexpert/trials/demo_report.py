@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from flexpert.bench.load import Answer
+from flexpert.bench.load import ClientAnswer
 from flexpert.bench.machine import Machine
 from flexpert.cluster.views import ClusterView, OperationView
 
@@ -18,7 +18,7 @@ _RATE_WINDOW_S = 1.5
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DemoPlan:
     """requests: different ones. duration_s: of traffic, at least. many: ten changes, not three."""
 
     clients: int = 8
@@ -29,7 +29,7 @@ class Plan:
 
 
 @dataclass(slots=True)
-class Change:
+class DemoChange:
     """A change as its client sees it; times are `perf_counter` seconds."""
 
     began: float
@@ -39,7 +39,7 @@ class Change:
 
 
 @dataclass(slots=True)
-class Progress:
+class DemoProgress:
     """The run so far. sent: requests of the traffic; equal: answers as in the undisturbed run."""
 
     stage: str = ""
@@ -50,7 +50,7 @@ class Progress:
     lost: int = 0
     equal: int = 0
     tokens: int = 0
-    changes: list[Change] = field(default_factory=list)
+    changes: list[DemoChange] = field(default_factory=list)
     _seen: deque[tuple[float, int]] = field(default_factory=deque)
 
     def count(self, tokens: int) -> None:
@@ -89,7 +89,7 @@ class ChangeResult(msgspec.Struct, frozen=True, kw_only=True):
     gaps: Gaps
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
+class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON of `flexpert demo`.
 
     steady: the gaps outside of all changes. sample: an answer, the one of the most different words.
@@ -114,13 +114,13 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def demo_result(
-    plan: Plan,
+    plan: DemoPlan,
     machine: Machine,
-    progress: Progress,
-    answers: Sequence[tuple[int, Answer]],
+    progress: DemoProgress,
+    answers: Sequence[tuple[int, ClientAnswer]],
     prompts: Sequence[str],
     began: float,
-) -> Result:
+) -> DemoResult:
     """What the run comes to.
 
     Args:
@@ -145,7 +145,7 @@ def demo_result(
     changed = all(c.operation is not None and c.operation.state == "done" for c in changes)
     whole = [(place, answer.text) for place, answer in answers if answer.whole]
     number, sample = max(whole, key=lambda item: len(set(item[1].split())), default=(0, ""))
-    return Result(
+    return DemoResult(
         good=changed and bool(changes) and progress.lost == 0 and progress.equal == progress.sent,
         model=progress.model,
         machine=machine,

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from flexpert.cluster.formatting import describe_change, ids
 from flexpert.display.render import ranks_table
-from flexpert.trials.demo_report import Change, Gaps, Progress, Result
+from flexpert.trials.demo_report import DemoChange, DemoProgress, DemoResult, Gaps
 
 # every so many refreshes a line about the traffic, where there is no terminal
 _LINE_EVERY = 8
@@ -41,7 +41,7 @@ class LiveView:
     def note(self, line: str) -> None:
         self._live.update(Group(Spinner("dots", Text(line, style="dim"))), refresh=True)
 
-    def refresh(self, progress: Progress) -> None:
+    def refresh(self, progress: DemoProgress) -> None:
         self._live.update(picture(progress), refresh=True)
 
 
@@ -58,7 +58,7 @@ class LineView:
     def note(self, line: str) -> None:
         self._print(line)
 
-    def refresh(self, progress: Progress) -> None:
+    def refresh(self, progress: DemoProgress) -> None:
         if progress.stage != self._stage:
             self._stage = progress.stage
             self._print(f"== {progress.stage}")
@@ -77,7 +77,7 @@ class LineView:
         self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
-def picture(progress: Progress) -> RenderableType:
+def picture(progress: DemoProgress) -> RenderableType:
     """The run as it is now."""
     parts: list[RenderableType] = [
         Text.assemble(("flexpert demo  ", "bold"), progress.stage),
@@ -91,7 +91,7 @@ def picture(progress: Progress) -> RenderableType:
     return Panel(Group(*parts), expand=False)
 
 
-def traffic_text(progress: Progress) -> str:
+def traffic_text(progress: DemoProgress) -> str:
     ranks = [r.id for r in progress.cluster.ranks if r.state != "gone"] if progress.cluster else []
     text = f"ranks {ids(ranks)}: {progress.tokens_per_s:,.0f} tokens/s"
     if progress.sent:
@@ -102,7 +102,7 @@ def traffic_text(progress: Progress) -> str:
     return text
 
 
-def change_text(change: Change) -> str:
+def change_text(change: DemoChange) -> str:
     """A change with its phases and its pause."""
     if change.operation is None:
         return f"refused: {change.error}" if change.error else "asking for a change"
@@ -118,11 +118,11 @@ def change_text(change: Change) -> str:
     return text
 
 
-def _failed(change: Change) -> bool:
+def _failed(change: DemoChange) -> bool:
     return change.operation is None or change.operation.state != "done"
 
 
-def summary(result: Result) -> RenderableType:
+def summary(result: DemoResult) -> RenderableType:
     """What is left on the screen."""
     counts = Table(box=None, show_header=False)
     counts.add_column()

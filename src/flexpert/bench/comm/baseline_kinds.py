@@ -29,9 +29,9 @@ class BaselineKind:
 
 def _ours(**options: Any) -> Callable[[Site], Baseline]:
     def make(site: Site) -> Baseline:
-        from flexpert.bench.comm.ours import Ours
+        from flexpert.bench.comm.ours import HostExchangeBaseline
 
-        return Ours(site, **options)
+        return HostExchangeBaseline(site, **options)
 
     return make
 

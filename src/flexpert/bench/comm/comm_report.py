@@ -6,10 +6,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from flexpert.bench.comm.comm_run import Point, Report, Result, Spread
+from flexpert.bench.comm.comm_run import CommReport, CommResult, CommSpread, Point
 
 
-def comm_text(report: Report) -> RenderableType:
+def comm_text(report: CommReport) -> RenderableType:
     """A table for each number of tokens, then what was measured on."""
     parts: list[RenderableType] = [_table(point) for point in report.points]
     parts.append(
@@ -38,7 +38,7 @@ def _table(point: Point) -> Table:
     return table
 
 
-def _row(result: Result) -> list[str | Text]:
+def _row(result: CommResult) -> list[str | Text]:
     if result.skipped is not None:
         word, style = ("wrong", "bold red") if result.wrong else ("skipped", "yellow")
         return [result.baseline, Text(f"{word}: {result.skipped}", style=style)]
@@ -53,7 +53,7 @@ def _row(result: Result) -> list[str | Text]:
     ]
 
 
-def _spread(spread: Spread | None) -> str:
+def _spread(spread: CommSpread | None) -> str:
     if spread is None:
         return ""
     return f"{spread.p50:,.0f} ({spread.p10:,.0f} to {spread.p90:,.0f})"

@@ -20,7 +20,7 @@ WARM_UP = 2  # more before them, which do not count
 Note = Callable[[str], None]
 
 
-class Spread(msgspec.Struct, frozen=True):
+class CommSpread(msgspec.Struct, frozen=True):
     """Microseconds."""
 
     p10: float
@@ -28,7 +28,7 @@ class Spread(msgspec.Struct, frozen=True):
     p90: float
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
+class CommResult(msgspec.Struct, frozen=True, kw_only=True):
     """One baseline at one number of tokens.
 
     dispatch_us, combine_us, total_us: of an exchange, from the begin of the first rank to the end
@@ -39,9 +39,9 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
     baseline: str
     exchanges: int = 0
-    dispatch_us: Spread | None = None
-    combine_us: Spread | None = None
-    total_us: Spread | None = None
+    dispatch_us: CommSpread | None = None
+    combine_us: CommSpread | None = None
+    total_us: CommSpread | None = None
     gb_per_s: float | None = None
     times_ours: float | None = None
     times_memcpy: float | None = None
@@ -54,10 +54,10 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
     workload: Workload
     bytes: float
-    results: list[Result]
+    results: list[CommResult]
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
+class CommReport(msgspec.Struct, frozen=True, kw_only=True):
     """contains: baseline → what its times contain."""
 
     machine: Machine
@@ -80,7 +80,7 @@ def run_comm(
     repeat: int,
     seconds: float | None = None,
     note: Note,
-) -> Report:
+) -> CommReport:
     """Check and time all baselines at every workload, which have the same number of ranks.
 
     Args:
@@ -100,7 +100,7 @@ def run_comm(
     with Ranks(workloads[0].ranks, settings) as ranks:
         for work in workloads:
             points.append(_point(ranks, work, kinds, repeat, seconds, note))
-    return Report(
+    return CommReport(
         machine=this_machine(),
         channel=settings.channel,
         fp8=settings.fp8 or "none",
@@ -120,15 +120,15 @@ def _point(
 ) -> Point:
     ranks.all("prepare", work)
     ready: list[str] = []
-    results: dict[str, Result] = {}
+    results: dict[str, CommResult] = {}
     for kind in kinds:
         note(f"{work.tokens} tokens: checking {kind.name}")
         if why := _first(ranks.all("build", kind.name)):
-            results[kind.name] = Result(baseline=kind.name, skipped=why)
+            results[kind.name] = CommResult(baseline=kind.name, skipped=why)
             continue
         wrong = _first(w for turn in range(2) for w in ranks.all("check", kind.name, turn))
         if wrong:
-            results[kind.name] = Result(baseline=kind.name, skipped=wrong, wrong=True)
+            results[kind.name] = CommResult(baseline=kind.name, skipped=wrong, wrong=True)
         else:
             ready.append(kind.name)
     times = _rounds(ranks, work, ready, repeat, seconds, note)
@@ -138,7 +138,7 @@ def _point(
     for name, taken in spans.items():
         total = _median_total(taken)
         assert total is not None
-        results[name] = Result(
+        results[name] = CommResult(
             baseline=name,
             exchanges=len(taken),
             dispatch_us=spread_of([dispatch for dispatch, _ in taken]),
@@ -190,9 +190,9 @@ def _spans(by_rank: list[Times]) -> list[tuple[float, float]]:
     return spans
 
 
-def spread_of(values: Sequence[float]) -> Spread:
+def spread_of(values: Sequence[float]) -> CommSpread:
     ordered = sorted(values)
-    return Spread(*(percentile(ordered, share) for share in (0.1, 0.5, 0.9)))
+    return CommSpread(*(percentile(ordered, share) for share in (0.1, 0.5, 0.9)))
 
 
 def _median_total(spans: Sequence[tuple[float, float]] | None) -> float | None:

@@ -13,7 +13,7 @@ from flexpert.comm.buffer import Channel
 from flexpert.comm.quant import dequantise
 
 
-class Ours:
+class HostExchangeBaseline:
     def __init__(
         self, site: Site, *, gather: bool = False, reduce: Reduce = "rank", quantise: bool = False
     ) -> None:

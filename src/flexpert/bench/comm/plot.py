@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flexpert.bench.comm.baseline_kinds import KINDS, MEMCPY, OURS
-from flexpert.bench.comm.comm_run import Report
+from flexpert.bench.comm.comm_run import CommReport
 from flexpert.errors import ConfigError, FlexpertError
 
 SUFFIXES = (".png", ".svg")
@@ -30,7 +30,7 @@ def check_plot(path: Path) -> None:
         ) from None
 
 
-def draw(report: Report, path: Path) -> None:
+def draw(report: CommReport, path: Path) -> None:
     """Median dispatch + combine of each baseline over tokens, both axes logarithmic.
 
     Raises: FlexpertError: the file cannot be written.

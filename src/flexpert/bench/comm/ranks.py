@@ -62,7 +62,7 @@ class RankFailed(FlexpertError):  # noqa: N818 - says what happened
     """A rank of the benchmark failed."""
 
 
-class Begin(msgspec.Struct, frozen=True):
+class BeginRank(msgspec.Struct, frozen=True):
     """What a process is told first. tasks: "package.module:Class", see `Ranks`."""
 
     rank: int
@@ -71,14 +71,14 @@ class Begin(msgspec.Struct, frozen=True):
     tasks: str
 
 
-class Task(msgspec.Struct, frozen=True, array_like=True):
+class RankTask(msgspec.Struct, frozen=True, array_like=True):
     """arguments: msgpack of a list."""
 
     name: str
     arguments: bytes
 
 
-class Answer(msgspec.Struct, frozen=True, array_like=True):
+class RankAnswer(msgspec.Struct, frozen=True, array_like=True):
     """value: msgpack of what the task returned; error: what it raised instead."""
 
     value: bytes = b""
@@ -105,7 +105,7 @@ class Ranks:
             for rank in range(count):
                 process = forks.start(f"{__name__}:serve", self._store.hand_out())
                 self._processes.append(process)
-                begin = Begin(rank, count, settings, _name(self._make))
+                begin = BeginRank(rank, count, settings, _name(self._make))
                 with suppress(Closed):  # the answer says why
                     process.connection.send(_encode(begin))
             self._answers("start", type(None))
@@ -129,7 +129,7 @@ class Ranks:
 
         Raises: RankFailed
         """
-        packet = _encode(Task(task, _encode(args)))
+        packet = _encode(RankTask(task, _encode(args)))
         for process in self._processes:
             with suppress(Closed):  # the answer says why
                 process.connection.send(packet)
@@ -148,7 +148,7 @@ class Ranks:
                 process.join(5)
                 code = process.exitcode
                 raise RankFailed(f"rank {rank} ended in {task} (exit status {code})") from None
-            answer = msgspec.msgpack.decode(packet, type=Answer)
+            answer = msgspec.msgpack.decode(packet, type=RankAnswer)
             if answer.error:
                 raise RankFailed(f"rank {rank} failed in {task}: {answer.error}")
             answers.append(msgspec.msgpack.decode(answer.value, type=kind))
@@ -188,7 +188,7 @@ def serve(end: socket.socket, store: socket.socket) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch renames its collectives
     connection = Connection(end)
     with suppress(Closed):  # the head is gone
-        begin = msgspec.msgpack.decode(connection.receive(), type=Begin)
+        begin = msgspec.msgpack.decode(connection.receive(), type=BeginRank)
         torch.set_num_threads(begin.settings.threads)
         module, _, name = begin.tasks.partition(":")
         made: list[object] = []
@@ -199,20 +199,20 @@ def serve(end: socket.socket, store: socket.socket) -> None:
 
         connection.send(_encode(_answer(make)))
         while made:
-            task = msgspec.msgpack.decode(connection.receive(), type=Task)
+            task = msgspec.msgpack.decode(connection.receive(), type=RankTask)
             connection.send(_encode(_answer(functools.partial(_do, made[0], task))))
 
 
-def _do(own: object, task: Task) -> Any:
+def _do(own: object, task: RankTask) -> Any:
     kinds, _ = schema(type(own), task.name)
     return getattr(own, task.name)(*msgspec.msgpack.decode(task.arguments, type=kinds))
 
 
-def _answer(work: Callable[[], Any]) -> Answer:
+def _answer(work: Callable[[], Any]) -> RankAnswer:
     try:
-        return Answer(_encode(work()))
+        return RankAnswer(_encode(work()))
     except Exception as error:  # noqa: BLE001  # goes to the head
-        return Answer(error=f"{type(error).__name__}: {error}")
+        return RankAnswer(error=f"{type(error).__name__}: {error}")
 
 
 def gather(store: Store, key: str, rank: int, ranks: int, value: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from flexpert.bench.gpu.decode_group import GroupPlan, GroupResult, place_on, run_group
 from flexpert.bench.gpu.decode_rank import CHECK_TOKENS, WARM_UP, DecodeRank, check_prompts
-from flexpert.bench.gpu.gpu_device import Gpu, Spread, measure_gpu
+from flexpert.bench.gpu.gpu_device import GpuSpread, MeasuredGpu, measure_gpu
 from flexpert.bench.gpu.model import RandomModel, qwen3_30b_a3b
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.errors import FlexpertError
@@ -42,9 +42,9 @@ class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
     batch: int
     active: float
     limit_ms: float
-    ours_us: Spread
+    ours_us: GpuSpread
     captures: int
-    transformers_us: Spread | None = None
+    transformers_us: GpuSpread | None = None
     skipped: str | None = None
 
     @property
@@ -64,7 +64,7 @@ class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
     numbers of ranks. captures, capture_s: graphs of one rank, and the time they took."""
 
     machine: Machine
-    gpu: Gpu
+    gpu: MeasuredGpu
     layers: int
     context: int
     steps: int
@@ -144,7 +144,7 @@ def run_decode(
             reference = model.transformers()
             error = max(difference(reference, found, seed) for found in logits.values())
             if baseline:
-                points = _with_rival(points, reference, context, steps, note)
+                points = _with_baseline(points, reference, context, steps, note)
     except torch.OutOfMemoryError as full:
         raise FlexpertError(
             f"the GPU's memory does not hold it: {str(full).splitlines()[0]}; give fewer "
@@ -178,7 +178,7 @@ def _alone(
 def _point(
     ours: DecodeRank,
     batch: int,
-    gpu: Gpu,
+    gpu: MeasuredGpu,
     context: int,
     steps: int,
     note: Callable[[str], None],
@@ -191,7 +191,7 @@ def _point(
         batch=batch,
         active=active,
         limit_ms=gpu.limit_s(nbytes, 0.0) * 1e3,
-        ours_us=Spread.of(ours.times_us(batch, context, steps)),
+        ours_us=GpuSpread.of(ours.times_us(batch, context, steps)),
         captures=ours.graphs.captures,
     )
 
@@ -201,7 +201,7 @@ def _points_of(
     ranks: int,
     batches: Sequence[int],
     model: RandomModel,
-    gpu: Gpu,
+    gpu: MeasuredGpu,
     context: int,
     steps: int,
 ) -> list[DecodePoint]:
@@ -214,7 +214,7 @@ def _points_of(
                 batch=batch,
                 active=active,
                 limit_ms=gpu.limit_s(nbytes, 0.0) * 1e3,
-                ours_us=Spread.of(times),
+                ours_us=GpuSpread.of(times),
                 captures=group.captures,
             )
         )
@@ -239,7 +239,7 @@ def difference(
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def _with_rival(
+def _with_baseline(
     points: list[DecodePoint],
     model: PreTrainedModel,
     context: int,
@@ -247,11 +247,11 @@ def _with_rival(
     note: Callable[[str], None],
 ) -> list[DecodePoint]:
     """The same steps by transformers: its cache, sdpa, grouped_mm, launched by the host."""
-    found: dict[int, Spread | str] = {}
+    found: dict[int, GpuSpread | str] = {}
     for batch in dict.fromkeys(point.batch for point in points):
         note(f"batch {batch}: transformers")
         try:
-            found[batch] = Spread.of(_transformers_us(model, batch, context, steps))
+            found[batch] = GpuSpread.of(_transformers_us(model, batch, context, steps))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             found[batch] = "out of memory"

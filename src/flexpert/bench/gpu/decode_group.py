@@ -105,7 +105,7 @@ def run_group(plan: GroupPlan, note: Callable[[str], None]) -> GroupResult:
         )
 
 
-class Begin(msgspec.Struct, frozen=True):
+class BeginGroup(msgspec.Struct, frozen=True):
     """What a rank is told first: itself and the plan, whose config is JSON and dtype a name."""
 
     rank: int
@@ -120,7 +120,7 @@ class Begin(msgspec.Struct, frozen=True):
     quantise: bool
 
     @classmethod
-    def of(cls, rank: int, plan: GroupPlan) -> Begin:
+    def of(cls, rank: int, plan: GroupPlan) -> BeginGroup:
         return cls(
             rank=rank,
             config=json.dumps({**plan.config.to_dict(), "model_type": plan.config.model_type}),
@@ -171,7 +171,7 @@ class Timed(msgspec.Struct, frozen=True):
     times_us: list[float]
 
 
-class Answer(msgspec.Struct, frozen=True):
+class GroupAnswer(msgspec.Struct, frozen=True):
     """value: msgpack of the next thing that a rank has to say; why: that it failed instead."""
 
     value: bytes = b""
@@ -189,7 +189,7 @@ def _processes(plan: GroupPlan) -> Iterator[list[forks.Process]]:
             process = forks.start(f"{__name__}:serve")
             ranks.append(process)
             with contextlib.suppress(Closed):  # the answer says why
-                process.connection.send(_encode(Begin.of(rank, plan)))
+                process.connection.send(_encode(BeginGroup.of(rank, plan)))
         yield ranks
         deadline = time.monotonic() + LIMIT_S
         for process in ranks:
@@ -219,7 +219,7 @@ def _answers(ranks: Sequence[forks.Process], kind: type[T]) -> list[T]:
             raise FlexpertError(
                 f"rank {rank} of the bench ended (exit status {process.exitcode})"
             ) from None
-        answer = msgspec.msgpack.decode(packet, type=Answer)
+        answer = msgspec.msgpack.decode(packet, type=GroupAnswer)
         if answer.why:
             raise FlexpertError(f"rank {rank} of the bench: {answer.why}")
         found.append(msgspec.msgpack.decode(answer.value, type=kind))
@@ -230,18 +230,18 @@ def serve(end: socket.socket) -> None:
     """A rank's process."""
     connection = Connection(end)
     with contextlib.suppress(Closed), torch.inference_mode():
-        begin = msgspec.msgpack.decode(connection.receive(), type=Begin)
+        begin = msgspec.msgpack.decode(connection.receive(), type=BeginGroup)
         try:
             _measure(begin.rank, begin.plan(), connection)
         except Closed:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the parent says it
             first = (str(error).splitlines() or [""])[0]
-            connection.send(_encode(Answer(why=f"{type(error).__name__}: {first}")))
+            connection.send(_encode(GroupAnswer(why=f"{type(error).__name__}: {first}")))
 
 
 def _say(connection: Connection, what: object) -> None:
-    connection.send(_encode(Answer(_encode(what))))
+    connection.send(_encode(GroupAnswer(_encode(what))))
 
 
 def _measure(rank: int, plan: GroupPlan, connection: Connection) -> None:

@@ -16,7 +16,7 @@ _MOVED_BYTES = 2**31
 _PRODUCT = 8192
 
 
-class Gpu(msgspec.Struct, frozen=True):
+class MeasuredGpu(msgspec.Struct, frozen=True):
     """A GPU and its ceilings, measured when the benchmark began.
 
     bytes_per_s: of its memory, the best of copying and summing up; flops: of a bf16 product.
@@ -41,7 +41,7 @@ class Gpu(msgspec.Struct, frozen=True):
         return max(nbytes / self.bytes_per_s, flops / self.flops)
 
 
-class Spread(msgspec.Struct, frozen=True):
+class GpuSpread(msgspec.Struct, frozen=True):
     """Microseconds."""
 
     p10: float
@@ -49,16 +49,16 @@ class Spread(msgspec.Struct, frozen=True):
     p90: float
 
     @classmethod
-    def of(cls, times_us: Sequence[float]) -> Spread:
+    def of(cls, times_us: Sequence[float]) -> GpuSpread:
         ordered = sorted(times_us)
         return cls(*(percentile(ordered, share) for share in (0.1, 0.5, 0.9)))
 
 
-def measure_gpu(device: torch.device) -> Gpu:
+def measure_gpu(device: torch.device) -> MeasuredGpu:
     """What the GPU can do at best now."""
     import triton
 
-    return Gpu(
+    return MeasuredGpu(
         name=torch.cuda.get_device_name(device),
         driver=torch.version.cuda or "",
         torch=str(torch.__version__),  # a string of a class of its own
@@ -78,13 +78,14 @@ def _memory_rate(device: torch.device) -> float:
         (lambda: source.sum(), _MOVED_BYTES),
     ]
     return max(
-        nbytes / Spread.of(replay_us([launch] * 4, repeat=5)).p50 * 1e6 for launch, nbytes in ways
+        nbytes / GpuSpread.of(replay_us([launch] * 4, repeat=5)).p50 * 1e6
+        for launch, nbytes in ways
     )
 
 
 def _product_rate(device: torch.device) -> float:
     a = torch.randn(_PRODUCT, _PRODUCT, dtype=torch.bfloat16, device=device)
-    return 2 * _PRODUCT**3 / Spread.of(replay_us([lambda: a @ a], repeat=10)).p50 * 1e6
+    return 2 * _PRODUCT**3 / GpuSpread.of(replay_us([lambda: a @ a], repeat=10)).p50 * 1e6
 
 
 def replay_us(

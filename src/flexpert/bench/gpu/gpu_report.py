@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexpert.bench.gpu.decode import DecodePoint, DecodeReport
-from flexpert.bench.gpu.gpu_device import Spread
+from flexpert.bench.gpu.gpu_device import GpuSpread
 from flexpert.bench.gpu.layer import LayerPoint, LayerReport, LayerResult
 
 
@@ -101,7 +101,7 @@ def _decode_row(point: DecodePoint) -> list[str | Text]:
     return [*row, _median(point.transformers_us, 1e3), f"{point.times_ours:.2f}"]
 
 
-def _median(spread: Spread, unit: float) -> str:
+def _median(spread: GpuSpread, unit: float) -> str:
     return _number(spread.p50, unit)
 
 

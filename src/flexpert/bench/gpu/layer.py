@@ -18,9 +18,9 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from flexpert.bench.gpu.gpu_device import (
-    Gpu,
+    GpuSpread,
     Launch,
-    Spread,
+    MeasuredGpu,
     flusher,
     measure_gpu,
     replay_us,
@@ -53,7 +53,7 @@ CHECKED = 4  # tokens compared with float64
 TOLERANCE = 1e-2  # ‖out − ref‖ / ‖ref‖, where bf16 rounds the intermediate once
 
 
-class Shape(msgspec.Struct, frozen=True):
+class LayerShape(msgspec.Struct, frozen=True):
     """Of a MoE layer."""
 
     name: str
@@ -64,8 +64,8 @@ class Shape(msgspec.Struct, frozen=True):
 
 
 SHAPES = {
-    "qwen3-30b-a3b": Shape("qwen3-30b-a3b", 2048, 768, 128, 8),
-    "deepseek-v3": Shape("deepseek-v3", 7168, 2048, 256, 8),
+    "qwen3-30b-a3b": LayerShape("qwen3-30b-a3b", 2048, 768, 128, 8),
+    "deepseek-v3": LayerShape("deepseek-v3", 7168, 2048, 256, 8),
 }
 
 
@@ -77,7 +77,7 @@ class LayerResult(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     baseline: str
-    us: Spread | None = None
+    us: GpuSpread | None = None
     error: float | None = None
     times_ours: float | None = None
     skipped: str | None = None
@@ -88,7 +88,7 @@ class LayerPoint(msgspec.Struct, frozen=True, kw_only=True):
     """active: experts that get a token, mean. limit_us: bytes and flops over what the GPU can.
     quantised: flexpert's experts are fp8, and the limit is theirs; the baselines have bf16."""
 
-    shape: Shape
+    shape: LayerShape
     tokens: int
     active: float
     limit_us: float
@@ -98,7 +98,7 @@ class LayerPoint(msgspec.Struct, frozen=True, kw_only=True):
 
 class LayerReport(msgspec.Struct, frozen=True, kw_only=True):
     machine: Machine
-    gpu: Gpu
+    gpu: MeasuredGpu
     points: list[LayerPoint]
 
     @property
@@ -107,7 +107,7 @@ class LayerReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_layer(
-    shapes: Sequence[Shape],
+    shapes: Sequence[LayerShape],
     tokens: Sequence[int],
     baselines: Sequence[str],
     *,
@@ -145,7 +145,7 @@ def _distinct(ids: Tensor) -> int:
 class Layer:
     """Its weights, and both of flexpert's ways to compute it."""
 
-    shape: Shape
+    shape: LayerShape
     router: Tensor
     up: Tensor
     down: Tensor
@@ -155,7 +155,7 @@ class Layer:
     @classmethod
     def build(
         cls,
-        shape: Shape,
+        shape: LayerShape,
         device: torch.device,
         *,
         quantise: bool,
@@ -204,7 +204,7 @@ class Layer:
         self,
         tokens: int,
         baselines: Sequence[str],
-        gpu: Gpu,
+        gpu: MeasuredGpu,
         *,
         repeat: int,
         note: Callable[[str], None],
@@ -246,7 +246,7 @@ class Layer:
             quantised=self.experts[0].gate_up_scale is not None,
         )
 
-    def _limit_s(self, gpu: Gpu, tokens: int, active: float) -> float:
+    def _limit_s(self, gpu: MeasuredGpu, tokens: int, active: float) -> float:
         """Weights of the experts that are used, the router's, and tokens in and out, once each."""
         nbytes = active * self.experts[0].nbytes + self.router.nbytes
         nbytes += 2 * tokens * self.shape.hidden * self.up.element_size()
@@ -281,7 +281,7 @@ class Layer:
                 times = replay_us(launches, repeat=repeat, before=fresh)
         except (FlexpertError, torch.OutOfMemoryError) as problem:
             return LayerResult(baseline=name, error=error, skipped=str(problem).splitlines()[0])
-        return LayerResult(baseline=name, us=Spread.of(times), error=error)
+        return LayerResult(baseline=name, us=GpuSpread.of(times), error=error)
 
     def block(self, name: str, moe: Ours | None, tokens: int) -> Qwen3MoeSparseMoeBlock:
         shape = self.shape

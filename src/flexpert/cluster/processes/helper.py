@@ -7,7 +7,7 @@ from typing import Protocol
 
 from flexpert.cluster.processes.framing import Piece
 from flexpert.cluster.processes.launcher import LocalLauncher
-from flexpert.cluster.processes.transport import Link
+from flexpert.cluster.processes.transport import ChildLink
 
 OnMessage = Callable[[bytes], None]
 OnEnd = Callable[[str], None]
@@ -43,7 +43,7 @@ class ForkedHelper:
         self._launcher = launcher
         self._on_end = on_end
         self._why = ""
-        self._link = Link(on_message, self._cut_off)
+        self._link = ChildLink(on_message, self._cut_off)
         self._number = launcher.fork(entry, spec, self._link.child_end, self._exited)
 
     def send_pieces(self, pieces: Sequence[Piece]) -> None:

@@ -26,7 +26,7 @@ _MOST_RECEIVED = 64 * 2**20  # bytes of a message from a child
 _MOST_UNSENT = 256 * 2**20  # bytes that wait for a child that does not read
 
 
-class Link:
+class ChildLink:
     """One connection, on the event loop.
 
     on_message(message) may raise: the connection is closed then, like after a message that is none.
@@ -169,7 +169,7 @@ class Transport:
     ) -> None:
         self._on_report = on_report
         self._on_cut_off = on_cut_off
-        self._links: dict[int, Link] = {}
+        self._links: dict[int, ChildLink] = {}
 
     def open(self, rank: int) -> socket.socket:
         """A connection for a rank that is to be started. Returns the rank's end.
@@ -185,7 +185,7 @@ class Transport:
             self._on_report(rank, msg.decode_report(message))
 
         self.forget(rank)
-        link = self._links[rank] = Link(received, ended)
+        link = self._links[rank] = ChildLink(received, ended)
         return link.child_end
 
     def send(self, rank: int, command: msg.Command) -> None:

@@ -34,7 +34,7 @@ from flexpert.comm.buffer import (
     Reduce,
     Scales,
 )
-from flexpert.comm.cuda.cuda_exchange import Dispatched, Exchange, Tuning
+from flexpert.comm.cuda.cuda_exchange import CudaDispatched, CudaExchange, Tuning
 from flexpert.comm.cuda.cuda_layout import (
     LANES,
     MAX_EPOCH,
@@ -46,7 +46,14 @@ from flexpert.comm.cuda.cuda_layout import (
     read_report,
 )
 from flexpert.comm.cuda.cuda_received import CudaReceived
-from flexpert.comm.cuda.peers import Address, Memory, Window, decode, open_window, own_window
+from flexpert.comm.cuda.peers import (
+    CudaAddress,
+    CudaWindow,
+    WindowMemory,
+    decode,
+    open_window,
+    own_window,
+)
 from flexpert.comm.errors import CommError, Interrupted
 from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, loss_of
 from flexpert.comm.host.core import State
@@ -71,8 +78,8 @@ class CudaBuffer(DeviceBuffer):
         same_k: bool = False,
         tuning: Tuning | None = None,
     ) -> None:
-        """device: of the window; default: the current CUDA device. same_k: see `Exchange`, equal on
-        all ranks. The rest: see `make_buffer`."""
+        """device: of the window; default: the current CUDA device. same_k: see `CudaExchange`,
+        equal on all ranks. The rest: see `make_buffer`."""
         check(spec)
         device = device or default_device()
         self._page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -85,15 +92,15 @@ class CudaBuffer(DeviceBuffer):
             device=device,
             listener=self._hear,
         )
-        self._window: Window = own_window(layout(spec).size, self.device)
-        self.exchange = Exchange(
+        self._window: CudaWindow = own_window(layout(spec).size, self.device)
+        self.exchange = CudaExchange(
             rank, spec, self._window.tensor, self._page, same_k=same_k, tuning=tuning
         )
-        self._address = Address.of(self._control.address, spec, self._window).encode()
+        self._address = CudaAddress.of(self._control.address, spec, self._window).encode()
         if store is not None:  # peers that meet by id look here, once they have met
             store.set(self._key(rank), self._address)  # type: ignore[arg-type]
-        self._peers: dict[int, Memory] = {}
-        self._departed: list[Memory] = []
+        self._peers: dict[int, WindowMemory] = {}
+        self._departed: list[WindowMemory] = []
         self._thread = threading.get_ident()  # that exchanges
         self._links: dict[int, int] = {rank: 0}  # active on the device → number of the link
         self._limit_s = timeout_s
@@ -138,7 +145,7 @@ class CudaBuffer(DeviceBuffer):
             peers = sorted(set(peers))
             self._control.connect(peers, timeout_s=timeout_s)
             new = {peer: self._met(peer) for peer in peers if peer not in known}
-        opened: dict[int, Memory] = {}
+        opened: dict[int, WindowMemory] = {}
         try:
             for peer, address in new.items():
                 opened[peer] = open_window(peer, address, self.device)
@@ -158,7 +165,7 @@ class CudaBuffer(DeviceBuffer):
         """Of a process's address in the store; no other process ever has the same."""
         return f"flexpert/cuda/{self._control.nonce(peer).hex()}"
 
-    def _met(self, peer: int) -> Address:
+    def _met(self, peer: int) -> CudaAddress:
         assert self._store is not None
         return decode(peer, self._store.get(self._key(peer)), self.spec)
 
@@ -354,7 +361,7 @@ class CudaBuffer(DeviceBuffer):
         return Hook(receive)
 
     def _receive(
-        self, sent: Dispatched, sequence: int, timeout_s: float | None, *, waited: bool
+        self, sent: CudaDispatched, sequence: int, timeout_s: float | None, *, waited: bool
     ) -> CudaReceived:
         with self._lock:
             self._check_whole()

@@ -71,7 +71,7 @@ FEW = Tuning(workers=4, reducers=8, packers=4)
 
 
 @dataclass(frozen=True, slots=True)
-class Indexed:
+class CudaIndexed:
     """Where the rows of the last dispatch lie. Static tensors: each replay fills them anew.
 
     Rows are (token, local expert) pairs, by slot, then source rank, token and choice.
@@ -94,10 +94,10 @@ class Indexed:
 
 
 @dataclass(frozen=True, slots=True)
-class Dispatched:
+class CudaDispatched:
     """What a dispatch was called with, for its combine.
 
-    stride: by how many choices two tokens are apart; see `Exchange`.
+    stride: by how many choices two tokens are apart; see `CudaExchange`.
     """
 
     expert_ids: torch.Tensor
@@ -105,11 +105,11 @@ class Dispatched:
     table: ExpertTable
     tokens: int
     payload: str
-    indexed: Indexed
+    indexed: CudaIndexed
     stride: int
 
 
-class Exchange:
+class CudaExchange:
     """The kernels of one rank over a window that peers can write.
 
     window: [size of layout] uint8 on the device, zeroed.
@@ -208,7 +208,7 @@ class Exchange:
         *,
         fp8: Scales | None = None,
         wait: bool,
-    ) -> Dispatched:
+    ) -> CudaDispatched:
         """The sending half; with `wait` the peers' flags are waited for in the same launch.
 
         x: [tokens, hidden] spec.dtype, or uint8 [tokens, n]; expert_ids: [tokens, k] int32 or
@@ -234,15 +234,17 @@ class Exchange:
             WEIGHTS_AT=where.weights_at, SCALES_AT=where.scales_at, ROWS_AT=where.rows_at,
             WAIT=wait, CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.send_warps,
         )  # fmt: skip
-        return Dispatched(expert_ids, weights, table, tokens, str(fp8 or x.dtype), indexed, stride)
+        return CudaDispatched(
+            expert_ids, weights, table, tokens, str(fp8 or x.dtype), indexed, stride
+        )
 
-    def wait_dispatch(self, sent: Dispatched) -> None:
+    def wait_dispatch(self, sent: CudaDispatched) -> None:
         dispatch.wait_dispatch[(1,)](
             self.table, self.window.data_ptr(), sent.tokens, self.rank,
             R=self.spec.capacity, CHECKS=self.tuning.checks, SIM=self._sim, num_warps=1,
         )  # fmt: skip
 
-    def index(self, sent: Dispatched) -> Indexed:
+    def index(self, sent: CudaDispatched) -> CudaIndexed:
         """What came, by slot; the exchange has its number from here on."""
         spec = self.spec
         chunk = min(triton.next_power_of_2(self.most_rows), self.tuning.chunk)
@@ -258,13 +260,13 @@ class Exchange:
         self,
         out: torch.Tensor,
         y: torch.Tensor,
-        sent: Dispatched,
+        sent: CudaDispatched,
         *,
         reduce: Reduce,
         wait: bool,
         places: torch.Tensor | None = None,
     ) -> None:
-        """y: [rows, hidden] spec.dtype, in the order of `Indexed.rows`, or with `places` (see
+        """y: [rows, hidden] spec.dtype, in the order of `CudaIndexed.rows`, or with `places` (see
         expert_major.py) as these say; out: see `reduce`."""
         spec, tuning = self.spec, self.tuning
         pieces = triton.cdiv(spec.hidden, tuning.width)
@@ -291,7 +293,7 @@ class Exchange:
         self,
         out: torch.Tensor,
         y: torch.Tensor,
-        sent: Dispatched,
+        sent: CudaDispatched,
         *,
         reduce: Reduce,
         weights: torch.Tensor | None = None,
@@ -329,7 +331,7 @@ class Exchange:
         table: ExpertTable,
         *,
         fp8: Scales | None = None,
-    ) -> Dispatched:
+    ) -> CudaDispatched:
         """Send, wait and index: two launches."""
         sent = self.send_dispatch(x, expert_ids, weights, table, fp8=fp8, wait=True)
         self.index(sent)
@@ -338,7 +340,7 @@ class Exchange:
     def combine(
         self,
         y: torch.Tensor,
-        sent: Dispatched,
+        sent: CudaDispatched,
         out: torch.Tensor,
         *,
         reduce: Reduce = "rank",
@@ -354,7 +356,7 @@ class Exchange:
 
     # ---- views --------------------------------------------------------------------------------
 
-    def _indexed(self, x: torch.Tensor, slots: int, fp8: Scales | None) -> Indexed:
+    def _indexed(self, x: torch.Tensor, slots: int, fp8: Scales | None) -> CudaIndexed:
         spec, where = self.spec, self.layout
         places = spec.capacity * spec.max_tokens
         if slots not in self._offsets:
@@ -370,7 +372,7 @@ class Exchange:
             packed = self.window[where.scales_at : where.scales_at + places * size]
             kind = torch.int32 if fp8 == "ue8m0" else torch.float32
             scales = packed.view(kind).view(places, -1)
-        return Indexed(
+        return CudaIndexed(
             self._offsets[slots],
             self.rows,
             self.pairs,

@@ -93,7 +93,7 @@ def scale_bytes(hidden: int, fp8: Scales | None) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class CudaLayout:
     """Offsets in bytes from the start of a window, and its size."""
 
     weights_at: int
@@ -116,7 +116,7 @@ def check(spec: BufferSpec) -> None:
         raise ValueError(f"backend 'cuda' needs rows of whole 4 bytes; hidden is {spec.hidden}")
 
 
-def layout(spec: BufferSpec, *, home: bool = True) -> Layout:
+def layout(spec: BufferSpec, *, home: bool = True) -> CudaLayout:
     """home: with room for a result row for each choice of a token."""
     check(spec)
     tokens = spec.capacity * spec.max_tokens
@@ -126,7 +126,7 @@ def layout(spec: BufferSpec, *, home: bool = True) -> Layout:
     rows_at = align(scales_at + tokens * (spec.hidden // BLOCK) * 4, SECTION)
     results_at = align(rows_at + tokens * row, SECTION)
     size = align(results_at + tokens * row * (spec.topk if home else 1), SECTION)
-    return Layout(weights_at, scales_at, rows_at, results_at, size)
+    return CudaLayout(weights_at, scales_at, rows_at, results_at, size)
 
 
 def tag(epoch: int, link: int) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flexpert.comm.buffer import Received
-from flexpert.comm.cuda.cuda_exchange import Dispatched, Indexed
+from flexpert.comm.cuda.cuda_exchange import CudaDispatched, CudaIndexed
 from flexpert.comm.cuda.expert_major import ExpertMajor, pack
 from flexpert.comm.errors import StaleEpoch
 
@@ -26,7 +26,7 @@ class CudaReceived(Received):
     def __init__(
         self,
         buffer: CudaBuffer,
-        sent: Dispatched,
+        sent: CudaDispatched,
         masked: tuple[int, ...],
         epoch: int,
         sequence: int,
@@ -42,7 +42,7 @@ class CudaReceived(Received):
         self._scales: torch.Tensor | None = None
 
     @property
-    def indexed(self) -> Indexed:
+    def indexed(self) -> CudaIndexed:
         """Where the rows lie, without waiting for the device."""
         return self.sent.indexed
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flexpert.comm.cuda.cuda_exchange import Dispatched, Exchange
+from flexpert.comm.cuda.cuda_exchange import CudaDispatched, CudaExchange
 from flexpert.comm.cuda.wait_kernels import ARRIVED, SLOTS, part_of
 
 NOWHERE = -1  # in `places`: no row here
@@ -51,7 +51,9 @@ class ExpertMajor:
     places: torch.Tensor
 
     @classmethod
-    def empty(cls, exchange: Exchange, sent: Dispatched, limit: int, sources: int) -> ExpertMajor:
+    def empty(
+        cls, exchange: CudaExchange, sent: CudaDispatched, limit: int, sources: int
+    ) -> ExpertMajor:
         """Uninitialised tensors for a dispatch; limit: rows that a slot has room for."""
         slots, at = sent.table.slots, exchange.window.device
         payload, scales = sent.indexed.payload, sent.indexed.scales
@@ -178,7 +180,7 @@ def pack_rows(
             item += workers
 
 
-def pack(exchange: Exchange, sent: Dispatched, into: ExpertMajor) -> None:
+def pack(exchange: CudaExchange, sent: CudaDispatched, into: ExpertMajor) -> None:
     """Copy the rows of the last dispatch, which was indexed, into their places.
 
     Raises: ValueError: tensors that do not fit the dispatch.
@@ -208,7 +210,7 @@ def pack(exchange: Exchange, sent: Dispatched, into: ExpertMajor) -> None:
     )  # fmt: skip
 
 
-def _check(exchange: Exchange, sent: Dispatched, into: ExpertMajor) -> None:
+def _check(exchange: CudaExchange, sent: CudaDispatched, into: ExpertMajor) -> None:
     payload, scales, slots = sent.indexed.payload, sent.indexed.scales, sent.table.slots
     x, most = into.x, payload.shape[1]
     if (

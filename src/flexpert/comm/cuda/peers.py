@@ -18,7 +18,7 @@ from flexpert.comm.peer_memory import ImportedPages, export_pages
 from flexpert.comm.window_layout import spec_hash
 
 
-class Memory(Protocol):
+class WindowMemory(Protocol):
     """A window that this process can write: its own or a peer's.
 
     address: 0 after `close`. elsewhere: the owner is another process.
@@ -30,14 +30,14 @@ class Memory(Protocol):
     def close(self) -> None: ...
 
 
-class Window(Memory, Protocol):
+class CudaWindow(WindowMemory, Protocol):
     """The own window. tensor: [size] uint8. handle: for other processes."""
 
     tensor: torch.Tensor
     handle: bytes
 
 
-class Address(msgspec.Struct, frozen=True, array_like=True):
+class CudaAddress(msgspec.Struct, frozen=True, array_like=True):
     """What a peer needs to connect.
 
     control: address of the HostBuffer. pid, pointer: for ranks of one process; handle: for others.
@@ -50,17 +50,17 @@ class Address(msgspec.Struct, frozen=True, array_like=True):
     handle: bytes
 
     @classmethod
-    def of(cls, control: bytes, spec: BufferSpec, window: Window) -> Address:
+    def of(cls, control: bytes, spec: BufferSpec, window: CudaWindow) -> CudaAddress:
         return cls(control, spec_hash(spec), os.getpid(), window.address, window.handle)
 
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)
 
 
-def decode(peer: int, encoded: bytes, spec: BufferSpec) -> Address:
+def decode(peer: int, encoded: bytes, spec: BufferSpec) -> CudaAddress:
     """Raises: ValueError: no address of a GPU rank, or one of another spec."""
     try:
-        address = msgspec.msgpack.decode(encoded, type=Address)
+        address = msgspec.msgpack.decode(encoded, type=CudaAddress)
     except msgspec.MsgspecError as error:
         raise ValueError(f"the address of rank {peer} is none of a GPU rank") from error
     if address.spec != spec_hash(spec):
@@ -72,23 +72,23 @@ class _HostWindow:
     elsewhere = False
 
     def __init__(self, size: int) -> None:
-        self._lent = export_pages(size)
-        self.tensor = self._lent.bytes
+        self._exported = export_pages(size)
+        self.tensor = self._exported.bytes
         self.address = self.tensor.data_ptr()
-        self.handle = self._lent.address
+        self.handle = self._exported.address
 
     def close(self) -> None:
         if self.address:
             self.address = 0
-            self._lent.close()
+            self._exported.close()
 
 
 class _HostPeer:
     elsewhere = True
 
     def __init__(self, handle: bytes) -> None:
-        self._borrowed = ImportedPages(handle, writable=True)
-        self.address = self._borrowed.bytes.data_ptr()
+        self._imported = ImportedPages(handle, writable=True)
+        self.address = self._imported.bytes.data_ptr()
 
     def close(self) -> None:
         self.address = 0
@@ -104,12 +104,12 @@ class _SameProcess:
         self.address = 0
 
 
-def own_window(size: int, device: torch.device) -> Window:
+def own_window(size: int, device: torch.device) -> CudaWindow:
     """A new window, zeroed. Raises: CudaError: no memory."""
     return SharedMemory(size, device) if device.type == "cuda" else _HostWindow(size)
 
 
-def open_window(peer: int, address: Address, device: torch.device) -> Memory:
+def open_window(peer: int, address: CudaAddress, device: torch.device) -> WindowMemory:
     """Raises: PeerUnreachable: the process is gone, or its memory cannot be reached."""
     if address.pid == os.getpid():
         return _SameProcess(address.pointer)

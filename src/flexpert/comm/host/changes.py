@@ -95,7 +95,7 @@ class Changes:
             self._changed = True
             if isinstance(link, ShmLink):
                 nonce = link.address.nonce
-                lib.fx_lend(core.b, link.peer, link.inbox.number, nonce)
+                lib.fx_export_place(core.b, link.peer, link.inbox.number, nonce)
         self.apply_now()
         with core.changing, core.signalling:  # in this order, as everywhere
             if self._members.installed.get(link.peer) is link:
@@ -110,7 +110,7 @@ class Changes:
                     continue
                 self._watcher.remove(peer)
                 if isinstance(link, ShmLink):
-                    lib.fx_lend(core.b, peer, -1, ffi.NULL)
+                    lib.fx_export_place(core.b, peer, -1, ffi.NULL)
                 self._departed.append(link)
                 self._wishes[peer] = False
                 self._changed = True

@@ -15,7 +15,7 @@ from flexpert.comm.host.changes import Changes
 from flexpert.comm.host.core import Core, State
 from flexpert.comm.host.links import Greeting, Link, NixlLink, ShmLink, choose_channel
 from flexpert.comm.host.remote import Remote
-from flexpert.comm.host.window import Address, decode
+from flexpert.comm.host.window import WindowAddress, decode
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -79,8 +79,8 @@ class Connector:
                         rest.close()
                     raise
 
-    def _new_peers(self, peers: Mapping[int, bytes]) -> dict[int, Address]:
-        new: dict[int, Address] = {}
+    def _new_peers(self, peers: Mapping[int, bytes]) -> dict[int, WindowAddress]:
+        new: dict[int, WindowAddress] = {}
         for peer, encoded in peers.items():
             if peer == self._core.rank:
                 continue

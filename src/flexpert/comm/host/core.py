@@ -15,7 +15,7 @@ from typing import Any
 from flexpert.comm.buffer import BufferSpec, Received
 from flexpert.comm.errors import CommError, Interrupted, StaleEpoch
 from flexpert.comm.host._kernels import ffi, lib
-from flexpert.comm.host.window import Window
+from flexpert.comm.host.window import HostWindow
 from flexpert.comm.window_layout import (
     COMBINE_FLAG_AT,
     DISPATCH_FLAG_AT,
@@ -75,7 +75,7 @@ class Core:
         self.timeout_s = timeout_s
         self.lenient = lenient
         self._listener = listener
-        self.window = Window(rank, spec)
+        self.window = HostWindow(rank, spec)
 
         self.exchanging = threading.RLock()
         self.changing = threading.RLock()

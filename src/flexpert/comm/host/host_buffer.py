@@ -27,7 +27,7 @@ from flexpert.comm.host.arguments import check_settings
 from flexpert.comm.host.changes import Changes
 from flexpert.comm.host.connecting import Connector
 from flexpert.comm.host.core import Core, State
-from flexpert.comm.host.host_exchange import Exchange
+from flexpert.comm.host.host_exchange import HostExchange
 from flexpert.comm.host.links import Greeting, this_machine
 from flexpert.comm.host.members import Members
 from flexpert.comm.host.remote import Remote
@@ -69,7 +69,7 @@ class HostBuffer(Buffer):
         self._changes = changes = Changes(core, members, remote)
         self._connector = Connector(core, changes, remote, greeting=greeting, store=store)
         self._votes = Votes(core, members, changes, remote, waiter)
-        self._exchange = Exchange(core, changes, remote, waiter)
+        self._exchange = HostExchange(core, changes, remote, waiter)
 
     @property
     def spec(self) -> BufferSpec:  # type: ignore[override]

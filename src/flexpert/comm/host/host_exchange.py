@@ -51,7 +51,7 @@ class _Hook(Pending[T], Generic[T]):
         return self._receive(timeout_s)
 
 
-class Exchange:
+class HostExchange:
     """The methods of `Buffer` with the same names; see there for arguments and errors."""
 
     def __init__(self, core: Core, changes: Changes, remote: Remote, waiter: Waiter) -> None:

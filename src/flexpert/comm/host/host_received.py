@@ -15,7 +15,7 @@ from flexpert.comm.host.core import Core
 from flexpert.comm.host.workspace import Workspaces
 
 
-class Kind(IntEnum):
+class RowKind(IntEnum):
     """How a payload is to be read; both sides must mean the same."""
 
     ROWS = 0  # spec.dtype
@@ -25,10 +25,10 @@ class Kind(IntEnum):
     BYTES = 4
 
 
-_FP8: dict[Scales, Kind] = {
-    "float32": Kind.FP8_FLOAT32,
-    "power2": Kind.FP8_POWER2,
-    "ue8m0": Kind.FP8_UE8M0,
+_FP8: dict[Scales, RowKind] = {
+    "float32": RowKind.FP8_FLOAT32,
+    "power2": RowKind.FP8_POWER2,
+    "ue8m0": RowKind.FP8_UE8M0,
 }
 
 
@@ -36,7 +36,7 @@ _FP8: dict[Scales, Kind] = {
 class Payload:
     """One token's bytes on the wire: `bytes` of values, then `scale_bytes`."""
 
-    kind: Kind
+    kind: RowKind
     value_bytes: int
     scale_bytes: int = 0
 
@@ -50,9 +50,9 @@ def payload_of(spec: BufferSpec, x: torch.Tensor, fp8: Scales | None) -> Payload
     if x.dtype is torch.uint8:
         if fp8 is not None:
             raise ValueError(f"x is bytes already; fp8={fp8!r} takes {spec.dtype}")
-        return Payload(Kind.BYTES, x.shape[1])
+        return Payload(RowKind.BYTES, x.shape[1])
     if fp8 is None:
-        return Payload(Kind.ROWS, spec.hidden * spec.dtype.itemsize)
+        return Payload(RowKind.ROWS, spec.hidden * spec.dtype.itemsize)
     quant.check(spec.hidden, fp8)
     return Payload(_FP8[fp8], spec.hidden, quant.row_bytes(spec.hidden, fp8) - spec.hidden)
 
@@ -107,10 +107,10 @@ class HostReceived(Received):
             raw = self._rooms.room(self._rows.shape[0], self._payload.value_bytes, "x")
             self._gather(0, raw)
             kind = self._payload.kind
-            if kind is Kind.ROWS:
+            if kind is RowKind.ROWS:
                 self._x = raw.view(self._core.spec.dtype)
             else:
-                self._x = raw if kind is Kind.BYTES else raw.view(torch.float8_e4m3fn)
+                self._x = raw if kind is RowKind.BYTES else raw.view(torch.float8_e4m3fn)
         return self._x
 
     @property
@@ -119,7 +119,7 @@ class HostReceived(Received):
             self._check()
             raw = torch.empty((self._rows.shape[0], self._payload.scale_bytes), dtype=torch.uint8)
             self._gather(self._payload.value_bytes, raw)
-            packed = self._payload.kind is Kind.FP8_UE8M0
+            packed = self._payload.kind is RowKind.FP8_UE8M0
             self._scales = raw.view(torch.int32 if packed else torch.float32)
         return self._scales
 

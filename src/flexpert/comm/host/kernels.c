@@ -136,8 +136,8 @@ void fx_close(fx_buffer *b);
 uintptr_t fx_map(int fd, int64_t offset, int64_t size);
 void fx_unmap(uintptr_t at, int64_t size);
 int fx_punch(int fd, int64_t offset, int64_t size);
-void fx_lend(fx_buffer *b, int source, int64_t place, const char *nonce);
-int64_t fx_lent(fx_buffer *b, int peer);
+void fx_export_place(fx_buffer *b, int source, int64_t place, const char *nonce);
+int64_t fx_exported_place(fx_buffer *b, int peer);
 
 void fx_begin_epoch(fx_buffer *b, uint32_t epoch);
 void fx_unmask(fx_buffer *b, int peer);
@@ -248,7 +248,7 @@ static fx_lease *lease_of(const fx_buffer *b, int window, int source) {
 }
 
 /* Tell a source which place of the own window it may write; -1: none any more. */
-void fx_lend(fx_buffer *b, int source, int64_t place, const char *nonce) {
+void fx_export_place(fx_buffer *b, int source, int64_t place, const char *nonce) {
     fx_lease *lease = lease_of(b, b->rank, source);
     __atomic_store_n(&lease->place, 0, __ATOMIC_RELAXED);
     __atomic_thread_fence(__ATOMIC_RELEASE);
@@ -258,7 +258,7 @@ void fx_lend(fx_buffer *b, int source, int64_t place, const char *nonce) {
 }
 
 /* The place that a peer has exported to this very process, or -1. */
-int64_t fx_lent(fx_buffer *b, int peer) {
+int64_t fx_exported_place(fx_buffer *b, int peer) {
     const fx_lease *lease = lease_of(b, peer, b->rank);
     int64_t place = __atomic_load_n(&lease->place, __ATOMIC_ACQUIRE);
     if (place <= 0 || memcmp(lease->nonce, b->nonce, sizeof b->nonce) != 0) return -1;
@@ -502,7 +502,7 @@ static int has_come(fx_buffer *b, int source, int what) {
                                               : is_raised(b, source, flag_at)))
             return 1;
         if (what == FX_COMBINE || source == b->rank) return 0;
-        if (!b->outbox[source] && b->control[source] && fx_lent(b, source) >= 0) b->to_open = 1;
+        if (!b->outbox[source] && b->control[source] && fx_exported_place(b, source) >= 0) b->to_open = 1;
         if (!refresh(b, source, what)) return 0;
     }
     return 0;

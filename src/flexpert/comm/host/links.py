@@ -16,7 +16,7 @@ import msgspec
 from flexpert.comm.buffer import BufferSpec, Channel
 from flexpert.comm.host._kernels import ffi
 from flexpert.comm.host.memfd import boot_id
-from flexpert.comm.host.window import Address, PeerWindow, Place, Window
+from flexpert.comm.host.window import HostWindow, PeerWindow, WindowAddress, WindowPlace
 from flexpert.comm.window_layout import (
     COMBINE_FLAG_AT,
     DISPATCH_FLAG_AT,
@@ -43,7 +43,7 @@ class Greeting(msgspec.Struct, frozen=True, array_like=True):
 
     machine: str
     channel: Channel
-    address: Address
+    address: WindowAddress
 
 
 def this_machine() -> str:
@@ -69,7 +69,9 @@ class ShmLink:
 
     remote = False
 
-    def __init__(self, peer: int, address: Address, window: Window, spec: BufferSpec) -> None:
+    def __init__(
+        self, peer: int, address: WindowAddress, window: HostWindow, spec: BufferSpec
+    ) -> None:
         """Raises: PeerUnreachable, ValueError: see `PeerWindow`."""
         self.peer = peer
         self.address = address
@@ -111,14 +113,14 @@ class NixlLink:
     control = 0
 
     def __init__(
-        self, peer: int, address: Address, endpoint: nixl.Endpoint, spec: BufferSpec
+        self, peer: int, address: WindowAddress, endpoint: nixl.Endpoint, spec: BufferSpec
     ) -> None:
         """Raises: CommError: no memory for it."""
         self.peer = peer
         self.address = address
         self._layout = layout(spec)
         self._link = endpoint.link(self._layout.place_bytes, clear=ROWS_AT)
-        self.inbox = Place(-1, self._link.inbox)
+        self.inbox = WindowPlace(-1, self._link.inbox)
         self.outbox = self._link.outbox
 
     @property
@@ -158,7 +160,7 @@ class NixlLink:
             size = rows * self._layout.result_stride
             self._send(link, self._layout.results_at, size, COMBINE_FLAG_AT)
 
-    def _send(self, link: nixl.Link, offset: int, size: int, flag_at: int) -> None:
+    def _send(self, link: nixl.NixlEndpointLink, offset: int, size: int, flag_at: int) -> None:
         if size:
             link.write(offset, size, self._message(flag_at))
         else:

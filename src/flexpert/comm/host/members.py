@@ -85,7 +85,7 @@ class Members:
         for peer, link in self.installed.items():
             if isinstance(link, NixlLink) or (link.outbox and not again):
                 continue
-            place = lib.fx_lent(b, peer)
+            place = lib.fx_exported_place(b, peer)
             if place < 0 or place == link.place:
                 continue
             try:

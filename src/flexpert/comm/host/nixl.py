@@ -1,8 +1,9 @@
 """Peers behind NIXL: one-sided writes and short messages to processes on other machines.
 
-A `Link` is one peer: memory of ours that only it writes (`inbox`), and memory of ours (`outbox`)
-that is written to the same offsets of the inbox it exports us. An `Endpoint` is the NIXL agent that
-all links of a buffer share. No call waits for a peer, but for `close`, which has a limit.
+A `NixlEndpointLink` is one peer: memory of ours that only it writes (`inbox`), and memory of ours
+(`outbox`) that is written to the same offsets of the inbox it exports us. An `Endpoint` is the NIXL
+agent that all links of a buffer share. No call waits for a peer, but for `close`, which has a
+limit.
 
 What NIXL 1.5 with UCX does not promise, measured, and what is done about it here:
 
@@ -71,7 +72,7 @@ class LinkBroken(PeerUnreachable):
         self.peer = peer
 
 
-class Offer(msgspec.Struct, frozen=True, array_like=True):
+class NixlOffer(msgspec.Struct, frozen=True, array_like=True):
     """What a peer needs to write into an inbox."""
 
     agent: str
@@ -204,8 +205,8 @@ class Endpoint:
         self._errors = nixl.errors
         self._lock = threading.RLock()
         self._free: dict[int, list[_Region]] = {}  # size → registered, and nobody writes them
-        self._links: dict[bytes, Link] = {}  # token → those whose peer may still write
-        self._ripe: set[Link] = set()  # may have messages to hand out
+        self._links: dict[bytes, NixlEndpointLink] = {}  # token → those whose peer may still write
+        self._ripe: set[NixlEndpointLink] = set()  # may have messages to hand out
         self._remotes: dict[str, _Remote] = {}
         try:
             with _silence():
@@ -215,8 +216,8 @@ class Endpoint:
         if "UCX" not in self._agent.backends:
             raise CommError("this installation of NIXL has no UCX plugin")
 
-    def link(self, size: int, *, clear: int | None = None) -> Link:
-        """Memory for a new peer; `Link.open` connects.
+    def link(self, size: int, *, clear: int | None = None) -> NixlEndpointLink:
+        """Memory for a new peer; `NixlEndpointLink.open` connects.
 
         Args:
             size: bytes of the inbox and of the outbox, the same on both sides.
@@ -236,8 +237,8 @@ class Endpoint:
                 raise
             token = secrets.token_bytes(8)
             metadata = agent.get_partial_agent_metadata(inbox.registration, True, ["UCX"])
-            offer = Offer(self.name, metadata, inbox.at, size, token)
-            link = Link(self, inbox, outbox, offer)
+            offer = NixlOffer(self.name, metadata, inbox.at, size, token)
+            link = NixlEndpointLink(self, inbox, outbox, offer)
             self._links[token] = link
             return link
 
@@ -289,7 +290,7 @@ class Endpoint:
             raise CommError(f"NIXL endpoint {self.name} is closed")
         return self._agent
 
-    def _add_remote(self, offer: Offer, outbox: _Region) -> _Remote:
+    def _add_remote(self, offer: NixlOffer, outbox: _Region) -> _Remote:
         """Raises: PeerUnreachable"""
         agent = self._require_agent()
         known = self._remotes.get(offer.agent)
@@ -336,7 +337,7 @@ class Endpoint:
         region.clear(size if clear is None else clear)
         return region
 
-    def _recycle(self, link: Link) -> None:
+    def _recycle(self, link: NixlEndpointLink) -> None:
         """The peer will not write into the inbox any more."""
         del self._links[link._token]
         self._free[link.size].append(link._inbox)
@@ -387,7 +388,7 @@ class Endpoint:
             return all(flushed) and not any(link.peer in alive for link in self._links.values())
 
 
-class Link:
+class NixlEndpointLink:
     """One peer. Made by `Endpoint.link`.
 
     Attributes:
@@ -397,7 +398,9 @@ class Link:
         peer: name of the peer's agent; "" until `open`.
     """
 
-    def __init__(self, endpoint: Endpoint, inbox: _Region, outbox: _Region, offer: Offer) -> None:
+    def __init__(
+        self, endpoint: Endpoint, inbox: _Region, outbox: _Region, offer: NixlOffer
+    ) -> None:
         self.offer = msgspec.msgpack.encode(offer)
         self.inbox = inbox.at
         self.outbox = outbox.at
@@ -408,7 +411,7 @@ class Link:
         self._inbox = inbox
         self._outbox = outbox
         self._token = offer.token
-        self._theirs: Offer | None = None
+        self._theirs: NixlOffer | None = None
         self._remote: _Remote | None = None
         self._broken = ""
         self._sent = 0
@@ -427,7 +430,7 @@ class Link:
             ValueError: not an offer, of another size, or the link is open or closed.
         """
         try:
-            theirs = msgspec.msgpack.decode(offer, type=Offer)
+            theirs = msgspec.msgpack.decode(offer, type=NixlOffer)
         except msgspec.MsgspecError as error:
             raise ValueError(f"not the offer of a NIXL link: {error}") from error
         if theirs.size != self.size:
@@ -562,7 +565,7 @@ class Link:
 
     # ---- under the endpoint's lock ------------------------------------------------------------
 
-    def _require_open(self) -> Offer:
+    def _require_open(self) -> NixlOffer:
         self.check()
         if self._theirs is None or self.closed:
             raise CommError(f"the NIXL link {self.peer or 'without a peer'} is not open")

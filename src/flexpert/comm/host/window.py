@@ -23,7 +23,7 @@ from flexpert.comm.window_layout import (
     NONCE_BYTES,
     RANK_AT,
     SPEC_HASH_AT,
-    Layout,
+    WindowLayout,
     layout,
     spec_hash,
 )
@@ -31,7 +31,7 @@ from flexpert.comm.window_layout import (
 MEMFD_NAME = "flexpert-window"
 
 
-class Address(msgspec.Struct, frozen=True, array_like=True):
+class WindowAddress(msgspec.Struct, frozen=True, array_like=True):
     """What a peer needs to find a window and to know that it is the right one."""
 
     boot_id: str
@@ -43,14 +43,14 @@ class Address(msgspec.Struct, frozen=True, array_like=True):
     rank: int
 
 
-def encode(address: Address) -> bytes:
+def encode(address: WindowAddress) -> bytes:
     return msgspec.msgpack.encode(address)
 
 
-def decode(address: bytes) -> Address:
+def decode(address: bytes) -> WindowAddress:
     """Raises: ValueError: not an address of this backend."""
     try:
-        return msgspec.msgpack.decode(address, type=Address)
+        return msgspec.msgpack.decode(address, type=WindowAddress)
     except msgspec.MsgspecError as error:
         raise ValueError(f"not an address of a host window: {error}") from error
 
@@ -65,22 +65,22 @@ def map_part(fd: int, offset: int, size: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class WindowPlace:
     """The part of the own window that one source may write: its number and where it is mapped."""
 
     number: int
     at: int
 
 
-class Window:
+class HostWindow:
     """The own window: created with the control part only; it grows by a place for each peer."""
 
     def __init__(self, rank: int, spec: BufferSpec) -> None:
-        self.layout: Layout = layout(spec)
+        self.layout: WindowLayout = layout(spec)
         nonce = secrets.token_bytes(NONCE_BYTES)
         self.fd = memfd.create(MEMFD_NAME, CONTROL_BYTES)
         os.pwrite(self.fd, _header(spec_hash(spec), nonce, rank), MAGIC_AT)
-        self.address = Address(
+        self.address = WindowAddress(
             boot_id=boot_id(),
             pid=os.getpid(),
             started=start_time(os.getpid()),
@@ -90,10 +90,10 @@ class Window:
             rank=rank,
         )
         self.control = map_part(self.fd, 0, CONTROL_BYTES)
-        self._places: dict[int, Place] = {}
+        self._places: dict[int, WindowPlace] = {}
         self._next = 0
 
-    def export_memory(self) -> Place:
+    def export_memory(self) -> WindowPlace:
         """A place that was never exported before.
 
         Raises: CommError: there is no memory for it.
@@ -105,14 +105,14 @@ class Window:
                 memfd.reserve(self.fd, self.layout.place_at(number), self.layout.place_bytes)
         except OSError as error:
             raise CommError(f"no place of a window: {error.strerror}") from error
-        place = Place(
+        place = WindowPlace(
             number, map_part(self.fd, self.layout.place_at(number), self.layout.place_bytes)
         )
         self._next += 1
         self._places[number] = place
         return place
 
-    def take_back(self, place: Place) -> None:
+    def take_back(self, place: WindowPlace) -> None:
         """Unmap a place and give its memory back. A source that still writes writes into nothing
         that anybody reads."""
         del self._places[place.number]
@@ -138,7 +138,7 @@ class PeerWindow:
     Opening the control part never waits; the place is there once the peer has connected, too.
     """
 
-    def __init__(self, peer: int, address: Address, spec: BufferSpec) -> None:
+    def __init__(self, peer: int, address: WindowAddress, spec: BufferSpec) -> None:
         """
         Raises:
             PeerUnreachable: the process is gone, out of reach, or another one has its pid.
@@ -188,7 +188,7 @@ class PeerWindow:
             self._fd = -1
 
 
-def _open(peer: int, address: Address, spec: BufferSpec) -> int:
+def _open(peer: int, address: WindowAddress, spec: BufferSpec) -> int:
     """A descriptor of the peer's window. Never waits."""
     if address.spec != spec_hash(spec):
         raise ValueError(f"rank {peer} has a window of another spec than {spec}")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 
-class Address(msgspec.Struct, frozen=True, array_like=True):
+class NixlEpAddress(msgspec.Struct, frozen=True, array_like=True):
     """What a peer needs to connect.
 
     control: address of the HostBuffer. spec, slots: must be equal. The rest: of the store's memfd.
@@ -48,10 +48,10 @@ class Address(msgspec.Struct, frozen=True, array_like=True):
         return msgspec.msgpack.encode(self)
 
 
-def decode(peer: int, encoded: bytes, spec: BufferSpec, slots: int) -> Address:
+def decode(peer: int, encoded: bytes, spec: BufferSpec, slots: int) -> NixlEpAddress:
     """Raises: ValueError: no address of a nixl_ep rank, or one of other sizes."""
     try:
-        address = msgspec.msgpack.decode(encoded, type=Address)
+        address = msgspec.msgpack.decode(encoded, type=NixlEpAddress)
     except msgspec.MsgspecError as error:
         raise ValueError(f"the address of rank {peer} is none of a nixl_ep rank") from error
     if address.spec != spec_hash(spec) or address.slots != slots:
@@ -59,7 +59,7 @@ def decode(peer: int, encoded: bytes, spec: BufferSpec, slots: int) -> Address:
     return address
 
 
-class Place:
+class MeetingPlace:
     """Memory of this rank: a store for those who come to it."""
 
     def __init__(self) -> None:
@@ -67,18 +67,18 @@ class Place:
         self._fd = memfd.create(self._name, 0)
         self.store = SharedStore(self._fd)
 
-    def address(self, control: bytes, spec: BufferSpec, slots: int) -> Address:
+    def address(self, control: bytes, spec: BufferSpec, slots: int) -> NixlEpAddress:
         pid = os.getpid()
         started = memfd.start_time(pid)
-        return Address(control, spec_hash(spec), slots, pid, started, self._fd, self._name)
+        return NixlEpAddress(control, spec_hash(spec), slots, pid, started, self._fd, self._name)
 
     def close(self) -> None:
         self.store.close()
 
 
 @contextmanager
-def store_of(peer: int, address: Address) -> Iterator[SharedStore]:
-    """The store of a peer's `Place`. Raises: PeerUnreachable: the process is gone."""
+def store_of(peer: int, address: NixlEpAddress) -> Iterator[SharedStore]:
+    """The store of a peer's `MeetingPlace`. Raises: PeerUnreachable: the process is gone."""
     store = SharedStore(
         memfd.open_of(
             f"rank {peer}",

@@ -49,14 +49,14 @@ from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, loss_of
 from flexpert.comm.host.core import State
 from flexpert.comm.nixl_ep.expert_numbers import numbered, once
 from flexpert.comm.nixl_ep.meeting import (
-    Address,
-    Place,
+    MeetingPlace,
+    NixlEpAddress,
     at_the_door,
     decode,
     pair_store,
     store_of,
 )
-from flexpert.comm.nixl_ep.nixl_ep_received import Dispatched, NixlReceived
+from flexpert.comm.nixl_ep.nixl_ep_received import NixlEpDispatched, NixlReceived
 from flexpert.comm.nixl_ep.package import Package, check, check_room, find
 from flexpert.comm.nixl_ep.shared_store import SharedStore
 from flexpert.comm.routing import check_dispatch, check_table
@@ -125,7 +125,7 @@ class NixlEpBuffer(DeviceBuffer):
         self._taking_part = {rank}
         self._out_of_step = False  # nixl_ep dispatched, and did not combine
         self._captured = False
-        self._place = Place()
+        self._place = MeetingPlace()
         self._ep: Any = None
         try:
             self._ep = self._open(package)
@@ -197,7 +197,7 @@ class NixlEpBuffer(DeviceBuffer):
         """As in `Buffer`; but also with addresses, each pair waits for each other."""
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         known = set(self.connected)
-        addresses: dict[int, Address] = {}
+        addresses: dict[int, NixlEpAddress] = {}
         if isinstance(peers, Mapping):
             addresses = {
                 peer: decode(peer, address, self.spec, self.slots)
@@ -221,7 +221,7 @@ class NixlEpBuffer(DeviceBuffer):
         if activate:
             self.unmask(peers)
 
-    def _link(self, peer: int, address: Address | None, deadline: float) -> None:
+    def _link(self, peer: int, address: NixlEpAddress | None, deadline: float) -> None:
         """Have nixl_ep connect to a peer, which does the same; masked."""
         with self._meeting_place(peer, address) as store:
             nonces = self._control.nonce(self.rank), self._control.nonce(peer)
@@ -244,7 +244,7 @@ class NixlEpBuffer(DeviceBuffer):
             self._linked.add(peer)
 
     def _meeting_place(
-        self, peer: int, address: Address | None
+        self, peer: int, address: NixlEpAddress | None
     ) -> AbstractContextManager[Store | SharedStore]:
         if address is None:
             assert self._store is not None  # the control buffer has met the peer there
@@ -436,7 +436,7 @@ class NixlEpBuffer(DeviceBuffer):
             self._state = State.BROKEN  # first: a signal may strike right after the launch
             got, counts, handle, hook = self._launch(x, numbers, fp8, later=later)
             recv_x, scales = got if fp8 is not None else (got, None)
-            sent = Dispatched(
+            sent = NixlEpDispatched(
                 expert_ids,
                 given,
                 table,
@@ -520,7 +520,7 @@ class NixlEpBuffer(DeviceBuffer):
         self._out_of_step = not self._out_of_step
         return hook
 
-    def _receive(self, sent: Dispatched, sequence: int) -> NixlReceived:
+    def _receive(self, sent: NixlEpDispatched, sequence: int) -> NixlReceived:
         with self._lock:
             self._check_whole()
             self._check_turn(State.DISPATCHED, sequence, "dispatch")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Indexed:
+class NixlEpIndexed:
     """Where the rows of a dispatch lie, without waiting for the device.
 
     offsets: [slots + 1] int32; rows of slot s are offsets[s] … offsets[s+1]-1.
@@ -34,7 +34,7 @@ class Indexed:
 
 
 @dataclass(slots=True, eq=False)
-class Dispatched:
+class NixlEpDispatched:
     """One dispatch.
 
     expert_ids, weights, table, tokens: as given. numbers, factors: what nixl_ep was told, at least
@@ -53,17 +53,17 @@ class Dispatched:
     counts: torch.Tensor
     handle: tuple[torch.Tensor, torch.Tensor, Any, Any]
     receive: Callable[[], None] | None
-    indexed: Indexed | None = field(default=None)
+    indexed: NixlEpIndexed | None = field(default=None)
 
     @property
     def limit(self) -> int:
         return self.recv_x.shape[1]
 
-    def index(self, most: int) -> Indexed:
+    def index(self, most: int) -> NixlEpIndexed:
         """Once received. most: rows that there may be."""
         offsets, places = packed(self.counts, self.limit, most)
         rows = torch.where(places < self.recv_x.shape[0] * self.limit, places, 0)
-        self.indexed = Indexed(offsets, rows, places, self.recv_x.flatten(0, 1))
+        self.indexed = NixlEpIndexed(offsets, rows, places, self.recv_x.flatten(0, 1))
         return self.indexed
 
 
@@ -78,8 +78,8 @@ class NixlReceived(Received):
     def __init__(
         self,
         buffer: NixlEpBuffer,
-        sent: Dispatched,
-        indexed: Indexed,
+        sent: NixlEpDispatched,
+        indexed: NixlEpIndexed,
         masked: tuple[int, ...],
         epoch: int,
         sequence: int,

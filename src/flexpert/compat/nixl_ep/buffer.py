@@ -24,11 +24,11 @@ from flexpert.compat.nixl_ep.call_checks import (
     check_x,
     scales,
 )
-from flexpert.compat.nixl_ep.cpu_exchange import Cpu
+from flexpert.compat.nixl_ep.cpu_exchange import CpuDevice
 from flexpert.compat.nixl_ep.current_store import CurrentStore
 from flexpert.compat.nixl_ep.device_exchange import Device, Handle, on_gpu, wanted
 from flexpert.compat.nixl_ep.lifetime import Lifetime
-from flexpert.compat.nixl_ep.paired_exchange import Exchange, Receive
+from flexpert.compat.nixl_ep.paired_exchange import PairedExchange, Receive
 from flexpert.compat.nixl_ep.sizes import size_hint, spec_from_bytes
 from flexpert.compat.nixl_ep.tuning import Config
 from flexpert.compat.nixl_ep.utils import EventOverlap, Now, Recorded
@@ -105,7 +105,7 @@ class Buffer:
         self.runtime: Core | None = None
         self._store = CurrentStore(tcp_store_group)
         self._experts = 0
-        self._exchange: Exchange[Any] | None = None
+        self._exchange: PairedExchange[Any] | None = None
         self._raw: dict[bool, torch.Tensor] = {}
         self._lifetime: Lifetime | None = None
         self._destroyed = False
@@ -163,7 +163,7 @@ class Buffer:
             device = self._device(spec)
             core = self.runtime = device.core
             self._lifetime = Lifetime(core)
-            self._exchange = Exchange(core, device, num_experts_per_rank, self._lifetime)
+            self._exchange = PairedExchange(core, device, num_experts_per_rank, self._lifetime)
             self._experts = num_experts_per_rank
             if not self.explicitly_destroy:
                 weakref.finalize(self, self._lifetime.end)
@@ -211,7 +211,8 @@ class Buffer:
         self._core().disconnect([int(rank) for rank in remote_ranks])
 
     def update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Exchange with a connected rank from the next dispatch on, or with `mask`, no longer.
+        """Exchange with a connected rank from the next dispatch on, or with `mask`, no
+        longer.
 
         Raises: ValueError: masking the own rank, unmasking one that is not connected, or an id
             beyond the capacity.
@@ -470,13 +471,13 @@ class Buffer:
     def _device(self, spec: BufferSpec) -> Device[Any]:
         timeout_s, store = self.timeout_ms / 1000, cast("Store", self._store)
         if wanted() == "cpu":
-            return Cpu(
+            return CpuDevice(
                 make_buffer(self.rank, spec, timeout_s=timeout_s, on_timeout="mask", store=store)
             )
         require()
-        from flexpert.compat.nixl_ep.gpu_exchange import Gpu  # needs Triton
+        from flexpert.compat.nixl_ep.gpu_exchange import GpuDevice  # needs Triton
 
-        return Gpu.of(self.rank, spec, timeout_s, store)
+        return GpuDevice.of(self.rank, spec, timeout_s, store)
 
     def _check_alive(self) -> None:
         if self._destroyed:
@@ -488,9 +489,9 @@ class Buffer:
             raise CommError(f"rank {self.rank}: call update_memory_buffers first")
         return self.runtime
 
-    def _exchanges(self) -> Exchange[Any]:
+    def _exchanges(self) -> PairedExchange[Any]:
         self._core()
-        return cast("Exchange[Any]", self._exchange)
+        return cast("PairedExchange[Any]", self._exchange)
 
     def _ranks(self, core: Core, num_experts: int | None) -> int:
         """How many ranks the tensors of a dispatch are for."""

@@ -12,12 +12,12 @@ from flexpert.comm.buffer import Buffer, Received
 from flexpert.comm.errors import CommError
 from flexpert.comm.host._kernels import lib
 from flexpert.compat.nixl_ep.call_checks import counting_weights
-from flexpert.compat.nixl_ep.device_exchange import Device, Dispatched
+from flexpert.compat.nixl_ep.device_exchange import Device, DeviceDispatched
 from flexpert.compat.nixl_ep.expert_major_tensors import Arrival, collect, spread
-from flexpert.compat.nixl_ep.returned_memory import Memory
+from flexpert.compat.nixl_ep.returned_memory import ReturnedMemory
 
 
-class Cpu(Device[Arrival]):
+class CpuDevice(Device[Arrival]):
     """See `Device`."""
 
     at = torch.device("cpu")
@@ -26,7 +26,7 @@ class Cpu(Device[Arrival]):
 
     def __init__(self, core: Buffer) -> None:
         self.core = core
-        self._memory = Memory()
+        self._memory = ReturnedMemory()
 
     def admit(self) -> None:
         """The exchange itself does it."""
@@ -48,7 +48,7 @@ class Cpu(Device[Arrival]):
     def staged(self, shape: tuple[int, ...]) -> torch.Tensor:
         return self._memory.combine.take(shape, torch.bfloat16)
 
-    def fill(self, done: Dispatched[Arrival], received: Received) -> Arrival:
+    def fill(self, done: DeviceDispatched[Arrival], received: Received) -> Arrival:
         arrival = Arrival.of(received.offsets, received.source, done.ranks, done.limit)
         done.recv_count.copy_(arrival.per_expert)
         done.src_info.view(-1)[arrival.places] = received.token
@@ -63,7 +63,7 @@ class Cpu(Device[Arrival]):
             spread(received.scales[:, : done.scales.shape[2]], arrival.places, done.scales)
         return arrival
 
-    def again(self, done: Dispatched[Arrival], came: Arrival, received: Received) -> Arrival:
+    def again(self, done: DeviceDispatched[Arrival], came: Arrival, received: Received) -> Arrival:
         """Ranks that were masked since then bring no rows.
 
         Raises: CommError: the rows are not those of `done`.
@@ -96,6 +96,6 @@ class Cpu(Device[Arrival]):
         return self.core.begin_combine(y, received, reduce="home", weights=weights, out=out)
 
     def counting(
-        self, topk_idx: torch.Tensor, weights: torch.Tensor, done: Dispatched[Arrival]
+        self, topk_idx: torch.Tensor, weights: torch.Tensor, done: DeviceDispatched[Arrival]
     ) -> torch.Tensor:
         return counting_weights(topk_idx, weights, done.experts)

@@ -35,7 +35,7 @@ def on_gpu() -> bool:
 
 
 @dataclass(slots=True, eq=False)
-class Dispatched(Generic[A]):
+class DeviceDispatched(Generic[A]):
     """A dispatch of the user's: what was sent, the tensors that show what came, how to combine it.
 
     experts: [tokens, k], of `Device.routes`.
@@ -104,11 +104,11 @@ class Device(ABC, Generic[A]):
         """[shape] bfloat16 for the user to write results into."""
 
     @abstractmethod
-    def fill(self, done: Dispatched[A], received: Received) -> A:
+    def fill(self, done: DeviceDispatched[A], received: Received) -> A:
         """Write what came into the tensors of `done`."""
 
     @abstractmethod
-    def again(self, done: Dispatched[A], came: A, received: Received) -> A:
+    def again(self, done: DeviceDispatched[A], came: A, received: Received) -> A:
         """`came` of the dispatch that repeats `done`; the rows are where they were."""
 
     @abstractmethod
@@ -135,7 +135,7 @@ class Device(ABC, Generic[A]):
 
     @abstractmethod
     def counting(
-        self, topk_idx: torch.Tensor, weights: torch.Tensor, done: Dispatched[A]
+        self, topk_idx: torch.Tensor, weights: torch.Tensor, done: DeviceDispatched[A]
     ) -> torch.Tensor:
         """[tokens, k] float32: the weights for `combine`.
 

@@ -16,14 +16,14 @@ from flexpert.comm.cuda.cuda_buffer import CudaBuffer
 from flexpert.comm.cuda.cuda_received import CudaReceived
 from flexpert.comm.cuda.expert_major import NOWHERE, ExpertMajor
 from flexpert.comm.errors import CommError
-from flexpert.compat.nixl_ep.device_exchange import Device, Dispatched
+from flexpert.compat.nixl_ep.device_exchange import Device, DeviceDispatched
 from flexpert.compat.nixl_ep.expert_major_tensors import column_major, widened
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 
-class Gpu(Device[torch.Tensor]):
+class GpuDevice(Device[torch.Tensor]):
     """See `Device`. What is remembered of a dispatch are its `places`, see `ExpertMajor`.
 
     Tensors are new for each call: torch's allocator has them at no cost, and knows which belong to
@@ -45,7 +45,7 @@ class Gpu(Device[torch.Tensor]):
         self._captured = False  # the last dispatch
 
     @classmethod
-    def of(cls, rank: int, spec: BufferSpec, timeout_s: float, store: Store) -> Gpu:
+    def of(cls, rank: int, spec: BufferSpec, timeout_s: float, store: Store) -> GpuDevice:
         """With a buffer on the current GPU."""
         core = CudaBuffer(
             rank, spec, timeout_s=timeout_s, on_timeout="mask", store=store, same_k=True
@@ -86,7 +86,7 @@ class Gpu(Device[torch.Tensor]):
     def staged(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device=self.at)
 
-    def fill(self, done: Dispatched[torch.Tensor], received: Received) -> torch.Tensor:
+    def fill(self, done: DeviceDispatched[torch.Tensor], received: Received) -> torch.Tensor:
         places = torch.empty_like(self._nowhere)
         into = ExpertMajor(
             done.recv_x, done.scales, done.recv_count, done.src_info, done.layout_range, places
@@ -96,7 +96,7 @@ class Gpu(Device[torch.Tensor]):
         return places
 
     def again(
-        self, done: Dispatched[torch.Tensor], came: torch.Tensor, received: Received
+        self, done: DeviceDispatched[torch.Tensor], came: torch.Tensor, received: Received
     ) -> torch.Tensor:
         """Places are by source, token and choice; those of ranks that left are not looked at."""
         return came
@@ -134,7 +134,7 @@ class Gpu(Device[torch.Tensor]):
         return lambda: sums
 
     def counting(
-        self, topk_idx: torch.Tensor, weights: torch.Tensor, done: Dispatched[torch.Tensor]
+        self, topk_idx: torch.Tensor, weights: torch.Tensor, done: DeviceDispatched[torch.Tensor]
     ) -> torch.Tensor:
         """As they are: topk_idx itself says at combine which rows count."""
         shape = done.experts.shape

@@ -21,7 +21,7 @@ import torch
 
 from flexpert.comm.buffer import Buffer, ExpertTable, Received, Scales
 from flexpert.comm.errors import StaleEpoch
-from flexpert.compat.nixl_ep.device_exchange import A, Device, Dispatched, Handle
+from flexpert.compat.nixl_ep.device_exchange import A, Device, DeviceDispatched, Handle
 from flexpert.compat.nixl_ep.expert_major_tensors import widened
 from flexpert.compat.nixl_ep.lifetime import Lifetime
 
@@ -46,7 +46,7 @@ class Receive:
         self()
 
 
-class Exchange(Generic[A]):
+class PairedExchange(Generic[A]):
     """What stands between the user's calls and `core`, in one thread at a time."""
 
     def __init__(
@@ -56,7 +56,7 @@ class Exchange(Generic[A]):
         self.device = device
         self._experts = experts_per_rank
         self._lifetime = lifetime
-        self._kept: deque[Dispatched[A]] = deque(maxlen=_KEPT)
+        self._kept: deque[DeviceDispatched[A]] = deque(maxlen=_KEPT)
         self._outstanding: Receive | None = None
         self._uncombined: Received | None = None
         self._table = _table(core.spec.capacity, experts_per_rank, device.at)
@@ -77,7 +77,7 @@ class Exchange(Generic[A]):
         later: bool,
         recv_stats: torch.Tensor | None,
         wait_stats: torch.Tensor | None,
-    ) -> tuple[Dispatched[A], Receive]:
+    ) -> tuple[DeviceDispatched[A], Receive]:
         """Send; receive too unless `later`. Arguments are checked but for what `core` checks."""
         with self._lifetime.call():
             self.settle()
@@ -110,7 +110,7 @@ class Exchange(Generic[A]):
         ranks: int,
         hidden: int,
         fp8: Scales | None,
-    ) -> Dispatched[A]:
+    ) -> DeviceDispatched[A]:
         local, limit, at = self._experts, ranks * max_tokens, self.device.at
         packed = fp8 == "ue8m0"
         recv_x, scales = self.device.recv_x(
@@ -119,7 +119,7 @@ class Exchange(Generic[A]):
             0 if fp8 is None else hidden // (512 if packed else 128),
             torch.int32 if packed else torch.float32,
         )
-        return Dispatched(
+        return DeviceDispatched(
             experts=experts,
             table=self._table,
             ranks=ranks,
@@ -149,7 +149,7 @@ class Exchange(Generic[A]):
 
     # ---- combine ----------------------------------------------------------------------------
 
-    def find(self, handle: Handle) -> Dispatched[A]:
+    def find(self, handle: Handle) -> DeviceDispatched[A]:
         """Raises: StaleEpoch: not one of the last two dispatches."""
         for done in self._kept:
             if handle[0].data_ptr() == done.src_info.data_ptr():
@@ -164,7 +164,7 @@ class Exchange(Generic[A]):
         x: torch.Tensor,
         topk_idx: torch.Tensor,
         weights: torch.Tensor,
-        done: Dispatched[A],
+        done: DeviceDispatched[A],
         *,
         out: torch.Tensor,
         later: bool,
@@ -205,7 +205,7 @@ class Exchange(Generic[A]):
 
             return self._finish(receive, later)
 
-    def _again(self, done: Dispatched[A], came: A) -> tuple[Received, A]:
+    def _again(self, done: DeviceDispatched[A], came: A) -> tuple[Received, A]:
         """A dispatch of as many tokens; returns it, and where its rows lie in the user's x."""
         self.settle()
         tokens = done.experts.shape[0]
@@ -213,7 +213,7 @@ class Exchange(Generic[A]):
         self._uncombined = received = self._dispatch(probe, done.experts, done.table)()
         return received, self.device.again(done, came, received)
 
-    def stage(self, done: Dispatched[A]) -> torch.Tensor:
+    def stage(self, done: DeviceDispatched[A]) -> torch.Tensor:
         """[experts, limit, hidden] bf16 to write results into, for `combine(zero_copy=True)`."""
         self._staged = self.device.staged(tuple(done.recv_x.shape))
         return self._staged
@@ -264,7 +264,7 @@ def _table(ranks: int, experts_per_rank: int, at: torch.device) -> ExpertTable:
     return ExpertTable(owner, expert - owner * experts_per_rank, experts_per_rank)
 
 
-def _came(done: Dispatched[A]) -> A:
+def _came(done: DeviceDispatched[A]) -> A:
     if done.came is None:
         raise StaleEpoch("combine of a dispatch that was not received: its exchange had failed")
     return done.came

@@ -1,4 +1,4 @@
-"""Memory for the tensors that dispatch returns, used again and again.
+"""ReturnedMemory for the tensors that dispatch returns, used again and again.
 
 An expert-major tensor has room for the worst case and is mostly empty. Taken anew for each
 dispatch it would cost a page fault for every 4 KiB that arrive; so there are two of each, used in
@@ -28,7 +28,7 @@ class Room:
         return self._bytes[:size].view(dtype).view(shape)
 
 
-class Memory:
+class ReturnedMemory:
     """What a rank's calls write into."""
 
     def __init__(self) -> None:

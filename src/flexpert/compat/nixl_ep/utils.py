@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 
-class Event(Protocol):
+class DeviceEvent(Protocol):
     """Something that happens later."""
 
     def current_stream_wait(self) -> None:
@@ -42,7 +42,9 @@ class EventOverlap:
     """
 
     def __init__(
-        self, event: Event | None = None, extra_tensors: tuple[torch.Tensor, ...] | None = None
+        self,
+        event: DeviceEvent | None = None,
+        extra_tensors: tuple[torch.Tensor, ...] | None = None,
     ) -> None:
         self.event = event
         self.extra_tensors = extra_tensors

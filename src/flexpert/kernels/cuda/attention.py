@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Tiling:
+class AttentionTiling:
     """rows: of queries in a program, tokens times heads of a group. keys: that it looks at in one
     go. fill: programs for each multiprocessor, below which keys are split."""
 
@@ -391,7 +391,7 @@ def attend(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    tiling: Tiling | None = None,
+    tiling: AttentionTiling | None = None,
 ) -> Tensor:
     """Attend causally over a cache that has this step's keys and values; see `paged_attention`.
 
@@ -483,16 +483,16 @@ def _padded(dim: int) -> int:
     return max(16, int(triton.next_power_of_2(dim)))
 
 
-def choose(key_dim: int, *, decode: bool, dtype: torch.dtype) -> Tiling:
+def choose(key_dim: int, *, decode: bool, dtype: torch.dtype) -> AttentionTiling:
     """A tiling for a padded dimension of keys, measured on an H100; float32 is for checking."""
     keys = 64 if key_dim <= 128 else 32
     if dtype == torch.float32:
-        return Tiling(64, keys, warps=4, stages=2)
+        return AttentionTiling(64, keys, warps=4, stages=2)
     if decode:
-        return Tiling(64, keys, warps=4, stages=3)
+        return AttentionTiling(64, keys, warps=4, stages=3)
     if key_dim <= 128:
-        return Tiling(64, 64, warps=4, stages=2, fill=1)
-    return Tiling(128, 64, warps=8, stages=2, fill=1)
+        return AttentionTiling(64, 64, warps=4, stages=2, fill=1)
+    return AttentionTiling(128, 64, warps=8, stages=2, fill=1)
 
 
 def _splits(programs: int, most: int, fill: int, device: torch.device) -> int:

@@ -18,7 +18,7 @@ from flexpert.kernels import block_fp8 as fp8
 
 
 @dataclass(frozen=True, slots=True)
-class Tiling:
+class ProductTiling:
     """How a product is cut. rows, columns, depth: of a tile.
 
     waves: programs for each multiprocessor, which take several tiles; 0: one for each tile.
@@ -164,7 +164,7 @@ def _product(
 
 def choose(
     rows: int, slots: int, *, gated: bool, scaled: bool, dtype: torch.dtype = torch.bfloat16
-) -> Tiling:
+) -> ProductTiling:
     """A tiling for at most `rows` rows over `slots` experts; see tools/gpu/tune_experts.py.
 
     Up to some fifty rows an expert the product is as fast as the weights come from memory.
@@ -172,29 +172,29 @@ def choose(
     multiprocessor's shared memory, and a row's result does not depend on how many rows there are.
     """
     if dtype == torch.float32:
-        return Tiling(32, 64, 32, warps=4, stages=3, swap=False)
+        return ProductTiling(32, 64, 32, warps=4, stages=3, swap=False)
     each = rows / max(1, min(rows, slots))
     if scaled:
         if each <= 8:
-            return Tiling(16, 64, 128, warps=4, stages=4, swap=False)
+            return ProductTiling(16, 64, 128, warps=4, stages=4, swap=False)
         if each <= 40:
-            return Tiling(32, 128, 128, warps=4, stages=3, swap=False)
+            return ProductTiling(32, 128, 128, warps=4, stages=3, swap=False)
         if each <= 80:
             if gated:
-                return Tiling(64, 64, 128, warps=4, stages=3, swap=True, waves=2)
-            return Tiling(64, 128, 64, warps=4, stages=4, swap=False, waves=2)
+                return ProductTiling(64, 64, 128, warps=4, stages=3, swap=True, waves=2)
+            return ProductTiling(64, 128, 64, warps=4, stages=4, swap=False, waves=2)
         if gated:
-            return Tiling(128, 128, 64, warps=8, stages=3, swap=True, waves=2)
-        return Tiling(128, 256, 64, warps=8, stages=3, swap=False, waves=2)
+            return ProductTiling(128, 128, 64, warps=8, stages=3, swap=True, waves=2)
+        return ProductTiling(128, 256, 64, warps=8, stages=3, swap=False, waves=2)
     if each <= 8:
-        return Tiling(16, 64, 128, warps=4, stages=4, swap=True)
+        return ProductTiling(16, 64, 128, warps=4, stages=4, swap=True)
     if each <= 48:
-        return Tiling(32, 128, 128, warps=8, stages=3, swap=True, waves=4)
+        return ProductTiling(32, 128, 128, warps=8, stages=3, swap=True, waves=4)
     if each <= 128:
-        return Tiling(64, 128, 64, warps=8, stages=4, swap=True, waves=1 if gated else 2)
+        return ProductTiling(64, 128, 64, warps=8, stages=4, swap=True, waves=1 if gated else 2)
     if gated:
-        return Tiling(128, 128, 64, warps=8, stages=4, swap=False, waves=2)
-    return Tiling(128, 256, 64, warps=8, stages=3, swap=False, waves=1)
+        return ProductTiling(128, 128, 64, warps=8, stages=4, swap=False, waves=2)
+    return ProductTiling(128, 256, 64, warps=8, stages=3, swap=False, waves=1)
 
 
 def grouped_product(
@@ -208,7 +208,7 @@ def grouped_product(
     biases: Tensor | None = None,
     gated: bool = False,
     expected: int | None = None,
-    tiling: Tiling | None = None,
+    tiling: ProductTiling | None = None,
 ) -> Tensor:
     """Each row times its expert's weights, transposed, plus its bias.
 

@@ -96,12 +96,12 @@ class DeviceStore:
         self.shapes = tuple(shapes)
         self.experts = experts
         self._shelf_bytes = shelf_bytes
-        self._lent = export_pages(_Directory.size(len(shapes), experts))
-        self._directory = _Directory(self._lent.bytes, len(shapes), experts)
+        self._exported = export_pages(_Directory.size(len(shapes), experts))
+        self._directory = _Directory(self._exported.bytes, len(shapes), experts)
         self._shelves: dict[int, _Shelf] = {}
         self._places: dict[Key, tuple[int, int]] = {}  # of experts that are here or come
         self._last = -1  # shelf that was made
-        self.address = self._lent.address
+        self.address = self._exported.address
 
     def __contains__(self, key: Key) -> bool:
         return self._directory.place(key) is not None
@@ -109,7 +109,7 @@ class DeviceStore:
     @property
     def resident(self) -> int:
         """Bytes of this machine's memory it takes now."""
-        return self._lent.resident + sum(s.memory.resident for s in self._shelves.values())
+        return self._exported.resident + sum(s.memory.resident for s in self._shelves.values())
 
     def weights(self, key: Key) -> ExpertWeights:
         """The place of an expert, to be filled or used; one is taken if it has none.

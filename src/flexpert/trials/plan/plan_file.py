@@ -17,7 +17,7 @@ _MOST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
+class PlanPhase:
     """ranks: ids that begin the phase, sorted; kill: those of them that do not survive it."""
 
     ranks: tuple[int, ...]
@@ -27,7 +27,7 @@ class Phase:
         return " ".join(f"{rank}†" if rank in self.kill else str(rank) for rank in self.ranks)
 
 
-def load(path: Path) -> list[Phase]:
+def load(path: Path) -> list[PlanPhase]:
     """Raises: ConfigError: no such file, or not a plan; says where and what is wrong."""
     text = read_text(path, "plan", most=_MOST_BYTES)
     try:
@@ -37,7 +37,7 @@ def load(path: Path) -> list[Phase]:
     return parse(plan, str(path))
 
 
-def parse(plan: Any, name: str = "plan") -> list[Phase]:
+def parse(plan: Any, name: str = "plan") -> list[PlanPhase]:
     """A phase is a list of ids, negative ones die; or {"ranks": [...], "kill": [...]}.
 
     Raises: ConfigError: see `load`.
@@ -55,7 +55,7 @@ def parse(plan: Any, name: str = "plan") -> list[Phase]:
     return phases
 
 
-def _phase(phase: Any, where: str) -> Phase:
+def _phase(phase: Any, where: str) -> PlanPhase:
     if isinstance(phase, dict):
         if unknown := set(phase) - {"ranks", "kill"}:
             raise ConfigError(f'{where}: {shown(min(unknown))!r} is not "ranks" or "kill"')
@@ -81,21 +81,21 @@ def _phase(phase: Any, where: str) -> Phase:
         raise ConfigError(f"{where}: rank {min(stray)} is to be killed but is not in the phase")
     if set(kill) == set(ranks):
         raise ConfigError(f"{where}: somebody has to survive")
-    return Phase(tuple(sorted(ranks)), tuple(sorted(kill)))
+    return PlanPhase(tuple(sorted(ranks)), tuple(sorted(kill)))
 
 
 def _is_id(rank: Any) -> bool:
     return isinstance(rank, int) and not isinstance(rank, bool)
 
 
-def random_plan(seed: int, capacity: int = 6, phases: int = 4) -> list[Phase]:
+def random_plan(seed: int, capacity: int = 6, phases: int = 4) -> list[PlanPhase]:
     """Joins, leaves, kills and rejoins; at least one rank goes on from phase to phase."""
     draw = random.Random(seed)
-    plan: list[Phase] = []
+    plan: list[PlanPhase] = []
     up = set(draw.sample(range(capacity), draw.randint(1, 3)))
     for _ in range(phases):
         kill = set(draw.sample(sorted(up), draw.randint(0, min(2, len(up) - 1))))
-        plan.append(Phase(tuple(sorted(up)), tuple(sorted(kill))))
+        plan.append(PlanPhase(tuple(sorted(up)), tuple(sorted(kill))))
         stay = sorted(up - kill)
         keep = set(draw.sample(stay, draw.randint(1, len(stay))))
         others = sorted(set(range(capacity)) - keep)  # also ids that have just died

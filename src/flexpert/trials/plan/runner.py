@@ -18,25 +18,25 @@ from flexpert.comm.agreement import View
 from flexpert.comm.buffer import Channel, Scales
 from flexpert.trials.plan import worker
 from flexpert.trials.plan.oracle import Sizes
-from flexpert.trials.plan.plan_file import Phase
+from flexpert.trials.plan.plan_file import PlanPhase
 from flexpert.trials.plan.worker import (
     POINTS,
     SIGNALS,
     Answer,
-    Begin,
+    BeginWorker,
     Command,
     Connect,
     Disconnect,
     Done,
     Dying,
-    Exchange,
     Exchanged,
+    ExchangeTask,
     Leave,
-    Outcome,
     Point,
-    Ready,
     Setup,
-    Task,
+    WorkerOutcome,
+    WorkerReady,
+    WorkerTask,
 )
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class PhaseResult:
     bytes_undeduplicated: int = 0
 
 
-class Failed(Exception):  # noqa: N818
+class PlanFailed(Exception):  # noqa: N818
     """A rank did not answer, or answered with an error; the rest of the plan makes no sense."""
 
 
@@ -90,7 +90,7 @@ class _Rank:
         self.rank = rank
         self.doing = "starting"
         self.process = forks.start(f"{worker.__name__}:serve", store.hand_out())
-        self.say(Begin(rank, setup))
+        self.say(BeginWorker(rank, setup))
 
     def ask(self, command: Command) -> None:
         self.doing = type(command).__name__.lower()
@@ -141,7 +141,9 @@ class Runner:
             rank.end()
         self.store.close()
 
-    def run(self, plan: list[Phase], progress: Callable[[PhaseResult], None]) -> list[PhaseResult]:
+    def run(
+        self, plan: list[PlanPhase], progress: Callable[[PhaseResult], None]
+    ) -> list[PhaseResult]:
         results: list[PhaseResult] = []
         before: set[int] = set()
         for number, phase in enumerate(plan):
@@ -152,7 +154,7 @@ class Runner:
                 self.exchange(number, phase, result)
                 if number == len(plan) - 1:
                     self.wake(result)
-            except Failed as error:
+            except PlanFailed as error:
                 result.errors.append(str(error))
                 progress(result)
                 break
@@ -162,7 +164,7 @@ class Runner:
 
     # ---- between phases -----------------------------------------------------------------------
 
-    def change(self, phase: Phase, result: PhaseResult, *, rejoining: bool) -> None:
+    def change(self, phase: PlanPhase, result: PhaseResult, *, rejoining: bool) -> None:
         """Let go of those that left or died; start those that come; connect all."""
         leaving = set(self.up) - set(phase.ranks)
         gone, self.gone = self.gone | leaving, set()
@@ -181,7 +183,7 @@ class Runner:
         for rank in new:
             with _uninterrupted():  # a process that nobody knows would stay behind
                 self.up[rank] = _Rank(rank, self.setup, self.store)
-        self.answers(new, START_S, Ready)
+        self.answers(new, START_S, WorkerReady)
         for up in self.up.values():
             up.ask(Connect(phase.ranks))
         connected = self.answers(self.up, self.setup.connect_s + ANSWER_S, Done)
@@ -204,16 +206,16 @@ class Runner:
 
     # ---- a phase ------------------------------------------------------------------------------
 
-    def exchange(self, number: int, phase: Phase, result: PhaseResult) -> None:
+    def exchange(self, number: int, phase: PlanPhase, result: PhaseResult) -> None:
         self.epoch += 1
         view = View(self.epoch, phase.ranks)
         own_points = self.options.at != "random"
         for rank in phase.ranks:
-            task = Task(number, view, frozenset(phase.kill))
+            task = WorkerTask(number, view, frozenset(phase.kill))
             if rank in phase.kill and own_points:
                 at = self.draw.randrange(self.options.exchanges)
                 task = replace(task, kill=SIGNALS[self.options.kill], point=self.options.at, at=at)
-            self.up[rank].ask(Exchange(task))
+            self.up[rank].ask(ExchangeTask(task))
         sleeping, self.stopped = self.stopped, []
         for old in sleeping:  # in the middle of the others' exchanges
             old.signal(signal.SIGCONT)
@@ -227,7 +229,7 @@ class Runner:
         self.stopped = mine
         self.judge(phase, outcomes, died, result)
 
-    def kill(self, phase: Phase) -> dict[int, float]:
+    def kill(self, phase: PlanPhase) -> dict[int, float]:
         """At a random moment; returns when."""
         died: dict[int, float] = {}
         for rank in phase.kill:
@@ -236,7 +238,7 @@ class Runner:
             self.up[rank].signal(SIGNALS[self.options.kill])
         return died
 
-    def bury(self, phase: Phase, died: dict[int, float]) -> None:
+    def bury(self, phase: PlanPhase, died: dict[int, float]) -> None:
         for rank in phase.kill:
             dead = self.up.pop(rank)
             with contextlib.suppress(Closed, TimeoutError):
@@ -252,8 +254,8 @@ class Runner:
 
     def judge(
         self,
-        phase: Phase,
-        outcomes: dict[int, Outcome],
+        phase: PlanPhase,
+        outcomes: dict[int, WorkerOutcome],
         died: dict[int, float],
         result: PhaseResult,
     ) -> None:
@@ -297,10 +299,10 @@ class Runner:
         found: dict[int, T] = {}
         for rank in ranks:
             answer = self.hear(self.up[rank], max(0.0, deadline - time.monotonic()))
-            if isinstance(answer, worker.Failed):
-                raise Failed(f"rank {rank} failed in {self.up[rank].doing}: {answer.why}")
+            if isinstance(answer, worker.TaskFailed):
+                raise PlanFailed(f"rank {rank} failed in {self.up[rank].doing}: {answer.why}")
             if not isinstance(answer, kind):
-                raise Failed(f"rank {rank} answered {self.up[rank].doing} with {answer}")
+                raise PlanFailed(f"rank {rank} answered {self.up[rank].doing} with {answer}")
             found[rank] = answer
         return found
 
@@ -310,9 +312,9 @@ class Runner:
             try:
                 answer = rank.heard(max(0.0, deadline - time.monotonic()))
             except Closed:
-                raise Failed(f"rank {rank.rank} ended by itself while {rank.doing}") from None
+                raise PlanFailed(f"rank {rank.rank} ended by itself while {rank.doing}") from None
             except TimeoutError:
-                raise Failed(
+                raise PlanFailed(
                     f"rank {rank.rank} is stuck in {rank.doing} after {limit_s:.0f} s"
                 ) from None
             if not isinstance(answer, Dying):
@@ -333,7 +335,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def run(
-    plan: list[Phase], options: Options, progress: Callable[[PhaseResult], None]
+    plan: list[PlanPhase], options: Options, progress: Callable[[PhaseResult], None]
 ) -> list[PhaseResult]:
     """Run a plan; every phase's result, up to the first that cannot be gone on from."""
     if options.at not in ("random", *POINTS):

@@ -52,7 +52,7 @@ class Setup:
 
 
 @dataclass(slots=True)
-class Outcome:
+class WorkerOutcome:
     """What a rank saw in a phase. Times in seconds; `detected` on the monotonic clock."""
 
     epoch: int
@@ -69,7 +69,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class WorkerTask:
     """One phase, for one rank. kill: signal to raise on itself at `point` of exchange `at`."""
 
     phase: int
@@ -80,7 +80,7 @@ class Task:
     at: int = -1
 
 
-class Begin(msgspec.Struct, frozen=True, tag=True):
+class BeginWorker(msgspec.Struct, frozen=True, tag=True):
     """The first message: who this is."""
 
     rank: int
@@ -99,12 +99,12 @@ class Leave(msgspec.Struct, frozen=True, tag=True):
     """Let go of all others, and end."""
 
 
-class Exchange(msgspec.Struct, frozen=True, tag=True):
-    task: Task
+class ExchangeTask(msgspec.Struct, frozen=True, tag=True):
+    task: WorkerTask
 
 
-class Ready(msgspec.Struct, frozen=True, tag=True):
-    """What `Begin` is answered with."""
+class WorkerReady(msgspec.Struct, frozen=True, tag=True):
+    """What `BeginWorker` is answered with."""
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -112,10 +112,10 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class Exchanged(msgspec.Struct, frozen=True, tag=True):
-    outcome: Outcome
+    outcome: WorkerOutcome
 
 
-class Failed(msgspec.Struct, frozen=True, tag=True):
+class TaskFailed(msgspec.Struct, frozen=True, tag=True):
     why: str
 
 
@@ -125,8 +125,8 @@ class Dying(msgspec.Struct, frozen=True, tag=True):
     at: float
 
 
-Command = Begin | Connect | Disconnect | Leave | Exchange
-Answer = Ready | Done | Exchanged | Failed | Dying
+Command = BeginWorker | Connect | Disconnect | Leave | ExchangeTask
+Answer = WorkerReady | Done | Exchanged | TaskFailed | Dying
 
 
 def _plain(value: object) -> object:
@@ -164,7 +164,7 @@ def serve(end: socket.socket, exported: socket.socket) -> None:
     connection = Connection(end)
     with suppress(Closed):  # the runner is gone
         begin = decode_command(connection.receive())
-        if not isinstance(begin, Begin):
+        if not isinstance(begin, BeginWorker):
             raise ValueError(f"{begin} cannot be the first message")
         _serve(begin.rank, begin.setup, SocketStore(exported, begin.setup.connect_s), connection)
 
@@ -181,7 +181,7 @@ def _serve(rank: int, setup: Setup, store: SocketStore, connection: Connection) 
         channel=setup.channel,
     )
     try:
-        connection.send(encode(Ready()))
+        connection.send(encode(WorkerReady()))
         while True:
             command = decode_command(connection.receive())
             began = time.monotonic()
@@ -195,13 +195,13 @@ def _serve(rank: int, setup: Setup, store: SocketStore, connection: Connection) 
                         buffer.close()
                     case Disconnect(ranks):
                         buffer.disconnect(ranks)
-                    case Exchange(task):
+                    case ExchangeTask(task):
                         outcome = Run(buffer, setup, store, task, connection).phase()
                 answer = Done(time.monotonic() - began)
-                if isinstance(command, Exchange):
+                if isinstance(command, ExchangeTask):
                     answer = Exchanged(outcome)
             except CommError as error:
-                answer = Failed(f"{type(error).__name__}: {error}")
+                answer = TaskFailed(f"{type(error).__name__}: {error}")
             connection.send(encode(answer))
             if isinstance(command, Leave):
                 return
@@ -217,7 +217,7 @@ class Run:
         buffer: Buffer,
         setup: Setup,
         store: Any,
-        task: Task,
+        task: WorkerTask,
         connection: Connection,
     ) -> None:
         self.buffer = buffer
@@ -226,9 +226,9 @@ class Run:
         self.task = task
         self.connection = connection
         self.view = task.view
-        self.outcome = Outcome(task.view.epoch, task.view.ranks)
+        self.outcome = WorkerOutcome(task.view.epoch, task.view.ranks)
 
-    def phase(self) -> Outcome:
+    def phase(self) -> WorkerOutcome:
         outcome = self.outcome
         sent = sum(self.buffer.statistics().bytes_sent.values())
         try:

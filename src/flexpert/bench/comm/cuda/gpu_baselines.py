@@ -54,11 +54,11 @@ class GpuBaseline(Protocol):
     def close(self) -> None: ...
 
 
-class Ours:
+class CudaExchangeBaseline:
     """`flexpert.comm.cuda`."""
 
     def __init__(self, site: GpuSite, *, fp8: bool = True, **tuning: Any) -> None:
-        from flexpert.comm.cuda.cuda_exchange import Dispatched, Exchange, Tuning
+        from flexpert.comm.cuda.cuda_exchange import CudaDispatched, CudaExchange, Tuning
         from flexpert.comm.cuda.cuda_layout import PAGE_WORDS, layout
         from flexpert.comm.cuda.ipc_memory import PeerMemory, SharedMemory
 
@@ -67,7 +67,7 @@ class Ours:
         self._site = site
         self._memory = SharedMemory(layout(spec, home=False).size, site.device)
         page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=True)
-        self.exchange = Exchange(
+        self.exchange = CudaExchange(
             site.rank, spec, self._memory.tensor, page, home=False, tuning=Tuning(**tuning)
         )
         self._peers = {
@@ -95,7 +95,7 @@ class Ours:
         self._out = torch.empty(
             (work.tokens, work.hidden), dtype=work.torch_dtype, device=site.device
         )
-        self._sent: Dispatched | None = None
+        self._sent: CudaDispatched | None = None
 
     def dispatch(self, turn: int) -> None:
         i = self._site.pool[turn]
@@ -289,11 +289,17 @@ def gpu_kinds(fp8: Scales | None) -> tuple[GpuKind, ...]:
     """fp8: of the dispatch; None: rows in the dtype of the workload."""
     sent = "fp8 on the way" if fp8 else "rows as they are"
     return (
-        GpuKind(OURS, "ours", Ours, f"{sent}, flags, index by expert; partial sums back", not fp8),
+        GpuKind(
+            OURS,
+            "ours",
+            CudaExchangeBaseline,
+            f"{sent}, flags, index by expert; partial sums back",
+            not fp8,
+        ),
         GpuKind(
             "flexpert, no checks",
             "checks",
-            lambda site: Ours(site, checks=False),
+            lambda site: CudaExchangeBaseline(site, checks=False),
             "the same without reading masks and epochs: what these cost",
             not fp8,
         ),

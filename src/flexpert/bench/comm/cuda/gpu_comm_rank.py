@@ -9,7 +9,13 @@ import torch
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from flexpert.bench.comm.baseline import Unavailable
-from flexpert.bench.comm.cuda.gpu_baselines import GpuBaseline, GpuKind, GpuSite, Ours, gpu_kinds
+from flexpert.bench.comm.cuda.gpu_baselines import (
+    CudaExchangeBaseline,
+    GpuBaseline,
+    GpuKind,
+    GpuSite,
+    gpu_kinds,
+)
 from flexpert.bench.comm.cuda.timing import Shots, captured, copy_bandwidth, steady_times
 from flexpert.bench.comm.ranks import Settings, gather, wrong_result, wrong_rows
 from flexpert.bench.comm.workload import (
@@ -69,7 +75,7 @@ class GpuRank:
             Input(*(t.to(self._device) for t in (i.x, i.expert_ids, i.weights)))
             for i in self._inputs
         ]
-        self._clock = Ours(self._site("clock"), fp8=False)
+        self._clock = CudaExchangeBaseline(self._site("clock"), fp8=False)
 
     def _site(self, name: str) -> GpuSite:
         self._built += 1

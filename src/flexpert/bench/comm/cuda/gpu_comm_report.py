@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from flexpert.bench.comm.comm_run import Spread
+from flexpert.bench.comm.comm_run import CommSpread
 from flexpert.bench.comm.cuda.gpu_comm_run import GpuPoint, GpuReport
 
 _PHASES = ("dispatch_us", "combine_us", "pair_us")
@@ -54,5 +54,5 @@ def _table(point: GpuPoint) -> Table:
     return table
 
 
-def _spread(spread: Spread | None) -> str:
+def _spread(spread: CommSpread | None) -> str:
     return "" if spread is None else f"{spread.p50:.1f} ({spread.p10:.1f} to {spread.p90:.1f})"

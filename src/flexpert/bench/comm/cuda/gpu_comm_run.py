@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from flexpert.bench.comm.comm_run import Spread, spread_of
+from flexpert.bench.comm.comm_run import CommSpread, spread_of
 from flexpert.bench.comm.cuda.gpu_baselines import NIXL_EP, OURS, GpuKind, gpu_kinds
 from flexpert.bench.comm.cuda.gpu_comm_rank import GpuRank, Phases
 from flexpert.bench.comm.ranks import RankFailed, Ranks, Settings
@@ -27,9 +27,9 @@ class GpuResult(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     baseline: str
-    dispatch_us: Spread | None = None
-    combine_us: Spread | None = None
-    pair_us: Spread | None = None
+    dispatch_us: CommSpread | None = None
+    combine_us: CommSpread | None = None
+    pair_us: CommSpread | None = None
     skipped: str | None = None
     wrong: bool = False
 
@@ -138,7 +138,7 @@ def _measured(ranks: Ranks, work: Workload, kind: GpuKind, repeat: int, note: No
     )
 
 
-def _slowest(by_rank: Sequence[Sequence[float]]) -> Spread:
+def _slowest(by_rank: Sequence[Sequence[float]]) -> CommSpread:
     return spread_of([max(turn) for turn in zip(*by_rank, strict=True)])
 
 
