@@ -51,7 +51,7 @@ from flexpert.trials.demo_report import DemoPlan
 
 SERVE = (
     *("--model", "tiny", "--ranks", "2", "--max-ranks", "6", "--deterministic"),
-    *("--kv-memory", "32MiB", "--shutdown-timeout-s", "0", "--log-level", "warning"),
+    *("--kv-memory", "32MiB", "--shutdown-timeout", "0", "--log-level", "warning"),
 )
 # How many ranks there shall be, or how many leave out of the middle and how many join for them;
 # rank 0 stays. At the end of the list there are two, as at the beginning.

@@ -40,6 +40,7 @@ _MOST_SECONDS = 366 * 86400.0  # what is handed to the system's clocks must not 
 
 _GPU_DEFAULTS = {"max_tokens_per_step": 2048, "max_running": 256, "kv_memory": 4 * 2**30}
 
+_SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
@@ -56,6 +57,21 @@ def parse_bytes(text: object) -> object:
         raise ValueError(f"{shown(text)!r} is no size; write for example 256MiB or 2GiB") from None
 
 
+def parse_duration(text: object) -> object:
+    """Seconds from 2, "2", "2s", "500ms", "1.5m" or "1h"."""
+    if not isinstance(text, str):
+        return text
+    number = text.strip().lower()
+    unit = number.lstrip("+-.0123456789")  # "nan" and "inf" have none, and are refused as numbers
+    try:
+        return float(number.removesuffix(unit)) * _SECONDS[unit.strip()]
+    except (ValueError, KeyError):
+        raise ValueError(
+            f"{shown(text)!r} is no duration; write for example 2s, 500ms or 5m"
+        ) from None
+
+
+Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 
 
@@ -101,7 +117,7 @@ class ModelConfig(_Section):
     served_name: str | None = Field(None, description="name in the API; default: the model's")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     quantization: Literal["auto", "none", "fp8"] = Field(
-        "auto", description="of the experts on a GPU; auto: the checkpoint's, none: whole weights"
+        "auto", description="of the experts on a GPU; auto: the checkpoint's, none: unquantized"
     )
     max_model_len: int | None = Field(
         None, ge=8, le=2**31 - 1, description="tokens of prompt and answer"
@@ -145,27 +161,33 @@ class ClusterConfig(_Section):
     redundant_experts: int = Field(
         0, ge=0, le=2**20, description="replicas in each layer beyond one of each expert"
     )
-    start_timeout_s: float = Field(120.0, gt=0, description="spawn until a rank reports")
-    load_timeout_s: float = Field(600.0, gt=0, description="weights and warm-up of a change")
-    migration_timeout_s: float = Field(
+    start_timeout: Seconds = Field(
+        120.0, gt=0, description="from a rank's spawn to its first report"
+    )
+    load_timeout: Seconds = Field(600.0, gt=0, description="loading and warm-up of a change")
+    migration_timeout: Seconds = Field(
         30.0,
         gt=0,
-        description="copying of leavers' KV beside serving; what is late is copied at the switch",
+        description="KV migration while serving; what is late is copied at the switch",
     )
-    commit_timeout_s: float = Field(30.0, gt=0, description="arming until all ranks switched")
-    exchange_timeout_s: float = Field(60.0, gt=0, description="wait for a peer within a step")
-    stall_timeout_s: float = Field(2.0, gt=0, description="silence after which a rank is ended")
+    commit_timeout: Seconds = Field(30.0, gt=0, description="arming until all ranks switched")
+    exchange_timeout: Seconds = Field(60.0, gt=0, description="waiting for a peer within a step")
+    stall_timeout: Seconds = Field(2.0, gt=0, description="silence until a rank is terminated")
     restart_policy: Literal["always", "on-failure", "never"] = Field(
         "on-failure", description="start a new rank for a lost one"
     )
     restart_limit: int = Field(
         5, ge=1, description="short lives in a row after which a rank is left out"
     )
-    restart_backoff_s: float = Field(1.0, ge=0, description="before the second try, then doubled")
-    restart_backoff_max_s: float = Field(30.0, ge=0, description="longest wait before a try")
-    shutdown_timeout_s: float = Field(10.0, ge=0, description="running requests may finish")
+    restart_backoff: Seconds = Field(
+        1.0, ge=0, description="before the second restart, then doubled"
+    )
+    restart_backoff_max: Seconds = Field(30.0, ge=0, description="longest wait before a restart")
+    shutdown_timeout: Seconds = Field(
+        10.0, ge=0, description="for running requests to finish at the end"
+    )
     max_sequences: int = Field(
-        16384, ge=1, description="unfinished ones the head keeps; more are refused (429)"
+        16384, ge=1, description="unfinished requests that the head keeps; more are refused (429)"
     )
     on_missing_expert: Literal["load", "degrade"] = Field(
         "load", description="after a loss: wait for lost experts, or go on without them meanwhile"
@@ -201,27 +223,29 @@ class ServerConfig(_Section):
     insecure: bool = Field(
         False, description="listen on a --host other than loopback without a key: all may use it"
     )
-    header_timeout_s: float = Field(10.0, gt=0, description="for a request's headers to come")
-    body_timeout_s: float = Field(60.0, gt=0, description="for a request's body to come")
-    write_timeout_s: float = Field(
-        60.0, gt=0, description="without any progress of a client that reads its answer"
+    header_timeout: Seconds = Field(10.0, gt=0, description="for a request's headers to arrive")
+    body_timeout: Seconds = Field(60.0, gt=0, description="for a request's body to arrive")
+    write_timeout: Seconds = Field(
+        60.0, gt=0, description="time a client may take without reading any of its answer"
     )
-    max_header_bytes: Bytes = Field(64 * 2**10, ge=1024, description="headers of a request")
-    max_body: Bytes = Field(16 * 2**20, ge=1024, description="body of a request")
+    max_header_bytes: Bytes = Field(64 * 2**10, ge=1024, description="largest headers of a request")
+    max_body: Bytes = Field(16 * 2**20, ge=1024, description="largest body of a request")
     max_requests_per_key: int = Field(
-        1024, ge=1, description="requests at once of one key, or of all where there is none"
+        1024, ge=1, description="concurrent requests of one key, or of all without keys"
     )
     max_connections: int | None = Field(
         None,
         ge=1,
-        description="open at once; default: what the limit of open files allows",
+        description="connections open at once; default: what the limit of open files allows",
     )
     max_choices: int = Field(1024, ge=1, description="prompts times n of one request")
     max_prompt_tokens: int | None = Field(
-        None, ge=1, description="of all prompts of one request; default: 1048576, or one context"
+        None,
+        ge=1,
+        description="in all prompts of one request; default: 1048576, or one context",
     )
-    preprocess_timeout_s: float = Field(
-        10.0, gt=0, description="parsing and tokenising one request"
+    preprocess_timeout: Seconds = Field(
+        10.0, gt=0, description="time to parse and tokenise one request"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -263,8 +287,8 @@ class Config(_Section):
         if self.engine.device != "cuda":
             if self.model.quantization == "fp8":
                 raise ValueError(
-                    "--quantization fp8 needs --device cuda: a CPU computes with whole weights; "
-                    "leave it out, an fp8 checkpoint is restored at load"
+                    "--quantization fp8 needs --device cuda: a CPU computes with unquantized "
+                    "weights; leave it out, an fp8 checkpoint is dequantized at load"
                 )
             if self.engine.all2all != "auto":
                 raise ValueError(

@@ -36,7 +36,7 @@ def test_without_a_gpu_the_reason_is_said_before_anything_is_built(command: str)
     [
         (["layer", "--tokens", "8,x"], "--tokens 8,x: positive numbers"),
         (["decode", "--batch", "0"], "--batch 0: positive numbers"),
-        (["decode", "--json", "/nowhere/at/all.json"], "there is no folder"),
+        (["decode", "--output", "/nowhere/at/all.json"], "there is no folder"),
     ],
 )
 def test_wrong_flags_are_named_first(arguments: list[str], says: str) -> None:

@@ -18,7 +18,7 @@ def test_a_short_run_measures_both_and_finds_no_server_error(tmp_path: Path) -> 
     size = ["--duration", "1", "--max-body", "64KiB", "--streams", "2", "--clients", "4"]
     run = CliRunner().invoke(
         app,
-        ["bench", "hostile", *size, "--after", "0.5", "--json", str(out)],
+        ["bench", "hostile", *size, "--after", "0.5", "--output", str(out)],
         env={"COLUMNS": "120"},
     )
     assert run.exit_code == 0, run.output

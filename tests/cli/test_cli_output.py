@@ -35,7 +35,7 @@ def test_what_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
     check_outputs(old, new, None, pipe, Path("/dev/null"), FULL)
     assert old.read_text() == "before"
     assert not new.exists()
-    write_report(new, {"a": 1})
+    write_report({"a": 1}, as_json=False, output=new)
     assert new.read_text() == '{\n  "a": 1\n}'
 
 
@@ -96,9 +96,8 @@ def test_no_half_of_a_report_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     command: Callable[..., None], arguments: dict[str, Any], tmp_path: Path
 ) -> None:
-    name = "json_" if command in (bench_comm, bench_layer, bench_decode, bench_serve) else "output"
     with pytest.raises(ConfigError, match="Is a directory"):
-        command(**arguments, **{name: tmp_path})
+        command(**arguments, output=tmp_path)
 
 
 @pytest.mark.parametrize("command", [bench_comm, chaos], ids=["bench comm", "chaos"])

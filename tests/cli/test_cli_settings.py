@@ -42,13 +42,13 @@ def test_without_flags_the_defaults_hold() -> None:
 def test_flags_reach_their_settings() -> None:
     config = invoke(
         *("--model", "x", "--ranks", "3", "--kv-memory", "1.5GiB", "--deterministic"),
-        *("--no-prefix-cache", "--port", "0", "--control-key", "k", "--commit-timeout-s", "2.5"),
+        *("--no-prefix-cache", "--port", "0", "--control-key", "k", "--commit-timeout", "2.5"),
     )
     assert (config.model.model, config.cluster.ranks, config.server.port) == ("x", 3, 0)
     assert config.engine.kv_memory == 3 * 2**29
     assert (config.engine.deterministic, config.engine.prefix_cache) == (True, False)
     assert config.server.control_key == SecretStr("k")
-    assert config.cluster.commit_timeout_s == 2.5
+    assert config.cluster.commit_timeout == 2.5
 
 
 def test_flags_go_before_environment_before_file(

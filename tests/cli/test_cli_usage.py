@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from flexpert import __version__
 from flexpert.cli.main import app, main
+from flexpert.cli.settings import flags
 
 COMMANDS = [
     "serve",
@@ -143,21 +145,23 @@ def test_client_commands_load_neither_torch_nor_a_web_framework() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["plan", "--random", "1", "--timeout", "inf"], "--timeout inf is not a finite number"),
-        (["plan", "--random", "1", "--timeout", "1e300"], "--timeout 1e+300 is too large"),
+        (["plan", "--random", "1", "--timeout", "inf"], "--timeout: 'inf' is no duration"),
+        (["plan", "--random", "1", "--timeout", "1e300"], "--timeout: '1e300' is no duration"),
         (["plan", "--random", "1", "--tokens", str(2**70)], "--tokens: the number is too large"),
-        (["bench", "comm", "--seconds", "inf"], "--seconds inf is not a finite number"),
+        (["bench", "comm", "--seconds", "inf"], "--seconds: 'inf' is no duration"),
         (["bench", "comm", "--seed", str(2**70)], "--seed: the number is too large"),
         (["bench", "comm", "--tokens", str(2**70)], "--tokens 1180591620717411303424: positive"),
         (["bench", "layer", "--repeat", str(2**70)], "--repeat: the number is too large"),
         (["bench", "decode", "--context", str(2**70)], "--context: the number is too large"),
         (["bench", "serve", "--request-rate", "inf"], "--request-rate inf is not a finite number"),
-        (["demo", "--duration", "inf"], "--duration inf is not a finite number"),
+        (["demo", "--duration", "inf"], "--duration: 'inf' is no duration"),
         (["complete", "x", "--temperature", "inf"], "--temperature inf is not a finite number"),
         (["chat", "x", "--top-p", "nan"], "--top-p nan is not a finite number"),
         (["scale", "--remove", "1", str(2**70)], "--remove: the number is too large"),
-        (["serve", "--stall-timeout-s", "nan"], "--stall-timeout-s nan: "),
-        (["serve", "--stall-timeout-s", "\\g<0>"], "--stall-timeout-s \\g<0>: "),
+        (["demo", "--duration", "500ms"], "--duration 500ms is not between 1s and "),
+        (["serve", "--stall-timeout", "2 parsecs"], "--stall-timeout 2 parsecs: "),
+        (["serve", "--stall-timeout", "nan"], "--stall-timeout nan: "),
+        (["serve", "--stall-timeout", "\\g<0>"], "--stall-timeout \\g<0>: "),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(run: Run, arguments: list[str], says: str) -> None:
@@ -166,3 +170,18 @@ def test_numbers_that_cannot_be_are_refused(run: Run, arguments: list[str], says
     assert says in err
     assert err.count("\n") == 1
     assert not out
+
+
+@pytest.mark.parametrize("command", ["serve", "bench comm", "bench decode", "chaos", "plan"])
+def test_help_is_whole_on_80_columns(
+    run: Run, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = run(*command.split(), "--help")
+    options, _, examples = out.partition("Examples:")
+    assert status == 0
+    assert examples
+    assert max(map(len, options.splitlines())) <= 80
+    assert "…" not in options.replace(",…", "")
+    if command == "serve":
+        assert {flag.name for flag in flags()} <= set(re.findall(r"--[a-z0-9-]+", options))

@@ -211,8 +211,8 @@ def test_a_stopped_member_is_ended_and_costs_no_request() -> None:
 
     with running(
         cluster__ranks=3,
-        cluster__exchange_timeout_s=1.0,
-        cluster__stall_timeout_s=0.5,
+        cluster__exchange_timeout=1.0,
+        cluster__stall_timeout=0.5,
         engine__deterministic=True,
         engine__kv_memory="32MiB",
     ) as service:

@@ -76,7 +76,7 @@ def test_one_that_ends_again_and_again_ends_the_service_and_says_why() -> None:
         with pytest.raises(FlexpertError, match="the fork server ended"):
             await waiting
 
-    with running(cluster__restart_limit=2, cluster__restart_backoff_s=0.1, **SETTINGS) as service:
+    with running(cluster__restart_limit=2, cluster__restart_backoff=0.1, **SETTINGS) as service:
         service.run(scenario(service.head))
 
 

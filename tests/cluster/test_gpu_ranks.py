@@ -58,8 +58,8 @@ def opened(model: str, device: str) -> LLM:
         engine__kv_memory="64k",
         engine__kv_block_size=4,
         model__dtype="float32",
-        cluster__exchange_timeout_s=60.0,
-        cluster__stall_timeout_s=30.0,
+        cluster__exchange_timeout=60.0,
+        cluster__stall_timeout=30.0,
     )
 
 

@@ -75,7 +75,7 @@ def hung_main_thread(pid: int, with_lock: bool | None = None) -> Iterator[None]:
 def service() -> Iterator[Service]:
     with running(
         cluster__ranks=3,
-        cluster__stall_timeout_s=STALL_S,
+        cluster__stall_timeout=STALL_S,
         engine__deterministic=True,
         engine__kv_memory="32MiB",
     ) as service:

@@ -34,8 +34,8 @@ def opened(model: str, ranks: int, max_ranks: int, all2all: str) -> LLM:
         engine__kv_memory="64k",
         engine__kv_block_size=4,
         model__dtype="bfloat16",
-        cluster__exchange_timeout_s=60.0,
-        cluster__stall_timeout_s=30.0,
+        cluster__exchange_timeout=60.0,
+        cluster__stall_timeout=30.0,
     )
 
 

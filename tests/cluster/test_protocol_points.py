@@ -154,8 +154,8 @@ def service(folder: Path) -> Iterator[Service]:
         with running(
             cluster__ranks=3,
             cluster__max_ranks=4,
-            cluster__stall_timeout_s=0.5,
-            cluster__restart_backoff_s=0,
+            cluster__stall_timeout=0.5,
+            cluster__restart_backoff=0,
             cluster__restart_limit=1000,
             engine__deterministic=True,
             engine__kv_memory="32MiB",

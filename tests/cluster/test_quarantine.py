@@ -89,7 +89,7 @@ def test_while_one_is_tried_nobody_joins_it_and_no_other_suspect_runs() -> None:
 POISON = 2999  # a token that no other request has
 SETTINGS: dict[str, Any] = {
     "cluster__ranks": 2,
-    "cluster__restart_backoff_s": 0.1,
+    "cluster__restart_backoff": 0.1,
     "cluster__restart_limit": 20,
     "engine__deterministic": True,
     "engine__kv_memory": "32MiB",

@@ -25,7 +25,7 @@ SETTINGS = {"engine__deterministic": True, "engine__kv_memory": "32MiB"}
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    with running(cluster__ranks=3, cluster__stall_timeout_s=1.0, **SETTINGS) as service:
+    with running(cluster__ranks=3, cluster__stall_timeout=1.0, **SETTINGS) as service:
         yield service
 
 

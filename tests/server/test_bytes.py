@@ -34,9 +34,9 @@ BODY = b'{"prompt":"x","max_tokens":2}'
 
 KEY = "ключ"
 LIMITS = {
-    "header_timeout_s": 0.15,
-    "body_timeout_s": 0.15,
-    "write_timeout_s": 1,
+    "header_timeout": 0.15,
+    "body_timeout": 0.15,
+    "write_timeout": 1,
     "max_header_bytes": 2**14,
     "max_body": 2**16,
 }

@@ -29,9 +29,9 @@ from flexpert.server import protocol
 from flexpert.server.protocol import most_connections
 
 LIMITS = ServerConfig(
-    header_timeout_s=0.3,
-    body_timeout_s=0.4,
-    write_timeout_s=0.4,
+    header_timeout=0.3,
+    body_timeout=0.4,
+    write_timeout=0.4,
     max_header_bytes=4096,
     max_body=2**20,
     max_requests_per_key=2,
@@ -71,7 +71,7 @@ def test_headers_that_do_not_come_are_408(strict: Running) -> None:
     assert answer.status == 408
     counted = httpx.get(f"{strict.url}/metrics").text
     assert 'http_requests_total{method="",path="unmatched",status="408"}' in counted
-    assert "header_timeout_s" in answer.error["message"]
+    assert "header_timeout" in answer.error["message"]
 
 
 def test_headers_that_trickle_are_408(strict: Running) -> None:
@@ -115,7 +115,7 @@ def test_a_body_that_does_not_come_is_408(strict: Running, how: str) -> None:
         start = request("POST", "/v1/completions", transfer_encoding="chunked") + b"1\r\n{\r\n"
     answer = one(ask(strict.url, start))
     assert answer.status == 408
-    assert "body_timeout_s" in answer.error["message"]
+    assert "body_timeout" in answer.error["message"]
 
 
 def test_a_body_that_nobody_wants_does_not_hold_the_connection(

@@ -17,7 +17,7 @@ from flexpert.config import ClusterConfig, Config, ServerConfig
 from flexpert.errors import ConfigError, FlexpertError
 from flexpert.server.service_process import bind, serve
 
-CONFIG = Config(server=ServerConfig(port=0), cluster=ClusterConfig(shutdown_timeout_s=5))
+CONFIG = Config(server=ServerConfig(port=0), cluster=ClusterConfig(shutdown_timeout=5))
 
 
 class Beside:
@@ -108,7 +108,7 @@ def test_requests_that_take_too_long_end_with_an_error(
 ) -> None:
     texts: list[str] = []
     beside = Beside(capsys, lambda url: texts.append(stream(url, 120, ask_to_stop(signal.SIGTERM))))
-    beside.config = Config(server=CONFIG.server, cluster=ClusterConfig(shutdown_timeout_s=0.2))
+    beside.config = Config(server=CONFIG.server, cluster=ClusterConfig(shutdown_timeout=0.2))
     assert beside.serve() == 0
     assert "the service is stopping" in texts[0]
     assert texts[0].rstrip().endswith("data: [DONE]")

@@ -66,13 +66,13 @@ STALL_S = 4.0
 SETTINGS: dict[str, Any] = {
     "cluster.ranks": 3,
     "cluster.max_ranks": 6,
-    "cluster.start_timeout_s": 8.0,
-    "cluster.load_timeout_s": 8.0,
-    "cluster.migration_timeout_s": 8.0,
-    "cluster.commit_timeout_s": 12.0,
-    "cluster.stall_timeout_s": STALL_S,
+    "cluster.start_timeout": 8.0,
+    "cluster.load_timeout": 8.0,
+    "cluster.migration_timeout": 8.0,
+    "cluster.commit_timeout": 12.0,
+    "cluster.stall_timeout": STALL_S,
     "cluster.redundant_experts": 1,
-    "cluster.restart_backoff_s": 0.3,
+    "cluster.restart_backoff": 0.3,
     "cluster.restart_limit": 50,  # faults come faster than in life
 }
 # Which of them a history has, its seed says.

@@ -24,7 +24,7 @@ READERS = 4
 OTHERS = 32
 SETTLE_S = 3.0
 MEASURED_S = float(sys.argv[1]) if len(sys.argv) > 1 else 12.0
-FLAGS = ("--ranks", "1", "--max-ranks", "1", "--write-timeout-s", "600")
+FLAGS = ("--ranks", "1", "--max-ranks", "1", "--write-timeout", "600")
 
 
 def body(**more: object) -> bytes:

@@ -38,9 +38,9 @@ def test_nothing_is_lost_in_a_short_run(tmp_path: Path) -> None:
     out, plot = tmp_path / "run.json", tmp_path / "run.svg"
     flags = ["--ranks", "3", "--clients", "6", "--requests", "12", "--duration", "8"]
     chosen = ["--faults", "kill,oom,partition", "--rate", "0.7", "--seed", "3", "--during-scaling"]
-    files = ["--json", str(out), "--plot", str(plot)]
+    files = ["--output", str(out), "--plot", str(plot)]
     shown = CliRunner().invoke(
-        app, ["chaos", *flags, *chosen, *files, "--", "--stall-timeout-s", "1"]
+        app, ["chaos", *flags, *chosen, *files, "--", "--stall-timeout", "1"]
     )
     assert shown.exit_code == 0, shown.output
     assert "PASS" in shown.output
@@ -62,7 +62,7 @@ def test_nothing_is_lost_in_a_short_run(tmp_path: Path) -> None:
         (["--faults", "kill,flood"], "unknown fault 'flood'; choose from kill, stop, slow, oom, p"),
         (["--faults", ","], "no fault is named"),
         (["--plot", "chart.pdf"], "must end with"),
-        (["--json", "/nowhere/run.json"], "there is no folder /nowhere"),
+        (["--output", "/nowhere/run.json"], "there is no folder /nowhere"),
         (["--url", "http://127.0.0.1:1", "--", "--ranks", "2"], "leave out --url"),
         (["--url", "http://127.0.0.1:1"], "no connection to 127.0.0.1:1"),
     ],

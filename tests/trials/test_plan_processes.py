@@ -81,7 +81,7 @@ def test_what_a_rank_finds_wrong_fails_the_phase() -> None:
 def test_a_report_that_could_not_be_written_is_refused_before_the_run(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text("[[0]]")
-    shown = CliRunner().invoke(app, ["plan", str(plan), "--json", str(tmp_path / "no" / "out")])
+    shown = CliRunner().invoke(app, ["plan", str(plan), "--output", str(tmp_path / "no" / "out")])
     assert isinstance(shown.exception, ConfigError)
     assert "there is no folder" in str(shown.exception)
 
@@ -90,7 +90,7 @@ def test_the_command(tmp_path: Path) -> None:
     plan, out = tmp_path / "plan.json", tmp_path / "out.json"
     plan.write_text("[[0, 1], [0, -1], [0, 1]]")
     small = ["--tokens", "8", "--hidden", "128", "--exchanges", "3"]
-    shown = CliRunner().invoke(app, ["plan", str(plan), *small, "--json", str(out)])
+    shown = CliRunner().invoke(app, ["plan", str(plan), *small, "--output", str(out)])
     assert shown.exit_code == 0, shown.output
     assert "PASS" in shown.output
     written = json.loads(out.read_text())

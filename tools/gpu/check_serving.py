@@ -95,7 +95,7 @@ def nixl_ep(served: Served) -> bool:
         expected = served.generate(llm)
         print(f"two ranks, own exchange: {served.rate(llm):,.0f} tokens/s", flush=True)
     settings = {**served.settings, **two, "engine__all2all": "nixl_ep"}
-    theirs = replace(served, settings={**settings, "cluster__exchange_timeout_s": 10.0})
+    theirs = replace(served, settings={**settings, "cluster__exchange_timeout": 10.0})
     return elastic(theirs, expected, [scaled(1), scaled(2), killed])
 
 

@@ -20,16 +20,16 @@ export CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
 nvidia-cuda-mps-control -d
 run serving python3 tools/gpu/check_serving.py
 # half of the layers: four ranks with all of them need more than 80 GB
-run ranks python3 -m flexpert bench decode --ranks 1,2,4 --layers 24 --json "$out/ranks.json"
+run ranks python3 -m flexpert bench decode --ranks 1,2,4 --layers 24 --output "$out/ranks.json"
 echo quit | nvidia-cuda-mps-control
 unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
-run decode python3 -m flexpert bench decode --json "$out/decode.json"
+run decode python3 -m flexpert bench decode --output "$out/decode.json"
 # half of the layers: transformers has the same weights in bf16 beside them
 run decode_fp8 python3 -m flexpert bench decode --layers 24 --quantization fp8 \
-    --json "$out/decode_fp8.json"
-run layer python3 -m flexpert bench layer --baselines grouped_mm --json "$out/layer.json"
+    --output "$out/decode_fp8.json"
+run layer python3 -m flexpert bench layer --baselines grouped_mm --output "$out/layer.json"
 run layer_fp8 python3 -m flexpert bench layer --baselines grouped_mm --quantization fp8 \
-    --json "$out/layer_fp8.json"
+    --output "$out/layer_fp8.json"
 run fp8 python3 tools/gpu/check_serving.py --fp8
 run kernels python3 tools/gpu/check_kernels.py
 exit $status

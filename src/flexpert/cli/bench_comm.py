@@ -1,15 +1,14 @@
-"""`flexpert bench comm`: our exchange beside its baselines."""
+"""`flexpert bench comm`: our exchange against its baselines."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flexpert.cli.command import numbers
-from flexpert.display.output import check_outputs, write_report
+from flexpert.cli.command import Json, Output, duration, numbers
+from flexpert.display.output import check_outputs, show_report
 from flexpert.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "flexpert bench comm",
-    "flexpert bench comm --tokens 1,8,32,128,512 --plot latency.png --json latency.json",
+    "flexpert bench comm --tokens 1,8,32,128,512 --plot latency.png --output latency.json",
     "flexpert bench comm --ranks 2 --baselines gloo,memcpy --repeat 30",
-    "flexpert bench comm --channel nixl --seconds 20",
+    "flexpert bench comm --channel nixl --seconds 20s",
     "flexpert bench comm --device cuda --ranks 1 --tokens 1,128,512",
 )
 
@@ -28,23 +27,32 @@ EXAMPLES = (
 def bench_comm(
     ranks: Annotated[int, typer.Option(min=1, max=256, help="Rank processes.")] = 4,
     tokens: Annotated[
-        str, typer.Option(metavar="N[,N…]", help="Of each rank in one exchange.")
+        str, typer.Option(metavar="N[,N…]", help="Tokens that each rank sends in one exchange.")
     ] = "128",
     hidden: Annotated[int, typer.Option(min=16, help="Elements of a row.")] = 7168,
-    topk: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 8,
-    experts: Annotated[int, typer.Option(min=1, help="Of all ranks together.")] = 32,
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option()] = "bfloat16",
+    topk: Annotated[int, typer.Option(min=1, help="Experts that a token is routed to.")] = 8,
+    experts: Annotated[int, typer.Option(min=1, help="Experts of all ranks together.")] = 32,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Data type of the rows.")
+    ] = "bfloat16",
     fp8: Annotated[
         Literal["auto", "none", "float32", "power2", "ue8m0"],
-        typer.Option(help="Scales of the fp8 row; auto: float32 where --hidden allows it."),
+        typer.Option(help="Scales of fp8 rows; auto: float32 where --hidden allows it."),
     ] = "auto",
-    channel: Annotated[Literal["shm", "nixl"], typer.Option(help="Of flexpert's rows.")] = "shm",
-    repeat: Annotated[int, typer.Option(min=1, help="Exchanges of each baseline.")] = 100,
+    channel: Annotated[
+        Literal["shm", "nixl"], typer.Option(help="How flexpert's rows reach a peer.")
+    ] = "shm",
+    repeat: Annotated[int, typer.Option(min=1, help="Timed exchanges of each baseline.")] = 100,
     seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="Instead: as many as fit, for each --tokens.")
+        float | None,
+        typer.Option(
+            metavar="DURATION",
+            parser=duration("--seconds", 0.1),
+            help="Instead of --repeat: time for each of --tokens.",
+        ),
     ] = None,
     device: Annotated[
-        Literal["cpu", "cuda"], typer.Option(help="Where the rows are and the exchange runs.")
+        Literal["cpu", "cuda"], typer.Option(help="Where the rows lie and the exchange runs.")
     ] = "cpu",
     baselines: Annotated[
         str | None,
@@ -54,21 +62,27 @@ def bench_comm(
             "Default: all.",
         ),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Of torch in each rank.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, help="Of data and routing.")] = 0,
-    json_: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="All figures.")
-    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch in each rank.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data and routing.")] = 0,
+    json_: Json = False,
+    output: Output = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Latency over tokens, .png or .svg.")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds a rank waits for another.")] = 30,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="DURATION",
+            parser=duration("--timeout", 1),
+            help="How long a rank waits for another.",
+        ),
+    ] = 30,
 ) -> None:
-    """Measure dispatch and combine beside gloo, NIXL and memcpy.
+    """Measure dispatch and combine against gloo, NIXL and memcpy.
 
     The same ranks, routing and data for all; each is checked against a float64 oracle first.
-    Exit status 1 if one computes something else. With --device cuda beside nixl_ep and torch, in
-    CUDA graphs; several ranks on one GPU need NVIDIA's MPS to run at the same time.
+    Exit status 1 if one computes something else. With --device cuda the baselines are nixl_ep and
+    torch, in CUDA graphs; several ranks on one GPU need NVIDIA's MPS to run at the same time.
     """
     from rich.console import Console
 
@@ -99,7 +113,7 @@ def bench_comm(
             raise ConfigError(f"--fp8 {fp8}: {error}") from None
     if plot is not None:
         check_plot(plot)
-    check_outputs(json_, plot)
+    check_outputs(output, plot)
     workloads = [
         Workload(
             ranks=ranks,
@@ -117,15 +131,14 @@ def bench_comm(
         for flag, given in (("--seconds", seconds), ("--plot", plot)):
             if given is not None:
                 raise ConfigError(f"{flag} is not there with --device cuda")
-        _on_gpu(workloads, settings, names, repeat, json_)
+        _on_gpu(workloads, settings, names, repeat, as_json=json_, output=output)
         return
     console = Console(stderr=True)
     with console.status("") as status:
         report = run_comm(
             workloads, settings, names, repeat=repeat, seconds=seconds, note=status.update
         )
-    Console(file=sys.stdout).print(comm_text(report))
-    write_report(json_, report)
+    show_report(report, comm_text(report), as_json=json_, output=output)
     if plot is not None:
         draw(report, plot)
     if not report.correct:
@@ -137,7 +150,9 @@ def _on_gpu(
     settings: Settings,
     baselines: list[str],
     repeat: int,
-    json_: Path | None,
+    *,
+    as_json: bool,
+    output: Path | None,
 ) -> None:
     from rich.console import Console
 
@@ -153,7 +168,6 @@ def _on_gpu(
 
     with Console(stderr=True).status("") as status:
         report = run_gpu(workloads, settings, baselines, repeat=repeat, note=status.update)
-    Console(file=sys.stdout).print(gpu_text(report))
-    write_report(json_, report)
+    show_report(report, gpu_text(report), as_json=as_json, output=output)
     if not report.correct:
         raise typer.Exit(1)

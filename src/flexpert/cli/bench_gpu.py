@@ -1,58 +1,57 @@
-"""`flexpert bench layer` and `flexpert bench decode`: an engine on a GPU beside its limits."""
+"""`flexpert bench layer` and `flexpert bench decode`: an engine on a GPU against its roofline."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import typer
 
-from flexpert.cli.command import numbers
+from flexpert.cli.command import Json, Output, numbers
 from flexpert.config import MOST_GPU_RANKS
-from flexpert.display.output import check_outputs, write_report
+from flexpert.display.output import check_outputs, show_report
 from flexpert.errors import ConfigError
 
 T = TypeVar("T")
 
 LAYER_EXAMPLES = (
     "flexpert bench layer",
-    "flexpert bench layer --shapes qwen3-30b-a3b --tokens 1,64,4096 --json layer.json",
+    "flexpert bench layer --shapes qwen3-30b-a3b --tokens 1,64,4096 --output layer.json",
     "flexpert bench layer --baselines grouped_mm --repeat 200",
     "flexpert bench layer --quantization fp8",
 )
 DECODE_EXAMPLES = (
     "flexpert bench decode",
-    "flexpert bench decode --batch 1,64 --context 2048 --json decode.json",
-    "flexpert bench decode --layers 8 --no-baseline  [dim](a quick look)[/]",
-    "flexpert bench decode --ranks 1,2,4  [dim](under MPS)[/]",
+    "flexpert bench decode --batch 1,64 --context 2048 --output decode.json",
+    "flexpert bench decode --layers 8 --no-baseline   # a quick look",
+    "flexpert bench decode --ranks 1,2,4   # on one GPU only under MPS",
     "flexpert bench decode --layers 24 --quantization fp8",
 )
 
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="All figures.")]
 Quantization = Annotated[
-    Literal["none", "fp8"], typer.Option(help="Of flexpert's experts; fp8: blocks of 128 x 128.")
+    Literal["none", "fp8"],
+    typer.Option(help="Format of flexpert's experts; fp8: a scale for 128 x 128."),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Of weights and data.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of weights and data.")]
 
 
 def bench_layer(
     shapes: Annotated[
         str, typer.Option(metavar="NAME[,NAME…]", help="Any of qwen3-30b-a3b, deepseek-v3.")
     ] = "qwen3-30b-a3b,deepseek-v3",
-    tokens: Annotated[str, typer.Option(metavar="N[,N…]", help="In one pass.")] = (
+    tokens: Annotated[str, typer.Option(metavar="N[,N…]", help="Tokens of one pass.")] = (
         "1,16,64,128,512,4096"
     ),
     baselines: Annotated[
-        str, typer.Option(metavar="NAME[,NAME…]", help="transformers' grouped_mm, eager.")
+        str, typer.Option(metavar="NAME[,NAME…]", help="Any of transformers' grouped_mm, eager.")
     ] = "grouped_mm,eager",
-    repeat: Annotated[int, typer.Option(min=1, help="Replays of each baseline.")] = 50,
+    repeat: Annotated[int, typer.Option(min=1, help="Timed replays of each baseline.")] = 50,
     quantization: Quantization = "none",
     seed: Seed = 0,
-    json_: Json = None,
+    json_: Json = False,
+    output: Output = None,
 ) -> None:
-    """Measure a whole MoE layer on one GPU beside transformers' and its limit.
+    """Measure a whole MoE layer on one GPU against transformers' and the roofline.
 
     Route, sort, experts and combine of one rank that holds all experts, bf16; and the same with a
     dispatch and a combine through the exchange, as one of several ranks does it. Each baseline
@@ -61,7 +60,7 @@ def bench_layer(
     from flexpert.kernels.kernel_set import open_gpu
 
     counts = numbers(tokens, "--tokens")
-    check_outputs(json_)
+    check_outputs(output)
     open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.gpu_report import layer_text
     from flexpert.bench.gpu.layer import BASELINE_FAMILIES, SHAPES, run_layer
@@ -79,29 +78,37 @@ def bench_layer(
             note=note,
         )
     )
-    _show(layer_text(report), report, json_)
+    show_report(report, layer_text(report), as_json=json_, output=output)
     if not report.correct:
         raise typer.Exit(1)
 
 
 def bench_decode(
     batch: Annotated[
-        str, typer.Option(metavar="N[,N…]", help="Sequences, of all ranks together.")
+        str, typer.Option(metavar="N[,N…]", help="Sequences of all ranks together.")
     ] = "1,16,64,256",
     ranks: Annotated[
-        str, typer.Option(metavar="N[,N…]", help="On the one GPU; under MPS they run at once.")
+        str,
+        typer.Option(
+            metavar="N[,N…]", help="Ranks; several on one GPU run at once only under MPS."
+        ),
     ] = "1",
-    layers: Annotated[int, typer.Option(min=1, max=48, help="Of the model's 48.")] = 48,
-    context: Annotated[int, typer.Option(min=1, help="Tokens in each one's KV cache.")] = 512,
-    steps: Annotated[int, typer.Option(min=1, help="Timed for each batch.")] = 30,
-    baseline: Annotated[bool, typer.Option(help="Time transformers, too.")] = True,
+    layers: Annotated[
+        int, typer.Option(min=1, max=48, help="How many of the model's 48 layers.")
+    ] = 48,
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens in the KV cache of each sequence.")
+    ] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each batch.")] = 30,
+    baseline: Annotated[bool, typer.Option(help="Time transformers too.")] = True,
     quantization: Quantization = "none",
     seed: Seed = 0,
-    json_: Json = None,
+    json_: Json = False,
+    output: Output = None,
 ) -> None:
     """Measure a decode step of a model like Qwen3-30B-A3B on one GPU, with random weights.
 
-    The engine's own path, from tokens on the host to the next ones, as one rank or several; beside
+    The engine's own path, from tokens on the host to the next ones, as one rank or several, against
     the time that reading weights and KV cache takes, and transformers. Needs some 78 GB of GPU
     memory, with fp8 experts some 110: transformers has the same weights in bf16. Several ranks on
     one GPU run at the same time under NVIDIA's MPS only: start it before. Exit status 1 if the
@@ -112,7 +119,7 @@ def bench_decode(
     batches, counts = numbers(batch, "--batch"), numbers(ranks, "--ranks")
     if counts[-1] > MOST_GPU_RANKS:
         raise ConfigError(f"--ranks {ranks}: at most {MOST_GPU_RANKS} ranks exchange")
-    check_outputs(json_)
+    check_outputs(output)
     open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.decode import run_decode
     from flexpert.bench.gpu.gpu_report import decode_text
@@ -130,7 +137,7 @@ def bench_decode(
             note=note,
         )
     )
-    _show(decode_text(report), report, json_)
+    show_report(report, decode_text(report), as_json=json_, output=output)
     if not report.correct:
         raise typer.Exit(1)
 
@@ -140,13 +147,6 @@ def _with_status(run: Callable[[Callable[[str], None]], T]) -> T:
 
     with Console(stderr=True).status("") as status:
         return run(status.update)
-
-
-def _show(text: object, report: object, file: Path | None) -> None:
-    from rich.console import Console
-
-    Console(file=sys.stdout).print(text)
-    write_report(file, report)
 
 
 def _names(text: str, known: tuple[str, ...], flag: str) -> list[str]:

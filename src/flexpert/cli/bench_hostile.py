@@ -1,15 +1,14 @@
-"""`flexpert bench hostile`: well-behaved streams beside the nastiest bodies."""
+"""`flexpert bench hostile`: what well-behaved streams lose to the nastiest bodies."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexpert.cli.command import Json, Output, duration
 from flexpert.config import Config, parse_bytes
-from flexpert.display.output import EXIT_FAILURE, check_outputs, write_report
+from flexpert.display.output import EXIT_FAILURE, check_outputs, show_report
 from flexpert.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "flexpert bench hostile",
-    "flexpert bench hostile --duration 10 --max-body 1MiB --json hostile.json",
+    "flexpert bench hostile --duration 10s --max-body 1MiB --output hostile.json",
     "flexpert bench hostile --clients 64 -- --ranks 2 --max-ranks 2",
 )
 
@@ -28,29 +27,42 @@ def bench_hostile(
         typer.Argument(metavar="[-- FLAGS]", help="More flags for the service it starts."),
     ] = None,
     duration: Annotated[
-        float, typer.Option(min=0.5, max=86400, help="Seconds beside clients of each kind.")
+        float,
+        typer.Option(
+            metavar="DURATION",
+            parser=duration("--duration", 0.5),
+            help="Time with clients of each kind.",
+        ),
     ] = 60.0,
-    streams: Annotated[int, typer.Option(min=1, help="Well-behaved, whose speed counts.")] = 4,
-    clients: Annotated[int, typer.Option(min=1, max=1024, help="Of each kind, at once.")] = 16,
+    streams: Annotated[
+        int, typer.Option(min=1, help="Well-behaved streams, whose speed is measured.")
+    ] = 4,
+    clients: Annotated[
+        int, typer.Option(min=1, max=1024, help="Concurrent clients of each kind.")
+    ] = 16,
     max_body: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of the largest body, and the service's limit.")
+        str, typer.Option(metavar="SIZE", help="Size of the largest body, and the service's limit.")
     ] = "16MiB",
     after: Annotated[
-        float, typer.Option(min=0, max=3600, help="Seconds until memory is looked at again.")
+        float,
+        typer.Option(
+            metavar="DURATION",
+            parser=duration("--after", 0, 3600),
+            help="Time until memory is read again.",
+        ),
     ] = 10.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of bodies and their order.")] = 0,
-    json_: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")
-    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of bodies and their order.")] = 0,
+    json_: Json = False,
+    output: Output = None,
 ) -> None:
-    """Measure what streams lose beside clients that send the nastiest bodies.
+    """Measure what streams lose to clients that send the nastiest bodies.
 
-    It starts a service with the embedded model and measures a few streams twice: beside ordinary
-    clients (short prompts, streamed), then beside as many that send heavy and odd bodies without a
+    It starts a service with the embedded model and measures a few streams twice: with ordinary
+    clients (short prompts, streamed), then with as many that send heavy and odd bodies without a
     pause; and the memory of the serving process before, meanwhile and after. Exit status 1 if
     anything was answered with a 5xx, or one of the streams failed.
     """
-    check_outputs(json_)
+    check_outputs(output)
     from rich.console import Console
 
     from flexpert.bench.hostile import HostilePlan, run_hostile
@@ -70,8 +82,7 @@ def bench_hostile(
         console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
 
     report = run_hostile(plan, note)
-    Console(file=sys.stdout).print(_text(report), highlight=False, soft_wrap=True)
-    write_report(json_, report)
+    show_report(report, _text(report), as_json=json_, output=output)
     failed = report.ordinary.stream_errors or report.hostile.stream_errors
     if report.server_errors or failed:
         raise typer.Exit(EXIT_FAILURE)
@@ -94,7 +105,7 @@ def _text(report: HostileReport) -> Any:
 
     from flexpert.bench.hostile import WANTED_GROWTH_MIB, WANTED_RATIO
 
-    title = f"{report.streams} streams beside {report.clients} clients, {report.duration_s:g} s"
+    title = f"{report.streams} streams with {report.clients} clients, {report.duration_s:g} s"
     table = Table(title=title, caption=report.machine.line())
     for name in ("", "ordinary", "hostile"):
         table.add_column(name, justify="right" if name else "left")

@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand
 
+from flexpert.config import parse_duration
 from flexpert.errors import ConfigError
 from flexpert.reading import shown
 
+# the same in every command that has a result
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of text.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="Write the result there as JSON.")
+]
+
 MOST_COUNT = 2**40
+_WIDEST = 100  # columns of a help text
+_COLUMN = 30  # of the descriptions
 _MOST = 366 * 86400.0  # seconds mostly; what is handed to the system's clocks must not overflow
 
 
 class Command(TyperCommand):
-    """Refuses numbers that are not finite, which lie in every range, and those beyond reason."""
+    """A command whose help is whole on a narrow terminal.
+
+    It refuses numbers that are not finite, which lie in every range, and those beyond reason.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """A flag with a long name has its description on the next line; nothing is cut off."""
+        formatter.width = min(shutil.get_terminal_size().columns, _WIDEST)
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            own = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            panel = getattr(parameter, "rich_help_panel", None) or own
+            panels.setdefault(panel, []).append(record)
+        for panel, records in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(records, col_max=_COLUMN)
+        self.format_epilog(ctx, formatter)
 
     def invoke(self, ctx: Any) -> Any:
         """Raises: ConfigError"""
@@ -24,6 +57,24 @@ class Command(TyperCommand):
             for number in value if isinstance(value, list | tuple) else (value,):
                 _check(parameter.opts[-1], number)
         return super().invoke(ctx)
+
+
+def duration(flag: str, least: float, most: float = 366 * 86400.0) -> Any:
+    """The type of an option: seconds from "2", "2s", "500ms" or "5m", within bounds.
+
+    It raises ConfigError.
+    """
+
+    def parse(text: str | float) -> float:
+        try:
+            seconds = parse_duration(text)
+        except ValueError as error:
+            raise ConfigError(f"{flag}: {error}") from None
+        if not isinstance(seconds, float | int) or not least <= seconds <= most:
+            raise ConfigError(f"{flag} {text} is not between {least:g}s and {most:g}s")
+        return float(seconds)
+
+    return parse
 
 
 def _check(flag: str, number: object) -> None:

@@ -14,11 +14,11 @@ import typer
 
 import flexpert
 from flexpert.cli import bench_comm, bench_gpu, bench_hostile, plan
-from flexpert.cli.command import Command
+from flexpert.cli.command import Command, Json, Output, duration
 from flexpert.cli.scale import ScaleCommand
 from flexpert.cli.settings import with_settings
 from flexpert.config import Config
-from flexpert.display.output import EXIT_FAILURE, check_outputs, printing, write_report
+from flexpert.display.output import EXIT_FAILURE, check_outputs, printing, show_report
 from flexpert.errors import ConfigError, FlexpertError
 
 if TYPE_CHECKING:
@@ -35,18 +35,22 @@ Url = Annotated[
 ApiKey = Annotated[
     str | None,
     typer.Option(
-        "--api-key", envvar="FLEXPERT_API_KEY", metavar="KEY", help="Its key, if it asks for one."
+        "--api-key",
+        envvar="FLEXPERT_API_KEY",
+        metavar="KEY",
+        help="The service's key, if it asks for one.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Longest answer, in tokens.")
 ]
 Temperature = Annotated[
-    float | None, typer.Option(min=0, metavar="T", help="0: always the likeliest token.")
+    float | None,
+    typer.Option(min=0, metavar="T", help="Sampling temperature; 0: always the likeliest token."),
 ]
 TopP = Annotated[
-    float | None, typer.Option(metavar="P", help="Only tokens that make up this share.")
+    float | None,
+    typer.Option(metavar="P", help="Sample only from the likeliest tokens of this total share."),
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")]
 
@@ -83,7 +87,7 @@ def expected_errors() -> Iterator[None]:
 
 
 def _examples(*lines: str) -> str:
-    return "[bold]Examples[/]\n\n" + "\n\n".join(lines)
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
 @app.command(
@@ -115,18 +119,18 @@ def serve(config: Config) -> None:
         "flexpert scale 4",
         "flexpert scale --add 1",
         "flexpert scale --remove 1 3",
-        "flexpert scale --add 1 --remove 1  [dim](a newcomer takes over)[/]",
+        "flexpert scale --add 1 --remove 1   # a newcomer takes over",
         "flexpert scale --cancel op-1a2b3c4d",
-        "Exit status: 0 done, 1 failed or refused, 2 wrong usage, 3 cancelled.",
+        "Exit status: 0 done, 1 failed or refused, 2 wrong usage, 3 cancelled",
     ),
 )
 def scale(
     ranks: Annotated[
-        int | None, typer.Argument(min=1, metavar="[RANKS]", help="How many there shall be.")
+        int | None, typer.Argument(min=1, metavar="[RANKS]", help="How many ranks there shall be.")
     ] = None,
-    add: Annotated[int, typer.Option(min=0, metavar="N", help="Ranks that join.")] = 0,
+    add: Annotated[int, typer.Option(min=0, metavar="N", help="How many ranks join.")] = 0,
     remove: Annotated[
-        list[int] | None, typer.Option(metavar="ID...", help="Ids of ranks that leave.")
+        list[int] | None, typer.Option(metavar="ID...", help="Ids of the ranks that leave.")
     ] = None,
     wait: Annotated[bool, typer.Option(help="Follow the change to its end.")] = True,
     cancel: Annotated[
@@ -159,7 +163,9 @@ def scale(
     epilog=_examples("flexpert status", "flexpert status --watch", "flexpert status --json"),
 )
 def status(
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show it again every second.")
+    ] = False,
     json_: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -249,15 +255,20 @@ def complete(
     cls=Command,
     epilog=_examples(
         "flexpert demo",
-        "flexpert demo --many --clients 16 --requests 200 --duration 30",
+        "flexpert demo --many --clients 16 --requests 200 --duration 30s",
         "flexpert demo --json > run.json",
     ),
 )
 def demo(
-    clients: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 8,
-    requests: Annotated[int, typer.Option(min=1, help="Different requests.")] = 32,
+    clients: Annotated[int, typer.Option(min=1, help="Concurrent streams.")] = 8,
+    requests: Annotated[int, typer.Option(min=1, help="How many different requests.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 64,
-    duration: Annotated[float, typer.Option(min=1, help="Seconds of traffic.")] = 20.0,
+    duration: Annotated[
+        float,
+        typer.Option(
+            metavar="DURATION", parser=duration("--duration", 1), help="How long traffic lasts."
+        ),
+    ] = 20.0,
     many: Annotated[bool, typer.Option("--many", help="Ten changes instead of three.")] = False,
     json_: Json = False,
 ) -> None:
@@ -279,9 +290,9 @@ def demo(
     cls=Command,
     epilog=_examples(
         "flexpert chaos",
-        "flexpert chaos --faults kill --rate 0.5 --duration 300 --plot kills.png",
-        "flexpert chaos --pairs --during-scaling --seed 7 --json run.json",
-        "flexpert chaos --ranks 3 -- --stall-timeout-s 1",
+        "flexpert chaos --faults kill --rate 0.5 --duration 5m --plot kills.png",
+        "flexpert chaos --pairs --during-scaling --seed 7 --output run.json",
+        "flexpert chaos --ranks 3 -- --stall-timeout 500ms",
     ),
 )
 def chaos(
@@ -291,30 +302,38 @@ def chaos(
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="A deterministic service of this machine, not our own."),
+        typer.Option(
+            metavar="URL", help="A deterministic service of this machine, instead of a new one."
+        ),
     ] = None,
     api_key: ApiKey = None,
     faults: Annotated[
         str | None,
         typer.Option(
             metavar="KIND[,KIND…]",
-            help="Of kill, stop, slow, oom, partition; default: all, with --url the first three.",
+            help="kill, stop, slow, oom, partition; default: all; with --url the first three.",
         ),
     ] = None,
-    rate: Annotated[float, typer.Option(min=0.01, max=20, help="Faults a second.")] = 0.5,
-    duration: Annotated[float, typer.Option(min=1, max=86400, help="Seconds of faults.")] = 30.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of what strikes whom, and when.")] = 0,
-    ranks: Annotated[int, typer.Option(min=1, max=64, help="Of our own service.")] = 4,
-    clients: Annotated[int, typer.Option(min=1, help="Streams at once.")] = 16,
-    requests: Annotated[int, typer.Option(min=1, help="Different requests.")] = 64,
+    rate: Annotated[float, typer.Option(min=0.01, max=20, help="Faults per second.")] = 0.5,
+    duration: Annotated[
+        float,
+        typer.Option(
+            metavar="DURATION",
+            parser=duration("--duration", 1, 86400),
+            help="How long faults strike.",
+        ),
+    ] = 30.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what strikes whom, and when.")] = 0,
+    ranks: Annotated[int, typer.Option(min=1, max=64, help="Ranks of the service it starts.")] = 4,
+    clients: Annotated[int, typer.Option(min=1, help="Concurrent streams.")] = 16,
+    requests: Annotated[int, typer.Option(min=1, help="How many different requests.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 64,
     pairs: Annotated[bool, typer.Option("--pairs", help="Strike two ranks at once.")] = False,
     during_scaling: Annotated[
         bool, typer.Option("--during-scaling", help="Ranks join and leave all the time.")
     ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the results here, too.")
-    ] = None,
+    json_: Json = False,
+    output: Output = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Tokens over time, .png or .svg.")
     ] = None,
@@ -349,7 +368,7 @@ def chaos(
         url=url,
         key=api_key,
     )
-    raise typer.Exit(run_chaos(plan, console=_console(stderr=False), output=output))
+    raise typer.Exit(run_chaos(plan, console=_console(stderr=json_), as_json=json_, output=output))
 
 
 app.command(
@@ -379,7 +398,7 @@ for _name, _command, _lines in (
         "flexpert bench serve",
         "flexpert bench serve --compare transformers --ranks 1 --concurrency 16",
         "flexpert bench serve --url http://127.0.0.1:8000 --request-rate 4 --num-prompts 200",
-        "flexpert bench serve --prompts prompts.jsonl --json result.json",
+        "flexpert bench serve --prompts prompts.jsonl --output result.json",
         "flexpert bench serve --ranks 2 -- --deterministic --max-running 32",
     ),
 )
@@ -390,35 +409,37 @@ def bench_serve(
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Measure this service; without it, one of our own."),
+        typer.Option(metavar="URL", help="Measure this service instead of a new one."),
     ] = None,
     api_key: ApiKey = None,
-    model: Annotated[str, typer.Option(help="Of our own service.")] = "tiny",
-    ranks: Annotated[int, typer.Option(min=1, help="Of our own service.")] = 1,
+    model: Annotated[str, typer.Option(help="Model of the service it starts.")] = "tiny",
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of the service it starts.")] = 1,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Per rank, of our own service, and of transformers; default: 1."),
+        typer.Option(min=1, help="Threads per rank, and of transformers; default: 1."),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Prompts: lines of text, or JSON lines with 'prompt'."),
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Requests.")] = 64,
+    num_prompts: Annotated[int, typer.Option(min=1, metavar="N", help="How many requests.")] = 64,
     input_len: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens of a random prompt.")
     ] = 128,
     output_len: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Tokens of an answer (never fewer).")
+        int, typer.Option(min=1, metavar="N", help="Tokens of every answer.")
     ] = 128,
-    concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at once.")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Concurrent requests.")] = 16,
     request_rate: Annotated[
         float | None,
-        typer.Option(min=0.001, metavar="R", help="Instead: R arrive a second, as Poisson has it."),
+        typer.Option(
+            min=0.001,
+            metavar="R",
+            help="Instead: R requests per second arrive, Poisson-distributed.",
+        ),
     ] = None,
-    warmup: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Requests before, not counted.")
-    ] = 8,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of prompts and arrivals.")] = 0,
+    warmup: Annotated[int, typer.Option(min=0, metavar="N", help="Uncounted requests before.")] = 8,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of prompts and arrivals.")] = 0,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -426,9 +447,8 @@ def bench_serve(
             help="Same prompts, threads and dtype through transformers alone.",
         ),
     ] = None,
-    json_: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all figures there.")
-    ] = None,
+    json_: Json = False,
+    output: Output = None,
 ) -> None:
     """Measure a service: throughput, time to first token, inter-token latency, end to end."""
     from flexpert.bench.serve import OfferedLoad, ServeMeasured, run_bench
@@ -439,7 +459,7 @@ def bench_serve(
     if url is not None and (service or compare):
         what = "flags of a service" if service else "--compare"
         raise ConfigError(f"{what} can only be had with a service of our own; leave out --url")
-    check_outputs(json_)
+    check_outputs(output)
     load = OfferedLoad(
         prompts=prompts,
         count=num_prompts,
@@ -453,12 +473,11 @@ def bench_serve(
     measured = ServeMeasured(
         url=url, key=api_key, model=model, ranks=ranks, threads=threads, flags=tuple(service or ())
     )
-    console = _console()
+    console = _console(stderr=True)
     report = run_bench(
         load, measured, compare=compare is not None, note=lambda line: _note(line, console)
     )
-    console.print(figures_text(report), soft_wrap=True, highlight=False)
-    write_report(json_, report)
+    show_report(report, figures_text(report), as_json=json_, output=output)
     if report.service.failed:
         raise typer.Exit(EXIT_FAILURE)
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 import typer
 
+from flexpert.cli.command import Json, Output, duration
 from flexpert.display.output import check_outputs, write_output
 from flexpert.errors import ConfigError
 
@@ -51,26 +52,32 @@ def plan(
     file: Annotated[
         Path | None, typer.Argument(metavar="PLAN.json", help="The plan.", show_default=False)
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a rank.")] = 64,
-    hidden: Annotated[int, typer.Option(min=1, help="Elements of a token.")] = 2048,
-    topk: Annotated[int, typer.Option(min=1, max=64, help="Experts of a token.")] = 8,
-    experts_per_rank: Annotated[int, typer.Option(min=1, help="Experts of a rank.")] = 4,
-    dtype: Annotated[Dtype, typer.Option(help="Of the rows.")] = Dtype.BFLOAT16,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens that a rank sends.")] = 64,
+    hidden: Annotated[int, typer.Option(min=1, help="Elements of a row.")] = 2048,
+    topk: Annotated[
+        int, typer.Option(min=1, max=64, help="Experts that a token is routed to.")
+    ] = 8,
+    experts_per_rank: Annotated[int, typer.Option(min=1, help="Experts that each rank holds.")] = 4,
+    dtype: Annotated[Dtype, typer.Option(help="Data type of the rows.")] = Dtype.BFLOAT16,
     fp8: Annotated[Fp8, typer.Option(help="Dispatch in fp8 with these scales.")] = Fp8.NONE,
     kill: Annotated[KillSignal, typer.Option(help="How ranks die.")] = KillSignal.SIGKILL,
-    at: Annotated[At, typer.Option(help="Where in an exchange.")] = At.RANDOM,
-    channel: Annotated[ChannelName, typer.Option(help="Between ranks.")] = ChannelName.AUTO,
-    exchanges: Annotated[int, typer.Option(min=1, help="In each phase.")] = 10,
+    at: Annotated[At, typer.Option(help="Where in an exchange ranks die.")] = At.RANDOM,
+    channel: Annotated[ChannelName, typer.Option(help="How rows reach a peer.")] = ChannelName.AUTO,
+    exchanges: Annotated[int, typer.Option(min=1, help="Exchanges of each phase.")] = 10,
     timeout: Annotated[
-        float, typer.Option(min=0.05, help="Seconds until a silent rank is masked.")
+        float,
+        typer.Option(
+            metavar="DURATION",
+            parser=duration("--timeout", 0.05),
+            help="Silence until a rank is masked.",
+        ),
     ] = 2.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of data and chance.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data and chance.")] = 0,
     random: Annotated[
         int, typer.Option(min=0, metavar="N", help="Run N random plans, no file.")
     ] = 0,
-    output: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the results here, too.")
-    ] = None,
+    json_: Json = False,
+    output: Output = None,
 ) -> None:
     """Run real rank processes through the phases of a plan and check every exchange.
 
@@ -106,7 +113,7 @@ def plan(
         ]
     )
     sizes = Sizes(tokens, hidden, topk, experts_per_rank, getattr(torch, dtype.value))
-    console = Console()
+    console = Console(stderr=json_)
     everything: list[runner.PhaseResult] = []
     written = []
     for name, own_seed, phases in plans:
@@ -136,7 +143,7 @@ def plan(
         everything += results
         written.append({"plan": name, "seed": own_seed, "phases": runner.as_json(results)})
     good = report.verdict(console, everything)
-    if output:
+    if json_ or output:
         told = {
             "pass": good,
             "machine": msgspec.to_builtins(this_machine()),
@@ -155,5 +162,9 @@ def plan(
             },
             "runs": written,
         }
-        write_output(output, json.dumps(told, indent=1).encode())
+        encoded = json.dumps(told, indent=1)
+        if json_:
+            print(encoded)
+        if output:
+            write_output(output, encoded.encode())
     raise typer.Exit(0 if good else 1)

@@ -49,7 +49,7 @@ class Flag:
         name = f"{self.name}/--no-{self.name[2:]}" if self.boolean else self.name
         return typer.Option(
             name,
-            help=f"{self.help} [dim]\\[default: {self.default}][/]" if self.default else self.help,
+            help=f"{self.help} (default: {self.default})" if self.default else self.help,
             metavar=None if self.boolean else self.metavar,
             show_default=False,
             rich_help_panel=self.panel,
@@ -79,16 +79,21 @@ def flags() -> list[Flag]:
 def _flag(path: str, field: FieldInfo, panel: str) -> Flag:
     kind = _plain_type(field.annotation)
     default = field.default
+    is_duration = any("parse_duration" in repr(item) for item in field.metadata)
     is_size = any("parse_bytes" in repr(item) for item in (field.annotation, *field.metadata))
     if get_origin(kind) is Literal:
         metavar = "|".join(map(str, get_args(kind)))
     elif is_size:
         metavar = "SIZE"
+    elif is_duration:
+        metavar = "DURATION"
     else:
-        names = {int: "N", float: "SECONDS" if path.endswith("_s") else "NUMBER", Path: "FILE"}
+        names = {int: "N", float: "NUMBER", Path: "FILE"}
         metavar = names.get(kind, "TEXT")
     if is_size and isinstance(default, int):
         shown: str | None = _size(default)
+    elif is_duration:
+        shown = f"{default:g}s"
     elif isinstance(default, bool):
         shown = "on" if default else "off"
     else:

@@ -78,7 +78,7 @@ class Coordinator:
         self._next: Placement | None = None
         self._ranks: dict[int, RankState] = {}
         self._migrations = KVMigrations(self._ranks, ports)
-        self._watch = Watch(self._ranks, ports, config.cluster.stall_timeout_s, self._warn)
+        self._watch = Watch(self._ranks, ports, config.cluster.stall_timeout, self._warn)
         self._operations: dict[str, Operation] = {}
         self._running: Operation | None = None
         self._deadline: Timer | None = None
@@ -90,8 +90,8 @@ class Coordinator:
         self._restart_policy = RestartPolicy(
             cluster.restart_policy,
             limit=cluster.restart_limit,
-            backoff_s=cluster.restart_backoff_s,
-            longest_backoff_s=cluster.restart_backoff_max_s,
+            backoff_s=cluster.restart_backoff,
+            longest_backoff_s=cluster.restart_backoff_max,
         )
         self._expert_recovery = ExpertRecovery(
             source.info.experts,
@@ -500,7 +500,7 @@ class Coordinator:
         for action in actions:
             match action:
                 case Do.SPAWN:
-                    self._phase("spawn", self._config.cluster.start_timeout_s)
+                    self._phase("spawn", self._config.cluster.start_timeout)
                     for rank in sorted(change.joining):
                         self._ranks[rank] = RankState(rank)
                         self._ports.spawn(rank)
@@ -512,13 +512,13 @@ class Coordinator:
                         )
                         return
                     name = "recover" if self._membership.phase is Phase.RECOVER else "load"
-                    self._phase(name, self._config.cluster.load_timeout_s)
+                    self._phase(name, self._config.cluster.load_timeout)
                     self._prepare(change.epoch, change.after, change.everyone)
                 case Do.OFFER:
-                    self._phase("move", self._config.cluster.migration_timeout_s)
+                    self._phase("move", self._config.cluster.migration_timeout)
                     self._tell(change.leaving, msg.Offer(change.epoch))
                 case Do.COMMIT:
-                    self._phase("commit", self._config.cluster.commit_timeout_s)
+                    self._phase("commit", self._config.cluster.commit_timeout)
                     self._tell(change.everyone, msg.Commit(change.epoch))
                 case Do.STOP:
                     self._switched(change.epoch)
@@ -557,7 +557,7 @@ class Coordinator:
         self._expect_halted(change)
 
     def _expect_halted(self, change: Change) -> None:
-        limit_s = self._config.cluster.stall_timeout_s
+        limit_s = self._config.cluster.stall_timeout
         due = self._ports.now() + limit_s
         self._later(limit_s, lambda: self._end_stalled(change, due))
 
@@ -568,7 +568,7 @@ class Coordinator:
         if self._watch.late(due):
             self._expect_halted(change)
         else:
-            limit_s = self._config.cluster.stall_timeout_s
+            limit_s = self._config.cluster.stall_timeout
             deaf = change.before - change.gone - self._halted
             self._watch.end(deaf, f"did not hear within {limit_s:g} s that others were lost")
 
@@ -617,7 +617,7 @@ class Coordinator:
 
     def _clock_is_up(self, due: float) -> None:
         if self._watch.late(due):
-            self._start_clock(self._config.cluster.stall_timeout_s)
+            self._start_clock(self._config.cluster.stall_timeout)
         else:
             self._on_deadline()
 
@@ -757,11 +757,9 @@ class Coordinator:
         cluster = self._config.cluster
         self._restoring = None
         if failed:
-            wait_s = cluster.restart_backoff_s * 2**self._restore_tries
+            wait_s = cluster.restart_backoff * 2**self._restore_tries
             self._restore_tries += 1
-            self._restore_not_before = self._ports.now() + min(
-                wait_s, cluster.restart_backoff_max_s
-            )
+            self._restore_not_before = self._ports.now() + min(wait_s, cluster.restart_backoff_max)
 
     def _replace(self) -> None:
         if self._closed or self._running or self._membership.phase is not Phase.IDLE:

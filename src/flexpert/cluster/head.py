@@ -90,7 +90,7 @@ class Head:
             self._launcher = LocalLauncher(self._on_exit)
             source, _ = await asyncio.gather(
                 asyncio.to_thread(open_source, self.config),
-                self._launcher.start(self.config, self.config.cluster.start_timeout_s),
+                self._launcher.start(self.config, self.config.cluster.start_timeout),
             )
             self.info, engine = source.info, self.config.engine
             self._journal.kv_tokens = kv_blocks(self.info, engine) * engine.kv_block_size

@@ -71,12 +71,35 @@ def write_output(file: Path, data: bytes) -> None:
         raise FlexpertError(f"cannot write {file}: {_why(error)}") from None
 
 
-def write_report(file: Path | None, report: object) -> None:
-    """As JSON, if there is a file to write it to. Raises: FlexpertError"""
-    if file is not None:
-        import msgspec
+def show_report(report: object, text: object, *, as_json: bool, output: Path | None) -> None:
+    """Print a report, and write it to a file if one is named.
 
-        write_output(file, msgspec.json.format(msgspec.json.encode(report), indent=2))
+    Args:
+        report: what msgspec encodes.
+        text: the same for people, as rich prints it.
+        as_json: print JSON instead of `text`.
+        output: gets the JSON in any case.
+
+    Raises: FlexpertError: the file cannot be written.
+    """
+    if not as_json:
+        from rich.console import Console
+
+        Console(file=sys.stdout).print(text, highlight=False, soft_wrap=True)
+    write_report(report, as_json=as_json, output=output)
+
+
+def write_report(report: object, *, as_json: bool, output: Path | None) -> None:
+    """The part of `show_report` that concerns JSON."""
+    if not as_json and output is None:
+        return
+    import msgspec
+
+    encoded = msgspec.json.format(msgspec.json.encode(report), indent=2)
+    if as_json:
+        print(encoded.decode())
+    if output is not None:
+        write_output(output, encoded)
 
 
 def _why(error: OSError | ValueError) -> str:

@@ -75,7 +75,7 @@ def _preprocessors(head: Head) -> Preprocessors:
             max_prompt_tokens=server.max_prompt_tokens or max(MOST_PROMPT_TOKENS, context),
         )
 
-    return Preprocessors(head, limits, server.preprocess_timeout_s)
+    return Preprocessors(head, limits, server.preprocess_timeout)
 
 
 def _add_service_routes(app: FastAPI, head: Head, metrics: ServerMetrics) -> None:

@@ -181,7 +181,7 @@ class _Worker:
             raise ApiError(
                 400,
                 f"the request takes longer than {self._timeout_s:g} s to prepare "
-                "(--preprocess-timeout-s); send less of it at once",
+                "(--preprocess-timeout); send less of it at once",
                 code="request_too_costly",
             ) from None
         except _Ended as error:

@@ -112,7 +112,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._wire = transport
         door = Door(transport, self._close, lambda: self._lingering or transport.is_closing())
         super().connection_made(cast(asyncio.Transport, door))
-        self._limit_request(self.limits.header_timeout_s)
+        self._limit_request(self.limits.header_timeout)
         if len(self.connections) > self.most_connections:
             self._refuse(
                 ApiError(
@@ -216,7 +216,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _begin_headers(self) -> None:
         self._expect = Expect.HEADERS
-        self._limit_request(self.limits.header_timeout_s)
+        self._limit_request(self.limits.header_timeout)
 
     def on_message_begin(self) -> None:
         if self._expect is Expect.REQUEST:  # right behind another
@@ -239,7 +239,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._expect = Expect.BODY
         self._limit_request(None)
         if self._running is self.cycle:
-            self._limit_request(self.limits.body_timeout_s)
+            self._limit_request(self.limits.body_timeout)
 
     def on_body(self, body: bytes) -> None:
         self._unparsed = 0
@@ -266,10 +266,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._expect is Expect.REQUEST:
             self._close()  # it has asked for nothing: there is nothing to answer
         elif self._expect is Expect.HEADERS:
-            limit = f"{self.limits.header_timeout_s:g} s (server.header_timeout_s)"
+            limit = f"{self.limits.header_timeout:g} s (server.header_timeout)"
             self._fail(ApiError(408, f"the headers did not come within {limit}", code="timeout"))
         else:
-            limit = f"{self.limits.body_timeout_s:g} s (server.body_timeout_s)"
+            limit = f"{self.limits.body_timeout:g} s (server.body_timeout)"
             self._fail(ApiError(408, f"the body did not come within {limit}", code="timeout"))
 
     def _headers_too_large(self) -> ApiError:
@@ -319,7 +319,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._running = cycle
         super()._start_asgi_task(cycle, app)
         if cycle is self.cycle and self._expect is Expect.BODY:  # it has waited for its turn
-            self._limit_request(self.limits.body_timeout_s)
+            self._limit_request(self.limits.body_timeout)
 
     def on_response_complete(self) -> None:
         answered, self._running = self._running, None
@@ -341,7 +341,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
         self._unsent = self._wire.get_write_buffer_size()
-        self._write_timer = self.loop.call_later(self.limits.write_timeout_s, self._look_at_writing)
+        self._write_timer = self.loop.call_later(self.limits.write_timeout, self._look_at_writing)
 
     def _look_at_writing(self) -> None:
         self._write_timer = None
@@ -352,9 +352,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._watch_writing()
             return
         log.info(
-            "%s has not read its answer for %g s (server.write_timeout_s); the connection is ended",
+            "%s has not read its answer for %g s (server.write_timeout); the connection is ended",
             self.client,
-            self.limits.write_timeout_s,
+            self.limits.write_timeout,
         )
         self._wire.abort()
 

@@ -45,7 +45,7 @@ UNREAD_S = 2
 def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> int:
     """Serve until a signal, or until the service fails; returns the process' exit code.
 
-    Ctrl-C or SIGTERM: running requests have `cluster.shutdown_timeout_s` to finish; a second
+    Ctrl-C or SIGTERM: running requests have `cluster.shutdown_timeout` to finish; a second
     one stops at once. What happens is printed.
 
     Returns:
@@ -199,7 +199,7 @@ class _Service:
                 access_log=level == "debug",
                 server_header=False,
                 timeout_keep_alive=30,
-                timeout_graceful_shutdown=ceil(ranks.shutdown_timeout_s) + UNREAD_S,
+                timeout_graceful_shutdown=ceil(ranks.shutdown_timeout) + UNREAD_S,
             )
         )
         await app.state.preprocessors.start()
@@ -220,7 +220,7 @@ class _Service:
         server.should_exit = True
         # the head answers what is left when the time is over with an error; so HTTP ends by itself
         ending = asyncio.gather(
-            self._head.stop(ranks.shutdown_timeout_s), serving, return_exceptions=True
+            self._head.stop(ranks.shutdown_timeout), serving, return_exceptions=True
         )
         forced = asyncio.ensure_future(self._forced.wait())
         await asyncio.wait((ending, forced), return_when=asyncio.FIRST_COMPLETED)

@@ -49,7 +49,7 @@ EXIT_INTERRUPTED = 130
 
 SERVE = (
     *("--model", "tiny", "--deterministic", "--kv-memory", "32MiB"),
-    *("--shutdown-timeout-s", "0", "--log-level", "error"),
+    *("--shutdown-timeout", "0", "--log-level", "error"),
 )
 _STALL_S = 60.0
 _SHOWN_LINES = 30  # of what a service printed before a bad end
@@ -93,15 +93,17 @@ def parse_faults(text: str | None, *, own: bool) -> tuple[str, ...]:
     return kinds
 
 
-def run_chaos(plan: ChaosPlan, *, console: Console, output: Path | None) -> int:
-    """The whole run; the exit status."""
+def run_chaos(
+    plan: ChaosPlan, *, console: Console, as_json: bool = False, output: Path | None = None
+) -> int:
+    """The whole run, told on `console`, with its result as in `write_report`; the exit status."""
     try:
         result, seen = asyncio.run(_run(plan, console))
     except KeyboardInterrupt:
         console.print("interrupted; the service is stopped")
         return EXIT_INTERRUPTED
     show(console, result, seen)
-    write_report(output, result)
+    write_report(result, as_json=as_json, output=output)
     if plan.plot:
         draw(seen, result, plan.plot)
     return EXIT_OK if result.good else EXIT_BAD

@@ -43,7 +43,7 @@ STALL_S = 60.0
 SERVE = (
     *("--model", "tiny", "--ranks", "2", "--max-ranks", "6", "--deterministic"),
     # these ranks fit into a small machine, and nobody waits for answers when we are done
-    *("--kv-memory", "32MiB", "--shutdown-timeout-s", "0", "--log-level", "warning"),
+    *("--kv-memory", "32MiB", "--shutdown-timeout", "0", "--log-level", "warning"),
 )
 
 # 2 → 4 → 3 → 1: a rank out of the middle leaves a hole, and at the end rank 0 is gone as well

@@ -109,7 +109,7 @@ class LocalLauncher:
         except TimeoutError:
             raise FlexpertError(
                 f"torch and transformers were not imported within {timeout_s:.0f} s; "
-                "raise cluster.start_timeout_s"
+                "raise cluster.start_timeout"
             ) from None
 
     def spawn(self, rank: int, entry: str, spec: bytes, end: socket.socket) -> None:

@@ -194,7 +194,7 @@ def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
                 source,
                 config.engine,
                 capacity=config.cluster.max_ranks,
-                exchange_timeout_s=config.cluster.exchange_timeout_s,
+                exchange_timeout_s=config.cluster.exchange_timeout,
                 listener=reporter,
                 faults=faults,
             )
@@ -211,7 +211,7 @@ def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
                 engine.store.address,
             )
         )
-        reporter.beat(config.cluster.stall_timeout_s / BEATS)
+        reporter.beat(config.cluster.stall_timeout / BEATS)
         listener = threading.Thread(
             target=_listen, args=(connection, engine, reporter), name="commands", daemon=True
         )
