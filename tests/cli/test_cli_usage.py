@@ -182,6 +182,6 @@ def test_help_is_whole_on_80_columns(
     assert status == 0
     assert examples
     assert max(map(len, options.splitlines())) <= 80
-    assert "…" not in options.replace(",…", "")
+    assert not re.search(r"--[a-z-]*…", options)
     if command == "serve":
         assert {flag.name for flag in flags()} <= set(re.findall(r"--[a-z0-9-]+", options))

@@ -72,7 +72,7 @@ def test_fp8_on_the_way(scales: str) -> None:
 
 def test_what_a_rank_finds_wrong_fails_the_phase() -> None:
     result = runner.PhaseResult("0", (0,), ())
-    outcome = runner.Outcome(1, (0,), errors=["exchange 0: a combined result is wrong"])
+    outcome = runner.WorkerOutcome(1, (0,), errors=["exchange 0: a combined result is wrong"])
     with runner.Runner(runner.Options(SIZES), 1) as made:
         made.judge(PlanPhase((0,)), {0: outcome}, {}, result)
     assert result.errors == ["rank 0: exchange 0: a combined result is wrong"]
