@@ -25,9 +25,10 @@ from hypothesis import strategies as st
 
 from flexpert.bench.processes import connection as connections
 from flexpert.bench.processes import forks
-from flexpert.bench.processes.connection import Closed, Connection
+from flexpert.bench.processes.connection import Closed, StreamConnection
 from flexpert.bench.processes.socket_store import SocketStore, StoreServer, Values
 from flexpert.errors import FlexpertError
+from flexpert.forking.framing import frame
 
 HERE = "test_bench_processes"
 
@@ -36,7 +37,7 @@ HERE = "test_bench_processes"
 
 
 def echo(end: socket.socket) -> None:
-    connection = Connection(end)
+    connection = StreamConnection(end)
     while True:
         connection.send(connection.receive())
 
@@ -49,11 +50,11 @@ def counts(end: socket.socket, exported: socket.socket) -> None:
     store = SocketStore(exported)
     for _ in range(100):
         store.add("count", 1)
-    Connection(end).send(b"done")
+    StreamConnection(end).send(b"done")
 
 
 def life(end: socket.socket) -> None:
-    Connection(end).send(importlib.import_module("flexpert.comm.agreement")._life)
+    StreamConnection(end).send(importlib.import_module("flexpert.comm.agreement")._life)
 
 
 @pytest.fixture
@@ -174,7 +175,7 @@ def test_a_process_that_cannot_be_forked_fails_alone(room: int) -> None:
 @given(st.binary(max_size=64))
 def test_whatever_comes_is_a_message_or_the_end(garbage: bytes) -> None:
     ours, theirs = connections.pair()
-    with Connection(ours) as connection, theirs:
+    with StreamConnection(ours) as connection, theirs:
         theirs.sendall(garbage)
         theirs.shutdown(socket.SHUT_WR)
         try:
@@ -186,12 +187,12 @@ def test_whatever_comes_is_a_message_or_the_end(garbage: bytes) -> None:
 
 def test_a_message_in_pieces_is_kept_until_it_is_whole() -> None:
     ours, theirs = connections.pair()
-    with Connection(ours) as connection, theirs:
-        framed = connections.framed(b"whole")
-        theirs.sendall(framed[:9])
+    with StreamConnection(ours) as connection, theirs:
+        framed = frame(b"whole")
+        theirs.sendall(framed[:6])
         with pytest.raises(TimeoutError):
             connection.receive(0.01)
-        theirs.sendall(framed[9:])
+        theirs.sendall(framed[6:])
         assert connection.receive(5.0) == b"whole"
 
 
@@ -266,14 +267,14 @@ def test_who_does_not_read_or_says_nonsense_disturbs_nobody(store: StoreServer) 
     ours.set("large", b"x" * 500_000)
     silent, mad = store.hand_out(), store.hand_out()
     # asks for more than its socket holds, and reads none of it
-    packet = connections.framed(b"\x92\xa3get\x91\xa5large")
+    packet = frame(b"\x92\xa3get\x91\xa5large")
     silent.sendall(packet * 8)
-    mad.sendall(connections.framed(b"\xc1nonsense"))
+    mad.sendall(frame(b"\xc1nonsense"))
     with mad:
         mad.settimeout(10.0)
         assert mad.recv(1) == b""  # cut off
     assert ours.get("large") == b"x" * 500_000
-    with Connection(silent) as late:
+    with StreamConnection(silent) as late:
         for _ in range(8):
             assert len(late.receive(10.0)) > 500_000
 

@@ -16,7 +16,10 @@ from pathlib import Path
 import pytest
 
 from flexpert.cluster.interfaces import Work
-from flexpert.cluster.processes.fork_server import (
+from flexpert.cluster.processes.launcher import LocalLauncher, _Child
+from flexpert.cluster.stall_detector import worked
+from flexpert.config import Config
+from flexpert.forking.fork_server import (
     Exited,
     Fork,
     Kill,
@@ -24,9 +27,6 @@ from flexpert.cluster.processes.fork_server import (
     decode_request,
     encode,
 )
-from flexpert.cluster.processes.launcher import LocalLauncher, _Child
-from flexpert.cluster.stall_detector import worked
-from flexpert.config import Config
 
 BUSY = "print(flush=True)\nwhile True: pass"
 HOLDS_THE_LOCK = """

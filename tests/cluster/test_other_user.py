@@ -17,8 +17,8 @@ import pytest
 from support.served import CAN_BE_ANOTHER, OTHER_UID, SERVICE_UID, UNPRIVILEGED, Served, served
 
 from flexpert.cluster import messages as msg
-from flexpert.cluster.processes.fork_server import Fork, encode
-from flexpert.cluster.processes.framing import frame
+from flexpert.forking.fork_server import Fork, encode
+from flexpert.forking.framing import frame
 
 pytestmark = [
     pytest.mark.slow,

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpert.cluster import messages as msg
-from flexpert.cluster.processes import fork_server as forkserver
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
-from flexpert.cluster.processes.framing import BadFrame, Deframer, frame
 from flexpert.cluster.processes.rank_process import decode_spec
 from flexpert.cluster.processes.transport import ChildLink, Transport
+from flexpert.forking import fork_server as forkserver
+from flexpert.forking.framing import BadFrame, Deframer, frame
 
 LOAD = msg.Load(0, 0, 0.0, 0)
 LIMIT = 1 << 16

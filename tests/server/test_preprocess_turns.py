@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from flexpert.cluster.processes.framing import Piece
 from flexpert.errors import Overloaded
+from flexpert.forking.framing import Piece
 from flexpert.server import preprocessors
 from flexpert.server.http_errors import ApiError
 from flexpert.server.preprocessing import Limits, PreprocessReply, Rendered, encode

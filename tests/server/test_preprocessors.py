@@ -12,8 +12,8 @@ import pytest
 from support.raw import answers, connection, read_all, request
 from support.served_head import Running
 
-from flexpert.cluster.processes.framing import Piece
 from flexpert.cluster.processes.helper import OnEnd, OnMessage
+from flexpert.forking.framing import Piece
 from flexpert.server.http_errors import ApiError
 from flexpert.server.preprocessing import Kind, Limits, Outcome, PreprocessReply, Rendered, encode
 from flexpert.server.preprocessors import Preprocessors

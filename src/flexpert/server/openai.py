@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
-from flexpert.cluster.processes.framing import Piece
 from flexpert.errors import FlexpertError
+from flexpert.forking.framing import Piece
 from flexpert.frontend.generation import Generation
 from flexpert.frontend.text import TokenText
 from flexpert.server import wire

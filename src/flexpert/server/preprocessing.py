@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeVar, get_args
 import msgspec
 from pydantic import BaseModel, ValidationError
 
-from flexpert.cluster.processes.framing import Piece
 from flexpert.engine.request import SamplingParams
 from flexpert.errors import ContextOverflow, FlexpertError, RequestError
+from flexpert.forking.framing import Piece
 from flexpert.frontend.text import TokenText
 from flexpert.server import wire
 from flexpert.server.http_errors import ApiError, api_error, unknown_model, validation_error

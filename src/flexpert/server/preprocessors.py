@@ -13,9 +13,9 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from flexpert.cluster.processes.framing import Piece
 from flexpert.cluster.processes.helper import Helper, OnEnd, OnMessage
 from flexpert.errors import Overloaded
+from flexpert.forking.framing import Piece
 from flexpert.server import heap
 from flexpert.server.http_errors import SERVER, ApiError
 from flexpert.server.preprocess_worker import ENTRY

@@ -21,7 +21,7 @@ from flexpert.trials.chaos_report import ChaosFault, Held, RankHeld
 
 BY_ITSELF = ("oom", "partition")  # the rank does it, if its service was started to
 
-_SERVER = "flexpert.cluster.processes.fork_server"
+_SERVER = "flexpert.forking.fork_server"
 _SLOW_S, _SLOW_STEP_S = 1.0, 0.05  # a slow rank: stopped half of the time
 _FELT_S = 5.0  # a planted fault strikes at the rank's next vote
 

@@ -32,7 +32,7 @@ from flexpert.bench.comm.workload import (
     make_input,
 )
 from flexpert.bench.processes import forks
-from flexpert.bench.processes.connection import Closed, Connection
+from flexpert.bench.processes.connection import Closed, StreamConnection
 from flexpert.bench.processes.loopback import keep_to_loopback
 from flexpert.bench.processes.socket_store import SocketStore, StoreServer
 from flexpert.comm import BufferSpec, make_buffer
@@ -186,7 +186,7 @@ def serve(end: socket.socket, store: socket.socket) -> None:
     keep_to_loopback()
     torch.set_grad_enabled(False)
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch renames its collectives
-    connection = Connection(end)
+    connection = StreamConnection(end)
     with suppress(Closed):  # the head is gone
         begin = msgspec.msgpack.decode(connection.receive(), type=BeginRank)
         torch.set_num_threads(begin.settings.threads)

@@ -24,7 +24,7 @@ from flexpert.bench.gpu.decode_rank import (
 )
 from flexpert.bench.gpu.model import RandomModel
 from flexpert.bench.processes import forks
-from flexpert.bench.processes.connection import Closed, Connection
+from flexpert.bench.processes.connection import Closed, StreamConnection
 from flexpert.comm import Buffer, BufferSpec, make_buffer
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.errors import FlexpertError
@@ -228,7 +228,7 @@ def _answers(ranks: Sequence[forks.Process], kind: type[T]) -> list[T]:
 
 def serve(end: socket.socket) -> None:
     """A rank's process."""
-    connection = Connection(end)
+    connection = StreamConnection(end)
     with contextlib.suppress(Closed), torch.inference_mode():
         begin = msgspec.msgpack.decode(connection.receive(), type=BeginGroup)
         try:
@@ -240,11 +240,11 @@ def serve(end: socket.socket) -> None:
             connection.send(_encode(GroupAnswer(why=f"{type(error).__name__}: {first}")))
 
 
-def _say(connection: Connection, what: object) -> None:
+def _say(connection: StreamConnection, what: object) -> None:
     connection.send(_encode(GroupAnswer(_encode(what))))
 
 
-def _measure(rank: int, plan: GroupPlan, connection: Connection) -> None:
+def _measure(rank: int, plan: GroupPlan, connection: StreamConnection) -> None:
     device = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
     torch.manual_seed(plan.seed + rank)
     model = RandomModel.build(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import select
 import socket
-import struct
 import time
+from collections import deque
 from types import TracebackType
 
 from flexpert.errors import FlexpertError
+from flexpert.forking.framing import BadFrame, Deframer, frame
 
-_LENGTH = struct.Struct("<Q")
 _MOST = 1 << 28  # bytes of a message; the logits of a model are some megabytes
 _PIECE = 1 << 18
 
@@ -19,32 +19,33 @@ class Closed(FlexpertError):  # noqa: N818 - says what happened
     """The other side is gone, or does not speak as it should."""
 
 
-class Connection:
+class StreamConnection:
     """One end. Not for several threads at once."""
 
     def __init__(self, end: socket.socket) -> None:
         """end: of a socket pair of streams; it belongs to the connection from now on."""
         self._socket = end
-        self._came = bytearray()
+        self._deframer = Deframer(_MOST)
+        self._received: deque[bytes] = deque()
 
     def send(self, packet: bytes) -> None:
         """Raises: Closed"""
         try:
-            self._socket.sendall(framed(packet))
+            self._socket.sendall(frame(packet))
         except OSError as error:
             raise Closed(f"the other process is gone ({error.strerror})") from None
 
     def receive(self, timeout_s: float | None = None) -> bytes:
         """The next message. Raises: Closed; TimeoutError: what has come of it so far is kept."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while (packet := unframed(self._came)) is None:
+        while not self._received:
             left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not readable(self._socket, left_s):
                 raise TimeoutError(f"no message within {timeout_s} s")
-            self.fill()
-        return packet
+            self._fill()
+        return self._received.popleft()
 
-    def fill(self) -> None:
+    def _fill(self) -> None:
         """Read what is there, at least a byte. Raises: Closed"""
         try:
             piece = self._socket.recv(_PIECE)
@@ -52,7 +53,10 @@ class Connection:
             piece = b""
         if not piece:
             raise Closed("the other process is gone")
-        self._came += piece
+        try:
+            self._received.extend(self._deframer.feed(piece))
+        except BadFrame as error:
+            raise Closed(f"the other process does not speak as it should: {error}") from None
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -61,7 +65,7 @@ class Connection:
         """Idempotent."""
         self._socket.close()
 
-    def __enter__(self) -> Connection:
+    def __enter__(self) -> StreamConnection:
         return self
 
     def __exit__(
@@ -76,28 +80,6 @@ class Connection:
 def pair() -> tuple[socket.socket, socket.socket]:
     """Two ends. Neither is inherited by a program that is started, unless it is handed on."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-
-
-def framed(packet: bytes) -> bytes:
-    return _LENGTH.pack(len(packet)) + packet
-
-
-def unframed(came: bytearray) -> bytes | None:
-    """Takes the first whole message out of what came; None if there is none yet.
-
-    Raises: Closed: the other side announces more than a message may have.
-    """
-    if len(came) < _LENGTH.size:
-        return None
-    (size,) = _LENGTH.unpack_from(came)
-    if size > _MOST:
-        raise Closed(f"the other process announces a message of {size} bytes; {_MOST} are the most")
-    end = _LENGTH.size + size
-    if len(came) < end:
-        return None
-    packet = bytes(came[_LENGTH.size : end])
-    del came[:end]
-    return packet
 
 
 def readable(end: socket.socket | int, timeout_s: float | None) -> bool:

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import os
+import pkgutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-
-import msgspec
+from typing import Any
 
 from flexpert.bench.processes import connection as connections
-from flexpert.bench.processes.connection import Connection
-from flexpert.bench.processes.fork_server import PACKET, Begin, Fork, Forked, encode
+from flexpert.bench.processes.connection import StreamConnection
 from flexpert.errors import FlexpertError
+from flexpert.forking import fork_server
+from flexpert.forking.fork_server import Begin, Fork, Ready, Refused, Started
 
 _PRELOAD = ["torch", "torch.distributed", "flexpert.comm", "flexpert.bench.processes.socket_store"]
 _START_S = 120.0  # torch from a cold disk
@@ -33,7 +34,7 @@ class Process:
     It is signalled through a descriptor of its own: its number may belong to another by then.
     """
 
-    def __init__(self, pid: int, pidfd: int, status: int, connection: Connection) -> None:
+    def __init__(self, pid: int, pidfd: int, status: int, connection: StreamConnection) -> None:
         self.pid = pid
         self.connection = connection
         self._pidfd, self._status = pidfd, status
@@ -80,41 +81,58 @@ class Process:
 
 
 class _Server:
+    """Raises: OSError: it cannot be started, is gone, or does not answer."""
+
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # Ctrl-C reaches the whole terminal; what starts here inherits that it waits
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            with theirs:
-                self._process = subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "flexpert.bench.processes.fork_server"),
-                        str(theirs.fileno()),
-                    ],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        with theirs:
+            self._process = fork_server.start_server(theirs)
         ours.settimeout(_START_S)
-        ours.send(encode(Begin(sys.path, _PRELOAD)))
         self._connection = ours
+        ours.send(fork_server.encode(Begin(f"{__name__}:preload", path=sys.path)))
+        self._ready = False
 
-    def fork(self, request: Fork, descriptors: Sequence[int]) -> tuple[Forked, list[int]]:
+    def fork(
+        self, request: Fork, descriptors: Sequence[int]
+    ) -> tuple[Started | Refused, list[int]]:
         """The answer, and the descriptor that came with it.
 
         Raises: OSError: the server is gone, or does not answer.
         """
-        socket.send_fds(self._connection, [encode(request)], list(descriptors))
-        packet, given, _, _ = socket.recv_fds(self._connection, PACKET, 1)
+        if not self._ready:
+            answer, _ = self._answer()
+            if not isinstance(answer, Ready):
+                raise ConnectionResetError
+            self._ready = True
+        socket.send_fds(self._connection, [fork_server.encode(request)], list(descriptors))
+        answer, given = self._answer()
+        if not isinstance(answer, Started | Refused):
+            raise ConnectionResetError
+        return answer, given
+
+    def _answer(self) -> tuple[fork_server.Answer, list[int]]:
+        packet, given, _, _ = socket.recv_fds(self._connection, fork_server.PACKET, 1)
         if not packet:
             raise ConnectionResetError
-        return msgspec.msgpack.decode(packet, type=Forked), given
+        return fork_server.decode_answer(packet), given
 
     def close(self) -> None:
         self._connection.close()
         self._process.kill()
         self._process.wait()
+
+
+def preload(spec: bytes) -> None:
+    """What the fork server imports."""
+    for module in _PRELOAD:
+        importlib.import_module(module)
+
+
+def call(function: bytes, *given: Any) -> int:
+    """What a forked process does: calls a function with its sockets."""
+    *ends, _ = given
+    pkgutil.resolve_name(function.decode())(*ends)
+    return 0
 
 
 _lock = threading.Lock()
@@ -146,17 +164,18 @@ def start(function: str, *given: socket.socket) -> Process:
         stack.callback(os.close, written)
         try:
             descriptors = [written, theirs.fileno(), *(end.fileno() for end in given)]
-            answer, came = _fork(Fork(function), descriptors)
-            if answer.error:
-                raise FlexpertError(f"no process can be started: {answer.error}")
+            request = Fork(0, f"{__name__}:call", function.encode(), tells=True)
+            answer, came = _fork(request, descriptors)
+            if isinstance(answer, Refused):
+                raise FlexpertError(answer.error)
         except BaseException:
             ours.close()
             os.close(status)
             raise
-    return Process(answer.pid, came[0], status, Connection(ours))
+    return Process(answer.pid, came[0], status, StreamConnection(ours))
 
 
-def _fork(request: Fork, descriptors: Sequence[int]) -> tuple[Forked, list[int]]:
+def _fork(request: Fork, descriptors: Sequence[int]) -> tuple[Started | Refused, list[int]]:
     global _server
     with _lock:
         for _ in range(2):  # the server may have ended since it was last asked

@@ -20,8 +20,10 @@ import msgspec
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from flexpert.bench.processes import connection as connections
-from flexpert.bench.processes.connection import Closed, Connection
+from flexpert.bench.processes.connection import Closed, StreamConnection
+from flexpert.forking.framing import BadFrame, Deframer, frame
 
+_MOST_BYTES = 1 << 28  # of a message
 _FIRST_NAP_S, _LONGEST_NAP_S = 0.0005, 0.01
 
 
@@ -145,7 +147,13 @@ class StoreServer:
                 client = key.data
                 try:
                     client.go_on(events)
-                except (OSError, Closed, ValueError, msgspec.MsgspecError):  # it is gone, or mad
+                except (
+                    OSError,
+                    Closed,
+                    BadFrame,
+                    ValueError,
+                    msgspec.MsgspecError,
+                ):  # gone or mad
                     self._selector.unregister(client.end)
                     client.end.close()
                 else:
@@ -162,21 +170,20 @@ class _Client:
     def __init__(self, end: socket.socket, values: Values) -> None:
         self.end = end
         self._values = values
-        self._came, self._due = bytearray(), bytearray()
+        self._deframer, self._due = Deframer(_MOST_BYTES), bytearray()
 
     @property
     def awaited(self) -> int:
         return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._due else 0)
 
     def go_on(self, events: int) -> None:
-        """Raises: OSError, Closed, ValueError, msgspec.MsgspecError"""
+        """Raises: OSError, Closed, BadFrame, ValueError, msgspec.MsgspecError"""
         if events & selectors.EVENT_READ:
             piece = self.end.recv(1 << 16)
             if not piece:
                 raise Closed("the rank is gone")
-            self._came += piece
-            while (packet := connections.unframed(self._came)) is not None:
-                self._due += connections.framed(self._values.answer(packet))
+            for packet in self._deframer.feed(piece):
+                self._due += frame(self._values.answer(packet))
         if self._due:
             with contextlib.suppress(BlockingIOError):
                 del self._due[: self.end.send(self._due)]
@@ -191,7 +198,7 @@ class SocketStore(Store):
     def __init__(self, end: socket.socket, timeout_s: float = 300.0) -> None:
         """end: of `StoreServer.hand_out`; timeout_s: of `get` and `wait`."""
         super().__init__()
-        self._connection = Connection(end)
+        self._connection = StreamConnection(end)
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
 

@@ -1,7 +1,7 @@
 """A child process's end of its connection to the head: one half of a socket pair.
 
-The pair is made by the head and handed over at the fork (`forkserver`). It has no name, so nobody
-else can connect to either end, read from it or fill it.
+The pair is made by the head and handed over at the fork (`flexpert.forking.fork_server`). It has no
+name, so nobody else can connect to either end, read from it or fill it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import collections
 import socket
 import threading
 
-from flexpert.cluster.processes.framing import Deframer, frame
 from flexpert.errors import FlexpertError
+from flexpert.forking.framing import Deframer, frame
 
 _CHUNK = 1 << 18
 _MOST_UNSENT = 64 * 2**20  # bytes a head that does not read may leave in this process

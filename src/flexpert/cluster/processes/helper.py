@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from flexpert.cluster.processes.framing import Piece
 from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.transport import ChildLink
+from flexpert.forking.framing import Piece
 
 OnMessage = Callable[[bytes], None]
 OnEnd = Callable[[str], None]
@@ -24,7 +24,7 @@ class ForkedHelper:
     """A helper forked by the fork server.
 
     Args:
-        entry, spec: see `forkserver.Fork`.
+        entry, spec: see `fork_server.Fork`.
         on_message: may raise; the helper is killed then.
         on_end: told once, when the process is gone or could not be started, with the reason.
 

@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -20,8 +19,11 @@ import msgspec
 
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.processes import caches
-from flexpert.cluster.processes import fork_server as forkserver
-from flexpert.cluster.processes.fork_server import (
+from flexpert.config import Config
+from flexpert.errors import FlexpertError, ModelError
+from flexpert.forking import fork_server
+from flexpert.forking.fork_server import (
+    Begin,
     Exited,
     Fork,
     Kill,
@@ -30,8 +32,6 @@ from flexpert.cluster.processes.fork_server import (
     Started,
     Unusable,
 )
-from flexpert.config import Config
-from flexpert.errors import FlexpertError, ModelError
 
 log = logging.getLogger("flexpert")
 
@@ -53,6 +53,8 @@ _STATE, _MINOR_FAULTS, _MAJOR_FAULTS = 0, 7, 9
 
 # not for children: the keys of the HTTP server and of its clients (see `for_children`)
 _SECRETS = ("FLEXPERT_SERVER__", "FLEXPERT_API_KEY")
+
+_SETUP = "flexpert.cluster.processes.rank_process:open_model"
 
 OnExit = Callable[[int, str], None]
 _OTHERS = 2**16  # children that are no ranks are numbered from here
@@ -97,13 +99,13 @@ class LocalLauncher:
         try:
             self._process, ours = _start_fork_server()
         except OSError as error:
-            why = forkserver.refusal(error)
+            why = fork_server.refusal(error)
             raise FlexpertError(f"the fork server cannot be started: {why}") from None
         ours.setblocking(False)
         self._channel = ours
         self._ready = loop.create_future()
         loop.add_reader(ours, self._receive)
-        ours.send(for_children(config).encode())
+        ours.send(fork_server.encode(Begin(_SETUP, for_children(config).encode())))
         try:
             await asyncio.wait_for(self._ready, timeout_s)
         except TimeoutError:
@@ -116,7 +118,7 @@ class LocalLauncher:
         """Fork a rank; its end is told through on_exit even if it never came up.
 
         Args:
-            entry, spec: what it runs, see `forkserver.Fork`.
+            entry, spec: what it runs, see `fork_server.Fork`.
             end: its end of a connection to the head; closed here in any case.
         """
         self._fork(rank, entry, spec, end, lambda status, why: self._on_exit(rank, status, why))
@@ -168,7 +170,7 @@ class LocalLauncher:
     def _send(self, channel: socket.socket, one: _Waiting) -> None:
         with one.end:
             try:
-                socket.send_fds(channel, [forkserver.encode(one.request)], [one.end.fileno()])
+                socket.send_fds(channel, [fork_server.encode(one.request)], [one.end.fileno()])
             except (BrokenPipeError, ConnectionResetError):
                 pass  # a server that has just ended is seen when its answer is read
             except OSError as error:
@@ -200,7 +202,7 @@ class LocalLauncher:
             child.kill()
             if child.pid and child.pidfd is None and self._channel is not None:
                 with contextlib.suppress(OSError):  # it has ended, and its children with it
-                    self._channel.send(forkserver.encode(Kill(number)))
+                    self._channel.send(fork_server.encode(Kill(number)))
 
     def work(self, rank: int) -> Work | None:
         """What a rank's process has done so far; None if it is gone or not there yet.
@@ -271,7 +273,7 @@ class LocalLauncher:
                 self._died()
                 return
             try:
-                answer = forkserver.decode_answer(packet)
+                answer = fork_server.decode_answer(packet)
             except msgspec.MsgspecError as error:
                 # what else it has said or will say is no better, and its children end with it
                 log.error("the fork server says what cannot be understood, it is ended: %s", error)
@@ -281,7 +283,7 @@ class LocalLauncher:
                 return
             self._handle(answer, descriptors)
 
-    def _handle(self, answer: forkserver.Answer, descriptors: list[int]) -> None:
+    def _handle(self, answer: fork_server.Answer, descriptors: list[int]) -> None:
         if isinstance(answer, Ready):
             if self._ready and not self._ready.done():
                 self._ready.set_result(None)
@@ -352,17 +354,7 @@ def _start_fork_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         try:
-            process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "flexpert.cluster.processes.fork_server",
-                    str(theirs.fileno()),
-                ],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=environment,
-            )
+            process = fork_server.start_server(theirs, environment)
         except OSError:
             ours.close()
             raise

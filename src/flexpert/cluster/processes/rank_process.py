@@ -45,8 +45,8 @@ encode_spec = msgspec.msgpack.encode
 decode_spec = msgspec.msgpack.Decoder(RankSpec).decode
 
 
-def open_model(config_json: str) -> ModelSource:
-    """The model of a settings tree given as JSON."""
+def open_model(config_json: bytes) -> ModelSource:
+    """The model of a settings tree given as JSON: what the fork server has for every child."""
     return open_source(Config.model_validate_json(config_json))
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from flexpert.cluster import messages as msg
-from flexpert.cluster.processes.framing import BadFrame, Deframer, Piece, frame, header
+from flexpert.forking.framing import BadFrame, Deframer, Piece, frame, header
 
 log = logging.getLogger("flexpert")
 

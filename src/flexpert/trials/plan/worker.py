@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 
-from flexpert.bench.processes.connection import Closed, Connection
+from flexpert.bench.processes.connection import Closed, StreamConnection
 from flexpert.bench.processes.loopback import keep_to_loopback
 from flexpert.bench.processes.socket_store import SocketStore
 from flexpert.comm import (
@@ -161,7 +161,7 @@ def serve(end: socket.socket, exported: socket.socket) -> None:
     """The life of a rank: commands come over the connection, each is answered."""
     torch.set_num_threads(1)
     keep_to_loopback()
-    connection = Connection(end)
+    connection = StreamConnection(end)
     with suppress(Closed):  # the runner is gone
         begin = decode_command(connection.receive())
         if not isinstance(begin, BeginWorker):
@@ -169,7 +169,7 @@ def serve(end: socket.socket, exported: socket.socket) -> None:
         _serve(begin.rank, begin.setup, SocketStore(exported, begin.setup.connect_s), connection)
 
 
-def _serve(rank: int, setup: Setup, store: SocketStore, connection: Connection) -> None:
+def _serve(rank: int, setup: Setup, store: SocketStore, connection: StreamConnection) -> None:
     sizes = setup.sizes
     spec = BufferSpec(setup.capacity, sizes.tokens, sizes.hidden, sizes.topk, sizes.dtype)
     buffer = make_buffer(
@@ -218,7 +218,7 @@ class Run:
         setup: Setup,
         store: Any,
         task: WorkerTask,
-        connection: Connection,
+        connection: StreamConnection,
     ) -> None:
         self.buffer = buffer
         self.setup = setup
