@@ -3,6 +3,8 @@
 #   make demo     watch ranks change under traffic
 #   make test     everything that is tested
 #
+# and while working: make test-fast, some two minutes without what takes long.
+#
 # Each makes .venv and installs what it needs; the second call starts at once.
 #
 # On Linux the package index gives torch with CUDA, some gigabytes. For the CPU build name PyTorch's
@@ -27,16 +29,27 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS)
 BUILT := pyproject.toml setup.py $(shell find src -name '*.c' -not -name '_*' -o -name 'build_*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean python
+.PHONY: help demo test test-fast test-gpu bench-gpu lint format clean python
 
 help:
-	@echo "make demo | test | lint | format | clean"
+	@echo "make demo | test | test-fast | test-gpu | bench-gpu | lint | format | clean"
 
 demo: $(VENV)/.installed
 	@$(BIN)/flexpert demo $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_FLAGS)
+
+test-fast: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(TEST_FLAGS)
+
+# on a machine with NVIDIA GPUs, with the Python that has torch for CUDA: make test-gpu PYTHON=python3
+test-gpu:
+	@PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest tests/gpu tests/comm/test_cuda_processes.py \
+		tests/comm/test_nixl_ep_graph.py tests/comm/test_nixl_ep_elastic.py $(TEST_FLAGS)
+
+bench-gpu:
+	@PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} PYTHON=$(PYTHON) bash tools/gpu/bench.sh
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

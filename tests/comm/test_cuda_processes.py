@@ -1,7 +1,7 @@
 """GPU ranks in processes of their own: what the interpreter cannot show. Needs a GPU.
 
 Ranks on one GPU run at the same time only under NVIDIA's MPS; without it they take turns, and a
-killed rank takes nobody down. `tools/gpu/test_on_gpu.sh` runs both.
+killed rank takes nobody down. `make test-gpu` runs both.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HAS_GPU = torch.cuda.is_available()
 MPS = "CUDA_MPS_PIPE_DIRECTORY" in os.environ
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not HAS_GPU, reason="needs a GPU; tools/gpu/test_on_gpu.sh runs it on one"),
+    pytest.mark.skipif(not HAS_GPU, reason="needs a GPU; make test-gpu runs it on one"),
 ]
 
 SPEC = BufferSpec(4, 32, 512, 4, torch.bfloat16)

@@ -22,7 +22,7 @@ from flexpert.compat.nixl_ep.device_exchange import VARIABLE
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a GPU; tools/gpu/test_on_gpu.sh runs it on one"
+        not torch.cuda.is_available(), reason="needs a GPU; make test-gpu runs it on one"
     ),
 ]
 

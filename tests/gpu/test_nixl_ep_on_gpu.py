@@ -1,22 +1,16 @@
-"""Compares backend "nixl_ep" with the oracle: NVIDIA's kernels, one rank and two, on this GPU.
-
-    PYTHONPATH=src:tests/comm python tools/gpu/check_nixl_ep_backend.py 1   # one rank
-    PYTHONPATH=src:tests/comm python tools/gpu/check_nixl_ep_backend.py 2   # two; under MPS
+"""Backend "nixl_ep", NVIDIA's kernels, against the oracle: one rank and two.
 
 Each rank is a process. With two: joins and leaves, an exchange that one of them breaks off, a rank
 that is silent, and, where this nixl_ep can, one captured graph through all of it.
-Exit status 1 if anything is not as the contract says. With TRITON_INTERPRET=1 the script itself can
-be tried without a GPU, over flexpert's own nixl_ep.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from support.comm_ranks import Rank, vote
 from support.nixl_backend_local import check_sums, exchange, results, sent_by
@@ -159,7 +153,23 @@ class Ranks:
             rank.kill()
 
 
-def one(ranks: Ranks) -> None:
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Ranks]]:
+    pytest.importorskip("nixl_ep")
+    monkeypatch.delenv("FLEXPERT_NIXL_EP_DEVICE", raising=False)
+    every: list[Ranks] = []
+
+    def start(count: int) -> Ranks:
+        every.append(Ranks(count))
+        return every[-1]
+
+    yield start
+    for ranks in every:
+        ranks.stop()
+
+
+def test_one_rank(started: Callable[[int], Ranks]) -> None:
+    ranks = started(1)
     for kind in KINDS:
         ranks.have((0,), exchanges, (0,), 10, kind)
         print(f"alone, {kind or 'rows as they are'}: as the oracle says", flush=True)
@@ -171,7 +181,9 @@ def one(ranks: Ranks) -> None:
     print("alone, after an exchange that was broken off: whole again", flush=True)
 
 
-def two(ranks: Ranks) -> None:
+@pytest.mark.usefixtures("shared_gpu")
+def test_two_ranks(started: Callable[[int], Ranks]) -> None:
+    ranks = started(2)
     both = (0, 1)
     captured = all(ranks.have(both, capture))
     print("captured" if captured else "not captured: this nixl_ep or device cannot", flush=True)
@@ -201,20 +213,3 @@ def two(ranks: Ranks) -> None:
     if captured:
         ranks.have(both, replays, both, 950)
     print("and takes part again in the next epoch", flush=True)
-
-
-def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-    ranks = Ranks(count)
-    try:
-        (one if count == 1 else two)(ranks)
-    except Exception:  # noqa: BLE001  # the ranks must be ended
-        traceback.print_exc()
-        sys.exit(1)
-    finally:
-        ranks.stop()
-    print("all as the contract says")
-
-
-if __name__ == "__main__":
-    main()

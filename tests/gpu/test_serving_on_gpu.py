@@ -1,19 +1,8 @@
-"""Serves on this GPU, and compares with the CPU: alone, elastic, and killed.
+"""Services on GPUs against a CPU or another exchange: alone, elastic, killed, in fp8.
 
-    PYTHONPATH=src python tools/gpu/check_serving.py            # one rank; two, four, two of them
-    PYTHONPATH=src python tools/gpu/check_serving.py --kill     # two, of which one is killed
-    PYTHONPATH=src python tools/gpu/check_serving.py --fp8      # one rank, experts in fp8
-    PYTHONPATH=src python tools/gpu/check_serving.py --nixl-ep  # two, one, two, killed; two GPUs
-
-Several ranks on one GPU run at the same time under NVIDIA's MPS only; without it they take turns,
-and a killed rank takes nobody down: so start MPS for the first and not for the second.
-
-The first two serve the embedded model in float32. NVIDIA's nixl_ep takes bfloat16 and wide models
-only: there it is a random one, compared with flexpert's own exchange on the same GPUs; --fp8 serves
-that one's experts in fp8, compared with the same weights restored.
-
-Exit status 1 if a request is lost, too many answers are other ones, a rank captured a graph again,
-or a killed rank did not come back.
+Most serve the embedded model in float32. NVIDIA's nixl_ep and fp8 take wide models only: there it
+is a random one. Nothing may be lost, nearly all answers must be equal, no rank may capture a graph
+again, and a killed rank must come back.
 """
 
 from __future__ import annotations
@@ -21,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -74,37 +62,43 @@ class Served:
 TINY = Served("tiny", 128, 0.9, {"model__dtype": "float32"})
 
 
-def main() -> None:
-    asked = sys.argv[1:]
-    if "--kill" in asked:
-        good = elastic(TINY, alone(TINY, "cpu"), [killed, killed])
-    elif "--nixl-ep" in asked or "--fp8" in asked:
-        with tempfile.TemporaryDirectory() as folder:
-            good = (nixl_ep if "--nixl-ep" in asked else fp8)(wide(Path(folder)))
-    else:
-        expected = alone(TINY, "cpu")
-        good = TINY.same(alone(TINY, "cuda", expected), expected)
-        good &= elastic(TINY, expected, [scaled(4), scaled(2)])
-    sys.exit(0 if good else 1)
+@pytest.fixture(scope="module")
+def on_a_cpu() -> Answers:
+    return alone(TINY, "cpu")
 
 
-def nixl_ep(served: Served) -> bool:
-    """NVIDIA's kernels beside ours."""
+def test_one_rank(on_a_cpu: Answers) -> None:
+    assert TINY.same(alone(TINY, "cuda", on_a_cpu), on_a_cpu)
+
+
+@pytest.mark.usefixtures("shared_gpu")
+def test_ranks_join_and_leave_under_load(on_a_cpu: Answers) -> None:
+    assert elastic(TINY, on_a_cpu, [scaled(4), scaled(2)])
+
+
+def test_killed_ranks_come_back(on_a_cpu: Answers) -> None:
+    """On one GPU without MPS, under which a killed rank takes the others down."""
+    assert elastic(TINY, on_a_cpu, [killed, killed])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_kernels_of_nvidia(tmp_path: Path) -> None:
+    pytest.importorskip("nixl_ep")
+    served = wide(tmp_path)
     two = {"engine__device": "cuda", "ranks": 2, "max_ranks": 2}
     with served.open(**two) as llm:
         expected = served.generate(llm)
-        print(f"two ranks, own exchange: {served.rate(llm):,.0f} tokens/s", flush=True)
     settings = {**served.settings, **two, "engine__all2all": "nixl_ep"}
     theirs = replace(served, settings={**settings, "cluster__exchange_timeout": 10.0})
-    return elastic(theirs, expected, [scaled(1), scaled(2), killed])
+    assert elastic(theirs, expected, [scaled(1), scaled(2), killed])
 
 
-def fp8(served: Served) -> bool:
-    """An fp8 checkpoint, restored and as it is."""
-    quantise(Path(served.model))
-    restored = replace(served, settings={**served.settings, "model__quantization": "none"})
-    expected = alone(restored, "cuda")
-    return served.same(alone(served, "cuda", expected), expected)
+def test_an_fp8_checkpoint_answers_as_its_dequantized_weights(tmp_path: Path) -> None:
+    served = wide(tmp_path)
+    quantise(tmp_path)
+    settings = {**served.settings, "model__quantization": "none"}
+    expected = alone(replace(served, settings=settings), "cuda")
+    assert served.same(alone(served, "cuda", expected), expected)
 
 
 def quantise(folder: Path) -> None:
@@ -233,7 +227,3 @@ def _equal(found: Answers, expected: Answers) -> int:
     """Of some rounds of all prompts."""
     rounds = expected * (len(found) // len(expected))
     return sum(a == b for a, b in zip(found, rounds, strict=True))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,150 @@
+"""The kernels on a GPU against float32 torch, at sizes that the interpreter is too slow for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexpert.kernels.cuda import attention, norm
+from flexpert.kernels.cuda import row_sorting as routing
+
+BLOCK = 16
+
+
+def attention_case(
+    begins: list[int], counts: list[int], heads: int, kv_heads: int, dims: tuple[int, int]
+) -> dict[str, Any]:
+    """Arguments of `paged_attention` for sequences that have begins[s] tokens in the cache."""
+    lengths = [b + c for b, c in zip(begins, counts, strict=True)]
+    most = max(-(-n // BLOCK) for n in lengths)
+    blocks = most * len(counts) + 1
+    tables = torch.randperm(blocks, device="cuda")[: most * len(counts)].int()
+    tables = tables.view(len(counts), most)
+    caches = [
+        torch.randn(blocks, BLOCK, kv_heads, d, device="cuda", dtype=torch.bfloat16) for d in dims
+    ]
+    tokens = sum(counts)
+    slots = []
+    for s, (b, c) in enumerate(zip(begins, counts, strict=True)):
+        p = torch.arange(b, b + c, device="cuda")
+        slots.append(tables[s, p // BLOCK].long() * BLOCK + p % BLOCK)
+
+    def randn(n: int, d: int) -> Tensor:
+        return torch.randn(tokens, n, d, device="cuda", dtype=torch.bfloat16)
+
+    return {
+        "query": randn(heads, dims[0]),
+        "key": randn(kv_heads, dims[0]),
+        "value": randn(kv_heads, dims[1]),
+        "key_cache": caches[0],
+        "value_cache": caches[1],
+        "query_start": torch.tensor([0, *counts], device="cuda").cumsum(0).int(),
+        "context_len": torch.tensor(lengths, device="cuda").int(),
+        "block_tables": tables,
+        "slot_mapping": torch.cat(slots),
+    }
+
+
+def attention_reference(case: dict[str, Any], options: dict[str, Any]) -> Tensor:
+    """After a call that has written the cache: softmax attention in float32, one by one."""
+    results = []
+    starts = case["query_start"].tolist()
+    for s, length in enumerate(case["context_len"].tolist()):
+        q = case["query"][starts[s] : starts[s + 1]].float()
+        p = torch.arange(length, device="cuda")
+        at = case["block_tables"][s, p // BLOCK].long()
+        k, v = (case[c][at, p % BLOCK].float() for c in ("key_cache", "value_cache"))
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * options["scaling"]
+        if cap := options.get("softcap"):
+            scores = cap * torch.tanh(scores / cap)
+        position = torch.arange(length - q.shape[0], length, device="cuda")[:, None]
+        seen = p[None] <= position
+        if window := options.get("window"):
+            seen &= p[None] > position - window
+        scores = scores.masked_fill(~seen, -math.inf)
+        if (sinks := options.get("sinks")) is not None:
+            extra = sinks.float()[:, None, None].expand(-1, q.shape[0], 1)
+            scores = torch.cat([scores, extra], -1)
+        weights = scores.softmax(-1)[..., :length]
+        results.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(results)
+
+
+def relative(ours: Tensor, expected: Tensor) -> float:
+    return float((ours.float() - expected.float()).norm() / expected.float().norm())
+
+
+SHAPES = ((32, 4, (128, 128)), (32, 32, (192, 128)), (24, 8, (64, 64)))
+# tokens in the cache before, and of this step, of each sequence
+BATCHES = {
+    "decode": ([700, 3, 64, 1023], [1, 1, 1, 1]),
+    "decode one": ([5000], [1]),
+    "prefill": ([0, 0, 33], [700, 1, 500]),
+    "mixed": ([512, 100, 0], [1, 1, 777]),
+}
+EXTRAS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window": 100},
+    "softcap": {"softcap": 20.0},
+    "sinks": {"sinks": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(1)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}/{shape[1]}")
+def test_paged_attention(shape: tuple[int, int, tuple[int, int]], batch: str, extra: str) -> None:
+    heads, kv_heads, dims = shape
+    options = {"scaling": dims[0] ** -0.5, **EXTRAS[extra]}
+    if "sinks" in options:
+        options["sinks"] = torch.randn(heads, device="cuda", dtype=torch.bfloat16)
+    case = attention_case(*BATCHES[batch], heads, kv_heads, dims)
+    ours = attention.paged_attention(**case, **options)
+    assert relative(ours, attention_reference(case, options)) < 1e-2
+
+
+@pytest.mark.parametrize("shape", [(64, 2048), (7, 32, 128), (3, 7168)])
+def test_rms_norm(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(shape[-1], device="cuda", dtype=torch.bfloat16)
+    expected = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    assert relative(norm.rms_norm(x, w, 1e-6, early=True), expected.bfloat16() * w) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 64, 512, 513, 4096])
+def test_rows_are_sorted_by_slot_and_summed_back(tokens: int) -> None:
+    experts, topk, hidden = 128, 8, 2048
+    slot_of = torch.randperm(experts, device="cuda").int()
+    ids = torch.rand(tokens, experts, device="cuda").topk(topk).indices
+    counted = max(1, tokens - 2)
+    valid = torch.tensor([counted], dtype=torch.int32, device="cuda")
+    found = routing.sort_by_slot(ids, slot_of, valid, experts)
+    slots = slot_of[ids[:counted]].long()
+    counts = torch.bincount(slots.flatten(), minlength=experts)
+    assert torch.equal(found.offsets[1:].long(), counts.cumsum(0))
+    row = found.row[:counted].long()
+    assert (found.offsets[slots] <= row).all()
+    assert (row < found.offsets[slots + 1]).all()
+    assert row.flatten().unique().numel() == counted * topk
+    assert torch.equal(
+        found.token[row.flatten()].long(),
+        torch.arange(counted, device="cuda").repeat_interleave(topk),
+    )
+    y = torch.randn(tokens * topk, hidden, device="cuda", dtype=torch.bfloat16)
+    weights = torch.rand(tokens, topk, device="cuda")
+    out = torch.full((tokens, hidden), math.nan, device="cuda", dtype=torch.bfloat16)
+    routing.combine(y, found.row, weights, out)
+    expected = (y[row].float() * weights[:counted, :, None]).sum(1)
+    assert relative(out[:counted], expected) < 1e-2
+    assert (out[counted:] == 0).all()
