@@ -16,9 +16,9 @@ import httpx
 import pytest
 from support.served import CAN_BE_ANOTHER, OTHER_UID, SERVICE_UID, UNPRIVILEGED, Served, served
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.processes.fork_server import Fork, encode
 from flexpert.cluster.processes.framing import frame
+from flexpert.engine import rank_protocol as msg
 
 pytestmark = [
     pytest.mark.slow,

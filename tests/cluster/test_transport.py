@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.processes import fork_server as forkserver
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.cluster.processes.framing import BadFrame, Deframer, frame
 from flexpert.cluster.processes.rank_process import decode_spec
 from flexpert.cluster.processes.transport import Link, Transport
+from flexpert.engine import rank_protocol as msg
 
 LOAD = msg.Load(0, 0, 0.0, 0)
 LIMIT = 1 << 16

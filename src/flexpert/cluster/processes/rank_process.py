@@ -13,10 +13,10 @@ from collections.abc import Mapping
 
 import msgspec
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.cluster.processes.relay import Relay
 from flexpert.config import Config
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.epoch import EpochPlan
 from flexpert.engine.faults import Faults
 from flexpert.engine.memory_plan import RankMemory

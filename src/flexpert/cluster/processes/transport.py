@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.processes.framing import BadFrame, Deframer, Piece, frame, header
+from flexpert.engine import rank_protocol as msg
 
 log = logging.getLogger("flexpert")
 
