@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from unittest.mock import MagicMock
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.config import load_config
+from flexpert.engine import rank_protocol as msg
 from flexpert.models.source import ModelSource
 
 MEMORY = msg.Memory(0, 0, 0, 0, 0)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from support.service import active, answer, answer_all, change, requests, running
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.head import Head
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import SamplingParams
 from flexpert.errors import Overloaded, RequestError
 

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from flexpert.cluster.journal import Entry, Journal
-from flexpert.cluster.messages import Contradiction
 from flexpert.cluster.operation import resolve_target
+from flexpert.engine.rank_protocol import Contradiction
 from flexpert.engine.request import HeldKV, SamplingParams, TokenEvent
 from flexpert.errors import FlexpertError, OperationRefused, Overloaded, ServiceStopped
 

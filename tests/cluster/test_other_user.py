@@ -16,7 +16,7 @@ import httpx
 import pytest
 from support.served import CAN_BE_ANOTHER, OTHER_UID, SERVICE_UID, UNPRIVILEGED, Served, served
 
-from flexpert.cluster import messages as msg
+from flexpert.engine import rank_protocol as msg
 from flexpert.forking.fork_server import Fork, encode
 from flexpert.forking.framing import frame
 

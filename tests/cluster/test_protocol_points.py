@@ -29,8 +29,8 @@ from support.service import (
     until,
 )
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.head import Head
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.faults import POINTS, VARIABLE, Fault, Point
 
 pytestmark = pytest.mark.slow

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.cluster.processes.rank_process import decode_spec
 from flexpert.cluster.processes.transport import ChildLink, Transport
+from flexpert.engine import rank_protocol as msg
 from flexpert.forking import fork_server as forkserver
 from flexpert.forking.framing import BadFrame, Deframer, frame
 

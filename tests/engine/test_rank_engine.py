@@ -14,10 +14,10 @@ import pytest
 from flexpert.comm import Buffer, make_buffer
 from flexpert.comm.host.host_buffer import HostBuffer
 from flexpert.config import EngineConfig
-from flexpert.engine.epoch import EpochPlan
-from flexpert.engine.memory_plan import RankMemory, buffer_spec
+from flexpert.engine import rank_protocol as msg
+from flexpert.engine.memory_plan import buffer_spec
 from flexpert.engine.rank_engine import RankEngine
-from flexpert.engine.request import HeldKV, KVMigration, SamplingParams, Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, KVMigration, SamplingParams, Sequence
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import replan
 
@@ -42,36 +42,22 @@ class Told:
         self.interfere(what, epoch)
         self._said.put((what, epoch))
 
-    def rejected(self, sequence_id: str, error: str, fault: bool = False) -> None:
-        self.rejections[sequence_id] = (error, fault)
-        self._say("rejected", 0)
-
-    def progress(self, epoch: int, share: float) -> None:
-        self._say("progress", epoch)
-
-    def prepared(self, epoch: int, loaded: int, memory: RankMemory) -> None:
-        self._say("prepared", epoch)
-
-    def failed(self, epoch: int, error: str) -> None:
-        self._say("failed", epoch)
-
-    def switched(self, epoch: int, pause_ms: float | None) -> None:
-        self._say("switched", epoch)
-
-    def published(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            self.tokens.setdefault(event.id, []).extend(event.tokens)
-            if event.finish:
-                self._say("finished", 0)
-
-    def on_trial(self, sequence_id: str) -> None:
-        self._say("on_trial", 0)
-
-    def offered(self, epoch: int, held: list[HeldKV]) -> None: ...
-    def fetched(self, epoch: int, source: int, size: int) -> None: ...
-    def handed_over(self, epoch: int, held: list[HeldKV]) -> None: ...
-    def adopted(self, source: int, moved: int, size: int, recomputed: int) -> None: ...
-    def broken(self, epoch: int, ranks: tuple[int, ...], error: str) -> None: ...
+    def __call__(self, report: msg.Report) -> None:
+        match report:
+            case msg.Published(events, _):
+                for event in events:
+                    self.tokens.setdefault(event.id, []).extend(event.tokens)
+                    if event.finish:
+                        self._say("finished", 0)
+            case msg.Rejected(sequence_id, error, fault):
+                self.rejections[sequence_id] = (error, fault)
+                self._say("rejected", 0)
+            case msg.OnTrial():
+                self._say("on_trial", 0)
+            case msg.Progress(epoch) | msg.Prepared(epoch) | msg.Failed(epoch):
+                self._say(type(report).__name__.lower(), epoch)
+            case msg.Switched(epoch):
+                self._say("switched", epoch)
 
 
 @pytest.fixture(scope="module")
@@ -83,31 +69,31 @@ def source() -> ModelSource:
 def rank_and_peer(source: ModelSource) -> Iterator[tuple[RankEngine, Told, Buffer]]:
     """Rank 0 in a thread, and the bare buffer of a rank 1 that does what the test says."""
     told = Told()
-    engine = RankEngine(0, source, CONFIG, capacity=2, exchange_timeout_s=LIMIT_S, listener=told)
+    engine = RankEngine(0, source, CONFIG, capacity=2, exchange_timeout_s=LIMIT_S, report=told)
     peer = make_buffer(1, buffer_spec(source.info, CONFIG, 2), timeout_s=LIMIT_S)
     running = threading.Thread(target=engine.run)
     running.start()
     try:
         yield engine, told, peer
     finally:
-        engine.stop()
-        engine.halt()
+        engine.submit(msg.Stop())
+        engine.submit(msg.Halt(0))
         running.join(LIMIT_S)
         peer.close()
     assert not running.is_alive()
 
 
-def plan(engine: RankEngine, epoch: int, members: dict[int, bytes]) -> EpochPlan:
+def plan(engine: RankEngine, epoch: int, members: dict[int, bytes]) -> msg.Prepare:
     info = engine.source.info
     ids = {0, *members}
     placement = replan(None, ids, experts=info.experts, layers=info.moe_layers, redundant=0)
-    return EpochPlan(epoch, {0: engine.buffer.address, **members}, placement)
+    return msg.Prepare(epoch, {0: engine.buffer.address, **members}, placement)
 
 
 def meets(told: Told, engine: RankEngine, peer: Buffer, epoch: int) -> None:
     """Rank 0 enters a prepared epoch, and both hear each other's first vote."""
     peer.connect({0: engine.buffer.address})
-    engine.commit(epoch)
+    engine.submit(msg.Commit(epoch))
     peer.set_active([0, 1], epoch)
     peer.barrier(bytes(5), timeout_s=LIMIT_S)  # no work, armed for nothing
     told.wait_for("switched", epoch)
@@ -116,12 +102,12 @@ def meets(told: Told, engine: RankEngine, peer: Buffer, epoch: int) -> None:
 def test_without_planted_faults_a_rank_works_on_the_bare_buffer(source: ModelSource) -> None:
     with rank_and_peer(source) as (engine, told, _):
         assert isinstance(engine.buffer, HostBuffer)
-        assert engine.listener is told
+        assert engine.report is told
 
 
 def test_a_halt_that_comes_while_an_epoch_is_entered_is_obeyed(source: ModelSource) -> None:
     with rank_and_peer(source) as (engine, told, peer):
-        engine.prepare(plan(engine, 1, {1: peer.address}))
+        engine.submit(plan(engine, 1, {1: peer.address}))
         told.wait_for("prepared", 1)
         halting, voted = threading.Event(), threading.Event()
         interrupt, post_vote = engine.buffer.interrupt, engine.buffer.post_vote
@@ -140,10 +126,10 @@ def test_a_halt_that_comes_while_an_epoch_is_entered_is_obeyed(source: ModelSour
             patch.setattr(engine.buffer, "interrupt", interrupt_first)
             patch.setattr(engine.buffer, "post_vote", note)
             told.interfere = lambda what, epoch: _wait(halting, what == "rejected")
-            engine.admit([_too_long()])  # keeps the rank busy until the halt is there
-            engine.commit(1)
-            engine.halt()
-        engine.prepare(plan(engine, 2, {1: peer.address}))
+            engine.submit(msg.Admit([_too_long()]))  # keeps the rank busy until the halt is there
+            engine.submit(msg.Commit(1))
+            engine.submit(msg.Halt(0))
+        engine.submit(plan(engine, 2, {1: peer.address}))
         told.wait_for("prepared", 2)
         meets(told, engine, peer, 2)
 
@@ -152,9 +138,9 @@ def test_a_withdrawn_preparation_that_ends_late_takes_nothing_from_the_next(
     source: ModelSource,
 ) -> None:
     with rank_and_peer(source) as (engine, told, peer):
-        engine.prepare(plan(engine, 1, {}))
+        engine.submit(plan(engine, 1, {}))
         told.wait_for("prepared", 1)
-        engine.commit(1)
+        engine.submit(msg.Commit(1))
         told.wait_for("switched", 1)
         begun, next_begun = threading.Event(), threading.Event()
 
@@ -166,10 +152,10 @@ def test_a_withdrawn_preparation_that_ends_late_takes_nothing_from_the_next(
                 next_begun.set()
 
         told.interfere = hold_up
-        engine.prepare(plan(engine, 2, {1: peer.address}))
+        engine.submit(plan(engine, 2, {1: peer.address}))
         assert begun.wait(LIMIT_S)
-        engine.halt()
-        engine.prepare(plan(engine, 3, {1: peer.address}))
+        engine.submit(msg.Halt(0))
+        engine.submit(plan(engine, 3, {1: peer.address}))
         told.wait_for("prepared", 3)
         meets(told, engine, peer, 3)
 
@@ -185,9 +171,9 @@ def _too_long() -> Sequence:
 
 def alone(source: ModelSource, engine: RankEngine, told: Told) -> None:
     """Rank 0 serves by itself."""
-    engine.prepare(plan(engine, 1, {}))
+    engine.submit(plan(engine, 1, {}))
     told.wait_for("prepared", 1)
-    engine.commit(1)
+    engine.submit(msg.Commit(1))
     told.wait_for("switched", 1)
 
 
@@ -213,9 +199,9 @@ def test_what_a_rank_says_of_its_kv_is_not_believed_where_it_cannot_be(
 ) -> None:
     with rank_and_peer(source) as (engine, told, _):
         alone(source, engine, told)
-        engine.admit([asked("true")])
+        engine.submit(msg.Admit([asked("true")]))
         told.wait_for("finished", 0)
-        engine.adopt(1, address, [KVMigration(asked("lie"), held)])
+        engine.submit(msg.Adopt(1, address, [KVMigration(asked("lie"), held)]))
         told.wait_for("finished", 0)
         assert told.tokens["lie"] == told.tokens["true"]
         assert not told.rejections
@@ -224,11 +210,11 @@ def test_what_a_rank_says_of_its_kv_is_not_believed_where_it_cannot_be(
 def test_a_sequence_that_cannot_be_sampled_fails_alone(source: ModelSource) -> None:
     with rank_and_peer(source) as (engine, told, _):
         alone(source, engine, told)
-        engine.admit([asked("before")])
+        engine.submit(msg.Admit([asked("before")]))
         told.wait_for("finished", 0)
         # no such sequence passes the head's checks: its logits cannot be counted
         odd = asked("odd", temperature=0.5, logprobs=3, top_k=-3)
-        engine.admit([asked("beside"), odd, msgspec.structs.replace(odd, id="after")])
+        engine.submit(msg.Admit([asked("beside"), odd, msgspec.structs.replace(odd, id="after")]))
         told.wait_for("finished", 0)
         assert told.tokens["beside"] == told.tokens["before"]
         assert {name: fault for name, (_, fault) in told.rejections.items()} == {
@@ -241,6 +227,6 @@ def test_a_sequence_that_cannot_be_sampled_fails_alone(source: ModelSource) -> N
 def test_the_first_step_with_a_suspect_is_told(source: ModelSource) -> None:
     with rank_and_peer(source) as (engine, told, _):
         alone(source, engine, told)
-        engine.admit([msgspec.structs.replace(asked("a"), on_trial=True)])
+        engine.submit(msg.Admit([msgspec.structs.replace(asked("a"), on_trial=True)]))
         told.wait_for("on_trial", 0)
         told.wait_for("finished", 0)

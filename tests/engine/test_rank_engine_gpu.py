@@ -16,10 +16,9 @@ pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 from flexpert.comm.nixl_ep.package import Package
 from flexpert.compat import nixl_ep as compat
 from flexpert.config import EngineConfig
-from flexpert.engine.epoch import EpochPlan
-from flexpert.engine.memory_plan import RankMemory
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.rank_engine import RankEngine
-from flexpert.engine.request import HeldKV, SamplingParams, Sequence, TokenEvent
+from flexpert.engine.request import SamplingParams, Sequence
 from flexpert.models import decode_graphs as graphs
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import replan
@@ -34,33 +33,20 @@ class Told:
     def __init__(self) -> None:
         self.said: queue.Queue[str] = queue.Queue()
         self.tokens: dict[str, list[int]] = {name: [] for name in PROMPTS}
-        self.memory: RankMemory | None = None
+        self.memory: msg.Memory | None = None
 
-    def published(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            self.tokens[event.id] += event.tokens
-            if event.finish is not None:
-                self.said.put("finished")
-
-    def prepared(self, epoch: int, copied: int, memory: RankMemory) -> None:
-        self.memory = memory
-        self.said.put("prepared")
-
-    def failed(self, epoch: int, error: str) -> None:
-        self.said.put(error)
-
-    def rejected(self, sequence_id: str, error: str) -> None:
-        self.said.put(error)
-
-    def broken(self, epoch: int, ranks: tuple[int, ...], error: str) -> None:
-        self.said.put(error)
-
-    def progress(self, epoch: int, share: float) -> None: ...
-    def switched(self, epoch: int, pause_ms: float | None) -> None: ...
-    def offered(self, epoch: int, held: list[HeldKV]) -> None: ...
-    def fetched(self, epoch: int, source: int, size: int) -> None: ...
-    def handed_over(self, epoch: int, held: list[HeldKV]) -> None: ...
-    def adopted(self, source: int, moved: int, size: int, recomputed: int) -> None: ...
+    def __call__(self, report: msg.Report) -> None:
+        match report:
+            case msg.Published(events, _):
+                for event in events:
+                    self.tokens[event.id] += event.tokens
+                    if event.finish is not None:
+                        self.said.put("finished")
+            case msg.Prepared(_, _, memory):
+                self.memory = memory
+                self.said.put("prepared")
+            case msg.Failed(_, error) | msg.Rejected(_, error) | msg.Broken(_, _, error):
+                self.said.put(error)
 
 
 def answers(
@@ -69,7 +55,7 @@ def answers(
     """What a rank alone says to the prompts, through two epochs."""
     told = Told()
     engine = RankEngine(
-        0, source, config, capacity=capacity, exchange_timeout_s=LIMIT_S, listener=told
+        0, source, config, capacity=capacity, exchange_timeout_s=LIMIT_S, report=told
     )
     running = threading.Thread(target=engine.run)
     running.start()
@@ -77,13 +63,13 @@ def answers(
         info = source.info
         placement = replan(None, [0], experts=info.experts, layers=info.moe_layers)
         for epoch, name in ((1, "a"), (2, "b")):
-            engine.prepare(EpochPlan(epoch, {0: engine.buffer.address}, placement))
+            engine.submit(msg.Prepare(epoch, {0: engine.buffer.address}, placement))
             assert told.said.get(timeout=LIMIT_S) == "prepared"
-            engine.commit(epoch)
-            engine.admit([sequence(name)])
+            engine.submit(msg.Commit(epoch))
+            engine.submit(msg.Admit([sequence(name)]))
             assert told.said.get(timeout=LIMIT_S) == "finished"
     finally:
-        engine.stop()
+        engine.submit(msg.Stop())
         running.join(LIMIT_S)
     assert not running.is_alive()
     return engine, told

@@ -13,7 +13,7 @@ from functools import partial
 from random import Random
 from typing import Protocol
 
-from flexpert.cluster import messages as msg
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import HeldKV, Sequence, TokenEvent
 
 LOAD = msg.Load(0, 0, 0.0, 0)

@@ -40,7 +40,6 @@ from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.interfaces import Work
@@ -50,6 +49,7 @@ from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.processes.rank_process import BEATS
 from flexpert.cluster.views import ClusterEvent, Delta
 from flexpert.config import load_config
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import HeldKV, KVMigration, SamplingParams, TokenEvent
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused
 from flexpert.moe.placement import Placement

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from flexpert.config import load_config
-from flexpert.engine.epoch import EpochPlan
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.rank_engine import RankEngine
-from flexpert.engine.request import SamplingParams, Sequence, TokenEvent
+from flexpert.engine.request import SamplingParams, Sequence
 from flexpert.engine.sampler import Sampler
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
@@ -50,17 +50,16 @@ class Told:
     def __init__(self) -> None:
         self.said: queue.Queue[str] = queue.Queue()
 
-    def published(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            if event.finish is not None:
-                self.said.put("finished")
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        def tell(*args: Any) -> None:
-            if name in ("prepared", "failed", "broken", "rejected"):
-                self.said.put(name if name == "prepared" else f"{name}: {args}")
-
-        return tell
+    def __call__(self, report: msg.Report) -> None:
+        match report:
+            case msg.Published(events, _):
+                for event in events:
+                    if event.finish is not None:
+                        self.said.put("finished")
+            case msg.Prepared():
+                self.said.put("prepared")
+            case msg.Failed() | msg.Broken() | msg.Rejected():
+                self.said.put(str(report))
 
     def wait_for(self, wanted: str) -> None:
         said = self.said.get(timeout=LIMIT_S)
@@ -111,20 +110,21 @@ def main() -> None:
         config,
         capacity=args.capacity,
         exchange_timeout_s=LIMIT_S,
-        listener=told,  # type: ignore[arg-type]
+        report=told,
     )
     running = threading.Thread(target=engine.run, daemon=True)
     running.start()
     placement = replan(None, [0], experts=source.info.experts, layers=source.info.moe_layers)
-    engine.prepare(EpochPlan(1, {0: engine.buffer.address}, placement))
+    engine.submit(msg.Prepare(1, {0: engine.buffer.address}, placement))
     told.wait_for("prepared")
-    engine.commit(1)
+    engine.submit(msg.Commit(1))
     slow: list[Slow] = []
     watch(slow, args.slow_ms, args.device == "cuda")
     for burst, count in enumerate(BURSTS):
         slow.clear()
         began = time.perf_counter()
-        engine.admit([request(f"{burst}/{i}", i, source.info.vocab) for i in range(count)])
+        work = [request(f"{burst}/{i}", i, source.info.vocab) for i in range(count)]
+        engine.submit(msg.Admit(work))
         for _ in range(count):
             told.wait_for("finished")
         print(f"burst of {count}: {time.perf_counter() - began:.2f} s, {len(slow)} slow steps")
@@ -134,7 +134,7 @@ def main() -> None:
             for (file, line, function), times in sorted(entries, key=lambda e: -e[1][2])[:5]:
                 where = f"{Path(file).name}:{line}" if line else ""
                 print(f"        {times[2] * 1e3:6.1f} ms in {times[1]} calls: {function} {where}")
-    engine.stop()
+    engine.submit(msg.Stop())
     running.join(LIMIT_S)
 
 

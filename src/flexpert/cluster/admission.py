@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.journal import Entry, Journal
+from flexpert.engine import rank_protocol as msg
 
 
 class Admission:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import msgspec
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.expert_recovery import ExpertRecovery
 from flexpert.cluster.formatting import describe_change, outcome_line
 from flexpert.cluster.interfaces import HeadInterface, Timer
@@ -28,6 +27,7 @@ from flexpert.cluster.restart_policy import RestartPolicy
 from flexpert.cluster.stall_detector import Watch
 from flexpert.cluster.views import ClusterEvent, OperationView, PlacementView, RankView
 from flexpert.config import Config
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import HeldKV
 from flexpert.errors import FlexpertError, OperationConflict, OperationRefused, UnknownOperation
 from flexpert.models.source import ModelSource

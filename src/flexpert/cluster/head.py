@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import CHANGES, Coordinator
 from flexpert.cluster.interfaces import Work
@@ -27,6 +26,7 @@ from flexpert.cluster.processes.transport import Transport
 from flexpert.cluster.service_metrics import Metrics
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
 from flexpert.config import Config
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.device_profile import open_device
 from flexpert.engine.memory_plan import kv_blocks
 from flexpert.engine.request import HeldKV, KVMigration, SamplingParams

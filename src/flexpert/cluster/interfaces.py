@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.views import ClusterEvent
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import HeldKV, KVMigration
 
 

@@ -12,9 +12,9 @@ from types import TracebackType
 
 import msgspec
 
-from flexpert.cluster.messages import Contradiction
 from flexpert.cluster.quarantine import Quarantine
 from flexpert.cluster.views import Delta
+from flexpert.engine.rank_protocol import Contradiction
 from flexpert.engine.request import (
     FINISH_LENGTH,
     FINISH_STOP,

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.interfaces import HeadInterface
 from flexpert.cluster.rank_state import RankState
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import HeldKV
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from flexpert.cluster import messages as msg
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.views import RankStatus, RankView
+from flexpert.engine import rank_protocol as msg
 from flexpert.moe.placement import Placement
 
 

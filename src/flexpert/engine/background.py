@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from flexpert.comm import CommError
 from flexpert.engine.arrivals import Arrivals
-from flexpert.engine.epoch import Cancelled, EpochPlan, PreparedEpoch
+from flexpert.engine.epoch import Cancelled, PreparedEpoch
+from flexpert.engine.rank_protocol import Prepare
 from flexpert.errors import FlexpertError
 from flexpert.models.kv_cache import KVCache
 
@@ -23,11 +26,11 @@ class Preparation(threading.Thread):
 
     def __init__(
         self,
-        plan: EpochPlan,
+        plan: Prepare,
         *,
         work: Callable[[threading.Event], PreparedEpoch],
         undo: Callable[[PreparedEpoch | str], None],
-        done: Callable[[Preparation, PreparedEpoch | str], None],
+        done: Callable[[PreparationEnded], None],
         after: Preparation | None,
     ) -> None:
         """
@@ -69,10 +72,10 @@ class Preparation(threading.Thread):
             if self._cancelled.is_set():
                 self._undo(result)
                 return
-        self._done(self, result)
+        self._done(PreparationEnded(self, result))
 
 
-class Fetch(threading.Thread):
+class KVFetch(threading.Thread):
     """Copies KV blocks of a rank that leaves.
 
     theirs: that rank's cache, once all is copied. over: the thread is through, and so is who was
@@ -88,13 +91,13 @@ class Fetch(threading.Thread):
         *,
         own: KVCache,
         theirs: Callable[[], KVCache],
-        done: Callable[[Fetch, int | None], None],
+        done: Callable[[FetchEnded], None],
     ) -> None:
         """
         Args:
             pairs: (block there, block here).
             theirs: opens the cache. Raises: CommError, ValueError
-            done: called in the thread: bytes, or None if it could not be done in full.
+            done: called in the thread.
         """
         super().__init__(name=f"fetch-{source}", daemon=True)
         self.epoch = epoch
@@ -116,7 +119,7 @@ class Fetch(threading.Thread):
             self.arrivals.drop()
 
     def run(self) -> None:
-        self._done(self, self._copy())
+        self._done(FetchEnded(self, self._copy()))
 
     def _copy(self) -> int | None:
         try:
@@ -130,3 +133,22 @@ class Fetch(threading.Thread):
             copied += self._own.copy_from(theirs, self._pairs[at : at + _FETCH_BLOCKS])
         self.theirs = theirs
         return copied
+
+
+@dataclass(frozen=True, slots=True)
+class PreparationEnded:
+    """A preparation's thread is through, and was not cancelled. result: or why it failed."""
+
+    preparation: Preparation
+    result: PreparedEpoch | str
+
+
+@dataclass(frozen=True, slots=True)
+class FetchEnded:
+    """A fetch's thread is through. copied: bytes, or None if it could not be done in full."""
+
+    fetch: KVFetch
+    copied: int | None
+
+
+BackgroundEvent: TypeAlias = PreparationEnded | FetchEnded

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flexpert.comm import Buffer, CommError, ExpertTable
+from flexpert.engine.rank_protocol import Prepare
 from flexpert.kernels.experts import ExpertWeights, LayerExperts
 from flexpert.models.source import ModelSource
 from flexpert.moe.expert_store import Key, PeerExperts, Store
-from flexpert.moe.placement import Placement
 from flexpert.moe.runtime import LayerState, expert_tables
 
 Weights = dict[Key, ExpertWeights]
@@ -22,20 +22,6 @@ class Cancelled(Exception):  # noqa: N818 - a signal between two functions, neve
 
 
 @dataclass(frozen=True, slots=True)
-class EpochPlan:
-    """What the coordinator wants next.
-
-    members: rank id → address of its window. exporters: rank id → address of the experts it holds
-    in the running epoch.
-    """
-
-    epoch: int
-    members: Mapping[int, bytes]
-    placement: Placement
-    exporters: Mapping[int, bytes] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class PreparedEpoch:
     """Ready to switch to.
 
@@ -43,7 +29,7 @@ class PreparedEpoch:
     came from a peer's memory. layers is empty on a rank that leaves.
     """
 
-    plan: EpochPlan
+    plan: Prepare
     weights: Weights
     layers: list[LayerState]
     loaded: int
@@ -55,7 +41,7 @@ class PreparedEpoch:
 
 
 def prepare_epoch(
-    plan: EpochPlan,
+    plan: Prepare,
     *,
     buffer: Buffer,
     source: ModelSource,

@@ -16,14 +16,12 @@ import signal
 import threading
 from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 import msgspec
 
 from flexpert.comm import Buffer
-
-if TYPE_CHECKING:
-    from flexpert.engine.rank_engine import RankListener
+from flexpert.engine import rank_protocol as msg
 
 VARIABLE = "FLEXPERT_FAULTS"
 
@@ -59,16 +57,16 @@ Point = Literal[
     "release",  # told to stop: before its window closes
 ]
 
-# what the head is told → the points before and after
-_TELLS: Mapping[str, tuple[Point | None, Point | None]] = {
-    "published": ("publish", "published"),
-    "progress": ("load", None),
-    "prepared": ("prepared", None),
-    "offered": ("offer", None),
-    "fetched": ("fetch", None),
-    "adopted": ("adopt", None),
-    "switched": ("switched", None),
-    "handed_over": ("hand_over", "handed_over"),
+# a report → the points before and after it
+_REPORT_POINTS: Mapping[type, tuple[Point, Point | None]] = {
+    msg.Published: ("publish", "published"),
+    msg.Progress: ("load", None),
+    msg.Prepared: ("prepared", None),
+    msg.Offered: ("offer", None),
+    msg.Fetched: ("fetch", None),
+    msg.Adopted: ("adopt", None),
+    msg.Switched: ("switched", None),
+    msg.HandedOver: ("hand_over", "handed_over"),
 }
 
 
@@ -177,9 +175,18 @@ class Faults:
         """The buffer, whose calls pass the points of a step."""
         return cast(Buffer, _FaultyBuffer(buffer, self))
 
-    def listening(self, listener: RankListener) -> RankListener:
-        """The listener; what it is told passes points before and after."""
-        return cast("RankListener", _FaultyListener(listener, self))
+    def around_reports(self, report: Callable[[msg.Report], None]) -> Callable[[msg.Report], None]:
+        """The same, but some reports pass points before and after."""
+
+        def passing(what: msg.Report) -> None:
+            before, after = _REPORT_POINTS.get(type(what), (None, None))
+            if before is not None:
+                self.at(before)
+            report(what)
+            if after is not None:
+                self.at(after)
+
+        return passing
 
 
 class _FaultyBuffer:
@@ -229,28 +236,6 @@ class _FaultyBuffer:
     def close(self) -> None:
         self._at("release")
         self._buffer.close()
-
-
-class _FaultyListener:
-    """Everything but what `_TELLS` names is the listener's own."""
-
-    def __init__(self, listener: RankListener, faults: Faults) -> None:
-        self._listener = listener
-        self._at = faults.at
-
-    def __getattr__(self, name: str) -> Any:
-        tell = getattr(self._listener, name)
-        before, after = _TELLS.get(name, (None, None))
-        if before is None:
-            return tell
-
-        def told(*args: Any) -> None:
-            self._at(before)
-            tell(*args)
-            if after is not None:
-                self._at(after)
-
-        return told
 
 
 def starve() -> Taken:

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from flexpert.comm import BufferSpec
 from flexpert.comm.window_layout import size_bytes
 from flexpert.config import EngineConfig
+from flexpert.engine.rank_protocol import Memory
 from flexpert.errors import FlexpertError
 from flexpert.models.source import ModelInfo, ModelSource
 
-RUNTIME_BYTES = 64 * 2**20
+RUNTIME_BYTES = 64 * 2**20  # an estimate, for a rank that is not warm yet
 SERVING_BYTES = 4 * 2**20  # what requests in flight add to a warm process (measured: 3 to 6 MiB)
-
-
-@dataclass(frozen=True, slots=True)
-class RankMemory:
-    """Planned bytes of a rank.
-
-    runtime: what the process takes beyond its share of the fork server's pages: measured when the
-    rank is warm, before that an estimate.
-    """
-
-    dense: int
-    experts: int
-    kv: int
-    windows: int
-    runtime: int = RUNTIME_BYTES
-
-    @property
-    def total(self) -> int:
-        return self.dense + self.experts + self.kv + self.windows + self.runtime
 
 
 def private_memory(exported: int = 0, pid: int | None = None) -> int:
@@ -82,19 +63,20 @@ def buffer_spec(info: ModelInfo, config: EngineConfig, capacity: int) -> BufferS
 
 def planned_memory(
     source: ModelSource, config: EngineConfig, capacity: int, experts: int, members: int
-) -> RankMemory:
+) -> Memory:
     """What a rank needs when it holds `experts` replicas (all layers) among `members` ranks.
 
     Windows are sparse: only the regions of members are ever touched. The memory of a GPU does not
     count: weights, KV cache and windows are there.
     """
     if config.device != "cpu":
-        return RankMemory(0, 0, 0, 0)
+        return Memory(0, 0, 0, 0, RUNTIME_BYTES)
     info = source.info
     spec = buffer_spec(info, config, capacity)
-    return RankMemory(
+    return Memory(
         dense=source.dense_nbytes(),
         experts=experts * source.expert_nbytes(),
         kv=kv_blocks(info, config) * config.kv_block_size * info.kv_bytes_per_token(),
         windows=size_bytes(spec) * members // capacity,
+        runtime=RUNTIME_BYTES,
     )

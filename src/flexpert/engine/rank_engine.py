@@ -2,10 +2,11 @@
 
     vote      have I work, which epoch am I ready for; nobody has work → sleep
     forward   attention over own requests, every MoE layer's exchange; without tokens only these
-    publish   the step is whole → sample, append, tell the listener
+    publish   the step is whole → sample, append, report the tokens
 
-Who may call what: `run` belongs to the main thread. Commands (`admit`, `abort`, `prepare`,
-`commit`, `cancel`, `stop`) come from any thread; they are queued and take effect between steps.
+Who may call what: `run` belongs to the main thread. `submit` takes commands of `rank_protocol` from
+any thread; they are queued and take effect between steps. Reports come from the step loop, progress
+of a preparation from its own thread, and `Halted` from the thread that submits a `Halt`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import time
 import traceback
 from collections import abc, deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any
 
+import msgspec
 import torch
 
 from flexpert.comm import (
@@ -32,8 +34,15 @@ from flexpert.comm import (
     import_memory,
 )
 from flexpert.config import EngineConfig
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.arrivals import Arrivals
-from flexpert.engine.background import Fetch, Preparation
+from flexpert.engine.background import (
+    BackgroundEvent,
+    FetchEnded,
+    KVFetch,
+    Preparation,
+    PreparationEnded,
+)
 from flexpert.engine.device_profile import (
     export_kv_cache,
     graph_sizes,
@@ -44,17 +53,16 @@ from flexpert.engine.device_profile import (
     open_device,
     warm_up_sizes,
 )
-from flexpert.engine.epoch import EpochPlan, PreparedEpoch, Weights, prepare_epoch
+from flexpert.engine.epoch import PreparedEpoch, Weights, prepare_epoch
 from flexpert.engine.faults import Faults
 from flexpert.engine.memory_plan import (
     SERVING_BYTES,
-    RankMemory,
     buffer_spec,
     kv_blocks,
     planned_memory,
     private_memory,
 )
-from flexpert.engine.request import HeldKV, KVMigration, Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, KVMigration, Sequence
 from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
 from flexpert.engine.sequence import Sampled, SampleState
@@ -76,23 +84,6 @@ _FAULTS = (ValueError, TypeError, LookupError, ArithmeticError)
 _VOTE = struct.Struct("<BI")  # has work, ready for epoch
 
 
-class RankListener(Protocol):
-    """Whom a rank tells. Calls come from the step loop, preparations from their own thread."""
-
-    def published(self, events: list[TokenEvent]) -> None: ...
-    def rejected(self, sequence_id: str, error: str, fault: bool = False) -> None: ...
-    def on_trial(self, sequence_id: str) -> None: ...
-    def progress(self, epoch: int, share: float) -> None: ...
-    def prepared(self, epoch: int, copied: int, memory: RankMemory) -> None: ...
-    def failed(self, epoch: int, error: str) -> None: ...
-    def switched(self, epoch: int, pause_ms: float | None) -> None: ...
-    def offered(self, epoch: int, held: list[HeldKV]) -> None: ...
-    def fetched(self, epoch: int, source: int, size: int) -> None: ...
-    def handed_over(self, epoch: int, held: list[HeldKV]) -> None: ...
-    def adopted(self, source: int, moved: int, size: int, recomputed: int) -> None: ...
-    def broken(self, epoch: int, ranks: tuple[int, ...], error: str) -> None: ...
-
-
 class RankEngine:
     """The engine of one rank; see the module's docstring."""
 
@@ -104,9 +95,18 @@ class RankEngine:
         *,
         capacity: int,
         exchange_timeout_s: float,
-        listener: RankListener,
+        report: Callable[[msg.Report], None],
         faults: Faults | None = None,
     ) -> None:
+        """
+        Args:
+            capacity: ids that the windows have room for.
+            report: called from several threads; see the module's docstring.
+            faults: planted in this rank, in tests.
+
+        Raises:
+            FlexpertError, OSError, MemoryError, RuntimeError: it cannot come up.
+        """
         info = source.info
         self.source = source
         self.config = config
@@ -115,7 +115,7 @@ class RankEngine:
         self.device = open_device(config, rank)
         spec = buffer_spec(info, config, capacity)
         buffer = make_exchange(rank, spec, config, exchange_timeout_s, info.experts)
-        self.listener = faults.listening(listener) if faults else listener
+        self.report = faults.around_reports(report) if faults else report
         self.buffer: Buffer = faults.around(buffer) if faults else buffer
         self._faults = faults
         self.moe = make_runtime(self.buffer, source, config, self.device)
@@ -148,10 +148,26 @@ class RankEngine:
         self.sampler = Sampler()
         self.steps = 0
         self._on_trial: set[str] = set()  # sequences whose first step must be announced
-        self._runtime: int | None = None
+        self._memory = 0  # bytes of this process when it was last measured
+        self._runtime: int | None = None  # planned; unknown until the rank is warm
         self._unfit = ""  # why this rank can compute nothing
 
-        self._commands: deque[Callable[[], None]] = deque()
+        self._handlers: dict[type, Callable[[Any], None]] = {
+            msg.Admit: self._admit,
+            msg.Abort: self._abort,
+            msg.Prepare: self._prepare,
+            msg.Commit: self._commit,
+            msg.Cancel: self._cancel,
+            msg.Offer: self._offer,
+            msg.Fetch: self._begin_fetch,
+            msg.Adopt: self._adopt,
+            msg.Halt: self._halt,
+            msg.Hold: self._hold,
+            msg.Stop: self._stop,
+            PreparationEnded: self._preparation_ended,
+            FetchEnded: self._fetch_ended,
+        }
+        self._queue: deque[msg.Command | BackgroundEvent] = deque()
         self._wake = threading.Event()
         self._stopping = False
         self._turns = 0  # of the loop, and commands
@@ -167,76 +183,48 @@ class RankEngine:
         self._entering: _Switch | None = None
         self._last_step_end: float | None = None
         self._halted: float | None = None  # since when it waits for the epoch after a loss
-        self._fetches: dict[int, Fetch] = {}  # from ranks that leave
+        self._fetches: dict[int, KVFetch] = {}  # from ranks that leave
 
     # ---- commands, from any thread ----------------------------------------------------------
 
-    def admit(self, sequences: list[Sequence]) -> None:
-        """Run these; a rank that has left hands them over at once."""
-        self._submit(lambda: self._admit(sequences))
+    def submit(self, command: msg.Command) -> None:
+        """Queue a command for between two steps; from any thread.
 
-    def abort(self, ids: list[str]) -> None:
-        """Forget these; unknown ids are ignored."""
-        self._submit(lambda: self._abort(ids))
-
-    def prepare(self, plan: EpochPlan) -> None:
-        """Get ready for an epoch in a thread beside serving; ends in `prepared` or `failed`."""
-        self._submit(lambda: self._prepare(plan))
-
-    def commit(self, epoch: int) -> None:
-        """Vote for the prepared epoch; a rank that is no member yet enters it."""
-        self._submit(lambda: self._commit(epoch))
-
-    def cancel(self, epoch: int) -> None:
-        """Drop what was prepared for an epoch."""
-        self._submit(lambda: self._cancel(epoch))
-
-    def offer(self, epoch: int) -> None:
-        """Tell what KV blocks could move ahead of the epoch in which this rank leaves."""
-        self._submit(lambda: self._offer(epoch))
-
-    def fetch(self, epoch: int, source: int, address: bytes, migrations: list[KVMigration]) -> None:
-        """Copy KV blocks of sequences that will come with the epoch; ends in `fetched`."""
-        self._submit(lambda: self._begin_fetch(epoch, source, address, migrations))
-
-    def adopt(self, source: int, address: bytes, migrations: list[KVMigration]) -> None:
-        """Go on with these; all that comes from a rank that has left. Ends in `adopted`."""
-        self._submit(lambda: self._adopt(source, address, migrations))
-
-    def halt(self) -> None:
-        """Drop the step under way, and exchange nothing until the next epoch."""
-        self._submit(self._halt)
-        # afterwards: an epoch that is entered meanwhile forgets interrupts, and must find the halt
-        self.buffer.interrupt()
-
-    def hold(self, members: list[int]) -> None:
-        """Part from all but these: the others are gone, and new ones may get their ids."""
-        self._submit(lambda: self.buffer.disconnect(set(self.buffer.connected) - set(members)))
+        A `Halt` also breaks off the step under way, and is acknowledged at once: that the process
+        hears does not depend on its step loop.
+        """
+        self._enqueue(command)
+        if isinstance(command, msg.Halt):
+            # afterwards: an epoch that is entered meanwhile forgets interrupts, and must find the
+            # halt
+            self.buffer.interrupt()
+            self.report(msg.Halted(command.epoch))
 
     @property
     def turns(self) -> int:
         """Grows while the step loop computes, waits or rests; if it does not, see `watchdog`."""
         return self._turns + self.moe.walked + self.buffer.turns
 
-    def stop(self) -> None:
-        """End `run` after the current step."""
-        self._submit(self._stop)
-
-    def _submit(self, command: Callable[[], None]) -> None:
-        self._commands.append(command)
+    def _enqueue(self, event: msg.Command | BackgroundEvent) -> None:
+        self._queue.append(event)
         self._wake.set()
         self.buffer.ring()
 
-    def _take_commands(self) -> None:
+    def _handle_queued(self) -> None:
         self._wake.clear()
-        while self._commands:
+        while self._queue:
             self._turns += 1
-            self._commands.popleft()()
+            event = self._queue.popleft()
+            self._handlers[type(event)](event)
 
-    def _stop(self) -> None:
+    def _stop(self, command: msg.Stop) -> None:
         self._stopping = True
 
-    def _halt(self) -> None:
+    def _hold(self, command: msg.Hold) -> None:
+        """The others are gone, and new ones may get their ids."""
+        self.buffer.disconnect(set(self.buffer.connected) - set(command.members))
+
+    def _halt(self, command: msg.Halt) -> None:
         self._drop_preparation()
         self._armed, self._entering = 0, None
         if self._member:
@@ -247,77 +235,79 @@ class RankEngine:
         self._member = False
         self._halted = self._last_step_end or time.perf_counter()
 
-    def _admit(self, sequences: list[Sequence]) -> None:
+    def _admit(self, command: msg.Admit) -> None:
         if self._left:
-            held = [HeldKV(sequence.id, 0, []) for sequence in sequences]
-            self.listener.handed_over(self.buffer.epoch, held)
+            self._hand_back(command.sequences)
             return
-        for sequence in sequences:
+        for sequence in command.sequences:
             self._announce(sequence)
             try:
                 self.scheduler.add(sequence)
             except FlexpertError as error:
-                self.listener.rejected(sequence.id, str(error))
+                self.report(msg.Rejected(sequence.id, str(error)))
             except _FAULTS as error:
                 self._failed(sequence.id, error)
 
-    def _abort(self, ids: list[str]) -> None:
-        self._on_trial.difference_update(ids)
-        for name in ids:
+    def _hand_back(self, sequences: list[Sequence]) -> None:
+        """This rank has left: what comes late goes on elsewhere, and it holds nothing of it."""
+        held = [HeldKV(sequence.id, 0, []) for sequence in sequences]
+        self.report(msg.HandedOver(self.buffer.epoch, held))
+
+    def _abort(self, command: msg.Abort) -> None:
+        self._on_trial.difference_update(command.ids)
+        for name in command.ids:
             self.scheduler.abort(name)
 
     # ---- sequences that move with their KV --------------------------------------------------
 
-    def _offer(self, epoch: int) -> None:
-        if self._prepared and self._prepared.plan.epoch == epoch:
-            self.listener.offered(epoch, self.scheduler.offer())
+    def _offer(self, command: msg.Offer) -> None:
+        if self._prepared and self._prepared.plan.epoch == command.epoch:
+            self.report(msg.Offered(command.epoch, self.scheduler.offer()))
 
-    def _begin_fetch(
-        self, epoch: int, source: int, address: bytes, migrations: list[KVMigration]
-    ) -> None:
-        if self._prepared is None or self._prepared.plan.epoch != epoch:
+    def _begin_fetch(self, command: msg.Fetch) -> None:
+        if self._prepared is None or self._prepared.plan.epoch != command.epoch:
             return  # withdrawn meanwhile
-        migrations = self._credible(migrations)
+        migrations = self._credible(command.migrations)
         arrivals = Arrivals(self.scheduler.pool)
         pairs = arrivals.reserve(migrations, spare=self.scheduler.running + len(migrations))
-        fetch = self._fetches[source] = Fetch(
-            epoch,
-            source,
+        fetch = self._fetches[command.source] = KVFetch(
+            command.epoch,
+            command.source,
             arrivals,
             pairs,
             own=self.runner.kv,
-            theirs=lambda: self._cache_at(address),
-            done=lambda which, copied: self._submit(lambda: self._fetched(which, copied)),
+            theirs=lambda: self._cache_at(command.kv),
+            done=self._enqueue,
         )
         fetch.start()
 
-    def _fetched(self, fetch: Fetch, copied: int | None) -> None:
-        """The thread is through; in the step loop's thread."""
+    def _fetch_ended(self, event: FetchEnded) -> None:
+        fetch, copied = event.fetch, event.copied
         if copied is not None:
             fetch.arrivals.settle()
         if copied is None or fetch.dropped:
             fetch.arrivals.drop()
         fetch.over = True
         if not fetch.dropped:
-            self.listener.fetched(fetch.epoch, fetch.source, copied or 0)
+            self.report(msg.Fetched(fetch.epoch, fetch.source, copied or 0))
 
     def _drop_fetches(self) -> None:
         for fetch in self._fetches.values():
             fetch.drop()
         self._fetches.clear()
 
-    def _adopt(self, source: int, address: bytes, migrations: list[KVMigration]) -> None:
+    def _adopt(self, command: msg.Adopt) -> None:
         if self._left:
-            self._admit([move.sequence for move in migrations])
+            self._hand_back([move.sequence for move in command.migrations])
             return
-        fetch = self._fetches.pop(source, None)
+        fetch = self._fetches.pop(command.source, None)
         moved = copied = recomputed = 0
         theirs = fetch.theirs if fetch else None
-        migrations = self._credible(migrations)
+        migrations = self._credible(command.migrations)
         if theirs is None and any(move.held.computed for move in migrations):
             # it is gone, or its address is none: all is computed again
             with contextlib.suppress(CommError, ValueError):
-                theirs = self._cache_at(address)
+                theirs = self._cache_at(command.kv)
         for sequence, held in ((move.sequence, move.held) for move in migrations):
             self._announce(sequence)
             have = fetch.arrivals.take(sequence.id) if fetch and fetch.over else []
@@ -325,7 +315,7 @@ class RankEngine:
             try:
                 pairs = self.scheduler.adopt(sequence, there, have)
             except FlexpertError as error:
-                self.listener.rejected(sequence.id, str(error))
+                self.report(msg.Rejected(sequence.id, str(error)))
                 continue
             except _FAULTS as error:
                 self._failed(sequence.id, error)
@@ -339,7 +329,7 @@ class RankEngine:
             moved += 1
         if fetch:
             fetch.drop()
-        self.listener.adopted(source, moved, copied, recomputed)
+        self.report(msg.Adopted(command.source, moved, copied, recomputed))
 
     def _announce(self, sequence: Sequence) -> None:
         """The first step with it is told, if it may be what ends ranks."""
@@ -369,13 +359,13 @@ class RankEngine:
 
     # ---- preparing an epoch -----------------------------------------------------------------
 
-    def _prepare(self, plan: EpochPlan) -> None:
+    def _prepare(self, plan: msg.Prepare) -> None:
         self._drop_preparation()
         self._preparing = self._latest = Preparation(
             plan,
             work=self._work_of(plan),
             undo=lambda result: self._undo(plan, result),
-            done=lambda which, result: self._submit(lambda: self._loaded(which, result)),
+            done=self._enqueue,
             after=self._latest,
         )
         cold = (
@@ -388,7 +378,7 @@ class RankEngine:
         if cold and beside:
             self._capture()  # which compiles, while the thread loads
 
-    def _work_of(self, plan: EpochPlan) -> Callable[[threading.Event], PreparedEpoch]:
+    def _work_of(self, plan: msg.Prepare) -> Callable[[threading.Event], PreparedEpoch]:
         def work(cancelled: threading.Event) -> PreparedEpoch:
             return prepare_epoch(
                 plan,
@@ -398,19 +388,19 @@ class RankEngine:
                 store=self.store,
                 deterministic=self.config.deterministic,
                 cancelled=cancelled,
-                progress=lambda share: self.listener.progress(plan.epoch, share),
+                progress=lambda share: self.report(msg.Progress(plan.epoch, share)),
             )
 
         return work
 
-    def _undo(self, plan: EpochPlan, result: PreparedEpoch | str) -> None:
+    def _undo(self, plan: msg.Prepare, result: PreparedEpoch | str) -> None:
         """Back to how it was; may run in the preparation's thread."""
         self._forget_peers(plan)
         if not isinstance(result, str):
             self._drop_experts(result)
 
-    def _loaded(self, preparation: Preparation, result: PreparedEpoch | str) -> None:
-        """The thread is through; in the step loop's thread."""
+    def _preparation_ended(self, event: PreparationEnded) -> None:
+        preparation, result = event.preparation, event.result
         if preparation is not self._preparing:
             return
         self._preparing = None
@@ -424,13 +414,14 @@ class RankEngine:
                 self._warm_up(result)
         except (FlexpertError, CommError, OSError, RuntimeError) as error:
             self._undo(preparation.plan, result)
-            self.listener.failed(epoch, str(error))
+            self.report(msg.Failed(epoch, str(error)))
             return
         self._prepared = result
-        memory = self._plan_memory(result)
-        self.listener.prepared(epoch, result.copied, memory)
+        if self.buffer.epoch == 0:  # nobody waits for a newcomer yet
+            self.measure_memory()
+        self.report(msg.Prepared(epoch, result.copied, self._plan_memory(result)))
 
-    def _plan_memory(self, prepared: PreparedEpoch) -> RankMemory:
+    def _plan_memory(self, prepared: PreparedEpoch) -> msg.Memory:
         planned = planned_memory(
             self.source,
             self.config,
@@ -439,16 +430,29 @@ class RankEngine:
             len(prepared.plan.members),
         )
         if self._runtime is None:  # warm, and nothing served yet: the rest is the process itself
-            process = self.private_memory() - planned.dense - planned.experts
+            process = self._memory - planned.dense - planned.experts
             self._runtime = max(0, process) + SERVING_BYTES
-        return replace(planned, runtime=self._runtime)
+        return msgspec.structs.replace(planned, runtime=self._runtime)
 
-    def private_memory(self) -> int:
-        """Bytes this rank takes now; from any thread."""
-        return private_memory(self.exported.resident + self.store.resident)
+    def measure_memory(self) -> None:
+        """Find out how many bytes this rank takes, for its next reports.
 
-    def _cancel(self, epoch: int) -> None:
-        if self._armed != epoch:  # else too late: the epoch may already be agreed
+        That takes milliseconds; from any thread.
+        """
+        self._memory = private_memory(self.exported.resident + self.store.resident)
+
+    def _load(self) -> msg.Load:
+        scheduler, graphs = self.scheduler, self.runner.graphs
+        return msg.Load(
+            scheduler.running,
+            scheduler.waiting,
+            scheduler.kv_used,
+            self._memory,
+            graphs.captures if graphs else 0,
+        )
+
+    def _cancel(self, command: msg.Cancel) -> None:
+        if self._armed != command.epoch:  # else too late: the epoch may already be agreed
             self._drop_preparation()
 
     def _drop_preparation(self) -> None:
@@ -466,7 +470,7 @@ class RankEngine:
         """Give back the memory of experts that were loaded in vain."""
         self.store.drop(set(prepared.weights) - set(self._weights))
 
-    def _forget_peers(self, plan: EpochPlan) -> None:
+    def _forget_peers(self, plan: msg.Prepare) -> None:
         self.buffer.disconnect(set(plan.members) - set(self.buffer.active))
 
     def _warm_up(self, prepared: PreparedEpoch) -> None:
@@ -517,9 +521,10 @@ class RankEngine:
 
     # ---- switching epochs -------------------------------------------------------------------
 
-    def _commit(self, epoch: int) -> None:
+    def _commit(self, command: msg.Commit) -> None:
+        epoch = command.epoch
         if self._prepared is None or self._prepared.plan.epoch != epoch:
-            self.listener.failed(epoch, f"epoch {epoch} is not prepared on this rank")
+            self.report(msg.Failed(epoch, f"epoch {epoch} is not prepared on this rank"))
             return
         self._armed = epoch
         if self._faults:
@@ -537,7 +542,7 @@ class RankEngine:
         plan = prepared.plan
         if self.buffer.rank not in plan.members:
             self._member, self._left = False, True
-            self.listener.handed_over(plan.epoch, self.scheduler.hand_over())
+            self.report(msg.HandedOver(plan.epoch, self.scheduler.hand_over()))
             return
         gone = set(self.buffer.active) - set(plan.members)
         self.buffer.set_active(plan.members, plan.epoch)
@@ -552,10 +557,10 @@ class RankEngine:
     # ---- the loop ---------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until `stop`."""
+        """Serve until `Stop`."""
         try:
             while True:
-                self._take_commands()
+                self._handle_queued()
                 if self._stopping:
                     break
                 self._turns += 1
@@ -579,7 +584,7 @@ class RankEngine:
             self._leave_epoch()
             if not isinstance(error, Interrupted):
                 ranks = error.ranks if isinstance(error, RankLost | RankTimeout) else ()
-                self.listener.broken(self.buffer.epoch, ranks, str(error))
+                self.report(msg.Broken(self.buffer.epoch, list(ranks), str(error)))
             return False
 
     def _round(self) -> bool:
@@ -594,7 +599,7 @@ class RankEngine:
         if self._entering:
             since = self._entering.since
             pause_ms = None if since is None else (now - since) * 1e3
-            self.listener.switched(self._entering.epoch, pause_ms)
+            self.report(msg.Switched(self._entering.epoch, pause_ms, self._load()))
             self._entering = None
         work = any(has_work for has_work, _ in votes)
         if self._armed and all(ready == self._armed for _, ready in votes):
@@ -618,7 +623,7 @@ class RankEngine:
             return
         for name in self._on_trial.intersection(plan.ids if self._on_trial else ()):
             self._on_trial.discard(name)
-            self.listener.on_trial(name)
+            self.report(msg.OnTrial(name))
         if self._faults:
             self._faults.at("forward", plan.token_ids)
         try:
@@ -631,7 +636,7 @@ class RankEngine:
         sampled = self._sample(logits, plan.samples)
         lost = self.moe.lost_rows()
         events = self.scheduler.commit(plan, sampled, None if lost is None else lost.numpy())
-        self.listener.published(events)
+        self.report(msg.Published(events, self._load()))
 
     def _sample(self, logits: torch.Tensor, samples: Samples) -> Sampled:
         """One token for each; a sequence that cannot be sampled fails, and the others go on."""
@@ -653,7 +658,7 @@ class RankEngine:
         """By a fault of ours that only one sequence brings about."""
         traceback.print_exception(error)
         why = f"the request could not be computed: {type(error).__name__}: {error}"
-        self.listener.rejected(sequence_id, why, True)
+        self.report(msg.Rejected(sequence_id, why, True))
 
     def _idle(self) -> None:
         self.runner.forward_idle()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from flexpert.cluster import messages as msg
+from flexpert.engine import rank_protocol as msg
 from flexpert.forking.framing import BadFrame, Deframer, Piece, frame, header
 
 log = logging.getLogger("flexpert")

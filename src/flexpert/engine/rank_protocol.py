@@ -1,6 +1,20 @@
 """What head and ranks say to each other: msgspec structs as MessagePack over a socket pair.
 
-Every message between them is one of these; a rank that says anything else is cut off.
+Every message between them is one of these; a rank that says anything else is cut off. The same
+structs go all the way, without a second spelling. A command takes five steps:
+
+    1. the coordinator makes the struct and gives it to the head's `send`
+    2. `Transport.send` encodes it and writes it to the rank's socket
+    3. the rank's thread "commands" (`rank_process`) reads and decodes it
+    4. `RankEngine.submit` queues it
+    5. between two steps the engine calls the handler of its type
+
+and a report four:
+
+    1. the engine makes the struct and calls `report`
+    2. `rank_process` encodes it and writes it to its socket
+    3. the head's `Transport` reads and decodes it
+    4. head and coordinator match on its type
 """
 
 from __future__ import annotations
@@ -17,9 +31,10 @@ class Contradiction(FlexpertError):  # noqa: N818
 
 
 class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
-    """Get ready for an epoch beside serving.
+    """Get ready for an epoch while serving goes on. Answered by `Prepared` or `Failed`.
 
-    members: rank id → address of its window. exporters: rank id → address of the experts it holds.
+    members: rank id → address of its window. exporters: rank id → address of the experts it holds
+    in the running epoch.
     """
 
     epoch: int
@@ -109,7 +124,11 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """Planned bytes of a rank."""
+    """Planned bytes of a rank.
+
+    runtime: what the process takes beyond its share of the fork server's pages: measured when the
+    rank is warm, before that an estimate.
+    """
 
     dense: int
     experts: int
