@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
+from flexpert.cli.options import DEFAULT_URL
 from flexpert.cluster.views import ClusterView, OperationView
 from flexpert.errors import FlexpertError
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 _MOST_BYTES = 64 * 2**20  # of an answer, or of one event of a stream
 _MOST_SHOWN = 500  # characters of what the server says, in a message
 
