@@ -19,6 +19,7 @@ from flexpert.config import Config, load_config
 from flexpert.engine.request import SamplingParams, TokenLogprobs
 from flexpert.errors import OperationError, RequestError, ServiceStopped
 from flexpert.frontend.generation import Generation
+from flexpert.frontend.request_limits import Prompt
 from flexpert.frontend.text import TokenText
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ T = TypeVar("T")
 
 STOP_TIMEOUT_S = 10.0
 
-Prompt = str | list[int]
 Prompts = str | Sequence[Prompt]
 Params = SamplingParams | Iterable[SamplingParams] | None
 
