@@ -3,30 +3,82 @@
     from flexpert import LLM, SamplingParams
 
     with LLM("tiny", ranks=2) as llm:
-        print(llm.generate("In the beginning", SamplingParams(max_tokens=32))[0].text)
+        print(llm.generate("In the beginning", SamplingParams(max_tokens=32))[0].outputs[0].text)
         llm.scale(4)
 
-The public names load on first use, so that `import flexpert.comm` brings no engine with it.
+The public names load on first use, so that `import flexpert.comm` brings no engine with it. The
+elastic exchange is a library of its own, `flexpert.comm`.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexpert.engine.request import SamplingParams
-    from flexpert.llm import LLM
+    from flexpert.cluster.views import ClusterView, OperationView
+    from flexpert.config import Config, load_config
+    from flexpert.engine.request import SamplingParams, TokenLogprobs
+    from flexpert.errors import (
+        ConfigError,
+        ContextOverflow,
+        FlexpertError,
+        ModelError,
+        OperationConflict,
+        OperationError,
+        OperationRefused,
+        Overloaded,
+        RequestError,
+        ServiceStopped,
+        UnknownOperation,
+        UnsupportedModel,
+    )
+    from flexpert.llm import LLM, Completion, CompletionOutput
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "ClusterView",
+    "Completion",
+    "CompletionOutput",
+    "Config",
+    "ConfigError",
+    "ContextOverflow",
+    "FlexpertError",
+    "ModelError",
+    "OperationConflict",
+    "OperationError",
+    "OperationRefused",
+    "OperationView",
+    "Overloaded",
+    "RequestError",
+    "SamplingParams",
+    "ServiceStopped",
+    "TokenLogprobs",
+    "UnknownOperation",
+    "UnsupportedModel",
+    "__version__",
+    "load_config",
+]
+
+_MODULES = {
+    "LLM": "llm",
+    "Completion": "llm",
+    "CompletionOutput": "llm",
+    "SamplingParams": "engine.request",
+    "TokenLogprobs": "engine.request",
+    "ClusterView": "cluster.views",
+    "OperationView": "cluster.views",
+    "Config": "config",
+    "load_config": "config",
+}
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LLM":
-        from flexpert.llm import LLM
-
-        return LLM
-    if name == "SamplingParams":
-        from flexpert.engine.request import SamplingParams
-
-        return SamplingParams
-    raise AttributeError(f"module 'flexpert' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'flexpert' has no attribute {name!r}")
+    module = import_module(f"flexpert.{_MODULES.get(name, 'errors')}")
+    return globals().setdefault(name, getattr(module, name))

@@ -98,7 +98,7 @@ class _Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _within_reason(cls, value: Any) -> Any:
-        """What every setting is, beside the range of its own."""
+        """Bounds of every setting, in addition to its own range."""
         if isinstance(value, float) and not abs(value) <= _MOST_SECONDS:  # nan is not, either
             wrong = "more than a year" if math.isfinite(value) else "not a finite number"
             raise ValueError(f"{value:g} is {wrong}")

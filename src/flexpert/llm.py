@@ -19,6 +19,7 @@ from flexpert.config import Config, load_config
 from flexpert.engine.request import SamplingParams, TokenLogprobs
 from flexpert.errors import OperationError, RequestError, ServiceStopped
 from flexpert.frontend.generation import Generation
+from flexpert.frontend.request_limits import Prompt
 from flexpert.frontend.text import TokenText
 
 if TYPE_CHECKING:
@@ -28,17 +29,16 @@ T = TypeVar("T")
 
 STOP_TIMEOUT_S = 10.0
 
-Prompt = str | list[int]
 Prompts = str | Sequence[Prompt]
 Params = SamplingParams | Iterable[SamplingParams] | None
 
 
-class Sample(msgspec.Struct, frozen=True):
+class CompletionOutput(msgspec.Struct, frozen=True):
     """One answer to a prompt.
 
-    token_ids: with the token that ended it. logprobs: one per token of the text, or None if not
-    asked for. finish_reason: "stop" or "length". degraded: some of it was computed while experts
-    were missing (`cluster.on_missing_expert`).
+    token_ids: including the token that ended it. logprobs: one per token of the text, or None if
+    `SamplingParams.logprobs` is None. finish_reason: "stop" or "length". degraded: some of it was
+    computed while experts were missing (`cluster.on_missing_expert`).
     """
 
     text: str
@@ -53,17 +53,17 @@ class Completion(msgspec.Struct, frozen=True):
 
     prompt: str | None
     prompt_token_ids: list[int]
-    samples: list[Sample]
+    outputs: list[CompletionOutput]
 
     @property
     def text(self) -> str:
-        """Of the first answer."""
-        return self.samples[0].text
+        """The text of the first answer."""
+        return self.outputs[0].text
 
     @property
     def token_ids(self) -> list[int]:
-        """Of the first answer."""
-        return self.samples[0].token_ids
+        """The tokens of the first answer."""
+        return self.outputs[0].token_ids
 
 
 class LLM:
@@ -297,13 +297,13 @@ class LLM:
         each = _spread(params, len(prompts))
         bar = _progress(len(prompts)) if progress else None
 
-        async def one(generation: Generation) -> list[Sample]:
-            samples = await _samples(generation)
+        async def one(generation: Generation) -> list[CompletionOutput]:
+            outputs = await _outputs(generation)
             if bar is not None:
                 bar.advance(bar.task_ids[0])
-            return samples
+            return outputs
 
-        async def all_of_them() -> list[list[Sample]]:
+        async def all_of_them() -> list[list[CompletionOutput]]:
             begun: list[Generation] = []
             try:
                 for prompt, desired in zip(prompts, each, strict=True):
@@ -324,8 +324,8 @@ class LLM:
             with bar:
                 answers = self._call(all_of_them())
         return [
-            Completion(text, prompt, samples)
-            for text, prompt, samples in zip(texts, prompts, answers, strict=True)
+            Completion(text, prompt, outputs)
+            for text, prompt, outputs in zip(texts, prompts, answers, strict=True)
         ]
 
     def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
@@ -351,9 +351,9 @@ class LLM:
             future.cancel()
 
 
-async def _samples(generation: Generation) -> list[Sample]:
+async def _outputs(generation: Generation) -> list[CompletionOutput]:
     return [
-        Sample(
+        CompletionOutput(
             whole.text,
             answer.tokens,
             None if whole.records is None else [record.logprobs for record in whole.records],

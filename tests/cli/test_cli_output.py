@@ -16,8 +16,9 @@ from support.fake_service import CLUSTER, FakeService
 
 from flexpert.cli.bench_comm import bench_comm
 from flexpert.cli.bench_gpu import bench_decode, bench_layer
-from flexpert.cli.main import bench_serve, chaos
+from flexpert.cli.bench_serve import bench_serve
 from flexpert.cli.plan import plan
+from flexpert.cli.trial_commands import chaos
 from flexpert.display import output
 from flexpert.display.output import check_outputs, printing, write_output, write_report
 from flexpert.errors import ConfigError, FlexpertError

@@ -36,6 +36,7 @@ def server(open_server: Running) -> Running:
         head.cancelled.clear()
         head.ranks = [0, 1]
         head.serving = True
+        head.full = False
         head.down = head.failure = None
 
     open_server.call(fresh)

@@ -9,9 +9,10 @@ import pytest
 
 from flexpert.errors import Overloaded
 from flexpert.forking.framing import Piece
+from flexpert.frontend.request_limits import RequestLimits
 from flexpert.server import preprocessors
 from flexpert.server.http_errors import ApiError
-from flexpert.server.preprocessing import Limits, PreprocessReply, Rendered, encode
+from flexpert.server.preprocessing import PreprocessReply, Rendered, encode
 from flexpert.server.preprocessors import SMALL_BODY, Preprocessors
 
 
@@ -62,7 +63,7 @@ class Owner:
 
 def make(timeout_s: float = 5.0) -> tuple[Owner, Preprocessors]:
     owner = Owner()
-    limits = Limits("m", vocab=300, max_model_len=128, max_choices=8, max_prompt_tokens=128)
+    limits = RequestLimits("m", vocab=300, max_model_len=128, max_choices=8, max_prompt_tokens=128)
     return owner, Preprocessors(owner, lambda: limits, timeout_s)
 
 

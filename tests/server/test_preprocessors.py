@@ -14,8 +14,9 @@ from support.served_head import Running
 
 from flexpert.cluster.processes.helper import OnEnd, OnMessage
 from flexpert.forking.framing import Piece
+from flexpert.frontend.request_limits import RequestLimits
 from flexpert.server.http_errors import ApiError
-from flexpert.server.preprocessing import Kind, Limits, Outcome, PreprocessReply, Rendered, encode
+from flexpert.server.preprocessing import Kind, Outcome, PreprocessReply, Rendered, encode
 from flexpert.server.preprocessors import Preprocessors
 
 
@@ -75,7 +76,7 @@ def test_a_worker_that_gave_up_for_memory_is_the_bodys_fault(
 ) -> None:
     async def scenario() -> None:
         owner = Owner(f"signal {number:d}")
-        limits = Limits("m", 10, 10, 1, 10)
+        limits = RequestLimits("m", 10, 10, 1, 10)
         workers = Preprocessors(owner, lambda: limits, 5.0)
         for body in (b"{}", b"{}"):
             with pytest.raises(ApiError) as refused:
@@ -101,7 +102,7 @@ def test_a_client_that_goes_while_it_waits_leaves_no_body_behind() -> None:
                 helpers.append(Busy(on_message))
                 return helpers[-1]
 
-        workers = Preprocessors(BusyOwner(""), lambda: Limits("m", 10, 10, 1, 10), 5.0)
+        workers = Preprocessors(BusyOwner(""), lambda: RequestLimits("m", 10, 10, 1, 10), 5.0)
         first = asyncio.create_task(workers.run("tokenize", [b"first"]))
         body = Body(b"gone")
         kept = weakref.ref(body)

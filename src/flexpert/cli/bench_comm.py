@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flexpert.cli.command import Json, Output, duration, numbers
+from flexpert.cli.options import Json, Output, duration_option, numbers
 from flexpert.display.output import check_outputs, show_report
 from flexpert.errors import ConfigError
 
@@ -45,11 +45,7 @@ def bench_comm(
     repeat: Annotated[int, typer.Option(min=1, help="Timed exchanges of each baseline.")] = 100,
     seconds: Annotated[
         float | None,
-        typer.Option(
-            metavar="DURATION",
-            parser=duration("--seconds", 0.1),
-            help="Instead of --repeat: time for each of --tokens.",
-        ),
+        duration_option("--seconds", "Instead of --repeat: time for each of --tokens.", least=0.1),
     ] = None,
     device: Annotated[
         Literal["cpu", "cuda"], typer.Option(help="Where the rows lie and the exchange runs.")
@@ -71,11 +67,7 @@ def bench_comm(
     ] = None,
     timeout: Annotated[
         float,
-        typer.Option(
-            metavar="DURATION",
-            parser=duration("--timeout", 1),
-            help="How long a rank waits for another.",
-        ),
+        duration_option("--timeout", "How long a rank waits for another.", least=1),
     ] = 30,
 ) -> None:
     """Measure dispatch and combine against gloo, NIXL and memcpy.

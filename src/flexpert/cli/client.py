@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import httpx
 import msgspec
 
+from flexpert.cli.options import DEFAULT_URL
 from flexpert.cluster.views import ClusterView, OperationView
 from flexpert.errors import FlexpertError
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 _MOST_BYTES = 64 * 2**20  # of an answer, or of one event of a stream
 _MOST_SHOWN = 500  # characters of what the server says, in a message
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class ClientError(FlexpertError):
-    """The server cannot be reached, or refuses. status: of HTTP, None without an answer."""
+    """The server cannot be reached, or refuses. status: HTTP's; None without an answer."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -33,14 +33,14 @@ class TextDelta(msgspec.Struct):
 
 
 class Choice(msgspec.Struct):
-    """text: of a completion. delta: of a chat."""
+    """What one choice grows by. text: in a completion. delta: in a chat."""
 
     text: str | None = None
     delta: TextDelta | None = None
 
 
 class ServerEvent(msgspec.Struct):
-    """Of a streamed answer."""
+    """One event of a streamed answer."""
 
     choices: list[Choice] = []
     error: Any = None
@@ -173,13 +173,13 @@ class Client:
         return ClientError(f"the connection to {self.url} broke: {why}")
 
 
-# What httpx raises: of addresses, of connections, and of answers that are no HTTP. ValueError: a
-# port that is none, names that are none.
+# What httpx raises about addresses, connections, and answers that are no HTTP. ValueError: a port
+# or a name that is none.
 _REFUSED = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError)
 
 
 def _message(error: object) -> str:
-    """Of an error as OpenAI's API tells it, or of anything else in its place."""
+    """The text of an error as OpenAI's API tells it, or of anything else in its place."""
     told = error.get("message") if isinstance(error, dict) else None
     return str(error if told is None else told)
 

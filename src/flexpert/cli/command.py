@@ -1,24 +1,16 @@
-"""What all commands check of their numbers, beside the range of each."""
+"""What all commands share: help that is whole on a narrow terminal, and a check of numbers."""
 
 from __future__ import annotations
 
 import math
 import shutil
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
-from flexpert.config import parse_duration
 from flexpert.errors import ConfigError
-from flexpert.reading import shown
-
-# the same in every command that has a result
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of text.")]
-Output = Annotated[
-    Path | None, typer.Option("--output", metavar="FILE", help="Write the result there as JSON.")
-]
 
 MOST_COUNT = 2**40
 _WIDEST = 100  # columns of a help text
@@ -59,24 +51,6 @@ class Command(TyperCommand):
         return super().invoke(ctx)
 
 
-def duration(flag: str, least: float, most: float = 366 * 86400.0) -> Any:
-    """The type of an option: seconds from "2", "2s", "500ms" or "5m", within bounds.
-
-    It raises ConfigError.
-    """
-
-    def parse(text: str | float) -> float:
-        try:
-            seconds = parse_duration(text)
-        except ValueError as error:
-            raise ConfigError(f"{flag}: {error}") from None
-        if not isinstance(seconds, float | int) or not least <= seconds <= most:
-            raise ConfigError(f"{flag} {text} is not between {least:g}s and {most:g}s")
-        return float(seconds)
-
-    return parse
-
-
 def _check(flag: str, number: object) -> None:
     if isinstance(number, float) and not abs(number) <= _MOST:  # nan is not, either
         wrong = "is too large" if math.isfinite(number) else "is not a finite number"
@@ -85,12 +59,14 @@ def _check(flag: str, number: object) -> None:
         raise ConfigError(f"{flag}: the number is too large; 2**40 is the most")
 
 
-def numbers(text: str, flag: str) -> list[int]:
-    """Those of "8,1,8": 1, 8. Raises: ConfigError"""
-    try:
-        values = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        values = []
-    if not values or values[0] < 1 or values[-1] > MOST_COUNT:
-        raise ConfigError(f"{flag} {shown(text)}: positive numbers, with commas between them")
-    return values
+def add_command(
+    app: typer.Typer,
+    name: str,
+    function: Callable[..., None],
+    examples: Sequence[str],
+    *,
+    cls: type[Command] = Command,
+) -> None:
+    """Register a command whose help ends with examples, one a line."""
+    epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
+    app.command(name, cls=cls, epilog=epilog)(function)

@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-import msgspec
 import typer
 
-from flexpert.cli.command import Json, Output, duration
-from flexpert.display.output import check_outputs, write_output
+from flexpert.cli.options import Json, Output, duration_option, make_console
+from flexpert.display.output import EXIT_FAILURE, check_outputs
 from flexpert.errors import ConfigError
 
-
-class KillSignal(StrEnum):
-    SIGKILL = "sigkill"
-    SIGSTOP = "sigstop"
-    SIGTERM = "sigterm"
-
-
-class At(StrEnum):
-    DISPATCH_SEND = "dispatch-send"
-    DISPATCH_WAIT = "dispatch-wait"
-    COMBINE_SEND = "combine-send"
-    COMBINE_WAIT = "combine-wait"
-    RANDOM = "random"
-
-
-class ChannelName(StrEnum):
-    AUTO = "auto"
-    SHM = "shm"
-    NIXL = "nixl"
-
-
-class Dtype(StrEnum):
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-class Fp8(StrEnum):
-    NONE = "none"
-    FLOAT32 = "float32"
-    POWER2 = "power2"
-    UE8M0 = "ue8m0"
+PLAN_EXAMPLES = (
+    "flexpert plan examples/plans/rejoin.json",
+    "flexpert plan examples/plans/rejoin.json --kill sigstop --at combine-wait",
+    "flexpert plan --random 20 --seed 7 --channel nixl",
+)
 
 
 def plan(
@@ -58,19 +28,26 @@ def plan(
         int, typer.Option(min=1, max=64, help="Experts that a token is routed to.")
     ] = 8,
     experts_per_rank: Annotated[int, typer.Option(min=1, help="Experts that each rank holds.")] = 4,
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the rows.")] = Dtype.BFLOAT16,
-    fp8: Annotated[Fp8, typer.Option(help="Dispatch in fp8 with these scales.")] = Fp8.NONE,
-    kill: Annotated[KillSignal, typer.Option(help="How ranks die.")] = KillSignal.SIGKILL,
-    at: Annotated[At, typer.Option(help="Where in an exchange ranks die.")] = At.RANDOM,
-    channel: Annotated[ChannelName, typer.Option(help="How rows reach a peer.")] = ChannelName.AUTO,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Data type of the rows.")
+    ] = "bfloat16",
+    fp8: Annotated[
+        Literal["none", "float32", "power2", "ue8m0"],
+        typer.Option(help="Dispatch in fp8 with these scales."),
+    ] = "none",
+    kill: Annotated[
+        Literal["sigkill", "sigstop", "sigterm"], typer.Option(help="How ranks die.")
+    ] = "sigkill",
+    at: Annotated[
+        Literal["dispatch-send", "dispatch-wait", "combine-send", "combine-wait", "random"],
+        typer.Option(help="Where in an exchange ranks die."),
+    ] = "random",
+    channel: Annotated[
+        Literal["auto", "shm", "nixl"], typer.Option(help="How rows reach a peer.")
+    ] = "auto",
     exchanges: Annotated[int, typer.Option(min=1, help="Exchanges of each phase.")] = 10,
     timeout: Annotated[
-        float,
-        typer.Option(
-            metavar="DURATION",
-            parser=duration("--timeout", 0.05),
-            help="Silence until a rank is masked.",
-        ),
+        float, duration_option("--timeout", "Silence until a rank is masked.", least=0.05)
     ] = 2.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data and chance.")] = 0,
     random: Annotated[
@@ -90,81 +67,32 @@ def plan(
         raise ConfigError("name a plan file, or --random N; see flexpert plan --help")
     check_outputs(output)
     import torch
-    from rich.console import Console
 
-    from flexpert.bench.machine import this_machine
-    from flexpert.comm import quant
-    from flexpert.trials.plan import plan_file, runner
-    from flexpert.trials.plan import plan_report as report
     from flexpert.trials.plan.oracle import Sizes
+    from flexpert.trials.plan.plan_run import NamedPlan, check_scales, run_plans
+    from flexpert.trials.plan.runner import Options
 
-    scales = None if fp8 is Fp8.NONE else fp8.value
-    if scales is not None:
-        try:
-            quant.check(hidden, scales)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-    plans = (
-        [(str(file), seed, plan_file.load(file))]
-        if file
-        else [
-            (f"random plan {seed + n}", seed + n, plan_file.random_plan(seed + n))
-            for n in range(random)
-        ]
+    options = Options(
+        Sizes(tokens, hidden, topk, experts_per_rank, getattr(torch, dtype)),
+        channel=channel,
+        fp8=None if fp8 == "none" else fp8,
+        exchanges=exchanges,
+        timeout_s=timeout,
+        kill=kill,
+        at=at,
     )
-    sizes = Sizes(tokens, hidden, topk, experts_per_rank, getattr(torch, dtype.value))
-    console = Console(stderr=json_)
-    everything: list[runner.PhaseResult] = []
-    written = []
-    for name, own_seed, phases in plans:
-        options = runner.Options(
-            sizes,
-            channel=channel.value,
-            fp8=scales,  # type: ignore[arg-type]
-            exchanges=exchanges,
-            timeout_s=timeout,
-            kill=kill.value,
-            at=at.value,
-            seed=own_seed,
-        )
-        table = report.new_table(f"{name}: {tokens} tokens of {hidden} {dtype.value}")
-        with console.status(f"{name}: starting") as status:
-
-            def done(result: runner.PhaseResult, name: str = name) -> None:
-                status.update(f"{name}: phase {result.phase} done")
-
-            results = runner.run(phases, options, done)
-        for result in results:
-            report.add(table, result)
-        if file or any(result.errors for result in results):
-            console.print(table)
-        else:
-            console.print(f"{name}: " + " → ".join(result.phase for result in results))
-        everything += results
-        written.append({"plan": name, "seed": own_seed, "phases": runner.as_json(results)})
-    good = report.verdict(console, everything)
-    if json_ or output:
-        told = {
-            "pass": good,
-            "machine": msgspec.to_builtins(this_machine()),
-            "options": {
-                "tokens": tokens,
-                "hidden": hidden,
-                "topk": topk,
-                "experts_per_rank": experts_per_rank,
-                "dtype": dtype.value,
-                "fp8": scales,
-                "kill": kill.value,
-                "at": at.value,
-                "channel": channel.value,
-                "exchanges": exchanges,
-                "timeout_s": timeout,
-            },
-            "runs": written,
-        }
-        encoded = json.dumps(told, indent=1)
-        if json_:
-            print(encoded)
-        if output:
-            write_output(output, encoded.encode())
-    raise typer.Exit(0 if good else 1)
+    check_scales(options)
+    plans = (
+        [NamedPlan.load(file, seed)]
+        if file
+        else [NamedPlan.random(seed + number) for number in range(random)]
+    )
+    good = run_plans(
+        plans,
+        options,
+        console=make_console(stderr=json_),
+        brief=file is None,
+        as_json=json_,
+        output=output,
+    )
+    raise typer.Exit(0 if good else EXIT_FAILURE)

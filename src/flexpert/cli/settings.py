@@ -11,10 +11,10 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from flexpert.config import Config, load_config
+from flexpert.config import Config, load_config, parse_bytes, parse_duration
 from flexpert.errors import ConfigError
 from flexpert.reading import shown
 
@@ -79,8 +79,8 @@ def flags() -> list[Flag]:
 def _flag(path: str, field: FieldInfo, panel: str) -> Flag:
     kind = _plain_type(field.annotation)
     default = field.default
-    is_duration = any("parse_duration" in repr(item) for item in field.metadata)
-    is_size = any("parse_bytes" in repr(item) for item in (field.annotation, *field.metadata))
+    readers = _readers(field)
+    is_duration, is_size = parse_duration in readers, parse_bytes in readers
     if get_origin(kind) is Literal:
         metavar = "|".join(map(str, get_args(kind)))
     elif is_size:
@@ -107,6 +107,12 @@ def _flag(path: str, field: FieldInfo, panel: str) -> Flag:
         boolean=kind is bool,
         panel=panel,
     )
+
+
+def _readers(field: FieldInfo) -> list[object]:
+    """The functions that read a field's text; also those of `X | None`."""
+    within = [item for arg in get_args(field.annotation) for item in get_args(arg)]
+    return [item.func for item in (*field.metadata, *within) if isinstance(item, BeforeValidator)]
 
 
 def _plain_type(annotation: Any) -> Any:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from flexpert.cluster.head import Head, TokenStream
 
 
-# Tokens that are looked through in the time that submitting a sequence takes beside its prompt, and
-# how many may be before others get their turn: about ten milliseconds.
+# What submitting a sequence costs apart from its prompt, counted in prompt tokens, and what may be
+# spent before others get their turn: about ten milliseconds.
 _SUBMIT_COST = 2_000
 _COST_OF_A_TURN = 300_000
 
@@ -39,9 +39,9 @@ class TokenRecord(msgspec.Struct, frozen=True):
 class Part(msgspec.Struct):
     """What a choice has grown by.
 
-    index: of the choice: prompt * n + sample. records: None unless log probabilities were asked
-    for. finish: set on a choice's last part: "stop" or "length". degraded: some of the choice so
-    far was computed while experts were missing.
+    index: prompt * n + sample, the choice's number. records: None unless log probabilities were
+    asked for. finish: set on a choice's last part: "stop" or "length". degraded: some of the choice
+    so far was computed while experts were missing.
     """
 
     index: int

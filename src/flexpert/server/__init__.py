@@ -1,11 +1,11 @@
 """HTTP: the OpenAI API, the control API and metrics over one head.
 
-text        tokens → text as they come, stop texts, chat templates      (pure)
-generation  one request → its sequences → the parts of its choices
-schemas     bodies that clients send        wire   bodies we send
-logprobs    log probabilities in OpenAI's two shapes                    (pure)
-errors      every failure as OpenAI's error body
-gate        bearer tokens, body size and request counts, in front of everything
-stream      server-sent events, and noticing that a client has gone
-openai, control, metrics     the routes; app puts them together, run serves them
+service_process     `flexpert serve` from settings to exit code; app puts the routes together
+protocol, gate      limits of a connection; bearer tokens, body size and request counts
+openai, control     the routes; http_metrics what they count, openapi their description
+schemas, wire       bodies that clients send; bodies that we send
+preprocessors       the queues of bodies before the processes that parse and tokenise them,
+preprocess_worker   whose main loop runs preprocessing (pure)
+shapes, stream      answers in OpenAI's shapes; server-sent events, and clients that have gone
+http_errors         every failure as OpenAI's error body
 """

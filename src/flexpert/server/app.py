@@ -15,6 +15,7 @@ from starlette.routing import Match
 import flexpert
 from flexpert.cluster.views import Readiness
 from flexpert.errors import FlexpertError
+from flexpert.frontend.request_limits import RequestLimits
 from flexpert.server import wire
 from flexpert.server.control import ControlRoutes
 from flexpert.server.gate import Gate
@@ -23,7 +24,6 @@ from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.openai import OpenAIRoutes
 from flexpert.server.openapi import DescribedAPI
-from flexpert.server.preprocessing import Limits
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.stream import CLIENT_GONE, ClientGone
 
@@ -65,9 +65,9 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
 def _preprocessors(head: Head) -> Preprocessors:
     server = head.config.server
 
-    def limits() -> Limits:
+    def limits() -> RequestLimits:
         context = head.info.max_model_len
-        return Limits(
+        return RequestLimits(
             model=head.model_name,
             vocab=head.info.vocab,
             max_model_len=context,

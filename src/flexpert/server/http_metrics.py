@@ -1,4 +1,4 @@
-"""What the HTTP side counts, and `GET /metrics` with the head's figures beside it."""
+"""What the HTTP side counts, and `GET /metrics` together with the head's figures."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ _HEADERS = {
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Of one operation.
+    """What one operation is answered with.
 
     body: the struct of a success. events: what each event of a stream holds, where the operation
     can stream. text: it is text, not JSON. errors: statuses beyond those of any request. asks: the

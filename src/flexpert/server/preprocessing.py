@@ -16,8 +16,15 @@ import msgspec
 from pydantic import BaseModel, ValidationError
 
 from flexpert.engine.request import SamplingParams
-from flexpert.errors import ContextOverflow, FlexpertError, RequestError
+from flexpert.errors import FlexpertError, RequestError
 from flexpert.forking.framing import Piece
+from flexpert.frontend.request_limits import (
+    RequestLimits,
+    check_length,
+    check_params,
+    encode_prompts,
+    token_outside,
+)
 from flexpert.frontend.text import TokenText
 from flexpert.server import wire
 from flexpert.server.http_errors import ApiError, api_error, unknown_model, validation_error
@@ -26,7 +33,6 @@ from flexpert.server.schemas import (
     CompletionRequest,
     DetokenizeRequest,
     Message,
-    Prompt,
     TokenizeRequest,
 )
 
@@ -37,24 +43,10 @@ Kind = Literal["completions", "chat", "tokenize", "detokenize"]
 _KIND_NAMES: dict[bytes, Kind] = {kind.encode(): kind for kind in get_args(Kind)}
 
 
-class Limits(msgspec.Struct, frozen=True):
-    """What one request may ask for.
-
-    model: the name it is served under. vocab: size of the model's vocabulary. max_model_len: tokens
-    of prompt and answer. max_choices: prompts × n. max_prompt_tokens: of all prompts together.
-    """
-
-    model: str
-    vocab: int
-    max_model_len: int
-    max_choices: int
-    max_prompt_tokens: int
-
-
 class Spec(msgspec.Struct, frozen=True):
-    """Of a worker."""
+    """What a worker is started with. niceness: as `nice` takes it."""
 
-    limits: Limits
+    limits: RequestLimits
     niceness: int
 
 
@@ -105,7 +97,7 @@ class PreprocessReply(msgspec.Struct, frozen=True):
 
 
 class PreprocessTask(msgspec.Struct, frozen=True):
-    """pieces: of the body, as they came."""
+    """pieces: the body, as it came."""
 
     kind: Kind
     pieces: Sequence[Piece]
@@ -127,7 +119,7 @@ decode_reply = msgspec.msgpack.Decoder(PreprocessReply).decode
 decode_spec = msgspec.msgpack.Decoder(Spec).decode
 
 
-def preprocess(task: PreprocessTask, text: TokenText, limits: Limits) -> Outcome:
+def preprocess(task: PreprocessTask, text: TokenText, limits: RequestLimits) -> Outcome:
     """Never raises: whatever a body brings about is its own refusal."""
     try:
         return _KINDS[task.kind](b"".join(task.pieces), text, limits)
@@ -144,26 +136,29 @@ def preprocess(task: PreprocessTask, text: TokenText, limits: Limits) -> Outcome
         return _refused(api_error(error))
 
 
-def _completions(body: bytes, text: TokenText, limits: Limits) -> Generate:
+def _completions(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
     request = _parsed(CompletionRequest, body, limits)
-    params = _checked(request.params, len(request.prompts), limits)
-    prompts = _encoded(request.prompts, text, limits, answer=params.max_tokens)
+    params = request.params
+    check_params(params, len(request.prompts), limits)
+    encoded = encode_prompts(request.prompts, text, limits, params.max_tokens)
+    prompts = [_packed(ids) for ids in encoded]
     echoes = []
     if request.echo:
         echoes = [p if isinstance(p, str) else text.decode(p) for p in request.prompts]
     return Generate(prompts, params, request.stream, request.include_usage, echoes)
 
 
-def _chat(body: bytes, text: TokenText, limits: Limits) -> Generate:
+def _chat(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
     request = _parsed(ChatRequest, body, limits)
-    params = _checked(request.params, 1, limits)
+    params = request.params
+    check_params(params, 1, limits)
     rendered = text.render(_conversation(request.messages))
     prompt = text.encode_bounded(rendered, limits.max_model_len - 1, add_special_tokens=False)
-    _fits(len(prompt), params.max_tokens, limits)
+    check_length(len(prompt), params.max_tokens, limits)
     return Generate([_packed(prompt)], params, request.stream, request.include_usage, [])
 
 
-def _tokenize(body: bytes, text: TokenText, limits: Limits) -> Rendered:
+def _tokenize(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
     request = _parsed(TokenizeRequest, body, limits)
     if request.prompt is not None:
         source, special = request.prompt, request.add_special_tokens
@@ -176,10 +171,10 @@ def _tokenize(body: bytes, text: TokenText, limits: Limits) -> Rendered:
     return Rendered(wire.encode(wire.Tokens(len(ids), limits.max_model_len, ids)))
 
 
-def _detokenize(body: bytes, text: TokenText, limits: Limits) -> Rendered:
+def _detokenize(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
     request = _parsed(DetokenizeRequest, body, limits)
     size, tokens = text.vocabulary_size, request.tokens
-    wrong = _outside(tokens, size)
+    wrong = token_outside(tokens, size)
     if wrong is not None:
         raise RequestError(
             f"tokens must be below {size}, the vocabulary's size; {wrong} is not", "tokens"
@@ -187,7 +182,7 @@ def _detokenize(body: bytes, text: TokenText, limits: Limits) -> Rendered:
     return Rendered(wire.encode(wire.Text(text.decode(tokens))))
 
 
-_KINDS: Mapping[Kind, Callable[[bytes, TokenText, Limits], Outcome]] = {
+_KINDS: Mapping[Kind, Callable[[bytes, TokenText, RequestLimits], Outcome]] = {
     "completions": _completions,
     "chat": _chat,
     "tokenize": _tokenize,
@@ -195,7 +190,7 @@ _KINDS: Mapping[Kind, Callable[[bytes, TokenText, Limits], Outcome]] = {
 }
 
 
-def _parsed(schema: type[Body], body: bytes, limits: Limits) -> Body:
+def _parsed(schema: type[Body], body: bytes, limits: RequestLimits) -> Body:
     request = schema.model_validate_json(body, context=limits)
     name = getattr(request, "model", None)
     if name is not None and name != limits.model:
@@ -203,68 +198,9 @@ def _parsed(schema: type[Body], body: bytes, limits: Limits) -> Body:
     return request
 
 
-def _checked(params: SamplingParams, prompts: int, limits: Limits) -> SamplingParams:
-    """Before anything is tokenised."""
-    params.check()
-    params.check_model(limits.vocab, limits.max_model_len)
-    choices = prompts * params.n
-    if choices > limits.max_choices:
-        raise RequestError(
-            f"n must be lower or there must be fewer prompts: {prompts} prompts and n={params.n} "
-            f"are {choices} choices, one request may have {limits.max_choices} (--max-choices)",
-            "n",
-        )
-    return params
-
-
-def _encoded(
-    prompts: Sequence[Prompt], text: TokenText, limits: Limits, answer: int | None
-) -> list[bytes]:
-    """Token ids of each prompt."""
-    packed, total = [], 0
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            ids = text.encode_bounded(prompt, limits.max_model_len - 1)
-        else:
-            ids = prompt
-            _fits(len(ids), answer, limits)
-            wrong = _outside(ids, limits.vocab)
-            if wrong is not None:
-                raise RequestError(
-                    f"token {wrong} is outside the vocabulary of {limits.vocab}", "prompt"
-                )
-        _fits(len(ids), answer, limits)
-        total += len(ids)
-        if total > limits.max_prompt_tokens:
-            raise RequestError(
-                f"the prompts have more than {limits.max_prompt_tokens} tokens together, the most "
-                "of one request (--max-prompt-tokens); send several requests",
-                "prompt",
-            )
-        packed.append(_packed(ids))
-    return packed
-
-
-def _fits(prompt: int, answer: int | None, limits: Limits) -> None:
-    if not prompt:
-        raise RequestError("prompt must have at least one token", "prompt")
-    if prompt + (answer or 1) > limits.max_model_len:
-        raise ContextOverflow(
-            f"the model's context is {limits.max_model_len} tokens; the prompt has {prompt} and "
-            f"the answer asks for {answer or 1}"
-        )
-
-
 def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """As chat templates want it."""
     return [message.model_dump() for message in messages]
-
-
-def _outside(tokens: list[int], size: int) -> int | None:
-    """A token that is none of a vocabulary of this size."""
-    if not tokens or (min(tokens) >= 0 and max(tokens) < size):
-        return None
-    return next(token for token in tokens if not 0 <= token < size)
 
 
 def _packed(tokens: list[int]) -> bytes:

@@ -16,12 +16,12 @@ from typing import Protocol
 from flexpert.cluster.processes.helper import Helper, OnEnd, OnMessage
 from flexpert.errors import Overloaded
 from flexpert.forking.framing import Piece
+from flexpert.frontend.request_limits import RequestLimits
 from flexpert.server import heap
 from flexpert.server.http_errors import SERVER, ApiError
 from flexpert.server.preprocess_worker import ENTRY
 from flexpert.server.preprocessing import (
     Kind,
-    Limits,
     Outcome,
     PreprocessReply,
     PreprocessTask,
@@ -60,10 +60,10 @@ class Owner(Protocol):
 class Preprocessors:
     """Both workers; they start with the first body, or with `start`.
 
-    timeout_s: of one body, from its turn on.
+    timeout_s: how long one body may take, from its turn on.
     """
 
-    def __init__(self, owner: Owner, limits: Callable[[], Limits], timeout_s: float) -> None:
+    def __init__(self, owner: Owner, limits: Callable[[], RequestLimits], timeout_s: float) -> None:
         self._workers = [_Worker(owner, limits, timeout_s, name) for name in _NICENESS]
         self._waiting = 0  # bytes
         self._trimming: asyncio.TimerHandle | None = None
@@ -121,7 +121,7 @@ class _Ended(Exception):  # noqa: N818
 
 class _Worker:
     def __init__(
-        self, owner: Owner, limits: Callable[[], Limits], timeout_s: float, name: str
+        self, owner: Owner, limits: Callable[[], RequestLimits], timeout_s: float, name: str
     ) -> None:
         self._owner = owner
         self._limits = limits

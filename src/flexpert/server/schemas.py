@@ -6,7 +6,7 @@ is refused. null means the default everywhere.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -29,24 +29,13 @@ from flexpert.engine.request import (
     MOST_TOP_K,
     SamplingParams,
 )
+from flexpert.frontend.request_limits import Prompt, RequestLimits
 
 LONGEST_NAME = 512  # characters
 MOST_MESSAGES = 16_384
 MOST_FIELDS = 64  # of a message: each is checked, copied and shown to the chat template
 MOST_PARTS = 16_384  # of one message
 MOST_RANKS = 4096  # far above any capacity, which says itself what it is
-
-TokenIds = list[int]
-Prompt = str | TokenIds
-
-
-class Most(Protocol):
-    """Limits that are looked at before the items of a long list are; the validation's context."""
-
-    @property
-    def max_choices(self) -> int: ...
-    @property
-    def max_prompt_tokens(self) -> int: ...
 
 
 def _as_prompts(value: Any, info: ValidationInfo) -> Any:
@@ -56,7 +45,7 @@ def _as_prompts(value: Any, info: ValidationInfo) -> Any:
         return [value]
     if not isinstance(value, list) or not value:
         raise ValueError(message)
-    most: Most | None = info.context
+    most: RequestLimits | None = info.context
     if most is not None:
         single = type(value[0]) is int
         limit = most.max_prompt_tokens if single else most.max_choices
@@ -75,7 +64,7 @@ def _are_token_ids(value: Any) -> bool:
 
 
 def _as_many_as_may_be(value: Any, info: ValidationInfo) -> Any:
-    most: Most | None = info.context
+    most: RequestLimits | None = info.context
     if isinstance(value, list) and most is not None and len(value) > most.max_prompt_tokens:
         raise ValueError(f"has {len(value)} tokens, there may be {most.max_prompt_tokens}")
     return value

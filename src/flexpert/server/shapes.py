@@ -19,7 +19,7 @@ class ChoiceShape(abc.ABC):
     """How one request is answered.
 
     Args:
-        id: of the answer, with OpenAI's prefix. created: seconds since 1970.
+        id: the answer's, with OpenAI's prefix. created: seconds since 1970.
         with_usage: chunks have a usage field, null but in the last.
     """
 

@@ -331,7 +331,7 @@ async def _scale_back(target: Target, ranks: int) -> None:
 
 
 async def _inject(plan: ChaosPlan, target: Target, family: Family, seen: Seen) -> None:
-    """By seed: when, what and, of those that are up then, whom."""
+    """Drawn by seed: when, what, and whom among the ranks that are up then."""
     draw, whom = random.Random(plan.seed), random.Random(f"whom {plan.seed}")
     under_way: set[asyncio.Task[None]] = set()
     end = seen.began + plan.duration_s

@@ -22,7 +22,7 @@ _MORE_MIB, _MORE_DESCRIPTORS = 48.0, 8  # more than that, and a process has grow
 class ChaosFault:
     """One fault; times are `time.time` seconds. gone: when the head said that the process is gone.
 
-    serving: whether the rank was a member then, and no newcomer. seconds: of a partition.
+    serving: whether the rank was a member then, and no newcomer. seconds: length of a partition.
     """
 
     kind: str
@@ -175,7 +175,7 @@ def spread(values_s: Sequence[float]) -> ChaosSpread | None:
 
 
 def times_of(faults: Sequence[ChaosFault]) -> dict[str, Times]:
-    """By kind, of those that ended a rank."""
+    """Those that ended a rank, by kind."""
     kinds = sorted({fault.kind for fault in faults if fault.gone is not None})
     return {
         kind: Times(

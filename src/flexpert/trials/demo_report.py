@@ -19,7 +19,7 @@ _RATE_WINDOW_S = 1.5
 
 @dataclass(frozen=True, slots=True)
 class DemoPlan:
-    """requests: different ones. duration_s: of traffic, at least. many: ten changes, not three."""
+    """requests: different ones. duration_s: least time of traffic. many: ten changes, not three."""
 
     clients: int = 8
     requests: int = 32
@@ -124,9 +124,9 @@ def demo_result(
     """What the run comes to.
 
     Args:
-        answers: of the traffic, each with its request's number.
-        prompts: by the requests' numbers.
-        began: when the traffic did.
+        answers: each with the number of its request.
+        prompts: in the order of those numbers.
+        began: when the traffic began.
     """
     ended = max((answer.ended for _, answer in answers), default=began)
     windows = [(c.began, c.ended if c.ended is not None else ended) for c in progress.changes]

@@ -61,7 +61,7 @@ class Options:
 class PhaseResult:
     """Times in seconds; None where nothing of the kind happened. errors: empty if all was right.
 
-    connect_s: of the slowest rank, without the start of processes. rejoin_s: with it.
+    connect_s: the slowest rank's, without the start of processes. rejoin_s: with it.
     """
 
     phase: str
@@ -194,7 +194,7 @@ class Runner:
             result.connect_s = took
 
     def wake(self, result: PhaseResult) -> None:
-        """Those that were stopped find themselves evicted, and have changed nothing."""
+        """Ranks that were stopped find themselves evicted, and have changed nothing."""
         for rank in self.stopped:
             rank.signal(signal.SIGCONT)
         for rank in self.stopped:

@@ -54,18 +54,18 @@ def test_generate_keeps_the_prompts_order_and_takes_texts_and_ids(llm: LLM) -> N
     first, second = llm.generate(["one", [1, 2]], params, progress=True)
     assert (first.prompt, second.prompt) == ("one", None)
     assert second.prompt_token_ids == [1, 2]
-    assert len(first.samples) == 2
+    assert len(first.outputs) == 2
     assert len(first.text) == len(first.token_ids) == 5
-    assert first.samples[0].text != first.samples[1].text
-    assert first.samples[0].finish_reason == "length"
+    assert first.outputs[0].text != first.outputs[1].text
+    assert first.outputs[0].finish_reason == "length"
     assert llm.generate("one", params) == [first]
 
 
 def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
     params = [SamplingParams(max_tokens=1), SamplingParams(max_tokens=2, logprobs=1)]
     first, second = llm.generate(["a", "b"], params)
-    assert (len(first.token_ids), first.samples[0].logprobs) == (1, None)
-    assert len(second.samples[0].logprobs or []) == 2
+    assert (len(first.token_ids), first.outputs[0].logprobs) == (1, None)
+    assert len(second.outputs[0].logprobs or []) == 2
     with pytest.raises(RequestError, match="1 params were given for 2 prompts"):
         llm.generate(["a", "b"], params[:1])
 
@@ -191,13 +191,35 @@ def test_a_start_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
     assert not any(thread.name == "flexpert" for thread in threading.enumerate())
 
 
-def test_importing_a_part_imports_no_more() -> None:
-    code = (
-        "import sys, flexpert, flexpert.server; flexpert.SamplingParams; "
-        "print(*{'torch', 'transformers', 'fastapi'} & set(sys.modules))"
-    )
+@pytest.mark.parametrize(
+    ("statements", "absent"),
+    [
+        ("import flexpert", {"flexpert.config", "msgspec", "pydantic", "torch"}),
+        (
+            "import flexpert, flexpert.server; flexpert.SamplingParams",
+            {"torch", "transformers", "fastapi"},
+        ),
+        ("import flexpert.comm", {"flexpert.llm", "flexpert.engine.request", "transformers"}),
+        (
+            "import flexpert.llm, flexpert.cluster.head, flexpert.frontend.logprobs",
+            {"flexpert.server", "fastapi", "starlette", "uvicorn", "httptools"},
+        ),
+    ],
+)
+def test_importing_a_part_imports_no_more(statements: str, absent: set[str]) -> None:
+    code = f"{statements}\nimport sys\nprint(*{absent!r} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == ""
+
+
+def test_the_package_shows_what_there_is_to_use_and_nothing_else() -> None:
+    assert dir(flexpert) == sorted(flexpert.__all__)
+    for name in dir(flexpert):
+        assert getattr(flexpert, name) is not None
+    raised = {name for name in dir(flexpert.errors) if name[0].isupper()}
+    assert raised <= set(dir(flexpert))
+    with pytest.raises(AttributeError, match="no attribute 'Sample'"):
+        _ = flexpert.Sample
 
 
 def test_the_version_is_the_packages() -> None:

@@ -1,0 +1,96 @@
+"""What one request may ask for: counts are checked before its prompts are tokenised (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from flexpert.engine.request import SamplingParams
+from flexpert.errors import ContextOverflow, RequestError
+from flexpert.frontend.text import TokenText
+
+Prompt = str | list[int]
+
+
+class RequestLimits(msgspec.Struct, frozen=True):
+    """What one request may ask for.
+
+    model: the name it is served under. vocab: size of the model's vocabulary. max_model_len: tokens
+    of prompt and answer. max_choices: prompts × n. max_prompt_tokens: sum over all prompts.
+    """
+
+    model: str
+    vocab: int
+    max_model_len: int
+    max_choices: int
+    max_prompt_tokens: int
+
+
+def check_params(params: SamplingParams, prompts: int, limits: RequestLimits) -> None:
+    """Checks what is known before anything is tokenised.
+
+    Raises: RequestError, ContextOverflow
+    """
+    params.check()
+    params.check_model(limits.vocab, limits.max_model_len)
+    choices = prompts * params.n
+    if choices > limits.max_choices:
+        raise RequestError(
+            f"n must be lower or there must be fewer prompts: {prompts} prompts and n={params.n} "
+            f"are {choices} choices, one request may have {limits.max_choices} (--max-choices)",
+            "n",
+        )
+
+
+def encode_prompts(
+    prompts: Sequence[Prompt], text: TokenText, limits: RequestLimits, answer: int | None
+) -> Iterator[list[int]]:
+    """Token ids of each prompt, one after the other, so that a caller need not keep them all.
+
+    answer: tokens that each answer may have; None: one at least.
+
+    Raises: RequestError, ContextOverflow
+    """
+    total = 0
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids = text.encode_bounded(prompt, limits.max_model_len - 1)
+            check_length(len(ids), answer, limits)
+        else:
+            ids = prompt
+            check_length(len(ids), answer, limits)
+            _check_vocabulary(ids, limits.vocab)
+        total += len(ids)
+        if total > limits.max_prompt_tokens:
+            raise RequestError(
+                f"the prompts have more than {limits.max_prompt_tokens} tokens together, the most "
+                "of one request (--max-prompt-tokens); send several requests",
+                "prompt",
+            )
+        yield ids
+
+
+def check_length(prompt: int, answer: int | None, limits: RequestLimits) -> None:
+    """prompt, answer: numbers of tokens. Raises: RequestError, ContextOverflow"""
+    if not prompt:
+        raise RequestError("prompt must have at least one token", "prompt")
+    if prompt + (answer or 1) > limits.max_model_len:
+        raise ContextOverflow(
+            f"the model's context is {limits.max_model_len} tokens; the prompt has {prompt} and "
+            f"the answer asks for {answer or 1}"
+        )
+
+
+def token_outside(tokens: list[int], size: int) -> int | None:
+    """The first token that a vocabulary of this size does not have, if there is one."""
+    if not tokens or (min(tokens) >= 0 and max(tokens) < size):
+        return None
+    return next(token for token in tokens if not 0 <= token < size)
+
+
+def _check_vocabulary(tokens: list[int], size: int) -> None:
+    """Raises: RequestError"""
+    wrong = token_outside(tokens, size)
+    if wrong is not None:
+        raise RequestError(f"token {wrong} is outside the vocabulary of {size}", "prompt")
