@@ -168,21 +168,21 @@ class ExpertWeights:
             moved(self.down_scale),
         )
 
-    def quantised(self) -> ExpertWeights:
+    def quantized(self) -> ExpertWeights:
         """The same in fp8 with a scale for each block of 128 x 128; biases stay."""
-        gate_up, gate_up_scale = fp8.quantise(self.gate_up)
-        down, down_scale = fp8.quantise(self.down)
+        gate_up, gate_up_scale = fp8.quantize(self.gate_up)
+        down, down_scale = fp8.quantize(self.down)
         return ExpertWeights(
             gate_up, down, self.gate_up_bias, self.down_bias, gate_up_scale, down_scale
         )
 
-    def restored(self) -> ExpertWeights:
+    def dequantized(self) -> ExpertWeights:
         """The same in float32 without scales; itself if it has none."""
         if self.gate_up_scale is None or self.down_scale is None:
             return self
         return ExpertWeights(
-            fp8.restore(self.gate_up, self.gate_up_scale),
-            fp8.restore(self.down, self.down_scale),
+            fp8.dequantize(self.gate_up, self.gate_up_scale),
+            fp8.dequantize(self.down, self.down_scale),
             self.gate_up_bias,
             self.down_bias,
         )

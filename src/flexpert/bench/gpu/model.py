@@ -51,8 +51,8 @@ def qwen3_30b_a3b(layers: int = 48) -> PreTrainedConfig:
 
 def quantised_with(whole: ExpertWeights) -> ExpertWeights:
     """An expert in fp8; the one given becomes what it is, so that others compute the same."""
-    small = whole.quantised()
-    restored = small.restored()
+    small = whole.quantized()
+    restored = small.dequantized()
     whole.gate_up.copy_(restored.gate_up)
     whole.down.copy_(restored.down)
     return small

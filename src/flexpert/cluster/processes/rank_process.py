@@ -28,7 +28,7 @@ from flexpert.models.source import ExpertFormat, ModelSource
 
 _MEMORY_EVERY_S = 1.0
 BEATS = 10  # in one stall timeout
-_EXPERTS: Mapping[str, ExpertFormat] = {"none": "whole", "auto": "stored", "fp8": "fp8"}
+_EXPERTS: Mapping[str, ExpertFormat] = {"none": "unquantized", "auto": "stored", "fp8": "fp8"}
 
 
 ENTRY = f"{__name__}:rank_main"

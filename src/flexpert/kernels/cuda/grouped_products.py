@@ -43,8 +43,8 @@ def _tile(pointer, depth, K, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _restored(weight, scale, element: tl.constexpr):
-    """As a checkpoint is restored: rounded once. Scaling the sums instead takes registers that a
+def _dequantized(weight, scale, element: tl.constexpr):
+    """As a checkpoint is dequantized: rounded once. Scaling the sums instead takes registers that a
     wide tile does not have (2 to 3 times as long from 32 rows an expert on)."""
     return (weight.to(tl.float32) * scale).to(element)
 
@@ -123,9 +123,9 @@ def _product(
             if SCALED:
                 by = tl.load(scale_row + k // 128)
                 if SWAP:
-                    a = _restored(a, by[:, None], element)
+                    a = _dequantized(a, by[:, None], element)
                 else:
-                    b = _restored(b, by[None, :], element)
+                    b = _dequantized(b, by[None, :], element)
             accumulated = tl.dot(a, b, accumulated, input_precision=PRECISION)
             if GATED:
                 if SWAP:
@@ -135,9 +135,9 @@ def _product(
                 if SCALED:
                     by = tl.load(raised_row + k // 128)
                     if SWAP:
-                        c = _restored(c, by[:, None], element)
+                        c = _dequantized(c, by[:, None], element)
                     else:
-                        c = _restored(c, by[None, :], element)
+                        c = _dequantized(c, by[None, :], element)
                 if SWAP:
                     raised = tl.dot(c, b, raised, input_precision=PRECISION)
                 else:
