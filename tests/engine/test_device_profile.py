@@ -8,7 +8,8 @@ import torch
 from flexpert.cli.settings import settings
 from flexpert.cluster.processes.rank_process import open_source
 from flexpert.comm import BufferSpec, CommError
-from flexpert.config import MOST_GPU_RANKS, Config, load_config
+from flexpert.config import Config, load_config
+from flexpert.device_settings import MOST_GPU_RANKS
 from flexpert.engine import device_profile as compute
 from flexpert.engine.device_profile import graph_sizes, open_device, warm_up_sizes
 from flexpert.errors import ConfigError

@@ -17,6 +17,7 @@ from flexpert.cluster import messages as msg
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.cluster.processes.relay import Relay
 from flexpert.config import Config
+from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine.epoch import EpochPlan
 from flexpert.engine.faults import Faults
 from flexpert.engine.memory_plan import RankMemory
@@ -56,7 +57,7 @@ def open_source(config: Config) -> ModelSource:
     Raises:
         ModelError: it cannot be opened or served.
     """
-    quantization = config.model.quantization if config.engine.device == "cuda" else "none"
+    quantization = DEVICE_SETTINGS[config.engine.device].quantization(config.model.quantization)
     return ModelSource.open(
         config.model.model,
         revision=config.model.revision,
