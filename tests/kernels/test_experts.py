@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexpert.kernels import block_fp8 as fp8
-from flexpert.kernels.experts import ExpertWeights, LayerExperts, library_rows
+from flexpert.kernels.cpu.expert_products import LayerExperts, library_rows
+from flexpert.kernels.experts import ExpertWeights
 
 HIDDEN, INTER = 40, 24
 

@@ -10,14 +10,15 @@ import torch
 from support.checkpoints import Sequences, prompt_of, single_runner
 from support.fp8_checkpoints import make_fp8_checkpoint
 
-from flexpert.kernels.experts import LayerExperts
+from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.kernel_set import gpu_kernels
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.decode_graphs import StepInputs
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ModelSource
+from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement, replan
-from flexpert.moe.runtime import LayerState, expert_tables
+from flexpert.moe.runtime import expert_tables
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 

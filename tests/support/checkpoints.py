@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from flexpert.kernels.experts import LayerExperts
+from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ModelSource
@@ -233,6 +233,9 @@ class LocalMoE:
             held = source.load_experts(layer, range(source.info.experts))
             experts = [held[e] for e in range(source.info.experts)]
             self._layers.append(LayerExperts(experts, deterministic=deterministic))
+
+    def expect(self, tokens: int) -> None:
+        pass
 
     def forward(
         self,

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flexpert.comm import Buffer, CommError, ExpertTable
-from flexpert.kernels.experts import ExpertWeights, LayerExperts
+from flexpert.kernels.cpu.expert_products import LayerExperts
+from flexpert.kernels.experts import ExpertWeights
 from flexpert.models.source import ModelSource
 from flexpert.moe.expert_store import Key, PeerExperts, Store
+from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement
-from flexpert.moe.runtime import LayerState, expert_tables
+from flexpert.moe.runtime import expert_tables
 
 Weights = dict[Key, ExpertWeights]
 

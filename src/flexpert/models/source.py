@@ -253,6 +253,10 @@ class ModelSource:
             biases=dtype if module.has_bias else None,
         )
 
+    def expert_shapes(self) -> list[ExpertShape]:
+        """Of the experts of each MoE layer."""
+        return [self.expert_shape(layer) for layer in range(self.info.moe_layers)]
+
     def load_experts(
         self,
         layer: int,

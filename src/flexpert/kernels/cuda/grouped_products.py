@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexpert.kernels import block_fp8 as fp8
+from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +245,7 @@ def grouped_product(
     bound = rows // tiling.rows + min(slots, rows)
     programs = bound * triton.cdiv(columns, tiling.columns)
     if tiling.waves:
-        programs = min(programs, tiling.waves * _processors(x.device))
+        programs = min(programs, tiling.waves * multiprocessor_count(x.device, interpreted=2))
     _product[(programs,)](
         x,
         index,
@@ -271,10 +272,3 @@ def grouped_product(
         num_stages=tiling.stages,
     )
     return out
-
-
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few for the interpreter."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
