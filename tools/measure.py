@@ -23,13 +23,14 @@ import torch.nn.functional as F
 from flexpert.bench.processes import forks
 from flexpert.bench.processes.connection import Connection
 from flexpert.comm import BufferSpec, ExpertTable, Reduce, make_buffer
-from flexpert.kernels.experts import LayerExperts
+from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.padding import padded_size
 from flexpert.models.source import ModelSource
+from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import replan
-from flexpert.moe.runtime import LayerState, MoERuntime, expert_tables
+from flexpert.moe.runtime import MoERuntime, expert_tables
 
 EXPERTS = 32
 BLOCK = 16

@@ -26,19 +26,16 @@ from pydantic import (
     model_validator,
 )
 
+from flexpert.device_settings import DEVICE_SETTINGS, SettingCombination
 from flexpert.errors import ConfigError
 from flexpert.reading import read_text, shown
 
 ENVIRONMENT_PREFIX = "FLEXPERT_"
-MOST_GPU_RANKS = 32
-NIXL_EP_RANKS = (*range(1, 9), 16, 24, 32)
 
 _MOST_FILE_BYTES = 1 << 16  # the tree with all its settings has some 3 KiB
 _MOST_DEPTH = 8  # the tree has 2
 _MOST_COUNT = 2**50  # bytes or whatever is counted
 _MOST_SECONDS = 366 * 86400.0  # what is handed to the system's clocks must not overflow there
-
-_GPU_DEFAULTS = {"max_tokens_per_step": 2048, "max_running": 256, "kv_memory": 4 * 2**30}
 
 _SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -267,55 +264,35 @@ class Config(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_a_gpu(cls, tree: Any) -> Any:
-        """Larger steps and caches; and max_ranks is 1 unless ranks are asked for, because one rank
-        exchanges nothing."""
-        if not isinstance(tree, dict) or _device(tree.get("engine")) != "cuda":
+    def _defaults_of_device(cls, tree: Any) -> Any:
+        """What `DeviceSettings` says, wherever nothing is given."""
+        if not isinstance(tree, dict):
+            return tree
+        device = DEVICE_SETTINGS.get(_device(tree.get("engine")))
+        if device is None:
             return tree
         engine, cluster = tree["engine"], tree.get("cluster") or {}
         if isinstance(engine, dict):
-            defaults = dict(_GPU_DEFAULTS)
-            if engine.get("all2all") == "nixl_ep":
-                del defaults["max_tokens_per_step"]  # its memory grows with tokens times experts
+            defaults = device.engine_defaults(engine.get("all2all"))
             tree = {**tree, "engine": {**defaults, **engine}}
-        if isinstance(cluster, dict) and not {"ranks", "max_ranks"} & cluster.keys():
-            tree = {**tree, "cluster": {"max_ranks": 1, **cluster}}
+        of_cluster = device.cluster_defaults()
+        if of_cluster and isinstance(cluster, dict) and not {"ranks", "max_ranks"} & cluster.keys():
+            tree = {**tree, "cluster": {**of_cluster, **cluster}}
         return tree
 
     @model_validator(mode="after")
     def _fits_device(self) -> Config:
-        if self.engine.device != "cuda":
-            if self.model.quantization == "fp8":
-                raise ValueError(
-                    "--quantization fp8 needs --device cuda: a CPU computes with unquantized "
-                    "weights; leave it out, an fp8 checkpoint is dequantized at load"
-                )
-            if self.engine.all2all != "auto":
-                raise ValueError(
-                    f"--all2all {self.engine.all2all} needs --device cuda: its kernels run on "
-                    "GPUs; leave it out, and ranks exchange over shared memory"
-                )
-            return self
-        if self.engine.all2all == "nixl_ep" and self.cluster.max_ranks not in NIXL_EP_RANKS:
-            raise ValueError(
-                f"max_ranks ({self.cluster.max_ranks}) is none that --all2all nixl_ep takes: "
-                f"{', '.join(map(str, NIXL_EP_RANKS))}; change --max-ranks"
+        refusal = DEVICE_SETTINGS[self.engine.device].refusal(
+            SettingCombination(
+                quantization=self.model.quantization,
+                all2all=self.engine.all2all,
+                deterministic=self.engine.deterministic,
+                max_ranks=self.cluster.max_ranks,
+                on_missing_expert=self.cluster.on_missing_expert,
             )
-        if self.cluster.max_ranks > MOST_GPU_RANKS:
-            raise ValueError(
-                f"max_ranks ({self.cluster.max_ranks}) is more than {MOST_GPU_RANKS}, the most "
-                "that exchange between GPUs; lower --max-ranks"
-            )
-        if self.cluster.max_ranks > 1 and self.cluster.on_missing_expert == "degrade":
-            raise ValueError(
-                "on_missing_expert=degrade needs --device cpu: on a GPU the weights of the experts "
-                "that are left are not normalised anew; leave --on-missing-expert out"
-            )
-        if self.engine.deterministic:
-            raise ValueError(
-                "--deterministic needs --device cpu: a GPU's libraries choose the order of their "
-                "sums by the size of a batch"
-            )
+        )
+        if refusal is not None:
+            raise ValueError(refusal)
         return self
 
     @model_validator(mode="after")
@@ -328,10 +305,12 @@ class Config(_Section):
         return self
 
 
-def _device(engine: object) -> object:
+def _device(engine: object) -> str:
+    """The device that a tree not yet validated names; "" if it names none."""
     if isinstance(engine, EngineConfig):
         return engine.device
-    return engine.get("device") if isinstance(engine, dict) else None
+    device = engine.get("device") if isinstance(engine, dict) else None
+    return device if isinstance(device, str) else ""
 
 
 def load_config(

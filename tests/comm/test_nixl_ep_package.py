@@ -22,7 +22,7 @@ from flexpert.comm.nixl_ep.package import (
     load,
     release,
 )
-from flexpert.config import NIXL_EP_RANKS
+from flexpert.device_settings import NIXL_EP_RANKS
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, version: str, module: Any = None) -> None:

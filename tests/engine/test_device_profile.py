@@ -8,12 +8,19 @@ import torch
 from flexpert.cli.settings import settings
 from flexpert.cluster.processes.rank_process import open_source
 from flexpert.comm import BufferSpec, CommError
-from flexpert.config import MOST_GPU_RANKS, Config, load_config
-from flexpert.engine import device_profile as compute
-from flexpert.engine.device_profile import graph_sizes, open_device, warm_up_sizes
+from flexpert.config import Config, load_config
+from flexpert.device_settings import MOST_GPU_RANKS
+from flexpert.engine import device_profile
+from flexpert.engine.device_profile import (
+    CpuProfile,
+    InterpreterProfile,
+    TritonProfile,
+    WarmUp,
+    captured_sizes,
+    profile_of,
+    triton_sizes,
+)
 from flexpert.errors import ConfigError
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def gpu(**overrides: object) -> Config:
@@ -89,14 +96,14 @@ def test_an_absent_nixl_ep_is_told_as_a_wrong_setting(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("flexpert.comm.nixl_ep.package.find", absent)
     with pytest.raises(ConfigError, match=r"--all2all nixl_ep: pip install 'flexpert\[nixl\]'"):
-        compute.find_nixl_ep()
+        device_profile.find_nixl_ep()
 
 
 def test_sizes_that_nixl_ep_does_not_take_are_told_as_a_wrong_setting() -> None:
     spec = BufferSpec(2, 4, 64, 2, torch.float32)
     config = gpu(**{"engine.all2all": "nixl_ep"}).engine
     with pytest.raises(ConfigError, match=r"--all2all nixl_ep: .* bfloat16 rows"):
-        compute.make_exchange(0, spec, config, 1.0, experts=4)
+        InterpreterProfile(config).make_exchange(0, spec, 1.0, experts=4)
 
 
 def test_a_cache_that_the_gpu_has_no_room_for_is_told_as_a_wrong_setting(
@@ -105,9 +112,9 @@ def test_a_cache_that_the_gpu_has_no_room_for_is_told_as_a_wrong_setting(
     def full(size: int, device: torch.device) -> None:
         raise CommError(f"{size} bytes of the GPU's memory: out of memory")
 
-    monkeypatch.setattr(compute, "export_memory", full)
+    monkeypatch.setattr(device_profile, "export_memory", full)
     with pytest.raises(ConfigError, match=r"KV cache: 4096 bytes .*; lower --kv-memory"):
-        compute.export_kv_cache(4096, GPU)
+        InterpreterProfile(gpu().engine).export_kv_cache(4096)
 
 
 def test_a_cpu_keeps_its_ranks() -> None:
@@ -116,28 +123,52 @@ def test_a_cpu_keeps_its_ranks() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_reason_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compute, "INTERPRETED", False)
+    monkeypatch.setattr(device_profile, "INTERPRETED", False)
     with pytest.raises(ConfigError, match=r"no NVIDIA GPU .*(driver|install one for CUDA)"):
-        open_device(gpu().engine)
+        profile_of(gpu().engine)
 
 
 def test_graphs_are_captured_for_few_sizes_that_waste_at_most_half() -> None:
-    assert graph_sizes(1, GPU) == [1]
-    assert graph_sizes(64, GPU) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
-    assert graph_sizes(50, GPU)[-1] == 50
-    assert graph_sizes(4096, GPU)[-1] == 512
-    sizes = graph_sizes(512, GPU)
+    assert captured_sizes(1) == [1]
+    assert captured_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert captured_sizes(50)[-1] == 50
+    assert captured_sizes(4096)[-1] == 512
+    sizes = captured_sizes(512)
     assert len(sizes) < 20
     for batch in range(1, 513):
         size = next(size for size in sizes if size >= batch)
         assert size < 2 * batch
 
 
-def test_warm_up_stays_within_the_room_there_is() -> None:
-    for device in (CPU, GPU):
-        engine = load_config(environment={}, overrides={"engine.device": device.type}).engine
-        assert max(warm_up_sizes(100, engine, device)) <= max(100, 128)
-    assert warm_up_sizes(100, gpu().engine, GPU) == [2, 16, 64, 100]
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_warm_up_stays_within_the_room_there_is(deterministic: bool) -> None:
+    engine = settings(None, {"engine.deterministic": deterministic}).engine
+    assert max(CpuProfile(engine).warm_up_sizes(100)) <= 128
+    assert triton_sizes(100) == [2, 16, 64, 100]
+
+
+@pytest.mark.parametrize(
+    ("device", "interpreted", "kind"),
+    [("cpu", False, CpuProfile), ("cpu", True, CpuProfile), ("cuda", True, InterpreterProfile)],
+)
+def test_the_profile_is_of_the_device_that_the_settings_name(
+    device: str, interpreted: bool, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_profile, "INTERPRETED", interpreted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    profile = profile_of(settings(None, {"engine.device": device}).engine)
+    assert type(profile) is kind
+    assert profile.device == torch.device("cpu")
+    assert isinstance(profile, TritonProfile) == (device == "cuda")
+
+
+@pytest.mark.parametrize(
+    ("all2all", "warm_up"),
+    [("auto", WarmUp.WHILE_LOADING), ("nixl_ep", WarmUp.BEFORE_LOADING)],
+)
+def test_graphs_are_captured_before_nixl_ep_connects(all2all: str, warm_up: WarmUp) -> None:
+    profile = InterpreterProfile(gpu(**{"engine.all2all": all2all}).engine)
+    assert profile.warm_up is warm_up
 
 
 def test_as_many_ranks_as_the_exchange_takes() -> None:

@@ -19,7 +19,7 @@ from flexpert.config import EngineConfig
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.rank_engine import RankEngine
 from flexpert.engine.request import SamplingParams, Sequence
-from flexpert.models import decode_graphs as graphs
+from flexpert.kernels.device_stream import HostStream, Replay
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import replan
 
@@ -90,10 +90,10 @@ def test_a_rank_on_a_gpu_answers_as_on_a_cpu_with_graphs_captured_once(
     _, expected = answers(source, cpu)
 
     replays = 0
-    record = graphs.record
+    capture = HostStream.capture
 
-    def counted(*args: Any) -> tuple[graphs.Replay, Tensor]:
-        replay, logits = record(*args)
+    def counted(*args: Any) -> tuple[Replay, Tensor]:
+        replay, logits = capture(*args)
 
         def counting() -> None:
             nonlocal replays
@@ -102,7 +102,7 @@ def test_a_rank_on_a_gpu_answers_as_on_a_cpu_with_graphs_captured_once(
 
         return counting, logits
 
-    monkeypatch.setattr(graphs, "record", counted)
+    monkeypatch.setattr(HostStream, "capture", counted)
     engine, told = answers(source, cpu.model_copy(update={"device": "cuda"}))
     assert told.tokens == expected.tokens
     assert all(len(tokens) == 2 for tokens in told.tokens.values())

@@ -24,7 +24,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from flexpert import LLM, SamplingParams
 from flexpert.cluster.views import OperationView
-from flexpert.kernels.block_fp8 import quantise as quantise_weight
+from flexpert.kernels.block_fp8 import quantize as quantise_weight
 from flexpert.models.source import ModelSource
 
 STARTS = ["In the beginning", "And it came to pass", "Blessed are", "The LORD said unto Moses"]

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexpert.kernels import block_fp8 as fp8
-from flexpert.kernels.experts import ExpertWeights, LayerExperts, library_rows
+from flexpert.kernels.cpu.expert_products import LayerExperts, library_rows
+from flexpert.kernels.experts import ExpertWeights
 
 HIDDEN, INTER = 40, 24
 
@@ -125,7 +126,7 @@ def test_large_groups_reach_torch_in_few_sizes() -> None:
 
 def test_fp8_experts_keep_their_values_to_a_sixteenth_and_no_cpu_computes_them() -> None:
     whole = make_experts(1, torch.float32, biases=True)[0]
-    small = whole.quantised()
+    small = whole.quantized()
     assert small.shape.dtype == fp8.DTYPE
     assert small.nbytes < whole.nbytes / 3
     for weight, scale, expected in (
@@ -133,7 +134,7 @@ def test_fp8_experts_keep_their_values_to_a_sixteenth_and_no_cpu_computes_them()
         (small.down, small.down_scale, whole.down),
     ):
         assert scale is not None
-        back = fp8.restore(weight, scale)
+        back = fp8.dequantize(weight, scale)
         assert ((back - expected).abs() <= expected.abs() / 16 + expected.abs().max() / 2**16).all()
     layer = LayerExperts([small], deterministic=False)
     with pytest.raises(ValueError, match="does not compute fp8"):
@@ -143,13 +144,13 @@ def test_fp8_experts_keep_their_values_to_a_sixteenth_and_no_cpu_computes_them()
 def test_blocks_of_fp8_weights_are_scaled_alone() -> None:
     weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(1))
     weight[:128, 128:256] *= 1000
-    small, scales = fp8.quantise(weight)
+    small, scales = fp8.quantize(weight)
     assert small.shape == weight.shape
     assert scales.shape == (2, 3)
     of_each = scales.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
     # half of the last of three bits, and half of the smallest step below 2**-6 of the scale
     bound = weight.abs() / 16 * 1.001 + of_each * 2**-10
-    assert ((fp8.restore(small, scales) - weight).abs() <= bound).all()
+    assert ((fp8.dequantize(small, scales) - weight).abs() <= bound).all()
     assert scales[0, 1] > 100 * scales[0, 0]
 
 

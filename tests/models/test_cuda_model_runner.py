@@ -7,17 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import Sequences, lone_shard, prompt_of
+from support.checkpoints import Sequences, prompt_of, single_runner
 from support.fp8_checkpoints import make_fp8_checkpoint
 
-from flexpert.kernels.experts import LayerExperts
+from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.kernel_set import gpu_kernels
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.decode_graphs import StepInputs
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ModelSource
+from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement, replan
-from flexpert.moe.runtime import LayerState, expert_tables
+from flexpert.moe.runtime import expert_tables
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
@@ -39,7 +40,7 @@ def states(source: ModelSource, placement: Placement) -> list[LayerState]:
     return [LayerState(table, experts) for table, experts in zip(tables, held, strict=True)]
 
 
-def gpu_shard(source: ModelSource) -> tuple[Sequences, LocalExperts]:
+def gpu_runner(source: ModelSource) -> tuple[Sequences, LocalExperts]:
     info = source.info
     local = LocalExperts(0, info.moe_layers, info.experts, source.expert_shape(), CPU)
     made = ModelRunner.load(
@@ -71,11 +72,11 @@ def test_the_kernels_give_the_logits_of_the_cpu_wherever_the_experts_are(
     path = checkpoint(family)
     a, b = prompt_of(9, 1), prompt_of(3, 2)
     steps = [{"a": a[:7], "b": b[:1]}, {"a": a[7:8], "b": b[1:2]}, {"a": a[8:], "b": b[2:]}]
-    cpu = lone_shard(path, dtype="float32")
+    cpu = single_runner(path, dtype="float32")
     expected = [cpu.step(step) for step in steps]
 
     source = ModelSource.open(str(path), dtype="float32")
-    gpu, local = gpu_shard(source)
+    gpu, local = gpu_runner(source)
     fused = {type(m).__name__ for m in gpu.runner._model.modules() if "forward" in vars(m)}
     assert fused >= FUSED[family]
     experts, layers = source.info.experts, source.info.moe_layers
@@ -88,14 +89,14 @@ def test_the_kernels_give_the_logits_of_the_cpu_wherever_the_experts_are(
 
 
 @pytest.mark.slow
-def test_fp8_experts_give_the_logits_of_a_cpu_that_restores_them(tmp_path: Path) -> None:
+def test_fp8_experts_give_the_logits_of_a_cpu_that_dequantizes_them(tmp_path: Path) -> None:
     small, _ = make_fp8_checkpoint("qwen3_moe", tmp_path, num_hidden_layers=2, num_experts=4)
     prompt = prompt_of(5, 1)
     steps = [{"a": prompt[:4]}, {"a": prompt[4:]}]
-    cpu = lone_shard(small)
+    cpu = single_runner(small)
     source = ModelSource.open(str(small), experts="stored")
     assert source.expert_shape().dtype == torch.float8_e4m3fn
-    gpu, local = gpu_shard(source)
+    gpu, local = gpu_runner(source)
     info = source.info
     local.install(states(source, replan(None, [0], experts=info.experts, layers=info.moe_layers)))
     for step in steps:
@@ -130,11 +131,11 @@ def test_captured_steps_follow_the_experts_without_another_capture(
     begin = {name: prompt[:5] for name, prompt in prompts.items()}
     # one after the other in graphs for one, two and four sequences, with padding in the last
     decodes = [{name: prompts[name][5 + i : 6 + i] for name in "abc"[: 3 - i]} for i in range(3)]
-    cpu = lone_shard(path, dtype="float32")
+    cpu = single_runner(path, dtype="float32")
     expected = [cpu.step(step) for step in (begin, *decodes)][1:]
 
     source = ModelSource.open(str(path), dtype="float32")
-    gpu, local = gpu_shard(source)
+    gpu, local = gpu_runner(source)
     gpu.runner.capture([1, 2, 4], max_blocks=3)  # before any expert is there
     experts, layers = source.info.experts, source.info.moe_layers
     forward = replan(None, [0], experts=experts, layers=layers)

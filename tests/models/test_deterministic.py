@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import MAIN_FAMILIES, Sequences, lone_shard, prompt_of
+from support.checkpoints import MAIN_FAMILIES, Sequences, prompt_of, single_runner
 from torch import Tensor
 
 from flexpert.errors import UnsupportedModel
@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 @pytest.fixture(params=[(f, d) for f in MAIN_FAMILIES for d in DTYPES], ids="-".join)
 def sequences(request: pytest.FixtureRequest, checkpoint: Checkpoints) -> Sequences:
     family, dtype = request.param
-    return lone_shard(checkpoint(family, DTYPES[dtype]), deterministic=True, blocks=400)
+    return single_runner(checkpoint(family, DTYPES[dtype]), deterministic=True, blocks=400)
 
 
 def in_chunks(sequences: Sequences, tokens: list[int], size: int) -> Tensor:

@@ -12,9 +12,9 @@ from support.checkpoints import (
     FAMILIES,
     FURTHER_FAMILIES,
     greedy,
-    lone_shard,
     prompt_of,
     reference_logits,
+    single_runner,
 )
 from transformers import CONFIG_MAPPING
 
@@ -26,7 +26,7 @@ CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 def test_one_prefill_gives_the_logits_of_transformers(family: str, checkpoint: Checkpoints) -> None:
     path = checkpoint(family)
     tokens = prompt_of(50, seed=1)
-    logits = lone_shard(path).step({"a": tokens})["a"]
+    logits = single_runner(path).step({"a": tokens})["a"]
     torch.testing.assert_close(logits, reference_logits(path, tokens), **CLOSE)
 
 
@@ -36,7 +36,7 @@ def test_chunks_and_decodes_of_packed_sequences_give_its_greedy_tokens(
 ) -> None:
     path = checkpoint(family)
     prompts = {name: prompt_of(n, seed=n) for name, n in {"a": 33, "b": 7, "c": 21}.items()}
-    sequences = lone_shard(path)
+    sequences = single_runner(path)
     answers: dict[str, list[int]] = {name: [] for name in prompts}
     done = dict.fromkeys(prompts, 0)
     for step in range(16):
@@ -64,7 +64,7 @@ def test_further_families_give_the_logits_of_transformers_in_chunks(
         pytest.skip("not in this version of transformers")
     path = checkpoint(family)
     tokens = prompt_of(50, seed=1)
-    sequences = lone_shard(path)
+    sequences = single_runner(path)
     pieces, done = [], 0
     for size in (7, 1, 1, 13, 2, 26):
         pieces.append(sequences.step({"a": tokens[done : done + size], "b": [5, 6]})["a"])
@@ -73,7 +73,7 @@ def test_further_families_give_the_logits_of_transformers_in_chunks(
 
 
 def test_an_idle_step_walks_every_moe_layer_in_order(checkpoint: Checkpoints) -> None:
-    sequences = lone_shard(checkpoint("deepseek_v3"))
+    sequences = single_runner(checkpoint("deepseek_v3"))
     moe: Any = sequences.runner._experts[0].runtime
     sequences.runner.forward_idle()
     assert moe.calls == [0, 1]

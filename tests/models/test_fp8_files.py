@@ -1,4 +1,4 @@
-"""fp8 checkpoints: restored for a CPU, taken as they are for a GPU, refused where they are odd."""
+"""fp8 checkpoints: dequantized for a CPU, taken as they are for a GPU, refused where malformed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import lone_shard, prompt_of, reference_logits
+from support.checkpoints import prompt_of, reference_logits, single_runner
 from support.fp8_checkpoints import change_settings, make_fp8_checkpoint
 
 from flexpert.errors import ModelError, UnsupportedModel
@@ -32,12 +32,12 @@ def experts(path: Path, **opened: str) -> list[ExpertWeights]:
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral"])
-def test_a_cpu_serves_what_transformers_computes_with_the_restored_weights(
+def test_a_cpu_serves_what_transformers_computes_with_the_dequantized_weights(
     family: str, tmp_path: Path
 ) -> None:
     small, whole = make_fp8_checkpoint(family, tmp_path)
     prompt = prompt_of(12, 3)
-    got = lone_shard(small).step({"a": prompt})["a"]
+    got = single_runner(small).step({"a": prompt})["a"]
     torch.testing.assert_close(got, reference_logits(whole, prompt), rtol=2e-4, atol=2e-4)
     for a, b in zip(experts(small), experts(whole), strict=True):
         assert torch.equal(a.gate_up, b.gate_up)
@@ -60,17 +60,17 @@ def test_a_gpu_takes_weights_and_scales_as_they_are_in_the_files(pair: tuple[Pat
         assert expert.down_scale is not None
         assert torch.equal(expert.down_scale, files[f"{key}down_proj.weight_scale_inv"])
     for a, b in zip(held, experts(whole), strict=True):
-        assert torch.equal(a.restored().gate_up, b.gate_up)
+        assert torch.equal(a.dequantized().gate_up, b.gate_up)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-def test_whole_weights_are_quantised_at_load_when_that_is_wanted(
+def test_unquantized_weights_are_quantized_at_load_when_that_is_wanted(
     family: str, checkpoint: Callable[..., Path]
 ) -> None:
     whole = checkpoint(family)
     assert not ModelSource.open(str(whole), experts="stored").fp8_experts
     for a, b in zip(experts(whole, experts="fp8"), experts(whole), strict=True):
-        wanted = b.quantised()
+        wanted = b.quantized()
         assert torch.equal(a.gate_up.view(torch.uint8), wanted.gate_up.view(torch.uint8))
         assert a.down_scale is not None
         assert wanted.down_scale is not None
@@ -80,12 +80,12 @@ def test_whole_weights_are_quantised_at_load_when_that_is_wanted(
             assert torch.equal(a.gate_up_bias, b.gate_up_bias)
 
 
-def test_gate_and_up_that_would_share_a_block_are_quantised_anew(tmp_path: Path) -> None:
+def test_gate_and_up_that_would_share_a_block_are_quantized_anew(tmp_path: Path) -> None:
     small, whole = make_fp8_checkpoint("qwen3_moe", tmp_path, moe_intermediate_size=208)
     for a, b in zip(experts(small, experts="stored"), experts(whole), strict=True):
         assert a.gate_up_scale is not None
         assert a.gate_up_scale.shape == (4, 2)  # 416 rows, not two times 208
-        back = a.restored().gate_up
+        back = a.dequantized().gate_up
         assert float((back - b.gate_up).norm() / b.gate_up.norm()) < 0.04
 
 
@@ -119,7 +119,7 @@ def test_blocks_of_other_sizes_are_read_too(block: list[int], pair: tuple[Path, 
     for a, b in zip(experts(small), experts(whole), strict=True):
         assert torch.equal(a.gate_up, b.gate_up)
     for a, b in zip(experts(small, experts="stored"), experts(whole), strict=True):
-        torch.testing.assert_close(a.restored().gate_up, b.gate_up, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a.dequantized().gate_up, b.gate_up, rtol=1e-5, atol=1e-6)
 
 
 def test_scales_of_another_shape_are_told(pair: tuple[Path, Path]) -> None:
@@ -144,10 +144,10 @@ def test_a_weight_without_scales_is_told(pair: tuple[Path, Path]) -> None:
         ({"weight_block_size": None}, "weight_block_size None"),
         ({"weight_block_size": [128]}, r"weight_block_size \[128\]"),
         ({"weight_block_size": [0, 128]}, "bfloat16 checkpoint"),
-        ({"quant_method": "awq"}, r"quantised \(awq\).*no other"),
+        ({"quant_method": "awq"}, r"quantized \(awq\).*no other"),
     ],
 )
-def test_other_quantisations_are_refused(
+def test_other_quantizations_are_refused(
     settings: dict[str, object], complaint: str, pair: tuple[Path, Path]
 ) -> None:
     small, _ = pair

@@ -8,6 +8,7 @@ from support.checkpoints import FAMILIES, random_model
 from torch import Tensor, nn
 
 from flexpert.kernels.cpu import ops
+from flexpert.kernels.kernel_set import cpu_kernels
 from flexpert.models.fused import fuse
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -26,7 +27,7 @@ def test_every_norm_of_a_family_is_replaced_and_rounds_as_before(
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
     assert norms
     with torch.inference_mode():
-        fuse(model, ops.rms_norm, deterministic=False)
+        fuse(model, cpu_kernels(), deterministic=False)
         for norm in norms:
             assert fused(norm)
             x = torch.randn(2, 3, norm.get_parameter("weight").shape[0]).to(dtype)
@@ -50,7 +51,7 @@ class ShiftedNorm(nn.Module):
 @pytest.mark.parametrize("norm", [ShiftedNorm(), nn.LayerNorm(32), nn.LayerNorm(32, bias=False)])
 def test_what_is_no_rms_norm_is_left_alone(norm: nn.Module) -> None:
     with torch.inference_mode():
-        fuse(norm, ops.rms_norm, deterministic=False)
+        fuse(norm, cpu_kernels(), deterministic=False)
     assert not fused(norm)
 
 
@@ -59,7 +60,7 @@ def test_what_is_no_rms_norm_is_left_alone(norm: nn.Module) -> None:
 def test_a_linear_layer_is_replaced_and_rounds_as_before(bias: bool) -> None:
     layer = nn.Linear(72, 40, bias=bias).to(torch.bfloat16)
     with torch.inference_mode():
-        fuse(layer, ops.rms_norm, deterministic=False)
+        fuse(layer, cpu_kernels(), deterministic=False)
         assert fused(layer)
         for rows in (1, 17, 100):
             x = torch.randn(1, rows, 72).bfloat16()

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import (
     COMMON,
     FAMILIES,
-    lone_shard,
     make_checkpoint,
     prompt_of,
     random_model,
     reference,
     reference_logits,
+    single_runner,
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -77,7 +77,7 @@ def test_experts_fused_on_disk_load_like_those_in_single_tensors(
         a, b = ours.load_experts(layer, range(6)), theirs.load_experts(layer, range(6))
         assert all(same(a[e], b[e]) for e in range(6))
     tokens = prompt_of(20, seed=1)
-    logits = lone_shard(tmp_path).step({"a": tokens})["a"]
+    logits = single_runner(tmp_path).step({"a": tokens})["a"]
     torch.testing.assert_close(logits, reference_logits(apart, tokens), atol=2e-4, rtol=2e-4)
 
 
@@ -86,7 +86,7 @@ def test_a_checkpoint_of_many_files_loads(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     tokens = prompt_of(20, seed=1)
-    logits = lone_shard(tmp_path).step({"a": tokens})["a"]
+    logits = single_runner(tmp_path).step({"a": tokens})["a"]
     torch.testing.assert_close(logits, reference_logits(tmp_path, tokens), atol=2e-4, rtol=2e-4)
 
 
@@ -113,11 +113,11 @@ def test_the_embedded_model_opens_with_its_tokenizer() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_are_real(family: str, checkpoint: Checkpoints) -> None:
     path = checkpoint(family, torch.bfloat16)
-    sequences = lone_shard(path, blocks=10, block_size=4)
-    source, shard = ModelSource.open(str(path)), sequences.runner
-    buffers = dict(shard._model.named_non_persistent_buffers()).values()
-    assert shard.dense_nbytes == source.dense_nbytes() + sum(b.nbytes for b in buffers)
-    assert shard.kv_nbytes == 10 * 4 * source.info.kv_bytes_per_token()
+    sequences = single_runner(path, blocks=10, block_size=4)
+    source, runner = ModelSource.open(str(path)), sequences.runner
+    buffers = dict(runner._model.named_non_persistent_buffers()).values()
+    assert runner.dense_nbytes == source.dense_nbytes() + sum(b.nbytes for b in buffers)
+    assert runner.kv_nbytes == 10 * 4 * source.info.kv_bytes_per_token()
     on_disk = (path / "model.safetensors").stat().st_size
     experts = source.info.moe_layers * source.info.experts * source.expert_nbytes()
     assert abs(source.dense_nbytes() + experts - on_disk) < 0.2 * on_disk
@@ -126,7 +126,7 @@ def test_sizes_are_real(family: str, checkpoint: Checkpoints) -> None:
 def test_what_a_family_keeps_in_float32_stays_so(checkpoint: Checkpoints) -> None:
     """Which these are differs from one release of transformers to another: ask it."""
     path = checkpoint("deepseek_v3", torch.bfloat16)
-    model = lone_shard(path).runner._model
+    model = single_runner(path).runner._model
     kept = {n: b.dtype for n, b in model.named_buffers() if b.dtype == torch.float32}
     assert any(name.endswith("e_score_correction_bias") for name in kept)
     assert any(name.endswith("inv_freq") for name in kept)
@@ -137,7 +137,7 @@ def test_what_a_family_keeps_in_float32_stays_so(checkpoint: Checkpoints) -> Non
 
 
 def test_tied_embeddings_are_one_tensor(checkpoint: Checkpoints) -> None:
-    model: Any = lone_shard(checkpoint("qwen3_moe")).runner._model
+    model: Any = single_runner(checkpoint("qwen3_moe")).runner._model
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -159,7 +159,7 @@ def test_bf16_is_no_less_exact_than_in_transformers(family: str, checkpoint: Che
     path = checkpoint(family, torch.bfloat16)
     tokens = prompt_of(40, seed=2)
     exact = reference_logits(path, tokens)
-    ours = lone_shard(path).step({"a": tokens})["a"]
+    ours = single_runner(path).step({"a": tokens})["a"]
     theirs = reference_logits(path, tokens, torch.bfloat16)
     assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
 
@@ -227,7 +227,7 @@ def test_a_front_end_for_images_is_refused(tmp_path: Path) -> None:
         ModelSource.open(str(tmp_path))
 
 
-def test_quantised_weights_are_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_quantized_weights_are_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
     config = json.loads((checkpoint("mixtral") / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -12,10 +12,12 @@ pytest.importorskip("flexpert.comm.cuda", reason="the exchange between GPUs")
 from flexpert.comm import BufferSpec
 from flexpert.comm.cuda.cuda_buffer import CudaBuffer
 from flexpert.comm.cuda.cuda_exchange import Tuning
-from flexpert.kernels.experts import ExpertWeights, LayerExperts
+from flexpert.kernels.cpu.expert_products import LayerExperts
+from flexpert.kernels.experts import ExpertWeights
 from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
+from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement, replan
-from flexpert.moe.runtime import LayerState, expert_tables
+from flexpert.moe.runtime import expert_tables
 
 if torch.cuda.is_available():
     pytest.skip("ranks of one process wait for each other on a GPU", allow_module_level=True)

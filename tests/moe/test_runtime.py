@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpert.comm import BufferSpec, make_buffer
-from flexpert.kernels.experts import ExpertWeights, LayerExperts
+from flexpert.kernels.cpu.expert_products import LayerExperts
+from flexpert.kernels.experts import ExpertWeights
+from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement
-from flexpert.moe.runtime import LayerState, MoERuntime, expert_tables, without
+from flexpert.moe.runtime import MoERuntime, expert_tables, without
 
 EXPERTS, TOPK, HIDDEN, INTER = 6, 3, 32, 16
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from flexpert.kernels.experts import LayerExperts
+from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ModelSource
@@ -234,6 +234,9 @@ class LocalMoE:
             experts = [held[e] for e in range(source.info.experts)]
             self._layers.append(LayerExperts(experts, deterministic=deterministic))
 
+    def expect(self, tokens: int) -> None:
+        pass
+
     def forward(
         self,
         layer: int,
@@ -264,10 +267,10 @@ class LocalMoE:
 class Sequences:
     """Sequences over one ModelRunner, with scattered KV blocks."""
 
-    def __init__(self, shard: ModelRunner, block_size: int, seed: int = 0) -> None:
-        self.runner = shard
+    def __init__(self, runner: ModelRunner, block_size: int, seed: int = 0) -> None:
+        self.runner = runner
         self.block_size = block_size
-        blocks = shard.kv.layers[0][0].shape[0]
+        blocks = runner.kv.layers[0][0].shape[0]
         self._free = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
         self._tables: dict[object, list[int]] = {}
         self._lengths: dict[object, int] = {}
@@ -314,7 +317,7 @@ class Sequences:
         return {name: logits[starts[i] : starts[i + 1]] for i, name in enumerate(work)}
 
 
-def lone_shard(
+def single_runner(
     model: str | Path,
     *,
     dtype: str = "auto",
@@ -324,14 +327,14 @@ def lone_shard(
 ) -> Sequences:
     """A whole model in this process, ready to be stepped."""
     source = ModelSource.open(str(model), dtype=dtype)
-    shard = ModelRunner.load(
+    runner = ModelRunner.load(
         source,
         moe=LocalMoE(source, deterministic=deterministic),
         kv_blocks=blocks,
         kv_block_size=block_size,
         deterministic=deterministic,
     )
-    return Sequences(shard, block_size)
+    return Sequences(runner, block_size)
 
 
 def prompt_of(length: int, seed: int, vocab: int = 160) -> list[int]:

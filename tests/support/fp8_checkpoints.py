@@ -1,4 +1,4 @@
-"""Checkpoints with fp8 weights as they come from the hub, and the same restored."""
+"""Checkpoints with fp8 weights as they come from the hub, and the same dequantized."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_fp8_checkpoint(family: str, directory: Path, **changes: Any) -> tuple[Path, Path]:
-    """(with fp8 projections, the same with restored ones) of one random model in float32."""
+    """(with fp8 projections, the same with dequantized ones) of one random model in float32."""
     plain = make_checkpoint(family, directory / "plain", **{**SIZES, **changes})
-    quantised: dict[str, torch.Tensor] = {}
-    restored: dict[str, torch.Tensor] = {}
+    quantized: dict[str, torch.Tensor] = {}
+    dequantized: dict[str, torch.Tensor] = {}
     for key, tensor in load_file(plain / "model.safetensors").items():
-        quantised[key] = restored[key] = tensor
+        quantized[key] = dequantized[key] = tensor
         if tensor.ndim == 2 and "proj" in key:
-            weight, scales = fp8.quantise(tensor)
-            quantised[key], quantised[f"{key}_scale_inv"] = weight, scales
-            restored[key] = fp8.restore(weight, scales)
-    small, whole = directory / "fp8", directory / "restored"
-    for path, state in ((small, quantised), (whole, restored)):
+            weight, scales = fp8.quantize(tensor)
+            quantized[key], quantized[f"{key}_scale_inv"] = weight, scales
+            dequantized[key] = fp8.dequantize(weight, scales)
+    small, large = directory / "fp8", directory / "dequantized"
+    for path, state in ((small, quantized), (large, dequantized)):
         path.mkdir()
         save_file(state, path / "model.safetensors", metadata={"format": "pt"})
         config = json.loads((plain / "config.json").read_text())
         if path is small:
             config["quantization_config"] = SETTINGS
         (path / "config.json").write_text(json.dumps(config))
-    return small, whole
+    return small, large
 
 
 def change_settings(checkpoint: Path, **settings: Any) -> None:
-    """Write other settings of its quantisation into a checkpoint."""
+    """Write other settings of its quantization into a checkpoint."""
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"].update(settings)
     (checkpoint / "config.json").write_text(json.dumps(config))

@@ -138,8 +138,8 @@ def tune(
         out = h_out if gated else y_out
         table, scales = table_of(weights), None
         if scaled:
-            eighths = [fp8.quantise(w) for w in weights]
-            weights = torch.stack([fp8.restore(*pair).bfloat16() for pair in eighths])
+            eighths = [fp8.quantize(w) for w in weights]
+            weights = torch.stack([fp8.dequantize(*pair).bfloat16() for pair in eighths])
             table = table_of([pair[0] for pair in eighths])
             scales = table_of([pair[1] for pair in eighths])
         moved = active * weights[0].nbytes / (2 if scaled else 1)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeVar
 import typer
 
 from flexpert.cli.options import Json, Output, numbers
-from flexpert.config import MOST_GPU_RANKS
+from flexpert.device_settings import MOST_GPU_RANKS
 from flexpert.display.output import check_outputs, show_report
 from flexpert.errors import ConfigError
 

@@ -27,7 +27,7 @@ from flexpert.cluster.service_metrics import Metrics
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
-from flexpert.engine.device_profile import open_device
+from flexpert.engine.device_profile import profile_of
 from flexpert.engine.memory_plan import kv_blocks
 from flexpert.engine.request import HeldKV, KVMigration, SamplingParams
 from flexpert.errors import (
@@ -84,7 +84,7 @@ class Head:
         tell = report or (lambda line: None)
         began = time.monotonic()
         try:
-            await asyncio.to_thread(open_device, self.config.engine)
+            await asyncio.to_thread(profile_of, self.config.engine)
             tell(f"opening model {self.config.model.model!r}, starting the fork server")
             self._transport = Transport(self._on_report, self._on_cut_off)
             self._launcher = LocalLauncher(self._on_exit)

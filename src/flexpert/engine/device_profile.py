@@ -1,51 +1,256 @@
-"""What a rank computes on: its device, the exchange, where the experts' sum comes from, and which
-batch sizes.
+"""What a rank computes on: one profile a process, made once, that all others ask.
 
-A service whose capacity is one rank exchanges nothing on a GPU: that rank holds all experts.
-Without a GPU, `--device cuda` runs in Triton's interpreter if TRITON_INTERPRET=1 is set: to test
-with, thousands of times slower.
+There are three kinds: a CPU, an NVIDIA GPU, and a CPU in the place of a GPU, on which Triton's
+interpreter runs the GPU's kernels (with TRITON_INTERPRET=1: to test with, thousands of times
+slower). A profile gives the kernels, makes what depends on the device, and knows which sizes to
+compile for. Which settings a device takes is said in `flexpert.device_settings`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from enum import Enum, auto
 
 import torch
 
-from flexpert.comm import Buffer, BufferSpec, CommError, ExportedMemory, export_memory, make_buffer
+from flexpert.comm import (
+    Buffer,
+    BufferSpec,
+    CommError,
+    ExportedMemory,
+    ImportedMemory,
+    export_memory,
+    import_memory,
+    make_buffer,
+)
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.config import EngineConfig
 from flexpert.errors import ConfigError
-from flexpert.kernels.kernel_set import Kernels, gpu_kernels, kernels_of, open_gpu
+from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
+from flexpert.kernels.kernel_set import Kernels, cpu_kernels, gpu_kernels, open_gpu
 from flexpert.models.padding import padded_sizes
 from flexpert.models.source import ModelSource
 from flexpert.moe.expert_store import ExpertStore, Store
+from flexpert.moe.moe_layers import ElasticMoELayers
 from flexpert.moe.runtime import MoERuntime
-
-if TYPE_CHECKING:
-    from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
-    from flexpert.moe.cuda.local_experts import LocalExperts
-
-CPU = torch.device("cpu")
 
 MOST_CAPTURED = 512
 """Sequences of the largest graph; more of them take so long that launching them costs little."""
 
 
-def open_device(config: EngineConfig, rank: int = 0) -> torch.device:
-    """The device of a rank that the settings name; several GPUs are dealt out to ranks in turn.
+class WarmUp(Enum):
+    """When a new rank computes its first steps, alone, so that none is slow while it serves."""
+
+    AFTER_LOADING = auto()
+    """With its experts, whose products are compiled by size."""
+    WHILE_LOADING = auto()
+    """Without any: graphs are captured and kernels compiled while a thread loads experts."""
+    BEFORE_LOADING = auto()
+    """The same, but nothing is loaded meanwhile: connecting waits for the device."""
+
+
+class DeviceProfile(ABC):
+    """The device of one rank.
+
+    Attributes:
+        stream: of the device; its `device` is where tensors lie.
+        warm_up: when a new rank computes its first steps.
+        samples_on_device: greedy tokens are chosen where the logits are; other logits are copied.
+    """
+
+    stream: DeviceStream
+    warm_up: WarmUp
+    samples_on_device: bool
+
+    def __init__(self, config: EngineConfig) -> None:
+        """
+        Args:
+            config: the settings, which the device takes (see `DeviceSettings.refusal`).
+        """
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return self.stream.device
+
+    def synchronize(self) -> None:
+        """Wait until all that this thread launched is computed."""
+        self.stream.synchronize()
+
+    # ---- what is made for it ----------------------------------------------------------------
+
+    @abstractmethod
+    def make_kernels(self) -> Kernels:
+        """What the dense part of a model calls."""
+
+    @abstractmethod
+    def make_exchange(self, rank: int, spec: BufferSpec, timeout_s: float, experts: int) -> Buffer:
+        """The buffer of a rank.
+
+        Args:
+            experts: of a layer; a rank that is alone holds all of them.
+
+        Raises:
+            ConfigError: there is no room for it on the device, or nixl_ep is absent or does not
+                take it; says what to do.
+        """
+
+    @abstractmethod
+    def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
+        """The MoE layers of a rank."""
+
+    @abstractmethod
+    def make_expert_store(self, source: ModelSource) -> Store:
+        """Where the experts of a rank lie, for it and its peers."""
+
+    def export_kv_cache(self, size: int) -> ExportedMemory:
+        """Memory of the KV cache, of `size` bytes, which peers may read.
+
+        Raises:
+            ConfigError: the device does not have it; says what to do.
+        """
+        try:
+            return export_memory(size, self.device)
+        except CommError as error:
+            raise ConfigError(f"the KV cache: {error}; lower --kv-memory") from error
+
+    def import_memory(self, address: bytes) -> ImportedMemory:
+        """What a peer exported on a device of this kind.
+
+        Raises:
+            PeerUnreachable: the peer is gone or on another machine.
+            ValueError: that is no address.
+        """
+        return import_memory(address, self.device)
+
+    # ---- sizes ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def warm_up_sizes(self, most: int) -> list[int]:
+        """Tokens of the batches, of `most` at most, that need each kernel once."""
+
+    @abstractmethod
+    def graph_sizes(self, most: int) -> list[int]:
+        """Sequences of the decode steps to capture as graphs, up to `most`; none: no graphs."""
+
+
+class CpuProfile(DeviceProfile):
+    """Kernels in C, exchange over shared memory."""
+
+    warm_up = WarmUp.AFTER_LOADING
+    samples_on_device = False
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.stream = HostStream()
+
+    def make_kernels(self) -> Kernels:
+        return cpu_kernels()
+
+    def make_exchange(self, rank: int, spec: BufferSpec, timeout_s: float, experts: int) -> Buffer:
+        return make_buffer(rank, spec, timeout_s=timeout_s)
+
+    def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
+        return MoERuntime(buffer, reduce="home" if self.config.deterministic else "rank")
+
+    def make_expert_store(self, source: ModelSource) -> Store:
+        return ExpertStore(source.expert_shapes(), source.info.experts)
+
+    def warm_up_sizes(self, most: int) -> list[int]:
+        if self.config.deterministic:
+            return sorted({min(rows, most) for rows in (1, 2, most)})
+        return padded_sizes(most)
+
+    def graph_sizes(self, most: int) -> list[int]:
+        return []
+
+
+class TritonProfile(DeviceProfile):
+    """Kernels in Triton. A service whose capacity is one rank exchanges nothing: that rank holds
+    all experts."""
+
+    samples_on_device = True
+
+    def __init__(self, config: EngineConfig, stream: DeviceStream) -> None:
+        super().__init__(config)
+        self.stream = stream
+        nixl_ep = config.all2all == "nixl_ep"
+        self.warm_up = WarmUp.BEFORE_LOADING if nixl_ep else WarmUp.WHILE_LOADING
+
+    def make_kernels(self) -> Kernels:
+        return gpu_kernels()
+
+    def make_exchange(self, rank: int, spec: BufferSpec, timeout_s: float, experts: int) -> Buffer:
+        if self.config.all2all == "nixl_ep" and spec.capacity > 1:
+            return _make_nixl_ep(rank, spec, timeout_s, experts)
+        from flexpert.comm.cuda.ipc_memory import CudaError  # needs triton
+
+        try:
+            return make_buffer(rank, spec, backend="cuda", timeout_s=timeout_s)
+        except CudaError as error:
+            raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
+
+    def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
+        info, shape = source.info, source.expert_shape()
+        if buffer.spec.capacity == 1:
+            from flexpert.moe.cuda.local_experts import LocalExperts  # needs triton
+
+            return LocalExperts(buffer.rank, info.moe_layers, info.experts, shape, self.device)
+        from flexpert.moe.cuda.exchanged_experts import ExchangedExperts  # needs triton
+
+        return ExchangedExperts(buffer, info.moe_layers, info.experts, shape, self.device)
+
+    def make_expert_store(self, source: ModelSource) -> Store:
+        from flexpert.moe.cuda.device_expert_store import DeviceStore  # needs triton
+
+        return DeviceStore(source.expert_shapes(), source.info.experts, self.device)
+
+
+class CudaProfile(TritonProfile):
+    """An NVIDIA GPU; several are dealt out to the ranks in turn."""
+
+    def __init__(self, config: EngineConfig, rank: int) -> None:
+        """Raises: ConfigError: there is no GPU, or what the settings need is not installed."""
+        open_gpu()
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        if config.all2all == "nixl_ep":
+            find_nixl_ep()
+        super().__init__(config, CudaStream(device))
+
+    def warm_up_sizes(self, most: int) -> list[int]:
+        return triton_sizes(most)
+
+    def graph_sizes(self, most: int) -> list[int]:
+        return captured_sizes(most)
+
+
+class InterpreterProfile(TritonProfile):
+    """Triton's interpreter on a CPU, which compiles nothing: the fewest sizes will do."""
+
+    samples_on_device = False
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, HostStream())
+
+    def warm_up_sizes(self, most: int) -> list[int]:
+        return [2]
+
+    def graph_sizes(self, most: int) -> list[int]:
+        return [1]
+
+
+def profile_of(config: EngineConfig, rank: int = 0) -> DeviceProfile:
+    """The profile of a rank, by its settings; opens the device.
 
     Raises:
-        ConfigError: it cannot be used.
+        ConfigError: it cannot be used; says what to do.
     """
-    if config.device == "cpu" or (INTERPRETED and not torch.cuda.is_available()):
-        return CPU
-    open_gpu()
-    device = torch.device("cuda", rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    if config.all2all == "nixl_ep":
-        find_nixl_ep()
-    return device
+    if config.device == "cpu":
+        return CpuProfile(config)
+    if INTERPRETED and not torch.cuda.is_available():
+        return InterpreterProfile(config)
+    return CudaProfile(config, rank)
 
 
 def find_nixl_ep() -> None:
@@ -58,87 +263,21 @@ def find_nixl_ep() -> None:
         raise ConfigError(f"--all2all nixl_ep: {error}") from error
 
 
-def kernels_for(config: EngineConfig, device: torch.device) -> Kernels:
-    """What the dense part of a model calls."""
-    return kernels_of(device) if config.device == "cpu" else gpu_kernels()
-
-
-def make_exchange(
-    rank: int, spec: BufferSpec, config: EngineConfig, timeout_s: float, experts: int
-) -> Buffer:
-    """The buffer of a rank, on the current device.
-
-    experts: of a layer; a rank that is alone holds all of them.
-
-    Raises:
-        ConfigError: there is no room for it on the GPU, or nixl_ep is absent or does not take it.
-    """
-    if config.device == "cpu":
-        return make_buffer(rank, spec, timeout_s=timeout_s)
-    if config.all2all == "nixl_ep" and spec.capacity > 1:  # one rank exchanges nothing
-        try:
-            return make_buffer(rank, spec, backend="nixl_ep", slots=experts, timeout_s=timeout_s)
-        except (CommError, ValueError) as error:
-            raise ConfigError(f"--all2all nixl_ep: {error}") from error
-    from flexpert.comm.cuda.ipc_memory import CudaError  # needs triton
-
+def _make_nixl_ep(rank: int, spec: BufferSpec, timeout_s: float, experts: int) -> Buffer:
     try:
-        return make_buffer(rank, spec, backend="cuda", timeout_s=timeout_s)
-    except CudaError as error:
-        raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
+        return make_buffer(rank, spec, backend="nixl_ep", slots=experts, timeout_s=timeout_s)
+    except (CommError, ValueError) as error:
+        raise ConfigError(f"--all2all nixl_ep: {error}") from error
 
 
-def export_kv_cache(size: int, device: torch.device) -> ExportedMemory:
-    """Memory of the KV cache, which peers may read.
-
-    Raises:
-        ConfigError: the GPU does not have it.
-    """
-    try:
-        return export_memory(size, device)
-    except CommError as error:
-        raise ConfigError(f"the KV cache: {error}; lower --kv-memory") from error
+def triton_sizes(most: int) -> list[int]:
+    """Tokens of batches that choose each tiling of the kernels once, `most` at most."""
+    return sorted({min(rows, most) for rows in (2, 16, 64, 256, 1024, most)})
 
 
-def make_runtime(
-    buffer: Buffer, source: ModelSource, config: EngineConfig, device: torch.device
-) -> MoERuntime | LocalExperts | ExchangedExperts:
-    """The MoE layers of a rank on a device."""
-    if config.device == "cpu":
-        return MoERuntime(buffer, reduce="home" if config.deterministic else "rank")
-    info, shape = source.info, source.expert_shape()
-    if buffer.spec.capacity == 1:
-        from flexpert.moe.cuda.local_experts import LocalExperts  # needs triton
-
-        return LocalExperts(buffer.rank, info.moe_layers, info.experts, shape, device)
-    from flexpert.moe.cuda.exchanged_experts import ExchangedExperts  # needs triton
-
-    return ExchangedExperts(buffer, info.moe_layers, info.experts, shape, device)
-
-
-def make_store(source: ModelSource, config: EngineConfig, device: torch.device) -> Store:
-    """Where the experts of a rank lie."""
-    shapes = [source.expert_shape(layer) for layer in range(source.info.moe_layers)]
-    if config.device == "cpu":
-        return ExpertStore(shapes, source.info.experts)
-    from flexpert.moe.cuda.device_expert_store import DeviceStore  # needs triton
-
-    return DeviceStore(shapes, source.info.experts, device)
-
-
-def warm_up_sizes(most: int, config: EngineConfig, device: torch.device) -> list[int]:
-    """Tokens of the batches to compute before serving: one of each kernel that will be needed."""
-    if config.device != "cpu":
-        if device.type == "cpu":  # the interpreter compiles nothing
-            return [2]
-        return sorted({min(rows, most) for rows in (2, 16, 64, 256, 1024, most)})
-    if config.deterministic:
-        return sorted({min(rows, most) for rows in (1, 2, most)})
-    return padded_sizes(most)
-
-
-def graph_sizes(most: int, device: torch.device) -> list[int]:
-    """Sequences of the decode steps to capture: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … `most`."""
-    most = 1 if device.type == "cpu" else min(most, MOST_CAPTURED)
+def captured_sizes(most: int) -> list[int]:
+    """Sequences of graphs that pad a batch to less than twice its size: 1, 2, 4, 8, 16, 24, 32,
+    48, 64, 96, … `most`, or `MOST_CAPTURED` if that is less."""
+    most = min(most, MOST_CAPTURED)
     sizes = {1, 2, 4, 8} | {n for k in range(4, 10) for n in (1 << k, 3 << k - 1)}
     return sorted({size for size in sizes if size < most} | {most})

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from flexpert.comm import Buffer, CommError, ExpertTable
 from flexpert.engine.rank_protocol import Prepare
-from flexpert.kernels.experts import ExpertWeights, LayerExperts
+from flexpert.kernels.cpu.expert_products import LayerExperts
+from flexpert.kernels.experts import ExpertWeights
 from flexpert.models.source import ModelSource
 from flexpert.moe.expert_store import Key, PeerExperts, Store
-from flexpert.moe.runtime import LayerState, expert_tables
+from flexpert.moe.moe_layers import LayerState
+from flexpert.moe.runtime import expert_tables
 
 Weights = dict[Key, ExpertWeights]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from flexpert.comm import BufferSpec
 from flexpert.comm.window_layout import size_bytes
 from flexpert.config import EngineConfig
+from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine.rank_protocol import Memory
 from flexpert.errors import FlexpertError
 from flexpert.models.source import ModelInfo, ModelSource
@@ -66,10 +67,10 @@ def planned_memory(
 ) -> Memory:
     """What a rank needs when it holds `experts` replicas (all layers) among `members` ranks.
 
-    Windows are sparse: only the regions of members are ever touched. The memory of a GPU does not
-    count: weights, KV cache and windows are there.
+    Windows are sparse: only the regions of members are ever touched. Only memory of the host
+    counts, so nothing of what a GPU holds: weights, KV cache and windows.
     """
-    if config.device != "cpu":
+    if not DEVICE_SETTINGS[config.device].uses_host_memory:
         return Memory(0, 0, 0, 0, RUNTIME_BYTES)
     info = source.info
     spec = buffer_spec(info, config, capacity)

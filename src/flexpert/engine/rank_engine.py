@@ -31,7 +31,6 @@ from flexpert.comm import (
     Interrupted,
     RankLost,
     RankTimeout,
-    import_memory,
 )
 from flexpert.config import EngineConfig
 from flexpert.engine import rank_protocol as msg
@@ -43,16 +42,7 @@ from flexpert.engine.background import (
     Preparation,
     PreparationEnded,
 )
-from flexpert.engine.device_profile import (
-    export_kv_cache,
-    graph_sizes,
-    kernels_for,
-    make_exchange,
-    make_runtime,
-    make_store,
-    open_device,
-    warm_up_sizes,
-)
+from flexpert.engine.device_profile import WarmUp, profile_of
 from flexpert.engine.epoch import PreparedEpoch, Weights, prepare_epoch
 from flexpert.engine.faults import Faults
 from flexpert.engine.memory_plan import (
@@ -71,7 +61,8 @@ from flexpert.models.batch import ForwardBatch
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ModelSource
-from flexpert.moe.runtime import LayerState, warmup_tables
+from flexpert.moe.moe_layers import LayerState
+from flexpert.moe.runtime import warmup_tables
 
 THREADED_HIDDEN = 2048
 _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it does not hang
@@ -112,17 +103,17 @@ class RankEngine:
         self.config = config
         self.capacity = capacity
         self.exchange_timeout_s = exchange_timeout_s
-        self.device = open_device(config, rank)
+        self.profile = profile_of(config, rank)
         spec = buffer_spec(info, config, capacity)
-        buffer = make_exchange(rank, spec, config, exchange_timeout_s, info.experts)
+        buffer = self.profile.make_exchange(rank, spec, exchange_timeout_s, info.experts)
         self.report = faults.around_reports(report) if faults else report
         self.buffer: Buffer = faults.around(buffer) if faults else buffer
         self._faults = faults
-        self.moe = make_runtime(self.buffer, source, config, self.device)
+        self.moe = self.profile.make_moe_layers(self.buffer, source)
         blocks = kv_blocks(info, config)
         # peers read the cache of a rank that leaves
-        self.exported = export_kv_cache(
-            KVCache.nbytes(info, blocks, config.kv_block_size), self.device
+        self.exported = self.profile.export_kv_cache(
+            KVCache.nbytes(info, blocks, config.kv_block_size)
         )
         self.runner = ModelRunner.load(
             source,
@@ -131,8 +122,8 @@ class RankEngine:
             kv_block_size=config.kv_block_size,
             deterministic=config.deterministic,
             kv_memory=self.exported.bytes,
-            device=self.device,
-            kernels=kernels_for(config, self.device),
+            device=self.profile.device,
+            kernels=self.profile.make_kernels(),
         )
         self.scheduler = Scheduler(
             EngineLimits(
@@ -144,8 +135,8 @@ class RankEngine:
                 prefix_cache=config.prefix_cache,
             )
         )
-        self.store = make_store(source, config, self.device)
-        self.sampler = Sampler()
+        self.store = self.profile.make_expert_store(source)
+        self.sampler = Sampler(greedy_on_device=self.profile.samples_on_device)
         self.steps = 0
         self._on_trial: set[str] = set()  # sequences whose first step must be announced
         self._memory = 0  # bytes of this process when it was last measured
@@ -355,7 +346,8 @@ class RankEngine:
     def _cache_at(self, address: bytes) -> KVCache:
         """A peer's KV cache. Raises: PeerUnreachable; ValueError: that is no address"""
         kv, size = self.runner.kv, self.config.kv_block_size
-        return KVCache(self.source.info, kv.blocks, size, import_memory(address, self.device).bytes)
+        memory = self.profile.import_memory(address)
+        return KVCache(self.source.info, kv.blocks, size, memory.bytes)
 
     # ---- preparing an epoch -----------------------------------------------------------------
 
@@ -368,15 +360,12 @@ class RankEngine:
             done=self._enqueue,
             after=self._latest,
         )
-        cold = (
-            self.config.device == "cuda" and self.buffer.epoch == 0 and self.runner.graphs is None
-        )
-        beside = self.config.all2all != "nixl_ep"  # which waits for the device while it connects
-        if cold and not beside:
+        cold = self.buffer.epoch == 0 and self.runner.graphs is None
+        if cold and self.profile.warm_up is WarmUp.BEFORE_LOADING:
             self._capture()
         self._preparing.start()
-        if cold and beside:
-            self._capture()  # which compiles, while the thread loads
+        if cold and self.profile.warm_up is WarmUp.WHILE_LOADING:
+            self._capture()
 
     def _work_of(self, plan: msg.Prepare) -> Callable[[threading.Event], PreparedEpoch]:
         def work(cancelled: threading.Event) -> PreparedEpoch:
@@ -410,7 +399,8 @@ class RankEngine:
                 raise FlexpertError(result)
             if self._unfit:
                 raise FlexpertError(self._unfit)
-            if self.config.device == "cpu" and self.buffer.epoch == 0 and result.layers:
+            late = self.profile.warm_up is WarmUp.AFTER_LOADING
+            if late and self.buffer.epoch == 0 and result.layers:
                 self._warm_up(result)
         except (FlexpertError, CommError, OSError, RuntimeError) as error:
             self._undo(preparation.plan, result)
@@ -492,7 +482,7 @@ class RankEngine:
         limits = self.scheduler.limits
         try:
             if self.buffer.capturable:
-                sizes = graph_sizes(min(limits.max_running, self._room), self.device)
+                sizes = self.profile.graph_sizes(min(limits.max_running, self._room))
                 self.runner.capture(sizes, limits.longest_table)
             self._walk_alone()
         except (CommError, RuntimeError) as error:
@@ -501,7 +491,7 @@ class RankEngine:
     def _walk_alone(self) -> None:
         """One of each shape of products, which would otherwise be compiled while serving."""
         limits = self.scheduler.limits
-        for rows in warm_up_sizes(self._room, self.config, self.device):
+        for rows in self.profile.warm_up_sizes(self._room):
             self.runner.forward(_warmup_batch(rows, limits.block_size, limits.max_running))
 
     @property

@@ -75,7 +75,13 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> Doubles:
 
 
 class Sampler:
-    """Samples the next token of each sequence. All state is in the `SampleState`s."""
+    """Samples the next token of each sequence. All state is in the `SampleState`s.
+
+    greedy_on_device: choose the likeliest token where the logits are, and copy only that.
+    """
+
+    def __init__(self, *, greedy_on_device: bool = False) -> None:
+        self._greedy_on_device = greedy_on_device
 
     def sample(self, logits: torch.Tensor, samples: Sequence[SampleState]) -> Sampled:
         """One token for each row.
@@ -89,7 +95,7 @@ class Sampler:
         if not samples:
             return Sampled([], [])
         plain = all(s.plain and not (s.stop_ids and s.must_go_on) for s in samples)
-        if plain and logits.is_cuda:
+        if plain and self._greedy_on_device:
             return Sampled(logits.argmax(dim=-1).tolist(), [None] * len(samples))
         raw: Floats = logits.detach().to("cpu", torch.float32).numpy()
         if plain:

@@ -18,7 +18,7 @@ def scales_of(rows: int, columns: int) -> tuple[int, int]:
     return -(-rows // BLOCK), -(-columns // BLOCK)
 
 
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Scale each block so that its largest element becomes the largest of fp8.
 
     Args:
@@ -32,12 +32,12 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
     scales = blocks.abs().amax((1, 3)).clamp(min=1e-12) / LARGEST
     scaled = (blocks / scales[:, None, :, None]).to(DTYPE)
-    whole = scaled.view(padded.shape)
-    return whole[:rows, :columns].contiguous(), scales
+    joined = scaled.view(padded.shape)
+    return joined[:rows, :columns].contiguous(), scales
 
 
-def restore(weight: Tensor, scales: Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> Tensor:
-    """What `quantise` gave, in float32.
+def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> Tensor:
+    """What `quantize` gave, in float32.
 
     Args:
         weight: [..., out, in] float8.
@@ -47,5 +47,5 @@ def restore(weight: Tensor, scales: Tensor, block: tuple[int, int] = (BLOCK, BLO
         [..., out, in] float32.
     """
     rows, columns = weight.shape[-2:]
-    whole = scales.float().repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
-    return weight.float() * whole[..., :rows, :columns]
+    factors = scales.float().repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
+    return weight.float() * factors[..., :rows, :columns]

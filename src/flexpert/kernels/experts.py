@@ -1,38 +1,23 @@
-"""The experts a rank holds of one layer, and their computation."""
+"""The weights of one expert, in one layout for all models and kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from math import prod
 from typing import Final, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flexpert.kernels import block_fp8 as fp8
-from flexpert.kernels.cpu import ops
-
-LIBRARY_ROWS: Final = (256, 128, 64)
-"""Rows of one call to torch's product: a large group is cut into such pieces, our kernel takes the
-rest. Few sizes, because oneDNN compiles and keeps a kernel for each that it meets."""
-
-
-def library_rows(dtype: torch.dtype, threads: int) -> tuple[int, ...]:
-    """The sizes from which on torch's `threads` beat our one (measured on Sapphire Rapids).
-
-    Without AMX: 64 rows of 2048x2048 f32 take torch 3.6 ms, us 3.7. With AMX, bf16, one thread:
-    16 rows take torch 0.57 ms, us 0.34, and 512 rows 3.7 and 3.5; torch has the second thread.
-    """
-    if dtype == torch.bfloat16 and ops.instruction_set() == "amx" and threads == 1:
-        return ()
-    return LIBRARY_ROWS
-
 
 ALIGNMENT: Final = 16
 """Bytes; kernels load that many at once."""
+
+Gate = Callable[[Tensor], Tensor]
+"""What a model computes between both products, transformers' own: [rows, height] → [rows, inter],
+in SwiGLU silu of the first half times the second."""
 
 
 class _Part(NamedTuple):
@@ -168,126 +153,21 @@ class ExpertWeights:
             moved(self.down_scale),
         )
 
-    def quantised(self) -> ExpertWeights:
+    def quantized(self) -> ExpertWeights:
         """The same in fp8 with a scale for each block of 128 x 128; biases stay."""
-        gate_up, gate_up_scale = fp8.quantise(self.gate_up)
-        down, down_scale = fp8.quantise(self.down)
+        gate_up, gate_up_scale = fp8.quantize(self.gate_up)
+        down, down_scale = fp8.quantize(self.down)
         return ExpertWeights(
             gate_up, down, self.gate_up_bias, self.down_bias, gate_up_scale, down_scale
         )
 
-    def restored(self) -> ExpertWeights:
+    def dequantized(self) -> ExpertWeights:
         """The same in float32 without scales; itself if it has none."""
         if self.gate_up_scale is None or self.down_scale is None:
             return self
         return ExpertWeights(
-            fp8.restore(self.gate_up, self.gate_up_scale),
-            fp8.restore(self.down, self.down_scale),
+            fp8.dequantize(self.gate_up, self.gate_up_scale),
+            fp8.dequantize(self.down, self.down_scale),
             self.gate_up_bias,
             self.down_bias,
-        )
-
-
-class LayerExperts:
-    """The experts a rank holds of one layer; an expert's slot is its position.
-
-    Args:
-        experts: of equal shapes and dtype; may be empty.
-        deterministic: give each row the same bits whatever shares the call.
-    """
-
-    def __init__(self, experts: Sequence[ExpertWeights], *, deterministic: bool) -> None:
-        self.experts = tuple(experts)
-        self._deterministic = deterministic
-        self._up = self._down = None
-        if not self.experts:
-            return
-        if (self.experts[0].gate_up_bias is None) != (self.experts[0].down_bias is None):
-            raise ValueError("experts have both biases or none")
-        weight = self.experts[0].gate_up
-        if weight.dtype in ops.DTYPES and weight.device.type == "cpu":
-            up_biases = [e.gate_up_bias for e in self.experts if e.gate_up_bias is not None]
-            down_biases = [e.down_bias for e in self.experts if e.down_bias is not None]
-            self._up = ops.WeightTable([e.gate_up for e in self.experts], up_biases or None)
-            self._down = ops.WeightTable([e.down for e in self.experts], down_biases or None)
-        elif deterministic:
-            raise ValueError(f"deterministic experts need bf16 or f32 on a CPU, not {weight.dtype}")
-
-    @property
-    def slots(self) -> int:
-        return len(self.experts)
-
-    def compute(self, x: Tensor, offsets: Tensor, apply_gate: Callable[[Tensor], Tensor]) -> Tensor:
-        """Each row through its expert.
-
-        Args:
-            x: [rows, hidden], sorted by slot.
-            offsets: [slots + 1] int32; rows of slot s are offsets[s] … offsets[s+1]-1.
-            apply_gate: [rows, 2 * inter] → [rows, inter]; the model's own, called once.
-
-        Returns:
-            [rows, hidden], in x's order and dtype.
-        """
-        if x.shape[0] == 0:
-            return x.new_empty(x.shape)
-        if self.experts[0].gate_up.dtype == fp8.DTYPE:
-            raise ValueError("torch does not compute fp8 experts with scales of blocks")
-        if self._up is None or self._down is None:
-            return self._compute_by_torch(x, offsets, apply_gate)
-        x = x.contiguous()
-        split = self._split(x, offsets)
-        hidden = self._linear(self._up, x, offsets, split)
-        return self._linear(self._down, apply_gate(hidden).contiguous(), offsets, split)
-
-    def _split(self, x: Tensor, offsets: Tensor) -> list[tuple[int, int, int]]:
-        """The pieces of x to give to torch: (slot, first row, rows), of sizes in `library_rows`."""
-        if self._deterministic or x.shape[0] < LIBRARY_ROWS[-1]:
-            return []
-        sizes = library_rows(x.dtype, torch.get_num_threads())
-        if not sizes:
-            return []
-        pieces = []
-        for slot, (begin, end) in enumerate(pairwise(offsets.tolist())):
-            for size in sizes:
-                while end - begin >= size:
-                    pieces.append((slot, begin, size))
-                    begin += size
-        return pieces
-
-    @staticmethod
-    def _linear(
-        table: ops.WeightTable, x: Tensor, offsets: Tensor, split: list[tuple[int, int, int]]
-    ) -> Tensor:
-        """`table.linear`, with the pieces in `split` done by torch."""
-        if not split:
-            return table.linear(x, offsets)
-        y = x.new_empty((x.shape[0], table.out_features))
-        begins = offsets[:-1].clone()
-        for slot, begin, size in split:
-            rows = slice(begin, begin + size)
-            torch.mm(x[rows], table.weights[slot].t(), out=y[rows])
-            if table.biases is not None:
-                y[rows] += table.biases[slot]
-            begins[slot] = begin + size
-        table.linear_ranges(x, begins, offsets[1:], y)
-        return y
-
-    def _compute_by_torch(
-        self, x: Tensor, offsets: Tensor, apply_gate: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """As `compute`, for dtypes and devices that our kernels do not know."""
-        bounds = offsets.tolist()
-        pieces = [x[a:b] for a, b in pairwise(bounds)]
-        hidden = torch.cat(
-            [
-                F.linear(p, e.gate_up, e.gate_up_bias)
-                for p, e in zip(pieces, self.experts, strict=True)
-            ]
-        )
-        gated = apply_gate(hidden)
-        return torch.cat(
-            [
-                F.linear(gated[a:b], e.down, e.down_bias)
-                for (a, b), e in zip(pairwise(bounds), self.experts, strict=True)
-            ]
         )

@@ -40,6 +40,12 @@ class NormKernel(Protocol):
     def __call__(self, x: Tensor, weight: Tensor, eps: float, *, early: bool) -> Tensor: ...
 
 
+class LinearKernel(Protocol):
+    """See `ops.linear`."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+
+
 class AttendKernel(Protocol):
     """See `cuda.attention.attend`."""
 
@@ -96,26 +102,23 @@ class Fusions:
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """What a model's dense part calls."""
+    """What a model's dense part calls.
+
+    linear: for bfloat16, where it is faster than torch's for the fewest rows; None: it is not.
+    pads_batches: batches are padded to few sizes, because torch compiles a product for each.
+    """
 
     paged_attention: PagedAttentionKernel
     rms_norm: NormKernel
+    linear: LinearKernel | None = None
     fusions: Fusions | None = None
+    pads_batches: bool = False
 
 
-_CPU = Kernels(ops.paged_attention, ops.rms_norm)
-
-
-def kernels_of(device: torch.device) -> Kernels:
-    """The kernels of a device.
-
-    Raises:
-        ConfigError: a GPU's, and the package triton is missing.
-    """
-    if device.type == "cpu":
-        return _CPU
-    _need_triton()
-    return gpu_kernels()
+def cpu_kernels() -> Kernels:
+    """Those in C."""
+    linear = ops.linear if ops.instruction_set() == "amx" else None
+    return Kernels(ops.paged_attention, ops.rms_norm, linear, pads_batches=True)
 
 
 def gpu_kernels() -> Kernels:
@@ -123,7 +126,7 @@ def gpu_kernels() -> Kernels:
     from flexpert.kernels.cuda import attention, norm, rotary, router
 
     fusions = Fusions(attention.attend, rotary.turn_and_store, router.choose_experts)
-    return Kernels(attention.paged_attention, norm.rms_norm, fusions)
+    return Kernels(attention.paged_attention, norm.rms_norm, fusions=fusions)
 
 
 def open_gpu() -> torch.device:

@@ -30,5 +30,7 @@ class ForwardBatch:
     sample_rows: Tensor
 
     def to(self, device: torch.device) -> ForwardBatch:
-        """The same on a device."""
+        """The same on a device; itself if it is there."""
+        if self.token_ids.device == device:
+            return self
         return ForwardBatch(*(getattr(self, field.name).to(device) for field in fields(self)))

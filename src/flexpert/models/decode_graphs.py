@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from flexpert.kernels.device_stream import Replay, stream_of
 from flexpert.models.batch import ForwardBatch
 
 Walk = Callable[[ForwardBatch], Tensor]
-Replay = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ class DecodeGraphs:
         walk: a batch on the device → [M, vocab] logits, without waiting for the device.
         sizes: of batches, in sequences.
         max_blocks: KV blocks of the longest sequence.
-        device: a GPU.
+        device: of the model and what it computes with.
 
     Attributes:
         captures: graphs captured so far.
@@ -104,12 +103,12 @@ class DecodeGraphs:
     ) -> None:
         self.captures = 0
         self._max_blocks = max_blocks
-        gpu = device.type == "cuda"
         room = StepInputs.room(max(sizes), max_blocks)
-        self._host = torch.zeros(room, dtype=torch.uint8, pin_memory=gpu)
+        self._stream = stream_of(device)
+        self._host = self._stream.host_buffer(room)
         self._device = torch.zeros(room, dtype=torch.uint8, device=device)
-        self._copied = torch.cuda.Event() if gpu else None  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle() if gpu else None
+        self._copied = self._stream.event()  # the device has read what lies on the host
+        self._pool = self._stream.graph_pool()
         self._captured: dict[int, _Captured] = {}
         # the largest first: the others find room in its memory
         for size in sorted(set(sizes), reverse=True):
@@ -130,7 +129,7 @@ class DecodeGraphs:
             slot_mapping=inputs.slot_mapping,
             sample_rows=count[:size].clone(),
         )
-        replay, logits = record(walk, batch, self._pool)
+        replay, logits = self._stream.capture(lambda: walk(batch), self._pool)
         self.captures += 1
         host = StepInputs.over(self._host, size, self._max_blocks)
         return _Captured(batch, host, replay, logits)
@@ -156,33 +155,9 @@ class DecodeGraphs:
         self._replay(self._captured[self._sizes[0]], None)
 
     def _replay(self, captured: _Captured, batch: ForwardBatch | None) -> None:
-        if self._copied is not None:
-            self._copied.synchronize()  # what lies on the host has been read
+        self._copied.synchronize()
         captured.host.fill(batch)
         count = captured.host.nbytes
         self._device[:count].copy_(self._host[:count], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
+        self._copied.record()
         captured.replay()
-
-
-def record(walk: Walk, batch: ForwardBatch, pool: Any) -> tuple[Replay, Tensor]:
-    """A CUDA graph of `walk(batch)`: (how to replay it, where its result is then).
-
-    In Triton's interpreter there are no graphs: a replay walks again, over the same memory.
-    """
-    device = batch.token_ids.device
-    if device.type == "cpu":
-        result = walk(batch).clone()
-        return lambda: result.copy_(walk(batch)), result
-    here = torch.cuda.current_stream(device)
-    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        walk(batch)  # compiles what is still to be compiled
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: another thread may load weights meanwhile
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        logits = walk(batch)
-    return graph.replay, logits

@@ -25,10 +25,10 @@ Block = tuple[int, int]
 
 
 def block_of(path: Path, config: PreTrainedConfig) -> Block | None:
-    """What a checkpoint's configuration says of its weights; None: they are not quantised.
+    """What a checkpoint's configuration says of its weights; None: they are not quantized.
 
     Raises:
-        UnsupportedModel: they are quantised in another way than fp8 with blocks.
+        UnsupportedModel: they are quantized in another way than fp8 with blocks.
     """
     quantization = getattr(config, "quantization_config", None)
     if not quantization:
@@ -39,8 +39,8 @@ def block_of(path: Path, config: PreTrainedConfig) -> Block | None:
     method = settings.get("quant_method", "?")
     if method != "fp8":
         raise UnsupportedModel(
-            f"{path} is quantised ({method}); flexpert reads fp8 with scales of blocks, and no "
-            f"other quantisation; {REMEDY}"
+            f"{path} is quantized ({method}); flexpert reads fp8 with scales of blocks, and no "
+            f"other quantization; {REMEDY}"
         )
     block = settings.get("weight_block_size")
     if (
@@ -49,7 +49,7 @@ def block_of(path: Path, config: PreTrainedConfig) -> Block | None:
         or not all(isinstance(size, int) and size > 0 for size in block)
     ):
         raise UnsupportedModel(
-            f"{path} is quantised to fp8 with weight_block_size {block!r}; flexpert reads scales "
+            f"{path} is quantized to fp8 with weight_block_size {block!r}; flexpert reads scales "
             f"of blocks, such as [128, 128]; {REMEDY}"
         )
     return block[0], block[1]
@@ -84,13 +84,13 @@ class Fp8Files(TensorFiles):
         tensor = super().read(key)
         if not self.scaled(key):
             return tensor
-        return self._restored(key, tensor, super().read(key + SUFFIX))
+        return self._dequantized(key, tensor, super().read(key + SUFFIX))
 
     def read_row(self, key: str, row: int) -> Tensor:
         tensor = super().read_row(key, row)
         if not self.scaled(key):
             return tensor
-        return self._restored(key, tensor, super().read_row(key + SUFFIX, row))
+        return self._dequantized(key, tensor, super().read_row(key + SUFFIX, row))
 
     def stored(self, key: str) -> Tensor:
         """As it lies in the files."""
@@ -99,14 +99,14 @@ class Fp8Files(TensorFiles):
     def stored_row(self, key: str, row: int) -> Tensor:
         return super().read_row(key, row)
 
-    def _restored(self, key: str, weight: Tensor, scales: Tensor) -> Tensor:
+    def _dequantized(self, key: str, weight: Tensor, scales: Tensor) -> Tensor:
         wanted = tuple(-(-n // b) for n, b in zip(weight.shape[-2:], self.block, strict=True))
         if tuple(scales.shape[-2:]) != wanted:
             raise ModelError(
                 f"{self.path}: the scales of {key} have shape {tuple(scales.shape)}, blocks of "
                 f"{self.block[0]} x {self.block[1]} need {wanted}"
             )
-        return fp8.restore(weight, scales, self.block)
+        return fp8.dequantize(weight, scales, self.block)
 
 
 class _As:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexpert.kernels.cpu import ops
-from flexpert.kernels.kernel_set import NormKernel
+from flexpert.kernels.kernel_set import Kernels, LinearKernel, NormKernel
 from flexpert.models.deterministic import outside_modes
 
 LIBRARY_ROWS: Final = 64
@@ -25,15 +25,16 @@ _TRIAL_ROWS: Final = 64
 _MOST_DIFFERENT: Final = 0.01  # share of elements; sums in another order round some otherwise
 
 
-def fuse(model: nn.Module, norm: NormKernel, *, deterministic: bool) -> None:
+def fuse(model: nn.Module, kernels: Kernels, *, deterministic: bool) -> None:
     """Replace the forward of the modules of a loaded model that our kernels compute as well.
 
-    norm: for the device that the model is on.
+    kernels: for the device that the model is on.
     """
+    linear, norm = kernels.linear, kernels.rms_norm
     for module in model.modules():
         if type(module) is nn.Linear:
-            if _linear_pays(module.weight):
-                _replace(module, _linear(module, deterministic))
+            if linear is not None and _fits_kernel(module.weight):
+                _replace(module, _linear(module, linear, deterministic))
         elif (eps := epsilon(module)) is not None:
             for early in (True, False):
                 if _is_norm(module, eps, norm, early=early):
@@ -45,27 +46,23 @@ def _replace(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
     vars(module)["forward"] = forward
 
 
-def _linear_pays(weight: Tensor) -> bool:
-    """Elsewhere our kernel is faster for the fewest rows only."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and weight.is_contiguous()
-        and ops.instruction_set() == "amx"
-    )
+def _fits_kernel(weight: Tensor) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.is_contiguous()
 
 
-def _linear(module: nn.Linear, deterministic: bool) -> Callable[[Tensor], Tensor]:
+def _linear(
+    module: nn.Linear, kernel: LinearKernel, deterministic: bool
+) -> Callable[[Tensor], Tensor]:
     weight, bias = module.weight.data, None if module.bias is None else module.bias.data
 
     def forward(input: Tensor) -> Tensor:
         if deterministic:
             with outside_modes():
-                return ops.linear(input, weight, bias)
+                return kernel(input, weight, bias)
         rows = input.numel() // weight.shape[1]
         if input.dtype != weight.dtype or (rows >= LIBRARY_ROWS and torch.get_num_threads() > 1):
             return F.linear(input, weight, bias)
-        return ops.linear(input, weight, bias)
+        return kernel(input, weight, bias)
 
     return forward
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flexpert.kernels.device_stream import stream_of
 from flexpert.models.source import ModelInfo
 
 _ALIGN = 64  # bytes; of each tensor's begin
@@ -60,8 +61,7 @@ class KVCache:
                 for to, of in zip(mine, theirs, strict=True):
                     to.index_copy_(0, target, of.index_select(0, source))
                     copied += len(pairs) * to[0].nbytes
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+        stream_of(device).synchronize()
         return copied
 
 

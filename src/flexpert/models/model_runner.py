@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexpert.errors import ModelError, UnsupportedModel
-from flexpert.kernels.kernel_set import Kernels, PagedAttentionKernel, kernels_of
+from flexpert.kernels.experts import Gate
+from flexpert.kernels.kernel_set import Kernels, PagedAttentionKernel, cpu_kernels
 from flexpert.models import registrations
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.decode_graphs import DecodeGraphs
@@ -26,32 +27,9 @@ from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelInfo, ModelSource
+from flexpert.moe.moe_layers import MoELayers
 
 CPU = torch.device("cpu")
-
-
-class MoELayers(Protocol):
-    """Where the routed experts' sum comes from; `flexpert.moe.runtime` has the real one."""
-
-    def forward(
-        self,
-        layer: int,
-        x: Tensor,
-        expert_ids: Tensor,
-        weights: Tensor,
-        apply_gate: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        """x: [T, hidden], expert_ids: [T, k], weights: [T, k] float32, on a GPU any float dtype
-        → [T, hidden]."""
-        ...
-
-
-class DeviceRuntime(MoELayers, Protocol):
-    """The same on a GPU, where the host must not cut a batch to its rows."""
-
-    def expect(self, tokens: int) -> None:
-        """So many rows of the batches to come count; the rest is padding."""
-        ...
 
 
 class PagedAttention:
@@ -123,9 +101,7 @@ class RoutedExperts:
         self.runtime = runtime
         self.topk = topk
         self.rows = 0  # of the batch; what comes after is padding
-        self.apply_gate: Callable[[Tensor], Tensor] = (
-            module._apply_gate if module.has_gate else module.act_fn
-        )
+        self.apply_gate: Gate = module._apply_gate if module.has_gate else module.act_fn
 
     def experts(self, module: nn.Module, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         rows = self.rows
@@ -133,7 +109,7 @@ class RoutedExperts:
             self.layer,
             x[:rows].contiguous(),
             expert_ids[:rows].contiguous(),
-            (weights if x.is_cuda else weights.float())[:rows].contiguous(),
+            weights[:rows].contiguous(),
             self.apply_gate,
         )
         return pad_rows(y, x.shape[0])
@@ -156,7 +132,8 @@ class ModelRunner:
         kv: KVCache,
         *,
         deterministic: bool,
-        runtime: DeviceRuntime | None,
+        moe: MoELayers,
+        pads_batches: bool,
     ) -> None:
         self.info = info
         self.kv = kv
@@ -165,7 +142,8 @@ class ModelRunner:
         self._attention = attention
         self._experts = experts
         self._deterministic = deterministic
-        self._runtime = runtime
+        self._moe = moe
+        self._pads_batches = pads_batches and not deterministic
         self._device = next(model.parameters()).device
         self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -174,7 +152,7 @@ class ModelRunner:
         cls,
         source: ModelSource,
         *,
-        moe: MoELayers | DeviceRuntime,
+        moe: MoELayers,
         kv_blocks: int,
         kv_block_size: int,
         deterministic: bool,
@@ -187,8 +165,8 @@ class ModelRunner:
         Args:
             kv_memory: [`KVCache.nbytes`] uint8 for the cache, on `device`; default: memory of its
                 own.
-            device: "cuda" needs a `moe` that has `expect`, and is never deterministic.
-            kernels: default: the device's.
+            device: of weights and batches; a GPU is never deterministic.
+            kernels: for `device`; default: a CPU's.
 
         Raises:
             ModelError: a tensor of the checkpoint cannot be read or has another shape.
@@ -214,7 +192,7 @@ class ModelRunner:
             kv_block_size=kv_block_size,
             deterministic=deterministic,
             kv_memory=kv_memory,
-            kernels=kernels,
+            kernels=kernels or cpu_kernels(),
         )
 
     @classmethod
@@ -225,21 +203,20 @@ class ModelRunner:
         *,
         attention_names: Sequence[str],
         experts_names: Sequence[str],
-        moe: MoELayers | DeviceRuntime,
+        moe: MoELayers,
         kv_blocks: int,
         kv_block_size: int,
+        kernels: Kernels,
         deterministic: bool = False,
         kv_memory: Tensor | None = None,
-        kernels: Kernels | None = None,
     ) -> ModelRunner:
-        """Bind a model that has its dense weights to a KV cache, beside them, and to `moe`.
+        """Bind a model that has its dense weights to a KV cache on the same device, and to `moe`.
 
         Args:
             model: built with `registrations.IMPLEMENTATION`, on one device.
             attention_names, experts_names: its modules of either kind, in the order of the forward.
         """
         device = next(model.parameters()).device
-        kernels = kernels or kernels_of(device)
         if kv_memory is None:
             size = KVCache.nbytes(info, kv_blocks, kv_block_size)
             kv_memory = torch.empty(size, dtype=torch.uint8, device=device)
@@ -256,7 +233,7 @@ class ModelRunner:
             registrations.bind(module, routed)
             experts.append(routed)
         with torch.inference_mode():
-            fuse(model, kernels.rms_norm, deterministic=deterministic)
+            fuse(model, kernels, deterministic=deterministic)
             if kernels.fusions is not None:
                 fuse_modules(model, kernels.fusions)
         return cls(
@@ -266,7 +243,8 @@ class ModelRunner:
             experts,
             kv,
             deterministic=deterministic,
-            runtime=cast(DeviceRuntime, moe) if hasattr(moe, "expect") else None,
+            moe=moe,
+            pads_batches=kernels.pads_batches,
         )
 
     def capture(self, sizes: Sequence[int], max_blocks: int) -> None:
@@ -287,9 +265,7 @@ class ModelRunner:
         On a GPU they are valid until the next call.
         """
         with torch.inference_mode(), self._mode():
-            if self._runtime is None:
-                return self._walk(batch)
-            self._runtime.expect(batch.token_ids.shape[0])
+            self._moe.expect(batch.token_ids.shape[0])
             if self.graphs is not None and self.graphs.fits(batch):
                 return self.graphs.forward(batch)
             return self._walk(batch.to(self._device))
@@ -300,8 +276,8 @@ class ModelRunner:
             layer.batch = batch
         for experts in self._experts:
             experts.rows = batch.token_ids.shape[0]
-        exact = self._deterministic or self._runtime is not None
-        token_ids, positions, sample_rows = (exact_batch if exact else pad_batch)(batch)
+        cut = pad_batch if self._pads_batches else exact_batch
+        token_ids, positions, sample_rows = cut(batch)
         rows = {"logits_to_keep": sample_rows} if self._slices_logits else {}
         logits: Tensor = self._model(
             input_ids=token_ids.unsqueeze(0),
@@ -317,8 +293,8 @@ class ModelRunner:
         """Take part in a step without tokens: each MoE layer in order, no attention."""
         device = self._device
         with torch.inference_mode(), self._mode():
-            if self._runtime is not None and self.graphs is not None:
-                self._runtime.expect(0)
+            if self.graphs is not None:
+                self._moe.expect(0)
                 self.graphs.idle()
                 return
             for layer in self._experts:

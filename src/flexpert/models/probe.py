@@ -21,7 +21,7 @@ from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.models import registrations
 
 UNDERSTOOD: Final = {"scaling", "sliding_window", "s_aux", "softcap", "dropout", "is_causal"}
-"""Arguments of an attention call that `shard` honours."""
+"""Arguments of an attention call that `model_runner` honours."""
 
 HARMLESS: Final = {
     "cache_position",

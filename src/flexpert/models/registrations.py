@@ -1,8 +1,8 @@
 """The seam to transformers: one attention function and one experts function, registered.
 
 Models built with these implementations call whatever is bound to the calling module: the paged
-cache and the expert-parallel runtime while serving (`shard`), a recorder on the meta device while
-opening a checkpoint (`probe`). The only global state is transformers' own registries.
+cache and the expert-parallel runtime while serving (`model_runner`), a recorder on the meta device
+while opening a checkpoint (`probe`). The only global state is transformers' own registries.
 """
 
 from __future__ import annotations

@@ -39,10 +39,14 @@ TINY: Final = "tiny"
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-ExpertFormat = Literal["whole", "stored", "fp8"]
-"""Of experts in memory. whole: in the model's dtype; fp8: with a scale for each block of 128 x 128
-(see `flexpert.kernels.block_fp8`), quantised at load if they are not; stored: fp8 if the files have
-it."""
+ExpertFormat = Literal["unquantized", "stored", "fp8"]
+"""How experts lie in memory.
+
+unquantized: in the model's dtype.
+fp8: with a scale for each block of 128 x 128 (see `flexpert.kernels.block_fp8`), quantized at load
+if the files do not have it.
+stored: fp8 if the files have it, else unquantized.
+"""
 
 _MOST_CONFIG_BYTES: Final = 8 * 2**20
 _MOST_PARTS: Final = 100_000  # of one kind in a model: layers, heads, experts
@@ -111,11 +115,11 @@ class ModelSource:
         self.experts_names = tuple(call.name for call in found.experts_calls)
         self.checkpoint = Checkpoint(files, skeleton)
         # parameters of experts that are fp8 in the files, and those that can be taken as they are
-        quantised = self._quantised(files) if isinstance(files, Fp8Files) else {}
-        self.fp8_experts = experts == "fp8" or (experts == "stored" and bool(quantised))
+        quantized = self._quantized(files) if isinstance(files, Fp8Files) else {}
+        self.fp8_experts = experts == "fp8" or (experts == "stored" and bool(quantized))
         self._as_stored = {
             name: fp8_files
-            for name, fp8_files in quantised.items()
+            for name, fp8_files in quantized.items()
             if self.fp8_experts and self._fits_as_stored(name, fp8_files)
         }
         self._check_complete()
@@ -128,7 +132,7 @@ class ModelSource:
         revision: str | None = None,
         dtype: str = "auto",
         max_model_len: int | None = None,
-        experts: ExpertFormat = "whole",
+        experts: ExpertFormat = "unquantized",
     ) -> ModelSource:
         """Open a model by name.
 
@@ -140,7 +144,7 @@ class ModelSource:
             experts: their format in memory.
 
         Raises:
-            UnsupportedModel: a dense model, another quantisation than fp8 with blocks, or a family
+            UnsupportedModel: a dense model, another quantization than fp8 with blocks, or a family
                 that does not fit; says why.
             ModelError: files are missing, damaged or cannot be had.
         """
@@ -182,7 +186,7 @@ class ModelSource:
 
     @cached_property
     def expert_parameters(self) -> frozenset[str]:
-        """Names of all experts' fused parameters, which `shard` never allocates."""
+        """Names of all experts' fused parameters, which `ModelRunner` never allocates."""
         return frozenset(
             f"{name}.{parameter}"
             for name in self.experts_names
@@ -240,14 +244,18 @@ class ModelSource:
 
         height, hidden = shape("gate_up_proj" if module.has_gate else "up_proj")
         _, inter = shape("down_proj")
-        whole = self.info.dtype
+        dtype = self.info.dtype
         return ExpertShape(
             hidden,
             height,
             inter,
-            fp8.DTYPE if self.fp8_experts else whole,
-            biases=whole if module.has_bias else None,
+            fp8.DTYPE if self.fp8_experts else dtype,
+            biases=dtype if module.has_bias else None,
         )
+
+    def expert_shapes(self) -> list[ExpertShape]:
+        """Of the experts of each MoE layer."""
+        return [self.expert_shape(layer) for layer in range(self.info.moe_layers)]
 
     def load_experts(
         self,
@@ -308,7 +316,7 @@ class ModelSource:
                 target.copy_(tensor)
             else:
                 for to, part in zip(
-                    (target, scales), fp8.quantise(tensor.to(target.device)), strict=True
+                    (target, scales), fp8.quantize(tensor.to(target.device)), strict=True
                 ):
                     to.copy_(part)
 
@@ -317,7 +325,7 @@ class ModelSource:
         read(f"{up}_bias", into.gate_up_bias)
         read("down_proj_bias", into.down_bias)
 
-    def _quantised(self, files: Fp8Files) -> dict[str, Fp8Files]:
+    def _quantized(self, files: Fp8Files) -> dict[str, Fp8Files]:
         """The parameters of experts that are made of fp8 weights with scales, and nothing else."""
         recipes = self.checkpoint.recipes
         return {
@@ -329,8 +337,8 @@ class ModelSource:
     def _fits_as_stored(self, name: str, files: Fp8Files) -> bool:
         """Whether fp8 weights and scales can be put together as they lie in the files.
 
-        Else they are restored and quantised anew: blocks of another size or layout, or of gate and
-        up that would share one.
+        Else they are dequantized and quantized anew: blocks of another size or layout, or gate and
+        up projections that would share a block.
         """
         experts: Any = self.skeleton.get_submodule(name.rpartition(".")[0])
         rows = self.skeleton.get_parameter(name).shape[1]

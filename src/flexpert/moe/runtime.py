@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from flexpert.comm import Buffer, ExpertTable, Reduce
-from flexpert.kernels.experts import LayerExperts
+from flexpert.kernels.experts import Gate
+from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement
-
-Gate = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerState:
-    """One layer in one epoch: where its experts are, and those held here."""
-
-    table: ExpertTable
-    experts: LayerExperts
 
 
 def expert_tables(placement: Placement, rank: int) -> list[ExpertTable]:
@@ -91,12 +81,12 @@ class MoERuntime:
     def __init__(self, buffer: Buffer, *, reduce: Reduce) -> None:
         self.buffer = buffer
         self.reduce: Reduce = reduce
-        self.layers: list[LayerState] = []
+        self.layers: Sequence[LayerState] = []
         self.walked = 0
         self._absent: dict[int, torch.Tensor] = {}  # layer → [experts] bool, where any is
         self._lost: torch.Tensor | None = None
 
-    def install(self, layers: list[LayerState]) -> None:
+    def install(self, layers: Sequence[LayerState]) -> None:
         """Use these layers from the next step on."""
         self.layers = layers
         absent = {index: state.table.rank < 0 for index, state in enumerate(layers)}
@@ -109,6 +99,9 @@ class MoERuntime:
         """
         lost, self._lost = self._lost, None
         return lost
+
+    def expect(self, tokens: int) -> None:
+        """Nothing: batches come without padding."""
 
     def forward(
         self,
@@ -123,13 +116,14 @@ class MoERuntime:
         Args:
             layer: index among the MoE layers.
             x: [tokens, hidden]; tokens may be 0, the exchanges are walked all the same.
-            expert_ids: [tokens, k] int, weights: [tokens, k] float32.
+            expert_ids: [tokens, k] int, weights: [tokens, k] of any float dtype.
             apply_gate: transformers' gate of this layer, [rows, 2·inter] → [rows, inter].
 
         Returns:
             [tokens, hidden] in x's dtype.
         """
         state = self.layers[layer]
+        weights = weights.float()
         self.walked += 1
         if layer in self._absent and x.shape[0]:
             expert_ids, weights, lost = without(self._absent[layer], expert_ids, weights)

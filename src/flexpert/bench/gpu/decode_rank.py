@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexpert.bench.gpu.model import RandomModel
-from flexpert.kernels.cuda.device_experts import Gate
+from flexpert.kernels.experts import Gate
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.decode_graphs import DecodeGraphs
 from flexpert.models.model_runner import ModelRunner

@@ -30,14 +30,16 @@ from flexpert.bench.gpu.model import quantised_with
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.comm import BufferSpec, make_buffer
 from flexpert.errors import FlexpertError
-from flexpert.kernels.experts import ExpertWeights, LayerExperts
+from flexpert.kernels.cpu.expert_products import LayerExperts
+from flexpert.kernels.experts import ExpertWeights
 from flexpert.kernels.kernel_set import open_gpu
 from flexpert.models import registrations
 from flexpert.models.model_runner import RoutedExperts
 from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
 from flexpert.moe.cuda.local_experts import LocalExperts
+from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import replan
-from flexpert.moe.runtime import LayerState, expert_tables
+from flexpert.moe.runtime import expert_tables
 
 OURS = "flexpert"
 EXCHANGED = "flexpert, exchanged"

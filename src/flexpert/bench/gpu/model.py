@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 from flexpert.kernels import block_fp8 as fp8
-from flexpert.kernels.experts import ExpertShape, ExpertWeights, LayerExperts
+from flexpert.kernels.cpu.expert_products import LayerExperts
+from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.kernels.kernel_set import gpu_kernels
 from flexpert.models import registrations
 from flexpert.models.model_runner import ModelRunner, compute_buffers
@@ -20,8 +21,9 @@ from flexpert.models.probe import Probe, build_skeleton, probe
 from flexpert.models.source import ModelInfo
 from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
 from flexpert.moe.cuda.local_experts import LocalExperts
+from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement
-from flexpert.moe.runtime import LayerState, expert_tables
+from flexpert.moe.runtime import expert_tables
 
 _STD = 0.02
 
@@ -51,8 +53,8 @@ def qwen3_30b_a3b(layers: int = 48) -> PreTrainedConfig:
 
 def quantised_with(whole: ExpertWeights) -> ExpertWeights:
     """An expert in fp8; the one given becomes what it is, so that others compute the same."""
-    small = whole.quantised()
-    restored = small.restored()
+    small = whole.quantized()
+    restored = small.dequantized()
     whole.gate_up.copy_(restored.gate_up)
     whole.down.copy_(restored.down)
     return small

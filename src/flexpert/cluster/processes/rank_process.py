@@ -16,6 +16,7 @@ import msgspec
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.cluster.processes.relay import Relay
 from flexpert.config import Config
+from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.faults import Faults
 from flexpert.engine.rank_engine import RankEngine
@@ -25,7 +26,7 @@ from flexpert.models.source import ExpertFormat, ModelSource
 
 _MEMORY_EVERY_S = 1.0
 BEATS = 10  # in one stall timeout
-_EXPERTS: Mapping[str, ExpertFormat] = {"none": "whole", "auto": "stored", "fp8": "fp8"}
+_EXPERTS: Mapping[str, ExpertFormat] = {"none": "unquantized", "auto": "stored", "fp8": "fp8"}
 
 
 ENTRY = f"{__name__}:rank_main"
@@ -53,7 +54,7 @@ def open_source(config: Config) -> ModelSource:
     Raises:
         ModelError: it cannot be opened or served.
     """
-    quantization = config.model.quantization if config.engine.device == "cuda" else "none"
+    quantization = DEVICE_SETTINGS[config.engine.device].quantization(config.model.quantization)
     return ModelSource.open(
         config.model.model,
         revision=config.model.revision,

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionTiling:
@@ -500,9 +502,7 @@ def _splits(programs: int, most: int, fill: int, device: torch.device) -> int:
 
     A power of two: each number is a kernel of its own in decode steps.
     """
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    else:
-        processors = 8  # so that the interpreter meets both ways
+    # 8: so that the interpreter meets both ways
+    processors = multiprocessor_count(device, interpreted=8)
     most = max(1, min(-(-fill * processors // programs), MOST_SPLITS, most))
     return 1 << most.bit_length() - 1

@@ -6,7 +6,7 @@ rewrites them between two steps and moves no weights, so that captured graphs st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.cuda.grouped_products import grouped_product
-from flexpert.kernels.experts import ALIGNMENT, ExpertShape, ExpertWeights
-
-Gate = Callable[[Tensor], Tensor]
+from flexpert.kernels.experts import ALIGNMENT, ExpertShape, ExpertWeights, Gate
 
 _TABLES = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexpert.kernels import block_fp8 as fp8
+from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,8 @@ def _tile(pointer, depth, K, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _restored(weight, scale, element: tl.constexpr):
-    """As a checkpoint is restored: rounded once. Scaling the sums instead takes registers that a
+def _dequantized(weight, scale, element: tl.constexpr):
+    """As a checkpoint is dequantized: rounded once. Scaling the sums instead takes registers that a
     wide tile does not have (2 to 3 times as long from 32 rows an expert on)."""
     return (weight.to(tl.float32) * scale).to(element)
 
@@ -123,9 +124,9 @@ def _product(
             if SCALED:
                 by = tl.load(scale_row + k // 128)
                 if SWAP:
-                    a = _restored(a, by[:, None], element)
+                    a = _dequantized(a, by[:, None], element)
                 else:
-                    b = _restored(b, by[None, :], element)
+                    b = _dequantized(b, by[None, :], element)
             accumulated = tl.dot(a, b, accumulated, input_precision=PRECISION)
             if GATED:
                 if SWAP:
@@ -135,9 +136,9 @@ def _product(
                 if SCALED:
                     by = tl.load(raised_row + k // 128)
                     if SWAP:
-                        c = _restored(c, by[:, None], element)
+                        c = _dequantized(c, by[:, None], element)
                     else:
-                        c = _restored(c, by[None, :], element)
+                        c = _dequantized(c, by[None, :], element)
                 if SWAP:
                     raised = tl.dot(c, b, raised, input_precision=PRECISION)
                 else:
@@ -244,7 +245,7 @@ def grouped_product(
     bound = rows // tiling.rows + min(slots, rows)
     programs = bound * triton.cdiv(columns, tiling.columns)
     if tiling.waves:
-        programs = min(programs, tiling.waves * _processors(x.device))
+        programs = min(programs, tiling.waves * multiprocessor_count(x.device, interpreted=2))
     _product[(programs,)](
         x,
         index,
@@ -271,10 +272,3 @@ def grouped_product(
         num_stages=tiling.stages,
     )
     return out
-
-
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; a few for the interpreter."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count

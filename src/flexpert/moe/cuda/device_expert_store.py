@@ -21,6 +21,7 @@ from flexpert.comm import (
     export_pages,
     import_memory,
 )
+from flexpert.kernels.device_stream import stream_of
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.moe.expert_store import Key, PeerExperts
 
@@ -93,6 +94,7 @@ class DeviceStore:
             experts: of each layer.
         """
         self.device = device
+        self._stream = stream_of(device)
         self.shapes = tuple(shapes)
         self.experts = experts
         self._shelf_bytes = shelf_bytes
@@ -120,7 +122,7 @@ class DeviceStore:
 
     def filled(self, key: Key) -> None:
         """Peers may copy it from now on."""
-        self._settle()
+        self._stream.synchronize()
         shelf, offset = self._places[key]
         self._directory.entries[self._directory.index(key)] = 1 + (shelf << _SHELF_SHIFT | offset)
 
@@ -176,10 +178,6 @@ class DeviceStore:
             self._last = (self._last + 1) % MOST_SHELVES
             if self._last not in self._shelves:
                 return self._last
-
-    def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
 
 
 class ExportedDeviceExperts:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from flexpert.comm import ExpertTable, Reduce
-from flexpert.kernels.cuda.device_experts import DeviceExperts, Gate
-from flexpert.kernels.experts import ExpertShape
-from flexpert.moe.runtime import LayerState
+from flexpert.kernels.cuda.device_experts import DeviceExperts
+from flexpert.kernels.experts import ExpertShape, Gate
+from flexpert.moe.moe_layers import LayerState
 
 
 class IndexedRows(Protocol):

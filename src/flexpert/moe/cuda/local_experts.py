@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexpert.kernels.cuda.device_experts import DeviceExperts, Gate
+from flexpert.kernels.cuda.device_experts import DeviceExperts
 from flexpert.kernels.cuda.row_sorting import combine, sort_by_slot
-from flexpert.kernels.experts import ExpertShape
-from flexpert.moe.runtime import LayerState
+from flexpert.kernels.experts import ExpertShape, Gate
+from flexpert.moe.moe_layers import LayerState
 
 
 class LocalExperts:

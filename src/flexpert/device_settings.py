@@ -1,0 +1,136 @@
+"""What a kind of device means for the settings: its defaults, and which combinations are refused.
+
+Pure, and without torch: `flexpert.engine.device_profile` is the device itself, once it is opened.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+MOST_GPU_RANKS: Final = 32
+"""Ranks between which flexpert's kernels for GPUs exchange."""
+
+NIXL_EP_RANKS: Final = (*range(1, 9), 16, 24, 32)
+"""Numbers of ranks for which NVIDIA's kernels are compiled."""
+
+Quantization = Literal["auto", "none", "fp8"]
+
+
+@dataclass(frozen=True, slots=True)
+class SettingCombination:
+    """Those settings that not every device takes; see `flexpert.config` for each."""
+
+    quantization: Quantization
+    all2all: Literal["auto", "nixl_ep"]
+    deterministic: bool
+    max_ranks: int
+    on_missing_expert: Literal["load", "degrade"]
+
+
+class DeviceSettings(ABC):
+    """The rules of one kind of device.
+
+    Attributes:
+        uses_host_memory: weights, KV cache and windows of a rank count as memory of the host.
+    """
+
+    uses_host_memory: bool
+
+    @abstractmethod
+    def engine_defaults(self, all2all: object) -> dict[str, int]:
+        """Defaults of `EngineConfig` that differ from the class's.
+
+        all2all: as it is given, not yet validated.
+        """
+
+    @abstractmethod
+    def cluster_defaults(self) -> dict[str, int]:
+        """Defaults of `ClusterConfig` where no number of ranks is given."""
+
+    @abstractmethod
+    def quantization(self, wanted: Quantization) -> Quantization:
+        """How experts are quantized in memory, where `wanted` is set."""
+
+    @abstractmethod
+    def refusal(self, settings: SettingCombination) -> str | None:
+        """Why the device does not take a combination, and what to do; None: it does."""
+
+
+class CpuSettings(DeviceSettings):
+    """A CPU computes with unquantized weights, exchanges over shared memory, and can order sums."""
+
+    uses_host_memory = True
+
+    def engine_defaults(self, all2all: object) -> dict[str, int]:
+        return {}
+
+    def cluster_defaults(self) -> dict[str, int]:
+        return {}
+
+    def quantization(self, wanted: Quantization) -> Quantization:
+        return "none"
+
+    def refusal(self, settings: SettingCombination) -> str | None:
+        if settings.quantization == "fp8":
+            return (
+                "--quantization fp8 needs --device cuda: a CPU computes with unquantized "
+                "weights; leave it out, an fp8 checkpoint is dequantized at load"
+            )
+        if settings.all2all != "auto":
+            return (
+                f"--all2all {settings.all2all} needs --device cuda: its kernels run on "
+                "GPUs; leave it out, and ranks exchange over shared memory"
+            )
+        return None
+
+
+class CudaSettings(DeviceSettings):
+    """A GPU has larger steps and caches, and one rank by default, which exchanges nothing."""
+
+    uses_host_memory = False
+
+    def engine_defaults(self, all2all: object) -> dict[str, int]:
+        defaults = {"max_running": 256, "kv_memory": 4 * 2**30}
+        if all2all != "nixl_ep":  # whose memory grows with tokens times experts
+            defaults["max_tokens_per_step"] = 2048
+        return defaults
+
+    def cluster_defaults(self) -> dict[str, int]:
+        return {"max_ranks": 1}
+
+    def quantization(self, wanted: Quantization) -> Quantization:
+        return wanted
+
+    def refusal(self, settings: SettingCombination) -> str | None:
+        ranks = settings.max_ranks
+        if settings.all2all == "nixl_ep" and ranks not in NIXL_EP_RANKS:
+            return (
+                f"max_ranks ({ranks}) is none that --all2all nixl_ep takes: "
+                f"{', '.join(map(str, NIXL_EP_RANKS))}; change --max-ranks"
+            )
+        if ranks > MOST_GPU_RANKS:
+            return (
+                f"max_ranks ({ranks}) is more than {MOST_GPU_RANKS}, the most "
+                "that exchange between GPUs; lower --max-ranks"
+            )
+        if ranks > 1 and settings.on_missing_expert == "degrade":
+            return (
+                "on_missing_expert=degrade needs --device cpu: on a GPU the weights of the experts "
+                "that are left are not normalised anew; leave --on-missing-expert out"
+            )
+        if settings.deterministic:
+            return (
+                "--deterministic needs --device cpu: a GPU's libraries choose the order of their "
+                "sums by the size of a batch"
+            )
+        return None
+
+
+DEVICE_SETTINGS: Final[Mapping[str, DeviceSettings]] = {
+    "cpu": CpuSettings(),
+    "cuda": CudaSettings(),
+}
+"""By the setting `engine.device`."""

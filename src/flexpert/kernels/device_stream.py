@@ -1,0 +1,123 @@
+"""The order of work between host and device: waiting, copies from the host, captured graphs.
+
+A CPU computes at once, so there is nothing to wait for; this is also how Triton's interpreter runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Replay = Callable[[], object]
+
+
+class StreamEvent(Protocol):
+    """A point in the work of a stream."""
+
+    def record(self) -> None:
+        """It is now: behind all that was launched so far."""
+
+    def synchronize(self) -> None:
+        """Wait until the device has come to it; at once if it was never recorded."""
+
+
+class DeviceStream(Protocol):
+    """What the calling thread launches on one device, in order.
+
+    device: where tensors of this stream lie.
+    """
+
+    device: torch.device
+
+    def synchronize(self) -> None:
+        """Wait until all that was launched is computed."""
+
+    def event(self) -> StreamEvent:
+        """A new one, not recorded yet."""
+
+    def host_buffer(self, size: int) -> Tensor:
+        """[size] uint8 zeros on the host, from which the device copies without the host."""
+
+    def graph_pool(self) -> object:
+        """For `capture`: graphs of one pool, which never run at once, share their memory."""
+
+    def capture(self, compute: Callable[[], Tensor], pool: object) -> tuple[Replay, Tensor]:
+        """A graph of `compute`: (how to replay it, where its result is then).
+
+        compute: reads and writes memory of fixed places, and does not wait for the device.
+        """
+
+
+class _Now:
+    """The event of a device that is never behind."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+class HostStream:
+    """Of the CPU. There are no graphs: a replay computes again, over the same memory."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def synchronize(self) -> None:
+        pass
+
+    def event(self) -> StreamEvent:
+        return _Now()
+
+    def host_buffer(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.uint8)
+
+    def graph_pool(self) -> object:
+        return None
+
+    def capture(self, compute: Callable[[], Tensor], pool: object) -> tuple[Replay, Tensor]:
+        result = compute().clone()
+        return lambda: result.copy_(compute()), result
+
+
+class CudaStream:
+    """Of a GPU: torch's current stream of the calling thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def synchronize(self) -> None:
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def event(self) -> StreamEvent:
+        event: StreamEvent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return event
+
+    def host_buffer(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+
+    def graph_pool(self) -> object:
+        pool: object = torch.cuda.graph_pool_handle()
+        return pool
+
+    def capture(self, compute: Callable[[], Tensor], pool: Any) -> tuple[Replay, Tensor]:
+        current = torch.cuda.current_stream(self.device)
+        warm_up = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        warm_up.wait_stream(current)
+        with torch.cuda.stream(warm_up):
+            compute()  # compiles what is still to be compiled
+        current.wait_stream(warm_up)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread may load weights meanwhile
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = compute()
+        return graph.replay, result
+
+
+def stream_of(device: torch.device) -> DeviceStream:
+    """The stream of a device."""
+    return CudaStream(device) if device.type == "cuda" else HostStream()

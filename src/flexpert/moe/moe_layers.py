@@ -1,0 +1,69 @@
+"""The contract of a rank's MoE layers: what a model calls, and what an engine changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from flexpert.comm import ExpertTable
+from flexpert.kernels.cpu.expert_products import LayerExperts
+from flexpert.kernels.experts import Gate
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """One layer in one epoch: where its experts are, and those held here."""
+
+    table: ExpertTable
+    experts: LayerExperts
+
+
+class MoELayers(Protocol):
+    """Where the routed experts' sum comes from; called by a model, each layer once a step."""
+
+    def expect(self, tokens: int) -> None:
+        """So many rows of the batches to come count; the rest is padding.
+
+        Where the model cuts its batches to their rows, as on a CPU, there is no padding.
+        """
+        ...
+
+    def forward(
+        self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, apply_gate: Gate
+    ) -> Tensor:
+        """The routed experts' weighted sum for this rank's tokens; serves the peers' on the way.
+
+        Args:
+            layer: index among the MoE layers.
+            x: [T, hidden]; T may be 0, the exchanges are walked all the same.
+            expert_ids: [T, k] int; -1: none. weights: [T, k] of any float dtype. All contiguous.
+
+        Returns:
+            [T, hidden] in x's dtype.
+        """
+        ...
+
+
+class ElasticMoELayers(MoELayers, Protocol):
+    """MoE layers whose experts an engine changes between steps.
+
+    walked: layers computed so far; a replayed graph counts none.
+    """
+
+    walked: int
+
+    def install(self, layers: Sequence[LayerState]) -> None:
+        """Use these from the next step on; an empty list: no expert is anywhere.
+
+        Raises:
+            ValueError: the device cannot compute with these.
+        """
+        ...
+
+    def lost_rows(self) -> Tensor | None:
+        """[tokens] bool: which tokens of the step lost a choice, because nobody holds the expert;
+        None: none did. To be asked after each step with tokens."""
+        ...
