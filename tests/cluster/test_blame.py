@@ -19,11 +19,11 @@ class Ranks:
 
     def __init__(self) -> None:
         self.later: list[Callable[[], None]] = []
-        ports = MagicMock(**{"now.return_value": 0.0, "hand_over.return_value": {}})
-        ports.call_later = lambda delay_s, action: self._keep(delay_s, action)
-        self.ports = ports
+        head = MagicMock(**{"now.return_value": 0.0, "hand_over.return_value": {}})
+        head.call_later = lambda delay_s, action: self._keep(delay_s, action)
+        self.head = head
         config = load_config(environment={}, overrides={"cluster.ranks": 3})
-        self.coordinator = Coordinator(config, ModelSource.open("tiny"), ports)
+        self.coordinator = Coordinator(config, ModelSource.open("tiny"), head)
 
     def _keep(self, delay_s: float, action: Callable[[], None]) -> MagicMock:
         if delay_s == 0.0:
@@ -82,7 +82,7 @@ def test_a_newcomer_that_is_ended_because_another_died_is_not_blamed() -> None:
     ranks = replacing()
     assert lives(ranks) == (1, 1)
     ranks.end(1)
-    ranks.ports.kill.assert_any_call(2)
+    ranks.head.kill.assert_any_call(2)
     ranks.end(2)
     assert lives(ranks) == (2, 1)
 

@@ -38,7 +38,7 @@ def test_four_to_one_with_long_answers_computes_nothing_again(service: Service) 
         assert done.moved_requests == done.moved_with_kv == 12
         assert done.recomputed_tokens == 0
         assert done.moved_kv_bytes > 0
-        assert "move" in done.phases
+        assert "migrate" in done.phases
         assert await traffic == expected
         text = head.registry
         assert text.get_sample_value("flexpert_moved_with_kv_total") == 12
@@ -137,7 +137,7 @@ def test_a_rank_that_dies_while_kv_moves_costs_no_answer(service: Service, victi
 
         async def listen() -> None:
             async for event in head.events():
-                if event.kind == "operation" and event.data["phase"] == "move":
+                if event.kind == "operation" and event.data["phase"] == "migrate":
                     psutil.Process(pid[leaver if victim == "leaver" else destination]).kill()
                     return
 
@@ -163,7 +163,7 @@ def test_a_change_cancelled_while_kv_moves_leaves_everything_as_it_was(service: 
 
         async def cancel() -> None:
             async for event in head.events():
-                if event.kind == "operation" and event.data["phase"] == "move":
+                if event.kind == "operation" and event.data["phase"] == "migrate":
                     head.cancel_operation(operation.id)
                     return
 

@@ -66,7 +66,7 @@ def test_while_one_is_tried_nobody_joins_it_and_no_other_suspect_runs() -> None:
 
         first, second = opened("a"), opened("b")
         assert journal.assign(first, [0]) == journal.assign(second, [0]) == 0
-        assert journal.rank_ended(0, own_fault=True) is None
+        assert journal.rank_exited(0, own_fault=True) is None
         for entry in (first, second):
             journal.release(entry.request.id)
         assert journal.assign(first, [0, 1]) == 0

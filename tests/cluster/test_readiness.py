@@ -58,7 +58,7 @@ def test_who_owns_a_task_can_say_that_it_is_not_well(head: Head) -> None:
 def test_a_head_that_failed_is_not_alive(head: Head) -> None:
     failures: list[FlexpertError] = []
     head.on_failure = failures.append
-    head.lost("rank 0 is gone")
+    head.service_lost("rank 0 is gone")
     said = head.readiness()
     assert (said.live, said.ready, said.reason) == (False, False, str(failures[0]))
 

@@ -15,7 +15,7 @@ STALL_S = 2.0
 
 
 class Clock:
-    """The ports that a watch uses, on a clock that the test migrations."""
+    """The part of the head that a watch uses, on a clock that the test moves."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

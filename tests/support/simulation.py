@@ -1,7 +1,7 @@
 """A simulated cluster: the real coordinator, table, journal and admission; all else is simulated.
 
-    python tests/support/simulation.py 1000        # that many histories, from seed 0
-    python tests/support/simulation.py --trace 17  # what happens in one
+    python tools/simulate.py 1000        # that many histories, from seed 0
+    python tools/simulate.py --trace 17  # what happens in one
 
 A history is a function of its seed. What differs between histories: when messages arrive (in order
 on each link, in any order between links), which links are held up and for how long, who is killed,
@@ -89,7 +89,7 @@ EXPERTS = frozenset((layer, e) for layer in range(1) for e in range(5))
 
 
 class Simulation(Network):
-    """One history; also the coordinator's ports and the ranks' world."""
+    """One history; also the head and the ranks' world."""
 
     def __init__(self, seed: int, trace: bool = False) -> None:
         super().__init__(seed, trace)
@@ -179,7 +179,7 @@ class Simulation(Network):
         self.over = not self.coordinator.desired and self.coordinator._running is None
         self.call(STALL_S / BEATS, self.beat)
 
-    # ---- ports ----------------------------------------------------------------------------------
+    # ---- the head -------------------------------------------------------------------------------
 
     def spawn(self, rank: int) -> None:
         if rank in self.processes:
@@ -253,14 +253,14 @@ class Simulation(Network):
     ) -> dict[int, list[KVMigration]]:
         return self.journal.hand_over(rank, held, destinations)
 
-    def rank_ended(self, rank: int, own_fault: bool) -> None:
+    def rank_exited(self, rank: int, own_fault: bool) -> None:
         self.on_board.update(self.journal.of_rank(rank))
-        self.journal.rank_ended(rank, own_fault=own_fault)
+        self.journal.rank_exited(rank, own_fault=own_fault)
 
     def admit_waiting(self) -> None:
         self.admission.admit_waiting()
 
-    def lost(self, reason: str) -> None:
+    def service_lost(self, reason: str) -> None:
         self.dead = str(reason)
         self.journal.fail_all(FlexpertError(self.dead))
 

@@ -1,7 +1,7 @@
 """The coordinator: the only one who decides an epoch. A shell around `Membership`.
 
 It turns reports, process ends and passed deadlines into events of the state machine and carries
-out what the machine answers. Everything runs on the head's event loop; time comes from its ports.
+out what the machine answers. Everything runs on the head's event loop; time comes from the head.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ class Coordinator:
         self,
         config: Config,
         source: ModelSource,
-        ports: HeadInterface,
+        head: HeadInterface,
         capacity: MemoryBudget | None = None,
     ) -> None:
         self._config = config
         self._source = source
-        self._ports = ports
+        self._head = head
         self._memory_budget = capacity or MemoryBudget(config, source)
         self._membership = Membership()
         self._placement: Placement | None = None
         self._next: Placement | None = None
         self._ranks: dict[int, RankState] = {}
-        self._migrations = KVMigrations(self._ranks, ports)
-        self._watch = Watch(self._ranks, ports, config.cluster.stall_timeout, self._warn)
+        self._migrations = KVMigrations(self._ranks, head)
+        self._watch = Watch(self._ranks, head, config.cluster.stall_timeout, self._warn)
         self._operations: dict[str, Operation] = {}
         self._running: Operation | None = None
         self._deadline: Timer | None = None
@@ -302,7 +302,9 @@ class Coordinator:
 
     def _hosts(self, ranks: Iterable[int]) -> dict[int, str]:
         """The machine of each rank; those that are still to be started will be on this one."""
-        known = {rank: record.host for rank, record in self._ranks.items() if record.host}
+        known = {
+            rank: rank_state.host for rank, rank_state in self._ranks.items() if rank_state.host
+        }
         return {rank: known.get(rank) or socket.gethostname() for rank in ranks}
 
     def _remember(self, operation: Operation) -> None:
@@ -344,44 +346,44 @@ class Coordinator:
 
     def on_report(self, rank: int, report: msg.Report) -> None:
         """Raises: Contradiction: it cannot be true."""
-        record = self._ranks.get(rank)
-        if record is None:
+        rank_state = self._ranks.get(rank)
+        if rank_state is None:
             return
         epoch = self._membership.change.epoch if self._membership.change else 0
-        self._watch.heard(record)
+        self._watch.heard(rank_state)
         match report:
             case msg.Alive(stuck_s):
                 self._watch.stuck(rank, stuck_s)
             case msg.Published(_, load):
-                record.load = load
+                rank_state.load = load
             case msg.Hello(pid, host, address, kv, experts):
-                if record.state != "starting":
-                    raise msg.Contradiction(f"it says hello, and is {record.state} already")
-                record.pid, record.host, record.address = pid, host, address
-                record.kv, record.experts = kv, experts
-                record.state = "preparing"
+                if rank_state.state != "starting":
+                    raise msg.Contradiction(f"it says hello, and is {rank_state.state} already")
+                rank_state.pid, rank_state.host, rank_state.address = pid, host, address
+                rank_state.kv, rank_state.experts = kv, experts
+                rank_state.state = "preparing"
                 self._handle(MembershipEvent(EventKind.HELLO, rank))
             case msg.Unable(error):
-                if record.state != "starting":
-                    raise msg.Contradiction(f"it cannot come up, and is {record.state} already")
-                record.error = error
-                self._ports.send(rank, msg.Stop())
+                if rank_state.state != "starting":
+                    raise msg.Contradiction(f"it cannot come up, and is {rank_state.state} already")
+                rank_state.error = error
+                self._head.send(rank, msg.Stop())
             case msg.Progress(of, share) if of == epoch and self._running:
                 self._running.shares[rank] = share
             case msg.Prepared(of, copied, memory) if of == epoch:
-                record.memory = memory
+                rank_state.memory = memory
                 if self._running:
                     self._running.copied_experts += copied
-                if record.state == "preparing":
-                    record.state = "ready"
+                if rank_state.state == "preparing":
+                    rank_state.state = "ready"
                 self._handle(MembershipEvent(EventKind.PREPARED, rank))
             case msg.Failed(of, error):
-                record.error = error
+                rank_state.error = error
                 if of == epoch:
                     self._handle(MembershipEvent(EventKind.FAILED, rank, f"rank {rank}: {error}"))
             case msg.Switched(of, pause_ms, load) if of == epoch:
-                record.state, record.load = "active", load
-                self._restart_policy.active(rank, self._ports.now())
+                rank_state.state, rank_state.load = "active", load
+                self._restart_policy.active(rank, self._head.now())
                 if pause_ms is not None and self._running:
                     self._running.pause_ms = max(pause_ms, self._running.pause_ms or 0.0)
                 self._handle(MembershipEvent(EventKind.SWITCHED, rank))
@@ -397,7 +399,7 @@ class Coordinator:
                 if rank in self._staying:
                     raise msg.Contradiction("it has left, and was not asked to")
                 self._hand_over(rank, held if of == epoch else [])
-                record.state = "leaving"
+                rank_state.state = "leaving"
                 if of == epoch:
                     self._handle(MembershipEvent(EventKind.HANDED_OVER, rank))
             case msg.Adopted(source, moved, size, recomputed):
@@ -410,7 +412,7 @@ class Coordinator:
                 self._halted.add(rank)
             case msg.Broken(of, _, error) if of in (epoch, self.epoch):
                 log.warning("rank %d: %s", rank, error)
-                self._ports.publish(_event("warning", {"rank": rank, "error": error}))
+                self._head.publish(_event("warning", {"rank": rank, "error": error}))
                 self._loss, self._before_loss = f"rank {rank}: {error}", self.members
                 self._handle(MembershipEvent(EventKind.BROKEN, rank, error))
 
@@ -420,35 +422,35 @@ class Coordinator:
 
     def on_exit(self, rank: int, status: int, why: str = "") -> None:
         """A rank's process is certainly gone. why: what is known beyond the status."""
-        record = self._ranks.pop(rank, None)
+        rank_state = self._ranks.pop(rank, None)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         reason = f"rank {rank} ended ({how})"
-        if error := why or (record.error if record else ""):
+        if error := why or (rank_state.error if rank_state else ""):
             reason += f": {error}"
         gone = {
             "id": rank,
             "state": "gone",
-            "pid": record.pid if record else 0,
+            "pid": rank_state.pid if rank_state else 0,
             "status": status,
-            "evicted": record is not None and record.state == "stalled",
+            "evicted": rank_state is not None and rank_state.state == "stalled",
             "reason": reason,
         }
-        self._ports.publish(_event("rank", gone))
+        self._head.publish(_event("rank", gone))
         change, phase = self._membership.change, self._membership.phase
         asked = change is not None and phase is not Phase.IDLE and rank in change.leaving
         asked |= change is not None and phase is Phase.UNDO and change.cancelled
-        asked |= record is not None and record.blameless
+        asked |= rank_state is not None and rank_state.blameless
         log.log(logging.INFO if asked else logging.WARNING, "%s", reason)
         if asked:
             self._restart_policy.left(rank)
         else:
-            self._restart_policy.ended(rank, status, self._ports.now())
+            self._restart_policy.ended(rank, status, self._head.now())
         self._loss, self._before_loss = reason, self.members
         self._handle(MembershipEvent(EventKind.EXITED, rank, reason))
         self._migrations.lost(rank)
         if not asked:
-            by_us = record is not None and record.state == "stalled"
-            self._ports.rank_ended(rank, not by_us and (status > 0 or -status in _FAULTS))
+            by_us = rank_state is not None and rank_state.state == "stalled"
+            self._head.rank_exited(rank, not by_us and (status > 0 or -status in _FAULTS))
         # only now: admission must not choose the lost rank again
         self._hand_over(rank, [])
         if self._down and not self._ranks and self._membership.phase is Phase.LOST:
@@ -503,7 +505,7 @@ class Coordinator:
                     self._phase("spawn", self._config.cluster.start_timeout)
                     for rank in sorted(change.joining):
                         self._ranks[rank] = RankState(rank)
-                        self._ports.spawn(rank)
+                        self._head.spawn(rank)
                 case Do.PREPARE:
                     if self._next is None:
                         too_small = self._memory_budget.too_small(change.after)
@@ -515,7 +517,7 @@ class Coordinator:
                     self._phase(name, self._config.cluster.load_timeout)
                     self._prepare(change.epoch, change.after, change.everyone)
                 case Do.OFFER:
-                    self._phase("move", self._config.cluster.migration_timeout)
+                    self._phase("migrate", self._config.cluster.migration_timeout)
                     self._tell(change.leaving, msg.Offer(change.epoch))
                 case Do.COMMIT:
                     self._phase("commit", self._config.cluster.commit_timeout)
@@ -558,7 +560,7 @@ class Coordinator:
 
     def _expect_halted(self, change: Change) -> None:
         limit_s = self._config.cluster.stall_timeout
-        due = self._ports.now() + limit_s
+        due = self._head.now() + limit_s
         self._later(limit_s, lambda: self._end_stalled(change, due))
 
     def _end_stalled(self, change: Change, due: float) -> None:
@@ -612,7 +614,7 @@ class Coordinator:
         self._start_clock(timeout_s)
 
     def _start_clock(self, timeout_s: float) -> None:
-        due = self._ports.now() + timeout_s
+        due = self._head.now() + timeout_s
         self._deadline = self._later(timeout_s, lambda: self._clock_is_up(due))
 
     def _clock_is_up(self, due: float) -> None:
@@ -629,9 +631,9 @@ class Coordinator:
                 action()
             except Exception as error:
                 log.exception("what was due in a change of the ranks could not be done")
-                self._ports.impair(CHANGES, f"what was due could not be done: {error!r}")
+                self._head.impair(CHANGES, f"what was due could not be done: {error!r}")
 
-        return self._ports.call_later(delay_s, run)
+        return self._head.call_later(delay_s, run)
 
     def _stop_clock(self) -> None:
         if self._deadline:
@@ -648,28 +650,32 @@ class Coordinator:
     def _tell(self, ranks: Iterable[int], command: msg.Command) -> None:
         for rank in sorted(ranks):
             if rank in self._ranks:
-                self._ports.send(rank, command)
+                self._head.send(rank, command)
 
     def _withdraw(self, ranks: Iterable[int]) -> None:
         """End ranks whose change is over. It is not held against them if others were lost."""
         for rank in ranks:
-            record = self._ranks.get(rank)
-            if record and not record.error and self._cause in (EventKind.EXITED, EventKind.BROKEN):
-                record.blameless = True
+            rank_state = self._ranks.get(rank)
+            if (
+                rank_state
+                and not rank_state.error
+                and self._cause in (EventKind.EXITED, EventKind.BROKEN)
+            ):
+                rank_state.blameless = True
         self._kill(ranks)
 
     def _kill(self, ranks: Iterable[int]) -> None:
         for rank in sorted(ranks):
-            self._ports.kill(rank)
+            self._head.kill(rank)
 
     def _switched(self, epoch: int) -> None:
         self._placement, self._next = self._next, None
         self._down = None
-        self._ports.admit_waiting()
+        self._head.admit_waiting()
         asked = self._running and not self._running.automatic
         desired = self._running.after if self._running and asked else self.desired
         entered = {"epoch": epoch, "ranks": sorted(self.members), "desired": sorted(desired)}
-        self._ports.publish(_event("epoch", entered))
+        self._head.publish(_event("epoch", entered))
 
     def _finish(self, error: str | None, cancelled: bool) -> None:
         self._stop_clock()
@@ -685,7 +691,7 @@ class Coordinator:
                 operation.end("failed", error)
             else:
                 operation.end("done")
-                self._ports.impair(CHANGES, None)  # if they were, they work again
+                self._head.impair(CHANGES, None)  # if they were, they work again
                 if not operation.automatic:
                     self._restart_policy.set_desired(operation.after)
             self._publish(operation)
@@ -696,7 +702,7 @@ class Coordinator:
         if operation.over.is_set():
             level = logging.WARNING if view.state == "failed" else logging.INFO
             log.log(level, "%s: %s", view.id, outcome_line(view))
-        self._ports.publish(_event("operation", msgspec.to_builtins(view)))
+        self._head.publish(_event("operation", msgspec.to_builtins(view)))
 
     # ---- what begins by itself --------------------------------------------------------------
 
@@ -719,9 +725,9 @@ class Coordinator:
         for rank in sorted(self.left_out - self._told):
             self._warn(f"rank {rank} keeps ending and is left out; scale to have it tried again")
         self._told = self.left_out
-        wait_s = self._restart_policy.next_s(self.members, self._ports.now())
+        wait_s = self._restart_policy.next_s(self.members, self._head.now())
         if self._restore_tries:
-            again_s = max(0.0, self._restore_not_before - self._ports.now())
+            again_s = max(0.0, self._restore_not_before - self._head.now())
             wait_s = again_s if wait_s is None else min(wait_s, again_s)
         if wait_s is not None:
             self._replace_timer = self._later(wait_s, self._replace)
@@ -735,7 +741,7 @@ class Coordinator:
         if not missing:
             self._restore_tries = 0
             return False
-        if self._restore_tries and self._ports.now() < self._restore_not_before:
+        if self._restore_tries and self._head.now() < self._restore_not_before:
             return False
         placement = self._expert_recovery.whole(
             self._placement, self.members, self._memory_budget.fits
@@ -759,19 +765,19 @@ class Coordinator:
         if failed:
             wait_s = cluster.restart_backoff * 2**self._restore_tries
             self._restore_tries += 1
-            self._restore_not_before = self._ports.now() + min(wait_s, cluster.restart_backoff_max)
+            self._restore_not_before = self._head.now() + min(wait_s, cluster.restart_backoff_max)
 
     def _replace(self) -> None:
         if self._closed or self._running or self._membership.phase is not Phase.IDLE:
             return  # `_go_on` comes when that is over
-        due = self._restart_policy.due(self.members, self._ports.now()) - set(self._ranks)
+        due = self._restart_policy.due(self.members, self._head.now()) - set(self._ranks)
         if not due:
             self._go_on()
             return
         if not self._memory_budget.fits(self._replan(self.members | due)):
             missing = self._restart_policy.missing(self.members)
             if due < missing:  # all of them together may have the memory
-                wait_s = self._restart_policy.all_s(self.members, self._ports.now())
+                wait_s = self._restart_policy.all_s(self.members, self._head.now())
                 self._replace_timer = self._later(wait_s, self._replace)
                 return
             if self._down:
@@ -784,22 +790,22 @@ class Coordinator:
         except OperationRefused as error:
             self._warn(f"rank {names} cannot be replaced: {error}")
             for rank in due:
-                self._restart_policy.ended(rank, 1, self._ports.now())
+                self._restart_policy.ended(rank, 1, self._head.now())
             self._go_on()
         except FlexpertError as error:  # there is nothing to start ranks with any more
-            self._ports.lost(f"rank {names} cannot be replaced: {error}")
+            self._head.service_lost(f"rank {names} cannot be replaced: {error}")
 
     def _never(self, why: str) -> None:
         """Nothing that begins by itself will end the waiting."""
         if not self.members:
-            self._ports.lost(f"{self._down}; {why}")
+            self._head.service_lost(f"{self._down}; {why}")
         elif self._down and why not in self._down:
             self._down += f"; {why}: scale up"
             self._warn(self._down)
 
     def _warn(self, text: str) -> None:
         log.warning("%s", text)
-        self._ports.publish(_event("warning", {"error": text}))
+        self._head.publish(_event("warning", {"error": text}))
 
     def _warn_once(self, text: str) -> None:
         if text != self._warned:
@@ -818,14 +824,14 @@ class Coordinator:
             self._publish(self._queued[0])
             self._queued = None
         if not self._restart_policy.desired:
-            self._ports.lost(reason)
+            self._head.service_lost(reason)
             return
         self._down = reason
         self._warn(f"{reason}; nobody can go on: requests wait until ranks are up again")
         self._withdraw(list(self._ranks))  # whoever is left cannot go on, either
 
     def _announce(self) -> None:
-        if self._running and self._ports.heard():
+        if self._running and self._head.heard():
             self._publish(self._running)
 
 

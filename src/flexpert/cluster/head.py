@@ -262,7 +262,7 @@ class Head:
         """Raises: Overloaded: there is no room in the journal for so many more."""
         self._journal.check_room(sequences)
 
-    # ---- the coordinator's ports ------------------------------------------------------------
+    # ---- what the coordinator needs ----------------------------------------------------------
 
     def call_later(self, delay_s: float, action: Callable[[], None]) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(delay_s, action)
@@ -306,8 +306,8 @@ class Head:
     ) -> dict[int, list[KVMigration]]:
         return self._journal.hand_over(rank, held, destinations)
 
-    def rank_ended(self, rank: int, own_fault: bool) -> None:
-        failed = self._journal.rank_ended(rank, own_fault=own_fault)
+    def rank_exited(self, rank: int, own_fault: bool) -> None:
+        failed = self._journal.rank_exited(rank, own_fault=own_fault)
         if failed is not None:
             self.metrics.sequences.labels("failed").inc()
             log.error("request %s failed: ranks keep ending in the step that takes it", failed)
@@ -315,8 +315,8 @@ class Head:
     def heard(self) -> bool:
         return bool(self._listeners)
 
-    def lost(self, reason: str) -> None:
-        """A member is gone; the service cannot go on."""
+    def service_lost(self, reason: str) -> None:
+        """Nobody is left and nobody will be started again: the service stops."""
         self._serving = False
         self.failure = FlexpertError(f"{reason}; the service stops")
         log.error("%s", self.failure)

@@ -58,13 +58,16 @@ class HeadInterface(Protocol):
         """A rank has left or is lost: who goes on with its sequences; see `Journal.hand_over`."""
         ...
 
-    def rank_ended(self, rank: int, own_fault: bool) -> None:
-        """A rank has ended unasked: what may have ended it is not tried for ever; see
-        `Journal.rank_ended`."""
+    def rank_exited(self, rank: int, own_fault: bool) -> None:
+        """A rank has exited unasked: what may have caused it is not tried for ever; see
+        `Journal.rank_exited`."""
         ...
 
     def admit_waiting(self) -> None: ...
-    def lost(self, reason: str) -> None: ...
+    def service_lost(self, reason: str) -> None:
+        """Nobody is left and nobody will be started again: the service stops."""
+        ...
+
     def publish(self, event: ClusterEvent) -> None: ...
     def impair(self, part: str, why: str | None) -> None:
         """A part of the service does not do its work now, or does again (None)."""

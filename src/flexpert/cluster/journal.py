@@ -283,7 +283,7 @@ class Journal:
         """A rank takes its first step with a suspect now."""
         self._quarantine.begun(sequence_id)
 
-    def rank_ended(self, rank: int, *, own_fault: bool) -> str | None:
+    def rank_exited(self, rank: int, *, own_fault: bool) -> str | None:
         """A rank has ended unasked: a sequence that is found to end ranks is failed.
 
         own_fault: it was no signal that anybody may have sent. Returns the sequence's id.

@@ -18,9 +18,9 @@ from flexpert.engine.request import HeldKV
 class KVMigrations:
     """Who still copies from whom. ranks: the coordinator's records, as they are."""
 
-    def __init__(self, ranks: Mapping[int, RankState], ports: HeadInterface) -> None:
+    def __init__(self, ranks: Mapping[int, RankState], head: HeadInterface) -> None:
         self._ranks = ranks
-        self._ports = ports
+        self._head = head
         self._fetching: dict[int, set[int]] = {}  # leaver → destinations that copy what it offered
         self._adopting: dict[int, set[int]] = {}  # leaver → destinations that may still read its KV
 
@@ -32,11 +32,11 @@ class KVMigrations:
         self, epoch: int, leaver: int, held: list[HeldKV], destinations: Iterable[int]
     ) -> bool:
         """Tell destinations what to copy ahead; True: there is nothing to wait for."""
-        migrations = self._ports.assign_destinations(held, destinations)
+        migrations = self._head.assign_destinations(held, destinations)
         self._fetching[leaver] = set(migrations)
         self._adopting[leaver] = set(migrations)
         for destination, some in migrations.items():
-            self._ports.send(destination, msg.Fetch(epoch, leaver, self._ranks[leaver].kv, some))
+            self._head.send(destination, msg.Fetch(epoch, leaver, self._ranks[leaver].kv, some))
         return not migrations
 
     def fetched(self, leaver: int, destination: int) -> bool:
@@ -52,18 +52,18 @@ class KVMigrations:
 
         held: what of their KV there is to copy; nothing if the rank is lost.
         """
-        migrations = self._ports.hand_over(rank, held, destinations)
-        record = self._ranks.get(rank)
-        if record is None:
+        migrations = self._head.hand_over(rank, held, destinations)
+        rank_state = self._ranks.get(rank)
+        if rank_state is None:
             for destination, some in migrations.items():
-                self._ports.send(destination, msg.Admit([move.sequence for move in some]))
+                self._head.send(destination, msg.Admit([move.sequence for move in some]))
         else:
             # those who copied ahead hear in any case that no more comes
             told = set(migrations) | self._adopting.get(rank, set())
             self._adopting[rank] = told
             for destination in sorted(told):
-                self._ports.send(
-                    destination, msg.Adopt(rank, record.kv, migrations.get(destination, []))
+                self._head.send(
+                    destination, msg.Adopt(rank, rank_state.kv, migrations.get(destination, []))
                 )
         return sum(map(len, migrations.values()))
 

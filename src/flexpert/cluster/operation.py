@@ -11,7 +11,14 @@ from flexpert.cluster.views import OperationState, OperationView
 from flexpert.errors import OperationRefused
 
 # share of the whole operation that is done when a phase begins
-_PROGRESS = {"spawn": 0.0, "load": 0.3, "move": 0.85, "commit": 0.9, "release": 0.95, "undo": 0.0}
+_PROGRESS = {
+    "spawn": 0.0,
+    "load": 0.3,
+    "migrate": 0.85,
+    "commit": 0.9,
+    "release": 0.95,
+    "undo": 0.0,
+}
 
 
 def resolve_target(

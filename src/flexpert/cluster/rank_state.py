@@ -24,8 +24,8 @@ class RankState:
     load: msg.Load = field(default_factory=lambda: msg.Load(0, 0, 0.0, 0))
     memory: msg.Memory | None = None
     error: str = ""
-    blameless: bool = False  # ended because others were lost
-    heard: float = 0.0  # when, by the ports' clock
+    blameless: bool = False  # terminated because others were lost
+    heard: float = 0.0  # when, by the head's clock
     looked: float | None = None  # at its work, when it had been silent for a while
     work: Work | None = None  # what it had done by then
     suspect: bool = False  # silent for long, and has done nothing since

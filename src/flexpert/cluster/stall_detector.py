@@ -41,12 +41,12 @@ class Watch:
     def __init__(
         self,
         ranks: dict[int, RankState],
-        ports: HeadInterface,
+        head: HeadInterface,
         stall_timeout_s: float,
         warn: Callable[[str], None],
     ) -> None:
         self._ranks = ranks
-        self._ports = ports
+        self._head = head
         self._stall_s = stall_timeout_s
         self._warn = warn
         self._timer: Timer | None = None
@@ -55,16 +55,16 @@ class Watch:
         self._failed = ""  # why the latest look did
 
     def start(self) -> None:
-        self._looked = self._ports.now()
+        self._looked = self._head.now()
         self._look_again()
 
     def close(self) -> None:
         if self._timer:
             self._timer.cancel()
 
-    def heard(self, record: RankState) -> None:
+    def heard(self, rank_state: RankState) -> None:
         """A rank has said something."""
-        record.heard, record.looked, record.suspect = self._ports.now(), None, False
+        rank_state.heard, rank_state.looked, rank_state.suspect = self._head.now(), None, False
 
     def stuck(self, rank: int, seconds: float) -> None:
         """A rank says that it lives, but that its step loop has done nothing for a while."""
@@ -75,16 +75,16 @@ class Watch:
         """Whether the head itself was held up: reports may lie there unread, and nobody is to
         blame before they are read."""
         limit_s = self._stall_s / 4
-        now = self._ports.now()
+        now = self._head.now()
         return now - due > limit_s or now - self._held_up < limit_s
 
     def end(self, ranks: Iterable[int], why: str) -> None:
         for rank in sorted(ranks):
-            record = self._ranks.get(rank)
-            if record and record.state != "stalled":
-                record.state, record.error = "stalled", why
+            rank_state = self._ranks.get(rank)
+            if rank_state and rank_state.state != "stalled":
+                rank_state.state, rank_state.error = "stalled", why
                 self._warn(f"rank {rank} {why} and is ended")
-                self._ports.kill(rank)
+                self._head.kill(rank)
 
     def _look_again(self) -> None:
         """One look; whatever becomes of it, there is a next one."""
@@ -95,31 +95,34 @@ class Watch:
             if why != self._failed:  # once, not twenty times in a stall timeout
                 log.exception("ranks could not be watched")
             self._failed = why
-            self._ports.impair(PART, why)
+            self._head.impair(PART, why)
         else:
             if self._failed:
                 self._failed = ""
-                self._ports.impair(PART, None)
-        self._timer = self._ports.call_later(self._stall_s / WATCHES, self._look_again)
+                self._head.impair(PART, None)
+        self._timer = self._head.call_later(self._stall_s / WATCHES, self._look_again)
 
     def _look(self) -> None:
-        now = self._ports.now()
+        now = self._head.now()
         late = now - self._looked > self._stall_s / 4
         if late:
             self._held_up = now
         self._looked = now
-        for rank, record in list(self._ranks.items()):
-            if record.state == "starting":
+        for rank, rank_state in list(self._ranks.items()):
+            if rank_state.state == "starting":
                 continue
             if late:
-                self.heard(record)
-            silent_s = now - record.heard
-            if silent_s >= self._stall_s / 2 and record.looked is None:
-                record.looked, record.work = now, self._ports.work(rank)
-            elif silent_s >= (STALLED - 1 / WATCHES) * self._stall_s and record.looked is not None:
-                if worked(record.work, self._ports.work(rank), now - record.looked):
-                    self.heard(record)
-                elif record.suspect:
+                self.heard(rank_state)
+            silent_s = now - rank_state.heard
+            if silent_s >= self._stall_s / 2 and rank_state.looked is None:
+                rank_state.looked, rank_state.work = now, self._head.work(rank)
+            elif (
+                silent_s >= (STALLED - 1 / WATCHES) * self._stall_s
+                and rank_state.looked is not None
+            ):
+                if worked(rank_state.work, self._head.work(rank), now - rank_state.looked):
+                    self.heard(rank_state)
+                elif rank_state.suspect:
                     self.end([rank], f"was silent for {silent_s:.1f} s")
                 else:  # its last word may be on its way
-                    record.suspect = True
+                    rank_state.suspect = True
