@@ -20,7 +20,7 @@ from support.comm_local import (
 )
 from support.comm_ranks import LIMIT_S, Ranks, random_sent, spec_of
 
-from flexpert.comm import Buffer, CommError, Loss, RankLost, StaleEpoch
+from flexpert.comm import Buffer, CommError, MissingResults, RankLost, StaleEpoch
 from flexpert.comm.host._kernels import ffi, lib
 from flexpert.comm.host.host_buffer import HostBuffer
 from flexpert.comm.routing import Sent, expected_rows
@@ -46,13 +46,15 @@ def exchange(
 ) -> None:
     """One exchange; each rank gets exactly what its view at the end promises, and knows it."""
 
-    def one(buffer: HostBuffer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Loss | None]:
+    def one(
+        buffer: HostBuffer,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, MissingResults | None]:
         limit_s = (limits or {}).get(buffer.rank, LIMIT_S)
         got = dispatch(buffer, sent[buffer.rank], limit_s)
         x = got.x.clone()
         y = apply_experts(x, got.offsets)
         out = buffer.combine(y, got, reduce=reduce, timeout_s=limit_s)  # type: ignore[arg-type]
-        return x, got.offsets, out, buffer.loss(got)
+        return x, got.offsets, out, buffer.missing_results(got)
 
     kept = {rank: replace_ids(s, masked_ids(s, views[rank])) for rank, s in sent.items()}
     for rank, (x, offsets, out, loss) in local.each(sent, one).items():
@@ -177,7 +179,7 @@ def test_a_rank_that_does_not_come_is_masked_and_the_result_says_what_it_lacks(
     got = dispatch(late, both[1])  # what was sent to it in time is whole
     check_received(got, both, 1)
     late.combine(got.x.clone(), got, reduce=reduce, timeout_s=0.1)  # type: ignore[arg-type]
-    loss = late.loss(got)
+    loss = late.missing_results(got)
     assert loss is not None
     assert (loss.ranks, late.active) == ((0, 3), (1,))
     unmask_all(local, ids)

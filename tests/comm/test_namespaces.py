@@ -264,7 +264,7 @@ def exchange(
     if waits is not None:
         waits += middle - began, time.monotonic() - middle
 
-    loss = buffer.loss(got)
+    loss = buffer.missing_results(got)
     lost = torch.zeros(TOKENS, TOPK, dtype=torch.bool) if loss is None else loss.choices
     right = ((weights * (chosen + 1)).masked_fill(lost, 0).sum(1, keepdim=True)) * x
     assert torch.equal(out, right)

@@ -164,7 +164,7 @@ def test_an_expert_without_an_active_owner_is_skipped_and_told(ranks: NixlRanks)
     got = buffer.dispatch(s.x, s.expert_ids, s.weights, s.table)
     y = got.x.clone()
     out = buffer.combine(y, got)
-    loss = buffer.loss(got)
+    loss = buffer.missing_results(got)
     owner = s.table.rank[s.expert_ids.clamp(min=0)]
     gone = (s.expert_ids >= 0) & (owner == 1)
     assert bool(gone.any())
@@ -218,7 +218,7 @@ def test_a_silent_rank_is_masked_and_what_it_took_along_is_told() -> None:
             rows = (got.x.float() * (1.0 + 0.25 * slot[:, None])).bfloat16()
             out = buffer.combine(rows, got)
             check_sums(out, sent, y, buffer.rank, without=[2])
-            loss = buffer.loss(got)
+            loss = buffer.missing_results(got)
             assert loss is not None
             assert loss.ranks == (2,)
             assert buffer.active == (0, 1)

@@ -1,20 +1,12 @@
-"""Elastic dispatch/combine between expert-parallel ranks; usable without the rest of flexpert."""
+"""Elastic dispatch/combine between expert-parallel ranks; usable without the rest of flexpert.
 
-from flexpert.comm.agreement import View, agree, asked
-from flexpert.comm.buffer import (
-    Buffer,
-    BufferSpec,
-    ExpertTable,
-    Loss,
-    Pending,
-    Received,
-    Reduce,
-    Statistics,
-)
+Further modules: `agreement`, survivors that come to one view of who is up; `peer_memory`, memory
+that peers may read; `manager`, one buffer for a whole process.
+"""
+
+from flexpert.comm.buffer import Buffer, BufferSpec, ExpertTable, MissingResults, Received
 from flexpert.comm.errors import (
-    ChannelDown,
     CommError,
-    Evicted,
     Interrupted,
     PeerUnreachable,
     RankLost,
@@ -22,42 +14,18 @@ from flexpert.comm.errors import (
     StaleEpoch,
 )
 from flexpert.comm.factory import make_buffer
-from flexpert.comm.peer_memory import (
-    ExportedMemory,
-    ExportedPages,
-    ImportedMemory,
-    ImportedPages,
-    export_memory,
-    export_pages,
-    import_memory,
-)
 
 __all__ = [
     "Buffer",
     "BufferSpec",
-    "ChannelDown",
     "CommError",
-    "Evicted",
     "ExpertTable",
-    "ExportedMemory",
-    "ExportedPages",
-    "ImportedMemory",
-    "ImportedPages",
     "Interrupted",
-    "Loss",
+    "MissingResults",
     "PeerUnreachable",
-    "Pending",
     "RankLost",
     "RankTimeout",
     "Received",
-    "Reduce",
     "StaleEpoch",
-    "Statistics",
-    "View",
-    "agree",
-    "asked",
-    "export_memory",
-    "export_pages",
-    "import_memory",
     "make_buffer",
 ]

@@ -17,7 +17,7 @@ from flexpert.comm.buffer import (
     Buffer,
     BufferSpec,
     ExpertTable,
-    Loss,
+    MissingResults,
     OnTimeout,
     Pending,
     Received,
@@ -255,7 +255,7 @@ class DeviceBuffer(Buffer):
 
 def loss_of(
     expert_ids: torch.Tensor, weights: torch.Tensor, table: ExpertTable, back: torch.Tensor
-) -> Loss | None:
+) -> MissingResults | None:
     """What a combine lacks.
 
     expert_ids, weights, table: of the dispatch. back: [ids] bool, whose results came.
@@ -269,7 +269,7 @@ def loss_of(
     if not bool(choices.any()):
         return None
     gone = sorted(set(owner[choices & (owner >= 0)].tolist()))
-    return Loss(tuple(gone), torch.where(choices, weights, 0.0).sum(1), choices)
+    return MissingResults(tuple(gone), torch.where(choices, weights, 0.0).sum(1), choices)
 
 
 def default_device() -> torch.device:

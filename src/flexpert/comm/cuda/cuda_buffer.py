@@ -6,7 +6,7 @@ the stream, so that captured CUDA graphs go on without being captured again.
 
 Differences to the CPU backend:
   - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link.
-  - An expert without an active owner is skipped with either `on_timeout`; `loss` tells.
+  - An expert without an active owner is skipped with either `on_timeout`; `missing_results` tells.
   - Outside of graphs, each exchange waits for the device, since errors must be raised in time.
     While a graph is captured, and in its replays, nothing is waited for: ask `check` afterwards.
   - Everything must be launched on one stream, the current one of the caller.
@@ -27,7 +27,7 @@ from flexpert.comm import quant
 from flexpert.comm.buffer import (
     BufferSpec,
     ExpertTable,
-    Loss,
+    MissingResults,
     OnTimeout,
     Pending,
     Received,
@@ -496,7 +496,7 @@ class CudaBuffer(DeviceBuffer):
         self.mask(ranks)
         return ranks
 
-    def loss(self, received: Received) -> Loss | None:
+    def missing_results(self, received: Received) -> MissingResults | None:
         with self._lock:
             self._check_combined(received)
             assert isinstance(received, CudaReceived)

@@ -20,7 +20,7 @@ Differences to the contract:
   - combine sums rows at home, in float32 (reduce="rank"); `Received.weights` is not known.
   - Rows of a slot are in the order of their arrival; an expert that a token chose twice gets one
     row, with both weights.
-  - An expert without an active owner is skipped with either `on_timeout`; `loss` tells.
+  - An expert without an active owner is skipped with either `on_timeout`; `missing_results` tells.
   - Memory is taken for capacity · slots experts; neither can grow.
 """
 
@@ -37,7 +37,7 @@ from flexpert.comm import quant
 from flexpert.comm.buffer import (
     BufferSpec,
     ExpertTable,
-    Loss,
+    MissingResults,
     OnTimeout,
     Pending,
     Received,
@@ -631,7 +631,7 @@ class NixlEpBuffer(DeviceBuffer):
         self._leave_out(missing)
         return missing
 
-    def loss(self, received: Received) -> Loss | None:
+    def missing_results(self, received: Received) -> MissingResults | None:
         with self._lock:
             self._check_combined(received)
             assert isinstance(received, NixlReceived)

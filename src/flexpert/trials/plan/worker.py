@@ -22,7 +22,6 @@ from flexpert.comm import (
     Buffer,
     BufferSpec,
     CommError,
-    Evicted,
     ExpertTable,
     Interrupted,
     Received,
@@ -30,6 +29,7 @@ from flexpert.comm import (
 )
 from flexpert.comm.agreement import View, agree, asked
 from flexpert.comm.buffer import Channel, Scales
+from flexpert.comm.errors import Evicted
 from flexpert.trials.plan import oracle
 
 Point = Literal["dispatch-send", "dispatch-wait", "combine-send", "combine-wait", "random"]
@@ -393,7 +393,7 @@ class Run:
         out: torch.Tensor,
     ) -> None:
         sizes, rank = self.setup.sizes, self.buffer.rank
-        loss = self.buffer.loss(received)
+        loss = self.buffer.missing_results(received)
         wire = oracle.FP8_ERROR if self.setup.fp8 else 0.0
         wrong = oracle.check_received(
             sizes,
