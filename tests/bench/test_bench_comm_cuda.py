@@ -156,7 +156,7 @@ def test_the_table_shows_ratio_limit_and_who_was_skipped() -> None:
     [
         ({}, "needs a GPU"),
         ({"baselines": "gloo"}, "--baselines gloo: there are nixl_ep"),
-        ({"seconds": 3.0}, "--seconds is not there with --device cuda"),
+        ({"duration": 3.0}, "--duration is not there with --device cuda"),
         ({"plot": Path("latency.png")}, "--plot is not there"),
     ],
 )

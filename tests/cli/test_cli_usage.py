@@ -148,7 +148,7 @@ def test_client_commands_load_neither_torch_nor_a_web_framework() -> None:
         (["plan", "--random", "1", "--timeout", "inf"], "--timeout: 'inf' is no duration"),
         (["plan", "--random", "1", "--timeout", "1e300"], "--timeout: '1e300' is no duration"),
         (["plan", "--random", "1", "--tokens", str(2**70)], "--tokens: the number is too large"),
-        (["bench", "comm", "--seconds", "inf"], "--seconds: 'inf' is no duration"),
+        (["bench", "comm", "--duration", "inf"], "--duration: 'inf' is no duration"),
         (["bench", "comm", "--seed", str(2**70)], "--seed: the number is too large"),
         (["bench", "comm", "--tokens", str(2**70)], "--tokens 1180591620717411303424: positive"),
         (["bench", "layer", "--repeat", str(2**70)], "--repeat: the number is too large"),

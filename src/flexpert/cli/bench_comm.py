@@ -19,7 +19,7 @@ EXAMPLES = (
     "flexpert bench comm",
     "flexpert bench comm --tokens 1,8,32,128,512 --plot latency.png --output latency.json",
     "flexpert bench comm --ranks 2 --baselines gloo,memcpy --repeat 30",
-    "flexpert bench comm --channel nixl --seconds 20s",
+    "flexpert bench comm --channel nixl --duration 20s",
     "flexpert bench comm --device cuda --ranks 1 --tokens 1,128,512",
 )
 
@@ -43,9 +43,9 @@ def bench_comm(
         Literal["shm", "nixl"], typer.Option(help="How flexpert's rows reach a peer.")
     ] = "shm",
     repeat: Annotated[int, typer.Option(min=1, help="Timed exchanges of each baseline.")] = 100,
-    seconds: Annotated[
+    duration: Annotated[
         float | None,
-        duration_option("--seconds", "Instead of --repeat: time for each of --tokens.", least=0.1),
+        duration_option("--duration", "Instead of --repeat: time for each of --tokens.", least=0.1),
     ] = None,
     device: Annotated[
         Literal["cpu", "cuda"], typer.Option(help="Where the rows lie and the exchange runs.")
@@ -120,7 +120,7 @@ def bench_comm(
     ]
     settings = Settings(channel, scales, threads, timeout)
     if device == "cuda":
-        for flag, given in (("--seconds", seconds), ("--plot", plot)):
+        for flag, given in (("--duration", duration), ("--plot", plot)):
             if given is not None:
                 raise ConfigError(f"{flag} is not there with --device cuda")
         _on_gpu(workloads, settings, names, repeat, as_json=json_, output=output)
@@ -128,7 +128,7 @@ def bench_comm(
     console = Console(stderr=True)
     with console.status("") as status:
         report = run_comm(
-            workloads, settings, names, repeat=repeat, seconds=seconds, note=status.update
+            workloads, settings, names, repeat=repeat, seconds=duration, note=status.update
         )
     show_report(report, comm_text(report), as_json=json_, output=output)
     if plot is not None:

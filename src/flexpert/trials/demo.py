@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from time import perf_counter
@@ -26,6 +25,7 @@ from flexpert.bench.load import (
 from flexpert.bench.machine import this_machine
 from flexpert.bench.service import own_service
 from flexpert.cluster.views import ClusterView, OperationView
+from flexpert.display.output import write_report
 from flexpert.errors import FlexpertError
 from flexpert.trials.demo_report import DemoChange, DemoPlan, DemoProgress, DemoResult, demo_result
 from flexpert.trials.demo_view import LineView, LiveView, summary
@@ -106,7 +106,7 @@ def run_demo(plan: DemoPlan, *, console: Console, as_json: bool) -> int:
         console.print("interrupted; the service is stopped")
         return EXIT_INTERRUPTED
     if as_json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(result), indent=2).decode() + "\n")
+        write_report(result, as_json=True, output=None)
     else:
         console.print(summary(result))
     return EXIT_OK if result.good else EXIT_BAD
