@@ -15,7 +15,7 @@ from flexpert.engine.device_profile import (
     CpuProfile,
     InterpreterProfile,
     TritonProfile,
-    WarmUp,
+    WarmUpTime,
     captured_sizes,
     profile_of,
     triton_sizes,
@@ -164,9 +164,9 @@ def test_the_profile_is_of_the_device_that_the_settings_name(
 
 @pytest.mark.parametrize(
     ("all2all", "warm_up"),
-    [("auto", WarmUp.WHILE_LOADING), ("nixl_ep", WarmUp.BEFORE_LOADING)],
+    [("auto", WarmUpTime.WHILE_LOADING), ("nixl_ep", WarmUpTime.BEFORE_LOADING)],
 )
-def test_graphs_are_captured_before_nixl_ep_connects(all2all: str, warm_up: WarmUp) -> None:
+def test_graphs_are_captured_before_nixl_ep_connects(all2all: str, warm_up: WarmUpTime) -> None:
     profile = InterpreterProfile(gpu(**{"engine.all2all": all2all}).engine)
     assert profile.warm_up is warm_up
 

@@ -27,19 +27,14 @@ class Cancelled(Exception):  # noqa: N818 - a signal between two functions, neve
 class PreparedEpoch:
     """Ready to switch to.
 
-    weights: what this rank will hold. loaded: how many of them are new; copied: of these, how many
-    came from a peer's memory. layers is empty on a rank that leaves.
+    weights: what this rank will hold. copied: how many of them are new and came from a peer's
+    memory. layers is empty on a rank that leaves.
     """
 
     plan: Prepare
     weights: Weights
     layers: list[LayerState]
-    loaded: int
     copied: int = 0
-
-    @property
-    def expert_bytes(self) -> int:
-        return sum(weights.nbytes for weights in self.weights.values())
 
 
 def prepare_epoch(
@@ -65,7 +60,7 @@ def prepare_epoch(
     """
     rank = buffer.rank
     if rank not in plan.members:
-        return PreparedEpoch(plan, {}, [], 0)
+        return PreparedEpoch(plan, {}, [])
     buffer.connect(plan.members)
     weights: Weights = {}
     layers: list[LayerState] = []
@@ -95,7 +90,7 @@ def prepare_epoch(
     except BaseException:
         store.drop(loaded)
         raise
-    return PreparedEpoch(plan, weights, layers, len(loaded), copied)
+    return PreparedEpoch(plan, weights, layers, copied)
 
 
 def _place(store: Store, layer: int, expert: int) -> ExpertWeights:

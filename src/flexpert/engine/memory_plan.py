@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+import msgspec
 
 from flexpert.comm import BufferSpec
 from flexpert.comm.window_layout import size_bytes
@@ -81,3 +84,34 @@ def planned_memory(
         windows=size_bytes(spec) * members // capacity,
         runtime=RUNTIME_BYTES,
     )
+
+
+class MemoryMeter:
+    """The memory of one rank: measured from time to time, and planned by what was measured first.
+
+    measured: bytes, when they were last; 0 before that.
+    """
+
+    def __init__(
+        self, source: ModelSource, config: EngineConfig, capacity: int, exported: Callable[[], int]
+    ) -> None:
+        """exported: as `private_memory` takes it, now."""
+        self.measured = 0
+        self._source = source
+        self._config = config
+        self._capacity = capacity
+        self._exported = exported
+        self._runtime: int | None = None  # unknown until the rank is warm
+
+    def measure(self) -> None:
+        """From any thread; takes milliseconds."""
+        self.measured = private_memory(self._exported())
+
+    def plan(self, experts: int, members: int) -> Memory:
+        """What this rank needs with so many experts and members; first when it has been measured,
+        warm and without having served yet."""
+        planned = planned_memory(self._source, self._config, self._capacity, experts, members)
+        if self._runtime is None:  # the rest is the process itself
+            process = self.measured - planned.dense - planned.experts
+            self._runtime = max(0, process) + SERVING_BYTES
+        return msgspec.structs.replace(planned, runtime=self._runtime)

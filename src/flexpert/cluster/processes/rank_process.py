@@ -149,7 +149,7 @@ def _beat(engine: RankEngine, report: Callable[[msg.Report], None], every_s: flo
             stuck_s = watchdog.look(time.monotonic(), engine.turns, work_of_main_thread)
             report(msg.Alive(stuck_s))
             if time.monotonic() >= next_look:
-                engine.measure_memory()
+                engine.memory.measure()
                 next_look = time.monotonic() + _MEMORY_EVERY_S
             time.sleep(every_s)
 

@@ -1,0 +1,216 @@
+"""The KV blocks of sequences that move: out of the memory of a rank that leaves into this one's.
+
+    offer → fetch (in a thread, while both ranks serve) → adopt, once the other has left
+
+Full blocks are copied ahead; `adopt` copies what was filled since. A block of this rank that a
+fetch may still write to belongs to that fetch until its thread has ended, whatever was withdrawn
+meanwhile. What cannot be copied is computed again, so that no failure here costs a sequence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flexpert.comm import CommError
+from flexpert.engine import rank_protocol as msg
+from flexpert.engine.arrivals import Arrivals
+from flexpert.engine.device_profile import DeviceProfile
+from flexpert.engine.request import HeldKV, KVMigration
+from flexpert.engine.scheduler import Scheduler
+from flexpert.engine.sequence_intake import SequenceIntake
+from flexpert.models.kv_cache import KVCache
+from flexpert.models.source import ModelInfo
+
+_FETCH_BLOCKS = 64  # copied at once
+
+
+class KVFetch(threading.Thread):
+    """Copies KV blocks of a rank that leaves.
+
+    theirs: that rank's cache, once all is copied. over: the thread has ended, and the step loop has
+    heard so; set by the latter.
+    """
+
+    def __init__(
+        self,
+        command: msg.Fetch,
+        arrivals: Arrivals,
+        pairs: list[tuple[int, int]],
+        *,
+        own: KVCache,
+        theirs: Callable[[], KVCache],
+        done: Callable[[FetchEnded], None],
+    ) -> None:
+        """
+        Args:
+            pairs: (block there, block here).
+            theirs: opens the cache. Raises: CommError, ValueError
+            done: called in the thread.
+        """
+        super().__init__(name=f"fetch-{command.source}", daemon=True)
+        self.command = command
+        self.arrivals = arrivals
+        self.theirs: KVCache | None = None
+        self.over = False
+        self.dropped = False
+        self._pairs = pairs
+        self._own = own
+        self._open = theirs
+        self._done = done
+
+    def drop(self) -> None:
+        """Nobody takes what is left; called in the step loop's thread. Blocks that the thread may
+        still write to stay taken until it has ended."""
+        self.dropped = True
+        if self.over:
+            self.arrivals.drop()
+
+    def run(self) -> None:
+        self._done(FetchEnded(self, self._copy()))
+
+    def _copy(self) -> int | None:
+        try:
+            theirs = self._open()
+        except (CommError, ValueError):  # it is gone or its address is none: nothing to copy
+            return None
+        copied = 0
+        for at in range(0, len(self._pairs), _FETCH_BLOCKS):
+            if self.dropped:
+                return None
+            copied += self._own.copy_from(theirs, self._pairs[at : at + _FETCH_BLOCKS])
+        self.theirs = theirs
+        return copied
+
+
+@dataclass(frozen=True, slots=True)
+class FetchEnded:
+    """A fetch's thread has ended. copied: bytes, or None if it could not be done in full."""
+
+    fetch: KVFetch
+    copied: int | None
+
+
+class KVTransfer:
+    """Used by the step loop's thread."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        scheduler: Scheduler,
+        own: KVCache,
+        profile: DeviceProfile,
+        intake: SequenceIntake,
+        *,
+        report: Callable[[msg.Report], None],
+        done: Callable[[FetchEnded], None],
+    ) -> None:
+        """
+        Args:
+            own: this rank's cache; those of its peers are as large.
+            done: hears of a fetch that has ended, in its thread.
+        """
+        self._info = info
+        self._scheduler = scheduler
+        self._own = own
+        self._profile = profile
+        self._intake = intake
+        self._report = report
+        self._done = done
+        self._fetches: dict[int, KVFetch] = {}  # from ranks that leave
+
+    def offer(self, command: msg.Offer) -> None:
+        """Report full blocks, which stay as they are until `withdraw`."""
+        self._report(msg.Offered(command.epoch, self._scheduler.offer()))
+
+    def fetch(self, command: msg.Fetch) -> None:
+        """Copy what a leaver offers, as far as there are blocks for it."""
+        migrations = self._credible(command.migrations)
+        arrivals = Arrivals(self._scheduler.pool)
+        pairs = arrivals.reserve(migrations, spare=self._scheduler.running + len(migrations))
+        fetch = self._fetches[command.source] = KVFetch(
+            command,
+            arrivals,
+            pairs,
+            own=self._own,
+            theirs=lambda: self._cache_at(command.kv),
+            done=self._done,
+        )
+        fetch.start()
+
+    def fetch_ended(self, event: FetchEnded) -> None:
+        fetch, copied = event.fetch, event.copied
+        if copied is not None:
+            fetch.arrivals.settle()
+        if copied is None or fetch.dropped:
+            fetch.arrivals.drop()
+        fetch.over = True
+        if not fetch.dropped:
+            self._report(msg.Fetched(fetch.command.epoch, fetch.command.source, copied or 0))
+
+    def withdraw(self) -> None:
+        """No epoch comes for which something was offered or fetched."""
+        self._scheduler.withdraw()
+        for fetch in self._fetches.values():
+            fetch.drop()
+        self._fetches.clear()
+
+    def adopt(self, command: msg.Adopt) -> None:
+        """Go on with the sequences of a rank that has left."""
+        fetch = self._fetches.pop(command.source, None)
+        moved = size = recomputed = 0
+        migrations = self._credible(command.migrations)
+        theirs = self._cache_of_leaver(command.kv, fetch, migrations)
+        for sequence, held in ((move.sequence, move.held) for move in migrations):
+            have = fetch.arrivals.take(sequence.id) if fetch and fetch.over else []
+            there = held if theirs else HeldKV(sequence.id, 0, [])
+            added = False
+            with self._intake.isolated(sequence):
+                pairs = self._scheduler.adopt(sequence, there, have)
+                added = True
+            if not added:
+                continue
+            if pairs is None:
+                recomputed += held.computed
+                continue
+            if theirs and pairs:
+                size += self._own.copy_from(theirs, pairs)
+            self._scheduler.settle(sequence.id)
+            moved += 1
+        if fetch:
+            fetch.drop()
+        self._report(msg.Adopted(command.source, moved, size, recomputed))
+
+    def _cache_of_leaver(
+        self, address: bytes, fetch: KVFetch | None, migrations: list[KVMigration]
+    ) -> KVCache | None:
+        """None: it is gone, or its address is none, or it holds nothing of these."""
+        if fetch and fetch.theirs:
+            return fetch.theirs
+        if any(move.held.computed for move in migrations):
+            with contextlib.suppress(CommError, ValueError):
+                return self._cache_at(address)
+        return None
+
+    def _cache_at(self, address: bytes) -> KVCache:
+        """A peer's KV cache. Raises: PeerUnreachable; ValueError: that is no address"""
+        memory = self._profile.import_memory(address).bytes
+        return KVCache(self._info, self._own.blocks, self._scheduler.limits.block_size, memory)
+
+    def _credible(self, migrations: list[KVMigration]) -> list[KVMigration]:
+        """What the rank they come from says it holds, where that can be; else it holds nothing."""
+        size, blocks = self._scheduler.limits.block_size, self._own.blocks
+
+        def checked(migration: KVMigration) -> KVMigration:
+            sequence, held = migration.sequence, migration.held
+            tokens = len(sequence.prompt) + len(sequence.generated)
+            right = (
+                0 <= held.computed <= tokens
+                and len(held.blocks) == -(-held.computed // size)
+                and all(0 <= block < blocks for block in held.blocks)
+            )
+            return migration if right else KVMigration(sequence, HeldKV(sequence.id, 0, []))
+
+        return [checked(migration) for migration in migrations]

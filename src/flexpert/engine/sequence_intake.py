@@ -1,0 +1,67 @@
+"""Sequences come into a rank's scheduler: what one of them is to blame for fails it alone.
+
+What adding or sampling a sequence raises concerns nobody else, so that it is rejected and the rank
+goes on. A sequence that is on trial may be what ends ranks; the first step with it is reported
+before it begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+
+from flexpert.engine import rank_protocol as msg
+from flexpert.engine.request import Sequence
+from flexpert.engine.scheduler import Scheduler
+from flexpert.errors import FlexpertError
+
+SEQUENCE_FAULTS = (ValueError, TypeError, LookupError, ArithmeticError)
+"""What adding or sampling one sequence may raise; more than that concerns the whole rank."""
+
+
+class SequenceIntake:
+    """Used by the step loop's thread."""
+
+    def __init__(self, scheduler: Scheduler, report: Callable[[msg.Report], None]) -> None:
+        self._scheduler = scheduler
+        self._report = report
+        self._on_trial: set[str] = set()  # whose first step is still to be reported
+
+    def admit(self, sequences: Iterable[Sequence]) -> None:
+        """Queue them."""
+        for sequence in sequences:
+            with self.isolated(sequence):
+                self._scheduler.add(sequence)
+
+    def abort(self, ids: Iterable[str]) -> None:
+        """Forget them; unknown ids are ignored."""
+        for name in ids:
+            self._on_trial.discard(name)
+            self._scheduler.abort(name)
+
+    @contextlib.contextmanager
+    def isolated(self, sequence: Sequence) -> Iterator[None]:
+        """While a sequence is added: what is raised rejects it."""
+        if sequence.on_trial:
+            self._on_trial.add(sequence.id)
+        try:
+            yield
+        except FlexpertError as error:
+            self._report(msg.Rejected(sequence.id, str(error)))
+        except SEQUENCE_FAULTS as error:
+            self.failed(sequence.id, error)
+
+    def failed(self, sequence_id: str, error: Exception) -> None:
+        """By a fault of ours that only this sequence brings about."""
+        traceback.print_exception(error)
+        why = f"the request could not be computed: {type(error).__name__}: {error}"
+        self._report(msg.Rejected(sequence_id, why, True))
+
+    def begin_step(self, ids: Iterable[str]) -> None:
+        """A step with these is about to be computed."""
+        if not self._on_trial:
+            return
+        for name in self._on_trial.intersection(ids):
+            self._on_trial.discard(name)
+            self._report(msg.OnTrial(name))
