@@ -110,7 +110,7 @@ def step(deterministic: bool) -> None:
     info = source.info
     spec = BufferSpec(1, 512, info.hidden, info.topk, info.dtype)
     runtime = MoERuntime(make_buffer(0, spec), reduce="home" if deterministic else "rank")
-    shard = ModelRunner.load(
+    runner = ModelRunner.load(
         source, moe=runtime, kv_blocks=2048, kv_block_size=BLOCK, deterministic=deterministic
     )
     placement = replan(None, [0], experts=info.experts, layers=info.moe_layers)
@@ -127,7 +127,7 @@ def step(deterministic: bool) -> None:
         ("prefill, 128 tokens", _batch(1, 0, 128), 20),
         ("prefill, 4 × 128 tokens", _batch(4, 0, 128), 8),
     ):
-        print(f"  {name:36} {_median_ms(partial(shard.forward, batch), repeats):6.2f}")
+        print(f"  {name:36} {_median_ms(partial(runner.forward, batch), repeats):6.2f}")
 
 
 def _batch(sequences: int, past: int, new: int) -> ForwardBatch:

@@ -315,7 +315,7 @@ def test_queries_and_keys_are_normed_turned_and_stored(normed: bool) -> None:
     weights = (randn(dim, seed=2), randn(dim, seed=3))
     caches = [torch.full((2, 4, kv_heads, dim), math.nan) for _ in range(2)]
     slots = torch.tensor([5, -1, 2])
-    query = rotary.turn_and_store(
+    query = rotary.rotate_and_store(
         qkv, cos, sin, slots, *caches, norms=weights if normed else None, eps=1e-6, early=True
     )
 

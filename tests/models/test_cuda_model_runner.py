@@ -154,7 +154,7 @@ def test_captured_steps_follow_the_experts_without_another_capture(
 
 
 def test_padding_of_a_captured_step_is_no_leftover_of_a_larger_one() -> None:
-    memory = torch.full((StepInputs.room(8, 5),), 255, dtype=torch.uint8)
+    memory = torch.full((StepInputs.bytes_for(8, 5),), 255, dtype=torch.uint8)
     inputs = StepInputs.over(memory, 4, 5)
     tables = torch.arange(6, dtype=torch.int32).view(2, 3)
     ones = torch.ones(2, dtype=torch.int64)
@@ -164,4 +164,4 @@ def test_padding_of_a_captured_step_is_no_leftover_of_a_larger_one() -> None:
     assert inputs.slot_mapping.tolist() == [3, 3, -1, -1]
     assert inputs.context_len.tolist() == [2, 2, 0, 0]
     assert torch.equal(inputs.block_tables[:2, :3], tables)
-    assert inputs.nbytes == StepInputs.room(4, 5)
+    assert inputs.nbytes == StepInputs.bytes_for(4, 5)

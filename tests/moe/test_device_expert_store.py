@@ -1,4 +1,4 @@
-"""Experts on shelves: peers copy exactly what is there, and a shelf goes when nothing is on it.
+"""Experts on slabs: peers copy exactly what is there, and a slab goes when nothing is on it.
 
 Shelves lie in this machine's memory here; on a GPU only what `export_memory` and `import_memory` do
 is other.
@@ -12,19 +12,19 @@ import torch
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
 from flexpert.kernels.experts import ExpertShape
-from flexpert.moe.cuda.device_expert_store import DeviceStore, ExportedDeviceExperts
+from flexpert.moe.cuda.device_expert_store import DeviceExpertStore, ExportedDeviceExperts
 
 PLAIN = ExpertShape(4, 6, 3, torch.bfloat16)
 BIASED = ExpertShape(96, 64, 32, torch.bfloat16, biases=torch.bfloat16)
 CPU = torch.device("cpu")
 
 
-def store(shelf_bytes: int = 40_000) -> DeviceStore:
-    """Two of the larger experts on a shelf."""
-    return DeviceStore([PLAIN, BIASED], 5, CPU, shelf_bytes=shelf_bytes)
+def store(slab_bytes: int = 40_000) -> DeviceExpertStore:
+    """Two of the larger experts on a slab."""
+    return DeviceExpertStore([PLAIN, BIASED], 5, CPU, slab_bytes=slab_bytes)
 
 
-def fill(own: DeviceStore, key: tuple[int, int], seed: int) -> list[torch.Tensor]:
+def fill(own: DeviceExpertStore, key: tuple[int, int], seed: int) -> list[torch.Tensor]:
     tensors = own.weights(key).tensors
     draw = torch.Generator().manual_seed(seed)
     for tensor in tensors:
@@ -56,29 +56,29 @@ def test_what_a_peer_does_not_have_is_not_copied_and_takes_no_place() -> None:
     assert not ours.copy((0, 3), peer)
     theirs.drop([(0, 1)])
     assert not ours.copy((0, 1), peer)
-    assert not ours._shelves
+    assert not ours._slabs
 
 
-def test_a_place_is_used_again_and_an_empty_shelf_goes() -> None:
+def test_a_place_is_used_again_and_an_empty_slab_goes() -> None:
     own = store()
     kept = fill(own, (1, 0), 0)
     fill(own, (1, 1), 1)
-    assert len(own._shelves) == 1
+    assert len(own._slabs) == 1
     own.drop([(1, 1), (1, 3), (0, 0)])  # some of them are not there
-    assert len(own._shelves) == 1
+    assert len(own._slabs) == 1
     fill(own, (1, 2), 2)
-    assert len(own._shelves) == 1
+    assert len(own._slabs) == 1
     fill(own, (1, 4), 4)
-    assert len(own._shelves) == 2
+    assert len(own._slabs) == 2
     own.drop([(1, 4)])
-    assert len(own._shelves) == 1
+    assert len(own._slabs) == 1
     assert all(map(torch.equal, own.weights((1, 0)).tensors, kept))
     own.drop([(1, 0), (1, 2)])
-    assert not own._shelves
+    assert not own._slabs
 
 
-def test_a_peer_that_has_an_old_shelf_open_reads_the_new_one() -> None:
-    """The number of a shelf may come again, its address does not."""
+def test_a_peer_that_has_an_old_slab_open_reads_the_new_one() -> None:
+    """The number of a slab may come again, its address does not."""
     ours, theirs = store(), store()
     peer = ours.import_memory(theirs.address)
     for seed in range(3):

@@ -196,9 +196,9 @@ class TritonProfile(DeviceProfile):
         return ExchangedExperts(buffer, info.moe_layers, info.experts, shape, self.device)
 
     def make_expert_store(self, source: ModelSource) -> Store:
-        from flexpert.moe.cuda.device_expert_store import DeviceStore  # needs triton
+        from flexpert.moe.cuda.device_expert_store import DeviceExpertStore  # needs triton
 
-        return DeviceStore(source.expert_shapes(), source.info.experts, self.device)
+        return DeviceExpertStore(source.expert_shapes(), source.info.experts, self.device)
 
 
 class CudaProfile(TritonProfile):

@@ -62,7 +62,7 @@ class _Now:
 
 
 class HostStream:
-    """Of the CPU. There are no graphs: a replay computes again, over the same memory."""
+    """The stream of a CPU. There are no graphs: a replay computes again, over the same memory."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -85,7 +85,7 @@ class HostStream:
 
 
 class CudaStream:
-    """Of a GPU: torch's current stream of the calling thread."""
+    """The stream of a GPU: torch's current one in the calling thread."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -35,7 +35,7 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ExpertShape:
-    """Of one expert. height: rows of gate_up, i.e. 2 * inter (inter for experts without a gate).
+    """Sizes of one expert. height: rows of gate_up, 2 * inter (inter for experts without a gate).
 
     dtype: of the weights; that of fp8 means that they have scales (see
     `flexpert.kernels.block_fp8`). biases: their dtype; None: there are none.

@@ -65,8 +65,8 @@ class AttendKernel(Protocol):
     ) -> Tensor: ...
 
 
-class TurnKernel(Protocol):
-    """See `cuda.rotary.turn_and_store`."""
+class RotateKernel(Protocol):
+    """See `cuda.rotary.rotate_and_store`."""
 
     def __call__(
         self,
@@ -96,7 +96,7 @@ class Fusions:
     """What takes the place of whole modules where launches cost more than their work."""
 
     attend: AttendKernel
-    turn_and_store: TurnKernel
+    rotate_and_store: RotateKernel
     choose_experts: ChooseKernel
 
 
@@ -125,7 +125,7 @@ def gpu_kernels() -> Kernels:
     """Those in Triton; on tensors of a CPU they need its interpreter."""
     from flexpert.kernels.cuda import attention, norm, rotary, router
 
-    fusions = Fusions(attention.attend, rotary.turn_and_store, router.choose_experts)
+    fusions = Fusions(attention.attend, rotary.rotate_and_store, router.choose_experts)
     return Kernels(attention.paged_attention, norm.rms_norm, fusions=fusions)
 
 

@@ -35,13 +35,13 @@ class StepInputs:
     nbytes: int
 
     @staticmethod
-    def room(size: int, max_blocks: int) -> int:
-        """Bytes of memory for so many sequences."""
+    def bytes_for(size: int, max_blocks: int) -> int:
+        """Bytes of memory for `size` sequences."""
         return size * (3 * 8 + 4 + 4 * max_blocks)
 
     @classmethod
     def over(cls, memory: Tensor, size: int, max_blocks: int) -> StepInputs:
-        """memory: [at least `room`] uint8."""
+        """memory: [at least `bytes_for`] uint8."""
         end = 0
 
         def take(count: int, dtype: torch.dtype) -> Tensor:
@@ -103,14 +103,14 @@ class DecodeGraphs:
     ) -> None:
         self.captures = 0
         self._max_blocks = max_blocks
-        room = StepInputs.room(max(sizes), max_blocks)
+        most = StepInputs.bytes_for(max(sizes), max_blocks)
         self._stream = stream_of(device)
-        self._host = self._stream.host_buffer(room)
-        self._device = torch.zeros(room, dtype=torch.uint8, device=device)
+        self._host = self._stream.host_buffer(most)
+        self._device = torch.zeros(most, dtype=torch.uint8, device=device)
         self._copied = self._stream.event()  # the device has read what lies on the host
         self._pool = self._stream.graph_pool()
         self._captured: dict[int, _Captured] = {}
-        # the largest first: the others find room in its memory
+        # the largest first: the others fit into its memory
         for size in sorted(set(sizes), reverse=True):
             self._captured[size] = self._capture(walk, size)
         self._sizes = sorted(self._captured)

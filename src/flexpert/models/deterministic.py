@@ -1,4 +1,4 @@
-"""Row-independent arithmetic: `--deterministic` gives a token the same bits whatever its company.
+"""Row-independent arithmetic: `--deterministic` gives a token the same bits whatever its batch.
 
 Library products choose their blocking, and so their order of summation, by the number of rows; and
 vectorised functions treat the last few elements of a tensor with other code than the rest, so

@@ -1,6 +1,6 @@
 """Files whose weights are fp8, each block with a scale, as DeepSeek-V3's and Qwen3's fp8 ones are.
 
-Beside a weight W of [out, in] there is W_scale_inv of [ceil(out / rows), ceil(in / columns)]; their
+With a weight W of [out, in] comes W_scale_inv of [ceil(out / rows), ceil(in / columns)]; their
 product is the weight. What has no scale is stored as it is: norms, the router, the embedding.
 """
 

@@ -68,7 +68,7 @@ def _linear(
 
 
 def epsilon(module: nn.Module) -> float | None:
-    """Of a module that looks like an RMS norm: its only tensor is a vector named `weight`."""
+    """Epsilon of a module that looks like an RMS norm: its only tensor is a vector, `weight`."""
     weight = module._parameters.get("weight")
     if (
         len(module._parameters) != 1

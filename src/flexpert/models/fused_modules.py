@@ -62,7 +62,7 @@ class _Front:
         every = self.heads + 2 * self.kv_heads
         qkv = F.linear(hidden, self.weight, self.bias).view(-1, every, self.dim)
         cos, sin = (part[0].contiguous() for part in rotation)
-        return kernels.turn_and_store(
+        return kernels.rotate_and_store(
             qkv,
             cos,
             sin,
@@ -76,7 +76,7 @@ class _Front:
 
 
 def _front(module: nn.Module) -> _Front | None:
-    """Of a module that looks like attention with separate projections of whole heads."""
+    """What a module projects that looks like attention with one projection each for Q, K and V."""
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     linears = [getattr(module, name, None) for name in names]
     dim = getattr(module, "head_dim", None)

@@ -234,7 +234,7 @@ class ModelSource:
     # ---- weights ----------------------------------------------------------------------------
 
     def expert_shape(self, layer: int = 0) -> ExpertShape:
-        """Of every expert of a MoE layer, in our layout."""
+        """The shape of every expert of a MoE layer, in our layout."""
         name = self.experts_names[layer]
         module: Any = self.skeleton.get_submodule(name)
 
@@ -254,7 +254,7 @@ class ModelSource:
         )
 
     def expert_shapes(self) -> list[ExpertShape]:
-        """Of the experts of each MoE layer."""
+        """The shape of the experts of each MoE layer."""
         return [self.expert_shape(layer) for layer in range(self.info.moe_layers)]
 
     def load_experts(

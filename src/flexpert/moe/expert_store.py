@@ -69,7 +69,7 @@ class _Places:
 
 
 class ExpertStore:
-    """One rank's own.
+    """The store of one rank, in memory of the host.
 
     address: for the `ExportedExperts` of peers that serve the same model.
     """

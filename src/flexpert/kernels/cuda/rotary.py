@@ -19,7 +19,7 @@ def _rounded(x, like):
 
 
 @triton.jit
-def _turn_and_store(
+def _rotate_and_store(
     qkv,
     cos,
     sin,
@@ -84,7 +84,7 @@ def _turn_and_store(
         tl.store(value, result, mask=ok & is_value)
 
 
-def turn_and_store(
+def rotate_and_store(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -116,7 +116,7 @@ def turn_and_store(
     if tokens == 0:
         return query
     query_weight, key_weight = norms or (cos, cos)
-    _turn_and_store[(tokens, triton.cdiv(every, _HEADS))](
+    _rotate_and_store[(tokens, triton.cdiv(every, _HEADS))](
         qkv,
         cos,
         sin,
