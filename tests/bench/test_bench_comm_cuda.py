@@ -17,7 +17,6 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install flexp
 
 from flexpert.bench.comm.baseline import Unavailable
 from flexpert.bench.comm.baseline_kinds import GPU_BASELINE_FAMILIES
-from flexpert.bench.comm.comm_run import CommSpread
 from flexpert.bench.comm.cuda.gpu_baselines import GpuSite, NixlEp, TorchLocal, gpu_kinds
 from flexpert.bench.comm.cuda.gpu_comm_rank import GpuRank, Phases
 from flexpert.bench.comm.cuda.gpu_comm_report import gpu_text
@@ -37,6 +36,7 @@ from flexpert.bench.comm.workload import (
     make_input,
 )
 from flexpert.bench.machine import this_machine
+from flexpert.bench.statistics import SpreadUs
 from flexpert.cli.bench_comm import bench_comm
 from flexpert.comm.buffer import Scales
 from flexpert.compat.nixl_ep.device_exchange import VARIABLE
@@ -128,7 +128,7 @@ def test_the_limit_counts_what_must_move() -> None:
 
 
 def test_the_table_shows_ratio_limit_and_who_was_skipped() -> None:
-    fast, slow = CommSpread(1.0, 2.0, 3.0), CommSpread(8.0, 8.0, 8.0)
+    fast, slow = SpreadUs(1.0, 2.0, 3.0), SpreadUs(8.0, 8.0, 8.0)
     results = [
         GpuResult(baseline="flexpert", dispatch_us=fast, combine_us=fast, pair_us=fast),
         GpuResult(baseline="nixl_ep", dispatch_us=slow, combine_us=slow, pair_us=slow),

@@ -8,8 +8,9 @@ import torch
 from rich.console import Console, RenderableType
 from typer.testing import CliRunner
 
-from flexpert.bench.gpu.gpu_device import GpuSpread, MeasuredGpu
+from flexpert.bench.gpu.gpu_device import MeasuredGpu
 from flexpert.bench.machine import this_machine
+from flexpert.bench.statistics import SpreadUs
 from flexpert.cli.main import app
 from flexpert.errors import ConfigError
 
@@ -57,7 +58,7 @@ def test_the_limit_is_memory_or_arithmetic_whichever_takes_longer() -> None:
 
 
 def test_spread_is_of_the_sorted_times() -> None:
-    spread = GpuSpread.of([3.0, 1.0, 2.0])
+    spread = SpreadUs.of([3.0, 1.0, 2.0])
     assert spread.p50 == 2.0
     assert 1.0 < spread.p10 < spread.p90 < 3.0
 
@@ -99,7 +100,7 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
                 limit_us=400.0,
                 results=[
                     LayerResult(
-                        baseline="flexpert", us=GpuSpread(400, 440, 500), error=0.004, times_ours=1
+                        baseline="flexpert", us=SpreadUs(400, 440, 500), error=0.004, times_ours=1
                     ),
                     LayerResult(baseline="eager", skipped="differs by 0.5", wrong=True),
                 ],
@@ -117,9 +118,9 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
         batch=64,
         active=126.0,
         limit_ms=20.0,
-        ours_us=GpuSpread(24000, 25000, 26000),
+        ours_us=SpreadUs(24000, 25000, 26000),
         captures=4,
-        transformers_us=GpuSpread(90000, 100000, 110000),
+        transformers_us=SpreadUs(90000, 100000, 110000),
     )
     decode = DecodeReport(
         machine=this_machine(),

@@ -17,9 +17,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from flexpert.bench.gpu.decode_group import GroupPlan, GroupResult, place_on, run_group
 from flexpert.bench.gpu.decode_rank import CHECK_TOKENS, WARM_UP, DecodeRank, check_prompts
-from flexpert.bench.gpu.gpu_device import GpuSpread, MeasuredGpu, measure_gpu
+from flexpert.bench.gpu.gpu_device import MeasuredGpu, measure_gpu
 from flexpert.bench.gpu.model import RandomModel, qwen3_30b_a3b
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.statistics import SpreadUs
 from flexpert.errors import FlexpertError
 from flexpert.kernels.kernel_set import open_gpu
 from flexpert.moe.cuda.local_experts import LocalExperts
@@ -42,9 +43,9 @@ class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
     batch: int
     active: float
     limit_ms: float
-    ours_us: GpuSpread
+    ours_us: SpreadUs
     captures: int
-    transformers_us: GpuSpread | None = None
+    transformers_us: SpreadUs | None = None
     skipped: str | None = None
 
     @property
@@ -191,7 +192,7 @@ def _point(
         batch=batch,
         active=active,
         limit_ms=gpu.limit_s(nbytes, 0.0) * 1e3,
-        ours_us=GpuSpread.of(ours.times_us(batch, context, steps)),
+        ours_us=SpreadUs.of(ours.times_us(batch, context, steps)),
         captures=ours.graphs.captures,
     )
 
@@ -214,7 +215,7 @@ def _points_of(
                 batch=batch,
                 active=active,
                 limit_ms=gpu.limit_s(nbytes, 0.0) * 1e3,
-                ours_us=GpuSpread.of(times),
+                ours_us=SpreadUs.of(times),
                 captures=group.captures,
             )
         )
@@ -247,11 +248,11 @@ def _with_baseline(
     note: Callable[[str], None],
 ) -> list[DecodePoint]:
     """The same steps by transformers: its cache, sdpa, grouped_mm, launched by the host."""
-    found: dict[int, GpuSpread | str] = {}
+    found: dict[int, SpreadUs | str] = {}
     for batch in dict.fromkeys(point.batch for point in points):
         note(f"batch {batch}: transformers")
         try:
-            found[batch] = GpuSpread.of(_transformers_us(model, batch, context, steps))
+            found[batch] = SpreadUs.of(_transformers_us(model, batch, context, steps))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             found[batch] = "out of memory"

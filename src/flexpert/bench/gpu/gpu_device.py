@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import torch
 
-from flexpert.bench.statistics import percentile
+from flexpert.bench.statistics import SpreadUs
 from flexpert.errors import FlexpertError
 
 Launch = Callable[[], object]
@@ -41,19 +41,6 @@ class MeasuredGpu(msgspec.Struct, frozen=True):
         return max(nbytes / self.bytes_per_s, flops / self.flops)
 
 
-class GpuSpread(msgspec.Struct, frozen=True):
-    """Microseconds."""
-
-    p10: float
-    p50: float
-    p90: float
-
-    @classmethod
-    def of(cls, times_us: Sequence[float]) -> GpuSpread:
-        ordered = sorted(times_us)
-        return cls(*(percentile(ordered, share) for share in (0.1, 0.5, 0.9)))
-
-
 def measure_gpu(device: torch.device) -> MeasuredGpu:
     """What the GPU can do at best now."""
     import triton
@@ -78,14 +65,13 @@ def _memory_rate(device: torch.device) -> float:
         (lambda: source.sum(), _MOVED_BYTES),
     ]
     return max(
-        nbytes / GpuSpread.of(replay_us([launch] * 4, repeat=5)).p50 * 1e6
-        for launch, nbytes in ways
+        nbytes / SpreadUs.of(replay_us([launch] * 4, repeat=5)).p50 * 1e6 for launch, nbytes in ways
     )
 
 
 def _product_rate(device: torch.device) -> float:
     a = torch.randn(_PRODUCT, _PRODUCT, dtype=torch.bfloat16, device=device)
-    return 2 * _PRODUCT**3 / GpuSpread.of(replay_us([lambda: a @ a], repeat=10)).p50 * 1e6
+    return 2 * _PRODUCT**3 / SpreadUs.of(replay_us([lambda: a @ a], repeat=10)).p50 * 1e6
 
 
 def replay_us(

@@ -7,22 +7,19 @@ from rich.table import Table
 from rich.text import Text
 
 from flexpert.bench.gpu.decode import DecodePoint, DecodeReport
-from flexpert.bench.gpu.gpu_device import GpuSpread
 from flexpert.bench.gpu.layer import LayerPoint, LayerReport, LayerResult
+from flexpert.bench.report_table import figures_table, no_figures, with_note
+from flexpert.bench.statistics import SpreadUs
 
 
 def layer_text(report: LayerReport) -> RenderableType:
     """A table for each shape and number of tokens, then what was measured on."""
-    parts: list[RenderableType] = [_layer_table(point) for point in report.points]
-    parts.append(
-        Text(
-            "medians of graph replays, the L2 flushed and new data before each; "
-            f"limit: bytes or flops over what this GPU does\n{report.gpu.line()}\n"
-            f"{report.machine.line()}",
-            style="dim",
-        )
+    return with_note(
+        [_layer_table(point) for point in report.points],
+        "medians of graph replays, the L2 flushed and new data before each; "
+        f"limit: bytes or flops over what this GPU does\n{report.gpu.line()}\n"
+        f"{report.machine.line()}",
     )
-    return Group(*parts)
 
 
 def _layer_table(point: LayerPoint) -> Table:
@@ -33,10 +30,7 @@ def _layer_table(point: LayerPoint) -> Table:
         f"top-{shape.topk} of {shape.experts} experts, {point.active:.0f} of them in use: "
         f"limit {point.limit_us:,.0f} µs"
     )
-    table = Table(title=title, title_justify="left", box=None)
-    table.add_column("experts by")
-    for column in ("µs", "p90", "× limit", "× flexpert", "error"):
-        table.add_column(column, justify="right")
+    table = figures_table(title, "experts by", ("µs", "p90", "× limit", "× flexpert", "error"))
     for result in point.results:
         table.add_row(*_layer_row(result, point.limit_us))
     return table
@@ -44,8 +38,7 @@ def _layer_table(point: LayerPoint) -> Table:
 
 def _layer_row(result: LayerResult, limit_us: float) -> list[str | Text]:
     if result.us is None:
-        word, style = ("wrong", "bold red") if result.wrong else ("skipped", "yellow")
-        return [result.baseline, Text(f"{word}: {result.skipped}", style=style)]
+        return [result.baseline, no_figures(result.skipped, wrong=result.wrong)]
     return [
         result.baseline,
         _median(result.us, 1.0),
@@ -101,7 +94,7 @@ def _decode_row(point: DecodePoint) -> list[str | Text]:
     return [*row, _median(point.transformers_us, 1e3), f"{point.times_ours:.2f}"]
 
 
-def _median(spread: GpuSpread, unit: float) -> str:
+def _median(spread: SpreadUs, unit: float) -> str:
     return _number(spread.p50, unit)
 
 

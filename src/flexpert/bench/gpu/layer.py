@@ -18,7 +18,6 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from flexpert.bench.gpu.gpu_device import (
-    GpuSpread,
     Launch,
     MeasuredGpu,
     flusher,
@@ -28,6 +27,7 @@ from flexpert.bench.gpu.gpu_device import (
 )
 from flexpert.bench.gpu.model import quantised_with
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.statistics import SpreadUs
 from flexpert.comm import BufferSpec, make_buffer
 from flexpert.errors import FlexpertError
 from flexpert.kernels.cpu.expert_products import LayerExperts
@@ -79,7 +79,7 @@ class LayerResult(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     baseline: str
-    us: GpuSpread | None = None
+    us: SpreadUs | None = None
     error: float | None = None
     times_ours: float | None = None
     skipped: str | None = None
@@ -283,7 +283,7 @@ class Layer:
                 times = replay_us(launches, repeat=repeat, before=fresh)
         except (FlexpertError, torch.OutOfMemoryError) as problem:
             return LayerResult(baseline=name, error=error, skipped=str(problem).splitlines()[0])
-        return LayerResult(baseline=name, us=GpuSpread.of(times), error=error)
+        return LayerResult(baseline=name, us=SpreadUs.of(times), error=error)
 
     def block(self, name: str, moe: Ours | None, tokens: int) -> Qwen3MoeSparseMoeBlock:
         shape = self.shape

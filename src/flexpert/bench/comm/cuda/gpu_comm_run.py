@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from flexpert.bench.comm.comm_run import CommSpread, spread_of
 from flexpert.bench.comm.cuda.gpu_baselines import NIXL_EP, OURS, GpuKind, gpu_kinds
 from flexpert.bench.comm.cuda.gpu_comm_rank import GpuRank, Phases
 from flexpert.bench.comm.ranks import RankFailed, Ranks, Settings
 from flexpert.bench.comm.workload import Workload, expert_table, make_input
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.statistics import SpreadUs
 from flexpert.comm.quant import BLOCK
 
 CHECKED_TURNS = 2
@@ -27,9 +27,9 @@ class GpuResult(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     baseline: str
-    dispatch_us: CommSpread | None = None
-    combine_us: CommSpread | None = None
-    pair_us: CommSpread | None = None
+    dispatch_us: SpreadUs | None = None
+    combine_us: SpreadUs | None = None
+    pair_us: SpreadUs | None = None
     skipped: str | None = None
     wrong: bool = False
 
@@ -138,8 +138,8 @@ def _measured(ranks: Ranks, work: Workload, kind: GpuKind, repeat: int, note: No
     )
 
 
-def _slowest(by_rank: Sequence[Sequence[float]]) -> CommSpread:
-    return spread_of([max(turn) for turn in zip(*by_rank, strict=True)])
+def _slowest(by_rank: Sequence[Sequence[float]]) -> SpreadUs:
+    return SpreadUs.of([max(turn) for turn in zip(*by_rank, strict=True)])
 
 
 def traffic_limit(work: Workload, *, fp8: bool, sharing: int) -> tuple[int, int]:
