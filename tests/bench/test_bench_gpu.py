@@ -52,9 +52,9 @@ def test_help_has_examples(command: str) -> None:
     assert f"flexpert bench {command} --" in result.output
 
 
-def test_the_limit_is_memory_or_arithmetic_whichever_takes_longer() -> None:
-    assert GPU.limit_s(3e9, 8e9) == pytest.approx(1e-3)
-    assert GPU.limit_s(3e6, 8e11) == pytest.approx(1e-3)
+def test_the_roofline_is_memory_or_arithmetic_whichever_takes_longer() -> None:
+    assert GPU.roofline_s(3e9, 8e9) == pytest.approx(1e-3)
+    assert GPU.roofline_s(3e6, 8e11) == pytest.approx(1e-3)
 
 
 def test_spread_is_of_the_sorted_times() -> None:
@@ -97,7 +97,7 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
                 shape=SHAPES["qwen3-30b-a3b"],
                 tokens=64,
                 active=126.0,
-                limit_us=400.0,
+                roofline_us=400.0,
                 results=[
                     LayerResult(
                         baseline="flexpert", us=SpreadUs(400, 440, 500), error=0.004, times_ours=1
@@ -109,7 +109,7 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
     )
     text = shown(layer_text(layer))
     assert "440" in text
-    assert "1.10" in text  # times the limit
+    assert "1.10" in text  # times the roofline
     assert "wrong: differs by 0.5" in text
     assert not layer.correct
     assert msgspec.json.decode(msgspec.json.encode(layer), type=LayerReport) == layer
@@ -117,7 +117,7 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
     point = DecodePoint(
         batch=64,
         active=126.0,
-        limit_ms=20.0,
+        roofline_ms=20.0,
         ours_us=SpreadUs(24000, 25000, 26000),
         captures=4,
         transformers_us=SpreadUs(90000, 100000, 110000),
@@ -135,7 +135,7 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
         points=[point, msgspec.structs.replace(point, transformers_us=None, skipped="no room")],
     )
     text = shown(decode_text(decode))
-    assert "1.25" in text  # times the limit
+    assert "1.25" in text  # times the roofline
     assert "4.00" in text  # transformers
     assert "2,560" in text  # tokens/s
     assert "no room" in text

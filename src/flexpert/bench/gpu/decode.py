@@ -1,4 +1,4 @@
-"""A decode step of a random model as large as a real one: ours, transformers', and the limit.
+"""A decode step of a random model as large as a real one: ours, transformers', and the roofline.
 
 Times are of the wall, from one step's tokens to the next; of several ranks, the slowest one's.
 """
@@ -34,7 +34,7 @@ class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
     """One batch size. ranks: on the one GPU, which have it together.
 
     active: experts a layer that get a token, mean over the layers of one step.
-    limit_ms: weights in use and keys and values, read once, at the rate of the GPU's memory.
+    roofline_ms: weights in use and keys and values, read once, at the rate of the GPU's memory.
     ours_ms, transformers_ms: of a step; skipped: why there is no figure of transformers.
     captures: graphs captured until then.
     """
@@ -42,15 +42,15 @@ class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int = 1
     batch: int
     active: float
-    limit_ms: float
+    roofline_ms: float
     ours_us: SpreadUs
     captures: int
     transformers_us: SpreadUs | None = None
     skipped: str | None = None
 
     @property
-    def over_limit(self) -> float:
-        return self.ours_us.p50 / 1e3 / self.limit_ms
+    def times_roofline(self) -> float:
+        return self.ours_us.p50 / 1e3 / self.roofline_ms
 
     @property
     def times_ours(self) -> float | None:
@@ -191,7 +191,7 @@ def _point(
         ranks=1,
         batch=batch,
         active=active,
-        limit_ms=gpu.limit_s(nbytes, 0.0) * 1e3,
+        roofline_ms=gpu.roofline_s(nbytes, 0.0) * 1e3,
         ours_us=SpreadUs.of(ours.times_us(batch, context, steps)),
         captures=ours.graphs.captures,
     )
@@ -214,7 +214,7 @@ def _points_of(
                 ranks=ranks,
                 batch=batch,
                 active=active,
-                limit_ms=gpu.limit_s(nbytes, 0.0) * 1e3,
+                roofline_ms=gpu.roofline_s(nbytes, 0.0) * 1e3,
                 ours_us=SpreadUs.of(times),
                 captures=group.captures,
             )

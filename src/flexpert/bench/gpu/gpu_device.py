@@ -36,8 +36,8 @@ class MeasuredGpu(msgspec.Struct, frozen=True):
             f"{self.flops / 1e12:.0f} TFLOP/s"
         )
 
-    def limit_s(self, nbytes: float, flops: float) -> float:
-        """The time that neither memory nor arithmetic lets one stay under."""
+    def roofline_s(self, nbytes: float, flops: float) -> float:
+        """The least time that memory and arithmetic allow."""
         return max(nbytes / self.bytes_per_s, flops / self.flops)
 
 

@@ -16,7 +16,8 @@ def gpu_text(report: GpuReport) -> RenderableType:
     """A table for each number of tokens, then what was measured on."""
     return with_note(
         [_table(point) for point in report.points],
-        "medians (p10 to p90), slowest rank of each exchange. dispatch and combine: one graph "
+        "medians (p10 to p90), slowest rank of each exchange; roofline: bytes over the copy "
+        "bandwidth. dispatch and combine: one graph "
         "replay after a flush of the L2; pair: both, steady, many in one graph\n"
         f"{', '.join(sorted(set(report.devices)))}, copy bandwidth "
         f"{report.bandwidth / 1e12:.2f} TB/s, fp8 {report.fp8}\n{report.machine.line()}",
@@ -35,11 +36,8 @@ def _table(point: GpuPoint) -> Table:
             table.add_row(result.baseline, no_figures(result.skipped, wrong=result.wrong))
         else:
             table.add_row(result.baseline, *(_spread(getattr(result, p)) for p in _PHASES))
-    limit = point.limit
-    both = limit.dispatch_us + limit.combine_us
-    table.add_row(
-        "bytes over bandwidth", *(f"{v:.1f}" for v in (limit.dispatch_us, limit.combine_us, both))
-    )
+    phases_us = (point.roofline.dispatch_us, point.roofline.combine_us)
+    table.add_row("roofline", *(f"{us:.1f}" for us in (*phases_us, sum(phases_us))))
     ratios = [point.ratio(phase) for phase in _PHASES]
     if any(ratio is not None for ratio in ratios):
         table.add_row("flexpert / nixl_ep", *("" if r is None else f"{r:.2f}" for r in ratios))
