@@ -8,7 +8,7 @@ import torch
 from rich.console import Console, RenderableType
 from typer.testing import CliRunner
 
-from flexpert.bench.gpu.gpu_device import MeasuredGpu
+from flexpert.bench.gpu.gpu_device import MeasuredGpu, gpu_of_rank, most_sharing
 from flexpert.bench.machine import this_machine
 from flexpert.bench.statistics import SpreadUs
 from flexpert.cli.main import app
@@ -55,6 +55,14 @@ def test_help_has_examples(command: str) -> None:
 def test_the_roofline_is_memory_or_arithmetic_whichever_takes_longer() -> None:
     assert GPU.roofline_s(3e9, 8e9) == pytest.approx(1e-3)
     assert GPU.roofline_s(3e6, 8e11) == pytest.approx(1e-3)
+
+
+def test_ranks_are_dealt_out_to_the_gpus_and_share_where_there_are_fewer() -> None:
+    assert [gpu_of_rank(rank, 2) for rank in range(4)] == [0, 1, 0, 1]
+    assert [gpu_of_rank(rank, 8) for rank in range(4)] == [0, 1, 2, 3]
+    for ranks, gpus in ((1, 1), (4, 1), (4, 2), (4, 3), (2, 2), (5, 4)):
+        places = [gpu_of_rank(rank, gpus) for rank in range(ranks)]
+        assert most_sharing(ranks, gpus) == max(map(places.count, places))
 
 
 def test_spread_is_of_the_sorted_times() -> None:
@@ -136,6 +144,7 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
     )
     text = shown(decode_text(decode))
     assert "1.25" in text  # times the roofline
+    assert "GPUs" in text
     assert "4.00" in text  # transformers
     assert "2,560" in text  # tokens/s
     assert "no room" in text

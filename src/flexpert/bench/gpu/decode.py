@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from flexpert.bench.gpu.decode_group import GroupPlan, GroupResult, place_on, run_group
 from flexpert.bench.gpu.decode_rank import CHECK_TOKENS, WARM_UP, DecodeRank, check_prompts
-from flexpert.bench.gpu.gpu_device import MeasuredGpu, measure_gpu
+from flexpert.bench.gpu.gpu_device import MeasuredGpu, measure_gpu, most_sharing
 from flexpert.bench.gpu.model import RandomModel, qwen3_30b_a3b
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.statistics import SpreadUs
@@ -31,15 +31,17 @@ are almost equally likely the router then takes the other one."""
 
 
 class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
-    """One batch size. ranks: on the one GPU, which have it together.
+    """One batch size. ranks: which have it together. gpus: that they run on.
 
     active: experts a layer that get a token, mean over the layers of one step.
-    roofline_ms: weights in use and keys and values, read once, at the rate of the GPU's memory.
+    roofline_ms: weights in use and keys and values, read once, at the rate of the GPU's memory; on
+        several GPUs, by the one with the most ranks, with experts and caches dealt out evenly.
     ours_ms, transformers_ms: of a step; skipped: why there is no figure of transformers.
     captures: graphs captured until then.
     """
 
     ranks: int = 1
+    gpus: int = 1
     batch: int
     active: float
     roofline_ms: float
@@ -97,14 +99,14 @@ def run_decode(
 
     Args:
         batches: sequences of all ranks together.
-        ranks: numbers of ranks on the one GPU; one rank exchanges nothing.
+        ranks: numbers of ranks, dealt out to the GPUs in turn; one rank exchanges nothing.
         context: tokens of each sequence before the first timed step.
         baseline: time transformers, too.
         quantise: the experts are fp8.
 
     Raises:
         ConfigError: no GPU.
-        FlexpertError: too little memory on it, or a rank failed.
+        FlexpertError: too little memory on one, or a rank failed.
     """
     device = open_gpu()
     torch.manual_seed(seed)
@@ -207,14 +209,17 @@ def _points_of(
     steps: int,
 ) -> list[DecodePoint]:
     points = []
+    gpus = min(ranks, torch.cuda.device_count())
+    share = most_sharing(ranks, gpus) / ranks
     for batch, active, times in zip(batches, group.active, group.times_us, strict=True):
         nbytes = _bytes_read(model, ranks, active, batch * (context + steps / 2))
         points.append(
             DecodePoint(
                 ranks=ranks,
+                gpus=gpus,
                 batch=batch,
                 active=active,
-                roofline_ms=gpu.roofline_s(nbytes, 0.0) * 1e3,
+                roofline_ms=gpu.roofline_s(nbytes * share, 0.0) * 1e3,
                 ours_us=SpreadUs.of(times),
                 captures=group.captures,
             )

@@ -41,6 +41,23 @@ class MeasuredGpu(msgspec.Struct, frozen=True):
         return max(nbytes / self.bytes_per_s, flops / self.flops)
 
 
+def gpu_of_rank(rank: int, gpus: int) -> int:
+    """Index of a rank's GPU: ranks are dealt out in turn, and share where there are fewer GPUs."""
+    return rank % gpus
+
+
+def most_sharing(ranks: int, gpus: int) -> int:
+    """Ranks on the GPU that has most of them."""
+    return -(-ranks // gpus)
+
+
+def set_rank_device(rank: int) -> torch.device:
+    """The GPU of a rank, from now on the current one of its process."""
+    device = torch.device("cuda", gpu_of_rank(rank, torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    return device
+
+
 def measure_gpu(device: torch.device) -> MeasuredGpu:
     """What the GPU can do at best now."""
     import triton

@@ -12,7 +12,7 @@ from flexpert.bench.report_table import figures_table, no_figures, with_note
 from flexpert.bench.statistics import SpreadUs
 
 _DECODE_COLUMNS = (
-    *("ranks", "batch", "experts", "roofline ms", "flexpert ms", "× roofline", "tokens/s"),
+    *("ranks", "GPUs", "batch", "experts", "roofline ms", "flexpert ms", "× roofline", "tokens/s"),
     *("transformers ms", "× flexpert"),
 )
 
@@ -84,6 +84,7 @@ def _decode_row(point: DecodePoint) -> list[str | Text]:
     seconds = point.ours_us.p50 / 1e6
     row: list[str | Text] = [
         f"{point.ranks}",
+        f"{point.gpus}",
         f"{point.batch}",
         f"{point.active:.1f}",
         f"{point.roofline_ms:.2f}",
