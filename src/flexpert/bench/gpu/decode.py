@@ -131,7 +131,7 @@ def run_decode(
             captures, capture_s, logits = 0, 0.0, {}
             points: list[DecodePoint] = []
             if 1 in ranks:
-                ours = _alone(model, batches, context + steps + WARM_UP + 1, note)
+                ours = single_rank(model, batches, context + steps + WARM_UP + 1, note)
                 logits[1] = ours.logits(check_prompts(model.info.vocab, seed)).float().cpu()
                 points = [_point(ours, batch, gpu, context, steps, note) for batch in batches]
                 captures, capture_s = ours.graphs.captures, ours.capture_s
@@ -168,9 +168,13 @@ def run_decode(
     )
 
 
-def _alone(
+def single_rank(
     model: RandomModel, batches: Sequence[int], longest: int, note: Callable[[str], None]
 ) -> DecodeRank:
+    """One rank that holds all experts, with its graphs captured.
+
+    batches: sequences; longest: tokens of a sequence.
+    """
     note("capturing graphs")
     info = model.info
     device = next(iter(model.weights.values())).device
