@@ -18,7 +18,8 @@ from flexpert.cluster.head import Head
 from flexpert.cluster.views import OperationView
 from flexpert.config import load_config
 from flexpert.engine.request import SamplingParams
-from flexpert.trials.demo import MANY_CHANGES, Plan, demo_requests
+from flexpert.trials.demo import MANY_CHANGES, demo_requests
+from flexpert.trials.demo_report import DemoPlan
 
 CHANGES = (*MANY_CHANGES, {"ranks": 4}, {"ranks": 1})
 
@@ -45,7 +46,7 @@ def requests_of(head: Head, count: int) -> list[Request]:
                 max_tokens=body["max_tokens"], temperature=body["temperature"], seed=body["seed"]
             ),
         )
-        for body in demo_requests(Plan(requests=count))
+        for body in demo_requests(DemoPlan(requests=count))
     ]
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from flexpert.bench.processes import forks
-from flexpert.bench.processes.connection import Connection
+from flexpert.bench.processes.connection import StreamConnection
 from flexpert.comm import BufferSpec, ExpertTable, make_buffer
 from flexpert.comm.buffer import Reduce
 from flexpert.kernels.cpu.expert_products import LayerExperts
@@ -66,7 +66,7 @@ def exchange() -> None:
 
 def exchange_rank(end: socket.socket) -> None:
     torch.set_num_threads(1)
-    connection = Connection(end)
+    connection = StreamConnection(end)
     rank, ranks, tokens, hidden, topk, rounds = msgspec.msgpack.decode(
         connection.receive(), type=tuple[int, int, int, int, int, int]
     )

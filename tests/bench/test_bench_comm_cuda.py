@@ -17,7 +17,6 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install flexp
 
 from flexpert.bench.comm.baseline import Unavailable
 from flexpert.bench.comm.baseline_kinds import GPU_BASELINE_FAMILIES
-from flexpert.bench.comm.comm_run import CommSpread
 from flexpert.bench.comm.cuda.gpu_baselines import GpuSite, NixlEp, TorchLocal, gpu_kinds
 from flexpert.bench.comm.cuda.gpu_comm_rank import GpuRank, Phases
 from flexpert.bench.comm.cuda.gpu_comm_report import gpu_text
@@ -25,8 +24,8 @@ from flexpert.bench.comm.cuda.gpu_comm_run import (
     GpuPoint,
     GpuReport,
     GpuResult,
-    limit_times,
-    traffic_limit,
+    Roofline,
+    exchanged_bytes,
 )
 from flexpert.bench.comm.ranks import schema, wrong_result, wrong_rows
 from flexpert.bench.comm.workload import (
@@ -37,6 +36,7 @@ from flexpert.bench.comm.workload import (
     make_input,
 )
 from flexpert.bench.machine import this_machine
+from flexpert.bench.statistics import SpreadUs
 from flexpert.cli.bench_comm import bench_comm
 from flexpert.comm.buffer import Scales
 from flexpert.compat.nixl_ep.device_exchange import VARIABLE
@@ -115,27 +115,27 @@ def test_rows_of_nixl_ep_are_put_in_order_of_source_and_token() -> None:
     assert baseline._y[0].flatten().tolist() == [13.0, 12.0, 10.0, 11.0, 0, 0, 0, 0]
 
 
-def test_the_limit_counts_what_must_move() -> None:
+def test_the_roofline_counts_what_must_move() -> None:
     work = work_of(1)
     row, sent = 256 * 2, 256 + 2 * 4
-    dispatch, combine = traffic_limit(work, fp8=True, sharing=1)
+    dispatch, combine = exchanged_bytes(work, fp8=True, sharing=1)
     assert dispatch == 6 * (row + sent)
     assert combine == 6 * 3 * row + 6 * row
-    alone, together = (traffic_limit(work_of(2), fp8=False, sharing=n) for n in (1, 2))
+    alone, together = (exchanged_bytes(work_of(2), fp8=False, sharing=n) for n in (1, 2))
     assert together[0] == pytest.approx(2 * alone[0], abs=1)
     assert together[1] == pytest.approx(2 * alone[1], abs=1)
-    assert limit_times((3_000_000, 6_000_000), 3e12).combine_us == pytest.approx(2.0)
+    assert Roofline.of(3_000_000, 6_000_000, 3e12).combine_us == pytest.approx(2.0)
 
 
-def test_the_table_shows_ratio_limit_and_who_was_skipped() -> None:
-    fast, slow = CommSpread(1.0, 2.0, 3.0), CommSpread(8.0, 8.0, 8.0)
+def test_the_table_shows_ratio_roofline_and_who_was_skipped() -> None:
+    fast, slow = SpreadUs(1.0, 2.0, 3.0), SpreadUs(8.0, 8.0, 8.0)
     results = [
         GpuResult(baseline="flexpert", dispatch_us=fast, combine_us=fast, pair_us=fast),
         GpuResult(baseline="nixl_ep", dispatch_us=slow, combine_us=slow, pair_us=slow),
         GpuResult(baseline="torch", skipped="no reason"),
     ]
-    limit = limit_times((3_000_000, 6_000_000), 3e12)
-    point = GpuPoint(workload=work_of(1), limit=limit, results=results)
+    roofline = Roofline.of(3_000_000, 6_000_000, 3e12)
+    point = GpuPoint(workload=work_of(1), roofline=roofline, results=results)
     report = GpuReport(
         machine=this_machine(), devices=["a GPU"], bandwidth=3e12, fp8="float32", contains={},
         points=[point],

@@ -8,8 +8,9 @@ import torch
 from rich.console import Console, RenderableType
 from typer.testing import CliRunner
 
-from flexpert.bench.gpu.gpu_device import GpuSpread, MeasuredGpu
+from flexpert.bench.gpu.gpu_device import MeasuredGpu, gpu_of_rank, most_sharing
 from flexpert.bench.machine import this_machine
+from flexpert.bench.statistics import SpreadUs
 from flexpert.cli.main import app
 from flexpert.errors import ConfigError
 
@@ -51,13 +52,21 @@ def test_help_has_examples(command: str) -> None:
     assert f"flexpert bench {command} --" in result.output
 
 
-def test_the_limit_is_memory_or_arithmetic_whichever_takes_longer() -> None:
-    assert GPU.limit_s(3e9, 8e9) == pytest.approx(1e-3)
-    assert GPU.limit_s(3e6, 8e11) == pytest.approx(1e-3)
+def test_the_roofline_is_memory_or_arithmetic_whichever_takes_longer() -> None:
+    assert GPU.roofline_s(3e9, 8e9) == pytest.approx(1e-3)
+    assert GPU.roofline_s(3e6, 8e11) == pytest.approx(1e-3)
+
+
+def test_ranks_are_dealt_out_to_the_gpus_and_share_where_there_are_fewer() -> None:
+    assert [gpu_of_rank(rank, 2) for rank in range(4)] == [0, 1, 0, 1]
+    assert [gpu_of_rank(rank, 8) for rank in range(4)] == [0, 1, 2, 3]
+    for ranks, gpus in ((1, 1), (4, 1), (4, 2), (4, 3), (2, 2), (5, 4)):
+        places = [gpu_of_rank(rank, gpus) for rank in range(ranks)]
+        assert most_sharing(ranks, gpus) == max(map(places.count, places))
 
 
 def test_spread_is_of_the_sorted_times() -> None:
-    spread = GpuSpread.of([3.0, 1.0, 2.0])
+    spread = SpreadUs.of([3.0, 1.0, 2.0])
     assert spread.p50 == 2.0
     assert 1.0 < spread.p10 < spread.p90 < 3.0
 
@@ -96,10 +105,10 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
                 shape=SHAPES["qwen3-30b-a3b"],
                 tokens=64,
                 active=126.0,
-                limit_us=400.0,
+                roofline_us=400.0,
                 results=[
                     LayerResult(
-                        baseline="flexpert", us=GpuSpread(400, 440, 500), error=0.004, times_ours=1
+                        baseline="flexpert", us=SpreadUs(400, 440, 500), error=0.004, times_ours=1
                     ),
                     LayerResult(baseline="eager", skipped="differs by 0.5", wrong=True),
                 ],
@@ -108,7 +117,7 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
     )
     text = shown(layer_text(layer))
     assert "440" in text
-    assert "1.10" in text  # times the limit
+    assert "1.10" in text  # times the roofline
     assert "wrong: differs by 0.5" in text
     assert not layer.correct
     assert msgspec.json.decode(msgspec.json.encode(layer), type=LayerReport) == layer
@@ -116,10 +125,10 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
     point = DecodePoint(
         batch=64,
         active=126.0,
-        limit_ms=20.0,
-        ours_us=GpuSpread(24000, 25000, 26000),
+        roofline_ms=20.0,
+        ours_us=SpreadUs(24000, 25000, 26000),
         captures=4,
-        transformers_us=GpuSpread(90000, 100000, 110000),
+        transformers_us=SpreadUs(90000, 100000, 110000),
     )
     decode = DecodeReport(
         machine=this_machine(),
@@ -134,7 +143,8 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
         points=[point, msgspec.structs.replace(point, transformers_us=None, skipped="no room")],
     )
     text = shown(decode_text(decode))
-    assert "1.25" in text  # times the limit
+    assert "1.25" in text  # times the roofline
+    assert "GPUs" in text
     assert "4.00" in text  # transformers
     assert "2,560" in text  # tokens/s
     assert "no room" in text

@@ -30,9 +30,10 @@ comm() {
 comm 1 1,16,128,512 nixl_ep,interface,torch,checks
 ((gpus > 1)) || mps
 comm 2 1,16,128,512 nixl_ep,interface,checks
+((gpus == 1 || gpus > 3)) || mps
 # half of the layers: four ranks with all of them need more than 80 GB
 bench 240 ranks decode --ranks 1,2,4 --layers 24
-((gpus > 1)) || no_mps
+((gpus > 3)) || no_mps
 bench 240 decode decode
 bench 240 decode_fp8 decode --layers 24 --quantization fp8
 bench 240 layer layer --baselines grouped_mm

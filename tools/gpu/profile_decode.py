@@ -10,7 +10,7 @@ from collections import defaultdict
 
 import torch
 
-from flexpert.bench.gpu.decode import _Ours
+from flexpert.bench.gpu.decode import single_rank
 from flexpert.bench.gpu.decode_group import place_on
 from flexpert.bench.gpu.model import RandomModel, qwen3_30b_a3b
 
@@ -27,9 +27,9 @@ def main() -> None:
         qwen3_30b_a3b(args.layers), torch.device("cuda", 0), place=place_on(1)
     )
     with torch.inference_mode():
-        ours = _Ours(model, batches, CONTEXT + 1, lambda _: None)
+        ours = single_rank(model, batches, CONTEXT + 1, lambda _: None)
         for size in batches:
-            batch = ours.batch([[7]] * size, CONTEXT)
+            batch = ours.batch_of([[7]] * size, CONTEXT)
             for _ in range(3):
                 ours.runner.forward(batch)
             torch.cuda.synchronize()

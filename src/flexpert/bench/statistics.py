@@ -10,6 +10,20 @@ import msgspec
 from flexpert.bench.load import ClientAnswer
 
 
+class SpreadUs(msgspec.Struct, frozen=True):
+    """Percentiles of measured times in microseconds."""
+
+    p10: float
+    p50: float
+    p90: float
+
+    @classmethod
+    def of(cls, times_us: Iterable[float]) -> SpreadUs:
+        """Raises: IndexError: there is no time."""
+        ordered = sorted(times_us)
+        return cls(*(percentile(ordered, share) for share in (0.1, 0.5, 0.9)))
+
+
 class Summary(msgspec.Struct, frozen=True):
     """One measure over all requests, in the unit its name says."""
 

@@ -24,7 +24,7 @@ DECODE_EXAMPLES = (
     "flexpert bench decode",
     "flexpert bench decode --batch 1,64 --context 2048 --output decode.json",
     "flexpert bench decode --layers 8 --no-baseline   # a quick look",
-    "flexpert bench decode --ranks 1,2,4   # on one GPU only under MPS",
+    "flexpert bench decode --ranks 1,2,4   # each on its own GPU; on a shared one only under MPS",
     "flexpert bench decode --layers 24 --quantization fp8",
 )
 
@@ -90,7 +90,7 @@ def bench_decode(
     ranks: Annotated[
         str,
         typer.Option(
-            metavar="N[,N…]", help="Ranks; several on one GPU run at once only under MPS."
+            metavar="N[,N…]", help="Ranks, dealt out to the GPUs; on a shared one only under MPS."
         ),
     ] = "1",
     layers: Annotated[
@@ -106,13 +106,13 @@ def bench_decode(
     json_: Json = False,
     output: Output = None,
 ) -> None:
-    """Measure a decode step of a model like Qwen3-30B-A3B on one GPU, with random weights.
+    """Measure a decode step of a model like Qwen3-30B-A3B, with random weights.
 
     The engine's own path, from tokens on the host to the next ones, as one rank or several, against
     the time that reading weights and KV cache takes, and transformers. Needs some 78 GB of GPU
-    memory, with fp8 experts some 110: transformers has the same weights in bf16. Several ranks on
-    one GPU run at the same time under NVIDIA's MPS only: start it before. Exit status 1 if the
-    logits are not those of transformers.
+    memory, with fp8 experts some 110: transformers has the same weights in bf16. Ranks are dealt
+    out to the GPUs in turn; several on one GPU run at the same time under NVIDIA's MPS only: start
+    it before. Exit status 1 if the logits are not those of transformers.
     """
     from flexpert.kernels.kernel_set import open_gpu
 

@@ -12,20 +12,12 @@ from flexpert.bench.comm.baseline_kinds import KINDS, MEMCPY, OURS, BaselineKind
 from flexpert.bench.comm.ranks import Ranks, Settings, Times
 from flexpert.bench.comm.workload import Workload, deduplicated_rows
 from flexpert.bench.machine import Machine, this_machine
-from flexpert.bench.statistics import percentile
+from flexpert.bench.statistics import SpreadUs
 
 CHUNK = 10  # exchanges of one baseline in a row
 WARM_UP = 2  # more before them, which do not count
 
 Note = Callable[[str], None]
-
-
-class CommSpread(msgspec.Struct, frozen=True):
-    """Microseconds."""
-
-    p10: float
-    p50: float
-    p90: float
 
 
 class CommResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,9 +31,9 @@ class CommResult(msgspec.Struct, frozen=True, kw_only=True):
 
     baseline: str
     exchanges: int = 0
-    dispatch_us: CommSpread | None = None
-    combine_us: CommSpread | None = None
-    total_us: CommSpread | None = None
+    dispatch_us: SpreadUs | None = None
+    combine_us: SpreadUs | None = None
+    total_us: SpreadUs | None = None
     gb_per_s: float | None = None
     times_ours: float | None = None
     times_memcpy: float | None = None
@@ -141,9 +133,9 @@ def _point(
         results[name] = CommResult(
             baseline=name,
             exchanges=len(taken),
-            dispatch_us=spread_of([dispatch for dispatch, _ in taken]),
-            combine_us=spread_of([combine for _, combine in taken]),
-            total_us=spread_of([sum(both) for both in taken]),
+            dispatch_us=SpreadUs.of([dispatch for dispatch, _ in taken]),
+            combine_us=SpreadUs.of([combine for _, combine in taken]),
+            total_us=SpreadUs.of([sum(both) for both in taken]),
             gb_per_s=moved / total / 1e3,
             times_ours=total / ours if ours else None,
             times_memcpy=total / memcpy if memcpy else None,
@@ -190,13 +182,8 @@ def _spans(by_rank: list[Times]) -> list[tuple[float, float]]:
     return spans
 
 
-def spread_of(values: Sequence[float]) -> CommSpread:
-    ordered = sorted(values)
-    return CommSpread(*(percentile(ordered, share) for share in (0.1, 0.5, 0.9)))
-
-
 def _median_total(spans: Sequence[tuple[float, float]] | None) -> float | None:
-    return spread_of([sum(both) for both in spans]).p50 if spans else None
+    return SpreadUs.of([sum(both) for both in spans]).p50 if spans else None
 
 
 def _moved_bytes(work: Workload) -> float:

@@ -1,4 +1,4 @@
-"""The limit: the bytes that must move, copied into the receivers' memory, and nothing else."""
+"""The lower bound: the bytes that must move, copied into the receivers' memory, nothing else."""
 
 from __future__ import annotations
 

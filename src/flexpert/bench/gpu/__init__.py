@@ -1,1 +1,1 @@
-"""Benchmarks that need an NVIDIA GPU: a MoE layer and a whole decode step, beside their limits."""
+"""Benchmarks that need an NVIDIA GPU: a MoE layer and a decode step against their rooflines."""

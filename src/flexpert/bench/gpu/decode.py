@@ -1,4 +1,4 @@
-"""A decode step of a random model as large as a real one: ours, transformers', and the limit.
+"""A decode step of a random model as large as a real one: ours, transformers', and the roofline.
 
 Times are of the wall, from one step's tokens to the next; of several ranks, the slowest one's.
 """
@@ -17,9 +17,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from flexpert.bench.gpu.decode_group import GroupPlan, GroupResult, place_on, run_group
 from flexpert.bench.gpu.decode_rank import CHECK_TOKENS, WARM_UP, DecodeRank, check_prompts
-from flexpert.bench.gpu.gpu_device import GpuSpread, MeasuredGpu, measure_gpu
+from flexpert.bench.gpu.gpu_device import MeasuredGpu, measure_gpu, most_sharing
 from flexpert.bench.gpu.model import RandomModel, qwen3_30b_a3b
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.statistics import SpreadUs
 from flexpert.errors import FlexpertError
 from flexpert.kernels.kernel_set import open_gpu
 from flexpert.moe.cuda.local_experts import LocalExperts
@@ -30,26 +31,28 @@ are almost equally likely the router then takes the other one."""
 
 
 class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
-    """One batch size. ranks: on the one GPU, which have it together.
+    """One batch size. ranks: which have it together. gpus: that they run on.
 
     active: experts a layer that get a token, mean over the layers of one step.
-    limit_ms: weights in use and keys and values, read once, at the rate of the GPU's memory.
+    roofline_ms: weights in use and keys and values, read once, at the rate of the GPU's memory; on
+        several GPUs, by the one with the most ranks, with experts and caches dealt out evenly.
     ours_ms, transformers_ms: of a step; skipped: why there is no figure of transformers.
     captures: graphs captured until then.
     """
 
     ranks: int = 1
+    gpus: int = 1
     batch: int
     active: float
-    limit_ms: float
-    ours_us: GpuSpread
+    roofline_ms: float
+    ours_us: SpreadUs
     captures: int
-    transformers_us: GpuSpread | None = None
+    transformers_us: SpreadUs | None = None
     skipped: str | None = None
 
     @property
-    def over_limit(self) -> float:
-        return self.ours_us.p50 / 1e3 / self.limit_ms
+    def times_roofline(self) -> float:
+        return self.ours_us.p50 / 1e3 / self.roofline_ms
 
     @property
     def times_ours(self) -> float | None:
@@ -96,14 +99,14 @@ def run_decode(
 
     Args:
         batches: sequences of all ranks together.
-        ranks: numbers of ranks on the one GPU; one rank exchanges nothing.
+        ranks: numbers of ranks, dealt out to the GPUs in turn; one rank exchanges nothing.
         context: tokens of each sequence before the first timed step.
         baseline: time transformers, too.
         quantise: the experts are fp8.
 
     Raises:
         ConfigError: no GPU.
-        FlexpertError: too little memory on it, or a rank failed.
+        FlexpertError: too little memory on one, or a rank failed.
     """
     device = open_gpu()
     torch.manual_seed(seed)
@@ -128,7 +131,7 @@ def run_decode(
             captures, capture_s, logits = 0, 0.0, {}
             points: list[DecodePoint] = []
             if 1 in ranks:
-                ours = _alone(model, batches, context + steps + WARM_UP + 1, note)
+                ours = single_rank(model, batches, context + steps + WARM_UP + 1, note)
                 logits[1] = ours.logits(check_prompts(model.info.vocab, seed)).float().cpu()
                 points = [_point(ours, batch, gpu, context, steps, note) for batch in batches]
                 captures, capture_s = ours.graphs.captures, ours.capture_s
@@ -165,9 +168,13 @@ def run_decode(
     )
 
 
-def _alone(
+def single_rank(
     model: RandomModel, batches: Sequence[int], longest: int, note: Callable[[str], None]
 ) -> DecodeRank:
+    """One rank that holds all experts, with its graphs captured.
+
+    batches: sequences; longest: tokens of a sequence.
+    """
     note("capturing graphs")
     info = model.info
     device = next(iter(model.weights.values())).device
@@ -190,8 +197,8 @@ def _point(
         ranks=1,
         batch=batch,
         active=active,
-        limit_ms=gpu.limit_s(nbytes, 0.0) * 1e3,
-        ours_us=GpuSpread.of(ours.times_us(batch, context, steps)),
+        roofline_ms=gpu.roofline_s(nbytes, 0.0) * 1e3,
+        ours_us=SpreadUs.of(ours.times_us(batch, context, steps)),
         captures=ours.graphs.captures,
     )
 
@@ -206,15 +213,18 @@ def _points_of(
     steps: int,
 ) -> list[DecodePoint]:
     points = []
+    gpus = min(ranks, torch.cuda.device_count())
+    share = most_sharing(ranks, gpus) / ranks
     for batch, active, times in zip(batches, group.active, group.times_us, strict=True):
         nbytes = _bytes_read(model, ranks, active, batch * (context + steps / 2))
         points.append(
             DecodePoint(
                 ranks=ranks,
+                gpus=gpus,
                 batch=batch,
                 active=active,
-                limit_ms=gpu.limit_s(nbytes, 0.0) * 1e3,
-                ours_us=GpuSpread.of(times),
+                roofline_ms=gpu.roofline_s(nbytes * share, 0.0) * 1e3,
+                ours_us=SpreadUs.of(times),
                 captures=group.captures,
             )
         )
@@ -247,11 +257,11 @@ def _with_baseline(
     note: Callable[[str], None],
 ) -> list[DecodePoint]:
     """The same steps by transformers: its cache, sdpa, grouped_mm, launched by the host."""
-    found: dict[int, GpuSpread | str] = {}
+    found: dict[int, SpreadUs | str] = {}
     for batch in dict.fromkeys(point.batch for point in points):
         note(f"batch {batch}: transformers")
         try:
-            found[batch] = GpuSpread.of(_transformers_us(model, batch, context, steps))
+            found[batch] = SpreadUs.of(_transformers_us(model, batch, context, steps))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             found[batch] = "out of memory"

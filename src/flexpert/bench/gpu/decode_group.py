@@ -1,4 +1,7 @@
-"""Several ranks of a measured decode step, each in a process of its own, on one GPU."""
+"""Several ranks of a measured decode step, each in a process of its own.
+
+They are dealt out to the GPUs of the machine in turn; with fewer GPUs than ranks they share.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from flexpert.bench.gpu.decode_rank import (
     DecodeRank,
     check_prompts,
 )
+from flexpert.bench.gpu.gpu_device import set_rank_device
 from flexpert.bench.gpu.model import RandomModel
 from flexpert.bench.processes import forks
 from flexpert.bench.processes.connection import Closed, StreamConnection
@@ -245,7 +249,7 @@ def _say(connection: StreamConnection, what: object) -> None:
 
 
 def _measure(rank: int, plan: GroupPlan, connection: StreamConnection) -> None:
-    device = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
+    device = torch.device("cpu") if INTERPRETED else set_rank_device(rank)
     torch.manual_seed(plan.seed + rank)
     model = RandomModel.build(
         plan.config,

@@ -98,8 +98,8 @@ class DecodeRank:
 
     def logits(self, prompts: Tensor) -> Tensor:
         """[prompts, vocab] of the last tokens: all others at once, the last by a graph."""
-        self._step(self._batch(prompts[:, :-1].tolist(), 0))
-        last = self._batch(prompts[:, -1:].tolist(), prompts.shape[1] - 1)
+        self._step(self.batch_of(prompts[:, :-1].tolist(), 0))
+        last = self.batch_of(prompts[:, -1:].tolist(), prompts.shape[1] - 1)
         if not self.graphs.fits(last):
             raise AssertionError("a decode step that no graph was captured for")
         return self._step(last).clone()
@@ -115,7 +115,7 @@ class DecodeRank:
         graphs, self.runner.graphs = self.graphs, None
         self.runtime.counting, self.runtime.active = True, []
         try:
-            self._step(self._batch(self._tokens(batch), context) if batch else None)
+            self._step(self.batch_of(self._tokens(batch), context) if batch else None)
         finally:
             self.runtime.counting, self.runner.graphs = False, graphs
         return torch.stack(self.runtime.active)
@@ -125,7 +125,7 @@ class DecodeRank:
         tokens = self._tokens(batch)
         times = []
         for step in range(WARM_UP + steps):
-            prepared = self._batch(tokens, context + step) if batch else None
+            prepared = self.batch_of(tokens, context + step) if batch else None
             self._wait()
             began = time.perf_counter()
             logits = self._step(prepared)
@@ -147,7 +147,7 @@ class DecodeRank:
     def _tokens(self, batch: int) -> list[list[int]]:
         return torch.randint(0, self.model.info.vocab, (batch, 1)).tolist()
 
-    def _batch(self, tokens: list[list[int]], begin: int) -> ForwardBatch:
+    def batch_of(self, tokens: list[list[int]], begin: int) -> ForwardBatch:
         """As many tokens of each sequence, at `begin` and on; logits of each one's last."""
         each = len(tokens[0])
         sequences = len(tokens)

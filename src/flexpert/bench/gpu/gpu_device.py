@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import torch
 
-from flexpert.bench.statistics import percentile
+from flexpert.bench.statistics import SpreadUs
 from flexpert.errors import FlexpertError
 
 Launch = Callable[[], object]
@@ -36,22 +36,26 @@ class MeasuredGpu(msgspec.Struct, frozen=True):
             f"{self.flops / 1e12:.0f} TFLOP/s"
         )
 
-    def limit_s(self, nbytes: float, flops: float) -> float:
-        """The time that neither memory nor arithmetic lets one stay under."""
+    def roofline_s(self, nbytes: float, flops: float) -> float:
+        """The least time that memory and arithmetic allow."""
         return max(nbytes / self.bytes_per_s, flops / self.flops)
 
 
-class GpuSpread(msgspec.Struct, frozen=True):
-    """Microseconds."""
+def gpu_of_rank(rank: int, gpus: int) -> int:
+    """Index of a rank's GPU: ranks are dealt out in turn, and share where there are fewer GPUs."""
+    return rank % gpus
 
-    p10: float
-    p50: float
-    p90: float
 
-    @classmethod
-    def of(cls, times_us: Sequence[float]) -> GpuSpread:
-        ordered = sorted(times_us)
-        return cls(*(percentile(ordered, share) for share in (0.1, 0.5, 0.9)))
+def most_sharing(ranks: int, gpus: int) -> int:
+    """Ranks on the GPU that has most of them."""
+    return -(-ranks // gpus)
+
+
+def set_rank_device(rank: int) -> torch.device:
+    """The GPU of a rank, from now on the current one of its process."""
+    device = torch.device("cuda", gpu_of_rank(rank, torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    return device
 
 
 def measure_gpu(device: torch.device) -> MeasuredGpu:
@@ -78,14 +82,13 @@ def _memory_rate(device: torch.device) -> float:
         (lambda: source.sum(), _MOVED_BYTES),
     ]
     return max(
-        nbytes / GpuSpread.of(replay_us([launch] * 4, repeat=5)).p50 * 1e6
-        for launch, nbytes in ways
+        nbytes / SpreadUs.of(replay_us([launch] * 4, repeat=5)).p50 * 1e6 for launch, nbytes in ways
     )
 
 
 def _product_rate(device: torch.device) -> float:
     a = torch.randn(_PRODUCT, _PRODUCT, dtype=torch.bfloat16, device=device)
-    return 2 * _PRODUCT**3 / GpuSpread.of(replay_us([lambda: a @ a], repeat=10)).p50 * 1e6
+    return 2 * _PRODUCT**3 / SpreadUs.of(replay_us([lambda: a @ a], repeat=10)).p50 * 1e6
 
 
 def replay_us(

@@ -7,22 +7,24 @@ from rich.table import Table
 from rich.text import Text
 
 from flexpert.bench.gpu.decode import DecodePoint, DecodeReport
-from flexpert.bench.gpu.gpu_device import GpuSpread
 from flexpert.bench.gpu.layer import LayerPoint, LayerReport, LayerResult
+from flexpert.bench.report_table import figures_table, no_figures, with_note
+from flexpert.bench.statistics import SpreadUs
+
+_DECODE_COLUMNS = (
+    *("ranks", "GPUs", "batch", "experts", "roofline ms", "flexpert ms", "× roofline", "tokens/s"),
+    *("transformers ms", "× flexpert"),
+)
 
 
 def layer_text(report: LayerReport) -> RenderableType:
     """A table for each shape and number of tokens, then what was measured on."""
-    parts: list[RenderableType] = [_layer_table(point) for point in report.points]
-    parts.append(
-        Text(
-            "medians of graph replays, the L2 flushed and new data before each; "
-            f"limit: bytes or flops over what this GPU does\n{report.gpu.line()}\n"
-            f"{report.machine.line()}",
-            style="dim",
-        )
+    return with_note(
+        [_layer_table(point) for point in report.points],
+        "medians of graph replays, the L2 flushed and new data before each; "
+        f"roofline: bytes or flops over what this GPU does\n{report.gpu.line()}\n"
+        f"{report.machine.line()}",
     )
-    return Group(*parts)
 
 
 def _layer_table(point: LayerPoint) -> Table:
@@ -31,26 +33,22 @@ def _layer_table(point: LayerPoint) -> Table:
         f"{shape.name}{', experts in fp8' if point.quantised else ''}: {point.tokens} tokens, "
         f"hidden {shape.hidden}, inter {shape.inter}, "
         f"top-{shape.topk} of {shape.experts} experts, {point.active:.0f} of them in use: "
-        f"limit {point.limit_us:,.0f} µs"
+        f"roofline {point.roofline_us:,.0f} µs"
     )
-    table = Table(title=title, title_justify="left", box=None)
-    table.add_column("experts by")
-    for column in ("µs", "p90", "× limit", "× flexpert", "error"):
-        table.add_column(column, justify="right")
+    table = figures_table(title, "experts by", ("µs", "p90", "× roofline", "× flexpert", "error"))
     for result in point.results:
-        table.add_row(*_layer_row(result, point.limit_us))
+        table.add_row(*_layer_row(result, point.roofline_us))
     return table
 
 
-def _layer_row(result: LayerResult, limit_us: float) -> list[str | Text]:
+def _layer_row(result: LayerResult, roofline_us: float) -> list[str | Text]:
     if result.us is None:
-        word, style = ("wrong", "bold red") if result.wrong else ("skipped", "yellow")
-        return [result.baseline, Text(f"{word}: {result.skipped}", style=style)]
+        return [result.baseline, no_figures(result.skipped, wrong=result.wrong)]
     return [
         result.baseline,
         _median(result.us, 1.0),
         _number(result.us.p90, 1.0),
-        f"{result.us.p50 / limit_us:.2f}",
+        f"{result.us.p50 / roofline_us:.2f}",
         f"{result.times_ours or 0:.2f}",
         f"{result.error or 0:.4f}",
     ]
@@ -58,16 +56,13 @@ def _layer_row(result: LayerResult, limit_us: float) -> list[str | Text]:
 
 def decode_text(report: DecodeReport) -> RenderableType:
     """One table, then what was measured on."""
-    table = Table(
-        title=f"a decode step of Qwen3-30B-A3B's shapes ({report.layers} layers, random weights"
+    title = (
+        f"a decode step of Qwen3-30B-A3B's shapes ({report.layers} layers, random weights"
         f"{', experts in fp8' if report.quantised else ''}), "
-        f"{report.context} tokens in the cache of each sequence",
-        title_justify="left",
-        box=None,
+        f"{report.context} tokens in the cache of each sequence"
     )
-    for column in ("ranks", "batch", "experts", "limit ms", "flexpert ms", "× limit", "tokens/s"):
-        table.add_column(column, justify="right")
-    for column in ("transformers ms", "× flexpert"):
+    table = Table(title=title, title_justify="left", box=None)
+    for column in _DECODE_COLUMNS:
         table.add_column(column, justify="right")
     for point in report.points:
         table.add_row(*_decode_row(point))
@@ -77,7 +72,7 @@ def decode_text(report: DecodeReport) -> RenderableType:
         Text.from_markup(
             f"logits differ from transformers' by {report.error:.4f} (relative){verdict}; model "
             f"built in {report.build_s:.1f} s, {report.captures} graphs captured in "
-            f"{report.capture_s:.1f} s\nmedians over {report.steps} steps; limit: "
+            f"{report.capture_s:.1f} s\nmedians over {report.steps} steps; roofline: "
             "weights in use and KV cache at the rate of its memory; transformers: DynamicCache, "
             f"sdpa, grouped_mm\n{report.gpu.line()}\n{report.machine.line()}",
             style="dim",
@@ -89,11 +84,12 @@ def _decode_row(point: DecodePoint) -> list[str | Text]:
     seconds = point.ours_us.p50 / 1e6
     row: list[str | Text] = [
         f"{point.ranks}",
+        f"{point.gpus}",
         f"{point.batch}",
         f"{point.active:.1f}",
-        f"{point.limit_ms:.2f}",
+        f"{point.roofline_ms:.2f}",
         _median(point.ours_us, 1e3),
-        f"{point.over_limit:.2f}",
+        f"{point.times_roofline:.2f}",
         f"{point.batch / seconds:,.0f}",
     ]
     if point.transformers_us is None or point.times_ours is None:
@@ -101,7 +97,7 @@ def _decode_row(point: DecodePoint) -> list[str | Text]:
     return [*row, _median(point.transformers_us, 1e3), f"{point.times_ours:.2f}"]
 
 
-def _median(spread: GpuSpread, unit: float) -> str:
+def _median(spread: SpreadUs, unit: float) -> str:
     return _number(spread.p50, unit)
 
 

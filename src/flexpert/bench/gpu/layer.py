@@ -18,7 +18,6 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from flexpert.bench.gpu.gpu_device import (
-    GpuSpread,
     Launch,
     MeasuredGpu,
     flusher,
@@ -28,6 +27,7 @@ from flexpert.bench.gpu.gpu_device import (
 )
 from flexpert.bench.gpu.model import quantised_with
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.statistics import SpreadUs
 from flexpert.comm import BufferSpec, make_buffer
 from flexpert.errors import FlexpertError
 from flexpert.kernels.cpu.expert_products import LayerExperts
@@ -79,7 +79,7 @@ class LayerResult(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     baseline: str
-    us: GpuSpread | None = None
+    us: SpreadUs | None = None
     error: float | None = None
     times_ours: float | None = None
     skipped: str | None = None
@@ -87,13 +87,13 @@ class LayerResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LayerPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """active: experts that get a token, mean. limit_us: bytes and flops over what the GPU can.
-    quantised: flexpert's experts are fp8, and the limit is theirs; the baselines have bf16."""
+    """active: experts that get a token, mean. roofline_us: bytes or flops over what the GPU can.
+    quantised: flexpert's experts are fp8, and the roofline is theirs; the baselines have bf16."""
 
     shape: LayerShape
     tokens: int
     active: float
-    limit_us: float
+    roofline_us: float
     results: list[LayerResult]
     quantised: bool = False
 
@@ -238,7 +238,7 @@ class Layer:
             shape=shape,
             tokens=tokens,
             active=active,
-            limit_us=self._limit_s(gpu, tokens, active) * 1e6,
+            roofline_us=self._roofline_s(gpu, tokens, active) * 1e6,
             results=[
                 result
                 if result.us is None or own is None
@@ -248,13 +248,13 @@ class Layer:
             quantised=self.experts[0].gate_up_scale is not None,
         )
 
-    def _limit_s(self, gpu: MeasuredGpu, tokens: int, active: float) -> float:
+    def _roofline_s(self, gpu: MeasuredGpu, tokens: int, active: float) -> float:
         """Weights of the experts that are used, the router's, and tokens in and out, once each."""
         nbytes = active * self.experts[0].nbytes + self.router.nbytes
         nbytes += 2 * tokens * self.shape.hidden * self.up.element_size()
         elements = self.up[0].numel() + self.down[0].numel()
         flops = 2.0 * tokens * self.shape.topk * elements + 2.0 * tokens * self.router.numel()
-        return gpu.limit_s(nbytes, flops)
+        return gpu.roofline_s(nbytes, flops)
 
     def _result(
         self,
@@ -283,7 +283,7 @@ class Layer:
                 times = replay_us(launches, repeat=repeat, before=fresh)
         except (FlexpertError, torch.OutOfMemoryError) as problem:
             return LayerResult(baseline=name, error=error, skipped=str(problem).splitlines()[0])
-        return LayerResult(baseline=name, us=GpuSpread.of(times), error=error)
+        return LayerResult(baseline=name, us=SpreadUs.of(times), error=error)
 
     def block(self, name: str, moe: Ours | None, tokens: int) -> Qwen3MoeSparseMoeBlock:
         shape = self.shape

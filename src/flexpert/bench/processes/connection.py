@@ -6,7 +6,6 @@ import select
 import socket
 import time
 from collections import deque
-from types import TracebackType
 
 from flexpert.errors import FlexpertError
 from flexpert.forking.framing import BadFrame, Deframer, frame
@@ -68,12 +67,7 @@ class StreamConnection:
     def __enter__(self) -> StreamConnection:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -26,6 +26,7 @@ from flexpert.bench.comm.workload import (
     expert_results,
     make_input,
 )
+from flexpert.bench.gpu.gpu_device import set_rank_device
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -50,8 +51,7 @@ class GpuRank:
         self._store = store
         self._baselines: dict[str, GpuBaseline] = {}
         self._built = self._gathered = 0
-        self._device = torch.device("cuda", rank % torch.cuda.device_count())
-        torch.cuda.set_device(self._device)
+        self._device = set_rank_device(rank)
 
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self._device)

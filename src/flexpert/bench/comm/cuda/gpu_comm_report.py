@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
-from rich.text import Text
 
-from flexpert.bench.comm.comm_run import CommSpread
 from flexpert.bench.comm.cuda.gpu_comm_run import GpuPoint, GpuReport
+from flexpert.bench.report_table import figures_table, no_figures, with_note
+from flexpert.bench.statistics import SpreadUs
 
 _PHASES = ("dispatch_us", "combine_us", "pair_us")
 
 
 def gpu_text(report: GpuReport) -> RenderableType:
     """A table for each number of tokens, then what was measured on."""
-    parts: list[RenderableType] = [_table(point) for point in report.points]
-    parts.append(
-        Text(
-            "medians (p10 to p90), slowest rank of each exchange. dispatch and combine: one graph "
-            "replay after a flush of the L2; pair: both, steady, many in one graph\n"
-            f"{', '.join(sorted(set(report.devices)))}, copy bandwidth "
-            f"{report.bandwidth / 1e12:.2f} TB/s, fp8 {report.fp8}\n{report.machine.line()}",
-            style="dim",
-        )
+    return with_note(
+        [_table(point) for point in report.points],
+        "medians (p10 to p90), slowest rank of each exchange; roofline: bytes over the copy "
+        "bandwidth. dispatch and combine: one graph "
+        "replay after a flush of the L2; pair: both, steady, many in one graph\n"
+        f"{', '.join(sorted(set(report.devices)))}, copy bandwidth "
+        f"{report.bandwidth / 1e12:.2f} TB/s, fp8 {report.fp8}\n{report.machine.line()}",
     )
-    return Group(*parts)
 
 
 def _table(point: GpuPoint) -> Table:
@@ -33,26 +30,19 @@ def _table(point: GpuPoint) -> Table:
         f"{work.ranks} ranks, {work.tokens} tokens each, hidden {work.hidden}, top-{work.topk} of "
         f"{work.experts} experts, {work.dtype}"
     )
-    table = Table(title=title, title_justify="left", box=None)
-    table.add_column("baseline")
-    for column in ("dispatch µs", "combine µs", "pair µs"):
-        table.add_column(column, justify="right")
+    table = figures_table(title, "baseline", ("dispatch µs", "combine µs", "pair µs"))
     for result in point.results:
         if result.skipped is not None:
-            word, style = ("wrong", "bold red") if result.wrong else ("skipped", "yellow")
-            table.add_row(result.baseline, Text(f"{word}: {result.skipped}", style=style))
+            table.add_row(result.baseline, no_figures(result.skipped, wrong=result.wrong))
         else:
             table.add_row(result.baseline, *(_spread(getattr(result, p)) for p in _PHASES))
-    limit = point.limit
-    both = limit.dispatch_us + limit.combine_us
-    table.add_row(
-        "bytes over bandwidth", *(f"{v:.1f}" for v in (limit.dispatch_us, limit.combine_us, both))
-    )
+    phases_us = (point.roofline.dispatch_us, point.roofline.combine_us)
+    table.add_row("roofline", *(f"{us:.1f}" for us in (*phases_us, sum(phases_us))))
     ratios = [point.ratio(phase) for phase in _PHASES]
     if any(ratio is not None for ratio in ratios):
         table.add_row("flexpert / nixl_ep", *("" if r is None else f"{r:.2f}" for r in ratios))
     return table
 
 
-def _spread(spread: CommSpread | None) -> str:
+def _spread(spread: SpreadUs | None) -> str:
     return "" if spread is None else f"{spread.p50:.1f} ({spread.p10:.1f} to {spread.p90:.1f})"

@@ -1,4 +1,4 @@
-"""Who is checked and timed when on the GPUs, and the limit that no exchange can beat."""
+"""Who is checked and timed when on the GPUs, and the roofline of an exchange."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from flexpert.bench.comm.comm_run import CommSpread, spread_of
 from flexpert.bench.comm.cuda.gpu_baselines import NIXL_EP, OURS, GpuKind, gpu_kinds
 from flexpert.bench.comm.cuda.gpu_comm_rank import GpuRank, Phases
 from flexpert.bench.comm.ranks import RankFailed, Ranks, Settings
 from flexpert.bench.comm.workload import Workload, expert_table, make_input
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.statistics import SpreadUs
 from flexpert.comm.quant import BLOCK
 
 CHECKED_TURNS = 2
@@ -27,14 +27,14 @@ class GpuResult(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     baseline: str
-    dispatch_us: CommSpread | None = None
-    combine_us: CommSpread | None = None
-    pair_us: CommSpread | None = None
+    dispatch_us: SpreadUs | None = None
+    combine_us: SpreadUs | None = None
+    pair_us: SpreadUs | None = None
     skipped: str | None = None
     wrong: bool = False
 
 
-class Limit(msgspec.Struct, frozen=True):
+class Roofline(msgspec.Struct, frozen=True):
     """Bytes that the ranks of one GPU must read and write at least, and the time that takes."""
 
     dispatch_bytes: int
@@ -42,10 +42,16 @@ class Limit(msgspec.Struct, frozen=True):
     dispatch_us: float
     combine_us: float
 
+    @classmethod
+    def of(cls, dispatch_bytes: int, combine_bytes: int, bandwidth: float) -> Roofline:
+        """bandwidth: bytes a second."""
+        times = (nbytes / bandwidth * 1e6 for nbytes in (dispatch_bytes, combine_bytes))
+        return cls(dispatch_bytes, combine_bytes, *times)
+
 
 class GpuPoint(msgspec.Struct, frozen=True, kw_only=True):
     workload: Workload
-    limit: Limit
+    roofline: Roofline
     results: list[GpuResult]
 
     def ratio(self, phase: str) -> float | None:
@@ -98,9 +104,9 @@ def run_gpu(
             for kind in kinds:
                 results.append(_measured(ranks, work, kind, repeat, note))
                 note(f"  {results[-1]}")
-            limit = traffic_limit(work, fp8=settings.fp8 is not None, sharing=sharing)
+            nbytes = exchanged_bytes(work, fp8=settings.fp8 is not None, sharing=sharing)
             points.append(
-                GpuPoint(workload=work, limit=limit_times(limit, bandwidth), results=results)
+                GpuPoint(workload=work, roofline=Roofline.of(*nbytes, bandwidth), results=results)
             )
         ranks.all("prepare", workloads[0])  # closes what is open while everybody is there
     return GpuReport(
@@ -138,11 +144,11 @@ def _measured(ranks: Ranks, work: Workload, kind: GpuKind, repeat: int, note: No
     )
 
 
-def _slowest(by_rank: Sequence[Sequence[float]]) -> CommSpread:
-    return spread_of([max(turn) for turn in zip(*by_rank, strict=True)])
+def _slowest(by_rank: Sequence[Sequence[float]]) -> SpreadUs:
+    return SpreadUs.of([max(turn) for turn in zip(*by_rank, strict=True)])
 
 
-def traffic_limit(work: Workload, *, fp8: bool, sharing: int) -> tuple[int, int]:
+def exchanged_bytes(work: Workload, *, fp8: bool, sharing: int) -> tuple[int, int]:
     """Bytes (dispatch, combine) that `sharing` ranks on one GPU must move; of the first input.
 
     dispatch: each token is read once and written once to each rank that wants it.
@@ -161,11 +167,6 @@ def traffic_limit(work: Workload, *, fp8: bool, sharing: int) -> tuple[int, int]
         dispatch += work.tokens * row + copies * sent_row
         combine += work.tokens * work.topk * row + 2 * away * row + work.tokens * row
     return dispatch * sharing // work.ranks, combine * sharing // work.ranks
-
-
-def limit_times(limit: tuple[int, int], bandwidth: float) -> Limit:
-    dispatch, combine = limit
-    return Limit(dispatch, combine, dispatch / bandwidth * 1e6, combine / bandwidth * 1e6)
 
 
 def _first(answers: Sequence[str]) -> str:

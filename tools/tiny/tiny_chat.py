@@ -1,7 +1,7 @@
 """Makes conversations for the model `tiny` out of its training documents.
 
 Every answer is a passage of a training document (never of a held-out one) or a line written below.
-The questions come from templates. `tools/train_tiny.py corpus` runs this.
+The questions come from templates. `tools/tiny/train_tiny.py corpus` runs this.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each reader turns the files of one package into documents. A document carries a `group`, such as
 `Ps.23`: whatever speaks of the same passage (two translations, two commentaries) shares one group,
 and the split into training and held-out text is made by group, so a held-out chapter is not seen in
-another translation. `tools/train_tiny.py corpus` runs this; nothing here needs torch.
+another translation. `tools/tiny/train_tiny.py corpus` runs this; nothing here needs torch.
 """
 
 from __future__ import annotations

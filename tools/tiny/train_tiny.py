@@ -44,10 +44,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXAMPLES = """examples:
-  python tools/train_tiny.py corpus
-  python tools/train_tiny.py tokenizer --out out/tiny
-  python tools/train_tiny.py train --out out/tiny --compile
-  python tools/train_tiny.py evaluate --model src/flexpert/models/tiny
+  python tools/tiny/train_tiny.py corpus
+  python tools/tiny/train_tiny.py tokenizer --out out/tiny
+  python tools/tiny/train_tiny.py train --out out/tiny --compile
+  python tools/tiny/train_tiny.py evaluate --model src/flexpert/models/tiny
 """
 
 SPLIT = (
@@ -127,7 +127,7 @@ def read_corpus(build: Path) -> tuple[list[Document], list[tiny_chat.Conversatio
     for name in ("documents", "chat"):
         path = build / "corpus" / f"{name}.jsonl.gz"
         if not path.exists():
-            raise CorpusError(f"{path} is missing: run `python tools/train_tiny.py corpus` first")
+            raise CorpusError(f"{path} is missing: run `tools/tiny/train_tiny.py corpus` first")
         rows.append([json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()])
     return [Document(**row) for row in rows[0]], rows[1]
 
