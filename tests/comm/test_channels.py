@@ -88,7 +88,7 @@ def exchanges(buffer: Buffer, ids: tuple[int, ...], seeds: range) -> None:
         reduce = "rank" if seed % 2 else "home"
         out = buffer.combine(apply_experts(got.x, got.offsets), got, reduce=reduce)  # type: ignore[arg-type]
         assert same_bits(out, applied(s, reduce))
-        assert buffer.loss(got) is None
+        assert buffer.missing_results(got) is None
 
 
 def votes(buffer: Buffer, rounds: int) -> None:
@@ -108,8 +108,8 @@ def loses(
     out = buffer.combine(apply_experts(got.x, got.offsets), got, timeout_s=timeout_s)
     left = Sent(s.x, masked_ids(s, set(ids) - {gone}), s.weights, s.table)
     assert same_bits(out, applied(left, "rank"))
-    loss = buffer.loss(got)
-    assert loss is None or loss.ranks == (gone,)
+    missing = buffer.missing_results(got)
+    assert missing is None or missing.ranks == (gone,)
     return took, buffer.active, buffer.lost
 
 

@@ -176,11 +176,11 @@ def test_who_sends_nothing_is_masked_and_the_result_tells(ranks: CudaRanks) -> N
     assert a.active == (0,)
     out = a.begin_combine(received.x, received)()
     assert same_bits(out, x * torch.tensor([[0.25], [1.0]]))
-    loss = a.loss(received)
-    assert loss is not None
-    assert loss.ranks == (1,)
-    assert loss.weight.tolist() == [0.75, 0.0]
-    assert loss.choices.tolist() == [[False, True], [False, False]]
+    missing = a.missing_results(received)
+    assert missing is not None
+    assert missing.ranks == (1,)
+    assert missing.weight.tolist() == [0.75, 0.0]
+    assert missing.choices.tolist() == [[False, True], [False, False]]
 
 
 @pytest.mark.parametrize("reduce", ["rank", "home"])
@@ -199,9 +199,9 @@ def test_results_of_an_earlier_exchange_are_not_taken_for_new(
     hooks[1]()
     out = a.begin_combine(apply_experts(received.x, received.offsets), received, reduce=reduce)()
     assert not out.any()
-    loss = a.loss(received)
-    assert loss is not None
-    assert loss.ranks == (1,)
+    missing = a.missing_results(received)
+    assert missing is not None
+    assert missing.ranks == (1,)
 
 
 def test_who_returns_nothing_in_combine_is_named(ranks: CudaRanks) -> None:

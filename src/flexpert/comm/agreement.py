@@ -119,7 +119,7 @@ def agree(
     """The next epoch, the same on all ranks that get one.
 
     With a buffer in on_timeout="mask" mode: after an exchange in which ranks were masked
-    (`Received.masked`, `Buffer.loss`), call this with them as suspects, then
+    (`Received.masked`, `Buffer.missing_results`), call this with them as suspects, then
     `buffer.set_active(view.ranks, view.epoch)` and `buffer.barrier(...)`, then run the step again.
 
     Args:

@@ -117,7 +117,7 @@ class Received(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class MissingResults:
     """What the result of a combine lacks, because owners of experts were masked.
 
     ranks: the ids whose results are missing.
@@ -345,7 +345,7 @@ class Buffer(ABC):
             StaleEpoch: an exchange of this epoch was incomplete.
             CommError: a call out of turn.
             ValueError: shapes, dtypes, or (on_timeout="raise") an expert without an active owner;
-                nothing was sent. With "mask" such experts are skipped; `loss` tells.
+                nothing was sent. With "mask" such experts are skipped; `missing_results` tells.
         """
 
     @abstractmethod
@@ -431,7 +431,7 @@ class Buffer(ABC):
         return ()
 
     @abstractmethod
-    def loss(self, received: Received) -> Loss | None:
+    def missing_results(self, received: Received) -> MissingResults | None:
         """After the combine of `received`: what its result lacks, or None if it is complete."""
 
     @abstractmethod

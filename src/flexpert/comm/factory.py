@@ -33,7 +33,7 @@ def make_buffer(
         timeout_s: limit of every wait that is not given another.
         on_timeout: what becomes of a peer that does not answer in time, or dies: "raise" ends the
             exchange and the epoch with RankTimeout or RankLost; "mask" masks the peer and goes on
-            without it, see `Buffer.loss`.
+            without it, see `Buffer.missing_results`.
         store: a torch.distributed Store for `connect` by ids.
         channel: "auto": shared memory where two ranks are on one machine, else NIXL; or one of
             them for all peers.

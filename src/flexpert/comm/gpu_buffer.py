@@ -17,7 +17,7 @@ from flexpert.comm.buffer import (
     Buffer,
     BufferSpec,
     ExpertTable,
-    Loss,
+    MissingResults,
     OnTimeout,
     Pending,
     Received,
@@ -218,7 +218,7 @@ class DeviceBuffer(Buffer):
     def _check_combined(self, received: Received) -> None:
         if received is not self._received or self._state is not State.BETWEEN:
             raise StaleEpoch(
-                f"loss of dispatch {received.sequence} of epoch {received.epoch}: "
+                f"missing_results of dispatch {received.sequence} of epoch {received.epoch}: "
                 "ask after its combine and before the next dispatch"
             )
 
@@ -253,9 +253,9 @@ class DeviceBuffer(Buffer):
         return RankTimeout(ranks, phase, epoch, limit_s)
 
 
-def loss_of(
+def find_missing(
     expert_ids: torch.Tensor, weights: torch.Tensor, table: ExpertTable, back: torch.Tensor
-) -> Loss | None:
+) -> MissingResults | None:
     """What a combine lacks.
 
     expert_ids, weights, table: of the dispatch. back: [ids] bool, whose results came.
@@ -269,7 +269,7 @@ def loss_of(
     if not bool(choices.any()):
         return None
     gone = sorted(set(owner[choices & (owner >= 0)].tolist()))
-    return Loss(tuple(gone), torch.where(choices, weights, 0.0).sum(1), choices)
+    return MissingResults(tuple(gone), torch.where(choices, weights, 0.0).sum(1), choices)
 
 
 def default_device() -> torch.device:

@@ -6,7 +6,8 @@ the stream, so that captured CUDA graphs go on without being captured again.
 
 Differences to the CPU backend:
   - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link.
-  - An expert without an active owner is skipped with either `on_timeout`; `loss` tells.
+  - An expert without an active owner is skipped with either `on_timeout`; `missing_results` tells
+    which.
   - Outside of graphs, each exchange waits for the device, since errors must be raised in time.
     While a graph is captured, and in its replays, nothing is waited for: ask `check` afterwards.
   - Everything must be launched on one stream, the current one of the caller.
@@ -27,7 +28,7 @@ from flexpert.comm import quant
 from flexpert.comm.buffer import (
     BufferSpec,
     ExpertTable,
-    Loss,
+    MissingResults,
     OnTimeout,
     Pending,
     Received,
@@ -55,7 +56,7 @@ from flexpert.comm.cuda.peers import (
     own_window,
 )
 from flexpert.comm.errors import CommError, Interrupted
-from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, loss_of
+from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, find_missing
 from flexpert.comm.host.core import State
 from flexpert.comm.routing import check_dispatch, check_table
 
@@ -496,14 +497,14 @@ class CudaBuffer(DeviceBuffer):
         self.mask(ranks)
         return ranks
 
-    def loss(self, received: Received) -> Loss | None:
+    def missing_results(self, received: Received) -> MissingResults | None:
         with self._lock:
             self._check_combined(received)
             assert isinstance(received, CudaReceived)
             sent = received.sent
             back = self.exchange.table[Word.RETURNED : Word.RETURNED + LANES] != 0
             back[self.rank] = True
-            return loss_of(sent.expert_ids, sent.weights, sent.table, back)
+            return find_missing(sent.expert_ids, sent.weights, sent.table, back)
 
     def close(self) -> None:
         self.interrupt()  # what waits on the device ends

@@ -15,7 +15,7 @@ from flexpert.comm.buffer import (
     BufferSpec,
     Channel,
     ExpertTable,
-    Loss,
+    MissingResults,
     OnTimeout,
     Pending,
     Received,
@@ -201,8 +201,8 @@ class HostBuffer(Buffer):
     def combine_input(self, received: Received) -> torch.Tensor:
         return self._exchange.combine_input(received)
 
-    def loss(self, received: Received) -> Loss | None:
-        return self._exchange.loss(received)
+    def missing_results(self, received: Received) -> MissingResults | None:
+        return self._exchange.missing_results(received)
 
     def statistics(self) -> Statistics:
         return self._exchange.statistics()

@@ -13,7 +13,7 @@ import torch
 
 from flexpert.comm.buffer import (
     ExpertTable,
-    Loss,
+    MissingResults,
     Pending,
     Received,
     Reduce,
@@ -232,12 +232,12 @@ class HostExchange:
 
     # ---- afterwards ---------------------------------------------------------------------------
 
-    def loss(self, received: Received) -> Loss | None:
+    def missing_results(self, received: Received) -> MissingResults | None:
         core = self._core
         with core.exchanging:
             if received is not core.received or core.state is not State.BETWEEN:
                 raise StaleEpoch(
-                    f"loss of dispatch {received.sequence} of epoch {received.epoch}: "
+                    f"missing_results of dispatch {received.sequence} of epoch {received.epoch}: "
                     "ask after its combine and before the next dispatch"
                 )
             if not core.b.lost_pairs:
@@ -253,7 +253,7 @@ class HostExchange:
                 choices.data_ptr(),
                 ranks.data_ptr(),
             )
-            return Loss(tuple(ranks.nonzero().flatten().tolist()), weight, choices)
+            return MissingResults(tuple(ranks.nonzero().flatten().tolist()), weight, choices)
 
     def statistics(self) -> Statistics:
         b = self._core.b

@@ -20,7 +20,8 @@ Differences to the contract:
   - combine sums rows at home, in float32 (reduce="rank"); `Received.weights` is not known.
   - Rows of a slot are in the order of their arrival; an expert that a token chose twice gets one
     row, with both weights.
-  - An expert without an active owner is skipped with either `on_timeout`; `loss` tells.
+  - An expert without an active owner is skipped with either `on_timeout`; `missing_results` tells
+    which.
   - Memory is taken for capacity · slots experts; neither can grow.
 """
 
@@ -37,7 +38,7 @@ from flexpert.comm import quant
 from flexpert.comm.buffer import (
     BufferSpec,
     ExpertTable,
-    Loss,
+    MissingResults,
     OnTimeout,
     Pending,
     Received,
@@ -45,7 +46,7 @@ from flexpert.comm.buffer import (
     Scales,
 )
 from flexpert.comm.errors import CommError, Interrupted
-from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, loss_of
+from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, find_missing
 from flexpert.comm.host.core import State
 from flexpert.comm.nixl_ep.expert_numbers import numbered, once
 from flexpert.comm.nixl_ep.meeting import (
@@ -631,12 +632,12 @@ class NixlEpBuffer(DeviceBuffer):
         self._leave_out(missing)
         return missing
 
-    def loss(self, received: Received) -> Loss | None:
+    def missing_results(self, received: Received) -> MissingResults | None:
         with self._lock:
             self._check_combined(received)
             assert isinstance(received, NixlReceived)
             sent = received.sent
-            return loss_of(sent.expert_ids, sent.weights, sent.table, self._up)
+            return find_missing(sent.expert_ids, sent.weights, sent.table, self._up)
 
     def close(self) -> None:
         self.interrupt()
