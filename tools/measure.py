@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from flexpert.bench.processes import forks
 from flexpert.bench.processes.connection import Connection
-from flexpert.comm import BufferSpec, ExpertTable, Reduce, make_buffer
+from flexpert.comm import BufferSpec, ExpertTable, make_buffer
+from flexpert.comm.buffer import Reduce
 from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner

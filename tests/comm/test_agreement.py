@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.comm_ranks import Rank, spec_of
 
-from flexpert.comm import Buffer, CommError, Evicted, RankTimeout
+from flexpert.comm import Buffer, CommError, RankTimeout
 from flexpert.comm.agreement import SuspectReport, View, accepted, agree, awaited
+from flexpert.comm.errors import Evicted
 
 LIMIT_S = 30.0
 reports_of = st.dictionaries(

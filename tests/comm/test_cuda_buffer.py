@@ -12,18 +12,11 @@ from support.comm_local import check_received, same_bits
 from support.comm_ranks import apply_experts, random_sent, spec_of
 from support.cuda_local import DEVICE, FEW, INTERPRETED, parts
 
-from flexpert.comm import (
-    BufferSpec,
-    CommError,
-    ExpertTable,
-    Interrupted,
-    RankTimeout,
-    Reduce,
-    StaleEpoch,
-)
-from flexpert.comm.buffer import OnTimeout
+from flexpert.comm import BufferSpec, CommError, ExpertTable, Interrupted, RankTimeout
+from flexpert.comm.buffer import OnTimeout, Reduce
 from flexpert.comm.cuda.cuda_buffer import CudaBuffer
 from flexpert.comm.cuda.cuda_layout import Word
+from flexpert.comm.errors import StaleEpoch
 from flexpert.comm.routing import Sent, expected_rows, expected_sums
 
 if not INTERPRETED:

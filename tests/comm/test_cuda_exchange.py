@@ -10,8 +10,8 @@ from support.comm_local import same_bits
 from support.comm_ranks import apply_experts, random_sent, random_table, spec_of
 from support.cuda_local import DEVICE, CudaLocal, gathered, parts
 
-from flexpert.comm import ExpertTable, Reduce
-from flexpert.comm.buffer import Scales
+from flexpert.comm import ExpertTable
+from flexpert.comm.buffer import Reduce, Scales
 from flexpert.comm.cuda.cuda_exchange import Tuning
 from flexpert.comm.cuda.cuda_layout import Missing, Word, read_report
 from flexpert.comm.quant import quantise

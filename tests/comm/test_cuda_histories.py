@@ -15,7 +15,7 @@ from support.comm_ranks import apply_experts, random_sent, spec_of
 from support.cuda_local import INTERPRETED, parts
 from test_cuda_buffer import CudaRanks
 
-from flexpert.comm import Reduce
+from flexpert.comm.buffer import Reduce
 from flexpert.comm.cuda.cuda_received import CudaReceived
 
 if not INTERPRETED:

@@ -27,8 +27,8 @@ from support.comm_ranks import (
     vote,
 )
 
-from flexpert.comm import Buffer, BufferSpec, RankLost, RankTimeout, Reduce
-from flexpert.comm.buffer import Scales
+from flexpert.comm import Buffer, BufferSpec, RankLost, RankTimeout
+from flexpert.comm.buffer import Reduce, Scales
 from flexpert.comm.quant import quantise
 from flexpert.comm.routing import Sent, expected_rows, expected_sums
 

@@ -20,7 +20,8 @@ from support.comm_local import (
 )
 from support.comm_ranks import LIMIT_S, Ranks, random_sent, spec_of
 
-from flexpert.comm import Buffer, CommError, MissingResults, RankLost, StaleEpoch
+from flexpert.comm import Buffer, CommError, MissingResults, RankLost
+from flexpert.comm.errors import StaleEpoch
 from flexpert.comm.host._kernels import ffi, lib
 from flexpert.comm.host.host_buffer import HostBuffer
 from flexpert.comm.routing import Sent, expected_rows

@@ -31,10 +31,10 @@ from flexpert.comm import (
     PeerUnreachable,
     RankLost,
     RankTimeout,
-    StaleEpoch,
     make_buffer,
 )
 from flexpert.comm.buffer import Scales
+from flexpert.comm.errors import StaleEpoch
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.comm.nixl_ep.meeting import MeetingPlace, pair_store, store_of
 from flexpert.comm.nixl_ep.nixl_ep_buffer import NixlEpBuffer

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 import torch
 
-from flexpert.comm import ImportedPages, PeerUnreachable, export_memory
-from flexpert.comm.peer_memory import _Address
+from flexpert.comm import PeerUnreachable
+from flexpert.comm.peer_memory import ImportedPages, _Address, export_memory
 
 OWNER = """
 import sys, torch
-from flexpert.comm import export_memory
+from flexpert.comm.peer_memory import export_memory
 exported = export_memory(8192)
 exported.bytes[:] = 7
 sys.stdout.buffer.write(exported.address.hex().encode() + b"\\n")
@@ -58,7 +58,7 @@ def test_a_peer_reads_what_the_owner_writes_also_after_its_death() -> None:
 
 WRITER = """
 import sys
-from flexpert.comm import ImportedPages
+from flexpert.comm.peer_memory import ImportedPages
 ImportedPages(bytes.fromhex(sys.argv[1])).bytes[0] = 5
 """
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from flexpert.comm import ChannelDown, CommError, PeerUnreachable, RankTimeout
+from flexpert.comm import CommError, PeerUnreachable, RankTimeout
+from flexpert.comm.errors import ChannelDown
 from flexpert.comm.rendezvous import meet
 
 LIMIT_S = 30.0

@@ -15,10 +15,11 @@ import torch
 from support.comm_local import Local, dispatch, poke
 from support.comm_ranks import Rank, Ranks, random_sent, spec_of
 
-from flexpert.comm import BufferSpec, CommError, PeerUnreachable, RankTimeout, export_pages
+from flexpert.comm import BufferSpec, CommError, PeerUnreachable, RankTimeout
 from flexpert.comm.host import memfd
 from flexpert.comm.host.host_buffer import HostBuffer
 from flexpert.comm.host.window import HostWindow, WindowAddress, decode, encode
+from flexpert.comm.peer_memory import export_pages
 from flexpert.comm.window_layout import (
     COMBINE_FLAG_AT,
     DISPATCH_FLAG_AT,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from flexpert.comm import Buffer, BufferSpec, Received, Reduce
-from flexpert.comm.buffer import OnTimeout
+from flexpert.comm import Buffer, BufferSpec, Received
+from flexpert.comm.buffer import OnTimeout, Reduce
 from flexpert.comm.host._kernels import ffi
 from flexpert.comm.host.host_buffer import HostBuffer
 from flexpert.comm.routing import Sent, expected_rows, expected_sums

@@ -17,8 +17,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 pytest.importorskip("triton", reason="Triton is not installed: pip install flexpert[cuda]")
 
-from flexpert.comm import BufferSpec, ExpertTable, Reduce
-from flexpert.comm.buffer import Scales
+from flexpert.comm import BufferSpec, ExpertTable
+from flexpert.comm.buffer import Reduce, Scales
 from flexpert.comm.cuda.cuda_exchange import FEW, CudaDispatched, CudaExchange, CudaIndexed, Tuning
 from flexpert.comm.cuda.cuda_layout import PAGE_WORDS, layout
 from flexpert.comm.interpreter import INTERPRETED as INTERPRETED

@@ -13,17 +13,9 @@ from enum import Enum, auto
 
 import torch
 
-from flexpert.comm import (
-    Buffer,
-    BufferSpec,
-    CommError,
-    ExportedMemory,
-    ImportedMemory,
-    export_memory,
-    import_memory,
-    make_buffer,
-)
+from flexpert.comm import Buffer, BufferSpec, CommError, make_buffer
 from flexpert.comm.interpreter import INTERPRETED
+from flexpert.comm.peer_memory import ExportedMemory, ImportedMemory, export_memory, import_memory
 from flexpert.config import EngineConfig
 from flexpert.errors import ConfigError
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream

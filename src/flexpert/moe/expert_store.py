@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexpert.comm import ImportedPages, export_pages
+from flexpert.comm.peer_memory import ImportedPages, export_pages
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 
 _PAGE = 4096

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from flexpert.comm import Buffer, ExpertTable, Reduce
+from flexpert.comm import Buffer, ExpertTable
+from flexpert.comm.buffer import Reduce
 from flexpert.kernels.experts import Gate
 from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement

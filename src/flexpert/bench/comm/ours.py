@@ -8,8 +8,8 @@ import torch
 
 from flexpert.bench.comm.baseline import Site
 from flexpert.bench.comm.workload import expert_table
-from flexpert.comm import BufferSpec, Received, Reduce, make_buffer
-from flexpert.comm.buffer import Channel
+from flexpert.comm import BufferSpec, Received, make_buffer
+from flexpert.comm.buffer import Channel, Reduce
 from flexpert.comm.quant import dequantise
 
 

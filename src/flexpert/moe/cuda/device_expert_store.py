@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flexpert.comm import (
-    CommError,
+from flexpert.comm import CommError
+from flexpert.comm.peer_memory import (
     ExportedMemory,
     ImportedPages,
     export_memory,

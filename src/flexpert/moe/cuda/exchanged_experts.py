@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flexpert.comm import ExpertTable, Reduce
+from flexpert.comm import ExpertTable
+from flexpert.comm.buffer import Reduce
 from flexpert.kernels.cuda.device_experts import DeviceExperts
 from flexpert.kernels.experts import ExpertShape, Gate
 from flexpert.moe.moe_layers import LayerState

@@ -22,7 +22,6 @@ from flexpert.comm import (
     Buffer,
     BufferSpec,
     CommError,
-    Evicted,
     ExpertTable,
     Interrupted,
     Received,
@@ -30,6 +29,7 @@ from flexpert.comm import (
 )
 from flexpert.comm.agreement import View, agree, asked
 from flexpert.comm.buffer import Channel, Scales
+from flexpert.comm.errors import Evicted
 from flexpert.trials.plan import oracle
 
 Point = Literal["dispatch-send", "dispatch-wait", "combine-send", "combine-wait", "random"]
