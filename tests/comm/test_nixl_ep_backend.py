@@ -498,7 +498,7 @@ def test_a_nixl_ep_that_sizes_tensors_by_who_is_active_is_followed() -> None:
     module = SimpleNamespace(Buffer=SizedByActive, topk_idx_t=torch.int64)
     with NixlRanks(package=Package(module, fixed=False)) as ranks:
         ranks.add(0, 1, 3)
-        assert not ranks.buffers[0].capturable
+        assert not ranks.buffers[0].capabilities.graph_capture
         for epoch, ids in enumerate([(0, 1), (0, 1, 3), (0,), (1, 3), (0, 1)]):
             ranks.activate(*ids)
             for seed in range(2):

@@ -2,7 +2,7 @@
 
 Here is what every user of a buffer needs. The rest is imported from where it is defined:
 
-buffer        the contract, and what belongs to it, say `Pending` and `Statistics`
+buffer        the contract, and what belongs to it: `Capabilities`, `Pending`, `Statistics`
 errors        all that an exchange can fail with
 agreement     survivors without a coordinator agree on who is up
 peer_memory   memory that peers may read

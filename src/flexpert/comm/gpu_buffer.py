@@ -56,8 +56,6 @@ class DeviceBuffer(Buffer):
     All launches must be on one stream, the current one of the caller.
     """
 
-    capturable = True
-
     def __init__(
         self,
         rank: int,

@@ -481,7 +481,7 @@ class RankEngine:
         """Capture the decode steps, and compile all else; no expert needs to be there."""
         limits = self.scheduler.limits
         try:
-            if self.buffer.capturable:
+            if self.buffer.capabilities.graph_capture:
                 sizes = self.profile.graph_sizes(min(limits.max_running, self._room))
                 self.runner.capture(sizes, limits.longest_table)
             self._walk_alone()
