@@ -1,6 +1,6 @@
 """CudaBuffer: dispatch and combine between GPU ranks of one host.
 
-Rows and flags go from GPU to GPU (peers.py, exchange.py), what is agreed by hosts through the
+Rows and flags go from GPU to GPU (peers.py, cuda_exchange.py), what is agreed by hosts through the
 control buffer (comm/gpu_buffer.py). Membership changes write one table on the GPU, in the order of
 the stream, so that captured CUDA graphs go on without being captured again.
 
