@@ -108,8 +108,8 @@ def loses(
     out = buffer.combine(apply_experts(got.x, got.offsets), got, timeout_s=timeout_s)
     left = Sent(s.x, masked_ids(s, set(ids) - {gone}), s.weights, s.table)
     assert same_bits(out, applied(left, "rank"))
-    loss = buffer.missing_results(got)
-    assert loss is None or loss.ranks == (gone,)
+    missing = buffer.missing_results(got)
+    assert missing is None or missing.ranks == (gone,)
     return took, buffer.active, buffer.lost
 
 

@@ -12,10 +12,11 @@ from support.comm_local import check_received, same_bits
 from support.comm_ranks import apply_experts, random_sent, spec_of
 from support.cuda_local import DEVICE, FEW, INTERPRETED, parts
 
-from flexpert.comm import BufferSpec, CommError, ExpertTable, Interrupted, RankTimeout, StaleEpoch
+from flexpert.comm import BufferSpec, CommError, ExpertTable, Interrupted, RankTimeout
 from flexpert.comm.buffer import OnTimeout, Reduce
 from flexpert.comm.cuda.cuda_buffer import CudaBuffer
 from flexpert.comm.cuda.cuda_layout import Word
+from flexpert.comm.errors import StaleEpoch
 from flexpert.comm.routing import Sent, expected_rows, expected_sums
 
 if not INTERPRETED:
@@ -168,11 +169,11 @@ def test_who_sends_nothing_is_masked_and_the_result_tells(ranks: CudaRanks) -> N
     assert a.active == (0,)
     out = a.begin_combine(received.x, received)()
     assert same_bits(out, x * torch.tensor([[0.25], [1.0]]))
-    loss = a.missing_results(received)
-    assert loss is not None
-    assert loss.ranks == (1,)
-    assert loss.weight.tolist() == [0.75, 0.0]
-    assert loss.choices.tolist() == [[False, True], [False, False]]
+    missing = a.missing_results(received)
+    assert missing is not None
+    assert missing.ranks == (1,)
+    assert missing.weight.tolist() == [0.75, 0.0]
+    assert missing.choices.tolist() == [[False, True], [False, False]]
 
 
 @pytest.mark.parametrize("reduce", ["rank", "home"])
@@ -191,9 +192,9 @@ def test_results_of_an_earlier_exchange_are_not_taken_for_new(
     hooks[1]()
     out = a.begin_combine(apply_experts(received.x, received.offsets), received, reduce=reduce)()
     assert not out.any()
-    loss = a.missing_results(received)
-    assert loss is not None
-    assert loss.ranks == (1,)
+    missing = a.missing_results(received)
+    assert missing is not None
+    assert missing.ranks == (1,)
 
 
 def test_who_returns_nothing_in_combine_is_named(ranks: CudaRanks) -> None:

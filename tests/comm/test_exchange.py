@@ -9,8 +9,9 @@ import torch
 from support.comm_local import Local, check_received, dispatch, same_bits
 from support.comm_ranks import Ranks, apply_experts, random_sent, random_table, spec_of, vote
 
-from flexpert.comm import Buffer, ExpertTable, StaleEpoch
+from flexpert.comm import Buffer, ExpertTable
 from flexpert.comm.buffer import Reduce
+from flexpert.comm.errors import StaleEpoch
 from flexpert.comm.routing import Sent, arrivals, expected_sums, pairs
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -20,7 +20,8 @@ from support.comm_local import (
 )
 from support.comm_ranks import LIMIT_S, Ranks, random_sent, spec_of
 
-from flexpert.comm import Buffer, CommError, MissingResults, RankLost, StaleEpoch
+from flexpert.comm import Buffer, CommError, MissingResults, RankLost
+from flexpert.comm.errors import StaleEpoch
 from flexpert.comm.host._kernels import ffi, lib
 from flexpert.comm.host.host_buffer import HostBuffer
 from flexpert.comm.routing import Sent, expected_rows
@@ -57,7 +58,7 @@ def exchange(
         return x, got.offsets, out, buffer.missing_results(got)
 
     kept = {rank: replace_ids(s, masked_ids(s, views[rank])) for rank, s in sent.items()}
-    for rank, (x, offsets, out, loss) in local.each(sent, one).items():
+    for rank, (x, offsets, out, missing) in local.each(sent, one).items():
         rows, expected_offsets, _ = expected_rows(
             {home: s for home, s in kept.items() if home in views[rank]}, rank
         )
@@ -66,13 +67,13 @@ def exchange(
         assert same_bits(out, applied(kept[rank], reduce))
         lost = (sent[rank].expert_ids >= 0) & (kept[rank].expert_ids < 0)
         if not lost.any():
-            assert loss is None
+            assert missing is None
             continue
-        assert loss is not None
-        assert torch.equal(loss.choices, lost)
-        torch.testing.assert_close(loss.weight, (sent[rank].weights * lost).sum(1))
+        assert missing is not None
+        assert torch.equal(missing.choices, lost)
+        torch.testing.assert_close(missing.weight, (sent[rank].weights * lost).sum(1))
         owners = sent[rank].table.rank[sent[rank].expert_ids[lost].long()]
-        assert set(loss.ranks) == set(owners.tolist())
+        assert set(missing.ranks) == set(owners.tolist())
 
 
 def replace_ids(s: Sent, ids: torch.Tensor) -> Sent:
@@ -179,9 +180,9 @@ def test_a_rank_that_does_not_come_is_masked_and_the_result_says_what_it_lacks(
     got = dispatch(late, both[1])  # what was sent to it in time is whole
     check_received(got, both, 1)
     late.combine(got.x.clone(), got, reduce=reduce, timeout_s=0.1)  # type: ignore[arg-type]
-    loss = late.missing_results(got)
-    assert loss is not None
-    assert (loss.ranks, late.active) == ((0, 3), (1,))
+    missing = late.missing_results(got)
+    assert missing is not None
+    assert (missing.ranks, late.active) == ((0, 3), (1,))
     unmask_all(local, ids)
     for seed in range(5, 8):
         exchange(local, random_sent(spec, ids, seed), together(ids), reduce)

@@ -264,15 +264,15 @@ def exchange(
     if waits is not None:
         waits += middle - began, time.monotonic() - middle
 
-    loss = buffer.missing_results(got)
-    lost = torch.zeros(TOKENS, TOPK, dtype=torch.bool) if loss is None else loss.choices
+    missing = buffer.missing_results(got)
+    lost = torch.zeros(TOKENS, TOPK, dtype=torch.bool) if missing is None else missing.choices
     right = ((weights * (chosen + 1)).masked_fill(lost, 0).sum(1, keepdim=True)) * x
     assert torch.equal(out, right)
     owners = set((chosen % len(ALL))[lost].tolist())
-    if loss is None:
+    if missing is None:
         return owners
-    assert set(loss.ranks) == owners
-    assert torch.equal(loss.weight, weights.masked_fill(~lost, 0).sum(1))
+    assert set(missing.ranks) == owners
+    assert torch.equal(missing.weight, weights.masked_fill(~lost, 0).sum(1))
     for rank in got.masked:
         assert lost[chosen % len(ALL) == rank].all()
     return owners

@@ -31,10 +31,10 @@ from flexpert.comm import (
     PeerUnreachable,
     RankLost,
     RankTimeout,
-    StaleEpoch,
     make_buffer,
 )
 from flexpert.comm.buffer import Scales
+from flexpert.comm.errors import StaleEpoch
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.comm.nixl_ep.meeting import MeetingPlace, pair_store, store_of
 from flexpert.comm.nixl_ep.nixl_ep_buffer import NixlEpBuffer
@@ -164,13 +164,13 @@ def test_an_expert_without_an_active_owner_is_skipped_and_told(ranks: NixlRanks)
     got = buffer.dispatch(s.x, s.expert_ids, s.weights, s.table)
     y = got.x.clone()
     out = buffer.combine(y, got)
-    loss = buffer.missing_results(got)
+    missing = buffer.missing_results(got)
     owner = s.table.rank[s.expert_ids.clamp(min=0)]
     gone = (s.expert_ids >= 0) & (owner == 1)
     assert bool(gone.any())
-    assert loss is not None
-    assert loss.ranks == (1,)
-    assert torch.equal(loss.choices, gone)
+    assert missing is not None
+    assert missing.ranks == (1,)
+    assert torch.equal(missing.choices, gone)
     kept = torch.where((s.expert_ids >= 0) & ~gone, s.weights, 0.0).sum(1, keepdim=True)
     assert torch.allclose(out.float(), kept * s.x.float(), atol=0.05, rtol=0.02)
 
@@ -218,9 +218,9 @@ def test_a_silent_rank_is_masked_and_what_it_took_along_is_told() -> None:
             rows = (got.x.float() * (1.0 + 0.25 * slot[:, None])).bfloat16()
             out = buffer.combine(rows, got)
             check_sums(out, sent, y, buffer.rank, without=[2])
-            loss = buffer.missing_results(got)
-            assert loss is not None
-            assert loss.ranks == (2,)
+            missing = buffer.missing_results(got)
+            assert missing is not None
+            assert missing.ranks == (2,)
             assert buffer.active == (0, 1)
 
         ranks.each((0, 1), goes_on)
@@ -498,7 +498,7 @@ def test_a_nixl_ep_that_sizes_tensors_by_who_is_active_is_followed() -> None:
     module = SimpleNamespace(Buffer=SizedByActive, topk_idx_t=torch.int64)
     with NixlRanks(package=Package(module, fixed=False)) as ranks:
         ranks.add(0, 1, 3)
-        assert not ranks.buffers[0].capturable
+        assert not ranks.buffers[0].capabilities.graph_capture
         for epoch, ids in enumerate([(0, 1), (0, 1, 3), (0,), (1, 3), (0, 1)]):
             ranks.activate(*ids)
             for seed in range(2):

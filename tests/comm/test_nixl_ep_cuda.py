@@ -25,8 +25,8 @@ from support.nixl_ep_local import (
     routed,
 )
 
-from flexpert.comm import StaleEpoch
 from flexpert.comm.cuda.cuda_buffer import CudaBuffer
+from flexpert.comm.errors import StaleEpoch
 from flexpert.comm.quant import quantise
 from flexpert.compat.nixl_ep import Buffer
 from flexpert.compat.nixl_ep.device_exchange import VARIABLE

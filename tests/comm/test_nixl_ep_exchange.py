@@ -18,7 +18,7 @@ from support.nixl_ep_local import (
     routed,
 )
 
-from flexpert.comm import StaleEpoch
+from flexpert.comm.errors import StaleEpoch
 from flexpert.compat.nixl_ep import Buffer, EventOverlap
 
 

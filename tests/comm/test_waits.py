@@ -11,7 +11,8 @@ import pytest
 from support.comm_local import Local, check_received, dispatch
 from support.comm_ranks import LIMIT_S, Rank, Ranks, connect, random_sent, set_active, spec_of, vote
 
-from flexpert.comm import Buffer, CommError, Interrupted, RankLost, RankTimeout, StaleEpoch
+from flexpert.comm import Buffer, CommError, Interrupted, RankLost, RankTimeout
+from flexpert.comm.errors import StaleEpoch
 from flexpert.comm.host._kernels import ffi
 from flexpert.comm.routing import Sent
 from flexpert.comm.window_layout import DISPATCH_FLAG_AT

@@ -115,7 +115,7 @@ LAYERS: list[Layer] = []
 def capture(buffer: Buffer) -> bool:
     """While alone, before anybody has joined. Returns whether it can be done at all."""
     assert isinstance(buffer, NixlEpBuffer)
-    if not buffer._cuda or not buffer.capturable:
+    if not buffer._cuda or not buffer.capabilities.graph_capture:
         return False
     LAYERS.append(Layer(buffer))
     return True

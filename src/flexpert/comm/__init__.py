@@ -1,7 +1,13 @@
 """Elastic dispatch/combine between expert-parallel ranks; usable without the rest of flexpert.
 
-Further modules: `agreement`, survivors that come to one view of who is up; `peer_memory`, memory
-that peers may read; `manager`, one buffer for a whole process.
+Here is what every user of a buffer needs. The rest is imported from where it is defined:
+
+buffer        the contract, and what belongs to it: `Capabilities`, `Pending`, `Statistics`
+errors        all that an exchange can fail with
+agreement     survivors without a coordinator agree on who is up
+peer_memory   memory that peers may read
+quant         FP8 rows and their scales
+manager       one buffer for all layers of a process
 """
 
 from flexpert.comm.buffer import Buffer, BufferSpec, ExpertTable, MissingResults, Received
@@ -11,7 +17,6 @@ from flexpert.comm.errors import (
     PeerUnreachable,
     RankLost,
     RankTimeout,
-    StaleEpoch,
 )
 from flexpert.comm.factory import make_buffer
 
@@ -26,6 +31,5 @@ __all__ = [
     "RankLost",
     "RankTimeout",
     "Received",
-    "StaleEpoch",
     "make_buffer",
 ]

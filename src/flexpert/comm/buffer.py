@@ -14,6 +14,9 @@ Active peers come and go in two ways. A group with a coordinator, or one that us
 numbered epochs on all ranks at once: `set_active(ids, epoch)`. Ranks on their own `unmask` and
 `mask` peers one by one; both sides of a link must do it between the same two exchanges.
 
+What only some backends can do is said in `Capabilities`, and nowhere else: callers ask for those,
+and for no backend by name.
+
 Order of calls, the same on all active ranks:
 
     [vote] → (dispatch → combine) × layers → [vote] → …
@@ -57,6 +60,46 @@ class BufferSpec:
     hidden: int
     topk: int
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """In what buffers of different backends differ; known when a buffer is made, and constant.
+
+    graph_capture: exchanges can be captured into a CUDA graph, and the graph replayed whoever takes
+        part by then; after a replay `Buffer.check` raises what the exchanges would have raised.
+    grow: the capacity can be raised in place; else `grow` raises ValueError.
+    nixl_channel: peers may be on other machines.
+    reductions: what `combine` takes as `reduce`; without "home" it takes no weights either.
+    byte_rows: `dispatch` also takes uint8 rows.
+    row_order: rows of a slot are ordered by (source rank, token index); else by arrival, and an
+        expert that a token chose twice gets one row.
+    row_weights: `Received.weights` is known; else reading it raises CommError.
+    call_timeouts: each exchange may have a limit of its own, and `interrupt` or the end of a peer's
+        process ends its waits at once; else all run for the limit of the buffer.
+    mask_at_vote, unmask_at_vote: `mask`, `unmask` take effect in the next vote, not in the next
+        exchange.
+    epoch_needs_vote: every epoch must begin with a vote, not only one after a broken exchange.
+    owners_checked: with on_timeout="raise", an expert without an active owner is a ValueError;
+        else it is skipped with either `on_timeout`.
+    vote_bytes: most bytes of a vote's payload.
+    traffic_counted: `Statistics` has bytes and waits; else they are 0.
+    """
+
+    graph_capture: bool
+    grow: bool
+    nixl_channel: bool
+    reductions: frozenset[Reduce]
+    byte_rows: bool
+    row_order: bool
+    row_weights: bool
+    call_timeouts: bool
+    mask_at_vote: bool
+    unmask_at_vote: bool
+    epoch_needs_vote: bool
+    owners_checked: bool
+    vote_bytes: int
+    traffic_counted: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +204,15 @@ class Pending(ABC, Generic[T]):
 class Buffer(ABC):
     """Elastic dispatch/combine of one rank. See the module's docstring for the protocol.
 
+    capabilities: where the backend does more or less than the methods below say.
     turns: grows now and then while this rank waits for peers, whatever they do: so another thread
         can tell a wait that goes on from a thread that hangs.
-    capturable: a CUDA graph of exchanges may be replayed whoever takes part by then.
     """
 
     rank: int
     spec: BufferSpec
+    capabilities: Capabilities
     turns: int = 0
-    capturable: bool = False
 
     # ---- membership -------------------------------------------------------------------------
 
@@ -278,7 +321,10 @@ class Buffer(ABC):
 
     @abstractmethod
     def post_vote(self, payload: bytes) -> None:
-        """Tell all active peers the payload (at most 48 bytes) of this step; once a step."""
+        """Tell all active peers the payload of this step; once a step.
+
+        payload: at most `capabilities.vote_bytes`.
+        """
 
     @abstractmethod
     def wait_for_vote(self, timeout_s: float | None) -> bool:

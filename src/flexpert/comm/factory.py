@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from flexpert.comm.buffer import Buffer, BufferSpec, Channel, OnTimeout
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
+
+
+class BufferOptions(TypedDict, total=False):
+    """The options of `make_buffer`, for those who hand them on."""
+
+    backend: str
+    timeout_s: float
+    on_timeout: OnTimeout
+    store: Store | None
+    channel: Channel
+    machine: str | None
+    slots: int | None
 
 
 def make_buffer(

@@ -56,8 +56,6 @@ class DeviceBuffer(Buffer):
     All launches must be on one stream, the current one of the caller.
     """
 
-    capturable = True
-
     def __init__(
         self,
         rank: int,
@@ -218,7 +216,7 @@ class DeviceBuffer(Buffer):
     def _check_combined(self, received: Received) -> None:
         if received is not self._received or self._state is not State.BETWEEN:
             raise StaleEpoch(
-                f"loss of dispatch {received.sequence} of epoch {received.epoch}: "
+                f"missing_results of dispatch {received.sequence} of epoch {received.epoch}: "
                 "ask after its combine and before the next dispatch"
             )
 
@@ -253,7 +251,7 @@ class DeviceBuffer(Buffer):
         return RankTimeout(ranks, phase, epoch, limit_s)
 
 
-def loss_of(
+def find_missing(
     expert_ids: torch.Tensor, weights: torch.Tensor, table: ExpertTable, back: torch.Tensor
 ) -> MissingResults | None:
     """What a combine lacks.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Unpack
 
 from flexpert.comm.buffer import Buffer, BufferSpec
-from flexpert.comm.factory import make_buffer
+from flexpert.comm.factory import BufferOptions, make_buffer
 
 
 class BufferManager:
@@ -23,7 +23,7 @@ class BufferManager:
         self._buffer: Buffer | None = None
         self._holders = 0
 
-    def get(self, rank: int, spec: BufferSpec, **options: Any) -> Buffer:
+    def get(self, rank: int, spec: BufferSpec, **options: Unpack[BufferOptions]) -> Buffer:
         """The buffer, with room for `spec`.
 
         A larger capacity is added in place, beside running exchanges. More tokens or more experts

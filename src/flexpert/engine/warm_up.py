@@ -53,7 +53,7 @@ class WarmUp:
         Returns why this rank can compute nothing, or "".
         """
         try:
-            if self._buffer.capturable:
+            if self._buffer.capabilities.graph_capture:
                 sizes = self._profile.graph_sizes(min(self._limits.max_running, self._most))
                 self._runner.capture(sizes, self._limits.longest_table)
             self._compute()

@@ -1,14 +1,15 @@
 """The GPU backend: Triton kernels over windows that ranks of one host share by CUDA IPC.
 
-layout      where everything lies in a window, and in the table that kernels read (pure)
-waiting, dispatch, combine
-            what runs on the GPU
-exchange    their launches and tensors; can be captured into CUDA graphs
-expert_major
-            the rows copied together by expert; can be captured, too
-memory      device memory that other processes can map
-buffer      the contract of comm/buffer.py over all that
-received    what a dispatch brought
+cuda_layout           where everything lies in a window, and in the table that kernels read (pure)
+wait_kernels, dispatch_kernels, combine_kernels
+                      what runs on the GPU
+cuda_exchange         their launches and tensors; can be captured into CUDA graphs
+expert_major          the rows copied together by expert; can be captured, too
+ipc_memory            device memory that other processes can map
+device_memory         the same for comm/peer_memory.py: memory that peers read
+peers                 the windows of the peers, and their addresses
+cuda_received         what a dispatch brought
+cuda_buffer           the contract of comm/buffer.py over all that
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """CudaBuffer: dispatch and combine between GPU ranks of one host.
 
-Rows and flags go from GPU to GPU (peers.py, exchange.py), what is agreed by hosts through the
+Rows and flags go from GPU to GPU (peers.py, cuda_exchange.py), what is agreed by hosts through the
 control buffer (comm/gpu_buffer.py). Membership changes write one table on the GPU, in the order of
 the stream, so that captured CUDA graphs go on without being captured again.
 
-Differences to the CPU backend:
+What its `capabilities` say has these reasons:
   - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link.
-  - An expert without an active owner is skipped with either `on_timeout`; `missing_results` tells.
   - Outside of graphs, each exchange waits for the device, since errors must be raised in time.
     While a graph is captured, and in its replays, nothing is waited for: ask `check` afterwards.
   - Everything must be launched on one stream, the current one of the caller.
@@ -26,6 +25,7 @@ import torch
 from flexpert.comm import quant
 from flexpert.comm.buffer import (
     BufferSpec,
+    Capabilities,
     ExpertTable,
     MissingResults,
     OnTimeout,
@@ -55,9 +55,10 @@ from flexpert.comm.cuda.peers import (
     own_window,
 )
 from flexpert.comm.errors import CommError, Interrupted
-from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, loss_of
+from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, find_missing
 from flexpert.comm.host.core import State
 from flexpert.comm.routing import check_dispatch, check_table
+from flexpert.comm.window_layout import VOTE_BYTES
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -65,6 +66,23 @@ if TYPE_CHECKING:
 
 class CudaBuffer(DeviceBuffer):
     """The `Buffer` of GPU ranks. See the module's docstring."""
+
+    capabilities = Capabilities(
+        graph_capture=True,
+        grow=False,
+        nixl_channel=False,
+        reductions=frozenset({"home", "rank"}),
+        byte_rows=True,
+        row_order=True,
+        row_weights=True,
+        call_timeouts=True,
+        mask_at_vote=False,
+        unmask_at_vote=True,
+        epoch_needs_vote=False,
+        owners_checked=False,
+        vote_bytes=VOTE_BYTES,
+        traffic_counted=False,
+    )
 
     def __init__(
         self,
@@ -503,7 +521,7 @@ class CudaBuffer(DeviceBuffer):
             sent = received.sent
             back = self.exchange.table[Word.RETURNED : Word.RETURNED + LANES] != 0
             back[self.rank] = True
-            return loss_of(sent.expert_ids, sent.weights, sent.table, back)
+            return find_missing(sent.expert_ids, sent.weights, sent.table, back)
 
     def close(self) -> None:
         self.interrupt()  # what waits on the device ends

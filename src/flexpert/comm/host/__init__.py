@@ -1,19 +1,29 @@
-"""The host backend: ranks of one machine that write into each other's memory.
+"""The host backend: ranks that write into each other's memory, by shared memory or NIXL.
 
-window.py, memfd.py   the memory a rank exports to its peers, and how they find and open it
-kernels.c, quant.c    copies, sums, flags, futexes; codes.py: numbers they share with Python
-links.py, nixl.py     a peer on this machine, and one that is reached over NIXL
-watch.py              ends of processes
+Each file keeps one invariant; `HostBuffer` only hands the calls of the contract on to them.
 
-buffer.py     HostBuffer: the contract of flexpert.comm.Buffer, handed on to these, each of which
-              knows only those above it:
-checks.py       arguments
-core.py         the kernels' struct, the locks, where this rank stands
-remote.py       what is sent and taken over NIXL
-members.py      links and active ids, as the kernels know them
-changes.py      who is connected or to be masked: noted at any time, in force between exchanges
-connecting.py   how peers come to be connected
-waiting.py      waits for all that are active
-votes.py        the step barrier
-exchange.py     dispatch and combine; received.py, workspaces.py: what they bring, and memory for it
+memory
+  memfd.py, window.py   who maps a rank's memory maps the right process's, and keeps it when that
+                        process ends; each connection writes into a place of its own
+  process_watch.py      the end of a peer's process is noticed at once
+flags and rows
+  kernels.c, quant.c    nothing is accepted but the flag that is expected, no number of a peer is
+                        trusted unchecked, no memory is written that is still to be read
+  codes.py              Python and C mean the same by a number
+links
+  links.py              a link looks the same to the kernels, whatever carries it
+  nixl.py, remote.py    what goes over NIXL arrives in order, and never into memory of another link
+calls, each file using only those above it
+  arguments.py          what a caller gives is checked before anything is sent (pure)
+  core.py               each call holds the lock of what it uses; one state says what may come next
+  members.py            the kernels know the links and active ids of the exchange under way
+  changes.py            membership may be changed at any time, and takes effect between exchanges
+  connecting.py         a peer is connected, and masked, or not connected at all
+  waits.py              no wait is longer than its limit or waits for a peer that is gone, and none
+                        blames a peer that waits itself
+  votes.py              a step's vote ends when all active ranks have voted, and only once
+  host_received.py      rows stay valid, where they arrived, until the next dispatch
+  host_exchange.py      a dispatch is received and combined before the next, or the epoch is over
+  host_buffer.py        the contract of comm/buffer.py
+build_kernels.py        compiles the C files
 """

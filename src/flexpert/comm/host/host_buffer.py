@@ -13,6 +13,7 @@ import torch
 from flexpert.comm.buffer import (
     Buffer,
     BufferSpec,
+    Capabilities,
     Channel,
     ExpertTable,
     MissingResults,
@@ -34,6 +35,7 @@ from flexpert.comm.host.remote import Remote
 from flexpert.comm.host.votes import Votes
 from flexpert.comm.host.waits import Waiter
 from flexpert.comm.host.window import encode
+from flexpert.comm.window_layout import VOTE_BYTES
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -41,6 +43,23 @@ if TYPE_CHECKING:
 
 class HostBuffer(Buffer):
     """The `Buffer` of CPU ranks. See kernels.c for why its protocol is safe."""
+
+    capabilities = Capabilities(
+        graph_capture=False,
+        grow=True,
+        nixl_channel=True,
+        reductions=frozenset({"home", "rank"}),
+        byte_rows=True,
+        row_order=True,
+        row_weights=True,
+        call_timeouts=True,
+        mask_at_vote=False,
+        unmask_at_vote=False,
+        epoch_needs_vote=False,
+        owners_checked=True,
+        vote_bytes=VOTE_BYTES,
+        traffic_counted=True,
+    )
 
     def __init__(
         self,

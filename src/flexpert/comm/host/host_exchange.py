@@ -33,10 +33,9 @@ from flexpert.comm.host.codes import (
     WRONG_PAYLOAD,
 )
 from flexpert.comm.host.core import Core, State
-from flexpert.comm.host.host_received import HostReceived, Payload, payload_of
+from flexpert.comm.host.host_received import HostReceived, Payload, Workspaces, payload_of
 from flexpert.comm.host.remote import Remote
 from flexpert.comm.host.waits import Waiter
-from flexpert.comm.host.workspace import Workspaces
 from flexpert.comm.routing import check_dispatch, check_table
 from flexpert.comm.window_layout import DTYPES, LINE, MAX_CAPACITY, align
 
@@ -237,7 +236,7 @@ class HostExchange:
         with core.exchanging:
             if received is not core.received or core.state is not State.BETWEEN:
                 raise StaleEpoch(
-                    f"loss of dispatch {received.sequence} of epoch {received.epoch}: "
+                    f"missing_results of dispatch {received.sequence} of epoch {received.epoch}: "
                     "ask after its combine and before the next dispatch"
                 )
             if not core.b.lost_pairs:

@@ -25,7 +25,8 @@
  *     it has reduced combine n.
  * A side that gives up on the other masks it, writes no more, and later needs a hello. Between
  * epochs the same holds if the last exchange of the old one was whole on A. If it was not,
- * B may still be reading, and A must first see B's vote of the new epoch; exchange.py insists.
+ * B may still be reading, and A must first see B's vote of the new epoch; host_exchange.py
+ * insists.
  *
  * Beats. A rank that waits for long says so in the second word of its hellos (epoch, count). Who
  * runs out of time does not blame those: they wait as well, for a third one, and not for ever.

@@ -1,5 +1,5 @@
 """The memory that a rank's peers write into, see memfd.py; each connection has a place of its own
-in it, see layout.py."""
+in it, see window_layout.py."""
 
 from __future__ import annotations
 

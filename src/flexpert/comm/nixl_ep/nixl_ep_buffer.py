@@ -10,9 +10,9 @@ what a rank may receive changes only in a vote, and a vote in which anything cha
     round 2   all have cleared: nothing that is sent from now on is cleared away
               each takes the others in
 
-Differences to the contract:
+What its `capabilities` say has these reasons:
   - An epoch begins with a vote; `mask`, `unmask` and `disconnect` take effect at the next.
-  - A vote carries 47 bytes.
+  - A byte of each vote says whether anything changes.
   - Who takes part is in nixl_ep's own mask, which its kernels also set, silently, for a peer that
     did not answer within its limit, the buffer's timeout_s: after each exchange the mask is read.
     Another limit for one exchange is not possible, and neither `interrupt` nor the end of a
@@ -20,7 +20,6 @@ Differences to the contract:
   - combine sums rows at home, in float32 (reduce="rank"); `Received.weights` is not known.
   - Rows of a slot are in the order of their arrival; an expert that a token chose twice gets one
     row, with both weights.
-  - An expert without an active owner is skipped with either `on_timeout`; `missing_results` tells.
   - Memory is taken for capacity · slots experts; neither can grow.
 """
 
@@ -36,6 +35,7 @@ import torch
 from flexpert.comm import quant
 from flexpert.comm.buffer import (
     BufferSpec,
+    Capabilities,
     ExpertTable,
     MissingResults,
     OnTimeout,
@@ -45,7 +45,7 @@ from flexpert.comm.buffer import (
     Scales,
 )
 from flexpert.comm.errors import CommError, Interrupted
-from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, loss_of
+from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, find_missing
 from flexpert.comm.host.core import State
 from flexpert.comm.nixl_ep.expert_numbers import numbered, once
 from flexpert.comm.nixl_ep.meeting import (
@@ -68,15 +68,33 @@ if TYPE_CHECKING:
 # the first byte of a vote
 _AS_BEFORE, _CHANGED, _CLEARED = b"\0", b"\1", b"\2"
 
+_PAYLOAD_BYTES = VOTE_BYTES - 1
+
 _TOKENS_UNIT = 4  # nixl_ep takes multiples of this
 
 
-class NixlEpBuffer(DeviceBuffer):
-    """The `Buffer` of ranks whose rows nixl_ep moves. See the module's docstring.
+def _capabilities(package: Package) -> Capabilities:
+    """Graphs go on through joins and leaves where the sizes of tensors do not depend on them."""
+    return Capabilities(
+        graph_capture=package.fixed,
+        grow=False,
+        nixl_channel=False,
+        reductions=frozenset({"rank"}),
+        byte_rows=False,
+        row_order=False,
+        row_weights=False,
+        call_timeouts=False,
+        mask_at_vote=True,
+        unmask_at_vote=True,
+        epoch_needs_vote=True,
+        owners_checked=False,
+        vote_bytes=_PAYLOAD_BYTES,
+        traffic_counted=False,
+    )
 
-    capturable: its tensors have the same sizes whoever is active, so that a graph goes on
-        through joins and leaves.
-    """
+
+class NixlEpBuffer(DeviceBuffer):
+    """The `Buffer` of ranks whose rows nixl_ep moves. See the module's docstring."""
 
     def __init__(
         self,
@@ -115,7 +133,8 @@ class NixlEpBuffer(DeviceBuffer):
             device=device,
         )
         self.slots = slots
-        self.capturable = package.fixed
+        self.capabilities = _capabilities(package)
+        self._fixed = package.fixed
         self._index_type: torch.dtype = package.module.topk_idx_t
         self._most = align(spec.max_tokens, _TOKENS_UNIT)
         self._halt = False
@@ -234,7 +253,7 @@ class NixlEpBuffer(DeviceBuffer):
                 cancelled=lambda: self._state is State.CLOSED or peer in self._control.lost,
             )
             # a nixl_ep that does not connect beside exchanges must wait for their end
-            with nullcontext() if self.capturable else self._lock, self._on_device():
+            with nullcontext() if self._fixed else self._lock, self._on_device():
                 if peer in self._parted:  # the id's last process: no exchange uses it any more
                     self._part()
                 self._ep.set_tcp_store_group(pair_store(store, "inside", *nonces))
@@ -300,8 +319,8 @@ class NixlEpBuffer(DeviceBuffer):
     # ---- the step barrier ---------------------------------------------------------------------
 
     def post_vote(self, payload: bytes) -> None:
-        if len(payload) >= VOTE_BYTES:
-            raise ValueError(f"a vote holds {VOTE_BYTES - 1} bytes, not {len(payload)}")
+        if len(payload) > _PAYLOAD_BYTES:
+            raise ValueError(f"a vote holds {_PAYLOAD_BYTES} bytes, not {len(payload)}")
         with self._lock:
             self._check_between("vote between dispatch and combine")
             self.check()
@@ -333,7 +352,7 @@ class NixlEpBuffer(DeviceBuffer):
         silent = self._taking_part - set(votes)
         if silent:
             self._leave_out(silent)
-            if self.capturable:  # else ranks that do so at different times lay out rows differently
+            if self._fixed:  # else ranks that do so at different times lay out rows differently
                 for peer in silent:
                     self._ep.update_mask_buffer(peer, True)
         return {rank: vote[1:] for rank, vote in votes.items()}
@@ -636,7 +655,7 @@ class NixlEpBuffer(DeviceBuffer):
             self._check_combined(received)
             assert isinstance(received, NixlReceived)
             sent = received.sent
-            return loss_of(sent.expert_ids, sent.weights, sent.table, self._up)
+            return find_missing(sent.expert_ids, sent.weights, sent.table, self._up)
 
     def close(self) -> None:
         self.interrupt()

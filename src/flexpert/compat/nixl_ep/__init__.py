@@ -1,5 +1,7 @@
-"""NVIDIA's nixl_ep on a CPU or a GPU; see docs/nixl_ep.md. `flexpert.compat.install_nixl_ep`
-names it so.
+"""The interface of NVIDIA's nixl_ep over our buffers, on a CPU or a GPU; see docs/nixl_ep.md.
+
+`flexpert.compat.install_nixl_ep` has `import nixl_ep` find it. `flexpert.comm.nixl_ep` is the
+opposite, NVIDIA's kernels behind our interface; nothing here imports it.
 """
 
 from __future__ import annotations

@@ -393,7 +393,7 @@ class Run:
         out: torch.Tensor,
     ) -> None:
         sizes, rank = self.setup.sizes, self.buffer.rank
-        loss = self.buffer.missing_results(received)
+        missing = self.buffer.missing_results(received)
         wire = oracle.FP8_ERROR if self.setup.fp8 else 0.0
         wrong = oracle.check_received(
             sizes,
@@ -406,9 +406,9 @@ class Run:
             own,
             self.buffer.active,
             out,
-            None if loss is None else loss.choices,
-            None if loss is None else loss.weight,
-            () if loss is None else loss.ranks,
+            None if missing is None else missing.choices,
+            None if missing is None else missing.weight,
+            () if missing is None else missing.ranks,
             wire + oracle.rounding(sizes),
         )
         if wrong:
