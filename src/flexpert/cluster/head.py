@@ -15,11 +15,12 @@ import msgspec
 
 from flexpert.cluster import messages as msg
 from flexpert.cluster.admission import Admission
-from flexpert.cluster.coordinator import CHANGES, Coordinator
+from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.listeners import Listeners
+from flexpert.cluster.phase_clock import CHANGES
 from flexpert.cluster.processes.helper import ForkedHelper, OnEnd, OnMessage
 from flexpert.cluster.processes.launcher import LocalLauncher, for_children
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
