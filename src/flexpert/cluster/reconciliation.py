@@ -137,8 +137,15 @@ def _restart_runs(event: ActivityEvent) -> bool:
 
 S, K, D = Activity, ActivityKind, ActivityAction
 
-_RUNNING = (S.REQUESTED, S.RECOVERING, S.RESTARTING, S.RELOADING, S.YIELDING)
-_OPEN = (S.IDLE, S.SCHEDULED, *_RUNNING)
+_WITHOUT_QUEUE = (
+    S.IDLE,
+    S.SCHEDULED,
+    S.REQUESTED,
+    S.RECOVERING,
+    S.RESTARTING,
+    S.RELOADING,
+)
+_OPEN = (*_WITHOUT_QUEUE, S.YIELDING)
 
 ACTIVITY_RULES = RuleTable[Activity, ActivityKind, ActivityAction](
     (
@@ -153,7 +160,7 @@ ACTIVITY_RULES = RuleTable[Activity, ActivityKind, ActivityAction](
         Rule(S.YIELDING, K.CANCEL_QUEUED, S.RELOADING, (D.DROP_QUEUED,)),
         # the survivors of a loss go on: that takes the place of whatever ran
         Rule(S.YIELDING, K.LOSS, S.YIELDING),
-        *(Rule(state, K.LOSS, S.RECOVERING) for state in _OPEN),
+        *(Rule(state, K.LOSS, S.RECOVERING) for state in _WITHOUT_QUEUE),
         # nothing runs any more: what is next?
         *(Rule(state, K.OVER, S.DECIDING, (D.DECIDE,)) for state in _OPEN),
         Rule(S.DECIDING, K.NEXT, S.RELOADING, (D.LOAD_EXPERTS,), _experts_can_be_loaded),
