@@ -140,11 +140,11 @@ class ChangeActions:
         phase = self._cluster.membership.phase.value
         self._enter(phase, _RELEASE_TIMEOUT_S)
         silent = change.everyone - change.reported - change.gone
-        self._cluster.watch.end(silent, f"did not report in {phase}")
+        self._cluster.watch.terminate(silent, f"did not report in {phase}")
 
     def _kill_leavers(self, change: Change, event: MembershipEvent) -> None:
         self._enter("release", _RELEASE_TIMEOUT_S)
-        self._cluster.kill(change.ending - change.gone)
+        self._cluster.kill(change.exiting - change.gone)
 
     def _finish(self, change: Change, event: MembershipEvent) -> None:
         cluster = self._cluster
@@ -202,7 +202,9 @@ class ChangeActions:
     def _kill_not_halted(self, change: Change, event: MembershipEvent) -> None:
         limit_s = self._cluster.config.cluster.stall_timeout
         stalled = change.before - change.gone - change.halted
-        self._cluster.watch.end(stalled, f"did not hear within {limit_s:g} s that others were lost")
+        self._cluster.watch.terminate(
+            stalled, f"did not hear within {limit_s:g} s that others were lost"
+        )
 
     def _hold(self, change: Change, event: MembershipEvent) -> None:
         """The survivors wait, halted but with all they hold, until there are ranks for the rest."""

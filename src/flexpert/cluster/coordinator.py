@@ -70,7 +70,7 @@ class Coordinator:
 
     def expel(self, rank: int, why: str) -> None:
         """A rank cannot be understood: it is terminated, an ordinary loss. why: a predicate."""
-        self._cluster.watch.end([rank], why)
+        self._cluster.watch.terminate([rank], why)
 
     def close(self) -> None:
         """Nothing begins by itself any more."""

@@ -80,7 +80,7 @@ class Head:
         """Bring the first ranks up; returns when requests are served.
 
         Raises:
-            FlexpertError: it cannot be done; everything that was started is ended.
+            FlexpertError: it cannot be done; everything that was started is terminated.
         """
         tell = report or (lambda line: None)
         began = time.monotonic()

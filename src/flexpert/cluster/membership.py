@@ -135,7 +135,7 @@ class Change:
         return self.before | self.after
 
     @property
-    def ending(self) -> frozenset[int]:
+    def exiting(self) -> frozenset[int]:
         """Whose processes must be gone before the change is over."""
         return self.leaving | self.doomed
 
@@ -147,8 +147,8 @@ def _newcomer(change: Change, event: MembershipEvent) -> bool:
     return event.rank in change.joining | change.doomed
 
 
-def _ending(change: Change, event: MembershipEvent) -> bool:
-    return event.rank in change.ending
+def _exiting(change: Change, event: MembershipEvent) -> bool:
+    return event.rank in change.exiting
 
 
 def _all_joined(change: Change, event: MembershipEvent) -> bool:
@@ -167,8 +167,8 @@ def _all_migrated(change: Change, event: MembershipEvent) -> bool:
     return change.reported >= change.leaving
 
 
-def _last_to_end(change: Change, event: MembershipEvent) -> bool:
-    return (event.rank is None or event.rank in change.ending) and change.gone >= change.ending
+def _last_to_exit(change: Change, event: MembershipEvent) -> bool:
+    return (event.rank is None or event.rank in change.exiting) and change.gone >= change.exiting
 
 
 def _last_newcomer(change: Change, event: MembershipEvent) -> bool:
@@ -228,10 +228,10 @@ RULES = RuleTable[Phase, EventKind, Do](
         Rule(P.COMMIT, K.FAILED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _may_retry),
         Rule(P.COMMIT, K.FAILED, P.LOST, (Do.ALARM,)),
         # release: what left is stopped, and its id is free only when its process is gone
-        Rule(P.RELEASE, K.EXITED, P.IDLE, (Do.FINISH,), _last_to_end),
-        Rule(P.RELEASE, K.EXITED, P.RELEASE, (), _ending),
+        Rule(P.RELEASE, K.EXITED, P.IDLE, (Do.FINISH,), _last_to_exit),
+        Rule(P.RELEASE, K.EXITED, P.RELEASE, (), _exiting),
         Rule(P.RELEASE, K.DEADLINE, P.RELEASE, (Do.KILL_LEAVERS,)),
-        # undo: newcomers end; the service never noticed
+        # undo: newcomers exit; the service never noticed
         Rule(P.UNDO, K.EXITED, P.IDLE, (Do.FINISH,), _last_newcomer),
         Rule(P.UNDO, K.EXITED, P.UNDO, (), _newcomer),
         Rule(P.UNDO, K.DEADLINE, P.UNDO, (Do.KILL_NEWCOMERS,)),
@@ -255,7 +255,7 @@ RULES = RuleTable[Phase, EventKind, Do](
             for phase in (P.IDLE, P.SPAWN, P.LOAD, P.MIGRATE, P.UNDO, P.COMMIT, P.RELEASE)
         ),
         Rule(P.RECOVER, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
-        Rule(P.RECOVER, K.EXITED, P.RECOVER, (), _ending),
+        Rule(P.RECOVER, K.EXITED, P.RECOVER, (), _exiting),
         Rule(P.RECOVER, K.FAILED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _may_retry),
         Rule(P.RECOVER, K.FAILED, P.LOST, (Do.ALARM,), _participant),
         Rule(P.RECOVER, K.DEADLINE, P.RECOVER, (Do.KILL_SILENT,)),
@@ -266,7 +266,7 @@ RULES = RuleTable[Phase, EventKind, Do](
             for phase in (P.RECOVER, P.COMMIT, P.RELEASE, P.LOST)
         ),
         # nobody is left
-        Rule(P.COMMIT, K.EXITED, P.COMMIT, (), _ending),
+        Rule(P.COMMIT, K.EXITED, P.COMMIT, (), _exiting),
         *(
             Rule(phase, K.EXITED, P.LOST, (Do.ALARM,), _participant)
             for phase in (
@@ -300,7 +300,7 @@ _COUNTS = {
 # A phase that waits for nobody (nobody joins, nobody leaves) passes at once, by this event.
 _PASSES = {
     P.SPAWN: (K.HELLO, _all_joined),
-    P.RELEASE: (K.EXITED, _last_to_end),
+    P.RELEASE: (K.EXITED, _last_to_exit),
     P.UNDO: (K.EXITED, _last_newcomer),
 }
 

@@ -110,7 +110,7 @@ class RankReports:
         if asked:
             cluster.restart_policy.left(rank)
         else:
-            cluster.restart_policy.ended(rank, status, cluster.head.now())
+            cluster.restart_policy.exited(rank, status, cluster.head.now())
         self._post(EventKind.EXITED, rank, reason)
         cluster.migrations.lost(rank)
         if not asked:

@@ -202,7 +202,7 @@ class Reconciler:
         except OperationRefused as error:
             cluster.notices.warn(f"rank {names} cannot be replaced: {error}")
             for rank in due:
-                cluster.restart_policy.ended(rank, 1, cluster.head.now())
+                cluster.restart_policy.exited(rank, 1, cluster.head.now())
             cluster.events.post(ActivityEvent(ActivityKind.OVER))
             return
         self._operations.launch(operation, placement)
