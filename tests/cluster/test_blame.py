@@ -32,7 +32,7 @@ class Ranks:
 
     @property
     def epoch(self) -> int:
-        change = self.coordinator._membership.change
+        change = self.coordinator._cluster.membership.change
         assert change
         return change.epoch
 
@@ -74,7 +74,7 @@ def replacing() -> Ranks:
 
 def lives(ranks: Ranks) -> tuple[int, int]:
     """Short ones in a row, of ranks 1 and 2."""
-    short = ranks.coordinator._restart_policy._short
+    short = ranks.coordinator._cluster.restart_policy._short
     return short[1], short[2]
 
 

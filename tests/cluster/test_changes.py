@@ -140,7 +140,7 @@ def test_a_deadline_that_passes_in_prepare_undoes_the_change(service: Service) -
         await until(lambda: any(r.pid and r.id == 2 for r in head.cluster().ranks))
         newcomer = next(r.pid for r in head.cluster().ranks if r.id == 2)
         os.kill(newcomer, signal.SIGSTOP)
-        head._need_coordinator()._on_deadline()  # the clock is the coordinator's own
+        head._need_coordinator()._clock.expire()  # the clock is the coordinator's own
         failed = await head.wait_operation(operation.id)
         assert failed.state == "failed"
         assert failed.error

@@ -18,6 +18,7 @@ from flexpert.cluster.membership import (
     Phase,
     diagram,
 )
+from flexpert.cluster.state_machines import machines
 
 
 def run(membership: Membership, *events: MembershipEvent) -> list[Do]:
@@ -274,7 +275,7 @@ def test_a_second_change_is_refused_while_one_runs() -> None:
 
 def test_the_diagram_shows_every_phase_of_the_table() -> None:
     text = diagram()
-    for phase in {entry.phase for entry in RULES} | {entry.then for entry in RULES}:
+    for phase in {entry.state for entry in RULES} | {entry.then for entry in RULES}:
         assert phase.value in text
 
 
@@ -375,6 +376,6 @@ TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 
 
-def test_the_diagram_in_the_tour_is_the_one_of_the_table() -> None:
-    tour = Path(__file__).parents[2] / "ARCHITECTURE.md"
-    assert diagram() in tour.read_text(), "put the output of membership.diagram() into the tour"
+def test_the_page_of_state_machines_is_the_one_of_the_tables() -> None:
+    page = (Path(__file__).parents[2] / "docs/state-machines.md").read_text()
+    assert machines() in page, "python -m flexpert.cluster.state_machines docs/state-machines.md"

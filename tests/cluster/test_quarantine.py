@@ -19,7 +19,7 @@ from flexpert.errors import FlexpertError
 
 def test_who_was_on_board_when_ranks_ended_by_their_own_fault_is_tried_alone() -> None:
     quarantine = Quarantine()
-    assert quarantine.ended(["a", "b"], ["c"], own_fault=True) is None
+    assert quarantine.exited(["a", "b"], ["c"], own_fault=True) is None
     assert all(map(quarantine.suspects, "abc"))
     quarantine.try_alone("a")
     quarantine.begun("a")
@@ -27,13 +27,13 @@ def test_who_was_on_board_when_ranks_ended_by_their_own_fault_is_tried_alone() -
     assert not quarantine.suspects("a")
     quarantine.try_alone("b")
     quarantine.begun("b")
-    assert quarantine.ended(["b"], [], own_fault=True) == "b"
+    assert quarantine.exited(["b"], [], own_fault=True) == "b"
 
 
 def test_who_never_came_to_a_step_is_not_found_guilty() -> None:
     quarantine = Quarantine()
     for _ in range(9):
-        assert quarantine.ended(["a"], [], own_fault=True) is None
+        assert quarantine.exited(["a"], [], own_fault=True) is None
         quarantine.try_alone("a")
 
 
@@ -41,7 +41,7 @@ def test_signals_must_meet_a_suspect_twice() -> None:
     quarantine = Quarantine()
     found = []
     for _ in range(4):
-        found.append(quarantine.ended(["a"], ["b"], own_fault=False))
+        found.append(quarantine.exited(["a"], ["b"], own_fault=False))
         if quarantine.suspects("a"):
             quarantine.try_alone("a")
             quarantine.begun("a")

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 from support.service import change, running, until
 
-from flexpert.cluster.coordinator import CHANGES, Coordinator
+from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.head import Head
+from flexpert.cluster.membership import Do, EventKind, MembershipEvent
 from flexpert.cluster.operation import Operation
+from flexpert.cluster.phase_clock import CHANGES
 from flexpert.cluster.views import Readiness
 from flexpert.config import Config
 from flexpert.errors import FlexpertError
@@ -109,19 +111,19 @@ def test_a_timer_that_fails_is_logged_and_said_until_a_change_succeeds(
     def deadline() -> None:
         raise RuntimeError("no such phase")
 
-    coordinator._on_deadline = deadline
+    coordinator._clock.expire = deadline
 
     async def scenario() -> None:
-        coordinator._start_clock(0.0)
+        coordinator._clock.start(0.0)
         await until(lambda: head.impaired)
 
     asyncio.run(scenario())
     assert "no such phase" in head.impaired[CHANGES]
     (record,) = caplog.records
     assert record.exc_info
-    coordinator._running = Operation(frozenset(), frozenset({0}), 0)
-    coordinator._closed = True  # nothing is to follow
-    coordinator._finish(None, cancelled=False)
+    coordinator.close()  # nothing is to follow
+    coordinator._cluster.operation = Operation(frozenset(), frozenset({0}), 0)
+    coordinator._actions.carry_out([Do.FINISH], MembershipEvent(EventKind.EXITED))
     assert head.impaired == {}
 
 

@@ -18,11 +18,13 @@ from support.simulation import Simulation, Violation, histories, history
 from flexpert.cluster import expert_recovery as coverage
 from flexpert.cluster import membership
 from flexpert.cluster import stall_detector as watch
-from flexpert.cluster.coordinator import Coordinator
+from flexpert.cluster.change_actions import ChangeActions
 from flexpert.cluster.journal import Entry, Journal
 from flexpert.cluster.membership import Change, Do, EventKind, Membership, Phase
 from flexpert.cluster.memory_budget import MemoryBudget
+from flexpert.cluster.reconciler import Reconciler
 from flexpert.cluster.restart_policy import RestartPolicy
+from flexpert.cluster.rule_table import RuleTable
 from flexpert.cluster.views import ClusterEvent
 from flexpert.engine.request import Sequence, TokenEvent
 from flexpert.moe.placement import Placement
@@ -97,7 +99,7 @@ def test_how_a_change_goes_on_is_told_only_to_who_listens(somebody: bool) -> Non
 
 def rules(patch: Patch, change: Callable[[membership.Rule], membership.Rule | None]) -> None:
     kept = (change(rule) for rule in membership.RULES)
-    patch.setattr(membership, "RULES", tuple(rule for rule in kept if rule))
+    patch.setattr(membership, "RULES", RuleTable(rule for rule in kept if rule))
 
 
 def anyway(*_: Any) -> bool:
@@ -119,7 +121,7 @@ def a_plan_is_committed_before_all_are_prepared(patch: Patch) -> None:
 
 def survivors_are_not_halted(patch: Patch) -> None:
     """In a recovery all survivors leave the broken epoch before they prepare the next."""
-    patch.setattr(Coordinator, "_halt", lambda *_: None)
+    patch.setattr(ChangeActions, "_halt", lambda *_: None)
 
 
 def a_plan_is_not_withdrawn(patch: Patch) -> None:
@@ -136,14 +138,14 @@ def a_loss_is_ignored(patch: Patch) -> None:
     """A member whose process has ended is no member of the next epoch."""
     rules(
         patch,
-        lambda r: None if (r.phase, r.event) == (Phase.IDLE, EventKind.EXITED) else r,
+        lambda r: None if (r.state, r.event) == (Phase.IDLE, EventKind.EXITED) else r,
     )
 
 
 def an_id_is_free_before_its_process_is_gone(patch: Patch) -> None:
     """An id is used again only when its old process is certainly gone."""
     ends = (Phase.RELEASE, EventKind.EXITED, Phase.IDLE)
-    rules(patch, lambda r: replace(r, when=anyway) if (r.phase, r.event, r.then) == ends else r)
+    rules(patch, lambda r: replace(r, when=anyway) if (r.state, r.event, r.then) == ends else r)
     patch.setitem(membership._PASSES, Phase.RELEASE, (EventKind.EXITED, anyway))
 
 
@@ -163,14 +165,13 @@ def a_leaver_is_stopped_before_it_has_handed_over(patch: Patch) -> None:
 
 def a_leaver_is_stopped_while_its_kv_is_read(patch: Patch) -> None:
     """A leaver stays until all destinations have taken from its memory what they need."""
-    carry_out = Coordinator._carry_out
+    stop = ChangeActions._stop
 
-    def nobody_reads(self: Coordinator, actions: list[Do]) -> None:
-        if Do.STOP in actions:
-            self._migrations.clear()
-        carry_out(self, actions)
+    def nobody_reads(self: ChangeActions, *known: Any) -> None:
+        self._cluster.migrations.clear()
+        stop(self, *known)
 
-    patch.setattr(Coordinator, "_carry_out", nobody_reads)
+    patch.setattr(ChangeActions, "_stop", nobody_reads)
 
 
 def experts_of_the_dead_stay_there(patch: Patch) -> None:
@@ -214,13 +215,13 @@ def requests_of_the_dead_stay_there(patch: Patch) -> None:
 def a_request_is_given_to_two(patch: Patch) -> None:
     """A request migrations only when its rank has let go of it."""
 
-    def at_a_halt(self: Coordinator, change: Change) -> None:
-        halt(self, change)
+    def at_a_halt(self: ChangeActions, change: Change, event: membership.MembershipEvent) -> None:
+        halt(self, change, event)
         for rank in sorted(change.before):
-            self._hand_over(rank, [])
+            self._cluster.migrations.hand_over(rank, [], self._cluster.admitting)
 
-    halt = Coordinator._halt
-    patch.setattr(Coordinator, "_halt", at_a_halt)
+    halt = ChangeActions._halt
+    patch.setattr(ChangeActions, "_halt", at_a_halt)
 
 
 def nobody_comes_back(patch: Patch) -> None:
@@ -232,7 +233,7 @@ def nobody_comes_back(patch: Patch) -> None:
 def who_is_silent_is_let_be(patch: Patch) -> None:
     """A rank that has stalled is ended."""
     patch.setattr(watch, "STALLED", float("inf"))
-    patch.setattr(Coordinator, "_end_stalled", lambda *_: None)
+    patch.setattr(ChangeActions, "_kill_not_halted", lambda *_: None)
 
 
 def who_hangs_is_let_be(patch: Patch) -> None:
@@ -242,7 +243,7 @@ def who_hangs_is_let_be(patch: Patch) -> None:
 
 def lost_experts_are_not_loaded(patch: Patch) -> None:
     """Who goes on without some experts loads them."""
-    patch.setattr(Coordinator, "_restore", lambda _: False)
+    patch.setattr(Reconciler, "_reloadable", lambda _: None)
 
 
 def any_number_of_ranks_will_do(patch: Patch) -> None:

@@ -176,7 +176,7 @@ class Simulation(Network):
             if process.runs and heard:
                 stuck_s = max(0.0, self.clock - process.hangs_since)
                 self.coordinator.on_report(process.id, msg.Alive(stuck_s))
-        self.over = not self.coordinator.desired and self.coordinator._running is None
+        self.over = not self.coordinator.desired and self.coordinator._cluster.operation is None
         self.call(STALL_S / BEATS, self.beat)
 
     # ---- the head -------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ class Simulation(Network):
         process = self.processes.get(rank)
         if process is None:
             return
-        membership = self.coordinator._membership
+        membership = self.coordinator._cluster.membership
         change = membership.change
         stays = change and rank in change.before & change.after
         if process.alive and process.well and stays and membership.phase is not Phase.LOST:
@@ -525,7 +525,7 @@ class Simulation(Network):
                 msg.Published([TokenEvent(other, 0, [], None, "?")], LOAD),
             )
         )
-        if isinstance(report, msg.HandedOver) and rank.id not in self.coordinator._staying:
+        if isinstance(report, msg.HandedOver) and rank.id not in self.coordinator._cluster.staying:
             return  # it leaves, and nobody else can know what it does
         self.note("lies", rank.id, report)
         rank.lies, rank.well = True, False
@@ -596,8 +596,8 @@ class Simulation(Network):
         coordinator = self.coordinator
         return (
             not self.open
-            and coordinator._running is None
-            and coordinator._membership.phase is Phase.IDLE
+            and coordinator._cluster.operation is None
+            and coordinator._cluster.membership.phase is Phase.IDLE
             and coordinator.members == coordinator.desired - coordinator.left_out
             and coordinator.down is None
             and not coordinator.placement().missing_experts
@@ -605,7 +605,7 @@ class Simulation(Network):
         )
 
     def check_end(self) -> None:
-        coordinator = self.coordinator
+        coordinator, phase = self.coordinator, self.coordinator._cluster.membership.phase
         if self.over:
             return
         if self.dead is not None:
@@ -614,15 +614,14 @@ class Simulation(Network):
             return
         if not self.well():
             raise Violation(
-                f"it does not get well: phase {coordinator._membership.phase.value}, members "
+                f"it does not get well: phase {phase.value}, members "
                 f"{sorted(coordinator.members)}, desired {sorted(coordinator.desired)}, "
                 f"unanswered {sorted(self.open)}"
             )
         if set(self.processes) != set(coordinator.members):
             raise Violation(f"processes {sorted(self.processes)}, {sorted(coordinator.members)}")
-        for operation in coordinator._operations.values():
-            if not operation.over.is_set():
-                raise Violation(f"operation {operation.id} never ends")
+        for operation in coordinator.unfinished():
+            raise Violation(f"operation {operation.id} never ends")
 
 
 class SmallRanks(MemoryBudget):

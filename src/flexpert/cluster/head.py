@@ -14,11 +14,12 @@ from typing import Any
 import msgspec
 
 from flexpert.cluster.admission import Admission
-from flexpert.cluster.coordinator import CHANGES, Coordinator
+from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.listeners import Listeners
+from flexpert.cluster.phase_clock import CHANGES
 from flexpert.cluster.processes.helper import ForkedHelper, OnEnd, OnMessage
 from flexpert.cluster.processes.launcher import LocalLauncher, for_children
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
@@ -79,7 +80,7 @@ class Head:
         """Bring the first ranks up; returns when requests are served.
 
         Raises:
-            FlexpertError: it cannot be done; everything that was started is ended.
+            FlexpertError: it cannot be done; everything that was started is terminated.
         """
         tell = report or (lambda line: None)
         began = time.monotonic()

@@ -33,8 +33,8 @@ class Entry:
     """One unfinished sequence.
 
     rank: where it runs; None while no rank has it. said: tokens it had said when that rank took it.
-    destination: where its KV has been copied to, while its
-    rank leaves. on_trial: it may be what ends ranks, and that rank tells when it begins with it.
+    destination: where its KV has been copied to, while its rank leaves. on_trial: it may be what
+    terminates ranks, and that rank tells when it begins with it.
     degraded: some of what it has said was computed without some experts.
     """
 
@@ -170,7 +170,7 @@ class Journal:
         """Give a sequence to the rank with the fewest.
 
         Returns: None: there are no ranks, or none that may be given it now, because of a request
-            that may be what ends ranks; `on_trial_over` tells when that has changed.
+            that may be what terminates ranks; `on_trial_over` tells when that has changed.
         """
         quarantine, name = self._quarantine, entry.request.id
         on_trial = self._entries.get(quarantine.trial or "")
@@ -284,13 +284,13 @@ class Journal:
         self._quarantine.begun(sequence_id)
 
     def rank_exited(self, rank: int, *, own_fault: bool) -> str | None:
-        """A rank has ended unasked: a sequence that is found to end ranks is failed.
+        """A rank has exited unasked: a sequence that is found to terminate ranks is failed.
 
         own_fault: it was no signal that anybody may have sent. Returns the sequence's id.
         """
         silent = self._silent(rank)
         speaking = self._by_rank.get(rank, set()) - set(silent)
-        convicted = self._quarantine.ended(silent, speaking, own_fault=own_fault)
+        convicted = self._quarantine.exited(silent, speaking, own_fault=own_fault)
         if convicted is not None:
             self.fail(
                 convicted,

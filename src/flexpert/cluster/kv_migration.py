@@ -1,7 +1,7 @@
 """How the sequences of a rank that leaves or is lost come to others, with their KV if it leaves.
 
 In a planned change a leaver tells what it holds, its destinations copy that while it goes on
-(`offered`, `fetched`); at the switch it hands over the rest (`hand_over`), and ends once the last
+(`offered`, `fetched`); at the switch it hands over the rest (`hand_over`), and exits once the last
 destination has read it (`adopted`).
 """
 
@@ -40,7 +40,7 @@ class KVMigrations:
         return not migrations
 
     def fetched(self, leaver: int, destination: int) -> bool:
-        """An destination has copied what was there; True: it was the last."""
+        """A destination has copied what was there; True: it was the last."""
         waited = self._fetching.get(leaver)
         if waited is None:
             return False
@@ -68,7 +68,7 @@ class KVMigrations:
         return sum(map(len, migrations.values()))
 
     def adopted(self, leaver: int, destination: int) -> bool:
-        """An destination reads nothing of a leaver's memory any more; True: nobody does."""
+        """A destination reads nothing of a leaver's memory any more; True: nobody does."""
         waited = self._adopting.get(leaver)
         if waited is None:
             return False

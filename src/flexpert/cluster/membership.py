@@ -4,27 +4,31 @@ Theory of operation. A change goes from one set of ranks to another in five phas
 waits for a *report* from a known set of ranks. `RULES` is the whole behaviour: in this phase, on
 this event, if that holds, do these actions and go to that phase; the first rule that fits wins, and
 an event without a rule is ignored (late reports of a change that is over). `Membership.handle`
-looks the rule up and keeps the books; it does no I/O, reads no clock and never waits. The
-coordinator is the shell that carries the actions out and brings the events.
+looks the rule up and keeps the books; it does no I/O, reads no clock and never waits. What carries
+the actions out is `change_actions.py`; what makes reports into events is `rank_reports.py`.
 
     IDLE → SPAWN → LOAD → COMMIT → RELEASE → IDLE      a change that succeeds
                    LOAD → MIGRATE → COMMIT                one in which somebody leaves
            SPAWN, LOAD, MIGRATE → UNDO → IDLE             one that fails or is cancelled
     any  → RECOVER → COMMIT → RELEASE → IDLE           a member is lost, or an exchange broke
+    any  → LOST → IDLE                                 nobody is left; all processes have exited
 
-Until COMMIT nothing that serves has been touched, so UNDO only ends the newcomers. From COMMIT on
-a change cannot be withdrawn: some ranks may have switched. A loss is a change of its own, which
-takes the place of the one under way: the survivors stop where they are, prepare an epoch without
-the lost rank, and enter it without a vote. So does a broken exchange: a rank that has stalled does
-not acknowledge the halt and is ended, which is a loss; if all are well, the same members go on.
-Survivors without the memory for all experts stay halted, as members, until a change adds ranks.
+Until COMMIT nothing that serves has been touched, so UNDO only terminates the newcomers. From
+COMMIT on a change cannot be withdrawn: some ranks may have switched. A loss is a change of its own,
+which takes the place of the one under way: the survivors stop where they are, prepare an epoch
+without the lost rank, and enter it without a vote. So does a broken exchange: a rank that has
+stalled does not acknowledge the halt and is terminated, which is a loss; if all are well, the same
+members go on. Survivors without the memory for all experts stay halted, as members, until a change
+adds ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+
+from flexpert.cluster.rule_table import Rule, RuleTable, always
 
 
 class Phase(Enum):
@@ -56,6 +60,9 @@ class EventKind(Enum):
     EXITED = "exited"  # a process is certainly gone
     CANCEL = "cancel"
     DEADLINE = "deadline"  # the phase took too long
+    HALTED = "halted"  # a survivor has left the exchanges of the broken epoch
+    HALT_DEADLINE = "halt deadline"  # that took too long
+    ALL_EXITED = "all exited"  # no rank's process is left
 
 
 class Do(Enum):
@@ -72,27 +79,34 @@ class Do(Enum):
     CANCEL = "withdraw the plan"
     ABANDON = "give the running change up"
     HALT = "stop the survivors' exchanges"
+    KILL_NOT_HALTED = "kill who has not halted"
     HOLD = "let the survivors wait for more ranks, kill leavers"
     FINISH = "report the outcome"
     ALARM = "report the loss"
+    RESET = "start again as at the beginning"
 
 
 @dataclass(frozen=True, slots=True)
 class MembershipEvent:
-    """rank: whom it concerns, if anybody. reason: for people."""
+    """rank: whom it concerns, if anybody. reason: for people. target: of BEGIN. epoch: of the
+    change that a HALT_DEADLINE is about."""
 
     kind: EventKind
     rank: int | None = None
     reason: str = ""
+    target: frozenset[int] = frozenset()
+    epoch: int | None = None
 
 
 @dataclass(slots=True)
 class Change:
     """The books of one change. reported: who has done what the phase waits for.
 
-    doomed: newcomers of a change that this one took the place of, which must still end.
+    halted: survivors that have acknowledged the halt, if it began with one.
+    doomed: newcomers of a change that this one took the place of, which must still exit.
     kept: the target of the change that this one took the place of is kept.
     retries: how many recoveries in a row before this one failed in a rank that lives on.
+    cause: the latest exit or broken exchange during it or before it, for people.
     """
 
     epoch: int
@@ -101,7 +115,9 @@ class Change:
     doomed: frozenset[int] = frozenset()
     kept: bool = False
     retries: int = 0
+    cause: str = ""
     reported: set[int] = field(default_factory=set)
+    halted: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
     error: str | None = None
     cancelled: bool = False
@@ -119,26 +135,20 @@ class Change:
         return self.before | self.after
 
     @property
-    def ending(self) -> frozenset[int]:
+    def exiting(self) -> frozenset[int]:
         """Whose processes must be gone before the change is over."""
         return self.leaving | self.doomed
 
 
-Guard = Callable[[Change, MembershipEvent], bool]
-
 _RETRIES = 3
-
-
-def _always(change: Change, event: MembershipEvent) -> bool:
-    return True
 
 
 def _newcomer(change: Change, event: MembershipEvent) -> bool:
     return event.rank in change.joining | change.doomed
 
 
-def _ending(change: Change, event: MembershipEvent) -> bool:
-    return event.rank in change.ending
+def _exiting(change: Change, event: MembershipEvent) -> bool:
+    return event.rank in change.exiting
 
 
 def _all_joined(change: Change, event: MembershipEvent) -> bool:
@@ -157,8 +167,8 @@ def _all_migrated(change: Change, event: MembershipEvent) -> bool:
     return change.reported >= change.leaving
 
 
-def _last_to_end(change: Change, event: MembershipEvent) -> bool:
-    return (event.rank is None or event.rank in change.ending) and change.gone >= change.ending
+def _last_to_exit(change: Change, event: MembershipEvent) -> bool:
+    return (event.rank is None or event.rank in change.exiting) and change.gone >= change.exiting
 
 
 def _last_newcomer(change: Change, event: MembershipEvent) -> bool:
@@ -170,7 +180,7 @@ def _participant(change: Change, event: MembershipEvent) -> bool:
 
 
 def _may_retry(change: Change, event: MembershipEvent) -> bool:
-    # Who connects to a rank that has just died may fail before its end is reported here.
+    # Who connects to a rank that has just died may fail before its exit is reported here.
     return event.rank in change.everyone and change.retries < _RETRIES
 
 
@@ -182,86 +192,96 @@ def _part_with_survivors(change: Change, event: MembershipEvent) -> bool:
     return event.rank in change.everyone and bool(change.after - change.gone)
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """In `phase`, on `event`, if `when` holds (books are kept first): `do`, and go to `then`."""
-
-    phase: Phase
-    event: EventKind
-    then: Phase
-    do: tuple[Do, ...] = ()
-    when: Guard = _always
+def _of_this_change(change: Change, event: MembershipEvent) -> bool:
+    return event.epoch == change.epoch
 
 
 P, K = Phase, EventKind
 
-RULES: tuple[Rule, ...] = (
-    Rule(P.IDLE, K.BEGIN, P.SPAWN, (Do.SPAWN,)),
-    # prepare: beside serving, and it can be withdrawn
-    Rule(P.SPAWN, K.HELLO, P.LOAD, (Do.PREPARE,), _all_joined),
-    Rule(P.LOAD, K.PREPARED, P.MIGRATE, (Do.OFFER,), _somebody_leaves),
-    Rule(P.LOAD, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
-    # what leavers have computed is copied while they go on; what is late is computed again
-    Rule(P.MIGRATE, K.MIGRATED, P.COMMIT, (Do.COMMIT,), _all_migrated),
-    Rule(P.MIGRATE, K.DEADLINE, P.COMMIT, (Do.COMMIT,)),
-    Rule(P.SPAWN, K.EXITED, P.UNDO, (Do.KILL_NEWCOMERS,), _newcomer),
-    Rule(P.SPAWN, K.DEADLINE, P.UNDO, (Do.KILL_NEWCOMERS,)),
-    Rule(P.SPAWN, K.CANCEL, P.UNDO, (Do.KILL_NEWCOMERS,)),
-    Rule(P.LOAD, K.DEADLINE, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS)),
-    *(
-        Rule(phase, kind, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS), guard)
-        for phase in (P.LOAD, P.MIGRATE)
-        for kind, guard in (
-            (K.EXITED, _newcomer),
-            (K.FAILED, _participant),
-            (K.CANCEL, _always),
-        )
-    ),
-    # commit: every member votes for the epoch at the same step
-    Rule(P.COMMIT, K.SWITCHED, P.RELEASE, (Do.STOP,), _all_reported),
-    Rule(P.COMMIT, K.HANDED_OVER, P.RELEASE, (Do.STOP,), _all_reported),
-    Rule(P.COMMIT, K.DEADLINE, P.COMMIT, (Do.KILL_SILENT,)),
-    Rule(P.COMMIT, K.FAILED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _may_retry),
-    Rule(P.COMMIT, K.FAILED, P.LOST, (Do.ALARM,)),
-    # release: what left is stopped, and its id is free only when its process is gone
-    Rule(P.RELEASE, K.EXITED, P.IDLE, (Do.FINISH,), _last_to_end),
-    Rule(P.RELEASE, K.EXITED, P.RELEASE, (), _ending),
-    Rule(P.RELEASE, K.DEADLINE, P.RELEASE, (Do.KILL_LEAVERS,)),
-    # undo: newcomers end; the service never noticed
-    Rule(P.UNDO, K.EXITED, P.IDLE, (Do.FINISH,), _last_newcomer),
-    Rule(P.UNDO, K.EXITED, P.UNDO, (), _newcomer),
-    Rule(P.UNDO, K.DEADLINE, P.UNDO, (Do.KILL_NEWCOMERS,)),
-    # a member is lost without being asked to leave: the survivors go on in an epoch without it
-    *(
-        Rule(phase, K.EXITED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), guard)
-        for phase, guard in (
-            (P.IDLE, _member_with_survivors),
-            (P.SPAWN, _member_with_survivors),
-            (P.LOAD, _member_with_survivors),
-            (P.MIGRATE, _member_with_survivors),
-            (P.UNDO, _member_with_survivors),
-            (P.COMMIT, _part_with_survivors),
-            (P.RELEASE, _part_with_survivors),
-            (P.RECOVER, _part_with_survivors),
-        )
-    ),
-    # an exchange broke: nobody is known to be lost, whoever does not answer will be
-    *(
-        Rule(phase, K.BROKEN, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _participant)
-        for phase in (P.IDLE, P.SPAWN, P.LOAD, P.MIGRATE, P.UNDO, P.COMMIT, P.RELEASE)
-    ),
-    Rule(P.RECOVER, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
-    Rule(P.RECOVER, K.EXITED, P.RECOVER, (), _ending),
-    Rule(P.RECOVER, K.FAILED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _may_retry),
-    Rule(P.RECOVER, K.FAILED, P.LOST, (Do.ALARM,), _participant),
-    Rule(P.RECOVER, K.DEADLINE, P.RECOVER, (Do.KILL_SILENT,)),
-    Rule(P.RECOVER, K.SHORT, P.RELEASE, (Do.HOLD,)),
-    # nobody is left
-    Rule(P.COMMIT, K.EXITED, P.COMMIT, (), _ending),
-    *(
-        Rule(phase, K.EXITED, P.LOST, (Do.ALARM,), _participant)
-        for phase in (P.IDLE, P.SPAWN, P.LOAD, P.MIGRATE, P.COMMIT, P.RELEASE, P.UNDO, P.RECOVER)
-    ),
+RULES = RuleTable[Phase, EventKind, Do](
+    (
+        Rule(P.IDLE, K.BEGIN, P.SPAWN, (Do.SPAWN,)),
+        # prepare: beside serving, and it can be withdrawn
+        Rule(P.SPAWN, K.HELLO, P.LOAD, (Do.PREPARE,), _all_joined),
+        Rule(P.LOAD, K.PREPARED, P.MIGRATE, (Do.OFFER,), _somebody_leaves),
+        Rule(P.LOAD, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
+        # what leavers have computed is copied while they go on; what is late is computed again
+        Rule(P.MIGRATE, K.MIGRATED, P.COMMIT, (Do.COMMIT,), _all_migrated),
+        Rule(P.MIGRATE, K.DEADLINE, P.COMMIT, (Do.COMMIT,)),
+        Rule(P.SPAWN, K.EXITED, P.UNDO, (Do.KILL_NEWCOMERS,), _newcomer),
+        Rule(P.SPAWN, K.DEADLINE, P.UNDO, (Do.KILL_NEWCOMERS,)),
+        Rule(P.SPAWN, K.CANCEL, P.UNDO, (Do.KILL_NEWCOMERS,)),
+        Rule(P.LOAD, K.DEADLINE, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS)),
+        *(
+            Rule(phase, kind, P.UNDO, (Do.CANCEL, Do.KILL_NEWCOMERS), guard)
+            for phase in (P.LOAD, P.MIGRATE)
+            for kind, guard in (
+                (K.EXITED, _newcomer),
+                (K.FAILED, _participant),
+                (K.CANCEL, always),
+            )
+        ),
+        # commit: every member votes for the epoch at the same step
+        Rule(P.COMMIT, K.SWITCHED, P.RELEASE, (Do.STOP,), _all_reported),
+        Rule(P.COMMIT, K.HANDED_OVER, P.RELEASE, (Do.STOP,), _all_reported),
+        Rule(P.COMMIT, K.DEADLINE, P.COMMIT, (Do.KILL_SILENT,)),
+        Rule(P.COMMIT, K.FAILED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _may_retry),
+        Rule(P.COMMIT, K.FAILED, P.LOST, (Do.ALARM,)),
+        # release: what left is stopped, and its id is free only when its process is gone
+        Rule(P.RELEASE, K.EXITED, P.IDLE, (Do.FINISH,), _last_to_exit),
+        Rule(P.RELEASE, K.EXITED, P.RELEASE, (), _exiting),
+        Rule(P.RELEASE, K.DEADLINE, P.RELEASE, (Do.KILL_LEAVERS,)),
+        # undo: newcomers exit; the service never noticed
+        Rule(P.UNDO, K.EXITED, P.IDLE, (Do.FINISH,), _last_newcomer),
+        Rule(P.UNDO, K.EXITED, P.UNDO, (), _newcomer),
+        Rule(P.UNDO, K.DEADLINE, P.UNDO, (Do.KILL_NEWCOMERS,)),
+        # a member is lost without being asked to leave: the survivors go on in an epoch without it
+        *(
+            Rule(phase, K.EXITED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), guard)
+            for phase, guard in (
+                (P.IDLE, _member_with_survivors),
+                (P.SPAWN, _member_with_survivors),
+                (P.LOAD, _member_with_survivors),
+                (P.MIGRATE, _member_with_survivors),
+                (P.UNDO, _member_with_survivors),
+                (P.COMMIT, _part_with_survivors),
+                (P.RELEASE, _part_with_survivors),
+                (P.RECOVER, _part_with_survivors),
+            )
+        ),
+        # an exchange broke: nobody is known to be lost, whoever does not answer will be
+        *(
+            Rule(phase, K.BROKEN, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _participant)
+            for phase in (P.IDLE, P.SPAWN, P.LOAD, P.MIGRATE, P.UNDO, P.COMMIT, P.RELEASE)
+        ),
+        Rule(P.RECOVER, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
+        Rule(P.RECOVER, K.EXITED, P.RECOVER, (), _exiting),
+        Rule(P.RECOVER, K.FAILED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _may_retry),
+        Rule(P.RECOVER, K.FAILED, P.LOST, (Do.ALARM,), _participant),
+        Rule(P.RECOVER, K.DEADLINE, P.RECOVER, (Do.KILL_SILENT,)),
+        Rule(P.RECOVER, K.SHORT, P.RELEASE, (Do.HOLD,)),
+        # who did not even hear the halt has stalled; its exit is an ordinary loss
+        *(
+            Rule(phase, K.HALT_DEADLINE, phase, (Do.KILL_NOT_HALTED,), _of_this_change)
+            for phase in (P.RECOVER, P.COMMIT, P.RELEASE, P.LOST)
+        ),
+        # nobody is left
+        Rule(P.COMMIT, K.EXITED, P.COMMIT, (), _exiting),
+        *(
+            Rule(phase, K.EXITED, P.LOST, (Do.ALARM,), _participant)
+            for phase in (
+                P.IDLE,
+                P.SPAWN,
+                P.LOAD,
+                P.MIGRATE,
+                P.COMMIT,
+                P.RELEASE,
+                P.UNDO,
+                P.RECOVER,
+            )
+        ),
+        Rule(P.LOST, K.ALL_EXITED, P.IDLE, (Do.RESET,)),
+    )
 )
 
 # Phases from which a loss keeps the change's outcome: some ranks may have switched already.
@@ -280,7 +300,7 @@ _COUNTS = {
 # A phase that waits for nobody (nobody joins, nobody leaves) passes at once, by this event.
 _PASSES = {
     P.SPAWN: (K.HELLO, _all_joined),
-    P.RELEASE: (K.EXITED, _last_to_end),
+    P.RELEASE: (K.EXITED, _last_to_exit),
     P.UNDO: (K.EXITED, _last_newcomer),
 }
 
@@ -312,19 +332,23 @@ class Membership:
             raise ValueError("a service needs at least one rank")
         self._epochs_used += 1
         self.change = Change(self._epochs_used, self.members, after)
-        return self.handle(MembershipEvent(EventKind.BEGIN))
+        return self.handle(MembershipEvent(EventKind.BEGIN, target=after))
 
     def handle(self, event: MembershipEvent) -> list[Do]:
         """Keep the books of an event and return what must be done, in order."""
         change = self.change
         if change is None or (self.phase is Phase.IDLE and event.kind is not EventKind.BEGIN):
             change = Change(self.epoch, self.members, self.members)
+        if event.kind in (EventKind.EXITED, EventKind.BROKEN):
+            change.cause = event.reason
         if event.rank is not None:
             if (self.phase, event.kind) in _COUNTS and event.rank in change.everyone:
                 change.reported.add(event.rank)
             if event.kind is EventKind.EXITED:
                 change.gone.add(event.rank)
-        rule = _find(self.phase, event, change)
+            if event.kind is EventKind.HALTED:
+                change.halted.add(event.rank)
+        rule = RULES.find(self.phase, event.kind, change, event)
         if rule is None:
             return []
         if rule.then is Phase.UNDO and self.phase is not Phase.UNDO:
@@ -340,11 +364,9 @@ class Membership:
         self.phase = rule.then
         if entered:
             actions += self._enter(change)
+        if Do.RESET in rule.do:  # as at the beginning, but for the numbers
+            self.members, self.change = frozenset(), None
         return actions
-
-    def restart(self) -> None:
-        """After LOST, when every process is gone: as at the beginning, but for the numbers."""
-        self.members, self.change, self.phase = frozenset(), None, Phase.IDLE
 
     def _recovery(self, broken: Change, retries: int) -> Change:
         """The change that goes on without those who are gone, in the place of `broken`."""
@@ -355,7 +377,15 @@ class Membership:
         else:
             before, after, doomed = broken.before, broken.before, broken.joining
         gone = broken.gone
-        return Change(self._epochs_used, before - gone, after - gone, doomed - gone, kept, retries)
+        return Change(
+            self._epochs_used,
+            before - gone,
+            after - gone,
+            doomed - gone,
+            kept,
+            retries,
+            broken.cause,
+        )
 
     def _enter(self, change: Change) -> list[Do]:
         change.reported = set()
@@ -368,21 +398,6 @@ class Membership:
         return []
 
 
-def _find(phase: Phase, event: MembershipEvent, change: Change) -> Rule | None:
-    for rule in RULES:
-        if rule.phase is phase and rule.event is event.kind and rule.when(change, event):
-            return rule
-    return None
-
-
 def diagram() -> str:
-    """The state machine as a Mermaid state diagram, drawn from `RULES`."""
-    lines = ["stateDiagram-v2", "    [*] --> idle"]
-    for rule in RULES:
-        if rule.then is rule.phase and not rule.do:
-            continue
-        guard = "" if rule.when is _always else f" [{rule.when.__name__.strip('_')}]"
-        do = f" / {', '.join(action.value for action in rule.do)}" if rule.do else ""
-        label = f"{rule.event.value}{guard}{do}".replace("_", " ")
-        lines.append(f"    {rule.phase.value} --> {rule.then.value}: {label}")
-    return "\n".join(lines)
+    """The table as a Mermaid state diagram."""
+    return RULES.diagram(Phase.IDLE)

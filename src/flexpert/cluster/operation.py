@@ -6,6 +6,8 @@ import asyncio
 import secrets
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
 
 from flexpert.cluster.views import OperationState, OperationView
 from flexpert.errors import OperationRefused
@@ -64,11 +66,38 @@ def resolve_target(
     return frozenset(before - leave | set(free[:add]))
 
 
+@dataclass(frozen=True, slots=True)
+class TargetRequest:
+    """What somebody asked for: a number of ranks, or how many join and which leave."""
+
+    ranks: int | None
+    add: int
+    remove: tuple[int, ...]
+
+    def resolve(self, members: Iterable[int], capacity: int) -> frozenset[int]:
+        """See `resolve_target`."""
+        return resolve_target(members, capacity, ranks=self.ranks, add=self.add, remove=self.remove)
+
+
+class Purpose(Enum):
+    """Why a change runs."""
+
+    REQUEST = "request"
+    RECOVERY = "recovery"
+    RESTART = "restart"
+    RELOAD = "reload"
+
+
 class Operation:
-    """A change under way or over; `view` is its JSON."""
+    """A change under way or over; `view` is its JSON. reason: why the head began it by itself."""
 
     def __init__(
-        self, before: frozenset[int], after: frozenset[int], epoch: int, reason: str | None = None
+        self,
+        before: frozenset[int],
+        after: frozenset[int],
+        epoch: int,
+        reason: str | None = None,
+        purpose: Purpose = Purpose.REQUEST,
     ) -> None:
         self.id = f"op-{secrets.token_hex(4)}"
         self.before = before
@@ -87,6 +116,7 @@ class Operation:
         self.pause_ms: float | None = None
         self.error: str | None = None
         self.reason = reason
+        self.purpose = purpose
         self.created = time.time()
         self.over = asyncio.Event()
         self._phase_began = time.monotonic()
@@ -94,7 +124,7 @@ class Operation:
     @property
     def automatic(self) -> bool:
         """The head began it by itself."""
-        return self.reason is not None
+        return self.purpose is not Purpose.REQUEST
 
     def enter(self, phase: str) -> None:
         """The clock of a phase starts, that of the one before stops."""

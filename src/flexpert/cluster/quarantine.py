@@ -1,13 +1,13 @@
-"""Which requests may be what ends ranks, and when those are tried again (pure).
+"""Which requests may be what terminates ranks, and when those are tried again (pure).
 
-A rank that ends takes down with it whatever it was doing. If it was one request that ended it, that
-request ends the next rank too, and so on until none is left. So whoever was on board of a rank that
-ended by a fault of its own (an error, a crash) is a suspect, until it says something; so is who
-was, twice in a row, with a rank that a signal ended before it had said anything.
+A rank that exits takes down with it whatever it was doing. If one request was the cause, that
+request terminates the next rank too, and so on until none is left. So whoever was on board of a
+rank that exited by a fault of its own (an error, a crash) is a suspect, until it says something; so
+is who was, twice in a row, with a rank that a signal terminated before it had said anything.
 
 Most suspects are innocent, they only shared a rank with the culprit. They are tried one by one:
 while one has been given to a rank and has said nothing yet, nobody else is given to that rank, and
-no other suspect to any. If its rank ends in a step that it takes part in, for the second time by a
+no other suspect to any. If its rank exits in a step that it takes part in, for the second time by a
 fault of a rank's own, the request is failed. Signals may come from anybody, so two must meet it
 there.
 """
@@ -30,7 +30,7 @@ class Quarantine:
         self.trial: str | None = None
         self._begun = False
         self._by_fault: set[str] = set()
-        self._by_signals: dict[str, int] = {}  # trials that a signal has ended
+        self._by_signals: dict[str, int] = {}  # trials that a signal has cut short
         self._signals: dict[str, int] = {}
 
     def suspects(self, name: str) -> bool:
@@ -45,10 +45,10 @@ class Quarantine:
         """The rank takes its first step with it now."""
         self._begun |= self.trial == name
 
-    def ended(
+    def exited(
         self, silent: Iterable[str], speaking: Iterable[str], *, own_fault: bool
     ) -> str | None:
-        """A rank has ended unasked. Returns who must not be tried again.
+        """A rank has exited unasked. Returns who must not be tried again.
 
         silent: the sequences it ran that had said nothing since it took them. speaking: the others.
         """

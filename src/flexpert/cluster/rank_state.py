@@ -12,7 +12,7 @@ from flexpert.moe.placement import Placement
 
 @dataclass(slots=True)
 class RankState:
-    """Kept by the coordinator from the start of the process to its certain end."""
+    """Kept by the coordinator from the start of the process to its certain exit."""
 
     id: int
     state: RankStatus = "starting"

@@ -1,6 +1,6 @@
 """Which lost ranks are started again, and when (pure).
 
-An id that was lost is desired back. The first time it starts at once; if it ends again before it
+An id that was lost is desired back. The first time it starts at once; if it exits again before it
 was healthy for a while, each further start waits twice as long, and after so many short lives in a
 row it is left out until somebody asks for it.
 """
@@ -43,7 +43,7 @@ class RestartPolicy:
     def active(self, rank: int, now: float) -> None:
         self._since.setdefault(rank, now)
 
-    def ended(self, rank: int, status: int, now: float) -> None:
+    def exited(self, rank: int, status: int, now: float) -> None:
         """A process is gone that nobody asked to leave. status: of its exit; < 0: a signal."""
         since = self._since.pop(rank, None)
         if rank not in self.desired:

@@ -12,7 +12,7 @@ log = logging.getLogger("flexpert")
 
 PART = "the watch for ranks that hang"  # of the service
 
-# Of the stall timeout: a silent rank is ended after STALLED of it; looked at WATCHES times.
+# Of the stall timeout: a silent rank is terminated after STALLED of it; looked at WATCHES times.
 STALLED = 0.9
 STUCK = 0.7  # the same for a rank whose step loop hangs: it looks at it only ten times
 WATCHES = 20
@@ -33,7 +33,7 @@ def worked(before: Work | None, after: Work | None, seconds: float) -> bool:
 
 
 class Watch:
-    """Ends them; such an end is an ordinary loss.
+    """Terminates them; such an exit is an ordinary loss.
 
     ranks: the coordinator's records, as they are. warn: tells the people.
     """
@@ -69,7 +69,7 @@ class Watch:
     def stuck(self, rank: int, seconds: float) -> None:
         """A rank says that it lives, but that its step loop has done nothing for a while."""
         if seconds >= STUCK * self._stall_s:
-            self.end([rank], f"does nothing for {seconds:.1f} s, its step loop hangs")
+            self.terminate([rank], f"does nothing for {seconds:.1f} s, its step loop hangs")
 
     def late(self, due: float) -> bool:
         """Whether the head itself was held up: reports may lie there unread, and nobody is to
@@ -78,7 +78,7 @@ class Watch:
         now = self._head.now()
         return now - due > limit_s or now - self._held_up < limit_s
 
-    def end(self, ranks: Iterable[int], why: str) -> None:
+    def terminate(self, ranks: Iterable[int], why: str) -> None:
         for rank in sorted(ranks):
             rank_state = self._ranks.get(rank)
             if rank_state and rank_state.state != "stalled":
@@ -123,6 +123,6 @@ class Watch:
                 if worked(rank_state.work, self._head.work(rank), now - rank_state.looked):
                     self.heard(rank_state)
                 elif rank_state.suspect:
-                    self.end([rank], f"was silent for {silent_s:.1f} s")
+                    self.terminate([rank], f"was silent for {silent_s:.1f} s")
                 else:  # its last word may be on its way
                     rank_state.suspect = True

@@ -1,0 +1,132 @@
+"""What the coordinator's parts share: the three state machines and what is known of the ranks."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from flexpert.cluster.availability import ServiceAvailability
+from flexpert.cluster.event_queue import EventQueue
+from flexpert.cluster.expert_recovery import ExpertRecovery
+from flexpert.cluster.interfaces import HeadInterface
+from flexpert.cluster.kv_migration import KVMigrations
+from flexpert.cluster.membership import Membership, MembershipEvent, Phase
+from flexpert.cluster.memory_budget import MemoryBudget
+from flexpert.cluster.notices import Notices
+from flexpert.cluster.operation import Operation, TargetRequest
+from flexpert.cluster.rank_state import RankState
+from flexpert.cluster.reconciliation import ActivityEvent, Reconciliation
+from flexpert.cluster.restart_policy import RestartPolicy
+from flexpert.cluster.stall_detector import Watch
+from flexpert.config import Config
+from flexpert.engine import rank_protocol as msg
+from flexpert.models.source import ModelSource
+from flexpert.moe.placement import Placement
+
+CoordinatorEvent: TypeAlias = MembershipEvent | ActivityEvent
+
+
+class ClusterState:
+    """membership, reconciliation, availability: the state machines.
+
+    events: of the first two; the third changes in the middle of their actions and causes none.
+    ranks: from the start of a process to its certain exit. placement: of the current epoch.
+    planned: of the one that is prepared. operation: the change that runs. queued: the one that was
+    asked for meanwhile.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        source: ModelSource,
+        head: HeadInterface,
+        memory_budget: MemoryBudget,
+        events: EventQueue[CoordinatorEvent],
+    ) -> None:
+        cluster = config.cluster
+        self.config = config
+        self.head = head
+        self.memory_budget = memory_budget
+        self.events = events
+        self.notices = Notices(head)
+        self.membership = Membership()
+        self.reconciliation = Reconciliation()
+        self.availability = ServiceAvailability()
+        self.placement: Placement | None = None
+        self.planned: Placement | None = None
+        self.ranks: dict[int, RankState] = {}
+        self.operation: Operation | None = None
+        self.queued: tuple[Operation, TargetRequest] | None = None
+        self.migrations = KVMigrations(self.ranks, head)
+        self.watch = Watch(self.ranks, head, cluster.stall_timeout, self.notices.warn)
+        self.restart_policy = RestartPolicy(
+            cluster.restart_policy,
+            limit=cluster.restart_limit,
+            backoff_s=cluster.restart_backoff,
+            longest_backoff_s=cluster.restart_backoff_max,
+        )
+        self.expert_recovery = ExpertRecovery(
+            source.info.experts,
+            source.info.moe_layers,
+            cluster.redundant_experts,
+            degrade=cluster.on_missing_expert == "degrade",
+        )
+
+    @property
+    def members(self) -> frozenset[int]:
+        return self.membership.members
+
+    @property
+    def staying(self) -> frozenset[int]:
+        """Ranks that cannot have left: nobody has told them to switch to an epoch without them."""
+        change, phase = self.membership.change, self.membership.phase
+        if change is None or phase is Phase.LOST:
+            return frozenset()
+        if phase in (Phase.COMMIT, Phase.RELEASE, Phase.RECOVER):
+            return change.after
+        return frozenset(self.ranks)
+
+    @property
+    def admitting(self) -> frozenset[int]:
+        """Ids that may be given new sequences: members that are not on their way out."""
+        change, phase = self.membership.change, self.membership.phase
+        if phase is Phase.LOST or self.availability.down:
+            return frozenset()
+        if phase in (Phase.MIGRATE, Phase.COMMIT, Phase.RECOVER) and change:
+            return change.before & change.after or change.after
+        return self.membership.members
+
+    @property
+    def destinations(self) -> frozenset[int]:
+        """Ranks of the next epoch that are up."""
+        change = self.membership.change
+        return change.after & set(self.ranks) if change else frozenset()
+
+    def plan(self, target: Iterable[int]) -> Placement:
+        """All experts on these ranks; those still to be started will be on this machine."""
+        ids = frozenset(target)
+        known = {rank: found.host for rank, found in self.ranks.items() if found.host}
+        hosts = {rank: known.get(rank) or socket.gethostname() for rank in ids}
+        return self.expert_recovery.spread(
+            self.placement, ids, self.memory_budget.fits, hosts=hosts
+        )
+
+    def tell(self, ranks: Iterable[int], command: msg.Command) -> None:
+        """Send a command to those of these ranks that are there."""
+        for rank in sorted(ranks):
+            if rank in self.ranks:
+                self.head.send(rank, command)
+
+    def kill(self, ranks: Iterable[int]) -> None:
+        for rank in sorted(ranks):
+            self.head.kill(rank)
+
+    def withdraw(self, ranks: Iterable[int], *, blameless: bool) -> None:
+        """Kill ranks whose change is over. blameless: because others were lost, which is not held
+        against them."""
+        for rank in ranks:
+            rank_state = self.ranks.get(rank)
+            if rank_state and not rank_state.error and blameless:
+                rank_state.blameless = True
+        self.kill(ranks)

@@ -1,0 +1,217 @@
+"""Operations: what people ask for, and the record of every change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from flexpert.cluster.cluster_state import ClusterState
+from flexpert.cluster.formatting import describe_change
+from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
+from flexpert.cluster.operation import Operation, TargetRequest
+from flexpert.cluster.reconciliation import Activity, ActivityEvent, ActivityKind
+from flexpert.cluster.views import OperationView
+from flexpert.errors import OperationConflict, OperationRefused, UnknownOperation
+from flexpert.moe.placement import Placement, loads
+
+log = logging.getLogger("flexpert")
+
+_KEPT_OPERATIONS = 256
+
+
+class Operations:
+    """The latest changes by id, and how one begins.
+
+    What somebody asks for becomes an event of `reconciliation.ACTIVITY_RULES`.
+    """
+
+    def __init__(self, cluster: ClusterState) -> None:
+        self._cluster = cluster
+        self._operations: dict[str, Operation] = {}
+
+    # ---- asked for --------------------------------------------------------------------------
+
+    def begin(
+        self, *, ranks: int | None = None, add: int = 0, remove: Sequence[int] = ()
+    ) -> OperationView:
+        """Start a change, or return the running one with the same target.
+
+        One that the head began by itself makes way: it is withdrawn if it can be, and this one
+        begins after it.
+
+        Raises:
+            OperationRefused: it can never be reached. OperationConflict: another one runs.
+        """
+        cluster = self._cluster
+        self._check_open()
+        request = TargetRequest(ranks, add, tuple(remove))
+        running = cluster.operation
+        if running is None:
+            return self._begin(self._resolve(request, cluster.members), request).view()
+        if cluster.queued is not None:
+            running, queued = cluster.queued
+            if queued == request:
+                return running.view()
+        elif self._same_target(running, request):
+            if running.automatic:
+                cluster.memory_budget.check((), cluster.plan(running.after))
+                cluster.restart_policy.set_desired(running.after)
+            return running.view()
+        elif running.automatic:
+            return self._queue(request).view()
+        raise OperationConflict(
+            f"operation {running.id} to ranks {sorted(running.after)} is running; "
+            "wait for it or cancel it"
+        )
+
+    def begin_first(self, ranks: int) -> OperationView:
+        """The change from nothing to the service's first ranks."""
+        request = TargetRequest(ranks, 0, ())
+        return self._begin(frozenset(range(ranks)), request).view()
+
+    def cancel(self, operation_id: str) -> OperationView:
+        """Withdraw a change that has not begun to commit.
+
+        Raises:
+            UnknownOperation, OperationConflict
+        """
+        cluster, operation = self._cluster, self.get(operation_id)
+        if operation.over.is_set():
+            raise OperationConflict(f"operation {operation.id} is over: {operation.state}")
+        if cluster.queued and operation is cluster.queued[0]:
+            purpose = cluster.operation.purpose if cluster.operation else None
+            cluster.events.post(ActivityEvent(ActivityKind.CANCEL_QUEUED, purpose=purpose))
+        elif cluster.membership.phase in (Phase.SPAWN, Phase.LOAD, Phase.MIGRATE):
+            cluster.events.post(MembershipEvent(EventKind.CANCEL, reason="cancelled"))
+        else:
+            raise OperationConflict(
+                f"operation {operation.id} is in phase {operation.phase} and cannot be withdrawn"
+            )
+        return operation.view()
+
+    def get(self, operation_id: str) -> Operation:
+        """Raises UnknownOperation."""
+        try:
+            return self._operations[operation_id]
+        except KeyError:
+            raise UnknownOperation(
+                f"no operation {operation_id!r}; the last {_KEPT_OPERATIONS} are kept"
+            ) from None
+
+    def unfinished(self) -> list[Operation]:
+        """Those that are not over."""
+        return [found for found in self._operations.values() if not found.over.is_set()]
+
+    def _check_open(self) -> None:
+        cluster = self._cluster
+        down = cluster.availability.down
+        if cluster.membership.phase is Phase.LOST or (down and not cluster.members):
+            raise OperationRefused(f"all ranks are lost and start again: {down}")
+        if cluster.reconciliation.state is Activity.CLOSED:
+            raise OperationRefused("the service is stopping")
+
+    def _begin(self, target: frozenset[int], request: TargetRequest) -> Operation:
+        members = self._cluster.members
+        operation = Operation(members, target, self._cluster.membership.epoch)
+        placement = self.prepare(operation, target)
+        if placement is not None:
+            self._cluster.events.post(
+                ActivityEvent(
+                    ActivityKind.REQUEST,
+                    operation=operation,
+                    request=request,
+                    placement=placement,
+                )
+            )
+        return operation
+
+    def _queue(self, request: TargetRequest) -> Operation:
+        cluster = self._cluster
+        target = self._resolve(request, cluster.members)
+        operation = Operation(cluster.members, target, cluster.membership.epoch)
+        operation.enter("waiting")
+        self._remember(operation)
+        cluster.events.post(
+            ActivityEvent(
+                ActivityKind.REQUEST,
+                operation=operation,
+                request=request,
+                reason=f"operation {operation.id} was asked for",
+            )
+        )
+        return operation
+
+    def _resolve(self, request: TargetRequest, members: frozenset[int]) -> frozenset[int]:
+        return request.resolve(members, self._cluster.config.cluster.max_ranks)
+
+    def _same_target(self, running: Operation, request: TargetRequest) -> bool:
+        try:
+            return self._resolve(request, running.before) == running.after
+        except OperationRefused:
+            return False
+
+    # ---- how one begins ---------------------------------------------------------------------
+
+    def start_queued(self) -> bool:
+        """The change that was asked for meanwhile; False: nothing began, and it is over."""
+        cluster = self._cluster
+        assert cluster.queued is not None  # the rule that leads here says so
+        (operation, request), cluster.queued = cluster.queued, None
+        try:
+            target = self._resolve(request, cluster.members)
+            placement = self.prepare(operation, target)
+        except OperationRefused as error:
+            operation.end("failed", str(error))
+            placement = None
+        if placement is None:
+            cluster.notices.operation(operation)
+            return False
+        self.launch(operation, placement)
+        return True
+
+    def prepare(self, operation: Operation, target: frozenset[int]) -> Placement | None:
+        """The placement that a change leads to; None: there is nothing to change, it is done.
+
+        Raises: OperationRefused: there is no memory for it.
+        """
+        cluster = self._cluster
+        members = cluster.members
+        operation.before, operation.after = members, target
+        operation.epoch = cluster.membership.epoch
+        if target != members:
+            placement = cluster.plan(target)
+            cluster.memory_budget.check(target - members, placement)
+            return placement
+        if not operation.automatic:  # they may be what a loss has left, and too few
+            cluster.memory_budget.check((), cluster.plan(target))
+        operation.end("done")
+        self._remember(operation)
+        if not operation.automatic:
+            cluster.restart_policy.set_desired(target)
+        return None
+
+    def launch(self, operation: Operation, placement: Placement) -> None:
+        """Begin a change in the table of `membership.py`, where none runs."""
+        cluster = self._cluster
+        cluster.planned = placement
+        operation.moved_experts = moved_experts(cluster.placement, placement)
+        self.register(operation)
+        cluster.events.post(MembershipEvent(EventKind.BEGIN, target=operation.after))
+
+    def register(self, operation: Operation) -> None:
+        """It is the one that runs."""
+        self._remember(operation)
+        self._cluster.operation = operation
+        view = operation.view()
+        because = f" ({view.reason})" if view.reason else ""
+        log.info("%s: %s%s", view.id, describe_change(view), because)
+
+    def _remember(self, operation: Operation) -> None:
+        self._operations[operation.id] = operation
+        while len(self._operations) > _KEPT_OPERATIONS:
+            self._operations.pop(next(iter(self._operations)))
+
+
+def moved_experts(before: Placement | None, after: Placement) -> int:
+    """How many replicas ranks load for a placement."""
+    return sum(map(len, loads(before, after).values()))

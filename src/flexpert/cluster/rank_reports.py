@@ -1,0 +1,177 @@
+"""Makes what ranks report, and the exits of their processes, into events of the change's table."""
+
+from __future__ import annotations
+
+import logging
+import signal
+
+from flexpert.cluster.availability import Availability
+from flexpert.cluster.cluster_state import ClusterState
+from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
+from flexpert.cluster.rank_state import RankState
+from flexpert.engine import rank_protocol as msg
+from flexpert.engine.request import HeldKV
+
+log = logging.getLogger("flexpert")
+
+# Signals that a process brings upon itself.
+_FAULTS = {
+    signal.SIGABRT,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+    signal.SIGSEGV,
+    signal.SIGSYS,
+    signal.SIGTRAP,
+}
+
+
+class RankReports:
+    """Keeps what they say of the rank and of the running operation, and posts the event."""
+
+    def __init__(self, cluster: ClusterState) -> None:
+        self._cluster = cluster
+
+    def on_report(self, rank: int, report: msg.Report) -> None:
+        """Raises: Contradiction: it cannot be true."""
+        cluster = self._cluster
+        rank_state = cluster.ranks.get(rank)
+        if rank_state is None:
+            return
+        epoch = cluster.membership.change.epoch if cluster.membership.change else 0
+        running = cluster.operation
+        cluster.watch.heard(rank_state)
+        match report:
+            case msg.Alive(stuck_s):
+                cluster.watch.stuck(rank, stuck_s)
+            case msg.Published(_, load):
+                rank_state.load = load
+            case msg.Hello():
+                self._hello(rank_state, report)
+            case msg.Unable(error):
+                if rank_state.state != "starting":
+                    raise msg.Contradiction(f"it cannot come up, and is {rank_state.state} already")
+                rank_state.error = error
+                cluster.head.send(rank, msg.Stop())
+            case msg.Progress(of, share) if of == epoch and running:
+                running.shares[rank] = share
+            case msg.Prepared() if report.epoch == epoch:
+                self._prepared(rank_state, report)
+            case msg.Failed(of, error):
+                rank_state.error = error
+                if of == epoch:
+                    self._post(EventKind.FAILED, rank, f"rank {rank}: {error}")
+            case msg.Switched() if report.epoch == epoch:
+                self._switched(rank_state, report)
+            case msg.Offered(of, held) if of == epoch and cluster.membership.phase is Phase.MIGRATE:
+                if cluster.migrations.offered(epoch, rank, held, cluster.destinations):
+                    self._post(EventKind.MIGRATED, rank)
+            case msg.Fetched(of, source, size) if of == epoch:
+                if running:
+                    running.moved_kv_bytes += size
+                if cluster.migrations.fetched(source, rank):
+                    self._post(EventKind.MIGRATED, source)
+            case msg.HandedOver(of, held):
+                if rank in cluster.staying:
+                    raise msg.Contradiction("it has left, and was not asked to")
+                self._hand_over(rank, held if of == epoch else [])
+                rank_state.state = "leaving"
+                if of == epoch:
+                    self._post(EventKind.HANDED_OVER, rank)
+            case msg.Adopted():
+                self._adopted(rank, report)
+            case msg.Halted(of) if of == epoch:
+                self._post(EventKind.HALTED, rank)
+            case msg.Broken(of, _, error) if of in (epoch, cluster.membership.epoch):
+                log.warning("rank %d: %s", rank, error)
+                cluster.notices.publish("warning", {"rank": rank, "error": error})
+                self._post(EventKind.BROKEN, rank, f"rank {rank}: {error}")
+
+    def on_exit(self, rank: int, status: int, why: str = "") -> None:
+        """A rank's process is certainly gone. why: what is known beyond the status."""
+        cluster = self._cluster
+        rank_state = cluster.ranks.pop(rank, None)
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        reason = f"rank {rank} ended ({how})"
+        if error := why or (rank_state.error if rank_state else ""):
+            reason += f": {error}"
+        stalled = rank_state is not None and rank_state.state == "stalled"
+        gone: dict[str, object] = {
+            "id": rank,
+            "state": "gone",
+            "pid": rank_state.pid if rank_state else 0,
+            "status": status,
+            "evicted": stalled,
+            "reason": reason,
+        }
+        cluster.notices.publish("rank", gone)
+        asked = self._was_asked_to(rank) or (rank_state is not None and rank_state.blameless)
+        log.log(logging.INFO if asked else logging.WARNING, "%s", reason)
+        if asked:
+            cluster.restart_policy.left(rank)
+        else:
+            cluster.restart_policy.exited(rank, status, cluster.head.now())
+        self._post(EventKind.EXITED, rank, reason)
+        cluster.migrations.lost(rank)
+        if not asked:
+            cluster.head.rank_exited(rank, not stalled and (status > 0 or -status in _FAULTS))
+        # only now: admission must not choose the lost rank again
+        self._hand_over(rank, [])
+        if not cluster.ranks and cluster.availability.state is Availability.LOST:
+            self._post(EventKind.ALL_EXITED)
+
+    def _post(self, kind: EventKind, rank: int | None = None, reason: str = "") -> None:
+        self._cluster.events.post(MembershipEvent(kind, rank, reason))
+
+    def _hello(self, rank_state: RankState, report: msg.Hello) -> None:
+        if rank_state.state != "starting":
+            raise msg.Contradiction(f"it says hello, and is {rank_state.state} already")
+        rank_state.pid, rank_state.host = report.pid, report.host
+        rank_state.address, rank_state.kv = report.address, report.kv
+        rank_state.experts = report.experts
+        rank_state.state = "preparing"
+        self._post(EventKind.HELLO, rank_state.id)
+
+    def _prepared(self, rank_state: RankState, report: msg.Prepared) -> None:
+        rank_state.memory = report.memory
+        if self._cluster.operation:
+            self._cluster.operation.copied_experts += report.copied
+        if rank_state.state == "preparing":
+            rank_state.state = "ready"
+        self._post(EventKind.PREPARED, rank_state.id)
+
+    def _switched(self, rank_state: RankState, report: msg.Switched) -> None:
+        cluster, running = self._cluster, self._cluster.operation
+        rank_state.state, rank_state.load = "active", report.load
+        cluster.restart_policy.active(rank_state.id, cluster.head.now())
+        if report.pause_ms is not None and running:
+            running.pause_ms = max(report.pause_ms, running.pause_ms or 0.0)
+        self._post(EventKind.SWITCHED, rank_state.id)
+
+    def _adopted(self, rank: int, report: msg.Adopted) -> None:
+        cluster, running = self._cluster, self._cluster.operation
+        if running:
+            running.moved_with_kv += report.moved
+            running.moved_kv_bytes += report.size
+            running.recomputed_tokens += report.recomputed
+        change = cluster.membership.change
+        last = cluster.migrations.adopted(report.source, rank)
+        if last and cluster.membership.phase is Phase.RELEASE and change:
+            cluster.tell({report.source} & change.leaving, msg.Stop())
+
+    def _hand_over(self, rank: int, held: list[HeldKV]) -> None:
+        """A rank has left or is lost: others go on with its sequences."""
+        cluster = self._cluster
+        leaves = cluster.membership.phase is Phase.COMMIT and bool(held)
+        destinations = cluster.destinations if leaves else cluster.admitting
+        moved = cluster.migrations.hand_over(rank, held, destinations)
+        if cluster.operation:
+            cluster.operation.moved_requests += moved
+
+    def _was_asked_to(self, rank: int) -> bool:
+        """Whether it leaves by the change under way, or joins by one that is withdrawn."""
+        change, phase = self._cluster.membership.change, self._cluster.membership.phase
+        if change is None:
+            return False
+        leaves = phase is not Phase.IDLE and rank in change.leaving
+        return leaves or (phase is Phase.UNDO and change.cancelled)
