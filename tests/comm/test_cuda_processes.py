@@ -36,6 +36,7 @@ HAS_GPU = torch.cuda.is_available()
 MPS = "CUDA_MPS_PIPE_DIRECTORY" in os.environ
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.gpu,
     pytest.mark.skipif(not HAS_GPU, reason="needs a GPU; make test-gpu runs it on one"),
 ]
 

@@ -110,7 +110,8 @@ def test_the_same_with_the_kernels_of_a_gpu_in_the_interpreter(die: str) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; see test_on_gpu.sh")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 @pytest.mark.parametrize("die", ["dispatch", "combine"])
 def test_the_same_on_a_gpu(die: str) -> None:
     plan = [[0, 1], [0, 1, 2, 3], [0, 1, -2, 3], [0, 3], [0, 2, 3]]
