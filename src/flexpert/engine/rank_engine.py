@@ -17,8 +17,8 @@ import struct
 import threading
 import time
 import traceback
-from collections import abc, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ from flexpert.engine.memory_plan import (
     planned_memory,
     private_memory,
 )
-from flexpert.engine.request import HeldKV, KVMigration, Sequence
+from flexpert.engine.request import HeldKV, KVMigration, RequestSequence
 from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
 from flexpert.engine.sequence import Sampled, SampleState
@@ -67,7 +67,7 @@ from flexpert.moe.runtime import warmup_tables
 THREADED_HIDDEN = 2048
 _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it does not hang
 
-Samples = abc.Sequence[SampleState]
+Samples = Sequence[SampleState]
 
 # What adding or sampling one sequence may raise; more than that concerns the whole rank.
 _FAULTS = (ValueError, TypeError, LookupError, ArithmeticError)
@@ -239,7 +239,7 @@ class RankEngine:
             except _FAULTS as error:
                 self._failed(sequence.id, error)
 
-    def _hand_back(self, sequences: list[Sequence]) -> None:
+    def _hand_back(self, sequences: list[RequestSequence]) -> None:
         """This rank has left: what comes late goes on elsewhere, and it holds nothing of it."""
         held = [HeldKV(sequence.id, 0, []) for sequence in sequences]
         self.report(msg.HandedOver(self.buffer.epoch, held))
@@ -322,7 +322,7 @@ class RankEngine:
             fetch.drop()
         self.report(msg.Adopted(command.source, moved, copied, recomputed))
 
-    def _announce(self, sequence: Sequence) -> None:
+    def _announce(self, sequence: RequestSequence) -> None:
         """The first step with it is told, if it may be what ends ranks."""
         if sequence.on_trial:
             self._on_trial.add(sequence.id)
