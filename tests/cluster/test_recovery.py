@@ -8,13 +8,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
 from support.service import Service, active, answer_all, change, requests, running, until
+from support.waiting import wait_until
 
 from flexpert.cluster.head import Head
 from flexpert.errors import FlexpertError
@@ -199,10 +199,7 @@ def test_nothing_outlives_a_head_that_is_killed(in_shm: Callable[[], set[str]]) 
             head.wait()
             assert head.stdout
             head.stdout.close()
-        deadline = time.monotonic() + 20
-        while left := [child for child in children if _lives(child)]:
-            assert time.monotonic() < deadline, left
-            time.sleep(0.05)
+        wait_until(lambda left=children: not any(map(_lives, left)), timeout_s=20)
     assert in_shm() <= shm
 
 

@@ -26,7 +26,7 @@ from flexpert.cluster.reconciler import Reconciler
 from flexpert.cluster.restart_policy import RestartPolicy
 from flexpert.cluster.rule_table import RuleTable
 from flexpert.cluster.views import ClusterEvent
-from flexpert.engine.request import Sequence, TokenEvent
+from flexpert.engine.request import RequestSequence, TokenEvent
 from flexpert.moe.placement import Placement
 
 HISTORIES = int(os.environ.get("FLEXPERT_HISTORIES", "20000"))
@@ -199,7 +199,7 @@ def a_request_goes_on_one_token_too_late(patch: Patch) -> None:
     """What migrations goes on where its journal ends."""
     resume = Entry.resume
 
-    def late(self: Entry) -> Sequence:
+    def late(self: Entry) -> RequestSequence:
         sequence = resume(self)
         started = sequence.generated
         return msgspec.structs.replace(sequence, generated=[*started, 0] if started else [])

@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from support.comm_ranks import LIMIT_S
+from support.waiting import wait_until
 
 from flexpert.comm import Buffer, BufferSpec, CommError, ExpertTable
 
@@ -157,14 +158,13 @@ class Machines:
     def plug(self, side: str) -> None:
         """Returns when it carries: UCX does not start without a device that does."""
         ip("-n", self.names[side], "link", "set", DEVICE, "up")
-        deadline = time.monotonic() + LIMIT_S
-        while any(
-            ip("-n", name, "-br", "link", "show", DEVICE).split()[1] != "UP"
-            for name in self.names.values()
-        ):
-            if time.monotonic() > deadline:
-                raise TimeoutError("the veth pair does not come up")
-            time.sleep(0.02)
+        wait_until(
+            lambda: all(
+                ip("-n", name, "-br", "link", "show", DEVICE).split()[1] == "UP"
+                for name in self.names.values()
+            ),
+            timeout_s=LIMIT_S,
+        )
 
     def carried(self) -> int:
         """Bytes that have gone over the cable, both ways."""

@@ -10,7 +10,7 @@ import pytest
 from test_scheduler import FakeModel, answer, limits, run, sequence, tokens_of
 
 from flexpert.engine.arrivals import Arrivals
-from flexpert.engine.request import HeldKV, KVMigration, Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, TokenEvent
 from flexpert.engine.scheduler import Scheduler
 
 SIZE = 4
@@ -25,7 +25,7 @@ class Rank:
         self.got: dict[str, list[int]] = {}
         self.computed = 0  # tokens
 
-    def add(self, s: Sequence) -> None:
+    def add(self, s: RequestSequence) -> None:
         self.got[s.id] = list(s.generated)
         self.scheduler.add(s)
 
@@ -47,10 +47,10 @@ class Rank:
                 if entry:
                     self.model.cache[here * SIZE + offset] = entry
 
-    def resumed(self, s: Sequence) -> Sequence:
+    def resumed(self, s: RequestSequence) -> RequestSequence:
         return msgspec.structs.replace(s, generated=list(self.got[s.id]))
 
-    def adopt(self, other: Rank, s: Sequence, held: HeldKV, have: list[int]) -> bool:
+    def adopt(self, other: Rank, s: RequestSequence, held: HeldKV, have: list[int]) -> bool:
         self.got[s.id] = list(s.generated)
         pairs = self.scheduler.adopt(s, held, have)
         if pairs is None:
@@ -284,7 +284,9 @@ def test_random_moves_change_no_answer_and_leak_nothing(seed: int) -> None:
     last.check_empty()
 
 
-def move_all(leaver: Rank, destination: Rank, asked: dict[str, Sequence], draw: Random) -> None:
+def move_all(
+    leaver: Rank, destination: Rank, asked: dict[str, RequestSequence], draw: Random
+) -> None:
     """A change in which a rank leaves, as `engine/rank_engine.py` does it."""
     arrivals = Arrivals(destination.scheduler.pool)
     if draw.random() < 0.8:

@@ -17,7 +17,7 @@ from flexpert.config import EngineConfig
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.memory_plan import buffer_spec
 from flexpert.engine.rank_engine import RankEngine
-from flexpert.engine.request import HeldKV, KVMigration, SamplingParams, Sequence
+from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, SamplingParams
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import replan
 
@@ -164,9 +164,9 @@ def _wait(event: threading.Event, yes: bool) -> None:
     assert not yes or event.wait(LIMIT_S)
 
 
-def _too_long() -> Sequence:
+def _too_long() -> RequestSequence:
     greedy = SamplingParams(max_tokens=1, temperature=0.0)
-    return Sequence(id="long", prompt=[1] * 10**6, generated=[], params=greedy, eos=())
+    return RequestSequence(id="long", prompt=[1] * 10**6, generated=[], params=greedy, eos=())
 
 
 def alone(source: ModelSource, engine: RankEngine, told: Told) -> None:
@@ -177,9 +177,9 @@ def alone(source: ModelSource, engine: RankEngine, told: Told) -> None:
     told.wait_for("switched", 1)
 
 
-def asked(name: str, **params: Any) -> Sequence:
+def asked(name: str, **params: Any) -> RequestSequence:
     greedy = SamplingParams(**{"max_tokens": 6, "temperature": 0, "seed": 0} | params)
-    return Sequence(id=name, prompt=[*range(10, 30)], generated=[], params=greedy, eos=())
+    return RequestSequence(id=name, prompt=[*range(10, 30)], generated=[], params=greedy, eos=())
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from flexpert.compat import nixl_ep as compat
 from flexpert.config import EngineConfig
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.rank_engine import RankEngine
-from flexpert.engine.request import SamplingParams, Sequence
+from flexpert.engine.request import RequestSequence, SamplingParams
 from flexpert.kernels.device_stream import HostStream, Replay
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import replan
@@ -75,9 +75,9 @@ def answers(
     return engine, told
 
 
-def sequence(name: str) -> Sequence:
+def sequence(name: str) -> RequestSequence:
     params = SamplingParams(max_tokens=2, temperature=0.0, seed=1)
-    return Sequence(id=name, prompt=PROMPTS[name], generated=[], params=params, eos=())
+    return RequestSequence(id=name, prompt=PROMPTS[name], generated=[], params=params, eos=())
 
 
 @pytest.mark.slow

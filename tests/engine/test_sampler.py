@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexpert.engine.request import SamplingParams, Sequence
+from flexpert.engine.request import RequestSequence, SamplingParams
 from flexpert.engine.sampler import Sampler, philox4x32, uniforms
 from flexpert.engine.sequence import SampleState
 
@@ -25,7 +25,7 @@ def state(
     **params: Any,
 ) -> SampleState:
     return SampleState(
-        Sequence(
+        RequestSequence(
             id="s",
             prompt=prompt or [1, 2, 3],
             generated=generated or [],

@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from flexpert.engine.request import (
     HeldKV,
+    RequestSequence,
     SamplingParams,
-    Sequence,
     TokenEvent,
     TokenLogprobs,
 )
@@ -39,8 +39,8 @@ def limits(**changed: Any) -> EngineLimits:
 
 def sequence(
     id: str, prompt: list[int], generated: list[int] | None = None, **params: Any
-) -> Sequence:
-    return Sequence(
+) -> RequestSequence:
+    return RequestSequence(
         id=id,
         prompt=prompt,
         generated=generated or [],
@@ -57,7 +57,7 @@ def next_token(tokens: list[int]) -> int:
     return state % 7
 
 
-def answer(s: Sequence, max_model_len: int = 40) -> list[int]:
+def answer(s: RequestSequence, max_model_len: int = 40) -> list[int]:
     """What the fake model answers when asked alone."""
     tokens = [*s.prompt, *s.generated]
     stops = {*s.params.stop_token_ids, *(() if s.params.ignore_eos else s.eos)}
@@ -383,7 +383,7 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: dict[str, Sequence] = {}
+        self.asked: dict[str, RequestSequence] = {}
         self.got: dict[str, list[int]] = {}
         self.done: set[str] = set()
         self.started: list[str] = []
@@ -557,8 +557,8 @@ class Life(RuleBasedStateMachine):
         assert self.scheduler.pool.used == 0
 
 
-def sequence_without_past(s: Sequence) -> Sequence:
-    return Sequence(id=s.id, prompt=s.prompt, generated=[], params=s.params, eos=s.eos)
+def sequence_without_past(s: RequestSequence) -> RequestSequence:
+    return RequestSequence(id=s.id, prompt=s.prompt, generated=[], params=s.params, eos=s.eos)
 
 
 TestLife = Life.TestCase

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.fake_head import FakeHead
+from support.waiting import wait_until
 
 import flexpert
 from flexpert import LLM, SamplingParams
@@ -42,11 +42,8 @@ def fake(llm: LLM) -> FakeHead:
     return head
 
 
-def idle(llm: LLM) -> bool:
-    deadline = time.monotonic() + 5
-    while fake(llm).running and time.monotonic() < deadline:
-        time.sleep(0.005)
-    return not fake(llm).running
+def wait_until_idle(llm: LLM) -> None:
+    wait_until(lambda: not fake(llm).running, timeout_s=5)
 
 
 def test_generate_keeps_the_prompts_order_and_takes_texts_and_ids(llm: LLM) -> None:
@@ -73,7 +70,7 @@ def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
 def test_one_wrong_prompt_leaves_none_running(llm: LLM) -> None:
     with pytest.raises(RequestError):
         llm.generate(["fine", "x" * 300])
-    assert idle(llm)
+    wait_until_idle(llm)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +97,7 @@ def test_a_failed_sequence_raises_its_error(llm: LLM) -> None:
     fake(llm).behaviour.fail_after = 1
     with pytest.raises(FlexpertError, match="rank 3 is gone"):
         llm.generate(["a", "b"])
-    assert idle(llm)
+    wait_until_idle(llm)
 
 
 def test_chat_takes_one_conversation_or_several(llm: LLM) -> None:
@@ -115,7 +112,7 @@ def test_stream_gives_the_same_text_and_leaving_it_frees_the_request(llm: LLM) -
     fake(llm).behaviour.gap_s = 0.01
     for _ in llm.stream("x", params):
         break
-    assert idle(llm)
+    wait_until_idle(llm)
     with pytest.raises(RequestError):
         list(llm.stream("x", SamplingParams(n=2)))
 
@@ -145,7 +142,7 @@ def test_ctrl_c_while_waiting_frees_what_runs(llm: LLM) -> None:
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         llm.generate(["a", "b"], SamplingParams(max_tokens=100))
-    assert idle(llm)
+    wait_until_idle(llm)
     fake(llm).behaviour.gap_s = 0
     assert llm.generate("x")[0].text
 

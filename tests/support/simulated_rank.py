@@ -14,7 +14,7 @@ from random import Random
 from typing import Protocol
 
 from flexpert.engine import rank_protocol as msg
-from flexpert.engine.request import HeldKV, Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, RequestSequence, TokenEvent
 
 LOAD = msg.Load(0, 0, 0.0, 0)
 MEMORY = msg.Memory(1, 1, 1, 1, 1)
@@ -188,7 +188,7 @@ class SimRank:
             case msg.Stop():
                 self.world.end(self, 0)
 
-    def _take(self, sequences: list[Sequence]) -> None:
+    def _take(self, sequences: list[RequestSequence]) -> None:
         if self.left:
             held = [HeldKV(sequence.id, 0, []) for sequence in sequences]
             self.world.tell(self, msg.HandedOver(self.epoch, held))

@@ -25,7 +25,7 @@ import torch
 from flexpert.config import load_config
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.rank_engine import RankEngine
-from flexpert.engine.request import SamplingParams, Sequence
+from flexpert.engine.request import RequestSequence, SamplingParams
 from flexpert.engine.sampler import Sampler
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
@@ -138,10 +138,10 @@ def main() -> None:
     running.join(LIMIT_S)
 
 
-def request(name: str, seed: int, vocab: int) -> Sequence:
+def request(name: str, seed: int, vocab: int) -> RequestSequence:
     prompt = [(7 * seed + i) % (vocab - 8) + 8 for i in range(PROMPT)]
     params = SamplingParams(max_tokens=ANSWER, temperature=0.0, ignore_eos=True)
-    return Sequence(id=name, prompt=prompt, generated=[], params=params, eos=())
+    return RequestSequence(id=name, prompt=prompt, generated=[], params=params, eos=())
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from flexpert.engine.request import (
     FINISH_STOP,
     HeldKV,
     KVMigration,
+    RequestSequence,
     SamplingParams,
-    Sequence,
     TokenEvent,
 )
 from flexpert.errors import FlexpertError, Overloaded
@@ -49,7 +49,7 @@ class Entry:
         "stream",
     )
 
-    def __init__(self, request: Sequence, stream: TokenStream) -> None:
+    def __init__(self, request: RequestSequence, stream: TokenStream) -> None:
         self.request = request
         self.stream = stream
         self.generated: list[int] = []
@@ -59,7 +59,7 @@ class Entry:
         self.degraded = False
         self.on_trial = False
 
-    def resume(self) -> Sequence:
+    def resume(self) -> RequestSequence:
         """The sequence as the next rank must receive it."""
         generated, on_trial = list(self.generated), self.on_trial
         return msgspec.structs.replace(self.request, generated=generated, on_trial=on_trial)
@@ -162,7 +162,9 @@ class Journal:
         """
         self.check_room(1)
         stream = TokenStream(sequence_id, on_cancel)
-        request = Sequence(id=sequence_id, prompt=prompt, generated=[], params=params, eos=eos)
+        request = RequestSequence(
+            id=sequence_id, prompt=prompt, generated=[], params=params, eos=eos
+        )
         entry = self._entries[sequence_id] = Entry(request, stream)
         return entry
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections import abc, deque
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -39,7 +39,7 @@ from flexpert.engine.rank_states import (
     RankEventKind,
     RankStates,
 )
-from flexpert.engine.request import HeldKV, Sequence
+from flexpert.engine.request import HeldKV, RequestSequence
 from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
 from flexpert.engine.sequence import Sampled, SampleState
@@ -53,7 +53,7 @@ from flexpert.models.source import ModelSource
 
 _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it does not hang
 
-Samples = abc.Sequence[SampleState]
+Samples = Sequence[SampleState]
 Queued: TypeAlias = msg.Command | PreparationEnded | FetchEnded
 
 _VOTE = struct.Struct("<BI")  # has work, ready for epoch
@@ -234,7 +234,7 @@ class RankEngine:
         else:
             self._transfer.adopt(command)
 
-    def _hand_back(self, sequences: list[Sequence]) -> None:
+    def _hand_back(self, sequences: list[RequestSequence]) -> None:
         """This rank has left: what comes late goes on elsewhere, and it holds nothing of it."""
         held = [HeldKV(sequence.id, 0, []) for sequence in sequences]
         self.report(msg.HandedOver(self.buffer.epoch, held))

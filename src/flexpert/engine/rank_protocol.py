@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import msgspec
 
-from flexpert.engine.request import HeldKV, KVMigration, Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, TokenEvent
 from flexpert.errors import FlexpertError
 from flexpert.moe.placement import Placement
 
@@ -58,7 +58,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 class Admit(msgspec.Struct, frozen=True, tag="admit"):
     """Sequences to run."""
 
-    sequences: list[Sequence]
+    sequences: list[RequestSequence]
 
 
 class Offer(msgspec.Struct, frozen=True, tag="offer"):

@@ -109,7 +109,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 )
 
 
-class Sequence(msgspec.Struct, frozen=True, kw_only=True):
+class RequestSequence(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence as a rank receives it: also everything needed to go on elsewhere.
 
     prompt: token ids of the prompt. generated: token ids already published (a resumed sequence).
@@ -139,7 +139,7 @@ class HeldKV(msgspec.Struct, frozen=True, array_like=True):
 class KVMigration(msgspec.Struct, frozen=True, array_like=True):
     """A sequence on its way to another rank, and what the one it comes from holds of it."""
 
-    sequence: Sequence
+    sequence: RequestSequence
     held: HeldKV
 
 

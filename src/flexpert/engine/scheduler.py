@@ -31,14 +31,15 @@ are tainted then: nobody else may find them, nor those that follow, until they a
 
 from __future__ import annotations
 
-from collections import abc, deque
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flexpert.engine.blocks import BlockPool, chain
-from flexpert.engine.request import HeldKV, Sequence, TokenEvent
+from flexpert.engine.request import HeldKV, RequestSequence, TokenEvent
 from flexpert.engine.sequence import Sampled, SampleState
 from flexpert.errors import ConfigError, ContextOverflow, RequestError
 
@@ -75,7 +76,7 @@ class _Scheduled(SampleState):
 
     __slots__ = ("aborted", "blocks", "computed", "digests", "row", "tainted")
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: RequestSequence) -> None:
         super().__init__(sequence)
         self.blocks: list[int] = []
         self.computed = 0  # tokens whose keys and values are in the blocks
@@ -122,13 +123,13 @@ class StepPlan:
     _chunks: list[tuple[_Scheduled, int]] = field(repr=False)  # computed up to here afterwards
 
     @property
-    def ids(self) -> abc.Iterable[str]:
+    def ids(self) -> Iterable[str]:
         """Of all sequences that take part."""
         yield from (state.id for state in self._decoding)
         yield from (state.id for state, _ in self._chunks)
 
     @property
-    def samples(self) -> abc.Sequence[SampleState]:
+    def samples(self) -> Sequence[SampleState]:
         """The M sequences to sample, in the order of sample_rows."""
         return self._sampled
 
@@ -203,7 +204,7 @@ class Scheduler:
     def __contains__(self, id: str) -> bool:
         return id in self._states
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: RequestSequence) -> None:
         """Queues a sequence; what it has generated elsewhere counts as published.
 
         Raises:
@@ -310,7 +311,7 @@ class Scheduler:
         return held
 
     def adopt(
-        self, sequence: Sequence, held: HeldKV, have: list[int]
+        self, sequence: RequestSequence, held: HeldKV, have: list[int]
     ) -> list[tuple[int, int]] | None:
         """As `add`, but what another rank has computed is not computed again.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flexpert.engine.request import SamplingParams, Sequence, TokenLogprobs
+from flexpert.engine.request import RequestSequence, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class SampleState:
         "tokens",
     )
 
-    def __init__(self, sequence: Sequence) -> None:
+    def __init__(self, sequence: RequestSequence) -> None:
         params: SamplingParams = sequence.params
         self.id = sequence.id
         self.params = params

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 
 from flexpert.engine import rank_protocol as msg
-from flexpert.engine.request import Sequence
+from flexpert.engine.request import RequestSequence
 from flexpert.engine.scheduler import Scheduler
 from flexpert.errors import FlexpertError
 
@@ -28,7 +28,7 @@ class SequenceIntake:
         self._report = report
         self._on_trial: set[str] = set()  # whose first step is still to be reported
 
-    def admit(self, sequences: Iterable[Sequence]) -> None:
+    def admit(self, sequences: Iterable[RequestSequence]) -> None:
         """Queue them."""
         for sequence in sequences:
             with self.isolated(sequence):
@@ -41,7 +41,7 @@ class SequenceIntake:
             self._scheduler.abort(name)
 
     @contextlib.contextmanager
-    def isolated(self, sequence: Sequence) -> Iterator[None]:
+    def isolated(self, sequence: RequestSequence) -> Iterator[None]:
         """While a sequence is added: what is raised rejects it."""
         if sequence.on_trial:
             self._on_trial.add(sequence.id)
