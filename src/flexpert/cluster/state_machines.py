@@ -1,4 +1,4 @@
-"""Every state and transition of the coordinator, as docs/state-machines.md shows them.
+"""Every state and transition of coordinator and rank, as docs/state-machines.md shows them.
 
 python -m flexpert.cluster.state_machines docs/state-machines.md   # writes them into the page
 """
@@ -11,9 +11,10 @@ from pathlib import Path
 from flexpert.cluster.availability import availability_diagram
 from flexpert.cluster.membership import diagram
 from flexpert.cluster.reconciliation import activity_diagram
+from flexpert.engine import rank_states
 
 BEGIN = "<!-- generated: python -m flexpert.cluster.state_machines docs/state-machines.md -->"
-END = "<!-- end of what is generated from the coordinator's tables -->"
+END = "<!-- end of what is generated -->"
 
 _MACHINES = (
     (
@@ -33,6 +34,12 @@ _MACHINES = (
         "Whether requests are answered, wait or fail. Actions are carried out by "
         "`cluster/reconciler.py`.",
         availability_diagram,
+    ),
+    (
+        "A rank (`engine/rank_states.py`)",
+        "Whether it takes part in exchanges, and what has become of the plan of the next epoch; "
+        "the two go on side by side. Actions are carried out by `engine/rank_engine.py`.",
+        rank_states.diagram,
     ),
 )
 
