@@ -51,8 +51,8 @@ class DeviceSettings(ABC):
         """Defaults of `ClusterConfig` where no number of ranks is given."""
 
     @abstractmethod
-    def quantization(self, wanted: Quantization) -> Quantization:
-        """How experts are quantized in memory, where `wanted` is set."""
+    def quantization(self, desired: Quantization) -> Quantization:
+        """How experts are quantized in memory, where `desired` is set."""
 
     @abstractmethod
     def refusal(self, settings: SettingCombination) -> str | None:
@@ -70,7 +70,7 @@ class CpuSettings(DeviceSettings):
     def cluster_defaults(self) -> dict[str, int]:
         return {}
 
-    def quantization(self, wanted: Quantization) -> Quantization:
+    def quantization(self, desired: Quantization) -> Quantization:
         return "none"
 
     def refusal(self, settings: SettingCombination) -> str | None:
@@ -101,8 +101,8 @@ class CudaSettings(DeviceSettings):
     def cluster_defaults(self) -> dict[str, int]:
         return {"max_ranks": 1}
 
-    def quantization(self, wanted: Quantization) -> Quantization:
-        return wanted
+    def quantization(self, desired: Quantization) -> Quantization:
+        return desired
 
     def refusal(self, settings: SettingCombination) -> str | None:
         ranks = settings.max_ranks

@@ -68,16 +68,16 @@ def test_wrong_rows_and_sums_are_found() -> None:
     assert not rank_module.wrong_rows(rows, rows, exact=True)
     assert rank_module.wrong_rows(rows.roll(1, 0), rows, exact=True)
     assert rank_module.wrong_rows(rows.roll(1, 0), rows, exact=False)
-    wanted = rows.double()
-    assert not rank_module.wrong_result(rows, wanted, wanted.abs())
-    assert rank_module.wrong_result(rows.roll(1, 0), wanted, wanted.abs())
+    desired = rows.double()
+    assert not rank_module.wrong_result(rows, desired, desired.abs())
+    assert rank_module.wrong_result(rows.roll(1, 0), desired, desired.abs())
 
 
 def test_deduplicated_rows_counts_a_token_once_a_rank() -> None:
     work = work_of(6)
     owners = expert_table(work).rank[make_input(work, 1, 0).expert_ids]
-    wanted = [sum(rank in row and rank != 1 for row in owners.tolist()) for rank in range(3)]
-    assert deduplicated_rows(work, 1, 0).tolist() == wanted
+    desired = [sum(rank in row and rank != 1 for row in owners.tolist()) for rank in range(3)]
+    assert deduplicated_rows(work, 1, 0).tolist() == desired
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,9 @@ def test_torch_on_one_rank_agrees_with_the_oracle() -> None:
     torch_local = TorchLocal(site)
     for turn in range(2):
         torch_local.dispatch(turn)
-        wanted, slots = expected_arrivals(work, 0, turn)
-        assert not wrong_rows(torch_local.rows(), wanted, exact=True)
-        torch_local.put_results(turn, expert_results(wanted, slots))
+        desired, slots = expected_arrivals(work, 0, turn)
+        assert not wrong_rows(torch_local.rows(), desired, exact=True)
+        torch_local.put_results(turn, expert_results(desired, slots))
         result = torch_local.combine(turn)
         assert not wrong_result(result, *expected_result(work, site.pool[turn]))
 
@@ -86,9 +86,9 @@ def test_nixl_ep_s_interface_agrees_with_the_oracle(
     baseline = NixlEp(site, "flexpert.compat.nixl_ep")
     for turn in range(2):
         baseline.dispatch(turn)
-        wanted, slots = expected_arrivals(work, 0, turn)
-        assert not wrong_rows(baseline.rows(), wanted, exact=fp8 is None)
-        baseline.put_results(turn, expert_results(wanted, slots))
+        desired, slots = expected_arrivals(work, 0, turn)
+        assert not wrong_rows(baseline.rows(), desired, exact=fp8 is None)
+        baseline.put_results(turn, expert_results(desired, slots))
         result = baseline.combine(turn)
         assert not wrong_result(result, *expected_result(work, site.pool[turn]))
     baseline.close()

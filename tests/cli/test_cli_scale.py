@@ -84,10 +84,10 @@ def test_a_terminal_shows_the_phases_in_place(service: Any) -> None:
 
 @pytest.mark.parametrize(
     ("state", "status", "says"),
-    [("failed", 1, "failed: rank 3 ended (SIGKILL)"), ("cancelled", 3, "cancelled")],
+    [("failed", 1, "failed: rank 3 exited (SIGKILL)"), ("cancelled", 3, "cancelled")],
 )
 def test_the_exit_status_is_the_outcome(service: Any, state: str, status: int, says: str) -> None:
-    over = DONE | {"state": state, "error": "rank 3 ended (SIGKILL)"}
+    over = DONE | {"state": state, "error": "rank 3 exited (SIGKILL)"}
     service.replies = {BEGIN: (202, OPERATION), FOLLOW: (200, over)}
     found, out = scale(service)
     assert found == status

@@ -61,7 +61,7 @@ def test_survivors_go_on_at_once_then_load_what_is_missing_then_the_replacement_
 
         # evidence that comes before the news of the end makes a recovery that another takes over
         loss, restoring, replacing = (view for view in over if view.state == "done")
-        assert str(loss.reason).startswith("rank 1 ended")
+        assert str(loss.reason).startswith("rank 1 exited")
         assert (loss.moved_experts, loss.remove) == (0, [1])
         assert restoring.reason == f"loads {held} experts that were lost"
         assert (restoring.moved_experts, restoring.target) == (held, [0, 2])

@@ -81,7 +81,7 @@ def test_a_scale_down_skips_spawning_and_ends_when_the_leaver_is_gone() -> None:
 @pytest.mark.parametrize(
     "trouble",
     [
-        MembershipEvent(EventKind.EXITED, 2, "rank 2 ended"),
+        MembershipEvent(EventKind.EXITED, 2, "rank 2 exited"),
         MembershipEvent(EventKind.FAILED, 0, "no such file"),
         MembershipEvent(EventKind.DEADLINE, reason="deadline"),
         MembershipEvent(EventKind.CANCEL, reason="cancelled"),
@@ -261,7 +261,7 @@ def test_survivors_without_the_memory_stay_members_until_a_change_adds_ranks() -
     assert membership.begin({0, 1, 2}) == [Do.SPAWN]
     assert Do.HALT in run(membership, MembershipEvent(EventKind.EXITED, 0, "killed"))
     assert run(membership, MembershipEvent(EventKind.SHORT)) == [Do.HOLD]
-    assert membership.phase is Phase.RELEASE, "the newcomer's id is free when it has ended"
+    assert membership.phase is Phase.RELEASE, "the newcomer's id is free when it has exited"
     assert run(membership, MembershipEvent(EventKind.EXITED, 1)) == [Do.FINISH]
     assert membership.members == {2}
 

@@ -89,7 +89,7 @@ def test_a_rank_that_gets_no_memory_fails_its_change_with_the_reason() -> None:
         limits = resource.prlimit(pid, resource.RLIMIT_AS)
         mapped = psutil.Process(pid).memory_info().vms
         resource.prlimit(pid, resource.RLIMIT_AS, (mapped + (4 << 20), limits[1]))
-        await refused(head, "rank 2 ended")
+        await refused(head, "rank 2 exited")
         resource.prlimit(pid, resource.RLIMIT_AS, limits)
         await until(lambda: active(head) == {0, 1})
         assert (await change(head, ranks=3)).state == "done"
@@ -120,7 +120,7 @@ def test_a_newcomer_that_gets_no_memory_for_its_kv_cache_says_so() -> None:
         pid = fork_server(head)
         limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # of 32 MiB
-        await refused(head, "rank 2 ended", "File too large")
+        await refused(head, "rank 2 exited", "File too large")
         resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
         assert (await change(head, ranks=3)).state == "done"
 

@@ -231,13 +231,13 @@ def nobody_comes_back(patch: Patch) -> None:
 
 
 def who_is_silent_is_let_be(patch: Patch) -> None:
-    """A rank that has stalled is ended."""
+    """A rank that has stalled is terminated."""
     patch.setattr(watch, "STALLED", float("inf"))
     patch.setattr(ChangeActions, "_kill_not_halted", lambda *_: None)
 
 
 def who_hangs_is_let_be(patch: Patch) -> None:
-    """A rank whose step loop hangs is ended."""
+    """A rank whose step loop hangs is terminated."""
     patch.setattr(watch, "STUCK", float("inf"))
 
 

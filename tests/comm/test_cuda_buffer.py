@@ -255,8 +255,8 @@ def test_bytes_travel_as_they_are(ranks: CudaRanks) -> None:
     for size in (1, 7, 64, SPEC.hidden * 4):
         x = torch.randint(0, 256, (s.x.shape[0], size), dtype=torch.uint8)
         received = a.begin_dispatch(x, s.expert_ids, s.weights, s.table)()
-        wanted, offsets, _ = expected_rows({0: replace(s, x=x)}, 0)
-        assert torch.equal(received.x, wanted)
+        desired, offsets, _ = expected_rows({0: replace(s, x=x)}, 0)
+        assert torch.equal(received.x, desired)
         assert torch.equal(received.offsets, offsets)
         a.begin_combine(torch.zeros(received.count, SPEC.hidden), received)()
 

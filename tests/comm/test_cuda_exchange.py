@@ -147,12 +147,12 @@ def test_fp8_values_and_scales_are_those_of_the_reference(scales: Scales) -> Non
     sent[0].x[1] *= torch.logspace(-12, 12, 1024)
     for rank, handle in local.dispatch(sent, scales).items():
         rows, _, _ = expected_rows(sent, rank)
-        q, wanted = quantise(rows, scales)
+        q, desired = quantise(rows, scales)
         assert handle.indexed.scales is not None
         at = handle.indexed.rows[: len(rows)].long()
         values = handle.indexed.payload.view(torch.uint8)[at].cpu().view(q.dtype).float()
         assert torch.equal(values.nan_to_num(999.0), q.float().nan_to_num(999.0))
-        assert torch.equal(handle.indexed.scales[at].cpu(), wanted)
+        assert torch.equal(handle.indexed.scales[at].cpu(), desired)
 
 
 def missing(local: CudaLocal, rank: int) -> list[Missing]:

@@ -69,8 +69,8 @@ def check_pack(
                 assert torch.equal(into.x[slot, row].view(torch.uint8).cpu(), rows[at])
                 assert int(into.token[slot, row]) == token
                 if scales is not None and into.scales is not None:
-                    wanted = scales[handle.indexed.rows[at].long()]
-                    assert torch.equal(into.scales[slot, row], wanted)
+                    desired = scales[handle.indexed.rows[at].long()]
+                    assert torch.equal(into.scales[slot, row], desired)
             rest = into.x[slot, len(found) :].view(torch.uint8)
             assert torch.equal(rest, before[slot, len(found) :])
         used = handle.stride * local.spec.capacity * local.spec.max_tokens

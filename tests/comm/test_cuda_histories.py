@@ -74,8 +74,8 @@ class History:
             self.view[rank] -= mute
             out = pending()
             s = sent[rank]
-            wanted = applied(replace(s, expert_ids=masked_ids(s, self.view[rank])), reduce)
-            assert same_bits(out, wanted), (self.seed, rank)
+            desired = applied(replace(s, expert_ids=masked_ids(s, self.view[rank])), reduce)
+            assert same_bits(out, desired), (self.seed, rank)
             assert set(self.ranks.buffers[rank].active) == self.view[rank]
         for rank in silent | mute:  # their exchange is over, too: only an epoch brings them back
             self.view.pop(rank, None)

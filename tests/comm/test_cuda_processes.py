@@ -205,8 +205,8 @@ def replay(buffer: Buffer, ids: tuple[int, ...], seeds: range) -> int:
         layer.graph.replay()
         cast(CudaBuffer, buffer).check()
         s = sent[buffer.rank]
-        wanted = expected_sums(sent, results(sent, ids), buffer.rank, "rank")
-        assert same_bits(layer.out[: s.x.shape[0]].cpu(), wanted), (ids, seed)
+        desired = expected_sums(sent, results(sent, ids), buffer.rank, "rank")
+        assert same_bits(layer.out[: s.x.shape[0]].cpu(), desired), (ids, seed)
     return layer.captures
 
 
@@ -240,14 +240,14 @@ def exchange_for_ever(buffer: Buffer, ids: tuple[int, ...], seed: int) -> tuple[
     sent = random_sent(buffer.spec, ids, seed)
     s = on_gpu(sent[buffer.rank])
     y = results(sent, ids)
-    mine, wanted = y[buffer.rank].cuda(), expected_sums(sent, y, buffer.rank, "rank")
+    mine, desired = y[buffer.rank].cuda(), expected_sums(sent, y, buffer.rank, "rank")
     while True:
         try:
             got = buffer.dispatch(s.x, s.expert_ids, s.weights, s.table)
             out = buffer.combine(mine, got)
         except (RankLost, RankTimeout) as error:
             return f"{type(error).__name__}: {error}", time.monotonic()
-        assert same_bits(out.cpu(), wanted)
+        assert same_bits(out.cpu(), desired)
 
 
 @pytest.mark.timeout(600)

@@ -272,7 +272,7 @@ def test_a_killed_rank_is_known_without_waiting_for_the_limit(on_timeout: str) -
         for rank in (0, 1):
             ranks.ranks[rank].ask(killed_while_it_is_waited_for, sent[rank])
         ranks.ranks.pop(2).kill()
-        gone = {2: "process ended"}
+        gone = {2: "process exited"}
         raised = ((2,), "dispatch", gone, gone)
         for rank in (0, 1):
             answer = ranks.ranks[rank].answer()  # within LIMIT_S, which is the buffers' limit

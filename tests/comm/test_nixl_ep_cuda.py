@@ -170,8 +170,8 @@ def test_fp8_rows_and_their_column_major_scales(kind: str) -> None:
             assert scales.stride() == (8 * columns, 1, 8)
             for expert, rows in enumerate(routed(ranks.setup, sent, rank)):
                 for row, (source, token) in enumerate(rows):
-                    q, wanted = quantise(sent[source].x[token : token + 1], cast(Any, kind))
-                    assert torch.equal(scales[expert, row], wanted[0])
+                    q, desired = quantise(sent[source].x[token : token + 1], cast(Any, kind))
+                    assert torch.equal(scales[expert, row], desired[0])
                     assert torch.equal(
                         values[expert, row].view(torch.uint8), q[0].view(torch.uint8)
                     )

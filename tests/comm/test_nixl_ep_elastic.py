@@ -62,7 +62,7 @@ def run_plan(plan: list[list[int]], *options: str, device: str = "cpu") -> None:
 
     try:
         for rank, first, killed in lives(plan):
-            if rank in running:  # an id is used again when its process has ended
+            if rank in running:  # an id is used again when its process has exited
                 end(rank)
             arguments = ["--rank", str(rank), "--start-phase", str(first), *common]
             process = context.Process(target=run_script, args=(arguments, device))

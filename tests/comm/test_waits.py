@@ -203,7 +203,7 @@ def pid_of(rank: Rank) -> int:
 
 def dispatch_fails(buffer: Buffer, s: Sent, timeout_s: float) -> tuple[int, ...]:
     vote(buffer)
-    with pytest.raises(RankLost, match=r"lost in dispatch .*rank 2: process ended") as caught:
+    with pytest.raises(RankLost, match=r"lost in dispatch .*rank 2: process exited") as caught:
         dispatch(buffer, s, timeout_s)
     return caught.value.ranks
 

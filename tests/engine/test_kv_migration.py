@@ -158,9 +158,9 @@ def test_without_a_free_row_it_waits_with_its_kv_and_nothing_is_computed_again()
     destination.add(later)
     assert (destination.scheduler.running, destination.scheduler.waiting) == (1, 4)
     before = destination.computed
-    wanted = sum(12 - len(destination.got[s.id]) for s in asked)
-    destination.step(wanted)
-    assert destination.computed - before == wanted, "a token each, one sequence at a time"
+    desired = sum(12 - len(destination.got[s.id]) for s in asked)
+    destination.step(desired)
+    assert destination.computed - before == desired, "a token each, one sequence at a time"
     assert [len(destination.got[s.id]) for s in (*asked, later)] == [12, 12, 12, 12, 0]
     destination.step(12)
     for s in (*asked, later):

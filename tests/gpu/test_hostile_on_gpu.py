@@ -105,7 +105,7 @@ def poison(folder: Path) -> None:
     struck = 6 - len(list(folder.glob("*.json")))
     print(
         f"poison: {answered.status_code} after {time.perf_counter() - began:.1f} s, "
-        f"{struck} ranks ended: {answered.text[:200]}",
+        f"{struck} ranks exited: {answered.text[:200]}",
         flush=True,
     )
     assert answered.status_code == 500

@@ -70,11 +70,11 @@ def test_unquantized_weights_are_quantized_at_load_when_that_is_wanted(
     whole = checkpoint(family)
     assert not ModelSource.open(str(whole), experts="stored").fp8_experts
     for a, b in zip(experts(whole, experts="fp8"), experts(whole), strict=True):
-        wanted = b.quantized()
-        assert torch.equal(a.gate_up.view(torch.uint8), wanted.gate_up.view(torch.uint8))
+        desired = b.quantized()
+        assert torch.equal(a.gate_up.view(torch.uint8), desired.gate_up.view(torch.uint8))
         assert a.down_scale is not None
-        assert wanted.down_scale is not None
-        assert torch.equal(a.down_scale, wanted.down_scale)
+        assert desired.down_scale is not None
+        assert torch.equal(a.down_scale, desired.down_scale)
         assert (a.gate_up_bias is None) == (b.gate_up_bias is None)
         if a.gate_up_bias is not None and b.gate_up_bias is not None:
             assert torch.equal(a.gate_up_bias, b.gate_up_bias)

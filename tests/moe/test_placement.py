@@ -73,13 +73,12 @@ def test_replicas_lie_on_distinct_ranks_and_are_balanced(
     for ranks in history:
         placement = replan(placement, ranks, experts=experts, layers=2, redundant=redundant)
         assert placement.missing() == []
-        wanted = copies_of(experts, redundant, len(ranks))
-        assert sum(wanted) == min(experts * len(ranks), experts + redundant) or max(wanted) == len(
-            ranks
-        )
+        desired = copies_of(experts, redundant, len(ranks))
+        most = experts * len(ranks)
+        assert sum(desired) == min(most, experts + redundant) or max(desired) == len(ranks)
         for layer in placement.layers:
             every = [expert for held in layer.values() for expert in held]
-            assert [every.count(expert) for expert in range(experts)] == wanted
+            assert [every.count(expert) for expert in range(experts)] == desired
             assert all(len(set(held)) == len(held) for held in layer.values())
             counts = [len(held) for held in layer.values()]
             assert max(counts) - min(counts) <= 1

@@ -326,7 +326,7 @@ class SimRank:
     def waits(self, missing: Iterable[bytes]) -> None:
         """Some peers do not take part. An end is seen soon, silence when the exchange's time is up.
 
-        missing: addresses of peers whose processes have ended.
+        missing: addresses of peers whose processes have exited.
         """
         if missing and self.waiting != "gone":
             self.waiting = "gone"

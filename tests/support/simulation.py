@@ -101,7 +101,7 @@ class Simulation(Network):
         self.evil = random.Random(seed)  # of its own: other histories stay what they are
         self.poison: dict[str, tuple[int, int]] = {}  # the step that ends its rank, with a status
         self.poisoned: dict[str, int] = {}  # how many it has ended
-        self.on_board: Counter[str] = Counter()  # when a rank ended unasked
+        self.on_board: Counter[str] = Counter()  # when a rank exited unasked
         self.quiet = False  # no step is possible before something changes
         self.journal = Journal()
         self.admission = Admission(self.journal, lambda: self.coordinator.admitting, self.send)
@@ -215,7 +215,7 @@ class Simulation(Network):
         change = membership.change
         stays = change and rank in change.before & change.after
         if process.alive and process.well and stays and membership.phase is not Phase.LOST:
-            raise Violation(f"rank {rank} is ended although nothing was done to it")
+            raise Violation(f"rank {rank} is terminated although nothing was done to it")
         self.call(0.002 * self.draw.random(), self.end, process, -9)
 
     def end(self, process: SimRank, status: int) -> None:

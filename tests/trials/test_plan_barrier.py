@@ -44,7 +44,7 @@ def test_an_epoch_that_begins_without_somebody_is_agreed_anew(
 
     monkeypatch.setattr(worker, "agree", agree)
     monkeypatch.setattr(worker, "asked", lambda store, view: False)
-    buffer = Barriers({0: 4, 1: 4}, {0: 4, 1: 3})  # the lost rank 2 may have wanted less
+    buffer = Barriers({0: 4, 1: 4}, {0: 4, 1: 3})  # the lost rank 2 may have desired less
     setup = worker.Setup(Sizes(1, 16, 1, 1, torch.bfloat16), 3, "shm", None, 5, 1.0, 1.0, 0)
     run: Any = worker.Run(
         buffer,  # type: ignore[arg-type]

@@ -61,9 +61,9 @@ class Told:
             case msg.Failed() | msg.Broken() | msg.Rejected():
                 self.said.put(str(report))
 
-    def wait_for(self, wanted: str) -> None:
+    def wait_for(self, desired: str) -> None:
         said = self.said.get(timeout=LIMIT_S)
-        if said != wanted:
+        if said != desired:
             raise SystemExit(f"the rank says {said}")
 
 

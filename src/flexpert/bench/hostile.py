@@ -47,7 +47,7 @@ class HostilePlan:
 
 
 class HostileMeasured(msgspec.Struct, frozen=True, kw_only=True):
-    """Streams beside clients of one kind.
+    """Streams together with clients of one kind.
 
     longest_gap_ms: between two pieces of one answer; longest_first_ms: from sending to the first.
     load: of the machine, the highest of
@@ -82,8 +82,8 @@ class HeadMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostileReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The JSON of `flexpert bench hostile`. ratio: tokens/s beside hostile clients over those
-    beside ordinary ones."""
+    """The JSON of `flexpert bench hostile`. ratio: tokens/s with hostile clients over those
+    with ordinary ones."""
 
     command: str
     machine: Machine
@@ -220,11 +220,11 @@ async def _measure(
     before, highest, helpers = 0.0, 0.0, 0.0
     try:
         for turn in range(1, turns + 1):
-            note(f"{plan.streams} streams beside others, turn {turn} of {turns}")
-            await ordinary.beside(streams, head, plan.duration_s / turns)
+            note(f"{plan.streams} streams with other clients, turn {turn} of {turns}")
+            await ordinary.run_with(streams, head, plan.duration_s / turns)
             before = before or _mib(head)
             async with _watching(head, ranks) as seen:
-                await hostile.beside(streams, head, plan.duration_s / turns)
+                await hostile.run_with(streams, head, plan.duration_s / turns)
             highest, helpers = max(highest, seen.highest), max(helpers, seen.helpers)
     finally:
         await _end(tasks)
@@ -235,7 +235,7 @@ async def _measure(
 
 @dataclass(slots=True)
 class _Clients:
-    """The process of clients of one kind, and the streams beside it in all its turns."""
+    """The process of clients of one kind, and the streams that run with it in all its turns."""
 
     process: asyncio.subprocess.Process
     tokens: int = 0
@@ -247,7 +247,7 @@ class _Clients:
     load: float = 0.0
     outcome: ClientsOutcome | None = None
 
-    async def beside(self, streams: list[_Stream], head: psutil.Process, seconds: float) -> None:
+    async def run_with(self, streams: list[_Stream], head: psutil.Process, seconds: float) -> None:
         """One turn: the clients come, the streams are measured for so long, and they go."""
         self._tell(b"go")
         await asyncio.sleep(min(SETTLE_S, seconds))
@@ -275,12 +275,12 @@ class _Clients:
         """Raises: FlexpertError: it ended before it said so."""
         if self.process.stdout is not None and await self.process.stdout.readline() == line + b"\n":
             return
-        raise FlexpertError("the process of the clients has ended")
+        raise FlexpertError("the process of the clients has exited")
 
     def measured(self) -> HostileMeasured:
         """Raises: FlexpertError: the clients did not come to their end."""
         if self.outcome is None:
-            raise FlexpertError("the process of the clients has ended without a result")
+            raise FlexpertError("the process of the clients has exited without a result")
         return HostileMeasured(
             tokens_per_s=round(self.tokens / self.seconds, 1),
             longest_gap_ms=round(self.longest_gap_s * 1e3, 1),

@@ -130,7 +130,7 @@ HEAVY: dict[str, tuple[str, Heavy]] = {
             {"messages": [{"role": "u", "content": [{"type": "text", "text": "a"}] * (n // 31)}]}
         ),
     ),
-    "messages with much beside": (
+    "messages with many other fields": (
         "/v1/chat/completions",
         lambda n: _json({"messages": [{"role": "user", "content": "a", "x": [0] * (n // 3)}]}),
     ),

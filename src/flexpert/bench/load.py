@@ -187,8 +187,8 @@ def parse_reply(pieces: Pieces) -> HttpReply:
     body = [(time, rest), *pieces]
     if "chunked" in headers.get("transfer-encoding", "").lower():
         return HttpReply(status, list(_dechunk(body)))
-    wanted = headers.get("content-length")
-    if wanted is not None and sum(len(data) for _, data in body) < int(wanted):
+    desired = headers.get("content-length")
+    if desired is not None and sum(len(data) for _, data in body) < int(desired):
         raise LoadError("the connection closed in the middle of the answer")
     return HttpReply(status, body)
 

@@ -2,8 +2,8 @@
 
     python -m flexpert.bench.reference < job.json > result.json
 
-Both ways know all prompts from the start and answer greedily with the wanted number of tokens each.
-A first, short call warms up; reading the checkpoint is not counted.
+Both ways know all prompts from the start and answer greedily with the desired number of tokens
+each. A first, short call warms up; reading the checkpoint is not counted.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def run(job: ReferenceJob) -> ReferenceResult:
     began = time.perf_counter()
     answers = answer(model, job.prompts, job.output_tokens)
     seconds = time.perf_counter() - began
-    answers = [ids[:wanted] for ids, wanted in zip(answers, job.output_tokens, strict=True)]
+    answers = [ids[:desired] for ids, desired in zip(answers, job.output_tokens, strict=True)]
     return ReferenceResult(
         seconds=seconds,
         tokens=sum(map(len, answers)),
@@ -94,15 +94,15 @@ def model_path(model: str) -> str:
 
 
 def _continuous(
-    model: Any, prompts: list[list[int]], wanted: list[int], *, concurrency: int | None
+    model: Any, prompts: list[list[int]], desired: list[int], *, concurrency: int | None
 ) -> list[list[int]]:
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     # no end token: every answer has its full length. The default KV page count is read off a
     # GPU's memory; here, as many as the work needs, all requests running at once.
     page = 256
-    pages = sum(-(-(len(p) + n) // page) for p, n in zip(prompts, wanted, strict=True)) + 8
-    config = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(wanted))
+    pages = sum(-(-(len(p) + n) // page) for p, n in zip(prompts, desired, strict=True)) + 8
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=max(desired))
     batching = ContinuousBatchingConfig(
         page_size=page,
         num_blocks=pages,
@@ -118,7 +118,7 @@ def _continuous(
     return [list(result.generated_tokens) for result in ordered]
 
 
-def _static(model: Any, prompts: list[list[int]], wanted: list[int]) -> list[list[int]]:
+def _static(model: Any, prompts: list[list[int]], desired: list[int]) -> list[list[int]]:
     import torch
 
     longest = max(map(len, prompts))
@@ -128,8 +128,8 @@ def _static(model: Any, prompts: list[list[int]], wanted: list[int]) -> list[lis
         input_ids=ids,
         attention_mask=mask,
         do_sample=False,
-        max_new_tokens=max(wanted),
-        min_new_tokens=max(wanted),
+        max_new_tokens=max(desired),
+        min_new_tokens=max(desired),
         pad_token_id=0,
     )
     answers: list[list[int]] = output[:, longest:].tolist()

@@ -1,4 +1,4 @@
-"""`flexpert bench serve`: what a service does under a load, beside what transformers does alone."""
+"""`flexpert bench serve`: what a service does under a load, and what transformers does alone."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def describe(load: OfferedLoad) -> str:
 async def _measure(
     load: OfferedLoad, measured: ServeMeasured, tokens_wanted: bool, note: Note
 ) -> tuple[list[ClientAnswer], list[list[int]], float]:
-    """Answers, the prompts as token ids if wanted, and our own CPU seconds."""
+    """Answers, the prompts as token ids if desired, and our own CPU seconds."""
     async with AsyncExitStack() as stack:
         if measured.url is None:
             service = own_service(measured.arguments(), report=note)

@@ -95,7 +95,7 @@ def chaos(
     seed, and compares. kill: SIGKILL. stop: SIGSTOP, for good. slow: stopped half of the time for a
     second; nobody may be evicted for it. oom: a leak takes all memory that the rank may have.
     partition: rank and head do not hear each other for a while. Exit status 1 if an answer was lost
-    or altered, a rank ended that was not harmed or has grown, or not all came back.
+    or altered, a rank exited that was not harmed or has grown, or not all came back.
     """
     check_outputs(output, plot)
     from flexpert.bench.comm.plot import check_plot

@@ -1,4 +1,5 @@
-"""New sequences, and those that wait, go to the ranks that admit; those nobody waits for are ended.
+"""New sequences, and those that wait, go to the ranks that admit; those nobody waits for are
+terminated.
 
 How sequences of a rank that leaves or is lost go on is `Coordinator`'s work.
 """

@@ -297,7 +297,7 @@ class Journal:
             self.fail(
                 convicted,
                 FlexpertError(
-                    f"request {convicted} is not tried again: more than one rank has ended in the "
+                    f"request {convicted} is not tried again: more than one rank has exited in the "
                     "step that took it; the log of the service says how"
                 ),
             )

@@ -201,7 +201,7 @@ P, K = Phase, EventKind
 RULES = RuleTable[Phase, EventKind, Do](
     (
         Rule(P.IDLE, K.BEGIN, P.SPAWN, (Do.SPAWN,)),
-        # prepare: beside serving, and it can be withdrawn
+        # prepare: while serving, and it can be withdrawn
         Rule(P.SPAWN, K.HELLO, P.LOAD, (Do.PREPARE,), _all_joined),
         Rule(P.LOAD, K.PREPARED, P.MIGRATE, (Do.OFFER,), _somebody_leaves),
         Rule(P.LOAD, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),

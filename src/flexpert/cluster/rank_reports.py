@@ -92,7 +92,7 @@ class RankReports:
         cluster = self._cluster
         rank_state = cluster.ranks.pop(rank, None)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        reason = f"rank {rank} ended ({how})"
+        reason = f"rank {rank} exited ({how})"
         if error := why or (rank_state.error if rank_state else ""):
             reason += f": {error}"
         stalled = rank_state is not None and rank_state.state == "stalled"

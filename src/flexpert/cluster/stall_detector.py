@@ -83,7 +83,7 @@ class Watch:
             rank_state = self._ranks.get(rank)
             if rank_state and rank_state.state != "stalled":
                 rank_state.state, rank_state.error = "stalled", why
-                self._warn(f"rank {rank} {why} and is ended")
+                self._warn(f"rank {rank} {why} and is terminated")
                 self._head.kill(rank)
 
     def _look_again(self) -> None:

@@ -254,7 +254,7 @@ class Buffer(ABC):
             ids, which then meet through the store given to `make_buffer`: each pair waits for each
             other, at most `timeout_s` (default: the buffer's). Keys left by dead ranks do no harm.
 
-        May run beside exchanges. The own id and connected ids are skipped.
+        May run during exchanges. The own id and connected ids are skipped.
 
         Raises:
             PeerUnreachable: the process behind an address is gone; nothing was connected.
@@ -315,7 +315,7 @@ class Buffer(ABC):
     @property
     @abstractmethod
     def lost(self) -> dict[int, str]:
-        """Connected ids known to be gone → why: "process ended" or "link broken"."""
+        """Connected ids known to be gone → why: "process exited" or "link broken"."""
 
     # ---- the step barrier -------------------------------------------------------------------
 

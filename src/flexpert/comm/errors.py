@@ -39,7 +39,7 @@ class RankLost(CommError):  # noqa: N818
         ranks: the ids that are lost.
         phase: "vote", "dispatch" or "combine".
         epoch: the epoch of the exchange.
-        why: id → one of "process ended", "link broken", "masked".
+        why: id → one of "process exited", "link broken", "masked".
     """
 
     def __init__(self, ranks: tuple[int, ...], phase: str, epoch: int, why: dict[int, str]) -> None:

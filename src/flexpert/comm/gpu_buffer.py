@@ -1,7 +1,7 @@
 """What exchanges between devices have in common: the host's part of the contract.
 
 Rows go from device to device in ways of their own. What is agreed by hosts goes through a
-`HostBuffer` of the smallest size: addresses, votes, which links are up, whose process has ended.
+`HostBuffer` of the smallest size: addresses, votes, which links are up, whose process has exited.
 """
 
 from __future__ import annotations
@@ -227,17 +227,17 @@ class DeviceBuffer(Buffer):
 
     def _check_rows(self, name: str, tensor: torch.Tensor, rows: int | None) -> None:
         """rows: how many there must be; None: as many as there can be."""
-        wanted = self.most_rows if rows is None else rows
+        desired = self.most_rows if rows is None else rows
         if (
             tensor.dtype is not self.spec.dtype
             or tensor.ndim != 2
-            or tensor.shape[0] not in (wanted, self.most_rows)
+            or tensor.shape[0] not in (desired, self.most_rows)
             or tensor.shape[1] != self.spec.hidden
             or not tensor.is_contiguous()
             or tensor.device != self.device
         ):
             raise ValueError(
-                f"{name} must be [{wanted}, {self.spec.hidden}] {self.spec.dtype} on "
+                f"{name} must be [{desired}, {self.spec.hidden}] {self.spec.dtype} on "
                 f"{self.device}, contiguous; is {list(tensor.shape)} {tensor.dtype} on "
                 f"{tensor.device}"
             )

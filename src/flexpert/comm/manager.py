@@ -26,7 +26,7 @@ class BufferManager:
     def get(self, rank: int, spec: BufferSpec, **options: Unpack[BufferOptions]) -> Buffer:
         """The buffer, with room for `spec`.
 
-        A larger capacity is added in place, beside running exchanges. More tokens or more experts
+        A larger capacity is added in place, during exchanges. More tokens or more experts
         a token would need other windows on all peers, so the first caller names the largest sizes.
 
         Args:

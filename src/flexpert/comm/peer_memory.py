@@ -1,4 +1,4 @@
-"""Memory that a rank lets its peers read beside the exchanges: a KV cache whose blocks move.
+"""Memory that a rank lets its peers read outside of the exchanges: a KV cache whose blocks move.
 
 The owner makes it with `export_memory` and goes on using it as its own; a peer that was told the
 address reads it with `import_memory`, without the owner's help. Nothing is locked: what may be

@@ -83,7 +83,7 @@ class BlockPool:
     def match_prefix(self, tokens: Sequence[int]) -> list[int]:
         """The published blocks that `tokens` begins with; takes no reference (see `share`).
 
-        Never all of `tokens`: at least one is left to compute, since its logits are wanted.
+        Never all of `tokens`: at least one is left to compute, since its logits are desired.
         """
         return self.match(chain(tokens, self.block_size, [], self.matchable(len(tokens))))
 

@@ -1,4 +1,4 @@
-"""A prepared epoch: everything a rank does beside serving before it may vote for a membership."""
+"""A prepared epoch: everything a rank does while serving, before it may vote for a membership."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def prepare_epoch(
     layers: list[LayerState] = []
     loaded: list[Key] = []
     copied = 0
-    wanted = plan.placement.held_by(rank)
+    desired = plan.placement.held_by(rank)
     tables: list[ExpertTable] = expert_tables(plan.placement, rank)
     exporters = _Exporters(rank, plan.exporters, store)
     try:
-        for layer, experts in enumerate(wanted):
+        for layer, experts in enumerate(desired):
             if cancelled.is_set():
                 raise Cancelled
             new = [(layer, expert) for expert in experts if (layer, expert) not in held]
@@ -86,7 +86,7 @@ def prepare_epoch(
             layers.append(
                 LayerState(tables[layer], LayerExperts(of_layer, deterministic=deterministic))
             )
-            progress((layer + 1) / len(wanted))
+            progress((layer + 1) / len(desired))
     except BaseException:
         store.drop(loaded)
         raise

@@ -30,8 +30,8 @@ _FETCH_BLOCKS = 64  # copied at once
 class KVFetch(threading.Thread):
     """Copies KV blocks of a rank that leaves.
 
-    theirs: that rank's cache, once all is copied. over: the thread has ended, and the step loop has
-    heard so; set by the latter.
+    theirs: that rank's cache, once all is copied. over: the thread has exited, and the step loop
+    has heard so; set by the latter.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Epochs are prepared in a thread beside the step loop, one after the other.
+"""Epochs are prepared in a thread in the background of the step loop, one after the other.
 
 Whatever a preparation takes (connections, places of experts) is either the running epoch's in the
 end or given back, and only once: by whoever comes second, the end of the work or its withdrawal.

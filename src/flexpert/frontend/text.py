@@ -241,8 +241,8 @@ class _WindowDetokenizer:
         self._settled = 0  # tokens at the window's start whose text is out already
 
     def push(self, tokens: Iterable[int]) -> str:
-        wanted = [id for id in tokens if id not in self._special and 0 <= id < self._size]
-        return "".join([self._push(id) for id in wanted])
+        desired = [id for id in tokens if id not in self._special and 0 <= id < self._size]
+        return "".join([self._push(id) for id in desired])
 
     def flush(self) -> str:
         return self._settle(self._new_text())

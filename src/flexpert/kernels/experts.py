@@ -68,19 +68,19 @@ class ExpertShape:
     def _parts(self) -> list[_Part]:
         up, down = (self.height, self.hidden), (self.hidden, self.inter)
         scaled = self.dtype == fp8.DTYPE
-        wanted: list[tuple[str, tuple[int, ...], torch.dtype]] = [
+        desired: list[tuple[str, tuple[int, ...], torch.dtype]] = [
             ("gate_up", up, self.dtype),
             ("down", down, self.dtype),
         ]
         if self.biases is not None:
-            wanted += [("gate_up_bias", up[:1], self.biases), ("down_bias", down[:1], self.biases)]
+            desired += [("gate_up_bias", up[:1], self.biases), ("down_bias", down[:1], self.biases)]
         if scaled:
-            wanted += [
+            desired += [
                 ("gate_up_scale", fp8.scales_of(*up), torch.float32),
                 ("down_scale", fp8.scales_of(*down), torch.float32),
             ]
         parts: list[_Part] = []
-        for name, shape, dtype in wanted:
+        for name, shape, dtype in desired:
             at = -(-parts[-1].end // ALIGNMENT) * ALIGNMENT if parts else 0
             parts.append(_Part(name, shape, dtype, at))
         return parts
@@ -130,7 +130,7 @@ class ExpertWeights:
             self.down.shape[0] != hidden
             or biases not in ([], [height, hidden])
             or self.down.dtype != self.gate_up.dtype
-            or any(given != wanted for given, wanted in scales)
+            or any(given != desired for given, desired in scales)
         ):
             raise ValueError("the tensors of an expert do not fit each other")
         bias = self.gate_up_bias

@@ -18,7 +18,7 @@ class ForwardBatch:
     context_len: [S] int32, tokens in the KV cache after this step.
     block_tables: [S, max_blocks] int32, blocks of each sequence; only those in use are read.
     slot_mapping: [N] int64, block * block_size + offset where a token's KV goes.
-    sample_rows: [M] int64, rows whose logits are wanted.
+    sample_rows: [M] int64, rows whose logits are desired.
     """
 
     token_ids: Tensor

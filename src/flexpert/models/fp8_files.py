@@ -100,11 +100,11 @@ class Fp8Files(TensorFiles):
         return super().read_row(key, row)
 
     def _dequantized(self, key: str, weight: Tensor, scales: Tensor) -> Tensor:
-        wanted = tuple(-(-n // b) for n, b in zip(weight.shape[-2:], self.block, strict=True))
-        if tuple(scales.shape[-2:]) != wanted:
+        desired = tuple(-(-n // b) for n, b in zip(weight.shape[-2:], self.block, strict=True))
+        if tuple(scales.shape[-2:]) != desired:
             raise ModelError(
                 f"{self.path}: the scales of {key} have shape {tuple(scales.shape)}, blocks of "
-                f"{self.block[0]} x {self.block[1]} need {wanted}"
+                f"{self.block[0]} x {self.block[1]} need {desired}"
             )
         return fp8.dequantize(weight, scales, self.block)
 

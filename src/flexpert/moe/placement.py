@@ -276,8 +276,8 @@ def loads(before: Placement | None, after: Placement) -> dict[int, list[tuple[in
         held = before.held_by(rank) if before else [[] for _ in after.layers]
         result[rank] = [
             (layer, expert)
-            for layer, wanted in enumerate(after.held_by(rank))
-            for expert in wanted
+            for layer, desired in enumerate(after.held_by(rank))
+            for expert in desired
             if expert not in set(held[layer])
         ]
     return result

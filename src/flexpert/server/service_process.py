@@ -35,7 +35,7 @@ EXIT_WRONG_SETTINGS = 2
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# Seconds. After a second Ctrl-C: for ranks to be ended; they die with this process anyway.
+# Seconds. After a second Ctrl-C: for ranks to be terminated; they die with this process anyway.
 FORCED_STOP_S = 5.0
 
 # Seconds that clients who do not read may hold up the end, after all answers are there.

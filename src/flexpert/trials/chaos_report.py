@@ -136,8 +136,8 @@ class ChaosResult(msgspec.Struct, frozen=True, kw_only=True):
     good: nothing was lost or altered, nobody ended who was not harmed, no rank has grown, and all
     are back. unharmed: ranks that were evicted or failed though at most slowed. grown: those that
     hold more than before. faults: how many by kind.
-    without_effect: those that should have ended a rank and did not. altered: not word for word as
-    in the undisturbed run. changes: of --during-scaling, how many by outcome. times: by kind.
+    without_effect: those that should have terminated a rank and did not. altered: not word for word
+    as in the undisturbed run. changes: of --during-scaling, how many by outcome. times: by kind.
     """
 
     good: bool

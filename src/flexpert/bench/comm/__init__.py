@@ -1,4 +1,4 @@
-"""`flexpert bench comm`: our exchange beside what else there is, in the same processes.
+"""`flexpert bench comm`: our exchange against what else there is, in the same processes.
 
 workload    sizes, routing and data; the float64 oracle
 baseline   what every baseline does, and the list of them

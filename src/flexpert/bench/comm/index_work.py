@@ -28,11 +28,11 @@ class Outgoing:
 def outgoing(expert_ids: torch.Tensor, slots: int, ranks: int) -> Outgoing:
     """expert_ids: [tokens, k] int64."""
     owner = torch.div(expert_ids, slots, rounding_mode="floor")
-    wanted = torch.zeros((expert_ids.shape[0], ranks), dtype=torch.bool).scatter_(1, owner, True)
-    by_rank = wanted.t().contiguous()
+    desired = torch.zeros((expert_ids.shape[0], ranks), dtype=torch.bool).scatter_(1, owner, True)
+    by_rank = desired.t().contiguous()
     token = by_rank.nonzero()[:, 1]
     place = (by_rank.flatten().cumsum(0) - 1).view(by_rank.shape).t()
-    return Outgoing(token, by_rank.sum(1).tolist(), place[wanted], starts_of(wanted.sum(1)))
+    return Outgoing(token, by_rank.sum(1).tolist(), place[desired], starts_of(desired.sum(1)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,7 +171,7 @@ class NixlWrites:
     def _collect(self, phase: bytes) -> list[int]:
         """Wait until all peers have written and own writes are done; rows from each rank."""
         deadline = time.monotonic() + self._site.timeout_s
-        wanted = [(phase, self._sequence, rank) for rank in self._others]
+        desired = [(phase, self._sequence, rank) for rank in self._others]
         while True:
             for name, notes in self._agent.get_new_notifs().items():
                 for note in notes:
@@ -184,9 +184,9 @@ class NixlWrites:
                 else:
                     handle.release()
             self._flying = still
-            if not still and all(key in self._notes for key in wanted):
+            if not still and all(key in self._notes for key in desired):
                 counts = [0] * self._work.ranks
-                for key in wanted:
+                for key in desired:
                     counts[key[2]] = self._notes.pop(key)
                 return counts
             if time.monotonic() > deadline:

@@ -141,7 +141,7 @@ class Ranks:
             except Closed:
                 process.join(5)
                 code = process.exitcode
-                raise RankFailed(f"rank {rank} ended in {task} (exit status {code})") from None
+                raise RankFailed(f"rank {rank} exited in {task} (exit status {code})") from None
             answer = msgspec.msgpack.decode(packet, type=RankAnswer)
             if answer.error:
                 raise RankFailed(f"rank {rank} failed in {task}: {answer.error}")
@@ -274,11 +274,11 @@ class _Rank:
         if not kind.checked:
             baseline.combine()
             return ""
-        wanted, slots = expected_arrivals(work, self._rank, turn)
-        wrong = wrong_rows(baseline.rows(), wanted, exact=kind.exact)
+        expected, slots = expected_arrivals(work, self._rank, turn)
+        wrong = wrong_rows(baseline.rows(), expected, exact=kind.exact)
         room = baseline.y_room()
-        if room.shape == wanted.shape:
-            room.copy_(expert_results(wanted, slots))
+        if room.shape == expected.shape:
+            room.copy_(expert_results(expected, slots))
         result = baseline.combine()
         return wrong or wrong_result(result, *expected_result(work, self._pool[turn % work.pool]))
 
@@ -307,21 +307,21 @@ class _Rank:
         return gather(self._store, key, self._rank, self._work.ranks, value)
 
 
-def wrong_rows(rows: torch.Tensor, wanted: torch.Tensor, *, exact: bool) -> str:
-    if rows.shape != wanted.shape:
-        return f"dispatch brought {list(rows.shape)} instead of {list(wanted.shape)}"
+def wrong_rows(rows: torch.Tensor, expected: torch.Tensor, *, exact: bool) -> str:
+    if rows.shape != expected.shape:
+        return f"dispatch brought {list(rows.shape)} instead of {list(expected.shape)}"
     if exact:
-        return "" if torch.equal(rows, wanted) else "dispatch brought other rows than were sent"
+        return "" if torch.equal(rows, expected) else "dispatch brought other rows than were sent"
     # e4m3 has 3 bits of mantissa, and below 2^-6 of its 448 a fixed step
-    error = (rows.double() - wanted.double()).abs()
-    top = wanted.double().abs().amax(1, keepdim=True) if wanted.numel() else wanted.double()
-    limit = wanted.double().abs() / 8 + top * 2**-14
+    error = (rows.double() - expected.double()).abs()
+    top = expected.double().abs().amax(1, keepdim=True) if expected.numel() else expected.double()
+    limit = expected.double().abs() / 8 + top * 2**-14
     return "" if bool((error <= limit).all()) else "dispatched rows are not those sent, even in fp8"
 
 
-def wrong_result(result: torch.Tensor, wanted: torch.Tensor, size: torch.Tensor) -> str:
-    if result.shape != wanted.shape:
-        return f"combine brought {list(result.shape)} instead of {list(wanted.shape)}"
+def wrong_result(result: torch.Tensor, expected: torch.Tensor, size: torch.Tensor) -> str:
+    if result.shape != expected.shape:
+        return f"combine brought {list(result.shape)} instead of {list(expected.shape)}"
     limit = 2 * torch.finfo(result.dtype).eps * size
-    worst = float(((result.double() - wanted).abs() - limit).max()) if wanted.numel() else 0.0
+    worst = float(((result.double() - expected).abs() - limit).max()) if expected.numel() else 0.0
     return "" if worst <= 0 else f"combined sums are off by {worst:.3g} more than rounding allows"

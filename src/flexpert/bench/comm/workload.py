@@ -111,6 +111,6 @@ def expected_result(work: Workload, i: Input) -> tuple[torch.Tensor, torch.Tenso
 def deduplicated_rows(work: Workload, rank: int, turn: int) -> torch.Tensor:
     """[ranks] int64: rows that `rank` must send each rank, a token once; 0 to itself."""
     owners = expert_table(work).rank[make_input(work, rank, turn).expert_ids].long()
-    wanted = torch.zeros(work.tokens, work.ranks, dtype=torch.bool).scatter_(1, owners, True)
-    wanted[:, rank] = False
-    return wanted.sum(0)
+    desired = torch.zeros(work.tokens, work.ranks, dtype=torch.bool).scatter_(1, owners, True)
+    desired[:, rank] = False
+    return desired.sum(0)

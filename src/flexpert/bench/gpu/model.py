@@ -96,7 +96,7 @@ class RandomModel:
         Args:
             place: where the experts of a model are.
             quantise: the engine's experts are fp8.
-            whole: keep those of `transformers()` beside them.
+            whole: keep those of `transformers()` next to them.
         """
         skeleton = build_skeleton(config, dtype, attention=registrations.PROBE)
         found = probe(skeleton)

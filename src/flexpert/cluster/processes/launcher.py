@@ -201,7 +201,7 @@ class LocalLauncher:
         if child is not None:
             child.kill()
             if child.pid and child.pidfd is None and self._channel is not None:
-                with contextlib.suppress(OSError):  # it has ended, and its children with it
+                with contextlib.suppress(OSError):  # it has exited, and its children with it
                     self._channel.send(fork_server.encode(Kill(number)))
 
     def work(self, rank: int) -> Work | None:
@@ -276,7 +276,7 @@ class LocalLauncher:
                 answer = fork_server.decode_answer(packet)
             except msgspec.MsgspecError as error:
                 # what else it has said or will say is no better, and its children end with it
-                log.error("the fork server says what cannot be understood, it is ended: %s", error)
+                log.error("the fork server is not understood and is terminated: %s", error)
                 for descriptor in descriptors:
                     os.close(descriptor)
                 self._died()
@@ -399,7 +399,7 @@ class _Child:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     async def end(self) -> None:
-        """Kill it, though it is not our child, and wait until it has ended."""
+        """Kill it, though it is not our child, and wait until it has exited."""
         if self.pidfd is None:  # it was not told yet: it has ended with the server
             return
         loop = asyncio.get_running_loop()

@@ -10,7 +10,7 @@ What its `capabilities` say has these reasons:
     While a graph is captured, and in its replays, nothing is waited for: ask `check` afterwards.
   - Everything must be launched on one stream, the current one of the caller.
   - Windows are sized for the capacity: it cannot grow. An id may be used again only when its old
-    process has ended: the place in the peers' windows belongs to the id.
+    process has exited: the place in the peers' windows belongs to the id.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ class CudaBuffer(DeviceBuffer):
             self._thread = threading.get_ident()
             if epoch > MAX_EPOCH:
                 raise ValueError(f"epoch {epoch} is above {MAX_EPOCH}, which flags can carry")
-            wanted = tuple(sorted(set(ids)))
-            self._control.set_active(wanted, epoch)
+            desired = tuple(sorted(set(ids)))
+            self._control.set_active(desired, epoch)
             self._synchronize()
             # a peer may still be reading what an unfinished exchange sent
             self._must_vote |= self._state is not State.BETWEEN
@@ -226,7 +226,7 @@ class CudaBuffer(DeviceBuffer):
             self._state = State.BETWEEN
             self._received = None
             self.sequence = 0
-            self._links = dict.fromkeys(wanted, 0)
+            self._links = dict.fromkeys(desired, 0)
             self._unmap()
             self._write(restart=None)
 

@@ -82,7 +82,7 @@ def send_dispatch(
         known = (e >= 0) & (e < experts)
         own = tl.load(owner + e, mask=known, other=-1)
         there = (own[None, :] == r[:, None]) & up[:, None]
-        wanted = tl.max(there.to(tl.int32), 1)
+        desired = tl.max(there.to(tl.int32), 1)
         place = (me * MAX_TOKENS + t).to(tl.int64)
         if piece == 0:
             w = tl.load(weights + t * K + k, mask=(k < K) & real, other=0.0)
@@ -97,7 +97,7 @@ def send_dispatch(
             v, scale = _quantise(v.to(tl.float32), KIND)
             v = v.to(tl.float8e4nv)
         for i in range(R):
-            if tl.sum(tl.where(r == i, wanted, 0), 0) > 0:
+            if tl.sum(tl.where(r == i, desired, 0), 0) > 0:
                 peer = tl.load(table + PEER + i)
                 rows = part_of(peer, ROWS_AT, v.dtype)
                 tl.store(rows + place * WORDS + c, v, mask=inside)

@@ -129,7 +129,7 @@ class PeerMemory:
                 )
             except CudaError as error:
                 raise PeerUnreachable(
-                    f"{error}; its process has ended, or its GPU cannot be reached from this one"
+                    f"{error}; its process has exited, or its GPU cannot be reached from this one"
                 ) from error
         assert at.value is not None
         self.address = at.value

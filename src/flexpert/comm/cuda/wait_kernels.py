@@ -16,7 +16,7 @@ a rank agree on who was there; and ranks that share one GPU cannot starve each o
 what waits takes one program's room and everything else runs to its end.
 
 Waits end. They are bounded by the clock. After a short while the waiting program also looks at a
-page in host memory, where the host says that a peer's process has ended, or that all is to stop.
+page in host memory, where the host says that a peer's process has exited, or that all is to stop.
 Nothing traps: whoever did not come is reported on that page and left out from then on, so that the
 rest of a captured graph does not wait for it again.
 
@@ -110,14 +110,14 @@ def _now(polls, SIM: tl.constexpr):
 
 
 @triton.jit
-def _wait(table, flags, wanted, up, SIM: tl.constexpr):
-    """Until the flags of all `up` are `wanted` (without their tokens), or waiting is in vain.
+def _wait(table, flags, desired, up, SIM: tl.constexpr):
+    """Until the flags of all `up` are `desired` (without their tokens), or waiting is in vain.
 
     flags: address of [LANES] in the own window. Returns the flags, and who came.
     """
     ids = tl.arange(0, LANES)
     seen = tl.atomic_or(flags + ids, 0, mask=up, sem="acquire", scope="sys")
-    come = up & ((seen >> _SEQUENCE_SHIFT) == (wanted >> _SEQUENCE_SHIFT))
+    come = up & ((seen >> _SEQUENCE_SHIFT) == (desired >> _SEQUENCE_SHIFT))
     waiting = tl.sum((up & (come == 0)).to(tl.int32), 0)
     if waiting > 0:
         page = _address(table, _LIMIT + 1, tl.int64)
@@ -135,18 +135,18 @@ def _wait(table, flags, wanted, up, SIM: tl.constexpr):
                 gone = gone | (tl.load(page + _GONE + ids, mask=up, other=0, volatile=True) != 0)
             again = tl.atomic_or(flags + ids, 0, mask=up, sem="acquire", scope="sys")
             seen = tl.where(come, seen, again)
-            come = come | (up & ((again >> _SEQUENCE_SHIFT) == (wanted >> _SEQUENCE_SHIFT)))
+            come = come | (up & ((again >> _SEQUENCE_SHIFT) == (desired >> _SEQUENCE_SHIFT)))
             waiting = tl.sum((up & (come == 0) & (gone == 0)).to(tl.int32), 0)
     return seen, come
 
 
 @triton.jit
-def _report(table, wanted, missing, phase):
+def _report(table, desired, missing, phase):
     """Tell the host who did not come."""
     if tl.sum(missing.to(tl.int32), 0) > 0:
         page = _address(table, _LIMIT + 1, tl.int64)
         ids = tl.arange(0, LANES)
-        tl.store(page + _REPORT + ids, wanted | phase, mask=missing)
+        tl.store(page + _REPORT + ids, desired | phase, mask=missing)
 
 
 @triton.jit
@@ -156,12 +156,12 @@ def await_dispatch(
 ):  # fmt: skip
     ids = tl.arange(0, LANES)
     active = active_of(table, ids, R, CHECKS)
-    wanted = tag_of(table, ids, 1, CHECKS)
+    desired = tag_of(table, ids, 1, CHECKS)
     flags = part_of(window, DISPATCH_FLAGS, tl.int64)
     up = active & (ids != me)
-    seen, come = _wait(table, flags, wanted, up, SIM)
+    seen, come = _wait(table, flags, desired, up, SIM)
     missing = up & (come == 0)
-    _report(table, wanted, missing, _DISPATCH)
+    _report(table, desired, missing, _DISPATCH)
     arrived = tl.where(come, seen & 0xFFFF, 0)
     arrived = tl.where(missing, -1, arrived)
     arrived = tl.where(active & (ids == me), tokens, arrived)
@@ -172,10 +172,10 @@ def await_dispatch(
 def await_combine(table, window, me, R: tl.constexpr, CHECKS: tl.constexpr, SIM: tl.constexpr):
     ids = tl.arange(0, LANES)
     up = active_of(table, ids, R, CHECKS) & (ids != me)
-    wanted = tag_of(table, ids, 0, CHECKS)
+    desired = tag_of(table, ids, 0, CHECKS)
     flags = part_of(window, COMBINE_FLAGS, tl.int64)
-    _, come = _wait(table, flags, wanted, up, SIM)
-    _report(table, wanted, up & (come == 0), _COMBINE)
+    _, come = _wait(table, flags, desired, up, SIM)
+    _report(table, desired, up & (come == 0), _COMBINE)
     tl.store(table + RETURNED + ids, come.to(tl.int64))
 
 
@@ -188,15 +188,15 @@ def meet(table, window, me, SEND: tl.constexpr, WAIT: tl.constexpr, SIM: tl.cons
     count = tl.load(table + _MEETINGS + ids)
     if SEND:
         count += 1
-    wanted = tl.load(table + _TAG + ids) | ((count & 0xFFF) << _SEQUENCE_SHIFT)
+    desired = tl.load(table + _TAG + ids) | ((count & 0xFFF) << _SEQUENCE_SHIFT)
     if SEND:
         peers = tl.load(table + PEER + ids, mask=up, other=0)
         theirs = (peers + _MEETING_FLAGS).to(tl.pointer_type(tl.int64))
-        tl.atomic_xchg(theirs + me, wanted, mask=up, sem="release", scope="sys")
+        tl.atomic_xchg(theirs + me, desired, mask=up, sem="release", scope="sys")
         tl.store(table + _MEETINGS + ids, count)
     if WAIT:
         flags = (window + _MEETING_FLAGS).to(tl.pointer_type(tl.int64))
-        _, come = _wait(table, flags, wanted, up, SIM)
+        _, come = _wait(table, flags, desired, up, SIM)
         missing = up & (come == 0)
-        _report(table, wanted, missing, _MEETING)
+        _report(table, desired, missing, _MEETING)
         tl.store(table + ACTIVE + ids, tl.where(missing, 0, active))

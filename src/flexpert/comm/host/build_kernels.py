@@ -1,7 +1,7 @@
 """Compiles kernels.c and quant.c into flexpert.comm.host._kernels (cffi, API mode).
 
 pip runs this through setup.py. For development: `python src/flexpert/comm/host/build_kernels.py`
-builds beside the sources.
+builds next to the sources.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Changes:
     # ---- what is noted ----------------------------------------------------------------------
 
     def add(self, link: Link) -> None:
-        """A new link; masked. Raises: PeerUnreachable: the process has ended meanwhile."""
+        """A new link; masked. Raises: PeerUnreachable: the process has exited meanwhile."""
         core = self._core
         with core.changing:
             core.check_open()
@@ -144,14 +144,14 @@ class Changes:
         core = self._core
         with core.changing:
             core.check_open()
-            wanted = sorted(set(ids))
-            for peer in wanted:
+            desired = sorted(set(ids))
+            for peer in desired:
                 if unmask and peer != core.rank and peer not in self.links:
                     raise ValueError(f"rank {peer} is not connected")
                 if not unmask and peer == core.rank:
                     raise ValueError(f"rank {peer} is this rank; it cannot mask itself")
             now = self.active()
-            for peer in wanted:
+            for peer in desired:
                 if peer == core.rank or (peer in now) == unmask or peer not in self.links:
                     continue
                 self._wishes[peer] = unmask
@@ -168,29 +168,29 @@ class Changes:
         core, members = self._core, self._members
         with core.exchanging, core.changing:
             core.check_open()
-            wanted = tuple(sorted(set(ids)))
-            if core.rank not in wanted:
-                raise ValueError(f"rank {core.rank} is not among the active ids {wanted}")
-            for peer in wanted:
+            desired = tuple(sorted(set(ids)))
+            if core.rank not in desired:
+                raise ValueError(f"rank {core.rank} is not among the active ids {desired}")
+            for peer in desired:
                 if peer != core.rank and peer not in self.links:
                     raise ValueError(f"rank {peer} is not connected")
             if not core.epoch < epoch <= _MAX_EPOCH:
                 raise ValueError(f"epoch {epoch} does not follow epoch {core.epoch}")
             # a peer may still be reading what an unfinished exchange sent: see kernels.c
             core.must_vote |= core.state is not State.BETWEEN
-            core.must_vote |= not members.parted.isdisjoint(wanted)
+            core.must_vote |= not members.parted.isdisjoint(desired)
             core.state = State.BETWEEN
             core.received = None
             core.posted = False
             core.b.ballot_bytes = -1
             self._wishes.clear()
             self._apply()
-            for peer in wanted:
+            for peer in desired:
                 if core.gone(peer) in (MASKED, RESTARTED):
                     core.set_gone(peer, 0)
             core.epoch = epoch
             core.sequence = 0
-            members.begin_epoch(wanted, epoch)
+            members.begin_epoch(desired, epoch)
             lib.fx_resume(core.b)
 
     def begin(self, otherwise: str) -> None:

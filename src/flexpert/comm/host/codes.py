@@ -19,7 +19,7 @@ NO_MEMORY, WRONG_PAYLOAD = -2, -3
 # why waiting for a peer is in vain
 ENDED, BROKEN_LINK, MASKED, RESTARTED = 1, 2, 3, 4
 WHY = {
-    ENDED: "process ended",
+    ENDED: "process exited",
     BROKEN_LINK: "link broken",
     MASKED: "masked",
     RESTARTED: "started afresh",

@@ -13,7 +13,7 @@ from flexpert.comm.host.memfd import start_time
 
 
 class Watcher:
-    """Calls `ended(peer)` from its thread when the process of a peer has ended.
+    """Calls `ended(peer)` from its thread when the process of a peer has exited.
 
     The thread starts with the first peer in another process and sleeps in epoll; a process's end
     shows there within a millisecond.

@@ -252,7 +252,7 @@ class NixlEpBuffer(DeviceBuffer):
                 epoch=self.epoch,
                 cancelled=lambda: self._state is State.CLOSED or peer in self._control.lost,
             )
-            # a nixl_ep that does not connect beside exchanges must wait for their end
+            # a nixl_ep that does not connect during exchanges must wait for their end
             with nullcontext() if self._fixed else self._lock, self._on_device():
                 if peer in self._parted:  # the id's last process: no exchange uses it any more
                     self._part()
@@ -292,17 +292,17 @@ class NixlEpBuffer(DeviceBuffer):
             self._changed = True
 
     def unmask(self, ids: Iterable[int]) -> None:
-        wanted = set(ids)
-        self._check_connected(wanted)
-        self._control.unmask(wanted)
+        desired = set(ids)
+        self._check_connected(desired)
+        self._control.unmask(desired)
         with self._changes:
             self._changed = True
 
     def set_active(self, ids: Iterable[int], epoch: int) -> None:
         with self._lock:
-            wanted = set(ids)
-            self._check_connected(wanted)
-            self._control.set_active(wanted, epoch)
+            desired = set(ids)
+            self._check_connected(desired)
+            self._control.set_active(desired, epoch)
             self._synchronize()
             self._halt = False
             self._state = State.BETWEEN

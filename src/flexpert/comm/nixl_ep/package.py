@@ -24,7 +24,7 @@ _CAPABILITY = (9, 0)  # what its wheels are compiled for
 @dataclass(frozen=True, slots=True)
 class Package:
     """module: has `Buffer` and `topk_idx_t`. fixed: the sizes of its tensors do not depend on who
-    is active, so that captured graphs go on through changes, and connecting may run beside
+    is active, so that captured graphs go on through changes, and connecting may run during
     exchanges."""
 
     module: Any

@@ -4,7 +4,7 @@ Not torch's `FileStore`, which opens its path again and again, even when it is d
 through /proc/self/fd may lead to another file by then.
 
 The memory holds a header, where the content is and how long, and the content. A change writes the
-new content beside the old one and then the header, in one call: who is killed in between leaves
+new content next to the old one and then the header, in one call: who is killed in between leaves
 the old content. One at a time: the lock (flock) of who is killed is free.
 """
 

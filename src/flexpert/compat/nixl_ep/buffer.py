@@ -26,7 +26,7 @@ from flexpert.compat.nixl_ep.call_checks import (
 )
 from flexpert.compat.nixl_ep.cpu_exchange import CpuDevice
 from flexpert.compat.nixl_ep.current_store import CurrentStore
-from flexpert.compat.nixl_ep.device_exchange import Device, Handle, on_gpu, wanted
+from flexpert.compat.nixl_ep.device_exchange import Device, Handle, desired, on_gpu
 from flexpert.compat.nixl_ep.lifetime import Lifetime
 from flexpert.compat.nixl_ep.paired_exchange import PairedExchange, Receive
 from flexpert.compat.nixl_ep.sizes import size_hint, spec_from_bytes
@@ -196,7 +196,7 @@ class Buffer:
         """Connect to ranks that call this too; the own id and connected ones are skipped.
 
         activate: exchange with them from the next dispatch on, as they must; else they stay masked
-            until `update_mask_buffer`, and this may run beside dispatch and combine.
+            until `update_mask_buffer`, and this may run while dispatch and combine do.
 
         Raises:
             RankTimeout: they did not come in five minutes; those that did are connected.
@@ -470,7 +470,7 @@ class Buffer:
 
     def _device(self, spec: BufferSpec) -> Device[Any]:
         timeout_s, store = self.timeout_ms / 1000, cast("Store", self._store)
-        if wanted() == "cpu":
+        if desired() == "cpu":
             return CpuDevice(
                 make_buffer(self.rank, spec, timeout_s=timeout_s, on_timeout="mask", store=store)
             )

@@ -53,7 +53,7 @@ class CpuDevice(Device[Arrival]):
         done.recv_count.copy_(arrival.per_expert)
         done.src_info.view(-1)[arrival.places] = received.token
         done.layout_range.copy_(arrival.layout_range())
-        # one copy, from where the rows arrived to where they are wanted
+        # one copy, from where the rows arrived to where they are desired
         addresses, offsets = received.rows, received.offsets.tolist()
         row_bytes = done.recv_x.shape[2] * done.recv_x.itemsize
         for expert, (begin, end) in enumerate(pairwise(offsets)):

@@ -18,7 +18,7 @@ A = TypeVar("A")  # what a device remembers of the rows that a dispatch brought
 VARIABLE = "FLEXPERT_NIXL_EP_DEVICE"
 
 
-def wanted() -> Literal["cpu", "cuda"]:
+def desired() -> Literal["cpu", "cuda"]:
     """Where new buffers live: what `VARIABLE` says, else on the GPU if torch sees one.
 
     Raises: ValueError: it says something else than cpu or cuda.
@@ -31,7 +31,7 @@ def wanted() -> Literal["cpu", "cuda"]:
 
 def on_gpu() -> bool:
     """Whether new buffers are on a GPU; not so in Triton's interpreter."""
-    return wanted() == "cuda" and torch.cuda.is_available()
+    return desired() == "cuda" and torch.cuda.is_available()
 
 
 @dataclass(slots=True, eq=False)

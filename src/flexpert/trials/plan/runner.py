@@ -312,7 +312,7 @@ class Runner:
             try:
                 answer = rank.heard(max(0.0, deadline - time.monotonic()))
             except Closed:
-                raise PlanFailed(f"rank {rank.rank} ended by itself while {rank.doing}") from None
+                raise PlanFailed(f"rank {rank.rank} exited by itself while {rank.doing}") from None
             except TimeoutError:
                 raise PlanFailed(
                     f"rank {rank.rank} is stuck in {rank.doing} after {limit_s:.0f} s"

@@ -1,4 +1,4 @@
-"""`flexpert bench comm --device cuda`: our exchange on GPUs beside its baselines.
+"""`flexpert bench comm --device cuda`: our exchange on GPUs against its baselines.
 
 baselines  what is measured: ours, NVIDIA's nixl_ep, torch on one rank
 timing      CUDA graphs, a flushed L2, medians

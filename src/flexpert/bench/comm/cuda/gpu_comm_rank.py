@@ -109,9 +109,9 @@ class GpuRank:
         self._in_step()
         baseline.dispatch(turn)
         self._in_step()
-        wanted, slots = expected_arrivals(work, self._rank, turn)
-        wrong = wrong_rows(baseline.rows().cpu(), wanted, exact=self._kind(name).exact)
-        y = expert_results(wanted, slots)
+        expected, slots = expected_arrivals(work, self._rank, turn)
+        wrong = wrong_rows(baseline.rows().cpu(), expected, exact=self._kind(name).exact)
+        y = expert_results(expected, slots)
         if not wrong:
             baseline.put_results(turn, y.to(self._device))
         self._in_step()

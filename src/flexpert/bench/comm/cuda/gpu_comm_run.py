@@ -161,9 +161,9 @@ def exchanged_bytes(work: Workload, *, fp8: bool, sharing: int) -> tuple[int, in
     dispatch = combine = 0
     for rank in range(work.ranks):
         owners = owner[make_input(work, rank, 0).expert_ids]
-        wanted = [set(token) for token in owners.tolist()]
-        copies = sum(len(ranks) for ranks in wanted)
-        away = sum(len(ranks - {rank}) for ranks in wanted)
+        desired = [set(token) for token in owners.tolist()]
+        copies = sum(len(ranks) for ranks in desired)
+        away = sum(len(ranks - {rank}) for ranks in desired)
         dispatch += work.tokens * row + copies * sent_row
         combine += work.tokens * work.topk * row + 2 * away * row + work.tokens * row
     return dispatch * sharing // work.ranks, combine * sharing // work.ranks
