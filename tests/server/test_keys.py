@@ -152,7 +152,7 @@ def test_serve_refuses_before_anything_starts(
     ):
         config = Config(server=server)
         assert serve(config, head=lambda config: pytest.fail("started")) == 2
-        assert re.match(r"error: (cannot read )?server\.", capsys.readouterr().err)
+        assert re.match(r"flexpert: (cannot read )?server\.", capsys.readouterr().err)
 
 
 def test_nothing_that_is_served_or_logged_shows_a_key(caplog: pytest.LogCaptureFixture) -> None:

@@ -192,7 +192,7 @@ def test_a_start_that_fails_ends_with_its_reason(capsys: pytest.CaptureFixture[s
             raise FlexpertError("the checkpoint is not there")
 
     assert serve(CONFIG, head=Broken) == 1
-    assert "error: the checkpoint is not there" in capsys.readouterr().err
+    assert "flexpert: the checkpoint is not there" in capsys.readouterr().err
 
 
 def test_a_signal_during_the_start_ends_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def bench_comm(
         str | None,
         typer.Option(
             metavar="NAME[,NAME…]",
-            help="Any of gloo, allgather, nixl, memcpy; on cuda nixl_ep, torch, checks. "
+            help="Any of gloo, allgather, nixl, memcpy; on cuda nixl_ep, interface, torch, checks. "
             "Default: all.",
         ),
     ] = None,
@@ -67,7 +67,7 @@ def bench_comm(
     ] = None,
     timeout: Annotated[
         float,
-        duration_option("--timeout", "How long a rank waits for another.", least=1),
+        duration_option("--timeout", "How long a rank waits for another.", least=1, default="30s"),
     ] = 30,
 ) -> None:
     """Measure dispatch and combine against gloo, NIXL and memcpy.

@@ -25,7 +25,7 @@ def bench_hostile(
     ] = None,
     duration: Annotated[
         float,
-        duration_option("--duration", "Time with clients of each kind.", least=0.5),
+        duration_option("--duration", "Time with clients of each kind.", least=0.5, default="60s"),
     ] = 60.0,
     streams: Annotated[
         int, typer.Option(min=1, help="Well-behaved streams, whose speed is measured.")
@@ -38,7 +38,9 @@ def bench_hostile(
     ] = "16MiB",
     after: Annotated[
         float,
-        duration_option("--after", "Time until memory is read again.", least=0, most=3600),
+        duration_option(
+            "--after", "Time until memory is read again.", least=0, most=3600, default="10s"
+        ),
     ] = 10.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of bodies and their order.")] = 0,
     json_: Json = False,

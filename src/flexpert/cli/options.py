@@ -38,13 +38,19 @@ Output = Annotated[
 
 
 def duration_option(
-    flag: str, description: str, *, least: float, most: float = 366 * 86400.0
+    flag: str,
+    description: str,
+    *,
+    least: float,
+    most: float = 366 * 86400.0,
+    default: str = "",
 ) -> Any:
     """An option that is written as "2", "2s", "500ms" or "5m" and read as seconds.
 
     Args:
         flag: its name, "--timeout".
         least, most: its bounds in seconds.
+        default: as it is shown in the help.
 
     What it is given out of these bounds is a ConfigError.
     """
@@ -58,7 +64,13 @@ def duration_option(
             raise ConfigError(f"{flag} {text} is not between {least:g}s and {most:g}s")
         return float(seconds)
 
-    return typer.Option(flag, metavar="DURATION", parser=parse, help=description)
+    return typer.Option(
+        flag,
+        metavar="DURATION",
+        parser=parse,
+        help=f"{description} (default: {default})" if default else description,
+        show_default=False,
+    )
 
 
 def numbers(text: str, flag: str) -> list[int]:

@@ -47,7 +47,8 @@ def plan(
     ] = "auto",
     exchanges: Annotated[int, typer.Option(min=1, help="Exchanges of each phase.")] = 10,
     timeout: Annotated[
-        float, duration_option("--timeout", "Silence until a rank is masked.", least=0.05)
+        float,
+        duration_option("--timeout", "Silence until a rank is masked.", least=0.05, default="2s"),
     ] = 2.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of data and chance.")] = 0,
     random: Annotated[

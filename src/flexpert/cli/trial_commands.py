@@ -23,7 +23,7 @@ def demo(
     max_tokens: Annotated[int, typer.Option(min=2, help="Longest answer, in tokens.")] = 64,
     duration: Annotated[
         float,
-        duration_option("--duration", "How long traffic lasts.", least=1),
+        duration_option("--duration", "How long traffic lasts.", least=1, default="20s"),
     ] = 20.0,
     many: Annotated[bool, typer.Option("--many", help="Ten changes instead of three.")] = False,
     json_: Json = False,
@@ -72,7 +72,9 @@ def chaos(
     rate: Annotated[float, typer.Option(min=0.01, max=20, help="Faults per second.")] = 0.5,
     duration: Annotated[
         float,
-        duration_option("--duration", "How long faults strike.", least=1, most=86400),
+        duration_option(
+            "--duration", "How long faults strike.", least=1, most=86400, default="30s"
+        ),
     ] = 30.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of what strikes whom, and when.")] = 0,
     ranks: Annotated[int, typer.Option(min=1, max=64, help="Ranks of the service it starts.")] = 4,

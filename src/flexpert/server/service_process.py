@@ -64,7 +64,7 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
         keys = read_keys(config.server)
         listener = bind(config.server, keys)
     except ConfigError as error:
-        complain(f"error: {error}")
+        complain(f"flexpert: {error}")
         return EXIT_WRONG_SETTINGS
     if head is None:
         from flexpert.cluster.head import Head  # torch and transformers, seconds
@@ -153,7 +153,7 @@ class _Service:
                 return self._exit_code()
             return 128 + self._signal
         except FlexpertError as error:
-            complain(f"error: {error}")
+            complain(f"flexpert: {error}")
             return EXIT_FAILED
         finally:
             await self._stop()
@@ -233,6 +233,7 @@ class _Service:
         else:
             ending.cancel()
             await asyncio.wait((ending,))
+            _ = ending.cancelled() or ending.exception()  # cancelled on purpose, so not reported
 
     async def _stop(self) -> None:
         try:
@@ -244,7 +245,7 @@ class _Service:
 
     def _exit_code(self) -> int:
         if self._failure is not None:
-            complain(f"error: {self._failure}")
+            complain(f"flexpert: {self._failure}")
             return EXIT_FAILED
         return 128 + self._signal if self._forced.is_set() else EXIT_OK
 

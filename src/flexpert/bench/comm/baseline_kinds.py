@@ -139,7 +139,7 @@ GPU_BASELINE_FAMILIES = (
     "interface",
     "torch",
     "checks",
-)  # of --device cuda, see cuda/baselines.py
+)  # of --device cuda, see cuda/gpu_baselines.py
 BASELINE_FAMILIES = tuple(dict.fromkeys(kind.family for kind in KINDS if kind.family != "ours"))
 
 
