@@ -119,6 +119,7 @@ class ChangeActions:
         self._cluster.tell(change.everyone, msg.Commit(change.epoch))
 
     def _stop(self, change: Change, event: MembershipEvent) -> None:
+        """The new epoch is current; leavers exit once nobody reads their KV."""
         cluster = self._cluster
         cluster.placement, cluster.planned = cluster.planned, None
         self._reconciler.change_availability(AvailabilityEvent(AvailabilityKind.SWITCHED))
@@ -174,7 +175,7 @@ class ChangeActions:
     # ---- a loss -----------------------------------------------------------------------------
 
     def _abandon(self, recovery: Change, event: MembershipEvent) -> None:
-        """A member is lost: what ran is over, and an operation of its own brings the rest back."""
+        """What ran is over; an operation of its own takes the survivors into the next epoch."""
         cluster, running = self._cluster, self._cluster.operation
         before = running.before if running else cluster.members
         if running:

@@ -50,7 +50,7 @@ class EventKind(Enum):
 
     BEGIN = "begin"
     HELLO = "hello"  # a newcomer is up
-    PREPARED = "prepared"  # a member or leaver is ready to vote
+    PREPARED = "prepared"  # a rank that takes part is ready
     MIGRATED = "migrated"  # what a leaver offered of its KV is where it will be needed
     SWITCHED = "switched"  # a member's first vote in the new epoch is whole
     HANDED_OVER = "handed over"  # a leaver has left
@@ -60,7 +60,7 @@ class EventKind(Enum):
     EXITED = "exited"  # a process is certainly gone
     CANCEL = "cancel"
     DEADLINE = "deadline"  # the phase took too long
-    HALTED = "halted"  # a survivor has left the exchanges of the broken epoch
+    HALTED = "halted"  # a survivor's process has heard the halt
     HALT_DEADLINE = "halt deadline"  # that took too long
     ALL_EXITED = "all exited"  # no rank's process is left
 
@@ -72,7 +72,7 @@ class Do(Enum):
     PREPARE = "send the plan"
     OFFER = "ask leavers for their KV"
     COMMIT = "arm"
-    STOP = "stop leavers"
+    STOP = "take the epoch as current, stop leavers"
     KILL_NEWCOMERS = "kill newcomers"
     KILL_LEAVERS = "kill leavers"
     KILL_SILENT = "kill who has not reported"
@@ -205,7 +205,7 @@ RULES = RuleTable[Phase, EventKind, Do](
         Rule(P.SPAWN, K.HELLO, P.LOAD, (Do.PREPARE,), _all_joined),
         Rule(P.LOAD, K.PREPARED, P.MIGRATE, (Do.OFFER,), _somebody_leaves),
         Rule(P.LOAD, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
-        # what leavers have computed is copied while they go on; what is late is computed again
+        # what leavers have computed is copied while they go on; what is late is copied at the switch
         Rule(P.MIGRATE, K.MIGRATED, P.COMMIT, (Do.COMMIT,), _all_migrated),
         Rule(P.MIGRATE, K.DEADLINE, P.COMMIT, (Do.COMMIT,)),
         Rule(P.SPAWN, K.EXITED, P.UNDO, (Do.KILL_NEWCOMERS,), _newcomer),
