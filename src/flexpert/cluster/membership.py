@@ -205,7 +205,7 @@ RULES = RuleTable[Phase, EventKind, Do](
         Rule(P.SPAWN, K.HELLO, P.LOAD, (Do.PREPARE,), _all_joined),
         Rule(P.LOAD, K.PREPARED, P.MIGRATE, (Do.OFFER,), _somebody_leaves),
         Rule(P.LOAD, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
-        # what leavers have computed is copied while they go on; what is late is copied at the switch
+        # what leavers have computed is copied while they go on, what is late at the switch
         Rule(P.MIGRATE, K.MIGRATED, P.COMMIT, (Do.COMMIT,), _all_migrated),
         Rule(P.MIGRATE, K.DEADLINE, P.COMMIT, (Do.COMMIT,)),
         Rule(P.SPAWN, K.EXITED, P.UNDO, (Do.KILL_NEWCOMERS,), _newcomer),
