@@ -289,7 +289,7 @@ def test_a_fork_server_that_says_nonsense_is_ended_and_its_children_with_it(
     process = played(lambda server: server.send(packet), ends)
     assert process.returncode == -signal.SIGKILL
     assert ends == [(rank, "the fork server ended (SIGKILL)") for rank in (0, 1)]
-    assert "cannot be understood" in caplog.text
+    assert "is not understood" in caplog.text
 
 
 def test_where_no_fork_server_can_be_started_a_change_fails_and_the_next_one_tries_again() -> None:

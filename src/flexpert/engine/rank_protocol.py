@@ -177,7 +177,7 @@ class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """A preparation failed, or what a `Commit` names is not prepared; the rank goes on as before."""
+    """A preparation failed, or what a `Commit` names is not prepared; it goes on as before."""
 
     epoch: int
     error: str
