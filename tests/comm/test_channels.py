@@ -18,6 +18,8 @@ from support.comm_ranks import LIMIT_S, Rank, apply_experts, random_sent, spec_o
 from flexpert.comm import Buffer, RankLost, RankTimeout
 from flexpert.comm.routing import Sent
 
+pytestmark = pytest.mark.slow
+
 HAS_NIXL = any(importlib.util.find_spec(f"nixl_cu{cuda}") for cuda in (12, 13))
 needs_nixl = pytest.mark.skipif(not HAS_NIXL, reason="pip install 'flexpert[nixl]' to test it")
 CHANNELS = ["shm", pytest.param("nixl", marks=needs_nixl), pytest.param("both", marks=needs_nixl)]

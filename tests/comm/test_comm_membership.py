@@ -16,6 +16,8 @@ from support.comm_ranks import LIMIT_S, Ranks, random_sent, spec_of, vote
 from flexpert.comm import Buffer
 from flexpert.comm.host._kernels import ffi, lib
 
+pytestmark = pytest.mark.slow
+
 
 def steps(buffer: Buffer, ids: tuple[int, ...], count: int) -> bool:
     for step in range(count):

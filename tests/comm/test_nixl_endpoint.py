@@ -21,6 +21,8 @@ from support.comm_ranks import LIMIT_S, context
 from flexpert.comm import CommError, PeerUnreachable
 from flexpert.comm.host import nixl
 
+pytestmark = pytest.mark.slow
+
 needs_nixl = pytest.mark.skipif(
     not any(map(importlib.util.find_spec, ("nixl_cu13", "nixl_cu12"))),
     reason="pip install 'flexpert[nixl]' to test it",

@@ -17,6 +17,8 @@ from flexpert.trials.plan.oracle import Sizes
 from flexpert.trials.plan.plan_file import PlanPhase, parse, random_plan
 from flexpert.trials.plan.worker import POINTS
 
+pytestmark = pytest.mark.slow
+
 HAS_NIXL = any(importlib.util.find_spec(f"nixl_cu{cuda}") for cuda in (12, 13))
 NIXL = pytest.param("nixl", marks=pytest.mark.skipif(not HAS_NIXL, reason="needs flexpert[nixl]"))
 SIZES = Sizes(tokens=12, hidden=256, topk=4, experts_per_rank=2, dtype=torch.bfloat16)
