@@ -153,3 +153,22 @@ def test_after_an_event_that_failed_the_queue_goes_on() -> None:
         queue.post("bad")
     queue.post("next")
     assert handled == ["caused", "next"]
+
+
+def test_an_event_that_fails_does_not_hold_up_those_behind_it() -> None:
+    handled: list[str] = []
+
+    def handle(event: str) -> None:
+        handled.append(event)
+        if event == "first":
+            queue.post("second")
+            queue.post("third")
+        if event != "third":
+            raise ValueError(event)
+
+    queue: EventQueue[str] = EventQueue(handle)
+    with pytest.raises(ValueError, match="first"):
+        queue.post("first")
+    assert handled == ["first", "second", "third"]
+    queue.post("third")
+    assert handled[3:] == ["third"], "nothing is left, and the queue goes on"

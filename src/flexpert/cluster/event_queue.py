@@ -19,13 +19,20 @@ class EventQueue(Generic[Event]):
 
     def post(self, event: Event) -> None:
         """From outside: returns when it is handled, and all that it has caused. From within
-        `handle`: returns at once; the event comes behind those that are there."""
+        `handle`: returns at once; the event comes behind those that are there.
+
+        Raises: the first that `handle` raised; the events behind it are handled all the same.
+        """
         self._events.append(event)
         if self._handling:
             return
         self._handling = True
-        try:
-            while self._events:
+        first: Exception | None = None
+        while self._events:
+            try:
                 self._handle(self._events.popleft())
-        finally:
-            self._handling = False
+            except Exception as error:  # noqa: BLE001 - raised below
+                first = first or error
+        self._handling = False
+        if first is not None:
+            raise first

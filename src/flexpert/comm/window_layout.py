@@ -41,7 +41,6 @@ LINE = 64
 
 MAX_CAPACITY = 256
 MAX_TOPK = 64
-MAX_SLOTS = 2**15  # int16 in the meta of a row
 MAX_ROWS = 2**31 - 1  # pairs of (token, expert) a rank may receive: int32 offsets
 
 # Control, bytes from the start of the window.
