@@ -59,7 +59,7 @@ def test_the_shell_blocks_run_as_they_stand(tmp_path: Path) -> None:
     assert found
     script = "set -euo pipefail\n" + "\n".join(found).replace("8123", str(free_port()))
     said = run(["bash", "-c", script], tmp_path)
-    assert "He maketh me to lie down in green pastures" in said
+    assert said.count("He maketh me to lie down in green pastures") == 2, "also after the kill"
     assert "add 2 3 → ranks 0 1 2 3" in said
     assert "remove 1 3 → ranks 0 2" in said
 

@@ -185,3 +185,7 @@ def test_help_is_whole_on_80_columns(
     assert not re.search(r"--[a-z-]*…", options)
     if command == "serve":
         assert {flag.name for flag in flags()} <= set(re.findall(r"--[a-z0-9-]+", options))
+
+
+def test_the_version_is_a_flag_too(run: Run) -> None:
+    assert run("--version") == (0, f"flexpert {__version__}\n", "")

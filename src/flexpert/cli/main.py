@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -61,6 +61,24 @@ def expected_errors() -> Iterator[None]:
         with suppress(OSError):  # the exit status says it, too
             print(f"flexpert: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"flexpert {flexpert.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Elastic expert-parallel serving of Mixture-of-Experts models."""
 
 
 def version(json_: Json = False) -> None:
