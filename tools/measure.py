@@ -119,7 +119,7 @@ def step(deterministic: bool) -> None:
         held = source.load_experts(layer, range(info.experts))
         ordered = [held[expert] for expert in placement.held_by(0)[layer]]
         layers.append(LayerState(table, LayerExperts(ordered, deterministic=deterministic)))
-    runtime.install(layers)
+    runtime.install(runtime.stage(layers))
     print(f"tiny, one thread{', deterministic' if deterministic else ''}; median of 7, ms")
     for name, batch, repeats in (
         ("decode, 16 sequences at 192 tokens", _batch(16, 191, 1), 50),

@@ -10,7 +10,6 @@ import torch
 from support.checkpoints import Sequences, prompt_of, single_runner
 from support.fp8_checkpoints import make_fp8_checkpoint
 
-from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.kernel_set import gpu_kernels
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.decode_graphs import StepInputs
@@ -22,18 +21,15 @@ from flexpert.moe.runtime import expert_tables
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
-from flexpert.kernels.cuda.device_experts import is_swiglu
+from flexpert.kernels.cuda.device_experts import SlotAddresses, is_swiglu
 from flexpert.moe.cuda.local_experts import LocalExperts
 
 CPU = torch.device("cpu")
 
 
-def states(source: ModelSource, placement: Placement) -> list[LayerState]:
+def states(source: ModelSource, placement: Placement) -> list[LayerState[SlotAddresses]]:
     held = [
-        LayerExperts(
-            [source.load_experts(layer, [expert])[expert] for expert in experts],
-            deterministic=False,
-        )
+        SlotAddresses.of([source.load_experts(layer, [expert])[expert] for expert in experts])
         for layer, experts in enumerate(placement.held_by(0))
     ]
     tables = expert_tables(placement, 0)
@@ -83,7 +79,7 @@ def test_the_kernels_give_the_logits_of_the_cpu_wherever_the_experts_are(
     forward = replan(None, [0], experts=experts, layers=layers)
     backward = Placement(experts, [{0: list(reversed(range(experts)))} for _ in range(layers)])
     for index, step in enumerate(steps):
-        local.install(states(source, backward if index == 1 else forward))
+        local.install(local.stage(states(source, backward if index == 1 else forward)))
         for name, logits in gpu.step(step).items():
             torch.testing.assert_close(logits, expected[index][name], rtol=1e-3, atol=1e-4)
 
@@ -98,7 +94,9 @@ def test_fp8_experts_give_the_logits_of_a_cpu_that_dequantizes_them(tmp_path: Pa
     assert source.expert_shape().dtype == torch.float8_e4m3fn
     gpu, local = gpu_runner(source)
     info = source.info
-    local.install(states(source, replan(None, [0], experts=info.experts, layers=info.moe_layers)))
+    local.install(
+        local.stage(states(source, replan(None, [0], experts=info.experts, layers=info.moe_layers)))
+    )
     for step in steps:
         torch.testing.assert_close(gpu.step(step)["a"], cpu.step(step)["a"], rtol=1e-3, atol=1e-4)
 
@@ -109,7 +107,7 @@ def test_experts_on_another_rank_are_refused() -> None:
     local = LocalExperts(0, info.moe_layers, info.experts, source.expert_shape(), CPU)
     placement = replan(None, [0, 1], experts=info.experts, layers=info.moe_layers)
     with pytest.raises(ValueError, match="other ranks"):
-        local.install(states(source, placement))
+        local.install(local.stage(states(source, placement)))
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.001])
@@ -140,10 +138,10 @@ def test_captured_steps_follow_the_experts_without_another_capture(
     experts, layers = source.info.experts, source.info.moe_layers
     forward = replan(None, [0], experts=experts, layers=layers)
     backward = Placement(experts, [{0: list(reversed(range(experts)))} for _ in range(layers)])
-    local.install(states(source, forward))
+    local.install(local.stage(states(source, forward)))
     gpu.step(begin)
     for index, step in enumerate(decodes):
-        local.install(states(source, backward if index % 2 else forward))
+        local.install(local.stage(states(source, backward if index % 2 else forward)))
         with monkeypatch.context() as only_graphs:
             only_graphs.setattr(gpu.runner, "_walk", None)
             found = gpu.step(step)

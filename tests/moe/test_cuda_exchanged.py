@@ -12,7 +12,7 @@ pytest.importorskip("flexpert.comm.cuda", reason="the exchange between GPUs")
 from flexpert.comm import BufferSpec
 from flexpert.comm.cuda.cuda_buffer import CudaBuffer
 from flexpert.comm.cuda.cuda_exchange import Tuning
-from flexpert.kernels.cpu.expert_products import LayerExperts
+from flexpert.kernels.cuda.device_experts import SlotAddresses
 from flexpert.kernels.experts import ExpertWeights
 from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
 from flexpert.moe.moe_layers import LayerState
@@ -42,8 +42,8 @@ WEIGHTS = [
 ]
 
 
-def states(placement: Placement, rank: int) -> list[LayerState]:
-    held = LayerExperts([WEIGHTS[e] for e in placement.held_by(rank)[0]], deterministic=False)
+def states(placement: Placement, rank: int) -> list[LayerState[SlotAddresses]]:
+    held = SlotAddresses.of([WEIGHTS[e] for e in placement.held_by(rank)[0]])
     return [LayerState(expert_tables(placement, rank)[0], held)]
 
 
@@ -85,7 +85,7 @@ def expected(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
 def test_a_rank_alone_and_its_padding() -> None:
     ranks = started([0])
     activate(ranks, [0], 1)
-    ranks[0].install(states(replan(None, [0], experts=EXPERTS, layers=1), 0))
+    ranks[0].install(ranks[0].stage(states(replan(None, [0], experts=EXPERTS, layers=1), 0)))
     x, ids, weights = batch(1, 4)
     ranks[0].expect(3)
     out = ranks[0].forward(0, x, ids, weights, gate)
@@ -105,7 +105,7 @@ def test_two_ranks_give_the_same_sums_under_any_placement() -> None:
             given = {0: batch(epoch, 4), 1: batch(epoch + 7, 2)}
             hooks = {}
             for rank, (x, ids, weights) in given.items():
-                ranks[rank].install(states(place, rank))
+                ranks[rank].install(ranks[rank].stage(states(place, rank)))
                 table = ranks[rank]._tables[0]
                 hooks[rank] = ranks[rank].buffer.begin_dispatch(x, ids, weights, table)
             got = {rank: hook() for rank, hook in hooks.items()}

@@ -12,7 +12,7 @@ BIASED = ExpertShape(96, 64, 32, torch.bfloat16, biases=torch.bfloat16)
 
 
 def store() -> ExpertStore:
-    return ExpertStore([PLAIN, BIASED], experts=5)
+    return ExpertStore(0, [PLAIN, BIASED], experts=5)
 
 
 def fill(own: ExpertStore, key: tuple[int, int], seed: int) -> list[torch.Tensor]:
@@ -59,7 +59,7 @@ def test_what_a_peer_does_not_have_is_not_copied() -> None:
 
 
 def test_dropped_experts_give_their_memory_back() -> None:
-    own = ExpertStore([ExpertShape(1024, 512, 256, torch.float32)], experts=8)
+    own = ExpertStore(0, [ExpertShape(1024, 512, 256, torch.float32)], experts=8)
     empty = own.resident
     for expert in range(8):
         fill(own, (0, expert), expert)

@@ -76,14 +76,13 @@ def test_a_layer_with_holes_computes_what_is_left_and_marks_who_lost_what(
         moe = MoERuntime(buffer, reduce="home")
 
         def install(placement: Placement) -> None:
-            moe.install(
-                [
-                    LayerState(table, LayerExperts([weights[e] for e in held], deterministic=True))
-                    for table, held in zip(
-                        expert_tables(placement, 0), placement.held_by(0), strict=True
-                    )
-                ]
-            )
+            layers = [
+                LayerState(table, LayerExperts([weights[e] for e in held], deterministic=True))
+                for table, held in zip(
+                    expert_tables(placement, 0), placement.held_by(0), strict=True
+                )
+            ]
+            moe.install(moe.stage(layers))
 
         x = torch.randn(4, HIDDEN)
         ids = torch.tensor([[0, 1, 4], [0, 2, 1], [2, 3, 5], [4, 5, 0]])

@@ -33,7 +33,7 @@ class ExportedMemory(Protocol):
     """Own memory that peers may read.
 
     address: for a peer's `import_memory`; opaque, below 1 KiB.
-    bytes: [size] uint8 on the device, zero at first.
+    bytes: [size] uint8 on the device.
     resident: bytes of this machine's memory that it takes now; a GPU's do not count.
     """
 
@@ -55,13 +55,18 @@ class ImportedMemory(Protocol):
     def bytes(self) -> torch.Tensor: ...
 
 
-def export_memory(size: int, device: torch.device = _CPU) -> ExportedMemory:
-    """New memory of `size` bytes. Raises: OSError, CudaError: there is none."""
+def export_memory(size: int, device: torch.device = _CPU, *, zeroed: bool = True) -> ExportedMemory:
+    """New memory of `size` bytes.
+
+    zeroed: else it may hold anything, and there sooner.
+
+    Raises: OSError, CudaError: there is none.
+    """
     if device.type == "cpu":
         return export_pages(size)
     from flexpert.comm.cuda.device_memory import ExportedDeviceMemory
 
-    return ExportedDeviceMemory(size, device)
+    return ExportedDeviceMemory(size, device, zeroed=zeroed)
 
 
 def import_memory(address: bytes, device: torch.device = _CPU) -> ImportedMemory:

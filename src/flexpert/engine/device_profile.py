@@ -95,7 +95,7 @@ class DeviceProfile(ABC):
         """The MoE layers of a rank."""
 
     @abstractmethod
-    def make_expert_store(self, source: ModelSource) -> Store:
+    def make_expert_store(self, rank: int, source: ModelSource) -> Store:
         """Where the experts of a rank lie, for it and its peers."""
 
     def export_kv_cache(self, size: int) -> ExportedMemory:
@@ -148,8 +148,13 @@ class CpuProfile(DeviceProfile):
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
         return MoERuntime(buffer, reduce="home" if self.config.deterministic else "rank")
 
-    def make_expert_store(self, source: ModelSource) -> Store:
-        return ExpertStore(source.expert_shapes(), source.info.experts)
+    def make_expert_store(self, rank: int, source: ModelSource) -> Store:
+        return ExpertStore(
+            rank,
+            source.expert_shapes(),
+            source.info.experts,
+            deterministic=self.config.deterministic,
+        )
 
     def warm_up_sizes(self, most: int) -> list[int]:
         if self.config.deterministic:
@@ -195,10 +200,11 @@ class TritonProfile(DeviceProfile):
 
         return ExchangedExperts(buffer, info.moe_layers, info.experts, shape, self.device)
 
-    def make_expert_store(self, source: ModelSource) -> Store:
+    def make_expert_store(self, rank: int, source: ModelSource) -> Store:
         from flexpert.moe.cuda.device_expert_store import DeviceExpertStore  # needs triton
 
-        return DeviceExpertStore(source.expert_shapes(), source.info.experts, self.device)
+        shapes = source.expert_shapes()
+        return DeviceExpertStore(rank, shapes, source.info.experts, self.device)
 
 
 class CudaProfile(TritonProfile):

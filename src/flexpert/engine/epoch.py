@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
-from flexpert.comm import Buffer, CommError, ExpertTable
+from flexpert.comm import Buffer, ExpertTable
 from flexpert.engine.rank_protocol import Prepare
-from flexpert.kernels.cpu.expert_products import LayerExperts
-from flexpert.kernels.experts import ExpertWeights
 from flexpert.models.source import ModelSource
-from flexpert.moe.expert_store import Key, PeerExperts, Store
-from flexpert.moe.moe_layers import LayerState
+from flexpert.moe.expert_store import ExpertLoad, Key, Store
+from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
 from flexpert.moe.runtime import expert_tables
-
-Weights = dict[Key, ExpertWeights]
 
 
 class Cancelled(Exception):  # noqa: N818 - a signal between two functions, never seen by users
@@ -27,13 +23,15 @@ class Cancelled(Exception):  # noqa: N818 - a signal between two functions, neve
 class PreparedEpoch:
     """Ready to switch to.
 
-    weights: what this rank will hold. copied: how many of them are new and came from a peer's
-    memory. layers is empty on a rank that leaves.
+    experts: what this rank will hold. layers: as the store has them, empty on a rank that leaves.
+    staged: the same for `ElasticMoELayers.install`. copied: how many of the experts are new and
+    came from a peer's memory.
     """
 
     plan: Prepare
-    weights: Weights
-    layers: list[LayerState]
+    experts: frozenset[Key]
+    layers: list[LayerState[Any]]
+    staged: Any
     copied: int = 0
 
 
@@ -42,9 +40,9 @@ def prepare_epoch(
     *,
     buffer: Buffer,
     source: ModelSource,
-    held: Weights,
+    held: Collection[Key],
     store: Store,
-    deterministic: bool,
+    moe: ElasticMoELayers,
     cancelled: threading.Event,
     progress: Callable[[float], None],
 ) -> PreparedEpoch:
@@ -52,7 +50,8 @@ def prepare_epoch(
 
     Changes nothing that the running epoch uses: peers are connected but masked, and experts that
     are held stay where they are. Others come from the memory of a peer that has them, else from the
-    checkpoint. Runs in its own thread; what it loads in vain it drops again.
+    checkpoint. Runs in its own thread; what it loads in vain it drops again. What it launches on
+    the calling thread's stream must be waited for.
 
     Raises:
         Cancelled: the event was set meanwhile.
@@ -60,65 +59,27 @@ def prepare_epoch(
     """
     rank = buffer.rank
     if rank not in plan.members:
-        return PreparedEpoch(plan, {}, [])
+        return PreparedEpoch(plan, frozenset(), [], moe.stage([]))
     buffer.connect(plan.members)
-    weights: Weights = {}
-    layers: list[LayerState] = []
-    loaded: list[Key] = []
-    copied = 0
     desired = plan.placement.held_by(rank)
-    tables: list[ExpertTable] = expert_tables(plan.placement, rank)
-    exporters = _Exporters(rank, plan.exporters, store)
+    keys = [(layer, expert) for layer, experts in enumerate(desired) for expert in experts]
+    new = [key for key in keys if key not in held]
+
+    def check() -> None:
+        if cancelled.is_set():
+            raise Cancelled
+
     try:
-        for layer, experts in enumerate(desired):
-            if cancelled.is_set():
-                raise Cancelled
-            new = [(layer, expert) for expert in experts if (layer, expert) not in held]
-            loaded += new
-            rest = [key for key in new if not exporters.copy(key)]
-            copied += len(new) - len(rest)
-            place = functools.partial(_place, store, layer)
-            source.load_experts(layer, [expert for _, expert in rest], place)
-            for key in rest:
-                store.filled(key)
-            of_layer = [held.get((layer, e)) or store.weights((layer, e)) for e in experts]
-            weights.update(((layer, e), w) for e, w in zip(experts, of_layer, strict=True))
-            layers.append(
-                LayerState(tables[layer], LayerExperts(of_layer, deterministic=deterministic))
-            )
-            progress((layer + 1) / len(desired))
+        check()
+        copied = store.load(ExpertLoad(new, plan.exporters, source, check, progress)) if new else 0
+        tables: list[ExpertTable] = expert_tables(plan.placement, rank)
+        layers = [
+            LayerState(tables[layer], store.layer(layer, experts))
+            for layer, experts in enumerate(desired)
+        ]
+        staged = moe.stage(layers)
+        progress(1.0)
     except BaseException:
-        store.drop(loaded)
+        store.drop(new)
         raise
-    return PreparedEpoch(plan, weights, layers, copied)
-
-
-def _place(store: Store, layer: int, expert: int) -> ExpertWeights:
-    return store.weights((layer, expert))
-
-
-class _Exporters:
-    """The peers whose memory has experts; each is opened when it is first needed."""
-
-    def __init__(self, rank: int, addresses: Mapping[int, bytes], store: Store) -> None:
-        self._store = store
-        self._addresses: Sequence[bytes] = [addresses[r] for r in sorted(addresses) if r != rank]
-        self._first = rank  # several newcomers begin with different peers
-        self._open: dict[bytes, PeerExperts | None] = {}
-
-    def copy(self, key: Key) -> bool:
-        """Fill the own place of an expert; False if no peer has it."""
-        count = len(self._addresses)
-        for step in range(count):
-            peer = self._peer(self._addresses[(self._first + key[1] + step) % count])
-            if peer is not None and self._store.copy(key, peer):
-                return True
-        return False
-
-    def _peer(self, address: bytes) -> PeerExperts | None:
-        if address not in self._open:
-            try:
-                self._open[address] = self._store.import_memory(address)
-            except CommError:  # it ended, or it is on another machine: the checkpoint has it, too
-                self._open[address] = None
-        return self._open[address]
+    return PreparedEpoch(plan, frozenset(keys), layers, staged, copied)

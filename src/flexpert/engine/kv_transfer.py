@@ -21,6 +21,7 @@ from flexpert.engine.device_profile import DeviceProfile
 from flexpert.engine.request import HeldKV, KVMigration
 from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence_intake import SequenceIntake
+from flexpert.kernels.device_stream import DeviceStream
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.source import ModelInfo
 
@@ -42,6 +43,7 @@ class KVFetch(threading.Thread):
         *,
         own: KVCache,
         theirs: Callable[[], KVCache],
+        stream: DeviceStream,
         done: Callable[[FetchEnded], None],
     ) -> None:
         """
@@ -59,6 +61,7 @@ class KVFetch(threading.Thread):
         self._pairs = pairs
         self._own = own
         self._open = theirs
+        self._stream = stream
         self._done = done
 
     def drop(self) -> None:
@@ -69,7 +72,9 @@ class KVFetch(threading.Thread):
             self.arrivals.drop()
 
     def run(self) -> None:
-        self._done(FetchEnded(self, self._copy()))
+        with self._stream.aside():
+            copied = self._copy()
+        self._done(FetchEnded(self, copied))
 
     def _copy(self) -> int | None:
         try:
@@ -136,6 +141,7 @@ class KVTransfer:
             pairs,
             own=self._own,
             theirs=lambda: self._cache_at(command.kv),
+            stream=self._profile.stream,
             done=self._done,
         )
         fetch.start()

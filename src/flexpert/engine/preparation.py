@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from flexpert.comm import Buffer, CommError
 from flexpert.engine import rank_protocol as msg
-from flexpert.engine.epoch import Cancelled, PreparedEpoch, Weights, prepare_epoch
+from flexpert.engine.epoch import Cancelled, PreparedEpoch, prepare_epoch
 from flexpert.errors import FlexpertError
+from flexpert.kernels.device_stream import DeviceStream
 from flexpert.models.source import ModelSource
-from flexpert.moe.expert_store import Store
+from flexpert.moe.expert_store import Key, Store
+from flexpert.moe.moe_layers import ElasticMoELayers
 
 _LAST_S = 5.0  # for the thread when the rank ends
 
@@ -93,7 +95,7 @@ class PreparationEnded:
 class EpochPreparer:
     """The preparation that counts, and what it has brought; used by the step loop's thread.
 
-    weights: the experts of the running epoch. prepared: complete, and not taken yet.
+    experts: of the running epoch. prepared: complete, and not taken yet.
     """
 
     def __init__(
@@ -101,8 +103,9 @@ class EpochPreparer:
         buffer: Buffer,
         source: ModelSource,
         store: Store,
+        moe: ElasticMoELayers,
+        stream: DeviceStream,
         *,
-        deterministic: bool,
         report: Callable[[msg.Report], None],
         done: Callable[[PreparationEnded], None],
     ) -> None:
@@ -111,12 +114,13 @@ class EpochPreparer:
             report: hears of the progress, in the preparation's thread.
             done: hears of the end, there too.
         """
-        self.weights: Weights = {}
+        self.experts: frozenset[Key] = frozenset()
         self.prepared: PreparedEpoch | None = None
         self._buffer = buffer
         self._source = source
         self._store = store
-        self._deterministic = deterministic
+        self._moe = moe
+        self._stream = stream
         self._report = report
         self._done = done
         self._current: Preparation | None = None
@@ -156,7 +160,7 @@ class EpochPreparer:
         """
         self._buffer.disconnect(set(plan.members) - set(self._buffer.active))
         if not isinstance(result, str):
-            self._store.drop(set(result.weights) - set(self.weights))
+            self._store.drop(result.experts - self.experts)
 
     def take(self) -> PreparedEpoch:
         """The epoch that is switched to now; its experts are put in force by `hold`."""
@@ -164,10 +168,10 @@ class EpochPreparer:
         assert prepared is not None  # by the rules of `rank_states`
         return prepared
 
-    def hold(self, weights: Weights) -> None:
-        """These experts are the running epoch's; others of the one before are given back."""
-        self._store.drop(set(self.weights) - set(weights))
-        self.weights = weights
+    def hold(self, experts: frozenset[Key]) -> None:
+        """These are the running epoch's; others of the one before are given back."""
+        self._store.drop(self.experts - experts)
+        self.experts = experts
 
     def close(self) -> None:
         """Withdraw, and wait for the thread as long as that may take."""
@@ -176,13 +180,17 @@ class EpochPreparer:
             self._latest.join(timeout=_LAST_S)
 
     def _work(self, plan: msg.Prepare, cancelled: threading.Event) -> PreparedEpoch:
-        return prepare_epoch(
-            plan,
-            buffer=self._buffer,
-            source=self._source,
-            held=self.weights,
-            store=self._store,
-            deterministic=self._deterministic,
-            cancelled=cancelled,
-            progress=lambda share: self._report(msg.Progress(plan.epoch, share)),
-        )
+        with self._stream.aside():
+            try:
+                return prepare_epoch(
+                    plan,
+                    buffer=self._buffer,
+                    source=self._source,
+                    held=self.experts,
+                    store=self._store,
+                    moe=self._moe,
+                    cancelled=cancelled,
+                    progress=lambda share: self._report(msg.Progress(plan.epoch, share)),
+                )
+            finally:
+                self._stream.synchronize()

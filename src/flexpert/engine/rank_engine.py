@@ -127,7 +127,7 @@ class RankEngine:
             prefix_cache=config.prefix_cache,
         )
         self.scheduler = Scheduler(limits)
-        self.store = self.profile.make_expert_store(source)
+        self.store = self.profile.make_expert_store(rank, source)
         self.sampler = Sampler(greedy_on_device=self.profile.samples_on_device)
         self.memory = MemoryMeter(
             source, config, capacity, lambda: self.exported.resident + self.store.resident
@@ -146,7 +146,8 @@ class RankEngine:
             self.buffer,
             source,
             self.store,
-            deterministic=config.deterministic,
+            self.moe,
+            self.profile.stream,
             report=self.report,
             done=self._enqueue,
         )
@@ -299,7 +300,7 @@ class RankEngine:
     def _report_prepared(self, result: PreparedEpoch) -> None:
         if self.buffer.epoch == 0:  # nobody waits for a newcomer yet
             self.memory.measure()
-        planned = self.memory.plan(len(result.weights), len(result.plan.members))
+        planned = self.memory.plan(len(result.experts), len(result.plan.members))
         self.report(msg.Prepared(result.plan.epoch, result.copied, planned))
 
     def _undo(self, failed: PreparationEnded) -> None:
@@ -323,8 +324,8 @@ class RankEngine:
         gone = set(self.buffer.active) - set(plan.members)
         self.buffer.set_active(plan.members, plan.epoch)
         self.buffer.disconnect(gone)
-        self.moe.install(prepared.layers)
-        self._preparer.hold(prepared.weights)
+        self.moe.install(prepared.staged)
+        self._preparer.hold(prepared.experts)
         set_threads(self.config, self.source.info.hidden, len(plan.members))
         self._vote_due = True
 

@@ -37,15 +37,14 @@ class WarmUp:
         Raises: CommError, OSError, RuntimeError
         """
         tables = warmup_tables(prepared.plan.placement, self._buffer.rank)
-        self._moe.install(
-            [
-                LayerState(table, layer.experts)
-                for table, layer in zip(tables, prepared.layers, strict=True)
-            ]
-        )
+        layers = [
+            LayerState(table, layer.experts)
+            for table, layer in zip(tables, prepared.layers, strict=True)
+        ]
+        self._moe.install(self._moe.stage(layers))
         if all(table.slots for table in tables):
             self._compute()
-        self._moe.install([])
+        self._moe.install(self._moe.stage([]))
 
     def capture(self) -> str:
         """Capture the decode steps, and compile all else; no expert needs to be there.

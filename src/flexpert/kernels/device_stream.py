@@ -5,11 +5,14 @@ A CPU computes at once, so there is nothing to wait for; this is also how Triton
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from flexpert.comm.capture_guard import CAPTURE_GUARD
 
 Replay = Callable[[], object]
 
@@ -34,6 +37,10 @@ class DeviceStream(Protocol):
 
     def synchronize(self) -> None:
         """Wait until all that was launched is computed."""
+
+    def aside(self) -> contextlib.AbstractContextManager[object]:
+        """What this thread launches within goes to a stream of its own, which other threads' work
+        neither waits for nor holds up; to be synchronized before it is left."""
 
     def event(self) -> StreamEvent:
         """A new one, not recorded yet."""
@@ -70,6 +77,9 @@ class HostStream:
     def synchronize(self) -> None:
         pass
 
+    def aside(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
     def event(self) -> StreamEvent:
         return _Now()
 
@@ -89,16 +99,22 @@ class CudaStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._capturing: torch.cuda.Stream | None = None  # all captures are launched on
 
     def synchronize(self) -> None:
         torch.cuda.current_stream(self.device).synchronize()
+
+    def aside(self) -> contextlib.AbstractContextManager[object]:
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(stream)
 
     def event(self) -> StreamEvent:
         event: StreamEvent = torch.cuda.Event()  # type: ignore[no-untyped-call]
         return event
 
     def host_buffer(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+        with CAPTURE_GUARD.apart():
+            return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
 
     def graph_pool(self) -> object:
         pool: object = torch.cuda.graph_pool_handle()
@@ -106,15 +122,25 @@ class CudaStream:
 
     def capture(self, compute: Callable[[], Tensor], pool: Any) -> tuple[Replay, Tensor]:
         current = torch.cuda.current_stream(self.device)
-        warm_up = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        warm_up.wait_stream(current)
-        with torch.cuda.stream(warm_up):
-            compute()  # compiles what is still to be compiled
-        current.wait_stream(warm_up)
+        if self._capturing is None:
+            self._capturing = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream = self._capturing
+        stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: another thread may load weights meanwhile
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            result = compute()
+        with torch.cuda.stream(stream):
+            compute()  # compiles what is still to be compiled
+            stream.synchronize()
+            with CAPTURE_GUARD.capturing():
+                # thread_local: another thread may load weights meanwhile
+                graph.capture_begin(pool, capture_error_mode="thread_local")
+                try:
+                    result = compute()
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):  # of the broken capture
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        current.wait_stream(stream)
         return graph.replay, result
 
 

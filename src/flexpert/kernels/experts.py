@@ -52,6 +52,11 @@ class ExpertShape:
         """Bytes of an expert's tensors, each aligned to `ALIGNMENT`."""
         return self._parts()[-1].end
 
+    @property
+    def begins(self) -> dict[str, int]:
+        """Where each of an expert's tensors begins in its memory, in bytes."""
+        return {part.name: part.begin for part in self._parts()}
+
     def over(self, memory: Tensor) -> ExpertWeights:
         """An expert whose tensors are views of `memory`, [`nbytes`] uint8, one behind the other."""
         return ExpertWeights(

@@ -291,6 +291,11 @@ class ModelSource:
             self._load_expert(self.experts_names[layer], expert, into)
         return loaded
 
+    def read_expert(self, layer: int, expert: int, into: Tensor) -> None:
+        """One expert's bytes; see `ExpertFiles.read_expert`."""
+        weights = self.expert_shape(layer).over(into)
+        self._load_expert(self.experts_names[layer], expert, weights)
+
     def _load_expert(self, name: str, expert: int, into: ExpertWeights) -> None:
         module: Any = self.skeleton.get_submodule(name)
         up = "gate_up_proj" if module.has_gate else "up_proj"

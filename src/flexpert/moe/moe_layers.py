@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from flexpert.comm import ExpertTable
-from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.experts import Gate
+
+E = TypeVar("E")
 
 
 @dataclass(frozen=True, slots=True)
-class LayerState:
-    """One layer in one epoch: where its experts are, and those held here."""
+class LayerState(Generic[E]):
+    """One layer in one epoch: where its experts are, and those held here, as the device has them
+    (`Store.layer`)."""
 
     table: ExpertTable
-    experts: LayerExperts
+    experts: E
 
 
 class MoELayers(Protocol):
@@ -55,12 +57,20 @@ class ElasticMoELayers(MoELayers, Protocol):
 
     walked: int
 
-    def install(self, layers: Sequence[LayerState]) -> None:
-        """Use these from the next step on; an empty list: no expert is anywhere.
+    def stage(self, layers: Sequence[LayerState[Any]]) -> Any:
+        """All that can be done ahead for `install`, to which the result goes; an empty list: no
+        expert is anywhere.
+
+        May be called in another thread while steps are computed; what the calling thread launches
+        is to be waited for.
 
         Raises:
             ValueError: the device cannot compute with these.
         """
+        ...
+
+    def install(self, staged: Any) -> None:
+        """Use these from the next step on; between two steps, and does not wait for the device."""
         ...
 
     def lost_rows(self) -> Tensor | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from flexpert.comm import Buffer, ExpertTable
 from flexpert.comm.buffer import Reduce
+from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.experts import Gate
 from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement
@@ -72,6 +74,14 @@ def without(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class StagedLayers:
+    """absent: layer → [experts] bool, which experts nobody holds, where there are any."""
+
+    layers: tuple[LayerState[LayerExperts], ...]
+    absent: Mapping[int, torch.Tensor]
+
+
 class MoERuntime:
     """Walks the exchanges of each layer; the layers' state is swapped whole at a commit.
 
@@ -82,16 +92,19 @@ class MoERuntime:
     def __init__(self, buffer: Buffer, *, reduce: Reduce) -> None:
         self.buffer = buffer
         self.reduce: Reduce = reduce
-        self.layers: Sequence[LayerState] = []
         self.walked = 0
-        self._absent: dict[int, torch.Tensor] = {}  # layer → [experts] bool, where any is
+        self._staged = StagedLayers((), {})
         self._lost: torch.Tensor | None = None
 
-    def install(self, layers: Sequence[LayerState]) -> None:
-        """Use these layers from the next step on."""
-        self.layers = layers
+    def stage(self, layers: Sequence[LayerState[LayerExperts]]) -> StagedLayers:
+        """As `ElasticMoELayers.stage`."""
         absent = {index: state.table.rank < 0 for index, state in enumerate(layers)}
-        self._absent = {index: mask for index, mask in absent.items() if bool(mask.any())}
+        missing = {index: mask for index, mask in absent.items() if bool(mask.any())}
+        return StagedLayers(tuple(layers), missing)
+
+    def install(self, staged: StagedLayers) -> None:
+        """Use these layers from the next step on."""
+        self._staged = staged
         self._lost = None
 
     def lost_rows(self) -> torch.Tensor | None:
@@ -123,11 +136,12 @@ class MoERuntime:
         Returns:
             [tokens, hidden] in x's dtype.
         """
-        state = self.layers[layer]
+        state = self._staged.layers[layer]
+        absent = self._staged.absent.get(layer)
         weights = weights.float()
         self.walked += 1
-        if layer in self._absent and x.shape[0]:
-            expert_ids, weights, lost = without(self._absent[layer], expert_ids, weights)
+        if absent is not None and x.shape[0]:
+            expert_ids, weights, lost = without(absent, expert_ids, weights)
             self._lost = lost if self._lost is None else self._lost | lost
         received = self.buffer.dispatch(x, expert_ids, weights, state.table)
         y = state.experts.compute(received.x, received.offsets, apply_gate)

@@ -30,7 +30,7 @@ from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.statistics import SpreadUs
 from flexpert.comm import BufferSpec, make_buffer
 from flexpert.errors import FlexpertError
-from flexpert.kernels.cpu.expert_products import LayerExperts
+from flexpert.kernels.cuda.device_experts import SlotAddresses
 from flexpert.kernels.experts import ExpertWeights
 from flexpert.kernels.kernel_set import open_gpu
 from flexpert.models import registrations
@@ -178,13 +178,13 @@ class Layer:
             experts = [quantised_with(whole) for whole in experts]
         local = LocalExperts(0, 1, shape.experts, experts[0].shape, device)
         layer = cls(shape, weights(shape.experts, shape.hidden), up, down, experts, local)
-        local.install(layer.states())
+        local.install(local.stage(layer.states()))
         return layer
 
-    def states(self) -> list[LayerState]:
+    def states(self) -> list[LayerState[SlotAddresses]]:
         """All experts on rank 0."""
         table = expert_tables(replan(None, [0], experts=self.shape.experts, layers=1), 0)[0]
-        return [LayerState(table, LayerExperts(self.experts, deterministic=False))]
+        return [LayerState(table, SlotAddresses.of(self.experts))]
 
     @contextlib.contextmanager
     def exchanged(self, tokens: int) -> Iterator[ExchangedExperts]:
@@ -194,7 +194,7 @@ class Layer:
         with contextlib.closing(make_buffer(0, spec, backend="cuda")) as buffer:
             buffer.connect({0: buffer.address})
             moe = ExchangedExperts(buffer, 1, shape.experts, self.experts[0].shape, device)
-            moe.install(self.states())
+            moe.install(moe.stage(self.states()))
             buffer.set_active([0], 1)
             buffer.post_vote(b"")
             buffer.collect_votes(EXCHANGE_S)

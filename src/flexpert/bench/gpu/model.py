@@ -12,16 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 from flexpert.kernels import block_fp8 as fp8
-from flexpert.kernels.cpu.expert_products import LayerExperts
+from flexpert.kernels.cuda.device_experts import SlotAddresses
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.kernels.kernel_set import gpu_kernels
 from flexpert.models import registrations
 from flexpert.models.model_runner import ModelRunner, compute_buffers
 from flexpert.models.probe import Probe, build_skeleton, probe
 from flexpert.models.source import ModelInfo
-from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
-from flexpert.moe.cuda.local_experts import LocalExperts
-from flexpert.moe.moe_layers import LayerState
+from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
 from flexpert.moe.placement import Placement
 from flexpert.moe.runtime import expert_tables
 
@@ -170,7 +168,7 @@ class RandomModel:
 
     def runner(
         self,
-        moe: LocalExperts | ExchangedExperts,
+        moe: ElasticMoELayers,
         *,
         kv_blocks: int,
         kv_block_size: int,
@@ -193,7 +191,7 @@ class RandomModel:
             kv_block_size=kv_block_size,
             kernels=gpu_kernels(),
         )
-        moe.install(self.layers())
+        moe.install(moe.stage(self.layers()))
         return runner
 
     def experts(self, layer: int) -> list[ExpertWeights]:
@@ -204,10 +202,10 @@ class RandomModel:
         up, down = self.weights[f"{name}.gate_up_proj"], self.weights[f"{name}.down_proj"]
         return [ExpertWeights(*pair) for pair in zip(up, down, strict=True)]
 
-    def layers(self) -> list[LayerState]:
+    def layers(self) -> list[LayerState[SlotAddresses]]:
         """What this rank serves with."""
         return [
-            LayerState(table, LayerExperts(self.experts(layer), deterministic=False))
+            LayerState(table, SlotAddresses.of(self.experts(layer)))
             for layer, table in enumerate(expert_tables(self.placement, self.rank))
         ]
 

@@ -34,6 +34,7 @@ from flexpert.comm.buffer import (
     Reduce,
     Scales,
 )
+from flexpert.comm.capture_guard import CAPTURE_GUARD
 from flexpert.comm.cuda.cuda_exchange import CudaDispatched, CudaExchange, Tuning
 from flexpert.comm.cuda.cuda_layout import (
     LANES,
@@ -261,9 +262,10 @@ class CudaBuffer(DeviceBuffer):
             self._write(restart=())
 
     def _unmap(self) -> None:
-        """Nothing that was launched is under way. The table forgets these peers right after."""
+        """Nothing that was launched is under way. The table forgets these peers right after, and
+        unmapping takes so long that no step should wait for it."""
         for memory in self._departed:
-            memory.close()
+            CAPTURE_GUARD.later(memory.close)
         self._departed.clear()
 
     def _write(self, restart: tuple[int, ...] | None) -> None:
@@ -530,9 +532,10 @@ class CudaBuffer(DeviceBuffer):
                 return
             self._synchronize()
             self._state = State.CLOSED
-            self._departed += self._peers.values()
+            for memory in (*self._departed, *self._peers.values()):
+                memory.close()
+            self._departed.clear()
             self._peers.clear()
-            self._unmap()
             self._control.close()
             self._window.close()
 

@@ -25,9 +25,9 @@ class ExportedDeviceMemory:
 
     resident = 0
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, *, zeroed: bool) -> None:
         """Raises: CudaError: there is none."""
-        self._memory = SharedMemory(size, device)
+        self._memory = SharedMemory(size, device, zeroed=zeroed)
         self.bytes = self._memory.tensor
         address = _Address(os.getpid(), self._memory.address, self._memory.handle, size)
         self.address = msgspec.msgpack.encode(address)

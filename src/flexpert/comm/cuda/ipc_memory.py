@@ -6,17 +6,18 @@ reading and writing without a fault, and the memory is given back when the last 
 So a survivor unmaps when it is ready, never in the middle of a kernel.
 
 torch has loaded the runtime library already; it offers no allocation outside of its pools, whose
-blocks cannot be shared one by one.
+blocks cannot be shared one by one. Every call that a capture would not survive is made apart from
+captures (`CAPTURE_GUARD`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from typing import Any
 
 import torch
 
+from flexpert.comm.capture_guard import CAPTURE_GUARD
 from flexpert.comm.errors import CommError, PeerUnreachable
 
 HANDLE_BYTES = 64
@@ -66,45 +67,58 @@ class _Array:
 
 
 class SharedMemory:
-    """An allocation of this process, zeroed, on the current device.
+    """An allocation of this process on a device.
 
     tensor: [size] uint8. handle: for `PeerMemory` in another process. Freed by `close`.
     """
 
     elsewhere = False
 
-    def __init__(self, size: int, device: torch.device) -> None:
-        """Raises: CudaError: no memory, or the device cannot share it."""
+    def __init__(self, size: int, device: torch.device, *, zeroed: bool = True) -> None:
+        """
+        Args:
+            zeroed: else it holds anything.
+
+        Raises:
+            CudaError: no memory, or the device cannot share it.
+        """
         self._runtime = _runtime()
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # a context exists from here on
-            at = ctypes.c_void_p()
-            _check(
-                self._runtime,
-                f"{size} bytes of the GPU's memory",
-                self._runtime.cudaMalloc(ctypes.byref(at), ctypes.c_size_t(size)),
-            )
-            assert at.value is not None
-            self.address = at.value
-            handle = _Handle()
-            _check(
-                self._runtime,
-                "sharing a window",
-                self._runtime.cudaIpcGetMemHandle(ctypes.byref(handle), at),
-            )
-            self.handle = bytes(handle)
+            with CAPTURE_GUARD.apart():
+                self.address = self._allocate(size)
+                self.handle = self._share()
             self.tensor = torch.as_tensor(_Array(self, self.address, size), device=device)
-            self.tensor.zero_()
-            torch.cuda.current_stream().synchronize()
+            if zeroed:
+                self.tensor.zero_()
+                torch.cuda.current_stream().synchronize()
+
+    def _allocate(self, size: int) -> int:
+        at = ctypes.c_void_p()
+        status = self._runtime.cudaMalloc(ctypes.byref(at), ctypes.c_size_t(size))
+        _check(self._runtime, f"{size} bytes of the GPU's memory", status)
+        assert at.value is not None
+        return at.value
+
+    def _share(self) -> bytes:
+        handle = _Handle()
+        status = self._runtime.cudaIpcGetMemHandle(
+            ctypes.byref(handle), ctypes.c_void_p(self.address)
+        )
+        if status:
+            self._runtime.cudaFree(ctypes.c_void_p(self.address))
+        _check(self._runtime, "sharing a window", status)
+        return bytes(handle)
 
     def close(self) -> None:
-        """Free it; peers that have it mapped keep it alive."""
+        """Free it, once nothing that was launched uses it; peers that have it mapped keep it
+        alive."""
         address, self.address = self.address, 0
         if address:
-            torch.cuda.synchronize(self.tensor.device)
-            _check(
-                self._runtime, "freeing a window", self._runtime.cudaFree(ctypes.c_void_p(address))
-            )
+            with CAPTURE_GUARD.apart(), torch.cuda.device(self.tensor.device):
+                torch.cuda.synchronize()
+                status = self._runtime.cudaFree(ctypes.c_void_p(address))
+                _check(self._runtime, "freeing a window", status)
 
 
 class PeerMemory:
@@ -119,14 +133,12 @@ class PeerMemory:
         at = ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.current_stream()
-            try:
-                _check(
-                    self._runtime,
-                    f"the memory of {whose} cannot be mapped",
-                    self._runtime.cudaIpcOpenMemHandle(
-                        ctypes.byref(at), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS
-                    ),
+            with CAPTURE_GUARD.apart():
+                status = self._runtime.cudaIpcOpenMemHandle(
+                    ctypes.byref(at), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS
                 )
+            try:
+                _check(self._runtime, f"the memory of {whose} cannot be mapped", status)
             except CudaError as error:
                 raise PeerUnreachable(
                     f"{error}; its process has exited, or its GPU cannot be reached from this one"
@@ -135,30 +147,25 @@ class PeerMemory:
         self.address = at.value
 
     def tensor(self, size: int) -> torch.Tensor:
-        """[size] uint8. The mapping goes with the last tensor that shares this one's memory."""
+        """[size] uint8. The mapping goes some time after the last tensor that shares its memory."""
         whole = _Array(_Unmapped(self), self.address, size)
         return torch.as_tensor(whole, device=self._device)
 
     def close(self) -> None:
-        """Unmap it. No kernel that was launched may still use it: see the caller."""
+        """Unmap it, once nothing that was launched uses it."""
         address, self.address = self.address, 0
         if address:
-            with torch.cuda.device(self._device):
-                _check(
-                    self._runtime,
-                    "unmapping a window",
-                    self._runtime.cudaIpcCloseMemHandle(ctypes.c_void_p(address)),
-                )
+            with CAPTURE_GUARD.apart(), torch.cuda.device(self._device):
+                torch.cuda.synchronize()
+                status = self._runtime.cudaIpcCloseMemHandle(ctypes.c_void_p(address))
+                _check(self._runtime, "unmapping a window", status)
 
 
 class _Unmapped:
-    """Closes a mapping when it is collected."""
+    """Has a mapping closed when it is collected."""
 
     def __init__(self, memory: PeerMemory) -> None:
-        self._memory = memory
+        self._close = memory.close
 
     def __del__(self) -> None:
-        # at the end of the process the runtime may be gone, and the mapping with it
-        with contextlib.suppress(CudaError, AttributeError, TypeError):
-            torch.cuda.synchronize(self._memory._device)
-            self._memory.close()
+        CAPTURE_GUARD.later(self._close)

@@ -7,7 +7,10 @@ rewrites them between two steps and moves no weights, so that captured graphs st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +20,67 @@ from flexpert.kernels.cuda.grouped_products import grouped_product
 from flexpert.kernels.experts import ALIGNMENT, ExpertShape, ExpertWeights, Gate
 
 _TABLES = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
+
+
+@dataclass(frozen=True, slots=True)
+class SlotAddresses:
+    """Where the experts of one layer lie, in the order of their slots.
+
+    table: [tables, experts] int64, addresses on the device; 0 where an expert has no such tensor.
+    shape: of each; None: there are none. weights: kept alive here, or by somebody else.
+    """
+
+    table: npt.NDArray[np.int64]
+    shape: ExpertShape | None
+    weights: tuple[ExpertWeights, ...] = ()
+
+    @classmethod
+    def at(cls, begins: Sequence[int], shape: ExpertShape) -> SlotAddresses:
+        """Of experts in memory that begins at these addresses, each as `ExpertShape.over` has it.
+
+        Raises: ValueError: one is not aligned.
+        """
+        first = np.array(begins, dtype=np.int64)
+        if (first % ALIGNMENT).any():
+            raise ValueError(f"expert weights must be aligned to {ALIGNMENT} bytes")
+        table = np.zeros((len(_TABLES), len(begins)), dtype=np.int64)
+        for name, begin in shape.begins.items():
+            table[_TABLES.index(name)] = first + begin
+        return cls(table, shape if begins else None)
+
+    @classmethod
+    def of(cls, weights: Sequence[ExpertWeights]) -> SlotAddresses:
+        """Of experts anywhere on the device.
+
+        Raises: ValueError: their shapes differ, or weights are not contiguous or not aligned.
+        """
+        table = np.zeros((len(_TABLES), len(weights)), dtype=np.int64)
+        shapes = {expert.shape for expert in weights}
+        if len(shapes) > 1:
+            raise ValueError(f"experts of one layer have different shapes: {shapes}")
+        for slot, expert in enumerate(weights):
+            for row, name in enumerate(_TABLES):
+                tensor = getattr(expert, name)
+                if tensor is None:
+                    continue
+                if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
+                    raise ValueError(
+                        f"expert weights must be contiguous, aligned to {ALIGNMENT} bytes"
+                    )
+                table[row, slot] = tensor.data_ptr()
+        return cls(table, next(iter(shapes), None), tuple(weights))
+
+    @property
+    def experts(self) -> int:
+        return int(self.table.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class StagedExperts:
+    """What `DeviceExperts.install` needs, on the device. tables: [tables, layers, slots] int64."""
+
+    tables: Tensor
+    held: tuple[SlotAddresses, ...]
 
 
 class DeviceExperts:
@@ -34,38 +98,39 @@ class DeviceExperts:
         self.shape = shape
         self.device = device
         self._tables = torch.zeros((len(_TABLES), layers, slots), dtype=torch.int64, device=device)
-        self._held: list[list[ExpertWeights]] = []
+        self._held: tuple[SlotAddresses, ...] = ()
         self._swiglu: dict[Gate, bool] = {}
 
-    def install(self, layers: Sequence[Sequence[ExpertWeights]]) -> None:
-        """Hold these from the next launch on, one list a layer in slot order.
+    def stage(self, layers: Sequence[SlotAddresses]) -> StagedExperts:
+        """Ready to be held, one for each layer; changes nothing yet.
+
+        May be called in another thread than the one that computes; the calling thread's stream is
+        to be waited for.
 
         Raises:
-            ValueError: more experts than slots, another shape, or weights that are not contiguous,
-                not aligned or elsewhere.
+            ValueError: more experts than slots, another shape, or weights elsewhere.
         """
-        host = torch.zeros(self._tables.shape, dtype=torch.int64)
+        host = np.zeros(self._tables.shape, dtype=np.int64)
         for index, experts in enumerate(layers):
-            if len(experts) > self.slots:
-                raise ValueError(f"{len(experts)} experts for {self.slots} slots")
-            for slot, expert in enumerate(experts):
-                self._check(expert)
-                for table, name in enumerate(_TABLES):
-                    tensor = getattr(expert, name)
-                    if tensor is not None:
-                        host[table, index, slot] = tensor.data_ptr()
-        self._tables.copy_(host)
-        # what was held before may go now: its memory is used again only behind the running step
-        self._held = [list(experts) for experts in layers]
+            self._check(experts)
+            host[:, index, : experts.experts] = experts.table
+        return StagedExperts(torch.from_numpy(host).to(self.device), tuple(layers))
 
-    def _check(self, expert: ExpertWeights) -> None:
-        if expert.shape != self.shape:
-            raise ValueError(f"an expert of {expert.shape} among those of {self.shape}")
-        for tensor in expert.tensors:
-            if tensor.device.type != self.device.type:
-                raise ValueError(f"expert weights on {tensor.device}, not on {self.device}")
-            if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT:
-                raise ValueError(f"expert weights must be contiguous, aligned to {ALIGNMENT} bytes")
+    def install(self, staged: StagedExperts) -> None:
+        """Hold these from the next launch on."""
+        self._tables.copy_(staged.tables, non_blocking=True)
+        # what was held before may go now: its memory is used again only behind the running step
+        self._held = staged.held
+
+    def _check(self, layer: SlotAddresses) -> None:
+        if layer.experts > self.slots:
+            raise ValueError(f"{layer.experts} experts for {self.slots} slots")
+        if layer.shape not in (None, self.shape):
+            raise ValueError(f"an expert of {layer.shape} among those of {self.shape}")
+        for expert in layer.weights:
+            for tensor in expert.tensors:
+                if tensor.device.type != self.device.type:
+                    raise ValueError(f"expert weights on {tensor.device}, not on {self.device}")
 
     def compute(
         self,

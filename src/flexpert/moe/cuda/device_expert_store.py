@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexpert.comm import CommError
+from flexpert.comm.capture_guard import CAPTURE_GUARD
 from flexpert.comm.peer_memory import (
     ExportedMemory,
     ImportedPages,
@@ -21,21 +23,25 @@ from flexpert.comm.peer_memory import (
     export_pages,
     import_memory,
 )
+from flexpert.kernels.cuda.device_experts import SlotAddresses
 from flexpert.kernels.device_stream import stream_of
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
-from flexpert.moe.expert_store import Key, PeerExperts
+from flexpert.moe.cuda.expert_upload import ExpertUpload
+from flexpert.moe.expert_store import ExpertLoad, ExportingPeers, Key
 
-SLAB_BYTES = 64 << 20
+SLAB_BYTES = 256 << 20
 MOST_SLABS = 1 << 14
 
 _ALIGN = 256
 _SLAB_SHIFT = 40  # an entry: 1 + (slab << 40 | offset); 0: not here
 _ADDRESS_BYTES = 1024  # two of them say how many count
+_STEPS = 20  # of the progress of an upload
 
 
 @dataclass(slots=True)
 class _Slab:
     memory: ExportedMemory
+    begin: int  # address on the device
     size: int  # of a place
     free: list[int] = field(default_factory=list)  # offsets
 
@@ -45,13 +51,13 @@ class _Slab:
 
 
 class _Directory:
-    """Views of the directory's memory."""
+    """Views of the directory's memory. entries: [layers * experts] int64."""
 
     def __init__(self, memory: Tensor, layers: int, experts: int) -> None:
         self.experts = experts
         count = layers * experts
-        self.entries = memory[: count * 8].view(torch.int64)
-        self.addresses = memory[count * 8 :].view(MOST_SLABS, _ADDRESS_BYTES)
+        self.entries = memory[: count * 8].view(torch.int64).numpy()
+        self.addresses = memory[count * 8 :].view(MOST_SLABS, _ADDRESS_BYTES).numpy()
 
     @staticmethod
     def size(layers: int, experts: int) -> int:
@@ -60,17 +66,15 @@ class _Directory:
     def index(self, key: Key) -> int:
         return key[0] * self.experts + key[1]
 
-    def place(self, key: Key) -> tuple[int, int] | None:
-        """(slab, offset)"""
-        entry = int(self.entries[self.index(key)]) - 1
-        return None if entry < 0 else (entry >> _SLAB_SHIFT, entry & ((1 << _SLAB_SHIFT) - 1))
+    def entry(self, key: Key) -> int:
+        return int(self.entries[self.index(key)])
 
     def write_address(self, slab: int, address: bytes) -> None:
-        packed = bytearray(len(address).to_bytes(2, "little") + address)
-        self.addresses[slab, : len(packed)] = torch.frombuffer(packed, dtype=torch.uint8)
+        packed = len(address).to_bytes(2, "little") + address
+        self.addresses[slab, : len(packed)] = np.frombuffer(packed, dtype=np.uint8)
 
     def address(self, slab: int) -> bytes:
-        row = bytes(self.addresses[slab].tolist())
+        row: bytes = self.addresses[slab].tobytes()
         return row[2 : 2 + int.from_bytes(row[:2], "little")]
 
 
@@ -82,6 +86,7 @@ class DeviceExpertStore:
 
     def __init__(
         self,
+        rank: int,
         shapes: Sequence[ExpertShape],
         experts: int,
         device: torch.device,
@@ -92,8 +97,10 @@ class DeviceExpertStore:
         Args:
             shapes: of each MoE layer's experts.
             experts: of each layer.
+            slab_bytes: of the largest slabs.
         """
         self.device = device
+        self._rank = rank
         self._stream = stream_of(device)
         self.shapes = tuple(shapes)
         self.experts = experts
@@ -106,37 +113,86 @@ class DeviceExpertStore:
         self.address = self._exported.address
 
     def __contains__(self, key: Key) -> bool:
-        return self._directory.place(key) is not None
+        return self._directory.entry(key) != 0
 
     @property
     def resident(self) -> int:
         """Bytes of this machine's memory it takes now."""
         return self._exported.resident + sum(s.memory.resident for s in self._slabs.values())
 
-    def weights(self, key: Key) -> ExpertWeights:
-        """The place of an expert, to be filled or used; one is taken if it has none.
+    def load(self, load: ExpertLoad) -> int:
+        """As `ExpertStore.load`. Launches on the calling thread's stream, and waits for it.
 
-        Raises: CudaError: there is no memory.
+        Raises:
+            CudaError: there is no memory on the device.
+            FlexpertError, OSError: the files cannot be read; or what `load.check` raises.
         """
-        return self.shapes[key[0]].over(self._memory(key))
+        self.reserve(load.keys)
+        copied = self._copy(load)
+        rest = [key for key in load.keys if key not in copied]
+        step = max(1, len(rest) // _STEPS)
 
-    def filled(self, key: Key) -> None:
-        """Peers may copy it from now on."""
-        self._stream.synchronize()
-        slab, offset = self._places[key]
-        self._directory.entries[self._directory.index(key)] = 1 + (slab << _SLAB_SHIFT | offset)
+        def count(done: int) -> None:
+            if done % step == 0:
+                load.progress((len(copied) + done) / len(load.keys))
 
-    def copy(self, key: Key, peer: PeerExperts) -> bool:
-        """Fill a place from a peer's memory; False if the peer does not have it."""
-        there = peer.memory(key)
-        if there is None:
-            return False
-        self._memory(key).copy_(there)
-        self.filled(key)
-        return True
+        ExpertUpload(
+            self._stream,
+            [(key, self.memory(key)) for key in rest],
+            lambda key, into: load.files.read_expert(*key, into),
+            check=load.check,
+            progress=count,
+        ).run()
+        self.filled(rest)
+        return len(copied)
+
+    def _copy(self, load: ExpertLoad) -> set[Key]:
+        """What peers have is copied from them; which ones."""
+        peers = ExportingPeers(self._rank, load.exporters, self)
+        launched: list[tuple[Key, ExportedDeviceExperts, int]] = []
+        try:
+            for number, key in enumerate(load.keys):
+                if number % 64 == 0:
+                    load.check()
+                for peer in peers.of(key):
+                    entry = peer.entry(key)
+                    there = peer.memory(key, entry)
+                    if there is not None:
+                        self.memory(key).copy_(there, non_blocking=True)
+                        launched.append((key, peer, entry))
+                        break
+        finally:
+            self._stream.synchronize()
+        # a place that was given to another expert meanwhile was not copied
+        copied = [key for key, peer, entry in launched if peer.entry(key) == entry]
+        self.filled(copied)
+        return set(copied)
+
+    def layer(self, layer: int, experts: Sequence[int]) -> SlotAddresses:
+        """To compute with experts that are here, in this order of slots."""
+        places = (self._places[layer, expert] for expert in experts)
+        begins = [self._slabs[number].begin + offset for number, offset in places]
+        return SlotAddresses.at(begins, self.shapes[layer])
+
+    def weights(self, key: Key) -> ExpertWeights:
+        """Views of the place of an expert."""
+        return self.shapes[key[0]].over(self.memory(key))
+
+    def memory(self, key: Key) -> Tensor:
+        """[bytes of the expert] uint8: its place, which it has (`reserve`)."""
+        number, offset = self._places[key]
+        return self._slabs[number].memory.bytes[offset : offset + self.shapes[key[0]].nbytes]
+
+    def filled(self, keys: Iterable[Key]) -> None:
+        """Peers may copy these from now on; what was launched to fill them is computed."""
+        for key in keys:
+            number, offset = self._places[key]
+            self._directory.entries[self._directory.index(key)] = (
+                1 + (number << _SLAB_SHIFT) + offset
+            )
 
     def drop(self, keys: Iterable[Key]) -> None:
-        """Give memory back. Nobody may use `weights` of these any more."""
+        """Give memory back. Nobody may use these any more; slabs are freed in the background."""
         for key in keys:
             if key not in self._places:
                 continue
@@ -146,31 +202,41 @@ class DeviceExpertStore:
             slab.free.append(offset)
             if slab.empty:
                 del self._slabs[number]
-                slab.memory.close()
+                CAPTURE_GUARD.later(slab.memory.close)
 
     def import_memory(self, address: bytes) -> ExportedDeviceExperts:
         """A peer's store of the same model. Raises: PeerUnreachable"""
         return ExportedDeviceExperts(address, self)
 
-    def _memory(self, key: Key) -> Tensor:
-        shape = self.shapes[key[0]]
-        if key not in self._places:
-            self._places[key] = self._take(-(-shape.nbytes // _ALIGN) * _ALIGN)
-        number, offset = self._places[key]
-        return self._slabs[number].memory.bytes[offset : offset + shape.nbytes]
+    def reserve(self, keys: Iterable[Key]) -> None:
+        """Give each of these a place that has none. Raises: CudaError: there is no memory."""
+        without: dict[int, list[Key]] = {}
+        for key in keys:
+            if key not in self._places:
+                size = -(-self.shapes[key[0]].nbytes // _ALIGN) * _ALIGN
+                without.setdefault(size, []).append(key)
+        for size, waiting in without.items():
+            free = [
+                (number, offset)
+                for number, slab in self._slabs.items()
+                if slab.size == size
+                for offset in slab.free
+            ]
+            for key, (number, offset) in zip(waiting, free, strict=False):
+                self._slabs[number].free.remove(offset)
+                self._places[key] = number, offset
+            self._reserve_new(waiting[len(free) :], size)
 
-    def _take(self, size: int) -> tuple[int, int]:
-        """A free place of such a size."""
-        for number, slab in self._slabs.items():
-            if slab.size == size and slab.free:
-                return number, slab.free.pop()
-        count = max(1, self._slab_bytes // size)
-        memory = export_memory(count * size, self.device)
-        slab = _Slab(memory, size, [size * place for place in reversed(range(count))])
-        number = self._number()
-        self._directory.write_address(number, memory.address)
-        self._slabs[number] = slab
-        return number, slab.free.pop()
+    def _reserve_new(self, keys: Sequence[Key], size: int) -> None:
+        most = max(1, self._slab_bytes // size)
+        for begin in range(0, len(keys), most):
+            of_slab = keys[begin : begin + most]
+            memory = export_memory(len(of_slab) * size, self.device, zeroed=False)
+            number = self._number()
+            self._directory.write_address(number, memory.address)
+            self._slabs[number] = _Slab(memory, memory.bytes.data_ptr(), size)
+            for place, key in enumerate(of_slab):
+                self._places[key] = number, place * size
 
     def _number(self) -> int:
         """One that has not been used for long: a peer may have an old one open."""
@@ -195,11 +261,15 @@ class ExportedDeviceExperts:
         self._directory = _Directory(ImportedPages(address).bytes, len(own.shapes), own.experts)
         self._slabs: dict[bytes, Tensor | None] = {}
 
-    def memory(self, key: Key) -> Tensor | None:
-        place = self._directory.place(key)
-        if place is None:
+    def entry(self, key: Key) -> int:
+        """Changes when the peer drops the expert or has it elsewhere; 0: it is not there."""
+        return self._directory.entry(key)
+
+    def memory(self, key: Key, entry: int) -> Tensor | None:
+        """[bytes] uint8 where an `entry` says; must not be written to. None: it is not there."""
+        if entry == 0:
             return None
-        number, offset = place
+        number, offset = divmod(entry - 1, 1 << _SLAB_SHIFT)
         address = self._directory.address(number)
         if address not in self._slabs:
             self._slabs[address] = self._open(address)

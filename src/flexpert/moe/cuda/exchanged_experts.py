@@ -8,6 +8,7 @@ model has experts: a captured graph goes on through joins, leaves and moves of e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from flexpert.comm import ExpertTable
 from flexpert.comm.buffer import Reduce
-from flexpert.kernels.cuda.device_experts import DeviceExperts
+from flexpert.kernels.cuda.device_experts import DeviceExperts, SlotAddresses, StagedExperts
 from flexpert.kernels.experts import ExpertShape, Gate
 from flexpert.moe.moe_layers import LayerState
 
@@ -32,6 +33,14 @@ class IndexedRows(Protocol):
     def rows(self) -> Tensor: ...
     @property
     def payload(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StagedExchangedExperts:
+    """places: [2, layers, experts] int32 on the device: the owner of each expert, its slot."""
+
+    experts: StagedExperts
+    places: Tensor
 
 
 class ExchangedExperts:
@@ -67,16 +76,18 @@ class ExchangedExperts:
         self._tokens = torch.zeros(1, dtype=torch.int32, device=device)
         self._row = torch.arange(buffer.spec.max_tokens, dtype=torch.int32, device=device)
 
-    def install(self, layers: Sequence[LayerState]) -> None:
-        """Use these from the next step on; an empty list: no expert is anywhere.
-
-        Raises: ValueError: what `DeviceExperts.install` raises.
-        """
+    def stage(self, layers: Sequence[LayerState[SlotAddresses]]) -> StagedExchangedExperts:
+        """As `ElasticMoELayers.stage`. Raises: ValueError: what `DeviceExperts.stage` raises."""
         places = torch.full(self._places.shape, -1, dtype=torch.int32)
         for index, state in enumerate(layers):
             places[0, index], places[1, index] = state.table.rank, state.table.slot
-        self._experts.install([state.experts.experts for state in layers])
-        self._places.copy_(places)
+        experts = self._experts.stage([state.experts for state in layers])
+        return StagedExchangedExperts(experts, places.to(self._places.device))
+
+    def install(self, staged: StagedExchangedExperts) -> None:
+        """Use these from the next step on."""
+        self._experts.install(staged.experts)
+        self._places.copy_(staged.places, non_blocking=True)
 
     def lost_rows(self) -> None:
         """Not told: where nobody holds an expert, the buffer skips it."""

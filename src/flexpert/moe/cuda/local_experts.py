@@ -7,14 +7,23 @@ device memory of a fixed place: a captured graph goes on through any change of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flexpert.kernels.cuda.device_experts import DeviceExperts
+from flexpert.kernels.cuda.device_experts import DeviceExperts, SlotAddresses, StagedExperts
 from flexpert.kernels.cuda.row_sorting import combine, sort_by_slot
 from flexpert.kernels.experts import ExpertShape, Gate
 from flexpert.moe.moe_layers import LayerState
+
+
+@dataclass(frozen=True, slots=True)
+class StagedLocalExperts:
+    """slot_of: [layers, experts] int32 on the device."""
+
+    experts: StagedExperts
+    slot_of: Tensor
 
 
 class LocalExperts:
@@ -37,19 +46,24 @@ class LocalExperts:
         self._experts = DeviceExperts(layers, experts, shape, device)
         self._slot_of = torch.full((layers, experts), -1, dtype=torch.int32, device=device)
 
-    def install(self, layers: Sequence[LayerState]) -> None:
-        """Use these from the next step on; an empty list: no expert is anywhere.
+    def stage(self, layers: Sequence[LayerState[SlotAddresses]]) -> StagedLocalExperts:
+        """As `ElasticMoELayers.stage`.
 
         Raises:
-            ValueError: an expert is on another rank, or what `DeviceExperts.install` raises.
+            ValueError: an expert is on another rank, or what `DeviceExperts.stage` raises.
         """
         slot_of = torch.full(self._slot_of.shape, -1, dtype=torch.int32)
         for index, state in enumerate(layers):
             if not bool((state.table.rank == self.rank).all()):
                 raise ValueError(f"MoE layer {index} has experts on other ranks than {self.rank}")
             slot_of[index] = state.table.slot
-        self._experts.install([state.experts.experts for state in layers])
-        self._slot_of.copy_(slot_of)
+        experts = self._experts.stage([state.experts for state in layers])
+        return StagedLocalExperts(experts, slot_of.to(self._slot_of.device))
+
+    def install(self, staged: StagedLocalExperts) -> None:
+        """Use these from the next step on."""
+        self._experts.install(staged.experts)
+        self._slot_of.copy_(staged.slot_of, non_blocking=True)
 
     def lost_rows(self) -> None:
         """As `MoERuntime.lost_rows`: a rank that holds all experts loses no choice."""
