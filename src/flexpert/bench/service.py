@@ -20,7 +20,7 @@ from flexpert.errors import FlexpertError
 READY = "ready: "
 
 _PR_SET_PDEATHSIG = 1
-_KEPT_LINES = 200
+_KEPT_LINES = 2000
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import typer
 import flexpert
 from flexpert.cli import (
     bench_comm,
+    bench_elastic,
     bench_gpu,
     bench_hostile,
     bench_serve,
@@ -110,6 +111,7 @@ add_command(app, "plan", plan.plan, plan.PLAN_EXAMPLES)
 add_command(app, "version", version, VERSION_EXAMPLES)
 add_command(bench, "serve", bench_serve.bench_serve, bench_serve.BENCH_SERVE_EXAMPLES)
 add_command(bench, "comm", bench_comm.bench_comm, bench_comm.EXAMPLES)
+add_command(bench, "elastic", bench_elastic.bench_elastic, bench_elastic.EXAMPLES)
 add_command(bench, "hostile", bench_hostile.bench_hostile, bench_hostile.EXAMPLES)
 add_command(bench, "layer", bench_gpu.bench_layer, bench_gpu.LAYER_EXAMPLES)
 add_command(bench, "decode", bench_gpu.bench_decode, bench_gpu.DECODE_EXAMPLES)

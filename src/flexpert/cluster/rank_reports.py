@@ -11,6 +11,7 @@ from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
 from flexpert.cluster.rank_state import RankState
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import HeldKV
+from flexpert.engine.stopwatch import in_words
 
 log = logging.getLogger("flexpert")
 
@@ -129,11 +130,13 @@ class RankReports:
         rank_state.pid, rank_state.host = report.pid, report.host
         rank_state.address, rank_state.kv = report.address, report.kv
         rank_state.experts = report.experts
+        log.debug("rank %d came up: %s", rank_state.id, in_words(report.laps))
         rank_state.state = "preparing"
         self._post(EventKind.HELLO, rank_state.id)
 
     def _prepared(self, rank_state: RankState, report: msg.Prepared) -> None:
         rank_state.memory = report.memory
+        log.debug("rank %d is prepared: %s", rank_state.id, in_words(report.laps))
         if self._cluster.operation:
             self._cluster.operation.copied_experts += report.copied
         if rank_state.state == "preparing":
@@ -143,6 +146,8 @@ class RankReports:
     def _switched(self, rank_state: RankState, report: msg.Switched) -> None:
         cluster, running = self._cluster, self._cluster.operation
         rank_state.state, rank_state.load = "active", report.load
+        pause = "" if report.pause_ms is None else f"pause {report.pause_ms:.1f} ms, of which "
+        log.debug("rank %d has switched: %s%s", rank_state.id, pause, in_words(report.laps))
         cluster.restart_policy.active(rank_state.id, cluster.head.now())
         if report.pause_ms is not None and running:
             running.pause_ms = max(report.pause_ms, running.pause_ms or 0.0)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flexpert.comm import Buffer, ExpertTable
 from flexpert.engine.rank_protocol import Prepare
+from flexpert.engine.stopwatch import Stopwatch
 from flexpert.models.source import ModelSource
 from flexpert.moe.expert_store import ExpertLoad, Key, Store
 from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
@@ -25,7 +26,7 @@ class PreparedEpoch:
 
     experts: what this rank will hold. layers: as the store has them, empty on a rank that leaves.
     staged: the same for `ElasticMoELayers.install`. copied: how many of the experts are new and
-    came from a peer's memory.
+    came from a peer's memory. watch: how long the parts took.
     """
 
     plan: Prepare
@@ -33,6 +34,7 @@ class PreparedEpoch:
     layers: list[LayerState[Any]]
     staged: Any
     copied: int = 0
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
 
 def prepare_epoch(
@@ -60,7 +62,9 @@ def prepare_epoch(
     rank = buffer.rank
     if rank not in plan.members:
         return PreparedEpoch(plan, frozenset(), [], moe.stage([]))
+    watch = Stopwatch()
     buffer.connect(plan.members)
+    watch.lap("connect")
     desired = plan.placement.held_by(rank)
     keys = [(layer, expert) for layer, experts in enumerate(desired) for expert in experts]
     new = [key for key in keys if key not in held]
@@ -72,14 +76,16 @@ def prepare_epoch(
     try:
         check()
         copied = store.load(ExpertLoad(new, plan.exporters, source, check, progress)) if new else 0
+        watch.lap("experts")
         tables: list[ExpertTable] = expert_tables(plan.placement, rank)
         layers = [
             LayerState(tables[layer], store.layer(layer, experts))
             for layer, experts in enumerate(desired)
         ]
         staged = moe.stage(layers)
+        watch.lap("stage")
         progress(1.0)
     except BaseException:
         store.drop(new)
         raise
-    return PreparedEpoch(plan, frozenset(keys), layers, staged, copied)
+    return PreparedEpoch(plan, frozenset(keys), layers, staged, copied, watch)

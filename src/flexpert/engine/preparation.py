@@ -36,7 +36,7 @@ class Preparation(threading.Thread):
         work: Callable[[threading.Event], PreparedEpoch],
         undo: Callable[[PreparedEpoch | str], None],
         done: Callable[[PreparationEnded], None],
-        after: Preparation | None,
+        after: threading.Thread | None,
     ) -> None:
         """
         Args:
@@ -78,6 +78,24 @@ class Preparation(threading.Thread):
                 self._undo(result)
                 return
         self._done(PreparationEnded(self, result))
+
+
+class _Drop(threading.Thread):
+    """Gives back experts of an epoch that is over, which no step has to wait for."""
+
+    def __init__(
+        self, store: Store, experts: frozenset[Key], after: threading.Thread | None
+    ) -> None:
+        super().__init__(name="drop", daemon=True)
+        self._store = store
+        self._experts = experts
+        self._after = after
+
+    def run(self) -> None:
+        if self._after:
+            self._after.join()
+            self._after = None
+        self._store.drop(self._experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +142,8 @@ class EpochPreparer:
         self._report = report
         self._done = done
         self._current: Preparation | None = None
-        self._latest: Preparation | None = None  # perhaps withdrawn, perhaps still at work
+        # uses the store, perhaps still; whoever comes next waits for it
+        self._latest: threading.Thread | None = None
 
     def start(self, plan: msg.Prepare) -> None:
         """Begin; nothing else is under way or prepared (`withdraw`)."""
@@ -169,9 +188,12 @@ class EpochPreparer:
         return prepared
 
     def hold(self, experts: frozenset[Key]) -> None:
-        """These are the running epoch's; others of the one before are given back."""
-        self._store.drop(self.experts - experts)
-        self.experts = experts
+        """These are the running epoch's; others of the one before are given back, in the
+        background."""
+        gone, self.experts = self.experts - experts, experts
+        if gone:
+            self._latest = _Drop(self._store, gone, self._latest)
+            self._latest.start()
 
     def close(self) -> None:
         """Withdraw, and wait for the thread as long as that may take."""

@@ -44,6 +44,7 @@ from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
 from flexpert.engine.sequence import Sampled, SampleState
 from flexpert.engine.sequence_intake import SEQUENCE_FAULTS, SequenceIntake
+from flexpert.engine.stopwatch import Stopwatch
 from flexpert.engine.warm_up import WarmUp
 from flexpert.errors import FlexpertError
 from flexpert.models.batch import ForwardBatch
@@ -92,22 +93,26 @@ class RankEngine:
         Raises:
             FlexpertError, OSError, MemoryError, RuntimeError: it cannot come up.
         """
+        self.watch = Stopwatch()
         info = source.info
         self.source = source
         self.config = config
         self.exchange_timeout_s = exchange_timeout_s
         self.profile = profile_of(config, rank)
+        self.watch.lap("device")
         spec = buffer_spec(info, config, capacity)
         buffer = self.profile.make_exchange(rank, spec, exchange_timeout_s, info.experts)
         self.report = faults.around_reports(report) if faults else report
         self.buffer: Buffer = faults.around(buffer) if faults else buffer
         self._faults = faults
         self.moe = self.profile.make_moe_layers(self.buffer, source)
+        self.watch.lap("exchange")
         blocks = kv_blocks(info, config)
         # peers read the cache of a rank that leaves
         self.exported = self.profile.export_kv_cache(
             KVCache.nbytes(info, blocks, config.kv_block_size)
         )
+        self.watch.lap("KV cache")
         self.runner = ModelRunner.load(
             source,
             moe=self.moe,
@@ -118,6 +123,7 @@ class RankEngine:
             device=self.profile.device,
             kernels=self.profile.make_kernels(),
         )
+        self.watch.lap("dense weights")
         limits = EngineLimits(
             max_tokens_per_step=config.max_tokens_per_step,
             max_running=config.max_running,
@@ -292,16 +298,18 @@ class RankEngine:
     def _prepare(self, plan: msg.Prepare) -> None:
         cold = self.buffer.epoch == 0 and self.runner.graphs is None
         if cold and self.profile.warm_up is WarmUpTime.BEFORE_LOADING:
-            self._unfit = self._warm_up.capture() or self._unfit
+            self._unfit = self._warm_up.capture(self.watch) or self._unfit
         self._preparer.start(plan)
         if cold and self.profile.warm_up is WarmUpTime.WHILE_LOADING:
-            self._unfit = self._warm_up.capture() or self._unfit
+            self._unfit = self._warm_up.capture(self.watch) or self._unfit
 
     def _report_prepared(self, result: PreparedEpoch) -> None:
         if self.buffer.epoch == 0:  # nobody waits for a newcomer yet
             self.memory.measure()
         planned = self.memory.plan(len(result.experts), len(result.plan.members))
-        self.report(msg.Prepared(result.plan.epoch, result.copied, planned))
+        laps = {**self.watch.laps, **result.watch.laps}
+        self.watch = Stopwatch()
+        self.report(msg.Prepared(result.plan.epoch, result.copied, planned, laps))
 
     def _undo(self, failed: PreparationEnded) -> None:
         plan = failed.preparation.plan
@@ -319,13 +327,17 @@ class RankEngine:
 
     def _enter(self, _: object) -> None:
         """Leave the old epoch, enter the prepared one."""
+        self.watch = Stopwatch()
         prepared = self._preparer.take()
         plan = prepared.plan
         gone = set(self.buffer.active) - set(plan.members)
         self.buffer.set_active(plan.members, plan.epoch)
         self.buffer.disconnect(gone)
+        self.watch.lap("membership")
         self.moe.install(prepared.staged)
+        self.watch.lap("install")
         self._preparer.hold(prepared.experts)
+        self.watch.lap("drop")
         set_threads(self.config, self.source.info.hidden, len(plan.members))
         self._vote_due = True
 
@@ -336,7 +348,9 @@ class RankEngine:
     def _report_switched(self, now: float) -> None:
         pause_ms = None if self._paused_at is None else (now - self._paused_at) * 1e3
         self._paused_at = None
-        self.report(msg.Switched(self.buffer.epoch, pause_ms, self._load()))
+        self.watch.lap("first vote")
+        laps, self.watch = self.watch.laps, Stopwatch()
+        self.report(msg.Switched(self.buffer.epoch, pause_ms, self._load(), laps))
 
     def _pause(self, _: object) -> None:
         self._paused_at = self._last_step_end or time.perf_counter()

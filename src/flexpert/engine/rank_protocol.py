@@ -145,7 +145,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """A rank is up, its dense weights are loaded and its window is open.
 
     kv: address of its KV cache, for those who take its sequences over. experts: address of the
-    experts it will hold, for those who need one.
+    experts it will hold, for those who need one. laps: what it did until now → seconds.
     """
 
     pid: int
@@ -153,6 +153,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     address: bytes
     kv: bytes
     experts: bytes
+    laps: dict[str, float] = {}
 
 
 class Unable(msgspec.Struct, frozen=True, tag="unable"):
@@ -169,11 +170,15 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
-    """Connected, loaded and warm: ready to vote. copied: experts that came from peers' memory."""
+    """Connected, loaded and warm: ready to vote.
+
+    copied: experts that came from peers' memory. laps: what it did for this → seconds.
+    """
 
     epoch: int
     copied: int
     memory: Memory
+    laps: dict[str, float] = {}
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -184,11 +189,15 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Switched(msgspec.Struct, frozen=True, tag="switched"):
-    """The first vote of the epoch is whole. pause_ms: see `OperationView`; None for newcomers."""
+    """The first vote of the epoch is whole.
+
+    pause_ms: see `OperationView`; None for newcomers. laps: parts of it → seconds.
+    """
 
     epoch: int
     pause_ms: float | None
     load: Load
+    laps: dict[str, float] = {}
 
 
 class Halted(msgspec.Struct, frozen=True, tag="halted"):

@@ -8,6 +8,7 @@ from flexpert.comm import Buffer, CommError
 from flexpert.engine.device_profile import DeviceProfile
 from flexpert.engine.epoch import PreparedEpoch
 from flexpert.engine.scheduler import EngineLimits
+from flexpert.engine.stopwatch import Stopwatch
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
 from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
@@ -46,16 +47,19 @@ class WarmUp:
             self._compute()
         self._moe.install(self._moe.stage([]))
 
-    def capture(self) -> str:
+    def capture(self, watch: Stopwatch) -> str:
         """Capture the decode steps, and compile all else; no expert needs to be there.
 
         Returns why this rank can compute nothing, or "".
         """
         try:
             if self._buffer.capabilities.graph_capture:
+                watch.lap("before")
                 sizes = self._profile.graph_sizes(min(self._limits.max_running, self._most))
                 self._runner.capture(sizes, self._limits.longest_table)
+                watch.lap("graphs")
             self._compute()
+            watch.lap("first steps")
         except (CommError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
         return ""

@@ -25,6 +25,8 @@ from flexpert.errors import FlexpertError
 from flexpert.models.source import ExpertFormat, ModelSource
 
 _MEMORY_EVERY_S = 1.0
+# A thread that prepares an epoch must not keep the step loop waiting for the interpreter's lock.
+_SWITCH_S = 0.0005
 BEATS = 10  # in one stall timeout
 _EXPERTS: Mapping[str, ExpertFormat] = {"none": "unquantized", "auto": "stored", "fp8": "fp8"}
 
@@ -85,6 +87,7 @@ def end_with_any_thread() -> None:
 def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
     """Run a rank until the head stops it; returns the exit status."""
     end_with_any_thread()
+    sys.setswitchinterval(_SWITCH_S)
     told = decode_spec(spec)
     config = Config.model_validate_json(told.config)
     faults = Faults.of_environment(told.rank)
@@ -134,6 +137,7 @@ def _hello(engine: RankEngine) -> msg.Hello:
         engine.buffer.address,
         engine.exported.address,
         engine.store.address,
+        dict(engine.watch.laps),
     )
 
 

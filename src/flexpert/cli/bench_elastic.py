@@ -1,0 +1,65 @@
+"""`flexpert bench elastic`: what streams feel of ranks that join, leave and are killed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from flexpert.cli.options import Json, Output, duration_option, make_console, print_note
+from flexpert.display.output import EXIT_FAILURE, check_outputs, show_report
+
+EXAMPLES = (
+    "flexpert bench elastic",
+    "flexpert bench elastic --changes 20 --kills 4 --all-killed 1 -- --kv-memory 64MiB",
+    "flexpert bench elastic --changes 100 --clients 64 -- --model ./model --device cuda",
+)
+
+
+def bench_elastic(
+    service: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- FLAGS]", help="More flags for the service it starts."),
+    ] = None,
+    changes: Annotated[int, typer.Option(min=0, help="Planned changes, up and down in turn.")] = 10,
+    kills: Annotated[int, typer.Option(min=0, help="How often one rank is killed.")] = 0,
+    all_killed: Annotated[
+        int, typer.Option(min=0, help="How often, besides, all ranks are killed at once.")
+    ] = 0,
+    clients: Annotated[int, typer.Option(min=1, max=1024, help="Concurrent streams.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 400,
+    low: Annotated[int, typer.Option(min=1, help="The smaller number of ranks.")] = 1,
+    high: Annotated[int, typer.Option(min=2, help="The larger number of ranks.")] = 2,
+    undisturbed: Annotated[
+        float,
+        duration_option("--undisturbed", "Time without a change first.", least=1, default="10s"),
+    ] = 10.0,
+    json_: Json = False,
+    output: Output = None,
+) -> None:
+    """Measure what streams feel of ranks that join, leave and are killed.
+
+    It starts a service, measures its streams undisturbed, then through planned changes, then
+    through kills. The undisturbed part is the baseline of the rest. Exit status 1 if a change
+    failed or an answer was lost.
+    """
+    check_outputs(output)
+    from flexpert.bench.elastic import ElasticPlan, run_elastic
+    from flexpert.bench.elastic_report import elastic_text
+
+    plan = ElasticPlan(
+        clients=clients,
+        tokens=tokens,
+        undisturbed_s=undisturbed,
+        changes=changes,
+        low=low,
+        high=high,
+        kills=kills,
+        all_killed=all_killed,
+        flags=("--ranks", str(low), "--max-ranks", str(high), *(service or ())),
+    )
+    console = make_console(stderr=True)
+    report = run_elastic(plan, lambda line: print_note(line, console))
+    show_report(report, elastic_text(report), as_json=json_, output=output)
+    if report.failed_changes or report.lost:
+        raise typer.Exit(EXIT_FAILURE)

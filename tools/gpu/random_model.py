@@ -1,0 +1,51 @@
+"""Write a random Qwen3-MoE as wide as Qwen3-30B-A3B, with a tokenizer whose tokens are words.
+
+    PYTHONPATH=src python tools/gpu/random_model.py FOLDER [--layers 12] [--device cuda]
+
+12 layers are 15 GB in bfloat16, made in some 15 s on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
+
+from flexpert.bench.gpu.model import qwen3_30b_a3b
+
+
+def make_model(folder: Path, layers: int, device: str) -> None:
+    torch.manual_seed(0)
+    config = qwen3_30b_a3b(layers)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = Qwen3MoeForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    words = WordLevel({f"w{number}": number for number in range(config.vocab_size)}, unk_token="w0")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{folder}: {size / 1e9:.1f} GB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    make_model(args.folder, args.layers, args.device)
+
+
+if __name__ == "__main__":
+    main()
