@@ -153,6 +153,57 @@ def test_a_member_that_dies_unasked_is_a_loss_in_every_phase(phase: str) -> None
     assert membership.members == survivors
 
 
+@pytest.mark.parametrize("phase", ["idle", "spawn", "load", "commit", "release", "undo"])
+def test_a_loss_begins_when_a_connection_ends_and_is_over_when_the_process_is_gone(
+    phase: str,
+) -> None:
+    membership = started(0, 1)
+    if phase != "idle":
+        membership.begin({0, 2} if phase == "release" else {0, 1, 2})
+    if phase in ("load", "commit", "release"):
+        run(membership, MembershipEvent(EventKind.HELLO, 2))
+    if phase in ("commit", "release"):
+        run(membership, *(MembershipEvent(EventKind.PREPARED, rank) for rank in (0, 1, 2)))
+    if phase == "release":
+        run(membership, MembershipEvent(EventKind.MIGRATED, 1))
+        run(membership, *(MembershipEvent(EventKind.SWITCHED, rank) for rank in (0, 2)))
+        run(membership, MembershipEvent(EventKind.HANDED_OVER, 1))
+    if phase == "undo":
+        run(membership, MembershipEvent(EventKind.CANCEL))
+    assert membership.phase.value == phase
+    lost = 0 if phase == "release" else 1
+    assert Do.HALT in run(membership, MembershipEvent(EventKind.DISCONNECTED, lost))
+    change = membership.change
+    assert change is not None
+    survivors = change.after
+    assert lost not in survivors
+    assert lost in change.doomed
+    run(membership, *(MembershipEvent(EventKind.PREPARED, rank) for rank in change.everyone))
+    run(membership, *(MembershipEvent(EventKind.SWITCHED, rank) for rank in survivors))
+    for leaver in change.leaving:
+        run(membership, MembershipEvent(EventKind.HANDED_OVER, leaver))
+    assert membership.members == survivors, "they serve before the process is gone"
+    assert membership.phase is Phase.RELEASE, "its id is not free yet"
+    for ending in change.exiting:
+        run(membership, MembershipEvent(EventKind.EXITED, ending))
+    assert membership.phase is Phase.IDLE
+    assert membership.members == survivors
+
+
+def test_a_leaver_that_closes_its_connection_and_the_last_member_are_no_loss_yet() -> None:
+    membership = started(0, 1)
+    membership.begin({0})
+    run(membership, *(MembershipEvent(EventKind.PREPARED, rank) for rank in (0, 1)))
+    run(membership, MembershipEvent(EventKind.MIGRATED, 1))
+    run(membership, MembershipEvent(EventKind.SWITCHED, 0))
+    run(membership, MembershipEvent(EventKind.HANDED_OVER, 1))
+    assert membership.phase is Phase.RELEASE
+    assert run(membership, MembershipEvent(EventKind.DISCONNECTED, 1)) == []
+    run(membership, MembershipEvent(EventKind.EXITED, 1))
+    assert run(membership, MembershipEvent(EventKind.DISCONNECTED, 0)) == []
+    assert membership.members == {0}
+
+
 def test_losses_one_after_the_other_end_in_one_epoch_of_the_survivors() -> None:
     membership = started(0, 1, 2, 3)
     run(

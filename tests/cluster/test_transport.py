@@ -110,7 +110,8 @@ class Heard:
         self.cut_off: dict[int, str] = {}
         self.changed = asyncio.Event()
         self._on_report = on_report
-        self.transport = Transport(self._report, self._cut)
+        self.disconnected: list[int] = []
+        self.transport = Transport(self._report, self._cut, self._disconnect)
 
     def _report(self, rank: int, report: msg.Report) -> None:
         self.changed.set()
@@ -120,6 +121,10 @@ class Heard:
 
     def _cut(self, rank: int, why: str) -> None:
         self.cut_off[rank] = why
+        self.changed.set()
+
+    def _disconnect(self, rank: int) -> None:
+        self.disconnected.append(rank)
         self.changed.set()
 
     def open(self, rank: int) -> socket.socket:
@@ -245,6 +250,24 @@ def test_what_a_rank_said_before_its_end_is_heard_before_its_end_is_told() -> No
         heard.transport.drain(3)
         assert heard.reports == [(3, msg.Unable("no memory"))]
         heard.transport.forget(3)
+
+    run(scenario())
+
+
+def test_a_connection_that_a_rank_closes_is_told_once_and_after_what_it_said() -> None:
+    async def scenario() -> None:
+        heard = Heard(lambda rank, report: order.append(report))
+        order: list[object] = []
+        rank = heard.open(3)
+        heard.transport._links[3].child_end.close()
+        rank.sendall(frame(msg.encode(msg.Alive())))
+        rank.close()
+        await heard.until(lambda: bool(heard.disconnected))
+        assert order == [msg.Alive()]
+        heard.transport.drain(3)
+        heard.transport.forget(3)
+        assert heard.disconnected == [3]
+        assert not heard.cut_off
 
     run(scenario())
 

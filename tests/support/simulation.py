@@ -99,6 +99,12 @@ class Simulation(Network):
         self.adopting: list[tuple[SimRank, bytes]] = []  # told to take KV, has not heard it
         self.hostile = seed % 4 == 3
         self.evil = random.Random(seed)  # of its own: other histories stay what they are
+        self.disconnects = seed % 8 in (
+            2,
+            6,
+            7,
+        )  # long before its end, that of a connection is told
+        self.endings = random.Random(seed)
         self.poison: dict[str, tuple[int, int]] = {}  # the step that ends its rank, with a status
         self.poisoned: dict[str, int] = {}  # how many it has ended
         self.on_board: Counter[str] = Counter()  # when a rank exited unasked
@@ -231,7 +237,15 @@ class Simulation(Network):
             process.lost_after = self.clock
             said = self.links.get(("up", process.life), 0.0) - self.clock
             delay_s = max(delay_s, min(said, 0.5) + 1e-6)
+        if self.disconnects:
+            heard_s = delay_s if self.hostile else 0.3 * delay_s
+            self.call(heard_s, self.disconnected, process)
+            delay_s = heard_s + 2.0 * self.endings.random() ** 4  # a GPU's memory is given back
         self.call(delay_s, self.ended, process, status)
+
+    def disconnected(self, process: SimRank) -> None:
+        process.lost_after = -1.0  # what has not arrived never will
+        self.coordinator.on_disconnected(process.id)
 
     def ended(self, process: SimRank, status: int) -> None:
         del self.processes[process.id]

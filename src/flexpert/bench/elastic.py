@@ -28,7 +28,8 @@ from flexpert.errors import FlexpertError
 
 _SETTLE_S = 1.0
 _LOOK_S = 0.02
-_SILENCE_S = 5.0  # after a kill, in which its silence is looked for
+_SILENCE_S = 0.5  # after a kill, in which its silence begins
+_AFTER_S = 5.0  # that a kill is watched at least
 _WINDOW_S = 0.5  # of throughput
 _BACK = 0.95
 _OPERATION_S = 600.0
@@ -119,7 +120,7 @@ def run_elastic(plan: ElasticPlan, note: Note) -> ElasticReport:
 
 
 @dataclass(slots=True)
-class Streams:
+class ElasticStreams:
     """The clients, and when something came to any of them."""
 
     target: Target
@@ -235,7 +236,7 @@ class _ElasticRun:
         self.service = service
         self.plan = plan
         self.note = note
-        self.streams = Streams(service.target, plan)
+        self.streams = ElasticStreams(service.target, plan)
         self.steady: list[ElasticSteady] = []
         self.changes: list[ElasticChange] = []
         self.kills: list[ElasticKill] = []
@@ -331,7 +332,7 @@ class _ElasticRun:
                 await asyncio.sleep(_LOOK_S)
             await self._whole(plan.high)
             whole = perf_counter()
-            await asyncio.sleep(max(2 * _SETTLE_S, at + _SILENCE_S - whole))
+            await asyncio.sleep(max(2 * _SETTLE_S, at + _AFTER_S - whole))
             end = perf_counter()
         arrivals = self.streams.arrivals
         kill = ElasticKill(

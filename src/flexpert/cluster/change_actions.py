@@ -183,7 +183,9 @@ class ChangeActions:
                 cluster.restart_policy.set_desired(running.after)
             running.end("failed", recovery.cause)
             cluster.notices.operation(running)
-        cluster.withdraw(recovery.doomed, blameless=_others_were_lost(event))
+        lost = {rank for rank in recovery.doomed if rank == event.rank}  # to blame for its exit
+        cluster.kill(lost)
+        cluster.withdraw(recovery.doomed - lost, blameless=_others_were_lost(event))
         cluster.planned = cluster.expert_recovery.after_loss(
             cluster.placement, recovery.after, cluster.memory_budget.fits
         )
@@ -246,4 +248,4 @@ class ChangeActions:
 
 
 def _others_were_lost(event: MembershipEvent) -> bool:
-    return event.kind in (EventKind.EXITED, EventKind.BROKEN)
+    return event.kind in (EventKind.DISCONNECTED, EventKind.EXITED, EventKind.BROKEN)

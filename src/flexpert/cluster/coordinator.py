@@ -64,6 +64,10 @@ class Coordinator:
         """Raises: Contradiction: it cannot be true."""
         self._reports.on_report(rank, report)
 
+    def on_disconnected(self, rank: int) -> None:
+        """A rank's connection has ended by itself, unasked or not."""
+        self._reports.on_disconnected(rank)
+
     def on_exit(self, rank: int, status: int, why: str = "") -> None:
         """A rank's process is certainly gone. why: what is known beyond the status."""
         self._reports.on_exit(rank, status, why)

@@ -87,7 +87,7 @@ class Head:
         try:
             await asyncio.to_thread(profile_of, self.config.engine)
             tell(f"opening model {self.config.model.model!r}, starting the fork server")
-            self._transport = Transport(self._on_report, self._on_cut_off)
+            self._transport = Transport(self._on_report, self._on_cut_off, self._on_disconnected)
             self._launcher = LocalLauncher(self._on_exit)
             source, _ = await asyncio.gather(
                 asyncio.to_thread(open_source, self.config),
@@ -367,6 +367,10 @@ class Head:
     def _on_cut_off(self, rank: int, why: str) -> None:
         if self._coordinator and not self._stopped:
             self._coordinator.expel(rank, why)
+
+    def _on_disconnected(self, rank: int) -> None:
+        if self._coordinator and not self._stopped:
+            self._coordinator.on_disconnected(rank)
 
     def _on_exit(self, rank: int, status: int, why: str) -> None:
         if self._transport:

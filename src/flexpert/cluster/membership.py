@@ -16,7 +16,9 @@ the actions out is `change_actions.py`; what makes reports into events is `rank_
 Until COMMIT nothing that serves has been touched, so UNDO only terminates the newcomers. From
 COMMIT on a change cannot be withdrawn: some ranks may have switched. A loss is a change of its own,
 which takes the place of the one under way: the survivors stop where they are, prepare an epoch
-without the lost rank, and enter it without a vote. So does a broken exchange: a rank that has
+without the lost rank, and enter it without a vote. It begins when the lost rank's connection ends;
+a process that gives back a GPU's memory takes a tenth of a second more to exit, or much longer, and
+only the end of the change waits for that. So does a broken exchange: a rank that has
 stalled does not acknowledge the halt and is terminated, which is a loss; if all are well, the same
 members go on. Survivors without the memory for all experts stay halted, as members, until a change
 adds ranks.
@@ -57,6 +59,7 @@ class EventKind(Enum):
     BROKEN = "broken"  # a member's exchange did not complete
     FAILED = "failed"  # a rank could not prepare
     SHORT = "short"  # the survivors have no memory for all experts
+    DISCONNECTED = "disconnected"  # a process is ending unasked, and is not gone yet
     EXITED = "exited"  # a process is certainly gone
     CANCEL = "cancel"
     DEADLINE = "deadline"  # the phase took too long
@@ -103,7 +106,8 @@ class Change:
     """The books of one change. reported: who has done what the phase waits for.
 
     halted: survivors that have acknowledged the halt, if it began with one.
-    doomed: newcomers of a change that this one took the place of, which must still exit.
+    doomed: newcomers of a change that this one took the place of, and ranks that were lost, which
+    must still exit.
     kept: the target of the change that this one took the place of is kept.
     retries: how many recoveries in a row before this one failed in a rank that lives on.
     cause: the latest exit or broken exchange during it or before it, for people.
@@ -192,6 +196,18 @@ def _part_with_survivors(change: Change, event: MembershipEvent) -> bool:
     return event.rank in change.everyone and bool(change.after - change.gone)
 
 
+def _member_lost(change: Change, event: MembershipEvent) -> bool:
+    return event.rank in change.before and bool(change.before - change.gone - {event.rank})
+
+
+def _part_lost(change: Change, event: MembershipEvent) -> bool:
+    return event.rank in change.everyone and bool(change.after - change.gone - {event.rank})
+
+
+def _stayer_lost(change: Change, event: MembershipEvent) -> bool:
+    return event.rank in change.after and _part_lost(change, event)
+
+
 def _of_this_change(change: Change, event: MembershipEvent) -> bool:
     return event.epoch == change.epoch
 
@@ -249,6 +265,20 @@ RULES = RuleTable[Phase, EventKind, Do](
                 (P.RECOVER, _part_with_survivors),
             )
         ),
+        # the same, before its process is gone
+        *(
+            Rule(phase, K.DISCONNECTED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), guard)
+            for phase, guard in (
+                (P.IDLE, _member_lost),
+                (P.SPAWN, _member_lost),
+                (P.LOAD, _member_lost),
+                (P.MIGRATE, _member_lost),
+                (P.UNDO, _member_lost),
+                (P.COMMIT, _part_lost),
+                (P.RELEASE, _stayer_lost),
+                (P.RECOVER, _part_lost),
+            )
+        ),
         # an exchange broke: nobody is known to be lost, whoever does not answer will be
         *(
             Rule(phase, K.BROKEN, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _participant)
@@ -284,6 +314,9 @@ RULES = RuleTable[Phase, EventKind, Do](
     )
 )
 
+# Events after which a rank is lost, or may be.
+_LOSSES = {EventKind.DISCONNECTED, EventKind.EXITED, EventKind.BROKEN}
+
 # Phases from which a loss keeps the change's outcome: some ranks may have switched already.
 _POINT_OF_NO_RETURN = {Phase.COMMIT, Phase.RELEASE, Phase.RECOVER}
 
@@ -303,6 +336,13 @@ _PASSES = {
     P.RELEASE: (K.EXITED, _last_to_exit),
     P.UNDO: (K.EXITED, _last_newcomer),
 }
+
+
+def _ending(event: MembershipEvent) -> frozenset[int]:
+    """Whose process is not gone yet, and will be."""
+    if event.kind is EventKind.DISCONNECTED and event.rank is not None:
+        return frozenset({event.rank})
+    return frozenset()
 
 
 class Membership:
@@ -339,7 +379,7 @@ class Membership:
         change = self.change
         if change is None or (self.phase is Phase.IDLE and event.kind is not EventKind.BEGIN):
             change = Change(self.epoch, self.members, self.members)
-        if event.kind in (EventKind.EXITED, EventKind.BROKEN):
+        if event.kind in _LOSSES:
             change.cause = event.reason
         if event.rank is not None:
             if (self.phase, event.kind) in _COUNTS and event.rank in change.everyone:
@@ -358,7 +398,7 @@ class Membership:
             change.error = event.reason or None
         if Do.HALT in rule.do:
             retries = change.retries + 1 if event.kind is EventKind.FAILED else 0
-            change = self.change = self._recovery(change, retries)
+            change = self.change = self._recovery(change, retries, _ending(event))
         actions = list(rule.do)
         entered = rule.then is not self.phase
         self.phase = rule.then
@@ -368,20 +408,21 @@ class Membership:
             self.members, self.change = frozenset(), None
         return actions
 
-    def _recovery(self, broken: Change, retries: int) -> Change:
-        """The change that goes on without those who are gone, in the place of `broken`."""
+    def _recovery(self, broken: Change, retries: int, ending: frozenset[int]) -> Change:
+        """The change that goes on without those who are gone or `ending`, in the place of
+        `broken`."""
         self._epochs_used += 1
         kept = self.phase in _POINT_OF_NO_RETURN
         if kept:
             before, after, doomed = broken.everyone, broken.after, broken.doomed
         else:
             before, after, doomed = broken.before, broken.before, broken.joining
-        gone = broken.gone
+        lost = broken.gone | ending
         return Change(
             self._epochs_used,
-            before - gone,
-            after - gone,
-            doomed - gone,
+            before - lost,
+            after - lost,
+            (doomed | ending) - broken.gone,
             kept,
             retries,
             broken.cause,

@@ -88,6 +88,20 @@ class RankReports:
                 cluster.notices.publish("warning", {"rank": rank, "error": error})
                 self._post(EventKind.BROKEN, rank, f"rank {rank}: {error}")
 
+    def on_disconnected(self, rank: int) -> None:
+        """A rank's connection has ended by itself: so does its process, which is not gone yet.
+
+        All that counts for its exit comes with `on_exit`: its status, and that its id is free.
+        """
+        cluster = self._cluster
+        rank_state = cluster.ranks.get(rank)
+        if rank_state is None or rank_state.state == "starting" or self._was_asked_to(rank):
+            return
+        reason = f"rank {rank} exited"
+        if rank_state.error:
+            reason += f": {rank_state.error}"
+        self._post(EventKind.DISCONNECTED, rank, reason)
+
     def on_exit(self, rank: int, status: int, why: str = "") -> None:
         """A rank's process is certainly gone. why: what is known beyond the status."""
         cluster = self._cluster

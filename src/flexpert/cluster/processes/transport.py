@@ -162,13 +162,19 @@ class Transport:
 
     on_report(rank, report): may raise; the rank is cut off then.
     on_cut_off(rank, why): a rank cannot be understood; nothing is heard from it any more.
+    on_disconnected(rank): a rank has closed its connection, as the system does at once when it
+    kills a process.
     """
 
     def __init__(
-        self, on_report: Callable[[int, msg.Report], None], on_cut_off: Callable[[int, str], None]
+        self,
+        on_report: Callable[[int, msg.Report], None],
+        on_cut_off: Callable[[int, str], None],
+        on_disconnected: Callable[[int], None],
     ) -> None:
         self._on_report = on_report
         self._on_cut_off = on_cut_off
+        self._on_disconnected = on_disconnected
         self._links: dict[int, ChildLink] = {}
 
     def open(self, rank: int) -> socket.socket:
@@ -180,6 +186,8 @@ class Transport:
         def ended(why: str) -> None:
             if why:
                 self._on_cut_off(rank, why)
+            else:
+                self._on_disconnected(rank)
 
         def received(message: bytes) -> None:
             self._on_report(rank, msg.decode_report(message))
