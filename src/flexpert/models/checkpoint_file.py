@@ -3,9 +3,10 @@
 Bytes are read through the page cache, never around it. The ranks of a host read the same files:
 each needs all dense weights, and one that is restarted reads what its predecessor read. With
 O_DIRECT nothing would stay for them. It would gain nothing either: read into aligned memory and
-copied to its place, a file costs a copy from the page cache as well. (Measured with 2 and 8
-threads, pieces of 3 MiB and an ext4 whose disk gives some 3 GB/s: O_DIRECT 1.3 to 1.9 GB/s,
-through the page cache 1.2 to 3.8, with WILLNEED first 2.1 to 3.0, from the page cache over 30.)
+copied to its place, a file costs a copy as it does from the page cache. (2 and 8 threads, pieces
+of 3 MiB, ext4 on a virtual disk, three times each: O_DIRECT 1.3 to 1.9 GB/s; through the page
+cache 1.2 to 3.7, asked what is cached first and WILLNEED for the rest 1.7 to 3.8. From the page
+cache: 30 to 45.)
 
 What the page cache lacks is announced to the kernel in one piece (WILLNEED), so that a disk gets
 large requests however small its read-ahead is set.
