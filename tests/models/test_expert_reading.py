@@ -213,11 +213,15 @@ def test_large_experts_are_loaded_by_several_threads(
     monkeypatch.setattr(source, "read_threads", lambda: 4)
     opened = ModelSource.open(str(checkpoint("qwen3_moe")))
     expected = {expert: converted(opened, 1, expert) for expert in range(8)}
-    readers = set()
+    opened.load_experts(1, [0])  # two experts are compared by one thread
+    readers, several = set(), threading.Event()
     original = CheckpointFile.read
 
     def noted(self: CheckpointFile, begin: int, into: memoryview) -> None:
         readers.add(threading.current_thread().name)
+        if len(readers) > 1:
+            several.set()
+        several.wait(30)
         original(self, begin, into)
 
     monkeypatch.setattr(CheckpointFile, "read", noted)
