@@ -3,6 +3,8 @@
 python tools/measure.py exchange    dispatch and combine of the host backend, 1 to 4 ranks
 python tools/measure.py step        a decode step and a prefill of one rank, no head beside it
 python tools/measure.py shapes      what oneDNN's kernel for each number of rows costs
+python tools/measure.py experts     reading a checkpoint's experts, converted and by extents
+python tools/measure.py dense       dense weights from the page cache to a device
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 import msgspec
 import torch
 import torch.nn.functional as F
+from checkpoint_reads import measure_dense, measure_experts
 
 from flexpert.bench.processes import forks
 from flexpert.bench.processes.connection import StreamConnection
@@ -188,15 +191,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("exchange", "step", "shapes"))
+    parser.add_argument("what", choices=("exchange", "step", "shapes", "experts", "dense"))
     parser.add_argument("--deterministic", action="store_true", help="step: in that mode")
     parser.add_argument("--padded", action="store_true", help="shapes: as flexpert pads them")
+    parser.add_argument("--gib", type=float, default=4, help="experts, dense: of the checkpoint")
+    parser.add_argument("--threads", type=int, default=8, help="experts: that read")
+    parser.add_argument("--directory", default="/tmp", help="experts, dense: of the checkpoint")
     arguments = parser.parse_args()
     match arguments.what:
         case "exchange":
             exchange()
         case "step":
             step(arguments.deterministic)
+        case "experts":
+            measure_experts(arguments.gib, arguments.threads, arguments.directory)
+        case "dense":
+            measure_dense(arguments.gib, arguments.directory)
         case _:
             shapes(arguments.padded)
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -30,13 +28,13 @@ from transformers.core_model_loading import (
 )
 
 from flexpert.errors import ModelError
+from flexpert.models.checkpoint_file import CheckpointFile
+from flexpert.models.tensor_header import TORCH_DTYPES, TensorEntry
 from flexpert.reading import shown
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
 _MOST_INDEX_BYTES: Final = 256 * 2**20
-# of a tensor whose header does not say the truth
-_UNREADABLE: Final = (SafetensorError, OSError, ValueError, TypeError, RuntimeError, MemoryError)
 
 
 class Tensors(Protocol):
@@ -48,19 +46,19 @@ class Tensors(Protocol):
 
 
 class TensorFiles:
-    """The safetensors files of a directory; opened and checked, nothing read. Thread-safe."""
+    """The safetensors files of a directory; their headers checked, nothing else read. Thread-safe.
+
+    Tensors are read into memory of their own. A file that was truncated meanwhile gives a
+    ModelError, never other bytes.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
-        self._file_of: dict[str, str] = {}
-        self._open: dict[str, Any] = {}
-        self._identity: dict[str, tuple[int, ...]] = {}
-        for name in self._file_names():
-            file = self._open[name] = self._open_file(name)
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                self._file_of[key] = name
-        if not self._file_of:
+        self._files = [CheckpointFile(path / name) for name in self._file_names()]
+        self._place: dict[str, tuple[CheckpointFile, TensorEntry]] = {
+            key: (file, entry) for file in self._files for key, entry in file.tensors.items()
+        }
+        if not self._place:
             raise ModelError(f"{path} has safetensors files, but no tensor is in them")
 
     def _file_names(self) -> list[str]:
@@ -83,70 +81,79 @@ class TensorFiles:
             )
         raise ModelError(f"{self.path} has neither {SINGLE} nor {INDEX}")
 
-    def _open_file(self, name: str) -> Any:
-        try:
-            self._identity[name] = _identity(self.path / name)
-            return safe_open(str(self.path / name), framework="pt", device="cpu")
-        except (SafetensorError, OSError, ValueError, MemoryError, OverflowError) as error:
-            raise ModelError(
-                f"{self.path / name} is damaged or incomplete ({error}); download it again"
-            ) from error
-
     def check_unchanged(self) -> None:
         """Refuse files that are not those opened at first: ranks must not mix two versions.
-
-        Also what keeps a file that was truncated in place from ending the process (SIGBUS).
 
         Raises:
             ModelError: names the file.
         """
-        for name, opened in self._identity.items():
-            file = self.path / name
-            try:
-                found = _identity(file)
-            except OSError as error:
-                raise ModelError(f"cannot read {file}: {error.strerror}; put it back") from error
-            if found != opened:
-                raise ModelError(
-                    f"{file} changed since the service opened it; put it back, or restart the "
-                    "service to serve the new one"
-                )
+        for file in self._files:
+            file.check_unchanged()
 
     def keys(self) -> Iterable[str]:
-        return self._file_of.keys()
+        return self._place.keys()
 
-    def _refuse(self, key: str, error: Exception) -> ModelError:
-        return ModelError(
-            f"{self.path / self._file_of[key]} is damaged: {key} cannot be read ({error}); "
-            "download it again"
-        )
+    def place(self, key: str) -> tuple[CheckpointFile, TensorEntry]:
+        """Where the bytes of a tensor are."""
+        return self._place[key]
+
+    def is_plain(self, key: str) -> bool:
+        """Whether `read` gives just the bytes of the file, in its dtype."""
+        return self._place[key][1].dtype in TORCH_DTYPES
 
     def shape(self, key: str) -> tuple[int, ...]:
-        with self._lock:
-            return tuple(self._open[self._file_of[key]].get_slice(key).get_shape())
+        return self._place[key][1].shape
 
     def dtype(self, key: str) -> str:
         """As safetensors calls it."""
-        with self._lock:
-            return str(self._open[self._file_of[key]].get_slice(key).get_dtype())
+        return self._place[key][1].dtype
 
     def read(self, key: str) -> Tensor:
         """The whole tensor."""
-        try:
-            with self._lock:
-                tensor: Tensor = self._open[self._file_of[key]].get_tensor(key)
-                return tensor
-        except _UNREADABLE as error:
-            raise self._refuse(key, error) from error
+        _, entry = self._place[key]
+        return self._read(key, entry.shape, entry.begin, entry.nbytes)
 
     def read_row(self, key: str, row: int) -> Tensor:
         """[1, …]: one row of a tensor; nothing else of it is read."""
+        _, entry = self._place[key]
+        if not entry.shape or not 0 <= row < entry.shape[0]:
+            raise self._refuse(key, f"it has the shape {entry.shape}, and so no row {row}")
+        size = entry.nbytes // entry.shape[0]
+        return self._read(key, (1, *entry.shape[1:]), entry.begin + row * size, size)
+
+    def mapped(self, key: str) -> Tensor:
+        """The whole tensor where the page cache has it, shared by all who map it.
+
+        A file that is truncated later ends the process (SIGBUS).
+        """
+        file, entry = self._place[key]
+        dtype = self._torch_dtype(key)
+        if entry.begin % dtype.itemsize or not entry.nbytes:
+            return self.read(key)
+        return file.mapped(entry).view(dtype).view(entry.shape)
+
+    def _read(self, key: str, shape: tuple[int, ...], begin: int, nbytes: int) -> Tensor:
+        dtype = self._torch_dtype(key)
         try:
-            with self._lock:
-                tensor: Tensor = self._open[self._file_of[key]].get_slice(key)[row : row + 1]
-                return tensor
-        except _UNREADABLE as error:
-            raise self._refuse(key, error) from error
+            tensor = torch.empty(shape, dtype=dtype)
+        except (RuntimeError, MemoryError) as error:
+            raise self._refuse(key, f"there is no memory for its {nbytes} bytes") from error
+        self._place[key][0].read(begin, bytes_of(tensor))
+        return tensor
+
+    def _torch_dtype(self, key: str) -> torch.dtype:
+        name = self._place[key][1].dtype
+        if name not in TORCH_DTYPES:
+            raise self._refuse(key, f"flexpert does not read the dtype {name}")
+        return TORCH_DTYPES[name]
+
+    def _refuse(self, key: str, why: str) -> ModelError:
+        return ModelError(f"{self._place[key][0].path}: {key} cannot be read: {why}")
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the host, to be read into."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _names_in(index: Path) -> list[str]:
@@ -172,12 +179,6 @@ def _names_in(index: Path) -> list[str]:
     return names
 
 
-def _identity(file: Path) -> tuple[int, ...]:
-    """(device, inode, bytes, time of the last change): the same for an untouched file only."""
-    stat = file.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
 @dataclass(slots=True)
 class Recipe:
     """How one parameter of the model (or several, converted together) comes from the files.
@@ -190,6 +191,13 @@ class Recipe:
     converter: WeightConverter | None
     sources: dict[str, list[str]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+
+
+class Piece(NamedTuple):
+    """A tensor of the files, or one row of it. row: along dimension 0; None: the whole."""
+
+    key: str
+    row: int | None
 
 
 class Checkpoint:
@@ -271,6 +279,26 @@ class Checkpoint:
         one = _OneExpert(self._skeleton)
         return self._convert(recipe.converter, name, sources, one)[name][0]
 
+    def expert_pieces(self, name: str, expert: int, experts: int) -> list[Piece] | None:
+        """What one expert's part of a parameter [experts, …] is put together of, row after row.
+
+        None: it is more than that, or not what the configuration says; `read_expert` tells.
+        """
+        recipe = self.recipes.get(name)
+        if recipe is None or not _joins_rows(recipe):
+            return None
+        patterns = [""] if recipe.converter is None else recipe.converter.source_patterns
+        pieces = []
+        for pattern in patterns:
+            keys = recipe.sources.get(pattern, [])
+            if "*" in pattern:
+                if len(keys) != experts:
+                    return None
+                pieces.append(Piece(keys[expert], None))
+            elif keys:
+                pieces.append(Piece(keys[-1 if recipe.converter is None else 0], expert))
+        return pieces
+
     def joins_only(self, name: str) -> bool:
         """Whether a parameter is its tensors put together, and nothing is done to their elements.
 
@@ -326,3 +354,15 @@ def _moves_experts(converter: WeightConverter, ndim: int) -> bool:
             if dim is not None and dim % ndim == 0:
                 return True
     return False
+
+
+def _joins_rows(recipe: Recipe) -> bool:
+    """Whether an expert is its tensors, or its rows of them, one behind the other."""
+    if recipe.converter is None:
+        return True
+    operations = recipe.converter.operations
+    return len(recipe.targets) == 1 and all(
+        (type(one) is MergeModulelist and one.dim == 0)
+        or (type(one) is Concatenate and one.dim == 1)  # dimension 0 is the experts'
+        for one in operations
+    )

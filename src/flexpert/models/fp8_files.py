@@ -75,10 +75,13 @@ class Fp8Files(TensorFiles):
 
     def scaled(self, key: str) -> bool:
         """Whether a tensor is a weight with scales."""
-        return key + SUFFIX in self._file_of
+        return key + SUFFIX in self._place
 
     def is_fp8(self, key: str) -> bool:
         return key in self._fp8
+
+    def is_plain(self, key: str) -> bool:
+        return not self.scaled(key) and super().is_plain(key)
 
     def read(self, key: str) -> Tensor:
         tensor = super().read(key)

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexpert.errors import ModelError, UnsupportedModel
+from flexpert.kernels.device_stream import stream_of
 from flexpert.kernels.experts import Gate
 from flexpert.kernels.kernel_set import Kernels, PagedAttentionKernel, cpu_kernels
 from flexpert.models import registrations
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.decode_graphs import DecodeGraphs
+from flexpert.models.dense_weights import load_dense, replace_tensor
 from flexpert.models.deterministic import RowwiseMode, outside_modes
 from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
@@ -180,7 +182,7 @@ class ModelRunner:
             model.get_submodule(name)._parameters.clear()
         with torch.no_grad():
             compute_buffers(model)
-            _load_dense(model, source)
+            load_dense(model, source, stream_of(device) if device.type == "cuda" else None)
         _check_real(model)
         return cls.assemble(
             model.to(device),
@@ -327,24 +329,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _load_dense(model: PreTrainedModel, source: ModelSource) -> None:
-    """Give every parameter and persistent buffer outside the experts its value."""
-    for name, recipe in source.checkpoint.recipes.items():
-        if source.expert_parameters.intersection(recipe.targets):
-            continue
-        for target, tensor in source.checkpoint.read(name).items():
-            expected = model.get_parameter_or_buffer(target)
-            if tensor.shape != expected.shape:
-                raise ModelError(
-                    f"{source.path}: {target} has shape {tuple(tensor.shape)}, "
-                    f"config.json says {tuple(expected.shape)}"
-                )
-            _replace(model, target, tensor.to(source.dtype_of(target)).contiguous())
-    # transformers says which name of a tied pair to fill when the files hold only one
-    everything = {*model.state_dict(), *source.expert_parameters}
-    model.tie_weights(missing_keys=everything - source.held, recompute_mapping=False)
-
-
 def compute_buffers(model: PreTrainedModel) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies) as transformers does.
 
@@ -356,7 +340,7 @@ def compute_buffers(model: PreTrainedModel) -> None:
         path, _, leaf = name.rpartition(".")
         modules.setdefault(path, []).append(leaf)
         unset = float("nan") if buffer.is_floating_point() else 0
-        _replace(model, name, torch.full(buffer.shape, unset, dtype=buffer.dtype))
+        replace_tensor(model, name, torch.full(buffer.shape, unset, dtype=buffer.dtype))
     for path, leaves in modules.items():
         module = model.get_submodule(path)
         model._init_weights(module)
@@ -367,15 +351,6 @@ def compute_buffers(model: PreTrainedModel) -> None:
                     f"{model.config.model_type} does not fit: its buffer {path}.{leaf} is in no "
                     "checkpoint and transformers does not say how to compute it"
                 )
-
-
-def _replace(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-    else:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
 def _check_real(model: PreTrainedModel) -> None:

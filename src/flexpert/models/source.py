@@ -28,7 +28,9 @@ from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.models import registrations
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
+from flexpert.models.expert_reader import ExpertReader
 from flexpert.models.fp8_files import Fp8Files, block_of
+from flexpert.models.parallel_reads import read_threads, run_parallel
 from flexpert.models.probe import AttentionShape, Probe, build_skeleton, probe
 from flexpert.reading import read_text, shown
 
@@ -50,6 +52,7 @@ stored: fp8 if the files have it, else unquantized.
 
 _MOST_CONFIG_BYTES: Final = 8 * 2**20
 _MOST_PARTS: Final = 100_000  # of one kind in a model: layers, heads, experts
+_WORTH_THREADS: Final = 8 * 2**20  # bytes; to start threads takes as long as to read less
 _MOST_SAID: Final = 600  # characters of what a library says
 
 WANTED_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -86,7 +89,7 @@ class ModelInfo:
 class ModelSource:
     """A checkpoint directory, opened: configuration, index and conversion rules; no weights.
 
-    Made by `open`. `load_experts` may be called from any thread.
+    Made by `open`. Experts may be read from any thread.
 
     Attributes:
         fp8_experts: whether experts are fp8 in memory; a CPU does not compute those.
@@ -117,11 +120,17 @@ class ModelSource:
         # parameters of experts that are fp8 in the files, and those that can be taken as they are
         quantized = self._quantized(files) if isinstance(files, Fp8Files) else {}
         self.fp8_experts = experts == "fp8" or (experts == "stored" and bool(quantized))
-        self._as_stored = {
-            name: fp8_files
-            for name, fp8_files in quantized.items()
-            if self.fp8_experts and self._fits_as_stored(name, fp8_files)
-        }
+        self._experts = ExpertReader(
+            self.checkpoint,
+            skeleton,
+            self.experts_names,
+            info.experts,
+            {
+                name: fp8_files
+                for name, fp8_files in quantized.items()
+                if self.fp8_experts and self._fits_as_stored(name, fp8_files)
+            },
+        )
         self._check_complete()
 
     @classmethod
@@ -235,7 +244,18 @@ class ModelSource:
 
     def expert_shape(self, layer: int = 0) -> ExpertShape:
         """The shape of every expert of a MoE layer, in our layout."""
-        name = self.experts_names[layer]
+        return self._shapes[layer]
+
+    def expert_shapes(self) -> list[ExpertShape]:
+        """The shape of the experts of each MoE layer."""
+        return list(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> tuple[ExpertShape, ...]:
+        return tuple(self._shape(name) for name in self.experts_names)
+
+    def _shape(self, name: str) -> ExpertShape:
+        """name: of the module that has a layer's experts."""
         module: Any = self.skeleton.get_submodule(name)
 
         def shape(parameter: str) -> tuple[int, ...]:
@@ -253,9 +273,31 @@ class ModelSource:
             biases=dtype if module.has_bias else None,
         )
 
-    def expert_shapes(self) -> list[ExpertShape]:
-        """The shape of the experts of each MoE layer."""
-        return [self.expert_shape(layer) for layer in range(self.info.moe_layers)]
+    def read_expert(self, layer: int, expert: int, into: Tensor) -> None:
+        """Read one expert of a MoE layer; any number of threads may do so at once.
+
+        Args:
+            layer: index among the MoE layers, in the order of the forward pass.
+            expert: logical expert of the checkpoint.
+            into: [`expert_shape(layer).nbytes`] uint8 on the host, pinned or not, contiguous; its
+                tensors are those of `ExpertShape.over`.
+
+        Raises:
+            ModelError: the files do not hold it, cannot be read, or have changed.
+        """
+        self._check_numbers(layer, [expert])
+        shape = self.expert_shape(layer)
+        if (
+            into.shape != (shape.nbytes,)
+            or into.dtype != torch.uint8
+            or into.device.type != "cpu"
+            or not into.is_contiguous()
+        ):
+            raise ValueError(
+                f"an expert of layer {layer} is read into [{shape.nbytes}] contiguous uint8 on the "
+                f"host, not into {tuple(into.shape)} {into.dtype} on {into.device}"
+            )
+        self._experts.read(layer, expert, shape.over(into))
 
     def load_experts(
         self,
@@ -265,6 +307,8 @@ class ModelSource:
     ) -> dict[int, ExpertWeights]:
         """Some experts of one MoE layer; reads only their rows of the files.
 
+        What is read into memory of the host is read by several threads, if it is large.
+
         Args:
             layer: index among the MoE layers, in the order of the forward pass.
             experts: logical experts of the checkpoint.
@@ -273,11 +317,7 @@ class ModelSource:
         Raises:
             ModelError: the files do not hold them.
         """
-        if not 0 <= layer < self.info.moe_layers:
-            raise ValueError(f"there is no MoE layer {layer}: the model has {self.info.moe_layers}")
-        for expert in experts:
-            if not 0 <= expert < self.info.experts:
-                raise ValueError(f"there is no expert {expert}: the model has {self.info.experts}")
+        self._check_numbers(layer, experts)
         self.checkpoint.files.check_unchanged()
         shape = self.expert_shape(layer)
         try:
@@ -287,48 +327,22 @@ class ModelSource:
                 f"{self.path}: there is no memory for {len(experts)} experts of {shape.nbytes} "
                 f"bytes ({_short(error)})"
             ) from error
-        for expert, into in loaded.items():
-            self._load_expert(self.experts_names[layer], expert, into)
+
+        def read(expert: int) -> None:
+            self._experts.read(layer, expert, loaded[expert])
+
+        on_host = all(into.gate_up.device.type == "cpu" for into in loaded.values())
+        large = len(loaded) * shape.nbytes >= _WORTH_THREADS
+        run_parallel(list(loaded), read, read_threads() if on_host and large else 1)
         return loaded
 
-    def read_expert(self, layer: int, expert: int, into: Tensor) -> None:
-        """One expert's bytes; see `ExpertFiles.read_expert`."""
-        weights = self.expert_shape(layer).over(into)
-        self._load_expert(self.experts_names[layer], expert, weights)
-
-    def _load_expert(self, name: str, expert: int, into: ExpertWeights) -> None:
-        module: Any = self.skeleton.get_submodule(name)
-        up = "gate_up_proj" if module.has_gate else "up_proj"
-
-        def read(parameter: str, target: Tensor | None, scales: Tensor | None = None) -> None:
-            if target is None:
-                return
-            full = f"{name}.{parameter}"
-            files = self._as_stored.get(full)
-            if files is not None and scales is not None:
-                self._copy_stored(files, full, expert, target, scales)
-                return
-            tensor = self.checkpoint.read_expert(full, expert, self.info.experts)
-            expected = tuple(self.skeleton.get_parameter(full).shape[1:])
-            if tuple(tensor.shape) != expected:
-                raise ModelError(
-                    f"{self.path}: expert {expert} of {full} has shape {tuple(tensor.shape)}, "
-                    f"config.json says {expected}"
-                )
-            if tensor.ndim == 2 and module.is_transposed:
-                tensor = tensor.t()
-            if scales is None:
-                target.copy_(tensor)
-            else:
-                for to, part in zip(
-                    (target, scales), fp8.quantize(tensor.to(target.device)), strict=True
-                ):
-                    to.copy_(part)
-
-        read(up, into.gate_up, into.gate_up_scale)
-        read("down_proj", into.down, into.down_scale)
-        read(f"{up}_bias", into.gate_up_bias)
-        read("down_proj_bias", into.down_bias)
+    def _check_numbers(self, layer: int, experts: Sequence[int]) -> None:
+        """Raises: ValueError"""
+        if not 0 <= layer < self.info.moe_layers:
+            raise ValueError(f"there is no MoE layer {layer}: the model has {self.info.moe_layers}")
+        for expert in experts:
+            if not 0 <= expert < self.info.experts:
+                raise ValueError(f"there is no expert {expert}: the model has {self.info.experts}")
 
     def _quantized(self, files: Fp8Files) -> dict[str, Fp8Files]:
         """The parameters of experts that are made of fp8 weights with scales, and nothing else."""
@@ -353,18 +367,6 @@ class ModelSource:
             and (not experts.has_gate or rows // 2 % fp8.BLOCK == 0)
             and self.checkpoint.joins_only(name)
         )
-
-    def _copy_stored(
-        self, files: Fp8Files, name: str, expert: int, weight: Tensor, scales: Tensor
-    ) -> None:
-        for part, into in ((files.weights, weight.view(torch.uint8)), (files.scales, scales)):
-            tensor = self.checkpoint.read_expert(name, expert, self.info.experts, part)
-            if tensor.shape != into.shape:
-                raise ModelError(
-                    f"{self.path}: expert {expert} of {name} has fp8 weights or scales of shape "
-                    f"{tuple(tensor.shape)}, config.json says {tuple(into.shape)}"
-                )
-            into.copy_(tensor)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer.

@@ -1,0 +1,217 @@
+"""Loads everything of a model but the experts: mapped into a CPU's memory, or copied to a device.
+
+On a CPU, tensors that are used as they are in the files stay in the page cache, where all ranks of
+a host share them. On their way to a device they are read in pieces by several threads, each into
+pinned memory of its own, from which the device copies one piece while the next is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexpert.errors import ModelError
+from flexpert.kernels.device_stream import DeviceStream
+from flexpert.models.checkpoint import bytes_of
+from flexpert.models.checkpoint_file import CheckpointFile
+from flexpert.models.parallel_reads import read_threads, run_parallel
+from flexpert.models.source import ModelSource
+from flexpert.models.tensor_header import TORCH_DTYPES
+
+PIECE: Final = 4 * 2**20
+"""Bytes of a copy to a device: so many take long enough to hide its launch. A thread pins two."""
+
+
+def load_dense(
+    model: PreTrainedModel, source: ModelSource, stream: DeviceStream | None = None
+) -> None:
+    """Give every parameter and persistent buffer outside the experts its value.
+
+    Args:
+        model: on the meta device but for other buffers.
+        stream: of the device that the values are copied to; None: they stay on the host.
+
+    Raises: ModelError: a tensor of the checkpoint cannot be read or has another shape.
+    """
+    plain: dict[str, str] = {}
+    converted: list[str] = []
+    for name, recipe in source.checkpoint.recipes.items():
+        if source.expert_parameters.intersection(recipe.targets):
+            continue
+        key = _plain_key(source, name)
+        if key is None:
+            converted.append(name)
+        else:
+            _check_shape(model, source, name, source.checkpoint.files.shape(key))
+            plain[name] = key
+    loaded = (
+        _load_on_host(model, source, plain, converted)
+        if stream is None
+        else _load_on_device(model, source, plain, converted, stream)
+    )
+    for name, tensor in loaded.items():
+        replace_tensor(model, name, tensor)
+    # transformers says which name of a tied pair to fill when the files hold only one
+    everything = {*model.state_dict(), *source.expert_parameters}
+    model.tie_weights(missing_keys=everything - source.held, recompute_mapping=False)
+
+
+def replace_tensor(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _plain_key(source: ModelSource, name: str) -> str | None:
+    """The key in the files of a parameter that is used just as it is there."""
+    recipe, files = source.checkpoint.recipes[name], source.checkpoint.files
+    if recipe.converter is not None:
+        return None
+    key = recipe.sources[""][-1]
+    same = files.is_plain(key) and TORCH_DTYPES.get(files.dtype(key)) == source.dtype_of(name)
+    return key if same else None
+
+
+def _check_shape(
+    model: PreTrainedModel, source: ModelSource, name: str, shape: tuple[int, ...]
+) -> None:
+    expected = tuple(model.get_parameter_or_buffer(name).shape)
+    if shape != expected:
+        raise ModelError(f"{source.path}: {name} has shape {shape}, config.json says {expected}")
+
+
+def _convert(model: PreTrainedModel, source: ModelSource, name: str) -> dict[str, Tensor]:
+    """What the recipe of a parameter yields, by name, on the host."""
+    found = {}
+    for target, tensor in source.checkpoint.read(name).items():
+        _check_shape(model, source, target, tuple(tensor.shape))
+        found[target] = tensor.to(source.dtype_of(target)).contiguous()
+    return found
+
+
+def _load_on_host(
+    model: PreTrainedModel, source: ModelSource, plain: dict[str, str], converted: list[str]
+) -> dict[str, Tensor]:
+    loaded = {name: source.checkpoint.files.mapped(key) for name, key in plain.items()}
+    run_parallel(
+        converted, lambda name: loaded.update(_convert(model, source, name)), read_threads()
+    )
+    return loaded
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Bytes:
+    """A piece of a tensor. begin: in the file. into: [bytes] uint8 on the device."""
+
+    file: CheckpointFile
+    begin: int
+    into: Tensor
+
+
+def _load_on_device(
+    model: PreTrainedModel,
+    source: ModelSource,
+    plain: dict[str, str],
+    converted: list[str],
+    stream: DeviceStream,
+) -> dict[str, Tensor]:
+    device = stream.device
+    loaded: dict[str, Tensor] = {}
+    pieces: list[_Bytes | str] = [*converted]  # what takes longest first
+    for name, key in plain.items():
+        file, entry = source.checkpoint.files.place(key)
+        into = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype], device=device)
+        loaded[name] = into
+        memory = into.view(-1).view(torch.uint8)
+        pieces += [
+            _Bytes(file, entry.begin + at, memory[at : at + PIECE])
+            for at in range(0, entry.nbytes, PIECE)
+        ]
+    uploads = _Uploads(stream)
+
+    def load(piece: _Bytes | str) -> None:
+        with uploads.of_thread() as upload:
+            if isinstance(piece, _Bytes):
+                upload.send(lambda into: piece.file.read(piece.begin, bytes_of(into)), piece.into)
+                return
+            for target, tensor in _convert(model, source, piece).items():
+                loaded[target] = torch.empty_like(tensor, device=device)
+                upload.copy(tensor, loaded[target])
+
+    try:
+        run_parallel(pieces, load, read_threads())
+    finally:
+        uploads.synchronize()
+    return loaded
+
+
+class _Uploads:
+    """Each thread's way to a device."""
+
+    def __init__(self, stream: DeviceStream) -> None:
+        self._stream = stream
+        self._local = threading.local()
+        self._every: list[_Upload] = []
+
+    @contextlib.contextmanager
+    def of_thread(self) -> Iterator[_Upload]:
+        """The calling thread's, with the device as torch's current one."""
+        device = self._stream.device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            upload: _Upload | None = getattr(self._local, "upload", None)
+            if upload is None:
+                upload = self._local.upload = _Upload(self._stream)
+                self._every.append(upload)
+            yield upload
+
+    def synchronize(self) -> None:
+        """Wait until the device has all that was sent."""
+        for upload in self._every:
+            upload.synchronize()
+
+
+class _Upload:
+    """Two pieces of pinned memory: the device copies from one while the other is filled."""
+
+    def __init__(self, stream: DeviceStream) -> None:
+        self._buffers = [(stream.host_buffer(PIECE), stream.event()) for _ in range(2)]
+
+    def send(self, fill: Callable[[Tensor], None], into: Tensor) -> None:
+        """Fill [into's bytes] uint8 on the host and have them copied.
+
+        into: [bytes ≤ PIECE] uint8 on the device; there once `synchronize` has returned.
+        """
+        buffer, copied = self._buffers[0]
+        self._buffers.reverse()
+        copied.synchronize()
+        piece = buffer[: into.shape[0]]
+        fill(piece)
+        into.copy_(piece, non_blocking=True)
+        copied.record()
+
+    def copy(self, tensor: Tensor, into: Tensor) -> None:
+        """Send a contiguous tensor of the host. into: of its shape and dtype, on the device."""
+        source, target = (t.view(-1).view(torch.uint8) for t in (tensor, into))
+        for at in range(0, source.shape[0], PIECE):
+            part = source[at : at + PIECE]
+            self.send(partial(_copy, part), target[at : at + PIECE])
+
+    def synchronize(self) -> None:
+        for _, copied in self._buffers:
+            copied.synchronize()
+
+
+def _copy(tensor: Tensor, into: Tensor) -> None:
+    into.copy_(tensor)
