@@ -135,7 +135,9 @@ class RankReports:
         self._post(EventKind.HELLO, rank_state.id)
 
     def _prepared(self, rank_state: RankState, report: msg.Prepared) -> None:
-        rank_state.memory = report.memory
+        rank_state.memory, rank_state.device_memory = report.memory, report.device_memory
+        if report.device_memory:
+            self._cluster.memory_budget.learn(report.device_memory)
         log.debug("rank %d is prepared: %s", rank_state.id, in_words(report.laps))
         if self._cluster.operation:
             self._cluster.operation.copied_experts += report.copied

@@ -22,7 +22,8 @@ class RankState:
     kv: bytes = b""  # address of its KV cache
     experts: bytes = b""  # address of those it holds
     load: msg.Load = field(default_factory=lambda: msg.Load(0, 0, 0.0, 0))
-    memory: msg.Memory | None = None
+    memory: msg.Memory | None = None  # of the host, planned
+    device_memory: msg.Memory | None = None  # of the GPU, planned
     error: str = ""
     blameless: bool = False  # terminated because others were lost
     heard: float = 0.0  # when, by the head's clock
@@ -42,5 +43,8 @@ class RankState:
             experts=placement.count(self.id) if placement else 0,
             memory_bytes=self.load.memory,
             planned_bytes=self.memory.total if self.memory else 0,
+            device_memory_bytes=self.load.device_memory,
+            device_planned_bytes=self.device_memory.total if self.device_memory else 0,
+            device_spare_bytes=self.load.device_spare,
             graphs=self.load.graphs,
         )

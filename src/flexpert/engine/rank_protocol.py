@@ -113,21 +113,25 @@ Command = Prepare | Commit | Cancel | Admit | Offer | Fetch | Adopt | Abort | Ha
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """running, waiting: sequences; kv_used: share of KV blocks; memory: private bytes, measured;
-    graphs: CUDA graphs captured since the process began."""
+    """running, waiting: sequences; kv_used: share of KV blocks; memory: private bytes of the host,
+    measured; graphs: CUDA graphs captured since the process began; device_memory: bytes of a GPU's
+    memory, of which device_spare are kept for experts to come."""
 
     running: int
     waiting: int
     kv_used: float
     memory: int
     graphs: int = 0
+    device_memory: int = 0
+    device_spare: int = 0
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """Planned bytes of a rank.
+    """Planned bytes of a rank, of the host's memory or of a GPU's.
 
-    runtime: what the process takes beyond its share of the fork server's pages: measured when the
-    rank is warm, before that an estimate.
+    runtime: measured when the rank is warm, before that an estimate. Of the host: what the process
+    takes beyond its share of the fork server's pages. Of a GPU: the context, the code of kernels,
+    captured graphs, and what torch's pools and libraries hold besides the weights.
     """
 
     dense: int
@@ -172,13 +176,15 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     """Connected, loaded and warm: ready to vote.
 
-    copied: experts that came from peers' memory. laps: what it did for this → seconds.
+    copied: experts that came from peers' memory. memory: of the host. laps: what it did for this →
+    seconds. device_memory: of the GPU; None on a CPU.
     """
 
     epoch: int
     copied: int
     memory: Memory
     laps: dict[str, float] = {}
+    device_memory: Memory | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):

@@ -153,7 +153,7 @@ def _beat(engine: RankEngine, report: Callable[[msg.Report], None], every_s: flo
             stuck_s = watchdog.look(time.monotonic(), engine.turns, work_of_main_thread)
             report(msg.Alive(stuck_s))
             if time.monotonic() >= next_look:
-                engine.memory.measure()
+                engine.measure_memory()
                 next_look = time.monotonic() + _MEMORY_EVERY_S
             time.sleep(every_s)
 
