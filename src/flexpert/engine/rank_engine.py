@@ -214,10 +214,18 @@ class RankEngine:
     # ---- from any thread --------------------------------------------------------------------
 
     def measure_memory(self) -> None:
-        """What `memory` and `device_memory` report from now on; takes milliseconds."""
+        """For `memory_use`; takes milliseconds."""
         self.memory.measure()
         if self.device_memory:
             self.device_memory.measure()
+
+    @property
+    def memory_use(self) -> msg.MemoryUse:
+        """As measured last."""
+        device = self.device_memory
+        if device is None:
+            return msg.MemoryUse(self.memory.measured)
+        return msg.MemoryUse(self.memory.measured, device.used, device.spare)
 
     def submit(self, command: msg.Command) -> None:
         """Queue a command for between two steps.
@@ -341,6 +349,7 @@ class RankEngine:
                 self.memory.plan(experts, len(members)),
                 laps,
                 device.plan(experts) if device else None,
+                self.memory_use,
             )
         )
 
@@ -394,15 +403,12 @@ class RankEngine:
         self.report(msg.Broken(self.buffer.epoch, list(ranks), str(error)))
 
     def _load(self) -> msg.Load:
-        scheduler, graphs, device = self.scheduler, self.runner.graphs, self.device_memory
+        scheduler, graphs = self.scheduler, self.runner.graphs
         return msg.Load(
             scheduler.running,
             scheduler.waiting,
             scheduler.kv_used,
-            self.memory.measured,
             graphs.captures if graphs else 0,
-            device.used if device else 0,
-            device.spare if device else 0,
         )
 
     # ---- the loop ---------------------------------------------------------------------------
