@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 
+from flexpert.cluster.formatting import describe_memory
 from flexpert.cluster.gpu_budget import by_gpu, most_held
 from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.processes.rank_process import open_source
 from flexpert.config import Config, load_config
 from flexpert.engine.device_memory_plan import expert_place_nbytes, planned_device_memory
 from flexpert.engine.gpu_driver import GpuMemory
+from flexpert.engine.rank_protocol import Memory
 from flexpert.errors import OperationRefused
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement, replan
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
+HOST_AND_DEVICE = (range(1, 6), range(6, 11))
 
 
 class Gpus:
@@ -129,6 +132,18 @@ def test_where_the_driver_does_not_say_nothing_is_refused(source: ModelSource) -
     for budget in (MemoryBudget(CONFIG, source), MemoryBudget(CONFIG, source, Gpus(None, None))):
         budget.check({0, 1}, placement)
         assert budget.fits(placement)
+
+
+def test_a_plan_names_the_memory_that_its_parts_are_in() -> None:
+    host, device = (Memory(*(MIB * size for size in sizes)) for sizes in HOST_AND_DEVICE)
+    assert describe_memory(None, None) == ""
+    assert describe_memory(host, None) == (
+        "dense 1.0 + experts 2.0 + KV 3.0 + windows 4.0 + runtime 5.0 = 15.0 MiB planned"
+    )
+    assert describe_memory(host, device) == (
+        "GPU dense 6.0 + experts 7.0 + KV 8.0 + windows 9.0 + graphs and runtime 10.0 = 40.0 MiB, "
+        "host 15.0 MiB planned"
+    )
 
 
 def test_ranks_are_dealt_out_to_the_gpus_in_turn() -> None:

@@ -88,7 +88,7 @@ class DeviceMeter:
         besides = self._usage.besides(counted) if alone else None
         if besides is not None and 0 <= besides <= MOST_CONTEXT_BYTES:
             self._context = besides
-        self._runtime = self._context + max(0, pool - self._weights)
+        self._runtime = self._context + max(0, pool - self._plan(0).dense)
         self.measure()
 
     def plan(self, experts: int) -> Memory:
