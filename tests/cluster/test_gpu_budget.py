@@ -6,6 +6,7 @@ import pytest
 
 from flexpert.cluster.formatting import describe_memory
 from flexpert.cluster.gpu_budget import by_gpu, most_held
+from flexpert.cluster.head import Head
 from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.processes.rank_process import open_source
 from flexpert.config import Config, load_config
@@ -144,6 +145,14 @@ def test_a_plan_names_the_memory_that_its_parts_are_in() -> None:
         "GPU dense 6.0 + experts 7.0 + KV 8.0 + windows 9.0 + graphs and runtime 10.0 = 40.0 MiB, "
         "host 15.0 MiB planned"
     )
+
+
+def test_a_service_says_when_it_cannot_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexpert.cluster.head.uses_gpu", lambda engine: True)
+    monkeypatch.setattr("flexpert.cluster.head.find_driver", lambda: None)
+    said: list[str] = []
+    assert Head(CONFIG)._gpu_driver(said.append) is None
+    assert said == ["NVML does not say how much memory the GPUs have free: it is not checked"]
 
 
 def test_ranks_are_dealt_out_to_the_gpus_in_turn() -> None:

@@ -30,8 +30,8 @@ from flexpert.cluster.service_metrics import Metrics
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
-from flexpert.engine.device_profile import check_device, uses_gpu
-from flexpert.engine.gpu_driver import GpuDriver, open_driver
+from flexpert.engine.device_profile import check_device, find_driver, uses_gpu
+from flexpert.engine.gpu_driver import GpuDriver
 from flexpert.engine.memory_plan import kv_blocks
 from flexpert.engine.request import HeldKV, KVMigration, SamplingParams
 from flexpert.errors import (
@@ -123,10 +123,9 @@ class Head:
         """None where there is no GPU, or nothing that says how much memory it has."""
         if not uses_gpu(self.config.engine):
             return None
-        driver = open_driver()
-        if driver is None or not driver.gpus:
+        driver = find_driver()
+        if driver is None:
             tell("NVML does not say how much memory the GPUs have free: it is not checked")
-            return None
         return driver
 
     async def stop(self, drain_s: float = 0.0) -> None:

@@ -19,7 +19,7 @@ from flexpert.comm import Buffer, BufferSpec, CommError, make_buffer
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.comm.peer_memory import ExportedMemory, ImportedMemory, export_memory, import_memory
 from flexpert.config import EngineConfig
-from flexpert.engine.gpu_driver import open_driver
+from flexpert.engine.gpu_driver import GpuDriver, open_driver
 from flexpert.engine.gpu_usage import GpuUsage, HostUsage
 from flexpert.errors import ConfigError
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
@@ -229,7 +229,7 @@ class CudaProfile(TritonProfile):
         check_device(config)
         self._gpus = torch.cuda.device_count()
         device = torch.device("cuda", rank % self._gpus)
-        self._usage = GpuUsage(device.index, open_driver())  # before it is opened
+        self._usage = GpuUsage(device.index, find_driver())  # before it is opened
         torch.cuda.set_device(device)
         super().__init__(config, CudaStream(device))
 
@@ -290,6 +290,13 @@ def check_device(config: EngineConfig) -> None:
         check_gpu()
         if config.all2all == "nixl_ep":
             find_nixl_ep()
+
+
+def find_driver() -> GpuDriver | None:
+    """What says how much memory the GPUs have, without opening one; None: nothing does, or not of
+    those that CUDA sees (it counts a MIG instance that is named by a number)."""
+    driver = open_driver()
+    return driver if driver and driver.gpus == torch.cuda.device_count() else None
 
 
 def find_nixl_ep() -> None:
