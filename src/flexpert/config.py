@@ -189,8 +189,12 @@ class ClusterConfig(_Section):
     on_missing_expert: Literal["load", "degrade"] = Field(
         "load", description="after a loss: wait for lost experts, or go on without them meanwhile"
     )
-    memory_per_rank: Bytes | None = Field(None, description="limit of a rank; default: none")
-    memory_headroom: float = Field(0.05, ge=0, lt=1, description="share of memory left free")
+    memory_per_rank: Bytes | None = Field(
+        None, description="limit of a rank: of the host's memory, or of its GPU's; default: none"
+    )
+    memory_headroom: float = Field(
+        0.05, ge=0, lt=1, description="share of the host's memory left free"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> ClusterConfig:

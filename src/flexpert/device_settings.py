@@ -34,10 +34,12 @@ class DeviceSettings(ABC):
     """The rules of one kind of device.
 
     Attributes:
-        uses_host_memory: weights, KV cache and windows of a rank count as memory of the host.
+        uses_host_memory: weights, KV cache and windows of a rank are in memory of the host.
+        process_bytes: an estimate of what the process of a rank takes of the host's memory besides.
     """
 
     uses_host_memory: bool
+    process_bytes: int
 
     @abstractmethod
     def engine_defaults(self, all2all: object) -> dict[str, int]:
@@ -63,6 +65,7 @@ class CpuSettings(DeviceSettings):
     """A CPU computes with unquantized weights, exchanges over shared memory, and can order sums."""
 
     uses_host_memory = True
+    process_bytes = 64 * 2**20
 
     def engine_defaults(self, all2all: object) -> dict[str, int]:
         return {}
@@ -91,6 +94,7 @@ class CudaSettings(DeviceSettings):
     """A GPU has larger steps and caches, and one rank by default, which exchanges nothing."""
 
     uses_host_memory = False
+    process_bytes = 832 * 2**20  # of a rank with 15 GB on a GPU
 
     def engine_defaults(self, all2all: object) -> dict[str, int]:
         defaults = {"max_running": 256, "kv_memory": 4 * 2**30}

@@ -17,6 +17,7 @@ from flexpert.engine.device_profile import (
     TritonProfile,
     WarmUpTime,
     captured_sizes,
+    find_driver,
     profile_of,
     triton_sizes,
 )
@@ -175,3 +176,15 @@ def test_as_many_ranks_as_the_exchange_takes() -> None:
     from flexpert.comm.cuda.cuda_layout import LANES
 
     assert LANES == MOST_GPU_RANKS
+
+
+@pytest.mark.parametrize(("seen", "known"), [(1, True), (2, False), (0, False)])
+def test_the_driver_is_asked_only_where_it_counts_the_gpus_that_cuda_sees(
+    seen: int, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Driver:
+        gpus = 1
+
+    monkeypatch.setattr(device_profile, "open_driver", Driver)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    assert (find_driver() is not None) == known

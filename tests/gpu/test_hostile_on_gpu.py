@@ -6,22 +6,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 
 import httpx
 import pytest
-import torch
-from transformers import Qwen3MoeForCausalLM
+from support.large_model import make_model
 
-from flexpert.bench.gpu.model import qwen3_30b_a3b
 from flexpert.bench.hostile_bodies import HEAVY
 from flexpert.engine.faults import VARIABLE, Fault
 
@@ -33,22 +29,6 @@ STREAMS = 8
 TOKENS = 400
 # made ahead: in a thread it would hold up those that read streams
 BODIES = [(path, make(8 * 2**20)[: 8 * 2**20]) for path, make in HEAVY.values()]
-
-
-def make_model(folder: Path, layers: int) -> None:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = Qwen3MoeForCausalLM(qwen3_30b_a3b(layers))
-    model.save_pretrained(folder, max_shard_size="4GB")
-    torch.set_default_dtype(torch.float32)
-    tiny = Path(str(resources.files("flexpert.models").joinpath("tiny")))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tiny / name, folder / name)
-    del model
-    torch.cuda.empty_cache()
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"a model of {size / 1e9:.1f} GB", flush=True)
 
 
 def stream(number: int, lines: list[int], failed: list[str]) -> None:

@@ -641,7 +641,7 @@ class Simulation(Network):
 class SmallRanks(MemoryBudget):
     """Experts in place of bytes, on a machine that has room for any number of ranks."""
 
-    def planned(self, placement: Placement) -> dict[int, int]:
+    def planned(self, placement: Placement, previous: Placement | None = None) -> dict[int, int]:
         return {rank: placement.count(rank) for rank in placement.ranks}
 
     def check_free(self, needs: dict[int, int]) -> None:

@@ -147,10 +147,10 @@ class Coordinator:
         cluster = self._cluster
         return [cluster.ranks[rank].view(cluster.placement) for rank in sorted(cluster.ranks)]
 
-    def memory(self, rank: int) -> msg.Memory | None:
-        """What a rank plans to use, in parts."""
-        ranks = self._cluster.ranks
-        return ranks[rank].memory if rank in ranks else None
+    def memory(self, rank: int) -> tuple[msg.Memory | None, msg.Memory | None]:
+        """What a rank plans to use, in parts: (of the host, of the GPU)."""
+        found = self._cluster.ranks.get(rank)
+        return (found.memory, found.device_memory) if found else (None, None)
 
     def placement(self) -> PlacementView:
         cluster, info = self._cluster, self._source.info

@@ -1,10 +1,11 @@
-"""Changes as people read them, in one line each (pure)."""
+"""Changes and memory as people read them, in one line each (pure)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from flexpert.cluster.views import OperationView
+from flexpert.engine.rank_protocol import Memory
 
 
 def ids(ranks: Sequence[int]) -> str:
@@ -45,3 +46,30 @@ def _how_moved(operation: OperationView) -> str:
     if operation.recomputed_tokens:
         parts.append(f"up to {operation.recomputed_tokens} tokens computed again for want of room")
     return f" ({'; '.join(parts)})" if parts else ""
+
+
+def mib(size: int) -> str:
+    """Bytes in MiB."""
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def describe_memory(host: Memory | None, device: Memory | None) -> str:
+    """What a rank plans to use. host: of the host's memory; device: of a GPU's, if it has one."""
+    if host is None:
+        return ""
+    if device is None:
+        return f"{memory_parts(host)} planned"
+    return f"GPU {memory_parts(device, gpu=True)}, host {host.total / 2**20:.1f} MiB planned"
+
+
+def memory_parts(memory: Memory, *, gpu: bool = False) -> str:
+    """The parts and their sum in MiB."""
+    parts = (
+        ("dense", memory.dense),
+        ("experts", memory.experts),
+        ("KV", memory.kv),
+        ("windows", memory.windows),
+        ("graphs and runtime" if gpu else "runtime", memory.runtime),
+    )
+    text = " + ".join(f"{name} {size / 2**20:.1f}" for name, size in parts)
+    return f"{text} = {memory.total / 2**20:.1f} MiB"

@@ -15,10 +15,12 @@ import msgspec
 
 from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
+from flexpert.cluster.formatting import describe_memory
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.listeners import Listeners
+from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.phase_clock import CHANGES
 from flexpert.cluster.processes.helper import ForkedHelper, OnEnd, OnMessage
 from flexpert.cluster.processes.launcher import LocalLauncher, for_children
@@ -28,7 +30,8 @@ from flexpert.cluster.service_metrics import Metrics
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
-from flexpert.engine.device_profile import profile_of
+from flexpert.engine.device_profile import check_device, find_driver, uses_gpu
+from flexpert.engine.gpu_driver import GpuDriver
 from flexpert.engine.memory_plan import kv_blocks
 from flexpert.engine.request import HeldKV, KVMigration, SamplingParams
 from flexpert.errors import (
@@ -85,7 +88,7 @@ class Head:
         tell = report or (lambda line: None)
         began = time.monotonic()
         try:
-            await asyncio.to_thread(profile_of, self.config.engine)
+            await asyncio.to_thread(check_device, self.config.engine)
             tell(f"opening model {self.config.model.model!r}, starting the fork server")
             self._transport = Transport(self._on_report, self._on_cut_off, self._on_disconnected)
             self._launcher = LocalLauncher(self._on_exit)
@@ -97,7 +100,9 @@ class Head:
             self._journal.kv_tokens = kv_blocks(self.info, engine) * engine.kv_block_size
             self.tokenizer = await asyncio.to_thread(source.tokenizer)
             self.model_name = self.config.model.served_name or self.info.name
-            self._coordinator = Coordinator(self.config, source, self)
+            driver = await asyncio.to_thread(self._gpu_driver, tell)
+            budget = MemoryBudget(self.config, source, driver)
+            self._coordinator = Coordinator(self.config, source, self, budget)
             ranks = self.config.cluster.ranks
             tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
             first = self._coordinator.begin_first(ranks)
@@ -109,10 +114,19 @@ class Head:
             raise
         self._serving = True
         for rank in self._coordinator.ranks():
-            memory = self._coordinator.memory(rank.id)
+            memory = describe_memory(*self._coordinator.memory(rank.id))
             if memory:
-                tell(f"rank {rank.id} (pid {rank.pid}): {describe_memory(memory)}")
+                tell(f"rank {rank.id} (pid {rank.pid}): {memory}")
         tell(f"serving after {time.monotonic() - began:.1f} s")
+
+    def _gpu_driver(self, tell: Callable[[str], None]) -> GpuDriver | None:
+        """None where there is no GPU, or nothing that says how much memory it has."""
+        if not uses_gpu(self.config.engine):
+            return None
+        driver = find_driver()
+        if driver is None:
+            tell("NVML does not say how much memory the GPUs have free: it is not checked")
+        return driver
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """End everything, after running sequences had drain_s to finish. Idempotent."""
@@ -394,16 +408,3 @@ class Head:
     @property
     def _epoch(self) -> int:
         return self._coordinator.epoch if self._coordinator else 0
-
-
-def describe_memory(memory: msg.Memory) -> str:
-    """One line for people: what a rank plans to use."""
-    parts = (
-        ("dense", memory.dense),
-        ("experts", memory.experts),
-        ("KV", memory.kv),
-        ("windows", memory.windows),
-        ("runtime", memory.runtime),
-    )
-    text = " + ".join(f"{name} {size / 2**20:.1f}" for name, size in parts)
-    return f"{text} = {memory.total / 2**20:.1f} MiB planned"

@@ -6,22 +6,49 @@ from collections.abc import Iterable
 
 import psutil
 
+from flexpert.cluster.formatting import mib
+from flexpert.cluster.gpu_budget import GpuBudget
 from flexpert.config import Config
+from flexpert.device_settings import DEVICE_SETTINGS
+from flexpert.engine.gpu_driver import GpuDriver
 from flexpert.engine.memory_plan import planned_memory
+from flexpert.engine.rank_protocol import Memory
 from flexpert.errors import OperationRefused
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement
 
 
 class MemoryBudget:
-    """By the settings and the memory of this machine."""
+    """By the settings, the memory of this machine, and that of its GPUs.
 
-    def __init__(self, config: Config, source: ModelSource) -> None:
+    `memory_per_rank` bounds the memory in which weights and KV cache lie: the GPU's, or the host's.
+    """
+
+    def __init__(
+        self, config: Config, source: ModelSource, driver: GpuDriver | None = None
+    ) -> None:
+        """driver: of the GPUs; None: there are none, or how much they have is not known."""
         self._config = config
         self._source = source
+        on_host = DEVICE_SETTINGS[config.engine.device].uses_host_memory
+        self._gpus = None if on_host else GpuBudget(config, source, driver)
 
-    def planned(self, placement: Placement) -> dict[int, int]:
-        """Bytes that each rank of a placement needs."""
+    def learn(self, memory: Memory) -> None:
+        """A warm rank has measured what it needs of its GPU."""
+        if self._gpus:
+            self._gpus.learn(memory)
+
+    def planned(self, placement: Placement, previous: Placement | None = None) -> dict[int, int]:
+        """Bytes that each rank of a placement needs of the memory that `memory_per_rank` bounds.
+
+        previous: the placement of the running epoch. On a GPU a rank needs the most while both
+        are held; None: what it needs once it holds the new one.
+        """
+        if self._gpus:
+            return self._gpus.peaks(placement, previous)
+        return self._on_host(placement)
+
+    def _on_host(self, placement: Placement) -> dict[int, int]:
         return {
             rank: planned_memory(
                 self._source,
@@ -34,20 +61,34 @@ class MemoryBudget:
         }
 
     def fits(self, placement: Placement) -> bool:
-        """Whether no rank needs more than `memory_per_rank`."""
-        limit = self._config.cluster.memory_per_rank
-        return limit is None or max(self.planned(placement).values()) <= limit
-
-    def check(self, joining: Iterable[int], placement: Placement) -> None:
-        """Raises: OperationRefused: a rank, or this machine with the ranks that join, has less."""
+        """Whether no rank needs more than `memory_per_rank`, and no GPU more than it has."""
         totals = self.planned(placement)
+        limit = self._config.cluster.memory_per_rank
+        within = limit is None or max(totals.values()) <= limit
+        return within and (self._gpus is None or self._gpus.fits(totals))
+
+    def check(
+        self, joining: Iterable[int], placement: Placement, previous: Placement | None = None
+    ) -> None:
+        """Before a change begins, and before any process is started for it.
+
+        previous: the placement of the running epoch.
+
+        Raises:
+            OperationRefused: a rank, a GPU, or this machine with the ranks that join, has less.
+        """
+        joining = frozenset(joining)
+        totals = self.planned(placement, previous)
         limit = self._config.cluster.memory_per_rank
         worst = max(totals, key=lambda rank: totals[rank])
         if limit is not None and totals[worst] > limit:
             raise OperationRefused(
                 f"{len(totals)} ranks cannot hold the experts: rank {worst} would need "
-                f"{_mib(totals[worst])} of its {_mib(limit)} (memory_per_rank)"
+                f"{mib(totals[worst])} of its {mib(limit)} (memory_per_rank)"
             )
+        if self._gpus:
+            self._gpus.check(joining, placement, previous)
+            totals = self._on_host(placement)
         self.check_free({rank: totals[rank] for rank in joining})
 
     def check_free(self, needs: dict[int, int]) -> None:
@@ -63,17 +104,13 @@ class MemoryBudget:
         desired = sum(needs.values())
         if desired > free:
             raise OperationRefused(
-                f"{len(needs)} more ranks need {_mib(desired)} but {_mib(max(free, 0))} of "
+                f"{len(needs)} more ranks need {mib(desired)} but {mib(max(free, 0))} of "
                 "memory are free; lower --kv-memory or the number of ranks"
             )
 
     def too_small(self, ranks: Iterable[int]) -> str:
         """Said of ranks for which no placement fits."""
-        return (
-            f"ranks {sorted(ranks)} cannot hold all experts within "
-            f"{_mib(self._config.cluster.memory_per_rank or 0)} each (memory_per_rank)"
-        )
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB"
+        limit = self._config.cluster.memory_per_rank
+        bound = "the memory of their GPUs" if limit is None else f"{mib(limit)} each"
+        where = "" if limit is None else " (memory_per_rank)"
+        return f"ranks {sorted(ranks)} cannot hold all experts within {bound}{where}"

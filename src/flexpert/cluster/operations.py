@@ -54,7 +54,7 @@ class Operations:
                 return running.view()
         elif self._same_target(running, request):
             if running.automatic:
-                cluster.memory_budget.check((), cluster.plan(running.after))
+                cluster.memory_budget.check((), cluster.plan(running.after), cluster.placement)
                 cluster.restart_policy.set_desired(running.after)
             return running.view()
         elif running.automatic:
@@ -180,10 +180,10 @@ class Operations:
         operation.epoch = cluster.membership.epoch
         if target != members:
             placement = cluster.plan(target)
-            cluster.memory_budget.check(target - members, placement)
+            cluster.memory_budget.check(target - members, placement, cluster.placement)
             return placement
         if not operation.automatic:  # they may be what a loss has left, and too few
-            cluster.memory_budget.check((), cluster.plan(target))
+            cluster.memory_budget.check((), cluster.plan(target), cluster.placement)
         operation.end("done")
         self._remember(operation)
         if not operation.automatic:

@@ -43,7 +43,8 @@ class RankReports:
         running = cluster.operation
         cluster.watch.heard(rank_state)
         match report:
-            case msg.Alive(stuck_s):
+            case msg.Alive(stuck_s, used):
+                rank_state.used = used
                 cluster.watch.stuck(rank, stuck_s)
             case msg.Published(_, load):
                 rank_state.load = load
@@ -149,7 +150,10 @@ class RankReports:
         self._post(EventKind.HELLO, rank_state.id)
 
     def _prepared(self, rank_state: RankState, report: msg.Prepared) -> None:
-        rank_state.memory = report.memory
+        rank_state.memory, rank_state.device_memory = report.memory, report.device_memory
+        rank_state.used = report.used
+        if report.device_memory:
+            self._cluster.memory_budget.learn(report.device_memory)
         log.debug("rank %d is prepared: %s", rank_state.id, in_words(report.laps))
         if self._cluster.operation:
             self._cluster.operation.copied_experts += report.copied

@@ -21,8 +21,10 @@ class RankState:
     address: bytes = b""
     kv: bytes = b""  # address of its KV cache
     experts: bytes = b""  # address of those it holds
-    load: msg.Load = field(default_factory=lambda: msg.Load(0, 0, 0.0, 0))
-    memory: msg.Memory | None = None
+    load: msg.Load = field(default_factory=lambda: msg.Load(0, 0, 0.0))
+    used: msg.MemoryUse = field(default_factory=lambda: msg.MemoryUse(0))
+    memory: msg.Memory | None = None  # of the host, planned
+    device_memory: msg.Memory | None = None  # of the GPU, planned
     error: str = ""
     blameless: bool = False  # terminated because others were lost
     heard: float = 0.0  # when, by the head's clock
@@ -40,7 +42,10 @@ class RankState:
             waiting=self.load.waiting,
             kv_used=round(self.load.kv_used, 4),
             experts=placement.count(self.id) if placement else 0,
-            memory_bytes=self.load.memory,
+            memory_bytes=self.used.host,
             planned_bytes=self.memory.total if self.memory else 0,
+            device_memory_bytes=self.used.device,
+            device_planned_bytes=self.device_memory.total if self.device_memory else 0,
+            device_spare_bytes=self.used.device_spare,
             graphs=self.load.graphs,
         )

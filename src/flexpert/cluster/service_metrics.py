@@ -17,7 +17,13 @@ _GAUGES: tuple[tuple[str, str, Callable[[RankView], float]], ...] = (
     ("running", "sequences being decoded", lambda rank: rank.running),
     ("waiting", "sequences waiting", lambda rank: rank.waiting),
     ("kv_used_ratio", "share of KV blocks in use", lambda rank: rank.kv_used),
-    ("memory_bytes", "private memory", lambda rank: rank.memory_bytes),
+    ("memory_bytes", "private memory of the host", lambda rank: rank.memory_bytes),
+    ("device_memory_bytes", "memory of the GPU", lambda rank: rank.device_memory_bytes),
+    (
+        "device_spare_bytes",
+        "memory of the GPU that is kept for experts to come",
+        lambda rank: rank.device_spare_bytes,
+    ),
     ("experts", "expert replicas held", lambda rank: rank.experts),
     ("graphs", "CUDA graphs captured since the rank's start", lambda rank: rank.graphs),
 )

@@ -11,8 +11,11 @@ RankStatus = Literal["starting", "preparing", "ready", "active", "leaving", "sta
 
 
 class RankView(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank. kv_used: share of KV blocks in use, 0 to 1. memory_bytes: private, measured.
+    """One rank. kv_used: share of KV blocks in use, 0 to 1.
 
+    memory_bytes: of the host, private, measured; planned_bytes: what the rank said it would need.
+    device_memory_bytes, device_planned_bytes: the same of the GPU's memory; 0 on a CPU.
+    device_spare_bytes: of the first, what is kept for experts to come.
     graphs: CUDA graphs captured since its start; no change of ranks adds to them.
     """
 
@@ -26,6 +29,9 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     experts: int = 0
     memory_bytes: int = 0
     planned_bytes: int = 0
+    device_memory_bytes: int = 0
+    device_planned_bytes: int = 0
+    device_spare_bytes: int = 0
     graphs: int = 0
 
 

@@ -32,7 +32,9 @@ def ranks_table(ranks: Sequence[RankView], max_ranks: int) -> Table:
     table = Table(title=f"ranks (of at most {max_ranks})", title_justify="left", box=None)
     table.add_column("id", justify="right")
     table.add_column("state")
-    for name in ("running", "waiting", "KV", "experts", "memory"):
+    gpus = any(rank.device_memory_bytes for rank in ranks)
+    columns = ("running", "waiting", "KV", "experts", "memory")
+    for name in (*columns, "GPU memory") if gpus else columns:
         table.add_column(name, justify="right")
     table.add_column("host", style="dim")
     table.add_column("pid", justify="right", style="dim")
@@ -44,11 +46,21 @@ def ranks_table(ranks: Sequence[RankView], max_ranks: int) -> Table:
             str(rank.waiting),
             f"{rank.kv_used:.0%}",
             str(rank.experts),
-            f"{rank.memory_bytes / 2**20:.0f} MiB" if rank.memory_bytes else "",
+            _mib(rank.memory_bytes),
+            *([_device_memory(rank)] if gpus else []),
             rank.host,
             str(rank.pid or ""),
         )
     return table
+
+
+def _device_memory(rank: RankView) -> str:
+    spare = rank.device_spare_bytes
+    return _mib(rank.device_memory_bytes) + (f" ({_mib(spare)} spare)" if spare else "")
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB" if size else ""
 
 
 def operation_table(operation: OperationView) -> RenderableType:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from enum import Enum, auto
 
 import torch
@@ -18,9 +19,11 @@ from flexpert.comm import Buffer, BufferSpec, CommError, make_buffer
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.comm.peer_memory import ExportedMemory, ImportedMemory, export_memory, import_memory
 from flexpert.config import EngineConfig
+from flexpert.engine.gpu_driver import GpuDriver, open_driver
+from flexpert.engine.gpu_usage import GpuUsage, HostUsage
 from flexpert.errors import ConfigError
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
-from flexpert.kernels.kernel_set import Kernels, cpu_kernels, gpu_kernels, open_gpu
+from flexpert.kernels.kernel_set import Kernels, check_gpu, cpu_kernels, gpu_kernels
 from flexpert.models.padding import padded_sizes
 from flexpert.models.source import ModelSource
 from flexpert.moe.expert_store import ExpertStore, Store
@@ -118,6 +121,17 @@ class DeviceProfile(ABC):
         """
         return import_memory(address, self.device)
 
+    # ---- its memory -------------------------------------------------------------------------
+
+    @property
+    def usage(self) -> GpuUsage | HostUsage:
+        """What this process takes of the device's memory, where that is not the host's."""
+        return HostUsage()
+
+    def alone(self, ranks: Iterable[int]) -> bool:
+        """Whether no other of these ranks of the service has the same device."""
+        return True
+
     # ---- sizes ------------------------------------------------------------------------------
 
     @abstractmethod
@@ -212,12 +226,19 @@ class CudaProfile(TritonProfile):
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         """Raises: ConfigError: there is no GPU, or what the settings need is not installed."""
-        open_gpu()
-        device = torch.device("cuda", rank % torch.cuda.device_count())
+        check_device(config)
+        self._gpus = torch.cuda.device_count()
+        device = torch.device("cuda", rank % self._gpus)
+        self._usage = GpuUsage(device.index, find_driver())  # before it is opened
         torch.cuda.set_device(device)
-        if config.all2all == "nixl_ep":
-            find_nixl_ep()
         super().__init__(config, CudaStream(device))
+
+    @property
+    def usage(self) -> GpuUsage | HostUsage:
+        return self._usage
+
+    def alone(self, ranks: Iterable[int]) -> bool:
+        return sum(rank % self._gpus == self.device.index for rank in ranks) == 1
 
     def warm_up_sizes(self, most: int) -> list[int]:
         return triton_sizes(most)
@@ -249,9 +270,33 @@ def profile_of(config: EngineConfig, rank: int = 0) -> DeviceProfile:
     """
     if config.device == "cpu":
         return CpuProfile(config)
-    if INTERPRETED and not torch.cuda.is_available():
-        return InterpreterProfile(config)
-    return CudaProfile(config, rank)
+    if uses_gpu(config):
+        return CudaProfile(config, rank)
+    return InterpreterProfile(config)
+
+
+def uses_gpu(config: EngineConfig) -> bool:
+    """Whether ranks compute on GPUs, and not on a CPU, perhaps in the place of a GPU."""
+    return config.device == "cuda" and not (INTERPRETED and not torch.cuda.is_available())
+
+
+def check_device(config: EngineConfig) -> None:
+    """Whether a rank of this machine could open what the settings need; opens nothing.
+
+    Raises:
+        ConfigError: there is no GPU, or something is not installed; says what to do.
+    """
+    if uses_gpu(config):
+        check_gpu()
+        if config.all2all == "nixl_ep":
+            find_nixl_ep()
+
+
+def find_driver() -> GpuDriver | None:
+    """What says how much memory the GPUs have, without opening one; None: nothing does, or not of
+    those that CUDA sees (it counts a MIG instance that is named by a number)."""
+    driver = open_driver()
+    return driver if driver and driver.gpus == torch.cuda.device_count() else None
 
 
 def find_nixl_ep() -> None:

@@ -15,7 +15,6 @@ from flexpert.engine.rank_protocol import Memory
 from flexpert.errors import FlexpertError
 from flexpert.models.source import ModelInfo, ModelSource
 
-RUNTIME_BYTES = 64 * 2**20  # an estimate, for a rank that is not warm yet
 SERVING_BYTES = 4 * 2**20  # what requests in flight add to a warm process (measured: 3 to 6 MiB)
 
 
@@ -31,11 +30,22 @@ def private_memory(exported: int = 0, pid: int | None = None) -> int:
 
     Raises: ProcessLookupError, FileNotFoundError: it is gone.
     """
+    sizes = _rollup(pid)
+    return sizes["Private_Dirty"] + max(0, sizes["Pss_Shmem"] - exported)
+
+
+def unshared_memory(pid: int | None = None) -> int:
+    """The same without any memory that can be shared: where windows are not this machine's memory,
+    what else is mapped of it are files, a checkpoint in a tmpfs among them."""
+    return _rollup(pid)["Private_Dirty"]
+
+
+def _rollup(pid: int | None) -> dict[str, int]:
     sizes = {}
     for line in Path(f"/proc/{pid or 'self'}/smaps_rollup").read_text().splitlines()[1:]:
         name, size = line.split(":")
         sizes[name] = int(size.split()[0]) * 1024
-    return sizes["Private_Dirty"] + max(0, sizes["Pss_Shmem"] - exported)
+    return sizes
 
 
 def kv_blocks(info: ModelInfo, config: EngineConfig) -> int:
@@ -68,13 +78,14 @@ def buffer_spec(info: ModelInfo, config: EngineConfig, capacity: int) -> BufferS
 def planned_memory(
     source: ModelSource, config: EngineConfig, capacity: int, experts: int, members: int
 ) -> Memory:
-    """What a rank needs when it holds `experts` replicas (all layers) among `members` ranks.
+    """What a rank needs of the host's memory when it holds `experts` replicas (all layers) among
+    `members` ranks; of a GPU's: `flexpert.engine.device_memory_plan`.
 
-    Windows are sparse: only the regions of members are ever touched. Only memory of the host
-    counts, so nothing of what a GPU holds: weights, KV cache and windows.
+    Windows are sparse: only the regions of members are ever touched.
     """
-    if not DEVICE_SETTINGS[config.device].uses_host_memory:
-        return Memory(0, 0, 0, 0, RUNTIME_BYTES)
+    settings = DEVICE_SETTINGS[config.device]
+    if not settings.uses_host_memory:
+        return Memory(0, 0, 0, 0, settings.process_bytes)
     info = source.info
     spec = buffer_spec(info, config, capacity)
     return Memory(
@@ -82,12 +93,13 @@ def planned_memory(
         experts=experts * source.expert_nbytes(),
         kv=kv_blocks(info, config) * config.kv_block_size * info.kv_bytes_per_token(),
         windows=size_bytes(spec) * members // capacity,
-        runtime=RUNTIME_BYTES,
+        runtime=settings.process_bytes,
     )
 
 
 class MemoryMeter:
-    """The memory of one rank: measured from time to time, and planned by what was measured first.
+    """The host's memory of one rank: measured from time to time, and planned by what was measured
+    first.
 
     measured: bytes, when they were last; 0 before that.
     """
@@ -105,7 +117,10 @@ class MemoryMeter:
 
     def measure(self) -> None:
         """From any thread; takes milliseconds."""
-        self.measured = private_memory(self._exported())
+        if DEVICE_SETTINGS[self._config.device].uses_host_memory:
+            self.measured = private_memory(self._exported())
+        else:
+            self.measured = unshared_memory()
 
     def plan(self, experts: int, members: int) -> Memory:
         """What this rank needs with so many experts and members; first when it has been measured,

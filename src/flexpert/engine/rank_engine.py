@@ -26,6 +26,8 @@ import torch
 from flexpert.comm import Buffer, CommError, Interrupted, RankLost, RankTimeout
 from flexpert.config import EngineConfig
 from flexpert.engine import rank_protocol as msg
+from flexpert.engine.device_memory_plan import planned_device_memory, window_nbytes
+from flexpert.engine.device_meter import DeviceMeter, Slabs
 from flexpert.engine.device_profile import WarmUpTime, profile_of, set_threads
 from flexpert.engine.epoch import PreparedEpoch
 from flexpert.engine.faults import Faults
@@ -138,6 +140,7 @@ class RankEngine:
         self.memory = MemoryMeter(
             source, config, capacity, lambda: self.exported.resident + self.store.resident
         )
+        self.device_memory = self._device_meter(capacity)
         self._intake = SequenceIntake(self.scheduler, self.report)
         self._transfer = KVTransfer(
             info,
@@ -195,7 +198,34 @@ class RankEngine:
             RankAction.REPORT_BROKEN: self._report_broken,
         }
 
+    def _device_meter(self, capacity: int) -> DeviceMeter | None:
+        """None: weights, KV cache and windows are memory of the host, and `memory` counts them."""
+        if not isinstance(self.store, Slabs):
+            return None
+        source, config = self.source, self.config
+        return DeviceMeter(
+            self.profile.usage,
+            self.store,
+            lambda experts: planned_device_memory(source, config, capacity, experts),
+            weights=self.runner.dense_nbytes,
+            allocated=len(self.exported.bytes) + window_nbytes(source, config, capacity),
+        )
+
     # ---- from any thread --------------------------------------------------------------------
+
+    def measure_memory(self) -> None:
+        """For `memory_use`; takes milliseconds."""
+        self.memory.measure()
+        if self.device_memory:
+            self.device_memory.measure()
+
+    @property
+    def memory_use(self) -> msg.MemoryUse:
+        """As measured last."""
+        device = self.device_memory
+        if device is None:
+            return msg.MemoryUse(self.memory.measured)
+        return msg.MemoryUse(self.memory.measured, device.used, device.spare)
 
     def submit(self, command: msg.Command) -> None:
         """Queue a command for between two steps.
@@ -304,12 +334,24 @@ class RankEngine:
             self._unfit = self._warm_up.capture(self.watch) or self._unfit
 
     def _report_prepared(self, result: PreparedEpoch) -> None:
+        experts, members = len(result.experts), result.plan.members
+        device = self.device_memory
         if self.buffer.epoch == 0:  # nobody waits for a newcomer yet
-            self.memory.measure()
-        planned = self.memory.plan(len(result.experts), len(result.plan.members))
+            if device:
+                device.warm(alone=self.profile.alone(members))
+            self.measure_memory()
         laps = {**self.watch.laps, **result.watch.laps}
         self.watch = Stopwatch()
-        self.report(msg.Prepared(result.plan.epoch, result.copied, planned, laps))
+        self.report(
+            msg.Prepared(
+                result.plan.epoch,
+                result.copied,
+                self.memory.plan(experts, len(members)),
+                laps,
+                device.plan(experts) if device else None,
+                self.memory_use,
+            )
+        )
 
     def _undo(self, failed: PreparationEnded) -> None:
         plan = failed.preparation.plan
@@ -366,7 +408,6 @@ class RankEngine:
             scheduler.running,
             scheduler.waiting,
             scheduler.kv_used,
-            self.memory.measured,
             graphs.captures if graphs else 0,
         )
 

@@ -113,21 +113,30 @@ Command = Prepare | Commit | Cancel | Admit | Offer | Fetch | Adopt | Abort | Ha
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """running, waiting: sequences; kv_used: share of KV blocks; memory: private bytes, measured;
-    graphs: CUDA graphs captured since the process began."""
+    """running, waiting: sequences; kv_used: share of KV blocks; graphs: CUDA graphs captured since
+    the process began."""
 
     running: int
     waiting: int
     kv_used: float
-    memory: int
     graphs: int = 0
 
 
-class Memory(msgspec.Struct, frozen=True):
-    """Planned bytes of a rank.
+class MemoryUse(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes of a rank, measured. host: private to it. device: of a GPU's memory; of these,
+    device_spare are kept for experts to come."""
 
-    runtime: what the process takes beyond its share of the fork server's pages: measured when the
-    rank is warm, before that an estimate.
+    host: int
+    device: int = 0
+    device_spare: int = 0
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Planned bytes of a rank, of the host's memory or of a GPU's.
+
+    runtime: measured when the rank is warm, before that an estimate. Of the host: what the process
+    takes beyond its share of the fork server's pages. Of a GPU: the context, the code of kernels,
+    captured graphs, and what torch's pools and libraries hold besides the weights.
     """
 
     dense: int
@@ -172,13 +181,16 @@ class Progress(msgspec.Struct, frozen=True, tag="progress"):
 class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     """Connected, loaded and warm: ready to vote.
 
-    copied: experts that came from peers' memory. laps: what it did for this → seconds.
+    copied: experts that came from peers' memory. memory: of the host. laps: what it did for this →
+    seconds. device_memory: of the GPU; None on a CPU. used: as measured last.
     """
 
     epoch: int
     copied: int
     memory: Memory
     laps: dict[str, float] = {}
+    device_memory: Memory | None = None
+    used: MemoryUse = MemoryUse(0)
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
@@ -209,10 +221,12 @@ class Halted(msgspec.Struct, frozen=True, tag="halted"):
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
     """Sent now and then from a thread of its own: the process is neither stopped nor starved.
 
-    stuck_s: for how long its step loop has done nothing, not even wait.
+    stuck_s: for how long its step loop has done nothing, not even wait. used: its memory, as
+    measured last.
     """
 
     stuck_s: float = 0.0
+    used: MemoryUse = MemoryUse(0)
 
 
 class Offered(msgspec.Struct, frozen=True, tag="offered"):

@@ -130,7 +130,13 @@ def gpu_kernels() -> Kernels:
 
 
 def open_gpu() -> torch.device:
-    """The GPU that this process uses.
+    """The GPU that this process uses. Raises: ConfigError: what `check_gpu` raises."""
+    check_gpu()
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_gpu() -> None:
+    """Whether there is a GPU that torch can use, without opening it.
 
     Raises:
         ConfigError: torch sees none, or triton is missing; says what to do.
@@ -147,7 +153,6 @@ def open_gpu() -> torch.device:
             )
         )
     _need_triton()
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _need_triton() -> None:

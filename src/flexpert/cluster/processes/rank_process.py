@@ -143,18 +143,18 @@ def _hello(engine: RankEngine) -> msg.Hello:
 
 def _beat(engine: RankEngine, report: Callable[[msg.Report], None], every_s: float) -> None:
     """Tell the head now and then that this process runs, and for how long its step loop, in the
-    main thread, has not moved. Between that it has the memory measured, which takes milliseconds
-    that the step loop does not have.
+    main thread, has not moved. It also has the memory measured, which takes milliseconds that the
+    step loop does not have.
     """
     next_look = 0.0
     watchdog = Watchdog(every_s, time.monotonic())
     with contextlib.suppress(ConnectionEnded):  # the rank ends
         while True:
             stuck_s = watchdog.look(time.monotonic(), engine.turns, work_of_main_thread)
-            report(msg.Alive(stuck_s))
             if time.monotonic() >= next_look:
-                engine.memory.measure()
+                engine.measure_memory()
                 next_look = time.monotonic() + _MEMORY_EVERY_S
+            report(msg.Alive(stuck_s, engine.memory_use))
             time.sleep(every_s)
 
 

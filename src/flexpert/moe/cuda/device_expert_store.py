@@ -120,6 +120,16 @@ class DeviceExpertStore:
         """Bytes of this machine's memory it takes now."""
         return self._exported.resident + sum(s.memory.resident for s in self._slabs.values())
 
+    @property
+    def allocated(self) -> int:
+        """Bytes of the device's memory that its slabs take now; from any thread."""
+        return sum(len(slab.memory.bytes) for slab in list(self._slabs.values()))
+
+    @property
+    def spare(self) -> int:
+        """Of these, bytes of places that no expert has."""
+        return sum(len(slab.free) * slab.size for slab in list(self._slabs.values()))
+
     def load(self, load: ExpertLoad) -> int:
         """As `ExpertStore.load`. Launches on the calling thread's stream, and waits for it.
 

@@ -1,0 +1,74 @@
+"""What a rank needs of the memory of a GPU: planned before it starts (pure)."""
+
+from __future__ import annotations
+
+from flexpert.comm import BufferSpec
+from flexpert.comm.cuda.cuda_layout import layout
+from flexpert.config import EngineConfig
+from flexpert.engine.device_profile import captured_sizes
+from flexpert.engine.memory_plan import buffer_spec, kv_blocks
+from flexpert.engine.rank_protocol import Memory
+from flexpert.models.kv_cache import KVCache
+from flexpert.models.source import ModelSource
+
+CONTEXT_BYTES = 640 * 2**20
+"""An estimate of what the driver takes for a process besides what that allocates: its context, the
+code of its kernels, its graphs."""
+
+_PLACE = 256  # bytes; places of experts are whole multiples
+_LOGIT_BYTES = 4
+
+
+def expert_place_nbytes(source: ModelSource) -> int:
+    """What one expert takes on the device."""
+    return -(-source.expert_nbytes() // _PLACE) * _PLACE
+
+
+def planned_device_memory(
+    source: ModelSource,
+    config: EngineConfig,
+    capacity: int,
+    experts: int,
+    runtime: int | None = None,
+) -> Memory:
+    """What a rank needs when it holds `experts` replicas (all layers).
+
+    runtime: as a rank has measured it; default: an estimate.
+    """
+    info = source.info
+    if runtime is None:
+        runtime = CONTEXT_BYTES + workspace_nbytes(source, config, capacity)
+    return Memory(
+        dense=source.dense_nbytes(),
+        experts=experts * expert_place_nbytes(source),
+        kv=KVCache.nbytes(info, kv_blocks(info, config), config.kv_block_size),
+        windows=window_nbytes(source, config, capacity),
+        runtime=runtime,
+    )
+
+
+def window_nbytes(source: ModelSource, config: EngineConfig, capacity: int) -> int:
+    """What the exchange takes of the device: sized for the capacity, whoever is there."""
+    spec = buffer_spec(source.info, config, capacity)
+    if config.all2all == "nixl_ep" and capacity > 1:
+        return _nixl_ep_nbytes(spec, source.info.experts)
+    return layout(spec).size
+
+
+def _nixl_ep_nbytes(spec: BufferSpec, experts: int) -> int:
+    """About what NVIDIA's kernels take: room to send and to receive each token for each expert that
+    the capacity has slots for, for two exchanges at once."""
+    message = spec.hidden * spec.dtype.itemsize + 16
+    return 2 * 2 * spec.capacity * experts * spec.max_tokens * message
+
+
+def workspace_nbytes(source: ModelSource, config: EngineConfig, capacity: int) -> int:
+    """About what torch's pools hold of a warm rank besides the dense weights: the rows of the
+    experts' products, for the largest step and for the graphs, and the logits."""
+    info, shape = source.info, source.expert_shape()
+    step = capacity * config.max_tokens_per_step
+    captured = captured_sizes(config.max_running)
+    in_graphs = max(captured) if capacity == 1 else step  # rows of an exchange are of a fixed size
+    row = (shape.height // 2 + info.hidden) * info.dtype.itemsize
+    logits = (config.max_running + sum(captured)) * info.vocab * _LOGIT_BYTES
+    return (step + in_graphs) * info.topk * row + logits
