@@ -60,12 +60,12 @@ def test_flags_of_other_epochs_and_links_differ() -> None:
             tag(epoch, link)
 
 
-def test_a_report_names_rank_phase_and_epoch() -> None:
+def test_a_report_names_rank_and_phase() -> None:
     page = torch.zeros(PAGE_WORDS, dtype=torch.int64)
     assert read_report(page) == []
     page[Page.REPORT + 3] = tag(7, 1) | 5 << 16 | 2
     page[Page.GONE + 4] = 1
-    assert read_report(page) == [Missing(3, "combine", 7)]
+    assert read_report(page) == [Missing(3, "combine")]
 
 
 def test_the_table_has_room_for_every_id() -> None:

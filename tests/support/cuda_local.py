@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install flexp
 from flexpert.comm import BufferSpec, ExpertTable
 from flexpert.comm.buffer import Reduce, Scales
 from flexpert.comm.cuda.cuda_exchange import FEW, CudaDispatched, CudaExchange, CudaIndexed, Tuning
-from flexpert.comm.cuda.cuda_layout import PAGE_WORDS, layout
+from flexpert.comm.cuda.cuda_layout import PAGE_WORDS, layout, tag
 from flexpert.comm.interpreter import INTERPRETED as INTERPRETED
 from flexpert.comm.routing import Sent
 
@@ -52,7 +52,7 @@ class CudaLocal:
         chosen = tuple(ids)
         for rank in chosen:
             self.ranks[rank].configure(
-                self.addresses, dict.fromkeys(chosen, 0), self.epoch, limit_ns=LIMIT_NS
+                self.addresses, dict.fromkeys(chosen, tag(self.epoch, 0)), limit_ns=LIMIT_NS
             )
 
     def dispatch(

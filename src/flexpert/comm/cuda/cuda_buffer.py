@@ -5,7 +5,8 @@ control buffer (comm/gpu_buffer.py). Membership changes write one table on the G
 the stream, so that captured CUDA graphs go on without being captured again.
 
 What its `capabilities` say has these reasons:
-  - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link.
+  - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link; or
+    at once, with `unmask_at_once` (link_tags.py).
   - Outside of graphs, each exchange waits for the device, since errors must be raised in time.
     While a graph is captured, and in its replays, nothing is waited for: ask `check` afterwards.
   - Everything must be launched on one stream, the current one of the caller.
@@ -44,8 +45,10 @@ from flexpert.comm.cuda.cuda_layout import (
     check,
     layout,
     read_report,
+    tag,
 )
 from flexpert.comm.cuda.cuda_received import CudaReceived
+from flexpert.comm.cuda.link_tags import LinkTags
 from flexpert.comm.cuda.peers import (
     CudaAddress,
     CudaWindow,
@@ -94,10 +97,17 @@ class CudaBuffer(DeviceBuffer):
         store: Store | None = None,
         device: torch.device | None = None,
         same_k: bool = False,
+        unmask_at_once: bool = False,
         tuning: Tuning | None = None,
     ) -> None:
-        """device: of the window; default: the current CUDA device. same_k: see `CudaExchange`,
-        equal on all ranks. The rest: see `make_buffer`."""
+        """
+        Args:
+            device: of the window; default: the current CUDA device.
+            same_k: see `CudaExchange`; equal on all ranks.
+            unmask_at_once: `unmask` called by the thread that exchanges takes effect when it
+                returns, in captured graphs, too; equal on all ranks. Else in the next vote.
+            The rest: see `make_buffer`.
+        """
         check(spec)
         device = device or default_device()
         self._page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
@@ -120,7 +130,11 @@ class CudaBuffer(DeviceBuffer):
         self._peers: dict[int, WindowMemory] = {}
         self._departed: list[WindowMemory] = []
         self._thread = threading.get_ident()  # that exchanges
-        self._links: dict[int, int] = {rank: 0}  # active on the device → number of the link
+        self._tags: dict[int, int] = {rank: tag(0, 0)}  # of the links that the device knows
+        self._own_tags = LinkTags() if unmask_at_once else None
+        if unmask_at_once:
+            self.capabilities = replace(type(self).capabilities, unmask_at_vote=False)
+        self._broken: set[int] = set()  # ids with which an exchange was not whole
         self._limit_s = timeout_s
         self._write(restart=None)
 
@@ -173,7 +187,11 @@ class CudaBuffer(DeviceBuffer):
                 memory.close()
             raise
         with self._changes:
-            self._peers.update(opened)
+            for peer, memory in opened.items():
+                self._peers[peer] = memory
+                if self._own_tags is not None:
+                    nonces = self._control.nonce(self.rank), self._control.nonce(peer)
+                    self._own_tags.meet(peer, *nonces)
             self._changed = True
         self._apply_now()
         if activate:
@@ -194,6 +212,7 @@ class CudaBuffer(DeviceBuffer):
             for peer in gone:
                 memory = self._peers.pop(peer, None)
                 if memory is not None:
+                    self._tags.pop(peer, None)
                     self._departed.append(memory)
                     self._page[Page.GONE + peer] = 1
                     self._changed = True
@@ -204,10 +223,22 @@ class CudaBuffer(DeviceBuffer):
         self._control.mask(masked)
         with self._changes:
             for peer in masked:
-                if self._links.pop(peer, None) is not None:
-                    self._page[Page.GONE + peer] = 1
+                if peer not in self._tags:
+                    continue
+                self._page[Page.GONE + peer] = 1
+                if self._own_tags is None:
+                    del self._tags[peer]
+                elif self._state is not State.BETWEEN:
+                    self._broken.add(peer)
             self._changed = True
         self._apply_now()
+
+    def unmask(self, ids: Iterable[int]) -> None:
+        super().unmask(ids)
+        if self._own_tags is not None:
+            with self._changes:
+                self._changed = True
+            self._apply_now()
 
     def set_active(self, ids: Iterable[int], epoch: int) -> None:
         with self._lock, self._changes:
@@ -226,7 +257,10 @@ class CudaBuffer(DeviceBuffer):
             self._state = State.BETWEEN
             self._received = None
             self.sequence = 0
-            self._links = dict.fromkeys(desired, 0)
+            self._tags = dict.fromkeys(desired, tag(epoch, 0))
+            if self._own_tags is not None:
+                self._own_tags.begin_epoch()
+            self._broken.clear()
             self._unmap()
             self._write(restart=None)
 
@@ -253,12 +287,44 @@ class CudaBuffer(DeviceBuffer):
         with self._changes:
             if not self._changed or self._capturing:
                 return
-            self._changed = False
             self._synchronize()
-            active = self._control.active
-            self._links = {p: link for p, link in self._links.items() if p in active}
+            missing = [m.rank for m in read_report(self._page)]
+            if missing and self._lenient:
+                self._broken.update(missing)
+                self._control.mask(missing)
+            elif missing and self._state is State.BETWEEN:
+                return  # writing the table would lose it; the next exchange or vote raises it
+            self._changed = False
+            began = self._relink()
             self._unmap()
-            self._write(restart=())
+            self._write(restart=began)
+            if self._own_tags is not None:
+                self._synchronize()  # a replay on another stream finds the table as it is now
+
+    def _relink(self) -> tuple[int, ...]:
+        """Make `_tags` those of the active peers; returns for which the numbering begins anew."""
+        active, own = self._control.active, self._own_tags
+        ended = {p: self._tags.pop(p) for p in list(self._tags) if p not in active}
+        if own is None:
+            return ()
+        exchanges, began = self.exchange.exchanges, []
+        for peer, its_tag in ended.items():
+            if peer not in self._broken:
+                own.rest(peer, its_tag, exchanges)
+        self._broken.clear()
+        for peer in active:
+            if peer in self._tags or peer not in self._peers:
+                continue
+            if self._state is not State.BETWEEN:
+                self._changed = True  # its first exchange is the next one
+                continue
+            self._tags[peer], anew = own.begin(peer, self.epoch, exchanges)
+            if anew:
+                began.append(peer)
+            self._page[Page.GONE + peer] = 0
+            if peer in self.lost:
+                self._page[Page.GONE + peer] = 1
+        return tuple(began)
 
     def _unmap(self) -> None:
         """Nothing that was launched is under way. The table forgets these peers right after."""
@@ -273,8 +339,7 @@ class CudaBuffer(DeviceBuffer):
         self._limit_s = self.timeout_s
         self.exchange.configure(
             addresses,
-            self._links,
-            self._control.epoch,
+            self._tags,
             limit_ns=int(self.timeout_s * 1e9),
             elsewhere=any(memory.elsewhere for memory in self._peers.values()),
             restart=restart,
@@ -293,25 +358,34 @@ class CudaBuffer(DeviceBuffer):
             votes = self._control.collect_votes(timeout_s)
             self._must_vote = False
             with self._changes:
-                links = {
-                    peer: link
-                    for peer in self._control.active
-                    if (link := self._control.link(peer)) is not None
-                }
-                fresh = tuple(p for p, link in links.items() if self._links.get(p) != link)
-                if fresh or links.keys() != self._links.keys():
+                tags = self._agreed()
+                fresh = tuple(p for p, tag in tags.items() if self._tags.get(p) != tag)
+                if fresh or tags.keys() != self._tags.keys():
                     self._synchronize()
                     for peer in fresh:
                         self._page[Page.GONE + peer] = 0
-                    self._links = links
+                    self._tags = tags
                     self._write(restart=fresh)
             return votes
+
+    def _agreed(self) -> dict[int, int]:
+        """The tags of the links that are up after a vote."""
+        tags = {self.rank: tag(self.epoch, 0)}
+        for peer in self._control.active:
+            number = self._control.link(peer)
+            if peer != self.rank and number is not None:
+                tags[peer] = (
+                    tag(self.epoch, number)
+                    if self._own_tags is None
+                    else self._own_tags.agree(peer, self.epoch, number)
+                )
+        return tags
 
     @property
     def vote_due(self) -> bool:
         """Whether peers were unmasked that only the next vote takes in."""
         with self._changes:
-            return not set(self._control.active) <= self._links.keys()
+            return not set(self._control.active) <= self._tags.keys()
 
     def interrupt(self) -> None:
         self._control.interrupt()
@@ -509,8 +583,9 @@ class CudaBuffer(DeviceBuffer):
             )
         if not self._lenient:
             self._state = State.BROKEN
-            raise self._failed(ranks, missing[0].phase, missing[0].epoch, self._limit_s)
+            raise self._failed(ranks, missing[0].phase, self.epoch, self._limit_s)
         self._page[Page.REPORT : Page.REPORT + LANES] = 0
+        self._broken.update(ranks)
         self.mask(ranks)
         return ranks
 

@@ -27,7 +27,6 @@ from flexpert.comm.cuda.cuda_layout import (
     fp8_kind,
     layout,
     scale_bytes,
-    tag,
 )
 from flexpert.comm.interpreter import INTERPRETED
 
@@ -158,8 +157,7 @@ class CudaExchange:
     def configure(
         self,
         peers: Mapping[int, int],
-        links: Mapping[int, int],
-        epoch: int,
+        tags: Mapping[int, int],
         *,
         limit_ns: int = _FOREVER_NS,
         elsewhere: bool = False,
@@ -169,8 +167,7 @@ class CudaExchange:
 
         Args:
             peers: id → address of the window of every connected rank, own id included.
-            links: id → number of the link, of those that take part; the own id among them.
-            epoch: of the flags.
+            tags: id → what flags of the link carry, of those that take part; own id among them.
             limit_ns: of every wait.
             elsewhere: a peer is another process; only the interpreter needs to know.
             restart: ids whose numbering begins anew; None: all.
@@ -181,9 +178,9 @@ class CudaExchange:
         host.zero_()
         for peer, address in peers.items():
             host[Word.PEER + peer] = address
-        for peer, link in links.items():
+        for peer, tag in tags.items():
             host[Word.ACTIVE + peer] = 1
-            host[Word.TAG + peer] = tag(epoch, link)
+            host[Word.TAG + peer] = tag
         looks = limit_ns // _SIM_NS if elsewhere else _SIM_POLLS
         host[Word.LIMIT] = looks if self._sim else limit_ns
         host[Word.LIMIT + 1] = self.page.data_ptr()
@@ -196,6 +193,11 @@ class CudaExchange:
                 self.table[Word.SEQUENCE + peer] = 0
                 self.table[Word.MEETINGS + peer] = 0
         self.page[Page.REPORT : Page.REPORT + LANES] = 0
+
+    @property
+    def exchanges(self) -> int:
+        """How many there were since all numbering began anew; waits for the device."""
+        return int(self.table[Word.SEQUENCE + self.rank])
 
     # ---- launches -----------------------------------------------------------------------------
 

@@ -33,8 +33,10 @@ MAX_TOKENS = 2**16 - 1
 MAX_EPOCH = 2**22 - 1
 MAX_LINK = 2**12 - 1
 
-# A flag: epoch (22 bits), link (12), sequence (12), tokens (16).
+# A flag: epoch (22 bits), link (12), sequence (12), tokens (16). Where links begin without a vote,
+# epoch and link are one number (34 bits) with UNVOTED; see link_tags.py.
 EPOCH_SHIFT, LINK_SHIFT, SEQUENCE_SHIFT = 40, 28, 16
+UNVOTED = 1 << 62
 
 DISPATCH, COMBINE, MEETING = 1, 2, 3  # phases, as a report names them
 PHASES = {DISPATCH: "dispatch", COMBINE: "combine", MEETING: "vote"}
@@ -139,20 +141,20 @@ def tag(epoch: int, link: int) -> int:
     return epoch << EPOCH_SHIFT | link << LINK_SHIFT
 
 
+def tag_of_number(number: int) -> int:
+    """One number instead of epoch and link. number: below 2**34."""
+    return number << LINK_SHIFT
+
+
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What a kernel reported: nothing came from `rank` in `phase` of an epoch."""
+    """What a kernel reported: nothing came from `rank` in `phase`."""
 
     rank: int
     phase: str
-    epoch: int
 
 
 def read_report(page: torch.Tensor) -> list[Missing]:
-    """What the kernels have reported so far. page: [PAGE_WORDS] int64."""
+    """What the kernels have reported in this epoch. page: [PAGE_WORDS] int64."""
     words = page[Page.REPORT : Page.REPORT + LANES].tolist()
-    return [
-        Missing(rank, PHASES[word & 0xF], word >> EPOCH_SHIFT)
-        for rank, word in enumerate(words)
-        if word
-    ]
+    return [Missing(rank, PHASES[word & 0xF]) for rank, word in enumerate(words) if word]

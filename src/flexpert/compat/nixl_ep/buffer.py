@@ -220,6 +220,7 @@ class Buffer:
         core = self._core()
         if not 0 <= rank_to_mask < core.spec.capacity:
             raise ValueError(f"rank {rank_to_mask} is outside of the capacity {core.spec.capacity}")
+        core.check()  # on a GPU, replays of graphs may have left it out
         if mask:
             core.mask([rank_to_mask])
         else:
@@ -243,6 +244,7 @@ class Buffer:
     def clean_mask_buffer(self) -> None:
         """Exchange with all connected ranks from the next dispatch on."""
         core = self._core()
+        core.check()
         core.unmask(core.connected)
 
     def barrier(self) -> None:

@@ -28,9 +28,6 @@ class CpuDevice(Device[Arrival]):
         self.core = core
         self._memory = ReturnedMemory()
 
-    def admit(self) -> None:
-        """The exchange itself does it."""
-
     def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A copy: users mark experts of lost ranks in theirs."""
         copy = experts.clone()

@@ -81,10 +81,6 @@ class Device(ABC, Generic[A]):
     counts_waits: bool
 
     @abstractmethod
-    def admit(self) -> None:
-        """Before a dispatch: take in the ranks that were unmasked."""
-
-    @abstractmethod
     def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, k] each: what a dispatch to these experts is called with; and what it is called
         with again, when it is combined later."""

@@ -48,22 +48,15 @@ class GpuDevice(Device[torch.Tensor]):
     def of(cls, rank: int, spec: BufferSpec, timeout_s: float, store: Store) -> GpuDevice:
         """With a buffer on the current GPU."""
         core = CudaBuffer(
-            rank, spec, timeout_s=timeout_s, on_timeout="mask", store=store, same_k=True
+            rank,
+            spec,
+            timeout_s=timeout_s,
+            on_timeout="mask",
+            store=store,
+            same_k=True,
+            unmask_at_once=True,
         )
         return cls(core)
-
-    def admit(self) -> None:
-        """Vote, if ranks were unmasked: on the device, a link begins with a vote of all.
-
-        Raises: CommError: while a graph is captured.
-        """
-        if self.core.vote_due:
-            if self._capturing():
-                raise CommError(
-                    "ranks were unmasked that the others must agree on, and a graph is captured: "
-                    "call barrier() on all ranks before"
-                )
-            self.core.barrier(timeout_s=self.core.timeout_s)
 
     def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Again to nobody: places are known, and peers only need the number of tokens."""

@@ -81,7 +81,6 @@ class PairedExchange(Generic[A]):
         """Send; receive too unless `later`. Arguments are checked but for what `core` checks."""
         with self._lifetime.call():
             self.settle()
-            self.device.admit()
             hidden = x.shape[1]
             wire = widened(x, self._core.spec.hidden)
             if later and wire is x and fp8 is None and self.device.own_rows_wait:

@@ -59,7 +59,7 @@ class CudaExchangeBaseline:
 
     def __init__(self, site: GpuSite, *, fp8: bool = True, **tuning: Any) -> None:
         from flexpert.comm.cuda.cuda_exchange import CudaDispatched, CudaExchange, Tuning
-        from flexpert.comm.cuda.cuda_layout import PAGE_WORDS, layout
+        from flexpert.comm.cuda.cuda_layout import PAGE_WORDS, layout, tag
         from flexpert.comm.cuda.ipc_memory import PeerMemory, SharedMemory
 
         work = site.work
@@ -79,8 +79,7 @@ class CudaExchangeBaseline:
         addresses[site.rank] = self._memory.address
         self.exchange.configure(
             addresses,
-            dict.fromkeys(range(work.ranks), 0),
-            1,
+            dict.fromkeys(range(work.ranks), tag(1, 0)),
             limit_ns=int(site.timeout_s * 1e9),
         )
         torch.cuda.synchronize()
