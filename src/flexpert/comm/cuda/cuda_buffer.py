@@ -110,7 +110,9 @@ class CudaBuffer(DeviceBuffer):
         """
         check(spec)
         device = device or default_device()
-        self._page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._page = torch.zeros(
+            PAGE_WORDS, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu"
+        )
         super().__init__(
             rank,
             spec,

@@ -137,7 +137,7 @@ class CudaExchange:
         device = window.device
         self.table = torch.zeros(TABLE_WORDS, dtype=torch.int64, device=device)
         # rewritten as one piece; what it is copied from must stay as it is until the copy is done
-        self._host = torch.zeros(HOST_WORDS, dtype=torch.int64)
+        self._host = torch.zeros(HOST_WORDS, dtype=torch.int64, device="cpu")
         if device.type == "cuda":
             self._host = self._host.pin_memory()
         self._counters = torch.zeros((LANES, LANES), dtype=torch.int32, device=device)

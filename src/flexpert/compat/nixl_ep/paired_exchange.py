@@ -61,7 +61,8 @@ class PairedExchange(Generic[A]):
         self._uncombined: Received | None = None
         self._table = _table(core.spec.capacity, experts_per_rank, device.at)
         # weights for dispatches; those that count come with the combine
-        self._ones = torch.ones(core.spec.max_tokens * core.spec.topk, device=device.at)
+        most = core.spec.max_tokens * core.spec.topk
+        self._ones = torch.ones(most, dtype=torch.float32, device=device.at)
         self._staged: torch.Tensor | None = None
 
     # ---- dispatch ---------------------------------------------------------------------------
@@ -272,4 +273,5 @@ def _came(done: DeviceDispatched[A]) -> A:
 def _add_differences(stats: torch.Tensor, before: dict[int, int], after: dict[int, int]) -> None:
     """stats: [ranks] int64, a sum of nanoseconds for each rank."""
     ranks = range(stats.shape[0])
-    stats.add_(torch.tensor([after.get(rank, 0) - before.get(rank, 0) for rank in ranks]))
+    waited = [after.get(rank, 0) - before.get(rank, 0) for rank in ranks]
+    stats.add_(torch.tensor(waited, dtype=stats.dtype, device=stats.device))

@@ -72,7 +72,7 @@ class ExchangedExperts:
 
         Raises: ValueError: what `DeviceExperts.install` raises.
         """
-        places = torch.full(self._places.shape, -1, dtype=torch.int32)
+        places = torch.full(self._places.shape, -1, dtype=torch.int32, device="cpu")
         for index, state in enumerate(layers):
             places[0, index], places[1, index] = state.table.rank, state.table.slot
         self._experts.install([state.experts.experts for state in layers])
