@@ -52,7 +52,17 @@ def check_x(
         raise ValueError(f"{tokens} tokens, but num_max_dispatch_tokens_per_rank={max_tokens}")
     if topk_idx.ndim != 2 or topk_idx.shape[0] != tokens or topk_idx.shape[1] > spec.topk:
         raise ValueError(
-            f"topk_idx must be [{tokens}, k], k <= {spec.topk}, is {list(topk_idx.shape)}"
+            f"topk_idx must be [{tokens}, k], k <= {spec.topk} (flexpert's limit), is "
+            f"{list(topk_idx.shape)}"
+        )
+
+
+def check_bound(ranks: int, active: tuple[int, ...]) -> None:
+    """ranks: that a handle is for. active: sorted ids."""
+    if active[-1] >= ranks:
+        raise ValueError(
+            f"the handle is of a dispatch for {ranks} ranks, but rank {active[-1]} was unmasked "
+            "since: dispatch again, or give dispatch num_experts for all ranks that may come"
         )
 
 

@@ -7,6 +7,7 @@ into a CUDA graph. For the same reason nobody looks at what tensors hold.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -21,6 +22,8 @@ from flexpert.compat.nixl_ep.expert_major_tensors import column_major, widened
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
+
+_MAX_TOPK = 16  # a window has room for a result of each choice
 
 
 class GpuDevice(Device[torch.Tensor]):
@@ -49,7 +52,7 @@ class GpuDevice(Device[torch.Tensor]):
         """With a buffer on the current GPU."""
         core = CudaBuffer(
             rank,
-            spec,
+            replace(spec, topk=min(spec.topk, _MAX_TOPK)),
             timeout_s=timeout_s,
             on_timeout="mask",
             store=store,
