@@ -168,6 +168,27 @@ def test_a_silent_rank_is_masked_by_a_replay_and_returns(engine: Engine) -> None
     engine.step(0, 1)
 
 
+def test_who_may_still_be_reading_is_not_sent_the_next_rows(engine: Engine) -> None:
+    """Rank 1 is slow: rank 0 has given up the exchange that rank 1 is still in."""
+    two(engine)
+    engine.step(0)
+    for _ in range(2):
+        engine.buffer(0).clean_mask_buffer()
+        rows = engine.layers[1].exchange.window.clone()
+        engine.step(0)
+        assert torch.equal(engine.layers[1].exchange.window, rows)
+        assert engine.status(0) == [0, 1, 1, 1]
+    slow = engine.layers[1]
+    send_early(slow, SETUP, seed=9)
+    slow.receive_dispatch()  # what rank 0 had sent is there
+    slow.send_combine()
+    slow.receive_combine()  # and rank 0 is not
+    assert engine.status(1) == [1, 0, 1, 1]
+    for rank in (0, 1):
+        engine.buffer(rank).clean_mask_buffer()
+    engine.step(0, 1)
+
+
 def test_what_a_replay_found_is_not_forgotten_when_somebody_connects(engine: Engine) -> None:
     two(engine)
     engine.step(0)  # without rank 1

@@ -40,6 +40,8 @@ from flexpert.comm.cuda.cuda_layout import (
     LANES,
     MAX_EPOCH,
     PAGE_WORDS,
+    PHASES,
+    RELEASE,
     Page,
     Word,
     check,
@@ -48,7 +50,7 @@ from flexpert.comm.cuda.cuda_layout import (
     tag,
 )
 from flexpert.comm.cuda.cuda_received import CudaReceived
-from flexpert.comm.cuda.link_tags import LinkTags
+from flexpert.comm.cuda.link_tags import Beginning, LinkTags
 from flexpert.comm.cuda.peers import (
     CudaAddress,
     CudaWindow,
@@ -136,7 +138,7 @@ class CudaBuffer(DeviceBuffer):
         self._own_tags = LinkTags() if unmask_at_once else None
         if unmask_at_once:
             self.capabilities = replace(type(self).capabilities, unmask_at_vote=False)
-        self._broken: set[int] = set()  # ids with which an exchange was not whole
+        self._broken: dict[int, str] = {}  # id → the phase in which nothing came from it
         self._limit_s = timeout_s
         self._write(restart=None)
 
@@ -231,7 +233,7 @@ class CudaBuffer(DeviceBuffer):
                 if self._own_tags is None:
                     del self._tags[peer]
                 elif self._state is not State.BETWEEN:
-                    self._broken.add(peer)
+                    self._broken[peer] = "dispatch"
             self._changed = True
         self._apply_now()
 
@@ -290,7 +292,7 @@ class CudaBuffer(DeviceBuffer):
             if not self._changed or self._capturing:
                 return
             self._synchronize()
-            missing = [m.rank for m in read_report(self._page)]
+            missing = {m.rank: m.phase for m in read_report(self._page)}
             if missing and self._lenient:
                 self._broken.update(missing)
                 self._control.mask(missing)
@@ -299,34 +301,40 @@ class CudaBuffer(DeviceBuffer):
             self._changed = False
             began = self._relink()
             self._unmap()
-            self._write(restart=began)
-            if self._own_tags is not None:
+            self._write(
+                restart=tuple(peer for peer, link in began.items() if link.anew),
+                ended={p: link.await_end for p, link in began.items() if link.await_end},
+            )
+            if self._own_tags is not None and not any(link.await_end for link in began.values()):
                 self._synchronize()  # a replay on another stream finds the table as it is now
 
-    def _relink(self) -> tuple[int, ...]:
-        """Make `_tags` those of the active peers; returns for which the numbering begins anew."""
+    def _relink(self) -> dict[int, Beginning]:
+        """Make `_tags` those of the active peers; returns the links that begin or go on."""
         active, own = self._control.active, self._own_tags
         ended = {p: self._tags.pop(p) for p in list(self._tags) if p not in active}
         if own is None:
-            return ()
-        exchanges, began = self.exchange.exchanges, []
+            return {}
+        exchanges = self.exchange.exchanges
         for peer, its_tag in ended.items():
-            if peer not in self._broken:
-                own.rest(peer, its_tag, exchanges)
+            if self._broken.get(peer) == PHASES[RELEASE]:
+                own.take_back(peer)
+            else:
+                own.end(peer, its_tag, exchanges, whole=peer not in self._broken)
+        self.exchange.release(p for p in ended if self._broken.get(p) != PHASES[RELEASE])
         self._broken.clear()
+        began = {}
         for peer in active:
             if peer in self._tags or peer not in self._peers:
                 continue
             if self._state is not State.BETWEEN:
                 self._changed = True  # its first exchange is the next one
                 continue
-            self._tags[peer], anew = own.begin(peer, self.epoch, exchanges)
-            if anew:
-                began.append(peer)
+            began[peer] = own.begin(peer, self.epoch, exchanges)
+            self._tags[peer] = began[peer].tag
             self._page[Page.GONE + peer] = 0
             if peer in self.lost:
                 self._page[Page.GONE + peer] = 1
-        return tuple(began)
+        return began
 
     def _unmap(self) -> None:
         """Nothing that was launched is under way. The table forgets these peers right after."""
@@ -334,7 +342,9 @@ class CudaBuffer(DeviceBuffer):
             memory.close()
         self._departed.clear()
 
-    def _write(self, restart: tuple[int, ...] | None) -> None:
+    def _write(
+        self, restart: tuple[int, ...] | None, ended: Mapping[int, int] | None = None
+    ) -> None:
         """Rewrite the table, between two exchanges."""
         addresses = {peer: memory.address for peer, memory in self._peers.items()}
         addresses[self.rank] = self._window.address
@@ -345,6 +355,7 @@ class CudaBuffer(DeviceBuffer):
             limit_ns=int(self.timeout_s * 1e9),
             elsewhere=any(memory.elsewhere for memory in self._peers.values()),
             restart=restart,
+            ended=ended,
         )
 
     # ---- the step barrier ---------------------------------------------------------------------
@@ -587,7 +598,7 @@ class CudaBuffer(DeviceBuffer):
             self._state = State.BROKEN
             raise self._failed(ranks, missing[0].phase, self.epoch, self._limit_s)
         self._page[Page.REPORT : Page.REPORT + LANES] = 0
-        self._broken.update(ranks)
+        self._broken.update({m.rank: m.phase for m in missing})
         self.mask(ranks)
         return ranks
 

@@ -6,7 +6,7 @@ in the table. `CudaBuffer` adds what concerns other processes and the host.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -162,6 +162,7 @@ class CudaExchange:
         limit_ns: int = _FOREVER_NS,
         elsewhere: bool = False,
         restart: tuple[int, ...] | None = None,
+        ended: Mapping[int, int] | None = None,
     ) -> None:
         """Write membership into the table, in the order of the current stream.
 
@@ -171,6 +172,8 @@ class CudaExchange:
             limit_ns: of every wait.
             elsewhere: a peer is another process; only the interpreter needs to know.
             restart: ids whose numbering begins anew; None: all.
+            ended: id → tag of a link that broke: what is launched after this waits until the peer
+                has called `release` for it, or is left out.
         """
         if self._host.is_pinned():
             torch.cuda.current_stream(self.window.device).synchronize()
@@ -181,6 +184,8 @@ class CudaExchange:
         for peer, tag in tags.items():
             host[Word.ACTIVE + peer] = 1
             host[Word.TAG + peer] = tag
+        for peer, tag in (ended or {}).items():
+            host[Word.ENDED + peer] = tag
         looks = limit_ns // _SIM_NS if elsewhere else _SIM_POLLS
         host[Word.LIMIT] = looks if self._sim else limit_ns
         host[Word.LIMIT + 1] = self.page.data_ptr()
@@ -193,6 +198,17 @@ class CudaExchange:
                 self.table[Word.SEQUENCE + peer] = 0
                 self.table[Word.MEETINGS + peer] = 0
         self.page[Page.REPORT : Page.REPORT + LANES] = 0
+        if ended:
+            waiting.await_release[(1,)](
+                self.table, self.window.data_ptr(), SIM=self._sim, num_warps=1
+            )
+
+    def release(self, ids: Iterable[int]) -> None:
+        """Tell peers that this rank reads nothing more of what they sent over the links that the
+        table has; before `configure` changes them."""
+        bits = sum(1 << peer for peer in ids)
+        if bits:
+            waiting.release[(1,)](self.table, bits, self.rank, num_warps=1)
 
     @property
     def exchanges(self) -> int:

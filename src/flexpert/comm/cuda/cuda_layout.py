@@ -2,7 +2,7 @@
 
 A window is one allocation, written by the peers and read by its owner:
 
-    flags      dispatch [32] int64, combine [32] int64, meeting [32] int64: one for each source id
+    flags      dispatch [32] int64, combine, meeting and release likewise: one for each source id
     slots      [capacity, max_tokens, topk] int32    slot of each (token, choice) here; -1 none
     weights    [capacity, max_tokens, topk] float32
     scales     [capacity, max_tokens, hidden / 128]  float32; or one byte each
@@ -38,9 +38,10 @@ MAX_LINK = 2**12 - 1
 EPOCH_SHIFT, LINK_SHIFT, SEQUENCE_SHIFT = 40, 28, 16
 UNVOTED = 1 << 62
 
-DISPATCH, COMBINE, MEETING = 1, 2, 3  # phases, as a report names them
-PHASES = {DISPATCH: "dispatch", COMBINE: "combine", MEETING: "vote"}
+DISPATCH, COMBINE, MEETING, RELEASE = 1, 2, 3, 4  # phases, as a report names them
+PHASES = {DISPATCH: "dispatch", COMBINE: "combine", MEETING: "vote", RELEASE: "unmask"}
 DISPATCH_FLAGS_AT, COMBINE_FLAGS_AT, MEETING_FLAGS_AT = 0, LANES * 8, 2 * LANES * 8
+RELEASE_FLAGS_AT = 3 * LANES * 8
 SLOTS_AT = 4 * LANES * 8
 
 
@@ -48,7 +49,8 @@ class Word(IntEnum):
     """The table: vectors of `LANES` words, one word for each id. Begin of each, in words.
 
     Written by the host: PEER (address of the window, 0 not connected), ACTIVE (1 takes part), TAG
-    (epoch and link of the flags), LIMIT (word 0: nanoseconds; 1: address of the page).
+    (epoch and link of the flags), LIMIT (word 0: nanoseconds; 1: address of the page), ENDED (tag
+    of the link that the peer must have given up before this one begins; 0: none).
     Advanced by the kernels: SEQUENCE, ARRIVED (tokens of the last dispatch; -1 nothing came),
     RETURNED (1: its results are here), MEETINGS.
     """
@@ -57,14 +59,15 @@ class Word(IntEnum):
     ACTIVE = 1 * LANES
     TAG = 2 * LANES
     LIMIT = 3 * LANES
-    SEQUENCE = 4 * LANES
-    ARRIVED = 5 * LANES
-    RETURNED = 6 * LANES
-    MEETINGS = 7 * LANES
+    ENDED = 4 * LANES
+    SEQUENCE = 5 * LANES
+    ARRIVED = 6 * LANES
+    RETURNED = 7 * LANES
+    MEETINGS = 8 * LANES
 
 
 HOST_WORDS = int(Word.SEQUENCE)
-TABLE_WORDS = 8 * LANES
+TABLE_WORDS = 9 * LANES
 
 
 class Page(IntEnum):

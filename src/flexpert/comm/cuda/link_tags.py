@@ -9,7 +9,8 @@ mistaken for something else, each waits for its limit and masks the other, and t
 which the hosts agree on the number of the link, lets them begin alike again.
 
 A link that was masked and unmasked with no exchange in between goes on as if nothing had happened,
-since its peer need not know. One that the device has dropped does not.
+since its peer need not know. One that broke in an exchange does not: its peer may still be in that
+exchange, and must have given the link up before anything is sent over the next one.
 """
 
 from __future__ import annotations
@@ -30,13 +31,26 @@ class _Pair:
     known: what tells it from all others.
     voted: number of the link in the last vote; -1 before any.
     begun: how often it has begun since.
-    rested: tag of the link that ended, and the exchanges there had been by then.
+    ended: tag of the link that is masked; 0: none.
+    exchanges: those there had been when it was; -1: it broke.
+    awaited: tag of the link whose end the present one had to await; 0: none.
     """
 
     known: bytes
     voted: int = -1
     begun: int = 0
-    rested: tuple[int, int] | None = None
+    ended: int = 0
+    exchanges: int = -1
+    awaited: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """tag: of the link. anew: numbering begins. await_end: of this one by the peer; 0: of none."""
+
+    tag: int
+    anew: bool
+    await_end: int = 0
 
 
 class LinkTags:
@@ -52,35 +66,39 @@ class LinkTags:
         self._met[both] += 1
         self._pairs[peer] = _Pair(both + self._met[both].to_bytes(4, "little"))
 
-    def begin(self, peer: int, epoch: int, exchanges: int) -> tuple[int, bool]:
-        """The tag of the link that begins now, and whether it is another than before.
-
-        exchanges: those of this rank so far.
-        """
+    def begin(self, peer: int, epoch: int, exchanges: int) -> Beginning:
+        """The link that begins now, or goes on. exchanges: those of this rank so far."""
         pair = self._pairs[peer]
-        rested, pair.rested = pair.rested, None
-        if rested is not None and rested[1] == exchanges:
-            return rested[0], False
+        ended, pair.ended = pair.ended, 0
+        if ended and pair.exchanges == exchanges:
+            return Beginning(ended, anew=False)
         pair.begun += 1
-        return _tag(pair, epoch), True
+        pair.awaited = ended if pair.exchanges < 0 else 0
+        return Beginning(_tag(pair, epoch), True, pair.awaited)
 
-    def rest(self, peer: int, tag: int, exchanges: int) -> None:
-        """The link with this tag ended, and may go on if there is no exchange until `begin`."""
+    def end(self, peer: int, tag: int, exchanges: int, *, whole: bool) -> None:
+        """The link with this tag is masked; whole: all its exchanges were."""
         if peer in self._pairs:
-            self._pairs[peer].rested = tag, exchanges
+            pair = self._pairs[peer]
+            pair.ended, pair.exchanges = tag, exchanges if whole else -1
+
+    def take_back(self, peer: int) -> None:
+        """The link did not begin after all: the peer has not given up the one before."""
+        if peer in self._pairs:
+            pair = self._pairs[peer]
+            pair.begun -= 1
+            pair.ended, pair.exchanges = pair.awaited, -1
 
     def agree(self, peer: int, epoch: int, number: int) -> int:
         """The tag after a vote in which both sides came to this number of the link."""
         pair = self._pairs[peer]
-        if number != pair.voted or pair.begun:
-            pair.voted, pair.begun = number, 0
-        pair.rested = None
+        pair.voted, pair.begun, pair.ended = number, 0, 0
         return _tag(pair, epoch)
 
     def begin_epoch(self) -> None:
         """All links have begun anew, by other tags."""
         for pair in self._pairs.values():
-            pair.voted, pair.begun, pair.rested = -1, 0, None
+            pair.voted, pair.begun, pair.ended = -1, 0, 0
 
 
 def _tag(pair: _Pair, epoch: int) -> int:

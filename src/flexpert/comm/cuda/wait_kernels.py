@@ -53,6 +53,7 @@ PEER = tl.constexpr(int(Word.PEER))
 ACTIVE = tl.constexpr(int(Word.ACTIVE))
 _TAG = tl.constexpr(int(Word.TAG))
 _LIMIT = tl.constexpr(int(Word.LIMIT))
+_ENDED = tl.constexpr(int(Word.ENDED))
 SEQUENCE = tl.constexpr(int(Word.SEQUENCE))
 ARRIVED = tl.constexpr(int(Word.ARRIVED))
 RETURNED = tl.constexpr(int(Word.RETURNED))
@@ -64,9 +65,11 @@ _SEQUENCE_SHIFT = tl.constexpr(at.SEQUENCE_SHIFT)
 _DISPATCH = tl.constexpr(at.DISPATCH)
 _COMBINE = tl.constexpr(at.COMBINE)
 _MEETING = tl.constexpr(at.MEETING)
+_RELEASE = tl.constexpr(at.RELEASE)
 DISPATCH_FLAGS = tl.constexpr(at.DISPATCH_FLAGS_AT)
 COMBINE_FLAGS = tl.constexpr(at.COMBINE_FLAGS_AT)
 _MEETING_FLAGS = tl.constexpr(at.MEETING_FLAGS_AT)
+_RELEASE_FLAGS = tl.constexpr(at.RELEASE_FLAGS_AT)
 SLOTS = tl.constexpr(at.SLOTS_AT)
 COUNTERS = tl.constexpr(at.LANES)  # words between two counters: a cache line for each
 _IMPATIENT_NS = tl.constexpr(50_000)
@@ -200,3 +203,30 @@ def meet(table, window, me, SEND: tl.constexpr, WAIT: tl.constexpr, SIM: tl.cons
         missing = up & (come == 0)
         _report(table, desired, missing, _MEETING)
         tl.store(table + ACTIVE + ids, tl.where(missing, 0, active))
+
+
+@triton.jit(do_not_specialize=["bits", "me"])
+def release(table, bits, me):
+    """Tell the peers of these bits that this rank reads nothing more of their links; one program.
+    Before the table is rewritten, and after all that was launched on it."""
+    ids = tl.arange(0, LANES)
+    told = ((bits.to(tl.int64) >> ids) & 1) != 0
+    peers = tl.load(table + PEER + ids, mask=told, other=0)
+    theirs = (peers + _RELEASE_FLAGS).to(tl.pointer_type(tl.int64))
+    tags = tl.load(table + _TAG + ids)
+    tl.atomic_xchg(theirs + me, tags, mask=told & (peers != 0), sem="release", scope="sys")
+
+
+@triton.jit
+def await_release(table, window, SIM: tl.constexpr):
+    """Wait for the peers that may still be reading what this rank had sent over a link that broke;
+    one program. Who does not say that it has given it up is left out."""
+    ids = tl.arange(0, LANES)
+    desired = tl.load(table + _ENDED + ids)
+    up = desired != 0
+    flags = (window + _RELEASE_FLAGS).to(tl.pointer_type(tl.int64))
+    _, come = _wait(table, flags, desired, up, SIM)
+    missing = up & (come == 0)
+    _report(table, desired, missing, _RELEASE)
+    active = tl.load(table + ACTIVE + ids)
+    tl.store(table + ACTIVE + ids, tl.where(missing, 0, active))
