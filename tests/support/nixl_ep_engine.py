@@ -23,7 +23,6 @@ import nixl_ep
 import torch
 import torch.distributed as dist
 
-LAYERS = 2
 STEPS = 3  # between two changes
 
 
@@ -80,7 +79,8 @@ class Step:
         with torch.cuda.graph(self.graph):
             self.forward()
 
-    def layer(self, x):
+    def layer(self, x, split):
+        """split: sending and receiving apart, as for micro-batches that overlap."""
         args = self.args
         recv_x, recv_count, handle, _, hook = self.buffer.low_latency_dispatch(
             x,
@@ -88,19 +88,21 @@ class Step:
             args.num_tokens,
             args.capacity * args.experts_per_rank,
             use_fp8=False,
-            return_recv_hook=True,
+            return_recv_hook=split,
         )
-        hook()
+        if split:
+            hook()
         out, _, hook = self.buffer.low_latency_combine(
-            recv_x * self.factors, self.topk_idx, self.weights, handle, return_recv_hook=True
+            recv_x * self.factors, self.topk_idx, self.weights, handle, return_recv_hook=split
         )
-        hook()
+        if split:
+            hook()
         return out, recv_count
 
     def forward(self):
         self.outs, self.counts = [], []
-        for _ in range(LAYERS):
-            out, count = self.layer(self.x)
+        for split in (False, True):
+            out, count = self.layer(self.x, split)
             self.outs.append(out)
             self.counts.append(count)
 

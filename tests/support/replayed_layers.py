@@ -77,8 +77,15 @@ class ReplayedLayer:
         self.y = apply_experts(self.setup, self.rank, self.into.x).view(-1, self.setup.hidden)
 
     def send_combine(self) -> None:
+        self.exchange.share_weights(self.weights, self.sent, wait=False)
         self.exchange.send_combine(
-            self.out, self.y, self.sent, reduce="home", wait=False, places=self.into.places
+            self.out,
+            self.y,
+            self.sent,
+            reduce="home",
+            wait=False,
+            places=self.into.places,
+            shared=True,
         )
 
     def receive_combine(self) -> None:
@@ -90,6 +97,7 @@ class ReplayedLayer:
             reduce="home",
             weights=self.weights,
             places=self.into.places,
+            shared=True,
         )
 
     def check(self, sent: Mapping[int, Input]) -> None:

@@ -495,10 +495,14 @@ class CudaBuffer(DeviceBuffer):
         """As in `Buffer`, and:
 
         places: of `CudaReceived.pack`: y is [slots · limit, hidden], with each row in its place.
-        expert_ids: [tokens, k] as in dispatch, but that some may be -1 now and count no longer;
-            only for "home".
+        expert_ids: [tokens, k] as in dispatch, but that some may be -1 now and count no longer.
+            Together with `weights`, on all ranks if on one, it has all ranks tell each other the
+            weights first: so `combine` takes both also with "rank", as `begin_combine`, whose
+            sending half does not wait, does not.
         """
-        return self._return(y, received, reduce, weights, out, places, expert_ids, wait=False)
+        if reduce != "home" and weights is not None:
+            raise ValueError("weights at begin_combine need reduce='home'")
+        return self._return(y, received, reduce, weights, out, places, expert_ids, split=True)
 
     def combine(
         self,
@@ -513,7 +517,7 @@ class CudaBuffer(DeviceBuffer):
         expert_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self._set_limit(timeout_s)
-        hook = self._return(y, received, reduce, weights, out, places, expert_ids, wait=self._cuda)
+        hook = self._return(y, received, reduce, weights, out, places, expert_ids, split=False)
         return hook(timeout_s)
 
     def _return(
@@ -526,9 +530,9 @@ class CudaBuffer(DeviceBuffer):
         places: torch.Tensor | None,
         expert_ids: torch.Tensor | None,
         *,
-        wait: bool,
+        split: bool,
     ) -> Hook[torch.Tensor]:
-        spec = self.spec
+        spec, wait = self.spec, self._cuda and not split
         if reduce not in ("home", "rank"):
             raise ValueError(f"reduce is {reduce!r}, must be 'home' or 'rank'")
         with self._lock:
@@ -541,8 +545,11 @@ class CudaBuffer(DeviceBuffer):
                 self._check_rows("y", y, y.shape[0])
                 if places.dtype is not torch.int32 or places.shape != self.exchange.rows.shape:
                     raise ValueError("places must be those that `pack` filled")
-            if reduce != "home" and (weights is not None or expert_ids is not None):
-                raise ValueError("weights and expert_ids at combine need reduce='home'")
+            shared = weights is not None and expert_ids is not None
+            if reduce != "home" and not shared and (weights is not None or expert_ids is not None):
+                raise ValueError(
+                    "weights at combine need reduce='home', or expert_ids; expert_ids need weights"
+                )
             if expert_ids is not None:
                 self._check_ids(expert_ids, sent.expert_ids)
                 sent = replace(sent, expert_ids=expert_ids.contiguous())
@@ -557,9 +564,16 @@ class CudaBuffer(DeviceBuffer):
                 self._check_rows("out", out, sent.tokens)
             self._state = State.BROKEN
             if wait:
-                self.exchange.combine(y, sent, out, reduce=reduce, weights=weights, places=places)
+                self.exchange.combine(
+                    y, sent, out, reduce=reduce, weights=weights, places=places, shared=shared
+                )
             else:
-                self.exchange.send_combine(out, y, sent, reduce=reduce, wait=False, places=places)
+                if shared:
+                    assert weights is not None
+                    self.exchange.share_weights(weights, sent, wait=reduce == "rank")
+                self.exchange.send_combine(
+                    out, y, sent, reduce=reduce, wait=False, places=places, shared=shared
+                )
             self._state = State.COMBINED
         sequence, target = self.sequence, out
 
@@ -572,8 +586,9 @@ class CudaBuffer(DeviceBuffer):
                     self._set_limit(timeout_s)
                     self.exchange.wait_combine()
                     self.exchange.reduce(
-                        target, y, sent, reduce=reduce, weights=weights, places=places
-                    )
+                        target, y, sent, reduce=reduce, weights=weights, places=places,
+                        shared=shared,
+                    )  # fmt: skip
                 self.check()
                 self._state = State.BETWEEN
                 return target

@@ -31,6 +31,7 @@ from flexpert.comm.cuda.cuda_layout import (
 from flexpert.comm.interpreter import INTERPRETED
 
 _FOREVER_NS = 2**62
+_WEIGHTS_CHUNK = 2048  # weights that share_weights writes in one go
 _SIM_POLLS = 3  # the limit in Triton's interpreter, where a kernel of one process waits for none
 _SIM_NS = 250_000  # of one look, roughly; the limit where peers are other processes
 
@@ -283,9 +284,11 @@ class CudaExchange:
         reduce: Reduce,
         wait: bool,
         places: torch.Tensor | None = None,
+        shared: bool = False,
     ) -> None:
         """y: [rows, hidden] spec.dtype, in the order of `CudaIndexed.rows`, or with `places` (see
-        expert_major.py) as these say; out: see `reduce`."""
+        expert_major.py) as these say; out: see `reduce`. shared: the weights are those of
+        `share_weights`, which has been waited for if reduce is "rank"."""
         spec, tuning = self.spec, self.tuning
         pieces = triton.cdiv(spec.hidden, tuning.width)
         most = spec.capacity * spec.max_tokens * pieces
@@ -296,9 +299,27 @@ class CudaExchange:
             R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
             LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
             WIDTH=tuning.width, WEIGHTS_AT=self.layout.weights_at,
-            RESULTS_AT=self.layout.results_at, HOME=reduce == "home", WAIT=wait,
+            RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
+            GIVEN=shared and reduce == "rank", WAIT=wait,
             CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.combine_warps,
             enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def share_weights(
+        self, weights: torch.Tensor, sent: CudaDispatched, *, send: bool = True, wait: bool = True
+    ) -> None:
+        """Before a combine whose weights are not those of the dispatch: tell all peers the own
+        ones, and wait for theirs. Every rank must send, whatever its `reduce`.
+
+        weights: [tokens, k] float32; an expert that is -1 in `sent` counts with 0.
+        """
+        spec, k = self.spec, sent.expert_ids.shape[1]
+        chunk = min(triton.next_power_of_2(max(spec.max_tokens * k, 1)), _WEIGHTS_CHUNK)
+        combine.share_weights[(1,)](
+            weights, sent.expert_ids, self.table, self.window.data_ptr(), sent.tokens, self.rank,
+            R=spec.capacity, K=k, TOPK=sent.stride, MAX_TOKENS=spec.max_tokens,
+            WEIGHTS_AT=self.layout.weights_at, CHUNK=chunk, SEND=send, WAIT=wait,
+            CHECKS=self.tuning.checks, SIM=self._sim, num_warps=8,
         )  # fmt: skip
 
     def wait_combine(self) -> None:
@@ -316,6 +337,7 @@ class CudaExchange:
         reduce: Reduce,
         weights: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
+        shared: bool = False,
     ) -> torch.Tensor:
         """out: [tokens, hidden] spec.dtype ← the sums of the own tokens; returned."""
         spec, tuning = self.spec, self.tuning
@@ -328,7 +350,7 @@ class CudaExchange:
             R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
             LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
             WIDTH=tuning.width, RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
-            num_warps=tuning.combine_warps, enable_fp_fusion=False,
+            GIVEN=shared, num_warps=tuning.combine_warps, enable_fp_fusion=False,
         )  # fmt: skip
         return out
 
@@ -364,12 +386,17 @@ class CudaExchange:
         reduce: Reduce = "rank",
         weights: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
+        shared: bool = False,
     ) -> torch.Tensor:
-        """Send, wait and sum: two launches, or one where there is nobody else."""
+        """Send, wait and sum: two launches, or one where there is nobody else; and one before
+        where weights are shared."""
         alone = self.spec.capacity == 1 and reduce == "rank"
-        self.send_combine(out, y, sent, reduce=reduce, wait=not alone, places=places)
+        if shared:
+            assert weights is not None
+            self.share_weights(weights, sent)
+        self.send_combine(out, y, sent, reduce=reduce, wait=not alone, places=places, shared=shared)
         if not alone:
-            self.reduce(out, y, sent, reduce=reduce, weights=weights, places=places)
+            self.reduce(out, y, sent, reduce=reduce, weights=weights, places=places, shared=shared)
         return out
 
     # ---- views --------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 A window is one allocation, written by the peers and read by its owner:
 
-    flags      dispatch [32] int64, combine, meeting and release likewise: one for each source id
+    flags      dispatch [32] int64, combine, meeting, release and weights likewise: one for each
+               source id
     slots      [capacity, max_tokens, topk] int32    slot of each (token, choice) here; -1 none
-    weights    [capacity, max_tokens, topk] float32
+    weights    [capacity, max_tokens, topk] float32; of the dispatch, or those of the combine
     scales     [capacity, max_tokens, hidden / 128]  float32; or one byte each
     rows       [capacity, max_tokens, row bytes]     packed by the row size of the exchange
     results    [capacity, max_tokens, hidden]        what a source returns, a partial sum a token
@@ -41,8 +42,8 @@ UNVOTED = 1 << 62
 DISPATCH, COMBINE, MEETING, RELEASE = 1, 2, 3, 4  # phases, as a report names them
 PHASES = {DISPATCH: "dispatch", COMBINE: "combine", MEETING: "vote", RELEASE: "unmask"}
 DISPATCH_FLAGS_AT, COMBINE_FLAGS_AT, MEETING_FLAGS_AT = 0, LANES * 8, 2 * LANES * 8
-RELEASE_FLAGS_AT = 3 * LANES * 8
-SLOTS_AT = 4 * LANES * 8
+RELEASE_FLAGS_AT, WEIGHTS_FLAGS_AT = 3 * LANES * 8, 4 * LANES * 8
+SLOTS_AT = 5 * LANES * 8
 
 
 class Word(IntEnum):
@@ -52,7 +53,8 @@ class Word(IntEnum):
     (epoch and link of the flags), LIMIT (word 0: nanoseconds; 1: address of the page), ENDED (tag
     of the link that the peer must have given up before this one begins; 0: none).
     Advanced by the kernels: SEQUENCE, ARRIVED (tokens of the last dispatch; -1 nothing came),
-    RETURNED (1: its results are here), MEETINGS.
+    RETURNED (1: its results are here, as asked; 2: partial sums where each could choose),
+    MEETINGS.
     """
 
     PEER = 0

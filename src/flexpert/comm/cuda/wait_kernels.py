@@ -69,6 +69,7 @@ _RELEASE = tl.constexpr(at.RELEASE)
 DISPATCH_FLAGS = tl.constexpr(at.DISPATCH_FLAGS_AT)
 COMBINE_FLAGS = tl.constexpr(at.COMBINE_FLAGS_AT)
 _MEETING_FLAGS = tl.constexpr(at.MEETING_FLAGS_AT)
+_WEIGHTS_FLAGS = tl.constexpr(at.WEIGHTS_FLAGS_AT)
 _RELEASE_FLAGS = tl.constexpr(at.RELEASE_FLAGS_AT)
 SLOTS = tl.constexpr(at.SLOTS_AT)
 COUNTERS = tl.constexpr(at.LANES)  # words between two counters: a cache line for each
@@ -177,9 +178,31 @@ def await_combine(table, window, me, R: tl.constexpr, CHECKS: tl.constexpr, SIM:
     up = active_of(table, ids, R, CHECKS) & (ids != me)
     desired = tag_of(table, ids, 0, CHECKS)
     flags = part_of(window, COMBINE_FLAGS, tl.int64)
-    _, come = _wait(table, flags, desired, up, SIM)
+    seen, come = _wait(table, flags, desired, up, SIM)
     _report(table, desired, up & (come == 0), _COMBINE)
-    tl.store(table + RETURNED + ids, come.to(tl.int64))
+    tl.store(table + RETURNED + ids, tl.where(come, 1 + (seen & 0xFFFF), 0))
+
+
+@triton.jit
+def raise_weights_flags(table, me, up, CHECKS: tl.constexpr):
+    """Tell the peers that the weights of this combine are in their windows."""
+    ids = tl.arange(0, LANES)
+    peers = tl.load(table + PEER + ids, mask=up, other=0)
+    flags = (peers + _WEIGHTS_FLAGS).to(tl.pointer_type(tl.int64))
+    tl.atomic_xchg(flags + me, tag_of(table, ids, 0, CHECKS), mask=up, sem="release", scope="sys")
+
+
+@triton.jit
+def await_weights(table, window, up, CHECKS: tl.constexpr, SIM: tl.constexpr):
+    """Wait for the weights of the peers' combines; who does not come is left out."""
+    ids = tl.arange(0, LANES)
+    desired = tag_of(table, ids, 0, CHECKS)
+    flags = part_of(window, _WEIGHTS_FLAGS, tl.int64)
+    _, come = _wait(table, flags, desired, up, SIM)
+    missing = up & (come == 0)
+    _report(table, desired, missing, _COMBINE)
+    active = tl.load(table + ACTIVE + ids)
+    tl.store(table + ACTIVE + ids, tl.where(missing, 0, active))
 
 
 @triton.jit(do_not_specialize=["me"])

@@ -125,7 +125,7 @@ class GpuDevice(Device[torch.Tensor]):
                 expert_ids=topk_idx,
             )  # fmt: skip
         sums = self.core.combine(
-            y, received, reduce="home", weights=weights, out=out, places=came, expert_ids=topk_idx
+            y, received, reduce="rank", weights=weights, out=out, places=came, expert_ids=topk_idx
         )
         return lambda: sums
 
