@@ -180,12 +180,19 @@ def test_narrower_rows_than_were_sent() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", [(), (0,), (0, 1, 2)], ids=["no rank", "rank 0", "all ranks"])
-def test_weights_of_the_combine_wherever_they_are_applied(split: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("split", "choices"),
+    [((), None), ((), 1), ((0,), None), ((0, 1, 2), None)],
+    ids=["no rank", "no room for rows", "rank 0", "all ranks"],
+)
+def test_weights_of_the_combine_wherever_they_are_applied(
+    split: tuple[int, ...], choices: int | None
+) -> None:
     """Each rank sends sums, or the rows for its peers to sum; they need not do the same."""
     spec = spec_of(3, dtype=torch.float32, max_tokens=4, hidden=20)
     ids = (0, 1, 2)
-    local = CudaLocal(spec, ids, tuning=Tuning(width=16, workers=3, reducers=2, packers=2))
+    tuning = Tuning(width=16, workers=3, reducers=2, packers=2)
+    local = CudaLocal(spec, ids, choices=choices, tuning=tuning)
     local.activate(ids)
     for seed in (4, 8, 9):
         torch.manual_seed(seed)

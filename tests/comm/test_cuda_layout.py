@@ -47,7 +47,7 @@ def test_parts_of_a_window_begin_at_sections_and_do_not_overlap() -> None:
 def test_a_window_does_not_grow_with_experts_and_home_rows_can_be_left_out() -> None:
     spec = BufferSpec(2, 128, 7168, 8, torch.bfloat16)
     rows = 2 * 128 * 7168 * 2
-    assert layout(spec, home=False).size < 2.1 * rows
+    assert layout(spec, choices=1).size < 2.1 * rows
     assert layout(spec).size < 9.1 * rows
 
 

@@ -274,6 +274,30 @@ def test_experts_may_be_turned_off_between_dispatch_and_combine(ranks: Phases) -
         check_combined(ranks.setup, fewer[rank], out, up={0, 1})
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("hidden", "k"), [(3584, 11), (64, 22)])
+def test_shapes_of_models_that_have_more_choices_or_another_width(
+    hidden: int, k: int, split: bool
+) -> None:
+    with Phases(Setup(capacity=1, max_tokens=4, hidden=hidden, experts_per_rank=24)) as ranks:
+        buffer = ranks.add(0)
+        sent = {0: make_input(ranks.setup, 0, 18, k=k)}
+        mine = replace(sent[0], experts=sent[0].experts.int())
+        for _ in range(2):
+            recv_x, count, handle, _, hook = dispatch(buffer, mine, return_recv_hook=split)
+            if hook is not None:
+                hook()
+            check_dispatched(ranks.setup, sent, 0, recv_x, count, handle)
+            y = apply_experts(ranks.setup, 0, recv_x)
+            out, _, hook = buffer.combine(
+                y, mine.experts, mine.weights, handle, return_recv_hook=split
+            )
+            if hook is not None:
+                hook()
+            check_combined(ranks.setup, mine, out, up={0})
+            dispatch(buffer, mine)  # and never combined
+
+
 # ---- ranks that come and go ---------------------------------------------------------------------
 
 
@@ -391,9 +415,9 @@ def test_wrong_arguments_say_what_to_do_and_send_nothing(ranks: Phases) -> None:
         (lambda: buffer.dispatch(x, experts.float(), 4, use_fp8=False), "expert_ids must be int"),
         (
             lambda: buffer.dispatch(
-                torch.zeros(4, 64).bfloat16(), torch.zeros(4, 17).long(), 4, use_fp8=False
+                torch.zeros(4, 64).bfloat16(), torch.zeros(4, 33).long(), 4, use_fp8=False
             ),
-            "k <= 16",
+            "k <= 32",
         ),
         (lambda: buffer.dispatch(x.to("meta"), experts, 4, use_fp8=False), f"meta.*{VARIABLE}"),
     ]

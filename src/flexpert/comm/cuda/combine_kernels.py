@@ -102,8 +102,8 @@ def send_combine(
     out, y, position, expert_ids, owner, table, counters, window, tokens, me, experts,
     R: tl.constexpr, K: tl.constexpr, TOPK: tl.constexpr, LANES_K: tl.constexpr,
     MAX_TOKENS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, WEIGHTS_AT: tl.constexpr,
-    RESULTS_AT: tl.constexpr, HOME: tl.constexpr, GIVEN: tl.constexpr, WAIT: tl.constexpr,
-    CHECKS: tl.constexpr, SIM: tl.constexpr,
+    RESULTS_AT: tl.constexpr, HOME: tl.constexpr, GIVEN: tl.constexpr, SOURCE: tl.constexpr,
+    WAIT: tl.constexpr, CHECKS: tl.constexpr, SIM: tl.constexpr,
 ):  # fmt: skip
     """The last program waits if WAIT; the others share (token that came, piece of a row).
 
@@ -113,7 +113,7 @@ def send_combine(
 
     y: [rows, H]. position: [R * MAX_TOKENS * TOPK] int32, the row of y of each pair, of index_rows
     or the places of expert_major.py. -1: no row is here; below: its result is zero.
-    GIVEN: weights came by `share_weights`; a source's partial sums lie where its rows would.
+    GIVEN: weights came by `share_weights`. SOURCE: rows between the partial sums of two ranks.
     """
     pid = tl.program_id(0)
     workers = tl.num_programs(0)
@@ -123,7 +123,6 @@ def send_combine(
         await_combine(table, window, me, R, CHECKS, SIM)
     else:
         PIECES: tl.constexpr = (H + WIDTH - 1) // WIDTH
-        SOURCE: tl.constexpr = MAX_TOKENS * TOPK if GIVEN else MAX_TOKENS
         kind: tl.constexpr = y.dtype.element_ty
         ids = tl.arange(0, LANES)
         up = active_of(table, ids, R, CHECKS) & (ids != me)
@@ -246,7 +245,7 @@ def reduce(
     out, y, position, expert_ids, weights, owner, table, window, tokens, me, experts,
     R: tl.constexpr, K: tl.constexpr, TOPK: tl.constexpr, LANES_K: tl.constexpr,
     MAX_TOKENS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
-    RESULTS_AT: tl.constexpr, HOME: tl.constexpr, GIVEN: tl.constexpr,
+    RESULTS_AT: tl.constexpr, HOME: tl.constexpr, GIVEN: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
     """The programs share (own token, piece of a row): its sum.
 
@@ -264,7 +263,6 @@ def reduce(
     lanes = tl.arange(0, LANES)
     how = tl.load(table + RETURNED + lanes)
     chosen = tl.sum(((how == 1) & (lanes != me)).to(tl.int32), 0)  # who sent rows of choices
-    SOURCE: tl.constexpr = MAX_TOKENS * TOPK if GIVEN else MAX_TOKENS
     PIECES: tl.constexpr = (H + WIDTH - 1) // WIDTH
     kind: tl.constexpr = y.dtype.element_ty
     results = part_of(window, RESULTS_AT, kind)

@@ -100,6 +100,7 @@ class CudaBuffer(DeviceBuffer):
         device: torch.device | None = None,
         same_k: bool = False,
         unmask_at_once: bool = False,
+        choices: int | None = None,
         tuning: Tuning | None = None,
     ) -> None:
         """
@@ -108,6 +109,8 @@ class CudaBuffer(DeviceBuffer):
             same_k: see `CudaExchange`; equal on all ranks.
             unmask_at_once: `unmask` called by the thread that exchanges takes effect when it
                 returns, in captured graphs, too; equal on all ranks. Else in the next vote.
+            choices: most choices of a token that a combine with "home" takes; the memory for
+                results grows with them. Default: `spec.topk`. Equal on all ranks.
             The rest: see `make_buffer`.
         """
         check(spec)
@@ -124,9 +127,15 @@ class CudaBuffer(DeviceBuffer):
             device=device,
             listener=self._hear,
         )
-        self._window: CudaWindow = own_window(layout(spec).size, self.device)
+        self._window: CudaWindow = own_window(layout(spec, choices=choices).size, self.device)
         self.exchange = CudaExchange(
-            rank, spec, self._window.tensor, self._page, same_k=same_k, tuning=tuning
+            rank,
+            spec,
+            self._window.tensor,
+            self._page,
+            choices=choices,
+            same_k=same_k,
+            tuning=tuning,
         )
         self._address = CudaAddress.of(self._control.address, spec, self._window).encode()
         if store is not None:  # peers that meet by id look here, once they have met
@@ -497,11 +506,9 @@ class CudaBuffer(DeviceBuffer):
         places: of `CudaReceived.pack`: y is [slots · limit, hidden], with each row in its place.
         expert_ids: [tokens, k] as in dispatch, but that some may be -1 now and count no longer.
             Together with `weights`, on all ranks if on one, it has all ranks tell each other the
-            weights first: so `combine` takes both also with "rank", as `begin_combine`, whose
-            sending half does not wait, does not.
+            weights first, and both may be given with "rank" as well; the sending half then waits
+            for the peers' weights.
         """
-        if reduce != "home" and weights is not None:
-            raise ValueError("weights at begin_combine need reduce='home'")
         return self._return(y, received, reduce, weights, out, places, expert_ids, split=True)
 
     def combine(
@@ -549,6 +556,11 @@ class CudaBuffer(DeviceBuffer):
             if reduce != "home" and not shared and (weights is not None or expert_ids is not None):
                 raise ValueError(
                     "weights at combine need reduce='home', or expert_ids; expert_ids need weights"
+                )
+            if reduce == "home" and sent.expert_ids.shape[1] > self.exchange.choices:
+                raise ValueError(
+                    f"reduce='home' takes {self.exchange.choices} choices a token in this buffer, "
+                    f"not {sent.expert_ids.shape[1]}"
                 )
             if expert_ids is not None:
                 self._check_ids(expert_ids, sent.expert_ids)

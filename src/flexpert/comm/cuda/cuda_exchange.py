@@ -114,6 +114,7 @@ class CudaExchange:
 
     window: [size of layout] uint8 on the device, zeroed.
     page: [PAGE_WORDS] int64 in pinned host memory (or host memory, in the interpreter).
+    choices: see `layout`; "home" takes tokens of at most so many.
     same_k: all ranks dispatch with the same k, idle ones too: choices are packed by it, and the
         kernels look at no others. Else there is room for `spec.topk` of each token.
     """
@@ -125,15 +126,15 @@ class CudaExchange:
         window: torch.Tensor,
         page: torch.Tensor,
         *,
-        home: bool = True,
+        choices: int | None = None,
         same_k: bool = False,
         tuning: Tuning | None = None,
     ) -> None:
         check(spec)
         self.rank, self.spec, self.window, self.page = rank, spec, window, page
         self.tuning = tuning or (FEW if INTERPRETED else Tuning())
-        self.layout = layout(spec, home=home)
-        self.home = home
+        self.layout = layout(spec, choices=choices)
+        self.choices = min(choices or spec.topk, spec.topk)
         self._same_k = same_k
         device = window.device
         self.table = torch.zeros(TABLE_WORDS, dtype=torch.int64, device=device)
@@ -300,7 +301,7 @@ class CudaExchange:
             LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
             WIDTH=tuning.width, WEIGHTS_AT=self.layout.weights_at,
             RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
-            GIVEN=shared and reduce == "rank", WAIT=wait,
+            GIVEN=shared and reduce == "rank", SOURCE=self._source(sent, shared), WAIT=wait,
             CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.combine_warps,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -350,7 +351,8 @@ class CudaExchange:
             R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
             LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
             WIDTH=tuning.width, RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
-            GIVEN=shared, num_warps=tuning.combine_warps, enable_fp_fusion=False,
+            GIVEN=shared, SOURCE=self._source(sent, shared),
+            num_warps=tuning.combine_warps, enable_fp_fusion=False,
         )  # fmt: skip
         return out
 
@@ -398,6 +400,11 @@ class CudaExchange:
         if not alone:
             self.reduce(out, y, sent, reduce=reduce, weights=weights, places=places, shared=shared)
         return out
+
+    def _source(self, sent: CudaDispatched, shared: bool) -> int:
+        """Rows between the partial sums of two ranks; where a rank may also send rows of choices,
+        these have the same begin."""
+        return self.spec.max_tokens * (min(sent.stride, self.choices) if shared else 1)
 
     # ---- views --------------------------------------------------------------------------------
 

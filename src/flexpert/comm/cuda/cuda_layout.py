@@ -9,7 +9,8 @@ A window is one allocation, written by the peers and read by its owner:
     scales     [capacity, max_tokens, hidden / 128]  float32; or one byte each
     rows       [capacity, max_tokens, row bytes]     packed by the row size of the exchange
     results    [capacity, max_tokens, hidden]        what a source returns, a partial sum a token
-               [capacity, max_tokens, topk, hidden]  or a row for each choice ("home")
+               [capacity, max_tokens, topk, hidden]  or a row for each choice ("home"), where there
+                                                     is room for so many
 
 A token's place is its index at home: sending allocates nothing, and receiving moves nothing.
 
@@ -123,8 +124,8 @@ def check(spec: BufferSpec) -> None:
         raise ValueError(f"backend 'cuda' needs rows of whole 4 bytes; hidden is {spec.hidden}")
 
 
-def layout(spec: BufferSpec, *, home: bool = True) -> CudaLayout:
-    """home: with room for a result row for each choice of a token."""
+def layout(spec: BufferSpec, *, choices: int | None = None) -> CudaLayout:
+    """choices: result rows of a token that one rank has room to send; default: all, `spec.topk`."""
     check(spec)
     tokens = spec.capacity * spec.max_tokens
     row = spec.hidden * spec.dtype.itemsize
@@ -132,7 +133,7 @@ def layout(spec: BufferSpec, *, home: bool = True) -> CudaLayout:
     scales_at = align(weights_at + tokens * spec.topk * 4, SECTION)
     rows_at = align(scales_at + tokens * (spec.hidden // BLOCK) * 4, SECTION)
     results_at = align(rows_at + tokens * row, SECTION)
-    size = align(results_at + tokens * row * (spec.topk if home else 1), SECTION)
+    size = align(results_at + tokens * row * min(choices or spec.topk, spec.topk), SECTION)
     return CudaLayout(weights_at, scales_at, rows_at, results_at, size)
 
 

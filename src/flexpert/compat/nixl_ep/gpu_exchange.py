@@ -7,12 +7,11 @@ into a CUDA graph. For the same reason nobody looks at what tensors hold.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from flexpert.comm.buffer import BufferSpec, Received
+from flexpert.comm.buffer import BufferSpec, Received, Reduce
 from flexpert.comm.cuda.cuda_buffer import CudaBuffer
 from flexpert.comm.cuda.cuda_received import CudaReceived
 from flexpert.comm.cuda.expert_major import NOWHERE, ExpertMajor
@@ -23,7 +22,9 @@ from flexpert.compat.nixl_ep.expert_major_tensors import column_major, widened
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-_MAX_TOPK = 16  # a window has room for a result of each choice
+# a result for each choice of a token can come back for so many choices, as memory grows;
+# of more only sums can
+_CHOICES = 16
 
 
 class GpuDevice(Device[torch.Tensor]):
@@ -52,12 +53,13 @@ class GpuDevice(Device[torch.Tensor]):
         """With a buffer on the current GPU."""
         core = CudaBuffer(
             rank,
-            replace(spec, topk=min(spec.topk, _MAX_TOPK)),
+            spec,
             timeout_s=timeout_s,
             on_timeout="mask",
             store=store,
             same_k=True,
             unmask_at_once=True,
+            choices=_CHOICES,
         )
         return cls(core)
 
@@ -104,7 +106,8 @@ class GpuDevice(Device[torch.Tensor]):
                 "a dispatch before the graph that is captured was not combined: combine it, or "
                 "call barrier() on all ranks, before the capture begins"
             )
-        self.core.combine(self._nothing, received, reduce="home", places=self._nowhere)
+        reduce = _reduce(cast(CudaReceived, received).sent.expert_ids)
+        self.core.combine(self._nothing, received, reduce=reduce, places=self._nowhere)
 
     def combine(
         self,
@@ -121,7 +124,7 @@ class GpuDevice(Device[torch.Tensor]):
         y = y.view(-1, y.shape[2])
         if later:
             return self.core.begin_combine(
-                y, received, reduce="home", weights=weights, out=out, places=came,
+                y, received, reduce=_reduce(topk_idx), weights=weights, out=out, places=came,
                 expert_ids=topk_idx,
             )  # fmt: skip
         sums = self.core.combine(
@@ -157,3 +160,9 @@ class GpuDevice(Device[torch.Tensor]):
 
     def _capturing(self) -> bool:
         return self.at.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _reduce(experts: torch.Tensor) -> Reduce:
+    """Results row by row are sent without waiting for anybody, or not at all where none counts; but
+    there must be room for them. experts: [tokens, k]."""
+    return "home" if experts.shape[1] <= _CHOICES else "rank"

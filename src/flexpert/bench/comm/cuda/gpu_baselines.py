@@ -65,10 +65,10 @@ class CudaExchangeBaseline:
         work = site.work
         spec = BufferSpec(work.ranks, work.tokens, work.hidden, work.topk, work.torch_dtype)
         self._site = site
-        self._memory = SharedMemory(layout(spec, home=False).size, site.device)
+        self._memory = SharedMemory(layout(spec, choices=1).size, site.device)
         page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=True)
         self.exchange = CudaExchange(
-            site.rank, spec, self._memory.tensor, page, home=False, tuning=Tuning(**tuning)
+            site.rank, spec, self._memory.tensor, page, choices=1, tuning=Tuning(**tuning)
         )
         self._peers = {
             rank: PeerMemory(f"rank {rank}", handle, site.device)
