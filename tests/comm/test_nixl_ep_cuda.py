@@ -340,14 +340,15 @@ def test_who_sends_nothing_is_masked_and_its_experts_are_left_out(
 # ---- statistics, wrong calls --------------------------------------------------------------------
 
 
-def test_received_rows_are_added_up_and_waits_are_refused(ranks: Phases) -> None:
+def test_received_rows_and_waits_are_added_up(ranks: Phases) -> None:
     ranks.start([0, 1])
     sent = ranks.inputs([0, 1], 11)
     stats = torch.full((3,), 5, dtype=torch.int32)
-    there = torch.zeros(2, dtype=torch.int64)
     buffer, mine = ranks.buffers[0], sent[0]
-    with pytest.raises(ValueError, match="waits are not counted"):
-        dispatch(buffer, mine, dispatch_wait_recv_cost_stats=there)
+    with pytest.raises(
+        ValueError, match=r"wait_recv_cost_stats must be \[2\] torch.int64"
+    ):
+        dispatch(buffer, mine, dispatch_wait_recv_cost_stats=torch.zeros(3, dtype=torch.int64))
     hooks = []
     for rank, statistics in ((0, stats), (1, None)):
         _, count, _, _, hook = dispatch(
@@ -362,6 +363,21 @@ def test_received_rows_are_added_up_and_waits_are_refused(ranks: Phases) -> None
         hook()
     assert stats.tolist() == [5 + rows for rows in hooks[0][1].tolist()]
     assert int(hooks[0][1].sum()) > 0
+
+
+def test_how_long_each_rank_was_waited_for(ranks: Phases) -> None:
+    ranks.start([0, 1])
+    sent = ranks.inputs([0, 1], 18)
+    waits = torch.full((2,), 7, dtype=torch.int64)
+    got = ranks.dispatch({0: sent[0]}, dispatch_wait_recv_cost_stats=waits)
+    assert waits[0] == 7
+    assert waits[1] > 7  # rank 1 never came
+    back = torch.zeros(2, dtype=torch.int64)
+    mine = sent[0]
+    ranks.buffers[0].combine(
+        got[0][0], mine.experts, mine.weights, got[0][2], combine_wait_recv_cost_stats=back
+    )
+    assert back.tolist() == [0, 0]  # and is not waited for again
 
 
 def test_rows_without_room_are_left_out_of_tensors_and_sums(ranks: Phases) -> None:

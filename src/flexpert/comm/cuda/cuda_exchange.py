@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from flexpert.comm.cuda import wait_kernels as waiting
 from flexpert.comm.cuda.cuda_layout import (
     HOST_WORDS,
     LANES,
+    SIM_NS,
     TABLE_WORDS,
     Page,
     Word,
@@ -33,7 +35,6 @@ from flexpert.comm.interpreter import INTERPRETED
 _FOREVER_NS = 2**62
 _WEIGHTS_CHUNK = 2048  # weights that share_weights writes in one go
 _SIM_POLLS = 3  # the limit in Triton's interpreter, where a kernel of one process waits for none
-_SIM_NS = 250_000  # of one look, roughly; the limit where peers are other processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,7 @@ class CudaExchange:
             host[Word.TAG + peer] = tag
         for peer, tag in (ended or {}).items():
             host[Word.ENDED + peer] = tag
-        looks = limit_ns // _SIM_NS if elsewhere else _SIM_POLLS
+        looks = limit_ns // SIM_NS if elsewhere else _SIM_POLLS
         host[Word.LIMIT] = looks if self._sim else limit_ns
         host[Word.LIMIT + 1] = self.page.data_ptr()
         self.table[:HOST_WORDS].copy_(host, non_blocking=True)
@@ -216,6 +217,10 @@ class CudaExchange:
     def exchanges(self) -> int:
         """How many there were since all numbering began anew; waits for the device."""
         return int(self.table[Word.SEQUENCE + self.rank])
+
+    def waited(self, word: Literal[Word.WAITED_DISPATCH, Word.WAITED_COMBINE]) -> torch.Tensor:
+        """[capacity] int64, a copy: nanoseconds for each peer, of all exchanges so far."""
+        return self.table[word : word + self.spec.capacity].clone()
 
     # ---- launches -----------------------------------------------------------------------------
 

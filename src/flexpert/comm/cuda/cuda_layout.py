@@ -55,7 +55,8 @@ class Word(IntEnum):
     of the link that the peer must have given up before this one begins; 0: none).
     Advanced by the kernels: SEQUENCE, ARRIVED (tokens of the last dispatch; -1 nothing came),
     RETURNED (1: its results are here, as asked; 2: partial sums where each could choose),
-    MEETINGS.
+    MEETINGS; WAITED_DISPATCH, WAITED_COMBINE: nanoseconds from the begins of all waits until that
+    peer's flag was seen.
     """
 
     PEER = 0
@@ -67,10 +68,13 @@ class Word(IntEnum):
     ARRIVED = 6 * LANES
     RETURNED = 7 * LANES
     MEETINGS = 8 * LANES
+    WAITED_DISPATCH = 9 * LANES
+    WAITED_COMBINE = 10 * LANES
 
 
 HOST_WORDS = int(Word.SEQUENCE)
-TABLE_WORDS = 9 * LANES
+TABLE_WORDS = 11 * LANES
+SIM_NS = 250_000  # of one look in Triton's interpreter, roughly
 
 
 class Page(IntEnum):

@@ -53,6 +53,9 @@ PEER = tl.constexpr(int(Word.PEER))
 ACTIVE = tl.constexpr(int(Word.ACTIVE))
 _TAG = tl.constexpr(int(Word.TAG))
 _LIMIT = tl.constexpr(int(Word.LIMIT))
+_WAITED_DISPATCH = tl.constexpr(int(Word.WAITED_DISPATCH))
+_WAITED_COMBINE = tl.constexpr(int(Word.WAITED_COMBINE))
+_SIM_NS = tl.constexpr(at.SIM_NS)
 _ENDED = tl.constexpr(int(Word.ENDED))
 SEQUENCE = tl.constexpr(int(Word.SEQUENCE))
 ARRIVED = tl.constexpr(int(Word.ARRIVED))
@@ -117,12 +120,13 @@ def _now(polls, SIM: tl.constexpr):
 def _wait(table, flags, desired, up, SIM: tl.constexpr):
     """Until the flags of all `up` are `desired` (without their tokens), or waiting is in vain.
 
-    flags: address of [LANES] in the own window. Returns the flags, and who came.
+    flags: address of [LANES] in the own window. Returns the flags, who came, and after how long.
     """
     ids = tl.arange(0, LANES)
     seen = tl.atomic_or(flags + ids, 0, mask=up, sem="acquire", scope="sys")
     come = up & ((seen >> _SEQUENCE_SHIFT) == (desired >> _SEQUENCE_SHIFT))
     waiting = tl.sum((up & (come == 0)).to(tl.int32), 0)
+    took = tl.zeros((LANES,), tl.int64)
     if waiting > 0:
         page = _address(table, _LIMIT + 1, tl.int64)
         limit = tl.load(table + _LIMIT)
@@ -131,6 +135,7 @@ def _wait(table, flags, desired, up, SIM: tl.constexpr):
         while waiting > 0:
             polls += 1
             waited = _now(polls, SIM) - begun
+            took = tl.where(come, took, waited)
             late = waited > limit
             gone = up & late
             if SIM or waited > _IMPATIENT_NS:
@@ -141,7 +146,15 @@ def _wait(table, flags, desired, up, SIM: tl.constexpr):
             seen = tl.where(come, seen, again)
             come = come | (up & ((again >> _SEQUENCE_SHIFT) == (desired >> _SEQUENCE_SHIFT)))
             waiting = tl.sum((up & (come == 0) & (gone == 0)).to(tl.int32), 0)
-    return seen, come
+    return seen, come, took
+
+
+@triton.jit
+def _add_waits(table, word, took, up, SIM: tl.constexpr):
+    at_word = table + word + tl.arange(0, LANES)
+    if SIM:
+        took = took * _SIM_NS
+    tl.store(at_word, tl.load(at_word) + tl.where(up, took, 0))
 
 
 @triton.jit
@@ -163,7 +176,8 @@ def await_dispatch(
     desired = tag_of(table, ids, 1, CHECKS)
     flags = part_of(window, DISPATCH_FLAGS, tl.int64)
     up = active & (ids != me)
-    seen, come = _wait(table, flags, desired, up, SIM)
+    seen, come, took = _wait(table, flags, desired, up, SIM)
+    _add_waits(table, _WAITED_DISPATCH, took, up, SIM)
     missing = up & (come == 0)
     _report(table, desired, missing, _DISPATCH)
     arrived = tl.where(come, seen & 0xFFFF, 0)
@@ -178,7 +192,8 @@ def await_combine(table, window, me, R: tl.constexpr, CHECKS: tl.constexpr, SIM:
     up = active_of(table, ids, R, CHECKS) & (ids != me)
     desired = tag_of(table, ids, 0, CHECKS)
     flags = part_of(window, COMBINE_FLAGS, tl.int64)
-    seen, come = _wait(table, flags, desired, up, SIM)
+    seen, come, took = _wait(table, flags, desired, up, SIM)
+    _add_waits(table, _WAITED_COMBINE, took, up, SIM)
     _report(table, desired, up & (come == 0), _COMBINE)
     tl.store(table + RETURNED + ids, tl.where(come, 1 + (seen & 0xFFFF), 0))
 
@@ -198,7 +213,8 @@ def await_weights(table, window, up, CHECKS: tl.constexpr, SIM: tl.constexpr):
     ids = tl.arange(0, LANES)
     desired = tag_of(table, ids, 0, CHECKS)
     flags = part_of(window, _WEIGHTS_FLAGS, tl.int64)
-    _, come = _wait(table, flags, desired, up, SIM)
+    _, come, took = _wait(table, flags, desired, up, SIM)
+    _add_waits(table, _WAITED_COMBINE, took, up, SIM)
     missing = up & (come == 0)
     _report(table, desired, missing, _COMBINE)
     active = tl.load(table + ACTIVE + ids)
@@ -222,7 +238,7 @@ def meet(table, window, me, SEND: tl.constexpr, WAIT: tl.constexpr, SIM: tl.cons
         tl.store(table + _MEETINGS + ids, count)
     if WAIT:
         flags = (window + _MEETING_FLAGS).to(tl.pointer_type(tl.int64))
-        _, come = _wait(table, flags, desired, up, SIM)
+        _, come, _ = _wait(table, flags, desired, up, SIM)
         missing = up & (come == 0)
         _report(table, desired, missing, _MEETING)
         tl.store(table + ACTIVE + ids, tl.where(missing, 0, active))
@@ -248,7 +264,7 @@ def await_release(table, window, SIM: tl.constexpr):
     desired = tl.load(table + _ENDED + ids)
     up = desired != 0
     flags = (window + _RELEASE_FLAGS).to(tl.pointer_type(tl.int64))
-    _, come = _wait(table, flags, desired, up, SIM)
+    _, come, _ = _wait(table, flags, desired, up, SIM)
     missing = up & (come == 0)
     _report(table, desired, missing, _RELEASE)
     active = tl.load(table + ACTIVE + ids)

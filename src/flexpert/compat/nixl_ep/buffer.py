@@ -288,7 +288,7 @@ class Buffer:
             cumulative_local_expert_recv_stats: [experts_per_rank] int32; what was received
                 is added.
             dispatch_wait_recv_cost_stats: [R] int64; nanoseconds until each rank's rows were there
-                are added; None on a GPU.
+                are added.
             use_fp8: quantise to e4m3 with a scale for 128 channels.
             round_scale: scales are powers of two.
             use_ue8m0: four scales to an int32; needs round_scale.
@@ -328,7 +328,6 @@ class Buffer:
             dispatch_wait_recv_cost_stats,
             ranks,
             at,
-            counted=exchange.device.counts_waits,
         )
         done, receive = exchange.dispatch(
             x,
@@ -395,7 +394,6 @@ class Buffer:
             combine_wait_recv_cost_stats,
             done.ranks,
             at,
-            counted=exchange.device.counts_waits,
         )
         size = (shape[0], x.shape[2])
         if out is None:

@@ -76,14 +76,9 @@ def check_tensor(
         )
 
 
-def check_waits(
-    name: str, tensor: torch.Tensor | None, ranks: int, at: torch.device, *, counted: bool
-) -> None:
-    if tensor is None:
-        return
-    if not counted:
-        raise ValueError(f"{name} must be None on a GPU: waits are not counted there")
-    check_tensor(name, tensor, (ranks,), torch.int64, at)
+def check_waits(name: str, tensor: torch.Tensor | None, ranks: int, at: torch.device) -> None:
+    if tensor is not None:
+        check_tensor(name, tensor, (ranks,), torch.int64, at)
 
 
 def counting_weights(

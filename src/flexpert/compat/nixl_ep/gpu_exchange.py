@@ -13,10 +13,11 @@ import torch
 
 from flexpert.comm.buffer import BufferSpec, Received, Reduce
 from flexpert.comm.cuda.cuda_buffer import CudaBuffer
+from flexpert.comm.cuda.cuda_layout import Word
 from flexpert.comm.cuda.cuda_received import CudaReceived
 from flexpert.comm.cuda.expert_major import NOWHERE, ExpertMajor
 from flexpert.comm.errors import CommError
-from flexpert.compat.nixl_ep.device_exchange import Device, DeviceDispatched
+from flexpert.compat.nixl_ep.device_exchange import Device, DeviceDispatched, Phase
 from flexpert.compat.nixl_ep.expert_major_tensors import column_major, widened
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ class GpuDevice(Device[torch.Tensor]):
 
     core: CudaBuffer
     own_rows_wait = False
-    counts_waits = False
 
     def __init__(self, core: CudaBuffer) -> None:
         self.core = core
@@ -62,6 +62,12 @@ class GpuDevice(Device[torch.Tensor]):
             choices=_CHOICES,
         )
         return cls(core)
+
+    def waited(self, phase: Phase) -> torch.Tensor:
+        exchange = self.core.exchange
+        if phase == "dispatch":
+            return exchange.waited(Word.WAITED_DISPATCH)
+        return exchange.waited(Word.WAITED_COMBINE)
 
     def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Again to nobody: places are known, and peers only need the number of tokens."""

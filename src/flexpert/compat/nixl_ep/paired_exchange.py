@@ -88,7 +88,7 @@ class PairedExchange(Generic[A]):
                 wire = x.clone()  # the user may write to x now
             self._route()
             now, again = self.device.routes(experts)
-            before = self._core.statistics().dispatch_wait_ns if wait_stats is not None else {}
+            before = None if wait_stats is None else self.device.waited("dispatch")
             pending = self._dispatch(wire, now, self._table, fp8, later=later)
             done = self._prepare(again, max_tokens, ranks, hidden, fp8)
             self._kept.append(done)
@@ -99,7 +99,7 @@ class PairedExchange(Generic[A]):
                 if recv_stats is not None:
                     recv_stats.add_(done.recv_count)
                 if wait_stats is not None:
-                    _add_differences(wait_stats, before, self._core.statistics().dispatch_wait_ns)
+                    _add_since(wait_stats, before, self.device.waited("dispatch"))
 
             return done, self._finish(receive, later)
 
@@ -184,7 +184,7 @@ class PairedExchange(Generic[A]):
             if received is None or received is not self._uncombined:
                 received, came = self._again(done, came)
             whole = out.shape[1] == self._core.spec.hidden and out.is_contiguous()
-            before = self._core.statistics().combine_wait_ns if wait_stats is not None else {}
+            before = None if wait_stats is None else self.device.waited("combine")
             pending = self.device.combine(
                 x.detach(),
                 topk_idx,
@@ -201,7 +201,7 @@ class PairedExchange(Generic[A]):
                 if not whole:
                     out.copy_(result[:, : out.shape[1]])
                 if wait_stats is not None:
-                    _add_differences(wait_stats, before, self._core.statistics().combine_wait_ns)
+                    _add_since(wait_stats, before, self.device.waited("combine"))
 
             return self._finish(receive, later)
 
@@ -270,8 +270,8 @@ def _came(done: DeviceDispatched[A]) -> A:
     return done.came
 
 
-def _add_differences(stats: torch.Tensor, before: dict[int, int], after: dict[int, int]) -> None:
-    """stats: [ranks] int64, a sum of nanoseconds for each rank."""
-    ranks = range(stats.shape[0])
-    waited = [after.get(rank, 0) - before.get(rank, 0) for rank in ranks]
-    stats.add_(torch.tensor(waited, dtype=stats.dtype, device=stats.device))
+def _add_since(stats: torch.Tensor, before: torch.Tensor | None, after: torch.Tensor) -> None:
+    """stats: [ranks] int64, a sum of nanoseconds for each rank. before, after: [capacity] int64."""
+    assert before is not None
+    ranks = stats.shape[0]
+    stats.add_(after[:ranks] - before[:ranks])
