@@ -345,9 +345,7 @@ def test_received_rows_and_waits_are_added_up(ranks: Phases) -> None:
     sent = ranks.inputs([0, 1], 11)
     stats = torch.full((3,), 5, dtype=torch.int32)
     buffer, mine = ranks.buffers[0], sent[0]
-    with pytest.raises(
-        ValueError, match=r"wait_recv_cost_stats must be \[2\] torch.int64"
-    ):
+    with pytest.raises(ValueError, match=r"wait_recv_cost_stats must be \[2\] torch.int64"):
         dispatch(buffer, mine, dispatch_wait_recv_cost_stats=torch.zeros(3, dtype=torch.int64))
     hooks = []
     for rank, statistics in ((0, stats), (1, None)):
