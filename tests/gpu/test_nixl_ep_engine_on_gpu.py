@@ -18,7 +18,7 @@ run_plan = partial(run, SCRIPT)
 # as models have it: hidden, choices, experts of a rank
 SHAPES = [
     ("--hidden", "2048", "--topk", "8", "--experts-per-rank", "16"),
-    ("--hidden", "3584", "--topk", "11", "--experts-per-rank", "8", "--num-tokens", "64"),
+    ("--hidden", "3584", "--topk", "11", "--experts-per-rank", "12", "--num-tokens", "64"),
 ]
 
 
