@@ -307,7 +307,7 @@ def gpu_kinds(fp8: Scales | None) -> tuple[GpuKind, ...]:
             "interface",
             lambda site: NixlEp(site, "flexpert.compat.nixl_ep"),
             f"our buffer behind nixl_ep's interface: {sent}, then copied together by expert; "
-            "one row an expert back",
+            "weights, then partial sums back",
             not fp8,
         ),
         GpuKind(NIXL_EP, "nixl_ep", NixlEp, f"{sent}, one row an expert there and back", not fp8),
