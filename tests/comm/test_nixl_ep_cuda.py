@@ -242,6 +242,27 @@ def test_hooks_and_events_receive_and_an_outstanding_one_is_called_by_what_comes
     check_combined(ranks.setup, mine, out, up={0})
 
 
+def test_results_may_be_overwritten_while_the_hook_of_a_combine_is_outstanding(
+    ranks: Phases,
+) -> None:
+    ranks.start([0, 1])
+    sent = ranks.inputs([0, 1], 18)
+    got = ranks.dispatch(sent)
+    y = ranks.results(got)
+    outs = {
+        rank: ranks.buffers[rank].combine(
+            y[rank], mine.experts, mine.weights, got[rank][2], return_recv_hook=True
+        )
+        for rank, mine in sent.items()
+    }
+    for rows in y.values():
+        rows.fill_(float("nan"))
+    for rank, (out, _, hook) in outs.items():
+        assert hook is not None
+        hook()
+        check_combined(ranks.setup, sent[rank], out, up={0, 1})
+
+
 def test_zero_copy_strided_out_and_rows_that_do_not_count(ranks: Phases) -> None:
     ranks.start([0])
     buffer, sent = ranks.buffers[0], ranks.inputs([0], 35)

@@ -50,17 +50,17 @@ def _asked(expert_ids, owner, experts, t, K: tl.constexpr, LANES_K: tl.constexpr
 
 @triton.jit
 def _partial(
-    y, position, weights, pair, c, inside, H: tl.constexpr, TOPK: tl.constexpr, GIVEN: tl.constexpr
+    y, position, weights, pair, c, inside, H: tl.constexpr, TOPK: tl.constexpr, SHARED: tl.constexpr
 ):  # fmt: skip
     """Σ weight · y of one token's pairs here, in float32 and in the order of choices.
 
-    GIVEN: the weights are those of the combine; a row whose weight is 0 is not looked at.
+    SHARED: the weights are those of the combine; a row whose weight is 0 is not looked at.
     """
     acc = tl.zeros(c.shape, tl.float32)
     for k in tl.static_range(TOPK):
         p = tl.load(position + pair + k)
         w = tl.load(weights + pair + k)
-        if GIVEN:
+        if SHARED:
             p = tl.where(w == 0.0, -1, p)
         v = tl.load(y + p.to(tl.int64) * H + c, mask=inside & (p >= 0), other=0.0)
         acc += tl.where(p >= 0, w, 0.0) * v.to(tl.float32)
@@ -102,7 +102,7 @@ def send_combine(
     out, y, position, expert_ids, owner, table, counters, window, tokens, me, experts,
     R: tl.constexpr, K: tl.constexpr, TOPK: tl.constexpr, LANES_K: tl.constexpr,
     MAX_TOKENS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, WEIGHTS_AT: tl.constexpr,
-    RESULTS_AT: tl.constexpr, HOME: tl.constexpr, GIVEN: tl.constexpr, SOURCE: tl.constexpr,
+    RESULTS_AT: tl.constexpr, HOME: tl.constexpr, SHARED: tl.constexpr, SOURCE: tl.constexpr,
     WAIT: tl.constexpr, CHECKS: tl.constexpr, SIM: tl.constexpr,
 ):  # fmt: skip
     """The last program waits if WAIT; the others share (token that came, piece of a row).
@@ -113,7 +113,9 @@ def send_combine(
 
     y: [rows, H]. position: [R * MAX_TOKENS * TOPK] int32, the row of y of each pair, of index_rows
     or the places of expert_major.py. -1: no row is here; below: its result is zero.
-    GIVEN: weights came by `share_weights`. SOURCE: rows between the partial sums of two ranks.
+    HOME: peers get a row for each choice. SHARED: weights came by `share_weights`, those of peers
+    unless HOME; own rows are summed here in any case. SOURCE: rows between the partial sums of two
+    ranks.
     """
     pid = tl.program_id(0)
     workers = tl.num_programs(0)
@@ -147,7 +149,7 @@ def send_combine(
                     v = tl.load(y + p.to(tl.int64) * H + c, mask=inside & (p >= 0), other=0.0)
                     tl.store(results + (back * TOPK + k) * H + c, v, mask=inside & (p != -1))
             else:
-                acc = _partial(y, position, weights, pair, c, inside, H, TOPK, GIVEN)
+                acc = _partial(y, position, weights, pair, c, inside, H, TOPK, SHARED)
                 back = (me * SOURCE + t).to(tl.int64)
                 tl.store(results + back * H + c, acc.to(kind), mask=inside)
             item += workers
@@ -160,10 +162,10 @@ def send_combine(
                 peers = tl.load(table + PEER + ids, mask=up, other=0)
                 flags = (peers + COMBINE_FLAGS).to(tl.pointer_type(tl.int64))
                 value = tag_of(table, ids, 0, CHECKS)
-                if GIVEN:
+                if SHARED and not HOME:
                     value = value | 1
                 tl.atomic_xchg(flags + me, value, mask=up, sem="release", scope="sys")
-        if not HOME:  # where own rows are read from where they are
+        if SHARED or not HOME:  # else `reduce` reads own rows from where they are
             item -= away
             while item < tokens * PIECES:
                 t = item // PIECES
@@ -171,7 +173,7 @@ def send_combine(
                 inside = c < H
                 own = (me * MAX_TOKENS + t).to(tl.int64)
                 asked = _asked(expert_ids, owner, experts, t, K, LANES_K)
-                acc = _partial(y, position, weights, own * TOPK, c, inside, H, TOPK, GIVEN)
+                acc = _partial(y, position, weights, own * TOPK, c, inside, H, TOPK, SHARED)
                 alone = asked == (tl.full((), 1, tl.int64) << me)
                 if R == 1:  # a token without experts, too
                     alone = t >= 0
@@ -221,18 +223,15 @@ def _add_rows(
 @triton.jit
 def _add_sums(
     acc, table, results, asked, t, c, inside, me,
-    R: tl.constexpr, SOURCE: tl.constexpr, H: tl.constexpr, GIVEN: tl.constexpr, OWN: tl.constexpr,
+    R: tl.constexpr, SOURCE: tl.constexpr, H: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """acc + the partial sums of the ranks that sent them, in the order of ranks; if OWN, the own
-    one among them. SOURCE: rows of H between those of two ranks."""
+    """acc + the partial sums of the ranks that sent them and the own one, in the order of ranks."""
     for i in tl.static_range(R):
         how = tl.load(table + RETURNED + i)
-        if GIVEN:
-            use = (how == 2) & (i != me)
+        if SHARED:
+            use = (how == 2) | (i == me)
         else:
-            use = (how != 0) & (i != me)
-        if OWN:
-            use = use | (i == me)
+            use = (how != 0) | (i == me)
         use = use & (((asked >> i) & 1) != 0)
         theirs = (i * SOURCE + t).to(tl.int64) * H
         v = tl.load(results + theirs + c, mask=inside & use, other=0.0)
@@ -245,13 +244,13 @@ def reduce(
     out, y, position, expert_ids, weights, owner, table, window, tokens, me, experts,
     R: tl.constexpr, K: tl.constexpr, TOPK: tl.constexpr, LANES_K: tl.constexpr,
     MAX_TOKENS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
-    RESULTS_AT: tl.constexpr, HOME: tl.constexpr, GIVEN: tl.constexpr, SOURCE: tl.constexpr,
+    RESULTS_AT: tl.constexpr, HOME: tl.constexpr, SHARED: tl.constexpr, SOURCE: tl.constexpr,
 ):  # fmt: skip
     """The programs share (own token, piece of a row): its sum.
 
     "rank": partial sums in the order of ranks, the own one among them; HOME: rows in the order of
-    choices, the same whatever the placement. In float32. GIVEN: from each source what it chose to
-    send; HOME then says what this rank did with its own.
+    choices, the same whatever the placement. In float32. SHARED: from each source what it chose to
+    send, and the own partial sums.
     """
     pid = tl.program_id(0)
     if pid == 0:
@@ -272,11 +271,11 @@ def reduce(
         c = (item % PIECES) * WIDTH + tl.arange(0, WIDTH)
         inside = c < H
         acc = tl.zeros((WIDTH,), tl.float32)
-        if not HOME:
+        if SHARED or not HOME:
             asked = _asked(expert_ids, owner, experts, t, K, LANES_K)
             inside = inside & (asked != (tl.full((), 1, tl.int64) << me))  # else it is there
-            acc = _add_sums(acc, table, results, asked, t, c, inside, me, R, SOURCE, H, GIVEN, True)
-            if GIVEN:
+            acc = _add_sums(acc, table, results, asked, t, c, inside, me, R, SOURCE, H, SHARED)
+            if SHARED:
                 if chosen > 0:
                     acc = _add_rows(
                         acc, y, position, expert_ids, weights, owner, table, results, t, c,
@@ -287,10 +286,5 @@ def reduce(
                 acc, y, position, expert_ids, weights, owner, table, results, t, c,
                 inside, me, experts, R, K, TOPK, MAX_TOKENS, H, True,
             )  # fmt: skip
-            if GIVEN:
-                asked = _asked(expert_ids, owner, experts, t, K, LANES_K)
-                acc = _add_sums(
-                    acc, table, results, asked, t, c, inside, me, R, SOURCE, H, GIVEN, False
-                )
         tl.store(out + t.to(tl.int64) * H + c, acc.to(kind), mask=inside)
         item += tl.num_programs(0)

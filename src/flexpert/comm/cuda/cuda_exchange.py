@@ -294,7 +294,7 @@ class CudaExchange:
     ) -> None:
         """y: [rows, hidden] spec.dtype, in the order of `CudaIndexed.rows`, or with `places` (see
         expert_major.py) as these say; out: see `reduce`. shared: the weights are those of
-        `share_weights`, which has been waited for if reduce is "rank"."""
+        `share_weights`, which has been waited for if reduce is "rank"; y is not read afterwards."""
         spec, tuning = self.spec, self.tuning
         pieces = triton.cdiv(spec.hidden, tuning.width)
         most = spec.capacity * spec.max_tokens * pieces
@@ -306,7 +306,7 @@ class CudaExchange:
             LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
             WIDTH=tuning.width, WEIGHTS_AT=self.layout.weights_at,
             RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
-            GIVEN=shared and reduce == "rank", SOURCE=self._source(sent, shared), WAIT=wait,
+            SHARED=shared, SOURCE=self._source(sent, shared), WAIT=wait,
             CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.combine_warps,
             enable_fp_fusion=False,
         )  # fmt: skip
@@ -356,7 +356,7 @@ class CudaExchange:
             R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
             LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
             WIDTH=tuning.width, RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
-            GIVEN=shared, SOURCE=self._source(sent, shared),
+            SHARED=shared, SOURCE=self._source(sent, shared),
             num_warps=tuning.combine_warps, enable_fp_fusion=False,
         )  # fmt: skip
         return out
