@@ -116,6 +116,24 @@ def test_a_rank_leaves_and_its_id_comes_back_as_another_process_would(engine: En
         engine.step(0, 1)
 
 
+def test_two_processes_part_and_meet_again(engine: Engine) -> None:
+    """Their flags of before are not those that they expect now, though the numbers are the same."""
+    two(engine)
+    for _ in range(2):
+        engine.buffer(0).disconnect_ranks([1])
+        engine.buffer(1).disconnect_ranks([0])
+        engine.connect((0,), (1,))
+        engine.unmask(1, 0)
+        engine.unmask(0, 1)
+        engine.step(0, 1)
+    engine.buffer(0).disconnect_ranks([1])
+    engine.buffer(1).disconnect_ranks([0])
+    engine.connect((0,), (1,))
+    engine.unmask(0, 1)
+    engine.step(0)  # rank 1 has sent nothing
+    assert engine.status(0) == [0, 1, 1, 1]
+
+
 def test_what_a_rank_left_in_the_window_is_not_taken_for_its_successor_s(engine: Engine) -> None:
     """Of both, it is the first exchange, in which the numbers of flags are the same."""
     two(engine)
