@@ -12,7 +12,7 @@ from support.comm_ranks import apply_experts, random_sent, spec_of
 from support.cuda_local import DEVICE, CudaLocal, gathered
 
 from flexpert.comm import BufferSpec
-from flexpert.comm.buffer import Scales
+from flexpert.comm.buffer import Reduce, Scales
 from flexpert.comm.cuda.cuda_exchange import FEW, CudaDispatched, CudaExchange, Tuning
 from flexpert.comm.cuda.expert_major import NO_ROOM, NOWHERE, ExpertMajor, pack
 from flexpert.comm.routing import arrivals, expected_rows, expected_sums
@@ -177,3 +177,86 @@ def test_narrower_rows_than_were_sent() -> None:
         assert whole.scales is not None
         assert half.scales is not None
         assert torch.equal(half.scales[slot, :rows], whole.scales[slot, :rows, :1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("split", "choices"),
+    [((), None), ((), 1), ((0,), None), ((0, 1, 2), None)],
+    ids=["no rank", "no room for rows", "rank 0", "all ranks"],
+)
+def test_weights_of_the_combine_wherever_they_are_applied(
+    split: tuple[int, ...], choices: int | None
+) -> None:
+    """Each rank sends sums, or the rows for its peers to sum; they need not do the same."""
+    spec = spec_of(3, dtype=torch.float32, max_tokens=4, hidden=20)
+    ids = (0, 1, 2)
+    tuning = Tuning(width=16, workers=3, reducers=2, packers=2)
+    local = CudaLocal(spec, ids, choices=choices, tuning=tuning)
+    local.activate(ids)
+    for seed in (4, 8, 9):
+        torch.manual_seed(seed)
+        sent = random_sent(spec, ids, seed)
+        done = local.dispatch(sent)
+        spread, places, given, handles = {}, {}, {}, {}
+        for rank, handle in done.items():
+            into = room(local.ranks[rank], handle, 12, 3)
+            pack(local.ranks[rank], handle, into)
+            x, offsets, _ = expected_rows(sent, rank)
+            y = apply_experts(x, offsets)
+            rows, places[rank] = into.x.fill_(float("nan")), into.places
+            for slot, begin in enumerate(offsets[:-1].tolist()):
+                end = int(offsets[slot + 1])
+                rows[slot, : end - begin] = y[begin:end]
+            spread[rank] = rows.view(-1, spec.hidden)
+            off = torch.rand(handle.expert_ids.shape, device=DEVICE) < 0.2
+            given[rank] = torch.rand(handle.weights.shape, device=DEVICE)
+            handles[rank] = replace(handle, expert_ids=handle.expert_ids.masked_fill(off, -1))
+        sums = combine_with(local, spread, places, given, handles, split)
+        rows_of = {rank: expected_rows(sent, rank) for rank in ids}
+        y_of = {rank: apply_experts(*rows_of[rank][:2]).double() for rank in ids}
+        for rank, h in handles.items():
+            weights = (given[rank] * (h.expert_ids >= 0)).cpu()
+            desired = torch.zeros(h.tokens, spec.hidden, dtype=torch.float64)
+            for owner in ids:
+                for at, p in enumerate(arrivals(sent, owner)):
+                    if p.home == rank:
+                        desired[p.token] += weights[p.token, p.choice].double() * y_of[owner][at]
+            torch.testing.assert_close(sums[rank].cpu().double(), desired, rtol=1e-5, atol=1e-5)
+
+
+def combine_with(
+    local: CudaLocal,
+    y: dict[int, torch.Tensor],
+    places: dict[int, torch.Tensor],
+    weights: dict[int, torch.Tensor],
+    handles: dict[int, CudaDispatched],
+    split: tuple[int, ...],
+) -> dict[int, torch.Tensor]:
+    """Sums by rank; `split`: who does not wait for the weights of its peers."""
+    out = {
+        rank: torch.full((h.tokens, local.spec.hidden), float("nan"), device=DEVICE)
+        for rank, h in handles.items()
+    }
+    reduce: dict[int, Reduce] = {rank: "home" if rank in split else "rank" for rank in handles}
+    for rank, h in handles.items():
+        local.ranks[rank].share_weights(weights[rank], h, wait=False)
+    for rank, h in handles.items():
+        exchange = local.ranks[rank]
+        if rank not in split:
+            exchange.share_weights(weights[rank], h, send=False)
+        exchange.send_combine(
+            out[rank], y[rank], h, reduce=reduce[rank], wait=False, places=places[rank], shared=True
+        )
+    for rank, h in handles.items():
+        local.ranks[rank].wait_combine()
+        local.ranks[rank].reduce(
+            out[rank],
+            y[rank],
+            h,
+            reduce=reduce[rank],
+            weights=weights[rank],
+            places=places[rank],
+            shared=True,
+        )
+    return out

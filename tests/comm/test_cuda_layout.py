@@ -47,7 +47,7 @@ def test_parts_of_a_window_begin_at_sections_and_do_not_overlap() -> None:
 def test_a_window_does_not_grow_with_experts_and_home_rows_can_be_left_out() -> None:
     spec = BufferSpec(2, 128, 7168, 8, torch.bfloat16)
     rows = 2 * 128 * 7168 * 2
-    assert layout(spec, home=False).size < 2.1 * rows
+    assert layout(spec, choices=1).size < 2.1 * rows
     assert layout(spec).size < 9.1 * rows
 
 
@@ -60,12 +60,12 @@ def test_flags_of_other_epochs_and_links_differ() -> None:
             tag(epoch, link)
 
 
-def test_a_report_names_rank_phase_and_epoch() -> None:
+def test_a_report_names_rank_and_phase() -> None:
     page = torch.zeros(PAGE_WORDS, dtype=torch.int64)
     assert read_report(page) == []
     page[Page.REPORT + 3] = tag(7, 1) | 5 << 16 | 2
     page[Page.GONE + 4] = 1
-    assert read_report(page) == [Missing(3, "combine", 7)]
+    assert read_report(page) == [Missing(3, "combine")]
 
 
 def test_the_table_has_room_for_every_id() -> None:

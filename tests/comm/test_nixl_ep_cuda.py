@@ -242,6 +242,27 @@ def test_hooks_and_events_receive_and_an_outstanding_one_is_called_by_what_comes
     check_combined(ranks.setup, mine, out, up={0})
 
 
+def test_results_may_be_overwritten_while_the_hook_of_a_combine_is_outstanding(
+    ranks: Phases,
+) -> None:
+    ranks.start([0, 1])
+    sent = ranks.inputs([0, 1], 18)
+    got = ranks.dispatch(sent)
+    y = ranks.results(got)
+    outs = {
+        rank: ranks.buffers[rank].combine(
+            y[rank], mine.experts, mine.weights, got[rank][2], return_recv_hook=True
+        )
+        for rank, mine in sent.items()
+    }
+    for rows in y.values():
+        rows.fill_(float("nan"))
+    for rank, (out, _, hook) in outs.items():
+        assert hook is not None
+        hook()
+        check_combined(ranks.setup, sent[rank], out, up={0, 1})
+
+
 def test_zero_copy_strided_out_and_rows_that_do_not_count(ranks: Phases) -> None:
     ranks.start([0])
     buffer, sent = ranks.buffers[0], ranks.inputs([0], 35)
@@ -272,6 +293,30 @@ def test_experts_may_be_turned_off_between_dispatch_and_combine(ranks: Phases) -
     }
     for rank, out in ranks.combine(fewer, ranks.results(got), got).items():
         check_combined(ranks.setup, fewer[rank], out, up={0, 1})
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("hidden", "k"), [(3584, 11), (64, 22)])
+def test_shapes_of_models_that_have_more_choices_or_another_width(
+    hidden: int, k: int, split: bool
+) -> None:
+    with Phases(Setup(capacity=1, max_tokens=4, hidden=hidden, experts_per_rank=24)) as ranks:
+        buffer = ranks.add(0)
+        sent = {0: make_input(ranks.setup, 0, 18, k=k)}
+        mine = replace(sent[0], experts=sent[0].experts.int())
+        for _ in range(2):
+            recv_x, count, handle, _, hook = dispatch(buffer, mine, return_recv_hook=split)
+            if hook is not None:
+                hook()
+            check_dispatched(ranks.setup, sent, 0, recv_x, count, handle)
+            y = apply_experts(ranks.setup, 0, recv_x)
+            out, _, hook = buffer.combine(
+                y, mine.experts, mine.weights, handle, return_recv_hook=split
+            )
+            if hook is not None:
+                hook()
+            check_combined(ranks.setup, mine, out, up={0})
+            dispatch(buffer, mine)  # and never combined
 
 
 # ---- ranks that come and go ---------------------------------------------------------------------
@@ -316,14 +361,13 @@ def test_who_sends_nothing_is_masked_and_its_experts_are_left_out(
 # ---- statistics, wrong calls --------------------------------------------------------------------
 
 
-def test_received_rows_are_added_up_and_waits_are_refused(ranks: Phases) -> None:
+def test_received_rows_and_waits_are_added_up(ranks: Phases) -> None:
     ranks.start([0, 1])
     sent = ranks.inputs([0, 1], 11)
     stats = torch.full((3,), 5, dtype=torch.int32)
-    there = torch.zeros(2, dtype=torch.int64)
     buffer, mine = ranks.buffers[0], sent[0]
-    with pytest.raises(ValueError, match="waits are not counted"):
-        dispatch(buffer, mine, dispatch_wait_recv_cost_stats=there)
+    with pytest.raises(ValueError, match=r"wait_recv_cost_stats must be \[2\] torch.int64"):
+        dispatch(buffer, mine, dispatch_wait_recv_cost_stats=torch.zeros(3, dtype=torch.int64))
     hooks = []
     for rank, statistics in ((0, stats), (1, None)):
         _, count, _, _, hook = dispatch(
@@ -338,6 +382,21 @@ def test_received_rows_are_added_up_and_waits_are_refused(ranks: Phases) -> None
         hook()
     assert stats.tolist() == [5 + rows for rows in hooks[0][1].tolist()]
     assert int(hooks[0][1].sum()) > 0
+
+
+def test_how_long_each_rank_was_waited_for(ranks: Phases) -> None:
+    ranks.start([0, 1])
+    sent = ranks.inputs([0, 1], 18)
+    waits = torch.full((2,), 7, dtype=torch.int64)
+    got = ranks.dispatch({0: sent[0]}, dispatch_wait_recv_cost_stats=waits)
+    assert waits[0] == 7
+    assert waits[1] > 7  # rank 1 never came
+    back = torch.zeros(2, dtype=torch.int64)
+    mine = sent[0]
+    ranks.buffers[0].combine(
+        got[0][0], mine.experts, mine.weights, got[0][2], combine_wait_recv_cost_stats=back
+    )
+    assert back.tolist() == [0, 0]  # and is not waited for again
 
 
 def test_rows_without_room_are_left_out_of_tensors_and_sums(ranks: Phases) -> None:
@@ -391,9 +450,9 @@ def test_wrong_arguments_say_what_to_do_and_send_nothing(ranks: Phases) -> None:
         (lambda: buffer.dispatch(x, experts.float(), 4, use_fp8=False), "expert_ids must be int"),
         (
             lambda: buffer.dispatch(
-                torch.zeros(4, 64).bfloat16(), torch.zeros(4, 17).long(), 4, use_fp8=False
+                torch.zeros(4, 64).bfloat16(), torch.zeros(4, 33).long(), 4, use_fp8=False
             ),
-            "k <= 16",
+            "k <= 32",
         ),
         (lambda: buffer.dispatch(x.to("meta"), experts, 4, use_fp8=False), f"meta.*{VARIABLE}"),
     ]

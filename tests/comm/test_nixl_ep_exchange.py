@@ -414,6 +414,51 @@ def test_statistics_are_added_to(ranks: Ranks) -> None:
 # ---- wrong calls --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("hidden", "k", "dtype"), [(3584, 11, torch.int32), (512, 22, torch.int64)]
+)
+def test_shapes_of_models_that_have_more_choices_or_another_width(
+    hidden: int, k: int, dtype: torch.dtype
+) -> None:
+    setup = Setup(capacity=2, max_tokens=8, hidden=hidden, experts_per_rank=16)
+    with Ranks(setup) as ranks:
+        ranks.start([0, 1])
+        sent = {
+            rank: replace(mine, experts=mine.experts.to(dtype))
+            for rank, mine in ranks.inputs([0, 1], 18, k=k).items()
+        }
+
+        def run(buffer: Buffer) -> None:
+            mine = sent[buffer.rank]
+            recv_x, count, handle, _, _ = buffer.dispatch(mine.x, mine.experts, 8, use_fp8=False)
+            check_dispatched(setup, sent, buffer.rank, recv_x, count, handle)
+            y = apply_experts(setup, buffer.rank, recv_x)
+            assert buffer.get_next_combine_buffer(handle).shape == recv_x.shape
+            other = torch.int32 if dtype is torch.int64 else torch.int64
+            out, _, _ = buffer.combine(y, mine.experts.to(other), mine.weights, handle)
+            check_combined(setup, mine, out, up={0, 1})
+
+        ranks.each([0, 1], run)
+
+
+def test_a_handle_from_before_a_growth_is_refused(ranks: Ranks) -> None:
+    """It has no room for the new rank's rows; one that was made for the capacity has."""
+    ranks.start([0])
+    buffer, mine = ranks.buffers[0], ranks.inputs([0], 1)[0]
+    recv_x, _, old, _, _ = buffer.dispatch(mine.x, mine.experts, 8, use_fp8=False)
+    _, _, roomy, _, _ = buffer.dispatch(mine.x, mine.experts, 8, num_experts=12, use_fp8=False)
+    ranks.add(1)
+    ranks.each([0, 1], lambda b: b.connect_ranks([0, 1], activate=False))
+    y = apply_experts(ranks.setup, 0, recv_x)
+    buffer.combine(y, mine.experts, mine.weights, old)
+    buffer.update_mask_buffer(1)
+    with pytest.raises(ValueError, match="for 1 ranks, but rank 1 was unmasked since: dispatch"):
+        buffer.combine(y, mine.experts, mine.weights, old)
+    assert buffer.get_next_combine_buffer(roomy).shape == (3, 4 * 8, 512)
+    buffer.update_mask_buffer(1, True)
+    buffer.combine(y, mine.experts, mine.weights, old)
+
+
 def test_wrong_arguments_say_what_to_do_and_send_nothing(ranks: Ranks) -> None:
     ranks.start([0, 1])
     buffer = ranks.buffers[0]
@@ -431,8 +476,8 @@ def test_wrong_arguments_say_what_to_do_and_send_nothing(ranks: Ranks) -> None:
         (lambda: buffer.dispatch(x, experts.float(), 8), "expert_ids must be int"),
         (lambda: buffer.dispatch(x, experts + 12, 8), "expert 12 does not exist"),
         (
-            lambda: buffer.dispatch(torch.zeros(8, 512).bfloat16(), torch.zeros(8, 17).long(), 8),
-            "k <= 16",
+            lambda: buffer.dispatch(torch.zeros(8, 512).bfloat16(), torch.zeros(8, 33).long(), 8),
+            "k <= 32",
         ),
         (
             lambda: buffer.dispatch(

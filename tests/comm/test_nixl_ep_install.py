@@ -26,13 +26,15 @@ install_nixl_ep()
 import importlib.util
 import torch
 import nixl_ep, nixl_ep.buffer, nixl_ep.utils
-from nixl_ep import Buffer, Config, EventOverlap, topk_idx_t
+from nixl_ep import Buffer, Config, EventHandle, EventOverlap, topk_idx_t
 from nixl_ep.buffer import DEFAULT_TIMEOUT_MS
 from flexpert.compat import nixl_ep as compat
 assert nixl_ep is compat and importlib.util.find_spec("nixl_ep") is not None
 assert Buffer is nixl_ep.buffer.Buffer is compat.Buffer
 assert EventOverlap is nixl_ep.utils.EventOverlap
-assert topk_idx_t is torch.int64 and DEFAULT_TIMEOUT_MS == 30000
+assert EventHandle is nixl_ep.utils.EventHandle is nixl_ep.buffer.EventHandle
+EventOverlap(EventHandle()).current_stream_wait()
+assert topk_idx_t is torch.int32 and DEFAULT_TIMEOUT_MS == 30000
 print(Config(20, 6, 256, 6, 128).num_sms, Buffer.__module__)
 """
     assert run(code) == "20 flexpert.compat.nixl_ep.buffer"

@@ -43,21 +43,21 @@ def test_an_absent_package_is_named_with_what_to_install(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
     with pytest.raises(CommError, match=r"pip install 'flexpert\[nixl\]'"):
-        load("13", "2.13.0")
+        load("13", "2.13.0", (9, 0))
     with pytest.raises(CommError, match=r"for CUDA 12: pip install nixl-cu12"):
-        load("12", "2.13.0")
+        load("12", "2.13.0", (9, 0))
 
 
 def test_a_release_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "1.3.2", SimpleNamespace())
     with pytest.raises(CommError, match=r"needs nixl-cu13 1\.4 or later, 1\.3\.2 is installed"):
-        load("13", "2.13.0")
+        load("13", "2.13.0", (9, 0))
 
 
 def test_a_release_for_another_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "1.5.1")
-    with pytest.raises(CommError, match=r"cannot be imported under torch 2\.11\.0"):
-        load("13", "2.11.0")
+    with pytest.raises(CommError, match=r"under torch 2\.11\.0.*for torch 2\.12 to 2\.14"):
+        load("13", "2.11.0", (9, 0))
 
 
 @pytest.mark.parametrize(("version", "fixed"), [("1.4.0", False), ("1.5.0", True), ("2.0", True)])
@@ -66,7 +66,7 @@ def test_graphs_need_a_release_that_heeds_num_experts(
 ) -> None:
     module = SimpleNamespace()
     installed(monkeypatch, version, module)
-    found = load("13", "2.13.0")
+    found = load("13", "2.13.0", (9, 0))
     assert found.module is module
     assert found.fixed is fixed
 
@@ -76,11 +76,22 @@ def test_versions_are_compared_as_numbers() -> None:
     assert release("nightly") < (1,)
 
 
-def test_an_old_gpu_is_refused() -> None:
-    check_capability((9, 0))
-    check_capability((10, 0))
-    with pytest.raises(CommError, match=r"compute capability 9\.0 or later, this one has 8\.6"):
-        check_capability((8, 6))
+@pytest.mark.parametrize(
+    ("version", "taken", "refused"),
+    [
+        ((1, 4, 0), [(9, 0)], [(8, 6), (10, 0), (12, 0)]),
+        ((1, 5, 1), [(9, 0), (10, 0), (10, 3), (12, 0), (12, 1)], [(8, 6), (8, 9), (11, 0)]),
+    ],
+)
+def test_a_gpu_that_a_release_has_no_code_for_is_refused(
+    version: tuple[int, ...], taken: list[tuple[int, int]], refused: list[tuple[int, int]]
+) -> None:
+    for capability in taken:
+        check_capability(capability, version)
+    for capability in refused:
+        dotted = ".".join(map(str, capability))
+        with pytest.raises(CommError, match=f"capability 9.0.* this one has {dotted}; backend"):
+            check_capability(capability, version)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install flexp
 from flexpert.comm import BufferSpec, ExpertTable
 from flexpert.comm.buffer import Reduce, Scales
 from flexpert.comm.cuda.cuda_exchange import FEW, CudaDispatched, CudaExchange, CudaIndexed, Tuning
-from flexpert.comm.cuda.cuda_layout import PAGE_WORDS, layout
+from flexpert.comm.cuda.cuda_layout import PAGE_WORDS, layout, tag
 from flexpert.comm.interpreter import INTERPRETED as INTERPRETED
 from flexpert.comm.routing import Sent
 
@@ -32,14 +32,23 @@ class CudaLocal:
     """Exchanges by id; the windows of all lie in this process."""
 
     def __init__(
-        self, spec: BufferSpec, ids: Iterable[int], *, same_k: bool = False, tuning: Tuning = FEW
+        self,
+        spec: BufferSpec,
+        ids: Iterable[int],
+        *,
+        same_k: bool = False,
+        choices: int | None = None,
+        tuning: Tuning = FEW,
     ) -> None:
         self.spec, self.same_k = spec, same_k
         self.ranks: dict[int, CudaExchange] = {}
         for rank in ids:
-            window = torch.zeros(layout(spec).size, dtype=torch.uint8, device=DEVICE)
+            size = layout(spec, choices=choices).size
+            window = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
             page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=DEVICE == "cuda")
-            self.ranks[rank] = CudaExchange(rank, spec, window, page, same_k=same_k, tuning=tuning)
+            self.ranks[rank] = CudaExchange(
+                rank, spec, window, page, choices=choices, same_k=same_k, tuning=tuning
+            )
         self.epoch = 0
 
     @property
@@ -52,7 +61,7 @@ class CudaLocal:
         chosen = tuple(ids)
         for rank in chosen:
             self.ranks[rank].configure(
-                self.addresses, dict.fromkeys(chosen, 0), self.epoch, limit_ns=LIMIT_NS
+                self.addresses, dict.fromkeys(chosen, tag(self.epoch, 0)), limit_ns=LIMIT_NS
             )
 
     def dispatch(

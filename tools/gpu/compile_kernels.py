@@ -70,21 +70,33 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
             "send_combine",
             dict(out=BF16, y=BF16, position=P32, expert_ids=P64, owner=P32, table=P64,
                  counters=P32, window=I64, tokens=I32, me=I32, experts=I32),
-            SHAPE | dict(K=8, LANES_K=8, H=7168, WIDTH=TUNED.width, HOME=home, WAIT=True, CHECKS=True, SIM=False) | WHERE,
+            SHAPE | dict(K=8, LANES_K=8, H=7168, WIDTH=TUNED.width, HOME=home, SHARED=given, SOURCE=4096 if given else 512, WAIT=True, CHECKS=True, SIM=False) | WHERE,
             TUNED.combine_warps,
         )
-        for name, home in (("rank", False), ("home", True))
+        for name, home, given in (
+            ("rank", False, False), ("home", True, False), ("given", False, True), ("split", True, True)
+        )
     },
     **{
         f"reduce {name}": (
             "reduce",
             dict(out=BF16, y=BF16, position=P32, expert_ids=P64, weights=F32, owner=P32, table=P64,
                  window=I64, tokens=I32, me=I32, experts=I32),
-            SHAPE | dict(K=8, LANES_K=8, H=7168, WIDTH=TUNED.width, HOME=home) | WHERE,
+            SHAPE | dict(K=8, LANES_K=8, H=7168, WIDTH=TUNED.width, HOME=home, SHARED=given, SOURCE=4096 if given else 512) | WHERE,
             TUNED.combine_warps,
         )
-        for name, home in (("rank", False), ("home", True))
+        for name, home, given in (
+            ("rank", False, False), ("home", True, False), ("given", False, True), ("split", True, True)
+        )
     },
+    "share_weights": (
+        "share_weights",
+        dict(weights=F32, expert_ids=P32, table=P64, window=I64, tokens=I32, me=I32),
+        SHAPE | dict(K=8, CHUNK=2048, SEND=True, WAIT=True, CHECKS=True, SIM=False) | WHERE,
+        8,
+    ),
+    "release": ("release", dict(table=P64, bits=I32, me=I32), {}, 1),
+    "await_release": ("await_release", dict(table=P64, window=I64), dict(SIM=False), 1),
     "meet": (
         "meet", dict(table=P64, window=I64, me=I32), dict(SEND=True, WAIT=True, SIM=False), 1
     ),

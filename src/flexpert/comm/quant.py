@@ -59,7 +59,8 @@ def quantise(x: torch.Tensor, scales: Scales = "float32") -> tuple[torch.Tensor,
     blocks = x.float().view(tokens, hidden // BLOCK, BLOCK)
     finite = torch.where(blocks.isfinite(), blocks, 0.0)
     amax = finite.abs().amax(-1).clamp(min=SMALLEST_AMAX)
-    largest = torch.tensor(LARGEST)  # as a tensor: torch divides a number by way of 1 / amax
+    # as a tensor: torch divides a number by way of 1 / amax
+    largest = torch.tensor(LARGEST, dtype=torch.float32, device="cpu")
     scale, inverse = amax / largest, largest / amax
     if scales != "float32":
         mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)

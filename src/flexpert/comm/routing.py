@@ -103,11 +103,13 @@ def expected_rows(
     here = arrivals(sent, rank)
     own = sent[rank]
     x = torch.stack([sent[p.home].x[p.token] for p in here]) if here else own.x[:0]
-    offsets = torch.zeros(own.table.slots + 1, dtype=torch.int32)
+    offsets = torch.zeros(own.table.slots + 1, dtype=torch.int32, device="cpu")
     for p in here:
         offsets[p.slot + 1 :] += 1
     weights = torch.tensor(
-        [float(sent[p.home].weights[p.token, p.choice]) for p in here], dtype=torch.float32
+        [float(sent[p.home].weights[p.token, p.choice]) for p in here],
+        dtype=torch.float32,
+        device="cpu",
     )
     return x, offsets, weights
 
@@ -121,7 +123,7 @@ def expected_sums(
     """
     own = sent[home]
     row = {p: y[rank][at] for rank in sent for at, p in enumerate(arrivals(sent, rank))}
-    out = torch.zeros(own.x.shape, dtype=torch.float32)
+    out = torch.zeros(own.x.shape, dtype=torch.float32, device="cpu")
     mine = [p for p in pairs(sent) if p.home == home]
 
     def weighted(p: Pair) -> torch.Tensor:
@@ -132,7 +134,7 @@ def expected_sums(
             out[p.token] += weighted(p)
     else:
         for token, rank in sorted({(p.token, p.rank) for p in mine}):
-            partial = torch.zeros(own.x.shape[1], dtype=torch.float32)
+            partial = torch.zeros(own.x.shape[1], dtype=torch.float32, device="cpu")
             for p in mine:
                 if (p.token, p.rank) == (token, rank):
                     partial += weighted(p)

@@ -84,7 +84,7 @@ class HostStream:
         return _Now()
 
     def host_buffer(self, size: int) -> Tensor:
-        return torch.zeros(size, dtype=torch.uint8)
+        return torch.zeros(size, dtype=torch.uint8, device="cpu")
 
     def graph_pool(self) -> object:
         return None
@@ -114,7 +114,7 @@ class CudaStream:
 
     def host_buffer(self, size: int) -> Tensor:
         with CAPTURE_GUARD.apart():
-            return torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+            return torch.zeros(size, dtype=torch.uint8, pin_memory=True, device="cpu")
 
     def graph_pool(self) -> object:
         pool: object = torch.cuda.graph_pool_handle()

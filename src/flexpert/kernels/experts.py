@@ -68,7 +68,7 @@ class ExpertShape:
 
     def empty(self) -> ExpertWeights:
         """An expert in memory of its own, not yet filled."""
-        return self.over(torch.empty(self.nbytes, dtype=torch.uint8))
+        return self.over(torch.empty(self.nbytes, dtype=torch.uint8, device="cpu"))
 
     def _parts(self) -> list[_Part]:
         up, down = (self.height, self.hidden), (self.hidden, self.inter)

@@ -22,8 +22,8 @@ def expert_tables(placement: Placement, rank: int) -> list[ExpertTable]:
         owners, slots = placement.owners(layer, rank)
         tables.append(
             ExpertTable(
-                rank=torch.tensor(owners, dtype=torch.int32),
-                slot=torch.tensor(slots, dtype=torch.int32),
+                rank=torch.tensor(owners, dtype=torch.int32, device="cpu"),
+                slot=torch.tensor(slots, dtype=torch.int32, device="cpu"),
                 slots=len(held),
             )
         )
@@ -37,7 +37,7 @@ def warmup_tables(placement: Placement, rank: int) -> list[ExpertTable]:
     """
     tables = []
     for held in placement.held_by(rank):
-        local = torch.arange(placement.experts, dtype=torch.int32)
+        local = torch.arange(placement.experts, dtype=torch.int32, device="cpu")
         tables.append(
             ExpertTable(
                 rank=torch.full_like(local, rank if held else -1),

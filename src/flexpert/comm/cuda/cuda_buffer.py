@@ -5,7 +5,8 @@ control buffer (comm/gpu_buffer.py). Membership changes write one table on the G
 the stream, so that captured CUDA graphs go on without being captured again.
 
 What its `capabilities` say has these reasons:
-  - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link.
+  - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link; or
+    at once, with `unmask_at_once` (link_tags.py).
   - Outside of graphs, each exchange waits for the device, since errors must be raised in time.
     While a graph is captured, and in its replays, nothing is waited for: ask `check` afterwards.
   - Everything must be launched on one stream, the current one of the caller.
@@ -40,13 +41,17 @@ from flexpert.comm.cuda.cuda_layout import (
     LANES,
     MAX_EPOCH,
     PAGE_WORDS,
+    PHASES,
+    RELEASE,
     Page,
     Word,
     check,
     layout,
     read_report,
+    tag,
 )
 from flexpert.comm.cuda.cuda_received import CudaReceived
+from flexpert.comm.cuda.link_tags import Beginning, LinkTags
 from flexpert.comm.cuda.peers import (
     CudaAddress,
     CudaWindow,
@@ -95,13 +100,25 @@ class CudaBuffer(DeviceBuffer):
         store: Store | None = None,
         device: torch.device | None = None,
         same_k: bool = False,
+        unmask_at_once: bool = False,
+        choices: int | None = None,
         tuning: Tuning | None = None,
     ) -> None:
-        """device: of the window; default: the current CUDA device. same_k: see `CudaExchange`,
-        equal on all ranks. The rest: see `make_buffer`."""
+        """
+        Args:
+            device: of the window; default: the current CUDA device.
+            same_k: see `CudaExchange`; equal on all ranks.
+            unmask_at_once: `unmask` called by the thread that exchanges takes effect when it
+                returns, in captured graphs, too; equal on all ranks. Else in the next vote.
+            choices: most choices of a token that a combine with "home" takes; the memory for
+                results grows with them. Default: `spec.topk`. Equal on all ranks.
+            The rest: see `make_buffer`.
+        """
         check(spec)
         device = device or default_device()
-        self._page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._page = torch.zeros(
+            PAGE_WORDS, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu"
+        )
         super().__init__(
             rank,
             spec,
@@ -111,9 +128,15 @@ class CudaBuffer(DeviceBuffer):
             device=device,
             listener=self._hear,
         )
-        self._window: CudaWindow = own_window(layout(spec).size, self.device)
+        self._window: CudaWindow = own_window(layout(spec, choices=choices).size, self.device)
         self.exchange = CudaExchange(
-            rank, spec, self._window.tensor, self._page, same_k=same_k, tuning=tuning
+            rank,
+            spec,
+            self._window.tensor,
+            self._page,
+            choices=choices,
+            same_k=same_k,
+            tuning=tuning,
         )
         self._address = CudaAddress.of(self._control.address, spec, self._window).encode()
         if store is not None:  # peers that meet by id look here, once they have met
@@ -121,7 +144,11 @@ class CudaBuffer(DeviceBuffer):
         self._peers: dict[int, WindowMemory] = {}
         self._departed: list[WindowMemory] = []
         self._thread = threading.get_ident()  # that exchanges
-        self._links: dict[int, int] = {rank: 0}  # active on the device → number of the link
+        self._tags: dict[int, int] = {rank: tag(0, 0)}  # of the links that the device knows
+        self._own_tags = LinkTags() if unmask_at_once else None
+        if unmask_at_once:
+            self.capabilities = replace(type(self).capabilities, unmask_at_vote=False)
+        self._broken: dict[int, str] = {}  # id → the phase in which nothing came from it
         self._limit_s = timeout_s
         self._write(restart=None)
 
@@ -174,7 +201,11 @@ class CudaBuffer(DeviceBuffer):
                 memory.close()
             raise
         with self._changes:
-            self._peers.update(opened)
+            for peer, memory in opened.items():
+                self._peers[peer] = memory
+                if self._own_tags is not None:
+                    nonces = self._control.nonce(self.rank), self._control.nonce(peer)
+                    self._own_tags.meet(peer, *nonces)
             self._changed = True
         self._apply_now()
         if activate:
@@ -195,6 +226,7 @@ class CudaBuffer(DeviceBuffer):
             for peer in gone:
                 memory = self._peers.pop(peer, None)
                 if memory is not None:
+                    self._tags.pop(peer, None)
                     self._departed.append(memory)
                     self._page[Page.GONE + peer] = 1
                     self._changed = True
@@ -205,10 +237,22 @@ class CudaBuffer(DeviceBuffer):
         self._control.mask(masked)
         with self._changes:
             for peer in masked:
-                if self._links.pop(peer, None) is not None:
-                    self._page[Page.GONE + peer] = 1
+                if peer not in self._tags:
+                    continue
+                self._page[Page.GONE + peer] = 1
+                if self._own_tags is None:
+                    del self._tags[peer]
+                elif self._state is not State.BETWEEN:
+                    self._broken[peer] = "dispatch"
             self._changed = True
         self._apply_now()
+
+    def unmask(self, ids: Iterable[int]) -> None:
+        super().unmask(ids)
+        if self._own_tags is not None:
+            with self._changes:
+                self._changed = True
+            self._apply_now()
 
     def set_active(self, ids: Iterable[int], epoch: int) -> None:
         with self._lock, self._changes:
@@ -227,7 +271,10 @@ class CudaBuffer(DeviceBuffer):
             self._state = State.BETWEEN
             self._received = None
             self.sequence = 0
-            self._links = dict.fromkeys(desired, 0)
+            self._tags = dict.fromkeys(desired, tag(epoch, 0))
+            if self._own_tags is not None:
+                self._own_tags.begin_epoch()
+            self._broken.clear()
             self._unmap()
             self._write(restart=None)
 
@@ -254,12 +301,50 @@ class CudaBuffer(DeviceBuffer):
         with self._changes:
             if not self._changed or self._capturing:
                 return
-            self._changed = False
             self._synchronize()
-            active = self._control.active
-            self._links = {p: link for p, link in self._links.items() if p in active}
+            missing = {m.rank: m.phase for m in read_report(self._page)}
+            if missing and self._lenient:
+                self._broken.update(missing)
+                self._control.mask(missing)
+            elif missing and self._state is State.BETWEEN:
+                return  # writing the table would lose it; the next exchange or vote raises it
+            self._changed = False
+            began = self._relink()
             self._unmap()
-            self._write(restart=())
+            self._write(
+                restart=tuple(peer for peer, link in began.items() if link.anew),
+                ended={p: link.await_end for p, link in began.items() if link.await_end},
+            )
+            if self._own_tags is not None and not any(link.await_end for link in began.values()):
+                self._synchronize()  # a replay on another stream finds the table as it is now
+
+    def _relink(self) -> dict[int, Beginning]:
+        """Make `_tags` those of the active peers; returns the links that begin or go on."""
+        active, own = self._control.active, self._own_tags
+        ended = {p: self._tags.pop(p) for p in list(self._tags) if p not in active}
+        if own is None:
+            return {}
+        exchanges = self.exchange.exchanges
+        for peer, its_tag in ended.items():
+            if self._broken.get(peer) == PHASES[RELEASE]:
+                own.take_back(peer)
+            else:
+                own.end(peer, its_tag, exchanges, whole=peer not in self._broken)
+        self.exchange.release(p for p in ended if self._broken.get(p) != PHASES[RELEASE])
+        self._broken.clear()
+        began = {}
+        for peer in active:
+            if peer in self._tags or peer not in self._peers:
+                continue
+            if self._state is not State.BETWEEN:
+                self._changed = True  # its first exchange is the next one
+                continue
+            began[peer] = own.begin(peer, self.epoch, exchanges)
+            self._tags[peer] = began[peer].tag
+            self._page[Page.GONE + peer] = 0
+            if peer in self.lost:
+                self._page[Page.GONE + peer] = 1
+        return began
 
     def _unmap(self) -> None:
         """Nothing that was launched is under way. The table forgets these peers right after, and
@@ -268,18 +353,20 @@ class CudaBuffer(DeviceBuffer):
             CAPTURE_GUARD.later(memory.close)
         self._departed.clear()
 
-    def _write(self, restart: tuple[int, ...] | None) -> None:
+    def _write(
+        self, restart: tuple[int, ...] | None, ended: Mapping[int, int] | None = None
+    ) -> None:
         """Rewrite the table, between two exchanges."""
         addresses = {peer: memory.address for peer, memory in self._peers.items()}
         addresses[self.rank] = self._window.address
         self._limit_s = self.timeout_s
         self.exchange.configure(
             addresses,
-            self._links,
-            self._control.epoch,
+            self._tags,
             limit_ns=int(self.timeout_s * 1e9),
             elsewhere=any(memory.elsewhere for memory in self._peers.values()),
             restart=restart,
+            ended=ended,
         )
 
     # ---- the step barrier ---------------------------------------------------------------------
@@ -295,25 +382,34 @@ class CudaBuffer(DeviceBuffer):
             votes = self._control.collect_votes(timeout_s)
             self._must_vote = False
             with self._changes:
-                links = {
-                    peer: link
-                    for peer in self._control.active
-                    if (link := self._control.link(peer)) is not None
-                }
-                fresh = tuple(p for p, link in links.items() if self._links.get(p) != link)
-                if fresh or links.keys() != self._links.keys():
+                tags = self._agreed()
+                fresh = tuple(p for p, tag in tags.items() if self._tags.get(p) != tag)
+                if fresh or tags.keys() != self._tags.keys():
                     self._synchronize()
                     for peer in fresh:
                         self._page[Page.GONE + peer] = 0
-                    self._links = links
+                    self._tags = tags
                     self._write(restart=fresh)
             return votes
+
+    def _agreed(self) -> dict[int, int]:
+        """The tags of the links that are up after a vote."""
+        tags = {self.rank: tag(self.epoch, 0)}
+        for peer in self._control.active:
+            number = self._control.link(peer)
+            if peer != self.rank and number is not None:
+                tags[peer] = (
+                    tag(self.epoch, number)
+                    if self._own_tags is None
+                    else self._own_tags.agree(peer, self.epoch, number)
+                )
+        return tags
 
     @property
     def vote_due(self) -> bool:
         """Whether peers were unmasked that only the next vote takes in."""
         with self._changes:
-            return not set(self._control.active) <= self._links.keys()
+            return not set(self._control.active) <= self._tags.keys()
 
     def interrupt(self) -> None:
         self._control.interrupt()
@@ -410,10 +506,12 @@ class CudaBuffer(DeviceBuffer):
         """As in `Buffer`, and:
 
         places: of `CudaReceived.pack`: y is [slots · limit, hidden], with each row in its place.
-        expert_ids: [tokens, k] as in dispatch, but that some may be -1 now and count no longer;
-            only for "home".
+        expert_ids: [tokens, k] as in dispatch, but that some may be -1 now and count no longer.
+            Together with `weights`, on all ranks if on one, it has all ranks tell each other the
+            weights first, and both may be given with "rank" as well; the sending half then waits
+            for the peers' weights.
         """
-        return self._return(y, received, reduce, weights, out, places, expert_ids, wait=False)
+        return self._return(y, received, reduce, weights, out, places, expert_ids, split=True)
 
     def combine(
         self,
@@ -428,7 +526,7 @@ class CudaBuffer(DeviceBuffer):
         expert_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self._set_limit(timeout_s)
-        hook = self._return(y, received, reduce, weights, out, places, expert_ids, wait=self._cuda)
+        hook = self._return(y, received, reduce, weights, out, places, expert_ids, split=False)
         return hook(timeout_s)
 
     def _return(
@@ -441,9 +539,9 @@ class CudaBuffer(DeviceBuffer):
         places: torch.Tensor | None,
         expert_ids: torch.Tensor | None,
         *,
-        wait: bool,
+        split: bool,
     ) -> Hook[torch.Tensor]:
-        spec = self.spec
+        spec, wait = self.spec, self._cuda and not split
         if reduce not in ("home", "rank"):
             raise ValueError(f"reduce is {reduce!r}, must be 'home' or 'rank'")
         with self._lock:
@@ -456,8 +554,16 @@ class CudaBuffer(DeviceBuffer):
                 self._check_rows("y", y, y.shape[0])
                 if places.dtype is not torch.int32 or places.shape != self.exchange.rows.shape:
                     raise ValueError("places must be those that `pack` filled")
-            if reduce != "home" and (weights is not None or expert_ids is not None):
-                raise ValueError("weights and expert_ids at combine need reduce='home'")
+            shared = weights is not None and expert_ids is not None
+            if reduce != "home" and not shared and (weights is not None or expert_ids is not None):
+                raise ValueError(
+                    "weights at combine need reduce='home', or expert_ids; expert_ids need weights"
+                )
+            if reduce == "home" and sent.expert_ids.shape[1] > self.exchange.choices:
+                raise ValueError(
+                    f"reduce='home' takes {self.exchange.choices} choices a token in this buffer, "
+                    f"not {sent.expert_ids.shape[1]}"
+                )
             if expert_ids is not None:
                 self._check_ids(expert_ids, sent.expert_ids)
                 sent = replace(sent, expert_ids=expert_ids.contiguous())
@@ -472,9 +578,16 @@ class CudaBuffer(DeviceBuffer):
                 self._check_rows("out", out, sent.tokens)
             self._state = State.BROKEN
             if wait:
-                self.exchange.combine(y, sent, out, reduce=reduce, weights=weights, places=places)
+                self.exchange.combine(
+                    y, sent, out, reduce=reduce, weights=weights, places=places, shared=shared
+                )
             else:
-                self.exchange.send_combine(out, y, sent, reduce=reduce, wait=False, places=places)
+                if shared:
+                    assert weights is not None
+                    self.exchange.share_weights(weights, sent, wait=reduce == "rank")
+                self.exchange.send_combine(
+                    out, y, sent, reduce=reduce, wait=False, places=places, shared=shared
+                )
             self._state = State.COMBINED
         sequence, target = self.sequence, out
 
@@ -487,8 +600,9 @@ class CudaBuffer(DeviceBuffer):
                     self._set_limit(timeout_s)
                     self.exchange.wait_combine()
                     self.exchange.reduce(
-                        target, y, sent, reduce=reduce, weights=weights, places=places
-                    )
+                        target, y, sent, reduce=reduce, weights=weights, places=places,
+                        shared=shared,
+                    )  # fmt: skip
                 self.check()
                 self._state = State.BETWEEN
                 return target
@@ -511,8 +625,9 @@ class CudaBuffer(DeviceBuffer):
             )
         if not self._lenient:
             self._state = State.BROKEN
-            raise self._failed(ranks, missing[0].phase, missing[0].epoch, self._limit_s)
+            raise self._failed(ranks, missing[0].phase, self.epoch, self._limit_s)
         self._page[Page.REPORT : Page.REPORT + LANES] = 0
+        self._broken.update({m.rank: m.phase for m in missing})
         self.mask(ranks)
         return ranks
 

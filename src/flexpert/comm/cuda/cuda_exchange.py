@@ -6,8 +6,9 @@ in the table. `CudaBuffer` adds what concerns other processes and the host.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from flexpert.comm.cuda import wait_kernels as waiting
 from flexpert.comm.cuda.cuda_layout import (
     HOST_WORDS,
     LANES,
+    SIM_NS,
     TABLE_WORDS,
     Page,
     Word,
@@ -27,13 +29,12 @@ from flexpert.comm.cuda.cuda_layout import (
     fp8_kind,
     layout,
     scale_bytes,
-    tag,
 )
 from flexpert.comm.interpreter import INTERPRETED
 
 _FOREVER_NS = 2**62
+_WEIGHTS_CHUNK = 2048  # weights that share_weights writes in one go
 _SIM_POLLS = 3  # the limit in Triton's interpreter, where a kernel of one process waits for none
-_SIM_NS = 250_000  # of one look, roughly; the limit where peers are other processes
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,7 @@ class CudaExchange:
 
     window: [size of layout] uint8 on the device, zeroed.
     page: [PAGE_WORDS] int64 in pinned host memory (or host memory, in the interpreter).
+    choices: see `layout`; "home" takes tokens of at most so many.
     same_k: all ranks dispatch with the same k, idle ones too: choices are packed by it, and the
         kernels look at no others. Else there is room for `spec.topk` of each token.
     """
@@ -125,20 +127,20 @@ class CudaExchange:
         window: torch.Tensor,
         page: torch.Tensor,
         *,
-        home: bool = True,
+        choices: int | None = None,
         same_k: bool = False,
         tuning: Tuning | None = None,
     ) -> None:
         check(spec)
         self.rank, self.spec, self.window, self.page = rank, spec, window, page
         self.tuning = tuning or (FEW if INTERPRETED else Tuning())
-        self.layout = layout(spec, home=home)
-        self.home = home
+        self.layout = layout(spec, choices=choices)
+        self.choices = min(choices or spec.topk, spec.topk)
         self._same_k = same_k
         device = window.device
         self.table = torch.zeros(TABLE_WORDS, dtype=torch.int64, device=device)
         # rewritten as one piece; what it is copied from must stay as it is until the copy is done
-        self._host = torch.zeros(HOST_WORDS, dtype=torch.int64)
+        self._host = torch.zeros(HOST_WORDS, dtype=torch.int64, device="cpu")
         if device.type == "cuda":
             self._host = self._host.pin_memory()
         self._counters = torch.zeros((LANES, LANES), dtype=torch.int32, device=device)
@@ -158,22 +160,23 @@ class CudaExchange:
     def configure(
         self,
         peers: Mapping[int, int],
-        links: Mapping[int, int],
-        epoch: int,
+        tags: Mapping[int, int],
         *,
         limit_ns: int = _FOREVER_NS,
         elsewhere: bool = False,
         restart: tuple[int, ...] | None = None,
+        ended: Mapping[int, int] | None = None,
     ) -> None:
         """Write membership into the table, in the order of the current stream.
 
         Args:
             peers: id → address of the window of every connected rank, own id included.
-            links: id → number of the link, of those that take part; the own id among them.
-            epoch: of the flags.
+            tags: id → what flags of the link carry, of those that take part; own id among them.
             limit_ns: of every wait.
             elsewhere: a peer is another process; only the interpreter needs to know.
             restart: ids whose numbering begins anew; None: all.
+            ended: id → tag of a link that broke: what is launched after this waits until the peer
+                has called `release` for it, or is left out.
         """
         if self._host.is_pinned():
             torch.cuda.current_stream(self.window.device).synchronize()
@@ -181,10 +184,12 @@ class CudaExchange:
         host.zero_()
         for peer, address in peers.items():
             host[Word.PEER + peer] = address
-        for peer, link in links.items():
+        for peer, tag in tags.items():
             host[Word.ACTIVE + peer] = 1
-            host[Word.TAG + peer] = tag(epoch, link)
-        looks = limit_ns // _SIM_NS if elsewhere else _SIM_POLLS
+            host[Word.TAG + peer] = tag
+        for peer, tag in (ended or {}).items():
+            host[Word.ENDED + peer] = tag
+        looks = limit_ns // SIM_NS if elsewhere else _SIM_POLLS
         host[Word.LIMIT] = looks if self._sim else limit_ns
         host[Word.LIMIT + 1] = self.page.data_ptr()
         self.table[:HOST_WORDS].copy_(host, non_blocking=True)
@@ -196,6 +201,26 @@ class CudaExchange:
                 self.table[Word.SEQUENCE + peer] = 0
                 self.table[Word.MEETINGS + peer] = 0
         self.page[Page.REPORT : Page.REPORT + LANES] = 0
+        if ended:
+            waiting.await_release[(1,)](
+                self.table, self.window.data_ptr(), SIM=self._sim, num_warps=1
+            )
+
+    def release(self, ids: Iterable[int]) -> None:
+        """Tell peers that this rank reads nothing more of what they sent over the links that the
+        table has; before `configure` changes them."""
+        bits = sum(1 << peer for peer in ids)
+        if bits:
+            waiting.release[(1,)](self.table, bits, self.rank, num_warps=1)
+
+    @property
+    def exchanges(self) -> int:
+        """How many there were since all numbering began anew; waits for the device."""
+        return int(self.table[Word.SEQUENCE + self.rank])
+
+    def waited(self, word: Literal[Word.WAITED_DISPATCH, Word.WAITED_COMBINE]) -> torch.Tensor:
+        """[capacity] int64, a copy: nanoseconds for each peer, of all exchanges so far."""
+        return self.table[word : word + self.spec.capacity].clone()
 
     # ---- launches -----------------------------------------------------------------------------
 
@@ -265,9 +290,11 @@ class CudaExchange:
         reduce: Reduce,
         wait: bool,
         places: torch.Tensor | None = None,
+        shared: bool = False,
     ) -> None:
         """y: [rows, hidden] spec.dtype, in the order of `CudaIndexed.rows`, or with `places` (see
-        expert_major.py) as these say; out: see `reduce`."""
+        expert_major.py) as these say; out: see `reduce`. shared: the weights are those of
+        `share_weights`, which has been waited for if reduce is "rank"; y is not read afterwards."""
         spec, tuning = self.spec, self.tuning
         pieces = triton.cdiv(spec.hidden, tuning.width)
         most = spec.capacity * spec.max_tokens * pieces
@@ -278,9 +305,27 @@ class CudaExchange:
             R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
             LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
             WIDTH=tuning.width, WEIGHTS_AT=self.layout.weights_at,
-            RESULTS_AT=self.layout.results_at, HOME=reduce == "home", WAIT=wait,
+            RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
+            SHARED=shared, SOURCE=self._source(sent, shared), WAIT=wait,
             CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.combine_warps,
             enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def share_weights(
+        self, weights: torch.Tensor, sent: CudaDispatched, *, send: bool = True, wait: bool = True
+    ) -> None:
+        """Before a combine whose weights are not those of the dispatch: tell all peers the own
+        ones, and wait for theirs. Every rank must send, whatever its `reduce`.
+
+        weights: [tokens, k] float32; an expert that is -1 in `sent` counts with 0.
+        """
+        spec, k = self.spec, sent.expert_ids.shape[1]
+        chunk = min(triton.next_power_of_2(max(spec.max_tokens * k, 1)), _WEIGHTS_CHUNK)
+        combine.share_weights[(1,)](
+            weights, sent.expert_ids, self.table, self.window.data_ptr(), sent.tokens, self.rank,
+            R=spec.capacity, K=k, TOPK=sent.stride, MAX_TOKENS=spec.max_tokens,
+            WEIGHTS_AT=self.layout.weights_at, CHUNK=chunk, SEND=send, WAIT=wait,
+            CHECKS=self.tuning.checks, SIM=self._sim, num_warps=8,
         )  # fmt: skip
 
     def wait_combine(self) -> None:
@@ -298,6 +343,7 @@ class CudaExchange:
         reduce: Reduce,
         weights: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
+        shared: bool = False,
     ) -> torch.Tensor:
         """out: [tokens, hidden] spec.dtype ← the sums of the own tokens; returned."""
         spec, tuning = self.spec, self.tuning
@@ -310,6 +356,7 @@ class CudaExchange:
             R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
             LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
             WIDTH=tuning.width, RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
+            SHARED=shared, SOURCE=self._source(sent, shared),
             num_warps=tuning.combine_warps, enable_fp_fusion=False,
         )  # fmt: skip
         return out
@@ -346,13 +393,23 @@ class CudaExchange:
         reduce: Reduce = "rank",
         weights: torch.Tensor | None = None,
         places: torch.Tensor | None = None,
+        shared: bool = False,
     ) -> torch.Tensor:
-        """Send, wait and sum: two launches, or one where there is nobody else."""
+        """Send, wait and sum: two launches, or one where there is nobody else; and one before
+        where weights are shared."""
         alone = self.spec.capacity == 1 and reduce == "rank"
-        self.send_combine(out, y, sent, reduce=reduce, wait=not alone, places=places)
+        if shared:
+            assert weights is not None
+            self.share_weights(weights, sent)
+        self.send_combine(out, y, sent, reduce=reduce, wait=not alone, places=places, shared=shared)
         if not alone:
-            self.reduce(out, y, sent, reduce=reduce, weights=weights, places=places)
+            self.reduce(out, y, sent, reduce=reduce, weights=weights, places=places, shared=shared)
         return out
+
+    def _source(self, sent: CudaDispatched, shared: bool) -> int:
+        """Rows between the partial sums of two ranks; where a rank may also send rows of choices,
+        these have the same begin."""
+        return self.spec.max_tokens * (min(sent.stride, self.choices) if shared else 1)
 
     # ---- views --------------------------------------------------------------------------------
 

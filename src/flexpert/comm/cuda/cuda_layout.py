@@ -2,13 +2,15 @@
 
 A window is one allocation, written by the peers and read by its owner:
 
-    flags      dispatch [32] int64, combine [32] int64, meeting [32] int64: one for each source id
+    flags      dispatch [32] int64, combine, meeting, release and weights likewise: one for each
+               source id
     slots      [capacity, max_tokens, topk] int32    slot of each (token, choice) here; -1 none
-    weights    [capacity, max_tokens, topk] float32
+    weights    [capacity, max_tokens, topk] float32; of the dispatch, or those of the combine
     scales     [capacity, max_tokens, hidden / 128]  float32; or one byte each
     rows       [capacity, max_tokens, row bytes]     packed by the row size of the exchange
     results    [capacity, max_tokens, hidden]        what a source returns, a partial sum a token
-               [capacity, max_tokens, topk, hidden]  or a row for each choice ("home")
+               [capacity, max_tokens, topk, hidden]  or a row for each choice ("home"), where there
+                                                     is room for so many
 
 A token's place is its index at home: sending allocates nothing, and receiving moves nothing.
 
@@ -33,36 +35,46 @@ MAX_TOKENS = 2**16 - 1
 MAX_EPOCH = 2**22 - 1
 MAX_LINK = 2**12 - 1
 
-# A flag: epoch (22 bits), link (12), sequence (12), tokens (16).
+# A flag: epoch (22 bits), link (12), sequence (12), tokens (16). Where links begin without a vote,
+# epoch and link are one number (34 bits) with UNVOTED; see link_tags.py.
 EPOCH_SHIFT, LINK_SHIFT, SEQUENCE_SHIFT = 40, 28, 16
+UNVOTED = 1 << 62
 
-DISPATCH, COMBINE, MEETING = 1, 2, 3  # phases, as a report names them
-PHASES = {DISPATCH: "dispatch", COMBINE: "combine", MEETING: "vote"}
+DISPATCH, COMBINE, MEETING, RELEASE = 1, 2, 3, 4  # phases, as a report names them
+PHASES = {DISPATCH: "dispatch", COMBINE: "combine", MEETING: "vote", RELEASE: "unmask"}
 DISPATCH_FLAGS_AT, COMBINE_FLAGS_AT, MEETING_FLAGS_AT = 0, LANES * 8, 2 * LANES * 8
-SLOTS_AT = 4 * LANES * 8
+RELEASE_FLAGS_AT, WEIGHTS_FLAGS_AT = 3 * LANES * 8, 4 * LANES * 8
+SLOTS_AT = 5 * LANES * 8
 
 
 class Word(IntEnum):
     """The table: vectors of `LANES` words, one word for each id. Begin of each, in words.
 
     Written by the host: PEER (address of the window, 0 not connected), ACTIVE (1 takes part), TAG
-    (epoch and link of the flags), LIMIT (word 0: nanoseconds; 1: address of the page).
+    (epoch and link of the flags), LIMIT (word 0: nanoseconds; 1: address of the page), ENDED (tag
+    of the link that the peer must have given up before this one begins; 0: none).
     Advanced by the kernels: SEQUENCE, ARRIVED (tokens of the last dispatch; -1 nothing came),
-    RETURNED (1: its results are here), MEETINGS.
+    RETURNED (1: its results are here, as asked; 2: partial sums where each could choose),
+    MEETINGS; WAITED_DISPATCH, WAITED_COMBINE: nanoseconds from the begins of all waits until that
+    peer's flag was seen.
     """
 
     PEER = 0
     ACTIVE = 1 * LANES
     TAG = 2 * LANES
     LIMIT = 3 * LANES
-    SEQUENCE = 4 * LANES
-    ARRIVED = 5 * LANES
-    RETURNED = 6 * LANES
-    MEETINGS = 7 * LANES
+    ENDED = 4 * LANES
+    SEQUENCE = 5 * LANES
+    ARRIVED = 6 * LANES
+    RETURNED = 7 * LANES
+    MEETINGS = 8 * LANES
+    WAITED_DISPATCH = 9 * LANES
+    WAITED_COMBINE = 10 * LANES
 
 
 HOST_WORDS = int(Word.SEQUENCE)
-TABLE_WORDS = 8 * LANES
+TABLE_WORDS = 11 * LANES
+SIM_NS = 250_000  # of one look in Triton's interpreter, roughly
 
 
 class Page(IntEnum):
@@ -116,8 +128,8 @@ def check(spec: BufferSpec) -> None:
         raise ValueError(f"backend 'cuda' needs rows of whole 4 bytes; hidden is {spec.hidden}")
 
 
-def layout(spec: BufferSpec, *, home: bool = True) -> CudaLayout:
-    """home: with room for a result row for each choice of a token."""
+def layout(spec: BufferSpec, *, choices: int | None = None) -> CudaLayout:
+    """choices: result rows of a token that one rank has room to send; default: all, `spec.topk`."""
     check(spec)
     tokens = spec.capacity * spec.max_tokens
     row = spec.hidden * spec.dtype.itemsize
@@ -125,7 +137,7 @@ def layout(spec: BufferSpec, *, home: bool = True) -> CudaLayout:
     scales_at = align(weights_at + tokens * spec.topk * 4, SECTION)
     rows_at = align(scales_at + tokens * (spec.hidden // BLOCK) * 4, SECTION)
     results_at = align(rows_at + tokens * row, SECTION)
-    size = align(results_at + tokens * row * (spec.topk if home else 1), SECTION)
+    size = align(results_at + tokens * row * min(choices or spec.topk, spec.topk), SECTION)
     return CudaLayout(weights_at, scales_at, rows_at, results_at, size)
 
 
@@ -139,20 +151,20 @@ def tag(epoch: int, link: int) -> int:
     return epoch << EPOCH_SHIFT | link << LINK_SHIFT
 
 
+def tag_of_number(number: int) -> int:
+    """One number instead of epoch and link. number: below 2**34."""
+    return number << LINK_SHIFT
+
+
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """What a kernel reported: nothing came from `rank` in `phase` of an epoch."""
+    """What a kernel reported: nothing came from `rank` in `phase`."""
 
     rank: int
     phase: str
-    epoch: int
 
 
 def read_report(page: torch.Tensor) -> list[Missing]:
-    """What the kernels have reported so far. page: [PAGE_WORDS] int64."""
+    """What the kernels have reported in this epoch. page: [PAGE_WORDS] int64."""
     words = page[Page.REPORT : Page.REPORT + LANES].tolist()
-    return [
-        Missing(rank, PHASES[word & 0xF], word >> EPOCH_SHIFT)
-        for rank, word in enumerate(words)
-        if word
-    ]
+    return [Missing(rank, PHASES[word & 0xF]) for rank, word in enumerate(words) if word]

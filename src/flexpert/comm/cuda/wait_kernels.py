@@ -53,6 +53,10 @@ PEER = tl.constexpr(int(Word.PEER))
 ACTIVE = tl.constexpr(int(Word.ACTIVE))
 _TAG = tl.constexpr(int(Word.TAG))
 _LIMIT = tl.constexpr(int(Word.LIMIT))
+_WAITED_DISPATCH = tl.constexpr(int(Word.WAITED_DISPATCH))
+_WAITED_COMBINE = tl.constexpr(int(Word.WAITED_COMBINE))
+_SIM_NS = tl.constexpr(at.SIM_NS)
+_ENDED = tl.constexpr(int(Word.ENDED))
 SEQUENCE = tl.constexpr(int(Word.SEQUENCE))
 ARRIVED = tl.constexpr(int(Word.ARRIVED))
 RETURNED = tl.constexpr(int(Word.RETURNED))
@@ -64,9 +68,12 @@ _SEQUENCE_SHIFT = tl.constexpr(at.SEQUENCE_SHIFT)
 _DISPATCH = tl.constexpr(at.DISPATCH)
 _COMBINE = tl.constexpr(at.COMBINE)
 _MEETING = tl.constexpr(at.MEETING)
+_RELEASE = tl.constexpr(at.RELEASE)
 DISPATCH_FLAGS = tl.constexpr(at.DISPATCH_FLAGS_AT)
 COMBINE_FLAGS = tl.constexpr(at.COMBINE_FLAGS_AT)
 _MEETING_FLAGS = tl.constexpr(at.MEETING_FLAGS_AT)
+_WEIGHTS_FLAGS = tl.constexpr(at.WEIGHTS_FLAGS_AT)
+_RELEASE_FLAGS = tl.constexpr(at.RELEASE_FLAGS_AT)
 SLOTS = tl.constexpr(at.SLOTS_AT)
 COUNTERS = tl.constexpr(at.LANES)  # words between two counters: a cache line for each
 _IMPATIENT_NS = tl.constexpr(50_000)
@@ -113,12 +120,13 @@ def _now(polls, SIM: tl.constexpr):
 def _wait(table, flags, desired, up, SIM: tl.constexpr):
     """Until the flags of all `up` are `desired` (without their tokens), or waiting is in vain.
 
-    flags: address of [LANES] in the own window. Returns the flags, and who came.
+    flags: address of [LANES] in the own window. Returns the flags, who came, and after how long.
     """
     ids = tl.arange(0, LANES)
     seen = tl.atomic_or(flags + ids, 0, mask=up, sem="acquire", scope="sys")
     come = up & ((seen >> _SEQUENCE_SHIFT) == (desired >> _SEQUENCE_SHIFT))
     waiting = tl.sum((up & (come == 0)).to(tl.int32), 0)
+    took = tl.zeros((LANES,), tl.int64)
     if waiting > 0:
         page = _address(table, _LIMIT + 1, tl.int64)
         limit = tl.load(table + _LIMIT)
@@ -127,6 +135,7 @@ def _wait(table, flags, desired, up, SIM: tl.constexpr):
         while waiting > 0:
             polls += 1
             waited = _now(polls, SIM) - begun
+            took = tl.where(come, took, waited)
             late = waited > limit
             gone = up & late
             if SIM or waited > _IMPATIENT_NS:
@@ -137,7 +146,15 @@ def _wait(table, flags, desired, up, SIM: tl.constexpr):
             seen = tl.where(come, seen, again)
             come = come | (up & ((again >> _SEQUENCE_SHIFT) == (desired >> _SEQUENCE_SHIFT)))
             waiting = tl.sum((up & (come == 0) & (gone == 0)).to(tl.int32), 0)
-    return seen, come
+    return seen, come, took
+
+
+@triton.jit
+def _add_waits(table, word, took, up, SIM: tl.constexpr):
+    at_word = table + word + tl.arange(0, LANES)
+    if SIM:
+        took = took * _SIM_NS
+    tl.store(at_word, tl.load(at_word) + tl.where(up, took, 0))
 
 
 @triton.jit
@@ -159,7 +176,8 @@ def await_dispatch(
     desired = tag_of(table, ids, 1, CHECKS)
     flags = part_of(window, DISPATCH_FLAGS, tl.int64)
     up = active & (ids != me)
-    seen, come = _wait(table, flags, desired, up, SIM)
+    seen, come, took = _wait(table, flags, desired, up, SIM)
+    _add_waits(table, _WAITED_DISPATCH, took, up, SIM)
     missing = up & (come == 0)
     _report(table, desired, missing, _DISPATCH)
     arrived = tl.where(come, seen & 0xFFFF, 0)
@@ -174,9 +192,33 @@ def await_combine(table, window, me, R: tl.constexpr, CHECKS: tl.constexpr, SIM:
     up = active_of(table, ids, R, CHECKS) & (ids != me)
     desired = tag_of(table, ids, 0, CHECKS)
     flags = part_of(window, COMBINE_FLAGS, tl.int64)
-    _, come = _wait(table, flags, desired, up, SIM)
+    seen, come, took = _wait(table, flags, desired, up, SIM)
+    _add_waits(table, _WAITED_COMBINE, took, up, SIM)
     _report(table, desired, up & (come == 0), _COMBINE)
-    tl.store(table + RETURNED + ids, come.to(tl.int64))
+    tl.store(table + RETURNED + ids, tl.where(come, 1 + (seen & 0xFFFF), 0))
+
+
+@triton.jit
+def raise_weights_flags(table, me, up, CHECKS: tl.constexpr):
+    """Tell the peers that the weights of this combine are in their windows."""
+    ids = tl.arange(0, LANES)
+    peers = tl.load(table + PEER + ids, mask=up, other=0)
+    flags = (peers + _WEIGHTS_FLAGS).to(tl.pointer_type(tl.int64))
+    tl.atomic_xchg(flags + me, tag_of(table, ids, 0, CHECKS), mask=up, sem="release", scope="sys")
+
+
+@triton.jit
+def await_weights(table, window, up, CHECKS: tl.constexpr, SIM: tl.constexpr):
+    """Wait for the weights of the peers' combines; who does not come is left out."""
+    ids = tl.arange(0, LANES)
+    desired = tag_of(table, ids, 0, CHECKS)
+    flags = part_of(window, _WEIGHTS_FLAGS, tl.int64)
+    _, come, took = _wait(table, flags, desired, up, SIM)
+    _add_waits(table, _WAITED_COMBINE, took, up, SIM)
+    missing = up & (come == 0)
+    _report(table, desired, missing, _COMBINE)
+    active = tl.load(table + ACTIVE + ids)
+    tl.store(table + ACTIVE + ids, tl.where(missing, 0, active))
 
 
 @triton.jit(do_not_specialize=["me"])
@@ -196,7 +238,34 @@ def meet(table, window, me, SEND: tl.constexpr, WAIT: tl.constexpr, SIM: tl.cons
         tl.store(table + _MEETINGS + ids, count)
     if WAIT:
         flags = (window + _MEETING_FLAGS).to(tl.pointer_type(tl.int64))
-        _, come = _wait(table, flags, desired, up, SIM)
+        _, come, _ = _wait(table, flags, desired, up, SIM)
         missing = up & (come == 0)
         _report(table, desired, missing, _MEETING)
         tl.store(table + ACTIVE + ids, tl.where(missing, 0, active))
+
+
+@triton.jit(do_not_specialize=["bits", "me"])
+def release(table, bits, me):
+    """Tell the peers of these bits that this rank reads nothing more of their links; one program.
+    Before the table is rewritten, and after all that was launched on it."""
+    ids = tl.arange(0, LANES)
+    told = ((bits.to(tl.int64) >> ids) & 1) != 0
+    peers = tl.load(table + PEER + ids, mask=told, other=0)
+    theirs = (peers + _RELEASE_FLAGS).to(tl.pointer_type(tl.int64))
+    tags = tl.load(table + _TAG + ids)
+    tl.atomic_xchg(theirs + me, tags, mask=told & (peers != 0), sem="release", scope="sys")
+
+
+@triton.jit
+def await_release(table, window, SIM: tl.constexpr):
+    """Wait for the peers that may still be reading what this rank had sent over a link that broke;
+    one program. Who does not say that it has given it up is left out."""
+    ids = tl.arange(0, LANES)
+    desired = tl.load(table + _ENDED + ids)
+    up = desired != 0
+    flags = (window + _RELEASE_FLAGS).to(tl.pointer_type(tl.int64))
+    _, come, _ = _wait(table, flags, desired, up, SIM)
+    missing = up & (come == 0)
+    _report(table, desired, missing, _RELEASE)
+    active = tl.load(table + ACTIVE + ids)
+    tl.store(table + ACTIVE + ids, tl.where(missing, 0, active))

@@ -150,7 +150,7 @@ class HostExchange:
                 )
             core.state = State.BROKEN
             masked = self._waiter.wait(DISPATCH, timeout_s)
-            offsets = torch.empty(slots + 1, dtype=torch.int32)
+            offsets = torch.empty(slots + 1, dtype=torch.int32, device="cpu")
             pairs: int = lib.fx_receive(core.b, slots, offsets.data_ptr(), self._bad)
             if pairs < 0:
                 raise self._refuse(pairs)
@@ -181,7 +181,7 @@ class HostExchange:
         if reduce not in ("home", "rank"):
             raise ValueError(f"reduce is {reduce!r}, must be 'home' or 'rank'")
         if out is None:
-            out = torch.empty((received.tokens_sent, spec.hidden), dtype=spec.dtype)
+            out = torch.empty((received.tokens_sent, spec.hidden), dtype=spec.dtype, device="cpu")
         else:
             check_rows("out", out, received.tokens_sent, spec)
         home = reduce == "home"
@@ -242,9 +242,11 @@ class HostExchange:
             if not core.b.lost_pairs:
                 return None
             assert isinstance(received, HostReceived)
-            weight = torch.empty(received.tokens_sent, dtype=torch.float32)
-            choices = torch.empty((received.tokens_sent, received.choices), dtype=torch.bool)
-            ranks = torch.empty(MAX_CAPACITY, dtype=torch.uint8)
+            weight = torch.empty(received.tokens_sent, dtype=torch.float32, device="cpu")
+            choices = torch.empty(
+                (received.tokens_sent, received.choices), dtype=torch.bool, device="cpu"
+            )
+            ranks = torch.empty(MAX_CAPACITY, dtype=torch.uint8, device="cpu")
             lib.fx_loss(
                 core.b,
                 received.choices,

@@ -24,7 +24,7 @@ class Workspaces:
         """uint8 [rows, row_bytes], the same memory each time that `name` is asked for."""
         size = rows * row_bytes
         if name not in self._rooms or self._rooms[name].shape[0] < size:
-            self._rooms[name] = torch.empty(size + size // 2, dtype=torch.uint8)
+            self._rooms[name] = torch.empty(size + size // 2, dtype=torch.uint8, device="cpu")
         return self._rooms[name][:size].view(rows, row_bytes)
 
 
@@ -85,15 +85,15 @@ class HostReceived(Received):
         masked: tuple[int, ...],
     ) -> None:
         self.offsets = offsets
-        self.weights = torch.empty(pairs, dtype=torch.float32)
-        self.source = torch.empty(pairs, dtype=torch.int32)
-        self.token = torch.empty(pairs, dtype=torch.int32)
+        self.weights = torch.empty(pairs, dtype=torch.float32, device="cpu")
+        self.source = torch.empty(pairs, dtype=torch.int32, device="cpu")
+        self.token = torch.empty(pairs, dtype=torch.int32, device="cpu")
         self.tokens_sent = wire.shape[0]
         self.choices = choices  # k of expert_ids
         self.masked = masked
         self.epoch = core.epoch
         self.sequence = core.sequence
-        self._rows = torch.empty(pairs, dtype=torch.int64)
+        self._rows = torch.empty(pairs, dtype=torch.int64, device="cpu")
         self._core = core
         self._rooms = workspaces
         self._payload = payload
@@ -130,7 +130,9 @@ class HostReceived(Received):
     def scales(self) -> torch.Tensor | None:
         if self._scales is None and self._payload.scale_bytes:
             self._check()
-            raw = torch.empty((self._rows.shape[0], self._payload.scale_bytes), dtype=torch.uint8)
+            raw = torch.empty(
+                (self._rows.shape[0], self._payload.scale_bytes), dtype=torch.uint8, device="cpu"
+            )
             self._gather(self._payload.value_bytes, raw)
             packed = self._payload.kind is RowKind.FP8_UE8M0
             self._scales = raw.view(torch.int32 if packed else torch.float32)

@@ -389,7 +389,8 @@ class NixlEpBuffer(DeviceBuffer):
         for peer in ids - self._taking_part:
             self._ep.update_mask_buffer(peer, False)
         self._taking_part = set(ids)
-        self._up.copy_(torch.tensor([id in ids for id in range(self.spec.capacity)]))
+        up = [id in ids for id in range(self.spec.capacity)]
+        self._up.copy_(torch.tensor(up, dtype=torch.bool, device="cpu"))
 
     def _leave_out(self, ids: Iterable[int]) -> None:
         """Send these nothing more, and say so in the next vote."""

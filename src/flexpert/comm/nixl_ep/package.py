@@ -18,7 +18,11 @@ MOST_RANKS = 32
 _OLDEST = (1, 4)
 _FIXED = (1, 5)  # `num_experts` of a dispatch counts from here on
 _GROUPS = 14  # experts that one multiprocessor serves
-_CAPABILITY = (9, 0)  # what its wheels are compiled for
+# by first release: compute capabilities that there is code for, and versions of torch
+_BUILDS = (
+    ((1, 5), ((9, 0), (10, 0), (10, 3), (12, 0)), "2.12 to 2.14"),
+    ((1, 4), ((9, 0),), "2.11 to 2.13"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +44,15 @@ def find() -> Package:
         return Package(importlib.import_module("flexpert.compat.nixl_ep"), fixed=True)
     if not torch.cuda.is_available():
         raise CommError("backend 'nixl_ep' needs a GPU, and a torch that is built with CUDA")
-    check_capability(torch.cuda.get_device_capability())
     cuda = (torch.version.cuda or "0").split(".")[0]
-    return load(cuda, torch.__version__)
+    return load(cuda, torch.__version__, torch.cuda.get_device_capability())
 
 
-def load(cuda: str, torch_version: str) -> Package:
-    """cuda: major version. Raises: CommError: not installed, too old, or not for this torch."""
+def load(cuda: str, torch_version: str, capability: tuple[int, int]) -> Package:
+    """cuda: major version.
+
+    Raises: CommError: not installed, too old, or not for this torch or GPU.
+    """
     name, wheel = f"nixl_ep_cu{cuda}", f"nixl-cu{cuda}"
     try:
         version = importlib.metadata.version(wheel)
@@ -62,23 +68,32 @@ def load(cuda: str, torch_version: str) -> Package:
             f"backend 'nixl_ep' needs {wheel} {_dotted(_OLDEST)} or later, {version} is "
             f"installed: pip install --upgrade {wheel}"
         )
+    check_capability(capability, numbers)
     try:
         module = importlib.import_module(name)
     except (ImportError, OSError) as error:
         raise CommError(
             f"{name} of {wheel} {version} cannot be imported under torch {torch_version}: {error}; "
-            "each release is compiled for a few versions of torch"
+            f"it is compiled for torch {_build(numbers)[2]}"
         ) from error
     return Package(module, fixed=numbers >= _FIXED)
 
 
-def check_capability(capability: tuple[int, int]) -> None:
-    """Raises: CommError: the GPU is too old."""
-    if capability < _CAPABILITY:
+def check_capability(capability: tuple[int, int], numbers: tuple[int, ...]) -> None:
+    """numbers: of nixl_ep's version. Raises: CommError: it has no code for this GPU."""
+    _, capabilities, _ = _build(numbers)
+    # code for one capability also runs on later ones of the same major number
+    if not any(c[0] == capability[0] and c <= capability for c in capabilities):
+        known = ", ".join(map(_dotted, capabilities))
         raise CommError(
-            f"backend 'nixl_ep' needs a GPU of compute capability {_dotted(_CAPABILITY)} or "
-            f"later, this one has {_dotted(capability)}"
+            f"nixl_ep {_dotted(numbers)} is compiled for GPUs of compute capability {known}, this "
+            f"one has {_dotted(capability)}; backend 'cuda' takes it"
         )
+
+
+def _build(numbers: tuple[int, ...]) -> tuple[tuple[int, int], tuple[tuple[int, int], ...], str]:
+    """The entry of `_BUILDS` for a version; of the oldest for older ones."""
+    return next((build for build in _BUILDS if numbers >= build[0]), _BUILDS[-1])
 
 
 def check(spec: BufferSpec, slots: int) -> None:

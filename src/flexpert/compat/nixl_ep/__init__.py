@@ -10,8 +10,8 @@ import torch
 
 from flexpert.compat.nixl_ep.buffer import DEFAULT_TIMEOUT_MS, Buffer
 from flexpert.compat.nixl_ep.tuning import Config
-from flexpert.compat.nixl_ep.utils import EventOverlap
+from flexpert.compat.nixl_ep.utils import EventHandle, EventOverlap
 
-topk_idx_t = torch.int64
+topk_idx_t = torch.int32  # as in NVIDIA's wheels; calls take int64 as well
 
-__all__ = ["DEFAULT_TIMEOUT_MS", "Buffer", "Config", "EventOverlap", "topk_idx_t"]
+__all__ = ["DEFAULT_TIMEOUT_MS", "Buffer", "Config", "EventHandle", "EventOverlap", "topk_idx_t"]

@@ -18,6 +18,7 @@ from flexpert.comm.cuda import require
 from flexpert.comm.errors import CommError
 from flexpert.comm.factory import make_buffer
 from flexpert.compat.nixl_ep.call_checks import (
+    check_bound,
     check_one_way,
     check_tensor,
     check_waits,
@@ -31,12 +32,12 @@ from flexpert.compat.nixl_ep.lifetime import Lifetime
 from flexpert.compat.nixl_ep.paired_exchange import PairedExchange, Receive
 from flexpert.compat.nixl_ep.sizes import size_hint, spec_from_bytes
 from flexpert.compat.nixl_ep.tuning import Config
-from flexpert.compat.nixl_ep.utils import EventOverlap, Now, Recorded
+from flexpert.compat.nixl_ep.utils import EventHandle, EventOverlap
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store  # type: ignore[attr-defined]
 
-__all__ = ["DEFAULT_TIMEOUT_MS", "Buffer", "Config", "EventOverlap"]
+__all__ = ["DEFAULT_TIMEOUT_MS", "Buffer", "Config", "EventHandle", "EventOverlap"]
 
 DEFAULT_TIMEOUT_MS = 30_000
 CONNECT_LIMIT_S = 300.0  # peers may still be loading a model
@@ -220,6 +221,7 @@ class Buffer:
         core = self._core()
         if not 0 <= rank_to_mask < core.spec.capacity:
             raise ValueError(f"rank {rank_to_mask} is outside of the capacity {core.spec.capacity}")
+        core.check()  # on a GPU, replays of graphs may have left it out
         if mask:
             core.mask([rank_to_mask])
         else:
@@ -243,6 +245,7 @@ class Buffer:
     def clean_mask_buffer(self) -> None:
         """Exchange with all connected ranks from the next dispatch on."""
         core = self._core()
+        core.check()
         core.unmask(core.connected)
 
     def barrier(self) -> None:
@@ -277,7 +280,7 @@ class Buffer:
 
         Args:
             x: [tokens, hidden] bfloat16; tokens may be 0.
-            topk_idx: [tokens, k] int64 or int32, k at most 16, -1 = none. Expert e belongs to rank
+            topk_idx: [tokens, k] int32 or int64, k at most 32, -1 = none. Expert e belongs to rank
                 e // experts_per_rank; experts of masked and unconnected ranks are skipped.
             num_max_dispatch_tokens_per_rank: T, equal on all ranks.
             num_experts: experts_per_rank times the number of ranks in the result, R; default: up
@@ -285,7 +288,7 @@ class Buffer:
             cumulative_local_expert_recv_stats: [experts_per_rank] int32; what was received
                 is added.
             dispatch_wait_recv_cost_stats: [R] int64; nanoseconds until each rank's rows were there
-                are added; None on a GPU.
+                are added.
             use_fp8: quantise to e4m3 with a scale for 128 channels.
             round_scale: scales are powers of two.
             use_ue8m0: four scales to an int32; needs round_scale.
@@ -325,7 +328,6 @@ class Buffer:
             dispatch_wait_recv_cost_stats,
             ranks,
             at,
-            counted=exchange.device.counts_waits,
         )
         done, receive = exchange.dispatch(
             x,
@@ -371,13 +373,14 @@ class Buffer:
         Returns: the sums [tokens, hidden] bfloat16, event, hook.
 
         Raises:
-            ValueError: shapes, dtypes, or (on a CPU) other experts than in dispatch; nothing was
-                sent.
+            ValueError: shapes, dtypes, or (on a CPU) other experts than in dispatch; or a rank
+                was unmasked since that the handle has no room for. Nothing was sent.
             StaleEpoch: the handle is too old.
         """
-        exchange = self._exchanges()
+        core, exchange = self._core(), self._exchanges()
         check_one_way(async_finish, return_recv_hook)
         done = exchange.find(handle)
+        check_bound(done.ranks, core.active)
         if zero_copy:
             if exchange.staged is None or exchange.staged.shape != done.recv_x.shape:
                 raise ValueError("zero_copy needs get_next_combine_buffer(handle), filled, before")
@@ -391,7 +394,6 @@ class Buffer:
             combine_wait_recv_cost_stats,
             done.ranks,
             at,
-            counted=exchange.device.counts_waits,
         )
         size = (shape[0], x.shape[2])
         if out is None:
@@ -433,7 +435,7 @@ class Buffer:
     @staticmethod
     def capture() -> EventOverlap:
         """The event of all work so far on the current stream; on a CPU it is done."""
-        return EventOverlap(Recorded() if on_gpu() else Now())
+        return EventOverlap(EventHandle())
 
     def get_comm_stream(self) -> torch.cpu.Stream | torch.cuda.Stream:
         """The stream of the exchanges: the current one, the only one of a CPU."""

@@ -52,7 +52,17 @@ def check_x(
         raise ValueError(f"{tokens} tokens, but num_max_dispatch_tokens_per_rank={max_tokens}")
     if topk_idx.ndim != 2 or topk_idx.shape[0] != tokens or topk_idx.shape[1] > spec.topk:
         raise ValueError(
-            f"topk_idx must be [{tokens}, k], k <= {spec.topk}, is {list(topk_idx.shape)}"
+            f"topk_idx must be [{tokens}, k], k <= {spec.topk} (flexpert's limit), is "
+            f"{list(topk_idx.shape)}"
+        )
+
+
+def check_bound(ranks: int, active: tuple[int, ...]) -> None:
+    """ranks: that a handle is for. active: sorted ids."""
+    if active[-1] >= ranks:
+        raise ValueError(
+            f"the handle is of a dispatch for {ranks} ranks, but rank {active[-1]} was unmasked "
+            "since: dispatch again, or give dispatch num_experts for all ranks that may come"
         )
 
 
@@ -66,14 +76,9 @@ def check_tensor(
         )
 
 
-def check_waits(
-    name: str, tensor: torch.Tensor | None, ranks: int, at: torch.device, *, counted: bool
-) -> None:
-    if tensor is None:
-        return
-    if not counted:
-        raise ValueError(f"{name} must be None on a GPU: waits are not counted there")
-    check_tensor(name, tensor, (ranks,), torch.int64, at)
+def check_waits(name: str, tensor: torch.Tensor | None, ranks: int, at: torch.device) -> None:
+    if tensor is not None:
+        check_tensor(name, tensor, (ranks,), torch.int64, at)
 
 
 def counting_weights(

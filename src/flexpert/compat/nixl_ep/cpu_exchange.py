@@ -12,7 +12,7 @@ from flexpert.comm.buffer import Buffer, Received
 from flexpert.comm.errors import CommError
 from flexpert.comm.host._kernels import lib
 from flexpert.compat.nixl_ep.call_checks import counting_weights
-from flexpert.compat.nixl_ep.device_exchange import Device, DeviceDispatched
+from flexpert.compat.nixl_ep.device_exchange import Device, DeviceDispatched, Phase
 from flexpert.compat.nixl_ep.expert_major_tensors import Arrival, collect, spread
 from flexpert.compat.nixl_ep.returned_memory import ReturnedMemory
 
@@ -22,14 +22,16 @@ class CpuDevice(Device[Arrival]):
 
     at = torch.device("cpu")
     own_rows_wait = True
-    counts_waits = True
 
     def __init__(self, core: Buffer) -> None:
         self.core = core
         self._memory = ReturnedMemory()
 
-    def admit(self) -> None:
-        """The exchange itself does it."""
+    def waited(self, phase: Phase) -> torch.Tensor:
+        so_far = self.core.statistics()
+        waits = so_far.dispatch_wait_ns if phase == "dispatch" else so_far.combine_wait_ns
+        each = [waits.get(rank, 0) for rank in range(self.core.spec.capacity)]
+        return torch.tensor(each, dtype=torch.int64, device="cpu")
 
     def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A copy: users mark experts of lost ranks in theirs."""

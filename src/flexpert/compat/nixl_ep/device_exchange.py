@@ -13,6 +13,7 @@ import torch
 from flexpert.comm.buffer import Buffer, ExpertTable, Received
 
 Handle = tuple[torch.Tensor, torch.Tensor, int, int]
+Phase = Literal["dispatch", "combine"]
 A = TypeVar("A")  # what a device remembers of the rows that a dispatch brought
 
 VARIABLE = "FLEXPERT_NIXL_EP_DEVICE"
@@ -72,17 +73,15 @@ class Device(ABC, Generic[A]):
     core: the buffer.
     at: where all tensors are.
     own_rows_wait: rows for this rank itself are read from x only when they are received.
-    counts_waits: `statistics` of the core tell how long each peer was waited for.
     """
 
     core: Buffer
     at: torch.device
     own_rows_wait: bool
-    counts_waits: bool
 
     @abstractmethod
-    def admit(self) -> None:
-        """Before a dispatch: take in the ranks that were unmasked."""
+    def waited(self, phase: Phase) -> torch.Tensor:
+        """[capacity] int64: nanoseconds that this phase has waited for each rank so far."""
 
     @abstractmethod
     def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

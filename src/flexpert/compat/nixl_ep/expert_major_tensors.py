@@ -54,8 +54,10 @@ class Arrival:
         expert = torch.repeat_interleave(per_expert, output_size=rows)
         counts = (expert * ranks).add_(source).bincount(minlength=experts * ranks)
         # place = expert * limit + (row - begin[expert])
-        shift = torch.arange(0, experts * limit, limit).sub_(begin[:-1])
-        return cls(per_expert, counts.view(experts, ranks), shift[expert] + torch.arange(rows))
+        first = torch.arange(0, experts * limit, limit, dtype=torch.int64, device="cpu")
+        row = torch.arange(rows, dtype=torch.int64, device="cpu")
+        places = first.sub_(begin[:-1])[expert] + row
+        return cls(per_expert, counts.view(experts, ranks), places)
 
     def layout_range(self) -> torch.Tensor:
         """[experts, ranks] int64: begin << 32 | count of the rows of each source in each expert."""

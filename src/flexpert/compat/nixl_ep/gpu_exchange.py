@@ -11,16 +11,21 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from flexpert.comm.buffer import BufferSpec, Received
+from flexpert.comm.buffer import BufferSpec, Received, Reduce
 from flexpert.comm.cuda.cuda_buffer import CudaBuffer
+from flexpert.comm.cuda.cuda_layout import Word
 from flexpert.comm.cuda.cuda_received import CudaReceived
 from flexpert.comm.cuda.expert_major import NOWHERE, ExpertMajor
 from flexpert.comm.errors import CommError
-from flexpert.compat.nixl_ep.device_exchange import Device, DeviceDispatched
+from flexpert.compat.nixl_ep.device_exchange import Device, DeviceDispatched, Phase
 from flexpert.compat.nixl_ep.expert_major_tensors import column_major, widened
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
+
+# a result for each choice of a token can come back for so many choices, as memory grows;
+# of more only sums can
+_CHOICES = 16
 
 
 class GpuDevice(Device[torch.Tensor]):
@@ -32,7 +37,6 @@ class GpuDevice(Device[torch.Tensor]):
 
     core: CudaBuffer
     own_rows_wait = False
-    counts_waits = False
 
     def __init__(self, core: CudaBuffer) -> None:
         self.core = core
@@ -48,22 +52,22 @@ class GpuDevice(Device[torch.Tensor]):
     def of(cls, rank: int, spec: BufferSpec, timeout_s: float, store: Store) -> GpuDevice:
         """With a buffer on the current GPU."""
         core = CudaBuffer(
-            rank, spec, timeout_s=timeout_s, on_timeout="mask", store=store, same_k=True
+            rank,
+            spec,
+            timeout_s=timeout_s,
+            on_timeout="mask",
+            store=store,
+            same_k=True,
+            unmask_at_once=True,
+            choices=_CHOICES,
         )
         return cls(core)
 
-    def admit(self) -> None:
-        """Vote, if ranks were unmasked: on the device, a link begins with a vote of all.
-
-        Raises: CommError: while a graph is captured.
-        """
-        if self.core.vote_due:
-            if self._capturing():
-                raise CommError(
-                    "ranks were unmasked that the others must agree on, and a graph is captured: "
-                    "call barrier() on all ranks before"
-                )
-            self.core.barrier(timeout_s=self.core.timeout_s)
+    def waited(self, phase: Phase) -> torch.Tensor:
+        exchange = self.core.exchange
+        if phase == "dispatch":
+            return exchange.waited(Word.WAITED_DISPATCH)
+        return exchange.waited(Word.WAITED_COMBINE)
 
     def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Again to nobody: places are known, and peers only need the number of tokens."""
@@ -108,7 +112,8 @@ class GpuDevice(Device[torch.Tensor]):
                 "a dispatch before the graph that is captured was not combined: combine it, or "
                 "call barrier() on all ranks, before the capture begins"
             )
-        self.core.combine(self._nothing, received, reduce="home", places=self._nowhere)
+        reduce = _reduce(cast(CudaReceived, received).sent.expert_ids)
+        self.core.combine(self._nothing, received, reduce=reduce, places=self._nowhere)
 
     def combine(
         self,
@@ -125,11 +130,11 @@ class GpuDevice(Device[torch.Tensor]):
         y = y.view(-1, y.shape[2])
         if later:
             return self.core.begin_combine(
-                y, received, reduce="home", weights=weights, out=out, places=came,
+                y, received, reduce=_reduce(topk_idx), weights=weights, out=out, places=came,
                 expert_ids=topk_idx,
             )  # fmt: skip
         sums = self.core.combine(
-            y, received, reduce="home", weights=weights, out=out, places=came, expert_ids=topk_idx
+            y, received, reduce="rank", weights=weights, out=out, places=came, expert_ids=topk_idx
         )
         return lambda: sums
 
@@ -161,3 +166,9 @@ class GpuDevice(Device[torch.Tensor]):
 
     def _capturing(self) -> bool:
         return self.at.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _reduce(experts: torch.Tensor) -> Reduce:
+    """Results row by row are sent without waiting for anybody, or not at all where none counts; but
+    there must be room for them. experts: [tokens, k]."""
+    return "home" if experts.shape[1] <= _CHOICES else "rank"

@@ -61,7 +61,8 @@ class PairedExchange(Generic[A]):
         self._uncombined: Received | None = None
         self._table = _table(core.spec.capacity, experts_per_rank, device.at)
         # weights for dispatches; those that count come with the combine
-        self._ones = torch.ones(core.spec.max_tokens * core.spec.topk, device=device.at)
+        most = core.spec.max_tokens * core.spec.topk
+        self._ones = torch.ones(most, dtype=torch.float32, device=device.at)
         self._staged: torch.Tensor | None = None
 
     # ---- dispatch ---------------------------------------------------------------------------
@@ -81,14 +82,13 @@ class PairedExchange(Generic[A]):
         """Send; receive too unless `later`. Arguments are checked but for what `core` checks."""
         with self._lifetime.call():
             self.settle()
-            self.device.admit()
             hidden = x.shape[1]
             wire = widened(x, self._core.spec.hidden)
             if later and wire is x and fp8 is None and self.device.own_rows_wait:
                 wire = x.clone()  # the user may write to x now
             self._route()
             now, again = self.device.routes(experts)
-            before = self._core.statistics().dispatch_wait_ns if wait_stats is not None else {}
+            before = None if wait_stats is None else self.device.waited("dispatch")
             pending = self._dispatch(wire, now, self._table, fp8, later=later)
             done = self._prepare(again, max_tokens, ranks, hidden, fp8)
             self._kept.append(done)
@@ -99,7 +99,7 @@ class PairedExchange(Generic[A]):
                 if recv_stats is not None:
                     recv_stats.add_(done.recv_count)
                 if wait_stats is not None:
-                    _add_differences(wait_stats, before, self._core.statistics().dispatch_wait_ns)
+                    _add_since(wait_stats, before, self.device.waited("dispatch"))
 
             return done, self._finish(receive, later)
 
@@ -184,7 +184,7 @@ class PairedExchange(Generic[A]):
             if received is None or received is not self._uncombined:
                 received, came = self._again(done, came)
             whole = out.shape[1] == self._core.spec.hidden and out.is_contiguous()
-            before = self._core.statistics().combine_wait_ns if wait_stats is not None else {}
+            before = None if wait_stats is None else self.device.waited("combine")
             pending = self.device.combine(
                 x.detach(),
                 topk_idx,
@@ -201,7 +201,7 @@ class PairedExchange(Generic[A]):
                 if not whole:
                     out.copy_(result[:, : out.shape[1]])
                 if wait_stats is not None:
-                    _add_differences(wait_stats, before, self._core.statistics().combine_wait_ns)
+                    _add_since(wait_stats, before, self.device.waited("combine"))
 
             return self._finish(receive, later)
 
@@ -270,7 +270,8 @@ def _came(done: DeviceDispatched[A]) -> A:
     return done.came
 
 
-def _add_differences(stats: torch.Tensor, before: dict[int, int], after: dict[int, int]) -> None:
-    """stats: [ranks] int64, a sum of nanoseconds for each rank."""
-    ranks = range(stats.shape[0])
-    stats.add_(torch.tensor([after.get(rank, 0) - before.get(rank, 0) for rank in ranks]))
+def _add_since(stats: torch.Tensor, before: torch.Tensor | None, after: torch.Tensor) -> None:
+    """stats: [ranks] int64, a sum of nanoseconds for each rank. before, after: [capacity] int64."""
+    assert before is not None
+    ranks = stats.shape[0]
+    stats.add_(after[:ranks] - before[:ranks])

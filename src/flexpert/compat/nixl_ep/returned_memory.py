@@ -18,13 +18,13 @@ class Room:
     """Memory that grows when more is asked for."""
 
     def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """[shape] of dtype, uninitialised; shares its memory with what was taken before."""
         size = math.prod(shape) * dtype.itemsize
         if size > self._bytes.numel():
-            self._bytes = torch.empty(size, dtype=torch.uint8)
+            self._bytes = torch.empty(size, dtype=torch.uint8, device="cpu")
         return self._bytes[:size].view(dtype).view(shape)
 
 

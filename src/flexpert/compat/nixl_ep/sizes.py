@@ -13,7 +13,7 @@ import torch
 from flexpert.comm.buffer import BufferSpec
 from flexpert.comm.window_layout import size_bytes
 
-MAX_TOPK = 16
+MAX_TOPK = 32
 CHANNELS = 16  # hidden is a multiple of this
 
 _hints: dict[int, tuple[int, int]] = {}  # bytes → (max_tokens, hidden), in the order of the calls

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from flexpert.compat.nixl_ep.device_exchange import on_gpu
+
 
 class DeviceEvent(Protocol):
     """Something that happens later."""
@@ -15,23 +17,17 @@ class DeviceEvent(Protocol):
         """Return when it has happened."""
 
 
-class Now:
-    """The event of work that is done: on a CPU a call has finished when it returns."""
-
-    def current_stream_wait(self) -> None:
-        """Returns at once."""
-
-
-class Recorded:
-    """The event of what was launched on the current stream of the GPU until now."""
+class EventHandle:
+    """The event of what was launched on the current stream of the GPU until now. On a CPU it has
+    happened: a call has finished when it returns."""
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.current_stream()
-        self._event = self._stream.record_event()
+        self._event = torch.cuda.current_stream().record_event() if on_gpu() else None
 
     def current_stream_wait(self) -> None:
         """What is launched on the current stream from now on comes after it."""
-        torch.cuda.current_stream().wait_event(self._event)
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
 
 
 class EventOverlap:

@@ -80,9 +80,9 @@ class WeightTable:
         self.weights = tuple(weights)
         self.biases = tuple(b.contiguous() for b in biases) if biases else None
         self._dtype = DTYPES[dtype]
-        self._table = torch.tensor([w.data_ptr() for w in weights], dtype=torch.int64)
+        self._table = torch.tensor([w.data_ptr() for w in weights], dtype=torch.int64, device="cpu")
         self._bias_table = (
-            torch.tensor([b.data_ptr() for b in self.biases], dtype=torch.int64)
+            torch.tensor([b.data_ptr() for b in self.biases], dtype=torch.int64, device="cpu")
             if self.biases is not None
             else None
         )

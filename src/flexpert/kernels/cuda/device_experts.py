@@ -190,7 +190,8 @@ class DeviceExperts:
 
 def is_swiglu(apply_gate: Gate) -> bool:
     """Whether a gate is silu(first half) · second half; found by trying it."""
-    x = torch.randn((4, 64), generator=torch.Generator().manual_seed(0)) * 8
+    dice = torch.Generator(device="cpu").manual_seed(0)
+    x = torch.randn((4, 64), generator=dice, dtype=torch.float32, device="cpu") * 8
     a, b = x.chunk(2, dim=-1)
     try:
         y = apply_gate(x)

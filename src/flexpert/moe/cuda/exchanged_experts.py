@@ -78,7 +78,7 @@ class ExchangedExperts:
 
     def stage(self, layers: Sequence[LayerState[SlotAddresses]]) -> StagedExchangedExperts:
         """As `ElasticMoELayers.stage`. Raises: ValueError: what `DeviceExperts.stage` raises."""
-        places = torch.full(self._places.shape, -1, dtype=torch.int32)
+        places = torch.full(self._places.shape, -1, dtype=torch.int32, device="cpu")
         for index, state in enumerate(layers):
             places[0, index], places[1, index] = state.table.rank, state.table.slot
         experts = self._experts.stage([state.experts for state in layers])

@@ -52,7 +52,7 @@ class LocalExperts:
         Raises:
             ValueError: an expert is on another rank, or what `DeviceExperts.stage` raises.
         """
-        slot_of = torch.full(self._slot_of.shape, -1, dtype=torch.int32)
+        slot_of = torch.full(self._slot_of.shape, -1, dtype=torch.int32, device="cpu")
         for index, state in enumerate(layers):
             if not bool((state.table.rank == self.rank).all()):
                 raise ValueError(f"MoE layer {index} has experts on other ranks than {self.rank}")

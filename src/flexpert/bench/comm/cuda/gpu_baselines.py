@@ -59,16 +59,16 @@ class CudaExchangeBaseline:
 
     def __init__(self, site: GpuSite, *, fp8: bool = True, **tuning: Any) -> None:
         from flexpert.comm.cuda.cuda_exchange import CudaDispatched, CudaExchange, Tuning
-        from flexpert.comm.cuda.cuda_layout import PAGE_WORDS, layout
+        from flexpert.comm.cuda.cuda_layout import PAGE_WORDS, layout, tag
         from flexpert.comm.cuda.ipc_memory import PeerMemory, SharedMemory
 
         work = site.work
         spec = BufferSpec(work.ranks, work.tokens, work.hidden, work.topk, work.torch_dtype)
         self._site = site
-        self._memory = SharedMemory(layout(spec, home=False).size, site.device)
+        self._memory = SharedMemory(layout(spec, choices=1).size, site.device)
         page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=True)
         self.exchange = CudaExchange(
-            site.rank, spec, self._memory.tensor, page, home=False, tuning=Tuning(**tuning)
+            site.rank, spec, self._memory.tensor, page, choices=1, tuning=Tuning(**tuning)
         )
         self._peers = {
             rank: PeerMemory(f"rank {rank}", handle, site.device)
@@ -79,8 +79,7 @@ class CudaExchangeBaseline:
         addresses[site.rank] = self._memory.address
         self.exchange.configure(
             addresses,
-            dict.fromkeys(range(work.ranks), 0),
-            1,
+            dict.fromkeys(range(work.ranks), tag(1, 0)),
             limit_ns=int(site.timeout_s * 1e9),
         )
         torch.cuda.synchronize()
@@ -308,7 +307,7 @@ def gpu_kinds(fp8: Scales | None) -> tuple[GpuKind, ...]:
             "interface",
             lambda site: NixlEp(site, "flexpert.compat.nixl_ep"),
             f"our buffer behind nixl_ep's interface: {sent}, then copied together by expert; "
-            "one row an expert back",
+            "weights, then partial sums back",
             not fp8,
         ),
         GpuKind(NIXL_EP, "nixl_ep", NixlEp, f"{sent}, one row an expert there and back", not fp8),
