@@ -19,9 +19,10 @@ from flexpert.engine.device_profile import (
     captured_sizes,
     find_driver,
     profile_of,
-    triton_sizes,
+    triton_batches,
 )
 from flexpert.errors import ConfigError
+from flexpert.kernels.step_shapes import lanes
 
 
 def gpu(**overrides: object) -> Config:
@@ -144,8 +145,21 @@ def test_graphs_are_captured_for_few_sizes_that_waste_at_most_half() -> None:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_warm_up_stays_within_the_room_there_is(deterministic: bool) -> None:
     engine = settings(None, {"engine.deterministic": deterministic}).engine
-    assert max(CpuProfile(engine).warm_up_sizes(100)) <= 128
-    assert triton_sizes(100) == [2, 16, 64, 100]
+    assert max(batch.rows for batch in CpuProfile(engine).warm_up_batches(100, 1000)) <= 128
+
+
+@pytest.mark.parametrize(("most", "context"), [(16, 8), (100, 1000), (2048, 40960)])
+def test_warm_up_meets_attention_of_few_and_many_sequences_whole_and_cut(
+    most: int, context: int
+) -> None:
+    batches = triton_batches(most, context)
+    assert len(set(batches)) == len(batches)
+    assert max(batch.rows for batch in batches) == most
+    for batch in batches:
+        assert batch.sequences < batch.rows, "else it is a decode step, which is captured"
+    met = {(lanes(batch.sequences), batch.context > batch.rows) for batch in batches}
+    kernels = {lanes(n) for n in range(1, min(most, 512))}  # of which one row is of a prompt
+    assert met >= {(count, cut) for count in kernels for cut in {False, context > most}}
 
 
 @pytest.mark.parametrize(

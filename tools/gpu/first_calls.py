@@ -1,6 +1,6 @@
 """Which steps of a rank are slow once: what its warm-up has not met.
 
-    PYTHONPATH=src python tools/gpu/first_calls.py [--device cpu] [--capacity 4] [--slow-ms 25]
+    PYTHONPATH=src python tools/gpu/first_calls.py [--model FOLDER] [--capacity 4] [--slow-ms 25]
 
 A rank that is alone gets bursts of requests; steps slower than that are told with their batch and
 the functions that took the time. What is slow in the first burst and not in the next is a first
@@ -96,13 +96,14 @@ def watch(slow: list[Slow], limit_ms: float, cuda: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="tiny")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--capacity", type=int, default=4, help="ranks that there may be")
     parser.add_argument("--slow-ms", type=float, default=25.0)
     args = parser.parse_args()
     overrides = {"engine.device": args.device, "cluster.max_ranks": args.capacity}
     config = load_config(environment={}, overrides=overrides).engine
-    source = ModelSource.open("tiny")
+    source = ModelSource.open(args.model)
     told = Told()
     engine = RankEngine(
         0,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum, auto
 
 import torch
@@ -24,6 +25,7 @@ from flexpert.engine.gpu_usage import GpuUsage, HostUsage
 from flexpert.errors import ConfigError
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
 from flexpert.kernels.kernel_set import Kernels, check_gpu, cpu_kernels, gpu_kernels
+from flexpert.kernels.step_shapes import FEW
 from flexpert.models.padding import padded_sizes
 from flexpert.models.source import ModelSource
 from flexpert.moe.expert_store import ExpertStore, Store
@@ -45,6 +47,16 @@ class WarmUpTime(Enum):
     """Without any: graphs are captured and kernels compiled while a thread loads experts."""
     BEFORE_LOADING = auto()
     """The same, but nothing is loaded meanwhile: connecting waits for the device."""
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUpBatch:
+    """rows: tokens, of `sequences`, each of which has one but the last. context: tokens that the
+    last has in all, if that is more."""
+
+    rows: int
+    sequences: int = 1
+    context: int = 0
 
 
 class DeviceProfile(ABC):
@@ -135,8 +147,13 @@ class DeviceProfile(ABC):
     # ---- sizes ------------------------------------------------------------------------------
 
     @abstractmethod
-    def warm_up_sizes(self, most: int) -> list[int]:
-        """Tokens of the batches, of `most` at most, that need each kernel once."""
+    def warm_up_batches(self, most: int, context: int) -> list[WarmUpBatch]:
+        """Batches that need each kernel once.
+
+        Args:
+            most: tokens of a step.
+            context: of a sequence.
+        """
 
     @abstractmethod
     def graph_sizes(self, most: int) -> list[int]:
@@ -170,10 +187,11 @@ class CpuProfile(DeviceProfile):
             deterministic=self.config.deterministic,
         )
 
-    def warm_up_sizes(self, most: int) -> list[int]:
+    def warm_up_batches(self, most: int, context: int) -> list[WarmUpBatch]:
+        sizes = padded_sizes(most)
         if self.config.deterministic:
-            return sorted({min(rows, most) for rows in (1, 2, most)})
-        return padded_sizes(most)
+            sizes = sorted({min(rows, most) for rows in (1, 2, most)})
+        return [WarmUpBatch(rows) for rows in sizes]
 
     def graph_sizes(self, most: int) -> list[int]:
         return []
@@ -240,8 +258,8 @@ class CudaProfile(TritonProfile):
     def alone(self, ranks: Iterable[int]) -> bool:
         return sum(rank % self._gpus == self.device.index for rank in ranks) == 1
 
-    def warm_up_sizes(self, most: int) -> list[int]:
-        return triton_sizes(most)
+    def warm_up_batches(self, most: int, context: int) -> list[WarmUpBatch]:
+        return triton_batches(most, context)
 
     def graph_sizes(self, most: int) -> list[int]:
         return captured_sizes(most)
@@ -255,8 +273,8 @@ class InterpreterProfile(TritonProfile):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config, HostStream())
 
-    def warm_up_sizes(self, most: int) -> list[int]:
-        return [2]
+    def warm_up_batches(self, most: int, context: int) -> list[WarmUpBatch]:
+        return [WarmUpBatch(2)]
 
     def graph_sizes(self, most: int) -> list[int]:
         return [1]
@@ -316,9 +334,17 @@ def _make_nixl_ep(rank: int, spec: BufferSpec, timeout_s: float, experts: int) -
         raise ConfigError(f"--all2all nixl_ep: {error}") from error
 
 
-def triton_sizes(most: int) -> list[int]:
-    """Tokens of batches that choose each tiling of the kernels once, `most` at most."""
-    return sorted({min(rows, most) for rows in (2, 16, 64, 256, 1024, most)})
+def triton_batches(most: int, context: int) -> list[WarmUpBatch]:
+    """Batches that choose each kernel once: each tiling by the number of tokens, and attention of
+    few and many sequences, with their keys whole and cut."""
+    batches = [WarmUpBatch(min(rows, most)) for rows in (2, 16, 64, 256, 1024, most)]
+    for sequences in (1, FEW + 1):
+        if sequences + 1 <= most:
+            batches += [
+                WarmUpBatch(sequences + 1, sequences),
+                WarmUpBatch(sequences + 1, sequences, context),
+            ]
+    return list(dict.fromkeys(batches))
 
 
 def captured_sizes(most: int) -> list[int]:

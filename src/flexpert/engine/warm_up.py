@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flexpert.comm import Buffer, CommError
-from flexpert.engine.device_profile import DeviceProfile
+from flexpert.engine.device_profile import DeviceProfile, WarmUpBatch
 from flexpert.engine.epoch import PreparedEpoch
 from flexpert.engine.scheduler import EngineLimits
 from flexpert.engine.stopwatch import Stopwatch
@@ -66,9 +66,10 @@ class WarmUp:
 
     def _compute(self) -> None:
         """One of each shape of products, which would otherwise be compiled while serving."""
-        block_size, samples = self._limits.block_size, self._limits.max_running
-        for rows in self._profile.warm_up_sizes(self._most):
-            self._runner.forward(_batch(rows, block_size, samples))
+        limits = self._limits
+        context = min(limits.max_model_len, limits.blocks * limits.block_size)
+        for batch in self._profile.warm_up_batches(self._most, context):
+            self._runner.forward(_batch(batch, limits.block_size, limits.max_running))
 
     @property
     def _most(self) -> int:
@@ -77,15 +78,26 @@ class WarmUp:
         return min(limits.max_tokens_per_step, limits.blocks * limits.block_size)
 
 
-def _batch(rows: int, block_size: int, samples: int) -> ForwardBatch:
-    """One sequence of `rows` tokens in the first blocks, which nobody uses before an epoch."""
-    count = torch.arange(rows)
+def _batch(shape: WarmUpBatch, block_size: int, samples: int) -> ForwardBatch:
+    """In the first blocks, which nobody uses before an epoch; what several sequences have in one
+    block is nothing anybody reads."""
+    last = shape.rows - shape.sequences + 1
+    context = max(last, shape.context)
+    begins = torch.arange(shape.sequences + 1, dtype=torch.int32)
+    begins[-1] = shape.rows
+    lengths = torch.ones(shape.sequences, dtype=torch.int32)
+    lengths[-1] = context
+    positions = torch.zeros(shape.rows, dtype=torch.int64)
+    positions[-last:] = torch.arange(context - last, context)
+    blocks = torch.arange(-(-context // block_size), dtype=torch.int32)
     return ForwardBatch(
-        token_ids=torch.zeros(rows, dtype=torch.int64),
-        positions=count,
-        query_start=torch.tensor([0, rows], dtype=torch.int32),
-        context_len=torch.tensor([rows], dtype=torch.int32),
-        block_tables=torch.arange(-(-rows // block_size), dtype=torch.int32).unsqueeze(0),
-        slot_mapping=count,
-        sample_rows=count[:samples],
+        token_ids=torch.zeros(shape.rows, dtype=torch.int64),
+        positions=positions,
+        query_start=begins,
+        context_len=lengths,
+        block_tables=blocks.expand(shape.sequences, -1).contiguous(),
+        slot_mapping=positions.clone(),
+        sample_rows=(begins[1:].long() - 1)[:samples]
+        if shape.sequences > 1
+        else torch.arange(shape.rows)[:samples],
     )

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
+from flexpert.kernels.step_shapes import lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,6 @@ class AttentionTiling:
 
 MOST_SPLITS = 32
 
-_LANES = 64
 """Sequences of a prefill that a program looks through at least: a kernel for each number would be
 compiled while requests wait."""
 
@@ -441,7 +441,7 @@ def attend(
         softcap,
         query.stride(0),
         query.stride(1),
-        SEQUENCES=1 if decode else max(_LANES, triton.next_power_of_2(sequences)),
+        SEQUENCES=1 if decode else lanes(sequences),
         BLOCK=key_cache.shape[1],
         KV_HEADS=kv_heads,
         GROUP=group,
