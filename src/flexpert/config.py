@@ -189,6 +189,11 @@ class ClusterConfig(_Section):
     on_missing_expert: Literal["load", "degrade"] = Field(
         "load", description="after a loss: wait for lost experts, or go on without them meanwhile"
     )
+    expert_cache: Bytes | None = Field(
+        None,
+        description="host memory for a copy of the experts, from which a GPU rank's that was lost "
+        "come back; default: all, if half of what is free holds them; 0: none",
+    )
     memory_per_rank: Bytes | None = Field(
         None, description="limit of a rank: of the host's memory, or of its GPU's; default: none"
     )

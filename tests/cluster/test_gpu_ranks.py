@@ -7,11 +7,14 @@ slower.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from support.waiting import wait_until
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexpert import LLM, SamplingParams
@@ -47,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def opened(model: str, device: str) -> LLM:
+def opened(model: str, device: str, **settings: object) -> LLM:
     return LLM(
         model,
         ranks=2,
@@ -60,6 +63,7 @@ def opened(model: str, device: str) -> LLM:
         model__dtype="float32",
         cluster__exchange_timeout=60.0,
         cluster__stall_timeout=30.0,
+        **settings,
     )
 
 
@@ -128,3 +132,24 @@ def test_a_killed_rank_costs_no_answer(llm: LLM, expected: list[list[int]]) -> N
     os.kill(victim.pid, signal.SIGKILL)
     answers.join()
     assert answers.found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_experts_of_a_lost_rank_come_from_the_copy_in_the_host_s_memory(
+    model: str, expected: list[list[int]], tmp_path: Path
+) -> None:
+    """Nothing else has them: the checkpoint is refused, because it has changed."""
+    served = shutil.copytree(model, tmp_path / "served")
+    with opened(str(served), "cuda", cluster__restart_policy="never") as llm:
+        cache = llm._head._cache
+        assert cache is not None
+        wait_until(lambda: cache.filled, 60.0)
+        for file in served.glob("*.safetensors"):
+            os.utime(file)
+        answers = Answers(llm)
+        answers.wait_until_some_run()
+        os.kill(llm.cluster().ranks[0].pid, signal.SIGKILL)
+        answers.join()
+        assert answers.found == expected
+        assert [rank.id for rank in llm.cluster().ranks] == [1]

@@ -271,6 +271,8 @@ class Simulation(Network):
         self.on_board.update(self.journal.of_rank(rank))
         self.journal.rank_exited(rank, own_fault=own_fault)
 
+    expert_cache = b""
+
     def admit_waiting(self) -> None:
         self.admission.admit_waiting()
 

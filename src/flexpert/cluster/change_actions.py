@@ -97,7 +97,8 @@ class ChangeActions:
         members = {rank: cluster.ranks[rank].address for rank in change.after}
         holders = set(cluster.placement.ranks) if cluster.placement else set()
         exporters = {rank: cluster.ranks[rank].experts for rank in holders & set(cluster.ranks)}
-        plan = msg.Prepare(change.epoch, members, cluster.planned, exporters)
+        cache = cluster.head.expert_cache
+        plan = msg.Prepare(change.epoch, members, cluster.planned, exporters, cache)
         cluster.tell(change.everyone, plan)
 
     def _offer(self, change: Change, event: MembershipEvent) -> None:

@@ -15,6 +15,7 @@ import msgspec
 
 from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
+from flexpert.cluster.expert_cache_keeper import ExpertCacheKeeper
 from flexpert.cluster.formatting import describe_memory
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
@@ -74,6 +75,7 @@ class Head:
         self._serving = False
         self._stopping = asyncio.Lock()
         self._stopped = False
+        self._cache: ExpertCacheKeeper | None = None
         self.metrics = Metrics(self._rank_views, lambda: self._epoch, lambda: len(self._journal))
         self.registry = self.metrics.registry
 
@@ -113,6 +115,8 @@ class Head:
             await self.stop()
             raise
         self._serving = True
+        self._cache = ExpertCacheKeeper(self.config, source, self)
+        self._cache.start()
         for rank in self._coordinator.ranks():
             memory = describe_memory(*self._coordinator.memory(rank.id))
             if memory:
@@ -140,6 +144,8 @@ class Head:
         while len(self._journal) and not self.failure and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self._stopped = True
+        if self._cache:
+            self._cache.close()
         if self._coordinator:
             self._coordinator.close()
         self._journal.fail_all(ServiceStopped("the service is stopping"))
@@ -288,6 +294,10 @@ class Head:
     def work(self, rank: int) -> Work | None:
         assert self._launcher is not None
         return self._launcher.work(rank)
+
+    @property
+    def expert_cache(self) -> bytes:
+        return self._cache.address if self._cache else b""
 
     def admit_waiting(self) -> None:
         self._admission.admit_waiting()

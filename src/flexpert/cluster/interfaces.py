@@ -63,6 +63,11 @@ class HeadInterface(Protocol):
         `Journal.rank_exited`."""
         ...
 
+    @property
+    def expert_cache(self) -> bytes:
+        """Address of the host's copy of the experts; b"": there is none."""
+        ...
+
     def admit_waiting(self) -> None: ...
     def service_lost(self, reason: str) -> None:
         """Nobody is left and nobody will be started again: the service stops."""

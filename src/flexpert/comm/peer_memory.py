@@ -173,9 +173,34 @@ class ImportedPages:
                 raise PeerUnreachable(f"{who} exports less than it says")
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             self._map = mmap.mmap(fd, _PAGE + there.size, access=access)
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
         self.bytes = _view(self._map)
+        self._fd = fd
+
+    def __del__(self) -> None:
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+    def copy_to(self, at: int, into: torch.Tensor) -> None:
+        """Fill [n] uint8 of the host, contiguous, from byte `at`; no page is mapped for it, and
+        other threads run meanwhile.
+
+        Raises:
+            ValueError: it would reach beyond the end.
+            OSError: it cannot be read.
+        """
+        size = into.numel()
+        if at < 0 or at + size > len(self.bytes):
+            raise ValueError(f"{size} bytes at {at} of {len(self.bytes)} exported ones")
+        view = into.numpy().data
+        done = 0
+        while done < size:
+            got = os.preadv(self._fd, [view[done:]], _PAGE + at + done)
+            if got == 0:
+                raise OSError(f"exported memory ends after {at + done} bytes")
+            done += got
 
     def read(self, at: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A view of the peer's memory from byte `at`.

@@ -10,8 +10,7 @@ from typing import Any
 from flexpert.comm import Buffer, ExpertTable
 from flexpert.engine.rank_protocol import Prepare
 from flexpert.engine.stopwatch import Stopwatch
-from flexpert.models.source import ModelSource
-from flexpert.moe.expert_store import ExpertLoad, Key, Store
+from flexpert.moe.expert_store import ExpertFiles, ExpertLoad, Key, Store
 from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
 from flexpert.moe.runtime import expert_tables
 
@@ -41,7 +40,7 @@ def prepare_epoch(
     plan: Prepare,
     *,
     buffer: Buffer,
-    source: ModelSource,
+    files: ExpertFiles,
     held: Collection[Key],
     store: Store,
     moe: ElasticMoELayers,
@@ -51,8 +50,8 @@ def prepare_epoch(
     """Connect the members and load the experts this rank does not hold yet.
 
     Changes nothing that the running epoch uses: peers are connected but masked, and experts that
-    are held stay where they are. Others come from the memory of a peer that has them, else from the
-    checkpoint. Runs in its own thread; what it loads in vain it drops again. What it launches on
+    are held stay where they are. Others come from the memory of a peer that has them, else from
+    `files`. Runs in its own thread; what it loads in vain it drops again. What it launches on
     the calling thread's stream must be waited for.
 
     Raises:
@@ -75,7 +74,7 @@ def prepare_epoch(
 
     try:
         check()
-        copied = store.load(ExpertLoad(new, plan.exporters, source, check, progress)) if new else 0
+        copied = store.load(ExpertLoad(new, plan.exporters, files, check, progress)) if new else 0
         watch.lap("experts")
         tables: list[ExpertTable] = expert_tables(plan.placement, rank)
         layers = [

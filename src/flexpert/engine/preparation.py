@@ -16,7 +16,8 @@ from flexpert.engine.epoch import Cancelled, PreparedEpoch, prepare_epoch
 from flexpert.errors import FlexpertError
 from flexpert.kernels.device_stream import DeviceStream
 from flexpert.models.source import ModelSource
-from flexpert.moe.expert_store import Key, Store
+from flexpert.moe.expert_cache import CachedExperts
+from flexpert.moe.expert_store import ExpertFiles, Key, Store
 from flexpert.moe.moe_layers import ElasticMoELayers
 
 _LAST_S = 5.0  # for the thread when the rank ends
@@ -141,6 +142,7 @@ class EpochPreparer:
         self._stream = stream
         self._report = report
         self._done = done
+        self._cached: tuple[bytes, CachedExperts] | None = None  # by its address
         self._current: Preparation | None = None
         # uses the store, perhaps still; whoever comes next waits for it
         self._latest: threading.Thread | None = None
@@ -201,13 +203,25 @@ class EpochPreparer:
         if self._latest:
             self._latest.join(timeout=_LAST_S)
 
+    def _files(self, cache: bytes) -> ExpertFiles:
+        """The checkpoint, behind the host's copy of the experts where that can be read."""
+        if not cache:
+            return self._source
+        if self._cached is None or self._cached[0] != cache:
+            shapes, experts = self._source.expert_shapes(), self._source.info.experts
+            try:
+                self._cached = cache, CachedExperts(cache, shapes, experts, self._source)
+            except CommError:  # its process has just ended
+                return self._source
+        return self._cached[1]
+
     def _work(self, plan: msg.Prepare, cancelled: threading.Event) -> PreparedEpoch:
         with self._stream.aside():
             try:
                 return prepare_epoch(
                     plan,
                     buffer=self._buffer,
-                    source=self._source,
+                    files=self._files(plan.cache),
                     held=self.experts,
                     store=self._store,
                     moe=self._moe,

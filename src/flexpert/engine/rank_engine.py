@@ -124,8 +124,9 @@ class RankEngine:
             kv_memory=self.exported.bytes,
             device=self.profile.device,
             kernels=self.profile.make_kernels(),
+            lap=self.watch.lap,
         )
-        self.watch.lap("dense weights")
+        self.watch.lap("kernels")
         limits = EngineLimits(
             max_tokens_per_step=config.max_tokens_per_step,
             max_running=config.max_running,

@@ -34,13 +34,14 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     """Get ready for an epoch while serving goes on. Answered by `Prepared` or `Failed`.
 
     members: rank id → address of its window. exporters: rank id → address of the experts it holds
-    in the running epoch.
+    in the running epoch. cache: address of the host's copy of the experts; b"": there is none.
     """
 
     epoch: int
     members: dict[int, bytes]
     placement: Placement
     exporters: dict[int, bytes] = {}
+    cache: bytes = b""
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -161,6 +161,7 @@ class ModelRunner:
         kv_memory: Tensor | None = None,
         device: torch.device = CPU,
         kernels: Kernels | None = None,
+        lap: Callable[[str], None] = lambda part: None,
     ) -> ModelRunner:
         """Read the dense weights and reserve the KV cache (its pages are touched on use).
 
@@ -169,6 +170,7 @@ class ModelRunner:
                 own.
             device: of weights and batches; a GPU is never deterministic.
             kernels: for `device`; default: a CPU's.
+            lap: told when a part of it is over.
 
         Raises:
             ModelError: a tensor of the checkpoint cannot be read or has another shape.
@@ -182,8 +184,10 @@ class ModelRunner:
             model.get_submodule(name)._parameters.clear()
         with torch.no_grad():
             compute_buffers(model)
+            lap("skeleton")
             load_dense(model, source, stream_of(device) if device.type == "cuda" else None)
         _check_real(model)
+        lap("dense weights")
         return cls.assemble(
             model.to(device),
             source.info,

@@ -273,6 +273,11 @@ class ModelSource:
             biases=dtype if module.has_bias else None,
         )
 
+    def try_extents(self) -> None:
+        """Find out now how experts are read, which the first one would otherwise wait for; forks of
+        this process know it then. Raises: ModelError: they cannot be read."""
+        self.read_expert(0, 0, torch.empty(self.expert_shape(0).nbytes, dtype=torch.uint8))
+
     def read_expert(self, layer: int, expert: int, into: Tensor) -> None:
         """Read one expert of a MoE layer; any number of threads may do so at once.
 

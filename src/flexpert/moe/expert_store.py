@@ -107,7 +107,7 @@ class ExportingPeers(Generic[P]):
         return self._open[address]
 
 
-class _Places:
+class ExpertPlaces:
     """Where everything lies: a byte for each place, then the places."""
 
     def __init__(self, shapes: Sequence[ExpertShape], experts: int) -> None:
@@ -148,7 +148,7 @@ class ExpertStore:
         """
         self._rank = rank
         self._deterministic = deterministic
-        self._places = _Places(shapes, experts)
+        self._places = ExpertPlaces(shapes, experts)
         self._exported = export_pages(self._places.size)
         self._weights: dict[Key, ExpertWeights] = {}
         self.address = self._exported.address

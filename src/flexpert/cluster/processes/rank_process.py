@@ -47,7 +47,9 @@ decode_spec = msgspec.msgpack.Decoder(RankSpec).decode
 
 def open_model(config_json: bytes) -> ModelSource:
     """The model of a settings tree given as JSON: what the fork server has for every child."""
-    return open_source(Config.model_validate_json(config_json))
+    source = open_source(Config.model_validate_json(config_json))
+    source.try_extents()
+    return source
 
 
 def open_source(config: Config) -> ModelSource:

@@ -7,6 +7,7 @@ which expert lies where; an entry is one word, so that a peer reads all of it or
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ from flexpert.comm.peer_memory import (
 from flexpert.kernels.cuda.device_experts import SlotAddresses
 from flexpert.kernels.device_stream import stream_of
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
-from flexpert.moe.cuda.expert_upload import ExpertUpload
+from flexpert.moe.cuda.expert_upload import ExpertUploader
 from flexpert.moe.expert_store import ExpertLoad, ExportingPeers, Key
 
 SLAB_BYTES = 256 << 20
@@ -107,6 +108,8 @@ class DeviceExpertStore:
         self._slab_bytes = slab_bytes
         self._exported = export_pages(_Directory.size(len(shapes), experts))
         self._directory = _Directory(self._exported.bytes, len(shapes), experts)
+        largest = max(shape.nbytes for shape in shapes)
+        self._uploader = ExpertUploader(self._stream, largest)
         self._slabs: dict[int, _Slab] = {}
         self._places: dict[Key, tuple[int, int]] = {}  # of experts that are here or come
         self._last = -1  # slab that was made
@@ -146,14 +149,15 @@ class DeviceExpertStore:
             if done % step == 0:
                 load.progress((len(copied) + done) / len(load.keys))
 
-        ExpertUpload(
-            self._stream,
+        self._uploader.upload(
             [(key, self.memory(key)) for key in rest],
             lambda key, into: load.files.read_expert(*key, into),
             check=load.check,
             progress=count,
-        ).run()
+        )
         self.filled(rest)
+        if not rest:  # what a loss will need
+            CAPTURE_GUARD.later(functools.partial(self._uploader.prepare, len(load.keys)))
         return len(copied)
 
     def _copy(self, load: ExpertLoad) -> set[Key]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from flexpert.kernels.device_stream import DeviceStream
 from flexpert.moe.expert_store import Key
 
-MOST_THREADS = 8
+MOST_THREADS = 12
 MOST_LOCKED_BYTES = 256 << 20
 
 _PIECES = 2  # of a thread
@@ -24,24 +24,66 @@ Read = Callable[[Key, Tensor], None]
 """Fills [bytes of the expert] uint8 of the host; several threads call it at once."""
 
 
-class ExpertUpload:
-    """Uploads one list of experts; the first error ends it, and is raised."""
+class ExpertUploader:
+    """Of one rank, used by one thread at a time. Page-locked memory is taken by the first upload,
+    or ahead, and kept: taking it costs as long as many experts do."""
 
-    def __init__(
+    def __init__(self, stream: DeviceStream, largest: int) -> None:
+        """
+        Args:
+            largest: bytes of the largest expert.
+        """
+        self._stream = stream
+        self._largest = largest
+        self._lock = threading.Lock()
+        self._locked: list[Tensor] = []  # [pieces of a thread] uint8, for each
+
+    def prepare(self, experts: int) -> None:
+        """Take what an upload of so many experts needs; for another thread than uploads."""
+        with self._lock:
+            while len(self._locked) < threads_for(self._largest, experts):
+                self._locked.append(self._stream.host_buffer(_PIECES * self._largest))
+
+    def upload(
         self,
-        stream: DeviceStream,
         places: Sequence[tuple[Key, Tensor]],
         read: Read,
         *,
         check: Callable[[], None],
         progress: Callable[[int], None],
     ) -> None:
-        """
+        """Returns when all is on the device.
+
         Args:
             places: [bytes of the expert] uint8 on the device, for each.
             check: called between experts, in any thread; raises what the upload is to end with.
             progress: told how many experts are uploaded, in any thread.
+
+        Raises: what reading or `check` raises, the first of it.
         """
+        if not places:
+            return
+        self.prepare(len(places))
+        count = threads_for(self._largest, len(places))
+        work = _Upload(self._stream, places, read, check, progress)
+        with ThreadPoolExecutor(count, thread_name_prefix="upload") as threads:
+            works = [threads.submit(work.run, locked) for locked in self._locked[:count]]
+        failed = [error for one in works if (error := one.exception()) is not None]
+        if failed:
+            raise failed[0]
+
+
+class _Upload:
+    """One list of experts, which threads take from."""
+
+    def __init__(
+        self,
+        stream: DeviceStream,
+        places: Sequence[tuple[Key, Tensor]],
+        read: Read,
+        check: Callable[[], None],
+        progress: Callable[[int], None],
+    ) -> None:
         self._stream = stream
         self._places = places
         self._read = read
@@ -52,20 +94,8 @@ class ExpertUpload:
         self._done = 0
         self._failed = False
 
-    def run(self) -> None:
-        """Returns when all is on the device. Raises: what reading or `check` raises."""
-        if not self._places:
-            return
-        largest = max(place.numel() for _, place in self._places)
-        count = threads_for(largest, len(self._places))
-        pieces = [self._stream.host_buffer(_PIECES * largest) for _ in range(count)]
-        with ThreadPoolExecutor(count, thread_name_prefix="upload") as threads:
-            works = [threads.submit(self._work, piece) for piece in pieces]
-        failed = [error for work in works if (error := work.exception()) is not None]
-        if failed:
-            raise failed[0]
-
-    def _work(self, memory: Tensor) -> None:
+    def run(self, memory: Tensor) -> None:
+        """In one thread. memory: of the thread, page-locked."""
         size = memory.numel() // _PIECES
         pieces = [memory[i * size : (i + 1) * size] for i in range(_PIECES)]
         try:
