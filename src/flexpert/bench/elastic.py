@@ -15,6 +15,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from time import perf_counter
 from typing import Any
 
@@ -324,7 +325,7 @@ class _ElasticRun:
         desired = _BACK * self.steady[-1].tokens_per_s
         async with self.streams.running():
             await asyncio.sleep(2 * _SETTLE_S)
-            at = perf_counter()
+            clock, at = datetime.now().astimezone(), perf_counter()
             for victim in victims:
                 os.kill(victim["pid"], signal.SIGKILL)
             dead = {victim["pid"] for victim in victims}
@@ -342,7 +343,8 @@ class _ElasticRun:
             whole_s=whole - at,
         )
         self.note(
-            f"killed {kill.killed}: first token after {kill.first_token_s:.3f} s, 95 % after "
+            f"killed {kill.killed} at {clock:%H:%M:%S.%f}: "
+            f"first token after {kill.first_token_s:.3f} s, 95 % after "
             f"{'-' if kill.back_s is None else round(kill.back_s, 1)} s, "
             f"all ranks after {kill.whole_s:.1f} s"
         )

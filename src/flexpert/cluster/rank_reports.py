@@ -98,6 +98,7 @@ class RankReports:
         rank_state = cluster.ranks.get(rank)
         if rank_state is None or rank_state.state == "starting" or self._was_asked_to(rank):
             return
+        log.debug("rank %d has closed its connection", rank)
         reason = f"rank {rank} exited"
         if rank_state.error:
             reason += f": {rank_state.error}"

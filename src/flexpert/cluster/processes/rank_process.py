@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping
 
 import msgspec
+import torch
 
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.cluster.processes.relay import Relay
@@ -48,7 +49,12 @@ decode_spec = msgspec.msgpack.Decoder(RankSpec).decode
 def open_model(config_json: bytes) -> ModelSource:
     """The model of a settings tree given as JSON: what the fork server has for every child."""
     source = open_source(Config.model_validate_json(config_json))
-    source.try_extents()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork would wait for the others for ever
+    try:
+        source.try_extents()
+    finally:
+        torch.set_num_threads(threads)
     return source
 
 
