@@ -29,6 +29,8 @@ from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec
 from flexpert.cluster.processes.transport import Transport
 from flexpert.cluster.service_metrics import Metrics
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
+from flexpert.comm import PeerUnreachable
+from flexpert.comm.host.lifeline import watch
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.device_profile import check_device, find_driver, uses_gpu
@@ -76,6 +78,7 @@ class Head:
         self._stopping = asyncio.Lock()
         self._stopped = False
         self._cache: ExpertCacheKeeper | None = None
+        self._lives: dict[int, bytes] = {}  # lifelines of ranks
         self.metrics = Metrics(self._rank_views, lambda: self._epoch, lambda: len(self._journal))
         self.registry = self.metrics.registry
 
@@ -366,6 +369,8 @@ class Head:
         if self._coordinator is None:
             return
         match report:
+            case msg.Hello():
+                self._watch(rank, report.life)
             case msg.Published(events, _):
                 journal = self._journal
                 before = journal.tokens_published
@@ -392,11 +397,35 @@ class Head:
         if self._coordinator and not self._stopped:
             self._coordinator.expel(rank, why)
 
+    def _watch(self, rank: int, life: bytes) -> None:
+        """Hear of a rank's end before its connection closes. Raises: Contradiction"""
+        if not life:
+            return
+        loop = asyncio.get_running_loop()
+        self._lives[rank] = life
+
+        def ended() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._on_life_ended, rank, life)
+
+        try:
+            watch(life, ended)
+        except PeerUnreachable:
+            pass  # it has ended already, as its connection tells
+        except (ValueError, OSError) as error:
+            raise msg.Contradiction(f"its lifeline cannot be watched: {error}") from error
+
+    def _on_life_ended(self, rank: int, life: bytes) -> None:
+        if self._lives.get(rank) == life and self._transport:
+            self._transport.drain(rank)  # what it said before
+            self._on_disconnected(rank)
+
     def _on_disconnected(self, rank: int) -> None:
         if self._coordinator and not self._stopped:
             self._coordinator.on_disconnected(rank)
 
     def _on_exit(self, rank: int, status: int, why: str) -> None:
+        self._lives.pop(rank, None)
         if self._transport:
             self._transport.drain(rank)
             self._transport.forget(rank)

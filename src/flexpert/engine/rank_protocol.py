@@ -155,7 +155,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """A rank is up, its dense weights are loaded and its window is open.
 
     kv: address of its KV cache, for those who take its sequences over. experts: address of the
-    experts it will hold, for those who need one. laps: what it did until now → seconds.
+    experts it will hold, for those who need one. laps: what it did until now → seconds. life:
+    address of the lifeline that its main thread holds; b"": there is none.
     """
 
     pid: int
@@ -164,6 +165,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     kv: bytes
     experts: bytes
     laps: dict[str, float] = {}
+    life: bytes = b""
 
 
 class Unable(msgspec.Struct, frozen=True, tag="unable"):

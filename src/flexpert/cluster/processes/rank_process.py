@@ -16,6 +16,7 @@ import torch
 
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.cluster.processes.relay import Relay
+from flexpert.comm.host.lifeline import Lifeline
 from flexpert.config import Config
 from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine import rank_protocol as msg
@@ -122,7 +123,8 @@ def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
         except (FlexpertError, OSError, MemoryError, RuntimeError) as error:
             report(msg.Unable(f"{type(error).__name__}: {error}"))
             return 1
-        report(_hello(engine))
+        life = Lifeline()
+        report(_hello(engine, life))
         every_s = config.cluster.stall_timeout / BEATS
         _start("beat", _beat, engine, report, every_s)
         _start("commands", _listen, connection, engine)
@@ -138,7 +140,7 @@ def _start(name: str, target: Callable[..., None], *args: object) -> None:
     threading.Thread(target=target, args=args, name=name, daemon=True).start()
 
 
-def _hello(engine: RankEngine) -> msg.Hello:
+def _hello(engine: RankEngine, life: Lifeline) -> msg.Hello:
     return msg.Hello(
         os.getpid(),
         socket.gethostname(),
@@ -146,6 +148,7 @@ def _hello(engine: RankEngine) -> msg.Hello:
         engine.exported.address,
         engine.store.address,
         dict(engine.watch.laps),
+        life.address,
     )
 
 
