@@ -64,6 +64,7 @@ def prepare_epoch(
     watch = Stopwatch()
     buffer.connect(plan.members)
     watch.lap("connect")
+    progress(0.0)
     desired = plan.placement.held_by(rank)
     keys = [(layer, expert) for layer, experts in enumerate(desired) for expert in experts]
     new = [key for key in keys if key not in held]
