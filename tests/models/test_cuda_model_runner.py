@@ -56,6 +56,7 @@ FUSED = {
     "olmoe": {"OlmoeTopKRouter", "OlmoeRMSNorm"},  # it norms all heads together
     "gpt_oss": {"GptOssRMSNorm"},
     "deepseek_v3": {"DeepseekV3RMSNorm"},
+    "glm4_moe": {"Glm4MoeRMSNorm"},  # it rotates a part of each head
 }
 """Modules that one kernel, or a few, must have taken the place of."""
 

@@ -201,14 +201,27 @@ def _share(module: Any, front: _Front) -> None:
 def _attention(
     module: Any, front: _Front, kernels: Fusions, early: bool, options: dict[str, Any]
 ) -> Callable[..., tuple[Tensor, None]]:
-    """As the module; what it passes to attention, `options`, is the same each time."""
+    """As the module; what it passes to attention, `options`, is the same each time.
+
+    A model that rotates a part of each head (GLM) passes angles for that part alone, which the
+    trial cannot know: there the module computes.
+    """
     binding = registrations.bound(module)
+    original = type(module).forward
     scaling = options.get("scaling")
     sinks = options.get("s_aux")
 
     def forward(
-        hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *_: Any, **__: Any
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        *others: Any,
+        **rest: Any,
     ) -> tuple[Tensor, None]:
+        if position_embeddings[0].shape[-1] != front.dim:
+            result: tuple[Tensor, None] = original(
+                module, hidden_states, position_embeddings, *others, **rest
+            )
+            return result
         batch = binding.batch
         caches = binding.key_cache, binding.value_cache
         query = front(
