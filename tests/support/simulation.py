@@ -187,7 +187,7 @@ class Simulation(Network):
 
     # ---- the head -------------------------------------------------------------------------------
 
-    def spawn(self, rank: int) -> None:
+    def spawn(self, rank: int, verdicts: bytes) -> None:
         if rank in self.processes:
             raise Violation(f"id {rank} is started again while its old process may live")
         self.lives += 1

@@ -74,7 +74,7 @@ class ChangeActions:
         try:
             for rank in sorted(change.joining):
                 cluster.ranks[rank] = RankState(rank)
-                cluster.head.spawn(rank)
+                cluster.head.spawn(rank, cluster.verdicts)
         except FlexpertError as error:  # there is nothing to start ranks with any more
             if cluster.operation is None or cluster.operation.purpose is not Purpose.RESTART:
                 raise

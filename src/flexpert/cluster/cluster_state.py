@@ -33,7 +33,8 @@ class ClusterState:
     events: of the first two; the third changes in the middle of their actions and causes none.
     ranks: from the start of a process to its certain exit. placement: of the current epoch.
     planned: of the one that is prepared. operation: the change that runs. queued: the one that was
-    asked for meanwhile.
+    asked for meanwhile. verdicts: what the first rank that came up found of the model's modules,
+    as it encoded it; new ranks are told.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class ClusterState:
         self.placement: Placement | None = None
         self.planned: Placement | None = None
         self.ranks: dict[int, RankState] = {}
+        self.verdicts = b""
         self.operation: Operation | None = None
         self.queued: tuple[Operation, TargetRequest] | None = None
         self.migrations = KVMigrations(self.ranks, head)

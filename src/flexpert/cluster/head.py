@@ -305,7 +305,7 @@ class Head:
     def admit_waiting(self) -> None:
         self._admission.admit_waiting()
 
-    def spawn(self, rank: int) -> None:
+    def spawn(self, rank: int, verdicts: bytes) -> None:
         assert self._launcher is not None
         assert self._transport is not None
         try:
@@ -314,7 +314,7 @@ class Head:
             why = f"it cannot be connected: {error.strerror}; raise the limit of open files"
             asyncio.get_running_loop().call_soon(self._on_exit, rank, 1, why)
             return
-        spec = encode_spec(RankSpec(rank, for_children(self.config)))
+        spec = encode_spec(RankSpec(rank, for_children(self.config), verdicts))
         self._launcher.spawn(rank, ENTRY, spec, end)
 
     def kill(self, rank: int) -> None:

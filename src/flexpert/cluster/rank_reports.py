@@ -12,6 +12,7 @@ from flexpert.cluster.rank_state import RankState
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import HeldKV
 from flexpert.engine.stopwatch import in_words
+from flexpert.models.fusion_verdicts import MOST_BYTES
 
 log = logging.getLogger("flexpert")
 
@@ -146,6 +147,8 @@ class RankReports:
         rank_state.pid, rank_state.host = report.pid, report.host
         rank_state.address, rank_state.kv = report.address, report.kv
         rank_state.experts = report.experts
+        if not self._cluster.verdicts and len(report.verdicts) <= MOST_BYTES:
+            self._cluster.verdicts = report.verdicts
         log.debug("rank %d came up: %s", rank_state.id, in_words(report.laps))
         rank_state.state = "preparing"
         self._post(EventKind.HELLO, rank_state.id)

@@ -50,6 +50,7 @@ from flexpert.engine.stopwatch import Stopwatch
 from flexpert.engine.warm_up import WarmUp
 from flexpert.errors import FlexpertError
 from flexpert.models.batch import ForwardBatch
+from flexpert.models.fusion_verdicts import decode_verdicts
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ModelSource
@@ -85,12 +86,14 @@ class RankEngine:
         exchange_timeout_s: float,
         report: Callable[[msg.Report], None],
         faults: Faults | None = None,
+        verdicts: bytes = b"",
     ) -> None:
         """
         Args:
             capacity: ids that the windows have room for.
             report: called from several threads; see the module's docstring.
             faults: planted in this rank, in tests.
+            verdicts: encoded, of an earlier rank of the same service; b"": there is none.
 
         Raises:
             FlexpertError, OSError, MemoryError, RuntimeError: it cannot come up.
@@ -124,9 +127,9 @@ class RankEngine:
             kv_memory=self.exported.bytes,
             device=self.profile.device,
             kernels=self.profile.make_kernels(),
+            verdicts=decode_verdicts(verdicts),
             lap=self.watch.lap,
         )
-        self.watch.lap("kernels")
         limits = EngineLimits(
             max_tokens_per_step=config.max_tokens_per_step,
             max_running=config.max_running,

@@ -156,7 +156,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
     kv: address of its KV cache, for those who take its sequences over. experts: address of the
     experts it will hold, for those who need one. laps: what it did until now → seconds. life:
-    address of the lifeline that its main thread holds; b"": there is none.
+    address of the lifeline that its main thread holds; b"": there is none. verdicts: which modules
+    of the model our kernels compute, encoded, for later ranks (`fusion_verdicts`).
     """
 
     pid: int
@@ -166,6 +167,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     experts: bytes
     laps: dict[str, float] = {}
     life: bytes = b""
+    verdicts: bytes = b""
 
 
 class Unable(msgspec.Struct, frozen=True, tag="unable"):

@@ -7,7 +7,9 @@ family. What a linear layer is, torch says; what a norm computes, we find out by
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from flexpert.kernels.cpu import ops
 from flexpert.kernels.kernel_set import Kernels, LinearKernel, NormKernel
 from flexpert.models.deterministic import outside_modes
+from flexpert.models.fusion_verdicts import FusionVerdicts, NormFusion, VerdictLedger
 
 LIBRARY_ROWS: Final = 64
 """From here on a product goes to torch if that may use more than our one thread."""
@@ -25,21 +28,32 @@ _TRIAL_ROWS: Final = 64
 _MOST_DIFFERENT: Final = 0.01  # share of elements; sums in another order round some otherwise
 
 
-def fuse(model: nn.Module, kernels: Kernels, *, deterministic: bool) -> None:
+def fuse(
+    model: nn.Module,
+    kernels: Kernels,
+    *,
+    deterministic: bool,
+    known: FusionVerdicts = MappingProxyType({}),
+) -> FusionVerdicts:
     """Replace the forward of the modules of a loaded model that our kernels compute as well.
 
-    kernels: for the device that the model is on.
+    Args:
+        kernels: for the device that the model is on.
+        known: what was found of such a model before; norms that it names are not tried.
+
+    Returns: what holds for its norms.
     """
     linear, norm = kernels.linear, kernels.rms_norm
-    for module in model.modules():
+    ledger = VerdictLedger(known)
+    for name, module in model.named_modules():
         if type(module) is nn.Linear:
             if linear is not None and _fits_kernel(module.weight):
                 _replace(module, _linear(module, linear, deterministic))
         elif (eps := epsilon(module)) is not None:
-            for early in (True, False):
-                if _is_norm(module, eps, norm, early=early):
-                    _replace(module, _norm(module, eps, norm, early))
-                    break
+            attempt = functools.partial(_try_norm, module, eps, norm)
+            if (found := ledger.settle(name, module, NormFusion, attempt)) is not None:
+                _replace(module, _norm(module, eps, norm, found.early))
+    return ledger.found
 
 
 def _replace(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
@@ -102,6 +116,13 @@ def _norm(
         return result
 
     return forward
+
+
+def _try_norm(module: nn.Module, eps: float, kernel: NormKernel) -> NormFusion | None:
+    for early in (True, False):
+        if _is_norm(module, eps, kernel, early=early):
+            return NormFusion(early)
+    return None
 
 
 def _is_norm(module: nn.Module, eps: float, kernel: NormKernel, *, early: bool) -> bool:

@@ -7,11 +7,14 @@ its class: one that does something else is left alone.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Final
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,19 +22,42 @@ from torch import Tensor, nn
 from flexpert.kernels.kernel_set import Fusions
 from flexpert.models import registrations
 from flexpert.models.fused import epsilon
+from flexpert.models.fusion_verdicts import (
+    AttentionFusion,
+    FusionVerdicts,
+    RouterFusion,
+    VerdictLedger,
+    WeightsDtype,
+)
 
 _ROWS: Final = 24
 _BLOCK: Final = 8  # of the trial's cache
+_DTYPES: Final[dict[torch.dtype, WeightsDtype]] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 _MOST_EQUAL: Final = 0.95  # choices of a router: where two are equally likely, either is right
 
 
-def fuse_modules(model: nn.Module, kernels: Fusions) -> None:
-    """Replace the forward of the modules of a bound model that our kernels compute as well."""
-    for module in model.modules():
+def fuse_modules(
+    model: nn.Module, kernels: Fusions, known: FusionVerdicts = MappingProxyType({})
+) -> FusionVerdicts:
+    """Replace the forward of the modules of a bound model that our kernels compute as well.
+
+    known: what was found of such a model before; modules that it names are not tried.
+
+    Returns: what holds for its attention modules and routers.
+    """
+    ledger = VerdictLedger(known)
+    for name, module in model.named_modules():
         if (front := _front(module)) is not None:
-            _try_attention(module, front, kernels)
+            _fuse_attention(name, module, front, kernels, ledger)
         elif _looks_like_router(module):
-            _try_router(module, kernels)
+            attempt = functools.partial(_try_router, module, kernels)
+            if (found := ledger.settle(name, module, RouterFusion, attempt)) is not None:
+                vars(module)["forward"] = _router(module, kernels, found)
+    return ledger.found
 
 
 # ---- attention ------------------------------------------------------------------------------
@@ -135,7 +161,31 @@ class _Recorder:
         return self.result
 
 
-def _try_attention(module: Any, front: _Front, kernels: Fusions) -> None:
+def _fuse_attention(
+    name: str, module: nn.Module, front: _Front, kernels: Fusions, ledger: VerdictLedger
+) -> None:
+    sinks: Tensor | None = None
+
+    def attempt() -> AttentionFusion | None:
+        nonlocal sinks
+        if (found := _try_attention(module, front, kernels)) is None:
+            return None
+        fusion, sinks = found
+        return fusion
+
+    fusion = ledger.settle(name, module, AttentionFusion, attempt)
+    if fusion is None:
+        return
+    if sinks is not None:
+        del ledger.found[name]  # each rank finds its own tensor, by a trial
+    _share(module, front)
+    vars(module)["forward"] = _attention(module, front, kernels, fusion, sinks)
+
+
+def _try_attention(
+    module: Any, front: _Front, kernels: Fusions
+) -> tuple[AttentionFusion, Tensor | None] | None:
+    """What the module does if our kernels do the same, and its sinks, if it has any."""
     weight = front.weight
     generator = torch.Generator().manual_seed(0)
 
@@ -155,7 +205,7 @@ def _try_attention(module: Any, front: _Front, kernels: Fusions) -> None:
             module, hidden_states=hidden[None], position_embeddings=rotation, attention_mask=None
         )
     except (TypeError, RuntimeError, ValueError, AttributeError):
-        return  # it wants something else to work on
+        return None  # it wants something else to work on
     finally:
         registrations.bind(module, binding)
     output = module.o_proj(recorder.result.view(1, _ROWS, -1))
@@ -166,7 +216,7 @@ def _try_attention(module: Any, front: _Front, kernels: Fusions) -> None:
         or not recorder.qkv
         or not torch.equal(theirs[0], output)
     ):
-        return
+        return None
     slots = torch.randperm(_ROWS, generator=generator).to(weight.device)
     shape = (_ROWS // _BLOCK, _BLOCK, front.kv_heads, front.dim)
     caches = weight.new_empty(shape), weight.new_empty(shape)
@@ -174,10 +224,21 @@ def _try_attention(module: Any, front: _Front, kernels: Fusions) -> None:
         query = front(kernels, hidden, (rotation[0], rotation[1]), slots, caches, early)
         kept = [cache.view(_ROWS, front.kv_heads, front.dim)[slots] for cache in caches]
         if all(_same(a, b) for a, b in zip((query, *kept), recorder.qkv, strict=True)):
-            _share(module, front)
-            forward = _attention(module, front, kernels, early, recorder.options)
-            vars(module)["forward"] = forward
-            return
+            return _with_options(early, recorder.options)
+    return None
+
+
+def _with_options(
+    early: bool, options: dict[str, Any]
+) -> tuple[AttentionFusion, Tensor | None] | None:
+    """options: what a module passes to attention; None: they are not what they should be."""
+    plain = {name: options.get(name) for name in ("scaling", "sliding_window", "softcap")}
+    sinks = options.get("s_aux")
+    try:
+        fusion = msgspec.convert({"type": "attention", "early": early, **plain}, AttentionFusion)
+    except msgspec.ValidationError:
+        return None
+    return (fusion, sinks) if sinks is None or isinstance(sinks, Tensor) else None
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
@@ -199,17 +260,16 @@ def _share(module: Any, front: _Front) -> None:
 
 
 def _attention(
-    module: Any, front: _Front, kernels: Fusions, early: bool, options: dict[str, Any]
+    module: Any, front: _Front, kernels: Fusions, fusion: AttentionFusion, sinks: Tensor | None
 ) -> Callable[..., tuple[Tensor, None]]:
-    """As the module; what it passes to attention, `options`, is the same each time.
+    """As the module; what it passes to attention is the same each time.
 
     A model that rotates a part of each head (GLM) passes angles for that part alone, which the
     trial cannot know: there the module computes.
     """
     binding = registrations.bound(module)
     original = type(module).forward
-    scaling = options.get("scaling")
-    sinks = options.get("s_aux")
+    scaling = front.dim**-0.5 if fusion.scaling is None else fusion.scaling
 
     def forward(
         hidden_states: Tensor,
@@ -225,7 +285,12 @@ def _attention(
         batch = binding.batch
         caches = binding.key_cache, binding.value_cache
         query = front(
-            kernels, hidden_states[0], position_embeddings, batch.slot_mapping, caches, early
+            kernels,
+            hidden_states[0],
+            position_embeddings,
+            batch.slot_mapping,
+            caches,
+            fusion.early,
         )
         out = kernels.attend(
             query,
@@ -233,9 +298,9 @@ def _attention(
             batch.query_start,
             batch.context_len,
             batch.block_tables,
-            scaling=front.dim**-0.5 if scaling is None else scaling,
-            window=options.get("sliding_window") or 0,
-            softcap=options.get("softcap") or 0.0,
+            scaling=scaling,
+            window=fusion.sliding_window or 0,
+            softcap=fusion.softcap or 0.0,
             sinks=None if sinks is None else sinks.to(query.dtype).contiguous(),
         )
         return module.o_proj(out.view(1, out.shape[0], -1)), None
@@ -257,23 +322,25 @@ def _looks_like_router(module: nn.Module) -> bool:
     )
 
 
-def _try_router(module: Any, kernels: Fusions) -> None:
+def _try_router(module: Any, kernels: Fusions) -> RouterFusion | None:
     weight = module.weight.data
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((_ROWS, weight.shape[1]), generator=generator).to(weight)
     try:
         theirs = type(module).forward(module, x)
     except (TypeError, RuntimeError, ValueError, AttributeError):
-        return  # it wants something else to work on
+        return None  # it wants something else to work on
     if not isinstance(theirs, tuple) or len(theirs) != 3:
-        return
+        return None
     shapes = [(_ROWS, count) for count in (weight.shape[0], module.top_k, module.top_k)]
     if [tuple(t.shape) if isinstance(t, Tensor) else None for t in theirs] != shapes:
-        return
+        return None
     logits, weights, ids = theirs
+    if (dtype := _DTYPES.get(weights.dtype)) is None:
+        return None
     for normalised in (True, False):
-        forward = _router(module, kernels, normalised, weights.dtype)
-        ours = forward(x)
+        fusion = RouterFusion(normalised, dtype)
+        ours = _router(module, kernels, fusion)(x)
         equal = ours[2] == ids
         if (
             _same(ours[0], logits)
@@ -285,18 +352,21 @@ def _try_router(module: Any, kernels: Fusions) -> None:
                 atol=0.0,
             )
         ):
-            vars(module)["forward"] = forward
-            return
+            return fusion
+    return None
 
 
 def _router(
-    module: Any, kernels: Fusions, normalised: bool, dtype: torch.dtype
+    module: Any, kernels: Fusions, fusion: RouterFusion
 ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     weight, topk = module.weight.data, module.top_k
+    dtype: torch.dtype = getattr(torch, fusion.dtype)
 
     def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(hidden_states.reshape(-1, weight.shape[1]), weight)
-        chosen, ids = kernels.choose_experts(logits, topk, normalised=normalised, dtype=dtype)
+        chosen, ids = kernels.choose_experts(
+            logits, topk, normalised=fusion.normalised, dtype=dtype
+        )
         return logits, chosen, ids
 
     return forward

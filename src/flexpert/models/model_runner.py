@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from flexpert.models.dense_weights import load_dense, replace_tensor
 from flexpert.models.deterministic import RowwiseMode, outside_modes
 from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
+from flexpert.models.fusion_verdicts import FusionVerdicts
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.probe import build_skeleton
@@ -120,7 +122,8 @@ class RoutedExperts:
 class ModelRunner:
     """The dense part of a model, ready to compute batches; made by `load`, used by one thread.
 
-    kv: the cache that attention reads and writes.
+    kv: the cache that attention reads and writes. verdicts: which of its modules our kernels
+    compute, for the next `load` of the same model on the same kind of device.
     """
 
     info: ModelInfo
@@ -136,9 +139,11 @@ class ModelRunner:
         deterministic: bool,
         moe: MoELayers,
         pads_batches: bool,
+        verdicts: FusionVerdicts,
     ) -> None:
         self.info = info
         self.kv = kv
+        self.verdicts = verdicts
         self.graphs: DecodeGraphs | None = None
         self._model = model
         self._attention = attention
@@ -161,6 +166,7 @@ class ModelRunner:
         kv_memory: Tensor | None = None,
         device: torch.device = CPU,
         kernels: Kernels | None = None,
+        verdicts: FusionVerdicts = MappingProxyType({}),
         lap: Callable[[str], None] = lambda part: None,
     ) -> ModelRunner:
         """Read the dense weights and reserve the KV cache (its pages are touched on use).
@@ -170,6 +176,7 @@ class ModelRunner:
                 own.
             device: of weights and batches; a GPU is never deterministic.
             kernels: for `device`; default: a CPU's.
+            verdicts: of an earlier load; modules without one are tried.
             lap: told when a part of it is over.
 
         Raises:
@@ -188,7 +195,7 @@ class ModelRunner:
             load_dense(model, source, stream_of(device) if device.type == "cuda" else None)
         _check_real(model)
         lap("dense weights")
-        return cls.assemble(
+        runner = cls.assemble(
             model.to(device),
             source.info,
             attention_names=source.attention_names,
@@ -199,7 +206,10 @@ class ModelRunner:
             deterministic=deterministic,
             kv_memory=kv_memory,
             kernels=kernels or cpu_kernels(),
+            verdicts=verdicts,
         )
+        lap("kernels by verdicts" if runner.verdicts == verdicts else "kernels by trials")
+        return runner
 
     @classmethod
     def assemble(
@@ -215,12 +225,14 @@ class ModelRunner:
         kernels: Kernels,
         deterministic: bool = False,
         kv_memory: Tensor | None = None,
+        verdicts: FusionVerdicts = MappingProxyType({}),
     ) -> ModelRunner:
         """Bind a model that has its dense weights to a KV cache on the same device, and to `moe`.
 
         Args:
             model: built with `registrations.IMPLEMENTATION`, on one device.
             attention_names, experts_names: its modules of either kind, in the order of the forward.
+            verdicts: see `load`.
         """
         device = next(model.parameters()).device
         if kv_memory is None:
@@ -239,9 +251,9 @@ class ModelRunner:
             registrations.bind(module, routed)
             experts.append(routed)
         with torch.inference_mode():
-            fuse(model, kernels, deterministic=deterministic)
+            found = dict(fuse(model, kernels, deterministic=deterministic, known=verdicts))
             if kernels.fusions is not None:
-                fuse_modules(model, kernels.fusions)
+                found.update(fuse_modules(model, kernels.fusions, verdicts))
         return cls(
             info,
             model,
@@ -251,6 +263,7 @@ class ModelRunner:
             deterministic=deterministic,
             moe=moe,
             pads_batches=kernels.pads_batches,
+            verdicts=found,
         )
 
     def capture(self, sizes: Sequence[int], max_blocks: int) -> None:

@@ -24,6 +24,7 @@ from flexpert.engine.faults import Faults
 from flexpert.engine.rank_engine import RankEngine
 from flexpert.engine.watchdog import Watchdog, work_of_main_thread
 from flexpert.errors import FlexpertError
+from flexpert.models.fusion_verdicts import encode_verdicts
 from flexpert.models.source import ExpertFormat, ModelSource
 
 _MEMORY_EVERY_S = 1.0
@@ -37,10 +38,14 @@ ENTRY = f"{__name__}:rank_main"
 
 
 class RankSpec(msgspec.Struct, frozen=True):
-    """What a new rank is told. config: the settings tree as JSON."""
+    """What a new rank is told. config: the settings tree as JSON.
+
+    verdicts: what an earlier rank found of the model's modules, encoded; b"": there is none.
+    """
 
     rank: int
     config: str
+    verdicts: bytes = b""
 
 
 encode_spec = msgspec.msgpack.encode
@@ -119,6 +124,7 @@ def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
                 exchange_timeout_s=config.cluster.exchange_timeout,
                 report=report,
                 faults=faults,
+                verdicts=told.verdicts,
             )
         except (FlexpertError, OSError, MemoryError, RuntimeError) as error:
             report(msg.Unable(f"{type(error).__name__}: {error}"))
@@ -149,6 +155,7 @@ def _hello(engine: RankEngine, life: Lifeline) -> msg.Hello:
         engine.store.address,
         dict(engine.watch.laps),
         life.address,
+        encode_verdicts(engine.runner.verdicts),
     )
 
 
