@@ -132,7 +132,8 @@ class StoreServer:
         self.close()
 
     def _rouse(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it has not yet come round to the last one
+        # it has not yet come round to the last one, or has just ended
+        with contextlib.suppress(BlockingIOError, BrokenPipeError):
             self._wake.send(b"!")
 
     def _run(self) -> None:
