@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from flexpert.cluster.processes.early_fork_server import EarlyForkServer
 from flexpert.cluster.views import ClusterView, OperationView
 from flexpert.config import Config, load_config
 from flexpert.engine.request import SamplingParams, TokenLogprobs
@@ -106,10 +107,14 @@ class LLM:
             "cluster.max_ranks": max_ranks,
             "engine.deterministic": deterministic,
         }
+        self.config = _settle(config, given)
+        with EarlyForkServer(self.config) as fork_server:
+            self._start(fork_server)
+
+    def _start(self, fork_server: EarlyForkServer) -> None:
         from flexpert.cluster.head import Head  # torch and transformers, seconds
 
-        self.config = _settle(config, given)
-        self._head = Head(self.config)
+        self._head = Head(self.config, fork_server=fork_server)
         self._numbers = itertools.count(1)
         self._closing = threading.RLock()  # a signal's handler may close while we hold it
         self._closed = False

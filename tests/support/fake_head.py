@@ -214,6 +214,7 @@ class FakeHead:
     config: Config = field(default_factory=Config)
     behaviour: Behaviour = field(default_factory=Behaviour)
     info: FakeInfo = field(default_factory=FakeInfo)
+    fork_server: object = field(default=None, kw_only=True)  # it takes none over
 
     def __post_init__(self) -> None:
         self.model_name = "fake"

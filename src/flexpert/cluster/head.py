@@ -23,8 +23,9 @@ from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.phase_clock import CHANGES
+from flexpert.cluster.processes.early_fork_server import EarlyForkServer, for_children
 from flexpert.cluster.processes.helper import ForkedHelper, OnEnd, OnMessage
-from flexpert.cluster.processes.launcher import LocalLauncher, for_children
+from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
 from flexpert.cluster.processes.transport import Transport
 from flexpert.cluster.service_metrics import Metrics
@@ -51,6 +52,8 @@ log = logging.getLogger("flexpert")
 class Head:
     """One service. All methods are called on its event loop.
 
+    fork_server: one that was started before the head's own imports, for `start` to take; who
+    started it ends it if `start` does not come so far.
     info, tokenizer, model_name: of the model; set by `start`.
     registry: metrics of cluster and engine.
     failure: why the service went down by itself, or None. on_failure: told when it does.
@@ -62,8 +65,9 @@ class Head:
     tokenizer: Any
     model_name: str
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, fork_server: EarlyForkServer | None = None) -> None:
         self.config = config
+        self._early = fork_server
         self.failure: FlexpertError | None = None
         self.on_failure: Callable[[FlexpertError], None] | None = None
         self.impaired: dict[str, str] = {}
@@ -96,7 +100,7 @@ class Head:
             await asyncio.to_thread(check_device, self.config.engine)
             tell(f"opening model {self.config.model.model!r}, starting the fork server")
             self._transport = Transport(self._on_report, self._on_cut_off, self._on_disconnected)
-            self._launcher = LocalLauncher(self._on_exit)
+            self._launcher = LocalLauncher(self._on_exit, self._early)
             source, _ = await asyncio.gather(
                 asyncio.to_thread(open_source, self.config),
                 self._launcher.start(self.config, self.config.cluster.start_timeout),

@@ -9,22 +9,26 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from math import ceil
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 import uvloop
 
 import flexpert
+from flexpert.cluster.processes.early_fork_server import EarlyForkServer
 from flexpert.config import Config, ServerConfig
 from flexpert.errors import ConfigError, FlexpertError
-from flexpert.server.app import create_app
 from flexpert.server.console import LogHandler, complain, say
 from flexpert.server.descriptors import raise_limit
 from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.protocol import bounded_protocol
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from flexpert.cluster.head import Head
 
 log = logging.getLogger("flexpert.server")
@@ -66,12 +70,45 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
     except ConfigError as error:
         complain(f"flexpert: {error}")
         return EXIT_WRONG_SETTINGS
-    if head is None:
-        from flexpert.cluster.head import Head  # torch and transformers, seconds
+    with listener:
+        if head is not None:
+            return _run(config, head, listener, keys)
+        with _early_fork_server(config) as fork_server:
+            from flexpert.cluster.head import Head  # torch and transformers, seconds
 
-        head = Head
-    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Service(config, head(config), listener, keys).run())
+            return _run(config, partial(Head, fork_server=fork_server), listener, keys)
+
+
+@contextmanager
+def _early_fork_server(config: Config) -> Iterator[EarlyForkServer]:
+    """Started before anything heavy is imported; ended, if no head has taken it.
+
+    Until the service listens for SIGTERM, it ends this process at once, and the fork server too.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        fork_server.kill()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    with EarlyForkServer(config) as fork_server:
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            yield fork_server
+            return
+        signal.signal(signal.SIGTERM, end)
+        try:
+            yield fork_server
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(
+    config: Config, head: Callable[[Config], Head], listener: socket.socket, keys: BearerKeys
+) -> int:
+    from flexpert.server.app import create_app  # fastapi: after the fork server was started
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_Service(config, head(config), listener, keys, create_app).run())
 
 
 def bind(config: ServerConfig, keys: BearerKeys | None = None) -> socket.socket:
@@ -128,8 +165,14 @@ class _Service:
     """One run: start, serve, drain, stop."""
 
     def __init__(
-        self, config: Config, head: Head, listener: socket.socket, keys: BearerKeys
+        self,
+        config: Config,
+        head: Head,
+        listener: socket.socket,
+        keys: BearerKeys,
+        create_app: Callable[[Head, BearerKeys], FastAPI],
     ) -> None:
+        self._create_app = create_app
         self._config = config
         self._keys = keys
         self._head = head
@@ -185,7 +228,7 @@ class _Service:
         return False
 
     async def _serve(self) -> None:
-        app = create_app(self._head, self._keys)
+        app = self._create_app(self._head, self._keys)
         level = self._config.server.log_level
         ranks = self._config.cluster
         server = _Server(

@@ -18,12 +18,11 @@ from typing import Any
 import msgspec
 
 from flexpert.cluster.interfaces import Work
-from flexpert.cluster.processes import caches
+from flexpert.cluster.processes.early_fork_server import EarlyForkServer, start_fork_server
 from flexpert.config import Config
 from flexpert.errors import FlexpertError, ModelError
 from flexpert.forking import fork_server
 from flexpert.forking.fork_server import (
-    Begin,
     Exited,
     Fork,
     Kill,
@@ -35,26 +34,8 @@ from flexpert.forking.fork_server import (
 
 log = logging.getLogger("flexpert")
 
-_ENVIRONMENT = {
-    # threads that wait for the next parallel region must sleep: ranks share the cores
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # whether there is a GPU is asked without CUDA: a process that used it cannot be forked
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # numpy's would start its threads when it is imported; and a fork has but the one that forks
-    "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "2",
-}
-
-
 # of /proc/…/stat, after the name
 _STATE, _MINOR_FAULTS, _MAJOR_FAULTS = 0, 7, 9
-
-
-# not for children: the keys of the HTTP server and of its clients (see `for_children`)
-_SECRETS = ("FLEXPERT_SERVER__", "FLEXPERT_API_KEY")
-
-_SETUP = "flexpert.cluster.processes.rank_process:open_model"
 
 OnExit = Callable[[int, str], None]
 _OTHERS = 2**16  # children that are no ranks are numbered from here
@@ -67,10 +48,14 @@ class LocalLauncher:
 
     on_exit(rank, status, why) is called when a rank's process is certainly gone (reaped), or could
     not be started; why: what is known beyond its status, or "".
+    early: a fork server that is starting already; `start` takes it if it has the same settings.
     """
 
-    def __init__(self, on_exit: Callable[[int, int, str], None]) -> None:
+    def __init__(
+        self, on_exit: Callable[[int, int, str], None], early: EarlyForkServer | None = None
+    ) -> None:
         self._on_exit = on_exit
+        self._early = early
         self._config: Config | None = None
         self._timeout_s = 0.0
         self._children: dict[int, _Child] = {}  # a rank's number is its id
@@ -85,7 +70,7 @@ class LocalLauncher:
         self._empty.set()
 
     async def start(self, config: Config, timeout_s: float) -> None:
-        """Start the fork server and wait until it has imported everything.
+        """Start the fork server, or take the early one, and wait until it has imported everything.
 
         Raises:
             ModelError: the model cannot be opened.
@@ -97,7 +82,8 @@ class LocalLauncher:
     async def _start(self, config: Config, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
         try:
-            self._process, ours = _start_fork_server()
+            taken = self._early.take(config) if self._early else None
+            self._process, ours = taken or start_fork_server(config)
         except OSError as error:
             why = fork_server.refusal(error)
             raise FlexpertError(f"the fork server cannot be started: {why}") from None
@@ -105,7 +91,6 @@ class LocalLauncher:
         self._channel = ours
         self._ready = loop.create_future()
         loop.add_reader(ours, self._receive)
-        ours.send(fork_server.encode(Begin(_SETUP, for_children(config).encode())))
         try:
             await asyncio.wait_for(self._ready, timeout_s)
         except TimeoutError:
@@ -342,28 +327,6 @@ class LocalLauncher:
             except OSError as error:  # it has no descriptor to be waited for with
                 log.error("pid %d was not waited for: %s", child.pid, error.strerror)
             self._gone(number, -signal.SIGKILL, f"the fork server ended ({how})")
-
-
-def _start_fork_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The process and the head's end of its channel. Raises: OSError: the system refuses."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)
-    }
-    environment.update(_ENVIRONMENT)
-    caches.keep_private(environment)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        try:
-            process = fork_server.start_server(theirs, environment)
-        except OSError:
-            ours.close()
-            raise
-    return process, ours
-
-
-def for_children(config: Config) -> str:
-    """The settings as JSON, without those of the HTTP server, whose keys are nobody else's."""
-    return config.model_dump_json(exclude={"server"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,114 @@
+"""How the fork server of a service is started: also before there is anybody to hear it.
+
+Importing torch and transformers takes the head as long as it takes the fork server. Nothing here
+needs them, so that a head can start its fork server first and import them at the same time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+from types import TracebackType
+
+from flexpert.cluster.processes import caches
+from flexpert.config import Config
+from flexpert.forking import fork_server
+
+_ENVIRONMENT = {
+    # threads that wait for the next parallel region must sleep: ranks share the cores
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # whether there is a GPU is asked without CUDA: a process that used it cannot be forked
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # numpy's would start its threads when it is imported; and a fork has but the one that forks
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "2",
+}
+
+# not for children: the keys of the HTTP server and of its clients (see `for_children`)
+_SECRETS = ("FLEXPERT_SERVER__", "FLEXPERT_API_KEY")
+
+_SETUP = "flexpert.cluster.processes.rank_process:open_model"
+
+Connected = tuple[subprocess.Popen[bytes], socket.socket]
+
+
+class EarlyForkServer:
+    """A fork server that imports what ranks need until a launcher takes it over.
+
+    Used with `with` around everything up to then: a fork server that nobody has taken is terminated
+    at the end of it. One that the system refuses is none; the launcher starts its own, and says
+    what is in the way if it is still refused.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._connected: Connected | None = None
+        with contextlib.suppress(OSError):  # the launcher tries again, and says what is wrong
+            self._connected = start_fork_server(config)
+
+    def take(self, config: Config) -> Connected | None:
+        """The process and the head's end of its channel, to whoever asks first.
+
+        None: it is not there (any more), or was told other settings than these.
+        """
+        if config != self._config:
+            return None
+        taken, self._connected = self._connected, None
+        return taken
+
+    def kill(self) -> None:
+        """Unless it was taken, without waiting for its end; for handlers of signals."""
+        if self._connected is not None:
+            self._connected[0].kill()
+
+    def __enter__(self) -> EarlyForkServer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        left, self._connected = self._connected, None
+        if left is not None:
+            _terminate(*left)
+
+
+def start_fork_server(config: Config) -> Connected:
+    """A fork server that has been told its model, and the head's end of its channel.
+
+    Raises: OSError: the system refuses.
+    """
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)
+    }
+    environment.update(_ENVIRONMENT)
+    caches.keep_private(environment)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        try:
+            process = fork_server.start_server(theirs, environment)
+        except OSError:
+            ours.close()
+            raise
+    try:
+        ours.send(fork_server.encode(fork_server.Begin(_SETUP, for_children(config).encode())))
+    except BaseException:
+        _terminate(process, ours)
+        raise
+    return process, ours
+
+
+def for_children(config: Config) -> str:
+    """The settings as JSON, without those of the HTTP server, whose keys are nobody else's."""
+    return config.model_dump_json(exclude={"server"})
+
+
+def _terminate(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
+    channel.close()
+    process.kill()
+    process.wait()
