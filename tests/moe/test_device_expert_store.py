@@ -7,6 +7,7 @@ is other.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -83,6 +84,14 @@ def test_what_a_peer_has_is_copied_and_the_rest_is_read_from_the_files() -> None
     assert right(ours, wanted)
     assert (0, 0) not in ours
     assert right(theirs, has)
+
+
+def test_a_rank_that_copies_all_has_what_uploads_need_before_it_serves() -> None:
+    ours, theirs = store(), store()
+    keys = [(0, 0), (1, 1)]
+    load(theirs, keys)
+    assert load(ours, keys, theirs) == 2
+    assert len(ours._uploader._locked) == min(2, len(os.sched_getaffinity(0)))
 
 
 def test_a_place_that_is_not_filled_yet_is_not_copied() -> None:

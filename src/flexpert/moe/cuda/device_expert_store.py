@@ -7,7 +7,6 @@ which expert lies where; an entry is one word, so that a peer reads all of it or
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -156,8 +155,9 @@ class DeviceExpertStore:
             progress=count,
         )
         self.filled(rest)
-        if not rest:  # what a loss will need
-            CAPTURE_GUARD.later(functools.partial(self._uploader.prepare, len(load.keys)))
+        if not rest:
+            # what a loss will need: page-locking would hold up steps, and this rank serves none yet
+            self._uploader.prepare(len(load.keys))
         return len(copied)
 
     def _copy(self, load: ExpertLoad) -> set[Key]:
