@@ -8,6 +8,7 @@ import typer
 
 from flexpert.cli.options import Json, Output, duration_option, make_console, print_note
 from flexpert.display.output import EXIT_FAILURE, check_outputs, show_report
+from flexpert.errors import ConfigError
 
 EXAMPLES = (
     "flexpert bench elastic",
@@ -44,6 +45,8 @@ def bench_elastic(
     failed or an answer was lost.
     """
     check_outputs(output)
+    if low >= high:
+        raise ConfigError(f"--low ({low}) is not below --high ({high}); raise --high")
     from flexpert.bench.elastic import ElasticPlan, run_elastic
     from flexpert.bench.elastic_report import elastic_text
 

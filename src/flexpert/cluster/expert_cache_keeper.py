@@ -97,7 +97,9 @@ class ExpertCacheKeeper:
         match decode_report(message):
             case CacheOpened(address, nbytes):
                 self.address = address
-                log.info("%.1f GiB of experts are copied into the host's memory", nbytes / 2**30)
+                log.info(
+                    "%s MiB of experts are copied into the host's memory", f"{nbytes / 2**20:,.0f}"
+                )
             case CacheFilled(experts):
                 self.filled = True
                 log.info("%d experts are in the host's memory", experts)

@@ -1,0 +1,57 @@
+"""`flexpert bench elastic`: what it makes of arrivals, and a short run with a change and a kill."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexpert.bench.elastic import back_s, silence_end_s
+
+
+def every(step: float, begin: float, end: float) -> list[float]:
+    return [begin + step * n for n in range(int(round((end - begin) / step)))]
+
+
+def test_the_silence_after_a_kill_is_the_longest_that_begins_soon() -> None:
+    arrivals = [*every(0.01, 0, 5.0), *every(0.01, 5.32, 7.0), *every(0.01, 9.0, 9.5)]
+    assert silence_end_s(arrivals, 5.0, 0.5) == pytest.approx(0.32, abs=0.02)
+    assert silence_end_s(arrivals, 10.0, 0.5) == float("inf")
+
+
+def test_throughput_is_back_when_it_stays() -> None:
+    arrivals = [*every(0.01, 0, 5.0), *every(0.02, 5.0, 7.0), *every(0.01, 7.0, 12.0)]
+    found = back_s(arrivals, 5.0, 12.0, desired=95.0)
+    assert found is not None
+    assert 1.8 <= found <= 2.1
+    assert back_s(arrivals, 5.0, 7.0, desired=95.0) is None
+
+
+def test_a_range_of_ranks_that_is_none_is_refused() -> None:
+    command = [sys.executable, "-m", "flexpert", "bench", "elastic", "--low", "2", "--high", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "--low (2) is not below --high (2)" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_short_run_loses_nothing_and_says_what_happened(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "flexpert", "bench", "elastic", "--output", str(report)]
+    command += ["--clients", "4", "--tokens", "40", "--changes", "2", "--kills", "1"]
+    command += ["--undisturbed", "1s", "--", "--log-level", "debug"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    assert [change["ranks"] for change in found["changes"]] == [2, 1]
+    assert [change["state"] for change in found["changes"]] == ["done", "done"]
+    assert all(change["pause_ms"] is not None for change in found["changes"])
+    (kill,) = found["kills"]
+    assert 0 < kill["first_token_s"] < kill["whole_s"] + 5
+    assert found["answers"] > 0
+    assert not found["lost"]
+    assert any("has switched: pause" in line for line in found["log"])
