@@ -9,17 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from flexpert.bench.elastic import back_s, silence_end_s
+from flexpert.bench.elastic import back_s, silences_after
 
 
 def every(step: float, begin: float, end: float) -> list[float]:
-    return [begin + step * n for n in range(int(round((end - begin) / step)))]
+    return [begin + step * n for n in range(round((end - begin) / step))]
 
 
-def test_the_silence_after_a_kill_is_the_longest_that_begins_soon() -> None:
-    arrivals = [*every(0.01, 0, 5.0), *every(0.01, 5.32, 7.0), *every(0.01, 9.0, 9.5)]
-    assert silence_end_s(arrivals, 5.0, 0.5) == pytest.approx(0.32, abs=0.02)
-    assert silence_end_s(arrivals, 10.0, 0.5) == float("inf")
+def test_the_first_token_after_a_kill_ends_the_first_silence_of_several_steps() -> None:
+    arrivals = [*every(0.01, 0, 5.0), *every(0.01, 5.1, 5.3), *every(0.01, 5.6, 7.0)]
+    first, longest = silences_after(arrivals, 5.0, within_s=0.5, step_s=0.01)
+    assert first == pytest.approx(0.1, abs=0.02)
+    assert longest == pytest.approx(0.31, abs=0.02)
+    assert silences_after(arrivals, 1.0, within_s=0.5, step_s=0.01)[0] == pytest.approx(0, abs=0.02)
+    assert silences_after(arrivals, 10.0, within_s=0.5, step_s=0.01) == (float("inf"), float("inf"))
 
 
 def test_throughput_is_back_when_it_stays() -> None:

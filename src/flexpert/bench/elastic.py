@@ -33,6 +33,7 @@ _SILENCE_S = 0.5  # after a kill, in which its silence begins
 _AFTER_S = 5.0  # that a kill is watched at least
 _WINDOW_S = 0.5  # of throughput
 _BACK = 0.95
+_STEPS = 3  # of silence
 _OPERATION_S = 600.0
 _PROMPT = 32
 _KEPT_LINES = re.compile("WARNING|ERROR|DEBUG flexpert: rank")
@@ -83,12 +84,16 @@ class ElasticChange(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ElasticKill(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds after a SIGKILL. first_token_s: until the first token of any stream after the longest
-    silence of all. back_s: until throughput stays at 95 % of the undisturbed one. whole_s: until
-    all ranks are there again."""
+    """Seconds after a SIGKILL.
+
+    first_token_s: until the first token of any stream after the first silence of several steps.
+    silence_s: the longest silence of all streams. back_s: until throughput stays at 95 % of the
+    undisturbed one. whole_s: until all ranks are there again.
+    """
 
     killed: list[int]
     first_token_s: float
+    silence_s: float
     back_s: float | None
     whole_s: float
 
@@ -190,11 +195,18 @@ class ElasticStreams:
         return float(((times >= begin) & (times < end)).sum() / (end - begin))
 
 
-def silence_end_s(arrivals: Sequence[float], at: float, within_s: float) -> float:
-    """Seconds from `at` to the end of the longest silence that begins within that time after it."""
+def silences_after(
+    arrivals: Sequence[float], at: float, *, within_s: float, step_s: float
+) -> tuple[float, float]:
+    """(seconds from `at` to the end of the first silence that is longer than three steps, or to the
+    first arrival if there is none; length of the longest), of those that begin within that time
+    after it. Both are infinite if nothing came any more."""
     times = [at, *sorted(time for time in arrivals if time > at)]
-    pairs = [(b - a, b) for a, b in itertools.pairwise(times) if a < at + within_s]
-    return max(pairs)[1] - at if pairs else float("inf")
+    pairs = [(a, b) for a, b in itertools.pairwise(times) if a < at + within_s]
+    if not pairs:
+        return float("inf"), float("inf")
+    first = next((b for a, b in pairs if b - a > _STEPS * step_s), pairs[0][1])
+    return first - at, max(b - a for a, b in pairs)
 
 
 def back_s(arrivals: Sequence[float], at: float, end: float, desired: float) -> float | None:
@@ -336,15 +348,19 @@ class _ElasticRun:
             await asyncio.sleep(max(2 * _SETTLE_S, at + _AFTER_S - whole))
             end = perf_counter()
         arrivals = self.streams.arrivals
+        step_s = self.steady[-1].median_gap_ms / 1e3
+        first_s, silence_s = silences_after(arrivals, at, within_s=_SILENCE_S, step_s=step_s)
         kill = ElasticKill(
             killed=[victim["id"] for victim in victims],
-            first_token_s=silence_end_s(arrivals, at, _SILENCE_S),
+            first_token_s=first_s,
+            silence_s=silence_s,
             back_s=back_s(arrivals, at, end, desired),
             whole_s=whole - at,
         )
         self.note(
             f"killed {kill.killed} at {clock:%H:%M:%S.%f}: "
-            f"first token after {kill.first_token_s:.3f} s, 95 % after "
+            f"first token after {kill.first_token_s:.3f} s, "
+            f"longest silence {kill.silence_s:.3f} s, 95 % after "
             f"{'-' if kill.back_s is None else round(kill.back_s, 1)} s, "
             f"all ranks after {kill.whole_s:.1f} s"
         )

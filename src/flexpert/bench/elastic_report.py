@@ -28,6 +28,7 @@ def elastic_text(report: ElasticReport) -> Table:
         table.add_section()
         firsts = [kill.first_token_s for kill in report.kills]
         table.add_row(f"{len(firsts)} kills: first token after", *_seconds(firsts))
+        table.add_row("longest silence", *_seconds([kill.silence_s for kill in report.kills]))
         backs = [kill.back_s for kill in report.kills if kill.back_s is not None]
         name = f"95 % of the throughput after ({len(backs)} of {len(firsts)})"
         table.add_row(name, *_seconds(backs))

@@ -97,9 +97,8 @@ class ExpertCacheKeeper:
         match decode_report(message):
             case CacheOpened(address, nbytes):
                 self.address = address
-                log.info(
-                    "%s MiB of experts are copied into the host's memory", f"{nbytes / 2**20:,.0f}"
-                )
+                size = f"{nbytes / 2**20:,.0f} MiB"
+                log.info("%s of experts are copied into the host's memory", size)
             case CacheFilled(experts):
                 self.filled = True
                 log.info("%d experts are in the host's memory", experts)
