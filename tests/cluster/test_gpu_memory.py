@@ -79,6 +79,7 @@ def opened(model: str, gpus: Gpus, patch: pytest.MonkeyPatch) -> Iterator[Servic
         engine__kv_block_size=4,
         cluster__ranks=2,
         cluster__max_ranks=4,
+        cluster__expert_cache=0,  # ranks have it open as they have what they export
         cluster__exchange_timeout=60.0,
         cluster__stall_timeout=30.0,
     ) as service:

@@ -96,7 +96,9 @@ class ChangeActions:
         self._enter("recover" if recovers else "load", cluster.config.cluster.load_timeout)
         members = {rank: cluster.ranks[rank].address for rank in change.after}
         holders = set(cluster.placement.ranks) if cluster.placement else set()
-        exporters = {rank: cluster.ranks[rank].experts for rank in holders & set(cluster.ranks)}
+        # of those that are lost the processes may not be gone yet
+        living = holders & set(cluster.ranks) & change.everyone
+        exporters = {rank: cluster.ranks[rank].experts for rank in living}
         cache = cluster.head.expert_cache
         plan = msg.Prepare(change.epoch, members, cluster.planned, exporters, cache)
         cluster.tell(change.everyone, plan)

@@ -142,10 +142,11 @@ def export_pages(size: int) -> ExportedPages:
 class ImportedPages:
     """A peer's `ExportedPages`; it stays readable when the peer ends."""
 
-    def __init__(self, address: bytes, *, writable: bool = False) -> None:
+    def __init__(self, address: bytes, *, writable: bool = False, copied: bool = False) -> None:
         """
         Args:
             writable: else a write to it ends this process.
+            copied: `copy_to` is used, which takes a descriptor more.
 
         Raises:
             PeerUnreachable: its process is gone or on another machine.
@@ -178,14 +179,21 @@ class ImportedPages:
             raise
         self.bytes = _view(self._map)
         self._fd = fd
+        if not copied:
+            self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
-            os.close(self._fd)
+            self._close()
 
     def copy_to(self, at: int, into: torch.Tensor) -> None:
         """Fill [n] uint8 of the host, contiguous, from byte `at`; no page is mapped for it, and
-        other threads run meanwhile.
+        other threads run meanwhile. Needs `copied`.
 
         Raises:
             ValueError: it would reach beyond the end.

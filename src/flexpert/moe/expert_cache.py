@@ -74,7 +74,7 @@ class CachedExperts:
             ValueError: not an address.
         """
         self._places = ExpertPlaces(shapes, experts)
-        self._imported = ImportedPages(address)
+        self._imported = ImportedPages(address, copied=True)
         self._files = files
 
     def load_experts(

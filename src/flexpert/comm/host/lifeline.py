@@ -14,12 +14,13 @@ from flexpert.comm.host._kernels import lib
 from flexpert.comm.peer_memory import ImportedPages, export_pages
 
 _BYTES = 64
+_held: list[Lifeline] = []  # until the process ends
 
 
 class Lifeline:
     """Held by the thread that makes it until that ends, with its process or before.
 
-    address: for `watch` in another process. Keep the object: it is the memory.
+    address: for `watch` in another process.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,8 @@ class Lifeline:
         if error:
             raise OSError(error, os.strerror(error))
         self.address = self._exported.address
+        # if it were unmapped before the thread ends, whoever watches it would sleep on
+        _held.append(self)
 
 
 def watch(address: bytes, ended: Callable[[], None]) -> None:
