@@ -83,7 +83,8 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
 def _early_fork_server(config: Config) -> Iterator[EarlyForkServer]:
     """Started before anything heavy is imported; ended, if no head has taken it.
 
-    Until the service listens for SIGTERM, it ends this process at once, and the fork server too.
+    Until the service listens for signals, they end this process at once, and the fork server too: a
+    KeyboardInterrupt may be lost in the imports of others.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -92,14 +93,15 @@ def _early_fork_server(config: Config) -> Iterator[EarlyForkServer]:
         signal.raise_signal(number)
 
     with EarlyForkServer(config) as fork_server:
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            yield fork_server
-            return
-        signal.signal(signal.SIGTERM, end)
+        defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        changed = {n: was for n, was in defaults.items() if signal.getsignal(n) is was}
+        for number in changed:
+            signal.signal(number, end)
         try:
             yield fork_server
         finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number, was in changed.items():
+                signal.signal(number, was)
 
 
 def _run(
