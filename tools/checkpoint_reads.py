@@ -25,9 +25,9 @@ from flexpert.kernels.device_stream import stream_of
 from flexpert.models import registrations
 from flexpert.models.dense_weights import load_dense
 from flexpert.models.model_runner import compute_buffers
-from flexpert.models.parallel_reads import run_parallel
 from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelSource
+from flexpert.parallel import run_parallel
 
 HIDDEN, INTER, EXPERTS, HEADS, KV_HEADS, DIM, VOCAB = 2048, 768, 32, 32, 4, 128, 151_936
 LAYER_BYTES = EXPERTS * 3 * HIDDEN * INTER * 2

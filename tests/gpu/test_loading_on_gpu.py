@@ -13,9 +13,9 @@ from torch import Tensor
 from flexpert.kernels.device_stream import CudaStream
 from flexpert.models import dense_weights, registrations
 from flexpert.models.dense_weights import load_dense
-from flexpert.models.parallel_reads import run_parallel
 from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelSource
+from flexpert.parallel import run_parallel
 
 LARGE = {"hidden_size": 1024, "moe_intermediate_size": 512, "vocab_size": 40_000}
 

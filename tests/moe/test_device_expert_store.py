@@ -91,7 +91,7 @@ def test_a_rank_that_copies_all_has_what_uploads_need_before_it_serves() -> None
     keys = [(0, 0), (1, 1)]
     load(theirs, keys)
     assert load(ours, keys, theirs) == 2
-    assert len(ours._uploader._locked) == min(2, len(os.sched_getaffinity(0)))
+    assert ours._uploader.prepared == min(2, len(os.sched_getaffinity(0)))
 
 
 def test_a_place_that_is_not_filled_yet_is_not_copied() -> None:

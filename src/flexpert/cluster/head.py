@@ -15,7 +15,7 @@ import msgspec
 
 from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
-from flexpert.cluster.expert_cache_keeper import ExpertCacheKeeper
+from flexpert.cluster.expert_cache_manager import ExpertCacheManager
 from flexpert.cluster.formatting import describe_memory
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
@@ -31,7 +31,7 @@ from flexpert.cluster.processes.transport import Transport
 from flexpert.cluster.service_metrics import Metrics
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
 from flexpert.comm import PeerUnreachable
-from flexpert.comm.host.lifeline import watch
+from flexpert.comm.host.liveness import watch
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.device_profile import check_device, find_driver, uses_gpu
@@ -81,8 +81,8 @@ class Head:
         self._serving = False
         self._stopping = asyncio.Lock()
         self._stopped = False
-        self._cache: ExpertCacheKeeper | None = None
-        self._lives: dict[int, bytes] = {}  # lifelines of ranks
+        self._cache: ExpertCacheManager | None = None
+        self._lives: dict[int, bytes] = {}  # liveness locks of ranks
         self.metrics = Metrics(self._rank_views, lambda: self._epoch, lambda: len(self._journal))
         self.registry = self.metrics.registry
 
@@ -95,7 +95,7 @@ class Head:
             FlexpertError: it cannot be done; everything that was started is terminated.
         """
         tell = report or (lambda line: None)
-        began = time.monotonic()
+        began = self._early.began if self._early else time.monotonic()
         try:
             await asyncio.to_thread(check_device, self.config.engine)
             tell(f"opening model {self.config.model.model!r}, starting the fork server")
@@ -122,7 +122,7 @@ class Head:
             await self.stop()
             raise
         self._serving = True
-        self._cache = ExpertCacheKeeper(self.config, source, self)
+        self._cache = ExpertCacheManager(self.config, source, self)
         self._cache.start()
         for rank in self._coordinator.ranks():
             memory = describe_memory(*self._coordinator.memory(rank.id))
@@ -417,7 +417,7 @@ class Head:
         except PeerUnreachable:
             pass  # it has ended already, as its connection tells
         except (ValueError, OSError) as error:
-            raise msg.Contradiction(f"its lifeline cannot be watched: {error}") from error
+            raise msg.Contradiction(f"its liveness lock cannot be watched: {error}") from error
 
     def _on_life_ended(self, rank: int, life: bytes) -> None:
         if self._lives.get(rank) == life and self._transport:

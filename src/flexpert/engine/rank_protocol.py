@@ -156,8 +156,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
     kv: address of its KV cache, for those who take its sequences over. experts: address of the
     experts it will hold, for those who need one. laps: what it did until now → seconds. life:
-    address of the lifeline that its main thread holds; b"": there is none. verdicts: which modules
-    of the model our kernels compute, encoded, for later ranks (`fusion_verdicts`).
+    address of the liveness lock that its main thread holds; b"": there is none. verdicts: which
+    modules of the model our kernels compute, encoded, for later ranks (`fusion_verdicts`).
     """
 
     pid: int

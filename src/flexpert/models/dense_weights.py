@@ -7,11 +7,7 @@ pinned memory of its own, from which the device copies one piece while the next 
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Final
 
 import torch
@@ -20,14 +16,15 @@ from transformers import PreTrainedModel
 
 from flexpert.errors import ModelError
 from flexpert.kernels.device_stream import DeviceStream
+from flexpert.kernels.host_upload import HostUploads
 from flexpert.models.checkpoint import bytes_of
 from flexpert.models.checkpoint_file import CheckpointFile
-from flexpert.models.parallel_reads import read_threads, run_parallel
 from flexpert.models.source import ModelSource
 from flexpert.models.tensor_header import TORCH_DTYPES
+from flexpert.parallel import read_threads, run_parallel
 
 PIECE: Final = 4 * 2**20
-"""Bytes of a copy to a device: so many take long enough to hide its launch. A thread pins two."""
+"""Bytes of a copy to a device: so many take long enough to hide its launch. A thread locks two."""
 
 
 def load_dense(
@@ -139,10 +136,11 @@ def _load_on_device(
             _Bytes(file, entry.begin + at, memory[at : at + PIECE])
             for at in range(0, entry.nbytes, PIECE)
         ]
-    uploads = _Uploads(stream)
+    stream.synchronize()  # memory that torch hands out again may still be in use on this stream
+    uploads = HostUploads(stream, PIECE)
 
     def load(piece: _Bytes | str) -> None:
-        with uploads.of_thread() as upload:
+        with uploads.acquire() as upload:
             if isinstance(piece, _Bytes):
                 upload.send(lambda into: piece.file.read(piece.begin, bytes_of(into)), piece.into)
                 return
@@ -155,63 +153,3 @@ def _load_on_device(
     finally:
         uploads.synchronize()
     return loaded
-
-
-class _Uploads:
-    """Each thread's way to a device."""
-
-    def __init__(self, stream: DeviceStream) -> None:
-        self._stream = stream
-        self._local = threading.local()
-        self._every: list[_Upload] = []
-
-    @contextlib.contextmanager
-    def of_thread(self) -> Iterator[_Upload]:
-        """The calling thread's, with the device as torch's current one."""
-        device = self._stream.device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            upload: _Upload | None = getattr(self._local, "upload", None)
-            if upload is None:
-                upload = self._local.upload = _Upload(self._stream)
-                self._every.append(upload)
-            yield upload
-
-    def synchronize(self) -> None:
-        """Wait until the device has all that was sent."""
-        for upload in self._every:
-            upload.synchronize()
-
-
-class _Upload:
-    """Two pieces of pinned memory: the device copies from one while the other is filled."""
-
-    def __init__(self, stream: DeviceStream) -> None:
-        self._buffers = [(stream.host_buffer(PIECE), stream.event()) for _ in range(2)]
-
-    def send(self, fill: Callable[[Tensor], None], into: Tensor) -> None:
-        """Fill [into's bytes] uint8 on the host and have them copied.
-
-        into: [bytes ≤ PIECE] uint8 on the device; there once `synchronize` has returned.
-        """
-        buffer, copied = self._buffers[0]
-        self._buffers.reverse()
-        copied.synchronize()
-        piece = buffer[: into.shape[0]]
-        fill(piece)
-        into.copy_(piece, non_blocking=True)
-        copied.record()
-
-    def copy(self, tensor: Tensor, into: Tensor) -> None:
-        """Send a contiguous tensor of the host. into: of its shape and dtype, on the device."""
-        source, target = (t.view(-1).view(torch.uint8) for t in (tensor, into))
-        for at in range(0, source.shape[0], PIECE):
-            part = source[at : at + PIECE]
-            self.send(partial(_copy, part), target[at : at + PIECE])
-
-    def synchronize(self) -> None:
-        for _, copied in self._buffers:
-            copied.synchronize()
-
-
-def _copy(tensor: Tensor, into: Tensor) -> None:
-    into.copy_(tensor)

@@ -30,8 +30,8 @@ from flexpert.models import registrations
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.expert_reader import ExpertReader
 from flexpert.models.fp8_files import Fp8Files, block_of
-from flexpert.models.parallel_reads import read_threads, run_parallel
 from flexpert.models.probe import AttentionShape, Probe, build_skeleton, probe
+from flexpert.parallel import read_threads, run_parallel
 from flexpert.reading import read_text, shown
 
 logger = logging.getLogger(__name__)

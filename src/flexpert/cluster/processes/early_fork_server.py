@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import time
 from types import TracebackType
 
 from flexpert.cluster.processes import caches
@@ -41,9 +42,12 @@ class EarlyForkServer:
     Used with `with` around everything up to then: a fork server that nobody has taken is terminated
     at the end of it. One that the system refuses is none; the launcher starts its own, and says
     what is in the way if it is still refused.
+
+    began: when, in seconds of the monotonic clock.
     """
 
     def __init__(self, config: Config) -> None:
+        self.began = time.monotonic()
         self._config = config
         self._connected: Connected | None = None
         with contextlib.suppress(OSError):  # the launcher tries again, and says what is wrong

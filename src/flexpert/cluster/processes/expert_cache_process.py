@@ -13,10 +13,10 @@ import msgspec
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.errors import FlexpertError
 from flexpert.kernels.experts import ExpertShape
-from flexpert.models.parallel_reads import run_parallel
 from flexpert.models.source import ModelInfo
 from flexpert.moe.expert_cache import ExpertCache
 from flexpert.moe.expert_store import ExpertFiles, Key
+from flexpert.parallel import run_parallel
 
 ENTRY = f"{__name__}:expert_cache_main"
 

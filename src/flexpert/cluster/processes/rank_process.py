@@ -16,7 +16,7 @@ import torch
 
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.cluster.processes.relay import Relay
-from flexpert.comm.host.lifeline import Lifeline
+from flexpert.comm.host.liveness import LivenessLock
 from flexpert.config import Config
 from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine import rank_protocol as msg
@@ -129,7 +129,7 @@ def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
         except (FlexpertError, OSError, MemoryError, RuntimeError) as error:
             report(msg.Unable(f"{type(error).__name__}: {error}"))
             return 1
-        life = Lifeline()
+        life = LivenessLock()
         report(_hello(engine, life))
         every_s = config.cluster.stall_timeout / BEATS
         _start("beat", _beat, engine, report, every_s)
@@ -146,7 +146,7 @@ def _start(name: str, target: Callable[..., None], *args: object) -> None:
     threading.Thread(target=target, args=args, name=name, daemon=True).start()
 
 
-def _hello(engine: RankEngine, life: Lifeline) -> msg.Hello:
+def _hello(engine: RankEngine, life: LivenessLock) -> msg.Hello:
     return msg.Hello(
         os.getpid(),
         socket.gethostname(),

@@ -1,4 +1,4 @@
-"""Compiles kernels.c, quant.c and life.c into flexpert.comm.host._kernels (cffi, API mode).
+"""Compiles kernels.c, quant.c and liveness.c into flexpert.comm.host._kernels (cffi, API mode).
 
 pip runs this through setup.py. For development: `python src/flexpert/comm/host/build_kernels.py`
 builds next to the sources.
@@ -12,7 +12,8 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = [(HERE / name).read_text(encoding="utf-8") for name in ("kernels.c", "quant.c", "life.c")]
+NAMES = ("kernels.c", "quant.c", "liveness.c")
+SOURCES = [(HERE / name).read_text(encoding="utf-8") for name in NAMES]
 
 
 def declarations(source: str) -> str:

@@ -16,13 +16,13 @@
 #include <unistd.h>
 
 /* cdef: begin */
-int fx_life_hold(uintptr_t at);
-int fx_life_await(uintptr_t at);
+int fx_liveness_hold(uintptr_t at);
+int fx_liveness_await(uintptr_t at);
 /* cdef: end */
 
 /* Lock a mutex made at `at` (64 zero bytes that other processes see) until the calling thread ends.
  * 0 or an errno. */
-int fx_life_hold(uintptr_t at) {
+int fx_liveness_hold(uintptr_t at) {
     pthread_mutexattr_t kind;
     int error = pthread_mutexattr_init(&kind);
     if (!error) error = pthread_mutexattr_setpshared(&kind, PTHREAD_PROCESS_SHARED);
@@ -34,7 +34,7 @@ int fx_life_hold(uintptr_t at) {
 /* Sleep until the thread that holds it has ended: 1; or until it is held by nobody: 0.
  *
  * Nothing but one word is read: whatever else the other process writes there does no harm here. */
-int fx_life_await(uintptr_t at) {
+int fx_liveness_await(uintptr_t at) {
     uint32_t *word = (uint32_t *)at; /* the lock of a mutex: its owner, and two bits of the system's */
     for (;;) {
         uint32_t seen = __atomic_load_n(word, __ATOMIC_SEQ_CST);

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from flexpert.cluster import expert_cache_keeper
-from flexpert.cluster.expert_cache_keeper import ExpertCacheKeeper, cache_bytes
+from flexpert.cluster import expert_cache_manager
+from flexpert.cluster.expert_cache_manager import ExpertCacheManager, cache_bytes
 from flexpert.cluster.processes.expert_cache_process import (
     CacheFailed,
     CacheFilled,
@@ -90,7 +90,7 @@ class Timer:
 
 def test_ranks_are_told_of_it_while_it_is_there_and_it_is_made_again() -> None:
     owner = Owner()
-    keeper = ExpertCacheKeeper(config(), SOURCE, owner)
+    keeper = ExpertCacheManager(config(), SOURCE, owner)
     keeper.start()
     assert keeper.address == b""
     first = owner.helpers[0]
@@ -119,11 +119,11 @@ def test_a_helper_that_cannot_be_started_is_tried_again_until_the_service_stops(
         raise OSError("too many open files")
 
     monkeypatch.setattr(owner, "start_helper", refuse)
-    keeper = ExpertCacheKeeper(config(), SOURCE, owner)
+    keeper = ExpertCacheManager(config(), SOURCE, owner)
     keeper.start()
     assert len(owner.timers) == 1
     keeper.close()
     assert owner.timers[0].cancelled
-    monkeypatch.setattr(expert_cache_keeper, "cache_bytes", lambda *_: 1)
+    monkeypatch.setattr(expert_cache_manager, "cache_bytes", lambda *_: 1)
     keeper.start()  # as a timer that was due already would
     assert len(owner.timers) == 1

@@ -56,7 +56,7 @@ def cache_bytes(config: Config, source: ModelSource, available: int) -> int:
     return whole if whole <= SHARE * available else 0
 
 
-class ExpertCacheKeeper:
+class ExpertCacheManager:
     """On the event loop of the head.
 
     address: of the copy, for ranks; b"": there is none. filled: it has all that it will hold.

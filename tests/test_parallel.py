@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from flexpert.models.parallel_reads import MOST_THREADS, _Pieces, read_threads, run_parallel
+from flexpert.parallel import MOST_THREADS, _Pieces, read_threads, run_parallel
 
 
 def left_over() -> list[threading.Thread]:

@@ -1,7 +1,7 @@
 """Whether a process of this machine lives, known within a millisecond of its end.
 
-See life.c: a process that has much memory keeps its sockets and its pid for a tenth of a second and
-more after it was killed, while the system gives the memory back.
+See liveness.c: a process that has much memory keeps its sockets and its pid for a tenth of a second
+and more after it was killed, while the system gives the memory back.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from flexpert.comm.host._kernels import lib
 from flexpert.comm.peer_memory import ImportedPages, export_pages
 
 _BYTES = 64
-_held: list[Lifeline] = []  # until the process ends
+_held: list[LivenessLock] = []  # until the process ends
 
 
-class Lifeline:
+class LivenessLock:
     """Held by the thread that makes it until that ends, with its process or before.
 
     address: for `watch` in another process.
@@ -26,7 +26,7 @@ class Lifeline:
     def __init__(self) -> None:
         """Raises: OSError: there is no memory, or the system has no such mutexes."""
         self._exported = export_pages(_BYTES)
-        error = lib.fx_life_hold(self._exported.bytes.data_ptr())
+        error = lib.fx_liveness_hold(self._exported.bytes.data_ptr())
         if error:
             raise OSError(error, os.strerror(error))
         self.address = self._exported.address
@@ -35,9 +35,9 @@ class Lifeline:
 
 
 def watch(address: bytes, ended: Callable[[], None]) -> None:
-    """Have `ended` called, in a thread of its own, when the thread that holds a lifeline ends.
+    """Have `ended` called, in a thread of its own, when the thread that holds a liveness lock ends.
 
-    It is not called if the lifeline is held by nobody, or is none.
+    It is not called if the liveness lock is held by nobody, or is none.
 
     Raises:
         PeerUnreachable: its process is gone or on another machine.
@@ -45,10 +45,10 @@ def watch(address: bytes, ended: Callable[[], None]) -> None:
     """
     imported = ImportedPages(address, writable=True)
     if len(imported.bytes) < _BYTES:
-        raise ValueError(f"a lifeline has {_BYTES} bytes, not {len(imported.bytes)}")
+        raise ValueError(f"a liveness lock has {_BYTES} bytes, not {len(imported.bytes)}")
 
     def wait() -> None:
-        if lib.fx_life_await(imported.bytes.data_ptr()):
+        if lib.fx_liveness_await(imported.bytes.data_ptr()):
             ended()
 
-    threading.Thread(target=wait, name="lifeline", daemon=True).start()
+    threading.Thread(target=wait, name="liveness", daemon=True).start()

@@ -13,13 +13,13 @@ import time
 import pytest
 
 from flexpert.comm import PeerUnreachable
-from flexpert.comm.host.lifeline import Lifeline, watch
+from flexpert.comm.host.liveness import LivenessLock, watch
 from flexpert.comm.peer_memory import export_pages
 
 HOLDER = """
 import sys, time, mmap
-from flexpert.comm.host.lifeline import Lifeline
-life = Lifeline()
+from flexpert.comm.host.liveness import LivenessLock
+life = LivenessLock()
 print(life.address.hex(), flush=True)
 memory = mmap.mmap(-1, int(sys.argv[1]))
 for page in range(0, len(memory), 4096):
@@ -30,7 +30,7 @@ time.sleep(60)
 
 
 def holder(size: int) -> tuple[subprocess.Popen[str], bytes]:
-    """A process that holds a lifeline, and `size` bytes of memory."""
+    """A process that holds a liveness lock, and `size` bytes of memory."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(size)], stdout=subprocess.PIPE, text=True
     )
@@ -87,11 +87,11 @@ def test_who_is_gone_or_holds_nothing_is_not_watched() -> None:
 
 
 def test_a_thread_that_ends_lets_go() -> None:
-    made: list[Lifeline] = []
+    made: list[LivenessLock] = []
     thread_may_end = threading.Event()
 
     def hold() -> None:
-        made.append(Lifeline())
+        made.append(LivenessLock())
         held.set()
         thread_may_end.wait(10)
 
