@@ -69,13 +69,15 @@ class ElasticSteady(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ElasticChange(msgspec.Struct, frozen=True, kw_only=True):
-    """One planned change. pause_ms: as the service measures it. phases: seconds in each."""
+    """One planned change. pause_ms: as the service measures it. gap_at_s: seconds from its begin to
+    the begin of the longest gap. phases: seconds in each."""
 
     ranks: int
     state: str
     seconds: float
     pause_ms: float | None
     longest_gap_ms: float
+    gap_at_s: float
     phases: dict[str, float]
     copied_experts: int = 0
     moved_requests: int = 0
@@ -172,21 +174,23 @@ class ElasticStreams:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def longest_gap_s(self, begin: float, end: float) -> float:
-        """Of any stream, overlapping that time. Answers under way are not in it yet."""
-        return max(self._gaps(begin, end), default=0.0)
+    def longest_gap_s(self, begin: float, end: float) -> tuple[float, float]:
+        """(length, begin) of any stream's, overlapping that time. Answers under way are not in it
+        yet."""
+        return max(self._gaps(begin, end), default=(0.0, begin))
 
     def median_gap_s(self, begin: float, end: float) -> float:
-        gaps = list(self._gaps(begin, end))
+        gaps = [gap for gap, _ in self._gaps(begin, end)]
         return float(np.median(gaps)) if gaps else 0.0
 
-    def _gaps(self, begin: float, end: float) -> list[float]:
-        found: list[float] = []
+    def _gaps(self, begin: float, end: float) -> list[tuple[float, float]]:
+        found: list[tuple[float, float]] = []
         for answer in self.answers:
             times = np.array(answer.times)
             if len(times) > 1 and times[-1] > begin and times[0] < end:
-                gaps = np.diff(times)
-                found += gaps[(times[1:] > begin) & (times[:-1] < end)].tolist()
+                within = (times[1:] > begin) & (times[:-1] < end)
+                gaps, begins = np.diff(times)[within].tolist(), times[:-1][within].tolist()
+                found += zip(gaps, begins, strict=True)
         return found
 
     def rate(self, begin: float, end: float) -> float:
@@ -291,7 +295,7 @@ class _ElasticRun:
             ranks=ranks,
             tokens_per_s=self.streams.rate(begin, end),
             median_gap_ms=self.streams.median_gap_s(begin, end) * 1e3,
-            longest_gap_ms=self.streams.longest_gap_s(begin, end) * 1e3,
+            longest_gap_ms=self.streams.longest_gap_s(begin, end)[0] * 1e3,
         )
         self.note(
             f"undisturbed on {ranks} ranks: {steady.tokens_per_s:,.0f} tokens/s, gaps "
@@ -314,13 +318,15 @@ class _ElasticRun:
     def _close_changes(self) -> None:
         """When the answers that were under way are there, their gaps are known."""
         for begin, end, done in self._pending:
+            gap_s, gap_begin = self.streams.longest_gap_s(begin, end + 0.5)
             self.changes.append(
                 ElasticChange(
                     ranks=len(done["target"]),
                     state=done["state"],
                     seconds=end - begin,
                     pause_ms=done.get("pause_ms"),
-                    longest_gap_ms=self.streams.longest_gap_s(begin, end + 0.5) * 1e3,
+                    longest_gap_ms=gap_s * 1e3,
+                    gap_at_s=gap_begin - begin,
                     phases=done["phases"],
                     copied_experts=done["copied_experts"],
                     moved_requests=done["moved_requests"],

@@ -215,7 +215,7 @@ class TritonProfile(DeviceProfile):
     def make_exchange(self, rank: int, spec: BufferSpec, timeout_s: float, experts: int) -> Buffer:
         if self.config.all2all == "nixl_ep" and spec.capacity > 1:
             return _make_nixl_ep(rank, spec, timeout_s, experts)
-        from flexpert.comm.cuda.ipc_memory import CudaError  # needs triton
+        from flexpert.comm.cuda.cuda_runtime import CudaError  # needs torch with CUDA
 
         try:
             return make_buffer(rank, spec, backend="cuda", timeout_s=timeout_s)

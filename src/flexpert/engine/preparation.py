@@ -6,6 +6,7 @@ end or given back, and only once: by whoever comes second, the end of the work o
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from flexpert.models.source import ModelSource
 from flexpert.moe.expert_cache import CachedExperts
 from flexpert.moe.expert_store import ExpertFiles, Key, Store
 from flexpert.moe.moe_layers import ElasticMoELayers
+
+log = logging.getLogger("flexpert")
 
 _LAST_S = 5.0  # for the thread when the rank ends
 
@@ -72,6 +75,7 @@ class Preparation(threading.Thread):
         except Cancelled:
             result = "cancelled"
         except (FlexpertError, CommError, OSError, ValueError, RuntimeError) as error:
+            log.debug("the preparation of epoch %d failed", self.plan.epoch, exc_info=True)
             result = f"{type(error).__name__}: {error}"
         with self._lock:
             self._result = result

@@ -14,6 +14,7 @@ What a command or the outcome of an exchange means is decided by `rank_states`; 
 
 from __future__ import annotations
 
+import logging
 import struct
 import threading
 import time
@@ -46,7 +47,7 @@ from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
 from flexpert.engine.sequence import Sampled, SampleState
 from flexpert.engine.sequence_intake import SEQUENCE_FAULTS, SequenceIntake
-from flexpert.engine.stopwatch import Stopwatch
+from flexpert.engine.stopwatch import Stopwatch, in_words
 from flexpert.engine.warm_up import WarmUp
 from flexpert.errors import FlexpertError
 from flexpert.models.batch import ForwardBatch
@@ -55,6 +56,9 @@ from flexpert.models.kv_cache import KVCache
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ModelSource
 
+log = logging.getLogger("flexpert")
+
+_SLOW_STEP_S = 0.1  # is logged, with what took how long
 _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it does not hang
 
 Samples = Sequence[SampleState]
@@ -452,6 +456,7 @@ class RankEngine:
 
     def _round(self) -> None:
         """One vote, and what it decides: a switch, a step, or nothing."""
+        watch = Stopwatch()
         self._vote_due = False
         armed = self._states.armed_for
         self.buffer.post_vote(_VOTE.pack(self.scheduler.has_work, armed))
@@ -460,6 +465,7 @@ class RankEngine:
             for vote in self.buffer.collect_votes(self.exchange_timeout_s).values()
         ]
         now = time.perf_counter()
+        watch.lap("votes")
         self._handle(RankEvent(RankEventKind.VOTED), now)
         work = any(has_work for has_work, _ in votes)
         if armed and all(ready == armed for _, ready in votes):
@@ -468,35 +474,43 @@ class RankEngine:
             self._handle(RankEvent(RankEventKind.AGREED))
             return
         if work:
-            self._step()
+            self._step(watch)
         self._last_step_end = time.perf_counter() if work else None
+        if sum(watch.laps.values()) > _SLOW_STEP_S:
+            log.debug("rank %d took long for a step: %s", self.buffer.rank, in_words(watch.laps))
 
-    def _step(self) -> None:
+    def _step(self, watch: Stopwatch) -> None:
         if not self.scheduler.has_work:
-            self._idle()
+            self._idle(watch)
             return
         plan = self.scheduler.plan()
         if plan.tokens == 0:
             self.scheduler.rollback(plan)
-            self._idle()
+            self._idle(watch)
             return
         self._intake.begin_step(plan.ids)
         if self._faults:
             self._faults.at("forward", plan.token_ids)
         try:
+            watch.lap("plan")
             logits = self.runner.forward(_batch(plan))
+            watch.lap("forward")
             self.buffer.check()
+            watch.lap(f"device ({plan.tokens} tokens)")
         except CommError:
             self.scheduler.rollback(plan)
             raise
         sampled = self._sample(logits, plan.samples)
+        watch.lap("sample")
         lost = self.moe.lost_rows()
         events = self.scheduler.commit(plan, sampled, None if lost is None else lost.numpy())
         self.report(msg.Published(events, self._load()))
+        watch.lap("publish")
 
-    def _idle(self) -> None:
+    def _idle(self, watch: Stopwatch) -> None:
         self.runner.forward_idle()
         self.buffer.check()
+        watch.lap("without tokens")
 
     def _sample(self, logits: torch.Tensor, samples: Samples) -> Sampled:
         """One token for each; a sequence that cannot be sampled fails, and the others go on."""

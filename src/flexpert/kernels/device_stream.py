@@ -6,13 +6,14 @@ A CPU computes at once, so there is nothing to wait for; this is also how Triton
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from flexpert.comm.capture_guard import CAPTURE_GUARD
+from flexpert.comm.cuda.cuda_runtime import new_stream
 
 Replay = Callable[[], object]
 
@@ -39,8 +40,9 @@ class DeviceStream(Protocol):
         """Wait until all that was launched is computed."""
 
     def aside(self) -> contextlib.AbstractContextManager[object]:
-        """What this thread launches within goes to a stream of its own, which other threads' work
-        neither waits for nor holds up; to be synchronized before it is left."""
+        """What this thread launches within goes to a stream that no other thread uses meanwhile,
+        and none captures on; it neither waits for other streams' work nor holds it up. Whoever
+        needs the result waits for the stream before it leaves, or for an event afterwards."""
 
     def event(self) -> StreamEvent:
         """A new one, not recorded yet."""
@@ -95,18 +97,31 @@ class HostStream:
 
 
 class CudaStream:
-    """The stream of a GPU: torch's current one in the calling thread."""
+    """The stream of a GPU: torch's current one in the calling thread.
+
+    Its other streams are not from torch's pool: that hands out the same 32 again and again, so that
+    one thread's copy would be launched on the stream on which another one captures.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._capturing: torch.cuda.Stream | None = None  # all captures are launched on
+        self._free: list[torch.cuda.Stream] = []  # for `aside`
 
     def synchronize(self) -> None:
         torch.cuda.current_stream(self.device).synchronize()
 
-    def aside(self) -> contextlib.AbstractContextManager[object]:
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        return torch.cuda.stream(stream)
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        try:
+            stream = self._free.pop()
+        except IndexError:
+            stream = new_stream(self.device)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            self._free.append(stream)
 
     def event(self) -> StreamEvent:
         event: StreamEvent = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -123,7 +138,7 @@ class CudaStream:
     def capture(self, compute: Callable[[], Tensor], pool: Any) -> tuple[Replay, Tensor]:
         current = torch.cuda.current_stream(self.device)
         if self._capturing is None:
-            self._capturing = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._capturing = new_stream(self.device)
         stream = self._capturing
         stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()

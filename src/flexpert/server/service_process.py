@@ -21,6 +21,7 @@ import flexpert
 from flexpert.cluster.processes.early_fork_server import EarlyForkServer
 from flexpert.config import Config, ServerConfig
 from flexpert.errors import ConfigError, FlexpertError
+from flexpert.logs import start_logging
 from flexpert.server.console import LogHandler, complain, say
 from flexpert.server.descriptors import raise_limit
 from flexpert.server.keys import BearerKeys, read_keys
@@ -56,11 +57,7 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
         0 stopped by a signal while serving, 1 the service failed, 2 wrong settings (a port in
         use), 128 + signal if it stopped before it served or at once.
     """
-    logging.basicConfig(
-        level=config.server.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        handlers=[LogHandler()],
-    )
+    start_logging(config.server.log_level.upper(), LogHandler())
     try:
         raise_limit(config.cluster.ranks)
         # Bound before any rank starts, so that a port in use fails in milliseconds. It listens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -24,6 +25,7 @@ from flexpert.engine.faults import Faults
 from flexpert.engine.rank_engine import RankEngine
 from flexpert.engine.watchdog import Watchdog, work_of_main_thread
 from flexpert.errors import FlexpertError
+from flexpert.logs import start_logging
 from flexpert.models.fusion_verdicts import encode_verdicts
 from flexpert.models.source import ExpertFormat, ModelSource
 
@@ -104,6 +106,8 @@ def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
     sys.setswitchinterval(_SWITCH_S)
     told = decode_spec(spec)
     config = Config.model_validate_json(told.config)
+    if config.server.log_level == "debug":
+        start_logging("DEBUG", logging.StreamHandler())
     faults = Faults.of_environment(told.rank)
     if faults:
         relay = Relay(end)

@@ -5,9 +5,8 @@ keeps the memory behind it: when the process that allocated it dies, peers that 
 reading and writing without a fault, and the memory is given back when the last of them unmaps it.
 So a survivor unmaps when it is ready, never in the middle of a kernel.
 
-torch has loaded the runtime library already; it offers no allocation outside of its pools, whose
-blocks cannot be shared one by one. Every call that a capture would not survive is made apart from
-captures (`CAPTURE_GUARD`).
+torch offers no allocation outside of its pools, whose blocks cannot be shared one by one. Every
+call that a capture would not survive is made apart from captures (`CAPTURE_GUARD`).
 """
 
 from __future__ import annotations
@@ -18,39 +17,10 @@ from typing import Any
 import torch
 
 from flexpert.comm.capture_guard import CAPTURE_GUARD
-from flexpert.comm.errors import CommError, PeerUnreachable
+from flexpert.comm.cuda.cuda_runtime import CudaError, Handle, check, load_runtime
+from flexpert.comm.errors import PeerUnreachable
 
-HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
-
-
-class _Handle(ctypes.Structure):
-    _fields_ = (("reserved", ctypes.c_char * HANDLE_BYTES),)
-
-
-class CudaError(CommError):
-    """A call of the CUDA runtime failed."""
-
-
-def _runtime() -> ctypes.CDLL:
-    """The library that torch has loaded."""
-    version = torch.version.cuda
-    if version is None:
-        raise CudaError("this torch is built without CUDA; install one with it")
-    runtime = ctypes.CDLL(f"libcudart.so.{version.split('.')[0]}")
-    runtime.cudaGetErrorString.restype = ctypes.c_char_p
-    runtime.cudaIpcOpenMemHandle.argtypes = [
-        ctypes.POINTER(ctypes.c_void_p),
-        _Handle,
-        ctypes.c_uint,
-    ]
-    return runtime
-
-
-def _check(runtime: ctypes.CDLL, what: str, status: int) -> None:
-    if status:
-        runtime.cudaGetLastError()  # else the next call of torch reports it
-        raise CudaError(f"{what}: {runtime.cudaGetErrorString(status).decode()}")
 
 
 class _Array:
@@ -82,7 +52,7 @@ class SharedMemory:
         Raises:
             CudaError: no memory, or the device cannot share it.
         """
-        self._runtime = _runtime()
+        self._runtime = load_runtime()
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # a context exists from here on
             with CAPTURE_GUARD.apart():
@@ -96,18 +66,18 @@ class SharedMemory:
     def _allocate(self, size: int) -> int:
         at = ctypes.c_void_p()
         status = self._runtime.cudaMalloc(ctypes.byref(at), ctypes.c_size_t(size))
-        _check(self._runtime, f"{size} bytes of the GPU's memory", status)
+        check(self._runtime, f"{size} bytes of the GPU's memory", status)
         assert at.value is not None
         return at.value
 
     def _share(self) -> bytes:
-        handle = _Handle()
+        handle = Handle()
         status = self._runtime.cudaIpcGetMemHandle(
             ctypes.byref(handle), ctypes.c_void_p(self.address)
         )
         if status:
             self._runtime.cudaFree(ctypes.c_void_p(self.address))
-        _check(self._runtime, "sharing a window", status)
+        check(self._runtime, "sharing a window", status)
         return bytes(handle)
 
     def close(self) -> None:
@@ -118,7 +88,7 @@ class SharedMemory:
             with CAPTURE_GUARD.apart(), torch.cuda.device(self.tensor.device):
                 torch.cuda.synchronize()
                 status = self._runtime.cudaFree(ctypes.c_void_p(address))
-                _check(self._runtime, "freeing a window", status)
+                check(self._runtime, "freeing a window", status)
 
 
 class PeerMemory:
@@ -128,17 +98,17 @@ class PeerMemory:
 
     def __init__(self, whose: str, handle: bytes, device: torch.device) -> None:
         """Raises: PeerUnreachable: the process is gone, or its GPU cannot be reached from here."""
-        self._runtime = _runtime()
+        self._runtime = load_runtime()
         self._device = device
         at = ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.current_stream()
             with CAPTURE_GUARD.apart():
                 status = self._runtime.cudaIpcOpenMemHandle(
-                    ctypes.byref(at), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS
+                    ctypes.byref(at), Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS
                 )
             try:
-                _check(self._runtime, f"the memory of {whose} cannot be mapped", status)
+                check(self._runtime, f"the memory of {whose} cannot be mapped", status)
             except CudaError as error:
                 raise PeerUnreachable(
                     f"{error}; its process has exited, or its GPU cannot be reached from this one"
@@ -158,7 +128,7 @@ class PeerMemory:
             with CAPTURE_GUARD.apart(), torch.cuda.device(self._device):
                 torch.cuda.synchronize()
                 status = self._runtime.cudaIpcCloseMemHandle(ctypes.c_void_p(address))
-                _check(self._runtime, "unmapping a window", status)
+                check(self._runtime, "unmapping a window", status)
 
 
 class _Unmapped:
