@@ -104,6 +104,22 @@ def test_a_signal_lets_running_requests_finish(
     assert beside.output.rstrip().endswith("stopped")
 
 
+def test_the_garbage_collector_does_not_hold_up_streams(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It does not walk what was imported, while the service runs."""
+    imported = len(gc.get_objects())
+    walked: list[int] = []
+
+    def do(url: str) -> None:
+        stream(url, 2, lambda: walked.append(len(gc.get_objects())))
+        ask_to_stop(signal.SIGTERM)()
+
+    Beside(capsys, do).serve()
+    assert walked[0] < imported / 4
+    assert len(gc.get_objects()) > imported / 2, "what was imported is collected again"
+
+
 def test_requests_that_take_too_long_end_with_an_error(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

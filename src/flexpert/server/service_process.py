@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import logging
 import signal
@@ -106,8 +107,11 @@ def _run(
 ) -> int:
     from flexpert.server.app import create_app  # fastapi: after the fork server was started
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Service(config, head(config), listener, keys, create_app).run())
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_Service(config, head(config), listener, keys, create_app).run())
+    finally:
+        gc.unfreeze()
 
 
 def bind(config: ServerConfig, keys: BearerKeys | None = None) -> socket.socket:
@@ -245,6 +249,9 @@ class _Service:
             )
         )
         await app.state.preprocessors.start()
+        # to walk all that was imported would hold up every stream for hundreds of milliseconds
+        gc.collect()
+        gc.freeze()
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         asked = asyncio.ensure_future(self._asked.wait())
         say(
