@@ -92,8 +92,8 @@ def test_a_rank_on_a_gpu_answers_as_on_a_cpu_with_graphs_captured_once(
     replays = 0
     capture = HostStream.capture
 
-    def counted(*args: Any) -> tuple[Replay, Tensor]:
-        replay, logits = capture(*args)
+    def counted(*args: Any, **named: Any) -> tuple[Replay, Tensor]:
+        replay, logits = capture(*args, **named)
 
         def counting() -> None:
             nonlocal replays

@@ -38,6 +38,7 @@ from flexpert.engine.device_profile import check_device, find_driver, uses_gpu
 from flexpert.engine.gpu_driver import GpuDriver
 from flexpert.engine.memory_plan import kv_blocks
 from flexpert.engine.request import HeldKV, KVMigration, SamplingParams
+from flexpert.engine.stopwatch import Stopwatch, in_words
 from flexpert.errors import (
     ContextOverflow,
     FlexpertError,
@@ -96,6 +97,8 @@ class Head:
         """
         tell = report or (lambda line: None)
         began = self._early.began if self._early else time.monotonic()
+        watch = Stopwatch()
+        watch.laps["before"] = time.monotonic() - began
         try:
             await asyncio.to_thread(check_device, self.config.engine)
             tell(f"opening model {self.config.model.model!r}, starting the fork server")
@@ -105,9 +108,11 @@ class Head:
                 asyncio.to_thread(open_source, self.config),
                 self._launcher.start(self.config, self.config.cluster.start_timeout),
             )
+            watch.lap("model and fork server")
             self.info, engine = source.info, self.config.engine
             self._journal.kv_tokens = kv_blocks(self.info, engine) * engine.kv_block_size
             self.tokenizer = await asyncio.to_thread(source.tokenizer)
+            watch.lap("tokenizer")
             self.model_name = self.config.model.served_name or self.info.name
             driver = await asyncio.to_thread(self._gpu_driver, tell)
             budget = MemoryBudget(self.config, source, driver)
@@ -118,6 +123,8 @@ class Head:
             done = await self.wait_operation(first.id)
             if done.state != "done":
                 raise FlexpertError(f"the service did not come up: {done.error}")
+            watch.lap("ranks")
+            log.debug("the service came up: %s", in_words(watch.laps))
         except BaseException:
             await self.stop()
             raise

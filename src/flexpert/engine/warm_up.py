@@ -53,13 +53,13 @@ class WarmUp:
         Returns why this rank can compute nothing, or "".
         """
         try:
+            watch.lap("before")
+            self._compute()
+            watch.lap("first steps")
             if self._buffer.capabilities.graph_capture:
-                watch.lap("before")
                 sizes = self._profile.graph_sizes(min(self._limits.max_running, self._most))
                 self._runner.capture(sizes, self._limits.longest_table)
                 watch.lap("graphs")
-            self._compute()
-            watch.lap("first steps")
         except (CommError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
         return ""

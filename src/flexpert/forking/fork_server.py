@@ -181,7 +181,12 @@ class _Server:
                 if key.fileobj is not self._channel:
                     self._reap(key.fd)
                     continue
-                packet, given, flags, _ = socket.recv_fds(self._channel, PACKET, _MOST_DESCRIPTORS)
+                try:
+                    packet, given, flags, _ = socket.recv_fds(
+                        self._channel, PACKET, _MOST_DESCRIPTORS
+                    )
+                except ConnectionResetError:  # it was closed before our last answer was read
+                    return
                 if not packet:
                     return
                 request = decode_request(packet)

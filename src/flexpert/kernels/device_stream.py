@@ -53,10 +53,14 @@ class DeviceStream(Protocol):
     def graph_pool(self) -> object:
         """For `capture`: graphs of one pool, which never run at once, share their memory."""
 
-    def capture(self, compute: Callable[[], Tensor], pool: object) -> tuple[Replay, Tensor]:
+    def capture(
+        self, compute: Callable[[], Tensor], pool: object, *, warm: bool = False
+    ) -> tuple[Replay, Tensor]:
         """A graph of `compute`: (how to replay it, where its result is then).
 
-        compute: reads and writes memory of fixed places, and does not wait for the device.
+        Args:
+            compute: reads and writes memory of fixed places, and does not wait for the device.
+            warm: all kernels it launches are loaded; else it is computed once before.
         """
 
 
@@ -91,7 +95,9 @@ class HostStream:
     def graph_pool(self) -> object:
         return None
 
-    def capture(self, compute: Callable[[], Tensor], pool: object) -> tuple[Replay, Tensor]:
+    def capture(
+        self, compute: Callable[[], Tensor], pool: object, *, warm: bool = False
+    ) -> tuple[Replay, Tensor]:
         result = compute().clone()
         return lambda: result.copy_(compute()), result
 
@@ -135,28 +141,37 @@ class CudaStream:
         pool: object = torch.cuda.graph_pool_handle()
         return pool
 
-    def capture(self, compute: Callable[[], Tensor], pool: Any) -> tuple[Replay, Tensor]:
+    def capture(
+        self, compute: Callable[[], Tensor], pool: Any, *, warm: bool = False
+    ) -> tuple[Replay, Tensor]:
         current = torch.cuda.current_stream(self.device)
         if self._capturing is None:
             self._capturing = new_stream(self.device)
         stream = self._capturing
         stream.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
-            compute()  # compiles what is still to be compiled
-            stream.synchronize()
-            with CAPTURE_GUARD.capturing():
-                # thread_local: another thread may load weights meanwhile
-                graph.capture_begin(pool, capture_error_mode="thread_local")
-                try:
-                    result = compute()
-                except BaseException:
-                    with contextlib.suppress(RuntimeError):  # of the broken capture
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
+            if not warm:
+                compute()  # compiles and loads what is still to be
+                stream.synchronize()
+            graph, result = _captured(compute, pool)
         current.wait_stream(stream)
         return graph.replay, result
+
+
+def _captured(compute: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Captured on the current stream."""
+    graph = torch.cuda.CUDAGraph()
+    with CAPTURE_GUARD.capturing():
+        # thread_local: another thread may load weights meanwhile
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            result = compute()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of the broken capture
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    return graph, result
 
 
 def stream_of(device: torch.device) -> DeviceStream:

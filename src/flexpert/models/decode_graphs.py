@@ -90,7 +90,8 @@ class DecodeGraphs:
 
     Args:
         walk: a batch on the device → [M, vocab] logits, without waiting for the device.
-        sizes: of batches, in sequences.
+        sizes: of batches, in sequences. For each, a step of as many tokens has been computed that
+            chose the same kernels.
         max_blocks: KV blocks of the longest sequence.
         device: of the model and what it computes with.
 
@@ -129,7 +130,9 @@ class DecodeGraphs:
             slot_mapping=inputs.slot_mapping,
             sample_rows=count[:size].clone(),
         )
-        replay, logits = self._stream.capture(lambda: walk(batch), self._pool)
+        # the largest is computed once; that and the steps before have loaded all kernels
+        warm = bool(self._captured)
+        replay, logits = self._stream.capture(lambda: walk(batch), self._pool, warm=warm)
         self.captures += 1
         host = StepInputs.over(self._host, size, self._max_blocks)
         return _Captured(batch, host, replay, logits)

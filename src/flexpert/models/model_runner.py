@@ -270,7 +270,7 @@ class ModelRunner:
         """From now on, compute decode steps on a GPU as replays of graphs captured here.
 
         Args:
-            sizes: of batches, in sequences; a batch is padded to the next one.
+            sizes: of batches, in sequences; a batch is padded to the next one. See `DecodeGraphs`.
             max_blocks: KV blocks of the longest sequence.
         """
         with torch.inference_mode():
