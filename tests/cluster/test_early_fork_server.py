@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+import msgspec
 import psutil
 import pytest
 
@@ -21,7 +23,7 @@ from flexpert.cluster.processes.early_fork_server import EarlyForkServer
 from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.config import Config, ModelConfig
 from flexpert.errors import ConfigError, FlexpertError, ModelError
-from flexpert.forking.fork_server import MODULE
+from flexpert.forking.fork_server import MODULE, Begin
 
 OTHERS: list[psutil.Process] = []
 """Of services that other tests of this process keep."""
@@ -193,3 +195,18 @@ def test_what_starts_it_imports_nothing_heavy() -> None:
     )
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert said.stdout.split() == [b"[]"]
+
+
+def test_an_asker_that_leaves_answers_unread_ends_it_without_a_word() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", MODULE, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE,
+        )
+        theirs.close()
+        ours.send(msgspec.msgpack.encode(Begin("builtins:len")))
+        assert select.select([ours], [], [], 60.0)[0], "it is ready, and says so"
+    assert process.communicate(timeout=60.0)[1] == b""
+    assert process.returncode == 0
