@@ -232,6 +232,7 @@ class FakeHead:
         self.ranks = [0, 1]
         self.epoch = 1
         self.stops = 0
+        self.opened = asyncio.Event()
         self._stopped = asyncio.Event()
         self._operations: dict[str, OperationView] = {}
         self._over: dict[str, asyncio.Event] = {}
@@ -241,6 +242,7 @@ class FakeHead:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, report=None) -> None:
+        self.opened.set()
         if report:
             report("fake ranks are up")
 

@@ -55,7 +55,8 @@ class Head:
 
     fork_server: one that was started before the head's own imports, for `start` to take; who
     started it ends it if `start` does not come so far.
-    info, tokenizer, model_name: of the model; set by `start`.
+    info, tokenizer, model_name: of the model; set by `start`. opened: they are there, and ranks are
+    being started.
     registry: metrics of cluster and engine.
     failure: why the service went down by itself, or None. on_failure: told when it does.
     impaired: part of the service → why it does not work now. Who owns a long-lived task writes down
@@ -82,6 +83,7 @@ class Head:
         self._serving = False
         self._stopping = asyncio.Lock()
         self._stopped = False
+        self.opened = asyncio.Event()
         self._cache: ExpertCacheManager | None = None
         self._lives: dict[int, bytes] = {}  # liveness locks of ranks
         self.metrics = Metrics(self._rank_views, lambda: self._epoch, lambda: len(self._journal))
@@ -111,8 +113,7 @@ class Head:
             watch.lap("model and fork server")
             self.info, engine = source.info, self.config.engine
             self._journal.kv_tokens = kv_blocks(self.info, engine) * engine.kv_block_size
-            self.tokenizer = await asyncio.to_thread(source.tokenizer)
-            watch.lap("tokenizer")
+            tokenizer = asyncio.create_task(asyncio.to_thread(source.tokenizer))
             self.model_name = self.config.model.served_name or self.info.name
             driver = await asyncio.to_thread(self._gpu_driver, tell)
             budget = MemoryBudget(self.config, source, driver)
@@ -120,6 +121,8 @@ class Head:
             ranks = self.config.cluster.ranks
             tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
             first = self._coordinator.begin_first(ranks)
+            self.tokenizer = await tokenizer
+            self.opened.set()
             done = await self.wait_operation(first.id)
             if done.state != "done":
                 raise FlexpertError(f"the service did not come up: {done.error}")

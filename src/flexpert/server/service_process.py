@@ -184,6 +184,8 @@ class _Service:
         self._forced = asyncio.Event()  # to stop at once
         self._signal = 0
         self._failure: FlexpertError | None = None
+        self._app: FastAPI | None = None
+        self._preparing: asyncio.Future[None] | None = None  # of the preprocessing workers
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -221,7 +223,14 @@ class _Service:
         self._head.on_failure = self._on_failure
         start = asyncio.ensure_future(self._head.start(say))
         asked = asyncio.ensure_future(self._asked.wait())
-        await asyncio.wait((start, asked), return_when=asyncio.FIRST_COMPLETED)
+        opened = asyncio.ensure_future(self._head.opened.wait())
+        first = asyncio.FIRST_COMPLETED
+        await asyncio.wait((start, asked, opened), return_when=first)
+        opened.cancel()
+        if self._head.opened.is_set():  # while ranks come up
+            self._app = self._create_app(self._head, self._keys)
+            self._preparing = asyncio.ensure_future(self._app.state.preprocessors.start())
+        await asyncio.wait((start, asked), return_when=first)
         asked.cancel()
         if start.done():
             start.result()
@@ -231,7 +240,9 @@ class _Service:
         return False
 
     async def _serve(self) -> None:
-        app = self._create_app(self._head, self._keys)
+        app, preparing = self._app, self._preparing
+        assert app is not None
+        assert preparing is not None
         level = self._config.server.log_level
         ranks = self._config.cluster
         server = _Server(
@@ -248,10 +259,8 @@ class _Service:
                 timeout_graceful_shutdown=ceil(ranks.shutdown_timeout) + UNREAD_S,
             )
         )
-        await app.state.preprocessors.start()
-        # to walk all that was imported would hold up every stream for hundreds of milliseconds
-        gc.collect()
-        gc.freeze()
+        await preparing
+        gc.freeze()  # to walk all that was imported would hold up every stream for 0.3 s
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         asked = asyncio.ensure_future(self._asked.wait())
         say(
@@ -274,7 +283,6 @@ class _Service:
         forced = asyncio.ensure_future(self._forced.wait())
         await asyncio.wait((ending, forced), return_when=asyncio.FIRST_COMPLETED)
         forced.cancel()
-        app.state.preprocessors.close()
         if ending.done():
             for error in ending.result():
                 if isinstance(error, BaseException) and self._failure is None:
@@ -285,6 +293,9 @@ class _Service:
             _ = ending.cancelled() or ending.exception()  # cancelled on purpose, so not reported
 
     async def _stop(self) -> None:
+        if self._preparing is not None and self._app is not None:
+            self._preparing.cancel()
+            self._app.state.preprocessors.close()
         try:
             async with asyncio.timeout(FORCED_STOP_S if self._forced.is_set() else None):
                 await self._head.stop()
