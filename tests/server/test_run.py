@@ -193,6 +193,7 @@ def test_what_nobody_noticed_is_logged_and_the_service_goes_on(
                 raise RuntimeError("in a callback")
 
             asyncio.get_running_loop().call_soon(fail)
+            self.opened.set()
 
     def do(url: str) -> None:
         texts.append(stream(url, 5, lambda: None))
