@@ -155,6 +155,9 @@ class ClusterConfig(_Section):
 
     ranks: int = Field(1, ge=1, le=256, description="ranks at start")
     max_ranks: int = Field(8, ge=1, le=256, description="capacity: number of rank ids")
+    spare_ranks: int = Field(
+        0, ge=0, le=256, description="processes kept ready for the ids that join next"
+    )
     redundant_experts: int = Field(
         0, ge=0, le=2**20, description="replicas in each layer beyond one of each expert"
     )

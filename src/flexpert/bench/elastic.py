@@ -45,13 +45,14 @@ Note = Callable[[str], None]
 class ElasticPlan:
     """low, high: numbers of ranks between which changes go, one after the other. kills: how often a
     rank is killed (SIGKILL); all_killed: how often, besides, all ranks at once. tokens: of an
-    answer. flags: of the service, besides.
+    answer. settle_s: rest before a change. flags: of the service, besides.
     """
 
     clients: int = 64
     tokens: int = 400
     undisturbed_s: float = 10.0
     changes: int = 10
+    settle_s: float = 1.0
     low: int = 1
     high: int = 2
     kills: int = 0
@@ -272,7 +273,7 @@ class _ElasticRun:
                 await asyncio.sleep(_SETTLE_S)
                 for number in range(plan.changes):
                     await self._change(plan.low if number % 2 else plan.high)
-                    await asyncio.sleep(_SETTLE_S)
+                    await asyncio.sleep(plan.settle_s)
             self._close_changes()
         if plan.kills or plan.all_killed:
             await self._scale_to(plan.high)

@@ -35,6 +35,9 @@ def bench_elastic(
         float,
         duration_option("--undisturbed", "Time without a change first.", least=1, default="10s"),
     ] = 10.0,
+    settle: Annotated[
+        float, duration_option("--settle", "Rest before a change.", least=0, default="1s")
+    ] = 1.0,
     json_: Json = False,
     output: Output = None,
 ) -> None:
@@ -55,6 +58,7 @@ def bench_elastic(
         tokens=tokens,
         undisturbed_s=undisturbed,
         changes=changes,
+        settle_s=settle,
         low=low,
         high=high,
         kills=kills,

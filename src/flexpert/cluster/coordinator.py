@@ -119,6 +119,11 @@ class Coordinator:
         return self._cluster.members
 
     @property
+    def verdicts(self) -> bytes:
+        """What the first rank that came up found of the model's modules; b"": none did yet."""
+        return self._cluster.verdicts
+
+    @property
     def admitting(self) -> frozenset[int]:
         """Ids that may be given new sequences: members that are not on their way out."""
         return self._cluster.admitting

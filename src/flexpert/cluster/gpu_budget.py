@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from flexpert.cluster.formatting import ids, memory_parts, mib
 from flexpert.config import Config
@@ -55,15 +56,39 @@ class GpuBudget:
         sizes = {gpu: driver.memory(gpu) for gpu in sums}
         return all(size is None or sums[gpu] <= size.total for gpu, size in sizes.items())
 
+    def check_spare(self, rank: int) -> None:
+        """Raises: OperationRefused: its GPU has not enough free for a rank without experts."""
+        driver = self._driver
+        memory = driver.memory(rank % driver.gpus) if driver else None
+        needs = self.planned(0).total
+        if driver is not None and memory is not None and needs > memory.free:
+            raise OperationRefused(
+                f"GPU {rank % driver.gpus} has {mib(memory.free)} of its {mib(memory.total)} free, "
+                f"and it needs {mib(needs)}"
+            )
+
     def check(
-        self, joining: Iterable[int], placement: Placement, previous: Placement | None
+        self,
+        joining: Iterable[int],
+        placement: Placement,
+        previous: Placement | None,
+        held: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
-        """Raises: OperationRefused: a GPU has not enough free for the newcomers and for what the
-        others load."""
+        """
+        Args:
+            held: bytes that newcomers have already.
+
+        Raises:
+            OperationRefused: a GPU has not enough free for the newcomers and for what the others
+                load.
+        """
         driver = self._driver
         if driver is None:
             return
-        needs = self.needs(frozenset(joining), placement, previous)
+        needs = {
+            rank: max(0, need - held.get(rank, 0))
+            for rank, need in self.needs(frozenset(joining), placement, previous).items()
+        }
         for gpu, desired in sorted(by_gpu(needs, driver.gpus).items()):
             memory = driver.memory(gpu)
             if memory is not None and desired > memory.free:

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import secrets
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from flexpert.cluster.processes.early_fork_server import EarlyForkServer, for_ch
 from flexpert.cluster.processes.helper import ForkedHelper, OnEnd, OnMessage
 from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
+from flexpert.cluster.processes.spare_ranks import SpareRanks
 from flexpert.cluster.processes.transport import Transport
 from flexpert.cluster.service_metrics import Metrics
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
@@ -85,6 +87,15 @@ class Head:
         self._stopped = False
         self.opened = asyncio.Event()
         self._cache: ExpertCacheManager | None = None
+        self._budget: MemoryBudget | None = None
+        cluster = config.cluster
+        self._spares = SpareRanks(
+            cluster.spare_ranks,
+            cluster.max_ranks,
+            taken=self._taken,
+            start=self._start_spare,
+            stop=self._end_spare,
+        )
         self._lives: dict[int, bytes] = {}  # liveness locks of ranks
         self.metrics = Metrics(self._rank_views, lambda: self._epoch, lambda: len(self._journal))
         self.registry = self.metrics.registry
@@ -116,7 +127,8 @@ class Head:
             tokenizer = asyncio.create_task(asyncio.to_thread(source.tokenizer))
             self.model_name = self.config.model.served_name or self.info.name
             driver = await asyncio.to_thread(self._gpu_driver, tell)
-            budget = MemoryBudget(self.config, source, driver)
+            budget = self._budget = MemoryBudget(self.config, source, driver)
+            budget.held = lambda: self._spares.held
             self._coordinator = Coordinator(self.config, source, self, budget)
             ranks = self.config.cluster.ranks
             tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
@@ -134,6 +146,7 @@ class Head:
         self._serving = True
         self._cache = ExpertCacheManager(self.config, source, self)
         self._cache.start()
+        self._spares.run()
         for rank in self._coordinator.ranks():
             memory = describe_memory(*self._coordinator.memory(rank.id))
             if memory:
@@ -161,6 +174,7 @@ class Head:
         while len(self._journal) and not self.failure and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         self._stopped = True
+        self._spares.close()
         if self._cache:
             self._cache.close()
         if self._coordinator:
@@ -250,6 +264,7 @@ class Head:
             desired=sorted(coordinator.desired),
             left_out=sorted(coordinator.left_out),
             down=coordinator.down,
+            spares=self._spares.views(),
         )
 
     def begin_operation(
@@ -320,6 +335,27 @@ class Head:
         self._admission.admit_waiting()
 
     def spawn(self, rank: int, verdicts: bytes) -> None:
+        there, hello = self._spares.take(rank, lambda: self.spawn(rank, verdicts))
+        if hello is not None:
+            asyncio.get_running_loop().call_soon(self._on_report, rank, hello)
+        if not there:
+            self._fork(rank, verdicts)
+
+    def _start_spare(self, rank: int) -> None:
+        """Raises: OperationRefused: it does not fit."""
+        assert self._budget is not None
+        assert self._coordinator is not None
+        self._budget.check_spare(rank)
+        self._fork(rank, self._coordinator.verdicts, spare=True)
+
+    def _taken(self) -> frozenset[int] | None:
+        """Ids that no spare may have; None: ranks change."""
+        coordinator = self._coordinator
+        if coordinator is None or coordinator.running is not None or coordinator.down:
+            return None
+        return coordinator.members | coordinator.desired
+
+    def _fork(self, rank: int, verdicts: bytes, *, spare: bool = False) -> None:
         assert self._launcher is not None
         assert self._transport is not None
         try:
@@ -328,8 +364,14 @@ class Head:
             why = f"it cannot be connected: {error.strerror}; raise the limit of open files"
             asyncio.get_running_loop().call_soon(self._on_exit, rank, 1, why)
             return
-        spec = encode_spec(RankSpec(rank, for_children(self.config), verdicts))
+        spec = encode_spec(RankSpec(rank, for_children(self.config), verdicts, spare))
         self._launcher.spawn(rank, ENTRY, spec, end)
+
+    def _end_spare(self, rank: int) -> None:
+        """It ends when it hears of it, or is killed with the launcher."""
+        self._send(rank, msg.Stop())
+        if not self._stopped and self._launcher:
+            self._launcher.kill(rank)
 
     def kill(self, rank: int) -> None:
         assert self._launcher is not None
@@ -382,6 +424,9 @@ class Head:
     def _on_report(self, rank: int, report: msg.Report) -> None:
         if self._coordinator is None:
             return
+        if rank in self._spares:
+            self._spares.on_report(rank, report)
+            return
         match report:
             case msg.Hello():
                 self._watch(rank, report.life)
@@ -408,7 +453,9 @@ class Head:
         self._coordinator.on_report(rank, report)
 
     def _on_cut_off(self, rank: int, why: str) -> None:
-        if self._coordinator and not self._stopped:
+        if rank in self._spares:
+            self._spares.on_cut_off(rank, why)
+        elif self._coordinator and not self._stopped:
             self._coordinator.expel(rank, why)
 
     def _watch(self, rank: int, life: bytes) -> None:
@@ -435,7 +482,9 @@ class Head:
             self._on_disconnected(rank)
 
     def _on_disconnected(self, rank: int) -> None:
-        if self._coordinator and not self._stopped:
+        if rank in self._spares:
+            self._spares.on_disconnected(rank)
+        elif self._coordinator and not self._stopped:
             self._coordinator.on_disconnected(rank)
 
     def _on_exit(self, rank: int, status: int, why: str) -> None:
@@ -443,7 +492,10 @@ class Head:
         if self._transport:
             self._transport.drain(rank)
             self._transport.forget(rank)
-        if self._coordinator and not self._stopped:
+        if rank in self._spares:
+            how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            self._spares.on_exit(rank, why or how)
+        elif self._coordinator and not self._stopped:
             try:
                 self._coordinator.on_exit(rank, status, why)
             except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import psutil
 
@@ -12,7 +12,7 @@ from flexpert.config import Config
 from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine.gpu_driver import GpuDriver
 from flexpert.engine.memory_plan import planned_memory
-from flexpert.engine.rank_protocol import Memory
+from flexpert.engine.rank_protocol import Memory, MemoryUse
 from flexpert.errors import OperationRefused
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement
@@ -22,6 +22,7 @@ class MemoryBudget:
     """By the settings, the memory of this machine, and that of its GPUs.
 
     `memory_per_rank` bounds the memory in which weights and KV cache lie: the GPU's, or the host's.
+    held: what processes that wait to join have of it already, by rank.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class MemoryBudget:
         self._source = source
         on_host = DEVICE_SETTINGS[config.engine.device].uses_host_memory
         self._gpus = None if on_host else GpuBudget(config, source, driver)
+        self.held: Callable[[], Mapping[int, MemoryUse]] = dict
 
     def learn(self, memory: Memory) -> None:
         """A warm rank has measured what it needs of its GPU."""
@@ -86,10 +88,21 @@ class MemoryBudget:
                 f"{len(totals)} ranks cannot hold the experts: rank {worst} would need "
                 f"{mib(totals[worst])} of its {mib(limit)} (memory_per_rank)"
             )
+        held = self.held()
         if self._gpus:
-            self._gpus.check(joining, placement, previous)
+            devices = {rank: used.device for rank, used in held.items()}
+            self._gpus.check(joining, placement, previous, devices)
             totals = self._on_host(placement)
-        self.check_free({rank: totals[rank] for rank in joining})
+        host = {rank: used.host for rank, used in held.items()}
+        self.check_free({rank: max(0, totals[rank] - host.get(rank, 0)) for rank in joining})
+
+    def check_spare(self, rank: int) -> None:
+        """Whether a process fits that waits to become this rank. Raises: OperationRefused"""
+        cluster, engine = self._config.cluster, self._config.engine
+        if self._gpus:
+            self._gpus.check_spare(rank)
+        needs = planned_memory(self._source, engine, cluster.max_ranks, 0, cluster.max_ranks).total
+        self.check_free({rank: needs})
 
     def check_free(self, needs: dict[int, int]) -> None:
         """Whether this machine has the memory for newcomers. needs: rank → bytes."""

@@ -89,6 +89,14 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     created: float = 0.0
 
 
+class SpareView(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that waits to become a rank. ready: it would be taken by a change."""
+
+    id: int
+    pid: int
+    ready: bool
+
+
 class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     """`GET /cluster`.
 
@@ -106,6 +114,7 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     desired: list[int] = []
     left_out: list[int] = []
     down: str | None = None
+    spares: list[SpareView] = []
 
 
 class ClusterEvent(msgspec.Struct, frozen=True, kw_only=True):

@@ -95,6 +95,8 @@ def cluster_view(cluster: ClusterView) -> RenderableType:
     if placement.under_replicated_experts:
         text = f"{placement.under_replicated_experts} experts have fewer replicas than asked for"
         parts.append(Text(text, style="yellow"))
+    if cluster.spares:
+        parts.append(f"spare: {ids([spare.id for spare in cluster.spares])}")
     if cluster.left_out:
         parts.append(Text(f"left out, for they kept ending: {ids(cluster.left_out)}", style="red"))
     if cluster.operation:

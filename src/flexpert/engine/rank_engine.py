@@ -219,6 +219,12 @@ class RankEngine:
             allocated=len(self.exported.bytes) + window_nbytes(source, config, capacity),
         )
 
+    def warm_up(self) -> None:
+        """What can be done before there are experts; else the first `Prepare` does it. Before
+        `run`."""
+        if self.profile.warm_up is not WarmUpTime.AFTER_LOADING and self.runner.graphs is None:
+            self._unfit = self._warm_up.capture(self.watch)
+
     # ---- from any thread --------------------------------------------------------------------
 
     def measure_memory(self) -> None:
@@ -334,12 +340,11 @@ class RankEngine:
         self._preparer.withdraw()
 
     def _prepare(self, plan: msg.Prepare) -> None:
-        cold = self.buffer.epoch == 0 and self.runner.graphs is None
-        if cold and self.profile.warm_up is WarmUpTime.BEFORE_LOADING:
-            self._unfit = self._warm_up.capture(self.watch) or self._unfit
+        if self.buffer.epoch == 0 and self.profile.warm_up is WarmUpTime.BEFORE_LOADING:
+            self.warm_up()
         self._preparer.start(plan)
-        if cold and self.profile.warm_up is WarmUpTime.WHILE_LOADING:
-            self._unfit = self._warm_up.capture(self.watch) or self._unfit
+        if self.buffer.epoch == 0:
+            self.warm_up()
 
     def _report_prepared(self, result: PreparedEpoch) -> None:
         experts, members = len(result.experts), result.plan.members

@@ -43,11 +43,13 @@ class RankSpec(msgspec.Struct, frozen=True):
     """What a new rank is told. config: the settings tree as JSON.
 
     verdicts: what an earlier rank found of the model's modules, encoded; b"": there is none.
+    spare: it is to be warm when it says hello.
     """
 
     rank: int
     config: str
     verdicts: bytes = b""
+    spare: bool = False
 
 
 encode_spec = msgspec.msgpack.encode
@@ -130,6 +132,8 @@ def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
                 faults=faults,
                 verdicts=told.verdicts,
             )
+            if told.spare:
+                engine.warm_up()
         except (FlexpertError, OSError, MemoryError, RuntimeError) as error:
             report(msg.Unable(f"{type(error).__name__}: {error}"))
             return 1
