@@ -148,14 +148,14 @@ def test_two_replicas_of_an_expert_are_on_two_machines(
 ) -> None:
     hosts = {rank: f"host{rank % machines}" for rank in range(machines * each)}
     ranks = set(hosts)
-    before = replan(None, ranks, experts=experts, layers=2, redundant=experts, hosts=hosts)
+    before = replan(None, ranks, experts=experts, layers=2, redundant=experts, machines=hosts)
     later = replan(
         cover(before, ranks - {gone % len(ranks)}) if len(ranks) > 1 else before,
         ranks,
         experts=experts,
         layers=2,
         redundant=experts,
-        hosts=hosts,
+        machines=hosts,
     )
     for placement in (before, later):
         for layer in placement.layers:
