@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from support import simulation
-from support.simulation import Simulation, Violation, histories, history
+from support.simulation import MACHINES_FROM, Simulation, Violation, histories, history
 
 from flexpert.cluster import expert_recovery as coverage
 from flexpert.cluster import membership
@@ -27,7 +27,7 @@ from flexpert.cluster.restart_policy import RestartPolicy
 from flexpert.cluster.rule_table import RuleTable
 from flexpert.cluster.views import ClusterEvent
 from flexpert.engine.request import RequestSequence, TokenEvent
-from flexpert.moe.placement import Placement
+from flexpert.moe.placement import Placement, replan
 
 HISTORIES = int(os.environ.get("FLEXPERT_HISTORIES", "20000"))
 SHARE = 250  # of one process at a time
@@ -314,3 +314,34 @@ def test_a_broken_rule_is_found(broken: Callable[[Patch], None], monkeypatch: Pa
         except Violation:
             return
     raise AssertionError(f"not found in {FOUND_WITHIN} histories")
+
+
+def newcomers_are_taken_to_be_anywhere(patch: Patch) -> None:
+    """Replicas go by the machines that newcomers turn out to be on."""
+    patch.setattr(ChangeActions, "_place_newcomers", lambda *_: None)
+
+
+def machines_do_not_count(patch: Patch) -> None:
+    """Replicas of an expert are on several machines."""
+
+    def anywhere(*given: Any, machines: Any = None, **known: Any) -> Placement:
+        return replan(*given, **known)
+
+    patch.setattr(coverage, "replan", anywhere)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [newcomers_are_taken_to_be_anywhere, machines_do_not_count],
+    ids=lambda rule: rule.__name__,
+)
+def test_a_broken_rule_of_machines_is_found(
+    broken: Callable[[Patch], None], monkeypatch: Patch
+) -> None:
+    broken(monkeypatch)
+    with pytest.raises(Violation, match="alone has some experts"):
+        histories(range(MACHINES_FROM, MACHINES_FROM + 200))
+
+
+def test_whole_machines_are_lost_and_every_invariant_holds() -> None:
+    assert histories(range(MACHINES_FROM, MACHINES_FROM + 200)) > 0

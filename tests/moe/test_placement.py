@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -136,31 +138,118 @@ def test_experts_without_an_owner_are_named() -> None:
     assert Placement(2, [{0: [0]}]).owners(0, 0) == ([0, -1], [0, -1])
 
 
+layouts = st.dictionaries(st.integers(0, 15), st.sampled_from("abcd"), min_size=2, max_size=10)
+
+
+def survives_any_machine(machines: dict[int, str]) -> bool:
+    """Whether two replicas of each expert can be on two machines if ranks have equal shares: none
+    has more than half of the ranks."""
+    return 2 * max(Counter(machines.values()).values()) <= len(machines)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    history=st.lists(layouts.filter(survives_any_machine), min_size=1, max_size=5),
+    experts=st.integers(1, 24),
+    lost=st.lists(st.integers(0, 15), max_size=5),
+)
+def test_no_machine_has_both_replicas_of_an_expert_through_joins_leaves_and_losses(
+    history: list[dict[int, str]], experts: int, lost: list[int]
+) -> None:
+    placement: Placement | None = None
+    for turn, machines in enumerate(history):
+        placement = replan(
+            placement, machines, experts=experts, layers=2, redundant=experts, machines=machines
+        )
+        for layer in placement.layers:
+            counts = [len(held) for held in layer.values()]
+            assert max(counts) - min(counts) <= 1
+            assert sum(counts) == 2 * experts
+        for name in set(machines.values()):
+            left = [rank for rank in machines if machines[rank] != name]
+            assert keep(placement, left).missing() == [], f"machine {name} is lost"
+        again = replan(
+            placement, machines, experts=experts, layers=2, redundant=experts, machines=machines
+        )
+        assert not any(loads(placement, again).values())
+        survivors = [rank for rank in placement.ranks if rank not in lost[turn : turn + 1]]
+        placement = cover(placement, survivors)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
-    machines=st.integers(2, 4),
-    each=st.integers(1, 3),
-    experts=st.integers(4, 24),
-    gone=st.integers(0, 11),
+    history=st.lists(layouts, min_size=1, max_size=4),
+    experts=st.integers(1, 16),
+    redundant=st.integers(0, 40),
 )
-def test_two_replicas_of_an_expert_are_on_two_machines(
-    machines: int, each: int, experts: int, gone: int
+def test_any_layout_is_balanced_and_whole(
+    history: list[dict[int, str]], experts: int, redundant: int
 ) -> None:
-    hosts = {rank: f"host{rank % machines}" for rank in range(machines * each)}
-    ranks = set(hosts)
-    before = replan(None, ranks, experts=experts, layers=2, redundant=experts, hosts=hosts)
-    later = replan(
-        cover(before, ranks - {gone % len(ranks)}) if len(ranks) > 1 else before,
-        ranks,
-        experts=experts,
-        layers=2,
-        redundant=experts,
-        hosts=hosts,
-    )
-    for placement in (before, later):
+    placement: Placement | None = None
+    for machines in history:
+        placement = replan(
+            placement, machines, experts=experts, layers=2, redundant=redundant, machines=machines
+        )
+        desired = copies_of(experts, redundant, len(machines))
         for layer in placement.layers:
-            assert max(map(len, layer.values())) - min(map(len, layer.values())) <= 1
-            for expert in range(experts):
-                holders = [rank for rank in layer if expert in layer[rank]]
-                assert len(holders) == 2
-                assert len({hosts[rank] for rank in holders}) == 2
+            every = [expert for held in layer.values() for expert in held]
+            assert [every.count(expert) for expert in range(experts)] == desired
+            assert all(len(set(held)) == len(held) for held in layer.values())
+            counts = [len(held) for held in layer.values()]
+            assert max(counts) - min(counts) <= 1
+
+
+@given(history=st.lists(rank_sets, min_size=1, max_size=5), redundant=st.integers(0, 30))
+def test_one_machine_is_as_no_machines(history: list[set[int]], redundant: int) -> None:
+    plain: Placement | None = None
+    named: Placement | None = None
+    for ranks in history:
+        one = dict.fromkeys(ranks, "a")
+        plain = replan(plain, ranks, experts=9, layers=2, redundant=redundant)
+        named = replan(named, ranks, experts=9, layers=2, redundant=redundant, machines=one)
+        assert plain == named
+        for viewer in ranks:
+            assert plain.owners(1, viewer) == named.owners(1, viewer, one)
+
+
+def test_a_machine_that_joins_takes_second_replicas_and_nothing_else_moves() -> None:
+    machines = {rank: "abc"[rank // 2] for rank in range(6)}
+    two = [0, 1, 2, 3]
+    before = replan(None, two, experts=12, layers=1, redundant=12, machines=machines)
+    after = replan(before, machines, experts=12, layers=1, redundant=12, machines=machines)
+    assert {rank: len(new) for rank, new in loads(before, after).items()} == {
+        0: 0,
+        1: 0,
+        2: 0,
+        3: 0,
+        4: 4,
+        5: 4,
+    }
+
+
+@given(machines=layouts, experts=st.integers(1, 24), redundant=st.integers(0, 60))
+def test_a_viewer_uses_the_nearest_replica(
+    machines: dict[int, str], experts: int, redundant: int
+) -> None:
+    placement = replan(
+        None, machines, experts=experts, layers=1, redundant=redundant, machines=machines
+    )
+    (layer,) = placement.layers
+    for viewer in machines:
+        owners, slots = placement.owners(0, viewer, machines)
+        for expert, (owner, slot) in enumerate(zip(owners, slots, strict=True)):
+            assert layer[owner][slot] == expert
+            holders = [rank for rank in layer if expert in layer[rank]]
+            near = [rank for rank in holders if machines[rank] == machines[viewer]]
+            assert owner in (near or holders)
+            assert owner == viewer or viewer not in holders
+
+
+def test_viewers_of_a_machine_spread_over_its_replicas() -> None:
+    machines = {rank: "ab"[rank % 2] for rank in range(8)}
+    held = {rank: [0] if rank in (0, 2, 1) else [] for rank in machines}
+    placement = Placement(1, [held])
+    used = {rank: placement.owners(0, rank, machines)[0][0] for rank in machines}
+    assert (used[0], used[2]) == (0, 2)
+    assert {used[4], used[6]} == {0, 2}, "the ids of a machine may all be even"
+    assert {used[rank] for rank in (1, 3, 5, 7)} == {1}

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.comm_local import Local, same_bits
 
 from flexpert.comm import BufferSpec, make_buffer
 from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.experts import ExpertWeights
 from flexpert.moe.moe_layers import LayerState
-from flexpert.moe.placement import Placement
+from flexpert.moe.placement import Placement, replan
 from flexpert.moe.runtime import MoERuntime, expert_tables, without
 
 EXPERTS, TOPK, HIDDEN, INTER = 6, 3, 32, 16
@@ -118,3 +119,38 @@ def test_a_layer_with_holes_computes_what_is_left_and_marks_who_lost_what(
         assert moe.lost_rows() is None, "a step that broke off is forgotten"
     finally:
         buffer.close()
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_any_replica_gives_the_same_bits(weights: list[ExpertWeights], tokens: int) -> None:
+    """What deterministic mode needs: `reduce="home"`, and products that see each row alone."""
+    members = range(4)
+    placement = replan(None, members, experts=EXPERTS, layers=1, redundant=2 * EXPERTS)
+    spec = BufferSpec(capacity=4, max_tokens=8, hidden=HIDDEN, topk=TOPK, dtype=torch.float32)
+    x = torch.randn(4, tokens, HIDDEN)
+    ids = torch.stack([torch.randperm(EXPERTS)[:TOPK] for _ in range(4 * tokens)])
+    ids = ids.reshape(4, tokens, TOPK)
+    share = torch.rand(4, tokens, TOPK)
+    layouts = [None, dict.fromkeys(members, "a"), dict(enumerate("abab")), dict(enumerate("abca"))]
+    choices, sums = set(), []
+    with Local() as local:
+        buffers = local.start(spec, members)
+        for machines in layouts:
+            local.activate(members)
+            runtimes = {}
+            for rank in members:
+                (table,) = expert_tables(placement, rank, machines)
+                (held,) = placement.held_by(rank)
+                choices.add((rank, tuple(table.rank.tolist())))
+                own = LayerExperts([weights[e] for e in held], deterministic=True)
+                runtimes[rank] = MoERuntime(buffers[rank], reduce="home")
+                runtimes[rank].install(runtimes[rank].stage([LayerState(table, own)]))
+            got = local.each(
+                members,
+                lambda b, r=runtimes: r[b.rank].forward(
+                    0, x[b.rank], ids[b.rank], share[b.rank], gate
+                ),
+            )
+            sums.append(torch.stack([got[rank] for rank in members]))
+    assert len(choices) > len(members), "some layout sends tokens to other replicas"
+    assert all(same_bits(found, sums[0]) for found in sums)

@@ -18,6 +18,7 @@ What must hold, looked at whenever it could break (`Violation`):
   it ends when it has as many as were asked for;
 - an id is used again only when its old process is gone;
 - a rank is told to commit only what it has prepared;
+- a change leaves no expert on one machine only, where each has two replicas and shares allow;
 - it is told to stop only when it runs nothing and its destinations have read its KV, unless all
 wait;
 - a rank to which nothing was done is not ended, unless it is to leave;
@@ -46,6 +47,7 @@ from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.membership import Phase
 from flexpert.cluster.memory_budget import MemoryBudget
+from flexpert.cluster.operation import Purpose
 from flexpert.cluster.processes.rank_process import BEATS
 from flexpert.cluster.views import ClusterEvent, Delta
 from flexpert.config import load_config
@@ -84,6 +86,17 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"cluster.on_missing_expert": "degrade", "cluster.memory_per_rank": 3},
 )
 CONFIGS = [load_config(environment={}, overrides=SETTINGS | kind) for kind in KINDS]
+# From this seed on, ranks are on several machines, and some are lost as a whole. Where memory is
+# not bounded, each expert has two replicas.
+MACHINES_FROM = 10_000
+SPREAD: dict[str, Any] = {"cluster.redundant_experts": 5}
+MACHINE_CONFIGS = [
+    load_config(
+        environment={},
+        overrides=SETTINGS | kind | ({} if "cluster.memory_per_rank" in kind else SPREAD),
+    )
+    for kind in KINDS
+]
 SOURCE: Any = SimpleNamespace(info=SimpleNamespace(experts=5, moe_layers=1))
 EXPERTS = frozenset((layer, e) for layer in range(1) for e in range(5))
 
@@ -120,7 +133,10 @@ class Simulation(Network):
         self.plans: dict[int, msg.Prepare] = {}  # those that were entered
         self.newest = 0  # the latest epoch that has run a step
         self.steps = 0
-        self.config = CONFIGS[seed % len(CONFIGS)]
+        self.config = (MACHINE_CONFIGS if seed >= MACHINES_FROM else CONFIGS)[seed % len(CONFIGS)]
+        self.machines = ("a", "b", "c")[: 2 + seed % 2] if seed >= MACHINES_FROM else ()
+        self.where = random.Random(seed)
+        self.machine_of: dict[int, str] = {}  # by number of a life, where machines have names
         self.coordinator = Coordinator(self.config, SOURCE, self, SmallRanks(self.config, SOURCE))
 
     # ---- the network between head and ranks -----------------------------------------------------
@@ -138,12 +154,32 @@ class Simulation(Network):
             )
             if (runs or read) and not self.coordinator.down:
                 raise Violation(f"rank {rank} is stopped while it runs {runs}, or its KV is read")
+        elif isinstance(command, msg.Prepare) and self.machines:
+            self.check_spread(command)
         elif isinstance(command, msg.Adopt):
             if any(move.held.computed for move in command.migrations):
                 self.adopting.append((process, command.kv))
         elif isinstance(command, msg.Commit | msg.Halt) and self.chance(0.04):
             self.call(0.1 * self.draw.random(), self.fault)  # where it hurts most
         self.carry(("down", process.life), self.hears, process, command)
+
+    def check_spread(self, plan: msg.Prepare) -> None:
+        """Ranks are told where all are, and no machine has both replicas of an expert if shares
+        allow."""
+        there = {rank: self.machine_of[self.processes[rank].life] for rank in plan.members}
+        if any(plan.machines[rank] != name for rank, name in there.items()):
+            raise Violation(f"epoch {plan.epoch}: ranks are on {there}, not {plan.machines}")
+        cluster = self.coordinator._cluster
+        spread = cluster.membership.phase is Phase.LOAD and cluster.operation
+        if not spread or spread.purpose is Purpose.RELOAD:
+            return  # after a loss only what is lost is loaded
+        fullest = max(Counter(there.values()).values())
+        if self.config.cluster.redundant_experts < 5 or 2 * fullest > len(there):
+            return
+        for lost in set(there.values()):
+            held = [of for rank, of in plan.placement.layers[0].items() if there[rank] != lost]
+            if len(set().union(*held)) < 5:
+                raise Violation(f"epoch {plan.epoch}: machine {lost} alone has some experts")
 
     def hears(self, process: SimRank, command: msg.Command) -> None:
         self.quiet = False
@@ -193,7 +229,9 @@ class Simulation(Network):
         self.lives += 1
         process = self.processes[rank] = SimRank(self, rank, self.lives)
         self.addresses.add(process.address)
-        self.note("spawn", rank)
+        if self.machines:
+            self.machine_of[self.lives] = self.where.choice(self.machines)
+        self.note("spawn", rank, self.machine_of.get(self.lives, ""))
         spared = self.lives <= 3 and self.chance(0.8)  # else many a history ends at its beginning
         if not spared and self.chance(0.03):
             self.call(0.01, self.end, process, 1)
@@ -210,7 +248,8 @@ class Simulation(Network):
             process.inbox.append(lambda: self.started(process))
         elif process.alive:
             own = process.address
-            hello = msg.Hello(process.life, socket.gethostname(), own, own, own)
+            here = self.machine_of.get(process.life) or socket.gethostname()
+            hello = msg.Hello(process.life, here, own, own, own)
             self.tell(process, hello)
 
     def kill(self, rank: int) -> None:
@@ -513,6 +552,14 @@ class Simulation(Network):
             self.note("head deaf", seconds)
             self.deaf_until = self.clock + seconds
 
+    def lose_machine(self) -> None:
+        """All that is on a machine ends at once."""
+        name = self.where.choice(self.machines)
+        self.note("machine is lost", name)
+        for process in list(self.processes.values()):
+            if self.machine_of[process.life] == name:
+                self.end(process, -9)
+
     def lie(self) -> None:
         """A rank says what is not so; that may cost it its life, and others nothing."""
         able = [r for r in self.processes.values() if r.runs and r.proven]
@@ -585,6 +632,10 @@ class Simulation(Network):
         while self.hostile and at < TROUBLE_S:
             self.call(0.5 + at, self.lie)
             at += self.evil.expovariate(1 / 2.0)
+        at = self.where.expovariate(1 / 4.0)
+        while self.machines and at < TROUBLE_S:
+            self.call(0.5 + at, self.lose_machine)
+            at += self.where.expovariate(1 / 4.0)
         next_step = 0.0
         # a rank that a request ends again and again starts ever later
         events, end = self.events, TROUBLE_S + PATIENCE_S * (1 + 9 * self.hostile)
@@ -636,6 +687,9 @@ class Simulation(Network):
             )
         if set(self.processes) != set(coordinator.members):
             raise Violation(f"processes {sorted(self.processes)}, {sorted(coordinator.members)}")
+        for view in coordinator.ranks() if self.machines else ():
+            if view.machine != self.machine_of[self.processes[view.id].life]:
+                raise Violation(f"rank {view.id} is shown on machine {view.machine!r}")
         for operation in coordinator.unfinished():
             raise Violation(f"operation {operation.id} never ends")
 

@@ -93,6 +93,8 @@ class ChangeActions:
             cluster.events.post(MembershipEvent(EventKind.SHORT, reason=reason))
             return
         recovers = cluster.membership.phase is Phase.RECOVER
+        if change.joining and not recovers:
+            self._place_newcomers(change)
         self._enter("recover" if recovers else "load", cluster.config.cluster.load_timeout)
         members = {rank: cluster.ranks[rank].address for rank in change.after}
         holders = set(cluster.placement.ranks) if cluster.placement else set()
@@ -100,8 +102,23 @@ class ChangeActions:
         living = holders & set(cluster.ranks) & change.everyone
         exporters = {rank: cluster.ranks[rank].experts for rank in living}
         cache = cluster.head.expert_cache
-        plan = msg.Prepare(change.epoch, members, cluster.planned, exporters, cache)
+        machines = cluster.machines(change.everyone)
+        plan = msg.Prepare(change.epoch, members, cluster.planned, exporters, cache, machines)
         cluster.tell(change.everyone, plan)
+
+    def _place_newcomers(self, change: Change) -> None:
+        """Newcomers have said on which machines they are: plan anew if there are several.
+
+        What was planned before they were started stays where the other does not fit.
+        """
+        cluster = self._cluster
+        if len(set(cluster.machines(change.after).values())) < 2:
+            return
+        found = cluster.plan(change.after)
+        if cluster.memory_budget.fits(found):
+            cluster.planned = found
+            if cluster.operation:
+                cluster.operation.moved_experts = moved_experts(cluster.placement, found)
 
     def _offer(self, change: Change, event: MembershipEvent) -> None:
         self._enter("migrate", self._cluster.config.cluster.migration_timeout)
@@ -190,7 +207,10 @@ class ChangeActions:
         cluster.kill(lost)
         cluster.withdraw(recovery.doomed - lost, blameless=_others_were_lost(event))
         cluster.planned = cluster.expert_recovery.after_loss(
-            cluster.placement, recovery.after, cluster.memory_budget.fits
+            cluster.placement,
+            recovery.after,
+            cluster.memory_budget.fits,
+            machines=cluster.machines(recovery.after),
         )
         reason = recovery.cause or "a rank was lost"
         operation = Operation(before, recovery.after, recovery.epoch, reason, Purpose.RECOVERY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -106,13 +105,17 @@ class ClusterState:
         return change.after & set(self.ranks) if change else frozenset()
 
     def plan(self, target: Iterable[int]) -> Placement:
-        """All experts on these ranks; those still to be started will be on this machine."""
+        """All experts on these ranks, replicas on several machines."""
         ids = frozenset(target)
-        known = {rank: found.host for rank, found in self.ranks.items() if found.host}
-        hosts = {rank: known.get(rank) or socket.gethostname() for rank in ids}
         return self.expert_recovery.spread(
-            self.placement, ids, self.memory_budget.fits, hosts=hosts
+            self.placement, ids, self.memory_budget.fits, machines=self.machines(ids)
         )
+
+    def machines(self, target: Iterable[int]) -> dict[int, str]:
+        """rank → its machine; those that are not up yet are taken to be where the first is."""
+        known = {rank: found.machine for rank, found in self.ranks.items() if found.machine}
+        first = known[min(known)] if known else ""
+        return {rank: known.get(rank, first) for rank in sorted(target)}
 
     def tell(self, ranks: Iterable[int], command: msg.Command) -> None:
         """Send a command to those of these ranks that are there."""

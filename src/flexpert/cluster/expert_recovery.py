@@ -24,13 +24,18 @@ class ExpertRecovery:
     degrade: bool = False
 
     def whole(
-        self, previous: Placement | None, ranks: Iterable[int], fits: Fits
+        self,
+        previous: Placement | None,
+        ranks: Iterable[int],
+        fits: Fits,
+        *,
+        machines: Mapping[int, str] | None = None,
     ) -> Placement | None:
         """The placement of all experts on `ranks` that loads the fewest of those that fit.
 
         After a loss redundancy is not restored, and is given up for room. None: none fits.
         """
-        return next(filter(fits, self._choices(previous, frozenset(ranks))), None)
+        return next(filter(fits, self._choices(previous, frozenset(ranks), machines)), None)
 
     def spread(
         self,
@@ -38,32 +43,38 @@ class ExpertRecovery:
         ranks: Iterable[int],
         fits: Fits,
         *,
-        hosts: Mapping[int, str] | None = None,
+        machines: Mapping[int, str] | None = None,
     ) -> Placement:
         """All experts and the redundancy asked for, balanced on `ranks`.
 
         The one that loads the fewest, unless only another fits; what fits nowhere is for the caller
-        to find out. hosts: rank → its machine, see `replan`.
+        to find out. machines: rank → its machine, see `replan`.
         """
         ids = frozenset(ranks)
-        fewest = self._replan(previous, ids, self.redundant, hosts)
+        fewest = self._replan(previous, ids, self.redundant, machines)
         if fits(fewest):
             return fewest
         # where history gave some ranks the larger share of every layer, a fresh start is fairer
-        fresh = self._replan(None, ids, self.redundant, hosts)
+        fresh = self._replan(None, ids, self.redundant, machines)
         return fresh if fits(fresh) else fewest
 
     def after_loss(
-        self, previous: Placement | None, survivors: Iterable[int], fits: Fits
+        self,
+        previous: Placement | None,
+        survivors: Iterable[int],
+        fits: Fits,
+        *,
+        machines: Mapping[int, str] | None = None,
     ) -> Placement | None:
         """What the survivors enter the next epoch with; None: they cannot serve.
 
-        fits: whether each rank has the memory for what it would hold.
+        fits: whether each rank has the memory for what it would hold. machines: rank → its
+        machine; they count only where newcomers are among the survivors (see `cover`).
         """
         ranks = frozenset(survivors)
         if self.degrade and previous and ranks <= set(previous.ranks):
             return keep(previous, ranks)  # less than they hold already: it fits
-        whole = self.whole(previous, ranks, fits)
+        whole = self.whole(previous, ranks, fits, machines=machines)
         return keep(previous, ranks) if whole is None and self.degrade and previous else whole
 
     def under_replicated(self, placement: Placement, ranks: int) -> int:
@@ -72,11 +83,16 @@ class ExpertRecovery:
             return 0
         return placement.thinner_than(copies_of(self.experts, self.redundant, ranks))
 
-    def _choices(self, previous: Placement | None, ranks: frozenset[int]) -> Iterator[Placement]:
+    def _choices(
+        self,
+        previous: Placement | None,
+        ranks: frozenset[int],
+        machines: Mapping[int, str] | None,
+    ) -> Iterator[Placement]:
         if previous and ranks <= set(previous.ranks):
             yield cover(previous, ranks)
         else:
-            yield self._replan(previous, ranks, self.redundant)
+            yield self._replan(previous, ranks, self.redundant, machines)
         yield self._replan(previous, ranks, 0)
         yield self._replan(None, ranks, 0)
 
@@ -85,7 +101,7 @@ class ExpertRecovery:
         previous: Placement | None,
         ranks: frozenset[int],
         redundant: int,
-        hosts: Mapping[int, str] | None = None,
+        machines: Mapping[int, str] | None = None,
     ) -> Placement:
         return replan(
             previous,
@@ -93,5 +109,5 @@ class ExpertRecovery:
             experts=self.experts,
             layers=self.layers,
             redundant=redundant,
-            hosts=hosts,
+            machines=machines,
         )

@@ -145,6 +145,7 @@ class RankReports:
         if rank_state.state != "starting":
             raise msg.Contradiction(f"it says hello, and is {rank_state.state} already")
         rank_state.pid, rank_state.host = report.pid, report.host
+        rank_state.machine = report.host
         rank_state.address, rank_state.kv = report.address, report.kv
         rank_state.experts = report.experts
         if not self._cluster.verdicts and len(report.verdicts) <= MOST_BYTES:

@@ -17,6 +17,7 @@ class RankState:
     id: int
     state: RankStatus = "starting"
     host: str = ""
+    machine: str = ""  # ranks whose names are equal share memory
     pid: int = 0
     address: bytes = b""
     kv: bytes = b""  # address of its KV cache
@@ -37,6 +38,7 @@ class RankState:
             id=self.id,
             state=self.state,
             host=self.host,
+            machine=self.machine,
             pid=self.pid,
             running=self.load.running,
             waiting=self.load.waiting,

@@ -13,6 +13,9 @@ RankStatus = Literal["starting", "preparing", "ready", "active", "leaving", "sta
 class RankView(msgspec.Struct, frozen=True, kw_only=True):
     """One rank. kv_used: share of KV blocks in use, 0 to 1.
 
+    machine: ranks of one machine share memory, and replicas of an expert go to several; "" until
+    the rank is up.
+
     memory_bytes: of the host, private, measured; planned_bytes: what the rank said it would need.
     device_memory_bytes, device_planned_bytes: the same of the GPU's memory; 0 on a CPU.
     device_spare_bytes: of the first, what is kept for experts to come.
@@ -23,6 +26,7 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     state: RankStatus
     host: str
     pid: int
+    machine: str = ""
     running: int = 0
     waiting: int = 0
     kv_used: float = 0.0

@@ -77,7 +77,7 @@ def prepare_epoch(
         check()
         copied = store.load(ExpertLoad(new, plan.exporters, files, check, progress)) if new else 0
         watch.lap("experts")
-        tables: list[ExpertTable] = expert_tables(plan.placement, rank)
+        tables: list[ExpertTable] = expert_tables(plan.placement, rank, plan.machines)
         layers = [
             LayerState(tables[layer], store.layer(layer, experts))
             for layer, experts in enumerate(desired)

@@ -35,6 +35,7 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
 
     members: rank id → address of its window. exporters: rank id → address of the experts it holds
     in the running epoch. cache: address of the host's copy of the experts; b"": there is none.
+    machines: rank id → the machine it is on, of all that take part.
     """
 
     epoch: int
@@ -42,6 +43,7 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     placement: Placement
     exporters: dict[int, bytes] = {}
     cache: bytes = b""
+    machines: dict[int, str] = {}
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):

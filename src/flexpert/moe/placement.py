@@ -10,8 +10,10 @@ restores balance and redundancy.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
 from itertools import chain
 
 import msgspec
@@ -53,21 +55,30 @@ class Placement(msgspec.Struct, frozen=True):
         held = [Counter(chain.from_iterable(layer.values())) for layer in self.layers]
         return sum(0 < of[expert] < want for of in held for expert, want in enumerate(copies))
 
-    def owners(self, layer: int, viewer: int) -> tuple[list[int], list[int]]:
+    def owners(
+        self, layer: int, viewer: int, machines: Mapping[int, str] | None = None
+    ) -> tuple[list[int], list[int]]:
         """(owner's rank, slot) per expert as `viewer` should use them; -1 = nobody.
 
-        A viewer prefers its own replica; otherwise viewers spread over the replicas.
+        A viewer prefers its own replica, then one on its own machine; among those that are left,
+        viewers spread over the replicas. machines: rank → its machine; default: all are on one.
         """
+        held = self.layers[layer]
+        names = {rank: (machines or {}).get(rank, "") for rank in (*held, viewer)}
+        home, turn = names[viewer], viewer
+        if len(set(names.values())) > 1:  # ids of one machine may all be even: neighbours are not
+            turn = sorted(names, key=lambda rank: (names[rank], rank)).index(viewer)
         places: list[list[tuple[int, int]]] = [[] for _ in range(self.experts)]
-        for rank in sorted(self.layers[layer]):
-            for slot, expert in enumerate(self.layers[layer][rank]):
+        for rank in sorted(held):
+            for slot, expert in enumerate(held[rank]):
                 places[expert].append((rank, slot))
         ranks, slots = [], []
         for replicas in places:
             own = [place for place in replicas if place[0] == viewer]
-            chosen = own or replicas[viewer % len(replicas) :] if replicas else [(-1, -1)]
-            ranks.append(chosen[0][0])
-            slots.append(chosen[0][1])
+            near = own or [place for place in replicas if names[place[0]] == home] or replicas
+            rank, slot = near[turn % len(near)] if near else (-1, -1)
+            ranks.append(rank)
+            slots.append(slot)
         return ranks, slots
 
 
@@ -78,15 +89,16 @@ def replan(
     experts: int,
     layers: int,
     redundant: int = 0,
-    hosts: Mapping[int, str] | None = None,
+    machines: Mapping[int, str] | None = None,
 ) -> Placement:
     """The balanced placement on `ranks` that loads the fewest experts, coming from `previous`.
 
     Args:
         redundant: replicas of each layer beyond one of each expert, spread over the experts as
             evenly as can be. No rank holds two of one expert: what does not fit is left out.
-        hosts: rank → its machine. Replicas of an expert go to different ones, as shares allow,
-            so that the loss of a machine loses no expert; default: all are on one.
+        machines: rank → its machine. Replicas of an expert go to different ones, as shares allow:
+            with two of each, the loss of a machine loses no expert unless more than half of the
+            ranks are on it. Default: all are on one.
 
     Raises:
         ValueError: no ranks.
@@ -95,13 +107,14 @@ def replan(
     if not ids:
         raise ValueError("a placement needs at least one rank")
     before: Sequence[dict[int, list[int]]] = previous.layers if previous else [{}] * layers
+    names = {rank: (machines or {}).get(rank, "") for rank in ids}
     totals = dict.fromkeys(ids, 0)
     planned = []
     for index in range(layers):
         if redundant:
             copies = copies_of(experts, redundant, len(ids))
-            layer = _replan_replicas(before[index], ids, copies, totals, hosts or {})
-            _spread_over_hosts(layer, hosts or {}, experts)
+            layer = _replan_replicas(before[index], names, copies, totals)
+            _spread_over_machines(layer, names, experts)
         else:
             layer = _replan_layer(before[index], ids, experts, totals)
         for rank in ids:
@@ -148,97 +161,201 @@ def copies_of(experts: int, redundant: int, ranks: int) -> list[int]:
     return [min(ranks, 1 + share + (expert < extra)) for expert in range(experts)]
 
 
+class _Room:
+    """Which rank of one layer takes the next replica. left: rank → how many more it takes.
+
+    Per machine a heap of (-left, rank); an entry that no longer says what `left` says is dropped
+    when it comes up.
+    """
+
+    def __init__(self, left: dict[int, int], machines: Mapping[int, str]) -> None:
+        self.left = left
+        self._machines = machines
+        self._on = dict.fromkeys(machines.values(), 0)
+        self._heaps: dict[str, list[tuple[int, int]]] = {name: [] for name in self._on}
+        for rank, free in left.items():
+            self._on[machines[rank]] += free
+            self._heaps[machines[rank]].append((-free, rank))
+        for heap in self._heaps.values():
+            heapify(heap)
+
+    def take(self, rank: int) -> None:
+        """One replica more is on this rank."""
+        name = self._machines[rank]
+        self.left[rank] -= 1
+        self._on[name] -= 1
+        heappush(self._heaps[name], (-self.left[rank], rank))
+
+    def best(self, holders: Collection[int]) -> int | None:
+        """The rank with the most room that is not a holder; None: all with room are.
+
+        A machine without a holder goes first, and of those the one with the most room.
+        """
+        there = {self._machines[rank] for rank in holders}
+        for name in sorted(self._on, key=lambda name: (name in there, -self._on[name])):
+            if (rank := self._best_on(name, holders)) is not None:
+                return rank
+        return None
+
+    def _best_on(self, name: str, holders: Collection[int]) -> int | None:
+        heap, passed, found = self._heaps[name], [], None
+        while heap and heap[0][0] < 0:
+            free, rank = heap[0]
+            if -free != self.left[rank]:
+                heappop(heap)
+            elif rank in holders:
+                passed.append(heappop(heap))
+            else:
+                found = rank
+                break
+        for entry in passed:
+            heappush(heap, entry)
+        return found
+
+
 def _replan_replicas(
     before: dict[int, list[int]],
-    ids: list[int],
+    machines: Mapping[int, str],
     copies: list[int],
     totals: dict[int, int],
-    hosts: Mapping[int, str],
 ) -> dict[int, list[int]]:
-    share, extra = divmod(sum(copies), len(ids))
-    order = sorted(ids, key=lambda rank: (-len(before.get(rank, ())), totals[rank], rank))
-    # the larger shares go round the machines, so that each has room for its part of the replicas
-    turn = {rank: _turn(order[:at], rank, hosts) for at, rank in enumerate(order)}
-    order.sort(key=lambda rank: turn[rank])
-    quota = {rank: share + (position < extra) for position, rank in enumerate(order)}
-    held: dict[int, list[int]] = {rank: [] for rank in ids}
-    left = list(copies)
-
-    # What is held by the fewest is kept first: so each expert that somebody holds stays somewhere,
-    # as far as shares allow.
-    holders = {e: [r for r in ids if e in before.get(r, ())] for e in range(len(copies))}
-    for expert in sorted(holders, key=lambda expert: (len(holders[expert]), expert)):
-        for rank in sorted(holders[expert], key=lambda rank: len(held[rank]) - quota[rank]):
-            if left[expert] and len(held[rank]) < quota[rank]:
-                held[rank].append(expert)
-                left[expert] -= 1
-
-    for expert in sorted(range(len(copies)), key=lambda expert: (-left[expert], expert)):
-        for _ in range(left[expert]):
-            room = [rank for rank in ids if len(held[rank]) < quota[rank]]
-            fresh = [rank for rank in room if expert not in held[rank]]
-            if fresh:
-                held[max(fresh, key=lambda rank: (quota[rank] - len(held[rank]), -rank))].append(
-                    expert
-                )
+    """One layer on the ranks that `machines` names, each expert on copies[expert] of them."""
+    ids = sorted(machines)
+    quota = _quotas(before, machines, sum(copies), totals)
+    held, kept = _kept(before, quota, copies, machines)
+    wanting = [want - len(there) for want, there in zip(copies, kept, strict=True)]
+    room = _Room({rank: quota[rank] - len(held[rank]) for rank in ids}, machines)
+    for expert in sorted(range(len(copies)), key=lambda expert: (-wanting[expert], expert)):
+        for _ in range(wanting[expert]):
+            taker = room.best(kept[expert])
+            if taker is not None:
+                held[taker][expert] = None
+                kept[expert].add(taker)
+                room.take(taker)
                 continue
             # All with room hold it. One without it is full, and has one that those do not have.
             giver = next(rank for rank in ids if expert not in held[rank])
-            taker = room[0]
+            taker = next(rank for rank in ids if room.left[rank])
             given = next(e for e in held[giver] if e not in held[taker])
-            held[giver].remove(given)
-            held[taker].append(given)
-            held[giver].append(expert)
+            del held[giver][given]
+            held[taker][given] = None
+            held[giver][expert] = None
+            kept[given] = kept[given] - {giver} | {taker}
+            kept[expert].add(giver)
+            room.take(taker)
     return {rank: sorted(found) for rank, found in held.items()}
 
 
-def _turn(before: list[int], rank: int, hosts: Mapping[int, str]) -> int:
-    """How many of these are on the rank's machine; 0 for all if there is one machine only."""
-    if len(set(hosts.values())) < 2:
-        return 0
-    return sum(hosts.get(other) == hosts.get(rank) for other in before)
+def _kept(
+    before: dict[int, list[int]],
+    quota: dict[int, int],
+    copies: list[int],
+    machines: Mapping[int, str],
+) -> tuple[dict[int, dict[int, None]], list[set[int]]]:
+    """What ranks keep of a layer within their quotas: (rank → experts in the order they were
+    chosen, per expert who keeps it).
+
+    What is held by the fewest is kept first: so each expert that somebody holds stays somewhere,
+    as far as shares allow. With several machines each expert is kept once before any is kept twice,
+    so that what is loaded is a second replica, which any other machine may take.
+    """
+    held: dict[int, dict[int, None]] = {rank: {} for rank in sorted(quota)}
+    kept: list[set[int]] = [set() for _ in copies]
+    holders: list[list[int]] = [[] for _ in copies]
+    for rank in held:
+        for expert in before.get(rank, ()):
+            holders[expert].append(rank)
+    order = sorted(range(len(copies)), key=lambda expert: (len(holders[expert]), expert))
+    several, most = len(set(machines.values())) > 1, max(copies)
+    for limit in range(1, most + 1) if several else (most,):
+        for expert in order:
+            there = {machines[rank] for rank in kept[expert]}
+            for rank in sorted(
+                holders[expert],
+                key=lambda rank: (machines[rank] in there, len(held[rank]) - quota[rank]),
+            ):
+                more = len(kept[expert]) < min(limit, copies[expert])
+                if more and rank not in kept[expert] and len(held[rank]) < quota[rank]:
+                    held[rank][expert] = None
+                    kept[expert].add(rank)
+    return held, kept
 
 
-def _spread_over_hosts(layer: dict[int, list[int]], hosts: Mapping[int, str], experts: int) -> None:
+def _quotas(
+    before: dict[int, list[int]],
+    machines: Mapping[int, str],
+    replicas: int,
+    totals: dict[int, int],
+) -> dict[int, int]:
+    """rank → its share of a layer's replicas; the larger shares go round the machines, so that
+    each machine has room for its part."""
+    share, extra = divmod(replicas, len(machines))
+    order = sorted(machines, key=lambda rank: (-len(before.get(rank, ())), totals[rank], rank))
+    if len(set(machines.values())) > 1:
+        seen: Counter[str] = Counter()
+        turn = {}
+        for rank in order:
+            turn[rank] = seen[machines[rank]]
+            seen[machines[rank]] += 1
+        order.sort(key=lambda rank: turn[rank])
+    return {rank: share + (position < extra) for position, rank in enumerate(order)}
+
+
+def _spread_over_machines(
+    layer: dict[int, list[int]], machines: Mapping[int, str], experts: int
+) -> None:
     """Exchange replicas between ranks until each expert is on as many machines as can be.
 
     Every exchange puts one expert on one more machine and takes none off its last of any, so it
     comes to an end.
     """
-    machines = len({hosts.get(rank, "") for rank in layer})
+    most = len(set(machines.values()))
+    if most < 2:
+        return
+    holders: list[set[int]] = [set() for _ in range(experts)]
+    for rank, held in layer.items():
+        for expert in held:
+            holders[expert].add(rank)
     for expert in range(experts):
-        while True:
-            holders = [rank for rank in layer if expert in layer[rank]]
-            there = [hosts.get(rank, "") for rank in holders]
-            if len(set(there)) >= min(len(holders), machines):
-                break
-            double = [r for r, host in zip(holders, there, strict=True) if there.count(host) > 1]
-            swap = next(
-                (
-                    (giver, taker, other)
-                    for giver in double
-                    for taker in layer
-                    if hosts.get(taker, "") not in there
-                    for other in layer[taker]
-                    if other not in layer[giver] and _may_move(layer, hosts, other, taker, giver)
-                ),
-                None,
-            )
+        while len({machines[rank] for rank in holders[expert]}) < min(len(holders[expert]), most):
+            swap = _exchange(expert, layer, holders, machines)
             if swap is None:
                 break
             giver, taker, other = swap
-            layer[giver] = sorted({*layer[giver], other} - {expert})
-            layer[taker] = sorted({*layer[taker], expert} - {other})
+            for given, source, target in ((expert, giver, taker), (other, taker, giver)):
+                layer[source].remove(given)
+                insort(layer[target], given)
+                holders[given] = holders[given] - {source} | {target}
 
 
-def _may_move(
-    layer: dict[int, list[int]], hosts: Mapping[int, str], expert: int, giver: int, taker: int
-) -> bool:
-    """Whether an expert is on no fewer machines when its replica goes from giver to taker."""
-    rest = [hosts.get(r, "") for r in layer if expert in layer[r] and r != giver]
-    gained = hosts.get(taker, "") not in rest
-    lost = hosts.get(giver, "") not in rest
-    return gained or not lost
+def _exchange(
+    expert: int,
+    layer: dict[int, list[int]],
+    holders: list[set[int]],
+    machines: Mapping[int, str],
+) -> tuple[int, int, int] | None:
+    """(giver, taker, other): the giver's replica for another of the taker, who is on a machine
+    without this expert; None: there is no such exchange."""
+    there = Counter(machines[rank] for rank in holders[expert])
+    for giver in sorted(holders[expert]):
+        if there[machines[giver]] < 2:
+            continue
+        for taker, held in layer.items():
+            if machines[taker] in there:
+                continue
+            for other in held:
+                if giver not in holders[other] and _may_move(
+                    holders[other] - {taker}, taker, giver, machines
+                ):
+                    return giver, taker, other
+    return None
+
+
+def _may_move(rest: set[int], source: int, target: int, machines: Mapping[int, str]) -> bool:
+    """Whether an expert that `rest` hold besides is on no fewer machines when its replica goes from
+    source to target."""
+    there = {machines[rank] for rank in rest}
+    return machines[target] not in there or machines[source] in there
 
 
 def keep(previous: Placement, ranks: Iterable[int]) -> Placement:
@@ -256,6 +373,9 @@ def keep(previous: Placement, ranks: Iterable[int]) -> Placement:
 
 def cover(previous: Placement, ranks: Iterable[int]) -> Placement:
     """What `ranks` hold of `previous`, and besides only the experts that none of them holds.
+
+    Machines do not matter here: one replica is on one machine, wherever it is, so each goes to the
+    rank that holds the fewest; the next `replan` spreads them.
 
     Raises:
         ValueError: no ranks.

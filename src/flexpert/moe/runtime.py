@@ -15,11 +15,18 @@ from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement
 
 
-def expert_tables(placement: Placement, rank: int) -> list[ExpertTable]:
-    """The routing tables of a rank under a placement, one per layer."""
+def expert_tables(
+    placement: Placement, rank: int, machines: Mapping[int, str] | None = None
+) -> list[ExpertTable]:
+    """The routing tables of a rank under a placement, one per layer.
+
+    machines: rank → its machine, see `Placement.owners`. Which replica a token goes to changes the
+    order in which results are added only where ranks sum their own; with `reduce="home"` any
+    replica gives the same bits.
+    """
     tables = []
     for layer, held in enumerate(placement.held_by(rank)):
-        owners, slots = placement.owners(layer, rank)
+        owners, slots = placement.owners(layer, rank, machines)
         tables.append(
             ExpertTable(
                 rank=torch.tensor(owners, dtype=torch.int32, device="cpu"),
