@@ -12,7 +12,7 @@ from flexpert.cluster.processes.rank_process import open_source
 from flexpert.config import Config, load_config
 from flexpert.engine.device_memory_plan import expert_place_nbytes, planned_device_memory
 from flexpert.engine.gpu_driver import GpuMemory
-from flexpert.engine.rank_protocol import Memory
+from flexpert.engine.rank_protocol import Memory, MemoryUse
 from flexpert.errors import OperationRefused
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement, replan
@@ -126,6 +126,19 @@ def test_what_a_warm_rank_has_measured_holds_for_the_next(source: ModelSource) -
     budget.learn(measured)
     with pytest.raises(OperationRefused, match="GPU 1"):
         budget.check({1}, placement, spread(source, [0]))
+
+
+def test_what_a_spare_has_already_is_not_used_by_others(source: ModelSource) -> None:
+    placement, before = spread(source, [0, 1]), spread(source, [0])
+    needs = need(source, placement, 1)
+    budget = MemoryBudget(CONFIG, source, Gpus(0, needs - GIB))
+    with pytest.raises(OperationRefused, match="GPU 1"):
+        budget.check({1}, placement, before)
+    budget.held = lambda: {1: MemoryUse(0, GIB)}
+    budget.check({1}, placement, before)
+    budget.check_spare(1)
+    with pytest.raises(OperationRefused, match="GPU 0 has 0 MiB"):
+        budget.check_spare(0)
 
 
 def test_where_the_driver_does_not_say_nothing_is_refused(source: ModelSource) -> None:

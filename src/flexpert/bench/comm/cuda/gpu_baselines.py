@@ -11,8 +11,9 @@ import torch
 
 from flexpert.bench.comm.baseline import Unavailable
 from flexpert.bench.comm.workload import Input, Workload, expert_table
-from flexpert.comm import BufferSpec, ExpertTable
+from flexpert.comm import BufferSpec, CommError, ExpertTable
 from flexpert.comm.buffer import Scales
+from flexpert.comm.nixl_ep.package import find
 from flexpert.comm.quant import dequantise
 from flexpert.comm.window_layout import align
 
@@ -126,14 +127,21 @@ class CudaExchangeBaseline:
         self._memory.close()
 
 
+def _nvidias() -> Any:
+    """Raises: Unavailable: NVIDIA's package cannot be used here."""
+    if not torch.cuda.is_available():
+        raise Unavailable("nixl_ep needs a GPU")
+    try:
+        return find().module
+    except CommError as error:
+        raise Unavailable(str(error)) from None
+
+
 class NixlEp:
     """NVIDIA's nixl_ep, low-latency kernels; or `module` with the same interface."""
 
-    def __init__(self, site: GpuSite, module: str = "nixl_ep") -> None:
-        try:
-            nixl_ep: Any = importlib.import_module(module)
-        except ImportError as error:
-            raise Unavailable(f"nixl_ep is not installed ({error})") from None
+    def __init__(self, site: GpuSite, module: str = "") -> None:
+        nixl_ep: Any = importlib.import_module(module) if module else _nvidias()
         work = site.work
         if work.torch_dtype is not torch.bfloat16 or site.fp8 not in (None, "float32"):
             raise Unavailable("nixl_ep is measured with bfloat16 and float32 scales")
