@@ -136,6 +136,7 @@ def test_what_a_spare_has_already_is_not_used_by_others(source: ModelSource) -> 
         budget.check({1}, placement, before)
     budget.held = lambda: {1: MemoryUse(0, GIB)}
     budget.check({1}, placement, before)
+    budget = MemoryBudget(CONFIG, source, Gpus(0, needs))
     budget.check_spare(1)
     with pytest.raises(OperationRefused, match="GPU 0 has 0 MiB"):
         budget.check_spare(0)
