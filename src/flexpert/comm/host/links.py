@@ -120,6 +120,7 @@ class NixlLink:
         self.address = address
         self._layout = layout(spec)
         self._link = endpoint.link(self._layout.place_bytes, clear=ROWS_AT)
+        self.memory = endpoint.memory
         self.inbox = WindowPlace(-1, self._link.inbox)
         self.outbox = self._link.outbox
 
@@ -127,6 +128,21 @@ class NixlLink:
     def offer(self) -> bytes:
         """What the peer needs to write into the inbox."""
         return self._link.offer
+
+    @property
+    def inbox_offset(self) -> int:
+        """In `memory`, of the place that the peer writes."""
+        return self._link.inbox_offset
+
+    @property
+    def outbox_offset(self) -> int:
+        """In `memory`."""
+        return self._link.outbox_offset
+
+    @property
+    def bytes_written(self) -> int:
+        """To the peer so far, messages included."""
+        return self._link.bytes_written
 
     @property
     def agent(self) -> str:
@@ -152,7 +168,7 @@ class NixlLink:
         if due & DUE_VOTE:
             link.notify(self._message(VOTES_AT + b.ballot_line * LINE))  # type: ignore[attr-defined]
         if due & DUE_DISPATCH:
-            rows = b.sent_rows[peer]  # type: ignore[attr-defined]
+            rows = b.wire_rows[peer]  # type: ignore[attr-defined]
             stride = self._layout.meta_bytes + align(b.payload_bytes, LINE)  # type: ignore[attr-defined]
             self._send(link, ROWS_AT, rows * stride, DISPATCH_FLAG_AT)
         if due & DUE_COMBINE:

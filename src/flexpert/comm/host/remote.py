@@ -46,6 +46,11 @@ class Remote:
             self._endpoint.close()
             self._endpoint = None
 
+    def bytes_written(self) -> dict[int, int]:
+        """By peer behind NIXL, as long as it is connected: all that was written to it."""
+        links = [link for link in tuple(self._installed.values()) if isinstance(link, NixlLink)]
+        return {link.peer: link.bytes_written for link in links}
+
     def flush(self) -> bool:
         """Send what is due over NIXL, and take what has come; whether there are such peers."""
         links = [link for link in self._installed.values() if isinstance(link, NixlLink)]
