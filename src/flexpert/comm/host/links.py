@@ -153,15 +153,16 @@ class NixlLink:
         """Raises: PeerUnreachable: its agent cannot be reached."""
         self._link.open(offer)
 
-    def flush(self, b: object) -> None:
-        """Send what the kernels have written into the outbox since the last call.
+    def flush(self, b: object) -> bool:
+        """Send what the kernels have written into the outbox since the last call; whether that was
+        anything.
 
         Raises: LinkBroken
         """
         link, peer = self._link, self.peer
         due: int = b.due[peer]  # type: ignore[attr-defined]
         if not due:
-            return
+            return False
         b.due[peer] = 0  # type: ignore[attr-defined]
         if due & DUE_HELLO:
             link.notify(self._message(HELLO_AT))
@@ -175,6 +176,7 @@ class NixlLink:
             rows = b.from_results[peer]  # type: ignore[attr-defined]
             size = rows * self._layout.result_stride
             self._send(link, self._layout.results_at, size, COMBINE_FLAG_AT)
+        return True
 
     def _send(self, link: nixl.NixlEndpointLink, offset: int, size: int, flag_at: int) -> None:
         if size:

@@ -93,7 +93,7 @@ class Waiter:
         while True:
             core.turns += 1
             polls = remote.flush()
-            poll_ns = min(2 * poll_ns, POLL_MOST_NS)
+            poll_ns = POLL_FIRST_NS if remote.moved else min(2 * poll_ns, POLL_MOST_NS)
             how = lib.fx_wait(
                 core.b,
                 what,
