@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import random
+import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -14,13 +18,17 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from support.comm_local import applied, check_received, masked_ids, same_bits
+from support.comm_local import applied, check_received, masked_ids, poke, same_bits
 from support.comm_ranks import LIMIT_S, Rank, apply_experts, random_sent, set_active, spec_of, vote
 
-from flexpert.comm import Buffer, BufferSpec, ExpertTable, RankLost, RankTimeout, quant
-from flexpert.comm.buffer import Scales
+from flexpert.comm import Buffer, BufferSpec, CommError, ExpertTable, RankLost, RankTimeout, quant
+from flexpert.comm.buffer import Pending, Received, Scales
+from flexpert.comm.host._kernels import ffi
 from flexpert.comm.host.gateways import group_of, plan_gateways
+from flexpert.comm.host.host_buffer import HostBuffer
 from flexpert.comm.routing import Sent
+from flexpert.comm.window_layout import DISPATCH_FLAG_AT as FLAG_AT
+from flexpert.comm.window_layout import LINK_MEMORY_AT, ROWS_AT
 
 HAS_NIXL = any(importlib.util.find_spec(f"nixl_cu{cuda}") for cuda in (12, 13))
 needs_nixl = pytest.mark.skipif(not HAS_NIXL, reason="pip install 'flexpert[nixl]' to test it")
@@ -153,16 +161,29 @@ def exchanges(
     """Exchanges of random routings, compared; returns the bytes of rows dispatched to each rank."""
     ids = tuple(sorted(names))
     dispatched = Counter[int]()
+    idle = random.Random(buffer.rank)
+
+    def pause() -> None:
+        if how.get("pauses"):
+            time.sleep(idle.choice([0.0, 0.0, idle.random() * 0.004]))
+
     for seed in seeds:
         sent = random_sent(buffer.spec, ids, seed, idle=how.get("idle", ()))
         s = sent[buffer.rank]
         before = buffer.statistics().bytes_sent
-        got = buffer.dispatch(s.x, s.expert_ids, s.weights, s.table)
+        pending = buffer.begin_dispatch(s.x, s.expert_ids, s.weights, s.table)
+        pause()
+        got = pending()
         for rank, now in buffer.statistics().bytes_sent.items():
             dispatched[rank] += now - before[rank]
         check_received(got, sent, buffer.rank)
         reduce = how.get("reduce", ("rank", "home")[seed % 2])
-        out = buffer.combine(apply_experts(got.x, got.offsets), got, reduce=reduce)
+        y = apply_experts(got.x, got.offsets)
+        pause()
+        combining = buffer.begin_combine(y, got, reduce=reduce)
+        pause()
+        out = combining()
+        pause()
         merged = reduce == "rank" and how.get("merged", True)
         expected = sums(s, buffer.rank, names) if merged else applied(s, reduce)
         assert same_bits(out, expected), (buffer.rank, seed, reduce)
@@ -179,6 +200,22 @@ def test_rows_and_sums_are_those_of_the_reference(layout: str) -> None:
         machines.exchange(names, range(12))
         machines.exchange(names, range(12, 14), idle=tuple(names)[:2])
         machines.exchange(names, range(14, 16), idle=tuple(names))
+
+
+@needs_nixl
+def test_ranks_that_pause_anywhere_change_nothing() -> None:
+    names = LAYOUTS["three machines"]
+    with Machines(names, spec_of(6, hidden=72)) as machines:
+        machines.activate(names)
+        for rank in names:
+            machines.ranks[rank].ask(exchanges, names, range(60), {"pauses": True})
+        for rank in (1, 0, 3, 4, 5):  # gateways among them
+            pid = machines.ranks[rank].process.pid
+            assert pid
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.05)
+            os.kill(pid, signal.SIGCONT)
+        assert sorted(names) == [rank for rank in names if machines.ranks[rank].answer()]
 
 
 @needs_nixl
@@ -434,3 +471,135 @@ def test_another_rank_of_a_machine_that_hangs_is_named_and_no_gateway(
         told = {rank: machines.ranks[rank].answer()[:2] for rank in (1, 2, 4)}
         whole = ("whole", ()) if until is receives_only else ("RankTimeout", (3,))
         assert told == dict.fromkeys((1, 2, 4), whole)
+
+
+# ---- what a broken peer may do ------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[dict[int, HostBuffer]]:
+    """The buffers of `PAIRS` in this process, in an epoch."""
+    store = dist.HashStore()
+    spec = spec_of(4, hidden=72)
+    buffers = {
+        rank: HostBuffer(rank, spec, store=store, machine=name, timeout_s=LIMIT_S)
+        for rank, name in PAIRS.items()
+    }
+    try:
+        each(buffers, lambda buffer: buffer.connect(list(PAIRS)))
+        each(buffers, lambda buffer: buffer.set_active(PAIRS, 1))
+        yield buffers
+    finally:
+        for buffer in buffers.values():
+            buffer.close()
+
+
+def each(buffers: Mapping[int, HostBuffer], call: Callable[[HostBuffer], Any]) -> dict[int, Any]:
+    with ThreadPoolExecutor(len(buffers)) as pool:
+        jobs = {rank: pool.submit(call, buffer) for rank, buffer in buffers.items()}
+        return {rank: job.result(LIMIT_S) for rank, job in jobs.items()}
+
+
+def send(buffers: Mapping[int, HostBuffer], seed: int) -> dict[int, Pending[Received]]:
+    """The sending halves of a dispatch in which rank 0 has tokens for 2 and 3."""
+    expert = torch.arange(8, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(seed)
+    pending = {}
+    for rank, buffer in buffers.items():
+        x = torch.randn(5, 72, generator=generator).to(torch.bfloat16)
+        ids = torch.arange(20).view(5, 4) % 8
+        table = ExpertTable(expert // 2, expert % 2, 2)
+        pending[rank] = buffer.begin_dispatch(x, ids, torch.ones(5, 4), table)
+    return pending
+
+
+def receives(
+    buffers: Mapping[int, HostBuffer], pending: Mapping[int, Pending[Received]]
+) -> dict[int, str]:
+    """What each rank's receiving half raises, if anything."""
+
+    def receive(buffer: HostBuffer) -> str:
+        try:
+            pending[buffer.rank](2.0)
+        except CommError as error:
+            return str(error)
+        return ""
+
+    return each(buffers, receive)
+
+
+def meta_at(buffer: HostBuffer, peer: int) -> int:
+    """Address of the first row for a peer, where its meta begins."""
+    return int(buffer._core.b.outbox[peer]) + ROWS_AT
+
+
+@needs_nixl
+@pytest.mark.parametrize(
+    ("offset", "wrong"),
+    [
+        (8 + 6 * 4, bytes([1] * 4)),  # owners: rank 1 is on the machine of the sender
+        (8 + 6 * 4, bytes([200] * 4)),
+        (8 + 4 * 4, (777).to_bytes(2, "little") * 4),  # slots
+        (8 + 4 * 4, (-2).to_bytes(2, "little", signed=True) * 4),
+    ],
+    ids=["owner elsewhere", "no such owner", "no such slot", "negative slot"],
+)
+def test_merged_rows_that_cannot_be_are_refused_and_their_sender_named(
+    threads: dict[int, HostBuffer], monkeypatch: pytest.MonkeyPatch, offset: int, wrong: bytes
+) -> None:
+    broken = threads[0]
+    flush = broken._exchange._remote.flush
+
+    def spoil_and_flush() -> bool:
+        poke(meta_at(broken, 2) + offset, wrong)
+        return flush()
+
+    monkeypatch.setattr(broken._exchange._remote, "flush", spoil_and_flush)
+    told = receives(threads, send(threads, 1))
+    assert told[0] == told[1] == ""
+    for rank in (2, 3):  # the first row is for both
+        assert "rank 0 sent rows or slots that cannot be" in told[rank]
+
+
+@needs_nixl
+@pytest.mark.parametrize(
+    ("peer", "rows", "mode"),
+    [(2, 17, 0x100), (2, 2**32 - 1, 0x100), (3, 5, 0x100), (2, 5, 0x101)],
+)
+def test_merged_flags_that_cannot_be_are_refused(
+    threads: dict[int, HostBuffer], peer: int, rows: int, mode: int
+) -> None:
+    """Too many rows, rows for who is not the gateway, and rows of another kind."""
+    pending = send(threads, 1)
+    until = time.monotonic() + LIMIT_S
+    victim = threads[peer]
+    inbox = int(victim._core.b.inbox[0])
+    tag = bytes(ffi.buffer(ffi.cast("char *", int(threads[0]._core.b.outbox[2]) + FLAG_AT), 8))
+    while peer == 2 and bytes(ffi.buffer(ffi.cast("char *", inbox + FLAG_AT), 8)) != tag:
+        for buffer in threads.values():
+            buffer._exchange._remote.flush()
+        assert time.monotonic() < until
+    poke(inbox + FLAG_AT, tag + rows.to_bytes(4, "little") + mode.to_bytes(4, "little"))
+    told = receives(threads, pending)
+    assert "rank 0 sent" in told[peer]
+
+
+@needs_nixl
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        (bytes(52), "nothing about its link to rank 0"),
+        (None, "a wrong place of its link to rank 0"),
+    ],
+    ids=["nothing", "behind the end"],
+)
+def test_a_sibling_that_exports_what_cannot_be_is_named(
+    threads: dict[int, HostBuffer], line: bytes | None, what: str
+) -> None:
+    """None: an offset behind the end of its memory."""
+    pending = send(threads, 1)
+    at = int(threads[2]._core.b.control[2]) + LINK_MEMORY_AT
+    poke(at, (1 << 40).to_bytes(8, "little") if line is None else line)
+    told = receives(threads, pending)
+    assert f"rank 2 sent {what}" in told[3]
+    assert told[0] == told[1] == told[2] == ""

@@ -1087,6 +1087,7 @@ int fx_send_dispatch(fx_buffer *b, uintptr_t payload, int64_t stride, int64_t by
     plan_rows(b);
     plan_merged(b);
     memset(b->come, 0, sizeof b->come);
+    memset(b->dispatch_flag, 0, sizeof b->dispatch_flag);
     for (int n = 0; n < b->active_count; n++) {
         int to = nth_peer(b, n);
         b->owed[to] = b->up[to] ? 0 : FX_OWED_DISPATCH;

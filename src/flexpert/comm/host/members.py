@@ -132,9 +132,13 @@ class Members:
         """Within an epoch, the other ranks not knowing: what this one sends is merged no more, and
         once a sibling is masked, nothing that comes may be."""
         plan = self._two_levels
-        if ranks and (plan.out or plan.into):
-            apart = not ranks.isdisjoint(plan.siblings)
-            self._use_plan(TwoLevelPlan() if apart else replace(plan, out={}))
+        if not ranks or not (plan.out or plan.into):
+            return
+        if ranks.isdisjoint(plan.siblings):
+            into = {source: gateway for source, gateway in plan.into.items() if source not in ranks}
+            self._use_plan(replace(plan, out={}, into=into))
+        else:
+            self._use_plan(TwoLevelPlan())
 
     def _use_active(self) -> None:
         b = self._core.b
