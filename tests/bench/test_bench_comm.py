@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,7 @@ from flexpert.cli.bench_comm import bench_comm
 from flexpert.errors import ConfigError
 
 SETTINGS = Settings("shm", "float32", 1, 30.0)
+HAS_NIXL = any(importlib.util.find_spec(f"nixl_cu{cuda}") for cuda in (12, 13))
 
 
 def work_of(tokens: int, ranks: int = 3, dtype: str = "bfloat16") -> Workload:
@@ -34,13 +36,15 @@ def test_every_baseline_agrees_with_the_oracle() -> None:
         [work_of(5), work_of(1)], SETTINGS, BASELINE_FAMILIES, repeat=3, note=notes.append
     )
     assert report.correct
-    assert [len(point.results) for point in report.points] == [len(KINDS)] * 2
+    here = [kind for kind in KINDS if not kind.machines]
+    assert [len(point.results) for point in report.points] == [len(here)] * 2
     for point in report.points:
         for result in point.results:
             if result.skipped is not None:
                 assert result.baseline.startswith("NIXL")
                 continue
             assert result.exchanges == 3
+            assert not result.link_bytes
             assert result.total_us is not None
             assert result.total_us.p10 <= result.total_us.p50 <= result.total_us.p90
     assert any("checking" in line for line in notes)
@@ -53,6 +57,28 @@ def test_other_dtypes(dtype: str) -> None:
     report = run_comm([work], SETTINGS, ("gloo", "allgather"), repeat=1, note=lambda _: None)
     assert report.correct
     assert all(result.skipped is None for result in report.points[0].results)
+
+
+@pytest.mark.skipif(not HAS_NIXL, reason="pip install 'flexpert[nixl]' to test it")
+def test_bytes_between_machines_are_those_of_the_rows_and_little_more() -> None:
+    work = Workload(ranks=4, tokens=32, hidden=512, topk=8, experts=128, dtype="bfloat16", seed=1)
+    settings = msgspec.structs.replace(SETTINGS, channel="auto", machines=2)
+    report = run_comm([work], settings, (), repeat=12, note=lambda _: None)
+    assert report.correct
+    counted = {result.baseline: result.link_bytes for result in report.points[0].results}
+    machine, rank, expert = (
+        counted[name] for name in ("flexpert", "flexpert, row per rank", "flexpert, row per expert")
+    )
+    assert machine
+    assert rank
+    assert expert
+    assert machine < 0.45 * expert
+    assert machine < 0.75 * rank
+    inputs = [(r, make_input(work, r, turn)) for r in range(4) for turn in range(work.pool)]
+    owners = expert_table(work).rank
+    rows = sum(int((owners[i.expert_ids] // 2 != r // 2).sum()) for r, i in inputs) / work.pool
+    least = rows * (2 * work.row_bytes + 64)  # the way out has 64 bytes of routing a row
+    assert 0.98 * least < expert < 1.02 * least
 
 
 def test_a_rank_that_fails_is_named_and_none_is_left() -> None:
@@ -90,6 +116,8 @@ def test_deduplicated_rows_counts_a_token_once_a_rank() -> None:
         ({"topk": 9, "experts": 8}, "--topk"),
         ({"fp8": "ue8m0", "hidden": 128}, "--fp8"),
         ({"plot": Path("picture.pdf")}, "--plot"),
+        ({"machines": 5}, "--machines"),
+        ({"machines": 2, "channel": "nixl"}, "--machines"),
     ],
 )
 def test_bad_flags_are_named(flags: dict[str, object], named: str) -> None:

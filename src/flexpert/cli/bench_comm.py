@@ -20,6 +20,7 @@ EXAMPLES = (
     "flexpert bench comm --tokens 1,8,32,128,512 --plot latency.png --output latency.json",
     "flexpert bench comm --ranks 2 --baselines gloo,memcpy --repeat 30",
     "flexpert bench comm --channel nixl --duration 20s",
+    "flexpert bench comm --machines 2 --experts 128 --hidden 2048",
     "flexpert bench comm --device cuda --ranks 1 --tokens 1,128,512",
 )
 
@@ -42,6 +43,12 @@ def bench_comm(
     channel: Annotated[
         Literal["shm", "nixl"], typer.Option(help="How flexpert's rows reach a peer.")
     ] = "shm",
+    machines: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Deal the ranks out to so many, by name: NIXL between them, bytes counted."
+        ),
+    ] = 1,
     repeat: Annotated[int, typer.Option(min=1, help="Timed exchanges of each baseline.")] = 100,
     duration: Annotated[
         float | None,
@@ -55,7 +62,7 @@ def bench_comm(
         typer.Option(
             metavar="NAME[,NAME…]",
             help="Any of gloo, allgather, nixl, memcpy; on cuda nixl_ep, interface, torch, checks. "
-            "Default: all.",
+            "Default: all; with --machines, none.",
         ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch in each rank.")] = 1,
@@ -88,9 +95,15 @@ def bench_comm(
     from flexpert.comm.buffer import Scales
 
     known = BASELINE_FAMILIES if device == "cpu" else GPU_BASELINE_FAMILIES
-    names = list(known) if baselines is None else [name for name in baselines.split(",") if name]
+    default = list(known) if machines == 1 else []
+    names = default if baselines is None else [name for name in baselines.split(",") if name]
     if unknown := sorted(set(names) - set(known)):
         raise ConfigError(f"--baselines {','.join(unknown)}: there are {', '.join(known)}")
+    if machines > 1:
+        if channel == "nixl" or device == "cuda":
+            raise ConfigError("--machines is for --device cpu, and goes without --channel nixl")
+        if machines > ranks:
+            raise ConfigError(f"--machines {machines}: more than --ranks {ranks}")
     if hidden % 16:
         raise ConfigError(f"--hidden {hidden}: must be a multiple of 16")
     if topk > min(experts, 16):
@@ -118,7 +131,7 @@ def bench_comm(
         )
         for count in numbers(tokens, "--tokens")
     ]
-    settings = Settings(channel, scales, threads, timeout)
+    settings = Settings("auto" if machines > 1 else channel, scales, threads, timeout, machines)
     if device == "cuda":
         for flag, given in (("--duration", duration), ("--plot", plot)):
             if given is not None:

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 import torch
@@ -181,12 +181,15 @@ class Statistics:
     bytes_sent: id → payload bytes of rows written for that peer (own id: 0).
     dispatch_wait_ns, combine_wait_ns: id → nanoseconds from the begin of a wait until that peer's
         flag was seen; the peer with the largest value is the slow one.
+    wire_bytes: connected id on another machine → all bytes written to it, messages included, since
+        it was connected.
     """
 
     exchanges: int
     bytes_sent: dict[int, int]
     dispatch_wait_ns: dict[int, int]
     combine_wait_ns: dict[int, int]
+    wire_bytes: dict[int, int] = field(default_factory=dict)
 
 
 class Pending(ABC, Generic[T]):
@@ -410,8 +413,9 @@ class Buffer(ABC):
             y: [rows, hidden] spec.dtype, in the order of `received.x`, unweighted. What
                 `combine_input` gave is sent from where it lies.
             reduce: "rank": each rank sends one partial sum a token (float32 sums, rounded to
-                spec.dtype once on the wire); "home": one row per expert, summed at home in the
-                order of expert_ids, in float32: independent of the placement.
+                spec.dtype once on the wire), or with two levels each other machine one; "home":
+                one row per expert, summed at home in the order of expert_ids, in float32:
+                independent of the placement.
             weights: [tokens, k] float32 instead of those given to dispatch; only for "home".
             out: [tokens, hidden] spec.dtype to fill, or None.
 

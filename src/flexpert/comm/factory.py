@@ -19,6 +19,7 @@ class BufferOptions(TypedDict, total=False):
     store: Store | None
     channel: Channel
     machine: str | None
+    two_level: bool
     slots: int | None
 
 
@@ -32,6 +33,7 @@ def make_buffer(
     store: Store | None = None,
     channel: Channel = "auto",
     machine: str | None = None,
+    two_level: bool = True,
     slots: int | None = None,
 ) -> Buffer:
     """A new buffer.
@@ -50,6 +52,11 @@ def make_buffer(
         channel: "auto": shared memory where two ranks are on one machine, else NIXL; or one of
             them for all peers.
         machine: ranks with equal names use shared memory; default: the boot id of the kernel.
+        two_level: send a token once to each other machine, to one of the ranks there that need it,
+            and get its results in one sum (reduce="rank"). In epochs of `set_active`, between ranks
+            that were all made with it, with channel="auto" and on_timeout="raise", and a topk of at
+            least 3 (2 with float32); otherwise each rank is sent its rows itself. It changes no
+            result but by rounding, and none with reduce="home".
         slots: most local experts of any rank, the same on all; only "nixl_ep" must know.
 
     Raises:
@@ -87,4 +94,5 @@ def make_buffer(
         store=store,
         channel=channel,
         machine=machine,
+        two_level=two_level,
     )

@@ -6,16 +6,21 @@ A window is one sparse file that only grows:
       header                        magic, spec hash, nonce, rank; written once by the owner
       doorbell, waiters             the futex word peers ring, and whether the owner sleeps on it
       leases          [256]         for each source: the place exported to it, and to which process
+      link memory     [256]         for each peer on another machine: where the memory of the link
+                                    to it lies, for siblings (see host/relays.py)
     places                        page-aligned; each mapped by the owner and by one source
       lines                         one cache line each, written by the source:
         hello                         the state of the link, see kernels.c
         votes         [4]             tag, length, payload
         dispatch, combine flag        tag, rows, mode, bytes of a row
+        relayed flags [256]           dispatch flags of other ranks that the source hands on
       rows            [max_tokens]  meta and payload of one token, together, so that what a source
                                     sends is one piece
-        meta                          token index, router weights [topk] float32, slots [topk] int16
+        meta                          token index, router weights [topk] float32, slots [topk]
+                                      int16, owners [topk] uint8
         payload                       hidden state, quantised or not, or any bytes
-      results         [max_tokens * topk]  what the source returns in combine, packed
+      results         [max_tokens * topk]  what the source returns in combine, packed; in the
+                                    memory of a link, its end also takes partial sums for a gateway
 
 The file is sparse, so a byte costs memory only once it was written, and nothing in it depends on
 the capacity: ids may grow without a word to the peers.
@@ -35,7 +40,7 @@ import torch
 from flexpert.comm.buffer import BufferSpec
 
 MAGIC = b"flexpert"
-VERSION = 2
+VERSION = 3
 PAGE = 4096
 LINE = 64
 
@@ -53,7 +58,8 @@ DOORBELL_AT = 64
 WAITERS_AT = 128
 LEASES_AT = 256
 LEASE_BYTES = 32
-CONTROL_BYTES = -(-(LEASES_AT + MAX_CAPACITY * LEASE_BYTES) // PAGE) * PAGE
+LINK_MEMORY_AT = LEASES_AT + MAX_CAPACITY * LEASE_BYTES
+CONTROL_BYTES = -(-(LINK_MEMORY_AT + MAX_CAPACITY * LINE) // PAGE) * PAGE
 
 # A place, bytes from its start.
 VOTE_LINES = 4
@@ -61,7 +67,8 @@ HELLO_AT = 0
 VOTES_AT = LINE
 DISPATCH_FLAG_AT = VOTES_AT + VOTE_LINES * LINE
 COMBINE_FLAG_AT = DISPATCH_FLAG_AT + LINE
-ROWS_AT = COMBINE_FLAG_AT + LINE
+RELAYED_FLAGS_AT = COMBINE_FLAG_AT + LINE
+ROWS_AT = RELAYED_FLAGS_AT + MAX_CAPACITY * LINE
 
 HASH_BYTES = 8
 NONCE_BYTES = 16
@@ -105,7 +112,10 @@ class WindowLayout:
     meta_bytes: int
     result_stride: int
     results_at: int
+    partials_at: int
+    partial_stride: int  # of a sum in float32
     place_bytes: int
+    has_partials: bool  # whether max_tokens of them have room
 
     def place_at(self, place: int) -> int:
         """From the start of the window."""
@@ -116,13 +126,17 @@ def layout(spec: BufferSpec) -> WindowLayout:
     check_spec(spec)
     row_bytes = spec.hidden * spec.dtype.itemsize
     result_stride = align(row_bytes, LINE)
-    meta_bytes = align(8 + 6 * spec.topk, LINE)
+    partial_stride = align(spec.hidden * 4, LINE)
+    meta_bytes = align(8 + 7 * spec.topk, LINE)
     results_at = align(ROWS_AT + spec.max_tokens * (meta_bytes + result_stride), PAGE)
     return WindowLayout(
         row_bytes=row_bytes,
         meta_bytes=meta_bytes,
         result_stride=result_stride,
         results_at=results_at,
+        partials_at=results_at + spec.max_tokens * result_stride,
+        partial_stride=partial_stride,
+        has_partials=partial_stride <= (spec.topk - 1) * result_stride,
         place_bytes=align(results_at + spec.max_tokens * spec.topk * result_stride, PAGE),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -43,6 +43,14 @@ class Baseline(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class CountsLinkBytes(Protocol):
+    """A baseline that knows what it sends to other machines."""
+
+    def link_bytes(self) -> int:
+        """Bytes written to ranks on other machines so far, messages included."""
+
+
 @dataclass(slots=True)
 class Site:
     """Where a baseline runs.
@@ -50,6 +58,7 @@ class Site:
     gather: every rank's value by rank, given this rank's; all ranks call it. See `ranks.gather`.
     store: the same for all ranks.
     channel: of our buffer.
+    machine: name of the one on which the rank is taken to be, for our buffer; None: this one.
     """
 
     rank: int
@@ -60,6 +69,7 @@ class Site:
     fp8: Scales | None
     timeout_s: float
     pool: list[Input]
+    machine: str | None = None
 
     def input(self, turn: int) -> Input:
         return self.pool[turn % len(self.pool)]

@@ -17,6 +17,7 @@ class BaselineKind:
     time: what its figures contain.
     exact: dispatched rows must equal what was sent, bit for bit.
     checked: it computes results at all.
+    machines: it differs from the others between machines only.
     """
 
     name: str
@@ -25,6 +26,7 @@ class BaselineKind:
     time: str
     exact: bool = True
     checked: bool = True
+    machines: bool = False
 
 
 def _ours(**options: Any) -> Callable[[Site], Baseline]:
@@ -85,6 +87,21 @@ KINDS = (
         _ours(quantise=True),
         f"quantised on the way; {_ROWS}; results come back in the full dtype",
         exact=False,
+    ),
+    BaselineKind(
+        "flexpert, row per rank",
+        "ours",
+        _ours(two_level=False),
+        "as flexpert, and each rank of another machine is sent its rows itself",
+        machines=True,
+    ),
+    BaselineKind(
+        "flexpert, row per expert",
+        "ours",
+        _ours(two_level=False, split=True),
+        "as row per rank, and a token is copied and sent for each of its experts; the results are "
+        "summed at home",
+        machines=True,
     ),
     BaselineKind(
         "gloo all-to-all, row per rank",

@@ -14,23 +14,31 @@ from flexpert.bench.statistics import SpreadUs
 def comm_text(report: CommReport) -> RenderableType:
     """A table for each number of tokens, then what was measured on."""
     return with_note(
-        [_table(point) for point in report.points],
+        [_table(point, between=report.machines > 1) for point in report.points],
         f"medians (p10 to p90), first rank's begin to last rank's end; channel "
-        f"{report.channel}, fp8 {report.fp8}, {report.threads} torch threads a rank\n"
-        f"{report.machine.line()}",
+        f"{report.channel}, fp8 {report.fp8}, {report.threads} torch threads a rank"
+        f"{_machines(report.machines)}\n{report.machine.line()}",
     )
 
 
-def _table(point: Point) -> Table:
+def _machines(count: int) -> str:
+    return f"; {count} machines by name, all on this one" if count > 1 else ""
+
+
+def _table(point: Point, *, between: bool) -> Table:
+    """between: with the bytes between machines."""
     work = point.workload
     title = (
         f"{work.ranks} ranks, {work.tokens} tokens each, hidden {work.hidden}, top-{work.topk} of "
         f"{work.experts} experts, {work.dtype}: {point.bytes / 1e6:.2f} MB an exchange"
     )
-    columns = ("dispatch µs", "combine µs", "total µs", "GB/s", "× flexpert", "× memcpy")
+    columns = ["dispatch µs", "combine µs", "total µs", "GB/s", "× flexpert", "× memcpy"]
+    if between:
+        columns.append("MB between machines")
     table = figures_table(title, "baseline", columns)
     for result in point.results:
-        table.add_row(*_row(result))
+        sent = "" if result.link_bytes is None else f"{result.link_bytes / 1e6:.3f}"
+        table.add_row(*_row(result), *([sent] if between and result.skipped is None else []))
     return table
 
 

@@ -25,6 +25,8 @@ class CommResult(msgspec.Struct, frozen=True, kw_only=True):
 
     dispatch_us, combine_us, total_us: of an exchange, from the begin of the first rank to the end
         of the last. gb_per_s: deduplicated bytes of all ranks, there and back, by the median.
+    link_bytes: between machines, there and back, messages included, mean of an exchange; None: not
+        counted.
     times_ours, times_memcpy: medians of totals; 1.0 is equal, 2.0 takes twice as long.
     skipped: why there are no figures, if there are none. wrong: it computed something else.
     """
@@ -35,6 +37,7 @@ class CommResult(msgspec.Struct, frozen=True, kw_only=True):
     combine_us: SpreadUs | None = None
     total_us: SpreadUs | None = None
     gb_per_s: float | None = None
+    link_bytes: float | None = None
     times_ours: float | None = None
     times_memcpy: float | None = None
     skipped: str | None = None
@@ -56,6 +59,7 @@ class CommReport(msgspec.Struct, frozen=True, kw_only=True):
     channel: str
     fp8: str
     threads: int
+    machines: int
     contains: dict[str, str]
     points: list[Point]
 
@@ -85,7 +89,9 @@ def run_comm(
     kinds = [
         kind
         for kind in KINDS
-        if (kind.family == "ours" or kind.family in baselines) and (kind.exact or settings.fp8)
+        if (kind.family == "ours" or kind.family in baselines)
+        and (kind.exact or settings.fp8)
+        and (not kind.machines or settings.machines > 1)
     ]
     points: list[Point] = []
     note(f"starting {workloads[0].ranks} ranks")
@@ -97,6 +103,7 @@ def run_comm(
         channel=settings.channel,
         fp8=settings.fp8 or "none",
         threads=settings.threads,
+        machines=settings.machines,
         contains={kind.name: kind.time for kind in kinds},
         points=points,
     )
@@ -123,7 +130,9 @@ def _point(
             results[kind.name] = CommResult(baseline=kind.name, skipped=wrong, wrong=True)
         else:
             ready.append(kind.name)
+    before = {name: ranks.all("link_bytes", name) for name in ready}
     times = _rounds(ranks, work, ready, repeat, seconds, note)
+    linked = {name: _link_bytes(ranks, name, before[name], len(times[name][0])) for name in ready}
     moved = _moved_bytes(work)
     spans = {name: _spans(taken) for name, taken in times.items()}
     ours, memcpy = (_median_total(spans.get(name)) for name in (OURS, MEMCPY))
@@ -137,6 +146,7 @@ def _point(
             combine_us=SpreadUs.of([combine for _, combine in taken]),
             total_us=SpreadUs.of([sum(both) for both in taken]),
             gb_per_s=moved / total / 1e3,
+            link_bytes=linked[name],
             times_ours=total / ours if ours else None,
             times_memcpy=total / memcpy if memcpy else None,
         )
@@ -171,6 +181,14 @@ def _rounds(
         name: [[turn for chunk in chunks for turn in chunk[rank]] for rank in range(work.ranks)]
         for name, chunks in taken.items()
     }
+
+
+def _link_bytes(ranks: Ranks, name: str, before: Sequence[int | None], timed: int) -> float | None:
+    """Of all ranks, mean of an exchange. timed: how many there were; warm-ups came on top."""
+    done = timed + -(-timed // CHUNK) * WARM_UP
+    pairs = zip(before, ranks.all("link_bytes", name), strict=True)
+    sent = [after - began for began, after in pairs if began is not None and after is not None]
+    return sum(sent) / done if sent else None
 
 
 def _spans(by_rank: list[Times]) -> list[tuple[float, float]]:

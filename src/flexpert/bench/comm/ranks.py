@@ -21,7 +21,7 @@ import msgspec
 import torch
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from flexpert.bench.comm.baseline import Baseline, Site, Unavailable
+from flexpert.bench.comm.baseline import Baseline, CountsLinkBytes, Site, Unavailable
 from flexpert.bench.comm.baseline_kinds import kind_named
 from flexpert.bench.comm.workload import (
     Workload,
@@ -49,12 +49,13 @@ Times = list[tuple[int, int, int, int]]
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """Of a run. threads: of torch in each rank."""
+    """Of a run. threads: of torch in each rank; machines: that the ranks are dealt out to."""
 
     channel: str
     fp8: Scales | None
     threads: int
     timeout_s: float
+    machines: int = 1
 
 
 class RankFailed(FlexpertError):  # noqa: N818 - says what happened
@@ -260,12 +261,24 @@ class _Rank:
             fp8=self._settings.fp8,
             timeout_s=self._settings.timeout_s,
             pool=self._pool,
+            machine=self._machine(),
         )
         try:
             self._baselines[name] = kind_named(name).make(site)
         except Unavailable as error:
             return str(error)
         return ""
+
+    def _machine(self) -> str | None:
+        machines = self._settings.machines
+        if machines == 1:
+            return None
+        return f"machine {self._rank * machines // self._work.ranks}"
+
+    def link_bytes(self, name: str) -> int | None:
+        """See `CountsLinkBytes`; None: the baseline does not know."""
+        baseline = self._baselines[name]
+        return baseline.link_bytes() if isinstance(baseline, CountsLinkBytes) else None
 
     def check(self, name: str, turn: int) -> str:
         """One exchange against the oracle; returns what is wrong, or nothing."""

@@ -13,9 +13,12 @@ flags and rows
 links
   links.py              a link looks the same to the kernels, whatever carries it
   nixl.py, remote.py    what goes over NIXL arrives in order, and never into memory of another link
+  link_memory.py        what NIXL writes can be mapped by ranks of this machine, and by no others
+  gateways.py           all ranks send what a machine needs to the same rank there (pure)
 calls, each file using only those above it
   arguments.py          what a caller gives is checked before anything is sent (pure)
   core.py               each call holds the lock of what it uses; one state says what may come next
+  relays.py             memory of a sibling is mapped for the epoch's links, and not beyond its end
   members.py            the kernels know the links and active ids of the exchange under way
   changes.py            membership may be changed at any time, and takes effect between exchanges
   connecting.py         a peer is connected, and masked, or not connected at all

@@ -237,6 +237,7 @@ class Changes:
         """Of a buffer that has ended."""
         for link in [*self.links.values(), *self._departed]:
             link.close()
+        self._members.relays.close()
         self.links.clear()
         self._members.installed.clear()
         self._departed.clear()

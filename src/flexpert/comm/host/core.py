@@ -23,6 +23,7 @@ from flexpert.comm.window_layout import (
     DTYPES,
     HELLO_AT,
     LEASES_AT,
+    RELAYED_FLAGS_AT,
     ROWS_AT,
     VOTES_AT,
     WAITERS_AT,
@@ -68,14 +69,15 @@ class Core:
         timeout_s: float,
         lenient: bool,
         listener: Callable[[int, bool], None] | None,
+        group: bytes = b"",
     ) -> None:
-        """listener: see `HostBuffer`."""
+        """listener: see `HostBuffer`; group: see `WindowAddress`."""
         self.rank = rank
         self.spec = spec
         self.timeout_s = timeout_s
         self.lenient = lenient
         self._listener = listener
-        self.window = HostWindow(rank, spec)
+        self.window = HostWindow(rank, spec, group)
 
         self.exchanging = threading.RLock()
         self.changing = threading.RLock()
@@ -192,8 +194,11 @@ def _describe(b: Any, rank: int, spec: BufferSpec, nonce: bytes) -> None:
         "votes_at": VOTES_AT,
         "dispatch_flag_at": DISPATCH_FLAG_AT,
         "combine_flag_at": COMBINE_FLAG_AT,
+        "relayed_flags_at": RELAYED_FLAGS_AT,
         "rows_at": ROWS_AT,
         "results_at": where.results_at,
+        "partials_at": where.partials_at,
+        "partial_stride": where.partial_stride,
     }
     for name, value in values.items():
         setattr(b, name, value)

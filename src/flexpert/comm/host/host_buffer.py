@@ -28,6 +28,7 @@ from flexpert.comm.host.arguments import check_settings
 from flexpert.comm.host.changes import Changes
 from flexpert.comm.host.connecting import Connector
 from flexpert.comm.host.core import Core, State
+from flexpert.comm.host.gateways import group_of
 from flexpert.comm.host.host_exchange import HostExchange
 from flexpert.comm.host.links import Greeting, this_machine
 from flexpert.comm.host.members import Members
@@ -35,7 +36,7 @@ from flexpert.comm.host.remote import Remote
 from flexpert.comm.host.votes import Votes
 from flexpert.comm.host.waits import Waiter
 from flexpert.comm.host.window import encode
-from flexpert.comm.window_layout import VOTE_BYTES
+from flexpert.comm.window_layout import VOTE_BYTES, layout
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -71,16 +72,24 @@ class HostBuffer(Buffer):
         store: Store | None = None,
         channel: Channel = "auto",
         machine: str | None = None,
+        two_level: bool = True,
         listener: Callable[[int, bool], None] | None = None,
     ) -> None:
         """listener: told, from any thread, that waiting for an id is in vain (True), or no more.
         The rest: see `make_buffer`."""
         check_settings(rank, spec, timeout_s, on_timeout, channel)
         self.rank = rank
+        machine = machine or this_machine()
+        shares = two_level and on_timeout == "raise" and channel == "auto"
         self._core = core = Core(
-            rank, spec, timeout_s=timeout_s, lenient=on_timeout == "mask", listener=listener
+            rank,
+            spec,
+            timeout_s=timeout_s,
+            lenient=on_timeout == "mask",
+            listener=listener,
+            group=group_of(machine) if shares and layout(spec).has_partials else b"",
         )
-        greeting = Greeting(machine or this_machine(), channel, core.window.address)
+        greeting = Greeting(machine, channel, core.window.address)
         self._address = encode(core.window.address)
         members = Members(core)
         remote = Remote(core, members.installed)
@@ -88,7 +97,7 @@ class HostBuffer(Buffer):
         self._changes = changes = Changes(core, members, remote)
         self._connector = Connector(core, changes, remote, greeting=greeting, store=store)
         self._votes = Votes(core, members, changes, remote, waiter)
-        self._exchange = HostExchange(core, changes, remote, waiter)
+        self._exchange = HostExchange(core, changes, remote, waiter, members.relays)
 
     @property
     def spec(self) -> BufferSpec:  # type: ignore[override]

@@ -34,6 +34,7 @@ from flexpert.comm.host.codes import (
 )
 from flexpert.comm.host.core import Core, State
 from flexpert.comm.host.host_received import HostReceived, Payload, Workspaces, payload_of
+from flexpert.comm.host.relays import Relays
 from flexpert.comm.host.remote import Remote
 from flexpert.comm.host.waits import Waiter
 from flexpert.comm.routing import check_dispatch, check_table
@@ -53,11 +54,14 @@ class _Hook(Pending[T], Generic[T]):
 class HostExchange:
     """The methods of `Buffer` with the same names; see there for arguments and errors."""
 
-    def __init__(self, core: Core, changes: Changes, remote: Remote, waiter: Waiter) -> None:
+    def __init__(
+        self, core: Core, changes: Changes, remote: Remote, waiter: Waiter, relays: Relays
+    ) -> None:
         self._core = core
         self._changes = changes
         self._remote = remote
         self._waiter = waiter
+        self._relays = relays
         self._exchanges = 0
         # reused by every exchange
         self._bad = ffi.new("int64_t *")
@@ -150,6 +154,7 @@ class HostExchange:
                 )
             core.state = State.BROKEN
             masked = self._waiter.wait(DISPATCH, timeout_s)
+            self._relays.open()
             offsets = torch.empty(slots + 1, dtype=torch.int32, device="cpu")
             pairs: int = lib.fx_receive(core.b, slots, offsets.data_ptr(), self._bad)
             if pairs < 0:
@@ -264,6 +269,7 @@ class HostExchange:
             bytes_sent={rank: b.bytes_sent[rank] for rank in ids},
             dispatch_wait_ns={rank: b.wait_ns[DISPATCH][rank] for rank in ids},
             combine_wait_ns={rank: b.wait_ns[COMBINE][rank] for rank in ids},
+            wire_bytes=self._remote.bytes_written(),
         )
 
     # ---- what was wrong -----------------------------------------------------------------------

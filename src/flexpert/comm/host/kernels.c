@@ -44,6 +44,23 @@
  * Peers on other machines have an outbox in own memory (staging) and no control part. What would
  * be a store into their window is noted as due; remote.py sends it over NIXL, and stores what
  * arrives into the inbox.
+ *
+ * Two levels. A rank may send to a whole machine at once: each token that any rank there needs
+ * goes once to one of them, the *gateway* of this sender (gateways.py chooses the same one on all
+ * ranks). The flag then says FX_MERGED, and each row tells for each of its experts which rank of
+ * the machine is meant. The gateway hands the flag on to its siblings, in a line for this sender in
+ * the places they have exported to it; they read the rows where they lie, in the gateway's memory,
+ * of which they have a mapping (relays.py). Back go partial sums: each sibling leaves them, in
+ * float32 and at the index of the merged row, in the outbox of its own link to the sender, which
+ * the gateway has mapped, and raises its ordinary combine flag for the gateway. When those of all
+ * siblings are there, the gateway adds them up and answers the sender, once for the machine.
+ *   - The gateway is not through with a dispatch before it has handed on all it must: it hands a
+ *     flag on to a sibling once both have come, and it waits for both.
+ *   - The sender writes dispatch n+1 into the gateway's memory after the answer n, which the gateway
+ *     gives after the combine flags n of its siblings, and they raise them after they have read.
+ *   - A sibling leaves sums n+1 after dispatch n+1 of the gateway, which has added up sums n before.
+ *   - Whether rows are merged is for the sender to decide, each time; readers take both. So a rank
+ *     that masks a peer in the middle of an epoch sends directly from then on, and tells nobody.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -66,7 +83,8 @@ typedef struct {
     int32_t rank, capacity, max_tokens, hidden, topk, dtype;
     int64_t row_bytes, result_stride, meta_bytes;
     int64_t doorbell_at, waiters_at, leases_at;
-    int64_t hello_at, votes_at, dispatch_flag_at, combine_flag_at, rows_at, results_at;
+    int64_t hello_at, votes_at, dispatch_flag_at, combine_flag_at, relayed_flags_at, rows_at,
+        results_at, partials_at, partial_stride;
     uint8_t nonce[16]; /* of the own window */
     int32_t lenient;   /* experts without an active owner are skipped and counted */
 
@@ -82,6 +100,14 @@ typedef struct {
     uintptr_t inbox[256];   /* own window: place of source i */
     uintptr_t outbox[256];  /* window of rank i: place of this rank; 0 not exported yet */
     uint8_t remote[256];
+
+    /* two levels, of this epoch; see gateways.py */
+    int16_t via_out[256]; /* rank that gets what is meant for rank i; -1 rank i itself */
+    int16_t via_in[256];  /* rank of this machine that gets what rank i sends here; -1 each */
+    int32_t sibling_count;
+    int32_t siblings[256];        /* the other ranks of this machine that take part */
+    uintptr_t gateway_inbox[256]; /* of via_in[i], mapped here: place of source i; 0 not yet */
+    uintptr_t *sibling_outbox;    /* [256, 256] of sibling i, mapped here: for peer j; 0 not yet */
 
     /* links */
     uint32_t epoch;
@@ -113,12 +139,23 @@ typedef struct {
     int32_t *dests;     /* [max_tokens] number of destinations */
     int32_t *sent;      /* tokens in the order of their rows, destination by destination */
     int32_t sent_at[256], sent_rows[256]; /* by rank */
+    int32_t *merged;    /* like `sent`, gateway by gateway */
+    int32_t merged_at[256], merged_rows[256]; /* by gateway */
+    int32_t *merged_row; /* the token's row at the gateway of its j-th destination; -1 none, or told
+                            with an earlier destination already */
+    int32_t wire_rows[256]; /* rows of dispatch in the outbox, by rank */
     int64_t lost_pairs;
 
     /* what was received: rows of all sources, ascending; grown when needed */
     int32_t from_at[256], from_rows[256]; /* by rank */
     int32_t from_results[256];            /* rows of result sent to it */
+    uintptr_t dispatch_flag[256];         /* the flag that has come */
+    uintptr_t from_place[256];            /* where its rows lie: as far from here as from a place */
+    int32_t from_merged[256];             /* merged rows of it, also those for siblings; -1 direct */
+    uint8_t merging;                      /* as a gateway: sums of siblings are to be answered */
+    uint8_t home;                         /* the mode of the combine under way */
     int64_t plan_rows;
+    int32_t *place_row;   /* [plan_rows] the row among those of its source */
     int32_t *place;      /* [plan_rows, topk] slot, then row of x and y; -1 none */
     float *place_weight; /* [plan_rows, topk] */
     int32_t *place_token; /* [plan_rows] */
@@ -135,6 +172,7 @@ typedef struct {
 int fx_open(fx_buffer *b);
 void fx_close(fx_buffer *b);
 uintptr_t fx_map(int fd, int64_t offset, int64_t size);
+uintptr_t fx_map_to_read(int fd, int64_t offset, int64_t size);
 void fx_unmap(uintptr_t at, int64_t size);
 int fx_punch(int fd, int64_t offset, int64_t size);
 void fx_export_place(fx_buffer *b, int source, int64_t place, const char *nonce);
@@ -150,6 +188,7 @@ int fx_gone(fx_buffer *b, int peer);
 int fx_send_dispatch(fx_buffer *b, uintptr_t payload, int64_t stride, int64_t bytes, int kind,
                      uintptr_t ids, int wide, uintptr_t weights, int tokens, int k,
                      uintptr_t table_rank, uintptr_t table_slot, int experts, int64_t *bad);
+int fx_is_merged(fx_buffer *b, int source);
 int64_t fx_receive(fx_buffer *b, int slots, uintptr_t offsets, int64_t *bad);
 void fx_index(fx_buffer *b, uintptr_t weights, uintptr_t sources, uintptr_t tokens, uintptr_t rows);
 void fx_gather(uintptr_t rows, int64_t count, int64_t offset, int64_t bytes, uintptr_t out);
@@ -162,6 +201,7 @@ void fx_post_vote(fx_buffer *b, const char *payload, int length);
 void fx_end_vote(fx_buffer *b);
 int fx_wait(fx_buffer *b, int what, int64_t begun_ns, int64_t deadline_ns, int64_t slice_ns,
             int32_t *missing, int32_t *missing_count);
+int fx_gateway_of(fx_buffer *b, int source, int what);
 int fx_wait_any_vote(fx_buffer *b, int64_t deadline_ns, int64_t slice_ns);
 void fx_beat(fx_buffer *b);
 uint64_t fx_beat_of(fx_buffer *b, int peer);
@@ -186,6 +226,7 @@ enum { FX_DUE_HELLO = 1, FX_DUE_VOTE = 2, FX_DUE_DISPATCH = 4, FX_DUE_COMBINE = 
 #define FX_VOTE_LINES 4
 #define FX_MAX_TOPK 64
 #define FX_MAX_SLOT 32767
+#define FX_MERGED 0x100u /* in the mode of a flag: for or from all ranks of a machine */
 
 typedef struct {
     uint64_t tag;
@@ -204,14 +245,26 @@ typedef struct {
     uint8_t unused[8];
 } fx_lease;
 
-/* at the front of a row: token, weights [topk] float32, slots [topk] int16 */
+/* at the front of a row: token, weights [topk] float32, slots [topk] int16; merged also owners
+ * [topk] uint8 */
 #define FX_META_WEIGHTS 8
+
+static float *meta_weights(uint8_t *row) { return (float *)(row + FX_META_WEIGHTS); }
+
+static int16_t *meta_slots(const fx_buffer *b, uint8_t *row) {
+    return (int16_t *)(meta_weights(row) + b->topk);
+}
+
+static uint8_t *meta_owners(const fx_buffer *b, uint8_t *row) {
+    return (uint8_t *)(meta_slots(b, row) + b->topk);
+}
 
 /* ---- memory --------------------------------------------------------------------------------- */
 
 int fx_open(fx_buffer *b) {
     size_t pairs = (size_t)b->max_tokens * (size_t)b->topk;
-    int32_t **arrays[] = {&b->owner, &b->slot, &b->result, &b->dest, &b->dest_row, &b->sent};
+    int32_t **arrays[] = {&b->owner,    &b->slot, &b->result, &b->dest,
+                          &b->dest_row, &b->sent, &b->merged, &b->merged_row};
     int ok = 1;
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) {
         *arrays[i] = malloc(pairs * sizeof(int32_t));
@@ -219,22 +272,35 @@ int fx_open(fx_buffer *b) {
     }
     b->weight = malloc(pairs * sizeof(float));
     b->dests = malloc((size_t)b->max_tokens * sizeof(int32_t));
-    return ok && b->weight && b->dests ? 0 : -1;
+    b->sibling_outbox = calloc(256 * 256, sizeof *b->sibling_outbox);
+    return ok && b->weight && b->dests && b->sibling_outbox ? 0 : -1;
 }
 
 void fx_close(fx_buffer *b) {
-    void *arrays[] = {b->owner, b->slot, b->result, b->dest, b->dest_row, b->sent, b->weight,
-                      b->dests, b->place, b->place_weight, b->place_token, b->cursor};
+    void *arrays[] = {b->owner,        b->slot,         b->result,      b->dest,
+                      b->dest_row,     b->sent,         b->merged,      b->merged_row,
+                      b->weight,       b->dests,        b->place,       b->place_row,
+                      b->place_weight, b->place_token,  b->cursor,      b->sibling_outbox};
     for (size_t i = 0; i < sizeof arrays / sizeof *arrays; i++) free(arrays[i]);
     b->owner = b->slot = b->result = b->dest = b->dest_row = b->sent = b->dests = NULL;
+    b->merged = b->merged_row = NULL;
     b->weight = b->place_weight = NULL;
-    b->place = b->place_token = b->cursor = NULL;
+    b->place = b->place_row = b->place_token = b->cursor = NULL;
+    b->sibling_outbox = NULL;
+}
+
+static uintptr_t map_part(int fd, int64_t offset, int64_t size, int protection) {
+    int flags = MAP_NORESERVE | (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
+    void *at = mmap(NULL, (size_t)size, protection, flags, fd, (off_t)offset);
+    return at == MAP_FAILED ? 0 : (uintptr_t)at;
 }
 
 uintptr_t fx_map(int fd, int64_t offset, int64_t size) {
-    int flags = MAP_NORESERVE | (fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
-    void *at = mmap(NULL, (size_t)size, PROT_READ | PROT_WRITE, flags, fd, (off_t)offset);
-    return at == MAP_FAILED ? 0 : (uintptr_t)at;
+    return map_part(fd, offset, size, PROT_READ | PROT_WRITE);
+}
+
+uintptr_t fx_map_to_read(int fd, int64_t offset, int64_t size) {
+    return map_part(fd, offset, size, PROT_READ);
 }
 
 void fx_unmap(uintptr_t at, int64_t size) { munmap((void *)at, (size_t)size); }
@@ -495,12 +561,97 @@ void fx_end_vote(fx_buffer *b) {
     for (int i = 0; i < b->active_count; i++) b->votes_done[b->active[i]]++;
 }
 
+/* ---- two levels: what a gateway hands on ---------------------------------------------------- */
+
+/* A gateway's line for the dispatch flag of a source, in a place that the gateway may write. */
+static fx_flag *relayed_flag(const fx_buffer *b, uintptr_t place, int source) {
+    return line(place, b->relayed_flags_at + source * FX_LINE);
+}
+
+/* The dispatch flag of a source, be it from itself or handed on; or NULL. */
+static const fx_flag *dispatch_flag_from(const fx_buffer *b, int source) {
+    if (is_raised(b, source, b->dispatch_flag_at)) return flag_from(b, source, b->dispatch_flag_at);
+    int gateway = b->via_in[source];
+    if (gateway < 0 || gateway == b->rank || !b->inbox[gateway]) return NULL;
+    const fx_flag *flag = relayed_flag(b, b->inbox[gateway], source);
+    uint64_t tag = b->session[source] | (b->exchanges[source] & 0xFFFFFu);
+    return __atomic_load_n(&flag->tag, __ATOMIC_ACQUIRE) == tag ? flag : NULL;
+}
+
+/* Whether what a source has dispatched to this rank is merged; once it has come. */
+int fx_is_merged(fx_buffer *b, int source) {
+    return b->dispatch_flag[source] &&
+           (((const fx_flag *)b->dispatch_flag[source])->mode & FX_MERGED) != 0;
+}
+
+static void hand_on(fx_buffer *b, int source, int sibling) {
+    const fx_flag *from = (const fx_flag *)b->dispatch_flag[source];
+    fx_flag *flag = relayed_flag(b, b->outbox[sibling], source);
+    flag->rows = from->rows;
+    flag->mode = from->mode;
+    flag->bytes = from->bytes;
+    uint64_t tag = b->session[source] | (b->exchanges[source] & 0xFFFFFu);
+    __atomic_store_n(&flag->tag, tag, __ATOMIC_RELEASE);
+    wake(b, sibling);
+}
+
+static int is_sibling(const fx_buffer *b, int rank) {
+    for (int i = 0; i < b->sibling_count; i++)
+        if (b->siblings[i] == rank) return 1;
+    return 0;
+}
+
+/* A dispatch has come: a merged one goes to the siblings whose own has come, too, i.e. who are in
+ * this exchange; the own one of a sibling means that it can be given the merged ones so far. */
+static void relay_dispatch(fx_buffer *b, int source) {
+    if (b->via_in[source] == b->rank && fx_is_merged(b, source))
+        for (int i = 0; i < b->sibling_count; i++)
+            if (b->come[b->siblings[i]]) hand_on(b, source, b->siblings[i]);
+    if (!is_sibling(b, source)) return;
+    for (int i = 0; i < b->active_count; i++) {
+        int other = b->active[i];
+        if (b->via_in[other] == b->rank && b->come[other] && fx_is_merged(b, other))
+            hand_on(b, other, source);
+    }
+}
+
+/* Whether a gateway has answered for all ranks of its machine. */
+static int has_merged_results(const fx_buffer *b, int gateway) {
+    return gateway >= 0 && is_raised(b, gateway, b->combine_flag_at) &&
+           (flag_from(b, gateway, b->combine_flag_at)->mode & FX_MERGED) != 0;
+}
+
+static int has_exchanged(fx_buffer *b, int source, int what) {
+    if (what == FX_COMBINE)
+        return is_raised(b, source, b->combine_flag_at) ||
+               has_merged_results(b, b->via_out[source]);
+    b->dispatch_flag[source] = (uintptr_t)dispatch_flag_from(b, source);
+    return b->dispatch_flag[source] != 0;
+}
+
+static int answer_merged(fx_buffer *b);
+
+static void add_missing(int32_t *missing, int32_t *count, int rank) {
+    for (int i = 0; i < *count; i++)
+        if (missing[i] == rank) return;
+    missing[(*count)++] = rank;
+}
+
+/* The rank through which the word of a source comes that is waited for; -1 itself. */
+int fx_gateway_of(fx_buffer *b, int source, int what) {
+    int gateway = -1;
+    if (what == FX_DISPATCH) gateway = b->via_in[source];
+    if (what == FX_COMBINE && !b->home) gateway = b->via_out[source];
+    return gateway == b->rank || gateway == source ? -1 : gateway;
+}
+
+/* ---- waiting for all ------------------------------------------------------------------------ */
+
 /* Whether a source has written what is waited for; brings its link up on the way. */
 static int has_come(fx_buffer *b, int source, int what) {
-    int64_t flag_at = what == FX_DISPATCH ? b->dispatch_flag_at : b->combine_flag_at;
     for (int pass = 0; pass < 2; pass++) {
         if (b->up[source] && (what == FX_VOTE ? has_vote(b, source, b->votes[source])
-                                              : is_raised(b, source, flag_at)))
+                                              : has_exchanged(b, source, what)))
             return 1;
         if (what == FX_COMBINE || source == b->rank) return 0;
         if (!b->outbox[source] && b->control[source] && fx_exported_place(b, source) >= 0) b->to_open = 1;
@@ -521,14 +672,17 @@ int fx_wait(fx_buffer *b, int what, int64_t begun_ns, int64_t deadline_ns, int64
     for (;;) {
         uint32_t seen = __atomic_load_n(doorbell_of(b, b->rank), __ATOMIC_SEQ_CST);
         if (fx_is_interrupted(b)) return FX_INTERRUPTED;
-        int left = 0, lost = 0;
+        int left = 0;
+        int32_t lost = 0;
         int64_t now = 0;
         for (int i = 0; i < n; i++) {
-            int source = waiting[i];
+            int source = waiting[i], gateway = fx_gateway_of(b, source, what);
             int gone = fx_gone(b, source); /* before the flag: a rank may write and then end */
+            int gateway_gone = gateway >= 0 && fx_gone(b, gateway);
             if (has_come(b, source, what)) {
                 b->come[source] = 1;
                 if (what == FX_VOTE) continue;
+                if (what == FX_DISPATCH) relay_dispatch(b, source);
                 if (!now) now = now_ns();
                 b->wait_ns[what][source] += now - begun_ns;
                 continue;
@@ -537,10 +691,12 @@ int fx_wait(fx_buffer *b, int what, int64_t begun_ns, int64_t deadline_ns, int64
                 b->gone[source] = FX_GONE_RESTARTED;
                 gone = 1;
             }
-            if (gone) missing[lost++] = source;
+            if (gone) add_missing(missing, &lost, source);
+            if (gateway_gone) add_missing(missing, &lost, gateway);
             waiting[left++] = source;
         }
         n = left;
+        if (what == FX_COMBINE && answer_merged(b)) return FX_AGAIN; /* to be sent */
         if (n == 0) return FX_OK;
         if (lost) {
             *missing_count = lost;
@@ -550,8 +706,12 @@ int fx_wait(fx_buffer *b, int what, int64_t begun_ns, int64_t deadline_ns, int64
         if (!slice_end_ns) slice_end_ns = now_ns() + slice_ns;
         int how = doze(b, seen, deadline_ns, slice_end_ns);
         if (how == FX_TIMEOUT) {
-            for (int i = 0; i < n; i++) missing[i] = waiting[i];
-            *missing_count = n;
+            *missing_count = 0;
+            for (int i = 0; i < n; i++) {
+                int gateway = fx_gateway_of(b, waiting[i], what);
+                add_missing(missing, missing_count, waiting[i]);
+                if (gateway >= 0) add_missing(missing, missing_count, gateway);
+            }
         }
         if (how != FX_OK) return how;
     }
@@ -654,15 +814,15 @@ static inline float to_fp32(float f) { return f; }
 
 /* out = sum of weights[j] * rows[j], from +0, in the order of j, in float32. Up to four rows are
  * read side by side and need no memory between; more go four by four over a block of sums. */
-#define FX_SUM(name, type, load, store)                                                           \
+#define FX_SUM(name, type, to, load, store)                                                       \
     FX_CLONES static void name(uint8_t *restrict out_at, const uint8_t *const *rows,              \
                                const float *weights, int n, int hidden) {                         \
-        type *restrict out = (type *)out_at;                                                      \
+        to *restrict out = (to *)out_at;                                                          \
         const type *restrict r0 = (const type *)rows[0], *restrict r1 = (const type *)rows[1],    \
                    *restrict r2 = (const type *)rows[2], *restrict r3 = (const type *)rows[3];    \
         float w0 = weights[0], w1 = weights[1], w2 = weights[2], w3 = weights[3];                 \
         if (n == 0) {                                                                             \
-            memset(out, 0, (size_t)hidden * sizeof(type));                                        \
+            memset(out, 0, (size_t)hidden * sizeof(to));                                          \
         } else if (n == 1) {                                                                      \
             for (int i = 0; i < hidden; i++) out[i] = store(0.0f + FX_TERM(load, 0));             \
         } else if (n == 2) {                                                                      \
@@ -699,17 +859,48 @@ static inline float to_fp32(float f) { return f; }
         }                                                                                         \
     }
 
-FX_SUM(sum_bf16, uint16_t, from_bf16, to_bf16)
-FX_SUM(sum_fp16, uint16_t, from_fp16, to_fp16)
-FX_SUM(sum_fp32, float, from_fp32, to_fp32)
+FX_SUM(sum_bf16, uint16_t, uint16_t, from_bf16, to_bf16)
+FX_SUM(sum_fp16, uint16_t, uint16_t, from_fp16, to_fp16)
+FX_SUM(sum_fp32, float, float, from_fp32, to_fp32)
+FX_SUM(partial_bf16, uint16_t, float, from_bf16, to_fp32)
+FX_SUM(partial_fp16, uint16_t, float, from_fp16, to_fp32)
+FX_SUM(total_bf16, float, uint16_t, from_fp32, to_bf16)
+FX_SUM(total_fp16, float, uint16_t, from_fp32, to_fp16)
 
-/* rows and weights have room for four, whatever n. */
-static void sum_rows(const fx_buffer *b, uint8_t *out, const uint8_t **rows, float *weights,
-                     int n) {
+static void fill_four(const uint8_t **rows, float *weights, int n) {
     for (int j = n; j < 4; j++) {
         rows[j] = NULL;
         weights[j] = 0.0f;
     }
+}
+
+/* From rows to float32. rows and weights have room for four, whatever n. */
+static void sum_to_partial(const fx_buffer *b, uint8_t *out, const uint8_t **rows, float *weights,
+                           int n) {
+    fill_four(rows, weights, n);
+    if (b->dtype == FX_BF16)
+        partial_bf16(out, rows, weights, n, b->hidden);
+    else if (b->dtype == FX_FP16)
+        partial_fp16(out, rows, weights, n, b->hidden);
+    else
+        sum_fp32(out, rows, weights, n, b->hidden);
+}
+
+/* From float32 to a row. */
+static void sum_partials(const fx_buffer *b, uint8_t *out, const uint8_t **rows, float *weights,
+                         int n) {
+    fill_four(rows, weights, n);
+    if (b->dtype == FX_BF16)
+        total_bf16(out, rows, weights, n, b->hidden);
+    else if (b->dtype == FX_FP16)
+        total_fp16(out, rows, weights, n, b->hidden);
+    else
+        sum_fp32(out, rows, weights, n, b->hidden);
+}
+
+static void sum_rows(const fx_buffer *b, uint8_t *out, const uint8_t **rows, float *weights,
+                     int n) {
+    fill_four(rows, weights, n);
     if (b->dtype == FX_BF16)
         sum_bf16(out, rows, weights, n, b->hidden);
     else if (b->dtype == FX_FP16)
@@ -788,6 +979,30 @@ static void plan_rows(fx_buffer *b) {
         }
 }
 
+/* The same for what goes through gateways: each token once, whoever needs it there. */
+static void plan_merged(fx_buffer *b) {
+    memset(b->merged_rows, 0, sizeof b->merged_rows);
+    for (int t = 0; t < b->tokens; t++)
+        for (int j = 0; j < b->dests[t]; j++) {
+            size_t first = (size_t)t * b->topk;
+            int gateway = b->via_out[b->dest[first + j]];
+            for (int i = 0; gateway >= 0 && i < j; i++)
+                if (b->via_out[b->dest[first + i]] == gateway) gateway = -1;
+            b->merged_row[first + j] = gateway < 0 ? -1 : b->merged_rows[gateway]++;
+        }
+    int at = 0;
+    for (int i = 0; i < b->active_count; i++) {
+        b->merged_at[b->active[i]] = at;
+        at += b->merged_rows[b->active[i]];
+    }
+    for (int t = 0; t < b->tokens; t++)
+        for (int j = 0; j < b->dests[t]; j++) {
+            size_t pair = (size_t)t * b->topk + j;
+            if (b->merged_row[pair] < 0) continue;
+            b->merged[b->merged_at[b->via_out[b->dest[pair]]] + b->merged_row[pair]] = t;
+        }
+}
+
 static int64_t wire_stride(const fx_buffer *b) {
     return b->meta_bytes + (b->payload_bytes + FX_LINE - 1) / FX_LINE * FX_LINE;
 }
@@ -799,8 +1014,8 @@ static void send_rows(fx_buffer *b, int to) {
     for (int r = 0; r < b->sent_rows[to]; r++, row += stride) {
         int32_t t = b->sent[b->sent_at[to] + r];
         size_t first = (size_t)t * (size_t)b->topk;
-        float *weights = (float *)(row + FX_META_WEIGHTS);
-        int16_t *slots = (int16_t *)(weights + b->topk);
+        float *weights = meta_weights(row);
+        int16_t *slots = meta_slots(b, row);
         memcpy(row, &t, sizeof t);
         for (int j = 0; j < b->topk; j++) {
             int here = b->owner[first + j] == to;
@@ -815,11 +1030,44 @@ static void send_rows(fx_buffer *b, int to) {
     if (to != b->rank) b->bytes_sent[to] += stride * b->sent_rows[to];
 }
 
+static void send_merged_rows(fx_buffer *b, int gateway) {
+    uint8_t *row = (uint8_t *)b->outbox[gateway] + b->rows_at;
+    int64_t stride = wire_stride(b);
+    int32_t results[256];
+    memset(results, 0, sizeof results);
+    for (int r = 0; r < b->merged_rows[gateway]; r++, row += stride) {
+        int32_t t = b->merged[b->merged_at[gateway] + r];
+        size_t first = (size_t)t * (size_t)b->topk;
+        float *weights = meta_weights(row);
+        int16_t *slots = meta_slots(b, row);
+        uint8_t *owners = meta_owners(b, row);
+        memcpy(row, &t, sizeof t);
+        for (int j = 0; j < b->topk; j++) {
+            int32_t owner = b->owner[first + j];
+            int there = owner >= 0 && b->via_out[owner] == gateway;
+            slots[j] = (int16_t)(there ? b->slot[first + j] : -1);
+            weights[j] = there ? b->weight[first + j] : 0.0f;
+            owners[j] = (uint8_t)(there ? owner : 0);
+            if (there) b->result[first + j] = results[owner]++;
+        }
+        memcpy(row + b->meta_bytes, (const uint8_t *)b->payload + t * b->payload_stride,
+               (size_t)b->payload_bytes);
+    }
+    b->bytes_sent[gateway] += stride * b->merged_rows[gateway];
+}
+
 static void send_dispatch(fx_buffer *b, int to) {
+    int gateway = b->via_out[to], merged = gateway == to;
     b->exchanges[to]++;
-    send_rows(b, to);
-    raise_flag(b, to, b->dispatch_flag_at, (uint32_t)b->sent_rows[to], (uint32_t)b->payload_kind,
-               (uint32_t)b->payload_bytes, FX_DUE_DISPATCH);
+    if (gateway >= 0 && !merged) return; /* its rows are among those for the gateway */
+    if (merged)
+        send_merged_rows(b, to);
+    else
+        send_rows(b, to);
+    b->wire_rows[to] = merged ? b->merged_rows[to] : b->sent_rows[to];
+    raise_flag(b, to, b->dispatch_flag_at, (uint32_t)b->wire_rows[to],
+               (uint32_t)b->payload_kind | (merged ? FX_MERGED : 0), (uint32_t)b->payload_bytes,
+               FX_DUE_DISPATCH);
 }
 
 /* Nothing is written to a peer unless all ids are good. Returns 0 or why not, with *bad = expert. */
@@ -837,7 +1085,9 @@ int fx_send_dispatch(fx_buffer *b, uintptr_t payload, int64_t stride, int64_t by
     b->payload_bytes = bytes;
     b->payload_kind = kind;
     plan_rows(b);
+    plan_merged(b);
     memset(b->come, 0, sizeof b->come);
+    memset(b->dispatch_flag, 0, sizeof b->dispatch_flag);
     for (int n = 0; n < b->active_count; n++) {
         int to = nth_peer(b, n);
         b->owed[to] = b->up[to] ? 0 : FX_OWED_DISPATCH;
@@ -855,7 +1105,9 @@ static int grow_plan(fx_buffer *b, int64_t rows, int slots) {
         if (weight) b->place_weight = weight;
         int32_t *token = realloc(b->place_token, room * sizeof *token);
         if (token) b->place_token = token;
-        if (!place || !weight || !token) return -1;
+        int32_t *row = realloc(b->place_row, room * sizeof *row);
+        if (row) b->place_row = row;
+        if (!place || !weight || !token || !row) return -1;
         b->plan_rows = (int64_t)room;
     }
     if (slots > b->cursor_slots) {
@@ -867,47 +1119,75 @@ static int grow_plan(fx_buffer *b, int64_t rows, int slots) {
     return 0;
 }
 
+/* Copy a row's meta into the plan. `merged`: its entries for siblings are left out. Returns how many
+ * are for this rank, or FX_NONSENSE. */
+static int take_row(fx_buffer *b, int64_t row, uint8_t *meta, int merged, int slots,
+                    int32_t *offsets) {
+    size_t first = (size_t)row * (size_t)b->topk;
+    int16_t slot_of[FX_MAX_TOPK];
+    uint8_t owner_of[FX_MAX_TOPK];
+    int here = 0;
+    memcpy(b->place_token + row, meta, sizeof *b->place_token);
+    memcpy(b->place_weight + first, meta_weights(meta), (size_t)b->topk * sizeof(float));
+    memcpy(slot_of, meta_slots(b, meta), (size_t)b->topk * sizeof *slot_of);
+    if (merged) memcpy(owner_of, meta_owners(b, meta), (size_t)b->topk);
+    for (int j = 0; j < b->topk; j++) {
+        int32_t slot = slot_of[j];
+        int own = !merged || owner_of[j] == b->rank;
+        if (slot < -1 || (slot >= 0 && !own && !is_sibling(b, owner_of[j]))) return FX_NONSENSE;
+        if (!own) slot = -1;
+        b->place[first + j] = slot;
+        if (slot == -1) continue;
+        if (slot >= slots) return FX_NONSENSE;
+        offsets[slot + 1]++;
+        here++;
+    }
+    return here;
+}
+
 /* After fx_wait: count rows per slot. Fills offsets [slots + 1]; returns the number of pairs of
  * (row, slot), or FX_NONSENSE, FX_WRONG_PAYLOAD with *bad = the peer, or FX_NO_MEMORY. */
 int64_t fx_receive(fx_buffer *b, int slots, uintptr_t offsets_at, int64_t *bad) {
     int32_t *offsets = (int32_t *)offsets_at;
-    int64_t rows = 0, stride = wire_stride(b);
+    int32_t count_of[256];
+    int64_t most = 0, rows = 0, stride = wire_stride(b);
     for (int i = 0; i < b->active_count; i++) {
         int source = b->active[i];
-        const fx_flag *flag = flag_from(b, source, b->dispatch_flag_at);
-        uint32_t count = flag->rows;
+        const fx_flag *flag = (const fx_flag *)b->dispatch_flag[source];
+        uint32_t count = flag->rows, mode = flag->mode;
+        int merged = (mode & FX_MERGED) != 0;
+        int direct_flag = flag == flag_from(b, source, b->dispatch_flag_at);
         *bad = source;
-        if (flag->mode != (uint32_t)b->payload_kind || flag->bytes != (uint32_t)b->payload_bytes)
+        if ((mode & ~FX_MERGED) != (uint32_t)b->payload_kind ||
+            flag->bytes != (uint32_t)b->payload_bytes)
             return FX_WRONG_PAYLOAD;
         if (count > (uint32_t)b->max_tokens) return FX_NONSENSE;
         /* self: rows are taken from the payload by `sent`, which must be as long */
         if (source == b->rank && count != (uint32_t)b->sent_rows[source]) return FX_NONSENSE;
-        b->from_at[source] = (int32_t)rows;
-        b->from_rows[source] = (int32_t)count;
-        rows += count;
+        /* the gateway gets the merged ones, and hands on nothing else */
+        if (merged ? b->via_in[source] < 0 || direct_flag != (b->via_in[source] == b->rank)
+                   : !direct_flag)
+            return FX_NONSENSE;
+        b->from_place[source] = direct_flag ? b->inbox[source] : b->gateway_inbox[source];
+        if (!b->from_place[source]) return FX_NONSENSE;
+        b->from_merged[source] = merged ? (int32_t)count : -1;
+        count_of[source] = (int32_t)count;
+        most += count;
     }
-    if (grow_plan(b, rows, slots)) return FX_NO_MEMORY;
+    if (grow_plan(b, most, slots)) return FX_NO_MEMORY;
     memset(offsets, 0, (size_t)(slots + 1) * sizeof *offsets);
     for (int i = 0; i < b->active_count; i++) {
-        int source = b->active[i];
-        const uint8_t *meta = (const uint8_t *)b->inbox[source] + b->rows_at;
+        int source = b->active[i], merged = b->from_merged[source] >= 0;
+        uint8_t *meta = (uint8_t *)b->from_place[source] + b->rows_at;
         *bad = source;
-        for (int r = 0; r < b->from_rows[source]; r++, meta += stride) {
-            size_t row = (size_t)(b->from_at[source] + r), first = row * (size_t)b->topk;
-            int16_t slots_of[FX_MAX_TOPK];
-            memcpy(b->place_token + row, meta, sizeof *b->place_token);
-            memcpy(b->place_weight + first, meta + FX_META_WEIGHTS,
-                   (size_t)b->topk * sizeof(float));
-            memcpy(slots_of, meta + FX_META_WEIGHTS + (size_t)b->topk * sizeof(float),
-                   (size_t)b->topk * sizeof *slots_of);
-            for (int j = 0; j < b->topk; j++) {
-                int32_t slot = slots_of[j];
-                b->place[first + j] = slot;
-                if (slot == -1) continue;
-                if (slot < 0 || slot >= slots) return FX_NONSENSE;
-                offsets[slot + 1]++;
-            }
+        b->from_at[source] = (int32_t)rows;
+        for (int r = 0; r < count_of[source]; r++, meta += stride) {
+            int here = take_row(b, rows, meta, merged, slots, offsets);
+            if (here < 0) return FX_NONSENSE;
+            if (merged && !here) continue; /* for siblings only */
+            b->place_row[rows++] = r;
         }
+        b->from_rows[source] = (int32_t)(rows - b->from_at[source]);
     }
     for (int s = 0; s < slots; s++) {
         b->cursor[s] = offsets[s];
@@ -929,8 +1209,9 @@ void fx_index(fx_buffer *b, uintptr_t weights_at, uintptr_t sources_at, uintptr_
             size_t row = (size_t)(b->from_at[source] + r), first = row * (size_t)b->topk;
             int32_t t = own ? b->sent[b->sent_at[source] + r] : b->place_token[row];
             uintptr_t payload = own ? b->payload + (uintptr_t)(t * b->payload_stride)
-                                    : b->inbox[source] + (uintptr_t)(b->rows_at + r * stride +
-                                                                     b->meta_bytes);
+                                    : b->from_place[source] +
+                                          (uintptr_t)(b->rows_at + b->place_row[row] * stride +
+                                                      b->meta_bytes);
             for (int j = 0; j < b->topk; j++) {
                 int32_t slot = b->place[first + j];
                 if (slot < 0) continue;
@@ -956,22 +1237,29 @@ void fx_gather(uintptr_t rows_at, int64_t count, int64_t offset, int64_t bytes, 
 
 /* ---- combine -------------------------------------------------------------------------------- */
 
+/* The results of the r-th row of a source, with their weights; how many. */
+static int results_of(const fx_buffer *b, int source, int r, const uint8_t *y, const uint8_t **rows,
+                      float *weights) {
+    size_t first = (size_t)(b->from_at[source] + r) * (size_t)b->topk;
+    int n = 0;
+    for (int j = 0; j < b->topk; j++) {
+        int32_t at = b->place[first + j];
+        if (at < 0) continue;
+        rows[n] = y + (size_t)at * (size_t)b->row_bytes;
+        weights[n++] = b->place_weight[first + j];
+    }
+    return n;
+}
+
 /* home: one row per (token, expert), as it is; else one weighted sum per row. Packed both ways. */
 static void send_results(fx_buffer *b, int to, const uint8_t *y, int home) {
     uint8_t *results = (uint8_t *)b->outbox[to] + b->results_at;
     size_t stride = (size_t)b->result_stride;
     int32_t count = 0;
     for (int r = 0; r < b->from_rows[to]; r++) {
-        size_t first = (size_t)(b->from_at[to] + r) * (size_t)b->topk;
         const uint8_t *rows[FX_MAX_TOPK];
         float weights[FX_MAX_TOPK];
-        int n = 0;
-        for (int j = 0; j < b->topk; j++) {
-            int32_t at = b->place[first + j];
-            if (at < 0) continue;
-            rows[n] = y + (size_t)at * (size_t)b->row_bytes;
-            weights[n++] = b->place_weight[first + j];
-        }
+        int n = results_of(b, to, r, y, rows, weights);
         if (home) {
             for (int j = 0; j < n; j++, results += stride)
                 memcpy(results, rows[j], (size_t)b->row_bytes);
@@ -986,15 +1274,95 @@ static void send_results(fx_buffer *b, int to, const uint8_t *y, int home) {
     if (to != b->rank) b->bytes_sent[to] += (int64_t)stride * count;
 }
 
+/* For what came merged: sums in float32, each at the index of its merged row, in the own outbox,
+ * where the gateway takes them. */
+static void leave_partials(fx_buffer *b, int source, const uint8_t *y) {
+    uint8_t *partials = (uint8_t *)b->outbox[source] + b->partials_at;
+    for (int r = 0; r < b->from_rows[source]; r++) {
+        const uint8_t *rows[FX_MAX_TOPK];
+        float weights[FX_MAX_TOPK];
+        int n = results_of(b, source, r, y, rows, weights);
+        int32_t at = b->place_row[b->from_at[source] + r];
+        sum_to_partial(b, partials + at * b->partial_stride, rows, weights, n);
+    }
+}
+
 void fx_send_combine(fx_buffer *b, uintptr_t y, int home) {
     memset(b->come, 0, sizeof b->come);
+    b->home = (uint8_t)home;
+    b->merging = 0;
+    for (int n = 0; n < b->active_count && !home; n++) {
+        int source = b->active[n];
+        if (b->from_merged[source] < 0) continue;
+        leave_partials(b, source, (const uint8_t *)y);
+        b->merging |= b->via_in[source] == b->rank;
+    }
     for (int n = 0; n < b->active_count; n++) {
         int to = nth_peer(b, n);
+        if (!home && b->from_merged[to] >= 0) continue; /* the gateway answers */
         if (to != b->rank || !home) /* own rows are summed from y itself */
             send_results(b, to, (const uint8_t *)y, home);
         raise_flag(b, to, b->combine_flag_at, (uint32_t)b->from_rows[to], (uint32_t)home, 0,
                    FX_DUE_COMBINE);
     }
+}
+
+/* The partial sums of a merged row, by rank; how many. What a source may have written into its rows
+ * since they were checked leads nowhere else. */
+static int partials_of(const fx_buffer *b, int source, int at, const uint8_t **rows,
+                       float *weights) {
+    uint8_t *meta = (uint8_t *)b->inbox[source] + b->rows_at + at * wire_stride(b);
+    int16_t slot_of[FX_MAX_TOPK];
+    uint8_t owner_of[FX_MAX_TOPK];
+    int ranks[FX_MAX_TOPK], n = 0;
+    memcpy(slot_of, meta_slots(b, meta), (size_t)b->topk * sizeof *slot_of);
+    memcpy(owner_of, meta_owners(b, meta), (size_t)b->topk);
+    for (int j = 0; j < b->topk; j++) {
+        int owner = owner_of[j], i = n;
+        if (slot_of[j] < 0 || (owner != b->rank && !is_sibling(b, owner))) continue;
+        while (i > 0 && ranks[i - 1] > owner) i--;
+        if (i > 0 && ranks[i - 1] == owner) continue;
+        memmove(ranks + i + 1, ranks + i, (size_t)(n - i) * sizeof *ranks);
+        ranks[i] = owner;
+        n++;
+    }
+    for (int i = 0; i < n; i++) {
+        uintptr_t outbox = ranks[i] == b->rank ? b->outbox[source]
+                                               : b->sibling_outbox[ranks[i] * 256 + source];
+        rows[i] = (const uint8_t *)outbox + b->partials_at + at * b->partial_stride;
+        weights[i] = 1.0f;
+    }
+    return n;
+}
+
+static void send_merged_results(fx_buffer *b, int to) {
+    uint8_t *results = (uint8_t *)b->outbox[to] + b->results_at;
+    int32_t count = b->from_merged[to];
+    for (int r = 0; r < count; r++, results += b->result_stride) {
+        const uint8_t *rows[FX_MAX_TOPK];
+        float weights[FX_MAX_TOPK];
+        int n = partials_of(b, to, r, rows, weights);
+        sum_partials(b, results, rows, weights, n);
+    }
+    b->from_results[to] = count;
+    b->bytes_sent[to] += b->result_stride * count;
+    raise_flag(b, to, b->combine_flag_at, (uint32_t)count, FX_MERGED, 0, FX_DUE_COMBINE);
+}
+
+/* As a gateway, once all siblings have left their sums: answer for the machine. Whether there is
+ * something to be sent now. A sibling that combines in another mode is named by fx_reduce. */
+static int answer_merged(fx_buffer *b) {
+    if (!b->merging) return 0;
+    for (int i = 0; i < b->sibling_count; i++)
+        if (!b->come[b->siblings[i]]) return 0;
+    b->merging = 0;
+    for (int i = 0; i < b->sibling_count; i++)
+        if (flag_from(b, b->siblings[i], b->combine_flag_at)->mode != 0) return 0;
+    for (int i = 0; i < b->active_count; i++) {
+        int to = b->active[i];
+        if (b->via_in[to] == b->rank && b->from_merged[to] >= 0) send_merged_results(b, to);
+    }
+    return 1;
 }
 
 /* Weights [tokens, k] that are only known now; for the sums at home. */
@@ -1007,12 +1375,17 @@ void fx_set_weights(fx_buffer *b, uintptr_t weights, int k) {
 /* After fx_wait: the sums of all tokens. Returns 0, or what is wrong with peer *bad. What a rank
  * that was masked meanwhile owes is left out and marked as lost. */
 int fx_reduce(fx_buffer *b, uintptr_t y, uintptr_t out, int home, int64_t *bad) {
+    uint8_t is_merged[256] = {0}; /* its results are in those of its gateway */
     for (int i = 0; i < b->active_count; i++) {
         int source = b->active[i];
-        const fx_flag *flag = flag_from(b, source, b->combine_flag_at);
-        *bad = source;
-        if (flag->mode != (uint32_t)home) return FX_WRONG_MODE;
-        if (flag->rows != (uint32_t)b->sent_rows[source]) return FX_WRONG_ROWS;
+        int gateway = b->via_out[source], merged = has_merged_results(b, gateway);
+        const fx_flag *flag = flag_from(b, merged ? gateway : source, b->combine_flag_at);
+        *bad = merged ? gateway : source;
+        if (flag->mode != (merged ? FX_MERGED : (uint32_t)home) || (merged && home))
+            return FX_WRONG_MODE;
+        if (flag->rows != (uint32_t)(merged ? b->merged_rows[gateway] : b->sent_rows[source]))
+            return FX_WRONG_ROWS;
+        is_merged[source] = (uint8_t)merged;
     }
     size_t stride = (size_t)b->result_stride;
     b->lost_pairs = 0;
@@ -1034,9 +1407,10 @@ int fx_reduce(fx_buffer *b, uintptr_t y, uintptr_t out, int home, int64_t *bad) 
         }
         for (int j = 0; !home && j < b->dests[t]; j++) {
             int32_t owner = b->dest[first + j];
-            if (!b->is_active[owner]) continue;
-            rows[n] = (const uint8_t *)b->inbox[owner] + b->results_at +
-                      (size_t)b->dest_row[first + j] * stride;
+            int32_t row = is_merged[owner] ? b->merged_row[first + j] : b->dest_row[first + j];
+            if (!b->is_active[owner] || row < 0) continue;
+            int from = is_merged[owner] ? b->via_out[owner] : owner;
+            rows[n] = (const uint8_t *)b->inbox[from] + b->results_at + (size_t)row * stride;
             weights[n++] = 1.0f;
         }
         sum_rows(b, (uint8_t *)out + (size_t)t * (size_t)b->row_bytes, rows, weights, n);

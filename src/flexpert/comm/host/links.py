@@ -120,6 +120,7 @@ class NixlLink:
         self.address = address
         self._layout = layout(spec)
         self._link = endpoint.link(self._layout.place_bytes, clear=ROWS_AT)
+        self.memory = endpoint.memory
         self.inbox = WindowPlace(-1, self._link.inbox)
         self.outbox = self._link.outbox
 
@@ -127,6 +128,21 @@ class NixlLink:
     def offer(self) -> bytes:
         """What the peer needs to write into the inbox."""
         return self._link.offer
+
+    @property
+    def inbox_offset(self) -> int:
+        """In `memory`, of the place that the peer writes."""
+        return self._link.inbox_offset
+
+    @property
+    def outbox_offset(self) -> int:
+        """In `memory`."""
+        return self._link.outbox_offset
+
+    @property
+    def bytes_written(self) -> int:
+        """To the peer so far, messages included."""
+        return self._link.bytes_written
 
     @property
     def agent(self) -> str:
@@ -137,28 +153,30 @@ class NixlLink:
         """Raises: PeerUnreachable: its agent cannot be reached."""
         self._link.open(offer)
 
-    def flush(self, b: object) -> None:
-        """Send what the kernels have written into the outbox since the last call.
+    def flush(self, b: object) -> bool:
+        """Send what the kernels have written into the outbox since the last call; whether that was
+        anything.
 
         Raises: LinkBroken
         """
         link, peer = self._link, self.peer
         due: int = b.due[peer]  # type: ignore[attr-defined]
         if not due:
-            return
+            return False
         b.due[peer] = 0  # type: ignore[attr-defined]
         if due & DUE_HELLO:
             link.notify(self._message(HELLO_AT))
         if due & DUE_VOTE:
             link.notify(self._message(VOTES_AT + b.ballot_line * LINE))  # type: ignore[attr-defined]
         if due & DUE_DISPATCH:
-            rows = b.sent_rows[peer]  # type: ignore[attr-defined]
+            rows = b.wire_rows[peer]  # type: ignore[attr-defined]
             stride = self._layout.meta_bytes + align(b.payload_bytes, LINE)  # type: ignore[attr-defined]
             self._send(link, ROWS_AT, rows * stride, DISPATCH_FLAG_AT)
         if due & DUE_COMBINE:
             rows = b.from_results[peer]  # type: ignore[attr-defined]
             size = rows * self._layout.result_stride
             self._send(link, self._layout.results_at, size, COMBINE_FLAG_AT)
+        return True
 
     def _send(self, link: nixl.NixlEndpointLink, offset: int, size: int, flag_at: int) -> None:
         if size:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from flexpert.comm.errors import CommError
 from flexpert.comm.host._kernels import ffi, lib
 from flexpert.comm.host.codes import BROKEN_LINK, MASKED, RESTARTED
 from flexpert.comm.host.core import Core
+from flexpert.comm.host.gateways import TwoLevelPlan, plan_gateways
 from flexpert.comm.host.links import Link, NixlLink
+from flexpert.comm.host.relays import Relays
 from flexpert.comm.window_layout import MAX_CAPACITY
 
 
@@ -18,6 +21,7 @@ class Members:
     active: ids of the exchanges, sorted, the own one among them.
     installed: links that the kernels know; some may have been disconnected since.
     parted: ids that were masked, and perhaps still read what they were sent.
+    relays: memory of siblings, for what comes from other machines merged.
     """
 
     def __init__(self, core: Core) -> None:
@@ -25,12 +29,14 @@ class Members:
         self.active: tuple[int, ...] = ()
         self.installed: dict[int, Link] = {}
         self.parted: set[int] = set()
+        self.relays = Relays(core, self.installed)
         self.begin_epoch((core.rank,), 0)
 
     def begin_epoch(self, ids: tuple[int, ...], epoch: int) -> None:
         """ids: sorted. All links start at once, as number 0."""
         self.active = ids
         self._use_active()
+        self._use_plan(self._plan())
         lib.fx_begin_epoch(self._core.b, epoch)
 
     def install(self, link: Link) -> None:
@@ -44,11 +50,14 @@ class Members:
             b.outbox[peer] = link.outbox
             b.remote[peer] = link.remote
             b.own_gen[peer] = b.peer_gen[peer] = b.up[peer] = b.due[peer] = 0
+            if isinstance(link, NixlLink):
+                self.relays.export_memory(link)
 
     def remove(self, link: Link) -> None:
         """Take a link away from the kernels, if they have it, and mask its peer."""
         peer, b = link.peer, self._core.b
         if self.installed.get(peer) is link:
+            self.relays.forget(peer)
             del self.installed[peer]
             b.inbox[peer] = b.outbox[peer] = b.control[peer] = 0
             b.up[peer] = b.remote[peer] = b.due[peer] = 0
@@ -59,6 +68,7 @@ class Members:
         core = self._core
         dropped = set(ranks)
         self.parted |= dropped
+        self._part(dropped.intersection(self.active))
         for peer in dropped:
             core.b.up[peer] = 0
             if core.gone(peer) in (MASKED, RESTARTED):
@@ -70,6 +80,7 @@ class Members:
         """Unmask ranks now; those that are active stay as they are."""
         for peer in ranks:
             if peer not in self.active:
+                self._part({peer})
                 self.active = tuple(sorted((*self.active, peer)))
                 lib.fx_unmask(self._core.b, peer)
         self._use_active()
@@ -96,6 +107,38 @@ class Members:
             b.outbox[peer] = link.outbox
             if b.own_gen[peer]:
                 lib.fx_hello(b, peer)
+
+    def _plan(self) -> TwoLevelPlan:
+        links = {peer: self.installed[peer] for peer in self.active if peer != self._core.rank}
+        groups = {peer: link.address.group for peer, link in links.items()}
+        return plan_gateways(
+            self._core.rank,
+            {**groups, self._core.rank: self._core.window.address.group},
+            {peer for peer, link in links.items() if link.remote},
+        )
+
+    def _use_plan(self, plan: TwoLevelPlan) -> None:
+        b = self._core.b
+        for rank in range(MAX_CAPACITY):
+            b.via_out[rank] = plan.out.get(rank, -1)
+            b.via_in[rank] = plan.into.get(rank, -1)
+        b.sibling_count = len(plan.siblings)
+        for at, rank in enumerate(plan.siblings):
+            b.siblings[at] = rank
+        self.relays.begin_epoch(plan)
+        self._two_levels = plan
+
+    def _part(self, ranks: set[int]) -> None:
+        """Within an epoch, the other ranks not knowing: what this one sends is merged no more, and
+        once a sibling is masked, nothing that comes may be."""
+        plan = self._two_levels
+        if not ranks or not (plan.out or plan.into):
+            return
+        if ranks.isdisjoint(plan.siblings):
+            into = {source: gateway for source, gateway in plan.into.items() if source not in ranks}
+            self._use_plan(replace(plan, out={}, into=into))
+        else:
+            self._use_plan(TwoLevelPlan())
 
     def _use_active(self) -> None:
         b = self._core.b

@@ -26,7 +26,6 @@ import ctypes
 import functools
 import importlib
 import logging
-import mmap
 import os
 import secrets
 import struct
@@ -40,6 +39,7 @@ from typing import Any
 import msgspec
 
 from flexpert.comm.errors import ChannelDown, CommError, PeerUnreachable
+from flexpert.comm.host.link_memory import LinkMemory
 
 MESSAGE_BYTES = 128
 
@@ -54,10 +54,6 @@ _MODULES = ("nixl", "nixl_cu13", "nixl_cu12")  # the first picks one of the othe
 _HEADER = struct.Struct("<8sQB")  # the receiver's token, number, kind
 _DATA, _GOODBYE = 0, 1
 _NUDGE = b"\0"  # too short for a message: thrown away where it arrives
-
-# ExportedPages to peers that never said they were done. Kept mapped, so that nothing else gets the
-# address.
-_forsaken: list[mmap.mmap] = []
 
 
 class LinkBroken(PeerUnreachable):
@@ -129,14 +125,12 @@ def _silence() -> Iterator[None]:
 class _Region:
     """Own memory that is registered as long as its endpoint lives."""
 
-    def __init__(self, size: int, agent: Any, errors: tuple[type[Exception], ...]) -> None:
+    def __init__(
+        self, size: int, memory: LinkMemory, agent: Any, errors: tuple[type[Exception], ...]
+    ) -> None:
         """Raises: CommError"""
-        try:
-            self.map = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise CommError(f"cannot map {size} bytes for a NIXL peer: {error}") from error
-        self._view = ctypes.c_char.from_buffer(self.map)
-        self.at = ctypes.addressof(self._view)
+        self._memory = memory
+        self.offset, self.at = memory.take(size)
         self.size = size
         try:
             self.registration = agent.register_memory([(self.at, size, 0, "")], "DRAM")
@@ -151,13 +145,12 @@ class _Region:
         ctypes.memset(self.at, 0, min(size, self.size))
 
     def unmap(self) -> None:
-        del self._view  # a map with a view of it cannot be closed
-        self.map.close()
+        self._memory.give_back(self.offset, self.at, self.size)
 
     def forsake(self) -> None:
-        """Give the memory back, but not the addresses."""
-        self.map.madvise(mmap.MADV_DONTNEED)
-        _forsaken.append(self.map)
+        """Give the memory back, but not the addresses: it was exported to a peer that never said it
+        was done, so that nothing else must get them."""
+        self._memory.empty(self.offset, self.size)
 
 
 class _Remote:
@@ -190,6 +183,8 @@ class Endpoint:
     """One NIXL agent, and the memory and the links that belong to it.
 
     Calls may come from several threads.
+
+    memory: of all inboxes and outboxes.
     """
 
     def __init__(self, name: str) -> None:
@@ -215,6 +210,7 @@ class Endpoint:
             raise ChannelDown(f"NIXL cannot start: {error}") from error
         if "UCX" not in self._agent.backends:
             raise CommError("this installation of NIXL has no UCX plugin")
+        self.memory = LinkMemory()
 
     def link(self, size: int, *, clear: int | None = None) -> NixlEndpointLink:
         """Memory for a new peer; `NixlEndpointLink.open` connects.
@@ -282,6 +278,7 @@ class Endpoint:
                 for region in regions:
                     region.unmap()
             self._free.clear()
+            self.memory.close()
 
     # ---- what links use, under the lock -------------------------------------------------------
 
@@ -332,7 +329,7 @@ class Endpoint:
     def _take(self, size: int, clear: int | None) -> _Region:
         free = self._free.setdefault(size, [])
         if not free:
-            return _Region(size, self._agent, self._errors)
+            return _Region(size, self.memory, self._agent, self._errors)
         region = free.pop()
         region.clear(size if clear is None else clear)
         return region
@@ -394,7 +391,9 @@ class NixlEndpointLink:
     Attributes:
         offer: what the peer needs to `open` its side.
         inbox, outbox: their addresses.
+        inbox_offset, outbox_offset: where they lie in the endpoint's memory.
         size: of each, bytes.
+        bytes_written: to the peer so far, messages included.
         peer: name of the peer's agent; "" until `open`.
     """
 
@@ -404,6 +403,9 @@ class NixlEndpointLink:
         self.offer = msgspec.msgpack.encode(offer)
         self.inbox = inbox.at
         self.outbox = outbox.at
+        self.inbox_offset = inbox.offset
+        self.outbox_offset = outbox.offset
+        self.bytes_written = 0
         self.size = offer.size
         self.peer = ""
         self.closed = False
@@ -469,6 +471,7 @@ class NixlEndpointLink:
                 if transfer is not None:
                     self._endpoint._release(transfer)
                 raise self._break(error) from error
+            self.bytes_written += size + len(words)
             if state == "DONE":
                 self._keep(part, transfer)
             else:
@@ -585,6 +588,7 @@ class NixlEndpointLink:
             self._endpoint._agent.send_notif(self.peer, words)
         except self._endpoint._errors as error:
             raise self._break(error) from error
+        self.bytes_written += len(words)
 
     def _break(self, error: Exception) -> LinkBroken:
         self._broken = self._broken or str(error)

@@ -20,7 +20,12 @@ _NAP_S = 0.00005
 
 
 class Remote:
-    """The agent of this buffer, and the links that go through it."""
+    """The agent of this buffer, and the links that go through it.
+
+    moved: whether the last `flush` sent or got something, or left something on its way.
+    """
+
+    moved = False
 
     def __init__(self, core: Core, installed: Mapping[int, Link]) -> None:
         """installed: see `Members`."""
@@ -46,9 +51,15 @@ class Remote:
             self._endpoint.close()
             self._endpoint = None
 
+    def bytes_written(self) -> dict[int, int]:
+        """By peer behind NIXL, as long as it is connected: all that was written to it."""
+        links = [link for link in tuple(self._installed.values()) if isinstance(link, NixlLink)]
+        return {link.peer: link.bytes_written for link in links}
+
     def flush(self) -> bool:
         """Send what is due over NIXL, and take what has come; whether there are such peers."""
         links = [link for link in self._installed.values() if isinstance(link, NixlLink)]
+        self.moved = False
         if not links or self._endpoint is None:
             return False
         core = self._core
@@ -60,7 +71,7 @@ class Remote:
             if core.gone(link.peer) in (ENDED, BROKEN_LINK):
                 continue
             try:
-                link.flush(core.b)
+                self.moved |= link.flush(core.b)
                 link.check()
                 if probe:
                     link.probe()
@@ -69,6 +80,7 @@ class Remote:
         by_agent = {link.agent: link for link in links}
         for agent, message in self._endpoint.poll():
             if agent in by_agent:
+                self.moved = True
                 by_agent[agent].store(message)
         return True
 

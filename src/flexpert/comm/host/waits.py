@@ -32,8 +32,9 @@ class _Waiting:
     ranks that wait for long beat (kernels.c), and only those that do not are taken for stopped.
     """
 
-    def __init__(self, b: Any, limit_ns: int, begun_ns: int) -> None:
+    def __init__(self, b: Any, what: int, limit_ns: int, begun_ns: int) -> None:
         self._b = b
+        self._what = what
         self.period_ns = max(limit_ns // _BEATS, POLL_MOST_NS)
         self._next_ns = begun_ns + self.period_ns
         self._beats: dict[int, tuple[int, int]] = {}  # peer → its last beat, seen when
@@ -53,7 +54,13 @@ class _Waiting:
             elif beat != last[0]:
                 self._beats[peer] = (beat, now_ns)
 
-    def waits(self, peer: int, now_ns: int) -> bool:
+    def is_stopped(self, peer: int, now_ns: int) -> bool:
+        """Whether a missing peer is to blame. One whose word comes through a gateway is not while
+        the gateway itself is silent: it may have said all, and gone on."""
+        gateway = lib.fx_gateway_of(self._b, peer, self._what)
+        return not self._waits(peer, now_ns) and (gateway < 0 or self._waits(gateway, now_ns))
+
+    def _waits(self, peer: int, now_ns: int) -> bool:
         """Whether a peer has beaten lately."""
         _, seen_ns = self._beats.get(peer, (0, -FOREVER_NS))
         return now_ns - seen_ns < _FRESH * self.period_ns
@@ -80,13 +87,13 @@ class Waiter:
         begun_ns = time.monotonic_ns()
         most_ns = limit_ns(limit_s)
         deadline_ns = begun_ns + most_ns
-        others = _Waiting(core.b, min(most_ns, limit_ns(core.timeout_s)), begun_ns)
+        others = _Waiting(core.b, what, min(most_ns, limit_ns(core.timeout_s)), begun_ns)
         masked: list[int] = []
         poll_ns = POLL_FIRST_NS
         while True:
             core.turns += 1
             polls = remote.flush()
-            poll_ns = min(2 * poll_ns, POLL_MOST_NS)
+            poll_ns = POLL_FIRST_NS if remote.moved else min(2 * poll_ns, POLL_MOST_NS)
             how = lib.fx_wait(
                 core.b,
                 what,
@@ -112,7 +119,7 @@ class Waiter:
                 continue
             missing = sorted(self._missing[at] for at in range(self._missing_count[0]))
             if how == TIMEOUT and now_ns < begun_ns + 2 * most_ns:
-                silent = [rank for rank in missing if not others.waits(rank, now_ns)]
+                silent = [rank for rank in missing if others.is_stopped(rank, now_ns)]
                 if len(silent) < len(missing):
                     missing = silent
                     deadline_ns = now_ns + others.period_ns

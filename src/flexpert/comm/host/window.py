@@ -41,6 +41,7 @@ class WindowAddress(msgspec.Struct, frozen=True, array_like=True):
     nonce: bytes
     spec: bytes
     rank: int
+    group: bytes = b""  # equal on ranks that share rows from other machines; b"": it shares none
 
 
 def encode(address: WindowAddress) -> bytes:
@@ -75,7 +76,8 @@ class WindowPlace:
 class HostWindow:
     """The own window: created with the control part only; it grows by a place for each peer."""
 
-    def __init__(self, rank: int, spec: BufferSpec) -> None:
+    def __init__(self, rank: int, spec: BufferSpec, group: bytes = b"") -> None:
+        """group: see `WindowAddress`."""
         self.layout: WindowLayout = layout(spec)
         nonce = secrets.token_bytes(NONCE_BYTES)
         self.fd = memfd.create(MEMFD_NAME, CONTROL_BYTES)
@@ -88,6 +90,7 @@ class HostWindow:
             nonce=nonce,
             spec=spec_hash(spec),
             rank=rank,
+            group=group,
         )
         self.control = map_part(self.fd, 0, CONTROL_BYTES)
         self._places: dict[int, WindowPlace] = {}
