@@ -142,6 +142,15 @@ class EngineConfig(_Section):
     deterministic: bool = Field(
         False, description="bit-identical answers on any ranks; without it rounding may change them"
     )
+    machine: str = Field(
+        "",
+        max_length=200,
+        description="name of this machine: ranks with equal names share memory; default: found out",
+    )
+    transport: Literal["auto", "nixl"] = Field(
+        "auto",
+        description="between ranks; auto: memory on one machine, NIXL between them; nixl: always",
+    )
     threads: int | None = Field(
         None,
         ge=1,
@@ -305,6 +314,15 @@ class Config(_Section):
         )
         if refusal is not None:
             raise ValueError(refusal)
+        return self
+
+    @model_validator(mode="after")
+    def _reaches_its_ranks(self) -> Config:
+        if self.engine.device == "cuda" and self.engine.transport == "nixl":
+            raise ValueError(
+                "transport=nixl is for --device cpu: ranks on GPUs of one machine reach each other "
+                "by CUDA IPC; drop --transport, or use --all2all nixl_ep for NVIDIA's kernels"
+            )
         return self
 
     @model_validator(mode="after")

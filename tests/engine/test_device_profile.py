@@ -21,8 +21,11 @@ from flexpert.engine.device_profile import (
     profile_of,
     triton_batches,
 )
+from flexpert.engine.head_store import HeadStore, MeetingPlace
 from flexpert.errors import ConfigError
 from flexpert.kernels.step_shapes import lanes
+
+MEETING = MeetingPlace(HeadStore(lambda request: None), "here")
 
 
 def gpu(**overrides: object) -> Config:
@@ -105,7 +108,7 @@ def test_sizes_that_nixl_ep_does_not_take_are_told_as_a_wrong_setting() -> None:
     spec = BufferSpec(2, 4, 64, 2, torch.float32)
     config = gpu(**{"engine.all2all": "nixl_ep"}).engine
     with pytest.raises(ConfigError, match=r"--all2all nixl_ep: .* bfloat16 rows"):
-        InterpreterProfile(config).make_exchange(0, spec, 1.0, experts=4)
+        InterpreterProfile(config).make_exchange(0, spec, 1.0, 4, MEETING)
 
 
 def test_a_cache_that_the_gpu_has_no_room_for_is_told_as_a_wrong_setting(

@@ -249,7 +249,7 @@ class Simulation(Network):
         elif process.alive:
             own = process.address
             here = self.machine_of.get(process.life) or socket.gethostname()
-            hello = msg.Hello(process.life, here, own, own, own)
+            hello = msg.Hello(process.life, here, own, own, own, machine=here)
             self.tell(process, hello)
 
     def kill(self, rank: int) -> None:

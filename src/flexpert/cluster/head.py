@@ -30,6 +30,7 @@ from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
 from flexpert.cluster.processes.spare_ranks import SpareRanks
 from flexpert.cluster.processes.transport import Transport
+from flexpert.cluster.rank_store import RankStore
 from flexpert.cluster.service_metrics import Metrics
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
 from flexpert.comm import PeerUnreachable
@@ -97,6 +98,7 @@ class Head:
             stop=self._end_spare,
         )
         self._lives: dict[int, bytes] = {}  # liveness locks of ranks
+        self._rank_store = RankStore()
         self.metrics = Metrics(self._rank_views, lambda: self._epoch, lambda: len(self._journal))
         self.registry = self.metrics.registry
 
@@ -443,6 +445,9 @@ class Head:
                 self.metrics.tokens.inc(journal.tokens_published - before)
                 self.metrics.degraded_tokens.inc(journal.tokens_degraded - degraded[0])
                 self.metrics.degraded_sequences.inc(journal.answers_degraded - degraded[1])
+            case msg.StoreRequest(number):
+                value = self._rank_store.answer(rank, report)
+                self._send(rank, msg.StoreAnswer(number, value))
             case msg.OnTrial(sequence_id):
                 self._journal.on_trial(sequence_id)
             case msg.Rejected(sequence_id, error, fault):
@@ -489,6 +494,7 @@ class Head:
 
     def _on_exit(self, rank: int, status: int, why: str) -> None:
         self._lives.pop(rank, None)
+        self._rank_store.forget(rank)
         if self._transport:
             self._transport.drain(rank)
             self._transport.forget(rank)

@@ -16,6 +16,7 @@ from flexpert.models.fusion_verdicts import MOST_BYTES
 
 log = logging.getLogger("flexpert")
 
+MOST_MACHINE = 300  # characters of a machine's name
 # Signals that a process brings upon itself.
 _FAULTS = {
     signal.SIGABRT,
@@ -145,7 +146,7 @@ class RankReports:
         if rank_state.state != "starting":
             raise msg.Contradiction(f"it says hello, and is {rank_state.state} already")
         rank_state.pid, rank_state.host = report.pid, report.host
-        rank_state.machine = report.host
+        rank_state.machine = report.machine[:MOST_MACHINE]
         rank_state.address, rank_state.kv = report.address, report.kv
         rank_state.experts = report.experts
         if not self._cluster.verdicts and len(report.verdicts) <= MOST_BYTES:

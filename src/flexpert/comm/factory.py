@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from flexpert.comm.buffer import Buffer, BufferSpec, Channel, OnTimeout
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
+
+    from flexpert.comm.bounded import StoreKeys
 
 
 class BufferOptions(TypedDict, total=False):
@@ -16,7 +18,7 @@ class BufferOptions(TypedDict, total=False):
     backend: str
     timeout_s: float
     on_timeout: OnTimeout
-    store: Store | None
+    store: StoreKeys | None
     channel: Channel
     machine: str | None
     two_level: bool
@@ -30,7 +32,7 @@ def make_buffer(
     backend: str = "host",
     timeout_s: float = 30.0,
     on_timeout: OnTimeout = "raise",
-    store: Store | None = None,
+    store: StoreKeys | None = None,
     channel: Channel = "auto",
     machine: str | None = None,
     two_level: bool = True,
@@ -48,7 +50,8 @@ def make_buffer(
         on_timeout: what becomes of a peer that does not answer in time, or dies: "raise" ends the
             exchange and the epoch with RankTimeout or RankLost; "mask" masks the peer and goes on
             without it, see `Buffer.missing_results`.
-        store: a torch.distributed Store for `connect` by ids.
+        store: a torch.distributed Store for `connect` by ids; for "host" also what else has the
+            calls of `StoreKeys`.
         channel: "auto": shared memory where two ranks are on one machine, else NIXL; or one of
             them for all peers.
         machine: ranks with equal names use shared memory; default: the boot id of the kernel.
@@ -68,19 +71,20 @@ def make_buffer(
         raise ValueError("slots is for backend 'nixl_ep', which needs it; for no other")
     if channel == "nixl" and backend in ("cuda", "nixl_ep"):
         raise ValueError(f"backend {backend!r} reaches ranks of one host only; channel='auto'")
+    of_torch = cast("Store | None", store)  # between GPUs, whose ranks meet through nothing else
     if backend == "cuda":
         from flexpert.comm.cuda import require
 
         require()
         from flexpert.comm.cuda.cuda_buffer import CudaBuffer
 
-        return CudaBuffer(rank, spec, timeout_s=timeout_s, on_timeout=on_timeout, store=store)
+        return CudaBuffer(rank, spec, timeout_s=timeout_s, on_timeout=on_timeout, store=of_torch)
     if backend == "nixl_ep":
         from flexpert.comm.nixl_ep.nixl_ep_buffer import NixlEpBuffer
 
         assert slots is not None  # checked above
         return NixlEpBuffer(
-            rank, spec, slots=slots, timeout_s=timeout_s, on_timeout=on_timeout, store=store
+            rank, spec, slots=slots, timeout_s=timeout_s, on_timeout=on_timeout, store=of_torch
         )
     if backend != "host":
         raise ValueError(f"unknown exchange backend {backend!r}: host, cuda or nixl_ep")

@@ -22,6 +22,7 @@ from flexpert.comm.peer_memory import ExportedMemory, ImportedMemory, export_mem
 from flexpert.config import EngineConfig
 from flexpert.engine.gpu_driver import GpuDriver, open_driver
 from flexpert.engine.gpu_usage import GpuUsage, HostUsage
+from flexpert.engine.head_store import MeetingPlace
 from flexpert.errors import ConfigError
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
 from flexpert.kernels.kernel_set import Kernels, check_gpu, cpu_kernels, gpu_kernels
@@ -94,11 +95,14 @@ class DeviceProfile(ABC):
         """What the dense part of a model calls."""
 
     @abstractmethod
-    def make_exchange(self, rank: int, spec: BufferSpec, timeout_s: float, experts: int) -> Buffer:
+    def make_exchange(
+        self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: MeetingPlace
+    ) -> Buffer:
         """The buffer of a rank.
 
         Args:
             experts: of a layer; a rank that is alone holds all of them.
+            meeting: for ranks of other machines, where the exchange reaches them.
 
         Raises:
             ConfigError: there is no room for it on the device, or nixl_ep is absent or does not
@@ -173,8 +177,12 @@ class CpuProfile(DeviceProfile):
     def make_kernels(self) -> Kernels:
         return cpu_kernels()
 
-    def make_exchange(self, rank: int, spec: BufferSpec, timeout_s: float, experts: int) -> Buffer:
-        return make_buffer(rank, spec, timeout_s=timeout_s)
+    def make_exchange(
+        self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: MeetingPlace
+    ) -> Buffer:
+        return make_buffer(
+            rank, spec, timeout_s=timeout_s, store=meeting.store, machine=meeting.machine
+        )
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
         return MoERuntime(buffer, reduce="home" if self.config.deterministic else "rank")
@@ -212,7 +220,9 @@ class TritonProfile(DeviceProfile):
     def make_kernels(self) -> Kernels:
         return gpu_kernels()
 
-    def make_exchange(self, rank: int, spec: BufferSpec, timeout_s: float, experts: int) -> Buffer:
+    def make_exchange(
+        self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: MeetingPlace
+    ) -> Buffer:
         if self.config.all2all == "nixl_ep" and spec.capacity > 1:
             return _make_nixl_ep(rank, spec, timeout_s, experts)
         from flexpert.comm.cuda.cuda_runtime import CudaError  # needs torch with CUDA

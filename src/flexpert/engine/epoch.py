@@ -36,6 +36,13 @@ class PreparedEpoch:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
 
+def neighbours(plan: Prepare, rank: int) -> tuple[dict[int, bytes], list[int]]:
+    """(members on this rank's machine and their addresses, the others)."""
+    own = plan.machines.get(rank, "")
+    far = [other for other in sorted(plan.members) if plan.machines.get(other, own) != own]
+    return {r: address for r, address in plan.members.items() if r not in far}, far
+
+
 def prepare_epoch(
     plan: Prepare,
     *,
@@ -62,7 +69,10 @@ def prepare_epoch(
     if rank not in plan.members:
         return PreparedEpoch(plan, frozenset(), [], moe.stage([]))
     watch = Stopwatch()
-    buffer.connect(plan.members)
+    near, far = neighbours(plan, rank)
+    buffer.connect(near)
+    if far:
+        buffer.connect(far)  # they do the same; each pair meets
     watch.lap("connect")
     progress(0.0)
     desired = plan.placement.held_by(rank)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from flexpert.comm import Buffer, CommError
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.epoch import Cancelled, PreparedEpoch, prepare_epoch
+from flexpert.engine.head_store import HeadStore
 from flexpert.errors import FlexpertError
 from flexpert.kernels.device_stream import DeviceStream
 from flexpert.models.source import ModelSource
@@ -128,12 +129,14 @@ class EpochPreparer:
         store: Store,
         moe: ElasticMoELayers,
         stream: DeviceStream,
+        meeting: HeadStore,
         *,
         report: Callable[[msg.Report], None],
         done: Callable[[PreparationEnded], None],
     ) -> None:
         """
         Args:
+            meeting: through which the buffer meets ranks of other machines.
             report: hears of the progress, in the preparation's thread.
             done: hears of the end, there too.
         """
@@ -144,6 +147,7 @@ class EpochPreparer:
         self._store = store
         self._moe = moe
         self._stream = stream
+        self._meeting = meeting
         self._report = report
         self._done = done
         self._cached: tuple[bytes, CachedExperts] | None = None  # by its address
@@ -220,7 +224,7 @@ class EpochPreparer:
         return self._cached[1]
 
     def _work(self, plan: msg.Prepare, cancelled: threading.Event) -> PreparedEpoch:
-        with self._stream.aside():
+        with self._stream.aside(), self._meeting.until(cancelled):
             try:
                 return prepare_epoch(
                     plan,

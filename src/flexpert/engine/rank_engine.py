@@ -32,6 +32,7 @@ from flexpert.engine.device_meter import DeviceMeter, Slabs
 from flexpert.engine.device_profile import WarmUpTime, profile_of, set_threads
 from flexpert.engine.epoch import PreparedEpoch
 from flexpert.engine.faults import Faults
+from flexpert.engine.head_store import HeadStore, MeetingPlace, machine_name
 from flexpert.engine.kv_transfer import FetchEnded, KVTransfer
 from flexpert.engine.memory_plan import MemoryMeter, buffer_spec, kv_blocks
 from flexpert.engine.preparation import EpochPreparer, PreparationEnded
@@ -110,8 +111,11 @@ class RankEngine:
         self.profile = profile_of(config, rank)
         self.watch.lap("device")
         spec = buffer_spec(info, config, capacity)
-        buffer = self.profile.make_exchange(rank, spec, exchange_timeout_s, info.experts)
         self.report = faults.around_reports(report) if faults else report
+        self._head_store = HeadStore(self.report)
+        self.machine = machine_name(config, rank)
+        meeting = MeetingPlace(self._head_store, self.machine)
+        buffer = self.profile.make_exchange(rank, spec, exchange_timeout_s, info.experts, meeting)
         self.buffer: Buffer = faults.around(buffer) if faults else buffer
         self._faults = faults
         self.moe = self.profile.make_moe_layers(self.buffer, source)
@@ -165,6 +169,7 @@ class RankEngine:
             self.store,
             self.moe,
             self.profile.stream,
+            self._head_store,
             report=self.report,
             done=self._enqueue,
         )
@@ -247,6 +252,9 @@ class RankEngine:
         A `Halt` also breaks off the step under way, and is acknowledged at once: that the process
         hears does not depend on its step loop.
         """
+        if isinstance(command, msg.StoreAnswer):
+            self._head_store.answer(command)  # the step loop has nothing to do with it
+            return
         self._enqueue(command)
         if isinstance(command, msg.Halt):
             # afterwards: an epoch that is entered meanwhile forgets interrupts, and must find the

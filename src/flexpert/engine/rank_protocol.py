@@ -19,6 +19,8 @@ and a report four:
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, TokenEvent
@@ -108,11 +110,31 @@ class Hold(msgspec.Struct, frozen=True, tag="hold"):
     members: list[int]
 
 
+class StoreAnswer(msgspec.Struct, frozen=True, tag="store_answer"):
+    """To the `StoreRequest` with that number. value: what the entry holds then."""
+
+    number: int
+    value: str
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End this rank."""
 
 
-Command = Prepare | Commit | Cancel | Admit | Offer | Fetch | Adopt | Abort | Halt | Hold | Stop
+Command = (
+    Prepare
+    | Commit
+    | Cancel
+    | Admit
+    | Offer
+    | Fetch
+    | Adopt
+    | Abort
+    | Halt
+    | Hold
+    | StoreAnswer
+    | Stop
+)
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
@@ -160,6 +182,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     experts it will hold, for those who need one. laps: what it did until now → seconds. life:
     address of the liveness lock that its main thread holds; b"": there is none. verdicts: which
     modules of the model our kernels compute, encoded, for later ranks (`fusion_verdicts`).
+    machine: equal on ranks that can open each other's memory.
     """
 
     pid: int
@@ -170,6 +193,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     laps: dict[str, float] = {}
     life: bytes = b""
     verdicts: bytes = b""
+    machine: str = ""
 
 
 class Unable(msgspec.Struct, frozen=True, tag="unable"):
@@ -300,6 +324,19 @@ class Broken(msgspec.Struct, frozen=True, tag="broken"):
     error: str
 
 
+StoreOperation = Literal["set", "compare_set", "delete"]
+
+
+class StoreRequest(msgspec.Struct, frozen=True, tag="store"):
+    """A call of the store through which ranks of different machines meet (`head_store.py`)."""
+
+    number: int
+    operation: StoreOperation
+    key: str
+    value: str = ""
+    expected: str = ""
+
+
 Report = (
     Hello
     | Unable
@@ -317,6 +354,7 @@ Report = (
     | Rejected
     | OnTrial
     | Broken
+    | StoreRequest
 )
 
 encode = msgspec.msgpack.Encoder().encode

@@ -164,6 +164,7 @@ def _hello(engine: RankEngine, life: LivenessLock) -> msg.Hello:
         dict(engine.watch.laps),
         life.address,
         encode_verdicts(engine.runner.verdicts),
+        engine.machine,
     )
 
 

@@ -18,7 +18,7 @@ from flexpert.comm.host.remote import Remote
 from flexpert.comm.host.window import WindowAddress, decode
 
 if TYPE_CHECKING:
-    from torch.distributed import Store  # type: ignore[attr-defined]
+    from flexpert.comm.bounded import StoreKeys
 
 
 class Connector:
@@ -31,7 +31,7 @@ class Connector:
         remote: Remote,
         *,
         greeting: Greeting,
-        store: Store | None,
+        store: StoreKeys | None,
     ) -> None:
         self._core = core
         self._changes = changes

@@ -39,7 +39,7 @@ from flexpert.comm.host.window import encode
 from flexpert.comm.window_layout import VOTE_BYTES, layout
 
 if TYPE_CHECKING:
-    from torch.distributed import Store  # type: ignore[attr-defined]
+    from flexpert.comm.bounded import StoreKeys
 
 
 class HostBuffer(Buffer):
@@ -69,7 +69,7 @@ class HostBuffer(Buffer):
         *,
         timeout_s: float = 30.0,
         on_timeout: OnTimeout = "raise",
-        store: Store | None = None,
+        store: StoreKeys | None = None,
         channel: Channel = "auto",
         machine: str | None = None,
         two_level: bool = True,
