@@ -13,6 +13,8 @@ elastic exchange is a library of its own, `flexpert.comm`.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flexpert.version import VERSION
+
 if TYPE_CHECKING:
     from flexpert.cluster.views import ClusterView, OperationView
     from flexpert.config import Config, load_config
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     )
     from flexpert.llm import LLM, Completion, CompletionOutput
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "LLM",

@@ -209,6 +209,20 @@ class ClusterConfig(_Section):
     memory_per_rank: Bytes | None = Field(
         None, description="limit of a rank: of the host's memory, or of its GPU's; default: none"
     )
+    join_listen: str | None = Field(
+        None,
+        max_length=300,
+        pattern=r"^tcp://.+:\d{1,5}$",
+        description="address where hosts join ('flexpert join'), as tcp://0.0.0.0:7000; needs a "
+        "cluster token; port 0: any; default: none can",
+    )
+    cluster_token_file: Path | None = Field(
+        None,
+        description="a file whose first line is the cluster token; default: FLEXPERT_CLUSTER_TOKEN",
+    )
+    host_timeout: Seconds = Field(
+        2.0, gt=0, description="silence until a host that has joined is lost"
+    )
     memory_headroom: float = Field(
         0.05, ge=0, lt=1, description="share of the host's memory left free"
     )

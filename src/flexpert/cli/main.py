@@ -18,6 +18,7 @@ from flexpert.cli import (
     bench_hostile,
     bench_serve,
     client_commands,
+    join,
     plan,
     serve_command,
     trial_commands,
@@ -102,6 +103,8 @@ def version(json_: Json = False) -> None:
 
 add_command(app, "serve", serve_command.serve, serve_command.SERVE_EXAMPLES)
 add_command(app, "scale", client_commands.scale, client_commands.SCALE_EXAMPLES, cls=ScaleCommand)
+add_command(app, "join", join.join, join.JOIN_EXAMPLES)
+add_command(app, "leave", join.leave, join.LEAVE_EXAMPLES)
 add_command(app, "status", client_commands.status, client_commands.STATUS_EXAMPLES)
 add_command(app, "chat", client_commands.chat, client_commands.CHAT_EXAMPLES)
 add_command(app, "complete", client_commands.complete, client_commands.COMPLETE_EXAMPLES)

@@ -91,10 +91,25 @@ class Coordinator:
         return self._operations.begin_first(ranks)
 
     def begin(
-        self, *, ranks: int | None = None, add: int = 0, remove: Sequence[int] = ()
+        self,
+        *,
+        ranks: int | None = None,
+        add: int = 0,
+        remove: Sequence[int] = (),
+        join: Sequence[int] = (),
     ) -> OperationView:
         """See `Operations.begin`. Raises: OperationRefused, OperationConflict"""
-        return self._operations.begin(ranks=ranks, add=add, remove=remove)
+        return self._operations.begin(ranks=ranks, add=add, remove=remove, join=join)
+
+    def leave_to_host(self, rank: int) -> None:
+        """The rank's process is another host's: if it is lost, it is not started again here."""
+        self._cluster.restart_policy.leave_to_host(rank)
+
+    @property
+    def idle(self) -> bool:
+        """Whether a change could begin now."""
+        cluster = self._cluster
+        return cluster.operation is None and cluster.queued is None and not self.down
 
     def cancel(self, operation_id: str) -> OperationView:
         """See `Operations.cancel`. Raises: UnknownOperation, OperationConflict"""

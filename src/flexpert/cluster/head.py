@@ -18,13 +18,16 @@ from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.expert_cache_manager import ExpertCacheManager
 from flexpert.cluster.formatting import describe_memory
+from flexpert.cluster.hosts.agent import model_digest
+from flexpert.cluster.hosts.cluster_token import cluster_keys
+from flexpert.cluster.hosts.host_sessions import HostSessions
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.phase_clock import CHANGES
-from flexpert.cluster.processes.early_fork_server import EarlyForkServer, for_children
+from flexpert.cluster.processes.early_fork_server import EarlyForkServer, for_children, for_hosts
 from flexpert.cluster.processes.helper import ForkedHelper, OnEnd, OnMessage
 from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
@@ -48,7 +51,7 @@ from flexpert.errors import (
     RequestError,
     ServiceStopped,
 )
-from flexpert.models.source import ModelInfo
+from flexpert.models.source import ModelInfo, ModelSource
 
 log = logging.getLogger("flexpert")
 
@@ -89,6 +92,8 @@ class Head:
         self.opened = asyncio.Event()
         self._cache: ExpertCacheManager | None = None
         self._budget: MemoryBudget | None = None
+        self._hosts: HostSessions | None = None
+        self._cluster_keys = cluster_keys(config.cluster)
         cluster = config.cluster
         self._spares = SpareRanks(
             cluster.spare_ranks,
@@ -149,6 +154,7 @@ class Head:
         self._cache = ExpertCacheManager(self.config, source, self)
         self._cache.start()
         self._spares.run()
+        self._listen_to_hosts(source, tell)
         for rank in self._coordinator.ranks():
             memory = describe_memory(*self._coordinator.memory(rank.id))
             if memory:
@@ -186,6 +192,8 @@ class Head:
         if self._coordinator and self._transport:
             for rank in self._coordinator.ranks():
                 self._transport.send(rank.id, msg.Stop())
+        if self._hosts:
+            self._hosts.close()
         if self._launcher:
             await self._launcher.close()
         if self._transport:
@@ -267,17 +275,23 @@ class Head:
             left_out=sorted(coordinator.left_out),
             down=coordinator.down,
             spares=self._spares.views(),
+            hosts=self._hosts.views() if self._hosts else [],
         )
 
     def begin_operation(
-        self, *, ranks: int | None = None, add: int = 0, remove: Sequence[int] = ()
+        self,
+        *,
+        ranks: int | None = None,
+        add: int = 0,
+        remove: Sequence[int] = (),
+        join: Sequence[int] = (),
     ) -> OperationView:
         """Start a change; see `Coordinator.begin`.
 
         Raises:
             OperationConflict, OperationRefused
         """
-        return self._need_coordinator().begin(ranks=ranks, add=add, remove=remove)
+        return self._need_coordinator().begin(ranks=ranks, add=add, remove=remove, join=join)
 
     def operation(self, operation_id: str) -> OperationView:
         """Raises UnknownOperation."""
@@ -355,7 +369,7 @@ class Head:
         coordinator = self._coordinator
         if coordinator is None or coordinator.running is not None or coordinator.down:
             return None
-        return coordinator.members | coordinator.desired
+        return coordinator.members | coordinator.desired | self.reserved
 
     def _fork(self, rank: int, verdicts: bytes, *, spare: bool = False) -> None:
         assert self._launcher is not None
@@ -366,6 +380,9 @@ class Head:
             why = f"it cannot be connected: {error.strerror}; raise the limit of open files"
             asyncio.get_running_loop().call_soon(self._on_exit, rank, 1, why)
             return
+        if rank in self.reserved and self._hosts:
+            self._hosts.spawn(rank, verdicts, end)
+            return
         spec = encode_spec(RankSpec(rank, for_children(self.config), verdicts, spare))
         self._launcher.spawn(rank, ENTRY, spec, end)
 
@@ -375,9 +392,54 @@ class Head:
         if not self._stopped and self._launcher:
             self._launcher.kill(rank)
 
+    @property
+    def reserved(self) -> frozenset[int]:
+        return self._hosts.ids if self._hosts else frozenset()
+
     def kill(self, rank: int) -> None:
         assert self._launcher is not None
-        self._launcher.kill(rank)
+        if rank in self.reserved and self._hosts:
+            self._hosts.kill(rank)
+        else:
+            self._launcher.kill(rank)
+
+    # ---- for hosts that join ------------------------------------------------------------------
+
+    def free_id(self, wanted: int) -> int | None:
+        """An id for a rank from outside, the wanted one if it is free; the highest, since
+        processes of this host take the lowest. None: there is none."""
+        coordinator = self._need_coordinator()
+        taken = {rank.id for rank in coordinator.ranks()} | coordinator.desired | self.reserved
+        taken |= {rank for rank in range(self.config.cluster.max_ranks) if rank in self._spares}
+        free = set(range(self.config.cluster.max_ranks)) - taken
+        if wanted >= 0:
+            return wanted if wanted in free else None
+        return max(free, default=None)
+
+    def busy(self) -> bool:
+        """Whether a change could not begin now."""
+        return not (self._serving and self._need_coordinator().idle)
+
+    def rank_left_host(self, rank: int, status: int, why: str) -> None:
+        """The process of a rank from outside is gone, or given up."""
+        if status != 0 and self._coordinator:
+            self._coordinator.leave_to_host(rank)
+        self._on_exit(rank, status, why)
+
+    def _listen_to_hosts(self, source: ModelSource, tell: Callable[[str], None]) -> None:
+        """Raises: ConfigError: it cannot listen there."""
+        cluster = self.config.cluster
+        if cluster.join_listen is None or self._cluster_keys is None:
+            return
+        self._hosts = HostSessions(
+            cluster.join_listen,
+            self._cluster_keys,
+            self,
+            settings=for_hosts(self.config),
+            digest=model_digest(source),
+            timeout_s=cluster.host_timeout,
+        )
+        tell(f"hosts join at {self._hosts.address}")
 
     def send(self, rank: int, command: msg.Command) -> None:
         self._send(rank, command)

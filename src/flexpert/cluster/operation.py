@@ -30,13 +30,23 @@ def resolve_target(
     ranks: int | None = None,
     add: int = 0,
     remove: Sequence[int] = (),
+    join: Sequence[int] = (),
+    reserved: Iterable[int] = (),
 ) -> frozenset[int]:
     """The rank ids after a change: newcomers take the lowest free ids, the highest leave.
+
+    join: ids that join besides. reserved: free ids that newcomers do not take.
 
     Raises:
         OperationRefused: a contradiction, an unknown id, or more than there is room for.
     """
     before = set(members)
+    if join:
+        there = sorted(before & set(join))
+        if there or max(join) >= capacity:
+            what = f"rank {there[0]} is there already" if there else "see --max-ranks"
+            raise OperationRefused(f"ranks {sorted(join)} cannot join: {what}")
+        return frozenset(before | set(join))
     if (ranks is None) == (add == 0 and not remove):
         raise OperationRefused("name either the number of ranks, or what to add and remove")
     if add < 0:
@@ -53,7 +63,8 @@ def resolve_target(
     after = len(before) + add - len(leave)
     if after < 1:
         raise OperationRefused("a service needs at least one rank")
-    free = [rank for rank in range(capacity) if rank not in before]
+    taken = before | set(reserved)
+    free = [rank for rank in range(capacity) if rank not in taken]
     if after > capacity:
         raise OperationRefused(
             f"{after} ranks exceed the capacity of {capacity}; start with a larger --max-ranks"
@@ -68,15 +79,27 @@ def resolve_target(
 
 @dataclass(frozen=True, slots=True)
 class TargetRequest:
-    """What somebody asked for: a number of ranks, or how many join and which leave."""
+    """What somebody asked for: a number of ranks, or how many join and which leave; or that a host
+    has joined, whose rank has this id."""
 
     ranks: int | None
     add: int
     remove: tuple[int, ...]
+    join: tuple[int, ...] = ()
 
-    def resolve(self, members: Iterable[int], capacity: int) -> frozenset[int]:
+    def resolve(
+        self, members: Iterable[int], capacity: int, reserved: Iterable[int] = ()
+    ) -> frozenset[int]:
         """See `resolve_target`."""
-        return resolve_target(members, capacity, ranks=self.ranks, add=self.add, remove=self.remove)
+        return resolve_target(
+            members,
+            capacity,
+            ranks=self.ranks,
+            add=self.add,
+            remove=self.remove,
+            join=self.join,
+            reserved=reserved,
+        )
 
 
 class Purpose(Enum):

@@ -32,7 +32,12 @@ class Operations:
     # ---- asked for --------------------------------------------------------------------------
 
     def begin(
-        self, *, ranks: int | None = None, add: int = 0, remove: Sequence[int] = ()
+        self,
+        *,
+        ranks: int | None = None,
+        add: int = 0,
+        remove: Sequence[int] = (),
+        join: Sequence[int] = (),
     ) -> OperationView:
         """Start a change, or return the running one with the same target.
 
@@ -44,7 +49,7 @@ class Operations:
         """
         cluster = self._cluster
         self._check_open()
-        request = TargetRequest(ranks, add, tuple(remove))
+        request = TargetRequest(ranks, add, tuple(remove), tuple(join))
         running = cluster.operation
         if running is None:
             return self._begin(self._resolve(request, cluster.members), request).view()
@@ -142,7 +147,9 @@ class Operations:
         return operation
 
     def _resolve(self, request: TargetRequest, members: frozenset[int]) -> frozenset[int]:
-        return request.resolve(members, self._cluster.config.cluster.max_ranks)
+        cluster = self._cluster
+        capacity = cluster.config.cluster.max_ranks
+        return request.resolve(members, capacity, cluster.head.reserved)
 
     def _same_target(self, running: Operation, request: TargetRequest) -> bool:
         try:

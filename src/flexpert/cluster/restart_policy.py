@@ -32,16 +32,23 @@ class RestartPolicy:
         self._since: dict[int, float] = {}  # when it became active
         self._short: dict[int, int] = {}  # lives in a row that were too short
         self._not_before: dict[int, float] = {}
+        self._of_hosts: set[int] = set()  # lost ids whose processes were other hosts'
+
+    def leave_to_host(self, rank: int) -> None:
+        """An id that is lost, and comes back only if its host does."""
+        self._of_hosts.add(rank)
+        self.desired -= {rank}
 
     def set_desired(self, ranks: Iterable[int]) -> None:
         """A change that was asked for is done: these shall be active. Old failures are forgiven."""
-        self.desired = frozenset(ranks)
+        self.desired = frozenset(ranks) - self._of_hosts
         for rank in self.desired:
             if rank in self.left_out:
                 del self._short[rank]
 
     def active(self, rank: int, now: float) -> None:
         self._since.setdefault(rank, now)
+        self._of_hosts.discard(rank)
 
     def exited(self, rank: int, status: int, now: float) -> None:
         """A process is gone that nobody asked to leave. status: of its exit; < 0: a signal."""

@@ -101,6 +101,13 @@ class SpareView(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool
 
 
+class HostView(msgspec.Struct, frozen=True, kw_only=True):
+    """A host that has joined from outside, and the id that its rank has or will have."""
+
+    rank: int
+    host: str
+
+
 class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     """`GET /cluster`.
 
@@ -119,6 +126,7 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     left_out: list[int] = []
     down: str | None = None
     spares: list[SpareView] = []
+    hosts: list[HostView] = []
 
 
 class ClusterEvent(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ needs them, so that a head can start its fork server first and import them at th
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -110,6 +111,15 @@ def start_fork_server(config: Config) -> Connected:
 def for_children(config: Config) -> str:
     """The settings as JSON, without those of the HTTP server, whose keys are nobody else's."""
     return config.model_dump_json(exclude={"server"})
+
+
+def for_hosts(config: Config) -> str:
+    """The settings as JSON for agents on other hosts: besides, nothing that is only this one's."""
+    tree = config.model_dump(mode="json", exclude={"server"})
+    tree["engine"].pop("machine")
+    for name in ("join_listen", "cluster_token_file"):
+        tree["cluster"].pop(name)
+    return json.dumps(tree)
 
 
 def _terminate(process: subprocess.Popen[bytes], channel: socket.socket) -> None:

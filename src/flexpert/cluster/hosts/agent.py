@@ -1,0 +1,331 @@
+"""`flexpert join`: one rank on this host for a head elsewhere.
+
+An agent authenticates, is given an id and the settings, opens the same model here and starts the
+rank when a change adds it. The rank speaks with the head through it. When the head is lost, or
+gives this host up, the rank is ended, and the agent joins anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import msgspec
+from pydantic import ValidationError
+
+from flexpert.cluster.hosts import agent_protocol as say
+from flexpert.cluster.hosts.byte_pipe import BytePipe
+from flexpert.cluster.hosts.cluster_token import ClusterKeys
+from flexpert.cluster.hosts.curve_socket import CurveClient, NotSentError, pieces
+from flexpert.cluster.processes.early_fork_server import for_children
+from flexpert.cluster.processes.launcher import LocalLauncher
+from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
+from flexpert.config import Config
+from flexpert.errors import FlexpertError
+from flexpert.models.source import ModelSource
+from flexpert.version import VERSION
+
+log = logging.getLogger("flexpert")
+
+_WELCOME_S = 10.0
+_GONE_S = 5.0  # for a rank that is killed
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 10.0
+_BEATS = 5  # in one timeout
+_SILENCE = 2.5  # timeouts after which the head is lost: it beats, and may be slow
+
+
+class Outcome(Enum):
+    """How a session ended."""
+
+    LEFT = "left"  # by a change, or because it was asked to here
+    LOST = "lost"  # the head, or the head has given this host up
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOptions:
+    """address: of the head. rank: the id that is wanted; -1: any. overrides: settings that differ
+    here, dotted. retry_s: for how long a head that is lost is looked for."""
+
+    address: str
+    rank: int
+    overrides: dict[str, object]
+    retry_s: float
+
+
+def model_digest(source: ModelSource) -> str:
+    """Equal for two checkpoints that make the same model, whatever their folders are called."""
+    parts = (
+        replace(source.info, name=""),
+        source.expert_shapes(),
+        sorted(source.checkpoint.recipes),
+        sorted(source.held),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+class Agent:
+    """One rank on this host, through any number of sessions.
+
+    tell: what people are to know, a line each.
+    """
+
+    def __init__(
+        self, options: AgentOptions, keys: ClusterKeys, tell: Callable[[str], None]
+    ) -> None:
+        self._options = options
+        self._keys = keys
+        self._tell = tell
+        self._rank = options.rank
+        self._leaves = asyncio.Event()
+        self._ends_now = asyncio.Event()
+        self._launcher: LocalLauncher | None = None
+        self._settings = ""  # that the launcher was started with
+        self._digest = ""
+        self._session: _AgentSession | None = None
+
+    async def run(self) -> int:
+        """Until the rank has left or nothing more can be done; returns the exit status.
+
+        0 it has left, 1 it could not join or the head is lost for good, 130 stopped at once.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            return await self._join_again_and_again()
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+            if self._launcher:
+                await self._launcher.close(_GONE_S)
+
+    def _on_signal(self) -> None:
+        if self._leaves.is_set():
+            self._ends_now.set()
+        else:
+            self._tell("leaving: its requests move first; again: at once")
+        self._leaves.set()
+
+    async def _join_again_and_again(self) -> int:
+        lost_at = time.monotonic()
+        wait_s = _FIRST_WAIT_S
+        while True:
+            session = self._session = _AgentSession(self)
+            outcome, reason = await session.run()
+            self._session = None
+            if self._ends_now.is_set():
+                return 130
+            if outcome is Outcome.LEFT:
+                self._tell(reason)
+                return 0
+            if session.served:
+                lost_at, wait_s = time.monotonic(), _FIRST_WAIT_S
+            over = time.monotonic() - lost_at > self._options.retry_s
+            if outcome is Outcome.REFUSED or over or self._leaves.is_set():
+                print(f"flexpert: {reason}", file=sys.stderr)
+                return 1
+            self._tell(f"{reason}; joining again in {wait_s:g} s")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leaves.wait(), wait_s)
+            wait_s = min(_LONGEST_WAIT_S, 2 * wait_s)
+            if self._leaves.is_set():
+                return 0
+
+    async def prepare(self, settings: str) -> Config:
+        """The model and a fork server for these settings. Raises: FlexpertError"""
+        tree = msgspec.json.decode(settings, type=dict[str, dict[str, object]])
+        for path, value in self._options.overrides.items():
+            section, _, name = path.partition(".")
+            tree.setdefault(section, {})[name] = value
+        try:
+            config = Config.model_validate(tree)
+        except ValidationError as error:
+            raise FlexpertError(f"the head's settings do not fit here: {error}") from None
+        if self._launcher and self._settings == config.model_dump_json():
+            return config
+        if self._launcher:
+            await self._launcher.close(_GONE_S)
+        self._tell(f"opening model {config.model.model!r}")
+        self._launcher = LocalLauncher(self._on_exit)
+        source, _ = await asyncio.gather(
+            asyncio.to_thread(open_source, config),
+            self._launcher.start(config, config.cluster.start_timeout),
+        )
+        self._settings, self._digest = config.model_dump_json(), model_digest(source)
+        return config
+
+    def _on_exit(self, rank: int, status: int, why: str) -> None:
+        if self._session:
+            self._session.rank_exited(status, why)
+
+
+class _AgentSession:
+    """One connection to the head, from `Join` to the end of the rank.
+
+    served: a rank was started in it.
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self.served = False
+        self._agent = agent
+        self._loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[tuple[Outcome, str]] = self._loop.create_future()
+        self._welcome: asyncio.Future[say.Welcome] = self._loop.create_future()
+        self._heard = self._loop.time()
+        self._client: CurveClient | None = None
+        self._number = b""
+        self._config: Config | None = None
+        self._pipe: BytePipe | None = None
+        self._exited = asyncio.Event()
+        self._exited.set()
+
+    async def run(self) -> tuple[Outcome, str]:
+        agent = self._agent
+        address = agent._options.address
+        self._client = CurveClient(address, agent._keys, self._receive, self._refused)
+        work = self._loop.create_task(self._work())
+        ends = self._loop.create_task(agent._ends_now.wait())
+        try:
+            await asyncio.wait((work, self._over, ends), return_when=asyncio.FIRST_COMPLETED)
+            if self._over.done():
+                return self._over.result()
+            if ends.done():
+                self._send(say.Leave(self._number, now=True))
+                return Outcome.LEFT, "stopped"
+            return work.result()
+        finally:
+            work.cancel()
+            ends.cancel()
+            await self._end_rank()
+            self._client.close()
+
+    async def _work(self) -> tuple[Outcome, str]:
+        """Join, and keep the session up; ends only with an error."""
+        agent = self._agent
+        address = agent._options.address
+        self._send(say.Join(VERSION, agent._rank, socket.gethostname()))
+        leaves = self._loop.create_task(agent._leaves.wait())
+        try:
+            await asyncio.wait(
+                (self._welcome, leaves), timeout=_WELCOME_S, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            leaves.cancel()
+        if not self._welcome.done():
+            if agent._leaves.is_set():
+                return Outcome.LEFT, "stopped"
+            return Outcome.LOST, f"no answer from {address}; is the head there, with --join-listen?"
+        welcome = self._welcome.result()
+        agent._rank, self._number = welcome.rank, welcome.session
+        beats = self._loop.create_task(self._beat(welcome.timeout_s))
+        try:
+            agent._tell(f"joining as rank {welcome.rank}")
+            self._config = await agent.prepare(welcome.settings)
+            self._send(say.Opened(self._number, agent._digest))
+            await agent._leaves.wait()
+            self._send(say.Leave(self._number))
+            await asyncio.Event().wait()  # until the head says that it has left
+        except FlexpertError as error:
+            self._send(say.Leave(self._number, now=True))
+            return Outcome.REFUSED, str(error)
+        finally:
+            beats.cancel()
+        raise AssertionError
+
+    async def _beat(self, timeout_s: float) -> None:
+        while True:
+            await asyncio.sleep(timeout_s / _BEATS)
+            self._send(say.AgentBeat(self._number))
+            silent_s = self._loop.time() - self._heard
+            if silent_s > _SILENCE * timeout_s:
+                self._end(Outcome.LOST, f"nothing was heard of the head for {silent_s:.1f} s")
+
+    # ---- what the head says -----------------------------------------------------------------
+
+    def _receive(self, message: bytes) -> None:
+        try:
+            heard = say.decode_to_agent(message)
+        except msgspec.MsgspecError as error:
+            self._end(Outcome.LOST, f"the head says what cannot be understood: {error}")
+            return
+        self._heard = self._loop.time()
+        if isinstance(heard, say.Turned):
+            outcome = Outcome.LOST if heard.again else Outcome.REFUSED
+            self._end(outcome, f"the head does not take it: {heard.reason}")
+        elif isinstance(heard, say.Welcome):
+            if not self._welcome.done():
+                self._welcome.set_result(heard)
+        elif heard.session == self._number:
+            self._obey(heard)
+
+    def _obey(self, command: say.ToAgent) -> None:
+        match command:
+            case say.Spawn(_, verdicts):
+                self._spawn(verdicts)
+            case say.ToRank(_, data) if self._pipe is not None:
+                self._pipe.write(data)
+            case say.Left():
+                self._end(Outcome.LEFT, f"rank {self._agent._rank} has left")
+            case say.Fenced(_, reason):
+                self._end(Outcome.LOST, f"rank {self._agent._rank} was given up: {reason}")
+
+    def _refused(self) -> None:
+        address = self._agent._options.address
+        self._end(
+            Outcome.REFUSED,
+            f"{address} does not take this cluster token, or is no head of flexpert: give the "
+            "head's with --cluster-token-file or FLEXPERT_CLUSTER_TOKEN",
+        )
+
+    # ---- the rank ---------------------------------------------------------------------------
+
+    def _spawn(self, verdicts: bytes) -> None:
+        agent = self._agent
+        if agent._launcher is None or self._config is None or self._pipe is not None:
+            self._end(Outcome.LOST, "the head starts a rank that is not ready, or there already")
+            return
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._pipe = BytePipe(near, self._from_rank, lambda: None)
+        self._exited.clear()
+        self.served = True
+        spec = RankSpec(agent._rank, for_children(self._config), verdicts)
+        agent._launcher.spawn(agent._rank, ENTRY, encode_spec(spec), far)
+        agent._tell(f"rank {agent._rank} starts")
+
+    def _from_rank(self, data: bytes) -> None:
+        for piece in pieces(data):
+            self._send(say.FromRank(self._number, piece))
+
+    def rank_exited(self, status: int, why: str) -> None:
+        """The process is reaped; what it said is sent first, since that came before."""
+        self._exited.set()
+        self._send(say.RankGone(self._number, status, why))
+
+    async def _end_rank(self) -> None:
+        if self._exited.is_set():
+            return
+        assert self._agent._launcher is not None
+        self._agent._launcher.kill(self._agent._rank)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._exited.wait(), _GONE_S)
+
+    def _send(self, message: say.ToHead) -> None:
+        assert self._client is not None
+        try:
+            self._client.send(say.encode(message))
+        except NotSentError as error:
+            self._end(Outcome.LOST, f"the head cannot be told anything: {error}")
+
+    def _end(self, outcome: Outcome, reason: str) -> None:
+        if not self._over.done():
+            self._over.set_result((outcome, reason))

@@ -1,0 +1,114 @@
+"""What an agent on another host and the head say to each other: msgspec structs, one a message.
+
+    agent                            head
+    Join                  →          refuses, or gives it an id and a session
+                          ←          Welcome
+    opens the model, starts its fork server
+    Opened                →          a change begins that adds the id
+                          ←          Spawn
+    starts the rank; FromRank ⇄ ToRank: the bytes between the rank and the head
+    Leave                 →          a change begins that removes it
+    RankGone              →          its process is gone
+                          ←          Left, Fenced: the session is over
+
+All but `Join` name the session. One that is over is answered with `Fenced`, so that whatever a
+host says that was given up is heard by nobody.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Join(msgspec.Struct, frozen=True, tag="join"):
+    """rank: the id it wants, or had before; -1: any. host: its name, for people."""
+
+    version: str
+    rank: int
+    host: str
+
+
+class Opened(msgspec.Struct, frozen=True, tag="opened"):
+    """The model is there. digest: of its configuration and tensors."""
+
+    session: bytes
+    digest: str
+
+
+class FromRank(msgspec.Struct, frozen=True, tag="from_rank"):
+    session: bytes
+    data: bytes
+
+
+class RankGone(msgspec.Struct, frozen=True, tag="rank_gone"):
+    """The rank's process is certainly gone. status: exit code, or minus the signal."""
+
+    session: bytes
+    status: int
+    why: str = ""
+
+
+class AgentBeat(msgspec.Struct, frozen=True, tag="agent_beat"):
+    session: bytes
+
+
+class Leave(msgspec.Struct, frozen=True, tag="leave"):
+    """Drain this rank and let it go. now: it does not wait, its process is gone."""
+
+    session: bytes
+    now: bool = False
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """settings: the tree as JSON. digest: of the head's model. timeout_s: silence until either
+    side takes the other for lost."""
+
+    session: bytes
+    rank: int
+    settings: str
+    digest: str
+    timeout_s: float
+
+
+class Spawn(msgspec.Struct, frozen=True, tag="spawn"):
+    """verdicts: see `RankSpec`."""
+
+    session: bytes
+    verdicts: bytes
+
+
+class ToRank(msgspec.Struct, frozen=True, tag="to_rank"):
+    session: bytes
+    data: bytes
+
+
+class HeadBeat(msgspec.Struct, frozen=True, tag="head_beat"):
+    session: bytes
+
+
+class Turned(msgspec.Struct, frozen=True, tag="turned"):
+    """It cannot join. again: it may later."""
+
+    reason: str
+    again: bool = False
+
+
+class Left(msgspec.Struct, frozen=True, tag="left"):
+    """The rank has left by a change; there is nothing more to do."""
+
+    session: bytes
+
+
+class Fenced(msgspec.Struct, frozen=True, tag="fenced"):
+    """The session is over: its rank is to be ended, and what it says is not heard."""
+
+    session: bytes
+    reason: str
+
+
+ToHead = Join | Opened | FromRank | RankGone | AgentBeat | Leave
+ToAgent = Welcome | Spawn | ToRank | HeadBeat | Turned | Left | Fenced
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_head = msgspec.msgpack.Decoder(ToHead).decode
+decode_to_agent = msgspec.msgpack.Decoder(ToAgent).decode

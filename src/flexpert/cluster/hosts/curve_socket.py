@@ -1,0 +1,212 @@
+"""A ZeroMQ socket with CURVE on an asyncio loop: the head's, and an agent's.
+
+The descriptor of a ZeroMQ socket only tells that something may have changed, once; so after each
+call it is looked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from flexpert.cluster.hosts.cluster_token import ClusterKeys
+from flexpert.errors import ConfigError
+
+MOST_BYTES = 2**20
+"""Of a message: what a rank and the head tell each other travels in smaller pieces."""
+PIECE = 2**18
+_MOST_QUEUED = 2000  # messages that one peer may leave unread
+_DOMAIN = b"flexpert"
+_ZAP = "inproc://zeromq.zap.01"
+_REFUSED = (
+    zmq.Event.HANDSHAKE_FAILED_AUTH
+    | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
+    | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
+)
+
+
+class NotSentError(Exception):
+    """The peer is gone, or has left too much unread."""
+
+
+class _Loop:
+    """Calls `ready` while something can be received from a socket."""
+
+    def __init__(self, socket: zmq.Socket[bytes], ready: Callable[[], None]) -> None:
+        self._socket = socket
+        self._ready = ready
+        self._loop = asyncio.get_running_loop()
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self.look)
+        self._looks = False
+        self._loop.call_soon(self.look)
+
+    def look(self) -> None:
+        self._looks = False
+        while not self._socket.closed and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._ready()
+
+    def look_soon(self) -> None:
+        if not self._looks:
+            self._looks = True
+            self._loop.call_soon(self.look)
+
+    def close(self) -> None:
+        if not self._socket.closed:
+            self._loop.remove_reader(self._fd)
+            self._socket.close(linger=200)
+
+
+class CurveListener:
+    """The head's end: whoever has the agents' key can talk to it, and nobody else.
+
+    address: where it listens, with the port that was taken.
+    on_message(peer, message): a peer is known by bytes that the socket chose.
+    on_refused(): somebody had another key.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        keys: ClusterKeys,
+        on_message: Callable[[bytes, bytes], None],
+        on_refused: Callable[[], None],
+    ) -> None:
+        """Raises: ConfigError: it cannot listen there."""
+        self._on_message = on_message
+        self._on_refused = on_refused
+        self._agents = zmq.utils.z85.decode(keys.agents.public)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._zap = self._context.socket(zmq.REP)
+        self._zap.bind(_ZAP)
+        self._socket = _configured(self._context.socket(zmq.ROUTER))
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.head.secret)
+        self._socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
+        self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self._zap.close(linger=0)
+            self._socket.close(linger=0)
+            self._context.term()
+            raise ConfigError(
+                f"cannot listen on {address}: {error.strerror}; --join-listen takes an address of "
+                "this machine and a free port, as tcp://0.0.0.0:7000"
+            ) from None
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._zap_loop = _Loop(self._zap, self._authenticate)
+        self._loop = _Loop(self._socket, self._receive)
+
+    def send(self, peer: bytes, message: bytes) -> None:
+        """Raises: NotSentError"""
+        try:
+            self._socket.send_multipart([peer, message], flags=zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise NotSentError(error.strerror) from None
+        self._loop.look_soon()
+
+    def close(self) -> None:
+        """Idempotent."""
+        if not self._socket.closed:
+            self._loop.close()
+            self._zap_loop.close()
+            self._context.term()
+
+    def _receive(self) -> None:
+        parts = self._socket.recv_multipart(flags=zmq.NOBLOCK)
+        if len(parts) == 2:
+            self._on_message(parts[0], parts[1])
+
+    def _authenticate(self) -> None:
+        """ZAP (rfc.zeromq.org/spec/27)."""
+        parts = self._zap.recv_multipart(flags=zmq.NOBLOCK)
+        known = len(parts) == 7 and parts[5] == b"CURVE" and parts[6] == self._agents
+        status = [b"200", b"OK"] if known else [b"400", b"another key"]
+        number = parts[1] if len(parts) > 1 else b""
+        self._zap.send_multipart([b"1.0", number, *status, b"", b""])
+        self._zap_loop.look_soon()
+        if not known:
+            self._on_refused()
+
+
+class CurveClient:
+    """An agent's end.
+
+    on_message(message); on_refused(): the head does not take the key, or is none.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        keys: ClusterKeys,
+        on_message: Callable[[bytes], None],
+        on_refused: Callable[[], None],
+    ) -> None:
+        """Raises: ConfigError: not an address."""
+        self._on_message = on_message
+        self._on_refused = on_refused
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        self._socket = _configured(self._context.socket(zmq.DEALER))
+        self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.head.public)
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.agents.public)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.agents.secret)
+        self._monitor = self._socket.get_monitor_socket(_REFUSED)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self._socket.disable_monitor()
+            self._socket.close(linger=0)
+            self._context.term()
+            raise ConfigError(
+                f"{address!r} is no address to join: {error.strerror}; write tcp://HOST:PORT "
+                "as the head prints it"
+            ) from None
+        self._monitored = _Loop(self._monitor, self._note)
+        self._loop = _Loop(self._socket, self._receive)
+
+    def send(self, message: bytes) -> None:
+        """Raises: NotSentError"""
+        try:
+            self._socket.send(message, flags=zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise NotSentError(error.strerror) from None
+        self._loop.look_soon()
+
+    def close(self) -> None:
+        """Idempotent; what was sent last has a moment to leave."""
+        if not self._socket.closed:
+            self._monitored.close()
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.disable_monitor()
+            self._loop.close()
+            self._context.term()
+
+    def _receive(self) -> None:
+        self._on_message(self._socket.recv(flags=zmq.NOBLOCK))
+
+    def _note(self) -> None:
+        recv_monitor_message(self._monitor, flags=zmq.NOBLOCK)
+        self._on_refused()
+
+
+def pieces(data: bytes) -> Sequence[bytes]:
+    """At most `PIECE` bytes each."""
+    return [data[at : at + PIECE] for at in range(0, len(data), PIECE)]
+
+
+def _configured(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
+    socket.setsockopt(zmq.MAXMSGSIZE, MOST_BYTES)
+    socket.setsockopt(zmq.SNDHWM, _MOST_QUEUED)
+    socket.setsockopt(zmq.RCVHWM, _MOST_QUEUED)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+    socket.setsockopt(zmq.RECONNECT_IVL, 200)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+    return socket

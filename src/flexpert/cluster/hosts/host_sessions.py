@@ -1,0 +1,308 @@
+"""The head's side of ranks that join from outside.
+
+A session is one agent's: from its `Join` until its rank is gone. The coordinator knows a rank of an
+agent as any other; what differs is how its process is started, ended and seen to be lost. Lost is
+whoever is silent for the timeout. Its id is free at once: what its process may still do reaches
+nobody, since its session is fenced, and its peers write down whom they hear (see `comm`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import msgspec
+
+from flexpert.cluster.hosts import agent_protocol as say
+from flexpert.cluster.hosts.byte_pipe import BytePipe
+from flexpert.cluster.hosts.cluster_token import ClusterKeys
+from flexpert.cluster.hosts.curve_socket import CurveListener, NotSentError, pieces
+from flexpert.cluster.views import HostView
+from flexpert.errors import OperationConflict, OperationRefused
+from flexpert.version import VERSION
+
+log = logging.getLogger("flexpert")
+
+_TICKS = 8  # in one timeout
+_MOST_NAME = 200
+_LOG_EVERY_S = 10.0  # of refusals that anybody can cause
+
+
+class SessionOwner(Protocol):
+    """The head, as far as sessions need it."""
+
+    def free_id(self, wanted: int) -> int | None:
+        """An id for a rank from outside, the wanted one if it is free; None: there is none."""
+
+    def busy(self) -> bool:
+        """Whether a change could not begin now."""
+
+    def begin_operation(
+        self, *, join: tuple[int, ...] = (), remove: tuple[int, ...] = ()
+    ) -> object:
+        """Raises: OperationConflict, OperationRefused"""
+
+    def rank_left_host(self, rank: int, status: int, why: str) -> None:
+        """Its process is gone, or given up."""
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    """wants: what a change is still to be begun for: "join", "leave" or ""."""
+
+    number: bytes
+    peer: bytes
+    rank: int
+    host: str
+    heard: float
+    wants: str = ""
+    pipe: BytePipe | None = None
+    gone: tuple[int, str] | None = None  # how the rank's process ended
+
+
+class HostSessions:
+    """Used on the head's event loop.
+
+    address: where agents join.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        keys: ClusterKeys,
+        owner: SessionOwner,
+        *,
+        settings: str,
+        digest: str,
+        timeout_s: float,
+    ) -> None:
+        """
+        Args:
+            settings: for agents, as JSON. digest: of the model.
+            timeout_s: silence until an agent is lost.
+
+        Raises: ConfigError: it cannot listen there.
+        """
+        self._owner = owner
+        self._settings = settings
+        self._digest = digest
+        self._timeout_s = timeout_s
+        self._sessions: dict[bytes, _Session] = {}  # by number
+        self._refused = 0
+        self._refusals_logged = float("-inf")
+        self._loop = asyncio.get_running_loop()
+        self._listener = CurveListener(address, keys, self._receive, self._note_refusal)
+        self.address = self._listener.address
+        self._ticked = self._loop.time()
+        self._task = self._loop.create_task(self._watch())
+
+    # ---- for the head -----------------------------------------------------------------------
+
+    def __contains__(self, rank: int) -> bool:
+        return self._of(rank) is not None
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """Ids that agents have, or have been promised."""
+        return frozenset(session.rank for session in self._sessions.values())
+
+    def views(self) -> list[HostView]:
+        return [
+            HostView(rank=session.rank, host=session.host)
+            for session in sorted(self._sessions.values(), key=lambda session: session.rank)
+        ]
+
+    def spawn(self, rank: int, verdicts: bytes, end: socket.socket) -> None:
+        """Have the agent start its rank.
+
+        end: the rank's end of its connection to the head; closed here in any case.
+        """
+        session = self._of(rank)
+        assert session is not None
+        session.wants = ""
+        session.pipe = BytePipe(
+            end,
+            partial(self._to_rank, session),
+            partial(self._give_up, session, "it was cut off"),
+        )
+        self._send(session, say.Spawn(session.number, verdicts))
+
+    def _to_rank(self, session: _Session, data: bytes) -> None:
+        for piece in pieces(data):
+            self._send(session, say.ToRank(session.number, piece))
+
+    def kill(self, rank: int) -> None:
+        """Give the rank up: whatever its host still says is not heard."""
+        session = self._of(rank)
+        if session is not None:
+            self._loop.call_soon(self._give_up, session, "it was terminated")
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._task.cancel()
+        for session in list(self._sessions.values()):
+            self._tell(session.peer, say.Fenced(session.number, "the service has stopped"))
+            if session.pipe:
+                session.pipe.close()
+        self._sessions.clear()
+        self._listener.close()
+
+    # ---- what agents say --------------------------------------------------------------------
+
+    def _receive(self, peer: bytes, message: bytes) -> None:
+        try:
+            heard = say.decode_to_head(message)
+        except msgspec.MsgspecError as error:
+            log.warning("an agent says what cannot be understood: %s", error)
+            self._end_of(peer, "it says what cannot be understood")
+            return
+        if isinstance(heard, say.Join):
+            self._join(peer, heard)
+            return
+        session = self._sessions.get(heard.session)
+        if session is None or session.peer != peer:
+            self._tell(peer, say.Fenced(heard.session, "the session is over"))
+            return
+        session.heard = self._loop.time()
+        match heard:
+            case say.Opened(_, digest):
+                self._opened(session, digest)
+            case say.FromRank(_, data) if session.pipe is not None:
+                session.pipe.write(data)
+            case say.RankGone(_, status, why):
+                session.gone = (status, why[:_MOST_NAME])
+                self._bury(session)
+            case say.Leave(_, now):
+                if now or session.pipe is None:
+                    self._give_up(session, "it was stopped")
+                else:
+                    session.wants = "leave"
+                    self._begin(session)
+
+    def _join(self, peer: bytes, join: say.Join) -> None:
+        host = "".join(c for c in join.host[:_MOST_NAME] if c.isprintable())
+        if join.version != VERSION:
+            reason = f"it runs flexpert {join.version[:40]!a}, the head {VERSION}"
+            log.warning("%s cannot join: %s", host, reason)
+            self._tell(peer, say.Turned(reason))
+            return
+        self._end_of(peer, "it joins anew")
+        rank = self._owner.free_id(join.rank)
+        if rank is None:
+            what = "no id is free" if join.rank < 0 else f"rank {join.rank} is there already"
+            self._tell(peer, say.Turned(f"{what}; see --max-ranks and 'flexpert status'", True))
+            return
+        number = secrets.token_bytes(16)
+        self._sessions[number] = _Session(number, peer, rank, host, self._loop.time())
+        log.info("host %s will join as rank %d", host, rank)
+        welcome = say.Welcome(number, rank, self._settings, self._digest, self._timeout_s)
+        self._tell(peer, welcome)
+
+    def _opened(self, session: _Session, digest: str) -> None:
+        if digest != self._digest:
+            self._turn(session, "its model is another one than the head's")
+            return
+        session.wants = "join"
+        self._begin(session)
+
+    def _begin(self, session: _Session) -> None:
+        """The change that this session wants, if none runs."""
+        if not session.wants or self._owner.busy():
+            return
+        wants, session.wants = session.wants, ""
+        ids = (session.rank,)
+        try:
+            if wants == "join":
+                self._owner.begin_operation(join=ids)
+            else:
+                self._owner.begin_operation(remove=ids)
+        except OperationConflict:
+            session.wants = wants
+        except OperationRefused as error:
+            if wants == "join":
+                self._turn(session, str(error))
+            else:
+                self._give_up(session, f"it was stopped, and could not be drained: {error}")
+
+    # ---- ends -------------------------------------------------------------------------------
+
+    def _turn(self, session: _Session, reason: str) -> None:
+        log.warning("host %s cannot join as rank %d: %s", session.host, session.rank, reason)
+        del self._sessions[session.number]
+        self._tell(session.peer, say.Turned(reason))
+
+    def _bury(self, session: _Session) -> None:
+        """The rank's process is gone; what it said before is heard first."""
+        assert session.gone is not None
+        if session.pipe is not None and not session.pipe.drained:
+            self._loop.call_later(0.005, self._bury, session)
+            return
+        if self._sessions.pop(session.number, None) is None:
+            return
+        status, why = session.gone
+        ended = say.Left(session.number) if status == 0 else None
+        reason = why or f"its rank exited with status {status}"
+        self._tell(session.peer, ended or say.Fenced(session.number, reason))
+        self._over(session, status, why)
+
+    def _give_up(self, session: _Session, why: str) -> None:
+        if self._sessions.pop(session.number, None) is not None:
+            self._tell(session.peer, say.Fenced(session.number, why))
+            self._over(session, -9, f"host {session.host}: {why}")
+
+    def _end_of(self, peer: bytes, why: str) -> None:
+        for session in [s for s in self._sessions.values() if s.peer == peer]:
+            self._give_up(session, why)
+
+    def _over(self, session: _Session, status: int, why: str) -> None:
+        if session.pipe is not None:
+            self._owner.rank_left_host(session.rank, status, why)
+            session.pipe.close()
+
+    async def _watch(self) -> None:
+        every_s = self._timeout_s / _TICKS
+        while True:
+            await asyncio.sleep(every_s)
+            now = self._loop.time()
+            late, self._ticked = now - self._ticked > 2 * every_s, now
+            for session in list(self._sessions.values()):
+                if late:  # the head was held up itself
+                    session.heard = now
+                if now - session.heard > self._timeout_s:
+                    self._give_up(session, f"nothing was heard of it for {self._timeout_s:g} s")
+                    continue
+                self._send(session, say.HeadBeat(session.number))
+                self._begin(session)
+
+    # ---- sending ----------------------------------------------------------------------------
+
+    def _send(self, session: _Session, message: say.ToAgent) -> None:
+        try:
+            self._listener.send(session.peer, say.encode(message))
+        except NotSentError as error:
+            self._loop.call_soon(self._give_up, session, f"it cannot be told anything: {error}")
+
+    def _tell(self, peer: bytes, message: say.ToAgent) -> None:
+        """What is of no use any more if it does not arrive."""
+        try:
+            self._listener.send(peer, say.encode(message))
+        except NotSentError:
+            return
+
+    def _note_refusal(self) -> None:
+        self._refused += 1
+        now = self._loop.time()
+        if now - self._refusals_logged > _LOG_EVERY_S:
+            self._refusals_logged = now
+            log.warning(
+                "%d connections to %s had another cluster token", self._refused, self.address
+            )
+            self._refused = 0
+
+    def _of(self, rank: int) -> _Session | None:
+        return next((s for s in self._sessions.values() if s.rank == rank), None)
