@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -603,3 +604,23 @@ def test_a_sibling_that_exports_what_cannot_be_is_named(
     told = receives(threads, pending)
     assert f"rank 2 sent {what}" in told[3]
     assert told[0] == told[1] == told[2] == ""
+
+
+def test_a_rank_in_the_group_of_another_machine_is_refused() -> None:
+    store = dist.HashStore()
+    spec = spec_of(2)
+    honest = HostBuffer(0, spec, store=store, machine="a")
+    other = HostBuffer(1, spec, store=store, machine="a")
+    try:
+        connector = other._connector
+        connector._greeting = msgspec.structs.replace(connector._greeting, machine="b")
+        with ThreadPoolExecutor(1) as pool:
+            vain = pool.submit(other.connect, [0], timeout_s=1.0)
+            with pytest.raises(ValueError, match="rank 1 would share rows of another machine"):
+                honest.connect([1], timeout_s=1.0)
+            with pytest.raises((CommError, ValueError)):
+                vain.result(LIMIT_S)
+        assert honest.connected == (0,)
+    finally:
+        honest.close()
+        other.close()
