@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -219,9 +220,14 @@ def test_ranks_that_pause_anywhere_change_nothing() -> None:
 
 
 @needs_nixl
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_other_dtypes_are_added_up_in_float32(dtype: torch.dtype) -> None:
-    with Machines(PAIRS, spec_of(4, hidden=24, topk=3, dtype=dtype)) as machines:
+@pytest.mark.parametrize(
+    ("dtype", "topk"),
+    [(torch.float16, 3), (torch.float32, 3), (torch.bfloat16, 2), (torch.float32, 2)],
+)
+def test_other_dtypes_and_few_experts_are_added_up_in_float32(
+    dtype: torch.dtype, topk: int
+) -> None:
+    with Machines(PAIRS, spec_of(4, hidden=40, topk=topk, dtype=dtype)) as machines:
         machines.activate(PAIRS)
         machines.exchange(PAIRS, range(6), reduce="rank")
 
@@ -441,7 +447,7 @@ def test_a_gateway_that_is_killed_on_the_way_is_named_at_once(
 @needs_nixl
 @pytest.mark.parametrize("until", [sends_only, receives_only])
 def test_a_gateway_that_hangs_is_named_and_nobody_else(until: Callable[..., None]) -> None:
-    with Machines(PAIRS, spec_of(4, hidden=72), timeout_s=2.0) as machines:
+    with Machines(PAIRS, spec_of(4, hidden=72), timeout_s=3.0) as machines:
         machines.activate(PAIRS)
         machines.exchange(PAIRS, range(2))
         for rank in (0, 1, 3):
@@ -462,7 +468,7 @@ def test_another_rank_of_a_machine_that_hangs_is_named_and_no_gateway(
 ) -> None:
     """The gateway waits for it, and says so."""
     names = LAYOUTS["three of one"]
-    with Machines(names, spec_of(5, hidden=72), timeout_s=2.0) as machines:
+    with Machines(names, spec_of(5, hidden=72), timeout_s=3.0) as machines:
         machines.activate(names)
         machines.exchange(names, range(2))
         for rank in (1, 2, 4):
@@ -603,3 +609,23 @@ def test_a_sibling_that_exports_what_cannot_be_is_named(
     told = receives(threads, pending)
     assert f"rank 2 sent {what}" in told[3]
     assert told[0] == told[1] == told[2] == ""
+
+
+def test_a_rank_in_the_group_of_another_machine_is_refused() -> None:
+    store = dist.HashStore()
+    spec = spec_of(2)
+    honest = HostBuffer(0, spec, store=store, machine="a")
+    other = HostBuffer(1, spec, store=store, machine="a")
+    try:
+        connector = other._connector
+        connector._greeting = msgspec.structs.replace(connector._greeting, machine="b")
+        with ThreadPoolExecutor(1) as pool:
+            vain = pool.submit(other.connect, [0], timeout_s=1.0)
+            with pytest.raises(ValueError, match="rank 1 would share rows of another machine"):
+                honest.connect([1], timeout_s=1.0)
+            with pytest.raises((CommError, ValueError)):
+                vain.result(LIMIT_S)
+        assert honest.connected == (0,)
+    finally:
+        honest.close()
+        other.close()

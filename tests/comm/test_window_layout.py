@@ -20,8 +20,10 @@ from flexpert.comm.window_layout import (
     LEASE_BYTES,
     LEASES_AT,
     LINE,
+    LINK_MEMORY_AT,
     MAX_CAPACITY,
     PAGE,
+    RELAYED_FLAGS_AT,
     ROWS_AT,
     VOTE_LINES,
     VOTES_AT,
@@ -46,13 +48,20 @@ def test_parts_of_a_window_do_not_overlap_and_rows_start_on_cache_lines(spec: Bu
     assert LEASES_AT + MAX_CAPACITY * LEASE_BYTES <= CONTROL_BYTES
     assert HELLO_AT + LINE <= VOTES_AT
     assert VOTES_AT + VOTE_LINES * LINE <= DISPATCH_FLAG_AT
-    assert DISPATCH_FLAG_AT + LINE <= COMBINE_FLAG_AT <= ROWS_AT - LINE
-    assert 8 + spec.topk * (4 + 2) <= where.meta_bytes
+    assert DISPATCH_FLAG_AT + LINE <= COMBINE_FLAG_AT <= RELAYED_FLAGS_AT - LINE
+    assert RELAYED_FLAGS_AT + MAX_CAPACITY * LINE <= ROWS_AT
+    assert LEASES_AT + MAX_CAPACITY * LEASE_BYTES <= LINK_MEMORY_AT
+    assert LINK_MEMORY_AT + MAX_CAPACITY * LINE <= CONTROL_BYTES
+    assert 8 + spec.topk * (4 + 2 + 1) <= where.meta_bytes
     assert where.row_bytes <= where.result_stride < where.row_bytes + LINE
     rows = spec.max_tokens * (where.meta_bytes + where.result_stride)
     assert ROWS_AT + rows <= where.results_at
     results = spec.max_tokens * spec.topk * where.result_stride
     assert where.results_at + results <= where.place_bytes
+    assert where.results_at + spec.max_tokens * where.result_stride == where.partials_at
+    assert spec.hidden * 4 <= where.partial_stride < spec.hidden * 4 + LINE
+    partials = spec.max_tokens * where.partial_stride if spec.topk > 1 else 0
+    assert where.partials_at + partials <= where.place_bytes
     assert ROWS_AT % LINE == where.meta_bytes % LINE == where.result_stride % LINE == 0
     assert CONTROL_BYTES % PAGE == where.results_at % PAGE == where.place_bytes % PAGE == 0
     assert where.place_at(0) == CONTROL_BYTES

@@ -57,9 +57,9 @@ def make_buffer(
         machine: ranks with equal names use shared memory; default: the boot id of the kernel.
         two_level: send a token once to each other machine, to one of the ranks there that need it,
             and get its results in one sum (reduce="rank"). In epochs of `set_active`, between ranks
-            that were all made with it, with channel="auto" and on_timeout="raise", and a topk of at
-            least 3 (2 with float32); otherwise each rank is sent its rows itself. It changes no
-            result but by rounding, and none with reduce="home".
+            that were all made with it, with channel="auto", on_timeout="raise" and a topk of 2
+            or more; otherwise each rank is sent its rows itself. It changes no result but by
+            rounding, and none with reduce="home".
         slots: most local experts of any rank, the same on all; only "nixl_ep" must know.
 
     Raises:

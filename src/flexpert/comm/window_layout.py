@@ -20,7 +20,8 @@ A window is one sparse file that only grows:
                                       int16, owners [topk] uint8
         payload                       hidden state, quantised or not, or any bytes
       results         [max_tokens * topk]  what the source returns in combine, packed; in the
-                                    memory of a link, its end also takes partial sums for a gateway
+                                    memory of a link, behind max_tokens of them, also what a gateway
+                                    adds up: partial sums [max_tokens] in float32
 
 The file is sparse, so a byte costs memory only once it was written, and nothing in it depends on
 the capacity: ids may grow without a word to the peers.
@@ -115,7 +116,6 @@ class WindowLayout:
     partials_at: int
     partial_stride: int  # of a sum in float32
     place_bytes: int
-    has_partials: bool  # whether max_tokens of them have room
 
     def place_at(self, place: int) -> int:
         """From the start of the window."""
@@ -127,6 +127,9 @@ def layout(spec: BufferSpec) -> WindowLayout:
     row_bytes = spec.hidden * spec.dtype.itemsize
     result_stride = align(row_bytes, LINE)
     partial_stride = align(spec.hidden * 4, LINE)
+    results = spec.topk * result_stride  # of a token; or, for a gateway, one and its partial sum
+    if spec.topk > 1:
+        results = max(results, result_stride + partial_stride)
     meta_bytes = align(8 + 7 * spec.topk, LINE)
     results_at = align(ROWS_AT + spec.max_tokens * (meta_bytes + result_stride), PAGE)
     return WindowLayout(
@@ -136,8 +139,7 @@ def layout(spec: BufferSpec) -> WindowLayout:
         results_at=results_at,
         partials_at=results_at + spec.max_tokens * result_stride,
         partial_stride=partial_stride,
-        has_partials=partial_stride <= (spec.topk - 1) * result_stride,
-        place_bytes=align(results_at + spec.max_tokens * spec.topk * result_stride, PAGE),
+        place_bytes=align(results_at + spec.max_tokens * results, PAGE),
     )
 
 

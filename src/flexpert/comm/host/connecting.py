@@ -13,6 +13,7 @@ from flexpert.comm.errors import CommError, PeerUnreachable
 from flexpert.comm.host.arguments import limit_ns
 from flexpert.comm.host.changes import Changes
 from flexpert.comm.host.core import Core, State
+from flexpert.comm.host.gateways import group_of
 from flexpert.comm.host.links import Greeting, Link, NixlLink, ShmLink, choose_channel
 from flexpert.comm.host.remote import Remote
 from flexpert.comm.host.window import WindowAddress, decode
@@ -132,6 +133,8 @@ class _Host(rendezvous.Host):
             theirs = msgspec.msgpack.decode(greeting, type=Greeting)
         except msgspec.MsgspecError as error:
             raise ValueError(f"what rank {peer} wrote is no greeting: {error}") from error
+        if theirs.address.group not in (b"", group_of(theirs.machine)):
+            raise ValueError(f"rank {peer} would share rows of another machine than its own")
         window, spec = self._core.window, self._core.spec
         if choose_channel(self._greeting, theirs) == "shm":
             self._half[peer] = ShmLink(peer, theirs.address, window, spec)

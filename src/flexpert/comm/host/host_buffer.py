@@ -36,7 +36,7 @@ from flexpert.comm.host.remote import Remote
 from flexpert.comm.host.votes import Votes
 from flexpert.comm.host.waits import Waiter
 from flexpert.comm.host.window import encode
-from flexpert.comm.window_layout import VOTE_BYTES, layout
+from flexpert.comm.window_layout import VOTE_BYTES
 
 if TYPE_CHECKING:
     from flexpert.comm.bounded import StoreKeys
@@ -80,14 +80,14 @@ class HostBuffer(Buffer):
         check_settings(rank, spec, timeout_s, on_timeout, channel)
         self.rank = rank
         machine = machine or this_machine()
-        shares = two_level and on_timeout == "raise" and channel == "auto"
+        shares = two_level and spec.topk > 1 and on_timeout == "raise" and channel == "auto"
         self._core = core = Core(
             rank,
             spec,
             timeout_s=timeout_s,
             lenient=on_timeout == "mask",
             listener=listener,
-            group=group_of(machine) if shares and layout(spec).has_partials else b"",
+            group=group_of(machine) if shares else b"",
         )
         greeting = Greeting(machine, channel, core.window.address)
         self._address = encode(core.window.address)
