@@ -200,7 +200,7 @@ class _AgentSession:
             if self._over.done():
                 return self._over.result()
             if ends.done():
-                self._send(say.Leave(self._number, now=True))
+                self._send(say.AskToLeave(self._number, now=True))
                 return Outcome.LEFT, "stopped"
             return work.result()
         finally:
@@ -233,10 +233,10 @@ class _AgentSession:
             self._config = await agent.prepare(welcome.settings)
             self._send(say.Opened(self._number, agent._digest))
             await agent._leaves.wait()
-            self._send(say.Leave(self._number))
+            self._send(say.AskToLeave(self._number))
             await asyncio.Event().wait()  # until the head says that it has left
         except FlexpertError as error:
-            self._send(say.Leave(self._number, now=True))
+            self._send(say.AskToLeave(self._number, now=True))
             return Outcome.REFUSED, str(error)
         finally:
             beats.cancel()

@@ -7,7 +7,7 @@
     Opened                →          a change begins that adds the id
                           ←          Spawn
     starts the rank; FromRank ⇄ ToRank: the bytes between the rank and the head
-    Leave                 →          a change begins that removes it
+    AskToLeave            →          a change begins that removes it
     RankGone              →          its process is gone
                           ←          Left, Fenced: the session is over
 
@@ -52,7 +52,7 @@ class AgentBeat(msgspec.Struct, frozen=True, tag="agent_beat"):
     session: bytes
 
 
-class Leave(msgspec.Struct, frozen=True, tag="leave"):
+class AskToLeave(msgspec.Struct, frozen=True, tag="leave"):
     """Drain this rank and let it go. now: it does not wait, its process is gone."""
 
     session: bytes
@@ -106,7 +106,7 @@ class Fenced(msgspec.Struct, frozen=True, tag="fenced"):
     reason: str
 
 
-ToHead = Join | Opened | FromRank | RankGone | AgentBeat | Leave
+ToHead = Join | Opened | FromRank | RankGone | AgentBeat | AskToLeave
 ToAgent = Welcome | Spawn | ToRank | HeadBeat | Turned | Left | Fenced
 
 encode = msgspec.msgpack.Encoder().encode

@@ -177,7 +177,7 @@ class HostSessions:
             case say.RankGone(_, status, why):
                 session.gone = (status, why[:_MOST_NAME])
                 self._bury(session)
-            case say.Leave(_, now):
+            case say.AskToLeave(_, now):
                 if now or session.pipe is None:
                     self._give_up(session, "it was stopped")
                 else:

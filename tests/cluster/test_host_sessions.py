@@ -1,0 +1,307 @@
+"""Hosts that join: sessions, and what becomes of those who are not invited."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+from support.service import until
+
+from flexpert.cluster.hosts import agent_protocol as say
+from flexpert.cluster.hosts.cluster_token import keys_of, read_token
+from flexpert.cluster.hosts.curve_socket import CurveClient
+from flexpert.cluster.hosts.host_sessions import HostSessions
+from flexpert.errors import ConfigError, OperationConflict, OperationRefused
+from flexpert.version import VERSION
+
+TOKEN = secrets.token_urlsafe(32)
+TIMEOUT_S = 0.4
+
+
+class Owner:
+    """A head that notes what it is asked, and starts the rank of a change at once."""
+
+    def __init__(self) -> None:
+        self.sessions: HostSessions | None = None
+        self.refusal: Exception | None = None
+        self.is_busy = False
+        self.asked: list[tuple[str, int]] = []
+        self.left: list[tuple[int, int, str]] = []
+        self.heard = b""
+        self.near: socket.socket | None = None
+
+    def free_id(self, wanted: int) -> int | None:
+        assert self.sessions is not None
+        free = {1, 2} - self.sessions.ids
+        if wanted >= 0:
+            return wanted if wanted in free else None
+        return max(free, default=None)
+
+    def busy(self) -> bool:
+        return self.is_busy
+
+    def begin_operation(self, *, join: tuple[int, ...] = (), remove: tuple[int, ...] = ()) -> None:
+        assert self.sessions is not None
+        if self.refusal:
+            raise self.refusal
+        for rank in join:
+            self.asked.append(("join", rank))
+            self.near, far = socket.socketpair()
+            self.sessions.spawn(rank, b"verdicts", far)
+        for rank in remove:
+            self.asked.append(("remove", rank))
+
+    def rank_left_host(self, rank: int, status: int, why: str) -> None:
+        self.left.append((rank, status, why))
+
+
+class Host:
+    """The agent's end of a connection, message by message."""
+
+    def __init__(self, address: str, token: str = TOKEN) -> None:
+        self.heard: list[Any] = []
+        self.refused = 0
+        self.client = CurveClient(address, keys_of(token), self._receive, self._count)
+
+    def _receive(self, message: bytes) -> None:
+        heard = say.decode_to_agent(message)
+        if not isinstance(heard, say.HeadBeat):
+            self.heard.append(heard)
+
+    def _count(self) -> None:
+        self.refused += 1
+
+    def send(self, message: say.ToHead) -> None:
+        self.client.send(say.encode(message))
+
+    async def hear(self) -> Any:
+        await until(lambda: self.heard)
+        return self.heard.pop(0)
+
+    async def join(self, rank: int = -1) -> say.Welcome:
+        self.send(say.Join(VERSION, rank, "there"))
+        welcome = await self.hear()
+        assert isinstance(welcome, say.Welcome), welcome
+        return welcome
+
+    async def serve(self, rank: int = -1) -> say.Welcome:
+        """Join, and be asked for the rank."""
+        welcome = await self.join(rank)
+        self.send(say.Opened(welcome.session, "digest"))
+        assert await self.hear() == say.Spawn(welcome.session, b"verdicts")
+        return welcome
+
+
+@contextlib.asynccontextmanager
+async def listening() -> AsyncIterator[tuple[Owner, str, Callable[..., Host]]]:
+    owner, hosts = Owner(), list[Host]()
+    sessions = owner.sessions = HostSessions(
+        "tcp://127.0.0.1:0",
+        keys_of(TOKEN),
+        owner,
+        settings="{}",
+        digest="digest",
+        timeout_s=TIMEOUT_S,
+    )
+
+    def host(token: str = TOKEN) -> Host:
+        hosts.append(Host(sessions.address, token))
+        return hosts[-1]
+
+    try:
+        yield owner, sessions.address, host
+    finally:
+        for one in hosts:
+            one.client.close()
+        sessions.close()
+        if owner.near:
+            owner.near.close()
+
+
+def run(scenario: Callable[[Owner, str, Callable[..., Host]], Any]) -> None:
+    async def within() -> None:
+        async with listening() as parts:
+            await scenario(*parts)
+
+    asyncio.run(asyncio.wait_for(within(), 30))
+
+
+def test_bytes_go_both_ways_and_all_are_heard_before_the_end() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        one = host()
+        welcome = await one.serve()
+        assert owner.asked == [("join", 2)], "processes of the head's host take the lowest ids"
+        assert owner.near is not None
+        owner.near.setblocking(False)
+        much = secrets.token_bytes(3 * 2**20)
+        for at in range(0, len(much), 2**18):
+            one.send(say.FromRank(welcome.session, much[at : at + 2**18]))
+        one.send(say.RankGone(welcome.session, 3, "by itself"))
+        got = b""
+        while len(got) < len(much):
+            with contextlib.suppress(BlockingIOError):
+                got += owner.near.recv(2**16)
+            assert owner.left == [] or len(got) == len(much)
+            await asyncio.sleep(0)
+        assert got == much
+        await until(lambda: owner.left == [(2, 3, "by itself")])
+        assert isinstance(await one.hear(), say.Fenced)
+
+    run(scenario)
+
+
+def test_what_the_head_says_reaches_the_rank() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        one = host()
+        welcome = await one.serve(1)
+        assert owner.near is not None
+        owner.near.sendall(b"x" * 100_000)
+        data = b""
+        while len(data) < 100_000:
+            told = await one.hear()
+            assert told.session == welcome.session
+            data += told.data
+        assert data == b"x" * 100_000
+
+    run(scenario)
+
+
+def test_a_silent_host_is_lost_and_what_it_still_says_is_not_heard() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        one = host()
+        welcome = await one.serve()
+        for _ in range(6):
+            one.send(say.AgentBeat(welcome.session))
+            await asyncio.sleep(TIMEOUT_S / 2)
+        assert owner.left == []
+        await until(lambda: owner.left)
+        assert owner.left[0][:2] == (2, -9)
+        assert "nothing was heard" in owner.left[0][2]
+        assert isinstance(await one.hear(), say.Fenced)
+        one.send(say.FromRank(welcome.session, b"late"))
+        assert isinstance(await one.hear(), say.Fenced)
+        assert (await one.join(2)).session != welcome.session, "its id is free again"
+
+    run(scenario)
+
+
+def test_leaving_is_a_change_and_waits_until_one_can_begin() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        one = host()
+        welcome = await one.serve()
+        owner.is_busy = True
+        one.send(say.AskToLeave(welcome.session))
+        await asyncio.sleep(TIMEOUT_S / 2)
+        assert ("remove", 2) not in owner.asked
+        owner.is_busy = False
+        await until(lambda: ("remove", 2) in owner.asked)
+        one.send(say.RankGone(welcome.session, 0))
+        assert await one.hear() == say.Left(welcome.session)
+        assert owner.left == [(2, 0, "")]
+
+    run(scenario)
+
+
+def test_who_cannot_join_is_told_why() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        old = host()
+        old.send(say.Join("0.0.1", -1, "there"))
+        told = await old.hear()
+        assert "0.0.1" in told.reason
+        assert VERSION in told.reason
+        other = host()
+        welcome = await other.join()
+        other.send(say.Opened(welcome.session, "another"))
+        assert "model" in (await other.hear()).reason
+        taken = host()
+        await taken.serve(1)
+        late = host()
+        late.send(say.Join(VERSION, 1, "there"))
+        told = await late.hear()
+        assert told.again
+        assert "rank 1 is there already" in told.reason
+        owner.refusal = OperationRefused("no memory")
+        welcome = await late.join()
+        late.send(say.Opened(welcome.session, "digest"))
+        assert (await late.hear()).reason == "no memory"
+        owner.refusal = OperationConflict("another runs")
+        patient = host()
+        welcome = await patient.join()
+        patient.send(say.Opened(welcome.session, "digest"))
+        await asyncio.sleep(TIMEOUT_S / 2)
+        patient.send(say.AgentBeat(welcome.session))
+        owner.refusal = None
+        assert isinstance(await patient.hear(), say.Spawn)
+
+    run(scenario)
+
+
+def test_nonsense_from_one_host_ends_its_session_only() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        one, other = host(), host()
+        first, second = await one.serve(1), await other.serve(2)
+        one.client.send(msgspec.msgpack.encode({"type": "from_rank", "session": 3}))
+        await until(lambda: owner.left)
+        assert [rank for rank, *_ in owner.left] == [1]
+        other.send(say.AgentBeat(second.session))
+        other.send(say.AgentBeat(first.session))  # not its own
+        assert (await other.hear()).session == first.session
+        assert owner.sessions is not None
+        assert owner.sessions.ids == {2}
+
+    run(scenario)
+
+
+def test_the_uninvited_are_refused_and_cost_no_memory(caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        place = ("127.0.0.1", int(address.rpartition(":")[2]))
+        stranger = host("another token than the head's")
+        stranger.send(say.Join(VERSION, -1, "there"))
+        await until(lambda: stranger.refused)
+        assert stranger.heard == []
+        process = psutil.Process()
+        before = 0
+        for attempt in range(3000):
+            with socket.create_connection(place) as connection:
+                connection.sendall(
+                    secrets.token_bytes(40) if attempt % 2 else b"GET / HTTP/1.1\r\n"
+                )
+            if attempt % 100 == 0:
+                await asyncio.sleep(0.01)
+            if attempt == 1000:
+                before = process.memory_info().rss
+        assert process.memory_info().rss - before < 8 * 2**20
+        invited = host()
+        await invited.join()
+
+    with caplog.at_level(logging.WARNING):
+        run(scenario)
+    assert TOKEN not in caplog.text
+
+
+def test_a_token_is_long_enough_and_nobody_elses(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(f"{TOKEN}\nmore\n")
+    file.chmod(0o600)
+    assert read_token(file, {}) == TOKEN
+    assert read_token(None, {"FLEXPERT_CLUSTER_TOKEN": TOKEN}) == TOKEN
+    assert read_token(None, {}) == ""
+    file.chmod(0o640)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        read_token(file, {})
+    file.chmod(0o600)
+    file.write_text("short")
+    with pytest.raises(ConfigError, match="5 characters"):
+        read_token(file, {})
+    assert keys_of(TOKEN) == keys_of(TOKEN)
+    assert TOKEN not in repr(keys_of(TOKEN))
+    assert len({keys_of(TOKEN).head.public, keys_of(TOKEN).agents.public}) == 2
