@@ -43,8 +43,17 @@ def service(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         settings = {}
     else:
         settings = {"engine__transport": "nixl"}
-    with running(cluster__ranks=2, **SETTINGS, **settings) as service:
+    with running(
+        cluster__ranks=2, cluster__exchange_timeout=3.0, **SETTINGS, **settings
+    ) as service:
         yield service
+
+
+def assert_links_follow_the_names(head: Head) -> None:
+    ranks = head.cluster().ranks
+    far = {r.id: [p.id for p in ranks if p.machine != r.machine] for r in ranks}
+    assert {rank.id: rank.over_nixl for rank in ranks} == far
+    assert any(far.values())
 
 
 def test_ranks_come_and_go_and_one_is_killed_while_answers_stay_the_same(
@@ -60,6 +69,7 @@ def test_ranks_come_and_go_and_one_is_killed_while_answers_stay_the_same(
             assert await traffic == expected
         machines = {rank.machine for rank in head.cluster().ranks}
         assert len(machines) == (2 if machines == {"a", "b"} else 3)
+        assert_links_follow_the_names(head)
         before = {rank.id: rank.pid for rank in head.cluster().ranks}
         traffic = asyncio.create_task(answer_all(head, work, clients=12))
         await until(lambda: sum(rank.running for rank in head.cluster().ranks) >= 6)
@@ -68,5 +78,6 @@ def test_ranks_come_and_go_and_one_is_killed_while_answers_stay_the_same(
         await until(lambda: active(head) == set(before))
         assert next(r.pid for r in head.cluster().ranks if r.id == 1) != before[1]
         assert await answer_all(head, work, clients=12) == expected
+        assert_links_follow_the_names(head)
 
     service.run(scenario(service.head))
