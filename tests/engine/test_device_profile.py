@@ -21,11 +21,11 @@ from flexpert.engine.device_profile import (
     profile_of,
     triton_batches,
 )
-from flexpert.engine.head_store import HeadStore, MeetingPlace
+from flexpert.engine.head_store import HeadMeeting, HeadStore
 from flexpert.errors import ConfigError
 from flexpert.kernels.step_shapes import lanes
 
-MEETING = MeetingPlace(HeadStore(lambda request: None), "here")
+MEETING = HeadMeeting(HeadStore(lambda request: None), "here")
 
 
 def gpu(**overrides: object) -> Config:

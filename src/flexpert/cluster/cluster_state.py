@@ -33,7 +33,8 @@ class ClusterState:
     ranks: from the start of a process to its certain exit. placement: of the current epoch.
     planned: of the one that is prepared. operation: the change that runs. queued: the one that was
     asked for meanwhile. verdicts: what the first rank that came up found of the model's modules,
-    as it encoded it; new ranks are told.
+    as it encoded it; new ranks are told. broken: (who said so, the peer that did not answer), since
+    the last change was over.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ClusterState:
         self.planned: Placement | None = None
         self.ranks: dict[int, RankState] = {}
         self.verdicts = b""
+        self.broken: set[tuple[int, int]] = set()
         self.operation: Operation | None = None
         self.queued: tuple[Operation, TargetRequest] | None = None
         self.migrations = KVMigrations(self.ranks, head)

@@ -86,7 +86,8 @@ class RankReports:
                 self._adopted(rank, report)
             case msg.Halted(of) if of == epoch:
                 self._post(EventKind.HALTED, rank)
-            case msg.Broken(of, _, error) if of in (epoch, cluster.membership.epoch):
+            case msg.Broken(of, silent, error) if of in (epoch, cluster.membership.epoch):
+                cluster.broken |= {(rank, peer) for peer in silent if peer in cluster.ranks}
                 log.warning("rank %d: %s", rank, error)
                 cluster.notices.publish("warning", {"rank": rank, "error": error})
                 self._post(EventKind.BROKEN, rank, f"rank {rank}: {error}")
@@ -170,12 +171,21 @@ class RankReports:
     def _switched(self, rank_state: RankState, report: msg.Switched) -> None:
         cluster, running = self._cluster, self._cluster.operation
         rank_state.state, rank_state.load = "active", report.load
+        rank_state.over_nixl = self._peers(rank_state.id, report.over_nixl)
         pause = "" if report.pause_ms is None else f"pause {report.pause_ms:.1f} ms, of which "
         log.debug("rank %d has switched: %s%s", rank_state.id, pause, in_words(report.laps))
         cluster.restart_policy.active(rank_state.id, cluster.head.now())
         if report.pause_ms is not None and running:
             running.pause_ms = max(report.pause_ms, running.pause_ms or 0.0)
         self._post(EventKind.SWITCHED, rank_state.id)
+
+    def _peers(self, rank: int, told: list[int]) -> list[int]:
+        """Those it may reach. Raises: Contradiction: others are among them, or one is twice."""
+        change = self._cluster.membership.change
+        peers = (change.after if change else frozenset()) - {rank}
+        if len(set(told)) != len(told) or not peers.issuperset(told):
+            raise msg.Contradiction("it tells of links to ranks that are no peers of it")
+        return sorted(told)
 
     def _adopted(self, rank: int, report: msg.Adopted) -> None:
         cluster, running = self._cluster, self._cluster.operation

@@ -18,6 +18,7 @@ class RankState:
     state: RankStatus = "starting"
     host: str = ""
     machine: str = ""  # ranks whose names are equal share memory
+    over_nixl: list[int] = field(default_factory=list)  # peers, in the current epoch
     pid: int = 0
     address: bytes = b""
     kv: bytes = b""  # address of its KV cache
@@ -39,6 +40,7 @@ class RankState:
             state=self.state,
             host=self.host,
             machine=self.machine,
+            over_nixl=self.over_nixl,
             pid=self.pid,
             running=self.load.running,
             waiting=self.load.waiting,

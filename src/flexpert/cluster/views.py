@@ -14,7 +14,8 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     """One rank. kv_used: share of KV blocks in use, 0 to 1.
 
     machine: ranks of one machine share memory, and replicas of an expert go to several; "" until
-    the rank is up.
+    the rank is up. over_nixl: ids of the ranks that it exchanges with over NIXL, and not through
+    shared memory.
 
     memory_bytes: of the host, private, measured; planned_bytes: what the rank said it would need.
     device_memory_bytes, device_planned_bytes: the same of the GPU's memory; 0 on a CPU.
@@ -27,6 +28,7 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     pid: int
     machine: str = ""
+    over_nixl: list[int] = []
     running: int = 0
     waiting: int = 0
     kv_used: float = 0.0

@@ -33,9 +33,12 @@ def ranks_table(ranks: Sequence[RankView], max_ranks: int) -> Table:
     table.add_column("id", justify="right")
     table.add_column("state")
     gpus = any(rank.device_memory_bytes for rank in ranks)
+    remote = any(rank.over_nixl for rank in ranks)
     columns = ("running", "waiting", "KV", "experts", "memory")
     for name in (*columns, "GPU memory") if gpus else columns:
         table.add_column(name, justify="right")
+    if remote:
+        table.add_column("over NIXL to")
     table.add_column("host", style="dim")
     table.add_column("pid", justify="right", style="dim")
     for rank in ranks:
@@ -48,6 +51,7 @@ def ranks_table(ranks: Sequence[RankView], max_ranks: int) -> Table:
             str(rank.experts),
             _mib(rank.memory_bytes),
             *([_device_memory(rank)] if gpus else []),
+            *([ids(rank.over_nixl)] if remote else []),
             rank.host,
             str(rank.pid or ""),
         )

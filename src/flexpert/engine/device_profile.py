@@ -22,7 +22,7 @@ from flexpert.comm.peer_memory import ExportedMemory, ImportedMemory, export_mem
 from flexpert.config import EngineConfig
 from flexpert.engine.gpu_driver import GpuDriver, open_driver
 from flexpert.engine.gpu_usage import GpuUsage, HostUsage
-from flexpert.engine.head_store import MeetingPlace
+from flexpert.engine.head_store import HeadMeeting
 from flexpert.errors import ConfigError
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
 from flexpert.kernels.kernel_set import Kernels, check_gpu, cpu_kernels, gpu_kernels
@@ -96,7 +96,7 @@ class DeviceProfile(ABC):
 
     @abstractmethod
     def make_exchange(
-        self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: MeetingPlace
+        self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: HeadMeeting
     ) -> Buffer:
         """The buffer of a rank.
 
@@ -178,7 +178,7 @@ class CpuProfile(DeviceProfile):
         return cpu_kernels()
 
     def make_exchange(
-        self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: MeetingPlace
+        self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: HeadMeeting
     ) -> Buffer:
         return make_buffer(
             rank, spec, timeout_s=timeout_s, store=meeting.store, machine=meeting.machine
@@ -221,7 +221,7 @@ class TritonProfile(DeviceProfile):
         return gpu_kernels()
 
     def make_exchange(
-        self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: MeetingPlace
+        self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: HeadMeeting
     ) -> Buffer:
         if self.config.all2all == "nixl_ep" and spec.capacity > 1:
             return _make_nixl_ep(rank, spec, timeout_s, experts)

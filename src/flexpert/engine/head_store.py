@@ -18,7 +18,7 @@ _LOOK_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class MeetingPlace:
+class HeadMeeting:
     """Where a rank meets those of other machines, and the name of its own."""
 
     store: StoreKeys

@@ -32,7 +32,7 @@ from flexpert.engine.device_meter import DeviceMeter, Slabs
 from flexpert.engine.device_profile import WarmUpTime, profile_of, set_threads
 from flexpert.engine.epoch import PreparedEpoch
 from flexpert.engine.faults import Faults
-from flexpert.engine.head_store import HeadStore, MeetingPlace, machine_name
+from flexpert.engine.head_store import HeadMeeting, HeadStore, machine_name
 from flexpert.engine.kv_transfer import FetchEnded, KVTransfer
 from flexpert.engine.memory_plan import MemoryMeter, buffer_spec, kv_blocks
 from flexpert.engine.preparation import EpochPreparer, PreparationEnded
@@ -114,7 +114,7 @@ class RankEngine:
         self.report = faults.around_reports(report) if faults else report
         self._head_store = HeadStore(self.report)
         self.machine = machine_name(config, rank)
-        meeting = MeetingPlace(self._head_store, self.machine)
+        meeting = HeadMeeting(self._head_store, self.machine)
         buffer = self.profile.make_exchange(rank, spec, exchange_timeout_s, info.experts, meeting)
         self.buffer: Buffer = faults.around(buffer) if faults else buffer
         self._faults = faults
@@ -413,7 +413,8 @@ class RankEngine:
         self._paused_at = None
         self.watch.lap("first vote")
         laps, self.watch = self.watch.laps, Stopwatch()
-        self.report(msg.Switched(self.buffer.epoch, pause_ms, self._load(), laps))
+        far = [peer for peer in self.buffer.active if self.buffer.channel(peer) == "nixl"]
+        self.report(msg.Switched(self.buffer.epoch, pause_ms, self._load(), laps, far))
 
     def _pause(self, _: object) -> None:
         self._paused_at = self._last_step_end or time.perf_counter()

@@ -37,7 +37,8 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
 
     members: rank id → address of its window. exporters: rank id → address of the experts it holds
     in the running epoch. cache: address of the host's copy of the experts; b"": there is none.
-    machines: rank id → the machine it is on, of all that take part.
+    machines: rank id → the machine it is on, of all that take part. mend: pairs of ranks whose
+    link is to be made anew if it leads to another machine; both of a pair are told.
     """
 
     epoch: int
@@ -46,6 +47,7 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     exporters: dict[int, bytes] = {}
     cache: bytes = b""
     machines: dict[int, str] = {}
+    mend: list[tuple[int, int]] = []
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
@@ -234,13 +236,15 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 class Switched(msgspec.Struct, frozen=True, tag="switched"):
     """The first vote of the epoch is whole.
 
-    pause_ms: see `OperationView`; None for newcomers. laps: parts of it → seconds.
+    pause_ms: see `OperationView`; None for newcomers. laps: parts of it → seconds. over_nixl: the
+    peers of the epoch that this rank reaches over NIXL; the others share memory with it.
     """
 
     epoch: int
     pause_ms: float | None
     load: Load
     laps: dict[str, float] = {}
+    over_nixl: list[int] = []
 
 
 class Halted(msgspec.Struct, frozen=True, tag="halted"):

@@ -1,0 +1,83 @@
+"""A service whose ranks reach each other over NIXL, as those of several hosts do."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from support.service import Service, active, answer_all, change, requests, running, until
+
+from flexpert.cluster import head as head_module
+from flexpert.cluster.head import Head
+from flexpert.cluster.processes.rank_process import RankSpec
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not any(map(importlib.util.find_spec, ("nixl_cu13", "nixl_cu12"))),
+        reason="pip install 'flexpert[nixl]' to test it",
+    ),
+]
+SETTINGS = {"engine__deterministic": True, "engine__kv_memory": "32MiB"}
+
+
+def _spec_of_two_machines(rank: int, config: str, *rest: Any) -> RankSpec:
+    """Even ranks are on machine a, odd ones on b."""
+    settings = json.loads(config)
+    settings["engine"]["machine"] = "ab"[rank % 2]
+    return RankSpec(rank, json.dumps(settings), *rest)
+
+
+@pytest.fixture(params=["nixl", "two machines"])
+def service(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """Two ranks: all pairs use NIXL, or those of different machines."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    if request.param == "two machines":
+        monkeypatch.setattr(head_module, "RankSpec", _spec_of_two_machines)
+        settings = {}
+    else:
+        settings = {"engine__transport": "nixl"}
+    with running(
+        cluster__ranks=2, cluster__exchange_timeout=3.0, **SETTINGS, **settings
+    ) as service:
+        yield service
+
+
+def assert_links_follow_the_names(head: Head) -> None:
+    ranks = head.cluster().ranks
+    far = {r.id: [p.id for p in ranks if p.machine != r.machine] for r in ranks}
+    assert {rank.id: rank.over_nixl for rank in ranks} == far
+    assert any(far.values())
+
+
+def test_ranks_come_and_go_and_one_is_killed_while_answers_stay_the_same(
+    service: Service,
+) -> None:
+    async def scenario(head: Head) -> None:
+        work = requests(12, tokens=60)
+        expected = await answer_all(head, work, clients=12)
+        for ranks in (4, 3):
+            traffic = asyncio.create_task(answer_all(head, work, clients=12))
+            await asyncio.sleep(0.1)
+            assert (await change(head, ranks=ranks)).state == "done"
+            assert await traffic == expected
+        machines = {rank.machine for rank in head.cluster().ranks}
+        assert len(machines) == (2 if machines == {"a", "b"} else 3)
+        assert_links_follow_the_names(head)
+        before = {rank.id: rank.pid for rank in head.cluster().ranks}
+        traffic = asyncio.create_task(answer_all(head, work, clients=12))
+        await until(lambda: sum(rank.running for rank in head.cluster().ranks) >= 6)
+        os.kill(before[1], signal.SIGKILL)
+        assert await traffic == expected
+        await until(lambda: active(head) == set(before))
+        assert next(r.pid for r in head.cluster().ranks if r.id == 1) != before[1]
+        assert await answer_all(head, work, clients=12) == expected
+        assert_links_follow_the_names(head)
+
+    service.run(scenario(service.head))
