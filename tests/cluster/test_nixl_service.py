@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import errno
 import importlib.util
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +35,44 @@ def _spec_of_two_machines(rank: int, config: str, *rest: Any) -> RankSpec:
     settings = json.loads(config)
     settings["engine"]["machine"] = "ab"[rank % 2]
     return RankSpec(rank, json.dumps(settings), *rest)
+
+
+_PIDFD_GETFD = 438
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _cut_connections(pid: int) -> int:
+    """Shut every TCP connection of a process down, which lives on; how many there were."""
+    pidfd, cut = os.pidfd_open(pid), 0
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            copy = _libc.syscall(_PIDFD_GETFD, pidfd, int(name), 0)
+            if copy < 0 and ctypes.get_errno() == errno.EPERM:
+                pytest.skip("this user may not take descriptors of other processes")
+            if copy >= 0:
+                cut += _shut_down(copy)
+    finally:
+        os.close(pidfd)
+    return cut
+
+
+def _shut_down(descriptor: int) -> bool:
+    """Whether it was a connection over TCP. Closes the descriptor."""
+    try:
+        connection = socket.socket(fileno=descriptor)
+    except OSError:  # it is no socket
+        os.close(descriptor)
+        return False
+    with connection:
+        if connection.family not in (socket.AF_INET, socket.AF_INET6):
+            return False
+        if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return False  # who is cut off can be reached again
+        try:
+            connection.shutdown(socket.SHUT_RDWR)
+        except OSError:  # it is not connected
+            return False
+    return True
 
 
 @pytest.fixture(params=["nixl", "two machines"])
@@ -78,6 +119,25 @@ def test_ranks_come_and_go_and_one_is_killed_while_answers_stay_the_same(
         await until(lambda: active(head) == set(before))
         assert next(r.pid for r in head.cluster().ranks if r.id == 1) != before[1]
         assert await answer_all(head, work, clients=12) == expected
+        assert_links_follow_the_names(head)
+
+    service.run(scenario(service.head))
+
+
+def test_a_link_that_is_cut_between_ranks_that_live_costs_one_of_them(service: Service) -> None:
+    async def scenario(head: Head) -> None:
+        work = requests(12, tokens=120)
+        expected = await answer_all(head, work, clients=12)
+        before = {rank.id: rank.pid for rank in head.cluster().ranks}
+        epoch = head.cluster().epoch
+        traffic = asyncio.create_task(answer_all(head, work, clients=12))
+        await until(lambda: sum(rank.running for rank in head.cluster().ranks) >= 6)
+        assert _cut_connections(before[0]) > 0
+        assert await traffic == expected
+        await until(lambda: active(head) == set(before))
+        now = {rank.id: rank.pid for rank in head.cluster().ranks}
+        assert sum(now[rank] != before[rank] for rank in before) == 1
+        assert head.cluster().epoch <= epoch + 20, "it does not go on recovering"
         assert_links_follow_the_names(head)
 
     service.run(scenario(service.head))

@@ -1,62 +1,56 @@
-"""The head's store for ranks that meet: what a rank may do there, and what it may not."""
+"""The store that ranks of different machines meet through takes only what is theirs."""
 
 from __future__ import annotations
 
 import pytest
 
 from flexpert.cluster.rank_store import MOST_BYTES, RankStore
-from flexpert.engine.epoch import to_mend
-from flexpert.engine.rank_protocol import Contradiction, Prepare, StoreRequest
-from flexpert.moe.placement import replan
-
-KEY = "flexpert/0>1"
+from flexpert.engine.rank_protocol import Contradiction, StoreRequest
 
 
-def _store() -> RankStore:
+def request(operation: str, key: str, value: str = "", expected: str = "") -> StoreRequest:
+    return StoreRequest(0, operation, key, value, expected)  # type: ignore[arg-type]
+
+
+def test_it_answers_as_a_tcp_store() -> None:
     store = RankStore()
-    assert store.answer(0, StoreRequest(1, "set", KEY, "hello")) == "hello"
-    return store
-
-
-def test_what_is_written_is_read_by_the_other_and_gone_with_the_writer() -> None:
-    store = _store()
-    assert store.answer(1, StoreRequest(1, "compare_set", KEY)) == "hello"
-    store.forget(1)
+    assert store.answer(1, request("compare_set", "flexpert/0>1", "-", "-")) == "-"
+    assert store.answer(0, request("set", "flexpert/0>1", "offer")) == "offer"
+    assert store.answer(1, request("compare_set", "flexpert/0>1", "-", "-")) == "offer"
+    assert store.answer(0, request("compare_set", "flexpert/0>1", "new", "offer")) == "new"
+    assert store.answer(0, request("compare_set", "flexpert/0>1", "newer", "offer")) == "new"
+    assert store.answer(0, request("compare_set", "flexpert/word/0>2", "first")) == "first"
+    assert store.answer(1, request("delete", "flexpert/0>1")) == ""
     assert len(store) == 1
     store.forget(0)
     assert len(store) == 0
 
 
-def test_who_is_written_to_may_delete() -> None:
-    store = _store()
-    assert store.answer(1, StoreRequest(1, "delete", KEY)) == ""
-    assert len(store) == 0
-
-
 @pytest.mark.parametrize(
-    ("rank", "request_"),
+    ("rank", "asked"),
     [
-        (1, StoreRequest(1, "set", KEY, "forged")),
-        (1, StoreRequest(1, "compare_set", KEY, "forged", "hello")),
-        (2, StoreRequest(1, "compare_set", KEY)),
-        (2, StoreRequest(1, "delete", KEY)),
-        (0, StoreRequest(1, "set", "flexpert/0>1/../x", "y")),
-        (0, StoreRequest(1, "set", KEY, "y" * (MOST_BYTES + 1))),
+        (1, request("set", "flexpert/0>1", "x")),
+        (1, request("compare_set", "flexpert/0>1", "x")),
+        (2, request("compare_set", "flexpert/0>1", "-", "-")),
+        (2, request("delete", "flexpert/0>1")),
+        (0, request("set", "flexpert/0>1", "x" * (MOST_BYTES + 1))),
+        (0, request("set", "elsewhere/0>1", "x")),
+        (0, request("set", "flexpert/0>1/../2", "x")),
     ],
 )
-def test_what_is_no_business_of_a_rank_is_refused(rank: int, request_: StoreRequest) -> None:
-    store = _store()
+def test_what_is_not_a_ranks_own_cuts_it_off(rank: int, asked: StoreRequest) -> None:
     with pytest.raises(Contradiction):
-        store.answer(rank, request_)
-    assert store.answer(1, StoreRequest(2, "compare_set", KEY)) == "hello"
+        RankStore().answer(rank, asked)
 
 
-def test_only_links_to_other_machines_are_mended_by_both_of_a_pair() -> None:
-    members = dict.fromkeys(range(4), b"")
-    machines = {0: "a", 1: "a", 2: "b", 3: "b"}
-    broken = [(0, 1), (0, 2), (3, 1), (0, 7)]
-    plan = Prepare(
-        2, members, replan(None, range(4), layers=1, experts=4), machines=machines, mend=broken
-    )
-    found = {rank: to_mend(plan, rank) for rank in range(4)}
-    assert found == {0: {2}, 1: {3}, 2: {0}, 3: {1}}
+def test_a_rank_fills_no_memory() -> None:
+    store = RankStore()
+
+    def fill() -> None:
+        for number in range(5000):
+            word = "".join(chr(97 + int(digit)) for digit in f"{number:04}")
+            store.answer(0, request("set", f"flexpert/{word}/0>1", "x"))
+
+    with pytest.raises(Contradiction):
+        fill()
+    assert len(store) < 5000

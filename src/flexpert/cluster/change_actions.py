@@ -103,8 +103,7 @@ class ChangeActions:
         exporters = {rank: cluster.ranks[rank].experts for rank in living}
         cache = cluster.head.expert_cache
         machines = cluster.machines(change.everyone)
-        mend = sorted(cluster.broken) if recovers else []
-        plan = msg.Prepare(change.epoch, members, cluster.planned, exporters, cache, machines, mend)
+        plan = msg.Prepare(change.epoch, members, cluster.planned, exporters, cache, machines)
         cluster.tell(change.everyone, plan)
 
     def _place_newcomers(self, change: Change) -> None:
@@ -171,7 +170,6 @@ class ChangeActions:
     def _finish(self, change: Change, event: MembershipEvent) -> None:
         cluster = self._cluster
         self._clock.stop()
-        cluster.broken.clear()
         cluster.migrations.clear()
         operation, cluster.operation, cluster.planned = cluster.operation, None, None
         if operation is not None:

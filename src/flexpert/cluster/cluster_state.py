@@ -33,8 +33,8 @@ class ClusterState:
     ranks: from the start of a process to its certain exit. placement: of the current epoch.
     planned: of the one that is prepared. operation: the change that runs. queued: the one that was
     asked for meanwhile. verdicts: what the first rank that came up found of the model's modules,
-    as it encoded it; new ranks are told. broken: (who said so, the peer that did not answer), since
-    the last change was over.
+    as it encoded it; new ranks are told. broken: (who said so, the peer of another machine that
+    it does not reach), until it is decided who is given up.
     """
 
     def __init__(

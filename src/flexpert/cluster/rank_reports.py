@@ -6,7 +6,9 @@ import logging
 import signal
 
 from flexpert.cluster.availability import Availability
+from flexpert.cluster.broken_links import GATHER_S, accusations, whom_to_give_up
 from flexpert.cluster.cluster_state import ClusterState
+from flexpert.cluster.formatting import ids
 from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
 from flexpert.cluster.rank_state import RankState
 from flexpert.engine import rank_protocol as msg
@@ -16,6 +18,7 @@ from flexpert.models.fusion_verdicts import MOST_BYTES
 
 log = logging.getLogger("flexpert")
 
+LIVES = ("preparing", "ready", "active")
 MOST_MACHINE = 300  # characters of a machine's name
 # Signals that a process brings upon itself.
 _FAULTS = {
@@ -87,10 +90,31 @@ class RankReports:
             case msg.Halted(of) if of == epoch:
                 self._post(EventKind.HALTED, rank)
             case msg.Broken(of, silent, error) if of in (epoch, cluster.membership.epoch):
-                cluster.broken |= {(rank, peer) for peer in silent if peer in cluster.ranks}
+                self._accuse(rank, silent)
                 log.warning("rank %d: %s", rank, error)
                 cluster.notices.publish("warning", {"rank": rank, "error": error})
                 self._post(EventKind.BROKEN, rank, f"rank {rank}: {error}")
+
+    def _accuse(self, rank: int, silent: list[int]) -> None:
+        """Others behind a link do not answer: if they live, one has to go."""
+        cluster = self._cluster
+        new = accusations(rank, silent, cluster.machines(cluster.ranks))
+        if new and not cluster.broken:
+            cluster.head.call_later(GATHER_S, self._give_up)
+        cluster.broken |= new
+
+    def _give_up(self) -> None:
+        cluster = self._cluster
+        pairs, cluster.broken = cluster.broken, set()
+        up = [found for found in cluster.ranks.values() if found.state in LIVES]
+        living = {found.id for found in up if not found.ended}
+        pairs = {pair for pair in pairs if living.issuperset(pair)}
+        victim = whom_to_give_up(pairs)
+        if victim is not None:
+            others = {rank for pair in pairs if victim in pair for rank in pair} - {victim}
+            cluster.watch.terminate(
+                [victim], f"and rank {ids(sorted(others))} do not reach each other"
+            )
 
     def on_disconnected(self, rank: int) -> None:
         """A rank's connection has ended by itself: so does its process, which is not gone yet.
@@ -101,6 +125,7 @@ class RankReports:
         rank_state = cluster.ranks.get(rank)
         if rank_state is None or rank_state.state == "starting" or self._was_asked_to(rank):
             return
+        rank_state.ended = True
         log.debug("rank %d has closed its connection", rank)
         reason = f"rank {rank} exited"
         if rank_state.error:

@@ -19,6 +19,7 @@ class RankState:
     host: str = ""
     machine: str = ""  # ranks whose names are equal share memory
     over_nixl: list[int] = field(default_factory=list)  # peers, in the current epoch
+    ended: bool = False  # its connection is closed, its process not reaped yet
     pid: int = 0
     address: bytes = b""
     kv: bytes = b""  # address of its KV cache

@@ -43,13 +43,6 @@ def neighbours(plan: Prepare, rank: int) -> tuple[dict[int, bytes], list[int]]:
     return {r: address for r, address in plan.members.items() if r not in far}, far
 
 
-def to_mend(plan: Prepare, rank: int) -> set[int]:
-    """Peers that this rank must meet again: a link that broke stays broken, also where only one
-    side has noticed."""
-    partners = {other for pair in plan.mend if rank in pair for other in pair}
-    return partners & set(neighbours(plan, rank)[1])
-
-
 def prepare_epoch(
     plan: Prepare,
     *,
@@ -77,7 +70,6 @@ def prepare_epoch(
         return PreparedEpoch(plan, frozenset(), [], moe.stage([]))
     watch = Stopwatch()
     near, far = neighbours(plan, rank)
-    buffer.disconnect(to_mend(plan, rank))
     buffer.connect(near)
     if far:
         buffer.connect(far)  # they do the same; each pair meets

@@ -37,8 +37,7 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
 
     members: rank id → address of its window. exporters: rank id → address of the experts it holds
     in the running epoch. cache: address of the host's copy of the experts; b"": there is none.
-    machines: rank id → the machine it is on, of all that take part. mend: pairs of ranks whose
-    link is to be made anew if it leads to another machine; both of a pair are told.
+    machines: rank id → the machine it is on, of all that take part.
     """
 
     epoch: int
@@ -47,7 +46,6 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     exporters: dict[int, bytes] = {}
     cache: bytes = b""
     machines: dict[int, str] = {}
-    mend: list[tuple[int, int]] = []
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):

@@ -208,7 +208,10 @@ class Changes:
         core = self._core
         if core.exchanging.acquire(blocking=False):
             try:
-                if core.state in (State.BETWEEN, State.BROKEN) and not core.posted:
+                # an interrupted epoch is over, whatever was posted in it
+                over = core.state is State.BROKEN or bool(lib.fx_is_interrupted(core.b))
+                between = core.state in (State.BETWEEN, State.BROKEN)
+                if between and (over or not core.posted):
                     with core.changing:
                         self._apply()
             finally:
