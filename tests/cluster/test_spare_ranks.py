@@ -32,16 +32,17 @@ def test_spares_have_the_ids_that_join_next() -> None:
 
 
 class Processes:
-    def __init__(self) -> None:
+    def __init__(self, count: int = 2, **limits: float) -> None:
         self.started: list[int] = []
         self.stopped: list[int] = []
         self.taken: set[int] | None = {0}
         self.spares = SpareRanks(
-            2,
+            count,
             4,
             taken=lambda: self.taken,
             start=self.started.append,
             stop=self.stopped.append,
+            **limits,
         )
 
 
@@ -59,7 +60,7 @@ def test_one_after_the_other_and_none_while_ranks_change() -> None:
         assert processes.started == [1], "the other waits until the first is ready"
         spares.on_report(1, hello(7))
         await until(lambda: processes.started == [1, 2])
-        assert [view.id for view in spares.views()] == [1]
+        assert [(view.id, view.ready) for view in spares.views()] == [(1, True), (2, False)]
         with pytest.raises(msg.Contradiction):
             spares.on_report(1, msg.Halted(3))
         spares.close()
@@ -94,6 +95,45 @@ def test_a_change_takes_one_that_is_ready_starting_or_about_to_be_gone() -> None
     asyncio.run(scenario())
 
 
+def test_a_change_that_is_over_hears_of_the_exit_it_waited_for() -> None:
+    async def scenario() -> None:
+        processes = Processes()
+        spares = processes.spares
+        spawned: list[int] = []
+        spares.run()
+        await until(lambda: processes.started == [1])
+        spares.on_disconnected(1)
+        spares.take(1, lambda: spawned.append(1))
+        spares.withdraw(1)
+        assert spares.on_exit(1, "SIGKILL")
+        assert spawned == []
+        await until(lambda: processes.started == [1, 1])
+        spares.on_disconnected(1)
+        spares.take(1, lambda: spawned.append(1))
+        spares.close()
+        assert not spares.on_exit(1, "SIGKILL")
+        assert spawned == [], "nothing is started while the service stops"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("greets", [False, True])
+def test_a_silent_one_is_replaced(*, greets: bool) -> None:
+    async def scenario() -> None:
+        processes = Processes(1, start_timeout_s=0.2, stall_timeout_s=0.2)
+        spares = processes.spares
+        spares.run()
+        await until(lambda: processes.started == [1])
+        if greets:
+            spares.on_report(1, hello(7))
+        await until(lambda: processes.stopped[:1] == [1])
+        assert not spares.on_exit(1, "SIGKILL")
+        await until(lambda: processes.started.count(1) == 2)
+        spares.close()
+
+    asyncio.run(scenario())
+
+
 def test_one_whose_id_would_not_join_next_makes_room() -> None:
     async def scenario() -> None:
         processes = Processes()
@@ -114,7 +154,7 @@ def test_one_whose_id_would_not_join_next_makes_room() -> None:
 
 async def ready(head: Head, rank: int) -> int:
     """Pid of the spare with that id, once it is there."""
-    await until(lambda: [spare.id for spare in head.cluster().spares] == [rank], 30)
+    await until(lambda: [s.id for s in head.cluster().spares if s.ready] == [rank], 30)
     return head.cluster().spares[0].pid
 
 

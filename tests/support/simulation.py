@@ -252,6 +252,10 @@ class Simulation(Network):
             hello = msg.Hello(process.life, here, own, own, own, machine=here)
             self.tell(process, hello)
 
+    @property
+    def reserved(self) -> frozenset[int]:
+        return frozenset()
+
     def kill(self, rank: int) -> None:
         process = self.processes.get(rank)
         if process is None:

@@ -101,6 +101,8 @@ class Head:
             taken=self._taken,
             start=self._start_spare,
             stop=self._end_spare,
+            start_timeout_s=cluster.start_timeout,
+            stall_timeout_s=cluster.stall_timeout,
         )
         self._lives: dict[int, bytes] = {}  # liveness locks of ranks
         self._rank_store = RankStore()
@@ -353,7 +355,10 @@ class Head:
     def spawn(self, rank: int, verdicts: bytes) -> None:
         there, hello = self._spares.take(rank, lambda: self.spawn(rank, verdicts))
         if hello is not None:
-            asyncio.get_running_loop().call_soon(self._on_report, rank, hello)
+            try:
+                self._on_report(rank, hello)
+            except msg.Contradiction as error:
+                self._on_cut_off(rank, f"contradicts itself: {error}")
         if not there:
             self._fork(rank, verdicts)
 
@@ -398,7 +403,9 @@ class Head:
 
     def kill(self, rank: int) -> None:
         assert self._launcher is not None
-        if rank in self.reserved and self._hosts:
+        if rank in self._spares:  # it ends already
+            self._spares.withdraw(rank)
+        elif rank in self.reserved and self._hosts:
             self._hosts.kill(rank)
         else:
             self._launcher.kill(rank)
@@ -562,8 +569,9 @@ class Head:
             self._transport.forget(rank)
         if rank in self._spares:
             how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-            self._spares.on_exit(rank, why or how)
-        elif self._coordinator and not self._stopped:
+            if not self._spares.on_exit(rank, why or how):
+                return
+        if self._coordinator and not self._stopped:
             try:
                 self._coordinator.on_exit(rank, status, why)
             except Exception as error:

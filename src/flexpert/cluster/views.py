@@ -96,7 +96,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SpareView(msgspec.Struct, frozen=True, kw_only=True):
-    """A process that waits to become a rank. ready: it would be taken by a change."""
+    """A process that waits to become a rank. ready: it has started; before that its pid is 0."""
 
     id: int
     pid: int

@@ -11,7 +11,7 @@ from rich.text import Text
 from flexpert.bench.serve import Reference, ServeReport
 from flexpert.bench.statistics import Summary
 from flexpert.cluster.formatting import describe_change, ids
-from flexpert.cluster.views import ClusterView, OperationView, RankView
+from flexpert.cluster.views import ClusterView, OperationView, RankView, SpareView
 
 _RANK_STYLE = {
     "active": "green",
@@ -82,6 +82,10 @@ def operation_table(operation: OperationView) -> RenderableType:
     return Group(head, table)
 
 
+def _spare(spare: SpareView) -> str:
+    return f"rank {spare.id} (pid {spare.pid})" if spare.ready else f"rank {spare.id} (starting)"
+
+
 def cluster_view(cluster: ClusterView) -> RenderableType:
     """`flexpert status`."""
     placement = cluster.placement
@@ -100,7 +104,7 @@ def cluster_view(cluster: ClusterView) -> RenderableType:
         text = f"{placement.under_replicated_experts} experts have fewer replicas than asked for"
         parts.append(Text(text, style="yellow"))
     if cluster.spares:
-        parts.append(f"spare: {ids([spare.id for spare in cluster.spares])}")
+        parts.append("spare: " + ", ".join(map(_spare, cluster.spares)))
     if cluster.left_out:
         parts.append(Text(f"left out, for they kept ending: {ids(cluster.left_out)}", style="red"))
     if cluster.operation:

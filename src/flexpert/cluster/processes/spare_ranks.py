@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -31,6 +32,8 @@ class _Spare:
     dismissed: bool = False  # its id would not join next any more
     error: str = ""
     claimed: Callable[[], None] | None = None  # starts an ordinary rank when this one is gone
+    withdrawn: bool = False  # the change that claimed it is over, and waits for its exit
+    heard: float = 0.0
 
 
 def next_ids(taken: Iterable[int], capacity: int, count: int) -> list[int]:
@@ -50,6 +53,8 @@ class SpareRanks:
         taken: Callable[[], Iterable[int] | None],
         start: Callable[[int], None],
         stop: Callable[[int], None],
+        start_timeout_s: float = 120.0,
+        stall_timeout_s: float = 2.0,
     ) -> None:
         """
         Args:
@@ -57,12 +62,16 @@ class SpareRanks:
             taken: ids that no spare may have; None: something changes, nothing is to be started.
             start: starts the process of a spare; raises FlexpertError if it would not fit.
             stop: tells one to end.
+            start_timeout_s, stall_timeout_s: silence until one is replaced, before and after its
+                first report.
         """
         self._count = count
         self._capacity = capacity
         self._taken = taken
         self._start = start
         self._stop = stop
+        self._start_timeout_s = start_timeout_s
+        self._stall_timeout_s = stall_timeout_s
         self._spares: dict[int, _Spare] = {}
         self._task: asyncio.Task[None] | None = None
         self._wait_s = 0.0
@@ -78,7 +87,8 @@ class SpareRanks:
         if self._task is not None:
             self._task.cancel()
             self._task = None
-        for rank in self._spares:
+        for rank, spare in self._spares.items():
+            spare.claimed = None
             self._stop(rank)
 
     # ---- for a change -------------------------------------------------------------------------
@@ -98,6 +108,11 @@ class SpareRanks:
         del self._spares[rank]
         return True, spare.hello
 
+    def withdraw(self, rank: int) -> None:
+        """The change that claimed one that is ending does not want it any more."""
+        self._spares[rank].claimed = None
+        self._spares[rank].withdrawn = True
+
     @property
     def held(self) -> Mapping[int, msg.MemoryUse]:
         """Memory that spares have already; of a change that adds their ids it is not used by
@@ -106,9 +121,9 @@ class SpareRanks:
 
     def views(self) -> list[SpareView]:
         return [
-            SpareView(id=rank, pid=spare.hello.pid if spare.hello else 0, ready=not spare.ends)
+            SpareView(id=rank, pid=spare.hello.pid if spare.hello else 0, ready=bool(spare.hello))
             for rank, spare in sorted(self._spares.items())
-            if spare.hello
+            if not spare.ends
         ]
 
     # ---- what they report ---------------------------------------------------------------------
@@ -119,6 +134,7 @@ class SpareRanks:
     def on_report(self, rank: int, report: msg.Report) -> None:
         """Raises: Contradiction: a spare says nothing else."""
         spare = self._spares[rank]
+        spare.heard = time.monotonic()
         match report:
             case msg.Hello() if spare.hello is None:
                 spare.hello = report
@@ -137,10 +153,10 @@ class SpareRanks:
         self._end(rank)
 
     def on_disconnected(self, rank: int) -> None:
-        self._spares[rank].ends = True
+        self._end(rank)
 
-    def on_exit(self, rank: int, why: str) -> None:
-        """The process is certainly gone."""
+    def on_exit(self, rank: int, why: str) -> bool:
+        """The process is certainly gone. Returns whether a change waits to hear that."""
         spare = self._spares.pop(rank)
         if self._task is not None and not spare.dismissed:
             self._wait_s = min(_LONGEST_WAIT_S, max(_SHORTEST_WAIT_S, 2 * self._wait_s))
@@ -148,6 +164,7 @@ class SpareRanks:
             log.warning("spare rank %d exited%s", rank, reason)
         if spare.claimed is not None:
             spare.claimed()
+        return spare.withdrawn
 
     def _end(self, rank: int) -> None:
         self._spares[rank].ends = True
@@ -158,6 +175,7 @@ class SpareRanks:
     async def _keep(self) -> None:
         while True:
             await asyncio.sleep(self._wait_s or _LOOK_S)
+            self._replace_silent(time.monotonic())
             taken = self._taken()
             if taken is None or any(spare.hello is None for spare in self._spares.values()):
                 continue
@@ -167,6 +185,13 @@ class SpareRanks:
                 self._begin(missing[0])
             elif missing:  # others would join before one of those that wait
                 self._dismiss(max(rank for rank in self._spares if rank not in free))
+
+    def _replace_silent(self, now: float) -> None:
+        for rank, spare in list(self._spares.items()):
+            limit_s = self._stall_timeout_s if spare.hello else self._start_timeout_s
+            if not spare.ends and now - spare.heard > limit_s + _LOOK_S:
+                spare.error = f"nothing was heard of it for {now - spare.heard:.1f} s"
+                self._end(rank)
 
     def _dismiss(self, rank: int) -> None:
         if not self._spares[rank].ends:
@@ -182,4 +207,4 @@ class SpareRanks:
             self._refused, self._wait_s = str(error), _LONGEST_WAIT_S
             return
         self._refused = ""
-        self._spares[rank] = _Spare()
+        self._spares[rank] = _Spare(heard=time.monotonic())
