@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -212,7 +213,6 @@ class ClusterConfig(_Section):
     join_listen: str | None = Field(
         None,
         max_length=300,
-        pattern=r"^tcp://.+:\d{1,5}$",
         description="address where hosts join ('flexpert join'), as tcp://0.0.0.0:7000; needs a "
         "cluster token; port 0: any; default: none can",
     )
@@ -226,6 +226,13 @@ class ClusterConfig(_Section):
     memory_headroom: float = Field(
         0.05, ge=0, lt=1, description="share of the host's memory left free"
     )
+
+    @field_validator("join_listen")
+    @classmethod
+    def _is_address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"tcp://[^/\s]+:\d{1,5}", value):
+            raise ValueError(f"{value!r} is no address to listen on; write tcp://0.0.0.0:7000")
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> ClusterConfig:

@@ -85,6 +85,7 @@ class CurveListener:
         self._zap.bind(_ZAP)
         self._socket = _configured(self._context.socket(zmq.ROUTER))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.IPV6, int("[" in address))
         self._socket.setsockopt(zmq.CURVE_SERVER, 1)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.head.secret)
         self._socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
@@ -153,6 +154,7 @@ class CurveClient:
         self._on_refused = on_refused
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         self._socket = _configured(self._context.socket(zmq.DEALER))
+        self._socket.setsockopt(zmq.IPV6, 1)
         self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.head.public)
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.agents.public)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.agents.secret)
@@ -204,7 +206,6 @@ def _configured(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     socket.setsockopt(zmq.MAXMSGSIZE, MOST_BYTES)
     socket.setsockopt(zmq.SNDHWM, _MOST_QUEUED)
     socket.setsockopt(zmq.RCVHWM, _MOST_QUEUED)
-    socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     socket.setsockopt(zmq.RECONNECT_IVL, 200)
