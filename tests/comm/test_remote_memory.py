@@ -1,0 +1,90 @@
+"""Memory that is read over NIXL: one process plays owner and reader, another one dies."""
+
+import importlib.util
+import multiprocessing
+import threading
+from datetime import timedelta
+
+import pytest
+import torch
+
+from flexpert.comm.errors import CommError, PeerUnreachable
+from flexpert.comm.remote_memory import CHUNK_BYTES, MemoryServer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not any(importlib.util.find_spec(name) for name in ("nixl_cu13", "nixl_cu12")),
+        reason="NIXL is not installed",
+    ),
+]
+
+SIZE = 3 * CHUNK_BYTES + 17
+
+
+def memory() -> torch.Tensor:
+    return torch.randint(256, (SIZE,), dtype=torch.uint8, generator=torch.manual_seed(1))
+
+
+def own(port: int) -> None:
+    """A process that lets rank 0 read until it is killed."""
+    store = torch.distributed.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=20))
+    server = MemoryServer(1)
+    server.export("kv", memory())
+    with server.serving():
+        server.connect(store, [0], timeout_s=20)
+        threading.Event().wait(60)
+
+
+@pytest.fixture
+def pair(monkeypatch):
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    process = multiprocessing.get_context("spawn").Process(target=own, args=(store.port,))
+    process.start()
+    reader = MemoryServer(0)
+    try:
+        assert reader.connect(store, [1], timeout_s=30) == (1,)
+        yield reader, process
+    finally:
+        process.kill()
+        process.join()
+        reader.close()
+
+
+def test_reads_what_the_owner_has(pair):
+    reader, _ = pair
+    expected = memory()
+    whole, part = torch.zeros(SIZE, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8)
+    told = []
+    reader.read_many(1, "kv", [(0, whole), (9, part)], timeout_s=10, progress=told.append)
+    assert torch.equal(whole, expected)
+    assert torch.equal(part, expected[9:14])
+    assert told[-1] == SIZE + 5
+    for at in range(1000):
+        reader.read_many(1, "kv", [(at, part)], timeout_s=10)
+        assert torch.equal(part, expected[at : at + 5])
+
+
+@pytest.mark.parametrize(("region", "at"), [("kv", SIZE - 4), ("experts", 0)])
+def test_a_request_beyond_what_is_exported_cuts_the_link(pair, region, at):
+    reader, process = pair
+    with pytest.raises(PeerUnreachable):
+        reader.read_many(1, region, [(at, torch.zeros(5, dtype=torch.uint8))], timeout_s=2)
+    assert 1 in reader.broken()
+    assert process.is_alive()
+
+
+def test_a_killed_owner_is_noticed(pair):
+    reader, process = pair
+    process.kill()
+    process.join()
+    with pytest.raises(PeerUnreachable):
+        reader.read_many(1, "kv", [(0, torch.zeros(5, dtype=torch.uint8))], timeout_s=5)
+
+
+def test_a_cancelled_read_ends(pair):
+    reader, _ = pair
+    into = torch.zeros(SIZE, dtype=torch.uint8)
+    with pytest.raises(CommError, match="cancelled"):
+        reader.read_many(1, "kv", [(0, into)], timeout_s=10, cancelled=lambda: True)
