@@ -3,6 +3,7 @@
 import importlib.util
 import multiprocessing
 import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -34,6 +35,17 @@ def own(port: int) -> None:
     with server.serving():
         server.connect(store, [0], timeout_s=20)
         threading.Event().wait(60)
+
+
+def read_until_killed(port: int) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=20))
+    server = MemoryServer(1)
+    server.connect(store, [0], timeout_s=20)
+    into = torch.zeros(SIZE, dtype=torch.uint8)
+    for number in range(100_000):
+        server.read_many(0, "kv", [(0, into)], timeout_s=20)
+        if number == 3:
+            store.set("reading", "yes")
 
 
 @pytest.fixture
@@ -69,8 +81,8 @@ def test_reads_what_the_owner_has(pair):
 @pytest.mark.parametrize(("region", "at"), [("kv", SIZE - 4), ("experts", 0)])
 def test_a_request_beyond_what_is_exported_cuts_the_link(pair, region, at):
     reader, process = pair
-    with pytest.raises(PeerUnreachable):
-        reader.read_many(1, region, [(at, torch.zeros(5, dtype=torch.uint8))], timeout_s=2)
+    with pytest.raises(PeerUnreachable, match="closed the link"):
+        reader.read_many(1, region, [(at, torch.zeros(5, dtype=torch.uint8))], timeout_s=10)
     assert 1 in reader.broken()
     assert process.is_alive()
 
@@ -88,3 +100,27 @@ def test_a_cancelled_read_ends(pair):
     into = torch.zeros(SIZE, dtype=torch.uint8)
     with pytest.raises(CommError, match="cancelled"):
         reader.read_many(1, "kv", [(0, into)], timeout_s=10, cancelled=lambda: True)
+
+
+def test_a_killed_reader_is_noticed_by_the_owner(monkeypatch):
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=read_until_killed, args=(store.port,))
+    process.start()
+    owner = MemoryServer(0)
+    owner.export("kv", memory())
+    try:
+        with owner.serving():
+            owner.connect(store, [1], timeout_s=30)
+            store.wait(["reading"], timedelta(seconds=20))
+            process.kill()
+            process.join()
+            deadline = time.monotonic() + 5
+            while not owner.broken() and time.monotonic() < deadline:
+                time.sleep(0.02)
+        assert list(owner.broken()) == [1]
+    finally:
+        process.kill()
+        process.join()
+        owner.close()

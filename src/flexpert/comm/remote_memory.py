@@ -257,6 +257,8 @@ class MemoryServer:
     def _probe(self, reader: _Reader) -> None:
         try:
             reader.link.probe()
+            if reader.link.has_ended():
+                raise PeerUnreachable(f"rank {reader.peer} has closed the link")
         except CommError as error:
             self._cut(reader, str(error))
 

@@ -508,6 +508,10 @@ class NixlEndpointLink:
             if time.monotonic() - self._spoke > _QUIET_S:
                 self._send(_NUDGE)
 
+    def has_ended(self) -> bool:
+        """Whether the peer has closed its side; known since the last `poll`."""
+        return self._peer_done
+
     def is_sending(self) -> bool:
         """Whether messages wait for their data to leave; `poll` sends them on."""
         return self._under_way()
