@@ -2,8 +2,9 @@
 
 UCX over TCP moves nothing unless both sides make progress, so a reader does not read by itself: it
 asks for a chunk, and the owner's thread copies it into the link's outbox and writes it to the
-reader's inbox. Two chunks are in flight, so that copying and sending overlap. The thread sleeps on
-an event while nobody reads and no `serving` is open.
+reader's inbox. Two chunks are in flight, so that copying and sending overlap. The thread naps while
+this rank reads, meets others or attends to their requests, and while a link leads to a rank that
+is about to end; else it sleeps on a condition.
 """
 
 from __future__ import annotations
@@ -13,24 +14,28 @@ import ctypes
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from flexpert.comm import rendezvous
 from flexpert.comm.bounded import StoreKeys
 from flexpert.comm.errors import CommError, PeerUnreachable
 from flexpert.comm.host.nixl import Endpoint, NixlEndpointLink
 
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 1 << 20
+SILENCE_S = 10.0
+"""For how long a peer may send nothing of what was asked for."""
 _SLOTS = 2
 _HEADER = struct.Struct("<BBIQQ")  # kind, slot, bytes, offset, number; a request's region follows
 _REQUEST, _ANSWER = 0, 1
 _REGION_BYTES = 64  # of a region's name
-_NAP_S = 0.0002
+_SHORTEST_NAP_S, _LONGEST_NAP_S = 0.0001, 0.002
+_FAREWELL_NAP_S = 0.02  # while nothing but the end of a peer is waited for
 _PROBE_S = 0.05
-_PREFIX = "flexpert-memory"
+_PREFIX = "flexpert/memory"  # of keys
 
 
 @dataclass(slots=True)
@@ -63,15 +68,17 @@ class MemoryServer:
         """Raises: CommError: NIXL is missing."""
         self._rank = rank
         self._endpoint = Endpoint(f"flexpert-memory-{rank}")
-        self._regions: dict[str, torch.Tensor] = {}
-        self._readers: dict[int, _Reader] = {}
+        self._regions: dict[str, Tensor] = {}
+        self._links: dict[int, _Reader] = {}
         self._changed = threading.Condition()
-        self._busy = 0  # reads and `serving` that are open
+        self._busy = 0  # reads and meetings under way
+        self._attends = False
+        self._parting: frozenset[int] = frozenset()  # peers whose end is waited for
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="flexpert-memory", daemon=True)
         self._thread.start()
 
-    def export(self, region: str, memory: torch.Tensor) -> None:
+    def export(self, region: str, memory: Tensor) -> None:
         """Let peers read [size] uint8 of the host, contiguous, under a name of up to 64 bytes.
 
         Raises: ValueError
@@ -94,7 +101,7 @@ class MemoryServer:
 
         Returns: the ids met. Raises: as `rendezvous.meet`.
         """
-        with self.serving():
+        with self._working():
             return rendezvous.meet(
                 store,
                 self._rank,
@@ -105,9 +112,23 @@ class MemoryServer:
                 prefix=_PREFIX,
             )
 
+    def attend(self) -> None:
+        """Answer peers from now on."""
+        with self._changed:
+            self._attends, self._parting = True, frozenset()
+            self._changed.notify_all()
+
+    def rest(self, members: Collection[int]) -> None:
+        """Nobody reads here any more until the next `attend`. Links to ranks that are not among
+        `members` are closed as soon as these end."""
+        with self._changed:
+            self._attends = False
+            self._parting = frozenset(self._links) - frozenset(members)
+            self._changed.notify_all()
+
     @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
-        """Answer peers while this is open; outside of it nothing runs."""
+    def _working(self) -> Iterator[None]:
+        """The thread makes progress while this is open."""
         with self._changed:
             self._busy += 1
             self._changed.notify_all()
@@ -121,45 +142,43 @@ class MemoryServer:
         self,
         peer: int,
         region: str,
-        parts: Sequence[tuple[int, torch.Tensor]],
+        parts: Sequence[tuple[int, Tensor]],
         *,
-        timeout_s: float,
-        progress: Callable[[int], None] = lambda done: None,
+        timeout_s: float = SILENCE_S,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         """Fill each [n] uint8 of the host, contiguous, from its byte of the peer's region.
 
         Args:
             timeout_s: seconds in which at least one chunk must come.
-            progress: is told the bytes read so far.
             cancelled: asked now and then; True gives up. The link is cut, as after every failure.
 
         Raises:
             PeerUnreachable: no link, it broke, or nothing came.
             CommError: cancelled.
         """
-        reader = self._readers.get(peer)
+        reader = self._links.get(peer)
         if reader is None or reader.broken:
             why = f": {reader.broken}" if reader else ""
             raise PeerUnreachable(f"no link to the memory of rank {peer}{why}")
-        with reader.lock, self.serving():
+        with self._taken(reader, cancelled), self._working():
             try:
-                self._read(reader, region, parts, timeout_s, progress, cancelled)
+                self._read(reader, region, parts, timeout_s, cancelled)
             except BaseException as error:  # late chunks must not meet a later read
-                self._cut(reader, str(error) or type(error).__name__)
+                self._mark(reader, str(error) or type(error).__name__)
                 raise
 
     def disconnect(self, peer: int) -> None:
         """Close the link to a peer, if there is one."""
         with self._changed:
-            reader = self._readers.pop(peer, None)
+            reader = self._links.pop(peer, None)
         if reader is not None:
             self._cut(reader, "closed")
 
     def broken(self) -> dict[int, str]:
         """Peer → why its link was cut."""
         with self._changed:
-            return {peer: r.broken for peer, r in self._readers.items() if r.broken}
+            return {peer: r.broken for peer, r in self._links.items() if r.broken}
 
     def close(self) -> None:
         """End the thread and all links; idempotent."""
@@ -169,6 +188,9 @@ class MemoryServer:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        for reader in list(self._links.values()):
+            with reader.lock:  # a read has heard of it, and touches no memory afterwards
+                self._mark(reader, "closed")
         self._endpoint.close()
 
     # ---- the reader's side --------------------------------------------------------------------
@@ -177,31 +199,27 @@ class MemoryServer:
         self,
         reader: _Reader,
         region: str,
-        parts: Sequence[tuple[int, torch.Tensor]],
+        parts: Sequence[tuple[int, Tensor]],
         timeout_s: float,
-        progress: Callable[[int], None],
         cancelled: Callable[[], bool],
     ) -> None:
         chunks = _chunks(parts)
-        targets: dict[int, torch.Tensor] = {}
-        done = 0
+        targets: dict[int, Tensor] = {}
         for slot in range(_SLOTS):
             self._ask(reader, slot, region, chunks, targets)
         while targets:
             slot = self._wait(reader, timeout_s, cancelled)
             target, source = targets.pop(slot), reader.link.inbox + slot * CHUNK_BYTES
             ctypes.memmove(target.data_ptr(), source, target.numel())
-            done += target.numel()
             self._ask(reader, slot, region, chunks, targets)
-            progress(done)
 
     def _ask(
         self,
         reader: _Reader,
         slot: int,
         region: str,
-        chunks: Iterator[tuple[int, torch.Tensor]],
-        targets: dict[int, torch.Tensor],
+        chunks: Iterator[tuple[int, Tensor]],
+        targets: dict[int, Tensor],
     ) -> None:
         part = next(chunks, None)
         if part is None:
@@ -213,6 +231,19 @@ class MemoryServer:
             reader.waiting[slot] = chunk
         header = _HEADER.pack(_REQUEST, slot, chunk.size, chunk.offset, chunk.number)
         reader.link.notify(header + region.encode())
+
+    @contextlib.contextmanager
+    def _taken(self, reader: _Reader, cancelled: Callable[[], bool]) -> Iterator[None]:
+        """The only read of this link. Raises: CommError: cancelled while another one goes on."""
+        while not reader.lock.acquire(timeout=_PROBE_S):
+            if cancelled():
+                raise CommError(f"reading the memory of rank {reader.peer} was cancelled")
+        try:
+            yield
+        finally:
+            reader.lock.release()
+            if reader.broken:
+                self._close_link(reader)
 
     def _wait(self, reader: _Reader, timeout_s: float, cancelled: Callable[[], bool]) -> int:
         """The slot of the next chunk that has arrived."""
@@ -234,16 +265,12 @@ class MemoryServer:
     # ---- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        probed = 0.0
-        while True:
-            with self._changed:
-                while not self._busy and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    return
+        probed, nap_s = 0.0, _SHORTEST_NAP_S
+        while self._wanted():
             messages = self._endpoint.poll()
             with self._changed:
-                readers = {r.link.peer: r for r in self._readers.values() if not r.broken}
+                readers = {r.link.peer: r for r in self._links.values() if not r.broken}
+                expects = self._busy or self._attends
             for agent, message in messages:
                 if agent in readers:
                     self._take(readers[agent], message)
@@ -252,7 +279,23 @@ class MemoryServer:
                 for reader in readers.values():
                     self._probe(reader)
             if not messages:
-                time.sleep(_NAP_S)
+                nap_s = min(2 * nap_s, _LONGEST_NAP_S)
+                time.sleep(nap_s if expects else _FAREWELL_NAP_S)
+            else:
+                nap_s = _SHORTEST_NAP_S
+
+    def _wanted(self) -> bool:
+        """Sleeps until there is something to do; False: the server is closed."""
+        with self._changed:
+            while not self._closed:
+                ended = [p for p in self._parting if p not in self._links or self._links[p].broken]
+                for peer in ended:
+                    self._links.pop(peer, None)
+                self._parting -= frozenset(ended)
+                if self._busy or self._attends or self._parting:
+                    return True
+                self._changed.wait()
+            return False
 
     def _probe(self, reader: _Reader) -> None:
         try:
@@ -299,12 +342,35 @@ class MemoryServer:
             self._changed.notify_all()
 
     def _cut(self, reader: _Reader, why: str) -> None:
+        self._mark(reader, why)
+        self._close_link(reader)
+
+    def _mark(self, reader: _Reader, why: str) -> None:
         with self._changed:
-            if reader.broken:
-                return
-            reader.broken = why
+            reader.broken = reader.broken or why
             self._changed.notify_all()
-        reader.link.close()
+
+    def _close_link(self, reader: _Reader) -> None:
+        """Unless a read is under way, which copies from the inbox: then that does it at its end."""
+        if reader.lock.acquire(blocking=False):
+            try:
+                reader.link.close()
+            finally:
+                reader.lock.release()
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteMemory:
+    """A region of a peer's memory. cancelled: see `MemoryServer.read_many`."""
+
+    server: MemoryServer
+    peer: int
+    region: str
+    cancelled: Callable[[], bool] = lambda: False
+
+    def copy(self, parts: Sequence[tuple[int, Tensor]]) -> None:
+        """See `ReadableMemory`."""
+        self.server.read_many(self.peer, self.region, parts, cancelled=self.cancelled)
 
 
 class _Meeting:
@@ -327,7 +393,7 @@ class _Meeting:
         self._server.disconnect(peer)
         with self._server._changed:  # the thread must know whose the first message is
             link.open(details)
-            self._server._readers[peer] = _Reader(peer, link)
+            self._server._links[peer] = _Reader(peer, link)
         del self._links[peer]
 
     def forget(self, peer: int) -> None:
@@ -336,7 +402,7 @@ class _Meeting:
             link.close()
 
 
-def _chunks(parts: Sequence[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
+def _chunks(parts: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
     for at, into in parts:
         for start in range(0, into.numel(), CHUNK_BYTES):
             yield at + start, into[start : start + CHUNK_BYTES]
