@@ -48,6 +48,12 @@ def read_until_killed(port: int) -> None:
             store.set("reading", "yes")
 
 
+def read_again_and_again(reader: MemoryServer) -> None:
+    for _ in range(500):
+        reader.read_many(1, "kv", [(0, torch.zeros(5, dtype=torch.uint8))])
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def pair(monkeypatch):
     monkeypatch.setenv("UCX_TLS", "tcp")
@@ -83,6 +89,50 @@ def test_a_request_beyond_what_is_exported_cuts_the_link(pair, region, at):
         reader.read_many(1, region, [(at, torch.zeros(5, dtype=torch.uint8))], timeout_s=10)
     assert 1 in reader.broken()
     assert process.is_alive()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [b"", b"nonsense", bytes(22), bytes([0, 9]) + bytes(20), bytes([7, 0, 1]) + bytes(30)],
+)
+def test_a_message_that_is_no_request_cuts_the_link(pair, message):
+    reader, process = pair
+    reader._links[1].link.notify(message)
+    with pytest.raises(PeerUnreachable, match="closed the link"):
+        read_again_and_again(reader)
+    assert process.is_alive()
+
+
+def test_a_rank_that_leaves_is_read_until_it_ends_and_then_forgotten(pair):
+    reader, process = pair
+    reader.attend()
+    reader.rest([0])
+    part = torch.zeros(5, dtype=torch.uint8)
+    time.sleep(0.2)
+    RemoteMemory(reader, 1, "kv").copy([(3, part)])
+    assert torch.equal(part, memory()[3:8])
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 5
+    while reader._links and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not reader._links
+    with pytest.raises(PeerUnreachable, match="no link"):
+        RemoteMemory(reader, 1, "kv").copy([(3, part)])
+
+
+def test_nothing_runs_while_nobody_reads(pair):
+    reader, _ = pair
+    polls = []
+    poll = reader._endpoint.poll
+    reader._endpoint.poll = lambda: polls.append(0) or poll()
+    reader.attend()
+    time.sleep(0.1)
+    reader.rest([0, 1])
+    time.sleep(0.05)
+    attended = len(polls)
+    time.sleep(0.3)
+    assert 0 < attended == len(polls)
 
 
 def test_a_killed_owner_is_noticed(pair):
