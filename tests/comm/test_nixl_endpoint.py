@@ -11,6 +11,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Side:
         self.endpoint = nixl.Endpoint(f"side-{os.getpid()}-{secrets.token_hex(4)}")
         self.links: dict[str, nixl.NixlEndpointLink] = {}
         self.messages: list[tuple[str, bytes]] = []
+        self.closer = ThreadPoolExecutor(1)
 
     def poll(self) -> None:
         for agent, message in self.endpoint.poll():
@@ -234,6 +236,30 @@ def close_link(side: Side, name: str) -> None:
     side.links.pop(name).close()
 
 
+def begin_to_close(side: Side, name: str) -> None:
+    """In another thread than the one that polls, which waits for the peer's last word."""
+    link = side.links[name]
+    say_goodbye = link._say_goodbye
+
+    def say_goodbye_and_wait(deadline: float) -> None:
+        say_goodbye(deadline)
+        limit = time.monotonic() + LIMIT_S
+        while link._token in side.endpoint._links and time.monotonic() < limit:
+            time.sleep(0.001)
+
+    link._say_goodbye = say_goodbye_and_wait
+    side.closing = side.closer.submit(link.close)
+    side.poll_until(lambda: link.closed)
+
+
+def free_inboxes(side: Side) -> list[int]:
+    """Once that is done."""
+    side.poll_until(side.closing.done)
+    side.closing.result()
+    side.closer.shutdown()
+    return [region.at for regions in side.endpoint._free.values() for region in regions]
+
+
 def settle(side: Side, name: str) -> None:
     side.poll_until(lambda: not side.links[name].is_sending())
 
@@ -363,6 +389,16 @@ def test_a_new_link_hears_nothing_of_an_old_one(start: Start) -> None:
     connect(a, b)
     a.do(notify, "link", [b"to the new link"])
     assert b.do(received, 1) == [(a.agent, b"to the new link")]
+
+
+@needs_nixl
+def test_a_link_may_be_closed_while_another_thread_polls(start: Start) -> None:
+    a, b = start(), start()
+    connect(a, b)
+    a.do(begin_to_close, "link")
+    b.do(close_link, "link")
+    free = a.do(free_inboxes)
+    assert len(free) == len(set(free)) == 2
 
 
 # ---- peers that are dead, or stopped ----------------------------------------------------------

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from random import Random
 
 import msgspec
 import pytest
+import torch
 from test_scheduler import FakeModel, answer, limits, run, sequence, tokens_of
+from torch import Tensor
 
+from flexpert.comm.errors import PeerUnreachable
+from flexpert.config import EngineConfig
+from flexpert.engine import rank_protocol as msg
 from flexpert.engine.arrivals import Arrivals
+from flexpert.engine.device_profile import CpuProfile
+from flexpert.engine.kv_transfer import KVTransfer
 from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, TokenEvent
 from flexpert.engine.scheduler import Scheduler
+from flexpert.engine.sequence_intake import SequenceIntake
+from flexpert.models.kv_cache import KVCache
+from flexpert.models.source import ModelSource
 
 SIZE = 4
 
@@ -305,3 +316,47 @@ def move_all(
     for held in leaver.scheduler.hand_over():
         destination.adopt(leaver, leaver.resumed(asked[held.id]), held, arrivals.take(held.id))
     arrivals.drop()
+
+
+class CutOff:
+    """Ranks of other machines to which every link has just broken."""
+
+    def is_far(self, rank: int) -> bool:
+        return True
+
+    def kv_at_switch(self, rank: int) -> CutOff:
+        return self
+
+    def copy(self, parts: Sequence[tuple[int, Tensor]]) -> None:
+        raise PeerUnreachable("cut")
+
+
+def test_what_cannot_be_read_from_another_machine_at_the_switch_is_computed_again() -> None:
+    leaver, destination = Rank(), Rank()
+    asked = [sequence(name, [i] * 9, max_tokens=12, ignore_eos=True) for i, name in enumerate("ab")]
+    for s in asked:
+        leaver.add(s)
+    leaver.step(3)
+    moves = [
+        KVMigration(leaver.resumed(s), held)
+        for s, held in zip(asked, leaver.scheduler.hand_over(), strict=True)
+    ]
+    info, reports = ModelSource.open("tiny").info, []
+    memory = torch.zeros(KVCache.nbytes(info, 60, SIZE), dtype=torch.uint8)
+    transfer = KVTransfer(
+        info,
+        destination.scheduler,
+        KVCache(info, 60, SIZE, memory),
+        CpuProfile(EngineConfig()),
+        SequenceIntake(destination.scheduler, reports.append),
+        CutOff(),
+        report=reports.append,
+        done=reports.append,
+    )
+    transfer.adopt(msg.Adopt(1, b"an address that nobody opens", moves))
+    computed = sum(move.held.computed for move in moves)
+    assert reports == [msg.Adopted(1, 0, 0, computed)]
+    destination.got = {move.sequence.id: list(move.sequence.generated) for move in moves}
+    destination.step(12)
+    assert destination.got == {s.id: answer(s, 60) for s in asked}
+    destination.check_empty()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flexpert.kernels.experts import ExpertShape
-from flexpert.moe.expert_store import ExpertStore, ExportedExperts
+from flexpert.moe.expert_store import ExpertStore
 
 PLAIN = ExpertShape(4, 6, 3, torch.bfloat16)
 BIASED = ExpertShape(96, 64, 32, torch.bfloat16, biases=torch.bfloat16)
@@ -36,7 +36,7 @@ def test_a_peer_copies_an_expert_as_it_is_and_no_other_place_changes() -> None:
     ours, theirs = store(), store()
     keys = [(0, 0), (0, 1), (1, 0), (1, 4), (0, 4)]
     filled = {key: fill(theirs, key, seed) for seed, key in enumerate(keys)}
-    peer = ExportedExperts(theirs.address, ours)
+    peer = ours.import_memory(theirs.address)
     for key in [(1, 4), (0, 1)]:
         assert ours.copy(key, peer)
         assert key in ours
@@ -51,7 +51,7 @@ def test_a_peer_copies_an_expert_as_it_is_and_no_other_place_changes() -> None:
 def test_what_a_peer_does_not_have_is_not_copied() -> None:
     ours, theirs = store(), store()
     fill(theirs, (0, 1), seed=1)
-    peer = ExportedExperts(theirs.address, ours)
+    peer = ours.import_memory(theirs.address)
     assert not ours.copy((0, 2), peer)
     assert (0, 2) not in ours
     theirs.drop([(0, 1)])

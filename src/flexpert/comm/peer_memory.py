@@ -55,6 +55,18 @@ class ImportedMemory(Protocol):
     def bytes(self) -> torch.Tensor: ...
 
 
+class ReadableMemory(Protocol):
+    """A peer's memory, on this machine or another one."""
+
+    def copy(self, parts: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """Fill each [n] uint8 of the host, contiguous, from its byte of the peer's memory.
+
+        Raises:
+            ValueError: it would reach beyond the end.
+            CommError: the peer cannot be read any more, or it was cancelled.
+        """
+
+
 def export_memory(size: int, device: torch.device = _CPU, *, zeroed: bool = True) -> ExportedMemory:
     """New memory of `size` bytes.
 
@@ -209,6 +221,11 @@ class ImportedPages:
             if got == 0:
                 raise OSError(f"exported memory ends after {at + done} bytes")
             done += got
+
+    def copy(self, parts: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """See `ReadableMemory`."""
+        for at, into in parts:
+            into.copy_(self.read(at, (into.numel(),), torch.uint8))
 
     def read(self, at: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A view of the peer's memory from byte `at`.

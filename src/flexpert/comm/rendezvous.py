@@ -75,6 +75,35 @@ class _Meeting:
     down: ChannelDown | None = None  # why it does not go on
 
 
+class _Offers:
+    """What lies in the store, by who left it for whom."""
+
+    def __init__(self, store: BoundedStore, prefix: str) -> None:
+        self._store = store
+        self._prefix = prefix
+
+    def write(self, rank: int, peer: int, meeting: _Meeting, offer: RendezvousOffer) -> None:
+        meeting.offer = offer
+        # hex: stores compare text
+        self._store.set(self._key(rank, peer), msgspec.msgpack.encode(offer).hex())
+
+    def read(self, source: int, target: int) -> RendezvousOffer | None:
+        """Without waiting, as `get` would for a key that is not there or was just deleted."""
+        value = self._store.compare_set(self._key(source, target), _NOTHING, _NOTHING)
+        if value == _NOTHING.encode():
+            return None
+        try:
+            return msgspec.msgpack.decode(bytes.fromhex(value.decode()), type=RendezvousOffer)
+        except (ValueError, msgspec.MsgspecError):
+            return None  # not ours; a real offer will replace it
+
+    def delete(self, source: int, target: int) -> None:
+        self._store.delete_key(self._key(source, target))
+
+    def _key(self, source: int, target: int) -> str:
+        return f"{self._prefix}/{source}>{target}"
+
+
 def meet(
     store: StoreKeys,
     rank: int,
@@ -84,6 +113,7 @@ def meet(
     timeout_s: float,
     epoch: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
+    prefix: str = "flexpert",
 ) -> tuple[int, ...]:
     """Meet each of `peers`, who call this for `rank` in turn, at any time within the limit.
 
@@ -95,6 +125,7 @@ def meet(
         timeout_s: seconds for all of them together.
         epoch: for the error message.
         cancelled: asked now and then; True gives up.
+        prefix: of the keys; meetings of different prefixes do not see each other.
 
     Returns: the ids met, sorted.
 
@@ -106,11 +137,11 @@ def meet(
             second, or it was cancelled.
     """
     with BoundedStore(store, timeout_s) as bounded:
-        return _meet(bounded, rank, peers, host, timeout_s, epoch, cancelled)
+        return _meet(_Offers(bounded, prefix), rank, peers, host, timeout_s, epoch, cancelled)
 
 
 def _meet(
-    store: BoundedStore,
+    offers: _Offers,
     rank: int,
     peers: Iterable[int],
     host: Host,
@@ -125,13 +156,13 @@ def _meet(
     nap_s, renewed = _FIRST_NAP_S, time.monotonic()
     try:
         for peer, meeting in left.items():
-            _write(store, rank, peer, meeting, RendezvousOffer(meeting.nonce, b"", greeting, b""))
+            offers.write(rank, peer, meeting, RendezvousOffer(meeting.nonce, b"", greeting, b""))
         while left:
             moved = False
             for peer in list(left):
                 meeting = left[peer]
                 before = meeting.offer
-                if _advance(store, rank, peer, meeting, host):
+                if _advance(offers, rank, peer, meeting, host):
                     del left[peer]
                     met.append(peer)
                 moved |= meeting.offer is not before or peer not in left
@@ -140,7 +171,7 @@ def _meet(
             if time.monotonic() - renewed >= _RENEW_S:
                 renewed = time.monotonic()
                 for peer, meeting in left.items():
-                    _renew(store, rank, peer, meeting)
+                    _renew(offers, rank, peer, meeting)
             if cancelled():
                 raise CommError(f"connecting to rank {_names(left)} was cancelled")
             if time.monotonic() >= deadline:
@@ -156,9 +187,9 @@ def _meet(
     return tuple(sorted(met))
 
 
-def _advance(store: BoundedStore, rank: int, peer: int, meeting: _Meeting, host: Host) -> bool:
+def _advance(offers: _Offers, rank: int, peer: int, meeting: _Meeting, host: Host) -> bool:
     """Read the peer's offer and act on it; whether the two have met."""
-    theirs = _read(store, peer, rank)
+    theirs = offers.read(peer, rank)
     if theirs is None or theirs.nonce == meeting.dead:
         return False
     assert meeting.offer is not None
@@ -168,7 +199,7 @@ def _advance(store: BoundedStore, rank: int, peer: int, meeting: _Meeting, host:
             details = host.prepare(peer, theirs.greeting)
             meeting.theirs = theirs.nonce
             answer = RendezvousOffer(meeting.nonce, theirs.nonce, meeting.offer.greeting, details)
-            _write(store, rank, peer, meeting, answer)
+            offers.write(rank, peer, meeting, answer)
         if theirs.echo != meeting.nonce:
             return False
         host.open(peer, theirs.details)
@@ -178,40 +209,17 @@ def _advance(store: BoundedStore, rank: int, peer: int, meeting: _Meeting, host:
     except PeerUnreachable:
         meeting.dead, meeting.theirs = theirs.nonce, b""
         return False
-    store.delete_key(_key(peer, rank))
+    offers.delete(peer, rank)
     if meeting.renewed:
-        store.delete_key(_key(rank, peer))
+        offers.delete(rank, peer)
     return True
 
 
-def _renew(store: BoundedStore, rank: int, peer: int, meeting: _Meeting) -> None:
+def _renew(offers: _Offers, rank: int, peer: int, meeting: _Meeting) -> None:
     """The peer may have deleted this offer when it meant that of our predecessor."""
-    if meeting.offer is not None and _read(store, rank, peer) is None:
+    if meeting.offer is not None and offers.read(rank, peer) is None:
         meeting.renewed = True
-        _write(store, rank, peer, meeting, meeting.offer)
-
-
-def _key(source: int, target: int) -> str:
-    return f"flexpert/{source}>{target}"
-
-
-def _write(
-    store: BoundedStore, rank: int, peer: int, meeting: _Meeting, offer: RendezvousOffer
-) -> None:
-    meeting.offer = offer
-    # hex: stores compare text
-    store.set(_key(rank, peer), msgspec.msgpack.encode(offer).hex())
-
-
-def _read(store: BoundedStore, source: int, target: int) -> RendezvousOffer | None:
-    """Without waiting, as `get` would for a key that is not there or was just deleted."""
-    value = store.compare_set(_key(source, target), _NOTHING, _NOTHING)
-    if value == _NOTHING.encode():
-        return None
-    try:
-        return msgspec.msgpack.decode(bytes.fromhex(value.decode()), type=RendezvousOffer)
-    except (ValueError, msgspec.MsgspecError):
-        return None  # not ours; a real offer will replace it
+        offers.write(rank, peer, meeting, meeting.offer)
 
 
 def _names(ranks: Iterable[int]) -> str:

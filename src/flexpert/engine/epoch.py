@@ -9,6 +9,7 @@ from typing import Any
 
 from flexpert.comm import Buffer, ExpertTable
 from flexpert.engine.rank_protocol import Prepare
+from flexpert.engine.remote_peers import RemotePeers
 from flexpert.engine.stopwatch import Stopwatch
 from flexpert.moe.expert_store import ExpertFiles, ExpertLoad, Key, Store
 from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
@@ -51,6 +52,7 @@ def prepare_epoch(
     held: Collection[Key],
     store: Store,
     moe: ElasticMoELayers,
+    remote: RemotePeers,
     cancelled: threading.Event,
     progress: Callable[[float], None],
 ) -> PreparedEpoch:
@@ -58,8 +60,9 @@ def prepare_epoch(
 
     Changes nothing that the running epoch uses: peers are connected but masked, and experts that
     are held stay where they are. Others come from the memory of a peer that has them, else from
-    `files`. Runs in its own thread; what it loads in vain it drops again. What it launches on
-    the calling thread's stream must be waited for.
+    `files`. A rank that leaves only meets those that will read its memory over NIXL. Runs in its
+    own thread; what it loads in vain it drops again. What it launches on the calling thread's
+    stream must be waited for.
 
     Raises:
         Cancelled: the event was set meanwhile.
@@ -67,12 +70,14 @@ def prepare_epoch(
     """
     rank = buffer.rank
     if rank not in plan.members:
+        remote.meet(plan, cancelled)
         return PreparedEpoch(plan, frozenset(), [], moe.stage([]))
     watch = Stopwatch()
     near, far = neighbours(plan, rank)
     buffer.connect(near)
     if far:
         buffer.connect(far)  # they do the same; each pair meets
+    remote.meet(plan, cancelled)
     watch.lap("connect")
     progress(0.0)
     desired = plan.placement.held_by(rank)
@@ -85,7 +90,10 @@ def prepare_epoch(
 
     try:
         check()
-        copied = store.load(ExpertLoad(new, plan.exporters, files, check, progress)) if new else 0
+        distant = remote.experts(plan, cancelled.is_set)
+        exporters = {r: a for r, a in plan.exporters.items() if not remote.is_far(r)}
+        load = ExpertLoad(new, exporters, files, check, progress, distant)
+        copied = store.load(load) if new else 0
         watch.lap("experts")
         tables: list[ExpertTable] = expert_tables(plan.placement, rank, plan.machines)
         layers = [

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from flexpert.comm import CommError
+from flexpert.comm.peer_memory import ReadableMemory
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.arrivals import Arrivals
 from flexpert.engine.device_profile import DeviceProfile
-from flexpert.engine.request import HeldKV, KVMigration
+from flexpert.engine.remote_peers import RemotePeers
+from flexpert.engine.request import HeldKV, KVMigration, RequestSequence
 from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence_intake import SequenceIntake
 from flexpert.kernels.device_stream import DeviceStream
@@ -26,6 +29,16 @@ from flexpert.models.kv_cache import KVCache
 from flexpert.models.source import ModelInfo
 
 _FETCH_BLOCKS = 64  # copied at once
+
+KVSource: TypeAlias = KVCache | ReadableMemory
+"""The cache of a rank that leaves: mapped here, or read over NIXL."""
+
+
+def copy_blocks(own: KVCache, theirs: KVSource, pairs: Sequence[tuple[int, int]]) -> int:
+    """See `KVCache.copy_from`. Raises: CommError: the other cannot be read any more."""
+    if isinstance(theirs, KVCache):
+        return own.copy_from(theirs, pairs)
+    return own.read_from(theirs, pairs)
 
 
 class KVFetch(threading.Thread):
@@ -42,20 +55,21 @@ class KVFetch(threading.Thread):
         pairs: list[tuple[int, int]],
         *,
         own: KVCache,
-        theirs: Callable[[], KVCache],
+        theirs: Callable[[Callable[[], bool]], KVSource],
         stream: DeviceStream,
         done: Callable[[FetchEnded], None],
     ) -> None:
         """
         Args:
             pairs: (block there, block here).
-            theirs: opens the cache. Raises: CommError, ValueError
+            theirs: opens the cache, and is told what to ask whether the fetch is dropped. Raises:
+                CommError, ValueError
             done: called in the thread.
         """
         super().__init__(name=f"fetch-{command.source}", daemon=True)
         self.command = command
         self.arrivals = arrivals
-        self.theirs: KVCache | None = None
+        self.theirs: KVSource | None = None
         self.over = False
         self.dropped = False
         self._pairs = pairs
@@ -77,15 +91,16 @@ class KVFetch(threading.Thread):
         self._done(FetchEnded(self, copied))
 
     def _copy(self) -> int | None:
-        try:
-            theirs = self._open()
-        except (CommError, ValueError):  # it is gone or its address is none: nothing to copy
-            return None
         copied = 0
-        for at in range(0, len(self._pairs), _FETCH_BLOCKS):
-            if self.dropped:
-                return None
-            copied += self._own.copy_from(theirs, self._pairs[at : at + _FETCH_BLOCKS])
+        try:
+            theirs = self._open(lambda: self.dropped)
+            for at in range(0, len(self._pairs), _FETCH_BLOCKS):
+                if self.dropped:
+                    return None
+                part = self._pairs[at : at + _FETCH_BLOCKS]
+                copied += copy_blocks(self._own, theirs, part)
+        except (CommError, ValueError):  # it is gone or its address is none
+            return None
         self.theirs = theirs
         return copied
 
@@ -108,6 +123,7 @@ class KVTransfer:
         own: KVCache,
         profile: DeviceProfile,
         intake: SequenceIntake,
+        remote: RemotePeers,
         *,
         report: Callable[[msg.Report], None],
         done: Callable[[FetchEnded], None],
@@ -115,6 +131,7 @@ class KVTransfer:
         """
         Args:
             own: this rank's cache; those of its peers are as large.
+            remote: the memory of ranks on other machines.
             done: hears of a fetch that has ended, in its thread.
         """
         self._info = info
@@ -122,6 +139,7 @@ class KVTransfer:
         self._own = own
         self._profile = profile
         self._intake = intake
+        self._remote = remote
         self._report = report
         self._done = done
         self._fetches: dict[int, KVFetch] = {}  # from ranks that leave
@@ -140,7 +158,7 @@ class KVTransfer:
             arrivals,
             pairs,
             own=self._own,
-            theirs=lambda: self._cache_at(command.kv),
+            theirs=lambda dropped: self._cache_of(command.source, command.kv, dropped),
             stream=self._profile.stream,
             done=self._done,
         )
@@ -168,7 +186,7 @@ class KVTransfer:
         fetch = self._fetches.pop(command.source, None)
         moved = size = recomputed = 0
         migrations = self._credible(command.migrations)
-        theirs = self._cache_of_leaver(command.kv, fetch, migrations)
+        theirs = self._cache_of_leaver(command, fetch, migrations)
         for sequence, held in ((move.sequence, move.held) for move in migrations):
             have = fetch.arrivals.take(sequence.id) if fetch and fetch.over else []
             there = held if theirs else HeldKV(sequence.id, 0, [])
@@ -181,27 +199,49 @@ class KVTransfer:
             if pairs is None:
                 recomputed += held.computed
                 continue
-            if theirs and pairs:
-                size += self._own.copy_from(theirs, pairs)
+            try:
+                if theirs and pairs:
+                    size += copy_blocks(self._own, theirs, pairs)
+            except CommError:
+                self._compute_again(sequence)
+                recomputed += held.computed
+                continue
             self._scheduler.settle(sequence.id)
             moved += 1
         if fetch:
             fetch.drop()
         self._report(msg.Adopted(command.source, moved, size, recomputed))
 
+    def _compute_again(self, sequence: RequestSequence) -> None:
+        """It was adopted, but its KV has not come."""
+        self._scheduler.abort(sequence.id)
+        with self._intake.isolated(sequence):
+            self._scheduler.add(sequence)
+
     def _cache_of_leaver(
-        self, address: bytes, fetch: KVFetch | None, migrations: list[KVMigration]
-    ) -> KVCache | None:
-        """None: it is gone, or its address is none, or it holds nothing of these."""
-        if fetch and fetch.theirs:
-            return fetch.theirs
-        if any(move.held.computed for move in migrations):
-            with contextlib.suppress(CommError, ValueError):
-                return self._cache_at(address)
+        self, command: msg.Adopt, fetch: KVFetch | None, migrations: list[KVMigration]
+    ) -> KVSource | None:
+        """None: it is gone, or its address is none, or it holds nothing of these, or it is on
+        another machine and a fetch from there has not ended."""
+        if not any(move.held.computed for move in migrations):
+            return None
+        with contextlib.suppress(CommError, ValueError):
+            if self._remote.is_far(command.source):
+                late = fetch is not None and not fetch.over
+                return None if late else self._remote.kv_at_switch(command.source)
+            if fetch and fetch.theirs:
+                return fetch.theirs
+            return self._cache_at(command.kv)
         return None
 
-    def _cache_at(self, address: bytes) -> KVCache:
+    def _cache_of(self, rank: int, address: bytes, cancelled: Callable[[], bool]) -> KVSource:
         """A peer's KV cache. Raises: PeerUnreachable; ValueError: that is no address"""
+        if self._remote.is_far(rank):
+            return self._remote.kv(rank, cancelled)
+        return self._cache_at(address)
+
+    def _cache_at(self, address: bytes) -> KVCache:
+        """Of a peer on this machine. Raises: PeerUnreachable; ValueError: that is no address"""
         memory = self._profile.import_memory(address).bytes
         return KVCache(self._info, self._own.blocks, self._scheduler.limits.block_size, memory)
 

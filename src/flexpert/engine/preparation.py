@@ -15,6 +15,7 @@ from flexpert.comm import Buffer, CommError
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.epoch import Cancelled, PreparedEpoch, prepare_epoch
 from flexpert.engine.head_store import HeadStore
+from flexpert.engine.remote_peers import RemotePeers
 from flexpert.errors import FlexpertError
 from flexpert.kernels.device_stream import DeviceStream
 from flexpert.models.source import ModelSource
@@ -130,6 +131,7 @@ class EpochPreparer:
         moe: ElasticMoELayers,
         stream: DeviceStream,
         meeting: HeadStore,
+        remote: RemotePeers,
         *,
         report: Callable[[msg.Report], None],
         done: Callable[[PreparationEnded], None],
@@ -137,6 +139,7 @@ class EpochPreparer:
         """
         Args:
             meeting: through which the buffer meets ranks of other machines.
+            remote: their memory.
             report: hears of the progress, in the preparation's thread.
             done: hears of the end, there too.
         """
@@ -148,6 +151,7 @@ class EpochPreparer:
         self._moe = moe
         self._stream = stream
         self._meeting = meeting
+        self._remote = remote
         self._report = report
         self._done = done
         self._cached: tuple[bytes, CachedExperts] | None = None  # by its address
@@ -188,6 +192,7 @@ class EpochPreparer:
         May run in the preparation's thread.
         """
         self._buffer.disconnect(set(plan.members) - set(self._buffer.active))
+        self._remote.rest(self._buffer.active)
         if not isinstance(result, str):
             self._store.drop(result.experts - self.experts)
 
@@ -199,7 +204,8 @@ class EpochPreparer:
 
     def hold(self, experts: frozenset[Key]) -> None:
         """These are the running epoch's; others of the one before are given back, in the
-        background."""
+        background. Its members have loaded all they need, so none reads this rank's memory."""
+        self._remote.rest(self._buffer.active)
         gone, self.experts = self.experts - experts, experts
         if gone:
             self._latest = _Drop(self._store, gone, self._latest)
@@ -233,6 +239,7 @@ class EpochPreparer:
                     held=self.experts,
                     store=self._store,
                     moe=self._moe,
+                    remote=self._remote,
                     cancelled=cancelled,
                     progress=lambda share: self._report(msg.Progress(plan.epoch, share)),
                 )

@@ -43,6 +43,7 @@ from flexpert.engine.rank_states import (
     RankEventKind,
     RankStates,
 )
+from flexpert.engine.remote_peers import EXPERTS, KV, RemotePeers
 from flexpert.engine.request import HeldKV, RequestSequence
 from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
@@ -56,6 +57,7 @@ from flexpert.models.fusion_verdicts import decode_verdicts
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ModelSource
+from flexpert.moe.expert_store import ExpertStore
 
 log = logging.getLogger("flexpert")
 
@@ -148,6 +150,12 @@ class RankEngine:
         )
         self.scheduler = Scheduler(limits)
         self.store = self.profile.make_expert_store(rank, source)
+        self._remote = RemotePeers(
+            rank,
+            self._head_store,
+            self._readable_from_afar(),
+            exchange_timeout_s=exchange_timeout_s,
+        )
         self.sampler = Sampler(greedy_on_device=self.profile.samples_on_device)
         self.memory = MemoryMeter(
             source, config, capacity, lambda: self.exported.resident + self.store.resident
@@ -160,6 +168,7 @@ class RankEngine:
             self.runner.kv,
             self.profile,
             self._intake,
+            self._remote,
             report=self.report,
             done=self._enqueue,
         )
@@ -170,6 +179,7 @@ class RankEngine:
             self.moe,
             self.profile.stream,
             self._head_store,
+            self._remote,
             report=self.report,
             done=self._enqueue,
         )
@@ -210,6 +220,12 @@ class RankEngine:
             RankAction.PAUSE: self._pause,
             RankAction.REPORT_BROKEN: self._report_broken,
         }
+
+    def _readable_from_afar(self) -> dict[str, torch.Tensor]:
+        """What ranks on other machines may read; nothing of a GPU."""
+        if not isinstance(self.store, ExpertStore):
+            return {}
+        return {EXPERTS: self.store.exported, KV: self.exported.bytes}
 
     def _device_meter(self, capacity: int) -> DeviceMeter | None:
         """None: weights, KV cache and windows are memory of the host, and `memory` counts them."""
@@ -452,6 +468,7 @@ class RankEngine:
         finally:
             self._transfer.withdraw()
             self._preparer.close()
+            self._remote.close()
             self.buffer.close()  # exported memory stays: the thread that measures it may still look
 
     def _guarded(self, action: Callable[[], None]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flexpert.comm.peer_memory import ReadableMemory
 from flexpert.kernels.device_stream import stream_of
 from flexpert.models.source import ModelInfo
 
@@ -28,15 +29,18 @@ class KVCache:
         """
         self.blocks = blocks
         self.layers: list[tuple[Tensor, Tensor]] = []
+        self._begins: list[tuple[int, int]] = []  # of these in the memory
         at = 0
         for shape in info.attention:
-            pair = []
+            pair, begins = [], []
             for dim in (shape.key_dim, shape.value_dim):
                 size = blocks * block_size * shape.kv_heads * dim * info.dtype.itemsize
                 part = memory[at : at + size].view(info.dtype)
                 pair.append(part.view(blocks, block_size, shape.kv_heads, dim))
+                begins.append(at)
                 at += _aligned(size)
             self.layers.append((pair[0], pair[1]))
+            self._begins.append((begins[0], begins[1]))
 
     @staticmethod
     def nbytes(info: ModelInfo, blocks: int, block_size: int) -> int:
@@ -63,6 +67,21 @@ class KVCache:
                     copied += len(pairs) * to[0].nbytes
         stream_of(device).synchronize()
         return copied
+
+    def read_from(self, memory: ReadableMemory, pairs: Sequence[tuple[int, int]]) -> int:
+        """As `copy_from`, out of memory that can only be read piece by piece; this cache is in
+        memory of the host.
+
+        Raises: CommError: the peer cannot be read any more.
+        """
+        parts: list[tuple[int, Tensor]] = []
+        for tensors, begins in zip(self.layers, self._begins, strict=True):
+            for tensor, begin in zip(tensors, begins, strict=True):
+                blocks = tensor.view(torch.uint8).view(self.blocks, -1)
+                size = blocks.shape[1]
+                parts += [(begin + there * size, blocks[here]) for there, here in pairs]
+        memory.copy(parts)
+        return sum(into.numel() for _, into in parts)
 
 
 def _aligned(size: int) -> int:

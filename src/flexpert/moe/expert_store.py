@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Generic, Protocol, TypeVar
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flexpert.comm import CommError
-from flexpert.comm.peer_memory import ImportedPages, export_pages
+from flexpert.comm.peer_memory import ImportedPages, ReadableMemory, export_pages
 from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 
@@ -53,9 +53,9 @@ class ExpertFiles(Protocol):
 class ExpertLoad:
     """Experts that a rank is to have.
 
-    keys: by layer. exporters: rank → address of what it exports; tried before the files.
-    check: called between experts; raises what the load is to end with. progress: told the share
-    that is done, 0 to 1.
+    keys: by layer. exporters: rank → address of what it exports; tried before the files. far: rank
+    on another machine → what it exports; tried after those. check: called between experts; raises
+    what the load is to end with. progress: told the share that is done, 0 to 1.
     """
 
     keys: Sequence[Key]
@@ -63,6 +63,7 @@ class ExpertLoad:
     files: ExpertFiles
     check: Callable[[], None]
     progress: Callable[[float], None]
+    far: Mapping[int, ReadableMemory] = field(default_factory=dict)
 
 
 class Store(Protocol):
@@ -84,27 +85,44 @@ class _Opens(Protocol[P_co]):
 class ExportingPeers(Generic[P]):
     """The peers whose memory has experts; each is opened when it is first needed."""
 
-    def __init__(self, rank: int, addresses: Mapping[int, bytes], store: _Opens[P]) -> None:
-        self._store = store
-        self._addresses: Sequence[bytes] = [addresses[r] for r in sorted(addresses) if r != rank]
+    def __init__(
+        self,
+        rank: int,
+        addresses: Mapping[int, bytes],
+        store: _Opens[P],
+        far: Mapping[int, Callable[[], P]] | None = None,
+    ) -> None:
+        """
+        Args:
+            addresses: of peers on this machine.
+            far: what opens others.
+        """
+        near = {r: functools.partial(store.import_memory, a) for r, a in addresses.items()}
+        self._openers: dict[int, Callable[[], P]] = {**near, **(far or {})}
+        self._rings = [[r for r in sorted(ranks) if r != rank] for ranks in (near, far or {})]
         self._first = rank  # several newcomers begin with different peers
-        self._open: dict[bytes, P | None] = {}
+        self._open: dict[int, P | None] = {}
 
     def of(self, key: Key) -> Iterable[P]:
-        """Those that can be read, beginning with another one for each expert."""
-        count = len(self._addresses)
-        for step in range(count):
-            peer = self._peer(self._addresses[(self._first + key[1] + step) % count])
-            if peer is not None:
-                yield peer
+        """Those that can be read, those of this machine first, beginning with another one for each
+        expert."""
+        for ring in self._rings:
+            for step in range(len(ring)):
+                peer = self._peer(ring[(self._first + key[1] + step) % len(ring)])
+                if peer is not None:
+                    yield peer
 
-    def _peer(self, address: bytes) -> P | None:
-        if address not in self._open:
+    def lost(self, peer: P) -> None:
+        """It cannot be read any more."""
+        self._open.update({rank: None for rank, open in self._open.items() if open is peer})
+
+    def _peer(self, rank: int) -> P | None:
+        if rank not in self._open:
             try:
-                self._open[address] = self._store.import_memory(address)
-            except CommError:  # it ended, or it is on another machine: the checkpoint has it, too
-                self._open[address] = None
-        return self._open[address]
+                self._open[rank] = self._openers[rank]()
+            except CommError:  # it ended, or cannot be reached: the checkpoint has it, too
+                self._open[rank] = None
+        return self._open[rank]
 
 
 class ExpertPlaces:
@@ -114,7 +132,8 @@ class ExpertPlaces:
         self.shapes = tuple(shapes)
         self.experts = experts
         self.begins: list[int] = []
-        at = _pages(len(shapes) * experts)
+        self.entries = len(shapes) * experts
+        at = _pages(self.entries)
         for shape in self.shapes:
             self.begins.append(at)
             at += experts * _pages(shape.nbytes)
@@ -169,12 +188,14 @@ class ExpertStore:
         Raises:
             FlexpertError, OSError: the files cannot be read; or what `load.check` raises.
         """
-        peers = ExportingPeers(self._rank, load.exporters, self)
+        far = {r: functools.partial(ExportedExperts, m, self) for r, m in load.far.items()}
+        peers = ExportingPeers(self._rank, load.exporters, self, far)
         done = copied = 0
         for layer, keys in groupby(load.keys, key=lambda key: key[0]):
             load.check()
             of_layer = list(keys)
-            rest = [k for k in of_layer if not any(self.copy(k, peer) for peer in peers.of(k))]
+            rest = [key for key in of_layer if not self._copied(key, peers)]
+            load.check()
             place = functools.partial(self._place, layer)
             load.files.load_experts(layer, [expert for _, expert in rest], place)
             for key in rest:
@@ -183,6 +204,15 @@ class ExpertStore:
             copied += len(of_layer) - len(rest)
             load.progress(done / len(load.keys))
         return copied
+
+    def _copied(self, key: Key, peers: ExportingPeers[ExportedExperts]) -> bool:
+        for peer in peers.of(key):
+            try:
+                if self.copy(key, peer):
+                    return True
+            except CommError:
+                peers.lost(peer)
+        return False
 
     def layer(self, layer: int, experts: Sequence[int]) -> LayerExperts:
         """To compute with experts that are here, in this order of slots."""
@@ -205,12 +235,13 @@ class ExpertStore:
         self._exported.bytes[self._places.entry(key)] = 1
 
     def copy(self, key: Key, peer: ExportedExperts) -> bool:
-        """Fill a place from a peer's memory; False if the peer does not have it."""
-        there = peer.memory(key)
-        if there is None:
-            return False
+        """Fill a place from a peer's memory; False if the peer does not have it.
+
+        Raises: CommError: the peer cannot be read any more.
+        """
         begin, size = self._places.place(key)
-        self._exported.bytes[begin : begin + size] = there
+        if not peer.copy(key, self._exported.bytes[begin : begin + size]):
+            return False
         self.filled(key)
         return True
 
@@ -224,29 +255,42 @@ class ExpertStore:
 
     def import_memory(self, address: bytes) -> ExportedExperts:
         """A peer's store of the same model. Raises: PeerUnreachable"""
-        return ExportedExperts(address, self)
+        return ExportedExperts(ImportedPages(address), self)
+
+    @property
+    def exported(self) -> Tensor:
+        """[bytes] uint8: all that `address` leads to."""
+        return self._exported.bytes
 
 
 class ExportedExperts:
-    """The experts in a peer's memory."""
+    """The experts that a peer has when this is made, in its memory."""
 
-    def __init__(self, address: bytes, own: ExpertStore) -> None:
+    def __init__(self, memory: ReadableMemory, own: ExpertStore) -> None:
         """
         Args:
+            memory: of the peer's store.
             own: the store of this rank, of the same model.
 
         Raises:
-            PeerUnreachable: the peer is gone or on another machine.
+            CommError: the peer cannot be read.
         """
         self._places = own._places
-        self._imported = ImportedPages(address)
+        self._memory = memory
+        self._filled = torch.empty(self._places.entries, dtype=torch.uint8)
+        memory.copy([(0, self._filled)])
 
-    def memory(self, key: Key) -> Tensor | None:
-        """[bytes] uint8; must not be written to. None: the peer does not have it."""
-        if not self._imported.read(self._places.entry(key), (1,), torch.uint8):
-            return None
-        begin, size = self._places.place(key)
-        return self._imported.read(begin, (size,), torch.uint8)
+    def copy(self, key: Key, into: Tensor) -> bool:
+        """One expert's bytes; False, and perhaps anything in `into`: the peer does not have it.
+
+        Raises: CommError: the peer cannot be read any more.
+        """
+        entry = self._places.entry(key)
+        if not self._filled[entry]:
+            return False
+        after = torch.empty(1, dtype=torch.uint8)
+        self._memory.copy([(self._places.place(key)[0], into), (entry, after)])
+        return bool(after)  # what is dropped meanwhile says so before its memory is given back
 
 
 def _pages(size: int) -> int:

@@ -335,9 +335,10 @@ class Endpoint:
         return region
 
     def _recycle(self, link: NixlEndpointLink) -> None:
-        """The peer will not write into the inbox any more."""
-        del self._links[link._token]
-        self._free[link.size].append(link._inbox)
+        """The peer will not write into the inbox any more. Once for each link, though a `poll` in
+        another thread and the end of `close` may both come to it."""
+        if self._links.pop(link._token, None) is not None:
+            self._free[link.size].append(link._inbox)
 
     def _gather(self) -> None:
         """See what has left, and what has come."""
@@ -507,6 +508,10 @@ class NixlEndpointLink:
                 self.check()
             if time.monotonic() - self._spoke > _QUIET_S:
                 self._send(_NUDGE)
+
+    def has_ended(self) -> bool:
+        """Whether the peer has closed its side; known since the last `poll`."""
+        return self._peer_done
 
     def is_sending(self) -> bool:
         """Whether messages wait for their data to leave; `poll` sends them on."""
