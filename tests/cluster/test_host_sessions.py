@@ -17,6 +17,7 @@ import pytest
 from support.service import until
 
 from flexpert.cluster.hosts import agent_protocol as say
+from flexpert.cluster.hosts.agent import wait_before_joining
 from flexpert.cluster.hosts.cluster_token import keys_of, read_token
 from flexpert.cluster.hosts.curve_socket import CurveClient
 from flexpert.cluster.hosts.host_sessions import HostSessions
@@ -286,6 +287,14 @@ def test_the_uninvited_are_refused_and_cost_no_memory(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         run(scenario)
     assert TOKEN not in caplog.text
+
+
+def test_a_rank_that_ends_at_once_is_not_started_in_a_loop() -> None:
+    waits, last = [], 0.0
+    for served_s in (0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 60.0, 1.0):
+        last = wait_before_joining(last, served_s)
+        waits.append(last)
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 0.5, 1.0]
 
 
 def test_a_token_is_long_enough_and_nobody_elses(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ log = logging.getLogger("flexpert")
 _WELCOME_S = 10.0
 _GONE_S = 5.0  # for a rank that is killed
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 10.0
+_HEALTHY_S = 10.0  # a rank that served for so long had come up well
 _BEATS = 5  # in one timeout
 _SILENCE = 2.5  # timeouts after which the head is lost: it beats, and may be slow
 
@@ -71,6 +72,13 @@ def model_digest(source: ModelSource) -> str:
         sorted(source.held),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def wait_before_joining(last_s: float, served_s: float) -> float:
+    """Seconds until the next attempt: longer each time, until a rank has served for a while."""
+    return (
+        _FIRST_WAIT_S if served_s >= _HEALTHY_S or not last_s else min(_LONGEST_WAIT_S, 2 * last_s)
+    )
 
 
 class Agent:
@@ -118,7 +126,7 @@ class Agent:
 
     async def _join_again_and_again(self) -> int:
         lost_at = time.monotonic()
-        wait_s = _FIRST_WAIT_S
+        wait_s = 0.0
         while True:
             session = self._session = _AgentSession(self)
             outcome, reason = await session.run()
@@ -128,8 +136,9 @@ class Agent:
             if outcome is Outcome.LEFT:
                 self._tell(reason)
                 return 0
-            if session.served:
-                lost_at, wait_s = time.monotonic(), _FIRST_WAIT_S
+            if session.served_s >= _HEALTHY_S:
+                lost_at = time.monotonic()
+            wait_s = wait_before_joining(wait_s, session.served_s)
             over = time.monotonic() - lost_at > self._options.retry_s
             if outcome is Outcome.REFUSED or over or self._leaves.is_set():
                 print(f"flexpert: {reason}", file=sys.stderr)
@@ -137,7 +146,6 @@ class Agent:
             self._tell(f"{reason}; joining again in {wait_s:g} s")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._leaves.wait(), wait_s)
-            wait_s = min(_LONGEST_WAIT_S, 2 * wait_s)
             if self._leaves.is_set():
                 return 0
 
@@ -170,13 +178,10 @@ class Agent:
 
 
 class _AgentSession:
-    """One connection to the head, from `Join` to the end of the rank.
-
-    served: a rank was started in it.
-    """
+    """One connection to the head, from `Join` to the end of the rank."""
 
     def __init__(self, agent: Agent) -> None:
-        self.served = False
+        self._spawned: float | None = None
         self._agent = agent
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[tuple[Outcome, str]] = self._loop.create_future()
@@ -188,6 +193,11 @@ class _AgentSession:
         self._pipe: BytePipe | None = None
         self._exited = asyncio.Event()
         self._exited.set()
+
+    @property
+    def served_s(self) -> float:
+        """For how long it has had a rank."""
+        return 0.0 if self._spawned is None else self._loop.time() - self._spawned
 
     async def run(self) -> tuple[Outcome, str]:
         agent = self._agent
@@ -297,7 +307,7 @@ class _AgentSession:
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._pipe = BytePipe(near, self._from_rank, lambda: None)
         self._exited.clear()
-        self.served = True
+        self._spawned = self._loop.time()
         spec = RankSpec(agent._rank, for_children(self._config), verdicts)
         agent._launcher.spawn(agent._rank, ENTRY, encode_spec(spec), far)
         agent._tell(f"rank {agent._rank} starts")
