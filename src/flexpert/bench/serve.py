@@ -125,7 +125,7 @@ def run_bench(
     Raises:
         FlexpertError
     """
-    answers, prompts, cpu_s = asyncio.run(_measure(load, measured, compare, note))
+    answers, prompts, cpu_s = asyncio.run(measure(load, measured, compare, note))
     found = figures(answers)
     references = []
     if compare:
@@ -160,7 +160,7 @@ def describe(load: OfferedLoad) -> str:
     return f"{load.count} requests, {what}, {load.output_tokens} out, {how}, seed {load.seed}"
 
 
-async def _measure(
+async def measure(
     load: OfferedLoad, measured: ServeMeasured, tokens_wanted: bool, note: Note
 ) -> tuple[list[ClientAnswer], list[list[int]], float]:
     """Answers, the prompts as token ids if desired, and our own CPU seconds."""
