@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from flexpert.bench.serve import OfferedLoad
-from flexpert.bench.transport import TransportPlan, run_transport, transport_text
+from flexpert.bench.transport_comparison import TransportPlan, run_transport, transport_text
 
 LOAD = OfferedLoad(
     prompts=None,

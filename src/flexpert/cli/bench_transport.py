@@ -33,7 +33,7 @@ def bench_transport(
     """
     check_outputs(output)
     from flexpert.bench.serve import OfferedLoad
-    from flexpert.bench.transport import TransportPlan, run_transport, transport_text
+    from flexpert.bench.transport_comparison import TransportPlan, run_transport, transport_text
 
     load = OfferedLoad(
         prompts=None,
