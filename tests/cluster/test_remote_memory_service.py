@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
+import os
+import signal
 from collections.abc import Iterator
 
 import msgspec
@@ -71,5 +74,29 @@ def test_experts_come_and_kv_goes_between_machines(service: Service) -> None:
             assert active(head) == {1 - leaver}
             if leaver:
                 assert (await change(head, ranks=2)).copied_experts > 0
+
+    service.run(scenario(service.head))
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.03, 0.1])
+def test_a_leaver_that_is_killed_while_it_is_read_costs_no_answer(
+    service: Service, delay_s: float
+) -> None:
+    async def scenario(head: Head) -> None:
+        work = requests(8, tokens=150)
+        expected = await answer_all(head, work, clients=8)
+        assert (await change(head, ranks=2)).state == "done"
+        traffic = asyncio.create_task(answer_all(head, work, clients=8))
+        await until(lambda: all(rank.running for rank in head.cluster().ranks))
+        pids = {rank.id: rank.pid for rank in head.cluster().ranks}
+        removal = asyncio.create_task(change(head, remove=[1]))
+        await asyncio.sleep(delay_s)
+        with contextlib.suppress(ProcessLookupError):  # it was faster
+            os.kill(pids[1], signal.SIGKILL)
+        await removal
+        assert await traffic == expected
+        await until(lambda: active(head))
+        assert (await change(head, ranks=2)).state == "done"
+        assert await answer_all(head, work, clients=8) == expected
 
     service.run(scenario(service.head))

@@ -2,9 +2,9 @@
 
 UCX over TCP moves nothing unless both sides make progress, so a reader does not read by itself: it
 asks for a chunk, and the owner's thread copies it into the link's outbox and writes it to the
-reader's inbox. Two chunks are in flight, so that copying and sending overlap. The thread naps while
-this rank reads, meets others or attends to their requests, and while a link leads to a rank that
-is about to end; else it sleeps on a condition.
+reader's inbox. Several chunks are in flight, so that copying and sending overlap and small pieces
+do not wait for each other. The thread naps while this rank reads, meets others or attends to their
+requests, and while a link leads to a rank that is about to end; else it sleeps on a condition.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from flexpert.comm.bounded import StoreKeys
 from flexpert.comm.errors import CommError, PeerUnreachable
 from flexpert.comm.host.nixl import Endpoint, NixlEndpointLink
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 256 << 10
 SILENCE_S = 10.0
 """For how long a peer may send nothing of what was asked for."""
-_SLOTS = 2
+_SLOTS = 8  # chunks in flight
 _HEADER = struct.Struct("<BBIQQ")  # kind, slot, bytes, offset, number; a request's region follows
 _REQUEST, _ANSWER = 0, 1
 _REGION_BYTES = 64  # of a region's name
-_SHORTEST_NAP_S, _LONGEST_NAP_S = 0.0001, 0.002
+_NAP_S = 0.0002
+_LATELY_S = 0.05  # after a message, another one may come soon
+_QUIET_NAP_S = 0.002
 _FAREWELL_NAP_S = 0.02  # while nothing but the end of a peer is waited for
 _PROBE_S = 0.05
 _PREFIX = "flexpert/memory"  # of keys
@@ -265,24 +267,28 @@ class MemoryServer:
     # ---- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        probed, nap_s = 0.0, _SHORTEST_NAP_S
+        probed = heard = 0.0
         while self._wanted():
             messages = self._endpoint.poll()
             with self._changed:
                 readers = {r.link.peer: r for r in self._links.values() if not r.broken}
-                expects = self._busy or self._attends
             for agent, message in messages:
                 if agent in readers:
                     self._take(readers[agent], message)
-            if time.monotonic() - probed > _PROBE_S:
-                probed = time.monotonic()
+            now = time.monotonic()
+            if now - probed > _PROBE_S:
+                probed = now
                 for reader in readers.values():
                     self._probe(reader)
-            if not messages:
-                nap_s = min(2 * nap_s, _LONGEST_NAP_S)
-                time.sleep(nap_s if expects else _FAREWELL_NAP_S)
+            if messages:
+                heard = now
             else:
-                nap_s = _SHORTEST_NAP_S
+                time.sleep(self._nap_s(now - heard))
+
+    def _nap_s(self, quiet_s: float) -> float:
+        if self._busy or quiet_s < _LATELY_S:
+            return _NAP_S
+        return _QUIET_NAP_S if self._attends else _FAREWELL_NAP_S
 
     def _wanted(self) -> bool:
         """Sleeps until there is something to do; False: the server is closed."""
