@@ -57,6 +57,14 @@ def bound(inodes: set[str], kind: str) -> list[tuple[str, int]]:
     return found
 
 
+def owner_of(path: Path) -> int | None:
+    """None: it is gone, as files of others in /tmp may be at any time."""
+    try:
+        return path.lstat().st_uid
+    except OSError:
+        return None
+
+
 def targets(service: Served, home: Path) -> dict[str, Any]:
     """What there is to attack."""
     processes = []
@@ -70,7 +78,7 @@ def targets(service: Served, home: Path) -> dict[str, Any]:
         path
         for folder in (home, Path("/tmp"), Path("/dev/shm"), Path("/var/tmp"))
         for path in (folder, *folder.rglob("*"))
-        if path.lstat().st_uid == SERVICE_UID and not path.is_symlink()
+        if owner_of(path) == SERVICE_UID and not path.is_symlink()
     ]
     described = service.http("GET", "/openapi.json").json()["paths"]
     requests = [

@@ -429,7 +429,7 @@ class Head:
 
     def rank_left_host(self, rank: int, status: int, why: str) -> None:
         """The process of a rank from outside is gone, or given up."""
-        if status != 0 and self._coordinator:
+        if self._coordinator:
             self._coordinator.leave_to_host(rank)
         self._on_exit(rank, status, why)
 

@@ -277,7 +277,7 @@ class ExportedExperts:
         """
         self._places = own._places
         self._memory = memory
-        self._filled = torch.empty(self._places.entries, dtype=torch.uint8)
+        self._filled = torch.empty(self._places.entries, dtype=torch.uint8, device="cpu")
         memory.copy([(0, self._filled)])
 
     def copy(self, key: Key, into: Tensor) -> bool:
@@ -288,7 +288,7 @@ class ExportedExperts:
         entry = self._places.entry(key)
         if not self._filled[entry]:
             return False
-        after = torch.empty(1, dtype=torch.uint8)
+        after = torch.empty(1, dtype=torch.uint8, device="cpu")
         self._memory.copy([(self._places.place(key)[0], into), (entry, after)])
         return bool(after)  # what is dropped meanwhile says so before its memory is given back
 
