@@ -385,7 +385,7 @@ class Head:
             why = f"it cannot be connected: {error.strerror}; raise the limit of open files"
             asyncio.get_running_loop().call_soon(self._on_exit, rank, 1, why)
             return
-        if rank in self.reserved and self._hosts:
+        if self._hosts and rank in self._hosts:
             self._hosts.spawn(rank, verdicts, end)
             return
         spec = encode_spec(RankSpec(rank, for_children(self.config), verdicts, spare))
@@ -405,7 +405,7 @@ class Head:
         assert self._launcher is not None
         if rank in self._spares:  # it ends already
             self._spares.withdraw(rank)
-        elif rank in self.reserved and self._hosts:
+        elif self._hosts and rank in self._hosts:
             self._hosts.kill(rank)
         else:
             self._launcher.kill(rank)

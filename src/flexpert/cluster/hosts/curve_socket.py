@@ -18,8 +18,8 @@ from flexpert.errors import ConfigError
 
 MOST_BYTES = 2**20
 """Of a message: what a rank and the head tell each other travels in smaller pieces."""
-PIECE = 2**18
-_MOST_QUEUED = 2000  # messages that one peer may leave unread
+PIECE = 2**16
+_MOST_QUEUED = 1000  # messages that one peer may leave unread: 64 MiB
 _DOMAIN = b"flexpert"
 _ZAP = "inproc://zeromq.zap.01"
 _REFUSED = (

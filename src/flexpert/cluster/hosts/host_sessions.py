@@ -174,7 +174,7 @@ class HostSessions:
                 self._opened(session, digest)
             case say.FromRank(_, data) if session.pipe is not None:
                 session.pipe.write(data)
-            case say.RankGone(_, status, why):
+            case say.RankGone(_, status, why) if session.gone is None:
                 session.gone = (status, why[:_MOST_NAME])
                 self._bury(session)
             case say.AskToLeave(_, now):
