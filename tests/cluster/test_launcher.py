@@ -74,7 +74,9 @@ def test_who_waits_for_a_processor_is_not_stalled(
 ) -> None:
     launcher, _ = busy
     monkeypatch.setattr(time, "clock_gettime_ns", lambda clock: 1)  # it gets none
-    assert worked(launcher.work(0), launcher.work(0), 1.0)
+    before, after = launcher.work(0), launcher.work(0)
+    assert before and after
+    assert worked(before, after, 1.0, before.runnable & after.runnable)
 
 
 def test_who_is_stopped_does_not_work(busy: tuple[LocalLauncher, int]) -> None:
@@ -103,11 +105,14 @@ def test_waiting_for_the_interpreter_is_no_work_and_getting_pages_is(
         assert before is not None
         assert after is not None
         assert after.processor_s > before.processor_s
-        while after.starved:  # in the few microseconds of a wait's turn
-            after = launcher.work(0)
-            assert after is not None
+        starved = after.runnable
+        for _ in range(8):  # a wait's turn takes microseconds
+            time.sleep(0.02)
+            work = launcher.work(0)
+            assert work is not None
+            starved &= work.runnable
         before = Work(before.processor_s, before.faults)
-        assert worked(before, after, time.monotonic() - began) == works
+        assert worked(before, after, time.monotonic() - began, starved) == works
     finally:
         process.kill()
         process.communicate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -83,20 +84,23 @@ def test_a_word_that_was_on_its_way_at_the_first_look_counts(clock: Clock) -> No
 @pytest.mark.parametrize(
     ("processor", "faults", "starved", "ended"),
     [
-        (0.02, 0, False, True),  # threads that wait for Python's lock
-        (0.10, 0, False, False),
-        (0.0, 1, False, False),
-        (0.0, 0, True, False),
+        (0.02, 0, (), True),  # threads that wait for Python's lock
+        (0.02, 0, (8, 9), True),  # the same on a busy machine: now the one is runnable, now others
+        (0.10, 0, (), False),
+        (0.0, 1, (), False),
+        (0.0, 0, (9,), False),
     ],
 )
 def test_slow_is_not_dead(
-    clock: Clock, processor: float, faults: int, starved: bool, ended: bool
+    clock: Clock, processor: float, faults: int, starved: tuple[int, ...], ended: bool
 ) -> None:
-    """processor: of one; faults: at each look."""
+    """processor: of one; faults: at each look; starved: threads that are runnable in turn."""
+    looks = itertools.count()
 
     def works() -> None:
         spent_s = processor * clock.seconds
-        clock.done = Work(spent_s, clock.done.faults + faults, starved)
+        runnable = frozenset(starved[:1]) if len(starved) < 2 else {starved[next(looks) % 2]}
+        clock.done = Work(spent_s, clock.done.faults + faults, frozenset(runnable))
 
     watched(clock)
     clock.run(4 * STALL_S, works)

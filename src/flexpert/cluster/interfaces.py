@@ -16,12 +16,12 @@ class Work:
     """What a rank's process has done so far.
 
     processor_s: its threads' processor time. faults: pages it had to wait for, or be given.
-    starved: wants a processor and has none, or has one just now.
+    runnable: its threads that have a processor just now, or wait for one.
     """
 
     processor_s: float
     faults: int
-    starved: bool = False
+    runnable: frozenset[int] = frozenset()
 
 
 class Timer(Protocol):

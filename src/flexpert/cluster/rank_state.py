@@ -33,6 +33,7 @@ class RankState:
     heard: float = 0.0  # when, by the head's clock
     looked: float | None = None  # at its work, when it had been silent for a while
     work: Work | None = None  # what it had done by then
+    starved: frozenset[int] = frozenset()  # threads that wanted a processor at each look since
     suspect: bool = False  # silent for long, and has done nothing since
 
     def view(self, placement: Placement | None) -> RankView:

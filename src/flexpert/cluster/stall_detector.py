@@ -21,12 +21,18 @@ WATCHES = 20
 IDLE = 0.05
 
 
-def worked(before: Work | None, after: Work | None, seconds: float) -> bool:
-    """Whether a silent process did anything in these seconds: slow is not dead."""
+def worked(
+    before: Work | None, after: Work | None, seconds: float, starved: frozenset[int]
+) -> bool:
+    """Whether a silent process did anything in these seconds, or could not: slow is not dead.
+
+    starved: its threads that wanted a processor at each of several looks. One look says nothing
+    on a busy machine: a thread that asks for Python's lock every 5 ms may well be waiting then.
+    """
     if before is None or after is None:
         return before is not after
     return (
-        after.starved
+        bool(starved)
         or after.faults > before.faults
         or after.processor_s - before.processor_s > IDLE * seconds
     )
@@ -114,15 +120,19 @@ class Watch:
             if late:
                 self.heard(rank_state)
             silent_s = now - rank_state.heard
-            if silent_s >= self._stall_s / 2 and rank_state.looked is None:
-                rank_state.looked, rank_state.work = now, self._head.work(rank)
-            elif (
-                silent_s >= (STALLED - 1 / WATCHES) * self._stall_s
-                and rank_state.looked is not None
-            ):
-                if worked(rank_state.work, self._head.work(rank), now - rank_state.looked):
-                    self.heard(rank_state)
-                elif rank_state.suspect:
-                    self.terminate([rank], f"was silent for {silent_s:.1f} s")
-                else:  # its last word may be on its way
-                    rank_state.suspect = True
+            if silent_s < self._stall_s / 2 or rank_state.state == "stalled":
+                continue
+            work = self._head.work(rank)
+            runnable = work.runnable if work else frozenset()
+            if rank_state.looked is None:
+                rank_state.looked, rank_state.work, rank_state.starved = now, work, runnable
+                continue
+            rank_state.starved &= runnable
+            if silent_s < (STALLED - 1 / WATCHES) * self._stall_s:
+                continue
+            if worked(rank_state.work, work, now - rank_state.looked, rank_state.starved):
+                self.heard(rank_state)
+            elif rank_state.suspect:
+                self.terminate([rank], f"was silent for {silent_s:.1f} s")
+            else:  # its last word may be on its way
+                rank_state.suspect = True

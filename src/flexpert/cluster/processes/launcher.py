@@ -200,7 +200,7 @@ class LocalLauncher:
         pid = child.pid
         try:
             spent_ns = time.clock_gettime_ns(_process_clock(pid))
-            return Work(spent_ns / 1e9, _page_faults(pid), _is_runnable(pid))
+            return Work(spent_ns / 1e9, _page_faults(pid), _runnable_threads(pid))
         except OSError:
             return None
 
@@ -391,13 +391,14 @@ def _process_clock(pid: int) -> int:
     return ~pid << 3 | 2
 
 
-def _is_runnable(pid: int) -> bool:
-    """Whether any of its threads runs or waits for a processor. Raises: OSError: it is gone."""
+def _runnable_threads(pid: int) -> frozenset[int]:
+    """Its threads that run or wait for a processor. Raises: OSError: it is gone."""
+    runnable = set()
     for thread in os.listdir(f"/proc/{pid}/task"):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if _stat(f"/proc/{pid}/task/{thread}")[_STATE] == "R":
-                return True
-    return False
+                runnable.add(int(thread))
+    return frozenset(runnable)
 
 
 def _stat(folder: str) -> list[str]:
