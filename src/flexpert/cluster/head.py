@@ -18,9 +18,9 @@ from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.expert_cache_manager import ExpertCacheManager
 from flexpert.cluster.formatting import describe_memory
-from flexpert.cluster.hosts.agent import model_digest
 from flexpert.cluster.hosts.cluster_token import cluster_keys
 from flexpert.cluster.hosts.host_sessions import HostSessions
+from flexpert.cluster.hosts.model_description import describe_model
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
@@ -138,6 +138,7 @@ class Head:
             driver = await asyncio.to_thread(self._gpu_driver, tell)
             budget = self._budget = MemoryBudget(self.config, source, driver)
             budget.held = lambda: self._spares.held
+            budget.elsewhere = lambda: self._hosts.free_memory() if self._hosts else {}
             self._coordinator = Coordinator(self.config, source, self, budget)
             ranks = self.config.cluster.ranks
             tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
@@ -156,7 +157,7 @@ class Head:
         self._cache = ExpertCacheManager(self.config, source, self)
         self._cache.start()
         self._spares.run()
-        self._listen_to_hosts(source, tell)
+        await self._listen_to_hosts(source, tell)
         for rank in self._coordinator.ranks():
             memory = describe_memory(*self._coordinator.memory(rank.id))
             if memory:
@@ -433,7 +434,7 @@ class Head:
             self._coordinator.leave_to_host(rank)
         self._on_exit(rank, status, why)
 
-    def _listen_to_hosts(self, source: ModelSource, tell: Callable[[str], None]) -> None:
+    async def _listen_to_hosts(self, source: ModelSource, tell: Callable[[str], None]) -> None:
         """Raises: ConfigError: it cannot listen there."""
         cluster = self.config.cluster
         if cluster.join_listen is None or self._cluster_keys is None:
@@ -443,7 +444,7 @@ class Head:
             self._cluster_keys,
             self,
             settings=for_hosts(self.config),
-            digest=model_digest(source),
+            model=await asyncio.to_thread(describe_model, source),
             timeout_s=cluster.host_timeout,
         )
         tell(f"hosts join at {self._hosts.address}")

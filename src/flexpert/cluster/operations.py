@@ -187,8 +187,7 @@ class Operations:
         operation.epoch = cluster.membership.epoch
         if target != members:
             placement = cluster.plan(target)
-            here = target - members - cluster.head.reserved  # other hosts have memory of their own
-            cluster.memory_budget.check(here, placement, cluster.placement)
+            cluster.memory_budget.check(target - members, placement, cluster.placement)
             return placement
         if not operation.automatic:  # they may be what a loss has left, and too few
             cluster.memory_budget.check((), cluster.plan(target), cluster.placement)
