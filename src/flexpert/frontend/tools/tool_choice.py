@@ -1,0 +1,140 @@
+"""What a request says of tools, and a JSON schema of the answers that it allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from flexpert.errors import RequestError
+from flexpert.frontend.tools.answer_parser import (
+    REASONING_FAMILIES,
+    TOOL_FAMILIES,
+    AnswerParser,
+    ParserNames,
+    ToolFamily,
+)
+from flexpert.frontend.tools.call_arguments import Tools
+from flexpert.frontend.tools.json_calls import enforced_array, enforced_call
+
+Choice = Literal["none", "auto", "required", "named"]
+
+
+class Dialog(msgspec.Struct, frozen=True):
+    """How the answers to a request are read.
+
+    names: of the parsers. tools: name → JSON schema of the arguments; empty: nothing is called.
+    choice: "named": the one function in `named` is called. parallel: an answer may have several
+    calls. reasoning_open: answers begin within their reasoning. with_reasoning: it is shown.
+    """
+
+    names: ParserNames = ParserNames()
+    tools: dict[str, dict[str, Any]] = {}
+    choice: Choice = "none"
+    named: str = ""
+    parallel: bool = True
+    reasoning_open: bool = False
+    with_reasoning: bool = True
+
+    @property
+    def calls(self) -> bool:
+        """Answers may have calls."""
+        return bool(self.tools) and self.choice != "none"
+
+    @property
+    def is_plain(self) -> bool:
+        """Answers are content, and nothing else."""
+        return not self.calls and self.names.reasoning is None
+
+    @property
+    def markers(self) -> frozenset[str]:
+        """Special tokens whose names a parser has to see."""
+        tools = self.names.tools if self.choice == "auto" and self.calls else None
+        return ParserNames(tools, self.names.reasoning).markers
+
+    def parser(self) -> AnswerParser:
+        """Of one answer."""
+        return AnswerParser(
+            reasoning=self.names.reasoning,
+            tools=self._family if self.calls else None,
+            reasoning_open=self.reasoning_open,
+            schemas=self.tools,
+            most_calls=None if self.parallel else 1,
+        )
+
+    @property
+    def _family(self) -> ToolFamily | None:
+        own = TOOL_FAMILIES[self.names.tools] if self.names.tools is not None else None
+        if self.choice == "auto":
+            return own
+        grammar = enforced_call(self.named) if self.choice == "named" else enforced_array
+        return ToolFamily(grammar, (), new_id=own.new_id) if own else ToolFamily(grammar, ())
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """What structured output has to enforce, see `choice_schema`."""
+        return choice_schema(self.tools, self.choice, self.named, parallel=self.parallel)
+
+    @property
+    def reasoning_end(self) -> str:
+        """The text behind which the schema begins to hold; "" : from the beginning."""
+        name = self.names.reasoning
+        return REASONING_FAMILIES[name].end if name is not None else ""
+
+
+def choice_schema(
+    tools: Tools, choice: Choice, named: str = "", *, parallel: bool = True
+) -> dict[str, Any] | None:
+    """JSON schema of an answer whose calls `tool_choice` dictates; None: it dictates none.
+
+    "named": the arguments of that function, alone. "required": a list of at least one object
+    {"name", "parameters"}. `enforced_call` and `enforced_array` read such answers.
+
+    Raises: RequestError: the functions' schemas do not fit together.
+    """
+    if choice == "named":
+        return _schema_of(tools[named])
+    if choice != "required":
+        return None
+    most = {} if parallel else {"maxItems": 1}
+    return {
+        "type": "array",
+        "minItems": 1,
+        **most,
+        "items": {"anyOf": [_call(name, _schema_of(schema)) for name, schema in tools.items()]},
+        **_definitions(tools.values()),
+    }
+
+
+def _call(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, "parameters": inner},
+        "required": ["name", "parameters"],
+        "additionalProperties": False,
+    }
+
+
+def _schema_of(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(schema) if schema else {"type": "object", "properties": {}}
+
+
+def _definitions(schemas: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """References are from the root: what they name moves there.
+
+    Raises: RequestError: two functions mean different things by one name.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for schema in schemas:
+        for group in ("$defs", "definitions"):
+            for name, meaning in (schema.get(group) or {}).items():
+                known = found.setdefault(group, {}).setdefault(name, meaning)
+                if known != meaning:
+                    raise RequestError(
+                        f"tools: {group}/{name} means different things in two functions; give "
+                        "it two names",
+                        "tools",
+                    )
+    return found
