@@ -295,6 +295,16 @@ class ServerConfig(_Section):
         False,
         description="pass unknown fields of requests over, and tell them in a header of the answer",
     )
+    tool_call_parser: str = Field(
+        "auto",
+        description="how the model writes calls of tools: a parser's name (docs/tools.md); auto: "
+        "found in the chat template; none: tools are refused",
+    )
+    reasoning_parser: str = Field(
+        "auto",
+        description="how it marks its reasoning: a parser's name (docs/tools.md); auto: found in "
+        "the chat template; none: reasoning is content",
+    )
     trust_request_chat_template: bool = Field(
         False, description="requests may bring their own chat template, a program that runs here"
     )

@@ -44,8 +44,12 @@ from flexpert.errors import (
 
 END = "<|end|>"
 CHAT_TEMPLATE = (
+    "{% if tools %}<|tools|>{% for t in tools %}{{ t | tojson }}{% endfor %}<|end|>{% endif %}"
     "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}"
-    "{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% endif %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}[{{ call.function.name }}"
+    "{% for key, value in call.function.arguments.items() %} {{ key }}={{ value }}{% endfor %}]"
+    "{% endfor %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 

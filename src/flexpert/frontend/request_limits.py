@@ -10,6 +10,7 @@ import msgspec
 from flexpert.engine.request import SamplingParams
 from flexpert.errors import ContextOverflow, RequestError
 from flexpert.frontend.text import TokenText
+from flexpert.frontend.tools.answer_parser import ParserNames
 
 Prompt = str | list[int]
 
@@ -20,7 +21,8 @@ class RequestLimits(msgspec.Struct, frozen=True):
     model: the name it is served under. vocab: size of the model's vocabulary. max_model_len: tokens
     of prompt and answer. max_choices: prompts × n. max_prompt_tokens: sum over all prompts.
     defaults: sampling parameters of the model where a request says nothing. lenient: unknown
-    fields are passed over. trust_chat_template: a request may bring its own.
+    fields are passed over. trust_chat_template: a request may bring its own. parsers: of calls and
+    reasoning in answers.
     """
 
     model: str
@@ -31,6 +33,7 @@ class RequestLimits(msgspec.Struct, frozen=True):
     defaults: dict[str, Any] = {}
     lenient: bool = False
     trust_chat_template: bool = False
+    parsers: ParserNames = ParserNames()
 
 
 def check_params(params: SamplingParams, prompts: int, limits: RequestLimits) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -91,6 +92,20 @@ class TokenText:
             return _ByteDetokenizer(self._shown if skip_special_tokens else self._bytes)
         special = self._special if skip_special_tokens else frozenset[int]()
         return _WindowDetokenizer(self.tokenizer, special, len(self._shown))
+
+    def revealing(self, names: Collection[str]) -> TokenText:
+        """The same, but for special tokens of these names, which have them as text in answers: a
+        parser has to see them."""
+        ids = {self.tokenizer.get_vocab().get(name) for name in names}
+        revealed = {id for id in ids if id is not None} & self._special
+        if not revealed:
+            return self
+        other = copy.copy(self)
+        other._special = self._special - revealed
+        other._shown = list(self._shown)
+        for id in revealed:
+            other._shown[id] = self._bytes[id]
+        return other
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token stands for; of a special token, its name."""

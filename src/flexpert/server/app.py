@@ -16,6 +16,7 @@ import flexpert
 from flexpert.cluster.views import Readiness
 from flexpert.errors import FlexpertError
 from flexpert.frontend.request_limits import RequestLimits
+from flexpert.frontend.tools.answer_parser import parser_names
 from flexpert.server import wire
 from flexpert.server.control import ControlRoutes
 from flexpert.server.gate import Gate
@@ -64,6 +65,8 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
 
 def _preprocessors(head: Head) -> Preprocessors:
     server = head.config.server
+    template = getattr(head.tokenizer, "chat_template", None)
+    parsers = parser_names(server.tool_call_parser, server.reasoning_parser, template)
 
     def limits() -> RequestLimits:
         context = head.info.max_model_len
@@ -76,6 +79,7 @@ def _preprocessors(head: Head) -> Preprocessors:
             defaults=head.sampling_defaults,
             lenient=server.lenient,
             trust_chat_template=server.trust_request_chat_template,
+            parsers=parsers,
         )
 
     return Preprocessors(head, limits, server.preprocess_timeout)

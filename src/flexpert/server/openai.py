@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -18,6 +19,7 @@ from flexpert.forking.framing import Piece
 from flexpert.frontend.generation import Generation
 from flexpert.frontend.text import TokenText
 from flexpert.server import fields, wire
+from flexpert.server.dialog_shape import DialogShape
 from flexpert.server.http_errors import ApiError, api_error, unknown_model
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.preprocessing import Generate, Kind, Rendered
@@ -80,7 +82,8 @@ class OpenAIRoutes:
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
         asked = await self._preprocess(request, "chat", Generate)
-        shape = ChatShape(
+        kind = ChatShape if asked.dialog is None else partial(DialogShape, dialog=asked.dialog)
+        shape = kind(
             _id("chatcmpl", asked, request),
             int(time.time()),
             self._head.model_name,
@@ -126,9 +129,10 @@ class OpenAIRoutes:
         return outcome
 
     async def _answer(self, request: Request, asked: Generate, shape: ChoiceShape) -> Response:
+        markers = asked.dialog.markers if asked.dialog is not None else ()
         generation = Generation(
             self._head,
-            self._text,
+            self._text.revealing(markers) if markers else self._text,
             asked.prompt_ids,
             asked.params,
             request_id=shape.id,

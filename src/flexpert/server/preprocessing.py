@@ -25,6 +25,8 @@ from flexpert.frontend.request_limits import (
     token_outside,
 )
 from flexpert.frontend.text import TokenText
+from flexpert.frontend.tools.tool_choice import Dialog, opened
+from flexpert.frontend.tools.tool_messages import template_message
 from flexpert.server import wire
 from flexpert.server.fields import check_fields
 from flexpert.server.http_errors import ApiError, api_error, unknown_model, validation_error
@@ -56,7 +58,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
 
     prompts: token ids, int32. echoes: texts of the prompts, if asked for. without_answer: the
     prompt is all that is asked for. request_id: the client's, or "". ignored: fields that were
-    passed over.
+    passed over. dialog: how answers are read; None: they are content.
     """
 
     prompts: list[bytes]
@@ -65,6 +67,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     shown: Shown
     echoes: list[str] = []
     without_answer: bool = False
+    dialog: Dialog | None = None
     request_id: str = ""
     ignored: list[str] = []
 
@@ -176,8 +179,11 @@ def _completions(body: bytes, text: TokenText, limits: RequestLimits) -> Generat
 
 def _chat(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
     request, ignored = _parsed(ChatRequest, body, limits)
+    dialog = request.dialog(limits.parsers)
     params = _checked(request.params(limits.defaults), 1, text, limits)
-    rendered = text.render(_conversation(request.messages), request.options)
+    options = msgspec.structs.replace(request.options, tools=request.shown_tools(dialog))
+    rendered = text.render(_conversation(request.messages), options)
+    dialog = opened(dialog, rendered)
     (prompt,) = encode_prompts(
         [rendered],
         text,
@@ -191,6 +197,7 @@ def _chat(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
         params,
         request.stream,
         request.shown,
+        dialog=None if dialog.is_plain else dialog,
         request_id=request.request_id or "",
         ignored=ignored,
     )
@@ -251,7 +258,7 @@ def _parsed(schema: type[Body], body: bytes, limits: RequestLimits) -> tuple[Bod
 
 def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """As chat templates want it."""
-    return [message.model_dump() for message in messages]
+    return [template_message(message.model_dump()) for message in messages]
 
 
 def _packed(tokens: list[int]) -> bytes:

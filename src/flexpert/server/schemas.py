@@ -38,6 +38,7 @@ from flexpert.engine.request import (
 from flexpert.errors import RequestError
 from flexpert.frontend.request_limits import Prompt, RequestLimits
 from flexpert.frontend.text import ChatOptions
+from flexpert.server.tool_fields import ToolFields
 
 LONGEST_NAME = 512  # characters
 MOST_MESSAGES = 16_384
@@ -183,14 +184,6 @@ class Sampling(_Body):
     prompt_cache_key: Any = None
 
     response_format: Any = None
-    tools: Any = None
-
-    @field_validator("tools")
-    @classmethod
-    def _unsupported(cls, value: Any) -> Any:
-        if value:
-            raise ValueError("not supported by this server")
-        return value
 
     @field_validator("priority")
     @classmethod
@@ -421,7 +414,7 @@ class Templated(_Body):
         )
 
 
-class ChatRequest(Sampling, Templated):
+class ChatRequest(Sampling, Templated, ToolFields):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)

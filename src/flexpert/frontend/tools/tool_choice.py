@@ -83,6 +83,13 @@ class Dialog(msgspec.Struct, frozen=True):
         return REASONING_FAMILIES[name].end if name is not None else ""
 
 
+def opened(dialog: Dialog, prompt: str) -> Dialog:
+    """The same for answers to this prompt, as the chat template wrote it."""
+    if not dialog.names.opens_reasoning(prompt):
+        return dialog
+    return msgspec.structs.replace(dialog, reasoning_open=True)
+
+
 def choice_schema(
     tools: Tools, choice: Choice, named: str = "", *, parallel: bool = True
 ) -> dict[str, Any] | None:
