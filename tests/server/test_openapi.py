@@ -51,7 +51,7 @@ def test_generated_requests_are_answered_as_described(
             cwd=tmp_path,  # it keeps notes
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=110,
             check=False,
         )
         assert httpx.get(f"{running.url}/health").status_code == 200
