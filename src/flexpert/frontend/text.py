@@ -232,6 +232,10 @@ class TokenText:
                     f"{field}: the chat template of this model does not use {name[:80]!r}", field
                 )
 
+    def template_knows(self, name: str) -> bool:
+        """Whether the model's chat template uses a variable of this name."""
+        return bool(self.tokenizer.chat_template) and name in self._template(None)
+
     def _template(self, tools: list[Any] | None) -> str:
         return str(self.tokenizer.get_chat_template(None, tools))
 

@@ -23,9 +23,12 @@ from flexpert.server.gate import Gate
 from flexpert.server.http_errors import api_error, validation_error
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.keys import BearerKeys, read_keys
+from flexpert.server.message_errors import error_response
+from flexpert.server.messages_api import MessagesRoutes
 from flexpert.server.openai import OpenAIRoutes
 from flexpert.server.openapi import DescribedAPI
 from flexpert.server.preprocessors import Preprocessors
+from flexpert.server.responses_api import ResponsesRoutes
 from flexpert.server.stream import CLIENT_GONE, ClientGone
 
 if TYPE_CHECKING:
@@ -51,7 +54,10 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
     app.state.closing = asyncio.Event()
     app.state.metrics = metrics
     app.state.preprocessors = _preprocessors(head)
-    app.include_router(OpenAIRoutes(head, metrics, app.state.preprocessors).router)
+    openai = OpenAIRoutes(head, metrics, app.state.preprocessors)
+    app.include_router(openai.router)
+    app.include_router(ResponsesRoutes(openai).router)
+    app.include_router(MessagesRoutes(openai).router)
     app.include_router(ControlRoutes(head, app.state.closing).router)
     _add_service_routes(app, head, metrics)
     config = head.config.server
@@ -124,7 +130,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if answer.status_code == 405:
         # starlette names the methods of the first route of this path only
         answer.headers = {"allow": ", ".join(_methods(request))}
-    return answer.response()
+    return error_response(request.scope["path"], answer)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:

@@ -27,9 +27,17 @@ from flexpert.frontend.request_limits import (
 from flexpert.frontend.text import TokenText
 from flexpert.frontend.tools.tool_choice import Dialog, opened
 from flexpert.frontend.tools.tool_messages import template_message
-from flexpert.server import wire
+from flexpert.server import message_fields, response_fields, wire
 from flexpert.server.fields import check_fields
-from flexpert.server.http_errors import ApiError, api_error, unknown_model, validation_error
+from flexpert.server.http_errors import (
+    ApiError,
+    api_error,
+    renamed,
+    unknown_model,
+    validation_error,
+)
+from flexpert.server.message_fields import CountTokensRequest, MessagesRequest
+from flexpert.server.response_fields import ResponsesRequest
 from flexpert.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -38,11 +46,21 @@ from flexpert.server.schemas import (
     Shown,
     TokenizeRequest,
 )
+from flexpert.server.translated_fields import ChatBody
 
 log = logging.getLogger("flexpert.server")
 
 Body = TypeVar("Body", bound=BaseModel)
-Kind = Literal["completions", "chat", "tokenize", "detokenize"]
+Kind = Literal[
+    "completions",
+    "chat",
+    "tokenize",
+    "detokenize",
+    "responses",
+    "continued_responses",
+    "messages",
+    "count_tokens",
+]
 _KIND_NAMES: dict[bytes, Kind] = {kind.encode(): kind for kind in get_args(Kind)}
 
 
@@ -53,12 +71,25 @@ class Spec(msgspec.Struct, frozen=True):
     niceness: int
 
 
+class Translated(msgspec.Struct, frozen=True):
+    """What the answer to a response or a message needs of its request.
+
+    echo: JSON of the request's fields that stand in the response. history: JSON of all its
+    messages. keep: it may be asked for later, and gone on with.
+    """
+
+    echo: bytes = b""
+    history: bytes = b""
+    keep: bool = False
+
+
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
     """Sequences to run.
 
     prompts: token ids, int32. echoes: texts of the prompts, if asked for. without_answer: the
     prompt is all that is asked for. request_id: the client's, or "". ignored: fields that were
-    passed over. dialog: how answers are read; None: they are content.
+    passed over. dialog: how answers are read; None: they are content. translated: of a request that
+    is no chat, but is answered as one.
     """
 
     prompts: list[bytes]
@@ -68,6 +99,7 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     echoes: list[str] = []
     without_answer: bool = False
     dialog: Dialog | None = None
+    translated: Translated | None = None
     request_id: str = ""
     ignored: list[str] = []
 
@@ -80,6 +112,13 @@ class Rendered(msgspec.Struct, frozen=True, tag="rendered"):
     """A whole answer, in JSON: a million tokens take the head no time."""
 
     json: bytes
+
+
+class Continues(msgspec.Struct, frozen=True, tag="continues"):
+    """It goes on with an earlier response, which the head has: the same body is to be sent as
+    "continued_responses" behind that one's history and a line break."""
+
+    previous: str
 
 
 class RefusedBody(msgspec.Struct, frozen=True, tag="refused"):
@@ -98,7 +137,7 @@ class RefusedBody(msgspec.Struct, frozen=True, tag="refused"):
         )
 
 
-Outcome = Generate | Rendered | RefusedBody
+Outcome = Generate | Rendered | Continues | RefusedBody
 
 
 class PreprocessReply(msgspec.Struct, frozen=True):
@@ -179,6 +218,12 @@ def _completions(body: bytes, text: TokenText, limits: RequestLimits) -> Generat
 
 def _chat(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
     request, ignored = _parsed(ChatRequest, body, limits)
+    return _generate(request, ignored, text, limits)
+
+
+def _generate(
+    request: ChatRequest, ignored: list[str], text: TokenText, limits: RequestLimits
+) -> Generate:
     dialog = request.dialog(limits.parsers)
     params = _checked(request.params(limits.defaults), 1, text, limits)
     options = msgspec.structs.replace(request.options, tools=request.shown_tools(dialog))
@@ -201,6 +246,70 @@ def _chat(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
         request_id=request.request_id or "",
         ignored=ignored,
     )
+
+
+def _responses(body: bytes, text: TokenText, limits: RequestLimits) -> Generate | Continues:
+    request, ignored = _parsed(ResponsesRequest, body, limits)
+    if request.previous_response_id is not None:
+        return Continues(request.previous_response_id)
+    return _respond(request, [], ignored, text, limits)
+
+
+def _continued(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
+    history, _, body = body.partition(b"\n")
+    request, ignored = _parsed(ResponsesRequest, body, limits)
+    return _respond(request, msgspec.json.decode(history), ignored, text, limits)
+
+
+def _respond(
+    request: ResponsesRequest,
+    history: list[ChatBody],
+    ignored: list[str],
+    text: TokenText,
+    limits: RequestLimits,
+) -> Generate:
+    messages = [*history, *request.messages()]
+    with renamed(response_fields.CHAT_NAMES):
+        chat = ChatRequest.model_validate(request.chat_body(messages), context=limits)
+        generate = _generate(chat, ignored, text, limits)
+    translated = Translated(
+        wire.encode(request.echo()), wire.encode(messages), request.store is not False
+    )
+    return msgspec.structs.replace(generate, translated=translated)
+
+
+def _messages(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
+    request, ignored = _parsed(MessagesRequest, body, limits)
+    chat = _message_chat(request, ignored, text, limits)
+    with renamed(message_fields.CHAT_NAMES):
+        generate = _generate(chat, ignored, text, limits)
+    return msgspec.structs.replace(generate, translated=Translated())
+
+
+def _count_tokens(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
+    request, ignored = _parsed(CountTokensRequest, body, limits)
+    chat = _message_chat(request, ignored, text, limits)
+    dialog = chat.dialog(limits.parsers)
+    options = msgspec.structs.replace(chat.options, tools=chat.shown_tools(dialog))
+    rendered = text.render(_conversation(chat.messages), options)
+    ids = text.encode_bounded(rendered, limits.max_prompt_tokens, add_special_tokens=False)
+    return Rendered(wire.encode(wire.InputTokens(len(ids))))
+
+
+def _message_chat(
+    request: CountTokensRequest, ignored: list[str], text: TokenText, limits: RequestLimits
+) -> ChatRequest:
+    if request.thinking is not None and request.thinking.budget_tokens is not None:
+        if not limits.lenient:
+            raise RequestError(
+                "thinking: budget_tokens is not supported by this server: max_tokens bounds the "
+                "answer with its reasoning; send {'type': 'adaptive'}",
+                "thinking",
+            )
+        ignored.append("thinking.budget_tokens")
+    with renamed(message_fields.CHAT_NAMES):
+        body = request.chat_body(switch=text.template_knows("enable_thinking"))
+        return ChatRequest.model_validate(body, context=limits)
 
 
 def _checked(
@@ -244,6 +353,10 @@ _KINDS: Mapping[Kind, Callable[[bytes, TokenText, RequestLimits], Outcome]] = {
     "chat": _chat,
     "tokenize": _tokenize,
     "detokenize": _detokenize,
+    "responses": _responses,
+    "continued_responses": _continued,
+    "messages": _messages,
+    "count_tokens": _count_tokens,
 }
 
 

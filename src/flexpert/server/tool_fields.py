@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from flexpert.errors import RequestError
 from flexpert.frontend.tools.answer_parser import ParserNames
@@ -12,6 +12,21 @@ from flexpert.frontend.tools.tool_choice import Choice, Dialog
 
 MOST_TOOLS = 1024
 _LONGEST_DESCRIPTION = 2**18  # characters
+
+
+def counted(most: int) -> BeforeValidator:
+    """At most so many items or characters, counted before any is looked at. It is not in the API's
+    description: who makes requests from that would make such long ones."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict | str) and len(value) > most:
+            what = "characters" if isinstance(value, str) else "items"
+            raise ValueError(f"has {len(value)} {what}, it may have {most}")
+        return value
+
+    return BeforeValidator(check)
+
+
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
 
 
@@ -23,7 +38,7 @@ class ToolFunction(_Strict):
     """A function that may be called. parameters: a JSON schema of an object."""
 
     name: FunctionName
-    description: str | None = Field(None, max_length=_LONGEST_DESCRIPTION)
+    description: Annotated[str, counted(_LONGEST_DESCRIPTION)] | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
@@ -52,7 +67,7 @@ class AllowedTools(_Strict):
     """Some of the tools, and whether one of them has to be called."""
 
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1, max_length=MOST_TOOLS)
+    tools: Annotated[list[NamedTool], counted(MOST_TOOLS)] = Field(min_length=1)
 
 
 class AllowedToolChoice(_Strict):
@@ -65,7 +80,7 @@ class AllowedToolChoice(_Strict):
 class ToolFields(BaseModel):
     """What may be called, and what is shown of the reasoning."""
 
-    tools: list[FunctionTool] | None = Field(None, max_length=MOST_TOOLS)
+    tools: Annotated[list[FunctionTool], counted(MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None

@@ -204,6 +204,12 @@ class Tokens(msgspec.Struct):
     tokens: list[int]
 
 
+class InputTokens(msgspec.Struct):
+    """`/v1/messages/count_tokens`."""
+
+    input_tokens: int
+
+
 class Text(msgspec.Struct):
     """`/detokenize`."""
 
