@@ -18,16 +18,14 @@ from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.expert_cache_manager import ExpertCacheManager
 from flexpert.cluster.formatting import describe_memory
-from flexpert.cluster.hosts.agent import model_digest
-from flexpert.cluster.hosts.cluster_token import cluster_keys
-from flexpert.cluster.hosts.host_sessions import HostSessions
+from flexpert.cluster.hosts.host_ranks import HostRanks
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.phase_clock import CHANGES
-from flexpert.cluster.processes.early_fork_server import EarlyForkServer, for_children, for_hosts
+from flexpert.cluster.processes.early_fork_server import EarlyForkServer, for_children
 from flexpert.cluster.processes.helper import ForkedHelper, OnEnd, OnMessage
 from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
@@ -51,7 +49,7 @@ from flexpert.errors import (
     RequestError,
     ServiceStopped,
 )
-from flexpert.models.source import ModelInfo, ModelSource
+from flexpert.models.source import ModelInfo
 
 log = logging.getLogger("flexpert")
 
@@ -92,8 +90,7 @@ class Head:
         self.opened = asyncio.Event()
         self._cache: ExpertCacheManager | None = None
         self._budget: MemoryBudget | None = None
-        self._hosts: HostSessions | None = None
-        self._cluster_keys = cluster_keys(config.cluster)
+        self._hosts = HostRanks(config, self)
         cluster = config.cluster
         self._spares = SpareRanks(
             cluster.spare_ranks,
@@ -156,7 +153,7 @@ class Head:
         self._cache = ExpertCacheManager(self.config, source, self)
         self._cache.start()
         self._spares.run()
-        self._listen_to_hosts(source, tell)
+        self._hosts.listen(source, tell)
         for rank in self._coordinator.ranks():
             memory = describe_memory(*self._coordinator.memory(rank.id))
             if memory:
@@ -194,8 +191,7 @@ class Head:
         if self._coordinator and self._transport:
             for rank in self._coordinator.ranks():
                 self._transport.send(rank.id, msg.Stop())
-        if self._hosts:
-            self._hosts.close()
+        self._hosts.close()
         if self._launcher:
             await self._launcher.close()
         if self._transport:
@@ -277,7 +273,7 @@ class Head:
             left_out=sorted(coordinator.left_out),
             down=coordinator.down,
             spares=self._spares.views(),
-            hosts=self._hosts.views() if self._hosts else [],
+            hosts=self._hosts.views(),
         )
 
     def begin_operation(
@@ -385,7 +381,7 @@ class Head:
             why = f"it cannot be connected: {error.strerror}; raise the limit of open files"
             asyncio.get_running_loop().call_soon(self._on_exit, rank, 1, why)
             return
-        if self._hosts and rank in self._hosts:
+        if rank in self._hosts:
             self._hosts.spawn(rank, verdicts, end)
             return
         spec = encode_spec(RankSpec(rank, for_children(self.config), verdicts, spare))
@@ -399,29 +395,24 @@ class Head:
 
     @property
     def reserved(self) -> frozenset[int]:
-        return self._hosts.ids if self._hosts else frozenset()
+        return self._hosts.ids
 
     def kill(self, rank: int) -> None:
         assert self._launcher is not None
         if rank in self._spares:  # it ends already
             self._spares.withdraw(rank)
-        elif self._hosts and rank in self._hosts:
+        elif rank in self._hosts:
             self._hosts.kill(rank)
         else:
             self._launcher.kill(rank)
 
     # ---- for hosts that join ------------------------------------------------------------------
 
-    def free_id(self, wanted: int) -> int | None:
-        """An id for a rank from outside, the wanted one if it is free; the highest, since
-        processes of this host take the lowest. None: there is none."""
+    def ids_in_use(self) -> frozenset[int]:
+        """Ids that no rank from outside may have."""
         coordinator = self._need_coordinator()
-        taken = {rank.id for rank in coordinator.ranks()} | coordinator.desired | self.reserved
-        taken |= {rank for rank in range(self.config.cluster.max_ranks) if rank in self._spares}
-        free = set(range(self.config.cluster.max_ranks)) - taken
-        if wanted >= 0:
-            return wanted if wanted in free else None
-        return max(free, default=None)
+        spares = {rank for rank in range(self.config.cluster.max_ranks) if rank in self._spares}
+        return coordinator.desired | {rank.id for rank in coordinator.ranks()} | spares
 
     def busy(self) -> bool:
         """Whether a change could not begin now."""
@@ -432,21 +423,6 @@ class Head:
         if self._coordinator:
             self._coordinator.leave_to_host(rank)
         self._on_exit(rank, status, why)
-
-    def _listen_to_hosts(self, source: ModelSource, tell: Callable[[str], None]) -> None:
-        """Raises: ConfigError: it cannot listen there."""
-        cluster = self.config.cluster
-        if cluster.join_listen is None or self._cluster_keys is None:
-            return
-        self._hosts = HostSessions(
-            cluster.join_listen,
-            self._cluster_keys,
-            self,
-            settings=for_hosts(self.config),
-            digest=model_digest(source),
-            timeout_s=cluster.host_timeout,
-        )
-        tell(f"hosts join at {self._hosts.address}")
 
     def send(self, rank: int, command: msg.Command) -> None:
         self._send(rank, command)
