@@ -121,6 +121,7 @@ class Head:
         try:
             await asyncio.to_thread(check_device, self.config.engine)
             tell(f"opening model {self.config.model.model!r}, starting the fork server")
+            await self._hosts.connect(tell)
             self._transport = Transport(self._on_report, self._on_cut_off, self._on_disconnected)
             self._launcher = LocalLauncher(self._on_exit, self._early)
             source, _ = await asyncio.gather(
@@ -137,6 +138,9 @@ class Head:
             budget.held = lambda: self._spares.held
             self._coordinator = Coordinator(self.config, source, self, budget)
             ranks = self.config.cluster.ranks
+            if self._hosts.starts_all:
+                self._hosts.listen(source, tell)
+                await self._hosts.check_room(ranks)
             tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
             first = self._coordinator.begin_first(ranks)
             self.tokenizer = await tokenizer
@@ -153,7 +157,8 @@ class Head:
         self._cache = ExpertCacheManager(self.config, source, self)
         self._cache.start()
         self._spares.run()
-        self._hosts.listen(source, tell)
+        if not self._hosts.starts_all:
+            self._hosts.listen(source, tell)
         for rank in self._coordinator.ranks():
             memory = describe_memory(*self._coordinator.memory(rank.id))
             if memory:
@@ -191,7 +196,7 @@ class Head:
         if self._coordinator and self._transport:
             for rank in self._coordinator.ranks():
                 self._transport.send(rank.id, msg.Stop())
-        self._hosts.close()
+        await self._hosts.close()
         if self._launcher:
             await self._launcher.close()
         if self._transport:
@@ -290,6 +295,20 @@ class Head:
             OperationConflict, OperationRefused
         """
         return self._need_coordinator().begin(ranks=ranks, add=add, remove=remove, join=join)
+
+    async def request_operation(
+        self, *, ranks: int | None = None, add: int = 0, remove: Sequence[int] = ()
+    ) -> OperationView:
+        """As `begin_operation`, once it is known that there is room for the newcomers.
+
+        Raises:
+            OperationConflict, OperationRefused
+        """
+        coordinator = self._need_coordinator()
+        if self._hosts.starts_all and coordinator.idle:
+            newcomers = coordinator.newcomers(ranks=ranks, add=add, remove=remove)
+            await self._hosts.check_room(len(newcomers))
+        return self.begin_operation(ranks=ranks, add=add, remove=remove)
 
     def operation(self, operation_id: str) -> OperationView:
         """Raises UnknownOperation."""
@@ -393,6 +412,9 @@ class Head:
         if not self._stopped and self._launcher:
             self._launcher.kill(rank)
 
+    def on_this_host(self, newcomers: frozenset[int]) -> frozenset[int]:
+        return frozenset() if self._hosts.starts_all else newcomers - self.reserved
+
     @property
     def reserved(self) -> frozenset[int]:
         return self._hosts.ids
@@ -418,9 +440,10 @@ class Head:
         """Whether a change could not begin now."""
         return not (self._serving and self._need_coordinator().idle)
 
-    def rank_left_host(self, rank: int, status: int, why: str) -> None:
-        """The process of a rank from outside is gone, or given up."""
-        if self._coordinator:
+    def rank_left_host(self, rank: int, status: int, why: str, *, ours: bool) -> None:
+        """The process of a rank on another host is gone, or given up. ours: it may be started
+        again from here."""
+        if self._coordinator and not ours:
             self._coordinator.leave_to_host(rank)
         self._on_exit(rank, status, why)
 

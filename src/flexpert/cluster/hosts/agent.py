@@ -55,12 +55,15 @@ class Outcome(Enum):
 @dataclass(frozen=True, slots=True)
 class AgentOptions:
     """address: of the head. rank: the id that is wanted; -1: any. overrides: settings that differ
-    here, dotted. retry_s: for how long a head that is lost is looked for."""
+    here, dotted. retry_s: for how long a head that is lost is looked for. ticket: see `Join`.
+    host: name of this host for people; "": as the system has it."""
 
     address: str
     rank: int
     overrides: dict[str, object]
     retry_s: float
+    ticket: bytes = b""
+    host: str = ""
 
 
 def model_digest(source: ModelSource) -> str:
@@ -222,8 +225,9 @@ class _AgentSession:
     async def _work(self) -> tuple[Outcome, str]:
         """Join, and keep the session up; ends only with an error."""
         agent = self._agent
-        address = agent._options.address
-        self._send(say.Join(VERSION, agent._rank, socket.gethostname()))
+        options = agent._options
+        address, host = options.address, options.host or socket.gethostname()
+        self._send(say.Join(VERSION, agent._rank, host, options.ticket))
         leaves = self._loop.create_task(agent._leaves.wait())
         try:
             await asyncio.wait(
@@ -246,7 +250,7 @@ class _AgentSession:
             self._send(say.AskToLeave(self._number))
             await asyncio.Event().wait()  # until the head says that it has left
         except FlexpertError as error:
-            self._send(say.AskToLeave(self._number, now=True))
+            self._send(say.AskToLeave(self._number, now=True, why=str(error)))
             return Outcome.REFUSED, str(error)
         finally:
             beats.cancel()
