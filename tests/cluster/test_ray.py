@@ -129,7 +129,7 @@ class Streams:
         return text
 
     def _go_on(self, number: int) -> None:
-        while not self._over.wait(0.05):
+        while not self._over.wait(0.2):
             try:
                 text = self.ask(number)
             except (httpx.HTTPError, KeyError, ValueError) as error:

@@ -120,8 +120,8 @@ class Head:
         watch.laps["before"] = time.monotonic() - began
         try:
             await asyncio.to_thread(check_device, self.config.engine)
-            tell(f"opening model {self.config.model.model!r}, starting the fork server")
             await self._hosts.connect(tell)
+            tell(f"opening model {self.config.model.model!r}, starting the fork server")
             self._transport = Transport(self._on_report, self._on_cut_off, self._on_disconnected)
             self._launcher = LocalLauncher(self._on_exit, self._early)
             source, _ = await asyncio.gather(

@@ -88,6 +88,7 @@ class Agent:
     """One rank on this host, through any number of sessions.
 
     tell: what people are to know, a line each.
+    failure: why `run` returned 1; "" before.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Agent:
         self._settings = ""  # that the launcher was started with
         self._digest = ""
         self._session: _AgentSession | None = None
+        self.failure = ""
 
     async def run(self) -> int:
         """Until the rank has left or nothing more can be done; returns the exit status.
@@ -144,6 +146,7 @@ class Agent:
             wait_s = wait_before_joining(wait_s, session.served_s)
             over = time.monotonic() - lost_at > self._options.retry_s
             if outcome is Outcome.REFUSED or over or self._leaves.is_set():
+                self.failure = reason
                 print(f"flexpert: {reason}", file=sys.stderr)
                 return 1
             self._tell(f"{reason}; joining again in {wait_s:g} s")

@@ -160,7 +160,7 @@ class HostSessions:
         expected = self._expected.pop(ticket, None)
         if expected is not None:
             expected.end.close()
-            self._owner.rank_left_host(expected.rank, -9, why)
+            self._owner.rank_left_host(expected.rank, 1, why)
         for session in [s for s in self._sessions.values() if s.ticket == ticket]:
             self._give_up(session, why)
 
@@ -308,7 +308,7 @@ class HostSessions:
     def _over(self, session: _Session, status: int, why: str) -> None:
         if session.expected is not None:
             session.expected.end.close()
-            self._owner.rank_left_host(session.rank, status, why)
+            self._owner.rank_left_host(session.rank, 1, why)  # it was never started
         if session.pipe is not None:
             self._owner.rank_left_host(session.rank, status, why)
             session.pipe.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import signal
 import socket
@@ -47,6 +48,8 @@ _PLACE_S = 3.0  # for a node to take a bundle for which it has room
 _END_S = 2.0  # for an agent to end by itself
 _SETTLE_S = 0.3  # until GCS counts what was given back; it is told every 0.1 s
 _LOOK_S, _LOOK_OFTEN_S = 0.5, 0.1  # for agents that have ended
+_CAUSE = re.compile(r"^\w*(?:Error|Exception)\b.*", re.MULTILINE)  # a traceback's last line
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NODE_LABEL = "ray.io/node-id"
 _MOST_WHY = 300
 
@@ -55,7 +58,7 @@ class RayAgent:
     """The actor: one agent of `flexpert join`, in the main thread of a worker process of Ray."""
 
     def run(self, address: str, rank: int, ticket: bytes, host: str, token: str) -> str:
-        """Until its rank is gone, or it cannot join; returns what it has said last."""
+        """Until its rank is gone, or it cannot join; returns why it has ended."""
         import asyncio
 
         from flexpert.cluster.processes import caches
@@ -64,18 +67,14 @@ class RayAgent:
         from flexpert.cluster.hosts.agent import Agent, AgentOptions
         from flexpert.cluster.hosts.cluster_token import keys_of
 
-        said: list[str] = []
+        options = AgentOptions(address, rank, {}, 0.0, ticket=ticket, host=host)
 
-        def tell(line: str) -> None:
-            said.append(line)
-            print(line, flush=True)
+        async def join() -> str:
+            agent = Agent(options, keys_of(token), lambda line: print(line, flush=True))
+            status = await agent.run()
+            return agent.failure or f"its agent has ended with status {status}"
 
-        async def join() -> int:
-            options = AgentOptions(address, rank, {}, 0.0, ticket=ticket, host=host)
-            return await Agent(options, keys_of(token), tell).run()
-
-        status = asyncio.run(join())
-        return f"the agent has ended with status {status}: {said[-1] if said else ''}"
+        return asyncio.run(join())
 
 
 @dataclass(slots=True)
@@ -241,12 +240,12 @@ def _host_of(node: str) -> str:
 
 
 def _in_short(error: BaseException) -> str:
-    """Ray's messages have many lines, the last of which says what was raised."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = (
-        lines[-1] if isinstance(error, ray.exceptions.RayTaskError) and lines else " ".join(lines)
-    )
-    return (text or type(error).__name__)[:_MOST_WHY]
+    """One line: Ray's messages have many, among them the traceback of what went wrong elsewhere."""
+    text = _COLOURS.sub("", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    causes = _CAUSE.findall(text)
+    found = causes[-1] if causes else lines[0] if lines else type(error).__name__
+    return str(found)[:_MOST_WHY]
 
 
 def main(descriptor: int) -> None:

@@ -50,7 +50,11 @@ _LEAVE_S = 10.0
 _LOOK_AGAIN_S = 0.5  # while resources are waited for
 _AVOID_S = 30.0  # a node that did not take a rank: Ray learns of a lost one late
 _SECRETS = ("FLEXPERT_SERVER__", "FLEXPERT_API_KEY", "FLEXPERT_CLUSTER_TOKEN")
-_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # seconds that Ray looks for itself where something else answers; its own limit is 20
+    "RAY_NUM_REDIS_GET_RETRIES": "5",
+}
 
 
 class RayOwner(Protocol):
@@ -249,6 +253,9 @@ class RayRanks:
                 except BaseException:
                     process.kill()
                     raise
+                if self._closed:
+                    process.kill()
+                    raise FlexpertError("the service is stopping")
                 self._process, self.node_ip = process, answer.node_ip
             return self._process
 
@@ -278,6 +285,7 @@ class _RayProcess:
         self._numbers = itertools.count(1)
         self._asked: dict[int, asyncio.Future[RayAnswer]] = {}
         self._deframer = Deframer()
+        self._leaving = False
         self._end, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             try:
@@ -329,6 +337,7 @@ class _RayProcess:
 
     async def close(self) -> None:
         """After everything is given back."""
+        self._leaving = True
         if not self.ended:
             try:
                 await self.ask(LeaveRay, _LEAVE_S)
@@ -345,6 +354,8 @@ class _RayProcess:
         except OSError:
             data = b""
         if not data:
+            if not self._leaving:
+                log.error("the process that talks to Ray has ended, and Ray ends its ranks")
             self.kill()
             return
         for message in self._deframer.feed(data):
@@ -387,7 +398,7 @@ def _start(theirs: socket.socket) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=environment | _ENVIRONMENT,
+            env=_ENVIRONMENT | environment,
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
