@@ -198,6 +198,22 @@ def lose_a_node(nodes: Nodes, head: Served) -> None:
     assert places(head)[lost] not in before.values(), "on the node that was free"
 
 
+def test_of_rays_long_messages_the_cause_is_shown() -> None:
+    from ray.exceptions import RayError
+
+    from flexpert.cluster.hosts.ray_driver import _in_short
+
+    trace = (
+        "The actor died because of an error raised in its creation task, \x1b[36mray::X\x1b[39m\n"
+        "RuntimeError: The actor with name RayAgent failed to import on the worker.\n\n"
+        "File \"x.py\", line 3\nModuleNotFoundError: No module named 'flexpert'"
+    )
+    assert _in_short(RayError(trace)) == "ModuleNotFoundError: No module named 'flexpert'"
+    lost = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayAgent"
+    assert _in_short(RayError(lost)) == lost.splitlines()[0]
+    assert _in_short(OSError()) == "OSError"
+
+
 def node_of(nodes: Nodes, digits: str) -> str:
     return next(node for node in nodes.ids if node.startswith(digits))
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.service import until
 
+import flexpert
 from flexpert.cluster.hosts import ray_ranks
 from flexpert.cluster.hosts.ray_protocol import (
     AgentEnded,
@@ -217,6 +222,18 @@ def test_descriptors_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(5):
         run(monkeypatch, scenario)
     assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_only_the_process_that_talks_to_ray_imports_it() -> None:
+    sources = Path(flexpert.__file__).parent
+    importing = {
+        path.stem
+        for path in sources.rglob("*.py")
+        if re.search(r"^\s*(?:import|from) ray\b", path.read_text(), re.MULTILINE)
+    }
+    assert importing == {"ray_driver"}
+    imported = "import sys, flexpert.cluster.head; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", imported], timeout=60).returncode == 0
 
 
 def test_without_ray_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,9 @@ class RayRanks:
 
     async def _place(self, batch: list[_Wanted]) -> None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._config.cluster.wait_for_resources
+        wait_s = self._config.cluster.wait_for_resources
+        deadline = loop.time() + wait_s
+        told = False
         while batch := [one for one in batch if one.ticket in self._wanted and not one.node]:
             try:
                 nodes = await self._choose(len(batch))
@@ -174,6 +176,9 @@ class RayRanks:
                 if loop.time() >= deadline:
                     self._fail(batch, str(error))
                     return
+                if not told:
+                    log.info("waiting up to %g s for room: %s", wait_s, error)
+                told = True
                 await asyncio.sleep(_LOOK_AGAIN_S)
                 continue
             except FlexpertError as error:
