@@ -69,6 +69,19 @@ def parse_duration(text: object) -> object:
         ) from None
 
 
+def parse_amounts(text: object) -> object:
+    """Amounts by name from JSON."""
+    if not isinstance(text, str):
+        return text
+    try:
+        amounts = json.loads(text)
+    except (ValueError, RecursionError):
+        amounts = None
+    if not isinstance(amounts, dict):
+        raise ValueError(f'{shown(text)!r} is no JSON object; write for example {{"rack1": 0.1}}')
+    return amounts
+
+
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 
@@ -228,6 +241,23 @@ class ClusterConfig(_Section):
     host_timeout: Seconds = Field(
         2.0, gt=0, description="silence until a host that has joined is lost"
     )
+    launcher: Literal["local", "ray"] = Field(
+        "local",
+        description="what starts ranks; local: this machine; ray: the nodes of a Ray cluster",
+    )
+    ray_address: str = Field(
+        "auto", max_length=300, description="HOST:PORT of the Ray cluster; auto: as Ray finds it"
+    )
+    ray_strategy: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = Field(
+        "SPREAD", description="how ranks are placed on the nodes of Ray"
+    )
+    ray_resources: Annotated[dict[str, float], BeforeValidator(parse_amounts)] = Field(
+        {}, description='what else a rank needs of its node, as JSON: {"rack1": 0.1}'
+    )
+    ray_cpus_per_rank: float = Field(1.0, gt=0, description="CPUs of a rank for Ray")
+    wait_for_resources: Seconds = Field(
+        0.0, ge=0, description="for room on Ray's nodes; 0: what has none is refused"
+    )
     memory_headroom: float = Field(
         0.05, ge=0, lt=1, description="share of the host's memory left free"
     )
@@ -239,8 +269,30 @@ class ClusterConfig(_Section):
             raise ValueError(f"{value!r} is no address to listen on; write tcp://0.0.0.0:7000")
         return value
 
+    @field_validator("ray_address")
+    @classmethod
+    def _is_ray_address(cls, value: str) -> str:
+        if value != "auto" and not re.fullmatch(r"[^/\s]+:\d{1,5}", value):
+            raise ValueError(
+                f"{value!r} is no address of Ray; write auto, or HOST:PORT of its GCS (ray:// "
+                "would be for clients outside; the head has to run on a node of the cluster)"
+            )
+        return value
+
+    @field_validator("ray_resources")
+    @classmethod
+    def _are_amounts(cls, amounts: dict[str, float]) -> dict[str, float]:
+        for name, amount in amounts.items():
+            if not name or not 0 < amount <= _MOST_COUNT:
+                raise ValueError(f"{name!r}: {amount:g} is no amount of a resource")
+            if name in ("CPU", "GPU"):
+                raise ValueError(f"{name} of a rank are --ray-cpus-per-rank and --device")
+        return amounts
+
     @model_validator(mode="after")
     def _fits(self) -> ClusterConfig:
+        if self.launcher == "ray" and self.spare_ranks:
+            raise ValueError("spare_ranks needs launcher=local: Ray keeps no process ready")
         if self.ranks > self.max_ranks:
             raise ValueError(
                 f"ranks ({self.ranks}) exceeds max_ranks ({self.max_ranks}); raise --max-ranks"

@@ -383,3 +383,67 @@ def test_a_token_is_long_enough_and_nobody_elses(tmp_path: Path) -> None:
     assert keys_of(TOKEN) == keys_of(TOKEN)
     assert TOKEN not in repr(keys_of(TOKEN))
     assert len({keys_of(TOKEN).head.public, keys_of(TOKEN).agents.public}) == 2
+
+
+def test_an_agent_that_is_expected_starts_its_rank_without_another_change() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        assert owner.sessions is not None
+        near, far = socket.socketpair()
+        with near:
+            owner.sessions.expect(b"ticket", 0, b"verdicts", far)
+            one = host()
+            one.send(say.Join(VERSION, 0, "there", b"ticket"))
+            welcome = await one.hear()
+            assert welcome.rank == 0
+            for _ in range(2):  # twice is as once
+                one.send(say.Opened(welcome.session, MODEL, FREE))
+            assert await one.hear() == say.Spawn(welcome.session, b"verdicts")
+            one.send(say.FromRank(welcome.session, b"hello"))
+            near.setblocking(False)
+            assert await asyncio.get_running_loop().sock_recv(near, 10) == b"hello"
+            late = host()
+            late.send(say.Join(VERSION, 0, "elsewhere", b"ticket"))
+            assert await late.hear() == say.Turned("it is not expected any more")
+            owner.sessions.give_up(b"ticket", "its node is gone")
+            assert isinstance(await one.hear(), say.Fenced)
+        assert owner.asked == []
+        assert owner.left == [(0, -9, "host there: its node is gone")]
+
+    run(scenario)
+
+
+def test_a_rank_whose_expected_agent_fails_has_not_started() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        assert owner.sessions is not None
+        fails: list[tuple[Callable[[Host, say.Welcome], None], str]] = [
+            (
+                lambda one, it: one.send(say.Opened(it.session, {"experts": "?"}, FREE)),
+                "its model is another one",
+            ),
+            (
+                lambda one, it: one.send(say.AskToLeave(it.session, now=True, why="no model")),
+                "no model",
+            ),
+            (lambda one, it: None, "nothing was heard"),
+        ]
+        for number, (fail, why) in enumerate(fails):
+            near, far = socket.socketpair()
+            with near:
+                owner.sessions.expect(b"%d" % number, number, b"", far)
+                one = host()
+                one.send(say.Join(VERSION, number, "there", b"%d" % number))
+                fail(one, await one.hear())
+                await until(lambda: owner.left)
+                rank, status, said = owner.left.pop()
+                assert (rank, status) == (number, 1)
+                assert why in said
+                assert near.recv(1) == b"", "its connection is closed"
+        near, far = socket.socketpair()
+        with near:
+            owner.sessions.expect(b"never", 7, b"", far)
+            owner.sessions.give_up(b"never", "no room")
+            owner.sessions.give_up(b"never", "no room")
+            assert owner.left == [(7, 1, "no room")]
+            assert near.recv(1) == b""
+
+    run(scenario)

@@ -101,6 +101,10 @@ class Coordinator:
         """See `Operations.begin`. Raises: OperationRefused, OperationConflict"""
         return self._operations.begin(ranks=ranks, add=add, remove=remove, join=join)
 
+    def newcomers(self, *, ranks: int | None, add: int, remove: Sequence[int]) -> frozenset[int]:
+        """Who would join if this change began now. Raises: OperationRefused"""
+        return self._operations.newcomers(ranks=ranks, add=add, remove=remove)
+
     def leave_to_host(self, rank: int) -> None:
         """The rank's process is another host's: if it is lost, it is not started again here."""
         self._cluster.restart_policy.leave_to_host(rank)

@@ -69,6 +69,11 @@ class Operations:
             "wait for it or cancel it"
         )
 
+    def newcomers(self, *, ranks: int | None, add: int, remove: Sequence[int]) -> frozenset[int]:
+        """Who would join if this change began now. Raises: OperationRefused"""
+        members = self._cluster.members
+        return self._resolve(TargetRequest(ranks, add, tuple(remove)), members) - members
+
     def begin_first(self, ranks: int) -> OperationView:
         """The change from nothing to the service's first ranks."""
         request = TargetRequest(ranks, 0, ())
@@ -187,7 +192,10 @@ class Operations:
         operation.epoch = cluster.membership.epoch
         if target != members:
             placement = cluster.plan(target)
-            cluster.memory_budget.check(target - members, placement, cluster.placement)
+            newcomers = target - members
+            here = cluster.head.on_this_host(newcomers)
+            told = newcomers & cluster.memory_budget.elsewhere().keys()  # by other hosts
+            cluster.memory_budget.check(here | told, placement, cluster.placement)
             return placement
         if not operation.automatic:  # they may be what a loss has left, and too few
             cluster.memory_budget.check((), cluster.plan(target), cluster.placement)

@@ -55,12 +55,15 @@ class Outcome(Enum):
 @dataclass(frozen=True, slots=True)
 class AgentOptions:
     """address: of the head. rank: the id that is wanted; -1: any. overrides: settings that differ
-    here, dotted. retry_s: for how long a head that is lost is looked for."""
+    here, dotted. retry_s: for how long a head that is lost is looked for. ticket: see `Join`.
+    host: name of this host for people; "": as the system has it."""
 
     address: str
     rank: int
     overrides: dict[str, object]
     retry_s: float
+    ticket: bytes = b""
+    host: str = ""
 
 
 def wait_before_joining(last_s: float, served_s: float) -> float:
@@ -74,6 +77,7 @@ class Agent:
     """One rank on this host, through any number of sessions.
 
     tell: what people are to know, a line each.
+    failure: why `run` returned 1; "" before.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Agent:
         self._settings = ""  # that the launcher was started with
         self._model: dict[str, str] = {}
         self._session: _AgentSession | None = None
+        self.failure = ""
 
     async def run(self) -> int:
         """Until the rank has left or nothing more can be done; returns the exit status.
@@ -130,6 +135,7 @@ class Agent:
             wait_s = wait_before_joining(wait_s, session.served_s)
             over = time.monotonic() - lost_at > self._options.retry_s
             if outcome is Outcome.REFUSED or over or self._leaves.is_set():
+                self.failure = reason
                 print(f"flexpert: {reason}", file=sys.stderr)
                 return 1
             self._tell(f"{reason}; joining again in {wait_s:g} s")
@@ -212,8 +218,9 @@ class _AgentSession:
     async def _work(self) -> tuple[Outcome, str]:
         """Join, and keep the session up; ends only with an error."""
         agent = self._agent
-        address = agent._options.address
-        self._send(say.Join(VERSION, agent._rank, socket.gethostname()))
+        options = agent._options
+        address, host = options.address, options.host or socket.gethostname()
+        self._send(say.Join(VERSION, agent._rank, host, options.ticket))
         leaves = self._loop.create_task(agent._leaves.wait())
         try:
             await asyncio.wait(
@@ -237,7 +244,7 @@ class _AgentSession:
             self._send(say.AskToLeave(self._number))
             await asyncio.Event().wait()  # until the head says that it has left
         except FlexpertError as error:
-            self._send(say.AskToLeave(self._number, now=True))
+            self._send(say.AskToLeave(self._number, now=True, why=str(error)))
             return Outcome.REFUSED, str(error)
         finally:
             beats.cancel()

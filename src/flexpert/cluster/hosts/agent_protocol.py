@@ -21,11 +21,13 @@ import msgspec
 
 
 class Join(msgspec.Struct, frozen=True, tag="join"):
-    """rank: the id it wants, or had before; -1: any. host: its name, for people."""
+    """rank: the id it wants, or had before; -1: any. host: its name, for people. ticket: of an
+    agent that the head has had started, for the rank for which that was; b"": of any other."""
 
     version: str
     rank: int
     host: str
+    ticket: bytes = b""
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
@@ -55,10 +57,12 @@ class AgentBeat(msgspec.Struct, frozen=True, tag="agent_beat"):
 
 
 class AskToLeave(msgspec.Struct, frozen=True, tag="leave"):
-    """Drain this rank and let it go. now: it does not wait, its process is gone."""
+    """Drain this rank and let it go. now: it does not wait, its process is gone. why: a reason
+    for that which the head does not know."""
 
     session: bytes
     now: bool = False
+    why: str = ""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
