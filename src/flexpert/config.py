@@ -163,7 +163,9 @@ class EngineConfig(_Section):
 class ClusterConfig(_Section):
     """Membership and its limits in time."""
 
-    ranks: int = Field(1, ge=1, le=256, description="ranks at start")
+    ranks: int = Field(
+        1, ge=0, le=256, description="ranks at start; 0: none of its own, with --join-listen"
+    )
     max_ranks: int = Field(8, ge=1, le=256, description="capacity: number of rank ids")
     spare_ranks: int = Field(
         0, ge=0, le=256, description="processes kept ready for the ids that join next"
@@ -236,6 +238,11 @@ class ClusterConfig(_Section):
 
     @model_validator(mode="after")
     def _fits(self) -> ClusterConfig:
+        if self.ranks == 0 and self.join_listen is None:
+            raise ValueError(
+                "ranks=0 leaves a head that computes nothing unless hosts join it: say where they "
+                "may with --join-listen tcp://0.0.0.0:7000, or start with --ranks 1"
+            )
         if self.ranks > self.max_ranks:
             raise ValueError(
                 f"ranks ({self.ranks}) exceeds max_ranks ({self.max_ranks}); raise --max-ranks"

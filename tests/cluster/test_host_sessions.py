@@ -199,6 +199,20 @@ def test_a_silent_host_is_lost_and_what_it_still_says_is_not_heard() -> None:
     run(scenario)
 
 
+def test_a_host_that_no_change_can_take_out_is_let_go_with_the_reason() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        one = host()
+        welcome = await one.serve()
+        owner.refusal = OperationRefused("a service needs at least one rank")
+        one.send(say.AskToLeave(welcome.session))
+        left = await one.hear()
+        assert isinstance(left, say.Left)
+        assert "could not be drained: a service needs at least one rank" in left.reason
+        assert owner.left[0][:2] == (2, -9)
+
+    run(scenario)
+
+
 def test_leaving_is_a_change_and_waits_until_one_can_begin() -> None:
     async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
         one = host()

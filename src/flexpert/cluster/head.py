@@ -140,12 +140,13 @@ class Head:
             budget.held = lambda: self._spares.held
             self._coordinator = Coordinator(self.config, source, self, budget)
             ranks = self.config.cluster.ranks
-            tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
+            if ranks:
+                tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
             first = self._coordinator.begin_first(ranks)
             self.tokenizer = await tokenizer
             self.opened.set()
-            done = await self.wait_operation(first.id)
-            if done.state != "done":
+            done = await self.wait_operation(first.id) if first else None
+            if done and done.state != "done":
                 raise FlexpertError(f"the service did not come up: {done.error}")
             watch.lap("ranks")
             log.debug("the service came up: %s", in_words(watch.laps))
@@ -446,7 +447,8 @@ class Head:
             digest=model_digest(source),
             timeout_s=cluster.host_timeout,
         )
-        tell(f"hosts join at {self._hosts.address}")
+        waits = "" if cluster.ranks else "waiting for hosts: "
+        tell(f"{waits}hosts join with: flexpert join {self._hosts.address}")
 
     def send(self, rank: int, command: msg.Command) -> None:
         self._send(rank, command)

@@ -265,7 +265,7 @@ class _Service:
         asked = asyncio.ensure_future(self._asked.wait())
         say(
             f"{self._head.model_name} on {ranks.ranks} of at most {ranks.max_ranks} ranks\n"
-            f"ready: {self._url}/v1"
+            f"{'ready' if ranks.ranks else 'requests wait for hosts'}: {self._url}/v1"
         )
         await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()

@@ -284,8 +284,9 @@ class _AgentSession:
                 self._spawn(verdicts)
             case say.ToRank(_, data) if self._pipe is not None:
                 self._pipe.write(data)
-            case say.Left():
-                self._end(Outcome.LEFT, f"rank {self._agent._rank} has left")
+            case say.Left(_, reason):
+                left = f"rank {self._agent._rank} has left"
+                self._end(Outcome.LEFT, f"{left}: {reason}" if reason else left)
             case say.Fenced(_, reason):
                 self._end(Outcome.LOST, f"rank {self._agent._rank} was given up: {reason}")
 

@@ -94,9 +94,11 @@ class Turned(msgspec.Struct, frozen=True, tag="turned"):
 
 
 class Left(msgspec.Struct, frozen=True, tag="left"):
-    """The rank has left by a change; there is nothing more to do."""
+    """The rank has left; there is nothing more to do. reason: why it was not by a change, for
+    people; "": it was."""
 
     session: bytes
+    reason: str = ""
 
 
 class Fenced(msgspec.Struct, frozen=True, tag="fenced"):

@@ -227,7 +227,7 @@ class HostSessions:
             if wants == "join":
                 self._turn(session, str(error))
             else:
-                self._give_up(session, f"it was stopped, and could not be drained: {error}")
+                self._let_go(session, f"it was stopped, and could not be drained: {error}")
 
     # ---- ends -------------------------------------------------------------------------------
 
@@ -254,6 +254,13 @@ class HostSessions:
         if self._sessions.pop(session.number, None) is not None:
             self._tell(session.peer, say.Fenced(session.number, why))
             self._over(session, -9, f"host {session.host}: {why}")
+
+    def _let_go(self, session: _Session, why: str) -> None:
+        """It was asked to stop on its host, and no change can take it out: a loss to the service,
+        whose requests go on elsewhere or wait; to its agent an end like any other."""
+        del self._sessions[session.number]
+        self._tell(session.peer, say.Left(session.number, why))
+        self._over(session, -9, f"host {session.host}: {why}")
 
     def _end_of(self, peer: bytes, why: str) -> None:
         for session in [s for s in self._sessions.values() if s.peer == peer]:
