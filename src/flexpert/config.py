@@ -269,6 +269,17 @@ class ServerConfig(_Section):
     insecure: bool = Field(
         False, description="listen on a --host other than loopback without a key: all may use it"
     )
+    tls_cert_file: Path | None = Field(
+        None, description="serve HTTPS: a certificate and its chain in PEM; read again when renewed"
+    )
+    tls_key_file: Path | None = Field(
+        None, description="its private key in PEM; default: in the same file"
+    )
+    tls_key_password: Key | None = Field(
+        None,
+        description="of an encrypted key; visible on the command line: prefer "
+        "FLEXPERT_SERVER__TLS_KEY_PASSWORD",
+    )
     header_timeout: Seconds = Field(10.0, gt=0, description="for a request's headers to arrive")
     body_timeout: Seconds = Field(60.0, gt=0, description="for a request's body to arrive")
     write_timeout: Seconds = Field(
@@ -300,6 +311,13 @@ class ServerConfig(_Section):
         for name in ("api_key", "control_key"):
             if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
                 raise ValueError(f"{name} and {name}_file are both set; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_certificate(self) -> ServerConfig:
+        key = self.tls_key_file or self.tls_key_password
+        if key is not None and self.tls_cert_file is None:
+            raise ValueError("tls_cert_file is missing: a key of TLS is of no use without it")
         return self
 
 

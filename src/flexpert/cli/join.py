@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from flexpert.cli.client_commands import connect
-from flexpert.cli.options import DEFAULT_URL, ApiKey, Json, Url, duration_option, make_console
+from flexpert.cli.options import (
+    DEFAULT_URL,
+    ApiKey,
+    CaFile,
+    Json,
+    Url,
+    duration_option,
+    make_console,
+)
 from flexpert.errors import ConfigError
 
 LEAVE_EXAMPLES = (
@@ -87,6 +95,7 @@ def leave(
     json_: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
+    ca_file: CaFile = None,
 ) -> None:
     """Drain ranks and let them go; the same as 'flexpert scale --remove'.
 
@@ -94,6 +103,6 @@ def leave(
     """
     from flexpert.cli.scale import operation_body, run_scale
 
-    with connect(url, api_key) as client:
+    with connect(url, api_key, ca_file) as client:
         body = operation_body(None, 0, ids)
         raise typer.Exit(run_scale(client, body, console=make_console(), as_json=json_))

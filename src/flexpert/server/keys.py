@@ -59,11 +59,12 @@ def _from_file(name: str, file: Path) -> bytes:
     if not key or "\0" in key:
         raise ConfigError(f"{what} has no key in its first line")
     with contextlib.suppress(OSError):  # it may be gone by now
-        _warn_if_open(file, f"server.{name}_file {str(file)!r}")
+        warn_if_open(file, f"server.{name}_file {str(file)!r}")
     return key.encode()
 
 
-def _warn_if_open(file: Path, what: str) -> None:
+def warn_if_open(file: Path, what: str) -> None:
+    """Log it if others may read a secret. Raises: OSError"""
     mode = file.stat().st_mode
     if stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
         log.warning("%s can be read by others on this machine; chmod 600 it", what)
