@@ -152,12 +152,31 @@ class EngineConfig(_Section):
         "auto",
         description="between ranks; auto: memory on one machine, NIXL between them; nixl: always",
     )
+    interface: str = Field(
+        "",
+        max_length=200,
+        description="network interfaces of this host to others, as eth1 or mlx5_0:1,eth1; "
+        "default: UCX chooses",
+    )
+    port_range: str | None = Field(
+        None, description="TCP ports between hosts, as 20000-20100; default: any"
+    )
     threads: int | None = Field(
         None,
         ge=1,
         le=4096,
         description="per rank; default: 1, or its share of the cores for wide models",
     )
+
+    @field_validator("port_range")
+    @classmethod
+    def _is_range(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        found = re.fullmatch(r"(\d{1,5})-(\d{1,5})", value)
+        if not found or not 1 <= int(found[1]) <= int(found[2]) <= 65535:
+            raise ValueError(f"{shown(value)!r} is no range of ports; write 20000-20100")
+        return value
 
 
 class ClusterConfig(_Section):

@@ -46,6 +46,12 @@ def join(
         str | None,
         typer.Option(help="Name of this machine; ranks with equal names share memory."),
     ] = None,
+    interface: Annotated[
+        str | None,
+        typer.Option(
+            help="Network interfaces of this host to others, as eth1; default: UCX chooses."
+        ),
+    ] = None,
     cluster_token_file: Annotated[
         Path | None,
         typer.Option(
@@ -76,12 +82,17 @@ def join(
 
     caches.keep_private(os.environ)  # before torch is imported
     from flexpert.cluster.hosts.agent import Agent, AgentOptions
+    from flexpert.config import EngineConfig
+    from flexpert.engine.host_network import check_network
 
     overrides: dict[str, object] = {}
     if model is not None:
         overrides["model.model"] = model
     if machine is not None:
         overrides["engine.machine"] = machine
+    if interface is not None:
+        check_network(EngineConfig(interface=interface))
+        overrides["engine.interface"] = interface
 
     async def run() -> int:
         options = AgentOptions(address, -1 if rank is None else rank, overrides, retry)

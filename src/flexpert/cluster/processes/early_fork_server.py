@@ -116,7 +116,8 @@ def for_children(config: Config) -> str:
 def for_hosts(config: Config) -> str:
     """The settings as JSON for agents on other hosts: besides, nothing that is only this one's."""
     tree = config.model_dump(mode="json", exclude={"server"})
-    tree["engine"].pop("machine")
+    for name in ("machine", "interface"):
+        tree["engine"].pop(name)
     for name in ("ranks", "join_listen", "cluster_token_file"):
         tree["cluster"].pop(name)
     return json.dumps(tree)
