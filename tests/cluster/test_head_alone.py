@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from support.waiting import wait_until
 
@@ -158,7 +159,8 @@ def test_hosts_bring_all_ranks_and_requests_wait_while_there_is_none(programs: P
     one = programs.join("one", 1)
     programs.wait_for(1, 2)
     answer = programs.asking()
-    two.send_signal(signal.SIGTERM)
+    for process in (*psutil.Process(two.pid).children(recursive=True), two):
+        process.send_signal(signal.SIGTERM)  # as Slurm and systemd do, to all at once
     assert two.wait(30) == 0, programs.log("two")
     assert "rank 2 has left\n" in programs.log("two")
     assert answer() == expected

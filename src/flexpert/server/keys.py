@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hmac
 import logging
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from pydantic import SecretStr
 
 from flexpert.config import ServerConfig
 from flexpert.errors import ConfigError
-from flexpert.reading import read_text
+from flexpert.reading import is_open_to_others, read_text
 
 log = logging.getLogger("flexpert.server")
 
@@ -65,6 +64,5 @@ def _from_file(name: str, file: Path) -> bytes:
 
 def warn_if_open(file: Path, what: str) -> None:
     """Log it if others may read a secret. Raises: OSError"""
-    mode = file.stat().st_mode
-    if stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
+    if is_open_to_others(file.stat()):
         log.warning("%s can be read by others on this machine; chmod 600 it", what)
