@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,7 @@ from flexpert.server.descriptors import raise_limit
 from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.protocol import bounded_protocol
 from flexpert.server.tls import TlsFiles, tls_files
+from flexpert.stop_signals import STOP_SIGNALS, StopRequest
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -40,8 +42,6 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_WRONG_SETTINGS = 2
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 # Seconds. After a second Ctrl-C: for ranks to be terminated; they die with this process anyway.
 FORCED_STOP_S = 5.0
 
@@ -53,7 +53,7 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
     """Serve until a signal, or until the service fails; returns the process' exit code.
 
     Ctrl-C or SIGTERM: running requests have `cluster.shutdown_timeout` to finish; a second
-    one stops at once. What happens is printed.
+    one stops at once (see `StopRequest`). What happens is printed.
 
     Returns:
         0 stopped by a signal while serving, 1 the service failed, 2 wrong settings (a port in
@@ -189,6 +189,7 @@ class _Service:
         self._tls = tls
         self._head = head
         self._listener = listener
+        self._stop_request = StopRequest()
         self._asked = asyncio.Event()  # to stop
         self._forced = asyncio.Event()  # to stop at once
         self._signal = 0
@@ -200,7 +201,7 @@ class _Service:
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_on_loop_error)
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         host, port = self._listener.getsockname()[:2]
         scheme = "https" if self._tls else "http"
@@ -216,11 +217,12 @@ class _Service:
             return EXIT_FAILED
         finally:
             await self._stop()
-            for number in SIGNALS:  # the loop would leave Ctrl-C dead for what comes after
+            for number in STOP_SIGNALS:  # the loop would leave Ctrl-C dead for what comes after
                 loop.remove_signal_handler(number)
 
     def _on_signal(self, number: int) -> None:
-        if self._asked.is_set():
+        self._stop_request.on_signal(number, time.monotonic())
+        if self._stop_request.at_once:
             self._forced.set()
         self._signal = number
         self._asked.set()

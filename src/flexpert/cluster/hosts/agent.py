@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-import signal
 import socket
 import sys
 import time
@@ -32,6 +31,7 @@ from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec
 from flexpert.config import Config
 from flexpert.errors import FlexpertError
 from flexpert.models.source import ModelSource
+from flexpert.stop_signals import STOP_SIGNALS, StopRequest
 from flexpert.version import VERSION
 
 log = logging.getLogger("flexpert")
@@ -94,6 +94,7 @@ class Agent:
         self._keys = keys
         self._tell = tell
         self._rank = options.rank
+        self._stop = StopRequest()
         self._leaves = asyncio.Event()
         self._ends_now = asyncio.Event()
         self._launcher: LocalLauncher | None = None
@@ -107,20 +108,21 @@ class Agent:
         0 it has left, 1 it could not join or the head is lost for good, 130 stopped at once.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal)
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
         try:
             return await self._join_again_and_again()
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 loop.remove_signal_handler(number)
             if self._launcher:
                 await self._launcher.close(_GONE_S)
 
-    def _on_signal(self) -> None:
-        if self._leaves.is_set():
+    def _on_signal(self, number: int) -> None:
+        self._stop.on_signal(number, time.monotonic())
+        if self._stop.at_once:
             self._ends_now.set()
-        else:
+        elif not self._leaves.is_set():
             self._tell("leaving: its requests move first; again: at once")
         self._leaves.set()
 
