@@ -109,6 +109,7 @@ def test_the_pods_run_commands_of_this_version() -> None:
     assert config.cluster.ranks == 0
     joins = parsed([word.replace("$(POD_INDEX)", "2") for word in rank["command"][1:]])
     assert joins["rank"] == 2
+    assert rank["readinessProbe"]["exec"]["command"] == ["test", "-e", str(joins["ready_file"])]
     assert joins["address"].rpartition(":")[2] == config.cluster.join_listen.rpartition(":")[2]
 
 
@@ -122,7 +123,8 @@ def test_what_the_manifests_refer_to_is_there() -> None:
     services = {m["metadata"]["name"]: m["spec"] for m in manifests() if m["kind"] == "Service"}
     (ranks,) = (m["spec"] for m in manifests() if m["kind"] == "StatefulSet")
     assert services[ranks["serviceName"]]["clusterIP"] == "None"
-    host = parsed([*pods()[1]["spec"]["containers"][0]["command"][1:-2]])["address"]
+    (rank,) = pods()[1]["spec"]["containers"]
+    host = next(word for word in rank["command"] if word.startswith("tcp://"))
     # the head is not ready before somebody has joined
     assert services[host.split("/")[-1].split(":")[0]]["publishNotReadyAddresses"]
 
@@ -132,7 +134,8 @@ def test_pods_have_the_files_that_they_name_and_may_read_them() -> None:
         spec, (container,) = pod["spec"], pod["spec"]["containers"]
         volumes = {volume["name"]: volume for volume in spec["volumes"]}
         mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
-        named = [word.split("=", 1)[1] for word in container["command"] if "=/" in word]
+        words = [word for word in container["command"] if not word.startswith("--ready-file")]
+        named = [word.split("=", 1)[1] for word in words if "=/" in word]
         assert named
         for file in named:
             assert any(file.startswith(f"{path}/") for path in mounts), file
@@ -275,7 +278,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(300)
 @pytest.mark.skipif(not shutil.which("openssl"), reason="the script makes its keys with openssl")
 def test_the_job_serves_with_all_nodes_and_a_cancelled_one_answers_what_runs(job: Job) -> None:
     wait_until(lambda: job.active() == 3 or job.process.poll() is not None, 90, 0.2)

@@ -26,7 +26,7 @@ from support.waiting import wait_until
 from flexpert.config import load_config
 from flexpert.errors import ConfigError
 
-pytestmark = pytest.mark.timeout(150)
+pytestmark = pytest.mark.timeout(300)
 
 
 def test_without_a_way_to_join_it_is_refused_with_what_to_do() -> None:
@@ -74,8 +74,8 @@ class Programs:
         self.url = found[1]
         return process
 
-    def join(self, name: str, rank: int) -> subprocess.Popen[bytes]:
-        return self.start(name, "join", self.address, "--id", str(rank), "--retry", "60s")
+    def join(self, name: str, rank: int, *flags: str) -> subprocess.Popen[bytes]:
+        return self.start(name, "join", self.address, "--id", str(rank), "--retry", "60s", *flags)
 
     def get(self, path: str) -> httpx.Response:
         return httpx.get(self.url + path, timeout=10)
@@ -137,7 +137,9 @@ def ready(programs: Programs) -> tuple[int, Any]:
 
 
 @pytest.mark.slow
-def test_hosts_bring_all_ranks_and_requests_wait_while_there_is_none(programs: Programs) -> None:
+def test_hosts_bring_all_ranks_and_requests_wait_while_there_is_none(
+    programs: Programs, tmp_path: Path
+) -> None:
     head = programs.head()
     status, said = ready(programs)
     assert (status, said["ready"], said["live"]) == (503, False, True)
@@ -145,9 +147,12 @@ def test_hosts_bring_all_ranks_and_requests_wait_while_there_is_none(programs: P
     assert programs.get("/health/live").status_code == 200
     first = programs.asking()  # waits for the first host
 
-    one, two = programs.join("one", 1), programs.join("two", 2)
+    ready_file = tmp_path / "ready"
+    one, two = programs.join("one", 1), programs.join("two", 2, "--ready-file", str(ready_file))
     expected = first()
     programs.wait_for(1, 2)
+    wait_until(ready_file.exists, 10)
+    assert "rank 2 serves\n" in programs.log("two")
     assert ready(programs)[0] == 200
     assert programs.ask() == expected
 
@@ -163,6 +168,7 @@ def test_hosts_bring_all_ranks_and_requests_wait_while_there_is_none(programs: P
         process.send_signal(signal.SIGTERM)  # as Slurm and systemd do, to all at once
     assert two.wait(30) == 0, programs.log("two")
     assert "rank 2 has left\n" in programs.log("two")
+    assert not ready_file.exists()
     assert answer() == expected
 
     one.send_signal(signal.SIGTERM)  # the last: no change can take it out

@@ -65,6 +65,10 @@ def join(
             "--retry", "How long to look for a head that is lost.", least=0, default="5m"
         ),
     ] = 300.0,
+    ready_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A file that is there while the rank serves."),
+    ] = None,
 ) -> None:
     """Join a service as a rank on this host; Ctrl-C or SIGTERM drains it first.
 
@@ -95,7 +99,7 @@ def join(
         overrides["engine.interface"] = interface
 
     async def run() -> int:
-        options = AgentOptions(address, -1 if rank is None else rank, overrides, retry)
+        options = AgentOptions(address, -1 if rank is None else rank, overrides, retry, ready_file)
         return await Agent(options, keys_of(token), lambda line: print(line, flush=True)).run()
 
     raise typer.Exit(asyncio.run(run()))

@@ -428,6 +428,10 @@ class Head:
         """Whether a change could not begin now."""
         return not (self._serving and self._need_coordinator().idle)
 
+    def is_member(self, rank: int) -> bool:
+        """Whether the rank is of the current epoch."""
+        return self._coordinator is not None and rank in self._coordinator.members
+
     def rank_left_host(self, rank: int, status: int, why: str) -> None:
         """The process of a rank from outside is gone, or given up."""
         if self._coordinator:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from pathlib import Path
 
 import msgspec
 from pydantic import ValidationError
@@ -25,6 +26,7 @@ from flexpert.cluster.hosts import agent_protocol as say
 from flexpert.cluster.hosts.byte_pipe import BytePipe
 from flexpert.cluster.hosts.cluster_token import ClusterKeys
 from flexpert.cluster.hosts.curve_socket import CurveClient, NotSentError, pieces
+from flexpert.cluster.hosts.ready_file import ReadyFile
 from flexpert.cluster.processes.early_fork_server import for_children
 from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
@@ -55,12 +57,14 @@ class Outcome(Enum):
 @dataclass(frozen=True, slots=True)
 class AgentOptions:
     """address: of the head. rank: the id that is wanted; -1: any. overrides: settings that differ
-    here, dotted. retry_s: for how long a head that is lost is looked for."""
+    here, dotted. retry_s: for how long a head that is lost is looked for. ready_file: there while
+    the rank serves."""
 
     address: str
     rank: int
     overrides: dict[str, object]
     retry_s: float
+    ready_file: Path | None = None
 
 
 def model_digest(source: ModelSource) -> str:
@@ -90,10 +94,12 @@ class Agent:
     def __init__(
         self, options: AgentOptions, keys: ClusterKeys, tell: Callable[[str], None]
     ) -> None:
+        """Raises: ConfigError: the file of the options cannot be made."""
         self._options = options
         self._keys = keys
         self._tell = tell
         self._rank = options.rank
+        self._ready = ReadyFile(options.ready_file)
         self._stop = StopRequest()
         self._leaves = asyncio.Event()
         self._ends_now = asyncio.Event()
@@ -184,6 +190,7 @@ class _AgentSession:
 
     def __init__(self, agent: Agent) -> None:
         self._spawned: float | None = None
+        self._serves = False
         self._agent = agent
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[tuple[Outcome, str]] = self._loop.create_future()
@@ -216,6 +223,7 @@ class _AgentSession:
                 return Outcome.LEFT, "stopped"
             return work.result()
         finally:
+            self._serve(False)
             work.cancel()
             ends.cancel()
             await self._end_rank()
@@ -282,6 +290,8 @@ class _AgentSession:
 
     def _obey(self, command: say.ToAgent) -> None:
         match command:
+            case say.HeadBeat(_, serves):
+                self._serve(serves)
             case say.Spawn(_, verdicts):
                 self._spawn(verdicts)
             case say.ToRank(_, data) if self._pipe is not None:
@@ -314,6 +324,13 @@ class _AgentSession:
         spec = RankSpec(agent._rank, for_children(self._config), verdicts)
         agent._launcher.spawn(agent._rank, ENTRY, encode_spec(spec), far)
         agent._tell(f"rank {agent._rank} starts")
+
+    def _serve(self, serves: bool) -> None:
+        if serves != self._serves:
+            self._serves = serves
+            self._agent._ready.show(serves)
+            if serves:
+                self._agent._tell(f"rank {self._agent._rank} serves")
 
     def _from_rank(self, data: bytes) -> None:
         for piece in pieces(data):

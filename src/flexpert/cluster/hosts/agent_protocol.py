@@ -83,7 +83,10 @@ class ToRank(msgspec.Struct, frozen=True, tag="to_rank"):
 
 
 class HeadBeat(msgspec.Struct, frozen=True, tag="head_beat"):
+    """serves: the rank is of the current epoch."""
+
     session: bytes
+    serves: bool = False
 
 
 class Turned(msgspec.Struct, frozen=True, tag="turned"):

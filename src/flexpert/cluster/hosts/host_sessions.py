@@ -47,6 +47,9 @@ class SessionOwner(Protocol):
     ) -> object:
         """Raises: OperationConflict, OperationRefused"""
 
+    def is_member(self, rank: int) -> bool:
+        """Whether it is of the current epoch."""
+
     def rank_left_host(self, rank: int, status: int, why: str) -> None:
         """Its process is gone, or given up."""
 
@@ -178,8 +181,10 @@ class HostSessions:
                 session.gone = (status, why[:_MOST_NAME])
                 self._bury(session)
             case say.AskToLeave(_, now):
-                if now or session.pipe is None:
+                if now:
                     self._give_up(session, "it was stopped")
+                elif session.pipe is None:  # it has no rank yet
+                    self._let_go(session, "it was stopped before it served")
                 else:
                     session.wants = "leave"
                     self._begin(session)
@@ -283,7 +288,8 @@ class HostSessions:
                 if now - session.heard > self._timeout_s:
                     self._give_up(session, f"nothing was heard of it for {self._timeout_s:g} s")
                     continue
-                self._send(session, say.HeadBeat(session.number))
+                serves = self._owner.is_member(session.rank)
+                self._send(session, say.HeadBeat(session.number, serves))
                 self._begin(session)
 
     # ---- sending ----------------------------------------------------------------------------
