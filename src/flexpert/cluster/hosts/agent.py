@@ -111,7 +111,8 @@ class Agent:
     async def run(self) -> int:
         """Until the rank has left or nothing more can be done; returns the exit status.
 
-        0 it has left, 1 it could not join or the head is lost for good, 130 stopped at once.
+        0 it has left, or was asked to when the head was lost, 1 it could not join or the head is
+        lost for good, 130 stopped at once.
         """
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
@@ -147,8 +148,11 @@ class Agent:
             if session.served_s >= _HEALTHY_S:
                 lost_at = time.monotonic()
             wait_s = wait_before_joining(wait_s, session.served_s)
+            if outcome is Outcome.LOST and self._leaves.is_set():  # there is nobody to drain it
+                self._tell(reason)
+                return 0
             over = time.monotonic() - lost_at > self._options.retry_s
-            if outcome is Outcome.REFUSED or over or self._leaves.is_set():
+            if outcome is Outcome.REFUSED or over:
                 print(f"flexpert: {reason}", file=sys.stderr)
                 return 1
             self._tell(f"{reason}; joining again in {wait_s:g} s")
