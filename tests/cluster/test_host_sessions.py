@@ -24,6 +24,7 @@ from flexpert.cluster.hosts.cluster_token import keys_of, read_token
 from flexpert.cluster.hosts.curve_socket import MOST_STRANGERS, CurveClient
 from flexpert.cluster.hosts.host_sessions import HostSessions
 from flexpert.cluster.hosts.model_description import describe_model, differences
+from flexpert.cluster.hosts.ready_file import ReadyFile
 from flexpert.errors import ConfigError, OperationConflict, OperationRefused
 from flexpert.models.source import ModelSource
 from flexpert.version import VERSION
@@ -42,6 +43,7 @@ class Owner:
         self.sessions: HostSessions | None = None
         self.refusal: Exception | None = None
         self.is_busy = False
+        self.members = {0}
         self.asked: list[tuple[str, int]] = []
         self.left: list[tuple[int, int, str]] = []
         self.heard = b""
@@ -56,6 +58,9 @@ class Owner:
 
     def busy(self) -> bool:
         return self.is_busy
+
+    def is_member(self, rank: int) -> bool:
+        return rank in self.members
 
     def begin_operation(self, *, join: tuple[int, ...] = (), remove: tuple[int, ...] = ()) -> None:
         assert self.sessions is not None
@@ -85,12 +90,15 @@ class Host:
 
     def __init__(self, address: str, token: str = TOKEN) -> None:
         self.heard: list[Any] = []
+        self.beats: list[bool] = []  # whether its rank serves
         self.refused = 0
         self.client = CurveClient(address, keys_of(token), self._receive, self._count)
 
     def _receive(self, message: bytes) -> None:
         heard = say.decode_to_agent(message)
-        if not isinstance(heard, say.HeadBeat):
+        if isinstance(heard, say.HeadBeat):
+            self.beats.append(heard.serves)
+        else:
             self.heard.append(heard)
 
     def _count(self) -> None:
@@ -202,6 +210,35 @@ def test_a_silent_host_is_lost_and_what_it_still_says_is_not_heard() -> None:
         one.send(say.FromRank(welcome.session, b"late"))
         assert isinstance(await one.hear(), say.Fenced)
         assert (await one.join(2)).session != welcome.session, "its id is free again"
+
+    run(scenario)
+
+
+def test_a_host_hears_when_its_rank_serves_and_may_go_before_it_does() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        one = host()
+        welcome = await one.join()
+        await until(lambda: one.beats)
+        owner.members.add(welcome.rank)
+        await until(lambda: one.beats[-1])
+        assert not one.beats[0]
+        one.send(say.AskToLeave(welcome.session))
+        assert isinstance(await one.hear(), say.Left)
+        assert owner.left == [], "it had no rank"
+
+    run(scenario)
+
+
+def test_a_host_that_no_change_can_take_out_is_let_go_with_the_reason() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        one = host()
+        welcome = await one.serve()
+        owner.refusal = OperationRefused("a service needs at least one rank")
+        one.send(say.AskToLeave(welcome.session))
+        left = await one.hear()
+        assert isinstance(left, say.Left)
+        assert "could not be drained: a service needs at least one rank" in left.reason
+        assert owner.left[0][:2] == (2, -9)
 
     run(scenario)
 
@@ -447,3 +484,18 @@ def test_a_rank_whose_expected_agent_fails_has_not_started() -> None:
             assert near.recv(1) == b""
 
     run(scenario)
+
+
+def test_the_ready_file_is_there_while_it_is_said_to_be(tmp_path: Path) -> None:
+    file = tmp_path / "ready"
+    file.touch()  # by a process that was killed
+    ready = ReadyFile(file)
+    assert not file.exists()
+    ready.show(True)
+    assert file.exists()
+    ready.show(False)
+    ready.show(False)
+    assert not file.exists()
+    with pytest.raises(ConfigError, match=r"--ready-file .* cannot be written"):
+        ReadyFile(tmp_path / "none" / "ready")
+    ReadyFile(None).show(True)

@@ -146,13 +146,14 @@ class Head:
             if self._hosts.starts_all:
                 await self._hosts.listen(source, tell)
                 await self._hosts.check_room(ranks)
-            tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
+            if ranks:
+                tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
             first = self._coordinator.begin_first(ranks)
             self.tokenizer = await tokenizer
             self.info = with_end_tokens(self.info, self.tokenizer)
             self.opened.set()
-            done = await self.wait_operation(first.id)
-            if done.state != "done":
+            done = await self.wait_operation(first.id) if first else None
+            if done and done.state != "done":
                 raise FlexpertError(f"the service did not come up: {done.error}")
             watch.lap("ranks")
             log.debug("the service came up: %s", in_words(watch.laps))
@@ -445,6 +446,10 @@ class Head:
     def busy(self) -> bool:
         """Whether a change could not begin now."""
         return not (self._serving and self._need_coordinator().idle)
+
+    def is_member(self, rank: int) -> bool:
+        """Whether the rank is of the current epoch."""
+        return self._coordinator is not None and rank in self._coordinator.members
 
     def rank_left_host(self, rank: int, status: int, why: str, *, ours: bool) -> None:
         """The process of a rank on another host is gone, or given up. ours: it may be started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from flexpert.cluster.availability import Availability
 from flexpert.cluster.cluster_state import ClusterState
 from flexpert.cluster.formatting import describe_change
 from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
@@ -115,7 +116,8 @@ class Operations:
     def _check_open(self) -> None:
         cluster = self._cluster
         down = cluster.availability.down
-        if cluster.membership.phase is Phase.LOST or (down and not cluster.members):
+        restarts = down and cluster.availability.state is not Availability.WAITING
+        if cluster.membership.phase is Phase.LOST or (restarts and not cluster.members):
             raise OperationRefused(f"all ranks are lost and start again: {down}")
         if cluster.reconciliation.state is Activity.CLOSED:
             raise OperationRefused("the service is stopping")

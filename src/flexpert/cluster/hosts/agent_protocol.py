@@ -88,7 +88,10 @@ class ToRank(msgspec.Struct, frozen=True, tag="to_rank"):
 
 
 class HeadBeat(msgspec.Struct, frozen=True, tag="head_beat"):
+    """serves: the rank is of the current epoch."""
+
     session: bytes
+    serves: bool = False
 
 
 class Turned(msgspec.Struct, frozen=True, tag="turned"):
@@ -99,9 +102,11 @@ class Turned(msgspec.Struct, frozen=True, tag="turned"):
 
 
 class Left(msgspec.Struct, frozen=True, tag="left"):
-    """The rank has left by a change; there is nothing more to do."""
+    """The rank has left; there is nothing more to do. reason: why it was not by a change, for
+    people; "": it was."""
 
     session: bytes
+    reason: str = ""
 
 
 class Fenced(msgspec.Struct, frozen=True, tag="fenced"):

@@ -36,6 +36,9 @@ class HostsOwner(Protocol):
     ) -> object:
         """Raises: OperationConflict, OperationRefused"""
 
+    def is_member(self, rank: int) -> bool:
+        """Whether it is of the current epoch."""
+
     def rank_left_host(self, rank: int, status: int, why: str, *, ours: bool) -> None:
         """Its process is gone, or given up. ours: it may be started again from here."""
 
@@ -90,7 +93,9 @@ class HostRanks:
         )
         if self._ray is not None:
             self._ray.join_at(self._sessions.address)
-        tell(f"hosts join at {self._sessions.address}")
+        if self._ray is None:
+            waits = "" if cluster.ranks else "waiting for hosts: "
+            tell(f"{waits}hosts join with: flexpert join {self._sessions.address}")
 
     def __contains__(self, rank: int) -> bool:
         """Whether the rank's process is, or is to be, one of another host."""
@@ -160,6 +165,10 @@ class HostRanks:
     ) -> object:
         """Raises: OperationConflict, OperationRefused"""
         return self._owner.begin_operation(join=join, remove=remove)
+
+    def is_member(self, rank: int) -> bool:
+        """Whether the rank is of the current epoch."""
+        return self._owner.is_member(rank)
 
     def rank_left_host(self, rank: int, status: int, why: str) -> None:
         """The process of a rank from outside is gone, or given up."""

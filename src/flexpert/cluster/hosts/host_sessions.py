@@ -50,6 +50,9 @@ class SessionOwner(Protocol):
     ) -> object:
         """Raises: OperationConflict, OperationRefused"""
 
+    def is_member(self, rank: int) -> bool:
+        """Whether it is of the current epoch."""
+
     def rank_left_host(self, rank: int, status: int, why: str) -> None:
         """Its process is gone, or given up."""
 
@@ -228,8 +231,10 @@ class HostSessions:
                 session.gone = (status, why[:_MOST_NAME])
                 self._bury(session)
             case say.AskToLeave(_, now, why):
-                if now or session.pipe is None:
+                if now:
                     self._give_up(session, _printable(why) or "it was stopped")
+                elif session.pipe is None:  # it has no rank yet
+                    self._let_go(session, "it was stopped before it served")
                 else:
                     session.wants = "leave"
                     self._begin(session)
@@ -289,7 +294,7 @@ class HostSessions:
             if wants == "join":
                 self._turn(session, str(error))
             else:
-                self._give_up(session, f"it was stopped, and could not be drained: {error}")
+                self._let_go(session, f"it was stopped, and could not be drained: {error}")
 
     # ---- ends -------------------------------------------------------------------------------
 
@@ -318,6 +323,13 @@ class HostSessions:
             self._tell(session.peer, say.Fenced(session.number, why))
             self._over(session, -9, f"host {session.host}: {why}")
 
+    def _let_go(self, session: _Session, why: str) -> None:
+        """It was asked to stop on its host, and no change can take it out: a loss to the service,
+        whose requests go on elsewhere or wait; to its agent an end like any other."""
+        del self._sessions[session.number]
+        self._tell(session.peer, say.Left(session.number, why))
+        self._over(session, -9, f"host {session.host}: {why}")
+
     def _end_of(self, peer: bytes, why: str) -> None:
         for session in [s for s in self._sessions.values() if s.peer == peer]:
             self._give_up(session, why)
@@ -342,7 +354,8 @@ class HostSessions:
                 if now - session.heard > self._timeout_s:
                     self._give_up(session, f"nothing was heard of it for {self._timeout_s:g} s")
                     continue
-                self._send(session, say.HeadBeat(session.number))
+                serves = self._owner.is_member(session.rank)
+                self._send(session, say.HeadBeat(session.number, serves))
                 self._begin(session)
 
     # ---- sending ----------------------------------------------------------------------------
