@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass, field
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexpert.config import ReasoningParser, ToolCallParser
 from flexpert.errors import ConfigError
 from flexpert.frontend.tools.answer_parser import (
     REASONING_FAMILIES,
@@ -433,6 +435,11 @@ def test_parsers_are_found_in_the_chat_template(
     assert parser_names("auto", "auto", template) == ParserNames(tools, reasoning)
     assert parser_names("none", "none", template) == ParserNames()
     assert parser_names("auto", "none", {"default": template}).tools == tools
+
+
+def test_the_settings_name_the_parsers_there_are() -> None:
+    assert set(get_args(ToolCallParser)) == {"auto", "none", *TOOL_FAMILIES}
+    assert set(get_args(ReasoningParser)) == {"auto", "none", *REASONING_FAMILIES}
 
 
 def test_an_unknown_parser_is_refused_with_those_there_are() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
 import flexpert
@@ -17,7 +18,7 @@ from flexpert.cluster.views import Readiness
 from flexpert.errors import FlexpertError
 from flexpert.frontend.request_limits import RequestLimits
 from flexpert.frontend.tools.answer_parser import parser_names
-from flexpert.server import wire
+from flexpert.server import fields, wire
 from flexpert.server.control import ControlRoutes
 from flexpert.server.gate import Gate
 from flexpert.server.http_errors import api_error, validation_error
@@ -62,6 +63,14 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
     _add_service_routes(app, head, metrics)
     config = head.config.server
     app.add_middleware(Gate, config=config, keys=keys or read_keys(config), metrics=metrics)
+    if config.origins:  # in front of the gate: a browser asks without a key what it may send
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=[fields.IGNORED_HEADER, "retry-after"],
+        )
     for kind in (FlexpertError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(ClientGone, _on_client_gone)
@@ -106,6 +115,10 @@ def _add_service_routes(app: FastAPI, head: Head, metrics: ServerMetrics) -> Non
         """flexpert's."""
         return wire.json_response(wire.Version(flexpert.__version__))
 
+    async def load() -> Response:
+        """vLLM's: API requests being answered."""
+        return wire.json_response(wire.ServerLoad(metrics.at_once["api"]))
+
     async def prometheus() -> Response:
         """For prometheus: ranks, engine, cluster and HTTP."""
         return metrics.response(head.registry)
@@ -113,6 +126,9 @@ def _add_service_routes(app: FastAPI, head: Head, metrics: ServerMetrics) -> Non
     app.add_api_route("/health", health, methods=["GET"], tags=["service"])
     app.add_api_route("/health/ready", health, methods=["GET"], tags=["service"])
     app.add_api_route("/health/live", live, methods=["GET"], tags=["service"])
+    for method in ("GET", "POST"):  # as SageMaker and vLLM have it
+        app.add_api_route("/ping", health, methods=[method], tags=["service"])
+    app.add_api_route("/load", load, methods=["GET"], tags=["service"])
     app.add_api_route("/version", version, methods=["GET"], tags=["service"])
     app.add_api_route("/metrics", prometheus, methods=["GET"], tags=["service"])
 

@@ -5,7 +5,6 @@ Plain ASGI, because a framework's middleware would stand between every token and
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +26,8 @@ OPEN_PATHS = frozenset(
         "/health/live",
         "/health/ready",
         "/version",
+        "/ping",
+        "/load",
         "/metrics",
         "/docs",
         "/redoc",
@@ -53,7 +54,7 @@ class Gate:
         self._config = config
         self._keys = keys
         self._metrics = metrics
-        self._at_once: Counter[str] = Counter()
+        self._at_once = metrics.at_once
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

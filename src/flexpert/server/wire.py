@@ -178,6 +178,12 @@ class Health(msgspec.Struct):
     reason: str | None
 
 
+class ServerLoad(msgspec.Struct):
+    """`/load`, vLLM's. server_load: API requests being answered."""
+
+    server_load: int
+
+
 class Version(msgspec.Struct):
     """`/version`."""
 
