@@ -213,7 +213,8 @@ class HostSessions:
                 session.gone = (status, why[:_MOST_NAME])
                 self._bury(session)
             case say.AskToLeave(_, now, why):
-                if now or session.pipe is None:
+                # nobody has asked for fewer ranks if what starts agents has ended one
+                if now or session.pipe is None or session.ticket:
                     self._give_up(session, _printable(why) or "it was stopped")
                 else:
                     session.wants = "leave"
