@@ -171,3 +171,20 @@ def test_a_service_says_when_it_cannot_compare(monkeypatch: pytest.MonkeyPatch) 
 
 def test_ranks_are_dealt_out_to_the_gpus_in_turn() -> None:
     assert by_gpu({0: 1, 1: 10, 2: 100, 5: 1000}, 2) == {0: 101, 1: 1010}
+
+
+def test_a_rank_of_another_host_needs_memory_there_and_none_here(source: ModelSource) -> None:
+    config = load_config()
+    placement = spread(source, [0, 1])
+    budget = MemoryBudget(config, source)
+    needs = budget.planned(placement)[1]
+    budget.elsewhere = lambda: {1: needs}
+    budget.check({1}, placement)
+    budget.elsewhere = lambda: {1: needs - 1}
+    with pytest.raises(OperationRefused, match=r"rank 1 needs .* but its host has"):
+        budget.check({1}, placement)
+    nothing_here = MemoryBudget(load_config(overrides={"cluster.memory_headroom": 0.99}), source)
+    nothing_here.elsewhere = lambda: {1: needs}
+    nothing_here.check({1}, placement)
+    with pytest.raises(OperationRefused, match="1 more ranks need"):
+        nothing_here.check({0, 1}, placement)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import shutil
 import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -14,18 +15,24 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 from support.service import until
 
 from flexpert.cluster.hosts import agent_protocol as say
 from flexpert.cluster.hosts.agent import wait_before_joining
 from flexpert.cluster.hosts.cluster_token import keys_of, read_token
-from flexpert.cluster.hosts.curve_socket import CurveClient
+from flexpert.cluster.hosts.curve_socket import MOST_STRANGERS, CurveClient
 from flexpert.cluster.hosts.host_sessions import HostSessions
+from flexpert.cluster.hosts.model_description import describe_model, differences
 from flexpert.errors import ConfigError, OperationConflict, OperationRefused
+from flexpert.models.source import ModelSource
 from flexpert.version import VERSION
 
 TOKEN = secrets.token_urlsafe(32)
 TIMEOUT_S = 0.4
+TRIES = 100_000
+MODEL = {"architecture": "Qwen3MoeForCausalLM", "experts": "64"}
+FREE = 2**30
 
 
 class Owner:
@@ -105,7 +112,7 @@ class Host:
     async def serve(self, rank: int = -1) -> say.Welcome:
         """Join, and be asked for the rank."""
         welcome = await self.join(rank)
-        self.send(say.Opened(welcome.session, "digest"))
+        self.send(say.Opened(welcome.session, MODEL, FREE))
         assert await self.hear() == say.Spawn(welcome.session, b"verdicts")
         return welcome
 
@@ -118,7 +125,7 @@ async def listening() -> AsyncIterator[tuple[Owner, str, Callable[..., Host]]]:
         keys_of(TOKEN),
         owner,
         settings="{}",
-        digest="digest",
+        model=MODEL,
         timeout_s=TIMEOUT_S,
     )
 
@@ -225,8 +232,8 @@ def test_who_cannot_join_is_told_why() -> None:
         assert VERSION in told.reason
         other = host()
         welcome = await other.join()
-        other.send(say.Opened(welcome.session, "another"))
-        assert "model" in (await other.hear()).reason
+        other.send(say.Opened(welcome.session, {**MODEL, "experts": "8"}, FREE))
+        assert "'experts' is '8' there, '64' here" in (await other.hear()).reason
         taken = host()
         await taken.serve(1)
         late = host()
@@ -236,12 +243,12 @@ def test_who_cannot_join_is_told_why() -> None:
         assert "rank 1 is there already" in told.reason
         owner.refusal = OperationRefused("no memory")
         welcome = await late.join()
-        late.send(say.Opened(welcome.session, "digest"))
+        late.send(say.Opened(welcome.session, MODEL, FREE))
         assert (await late.hear()).reason == "no memory"
         owner.refusal = OperationConflict("another runs")
         patient = host()
         welcome = await patient.join()
-        patient.send(say.Opened(welcome.session, "digest"))
+        patient.send(say.Opened(welcome.session, MODEL, FREE))
         await asyncio.sleep(TIMEOUT_S / 2)
         patient.send(say.AgentBeat(welcome.session))
         owner.refusal = None
@@ -266,7 +273,9 @@ def test_nonsense_from_one_host_ends_its_session_only() -> None:
     run(scenario)
 
 
-def test_the_uninvited_are_refused_and_cost_no_memory(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_uninvited_are_refused_and_cost_no_memory(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
         place = ("127.0.0.1", int(address.rpartition(":")[2]))
         stranger = host("another token than the head's")
@@ -275,22 +284,78 @@ def test_the_uninvited_are_refused_and_cost_no_memory(caplog: pytest.LogCaptureF
         assert stranger.heard == []
         process = psutil.Process()
         before = 0
-        for attempt in range(3000):
+        for attempt in range(TRIES):
             with socket.create_connection(place) as connection:
                 connection.sendall(
                     secrets.token_bytes(40) if attempt % 2 else b"GET / HTTP/1.1\r\n"
                 )
             if attempt % 100 == 0:
-                await asyncio.sleep(0.01)
-            if attempt == 1000:
+                await asyncio.sleep(0)
+            if attempt == TRIES // 10:
                 before = process.memory_info().rss
         assert process.memory_info().rss - before < 8 * 2**20
+        before = process.memory_info().rss
+        with monkeypatch.context() as patched:
+            patched.setattr("flexpert.cluster.hosts.curve_socket._RECONNECT_MS", (1, 1))
+            hasty = host("another token than the head's")
+        hasty.send(say.Join(VERSION, -1, "there"))
+        await until(lambda: hasty.refused >= 2000)
+        assert process.memory_info().rss - before < 8 * 2**20
+        hasty.client.close()
         invited = host()
         await invited.join()
 
     with caplog.at_level(logging.WARNING):
         run(scenario)
     assert TOKEN not in caplog.text
+
+
+def test_a_crowd_that_says_nothing_leaves_descriptors_to_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        one = host()
+        welcome = await one.serve()
+        place = ("127.0.0.1", int(address.rpartition(":")[2]))
+        process = psutil.Process()
+        before = process.num_fds()
+        crowd = []
+        try:
+            for _ in range(3 * MOST_STRANGERS):
+                crowd.append(socket.create_connection(place))
+                one.send(say.AgentBeat(welcome.session))
+                await asyncio.sleep(0)
+            ours = len(crowd)
+            await until(lambda: process.num_fds() - before - ours <= MOST_STRANGERS)
+            await asyncio.sleep(0.1)
+            assert owner.left == [], "whoever is connected stays so"
+        finally:
+            for connection in crowd:
+                connection.close()
+        one.send(say.AgentBeat(welcome.session))
+        late = host()
+        await late.join()
+
+    with caplog.at_level(logging.WARNING):
+        run(scenario)
+    assert "too many had not shown a token" in caplog.text
+
+
+def test_models_are_compared_by_shapes_and_by_samples_of_their_weights(tmp_path: Path) -> None:
+    here = describe_model(ModelSource.open("tiny"))
+    copy = tmp_path / "another-name"
+    shutil.copytree(ModelSource.open("tiny").path, copy)
+    assert differences(describe_model(ModelSource.open(str(copy))), here) == ""
+    (file,) = copy.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, file, {"format": "pt"})
+    trained_further = describe_model(ModelSource.open(str(copy)))
+    assert differences(trained_further, here).startswith("'weights' is ")
+    odd = {"experts": "9" * 10**6, "\x1b[2J": "x", **dict.fromkeys(map(str, range(1000)), "?")}
+    said = differences(odd, here)
+    assert len(said) < 600
+    assert said.isascii()
+    assert "\x1b" not in said
 
 
 def test_a_rank_that_ends_at_once_is_not_started_in_a_loop() -> None:
@@ -331,7 +396,7 @@ def test_an_agent_that_is_expected_starts_its_rank_without_another_change() -> N
             welcome = await one.hear()
             assert welcome.rank == 0
             for _ in range(2):  # twice is as once
-                one.send(say.Opened(welcome.session, "digest"))
+                one.send(say.Opened(welcome.session, MODEL, FREE))
             assert await one.hear() == say.Spawn(welcome.session, b"verdicts")
             one.send(say.FromRank(welcome.session, b"hello"))
             near.setblocking(False)
@@ -370,7 +435,10 @@ def test_a_rank_whose_expected_agent_fails_has_not_started() -> None:
     async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
         assert owner.sessions is not None
         fails: list[tuple[Callable[[Host, say.Welcome], None], str]] = [
-            (lambda one, it: one.send(say.Opened(it.session, "?")), "its model is another one"),
+            (
+                lambda one, it: one.send(say.Opened(it.session, {"experts": "?"}, FREE)),
+                "its model is another one",
+            ),
             (
                 lambda one, it: one.send(say.AskToLeave(it.session, now=True, why="no model")),
                 "no model",

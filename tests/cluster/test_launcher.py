@@ -75,7 +75,8 @@ def test_who_waits_for_a_processor_is_not_stalled(
     launcher, _ = busy
     monkeypatch.setattr(time, "clock_gettime_ns", lambda clock: 1)  # it gets none
     before, after = launcher.work(0), launcher.work(0)
-    assert before and after
+    assert before
+    assert after
     assert worked(before, after, 1.0, before.runnable & after.runnable)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpert.engine.request import RequestSequence, SamplingParams
-from flexpert.engine.sampler import Sampler, philox4x32, uniforms
+from flexpert.engine.sampler import Sampler, philox4x32, score, score_on_device, uniforms
 from flexpert.engine.sequence import SampleState
 
 VOCAB = 331  # no multiple of anything the sampler works in
@@ -287,3 +287,50 @@ def test_logits_are_not_changed_and_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="for 1 sequences"):
         Sampler().sample(rows, [state()])
     assert Sampler().sample(rows[:0], []).tokens == []
+
+
+def test_only_allowed_tokens_are_chosen_and_bad_ones_never() -> None:
+    row = logits(1)[0]
+    for temperature in (0.0, 1.0, 100.0):
+        allowed = drawn(row, allowed_token_ids=(5, 300, 7, VOCAB + 9), temperature=temperature)
+        assert set(allowed) <= {5, 300, 7}
+    best = int(row.argmax())
+    greedy = {"temperature": 0.0, "bad_token_ids": ((best,),)}
+    assert Sampler().sample(row[None], [state(**greedy)]).tokens == [int(row.topk(2).indices[1])]
+    pair: dict[str, Any] = {"temperature": 0.0, "bad_token_ids": ((9, best), (1, 2, 3, best))}
+    for generated, expected in (([], best), ([8], best), ([8, 9], int(row.topk(2).indices[1]))):
+        one = state(generated=generated, **pair)
+        assert Sampler().sample(row[None], [one]).tokens == [expected], "the prompt does not count"
+
+
+def test_a_bias_is_added_before_anything_is_chosen() -> None:
+    row = logits(1)[0]
+    asked = {"temperature": 0.0, "logit_bias": {17: 100.0, VOCAB + 3: 100.0}, "logprobs": 1}
+    sampled = Sampler().sample(row[None], [state(**asked)])
+    assert sampled.tokens == [17]
+    (probabilities,) = sampled.logprobs
+    assert probabilities is not None
+    assert probabilities.chosen == pytest.approx(float(row.log_softmax(0)[17]), abs=1e-5), "raw"
+    shares = drawn(torch.zeros(VOCAB), seeds=2000, logit_bias={3: math.log(VOCAB - 1)})
+    assert shares.count(3) / 2000 == pytest.approx(0.5, abs=0.05)
+
+
+def test_steered_rows_leave_the_others_as_they_are() -> None:
+    rows = logits(3)
+    plain = [state(seed=s) for s in range(3)]
+    alone = Sampler().sample(rows, plain).tokens
+    mixed = [plain[0], state(seed=1, allowed_token_ids=(2,), logit_bias={2: -5.0}), plain[2]]
+    assert Sampler().sample(rows, mixed).tokens == [alone[0], 2, alone[2]]
+
+
+@pytest.mark.parametrize("top", [0, 1, 5])
+def test_given_tokens_are_scored_alike_on_the_host_and_where_the_logits_are(top: int) -> None:
+    rows = logits(70)
+    tokens = [(7 * at) % VOCAB for at in range(70)]
+    here, there = score(rows, tokens, top), score_on_device(rows, tokens, top)
+    for row, token, one, other in zip(rows, tokens, here, there, strict=True):
+        assert one.chosen == pytest.approx(float(row.double().log_softmax(0)[token]), abs=1e-9)
+        assert other.chosen == pytest.approx(one.chosen, abs=1e-9)
+        assert one.rank == other.rank == 1 + int((row > row[token]).sum())
+        assert one.top_ids == other.top_ids == row.topk(top).indices.tolist()
+        assert other.top == pytest.approx(one.top, abs=1e-9)

@@ -77,6 +77,7 @@ class FakeModel:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.cache: dict[int, tuple[int, int]] = {}
+        self.scores: list[list[TokenLogprobs]] = []  # of the latest step
 
     def write(self, plan: StepPlan, rows: int | None = None) -> None:
         """The step as far as `rows`: a broken step stops somewhere."""
@@ -93,15 +94,30 @@ class FakeModel:
         self.write(plan)
         owner = np.repeat(np.arange(len(plan.context_len)), np.diff(plan.query_start))
         tokens = []
-        for row in plan.sample_rows.tolist():
+        for row in plan.logit_rows.tolist():
             table, seen = plan.block_tables[owner[row]], []
-            for position in range(int(plan.context_len[owner[row]])):
+            for position in range(int(plan.positions[row]) + 1):
                 block, offset = divmod(position, self.block_size)
                 at, token = self.cache[int(table[block]) * self.block_size + offset]
                 assert at == position
                 seen.append(token)
             tokens.append(next_token(seen))
-        return Sampled(tokens, [None] * len(tokens))
+        self.scores = [
+            [
+                TokenLogprobs(float(likeliest), [given], [])
+                for likeliest, given in zip(tokens[chunk.start :], chunk.tokens, strict=False)
+            ]
+            for chunk in plan.scored
+        ]
+        return Sampled([tokens[at] for at in plan.sample_at], [None] * len(plan.sample_at))
+
+
+def scores_of(prompt: list[int]) -> list[TokenLogprobs]:
+    """What the fake model says of a prompt's tokens from the second on."""
+    return [
+        TokenLogprobs(float(next_token(prompt[:at])), [prompt[at]], [])
+        for at in range(1, len(prompt))
+    ]
 
 
 def check_shapes(plan: StepPlan, own: EngineLimits) -> None:
@@ -113,10 +129,15 @@ def check_shapes(plan: StepPlan, own: EngineLimits) -> None:
     assert plan.query_start[0] == 0
     assert plan.query_start[-1] == rows
     assert plan.block_tables.shape[0] == sequences
-    assert plan.sample_rows.shape == (sampled,)
+    scored = sum(len(chunk.tokens) for chunk in plan.scored)
+    assert scored <= own.max_scored_per_step
+    assert plan.logit_rows.shape == (sampled + scored,)
+    assert plan.sample_at.shape == (sampled,)
+    assert (np.diff(plan.logit_rows) > 0).all()
     assert len(set(plan.slot_mapping.tolist())) == rows
-    assert set(plan.sample_rows.tolist()) <= set((plan.query_start[1:] - 1).tolist())
-    for array in (plan.token_ids, plan.positions, plan.slot_mapping, plan.sample_rows):
+    ends = set((plan.query_start[1:] - 1).tolist())
+    assert set(plan.logit_rows[plan.sample_at].tolist()) <= ends
+    for array in (plan.token_ids, plan.positions, plan.slot_mapping, plan.logit_rows):
         assert array.dtype == np.int64
     for array in (plan.query_start, plan.context_len, plan.block_tables):
         assert array.dtype == np.int32
@@ -130,7 +151,7 @@ def check_shapes(plan: StepPlan, own: EngineLimits) -> None:
 
 
 def same(a: StepPlan, b: StepPlan) -> bool:
-    arrays = ("token_ids", "positions", "query_start", "context_len", "slot_mapping", "sample_rows")
+    arrays = ("token_ids", "positions", "query_start", "context_len", "slot_mapping", "logit_rows")
     width = [-(-int(c) // 4) for c in a.context_len]
     return (
         all(np.array_equal(getattr(a, name), getattr(b, name)) for name in arrays)
@@ -153,7 +174,7 @@ def run(
             return events
         plan = scheduler.plan()
         check_shapes(plan, scheduler.limits)
-        for event in scheduler.commit(plan, model.step(plan)):
+        for event in scheduler.commit(plan, model.step(plan), scores=model.scores):
             events.setdefault(event.id, []).append(event)
     raise AssertionError("the scheduler does not come to an end")
 
@@ -308,6 +329,30 @@ def test_finish_rules(params: dict[str, Any], generated: list[int], finish: list
     assert scheduler.kv_used == 0
 
 
+def test_a_salt_keeps_equal_prompts_apart() -> None:
+    scheduler, model = Scheduler(limits()), FakeModel(4)
+    for name, salt in (("a", ""), ("b", "x"), ("c", "y"), ("d", "x")):
+        scheduler.add(sequence(name, [1] * 9, max_tokens=1, cache_salt=salt))
+        (event,) = run(scheduler, model)[name]
+        assert event.cached == (8 if name == "d" else 0)
+
+
+def test_log_probabilities_of_a_prompt_come_with_the_first_token() -> None:
+    scheduler, model = Scheduler(limits(max_scored_per_step=3)), FakeModel(4)
+    prompt = [1, 2, 3, 4, 5, 0, 1, 2, 3]
+    scheduler.add(sequence("before", prompt, max_tokens=1))
+    run(scheduler, model)
+    scheduler.add(sequence("a", prompt, max_tokens=2, prompt_logprobs=0, ignore_eos=True))
+    first, second = run(scheduler, model)["a"]
+    assert first.prompt_logprobs == scores_of(prompt)
+    assert first.cached == 0, "what is not computed tells nothing"
+    assert second.prompt_logprobs is None
+    scheduler.add(sequence("b", prompt, max_tokens=4, prompt_logprobs=0, ignore_eos=True))
+    scheduler.commit(plan := scheduler.plan(), model.step(plan), scores=model.scores)
+    (held,) = scheduler.hand_over()
+    assert held.computed == 0, "it begins anew elsewhere"
+
+
 def test_logprobs_travel_with_their_token() -> None:
     scheduler = Scheduler(limits())
     scheduler.add(sequence("a", [1], max_tokens=3, logprobs=1))
@@ -398,13 +443,17 @@ class Life(RuleBasedStateMachine):
         running=st.sampled_from([1, 2, 5]),
         blocks=st.sampled_from([10, 11, 14, 30]),
         prefix_cache=st.booleans(),
+        scored=st.sampled_from([1, 4, 256]),
     )
-    def begin(self, budget: int, running: int, blocks: int, prefix_cache: bool) -> None:
+    def begin(
+        self, budget: int, running: int, blocks: int, prefix_cache: bool, scored: int
+    ) -> None:
         own = limits(
             max_tokens_per_step=budget,
             max_running=running,
             blocks=blocks,
             prefix_cache=prefix_cache,
+            max_scored_per_step=scored,
         )
         self.scheduler, self.model = Scheduler(own), FakeModel(own.block_size)
 
@@ -417,10 +466,15 @@ class Life(RuleBasedStateMachine):
         resumed=st.integers(0, 6),
         max_tokens=st.integers(1, 18),
         ignore_eos=st.booleans(),
+        scored=st.booleans(),
     )
-    def add(self, prompt: list[int], resumed: int, max_tokens: int, ignore_eos: bool) -> None:
+    def add(
+        self, prompt: list[int], resumed: int, max_tokens: int, ignore_eos: bool, scored: bool
+    ) -> None:
         name = str(len(self.asked))
-        params = {"max_tokens": max_tokens, "ignore_eos": ignore_eos}
+        params: dict[str, Any] = {"max_tokens": max_tokens, "ignore_eos": ignore_eos}
+        if scored:
+            params["prompt_logprobs"] = 0
         before = answer(sequence(name, prompt, **params))[:-1][:resumed]
         self.asked[name] = sequence(name, prompt, before, **params)
         self.got[name] = list(before)
@@ -504,8 +558,12 @@ class Life(RuleBasedStateMachine):
         self.in_flight = None
 
     def finish_step(self, plan: StepPlan) -> None:
-        for event in self.scheduler.commit(plan, self.model.step(plan)):
+        sampled = self.model.step(plan)
+        for event in self.scheduler.commit(plan, sampled, scores=self.model.scores):
             assert event.id not in self.done
+            asked = self.asked[event.id]
+            scored = asked.params.prompt_logprobs is not None and event.position == 0
+            assert event.prompt_logprobs == (scores_of(asked.prompt) if scored else None)
             if event.id not in self.started:
                 self.started.append(event.id)
             assert event.position == len(self.got[event.id])
@@ -577,13 +635,20 @@ def test_long_random_lives_under_pressure(seed: int, arrivals: bool) -> None:
         running=random.choice([2, 5]),
         blocks=random.choice([10, 14, 18]),
         prefix_cache=random.random() < 0.6,
+        scored=random.choice([1, 4, 256]),
     )
     for _ in range(150):
         if len(life.asked) - len(life.done) < 8 and random.random() < 0.5:
             prompt = random.choices([0, 1], k=random.choice([1, 4, 5, 12, 22]))
             if random.random() < 0.4:
                 prompt = [0] * len(prompt)
-            life.add(prompt=prompt, resumed=random.randrange(5), max_tokens=18, ignore_eos=True)
+            life.add(
+                prompt=prompt,
+                resumed=random.randrange(5),
+                max_tokens=18,
+                ignore_eos=True,
+                scored=random.random() < 0.3,
+            )
         if arrivals and life.in_flight is None and random.random() < 0.2:
             prompt = random.choices([0, 1], k=random.choice([1, 5, 12, 22]))
             life.adopt(

@@ -331,6 +331,8 @@ class Journal:
                 logprobs=event.logprobs,
                 finish=event.finish,
                 degraded=entry.degraded,
+                prompt_logprobs=event.prompt_logprobs,
+                cached=event.cached,
             )
         )
         if cleared:

@@ -18,11 +18,27 @@ from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement
 
 
+def free_memory(config: Config) -> int:
+    """Bytes of this machine that ranks may take: what is free, less the headroom.
+
+    Raises: OperationRefused: the system does not say it.
+    """
+    try:
+        memory = psutil.virtual_memory()
+    except OSError as error:  # no descriptor is left to read it with
+        raise OperationRefused(
+            f"how much memory is free cannot be read: {error.strerror}; "
+            "too many connections are open, or the limit of open files is low (ulimit -n)"
+        ) from None
+    return memory.available - int(memory.total * config.cluster.memory_headroom)
+
+
 class MemoryBudget:
     """By the settings, the memory of this machine, and that of its GPUs.
 
     `memory_per_rank` bounds the memory in which weights and KV cache lie: the GPU's, or the host's.
     held: what processes that wait to join have of it already, by rank.
+    elsewhere: ranks of other hosts, and the bytes that each of those has free.
     """
 
     def __init__(
@@ -34,6 +50,7 @@ class MemoryBudget:
         on_host = DEVICE_SETTINGS[config.engine.device].uses_host_memory
         self._gpus = None if on_host else GpuBudget(config, source, driver)
         self.held: Callable[[], Mapping[int, MemoryUse]] = dict
+        self.elsewhere: Callable[[], Mapping[int, int]] = dict
 
     def learn(self, memory: Memory) -> None:
         """A warm rank has measured what it needs of its GPU."""
@@ -79,7 +96,9 @@ class MemoryBudget:
         Raises:
             OperationRefused: a rank, a GPU, or this machine with the ranks that join, has less.
         """
-        joining = frozenset(joining)
+        elsewhere = self.elsewhere()
+        on_hosts = {rank: elsewhere[rank] for rank in joining if rank in elsewhere}
+        joining = frozenset(joining) - set(on_hosts)
         totals = self.planned(placement, previous)
         limit = self._config.cluster.memory_per_rank
         worst = max(totals, key=lambda rank: totals[rank])
@@ -94,7 +113,14 @@ class MemoryBudget:
             self._gpus.check(joining, placement, previous, devices)
             totals = self._on_host(placement)
         host = {rank: used.host for rank, used in held.items()}
-        self.check_free({rank: max(0, totals[rank] - host.get(rank, 0)) for rank in joining})
+        for rank, free in on_hosts.items():
+            if totals[rank] > free:
+                raise OperationRefused(
+                    f"rank {rank} needs {mib(totals[rank])} but its host has {mib(max(free, 0))} "
+                    "of memory free; lower --kv-memory or join from another host"
+                )
+        if joining:
+            self.check_free({rank: max(0, totals[rank] - host.get(rank, 0)) for rank in joining})
 
     def check_spare(self, rank: int) -> None:
         """Whether a process fits that waits to become this rank. Raises: OperationRefused"""
@@ -106,14 +132,7 @@ class MemoryBudget:
 
     def check_free(self, needs: dict[int, int]) -> None:
         """Whether this machine has the memory for newcomers. needs: rank → bytes."""
-        try:
-            memory = psutil.virtual_memory()
-        except OSError as error:  # no descriptor is left to read it with
-            raise OperationRefused(
-                f"how much memory is free cannot be read: {error.strerror}; "
-                "too many connections are open, or the limit of open files is low (ulimit -n)"
-            ) from None
-        free = memory.available - int(memory.total * self._config.cluster.memory_headroom)
+        free = free_memory(self._config)
         desired = sum(needs.values())
         if desired > free:
             raise OperationRefused(

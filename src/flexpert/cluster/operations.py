@@ -192,8 +192,10 @@ class Operations:
         operation.epoch = cluster.membership.epoch
         if target != members:
             placement = cluster.plan(target)
-            here = cluster.head.on_this_host(target - members)
-            cluster.memory_budget.check(here, placement, cluster.placement)
+            newcomers = target - members
+            here = cluster.head.on_this_host(newcomers)
+            told = newcomers & cluster.memory_budget.elsewhere().keys()  # by other hosts
+            cluster.memory_budget.check(here | told, placement, cluster.placement)
             return placement
         if not operation.automatic:  # they may be what a loss has left, and too few
             cluster.memory_budget.check((), cluster.plan(target), cluster.placement)

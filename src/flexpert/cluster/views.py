@@ -157,9 +157,13 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
 
     logprobs: one `engine.request.TokenLogprobs` per token, or None if not asked for.
     degraded: they or any before them were computed while experts were missing.
+    prompt_logprobs: with the first tokens, if asked for: of the prompt's from the second on.
+    cached: with the first tokens: how many of the prompt's were found in the prefix cache.
     """
 
     tokens: list[int]
     logprobs: list[Any] | None = None
     finish: str | None = None
     degraded: bool = False
+    prompt_logprobs: list[Any] | None = None
+    cached: int = 0

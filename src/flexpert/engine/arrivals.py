@@ -35,7 +35,8 @@ class Arrivals:
         for sequence, held in ((move.sequence, move.held) for move in migrations):
             tokens = [*sequence.prompt, *sequence.generated]
             full = min(len(held.blocks), len(tokens) // pool.block_size)
-            digests = chain(tokens, pool.block_size, [], full) if pool.prefix_cache else []
+            salt = sequence.params.cache_salt
+            digests = chain(tokens, pool.block_size, [], full, salt) if pool.prefix_cache else []
             mine = self._blocks[sequence.id] = []
             for index, block in enumerate(held.blocks[:full]):
                 digest = digests[index] if digests else None

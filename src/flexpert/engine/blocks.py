@@ -40,10 +40,22 @@ def block_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     return blake2b(parent + np.array(tokens, dtype="<i8").tobytes(), digest_size=32).digest()
 
 
-def chain(tokens: Sequence[int], block_size: int, known: list[bytes], blocks: int) -> list[bytes]:
-    """Extends `known`, the digests of the first blocks of `tokens`, to `blocks` of them."""
+def root(salt: str) -> bytes:
+    """What the first block of a sequence follows."""
+    if not salt:
+        return ROOT
+    return blake2b(salt.encode(), digest_size=32, person=b"cache_salt").digest()
+
+
+def chain(
+    tokens: Sequence[int], block_size: int, known: list[bytes], blocks: int, salt: str = ""
+) -> list[bytes]:
+    """Extends `known`, the digests of the first blocks of `tokens`, to `blocks` of them.
+
+    salt: sequences with different ones have no digest in common.
+    """
     for index in range(len(known), blocks):
-        parent = known[-1] if known else ROOT
+        parent = known[-1] if known else root(salt)
         known.append(block_digest(parent, tokens[index * block_size : (index + 1) * block_size]))
     return known
 

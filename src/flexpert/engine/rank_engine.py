@@ -44,9 +44,9 @@ from flexpert.engine.rank_states import (
     RankStates,
 )
 from flexpert.engine.remote_peers import EXPERTS, KV, RemotePeers
-from flexpert.engine.request import HeldKV, RequestSequence
-from flexpert.engine.sampler import Sampler
-from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
+from flexpert.engine.request import HeldKV, RequestSequence, TokenLogprobs
+from flexpert.engine.sampler import Sampler, score
+from flexpert.engine.scheduler import EngineLimits, Scheduler, ScoredChunk, StepPlan
 from flexpert.engine.sequence import Sampled, SampleState
 from flexpert.engine.sequence_intake import SEQUENCE_FAULTS, SequenceIntake
 from flexpert.engine.stopwatch import Stopwatch, in_words
@@ -531,10 +531,13 @@ class RankEngine:
         except CommError:
             self.scheduler.rollback(plan)
             raise
-        sampled = self._sample(logits, plan.samples)
+        scores = [self._score(logits, chunk) for chunk in plan.scored]
+        sampled = self._sample(logits[plan.sample_at] if plan.scored else logits, plan.samples)
         watch.lap("sample")
         lost = self.moe.lost_rows()
-        events = self.scheduler.commit(plan, sampled, None if lost is None else lost.numpy())
+        events = self.scheduler.commit(
+            plan, sampled, None if lost is None else lost.numpy(), scores
+        )
         self.report(msg.Published(events, self._load()))
         watch.lap("publish")
 
@@ -550,6 +553,15 @@ class RankEngine:
         except SEQUENCE_FAULTS:
             each = [self._sample_one(logits[i : i + 1], s) for i, s in enumerate(samples)]
         return Sampled([one.tokens[0] for one in each], [one.logprobs[0] for one in each])
+
+    def _score(self, logits: torch.Tensor, chunk: ScoredChunk) -> list[TokenLogprobs]:
+        rows = logits[chunk.start : chunk.start + len(chunk.tokens)]
+        try:
+            return score(rows, chunk.tokens, chunk.top)
+        except SEQUENCE_FAULTS as error:
+            self.scheduler.abort(chunk.id)
+            self._intake.failed(chunk.id, error)
+            return []
 
     def _sample_one(self, row: torch.Tensor, sample: SampleState) -> Sampled:
         try:
@@ -568,5 +580,5 @@ def _batch(plan: StepPlan) -> ForwardBatch:
         context_len=torch.from_numpy(plan.context_len),
         block_tables=torch.from_numpy(plan.block_tables),
         slot_mapping=torch.from_numpy(plan.slot_mapping),
-        sample_rows=torch.from_numpy(plan.sample_rows),
+        sample_rows=torch.from_numpy(plan.logit_rows),
     )

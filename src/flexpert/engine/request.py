@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import msgspec
 
 from flexpert.errors import ContextOverflow, RequestError
@@ -15,6 +18,10 @@ MOST_STOPS = 16
 LONGEST_STOP = 512  # characters: each token is compared with as much of what came before it
 MOST_STOP_TOKENS = 1024
 MOST_LOGPROBS = 20
+MOST_BIASES = 1024
+MOST_BAD_WORDS = 256
+LONGEST_BAD_WORD = 64  # tokens: each is compared with the end of the answer at every step
+LONGEST_SALT = 256
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,6 +37,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: do not stop at the model's end-of-sequence tokens.
     min_tokens: end-of-sequence and stop tokens are impossible before.
     logprobs: None = none; m = the chosen token's and the m most likely ones', at most 20.
+    prompt_logprobs: the same of the prompt's tokens; the prefix cache is not read then.
+    logit_bias: token → what is added to its logit (OpenAI), -100 to 100.
+    allowed_token_ids: no other token is possible; None = all.
+    bad_token_ids: sequences of tokens whose last is impossible after the others.
+    bad_words: texts that the answer must not have; whoever has a tokenizer makes bad_token_ids of
+        them.
+    include_stop_str_in_output: the stop text that was met is part of the answer.
+    skip_special_tokens: special tokens have no text.
+    cache_salt: only sequences with the same one share cached prefixes.
     """
 
     max_tokens: int | None = 16
@@ -47,6 +63,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    bad_words: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    cache_salt: str = ""
 
     def check(self) -> None:
         """Raises RequestError naming the first value of a wrong type or out of its range."""
@@ -87,6 +111,31 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
                 f"must be 0 to {MOST_LOGPROBS}",
             ),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MOST_LOGPROBS,
+                f"must be 0 to {MOST_LOGPROBS}",
+            ),
+            (
+                "logit_bias",
+                len(self.logit_bias) <= MOST_BIASES
+                and all(-100 <= bias <= 100 for bias in self.logit_bias.values()),
+                f"takes at most {MOST_BIASES} tokens, each with -100 to 100",
+            ),
+            ("allowed_token_ids", self.allowed_token_ids != (), "must not be empty"),
+            (
+                "bad_words",
+                len(self.bad_words) <= MOST_BAD_WORDS
+                and len(self.bad_token_ids) <= 2 * MOST_BAD_WORDS
+                and all(0 < len(text) <= LONGEST_STOP for text in self.bad_words)
+                and all(0 < len(ids) <= LONGEST_BAD_WORD for ids in self.bad_token_ids),
+                f"takes at most {MOST_BAD_WORDS} texts of 1 to {LONGEST_BAD_WORD} tokens",
+            ),
+            (
+                "cache_salt",
+                len(self.cache_salt) <= LONGEST_SALT,
+                f"must have at most {LONGEST_SALT} characters",
+            ),
         ]
         for name, holds, message in checks:
             if not holds:
@@ -94,16 +143,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     def check_model(self, vocab: int, max_model_len: int) -> None:
         """Raises RequestError, ContextOverflow naming what a model of this size cannot do."""
-        for token in self.stop_token_ids:
-            if not 0 <= token < vocab:
-                raise RequestError(
-                    f"stop_token_ids: {token} is outside the vocabulary of {vocab}",
-                    "stop_token_ids",
-                )
-        for name, tokens in (("max_tokens", self.max_tokens), ("min_tokens", self.min_tokens)):
-            if tokens is not None and tokens >= max_model_len:
+        named: dict[str, Iterable[int]] = {
+            "stop_token_ids": self.stop_token_ids,
+            "logit_bias": self.logit_bias,
+            "allowed_token_ids": self.allowed_token_ids or (),
+            "bad_words": itertools.chain.from_iterable(self.bad_token_ids),
+        }
+        for name, tokens in named.items():
+            wrong = next((token for token in tokens if not 0 <= token < vocab), None)
+            if wrong is not None:
+                raise RequestError(f"{name}: {wrong} is outside the vocabulary of {vocab}", name)
+        for name, count in (("max_tokens", self.max_tokens), ("min_tokens", self.min_tokens)):
+            if count is not None and count >= max_model_len:
                 raise ContextOverflow(
-                    f"{name} is {tokens}; the model's context is {max_model_len} tokens, of which "
+                    f"{name} is {count}; the model's context is {max_model_len} tokens, of which "
                     "the prompt has at least one",
                     name,
                 )
@@ -144,11 +197,15 @@ class KVMigration(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log probabilities of one position, natural logarithm, before temperature and penalties."""
+    """Log probabilities of one position, natural logarithm, before temperature and penalties.
+
+    rank: of the chosen token, 1 for the likeliest.
+    """
 
     chosen: float
     top_ids: list[int]
     top: list[float]
+    rank: int = 0
 
 
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
@@ -157,6 +214,8 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     position: index in the answer of tokens[0]; the head refuses what is not the next one.
     finish: None while it goes on, else "stop" or "length".
     degraded: they, or what they follow, were computed while experts were missing.
+    prompt_logprobs: with the first token, if asked for: of the prompt's tokens from the second on.
+    cached: with the first token: how many of the prompt's were found in the prefix cache.
     """
 
     id: str
@@ -165,3 +224,5 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs] | None
     finish: str | None
     degraded: bool = False
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    cached: int = 0

@@ -1,7 +1,8 @@
 """Logits to tokens. A row's result depends on its logits and its `SampleState`, on nothing else.
 
-Order of operations, as in vLLM: logprobs of the raw logits; repetition, frequency and presence
-penalties; end tokens masked before `min_tokens`; temperature; min-p; top-k; top-p of what is left.
+Order of operations, as in vLLM: logprobs of the raw logits; tokens that are not allowed, or would
+complete what the answer must not have; the bias; repetition, frequency and presence penalties; end
+tokens masked before `min_tokens`; temperature; min-p; top-k; top-p of what is left.
 
 Randomness is counter-based: one uniform number per (seed, position in the answer), from
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So a
@@ -33,6 +34,7 @@ Ints = NDArray[np.int64]
 
 _BLOCK = 64  # weights added up at a time
 _CACHED = 2**18  # float32 weights that are worked on at once: 1 MiB, to stay in the L2 cache
+_SCORED_AT_ONCE = 32  # rows in float64
 _AHEAD = 32  # positions whose uniform numbers are drawn in one go
 _COLDEST = 1e-30  # below it float32 quotients lose their meaning; it is greedy long before
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
@@ -108,16 +110,47 @@ class Sampler:
         return Sampled(tokens, logprobs)
 
 
+def score(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """Log probabilities of given tokens, one a row.
+
+    Args:
+        logits: [n, vocab] float32, on any device. tokens: n. top: how many of the likeliest, too.
+    """
+    if logits.is_cuda:
+        return score_on_device(logits, tokens, top)
+    raw: Floats = logits.detach().to(torch.float32).numpy()
+    return [_logprobs(row, token, top) for row, token in zip(raw, tokens, strict=True)]
+
+
+def score_on_device(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """As `score`, where the logits are: a vocabulary of 150,000 in 256 rows is 150 MB."""
+    scored: list[TokenLogprobs] = []
+    for start in range(0, len(tokens), _SCORED_AT_ONCE):
+        rows = logits[start : start + _SCORED_AT_ONCE].double()
+        wanted = torch.tensor(tokens[start : start + _SCORED_AT_ONCE], device=rows.device)
+        shift = rows.logsumexp(dim=1)
+        logit = rows.gather(1, wanted[:, None])
+        chosen = logit[:, 0] - shift
+        ranks = (rows > logit).sum(dim=1) + 1
+        best = rows.topk(min(top, rows.shape[1]), dim=1)
+        values = (best.values - shift[:, None]).tolist()
+        scored += map(TokenLogprobs, chosen.tolist(), best.indices.tolist(), values, ranks.tolist())
+    return scored
+
+
 def _adjusted(raw: Floats, samples: Sequence[SampleState]) -> Floats:
-    """[M, vocab]: logits with penalties and the mask of end tokens; `raw` itself if none."""
+    """[M, vocab]: logits with biases, penalties and masks; `raw` itself if none."""
     x = raw
     for index, state in enumerate(samples):
         masked = state.must_go_on and len(state.stop_array) > 0
-        if state.counts is None and not masked:
+        steered = state.allowed is not None or state.bias or state.params.bad_token_ids
+        if state.counts is None and not masked and not steered:
             continue
         if x is raw:
             x = raw.copy()
         row = x[index]
+        if steered:
+            _steer(row, state)
         if state.counts is not None:
             params, ids, counts = state.params, state.counts.ids, state.counts.answer
             value = row[ids]
@@ -130,6 +163,24 @@ def _adjusted(raw: Floats, samples: Sequence[SampleState]) -> Floats:
             ends = state.stop_array
             row[ends[(ends >= 0) & (ends < len(row))]] = -np.inf
     return x
+
+
+def _steer(row: Floats, state: SampleState) -> None:
+    """Of a row [vocab]: what is not allowed becomes impossible, what is biased more or less likely;
+    tokens that the row does not have are passed over."""
+    size = len(row)
+    if state.allowed is not None:
+        kept = state.allowed[state.allowed < size]
+        values = row[kept]
+        row[:] = -np.inf
+        row[kept] = values
+    for token in state.impossible():
+        if token < size:
+            row[token] = -np.inf
+    if state.bias is not None:
+        ids, values = state.bias
+        there = ids < size
+        row[ids[there]] += values[there]
 
 
 def _choose(x: Floats, samples: Sequence[SampleState]) -> list[int]:
@@ -297,5 +348,8 @@ def _logprobs(row: Floats, token: int, top: int) -> TokenLogprobs:
         ids = np.flatnonzero(row >= least)
         ids = ids[np.argsort(-row[ids], kind="stable")][:top]
     return TokenLogprobs(
-        float(wide[token] - shift), [int(i) for i in ids], [float(wide[i] - shift) for i in ids]
+        float(wide[token] - shift),
+        [int(i) for i in ids],
+        [float(wide[i] - shift) for i in ids],
+        int(np.count_nonzero(row > row[token])) + 1,
     )

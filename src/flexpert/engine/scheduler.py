@@ -35,11 +35,12 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from flexpert.engine.blocks import BlockPool, chain
-from flexpert.engine.request import HeldKV, RequestSequence, TokenEvent
+from flexpert.engine.request import HeldKV, RequestSequence, TokenEvent, TokenLogprobs
 from flexpert.engine.sequence import Sampled, SampleState
 from flexpert.errors import ConfigError, ContextOverflow, RequestError
 
@@ -50,6 +51,8 @@ class EngineLimits:
 
     max_tokens_per_step: token budget of a step. max_running: sequences computed at once.
     max_model_len: tokens of prompt and answer. blocks, block_size: the KV cache.
+    max_scored_per_step: rows of logits, each as long as the vocabulary, that are computed only to
+    tell how likely a prompt's tokens were.
     """
 
     max_tokens_per_step: int
@@ -58,6 +61,7 @@ class EngineLimits:
     blocks: int
     block_size: int
     prefix_cache: bool
+    max_scored_per_step: int = 256
 
     def __post_init__(self) -> None:
         for entry in fields(self):
@@ -74,7 +78,7 @@ class _Scheduled(SampleState):
     """A sequence in this scheduler. While it waits row is -1, and it has blocks only if it came
     with them (`adopt`)."""
 
-    __slots__ = ("aborted", "blocks", "computed", "digests", "row", "tainted")
+    __slots__ = ("aborted", "blocks", "cached", "computed", "digests", "row", "scores", "tainted")
 
     def __init__(self, sequence: RequestSequence) -> None:
         super().__init__(sequence)
@@ -84,6 +88,11 @@ class _Scheduled(SampleState):
         self.row = -1  # in the scheduler's arrays
         self.aborted = False  # while a plan that may hold it is in flight
         self.tainted = False  # keys and values in the blocks were computed without some experts
+        self.cached = 0  # tokens of the prompt that were found in the cache
+        # log probabilities of the prompt's tokens from the second on, as far as it is computed;
+        # None: not asked for, or published
+        asked = sequence.params.prompt_logprobs is not None and not sequence.generated
+        self.scores: list[TokenLogprobs] | None = [] if asked else None
 
 
 @dataclass(slots=True)
@@ -93,6 +102,17 @@ class _Admission:
     blocks: list[int]
     cached: int  # tokens that need no computing
     kept: bool  # the blocks are those it has waited with
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredChunk:
+    """Rows of logits at [start, start + len(tokens)) tell how likely these tokens of a prompt
+    were. top: how many of the likeliest are asked for, too."""
+
+    id: str
+    start: int
+    tokens: list[int]
+    top: int
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +125,9 @@ class StepPlan:
     query_start[s] to query_start[s + 1]. context_len: [S] int32, tokens of s up to and with its
     last row. block_tables: [S, blocks of the longest] int32, padded with whatever valid ids.
     slot_mapping: [N] int64, block * block_size + offset each row's keys and values go to.
-    sample_rows: [M] int64, ascending: the last row of each sequence that is sampled.
+    logit_rows: [L] int64, ascending: rows whose logits are needed. sample_at: [M] int64, where
+    among them the last row of each sequence is that is sampled. scored: prompts whose tokens'
+    log probabilities are asked for.
     """
 
     token_ids: NDArray[np.int64]
@@ -114,7 +136,9 @@ class StepPlan:
     context_len: NDArray[np.int32]
     block_tables: NDArray[np.int32]
     slot_mapping: NDArray[np.int64]
-    sample_rows: NDArray[np.int64]
+    logit_rows: NDArray[np.int64]
+    sample_at: NDArray[np.int64]
+    scored: list[ScoredChunk]
     decodes: int
     _sampled: list[_Scheduled] = field(repr=False)
     _decoding: list[_Scheduled] = field(repr=False)
@@ -130,7 +154,7 @@ class StepPlan:
 
     @property
     def samples(self) -> Sequence[SampleState]:
-        """The M sequences to sample, in the order of sample_rows."""
+        """The M sequences to sample, in the order of sample_at."""
         return self._sampled
 
     @property
@@ -145,6 +169,64 @@ class _Chunk:
     row: int
     start: int
     end: int
+
+    @property
+    def whole(self) -> bool:
+        """The sequence is sampled after it."""
+        return self.end == len(self.state.tokens)
+
+    @property
+    def scored(self) -> int:
+        """How many of its rows tell how likely the prompt's next token was."""
+        return 0 if self.state.scores is None else self.end - self.start - self.whole
+
+
+def _logit_rows(
+    decodes: int, chunks: Sequence[_Chunk], stops: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[ScoredChunk]]:
+    """logit_rows, sample_at and scored of a `StepPlan`.
+
+    stops: [chunks] int64, the row behind the last of each.
+    """
+    if not any(chunk.scored for chunk in chunks):
+        whole = np.array([chunk.whole for chunk in chunks])
+        rows = np.concatenate([np.arange(decodes), stops[whole] - 1])
+        return rows, np.arange(len(rows)), []
+    needed, sample_at, scored = list(range(decodes)), list(range(decodes)), []
+    for chunk, stop in zip(chunks, stops.tolist(), strict=True):
+        if chunk.scored:
+            state = chunk.state
+            after = state.tokens[chunk.start + 1 : chunk.start + 1 + chunk.scored]
+            top = state.params.prompt_logprobs or 0
+            scored.append(ScoredChunk(state.id, len(needed), after, top))
+            begin = stop - (chunk.end - chunk.start)
+            needed += range(begin, begin + chunk.scored)
+        if chunk.whole:
+            sample_at.append(len(needed))
+            needed.append(stop - 1)
+    return np.array(needed, dtype=np.int64), np.array(sample_at, dtype=np.int64), scored
+
+
+@dataclass(slots=True)
+class _Room:
+    """What is left of a step. tokens: to be computed. scored: rows of logits that only tell how
+    likely a prompt's tokens were; each is as long as the vocabulary."""
+
+    tokens: int
+    scored: int
+
+    def any_for(self, state: _Scheduled) -> bool:
+        return self.tokens > 0 and (state.scores is None or self.scored > 0)
+
+    def chunk(self, state: _Scheduled, row: int, start: int) -> _Chunk:
+        """As much of a prompt as there is room for, from `start` on; may be nothing."""
+        room = self.tokens if state.scores is None else min(self.tokens, self.scored)
+        chunk = _Chunk(state, row, start, min(len(state.tokens), start + room))
+        self.tokens -= chunk.end - chunk.start
+        self.scored -= chunk.scored
+        if not chunk.whole:
+            self.tokens = 0  # none overtakes it
+        return chunk
 
 
 class Scheduler:
@@ -276,7 +358,8 @@ class Scheduler:
     def offer(self) -> list[HeldKV]:
         """The full blocks of each sequence that has any, for another rank to copy meanwhile.
 
-        Not of a tainted one: where it goes on it is computed again. They stay as they are until
+        Not of a tainted one, nor of a prompt whose log probabilities are asked for and not all
+        there: where it goes on it is computed again. They stay as they are until
         `withdraw`, whatever becomes of the sequence.
         """
         self.withdraw()
@@ -284,7 +367,7 @@ class Scheduler:
         held = [
             HeldKV(s.id, s.computed // size * size, s.blocks[: s.computed // size])
             for s in (*self._decoding, *self._prefilling, *self._waiting)
-            if s.blocks and not s.tainted
+            if s.blocks and not s.tainted and s.scores is None
         ]
         self._offered = [block for one in held for block in one.blocks]
         self.pool.hold(self._offered)
@@ -302,7 +385,7 @@ class Scheduler:
         size = self.limits.block_size
         held = [
             HeldKV(s.id, 0, [])
-            if s.tainted
+            if s.tainted or s.scores is not None
             else HeldKV(s.id, s.computed, s.blocks[: -(-s.computed // size)])
             for s in (*self._decoding, *self._prefilling, *self._waiting)
         ]
@@ -337,6 +420,8 @@ class Scheduler:
         state = self._states[sequence.id]
         size = self.limits.block_size
         computed = min(max(held.computed, len(have) * size), len(state.tokens) - 1)
+        if state.scores is not None:
+            computed = 0  # log probabilities do not travel
         decodes = computed == len(state.tokens) - 1
         used = -(-computed // size)
         total = used if decodes else -(-len(state.tokens) // size)
@@ -395,24 +480,23 @@ class Scheduler:
             (block,) = self.pool.allocate(1)  # commit() made room for it
             self._tables[state.row, len(state.blocks)] = block
             grown.append((state, block))
-        budget = self.limits.max_tokens_per_step - len(rows)
-        chunks = []
+        room = _Room(self.limits.max_tokens_per_step - len(rows), self.limits.max_scored_per_step)
+        chunks: list[_Chunk] = []
         for state in self._prefilling:
-            end = min(len(state.tokens), state.computed + budget)
-            if end > state.computed:
-                chunks.append(_Chunk(state, state.row, state.computed, end))
-                budget -= end - state.computed
-        admitted = self._admit(budget, chunks)
+            chunk = room.chunk(state, state.row, state.computed)
+            if chunk.end > chunk.start:
+                chunks.append(chunk)
+        admitted = self._admit(room, chunks)
         plan = self._lay_out(rows, positions, block_of, grown, admitted, chunks)
         self._plan = plan
         return plan
 
-    def _admit(self, budget: int, chunks: list[_Chunk]) -> list[_Admission]:
+    def _admit(self, room: _Room, chunks: list[_Chunk]) -> list[_Admission]:
         """Takes rows and blocks for the first of those who wait, and adds their chunks."""
         admitted: list[_Admission] = []
         size = self.limits.block_size
         for state in self._waiting:
-            if budget <= 0 or not self._free_rows:
+            if not room.any_for(state) or not self._free_rows:
                 break
             spare = self.running + len(admitted)
             blocks, start = state.blocks, state.computed
@@ -421,8 +505,11 @@ class Scheduler:
                     break
             else:
                 total = -(-len(state.tokens) // size)
-                matchable = self.pool.matchable(len(state.tokens))
-                digests = chain(state.tokens, size, state.digests, matchable)[:matchable]
+                # what is found in the cache is not computed, and so tells no log probabilities
+                matchable = (
+                    0 if state.scores is not None else self.pool.matchable(len(state.tokens))
+                )
+                digests = self._chain(state, matchable)[:matchable]
                 found = self.pool.match(digests)
                 idle = sum(self.pool.refs(block) == 0 for block in found)
                 if total - len(found) + idle + spare > self.pool.free_count:
@@ -432,10 +519,8 @@ class Scheduler:
                 start = len(found) * size
             row = self._free_rows.pop()
             self._tables[row, : len(blocks)] = blocks
-            end = min(len(state.tokens), start + budget)
             admitted.append(_Admission(state, row, blocks, start, kept=bool(state.blocks)))
-            chunks.append(_Chunk(state, row, start, end))
-            budget -= end - start
+            chunks.append(room.chunk(state, row, start))
         return admitted
 
     def _lay_out(
@@ -458,8 +543,9 @@ class Scheduler:
         slots = self._tables[rows, block_of] * size + (positions - block_of * size)
         queries = np.arange(decodes + 1, dtype=np.int32)
         context = (positions + 1).astype(np.int32)
-        sample_rows = np.arange(decodes)
+        logit_rows = sample_at = np.arange(decodes)
         sampled = self._decoding.copy()
+        scored: list[ScoredChunk] = []
         width = int(block_of.max()) + 1 if decodes else 0
         if chunks:
             at = [np.arange(c.start, c.end) for c in chunks]
@@ -476,9 +562,8 @@ class Scheduler:
             stops = decodes + np.cumsum(lengths)
             queries = np.concatenate([queries, stops], dtype=np.int32, casting="same_kind")
             context = np.concatenate([context, ends], dtype=np.int32, casting="same_kind")
-            whole = np.array([c.end == len(c.state.tokens) for c in chunks])
-            sample_rows = np.concatenate([sample_rows, stops[whole] - 1])
-            sampled += [c.state for c in chunks if c.end == len(c.state.tokens)]
+            logit_rows, sample_at, scored = _logit_rows(decodes, chunks, stops)
+            sampled += [c.state for c in chunks if c.whole]
             width = max(width, -(-int(ends.max()) // size))
             rows = np.concatenate([rows, np.array([c.row for c in chunks])])
         return StepPlan(
@@ -488,7 +573,9 @@ class Scheduler:
             context_len=context,
             block_tables=self._tables[rows, :width],
             slot_mapping=slots,
-            sample_rows=sample_rows,
+            logit_rows=logit_rows,
+            sample_at=sample_at,
+            scored=scored,
             decodes=decodes,
             _sampled=sampled,
             _decoding=self._decoding.copy(),
@@ -498,17 +585,25 @@ class Scheduler:
         )
 
     def commit(
-        self, plan: StepPlan, sampled: Sampled, degraded: NDArray[np.bool_] | None = None
+        self,
+        plan: StepPlan,
+        sampled: Sampled,
+        degraded: NDArray[np.bool_] | None = None,
+        scores: Sequence[list[TokenLogprobs]] = (),
     ) -> list[TokenEvent]:
         """The step was whole: appends, publishes, finishes; then makes room for the next one.
 
         sampled: one token for each of plan.samples. degraded: [N] bool, rows that were computed
-        without some of their experts; None: no row was.
+        without some of their experts; None: no row was. scores: of each of plan.scored.
         Returns one event for each of them that was not aborted meanwhile, in the same order.
         """
         self._check_in_flight(plan)
         if len(sampled.tokens) != len(plan.samples):
             raise ValueError(f"{len(sampled.tokens)} tokens for {len(plan.samples)} samples")
+        for chunk, found in zip(plan.scored, scores, strict=True):
+            state = self._states.get(chunk.id)
+            if state is not None and state.scores is not None:
+                state.scores += found
         self._plan = None
         for state, block in plan._grown:
             state.blocks.append(block)
@@ -549,6 +644,7 @@ class Scheduler:
             if not admission.kept:
                 self.prompt_tokens += len(state.tokens)
                 self.cached_tokens += admission.cached
+                state.cached = min(admission.cached, state.prompt_length)
             if not state.aborted:
                 self._waiting.popleft()
                 self._prefilling.append(state)
@@ -577,7 +673,13 @@ class Scheduler:
                 finished = True
                 del self._states[state.id]
             top = None if logprobs is None else [logprobs]
-            events.append(TokenEvent(state.id, position, [token], top, finish, state.tainted))
+            event = TokenEvent(state.id, position, [token], top, finish, state.tainted)
+            if position == 0 and (state.scores is not None or state.cached):
+                event = msgspec.structs.replace(
+                    event, prompt_logprobs=state.scores, cached=state.cached
+                )
+            state.scores = None
+            events.append(event)
         self._advance(plan, events if finished else [])
         return events
 
@@ -619,9 +721,13 @@ class Scheduler:
             return
         size = self.limits.block_size
         first, last = since // size, state.computed // size
-        chain(state.tokens, size, state.digests, last)
+        self._chain(state, last)
         for index in range(first, last):
             self.pool.publish(state.blocks[index], state.digests[index])
+
+    def _chain(self, state: _Scheduled, blocks: int) -> list[bytes]:
+        salt = state.params.cache_salt
+        return chain(state.tokens, self.limits.block_size, state.digests, blocks, salt)
 
     def _release(self, state: _Scheduled) -> None:
         """Gives back the blocks and the row of a sequence, as far as it has them."""
@@ -629,6 +735,8 @@ class Scheduler:
         if state.row >= 0:
             self._free_rows.append(state.row)
         state.blocks, state.computed, state.row, state.tainted = [], 0, -1, False
+        if state.scores:
+            state.scores = []
 
     def _drop_orphans(self) -> None:
         for state in self._orphans:

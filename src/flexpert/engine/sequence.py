@@ -66,12 +66,15 @@ class SampleState:
     """What sampling the next token of a sequence depends on, and nothing else.
 
     tokens: prompt and answer. stop_ids: tokens that end the answer from `min_tokens` on.
-    counts: None unless a penalty is on. greedy: temperature 0. plain: the most likely token is
-    the answer and nothing else is asked for. numbers: the sampler's uniform numbers for the
-    positions from `numbers_from` on, as far as it has drawn them.
+    counts: None unless a penalty is on. bias: tokens and what is added to their logits, or None.
+    allowed: ascending, the only tokens that are possible, or None. greedy: temperature 0. plain:
+    the most likely token is the answer and nothing else is asked for. numbers: the sampler's
+    uniform numbers for the positions from `numbers_from` on, as far as it has drawn them.
     """
 
     __slots__ = (
+        "allowed",
+        "bias",
         "counts",
         "greedy",
         "id",
@@ -104,8 +107,18 @@ class SampleState:
             or params.frequency_penalty != 0
         )
         self.counts = TokenCounts(sequence.prompt, sequence.generated) if penalised else None
+        self.bias = _biases(params.logit_bias) if params.logit_bias else None
+        self.allowed: NDArray[np.int64] | None = None
+        if params.allowed_token_ids is not None:
+            self.allowed = np.unique(np.array(params.allowed_token_ids, dtype=np.int64))
         self.greedy = params.temperature == 0
-        self.plain = self.greedy and not penalised and params.logprobs is None
+        self.plain = self.greedy and not (
+            penalised
+            or params.logprobs is not None
+            or self.bias is not None
+            or self.allowed is not None
+            or params.bad_token_ids
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.id!r}, {len(self.tokens)} tokens)"
@@ -119,6 +132,15 @@ class SampleState:
     def must_go_on(self) -> bool:
         """`min_tokens` is not reached: the next token must not end the answer."""
         return len(self.tokens) - self.prompt_length < self.params.min_tokens
+
+    def impossible(self) -> list[int]:
+        """Tokens that would complete one of the sequences that the answer must not have."""
+        answer = self.tokens[self.prompt_length :]
+        return [
+            ids[-1]
+            for ids in self.params.bad_token_ids
+            if len(ids) == 1 or tuple(answer[1 - len(ids) :]) == ids[:-1]
+        ]
 
     def append(self, token: int) -> None:
         """`token` was published."""
@@ -135,3 +157,10 @@ class SampleState:
         if params.max_tokens is not None and answered >= params.max_tokens:
             return "length"
         return "length" if len(self.tokens) >= max_model_len else None
+
+
+def _biases(logit_bias: dict[int, float]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """([n] int64 tokens, ascending; [n] float32 what is added)."""
+    ids = sorted(logit_bias)
+    values = [logit_bias[token] for token in ids]
+    return np.array(ids, dtype=np.int64), np.array(values, dtype=np.float32)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 import msgspec
@@ -26,12 +25,13 @@ from flexpert.cluster.hosts import agent_protocol as say
 from flexpert.cluster.hosts.byte_pipe import BytePipe
 from flexpert.cluster.hosts.cluster_token import ClusterKeys
 from flexpert.cluster.hosts.curve_socket import CurveClient, NotSentError, pieces
+from flexpert.cluster.hosts.model_description import describe_model
+from flexpert.cluster.memory_budget import free_memory
 from flexpert.cluster.processes.early_fork_server import for_children
 from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
 from flexpert.config import Config
 from flexpert.errors import FlexpertError
-from flexpert.models.source import ModelSource
 from flexpert.version import VERSION
 
 log = logging.getLogger("flexpert")
@@ -66,17 +66,6 @@ class AgentOptions:
     host: str = ""
 
 
-def model_digest(source: ModelSource) -> str:
-    """Equal for two checkpoints that make the same model, whatever their folders are called."""
-    parts = (
-        replace(source.info, name=""),
-        source.expert_shapes(),
-        sorted(source.checkpoint.recipes),
-        sorted(source.held),
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
 def wait_before_joining(last_s: float, served_s: float) -> float:
     """Seconds until the next attempt: longer each time, until a rank has served for a while."""
     return (
@@ -102,7 +91,7 @@ class Agent:
         self._ends_now = asyncio.Event()
         self._launcher: LocalLauncher | None = None
         self._settings = ""  # that the launcher was started with
-        self._digest = ""
+        self._model: dict[str, str] = {}
         self._session: _AgentSession | None = None
         self.failure = ""
 
@@ -175,7 +164,8 @@ class Agent:
             asyncio.to_thread(open_source, config),
             self._launcher.start(config, config.cluster.start_timeout),
         )
-        self._settings, self._digest = config.model_dump_json(), model_digest(source)
+        self._settings = config.model_dump_json()
+        self._model = await asyncio.to_thread(describe_model, source)
         return config
 
     def _on_exit(self, rank: int, status: int, why: str) -> None:
@@ -248,7 +238,8 @@ class _AgentSession:
         try:
             agent._tell(f"joining as rank {welcome.rank}")
             self._config = await agent.prepare(welcome.settings)
-            self._send(say.Opened(self._number, agent._digest))
+            free = free_memory(self._config)
+            self._send(say.Opened(self._number, agent._model, free))
             await agent._leaves.wait()
             self._send(say.AskToLeave(self._number))
             await asyncio.Event().wait()  # until the head says that it has left

@@ -31,10 +31,12 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
-    """The model is there. digest: of its configuration and tensors."""
+    """The model is there. model: see `describe_model`. free: bytes of memory that a rank may take
+    on this host."""
 
     session: bytes
-    digest: str
+    model: dict[str, str]
+    free: int
 
 
 class FromRank(msgspec.Struct, frozen=True, tag="from_rank"):
@@ -64,13 +66,12 @@ class AskToLeave(msgspec.Struct, frozen=True, tag="leave"):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
-    """settings: the tree as JSON. digest: of the head's model. timeout_s: silence until either
-    side takes the other for lost."""
+    """settings: the tree as JSON. timeout_s: silence until either side takes the other for
+    lost."""
 
     session: bytes
     rank: int
     settings: str
-    digest: str
     timeout_s: float
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 from collections.abc import Callable, Sequence
 
 import zmq
@@ -20,6 +22,11 @@ MOST_BYTES = 2**20
 """Of a message: what a rank and the head tell each other travels in smaller pieces."""
 PIECE = 2**16
 _MOST_QUEUED = 1000  # messages that one peer may leave unread: 64 MiB
+_BACKLOG = 4096  # of connections that wait to be accepted; who finds it full tries after a second
+_RECONNECT_MS = (200, 2000)  # at first, at most
+_HANDSHAKE_S = 5.0  # a connection that has not shown its key by then is closed
+MOST_STRANGERS = 256
+"""Connections that are younger than that: more are closed at once, for descriptors are few."""
 _DOMAIN = b"flexpert"
 _ZAP = "inproc://zeromq.zap.01"
 _REFUSED = (
@@ -61,12 +68,61 @@ class _Loop:
             self._socket.close(linger=200)
 
 
+class _Strangers:
+    """The connections of a listening socket that may not have shown their keys yet.
+
+    ZeroMQ accepts whatever comes and closes it after `_HANDSHAKE_S`; meanwhile each has one of
+    this process's descriptors, which its clients need.
+    """
+
+    def __init__(self, listener: zmq.Socket[bytes], on_crowd: Callable[[], None]) -> None:
+        """on_crowd(): one was closed because there are too many."""
+        self._on_crowd = on_crowd
+        self._port = 0
+        self._since: dict[int, float] = {}  # by descriptor, in the order in which they came
+        self._loop = asyncio.get_running_loop()
+        self._listener = listener
+        self._monitor = listener.get_monitor_socket(zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED)
+        self._events = _Loop(self._monitor, self._note)
+
+    def listening(self, address: str) -> None:
+        self._port = int(address.rpartition(":")[2])
+
+    def close(self) -> None:
+        self._events.close()
+        with contextlib.suppress(zmq.ZMQError):
+            self._listener.disable_monitor()
+
+    def _note(self) -> None:
+        event = recv_monitor_message(self._monitor, flags=zmq.NOBLOCK)
+        descriptor, now = int(event["value"]), self._loop.time()
+        self._since.pop(descriptor, None)
+        if event["event"] == zmq.Event.DISCONNECTED:
+            return
+        while self._since and now - next(iter(self._since.values())) > _HANDSHAKE_S:
+            del self._since[next(iter(self._since))]
+        self._since[descriptor] = now
+        if len(self._since) > MOST_STRANGERS:
+            self._shut(descriptor)
+            self._on_crowd()
+
+    def _shut(self, descriptor: int) -> None:
+        """End a connection of ZeroMQ's, which closes the descriptor then; by now it may be
+        another's."""
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(fileno=os.dup(descriptor)) as connection,
+        ):
+            if connection.getsockname()[1] == self._port:
+                connection.shutdown(socket.SHUT_RDWR)
+
+
 class CurveListener:
     """The head's end: whoever has the agents' key can talk to it, and nobody else.
 
     address: where it listens, with the port that was taken.
     on_message(peer, message): a peer is known by bytes that the socket chose.
-    on_refused(): somebody had another key.
+    on_refused(): somebody had another key. on_crowd(): there are more than `MOST_STRANGERS`.
     """
 
     def __init__(
@@ -75,6 +131,7 @@ class CurveListener:
         keys: ClusterKeys,
         on_message: Callable[[bytes, bytes], None],
         on_refused: Callable[[], None],
+        on_crowd: Callable[[], None],
     ) -> None:
         """Raises: ConfigError: it cannot listen there."""
         self._on_message = on_message
@@ -85,14 +142,17 @@ class CurveListener:
         self._zap.bind(_ZAP)
         self._socket = _configured(self._context.socket(zmq.ROUTER))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.BACKLOG, _BACKLOG)
         self._socket.setsockopt(zmq.IPV6, int("[" in address))
         self._socket.setsockopt(zmq.CURVE_SERVER, 1)
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.head.secret)
         self._socket.setsockopt(zmq.ZAP_DOMAIN, _DOMAIN)
         self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+        self._strangers = _Strangers(self._socket, on_crowd)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
+            self._strangers.close()
             self._zap.close(linger=0)
             self._socket.close(linger=0)
             self._context.term()
@@ -101,6 +161,7 @@ class CurveListener:
                 "this machine and a free port, as tcp://0.0.0.0:7000"
             ) from None
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+        self._strangers.listening(self.address)
         self._zap_loop = _Loop(self._zap, self._authenticate)
         self._loop = _Loop(self._socket, self._receive)
 
@@ -115,6 +176,7 @@ class CurveListener:
     def close(self) -> None:
         """Idempotent."""
         if not self._socket.closed:
+            self._strangers.close()
             self._loop.close()
             self._zap_loop.close()
             self._context.term()
@@ -207,7 +269,7 @@ def _configured(socket: zmq.Socket[bytes]) -> zmq.Socket[bytes]:
     socket.setsockopt(zmq.SNDHWM, _MOST_QUEUED)
     socket.setsockopt(zmq.RCVHWM, _MOST_QUEUED)
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
-    socket.setsockopt(zmq.RECONNECT_IVL, 200)
-    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, int(1000 * _HANDSHAKE_S))
+    socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS[0])
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MS[1])
     return socket

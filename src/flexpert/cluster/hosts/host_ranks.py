@@ -12,9 +12,9 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
-from flexpert.cluster.hosts.agent import model_digest
 from flexpert.cluster.hosts.cluster_token import cluster_keys, keys_of, read_token
 from flexpert.cluster.hosts.host_sessions import HostSessions
+from flexpert.cluster.hosts.model_description import describe_model
 from flexpert.cluster.hosts.ray_ranks import RayRanks
 from flexpert.cluster.processes.early_fork_server import for_hosts
 from flexpert.cluster.views import HostView
@@ -73,7 +73,7 @@ class HostRanks:
         if self._ray is not None:
             await self._ray.check_room(newcomers)
 
-    def listen(self, source: ModelSource, tell: Callable[[str], None]) -> None:
+    async def listen(self, source: ModelSource, tell: Callable[[str], None]) -> None:
         """Let hosts join, if the settings say so. Raises: ConfigError: it cannot listen there."""
         cluster, address = self._config.cluster, self._config.cluster.join_listen
         if address is None and self._ray is not None:
@@ -85,7 +85,7 @@ class HostRanks:
             self._keys,
             self,
             settings=for_hosts(self._config),
-            digest=model_digest(source),
+            model=await asyncio.to_thread(describe_model, source),
             timeout_s=cluster.host_timeout,
         )
         if self._ray is not None:
@@ -101,6 +101,10 @@ class HostRanks:
     def ids(self) -> frozenset[int]:
         """Ids that hosts have, or have been promised."""
         return self._sessions.ids if self._sessions else frozenset()
+
+    def free_memory(self) -> dict[int, int]:
+        """Bytes on the hosts of those that were told to join, by rank."""
+        return self._sessions.free_memory() if self._sessions else {}
 
     def views(self) -> list[HostView]:
         return self._sessions.views() if self._sessions else []

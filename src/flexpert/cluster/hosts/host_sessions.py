@@ -12,6 +12,8 @@ import asyncio
 import logging
 import secrets
 import socket
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -22,6 +24,7 @@ from flexpert.cluster.hosts import agent_protocol as say
 from flexpert.cluster.hosts.byte_pipe import BytePipe
 from flexpert.cluster.hosts.cluster_token import ClusterKeys
 from flexpert.cluster.hosts.curve_socket import CurveListener, NotSentError, pieces
+from flexpert.cluster.hosts.model_description import differences
 from flexpert.cluster.views import HostView
 from flexpert.errors import OperationConflict, OperationRefused
 from flexpert.version import VERSION
@@ -65,14 +68,16 @@ class _Expected:
 
 @dataclass(slots=True, eq=False)
 class _Session:
-    """wants: what a change is still to be begun for: "join", "leave" or "". ticket: of an agent
-    that was expected. expected: its rank, until that is started."""
+    """free: bytes of its host's memory. wants: what a change is still to be begun for: "join",
+    "leave" or "". ticket: of an agent that was expected. expected: its rank, until that is
+    started."""
 
     number: bytes
     peer: bytes
     rank: int
     host: str
     heard: float
+    free: int = 0
     wants: str = ""
     ticket: bytes = b""
     expected: _Expected | None = None
@@ -93,26 +98,32 @@ class HostSessions:
         owner: SessionOwner,
         *,
         settings: str,
-        digest: str,
+        model: Mapping[str, str],
         timeout_s: float,
     ) -> None:
         """
         Args:
-            settings: for agents, as JSON. digest: of the model.
+            settings: for agents, as JSON. model: see `describe_model`.
             timeout_s: silence until an agent is lost.
 
         Raises: ConfigError: it cannot listen there.
         """
         self._owner = owner
         self._settings = settings
-        self._digest = digest
+        self._model = model
         self._timeout_s = timeout_s
         self._sessions: dict[bytes, _Session] = {}  # by number
+        self._refused: Counter[str] = Counter()
         self._expected: dict[bytes, _Expected] = {}  # by ticket
-        self._refused = 0
         self._refusals_logged = float("-inf")
         self._loop = asyncio.get_running_loop()
-        self._listener = CurveListener(address, keys, self._receive, self._note_refusal)
+        self._listener = CurveListener(
+            address,
+            keys,
+            self._receive,
+            partial(self._note_refusal, "had another cluster token"),
+            partial(self._note_refusal, "came while too many had not shown a token"),
+        )
         self.address = self._listener.address
         self._ticked = self._loop.time()
         self._task = self._loop.create_task(self._watch())
@@ -126,6 +137,10 @@ class HostSessions:
     def ids(self) -> frozenset[int]:
         """Ids that agents have, or have been promised."""
         return frozenset(session.rank for session in self._sessions.values())
+
+    def free_memory(self) -> dict[int, int]:
+        """Bytes on the hosts of those that were told to join, by rank."""
+        return {session.rank: session.free for session in self._sessions.values()}
 
     def views(self) -> list[HostView]:
         return [
@@ -205,8 +220,8 @@ class HostSessions:
             return
         session.heard = self._loop.time()
         match heard:
-            case say.Opened(_, digest):
-                self._opened(session, digest)
+            case say.Opened(_, model, free):
+                self._opened(session, model, free)
             case say.FromRank(_, data) if session.pipe is not None:
                 session.pipe.write(data)
             case say.RankGone(_, status, why) if session.gone is None:
@@ -242,13 +257,15 @@ class HostSessions:
         session.ticket, session.expected = join.ticket, expected
         self._sessions[number] = session
         log.info("host %s will join as rank %d", host, rank)
-        welcome = say.Welcome(number, rank, self._settings, self._digest, self._timeout_s)
+        welcome = say.Welcome(number, rank, self._settings, self._timeout_s)
         self._tell(peer, welcome)
 
-    def _opened(self, session: _Session, digest: str) -> None:
-        if digest != self._digest:
-            self._turn(session, "its model is another one than the head's")
+    def _opened(self, session: _Session, model: Mapping[str, str], free: int) -> None:
+        different = differences(model, self._model)
+        if different:
+            self._turn(session, f"its model is another one than the head's: {different}")
             return
+        session.free = free
         if session.expected is not None:
             expected, session.expected = session.expected, None
             self.spawn(expected.rank, expected.verdicts, expected.end)
@@ -344,15 +361,14 @@ class HostSessions:
         except NotSentError:
             return
 
-    def _note_refusal(self) -> None:
-        self._refused += 1
+    def _note_refusal(self, why: str) -> None:
+        self._refused[why] += 1
         now = self._loop.time()
         if now - self._refusals_logged > _LOG_EVERY_S:
             self._refusals_logged = now
-            log.warning(
-                "%d connections to %s had another cluster token", self._refused, self.address
-            )
-            self._refused = 0
+            for what, times in self._refused.items():
+                log.warning("%d connections to %s %s: refused", times, self.address, what)
+            self._refused.clear()
 
     def _of(self, rank: int) -> _Session | None:
         return next((s for s in self._sessions.values() if s.rank == rank), None)
