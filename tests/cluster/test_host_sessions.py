@@ -421,7 +421,7 @@ def test_a_rank_whose_expected_agent_is_stopped_is_lost_and_still_desired() -> N
             one = host()
             one.send(say.Join(VERSION, 0, "there", b"ticket"))
             welcome = await one.hear()
-            one.send(say.Opened(welcome.session, "digest"))
+            one.send(say.Opened(welcome.session, MODEL, FREE))
             assert isinstance(await one.hear(), say.Spawn)
             one.send(say.AskToLeave(welcome.session))
             await until(lambda: owner.left)
