@@ -449,6 +449,25 @@ def test_an_agent_that_is_expected_starts_its_rank_without_another_change() -> N
     run(scenario)
 
 
+def test_a_rank_whose_expected_agent_is_stopped_is_lost_and_still_desired() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        assert owner.sessions is not None
+        near, far = socket.socketpair()
+        with near:
+            owner.sessions.expect(b"ticket", 0, b"verdicts", far)
+            one = host()
+            one.send(say.Join(VERSION, 0, "there", b"ticket"))
+            welcome = await one.hear()
+            one.send(say.Opened(welcome.session, MODEL, FREE))
+            assert isinstance(await one.hear(), say.Spawn)
+            one.send(say.AskToLeave(welcome.session))
+            await until(lambda: owner.left)
+        assert owner.asked == []
+        assert owner.left == [(0, -9, "host there: it was stopped")]
+
+    run(scenario)
+
+
 def test_a_rank_whose_expected_agent_fails_has_not_started() -> None:
     async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
         assert owner.sessions is not None

@@ -231,7 +231,8 @@ class HostSessions:
                 session.gone = (status, why[:_MOST_NAME])
                 self._bury(session)
             case say.AskToLeave(_, now, why):
-                if now:
+                # nobody has asked for fewer ranks if what starts agents has ended one
+                if now or session.ticket:
                     self._give_up(session, _printable(why) or "it was stopped")
                 elif session.pipe is None:  # it has no rank yet
                     self._let_go(session, "it was stopped before it served")

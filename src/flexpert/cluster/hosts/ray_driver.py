@@ -1,10 +1,11 @@
 """The process that talks to Ray; the only module that imports it.
 
-A process of its own, because Ray's calls block, and because a driver does not outlive its node's
-raylet or a GCS that stays away: Ray ends the process. The head with all requests must not be that
-process. It is started by `RayRanks` as `ray_driver.main(FD)`, FD one end of a socket pair. When the
-other end closes it gives everything back and exits; however it ends, Ray ends its actors and
-removes its placement groups.
+A process of its own, because Ray's calls block, for as long as they like, and because Ray ends the
+process of a driver when its GCS has been away for a minute. The head with all requests must not be
+that process. Another one starts anew; so this one exits when its node is lost, since Ray has ended
+its job then. It is started by `RayRanks` as `ray_driver.main(FD)`, FD one end of a socket pair.
+When the other end closes it gives everything back and exits; however it ends, Ray ends its actors
+and removes its placement groups.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ class RayDriver:
     def __init__(self, tell: Callable[[FromRay], None]) -> None:
         self._tell = tell
         self._hosted: dict[bytes, _Hosted] = {}
+        self._own_node = ""
         self._released = float("-inf")
 
     def answer(self, request: ToRay) -> RayAnswer:
@@ -128,10 +130,15 @@ class RayDriver:
             configure_logging=False,
             logging_level="ERROR",
         )
+        self._own_node = ray.get_runtime_context().get_node_id()
         return str(ray.util.get_node_ip_address())
 
     def _nodes(self) -> list[RayNode]:
         self._settle()
+        living = [node for node in ray.nodes() if node["Alive"]]
+        if self._own_node not in {node["NodeID"] for node in living}:
+            # Ray has ended this job with it; what would be placed now would never start
+            raise SystemExit("the node of this process is lost")
         free, total = state.available_resources_per_node(), state.total_resources_per_node()
         return [
             RayNode(
@@ -140,8 +147,7 @@ class RayDriver:
                 free=free.get(node["NodeID"], {}),
                 total=total.get(node["NodeID"], {}),
             )
-            for node in ray.nodes()
-            if node["Alive"]
+            for node in living
         ]
 
     def _settle(self) -> None:
