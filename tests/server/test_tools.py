@@ -165,6 +165,31 @@ def test_only_what_is_allowed_is_shown_to_the_model(
     assert "now" not in prompt(tool_server)
 
 
+STRICT = {"type": "function", "function": {"name": "now", "strict": True}}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        (
+            {
+                "tools": TOOLS,
+                "tool_choice": {"type": "function", "function": {"name": "weather"}},
+            },
+            "tool_choice",
+        ),
+        ({"tools": [STRICT]}, "tools"),
+    ],
+)
+def test_what_would_have_to_be_enforced_is_refused(
+    tool_server: Running, body: dict[str, Any], param: str
+) -> None:
+    refused = httpx.post(f"{tool_server.url}/v1/chat/completions", json={"messages": TALK} | body)
+    assert refused.json()["error"]["param"] == param
+    assert "not enforced" in refused.json()["error"]["message"]
+
+
 NAMED = {"type": "function", "function": {"name": "weather"}}
 BROKEN_CALL = [{"id": "1", "type": "function", "function": {"name": "now", "arguments": "{"}}]
 

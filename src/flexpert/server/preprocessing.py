@@ -28,6 +28,7 @@ from flexpert.frontend.text import TokenText
 from flexpert.frontend.tools.tool_choice import Dialog, opened
 from flexpert.frontend.tools.tool_messages import template_message
 from flexpert.server import message_fields, response_fields, wire
+from flexpert.server.enforcement import enforced
 from flexpert.server.fields import check_fields
 from flexpert.server.http_errors import (
     ApiError,
@@ -225,7 +226,8 @@ def _generate(
     request: ChatRequest, ignored: list[str], text: TokenText, limits: RequestLimits
 ) -> Generate:
     dialog = request.dialog(limits.parsers)
-    params = _checked(request.params(limits.defaults), 1, text, limits)
+    params = enforced(request.params(limits.defaults), dialog)
+    params = _checked(params, 1, text, limits)
     options = msgspec.structs.replace(request.options, tools=request.shown_tools(dialog))
     rendered = text.render(_conversation(request.messages), options)
     dialog = opened(dialog, rendered)

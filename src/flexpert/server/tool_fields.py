@@ -115,6 +115,11 @@ class ToolFields(BaseModel):
             tools=tools,
             choice=choice if tools else "none",
             named=named,
+            strict=tuple(
+                tool.function.name
+                for tool in self.tools or ()
+                if tool.function.strict and tool.function.name in tools
+            ),
             parallel=self.parallel_tool_calls is not False,
             with_reasoning=self.include_reasoning is not False,
         )
@@ -135,17 +140,12 @@ class ToolFields(BaseModel):
 
     def _check_readable(self, dialog: Dialog) -> None:
         """Raises: RequestError"""
-        if dialog.calls and dialog.names.tools is None:
+        if dialog.choice == "auto" and dialog.calls and dialog.names.tools is None:
             raise RequestError(
                 "tools: it is not known how this model writes calls; start the server with "
                 "--tool-call-parser NAME, see docs/tools.md",
                 "tools",
             )
-        if dialog.choice in ("required", "named"):
-            raise RequestError(f"tool_choice: {dialog.choice} {_NOT_ENFORCED}", "tool_choice")
-        for tool in self.tools or ():
-            if tool.function.strict and tool.function.name in dialog.tools and dialog.calls:
-                raise RequestError(f"tools: strict {_NOT_ENFORCED}", "tools")
 
     def shown_tools(self, dialog: Dialog) -> list[dict[str, Any]] | None:
         """What the chat template is given; with the choice "none", nothing."""
@@ -156,6 +156,3 @@ class ToolFields(BaseModel):
             for tool in self.tools or ()
             if tool.function.name in dialog.tools
         ]
-
-
-_NOT_ENFORCED = "is not served: what a model writes is not enforced by this server"

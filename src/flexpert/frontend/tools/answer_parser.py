@@ -19,17 +19,27 @@ AUTO = "auto"
 NONE = "none"
 
 
+class CallTags(msgspec.Struct, frozen=True):
+    """How a call looks around its arguments. begin: with {name}; it begins with trigger."""
+
+    trigger: str
+    begin: str
+    end: str
+
+
 class ToolFamily(msgspec.Struct, frozen=True):
     """How a family of models writes calls.
 
     markers: special tokens whose names the grammar has to see. signs: a chat template of the family
-    has all texts of one of these. new_id: of a call that the model gives none.
+    has all texts of one of these. new_id: of a call that the model gives none. tags: by which its
+    arguments can be enforced; None: they cannot.
     """
 
     grammar: Grammar
     markers: tuple[str, ...]
     signs: tuple[tuple[str, ...], ...] = ()
     new_id: Callable[[], str] = long_id
+    tags: CallTags | None = None
 
 
 class ReasoningFamily(msgspec.Struct, frozen=True):
@@ -71,7 +81,14 @@ TOOL_FAMILIES: Mapping[str, ToolFamily] = {
     "mistral": ToolFamily(
         json_calls.mistral, json_calls.MISTRAL_MARKERS, (("[TOOL_CALLS]",),), short_id
     ),
-    "hermes": ToolFamily(json_calls.hermes, json_calls.HERMES_MARKERS, (("<tool_call>",),)),
+    "hermes": ToolFamily(
+        json_calls.hermes,
+        json_calls.HERMES_MARKERS,
+        (("<tool_call>",),),
+        tags=CallTags(
+            "<tool_call>", '<tool_call>\n{{"name": "{name}", "arguments": ', "}\n</tool_call>"
+        ),
+    ),
     "llama3_json": ToolFamily(
         json_calls.llama_json,
         json_calls.LLAMA_MARKERS,

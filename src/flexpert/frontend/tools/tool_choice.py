@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from flexpert.errors import RequestError
 from flexpert.frontend.tools.answer_parser import (
-    REASONING_FAMILIES,
     TOOL_FAMILIES,
     AnswerParser,
+    CallTags,
     ParserNames,
     ToolFamily,
 )
@@ -25,14 +25,19 @@ class Dialog(msgspec.Struct, frozen=True):
     """How the answers to a request are read.
 
     names: of the parsers. tools: name → JSON schema of the arguments; empty: nothing is called.
-    choice: "named": the one function in `named` is called. parallel: an answer may have several
-    calls. reasoning_open: answers begin within their reasoning. with_reasoning: it is shown.
+    choice: "named": the one function in `named` is called. strict: functions whose arguments follow
+    their schema. parallel: an answer may have several calls. reasoning_open: answers begin within
+    their reasoning. with_reasoning: it is shown.
+
+    Where something has to be called, the answer is that call in JSON from its first token on,
+    without reasoning and markers: `structure` has to be enforced.
     """
 
     names: ParserNames = ParserNames()
     tools: dict[str, dict[str, Any]] = {}
     choice: Choice = "none"
     named: str = ""
+    strict: tuple[str, ...] = ()
     parallel: bool = True
     reasoning_open: bool = False
     with_reasoning: bool = True
@@ -50,13 +55,14 @@ class Dialog(msgspec.Struct, frozen=True):
     @property
     def markers(self) -> frozenset[str]:
         """Special tokens whose names a parser has to see."""
-        tools = self.names.tools if self.choice == "auto" and self.calls else None
-        return ParserNames(tools, self.names.reasoning).markers
+        if self._is_dictated:
+            return frozenset()
+        return ParserNames(self.names.tools if self.calls else None, self.names.reasoning).markers
 
     def parser(self) -> AnswerParser:
         """Of one answer."""
         return AnswerParser(
-            reasoning=self.names.reasoning,
+            reasoning=None if self._is_dictated else self.names.reasoning,
             tools=self._family if self.calls else None,
             reasoning_open=self.reasoning_open,
             schemas=self.tools,
@@ -72,15 +78,31 @@ class Dialog(msgspec.Struct, frozen=True):
         return ToolFamily(grammar, (), new_id=own.new_id) if own else ToolFamily(grammar, ())
 
     @property
-    def schema(self) -> dict[str, Any] | None:
-        """What structured output has to enforce, see `choice_schema`."""
-        return choice_schema(self.tools, self.choice, self.named, parallel=self.parallel)
+    def structure(self) -> dict[str, Any] | None:
+        """What structured output has to enforce, as one field of vLLM's `structured_outputs`:
+        {"json": schema} or {"structural_tag": tags}; None: nothing.
+
+        Raises: RequestError: it cannot be written as one.
+        """
+        if not self.calls:
+            return None
+        if self._is_dictated:
+            schema = choice_schema(self.tools, self.choice, self.named, parallel=self.parallel)
+            return {"json": schema}
+        if not self.strict:
+            return None
+        tags = TOOL_FAMILIES[self.names.tools].tags if self.names.tools is not None else None
+        if tags is None:
+            raise RequestError(
+                f"tools: strict is not served for the parser {self.names.tools}, but with "
+                "tool_choice 'required' or a function's name",
+                "tools",
+            )
+        return {"structural_tag": strict_tags(self.tools, self.strict, tags)}
 
     @property
-    def reasoning_end(self) -> str:
-        """The text behind which the schema begins to hold; "" : from the beginning."""
-        name = self.names.reasoning
-        return REASONING_FAMILIES[name].end if name is not None else ""
+    def _is_dictated(self) -> bool:
+        return self.calls and self.choice in ("required", "named")
 
 
 def opened(dialog: Dialog, prompt: str) -> Dialog:
@@ -112,6 +134,20 @@ def choice_schema(
         "items": {"anyOf": [_call(name, _schema_of(schema)) for name, schema in tools.items()]},
         **_definitions(tools.values()),
     }
+
+
+def strict_tags(tools: Tools, strict: Collection[str], tags: CallTags) -> dict[str, Any]:
+    """A structural tag: free text, in which calls are what the schemas of the strict functions say;
+    other functions get any object."""
+    structures = [
+        {
+            "begin": tags.begin.format(name=name),
+            "schema": _schema_of(schema) if name in strict else {"type": "object"},
+            "end": tags.end,
+        }
+        for name, schema in tools.items()
+    ]
+    return {"type": "structural_tag", "triggers": [tags.trigger], "structures": structures}
 
 
 def _call(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
