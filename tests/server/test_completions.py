@@ -277,7 +277,7 @@ REFUSED = [
     ({"prompt": "x", "echo": True, "logprobs": 1}, "logprobs"),
     ({"prompt": "x", "logprobs": 21}, "logprobs"),
     ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),
-    ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
+    ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format"),
     ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
     ({"prompt": "x" * 200}, None),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from flexpert.errors import ContextOverflow, RequestError
@@ -17,6 +19,34 @@ MOST_STOP_TOKENS = 1024
 MOST_LOGPROBS = 20
 
 
+STRUCTURES = ("json", "regex", "choice", "grammar", "structural_tag", "json_object")
+
+
+class StructuredOutputsParams(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """What an answer must be, as in vLLM; exactly one of these.
+
+    json: a JSON Schema, as a mapping or as its text. json_object: any JSON object.
+    regex: a regular expression for the whole answer. choice: one of these texts.
+    grammar: Lark or GBNF (`start` or `root` is the whole answer).
+    structural_tag: {"structures": [{"begin", "schema", "end"}], "triggers": [...]}: free text in
+        which what follows a trigger is one of the structures; as a mapping or as its text.
+    """
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    structural_tag: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+
+    @property
+    def kinds(self) -> list[str]:
+        """Names of those that were given."""
+        return [name for name in STRUCTURES if getattr(self, name) not in (None, False)]
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How tokens are chosen; names and meanings as in vLLM and OpenAI.
 
@@ -30,6 +60,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: do not stop at the model's end-of-sequence tokens.
     min_tokens: end-of-sequence and stop tokens are impossible before.
     logprobs: None = none; m = the chosen token's and the m most likely ones', at most 20.
+    structured_outputs: what the answer must be; tokens that lead away from it are impossible.
     """
 
     max_tokens: int | None = 16
@@ -47,6 +78,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def check(self) -> None:
         """Raises RequestError naming the first value of a wrong type or out of its range."""
@@ -91,6 +123,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name, holds, message in checks:
             if not holds:
                 raise RequestError(f"{name} {message}", name)
+        if self.structured_outputs is not None:
+            self._check_structure(self.structured_outputs)
+
+    def _check_structure(self, structure: StructuredOutputsParams) -> None:
+        """Raises RequestError: not exactly one structure, or what it cannot be combined with."""
+        if len(structure.kinds) != 1:
+            given = " and ".join(structure.kinds) or "none"
+            raise RequestError(
+                f"structured_outputs takes exactly one of {', '.join(STRUCTURES)}; got {given}",
+                "structured_outputs",
+            )
+        # the answer ends where its structure does, and nowhere else
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name):
+                raise RequestError(
+                    f"{name} cannot be combined with structured output: an answer that is "
+                    "complete must end",
+                    name,
+                )
 
     def check_model(self, vocab: int, max_model_len: int) -> None:
         """Raises RequestError, ContextOverflow naming what a model of this size cannot do."""

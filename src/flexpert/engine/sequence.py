@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from flexpert.engine.output_grammar import AnswerMatcher
 from flexpert.engine.request import RequestSequence, SamplingParams, TokenLogprobs
 
 
@@ -68,13 +69,15 @@ class SampleState:
     tokens: prompt and answer. stop_ids: tokens that end the answer from `min_tokens` on.
     counts: None unless a penalty is on. greedy: temperature 0. plain: the most likely token is
     the answer and nothing else is asked for. numbers: the sampler's uniform numbers for the
-    positions from `numbers_from` on, as far as it has drawn them.
+    positions from `numbers_from` on, as far as it has drawn them. matcher: of a structured answer,
+    how far it has come; the mask builder's.
     """
 
     __slots__ = (
         "counts",
         "greedy",
         "id",
+        "matcher",
         "numbers",
         "numbers_from",
         "params",
@@ -103,6 +106,8 @@ class SampleState:
             or params.presence_penalty != 0
             or params.frequency_penalty != 0
         )
+        structure = params.structured_outputs
+        self.matcher = None if structure is None else AnswerMatcher(structure)
         self.counts = TokenCounts(sequence.prompt, sequence.generated) if penalised else None
         self.greedy = params.temperature == 0
         self.plain = self.greedy and not penalised and params.logprobs is None

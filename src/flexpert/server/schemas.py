@@ -30,6 +30,7 @@ from flexpert.engine.request import (
     SamplingParams,
 )
 from flexpert.frontend.request_limits import Prompt, RequestLimits
+from flexpert.server.structured_fields import StructuredFields
 
 LONGEST_NAME = 512  # characters
 MOST_MESSAGES = 16_384
@@ -101,7 +102,7 @@ class StreamOptions(_Body):
     include_usage: bool = False
 
 
-class Sampling(_Body):
+class Sampling(StructuredFields, _Body):
     """What both ways of generating share: OpenAI's settings and vLLM's extras."""
 
     model: Name | None = None
@@ -123,7 +124,6 @@ class Sampling(_Body):
     min_tokens: int | None = Field(None, ge=0)
 
     logit_bias: Any = None
-    response_format: Any = None
     tools: Any = None
     functions: Any = None
 
@@ -132,13 +132,6 @@ class Sampling(_Body):
     def _unsupported(cls, value: Any) -> Any:
         if value:
             raise ValueError("not supported by this server")
-        return value
-
-    @field_validator("response_format")
-    @classmethod
-    def _only_text(cls, value: Any) -> Any:
-        if value and (not isinstance(value, dict) or value.get("type") != "text"):
-            raise ValueError("only {'type': 'text'} is supported by this server")
         return value
 
     @field_validator("stream", mode="before")
@@ -173,6 +166,7 @@ class Sampling(_Body):
             "stop_token_ids": None if self.stop_token_ids is None else tuple(self.stop_token_ids),
             "ignore_eos": self.ignore_eos,
             "min_tokens": self.min_tokens,
+            "structured_outputs": self.structure(),
         }
         given = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
