@@ -39,7 +39,7 @@ _JSON_OPTIONS = {
     "key_separator": ": ?",
 }
 
-_READY = '{"grammars":'  # how a grammar of llguidance's own format begins; see `resolve`
+_RESOLVED = '{"grammars":'  # how a grammar of llguidance's own format begins
 
 
 def _limits() -> LLParserLimits:
@@ -65,12 +65,12 @@ def resolve(
     if len(structure.kinds) != 1:
         return structure  # `SamplingParams.check` says so
     (kind,) = structure.kinds
-    if kind == "grammar" and str(structure.grammar).startswith(_READY):
-        return structure
     try:
         grammar = _GRAMMARS[kind](getattr(structure, kind))
     except (ValueError, TypeError, RecursionError) as error:
         raise RequestError(f"{field}: {_short(str(error))}", field) from None
+    if not grammar.startswith(_RESOLVED):  # Lark, which would be taken for a caller's
+        grammar = _RESOLVED + json.dumps([{"lark_grammar": grammar}]) + "}"
     wrong, said = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=_limits())
     if wrong:
         raise RequestError(f"{field}: {_explained(said[0])}", field)
@@ -145,6 +145,8 @@ def _choice(value: Sequence[str]) -> str:
 
 
 def _grammar(value: str) -> str:
+    if value.lstrip().startswith("{"):  # llguidance's own format has options that are ours to set
+        raise ValueError("must be in Lark or GBNF")
     try:
         lark = any_to_lark(_bounded(value))
     except RecursionError:
@@ -233,7 +235,9 @@ class GrammarCache:
         return found.deep_copy()
 
     def _compile(self, structure: StructuredOutputsParams) -> LLMatcher:
-        grammar = resolve(structure).grammar or ""
+        grammar = structure.grammar or ""
+        if not grammar.startswith(_RESOLVED):
+            grammar = resolve(structure).grammar or ""
         made = LLMatcher(self._tokens(), grammar, log_level=0, limits=_limits())
         if made.is_error():
             raise RequestError(f"structured_outputs: {_explained(made.get_error())}")
