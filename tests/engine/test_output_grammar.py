@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llguidance import LLMatcher
 from support.api_schemas import api_schemas
 
 from flexpert.engine.output_grammar import (
@@ -44,11 +45,10 @@ def grammars(source: ModelSource) -> GrammarCache:
     return GrammarCache(lambda: source.grammar_tokens)
 
 
-def possible(matcher: AnswerMatcher, vocab: int = 4096) -> list[int]:
-    mask = np.zeros(-(-vocab // 32), dtype=np.int32)
-    matcher.fill(mask)
-    bits = np.unpackbits(mask.view(np.uint8), count=vocab, bitorder="little")
-    return [int(token) for token in np.flatnonzero(bits)]
+def possible(matcher: LLMatcher) -> list[int]:
+    bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+    assert not matcher.is_error(), matcher.get_error()
+    return [int(token) for token in np.flatnonzero(np.unpackbits(bits, bitorder="little"))]
 
 
 def accepts(structure: Structure, answer: str, source: ModelSource, grammars: GrammarCache) -> bool:
@@ -56,10 +56,10 @@ def accepts(structure: Structure, answer: str, source: ModelSource, grammars: Gr
     matcher = AnswerMatcher(resolve(structure))
     tokens = source.tokenizer().encode(answer, add_special_tokens=False)
     try:
-        matcher.advance(tokens, grammars)
-        return set(source.info.eos_token_ids) <= set(possible(matcher))
+        said = matcher.advance(tokens, grammars)
     except RequestError:
         return False
+    return set(source.info.eos_token_ids) <= set(possible(said))
 
 
 @pytest.mark.parametrize(
@@ -197,8 +197,7 @@ def test_every_schema_of_the_set_compiles_and_random_walks_meet_no_dead_end(
         answer: list[int] = []
         fresh: list[int] = []
         for _ in range(60):
-            matcher.advance(fresh, grammars)
-            fresh = [rng.choice(possible(matcher))]
+            fresh = [rng.choice(possible(matcher.advance(fresh, grammars)))]
             if fresh[0] in source.info.eos_token_ids:
                 json.loads(text.decode(answer))
                 ended += 1

@@ -15,15 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag
 from llguidance.gbnf_to_lark import any_to_lark
-from numpy.typing import NDArray
 
 from flexpert.engine.request import StructuredOutputsParams
 from flexpert.errors import RequestError
 
-LONGEST_STRUCTURE = 2**18  # characters of a schema, an expression or a grammar
+LONGEST_STRUCTURE = 2**17  # characters of a schema, an expression or a grammar
 MOST_CHOICES = 4096
 MOST_TAGS = 128
 _MOST_SAID = 400  # characters of what the engine says
@@ -264,8 +262,8 @@ class AnswerMatcher:
         self._matcher: LLMatcher | None = None
         self.fed = 0
 
-    def advance(self, tokens: list[int], grammars: GrammarCache) -> None:
-        """The next tokens of the answer.
+    def advance(self, tokens: list[int], grammars: GrammarCache) -> LLMatcher:
+        """Feed the next tokens of the answer; what says which may follow.
 
         Raises:
             RequestError: they do not follow the grammar, or it has become too complex.
@@ -274,21 +272,11 @@ class AnswerMatcher:
             self._matcher = grammars.matcher(self._structure)
         self.fed += len(tokens)
         if tokens and not self._matcher.consume_tokens(tokens):
-            raise RequestError(self._failure())
+            raise RequestError(self.failure())
+        return self._matcher
 
-    def fill(self, mask: NDArray[np.int32]) -> None:
-        """The tokens that may come next: mask [vocab / 32 rounded up], a bit for each.
-
-        Raises:
-            RequestError: the grammar has become too complex, or nothing may come next.
-        """
-        if self._matcher is None:
-            raise ValueError("no matcher before the first `advance`")
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if self._matcher.is_error() or not mask.any():
-            raise RequestError(self._failure())
-
-    def _failure(self) -> str:
+    def failure(self) -> str:
+        """Why nothing may follow."""
         said = self._matcher.get_error() if self._matcher else ""
         why = _short(said) or "no token can come next"
         return f"the answer cannot go on within its structure after {self.fed} tokens: {why}"

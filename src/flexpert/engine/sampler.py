@@ -120,15 +120,12 @@ class Sampler:
 
 
 def _masked(x: Floats, masks: Masks | None) -> Floats:
-    """[M, vocab]: logits of which those that are impossible are -inf; `x` itself if none is."""
+    """[M, vocab]: logits of which those that are impossible are -inf; `x` itself without
+    masks."""
     if masks is None:
         return x
-    vocab = x.shape[1]
-    out = x.copy()
-    for index in np.flatnonzero((masks != -1).any(axis=1)).tolist():
-        bits = np.unpackbits(masks[index].view(np.uint8), count=vocab, bitorder="little")
-        np.copyto(out[index], -np.inf, where=bits == 0)
-    return out
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, count=x.shape[1], bitorder="little")
+    return np.where(bits.view(np.bool_), x, np.float32(-np.inf))
 
 
 def _masked_on_device(logits: torch.Tensor, masks: Masks) -> torch.Tensor:

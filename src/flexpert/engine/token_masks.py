@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+from llguidance import LLExecutor
 from numpy.typing import NDArray
 
 from flexpert.engine.output_grammar import AnswerMatcher, GrammarCache
@@ -46,6 +47,7 @@ class MaskBuilder:
         self._grammars = grammars
         self._width = -(-vocab // 32)
         self._thread: ThreadPoolExecutor | None = None
+        self._executor: LLExecutor | None = None
         self._begun: Future[StepMasks] | None = None
 
     def begin(self, samples: Sequence[SampleState]) -> None:
@@ -77,11 +79,24 @@ class MaskBuilder:
 
     def _build(self, rows: list[_Row], count: int) -> StepMasks:
         masks = StepMasks(np.full((count, self._width), -1, dtype=np.int32))
+        going = []
         for row in rows:
             try:
-                row.matcher.advance(row.tokens, self._grammars)
-                row.matcher.fill(masks.words[row.index])
+                going.append((row, row.matcher.advance(row.tokens, self._grammars)))
             except (FlexpertError, ValueError) as error:
-                masks.words[row.index] = -1
                 masks.failed[row.index] = str(error)
+        if self._executor is None:
+            self._executor = LLExecutor(num_threads=1)
+        # all at once, without Python's lock: the step loop need not hand it over for each
+        words = masks.words
+        self._executor.unsafe_compute_mask_ptr(
+            [(matcher, row.index) for row, matcher in going],
+            words.ctypes.data,
+            words.strides[0],
+            count,
+        )
+        for row, matcher in going:
+            if matcher.is_error() or not words[row.index].any():
+                words[row.index] = -1
+                masks.failed[row.index] = row.matcher.failure()
         return masks
