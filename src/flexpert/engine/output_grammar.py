@@ -12,6 +12,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -25,7 +26,8 @@ LONGEST_STRUCTURE = 2**17  # characters of a schema, an expression or a grammar
 MOST_CHOICES = 4096
 MOST_TAGS = 128
 _MOST_SAID = 400  # characters of what the engine says
-_CACHED_GRAMMARS = 128
+_CACHED_GRAMMARS = 128  # on a rank
+_CHECKED_GRAMMARS = 64  # texts
 
 # JSON on one line, with or without a space after comma and colon: where white space may go on, a
 # model that likes it spends its tokens on nothing else.
@@ -69,10 +71,17 @@ def resolve(
         raise RequestError(f"{field}: {_short(str(error))}", field) from None
     if not grammar.startswith(_RESOLVED):  # Lark, which would be taken for a caller's
         grammar = _RESOLVED + json.dumps([{"lark_grammar": grammar}]) + "}"
-    wrong, said = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=_limits())
+    wrong = _mistake(grammar)
     if wrong:
-        raise RequestError(f"{field}: {_explained(said[0])}", field)
+        raise RequestError(f"{field}: {wrong}", field)
     return StructuredOutputsParams(grammar=grammar)
+
+
+@lru_cache(_CHECKED_GRAMMARS)
+def _mistake(grammar: str) -> str:
+    """What is wrong with a grammar; "": nothing. Kept, because clients ask for the same again."""
+    wrong, said = LLMatcher.validate_grammar_with_warnings(grammar, None, limits=_limits())
+    return _explained(said[0]) if wrong else ""
 
 
 def _explained(error: str) -> str:
