@@ -7,21 +7,22 @@ from statistics import median
 
 from rich.table import Table
 
-from flexpert.bench.structured_overhead import Round, StructuredReport
+from flexpert.bench.structured_overhead import PLAIN, Round, StructuredReport
 
 
 def structured_text(report: StructuredReport) -> Table:
-    """Medians of the rounds, with and without."""
+    """Medians of the rounds of each kind, and of what it costs over plain."""
     what = f"{report.concurrency} at once, {report.output_tokens} tokens each"
     table = Table(title=what, caption=report.machine.line())
     table.add_column("")
     for name in ("tokens/s", "slowest", "fastest", "first token", "between tokens", "CPU a token"):
         table.add_column(name, justify="right")
-    _add(table, "plain", report.plain)
-    _add(table, "structured", report.structured)
+    for kind, rounds in report.rounds.items():
+        _add(table, kind, rounds)
     table.add_section()
-    ratios = f"{report.ratio:.3f}", f"{report.cpu_ratio:.3f}"
-    table.add_row("structured over plain", ratios[0], "", "", "", "", ratios[1])
+    for kind, cost in report.costs.items():
+        ratios = f"{cost.tokens_per_s:.3f}", f"{cost.cpu:.3f}"
+        table.add_row(f"{kind} / {PLAIN}", ratios[0], "", "", "", "", ratios[1])
     if report.failed:
         table.add_row("failed requests", str(report.failed))
     return table

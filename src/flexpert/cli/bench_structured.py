@@ -31,7 +31,7 @@ def bench_structured(
     json_: Json = False,
     output: Output = None,
 ) -> None:
-    """Measure what structured output costs: tokens/s with it and without, in turn.
+    """Measure what structured output costs: a load without a structure and with two, in turn.
 
     It starts a service of one rank and thread. Exit status 1 if a request failed.
     """
