@@ -18,7 +18,7 @@ from flexpert.version import VERSION
 if TYPE_CHECKING:
     from flexpert.cluster.views import ClusterView, OperationView
     from flexpert.config import Config, load_config
-    from flexpert.engine.request import SamplingParams, TokenLogprobs
+    from flexpert.engine.request import SamplingParams, StructuredOutputsParams, TokenLogprobs
     from flexpert.errors import (
         ConfigError,
         ContextOverflow,
@@ -55,6 +55,7 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "ServiceStopped",
+    "StructuredOutputsParams",
     "TokenLogprobs",
     "UnknownOperation",
     "UnsupportedModel",
@@ -67,6 +68,7 @@ _MODULES = {
     "Completion": "llm",
     "CompletionOutput": "llm",
     "SamplingParams": "engine.request",
+    "StructuredOutputsParams": "engine.request",
     "TokenLogprobs": "engine.request",
     "ClusterView": "cluster.views",
     "OperationView": "cluster.views",

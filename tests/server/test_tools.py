@@ -166,28 +166,78 @@ def test_only_what_is_allowed_is_shown_to_the_model(
 
 
 STRICT = {"type": "function", "function": {"name": "now", "strict": True}}
+PARIS = '{"city": "Paris"}'
 
 
 @pytest.mark.parametrize(
-    ("body", "param"),
+    ("choice", "text", "called"),
     [
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
         (
-            {
-                "tools": TOOLS,
-                "tool_choice": {"type": "function", "function": {"name": "weather"}},
-            },
-            "tool_choice",
+            "required",
+            f'[{{"name": "weather", "parameters": {PARIS}}}, '
+            '{"name": "now", "parameters": {}}]',
+            [("weather", PARIS), ("now", "{}")],
         ),
-        ({"tools": [STRICT]}, "tools"),
+        ({"type": "function", "function": {"name": "weather"}}, PARIS, [("weather", PARIS)]),
     ],
 )
-def test_what_would_have_to_be_enforced_is_refused(
-    tool_server: Running, body: dict[str, Any], param: str
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_has_to_be_called_is_enforced_and_read(
+    tool_server: Running,
+    client: openai.OpenAI,
+    choice: Any,
+    text: str,
+    called: list[tuple[str, str]],
+    stream: bool,
 ) -> None:
-    refused = httpx.post(f"{tool_server.url}/v1/chat/completions", json={"messages": TALK} | body)
-    assert refused.json()["error"]["param"] == param
-    assert "not enforced" in refused.json()["error"]["message"]
+    """The fake engine enforces nothing: the grammar that it gets is what counts."""
+    will_answer(tool_server, text)
+    asked: Any = {"model": "fake", "messages": TALK, "tools": TOOLS, "tool_choice": choice}
+    if stream:
+        with client.chat.completions.stream(**asked) as events:
+            answer = events.get_final_completion().choices[0]
+    else:
+        answer = client.chat.completions.create(**asked).choices[0]
+    calls = answer.message.tool_calls or []
+    assert [(call.function.name, call.function.arguments) for call in calls] == called
+    assert answer.finish_reason == "tool_calls"
+    assert not answer.message.content
+    structure = tool_server.head.submitted[-1][2].structured_outputs
+    assert structure is not None
+    assert structure.kinds == ["grammar"]
+    assert "city" in str(structure.grammar)
+
+
+def test_strict_functions_are_enforced_in_free_text(
+    tool_server: Running, client: openai.OpenAI
+) -> None:
+    import pydantic
+
+    class Weather(pydantic.BaseModel):
+        """The weather of a city."""
+
+        city: str
+
+    will_answer(tool_server, CALLS.partition('\n<tool_call>\n{"name": "now')[0])
+    tools: Any = [openai.pydantic_function_tool(Weather, name="weather")]
+    answer = client.chat.completions.parse(model="fake", messages=TALK, tools=tools).choices[0]
+    assert answer.message.tool_calls
+    assert answer.message.tool_calls[0].function.parsed_arguments == Weather(city="Zürich")
+    structure = tool_server.head.submitted[-1][2].structured_outputs
+    assert structure is not None
+    assert "tool_call" in str(structure.grammar)
+
+
+def test_a_structure_leaves_no_room_for_reasoning(tool_server: Running) -> None:
+    url = f"{tool_server.url}/v1/chat/completions"
+    will_answer(tool_server, "{}")
+    json_object = {"response_format": {"type": "json_object"}}
+    body = {"messages": TALK, "chat_template_kwargs": {"think": True}}
+    answer = httpx.post(url, json=body | json_object).json()["choices"][0]["message"]
+    assert answer["content"] == "{}"
+    for extra in ({"tools": [STRICT]}, {"tools": [NOW], "tool_choice": "required"}):
+        refused = httpx.post(url, json={"messages": TALK} | json_object | extra).json()["error"]
+        assert "cannot be combined" in refused["message"]
 
 
 NAMED = {"type": "function", "function": {"name": "weather"}}

@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
     "{% for call in m.tool_calls or [] %}[{{ call.function.name }}"
     "{% for key, value in call.function.arguments.items() %} {{ key }}={{ value }}{% endfor %}]"
     "{% endfor %}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if think %}<think>{% endif %}{% endif %}"
 )
 
 

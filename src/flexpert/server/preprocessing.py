@@ -28,7 +28,7 @@ from flexpert.frontend.text import TokenText
 from flexpert.frontend.tools.tool_choice import Dialog, opened
 from flexpert.frontend.tools.tool_messages import template_message
 from flexpert.server import message_fields, response_fields, wire
-from flexpert.server.enforcement import enforced
+from flexpert.server.enforcement import enforced, without_reasoning
 from flexpert.server.fields import check_fields
 from flexpert.server.http_errors import (
     ApiError,
@@ -226,7 +226,10 @@ def _generate(
     request: ChatRequest, ignored: list[str], text: TokenText, limits: RequestLimits
 ) -> Generate:
     dialog = request.dialog(limits.parsers)
-    params = enforced(request.params(limits.defaults), dialog)
+    params = request.params(limits.defaults)
+    if params.structured_outputs is not None and not request.is_free:
+        dialog = without_reasoning(dialog)
+    params = enforced(params, dialog)
     params = _checked(params, 1, text, limits)
     options = msgspec.structs.replace(request.options, tools=request.shown_tools(dialog))
     rendered = text.render(_conversation(request.messages), options)

@@ -161,7 +161,8 @@ def _call(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _schema_of(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(schema) if schema else {"type": "object", "properties": {}}
+    """A function without a schema takes nothing."""
+    return dict(schema) or {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def _definitions(schemas: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
