@@ -6,11 +6,15 @@ import json
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
+from flexpert.engine.output_grammar import AnswerMatcher, GrammarCache, resolve
+from flexpert.engine.request import StructuredOutputsParams
 from flexpert.errors import RequestError
 from flexpert.frontend.tools.answer_parser import ParserNames
 from flexpert.frontend.tools.tool_choice import Dialog
+from flexpert.models.source import ModelSource
 
 TOOLS: dict[str, dict[str, Any]] = {
     "weather": {
@@ -88,6 +92,56 @@ def test_strict_functions_are_tags_in_free_text() -> None:
     assert calls(dialog, text) == [("weather", '{"city": "Paris"}')]
     with pytest.raises(RequestError, match="strict is not served for the parser mistral"):
         _ = Dialog(ParserNames("mistral"), TOOLS, "auto", strict=("now",)).structure
+
+
+@pytest.fixture(scope="module")
+def source() -> ModelSource:
+    return ModelSource.open("tiny")
+
+
+@pytest.fixture(scope="module")
+def grammars(source: ModelSource) -> GrammarCache:
+    return GrammarCache(lambda: source.grammar_tokens)
+
+
+HERMES = '<tool_call>\n{"name": "weather", "arguments": %s}\n</tool_call>'
+CITY = '{"city": "Paris"}'
+SEVERAL = Dialog(ParserNames("hermes"), TOOLS, "auto", strict=("weather",))
+
+
+@pytest.mark.parametrize(
+    ("dialog", "answer", "possible"),
+    [
+        (Dialog(tools=TOOLS, choice="required"), json.dumps([PARIS, NOW]), True),
+        (Dialog(tools=TOOLS, choice="required"), json.dumps([]), False),
+        (Dialog(tools=TOOLS, choice="required"), '[{"name": "weather", "parameters": {}}]', False),
+        (Dialog(tools=TOOLS, choice="required", parallel=False), json.dumps([NOW, NOW]), False),
+        (Dialog(tools=TOOLS, choice="named", named="weather"), CITY, True),
+        (Dialog(tools=TOOLS, choice="named", named="now"), "{}", True),
+        (Dialog(tools=TOOLS, choice="named", named="now"), '{"x": 1}', False),
+        (SEVERAL, "Just text.", True),
+        (SEVERAL, f"Let me see. {HERMES % CITY}", True),
+        (SEVERAL, HERMES.replace("weather", "now") % '{"any": 1}', True),
+        (SEVERAL, f"{HERMES % CITY}\n{HERMES % CITY}", True),
+        (SEVERAL, HERMES % '{"town": "Paris"}', False),
+        (SEVERAL, HERMES.replace("weather", "other") % "{}", False),
+    ],
+)
+def test_the_engine_of_structured_output_takes_what_is_enforced(
+    source: ModelSource, grammars: GrammarCache, dialog: Dialog, answer: str, possible: bool
+) -> None:
+    structure = dialog.structure
+    assert structure is not None
+    matcher = AnswerMatcher(resolve(StructuredOutputsParams(**structure)))
+    tokens = source.tokenizer().encode(answer, add_special_tokens=False)
+    try:
+        said = matcher.advance(tokens, grammars)
+    except RequestError:
+        assert not possible
+        return
+    bits = np.unpackbits(np.frombuffer(said.compute_bitmask(), dtype=np.uint8), bitorder="little")
+    may_end = all(bits[token] for token in source.info.eos_token_ids)
+    assert may_end == possible
 
 
 def test_nothing_is_enforced_where_a_model_may_choose() -> None:

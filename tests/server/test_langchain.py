@@ -44,3 +44,18 @@ def test_a_conversation_goes_on_with_results(tool_server: Running) -> None:
     answer = bound.invoke([HumanMessage("hi"), called, *results])
     assert answer.content == "It is sunny."
     assert "[weather city=Zürich][now]<|end|><|tool|>sunny" in prompt(tool_server)
+
+
+@pytest.mark.parametrize("method", ["function_calling", "json_schema", "json_mode"])
+def test_structured_output_in_its_three_methods(tool_server: Running, method: str) -> None:
+    from pydantic import BaseModel
+
+    class Weather(BaseModel):
+        """The weather of a city."""
+
+        city: str
+
+    will_answer(tool_server, '{"city": "Zürich"}')
+    structured = model(tool_server).with_structured_output(Weather, method=method)
+    assert structured.invoke("hi, answer in JSON") == Weather(city="Zürich")
+    assert tool_server.head.submitted[-1][2].structured_outputs is not None

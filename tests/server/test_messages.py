@@ -160,6 +160,14 @@ def test_tools_are_chosen(tool_server: Running, client: Any) -> None:
     assert [block.type for block in message.content] == ["text", "tool_use"]
     client.messages.create(**asked, tool_choice={"type": "none"})
     assert "weather" not in prompt(tool_server)
+    will_answer(tool_server, '{"city": "Zürich"}')
+    choice = {"type": "tool", "name": "weather"}
+    (block,) = client.messages.create(**asked, tool_choice=choice).content
+    assert (block.name, block.input) == ("weather", {"city": "Zürich"})
+    will_answer(tool_server, '[{"name": "now", "parameters": {}}]')
+    (block,) = client.messages.create(**asked, tool_choice={"type": "any"}).content
+    assert (block.name, block.input) == ("now", {})
+    assert tool_server.head.submitted[-1][2].structured_outputs is not None
 
 
 def test_refusals_have_the_shape_of_this_api(

@@ -172,6 +172,37 @@ def test_what_is_stored_is_bounded_and_the_oldest_makes_room() -> None:
     assert stored.get("c").body == b"1234"
 
 
+def test_an_answer_of_a_structure_is_parsed(tool_server: Running, client: openai.OpenAI) -> None:
+    import pydantic
+
+    class Weather(pydantic.BaseModel):
+        city: str
+
+    will_answer(tool_server, '{"city": "Zürich"}')
+    response = client.responses.parse(model="fake", input="hi", text_format=Weather)
+    assert response.output_parsed == Weather(city="Zürich")
+    structure = tool_server.head.submitted[-1][2].structured_outputs
+    assert structure is not None
+    assert "city" in str(structure.grammar)
+
+
+def test_what_has_to_be_called_is_enforced(tool_server: Running, client: openai.OpenAI) -> None:
+    will_answer(tool_server, '[{"name": "now", "parameters": {}}]')
+    asked: Any = {"model": "fake", "input": "hi", "tools": TOOLS}
+    (call,) = client.responses.create(**asked, tool_choice="required").output
+    assert (call.type, call.name) == ("function_call", "now")
+    will_answer(tool_server, '{"city": "Zürich"}')
+    named: Any = {"type": "function", "name": "weather"}
+    response = client.responses.create(**asked, tool_choice=named)
+    (call,) = response.output
+    assert (call.type, call.name, call.arguments) == (
+        "function_call",
+        "weather",
+        '{"city": "Zürich"}',
+    )
+    assert tool_server.head.submitted[-1][2].structured_outputs is not None
+
+
 def test_a_failure_in_the_middle_is_the_last_event(
     tool_server: Running, client: openai.OpenAI
 ) -> None:
