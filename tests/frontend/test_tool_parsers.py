@@ -205,8 +205,10 @@ CASES = {
         None,
         '<｜DSML｜function_calls>\n<｜DSML｜invoke name="weather">\n'
         '<｜DSML｜parameter name="city" string="true">Paris</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="other" string="false">[1]</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="days" string="true">2</｜DSML｜parameter>\n'
         "</｜DSML｜invoke>\n</｜DSML｜function_calls>",
-        Answer(calls=[("weather", '{"city":"Paris"}')]),
+        Answer(calls=[("weather", '{"city":"Paris","other":[1],"days":"2"}')]),
     ),
     "glm45": (
         "glm45",
@@ -421,6 +423,8 @@ def test_enforced_answers() -> None:
         ("<tool_call>{name}<arg_key> </think>", "glm45", "qwen3"),
         ("<｜tool▁call▁begin｜> </think>", "deepseek_v3", "qwen3"),
         ("<|tool_call_begin|><|tool_call_argument_begin|>", "kimi_k2", None),
+        ("<|im_system|>tool_declare<|im_middle|>", "kimi_k2", None),
+        ("{%- set dsml_token = '｜DSML｜' -%}", "deepseek_v32", None),
         ("{%- set tc = ns ~ 'minimax:tool_call' -%}", "minimax_m2", None),
         ("[TOOL_CALLS][THINK]", "mistral", "mistral"),
         ("<|start_header_id|>ipython {'name': ..., \"parameters\": ...}", "llama3_json", None),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from contextlib import suppress
+from typing import Literal, TypeVar, get_args
 
 import msgspec
 from pydantic import BaseModel, ValidationError
@@ -24,9 +25,9 @@ from flexpert.frontend.request_limits import (
     encode_prompts,
     token_outside,
 )
-from flexpert.frontend.text import TokenText
+from flexpert.frontend.text import ChatOptions, TokenText
 from flexpert.frontend.tools.tool_choice import Dialog, opened
-from flexpert.frontend.tools.tool_messages import template_message
+from flexpert.frontend.tools.tool_messages import template_message, with_text_arguments
 from flexpert.server import message_fields, response_fields, wire
 from flexpert.server.enforcement import enforced, without_reasoning
 from flexpert.server.fields import check_fields
@@ -232,7 +233,7 @@ def _generate(
     params = enforced(params, dialog)
     params = _checked(params, 1, text, limits)
     options = msgspec.structs.replace(request.options, tools=request.shown_tools(dialog))
-    rendered = text.render(_conversation(request.messages), options)
+    rendered = _render(request.messages, text, options)
     dialog = opened(dialog, rendered)
     (prompt,) = encode_prompts(
         [rendered],
@@ -296,7 +297,7 @@ def _count_tokens(body: bytes, text: TokenText, limits: RequestLimits) -> Render
     chat = _message_chat(request, ignored, text, limits)
     dialog = chat.dialog(limits.parsers)
     options = msgspec.structs.replace(chat.options, tools=chat.shown_tools(dialog))
-    rendered = text.render(_conversation(chat.messages), options)
+    rendered = _render(chat.messages, text, options)
     ids = text.encode_bounded(rendered, limits.max_prompt_tokens, add_special_tokens=False)
     return Rendered(wire.encode(wire.InputTokens(len(ids))))
 
@@ -335,7 +336,7 @@ def _tokenize(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
     if request.prompt is not None:
         source, special = request.prompt, request.add_special_tokens is not False
     else:
-        source = text.render(_conversation(request.messages or ()), request.options)
+        source = _render(request.messages or (), text, request.options)
         special = bool(request.add_special_tokens)
     most = limits.max_prompt_tokens
     ids = text.encode_bounded(source, most, add_special_tokens=special)
@@ -374,9 +375,21 @@ def _parsed(schema: type[Body], body: bytes, limits: RequestLimits) -> tuple[Bod
     return request, check_fields(request, lenient=limits.lenient)
 
 
-def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """As chat templates want it."""
-    return [template_message(message.model_dump()) for message in messages]
+def _render(messages: Sequence[Message], text: TokenText, options: ChatOptions) -> str:
+    """A conversation as the chat template writes it; whether it wants the arguments of calls as
+    mappings or as text, it tells by failing.
+
+    Raises: RequestError
+    """
+    talk = [template_message(message.model_dump()) for message in messages]
+    try:
+        return text.render(talk, options)
+    except RequestError:
+        if not any("tool_calls" in message for message in talk):
+            raise
+        with suppress(RequestError):
+            return text.render(with_text_arguments(talk), options)
+        raise
 
 
 def _packed(tokens: list[int]) -> bytes:

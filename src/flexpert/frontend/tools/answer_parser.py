@@ -56,7 +56,7 @@ TOOL_FAMILIES: Mapping[str, ToolFamily] = {
     "openai": ToolFamily(harmony, HARMONY_MARKERS, (("<|channel|>", "<|start|>"),)),
     "deepseek_v32": ToolFamily(
         xml_calls.tagged(xml_calls.DEEPSEEK_V32),
-        xml_calls.DEEPSEEK_V32.markers,
+        (*xml_calls.DEEPSEEK_V32.markers, "｜DSML｜"),
         (("｜DSML｜",),),
     ),
     "deepseek_v31": ToolFamily(json_calls.deepseek, json_calls.DEEPSEEK_MARKERS),
@@ -64,7 +64,9 @@ TOOL_FAMILIES: Mapping[str, ToolFamily] = {
         json_calls.deepseek, json_calls.DEEPSEEK_MARKERS, (("<｜tool▁call▁begin｜>",),)
     ),
     "kimi_k2": ToolFamily(
-        json_calls.kimi, json_calls.KIMI_MARKERS, (("<|tool_call_argument_begin|>",),)
+        json_calls.kimi,
+        json_calls.KIMI_MARKERS,
+        (("<|tool_call_argument_begin|>",), ("tool_declare", "<|im_middle|>")),
     ),
     "minimax_m2": ToolFamily(
         xml_calls.tagged(xml_calls.MINIMAX),

@@ -63,13 +63,18 @@ class TaggedArguments:
         self._sink = sink
         self._begun = False
 
-    def value(self, key: str, reader: CallReader, ends: Sequence[str]) -> Reading[str | None]:
+    def value(
+        self, key: str, reader: CallReader, ends: Sequence[str], *, is_text: bool | None = None
+    ) -> Reading[str | None]:
         """Read one up to one of `ends`, which is returned. A line break before it and one behind
-        it are layout. A text is handed on as it comes; what is cut off stays open."""
+        it are layout. A text is handed on as it comes; what is cut off stays open. is_text: as the
+        model says; None: it does not, and the schema has to."""
         self._sink.arguments(("," if self._begun else "{") + f"{_dumped(key)}:")
         self._begun = True
         wanted = parameter_schema(self._schema, key)
-        if kinds_of(wanted, self._schema) <= {"string"}:
+        if is_text is None:
+            is_text = kinds_of(wanted, self._schema) <= {"string"}
+        if is_text:
             return (yield from self._text(reader, ends))
         text, end = yield from reader.take(ends)
         text = text.removeprefix("\n").removesuffix("\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flexpert.errors import RequestError
@@ -28,6 +28,22 @@ def template_message(message: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(found.get(one), str):
             found.setdefault(other, found[one])
     return found
+
+
+def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same with the arguments of calls as JSON text, which some templates want (DeepSeek's)."""
+    found = []
+    for message in messages:
+        if isinstance(calls := message.get("tool_calls"), list):
+            message = {**message, "tool_calls": [_text_call(call) for call in calls]}
+        found.append(dict(message))
+    return found
+
+
+def _text_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _call(call: object) -> object:

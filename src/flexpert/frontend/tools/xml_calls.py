@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from flexpert.frontend.tools.call_arguments import TaggedArguments, Tools
@@ -10,6 +12,7 @@ from flexpert.frontend.tools.json_calls import Grammar
 from flexpert.frontend.tools.tool_events import AnswerSink
 
 _MOST_NAME = 128  # characters
+_STRING = re.compile(r'\bstring="(true|false)"')
 
 
 class TagStyle(msgspec.Struct, frozen=True):
@@ -89,7 +92,10 @@ def _call(reader: CallReader, sink: AnswerSink, tools: Tools, style: TagStyle) -
         while end == style.parameter:
             key, _ = yield from reader.take((">",))
             end = yield from arguments.value(
-                _name(key), reader, (style.parameter_end, style.parameter, *ends)
+                _name(key),
+                reader,
+                (style.parameter_end, style.parameter, *ends),
+                is_text=_is_text(key),
             )
             if end is None:
                 return  # cut off within a value: its text stays open
@@ -104,6 +110,12 @@ def _name(head: str) -> str:
     if head[:1] in ('"', "'"):
         head = head[1:].partition(head[0])[0]
     return head[:_MOST_NAME]
+
+
+def _is_text(head: str) -> bool | None:
+    """What DeepSeek-V3.2 says of a value: `"x" string="true"`; None: nothing."""
+    said = _STRING.search(head)
+    return None if said is None else said[1] == "true"
 
 
 def glm(reader: CallReader, sink: AnswerSink, tools: Tools) -> Reading[None]:
