@@ -16,7 +16,7 @@ _LONGEST_NAME = 512  # characters
 class JsonSchemaFormat(BaseModel):
     """`response_format.json_schema`. strict: answers follow the schema with it and without."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid")
 
     name: str | None = Field(None, max_length=_LONGEST_NAME)
     description: str | None = None
@@ -27,7 +27,7 @@ class JsonSchemaFormat(BaseModel):
 class ResponseFormat(BaseModel):
     """OpenAI's `response_format`, and vLLM's structural tags in its place."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="forbid")
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
