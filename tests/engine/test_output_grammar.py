@@ -305,3 +305,14 @@ def test_only_possible_tokens_are_sampled(builder: MaskBuilder, on_device: bool)
     got = Sampler().sample(logits[:1], [with_logprobs], masks.words[:1])
     assert got.logprobs[0] is not None
     assert got.logprobs[0].chosen == pytest.approx(float(raw[got.tokens[0]]), abs=1e-6)
+
+
+def test_where_nothing_is_possible_no_token_is_made_up(builder: MaskBuilder) -> None:
+    state = sampled(resolve(Structure(choice=["yes"])))
+    masks = step(builder, [state])
+    assert masks is not None
+    bits = np.unpackbits(masks.words[0].view(np.uint8), bitorder="little")
+    logits = torch.zeros(1, 4096)
+    logits[0, torch.from_numpy(np.flatnonzero(bits))] = -torch.inf
+    with pytest.raises(ValueError, match="no token is possible"):
+        Sampler().sample(logits, [state], masks.words)

@@ -100,6 +100,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
     ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
     ({"structured_outputs": {"colour": 1}}, "structured_outputs", "colour"),
+    ({"response_format": {"type": "text", "colour": 1}}, "response_format.colour", "colour"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "colour": 1}}},
+        "response_format.json_schema.colour",
+        "colour",
+    ),
     ({"guided_choice": []}, "guided_choice", "not empty"),
     ({"guided_grammar": "root ::= other"}, "guided_grammar", "other"),
     ({"guided_regex": "a" * 300_000}, "guided_regex", "300000 characters"),

@@ -151,11 +151,17 @@ def score_on_device(logits: torch.Tensor, tokens: Sequence[int], top: int) -> li
 
 def _masked(x: Floats, masks: Masks | None) -> Floats:
     """[M, vocab]: logits of which those that are impossible are -inf; `x` itself without
-    masks."""
+    masks.
+
+    Raises: ValueError: a row has none that is possible.
+    """
     if masks is None:
         return x
     bits = np.unpackbits(masks.view(np.uint8), axis=1, count=x.shape[1], bitorder="little")
-    return np.where(bits.view(np.bool_), x, np.float32(-np.inf))
+    out: Floats = np.where(bits.view(np.bool_), x, np.float32(-np.inf))
+    if np.isneginf(out.max(axis=1)).any():
+        raise ValueError("no token is possible: what may come next is forbidden otherwise")
+    return out
 
 
 def _masked_on_device(logits: torch.Tensor, masks: Masks) -> torch.Tensor:
