@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -460,3 +461,22 @@ def test_reasoning_that_the_prompt_opens() -> None:
     assert not ParserNames().opens_reasoning("<think>\n")
     found = parsed(parser_of(None, "qwen3", reasoning_open=True), ["a</thi", "nk>\nb"])
     assert (found.reasoning, found.content) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("tools", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "now", "arguments": ' + "[[1, 2], " * 40_000),
+        ("hermes", '<tool_call>{"name": "now"}</tool_call>' * 10_000),
+        ("hermes", "<tool_call> " * 20_000),
+        ("glm45", "<tool_call>a b" * 20_000),
+        ("qwen3_coder", "<function=now>" + "<parameter=a>x\n</parameter>" * 10_000),
+        ("llama3_json", '{"name": ' * 20_000),
+    ],
+)
+def test_a_long_answer_takes_time_in_proportion_to_its_length(tools: str, text: str) -> None:
+    """At once, and token by token: some tenths of a second, where a square would take minutes."""
+    for cut in ([text], [text[at : at + 4] for at in range(0, len(text), 4)]):
+        began = time.process_time()
+        parsed(parser_of(tools), cut)
+        assert time.process_time() - began < 5

@@ -186,6 +186,7 @@ def test_refusals_have_the_shape_of_this_api(
         ({"messages": [{"role": "user", "content": [USE]}]}, "has no tool_use"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "tools"),
         ({"stop_sequences": [""]}, "stop_sequences"),
+        ({"stop_sequences": ["a"], "stop": "b"}, "stop"),
         ({"tool_choice": {"type": "tool", "name": "x"}, "tools": TOOLS}, "tool_choice"),
     ):
         refused = httpx.post(url, json=least | body)

@@ -14,13 +14,17 @@ BlockKind = Literal["reasoning", "text", "call"]
 
 
 class Block(msgspec.Struct):
-    """text: of a call, its arguments in JSON. id, name: of a call."""
+    """pieces: of its text; of a call, its arguments in JSON. id, name: of a call."""
 
     index: int
     kind: BlockKind
-    text: str = ""
+    pieces: list[str] = []
     id: str = ""
     name: str = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
 
 
 class BlockEvent(msgspec.Struct):
@@ -66,13 +70,13 @@ class BlockBuilder:
         if self._open:
             yield BlockEvent("end", self.blocks[-1])
         self._open = True
-        block = Block(len(self.blocks), kind, "", id, name)
+        block = Block(len(self.blocks), kind, [], id, name)
         self.blocks.append(block)
         yield BlockEvent("begin", block)
 
     def _add(self, text: str) -> Iterator[BlockEvent]:
         if text:
-            self.blocks[-1].text += text
+            self.blocks[-1].pieces.append(text)
             yield BlockEvent("delta", self.blocks[-1], text)
 
 

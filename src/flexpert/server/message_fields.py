@@ -174,6 +174,8 @@ class MessagesRequest(CountTokensRequest, AlsoServed):
         for name in ("stream", "temperature", "top_p", "top_k"):
             if (value := getattr(self, name)) is not None:
                 body[name] = value
+        if self.stop_sequences and self.stop:
+            raise RequestError("stop: it is the same as stop_sequences; send one of them", "stop")
         if self.stop_sequences:
             # shown, so that it can be told which one was met
             body |= {"stop": self.stop_sequences, "include_stop_str_in_output": True}

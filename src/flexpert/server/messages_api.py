@@ -88,7 +88,7 @@ class MessageShape:
         block = event.block
         match event.kind:
             case "begin":
-                empty = msgspec.structs.replace(block, text="")
+                empty = msgspec.structs.replace(block, pieces=[])
                 return _event(
                     "content_block_start", index=block.index, content_block=_content(empty)
                 )

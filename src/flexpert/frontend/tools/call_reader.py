@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -16,6 +17,7 @@ Reading = Generator[None, None, T]
 """A part of a grammar; its value is what it returns."""
 Emit = Callable[[str], None]
 
+_SPACE = re.compile(r"\s*")
 _SCALAR = re.compile(r"[-+.\w]*")
 _IN_STRING = re.compile(r'[^"\\]*')
 _LAYOUT = frozenset(" \t\r\n,:")
@@ -33,39 +35,42 @@ class CallReader:
     """
 
     def __init__(self) -> None:
-        self._rest = ""
+        self._text = ""
+        self._at = 0  # what is before it is read
         self._over = False
         self.log: list[str] | None = None
 
     def push(self, text: str) -> None:
         """More has come."""
-        self._rest += text
+        self._text = self._text[self._at :] + text
+        self._at = 0
 
     def finish(self) -> None:
         """No more comes."""
         self._over = True
 
     def unread(self, text: str) -> None:
-        """It is read again."""
-        self._rest = text + self._rest
+        """What was read last is read again."""
+        self._text = text + self._text[self._at :] if self._at < len(text) else self._text
+        self._at = max(0, self._at - len(text))
 
     def until(self, markers: Sequence[str], emit: Emit) -> Reading[str | None]:
         """Emit what comes before the first of the markers, and read that.
 
         Returns: the marker; None: there is none up to the end.
         """
+        pattern = _any_of(tuple(markers))
         while True:
-            found = [(at, marker) for marker in markers if (at := self._rest.find(marker)) >= 0]
-            open_at = len(self._rest) - _may_begin(self._rest, markers)
-            if found and (self._over or min(found)[0] <= open_at):
-                at, marker = min(found)
-                self._emit(at, emit)
-                self._read(len(marker))
-                return marker
+            found = pattern.search(self._text, self._at) if markers else None
+            open_at = len(self._text) - self._may_begin(markers)
+            if found and (self._over or found.start() <= open_at):
+                self._emit(found.start() - self._at, emit)
+                self._read(len(found[0]))
+                return found[0]
             if self._over:
-                self._emit(len(self._rest), emit)
+                self._emit(self._left, emit)
                 return None
-            self._emit(open_at, emit)
+            self._emit(open_at - self._at, emit)
             yield
 
     def take(self, markers: Sequence[str]) -> Reading[tuple[str, str | None]]:
@@ -78,18 +83,20 @@ class CallReader:
         """Read white space; it is returned."""
         pieces = []
         while True:
-            solid = len(self._rest.lstrip())
-            if space := self._read(len(self._rest) - solid):
+            found = _SPACE.match(self._text, self._at)
+            if space := self._read(found.end() - self._at if found else 0):
                 pieces.append(space)
-            if solid or self._over:
+            if self._left or self._over:
                 return "".join(pieces)
             yield
 
     def next_is(self, text: str) -> Reading[bool]:
         """Whether that follows; it is not read."""
-        while not self._over and len(self._rest) < len(text) and text.startswith(self._rest):
+        while not self._over and self._left < len(text):
+            if not text.startswith(self._text[self._at :]):
+                break
             yield
-        return self._rest.startswith(text)
+        return self._text.startswith(text, self._at)
 
     def literal(self, text: str) -> Reading[bool]:
         """Read that text if it follows."""
@@ -105,11 +112,11 @@ class CallReader:
         """
         closers: list[str] = []
         while True:
-            while not self._rest:
+            while not self._left:
                 if self._over:
                     return False
                 yield
-            character = self._rest[0]
+            character = self._text[self._at]
             if character in _CLOSER:
                 closers.append(_CLOSER[character])
                 self._emit(1, emit)
@@ -133,15 +140,15 @@ class CallReader:
     def _string(self, emit: Emit) -> Reading[bool]:
         self._emit(1, emit)
         while True:
-            found = _IN_STRING.match(self._rest)
-            self._emit(found.end() if found else 0, emit)
-            if self._rest.startswith('"'):
+            found = _IN_STRING.match(self._text, self._at)
+            self._emit(found.end() - self._at if found else 0, emit)
+            if self._text.startswith('"', self._at):
                 self._emit(1, emit)
                 return True
-            if len(self._rest) > 1:  # an escape
+            if self._left > 1:  # an escape
                 self._emit(2, emit)
             elif self._over:
-                self._emit(len(self._rest), emit)
+                self._emit(self._left, emit)
                 return False
             else:
                 yield
@@ -149,11 +156,11 @@ class CallReader:
     def _scalar(self, emit: Emit) -> Reading[bool]:
         read = 0
         while True:
-            found = _SCALAR.match(self._rest)
-            end = found.end() if found else 0
-            more = end == len(self._rest) and not self._over
-            read += end
-            self._emit(end, emit)
+            found = _SCALAR.match(self._text, self._at)
+            length = found.end() - self._at if found else 0
+            more = length == self._left and not self._over
+            read += length
+            self._emit(length, emit)
             if not more:
                 return read > 0
             yield
@@ -163,17 +170,27 @@ class CallReader:
             emit(self._read(count))
 
     def _read(self, count: int) -> str:
-        text, self._rest = self._rest[:count], self._rest[count:]
-        if self.log is not None:
+        text = self._text[self._at : self._at + count]
+        self._at += count
+        if self.log is not None and text:
             self.log.append(text)
         return text
 
+    @property
+    def _left(self) -> int:
+        return len(self._text) - self._at
 
-def _may_begin(text: str, markers: Sequence[str]) -> int:
-    """Length of the longest end of `text` with which a marker begins, but is not complete."""
-    longest = max(map(len, markers), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        end = text[-length:]
-        if any(len(marker) > length and marker.startswith(end) for marker in markers):
-            return length
-    return 0
+    def _may_begin(self, markers: Sequence[str]) -> int:
+        """Length of the longest end of what is left with which a marker begins, but is not
+        complete."""
+        longest = max(map(len, markers), default=1) - 1
+        for length in range(min(longest, self._left), 0, -1):
+            end = self._text[-length:]
+            if any(len(marker) > length and marker.startswith(end) for marker in markers):
+                return length
+        return 0
+
+
+@lru_cache(64)
+def _any_of(markers: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, markers)))

@@ -56,7 +56,9 @@ class AnswerSink:
     def __init__(self, new_id: Callable[[], str] = long_id, most_calls: int | None = None) -> None:
         self._new_id = new_id
         self._most_calls = most_calls
-        self._found = Parsed(calls=[])
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: list[tuple[CallDelta, list[str]]] = []  # with pieces of its arguments
         self._space = ""  # of the content, held back
         self._after_layout = False  # white space here is layout until there is content
         self._has_content = False
@@ -66,7 +68,12 @@ class AnswerSink:
 
     def take(self) -> Parsed:
         """What has come since."""
-        found, self._found = self._found, Parsed(calls=[])
+        calls = []
+        for call, pieces in self._calls:
+            call.arguments = "".join(pieces)
+            calls.append(call)
+        found = Parsed("".join(self._content), "".join(self._reasoning), calls)
+        self._content, self._reasoning, self._calls = [], [], []
         return found
 
     def content(self, text: str) -> None:
@@ -76,11 +83,10 @@ class AnswerSink:
             self._space += text
             return
         if self._after_layout:
-            self._found.content += "\n" if self._has_content else ""
-            solid_part = solid.lstrip()
+            self._content.append("\n" if self._has_content else "")
+            self._content.append(solid.lstrip())
         else:
-            solid_part = self._space + solid
-        self._found.content += solid_part
+            self._content += (self._space, solid)
         self._space = text[len(solid) :]
         self._has_content = True
         self._after_layout = False
@@ -92,9 +98,9 @@ class AnswerSink:
             self._reasoning_space += text
             return
         if self._reasoned:
-            self._found.reasoning += self._reasoning_space + solid
+            self._reasoning += (self._reasoning_space, solid)
         else:
-            self._found.reasoning += solid.lstrip()
+            self._reasoning.append(solid.lstrip())
             self._reasoned = True
         self._reasoning_space = text[len(solid) :]
 
@@ -108,22 +114,21 @@ class AnswerSink:
         self._drop_space()
         self.calls += 1
         if self._is_wanted:
-            self._found.calls.append(CallDelta(self.calls - 1, "", id or self._new_id(), name))
+            call = CallDelta(self.calls - 1, "", id or self._new_id(), name)
+            self._calls.append((call, []))
 
     def arguments(self, text: str) -> None:
         """A piece of the latest call's."""
         if not text or not self._is_wanted:
             return
-        last = self._found.calls[-1] if self._found.calls else None
-        if last is None:
-            self._found.calls.append(CallDelta(self.calls - 1, text))
-        else:
-            last.arguments += text
+        if not self._calls:
+            self._calls.append((CallDelta(self.calls - 1), []))
+        self._calls[-1][1].append(text)
 
     def finish(self) -> None:
         """Nothing follows."""
         if not self._after_layout:
-            self._found.content += self._space
+            self._content.append(self._space)
         self._space = ""
 
     @property
