@@ -46,10 +46,10 @@ from flexpert.engine.memory_plan import kv_blocks
 from flexpert.engine.request import HeldKV, KVMigration, SamplingParams
 from flexpert.engine.stopwatch import Stopwatch, in_words
 from flexpert.errors import (
-    ContextOverflow,
     FlexpertError,
     RequestError,
     ServiceStopped,
+    context_overflow,
 )
 from flexpert.models.source import ModelInfo, ModelSource
 
@@ -248,10 +248,7 @@ class Head:
         room = self.info.max_model_len - len(prompt)
         desired = room if params.max_tokens is None else params.max_tokens
         if room < 1 or max(desired, params.min_tokens) > room:
-            raise ContextOverflow(
-                f"the model's context is {self.info.max_model_len} tokens; the prompt has "
-                f"{len(prompt)} and the answer asks for {max(desired, 1)}"
-            )
+            raise context_overflow(self.info.max_model_len, len(prompt), max(desired, 1))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return msgspec.structs.replace(params, max_tokens=desired, seed=seed, n=1, stop=())
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from flexpert.errors import ContextOverflow, RequestError
+from flexpert.errors import ContextOverflow, RequestError, context_limit
 
 FINISH_STOP = "stop"
 FINISH_LENGTH = "length"
@@ -156,8 +156,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name, count in (("max_tokens", self.max_tokens), ("min_tokens", self.min_tokens)):
             if count is not None and count >= max_model_len:
                 raise ContextOverflow(
-                    f"{name} is {count}; the model's context is {max_model_len} tokens, of which "
-                    "the prompt has at least one",
+                    f"{context_limit(max_model_len)}. However, {name} is {count}, and the prompt "
+                    "has at least one token. Lower it.",
                     name,
                 )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from flexpert.engine.request import SamplingParams
-from flexpert.errors import ContextOverflow, RequestError
+from flexpert.errors import RequestError, context_overflow
 from flexpert.frontend.text import TokenText
 
 Prompt = str | list[int]
@@ -76,10 +76,7 @@ def check_length(prompt: int, answer: int | None, limits: RequestLimits) -> None
     if not prompt:
         raise RequestError("prompt must have at least one token", "prompt")
     if prompt + (answer or 1) > limits.max_model_len:
-        raise ContextOverflow(
-            f"the model's context is {limits.max_model_len} tokens; the prompt has {prompt} and "
-            f"the answer asks for {answer or 1}"
-        )
+        raise context_overflow(limits.max_model_len, prompt, answer or 1)
 
 
 def token_outside(tokens: list[int], size: int) -> int | None:

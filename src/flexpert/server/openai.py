@@ -17,12 +17,13 @@ from flexpert.forking.framing import Piece
 from flexpert.frontend.generation import Generation
 from flexpert.frontend.text import TokenText
 from flexpert.server import wire
-from flexpert.server.http_errors import ApiError, api_error, unknown_model
+from flexpert.server.http_errors import api_error, unknown_model
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.preprocessing import Generate, Kind, Rendered
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.shapes import ChatShape, ChoiceShape, TextShape
 from flexpert.server.stream import DONE, ClientGone, EventStream, event, unless_gone
+from flexpert.server.unserved import wrong_content_type
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
@@ -103,10 +104,9 @@ class OpenAIRoutes:
 
         Raises: ApiError, Overloaded, ClientGone
         """
-        if not is_json(request.headers.get("content-type")):
-            raise ApiError(
-                415, "the body must be JSON; send the header 'Content-Type: application/json'"
-            )
+        content_type = request.headers.get("content-type")
+        if not is_json(content_type):
+            raise wrong_content_type(content_type)
         claimed = 0
         try:
             pieces: list[Piece] = []

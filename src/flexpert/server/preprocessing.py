@@ -167,7 +167,7 @@ def _tokenize(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
         source = text.render(messages, add_generation_prompt=request.add_generation_prompt)
         special = False
     most = limits.max_prompt_tokens
-    ids = text.encode_bounded(source, most, add_special_tokens=special)
+    ids = text.encode_bounded(source, most, add_special_tokens=special, is_context=False)
     return Rendered(wire.encode(wire.Tokens(len(ids), limits.max_model_len, ids)))
 
 
