@@ -22,7 +22,9 @@ SERVE_EXAMPLES = (
 
 
 class ServeCommand(Command):
-    """Takes vLLM's flags, too."""
+    """Takes vLLM's flags, too. What Ctrl-C does is the service's own to say."""
+
+    interruptible = False
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises: ConfigError"""

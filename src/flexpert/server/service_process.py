@@ -91,8 +91,8 @@ def _early_fork_server(config: Config) -> Iterator[EarlyForkServer]:
         signal.raise_signal(number)
 
     with EarlyForkServer(config) as fork_server:
-        defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        changed = {n: was for n, was in defaults.items() if signal.getsignal(n) is was}
+        defaults = (signal.default_int_handler, signal.SIG_DFL)
+        changed = {n: was for n in SIGNALS if (was := signal.getsignal(n)) in defaults}
         for number in changed:
             signal.signal(number, end)
         try:
@@ -190,6 +190,7 @@ class _Service:
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_on_loop_error)
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         host, port = self._listener.getsockname()[:2]
@@ -207,6 +208,7 @@ class _Service:
             await self._stop()
             for number in SIGNALS:  # the loop would leave Ctrl-C dead for what comes after
                 loop.remove_signal_handler(number)
+                signal.signal(number, before[number])
 
     def _on_signal(self, number: int) -> None:
         if self._asked.is_set():
@@ -235,6 +237,7 @@ class _Service:
         if start.done():
             start.result()
             return True
+        self._close_preprocessors()  # before their workers end with the fork server
         start.cancel()
         await asyncio.wait((start,), timeout=FORCED_STOP_S)
         return False
@@ -293,15 +296,18 @@ class _Service:
             _ = ending.cancelled() or ending.exception()  # cancelled on purpose, so not reported
 
     async def _stop(self) -> None:
-        if self._preparing is not None and self._app is not None:
-            self._preparing.cancel()
-            self._app.state.preprocessors.close()
+        self._close_preprocessors()
         try:
             async with asyncio.timeout(FORCED_STOP_S if self._forced.is_set() else None):
                 await self._head.stop()
         except TimeoutError:
             complain("ranks did not stop in time; they end with this process")
         say("stopped")
+
+    def _close_preprocessors(self) -> None:
+        if self._preparing is not None and self._app is not None:
+            self._preparing.cancel()
+            self._app.state.preprocessors.close()
 
     def _exit_code(self) -> int:
         if self._failure is not None:
