@@ -33,7 +33,8 @@ if TYPE_CHECKING:
         UnknownOperation,
         UnsupportedModel,
     )
-    from flexpert.llm import LLM, Completion, CompletionOutput
+    from flexpert.frontend.outputs import Completion, CompletionOutput
+    from flexpert.llm import LLM
 
 __version__ = VERSION
 
@@ -64,8 +65,8 @@ __all__ = [
 
 _MODULES = {
     "LLM": "llm",
-    "Completion": "llm",
-    "CompletionOutput": "llm",
+    "Completion": "frontend.outputs",
+    "CompletionOutput": "frontend.outputs",
     "SamplingParams": "engine.request",
     "TokenLogprobs": "engine.request",
     "ClusterView": "cluster.views",

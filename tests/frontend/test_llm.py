@@ -55,7 +55,23 @@ def test_generate_keeps_the_prompts_order_and_takes_texts_and_ids(llm: LLM) -> N
     assert len(first.text) == len(first.token_ids) == 5
     assert first.outputs[0].text != first.outputs[1].text
     assert first.outputs[0].finish_reason == "length"
-    assert llm.generate("one", params) == [first]
+    (again,) = llm.generate("one", params)
+    assert again.outputs == first.outputs
+
+
+def test_answers_have_vllms_attributes(llm: LLM) -> None:
+    asked = SamplingParams(max_tokens=3, n=2, logprobs=1)
+    first, second = llm.generate(["a", [1, 2]], sampling_params=asked, use_tqdm=False)
+    assert (first.prompt, first.finished) == ("a", True)
+    assert first.request_id != second.request_id
+    assert [output.index for output in first.outputs] == [0, 1]
+    for output in first.outputs:
+        assert output.finished()
+        assert output.cumulative_logprob == 3 * -0.5
+    (plain,) = llm.generate("a", SamplingParams(max_tokens=3), use_tqdm=True)
+    assert plain.outputs[0].cumulative_logprob is None
+    with pytest.raises(RequestError, match="give one of them"):
+        llm.generate("a", asked, sampling_params=asked)
 
 
 def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
