@@ -120,6 +120,11 @@ class ModelConfig(_Section):
     max_model_len: int | None = Field(
         None, ge=8, le=2**31 - 1, description="tokens of prompt and answer"
     )
+    generation_config: str = Field(
+        "auto",
+        description="where sampling settings come from that a request leaves out: auto: the "
+        "model's generation_config.json; vllm or none: nowhere; a folder that has one",
+    )
 
 
 class EngineConfig(_Section):
@@ -285,6 +290,13 @@ class ServerConfig(_Section):
     )
     preprocess_timeout: Seconds = Field(
         10.0, gt=0, description="time to parse and tokenise one request"
+    )
+    lenient: bool = Field(
+        False,
+        description="pass unknown fields of requests over, and tell them in a header of the answer",
+    )
+    trust_request_chat_template: bool = Field(
+        False, description="requests may bring their own chat template, a program that runs here"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

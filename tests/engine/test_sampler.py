@@ -331,5 +331,6 @@ def test_given_tokens_are_scored_alike_on_the_host_and_where_the_logits_are(top:
     for row, token, one, other in zip(rows, tokens, here, there, strict=True):
         assert one.chosen == pytest.approx(float(row.double().log_softmax(0)[token]), abs=1e-9)
         assert other.chosen == pytest.approx(one.chosen, abs=1e-9)
+        assert one.rank == other.rank == 1 + int((row > row[token]).sum())
         assert one.top_ids == other.top_ids == row.topk(top).indices.tolist()
         assert other.top == pytest.approx(one.top, abs=1e-9)

@@ -25,12 +25,29 @@ def closed_server() -> Iterator[Running]:
     running.close()
 
 
+@pytest.fixture(scope="session")
+def lenient_server() -> Iterator[Running]:
+    running = Running(ServerConfig(lenient=True, trust_request_chat_template=True))
+    running.head.sampling_defaults = {"temperature": 0.6, "top_k": 20}
+    yield running
+    running.close()
+
+
 @pytest.fixture
 def server(open_server: Running) -> Running:
     """Open, and as new."""
+    return _as_new(open_server)
 
+
+@pytest.fixture
+def trusting_server(lenient_server: Running) -> Running:
+    """Passes unknown fields over, takes templates, has sampling defaults; as new."""
+    return _as_new(lenient_server)
+
+
+def _as_new(running: Running) -> Running:
     def fresh() -> None:
-        head = open_server.head
+        head = running.head
         head.behaviour = Behaviour()
         head.submitted.clear()
         head.cancelled.clear()
@@ -39,5 +56,5 @@ def server(open_server: Running) -> Running:
         head.full = False
         head.down = head.failure = None
 
-    open_server.call(fresh)
-    return open_server
+    running.call(fresh)
+    return running

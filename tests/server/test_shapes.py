@@ -18,7 +18,7 @@ def test_others_get_their_turn_between_the_choices_of_a_whole_answer(
     kind: type[TextShape] | type[ChatShape],
 ) -> None:
     text = TokenText(byte_level_tokenizer())
-    shape: ChoiceShape = kind("id", 1, "model", text, with_usage=False)
+    shape: ChoiceShape = kind("id", 1, "model", text)
     parts = [Part(index, f"text {index}", None, "stop") for index in range(50)]
 
     async def scenario() -> tuple[bytes, int]:

@@ -150,6 +150,13 @@ class FakeStream:
         self._prompt = prompt
         self._params = params
         self._over = False
+        self._of_prompt = None
+        top = params.prompt_logprobs
+        if top is not None:
+            self._of_prompt = [
+                TokenLogprobs(-0.25, [token, 1][:top], [-0.25, -1.5][:top], 1)
+                for token in prompt[1:]
+            ]
 
     def cancel(self) -> None:
         if not self._over:
@@ -178,7 +185,9 @@ class FakeStream:
             if finish is not None:
                 self._end()
             since = behaviour.degraded_from
+            of_prompt, self._of_prompt = self._of_prompt, None
             yield Delta(
+                prompt_logprobs=of_prompt,
                 tokens=tokens,
                 logprobs=self._logprobs(tokens),
                 finish=finish,
@@ -220,6 +229,7 @@ class FakeHead:
         self.model_name = "fake"
         self.tokenizer = byte_level_tokenizer()
         self.info = replace(self.info, eos_token_ids=(self.tokenizer.eos_token_id,))
+        self.sampling_defaults: dict[str, object] = {}
         self.registry = CollectorRegistry()
         Counter("flexpert_tokens", "tokens", registry=self.registry)
         self.on_failure = None

@@ -18,6 +18,7 @@ from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.expert_cache_manager import ExpertCacheManager
 from flexpert.cluster.formatting import describe_memory
+from flexpert.cluster.generation_defaults import sampling_defaults, with_end_tokens
 from flexpert.cluster.hosts.cluster_token import cluster_keys
 from flexpert.cluster.hosts.host_sessions import HostSessions
 from flexpert.cluster.hosts.model_description import describe_model
@@ -90,6 +91,7 @@ class Head:
         self._stopping = asyncio.Lock()
         self._stopped = False
         self.opened = asyncio.Event()
+        self.sampling_defaults: dict[str, Any] = {}
         self._cache: ExpertCacheManager | None = None
         self._budget: MemoryBudget | None = None
         self._hosts: HostSessions | None = None
@@ -133,6 +135,8 @@ class Head:
             watch.lap("model and fork server")
             self.info, engine = source.info, self.config.engine
             self._journal.kv_tokens = kv_blocks(self.info, engine) * engine.kv_block_size
+            wanted = self.config.model.generation_config
+            self.sampling_defaults = sampling_defaults(source.path, wanted)
             tokenizer = asyncio.create_task(asyncio.to_thread(source.tokenizer))
             self.model_name = self.config.model.served_name or self.info.name
             driver = await asyncio.to_thread(self._gpu_driver, tell)
@@ -144,6 +148,7 @@ class Head:
             tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
             first = self._coordinator.begin_first(ranks)
             self.tokenizer = await tokenizer
+            self.info = with_end_tokens(self.info, self.tokenizer)
             self.opened.set()
             done = await self.wait_operation(first.id)
             if done.state != "done":

@@ -246,11 +246,15 @@ class KVMigration(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log probabilities of one position, natural logarithm, before temperature and penalties."""
+    """Log probabilities of one position, natural logarithm, before temperature and penalties.
+
+    rank: of the chosen token, 1 for the likeliest.
+    """
 
     chosen: float
     top_ids: list[int]
     top: list[float]
+    rank: int = 0
 
 
 class TokenEvent(msgspec.Struct, frozen=True, array_like=True):

@@ -129,10 +129,12 @@ def score_on_device(logits: torch.Tensor, tokens: Sequence[int], top: int) -> li
         rows = logits[start : start + _SCORED_AT_ONCE].double()
         wanted = torch.tensor(tokens[start : start + _SCORED_AT_ONCE], device=rows.device)
         shift = rows.logsumexp(dim=1)
-        chosen = rows.gather(1, wanted[:, None])[:, 0] - shift
+        logit = rows.gather(1, wanted[:, None])
+        chosen = logit[:, 0] - shift
+        ranks = (rows > logit).sum(dim=1) + 1
         best = rows.topk(min(top, rows.shape[1]), dim=1)
         values = (best.values - shift[:, None]).tolist()
-        scored += map(TokenLogprobs, chosen.tolist(), best.indices.tolist(), values)
+        scored += map(TokenLogprobs, chosen.tolist(), best.indices.tolist(), values, ranks.tolist())
     return scored
 
 
@@ -346,5 +348,8 @@ def _logprobs(row: Floats, token: int, top: int) -> TokenLogprobs:
         ids = np.flatnonzero(row >= least)
         ids = ids[np.argsort(-row[ids], kind="stable")][:top]
     return TokenLogprobs(
-        float(wide[token] - shift), [int(i) for i in ids], [float(wide[i] - shift) for i in ids]
+        float(wide[token] - shift),
+        [int(i) for i in ids],
+        [float(wide[i] - shift) for i in ids],
+        int(np.count_nonzero(row > row[token])) + 1,
     )

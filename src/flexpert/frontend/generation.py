@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from flexpert.cluster.views import Delta
-from flexpert.engine.request import FINISH_STOP, SamplingParams, TokenLogprobs
+from flexpert.engine.request import FINISH_LENGTH, FINISH_STOP, SamplingParams, TokenLogprobs
 from flexpert.errors import RequestError, ServiceStopped
 from flexpert.frontend.text import StopTexts, TokenText
 
@@ -41,7 +41,9 @@ class Part(msgspec.Struct):
 
     index: prompt * n + sample, the choice's number. records: None unless log probabilities were
     asked for. finish: set on a choice's last part: "stop" or "length". degraded: some of the choice
-    so far was computed while experts were missing.
+    so far was computed while experts were missing. tokens: ids that have come, those without text
+    included. prompt: on a choice's first part, log probabilities of the prompt's tokens from the
+    second on, if they were asked for.
     """
 
     index: int
@@ -49,6 +51,14 @@ class Part(msgspec.Struct):
     records: list[TokenRecord] | None
     finish: str | None
     degraded: bool = False
+    tokens: Sequence[int] = ()
+    prompt: list[TokenLogprobs] | None = None
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """cached_tokens: of the prompts, those that were found in the prefix cache."""
+
+    cached_tokens: int = 0
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -57,6 +67,7 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = PromptTokensDetails()
 
 
 class Meter(Protocol):
@@ -75,6 +86,7 @@ class Generation:
     Args:
         prompts: token ids of each prompt.
         request_id: the sequences are named after it.
+        without_answer: only the prompts' log probabilities are wanted.
     """
 
     def __init__(
@@ -85,6 +97,7 @@ class Generation:
         params: SamplingParams,
         *,
         request_id: str,
+        without_answer: bool = False,
         meter: Meter | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -93,6 +106,7 @@ class Generation:
         self._prompts = prompts
         self._params = params
         self.request_id = request_id
+        self._without_answer = without_answer
         self._meter = meter
         self._clock = clock
         self._started = clock()
@@ -149,7 +163,13 @@ class Generation:
     def usage(self) -> Usage:
         """So far."""
         completion = sum(len(answer.tokens) for answer in self.answers)
-        return Usage(self._prompt_tokens, completion, self._prompt_tokens + completion)
+        cached = sum(answer.cached for answer in self.answers[:: self._params.n])
+        return Usage(
+            self._prompt_tokens,
+            completion,
+            self._prompt_tokens + completion,
+            PromptTokensDetails(cached),
+        )
 
     async def parts(self) -> AsyncGenerator[list[Part], None]:
         """What the choices grow by, all that is there at once in one list, until all are finished.
@@ -180,7 +200,7 @@ class Generation:
     async def _follow(self, answer: Answer) -> AsyncGenerator[Part, None]:
         async for delta in answer.stream:
             self._measure(answer, delta)
-            part = answer.feed(delta)
+            part = answer.no_answer(delta) if self._without_answer else answer.feed(delta)
             yield part
             if part.finish is not None:
                 if delta.finish is None:
@@ -231,7 +251,8 @@ class Generation:
 class Answer:
     """One sequence's answer as it grows.
 
-    tokens: ids so far, the one that ended it included. latest: when the last ones came.
+    tokens: ids so far, the one that ended it included. latest: when the last ones came. cached:
+    tokens of the prompt that were found in the prefix cache.
     """
 
     __slots__ = (
@@ -239,11 +260,13 @@ class Answer:
         "_detokenizer",
         "_fast",
         "_hidden",
+        "_keeps_end",
         "_length",
         "_records",
         "_shown",
         "_stops",
         "_with_logprobs",
+        "cached",
         "index",
         "latest",
         "stream",
@@ -262,8 +285,10 @@ class Answer:
         self.stream = stream
         self.tokens: list[int] = []
         self.latest: float | None = None
-        self._detokenizer = text.detokenizer()
-        self._stops = StopTexts(params.stop)
+        self.cached = 0
+        self._detokenizer = text.detokenizer(skip_special_tokens=params.skip_special_tokens)
+        self._keeps_end = params.include_stop_str_in_output
+        self._stops = StopTexts(params.stop, include=self._keeps_end)
         self._armed_at = params.min_tokens
         self._hidden = hidden
         self._with_logprobs = params.logprobs is not None
@@ -275,17 +300,33 @@ class Answer:
     def feed(self, delta: Delta) -> Part:
         """The part that these tokens make.
 
-        A token that ended the answer (end of sequence, stop token) has no text and no record. A
-        stop text is not looked for in the first `min_tokens` tokens.
+        A token that ended the answer (end of sequence, stop token) has no text and no record,
+        unless what stops an answer is to be part of it. A stop text is not looked for in the
+        first `min_tokens` tokens.
         """
+        before = len(self.tokens)
         part = self._feed(delta)
         part.degraded = delta.degraded
+        part.tokens = self.tokens[before:]
+        self._begin(part, delta)
         return part
+
+    def no_answer(self, delta: Delta) -> Part:
+        """The only part of a choice that has no answer; the token that came is nobody's."""
+        part = Part(self.index, "", [] if self._with_logprobs else None, FINISH_LENGTH)
+        part.degraded = delta.degraded
+        self._begin(part, delta)
+        return part
+
+    def _begin(self, part: Part, delta: Delta) -> None:
+        part.prompt = delta.prompt_logprobs
+        self.cached += delta.cached
 
     def _feed(self, delta: Delta) -> Part:
         tokens = delta.tokens
         visible = len(tokens)
-        if delta.finish == FINISH_STOP and tokens and tokens[-1] in self._hidden:
+        ended = delta.finish == FINISH_STOP and tokens and tokens[-1] in self._hidden
+        if ended and not self._keeps_end:
             visible -= 1
         if self._fast:
             self.tokens += tokens
@@ -337,7 +378,8 @@ def _join(parts: list[Part]) -> Part:
     if last.records is not None:
         records = [record for part in parts for record in part.records or ()]
     text = "".join([part.text for part in parts])
-    return Part(last.index, text, records, last.finish, last.degraded)
+    tokens = [token for part in parts for token in part.tokens]
+    return Part(last.index, text, records, last.finish, last.degraded, tokens, parts[0].prompt)
 
 
 def _wrap(seed: int) -> int:

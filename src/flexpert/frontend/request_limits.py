@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 
@@ -18,6 +19,8 @@ class RequestLimits(msgspec.Struct, frozen=True):
 
     model: the name it is served under. vocab: size of the model's vocabulary. max_model_len: tokens
     of prompt and answer. max_choices: prompts × n. max_prompt_tokens: sum over all prompts.
+    defaults: sampling parameters of the model where a request says nothing. lenient: unknown
+    fields are passed over. trust_chat_template: a request may bring its own.
     """
 
     model: str
@@ -25,6 +28,9 @@ class RequestLimits(msgspec.Struct, frozen=True):
     max_model_len: int
     max_choices: int
     max_prompt_tokens: int
+    defaults: dict[str, Any] = {}
+    lenient: bool = False
+    trust_chat_template: bool = False
 
 
 def check_params(params: SamplingParams, prompts: int, limits: RequestLimits) -> None:
@@ -44,22 +50,36 @@ def check_params(params: SamplingParams, prompts: int, limits: RequestLimits) ->
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt], text: TokenText, limits: RequestLimits, answer: int | None
+    prompts: Sequence[Prompt],
+    text: TokenText,
+    limits: RequestLimits,
+    answer: int | None,
+    *,
+    add_special_tokens: bool = True,
+    truncate: int | None = None,
 ) -> Iterator[list[int]]:
     """Token ids of each prompt, one after the other, so that a caller need not keep them all.
 
-    answer: tokens that each answer may have; None: one at least.
+    answer: tokens that each answer may have; None: one at least. truncate: the last so many tokens
+    are kept; -1: as many as the context takes.
 
     Raises: RequestError, ContextOverflow
     """
     total = 0
     for prompt in prompts:
         if isinstance(prompt, str):
-            ids = text.encode_bounded(prompt, limits.max_model_len - 1)
-            check_length(len(ids), answer, limits)
+            most = limits.max_model_len - 1 if truncate is None else limits.max_prompt_tokens
+            ids = text.encode_bounded(
+                prompt,
+                most,
+                add_special_tokens=add_special_tokens,
+                is_context=truncate is None,
+            )
         else:
             ids = prompt
-            check_length(len(ids), answer, limits)
+        ids = truncated(ids, truncate, answer, limits)
+        check_length(len(ids), answer, limits)
+        if not isinstance(prompt, str):
             _check_vocabulary(ids, limits.vocab)
         total += len(ids)
         if total > limits.max_prompt_tokens:
@@ -69,6 +89,17 @@ def encode_prompts(
                 "prompt",
             )
         yield ids
+
+
+def truncated(
+    ids: list[int], truncate: int | None, answer: int | None, limits: RequestLimits
+) -> list[int]:
+    """The last tokens of a prompt; see `encode_prompts`."""
+    if truncate is None:
+        return ids
+    if truncate == -1:
+        truncate = limits.max_model_len - (answer or 1)
+    return ids[-truncate:] if truncate > 0 else ids
 
 
 def check_length(prompt: int, answer: int | None, limits: RequestLimits) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
 
 from flexpert.errors import ContextOverflow, RequestError, context_limit
 
@@ -33,6 +36,31 @@ class Detokenizer(Protocol):
         """What is left at the end: U+FFFD for a character that never became whole."""
 
 
+class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a chat template is given besides the messages; names as in transformers.
+
+    chat_template: used instead of the model's. kwargs: any other variables that it knows.
+    """
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template: str | None = None
+    documents: list[Any] | None = None
+    tools: list[Any] | None = None
+    reasoning_effort: str | None = None
+    kwargs: dict[str, Any] = {}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The template's variables."""
+        own = {name: getattr(self, name) for name in OWN_FIELDS}
+        return {**self.kwargs, **{name: value for name, value in own.items() if value is not None}}
+
+
+PLAIN = ChatOptions()
+OWN_FIELDS = ("documents", "tools", "reasoning_effort")
+
+
 class TokenText:
     """What the tokens of one tokenizer mean as text. Made once, shared by all sequences.
 
@@ -43,6 +71,7 @@ class TokenText:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
+        self._reserved = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
         self._special = frozenset(id for id, token in added.items() if token.special)
         self._byte_level = _is_byte_level(tokenizer)
         to_bytes = _byte_level_bytes if self._byte_level else _piece_bytes
@@ -56,11 +85,12 @@ class TokenText:
         self._longest = longest * (1 if self._byte_level and not _normalises(tokenizer) else 4)
         self._shown = [b"" if id in self._special else raw for id, raw in enumerate(self._bytes)]
 
-    def detokenizer(self) -> Detokenizer:
-        """One for a new sequence."""
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """One for a new sequence. skip_special_tokens: else they have their names as text."""
         if self._byte_level:
-            return _ByteDetokenizer(self._shown)
-        return _WindowDetokenizer(self.tokenizer, self._special, len(self._shown))
+            return _ByteDetokenizer(self._shown if skip_special_tokens else self._bytes)
+        special = self._special if skip_special_tokens else frozenset[int]()
+        return _WindowDetokenizer(self.tokenizer, special, len(self._shown))
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token stands for; of a special token, its name."""
@@ -115,32 +145,50 @@ class TokenText:
         detokenizer = self.detokenizer()
         return detokenizer.push(tokens) + detokenizer.flush()
 
-    def chat(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
-    ) -> list[int]:
+    def bad_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The ways in which an answer may come to have one of these texts: as it stands, and as
+        a word of its own, behind a space.
+
+        Raises: RequestError: it is no valid Unicode, or no token stands for it.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for text in (word, " " + word.lstrip()):
+                ids = tuple(self.encode(text, add_special_tokens=False))
+                if not ids:
+                    raise RequestError(f"bad_words: no token stands for {word!r}", "bad_words")
+                found[ids] = None
+        return tuple(found)
+
+    def chat(self, messages: Sequence[dict[str, Any]], options: ChatOptions = PLAIN) -> list[int]:
         """Token ids of a conversation, by the model's chat template.
 
         Raises: RequestError, as `render`.
         """
-        text = self.render(messages, add_generation_prompt=add_generation_prompt)
         # the template has written the special tokens itself
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(self.render(messages, options), add_special_tokens=False)
 
-    def render(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True
-    ) -> str:
+    def render(self, messages: Sequence[dict[str, Any]], options: ChatOptions = PLAIN) -> str:
         """A conversation as the model's chat template writes it.
 
         Raises:
-            RequestError: the model has no chat template, or the template refuses the messages.
+            RequestError: the model has no chat template, the template refuses the messages, or
+                does not know what it is to be given.
         """
-        if not self.tokenizer.chat_template:
+        if not (options.chat_template or self.tokenizer.chat_template):
             raise RequestError(
                 "this model has no chat template; send the text as a prompt to /v1/completions"
             )
+        given = options.given
+        self._check_known(given, options)
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=options.add_generation_prompt,
+                continue_final_message=options.continue_final_message,
+                chat_template=options.chat_template,
+                **given,
             )
         except (MemoryError, RecursionError):
             raise
@@ -151,6 +199,28 @@ class TokenText:
             ) from None
         return str(text)
 
+    def _check_known(self, given: Mapping[str, Any], options: ChatOptions) -> None:
+        """Raises: RequestError: the template would not notice what it is given."""
+        if not given:
+            return
+        for name in options.kwargs:
+            if name in self._reserved:
+                raise RequestError(
+                    f"chat_template_kwargs: {name!r} is not for the template; what of it can be "
+                    "said has a field of its own",
+                    "chat_template_kwargs",
+                )
+        template = options.chat_template or self._template(options.tools)
+        for name in given:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                field = name if name in OWN_FIELDS else "chat_template_kwargs"
+                raise RequestError(
+                    f"{field}: the chat template of this model does not use {name[:80]!r}", field
+                )
+
+    def _template(self, tools: list[Any] | None) -> str:
+        return str(self.tokenizer.get_chat_template(None, tools))
+
 
 class StopTexts:
     """Lets an answer through up to the first of its stop texts.
@@ -159,12 +229,13 @@ class StopTexts:
     could end the answer, the one that is complete first does, so the result does not depend on
     how the text was cut into tokens.
 
-    met: a stop text has come; nothing more will be let through.
+    met: a stop text has come; nothing more will be let through. include: it is let through, too.
     """
 
-    __slots__ = ("_held", "_longest", "_stops", "met")
+    __slots__ = ("_held", "_include", "_longest", "_stops", "met")
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        self._include = include
         self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=0)
         self._held = ""
@@ -180,7 +251,8 @@ class StopTexts:
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.met, self._held = True, ""
-            return text[: min(found)[1]]
+            end, begin = min(found)
+            return text[: end if self._include else begin]
         cut = len(text) - self._may_begin(text)
         self._held = text[cut:]
         return text[:cut]

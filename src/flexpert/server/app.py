@@ -74,6 +74,9 @@ def _preprocessors(head: Head) -> Preprocessors:
             max_model_len=context,
             max_choices=server.max_choices,
             max_prompt_tokens=server.max_prompt_tokens or max(MOST_PROMPT_TOKENS, context),
+            defaults=head.sampling_defaults,
+            lenient=server.lenient,
+            trust_chat_template=server.trust_request_chat_template,
         )
 
     return Preprocessors(head, limits, server.preprocess_timeout)

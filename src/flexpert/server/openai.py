@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -16,7 +17,7 @@ from flexpert.errors import FlexpertError
 from flexpert.forking.framing import Piece
 from flexpert.frontend.generation import Generation
 from flexpert.frontend.text import TokenText
-from flexpert.server import wire
+from flexpert.server import fields, wire
 from flexpert.server.http_errors import api_error, unknown_model
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.preprocessing import Generate, Kind, Rendered
@@ -65,27 +66,28 @@ class OpenAIRoutes:
     async def completions(self, request: Request) -> Response:
         """Continue one or several prompts; choice prompt * n + sample."""
         asked = await self._preprocess(request, "completions", Generate)
-        id = f"cmpl-{secrets.token_hex(12)}"
+        times = asked.params.n
         shape = TextShape(
-            id,
+            _id("cmpl", asked, request),
             int(time.time()),
             self._head.model_name,
             self._text,
-            with_usage=asked.include_usage,
-            echoes=[text for text in asked.echoes for _ in range(asked.params.n)],
+            shown=asked.shown,
+            prompts=[prompt for prompt in asked.prompt_ids for _ in range(times)],
+            echoes=[text for text in asked.echoes for _ in range(times)],
         )
         return await self._answer(request, asked, shape)
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
         asked = await self._preprocess(request, "chat", Generate)
-        id = f"chatcmpl-{secrets.token_hex(12)}"
         shape = ChatShape(
-            id,
+            _id("chatcmpl", asked, request),
             int(time.time()),
             self._head.model_name,
             self._text,
-            with_usage=asked.include_usage,
+            shown=asked.shown,
+            prompts=asked.prompt_ids * asked.params.n,
         )
         return await self._answer(request, asked, shape)
 
@@ -130,16 +132,18 @@ class OpenAIRoutes:
             asked.prompt_ids,
             asked.params,
             request_id=shape.id,
+            without_answer=asked.without_answer,
             meter=self._metrics,
         )
         # the head admits or refuses here, before anything is sent: a refusal has its own status
         await generation.submit()
+        headers = fields.header(asked.ignored)
         if asked.stream:
-            return EventStream(_events(generation, shape), generation.cancel)
+            return EventStream(_events(generation, shape), generation.cancel, headers)
         with generation:
             choices = await unless_gone(request.receive, generation.whole())
         body = await shape.answer(choices, generation.usage)
-        return Response(body, media_type="application/json")
+        return Response(body, headers=headers, media_type="application/json")
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._head.model_name:
@@ -154,6 +158,13 @@ class OpenAIRoutes:
         )
 
 
+def _id(prefix: str, asked: Generate, request: Request) -> str:
+    """Of an answer: with the client's own id, if it gave one."""
+    header = request.headers.get("x-request-id", "")
+    own = asked.request_id or (header if re.fullmatch(r"[!-~]{1,256}", header) else "")
+    return f"{prefix}-{own or secrets.token_hex(12)}"
+
+
 def _gather(pieces: list[Piece], piece: bytes) -> None:
     """Append it; small ones are put together, so that a body is never many of them."""
     if len(piece) >= _PIECE:
@@ -166,18 +177,20 @@ def _gather(pieces: list[Piece], piece: bytes) -> None:
 
 async def _events(generation: Generation, shape: ChoiceShape) -> AsyncGenerator[bytes, None]:
     """The stream's events; what came in one step leaves in one piece."""
+    continuous = shape.shown.continuous_usage
     try:
         async with aclosing(generation.parts()) as arriving:
             async for parts in arriving:
+                usage = generation.usage if continuous else None
                 if len(parts) == 1:
-                    chunk = shape.chunk(parts[0])
+                    chunk = shape.chunk(parts[0], usage)
                     if chunk is not None:
                         yield event(chunk)
                     continue
-                chunks = [shape.chunk(part) for part in parts]
+                chunks = [shape.chunk(part, usage) for part in parts]
                 if piece := b"".join([event(chunk) for chunk in chunks if chunk is not None]):
                     yield piece
-        if shape.with_usage:
+        if shape.shown.usage:
             yield event(shape.usage_chunk(generation.usage))
     except Exception as error:
         if not isinstance(error, FlexpertError):

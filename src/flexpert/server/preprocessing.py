@@ -20,19 +20,20 @@ from flexpert.errors import FlexpertError, RequestError
 from flexpert.forking.framing import Piece
 from flexpert.frontend.request_limits import (
     RequestLimits,
-    check_length,
     check_params,
     encode_prompts,
     token_outside,
 )
 from flexpert.frontend.text import TokenText
 from flexpert.server import wire
+from flexpert.server.fields import check_fields
 from flexpert.server.http_errors import ApiError, api_error, unknown_model, validation_error
 from flexpert.server.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     Message,
+    Shown,
     TokenizeRequest,
 )
 
@@ -51,13 +52,21 @@ class Spec(msgspec.Struct, frozen=True):
 
 
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
-    """Sequences to run. prompts: token ids, int32; echoes: texts of the prompts, if asked for."""
+    """Sequences to run.
+
+    prompts: token ids, int32. echoes: texts of the prompts, if asked for. without_answer: the
+    prompt is all that is asked for. request_id: the client's, or "". ignored: fields that were
+    passed over.
+    """
 
     prompts: list[bytes]
     params: SamplingParams
     stream: bool
-    include_usage: bool
-    echoes: list[str]
+    shown: Shown
+    echoes: list[str] = []
+    without_answer: bool = False
+    request_id: str = ""
+    ignored: list[str] = []
 
     @property
     def prompt_ids(self) -> list[list[int]]:
@@ -137,42 +146,83 @@ def preprocess(task: PreprocessTask, text: TokenText, limits: RequestLimits) -> 
 
 
 def _completions(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
-    request = _parsed(CompletionRequest, body, limits)
-    params = request.params
-    check_params(params, len(request.prompts), limits)
-    encoded = encode_prompts(request.prompts, text, limits, params.max_tokens)
-    prompts = [_packed(ids) for ids in encoded]
-    echoes = []
-    if request.echo:
-        echoes = [p if isinstance(p, str) else text.decode(p) for p in request.prompts]
-    return Generate(prompts, params, request.stream, request.include_usage, echoes)
+    request, ignored = _parsed(CompletionRequest, body, limits)
+    params = _checked(request.params(limits.defaults), len(request.prompts), text, limits)
+    encoded = encode_prompts(
+        request.prompts,
+        text,
+        limits,
+        request.max_tokens if request.max_tokens == 0 else params.max_tokens,
+        add_special_tokens=request.add_special_tokens is not False,
+        truncate=request.truncate_prompt_tokens,
+    )
+    prompts, echoes = [], []
+    for prompt, ids in zip(request.prompts, encoded, strict=True):
+        prompts.append(_packed(ids))
+        if request.echo:
+            whole = isinstance(prompt, str) and request.truncate_prompt_tokens is None
+            echoes.append(str(prompt) if whole else text.decode(ids))
+    return Generate(
+        prompts,
+        params,
+        request.stream,
+        request.shown,
+        echoes=echoes,
+        without_answer=request.max_tokens == 0,
+        request_id=request.request_id or "",
+        ignored=ignored,
+    )
 
 
 def _chat(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
-    request = _parsed(ChatRequest, body, limits)
-    params = request.params
-    check_params(params, 1, limits)
-    rendered = text.render(_conversation(request.messages))
-    prompt = text.encode_bounded(rendered, limits.max_model_len - 1, add_special_tokens=False)
-    check_length(len(prompt), params.max_tokens, limits)
-    return Generate([_packed(prompt)], params, request.stream, request.include_usage, [])
+    request, ignored = _parsed(ChatRequest, body, limits)
+    params = _checked(request.params(limits.defaults), 1, text, limits)
+    rendered = text.render(_conversation(request.messages), request.options)
+    (prompt,) = encode_prompts(
+        [rendered],
+        text,
+        limits,
+        params.max_tokens,
+        add_special_tokens=bool(request.add_special_tokens),  # the template has written them
+        truncate=request.truncate_prompt_tokens,
+    )
+    return Generate(
+        [_packed(prompt)],
+        params,
+        request.stream,
+        request.shown,
+        request_id=request.request_id or "",
+        ignored=ignored,
+    )
+
+
+def _checked(
+    params: SamplingParams, prompts: int, text: TokenText, limits: RequestLimits
+) -> SamplingParams:
+    """Checked, and with tokens for words. Raises: RequestError, ContextOverflow"""
+    check_params(params, prompts, limits)
+    if not params.bad_words:
+        return params
+    bad = text.bad_token_ids(params.bad_words)
+    params = msgspec.structs.replace(params, bad_words=(), bad_token_ids=bad)
+    check_params(params, prompts, limits)
+    return params
 
 
 def _tokenize(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
-    request = _parsed(TokenizeRequest, body, limits)
+    request, _ = _parsed(TokenizeRequest, body, limits)
     if request.prompt is not None:
-        source, special = request.prompt, request.add_special_tokens
+        source, special = request.prompt, request.add_special_tokens is not False
     else:
-        messages = _conversation(request.messages or ())
-        source = text.render(messages, add_generation_prompt=request.add_generation_prompt)
-        special = False
+        source = text.render(_conversation(request.messages or ()), request.options)
+        special = bool(request.add_special_tokens)
     most = limits.max_prompt_tokens
     ids = text.encode_bounded(source, most, add_special_tokens=special, is_context=False)
     return Rendered(wire.encode(wire.Tokens(len(ids), limits.max_model_len, ids)))
 
 
 def _detokenize(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
-    request = _parsed(DetokenizeRequest, body, limits)
+    request, _ = _parsed(DetokenizeRequest, body, limits)
     size, tokens = text.vocabulary_size, request.tokens
     wrong = token_outside(tokens, size)
     if wrong is not None:
@@ -190,12 +240,13 @@ _KINDS: Mapping[Kind, Callable[[bytes, TokenText, RequestLimits], Outcome]] = {
 }
 
 
-def _parsed(schema: type[Body], body: bytes, limits: RequestLimits) -> Body:
+def _parsed(schema: type[Body], body: bytes, limits: RequestLimits) -> tuple[Body, list[str]]:
+    """The request, and the fields that are passed over."""
     request = schema.model_validate_json(body, context=limits)
     name = getattr(request, "model", None)
     if name is not None and name != limits.model:
         raise unknown_model(name)
-    return request
+    return request, check_fields(request, lenient=limits.lenient)
 
 
 def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -1,13 +1,16 @@
 """Bodies that clients send.
 
-Unknown fields are ignored, as OpenAI's servers do, but one whose neglect would change the answer
-is refused. null means the default everywhere.
+What is here is served; any other field is refused by name, see `fields`. null means the default
+everywhere.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
+import msgspec
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -21,7 +24,10 @@ from pydantic import (
 )
 
 from flexpert.engine.request import (
+    LONGEST_SALT,
     LONGEST_STOP,
+    MOST_BAD_WORDS,
+    MOST_BIASES,
     MOST_LOGPROBS,
     MOST_SAMPLES,
     MOST_STOP_TOKENS,
@@ -29,12 +35,16 @@ from flexpert.engine.request import (
     MOST_TOP_K,
     SamplingParams,
 )
+from flexpert.errors import RequestError
 from flexpert.frontend.request_limits import Prompt, RequestLimits
+from flexpert.frontend.text import ChatOptions
 
 LONGEST_NAME = 512  # characters
 MOST_MESSAGES = 16_384
 MOST_FIELDS = 64  # of a message: each is checked, copied and shown to the chat template
 MOST_PARTS = 16_384  # of one message
+MOST_REQUEST_ID = 256  # characters
+LONGEST_TEMPLATE = 2**18  # characters
 MOST_RANKS = 4096  # far above any capacity, which says itself what it is
 
 
@@ -89,16 +99,40 @@ Stops = Annotated[
     WithJsonSchema({"anyOf": [_STOP, {"type": "array", "items": _STOP, "maxItems": MOST_STOPS}]}),
 ]
 Name = Annotated[str, Field(max_length=LONGEST_NAME)]
+# counted first: each item that is no number would be an error with its place
+TokenIds = Annotated[list[StrictInt], BeforeValidator(_as_many_as_may_be)]
+_TOKEN = re.compile(r"[0-9]{1,10}")
+
+
+class Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer has besides its text.
+
+    usage: a last chunk with the token counts. continuous_usage: each chunk has them so far.
+    token_ids: of prompt and answer. tokens_as_ids: log probabilities name tokens by their ids.
+    prompt_logprobs, echo_logprobs: of the prompt's tokens, and of so many of the likeliest at each
+    place; in vLLM's shape, and in OpenAI's with the answer's; None: none.
+    """
+
+    usage: bool = False
+    continuous_usage: bool = False
+    token_ids: bool = False
+    tokens_as_ids: bool = False
+    prompt_logprobs: int | None = None
+    echo_logprobs: int | None = None
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    # kept, so that `fields` finds them
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
 class StreamOptions(_Body):
-    """include_usage: a last chunk with the token counts."""
+    """include_usage: a last chunk with the token counts. continuous_usage_stats: in every chunk.
+    include_obfuscation: OpenAI's padding of chunks, which are never padded here."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class Sampling(_Body):
@@ -121,18 +155,72 @@ class Sampling(_Body):
     stop_token_ids: list[int] | None = Field(None, max_length=MOST_STOP_TOKENS)
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
+    logit_bias: dict[str, float] | None = Field(None, max_length=MOST_BIASES)
+    allowed_token_ids: TokenIds | None = None
+    bad_words: list[str] | None = Field(None, max_length=MOST_BAD_WORDS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="the last so many are kept; -1: as many as the context takes"
+    )
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = Field(
+        None, description="no tokenizer here puts spaces there, whatever it says"
+    )
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=LONGEST_SALT)
+    request_id: (
+        Annotated[str, Field(max_length=MOST_REQUEST_ID, pattern=r"^[\x21-\x7e]+$")] | None
+    ) = None
+    priority: int | None = Field(None, description="0: first come, first served")
+    # By their definition these do not change an answer.
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
 
-    logit_bias: Any = None
     response_format: Any = None
     tools: Any = None
-    functions: Any = None
 
-    @field_validator("logit_bias", "tools", "functions")
+    @field_validator("tools")
     @classmethod
     def _unsupported(cls, value: Any) -> Any:
         if value:
             raise ValueError("not supported by this server")
         return value
+
+    @field_validator("priority")
+    @classmethod
+    def _one_priority(cls, value: int | None) -> int | None:
+        if value:
+            raise ValueError("only 0: requests are served first come, first served")
+        return value
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _some(cls, value: int | None) -> int | None:
+        if value == 0:
+            raise ValueError("must be at least 1, or -1 for as many as the context takes")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _of_tokens(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        wrong = next((key for key in value or {} if not _TOKEN.fullmatch(key)), None)
+        if wrong is not None:
+            raise ValueError(f"names tokens by their ids; {wrong[:40]!r} is none")
+        return value
+
+    @model_validator(mode="after")
+    def _at_once(self) -> Self:
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs are not given with stream=true, as in vLLM", "prompt_logprobs"
+            )
+        return self
 
     @field_validator("response_format")
     @classmethod
@@ -154,11 +242,24 @@ class Sampling(_Body):
         return value
 
     @property
-    def include_usage(self) -> bool:
-        """A last chunk carries the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+    def shown(self) -> Shown:
+        """What the answer has besides its text."""
+        options = self.stream_options or StreamOptions()
+        return Shown(
+            usage=options.include_usage,
+            continuous_usage=options.include_usage and options.continuous_usage_stats,
+            token_ids=bool(self.return_token_ids),
+            tokens_as_ids=bool(self.return_tokens_as_token_ids),
+            prompt_logprobs=self.prompt_logprobs,
+        )
 
-    def _params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """As the engine wants them. defaults: of the model, where nothing is asked for."""
+        raise NotImplementedError
+
+    def _params(
+        self, defaults: Mapping[str, Any], *, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
         given: dict[str, Any] = {
             "n": self.n,
             "temperature": self.temperature,
@@ -173,15 +274,26 @@ class Sampling(_Body):
             "stop_token_ids": None if self.stop_token_ids is None else tuple(self.stop_token_ids),
             "ignore_eos": self.ignore_eos,
             "min_tokens": self.min_tokens,
+            "prompt_logprobs": self.prompt_logprobs,
+            "include_stop_str_in_output": self.include_stop_str_in_output,
+            "skip_special_tokens": self.skip_special_tokens,
+            "cache_salt": self.cache_salt,
         }
+        if self.logit_bias is not None:
+            given["logit_bias"] = {int(key): bias for key, bias in self.logit_bias.items()}
+        for name in ("allowed_token_ids", "bad_words"):
+            value = getattr(self, name)
+            given[name] = None if value is None else tuple(value)
         given = {name: value for name, value in given.items() if value is not None}
-        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+        own = {name: value for name, value in defaults.items() if name != "max_tokens"}
+        return SamplingParams(**own | given | {"max_tokens": max_tokens, "logprobs": logprobs})
 
 
 class CompletionRequest(Sampling):
     """`POST /v1/completions`."""
 
     prompt: Prompts
+    max_tokens: int | None = Field(None, ge=0, description="0: the prompt alone, with echo")
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     best_of: int | None = None
@@ -201,12 +313,20 @@ class CompletionRequest(Sampling):
             raise ValueError("only supported equal to n: every sample is returned")
         return value
 
-    @field_validator("logprobs")
-    @classmethod
-    def _not_of_the_prompt(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and info.data.get("echo"):
-            raise ValueError("not supported with echo: a prompt's log probabilities are not kept")
-        return value
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise RequestError(
+                "max_tokens: 0 only with echo or prompt_logprobs: there is nothing to answer with",
+                "max_tokens",
+            )
+        return self
+
+    @property
+    def shown(self) -> Shown:
+        """What the answer has besides its text."""
+        echoed = self.logprobs if self.echo else None
+        return msgspec.structs.replace(super().shown, echo_logprobs=echoed)
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -214,11 +334,14 @@ class CompletionRequest(Sampling):
         prompts: list[Prompt] = self.prompt
         return prompts
 
-    @property
-    def params(self) -> SamplingParams:
-        """As the engine wants them."""
-        max_tokens = 16 if self.max_tokens is None else self.max_tokens
-        return self._params(max_tokens=max_tokens, logprobs=self.logprobs)
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """As the engine wants them; without an answer there is a token that nobody sees."""
+        max_tokens = 16 if self.max_tokens is None else max(self.max_tokens, 1)
+        params = self._params(defaults, max_tokens=max_tokens, logprobs=self.logprobs)
+        if self.echo and self.logprobs is not None:
+            most = max(self.logprobs, self.prompt_logprobs or 0)
+            params = msgspec.structs.replace(params, prompt_logprobs=most)
+        return params
 
 
 class ContentPart(_Body):
@@ -253,7 +376,52 @@ class Message(BaseModel):
         return "".join(part.text or "" for part in value)
 
 
-class ChatRequest(Sampling):
+class Templated(_Body):
+    """What the chat template is given besides the messages, with vLLM's names."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = Field(None, max_length=LONGEST_TEMPLATE)
+    chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=MOST_FIELDS)
+    documents: list[dict[str, Any]] | None = Field(None, max_length=MOST_PARTS)
+    reasoning_effort: Name | None = None
+
+    @field_validator("chat_template")
+    @classmethod
+    def _trusted(cls, value: str | None, info: ValidationInfo) -> str | None:
+        limits: RequestLimits | None = info.context
+        if value is not None and limits is not None and not limits.trust_chat_template:
+            raise ValueError(
+                "a request's own template is a program that runs here; this server takes none "
+                "(--trust-request-chat-template)"
+            )
+        return value
+
+    @property
+    def options(self) -> ChatOptions:
+        """For `TokenText.render`.
+
+        Raises: RequestError: they contradict each other.
+        """
+        continues = bool(self.continue_final_message)
+        begins = not continues if self.add_generation_prompt is None else self.add_generation_prompt
+        if begins and continues:
+            raise RequestError(
+                "continue_final_message goes with add_generation_prompt=false: either the last "
+                "message goes on, or a new one begins",
+                "continue_final_message",
+            )
+        return ChatOptions(
+            add_generation_prompt=begins,
+            continue_final_message=continues,
+            chat_template=self.chat_template,
+            documents=self.documents,
+            reasoning_effort=self.reasoning_effort,
+            kwargs=self.chat_template_kwargs or {},
+        )
+
+
+class ChatRequest(Sampling, Templated):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
@@ -268,29 +436,33 @@ class ChatRequest(Sampling):
             raise ValueError("only with logprobs=true")
         return value
 
-    @property
-    def params(self) -> SamplingParams:
+    def params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """As the engine wants them; no limit means up to the model's context."""
-        limit = self.max_completion_tokens
+        limit = (
+            self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        )
         return self._params(
-            max_tokens=self.max_tokens if limit is None else limit,
+            defaults,
+            max_tokens=defaults.get("max_tokens") if limit is None else limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
 
-class TokenizeRequest(_Body):
+class TokenizeRequest(Templated):
     """`POST /tokenize`: a prompt, or messages."""
 
     model: Name | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(None, max_length=MOST_MESSAGES)
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
     def _either(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
+        given = [name for name in Templated.model_fields if getattr(self, name) is not None]
+        if self.prompt is not None and given:
+            raise RequestError(f"{given[0]} goes with messages, not with a prompt", given[0])
         return self
 
 
@@ -298,8 +470,7 @@ class DetokenizeRequest(_Body):
     """`POST /detokenize`."""
 
     model: Name | None = None
-    # counted first: each item that is no number would be an error with its place
-    tokens: Annotated[list[StrictInt], BeforeValidator(_as_many_as_may_be)]
+    tokens: TokenIds
 
 
 class OperationRequest(BaseModel):

@@ -10,9 +10,19 @@ from typing import cast
 import msgspec
 
 from flexpert.frontend.generation import Part, Usage
-from flexpert.frontend.logprobs import chat_logprobs, completion_logprobs
+from flexpert.frontend.logprobs import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprobs,
+    chat_logprobs,
+    completion_logprobs,
+    prompt_logprobs,
+)
 from flexpert.frontend.text import TokenText
 from flexpert.server import wire
+from flexpert.server.schemas import Shown
+
+NOTHING_MORE = Shown()
 
 
 class ChoiceShape(abc.ABC):
@@ -20,22 +30,32 @@ class ChoiceShape(abc.ABC):
 
     Args:
         id: the answer's, with OpenAI's prefix. created: seconds since 1970.
-        with_usage: chunks have a usage field, null but in the last.
+        shown: what there is besides the text.
+        prompts: token ids of each choice's prompt; needed where `shown` says something of them.
     """
 
     def __init__(
-        self, id: str, created: int, model: str, text: TokenText, *, with_usage: bool
+        self,
+        id: str,
+        created: int,
+        model: str,
+        text: TokenText,
+        *,
+        shown: Shown = NOTHING_MORE,
+        prompts: Sequence[list[int]] = (),
     ) -> None:
         self.id = id
         self.created = created
         self.model = model
         self.text = text
-        self.with_usage = with_usage
-        self._no_usage = None if with_usage else msgspec.UNSET
+        self.shown = shown
+        self._prompts = prompts
+        self._no_usage = None if shown.usage else msgspec.UNSET
+        self._begun: set[int] = set()
 
     @abc.abstractmethod
-    def chunk(self, part: Part) -> bytes | None:
-        """JSON of one event; None: the part has nothing to show."""
+    def chunk(self, part: Part, usage: Usage | None = None) -> bytes | None:
+        """JSON of one event; None: the part has nothing to show. usage: so far, if asked for."""
 
     @abc.abstractmethod
     def usage_chunk(self, usage: Usage) -> bytes:
@@ -58,6 +78,28 @@ class ChoiceShape(abc.ABC):
             await asyncio.sleep(0)
         return self.whole(choices, usage, parts)
 
+    def _begins(self, index: int) -> bool:
+        """Whether this is the first that is shown of a choice."""
+        begins = index not in self._begun
+        self._begun.add(index)
+        return begins
+
+    def _is_empty(self, part: Part) -> bool:
+        tokens = part.tokens if self.shown.token_ids else ()
+        return not (part.text or part.finish or part.records or tokens or part.prompt)
+
+    def _token_ids(self, part: Part) -> wire.TokenIds:
+        return part.tokens if self.shown.token_ids else msgspec.UNSET
+
+    def _prompt_ids(self, index: int) -> wire.TokenIds:
+        return self._prompts[index] if self.shown.token_ids else msgspec.UNSET
+
+    def _prompt_logprobs(self, part: Part) -> PromptLogprobs | msgspec.UnsetType:
+        top = self.shown.prompt_logprobs
+        if top is None or part.prompt is None:
+            return msgspec.UNSET
+        return prompt_logprobs(self._prompts[part.index], part.prompt, self.text, top)
+
 
 class TextShape(ChoiceShape):
     """`/v1/completions`.
@@ -73,17 +115,17 @@ class TextShape(ChoiceShape):
         model: str,
         text: TokenText,
         *,
-        with_usage: bool,
+        shown: Shown = NOTHING_MORE,
+        prompts: Sequence[list[int]] = (),
         echoes: Sequence[str] = (),
     ) -> None:
-        super().__init__(id, created, model, text, with_usage=with_usage)
-        self._echoes = dict(enumerate(echoes))
+        super().__init__(id, created, model, text, shown=shown, prompts=prompts)
+        self._echoes = echoes
 
-    def chunk(self, part: Part) -> bytes | None:
-        choice = self._choice(part)
-        if not choice.text and part.finish is None and not part.records:
+    def chunk(self, part: Part, usage: Usage | None = None) -> bytes | None:
+        if self._is_empty(part) and (not self._echoes or part.index in self._begun):
             return None
-        return self._encode([choice], self._no_usage, _remark([part]))
+        return self._encode([self._choice(part)], usage or self._no_usage, _remark([part]))
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._encode([], usage)
@@ -95,12 +137,33 @@ class TextShape(ChoiceShape):
         return self._choice(part)
 
     def _choice(self, part: Part) -> wire.TextChoice:
-        records = part.records
-        return wire.TextChoice(
+        begins = self._begins(part.index)
+        echo = self._echoes[part.index] if self._echoes else ""
+        choice = wire.TextChoice(
             part.index,
-            self._echoes.pop(part.index, "") + part.text,
-            None if records is None else completion_logprobs(records, self.text),
+            (echo if begins else "") + part.text,
+            self._logprobs(part, begin=len(echo)),
             part.finish,
+            token_ids=self._token_ids(part),
+        )
+        if begins:
+            choice.prompt_token_ids = self._prompt_ids(part.index)
+            choice.prompt_logprobs = self._prompt_logprobs(part)
+        return choice
+
+    def _logprobs(self, part: Part, begin: int) -> CompletionLogprobs | None:
+        if part.records is None:
+            return None
+        top = self.shown.echo_logprobs
+        echoed = top is not None and part.prompt is not None
+        return completion_logprobs(
+            part.records,
+            self.text,
+            as_ids=self.shown.tokens_as_ids,
+            prompt=self._prompts[part.index] if echoed else (),
+            of_prompt=part.prompt or (),
+            top=top,
+            begin=begin,
         )
 
     def _encode(
@@ -117,57 +180,60 @@ class TextShape(ChoiceShape):
 class ChatShape(ChoiceShape):
     """`/v1/chat/completions`."""
 
-    def __init__(
-        self, id: str, created: int, model: str, text: TokenText, *, with_usage: bool
-    ) -> None:
-        super().__init__(id, created, model, text, with_usage=with_usage)
-        self._begun: set[int] = set()
-
-    def chunk(self, part: Part) -> bytes | None:
-        if not part.text and part.finish is None and not part.records:
+    def chunk(self, part: Part, usage: Usage | None = None) -> bytes | None:
+        if self._is_empty(part):
             return None
-        if part.index in self._begun:
-            delta = wire.ChatDelta(content=part.text or None)
-        else:
-            self._begun.add(part.index)
+        begins = self._begins(part.index)
+        if begins:
             delta = wire.ChatDelta("assistant", part.text)
-        records = part.records
+        else:
+            delta = wire.ChatDelta(content=part.text or None)
         choice = wire.ChatChunkChoice(
-            part.index,
-            delta,
-            None if records is None else chat_logprobs(records, self.text),
-            part.finish,
+            part.index, delta, self._logprobs(part), part.finish, self._token_ids(part)
         )
-        return self._encode([choice], self._no_usage, _remark([part]))
+        prompt = self._prompt_ids(part.index) if begins else msgspec.UNSET
+        return self._encode([choice], usage or self._no_usage, _remark([part]), prompt)
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._encode([], usage)
 
     def whole(self, choices: list[msgspec.Raw], usage: Usage, parts: Sequence[Part]) -> bytes:
-        all_of_them = cast(list[wire.ChatChoice], choices)
-        return wire.encode(
-            wire.ChatCompletion(
-                self.id, self.created, self.model, all_of_them, usage, flexpert=_remark(parts)
-            )
+        answer = wire.ChatCompletion(
+            self.id,
+            self.created,
+            self.model,
+            cast(list[wire.ChatChoice], choices),
+            usage,
+            flexpert=_remark(parts),
         )
+        answer.prompt_token_ids = self._prompt_ids(0)
+        answer.prompt_logprobs = self._prompt_logprobs(parts[0])
+        return wire.encode(answer)
 
     def whole_choice(self, part: Part) -> wire.ChatChoice:
         return wire.ChatChoice(
             part.index,
             wire.ChatMessage(part.text),
-            None if part.records is None else chat_logprobs(part.records, self.text),
+            self._logprobs(part),
             part.finish,
+            self._token_ids(part),
         )
+
+    def _logprobs(self, part: Part) -> ChatLogprobs | None:
+        if part.records is None:
+            return None
+        return chat_logprobs(part.records, self.text, as_ids=self.shown.tokens_as_ids)
 
     def _encode(
         self,
         choices: list[wire.ChatChunkChoice],
         usage: Usage | msgspec.UnsetType | None,
         remark: wire.Remark | msgspec.UnsetType = msgspec.UNSET,
+        prompt: wire.TokenIds = msgspec.UNSET,
     ) -> bytes:
-        return wire.encode(
-            wire.ChatChunk(self.id, self.created, self.model, choices, usage, flexpert=remark)
-        )
+        chunk = wire.ChatChunk(self.id, self.created, self.model, choices, usage, flexpert=remark)
+        chunk.prompt_token_ids = prompt
+        return wire.encode(chunk)
 
 
 def _remark(parts: Sequence[Part]) -> wire.Remark | msgspec.UnsetType:

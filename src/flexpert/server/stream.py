@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -67,15 +67,19 @@ class EventStream(Response):
     Args:
         chunks: an async generator; closed when the client goes away.
         on_close: called at the end in any case, even if the first chunk was never asked for.
+        headers: more of them.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, chunks: AsyncGenerator[bytes, None], on_close: Callable[[], None] | None = None
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        on_close: Callable[[], None] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(headers=headers)
+        own = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(headers={**own, **(headers or {})})
         del self.headers["content-length"]
         self._chunks = chunks
         self._on_close = on_close

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
 from starlette.responses import Response
 
 from flexpert.frontend.generation import Usage
-from flexpert.frontend.logprobs import ChatLogprobs, CompletionLogprobs
+from flexpert.frontend.logprobs import ChatLogprobs, CompletionLogprobs, PromptLogprobs
 
+TokenIds = Sequence[int] | msgspec.UnsetType  # set if asked for
 encode = msgspec.json.Encoder().encode
 
 
@@ -28,6 +29,9 @@ class TextChoice(msgspec.Struct):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
+    token_ids: TokenIds = msgspec.UNSET
+    prompt_token_ids: TokenIds = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
 
 
 class Remark(msgspec.Struct, omit_defaults=True):
@@ -63,6 +67,7 @@ class ChatChoice(msgspec.Struct):
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    token_ids: TokenIds = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct):
@@ -74,6 +79,8 @@ class ChatCompletion(msgspec.Struct):
     choices: list[ChatChoice]
     usage: Usage
     object: str = "chat.completion"
+    prompt_token_ids: TokenIds = msgspec.UNSET
+    prompt_logprobs: PromptLogprobs | msgspec.UnsetType = msgspec.UNSET
     flexpert: Remark | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -91,6 +98,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
+    token_ids: TokenIds = msgspec.UNSET
 
 
 class ChatChunk(msgspec.Struct):
@@ -102,6 +110,7 @@ class ChatChunk(msgspec.Struct):
     choices: list[ChatChunkChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
     object: str = "chat.completion.chunk"
+    prompt_token_ids: TokenIds = msgspec.UNSET
     flexpert: Remark | msgspec.UnsetType = msgspec.UNSET
 
 

@@ -1,0 +1,64 @@
+"""Sampling settings that a model's authors recommend, in its generation_config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexpert.engine.request import SamplingParams
+from flexpert.errors import ConfigError, ModelError, RequestError
+from flexpert.models.source import ModelInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FILE = "generation_config.json"
+_NAMES = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""Ours by theirs: those that vLLM takes over, too."""
+
+
+def sampling_defaults(model: Path, setting: str) -> dict[str, Any]:
+    """By our names, only what the file says.
+
+    Args:
+        setting: "auto": the model's own; "vllm", "none": nothing; else a folder.
+
+    Raises:
+        ModelError, ConfigError: the file, or the folder that was named, is no such thing.
+    """
+    if setting in ("vllm", "none"):
+        return {}
+    path = (model if setting == "auto" else Path(setting).expanduser()) / FILE
+    if not path.is_file():
+        if setting == "auto":
+            return {}
+        raise ConfigError(f"model.generation_config: there is no {path}")
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        found = {
+            ours: told[theirs] for theirs, ours in _NAMES.items() if told.get(theirs) is not None
+        }
+        SamplingParams(**found).check()
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, RequestError) as error:
+        raise ModelError(
+            f"{path} cannot be used: {error}; --generation-config none leaves it out"
+        ) from None
+    return found
+
+
+def with_end_tokens(info: ModelInfo, tokenizer: PreTrainedTokenizerBase) -> ModelInfo:
+    """The tokens that end an answer are the generation config's and the tokenizer's together: a
+    chat template ends its turns with the one, and the other may be what the model was trained on.
+    """
+    own = tokenizer.eos_token_id
+    also = (own,) if isinstance(own, int) and 0 <= own < info.vocab else ()
+    return replace(info, eos_token_ids=tuple(dict.fromkeys((*info.eos_token_ids, *also))))
