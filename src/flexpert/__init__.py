@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flexpert.version import VERSION
 
 if TYPE_CHECKING:
+    from flexpert.async_llm import AsyncLLM
     from flexpert.cluster.views import ClusterView, OperationView
     from flexpert.config import Config, load_config
     from flexpert.engine.request import SamplingParams, TokenLogprobs
@@ -40,6 +41,7 @@ __version__ = VERSION
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "ClusterView",
     "Completion",
     "CompletionOutput",
@@ -65,6 +67,7 @@ __all__ = [
 
 _MODULES = {
     "LLM": "llm",
+    "AsyncLLM": "async_llm",
     "Completion": "frontend.outputs",
     "CompletionOutput": "frontend.outputs",
     "SamplingParams": "engine.request",

@@ -19,8 +19,8 @@ from flexpert.engine.request import SamplingParams
 from flexpert.errors import OperationError, RequestError, ServiceStopped
 from flexpert.frontend.generation import Generation
 from flexpert.frontend.outputs import Completion, encode_prompt, whole_completion
-from flexpert.frontend.request_limits import Prompt
-from flexpert.frontend.text import TokenText
+from flexpert.frontend.request_limits import Prompt, with_bad_tokens
+from flexpert.frontend.text import ChatOptions, TokenText
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -125,15 +125,40 @@ class LLM:
         params: Params = None,
         *,
         progress: bool = False,
+        sampling_params: Params = None,
+        use_tqdm: bool | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[Completion]:
         """Answer one conversation, or several: [{"role": "user", "content": "Hello"}].
+
+        Args:
+            params, progress, sampling_params, use_tqdm: as for `generate`.
+            add_generation_prompt: the text ends where the assistant's turn begins.
+            continue_final_message: the answer goes on with the last message; needs
+                `add_generation_prompt=False`.
+            chat_template: used instead of the model's.
+            tools: descriptions of functions, as OpenAI has them, for the template.
+            chat_template_kwargs: further variables of the template, as `enable_thinking`.
 
         Raises:
             RequestError: also if the model has no chat template.
         """
+        options = ChatOptions(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
+            tools=None if tools is None else list(tools),
+            kwargs=chat_template_kwargs or {},
+        )
+        params = one_of_both(params, sampling_params)
+        progress = progress if use_tqdm is None else bool(use_tqdm)
         single = bool(messages) and isinstance(messages[0], Mapping)
         talks: list[Any] = [messages] if single else list(messages)
-        encoded = [self._text.chat(talk) for talk in talks]
+        encoded = [self._text.chat(talk, options) for talk in talks]
         return self._generate([None] * len(talks), encoded, params, progress=progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
@@ -238,6 +263,7 @@ class LLM:
 
     def _begin(self, prompt: list[int], params: SamplingParams) -> Generation:
         name = f"llm-{next(self._numbers)}"
+        params = with_bad_tokens(params, self._text)
         return Generation(self._head, self._text, [prompt], params, request_id=name)
 
     def _generate(

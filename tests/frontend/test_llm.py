@@ -122,6 +122,35 @@ def test_chat_takes_one_conversation_or_several(llm: LLM) -> None:
     assert len(llm.chat([talk, talk], SamplingParams(max_tokens=1))) == 2
 
 
+def test_chat_hands_the_template_what_it_knows(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "hi"}]
+    tokens = fake(llm).tokenizer
+
+    def rendered(**options: Any) -> str:
+        (completion,) = llm.chat(talk, sampling_params=SamplingParams(max_tokens=1), **options)
+        return str(tokens.decode(completion.prompt_token_ids))
+
+    assert rendered(use_tqdm=True) == "<|user|>hi<|end|><|assistant|>"
+    assert rendered(add_generation_prompt=False) == "<|user|>hi<|end|>"
+    going_on = rendered(add_generation_prompt=False, continue_final_message=True)
+    assert going_on == "<|user|>hi"
+    own = "{{ tools[0].function.name }}:{{ mood }}"
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    given = {"chat_template": own, "tools": tools, "chat_template_kwargs": {"mood": "calm"}}
+    assert rendered(**given) == "look:calm"
+    for unknown in ({"tools": tools}, {"chat_template_kwargs": {"mood": "calm"}}):
+        with pytest.raises(RequestError, match="does not use"):
+            rendered(**unknown)
+
+
+def test_bad_words_become_tokens(llm: LLM) -> None:
+    llm.generate("a", SamplingParams(max_tokens=1, bad_words=["the"]))
+    ((_, _, asked),) = fake(llm).submitted
+    assert not asked.bad_words
+    encode = fake(llm).tokenizer.encode
+    assert asked.bad_token_ids == (tuple(encode("the")), tuple(encode(" the")))
+
+
 def test_stream_gives_the_same_text_and_leaving_it_frees_the_request(llm: LLM) -> None:
     params = SamplingParams(max_tokens=30, seed=3)
     assert "".join(llm.stream("x", params)) == llm.generate("x", params)[0].text

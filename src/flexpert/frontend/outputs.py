@@ -46,7 +46,9 @@ class CompletionOutput(msgspec.Struct, frozen=True):
 class Completion(msgspec.Struct, frozen=True):
     """A prompt and its `n` answers; prompt: None if token ids were given.
 
-    request_id: its name in logs. finished: all its answers are whole.
+    request_id: its name in logs. finished: all its answers are whole. prompt_logprobs: one per
+    token of the prompt, None for the first; None unless `SamplingParams.prompt_logprobs` asks for
+    them.
     """
 
     prompt: str | None
@@ -54,6 +56,7 @@ class Completion(msgspec.Struct, frozen=True):
     outputs: list[CompletionOutput]
     request_id: str = ""
     finished: bool = True
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     @property
     def text(self) -> str:
@@ -106,10 +109,13 @@ class GrowingCompletion:
         self._prompt_ids = prompt_ids
         self._generation = generation
         self._answers = [_Growing() for _ in generation.answers]
+        self._of_prompt: list[TokenLogprobs | None] | None = None
 
     def add(self, parts: Sequence[Part]) -> None:
         for part in parts:
             self._answers[part.index].add(part)
+            if part.prompt is not None:
+                self._of_prompt = [None, *part.prompt]
 
     def abort(self) -> None:
         """What has not ended goes on no more."""
@@ -137,6 +143,7 @@ class GrowingCompletion:
             outputs,
             self._generation.request_id,
             all(output.finished() for output in outputs),
+            self._of_prompt,
         )
 
 

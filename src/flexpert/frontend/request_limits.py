@@ -33,6 +33,15 @@ class RequestLimits(msgspec.Struct, frozen=True):
     trust_chat_template: bool = False
 
 
+def with_bad_tokens(params: SamplingParams, text: TokenText) -> SamplingParams:
+    """The same with tokens for its bad words. Raises: RequestError"""
+    if not params.bad_words:
+        return params
+    params.check()
+    found = (*params.bad_token_ids, *text.bad_token_ids(params.bad_words))
+    return msgspec.structs.replace(params, bad_words=(), bad_token_ids=found)
+
+
 def check_params(params: SamplingParams, prompts: int, limits: RequestLimits) -> None:
     """Checks what is known before anything is tokenised.
 

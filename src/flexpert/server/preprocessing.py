@@ -23,6 +23,7 @@ from flexpert.frontend.request_limits import (
     check_params,
     encode_prompts,
     token_outside,
+    with_bad_tokens,
 )
 from flexpert.frontend.text import TokenText
 from flexpert.server import wire
@@ -203,8 +204,7 @@ def _checked(
     check_params(params, prompts, limits)
     if not params.bad_words:
         return params
-    bad = text.bad_token_ids(params.bad_words)
-    params = msgspec.structs.replace(params, bad_words=(), bad_token_ids=bad)
+    params = with_bad_tokens(params, text)
     check_params(params, prompts, limits)
     return params
 
