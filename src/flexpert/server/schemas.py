@@ -43,6 +43,7 @@ LONGEST_NAME = 512  # characters
 MOST_MESSAGES = 16_384
 MOST_FIELDS = 64  # of a message: each is checked, copied and shown to the chat template
 MOST_PARTS = 16_384  # of one message
+MOST_DOCUMENTS = 16_384
 MOST_REQUEST_ID = 256  # characters
 LONGEST_TEMPLATE = 2**18  # characters
 MOST_RANKS = 4096  # far above any capacity, which says itself what it is
@@ -122,8 +123,10 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Body(BaseModel):
-    # kept, so that `fields` finds them
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    # kept, so that `fields` finds and refuses them
+    model_config = ConfigDict(
+        extra="allow", allow_inf_nan=False, json_schema_extra={"additionalProperties": False}
+    )
 
 
 class StreamOptions(_Body):
@@ -376,14 +379,23 @@ class Message(BaseModel):
         return "".join(part.text or "" for part in value)
 
 
+Template = Annotated[str, Field(max_length=LONGEST_TEMPLATE), WithJsonSchema({"type": "string"})]
+
+Documents = Annotated[
+    list[dict[str, Any]],
+    Field(max_length=MOST_DOCUMENTS),
+    WithJsonSchema({"type": "array", "items": {"type": "object"}}),
+]
+
+
 class Templated(_Body):
     """What the chat template is given besides the messages, with vLLM's names."""
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template: str | None = Field(None, max_length=LONGEST_TEMPLATE)
+    chat_template: Template | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=MOST_FIELDS)
-    documents: list[dict[str, Any]] | None = Field(None, max_length=MOST_PARTS)
+    documents: Documents | None = None
     reasoning_effort: Name | None = None
 
     @field_validator("chat_template")
