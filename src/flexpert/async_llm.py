@@ -18,7 +18,8 @@ from flexpert.errors import FlexpertError, RequestError, ServiceStopped
 from flexpert.frontend.generation import Generation
 from flexpert.frontend.outputs import Completion, GrowingCompletion, encode_prompt
 from flexpert.frontend.request_limits import Prompt, with_bad_tokens
-from flexpert.frontend.text import ChatOptions, TokenText
+from flexpert.frontend.text import ChatOptions
+from flexpert.frontend.token_ids import token_text
 from flexpert.llm import one_of_both, params_of_one, settle, succeeded
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class AsyncLLM:
             head: Head = module.Head(self.config, fork_server=fork_server)
             try:
                 await head.start()
-                self._text = await asyncio.to_thread(TokenText, head.tokenizer)
+                self._text = await asyncio.to_thread(token_text, head.tokenizer)
             except BaseException:
                 await head.stop()
                 raise

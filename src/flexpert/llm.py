@@ -20,7 +20,8 @@ from flexpert.errors import OperationError, RequestError, ServiceStopped
 from flexpert.frontend.generation import Generation
 from flexpert.frontend.outputs import Completion, encode_prompt, whole_completion
 from flexpert.frontend.request_limits import Prompt, with_bad_tokens
-from flexpert.frontend.text import ChatOptions, TokenText
+from flexpert.frontend.text import ChatOptions
+from flexpert.frontend.token_ids import token_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -84,7 +85,7 @@ class LLM:
         _open.add(self)
         try:
             self._call(self._head.start())
-            self._text = TokenText(self._head.tokenizer)
+            self._text = token_text(self._head.tokenizer)
         except BaseException:
             self.close()
             raise

@@ -131,7 +131,7 @@ VLLM_FLAGS: Sequence[VllmFlag] = (
     _refused("--compilation-config -O -cc", f"{_GRAPHS}: leave it out"),
     _refused("--cuda-graph-sizes", f"{_GRAPHS}: leave it out"),
     _refused("--trust-remote-code", "code of a checkpoint is never run", takes=False),
-    _refused("--tokenizer", "the checkpoint's own is used; copy the other one into its directory"),
+    _refused("--tokenizer", "the checkpoint's own is used, or none: --skip-tokenizer-init"),
     _refused("--tokenizer-revision", "the tokenizer comes with the model: --revision"),
     _refused("--code-revision", "code of a checkpoint is never run: leave it out"),
     _refused("--hf-config-path", _CHECKPOINT),

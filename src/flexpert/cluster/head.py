@@ -62,7 +62,8 @@ class Head:
 
     fork_server: one that was started before the head's own imports, for `start` to take; who
     started it ends it if `start` does not come so far.
-    info, tokenizer, model_name: of the model; set by `start`. opened: they are there, and ranks are
+    info, tokenizer, model_name: of the model; set by `start`. tokenizer: None if the settings leave
+    it out. opened: they are there, and ranks are
     being started.
     registry: metrics of cluster and engine.
     failure: why the service went down by itself, or None. on_failure: told when it does.
@@ -137,7 +138,7 @@ class Head:
             self._journal.kv_tokens = kv_blocks(self.info, engine) * engine.kv_block_size
             wanted = self.config.model.generation_config
             self.sampling_defaults = sampling_defaults(source.path, wanted)
-            tokenizer = asyncio.create_task(asyncio.to_thread(source.tokenizer))
+            tokenizer = asyncio.create_task(asyncio.to_thread(self._tokenizer_of, source))
             self.model_name = self.config.model.served_name or self.info.name
             driver = await asyncio.to_thread(self._gpu_driver, tell)
             budget = self._budget = MemoryBudget(self.config, source, driver)
@@ -168,6 +169,9 @@ class Head:
             if memory:
                 tell(f"rank {rank.id} (pid {rank.pid}): {memory}")
         tell(f"serving after {time.monotonic() - began:.1f} s")
+
+    def _tokenizer_of(self, source: ModelSource) -> Any:
+        return None if self.config.model.skip_tokenizer_init else source.tokenizer()
 
     def _gpu_driver(self, tell: Callable[[str], None]) -> GpuDriver | None:
         """None where there is no GPU, or nothing that says how much memory it has."""

@@ -121,6 +121,8 @@ class Generation:
         """
         params = self._params
         params.check()
+        if params.stop:
+            self._text.check_stop_texts()
         if not all(self._prompts):
             raise RequestError("prompt must have at least one token", "prompt")
         self._head.check_room(len(self._prompts) * params.n)

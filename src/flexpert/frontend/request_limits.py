@@ -21,6 +21,7 @@ class RequestLimits(msgspec.Struct, frozen=True):
     of prompt and answer. max_choices: prompts × n. max_prompt_tokens: sum over all prompts.
     defaults: sampling parameters of the model where a request says nothing. lenient: unknown
     fields are passed over. trust_chat_template: a request may bring its own.
+    skip_tokenizer: token ids are taken and given, no texts.
     """
 
     model: str
@@ -31,6 +32,7 @@ class RequestLimits(msgspec.Struct, frozen=True):
     defaults: dict[str, Any] = {}
     lenient: bool = False
     trust_chat_template: bool = False
+    skip_tokenizer: bool = False
 
 
 def with_bad_tokens(params: SamplingParams, text: TokenText) -> SamplingParams:

@@ -92,6 +92,9 @@ class TokenText:
         special = self._special if skip_special_tokens else frozenset[int]()
         return _WindowDetokenizer(self.tokenizer, special, len(self._shown))
 
+    def check_stop_texts(self) -> None:
+        """Raises: RequestError: there are no texts, in which one could be found."""
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token stands for; of a special token, its name."""
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""

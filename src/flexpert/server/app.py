@@ -77,6 +77,7 @@ def _preprocessors(head: Head) -> Preprocessors:
             defaults=head.sampling_defaults,
             lenient=server.lenient,
             trust_chat_template=server.trust_request_chat_template,
+            skip_tokenizer=head.config.model.skip_tokenizer_init,
         )
 
     return Preprocessors(head, limits, server.preprocess_timeout)

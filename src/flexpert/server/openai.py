@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from flexpert.errors import FlexpertError
 from flexpert.forking.framing import Piece
 from flexpert.frontend.generation import Generation
-from flexpert.frontend.text import TokenText
+from flexpert.frontend.token_ids import token_text
 from flexpert.server import fields, wire
 from flexpert.server.http_errors import api_error, unknown_model
 from flexpert.server.http_metrics import ServerMetrics
@@ -43,7 +43,7 @@ class OpenAIRoutes:
         self._head = head
         self._metrics = metrics
         self._preprocessors = preprocessors
-        self._text = TokenText(head.tokenizer)
+        self._text = token_text(head.tokenizer)
         self._created = int(time.time())
         self.router = APIRouter(tags=["openai"])
         add = self.router.add_api_route

@@ -202,6 +202,8 @@ def _checked(
 ) -> SamplingParams:
     """Checked, and with tokens for words. Raises: RequestError, ContextOverflow"""
     check_params(params, prompts, limits)
+    if params.stop:
+        text.check_stop_texts()
     if not params.bad_words:
         return params
     params = with_bad_tokens(params, text)
