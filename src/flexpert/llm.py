@@ -22,6 +22,7 @@ from flexpert.frontend.outputs import Completion, encode_prompt, whole_completio
 from flexpert.frontend.request_limits import Prompt, with_bad_tokens
 from flexpert.frontend.text import ChatOptions
 from flexpert.frontend.token_ids import token_text
+from flexpert.vllm_flags import translated_argument
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -51,7 +52,8 @@ class LLM:
         deterministic: the same bits whatever else runs and however the ranks change.
         max_ranks: how many ranks there may ever be.
         config: the base settings; default: those of the environment.
-        settings: any other, by path: `engine__max_running=32` or `**{"engine.max_running": 32}`.
+        settings: any other, by its name or path: `max_running=32`, `engine__max_running=32` or
+            `**{"engine.max_running": 32}`; vLLM's names of settings are known as well.
 
     Raises:
         ConfigError, ModelError: it cannot be started so; nothing is left behind.
@@ -381,14 +383,35 @@ def settle(
     settings: Mapping[str, Any],
 ) -> Config:
     """The settings of a service in a program, as `LLM` takes them. Raises: ConfigError"""
-    given = {path.replace("__", "."): value for path, value in settings.items()}
-    given |= {
+    given: dict[str, Any] = {}
+    for name, value in settings.items():
+        given |= _setting(name, value)
+    named = {
         "model.model": model,
         "cluster.ranks": ranks,
         "cluster.max_ranks": max_ranks,
         "engine.deterministic": deterministic,
     }
+    given |= {path: value for path, value in named.items() if value is not None}
     return _settle(config, given)
+
+
+def _setting(name: str, value: object) -> dict[str, Any]:
+    """A keyword argument as a setting: by its path, its name alone, or vLLM's.
+
+    Raises: ConfigError
+    """
+    path = name.replace("__", ".")
+    if "." in path:
+        return {path: value}
+    for section, tree in Config.model_fields.items():
+        if path in getattr(tree.annotation, "model_fields", ()):
+            return {f"{section}.{path}": value}
+    try:
+        found = translated_argument(name, value)
+    except KeyError:
+        return {path: value}  # `load_config` says that there is no such setting
+    return {} if found is None else dict([found])
 
 
 def _settle(config: Config | None, given: dict[str, Any]) -> Config:

@@ -205,6 +205,25 @@ def translated(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return ours, remarks
 
 
+def translated_argument(name: str, value: object) -> tuple[str, object] | None:
+    """A keyword argument of vLLM's `LLM` as a setting and its value.
+
+    None: it asks for what is the case anyway.
+
+    Raises:
+        KeyError: vLLM has no flag of that name that we have not as well.
+        ConfigError: there is no equivalent here; says what to use instead.
+    """
+    flag = _BY_NAME["--" + name.replace("_", "-")]
+    if flag.setting:
+        return flag.setting, value
+    given = "" if value is True else "" if value is None else str(value)
+    switched_off = not flag.takes and value is False
+    if switched_off or value is None or given in flag.holds:
+        return None
+    raise ConfigError(f"{name}={value!r:.80} is vLLM's: {flag.advice}")
+
+
 def _split(argument: str) -> tuple[str, str, str]:
     """ "--max_num_seqs=4" → ("--max-num-seqs", "=", "4"); what is no long flag stays whole."""
     if not argument.startswith("--"):

@@ -222,6 +222,21 @@ def test_settings_by_name_path_and_config(monkeypatch: pytest.MonkeyPatch) -> No
         LLM(engine__speed=9)
 
 
+def test_settings_by_vllms_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexpert.cluster.head.Head", FakeHead)
+    named = {"tensor_parallel_size": 1, "enable_expert_parallel": True, "enforce_eager": False}
+    with LLM("tiny", max_model_len=64, max_num_seqs=3, data_parallel_size=2, **named) as llm:
+        assert llm.config.model.max_model_len == 64
+        assert (llm.config.engine.max_running, llm.config.cluster.ranks) == (3, 2)
+    for wrong, says in (
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is vLLM's: .* --ranks"),
+        ({"gpu_memory_utilization": 0.9}, "--kv-memory"),
+        ({"speed": 9}, "speed"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            LLM("tiny", **wrong)
+
+
 def test_a_start_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(FakeHead):
         async def start(self, report: object = None) -> None:
