@@ -1,6 +1,11 @@
-"""Promises to those who ask for what is not served, or not quite as it is."""
+"""Promises to those who ask for what is not served, or not quite as it is.
+
+`python tests/server/test_unserved.py` writes the table of paths into docs/clients.md.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import httpx
 import openai
@@ -9,6 +14,8 @@ from support.served_head import Running
 
 from flexpert.server.unserved import UNSERVED, unknown_path
 
+PAGE = Path(__file__).parents[2] / "docs/clients.md"
+BEGIN, END = "<!-- table of paths -->\n", "<!-- end -->\n"
 MESSAGES = [{"role": "user", "content": "x"}]
 
 
@@ -135,3 +142,19 @@ def test_a_stream_is_refused_in_the_same_words(server: Running) -> None:
             stream=True,
         )
     assert refused.value.code == "context_length_exceeded"
+
+
+def table() -> str:
+    rows = [(f"`{path}`", *what.partition("; ")[::2]) for path, what in UNSERVED.items()]
+    lines = [f"| {path} | {what} | {instead} |\n" for path, what, instead in rows]
+    head = "| path | what it is | instead |\n|---|---|---|\n"
+    return f"{BEGIN}{head}{''.join(lines).replace('  |', ' |')}{END}"
+
+
+def test_the_page_has_every_path_that_is_refused_by_name() -> None:
+    assert table() in PAGE.read_text(), "python tests/server/test_unserved.py writes it"
+
+
+if __name__ == "__main__":
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(before + table() + rest.partition(END)[2])
