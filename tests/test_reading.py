@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from flexpert.bench.prompts import read_prompts
 from flexpert.config import Config, load_config
 from flexpert.errors import ConfigError
-from flexpert.reading import read_text
+from flexpert.reading import is_open_to_others, read_text
 from flexpert.trials.plan import plan_file
 from flexpert.trials.plan.plan_file import PlanPhase
 
@@ -297,3 +297,23 @@ def test_any_environment(environment: dict[str, str]) -> None:
     assert config or complaint
     if isinstance(config, Config):
         config.model_dump_json().encode()  # as the fork server is told
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "me", "is_open"),
+    [
+        (0o600, 1000, 1000, False),
+        (0o640, 1000, 1000, True),
+        (0o440, 0, 1000, False),  # Kubernetes with fsGroup, systemd with LoadCredential
+        (0o460, 0, 1000, True),
+        (0o444, 0, 1000, True),
+        (0o440, 0, 0, True),
+        (0o440, 1001, 1000, True),
+    ],
+)
+def test_a_secret_may_be_read_by_its_user_or_handed_over_by_root(
+    mode: int, owner: int, me: int, *, is_open: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: me)
+    status = os.stat_result((0o100000 | mode, 0, 0, 1, owner, 1000, 0, 0, 0, 0))
+    assert is_open_to_others(status) == is_open

@@ -102,7 +102,7 @@ def command_lines(page: Path) -> list[list[str]]:
     in_blocks = [
         line.removeprefix("$ ").split("  #")[0].split(" #")[0].strip()
         for _, body in _BLOCK.findall(text)
-        for line in textwrap.dedent(body).splitlines()
+        for line in textwrap.dedent(body).replace("\\\n", " ").splitlines()
     ]
     found = inline + [line for line in in_blocks if line.startswith("flexpert ")]
     found = [re.split(r"\s[&|>]", line)[0].replace("…", "").strip() for line in found]

@@ -69,6 +69,19 @@ def parse_duration(text: object) -> object:
         ) from None
 
 
+def parse_amounts(text: object) -> object:
+    """Amounts by name from JSON."""
+    if not isinstance(text, str):
+        return text
+    try:
+        amounts = json.loads(text)
+    except (ValueError, RecursionError):
+        amounts = None
+    if not isinstance(amounts, dict):
+        raise ValueError(f'{shown(text)!r} is no JSON object; write for example {{"rack1": 0.1}}')
+    return amounts
+
+
 Seconds = Annotated[float, BeforeValidator(parse_duration)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
 
@@ -160,6 +173,15 @@ class EngineConfig(_Section):
         "auto",
         description="between ranks; auto: memory on one machine, NIXL between them; nixl: always",
     )
+    interface: str = Field(
+        "",
+        max_length=200,
+        description="network interfaces of this host to others, as eth1 or mlx5_0:1,eth1; "
+        "default: UCX chooses",
+    )
+    port_range: str | None = Field(
+        None, description="TCP ports between hosts, as 20000-20100; default: any"
+    )
     threads: int | None = Field(
         None,
         ge=1,
@@ -167,11 +189,23 @@ class EngineConfig(_Section):
         description="per rank; default: 1, or its share of the cores for wide models",
     )
 
+    @field_validator("port_range")
+    @classmethod
+    def _is_range(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        found = re.fullmatch(r"(\d{1,5})-(\d{1,5})", value)
+        if not found or not 1 <= int(found[1]) <= int(found[2]) <= 65535:
+            raise ValueError(f"{shown(value)!r} is no range of ports; write 20000-20100")
+        return value
+
 
 class ClusterConfig(_Section):
     """Membership and its limits in time."""
 
-    ranks: int = Field(1, ge=1, le=256, description="ranks at start")
+    ranks: int = Field(
+        1, ge=0, le=256, description="ranks at start; 0: none of its own, with --join-listen"
+    )
     max_ranks: int = Field(8, ge=1, le=256, description="capacity: number of rank ids")
     spare_ranks: int = Field(
         0, ge=0, le=256, description="processes kept ready for the ids that join next"
@@ -231,6 +265,23 @@ class ClusterConfig(_Section):
     host_timeout: Seconds = Field(
         2.0, gt=0, description="silence until a host that has joined is lost"
     )
+    launcher: Literal["local", "ray"] = Field(
+        "local",
+        description="what starts ranks; local: this machine; ray: the nodes of a Ray cluster",
+    )
+    ray_address: str = Field(
+        "auto", max_length=300, description="HOST:PORT of the Ray cluster; auto: as Ray finds it"
+    )
+    ray_strategy: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = Field(
+        "SPREAD", description="how ranks are placed on the nodes of Ray"
+    )
+    ray_resources: Annotated[dict[str, float], BeforeValidator(parse_amounts)] = Field(
+        {}, description='what else a rank needs of its node, as JSON: {"rack1": 0.1}'
+    )
+    ray_cpus_per_rank: float = Field(1.0, gt=0, description="CPUs of a rank for Ray")
+    wait_for_resources: Seconds = Field(
+        0.0, ge=0, description="for room on Ray's nodes; 0: what has none is refused"
+    )
     memory_headroom: float = Field(
         0.05, ge=0, lt=1, description="share of the host's memory left free"
     )
@@ -242,8 +293,37 @@ class ClusterConfig(_Section):
             raise ValueError(f"{value!r} is no address to listen on; write tcp://0.0.0.0:7000")
         return value
 
+    @field_validator("ray_address")
+    @classmethod
+    def _is_ray_address(cls, value: str) -> str:
+        if value != "auto" and not re.fullmatch(r"[^/\s]+:\d{1,5}", value):
+            raise ValueError(
+                f"{value!r} is no address of Ray; write auto, or HOST:PORT of its GCS (ray:// "
+                "would be for clients outside; the head has to run on a node of the cluster)"
+            )
+        return value
+
+    @field_validator("ray_resources")
+    @classmethod
+    def _are_amounts(cls, amounts: dict[str, float]) -> dict[str, float]:
+        for name, amount in amounts.items():
+            if not name or not 0 < amount <= _MOST_COUNT:
+                raise ValueError(f"{name!r}: {amount:g} is no amount of a resource")
+            if name in ("CPU", "GPU"):
+                raise ValueError(f"{name} of a rank are --ray-cpus-per-rank and --device")
+        return amounts
+
     @model_validator(mode="after")
     def _fits(self) -> ClusterConfig:
+        if self.launcher == "ray" and self.spare_ranks:
+            raise ValueError("spare_ranks needs launcher=local: Ray keeps no process ready")
+        if self.launcher == "ray" and self.ranks == 0:
+            raise ValueError("launcher=ray starts the ranks itself: give --ranks 1 or more")
+        if self.ranks == 0 and self.join_listen is None:
+            raise ValueError(
+                "ranks=0 leaves a head that computes nothing unless hosts join it: say where they "
+                "may with --join-listen tcp://0.0.0.0:7000, or start with --ranks 1"
+            )
         if self.ranks > self.max_ranks:
             raise ValueError(
                 f"ranks ({self.ranks}) exceeds max_ranks ({self.max_ranks}); raise --max-ranks"
@@ -269,6 +349,17 @@ class ServerConfig(_Section):
     control_key_file: Path | None = Field(None, description="a file whose first line is that token")
     insecure: bool = Field(
         False, description="listen on a --host other than loopback without a key: all may use it"
+    )
+    tls_cert_file: Path | None = Field(
+        None, description="serve HTTPS: a certificate and its chain in PEM; read again when renewed"
+    )
+    tls_key_file: Path | None = Field(
+        None, description="its private key in PEM; default: in the same file"
+    )
+    tls_key_password: Key | None = Field(
+        None,
+        description="of an encrypted key; visible on the command line: prefer "
+        "FLEXPERT_SERVER__TLS_KEY_PASSWORD",
     )
     header_timeout: Seconds = Field(10.0, gt=0, description="for a request's headers to arrive")
     body_timeout: Seconds = Field(60.0, gt=0, description="for a request's body to arrive")
@@ -308,6 +399,13 @@ class ServerConfig(_Section):
         for name in ("api_key", "control_key"):
             if getattr(self, name) is not None and getattr(self, f"{name}_file") is not None:
                 raise ValueError(f"{name} and {name}_file are both set; leave one out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_certificate(self) -> ServerConfig:
+        key = self.tls_key_file or self.tls_key_password
+        if key is not None and self.tls_cert_file is None:
+            raise ValueError("tls_cert_file is missing: a key of TLS is of no use without it")
         return self
 
 

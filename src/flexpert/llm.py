@@ -196,7 +196,7 @@ class LLM:
         """
 
         async def change() -> OperationView:
-            operation = self._head.begin_operation(ranks=ranks, add=add, remove=remove)
+            operation = await self._head.request_operation(ranks=ranks, add=add, remove=remove)
             return await self._head.wait_operation(operation.id) if wait else operation
 
         return succeeded(self._call(change()))

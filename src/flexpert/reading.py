@@ -50,6 +50,19 @@ def read_text(file: Path, what: str, *, most: int) -> str:
         ) from None
 
 
+def is_open_to_others(status: os.stat_result) -> bool:
+    """Whether others than this process' user may use a file with a secret.
+
+    Its group may read it if the file is root's and this process is not: so Kubernetes (fsGroup) and
+    systemd (LoadCredential) hand secrets to a service that does not run as root.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        return False
+    handed = status.st_uid == 0 and os.geteuid() != 0
+    refused = stat.S_IRWXO | (stat.S_IWGRP | stat.S_IXGRP if handed else stat.S_IRWXG)
+    return bool(status.st_mode & refused)
+
+
 def shown(text: object) -> str:
     """Some words of what a user wrote, fit for one line of a message."""
     short = str(text)

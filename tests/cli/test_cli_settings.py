@@ -51,6 +51,11 @@ def test_flags_reach_their_settings() -> None:
     assert config.cluster.commit_timeout == 2.5
 
 
+def test_the_files_of_tls_may_be_named_as_vllm_names_them() -> None:
+    server = invoke("--ssl-certfile", "a.crt", "--ssl-keyfile", "a.key").server
+    assert (server.tls_cert_file, server.tls_key_file) == (Path("a.crt"), Path("a.key"))
+
+
 def test_flags_go_before_environment_before_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from flexpert.cluster.hosts.cluster_token import keys_of, read_token
 from flexpert.cluster.hosts.curve_socket import MOST_STRANGERS, CurveClient
 from flexpert.cluster.hosts.host_sessions import HostSessions
 from flexpert.cluster.hosts.model_description import describe_model, differences
+from flexpert.cluster.hosts.ready_file import ReadyFile
 from flexpert.errors import ConfigError, OperationConflict, OperationRefused
 from flexpert.models.source import ModelSource
 from flexpert.version import VERSION
@@ -42,6 +43,7 @@ class Owner:
         self.sessions: HostSessions | None = None
         self.refusal: Exception | None = None
         self.is_busy = False
+        self.members = {0}
         self.asked: list[tuple[str, int]] = []
         self.left: list[tuple[int, int, str]] = []
         self.heard = b""
@@ -56,6 +58,9 @@ class Owner:
 
     def busy(self) -> bool:
         return self.is_busy
+
+    def is_member(self, rank: int) -> bool:
+        return rank in self.members
 
     def begin_operation(self, *, join: tuple[int, ...] = (), remove: tuple[int, ...] = ()) -> None:
         assert self.sessions is not None
@@ -85,12 +90,15 @@ class Host:
 
     def __init__(self, address: str, token: str = TOKEN) -> None:
         self.heard: list[Any] = []
+        self.beats: list[bool] = []  # whether its rank serves
         self.refused = 0
         self.client = CurveClient(address, keys_of(token), self._receive, self._count)
 
     def _receive(self, message: bytes) -> None:
         heard = say.decode_to_agent(message)
-        if not isinstance(heard, say.HeadBeat):
+        if isinstance(heard, say.HeadBeat):
+            self.beats.append(heard.serves)
+        else:
             self.heard.append(heard)
 
     def _count(self) -> None:
@@ -202,6 +210,35 @@ def test_a_silent_host_is_lost_and_what_it_still_says_is_not_heard() -> None:
         one.send(say.FromRank(welcome.session, b"late"))
         assert isinstance(await one.hear(), say.Fenced)
         assert (await one.join(2)).session != welcome.session, "its id is free again"
+
+    run(scenario)
+
+
+def test_a_host_hears_when_its_rank_serves_and_may_go_before_it_does() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        one = host()
+        welcome = await one.join()
+        await until(lambda: one.beats)
+        owner.members.add(welcome.rank)
+        await until(lambda: one.beats[-1])
+        assert not one.beats[0]
+        one.send(say.AskToLeave(welcome.session))
+        assert isinstance(await one.hear(), say.Left)
+        assert owner.left == [], "it had no rank"
+
+    run(scenario)
+
+
+def test_a_host_that_no_change_can_take_out_is_let_go_with_the_reason() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        one = host()
+        welcome = await one.serve()
+        owner.refusal = OperationRefused("a service needs at least one rank")
+        one.send(say.AskToLeave(welcome.session))
+        left = await one.hear()
+        assert isinstance(left, say.Left)
+        assert "could not be drained: a service needs at least one rank" in left.reason
+        assert owner.left[0][:2] == (2, -9)
 
     run(scenario)
 
@@ -383,3 +420,101 @@ def test_a_token_is_long_enough_and_nobody_elses(tmp_path: Path) -> None:
     assert keys_of(TOKEN) == keys_of(TOKEN)
     assert TOKEN not in repr(keys_of(TOKEN))
     assert len({keys_of(TOKEN).head.public, keys_of(TOKEN).agents.public}) == 2
+
+
+def test_an_agent_that_is_expected_starts_its_rank_without_another_change() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        assert owner.sessions is not None
+        near, far = socket.socketpair()
+        with near:
+            owner.sessions.expect(b"ticket", 0, b"verdicts", far)
+            one = host()
+            one.send(say.Join(VERSION, 0, "there", b"ticket"))
+            welcome = await one.hear()
+            assert welcome.rank == 0
+            for _ in range(2):  # twice is as once
+                one.send(say.Opened(welcome.session, MODEL, FREE))
+            assert await one.hear() == say.Spawn(welcome.session, b"verdicts")
+            one.send(say.FromRank(welcome.session, b"hello"))
+            near.setblocking(False)
+            assert await asyncio.get_running_loop().sock_recv(near, 10) == b"hello"
+            late = host()
+            late.send(say.Join(VERSION, 0, "elsewhere", b"ticket"))
+            assert await late.hear() == say.Turned("it is not expected any more")
+            owner.sessions.give_up(b"ticket", "its node is gone")
+            assert isinstance(await one.hear(), say.Fenced)
+        assert owner.asked == []
+        assert owner.left == [(0, -9, "host there: its node is gone")]
+
+    run(scenario)
+
+
+def test_a_rank_whose_expected_agent_is_stopped_is_lost_and_still_desired() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        assert owner.sessions is not None
+        near, far = socket.socketpair()
+        with near:
+            owner.sessions.expect(b"ticket", 0, b"verdicts", far)
+            one = host()
+            one.send(say.Join(VERSION, 0, "there", b"ticket"))
+            welcome = await one.hear()
+            one.send(say.Opened(welcome.session, MODEL, FREE))
+            assert isinstance(await one.hear(), say.Spawn)
+            one.send(say.AskToLeave(welcome.session))
+            await until(lambda: owner.left)
+        assert owner.asked == []
+        assert owner.left == [(0, -9, "host there: it was stopped")]
+
+    run(scenario)
+
+
+def test_a_rank_whose_expected_agent_fails_has_not_started() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        assert owner.sessions is not None
+        fails: list[tuple[Callable[[Host, say.Welcome], None], str]] = [
+            (
+                lambda one, it: one.send(say.Opened(it.session, {"experts": "?"}, FREE)),
+                "its model is another one",
+            ),
+            (
+                lambda one, it: one.send(say.AskToLeave(it.session, now=True, why="no model")),
+                "no model",
+            ),
+            (lambda one, it: None, "nothing was heard"),
+        ]
+        for number, (fail, why) in enumerate(fails):
+            near, far = socket.socketpair()
+            with near:
+                owner.sessions.expect(b"%d" % number, number, b"", far)
+                one = host()
+                one.send(say.Join(VERSION, number, "there", b"%d" % number))
+                fail(one, await one.hear())
+                await until(lambda: owner.left)
+                rank, status, said = owner.left.pop()
+                assert (rank, status) == (number, 1)
+                assert why in said
+                assert near.recv(1) == b"", "its connection is closed"
+        near, far = socket.socketpair()
+        with near:
+            owner.sessions.expect(b"never", 7, b"", far)
+            owner.sessions.give_up(b"never", "no room")
+            owner.sessions.give_up(b"never", "no room")
+            assert owner.left == [(7, 1, "no room")]
+            assert near.recv(1) == b""
+
+    run(scenario)
+
+
+def test_the_ready_file_is_there_while_it_is_said_to_be(tmp_path: Path) -> None:
+    file = tmp_path / "ready"
+    file.touch()  # by a process that was killed
+    ready = ReadyFile(file)
+    assert not file.exists()
+    ready.show(True)
+    assert file.exists()
+    ready.show(False)
+    ready.show(False)
+    assert not file.exists()
+    with pytest.raises(ConfigError, match=r"--ready-file .* cannot be written"):
+        ReadyFile(tmp_path / "none" / "ready")
+    ReadyFile(None).show(True)

@@ -9,6 +9,7 @@ import pytest
 
 from flexpert.cluster.availability import (
     AVAILABILITY_RULES,
+    Availability,
     AvailabilityAction,
     AvailabilityEvent,
     AvailabilityKind,
@@ -113,6 +114,21 @@ def test_held_or_lost_a_service_says_why_until_an_epoch_is_entered() -> None:
 def test_a_service_that_nobody_restarts_stops_when_all_are_lost() -> None:
     lost = AvailabilityEvent(AvailabilityKind.ALL_LOST, "killed", restartable=False)
     assert ServiceAvailability().handle(lost) == (AvailabilityAction.STOP_SERVICE,)
+
+
+def test_where_hosts_may_join_a_service_without_ranks_waits_for_them() -> None:
+    hopeless = AvailabilityEvent(AvailabilityKind.HOPELESS, "hosts may join", joinable=True)
+    service = ServiceAvailability()
+    assert service.handle(hopeless) == (AvailabilityAction.ASK_FOR_HOSTS,)
+    assert (service.state, service.down) == (Availability.WAITING, "hosts may join")
+    assert service.handle(hopeless) == ()
+    service.handle(AvailabilityEvent(AvailabilityKind.SWITCHED))
+    assert service.down is None
+    lost = AvailabilityEvent(AvailabilityKind.ALL_LOST, "killed", restartable=False, joinable=True)
+    assert service.handle(lost) == (AvailabilityAction.TERMINATE_ALL,)
+    assert service.state is Availability.LOST, "until all processes are gone"
+    assert service.handle(hopeless) == (AvailabilityAction.ASK_FOR_HOSTS,)
+    assert service.down == "killed; hosts may join"
 
 
 @pytest.mark.parametrize("table", [RULES, ACTIVITY_RULES, AVAILABILITY_RULES])

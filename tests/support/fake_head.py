@@ -315,6 +315,9 @@ class FakeHead:
         alive = [o for o in self._operations.values() if o.state in ("preparing", "committing")]
         return alive[0] if alive else None
 
+    async def request_operation(self, **target) -> OperationView:
+        return self.begin_operation(**target)
+
     def begin_operation(
         self, *, ranks: int | None = None, add: int = 0, remove: Sequence[int] = ()
     ) -> OperationView:

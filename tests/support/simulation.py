@@ -256,6 +256,9 @@ class Simulation(Network):
     def reserved(self) -> frozenset[int]:
         return frozenset()
 
+    def on_this_host(self, newcomers: frozenset[int]) -> frozenset[int]:
+        return newcomers
+
     def kill(self, rank: int) -> None:
         process = self.processes.get(rank)
         if process is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -47,9 +49,19 @@ class ServerEvent(msgspec.Struct):
 
 
 class Client:
-    """One service. A context manager."""
+    """One service. A context manager.
 
-    def __init__(self, url: str, key: str | None, *, timeout_s: float = 30.0) -> None:
+    ca_file: certificates in PEM that are trusted when the URL is https; default: the system's.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str | None,
+        *,
+        timeout_s: float = 30.0,
+        ca_file: Path | None = None,
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         if "://" not in self.url:
             self.url = f"http://{self.url}"
@@ -58,7 +70,10 @@ class Client:
         headers = {b"authorization": f"Bearer {key}".encode()} if key else {}
         timeout = httpx.Timeout(timeout_s, connect=5.0)
         try:
-            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
+            verify = trusted(ca_file) if self.url.startswith("https:") else True
+            self._http = httpx.Client(
+                base_url=self.url, headers=headers, timeout=timeout, verify=verify
+            )
         except _REFUSED as error:
             raise self._unreachable(error) from None
 
@@ -161,6 +176,9 @@ class Client:
 
     def _unreachable(self, error: Exception) -> ClientError:
         if isinstance(error, httpx.ConnectError):
+            why = _tls_trouble(error)
+            if why:
+                return ClientError(f"{self.url}: {why}")
             return ClientError(
                 f"no service at {self.url}; start one with 'flexpert serve', or name another "
                 "with --url or $FLEXPERT_URL"
@@ -170,12 +188,39 @@ class Client:
         if isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
             return ClientError(f"{self.url!r} is no address; write for example {DEFAULT_URL}")
         why = _shown(str(error)) or type(error).__name__
+        if isinstance(error, httpx.RemoteProtocolError) and self.url.startswith("http:"):
+            why += "; if it serves HTTPS, write https://"
         return ClientError(f"the connection to {self.url} broke: {why}")
 
 
 # What httpx raises about addresses, connections, and answers that are no HTTP. ValueError: a port
 # or a name that is none.
 _REFUSED = (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError)
+
+
+def trusted(ca_file: Path | None) -> ssl.SSLContext:
+    """Whose certificates are taken; None: the system's. Raises: ClientError"""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError:
+        raise ClientError(f"--ca-file {ca_file} holds no certificate in PEM") from None
+    except OSError as error:
+        raise ClientError(f"cannot read --ca-file {ca_file}: {error.strerror}") from None
+
+
+def _tls_trouble(error: BaseException) -> str:
+    """What is wrong with a TLS connection; "": it is something else."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return (
+            f"its certificate is not to be trusted: {cause.verify_message}; give the certificate "
+            "of who signed it with --ca-file or $FLEXPERT_CA_FILE"
+        )
+    if isinstance(cause, ssl.SSLError):
+        return f"no TLS connection ({cause.reason}); if it serves plain HTTP, write http://"
+    return ""
 
 
 def _message(error: object) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexpert.cli.options import DEFAULT_URL, ApiKey, Json, Url, make_console
+from flexpert.cli.options import DEFAULT_URL, ApiKey, CaFile, Json, Url, make_console
 from flexpert.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def scale(
     json_: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
+    ca_file: CaFile = None,
 ) -> None:
     """Change the ranks while they serve, and show how it goes.
 
@@ -62,11 +64,11 @@ def scale(
     if cancel is not None:
         if ranks is not None or add or remove:
             raise ConfigError("--cancel stands alone")
-        with connect(url, api_key) as client:
+        with connect(url, api_key, ca_file) as client:
             print_operation(console, client.cancel(cancel), as_json=json_)
         return
     body = operation_body(ranks, add, remove or [])
-    with connect(url, api_key) as client:
+    with connect(url, api_key, ca_file) as client:
         raise typer.Exit(run_scale(client, body, console=console, wait=wait, as_json=json_))
 
 
@@ -84,11 +86,12 @@ def status(
     json_: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
+    ca_file: CaFile = None,
 ) -> None:
     """Show the ranks, where the experts are, and the change that runs."""
     from flexpert.cli.status import run_status
 
-    with connect(url, api_key) as client:
+    with connect(url, api_key, ca_file) as client:
         run_status(client, console=make_console(), watch=watch, as_json=json_)
 
 
@@ -110,6 +113,7 @@ def chat(
     seed: Seed = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
+    ca_file: CaFile = None,
 ) -> None:
     """Talk to the model; Ctrl-C stops an answer, Ctrl-D ends the conversation."""
     from flexpert.cli.talk import run_chat
@@ -119,7 +123,7 @@ def chat(
     if message == "":
         raise ConfigError("the message is empty")
     params = _given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with connect(url, api_key) as client:
+    with connect(url, api_key, ca_file) as client:
         run_chat(client, message, system, params, ask=input, out=sys.stdout)
 
 
@@ -144,6 +148,7 @@ def complete(
     ] = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
+    ca_file: CaFile = None,
 ) -> None:
     """Continue a text."""
     from flexpert.cli.talk import run_complete
@@ -160,14 +165,14 @@ def complete(
         stop=stop or None,
         ignore_eos=ignore_eos or None,
     )
-    with connect(url, api_key) as client:
+    with connect(url, api_key, ca_file) as client:
         run_complete(client, prompt, params, sys.stdout)
 
 
-def connect(url: str, key: str | None) -> Client:
+def connect(url: str, key: str | None, ca_file: Path | None = None) -> Client:
     from flexpert.cli.client import Client
 
-    return Client(url, key)
+    return Client(url, key, ca_file=ca_file)
 
 
 def _given(**params: Any) -> dict[str, Any]:

@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from flexpert.cli.client_commands import connect
-from flexpert.cli.options import DEFAULT_URL, ApiKey, Json, Url, duration_option, make_console
+from flexpert.cli.options import (
+    DEFAULT_URL,
+    ApiKey,
+    CaFile,
+    Json,
+    Url,
+    duration_option,
+    make_console,
+)
 from flexpert.errors import ConfigError
 
 LEAVE_EXAMPLES = (
@@ -38,6 +46,12 @@ def join(
         str | None,
         typer.Option(help="Name of this machine; ranks with equal names share memory."),
     ] = None,
+    interface: Annotated[
+        str | None,
+        typer.Option(
+            help="Network interfaces of this host to others, as eth1; default: UCX chooses."
+        ),
+    ] = None,
     cluster_token_file: Annotated[
         Path | None,
         typer.Option(
@@ -51,6 +65,10 @@ def join(
             "--retry", "How long to look for a head that is lost.", least=0, default="5m"
         ),
     ] = 300.0,
+    ready_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A file that is there while the rank serves."),
+    ] = None,
 ) -> None:
     """Join a service as a rank on this host; Ctrl-C or SIGTERM drains it first.
 
@@ -68,15 +86,22 @@ def join(
 
     caches.keep_private(os.environ)  # before torch is imported
     from flexpert.cluster.hosts.agent import Agent, AgentOptions
+    from flexpert.config import EngineConfig
+    from flexpert.engine.host_network import check_network
 
     overrides: dict[str, object] = {}
     if model is not None:
         overrides["model.model"] = model
     if machine is not None:
         overrides["engine.machine"] = machine
+    if interface is not None:
+        check_network(EngineConfig(interface=interface))
+        overrides["engine.interface"] = interface
 
     async def run() -> int:
-        options = AgentOptions(address, -1 if rank is None else rank, overrides, retry)
+        options = AgentOptions(
+            address, -1 if rank is None else rank, overrides, retry, ready_file=ready_file
+        )
         return await Agent(options, keys_of(token), lambda line: print(line, flush=True)).run()
 
     raise typer.Exit(asyncio.run(run()))
@@ -87,6 +112,7 @@ def leave(
     json_: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
+    ca_file: CaFile = None,
 ) -> None:
     """Drain ranks and let them go; the same as 'flexpert scale --remove'.
 
@@ -94,6 +120,6 @@ def leave(
     """
     from flexpert.cli.scale import operation_body, run_scale
 
-    with connect(url, api_key) as client:
+    with connect(url, api_key, ca_file) as client:
         body = operation_body(None, 0, ids)
         raise typer.Exit(run_scale(client, body, console=make_console(), as_json=json_))

@@ -30,6 +30,16 @@ ApiKey = Annotated[
     ),
 ]
 
+CaFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--ca-file",
+        envvar="FLEXPERT_CA_FILE",
+        metavar="FILE",
+        help="Certificates in PEM to trust for an https URL, instead of this system's.",
+    ),
+]
+
 # the same in every command that has a result
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of text.")]
 Output = Annotated[

@@ -26,7 +26,10 @@ _HELP = {
 }
 
 # what no complaint repeats
-_SECRET = frozenset({"server.api_key", "server.control_key"})
+_SECRET = frozenset({"server.api_key", "server.control_key", "server.tls_key_password"})
+
+# further names, of vLLM
+_ALIASES = {"server.tls_cert_file": "--ssl-certfile", "server.tls_key_file": "--ssl-keyfile"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,9 @@ class Flag:
 
     def option(self) -> Any:
         name = f"{self.name}/--no-{self.name[2:]}" if self.boolean else self.name
+        alias = _ALIASES.get(self.path)
         return typer.Option(
-            name,
+            *((name, alias) if alias else (name,)),
             help=f"{self.help} (default: {self.default})" if self.default else self.help,
             metavar=None if self.boolean else self.metavar,
             show_default=False,

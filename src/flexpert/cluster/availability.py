@@ -19,6 +19,7 @@ class Availability(Enum):
     SERVING = "serving"
     HELD = "held"  # survivors wait, halted: they have no memory for all experts
     LOST = "lost"  # nobody is left; the ranks start again as at the beginning
+    WAITING = "waiting"  # there is no rank, and none starts by itself: hosts may join
     STOPPED = "stopped"
 
 
@@ -39,6 +40,7 @@ class AvailabilityAction(Enum):
     WARN_HELD = "report that requests wait for ranks"
     TERMINATE_ALL = "terminate whoever is left"
     ASK_FOR_RANKS = "report that only scaling up helps"
+    ASK_FOR_HOSTS = "report that requests wait for hosts that join"
     STOP_SERVICE = "stop the service"
 
 
@@ -46,45 +48,48 @@ class AvailabilityAction(Enum):
 class AvailabilityEvent:
     """reason: for people. restartable: somebody is desired, who can be started again.
 
-    blameless: whoever is terminated because of it has done nothing wrong.
+    joinable: hosts may join, and bring ranks of their own. blameless: whoever is terminated
+    because of it has done nothing wrong.
     """
 
     kind: AvailabilityKind
     reason: str = ""
     restartable: bool = True
+    joinable: bool = False
     blameless: bool = False
 
 
-def _restartable(event: AvailabilityEvent) -> bool:
-    return event.restartable
+def _ranks_may_come(event: AvailabilityEvent) -> bool:
+    return event.restartable or event.joinable
+
+
+def _joinable(event: AvailabilityEvent) -> bool:
+    return event.joinable
 
 
 A, K, D = Availability, AvailabilityKind, AvailabilityAction
 
+_NOT_STOPPED = (A.STARTING, A.SERVING, A.HELD, A.LOST, A.WAITING)
+
 AVAILABILITY_RULES = RuleTable[Availability, AvailabilityKind, AvailabilityAction](
     (
-        *(
-            Rule(state, K.SWITCHED, A.SERVING, (D.ADMIT,))
-            for state in (A.STARTING, A.SERVING, A.HELD, A.LOST)
-        ),
-        *(
-            Rule(state, K.SHORT, A.HELD, (D.WARN_HELD,))
-            for state in (A.STARTING, A.SERVING, A.HELD, A.LOST)
-        ),
+        *(Rule(state, K.SWITCHED, A.SERVING, (D.ADMIT,)) for state in _NOT_STOPPED),
+        *(Rule(state, K.SHORT, A.HELD, (D.WARN_HELD,)) for state in _NOT_STOPPED),
         *(
             rule
-            for state in (A.STARTING, A.SERVING, A.HELD, A.LOST)
+            for state in _NOT_STOPPED
             for rule in (
-                Rule(state, K.ALL_LOST, A.LOST, (D.TERMINATE_ALL,), _restartable),
+                Rule(state, K.ALL_LOST, A.LOST, (D.TERMINATE_ALL,), _ranks_may_come),
                 Rule(state, K.ALL_LOST, A.STOPPED, (D.STOP_SERVICE,)),
             )
         ),
         Rule(A.HELD, K.HOPELESS, A.HELD, (D.ASK_FOR_RANKS,)),
-        Rule(A.LOST, K.HOPELESS, A.STOPPED, (D.STOP_SERVICE,)),
         *(
-            Rule(state, K.CANNOT_SPAWN, A.STOPPED, (D.STOP_SERVICE,))
-            for state in (A.STARTING, A.SERVING, A.HELD, A.LOST)
+            Rule(state, K.HOPELESS, A.WAITING, (D.ASK_FOR_HOSTS,), _joinable)
+            for state in (A.STARTING, A.LOST)
         ),
+        Rule(A.LOST, K.HOPELESS, A.STOPPED, (D.STOP_SERVICE,)),
+        *(Rule(state, K.CANNOT_SPAWN, A.STOPPED, (D.STOP_SERVICE,)) for state in _NOT_STOPPED),
     )
 )
 
@@ -104,6 +109,8 @@ class ServiceAvailability:
         self.state = rule.then
         if rule.then is Availability.SERVING:
             self.down = None
+        elif rule.then is Availability.WAITING:
+            self.down = f"{self.down}; {event.reason}" if self.down else event.reason
         elif rule.then in (Availability.HELD, Availability.LOST) and (
             event.kind is not AvailabilityKind.HOPELESS
         ):

@@ -70,7 +70,8 @@ class ChangeActions:
         cluster = self._cluster
         if cluster.operation:
             cluster.operation.epoch = change.epoch
-        self._enter("spawn", cluster.config.cluster.start_timeout)
+        limits = cluster.config.cluster
+        self._enter("spawn", limits.wait_for_resources + limits.start_timeout)
         try:
             for rank in sorted(change.joining):
                 cluster.ranks[rank] = RankState(rank)

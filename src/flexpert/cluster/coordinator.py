@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flexpert.cluster.availability import Availability
 from flexpert.cluster.change_actions import ChangeActions
 from flexpert.cluster.cluster_state import ClusterState, CoordinatorEvent
 from flexpert.cluster.event_queue import EventQueue
@@ -85,9 +86,13 @@ class Coordinator:
 
     # ---- operations -------------------------------------------------------------------------
 
-    def begin_first(self, ranks: int) -> OperationView:
-        """The change from nothing to the service's first ranks."""
+    def begin_first(self, ranks: int) -> OperationView | None:
+        """The change from nothing to the service's first ranks; None: there are none, and requests
+        wait for hosts that join."""
         self._cluster.watch.start()
+        if ranks == 0:
+            self._reconciler.wait_for_hosts()
+            return None
         return self._operations.begin_first(ranks)
 
     def begin(
@@ -101,6 +106,10 @@ class Coordinator:
         """See `Operations.begin`. Raises: OperationRefused, OperationConflict"""
         return self._operations.begin(ranks=ranks, add=add, remove=remove, join=join)
 
+    def newcomers(self, *, ranks: int | None, add: int, remove: Sequence[int]) -> frozenset[int]:
+        """Who would join if this change began now. Raises: OperationRefused"""
+        return self._operations.newcomers(ranks=ranks, add=add, remove=remove)
+
     def leave_to_host(self, rank: int) -> None:
         """The rank's process is another host's: if it is lost, it is not started again here."""
         self._cluster.restart_policy.leave_to_host(rank)
@@ -109,7 +118,8 @@ class Coordinator:
     def idle(self) -> bool:
         """Whether a change could begin now."""
         cluster = self._cluster
-        return cluster.operation is None and cluster.queued is None and not self.down
+        able = not self.down or cluster.availability.state is Availability.WAITING
+        return able and cluster.operation is None and cluster.queued is None
 
     def cancel(self, operation_id: str) -> OperationView:
         """See `Operations.cancel`. Raises: UnknownOperation, OperationConflict"""

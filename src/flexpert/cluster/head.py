@@ -19,16 +19,14 @@ from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.expert_cache_manager import ExpertCacheManager
 from flexpert.cluster.formatting import describe_memory
 from flexpert.cluster.generation_defaults import sampling_defaults, with_end_tokens
-from flexpert.cluster.hosts.cluster_token import cluster_keys
-from flexpert.cluster.hosts.host_sessions import HostSessions
-from flexpert.cluster.hosts.model_description import describe_model
+from flexpert.cluster.hosts.host_ranks import HostRanks
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.phase_clock import CHANGES
-from flexpert.cluster.processes.early_fork_server import EarlyForkServer, for_children, for_hosts
+from flexpert.cluster.processes.early_fork_server import EarlyForkServer, for_children
 from flexpert.cluster.processes.helper import ForkedHelper, OnEnd, OnMessage
 from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
@@ -95,8 +93,7 @@ class Head:
         self.sampling_defaults: dict[str, Any] = {}
         self._cache: ExpertCacheManager | None = None
         self._budget: MemoryBudget | None = None
-        self._hosts: HostSessions | None = None
-        self._cluster_keys = cluster_keys(config.cluster)
+        self._hosts = HostRanks(config, self)
         cluster = config.cluster
         self._spares = SpareRanks(
             cluster.spare_ranks,
@@ -126,6 +123,7 @@ class Head:
         watch.laps["before"] = time.monotonic() - began
         try:
             await asyncio.to_thread(check_device, self.config.engine)
+            await self._hosts.connect(tell)
             tell(f"opening model {self.config.model.model!r}, starting the fork server")
             self._transport = Transport(self._on_report, self._on_cut_off, self._on_disconnected)
             self._launcher = LocalLauncher(self._on_exit, self._early)
@@ -143,16 +141,20 @@ class Head:
             driver = await asyncio.to_thread(self._gpu_driver, tell)
             budget = self._budget = MemoryBudget(self.config, source, driver)
             budget.held = lambda: self._spares.held
-            budget.elsewhere = lambda: self._hosts.free_memory() if self._hosts else {}
+            budget.elsewhere = self._hosts.free_memory
             self._coordinator = Coordinator(self.config, source, self, budget)
             ranks = self.config.cluster.ranks
-            tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
+            if self._hosts.starts_all:
+                await self._hosts.listen(source, tell)
+                await self._hosts.check_room(ranks)
+            if ranks:
+                tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
             first = self._coordinator.begin_first(ranks)
             self.tokenizer = await tokenizer
             self.info = with_end_tokens(self.info, self.tokenizer)
             self.opened.set()
-            done = await self.wait_operation(first.id)
-            if done.state != "done":
+            done = await self.wait_operation(first.id) if first else None
+            if done and done.state != "done":
                 raise FlexpertError(f"the service did not come up: {done.error}")
             watch.lap("ranks")
             log.debug("the service came up: %s", in_words(watch.laps))
@@ -163,7 +165,8 @@ class Head:
         self._cache = ExpertCacheManager(self.config, source, self)
         self._cache.start()
         self._spares.run()
-        await self._listen_to_hosts(source, tell)
+        if not self._hosts.starts_all:
+            await self._hosts.listen(source, tell)
         for rank in self._coordinator.ranks():
             memory = describe_memory(*self._coordinator.memory(rank.id))
             if memory:
@@ -204,8 +207,7 @@ class Head:
         if self._coordinator and self._transport:
             for rank in self._coordinator.ranks():
                 self._transport.send(rank.id, msg.Stop())
-        if self._hosts:
-            self._hosts.close()
+        await self._hosts.close()
         if self._launcher:
             await self._launcher.close()
         if self._transport:
@@ -284,7 +286,7 @@ class Head:
             left_out=sorted(coordinator.left_out),
             down=coordinator.down,
             spares=self._spares.views(),
-            hosts=self._hosts.views() if self._hosts else [],
+            hosts=self._hosts.views(),
         )
 
     def begin_operation(
@@ -301,6 +303,20 @@ class Head:
             OperationConflict, OperationRefused
         """
         return self._need_coordinator().begin(ranks=ranks, add=add, remove=remove, join=join)
+
+    async def request_operation(
+        self, *, ranks: int | None = None, add: int = 0, remove: Sequence[int] = ()
+    ) -> OperationView:
+        """As `begin_operation`, once it is known that there is room for the newcomers.
+
+        Raises:
+            OperationConflict, OperationRefused
+        """
+        coordinator = self._need_coordinator()
+        if self._hosts.starts_all and coordinator.idle:
+            newcomers = coordinator.newcomers(ranks=ranks, add=add, remove=remove)
+            await self._hosts.check_room(len(newcomers))
+        return self.begin_operation(ranks=ranks, add=add, remove=remove)
 
     def operation(self, operation_id: str) -> OperationView:
         """Raises UnknownOperation."""
@@ -392,7 +408,7 @@ class Head:
             why = f"it cannot be connected: {error.strerror}; raise the limit of open files"
             asyncio.get_running_loop().call_soon(self._on_exit, rank, 1, why)
             return
-        if self._hosts and rank in self._hosts:
+        if rank in self._hosts:
             self._hosts.spawn(rank, verdicts, end)
             return
         spec = encode_spec(RankSpec(rank, for_children(self.config), verdicts, spare))
@@ -404,56 +420,44 @@ class Head:
         if not self._stopped and self._launcher:
             self._launcher.kill(rank)
 
+    def on_this_host(self, newcomers: frozenset[int]) -> frozenset[int]:
+        return frozenset() if self._hosts.starts_all else newcomers - self.reserved
+
     @property
     def reserved(self) -> frozenset[int]:
-        return self._hosts.ids if self._hosts else frozenset()
+        return self._hosts.ids
 
     def kill(self, rank: int) -> None:
         assert self._launcher is not None
         if rank in self._spares:  # it ends already
             self._spares.withdraw(rank)
-        elif self._hosts and rank in self._hosts:
+        elif rank in self._hosts:
             self._hosts.kill(rank)
         else:
             self._launcher.kill(rank)
 
     # ---- for hosts that join ------------------------------------------------------------------
 
-    def free_id(self, wanted: int) -> int | None:
-        """An id for a rank from outside, the wanted one if it is free; the highest, since
-        processes of this host take the lowest. None: there is none."""
+    def ids_in_use(self) -> frozenset[int]:
+        """Ids that no rank from outside may have."""
         coordinator = self._need_coordinator()
-        taken = {rank.id for rank in coordinator.ranks()} | coordinator.desired | self.reserved
-        taken |= {rank for rank in range(self.config.cluster.max_ranks) if rank in self._spares}
-        free = set(range(self.config.cluster.max_ranks)) - taken
-        if wanted >= 0:
-            return wanted if wanted in free else None
-        return max(free, default=None)
+        spares = {rank for rank in range(self.config.cluster.max_ranks) if rank in self._spares}
+        return coordinator.desired | {rank.id for rank in coordinator.ranks()} | spares
 
     def busy(self) -> bool:
         """Whether a change could not begin now."""
         return not (self._serving and self._need_coordinator().idle)
 
-    def rank_left_host(self, rank: int, status: int, why: str) -> None:
-        """The process of a rank from outside is gone, or given up."""
-        if self._coordinator:
+    def is_member(self, rank: int) -> bool:
+        """Whether the rank is of the current epoch."""
+        return self._coordinator is not None and rank in self._coordinator.members
+
+    def rank_left_host(self, rank: int, status: int, why: str, *, ours: bool) -> None:
+        """The process of a rank on another host is gone, or given up. ours: it may be started
+        again from here."""
+        if self._coordinator and not ours:
             self._coordinator.leave_to_host(rank)
         self._on_exit(rank, status, why)
-
-    async def _listen_to_hosts(self, source: ModelSource, tell: Callable[[str], None]) -> None:
-        """Raises: ConfigError: it cannot listen there."""
-        cluster = self.config.cluster
-        if cluster.join_listen is None or self._cluster_keys is None:
-            return
-        self._hosts = HostSessions(
-            cluster.join_listen,
-            self._cluster_keys,
-            self,
-            settings=for_hosts(self.config),
-            model=await asyncio.to_thread(describe_model, source),
-            timeout_s=cluster.host_timeout,
-        )
-        tell(f"hosts join at {self._hosts.address}")
 
     def send(self, rank: int, command: msg.Command) -> None:
         self._send(rank, command)

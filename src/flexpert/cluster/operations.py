@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from flexpert.cluster.availability import Availability
 from flexpert.cluster.cluster_state import ClusterState
 from flexpert.cluster.formatting import describe_change
 from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
@@ -69,6 +70,11 @@ class Operations:
             "wait for it or cancel it"
         )
 
+    def newcomers(self, *, ranks: int | None, add: int, remove: Sequence[int]) -> frozenset[int]:
+        """Who would join if this change began now. Raises: OperationRefused"""
+        members = self._cluster.members
+        return self._resolve(TargetRequest(ranks, add, tuple(remove)), members) - members
+
     def begin_first(self, ranks: int) -> OperationView:
         """The change from nothing to the service's first ranks."""
         request = TargetRequest(ranks, 0, ())
@@ -110,7 +116,8 @@ class Operations:
     def _check_open(self) -> None:
         cluster = self._cluster
         down = cluster.availability.down
-        if cluster.membership.phase is Phase.LOST or (down and not cluster.members):
+        restarts = down and cluster.availability.state is not Availability.WAITING
+        if cluster.membership.phase is Phase.LOST or (restarts and not cluster.members):
             raise OperationRefused(f"all ranks are lost and start again: {down}")
         if cluster.reconciliation.state is Activity.CLOSED:
             raise OperationRefused("the service is stopping")
@@ -187,7 +194,10 @@ class Operations:
         operation.epoch = cluster.membership.epoch
         if target != members:
             placement = cluster.plan(target)
-            cluster.memory_budget.check(target - members, placement, cluster.placement)
+            newcomers = target - members
+            here = cluster.head.on_this_host(newcomers)
+            told = newcomers & cluster.memory_budget.elsewhere().keys()  # by other hosts
+            cluster.memory_budget.check(here | told, placement, cluster.placement)
             return placement
         if not operation.automatic:  # they may be what a loss has left, and too few
             cluster.memory_budget.check((), cluster.plan(target), cluster.placement)

@@ -26,6 +26,8 @@ from flexpert.cluster.reconciliation import (
 from flexpert.errors import OperationRefused
 from flexpert.moe.placement import Placement
 
+_HOSTS_JOIN = "hosts may join (flexpert join)"
+
 
 @dataclass(slots=True)
 class ReloadTries:
@@ -209,8 +211,22 @@ class Reconciler:
 
     def _give_up(self, event: ActivityEvent) -> None:
         """Nothing that begins by itself will end the waiting."""
-        hopeless = AvailabilityEvent(AvailabilityKind.HOPELESS, event.facts.why)
-        self.change_availability(hopeless)
+        joinable = self._joinable and not self._cluster.restart_policy.left_out
+        why = f"{event.facts.why}: {_HOSTS_JOIN}" if joinable else event.facts.why
+        self.change_availability(
+            AvailabilityEvent(AvailabilityKind.HOPELESS, why, joinable=joinable)
+        )
+
+    def wait_for_hosts(self) -> None:
+        """There are no ranks to begin with."""
+        nobody = f"no rank is up: {_HOSTS_JOIN}"
+        self.change_availability(
+            AvailabilityEvent(AvailabilityKind.HOPELESS, nobody, joinable=self._joinable)
+        )
+
+    @property
+    def _joinable(self) -> bool:
+        return self._cluster.config.cluster.join_listen is not None
 
     # ---- nobody is left ---------------------------------------------------------------------
 
@@ -229,6 +245,7 @@ class Reconciler:
                 AvailabilityKind.ALL_LOST,
                 event.reason,
                 restartable=bool(self._cluster.restart_policy.desired),
+                joinable=self._joinable,
                 blameless=event.blameless,
             )
         )
@@ -250,6 +267,8 @@ class Reconciler:
                         f"{event.reason}; nobody can go on: requests wait until ranks are up again"
                     )
                     cluster.withdraw(list(cluster.ranks), blameless=event.blameless)
+                case AvailabilityAction.ASK_FOR_HOSTS:
+                    cluster.notices.warn(f"{event.reason}; requests wait until one has")
                 case AvailabilityAction.ASK_FOR_RANKS:
                     self._ask_for_ranks(event.reason)
                 case AvailabilityAction.STOP_SERVICE:

@@ -23,6 +23,7 @@ from flexpert.config import EngineConfig
 from flexpert.engine.gpu_driver import GpuDriver, open_driver
 from flexpert.engine.gpu_usage import GpuUsage, HostUsage
 from flexpert.engine.head_store import HeadMeeting
+from flexpert.engine.host_network import check_network
 from flexpert.errors import ConfigError
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
 from flexpert.kernels.kernel_set import Kernels, check_gpu, cpu_kernels, gpu_kernels
@@ -312,8 +313,10 @@ def check_device(config: EngineConfig) -> None:
     """Whether a rank of this machine could open what the settings need; opens nothing.
 
     Raises:
-        ConfigError: there is no GPU, or something is not installed; says what to do.
+        ConfigError: there is no GPU or no such network interface, or something is not installed;
+            says what to do.
     """
+    check_network(config)
     if uses_gpu(config):
         check_gpu()
         if config.all2all == "nixl_ep":

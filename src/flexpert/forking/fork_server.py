@@ -33,6 +33,7 @@ from flexpert.errors import FlexpertError
 MODULE = "flexpert.forking.fork_server"
 PACKET = 1 << 20  # bytes of the largest request or answer
 _MOST_DESCRIPTORS = 8
+_FOR_THE_STARTER = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -122,8 +123,8 @@ def start_server(
 
     Raises: OSError
     """
-    # Ctrl-C reaches the whole terminal; a process that starts here inherits that it is blocked
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    # they reach the new process, too; it inherits that they are blocked
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_STARTER)
     try:
         return subprocess.Popen(
             [sys.executable, "-m", MODULE, str(theirs.fileno())],
@@ -146,9 +147,11 @@ class _Child:
 
 def main(descriptor: int) -> None:
     """Serve fork requests on the socket with this descriptor until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    # Both are for who started this, and reach all its processes: Ctrl-C those of a terminal,
+    # SIGTERM those of a unit or of a job. Who is to drain still needs its children.
+    for number in _FOR_THE_STARTER:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_STARTER)
     channel = socket.socket(fileno=descriptor)
     packet = channel.recv(PACKET)
     if not packet:

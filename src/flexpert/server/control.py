@@ -48,7 +48,9 @@ class ControlRoutes:
 
     async def begin(self, body: OperationRequest) -> Response:
         """Start a change: 202; 409 while another runs; 400 if it can never be reached."""
-        operation = self._head.begin_operation(ranks=body.ranks, add=body.add, remove=body.remove)
+        operation = await self._head.request_operation(
+            ranks=body.ranks, add=body.add, remove=body.remove
+        )
         location = {"location": f"/cluster/operations/{operation.id}"}
         return wire.json_response(operation, 202, headers=location)
 
@@ -71,7 +73,7 @@ class ControlRoutes:
         is taken back, unless it is already being committed.
         """
         before = self._head.cluster().operation
-        operation = self._head.begin_operation(ranks=body.new_data_parallel_size)
+        operation = await self._head.request_operation(ranks=body.new_data_parallel_size)
         ours = before is None or before.id != operation.id
         try:
             async with asyncio.timeout(body.drain_timeout):

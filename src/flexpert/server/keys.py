@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hmac
 import logging
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from pydantic import SecretStr
 
 from flexpert.config import ServerConfig
 from flexpert.errors import ConfigError
-from flexpert.reading import read_text
+from flexpert.reading import is_open_to_others, read_text
 
 log = logging.getLogger("flexpert.server")
 
@@ -59,11 +58,11 @@ def _from_file(name: str, file: Path) -> bytes:
     if not key or "\0" in key:
         raise ConfigError(f"{what} has no key in its first line")
     with contextlib.suppress(OSError):  # it may be gone by now
-        _warn_if_open(file, f"server.{name}_file {str(file)!r}")
+        warn_if_open(file, f"server.{name}_file {str(file)!r}")
     return key.encode()
 
 
-def _warn_if_open(file: Path, what: str) -> None:
-    mode = file.stat().st_mode
-    if stat.S_ISREG(mode) and mode & (stat.S_IRGRP | stat.S_IROTH):
+def warn_if_open(file: Path, what: str) -> None:
+    """Log it if others may read a secret. Raises: OSError"""
+    if is_open_to_others(file.stat()):
         log.warning("%s can be read by others on this machine; chmod 600 it", what)

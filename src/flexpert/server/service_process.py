@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +28,8 @@ from flexpert.server.console import LogHandler, complain, say
 from flexpert.server.descriptors import raise_limit
 from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.protocol import bounded_protocol
+from flexpert.server.tls import TlsFiles, tls_files
+from flexpert.stop_signals import STOP_SIGNALS, StopRequest
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -39,8 +42,6 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_WRONG_SETTINGS = 2
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
 # Seconds. After a second Ctrl-C: for ranks to be terminated; they die with this process anyway.
 FORCED_STOP_S = 5.0
 
@@ -52,7 +53,7 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
     """Serve until a signal, or until the service fails; returns the process' exit code.
 
     Ctrl-C or SIGTERM: running requests have `cluster.shutdown_timeout` to finish; a second
-    one stops at once. What happens is printed.
+    one stops at once (see `StopRequest`). What happens is printed.
 
     Returns:
         0 stopped by a signal while serving, 1 the service failed, 2 wrong settings (a port in
@@ -64,17 +65,18 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
         # Bound before any rank starts, so that a port in use fails in milliseconds. It listens
         # already: who connects during the start waits and is answered when the model is there.
         keys = read_keys(config.server)
+        tls = tls_files(config.server)
         listener = bind(config.server, keys)
     except ConfigError as error:
         complain(f"flexpert: {error}")
         return EXIT_WRONG_SETTINGS
     with listener:
         if head is not None:
-            return _run(config, head, listener, keys)
+            return _run(config, head, listener, keys, tls)
         with _early_fork_server(config) as fork_server:
             from flexpert.cluster.head import Head  # torch and transformers, seconds
 
-            return _run(config, partial(Head, fork_server=fork_server), listener, keys)
+            return _run(config, partial(Head, fork_server=fork_server), listener, keys, tls)
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def _early_fork_server(config: Config) -> Iterator[EarlyForkServer]:
 
     with EarlyForkServer(config) as fork_server:
         defaults = (signal.default_int_handler, signal.SIG_DFL)
-        changed = {n: was for n in SIGNALS if (was := signal.getsignal(n)) in defaults}
+        changed = {n: was for n in STOP_SIGNALS if (was := signal.getsignal(n)) in defaults}
         for number in changed:
             signal.signal(number, end)
         try:
@@ -103,13 +105,18 @@ def _early_fork_server(config: Config) -> Iterator[EarlyForkServer]:
 
 
 def _run(
-    config: Config, head: Callable[[Config], Head], listener: socket.socket, keys: BearerKeys
+    config: Config,
+    head: Callable[[Config], Head],
+    listener: socket.socket,
+    keys: BearerKeys,
+    tls: TlsFiles | None,
 ) -> int:
     from flexpert.server.app import create_app  # fastapi: after the fork server was started
 
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_Service(config, head(config), listener, keys, create_app).run())
+            service = _Service(config, head(config), listener, keys, tls, create_app)
+            return runner.run(service.run())
     finally:
         gc.unfreeze()
 
@@ -173,28 +180,33 @@ class _Service:
         head: Head,
         listener: socket.socket,
         keys: BearerKeys,
+        tls: TlsFiles | None,
         create_app: Callable[[Head, BearerKeys], FastAPI],
     ) -> None:
         self._create_app = create_app
         self._config = config
         self._keys = keys
+        self._tls = tls
         self._head = head
         self._listener = listener
+        self._stop_request = StopRequest()
         self._asked = asyncio.Event()  # to stop
         self._forced = asyncio.Event()  # to stop at once
         self._signal = 0
         self._failure: FlexpertError | None = None
         self._app: FastAPI | None = None
         self._preparing: asyncio.Future[None] | None = None  # of the preprocessing workers
+        self._renewing: asyncio.Future[None] | None = None  # of the certificate
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_on_loop_error)
-        before = {number: signal.getsignal(number) for number in SIGNALS}
-        for number in SIGNALS:
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         host, port = self._listener.getsockname()[:2]
-        self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if self._tls else "http"
+        self._url = f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
         say(f"flexpert {flexpert.__version__} on {self._url}")
         try:
             if await self._started():
@@ -206,12 +218,13 @@ class _Service:
             return EXIT_FAILED
         finally:
             await self._stop()
-            for number in SIGNALS:  # the loop would leave Ctrl-C dead for what comes after
+            for number in STOP_SIGNALS:  # the loop would leave Ctrl-C dead for what comes after
                 loop.remove_signal_handler(number)
                 signal.signal(number, before[number])
 
     def _on_signal(self, number: int) -> None:
-        if self._asked.is_set():
+        self._stop_request.on_signal(number, time.monotonic())
+        if self._stop_request.at_once:
             self._forced.set()
         self._signal = number
         self._asked.set()
@@ -248,27 +261,30 @@ class _Service:
         assert preparing is not None
         level = self._config.server.log_level
         ranks = self._config.cluster
-        server = _Server(
-            uvicorn.Config(
-                app,
-                http=bounded_protocol(self._config.server, app.state.metrics.refused),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level="debug" if level == "debug" else "warning",
-                access_log=level == "debug",
-                server_header=False,
-                timeout_keep_alive=30,
-                timeout_graceful_shutdown=ceil(ranks.shutdown_timeout) + UNREAD_S,
-            )
+        settings = uvicorn.Config(
+            app,
+            http=bounded_protocol(self._config.server, app.state.metrics.refused),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="debug" if level == "debug" else "warning",
+            access_log=level == "debug",
+            server_header=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=ceil(ranks.shutdown_timeout) + UNREAD_S,
         )
+        settings.load()
+        if self._tls:
+            settings.ssl = self._tls.context  # checked before the model was opened
+            self._renewing = asyncio.ensure_future(self._tls.watch())
+        server = _Server(settings)
         await preparing
         gc.freeze()  # to walk all that was imported would hold up every stream for 0.3 s
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         asked = asyncio.ensure_future(self._asked.wait())
         say(
             f"{self._head.model_name} on {ranks.ranks} of at most {ranks.max_ranks} ranks\n"
-            f"ready: {self._url}/v1"
+            f"{'ready' if ranks.ranks else 'requests wait for hosts'}: {self._url}/v1"
         )
         await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
@@ -296,6 +312,8 @@ class _Service:
             _ = ending.cancelled() or ending.exception()  # cancelled on purpose, so not reported
 
     async def _stop(self) -> None:
+        if self._renewing is not None:
+            self._renewing.cancel()
         self._close_preprocessors()
         try:
             async with asyncio.timeout(FORCED_STOP_S if self._forced.is_set() else None):

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 import msgspec
 from pydantic import ValidationError
@@ -26,12 +26,14 @@ from flexpert.cluster.hosts.byte_pipe import BytePipe
 from flexpert.cluster.hosts.cluster_token import ClusterKeys
 from flexpert.cluster.hosts.curve_socket import CurveClient, NotSentError, pieces
 from flexpert.cluster.hosts.model_description import describe_model
+from flexpert.cluster.hosts.ready_file import ReadyFile
 from flexpert.cluster.memory_budget import free_memory
 from flexpert.cluster.processes.early_fork_server import for_children
 from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
 from flexpert.config import Config
 from flexpert.errors import FlexpertError
+from flexpert.stop_signals import STOP_SIGNALS, StopRequest
 from flexpert.version import VERSION
 
 log = logging.getLogger("flexpert")
@@ -55,12 +57,17 @@ class Outcome(Enum):
 @dataclass(frozen=True, slots=True)
 class AgentOptions:
     """address: of the head. rank: the id that is wanted; -1: any. overrides: settings that differ
-    here, dotted. retry_s: for how long a head that is lost is looked for."""
+    here, dotted. retry_s: for how long a head that is lost is looked for. ticket: see `Join`.
+    host: name of this host for people; "": as the system has it. ready_file: there while the rank
+    serves."""
 
     address: str
     rank: int
     overrides: dict[str, object]
     retry_s: float
+    ticket: bytes = b""
+    host: str = ""
+    ready_file: Path | None = None
 
 
 def wait_before_joining(last_s: float, served_s: float) -> float:
@@ -74,42 +81,49 @@ class Agent:
     """One rank on this host, through any number of sessions.
 
     tell: what people are to know, a line each.
+    failure: why `run` returned 1; "" before.
     """
 
     def __init__(
         self, options: AgentOptions, keys: ClusterKeys, tell: Callable[[str], None]
     ) -> None:
+        """Raises: ConfigError: the file of the options cannot be made."""
         self._options = options
         self._keys = keys
         self._tell = tell
         self._rank = options.rank
+        self._ready = ReadyFile(options.ready_file)
+        self._stop = StopRequest()
         self._leaves = asyncio.Event()
         self._ends_now = asyncio.Event()
         self._launcher: LocalLauncher | None = None
         self._settings = ""  # that the launcher was started with
         self._model: dict[str, str] = {}
         self._session: _AgentSession | None = None
+        self.failure = ""
 
     async def run(self) -> int:
         """Until the rank has left or nothing more can be done; returns the exit status.
 
-        0 it has left, 1 it could not join or the head is lost for good, 130 stopped at once.
+        0 it has left, or was asked to when the head was lost, 1 it could not join or the head is
+        lost for good, 130 stopped at once.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._on_signal)
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
         try:
             return await self._join_again_and_again()
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP_SIGNALS:
                 loop.remove_signal_handler(number)
             if self._launcher:
                 await self._launcher.close(_GONE_S)
 
-    def _on_signal(self) -> None:
-        if self._leaves.is_set():
+    def _on_signal(self, number: int) -> None:
+        self._stop.on_signal(number, time.monotonic())
+        if self._stop.at_once:
             self._ends_now.set()
-        else:
+        elif not self._leaves.is_set():
             self._tell("leaving: its requests move first; again: at once")
         self._leaves.set()
 
@@ -128,8 +142,12 @@ class Agent:
             if session.served_s >= _HEALTHY_S:
                 lost_at = time.monotonic()
             wait_s = wait_before_joining(wait_s, session.served_s)
+            if outcome is Outcome.LOST and self._leaves.is_set():  # there is nobody to drain it
+                self._tell(reason)
+                return 0
             over = time.monotonic() - lost_at > self._options.retry_s
-            if outcome is Outcome.REFUSED or over or self._leaves.is_set():
+            if outcome is Outcome.REFUSED or over:
+                self.failure = reason
                 print(f"flexpert: {reason}", file=sys.stderr)
                 return 1
             self._tell(f"{reason}; joining again in {wait_s:g} s")
@@ -172,6 +190,7 @@ class _AgentSession:
 
     def __init__(self, agent: Agent) -> None:
         self._spawned: float | None = None
+        self._serves = False
         self._agent = agent
         self._loop = asyncio.get_running_loop()
         self._over: asyncio.Future[tuple[Outcome, str]] = self._loop.create_future()
@@ -204,6 +223,7 @@ class _AgentSession:
                 return Outcome.LEFT, "stopped"
             return work.result()
         finally:
+            self._serve(False)
             work.cancel()
             ends.cancel()
             await self._end_rank()
@@ -212,8 +232,9 @@ class _AgentSession:
     async def _work(self) -> tuple[Outcome, str]:
         """Join, and keep the session up; ends only with an error."""
         agent = self._agent
-        address = agent._options.address
-        self._send(say.Join(VERSION, agent._rank, socket.gethostname()))
+        options = agent._options
+        address, host = options.address, options.host or socket.gethostname()
+        self._send(say.Join(VERSION, agent._rank, host, options.ticket))
         leaves = self._loop.create_task(agent._leaves.wait())
         try:
             await asyncio.wait(
@@ -237,7 +258,7 @@ class _AgentSession:
             self._send(say.AskToLeave(self._number))
             await asyncio.Event().wait()  # until the head says that it has left
         except FlexpertError as error:
-            self._send(say.AskToLeave(self._number, now=True))
+            self._send(say.AskToLeave(self._number, now=True, why=str(error)))
             return Outcome.REFUSED, str(error)
         finally:
             beats.cancel()
@@ -271,12 +292,15 @@ class _AgentSession:
 
     def _obey(self, command: say.ToAgent) -> None:
         match command:
+            case say.HeadBeat(_, serves):
+                self._serve(serves)
             case say.Spawn(_, verdicts):
                 self._spawn(verdicts)
             case say.ToRank(_, data) if self._pipe is not None:
                 self._pipe.write(data)
-            case say.Left():
-                self._end(Outcome.LEFT, f"rank {self._agent._rank} has left")
+            case say.Left(_, reason):
+                left = f"rank {self._agent._rank} has left"
+                self._end(Outcome.LEFT, f"{left}: {reason}" if reason else left)
             case say.Fenced(_, reason):
                 self._end(Outcome.LOST, f"rank {self._agent._rank} was given up: {reason}")
 
@@ -302,6 +326,13 @@ class _AgentSession:
         spec = RankSpec(agent._rank, for_children(self._config), verdicts)
         agent._launcher.spawn(agent._rank, ENTRY, encode_spec(spec), far)
         agent._tell(f"rank {agent._rank} starts")
+
+    def _serve(self, serves: bool) -> None:
+        if serves != self._serves:
+            self._serves = serves
+            self._agent._ready.show(serves)
+            if serves:
+                self._agent._tell(f"rank {self._agent._rank} serves")
 
     def _from_rank(self, data: bytes) -> None:
         for piece in pieces(data):

@@ -21,11 +21,13 @@ import msgspec
 
 
 class Join(msgspec.Struct, frozen=True, tag="join"):
-    """rank: the id it wants, or had before; -1: any. host: its name, for people."""
+    """rank: the id it wants, or had before; -1: any. host: its name, for people. ticket: of an
+    agent that the head has had started, for the rank for which that was; b"": of any other."""
 
     version: str
     rank: int
     host: str
+    ticket: bytes = b""
 
 
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
@@ -55,10 +57,12 @@ class AgentBeat(msgspec.Struct, frozen=True, tag="agent_beat"):
 
 
 class AskToLeave(msgspec.Struct, frozen=True, tag="leave"):
-    """Drain this rank and let it go. now: it does not wait, its process is gone."""
+    """Drain this rank and let it go. now: it does not wait, its process is gone. why: a reason
+    for that which the head does not know."""
 
     session: bytes
     now: bool = False
+    why: str = ""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
@@ -84,7 +88,10 @@ class ToRank(msgspec.Struct, frozen=True, tag="to_rank"):
 
 
 class HeadBeat(msgspec.Struct, frozen=True, tag="head_beat"):
+    """serves: the rank is of the current epoch."""
+
     session: bytes
+    serves: bool = False
 
 
 class Turned(msgspec.Struct, frozen=True, tag="turned"):
@@ -95,9 +102,11 @@ class Turned(msgspec.Struct, frozen=True, tag="turned"):
 
 
 class Left(msgspec.Struct, frozen=True, tag="left"):
-    """The rank has left by a change; there is nothing more to do."""
+    """The rank has left; there is nothing more to do. reason: why it was not by a change, for
+    people; "": it was."""
 
     session: bytes
+    reason: str = ""
 
 
 class Fenced(msgspec.Struct, frozen=True, tag="fenced"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from zmq.utils import z85
 
 from flexpert.config import ClusterConfig
 from flexpert.errors import ConfigError
-from flexpert.reading import read_text
+from flexpert.reading import is_open_to_others, read_text
 
 VARIABLE = "FLEXPERT_CLUSTER_TOKEN"
 SHORTEST = 16
@@ -58,7 +57,7 @@ def read_token(file: Path | None, environment: Mapping[str, str] = os.environ) -
         where = f"cluster token file {str(file)!r}"
         lines = read_text(file, "cluster.cluster_token_file", most=_LONGEST_FILE).splitlines()
         token = lines[0].strip() if lines else ""
-        if file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        if is_open_to_others(file.stat()):
             raise ConfigError(f"{where} is open to other users: chmod 600 {file}")
     if len(token) < SHORTEST:
         raise ConfigError(f"{where} has a token of {len(token)} characters, fewer than {SHORTEST}")

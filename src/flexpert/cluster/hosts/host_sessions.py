@@ -50,14 +50,30 @@ class SessionOwner(Protocol):
     ) -> object:
         """Raises: OperationConflict, OperationRefused"""
 
+    def is_member(self, rank: int) -> bool:
+        """Whether it is of the current epoch."""
+
     def rank_left_host(self, rank: int, status: int, why: str) -> None:
         """Its process is gone, or given up."""
 
 
 @dataclass(slots=True, eq=False)
+class _Expected:
+    """An agent that the owner has had started, for a rank of a change that has begun already.
+
+    end: the rank's end of its connection to the head.
+    """
+
+    rank: int
+    verdicts: bytes
+    end: socket.socket
+
+
+@dataclass(slots=True, eq=False)
 class _Session:
     """free: bytes of its host's memory. wants: what a change is still to be begun for: "join",
-    "leave" or ""."""
+    "leave" or "". ticket: of an agent that was expected. expected: its rank, until that is
+    started."""
 
     number: bytes
     peer: bytes
@@ -66,6 +82,8 @@ class _Session:
     heard: float
     free: int = 0
     wants: str = ""
+    ticket: bytes = b""
+    expected: _Expected | None = None
     pipe: BytePipe | None = None
     gone: tuple[int, str] | None = None  # how the rank's process ended
 
@@ -99,6 +117,7 @@ class HostSessions:
         self._timeout_s = timeout_s
         self._sessions: dict[bytes, _Session] = {}  # by number
         self._refused: Counter[str] = Counter()
+        self._expected: dict[bytes, _Expected] = {}  # by ticket
         self._refusals_logged = float("-inf")
         self._loop = asyncio.get_running_loop()
         self._listener = CurveListener(
@@ -147,6 +166,22 @@ class HostSessions:
         )
         self._send(session, say.Spawn(session.number, verdicts))
 
+    def expect(self, ticket: bytes, rank: int, verdicts: bytes, end: socket.socket) -> None:
+        """An agent will join with this ticket, and is to start this rank as soon as it can.
+
+        end: as of `spawn`.
+        """
+        self._expected[ticket] = _Expected(rank, verdicts, end)
+
+    def give_up(self, ticket: bytes, why: str) -> None:
+        """The agent with this ticket will not come, or is gone: a rank that it has is lost."""
+        expected = self._expected.pop(ticket, None)
+        if expected is not None:
+            expected.end.close()
+            self._owner.rank_left_host(expected.rank, 1, why)
+        for session in [s for s in self._sessions.values() if s.ticket == ticket]:
+            self._give_up(session, why)
+
     def _to_rank(self, session: _Session, data: bytes) -> None:
         for piece in pieces(data):
             self._send(session, say.ToRank(session.number, piece))
@@ -165,6 +200,9 @@ class HostSessions:
             if session.pipe:
                 session.pipe.close()
         self._sessions.clear()
+        for expected in self._expected.values():
+            expected.end.close()
+        self._expected.clear()
         self._listener.close()
 
     # ---- what agents say --------------------------------------------------------------------
@@ -192,28 +230,37 @@ class HostSessions:
             case say.RankGone(_, status, why) if session.gone is None:
                 session.gone = (status, why[:_MOST_NAME])
                 self._bury(session)
-            case say.AskToLeave(_, now):
-                if now or session.pipe is None:
-                    self._give_up(session, "it was stopped")
+            case say.AskToLeave(_, now, why):
+                # nobody has asked for fewer ranks if what starts agents has ended one
+                if now or session.ticket:
+                    self._give_up(session, _printable(why) or "it was stopped")
+                elif session.pipe is None:  # it has no rank yet
+                    self._let_go(session, "it was stopped before it served")
                 else:
                     session.wants = "leave"
                     self._begin(session)
 
     def _join(self, peer: bytes, join: say.Join) -> None:
-        host = "".join(c for c in join.host[:_MOST_NAME] if c.isprintable())
+        host = _printable(join.host)
         if join.version != VERSION:
             reason = f"it runs flexpert {join.version[:40]!a}, the head {VERSION}"
             log.warning("%s cannot join: %s", host, reason)
             self._tell(peer, say.Turned(reason))
             return
         self._end_of(peer, "it joins anew")
-        rank = self._owner.free_id(join.rank)
+        expected = self._expected.pop(join.ticket, None) if join.ticket else None
+        if join.ticket and expected is None:
+            self._tell(peer, say.Turned("it is not expected any more"))
+            return
+        rank = expected.rank if expected else self._owner.free_id(join.rank)
         if rank is None:
             what = "no id is free" if join.rank < 0 else f"rank {join.rank} is there already"
             self._tell(peer, say.Turned(f"{what}; see --max-ranks and 'flexpert status'", True))
             return
         number = secrets.token_bytes(16)
-        self._sessions[number] = _Session(number, peer, rank, host, self._loop.time())
+        session = _Session(number, peer, rank, host, self._loop.time())
+        session.ticket, session.expected = join.ticket, expected
+        self._sessions[number] = session
         log.info("host %s will join as rank %d", host, rank)
         welcome = say.Welcome(number, rank, self._settings, self._timeout_s)
         self._tell(peer, welcome)
@@ -223,8 +270,13 @@ class HostSessions:
         if different:
             self._turn(session, f"its model is another one than the head's: {different}")
             return
-        session.free, session.wants = free, "join"
-        self._begin(session)
+        session.free = free
+        if session.expected is not None:
+            expected, session.expected = session.expected, None
+            self.spawn(expected.rank, expected.verdicts, expected.end)
+        elif session.pipe is None:
+            session.wants = "join"
+            self._begin(session)
 
     def _begin(self, session: _Session) -> None:
         """The change that this session wants, if none runs."""
@@ -243,7 +295,7 @@ class HostSessions:
             if wants == "join":
                 self._turn(session, str(error))
             else:
-                self._give_up(session, f"it was stopped, and could not be drained: {error}")
+                self._let_go(session, f"it was stopped, and could not be drained: {error}")
 
     # ---- ends -------------------------------------------------------------------------------
 
@@ -251,6 +303,7 @@ class HostSessions:
         log.warning("host %s cannot join as rank %d: %s", session.host, session.rank, reason)
         del self._sessions[session.number]
         self._tell(session.peer, say.Turned(reason))
+        self._over(session, -9, f"host {session.host}: {reason}")
 
     def _bury(self, session: _Session) -> None:
         """The rank's process is gone; what it said before is heard first."""
@@ -271,11 +324,21 @@ class HostSessions:
             self._tell(session.peer, say.Fenced(session.number, why))
             self._over(session, -9, f"host {session.host}: {why}")
 
+    def _let_go(self, session: _Session, why: str) -> None:
+        """It was asked to stop on its host, and no change can take it out: a loss to the service,
+        whose requests go on elsewhere or wait; to its agent an end like any other."""
+        del self._sessions[session.number]
+        self._tell(session.peer, say.Left(session.number, why))
+        self._over(session, -9, f"host {session.host}: {why}")
+
     def _end_of(self, peer: bytes, why: str) -> None:
         for session in [s for s in self._sessions.values() if s.peer == peer]:
             self._give_up(session, why)
 
     def _over(self, session: _Session, status: int, why: str) -> None:
+        if session.expected is not None:
+            session.expected.end.close()
+            self._owner.rank_left_host(session.rank, 1, why)  # it was never started
         if session.pipe is not None:
             self._owner.rank_left_host(session.rank, status, why)
             session.pipe.close()
@@ -292,7 +355,8 @@ class HostSessions:
                 if now - session.heard > self._timeout_s:
                     self._give_up(session, f"nothing was heard of it for {self._timeout_s:g} s")
                     continue
-                self._send(session, say.HeadBeat(session.number))
+                serves = self._owner.is_member(session.rank)
+                self._send(session, say.HeadBeat(session.number, serves))
                 self._begin(session)
 
     # ---- sending ----------------------------------------------------------------------------
@@ -321,3 +385,8 @@ class HostSessions:
 
     def _of(self, rank: int) -> _Session | None:
         return next((s for s in self._sessions.values() if s.rank == rank), None)
+
+
+def _printable(text: str) -> str:
+    """What somebody else says, as it may be logged."""
+    return "".join(character for character in text[:_MOST_NAME] if character.isprintable())

@@ -32,6 +32,15 @@ _ENVIRONMENT = {
 # not for children: the keys of the HTTP server and of its clients (see `for_children`)
 _SECRETS = ("FLEXPERT_SERVER__", "FLEXPERT_API_KEY")
 
+_OF_HEAD = {
+    "ranks",
+    "join_listen",
+    "cluster_token_file",
+    "launcher",
+    "ray_address",
+    "ray_resources",
+}
+
 _SETUP = "flexpert.cluster.processes.rank_process:open_model"
 
 Connected = tuple[subprocess.Popen[bytes], socket.socket]
@@ -116,8 +125,9 @@ def for_children(config: Config) -> str:
 def for_hosts(config: Config) -> str:
     """The settings as JSON for agents on other hosts: besides, nothing that is only this one's."""
     tree = config.model_dump(mode="json", exclude={"server"})
-    tree["engine"].pop("machine")
-    for name in ("join_listen", "cluster_token_file"):
+    for name in ("machine", "interface"):
+        tree["engine"].pop(name)
+    for name in tree["cluster"].keys() & _OF_HEAD:
         tree["cluster"].pop(name)
     return json.dumps(tree)
 

@@ -22,6 +22,7 @@ from flexpert.config import Config
 from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.faults import Faults
+from flexpert.engine.host_network import choose_network
 from flexpert.engine.rank_engine import RankEngine
 from flexpert.engine.watchdog import Watchdog, work_of_main_thread
 from flexpert.errors import FlexpertError
@@ -110,6 +111,7 @@ def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
     config = Config.model_validate_json(told.config)
     if config.server.log_level == "debug":
         start_logging("DEBUG", logging.StreamHandler())
+    choose_network(config.engine)
     faults = Faults.of_environment(told.rank)
     if faults:
         relay = Relay(end)

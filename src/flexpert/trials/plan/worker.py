@@ -159,6 +159,7 @@ def decode_answer(packet: bytes) -> Answer:
 
 def serve(end: socket.socket, exported: socket.socket) -> None:
     """The life of a rank: commands come over the connection, each is answered."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # one of those that a plan may send
     torch.set_num_threads(1)
     keep_to_loopback()
     connection = StreamConnection(end)
