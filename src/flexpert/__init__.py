@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flexpert.async_llm import AsyncLLM
     from flexpert.cluster.views import ClusterView, OperationView
     from flexpert.config import Config, load_config
-    from flexpert.engine.request import SamplingParams, TokenLogprobs
+    from flexpert.engine.request import SamplingParams, StructuredOutputsParams, TokenLogprobs
     from flexpert.errors import (
         ConfigError,
         ContextOverflow,
@@ -58,6 +58,7 @@ __all__ = [
     "RequestError",
     "SamplingParams",
     "ServiceStopped",
+    "StructuredOutputsParams",
     "TokenLogprobs",
     "UnknownOperation",
     "UnsupportedModel",
@@ -71,6 +72,7 @@ _MODULES = {
     "Completion": "frontend.outputs",
     "CompletionOutput": "frontend.outputs",
     "SamplingParams": "engine.request",
+    "StructuredOutputsParams": "engine.request",
     "TokenLogprobs": "engine.request",
     "ClusterView": "cluster.views",
     "OperationView": "cluster.views",

@@ -12,9 +12,12 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
+
 from flexpert.cluster.processes.early_fork_server import EarlyForkServer
 from flexpert.cluster.views import ClusterView, OperationView
 from flexpert.config import Config, load_config
+from flexpert.engine.output_grammar import resolve
 from flexpert.engine.request import SamplingParams
 from flexpert.errors import OperationError, RequestError, ServiceStopped
 from flexpert.frontend.generation import Generation
@@ -173,7 +176,7 @@ class LLM:
         params = params or SamplingParams()
         if params.n != 1:
             raise RequestError("n must be 1 to stream one text")
-        return self._stream(encode_prompt(self._text, prompt), params)
+        return self._stream(encode_prompt(self._text, prompt), _resolved(params))
 
     # ---- the cluster ------------------------------------------------------------------------
 
@@ -353,13 +356,22 @@ threading._register_atexit(_close_all)  # type: ignore[attr-defined]
 
 def _spread(params: Params, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+        return [_resolved(params or SamplingParams())] * count
     each = list(params)
     if not all(isinstance(one, SamplingParams) for one in each):
         raise RequestError("params are SamplingParams(…), or a list of them, one for each prompt")
     if len(each) != count:
         raise RequestError(f"{len(each)} params were given for {count} prompts")
-    return each
+    return [_resolved(one) for one in each]
+
+
+def _resolved(params: SamplingParams) -> SamplingParams:
+    """Its structure is checked here, in the caller's thread. Raises: RequestError"""
+    if params.structured_outputs is None:
+        return params
+    params.check()
+    structure = resolve(params.structured_outputs)
+    return msgspec.structs.replace(params, structured_outputs=structure)
 
 
 def params_of_one(params: SamplingParams | None) -> SamplingParams:

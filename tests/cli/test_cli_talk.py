@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from flexpert.cli.main import app
+from flexpert.errors import ConfigError
 
 
 def stream(*events: Any) -> tuple[int, bytes]:
@@ -30,6 +33,25 @@ def test_complete_reads_standard_input(service: Any) -> None:
     service.replies = {"POST /v1/completions": stream()}
     CliRunner().invoke(app, ["complete", "-", "--url", service.url], input="from a pipe")
     assert service.requests[0][1]["prompt"] == "from a pipe"
+
+
+def test_complete_sends_a_schema_from_a_file(service: Any, tmp_path: Path) -> None:
+    service.replies = {"POST /v1/completions": stream()}
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object"}')
+    url = ["--url", service.url]
+    CliRunner().invoke(app, ["complete", "x", "--json-schema", str(schema), *url])
+    assert service.requests[0][1]["structured_outputs"] == {"json": {"type": "object"}}
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_complete_says_what_is_wrong_with_a_schema(content: str | None, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    if content is not None:
+        schema.write_text(content)
+    result = CliRunner().invoke(app, ["complete", "x", "--json-schema", str(schema)])
+    assert isinstance(result.exception, ConfigError)
+    assert str(schema) in str(result.exception)
 
 
 def test_chat_answers_one_message(service: Any) -> None:

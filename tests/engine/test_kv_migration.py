@@ -17,7 +17,9 @@ from flexpert.config import EngineConfig
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.arrivals import Arrivals
 from flexpert.engine.device_profile import CpuProfile
+from flexpert.engine.grammar_preparation import GrammarPreparer
 from flexpert.engine.kv_transfer import KVTransfer
+from flexpert.engine.output_grammar import GrammarCache
 from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, TokenEvent
 from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence_intake import SequenceIntake
@@ -341,14 +343,17 @@ def test_what_cannot_be_read_from_another_machine_at_the_switch_is_computed_agai
         KVMigration(leaver.resumed(s), held)
         for s, held in zip(asked, leaver.scheduler.hand_over(), strict=True)
     ]
-    info, reports = ModelSource.open("tiny").info, []
+    source, reports = ModelSource.open("tiny"), []
+    info, grammars = source.info, GrammarCache(lambda: source.grammar_tokens)
     memory = torch.zeros(KVCache.nbytes(info, 60, SIZE), dtype=torch.uint8)
     transfer = KVTransfer(
         info,
         destination.scheduler,
         KVCache(info, 60, SIZE, memory),
         CpuProfile(EngineConfig()),
-        SequenceIntake(destination.scheduler, reports.append),
+        SequenceIntake(
+            destination.scheduler, reports.append, GrammarPreparer(grammars, reports.append)
+        ),
         CutOff(),
         report=reports.append,
         done=reports.append,

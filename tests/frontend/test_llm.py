@@ -17,7 +17,7 @@ from support.fake_head import FakeHead
 from support.waiting import wait_until
 
 import flexpert
-from flexpert import LLM, SamplingParams
+from flexpert import LLM, SamplingParams, StructuredOutputsParams
 from flexpert.config import Config, ServerConfig
 from flexpert.errors import (
     ConfigError,
@@ -81,6 +81,24 @@ def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
     assert len(second.outputs[0].logprobs or []) == 2
     with pytest.raises(RequestError, match="1 params were given for 2 prompts"):
         llm.generate(["a", "b"], params[:1])
+
+
+def test_a_structure_is_checked_before_anything_runs(llm: LLM) -> None:
+    structure = StructuredOutputsParams(json={"type": "object"})
+    llm.generate("one", SamplingParams(structured_outputs=structure))
+    assert list(llm.stream("one", SamplingParams(structured_outputs=structure)))
+    for _, _, params in fake(llm).submitted:
+        assert params.structured_outputs is not None
+        assert '"type":"object"' in (params.structured_outputs.grammar or "")
+    seen = len(fake(llm).submitted)
+    wrong = SamplingParams(structured_outputs=StructuredOutputsParams(json={"not": {}}))
+    for refused in (lambda: llm.generate("one", wrong), lambda: llm.stream("one", wrong)):
+        with pytest.raises(RequestError, match="'not' is not supported"):
+            refused()
+    both = StructuredOutputsParams(regex="a", choice=["b"])
+    with pytest.raises(RequestError, match="got regex and choice"):
+        llm.generate("one", SamplingParams(structured_outputs=both))
+    assert len(fake(llm).submitted) == seen
 
 
 def test_one_wrong_prompt_leaves_none_running(llm: LLM) -> None:

@@ -281,7 +281,8 @@ REFUSED = [
     ({"prompt": "x", "logit_bias": {"300": 1}}, "logit_bias"),
     ({"prompt": "x", "allowed_token_ids": []}, "allowed_token_ids"),
     ({"prompt": "x", "no_such_field": 1}, "no_such_field"),
-    ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format"),
+    ({"prompt": "x", "response_format": {"type": "xml"}}, "response_format"),
+    ({"prompt": "x", "guided_choice": ["a"], "bad_words": ["a"]}, "bad_words"),
     ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
     ({"prompt": "x" * 200}, None),
 ]

@@ -384,9 +384,33 @@ def test_a_strangers_template_is_not_run_unasked(server: Running) -> None:
     assert "--trust-request-chat-template" in refused.json()["error"]["message"]
 
 
-def test_only_text_may_be_asked_for(server: Running) -> None:
+STRUCTURES: dict[str, Any] = {
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"choice": ["yes", "no"]},
+    "guided_json": {"type": "object"},
+    "guided_regex": "[ab]+",
+    "guided_choice": ["yes", "no"],
+    "guided_grammar": 'start: "a"',
+}
+
+
+@pytest.mark.parametrize("path", GENERATING)
+@pytest.mark.parametrize("field", STRUCTURES)
+def test_an_answer_gets_the_structure_that_is_asked_for(
+    server: Running, path: str, field: str
+) -> None:
+    """What comes of it, tests/cluster/test_structured_answers.py shows."""
+    _, params = asked(server, path, **{field: STRUCTURES[field]})
+    assert params.structured_outputs is not None
+    assert params.structured_outputs.kinds == ["grammar"], "made of what was asked for"
+    _, params = asked(server, path, response_format={"type": "text"})
+    assert params.structured_outputs is None
+    nested = post(server, path, response_format={"type": "text", "strange": 1}).json()["error"]
+    assert nested["param"] == "response_format.strange"
+
+
+def test_no_tools_may_be_given(server: Running) -> None:
     for path in GENERATING:
-        answered(server, path, response_format={"type": "text"})
         answered(server, path, tools=[])
 
 
@@ -426,8 +450,8 @@ EFFECTS: dict[str, Callable[..., None]] = {
     "chat_template_kwargs": _TEMPLATE,
     "documents": _TEMPLATE,
     "reasoning_effort": _TEMPLATE,
-    "response_format": test_only_text_may_be_asked_for,
-    "tools": test_only_text_may_be_asked_for,
+    **dict.fromkeys(STRUCTURES, test_an_answer_gets_the_structure_that_is_asked_for),
+    "tools": test_no_tools_may_be_given,
     "user": _WHO,
     "metadata": _WHO,
     "store": _WHO,

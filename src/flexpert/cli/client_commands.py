@@ -131,6 +131,7 @@ COMPLETE_EXAMPLES = (
     'flexpert complete "In the beginning"',
     'flexpert complete "In the beginning" --max-tokens 200 --temperature 0.8 --seed 7',
     "cat prompt.txt | flexpert complete -",
+    'flexpert complete "A user of the shop:" --json-schema user.json',
 )
 
 
@@ -146,6 +147,10 @@ def complete(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Do not stop where the model would.")
     ] = False,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option("--json-schema", metavar="FILE", help="The answer is JSON of this schema."),
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     ca_file: CaFile = None,
@@ -164,9 +169,23 @@ def complete(
         seed=seed,
         stop=stop or None,
         ignore_eos=ignore_eos or None,
+        structured_outputs=None if json_schema is None else {"json": read_schema(json_schema)},
     )
     with connect(url, api_key, ca_file) as client:
         run_complete(client, prompt, params, sys.stdout)
+
+
+def read_schema(path: Path) -> dict[str, Any]:
+    """Raises: ConfigError: there is no JSON object in that file."""
+    import json
+
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--json-schema {path}: {error}") from None
+    if not isinstance(schema, dict):
+        raise ConfigError(f"--json-schema {path}: a JSON Schema is an object")
+    return schema
 
 
 def connect(url: str, key: str | None, ca_file: Path | None = None) -> Client:

@@ -17,6 +17,7 @@ from flexpert.cli import (
     bench_gpu,
     bench_hostile,
     bench_serve,
+    bench_structured,
     bench_transport,
     client_commands,
     join,
@@ -122,6 +123,12 @@ add_command(app, "version", version, VERSION_EXAMPLES)
 add_command(bench, "serve", bench_serve.bench_serve, bench_serve.BENCH_SERVE_EXAMPLES)
 add_command(bench, "comm", bench_comm.bench_comm, bench_comm.EXAMPLES)
 add_command(bench, "elastic", bench_elastic.bench_elastic, bench_elastic.EXAMPLES)
+add_command(
+    bench,
+    "structured",
+    bench_structured.bench_structured,
+    bench_structured.STRUCTURED_EXAMPLES,
+)
 add_command(bench, "transport", bench_transport.bench_transport, bench_transport.TRANSPORT_EXAMPLES)
 add_command(bench, "hostile", bench_hostile.bench_hostile, bench_hostile.EXAMPLES)
 add_command(bench, "layer", bench_gpu.bench_layer, bench_gpu.LAYER_EXAMPLES)

@@ -151,6 +151,7 @@ class KVTransfer:
     def fetch(self, command: msg.Fetch) -> None:
         """Copy what a leaver offers, as far as there are blocks for it."""
         migrations = self._credible(command.migrations)
+        self._intake.expect(move.sequence for move in migrations)
         arrivals = Arrivals(self._scheduler.pool)
         pairs = arrivals.reserve(migrations, spare=self._scheduler.running + len(migrations))
         fetch = self._fetches[command.source] = KVFetch(

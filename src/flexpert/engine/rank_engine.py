@@ -32,9 +32,11 @@ from flexpert.engine.device_meter import DeviceMeter, Slabs
 from flexpert.engine.device_profile import WarmUpTime, profile_of, set_threads
 from flexpert.engine.epoch import PreparedEpoch
 from flexpert.engine.faults import Faults
+from flexpert.engine.grammar_preparation import GrammarPreparer, GrammarReady
 from flexpert.engine.head_store import HeadMeeting, HeadStore, machine_name
 from flexpert.engine.kv_transfer import FetchEnded, KVTransfer
 from flexpert.engine.memory_plan import MemoryMeter, buffer_spec, kv_blocks
+from flexpert.engine.output_grammar import GrammarCache
 from flexpert.engine.preparation import EpochPreparer, PreparationEnded
 from flexpert.engine.rank_states import (
     ExchangeState,
@@ -45,11 +47,12 @@ from flexpert.engine.rank_states import (
 )
 from flexpert.engine.remote_peers import EXPERTS, KV, RemotePeers
 from flexpert.engine.request import HeldKV, RequestSequence, TokenLogprobs
-from flexpert.engine.sampler import Sampler, score
+from flexpert.engine.sampler import Masks, Sampler, score
 from flexpert.engine.scheduler import EngineLimits, Scheduler, ScoredChunk, StepPlan
 from flexpert.engine.sequence import Sampled, SampleState
 from flexpert.engine.sequence_intake import SEQUENCE_FAULTS, SequenceIntake
 from flexpert.engine.stopwatch import Stopwatch, in_words
+from flexpert.engine.token_masks import MaskBuilder, StepMasks
 from flexpert.engine.warm_up import WarmUp
 from flexpert.errors import FlexpertError
 from flexpert.models.batch import ForwardBatch
@@ -65,7 +68,7 @@ _SLOW_STEP_S = 0.1  # is logged, with what took how long
 _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it does not hang
 
 Samples = Sequence[SampleState]
-Queued: TypeAlias = msg.Command | PreparationEnded | FetchEnded
+Queued: TypeAlias = msg.Command | PreparationEnded | FetchEnded | GrammarReady
 
 _VOTE = struct.Struct("<BI")  # has work, ready for epoch
 
@@ -161,7 +164,10 @@ class RankEngine:
             source, config, capacity, lambda: self.exported.resident + self.store.resident
         )
         self.device_memory = self._device_meter(capacity)
-        self._intake = SequenceIntake(self.scheduler, self.report)
+        grammars = GrammarCache(lambda: source.grammar_tokens)
+        self._masks = MaskBuilder(grammars, info.vocab)
+        self._grammars = GrammarPreparer(grammars, self._enqueue)
+        self._intake = SequenceIntake(self.scheduler, self.report, self._grammars)
         self._transfer = KVTransfer(
             info,
             self.scheduler,
@@ -203,6 +209,7 @@ class RankEngine:
             msg.Stop: self._stop,
             PreparationEnded: self._preparation_ended,
             FetchEnded: self._transfer.fetch_ended,
+            GrammarReady: self._intake.grammar_ready,
             **dict.fromkeys(_COMMANDS, self._change_states),
         }
         self._actions: dict[RankAction, Callable[[Any], None]] = {
@@ -422,6 +429,7 @@ class RankEngine:
 
     def _hand_over(self, _: object) -> None:
         epoch = self._preparer.take().plan.epoch
+        self._intake.leave()
         self.report(msg.HandedOver(epoch, self.scheduler.hand_over()))
 
     def _report_switched(self, now: float) -> None:
@@ -469,6 +477,8 @@ class RankEngine:
             self._transfer.withdraw()
             self._preparer.close()
             self._remote.close()
+            self._grammars.close()
+            self._masks.close()
             self.buffer.close()  # exported memory stays: the thread that measures it may still look
 
     def _guarded(self, action: Callable[[], None]) -> None:
@@ -520,6 +530,7 @@ class RankEngine:
             self._idle(watch)
             return
         self._intake.begin_step(plan.ids)
+        self._masks.begin(plan.samples)
         if self._faults:
             self._faults.at("forward", plan.token_ids)
         try:
@@ -531,8 +542,11 @@ class RankEngine:
         except CommError:
             self.scheduler.rollback(plan)
             raise
+        masks = self._masks.finish()
+        watch.lap("masks")
         scores = [self._score(logits, chunk) for chunk in plan.scored]
-        sampled = self._sample(logits[plan.sample_at] if plan.scored else logits, plan.samples)
+        rows = logits[plan.sample_at] if plan.scored else logits
+        sampled = self._sample(rows, plan.samples, masks)
         watch.lap("sample")
         lost = self.moe.lost_rows()
         events = self.scheduler.commit(
@@ -546,12 +560,21 @@ class RankEngine:
         self.buffer.check()
         watch.lap("without tokens")
 
-    def _sample(self, logits: torch.Tensor, samples: Samples) -> Sampled:
+    def _sample(
+        self, logits: torch.Tensor, samples: Samples, masks: StepMasks | None = None
+    ) -> Sampled:
         """One token for each; a sequence that cannot be sampled fails, and the others go on."""
+        words = None if masks is None else masks.words
+        for row, error in (masks.failed if masks else {}).items():
+            self.scheduler.abort(samples[row].id)
+            self.report(msg.Rejected(samples[row].id, error))
         try:
-            return self.sampler.sample(logits, samples)
+            return self.sampler.sample(logits, samples, words)
         except SEQUENCE_FAULTS:
-            each = [self._sample_one(logits[i : i + 1], s) for i, s in enumerate(samples)]
+            each = [
+                self._sample_one(logits[i : i + 1], s, None if words is None else words[i : i + 1])
+                for i, s in enumerate(samples)
+            ]
         return Sampled([one.tokens[0] for one in each], [one.logprobs[0] for one in each])
 
     def _score(self, logits: torch.Tensor, chunk: ScoredChunk) -> list[TokenLogprobs]:
@@ -563,9 +586,9 @@ class RankEngine:
             self._intake.failed(chunk.id, error)
             return []
 
-    def _sample_one(self, row: torch.Tensor, sample: SampleState) -> Sampled:
+    def _sample_one(self, row: torch.Tensor, sample: SampleState, mask: Masks | None) -> Sampled:
         try:
-            return self.sampler.sample(row, [sample])
+            return self.sampler.sample(row, [sample], mask)
         except SEQUENCE_FAULTS as error:
             self.scheduler.abort(sample.id)
             self._intake.failed(sample.id, error)

@@ -26,6 +26,34 @@ LONGEST_BAD_WORD = 64  # tokens: each is compared with the end of the answer at 
 LONGEST_SALT = 256
 
 
+STRUCTURES = ("json", "regex", "choice", "grammar", "structural_tag", "json_object")
+
+
+class StructuredOutputsParams(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """What an answer must be, as in vLLM; exactly one of these.
+
+    json: a JSON Schema, as a mapping or as its text. json_object: any JSON object.
+    regex: a regular expression for the whole answer. choice: one of these texts.
+    grammar: Lark or GBNF (`start` or `root` is the whole answer).
+    structural_tag: {"structures": [{"begin", "schema", "end"}], "triggers": [...]}: free text in
+        which what follows a trigger is one of the structures; as a mapping or as its text.
+    """
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    structural_tag: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+
+    @property
+    def kinds(self) -> list[str]:
+        """Names of those that were given."""
+        return [name for name in STRUCTURES if getattr(self, name) not in (None, False)]
+
+
 # vLLM's names of what there is not here → why, or what to use
 _NOT_HERE = {
     "use_beam_search": "beam search is not served",
@@ -81,6 +109,7 @@ class SamplingParams(_NamedStruct, frozen=True, kw_only=True, forbid_unknown_fie
     include_stop_str_in_output: the stop text that was met is part of the answer.
     skip_special_tokens: special tokens have no text.
     cache_salt: only sequences with the same one share cached prefixes.
+    structured_outputs: what the answer must be; tokens that lead away from it are impossible.
     """
 
     max_tokens: int | None = 16
@@ -106,6 +135,7 @@ class SamplingParams(_NamedStruct, frozen=True, kw_only=True, forbid_unknown_fie
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     cache_salt: str = ""
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         """What vLLM takes besides, as ours; `check` says what is wrong with anything else."""
@@ -189,6 +219,33 @@ class SamplingParams(_NamedStruct, frozen=True, kw_only=True, forbid_unknown_fie
         for name, holds, message in checks:
             if not holds:
                 raise RequestError(f"{name} {message}", name)
+        if self.structured_outputs is not None:
+            for name in ("allowed_token_ids", "bad_words", "bad_token_ids"):
+                if getattr(self, name):
+                    raise RequestError(
+                        f"{name} cannot be combined with structured output: there could be no "
+                        "token left to go on with",
+                        name,
+                    )
+        if self.structured_outputs is not None:
+            self._check_structure(self.structured_outputs)
+
+    def _check_structure(self, structure: StructuredOutputsParams) -> None:
+        """Raises RequestError: not exactly one structure, or what it cannot be combined with."""
+        if len(structure.kinds) != 1:
+            given = " and ".join(structure.kinds) or "none"
+            raise RequestError(
+                f"structured_outputs takes exactly one of {', '.join(STRUCTURES)}; got {given}",
+                "structured_outputs",
+            )
+        # the answer ends where its structure does, and nowhere else
+        for name in ("ignore_eos", "min_tokens"):
+            if getattr(self, name):
+                raise RequestError(
+                    f"{name} cannot be combined with structured output: an answer that is "
+                    "complete must end",
+                    name,
+                )
 
     def check_model(self, vocab: int, max_model_len: int) -> None:
         """Raises RequestError, ContextOverflow naming what a model of this size cannot do."""

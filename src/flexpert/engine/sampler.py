@@ -2,7 +2,8 @@
 
 Order of operations, as in vLLM: logprobs of the raw logits; tokens that are not allowed, or would
 complete what the answer must not have; the bias; repetition, frequency and presence penalties; end
-tokens masked before `min_tokens`; temperature; min-p; top-k; top-p of what is left.
+tokens masked before `min_tokens`, and what a structure forbids; temperature; min-p; top-k; top-p of
+what is left.
 
 Randomness is counter-based: one uniform number per (seed, position in the answer), from
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So a
@@ -31,6 +32,7 @@ from flexpert.engine.sequence import Sampled, SampleState
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Masks = NDArray[np.int32]
 
 _BLOCK = 64  # weights added up at a time
 _CACHED = 2**18  # float32 weights that are worked on at once: 1 MiB, to stay in the L2 cache
@@ -85,12 +87,19 @@ class Sampler:
     def __init__(self, *, greedy_on_device: bool = False) -> None:
         self._greedy_on_device = greedy_on_device
 
-    def sample(self, logits: torch.Tensor, samples: Sequence[SampleState]) -> Sampled:
+    def sample(
+        self,
+        logits: torch.Tensor,
+        samples: Sequence[SampleState],
+        masks: Masks | None = None,
+    ) -> Sampled:
         """One token for each row.
 
         Args:
             logits: [M, vocab] float32, on any device; not changed.
             samples: the M sequences.
+            masks: [M, vocab / 32 rounded up] int32, a bit for each token that is possible, the
+                lowest bit first; None: all are, in every row.
         """
         if logits.ndim != 2 or len(logits) != len(samples):
             raise ValueError(f"logits {list(logits.shape)} for {len(samples)} sequences")
@@ -98,11 +107,13 @@ class Sampler:
             return Sampled([], [])
         plain = all(s.plain and not (s.stop_ids and s.must_go_on) for s in samples)
         if plain and self._greedy_on_device:
-            return Sampled(logits.argmax(dim=-1).tolist(), [None] * len(samples))
+            possible = logits if masks is None else _masked_on_device(logits, masks)
+            return Sampled(possible.argmax(dim=-1).tolist(), [None] * len(samples))
         raw: Floats = logits.detach().to("cpu", torch.float32).numpy()
         if plain:
-            return Sampled(raw.argmax(axis=1).tolist(), [None] * len(samples))
-        tokens = _choose(_adjusted(raw, samples), samples)
+            best = _masked(raw, masks).argmax(axis=1)
+            return Sampled(best.tolist(), [None] * len(samples))
+        tokens = _choose(_masked(_adjusted(raw, samples), masks), samples)
         logprobs = [
             None if s.params.logprobs is None else _logprobs(row, token, s.params.logprobs)
             for row, token, s in zip(raw, tokens, samples, strict=True)
@@ -136,6 +147,29 @@ def score_on_device(logits: torch.Tensor, tokens: Sequence[int], top: int) -> li
         values = (best.values - shift[:, None]).tolist()
         scored += map(TokenLogprobs, chosen.tolist(), best.indices.tolist(), values, ranks.tolist())
     return scored
+
+
+def _masked(x: Floats, masks: Masks | None) -> Floats:
+    """[M, vocab]: logits of which those that are impossible are -inf; `x` itself without
+    masks.
+
+    Raises: ValueError: a row has none that is possible.
+    """
+    if masks is None:
+        return x
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, count=x.shape[1], bitorder="little")
+    out: Floats = np.where(bits.view(np.bool_), x, np.float32(-np.inf))
+    if np.isneginf(out.max(axis=1)).any():
+        raise ValueError("no token is possible: what may come next is forbidden otherwise")
+    return out
+
+
+def _masked_on_device(logits: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """The same, where the logits are: only the packed bits travel there."""
+    words = torch.from_numpy(masks).to(logits.device)
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    possible = ((words.unsqueeze(-1) >> bits) & 1).flatten(1)[:, : logits.shape[1]]
+    return logits.masked_fill(possible == 0, -torch.inf)
 
 
 def _adjusted(raw: Floats, samples: Sequence[SampleState]) -> Floats:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from flexpert.engine.output_grammar import AnswerMatcher
 from flexpert.engine.request import RequestSequence, SamplingParams, TokenLogprobs
 
 
@@ -69,7 +70,8 @@ class SampleState:
     counts: None unless a penalty is on. bias: tokens and what is added to their logits, or None.
     allowed: ascending, the only tokens that are possible, or None. greedy: temperature 0. plain:
     the most likely token is the answer and nothing else is asked for. numbers: the sampler's
-    uniform numbers for the positions from `numbers_from` on, as far as it has drawn them.
+    uniform numbers for the positions from `numbers_from` on, as far as it has drawn them. matcher:
+    of a structured answer, how far it has come; the mask builder's.
     """
 
     __slots__ = (
@@ -78,6 +80,7 @@ class SampleState:
         "counts",
         "greedy",
         "id",
+        "matcher",
         "numbers",
         "numbers_from",
         "params",
@@ -106,6 +109,8 @@ class SampleState:
             or params.presence_penalty != 0
             or params.frequency_penalty != 0
         )
+        structure = params.structured_outputs
+        self.matcher = None if structure is None else AnswerMatcher(structure)
         self.counts = TokenCounts(sequence.prompt, sequence.generated) if penalised else None
         self.bias = _biases(params.logit_bias) if params.logit_bias else None
         self.allowed: NDArray[np.int64] | None = None

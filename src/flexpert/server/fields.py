@@ -65,6 +65,9 @@ REFUSED: Mapping[str, str] = {
     "vllm_xargs": "they are for plugins of vLLM",
     "repetition_detection": "it is not served; repetition_penalty is",
     "thinking_token_budget": "it is not served; max_tokens bounds the answer with its reasoning",
+    "guided_decoding_backend": "there is one engine for structured output",
+    "guided_whitespace_pattern": "whitespace is the engine's",
+    "guided_grammar_whitespace_pattern": "whitespace is the engine's",
     "return_token_strs": "POST /detokenize gives the texts of tokens",
     "structural_tag": "send it in structured_outputs",
     # llama.cpp

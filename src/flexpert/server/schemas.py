@@ -38,6 +38,7 @@ from flexpert.engine.request import (
 from flexpert.errors import RequestError
 from flexpert.frontend.request_limits import Prompt, RequestLimits
 from flexpert.frontend.text import ChatOptions
+from flexpert.server.structured_fields import StructuredFields
 
 LONGEST_NAME = 512  # characters
 MOST_MESSAGES = 16_384
@@ -138,7 +139,7 @@ class StreamOptions(_Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class Sampling(_Body):
+class Sampling(StructuredFields, _Body):
     """What both ways of generating share: OpenAI's settings and vLLM's extras."""
 
     model: Name | None = None
@@ -185,7 +186,6 @@ class Sampling(_Body):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
 
-    response_format: Any = None
     tools: Any = None
 
     @field_validator("tools")
@@ -224,13 +224,6 @@ class Sampling(_Body):
                 "prompt_logprobs are not given with stream=true, as in vLLM", "prompt_logprobs"
             )
         return self
-
-    @field_validator("response_format")
-    @classmethod
-    def _only_text(cls, value: Any) -> Any:
-        if value and (not isinstance(value, dict) or value.get("type") != "text"):
-            raise ValueError("only {'type': 'text'} is supported by this server")
-        return value
 
     @field_validator("stream", mode="before")
     @classmethod
@@ -281,6 +274,7 @@ class Sampling(_Body):
             "include_stop_str_in_output": self.include_stop_str_in_output,
             "skip_special_tokens": self.skip_special_tokens,
             "cache_salt": self.cache_salt,
+            "structured_outputs": self.structure(),
         }
         if self.logit_bias is not None:
             given["logit_bias"] = {int(key): bias for key, bias in self.logit_bias.items()}

@@ -60,6 +60,7 @@ decode_spec = msgspec.msgpack.Decoder(RankSpec).decode
 def open_model(config_json: bytes) -> ModelSource:
     """The model of a settings tree given as JSON: what the fork server has for every child."""
     source = open_source(Config.model_validate_json(config_json))
+    source.try_grammar_tokens()  # a rank would hold up its step loop to make its own
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork would wait for the others for ever
     try:
