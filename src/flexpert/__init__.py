@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flexpert.version import VERSION
 
 if TYPE_CHECKING:
+    from flexpert.async_llm import AsyncLLM
     from flexpert.cluster.views import ClusterView, OperationView
     from flexpert.config import Config, load_config
     from flexpert.engine.request import SamplingParams, StructuredOutputsParams, TokenLogprobs
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
         UnknownOperation,
         UnsupportedModel,
     )
-    from flexpert.llm import LLM, Completion, CompletionOutput
+    from flexpert.frontend.outputs import Completion, CompletionOutput
+    from flexpert.llm import LLM
 
 __version__ = VERSION
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "ClusterView",
     "Completion",
     "CompletionOutput",
@@ -65,8 +68,9 @@ __all__ = [
 
 _MODULES = {
     "LLM": "llm",
-    "Completion": "llm",
-    "CompletionOutput": "llm",
+    "AsyncLLM": "async_llm",
+    "Completion": "frontend.outputs",
+    "CompletionOutput": "frontend.outputs",
     "SamplingParams": "engine.request",
     "StructuredOutputsParams": "engine.request",
     "TokenLogprobs": "engine.request",

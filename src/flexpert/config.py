@@ -133,6 +133,9 @@ class ModelConfig(_Section):
     max_model_len: int | None = Field(
         None, ge=8, le=2**31 - 1, description="tokens of prompt and answer"
     )
+    skip_tokenizer_init: bool = Field(
+        False, description="token ids in and out, without a tokenizer; texts are refused"
+    )
     generation_config: str = Field(
         "auto",
         description="where sampling settings come from that a request leaves out: auto: the "

@@ -46,7 +46,27 @@ class RequestError(FlexpertError):
 
 
 class ContextOverflow(RequestError):  # noqa: N818
-    """Prompt plus requested tokens exceed the model's context length."""
+    """Prompt plus requested tokens exceed the model's context length.
+
+    Clients tell it by its code (`context_length_exceeded`, langchain) or by its first words
+    (litellm), which are OpenAI's and vLLM's; `context_overflow` writes them.
+    """
+
+
+def context_overflow(
+    context: int, prompt: int, answer: int, field: str | None = None
+) -> ContextOverflow:
+    """As OpenAI words it. All in tokens: the model's context, the prompt, what is asked for."""
+    return ContextOverflow(
+        f"{context_limit(context)}. However, you requested {prompt + answer} tokens ({prompt} in "
+        f"the prompt, {answer} in the answer). Shorten the prompt, or lower max_tokens.",
+        field,
+    )
+
+
+def context_limit(context: int) -> str:
+    """The words by which clients know a context overflow. context: in tokens."""
+    return f"This model's maximum context length is {context} tokens"
 
 
 class Overloaded(FlexpertError):  # noqa: N818

@@ -18,11 +18,14 @@ from flexpert.cluster.processes.early_fork_server import EarlyForkServer
 from flexpert.cluster.views import ClusterView, OperationView
 from flexpert.config import Config, load_config
 from flexpert.engine.output_grammar import resolve
-from flexpert.engine.request import SamplingParams, TokenLogprobs
+from flexpert.engine.request import SamplingParams
 from flexpert.errors import OperationError, RequestError, ServiceStopped
 from flexpert.frontend.generation import Generation
-from flexpert.frontend.request_limits import Prompt
-from flexpert.frontend.text import TokenText
+from flexpert.frontend.outputs import Completion, encode_prompt, whole_completion
+from flexpert.frontend.request_limits import Prompt, with_bad_tokens
+from flexpert.frontend.text import ChatOptions
+from flexpert.frontend.token_ids import token_text
+from flexpert.vllm_flags import translated_argument
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -33,39 +36,6 @@ STOP_TIMEOUT_S = 10.0
 
 Prompts = str | Sequence[Prompt]
 Params = SamplingParams | Iterable[SamplingParams] | None
-
-
-class CompletionOutput(msgspec.Struct, frozen=True):
-    """One answer to a prompt.
-
-    token_ids: including the token that ended it. logprobs: one per token of the text, or None if
-    `SamplingParams.logprobs` is None. finish_reason: "stop" or "length". degraded: some of it was
-    computed while experts were missing (`cluster.on_missing_expert`).
-    """
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
-    finish_reason: str
-    degraded: bool = False
-
-
-class Completion(msgspec.Struct, frozen=True):
-    """A prompt and its `n` answers; prompt: None if token ids were given."""
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-
-    @property
-    def text(self) -> str:
-        """The text of the first answer."""
-        return self.outputs[0].text
-
-    @property
-    def token_ids(self) -> list[int]:
-        """The tokens of the first answer."""
-        return self.outputs[0].token_ids
 
 
 class LLM:
@@ -85,7 +55,8 @@ class LLM:
         deterministic: the same bits whatever else runs and however the ranks change.
         max_ranks: how many ranks there may ever be.
         config: the base settings; default: those of the environment.
-        settings: any other, by path: `engine__max_running=32` or `**{"engine.max_running": 32}`.
+        settings: any other, by its name or path: `max_running=32`, `engine__max_running=32` or
+            `**{"engine.max_running": 32}`; vLLM's names of settings are known as well.
 
     Raises:
         ConfigError, ModelError: it cannot be started so; nothing is left behind.
@@ -101,14 +72,7 @@ class LLM:
         config: Config | None = None,
         **settings: Any,
     ) -> None:
-        given = {path.replace("__", "."): value for path, value in settings.items()}
-        given |= {
-            "model.model": model,
-            "cluster.ranks": ranks,
-            "cluster.max_ranks": max_ranks,
-            "engine.deterministic": deterministic,
-        }
-        self.config = _settle(config, given)
+        self.config = settle(model, ranks, deterministic, max_ranks, config, settings)
         with EarlyForkServer(self.config) as fork_server:
             self._start(fork_server)
 
@@ -126,7 +90,7 @@ class LLM:
         _open.add(self)
         try:
             self._call(self._head.start())
-            self._text = TokenText(self._head.tokenizer)
+            self._text = token_text(self._head.tokenizer)
         except BaseException:
             self.close()
             raise
@@ -134,7 +98,13 @@ class LLM:
     # ---- answers ----------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Prompts, params: Params = None, *, progress: bool = False
+        self,
+        prompts: Prompts,
+        params: Params = None,
+        *,
+        progress: bool = False,
+        sampling_params: Params = None,
+        use_tqdm: bool | None = None,
     ) -> list[Completion]:
         """Continue every prompt; answers in the prompts' order. All run at the same time.
 
@@ -142,14 +112,17 @@ class LLM:
             prompts: a text, or a list of texts and lists of token ids.
             params: for all prompts, or one for each; default: `SamplingParams()`.
             progress: show a progress bar on standard error.
+            sampling_params, use_tqdm: vLLM's names of `params` and `progress`.
 
         Raises:
             RequestError: one of them cannot be answered; then none is.
         """
         one = isinstance(prompts, str | bytes | bytearray | Mapping)
         asked: list[Any] = [prompts] if one or not isinstance(prompts, Iterable) else list(prompts)
-        encoded = [self._encode(prompt) for prompt in asked]
+        params = one_of_both(params, sampling_params)
+        encoded = [encode_prompt(self._text, prompt) for prompt in asked]
         texts = [prompt if isinstance(prompt, str) else None for prompt in asked]
+        progress = progress if use_tqdm is None else bool(use_tqdm)
         return self._generate(texts, encoded, params, progress=progress)
 
     def chat(
@@ -158,15 +131,40 @@ class LLM:
         params: Params = None,
         *,
         progress: bool = False,
+        sampling_params: Params = None,
+        use_tqdm: bool | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[Completion]:
         """Answer one conversation, or several: [{"role": "user", "content": "Hello"}].
+
+        Args:
+            params, progress, sampling_params, use_tqdm: as for `generate`.
+            add_generation_prompt: the text ends where the assistant's turn begins.
+            continue_final_message: the answer goes on with the last message; needs
+                `add_generation_prompt=False`.
+            chat_template: used instead of the model's.
+            tools: descriptions of functions, as OpenAI has them, for the template.
+            chat_template_kwargs: further variables of the template, as `enable_thinking`.
 
         Raises:
             RequestError: also if the model has no chat template.
         """
+        options = ChatOptions(
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
+            tools=None if tools is None else list(tools),
+            kwargs=chat_template_kwargs or {},
+        )
+        params = one_of_both(params, sampling_params)
+        progress = progress if use_tqdm is None else bool(use_tqdm)
         single = bool(messages) and isinstance(messages[0], Mapping)
         talks: list[Any] = [messages] if single else list(messages)
-        encoded = [self._text.chat(talk) for talk in talks]
+        encoded = [self._text.chat(talk, options) for talk in talks]
         return self._generate([None] * len(talks), encoded, params, progress=progress)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
@@ -175,10 +173,10 @@ class LLM:
         Raises:
             RequestError: `params.n` is not 1, or as `generate`.
         """
-        params = params or SamplingParams()
+        params = params_of_one(params, self._head.sampling_defaults)
         if params.n != 1:
             raise RequestError("n must be 1 to stream one text")
-        return self._stream(self._encode(prompt), _resolved(params))
+        return self._stream(encode_prompt(self._text, prompt), params)
 
     # ---- the cluster ------------------------------------------------------------------------
 
@@ -204,11 +202,7 @@ class LLM:
             operation = await self._head.request_operation(ranks=ranks, add=add, remove=remove)
             return await self._head.wait_operation(operation.id) if wait else operation
 
-        operation = self._call(change())
-        if operation.state in ("failed", "cancelled"):
-            reason = operation.error or "no reason was given"
-            raise OperationError(f"operation {operation.id} {operation.state}: {reason}")
-        return operation
+        return succeeded(self._call(change()))
 
     def cluster(self) -> ClusterView:
         """Epoch, ranks, placement, and the operation that runs."""
@@ -273,23 +267,9 @@ class LLM:
                 raise ServiceStopped("this LLM is closed")
             return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self._text.encode(prompt)
-        # bytes and mappings are iterated as well, and would be answered as something else
-        if isinstance(prompt, bytes | bytearray | Mapping) or not isinstance(prompt, Iterable):
-            raise RequestError(
-                f"a prompt is a text or a list of token ids, not {type(prompt).__name__}; "
-                "generate() takes one text, or a list of prompts"
-            )
-        ids = list(prompt)
-        wrong = next((token for token in ids if type(token) is not int), None)
-        if wrong is not None:
-            raise RequestError(f"a prompt is a text or a list of token ids; {wrong!r} is neither")
-        return ids
-
     def _begin(self, prompt: list[int], params: SamplingParams) -> Generation:
         name = f"llm-{next(self._numbers)}"
+        params = with_bad_tokens(params, self._text)
         return Generation(self._head, self._text, [prompt], params, request_id=name)
 
     def _generate(
@@ -300,23 +280,26 @@ class LLM:
         *,
         progress: bool,
     ) -> list[Completion]:
-        each = _spread(params, len(prompts))
+        each = _spread(params, len(prompts), self._head.sampling_defaults)
         bar = _progress(len(prompts)) if progress else None
 
-        async def one(generation: Generation) -> list[CompletionOutput]:
-            outputs = await _outputs(generation)
+        async def one(text: str | None, prompt: list[int], generation: Generation) -> Completion:
+            completion = await whole_completion(text, prompt, generation)
             if bar is not None:
                 bar.advance(bar.task_ids[0])
-            return outputs
+            return completion
 
-        async def all_of_them() -> list[list[CompletionOutput]]:
+        async def all_of_them() -> list[Completion]:
             begun: list[Generation] = []
             try:
                 for prompt, desired in zip(prompts, each, strict=True):
                     begun.append(self._begin(prompt, desired))
                     await begun[-1].submit()
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(one(generation)) for generation in begun]
+                    tasks = [
+                        group.create_task(one(text, prompt, generation))
+                        for text, prompt, generation in zip(texts, prompts, begun, strict=True)
+                    ]
                 return [task.result() for task in tasks]
             except ExceptionGroup as failures:
                 raise failures.exceptions[0] from None
@@ -325,14 +308,9 @@ class LLM:
                     generation.cancel()
 
         if bar is None:
-            answers = self._call(all_of_them())
-        else:
-            with bar:
-                answers = self._call(all_of_them())
-        return [
-            Completion(text, prompt, outputs)
-            for text, prompt, outputs in zip(texts, prompts, answers, strict=True)
-        ]
+            return self._call(all_of_them())
+        with bar:
+            return self._call(all_of_them())
 
     def _stream(self, prompt: list[int], params: SamplingParams) -> Iterator[str]:
         arrived: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -357,17 +335,12 @@ class LLM:
             future.cancel()
 
 
-async def _outputs(generation: Generation) -> list[CompletionOutput]:
-    return [
-        CompletionOutput(
-            whole.text,
-            answer.tokens,
-            None if whole.records is None else [record.logprobs for record in whole.records],
-            whole.finish or "",
-            whole.degraded,
-        )
-        for whole, answer in zip(await generation.whole(), generation.answers, strict=True)
-    ]
+def succeeded(operation: OperationView) -> OperationView:
+    """The operation. Raises: OperationError: it failed, or was cancelled."""
+    if operation.state in ("failed", "cancelled"):
+        reason = operation.error or "no reason was given"
+        raise OperationError(f"operation {operation.id} {operation.state}: {reason}")
+    return operation
 
 
 def _close_all() -> None:
@@ -381,9 +354,10 @@ _open: set[LLM] = set()
 threading._register_atexit(_close_all)  # type: ignore[attr-defined]
 
 
-def _spread(params: Params, count: int) -> list[SamplingParams]:
+def _spread(params: Params, count: int, defaults: Mapping[str, Any]) -> list[SamplingParams]:
+    """One for each prompt. defaults: the model's, where none are given."""
     if params is None or isinstance(params, SamplingParams):
-        return [_resolved(params or SamplingParams())] * count
+        return [_resolved(params or SamplingParams(**defaults))] * count
     each = list(params)
     if not all(isinstance(one, SamplingParams) for one in each):
         raise RequestError("params are SamplingParams(…), or a list of them, one for each prompt")
@@ -399,6 +373,58 @@ def _resolved(params: SamplingParams) -> SamplingParams:
     params.check()
     structure = resolve(params.structured_outputs)
     return msgspec.structs.replace(params, structured_outputs=structure)
+
+
+def params_of_one(params: SamplingParams | None, defaults: Mapping[str, Any]) -> SamplingParams:
+    """Those of a single prompt; see `_spread`. Raises: RequestError: they are none."""
+    return _spread(params, 1, defaults)[0]
+
+
+def one_of_both(params: Params, sampling_params: Params) -> Params:
+    """The same by our name and by vLLM's. Raises: RequestError: both are given."""
+    if params is not None and sampling_params is not None:
+        raise RequestError("params and sampling_params are the same; give one of them")
+    return sampling_params if params is None else params
+
+
+def settle(
+    model: str | None,
+    ranks: int | None,
+    deterministic: bool | None,
+    max_ranks: int | None,
+    config: Config | None,
+    settings: Mapping[str, Any],
+) -> Config:
+    """The settings of a service in a program, as `LLM` takes them. Raises: ConfigError"""
+    given: dict[str, Any] = {}
+    for name, value in settings.items():
+        given |= _setting(name, value)
+    named = {
+        "model.model": model,
+        "cluster.ranks": ranks,
+        "cluster.max_ranks": max_ranks,
+        "engine.deterministic": deterministic,
+    }
+    given |= {path: value for path, value in named.items() if value is not None}
+    return _settle(config, given)
+
+
+def _setting(name: str, value: object) -> dict[str, Any]:
+    """A keyword argument as a setting: by its path, its name alone, or vLLM's.
+
+    Raises: ConfigError
+    """
+    path = name.replace("__", ".")
+    if "." in path:
+        return {path: value}
+    for section, tree in Config.model_fields.items():
+        if path in getattr(tree.annotation, "model_fields", ()):
+            return {f"{section}.{path}": value}
+    try:
+        found = translated_argument(name, value)
+    except KeyError:
+        return {path: value}  # `load_config` says that there is no such setting
+    return {} if found is None else dict([found])
 
 
 def _settle(config: Config | None, given: dict[str, Any]) -> Config:

@@ -275,6 +275,9 @@ def test_an_answer_that_cannot_go_on_fails_alone(builder: MaskBuilder) -> None:
     assert list(masks.failed) == [0]
     assert "cannot go on within its structure" in masks.failed[0]
     assert (masks.words[1] != -1).any()
+    alone = step(builder, [sampled(resolve(Structure(regex="aaa")), generated=[100, 101])])
+    assert alone is not None
+    assert list(alone.failed) == [0]
 
 
 @pytest.mark.parametrize("on_device", [False, True])

@@ -55,7 +55,23 @@ def test_generate_keeps_the_prompts_order_and_takes_texts_and_ids(llm: LLM) -> N
     assert len(first.text) == len(first.token_ids) == 5
     assert first.outputs[0].text != first.outputs[1].text
     assert first.outputs[0].finish_reason == "length"
-    assert llm.generate("one", params) == [first]
+    (again,) = llm.generate("one", params)
+    assert again.outputs == first.outputs
+
+
+def test_answers_have_vllms_attributes(llm: LLM) -> None:
+    asked = SamplingParams(max_tokens=3, n=2, logprobs=1)
+    first, second = llm.generate(["a", [1, 2]], sampling_params=asked, use_tqdm=False)
+    assert (first.prompt, first.finished) == ("a", True)
+    assert first.request_id != second.request_id
+    assert [output.index for output in first.outputs] == [0, 1]
+    for output in first.outputs:
+        assert output.finished()
+        assert output.cumulative_logprob == 3 * -0.5
+    (plain,) = llm.generate("a", SamplingParams(max_tokens=3), use_tqdm=True)
+    assert plain.outputs[0].cumulative_logprob is None
+    with pytest.raises(RequestError, match="give one of them"):
+        llm.generate("a", asked, sampling_params=asked)
 
 
 def test_each_prompt_may_have_its_own_params(llm: LLM) -> None:
@@ -122,6 +138,39 @@ def test_chat_takes_one_conversation_or_several(llm: LLM) -> None:
     talk = [{"role": "user", "content": "hi"}]
     assert len(llm.chat(talk)) == 1
     assert len(llm.chat([talk, talk], SamplingParams(max_tokens=1))) == 2
+
+
+def test_chat_hands_the_template_what_it_knows(llm: LLM) -> None:
+    talk = [{"role": "user", "content": "hi"}]
+    tokens = fake(llm).tokenizer
+
+    def rendered(**options: Any) -> str:
+        (completion,) = llm.chat(talk, sampling_params=SamplingParams(max_tokens=1), **options)
+        return str(tokens.decode(completion.prompt_token_ids))
+
+    assert rendered(use_tqdm=True) == "<|user|>hi<|end|><|assistant|>"
+    assert rendered(add_generation_prompt=False) == "<|user|>hi<|end|>"
+    going_on = rendered(add_generation_prompt=False, continue_final_message=True)
+    assert going_on == "<|user|>hi"
+    own = "{{ tools[0].function.name }}:{{ mood }}"
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    given = {"chat_template": own, "tools": tools, "chat_template_kwargs": {"mood": "calm"}}
+    assert rendered(**given) == "look:calm"
+    own = "{{ messages[0].content }}"
+    for unknown in (
+        {"tools": tools, "chat_template": own},
+        {"chat_template_kwargs": {"mood": "calm"}},
+    ):
+        with pytest.raises(RequestError, match="does not use"):
+            rendered(**unknown)
+
+
+def test_bad_words_become_tokens(llm: LLM) -> None:
+    llm.generate("a", SamplingParams(max_tokens=1, bad_words=["the"]))
+    ((_, _, asked),) = fake(llm).submitted
+    assert not asked.bad_words
+    encode = fake(llm).tokenizer.encode
+    assert asked.bad_token_ids == (tuple(encode("the")), tuple(encode(" the")))
 
 
 def test_stream_gives_the_same_text_and_leaving_it_frees_the_request(llm: LLM) -> None:
@@ -193,6 +242,21 @@ def test_settings_by_name_path_and_config(monkeypatch: pytest.MonkeyPatch) -> No
         assert llm.config.engine.deterministic
     with pytest.raises(ConfigError, match=r"engine\.speed"):
         LLM(engine__speed=9)
+
+
+def test_settings_by_vllms_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexpert.cluster.head.Head", FakeHead)
+    named = {"tensor_parallel_size": 1, "enable_expert_parallel": True, "enforce_eager": False}
+    with LLM("tiny", max_model_len=64, max_num_seqs=3, data_parallel_size=2, **named) as llm:
+        assert llm.config.model.max_model_len == 64
+        assert (llm.config.engine.max_running, llm.config.cluster.ranks) == (3, 2)
+    for wrong, says in (
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is vLLM's: .* --ranks"),
+        ({"gpu_memory_utilization": 0.9}, "--kv-memory"),
+        ({"speed": 9}, "speed"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            LLM("tiny", **wrong)
 
 
 def test_a_start_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

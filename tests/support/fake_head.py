@@ -33,13 +33,13 @@ from flexpert.cluster.views import (
 from flexpert.config import Config
 from flexpert.engine.request import SamplingParams, TokenLogprobs
 from flexpert.errors import (
-    ContextOverflow,
     FlexpertError,
     OperationConflict,
     OperationRefused,
     Overloaded,
     ServiceStopped,
     UnknownOperation,
+    context_overflow,
 )
 
 END = "<|end|>"
@@ -286,7 +286,7 @@ class FakeHead:
         if self.full:
             raise Overloaded("too many")
         if len(prompt) + (params.max_tokens or 1) > self.info.max_model_len:
-            raise ContextOverflow("the model's context is 128 tokens")
+            raise context_overflow(self.info.max_model_len, len(prompt), params.max_tokens or 1)
         name = request_id or f"seq-{len(self.submitted)}"
         self.submitted.append((name, prompt, params))
         self.running.add(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,12 @@ class Command(TyperCommand):
     """A command whose help is whole on a narrow terminal.
 
     It refuses numbers that are not finite, which lie in every range, and those beyond reason.
+
+    interruptible: from its first line on Ctrl-C is a KeyboardInterrupt; until then, and in a
+    command that sees to signals itself, it ends the process at once (`flexpert.__main__`).
     """
+
+    interruptible = True
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """A flag with a long name has its description on the next line; nothing is cut off."""
@@ -48,6 +54,8 @@ class Command(TyperCommand):
             value = ctx.params.get(parameter.name or "")
             for number in value if isinstance(value, list | tuple) else (value,):
                 _check(parameter.opts[-1], number)
+        if self.interruptible and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return super().invoke(ctx)
 
 

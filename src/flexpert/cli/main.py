@@ -103,7 +103,13 @@ def version(json_: Json = False) -> None:
         print(f"{name} {number}")
 
 
-add_command(app, "serve", serve_command.serve, serve_command.SERVE_EXAMPLES)
+add_command(
+    app,
+    "serve",
+    serve_command.serve,
+    serve_command.SERVE_EXAMPLES,
+    cls=serve_command.ServeCommand,
+)
 add_command(app, "scale", client_commands.scale, client_commands.SCALE_EXAMPLES, cls=ScaleCommand)
 add_command(app, "join", join.join, join.JOIN_EXAMPLES)
 add_command(app, "leave", join.leave, join.LEAVE_EXAMPLES)

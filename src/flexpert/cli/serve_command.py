@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import os
+import sys
+from typing import Any
 
 import typer
 
+from flexpert.cli.command import Command
 from flexpert.cli.settings import with_settings
 from flexpert.config import Config
+from flexpert.vllm_flags import translated
 
 SERVE_EXAMPLES = (
     "flexpert serve --ranks 2",
-    "flexpert serve --model ./olmoe --ranks 4 --kv-memory 2GiB --port 9000",
+    "flexpert serve ./olmoe --ranks 4 --kv-memory 2GiB --port 9000",
     "flexpert serve --config flexpert.yaml --deterministic",
+    "Flags of 'vllm serve' are taken for ours, or refused with advice: docs/vllm.md",
 )
+
+
+class ServeCommand(Command):
+    """Takes vLLM's flags, too. What Ctrl-C does is the service's own to say."""
+
+    interruptible = False
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Raises: ConfigError"""
+        ours, remarks = translated(args)
+        for remark in remarks:
+            print(f"flexpert: {remark}", file=sys.stderr)
+        return super().parse_args(ctx, ours)
 
 
 @with_settings

@@ -139,16 +139,22 @@ def _size(size: int) -> str:
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with a flag for every setting, and `--config FILE`, handed to it as `config`."""
+    """The command with a flag for every setting, `--config FILE`, and the model as an argument,
+    handed to it as `config`."""
     every = flags()
     own = inspect.signature(command, eval_str=True).parameters
 
     def wrapped(**values: Any) -> None:
-        file = values.pop("config_file")
+        file, model = values.pop("config_file"), values.pop("model")
         overrides = {flag.path: values.pop(flag.parameter) for flag in every}
+        if model is not None and overrides["model.model"] is not None:
+            raise ConfigError("the model is named twice, by itself and with --model; leave one out")
+        overrides["model.model"] = overrides["model.model"] if model is None else model
         command(config=settings(file, overrides), **values)
 
     parameters = [p for name, p in own.items() if name != "config"]
+    argument = typer.Argument(metavar="MODEL", help="The same as --model.", show_default=False)
+    parameters.append(_parameter("model", str | None, argument))
     parameters.append(
         _parameter(
             "config_file",

@@ -55,10 +55,10 @@ def sampling_defaults(model: Path, setting: str) -> dict[str, Any]:
     return found
 
 
-def with_end_tokens(info: ModelInfo, tokenizer: PreTrainedTokenizerBase) -> ModelInfo:
+def with_end_tokens(info: ModelInfo, tokenizer: PreTrainedTokenizerBase | None) -> ModelInfo:
     """The tokens that end an answer are the generation config's and the tokenizer's together: a
     chat template ends its turns with the one, and the other may be what the model was trained on.
     """
-    own = tokenizer.eos_token_id
+    own = None if tokenizer is None else tokenizer.eos_token_id
     also = (own,) if isinstance(own, int) and 0 <= own < info.vocab else ()
     return replace(info, eos_token_ids=tuple(dict.fromkeys((*info.eos_token_ids, *also))))

@@ -45,12 +45,12 @@ from flexpert.engine.memory_plan import kv_blocks
 from flexpert.engine.request import HeldKV, KVMigration, SamplingParams
 from flexpert.engine.stopwatch import Stopwatch, in_words
 from flexpert.errors import (
-    ContextOverflow,
     FlexpertError,
     RequestError,
     ServiceStopped,
+    context_overflow,
 )
-from flexpert.models.source import ModelInfo
+from flexpert.models.source import ModelInfo, ModelSource
 
 log = logging.getLogger("flexpert")
 
@@ -60,7 +60,8 @@ class Head:
 
     fork_server: one that was started before the head's own imports, for `start` to take; who
     started it ends it if `start` does not come so far.
-    info, tokenizer, model_name: of the model; set by `start`. opened: they are there, and ranks are
+    info, tokenizer, model_name: of the model; set by `start`. tokenizer: None if the settings leave
+    it out. opened: they are there, and ranks are
     being started.
     registry: metrics of cluster and engine.
     failure: why the service went down by itself, or None. on_failure: told when it does.
@@ -135,7 +136,7 @@ class Head:
             self._journal.kv_tokens = kv_blocks(self.info, engine) * engine.kv_block_size
             wanted = self.config.model.generation_config
             self.sampling_defaults = sampling_defaults(source.path, wanted)
-            tokenizer = asyncio.create_task(asyncio.to_thread(source.tokenizer))
+            tokenizer = asyncio.create_task(asyncio.to_thread(self._tokenizer_of, source))
             self.model_name = self.config.model.served_name or self.info.name
             driver = await asyncio.to_thread(self._gpu_driver, tell)
             budget = self._budget = MemoryBudget(self.config, source, driver)
@@ -171,6 +172,9 @@ class Head:
             if memory:
                 tell(f"rank {rank.id} (pid {rank.pid}): {memory}")
         tell(f"serving after {time.monotonic() - began:.1f} s")
+
+    def _tokenizer_of(self, source: ModelSource) -> Any:
+        return None if self.config.model.skip_tokenizer_init else source.tokenizer()
 
     def _gpu_driver(self, tell: Callable[[str], None]) -> GpuDriver | None:
         """None where there is no GPU, or nothing that says how much memory it has."""
@@ -255,10 +259,7 @@ class Head:
         room = self.info.max_model_len - len(prompt)
         desired = room if params.max_tokens is None else params.max_tokens
         if room < 1 or max(desired, params.min_tokens) > room:
-            raise ContextOverflow(
-                f"the model's context is {self.info.max_model_len} tokens; the prompt has "
-                f"{len(prompt)} and the answer asks for {max(desired, 1)}"
-            )
+            raise context_overflow(self.info.max_model_len, len(prompt), max(desired, 1))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return msgspec.structs.replace(params, max_tokens=desired, seed=seed, n=1, stop=())
 

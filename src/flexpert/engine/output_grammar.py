@@ -261,14 +261,15 @@ def _key(structure: StructuredOutputsParams) -> str:
 class AnswerMatcher:
     """How far one structured answer has come. One thread at a time.
 
-    fed: tokens of the answer that it knows.
+    fed: tokens of the answer that it knows. compiled: the engine's; None before the first
+    `advance`.
     """
 
-    __slots__ = ("_matcher", "_structure", "fed")
+    __slots__ = ("_structure", "compiled", "fed")
 
     def __init__(self, structure: StructuredOutputsParams) -> None:
         self._structure = structure
-        self._matcher: LLMatcher | None = None
+        self.compiled: LLMatcher | None = None
         self.fed = 0
 
     def advance(self, tokens: list[int], grammars: GrammarCache) -> LLMatcher:
@@ -277,15 +278,15 @@ class AnswerMatcher:
         Raises:
             RequestError: they do not follow the grammar, or it has become too complex.
         """
-        if self._matcher is None:
-            self._matcher = grammars.matcher(self._structure)
+        if self.compiled is None:
+            self.compiled = grammars.matcher(self._structure)
         self.fed += len(tokens)
-        if tokens and not self._matcher.consume_tokens(tokens):
+        if tokens and not self.compiled.consume_tokens(tokens):
             raise RequestError(self.failure())
-        return self._matcher
+        return self.compiled
 
     def failure(self) -> str:
         """Why nothing may follow."""
-        said = self._matcher.get_error() if self._matcher else ""
+        said = self.compiled.get_error() if self.compiled else ""
         why = _short(said) or "no token can come next"
         return f"the answer cannot go on within its structure after {self.fed} tokens: {why}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
-from flexpert.errors import ContextOverflow, RequestError
+from flexpert.errors import ContextOverflow, RequestError, context_limit
 
 FINISH_STOP = "stop"
 FINISH_LENGTH = "length"
@@ -53,8 +54,41 @@ class StructuredOutputsParams(
         return [name for name in STRUCTURES if getattr(self, name) not in (None, False)]
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+# vLLM's names of what there is not here → why, or what to use
+_NOT_HERE = {
+    "use_beam_search": "beam search is not served",
+    "beam_width": "beam search is not served",
+    "length_penalty": "beam search is not served",
+    "early_stopping": "beam search is not served",
+    "best_of": "all n samples are returned: n",
+    "logits_processors": "there are logit_bias, allowed_token_ids and bad_words",
+    "output_kind": "AsyncLLM yields all there is so far, LLM whole answers",
+    "detokenize": "a service without a tokenizer gives token ids only: model.skip_tokenizer_init",
+}
+
+
+class _Named(msgspec.StructMeta):
+    """Makes a struct whose constructor says which name was probably meant."""
+
+    def __call__(cls, *args: Any, **given: Any) -> Any:  # noqa: N805 - of a metaclass
+        known = cls.__struct_fields__
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                advice = _NOT_HERE.get(name) or (f"did you mean {near[0]!r}?" if near else "")
+                told = f": {advice}" if advice else ""
+                raise TypeError(f"{cls.__name__} has no {name!r}{told}")
+        return super().__call__(*args, **given)
+
+
+class _NamedStruct(msgspec.Struct, frozen=True, metaclass=_Named):
+    pass
+
+
+class SamplingParams(_NamedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How tokens are chosen; names and meanings as in vLLM and OpenAI.
+
+    Where a tuple is named, a list will do; `stop` may be one text, and -1 turns top_k off, too.
 
     max_tokens: None = up to the model's context.
     temperature: 0 = greedy.
@@ -102,6 +136,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     skip_special_tokens: bool = True
     cache_salt: str = ""
     structured_outputs: StructuredOutputsParams | None = None
+
+    def __post_init__(self) -> None:
+        """What vLLM takes besides, as ours; `check` says what is wrong with anything else."""
+        stop: object = self.stop
+        if stop is None or isinstance(stop, str):
+            self._set("stop", () if stop is None else (stop,))
+        for name in ("stop", "stop_token_ids", "allowed_token_ids", "bad_words"):
+            if isinstance(value := getattr(self, name), list):
+                self._set(name, tuple(value))
+        if self.top_k == -1:
+            self._set("top_k", 0)
+
+    def _set(self, name: str, value: object) -> None:
+        msgspec.structs.force_setattr(self, name, value)
 
     def check(self) -> None:
         """Raises RequestError naming the first value of a wrong type or out of its range."""
@@ -214,8 +262,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name, count in (("max_tokens", self.max_tokens), ("min_tokens", self.min_tokens)):
             if count is not None and count >= max_model_len:
                 raise ContextOverflow(
-                    f"{name} is {count}; the model's context is {max_model_len} tokens, of which "
-                    "the prompt has at least one",
+                    f"{context_limit(max_model_len)}. However, {name} is {count}, and the prompt "
+                    "has at least one token. Lower it.",
                     name,
                 )
 

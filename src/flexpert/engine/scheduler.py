@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from flexpert.engine.blocks import BlockPool, chain
 from flexpert.engine.request import HeldKV, RequestSequence, TokenEvent, TokenLogprobs
 from flexpert.engine.sequence import Sampled, SampleState
-from flexpert.errors import ConfigError, ContextOverflow, RequestError
+from flexpert.errors import ConfigError, ContextOverflow, RequestError, context_limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,8 +305,8 @@ class Scheduler:
         prompt = len(sequence.prompt)
         if prompt >= limits.max_model_len:
             raise ContextOverflow(
-                f"the prompt has {prompt} tokens; the model takes {limits.max_model_len} with the "
-                f"answer, so the prompt may have {limits.max_model_len - 1}"
+                f"{context_limit(limits.max_model_len)}. However, the prompt has {prompt}, and "
+                f"the prompt may have {limits.max_model_len - 1}"
             )
         longest = limits.max_model_len
         if params.max_tokens is not None:

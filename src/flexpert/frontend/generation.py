@@ -105,7 +105,7 @@ class Generation:
         self._text = text
         self._prompts = prompts
         self._params = params
-        self._request_id = request_id
+        self.request_id = request_id
         self._without_answer = without_answer
         self._meter = meter
         self._clock = clock
@@ -121,6 +121,8 @@ class Generation:
         """
         params = self._params
         params.check()
+        if params.stop:
+            self._text.check_stop_texts()
         if not all(self._prompts):
             raise RequestError("prompt must have at least one token", "prompt")
         self._head.check_room(len(self._prompts) * params.n)
@@ -133,9 +135,7 @@ class Generation:
                 for sample in range(params.n):
                     index = len(self.answers)
                     one = msgspec.structs.replace(params, n=1, seed=_wrap(seed + sample))
-                    stream = self._head.submit(
-                        prompt, one, request_id=f"{self._request_id}-{index}"
-                    )
+                    stream = self._head.submit(prompt, one, request_id=f"{self.request_id}-{index}")
                     self.answers.append(Answer(index, stream, one, self._text, hidden))
                     cost += _SUBMIT_COST + len(prompt)
                     if cost > _COST_OF_A_TURN:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from flexpert.engine.request import SamplingParams
-from flexpert.errors import ContextOverflow, RequestError
+from flexpert.errors import RequestError, context_overflow
 from flexpert.frontend.text import TokenText
 from flexpert.frontend.tools.answer_parser import ParserNames
 
@@ -23,6 +23,7 @@ class RequestLimits(msgspec.Struct, frozen=True):
     defaults: sampling parameters of the model where a request says nothing. lenient: unknown
     fields are passed over. trust_chat_template: a request may bring its own. parsers: of calls and
     reasoning in answers.
+    skip_tokenizer: token ids are taken and given, no texts.
     """
 
     model: str
@@ -34,6 +35,16 @@ class RequestLimits(msgspec.Struct, frozen=True):
     lenient: bool = False
     trust_chat_template: bool = False
     parsers: ParserNames = ParserNames()
+    skip_tokenizer: bool = False
+
+
+def with_bad_tokens(params: SamplingParams, text: TokenText) -> SamplingParams:
+    """The same with tokens for its bad words. Raises: RequestError"""
+    if not params.bad_words:
+        return params
+    params.check()
+    found = (*params.bad_token_ids, *text.bad_token_ids(params.bad_words))
+    return msgspec.structs.replace(params, bad_words=(), bad_token_ids=found)
 
 
 def check_params(params: SamplingParams, prompts: int, limits: RequestLimits) -> None:
@@ -72,7 +83,12 @@ def encode_prompts(
     for prompt in prompts:
         if isinstance(prompt, str):
             most = limits.max_model_len - 1 if truncate is None else limits.max_prompt_tokens
-            ids = text.encode_bounded(prompt, most, add_special_tokens=add_special_tokens)
+            ids = text.encode_bounded(
+                prompt,
+                most,
+                add_special_tokens=add_special_tokens,
+                is_context=truncate is None,
+            )
         else:
             ids = prompt
         ids = truncated(ids, truncate, answer, limits)
@@ -105,10 +121,7 @@ def check_length(prompt: int, answer: int | None, limits: RequestLimits) -> None
     if not prompt:
         raise RequestError("prompt must have at least one token", "prompt")
     if prompt + (answer or 1) > limits.max_model_len:
-        raise ContextOverflow(
-            f"the model's context is {limits.max_model_len} tokens; the prompt has {prompt} and "
-            f"the answer asks for {answer or 1}"
-        )
+        raise context_overflow(limits.max_model_len, prompt, answer or 1)
 
 
 def token_outside(tokens: list[int], size: int) -> int | None:

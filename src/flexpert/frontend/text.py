@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from flexpert.errors import ContextOverflow, RequestError
+from flexpert.errors import ContextOverflow, RequestError, context_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,6 +107,9 @@ class TokenText:
             other._shown[id] = self._bytes[id]
         return other
 
+    def check_stop_texts(self) -> None:
+        """Raises: RequestError: there are no texts, in which one could be found."""
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token stands for; of a special token, its name."""
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
@@ -125,23 +128,25 @@ class TokenText:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
-    def encode_bounded(self, text: str, most: int, *, add_special_tokens: bool = True) -> list[int]:
+    def encode_bounded(
+        self, text: str, most: int, *, add_special_tokens: bool = True, is_context: bool = True
+    ) -> list[int]:
         """As `encode`, but a text whose length, or whose beginning, tells that it has far more than
         `most` tokens is not tokenised whole.
+
+        is_context: `most` is what the model's context leaves for a prompt; else a limit of its own.
 
         Raises: RequestError, ContextOverflow
         """
         least = -(-len(text) // self._longest)
         if least > most:
-            raise ContextOverflow(
-                f"the text has {len(text)} characters, which are at least {least} tokens; "
-                f"{most} can be taken"
-            )
+            has = f"the text has {len(text)} characters, which are at least {least} tokens"
+            raise _too_long(has, most, is_context=is_context)
         if len(text) > _PIECE:
-            self._check_pieces(text, most)
+            self._check_pieces(text, most, is_context=is_context)
         return self.encode(text, add_special_tokens=add_special_tokens)
 
-    def _check_pieces(self, text: str, most: int) -> None:
+    def _check_pieces(self, text: str, most: int, *, is_context: bool) -> None:
         """Raises: RequestError, ContextOverflow: pieces of it have far more tokens already; a cut
         through a word makes a few more than there are.
         """
@@ -149,10 +154,9 @@ class TokenText:
         for at in range(0, len(text), _PIECE):
             counted += len(self.encode(text[at : at + _PIECE], add_special_tokens=False))
             if counted > most + most // 8 + _PIECE // 64:
-                raise ContextOverflow(
-                    f"the first {at + _PIECE} of the text's {len(text)} characters are about "
-                    f"{counted} tokens; {most} can be taken"
-                )
+                first = f"the first {at + _PIECE} of the text's {len(text)} characters"
+                has = f"{first} are about {counted} tokens"
+                raise _too_long(has, most, is_context=is_context)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a whole sequence, special tokens left out."""
@@ -357,6 +361,13 @@ class _WindowDetokenizer:
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+def _too_long(has: str, most: int, *, is_context: bool) -> RequestError:
+    """has: what is wrong with a text that may have `most` tokens."""
+    if is_context:
+        return ContextOverflow(f"{context_limit(most + 1)}. However, {has}. Shorten it.")
+    return RequestError(f"{has}; {most} can be taken")
 
 
 def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -21,16 +21,17 @@ from flexpert.frontend.tools.answer_parser import parser_names
 from flexpert.server import fields, wire
 from flexpert.server.control import ControlRoutes
 from flexpert.server.gate import Gate
-from flexpert.server.http_errors import api_error, validation_error
+from flexpert.server.http_errors import ApiError, api_error, validation_error
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.message_errors import error_response
 from flexpert.server.messages_api import MessagesRoutes
-from flexpert.server.openai import OpenAIRoutes
+from flexpert.server.openai import OpenAIRoutes, is_json
 from flexpert.server.openapi import DescribedAPI
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.responses_api import ResponsesRoutes
 from flexpert.server.stream import CLIENT_GONE, ClientGone
+from flexpert.server.unserved import unknown_path, wrong_content_type, wrong_method
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
@@ -95,6 +96,7 @@ def _preprocessors(head: Head) -> Preprocessors:
             lenient=server.lenient,
             trust_chat_template=server.trust_request_chat_template,
             parsers=parsers,
+            skip_tokenizer=head.config.model.skip_tokenizer_init,
         )
 
     return Preprocessors(head, limits, server.preprocess_timeout)
@@ -140,18 +142,31 @@ def _health(state: Readiness, *, well: bool) -> Response:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
+    path = request.scope["path"]
     answer = api_error(error)
     if answer.status_code >= 500:
-        log.error("%s %r: %s", request.method, request.scope["path"], error)
-    if answer.status_code == 405:
-        # starlette names the methods of the first route of this path only
-        answer.headers = {"allow": ", ".join(_methods(request))}
-    return error_response(request.scope["path"], answer)
+        log.error("%s %r: %s", request.method, path, error)
+    if isinstance(error, HTTPException) and not isinstance(error, ApiError):  # no route fits
+        if answer.status_code == 404:
+            answer = unknown_path(path, _paths(request.app.router))
+        elif answer.status_code == 405:
+            # starlette names the methods of the first route of this path only
+            answer = wrong_method(request.method, path, _methods(request))
+    return error_response(path, answer)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
     request.scope[CLIENT_GONE] = True
     return Response(status_code=499)  # for the request counter; nobody reads it
+
+
+def _paths(router: object) -> list[str]:
+    """All that a router serves, with those of the routers that were included in it."""
+    found: list[str] = []
+    for route in getattr(router, "routes", ()):
+        included = getattr(route, "original_router", None)
+        found += [route.path] if included is None else _paths(included)
+    return found
 
 
 def _methods(request: Request) -> list[str]:
@@ -165,5 +180,8 @@ def _methods(request: Request) -> list[str]:
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
+    given = request.headers.get("content-type")
+    if given is None or not is_json(given):  # FastAPI has not parsed such a body
+        return wrong_content_type(given).response()
     findings = error.errors() if isinstance(error, RequestValidationError) else [{}]
     return validation_error(findings).response()

@@ -25,6 +25,8 @@ from flexpert.errors import (
 INVALID = "invalid_request_error"
 SERVER = "server_error"
 
+_EMPTY = "EOF while parsing a value at line 1 column 0"  # pydantic's, of a body of no bytes
+
 
 class ErrorDetail(msgspec.Struct):
     """message: for people; type, code: for programs; param: the field at fault."""
@@ -108,7 +110,10 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     """Pydantic's findings (`ValidationError.errors()`) with the first field at fault named."""
     first = errors[0]
     if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
+        wrong = first["ctx"]["error"]
+        if wrong == _EMPTY:
+            return ApiError(400, "the body is empty; it must be a JSON object")
+        return ApiError(400, f"the body is not valid JSON: {wrong}")
     path = [str(item) for item in first["loc"] if item != "body"]
     message = first["msg"].removeprefix("Value error, ")
     if not path:

@@ -17,15 +17,16 @@ from starlette.requests import ClientDisconnect
 from flexpert.errors import FlexpertError
 from flexpert.forking.framing import Piece
 from flexpert.frontend.generation import Generation
-from flexpert.frontend.text import TokenText
+from flexpert.frontend.token_ids import token_text
 from flexpert.server import fields, wire
 from flexpert.server.dialog_shape import DialogShape
-from flexpert.server.http_errors import ApiError, api_error, unknown_model
+from flexpert.server.http_errors import api_error, unknown_model
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.preprocessing import Continues, Generate, Kind, Rendered
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.shapes import ChatShape, ChoiceShape, TextShape
 from flexpert.server.stream import DONE, ClientGone, EventStream, event, unless_gone
+from flexpert.server.unserved import wrong_content_type
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
@@ -44,7 +45,7 @@ class OpenAIRoutes:
         self._head = head
         self._metrics = metrics
         self._preprocessors = preprocessors
-        self._text = TokenText(head.tokenizer)
+        self._text = token_text(head.tokenizer)
         self._created = int(time.time())
         self.router = APIRouter(tags=["openai"])
         add = self.router.add_api_route
@@ -114,10 +115,9 @@ class OpenAIRoutes:
 
         Raises: ApiError, Overloaded, ClientGone
         """
-        if not is_json(request.headers.get("content-type")):
-            raise ApiError(
-                415, "the body must be JSON; send the header 'Content-Type: application/json'"
-            )
+        content_type = request.headers.get("content-type")
+        if not is_json(content_type):
+            raise wrong_content_type(content_type)
         claimed = 0
         try:
             pieces: list[Piece] = []

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import psutil
 
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
-from flexpert.frontend.text import TokenText
+from flexpert.frontend.token_ids import token_text
 from flexpert.server.preprocessing import (
     PreprocessReply,
     decode_spec,
@@ -41,7 +41,7 @@ def preprocess_main(spec: bytes, end: socket.socket, source: PreprocessSource) -
     settings = decode_spec(spec)
     limits = settings.limits
     connection = Connection(end)
-    text = TokenText(source.tokenizer())
+    text = token_text(None if limits.skip_tokenizer else source.tokenizer())
     process = psutil.Process()
     os.nice(settings.niceness)
     before = process.memory_info()

@@ -24,6 +24,7 @@ from flexpert.frontend.request_limits import (
     check_params,
     encode_prompts,
     token_outside,
+    with_bad_tokens,
 )
 from flexpert.frontend.text import ChatOptions, TokenText
 from flexpert.frontend.tools.tool_choice import Dialog, opened
@@ -323,10 +324,11 @@ def _checked(
 ) -> SamplingParams:
     """Checked, and with tokens for words. Raises: RequestError, ContextOverflow"""
     check_params(params, prompts, limits)
+    if params.stop:
+        text.check_stop_texts()
     if not params.bad_words:
         return params
-    bad = text.bad_token_ids(params.bad_words)
-    params = msgspec.structs.replace(params, bad_words=(), bad_token_ids=bad)
+    params = with_bad_tokens(params, text)
     check_params(params, prompts, limits)
     return params
 
@@ -339,7 +341,7 @@ def _tokenize(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
         source = _render(request.messages or (), text, request.options)
         special = bool(request.add_special_tokens)
     most = limits.max_prompt_tokens
-    ids = text.encode_bounded(source, most, add_special_tokens=special)
+    ids = text.encode_bounded(source, most, add_special_tokens=special, is_context=False)
     return Rendered(wire.encode(wire.Tokens(len(ids), limits.max_model_len, ids)))
 
 

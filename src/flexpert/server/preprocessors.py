@@ -140,7 +140,8 @@ class _Worker:
                 try:
                     await self._start()
                 except _Ended as error:
-                    log.warning("the worker for %s bodies did not start: %s", self._name, error)
+                    if not self._closed:
+                        log.warning("the worker for %s bodies did not start: %s", self._name, error)
 
     def close(self) -> None:
         self._closed = True

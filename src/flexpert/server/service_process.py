@@ -93,8 +93,8 @@ def _early_fork_server(config: Config) -> Iterator[EarlyForkServer]:
         signal.raise_signal(number)
 
     with EarlyForkServer(config) as fork_server:
-        defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        changed = {n: was for n, was in defaults.items() if signal.getsignal(n) is was}
+        defaults = (signal.default_int_handler, signal.SIG_DFL)
+        changed = {n: was for n in STOP_SIGNALS if (was := signal.getsignal(n)) in defaults}
         for number in changed:
             signal.signal(number, end)
         try:
@@ -201,6 +201,7 @@ class _Service:
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_on_loop_error)
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
         host, port = self._listener.getsockname()[:2]
@@ -219,6 +220,7 @@ class _Service:
             await self._stop()
             for number in STOP_SIGNALS:  # the loop would leave Ctrl-C dead for what comes after
                 loop.remove_signal_handler(number)
+                signal.signal(number, before[number])
 
     def _on_signal(self, number: int) -> None:
         self._stop_request.on_signal(number, time.monotonic())
@@ -248,6 +250,7 @@ class _Service:
         if start.done():
             start.result()
             return True
+        self._close_preprocessors()  # before their workers end with the fork server
         start.cancel()
         await asyncio.wait((start,), timeout=FORCED_STOP_S)
         return False
@@ -311,15 +314,18 @@ class _Service:
     async def _stop(self) -> None:
         if self._renewing is not None:
             self._renewing.cancel()
-        if self._preparing is not None and self._app is not None:
-            self._preparing.cancel()
-            self._app.state.preprocessors.close()
+        self._close_preprocessors()
         try:
             async with asyncio.timeout(FORCED_STOP_S if self._forced.is_set() else None):
                 await self._head.stop()
         except TimeoutError:
             complain("ranks did not stop in time; they end with this process")
         say("stopped")
+
+    def _close_preprocessors(self) -> None:
+        if self._preparing is not None and self._app is not None:
+            self._preparing.cancel()
+            self._app.state.preprocessors.close()
 
     def _exit_code(self) -> int:
         if self._failure is not None:
