@@ -331,6 +331,48 @@ class ClusterConfig(_Section):
         return self
 
 
+# as vLLM names them; `flexpert.frontend.tools.answer_parser` has what they mean
+ToolCallParser = Literal[
+    "auto",
+    "none",
+    "deepseek_v3",
+    "deepseek_v31",
+    "deepseek_v32",
+    "glm45",
+    "hermes",
+    "kimi_k2",
+    "llama3_json",
+    "minimax_m2",
+    "mistral",
+    "openai",
+    "qwen3_coder",
+]
+ReasoningParser = Literal[
+    "auto",
+    "none",
+    "deepseek_r1",
+    "deepseek_v3",
+    "glm45",
+    "kimi_k2",
+    "minimax_m2",
+    "mistral",
+    "openai_gptoss",
+    "qwen3",
+]
+
+
+def _as_origins(value: object) -> object:
+    """vLLM's JSON list, or a list of a file, as a text with commas."""
+    if isinstance(value, str) and value.strip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return ",".join(value)
+    return value
+
+
 class ServerConfig(_Section):
     """HTTP."""
 
@@ -385,14 +427,42 @@ class ServerConfig(_Section):
     preprocess_timeout: Seconds = Field(
         10.0, gt=0, description="time to parse and tokenise one request"
     )
+    allowed_origins: Annotated[str, BeforeValidator(_as_origins)] = Field(
+        "",
+        description="origins whose pages browsers let read answers (CORS), with commas between "
+        "them, or *; default: none",
+    )
     lenient: bool = Field(
         False,
         description="pass unknown fields of requests over, and tell them in a header of the answer",
+    )
+    tool_call_parser: ToolCallParser = Field(
+        "auto",
+        description="how the model writes calls of tools: a parser's name (docs/tools.md); auto: "
+        "found in the chat template; none: tools are refused",
+    )
+    reasoning_parser: ReasoningParser = Field(
+        "auto",
+        description="how it marks its reasoning: a parser's name (docs/tools.md); auto: found in "
+        "the chat template; none: reasoning is content",
     )
     trust_request_chat_template: bool = Field(
         False, description="requests may bring their own chat template, a program that runs here"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, value: str) -> str:
+        for origin in filter(None, map(str.strip, value.split(","))):
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s,]+", origin):
+                raise ValueError(f"{shown(origin)!r} is no origin; write https://example.org, or *")
+        return value
+
+    @property
+    def origins(self) -> list[str]:
+        """The allowed origins, each by itself."""
+        return [one.strip() for one in self.allowed_origins.split(",") if one.strip()]
 
     @model_validator(mode="after")
     def _one_source(self) -> ServerConfig:

@@ -134,3 +134,14 @@ def test_a_text_far_too_long_is_refused_by_its_beginning(monkeypatch: pytest.Mon
     # and one that fits is the same tokens, however it is counted
     prose = "In the beginning " * 20_000
     assert text.encode_bounded(prose, 400_000) == encode(prose)
+
+
+@BOTH
+def test_special_tokens_that_a_parser_needs_are_revealed_and_no_others(text: TokenText) -> None:
+    special, needed = text.tokenizer.eos_token_id, text.tokenizer.convert_tokens_to_ids("a")
+    name = text.tokenizer.eos_token
+    other = text.revealing([name, "<no such token>"])
+    assert other.decode([special, needed]) == name + "a"
+    assert other.detokenizer().push([special, needed]) == name + "a"
+    assert text.decode([special, needed]) == "a"
+    assert text.revealing(["a", "<no such token>"]) is text

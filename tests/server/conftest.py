@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from support.fake_head import Behaviour
@@ -31,6 +32,20 @@ def lenient_server() -> Iterator[Running]:
     running.head.sampling_defaults = {"temperature": 0.6, "top_k": 20}
     yield running
     running.close()
+
+
+@pytest.fixture(scope="session")
+def parsing_server() -> Iterator[Running]:
+    running = Running(ServerConfig(tool_call_parser="hermes", reasoning_parser="qwen3"))
+    running.head.info = replace(running.head.info, max_model_len=4096)
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def tool_server(parsing_server: Running) -> Running:
+    """Reads calls as Hermes writes them, and reasoning; as new."""
+    return _as_new(parsing_server)
 
 
 @pytest.fixture

@@ -409,9 +409,23 @@ def test_an_answer_gets_the_structure_that_is_asked_for(
     assert nested["param"] == "response_format.strange"
 
 
-def test_no_tools_may_be_given(server: Running) -> None:
-    for path in GENERATING:
-        answered(server, path, tools=[])
+def test_what_may_be_called(tool_server: Running) -> None:
+    """More of it in test_tools.py."""
+    path, server = "/v1/chat/completions", tool_server
+    call = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+    server.head.behaviour.answer = server.head.tokenizer.encode(f"<think>I</think>{call}{call}")
+    server.head.behaviour.answer.append(server.head.tokenizer.eos_token_id)
+    tools = [{"type": "function", "function": {"name": "now"}}]
+
+    def message(**body: Any) -> dict[str, Any]:
+        found: dict[str, Any] = answered(server, path, **body)["choices"][0]["message"]
+        return found
+
+    assert len(message(tools=tools)["tool_calls"]) == 2
+    assert len(message(tools=tools, parallel_tool_calls=False)["tool_calls"]) == 1
+    assert message(tools=tools, tool_choice="none")["content"] == call + call
+    assert message(tools=[])["reasoning_content"] == "I"
+    assert "reasoning" not in message(include_reasoning=False)
 
 
 # ---- no third kind ----------------------------------------------------------------------------
@@ -451,7 +465,10 @@ EFFECTS: dict[str, Callable[..., None]] = {
     "documents": _TEMPLATE,
     "reasoning_effort": _TEMPLATE,
     **dict.fromkeys(STRUCTURES, test_an_answer_gets_the_structure_that_is_asked_for),
-    "tools": test_no_tools_may_be_given,
+    "tools": test_what_may_be_called,
+    "tool_choice": test_what_may_be_called,
+    "parallel_tool_calls": test_what_may_be_called,
+    "include_reasoning": test_what_may_be_called,
     "user": _WHO,
     "metadata": _WHO,
     "store": _WHO,

@@ -44,9 +44,13 @@ from flexpert.errors import (
 
 END = "<|end|>"
 CHAT_TEMPLATE = (
+    "{% if tools %}<|tools|>{% for t in tools %}{{ t | tojson }}{% endfor %}<|end|>{% endif %}"
     "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}"
-    "{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% endif %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}[{{ call.function.name }}"
+    "{% for key, value in call.function.arguments.items() %} {{ key }}={{ value }}{% endfor %}]"
+    "{% endfor %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if think %}<think>{% endif %}{% endif %}"
 )
 
 

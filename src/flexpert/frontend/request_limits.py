@@ -10,6 +10,7 @@ import msgspec
 from flexpert.engine.request import SamplingParams
 from flexpert.errors import RequestError, context_overflow
 from flexpert.frontend.text import TokenText
+from flexpert.frontend.tools.answer_parser import ParserNames
 
 Prompt = str | list[int]
 
@@ -20,8 +21,8 @@ class RequestLimits(msgspec.Struct, frozen=True):
     model: the name it is served under. vocab: size of the model's vocabulary. max_model_len: tokens
     of prompt and answer. max_choices: prompts × n. max_prompt_tokens: sum over all prompts.
     defaults: sampling parameters of the model where a request says nothing. lenient: unknown
-    fields are passed over. trust_chat_template: a request may bring its own.
-    skip_tokenizer: token ids are taken and given, no texts.
+    fields are passed over. trust_chat_template: a request may bring its own. skip_tokenizer: token
+    ids are taken and given, no texts. parsers: of calls and reasoning in answers.
     """
 
     model: str
@@ -33,6 +34,7 @@ class RequestLimits(msgspec.Struct, frozen=True):
     lenient: bool = False
     trust_chat_template: bool = False
     skip_tokenizer: bool = False
+    parsers: ParserNames = ParserNames()
 
 
 def with_bad_tokens(params: SamplingParams, text: TokenText) -> SamplingParams:

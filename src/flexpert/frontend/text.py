@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import copy
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -94,6 +95,20 @@ class TokenText:
 
     def check_stop_texts(self) -> None:
         """Raises: RequestError: there are no texts, in which one could be found."""
+
+    def revealing(self, names: Collection[str]) -> TokenText:
+        """The same, but for special tokens of these names, which have them as text in answers: a
+        parser has to see them."""
+        ids = {self.tokenizer.get_vocab().get(name) for name in names}
+        revealed = {id for id in ids if id is not None} & self._special
+        if not revealed:
+            return self
+        other = copy.copy(self)
+        other._special = self._special - revealed
+        other._shown = list(self._shown)
+        for id in revealed:
+            other._shown[id] = self._bytes[id]
+        return other
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token stands for; of a special token, its name."""
@@ -220,6 +235,10 @@ class TokenText:
                 raise RequestError(
                     f"{field}: the chat template of this model does not use {name[:80]!r}", field
                 )
+
+    def template_knows(self, name: str) -> bool:
+        """Whether the model's chat template uses a variable of this name."""
+        return bool(self.tokenizer.chat_template) and name in self._template(None)
 
     def _template(self, tools: list[Any] | None) -> str:
         return str(self.tokenizer.get_chat_template(None, tools))

@@ -10,21 +10,26 @@ from typing import TYPE_CHECKING, Literal
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
 import flexpert
 from flexpert.cluster.views import Readiness
 from flexpert.errors import FlexpertError
 from flexpert.frontend.request_limits import RequestLimits
-from flexpert.server import wire
+from flexpert.frontend.tools.answer_parser import parser_names
+from flexpert.server import fields, wire
 from flexpert.server.control import ControlRoutes
 from flexpert.server.gate import Gate
 from flexpert.server.http_errors import ApiError, api_error, validation_error
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.keys import BearerKeys, read_keys
+from flexpert.server.message_errors import error_response
+from flexpert.server.messages_api import MessagesRoutes
 from flexpert.server.openai import OpenAIRoutes, is_json
 from flexpert.server.openapi import DescribedAPI
 from flexpert.server.preprocessors import Preprocessors
+from flexpert.server.responses_api import ResponsesRoutes
 from flexpert.server.stream import CLIENT_GONE, ClientGone
 from flexpert.server.unserved import unknown_path, wrong_content_type, wrong_method
 
@@ -51,11 +56,22 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
     app.state.closing = asyncio.Event()
     app.state.metrics = metrics
     app.state.preprocessors = _preprocessors(head)
-    app.include_router(OpenAIRoutes(head, metrics, app.state.preprocessors).router)
+    openai = OpenAIRoutes(head, metrics, app.state.preprocessors)
+    app.include_router(openai.router)
+    app.include_router(ResponsesRoutes(openai).router)
+    app.include_router(MessagesRoutes(openai).router)
     app.include_router(ControlRoutes(head, app.state.closing).router)
     _add_service_routes(app, head, metrics)
     config = head.config.server
     app.add_middleware(Gate, config=config, keys=keys or read_keys(config), metrics=metrics)
+    if config.origins:  # in front of the gate: a browser asks without a key what it may send
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=[fields.IGNORED_HEADER, "retry-after"],
+        )
     for kind in (FlexpertError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(ClientGone, _on_client_gone)
@@ -65,6 +81,8 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
 
 def _preprocessors(head: Head) -> Preprocessors:
     server = head.config.server
+    template = getattr(head.tokenizer, "chat_template", None)
+    parsers = parser_names(server.tool_call_parser, server.reasoning_parser, template)
 
     def limits() -> RequestLimits:
         context = head.info.max_model_len
@@ -78,6 +96,7 @@ def _preprocessors(head: Head) -> Preprocessors:
             lenient=server.lenient,
             trust_chat_template=server.trust_request_chat_template,
             skip_tokenizer=head.config.model.skip_tokenizer_init,
+            parsers=parsers,
         )
 
     return Preprocessors(head, limits, server.preprocess_timeout)
@@ -98,6 +117,10 @@ def _add_service_routes(app: FastAPI, head: Head, metrics: ServerMetrics) -> Non
         """flexpert's."""
         return wire.json_response(wire.Version(flexpert.__version__))
 
+    async def load() -> Response:
+        """vLLM's: API requests being answered."""
+        return wire.json_response(wire.ServerLoad(metrics.at_once["api"]))
+
     async def prometheus() -> Response:
         """For prometheus: ranks, engine, cluster and HTTP."""
         return metrics.response(head.registry)
@@ -105,6 +128,9 @@ def _add_service_routes(app: FastAPI, head: Head, metrics: ServerMetrics) -> Non
     app.add_api_route("/health", health, methods=["GET"], tags=["service"])
     app.add_api_route("/health/ready", health, methods=["GET"], tags=["service"])
     app.add_api_route("/health/live", live, methods=["GET"], tags=["service"])
+    for method in ("GET", "POST"):  # as SageMaker and vLLM have it
+        app.add_api_route("/ping", health, methods=[method], tags=["service"])
+    app.add_api_route("/load", load, methods=["GET"], tags=["service"])
     app.add_api_route("/version", version, methods=["GET"], tags=["service"])
     app.add_api_route("/metrics", prometheus, methods=["GET"], tags=["service"])
 
@@ -126,7 +152,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
         elif answer.status_code == 405:
             # starlette names the methods of the first route of this path only
             answer = wrong_method(request.method, path, _methods(request))
-    return answer.response()
+    return error_response(path, answer)
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:

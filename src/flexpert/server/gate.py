@@ -5,7 +5,6 @@ Plain ASGI, because a framework's middleware would stand between every token and
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ from flexpert.config import ServerConfig
 from flexpert.server.http_errors import ApiError
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.keys import BearerKeys, is_right
+from flexpert.server.message_errors import error_response, is_message_path
 from flexpert.server.protocol import BODY_FAILED
 from flexpert.server.stream import CLIENT_GONE
 
@@ -26,6 +26,8 @@ OPEN_PATHS = frozenset(
         "/health/live",
         "/health/ready",
         "/version",
+        "/ping",
+        "/load",
         "/metrics",
         "/docs",
         "/redoc",
@@ -52,7 +54,7 @@ class Gate:
         self._config = config
         self._keys = keys
         self._metrics = metrics
-        self._at_once: Counter[str] = Counter()
+        self._at_once = metrics.at_once
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,7 +81,7 @@ class Gate:
                     body.check()
                     await self._app(scope, body.receive, counted_send)
             except ApiError as error:
-                await error.response()(scope, receive, counted_send)
+                await error_response(scope["path"], error)(scope, receive, counted_send)
             finally:
                 if scope.get(CLIENT_GONE):
                     self._metrics.disconnects.inc()
@@ -127,8 +129,10 @@ def _check_key(scope: Scope, key: bytes | None) -> None:
     if key is None:
         return
     scheme, _, given = _header(scope, b"authorization").partition(b" ")
-    right = is_right(given.strip(), key)
-    if scheme.lower() != b"bearer" or not right:
+    right = is_right(given.strip(), key) and scheme.lower() == b"bearer"
+    if is_message_path(scope["path"]):
+        right |= is_right(_header(scope, b"x-api-key").strip(), key)
+    if not right:
         raise ApiError(
             401,
             "missing or wrong API key; send the header 'Authorization: Bearer <key>'",

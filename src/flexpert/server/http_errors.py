@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -117,6 +119,30 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     if not path:
         return ApiError(400, f"the body: {message}")
     return ApiError(400, f"{'.'.join(path)}: {message}", param=path[0])
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Refusals of a request that was translated into another one name the fields that its client
+    has sent. names: field there → field here.
+
+    Raises: ApiError
+    """
+    try:
+        yield
+    except ContextOverflow:
+        raise
+    except (ValidationError, RequestError) as error:
+        if isinstance(error, ValidationError):
+            found = validation_error(error.errors(include_url=False, include_input=False))
+        else:
+            found = api_error(error)
+        if found.param is not None and found.param in names:
+            name, other = found.param, names[found.param]
+            found.param = other
+            if found.detail.startswith(name):
+                found.detail = other + found.detail.removeprefix(name)
+        raise found from None
 
 
 def unknown_model(name: str) -> ApiError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter as TallyOf
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.responses import Response
@@ -11,7 +13,10 @@ _GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 class ServerMetrics:
-    """In a registry of its own, so that one head can be served twice (tests do)."""
+    """In a registry of its own, so that one head can be served twice (tests do).
+
+    at_once: requests being answered that count against a key's limit: "api", "control".
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -31,6 +36,7 @@ class ServerMetrics:
             "Requests whose client went away before the answer was complete",
             registry=self.registry,
         )
+        self.at_once: TallyOf[str] = TallyOf()
         self._first_token = Histogram(
             "flexpert_time_to_first_token_seconds",
             "From a request's arrival to its first token, per sequence",

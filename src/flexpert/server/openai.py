@@ -6,8 +6,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -18,9 +19,10 @@ from flexpert.forking.framing import Piece
 from flexpert.frontend.generation import Generation
 from flexpert.frontend.token_ids import token_text
 from flexpert.server import fields, wire
+from flexpert.server.dialog_shape import DialogShape
 from flexpert.server.http_errors import api_error, unknown_model
 from flexpert.server.http_metrics import ServerMetrics
-from flexpert.server.preprocessing import Generate, Kind, Rendered
+from flexpert.server.preprocessing import Continues, Generate, Kind, Rendered
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.shapes import ChatShape, ChoiceShape, TextShape
 from flexpert.server.stream import DONE, ClientGone, EventStream, event, unless_gone
@@ -65,7 +67,7 @@ class OpenAIRoutes:
 
     async def completions(self, request: Request) -> Response:
         """Continue one or several prompts; choice prompt * n + sample."""
-        asked = await self._preprocess(request, "completions", Generate)
+        asked = await self.preprocess(request, "completions", Generate)
         times = asked.params.n
         shape = TextShape(
             _id("cmpl", asked, request),
@@ -80,8 +82,9 @@ class OpenAIRoutes:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        asked = await self._preprocess(request, "chat", Generate)
-        shape = ChatShape(
+        asked = await self.preprocess(request, "chat", Generate)
+        kind = ChatShape if asked.dialog is None else partial(DialogShape, dialog=asked.dialog)
+        shape = kind(
             _id("chatcmpl", asked, request),
             int(time.time()),
             self._head.model_name,
@@ -93,16 +96,22 @@ class OpenAIRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or a conversation."""
-        found = await self._preprocess(request, "tokenize", Rendered)
+        found = await self.preprocess(request, "tokenize", Rendered)
         return Response(found.json, media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
         """Text of token ids."""
-        found = await self._preprocess(request, "detokenize", Rendered)
+        found = await self.preprocess(request, "detokenize", Rendered)
         return Response(found.json, media_type="application/json")
 
-    async def _preprocess(self, request: Request, kind: Kind, expected: type[T]) -> T:
-        """What the body asks for.
+    async def preprocess(
+        self,
+        request: Request,
+        kind: Kind,
+        expected: type[T],
+        history: Callable[[str], bytes] | None = None,
+    ) -> T:
+        """What the body asks for. history: of an earlier response, by its id.
 
         Raises: ApiError, Overloaded, ClientGone
         """
@@ -116,7 +125,11 @@ class OpenAIRoutes:
                 self._preprocessors.claim(len(piece), claimed)
                 claimed += len(piece)
                 _gather(pieces, piece)
-            outcome = await unless_gone(request.receive, self._preprocessors.run(kind, pieces))
+            run = self._preprocessors.run
+            outcome = await unless_gone(request.receive, run(kind, pieces))
+            if isinstance(outcome, Continues) and history is not None:
+                pieces = [history(outcome.previous), b"\n", *pieces]
+                outcome = await unless_gone(request.receive, run("continued_responses", pieces))
         except ClientDisconnect:
             raise ClientGone from None
         finally:
@@ -125,16 +138,21 @@ class OpenAIRoutes:
             raise TypeError(f"{kind} was prepared as {type(outcome).__name__}")
         return outcome
 
-    async def _answer(self, request: Request, asked: Generate, shape: ChoiceShape) -> Response:
-        generation = Generation(
+    def generation(self, asked: Generate, id: str) -> Generation:
+        """The choices of a request, not submitted yet. id: of the answer."""
+        markers = asked.dialog.markers if asked.dialog is not None else ()
+        return Generation(
             self._head,
-            self._text,
+            self._text.revealing(markers) if markers else self._text,
             asked.prompt_ids,
             asked.params,
-            request_id=shape.id,
+            request_id=id,
             without_answer=asked.without_answer,
             meter=self._metrics,
         )
+
+    async def _answer(self, request: Request, asked: Generate, shape: ChoiceShape) -> Response:
+        generation = self.generation(asked, shape.id)
         # the head admits or refuses here, before anything is sent: a refusal has its own status
         await generation.submit()
         headers = fields.header(asked.ignored)
@@ -144,6 +162,11 @@ class OpenAIRoutes:
             choices = await unless_gone(request.receive, generation.whole())
         body = await shape.answer(choices, generation.usage)
         return Response(body, headers=headers, media_type="application/json")
+
+    @property
+    def model_name(self) -> str:
+        """As it is served."""
+        return self._head.model_name
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._head.model_name:

@@ -17,9 +17,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView
-from flexpert.server import wire
+from flexpert.server import messages_api, responses_api, wire
 from flexpert.server.gate import OPEN_PATHS
 from flexpert.server.http_errors import ErrorBody
+from flexpert.server.message_errors import MessageErrorBody
+from flexpert.server.message_fields import CountTokensRequest, MessagesRequest
+from flexpert.server.response_fields import ResponsesRequest
 from flexpert.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -48,7 +51,7 @@ class Answers:
 
     body: the struct of a success. events: what each event of a stream holds, where the operation
     can stream. text: it is text, not JSON. errors: statuses beyond those of any request. asks: the
-    body it takes, if it parses that by itself.
+    body it takes, if it parses that by itself. failure: the struct of one.
     """
 
     body: type | None = None
@@ -57,6 +60,7 @@ class Answers:
     status: int = 200
     errors: tuple[int, ...] = ()
     asks: type[BaseModel] | None = None
+    failure: type = ErrorBody
 
 
 ANSWERS: Mapping[tuple[str, str], Answers] = {
@@ -71,11 +75,32 @@ ANSWERS: Mapping[tuple[str, str], Answers] = {
     ("post", "/v1/chat/completions"): Answers(
         wire.ChatCompletion, events=wire.ChatChunk, errors=(404, 415), asks=ChatRequest
     ),
+    ("post", "/v1/responses"): Answers(
+        responses_api.ResponseObject,
+        events=responses_api.ResponseEvent,
+        errors=(404, 415),
+        asks=ResponsesRequest,
+    ),
+    ("get", "/v1/responses/{id}"): Answers(responses_api.ResponseObject, errors=(404,)),
+    ("delete", "/v1/responses/{id}"): Answers(responses_api.DeletedResponse, errors=(404,)),
+    ("post", "/v1/messages"): Answers(
+        messages_api.MessageObject,
+        events=messages_api.MessageEvent,
+        errors=(404, 415),
+        asks=MessagesRequest,
+        failure=MessageErrorBody,
+    ),
+    ("post", "/v1/messages/count_tokens"): Answers(
+        wire.InputTokens, errors=(404, 415), asks=CountTokensRequest, failure=MessageErrorBody
+    ),
     ("post", "/tokenize"): Answers(wire.Tokens, errors=(404, 415), asks=TokenizeRequest),
     ("post", "/detokenize"): Answers(wire.Text, errors=(404, 415), asks=DetokenizeRequest),
     ("get", "/health"): Answers(wire.Health),
     ("get", "/health/ready"): Answers(wire.Health),
     ("get", "/health/live"): Answers(wire.Health),
+    ("get", "/ping"): Answers(wire.Health),
+    ("post", "/ping"): Answers(wire.Health),
+    ("get", "/load"): Answers(wire.ServerLoad),
     ("get", "/version"): Answers(wire.Version),
     ("get", "/metrics"): Answers(text=True),
     ("get", "/cluster"): Answers(ClusterView),
@@ -99,7 +124,7 @@ class DescribedAPI(FastAPI):
 
 def _described(description: dict[str, Any]) -> dict[str, Any]:
     structs = {kind for a in ANSWERS.values() for kind in (a.body, a.events) if kind is not None}
-    ordered = sorted({*structs, ErrorBody}, key=lambda kind: kind.__name__)
+    ordered = sorted({*structs, ErrorBody, MessageErrorBody}, key=lambda kind: kind.__name__)
     _, schemas = msgspec.json.schema_components(ordered, ref_template=_REF)
     components = description.setdefault("components", {})
     known = components.setdefault("schemas", {})
@@ -134,7 +159,7 @@ def _responses(path: str, answers: Answers) -> dict[str, Any]:
     if path not in OPEN_PATHS:
         statuses.update(_BEHIND_A_KEY)
     for status in sorted(statuses):
-        found[str(status)] = _failure(status)
+        found[str(status)] = _failure(status, answers.failure)
     if answers.body is wire.Health:
         either = [_reference(wire.Health), _reference(ErrorBody)]
         found["503"]["content"] = {_JSON: {"schema": {"anyOf": either}}}
@@ -164,10 +189,10 @@ def _success(answers: Answers) -> dict[str, Any]:
     return response
 
 
-def _failure(status: int) -> dict[str, Any]:
+def _failure(status: int, body: type) -> dict[str, Any]:
     response: dict[str, Any] = {
         "description": HTTPStatus(status).phrase,
-        "content": {_JSON: {"schema": _reference(ErrorBody)}},
+        "content": {_JSON: {"schema": _reference(body)}},
     }
     if status in _HEADERS:
         response["headers"] = _headers(_HEADERS[status])

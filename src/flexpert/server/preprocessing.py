@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from contextlib import suppress
+from typing import Literal, TypeVar, get_args
 
 import msgspec
 from pydantic import BaseModel, ValidationError
@@ -25,10 +26,21 @@ from flexpert.frontend.request_limits import (
     token_outside,
     with_bad_tokens,
 )
-from flexpert.frontend.text import TokenText
-from flexpert.server import wire
+from flexpert.frontend.text import ChatOptions, TokenText
+from flexpert.frontend.tools.tool_choice import Dialog, opened
+from flexpert.frontend.tools.tool_messages import template_message, with_text_arguments
+from flexpert.server import message_fields, response_fields, wire
+from flexpert.server.enforcement import enforced, without_reasoning
 from flexpert.server.fields import check_fields
-from flexpert.server.http_errors import ApiError, api_error, unknown_model, validation_error
+from flexpert.server.http_errors import (
+    ApiError,
+    api_error,
+    renamed,
+    unknown_model,
+    validation_error,
+)
+from flexpert.server.message_fields import CountTokensRequest, MessagesRequest
+from flexpert.server.response_fields import ResponsesRequest
 from flexpert.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -37,11 +49,21 @@ from flexpert.server.schemas import (
     Shown,
     TokenizeRequest,
 )
+from flexpert.server.translated_fields import ChatBody
 
 log = logging.getLogger("flexpert.server")
 
 Body = TypeVar("Body", bound=BaseModel)
-Kind = Literal["completions", "chat", "tokenize", "detokenize"]
+Kind = Literal[
+    "completions",
+    "chat",
+    "tokenize",
+    "detokenize",
+    "responses",
+    "continued_responses",
+    "messages",
+    "count_tokens",
+]
 _KIND_NAMES: dict[bytes, Kind] = {kind.encode(): kind for kind in get_args(Kind)}
 
 
@@ -52,12 +74,25 @@ class Spec(msgspec.Struct, frozen=True):
     niceness: int
 
 
+class Translated(msgspec.Struct, frozen=True):
+    """What the answer to a response or a message needs of its request.
+
+    echo: JSON of the request's fields that stand in the response. history: JSON of all its
+    messages. keep: it may be asked for later, and gone on with.
+    """
+
+    echo: bytes = b""
+    history: bytes = b""
+    keep: bool = False
+
+
 class Generate(msgspec.Struct, frozen=True, tag="generate"):
     """Sequences to run.
 
     prompts: token ids, int32. echoes: texts of the prompts, if asked for. without_answer: the
     prompt is all that is asked for. request_id: the client's, or "". ignored: fields that were
-    passed over.
+    passed over. dialog: how answers are read; None: they are content. translated: of a request that
+    is no chat, but is answered as one.
     """
 
     prompts: list[bytes]
@@ -66,6 +101,8 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
     shown: Shown
     echoes: list[str] = []
     without_answer: bool = False
+    dialog: Dialog | None = None
+    translated: Translated | None = None
     request_id: str = ""
     ignored: list[str] = []
 
@@ -78,6 +115,13 @@ class Rendered(msgspec.Struct, frozen=True, tag="rendered"):
     """A whole answer, in JSON: a million tokens take the head no time."""
 
     json: bytes
+
+
+class Continues(msgspec.Struct, frozen=True, tag="continues"):
+    """It goes on with an earlier response, which the head has: the same body is to be sent as
+    "continued_responses" behind that one's history and a line break."""
+
+    previous: str
 
 
 class RefusedBody(msgspec.Struct, frozen=True, tag="refused"):
@@ -96,7 +140,7 @@ class RefusedBody(msgspec.Struct, frozen=True, tag="refused"):
         )
 
 
-Outcome = Generate | Rendered | RefusedBody
+Outcome = Generate | Rendered | Continues | RefusedBody
 
 
 class PreprocessReply(msgspec.Struct, frozen=True):
@@ -177,8 +221,21 @@ def _completions(body: bytes, text: TokenText, limits: RequestLimits) -> Generat
 
 def _chat(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
     request, ignored = _parsed(ChatRequest, body, limits)
-    params = _checked(request.params(limits.defaults), 1, text, limits)
-    rendered = text.render(_conversation(request.messages), request.options)
+    return _generate(request, ignored, text, limits)
+
+
+def _generate(
+    request: ChatRequest, ignored: list[str], text: TokenText, limits: RequestLimits
+) -> Generate:
+    dialog = request.dialog(limits.parsers)
+    params = request.params(limits.defaults)
+    if params.structured_outputs is not None and not request.is_free:
+        dialog = without_reasoning(dialog)
+    params = enforced(params, dialog)
+    params = _checked(params, 1, text, limits)
+    options = msgspec.structs.replace(request.options, tools=request.shown_tools(dialog))
+    rendered = _render(request.messages, text, options)
+    dialog = opened(dialog, rendered)
     (prompt,) = encode_prompts(
         [rendered],
         text,
@@ -192,9 +249,74 @@ def _chat(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
         params,
         request.stream,
         request.shown,
+        dialog=None if dialog.is_plain else dialog,
         request_id=request.request_id or "",
         ignored=ignored,
     )
+
+
+def _responses(body: bytes, text: TokenText, limits: RequestLimits) -> Generate | Continues:
+    request, ignored = _parsed(ResponsesRequest, body, limits)
+    if request.previous_response_id is not None:
+        return Continues(request.previous_response_id)
+    return _respond(request, [], ignored, text, limits)
+
+
+def _continued(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
+    history, _, body = body.partition(b"\n")
+    request, ignored = _parsed(ResponsesRequest, body, limits)
+    return _respond(request, msgspec.json.decode(history), ignored, text, limits)
+
+
+def _respond(
+    request: ResponsesRequest,
+    history: list[ChatBody],
+    ignored: list[str],
+    text: TokenText,
+    limits: RequestLimits,
+) -> Generate:
+    messages = [*history, *request.messages()]
+    with renamed(response_fields.CHAT_NAMES):
+        chat = ChatRequest.model_validate(request.chat_body(messages), context=limits)
+        generate = _generate(chat, ignored, text, limits)
+    translated = Translated(
+        wire.encode(request.echo()), wire.encode(messages), request.store is not False
+    )
+    return msgspec.structs.replace(generate, translated=translated)
+
+
+def _messages(body: bytes, text: TokenText, limits: RequestLimits) -> Generate:
+    request, ignored = _parsed(MessagesRequest, body, limits)
+    chat = _message_chat(request, ignored, text, limits)
+    with renamed(message_fields.CHAT_NAMES):
+        generate = _generate(chat, ignored, text, limits)
+    return msgspec.structs.replace(generate, translated=Translated())
+
+
+def _count_tokens(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
+    request, ignored = _parsed(CountTokensRequest, body, limits)
+    chat = _message_chat(request, ignored, text, limits)
+    dialog = chat.dialog(limits.parsers)
+    options = msgspec.structs.replace(chat.options, tools=chat.shown_tools(dialog))
+    rendered = _render(chat.messages, text, options)
+    ids = text.encode_bounded(rendered, limits.max_prompt_tokens, add_special_tokens=False)
+    return Rendered(wire.encode(wire.InputTokens(len(ids))))
+
+
+def _message_chat(
+    request: CountTokensRequest, ignored: list[str], text: TokenText, limits: RequestLimits
+) -> ChatRequest:
+    if request.thinking is not None and request.thinking.budget_tokens is not None:
+        if not limits.lenient:
+            raise RequestError(
+                "thinking: budget_tokens is not supported by this server: max_tokens bounds the "
+                "answer with its reasoning; send {'type': 'adaptive'}",
+                "thinking",
+            )
+        ignored.append("thinking.budget_tokens")
+    with renamed(message_fields.CHAT_NAMES):
+        body = request.chat_body(switch=text.template_knows("enable_thinking"))
+        return ChatRequest.model_validate(body, context=limits)
 
 
 def _checked(
@@ -216,7 +338,7 @@ def _tokenize(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
     if request.prompt is not None:
         source, special = request.prompt, request.add_special_tokens is not False
     else:
-        source = text.render(_conversation(request.messages or ()), request.options)
+        source = _render(request.messages or (), text, request.options)
         special = bool(request.add_special_tokens)
     most = limits.max_prompt_tokens
     ids = text.encode_bounded(source, most, add_special_tokens=special, is_context=False)
@@ -239,6 +361,10 @@ _KINDS: Mapping[Kind, Callable[[bytes, TokenText, RequestLimits], Outcome]] = {
     "chat": _chat,
     "tokenize": _tokenize,
     "detokenize": _detokenize,
+    "responses": _responses,
+    "continued_responses": _continued,
+    "messages": _messages,
+    "count_tokens": _count_tokens,
 }
 
 
@@ -251,9 +377,21 @@ def _parsed(schema: type[Body], body: bytes, limits: RequestLimits) -> tuple[Bod
     return request, check_fields(request, lenient=limits.lenient)
 
 
-def _conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """As chat templates want it."""
-    return [message.model_dump() for message in messages]
+def _render(messages: Sequence[Message], text: TokenText, options: ChatOptions) -> str:
+    """A conversation as the chat template writes it; whether it wants the arguments of calls as
+    mappings or as text, it tells by failing.
+
+    Raises: RequestError
+    """
+    talk = [template_message(message.model_dump()) for message in messages]
+    try:
+        return text.render(talk, options)
+    except RequestError:
+        if not any("tool_calls" in message for message in talk):
+            raise
+        with suppress(RequestError):
+            return text.render(with_text_arguments(talk), options)
+        raise
 
 
 def _packed(tokens: list[int]) -> bytes:

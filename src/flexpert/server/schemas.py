@@ -39,6 +39,7 @@ from flexpert.errors import RequestError
 from flexpert.frontend.request_limits import Prompt, RequestLimits
 from flexpert.frontend.text import ChatOptions
 from flexpert.server.structured_fields import StructuredFields
+from flexpert.server.tool_fields import ToolFields
 
 LONGEST_NAME = 512  # characters
 MOST_MESSAGES = 16_384
@@ -185,15 +186,6 @@ class Sampling(StructuredFields, _Body):
     store: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
-
-    tools: Any = None
-
-    @field_validator("tools")
-    @classmethod
-    def _unsupported(cls, value: Any) -> Any:
-        if value:
-            raise ValueError("not supported by this server")
-        return value
 
     @field_validator("priority")
     @classmethod
@@ -427,7 +419,7 @@ class Templated(_Body):
         )
 
 
-class ChatRequest(Sampling, Templated):
+class ChatRequest(Sampling, Templated, ToolFields):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)

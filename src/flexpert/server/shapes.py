@@ -188,8 +188,19 @@ class ChatShape(ChoiceShape):
             delta = wire.ChatDelta("assistant", part.text)
         else:
             delta = wire.ChatDelta(content=part.text or None)
+        return self._chunk(part, delta, part.finish, usage, begins=begins)
+
+    def _chunk(
+        self,
+        part: Part,
+        delta: wire.ChatDelta,
+        finish: str | None,
+        usage: Usage | None,
+        *,
+        begins: bool,
+    ) -> bytes:
         choice = wire.ChatChunkChoice(
-            part.index, delta, self._logprobs(part), part.finish, self._token_ids(part)
+            part.index, delta, self._logprobs(part), finish, self._token_ids(part)
         )
         prompt = self._prompt_ids(part.index) if begins else msgspec.UNSET
         return self._encode([choice], usage or self._no_usage, _remark([part]), prompt)
@@ -211,12 +222,13 @@ class ChatShape(ChoiceShape):
         return wire.encode(answer)
 
     def whole_choice(self, part: Part) -> wire.ChatChoice:
+        return self._whole_choice(part, wire.ChatMessage(part.text), part.finish)
+
+    def _whole_choice(
+        self, part: Part, message: wire.ChatMessage, finish: str | None
+    ) -> wire.ChatChoice:
         return wire.ChatChoice(
-            part.index,
-            wire.ChatMessage(part.text),
-            self._logprobs(part),
-            part.finish,
-            self._token_ids(part),
+            part.index, message, self._logprobs(part), finish, self._token_ids(part)
         )
 
     def _logprobs(self, part: Part) -> ChatLogprobs | None:

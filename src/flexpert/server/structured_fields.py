@@ -75,6 +75,13 @@ class StructuredFields(BaseModel):
         ((field, structure),) = asked
         return resolve(structure, field)
 
+    @property
+    def is_free(self) -> bool:
+        """Answers are free text, in which only some parts have a structure."""
+        told, asked = self.response_format, self.structured_outputs
+        tagged = told is not None and told.type == "structural_tag"
+        return tagged or (asked is not None and asked.structural_tag is not None)
+
     def _of_response_format(self) -> list[tuple[str, StructuredOutputsParams]]:
         told = self.response_format
         match told.type if told else "text":

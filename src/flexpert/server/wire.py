@@ -52,12 +52,46 @@ class TextCompletion(msgspec.Struct):
     flexpert: Remark | msgspec.UnsetType = msgspec.UNSET
 
 
-class ChatMessage(msgspec.Struct):
-    """The answer of a chat."""
+class CalledFunction(msgspec.Struct):
+    """arguments: JSON text."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct):
+    """A call, whole."""
+
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
+class FunctionDelta(msgspec.Struct, omit_defaults=True):
+    """name: in a call's first delta. arguments: a piece of JSON text."""
+
+    arguments: str | None = None
+    name: str | None = None
+
+
+class ToolCallDelta(msgspec.Struct, omit_defaults=True):
+    """What a call grows by; id and type only in its first."""
+
+    index: int
+    function: FunctionDelta
+    id: str | None = None
+    type: str | None = None
+
+
+class ChatMessage(msgspec.Struct):
+    """The answer of a chat. Reasoning has two names: vLLM's older and its newer one."""
+
+    content: str | None
     role: str = "assistant"
     refusal: str | None = None
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -89,6 +123,9 @@ class ChatDelta(msgspec.Struct, omit_defaults=True):
 
     role: str | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
 
 
 class ChatChunkChoice(msgspec.Struct):
@@ -141,6 +178,12 @@ class Health(msgspec.Struct):
     reason: str | None
 
 
+class ServerLoad(msgspec.Struct):
+    """`/load`, vLLM's. server_load: API requests being answered."""
+
+    server_load: int
+
+
 class Version(msgspec.Struct):
     """`/version`."""
 
@@ -165,6 +208,12 @@ class Tokens(msgspec.Struct):
     count: int
     max_model_len: int
     tokens: list[int]
+
+
+class InputTokens(msgspec.Struct):
+    """`/v1/messages/count_tokens`."""
+
+    input_tokens: int
 
 
 class Text(msgspec.Struct):
