@@ -32,6 +32,9 @@ _SECRET = frozenset({"server.api_key", "server.control_key", "server.tls_key_pas
 _ALIASES = {"server.tls_cert_file": "--ssl-certfile", "server.tls_key_file": "--ssl-keyfile"}
 
 
+_LONGEST_CHOICES = 48  # characters: more of them are for the documentation
+
+
 @dataclass(frozen=True, slots=True)
 class Flag:
     """One setting on the command line. path: in the tree, dotted."""
@@ -86,7 +89,8 @@ def _flag(path: str, field: FieldInfo, panel: str) -> Flag:
     readers = _readers(field)
     is_duration, is_size = parse_duration in readers, parse_bytes in readers
     if get_origin(kind) is Literal:
-        metavar = "|".join(map(str, get_args(kind)))
+        choices = "|".join(map(str, get_args(kind)))
+        metavar = choices if len(choices) <= _LONGEST_CHOICES else "NAME"
     elif is_size:
         metavar = "SIZE"
     elif is_duration:

@@ -220,14 +220,6 @@ class SamplingParams(_NamedStruct, frozen=True, kw_only=True, forbid_unknown_fie
             if not holds:
                 raise RequestError(f"{name} {message}", name)
         if self.structured_outputs is not None:
-            for name in ("allowed_token_ids", "bad_words", "bad_token_ids"):
-                if getattr(self, name):
-                    raise RequestError(
-                        f"{name} cannot be combined with structured output: there could be no "
-                        "token left to go on with",
-                        name,
-                    )
-        if self.structured_outputs is not None:
             self._check_structure(self.structured_outputs)
 
     def _check_structure(self, structure: StructuredOutputsParams) -> None:
@@ -238,14 +230,13 @@ class SamplingParams(_NamedStruct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"structured_outputs takes exactly one of {', '.join(STRUCTURES)}; got {given}",
                 "structured_outputs",
             )
-        # the answer ends where its structure does, and nowhere else
-        for name in ("ignore_eos", "min_tokens"):
+        ends = "an answer that is complete must end"
+        stuck = "there could be no token left to go on with"
+        reasons = {"ignore_eos": ends, "min_tokens": ends}
+        reasons |= {"allowed_token_ids": stuck, "bad_words": stuck, "bad_token_ids": stuck}
+        for name, why in reasons.items():
             if getattr(self, name):
-                raise RequestError(
-                    f"{name} cannot be combined with structured output: an answer that is "
-                    "complete must end",
-                    name,
-                )
+                raise RequestError(f"{name} cannot be combined with structured output: {why}", name)
 
     def check_model(self, vocab: int, max_model_len: int) -> None:
         """Raises RequestError, ContextOverflow naming what a model of this size cannot do."""

@@ -21,9 +21,8 @@ class RequestLimits(msgspec.Struct, frozen=True):
     model: the name it is served under. vocab: size of the model's vocabulary. max_model_len: tokens
     of prompt and answer. max_choices: prompts × n. max_prompt_tokens: sum over all prompts.
     defaults: sampling parameters of the model where a request says nothing. lenient: unknown
-    fields are passed over. trust_chat_template: a request may bring its own. parsers: of calls and
-    reasoning in answers.
-    skip_tokenizer: token ids are taken and given, no texts.
+    fields are passed over. trust_chat_template: a request may bring its own. skip_tokenizer: token
+    ids are taken and given, no texts. parsers: of calls and reasoning in answers.
     """
 
     model: str
@@ -34,8 +33,8 @@ class RequestLimits(msgspec.Struct, frozen=True):
     defaults: dict[str, Any] = {}
     lenient: bool = False
     trust_chat_template: bool = False
-    parsers: ParserNames = ParserNames()
     skip_tokenizer: bool = False
+    parsers: ParserNames = ParserNames()
 
 
 def with_bad_tokens(params: SamplingParams, text: TokenText) -> SamplingParams:

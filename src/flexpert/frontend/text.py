@@ -93,6 +93,9 @@ class TokenText:
         special = self._special if skip_special_tokens else frozenset[int]()
         return _WindowDetokenizer(self.tokenizer, special, len(self._shown))
 
+    def check_stop_texts(self) -> None:
+        """Raises: RequestError: there are no texts, in which one could be found."""
+
     def revealing(self, names: Collection[str]) -> TokenText:
         """The same, but for special tokens of these names, which have them as text in answers: a
         parser has to see them."""
@@ -106,9 +109,6 @@ class TokenText:
         for id in revealed:
             other._shown[id] = self._bytes[id]
         return other
-
-    def check_stop_texts(self) -> None:
-        """Raises: RequestError: there are no texts, in which one could be found."""
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token stands for; of a special token, its name."""

@@ -95,8 +95,8 @@ def _preprocessors(head: Head) -> Preprocessors:
             defaults=head.sampling_defaults,
             lenient=server.lenient,
             trust_chat_template=server.trust_request_chat_template,
-            parsers=parsers,
             skip_tokenizer=head.config.model.skip_tokenizer_init,
+            parsers=parsers,
         )
 
     return Preprocessors(head, limits, server.preprocess_timeout)
