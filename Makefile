@@ -29,10 +29,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS)
 BUILT := pyproject.toml setup.py $(shell find src -name '*.c' -not -name '_*' -o -name 'build_*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu bench-gpu lint format clean python
+.PHONY: help demo test test-fast test-gpu bench-gpu clients lint format clean python
 
 help:
-	@echo "make demo | test | test-fast | test-gpu | bench-gpu | lint | format | clean"
+	@echo "make demo | test | test-fast | test-gpu | bench-gpu | clients | lint | format | clean"
 
 demo: $(VENV)/.installed
 	@$(BIN)/flexpert demo $(DEMO_FLAGS)
@@ -42,6 +42,14 @@ test: $(VENV)/.installed-dev
 
 test-fast: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(TEST_FLAGS)
+
+# programs that tests/clients runs against a service; without them those tests are skipped
+clients: .venv-clients/.installed
+
+.venv-clients/.installed: tests/clients/requirements.txt | python
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -r $<
+	@touch $@
 
 # on a machine with NVIDIA GPUs, with the Python that has torch for CUDA: make test-gpu PYTHON=python3
 test-gpu:
