@@ -25,7 +25,9 @@ pytestmark = [
     pytest.mark.skipif(not CAN_BE_ANOTHER, reason="only root can be another user (with setpriv)"),
 ]
 API_KEY, CONTROL_KEY = "a-key-of-the-environment", "a-key-in-a-file"
-OPEN = {"/health", "/health/live", "/health/ready", "/version", "/metrics"}
+OPEN = {
+    *("/health", "/health/live", "/health/ready", "/ping", "/load", "/version", "/metrics"),
+}
 
 
 def sockets_of(pids: list[int]) -> set[str]:

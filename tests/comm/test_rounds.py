@@ -103,7 +103,8 @@ def check_nothing_is_left(
 @pytest.mark.parametrize("channel", ["shm", pytest.param("nixl", marks=needs_nixl)])
 def test_a_thousand_rounds_of_two_leave_nothing(channel: str) -> None:
     """Over NIXL, its agent ends with the last peer: here in every round."""
-    check_nothing_is_left(channel, range(2), ROUNDS)
+    rounds = ROUNDS if channel != "nixl" else ROUNDS // 4  # 0.1 s each
+    check_nothing_is_left(channel, range(2), rounds)
 
 
 @pytest.mark.slow
