@@ -45,7 +45,7 @@ def is_psalm(arguments: str) -> bool:
     return set(value) == {"number", "mood"} and in_range and value["mood"] in ("joy", "lament")
 
 
-def test_dictated_calls_are_valid_and_the_same_while_ranks_change_and_die() -> None:
+def test_dictated_calls_are_valid_and_the_same_through_ten_changes_and_five_kills() -> None:
     async def scenario() -> None:
         serve = (*SERVE, "--trust-request-chat-template")
         async with own_service(serve, report=lambda line: None) as service:
@@ -91,9 +91,20 @@ def test_dictated_calls_are_valid_and_the_same_while_ranks_change_and_die() -> N
                     )
                 assert operation["state"] == "done"
 
+            killed: list[int] = []
+
             async def kill_one() -> None:
                 _, cluster = await call(service.target, "GET", "/cluster", None)
-                os.kill(cluster["ranks"][0]["pid"], signal.SIGKILL)
+                killed.append(cluster["ranks"][len(killed) % 2]["pid"])
+                os.kill(killed[-1], signal.SIGKILL)
+
+            async def whole_again(ranks: int) -> None:
+                while True:
+                    await asyncio.sleep(0.05)
+                    _, cluster = await call(service.target, "GET", "/cluster", None)
+                    up = [r["pid"] for r in cluster["ranks"] if r["state"] == "active"]
+                    if len(up) == ranks and not cluster["operation"] and killed[-1] not in up:
+                        return
 
             quiet = await asyncio.gather(*(called(number) for number in range(16)))
             for number, found in enumerate(quiet):
@@ -101,10 +112,24 @@ def test_dictated_calls_are_valid_and_the_same_while_ranks_change_and_die() -> N
                 ((name, arguments),) = found
                 assert name == "psalm" if number % 2 else name in ("psalm", "now")
                 assert is_psalm(arguments) if name == "psalm" else arguments == "{}"
-            for disturb in (change({"ranks": 4}), change({"remove": [0, 2]}), kill_one()):
-                traffic = asyncio.gather(*(called(number) for number in range(16)))
-                await disturb
-                assert await traffic == quiet
+            over = False
+
+            async def traffic() -> int:
+                rounds = 0
+                while not over:
+                    assert await asyncio.gather(*(called(n) for n in range(16))) == quiet
+                    rounds += 1
+                return rounds
+
+            running = asyncio.create_task(traffic())
+            for number in range(5):
+                for ranks in (4, 2) if number % 2 else (3, 2):
+                    await change({"ranks": ranks})
+                    await asyncio.sleep(0.1)
+                await kill_one()
+                await whole_again(2)
+            over = True
+            assert await running >= 1
             await client.close()
 
     asyncio.run(scenario())
