@@ -527,6 +527,11 @@ class Config(_Section):
                 "transport=nixl is for --device cpu: ranks on GPUs of one machine reach each other "
                 "by CUDA IPC; drop --transport, or use --all2all nixl_ep for NVIDIA's kernels"
             )
+        if self.engine.device == "cuda" and self.cluster.join_listen is not None:
+            raise ValueError(
+                "join_listen is for --device cpu: ranks on GPUs reach each other by CUDA IPC, "
+                "which ends at the machine; drop --join-listen, or serve on CPUs"
+            )
         return self
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from flexpert.cli.settings import flags, with_settings
-from flexpert.config import Config
+from flexpert.config import Config, load_config
 from flexpert.errors import ConfigError
 
 
@@ -76,3 +76,23 @@ def test_degraded_answers_and_identical_ones_exclude_each_other() -> None:
 def test_a_complaint_names_the_flag_that_was_given() -> None:
     with pytest.raises(ConfigError, match="--max-running 0: Input should be greater"):
         invoke("--max-running", "0")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (
+            {"engine.device": "cuda", "engine.transport": "nixl"},
+            "transport=nixl is for --device cpu",
+        ),
+        (
+            {"engine.device": "cuda", "cluster.join_listen": "tcp://127.0.0.1:0"},
+            "join_listen is for --device cpu",
+        ),
+        ({"cluster.ranks": 0}, "say where they may with --join-listen"),
+        ({"cluster.ranks": 0, "cluster.launcher": "ray"}, "launcher=ray starts the ranks itself"),
+    ],
+)
+def test_ranks_that_could_never_meet_are_refused(wrong: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_config(environment={}, overrides=wrong)
