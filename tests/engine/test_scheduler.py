@@ -329,6 +329,28 @@ def test_finish_rules(params: dict[str, Any], generated: list[int], finish: list
     assert scheduler.kv_used == 0
 
 
+def test_a_lower_number_is_admitted_earlier_and_preempted_later() -> None:
+    scheduler, model = Scheduler(limits(max_running=1)), FakeModel(4)
+    order = [("a", 0), ("b", 5), ("c", 0), ("d", -1), ("e", 5), ("f", -1)]
+    for name, priority in order:
+        scheduler.add(sequence(name, [1], max_tokens=1, priority=priority))
+    assert list(run(scheduler, model)) == ["d", "f", "a", "c", "b", "e"]
+    scheduler, model = Scheduler(limits(blocks=6, max_running=3, prefix_cache=False)), FakeModel(4)
+    own = [
+        sequence(name, [at] * 3, max_tokens=15, ignore_eos=True, priority=-at)
+        for at, name in enumerate("abc")
+    ]
+    for s in own:
+        scheduler.add(s)
+    events = run(scheduler, model)
+    assert scheduler.preemptions > 0
+    ends = {name: [e.finish for e in events[name]].index("length") for name in "abc"}
+    assert ends == dict.fromkeys("abc", 14)
+    assert list(events) == ["c", "b", "a"]
+    for s in own:
+        assert tokens_of(events[s.id]) == answer(s)
+
+
 def test_a_salt_keeps_equal_prompts_apart() -> None:
     scheduler, model = Scheduler(limits()), FakeModel(4)
     for name, salt in (("a", ""), ("b", "x"), ("c", "y"), ("d", "x")):
@@ -433,6 +455,7 @@ class Life(RuleBasedStateMachine):
         self.done: set[str] = set()
         self.started: list[str] = []
         self.came: set[str] = set()  # from another rank
+        self.late: set[str] = set()  # overtake, or are overtaken
         self.in_flight: StepPlan | None = None
         self.broken: StepPlan | None = None  # rolled back, and nothing happened since
         self.quiet = True  # nothing was added or aborted since the plan
@@ -467,12 +490,22 @@ class Life(RuleBasedStateMachine):
         max_tokens=st.integers(1, 18),
         ignore_eos=st.booleans(),
         scored=st.booleans(),
+        priority=st.sampled_from([0, 0, 0, 1, -1]),
     )
     def add(
-        self, prompt: list[int], resumed: int, max_tokens: int, ignore_eos: bool, scored: bool
+        self,
+        prompt: list[int],
+        resumed: int,
+        max_tokens: int,
+        ignore_eos: bool,
+        scored: bool,
+        priority: int = 0,
     ) -> None:
         name = str(len(self.asked))
         params: dict[str, Any] = {"max_tokens": max_tokens, "ignore_eos": ignore_eos}
+        params["priority"] = priority
+        if priority:
+            self.late.add(name)
         if scored:
             params["prompt_logprobs"] = 0
         before = answer(sequence(name, prompt, **params))[:-1][:resumed]
@@ -590,12 +623,12 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def nobody_overtakes(self) -> None:
-        started = [name for name in self.started if name not in self.came]
+        started = [name for name in self.started if name not in self.came | self.late]
         assert started == sorted(started, key=int)
         if hasattr(self, "scheduler"):
             s = self.scheduler
             every = [each.id for each in (*s._decoding, *s._prefilling, *s._waiting)]
-            order = [int(name) for name in every if name not in self.came]
+            order = [int(name) for name in every if name not in self.came | self.late]
             assert order == sorted(order)
             with_kv = [bool(each.blocks) for each in s._waiting]
             assert with_kv == sorted(with_kv, reverse=True), "who holds blocks waits in front"
@@ -648,6 +681,7 @@ def test_long_random_lives_under_pressure(seed: int, arrivals: bool) -> None:
                 max_tokens=18,
                 ignore_eos=True,
                 scored=random.random() < 0.3,
+                priority=random.choice([0, 0, 0, 1, -1]),
             )
         if arrivals and life.in_flight is None and random.random() < 0.2:
             prompt = random.choices([0, 1], k=random.choice([1, 5, 12, 22]))

@@ -274,7 +274,7 @@ REFUSED = [
     ({"prompt": "x", "stop": [""]}, "stop"),
     ({"prompt": "x", "best_of": 3}, "best_of"),
     ({"prompt": "x", "suffix": "y"}, "suffix"),
-    ({"prompt": "x", "priority": 3}, "priority"),
+    ({"prompt": "x", "priority": 2**31}, "priority"),
     ({"prompt": "x", "logprobs": 21}, "logprobs"),
     ({"prompt": "x", "logit_bias": {"5": 101}}, "logit_bias"),
     ({"prompt": "x", "logit_bias": {"five": 1}}, "logit_bias"),

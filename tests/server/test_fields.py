@@ -82,6 +82,7 @@ PASSED_ON: dict[str, tuple[Any, Any]] = {
     "logit_bias": ({"5": 2.5}, {5: 2.5}),
     "allowed_token_ids": ([5, 6], (5, 6)),
     "cache_salt": ("mine", "mine"),
+    "priority": (-3, -3),
     "prompt_logprobs": (1, 1),
     "skip_special_tokens": (False, False),
     "include_stop_str_in_output": (True, True),
@@ -282,13 +283,6 @@ def test_an_answer_has_the_id_that_its_client_chose(server: Running) -> None:
             assert post(server, path, request_id=wrong).json()["error"]["param"] == "request_id"
 
 
-def test_there_is_one_priority(server: Running) -> None:
-    for path in GENERATING:
-        answered(server, path, priority=0)
-        refused = post(server, path, priority=1).json()["error"]
-        assert refused["param"] == "priority"
-
-
 def test_what_says_who_asks_changes_no_answer(server: Running) -> None:
     who = {
         "user": "u",
@@ -451,7 +445,6 @@ EFFECTS: dict[str, Callable[..., None]] = {
     "prompt_logprobs": test_log_probabilities_of_prompts,
     "echo": test_a_prompt_is_echoed_with_log_probabilities,
     "request_id": test_an_answer_has_the_id_that_its_client_chose,
-    "priority": test_there_is_one_priority,
     "best_of": test_every_sample_is_returned,
     "suffix": test_nothing_is_filled_in,
     "prompt": test_prompts_and_messages,

@@ -109,6 +109,8 @@ class SamplingParams(_NamedStruct, frozen=True, kw_only=True, forbid_unknown_fie
     include_stop_str_in_output: the stop text that was met is part of the answer.
     skip_special_tokens: special tokens have no text.
     cache_salt: only sequences with the same one share cached prefixes.
+    priority: on its rank a sequence with a lower number is admitted earlier, and gives its blocks
+        up later; of equals the one that came first.
     structured_outputs: what the answer must be; tokens that lead away from it are impossible.
     """
 
@@ -135,6 +137,7 @@ class SamplingParams(_NamedStruct, frozen=True, kw_only=True, forbid_unknown_fie
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     cache_salt: str = ""
+    priority: int = 0
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
@@ -210,6 +213,7 @@ class SamplingParams(_NamedStruct, frozen=True, kw_only=True, forbid_unknown_fie
                 and all(0 < len(ids) <= LONGEST_BAD_WORD for ids in self.bad_token_ids),
                 f"takes at most {MOST_BAD_WORDS} texts of 1 to {LONGEST_BAD_WORD} tokens",
             ),
+            ("priority", abs(self.priority) < 2**31, "must fit into 32 bits"),
             (
                 "cache_salt",
                 len(self.cache_salt) <= LONGEST_SALT,

@@ -4,10 +4,11 @@
            ▲   ▲                  │                             │
     adopt ─┘   └──── preempt (blocks given back, tokens kept) ──┘
 
-Policy: first come, first served, without overtaking. A step computes one token of every decoding
-sequence, then chunks of prompts in order of arrival up to the token budget. A sequence is admitted
-when all blocks of its prompt are free, and a spare one for each sequence that runs already; so
-only decoding can run out of blocks. Then the latest arrival is preempted and later computed again.
+Policy: by priority, and of equals first come, first served, without overtaking. A step computes one
+token of every decoding sequence, then chunks of prompts in the order in which they were admitted up
+to the token budget. A sequence is admitted when all blocks of its prompt are free, and a spare one
+for each sequence that runs already; so only decoding can run out of blocks. Then the latest
+arrival, of those with the lowest priority, is preempted and later computed again.
 
 A sequence that comes from another rank with its keys and values, and finds no row, waits with them,
 in all the blocks that its tokens need, so that a row is all it waits for. Those that wait with
@@ -321,7 +322,7 @@ class Scheduler:
         if sequence.generated and state.finish(limits.max_model_len) is not None:
             raise ValueError(f"sequence {sequence.id!r} is already complete")
         self._states[sequence.id] = state
-        self._waiting.append(state)
+        self._queue(state)
 
     def abort(self, id: str) -> bool:
         """Forgets a sequence; False if it is not here (any more).
@@ -433,7 +434,7 @@ class Scheduler:
         if computed < 1 or total - len(have) > room:
             self.pool.free(have)
             return None
-        self._waiting.pop()
+        self._waiting.remove(state)
         state.blocks = have + self.pool.allocate(total - len(have))
         state.computed = computed
         if runs:
@@ -646,7 +647,7 @@ class Scheduler:
                 self.cached_tokens += admission.cached
                 state.cached = min(admission.cached, state.prompt_length)
             if not state.aborted:
-                self._waiting.popleft()
+                self._waiting.remove(state)  # others may have come before it since the plan
                 self._prefilling.append(state)
 
     def _taint(self, plan: StepPlan, degraded: NDArray[np.bool_]) -> None:
@@ -706,14 +707,36 @@ class Scheduler:
         needed = [s for s in self._decoding if s.computed == len(s.blocks) * size]
         while len(needed) > self.pool.free_count:
             waits = next((s for s in reversed(self._waiting) if s.blocks), None)
-            victim = waits or (self._prefilling or self._decoding).pop()
+            victim = waits or self._least()
             self._release(victim)
             if waits is None:
-                self._waiting.appendleft(victim)
+                self._queue(victim, first=True)
             self._order = None
             self.preemptions += 1
-            if needed[-1] is victim:
-                needed.pop()
+            if victim in needed:
+                needed.remove(victim)
+
+    def _least(self) -> _Scheduled:
+        """Takes out who runs with the lowest priority; of those who prefill, then the latest."""
+        lowest = max(s.params.priority for s in (*self._decoding, *self._prefilling))
+        for queue in (self._prefilling, self._decoding):
+            for state in reversed(queue):
+                if state.params.priority == lowest:
+                    queue.remove(state)
+                    return state
+        raise AssertionError
+
+    def _queue(self, state: _Scheduled, *, first: bool = False) -> None:
+        """Lets it wait behind those that have blocks and those with a priority that is higher, or
+        equal. first: of its equals it is the first."""
+        own = state.params.priority - first
+        at = len(self._waiting)
+        while at > 0:
+            other = self._waiting[at - 1]
+            if other.blocks or other.params.priority <= own:
+                break
+            at -= 1
+        self._waiting.insert(at, state)
 
     def _publish(self, state: _Scheduled, since: int) -> None:
         """Publishes the blocks of `state` that became full since `since` tokens were computed."""

@@ -179,20 +179,15 @@ class Sampling(StructuredFields, _Body):
     request_id: (
         Annotated[str, Field(max_length=MOST_REQUEST_ID, pattern=r"^[\x21-\x7e]+$")] | None
     ) = None
-    priority: int | None = Field(None, description="0: first come, first served")
+    priority: int | None = Field(
+        None, gt=-(2**31), lt=2**31, description="lower ones are computed earlier"
+    )
     # By their definition these do not change an answer.
     user: Any = None
     metadata: Any = None
     store: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
-
-    @field_validator("priority")
-    @classmethod
-    def _one_priority(cls, value: int | None) -> int | None:
-        if value:
-            raise ValueError("only 0: requests are served first come, first served")
-        return value
 
     @field_validator("truncate_prompt_tokens")
     @classmethod
@@ -266,6 +261,7 @@ class Sampling(StructuredFields, _Body):
             "include_stop_str_in_output": self.include_stop_str_in_output,
             "skip_special_tokens": self.skip_special_tokens,
             "cache_salt": self.cache_salt,
+            "priority": self.priority,
             "structured_outputs": self.structure(),
         }
         if self.logit_bias is not None:
