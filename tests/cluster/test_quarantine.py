@@ -114,9 +114,10 @@ def test_a_request_that_ends_ranks_fails_and_the_others_are_answered(
         await until(lambda: sum(rank.running for rank in head.cluster().ranks) >= 5)
         with pytest.raises(FlexpertError, match="not tried again"):
             await answer(head, [10, POISON], SamplingParams(max_tokens=4, temperature=0))
-        # a killed rank takes what its relay has not handed on with it
+        # a rank that ends takes with it what the relay that faults need has not handed on: the
+        # head may not have heard that the trial had begun, and tries once more
         struck = 40 - len(list(tmp_path.glob("*.json")))
-        assert 2 <= struck <= (2 if action == "fail" else 10)
+        assert 2 <= struck <= 10
         assert await others == expected
         assert len(head._journal) == 0
         await until(lambda: active(head) == set(range(ranks)))
