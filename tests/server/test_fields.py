@@ -533,7 +533,20 @@ def test_a_value_that_says_what_happens_anyway_is_no_reason_to_refuse(server: Ru
         answered(server, path, **usual)
 
 
+def test_a_part_of_a_message_has_no_field_that_is_dropped(server: Running) -> None:
+    path = "/v1/chat/completions"
+    for name, status in (("cache_control", 200), ("colour", 400)):
+        part = {"type": "text", "text": "hi", name: {"type": "ephemeral"}}
+        told = post(server, path, messages=[{"role": "user", "content": [part]}], max_tokens=1)
+        assert told.status_code == status
+    assert "'colour', which is not known" in told.json()["error"]["message"]
+    assert told.json()["error"]["param"] == "messages"
+
+
 def test_a_lenient_server_says_what_it_has_passed_over(trusting_server: Running) -> None:
+    for path in ("/tokenize", "/detokenize"):
+        told = post(trusting_server, path, strange=1)
+        assert (told.status_code, told.headers["x-flexpert-ignored"]) == (200, "strange")
     for path in GENERATING:
         for stream in (False, True):
             body = {"strange": 1, "stranger\n": 2, "stream": stream, "max_tokens": 1}

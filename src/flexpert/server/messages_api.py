@@ -70,7 +70,7 @@ class MessagesRoutes:
     async def count_tokens(self, request: Request) -> Response:
         """Tokens of a conversation as the model would get it."""
         found = await self._api.preprocess(request, "count_tokens", Rendered)
-        return Response(found.json, media_type="application/json")
+        return found.response()
 
 
 class MessageShape:

@@ -97,12 +97,12 @@ class OpenAIRoutes:
     async def tokenize(self, request: Request) -> Response:
         """Token ids of a text or a conversation."""
         found = await self.preprocess(request, "tokenize", Rendered)
-        return Response(found.json, media_type="application/json")
+        return found.response()
 
     async def detokenize(self, request: Request) -> Response:
         """Text of token ids."""
         found = await self.preprocess(request, "detokenize", Rendered)
-        return Response(found.json, media_type="application/json")
+        return found.response()
 
     async def preprocess(
         self,

@@ -15,6 +15,7 @@ from typing import Literal, TypeVar, get_args
 
 import msgspec
 from pydantic import BaseModel, ValidationError
+from starlette.responses import Response
 
 from flexpert.engine.request import SamplingParams
 from flexpert.errors import FlexpertError, RequestError
@@ -31,7 +32,7 @@ from flexpert.frontend.tools.tool_choice import Dialog, opened
 from flexpert.frontend.tools.tool_messages import template_message, with_text_arguments
 from flexpert.server import message_fields, response_fields, wire
 from flexpert.server.enforcement import enforced, without_reasoning
-from flexpert.server.fields import check_fields
+from flexpert.server.fields import check_fields, header
 from flexpert.server.http_errors import (
     ApiError,
     api_error,
@@ -112,9 +113,13 @@ class Generate(msgspec.Struct, frozen=True, tag="generate"):
 
 
 class Rendered(msgspec.Struct, frozen=True, tag="rendered"):
-    """A whole answer, in JSON: a million tokens take the head no time."""
+    """A whole answer, in JSON: a million tokens take the head no time. ignored: see `Generate`."""
 
     json: bytes
+    ignored: list[str] = []
+
+    def response(self) -> Response:
+        return Response(self.json, headers=header(self.ignored), media_type="application/json")
 
 
 class Continues(msgspec.Struct, frozen=True, tag="continues"):
@@ -300,7 +305,7 @@ def _count_tokens(body: bytes, text: TokenText, limits: RequestLimits) -> Render
     options = msgspec.structs.replace(chat.options, tools=chat.shown_tools(dialog))
     rendered = _render(chat.messages, text, options)
     ids = text.encode_bounded(rendered, limits.max_prompt_tokens, add_special_tokens=False)
-    return Rendered(wire.encode(wire.InputTokens(len(ids))))
+    return Rendered(wire.encode(wire.InputTokens(len(ids))), ignored)
 
 
 def _message_chat(
@@ -334,7 +339,7 @@ def _checked(
 
 
 def _tokenize(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
-    request, _ = _parsed(TokenizeRequest, body, limits)
+    request, ignored = _parsed(TokenizeRequest, body, limits)
     if request.prompt is not None:
         source, special = request.prompt, request.add_special_tokens is not False
     else:
@@ -342,18 +347,18 @@ def _tokenize(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
         special = bool(request.add_special_tokens)
     most = limits.max_prompt_tokens
     ids = text.encode_bounded(source, most, add_special_tokens=special, is_context=False)
-    return Rendered(wire.encode(wire.Tokens(len(ids), limits.max_model_len, ids)))
+    return Rendered(wire.encode(wire.Tokens(len(ids), limits.max_model_len, ids)), ignored)
 
 
 def _detokenize(body: bytes, text: TokenText, limits: RequestLimits) -> Rendered:
-    request, _ = _parsed(DetokenizeRequest, body, limits)
+    request, ignored = _parsed(DetokenizeRequest, body, limits)
     size, tokens = text.vocabulary_size, request.tokens
     wrong = token_outside(tokens, size)
     if wrong is not None:
         raise RequestError(
             f"tokens must be below {size}, the vocabulary's size; {wrong} is not", "tokens"
         )
-    return Rendered(wire.encode(wire.Text(text.decode(tokens))))
+    return Rendered(wire.encode(wire.Text(text.decode(tokens))), ignored)
 
 
 _KINDS: Mapping[Kind, Callable[[bytes, TokenText, RequestLimits], Outcome]] = {

@@ -330,10 +330,11 @@ class CompletionRequest(Sampling):
 
 
 class ContentPart(_Body):
-    """A piece of a message."""
+    """A piece of a message. cache_control: Anthropic's; every prefix is cached."""
 
     type: str
     text: str | None = None
+    cache_control: Any = None
 
 
 class Message(BaseModel):
@@ -358,6 +359,9 @@ class Message(BaseModel):
             return value or ""
         if any(part.type != "text" or part.text is None for part in value):
             raise ValueError("only parts of type 'text' are supported by this server")
+        odd = {name for part in value for name, told in (part.model_extra or {}).items() if told}
+        if odd:  # the template gets the text alone
+            raise ValueError(f"a part of it has {min(odd)[:80]!r}, which is not known here")
         return "".join(part.text or "" for part in value)
 
 
