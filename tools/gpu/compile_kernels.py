@@ -27,6 +27,7 @@ from flexpert.comm.cuda import dispatch_kernels as dispatch
 from flexpert.comm.cuda import expert_major
 from flexpert.comm.cuda import wait_kernels as waiting
 from flexpert.comm.cuda.cuda_exchange import Tuning
+from flexpert.comm.cuda.cuda_layout import combine_format, dispatch_format
 from flexpert.kernels.cuda import grouped_products as products
 
 TUNED = Tuning()
@@ -43,7 +44,7 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
         "send_dispatch",
         SEND | ({} if kind else {"x": P32}),
         SHAPE | dict(K=8, LANES_R=8, LANES_K=8, KIND=kind, WORDS=7168 if kind else 3584,
-                     TILE=TUNED.send_width, WAIT=True, CHECKS=True, SIM=False) | WHERE,
+                     TILE=TUNED.send_width, FORMAT=dispatch_format(8, 7168, None), WAIT=True, CHECKS=True, SIM=False) | WHERE,
         TUNED.send_warps,
     )
     for name, kind in (("fp8", 1), ("rows", 0))
@@ -70,7 +71,7 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
             "send_combine",
             dict(out=BF16, y=BF16, position=P32, expert_ids=P64, owner=P32, table=P64,
                  counters=P32, window=I64, tokens=I32, me=I32, experts=I32),
-            SHAPE | dict(K=8, LANES_K=8, H=7168, WIDTH=TUNED.width, HOME=home, SHARED=given, SOURCE=4096 if given else 512, WAIT=True, CHECKS=True, SIM=False) | WHERE,
+            SHAPE | dict(K=8, LANES_K=8, H=7168, WIDTH=TUNED.width, HOME=home, SHARED=given, SOURCE=4096 if given else 512, FORMAT=combine_format(8, home=home), WAIT=True, CHECKS=True, SIM=False) | WHERE,
             TUNED.combine_warps,
         )
         for name, home, given in (

@@ -43,23 +43,23 @@ def make_buffer(
     Args:
         rank: the own id.
         spec: sizes.
-        backend: "host": CPU tensors. "cuda": tensors on the current CUDA device; all ranks on one
-            host. "nixl_ep": the same with NVIDIA's kernels. In Triton's interpreter
+        backend: "host": CPU tensors. "cuda": tensors on the current CUDA device. "nixl_ep":
+            the same with NVIDIA's kernels, all ranks on one host. In Triton's interpreter
             (TRITON_INTERPRET=1) the device is the CPU, and nixl_ep is `flexpert.compat.nixl_ep`.
         timeout_s: limit of every wait that is not given another.
         on_timeout: what becomes of a peer that does not answer in time, or dies: "raise" ends the
             exchange and the epoch with RankTimeout or RankLost; "mask" masks the peer and goes on
             without it, see `Buffer.missing_results`.
-        store: a torch.distributed Store for `connect` by ids; for "host" also what else has the
-            calls of `StoreKeys`.
+        store: a torch.distributed Store for `connect` by ids; but for "nixl_ep" also what else has
+            the calls of `StoreKeys`.
         channel: "auto": shared memory where two ranks are on one machine, else NIXL; or one of
             them for all peers.
         machine: ranks with equal names use shared memory; default: the boot id of the kernel.
-        two_level: send a token once to each other machine, to one of the ranks there that need it,
-            and get its results in one sum (reduce="rank"). In epochs of `set_active`, between ranks
-            that were all made with it, with channel="auto", on_timeout="raise" and a topk of 2
-            or more; otherwise each rank is sent its rows itself. It changes no result but by
-            rounding, and none with reduce="home".
+        two_level: with "host", send a token once to each other machine, to one of the ranks there
+            that need it, and get its results in one sum (reduce="rank"). In epochs of
+            `set_active`, between ranks that were all made with it, with channel="auto",
+            on_timeout="raise" and a topk of 2 or more; otherwise each rank is sent its rows
+            itself. It changes no result but by rounding, and none with reduce="home".
         slots: most local experts of any rank, the same on all; only "nixl_ep" must know.
 
     Raises:
@@ -69,20 +69,28 @@ def make_buffer(
     """
     if (slots is not None) != (backend == "nixl_ep"):
         raise ValueError("slots is for backend 'nixl_ep', which needs it; for no other")
-    if channel == "nixl" and backend in ("cuda", "nixl_ep"):
-        raise ValueError(f"backend {backend!r} reaches ranks of one host only; channel='auto'")
-    of_torch = cast("Store | None", store)  # between GPUs, whose ranks meet through nothing else
+    if channel == "nixl" and backend == "nixl_ep":
+        raise ValueError("backend 'nixl_ep' reaches ranks of one host only; channel='auto'")
     if backend == "cuda":
         from flexpert.comm.cuda import require
 
         require()
         from flexpert.comm.cuda.cuda_buffer import CudaBuffer
 
-        return CudaBuffer(rank, spec, timeout_s=timeout_s, on_timeout=on_timeout, store=of_torch)
+        return CudaBuffer(
+            rank,
+            spec,
+            timeout_s=timeout_s,
+            on_timeout=on_timeout,
+            store=store,
+            channel=channel,
+            machine=machine,
+        )
     if backend == "nixl_ep":
         from flexpert.comm.nixl_ep.nixl_ep_buffer import NixlEpBuffer
 
         assert slots is not None  # checked above
+        of_torch = cast("Store | None", store)  # NVIDIA's kernels take no other
         return NixlEpBuffer(
             rank, spec, slots=slots, timeout_s=timeout_s, on_timeout=on_timeout, store=of_torch
         )

@@ -16,6 +16,7 @@ import torch
 from flexpert.comm.buffer import (
     Buffer,
     BufferSpec,
+    Channel,
     ExpertTable,
     MissingResults,
     OnTimeout,
@@ -31,7 +32,7 @@ from flexpert.comm.interpreter import INTERPRETED
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch.distributed import Store  # type: ignore[attr-defined]
+    from flexpert.comm.bounded import StoreKeys
 
 T = TypeVar("T")
 
@@ -63,11 +64,13 @@ class DeviceBuffer(Buffer):
         *,
         timeout_s: float,
         on_timeout: OnTimeout,
-        store: Store | None,
+        store: StoreKeys | None,
         device: torch.device,
+        channel: Channel = "shm",
+        machine: str | None = None,
         listener: Callable[[int, bool], None] | None = None,
     ) -> None:
-        """listener: see `HostBuffer`."""
+        """channel, machine: see `make_buffer`. listener: see `HostBuffer`."""
         self.rank, self.spec, self.timeout_s = rank, spec, timeout_s
         self.device = device
         self.sequence = 0
@@ -80,7 +83,8 @@ class DeviceBuffer(Buffer):
             timeout_s=timeout_s,
             on_timeout=on_timeout,
             store=store,
-            channel="shm",
+            channel=channel,
+            machine=machine,
             listener=listener,
         )
         self._lock = threading.RLock()  # exchanges and votes
@@ -123,7 +127,7 @@ class DeviceBuffer(Buffer):
         return self._control.lost
 
     def channel(self, peer: int) -> Literal["self", "shm", "nixl"]:
-        """ "shm" means memory that both GPUs reach."""
+        """ "shm" means memory that both GPUs reach, "nixl" that hosts exchange."""
         return self._control.channel(peer)
 
     def grow(self, capacity: int) -> None:

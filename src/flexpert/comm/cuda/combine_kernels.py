@@ -19,7 +19,9 @@ from flexpert.comm.cuda.wait_kernels import (
     ACTIVE,
     ARRIVED,
     COMBINE_FLAGS,
+    COMBINE_FORMATS,
     COUNTERS,
+    LANE,
     LANES,
     PEER,
     RETURNED,
@@ -85,9 +87,10 @@ def share_weights(
             there = at < tokens * K
             e = tl.load(expert_ids + at, mask=there, other=-1)
             w = tl.load(weights + at, mask=there & (e >= 0), other=0.0)
-            place = (me * MAX_TOKENS + at // K).to(tl.int64) * TOPK + at % K
             for r in range(R):
                 if (tl.load(table + ACTIVE + r) != 0) | (r == me):
+                    lane = tl.load(table + LANE + r)
+                    place = (lane * MAX_TOKENS + at // K) * TOPK + at % K
                     theirs = part_of(tl.load(table + PEER + r), WEIGHTS_AT, tl.float32)
                     tl.store(theirs + place, w, mask=there)
             i += CHUNK
@@ -103,6 +106,7 @@ def send_combine(
     R: tl.constexpr, K: tl.constexpr, TOPK: tl.constexpr, LANES_K: tl.constexpr,
     MAX_TOKENS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, WEIGHTS_AT: tl.constexpr,
     RESULTS_AT: tl.constexpr, HOME: tl.constexpr, SHARED: tl.constexpr, SOURCE: tl.constexpr,
+    FORMAT: tl.constexpr,
     WAIT: tl.constexpr, CHECKS: tl.constexpr, SIM: tl.constexpr,
 ):  # fmt: skip
     """The last program waits if WAIT; the others share (token that came, piece of a row).
@@ -115,7 +119,7 @@ def send_combine(
     or the places of expert_major.py. -1: no row is here; below: its result is zero.
     HOME: peers get a row for each choice. SHARED: weights came by `share_weights`, those of peers
     unless HOME; own rows are summed here in any case. SOURCE: rows between the partial sums of two
-    ranks.
+    ranks. FORMAT: see `combine_format`.
     """
     pid = tl.program_id(0)
     workers = tl.num_programs(0)
@@ -142,15 +146,16 @@ def send_combine(
             c = (item % PIECES) * WIDTH + tl.arange(0, WIDTH)
             inside = c < H
             results = part_of(tl.load(table + PEER + home), RESULTS_AT, kind)
+            lane = tl.load(table + LANE + home)
             if HOME:
-                back = (me * MAX_TOKENS + t).to(tl.int64)
+                back = lane * MAX_TOKENS + t
                 for k in tl.static_range(TOPK):
                     p = tl.load(position + pair + k)
                     v = tl.load(y + p.to(tl.int64) * H + c, mask=inside & (p >= 0), other=0.0)
                     tl.store(results + (back * TOPK + k) * H + c, v, mask=inside & (p != -1))
             else:
                 acc = _partial(y, position, weights, pair, c, inside, H, TOPK, SHARED)
-                back = (me * SOURCE + t).to(tl.int64)
+                back = lane * SOURCE + t
                 tl.store(results + back * H + c, acc.to(kind), mask=inside)
             item += workers
         busy = tl.maximum(tl.minimum(away, workers), 1)
@@ -164,6 +169,8 @@ def send_combine(
                 value = tag_of(table, ids, 0, CHECKS)
                 if SHARED and not HOME:
                     value = value | 1
+                formats = (peers + COMBINE_FORMATS).to(tl.pointer_type(tl.int64))
+                tl.store(formats + me, FORMAT, mask=up)
                 tl.atomic_xchg(flags + me, value, mask=up, sem="release", scope="sys")
         if SHARED or not HOME:  # else `reduce` reads own rows from where they are
             item -= away

@@ -1,8 +1,9 @@
-"""CudaBuffer: dispatch and combine between GPU ranks of one host.
+"""CudaBuffer: dispatch and combine between GPU ranks.
 
-Rows and flags go from GPU to GPU (peers.py, cuda_exchange.py), what is agreed by hosts through the
-control buffer (comm/gpu_buffer.py). Membership changes write one table on the GPU, in the order of
-the stream, so that captured CUDA graphs go on without being captured again.
+Rows and flags go from GPU to GPU (peers.py, cuda_exchange.py), to other machines by way of their
+hosts (forwarder.py), what is agreed by hosts through the control buffer (comm/gpu_buffer.py).
+Membership changes write one table on the GPU, in the order of the stream, so that captured CUDA
+graphs go on without being captured again.
 
 What its `capabilities` say has these reasons:
   - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link; or
@@ -27,6 +28,7 @@ from flexpert.comm import quant
 from flexpert.comm.buffer import (
     BufferSpec,
     Capabilities,
+    Channel,
     ExpertTable,
     MissingResults,
     OnTimeout,
@@ -51,6 +53,7 @@ from flexpert.comm.cuda.cuda_layout import (
     tag,
 )
 from flexpert.comm.cuda.cuda_received import CudaReceived
+from flexpert.comm.cuda.host_lane import HostLane
 from flexpert.comm.cuda.link_tags import Beginning, LinkTags
 from flexpert.comm.cuda.peers import (
     CudaAddress,
@@ -60,14 +63,15 @@ from flexpert.comm.cuda.peers import (
     open_window,
     own_window,
 )
-from flexpert.comm.errors import CommError, Interrupted
+from flexpert.comm.errors import CommError, Interrupted, PeerUnreachable
 from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, find_missing
 from flexpert.comm.host.core import State
 from flexpert.comm.routing import check_dispatch, check_table
 from flexpert.comm.window_layout import VOTE_BYTES
 
 if TYPE_CHECKING:
-    from torch.distributed import Store  # type: ignore[attr-defined]
+    from flexpert.comm.bounded import StoreKeys
+    from flexpert.comm.cuda.forwarder import Forwarder
 
 
 class CudaBuffer(DeviceBuffer):
@@ -76,7 +80,7 @@ class CudaBuffer(DeviceBuffer):
     capabilities = Capabilities(
         graph_capture=True,
         grow=False,
-        nixl_channel=False,
+        nixl_channel=True,
         reductions=frozenset({"home", "rank"}),
         byte_rows=True,
         row_order=True,
@@ -97,7 +101,9 @@ class CudaBuffer(DeviceBuffer):
         *,
         timeout_s: float = 30.0,
         on_timeout: OnTimeout = "raise",
-        store: Store | None = None,
+        store: StoreKeys | None = None,
+        channel: Channel = "auto",
+        machine: str | None = None,
         device: torch.device | None = None,
         same_k: bool = False,
         unmask_at_once: bool = False,
@@ -126,6 +132,8 @@ class CudaBuffer(DeviceBuffer):
             on_timeout=on_timeout,
             store=store,
             device=device,
+            channel=channel,
+            machine=machine,
             listener=self._hear,
         )
         self._window: CudaWindow = own_window(layout(spec, choices=choices).size, self.device)
@@ -140,8 +148,9 @@ class CudaBuffer(DeviceBuffer):
         )
         self._address = CudaAddress.of(self._control.address, spec, self._window).encode()
         if store is not None:  # peers that meet by id look here, once they have met
-            store.set(self._key(rank), self._address)  # type: ignore[arg-type]
+            store.set(self._key(rank), self._address.hex())
         self._peers: dict[int, WindowMemory] = {}
+        self._forwarder: Forwarder | None = None
         self._departed: list[WindowMemory] = []
         self._thread = threading.get_ident()  # that exchanges
         self._tags: dict[int, int] = {rank: tag(0, 0)}  # of the links that the device knows
@@ -182,7 +191,7 @@ class CudaBuffer(DeviceBuffer):
         activate: bool = False,
         timeout_s: float | None = None,
     ) -> None:
-        known = set(self.connected)
+        known, far = set(self.connected), list[int]()
         if isinstance(peers, Mapping):
             new = {p: decode(p, a, self.spec) for p, a in peers.items() if p not in known}
             controls = {peer: address.control for peer, address in new.items()}
@@ -190,13 +199,18 @@ class CudaBuffer(DeviceBuffer):
         else:
             peers = sorted(set(peers))
             self._control.connect(peers, timeout_s=timeout_s)
-            new = {peer: self._met(peer) for peer in peers if peer not in known}
+            ids = [peer for peer in peers if peer not in known]
+            far = [peer for peer in ids if self._control.channel(peer) == "nixl"]
+            new = {peer: self._met(peer) for peer in ids if peer not in far}
         opened: dict[int, WindowMemory] = {}
         try:
+            if far:
+                opened.update(self._meet(far, timeout_s))
             for peer, address in new.items():
                 opened[peer] = open_window(peer, address, self.device)
-        except CommError:
-            self._control.disconnect(new)
+        except (CommError, OSError, ValueError):
+            self._control.disconnect((*new, *far))
+            self._part(far)
             for memory in opened.values():
                 memory.close()
             raise
@@ -217,11 +231,45 @@ class CudaBuffer(DeviceBuffer):
 
     def _met(self, peer: int) -> CudaAddress:
         assert self._store is not None
-        return decode(peer, self._store.get(self._key(peer)), self.spec)
+        # it was set before the two met; a comparison reads without waiting
+        encoded = self._store.compare_set(self._key(peer), "-", "-").decode()
+        if encoded == "-":
+            raise PeerUnreachable(f"rank {peer} left no address of its window")
+        return decode(peer, bytes.fromhex(encoded), self.spec)
+
+    def _meet(self, far: list[int], timeout_s: float | None) -> dict[int, HostLane]:
+        """Links to ranks on other machines, and where to write for each."""
+        assert self._store is not None
+        if self._forwarder is None:
+            from flexpert.comm.cuda.forwarder import Forwarder  # needs NIXL
+
+            self._forwarder = Forwarder(
+                self.rank,
+                self.spec,
+                self._window.tensor,
+                choices=self.exchange.choices,
+                broken=self._break,
+            )
+        return self._forwarder.connect(
+            self._store,
+            far,
+            timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+            cancelled=lambda: self._state is State.CLOSED,
+        )
+
+    def _part(self, ids: Iterable[int]) -> None:
+        if self._forwarder is not None:
+            for peer in ids:
+                self._forwarder.disconnect(peer)
+
+    def _break(self, peer: int, why: str) -> None:
+        """From the forwarder's thread: a link to another machine is broken."""
+        self._control.break_link(peer)
 
     def disconnect(self, ids: Iterable[int]) -> None:
         gone = sorted(set(ids))
         self._control.disconnect(gone)
+        self._part(gone)
         with self._changes:
             for peer in gone:
                 memory = self._peers.pop(peer, None)
@@ -363,6 +411,7 @@ class CudaBuffer(DeviceBuffer):
         self.exchange.configure(
             addresses,
             self._tags,
+            mirrors=[p for p, memory in self._peers.items() if isinstance(memory, HostLane)],
             limit_ns=int(self.timeout_s * 1e9),
             elsewhere=any(memory.elsewhere for memory in self._peers.values()),
             restart=restart,
@@ -647,6 +696,8 @@ class CudaBuffer(DeviceBuffer):
                 return
             self._synchronize()
             self._state = State.CLOSED
+            if self._forwarder is not None:
+                self._forwarder.close()
             for memory in (*self._departed, *self._peers.values()):
                 memory.close()
             self._departed.clear()

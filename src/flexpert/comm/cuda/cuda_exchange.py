@@ -6,7 +6,7 @@ in the table. `CudaBuffer` adds what concerns other processes and the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,6 +26,8 @@ from flexpert.comm.cuda.cuda_layout import (
     Page,
     Word,
     check,
+    combine_format,
+    dispatch_format,
     fp8_kind,
     layout,
     scale_bytes,
@@ -162,6 +164,7 @@ class CudaExchange:
         peers: Mapping[int, int],
         tags: Mapping[int, int],
         *,
+        mirrors: Collection[int] = (),
         limit_ns: int = _FOREVER_NS,
         elsewhere: bool = False,
         restart: tuple[int, ...] | None = None,
@@ -172,6 +175,7 @@ class CudaExchange:
         Args:
             peers: id → address of the window of every connected rank, own id included.
             tags: id → what flags of the link carry, of those that take part; own id among them.
+            mirrors: ids whose address is that of a mirror.
             limit_ns: of every wait.
             elsewhere: a peer is another process; only the interpreter needs to know.
             restart: ids whose numbering begins anew; None: all.
@@ -184,6 +188,7 @@ class CudaExchange:
         host.zero_()
         for peer, address in peers.items():
             host[Word.PEER + peer] = address
+            host[Word.LANE + peer] = 0 if peer in mirrors else self.rank
         for peer, tag in tags.items():
             host[Word.ACTIVE + peer] = 1
             host[Word.TAG + peer] = tag
@@ -257,6 +262,7 @@ class CudaExchange:
             MAX_TOKENS=spec.max_tokens, KIND=fp8_kind(fp8), WORDS=words.shape[1],
             TILE=tile,
             WEIGHTS_AT=where.weights_at, SCALES_AT=where.scales_at, ROWS_AT=where.rows_at,
+            FORMAT=dispatch_format(stride, x.shape[1] * (x.itemsize if fp8 is None else 1), fp8),
             WAIT=wait, CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.send_warps,
         )  # fmt: skip
         return CudaDispatched(
@@ -306,7 +312,8 @@ class CudaExchange:
             LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
             WIDTH=tuning.width, WEIGHTS_AT=self.layout.weights_at,
             RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
-            SHARED=shared, SOURCE=self._source(sent, shared), WAIT=wait,
+            SHARED=shared, SOURCE=self._source(sent, shared),
+            FORMAT=combine_format(sent.stride, home=reduce == "home"), WAIT=wait,
             CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.combine_warps,
             enable_fp_fusion=False,
         )  # fmt: skip

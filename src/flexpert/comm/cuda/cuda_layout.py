@@ -4,6 +4,7 @@ A window is one allocation, written by the peers and read by its owner:
 
     flags      dispatch [32] int64, combine, meeting, release and weights likewise: one for each
                source id
+    formats    of the last dispatch [32] int64 and combine; see `dispatch_format`
     slots      [capacity, max_tokens, topk] int32    slot of each (token, choice) here; -1 none
     weights    [capacity, max_tokens, topk] float32; of the dispatch, or those of the combine
     scales     [capacity, max_tokens, hidden / 128]  float32; or one byte each
@@ -13,6 +14,9 @@ A window is one allocation, written by the peers and read by its owner:
                                                      is room for so many
 
 A token's place is its index at home: sending allocates nothing, and receiving moves nothing.
+
+A *mirror* stands for the window of a peer on another machine: memory of this one, with the same
+layout but room for one source, whose lane is 0 (see mirror_window.py).
 
 The table is int64 and lives on the owner's GPU. The host rewrites its first part between two
 exchanges; captured CUDA graphs read what is there when they are replayed. See `Word`.
@@ -44,7 +48,8 @@ DISPATCH, COMBINE, MEETING, RELEASE = 1, 2, 3, 4  # phases, as a report names th
 PHASES = {DISPATCH: "dispatch", COMBINE: "combine", MEETING: "vote", RELEASE: "unmask"}
 DISPATCH_FLAGS_AT, COMBINE_FLAGS_AT, MEETING_FLAGS_AT = 0, LANES * 8, 2 * LANES * 8
 RELEASE_FLAGS_AT, WEIGHTS_FLAGS_AT = 3 * LANES * 8, 4 * LANES * 8
-SLOTS_AT = 5 * LANES * 8
+DISPATCH_FORMATS_AT, COMBINE_FORMATS_AT = 5 * LANES * 8, 6 * LANES * 8
+SLOTS_AT = 7 * LANES * 8
 
 
 class Word(IntEnum):
@@ -52,7 +57,8 @@ class Word(IntEnum):
 
     Written by the host: PEER (address of the window, 0 not connected), ACTIVE (1 takes part), TAG
     (epoch and link of the flags), LIMIT (word 0: nanoseconds; 1: address of the page), ENDED (tag
-    of the link that the peer must have given up before this one begins; 0: none).
+    of the link that the peer must have given up before this one begins; 0: none), LANE (where this
+    rank's parts lie in that window: its id; 0 in a mirror).
     Advanced by the kernels: SEQUENCE, ARRIVED (tokens of the last dispatch; -1 nothing came),
     RETURNED (1: its results are here, as asked; 2: partial sums where each could choose),
     MEETINGS; WAITED_DISPATCH, WAITED_COMBINE: nanoseconds from the begins of all waits until that
@@ -64,16 +70,17 @@ class Word(IntEnum):
     TAG = 2 * LANES
     LIMIT = 3 * LANES
     ENDED = 4 * LANES
-    SEQUENCE = 5 * LANES
-    ARRIVED = 6 * LANES
-    RETURNED = 7 * LANES
-    MEETINGS = 8 * LANES
-    WAITED_DISPATCH = 9 * LANES
-    WAITED_COMBINE = 10 * LANES
+    LANE = 5 * LANES
+    SEQUENCE = 6 * LANES
+    ARRIVED = 7 * LANES
+    RETURNED = 8 * LANES
+    MEETINGS = 9 * LANES
+    WAITED_DISPATCH = 10 * LANES
+    WAITED_COMBINE = 11 * LANES
 
 
 HOST_WORDS = int(Word.SEQUENCE)
-TABLE_WORDS = 11 * LANES
+TABLE_WORDS = 12 * LANES
 SIM_NS = 250_000  # of one look in Triton's interpreter, roughly
 
 
@@ -102,6 +109,29 @@ def fp8_kind(fp8: Scales | None) -> int:
 def scale_bytes(hidden: int, fp8: Scales | None) -> int:
     """Of one row."""
     return 0 if fp8 is None else hidden // BLOCK * (1 if fp8 == "ue8m0" else 4)
+
+
+def dispatch_format(choices: int, row: int, fp8: Scales | None) -> int:
+    """How a dispatch is packed: choices between two tokens, bytes of a row, kind of scales."""
+    return choices << 40 | row << 8 | fp8_kind(fp8)
+
+
+def read_dispatch_format(word: int) -> tuple[int, int, Scales | None]:
+    """(choices, bytes of a row, scales). Raises: ValueError: no such kind of scales."""
+    kinds = {number: kind for kind, number in _FP8_KIND.items()}
+    if word & 0xFF not in kinds:
+        raise ValueError(f"scales of kind {word & 0xFF}")
+    return word >> 40, (word >> 8) & 0xFFFFFFFF, kinds[word & 0xFF]
+
+
+def combine_format(choices: int, *, home: bool) -> int:
+    """How a combine is packed: choices between two tokens; whether it has a row for each."""
+    return choices << 8 | home
+
+
+def read_combine_format(word: int) -> tuple[int, bool]:
+    """(choices, whether there is a row for each)."""
+    return word >> 8, bool(word & 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from flexpert.comm.cuda.wait_kernels import (
     ACTIVE,
     ARRIVED,
     DISPATCH_FLAGS,
+    DISPATCH_FORMATS,
+    LANE,
     PEER,
     SEQUENCE,
     SLOTS,
@@ -48,12 +50,14 @@ def send_dispatch(
     R: tl.constexpr, LANES_R: tl.constexpr, K: tl.constexpr, TOPK: tl.constexpr,
     LANES_K: tl.constexpr, MAX_TOKENS: tl.constexpr, KIND: tl.constexpr, WORDS: tl.constexpr,
     TILE: tl.constexpr, WEIGHTS_AT: tl.constexpr, SCALES_AT: tl.constexpr, ROWS_AT: tl.constexpr,
+    FORMAT: tl.constexpr,
     WAIT: tl.constexpr, CHECKS: tl.constexpr, SIM: tl.constexpr,
 ):  # fmt: skip
     """The last program waits if WAIT; each other sends a piece of a token to the ids that want it.
 
     x: [tokens, WORDS], float to be quantised (KIND > 0), or words of any kind to be copied.
-    owner, slot: [experts] int32. counters: [LANES, LANES] int32, zero between launches.
+    owner, slot: [experts] int32. counters: [LANES, LANES] int32, zero between launches. FORMAT: see
+    `dispatch_format`.
     """
     pid = tl.program_id(0)
     if WAIT and pid == tl.num_programs(0) - 1:
@@ -78,16 +82,16 @@ def send_dispatch(
         r = tl.arange(0, LANES_R)
         e = tl.load(expert_ids + t * K + k, mask=(k < K) & real, other=-1).to(tl.int32)
         peers = tl.load(table + PEER + r, mask=r < R, other=0)
+        lane = tl.load(table + LANE + r, mask=r < R, other=0)
         up = active_of(table, r, R, CHECKS) & (r < R)
         known = (e >= 0) & (e < experts)
         own = tl.load(owner + e, mask=known, other=-1)
         there = (own[None, :] == r[:, None]) & up[:, None]
         desired = tl.max(there.to(tl.int32), 1)
-        place = (me * MAX_TOKENS + t).to(tl.int64)
         if piece == 0:
             w = tl.load(weights + t * K + k, mask=(k < K) & real, other=0.0)
             s = tl.load(slot + e, mask=known, other=-1)
-            meta = (place * TOPK + k)[None, :]
+            meta = (lane * MAX_TOKENS + t)[:, None] * TOPK + k[None, :]
             some = (k < TOPK)[None, :] & up[:, None] & real
             at_slots = (peers + SLOTS).to(tl.pointer_type(tl.int32))[:, None] + meta
             tl.store(at_slots, tl.where(there, s[None, :], -1), mask=some)
@@ -99,6 +103,7 @@ def send_dispatch(
         for i in range(R):
             if tl.sum(tl.where(r == i, desired, 0), 0) > 0:
                 peer = tl.load(table + PEER + i)
+                place = tl.load(table + LANE + i) * MAX_TOKENS + t
                 rows = part_of(peer, ROWS_AT, v.dtype)
                 tl.store(rows + place * WORDS + c, v, mask=inside)
                 if KIND > 0:
@@ -117,6 +122,8 @@ def send_dispatch(
             tl.store(counters, 0)
             flags = (peers + DISPATCH_FLAGS).to(tl.pointer_type(tl.int64))
             value = tag_of(table, r, 1, CHECKS) | tokens
+            formats = (peers + DISPATCH_FORMATS).to(tl.pointer_type(tl.int64))
+            tl.store(formats + me, FORMAT, mask=up & (r != me))
             tl.atomic_xchg(flags + me, value, mask=up & (r != me), sem="release", scope="sys")
 
 

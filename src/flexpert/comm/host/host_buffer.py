@@ -26,6 +26,7 @@ from flexpert.comm.buffer import (
 )
 from flexpert.comm.host.arguments import check_settings
 from flexpert.comm.host.changes import Changes
+from flexpert.comm.host.codes import BROKEN_LINK
 from flexpert.comm.host.connecting import Connector
 from flexpert.comm.host.core import Core, State
 from flexpert.comm.host.gateways import group_of
@@ -198,6 +199,11 @@ class HostBuffer(Buffer):
 
     def ring(self) -> None:
         self._core.ring()
+
+    def break_link(self, peer: int) -> None:
+        """Waiting for this peer is in vain: what else leads to it does not any more. From any
+        thread; until the peer is disconnected."""
+        self._core.set_gone(peer, BROKEN_LINK)
 
     def interrupt(self) -> None:
         self._core.interrupt()

@@ -28,7 +28,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -267,7 +267,7 @@ class NixlEpBuffer(DeviceBuffer):
     ) -> AbstractContextManager[Store | SharedStore]:
         if address is None:
             assert self._store is not None  # the control buffer has met the peer there
-            return nullcontext(self._store)
+            return nullcontext(cast("Store", self._store))
         return nullcontext(self._place.store) if self.rank < peer else store_of(peer, address)
 
     def disconnect(self, ids: Iterable[int]) -> None:
