@@ -522,15 +522,14 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _reaches_its_ranks(self) -> Config:
-        if self.engine.device == "cuda" and self.engine.transport == "nixl":
+        if self.engine.all2all != "nixl_ep":
+            return self
+        if self.engine.transport == "nixl" or self.cluster.join_listen is not None:
+            name = "transport=nixl" if self.engine.transport == "nixl" else "join_listen"
             raise ValueError(
-                "transport=nixl is for --device cpu: ranks on GPUs of one machine reach each other "
-                "by CUDA IPC; drop --transport, or use --all2all nixl_ep for NVIDIA's kernels"
-            )
-        if self.engine.device == "cuda" and self.cluster.join_listen is not None:
-            raise ValueError(
-                "join_listen is for --device cpu: ranks on GPUs reach each other by CUDA IPC, "
-                "which ends at the machine; drop --join-listen, or serve on CPUs"
+                f"{name} is not for all2all=nixl_ep: NVIDIA's kernels, as they are used here, "
+                "exchange between GPUs of one machine; drop --all2all, and flexpert's own kernels "
+                "exchange with other machines by way of their hosts"
             )
         return self
 

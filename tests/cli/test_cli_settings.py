@@ -78,16 +78,23 @@ def test_a_complaint_names_the_flag_that_was_given() -> None:
         invoke("--max-running", "0")
 
 
+NIXL_EP: dict[str, object] = {
+    "engine.device": "cuda",
+    "engine.all2all": "nixl_ep",
+    "cluster.max_ranks": 2,
+}
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
         (
-            {"engine.device": "cuda", "engine.transport": "nixl"},
-            "transport=nixl is for --device cpu",
+            {**NIXL_EP, "engine.transport": "nixl"},
+            "transport=nixl is not for all2all=nixl_ep",
         ),
         (
-            {"engine.device": "cuda", "cluster.join_listen": "tcp://127.0.0.1:0"},
-            "join_listen is for --device cpu",
+            {**NIXL_EP, "cluster.join_listen": "tcp://127.0.0.1:0"},
+            "join_listen is not for all2all=nixl_ep",
         ),
         ({"cluster.ranks": 0}, "say where they may with --join-listen"),
         ({"cluster.ranks": 0, "cluster.launcher": "ray"}, "launcher=ray starts the ranks itself"),

@@ -136,6 +136,33 @@ def test_a_killed_rank_costs_no_answer(llm: LLM, expected: list[list[int]]) -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_ranks_of_several_machines_answer_the_same_through_a_join_a_leave_and_a_kill(
+    model: str, expected: list[list[int]]
+) -> None:
+    """Each rank is treated as one on a machine of its own: windows, experts and KV over NIXL."""
+    pytest.importorskip("nixl_cu13", reason="pip install 'flexpert[nixl]'")
+    with opened(model, "cuda", engine__transport="nixl") as llm:
+        answers = Answers(llm)
+        answers.wait_until_some_run()
+        grown = llm.scale(3)
+        answers.join()
+        assert answers.found == expected
+        assert grown.copied_experts == grown.moved_experts > 0
+        answers = Answers(llm)
+        answers.wait_until_some_run()
+        shrunk = llm.scale(remove=[0])
+        answers.join()
+        assert answers.found == expected
+        assert shrunk.recomputed_tokens == 0
+        answers = Answers(llm)
+        answers.wait_until_some_run()
+        os.kill(llm.cluster().ranks[0].pid, signal.SIGKILL)
+        answers.join()
+        assert answers.found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_experts_of_a_lost_rank_come_from_the_copy_in_the_host_s_memory(
     model: str, expected: list[list[int]], tmp_path: Path
 ) -> None:

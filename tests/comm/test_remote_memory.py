@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flexpert.comm.errors import CommError, PeerUnreachable
-from flexpert.comm.remote_memory import CHUNK_BYTES, MemoryServer, RemoteMemory
+from flexpert.comm.remote_memory import CHUNK_BYTES, HostRegion, MemoryServer, RemoteMemory
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,7 +31,7 @@ def own(port: int) -> None:
     """A process that lets rank 0 read until it is killed."""
     store = torch.distributed.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=20))
     server = MemoryServer(1)
-    server.export("kv", memory())
+    server.export("kv", HostRegion(memory()))
     server.attend()
     server.connect(store, [0], timeout_s=20)
     threading.Event().wait(60)
@@ -157,7 +157,7 @@ def test_a_killed_reader_is_noticed_by_the_owner(monkeypatch):
     process = context.Process(target=read_until_killed, args=(store.port,))
     process.start()
     owner = MemoryServer(0)
-    owner.export("kv", memory())
+    owner.export("kv", HostRegion(memory()))
     try:
         owner.attend()
         owner.connect(store, [1], timeout_s=30)

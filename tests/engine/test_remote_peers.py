@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexpert.comm.errors import PeerUnreachable
 from flexpert.comm.peer_memory import ImportedPages, export_pages
+from flexpert.comm.remote_memory import HostRegion
 from flexpert.engine.rank_protocol import Prepare
 from flexpert.engine.remote_peers import EXPERTS, RemotePeers, to_meet
 from flexpert.kernels.experts import ExpertShape
@@ -84,7 +85,7 @@ def test_newcomers_meet_who_has_experts_and_leavers_who_goes_on() -> None:
 def test_survivors_of_a_loss_meet_nobody(machines: dict[int, str]) -> None:
     found = plan(machines, stay={0, 1}, come=set(), leave=set())
     assert not to_meet(found, 0)
-    peers = RemotePeers(0, NoStore(), {EXPERTS: torch.zeros(1)}, exchange_timeout_s=3.0)
+    peers = RemotePeers(0, NoStore(), {EXPERTS: HostRegion(torch.zeros(1))}, exchange_timeout_s=3.0)
     peers.meet(found, threading.Event())
     assert peers.is_far(1) == (machines[1] == "b")
     with pytest.raises(PeerUnreachable):

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +39,30 @@ _QUIET_NAP_S = 0.002
 _FAREWELL_NAP_S = 0.02  # while nothing but the end of a peer is waited for
 _PROBE_S = 0.05
 _PREFIX = "flexpert/memory"  # of keys
+
+
+class ServedMemory(Protocol):
+    """Memory of this rank, as its peers may read it. size: bytes."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, offset: int, into: Tensor) -> None:
+        """Fill [n] uint8 of the host, contiguous, from a byte on. In the server's thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostRegion:
+    """[size] uint8 of the host, contiguous."""
+
+    memory: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.memory.numel()
+
+    def read(self, offset: int, into: Tensor) -> None:
+        ctypes.memmove(into.data_ptr(), self.memory.data_ptr() + offset, into.numel())
 
 
 @dataclass(slots=True)
@@ -70,7 +95,7 @@ class MemoryServer:
         """Raises: CommError: NIXL is missing."""
         self._rank = rank
         self._endpoint = Endpoint(f"flexpert-memory-{rank}")
-        self._regions: dict[str, Tensor] = {}
+        self._regions: dict[str, ServedMemory] = {}
         self._links: dict[int, _Reader] = {}
         self._changed = threading.Condition()
         self._busy = 0  # reads and meetings under way
@@ -80,13 +105,8 @@ class MemoryServer:
         self._thread = threading.Thread(target=self._run, name="flexpert-memory", daemon=True)
         self._thread.start()
 
-    def export(self, region: str, memory: Tensor) -> None:
-        """Let peers read [size] uint8 of the host, contiguous, under a name of up to 64 bytes.
-
-        Raises: ValueError
-        """
-        if memory.dtype != torch.uint8 or memory.dim() != 1 or not memory.is_contiguous():
-            raise ValueError("only contiguous [size] uint8 can be exported to remote ranks")
+    def export(self, region: str, memory: ServedMemory) -> None:
+        """Let peers read it under a name of up to 64 bytes. Raises: ValueError"""
         if not 0 < len(region.encode()) <= _REGION_BYTES:
             raise ValueError(f"the name of a region has 1 to {_REGION_BYTES} bytes, not {region!r}")
         self._regions[region] = memory
@@ -334,10 +354,11 @@ class MemoryServer:
         memory = self._regions.get(name)
         if memory is None:
             raise ValueError(f"no region {name!r}")
-        if offset + size > memory.numel():
-            raise ValueError(f"{size} bytes at {offset} of {memory.numel()} of region {name!r}")
+        if offset + size > memory.size:
+            raise ValueError(f"{size} bytes at {offset} of {memory.size} of region {name!r}")
         at = slot * CHUNK_BYTES
-        ctypes.memmove(reader.link.outbox + at, memory.data_ptr() + offset, size)
+        outbox = (ctypes.c_ubyte * size).from_address(reader.link.outbox + at)
+        memory.read(offset, torch.frombuffer(outbox, dtype=torch.uint8))
         reader.link.write(at, size, _HEADER.pack(_ANSWER, slot, size, offset, number))
 
     def _arrive(self, reader: _Reader, slot: int, chunk: _Chunk) -> None:
@@ -375,7 +396,15 @@ class RemoteMemory:
     cancelled: Callable[[], bool] = lambda: False
 
     def copy(self, parts: Sequence[tuple[int, Tensor]]) -> None:
-        """See `ReadableMemory`."""
+        """See `ReadableMemory`; where a part is of a device, by way of the host."""
+        staged = [(at, into) for at, into in parts if into.device.type != "cpu"]
+        if staged:
+            room = torch.empty(sum(len(i) for _, i in staged), dtype=torch.uint8, device="cpu")
+            pieces = torch.split(room, [len(into) for _, into in staged])
+            self.copy([(at, piece) for (at, _), piece in zip(staged, pieces, strict=True)])
+            for (_, into), piece in zip(staged, pieces, strict=True):
+                into.copy_(piece)
+            parts = [part for part in parts if part[1].device.type == "cpu"]
         self.server.read_many(self.peer, self.region, parts, cancelled=self.cancelled)
 
 

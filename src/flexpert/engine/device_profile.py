@@ -19,12 +19,14 @@ import torch
 from flexpert.comm import Buffer, BufferSpec, CommError, make_buffer
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.comm.peer_memory import ExportedMemory, ImportedMemory, export_memory, import_memory
+from flexpert.comm.remote_memory import HostRegion, ServedMemory
 from flexpert.config import EngineConfig
 from flexpert.engine.gpu_driver import GpuDriver, open_driver
 from flexpert.engine.gpu_usage import GpuUsage, HostUsage
 from flexpert.engine.head_store import HeadMeeting
 from flexpert.engine.host_network import check_network
 from flexpert.errors import ConfigError
+from flexpert.kernels.device_region import DeviceRegion
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
 from flexpert.kernels.kernel_set import Kernels, check_gpu, cpu_kernels, gpu_kernels
 from flexpert.kernels.step_shapes import FEW
@@ -138,6 +140,12 @@ class DeviceProfile(ABC):
         """
         return import_memory(address, self.device)
 
+    def served(self, memory: torch.Tensor) -> ServedMemory:
+        """What ranks of other machines may read: [size] uint8 of this device."""
+        return (
+            HostRegion(memory) if self.device.type == "cpu" else DeviceRegion(memory, self.stream)
+        )
+
     # ---- its memory -------------------------------------------------------------------------
 
     @property
@@ -229,7 +237,14 @@ class TritonProfile(DeviceProfile):
         from flexpert.comm.cuda.cuda_runtime import CudaError  # needs torch with CUDA
 
         try:
-            return make_buffer(rank, spec, backend="cuda", timeout_s=timeout_s)
+            return make_buffer(
+                rank,
+                spec,
+                backend="cuda",
+                timeout_s=timeout_s,
+                store=meeting.store,
+                machine=meeting.machine,
+            )
         except CudaError as error:
             raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
 

@@ -60,7 +60,6 @@ from flexpert.models.fusion_verdicts import decode_verdicts
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ModelSource
-from flexpert.moe.expert_store import ExpertStore
 
 log = logging.getLogger("flexpert")
 
@@ -156,7 +155,7 @@ class RankEngine:
         self._remote = RemotePeers(
             rank,
             self._head_store,
-            self._readable_from_afar(),
+            {EXPERTS: self.store.served, KV: self.profile.served(self.exported.bytes)},
             exchange_timeout_s=exchange_timeout_s,
         )
         self.sampler = Sampler(greedy_on_device=self.profile.samples_on_device)
@@ -227,12 +226,6 @@ class RankEngine:
             RankAction.PAUSE: self._pause,
             RankAction.REPORT_BROKEN: self._report_broken,
         }
-
-    def _readable_from_afar(self) -> dict[str, torch.Tensor]:
-        """What ranks on other machines may read; nothing of a GPU."""
-        if not isinstance(self.store, ExpertStore):
-            return {}
-        return {EXPERTS: self.store.exported, KV: self.exported.bytes}
 
     def _device_meter(self, capacity: int) -> DeviceMeter | None:
         """None: weights, KV cache and windows are memory of the host, and `memory` counts them."""

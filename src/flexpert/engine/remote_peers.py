@@ -12,13 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 
-from torch import Tensor
-
 from flexpert.comm import CommError
 from flexpert.comm.bounded import StoreKeys
 from flexpert.comm.errors import PeerUnreachable
 from flexpert.comm.peer_memory import ReadableMemory
-from flexpert.comm.remote_memory import MemoryServer, RemoteMemory
+from flexpert.comm.remote_memory import MemoryServer, RemoteMemory, ServedMemory
 from flexpert.engine.rank_protocol import Prepare
 
 log = logging.getLogger("flexpert")
@@ -58,15 +56,14 @@ class RemotePeers:
         self,
         rank: int,
         store: StoreKeys,
-        regions: Mapping[str, Tensor],
+        regions: Mapping[str, ServedMemory],
         *,
         exchange_timeout_s: float,
     ) -> None:
         """
         Args:
             store: in which ranks meet.
-            regions: `EXPERTS` and `KV` → what peers may read, [size] uint8 of the host; none: the
-                memory of this rank's device cannot be read so.
+            regions: `EXPERTS` and `KV` → what peers may read.
             exchange_timeout_s: how long peers wait for this rank in a vote.
         """
         self._rank = rank
@@ -81,7 +78,7 @@ class RemotePeers:
         """Link to those of a change that this rank may read, or that may read it, and attend to
         them until `rest`. Who does not come is done without."""
         self._far = far_ranks(plan, self._rank)
-        if not self._regions or not self._far:
+        if not self._far:
             return
         peers = to_meet(plan, self._rank)
         try:

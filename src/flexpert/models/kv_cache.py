@@ -69,8 +69,7 @@ class KVCache:
         return copied
 
     def read_from(self, memory: ReadableMemory, pairs: Sequence[tuple[int, int]]) -> int:
-        """As `copy_from`, out of memory that can only be read piece by piece; this cache is in
-        memory of the host.
+        """As `copy_from`, out of memory that can only be read piece by piece.
 
         Raises: CommError: the peer cannot be read any more.
         """

@@ -7,7 +7,9 @@ until the epoch for which it copies has begun, so nothing is locked.
 
 from __future__ import annotations
 
+import bisect
 import functools
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from flexpert.comm import CommError
 from flexpert.comm.peer_memory import ImportedPages, ReadableMemory, export_pages
+from flexpert.comm.remote_memory import HostRegion, ServedMemory
 from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 
@@ -73,6 +76,8 @@ class Store(Protocol):
 
     @property
     def resident(self) -> int: ...
+    @property
+    def served(self) -> ServedMemory: ...
     def load(self, load: ExpertLoad) -> int: ...
     def layer(self, layer: int, experts: Sequence[int]) -> object: ...
     def drop(self, keys: Iterable[Key]) -> None: ...
@@ -83,7 +88,7 @@ class _Opens(Protocol[P_co]):
 
 
 class ExportingPeers(Generic[P]):
-    """The peers whose memory has experts; each is opened when it is first needed."""
+    """The peers whose memory has experts; each is opened when it is first needed. Any thread."""
 
     def __init__(
         self,
@@ -102,13 +107,15 @@ class ExportingPeers(Generic[P]):
         self._rings = [[r for r in sorted(ranks) if r != rank] for ranks in (near, far or {})]
         self._first = rank  # several newcomers begin with different peers
         self._open: dict[int, P | None] = {}
+        self._opening = threading.Lock()  # several threads may ask
 
     def of(self, key: Key) -> Iterable[P]:
         """Those that can be read, those of this machine first, beginning with another one for each
         expert."""
         for ring in self._rings:
             for step in range(len(ring)):
-                peer = self._peer(ring[(self._first + key[1] + step) % len(ring)])
+                with self._opening:
+                    peer = self._peer(ring[(self._first + key[1] + step) % len(ring)])
                 if peer is not None:
                     yield peer
 
@@ -142,6 +149,12 @@ class ExpertPlaces:
     def entry(self, key: Key) -> int:
         layer, expert = key
         return layer * self.experts + expert
+
+    def key(self, offset: int) -> tuple[Key, int]:
+        """Whose place a byte behind the entries is in, and which byte of it."""
+        layer = bisect.bisect_right(self.begins, offset) - 1
+        expert, within = divmod(offset - self.begins[layer], _pages(self.shapes[layer].nbytes))
+        return (layer, expert), within
 
     def place(self, key: Key) -> tuple[int, int]:
         """(begin, bytes)"""
@@ -188,7 +201,7 @@ class ExpertStore:
         Raises:
             FlexpertError, OSError: the files cannot be read; or what `load.check` raises.
         """
-        far = {r: functools.partial(ExportedExperts, m, self) for r, m in load.far.items()}
+        far = {r: functools.partial(ExportedExperts, m, self._places) for r, m in load.far.items()}
         peers = ExportingPeers(self._rank, load.exporters, self, far)
         done = copied = 0
         for layer, keys in groupby(load.keys, key=lambda key: key[0]):
@@ -255,27 +268,27 @@ class ExpertStore:
 
     def import_memory(self, address: bytes) -> ExportedExperts:
         """A peer's store of the same model. Raises: PeerUnreachable"""
-        return ExportedExperts(ImportedPages(address), self)
+        return ExportedExperts(ImportedPages(address), self._places)
 
     @property
-    def exported(self) -> Tensor:
-        """[bytes] uint8: all that `address` leads to."""
-        return self._exported.bytes
+    def served(self) -> HostRegion:
+        """All that `address` leads to, for ranks of other machines."""
+        return HostRegion(self._exported.bytes)
 
 
 class ExportedExperts:
     """The experts that a peer has when this is made, in its memory."""
 
-    def __init__(self, memory: ReadableMemory, own: ExpertStore) -> None:
+    def __init__(self, memory: ReadableMemory, places: ExpertPlaces) -> None:
         """
         Args:
             memory: of the peer's store.
-            own: the store of this rank, of the same model.
+            places: the same there and here, where the same model is served.
 
         Raises:
             CommError: the peer cannot be read.
         """
-        self._places = own._places
+        self._places = places
         self._memory = memory
         self._filled = torch.empty(self._places.entries, dtype=torch.uint8, device="cpu")
         memory.copy([(0, self._filled)])

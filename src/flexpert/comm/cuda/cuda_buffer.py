@@ -18,6 +18,7 @@ What its `capabilities` say has these reasons:
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,8 @@ from flexpert.comm.window_layout import VOTE_BYTES
 if TYPE_CHECKING:
     from flexpert.comm.bounded import StoreKeys
     from flexpert.comm.cuda.forwarder import Forwarder
+
+_NAP_S = 0.001
 
 
 class CudaBuffer(DeviceBuffer):
@@ -147,8 +150,6 @@ class CudaBuffer(DeviceBuffer):
             tuning=tuning,
         )
         self._address = CudaAddress.of(self._control.address, spec, self._window).encode()
-        if store is not None:  # peers that meet by id look here, once they have met
-            store.set(self._key(rank), self._address.hex())
         self._peers: dict[int, WindowMemory] = {}
         self._forwarder: Forwarder | None = None
         self._departed: list[WindowMemory] = []
@@ -201,7 +202,7 @@ class CudaBuffer(DeviceBuffer):
             self._control.connect(peers, timeout_s=timeout_s)
             ids = [peer for peer in peers if peer not in known]
             far = [peer for peer in ids if self._control.channel(peer) == "nixl"]
-            new = {peer: self._met(peer) for peer in ids if peer not in far}
+            new = self._met([peer for peer in ids if peer not in far], timeout_s)
         opened: dict[int, WindowMemory] = {}
         try:
             if far:
@@ -229,13 +230,26 @@ class CudaBuffer(DeviceBuffer):
         """Of a process's address in the store; no other process ever has the same."""
         return f"flexpert/cuda/{self._control.nonce(peer).hex()}"
 
-    def _met(self, peer: int) -> CudaAddress:
+    def _met(self, near: list[int], timeout_s: float | None) -> dict[int, CudaAddress]:
+        """The addresses of peers on this machine, which tell them here once they have met."""
+        if not near:
+            return {}
         assert self._store is not None
-        # it was set before the two met; a comparison reads without waiting
-        encoded = self._store.compare_set(self._key(peer), "-", "-").decode()
-        if encoded == "-":
-            raise PeerUnreachable(f"rank {peer} left no address of its window")
-        return decode(peer, bytes.fromhex(encoded), self.spec)
+        self._store.set(self._key(self.rank), self._address.hex())
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        addresses: dict[int, CudaAddress] = {}
+        while len(addresses) < len(near):
+            for peer in near:
+                # reads without waiting, as `get` would
+                encoded = self._store.compare_set(self._key(peer), "-", "-").decode()
+                if peer not in addresses and encoded != "-":
+                    addresses[peer] = decode(peer, bytes.fromhex(encoded), self.spec)
+            if time.monotonic() > deadline:
+                late = [peer for peer in near if peer not in addresses]
+                raise PeerUnreachable(f"ranks {late} told no address of their windows")
+            if len(addresses) < len(near):
+                time.sleep(_NAP_S)
+        return addresses
 
     def _meet(self, far: list[int], timeout_s: float | None) -> dict[int, HostLane]:
         """Links to ranks on other machines, and where to write for each."""

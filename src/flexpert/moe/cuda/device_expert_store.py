@@ -7,6 +7,8 @@ which expert lies where; an entry is one word, so that a peer reads all of it or
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from flexpert.comm import CommError
 from flexpert.comm.capture_guard import CAPTURE_GUARD
+from flexpert.comm.errors import PeerUnreachable
 from flexpert.comm.peer_memory import (
     ExportedMemory,
     ImportedPages,
@@ -27,7 +30,13 @@ from flexpert.kernels.cuda.device_experts import SlotAddresses
 from flexpert.kernels.device_stream import stream_of
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.moe.cuda.expert_upload import ExpertUploader
-from flexpert.moe.expert_store import ExpertLoad, ExportingPeers, Key
+from flexpert.moe.expert_store import (
+    ExpertLoad,
+    ExpertPlaces,
+    ExportedExperts,
+    ExportingPeers,
+    Key,
+)
 
 SLAB_BYTES = 256 << 20
 MOST_SLABS = 1 << 14
@@ -111,6 +120,8 @@ class DeviceExpertStore:
         self._uploader = ExpertUploader(self._stream, largest)
         self._slabs: dict[int, _Slab] = {}
         self._places: dict[Key, tuple[int, int]] = {}  # of experts that are here or come
+        self._layout = ExpertPlaces(shapes, experts)
+        self._serving = threading.Lock()  # what is read is not freed meanwhile
         self._last = -1  # slab that was made
         self.address = self._exported.address
 
@@ -143,6 +154,7 @@ class DeviceExpertStore:
         copied = self._copy(load)
         rest = [key for key in load.keys if key not in copied]
         step = max(1, len(rest) // _STEPS)
+        far = FarExperts(self._rank, load, self._layout)
 
         def count(done: int) -> None:
             if done % step == 0:
@@ -150,7 +162,7 @@ class DeviceExpertStore:
 
         self._uploader.upload(
             [(key, self.memory(key)) for key in rest],
-            lambda key, into: load.files.read_expert(*key, into),
+            far.read,
             check=load.check,
             progress=count,
         )
@@ -158,7 +170,7 @@ class DeviceExpertStore:
         if not rest:
             # what a loss will need: page-locking would hold up steps, and this rank serves none yet
             self._uploader.prepare(len(load.keys))
-        return len(copied)
+        return len(copied) + far.count
 
     def _copy(self, load: ExpertLoad) -> set[Key]:
         """What peers have is copied from them; which ones."""
@@ -210,8 +222,9 @@ class DeviceExpertStore:
         for key in keys:
             if key not in self._places:
                 continue
-            self._directory.entries[self._directory.index(key)] = 0
-            number, offset = self._places.pop(key)
+            with self._serving:
+                self._directory.entries[self._directory.index(key)] = 0
+                number, offset = self._places.pop(key)
             slab = self._slabs[number]
             slab.free.append(offset)
             if slab.empty:
@@ -221,6 +234,20 @@ class DeviceExpertStore:
     def import_memory(self, address: bytes) -> ExportedDeviceExperts:
         """A peer's store of the same model. Raises: PeerUnreachable"""
         return ExportedDeviceExperts(address, self)
+
+    @property
+    def served(self) -> ServedDeviceExperts:
+        """For ranks of other machines."""
+        return ServedDeviceExperts(self)
+
+    def read(self, key: Key, begin: int, into: Tensor) -> bool:
+        """Bytes of an expert into memory of the host, from any thread; whether it is here."""
+        with self._serving:
+            if key not in self:
+                return False
+            with self._stream.aside():
+                into.copy_(self.memory(key)[begin : begin + len(into)])
+        return True
 
     def reserve(self, keys: Iterable[Key]) -> None:
         """Give each of these a place that has none. Raises: CudaError: there is no memory."""
@@ -258,6 +285,61 @@ class DeviceExpertStore:
             self._last = (self._last + 1) % MOST_SLABS
             if self._last not in self._slabs:
                 return self._last
+
+
+class ServedDeviceExperts:
+    """The experts of a store as `ExportedExperts` of other machines read them: laid out as in an
+    `ExpertStore`, whatever lies where on the device. What is not here reads as anything."""
+
+    def __init__(self, store: DeviceExpertStore) -> None:
+        self._store = store
+        self._layout = store._layout
+
+    @property
+    def size(self) -> int:
+        return self._layout.size
+
+    def read(self, offset: int, into: Tensor) -> None:
+        """See `ServedMemory`; what is read lies among the entries or in one place."""
+        store, layout = self._store, self._layout
+        if offset < layout.entries:
+            there = store._directory.entries[offset : offset + len(into)] != 0
+            into[: len(there)] = torch.from_numpy(there)
+            return
+        if offset >= layout.begins[0]:
+            key, begin = layout.key(offset)
+            store.read(key, begin, into)
+
+
+class FarExperts:
+    """Experts out of the memory of ranks on other machines, else from the files.
+
+    count: how many came from those ranks.
+    """
+
+    def __init__(self, rank: int, load: ExpertLoad, layout: ExpertPlaces) -> None:
+        far = {r: functools.partial(ExportedExperts, m, layout) for r, m in load.far.items()}
+        self._peers = ExportingPeers[ExportedExperts](rank, {}, _NoneNear(), far)
+        self._files = load.files
+        self._lock = threading.Lock()
+        self.count = 0
+
+    def read(self, key: Key, into: Tensor) -> None:
+        """As `ExpertFiles.read_expert`; several threads at once."""
+        for peer in self._peers.of(key):
+            try:
+                if peer.copy(key, into):
+                    with self._lock:
+                        self.count += 1
+                    return
+            except CommError:
+                self._peers.lost(peer)
+        self._files.read_expert(*key, into)
+
+
+class _NoneNear:
+    def import_memory(self, address: bytes) -> ExportedExperts:
+        raise PeerUnreachable("of this machine, device memory is mapped")
 
 
 class ExportedDeviceExperts:
