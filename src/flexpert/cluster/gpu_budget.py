@@ -8,7 +8,7 @@ its memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from types import MappingProxyType
 
 from flexpert.cluster.formatting import ids, memory_parts, mib
@@ -73,10 +73,13 @@ class GpuBudget:
         placement: Placement,
         previous: Placement | None,
         held: Mapping[int, int] = MappingProxyType({}),
+        *,
+        elsewhere: Set[int] = frozenset(),
     ) -> None:
         """
         Args:
             held: bytes that newcomers have already.
+            elsewhere: ranks of other hosts.
 
         Raises:
             OperationRefused: a GPU has not enough free for the newcomers and for what the others
@@ -88,6 +91,7 @@ class GpuBudget:
         needs = {
             rank: max(0, need - held.get(rank, 0))
             for rank, need in self.needs(frozenset(joining), placement, previous).items()
+            if rank not in elsewhere
         }
         for gpu, desired in sorted(by_gpu(needs, driver.gpus).items()):
             memory = driver.memory(gpu)

@@ -8,6 +8,7 @@ import psutil
 
 from flexpert.cluster.formatting import mib
 from flexpert.cluster.gpu_budget import GpuBudget
+from flexpert.cluster.hosts.agent_protocol import FreeMemory
 from flexpert.config import Config
 from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine.gpu_driver import GpuDriver
@@ -38,7 +39,7 @@ class MemoryBudget:
 
     `memory_per_rank` bounds the memory in which weights and KV cache lie: the GPU's, or the host's.
     held: what processes that wait to join have of it already, by rank.
-    elsewhere: ranks of other hosts, and the bytes that each of those has free.
+    elsewhere: ranks of other hosts, and what each of those had free when its model was opened.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class MemoryBudget:
         on_host = DEVICE_SETTINGS[config.engine.device].uses_host_memory
         self._gpus = None if on_host else GpuBudget(config, source, driver)
         self.held: Callable[[], Mapping[int, MemoryUse]] = dict
-        self.elsewhere: Callable[[], Mapping[int, int]] = dict
+        self.elsewhere: Callable[[], Mapping[int, FreeMemory]] = dict
 
     def learn(self, memory: Memory) -> None:
         """A warm rank has measured what it needs of its GPU."""
@@ -84,7 +85,8 @@ class MemoryBudget:
         totals = self.planned(placement)
         limit = self._config.cluster.memory_per_rank
         within = limit is None or max(totals.values()) <= limit
-        return within and (self._gpus is None or self._gpus.fits(totals))
+        here = {rank: total for rank, total in totals.items() if rank not in self.elsewhere()}
+        return within and (self._gpus is None or self._gpus.fits(here))
 
     def check(
         self, joining: Iterable[int], placement: Placement, previous: Placement | None = None
@@ -110,17 +112,27 @@ class MemoryBudget:
         held = self.held()
         if self._gpus:
             devices = {rank: used.device for rank, used in held.items()}
-            self._gpus.check(joining, placement, previous, devices)
+            for rank, free in on_hosts.items():
+                self._check_device(rank, free, totals[rank])
+            self._gpus.check(joining, placement, previous, devices, elsewhere=frozenset(elsewhere))
             totals = self._on_host(placement)
         host = {rank: used.host for rank, used in held.items()}
         for rank, free in on_hosts.items():
-            if totals[rank] > free:
+            if totals[rank] > free.host:
                 raise OperationRefused(
-                    f"rank {rank} needs {mib(totals[rank])} but its host has {mib(max(free, 0))} "
+                    f"rank {rank} needs {mib(totals[rank])} but its host has "
+                    f"{mib(max(free.host, 0))} "
                     "of memory free; lower --kv-memory or join from another host"
                 )
         if joining:
             self.check_free({rank: max(0, totals[rank] - host.get(rank, 0)) for rank in joining})
+
+    def _check_device(self, rank: int, free: FreeMemory, needs: int) -> None:
+        if free.device is not None and needs > free.device:
+            raise OperationRefused(
+                f"rank {rank} needs {mib(needs)} of a GPU but that of its host has "
+                f"{mib(free.device)} free; lower --kv-memory or join from another host"
+            )
 
     def check_spare(self, rank: int) -> None:
         """Whether a process fits that waits to become this rank. Raises: OperationRefused"""

@@ -32,6 +32,7 @@ from flexpert.cluster.processes.early_fork_server import for_children
 from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
 from flexpert.config import Config
+from flexpert.engine.device_profile import find_driver, uses_gpu
 from flexpert.errors import FlexpertError
 from flexpert.stop_signals import STOP_SIGNALS, StopRequest
 from flexpert.version import VERSION
@@ -185,6 +186,15 @@ class Agent:
             self._session.rank_exited(status, why)
 
 
+def _free_memory(config: Config, rank: int) -> say.FreeMemory:
+    """Raises: OperationRefused: the system does not say it."""
+    device = None
+    if uses_gpu(config.engine) and (driver := find_driver()) is not None:
+        memory = driver.memory(rank % driver.gpus)
+        device = memory.free if memory else None
+    return say.FreeMemory(free_memory(config), device)
+
+
 class _AgentSession:
     """One connection to the head, from `Join` to the end of the rank."""
 
@@ -252,7 +262,7 @@ class _AgentSession:
         try:
             agent._tell(f"joining as rank {welcome.rank}")
             self._config = await agent.prepare(welcome.settings)
-            free = free_memory(self._config)
+            free = await asyncio.to_thread(_free_memory, self._config, agent._rank)
             self._send(say.Opened(self._number, agent._model, free))
             await agent._leaves.wait()
             self._send(say.AskToLeave(self._number))

@@ -30,13 +30,20 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
     ticket: bytes = b""
 
 
+class FreeMemory(msgspec.Struct, frozen=True):
+    """Bytes that a rank may take on a host, and of the GPU that it would have there; None: it has
+    none, or nothing says how much is free."""
+
+    host: int
+    device: int | None = None
+
+
 class Opened(msgspec.Struct, frozen=True, tag="opened"):
-    """The model is there. model: see `describe_model`. free: bytes of memory that a rank may take
-    on this host."""
+    """The model is there. model: see `describe_model`."""
 
     session: bytes
     model: dict[str, str]
-    free: int
+    free: FreeMemory
 
 
 class FromRank(msgspec.Struct, frozen=True, tag="from_rank"):

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
+from flexpert.cluster.hosts.agent_protocol import FreeMemory
 from flexpert.cluster.hosts.cluster_token import cluster_keys, keys_of, read_token
 from flexpert.cluster.hosts.host_sessions import HostSessions
 from flexpert.cluster.hosts.model_description import describe_model
@@ -107,8 +108,8 @@ class HostRanks:
         """Ids that hosts have, or have been promised."""
         return self._sessions.ids if self._sessions else frozenset()
 
-    def free_memory(self) -> dict[int, int]:
-        """Bytes on the hosts of those that were told to join, by rank."""
+    def free_memory(self) -> dict[int, FreeMemory]:
+        """On the hosts of those that were told to join, by rank."""
         return self._sessions.free_memory() if self._sessions else {}
 
     def views(self) -> list[HostView]:

@@ -34,6 +34,7 @@ log = logging.getLogger("flexpert")
 _TICKS = 8  # in one timeout
 _MOST_NAME = 200
 _LOG_EVERY_S = 10.0  # of refusals that anybody can cause
+_NOTHING_SAID = say.FreeMemory(0)
 
 
 class SessionOwner(Protocol):
@@ -71,7 +72,7 @@ class _Expected:
 
 @dataclass(slots=True, eq=False)
 class _Session:
-    """free: bytes of its host's memory. wants: what a change is still to be begun for: "join",
+    """free: of its host. wants: what a change is still to be begun for: "join",
     "leave" or "". ticket: of an agent that was expected. expected: its rank, until that is
     started."""
 
@@ -80,7 +81,7 @@ class _Session:
     rank: int
     host: str
     heard: float
-    free: int = 0
+    free: say.FreeMemory = _NOTHING_SAID
     wants: str = ""
     ticket: bytes = b""
     expected: _Expected | None = None
@@ -141,8 +142,8 @@ class HostSessions:
         """Ids that agents have, or have been promised."""
         return frozenset(session.rank for session in self._sessions.values())
 
-    def free_memory(self) -> dict[int, int]:
-        """Bytes on the hosts of those that were told to join, by rank."""
+    def free_memory(self) -> dict[int, say.FreeMemory]:
+        """On the hosts of those that were told to join, by rank."""
         return {session.rank: session.free for session in self._sessions.values()}
 
     def views(self) -> list[HostView]:
@@ -265,7 +266,7 @@ class HostSessions:
         welcome = say.Welcome(number, rank, self._settings, self._timeout_s)
         self._tell(peer, welcome)
 
-    def _opened(self, session: _Session, model: Mapping[str, str], free: int) -> None:
+    def _opened(self, session: _Session, model: Mapping[str, str], free: say.FreeMemory) -> None:
         different = differences(model, self._model)
         if different:
             self._turn(session, f"its model is another one than the head's: {different}")
