@@ -24,14 +24,14 @@ from triton.compiler import ASTSource
 
 from flexpert.comm.cuda import combine_kernels as combine
 from flexpert.comm.cuda import dispatch_kernels as dispatch
-from flexpert.comm.cuda import expert_major
+from flexpert.comm.cuda import expert_major, lane_kernels
 from flexpert.comm.cuda import wait_kernels as waiting
 from flexpert.comm.cuda.cuda_exchange import Tuning
 from flexpert.comm.cuda.cuda_layout import combine_format, dispatch_format
 from flexpert.kernels.cuda import grouped_products as products
 
 TUNED = Tuning()
-MODULES = (dispatch, combine, expert_major, waiting, products)
+MODULES = (dispatch, combine, expert_major, lane_kernels, waiting, products)
 P64, P32, F32, BF16, I32, I64 = "*i64", "*i32", "*fp32", "*bf16", "i32", "i64"
 SHAPE = dict(R=8, TOPK=8, MAX_TOKENS=512)
 WHERE = dict(WEIGHTS_AT=1 << 16, SCALES_AT=1 << 17, ROWS_AT=1 << 18, RESULTS_AT=1 << 24)
@@ -96,6 +96,33 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
         SHAPE | dict(K=8, CHUNK=2048, SEND=True, WAIT=True, CHECKS=True, SIM=False) | WHERE,
         8,
     ),
+    **{
+        f"take_dispatch {name}": (
+            "take_dispatch",
+            dict(table=P64, window=I64),
+            dict(R=8, TOPK=8, LANES_K=8, MAX_TOKENS=512, WORDS=words, BYTES=False,
+                 TILE=min(TUNED.take_width, 2048), SCALES=scales, SCALES_TILE=64,
+                 WEIGHTS_AT=1 << 16, SCALES_AT=1 << 17, ROWS_AT=1 << 18),
+            TUNED.take_warps,
+        )
+        for name, words, scales in (("fp8", 1792, 56), ("rows", 3584, 0))
+    },
+    "take_weights": (
+        "take_weights",
+        dict(table=P64, window=I64),
+        dict(R=8, TOPK=8, MAX_TOKENS=512, WEIGHTS_AT=1 << 16, CHUNK=1024),
+        4,
+    ),
+    **{
+        f"take_combine {name}": (
+            "take_combine",
+            dict(expert_ids=P64, owner=P32, table=P64, window=I64, tokens=I32, experts=I32),
+            dict(R=8, K=8, TOPK=8, LANES_K=8, MAX_TOKENS=512, WORDS=3584, TILE=TUNED.take_width,
+                 RESULTS_AT=1 << 24, HOME=home, SHARED=given, SOURCE=4096 if given else 512),
+            TUNED.take_warps,
+        )
+        for name, home, given in (("rank", False, False), ("home", True, False), ("shared", False, True))
+    },
     "release": ("release", dict(table=P64, bits=I32, me=I32), {}, 1),
     "await_release": ("await_release", dict(table=P64, window=I64), dict(SIM=False), 1),
     "meet": (

@@ -411,7 +411,9 @@ class Head:
         if rank in self._hosts:
             self._hosts.spawn(rank, verdicts, end)
             return
-        spec = encode_spec(RankSpec(rank, for_children(self.config), verdicts, spare))
+        cluster = self.config.cluster
+        hosts = cluster.join_listen is not None or cluster.launcher == "ray"
+        spec = encode_spec(RankSpec(rank, for_children(self.config), verdicts, spare, hosts))
         self._launcher.spawn(rank, ENTRY, spec, end)
 
     def _end_spare(self, rank: int) -> None:

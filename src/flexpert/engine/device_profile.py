@@ -244,6 +244,7 @@ class TritonProfile(DeviceProfile):
                 timeout_s=timeout_s,
                 store=meeting.store,
                 machine=meeting.machine,
+                channel="auto" if meeting.several else "shm",
             )
         except CudaError as error:
             raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error

@@ -19,10 +19,12 @@ _LOOK_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class HeadMeeting:
-    """Where a rank meets those of other machines, and the name of its own."""
+    """Where a rank meets those of other machines, and the name of its own. several: there may be
+    such."""
 
     store: StoreKeys
     machine: str
+    several: bool
 
 
 def machine_name(config: EngineConfig, rank: int) -> str:

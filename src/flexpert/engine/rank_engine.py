@@ -96,6 +96,7 @@ class RankEngine:
         report: Callable[[msg.Report], None],
         faults: Faults | None = None,
         verdicts: bytes = b"",
+        several_machines: bool = False,
     ) -> None:
         """
         Args:
@@ -103,6 +104,7 @@ class RankEngine:
             report: called from several threads; see the module's docstring.
             faults: planted in this rank, in tests.
             verdicts: encoded, of an earlier rank of the same service; b"": there is none.
+            several_machines: ranks of other machines may join.
 
         Raises:
             FlexpertError, OSError, MemoryError, RuntimeError: it cannot come up.
@@ -118,7 +120,8 @@ class RankEngine:
         self.report = faults.around_reports(report) if faults else report
         self._head_store = HeadStore(self.report)
         self.machine = machine_name(config, rank)
-        meeting = HeadMeeting(self._head_store, self.machine)
+        several = several_machines or config.transport == "nixl"
+        meeting = HeadMeeting(self._head_store, self.machine, several)
         buffer = self.profile.make_exchange(rank, spec, exchange_timeout_s, info.experts, meeting)
         self.buffer: Buffer = faults.around(buffer) if faults else buffer
         self._faults = faults

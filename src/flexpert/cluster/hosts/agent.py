@@ -333,7 +333,8 @@ class _AgentSession:
         self._pipe = BytePipe(near, self._from_rank, lambda: None)
         self._exited.clear()
         self._spawned = self._loop.time()
-        spec = RankSpec(agent._rank, for_children(self._config), verdicts)
+        settings = for_children(self._config)
+        spec = RankSpec(agent._rank, settings, verdicts, several_machines=True)
         agent._launcher.spawn(agent._rank, ENTRY, encode_spec(spec), far)
         agent._tell(f"rank {agent._rank} starts")
 

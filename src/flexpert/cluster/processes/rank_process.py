@@ -44,13 +44,14 @@ class RankSpec(msgspec.Struct, frozen=True):
     """What a new rank is told. config: the settings tree as JSON.
 
     verdicts: what an earlier rank found of the model's modules, encoded; b"": there is none.
-    spare: it is to be warm when it says hello.
+    spare: it is to be warm when it says hello. several_machines: ranks of others may join.
     """
 
     rank: int
     config: str
     verdicts: bytes = b""
     spare: bool = False
+    several_machines: bool = False
 
 
 encode_spec = msgspec.msgpack.encode
@@ -134,6 +135,7 @@ def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
                 report=report,
                 faults=faults,
                 verdicts=told.verdicts,
+                several_machines=told.several_machines,
             )
             if told.spare:
                 engine.warm_up()

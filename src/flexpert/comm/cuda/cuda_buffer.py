@@ -54,7 +54,7 @@ from flexpert.comm.cuda.cuda_layout import (
     tag,
 )
 from flexpert.comm.cuda.cuda_received import CudaReceived
-from flexpert.comm.cuda.host_lane import HostLane
+from flexpert.comm.cuda.forwarder import FarWindow, Forwarder
 from flexpert.comm.cuda.link_tags import Beginning, LinkTags
 from flexpert.comm.cuda.peers import (
     CudaAddress,
@@ -72,7 +72,6 @@ from flexpert.comm.window_layout import VOTE_BYTES
 
 if TYPE_CHECKING:
     from flexpert.comm.bounded import StoreKeys
-    from flexpert.comm.cuda.forwarder import Forwarder
 
 _NAP_S = 0.001
 
@@ -105,7 +104,7 @@ class CudaBuffer(DeviceBuffer):
         timeout_s: float = 30.0,
         on_timeout: OnTimeout = "raise",
         store: StoreKeys | None = None,
-        channel: Channel = "auto",
+        channel: Channel = "shm",
         machine: str | None = None,
         device: torch.device | None = None,
         same_k: bool = False,
@@ -115,6 +114,8 @@ class CudaBuffer(DeviceBuffer):
     ) -> None:
         """
         Args:
+            channel: "shm": all ranks are on this machine; otherwise each exchange has two launches
+                more, which take what came from others.
             device: of the window; default: the current CUDA device.
             same_k: see `CudaExchange`; equal on all ranks.
             unmask_at_once: `unmask` called by the thread that exchanges takes effect when it
@@ -147,6 +148,7 @@ class CudaBuffer(DeviceBuffer):
             self._page,
             choices=choices,
             same_k=same_k,
+            several_machines=channel != "shm",
             tuning=tuning,
         )
         self._address = CudaAddress.of(self._control.address, spec, self._window).encode()
@@ -251,16 +253,14 @@ class CudaBuffer(DeviceBuffer):
                 time.sleep(_NAP_S)
         return addresses
 
-    def _meet(self, far: list[int], timeout_s: float | None) -> dict[int, HostLane]:
-        """Links to ranks on other machines, and where to write for each."""
+    def _meet(self, far: list[int], timeout_s: float | None) -> dict[int, FarWindow]:
+        """Links to ranks on other machines, and what stands in for their windows."""
         assert self._store is not None
         if self._forwarder is None:
-            from flexpert.comm.cuda.forwarder import Forwarder  # needs NIXL
-
             self._forwarder = Forwarder(
                 self.rank,
                 self.spec,
-                self._window.tensor,
+                self.device,
                 choices=self.exchange.choices,
                 broken=self._break,
             )
@@ -425,7 +425,7 @@ class CudaBuffer(DeviceBuffer):
         self.exchange.configure(
             addresses,
             self._tags,
-            mirrors=[p for p, memory in self._peers.items() if isinstance(memory, HostLane)],
+            inboxes={p: m.inbox for p, m in self._peers.items() if isinstance(m, FarWindow)},
             limit_ns=int(self.timeout_s * 1e9),
             elsewhere=any(memory.elsewhere for memory in self._peers.values()),
             restart=restart,

@@ -6,8 +6,9 @@ in the table. `CudaBuffer` adds what concerns other processes and the host.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from flexpert.comm import quant
 from flexpert.comm.buffer import BufferSpec, ExpertTable, Reduce, Scales
 from flexpert.comm.cuda import combine_kernels as combine
 from flexpert.comm.cuda import dispatch_kernels as dispatch
+from flexpert.comm.cuda import lane_kernels as lanes
 from flexpert.comm.cuda import wait_kernels as waiting
 from flexpert.comm.cuda.cuda_layout import (
     HOST_WORDS,
@@ -51,6 +53,8 @@ class Tuning:
     pack_width: words of 4 bytes of a row that one program of pack_rows copies. Not measured yet,
         nor the other two.
     packers: programs of pack_rows that copy, at most.
+    takers: programs that take what came from other machines; take_width: words of 4 bytes that one
+        copies at once.
     checks: read masks and epochs; False only to measure what they cost.
 
     In Triton's interpreter, where a program takes a millisecond, the default is `FEW`.
@@ -67,10 +71,13 @@ class Tuning:
     pack_width: int = 1024
     pack_warps: int = 4
     packers: int = 1056
+    takers: int = 64
+    take_width: int = 2048
+    take_warps: int = 8
     checks: bool = True
 
 
-FEW = Tuning(workers=4, reducers=8, packers=4)
+FEW = Tuning(workers=4, reducers=8, packers=4, takers=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +127,7 @@ class CudaExchange:
     choices: see `layout`; "home" takes tokens of at most so many.
     same_k: all ranks dispatch with the same k, idle ones too: choices are packed by it, and the
         kernels look at no others. Else there is room for `spec.topk` of each token.
+    several_machines: peers may be on other machines, whose rows are taken out of the host's memory.
     """
 
     def __init__(
@@ -131,6 +139,7 @@ class CudaExchange:
         *,
         choices: int | None = None,
         same_k: bool = False,
+        several_machines: bool = False,
         tuning: Tuning | None = None,
     ) -> None:
         check(spec)
@@ -139,6 +148,7 @@ class CudaExchange:
         self.layout = layout(spec, choices=choices)
         self.choices = min(choices or spec.topk, spec.topk)
         self._same_k = same_k
+        self._far = several_machines
         device = window.device
         self.table = torch.zeros(TABLE_WORDS, dtype=torch.int64, device=device)
         # rewritten as one piece; what it is copied from must stay as it is until the copy is done
@@ -164,7 +174,7 @@ class CudaExchange:
         peers: Mapping[int, int],
         tags: Mapping[int, int],
         *,
-        mirrors: Collection[int] = (),
+        inboxes: Mapping[int, int] = MappingProxyType({}),
         limit_ns: int = _FOREVER_NS,
         elsewhere: bool = False,
         restart: tuple[int, ...] | None = None,
@@ -175,7 +185,8 @@ class CudaExchange:
         Args:
             peers: id → address of the window of every connected rank, own id included.
             tags: id → what flags of the link carry, of those that take part; own id among them.
-            mirrors: ids whose address is that of a mirror.
+            inboxes: id on another machine, whose address is that of a mirror → where what it sends
+                comes.
             limit_ns: of every wait.
             elsewhere: a peer is another process; only the interpreter needs to know.
             restart: ids whose numbering begins anew; None: all.
@@ -188,7 +199,8 @@ class CudaExchange:
         host.zero_()
         for peer, address in peers.items():
             host[Word.PEER + peer] = address
-            host[Word.LANE + peer] = 0 if peer in mirrors else self.rank
+            host[Word.LANE + peer] = 0 if peer in inboxes else self.rank
+            host[Word.INBOX + peer] = inboxes.get(peer, self.window.data_ptr())
         for peer, tag in tags.items():
             host[Word.ACTIVE + peer] = 1
             host[Word.TAG + peer] = tag
@@ -278,6 +290,8 @@ class CudaExchange:
     def index(self, sent: CudaDispatched) -> CudaIndexed:
         """What came, by slot; the exchange has its number from here on."""
         spec = self.spec
+        if self._far:
+            self._take_dispatch(sent)
         chunk = min(triton.next_power_of_2(self.most_rows), self.tuning.chunk)
         dispatch.index_rows[(sent.table.slots + 1,)](
             self.window.data_ptr(), self.table, sent.indexed.offsets, self.rows, self.pairs,
@@ -286,6 +300,36 @@ class CudaExchange:
             CHUNK=chunk, num_warps=self.tuning.index_warps,
         )  # fmt: skip
         return sent.indexed
+
+    def _take_dispatch(self, sent: CudaDispatched) -> None:
+        spec, where, tuning = self.spec, self.layout, self.tuning
+        row, scales = sent.indexed.payload, sent.indexed.scales
+        size = row.shape[1] * row.itemsize
+        whole = size % 4 == 0
+        words = size // 4 if whole else size
+        of_scales = 0 if scales is None else scales.shape[1] * scales.itemsize // 4
+        lanes.take_dispatch[(tuning.takers,)](
+            self.table, self.window.data_ptr(),
+            R=spec.capacity, TOPK=sent.stride, LANES_K=triton.next_power_of_2(sent.stride),
+            MAX_TOKENS=spec.max_tokens, WORDS=words, BYTES=not whole,
+            TILE=min(tuning.take_width, triton.next_power_of_2(max(words, 1))), SCALES=of_scales,
+            SCALES_TILE=triton.next_power_of_2(max(of_scales, 1)),
+            WEIGHTS_AT=where.weights_at, SCALES_AT=where.scales_at, ROWS_AT=where.rows_at,
+            num_warps=tuning.take_warps,
+        )  # fmt: skip
+
+    def _take_combine(self, sent: CudaDispatched, *, reduce: Reduce, shared: bool) -> None:
+        spec, tuning = self.spec, self.tuning
+        words = spec.hidden * spec.dtype.itemsize // 4
+        lanes.take_combine[(tuning.takers,)](
+            sent.expert_ids, sent.table.rank, self.table, self.window.data_ptr(), sent.tokens,
+            sent.table.rank.shape[0],
+            R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
+            LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, WORDS=words,
+            TILE=min(tuning.take_width, triton.next_power_of_2(words)),
+            RESULTS_AT=self.layout.results_at, HOME=reduce == "home", SHARED=shared,
+            SOURCE=self._source(sent, shared), num_warps=tuning.take_warps,
+        )  # fmt: skip
 
     def send_combine(
         self,
@@ -334,6 +378,12 @@ class CudaExchange:
             WEIGHTS_AT=self.layout.weights_at, CHUNK=chunk, SEND=send, WAIT=wait,
             CHECKS=self.tuning.checks, SIM=self._sim, num_warps=8,
         )  # fmt: skip
+        if wait and self._far:
+            lanes.take_weights[(self.tuning.takers,)](
+                self.table, self.window.data_ptr(),
+                R=spec.capacity, TOPK=sent.stride, MAX_TOKENS=spec.max_tokens,
+                WEIGHTS_AT=self.layout.weights_at, CHUNK=1024,
+            )  # fmt: skip
 
     def wait_combine(self) -> None:
         combine.wait_combine[(1,)](
@@ -354,6 +404,8 @@ class CudaExchange:
     ) -> torch.Tensor:
         """out: [tokens, hidden] spec.dtype ← the sums of the own tokens; returned."""
         spec, tuning = self.spec, self.tuning
+        if self._far:
+            self._take_combine(sent, reduce=reduce, shared=shared)
         pieces = triton.cdiv(spec.hidden, tuning.width)
         combine.reduce[(max(1, min(sent.tokens * pieces, tuning.reducers)),)](
             out, y, self.position if places is None else places, sent.expert_ids,

@@ -16,7 +16,7 @@ A window is one allocation, written by the peers and read by its owner:
 A token's place is its index at home: sending allocates nothing, and receiving moves nothing.
 
 A *mirror* stands for the window of a peer on another machine: memory of this one, with the same
-layout but room for one source, whose lane is 0 (see mirror_window.py).
+layout but room for one source, whose lane is 0 (see host_lane.py).
 
 The table is int64 and lives on the owner's GPU. The host rewrites its first part between two
 exchanges; captured CUDA graphs read what is there when they are replayed. See `Word`.
@@ -58,7 +58,8 @@ class Word(IntEnum):
     Written by the host: PEER (address of the window, 0 not connected), ACTIVE (1 takes part), TAG
     (epoch and link of the flags), LIMIT (word 0: nanoseconds; 1: address of the page), ENDED (tag
     of the link that the peer must have given up before this one begins; 0: none), LANE (where this
-    rank's parts lie in that window: its id; 0 in a mirror).
+    rank's parts lie in that window: its id; 0 in a mirror), INBOX (where what the peer sends comes:
+    the own window; a lane of the host's memory for one on another machine; 0 not connected).
     Advanced by the kernels: SEQUENCE, ARRIVED (tokens of the last dispatch; -1 nothing came),
     RETURNED (1: its results are here, as asked; 2: partial sums where each could choose),
     MEETINGS; WAITED_DISPATCH, WAITED_COMBINE: nanoseconds from the begins of all waits until that
@@ -71,16 +72,17 @@ class Word(IntEnum):
     LIMIT = 3 * LANES
     ENDED = 4 * LANES
     LANE = 5 * LANES
-    SEQUENCE = 6 * LANES
-    ARRIVED = 7 * LANES
-    RETURNED = 8 * LANES
-    MEETINGS = 9 * LANES
-    WAITED_DISPATCH = 10 * LANES
-    WAITED_COMBINE = 11 * LANES
+    INBOX = 6 * LANES
+    SEQUENCE = 7 * LANES
+    ARRIVED = 8 * LANES
+    RETURNED = 9 * LANES
+    MEETINGS = 10 * LANES
+    WAITED_DISPATCH = 11 * LANES
+    WAITED_COMBINE = 12 * LANES
 
 
 HOST_WORDS = int(Word.SEQUENCE)
-TABLE_WORDS = 12 * LANES
+TABLE_WORDS = 13 * LANES
 SIM_NS = 250_000  # of one look in Triton's interpreter, roughly
 
 

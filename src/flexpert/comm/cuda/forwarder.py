@@ -2,9 +2,10 @@
 
 To the kernels of a rank such a peer looks like any other. They write its rows and raise its flags
 in a `HostLane` that stands in for its window; a thread sees a flag there, packs what it stands for
-(lane_packing.py), and writes it into the peer's memory over NIXL. The peer's thread lays it out and
-has it copied into its window, the flag last. So nothing of this is captured in graphs, and whoever
-waits is a kernel that waits for a flag, as between GPUs of one machine.
+(lane_packing.py), and writes it into the peer's memory over NIXL. The peer's thread lays it out in
+another lane, the flag last, where kernels wait for it and take it (lane_kernels.py). So nothing of
+this is captured in graphs, whoever waits is a kernel that waits for a flag, as between GPUs of one
+machine, and the thread needs nothing of the GPU.
 
 An exchange goes through one link in messages of five kinds, one for each flag. Each kind with bytes
 has an area of its own in inbox and outbox. An area is used again only when the peer has taken what
@@ -44,8 +45,7 @@ from flexpert.comm.cuda.cuda_layout import (
     WEIGHTS_FLAGS_AT,
 )
 from flexpert.comm.cuda.host_lane import HostLane
-from flexpert.comm.cuda.lane_copies import copies_into
-from flexpert.comm.cuda.lane_packing import Dispatched, LanePacking, Span
+from flexpert.comm.cuda.lane_packing import Dispatched, LanePacking
 from flexpert.comm.errors import CommError
 from flexpert.comm.host.nixl import Endpoint, NixlEndpointLink
 from flexpert.comm.window_layout import spec_hash
@@ -93,10 +93,11 @@ class _Area:
 class _Far:
     """One peer.
 
-    lane: where kernels write for it. landing: what came from it, before it is copied.
-    seen: flags that have been sent. sent, came: the dispatches under way. number: of messages with
-    bytes that were sent; taken: of those, known to be taken; mine: taken of the peer's; told: of
-    those, said. owed: since when something was not said.
+    lane: where kernels write for it. landing: what came from it, which kernels take.
+    flags, came_flags: [kinds, LANES] int64, in the two. seen: flags that have been sent.
+    sent, came: the dispatches under way.
+    number: of messages with bytes that were sent; taken: of those, known to be taken; mine: taken
+    of the peer's; told: of those, said. owed: since when something was not said.
     """
 
     peer: int
@@ -105,6 +106,7 @@ class _Far:
     landing: HostLane
     areas: dict[int, _Area]
     flags: Tensor
+    came_flags: Tensor
     seen: dict[int, int] = field(default_factory=dict)
     sent: Dispatched | None = None
     came: Dispatched | None = None
@@ -123,14 +125,13 @@ class Forwarder:
         self,
         rank: int,
         spec: BufferSpec,
-        window: Tensor,
+        device: torch.device,
         *,
         choices: int,
         broken: Callable[[int, str], None],
     ) -> None:
         """
         Args:
-            window: [size of layout] uint8, the own one.
             choices: rows of results a token; see `layout`.
             broken: told, in the thread, that a link is, and why.
 
@@ -139,16 +140,10 @@ class Forwarder:
         self._rank = rank
         self._spec = spec
         self._choices = choices
-        self._window = window.data_ptr()
-        self._device = window.device
+        self._device = device
         self._broken = broken
         self._packing = LanePacking(spec, choices)
         self._endpoint = Endpoint(f"flexpert-lanes-{rank}")
-        self._copies = copies_into(window.device)
-        self._flags = torch.zeros(  # those that came, as they are copied into the window
-            (len(_KINDS), LANES), dtype=torch.int64, pin_memory=self._device.type == "cuda",
-            device="cpu",
-        )  # fmt: skip
         self._peers: dict[int, _Far] = {}
         self._busy = threading.RLock()  # a round of the thread, or a change of the peers
         self._changed = threading.Condition()
@@ -164,8 +159,8 @@ class Forwarder:
         *,
         timeout_s: float,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> dict[int, HostLane]:
-        """Meet `peers`, who call this in turn; where to write for each.
+    ) -> dict[int, FarWindow]:
+        """Meet `peers`, who call this in turn; where to write for each, and where it writes.
 
         Raises: as `rendezvous.meet`.
         """
@@ -181,17 +176,16 @@ class Forwarder:
             with self._changed:
                 self._meeting -= 1
         with self._busy:
-            return {peer: self._peers[peer].lane for peer in ids}
+            far = {peer: self._peers[peer] for peer in ids}
+        return {peer: FarWindow(each.lane, each.landing) for peer, each in far.items()}
 
     def disconnect(self, peer: int) -> None:
-        """Nothing is sent to this peer any more, and nothing of it is taken. Its lane stays, until
-        whoever has it closes it."""
+        """Nothing is sent to this peer any more, and nothing of it is taken. Its lanes stay, until
+        whoever has them closes them."""
         with self._busy:
             far = self._peers.pop(peer, None)
-            self._copies.wait()
         if far is not None:
             far.link.close()
-            far.landing.close()
 
     def bytes_written(self) -> dict[int, int]:
         """To each peer so far, as long as it is connected."""
@@ -340,43 +334,32 @@ class Forwarder:
         kind = _BY_NUMBER.get(number_of_kind)
         if kind is None or flag < 0:
             raise ValueError(f"a message of kind {number_of_kind}")
-        self._copies.wait()  # the landing may still be read
-        spans = self._lay_out(far, kind, rows, flag, word)
+        laid_out = self._lay_out(far, kind, rows, flag, word)
         if number:
             if number <= far.mine:
                 raise ValueError(f"message {number} again")
             far.mine = number
-        if spans is None:
-            return
-        for span in spans:
-            lane = self._window + span.at + far.peer * span.stride
-            self._copies.copy(lane, far.landing.address + span.at, span.size)
-        self._flags[kind.number, far.peer] = flag
-        at = kind.number * LANES + far.peer
-        self._copies.copy(self._window + at * 8, self._flags.data_ptr() + at * 8, 8)
+        if laid_out:
+            far.came_flags[kind.number, far.peer] = flag
 
-    def _lay_out(
-        self, far: _Far, kind: _Kind, rows: int, flag: int, word: int
-    ) -> list[Span] | None:
-        """What is to be copied into the window; None: it is of an exchange that was given up."""
+    def _lay_out(self, far: _Far, kind: _Kind, rows: int, flag: int, word: int) -> bool:
+        """Whether it is of an exchange that was not given up."""
         packing, tag = self._packing, flag >> SEQUENCE_SHIFT
         area = far.areas.get(kind.number)
         source = far.link.inbox + (area.at if area else 0)
         if kind is _DISPATCH:
-            far.came, spans = packing.unpack_dispatch(
+            far.came = packing.unpack_dispatch(
                 source, tag, flag & MAX_TOKENS, word, rows, far.landing
             )
-            return spans
-        if kind is _WEIGHTS:
+        elif kind is _WEIGHTS:
             if far.came is None or far.came.tag != tag:
-                return None
-            return packing.unpack_weights(source, far.came, far.landing)
-        if kind is _COMBINE:
+                return False
+            packing.unpack_weights(source, far.came, far.landing)
+        elif kind is _COMBINE:
             if far.sent is None or far.sent.tag != tag:
-                return None
-            shared = bool(flag & 1)
-            return packing.unpack_combine(source, far.sent, word, rows, shared, far.landing)
-        return []
+                return False
+            packing.unpack_combine(source, far.sent, word, rows, far.landing)
+        return True
 
     # ---- links ----------------------------------------------------------------------------------
 
@@ -399,18 +382,46 @@ class Forwarder:
             _WEIGHTS.number: _Area(packing.dispatch_bytes),
             _COMBINE.number: _Area(packing.dispatch_bytes + packing.weights_bytes),
         }
-        flags = lane.view(0, len(_KINDS) * LANES, torch.int64).view(len(_KINDS), LANES)
         self.disconnect(peer)
         try:
             with self._busy:  # the thread must know whose the first message is
                 link.open(offer)
-                self._peers[peer] = _Far(peer, link, lane, landing, areas, flags)
+                self._peers[peer] = _Far(
+                    peer, link, lane, landing, areas, _flags_of(lane), _flags_of(landing)
+                )
         except BaseException:
             lane.close()
             landing.close()
             raise
         with self._changed:
             self._changed.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class FarWindow:
+    """What stands in for the window of a rank on another machine, and for this one towards it."""
+
+    lane: HostLane
+    landing: HostLane
+    elsewhere: bool = True
+
+    @property
+    def address(self) -> int:
+        return self.lane.address
+
+    @property
+    def inbox(self) -> int:
+        """Where what it sends comes; 0 after `close`."""
+        return self.landing.address
+
+    def close(self) -> None:
+        """Once nothing that was launched uses it, and its rank is disconnected."""
+        self.lane.close()
+        self.landing.close()
+
+
+def _flags_of(lane: HostLane) -> Tensor:
+    return lane.view(0, len(_KINDS) * LANES, torch.int64).view(len(_KINDS), LANES)
 
 
 class _Meeting:

@@ -31,15 +31,6 @@ _UNIT = 64  # where each part of a packed exchange begins
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes that lie together: from `at` of lane 0, `stride` bytes a lane, `size` of them used."""
-
-    at: int
-    stride: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
 class Dispatched:
     """Who is where in one dispatch.
 
@@ -96,7 +87,7 @@ class LanePacking:
 
     def unpack_dispatch(
         self, source: int, tag: int, tokens: int, format_word: int, rows: int, lane: HostLane
-    ) -> tuple[Dispatched, list[Span]]:
+    ) -> Dispatched:
         """Lay out what came at the address `source`.
 
         Raises: ValueError: it cannot be what was packed.
@@ -108,17 +99,14 @@ class LanePacking:
         places = came.places(home=False)
         if len(places) != rows:
             raise ValueError(f"{rows} rows for {len(places)} tokens")
-        where, most = self._where, self._spec.max_tokens
+        where = self._where
         ctypes.memmove(lane.address + SLOTS_AT, slots.ctypes.data, size)
         ctypes.memmove(lane.address + where.weights_at, source + align(size, _UNIT), size)
-        spans = [Span(at, most * choices * 4, size) for at in (SLOTS_AT, where.weights_at)]
         begin = source + 2 * align(size, _UNIT)
-        used = int(places[-1]) + 1 if rows else 0
         for at, each in self._of_rows(row, scales):
             _scatter(begin, each, tokens, places, lane.address + at)
             begin += align(rows * each, _UNIT)
-            spans.append(Span(at, most * each, used * each))
-        return came, [span for span in spans if span.size]
+        return came
 
     def _read_dispatch(self, tokens: int, word: int) -> tuple[int, int, Scales | None]:
         choices, row, scales = read_dispatch_format(word)
@@ -142,10 +130,9 @@ class LanePacking:
         ctypes.memmove(into, lane.address + self._where.weights_at, size)
         return size
 
-    def unpack_weights(self, source: int, came: Dispatched, lane: HostLane) -> list[Span]:
-        at, size = self._where.weights_at, came.tokens * came.choices * 4
-        ctypes.memmove(lane.address + at, source, size)
-        return [Span(at, self._spec.max_tokens * came.choices * 4, size)] if size else []
+    def unpack_weights(self, source: int, came: Dispatched, lane: HostLane) -> None:
+        size = came.tokens * came.choices * 4
+        ctypes.memmove(lane.address + self._where.weights_at, source, size)
 
     # ---- combine --------------------------------------------------------------------------------
 
@@ -165,25 +152,15 @@ class LanePacking:
         sent: Dispatched,
         format_word: int,
         rows: int,
-        shared: bool,
         lane: HostLane,
-    ) -> list[Span]:
-        """shared: partial sums lie as far apart as rows of choices would.
-
-        Raises: ValueError: it cannot be what was packed.
-        """
+    ) -> None:
+        """Raises: ValueError: it cannot be what was packed."""
         home = self._read_combine(sent, format_word)
         places = sent.places(home=home)
         if len(places) != rows:
             raise ValueError(f"{rows} results for {len(places)} rows")
         count = sent.tokens * (sent.choices if home else 1)
-        at, most = self._where.results_at, self._spec.max_tokens
-        _scatter(source, self._row, count, places, lane.address + at)
-        each = 1
-        if home or shared:
-            each = sent.choices if home else min(sent.choices, self._choices)
-        used = int(places[-1]) + 1 if rows else 0
-        return [Span(at, most * each * self._row, used * self._row)] if used else []
+        _scatter(source, self._row, count, places, lane.address + self._where.results_at)
 
     def _read_combine(self, dispatched: Dispatched, word: int) -> bool:
         choices, home = read_combine_format(word)

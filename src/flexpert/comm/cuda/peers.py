@@ -24,9 +24,10 @@ class WindowMemory(Protocol):
     address: 0 after `close`. elsewhere: the owner is another process.
     """
 
-    address: int
-    elsewhere: bool
-
+    @property
+    def address(self) -> int: ...
+    @property
+    def elsewhere(self) -> bool: ...
     def close(self) -> None: ...
 
 

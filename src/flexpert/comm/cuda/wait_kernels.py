@@ -58,6 +58,7 @@ _WAITED_COMBINE = tl.constexpr(int(Word.WAITED_COMBINE))
 _SIM_NS = tl.constexpr(at.SIM_NS)
 _ENDED = tl.constexpr(int(Word.ENDED))
 LANE = tl.constexpr(int(Word.LANE))
+INBOX = tl.constexpr(int(Word.INBOX))
 SEQUENCE = tl.constexpr(int(Word.SEQUENCE))
 ARRIVED = tl.constexpr(int(Word.ARRIVED))
 RETURNED = tl.constexpr(int(Word.RETURNED))
@@ -120,13 +121,24 @@ def _now(polls, SIM: tl.constexpr):
 
 
 @triton.jit
-def _wait(table, flags, desired, up, SIM: tl.constexpr):
+def _look(flags, near, far):
+    """The host writes those of the far: to read and write them back could undo that."""
+    seen = tl.atomic_or(flags, 0, mask=near, sem="acquire", scope="sys")
+    return tl.where(far, tl.load(flags, mask=far, other=0, volatile=True), seen)
+
+
+@triton.jit
+def _wait(table, window, FLAGS: tl.constexpr, desired, up, SIM: tl.constexpr):
     """Until the flags of all `up` are `desired` (without their tokens), or waiting is in vain.
 
-    flags: address of [LANES] in the own window. Returns the flags, who came, and after how long.
+    FLAGS: where they begin in a window. Returns the flags, who came, and after how long.
     """
     ids = tl.arange(0, LANES)
-    seen = tl.atomic_or(flags + ids, 0, mask=up, sem="acquire", scope="sys")
+    inbox = tl.load(table + INBOX + ids)
+    flags = (inbox + FLAGS).to(tl.pointer_type(tl.int64)) + ids
+    far = up & (inbox != window)
+    near = up & (inbox == window)
+    seen = _look(flags, near, far)
     come = up & ((seen >> _SEQUENCE_SHIFT) == (desired >> _SEQUENCE_SHIFT))
     waiting = tl.sum((up & (come == 0)).to(tl.int32), 0)
     took = tl.zeros((LANES,), tl.int64)
@@ -145,7 +157,7 @@ def _wait(table, flags, desired, up, SIM: tl.constexpr):
                 stop = tl.load(page + _STOP, volatile=True) != 0
                 gone = gone | (up & stop)
                 gone = gone | (tl.load(page + _GONE + ids, mask=up, other=0, volatile=True) != 0)
-            again = tl.atomic_or(flags + ids, 0, mask=up, sem="acquire", scope="sys")
+            again = _look(flags, near, far)
             seen = tl.where(come, seen, again)
             come = come | (up & ((again >> _SEQUENCE_SHIFT) == (desired >> _SEQUENCE_SHIFT)))
             waiting = tl.sum((up & (come == 0) & (gone == 0)).to(tl.int32), 0)
@@ -177,9 +189,8 @@ def await_dispatch(
     ids = tl.arange(0, LANES)
     active = active_of(table, ids, R, CHECKS)
     desired = tag_of(table, ids, 1, CHECKS)
-    flags = part_of(window, DISPATCH_FLAGS, tl.int64)
     up = active & (ids != me)
-    seen, come, took = _wait(table, flags, desired, up, SIM)
+    seen, come, took = _wait(table, window, DISPATCH_FLAGS, desired, up, SIM)
     _add_waits(table, _WAITED_DISPATCH, took, up, SIM)
     missing = up & (come == 0)
     _report(table, desired, missing, _DISPATCH)
@@ -194,8 +205,7 @@ def await_combine(table, window, me, R: tl.constexpr, CHECKS: tl.constexpr, SIM:
     ids = tl.arange(0, LANES)
     up = active_of(table, ids, R, CHECKS) & (ids != me)
     desired = tag_of(table, ids, 0, CHECKS)
-    flags = part_of(window, COMBINE_FLAGS, tl.int64)
-    seen, come, took = _wait(table, flags, desired, up, SIM)
+    seen, come, took = _wait(table, window, COMBINE_FLAGS, desired, up, SIM)
     _add_waits(table, _WAITED_COMBINE, took, up, SIM)
     _report(table, desired, up & (come == 0), _COMBINE)
     tl.store(table + RETURNED + ids, tl.where(come, 1 + (seen & 0xFFFF), 0))
@@ -215,8 +225,7 @@ def await_weights(table, window, up, CHECKS: tl.constexpr, SIM: tl.constexpr):
     """Wait for the weights of the peers' combines; who does not come is left out."""
     ids = tl.arange(0, LANES)
     desired = tag_of(table, ids, 0, CHECKS)
-    flags = part_of(window, _WEIGHTS_FLAGS, tl.int64)
-    _, come, took = _wait(table, flags, desired, up, SIM)
+    _, come, took = _wait(table, window, _WEIGHTS_FLAGS, desired, up, SIM)
     _add_waits(table, _WAITED_COMBINE, took, up, SIM)
     missing = up & (come == 0)
     _report(table, desired, missing, _COMBINE)
@@ -240,8 +249,7 @@ def meet(table, window, me, SEND: tl.constexpr, WAIT: tl.constexpr, SIM: tl.cons
         tl.atomic_xchg(theirs + me, desired, mask=up, sem="release", scope="sys")
         tl.store(table + _MEETINGS + ids, count)
     if WAIT:
-        flags = (window + _MEETING_FLAGS).to(tl.pointer_type(tl.int64))
-        _, come, _ = _wait(table, flags, desired, up, SIM)
+        _, come, _ = _wait(table, window, _MEETING_FLAGS, desired, up, SIM)
         missing = up & (come == 0)
         _report(table, desired, missing, _MEETING)
         tl.store(table + ACTIVE + ids, tl.where(missing, 0, active))
@@ -266,8 +274,7 @@ def await_release(table, window, SIM: tl.constexpr):
     ids = tl.arange(0, LANES)
     desired = tl.load(table + _ENDED + ids)
     up = desired != 0
-    flags = (window + _RELEASE_FLAGS).to(tl.pointer_type(tl.int64))
-    _, come, _ = _wait(table, flags, desired, up, SIM)
+    _, come, _ = _wait(table, window, _RELEASE_FLAGS, desired, up, SIM)
     missing = up & (come == 0)
     _report(table, desired, missing, _RELEASE)
     active = tl.load(table + ACTIVE + ids)

@@ -122,6 +122,20 @@ def _silence() -> Iterator[None]:
             del os.environ[name]
 
 
+@contextlib.contextmanager
+def _of_the_host() -> Iterator[None]:
+    """All memory here is the host's. UCX need not ask CUDA about each piece, which may have to wait
+    for a kernel that waits for just this piece."""
+    own = "UCX_TLS" not in os.environ
+    if own:
+        os.environ["UCX_TLS"] = "^cuda"
+    try:
+        yield
+    finally:
+        if own:
+            del os.environ["UCX_TLS"]
+
+
 class _Region:
     """Own memory that is registered as long as its endpoint lives."""
 
@@ -204,7 +218,7 @@ class Endpoint:
         self._ripe: set[NixlEndpointLink] = set()  # may have messages to hand out
         self._remotes: dict[str, _Remote] = {}
         try:
-            with _silence():
+            with _silence(), _of_the_host():
                 self._agent = nixl.agent(self.name, nixl.config(enable_prog_thread=False))
         except self._errors as error:
             raise ChannelDown(f"NIXL cannot start: {error}") from error
