@@ -54,7 +54,7 @@ clients: .venv-clients/.installed
 # on a machine with NVIDIA GPUs, with the Python that has torch for CUDA: make test-gpu PYTHON=python3
 test-gpu:
 	@PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest tests/gpu tests/comm/test_cuda_processes.py \
-		tests/comm/test_nixl_ep_graph.py tests/comm/test_nixl_ep_elastic.py $(TEST_FLAGS)
+		tests/comm/test_nixl_ep_graph.py tests/comm/test_nixl_ep_elastic.py tests/comm/test_forwarder.py $(TEST_FLAGS)
 
 bench-gpu:
 	@PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} PYTHON=$(PYTHON) bash tools/gpu/bench.sh
