@@ -19,7 +19,7 @@ class RankState:
     host: str = ""
     machine: str = ""  # ranks whose names are equal share memory
     over_nixl: list[int] = field(default_factory=list)  # peers, in the current epoch
-    ended: bool = False  # its connection is closed, its process not reaped yet
+    ended: bool = False  # lost unasked: its connection is closed, its process not reaped yet
     pid: int = 0
     address: bytes = b""
     kv: bytes = b""  # address of its KV cache
@@ -35,6 +35,11 @@ class RankState:
     work: Work | None = None  # what it had done by then
     starved: frozenset[int] = frozenset()  # threads that wanted a processor at each look since
     suspect: bool = False  # silent for long, and has done nothing since
+
+    @property
+    def failing(self) -> bool:
+        """Whether it is lost, or is about to be."""
+        return self.ended or self.suspect or self.state == "stalled"
 
     def view(self, placement: Placement | None) -> RankView:
         return RankView(
