@@ -48,8 +48,8 @@ class RankReports:
         running = cluster.operation
         cluster.watch.heard(rank_state)
         match report:
-            case msg.Alive(stuck_s, used):
-                rank_state.used = used
+            case msg.Alive(stuck_s, used, wire_bytes):
+                rank_state.used, rank_state.wire_bytes = used, wire_bytes
                 cluster.watch.stuck(rank, stuck_s)
             case msg.Published(_, load):
                 rank_state.load = load

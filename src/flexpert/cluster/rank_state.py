@@ -19,6 +19,7 @@ class RankState:
     host: str = ""
     machine: str = ""  # ranks whose names are equal share memory
     over_nixl: list[int] = field(default_factory=list)  # peers, in the current epoch
+    wire_bytes: dict[int, int] = field(default_factory=dict)  # peer → written to it
     ended: bool = False  # lost unasked: its connection is closed, its process not reaped yet
     pid: int = 0
     address: bytes = b""
@@ -48,6 +49,7 @@ class RankState:
             host=self.host,
             machine=self.machine,
             over_nixl=self.over_nixl,
+            wire_bytes={peer: self.wire_bytes.get(peer, 0) for peer in self.over_nixl},
             pid=self.pid,
             running=self.load.running,
             waiting=self.load.waiting,
