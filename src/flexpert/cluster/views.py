@@ -15,7 +15,7 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
 
     machine: ranks of one machine share memory, and replicas of an expert go to several; "" until
     the rank is up. over_nixl: ids of the ranks that it exchanges with over NIXL, and not through
-    shared memory. wire_bytes: rank over NIXL → bytes written to it for exchanges, messages included,
+    shared memory. wire_bytes: each of them → bytes written to it for exchanges, messages included,
     since it was connected.
 
     memory_bytes: of the host, private, measured; planned_bytes: what the rank said it would need.
