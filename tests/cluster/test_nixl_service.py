@@ -156,11 +156,11 @@ def _between_machines(head: Head) -> int:
 
 
 async def _bytes_of_requests(head: Head) -> int:
-    prompt = [(17 * place) % 3000 + 10 for place in range(256)]
+    prompt = [(17 * place) % 3000 + 10 for place in range(128)]
     params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
-    work = [([number + 10, *prompt], params) for number in range(16)]
+    work = [([number + 10, *prompt], params) for number in range(8)]
     before = _between_machines(head)
-    await answer_all(head, work, clients=16)
+    await answer_all(head, work, clients=8)
     written, known = 0, -1
     while written != known:  # ranks tell with their beats
         known = written
@@ -179,7 +179,7 @@ def test_a_token_goes_to_a_machine_once_as_the_service_itself_counts(
     for transport in ("auto", "nixl"):
         with running(
             cluster__ranks=4,
-            cluster__exchange_timeout=5.0,
+            cluster__exchange_timeout=20.0,
             engine__kv_memory="32MiB",
             engine__prefix_cache=False,
             engine__transport=transport,
@@ -187,5 +187,4 @@ def test_a_token_goes_to_a_machine_once_as_the_service_itself_counts(
             written[transport] = service.run(_bytes_of_requests(service.head))
             metrics = generate_latest(service.head.registry).decode()
         assert 'flexpert_rank_wire_bytes{peer="1",rank="0"}' in metrics
-    print(written)
     assert 0 < written["auto"] < 0.75 * written["nixl"]
