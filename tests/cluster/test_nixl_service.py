@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 from support.service import Service, active, answer_all, change, requests, running, until
 
 from flexpert.cluster import head as head_module
 from flexpert.cluster.head import Head
 from flexpert.cluster.processes.rank_process import RankSpec
+from flexpert.engine.request import SamplingParams
 
 pytestmark = [
     pytest.mark.slow,
@@ -141,3 +143,48 @@ def test_a_link_that_is_cut_between_ranks_that_live_costs_one_of_them(service: S
         assert_links_follow_the_names(head)
 
     service.run(scenario(service.head))
+
+
+def _between_machines(head: Head) -> int:
+    """Bytes that ranks of different names, as `_spec_of_two_machines` gives them, have written."""
+    return sum(
+        count
+        for rank in head.cluster().ranks
+        for peer, count in rank.wire_bytes.items()
+        if peer % 2 != rank.id % 2
+    )
+
+
+async def _bytes_of_requests(head: Head) -> int:
+    prompt = [(17 * place) % 3000 + 10 for place in range(128)]
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    work = [([number + 10, *prompt], params) for number in range(8)]
+    before = _between_machines(head)
+    await answer_all(head, work, clients=8)
+    written, known = 0, -1
+    while written != known:  # ranks tell with their beats
+        known = written
+        await asyncio.sleep(0.5)
+        written = _between_machines(head) - before
+    return written
+
+
+def test_a_token_goes_to_a_machine_once_as_the_service_itself_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """4 ranks on 2 machines, against each rank on a machine of its own: one row a rank."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setattr(head_module, "RankSpec", _spec_of_two_machines)
+    written = {}
+    for transport in ("auto", "nixl"):
+        with running(
+            cluster__ranks=4,
+            cluster__exchange_timeout=20.0,
+            engine__kv_memory="32MiB",
+            engine__prefix_cache=False,
+            engine__transport=transport,
+        ) as service:
+            written[transport] = service.run(_bytes_of_requests(service.head))
+            metrics = generate_latest(service.head.registry).decode()
+        assert 'flexpert_rank_wire_bytes{peer="1",rank="0"}' in metrics
+    assert 0 < written["auto"] < 0.75 * written["nixl"]

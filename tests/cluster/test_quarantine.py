@@ -97,6 +97,46 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.mark.slow
+def test_a_rank_that_takes_long_to_exit_counts_as_one_that_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection has ended, its process is there for another second, and others end meanwhile:
+    what it ended of is still known."""
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+
+    async def scenario(head: Head) -> None:
+        delayed: list[int] = []
+        loop, exit_now = asyncio.get_running_loop(), head._on_exit
+
+        def exit_late(rank: int, status: int, why: str) -> None:
+            delayed.append(status)
+            head._on_disconnected(rank)
+            loop.call_later(1.0, exit_now, rank, status, why)
+
+        assert head._launcher is not None
+        monkeypatch.setattr(head._launcher, "_on_exit", exit_late)
+        work = requests(4, tokens=200)
+        others = asyncio.create_task(answer_all(head, work, clients=4))
+        await until(lambda: sum(rank.running for rank in head.cluster().ranks) == 4)
+        journal, victim = head._journal, 0
+        ran = journal.of_rank(victim)
+        assert ran
+        planted = Fault(victim, "forward", action="fail").plant(tmp_path)
+        await until(lambda: not planted.exists())
+        await until(lambda: delayed)
+        # another loss takes the place of the change that the first began
+        Fault(1, "vote", action="kill").plant(tmp_path)
+        await until(lambda: len(delayed) == 2)
+        assert journal.of_rank(victim) == ran, "it is not gone yet"
+        await until(lambda: not set(ran) & set(journal.of_rank(victim)))
+        assert any(journal._quarantine.suspects(name) for name in ran)
+        await others
+
+    with running(**SETTINGS | {"cluster__ranks": 3}) as service:
+        service.run(scenario(service.head))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("action", ["fail", "kill"])
 def test_a_request_that_ends_ranks_fails_and_the_others_are_answered(

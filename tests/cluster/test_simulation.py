@@ -19,9 +19,11 @@ from flexpert.cluster import expert_recovery as coverage
 from flexpert.cluster import membership
 from flexpert.cluster import stall_detector as watch
 from flexpert.cluster.change_actions import ChangeActions
+from flexpert.cluster.cluster_state import ClusterState
 from flexpert.cluster.journal import Entry, Journal
 from flexpert.cluster.membership import Change, Do, EventKind, Membership, Phase
 from flexpert.cluster.memory_budget import MemoryBudget
+from flexpert.cluster.rank_reports import RankReports
 from flexpert.cluster.reconciler import Reconciler
 from flexpert.cluster.restart_policy import RestartPolicy
 from flexpert.cluster.rule_table import RuleTable
@@ -278,7 +280,32 @@ def tokens_count_whoever_they_are_from(patch: Patch) -> None:
     patch.setattr(Simulation, "forgotten", lambda *_: False)
 
 
+def who_ended_long_ago_is_killed(patch: Patch) -> None:
+    """The status of a rank whose connection has ended says of what it ended, not who killed it."""
+
+    def all_of_them(self: ClusterState, ranks: Iterable[int], *, blameless: bool) -> None:
+        for rank in ranks:
+            if blameless and rank in self.ranks:
+                self.ranks[rank].blameless = True
+            self.head.kill(rank)
+
+    patch.setattr(ClusterState, "withdraw", all_of_them)
+
+
+def who_is_to_leave_ends_as_asked(patch: Patch) -> None:
+    """A leaver that has not handed over serves, and its exit is a loss."""
+
+    def leaves(self: RankReports, rank: int) -> bool:
+        change = self._cluster.membership.change
+        idle = self._cluster.membership.phase is Phase.IDLE
+        return change is not None and not idle and rank in change.leaving
+
+    patch.setattr(RankReports, "_was_asked_to", leaves)
+
+
 BROKEN: Iterable[Callable[[Patch], None]] = (
+    who_ended_long_ago_is_killed,
+    who_is_to_leave_ends_as_asked,
     a_plan_is_committed_before_all_are_prepared,
     survivors_are_not_halted,
     a_loss_is_ignored,

@@ -94,8 +94,10 @@ class SimRank:
         "preparing",
         "proven",
         "sequences",
+        "status",
         "stopped",
         "stopped_at",
+        "told",
         "wait",
         "waiting",
         "weights",
@@ -109,6 +111,8 @@ class SimRank:
         self.life = life
         self.address = str(life).encode()
         self.alive = True
+        self.status = 0  # of its exit
+        self.told = False  # that its connection has ended
         self.well = True
         self.proven = False
         self.lies = False

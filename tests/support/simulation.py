@@ -22,6 +22,8 @@ What must hold, looked at whenever it could break (`Violation`):
 - it is told to stop only when it runs nothing and its destinations have read its KV, unless all
 wait;
 - a rank to which nothing was done is not ended, unless it is to leave;
+- a request that ends its ranks by a fault of theirs has ended two, when it is failed, unless it has
+  said something in between; however long after their connections the processes end;
 - once faults are over all is well again: who is desired serves, nothing is left of who is not, and
   no rank keeps what it has prepared in vain.
 """
@@ -33,6 +35,7 @@ import gc
 import heapq
 import logging
 import random
+import signal
 import socket
 import sys
 import time
@@ -61,7 +64,7 @@ from support.simulated_rank import LOAD, MEMORY, NEVER_S, SimRank, Violation, we
 TROUBLE_S = 8.0  # of a history; then faults stop
 PATIENCE_S = 200.0  # until all must be well again
 MOST_EVENTS = 50_000  # a history has a few hundred
-MOST_POISONED = 8  # ranks that one request may end; two if it is alone
+MOST_POISONED = 8  # ranks that one request may end by signals; by itself, two
 STEP_S = 0.05
 REPORT_EVERY = 10_000
 STALL_S = 4.0
@@ -119,7 +122,8 @@ class Simulation(Network):
         )  # long before its end, that of a connection is told
         self.endings = random.Random(seed)
         self.poison: dict[str, tuple[int, int]] = {}  # the step that ends its rank, with a status
-        self.poisoned: dict[str, int] = {}  # how many it has ended
+        self.poisoned: Counter[str] = Counter()  # how many it has ended
+        self.silent: Counter[str] = Counter()  # of these, since it has said anything
         self.on_board: Counter[str] = Counter()  # when a rank exited unasked
         self.quiet = False  # no step is possible before something changes
         self.journal = Journal()
@@ -256,6 +260,10 @@ class Simulation(Network):
     def reserved(self) -> frozenset[int]:
         return frozenset()
 
+    @property
+    def draining(self) -> frozenset[int]:
+        return frozenset()
+
     def on_this_host(self, newcomers: frozenset[int]) -> frozenset[int]:
         return newcomers
 
@@ -263,6 +271,8 @@ class Simulation(Network):
         process = self.processes.get(rank)
         if process is None:
             return
+        if process.told and process.status > 0:
+            process.status = -9  # it was on its way out, and now nobody knows why
         membership = self.coordinator._cluster.membership
         change = membership.change
         stays = change and rank in change.before & change.after
@@ -275,6 +285,7 @@ class Simulation(Network):
             return
         self.note("ends", process.id, status)
         process.alive = self.quiet = False
+        process.status = status
         self.addresses.discard(process.address)
         if status < 0:
             process.lost_after = self.clock - 0.02 * self.draw.random()
@@ -287,15 +298,16 @@ class Simulation(Network):
             heard_s = delay_s if self.hostile else 0.3 * delay_s
             self.call(heard_s, self.disconnected, process)
             delay_s = heard_s + 2.0 * self.endings.random() ** 4  # a GPU's memory is given back
-        self.call(delay_s, self.ended, process, status)
+        self.call(delay_s, self.ended, process)
 
     def disconnected(self, process: SimRank) -> None:
         process.lost_after = -1.0  # what has not arrived never will
+        process.told = True
         self.coordinator.on_disconnected(process.id)
 
-    def ended(self, process: SimRank, status: int) -> None:
+    def ended(self, process: SimRank) -> None:
         del self.processes[process.id]
-        self.coordinator.on_exit(process.id, status)
+        self.coordinator.on_exit(process.id, process.status)
 
     def work(self, rank: int) -> Work | None:
         process = self.processes.get(rank)
@@ -357,8 +369,10 @@ class Simulation(Network):
         for name, running in rank.sequences.items():
             fatal = self.poison.get(name)
             if fatal and running.length >= fatal[0]:
-                self.poisoned[name] = self.poisoned.get(name, 0) + 1
-                if self.poisoned[name] > MOST_POISONED:
+                self.poisoned[name] += 1
+                self.silent[name] += 1
+                most = MOST_POISONED if fatal[1] == -signal.SIGKILL else 2
+                if self.silent[name] > most:
                     raise Violation(f"request {name} may end one rank after the other")
                 self.note("poisoned by", name, rank.id)
                 self.end(rank, fatal[1])
@@ -493,6 +507,7 @@ class Simulation(Network):
             del self.open[name]
             return
         answer = self.answers[name]
+        self.silent[name] = 0
         if name not in self.open:
             raise Violation(f"request {name} gets a token after its end")
         for token in item.tokens:
@@ -715,6 +730,7 @@ class SmallRanks(MemoryBudget):
 HEADS = {
     Timer.fire,
     Simulation.arrives,
+    Simulation.disconnected,
     Simulation.ended,
     Simulation.beat,
     Simulation.ask,

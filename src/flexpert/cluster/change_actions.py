@@ -204,9 +204,7 @@ class ChangeActions:
                 cluster.restart_policy.set_desired(running.after)
             running.end("failed", recovery.cause)
             cluster.notices.operation(running)
-        lost = {rank for rank in recovery.doomed if rank == event.rank}  # to blame for its exit
-        cluster.kill(lost)
-        cluster.withdraw(recovery.doomed - lost, blameless=_others_were_lost(event))
+        cluster.withdraw(recovery.doomed, blameless=_others_were_lost(event))
         cluster.planned = cluster.expert_recovery.after_loss(
             cluster.placement,
             recovery.after,

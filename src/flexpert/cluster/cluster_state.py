@@ -17,6 +17,7 @@ from flexpert.cluster.operation import Operation, TargetRequest
 from flexpert.cluster.rank_state import RankState
 from flexpert.cluster.reconciliation import ActivityEvent, Reconciliation
 from flexpert.cluster.restart_policy import RestartPolicy
+from flexpert.cluster.scale_down import Candidate, leave_order
 from flexpert.cluster.stall_detector import Watch
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
@@ -96,9 +97,10 @@ class ClusterState:
         change, phase = self.membership.change, self.membership.phase
         if phase is Phase.LOST or self.availability.down:
             return frozenset()
+        able = self.membership.members
         if phase in (Phase.MIGRATE, Phase.COMMIT, Phase.RECOVER) and change:
-            return change.before & change.after or change.after
-        return self.membership.members
+            able = change.before & change.after or change.after
+        return able - {rank for rank in able if rank in self.ranks and self.ranks[rank].ended}
 
     @property
     def destinations(self) -> frozenset[int]:
@@ -119,6 +121,31 @@ class ClusterState:
         first = known[min(known)] if known else ""
         return {rank: known.get(rank, first) for rank in sorted(target)}
 
+    def leave_order(self, members: Iterable[int]) -> list[int]:
+        """Who leaves first for a smaller number of ranks first."""
+        config, head = self.config.cluster, self.head
+        ids = sorted(members)
+        machines, placement = self.machines(ids), self.placement
+        draining, joined = head.draining, head.reserved
+        candidates = []
+        for rank in ids:
+            found = self.ranks.get(rank)
+            candidates.append(
+                Candidate(
+                    id=rank,
+                    machine=machines[rank],
+                    failing=found is None or found.failing or rank in draining,
+                    joined=rank in joined,
+                    kv_used=found.load.kv_used if found else 0.0,
+                    experts=placement.count(rank) if placement else 0,
+                )
+            )
+        return leave_order(
+            candidates,
+            spread=config.launcher == "ray" and "SPREAD" in config.ray_strategy,
+            least_machines=2 if config.redundant_experts else 1,
+        )
+
     def tell(self, ranks: Iterable[int], command: msg.Command) -> None:
         """Send a command to those of these ranks that are there."""
         for rank in sorted(ranks):
@@ -131,9 +158,14 @@ class ClusterState:
 
     def withdraw(self, ranks: Iterable[int], *, blameless: bool) -> None:
         """Kill ranks whose change is over. blameless: because others were lost, which is not held
-        against them."""
+        against them.
+
+        Who has ended already is left alone: its status must say of what, and not be our signal.
+        """
         for rank in ranks:
             rank_state = self.ranks.get(rank)
+            if rank_state and rank_state.ended:
+                continue
             if rank_state and not rank_state.error and blameless:
                 rank_state.blameless = True
-        self.kill(ranks)
+            self.kill([rank])

@@ -429,6 +429,10 @@ class Head:
     def reserved(self) -> frozenset[int]:
         return self._hosts.ids
 
+    @property
+    def draining(self) -> frozenset[int]:
+        return self._hosts.draining
+
     def kill(self, rank: int) -> None:
         assert self._launcher is not None
         if rank in self._spares:  # it ends already

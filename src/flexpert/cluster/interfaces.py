@@ -48,6 +48,11 @@ class HeadInterface(Protocol):
         """Ids that hosts have been promised: no process is started here for one."""
         ...
 
+    @property
+    def draining(self) -> frozenset[int]:
+        """Ids whose hosts have asked to leave, and wait for the change that runs."""
+        ...
+
     def on_this_host(self, newcomers: frozenset[int]) -> frozenset[int]:
         """Those whose processes will be on this machine, and take of its memory."""
         ...

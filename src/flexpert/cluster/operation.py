@@ -32,10 +32,12 @@ def resolve_target(
     remove: Sequence[int] = (),
     join: Sequence[int] = (),
     reserved: Iterable[int] = (),
+    leave_order: Sequence[int] | None = None,
 ) -> frozenset[int]:
-    """The rank ids after a change: newcomers take the lowest free ids, the highest leave.
+    """The rank ids after a change: newcomers take the lowest free ids.
 
-    join: ids that join besides. reserved: free ids that newcomers do not take.
+    join: ids that join besides. reserved: free ids that newcomers do not take. leave_order: all
+    members, who leaves first for a smaller number of ranks first; default: the highest.
 
     Raises:
         OperationRefused: a contradiction, an unknown id, or more than there is room for.
@@ -59,7 +61,8 @@ def resolve_target(
         if ranks < 1:
             raise OperationRefused("a service needs at least one rank")
         add = max(0, ranks - len(before))
-        leave = set(sorted(before)[ranks:])
+        order = sorted(before, reverse=True) if leave_order is None else leave_order
+        leave = set(order[: max(0, len(before) - ranks)])
     after = len(before) + add - len(leave)
     if after < 1:
         raise OperationRefused("a service needs at least one rank")
@@ -88,7 +91,11 @@ class TargetRequest:
     join: tuple[int, ...] = ()
 
     def resolve(
-        self, members: Iterable[int], capacity: int, reserved: Iterable[int] = ()
+        self,
+        members: Iterable[int],
+        capacity: int,
+        reserved: Iterable[int] = (),
+        leave_order: Sequence[int] | None = None,
     ) -> frozenset[int]:
         """See `resolve_target`."""
         return resolve_target(
@@ -99,7 +106,20 @@ class TargetRequest:
             remove=self.remove,
             join=self.join,
             reserved=reserved,
+            leave_order=leave_order,
         )
+
+    def led_to(
+        self, before: frozenset[int], after: frozenset[int], capacity: int, reserved: Iterable[int]
+    ) -> bool:
+        """Whether a change from `before` to `after` is what this asks for. Of a smaller number only
+        how many stay is asked for: who they are was decided by what was known then."""
+        if self.ranks is not None and self.ranks <= len(before):
+            return len(after) == self.ranks and after <= before
+        try:
+            return self.resolve(before, capacity, reserved) == after
+        except OperationRefused:
+            return False
 
 
 class Purpose(Enum):

@@ -156,13 +156,13 @@ class Operations:
     def _resolve(self, request: TargetRequest, members: frozenset[int]) -> frozenset[int]:
         cluster = self._cluster
         capacity = cluster.config.cluster.max_ranks
-        return request.resolve(members, capacity, cluster.head.reserved)
+        order = cluster.leave_order(members)
+        return request.resolve(members, capacity, cluster.head.reserved, order)
 
     def _same_target(self, running: Operation, request: TargetRequest) -> bool:
-        try:
-            return self._resolve(request, running.before) == running.after
-        except OperationRefused:
-            return False
+        cluster = self._cluster
+        capacity = cluster.config.cluster.max_ranks
+        return request.led_to(running.before, running.after, capacity, cluster.head.reserved)
 
     # ---- how one begins ---------------------------------------------------------------------
 

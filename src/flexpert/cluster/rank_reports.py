@@ -48,8 +48,8 @@ class RankReports:
         running = cluster.operation
         cluster.watch.heard(rank_state)
         match report:
-            case msg.Alive(stuck_s, used):
-                rank_state.used = used
+            case msg.Alive(stuck_s, used, wire_bytes):
+                rank_state.used, rank_state.wire_bytes = used, wire_bytes
                 cluster.watch.stuck(rank, stuck_s)
             case msg.Published(_, load):
                 rank_state.load = load
@@ -119,11 +119,14 @@ class RankReports:
     def on_disconnected(self, rank: int) -> None:
         """A rank's connection has ended by itself: so does its process, which is not gone yet.
 
-        All that counts for its exit comes with `on_exit`: its status, and that its id is free.
+        Now it is known that it is lost unasked, whatever becomes of the change under way until
+        `on_exit`, with which come its status, and that its id is free.
         """
         cluster = self._cluster
         rank_state = cluster.ranks.get(rank)
-        if rank_state is None or rank_state.state == "starting" or self._was_asked_to(rank):
+        if rank_state is None or rank_state.ended or rank_state.state == "starting":
+            return
+        if rank_state.blameless or self._was_asked_to(rank):
             return
         rank_state.ended = True
         log.debug("rank %d has closed its connection", rank)
@@ -135,7 +138,7 @@ class RankReports:
     def on_exit(self, rank: int, status: int, why: str = "") -> None:
         """A rank's process is certainly gone. why: what is known beyond the status."""
         cluster = self._cluster
-        rank_state = cluster.ranks.pop(rank, None)
+        rank_state = cluster.ranks.get(rank)
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         reason = f"rank {rank} exited ({how})"
         if error := why or (rank_state.error if rank_state else ""):
@@ -150,7 +153,10 @@ class RankReports:
             "reason": reason,
         }
         cluster.notices.publish("rank", gone)
-        asked = self._was_asked_to(rank) or (rank_state is not None and rank_state.blameless)
+        blameless = rank_state is not None and rank_state.blameless
+        lost = rank_state is not None and rank_state.ended  # that was known before
+        asked = not lost and (blameless or self._was_asked_to(rank))
+        cluster.ranks.pop(rank, None)
         log.log(logging.INFO if asked else logging.WARNING, "%s", reason)
         if asked:
             cluster.restart_policy.left(rank)
@@ -233,9 +239,15 @@ class RankReports:
             cluster.operation.moved_requests += moved
 
     def _was_asked_to(self, rank: int) -> bool:
-        """Whether it leaves by the change under way, or joins by one that is withdrawn."""
+        """Whether it has left by the change under way, or joins by one that is withdrawn.
+
+        Until a leaver has handed over it serves like any other.
+        """
         change, phase = self._cluster.membership.change, self._cluster.membership.phase
-        if change is None:
+        rank_state = self._cluster.ranks.get(rank)
+        if change is None or phase is Phase.IDLE:
             return False
-        leaves = phase is not Phase.IDLE and rank in change.leaving
-        return leaves or (phase is Phase.UNDO and change.cancelled)
+        if phase is Phase.UNDO:
+            return change.cancelled and rank in change.joining
+        left = phase is Phase.RELEASE or (rank_state is not None and rank_state.state == "leaving")
+        return left and rank in change.leaving

@@ -19,7 +19,8 @@ class RankState:
     host: str = ""
     machine: str = ""  # ranks whose names are equal share memory
     over_nixl: list[int] = field(default_factory=list)  # peers, in the current epoch
-    ended: bool = False  # its connection is closed, its process not reaped yet
+    wire_bytes: dict[int, int] = field(default_factory=dict)  # peer → written to it
+    ended: bool = False  # lost unasked: its connection is closed, its process not reaped yet
     pid: int = 0
     address: bytes = b""
     kv: bytes = b""  # address of its KV cache
@@ -36,6 +37,11 @@ class RankState:
     starved: frozenset[int] = frozenset()  # threads that wanted a processor at each look since
     suspect: bool = False  # silent for long, and has done nothing since
 
+    @property
+    def failing(self) -> bool:
+        """Whether it is lost, or is about to be."""
+        return self.ended or self.suspect or self.state == "stalled"
+
     def view(self, placement: Placement | None) -> RankView:
         return RankView(
             id=self.id,
@@ -43,6 +49,7 @@ class RankState:
             host=self.host,
             machine=self.machine,
             over_nixl=self.over_nixl,
+            wire_bytes={peer: self.wire_bytes.get(peer, 0) for peer in self.over_nixl},
             pid=self.pid,
             running=self.load.running,
             waiting=self.load.waiting,

@@ -49,6 +49,15 @@ class _RankCollector(Collector):
             for rank in ranks:
                 family.add_metric([str(rank.id)], read(rank))
             yield family
+        family = GaugeMetricFamily(
+            "flexpert_rank_wire_bytes",
+            "bytes of exchanges written to a peer on another machine since it was connected",
+            labels=["rank", "peer"],
+        )
+        for rank in ranks:
+            for peer, written in rank.wire_bytes.items():
+                family.add_metric([str(rank.id), str(peer)], written)
+        yield family
 
 
 class Metrics:

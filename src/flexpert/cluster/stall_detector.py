@@ -87,7 +87,9 @@ class Watch:
     def terminate(self, ranks: Iterable[int], why: str) -> None:
         for rank in sorted(ranks):
             rank_state = self._ranks.get(rank)
-            if rank_state and rank_state.state != "stalled":
+            if rank_state and rank_state.ended:  # it is lost already, and does not come to its end
+                self._head.kill(rank)
+            elif rank_state and rank_state.state != "stalled":
                 rank_state.state, rank_state.error = "stalled", why
                 self._warn(f"rank {rank} {why} and is terminated")
                 self._head.kill(rank)

@@ -15,7 +15,8 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
 
     machine: ranks of one machine share memory, and replicas of an expert go to several; "" until
     the rank is up. over_nixl: ids of the ranks that it exchanges with over NIXL, and not through
-    shared memory.
+    shared memory. wire_bytes: each of them → bytes written to it for exchanges, messages included,
+    since it was connected.
 
     memory_bytes: of the host, private, measured; planned_bytes: what the rank said it would need.
     device_memory_bytes, device_planned_bytes: the same of the GPU's memory; 0 on a CPU.
@@ -29,6 +30,7 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     machine: str = ""
     over_nixl: list[int] = []
+    wire_bytes: dict[int, int] = {}
     running: int = 0
     waiting: int = 0
     kv_used: float = 0.0

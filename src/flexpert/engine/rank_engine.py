@@ -198,6 +198,8 @@ class RankEngine:
         self._wake = threading.Event()
         self._stopping = False
         self._turns = 0  # of the loop, and commands
+        self._far: list[int] = []  # peers over NIXL, in the current epoch
+        self.wire_bytes: dict[int, int] = {}  # written to each of them
 
         self._states = RankStates()
         self._vote_due = False  # though there is no work: newly armed or entered, or a peer votes
@@ -433,8 +435,8 @@ class RankEngine:
         self._paused_at = None
         self.watch.lap("first vote")
         laps, self.watch = self.watch.laps, Stopwatch()
-        far = [peer for peer in self.buffer.active if self.buffer.channel(peer) == "nixl"]
-        self.report(msg.Switched(self.buffer.epoch, pause_ms, self._load(), laps, far))
+        self._far = [peer for peer in self.buffer.active if self.buffer.channel(peer) == "nixl"]
+        self.report(msg.Switched(self.buffer.epoch, pause_ms, self._load(), laps, self._far))
 
     def _pause(self, _: object) -> None:
         self._paused_at = self._last_step_end or time.perf_counter()
@@ -512,6 +514,8 @@ class RankEngine:
             return
         if work:
             self._step(watch)
+            if self._far:
+                self.wire_bytes = self.buffer.statistics().wire_bytes
         self._last_step_end = time.perf_counter() if work else None
         if sum(watch.laps.values()) > _SLOW_STEP_S:
             log.debug("rank %d took long for a step: %s", self.buffer.rank, in_words(watch.laps))

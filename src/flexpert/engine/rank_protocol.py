@@ -255,11 +255,13 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
     """Sent now and then from a thread of its own: the process is neither stopped nor starved.
 
     stuck_s: for how long its step loop has done nothing, not even wait. used: its memory, as
-    measured last.
+    measured last. wire_bytes: peer over NIXL → bytes written to it for exchanges, since it was
+    connected.
     """
 
     stuck_s: float = 0.0
     used: MemoryUse = MemoryUse(0)
+    wire_bytes: dict[int, int] = {}
 
 
 class Offered(msgspec.Struct, frozen=True, tag="offered"):

@@ -108,6 +108,11 @@ class HostRanks:
         """Ids that hosts have, or have been promised."""
         return self._sessions.ids if self._sessions else frozenset()
 
+    @property
+    def draining(self) -> frozenset[int]:
+        """Ids whose hosts have asked to leave."""
+        return self._sessions.draining if self._sessions else frozenset()
+
     def free_memory(self) -> dict[int, FreeMemory]:
         """On the hosts of those that were told to join, by rank."""
         return self._sessions.free_memory() if self._sessions else {}

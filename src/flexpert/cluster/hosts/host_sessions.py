@@ -142,6 +142,11 @@ class HostSessions:
         """Ids that agents have, or have been promised."""
         return frozenset(session.rank for session in self._sessions.values())
 
+    @property
+    def draining(self) -> frozenset[int]:
+        """Ids whose agents have asked to leave, and wait for the change that runs."""
+        return frozenset(s.rank for s in self._sessions.values() if s.wants == "leave")
+
     def free_memory(self) -> dict[int, say.FreeMemory]:
         """On the hosts of those that were told to join, by rank."""
         return {session.rank: session.free for session in self._sessions.values()}
