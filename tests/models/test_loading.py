@@ -279,18 +279,16 @@ def test_missing_experts_are_named(broken: Path) -> None:
     for key in dropped:
         del state[key]
     save_file(state, broken / "model.safetensors")
-    source = ModelSource.open(str(broken))
-    with pytest.raises(ModelError, match="has 5 experts"):
-        source.load_experts(0, [0])
+    with pytest.raises(ModelError, match=r"has 5 experts.*without number 5"):
+        ModelSource.open(str(broken))
 
 
 def test_a_config_that_does_not_match_the_weights_is_told(broken: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     config["intermediate_size"] += 8
     (broken / "config.json").write_text(json.dumps(config))
-    source = ModelSource.open(str(broken))
-    with pytest.raises(ModelError, match="has shape"):
-        source.load_experts(0, [0])
+    with pytest.raises(ModelError, match=r"has shape.*config\.json says"):
+        ModelSource.open(str(broken))
 
 
 def test_pickled_weights_are_refused_with_the_remedy(broken: Path) -> None:

@@ -16,6 +16,7 @@ from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.models.checkpoint import Checkpoint, bytes_of
 from flexpert.models.expert_extents import Extent, expert_extents
+from flexpert.models.finite import check_finite
 from flexpert.models.fp8_files import Fp8Files
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,9 @@ class ExpertReader:
                 return
             tensor = self._converted(layer, name, expert)
             if scales is None:
+                tensor = tensor.to(target.dtype)
+            check_finite(tensor.contiguous(), self._called(name, expert))
+            if scales is None:
                 target.copy_(tensor)
                 return
             quantized = fp8.quantize(tensor.to(target.device))
@@ -129,6 +133,11 @@ class ExpertReader:
                     f"{tuple(tensor.shape)}, config.json says {tuple(into.shape)}"
                 )
             into.copy_(tensor)
+            numbers = tensor.view(fp8.DTYPE) if part is files.weights else tensor
+            check_finite(numbers.contiguous(), self._called(name, expert))
+
+    def _called(self, name: str, expert: int) -> str:
+        return f"{self._checkpoint.files.path}: expert {expert} of {name}"
 
     def _agree(self, layer: int, expert: int, shape: ExpertShape) -> bool:
         """Whether extents give what the conversion gives: tried once, with this expert."""
@@ -175,8 +184,12 @@ class ExpertReader:
 
 
 def read_extents(extents: Sequence[Extent], into: ExpertWeights) -> None:
-    """Fill an expert's memory on the host. Raises: ModelError: a file cannot be read."""
-    memory = {extent.part: bytes_of(getattr(into, extent.part)) for extent in extents}
+    """Fill an expert's memory on the host.
+
+    Raises: ModelError: a file cannot be read, or has numbers that are not finite.
+    """
+    parts = {extent.part: getattr(into, extent.part) for extent in extents}
+    memory = {part: bytes_of(tensor) for part, tensor in parts.items()}
     for extent in extents:
         place = memory[extent.part][extent.into : extent.into + extent.nbytes]
-        extent.file.read(extent.begin, place)
+        extent.file.read(extent.begin, place, parts[extent.part].dtype)

@@ -6,6 +6,7 @@ product is the weight. What has no scale is stored as it is: norms, the router, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +62,36 @@ class Fp8Files(TensorFiles):
     Raises: ModelError: files are missing or damaged, or a weight has no scale.
     """
 
-    def __init__(self, path: Path, block: Block) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, block: Block, named: str | None = None) -> None:
+        super().__init__(path, named)
         self.block = block
         self.weights = _As(self, "")
         self.scales = _As(self, SUFFIX)
         self._fp8 = frozenset(key for key in self.keys() if self.dtype(key) == "F8_E4M3")
         for key in sorted(self._fp8):
-            if not self.scaled(key):
+            if key + SUFFIX not in self._place:
                 raise ModelError(
                     f"{path} has {key} in fp8 without its scales {key}{SUFFIX}; download it again"
                 )
+            self._check_scales(key, self.shape(key), self.shape(key + SUFFIX))
+
+    @property
+    def companions(self) -> frozenset[str]:
+        return frozenset(key + SUFFIX for key in self._fp8)
+
+    @property
+    def unexplained(self) -> str:
+        return (
+            "and config.json's quantization_config says fp8, of which flexpert reads F8_E4M3 with "
+            f"scales in {SUFFIX}"
+        )
+
+    def is_quantized(self, key: str) -> bool:
+        return key in self._fp8
 
     def scaled(self, key: str) -> bool:
         """Whether a tensor is a weight with scales."""
-        return key + SUFFIX in self._place
+        return key in self._fp8
 
     def is_fp8(self, key: str) -> bool:
         return key in self._fp8
@@ -103,13 +119,16 @@ class Fp8Files(TensorFiles):
         return super().read_row(key, row)
 
     def _dequantized(self, key: str, weight: Tensor, scales: Tensor) -> Tensor:
-        desired = tuple(-(-n // b) for n, b in zip(weight.shape[-2:], self.block, strict=True))
-        if tuple(scales.shape[-2:]) != desired:
-            raise ModelError(
-                f"{self.path}: the scales of {key} have shape {tuple(scales.shape)}, blocks of "
-                f"{self.block[0]} x {self.block[1]} need {desired}"
-            )
+        self._check_scales(key, weight.shape, scales.shape)
         return fp8.dequantize(weight, scales, self.block)
+
+    def _check_scales(self, key: str, weight: Sequence[int], scales: Sequence[int]) -> None:
+        desired = tuple(-(-n // b) for n, b in zip(weight[-2:], self.block, strict=True))
+        if tuple(scales) != (*weight[:-2], *desired):
+            raise ModelError(
+                f"{self.path}: the scales of {key} have shape {tuple(scales)}, blocks of "
+                f"{self.block[0]} x {self.block[1]} need {(*weight[:-2], *desired)}"
+            )
 
 
 class _As:

@@ -30,6 +30,7 @@ from flexpert.errors import ConfigError, ModelError, UnsupportedModel
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.models import registrations
+from flexpert.models.accounting import account
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.expert_reader import ExpertReader
 from flexpert.models.fp8_files import Fp8Files, block_of
@@ -96,6 +97,7 @@ class ModelSource:
 
     Attributes:
         fp8_experts: whether experts are fp8 in memory; a CPU does not compute those.
+        accounting: what became of every tensor of the files.
     """
 
     path: Path
@@ -120,6 +122,8 @@ class ModelSource:
         self.attention_names = tuple(found.attention_shapes)
         self.experts_names = tuple(call.name for call in found.experts_calls)
         self.checkpoint = Checkpoint(files, skeleton)
+        self.accounting = account(self.checkpoint, skeleton, self.expert_parameters)
+        self._say_what_is_not_read()
         # parameters of experts that are fp8 in the files, and those that can be taken as they are
         quantized = self._quantized(files) if isinstance(files, Fp8Files) else {}
         self.fp8_experts = experts == "fp8" or (experts == "stored" and bool(quantized))
@@ -134,7 +138,6 @@ class ModelSource:
                 if self.fp8_experts and self._fits_as_stored(name, fp8_files)
             },
         )
-        self._check_complete()
 
     @classmethod
     def open(
@@ -167,7 +170,8 @@ class ModelSource:
             skeleton = build_skeleton(config, _dtype(config, dtype), attention=registrations.PROBE)
             found = probe(skeleton)
             info = _info(model, path, config, skeleton, found, max_model_len)
-            files = TensorFiles(path) if block is None else Fp8Files(path, block)
+            named = getattr(config, "transformers_weights", None)
+            files = TensorFiles(path, named) if block is None else Fp8Files(path, block, named)
             return cls(path, config, info, skeleton, found, files, experts)
         except ModelError as error:
             if str(path) in str(error):
@@ -178,6 +182,24 @@ class ModelSource:
                 f"{path / 'config.json'} describes no model that can be built "
                 f"({type(error).__name__}: {_short(error)})"
             ) from error
+
+    def _say_what_is_not_read(self) -> None:
+        files = self.checkpoint.files
+        if files.passed_over:
+            logger.warning(
+                "%s: %s not read, as transformers would read %s in their place",
+                self.path,
+                f"{', '.join(files.passed_over[:3])}{' …' if len(files.passed_over) > 3 else ''}",
+                ", ".join(files.names[:3]),
+            )
+        for kind in self.accounting.skipped:
+            logger.info(
+                "%s: %d tensors of %s are skipped: %s",
+                self.path,
+                len(kind.keys),
+                kind.kind,
+                kind.reason,
+            )
 
     # ---- sizes ------------------------------------------------------------------------------
 
@@ -223,25 +245,6 @@ class ModelSource:
         tensor = self.skeleton.get_parameter_or_buffer(name)
         dtype: torch.dtype = tensor.dtype
         return dtype
-
-    def _check_complete(self) -> None:
-        tied = self.skeleton.all_tied_weights_keys
-        ignored = [re.compile(p) for p in self.skeleton._keys_to_ignore_on_load_missing or ()]
-        missing = []
-        for name in self.skeleton.state_dict():
-            if name in self.held or any(p.search(name) for p in ignored):
-                continue
-            partners = {
-                tied.get(name),
-                *(target for target, source in tied.items() if source == name),
-            }
-            if not partners & self.held:
-                missing.append(name)
-        if missing:
-            raise ModelError(
-                f"{self.path} lacks {len(missing)} tensors of {self.info.architecture}: "
-                f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}"
-            )
 
     # ---- weights ----------------------------------------------------------------------------
 
