@@ -19,6 +19,7 @@ from flexpert.cli import (
     bench_serve,
     bench_structured,
     bench_transport,
+    check,
     client_commands,
     join,
     plan,
@@ -110,6 +111,7 @@ add_command(
     serve_command.SERVE_EXAMPLES,
     cls=serve_command.ServeCommand,
 )
+add_command(app, "check", check.check, check.CHECK_EXAMPLES, cls=check.CheckCommand)
 add_command(app, "scale", client_commands.scale, client_commands.SCALE_EXAMPLES, cls=ScaleCommand)
 add_command(app, "join", join.join, join.JOIN_EXAMPLES)
 add_command(app, "leave", join.leave, join.LEAVE_EXAMPLES)

@@ -78,6 +78,16 @@ class TensorFiles:
             file.check_unchanged()
 
     @property
+    def nbytes(self) -> int:
+        """Of all tensors in the files."""
+        return sum(entry.nbytes for _, entry in self._place.values())
+
+    @property
+    def format(self) -> str:
+        """How weights are stored, for people."""
+        return "unquantized"
+
+    @property
     def companions(self) -> frozenset[str]:
         """Keys that are no parameters, but say how others are read: scales."""
         return frozenset()

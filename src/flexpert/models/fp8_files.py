@@ -76,6 +76,10 @@ class Fp8Files(TensorFiles):
             self._check_scales(key, self.shape(key), self.shape(key + SUFFIX))
 
     @property
+    def format(self) -> str:
+        return f"fp8 with scales of blocks of {self.block[0]} x {self.block[1]}"
+
+    @property
     def companions(self) -> frozenset[str]:
         return frozenset(key + SUFFIX for key in self._fp8)
 
