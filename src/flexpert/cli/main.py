@@ -16,6 +16,7 @@ from flexpert.cli import (
     bench_elastic,
     bench_gpu,
     bench_hostile,
+    bench_load,
     bench_serve,
     bench_structured,
     bench_transport,
@@ -133,6 +134,7 @@ add_command(
 )
 add_command(bench, "transport", bench_transport.bench_transport, bench_transport.TRANSPORT_EXAMPLES)
 add_command(bench, "hostile", bench_hostile.bench_hostile, bench_hostile.EXAMPLES)
+add_command(bench, "load", bench_load.bench_load, bench_load.EXAMPLES)
 add_command(bench, "layer", bench_gpu.bench_layer, bench_gpu.LAYER_EXAMPLES)
 add_command(bench, "decode", bench_gpu.bench_decode, bench_gpu.DECODE_EXAMPLES)
 

@@ -51,7 +51,7 @@ class TensorFiles:
         passed_over: names of further files with weights in the directory, which are not read.
     """
 
-    def __init__(self, path: Path, named: str | None = None) -> None:
+    def __init__(self, path: Path, named: object = None) -> None:
         """named: the file or index that config.json says has the weights.
 
         Raises: ModelError: files are missing, damaged, or not those of their index.

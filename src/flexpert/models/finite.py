@@ -33,7 +33,8 @@ def find_not_finite(tensor: Tensor) -> int | None:
     for at in range(0, flat.shape[0], step):
         piece = flat[at : at + step]
         if _may_not_be_finite(piece):
-            bad = (~piece.float().isfinite()).nonzero()
+            numbers = piece if piece.dtype in _SUMMED else piece.float()
+            bad = (~numbers.isfinite()).nonzero()
             if len(bad):
                 return at + int(bad[0])
     return None

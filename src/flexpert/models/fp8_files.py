@@ -62,7 +62,7 @@ class Fp8Files(TensorFiles):
     Raises: ModelError: files are missing or damaged, or a weight has no scale.
     """
 
-    def __init__(self, path: Path, block: Block, named: str | None = None) -> None:
+    def __init__(self, path: Path, block: Block, named: object = None) -> None:
         super().__init__(path, named)
         self.block = block
         self.weights = _As(self, "")

@@ -1,4 +1,4 @@
-"""All weights of a checkpoint read once, as ranks would load them, and nothing kept of the experts."""
+"""Weights of a checkpoint read as ranks would load them, without a rank."""
 
 from __future__ import annotations
 
@@ -7,12 +7,26 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from flexpert.models import registrations
 from flexpert.models.dense_weights import load_dense
 from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelSource
 from flexpert.parallel import read_threads, run_parallel
+
+
+def read_dense(source: ModelSource) -> PreTrainedModel:
+    """The model with its dense weights on the host, and without experts.
+
+    Raises: ModelError: something cannot be read or is not finite.
+    """
+    model = build_skeleton(source.config, source.info.dtype, attention=registrations.IMPLEMENTATION)
+    for name in source.experts_names:
+        model.get_submodule(name)._parameters.clear()
+    with torch.no_grad():
+        load_dense(model, source)
+    return model
 
 
 def read_everything(source: ModelSource, done: Callable[[int], None] = lambda nbytes: None) -> None:
@@ -22,11 +36,7 @@ def read_everything(source: ModelSource, done: Callable[[int], None] = lambda nb
 
     Raises: ModelError: something cannot be read or is not finite.
     """
-    model = build_skeleton(source.config, source.info.dtype, attention=registrations.IMPLEMENTATION)
-    for name in source.experts_names:
-        model.get_submodule(name)._parameters.clear()
-    with torch.no_grad():
-        load_dense(model, source)
+    read_dense(source)
     source.try_extents()
     places = threading.local()
 

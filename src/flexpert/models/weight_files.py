@@ -55,7 +55,7 @@ class WeightFiles:
             )
 
 
-def find_weight_files(path: Path, named: str | None = None) -> WeightFiles:
+def find_weight_files(path: Path, named: object = None) -> WeightFiles:
     """As `from_pretrained` chooses: what config.json names, else the single file, else the index.
 
     Args:
@@ -65,7 +65,7 @@ def find_weight_files(path: Path, named: str | None = None) -> WeightFiles:
     Raises: ModelError: there is none that can be read, or one of several is missing.
     """
     if named is not None:
-        _check_name(path / "config.json", named)
+        named = _checked_name(path / "config.json", named, (".safetensors", _INDEX_SUFFIX))
         if named.endswith(_INDEX_SUFFIX):
             return _indexed(path, named)
         if not (path / named).is_file():
@@ -113,20 +113,19 @@ def _weight_map(index: Path) -> dict[str, str]:
         if (size := index.stat().st_size) > _MOST_INDEX_BYTES:
             raise ValueError(f"it has {size} bytes")
         told = json.loads(index.read_text(encoding="utf-8"))
-        found = {str(key): str(name) for key, name in told["weight_map"].items()}
+        found = dict(told["weight_map"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = shown(f"{type(error).__name__}: {error}")
         raise ModelError(f"{index} is not an index of safetensors files: {why}") from error
-    for name in sorted(set(found.values())):
-        _check_name(index, name)
-    return found
+    return {key: _checked_name(index, name, (".safetensors",)) for key, name in found.items()}
 
 
-def _check_name(teller: Path, name: str) -> None:
+def _checked_name(teller: Path, name: object, ends: tuple[str, ...]) -> str:
+    """Raises: ModelError: it is none of a file of this kind in this directory."""
     # a file elsewhere is none of the checkpoint's, and may be one that only this user can read
-    wanted = name.endswith((".safetensors", _INDEX_SUFFIX))
-    if "/" in name or "\0" in name or not wanted:
+    if not isinstance(name, str) or "/" in name or "\0" in name or not name.endswith(ends):
         raise ModelError(
             f"{teller} names {shown(name)!r} as a weight file; those are safetensors files "
             "in the same directory"
         )
+    return name
