@@ -1,4 +1,4 @@
-"""A checkpoint that is not what it says is refused by name before a rank starts, or served right."""
+"""A checkpoint that is not what it says is refused by name before ranks start, or served right."""
 
 from __future__ import annotations
 
@@ -167,7 +167,9 @@ DAMAGES = [
         rf"{MATRIX}_scale_inv.*F8_E4M3",
         FP8,
     ),
-    Damage("no-scales", then(blocks, drop(rf"{MATRIX}_scale_inv")), rf"{MATRIX} in fp8 without", FP8),
+    Damage(
+        "no-scales", then(blocks, drop(rf"{MATRIX}_scale_inv")), rf"{MATRIX} in fp8 without", FP8
+    ),
     Damage(
         "scales-of-another-shape",
         then(blocks, lambda s: s.update({f"{MATRIX}_scale_inv": torch.ones(2, 1)})),

@@ -36,7 +36,9 @@ def bench_load(
         Path | None,
         typer.Option(metavar="FOLDER", help="Where that is written; default: for temporary files."),
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, max=64, help="Processes that share the experts.")] = 2,
+    ranks: Annotated[
+        int, typer.Option(min=1, max=64, help="Processes that share the experts.")
+    ] = 2,
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each kind.")] = 3,
     cache: Annotated[
         Literal["both", "cold", "warm"], typer.Option(help="What the page cache has of the files.")
@@ -56,8 +58,8 @@ def bench_load(
         raise ConfigError("name a checkpoint's directory, or --random SIZE")
     nbytes = None if random is None else _size(random)
     check_outputs(output)
-    from flexpert.bench.loading import LoadPlan, run_loading
-    from flexpert.bench.loading_report import loading_text
+    from flexpert.bench.checkpoint_loading import LoadPlan, run_loading
+    from flexpert.bench.checkpoint_loading_report import loading_text
 
     caches: tuple[Literal["cold", "warm"], ...] = ("cold", "warm") if cache == "both" else (cache,)
     console = make_console(stderr=True)

@@ -1,9 +1,8 @@
-"""What would become of a checkpoint if it were served with some settings, and why: no rank starts."""
+"""What would become of a checkpoint if it were served with some settings, and why."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
@@ -19,8 +18,8 @@ from flexpert.engine.gpu_driver import GpuDriver
 from flexpert.engine.memory_plan import kv_blocks, planned_memory
 from flexpert.engine.rank_protocol import Memory
 from flexpert.errors import ConfigError, FlexpertError
-from flexpert.models.loading import read_everything
 from flexpert.models.source import ModelSource
+from flexpert.models.weight_reading import read_everything
 from flexpert.moe.placement import Placement, replan
 
 
@@ -198,14 +197,11 @@ def _family(source: ModelSource) -> CheckedFamily:
 
 def _files(source: ModelSource) -> CheckedFiles:
     files, accounting = source.checkpoint.files, source.accounting
-    dtypes: Counter[str] = Counter()
-    for key in files.keys():
-        dtypes[files.dtype(key)] += files.place(key)[1].nbytes
     return CheckedFiles(
         list(files.names),
         files.nbytes,
         files.format,
-        dict(dtypes.most_common()),
+        dict(files.dtypes.most_common()),
         list(files.passed_over),
         accounting.used,
         accounting.used_nbytes,

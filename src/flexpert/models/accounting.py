@@ -28,7 +28,7 @@ _QUANTIZED: Final = re.compile(
     r"(_scale(_inv|_2)?|_scales|\.scales|_global_scale|_zero_point|qzeros|qweight|g_idx|_packed"
     r"|weight_shape|_blocks|absmax|quant_map|quant_state\S*|\.SCB|weight_format)$"
 )
-"""Ends of names that tools for quantization give to what they put beside, or in place of, weights."""
+"""Ends of names that tools for quantization give to what stands beside, or in place of, weights."""
 
 _MOST_NAMED: Final = 3
 _DIGITS: Final = re.compile(r"\d+")
@@ -75,8 +75,7 @@ def account(
         _check_sources(files.path, name, recipe)
         _check_shapes(checkpoint, skeleton, name, is_experts=name in expert_parameters)
     used = [key for recipe in checkpoint.recipes.values() for key in _keys(recipe)]
-    used += files.companions
-    return Accounting(len(used), sum(files.place(key)[1].nbytes for key in used), skipped)
+    return Accounting(sum(len(files.parts(key)) for key in used), files.nbytes_of(used), skipped)
 
 
 def _keys(recipe: Recipe) -> Iterator[str]:
@@ -92,15 +91,13 @@ def _sort_unused(
     kinds: dict[tuple[str, str], list[str]] = {}
     left_over = []
     for key, name in checkpoint.unused.items():
-        if key in files.companions:
-            continue
         kind = unneeded.kind(key, name)
         if kind is None:
             left_over.append(key)
         else:
             kinds.setdefault(kind, []).append(key)
     skipped = tuple(
-        Skipped(kind, reason, tuple(keys), sum(files.place(key)[1].nbytes for key in keys))
+        Skipped(kind, reason, tuple(keys), files.nbytes_of(keys))
         for (kind, reason), keys in kinds.items()
     )
     return skipped, left_over
@@ -126,7 +123,9 @@ def _check_dtypes(checkpoint: Checkpoint, skeleton: PreTrainedModel) -> None:
             if (dtype in FLOATS) == floats or files.is_quantized(key):
                 continue
             if not floats:
-                raise ModelError(f"{files.path}: {key} is stored as {dtype}; it holds whole numbers")
+                raise ModelError(
+                    f"{files.path}: {key} is stored as {dtype}; it holds whole numbers"
+                )
             raise UnsupportedModel(f"{files.path}: {key} is stored as {dtype}, {files.unexplained}")
 
 
@@ -168,7 +167,8 @@ def _check_sources(path: Path, name: str, recipe: Recipe) -> None:
         keys = list(_keys(recipe))
         if len(keys) > 1:
             raise ModelError(
-                f"{path} has {name} twice, as {keys[0]} and {keys[1]}; which one counts is not known"
+                f"{path} has {name} twice, as {keys[0]} and {keys[1]}; which one counts is not "
+                "known"
             )
         return
     desired = recipe.converter.source_patterns
@@ -240,7 +240,7 @@ def _check_experts(files: TensorFiles, name: str, keys: Sequence[str], experts: 
 
 
 def _expert_numbers(keys: Sequence[str]) -> list[int] | None:
-    """The number in which names differ; None: they differ in more than one, or there is one name."""
+    """The number in which names differ; None: they differ in more, or there is one name."""
     numbers = [_DIGITS.findall(key) for key in keys]
     if len(keys) < 2 or len({len(each) for each in numbers}) > 1:
         return None
@@ -254,8 +254,9 @@ def _parts(files: TensorFiles, recipe: Recipe) -> str:
     """What a parameter is made of, for people."""
     patterns = recipe.converter.source_patterns if recipe.converter else []
     return ", ".join(
-        f"{keys[0]} {files.shape(keys[0])}" if (keys := recipe.sources.get(pattern)) else
-        f"nothing like {pattern}"
+        f"{keys[0]} {files.shape(keys[0])}"
+        if (keys := recipe.sources.get(pattern))
+        else f"nothing like {pattern}"
         for pattern in patterns
     )
 

@@ -8,7 +8,8 @@ tensors, or just the rows of them, that are needed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -80,7 +81,7 @@ class TensorFiles:
     @property
     def nbytes(self) -> int:
         """Of all tensors in the files."""
-        return sum(entry.nbytes for _, entry in self._place.values())
+        return self.dtypes.total()
 
     @property
     def format(self) -> str:
@@ -88,9 +89,20 @@ class TensorFiles:
         return "unquantized"
 
     @property
-    def companions(self) -> frozenset[str]:
-        """Keys that are no parameters, but say how others are read: scales."""
-        return frozenset()
+    def dtypes(self) -> Counter[str]:
+        """Bytes of all tensors by dtype, as safetensors calls it."""
+        found: Counter[str] = Counter()
+        for _, entry in self._place.values():
+            found[entry.dtype] += entry.nbytes
+        return found
+
+    def parts(self, key: str) -> Sequence[str]:
+        """The keys in the files that a tensor is read from: its own, and those of its scales."""
+        return (key,)
+
+    def nbytes_of(self, keys: Iterable[str]) -> int:
+        """What tensors take in the files, with all parts."""
+        return sum(self._place[part][1].nbytes for key in keys for part in self.parts(key))
 
     @property
     def unexplained(self) -> str:
@@ -100,7 +112,7 @@ class TensorFiles:
         return f"and config.json has no quantization_config that says how to read them{told}"
 
     def is_quantized(self, key: str) -> bool:
-        """Whether a tensor is read by its companions, whatever its dtype."""
+        """Whether a tensor is read by its other parts, whatever its dtype."""
         return False
 
     def keys(self) -> Iterable[str]:

@@ -67,7 +67,8 @@ def _may_not_be_finite(piece: Tensor) -> bool:
     if piece.dtype in _SUMMED:
         return not math.isfinite(piece.sum(dtype=_sum_dtype(piece.dtype)).item())
     if piece.dtype == torch.float8_e4m3fn:  # has no infinity, and two NaN: 0x7f and 0xff
-        return piece.view(torch.uint8).max().item() == 0xFF or piece.view(torch.int8).max() == 0x7F
+        largest = piece.view(torch.uint8).max().item(), piece.view(torch.int8).max().item()
+        return largest[0] == 0xFF or largest[1] == 0x7F
     return piece.dtype.is_floating_point
 
 

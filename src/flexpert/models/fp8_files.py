@@ -6,7 +6,7 @@ product is the weight. What has no scale is stored as it is: norms, the router, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,9 @@ class Fp8Files(TensorFiles):
         self.block = block
         self.weights = _As(self, "")
         self.scales = _As(self, SUFFIX)
-        self._fp8 = frozenset(key for key in self.keys() if self.dtype(key) == "F8_E4M3")
+        self._fp8 = frozenset(key for key in self._place if self.dtype(key) == "F8_E4M3")
+        scales = {key + SUFFIX for key in self._fp8}
+        self._keys = tuple(key for key in self._place if key not in scales)
         for key in sorted(self._fp8):
             if key + SUFFIX not in self._place:
                 raise ModelError(
@@ -79,9 +81,12 @@ class Fp8Files(TensorFiles):
     def format(self) -> str:
         return f"fp8 with scales of blocks of {self.block[0]} x {self.block[1]}"
 
-    @property
-    def companions(self) -> frozenset[str]:
-        return frozenset(key + SUFFIX for key in self._fp8)
+    def keys(self) -> Iterable[str]:
+        """Of weights, without their scales."""
+        return self._keys
+
+    def parts(self, key: str) -> Sequence[str]:
+        return (key, key + SUFFIX) if key in self._fp8 else (key,)
 
     @property
     def unexplained(self) -> str:

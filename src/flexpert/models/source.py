@@ -57,6 +57,7 @@ stored: fp8 if the files have it, else unquantized.
 _MOST_CONFIG_BYTES: Final = 8 * 2**20
 _MOST_PARTS: Final = 100_000  # of one kind in a model: layers, heads, experts
 _WORTH_THREADS: Final = 8 * 2**20  # bytes; to start threads takes as long as to read less
+_TOKENIZER_FILES: Final = ("tokenizer.json", "tekken.json", "*.tiktoken")
 _MOST_SAID: Final = 600  # characters of what a library says
 
 WANTED_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -389,6 +390,14 @@ class ModelSource:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
             raise ModelError(f"{self.path} has no tokenizer that can be read: {error}") from error
+        # without files transformers makes an empty one of some families, which reads every text as
+        # no token at all
+        files = {*_TOKENIZER_FILES, *type(tokenizer).vocab_files_names.values()}
+        if not any(any(self.path.glob(name)) for name in files):
+            raise ModelError(
+                f"{self.path} has no tokenizer: none of {', '.join(sorted(files))} is there; put "
+                "the model's there, or leave it out with --skip-tokenizer-init"
+            )
         return tokenizer
 
     @cached_property

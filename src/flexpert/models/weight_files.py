@@ -47,9 +47,9 @@ class WeightFiles:
                     )
         missing = [key for key in self.index if key not in holders]
         if missing:
-            file = files[0].path.parent / self.index[missing[0]]
+            promised = files[0].path.parent / self.index[missing[0]]
             raise ModelError(
-                f"{file} lacks {missing[0]}, which the index says is in it"
+                f"{promised} lacks {missing[0]}, which the index says is in it"
                 + (f" ({len(missing)} such tensors)" if len(missing) > 1 else "")
                 + "; the index and the files are of different checkpoints: download it again"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import RenderableType
 
-from flexpert.bench.loading import LoadReport, LoadTurn
+from flexpert.bench.checkpoint_loading import LoadReport, LoadTurn
 from flexpert.bench.report_table import figures_table, with_note
 
 

@@ -9,7 +9,9 @@ turns; before a cold turn the files are dropped from the page cache.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
+import itertools
 import os
 import socket
 import subprocess
@@ -111,14 +113,14 @@ def run_loading(plan: LoadPlan, note: Callable[[str], None]) -> LoadReport:
     source = ModelSource.open(plan.model, dtype=plan.dtype)
     files = [source.path / name for name in source.checkpoint.files.names]
     turns = []
-    for cache in plan.caches:
-        for number in range(plan.repeats):
-            note(f"{cache}, {number + 1} of {plan.repeats}: dd, then {plan.ranks} ranks")
-            _prepare(files, cache)
-            dd_s = _read_with_dd(files)
-            _prepare(files, cache)
-            load_s, ranks = _load_with_ranks(plan)
-            turns.append(LoadTurn(cache, dd_s, load_s, ranks))
+    with _processes(plan) as ranks:
+        for cache in plan.caches:
+            for number in range(plan.repeats):
+                note(f"{cache}, {number + 1} of {plan.repeats}: dd, then {plan.ranks} ranks")
+                _prepare(files, cache)
+                dd_s = _read_with_dd(files)
+                _prepare(files, cache)
+                turns.append(LoadTurn(cache, dd_s, *_load_with_ranks(ranks)))
     nbytes = sum(file.stat().st_size for file in files)
     return LoadReport(str(source.path), nbytes, turns, this_machine())
 
@@ -148,16 +150,16 @@ def _read_with_dd(files: Sequence[Path]) -> float:
     return time.perf_counter() - began
 
 
-def _load_with_ranks(plan: LoadPlan) -> tuple[float, list[RankLoad]]:
-    with _processes(plan) as ranks:
-        for rank, process in enumerate(ranks):
-            _answer(rank, process)
-        began = time.perf_counter()
-        for process in ranks:
-            process.connection.send(b"go")
-        loaded = [_answer(rank, process).loaded for rank, process in enumerate(ranks)]
-        seconds = time.perf_counter() - began
-        return seconds, [one for one in loaded if one is not None]
+def _load_with_ranks(ranks: Sequence[forks.Process]) -> tuple[float, list[RankLoad]]:
+    """(seconds, what each says); they have given their memory back."""
+    began = time.perf_counter()
+    for process in ranks:
+        process.connection.send(b"go")
+    loaded = [_answer(rank, process).loaded for rank, process in enumerate(ranks)]
+    seconds = time.perf_counter() - began
+    for rank, process in enumerate(ranks):
+        _answer(rank, process)
+    return seconds, [one for one in loaded if one is not None]
 
 
 @contextlib.contextmanager
@@ -170,6 +172,8 @@ def _processes(plan: LoadPlan) -> Iterator[list[forks.Process]]:
             begin = BeginLoad(rank, plan.ranks, plan.model, plan.dtype)
             with contextlib.suppress(Closed):  # the answer says why
                 process.connection.send(_encode(begin))
+        for rank, process in enumerate(ranks):
+            _answer(rank, process)
         yield ranks
     finally:
         for process in ranks:
@@ -194,27 +198,30 @@ def _answer(rank: int, process: forks.Process) -> LoadAnswer:
 
 
 def rank_main(end: socket.socket) -> None:
-    """Load once and say how it went; then wait to be ended, so that memory is given back last."""
+    """Load whenever told to, say how it went, give the memory back and say so."""
     connection = StreamConnection(end)
     begin = msgspec.msgpack.decode(connection.receive(LIMIT_S), type=BeginLoad)
-    for module in ("flexpert.models.loading", "flexpert.moe.expert_store", "transformers"):
+    for module in ("flexpert.models.weight_reading", "flexpert.moe.expert_store", "transformers"):
         importlib.import_module(module)
-    connection.send(_encode(LoadAnswer()))
-    connection.receive(LIMIT_S)
-    try:
-        answer = LoadAnswer(_load(begin))
-    except (FlexpertError, OSError, MemoryError, RuntimeError) as error:
-        answer = LoadAnswer(why=f"{type(error).__name__}: {error}")
-    connection.send(_encode(answer))
-    with contextlib.suppress(Closed):
-        connection.receive(LIMIT_S)
+    with contextlib.suppress(Closed):  # it is over
+        connection.send(_encode(LoadAnswer()))
+        while True:
+            connection.receive()
+            try:
+                _load(begin, lambda load: connection.send(_encode(LoadAnswer(load))))
+            except (FlexpertError, OSError, MemoryError, RuntimeError) as error:
+                connection.send(_encode(LoadAnswer(why=f"{type(error).__name__}: {error}")))
+                return
+            gc.collect()  # what the files are mapped by would keep them in the page cache
+            connection.send(_encode(LoadAnswer()))
 
 
-def _load(begin: BeginLoad) -> RankLoad:
+def _load(begin: BeginLoad, done: Callable[[RankLoad], None]) -> None:
+    """done: told while everything is still there."""
     import torch
 
-    from flexpert.models.loading import read_dense
     from flexpert.models.source import ModelSource
+    from flexpert.models.weight_reading import read_dense
     from flexpert.moe.expert_store import ExpertLoad, ExpertStore
     from flexpert.moe.placement import replan
 
@@ -232,10 +239,11 @@ def _load(begin: BeginLoad) -> RankLoad:
         store.load(ExpertLoad(keys, {}, source, lambda: None, lambda share: None))
         times.append(time.perf_counter())
     planned = planned_memory(source, EngineConfig(), begin.ranks, len(keys), begin.ranks)
-    del model
-    open_s, dense_s, experts_s = (b - a for a, b in zip(times, times[1:], strict=False))
+    open_s, dense_s, experts_s = (b - a for a, b in itertools.pairwise(times))
     parts = planned.dense + planned.experts + planned.runtime
-    return RankLoad(open_s, dense_s, experts_s, peak.nbytes, parts)
+    done(RankLoad(open_s, dense_s, experts_s, peak.nbytes, parts))
+    store.drop(keys)
+    del model
 
 
 class _Peak:
