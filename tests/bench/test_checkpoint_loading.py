@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from flexpert.bench import random_checkpoint
@@ -40,6 +41,7 @@ def test_a_random_checkpoint_is_whole_and_has_the_size(small: Path) -> None:
     assert len(files.names) > 2
     assert 7e6 < files.nbytes <= 8e6
     assert source.accounting.used_nbytes == files.nbytes
+    assert source.info.dtype == torch.bfloat16
     assert not source.accounting.skipped
     read = []
     read_everything(source, read.append)
@@ -56,7 +58,7 @@ def test_ranks_load_their_shares_in_turn_with_dd(small: Path) -> None:
     assert len(notes) == 2
     assert report.nbytes == sum(file.stat().st_size for file in small.glob("*.safetensors"))
     for turn in report.turns:
-        assert turn.dd_s > 0
+        assert turn.dd_s > turn.dd_cpu_s > 0
         assert len(turn.ranks) == 2
         for rank in turn.ranks:
             assert rank.open_s + rank.dense_s + rank.experts_s <= turn.load_s

@@ -13,6 +13,7 @@ import gc
 import importlib
 import itertools
 import os
+import resource
 import socket
 import subprocess
 import threading
@@ -51,21 +52,25 @@ class LoadPlan:
 
 
 class RankLoad(msgspec.Struct, frozen=True):
-    """What one rank did. Memory in bytes, of the host: the most that it had for itself beyond what
-    it began with, and what a service plans for dense weights, experts and the process."""
+    """What one rank did. cpu_s: of all its threads. Memory in bytes, of the host: the most that it
+    had for itself beyond what it began with, and what a service plans for dense weights, experts
+    and the process."""
 
     open_s: float
     dense_s: float
     experts_s: float
+    cpu_s: float
     peak: int
     planned: int
 
 
 class LoadTurn(msgspec.Struct, frozen=True):
-    """One turn of each. load_s: until the last rank is done."""
+    """One turn of each. load_s: until the last rank is done. dd_cpu_s: what dd used of a processor,
+    which tells more than time where others use it, too."""
 
     cache: Cache
     dd_s: float
+    dd_cpu_s: float
     load_s: float
     ranks: list[RankLoad]
 
@@ -118,9 +123,9 @@ def run_loading(plan: LoadPlan, note: Callable[[str], None]) -> LoadReport:
             for number in range(plan.repeats):
                 note(f"{cache}, {number + 1} of {plan.repeats}: dd, then {plan.ranks} ranks")
                 _prepare(files, cache)
-                dd_s = _read_with_dd(files)
+                dd_s, dd_cpu_s = _read_with_dd(files)
                 _prepare(files, cache)
-                turns.append(LoadTurn(cache, dd_s, *_load_with_ranks(ranks)))
+                turns.append(LoadTurn(cache, dd_s, dd_cpu_s, *_load_with_ranks(ranks)))
     nbytes = sum(file.stat().st_size for file in files)
     return LoadReport(str(source.path), nbytes, turns, this_machine())
 
@@ -138,16 +143,22 @@ def _prepare(files: Sequence[Path], cache: Cache) -> None:
             os.close(descriptor)
 
 
-def _read_with_dd(files: Sequence[Path]) -> float:
-    """Seconds. Raises: FlexpertError"""
-    began = time.perf_counter()
+def _read_with_dd(files: Sequence[Path]) -> tuple[float, float]:
+    """Seconds, and those of a processor. Raises: FlexpertError"""
+    began, used = time.perf_counter(), _children_cpu_s()
     for file in files:
         command = ["dd", f"if={file}", "of=/dev/null", f"bs={_DD_BLOCK}", "status=none"]
         try:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise FlexpertError(f"dd could not read {file}: {error}") from error
-    return time.perf_counter() - began
+    return time.perf_counter() - began, _children_cpu_s() - used
+
+
+def _children_cpu_s() -> float:
+    """Of those that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _load_with_ranks(ranks: Sequence[forks.Process]) -> tuple[float, list[RankLoad]]:
@@ -226,6 +237,7 @@ def _load(begin: BeginLoad, done: Callable[[RankLoad], None]) -> None:
     from flexpert.moe.placement import replan
 
     torch.set_num_threads(1)
+    used_s = time.process_time()
     with _Peak() as peak:
         times = [time.perf_counter()]
         source = ModelSource.open(begin.model, dtype=begin.dtype)
@@ -241,7 +253,8 @@ def _load(begin: BeginLoad, done: Callable[[RankLoad], None]) -> None:
     planned = planned_memory(source, EngineConfig(), begin.ranks, len(keys), begin.ranks)
     open_s, dense_s, experts_s = (b - a for a, b in itertools.pairwise(times))
     parts = planned.dense + planned.experts + planned.runtime
-    done(RankLoad(open_s, dense_s, experts_s, peak.nbytes, parts))
+    cpu_s = time.process_time() - used_s
+    done(RankLoad(open_s, dense_s, experts_s, cpu_s, peak.nbytes, parts))
     store.drop(keys)
     del model
 

@@ -10,7 +10,10 @@ from flexpert.bench.report_table import figures_table, with_note
 
 def loading_text(report: LoadReport) -> RenderableType:
     """A line for each turn."""
-    columns = ("dd GB/s", "ranks GB/s", "of dd", "total s", "open", "dense", "experts", "peak/plan")
+    columns = (
+        *("dd GB/s", "ranks GB/s", "of dd", "total s", "open", "dense", "experts"),
+        *("CPU s of dd", "of ranks", "peak/plan"),
+    )
     table = figures_table("opened, checked and loaded", "page cache", columns)
     for turn in report.turns:
         table.add_row(turn.cache, *_figures(turn, report.nbytes))
@@ -29,5 +32,7 @@ def _figures(turn: LoadTurn, nbytes: int) -> list[str]:
         f"{slowest.open_s:.2f}",
         f"{slowest.dense_s:.2f}",
         f"{slowest.experts_s:.2f}",
+        f"{turn.dd_cpu_s:.2f}",
+        f"{sum(rank.cpu_s for rank in turn.ranks):.2f}",
         f"{fullest.peak >> 20} of {fullest.planned >> 20} MiB",
     ]

@@ -30,6 +30,7 @@ def make_random_checkpoint(folder: Path, nbytes: int) -> None:
     ends = _size(dict(_outer(qwen3_30b_a3b(1))))
     layer = _size(dict(_layer(qwen3_30b_a3b(1), 0)))
     config = qwen3_30b_a3b(max(1, (nbytes - ends) // layer))
+    config.dtype = torch.bfloat16
     config.save_pretrained(folder)
     shards: list[Shapes] = [{}]
     for name, shape in _tensors(config):
