@@ -29,7 +29,7 @@ from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.processes import forks
 from flexpert.bench.processes.connection import Closed, StreamConnection
 from flexpert.config import EngineConfig
-from flexpert.engine.memory_plan import planned_memory, private_memory
+from flexpert.engine.memory_plan import planned_memory
 from flexpert.errors import FlexpertError
 
 LIMIT_S: Final = 1800.0  # for one turn of the ranks
@@ -270,7 +270,7 @@ class _Peak:
         self._thread = threading.Thread(target=self._look, name="peak", daemon=True)
 
     def __enter__(self) -> _Peak:
-        self._before = private_memory()
+        self._before = _own_memory()
         self._thread.start()
         return self
 
@@ -282,4 +282,12 @@ class _Peak:
         last = False
         while not last:
             last = self._over.wait(_LOOK_S)
-            self.nbytes = max(self.nbytes, private_memory() - self._before)
+            self.nbytes = max(self.nbytes, _own_memory() - self._before)
+
+
+def _own_memory() -> int:
+    """Bytes that are no file's: the process's own, and what it shares as memory. By counters of the
+    kernel's, since walking through gigabytes of pages would hold up what is measured."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    sizes = dict(line.split(":", 1) for line in lines)
+    return sum(int(sizes[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
