@@ -145,7 +145,10 @@ def test_a_weight_without_scales_is_told(pair: tuple[Path, Path]) -> None:
         ({"weight_block_size": [128]}, r"weight_block_size is \[128\]"),
         ({"weight_block_size": [0, 128]}, "bfloat16.* checkpoint"),
         ({"fmt": "e5m2"}, "e4m3 is served"),
-        ({"quant_method": "bitsandbytes"}, r"quantized \(bitsandbytes.*served are fp8, .*gptq, awq"),
+        (
+            {"quant_method": "bitsandbytes"},
+            r"quantized \(bitsandbytes.*served are fp8, .*gptq, awq",
+        ),
     ],
 )
 def test_other_quantizations_are_refused(

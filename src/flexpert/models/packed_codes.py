@@ -43,7 +43,7 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
 def unpack_awq(words: Tensor) -> Tensor:
     """[..., n] int32 → [..., 8 * n] uint8: codes of 4 bits in the order of AutoAWQ's GEMM."""
     codes = unpack_bits(words, 4, 8 * words.shape[-1])
-    return codes.unflatten(-1, (-1, 8))[..., _AWQ_NIBBLES].flatten(-2)
+    return codes.reshape(*words.shape, 8)[..., _AWQ_NIBBLES].flatten(-2)
 
 
 def fp4_values(octets: Tensor) -> Tensor:

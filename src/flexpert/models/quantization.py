@@ -14,21 +14,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from flexpert.errors import ConfigError, ModelError, UnsupportedModel
-from flexpert.models.weight_formats import (
-    PER_CHANNEL,
-    PER_TENSOR,
+from flexpert.models.packed_formats import (
     AwqCodes,
     Fp4Groups,
     GptqCodes,
-    Grid,
     MxBlocks,
     PackedIntegers,
-    ScaledElements,
-    WeightFormat,
 )
+from flexpert.models.scale_grid import PER_CHANNEL, PER_TENSOR, Grid
+from flexpert.models.stored_formats import ScaledElements, StoredFormat
 from flexpert.reading import read_text, shown
 
 SIDE_FILE: Final = "hf_quant_config.json"
+MODELOPT: Final = "modelopt"
 REMEDY: Final = "use an unquantized (bfloat16) checkpoint of it"
 
 _MOST_BYTES: Final = 64 * 2**20  # ModelOpt's names every layer
@@ -37,7 +35,7 @@ _MOST_PATTERN: Final = 4096  # characters of a regular expression
 Settings = Mapping[str, Any]
 """A JSON object."""
 
-Formats = tuple[WeightFormat, ...]
+Formats = tuple[StoredFormat, ...]
 """Those that a module's weight may have; the names of its tensors and their dtypes tell which."""
 
 FormatsOf = Callable[[str], Formats]
@@ -64,28 +62,28 @@ def read_quantization(path: Path) -> Quantization | None:
         UnsupportedModel: it is quantized in a way that is not served.
         ModelError: a file cannot be read.
     """
-    config = _read(path / "config.json")
-    settings = _settings_in(config)
-    name = "config.json"
-    if settings is None and (path / SIDE_FILE).is_file():
-        name = SIDE_FILE
-        settings = _from_side_file(path / name, _read(path / name))
+    name, settings = "config.json", _settings_in(_read(path / "config.json"))
+    if (settings is None or settings.get("quant_method") == MODELOPT) and (
+        path / SIDE_FILE
+    ).is_file():
+        # where ModelOpt writes both, only this one has all sizes
+        name, settings = SIDE_FILE, _from_side_file(path / SIDE_FILE, _read(path / SIDE_FILE))
     if settings is None:
         return None
     method = str(settings.get("quant_method", "?"))
     make = METHODS.get(method)
     try:
         if make is None:
-            raise _Unserved("its method is not served")
+            raise _UnservedError("its method is not served")
         return Quantization(method, make(settings), name)
-    except _Unserved as unserved:
+    except _UnservedError as unserved:
         raise UnsupportedModel(
             f"{path} is quantized ({shown(method)}, {name}): {unserved}; served are "
             f"{', '.join(METHODS)} (docs/quantization.md says which of their layouts); {REMEDY}"
         ) from None
 
 
-class _Unserved(Exception):
+class _UnservedError(Exception):
     """Says why."""
 
 
@@ -111,11 +109,10 @@ def _settings_in(config: Settings) -> Settings | None:
 
 def _from_side_file(file: Path, told: Settings) -> Settings:
     """ModelOpt's, as it writes the same into config.json."""
-    inner, producer = told.get("quantization"), told.get("producer")
-    made_by = producer.get("name") if isinstance(producer, dict) else None
-    if not isinstance(inner, dict) or made_by not in {"modelopt", None}:
-        raise ModelError(f"{file} is not ModelOpt's: it has no `quantization`")
-    return {**inner, "quant_method": "modelopt"}
+    inner = told.get("quantization")
+    if not isinstance(inner, dict):
+        raise ModelError(f"{file} is not ModelOpt's: it has no `quantization`; download it again")
+    return {**inner, "quant_method": MODELOPT}
 
 
 # ---- fp8 and MXFP4, as models are published ---------------------------------------------------
@@ -124,9 +121,9 @@ def _from_side_file(file: Path, told: Settings) -> Settings:
 def _fp8(settings: Settings) -> FormatsOf:
     """transformers' "fp8" (DeepSeek-V3's, Qwen3's and others'), scales beside the weights."""
     if settings.get("expert_dtype", "fp8") != "fp8":
-        raise _Unserved(f"expert_dtype {shown(settings['expert_dtype'])}")
+        raise _UnservedError(f"expert_dtype {shown(settings['expert_dtype'])}")
     if settings.get("fmt", "e4m3") != "e4m3":
-        raise _Unserved(f"fmt {shown(settings['fmt'])}; e4m3 is served")
+        raise _UnservedError(f"fmt {shown(settings['fmt'])}; e4m3 is served")
     block = settings.get("weight_block_size")
     if block is None:
         grids: list[Grid] = [PER_TENSOR, PER_CHANNEL]
@@ -153,14 +150,14 @@ def _mxfp4(settings: Settings) -> FormatsOf:
 def _gptq(settings: Settings) -> FormatsOf:
     packing = str(settings.get("checkpoint_format") or settings.get("format") or "gptq")
     if packing not in {"gptq", "gptq_v2"}:
-        raise _Unserved(f"checkpoint_format {shown(packing)}; gptq and gptq_v2 are served")
+        raise _UnservedError(f"checkpoint_format {shown(packing)}; gptq and gptq_v2 are served")
     if settings.get("pack_dtype", "int32") not in {"int32", "torch.int32"}:
-        raise _Unserved(f"pack_dtype {shown(settings['pack_dtype'])}; int32 is served")
+        raise _UnservedError(f"pack_dtype {shown(settings['pack_dtype'])}; int32 is served")
 
     def made(told: Settings) -> Formats:
         bits = told.get("bits")
         if bits not in {2, 3, 4, 8}:
-            raise _Unserved(f"bits {shown(bits)}; 2, 3, 4 and 8 are served")
+            raise _UnservedError(f"bits {shown(bits)}; 2, 3, 4 and 8 are served")
         return (GptqCodes((1, _group(told, "group_size")), bits, packing == "gptq"),)
 
     formats = made(settings)
@@ -180,10 +177,10 @@ def _gptq(settings: Settings) -> FormatsOf:
 def _awq(settings: Settings) -> FormatsOf:
     version = str(settings.get("version") or settings.get("format") or "gemm").lower()
     if version != "gemm":
-        raise _Unserved(f"version {shown(version)}; gemm is served")
+        raise _UnservedError(f"version {shown(version)}; gemm is served")
     bits = settings.get("bits", settings.get("w_bit", 4))
     if bits != 4:
-        raise _Unserved(f"bits {shown(bits)}; 4 is served")
+        raise _UnservedError(f"bits {shown(bits)}; 4 is served")
     name = "q_group_size" if "group_size" not in settings else "group_size"
     formats: Formats = (AwqCodes((1, _group(settings, name, 128))),)
     return lambda module: formats
@@ -196,16 +193,16 @@ def _compressed_tensors(settings: Settings) -> FormatsOf:
     settings = settings.get("quantization_config") or settings
     sparsity = settings.get("sparsity_config")
     if isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
-        raise _Unserved(f"its weights are sparse ({shown(sparsity['format'])})")
+        raise _UnservedError(f"its weights are sparse ({shown(sparsity['format'])})")
     if settings.get("transform_config"):
-        raise _Unserved("its activations are transformed (transform_config)")
+        raise _UnservedError("its activations are transformed (transform_config)")
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise _Unserved("it has no config_groups")
+        raise _UnservedError("it has no config_groups")
     found: list[tuple[list[str], Formats]] = []
     for name, group in groups.items():
         if isinstance(group, list):
-            raise _Unserved(f"{shown(name)} is a preset, without its settings")
+            raise _UnservedError(f"{shown(name)} is a preset, without its settings")
         targets, weights = group.get("targets"), group.get("weights")
         if weights is not None:
             layout = group.get("format") or settings.get("format")
@@ -228,7 +225,7 @@ _COMPRESSED: Final = {
 def _of_scheme(group: str, weights: Settings, layout: object) -> Formats:
     """compressed-tensors' settings of a group's weights."""
     if layout is not None and layout not in _COMPRESSED:
-        raise _Unserved(f"format {shown(layout)}; served are {', '.join(sorted(_COMPRESSED))}")
+        raise _UnservedError(f"format {shown(layout)}; served are {', '.join(sorted(_COMPRESSED))}")
     bits, kind = weights.get("num_bits", 8), str(weights.get("type", "int")).lower()
     grid = _strategy(weights)
     if kind == "float" and bits == 4:
@@ -238,9 +235,10 @@ def _of_scheme(group: str, weights: Settings, layout: object) -> Formats:
     if kind == "float" and bits == 8:
         return (ScaledElements(grid, "F8_E4M3", "{}_scale"),)
     if kind == "int" and isinstance(bits, int) and 2 <= bits <= 8:
-        packed = PackedIntegers(grid, bits, bool(weights.get("symmetric", True)))
-        return (packed, ScaledElements(grid, "I8", "{}_scale"))
-    raise _Unserved(f"{shown(group)} has weights of {shown(bits)} bits, type {shown(kind)}")
+        symmetric = bool(weights.get("symmetric", True))
+        elements = ScaledElements(grid, "I8", "{}_scale", symmetric)
+        return (PackedIntegers(grid, bits, symmetric), elements)
+    raise _UnservedError(f"{shown(group)} has weights of {shown(bits)} bits, type {shown(kind)}")
 
 
 def _strategy(weights: Settings) -> Grid:
@@ -256,7 +254,7 @@ def _strategy(weights: Settings) -> Grid:
         return 1, _count([size], 0, "group_size")
     if strategy in {"tensor", "channel"}:
         return PER_TENSOR if strategy == "tensor" else PER_CHANNEL
-    raise _Unserved(f"strategy {shown(strategy)}")
+    raise _UnservedError(f"strategy {shown(strategy)}")
 
 
 def _by_targets(groups: Sequence[tuple[list[str], Formats]]) -> FormatsOf:
@@ -292,36 +290,60 @@ def _modelopt(settings: Settings) -> FormatsOf:
         return lambda module: formats
     layers = settings.get("quantized_layers")
     if not isinstance(layers, dict) or not all(isinstance(one, dict) for one in layers.values()):
-        raise _Unserved("its precision is mixed and quantized_layers does not say which is where")
+        raise _UnservedError("its precision is mixed, and quantized_layers does not say how")
     own = {name: _of_algorithm(one.get("quant_algo"), one) for name, one in layers.items()}
     return lambda module: own.get(module, ())
 
 
 def _of_algorithm(algorithm: object, settings: Settings) -> Formats:
     """ModelOpt's name of a way to quantize."""
-    scale = "{}_scale"
-    match algorithm:
+
+    def group(default: int) -> int:
+        groups = settings.get("config_groups")
+        told = [settings, *(groups.values() if isinstance(groups, dict) else ())]
+        weights = [one.get("weights", one) for one in told if isinstance(one, dict)]
+        sizes = [one.get("group_size") for one in weights if isinstance(one, dict)]
+        return _count([next((size for size in sizes if size), default)], 0, "group_size")
+
+    match str(algorithm).upper():
         case "FP8":
-            return (ScaledElements(PER_TENSOR, "F8_E4M3", scale, smoothed=True),)
-        case "FP8_PER_CHANNEL_PER_TOKEN":
-            return (ScaledElements(PER_CHANNEL, "F8_E4M3", scale, smoothed=True),)
-        case "FP8_PB_WO" | "FP8_PB_REAL" | "fp8_pb_wo" | "fp8_pb_real":
-            size = _count([settings.get("group_size") or 128], 0, "group_size")
-            return (ScaledElements((size, size), "F8_E4M3", scale),)
+            return _elements(PER_TENSOR, "F8_E4M3")
+        case "FP8_PER_CHANNEL_PER_TOKEN" | "FP8_PC_PT":
+            return _elements(PER_CHANNEL, "F8_E4M3")
+        case "FP8_PB_WO" | "FP8_PB_REAL":
+            return _elements((group(128), group(128)), "F8_E4M3")
         case "W8A16" | "W8A8_SQ_PER_CHANNEL":
-            return (ScaledElements(PER_CHANNEL, "I8", scale, smoothed=True),)
+            return _elements(PER_CHANNEL, "I8")
         case "MXFP8":
-            group = _count([settings.get("group_size") or 32], 0, "group_size")
-            return (ScaledElements((1, group), "F8_E4M3", scale),)
+            return _elements((1, group(32)), "F8_E4M3")
         case "NVFP4" | "W4A16_NVFP4" | "W4A8_NVFP4_FP8" | "NVFP4_AWQ":
-            group = _count([settings.get("group_size") or 16], 0, "group_size")
-            return (Fp4Groups((1, group), "{}", "{}_scale_2", smoothed=True),)
+            return _fp4((1, group(16)), global_scale=True)
         case "MXFP4" | "W4A8_MXFP4_FP8":
-            group = _count([settings.get("group_size") or 32], 0, "group_size")
-            return (Fp4Groups((1, group), "{}"),)
-    raise _Unserved(
+            return _fp4((1, group(32)), global_scale=False)
+    raise _UnservedError(
         f"quant_algo {shown(algorithm)}; FP8, FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, MXFP8, W8A16, "
         "W8A8_SQ_PER_CHANNEL, NVFP4 and its variants, and MXFP4 are served"
+    )
+
+
+def _elements(grid: Grid, dtype: str) -> Formats:
+    """Of a linear layer, or of all experts in one tensor, whose scales have longer names."""
+    return tuple(
+        ScaledElements(grid, dtype, name, smoothed=True) for name in ("{}_scale", "{}_weight_scale")
+    )
+
+
+def _fp4(grid: Grid, global_scale: bool) -> Formats:
+    """Likewise; experts in one tensor may lie the other way round."""
+    return tuple(
+        Fp4Groups(
+            grid, "{}", name, f"{name}_2" if global_scale else None, turned=turned, smoothed=True
+        )
+        for name, turned in (
+            ("{}_scale", False),
+            ("{}_weight_scale", False),
+            ("{}_weight_scale", True),
+        )
     )
 
 
@@ -330,10 +352,10 @@ def _of_algorithm(algorithm: object, settings: Settings) -> Formats:
 
 def _count(values: object, index: int, name: str) -> int:
     if not isinstance(values, list | tuple) or len(values) <= index or len(values) > 2:
-        raise _Unserved(f"{name} is {shown(values)}, not two numbers such as [128, 128]")
+        raise _UnservedError(f"{name} is {shown(values)}, not two numbers such as [128, 128]")
     value = values[index]
     if type(value) is not int or value <= 0:
-        raise _Unserved(f"{name} is {shown(value)}, which is no size")
+        raise _UnservedError(f"{name} is {shown(value)}, which is no size")
     return value
 
 
@@ -344,7 +366,7 @@ def _group(settings: Settings, name: str, default: int | None = None) -> int | N
 
 def _names(targets: object) -> list[str]:
     if not isinstance(targets, Iterable) or isinstance(targets, str):
-        raise _Unserved(f"targets is {shown(targets)}, not a list of names")
+        raise _UnservedError(f"targets is {shown(targets)}, not a list of names")
     return [str(target) for target in targets]
 
 
@@ -354,7 +376,7 @@ def _pattern(expression: str) -> re.Pattern[str]:
             raise re.error(f"it has {len(expression)} characters")
         return re.compile(expression)
     except re.error as error:
-        raise _Unserved(f"{shown(expression)} is no regular expression ({error})") from None
+        raise _UnservedError(f"{shown(expression)} is no regular expression ({error})") from None
 
 
 METHODS: Final[Mapping[str, Callable[[Settings], FormatsOf]]] = {
@@ -362,7 +384,7 @@ METHODS: Final[Mapping[str, Callable[[Settings], FormatsOf]]] = {
     "fbgemm_fp8": _fbgemm,
     "mxfp4": _mxfp4,
     "compressed-tensors": _compressed_tensors,
-    "modelopt": _modelopt,
+    MODELOPT: _modelopt,
     "gptq": _gptq,
     "awq": _awq,
 }

@@ -20,14 +20,13 @@ from flexpert.kernels import block_fp8
 from flexpert.models.checkpoint import TensorFiles
 from flexpert.models.checkpoint_file import CheckpointFile
 from flexpert.models.quantization import Quantization
-from flexpert.models.tensor_header import TensorEntry
-from flexpert.models.weight_formats import (
-    PER_TENSOR,
+from flexpert.models.scale_grid import PER_TENSOR, factors_of
+from flexpert.models.stored_formats import (
     PartName,
     ScaledElements,
-    WeightFormat,
-    factors_of,
+    StoredFormat,
 )
+from flexpert.models.tensor_header import TensorEntry
 
 ACTIVATION_SCALES: Final = frozenset(
     {
@@ -58,7 +57,7 @@ _NOT_WEIGHTS: Final = ("scale", "scale_inv", "scales", "zero_point", "qzeros", "
 class QuantizedWeight:
     """A weight by the parts that the files have of it. parts: → their keys."""
 
-    format: WeightFormat
+    format: StoredFormat
     parts: Mapping[PartName, str]
     shape: tuple[int, ...]
 
@@ -89,6 +88,12 @@ class QuantizedFiles(TensorFiles):
             )
         )
         self._check_explained()
+
+    @property
+    def format(self) -> str:
+        """How weights are stored, for people."""
+        kinds = sorted({weight.format.described for weight in self.weights.values()})
+        return f"{self.quantization.method}: {', '.join(kinds) or 'nothing is quantized'}"
 
     def keys(self) -> Iterable[str]:
         """Of weights, and of what is not quantized."""
@@ -166,7 +171,7 @@ class QuantizedFiles(TensorFiles):
 
     def _find_weights(self) -> dict[str, QuantizedWeight]:
         weights: dict[str, QuantizedWeight] = {}
-        formats: dict[str, tuple[WeightFormat, ...]] = {}
+        formats: dict[str, tuple[StoredFormat, ...]] = {}
         for key in sorted(self._place):
             entry = self._place[key][1]
             module = key.rpartition(".")[0]
@@ -183,7 +188,7 @@ class QuantizedFiles(TensorFiles):
                 weights[candidates[0][1]] = self._weight(key, candidates)
         return weights
 
-    def _weight(self, codes: str, candidates: list[tuple[WeightFormat, str]]) -> QuantizedWeight:
+    def _weight(self, codes: str, candidates: list[tuple[StoredFormat, str]]) -> QuantizedWeight:
         """The first layout that fits. Raises: ModelError: none does; says why not."""
         problem = ""
         for one, name in candidates:
@@ -214,7 +219,7 @@ class QuantizedFiles(TensorFiles):
     def dtype_of_file(self, key: str) -> str:
         return self._place[key][1].dtype
 
-    def _shape(self, one: WeightFormat, parts: Mapping[PartName, str]) -> tuple[int, ...]:
+    def _shape(self, one: StoredFormat, parts: Mapping[PartName, str]) -> tuple[int, ...]:
         """Raises: ValueError"""
         entries: dict[PartName, TensorEntry] = {}
         for role, key in parts.items():
