@@ -232,7 +232,7 @@ class GptqCodes(StoredFormat):
         codes = unpack_bits(parts["codes"].mT, self.bits, columns).float()
         words = parts["zero"]
         if self.minus_one and 8 % self.bits == 0:
-            # as they were subtracted: from a whole word, so that a zero borrows from its neighbour
+            # as they were subtracted: from a whole word, so that a zero takes from its neighbour
             words = words + _ones(self.bits)
         zeros = unpack_bits(words, self.bits, rows)
         if self.minus_one and 8 % self.bits:
