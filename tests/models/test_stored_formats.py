@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flexpert.errors import ModelError
-from flexpert.models.packed_codes import FP4_VALUES, fp4_values, unpack_awq, unpack_bits
+from flexpert.models.packed_codes import FP4_VALUES, fp4_values, fp8_values, unpack_awq, unpack_bits
 from flexpert.models.quantization import SIDE_FILE, read_quantization
 from flexpert.models.quantized_files import QuantizedFiles
 
@@ -123,7 +123,7 @@ def test_codes_of_any_width_are_unpacked(bits: int) -> None:
 
 def test_awq_has_an_order_of_its_own() -> None:
     word = torch.tensor([[0x76543210]], dtype=torch.int32)
-    assert unpack_awq(word).tolist() == [[0, 4, 1, 5, 2, 6, 3, 7]]
+    assert unpack_awq(word).T.tolist() == [[0, 4, 1, 5, 2, 6, 3, 7]]
 
 
 def test_a_byte_of_fp4_has_its_first_code_in_the_low_half() -> None:
@@ -131,3 +131,10 @@ def test_a_byte_of_fp4_has_its_first_code_in_the_low_half() -> None:
     values = [*FP4_VALUES, *(-value for value in FP4_VALUES)]
     expected = [values[code] for octet in range(256) for code in (octet & 15, octet >> 4)]
     assert fp4_values(octets).tolist() == expected
+
+
+def test_fp8_is_looked_up_as_torch_converts_it() -> None:
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        codes = torch.arange(256, dtype=torch.uint8).repeat(2)[3:].view(dtype)
+        for part in (codes, codes[1:]):  # an odd number of them, and an even one
+            torch.testing.assert_close(fp8_values(part), part.float(), equal_nan=True)

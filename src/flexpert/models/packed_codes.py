@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Final
 
 import torch
@@ -10,9 +9,6 @@ from torch import Tensor
 
 FP4_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What the codes of e2m1 stand for; code + 8 is the negative (OCP Microscaling Formats, v1.0)."""
-
-_AWQ_NIBBLES: Final = (0, 4, 1, 5, 2, 6, 3, 7)
-"""The nibble of a word, lowest first, that has its first, second, … column (AutoAWQ's GEMM)."""
 
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
@@ -41,20 +37,50 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def unpack_awq(words: Tensor) -> Tensor:
-    """[..., n] int32 → [..., 8 * n] uint8: codes of 4 bits in the order of AutoAWQ's GEMM."""
-    codes = unpack_bits(words, 4, 8 * words.shape[-1])
-    return codes.reshape(*words.shape, 8)[..., _AWQ_NIBBLES].flatten(-2)
+    """Codes of 4 bits in the order of AutoAWQ's GEMM: a word has the even columns of eight in its
+    lower half, the odd ones in its upper half.
+
+    words: [rows, n] int32. Returns: [8 * n, rows] uint8.
+    """
+    rows, count = words.shape
+    octets = words.contiguous().view(torch.uint8).view(rows, count, 2, 2)  # half, byte
+    codes = torch.stack([octets & 15, octets >> 4], -1)
+    return codes.permute(1, 3, 4, 2, 0).reshape(8 * count, rows)
 
 
 def fp4_values(octets: Tensor) -> Tensor:
     """[..., n] uint8, the first of two codes in the low nibble → [..., 2 * n] float32."""
-    # both values of a byte at once: a gather of pairs takes half as long as two of values
-    return _pairs_of_fp4(octets.device)[octets.to(torch.int32)].flatten(-2)
-
-
-@lru_cache
-def _pairs_of_fp4(device: torch.device) -> Tensor:
-    """[256, 2] float32: what a byte stands for."""
     values = [*FP4_VALUES, *(-value for value in FP4_VALUES)]
-    pairs = [[values[octet % 16], values[octet // 16]] for octet in range(256)]
-    return torch.tensor(pairs, dtype=torch.float32, device=device)
+    return _looked_up(octets, _pairs("e2m1", values, octets.device)).flatten(-2)
+
+
+def fp8_values(codes: Tensor) -> Tensor:
+    """[...] float8 → the same in float32, in half the time that torch takes."""
+    if codes.numel() % 2 or not codes.is_contiguous():
+        return codes.float()
+    every = torch.arange(256, dtype=torch.uint8, device=codes.device).view(codes.dtype)
+    pairs = codes.view(-1).view(torch.uint16)
+    return _looked_up(pairs, _pairs(str(codes.dtype), every.tolist(), codes.device)).view(
+        codes.shape
+    )
+
+
+def _looked_up(indices: Tensor, table: Tensor) -> Tensor:
+    """[..., 2] float32: the pair of each index."""
+    found = table.index_select(0, indices.reshape(-1).to(torch.int32))
+    return found.view(torch.float32).view(*indices.shape, 2)
+
+
+_TABLES: Final[dict[tuple[str, torch.device], Tensor]] = {}
+
+
+def _pairs(name: str, values: list[float], device: torch.device) -> Tensor:
+    """[n * n] int64, each the bits of two float32: two codes are looked up at once, as one number,
+    which takes a fifth of the time of a lookup of rows or of single values."""
+    table = _TABLES.get((name, device))
+    if table is None:
+        each = torch.tensor(values, dtype=torch.float32, device=device)
+        first, second = each.repeat(len(values)), each.repeat_interleave(len(values))
+        pairs = torch.stack([first, second], -1)  # the first code is in the low half
+        table = _TABLES[name, device] = pairs.view(torch.int64).squeeze(-1)
+    return table

@@ -79,7 +79,8 @@ class PackedIntegers(StoredFormat):
         codes = unpack_bits(words, self.bits, columns).float()
         zeros = self._zeros(parts, (*codes.shape[:-2], rows, columns))
         order = parts.get("order")
-        if order is None or bool((order < 0).any()):  # allocated, and never filled
+        # one that is negative was allocated and never filled
+        if order is None or bool((order < 0).any()) or _in_order(order, self.grid[1]):
             moved = (
                 codes.sub_(zeros) if isinstance(zeros, int) else shifted(codes, zeros, self.grid)
             )
@@ -238,7 +239,7 @@ class GptqCodes(StoredFormat):
         if self.minus_one and 8 % self.bits:
             zeros = (zeros + 1) & ((1 << self.bits) - 1)
         zeros, factors = zeros.mT.float(), factors_of(parts["scale"]).mT
-        if "order" not in parts:
+        if "order" not in parts or _in_order(parts["order"], self.grid[1]):
             return scaled(shifted(codes, zeros, self.grid), factors, self.grid)
         groups = parts["order"].long()
         check_groups(groups, factors.shape[1])
@@ -272,9 +273,17 @@ class AwqCodes(StoredFormat):
         return shape
 
     def dequantize(self, parts: Mapping[PartName, Tensor], shape: tuple[int, ...]) -> Tensor:
-        codes = unpack_awq(parts["codes"]).mT.contiguous().float()
-        zeros = unpack_awq(parts["zero"]).mT.float()
+        codes = unpack_awq(parts["codes"]).float()
+        zeros = unpack_awq(parts["zero"]).float()
         return scaled(shifted(codes, zeros, self.grid), factors_of(parts["scale"]).mT, self.grid)
+
+
+def _in_order(groups: Tensor, size: int | None) -> bool:
+    """Whether the columns of a group lie side by side, as they do where nothing was reordered."""
+    count = groups.numel()
+    numbers = torch.arange(count, device=groups.device)
+    desired = torch.zeros_like(numbers) if size is None else numbers // size
+    return torch.equal(groups.flatten().long(), desired)
 
 
 def _ones(bits: int) -> int:

@@ -15,6 +15,7 @@ from typing import Final, Literal
 
 from torch import Tensor
 
+from flexpert.models.packed_codes import fp8_values
 from flexpert.models.scale_grid import (
     PER_CHANNEL,
     PER_TENSOR,
@@ -158,7 +159,8 @@ class ScaledElements(StoredFormat):
         return shape
 
     def dequantize(self, parts: Mapping[PartName, Tensor], shape: tuple[int, ...]) -> Tensor:
-        codes = parts["codes"].float()
+        stored = parts["codes"]
+        codes = stored.float() if self.dtype == "I8" else fp8_values(stored)
         zeros = parts.get("zero")
         if zeros is not None:
             shifted(codes, zeros.float(), self.grid)
