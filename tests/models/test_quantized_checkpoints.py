@@ -159,6 +159,16 @@ def test_quantized_tensors_that_nothing_explains_are_named(tmp_path: Path) -> No
         ModelSource.open(str(small))
 
 
+def test_codes_of_another_dtype_are_named_before_their_scales(tmp_path: Path) -> None:
+    small, _ = make_quantized_checkpoint("fp8_powers", "qwen3_moe", tmp_path)
+    state = load_file(small / "model.safetensors")
+    key = "model.layers.1.self_attn.q_proj.weight"
+    state[key] = state[key].view(torch.float8_e5m2)
+    save_file(state, small / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"layers\.1\.self_attn\.q_proj\.weight is F8_E5M2"):
+        ModelSource.open(str(small))
+
+
 def test_groups_beyond_the_scales_are_told_when_the_weight_is_read(tmp_path: Path) -> None:
     small, _ = make_quantized_checkpoint("gptq", "mixtral", tmp_path)
     state = load_file(small / "model.safetensors")

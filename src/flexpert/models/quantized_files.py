@@ -50,6 +50,7 @@ ACTIVATION_SCALES: Final = frozenset(
 _CODES: Final = frozenset(
     {"F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"}
 )
+_PARTS: Final = {"qweight", "qzeros", "weight_packed", "weight_scale", "weight_scale_inv"}
 _NOT_WEIGHTS: Final = ("scale", "scale_inv", "scales", "zero_point", "qzeros", "pre_quant_scale")
 
 
@@ -231,20 +232,18 @@ class QuantizedFiles(TensorFiles):
 
     def _check_explained(self) -> None:
         """Raises: ModelError: a tensor is left that is quantized, or belongs to one that is."""
-        for key in self._keys:
-            if key in self.weights:
-                continue
-            dtype, last = self.dtype_of_file(key), key.rpartition(".")[2]
-            if dtype in _CODES:
-                why = f"is {dtype}"
-            elif last in {"qweight", "weight_packed", "weight_scale", "weight_scale_inv", "qzeros"}:
-                why = "belongs to a quantized weight"
-            else:
-                continue
-            raise ModelError(
-                f"{self.path}: {key} {why}, and nothing that {self.quantization.source} says "
-                f"({self.quantization.method}) explains it; download it again"
-            )
+        left = [key for key in self._keys if key not in self.weights]
+        # codes first: scales that are left over are theirs
+        for key in (key for key in left if self.dtype_of_file(key) in _CODES):
+            raise self._unexplained(key, f"is {self.dtype_of_file(key)}")
+        for key in (key for key in left if key.rpartition(".")[2] in _PARTS):
+            raise self._unexplained(key, "belongs to a quantized weight")
+
+    def _unexplained(self, key: str, why: str) -> ModelError:
+        return ModelError(
+            f"{self.path}: {key} {why}, and nothing that {self.quantization.source} says "
+            f"({self.quantization.method}) explains it; download it again"
+        )
 
 
 class StoredParts:
