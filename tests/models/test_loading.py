@@ -229,9 +229,9 @@ def test_a_front_end_for_images_is_refused(tmp_path: Path) -> None:
 
 def test_quantized_weights_are_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
     config = json.loads((checkpoint("mixtral") / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModel, match="fp8"):
+    with pytest.raises(UnsupportedModel, match="bitsandbytes"):
         ModelSource.open(str(tmp_path))
 
 

@@ -33,8 +33,9 @@ from flexpert.models import registrations
 from flexpert.models.accounting import account
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.expert_reader import ExpertReader
-from flexpert.models.fp8_files import Fp8Files, block_of
 from flexpert.models.probe import AttentionShape, Probe, build_skeleton, probe
+from flexpert.models.quantization import read_quantization
+from flexpert.models.quantized_files import QuantizedFiles
 from flexpert.parallel import read_threads, run_parallel
 from flexpert.reading import read_text, shown
 
@@ -126,18 +127,14 @@ class ModelSource:
         self.accounting = account(self.checkpoint, skeleton, self.expert_parameters)
         self._say_what_is_not_read()
         # parameters of experts that are fp8 in the files, and those that can be taken as they are
-        quantized = self._quantized(files) if isinstance(files, Fp8Files) else {}
+        quantized = self._quantized_to_fp8(files)
         self.fp8_experts = experts == "fp8" or (experts == "stored" and bool(quantized))
         self._experts = ExpertReader(
             self.checkpoint,
             skeleton,
             self.experts_names,
             info.experts,
-            {
-                name: fp8_files
-                for name, fp8_files in quantized.items()
-                if self.fp8_experts and self._fits_as_stored(name, fp8_files)
-            },
+            {name for name in quantized if self.fp8_experts and self._fits_as_stored(name, files)},
         )
 
     @classmethod
@@ -160,19 +157,24 @@ class ModelSource:
             experts: their format in memory.
 
         Raises:
-            UnsupportedModel: a dense model, another quantization than fp8 with blocks, or a family
+            UnsupportedModel: a dense model, a quantization that is not served, or a family
                 that does not fit; says why.
             ModelError: files are missing, damaged or cannot be had.
         """
         path = locate(model, revision)
         config = _read_config(path)
         try:
-            block = block_of(path, config)
+            quantization = read_quantization(path)
+            _forget_quantization(config)  # weights come to the model dequantized
             skeleton = build_skeleton(config, _dtype(config, dtype), attention=registrations.PROBE)
             found = probe(skeleton)
             info = _info(model, path, config, skeleton, found, max_model_len)
             named = getattr(config, "transformers_weights", None)
-            files = TensorFiles(path, named) if block is None else Fp8Files(path, block, named)
+            files = (
+                QuantizedFiles(path, quantization, named)
+                if quantization
+                else TensorFiles(path, named)
+            )
             return cls(path, config, info, skeleton, found, files, experts)
         except ModelError as error:
             if str(path) in str(error):
@@ -356,16 +358,18 @@ class ModelSource:
             if not 0 <= expert < self.info.experts:
                 raise ValueError(f"there is no expert {expert}: the model has {self.info.experts}")
 
-    def _quantized(self, files: Fp8Files) -> dict[str, Fp8Files]:
+    def _quantized_to_fp8(self, files: TensorFiles) -> set[str]:
         """The parameters of experts that are made of fp8 weights with scales, and nothing else."""
+        if not isinstance(files, QuantizedFiles):
+            return set()
         recipes = self.checkpoint.recipes
         return {
-            name: files
+            name
             for name in self.expert_parameters & recipes.keys()
             if all(files.is_fp8(key) for keys in recipes[name].sources.values() for key in keys)
         }
 
-    def _fits_as_stored(self, name: str, files: Fp8Files) -> bool:
+    def _fits_as_stored(self, name: str, files: TensorFiles) -> bool:
         """Whether fp8 weights and scales can be put together as they lie in the files.
 
         Else they are dequantized and quantized anew: blocks of another size or layout, or gate and
@@ -373,8 +377,10 @@ class ModelSource:
         """
         experts: Any = self.skeleton.get_submodule(name.rpartition(".")[0])
         rows = self.skeleton.get_parameter(name).shape[1]
+        sources = self.checkpoint.recipes[name].sources
         return (
-            files.block == (fp8.BLOCK, fp8.BLOCK)
+            isinstance(files, QuantizedFiles)
+            and all(files.has_blocks(key) for keys in sources.values() for key in keys)
             and not experts.is_transposed
             and (not experts.has_gate or rows // 2 % fp8.BLOCK == 0)
             and self.checkpoint.joins_only(name)
@@ -470,6 +476,12 @@ def _read_config(path: Path) -> PreTrainedConfig:
             ) from error
         raise ModelError(f"{path / 'config.json'} cannot be read: {_short(error)}") from error
     return config
+
+
+def _forget_quantization(config: PreTrainedConfig) -> None:
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
 
 
 def _check_settings(file: Path) -> None:
