@@ -10,6 +10,7 @@ from torch import Tensor
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.cpu.expert_products import LayerExperts, library_rows
 from flexpert.kernels.experts import ExpertWeights
+from flexpert.kernels.weight_formats import FP8
 
 HIDDEN, INTER = 40, 24
 
@@ -126,8 +127,8 @@ def test_large_groups_reach_torch_in_few_sizes() -> None:
 
 def test_fp8_experts_keep_their_values_to_a_sixteenth_and_no_cpu_computes_them() -> None:
     whole = make_experts(1, torch.float32, biases=True)[0]
-    small = whole.quantized()
-    assert small.shape.dtype == fp8.DTYPE
+    small = whole.quantized(FP8)
+    assert small.shape.format is FP8
     assert small.nbytes < whole.nbytes / 3
     for weight, scale, expected in (
         (small.gate_up, small.gate_up_scale, whole.gate_up),

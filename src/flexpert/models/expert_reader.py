@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexpert.errors import ModelError
-from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
+from flexpert.kernels.weight_formats import format_of
 from flexpert.models.checkpoint import Checkpoint, bytes_of
 from flexpert.models.expert_extents import Extent, expert_extents
 from flexpert.models.fp8_files import Fp8Files
@@ -97,10 +97,16 @@ class ExpertReader:
                 self._copy_stored(files, name, expert, target, scales)
                 return
             tensor = self._converted(layer, name, expert)
-            if scales is None:
+            to_format = format_of(target)
+            if scales is None or to_format is None:
                 target.copy_(tensor)
                 return
-            quantized = fp8.quantize(tensor.to(target.device))
+            try:
+                quantized = to_format.quantize(tensor.to(target.device))
+            except ValueError as error:
+                raise ModelError(
+                    f"{self._checkpoint.files.path}: expert {expert} of {name}: {error}"
+                ) from None
             for to, made in zip((target, scales), quantized, strict=True):
                 to.copy_(made)
 

@@ -29,6 +29,7 @@ from transformers import (
 from flexpert.errors import ConfigError, ModelError, UnsupportedModel
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
+from flexpert.kernels.weight_formats import FORMATS, FP8, WeightFormat
 from flexpert.models import registrations
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.expert_reader import ExpertReader
@@ -44,12 +45,12 @@ TINY: Final = "tiny"
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-ExpertFormat = Literal["unquantized", "stored", "fp8"]
+ExpertFormat = Literal["unquantized", "stored", "fp8", "mxfp4", "int8"]
 """How experts lie in memory.
 
 unquantized: in the model's dtype.
-fp8: with a scale for each block of 128 x 128 (see `flexpert.kernels.block_fp8`), quantized at load
-if the files do not have it.
+fp8, mxfp4, int8: in that format (see `flexpert.kernels.weight_formats`), quantized at load if the
+files do not have it.
 stored: fp8 if the files have it, else unquantized.
 """
 
@@ -95,13 +96,13 @@ class ModelSource:
     Made by `open`. Experts may be read from any thread.
 
     Attributes:
-        fp8_experts: whether experts are fp8 in memory; a CPU does not compute those.
+        expert_format: of experts in memory; None: they are unquantized.
     """
 
     path: Path
     info: ModelInfo
     config: PreTrainedConfig
-    fp8_experts: bool
+    expert_format: WeightFormat | None
 
     def __init__(
         self,
@@ -122,7 +123,9 @@ class ModelSource:
         self.checkpoint = Checkpoint(files, skeleton)
         # parameters of experts that are fp8 in the files, and those that can be taken as they are
         quantized = self._quantized(files) if isinstance(files, Fp8Files) else {}
-        self.fp8_experts = experts == "fp8" or (experts == "stored" and bool(quantized))
+        self.expert_format = FORMATS.get(experts)
+        if experts == "stored" and quantized:
+            self.expert_format = FP8
         self._experts = ExpertReader(
             self.checkpoint,
             skeleton,
@@ -131,7 +134,7 @@ class ModelSource:
             {
                 name: fp8_files
                 for name, fp8_files in quantized.items()
-                if self.fp8_experts and self._fits_as_stored(name, fp8_files)
+                if self.expert_format is FP8 and self._fits_as_stored(name, fp8_files)
             },
         )
         self._check_complete()
@@ -272,7 +275,7 @@ class ModelSource:
             hidden,
             height,
             inter,
-            fp8.DTYPE if self.fp8_experts else dtype,
+            self.expert_format or dtype,
             biases=dtype if module.has_bias else None,
         )
 

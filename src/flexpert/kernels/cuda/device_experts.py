@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.cuda.grouped_products import grouped_product
 from flexpert.kernels.experts import ALIGNMENT, ExpertShape, ExpertWeights, Gate
 
@@ -156,7 +155,7 @@ class DeviceExperts:
             [rows, hidden]; what lies behind offsets[slots] is unset.
         """
         up, down, up_bias, down_bias, up_scale, down_scale = self._tables[:, layer]
-        scaled = self.shape.dtype == fp8.DTYPE
+        scaled = self.shape.format is not None
         gated = self._is_swiglu(apply_gate)
         height = self.shape.height
         hidden = grouped_product(
