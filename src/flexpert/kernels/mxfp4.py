@@ -18,6 +18,7 @@ VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of the codes 0 to 7; with 8 more each is negative."""
 
 _LARGEST_EXPONENT: Final = 2  # of an element: 6 is 1.5 * 2 ** 2
+_MOST_EXPONENT: Final = 125  # of a scale that makes none of them infinite in float32
 # between two values lies the middle; there the even code is taken, as IEEE 754 rounds
 _MIDDLES: Final = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
@@ -56,7 +57,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     exponent = torch.where(largest > 0, exponent, torch.zeros_like(exponent))
     codes, errors, biased = [], [], []
     for raised in (0, 1):
-        power = (exponent + raised).clamp(-BIAS, 254 - BIAS)
+        power = (exponent + raised).clamp(-BIAS, _MOST_EXPONENT)
         scaled = torch.ldexp(blocks, -power.unsqueeze(-1))
         code = _rounded(scaled)
         values = _values(code)
