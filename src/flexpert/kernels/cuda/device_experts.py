@@ -155,7 +155,7 @@ class DeviceExperts:
             [rows, hidden]; what lies behind offsets[slots] is unset.
         """
         up, down, up_bias, down_bias, up_scale, down_scale = self._tables[:, layer]
-        scaled = self.shape.format is not None
+        packed = self.shape.format
         gated = self._is_swiglu(apply_gate)
         height = self.shape.height
         hidden = grouped_product(
@@ -164,7 +164,8 @@ class DeviceExperts:
             offsets,
             x.new_empty((rows, height // 2 if gated else height)),
             index=index,
-            scales=up_scale if scaled else None,
+            packed=packed,
+            scales=None if packed is None else up_scale,
             biases=None if self.shape.biases is None else up_bias,
             gated=gated,
             expected=expected,
@@ -176,7 +177,8 @@ class DeviceExperts:
             down,
             offsets,
             x.new_empty((rows, x.shape[1])),
-            scales=down_scale if scaled else None,
+            packed=packed,
+            scales=None if packed is None else down_scale,
             biases=None if self.shape.biases is None else down_bias,
             expected=expected,
         )
