@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import types
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from flexpert.kernels.cpu import ops
 
@@ -17,6 +20,7 @@ pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 from flexpert.kernels.cuda import attention, norm, rotary, router
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.cuda import row_sorting as routing
+from flexpert.kernels.cuda.gates import clamped_swiglu, clamped_swiglu_of
 from flexpert.kernels.cuda.grouped_products import ProductTiling
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
@@ -91,7 +95,9 @@ def test_the_tiles_that_are_chosen_fit_into_shared_memory(
     """Triton keeps a tile of each operand for each stage; an H100 has 227 KiB for a program."""
     for rows in (1, 64, 8 * 64, 9 * 64, 48 * 64, 49 * 64, 128 * 64, 129 * 64, 4096 * 64):
         t = products.choose(rows, 64, gated=gated, packed=packed, dtype=dtype)
-        weights = t.columns * t.depth * (2 if gated else 1) * (dtype.itemsize if packed is None else 1)
+        weights = (
+            t.columns * t.depth * (2 if gated else 1) * (dtype.itemsize if packed is None else 1)
+        )
         assert t.stages * (t.rows * t.depth * dtype.itemsize + weights) <= 227 * 1024
 
 
@@ -162,6 +168,19 @@ def test_mxfp4_weights_are_what_a_cpu_dequantizes(tiles: str, gated: bool) -> No
         if gated:
             expected = torch.nn.functional.silu(expected[:inter]) * expected[inter:]
         torch.testing.assert_close(out[row].double(), expected, rtol=1e-4, atol=1e-8)
+
+
+def test_the_gate_of_gpt_oss_is_found_and_is_transformers_own() -> None:
+    config = GptOssConfig(hidden_size=8, intermediate_size=1100, num_local_experts=1)
+    module = GptOssExperts(config)
+    found = clamped_swiglu_of(module._apply_gate)
+    assert found == (module.alpha, module.limit)
+    pairs = randn(3, 2200, seed=3) * 5
+    torch.testing.assert_close(clamped_swiglu(pairs, *found), module._apply_gate(pairs))
+    assert clamped_swiglu_of(torch.nn.functional.silu) is None
+    module.alpha += 0.1  # what a module says is tried
+    module._apply_gate = types.MethodType(lambda self, x: x.chunk(2, -1)[0], module)
+    assert clamped_swiglu_of(module._apply_gate) is None
 
 
 @pytest.mark.parametrize("single", [True, False], ids=["one-program", "many-programs"])

@@ -1,4 +1,4 @@
-"""Builds the C extension `flexpert.kernels.cpu._ops` from its C files (setup.py names `ffibuilder`)."""
+"""Builds the C extension `flexpert.kernels.cpu._ops` from C (setup.py names `ffibuilder`)."""
 
 from pathlib import Path
 

@@ -116,7 +116,8 @@ class WeightTable:
         if not unpacks(self.format):
             raise ValueError(f"a CPU does not compute with weights in {self.format.name}")
         shape = self.format.scales_of(self.out_features, self.in_features)
-        for scale in scales or [None] * self.slots:
+        given: list[Tensor | None] = [*scales] if scales else [None]
+        for scale in given:
             if (
                 scale is None
                 or scale.shape != shape
@@ -139,8 +140,8 @@ class WeightTable:
         """y[r] = x[r] · weight[slot of r]ᵀ + bias[slot of r].
 
         Args:
-            x: [rows, in] of the weights' dtype (bf16 or f32 where they are in a format), contiguous,
-                sorted by slot.
+            x: [rows, in] of the weights' dtype (bf16 or f32 where they are in a format),
+                contiguous, sorted by slot.
             offsets: [slots + 1] int32; rows of slot s are offsets[s] … offsets[s+1]-1.
 
         Returns:

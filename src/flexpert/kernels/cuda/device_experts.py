@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexpert.kernels.cuda.gates import clamped_swiglu, clamped_swiglu_of
 from flexpert.kernels.cuda.grouped_products import grouped_product
 from flexpert.kernels.experts import ALIGNMENT, ExpertShape, ExpertWeights, Gate
 
@@ -99,6 +100,7 @@ class DeviceExperts:
         self._tables = torch.zeros((len(_TABLES), layers, slots), dtype=torch.int64, device=device)
         self._held: tuple[SlotAddresses, ...] = ()
         self._swiglu: dict[Gate, bool] = {}
+        self._clamped: dict[Gate, tuple[float, float] | None] = {}
 
     def stage(self, layers: Sequence[SlotAddresses]) -> StagedExperts:
         """Ready to be held, one for each layer; changes nothing yet.
@@ -171,7 +173,7 @@ class DeviceExperts:
             expected=expected,
         )
         if not gated:
-            hidden = apply_gate(hidden).contiguous()
+            hidden = self._apply(apply_gate, hidden)
         return grouped_product(
             hidden,
             down,
@@ -182,6 +184,14 @@ class DeviceExperts:
             biases=None if self.shape.biases is None else down_bias,
             expected=expected,
         )
+
+    def _apply(self, apply_gate: Gate, hidden: Tensor) -> Tensor:
+        if apply_gate not in self._clamped:
+            self._clamped[apply_gate] = clamped_swiglu_of(apply_gate)
+        clamped = self._clamped[apply_gate]
+        if clamped is None:
+            return apply_gate(hidden).contiguous()
+        return clamped_swiglu(hidden, *clamped)
 
     def _is_swiglu(self, apply_gate: Gate) -> bool:
         if apply_gate not in self._swiglu:

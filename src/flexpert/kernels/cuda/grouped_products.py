@@ -67,8 +67,8 @@ def _mxfp4_scales(scales, at, k, K, EVEN: tl.constexpr, DEPTH: tl.constexpr):
 
 @triton.jit
 def _e2m1(code, factor):
-    """Values of codes in the low four bits, times 2 ** 126 * factor, in float32: as the exponent and
-    mantissa of a float32 the three bits mean what they mean in e2m1, but for that power."""
+    """Values of codes in the low four bits, times a factor, in float32: as exponent and mantissa of
+    a float32 the three bits mean what they mean in e2m1, but for a power of two."""
     bits = ((code & 7) << 22) | ((code & 8) << 28)
     return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37 * factor
 
@@ -392,9 +392,7 @@ def grouped_product(
             x, weights, scales, offsets, out, index=index, biases=biases, gated=gated
         )
     if tiling is None:
-        tiling = choose(
-            expected or rows, slots, gated=gated, packed=packed, dtype=x.dtype
-        )
+        tiling = choose(expected or rows, slots, gated=gated, packed=packed, dtype=x.dtype)
     if packed is FP8 and fp8.BLOCK % tiling.depth:
         raise ValueError(f"a tile {tiling.depth} deep crosses blocks of {fp8.BLOCK} with scales")
     # a tile that is not full belongs to a slot of its own

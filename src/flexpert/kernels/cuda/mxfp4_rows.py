@@ -27,7 +27,7 @@ def _value(words, at: tl.constexpr):
 def _blocks_dot(weight, scales, x, first, k, K, lane, word):
     """[columns, blocks] of x · w for the blocks from column k on.
 
-    weight: of int32 words. first: [columns], each row's first block. x: the row, scaled by 2 ** 100.
+    weight: of int32 words. first: [columns], each row's first block.
     """
     block = k // 32 + lane
     ok = block < K // 32
@@ -41,7 +41,7 @@ def _blocks_dot(weight, scales, x, first, k, K, lane, word):
     for i in tl.static_range(8):
         along = tl.load(source + i, mask=ok[:, None], other=0.0).to(tl.float32)
         total += _value(words, i) * (along * 1.2676506002282294e30)[None, :, :]
-    # 2 ** 26 is left of the two powers
+    # x was times 2 ** 100, to stay among the normal numbers; 2 ** 26 is left
     exponent = tl.where(power == 0, 1 << 22, power << 23)
     exponent = tl.where(power == 255, 0x7FC00000, exponent)
     return tl.sum(total, 2) * 67108864.0 * exponent.to(tl.float32, bitcast=True)
