@@ -52,7 +52,7 @@ def figures(experts: ExpertFormat) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize(
-    ("experts", "most_error", "most_bits"), [("int8", 0.02, 0.005), ("mxfp4", 0.15, 0.05)]
+    ("experts", "most_error", "most_bits"), [("int8", 0.02, 0.005), ("mxfp4", 0.15, 0.1)]
 )
 def test_a_format_costs_little_of_the_quality(
     experts: ExpertFormat, most_error: float, most_bits: float

@@ -51,7 +51,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, columns = weight.shape
     _check(columns)
-    blocks = weight.float().view(rows, columns // BLOCK, BLOCK)
+    blocks = weight.float().reshape(rows, columns // BLOCK, BLOCK)
     largest = blocks.abs().amax(-1)
     exponent = torch.frexp(largest).exponent.int() - 1 - _LARGEST_EXPONENT
     exponent = torch.where(largest > 0, exponent, torch.zeros_like(exponent))
@@ -107,6 +107,6 @@ def _values(codes: Tensor) -> Tensor:
 def _check(columns: int) -> None:
     if columns % BLOCK:
         raise ValueError(
-            f"MXFP4 has a scale for each {BLOCK} columns, and a matrix has {columns}: keep its "
-            "weights whole, or in another format"
+            f"MXFP4 has a scale for each {BLOCK} columns, and a matrix has {columns}: choose "
+            "another --quantization, or none"
         )

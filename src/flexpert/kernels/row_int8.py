@@ -27,7 +27,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     whole = weight.float()
     scales = whole.abs().amax(1).clamp(min=1e-30) / LARGEST
-    return (whole / scales.unsqueeze(1)).round().to(DTYPE), scales
+    return (whole / scales.unsqueeze(1)).round().to(DTYPE).contiguous(), scales
 
 
 def dequantize(weight: Tensor, scales: Tensor) -> Tensor:

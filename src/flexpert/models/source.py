@@ -138,6 +138,7 @@ class ModelSource:
             },
         )
         self._check_complete()
+        self._check_format()
 
     @classmethod
     def open(
@@ -245,6 +246,14 @@ class ModelSource:
                 f"{self.path} lacks {len(missing)} tensors of {self.info.architecture}: "
                 f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}"
             )
+
+    def _check_format(self) -> None:
+        """Raises: UnsupportedModel: the experts' sizes are none that their format has."""
+        try:
+            for shape in self._shapes:
+                _ = shape.nbytes
+        except ValueError as error:
+            raise UnsupportedModel(f"{self.path}: the experts: {error}") from None
 
     # ---- weights ----------------------------------------------------------------------------
 
