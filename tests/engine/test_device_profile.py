@@ -26,7 +26,7 @@ from flexpert.errors import ConfigError
 from flexpert.kernels.step_shapes import lanes
 from flexpert.kernels.weight_formats import FP8, INT8, MXFP4, WeightFormat
 
-MEETING = HeadMeeting(HeadStore(lambda request: None), "here")
+MEETING = HeadMeeting(HeadStore(lambda request: None), "here", several=False)
 
 
 def gpu(**overrides: object) -> Config:

@@ -124,21 +124,17 @@ def offsets(*counts: int) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0).int()
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["deterministic", "any"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("packed", PACKED, ids=NAMES)
 @pytest.mark.parametrize(("out", "width"), [(7, 32), (64, 128), (80, 96), (130, 416), (192, 2880)])
 def test_a_product_is_that_of_the_dequantized_matrix(
-    out: int, width: int, packed: WeightFormat, dtype: torch.dtype, exact: bool
+    out: int, width: int, packed: WeightFormat, dtype: torch.dtype
 ) -> None:
-    pairs = [matrix(packed, out, width, seed) for seed in (1, 2)]
-    pairs.append(packed.quantize(torch.randn(out, width, generator=dice(3))))
+    pairs = [matrix(packed, out, width, seed) for seed in (1, 2, 3)]
     biases = [torch.randn(out, generator=dice(seed)).to(dtype) for seed in (4, 5, 6)]
-    table = ops.WeightTable(
-        [w for w, _ in pairs], biases, [s for _, s in pairs], deterministic=exact
-    )
+    table = ops.WeightTable([w for w, _ in pairs], biases, [s for _, s in pairs])
     assert table.in_features == width
-    for counts in ((1, 0, 2), (5, 16, 17), (0, 40, 1), (2, 2, 3)):
+    for counts in ((1, 0, 2), (5, 16, 17), (0, 40, 1)):
         x = (torch.randn(sum(counts), width, generator=dice(7)) * 1e-3).to(dtype)
         y = table.linear(x, offsets(*counts))
         assert y.dtype == dtype
@@ -180,7 +176,7 @@ def test_lesser_instruction_sets_compute_the_same_products(instruction_set: str)
         timeout=100,
         check=False,
     )
-    assert "53 passed" in done.stdout, done.stdout + done.stderr
+    assert "33 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_block_whose_scale_is_no_number_gives_none() -> None:

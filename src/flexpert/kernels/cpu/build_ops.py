@@ -12,7 +12,7 @@ ffibuilder.cdef(
                           intptr_t ends, intptr_t y, long groups, long k, long n, int dtype);
     int fx_grouped_packed(intptr_t x, intptr_t weights, intptr_t scales, intptr_t biases,
                           intptr_t begins, intptr_t ends, intptr_t y, long groups, long k, long n,
-                          int dtype, int format, int exact);
+                          int dtype, int format);
     int fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
                   long n, int dtype);
     void fx_rms_norm(intptr_t x, intptr_t w, intptr_t y, long rows, long n, float eps, int early,

@@ -59,13 +59,8 @@ class LayerExperts:
         packed = format_of(weight)
         ours = weight.dtype in ops.DTYPES if packed is None else ops.unpacks(packed)
         if ours and weight.device.type == "cpu":
-            self._up, self._down = (
-                ops.WeightTable(
-                    *(_of(self.experts, name + part) for part in _PARTS),
-                    deterministic=deterministic,
-                )
-                for name in ("gate_up", "down")
-            )
+            self._up = ops.WeightTable(*(_of(self.experts, f"gate_up{p}") for p in _PARTS))
+            self._down = ops.WeightTable(*(_of(self.experts, f"down{p}") for p in _PARTS))
         elif packed is not None:
             raise ValueError(f"a CPU does not compute with experts in {packed.name}")
         elif deterministic:

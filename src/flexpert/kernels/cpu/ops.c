@@ -902,7 +902,7 @@ static int fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intp
 
 static int fx_grouped_packed(intptr_t x, intptr_t weights, intptr_t scales, intptr_t biases,
                              intptr_t begins, intptr_t ends, intptr_t y, long groups, long k,
-                             long n, int dtype, int format, int exact) {
+                             long n, int dtype, int format) {
     const packed_args a = {
         .x = (const char *)x,
         .weights = (const intptr_t *)weights,
@@ -916,7 +916,6 @@ static int fx_grouped_packed(intptr_t x, intptr_t weights, intptr_t scales, intp
         .n = n,
         .dtype = dtype,
         .format = format,
-        .exact = exact,
     };
     return pick()->packed(&a);
 }

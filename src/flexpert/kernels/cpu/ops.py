@@ -64,8 +64,6 @@ class WeightTable:
             alive by the table, as are scales and biases.
         biases: of [out] each, of x's dtype, or None.
         scales: of weights in a format, else None.
-        deterministic: give each row the same bits whatever shares the call; weights in a format are
-            faster without, where there are few rows.
     """
 
     __slots__ = (
@@ -73,7 +71,6 @@ class WeightTable:
         "_scale_table",
         "_table",
         "biases",
-        "deterministic",
         "format",
         "in_features",
         "out_features",
@@ -87,10 +84,7 @@ class WeightTable:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor] | None,
         scales: Sequence[Tensor] | None = None,
-        *,
-        deterministic: bool = True,
     ) -> None:
-        self.deterministic = deterministic
         self.slots = len(weights)
         self.format = format_of(weights[0]) if weights else None
         self.out_features, self.in_features = weights[0].shape if weights else (0, 0)
@@ -180,7 +174,6 @@ class WeightTable:
                 *places,
                 *sizes,
                 _FORMATS[self.format.name],
-                self.deterministic,
             )
         if failed:
             raise MemoryError(_NO_SCRATCH)

@@ -144,7 +144,6 @@ typedef struct {
     char *y;
     long groups, k, n;
     int dtype, format;
-    int exact; /* a row's bits must not depend on how many rows there are */
 } packed_args;
 
 /* As `grouped_body`. scratch: SOME rows of weights. */
@@ -311,79 +310,6 @@ AMX static void amx_few(const packed_args *a, long g, long o, const char *x, cha
     _tile_stored(3, c + 3 * BLOCK, 64);
 }
 
-/* What to add to the values of the blocks of one weight row; 0: a scale does not add up. `add` has
- * room for 16 more. */
-AMX INLINE int amx_row_exponents(const uint8_t *scales, long blocks, uint32_t *add) {
-    __mmask16 beyond = 0;
-    for (long b = 0; b < blocks; b += 16) {
-        const __mmask16 live = blocks - b < 16 ? (__mmask16)((1u << (blocks - b)) - 1) : 0xffff;
-        const __m128i bytes = _mm_mask_loadu_epi8(_mm_set1_epi8(127), live, scales + b);
-        const __m512i e = _mm512_cvtepu8_epi32(bytes);
-        const __m512i times = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(127)), 7);
-        beyond |= _mm512_cmpgt_epu32_mask(_mm512_sub_epi32(e, _mm512_set1_epi32(2)),
-                                          _mm512_set1_epi32(250)); /* see `adds_up` */
-        _mm512_storeu_si512(add + b, _mm512_or_si512(_mm512_and_si512(times, _mm512_set1_epi32(0xffff)),
-                                                     _mm512_slli_epi32(times, 16)));
-    }
-    return beyond == 0;
-}
-
-/* One out of 1 or 2 rows, from memory through registers. */
-AMX INLINE void amx_dot(const uint8_t *w, const uint32_t *add, const char *x, long blocks, int rows,
-                        long k, float *sums) {
-    const __m512i shifts = _mm512_inserti64x4(
-        _mm512_castsi256_si512(_mm256_setr_m128i(_mm_setzero_si128(), _mm_set1_epi16(4))),
-        _mm256_setr_m128i(_mm_set1_epi16(8), _mm_set1_epi16(12)), 1);
-    const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)E2M1));
-    __m512 acc[2][4];
-    UNROLL for (int i = 0; i < 8; i++) acc[i / 4][i % 4] = _mm512_setzero_ps();
-#define BLOCK_DOT(B, J)                                                                            \
-    {                                                                                              \
-        const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(w + 16 * (B)))); \
-        const __m512i values = _mm512_mask_add_epi16(table, 0xfefefefeu, table,                    \
-                                                     _mm512_set1_epi32((int)add[B]));              \
-        const __m512i v = _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shifts), values);      \
-        UNROLL for (int r = 0; r < rows; r++) acc[r][J] = _mm512_dpbf16_ps(                        \
-            acc[r][J], (__m512bh)v, (__m512bh)_mm512_loadu_si512(x + (r * k + 32 * (B)) * 2));     \
-    }
-    long b = 0;
-    for (; b + 4 <= blocks; b += 4) UNROLL for (int j = 0; j < 4; j++) BLOCK_DOT(b + j, j)
-    for (; b < blocks; b++) BLOCK_DOT(b, 0)
-#undef BLOCK_DOT
-    for (int r = 0; r < rows; r++)
-        sums[r] = fold((f32x16)_mm512_add_ps(_mm512_add_ps(acc[r][0], acc[r][1]),
-                                             _mm512_add_ps(acc[r][2], acc[r][3])));
-}
-
-enum { MOST_DOT_ROWS = 2 };
-
-/* MXFP4 with 1 or 2 rows, where a row's bits need not be those in any company: what is unpacked
- * stays in registers, and the time is that of the memory. x: the rows in `ORDER`; add: scratch.
- * Returns 0: a scale does not add up, and the outs are not computed. */
-AMX static int amx_dots(const packed_args *a, long g, const char *x, long rows, const char *bias,
-                        char *y, uint32_t *add) {
-    const long k = a->k, n = a->n, blocks = k / 32;
-    const uint8_t *w = (const uint8_t *)a->weights[g], *scales = (const uint8_t *)a->scales[g];
-    for (long o = 0; o < n; o++, w += k / 2, scales += blocks) {
-        float sums[MOST_DOT_ROWS];
-        if (!amx_row_exponents(scales, blocks, add)) return 0;
-        if (rows == 1) amx_dot(w, add, x, blocks, 1, k, sums);
-        else amx_dot(w, add, x, blocks, 2, k, sums);
-        for (long r = 0; r < rows; r++) {
-            const float v = sums[r] + (bias ? from_bf16(((const uint16_t *)bias)[o]) : 0.0f);
-            ((uint16_t *)y)[r * n + o] = to_bf16(v);
-        }
-    }
-    return 1;
-}
-
-/* Rows of x in `ORDER`. */
-AMX static void amx_order(const char *x, long elements, char *to) {
-    const __m512i order = _mm512_loadu_si512(ORDER);
-    for (long i = 0; i < elements; i += 32)
-        _mm512_storeu_si512(to + 2 * i, _mm512_permutexvar_epi16(order, _mm512_loadu_si512(x + 2 * i)));
-}
-
 /* 64 outs and any rows, which are packed. scratch: 64 weight rows. */
 AMX static void amx_outs(const packed_args *a, long g, long o, const char *packed, long rows,
                          const char *bias, char *y, char *scratch) {
@@ -416,14 +342,6 @@ AMX static int amx_packed(const packed_args *a) {
     char *packed = scratch + panel;
     _tile_loadconfig(&TILES);
     for (long g = 0; g < a->groups; g++) {
-        const long count = a->ends[g] - a->begins[g];
-        if (!a->exact && a->format == MXFP4 && count > 0 && count <= MOST_DOT_ROWS) {
-            const long r = a->begins[g]; /* the panel has room for 64 such rows */
-            amx_order(a->x + r * k * 2, count * k, scratch);
-            if (amx_dots(a, g, scratch, count, a->biases ? (const char *)a->biases[g] : NULL,
-                         a->y + r * a->n * 2, (uint32_t *)(scratch + (count * k * 2 + 63) / 64 * 64)))
-                continue;
-        }
         for (long r = a->begins[g]; r < a->ends[g]; r += strips * 16) {
             const long rows = a->ends[g] - r < strips * 16 ? a->ends[g] - r : strips * 16;
             for (long h = 0; h < rows; h += 16)
