@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from flexpert.device_settings import DEVICE_SETTINGS, SettingCombination
+from flexpert.device_settings import DEVICE_SETTINGS, Quantization, SettingCombination
 from flexpert.errors import ConfigError
 from flexpert.reading import read_text, shown
 
@@ -127,8 +127,10 @@ class ModelConfig(_Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     served_name: str | None = Field(None, description="name in the API; default: the model's")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
-    quantization: Literal["auto", "none", "fp8"] = Field(
-        "auto", description="of the experts on a GPU; auto: the checkpoint's, none: unquantized"
+    quantization: Quantization = Field(
+        "auto",
+        description="of the experts in memory: int8 or mxfp4 on a CPU, fp8 or mxfp4 on a GPU; "
+        "auto: the checkpoint's, none: unquantized",
     )
     max_model_len: int | None = Field(
         None, ge=8, le=2**31 - 1, description="tokens of prompt and answer"

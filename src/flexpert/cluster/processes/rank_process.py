@@ -34,7 +34,13 @@ _MEMORY_EVERY_S = 1.0
 # A thread that prepares an epoch must not keep the step loop waiting for the interpreter's lock.
 _SWITCH_S = 0.0005
 BEATS = 10  # in one stall timeout
-_EXPERTS: Mapping[str, ExpertFormat] = {"none": "unquantized", "auto": "stored", "fp8": "fp8"}
+_EXPERTS: Mapping[str, ExpertFormat] = {
+    "none": "unquantized",
+    "auto": "stored",
+    "fp8": "fp8",
+    "mxfp4": "mxfp4",
+    "int8": "int8",
+}
 
 
 ENTRY = f"{__name__}:rank_main"
