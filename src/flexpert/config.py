@@ -225,6 +225,9 @@ class ClusterConfig(_Section):
     commit_timeout: Seconds = Field(30.0, gt=0, description="arming until all ranks switched")
     exchange_timeout: Seconds = Field(60.0, gt=0, description="waiting for a peer within a step")
     stall_timeout: Seconds = Field(2.0, gt=0, description="silence until a rank is terminated")
+    wedged_timeout: Seconds = Field(
+        30.0, gt=0, description="work without a step until the service says that it is wedged"
+    )
     restart_policy: Literal["always", "on-failure", "never"] = Field(
         "on-failure", description="start a new rank for a lost one"
     )

@@ -25,6 +25,7 @@ from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.memory_budget import MemoryBudget
+from flexpert.cluster.operation import TargetRequest
 from flexpert.cluster.phase_clock import CHANGES
 from flexpert.cluster.processes.early_fork_server import EarlyForkServer, for_children
 from flexpert.cluster.processes.helper import ForkedHelper, OnEnd, OnMessage
@@ -32,9 +33,16 @@ from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
 from flexpert.cluster.processes.spare_ranks import SpareRanks
 from flexpert.cluster.processes.transport import Transport
+from flexpert.cluster.progress_watch import ProgressWatch
 from flexpert.cluster.rank_store import RankStore
 from flexpert.cluster.service_metrics import Metrics
-from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
+from flexpert.cluster.views import (
+    ClusterEvent,
+    ClusterView,
+    OperationView,
+    Readiness,
+    ServiceState,
+)
 from flexpert.comm import PeerUnreachable
 from flexpert.comm.host.liveness import watch
 from flexpert.config import Config
@@ -86,7 +94,7 @@ class Head:
         self._coordinator: Coordinator | None = None
         self._listeners = Listeners()
         self._numbers = itertools.count(1)
-        self._serving = False
+        self._serving = self._has_served = False
         self._stopping = asyncio.Lock()
         self._stopped = False
         self.opened = asyncio.Event()
@@ -108,6 +116,8 @@ class Head:
         self._rank_store = RankStore()
         self.metrics = Metrics(self._rank_views, lambda: self._epoch, lambda: len(self._journal))
         self.registry = self.metrics.registry
+        self._id = secrets.token_hex(8)
+        self._progress = ProgressWatch(cluster.wedged_timeout, time.monotonic)
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -161,7 +171,7 @@ class Head:
         except BaseException:
             await self.stop()
             raise
-        self._serving = True
+        self._serving = self._has_served = True
         self._cache = ExpertCacheManager(self.config, source, self)
         self._cache.start()
         self._spares.run()
@@ -216,17 +226,29 @@ class Head:
     def readiness(self) -> Readiness:
         """Whether requests are answered now; they are throughout every change of the ranks."""
         if self.failure is not None:
-            return Readiness(live=False, ready=False, reason=str(self.failure))
-        if not self._serving or self._coordinator is None:
-            return Readiness(ready=False, reason="the service does not accept requests")
-        if self._coordinator.down is not None:
-            return Readiness(ready=False, reason=self._coordinator.down)
-        if not self._coordinator.admitting:
-            return Readiness(ready=False, reason="no rank is up")
+            return Readiness(live=False, ready=False, reason=str(self.failure), state="failed")
+        coordinator = self._coordinator
+        if not self._serving or coordinator is None:
+            state: ServiceState = "stopping" if self._has_served else "starting"
+            closed = "the service does not accept requests"
+            return Readiness(ready=False, reason=closed, state=state)
+        if coordinator.down is not None:
+            self._progress.made()
+            return Readiness(ready=False, reason=coordinator.down, state="down")
+        if not coordinator.admitting:
+            return Readiness(ready=False, reason="no rank is up", state="down")
         if self.impaired:
             reason = "; ".join(f"{part}: {why}" for part, why in sorted(self.impaired.items()))
-            return Readiness(ready=False, reason=reason)
-        return Readiness()
+            return Readiness(ready=False, reason=reason, state="impaired")
+        if coordinator.recovering:
+            self._progress.made()
+            return Readiness(state="recovering")
+        stuck_s = self._progress.stuck_s(len(self._journal))
+        if stuck_s is not None:
+            reason = f"{len(self._journal)} requests wait, and no step was done in {stuck_s:.0f} s"
+            return Readiness(ready=False, reason=reason, state="wedged")
+        waits = any(rank.waiting for rank in coordinator.ranks()) or self._journal.waiting()
+        return Readiness(state="busy" if waits else "ready")
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -243,6 +265,8 @@ class Head:
         params = self._resolve(prompt, params)
         sequence_id = f"{request_id or 'seq'}-{next(self._numbers)}"
         eos = () if params.ignore_eos else self.info.eos_token_ids
+        if not len(self._journal):
+            self._progress.made()
         entry = self._journal.open(sequence_id, prompt, params, eos, self._cancel)
         self.metrics.prompt_tokens.inc(len(prompt))
         self._admission.admit(entry)
@@ -287,6 +311,9 @@ class Head:
             down=coordinator.down,
             spares=self._spares.views(),
             hosts=self._hosts.views(),
+            gone=coordinator.gone(),
+            head=self._id,
+            cursor=self._listeners.latest,
         )
 
     def begin_operation(
@@ -296,16 +323,24 @@ class Head:
         add: int = 0,
         remove: Sequence[int] = (),
         join: Sequence[int] = (),
+        operation_id: str | None = None,
     ) -> OperationView:
         """Start a change; see `Coordinator.begin`.
 
         Raises:
             OperationConflict, OperationRefused
         """
-        return self._need_coordinator().begin(ranks=ranks, add=add, remove=remove, join=join)
+        return self._need_coordinator().begin(
+            ranks=ranks, add=add, remove=remove, join=join, operation_id=operation_id
+        )
 
     async def request_operation(
-        self, *, ranks: int | None = None, add: int = 0, remove: Sequence[int] = ()
+        self,
+        *,
+        ranks: int | None = None,
+        add: int = 0,
+        remove: Sequence[int] = (),
+        operation_id: str | None = None,
     ) -> OperationView:
         """As `begin_operation`, once it is known that there is room for the newcomers.
 
@@ -313,10 +348,20 @@ class Head:
             OperationConflict, OperationRefused
         """
         coordinator = self._need_coordinator()
+        if operation_id is not None:
+            request = TargetRequest(ranks, add, tuple(sorted(remove)))
+            repeated = coordinator.repeated(operation_id, request)
+            if repeated is not None:
+                return repeated
         if self._hosts.starts_all and coordinator.idle:
             newcomers = coordinator.newcomers(ranks=ranks, add=add, remove=remove)
             await self._hosts.check_room(len(newcomers))
-        return self.begin_operation(ranks=ranks, add=add, remove=remove)
+        return self.begin_operation(ranks=ranks, add=add, remove=remove, operation_id=operation_id)
+
+    @property
+    def latest_request(self) -> OperationView | None:
+        """The latest change that somebody asked for."""
+        return self._need_coordinator().latest_request
 
     def operation(self, operation_id: str) -> OperationView:
         """Raises UnknownOperation."""
@@ -332,9 +377,14 @@ class Head:
         await operation.over.wait()
         return operation.view()
 
-    def events(self) -> AsyncIterator[ClusterEvent]:
-        """What happens from now on, until the service stops; see `Listeners.events`."""
-        return self._listeners.events()
+    def events(self, since: int | None = None) -> AsyncIterator[ClusterEvent]:
+        """What happens from now on, or after the event of that number, until the service stops; see
+        `Listeners.events`."""
+        return self._listeners.events(since)
+
+    def check_cursor(self, since: int) -> None:
+        """Raises: CursorLost: what came after the event of that number is not known any more."""
+        self._listeners.check(since)
 
     def _need_coordinator(self) -> Coordinator:
         if self._coordinator is None:
@@ -519,6 +569,7 @@ class Head:
             case msg.Hello():
                 self._watch(rank, report.life)
             case msg.Published(events, _):
+                self._progress.made()
                 journal = self._journal
                 before = journal.tokens_published
                 degraded = journal.tokens_degraded, journal.answers_degraded

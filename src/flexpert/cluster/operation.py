@@ -90,6 +90,13 @@ class TargetRequest:
     remove: tuple[int, ...]
     join: tuple[int, ...] = ()
 
+    def __str__(self) -> str:
+        if self.join:
+            return f"ranks {list(self.join)} join"
+        if self.ranks is not None:
+            return f"{self.ranks} ranks"
+        return f"{self.add} more, without {list(self.remove)}"
+
     def resolve(
         self,
         members: Iterable[int],
@@ -132,7 +139,11 @@ class Purpose(Enum):
 
 
 class Operation:
-    """A change under way or over; `view` is its JSON. reason: why the head began it by itself."""
+    """A change under way or over; `view` is its JSON.
+
+    reason: why the head began it by itself. operation_id: the caller's own id of it; None: it gets
+    one. request: what was asked for, of a change that somebody asked for.
+    """
 
     def __init__(
         self,
@@ -141,8 +152,13 @@ class Operation:
         epoch: int,
         reason: str | None = None,
         purpose: Purpose = Purpose.REQUEST,
+        *,
+        request: TargetRequest | None = None,
+        operation_id: str | None = None,
     ) -> None:
-        self.id = f"op-{secrets.token_hex(4)}"
+        self.id = operation_id or f"op-{secrets.token_hex(4)}"
+        self.own_id = operation_id is not None
+        self.request = request
         self.before = before
         self.after = after
         self.epoch = epoch
@@ -215,4 +231,5 @@ class Operation:
             error=self.error,
             reason=self.reason,
             created=self.created,
+            own_id=self.own_id,
         )

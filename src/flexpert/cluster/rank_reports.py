@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 
 from flexpert.cluster.availability import Availability
 from flexpert.cluster.broken_links import GATHER_S, accusations, whom_to_give_up
@@ -11,6 +12,7 @@ from flexpert.cluster.cluster_state import ClusterState
 from flexpert.cluster.formatting import ids
 from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
 from flexpert.cluster.rank_state import RankState
+from flexpert.cluster.views import GoneRank
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import HeldKV
 from flexpert.engine.stopwatch import in_words
@@ -146,6 +148,7 @@ class RankReports:
         stalled = rank_state is not None and rank_state.state == "stalled"
         gone: dict[str, object] = {
             "id": rank,
+            "instance": rank_state.instance if rank_state else "",
             "state": "gone",
             "pid": rank_state.pid if rank_state else 0,
             "status": status,
@@ -158,6 +161,15 @@ class RankReports:
         asked = not lost and (blameless or self._was_asked_to(rank))
         cluster.ranks.pop(rank, None)
         log.log(logging.INFO if asked else logging.WARNING, "%s", reason)
+        if rank_state is not None:
+            ended = GoneRank(
+                id=rank,
+                instance=rank_state.instance,
+                status=status,
+                asked=asked,
+                time=time.time(),
+            )
+            cluster.gone.append(ended)
         if asked:
             cluster.restart_policy.left(rank)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 
 from flexpert.cluster.interfaces import Work
@@ -15,6 +16,7 @@ class RankState:
     """Kept by the coordinator from the start of the process to its certain exit."""
 
     id: int
+    instance: str = field(default_factory=lambda: secrets.token_hex(8))
     state: RankStatus = "starting"
     host: str = ""
     machine: str = ""  # ranks whose names are equal share memory
@@ -42,9 +44,11 @@ class RankState:
         """Whether it is lost, or is about to be."""
         return self.ended or self.suspect or self.state == "stalled"
 
-    def view(self, placement: Placement | None) -> RankView:
+    def view(self, placement: Placement | None, *, safe_to_delete: bool) -> RankView:
         return RankView(
             id=self.id,
+            instance=self.instance,
+            safe_to_delete=safe_to_delete,
             state=self.state,
             host=self.host,
             machine=self.machine,
