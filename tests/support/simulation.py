@@ -50,8 +50,8 @@ from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.membership import Phase
 from flexpert.cluster.memory_budget import MemoryBudget
-from flexpert.cluster.operation import Purpose
 from flexpert.cluster.processes.rank_process import BEATS
+from flexpert.cluster.saved_state import Purpose, SavedCluster, SavedOperation
 from flexpert.cluster.views import ClusterEvent, Delta
 from flexpert.config import load_config
 from flexpert.engine import rank_protocol as msg
@@ -330,6 +330,11 @@ class Simulation(Network):
         self.journal.rank_exited(rank, own_fault=own_fault)
 
     expert_cache = b""
+    saves = False
+
+    def save_cluster(self, record: SavedCluster, *, urgent: bool) -> None: ...
+    def save_operation(self, record: SavedOperation) -> None: ...
+    def forget_operation(self, operation_id: str) -> None: ...
 
     def admit_waiting(self) -> None:
         self.admission.admit_waiting()

@@ -18,6 +18,7 @@ from flexpert.cluster.operation import Operation, TargetRequest
 from flexpert.cluster.rank_state import RankState
 from flexpert.cluster.reconciliation import ActivityEvent, Reconciliation
 from flexpert.cluster.restart_policy import RestartPolicy
+from flexpert.cluster.saved_state import SavedChange, SavedCluster
 from flexpert.cluster.scale_down import Candidate, leave_order
 from flexpert.cluster.stall_detector import Watch
 from flexpert.cluster.views import GoneRank
@@ -81,6 +82,33 @@ class ClusterState:
             cluster.redundant_experts,
             degrade=cluster.on_missing_expert == "degrade",
         )
+
+    def save(self, *, urgent: bool = False) -> None:
+        """For another head, if there may be one. urgent: before this is carried out."""
+        if not self.head.saves:
+            return
+        membership, change = self.membership, self.membership.change
+        record = SavedCluster(
+            epoch=membership.epoch,
+            members=membership.members,
+            epochs=membership.epochs_used,
+            phase=membership.phase,
+            change=None
+            if change is None
+            else SavedChange(
+                change.epoch,
+                change.before,
+                change.after,
+                change.doomed,
+                change.kept,
+                change.cause,
+            ),
+            placement=self.placement,
+            desired=self.restart_policy.desired,
+            ranks={rank: found.instance for rank, found in self.ranks.items()},
+            verdicts=self.verdicts,
+        )
+        self.head.save_cluster(record, urgent=urgent)
 
     @property
     def members(self) -> frozenset[int]:

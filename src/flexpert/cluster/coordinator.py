@@ -9,7 +9,7 @@ processes started and killed. Events that this causes come behind those that are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from flexpert.cluster.availability import Availability
 from flexpert.cluster.change_actions import ChangeActions
@@ -24,6 +24,8 @@ from flexpert.cluster.phase_clock import PhaseClock
 from flexpert.cluster.rank_reports import RankReports
 from flexpert.cluster.reconciler import Reconciler
 from flexpert.cluster.reconciliation import ActivityEvent, ActivityKind
+from flexpert.cluster.resumption import restore
+from flexpert.cluster.saved_state import SavedCluster, SavedOperation
 from flexpert.cluster.views import GoneRank, OperationView, PlacementView, RankView
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
@@ -54,10 +56,15 @@ class Coordinator:
         """Look the rule up and carry it out."""
         if isinstance(event, ActivityEvent):
             self._reconciler.carry_out(self._cluster.reconciliation.handle(event), event)
-        elif event.kind is EventKind.BEGIN:
-            self._actions.carry_out(self._cluster.membership.begin(event.target), event)
-        else:
-            self._actions.carry_out(self._cluster.membership.handle(event), event)
+            return
+        membership = self._cluster.membership
+        begins = event.kind is EventKind.BEGIN
+        actions = membership.begin(event.target) if begins else membership.handle(event)
+        if actions:
+            self._cluster.save(urgent=True)
+        self._actions.carry_out(actions, event)
+        if actions:
+            self._cluster.save()
 
     # ---- what happens -----------------------------------------------------------------------
 
@@ -94,6 +101,21 @@ class Coordinator:
             self._reconciler.wait_for_hosts()
             return None
         return self._operations.begin_first(ranks)
+
+    def restore(
+        self,
+        record: SavedCluster,
+        operations: Iterable[SavedOperation],
+        living: Mapping[int, msg.Hello],
+    ) -> None:
+        """See `resumption.restore`."""
+        self._cluster.watch.start()
+        restore(self._cluster, self._operations, record, operations, living)
+
+    def save_all(self) -> list[SavedOperation]:
+        """Write the membership down, and return the operations for that."""
+        self._cluster.save(urgent=True)
+        return self._operations.records()
 
     def begin(
         self,

@@ -30,6 +30,11 @@ class Listeners:
     def __len__(self) -> int:
         return len(self._queues)
 
+    def resume(self, latest: int) -> None:
+        """After another head, which had published so many, or a few more than it wrote down: what
+        they were is not known here."""
+        self.latest = latest + MOST_KEPT
+
     def check(self, since: int) -> None:
         """Raises: CursorLost: some of what came after that number is not known any more."""
         first = self._kept[0].number if self._kept else self.latest + 1

@@ -11,6 +11,7 @@ from flexpert.cluster.formatting import describe_change
 from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
 from flexpert.cluster.operation import Operation, TargetRequest
 from flexpert.cluster.reconciliation import Activity, ActivityEvent, ActivityKind
+from flexpert.cluster.saved_state import SavedOperation
 from flexpert.cluster.views import OperationView
 from flexpert.errors import OperationConflict, OperationRefused, UnknownOperation
 from flexpert.moe.placement import Placement, loads
@@ -175,7 +176,7 @@ class Operations:
         target = self._resolve(request, cluster.members)
         operation = self._requested(target, request, operation_id)
         operation.enter("waiting")
-        self._remember(operation)
+        self.remember(operation)
         cluster.events.post(
             ActivityEvent(
                 ActivityKind.REQUEST,
@@ -235,9 +236,10 @@ class Operations:
         if not operation.automatic:  # they may be what a loss has left, and too few
             cluster.memory_budget.check((), cluster.plan(target), cluster.placement)
         operation.end("done")
-        self._remember(operation)
+        self.remember(operation)
         if not operation.automatic:
             cluster.restart_policy.set_desired(target)
+            cluster.save()
         return None
 
     def launch(self, operation: Operation, placement: Placement) -> None:
@@ -248,21 +250,45 @@ class Operations:
         self.register(operation)
         cluster.events.post(MembershipEvent(EventKind.BEGIN, target=operation.after))
 
+    def begin_again(self, unfinished: Operation | None, desired: frozenset[int]) -> None:
+        """Nobody is left of the ranks of another head: begin with those that were desired, or with
+        what was asked for last."""
+        target = unfinished.after if unfinished else desired
+        request = TargetRequest(None, 0, (), exactly=target)
+        operation = unfinished or self._requested(target, request, None)
+        placement = self.prepare(operation, target)
+        if placement is not None:
+            self._cluster.events.post(
+                ActivityEvent(
+                    ActivityKind.REQUEST,
+                    operation=operation,
+                    request=request,
+                    placement=placement,
+                )
+            )
+
     def register(self, operation: Operation) -> None:
         """It is the one that runs."""
-        self._remember(operation)
+        self.remember(operation)
         self._cluster.operation = operation
         view = operation.view()
         because = f" ({view.reason})" if view.reason else ""
         log.info("%s: %s%s", view.id, describe_change(view), because)
 
-    def _remember(self, operation: Operation) -> None:
+    def records(self) -> list[SavedOperation]:
+        """Of all that are kept, for another head."""
+        return [operation.record() for operation in self._operations.values()]
+
+    def remember(self, operation: Operation) -> None:
         """As many as are kept that somebody asked for, and as many that the head began: losses do
         not make it forget what callers come back for."""
         self._operations[operation.id] = operation
         alike = [k for k, o in self._operations.items() if o.automatic == operation.automatic]
         for old in alike[:-_KEPT_OPERATIONS]:
             del self._operations[old]
+            self._cluster.head.forget_operation(old)
+        if self._cluster.head.saves:
+            self._cluster.head.save_operation(operation.record())
 
 
 def moved_experts(before: Placement | None, after: Placement) -> int:

@@ -21,7 +21,6 @@ from flexpert.models.fusion_verdicts import MOST_BYTES
 log = logging.getLogger("flexpert")
 
 LIVES = ("preparing", "ready", "active")
-MOST_MACHINE = 300  # characters of a machine's name
 # Signals that a process brings upon itself.
 _FAULTS = {
     signal.SIGABRT,
@@ -189,10 +188,7 @@ class RankReports:
     def _hello(self, rank_state: RankState, report: msg.Hello) -> None:
         if rank_state.state != "starting":
             raise msg.Contradiction(f"it says hello, and is {rank_state.state} already")
-        rank_state.pid, rank_state.host = report.pid, report.host
-        rank_state.machine = report.machine[:MOST_MACHINE]
-        rank_state.address, rank_state.kv = report.address, report.kv
-        rank_state.experts = report.experts
+        rank_state.introduce(report)
         if not self._cluster.verdicts and len(report.verdicts) <= MOST_BYTES:
             self._cluster.verdicts = report.verdicts
         log.debug("rank %d came up: %s", rank_state.id, in_words(report.laps))

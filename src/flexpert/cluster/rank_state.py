@@ -10,6 +10,8 @@ from flexpert.cluster.views import RankStatus, RankView
 from flexpert.engine import rank_protocol as msg
 from flexpert.moe.placement import Placement
 
+MOST_MACHINE = 300  # characters of a machine's name
+
 
 @dataclass(slots=True)
 class RankState:
@@ -43,6 +45,12 @@ class RankState:
     def failing(self) -> bool:
         """Whether it is lost, or is about to be."""
         return self.ended or self.suspect or self.state == "stalled"
+
+    def introduce(self, hello: msg.Hello) -> None:
+        """What its process says of itself."""
+        self.pid, self.host = hello.pid, hello.host
+        self.machine = hello.machine[:MOST_MACHINE]
+        self.address, self.kv, self.experts = hello.address, hello.kv, hello.experts
 
     def view(self, placement: Placement | None, *, safe_to_delete: bool) -> RankView:
         return RankView(

@@ -137,7 +137,8 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     them that are not started again, because they kept dying. down: why nothing is computed now and
     requests wait, or None. gone: the latest 64 ranks that have ended, oldest first.
     head: of this head's process: another one has another. cursor: the number of the latest event;
-    `GET /cluster/events?since=` it goes on from this view.
+    `GET /cluster/events?since=` it goes on from this view. resumable: another head could go on
+    with this service (`--state-dir`); unsaved: why it could not, though it was to be able to.
     """
 
     epoch: int
@@ -154,6 +155,8 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     gone: list[GoneRank] = []
     head: str = ""
     cursor: int = 0
+    resumable: bool = False
+    unsaved: str | None = None
 
 
 class ClusterEvent(msgspec.Struct, frozen=True, kw_only=True):

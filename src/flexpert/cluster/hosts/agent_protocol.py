@@ -142,12 +142,14 @@ def encode(message: ToHead | ToAgent) -> bytes:
 
 def decode_to_head(data: bytes) -> ToHead:
     """Raises: WrongProtocol, msgspec.MsgspecError"""
-    return _to_head(_content(data))
+    heard: ToHead = _to_head(_content(data))
+    return heard
 
 
 def decode_to_agent(data: bytes) -> ToAgent:
     """Raises: WrongProtocol, msgspec.MsgspecError"""
-    return _to_agent(_content(data))
+    heard: ToAgent = _to_agent(_content(data))
+    return heard
 
 
 def _content(data: bytes) -> memoryview:
