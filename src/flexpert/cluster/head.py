@@ -39,7 +39,7 @@ from flexpert.cluster.processes.transport import Transport
 from flexpert.cluster.progress_watch import ProgressWatch
 from flexpert.cluster.rank_store import RankStore
 from flexpert.cluster.rank_takeover import RankTakeover
-from flexpert.cluster.resumption import worth_keeping
+from flexpert.cluster.resumption import restore_requests, worth_keeping
 from flexpert.cluster.saved_state import (
     SavedCluster,
     SavedOperation,
@@ -241,16 +241,23 @@ class Head:
         assert self._transport is not None
         assert self._coordinator is not None
         assert self._state is not None
-        takeover = self._takeover = RankTakeover(self._launcher, self._transport)
+        done = asyncio.Event()
+        takeover = self._takeover = RankTakeover(
+            attach=self._attach,
+            kill=self._launcher.kill,
+            call_later=self.call_later,
+            done=done.set,
+        )
         limit_s = max(_ATTACH_S, 5 * self.config.cluster.stall_timeout)
-        await takeover.run(living, worth_keeping(record), limit_s)
+        takeover.begin(living, worth_keeping(record), limit_s)
+        await done.wait()
         self._listeners.resume(record.events)
         journal, store = self._journal, self._state.store
-        journal.log = None  # it is there already
+        attached = takeover.attached
+        entries, foreign = restore_requests(journal, saved.requests, attached, self._cancel)
         numbers = [0]
-        for request in saved.requests:
-            sequence = request.sequence
-            entry = journal.restore(sequence, request.events, self._cancel)
+        for entry in entries:
+            sequence = entry.request
             self._unclaimed.add(entry.stream, sequence.prompt, sequence.params)
             if entry.finished:
                 store.ended(sequence.id)
@@ -258,18 +265,13 @@ class Head:
             numbers.append(int(number) if number.isdecimal() else 0)
         # some that were not written down may have been given since
         self._numbers = itertools.count(max(numbers) + 2**20)
-        journal.log = store
-        for event in takeover.published():
-            journal.catch_up(event)
         self._takeover = None
-        hellos = {}
-        for rank, told in takeover.attached.items():
-            hellos[rank] = told.hello
+        hellos = {rank: told.hello for rank, told in attached.items()}
+        for rank, told in attached.items():
             self._published[rank] = told.persisted + len(told.published)
             store.mark(rank, self._published[rank])
-            foreign = [name for name in told.sequences if not journal.place(name, rank)]
-            if foreign:
-                self._send(rank, msg.Abort(foreign))
+        for rank, refused in foreign.items():
+            self._send(rank, msg.Abort(refused))
         self._coordinator.restore(record, saved.operations, hellos)
         self._taking_over = False
         for rank, hello in hellos.items():
@@ -283,6 +285,13 @@ class Head:
             sorted(hellos) or "none",
             len(journal),
         )
+
+    def _attach(self, rank: int) -> None:
+        """Give a running rank a connection to this head."""
+        assert self._launcher is not None
+        assert self._transport is not None
+        self._launcher.attach(rank, self._transport.open(rank))
+        self._transport.send(rank, msg.Attach())
 
     def _on_written(self, rank: int, count: int) -> None:
         self._send(rank, msg.Persisted(count))
@@ -688,9 +697,9 @@ class Head:
             numbered = msgspec.structs.replace(record, events=self._listeners.latest)
             self._state.save_cluster(numbered, urgent=urgent)
 
-    def save_operation(self, record: SavedOperation) -> None:
+    def save_operation(self, record: SavedOperation, *, urgent: bool) -> None:
         if self._state is not None:
-            self._state.store.operation(record)
+            self._state.store.operation(record, urgent=urgent)
 
     def forget_operation(self, operation_id: str) -> None:
         if self._state is not None:

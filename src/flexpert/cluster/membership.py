@@ -419,6 +419,10 @@ class Membership:
         self.members, self.phase, self.change = members, phase, change
         return True
 
+    def lose(self, somebody_is_left: bool) -> None:
+        """Of another head's ranks nobody can go on: what is left is ended, then all begins anew."""
+        self.phase = Phase.LOST if somebody_is_left else Phase.IDLE
+
     def handle(self, event: MembershipEvent) -> list[Do]:
         """Keep the books of an event and return what must be done, in order."""
         change = self.change

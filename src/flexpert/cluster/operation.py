@@ -168,6 +168,7 @@ class Operation:
         self.id = operation_id or f"op-{secrets.token_hex(4)}"
         self.own_id = operation_id is not None
         self.request = request
+        self.begun = False
         self.before = before
         self.after = after
         self.epoch = epoch
@@ -208,6 +209,7 @@ class Operation:
             operation_id=view.id,
         )
         operation.own_id, operation.created = view.own_id, view.created
+        operation.begun = record.begun
         operation.phases = dict(view.phases)
         for name in _COUNTED:
             setattr(operation, name, getattr(view, name))
@@ -220,7 +222,7 @@ class Operation:
         asked, request = self.request, None
         if asked is not None:
             request = SavedTarget(asked.ranks, asked.add, asked.remove, asked.join)
-        return SavedOperation(self.view(), self.before, self.purpose, request)
+        return SavedOperation(self.view(), self.before, self.purpose, request, self.begun)
 
     @property
     def automatic(self) -> bool:

@@ -65,6 +65,7 @@ class Operations:
                 return self._queue(request, operation_id).view()
             cluster.memory_budget.check((), cluster.plan(running.after), cluster.placement)
             cluster.restart_policy.set_desired(running.after)
+            cluster.save(urgent=True)
             return running.view()
         elif operation_id is None and self._same_target(running, request):
             return running.view()
@@ -239,33 +240,17 @@ class Operations:
         self.remember(operation)
         if not operation.automatic:
             cluster.restart_policy.set_desired(target)
-            cluster.save()
+            cluster.save(urgent=True)
         return None
 
     def launch(self, operation: Operation, placement: Placement) -> None:
         """Begin a change in the table of `membership.py`, where none runs."""
         cluster = self._cluster
         cluster.planned = placement
+        operation.begun = True
         operation.moved_experts = moved_experts(cluster.placement, placement)
         self.register(operation)
         cluster.events.post(MembershipEvent(EventKind.BEGIN, target=operation.after))
-
-    def begin_again(self, unfinished: Operation | None, desired: frozenset[int]) -> None:
-        """Nobody is left of the ranks of another head: begin with those that were desired, or with
-        what was asked for last."""
-        target = unfinished.after if unfinished else desired
-        request = TargetRequest(None, 0, (), exactly=target)
-        operation = unfinished or self._requested(target, request, None)
-        placement = self.prepare(operation, target)
-        if placement is not None:
-            self._cluster.events.post(
-                ActivityEvent(
-                    ActivityKind.REQUEST,
-                    operation=operation,
-                    request=request,
-                    placement=placement,
-                )
-            )
 
     def register(self, operation: Operation) -> None:
         """It is the one that runs."""
@@ -288,7 +273,9 @@ class Operations:
             del self._operations[old]
             self._cluster.head.forget_operation(old)
         if self._cluster.head.saves:
-            self._cluster.head.save_operation(operation.record())
+            # whoever has asked for it is told, and may come back for it
+            urgent = not (operation.automatic or operation.over.is_set())
+            self._cluster.head.save_operation(operation.record(), urgent=urgent)
 
 
 def moved_experts(before: Placement | None, after: Placement) -> int:

@@ -6,78 +6,79 @@ answered nothing that ranks report is judged; it is kept in order.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterable
 
-from flexpert.cluster.processes.launcher import LocalLauncher
-from flexpert.cluster.processes.transport import Transport
+from flexpert.cluster.interfaces import Timer
 from flexpert.engine import rank_protocol as msg
-from flexpert.engine.request import TokenEvent
 
 log = logging.getLogger("flexpert")
 
-_EXIT_S = 10.0  # for a process that was killed to be gone
-
 
 class RankTakeover:
-    """attached: by rank. pending: what those have reported since."""
+    """attached: by rank. pending: what those have reported since.
 
-    def __init__(self, launcher: LocalLauncher, transport: Transport) -> None:
-        self._launcher = launcher
-        self._transport = transport
+    Args:
+        attach: gives a rank its new connection and sends `Attach` on it.
+        kill: ends one; its exit is told.
+        call_later: a timer.
+        done: called once: `attached` has those that are kept, and all others are gone.
+    """
+
+    def __init__(
+        self,
+        *,
+        attach: Callable[[int], None],
+        kill: Callable[[int], None],
+        call_later: Callable[[float, Callable[[], None]], Timer],
+        done: Callable[[], None],
+    ) -> None:
+        self._attach = attach
+        self._kill = kill
+        self._call_later = call_later
+        self._done = done
         self.attached: dict[int, msg.Attached] = {}
         self.pending: list[tuple[int, msg.Report]] = []
         self._living: set[int] = set()
-        self._changed = asyncio.Event()
+        self._over = False
 
-    async def run(self, living: Iterable[int], wanted: frozenset[int], limit_s: float) -> None:
-        """living: ranks whose processes are there. wanted: those that are to be kept.
-
-        Afterwards `attached` has those that were kept, and the others are gone.
-        """
+    def begin(self, living: Iterable[int], wanted: frozenset[int], limit_s: float) -> None:
+        """living: ranks whose processes are there. wanted: those that are to be kept. limit_s: for
+        their answers."""
         self._living = set(living)
-        for rank in sorted(self._living - wanted):
-            self._launcher.kill(rank)
-        for rank in sorted(self._living & wanted):
-            self._launcher.attach(rank, self._transport.open(rank))
-            self._transport.send(rank, msg.Attach())
-        await self._until(lambda: self._living <= self.attached.keys(), limit_s)
+        for rank in sorted(self._living):
+            if rank in wanted:
+                self._attach(rank)
+            else:
+                self._kill(rank)
+        self._call_later(limit_s, self._end_silent)
+        self._look()
+
+    def _end_silent(self) -> None:
         for rank in sorted(self._living - self.attached.keys()):
-            log.warning("rank %d does not answer the new head and is ended", rank)
-            self._launcher.kill(rank)
-        await self._until(lambda: self._living <= self.attached.keys(), _EXIT_S)
+            if not self._over:
+                log.warning("rank %d does not answer the new head and is ended", rank)
+                self._kill(rank)
 
-    async def _until(self, condition: Callable[[], bool], limit_s: float) -> None:
-        try:
-            async with asyncio.timeout(limit_s):
-                while not condition():
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            pass
-
-    def published(self) -> list[TokenEvent]:
-        """What ranks have said that the head before may not have written down, of each sequence in
-        order: it may have been on several of them."""
-        told = self.attached.values()
-        events = [event for one in told for part in one.published for event in part.events]
-        return sorted(events, key=lambda event: (event.id, event.position))
+    def _look(self) -> None:
+        if not self._over and self._living <= self.attached.keys():
+            self._over = True
+            self._done()
 
     def on_report(self, rank: int, report: msg.Report) -> None:
         if isinstance(report, msg.Attached):
             self.attached[rank] = report
-            self._changed.set()
+            self._look()
         elif rank in self.attached:
             self.pending.append((rank, report))
 
     def on_lost(self, rank: int) -> None:
         """Its connection has ended, or it cannot be understood."""
-        self._launcher.kill(rank)
+        self._kill(rank)
 
     def on_exit(self, rank: int) -> None:
         """Its process is gone."""
         self._living.discard(rank)
         self.attached.pop(rank, None)
         self.pending = [one for one in self.pending if one[0] != rank]
-        self._changed.set()
+        self._look()

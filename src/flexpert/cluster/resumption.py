@@ -8,15 +8,16 @@ under way is over with that, and one that somebody had asked for begins again un
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from flexpert.cluster.cluster_state import ClusterState
+from flexpert.cluster.journal import Entry, Journal
 from flexpert.cluster.membership import Change, EventKind, MembershipEvent, Phase
 from flexpert.cluster.operation import Operation, TargetRequest
 from flexpert.cluster.operations import Operations
 from flexpert.cluster.rank_state import RankState
-from flexpert.cluster.reconciliation import Activity
-from flexpert.cluster.saved_state import SavedCluster, SavedOperation
+from flexpert.cluster.reconciliation import Activity, ActivityEvent, ActivityKind
+from flexpert.cluster.saved_state import SavedCluster, SavedOperation, SavedRequest
 from flexpert.engine import rank_protocol as msg
 
 _REASON = "another head has taken the ranks over"
@@ -58,25 +59,78 @@ def restore(
         else None
     )
     gone = everybody(record) - living.keys()
+    begun = unfinished is not None and unfinished.begun
+    if begun and unfinished and change is not None and record.phase in _KEPT:
+        kept = change.kept or change.after == unfinished.after  # some may have switched to it
+        cluster.restart_policy.set_desired(unfinished.after if kept else record.desired)
     goes_on = cluster.membership.restore(
         record.epoch, record.epochs, record.members, record.phase, change, gone
     )
-    if not goes_on:
-        operations.begin_again(unfinished, record.desired)
-        return
-    cluster.placement = record.placement
     for rank, hello in living.items():
         found = RankState(rank, state="active", heard=now)
         found.instance = record.ranks.get(rank, found.instance)
         found.introduce(hello)
         cluster.ranks[rank] = found
         cluster.restart_policy.active(rank, now)
+    if not goes_on:
+        _begin_again(cluster, unfinished)
+        return
+    cluster.placement = record.placement
     if unfinished is not None:
-        unfinished.enter("waiting")
-        exactly = TargetRequest(None, 0, (), exactly=unfinished.after)
-        cluster.queued = unfinished, exactly
-        cluster.reconciliation.state = Activity.YIELDING
+        _queue(cluster, unfinished)
     cluster.events.post(MembershipEvent(EventKind.RESUMED, reason=_REASON))
+
+
+def _queue(cluster: ClusterState, unfinished: Operation) -> None:
+    """It begins when what runs is over, and ends at once if that has led where it leads."""
+    unfinished.enter("waiting")
+    request = unfinished.request
+    if unfinished.begun or request is None:
+        request = TargetRequest(None, 0, (), exactly=unfinished.after)
+    cluster.queued = unfinished, request
+    cluster.reconciliation.state = Activity.YIELDING
+
+
+def _begin_again(cluster: ClusterState, unfinished: Operation | None) -> None:
+    """Nobody can go on: as when all are lost. Who is left is ended; then what was asked for begins,
+    and what is desired is started."""
+    policy = cluster.restart_policy
+    if not policy.desired:  # it had not come up
+        policy.set_desired(unfinished.after if unfinished else range(cluster.config.cluster.ranks))
+    reason = f"{_REASON}, and none could go on"
+    cluster.membership.lose(bool(cluster.ranks))
+    cluster.events.post(ActivityEvent(ActivityKind.ALL_LOST, reason=reason))
+    if unfinished is not None:
+        _queue(cluster, unfinished)
+    if not cluster.ranks:  # else it comes with the last exit
+        cluster.events.post(ActivityEvent(ActivityKind.OVER))
+
+
+def restore_requests(
+    journal: Journal,
+    requests: Iterable[SavedRequest],
+    attached: Mapping[int, msg.Attached],
+    on_cancel: Callable[[str], None],
+) -> tuple[list[Entry], dict[int, list[str]]]:
+    """The journal as it was, with what ranks have published since.
+
+    Returns: (all entries that there were, those that are finished by now too; rank → ids of the
+        sequences that it must not run: nobody knows them, they are finished, or another does).
+    """
+    log, journal.log = journal.log, None  # it has them already
+    entries = [journal.restore(one.sequence, one.events, on_cancel) for one in requests]
+    journal.log = log
+    published = (part for told in attached.values() for part in told.published)
+    events = [event for part in published for event in part.events]
+    # a sequence may have been on several ranks, one after the other
+    for event in sorted(events, key=lambda event: (event.id, event.position)):
+        journal.catch_up(event)
+    foreign = {}
+    for rank, told in attached.items():
+        refused = [name for name in told.sequences if not journal.place(name, rank)]
+        if refused:
+            foreign[rank] = refused
+    return entries, foreign
 
 
 def _restore_operations(

@@ -61,12 +61,14 @@ class SavedTarget(msgspec.Struct, frozen=True):
 
 
 class SavedOperation(msgspec.Struct, frozen=True):
-    """view: as it was shown last. before: the ranks at its beginning."""
+    """view: as it was shown last. before: the ranks at its beginning. begun: else it has waited for
+    another, and where it leads is not certain."""
 
     view: OperationView
     before: frozenset[int]
     purpose: Purpose
     request: SavedTarget | None
+    begun: bool
 
 
 class SavedRequest(msgspec.Struct, frozen=True):

@@ -19,6 +19,9 @@ _LONGEST = 100  # bytes of a socket's path; the system takes 107
 class StateDirectory:
     """One head has it at a time, by a lock that ends with its process.
 
+    ranks_wait: whether, when it was taken, there were ranks that had lost their head. They are
+    held from then on: their time to wait for one is not running.
+
     Raises:
         ConfigError: another has it, others could write there, or it cannot be made.
     """
@@ -26,6 +29,7 @@ class StateDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self.database = self.path / _DATABASE
+        self._held: socket.socket | None = None
         self.ranks_socket = self.path / RANKS_SOCKET
         if len(os.fsencode(self.ranks_socket)) > _LONGEST:
             raise ConfigError(
@@ -43,6 +47,9 @@ class StateDirectory:
         except BaseException:
             os.close(self._lock)
             raise
+        with contextlib.suppress(OSError):
+            self._held = self.connect()
+        self.ranks_wait = self._held is not None
 
     def _check(self, there: os.stat_result) -> None:
         if there.st_uid != os.geteuid() or there.st_mode & 0o077:
@@ -58,15 +65,11 @@ class StateDirectory:
                 "directory, or stop that one"
             ) from None
 
-    @property
-    def ranks_wait(self) -> bool:
-        """Whether ranks that have lost their head wait there for another."""
-        with contextlib.suppress(OSError), self.connect():
-            return True
-        return False
-
     def connect(self) -> socket.socket:
         """To the fork server of those ranks. Raises: OSError: there is none."""
+        held, self._held = self._held, None
+        if held is not None:
+            return held
         channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             channel.connect(str(self.ranks_socket))
@@ -77,6 +80,9 @@ class StateDirectory:
 
     def close(self) -> None:
         """Somebody else may have it. Idempotent."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
         lock, self._lock = self._lock, -1
         if lock >= 0:
             os.close(lock)

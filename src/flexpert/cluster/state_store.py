@@ -97,8 +97,9 @@ class StateStore:
         """urgent: written when this returns, unless it fails or takes longer than a second."""
         self._note([(_META, ("cluster", saved.encode(record)))], urgent=urgent)
 
-    def operation(self, record: SavedOperation) -> None:
-        self._note([(_OPERATION, (record.view.id, saved.encode(record)))])
+    def operation(self, record: SavedOperation, *, urgent: bool) -> None:
+        """urgent: as for `cluster`."""
+        self._note([(_OPERATION, (record.view.id, saved.encode(record)))], urgent=urgent)
 
     def forget_operation(self, operation_id: str) -> None:
         self._note([(_FORGET_OPERATION, (operation_id,))])

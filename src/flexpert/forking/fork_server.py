@@ -78,7 +78,7 @@ class Fork(msgspec.Struct, frozen=True, tag="fork"):
     tells: the first descriptor is none of the child's: its exit status is written there as text,
         in place of an `Exited`.
     kept: it goes on without who asked for it: it gets one more socket, the last, on which `Attach`
-        hands it another connection.
+        hands it another connection. That is closed when none will come any more.
     """
 
     child: int
@@ -261,6 +261,20 @@ class _Server:
         if self._keep is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._keep.path)
+            self._end_children()
+
+    def _end_children(self) -> None:
+        """Nobody has come for them: they may end by themselves, for a while."""
+        if self._listener is not None:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+        for child in self._children.values():
+            if child.keeper is not None:
+                child.keeper.shutdown(socket.SHUT_RDWR)
+        deadline = time.monotonic() + _GRACE_S
+        while self._children and (left_s := deadline - time.monotonic()) > 0:
+            for key, _ in self._selector.select(left_s):
+                self._reap(key.fd)
 
     def _waits(self) -> bool:
         """Whether somebody may still come: there are children, and their time is not over."""
@@ -278,7 +292,7 @@ class _Server:
             channel.close()
             self._channel = None
             if self._keep is not None:
-                self._alone_until = time.monotonic() + self._keep.timeout_s + _GRACE_S
+                self._alone_until = time.monotonic() + self._keep.timeout_s
             return
         request = decode_request(packet)
         if isinstance(request, Kill):

@@ -157,11 +157,20 @@ class OpenAIRoutes:
         await generation.submit()
         headers = fields.header(asked.ignored)
         if asked.stream:
-            return EventStream(_events(generation, shape), generation.cancel, headers)
+            had = self._resumed_after(request, generation)
+            return EventStream(_events(generation, shape, had), generation.cancel, headers)
         with generation:
             choices = await unless_gone(request.receive, generation.whole())
         body = await shape.answer(choices, generation.usage)
         return Response(body, headers=headers, media_type="application/json")
+
+    def _resumed_after(self, request: Request, generation: Generation) -> int | None:
+        """How many tokens the client has had of an answer that it asks for again; None: its events
+        need no numbers, since nobody could go on with it."""
+        if not self._head.config.cluster.state_dir or len(generation.answers) != 1:
+            return None
+        last = request.headers.get("last-event-id", "")
+        return int(last[:20]) if last.isascii() and last.isdecimal() else 0
 
     @property
     def model_name(self) -> str:
@@ -198,8 +207,14 @@ def _gather(pieces: list[Piece], piece: bytes) -> None:
         pieces.append(bytearray(piece))
 
 
-async def _events(generation: Generation, shape: ChoiceShape) -> AsyncGenerator[bytes, None]:
-    """The stream's events; what came in one step leaves in one piece."""
+async def _events(
+    generation: Generation, shape: ChoiceShape, had: int | None = None
+) -> AsyncGenerator[bytes, None]:
+    """The stream's events; what came in one step leaves in one piece.
+
+    had: of the only choice the client has so many tokens already: the id of an event is how many
+    there are with it, and those up to it are left out. None: events have no ids.
+    """
     continuous = shape.shown.continuous_usage
     try:
         async with aclosing(generation.parts()) as arriving:
@@ -207,8 +222,9 @@ async def _events(generation: Generation, shape: ChoiceShape) -> AsyncGenerator[
                 usage = generation.usage if continuous else None
                 if len(parts) == 1:
                     chunk = shape.chunk(parts[0], usage)
-                    if chunk is not None:
-                        yield event(chunk)
+                    number = 0 if had is None else len(generation.answers[0].tokens)
+                    if chunk is not None and (had is None or number > had):
+                        yield event(chunk, number=number)
                     continue
                 chunks = [shape.chunk(part, usage) for part in parts]
                 if piece := b"".join([event(chunk) for chunk in chunks if chunk is not None]):

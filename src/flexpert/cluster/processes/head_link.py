@@ -9,14 +9,12 @@ told anything, since all that a new head needs beyond that follows from `Attache
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
 import threading
 from collections import deque
 
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.engine import rank_protocol as msg
-from flexpert.forking import fork_server
 
 
 class HeadLink:
@@ -25,21 +23,23 @@ class HeadLink:
 
     Args:
         end: the connection that the rank was started with.
-        keeper: where new connections come from; None: without its head a rank is nothing.
-        orphan_timeout_s: how long it waits for one.
+        keeper: where new connections come from, until it is closed: then none will come. None:
+            without its head a rank is nothing.
     """
 
-    def __init__(
-        self, end: socket.socket, keeper: socket.socket | None, orphan_timeout_s: float
-    ) -> None:
+    def __init__(self, end: socket.socket, keeper: socket.socket | None) -> None:
         self._connection = Connection(end)
         self._keeper = keeper
-        self._orphan_timeout_s = orphan_timeout_s
         self._sending = threading.Lock()
         self._open = True
         self._next: Connection | None = None  # its head is not told of anything yet
         self._unpersisted: deque[msg.Published] = deque()
         self._persisted = 0  # of all `Published`
+
+    @property
+    def outlives_heads(self) -> bool:
+        """Whether the rank goes on without one."""
+        return self._keeper is not None
 
     def send(self, report: msg.Report) -> None:
         """Raises: ConnectionEnded: there is no head, and will be none."""
@@ -54,7 +54,7 @@ class HeadLink:
     def receive(self) -> bytes:
         """The next command, however long that takes.
 
-        Raises: ConnectionEnded: the head is gone, and no other has come in time.
+        Raises: ConnectionEnded: the head is gone, and no other will come.
         """
         while True:
             try:
@@ -92,15 +92,9 @@ class HeadLink:
     def _await_head(self, keeper: socket.socket) -> Connection:
         with self._sending:
             self._open = False
-        poll = select.poll()
-        poll.register(keeper, select.POLLIN)
-        ready = poll.poll(self._orphan_timeout_s * 1e3)
         given: list[int] = []
-        if ready:
-            with contextlib.suppress(OSError):
-                _, given, _, _ = socket.recv_fds(
-                    keeper, fork_server.PACKET, 1, socket.MSG_CMSG_CLOEXEC
-                )
+        with contextlib.suppress(OSError):
+            _, given, _, _ = socket.recv_fds(keeper, 1, 1, socket.MSG_CMSG_CLOEXEC)
         if not given:
-            raise ConnectionEnded(f"no head has come within {self._orphan_timeout_s:g} s")
+            raise ConnectionEnded("no head has come in time (--orphan-timeout)")
         return Connection(socket.socket(fileno=given[0]))

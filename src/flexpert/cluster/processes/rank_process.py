@@ -126,8 +126,7 @@ def rank_main(spec: bytes, end: socket.socket, *more: Any) -> int:
         relay = Relay(end)
         faults.cut, end = relay.cut, relay.near
         faults.at("spawn")
-    orphan_timeout_s = config.cluster.orphan_timeout
-    link = HeadLink(end, keepers[0] if keepers else None, orphan_timeout_s)
+    link = HeadLink(end, keepers[0] if keepers else None)
     report = link.send
     try:
         try:
@@ -202,7 +201,9 @@ def _listen(link: HeadLink, engine: RankEngine) -> None:
     while not isinstance(command, msg.Stop):
         try:
             command = msg.decode_command(link.receive())
-        except ConnectionEnded:
+        except ConnectionEnded as error:
+            if link.outlives_heads:
+                print(f"a rank (pid {os.getpid()}) ends: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # whatever the step loop waits for: nobody is told of it any more
         if isinstance(command, msg.Persisted):
             link.persisted(command.count)
