@@ -198,12 +198,3 @@ def test_ranks_to_which_no_head_comes_end_and_one_that_is_not_told_to_resume_lea
         _, alive = psutil.wait_procs(processes, 30)
         assert not alive
         assert not (state / "ranks.sock").exists()
-
-
-def test_a_full_disk_costs_nothing_but_the_chance_to_be_resumed(tmp_path: Path) -> None:
-    port = free_port()
-    with head(tmp_path / "state", port) as service:
-        assert service.http("GET", "/cluster").json()["resumable"] is True
-        os.truncate(tmp_path / "state" / "state.sqlite", 100)  # as a disk loses it
-        os.truncate(tmp_path / "state" / "state.sqlite-wal", 0)
-        assert service.answer()

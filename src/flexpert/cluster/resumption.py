@@ -59,10 +59,8 @@ def restore(
         else None
     )
     gone = everybody(record) - living.keys()
-    begun = unfinished is not None and unfinished.begun
-    if begun and unfinished and change is not None and record.phase in _KEPT:
-        kept = change.kept or change.after == unfinished.after  # some may have switched to it
-        cluster.restart_policy.set_desired(unfinished.after if kept else record.desired)
+    if unfinished is not None and unfinished.begun and _entered(record, unfinished.after):
+        cluster.restart_policy.set_desired(unfinished.after)
     goes_on = cluster.membership.restore(
         record.epoch, record.epochs, record.members, record.phase, change, gone
     )
@@ -79,6 +77,15 @@ def restore(
     if unfinished is not None:
         _queue(cluster, unfinished)
     cluster.events.post(MembershipEvent(EventKind.RESUMED, reason=_REASON))
+
+
+def _entered(record: SavedCluster, target: frozenset[int]) -> bool:
+    """Whether ranks have switched to what a change leads to, or may have."""
+    change = record.change
+    commits = change is not None and record.phase in _KEPT
+    return record.members == target or (
+        commits and change is not None and (change.kept or change.after == target)
+    )
 
 
 def _queue(cluster: ClusterState, unfinished: Operation) -> None:

@@ -8,7 +8,7 @@ of the socket closes, and its children end with it (PR_SET_PDEATHSIG), however i
 Unless it is to be kept (`Keep`): then it listens on a socket in a directory of its user's own, and
 who connects there after the asker has gone is the next asker. It is told which children there are,
 and gives each that is asked for a new connection over a channel that the child has had from its
-fork on (`Attach`). Where nobody comes, children end by themselves, and the server after them.
+fork on (`Reconnect`). Where nobody comes, children end by themselves, and the server after them.
 
 A fork that the system refuses (descriptors, processes, memory) is answered with the reason, and
 costs nobody else anything.
@@ -77,8 +77,8 @@ class Fork(msgspec.Struct, frozen=True, tag="fork"):
         returns the exit status: `entry(spec: bytes, *ends: socket.socket, shared) -> int`.
     tells: the first descriptor is none of the child's: its exit status is written there as text,
         in place of an `Exited`.
-    kept: it goes on without who asked for it: it gets one more socket, the last, on which `Attach`
-        hands it another connection. That is closed when none will come any more.
+    kept: it goes on without who asked for it: it gets one more socket, the last, on which
+        `Reconnect` hands it another connection. That is closed when none will come any more.
     """
 
     child: int
@@ -94,20 +94,20 @@ class Kill(msgspec.Struct, frozen=True, tag="kill"):
     child: int
 
 
-class Attach(msgspec.Struct, frozen=True, tag="attach"):
+class Reconnect(msgspec.Struct, frozen=True, tag="reconnect"):
     """Comes with the descriptor of a new connection for a child that is kept."""
 
     child: int
 
 
-Request = Fork | Kill | Attach
+Request = Fork | Kill | Reconnect
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Everything is imported."""
 
 
-class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+class Taken(msgspec.Struct, frozen=True, tag="taken"):
     """To an asker that has come later, before anything else. Then come a `Started` for each child
     that lives, and `Ready`.
 
@@ -146,7 +146,7 @@ class Exited(msgspec.Struct, frozen=True, tag="exited"):
     status: int
 
 
-Answer = Ready | Welcome | Unusable | Started | Refused | Exited
+Answer = Ready | Taken | Unusable | Started | Refused | Exited
 
 decode_answer = msgspec.msgpack.Decoder(Answer).decode
 decode_request = msgspec.msgpack.Decoder(Request).decode
@@ -297,7 +297,7 @@ class _Server:
         request = decode_request(packet)
         if isinstance(request, Kill):
             self._kill(request.child)
-        elif isinstance(request, Attach):
+        elif isinstance(request, Reconnect):
             self._attach(request.child, given)
         else:
             self._start(request, given, whole=not flags & socket.MSG_CTRUNC)
@@ -320,7 +320,7 @@ class _Server:
             return
         self._channel = channel
         self._selector.register(channel, selectors.EVENT_READ)
-        _answer(channel, Welcome(PROTOCOL, os.getpid()))
+        _answer(channel, Taken(PROTOCOL, os.getpid()))
         for pidfd, child in self._children.items():
             _answer(channel, Started(child.number, child.pid), pidfd)
         _answer(channel, Ready())

@@ -147,7 +147,7 @@ class ControlRoutes:
                 if item is None:
                     return
                 upcoming = asyncio.ensure_future(_next(source))
-                yield event(wire.encode(item), name=item.kind, number=item.number)
+                yield event(wire.encode(item), name=item.kind, id=str(item.number or ""))
         finally:
             upcoming.cancel()  # ends the head's iterator, which waits inside
             closing.cancel()

@@ -2,7 +2,7 @@
 
 A rank of a service that could be resumed outlives its head. What the head before may not have
 written down is kept, and told again to the next, which sends its connection through the fork server
-(`fork_server.Attach`). While there is no head the rank goes on with what it has; nobody else is
+(`fork_server.Reconnect`). While there is no head the rank goes on with what it has; nobody else is
 told anything, since all that a new head needs beyond that follows from `Attached`.
 """
 

@@ -24,15 +24,15 @@ from flexpert.config import Config
 from flexpert.errors import FlexpertError, ModelError
 from flexpert.forking import fork_server
 from flexpert.forking.fork_server import (
-    Attach,
     Exited,
     Fork,
     Kill,
     Ready,
+    Reconnect,
     Refused,
     Started,
+    Taken,
     Unusable,
-    Welcome,
 )
 from flexpert.forking.framing import BadFrame, check_protocol
 
@@ -149,7 +149,7 @@ class LocalLauncher:
         """Hand a rank that was taken over its end of a new connection; closed here in any case."""
         assert self._channel is not None
         with end, contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            socket.send_fds(self._channel, [fork_server.encode(Attach(rank))], [end.fileno()])
+            socket.send_fds(self._channel, [fork_server.encode(Reconnect(rank))], [end.fileno()])
 
     def spawn(self, rank: int, entry: str, spec: bytes, end: socket.socket) -> None:
         """Fork a rank; its end is told through on_exit even if it never came up.
@@ -345,7 +345,7 @@ class LocalLauncher:
         elif isinstance(answer, Unusable):
             if self._ready and not self._ready.done():
                 self._ready.set_exception(ModelError(answer.error))
-        elif isinstance(answer, Welcome):
+        elif isinstance(answer, Taken):
             self._take(answer)
         elif isinstance(answer, Started):
             if self._taking and answer.child not in self._children:
@@ -369,7 +369,7 @@ class LocalLauncher:
         elif isinstance(answer, Exited):
             self._gone(answer.child, answer.status)
 
-    def _take(self, answer: Welcome) -> None:
+    def _take(self, answer: Taken) -> None:
         """Of a fork server that another head has started."""
         try:
             check_protocol(answer.protocol)
