@@ -137,7 +137,10 @@ class ChangeActions:
     # ---- commit and release -----------------------------------------------------------------
 
     def _commit(self, change: Change, event: MembershipEvent) -> None:
-        self._enter("commit", self._cluster.config.cluster.commit_timeout)
+        cluster = self._cluster
+        self._enter("commit", cluster.config.cluster.commit_timeout)
+        if cluster.operation and cluster.head.saves:
+            cluster.head.save_operation(cluster.operation.record(), urgent=True)
         self._cluster.tell(change.everyone, msg.Commit(change.epoch))
 
     def _stop(self, change: Change, event: MembershipEvent) -> None:

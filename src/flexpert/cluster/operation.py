@@ -209,7 +209,7 @@ class Operation:
             operation_id=view.id,
         )
         operation.own_id, operation.created = view.own_id, view.created
-        operation.begun = record.begun
+        operation.begun, operation.state = record.begun, view.state
         operation.phases = dict(view.phases)
         for name in _COUNTED:
             setattr(operation, name, getattr(view, name))

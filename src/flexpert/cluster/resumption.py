@@ -59,8 +59,10 @@ def restore(
         else None
     )
     gone = everybody(record) - living.keys()
-    if unfinished is not None and unfinished.begun and _entered(record, unfinished.after):
-        cluster.restart_policy.set_desired(unfinished.after)
+    begun = unfinished if unfinished and unfinished.begun else None
+    if begun and (begun.state == "committing" or record.members == begun.after):
+        # ranks have switched to it, or may have
+        cluster.restart_policy.set_desired(begun.after)
     goes_on = cluster.membership.restore(
         record.epoch, record.epochs, record.members, record.phase, change, gone
     )
@@ -77,15 +79,6 @@ def restore(
     if unfinished is not None:
         _queue(cluster, unfinished)
     cluster.events.post(MembershipEvent(EventKind.RESUMED, reason=_REASON))
-
-
-def _entered(record: SavedCluster, target: frozenset[int]) -> bool:
-    """Whether ranks have switched to what a change leads to, or may have."""
-    change = record.change
-    commits = change is not None and record.phase in _KEPT
-    return record.members == target or (
-        commits and change is not None and (change.kept or change.after == target)
-    )
 
 
 def _queue(cluster: ClusterState, unfinished: Operation) -> None:
