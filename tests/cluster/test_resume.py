@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -130,8 +132,8 @@ def test_a_killed_head_is_resumed_and_every_request_completes(tmp_path: Path) ->
             # a second crash is as good as the first
             kill(second)
             with head(tmp_path / "state", port, "--resume") as third:
-                assert instances(second_of := third).keys() == {0, 1}
-                assert second_of.answer()
+                assert instances(third).keys() == {0, 1}
+                assert third.answer()
 
 
 def operation(service: Served, name: str) -> dict[str, Any]:
@@ -176,6 +178,35 @@ def test_with_all_its_ranks_gone_requests_and_operations_are_still_there(tmp_pat
         with head(tmp_path / "state", port, "--resume") as second:
             assert [one.result(90) for one in asked] == undisturbed
             assert set(second.ranks()) == {0, 1}
+
+
+def test_the_example_controller_reaches_its_aim_through_kills_of_its_own_and_of_the_head(
+    tmp_path: Path,
+) -> None:
+    port, wish, memory = free_port(), tmp_path / "desired.txt", tmp_path / "state.json"
+    wish.write_text("4")
+    example = Path(__file__).parents[2] / "examples" / "reconcile.py"
+    command = [sys.executable, str(example), f"http://127.0.0.1:{port}", str(wish), str(memory)]
+    environment = {**os.environ, "RECONCILE_EVERY_S": "0.05"}
+
+    @contextmanager
+    def controller() -> Iterator[None]:
+        process = subprocess.Popen(command, env=environment)
+        try:
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+    with head(tmp_path / "state", port) as first:
+        with controller():
+            wait_until(lambda: first.http("GET", "/cluster").json()["operation"], 30)
+        with controller():
+            kill(first)
+            with head(tmp_path / "state", port, "--resume") as second:
+                wait_until(lambda: len(second.ranks()) == 4, 90)
+                assert operation(second, "reconcile-1")["state"] == "done"
+                assert second.http("GET", "/cluster/operations/reconcile-2").status_code == 404
 
 
 def test_ranks_to_which_no_head_comes_end_and_one_that_is_not_told_to_resume_leaves_them(
