@@ -18,6 +18,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import msgspec
@@ -29,7 +31,7 @@ from flexpert.errors import ModelError
 
 log = logging.getLogger("flexpert")
 
-BATCH_S = 0.05
+BATCH_S = 0.25  # ranks keep what is not written yet
 KEPT_S = 120.0  # an answer that is complete, for a client that has not got its end
 AGAIN_S = 10.0  # after a failure
 _WAIT_S = 1.0  # for what is written before it is carried out
@@ -125,8 +127,10 @@ class StateStore:
     def mark(self, rank: int, count: int) -> None:
         """What a rank has published up to this number has been noted."""
         with self._changed:
+            idle = not (self._rows or self._marks)
             self._marks[rank] = count
-            self._changed.notify()
+            if idle:
+                self._changed.notify_all()
 
     @property
     def wants_all(self) -> bool:
@@ -171,10 +175,12 @@ class StateStore:
         with self._changed:
             if self.failure is not None:
                 return
+            idle = not (self._rows or self._marks)
             self._rows += rows
             self._noted += 1
-            self._urgent |= urgent
-            self._changed.notify_all()
+            if idle or urgent:  # the thread waits for the end of a batch undisturbed
+                self._urgent |= urgent
+                self._changed.notify_all()
             if urgent:
                 mine = self._noted
                 self._changed.wait_for(lambda: self._written >= mine, _WAIT_S)
@@ -206,8 +212,8 @@ class StateStore:
                     rows = [*anew, *rows]
                 if connection is not None and rows:
                     with connection:
-                        for sql, values in rows:
-                            connection.execute(sql, values)
+                        for sql, alike in groupby(rows, itemgetter(0)):
+                            connection.executemany(sql, [values for _, values in alike])
                 if anew is not None:
                     self.failure = None
             except (sqlite3.Error, OSError) as error:
