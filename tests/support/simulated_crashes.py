@@ -241,7 +241,7 @@ class CrashingSimulation(Simulation):
         elif not self.away and not self.forgotten(process):
             super().disconnected(process)
 
-    def ended(self, process: SimRank, status: int) -> None:
+    def ended(self, process: SimRank) -> None:
         if self.forgotten(process):
             return
         if not self.away:
@@ -252,7 +252,7 @@ class CrashingSimulation(Simulation):
             del self.processes[process.id]
             self.takeover.on_exit(process.id)
         else:
-            super().ended(process, status)
+            super().ended(process)
 
     def beat(self) -> None:
         if not (self.away or self.takeover):
