@@ -227,6 +227,9 @@ class ClusterConfig(_Section):
     commit_timeout: Seconds = Field(30.0, gt=0, description="arming until all ranks switched")
     exchange_timeout: Seconds = Field(60.0, gt=0, description="waiting for a peer within a step")
     stall_timeout: Seconds = Field(2.0, gt=0, description="silence until a rank is terminated")
+    wedged_timeout: Seconds = Field(
+        30.0, gt=0, description="work without a step until the service says that it is wedged"
+    )
     restart_policy: Literal["always", "on-failure", "never"] = Field(
         "on-failure", description="start a new rank for a lost one"
     )
@@ -239,6 +242,17 @@ class ClusterConfig(_Section):
     restart_backoff_max: Seconds = Field(30.0, ge=0, description="longest wait before a restart")
     shutdown_timeout: Seconds = Field(
         10.0, ge=0, description="for running requests to finish at the end"
+    )
+    state_dir: Path | None = Field(
+        None,
+        description="directory where the head writes down what another needs to go on with its "
+        "ranks and requests; default: all end with it",
+    )
+    resume: bool = Field(
+        False, description="go on with the ranks and requests of the service in --state-dir, if any"
+    )
+    orphan_timeout: Seconds = Field(
+        60.0, gt=0, description="with --state-dir: how long ranks without a head wait for one"
     )
     max_sequences: int = Field(
         16384, ge=1, description="unfinished requests that the head keeps; more are refused (429)"
@@ -314,6 +328,17 @@ class ClusterConfig(_Section):
             if name in ("CPU", "GPU"):
                 raise ValueError(f"{name} of a rank are --ray-cpus-per-rank and --device")
         return amounts
+
+    @model_validator(mode="after")
+    def _can_be_resumed(self) -> ClusterConfig:
+        if self.resume and self.state_dir is None:
+            raise ValueError("resume needs the directory of the service: --state-dir DIR")
+        if self.state_dir is not None and (self.join_listen or self.launcher == "ray"):
+            raise ValueError(
+                "state_dir is for ranks of this machine; those of other hosts (join_listen, "
+                "launcher=ray) end with the head: leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> ClusterConfig:
