@@ -214,19 +214,6 @@ def test_sparse_attention_is_refused(tmp_path: Path) -> None:
         ModelSource.open(str(tmp_path))
 
 
-def test_frequencies_that_follow_the_longest_request_are_refused(tmp_path: Path) -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    config_of("mixtral", head_dim=18, rope_parameters=rope).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="dynamic"):
-        ModelSource.open(str(tmp_path))
-
-
-def test_a_front_end_for_images_is_refused(tmp_path: Path) -> None:
-    AutoConfig.for_model("qwen3_vl_moe").save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="vision"):
-        ModelSource.open(str(tmp_path))
-
-
 def test_quantized_weights_are_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
     config = json.loads((checkpoint("mixtral") / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}

@@ -163,10 +163,17 @@ def random_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     settings = {**COMMON, **FAMILIES[family]} if family in FAMILIES else small_settings(family)
     config = AutoConfig.for_model(family, **{**settings, **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    random_weights(model, seed)
+    return model.eval()
+
+
+def random_weights(model: PreTrainedModel, seed: int = 0) -> None:
+    """Weights large enough that routing and attention matter, in place of a model's own."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        known = model.state_dict().keys()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name.endswith("inv_freq"):
+            if name not in known or not tensor.is_floating_point():
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name:
@@ -174,14 +181,11 @@ def random_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
             elif tensor.ndim == 1 or name.endswith("_bias"):
                 tensor.copy_(noise if "sinks" in name else 0.1 * noise)
             else:
-                fan_in = (
-                    tensor.shape[1]
-                    if "gpt_oss" in family and tensor.ndim == 3
-                    else tensor.shape[-1]
-                )
+                module = model.get_submodule(name.rpartition(".")[0])
+                transposed = tensor.ndim == 3 and getattr(module, "is_transposed", False)
+                fan_in = tensor.shape[1] if transposed else tensor.shape[-1]
                 scale = 1.0 if "embed" in name else 1.3 * fan_in**-0.5
                 tensor.copy_(scale * noise)
-    return model.eval()
 
 
 def make_checkpoint(

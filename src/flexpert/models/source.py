@@ -29,11 +29,11 @@ from transformers import (
 from flexpert.errors import ConfigError, ModelError, UnsupportedModel
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
-from flexpert.models import registrations
+from flexpert.models.architecture import leave_out
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.expert_reader import ExpertReader
 from flexpert.models.fp8_files import Fp8Files, block_of
-from flexpert.models.probe import AttentionShape, Probe, build_skeleton, probe
+from flexpert.models.probe import AttentionShape, Probe, find_architecture
 from flexpert.parallel import read_threads, run_parallel
 from flexpert.reading import read_text, shown
 
@@ -96,6 +96,8 @@ class ModelSource:
 
     Attributes:
         fp8_experts: whether experts are fp8 in memory; a CPU does not compute those.
+        left_out: names of the modules that no token of text passes through, and whose tensors are
+            not read (`Checkpoint.left_out`).
     """
 
     path: Path
@@ -119,7 +121,10 @@ class ModelSource:
         self.skeleton = skeleton
         self.attention_names = tuple(found.attention_shapes)
         self.experts_names = tuple(call.name for call in found.experts_calls)
-        self.checkpoint = Checkpoint(files, skeleton)
+        self._found = found
+        self.left_out = found.left_out
+        self.checkpoint = Checkpoint(files, skeleton, self.left_out)
+        leave_out(skeleton, self.left_out)
         # parameters of experts that are fp8 in the files, and those that can be taken as they are
         quantized = self._quantized(files) if isinstance(files, Fp8Files) else {}
         self.fp8_experts = experts == "fp8" or (experts == "stored" and bool(quantized))
@@ -164,8 +169,7 @@ class ModelSource:
         config = _read_config(path)
         try:
             block = block_of(path, config)
-            skeleton = build_skeleton(config, _dtype(config, dtype), attention=registrations.PROBE)
-            found = probe(skeleton)
+            skeleton, found = find_architecture(config, _dtype(config, dtype))
             info = _info(model, path, config, skeleton, found, max_model_len)
             files = TensorFiles(path) if block is None else Fp8Files(path, block)
             return cls(path, config, info, skeleton, found, files, experts)
@@ -178,6 +182,10 @@ class ModelSource:
                 f"{path / 'config.json'} describes no model that can be built "
                 f"({type(error).__name__}: {_short(error)})"
             ) from error
+
+    def build(self, *, attention: str) -> PreTrainedModel:
+        """The model on the meta device, without what is left out; see `build_skeleton`."""
+        return self._found.build(self.info.dtype, attention=attention)
 
     # ---- sizes ------------------------------------------------------------------------------
 
@@ -510,7 +518,7 @@ def _info(
 ) -> ModelInfo:
     text = config.get_text_config()
     call = found.experts_calls[0]
-    eos, bos = config.eos_token_id, config.bos_token_id
+    eos, bos = (_stated(config, text, name) for name in ("eos_token_id", "bos_token_id"))
     if (path / "generation_config.json").is_file():
         try:
             generation = GenerationConfig.from_pretrained(path)
@@ -533,10 +541,16 @@ def _info(
         topk=call.topk,
         dtype=skeleton.dtype,
         attention=tuple(found.attention_shapes.values()),
-        max_model_len=_context_limit(text, max_model_len),
+        max_model_len=_context_limit(text, found.context, max_model_len),
         eos_token_ids=ends,
         bos_token_id=begins[0] if begins else None,
     )
+
+
+def _stated(config: PreTrainedConfig, text: PreTrainedConfig, name: str) -> object:
+    """A setting of the whole model, or else of the text model inside of it."""
+    stated = getattr(config, name, None)
+    return getattr(text, name, None) if stated is None else stated
 
 
 def _token_ids(path: Path, name: str, value: object, vocab: int) -> tuple[int, ...]:
@@ -554,8 +568,10 @@ def _token_ids(path: Path, name: str, value: object, vocab: int) -> tuple[int, .
     return tuple(one for one in ids if 0 <= one < vocab)
 
 
-def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
+def _context_limit(config: PreTrainedConfig, attention: int, asked: int | None) -> int:
     """The model's context, or the shorter one asked for.
+
+    attention: tokens within which attention is what we compute, see `Probe.context`.
 
     With rope type "longrope" the frequencies of all tokens of a batch depend on the longest of
     them; within the original context they do not.
@@ -567,6 +583,9 @@ def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
             "which is no number of tokens"
         )
     reason = "its max_position_embeddings"
+    if attention < limit:
+        limit = attention
+        reason = "beyond it some of its layers attend to chunks of that many tokens"
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *rope.values()):
         kind = parameters.get("rope_type", "default") if isinstance(parameters, dict) else "default"

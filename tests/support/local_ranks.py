@@ -1,0 +1,75 @@
+"""Ranks of one model in the test's own process: the real exchange and placement, no engine.
+
+`greedy_on(path, ranks, prompts, count)` says what they generate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from flexpert.comm import BufferSpec
+from flexpert.kernels.cpu.expert_products import LayerExperts
+from flexpert.models.model_runner import ModelRunner
+from flexpert.models.source import ModelSource
+from flexpert.moe.moe_layers import LayerState
+from flexpert.moe.placement import replan
+from flexpert.moe.runtime import MoERuntime, expert_tables
+from support.checkpoints import Sequences
+from support.comm_local import Local
+
+_BLOCK = 8
+
+
+def greedy_on(
+    source: ModelSource, ranks: int, prompts: Sequence[Sequence[int]], count: int
+) -> list[list[int]]:
+    """The next `count` tokens of each prompt; prompt i runs on rank i modulo `ranks`.
+
+    All ranks walk all steps together, those without a prompt without tokens.
+    """
+    info = source.info
+    ids = range(ranks)
+    spec = BufferSpec(
+        capacity=ranks,
+        max_tokens=max(1, sum(map(len, prompts))),
+        hidden=info.hidden,
+        topk=info.topk,
+        dtype=info.dtype,
+    )
+    placement = replan(None, ids, experts=info.experts, layers=info.moe_layers)
+    with Local() as local:
+        local.start(spec, ids)
+        runners = {}
+        for rank in ids:
+            moe = MoERuntime(local.buffers[rank], reduce="home")
+            layers = []
+            held = placement.held_by(rank)
+            for layer, table in enumerate(expert_tables(placement, rank)):
+                weights = source.load_experts(layer, held[layer])
+                own = [weights[expert] for expert in held[layer]]
+                layers.append(LayerState(table, LayerExperts(own, deterministic=False)))
+            moe.install(moe.stage(layers))
+            runner = ModelRunner.load(
+                source, moe=moe, kv_blocks=64, kv_block_size=_BLOCK, deterministic=False
+            )
+            runners[rank] = Sequences(runner, _BLOCK, seed=rank)
+        local.activate(ids)
+
+        answers: list[list[int]] = [[] for _ in prompts]
+
+        def step(rank: int) -> None:
+            torch.set_num_threads(1)
+            work = {
+                i: answers[i][-1:] or prompts[i] for i in range(len(prompts)) if i % ranks == rank
+            }
+            if not work:
+                runners[rank].runner.forward_idle()
+                return
+            for i, logits in runners[rank].step(work).items():
+                answers[i].append(int(logits[-1].argmax()))
+
+        for _ in range(count):
+            local.each(ids, lambda buffer: step(buffer.rank))
+    return answers
