@@ -1,6 +1,6 @@
 """Ranks of one model in the test's own process: the real exchange and placement, no engine.
 
-`greedy_on(path, ranks, prompts, count)` says what they generate.
+`greedy_on(source, ranks, prompts, count)` says what they generate.
 """
 
 from __future__ import annotations

@@ -112,6 +112,17 @@ def leave_out(model: PreTrainedModel, parts: Collection[str]) -> None:
         model.get_submodule(parent)._modules[name] = None
 
 
+def pad_vocabulary(model: PreTrainedModel, rows: int) -> None:
+    """Give a skeleton embeddings of so many tokens: files may hold more than the vocabulary has."""
+    embeddings: Any = (model.get_input_embeddings(), model.get_output_embeddings())
+    for module in embeddings:
+        if module is None:
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            padded = parameter.new_empty((rows, *parameter.shape[1:]))
+            setattr(module, name, nn.Parameter(padded, requires_grad=False))
+
+
 def _beside(model: nn.Module, touched: Collection[str], prefix: str = "") -> Iterator[str]:
     """The modules that hold nothing of what was touched, and whose parent holds some."""
     for name, child in model.named_children():

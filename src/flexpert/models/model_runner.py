@@ -304,7 +304,7 @@ class ModelRunner:
         ).logits[0]
         if not rows:
             logits = logits[sample_rows]
-        return logits[: batch.sample_rows.shape[0]].float()
+        return logits[: batch.sample_rows.shape[0], : self.info.vocab].float()
 
     def forward_idle(self) -> None:
         """Take part in a step without tokens: each MoE layer in order, no attention."""

@@ -22,6 +22,7 @@ from flexpert.models.architecture import (
     KEEPING_NOTHING,
     leave_out,
     model_classes,
+    pad_vocabulary,
     says_experts,
     untouched_parts,
 )
@@ -71,6 +72,7 @@ class Probe:
     """Records the calls of one walk; see `registrations` for what its methods are called with.
 
     left_out: names of the modules that no token of text passes through, such as encoders of images.
+    padded_vocab: tokens for which the files have embeddings, if these are more than the vocabulary.
     context: tokens within which attention is what we compute.
     """
 
@@ -81,6 +83,7 @@ class Probe:
         self.attention_shapes: dict[str, AttentionShape] = {}
         self.experts_calls: list[ExpertsCall] = []
         self.left_out: tuple[str, ...] = ()
+        self.padded_vocab: int | None = None
 
     def attention(
         self,
@@ -131,22 +134,27 @@ class Probe:
         chosen, config = self._model
         model = build_skeleton(config, dtype, chosen, attention=attention)
         leave_out(model, self.left_out)
+        if self.padded_vocab is not None:
+            pad_vocabulary(model, self.padded_vocab)
         return model
 
 
 def find_architecture(
-    config: PreTrainedConfig, dtype: torch.dtype
+    config: PreTrainedConfig, dtype: torch.dtype, own: type[PreTrainedModel] | None = None
 ) -> tuple[PreTrainedModel, Probe]:
     """The model that serves a checkpoint, on the meta device, and what its walk told.
+
+    own: its class, if the checkpoint brings one.
 
     Raises:
         UnsupportedModel: none does; says why not the likeliest one.
         ModelError: the configuration is incomplete or contradicts itself.
     """
     refusal: ModelError | None = None
-    for chosen, own in model_classes(config):
+    classes = model_classes(config) if own is None else [(own, config)]
+    for chosen, settings in classes:
         try:
-            skeleton = build_skeleton(own, dtype, chosen, attention=registrations.PROBE)
+            skeleton = build_skeleton(settings, dtype, chosen, attention=registrations.PROBE)
             return skeleton, probe(skeleton)
         except ModelError as error:
             refusal = refusal or error

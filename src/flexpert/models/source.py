@@ -18,7 +18,6 @@ from llguidance import LLTokenizer
 from llguidance.hf import from_tokenizer as grammar_tokenizer
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -29,11 +28,12 @@ from transformers import (
 from flexpert.errors import ConfigError, ModelError, UnsupportedModel
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
-from flexpert.models.architecture import leave_out
+from flexpert.models.architecture import leave_out, pad_vocabulary
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.expert_reader import ExpertReader
 from flexpert.models.fp8_files import Fp8Files, block_of
 from flexpert.models.probe import AttentionShape, Probe, find_architecture
+from flexpert.models.remote_code import CODE_FILES, brought_class, read_config
 from flexpert.parallel import read_threads, run_parallel
 from flexpert.reading import read_text, shown
 
@@ -96,6 +96,7 @@ class ModelSource:
 
     Attributes:
         fp8_experts: whether experts are fp8 in memory; a CPU does not compute those.
+        trusted: the checkpoint's own code may be run.
         left_out: names of the modules that no token of text passes through, and whose tensors are
             not read (`Checkpoint.left_out`).
     """
@@ -104,6 +105,7 @@ class ModelSource:
     info: ModelInfo
     config: PreTrainedConfig
     fp8_experts: bool
+    trusted: bool = False
 
     def __init__(
         self,
@@ -125,6 +127,10 @@ class ModelSource:
         self.left_out = found.left_out
         self.checkpoint = Checkpoint(files, skeleton, self.left_out)
         leave_out(skeleton, self.left_out)
+        rows = self._embedded_tokens()
+        if rows > info.vocab:  # rows that no token has; the logits are cut to the vocabulary
+            found.padded_vocab = rows
+            pad_vocabulary(skeleton, rows)
         # parameters of experts that are fp8 in the files, and those that can be taken as they are
         quantized = self._quantized(files) if isinstance(files, Fp8Files) else {}
         self.fp8_experts = experts == "fp8" or (experts == "stored" and bool(quantized))
@@ -150,6 +156,7 @@ class ModelSource:
         dtype: str = "auto",
         max_model_len: int | None = None,
         experts: ExpertFormat = "unquantized",
+        trust_remote_code: bool = False,
     ) -> ModelSource:
         """Open a model by name.
 
@@ -159,20 +166,24 @@ class ModelSource:
             dtype: "auto" (the checkpoint's; float16 becomes bfloat16), "bfloat16" or "float32".
             max_model_len: a shorter limit of prompt and answer than the model's.
             experts: their format in memory.
+            trust_remote_code: run the Python code that a checkpoint brings along.
 
         Raises:
             UnsupportedModel: a dense model, another quantization than fp8 with blocks, or a family
                 that does not fit; says why.
             ModelError: files are missing, damaged or cannot be had.
         """
-        path = locate(model, revision)
-        config = _read_config(path)
+        path = locate(model, revision, code=trust_remote_code)
+        config = _read_config(path, trusted=trust_remote_code)
         try:
             block = block_of(path, config)
-            skeleton, found = find_architecture(config, _dtype(config, dtype))
+            own = brought_class(path, config) if trust_remote_code else None
+            skeleton, found = find_architecture(config, _dtype(config, dtype), own)
             info = _info(model, path, config, skeleton, found, max_model_len)
             files = TensorFiles(path) if block is None else Fp8Files(path, block)
-            return cls(path, config, info, skeleton, found, files, experts)
+            source = cls(path, config, info, skeleton, found, files, experts)
+            source.trusted = trust_remote_code
+            return source
         except ModelError as error:
             if str(path) in str(error):
                 raise
@@ -182,6 +193,16 @@ class ModelSource:
                 f"{path / 'config.json'} describes no model that can be built "
                 f"({type(error).__name__}: {_short(error)})"
             ) from error
+
+    def _embedded_tokens(self) -> int:
+        """The rows of the embeddings in the files; 0: not plain to see."""
+        embeddings = self.skeleton.get_input_embeddings()
+        for name, parameter in self.skeleton.named_parameters():
+            recipe = self.checkpoint.recipes.get(name)
+            if parameter is embeddings.weight and recipe and recipe.converter is None:
+                shape = self.checkpoint.files.shape(recipe.sources[""][-1])
+                return shape[0] if shape[1:] == parameter.shape[1:] else 0
+        return 0
 
     def build(self, *, attention: str) -> PreTrainedModel:
         """The model on the meta device, without what is left out; see `build_skeleton`."""
@@ -391,7 +412,9 @@ class ModelSource:
             ModelError: it has none, or it cannot be read.
         """
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=self.trusted
+            )
         except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
             raise ModelError(f"{self.path} has no tokenizer that can be read: {error}") from error
         return tokenizer
@@ -421,8 +444,8 @@ class ModelSource:
             _ = self.grammar_tokens
 
 
-def locate(model: str, revision: str | None = None) -> Path:
-    """The directory of a model; downloads it if it is on the hub.
+def locate(model: str, revision: str | None = None, *, code: bool = False) -> Path:
+    """The directory of a model; downloads it if it is on the hub, with its code if that is wanted.
 
     Raises:
         ModelError: there is no such directory, or the hub cannot be reached and nothing is cached.
@@ -438,7 +461,8 @@ def locate(model: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED_FILES))
+        wanted = [*WANTED_FILES, *(CODE_FILES if code else [])]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise ModelError(
             f"{model} is neither a directory nor a model on the hub that you may read ({error})"
@@ -451,21 +475,16 @@ def locate(model: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def _read_config(path: Path) -> PreTrainedConfig:
+def _read_config(path: Path, *, trusted: bool) -> PreTrainedConfig:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: it is not a checkpoint of transformers")
     _check_settings(path / "config.json")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+        return read_config(path, trusted=trusted)
+    except ModelError:
+        raise
     except Exception as error:
-        if "trust_remote_code" in str(error) or "does not recognize this architecture" in str(
-            error
-        ):
-            raise UnsupportedModel(
-                f"{path}: the installed transformers does not know this model ({error})"
-            ) from error
         raise ModelError(f"{path / 'config.json'} cannot be read: {_short(error)}") from error
-    return config
 
 
 def _check_settings(file: Path) -> None:
