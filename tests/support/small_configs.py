@@ -133,6 +133,11 @@ OWN: dict[str, dict[str, Any]] = {
         "no_rope_layers": [1, 0, 1, 0],
         "moe_layers": [1, 3],
     },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2},
+        "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 8, "moe_top_k": 3},
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """Model type → what its text configuration needs besides."""
@@ -163,6 +168,64 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """Model type → what its encoders' configurations need instead."""
 
+_ATTENTION: dict[str, Any] = {"layer_types": ["full_attention"] * 4}
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 36, "mamba_expand": 2}
+_FACTORS: dict[str, Any] = {"short_factor": [1.0, 1.1, 1.2] * 3, "long_factor": [4.0] * 9}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next, attention only": ("qwen3_next", _ATTENTION),
+    "qwen3_5_moe_text, attention only": ("qwen3_5_moe_text", _ATTENTION),
+    "jamba, attention only": ("jamba", {"attn_layer_period": 1, "attn_layer_offset": 0}),
+    "granitemoehybrid, attention only": ("granitemoehybrid", {**_ATTENTION, **_MAMBA}),
+    "minimax, attention only": ("minimax", _ATTENTION),
+    "lfm2_moe, attention only": (
+        "lfm2_moe",
+        {
+            **_ATTENTION,
+            "num_dense_layers": 1,
+            "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+        },
+    ),
+    "nemotron_h, attention only": (
+        "nemotron_h",
+        {"layer_types": ["full_attention", "moe", "full_attention", "mlp"]},
+    ),
+    "bailing_hybrid, attention only": ("bailing_hybrid", _ATTENTION),
+    "lara_mini, attention only": ("lara_mini", _ATTENTION),
+    "hunyuan_v1_moe as published": (
+        "hunyuan_v1_moe",
+        {
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "alpha": 1000.0,
+                "rope_theta": 1e4,
+                "factor": 1.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+            }
+        },
+    ),
+    "mixtral, dynamic rotary": (
+        "mixtral",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+    ),
+    "phimoe as Phi-3.5": (
+        "phimoe",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_mscale": 1.2,
+                "long_mscale": 1.3,
+                "original_max_position_embeddings": 128,
+                **_FACTORS,
+            }
+        },
+    ),
+    "doge with experts": ("doge", {"is_moe": True, "num_experts": 16}),
+}
+"""Name → family and changes: configurations that a family may have, beside its defaults."""
+
 _ABSENT_STAYS_ABSENT = ("sliding_window", "n_group", "topk_group", "q_lora_rank")
 
 
@@ -184,12 +247,15 @@ def moe_families() -> tuple[str, ...]:
     return tuple(found)
 
 
-def small_settings(family: str) -> dict[str, Any]:
-    """What `AutoConfig.for_model` is to be given for a small model of a family."""
-    return _settings(AutoConfig.for_model(family))
+def small_config(case: str) -> PreTrainedConfig:
+    """Of a family or of one of the `VARIANTS`, small."""
+    family, changes = VARIANTS.get(case, (case, {}))
+    return AutoConfig.for_model(family, **{**_settings(AutoConfig.for_model(family)), **changes})
 
 
 def _settings(defaults: PreTrainedConfig) -> dict[str, Any]:
+    if "thinker_config" in defaults.sub_configs:
+        return {"thinker_config": _settings(defaults.thinker_config)}
     text = defaults.get_text_config()
     if text is defaults:
         return _text(defaults)

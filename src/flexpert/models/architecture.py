@@ -38,6 +38,9 @@ def model_classes(config: PreTrainedConfig) -> list[tuple[type[PreTrainedModel],
     """
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{config.model_type} is an encoder-decoder")
+    thinker = getattr(config, "thinker_config", None)
+    if isinstance(thinker, PreTrainedConfig):  # what speaks is apart from what thinks
+        return model_classes(thinker)
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()) - KEEPING_TOKENS - KEEPING_NOTHING
     if kinds:

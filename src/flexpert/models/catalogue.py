@@ -1,0 +1,83 @@
+"""What is served of which models, as `flexpert models` and docs/models.md tell.
+
+families.json is written by tests/models/test_every_family.py, which tries every row of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model type of transformers, and what becomes of its checkpoints.
+
+    name: the model type, and which of its configurations. served: on CPUs; GPUs run the same
+    modules. architecture: transformers' class that computes it. note: what is left out, or why it
+    is refused.
+    """
+
+    name: str
+    served: bool
+    architecture: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How weights may be stored. cpu, gpu: what becomes of them there. checked: by what."""
+
+    name: str
+    cpu: str
+    gpu: str
+    checked: str
+
+
+FILE: Final = Path(__file__).parent / "families.json"
+
+_told: Mapping[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+
+TRANSFORMERS: Final[str] = _told["transformers"]
+"""The release that was tried."""
+
+FAMILIES: Final[Mapping[str, Family]] = {row["name"]: Family(**row) for row in _told["families"]}
+
+FORMATS: Final = (
+    Format("bfloat16, float32", "as stored", "as stored", "tests/models/test_loading.py"),
+    Format("float16", "as bfloat16", "as bfloat16", "tests/models/test_loading.py"),
+    Format(
+        "fp8 (e4m3) with scales of blocks, as DeepSeek-V3's",
+        "dequantized",
+        "experts as stored, the rest dequantized",
+        "tests/models/test_fp8_files.py",
+    ),
+)
+
+
+def as_markdown() -> str:
+    """Both tables, for the documentation."""
+    rows = [
+        "Formats of weights, in safetensors files:",
+        "",
+        "| format | on a CPU | on a GPU | checked by |",
+        "|---|---|---|---|",
+        *(f"| {one.name} | {one.cpu} | {one.gpu} | `{one.checked}` |" for one in FORMATS),
+        "",
+        f"Families of transformers {TRANSFORMERS}, by `model_type`:",
+        "",
+        "| family | served by | note |",
+        "|---|---|---|",
+        *(
+            f"| {one.name} | {one.architecture or '(refused)'} | {_cell(one.note)} |"
+            for one in FAMILIES.values()
+        ),
+    ]
+    return "\n".join(rows)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
