@@ -25,7 +25,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from flexpert.errors import ModelError
 from flexpert.models import catalogue
 from flexpert.models.architecture import model_classes
-from flexpert.models.catalogue import Family
+from flexpert.models.catalogue import ModelFamily
 from flexpert.models.source import ModelSource
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
@@ -37,7 +37,7 @@ TOKENS = 8
 MOST = 50_000_000  # parameters of a small model
 
 
-def found(case: str, folder: Path) -> Family:
+def found(case: str, folder: Path) -> ModelFamily:
     """What becomes of a family: tried out. Raises: AssertionError: other tokens than its own."""
     model = random_model(case)
     if model is None:  # refused by its configuration alone, or not to be made small
@@ -51,7 +51,7 @@ def found(case: str, folder: Path) -> Family:
     try:
         source = ModelSource.open(str(folder))
     except ModelError as error:
-        return Family(case, False, "", str(error).removeprefix(f"{folder}: "))
+        return ModelFamily(case, False, "", str(error).removeprefix(f"{folder}: "))
     assert model is not None, f"{case} is served: let small_configs.py make one"
     if "text_config" in model.config.sub_configs:
         assert source.info.eos_token_ids == (7,)
@@ -63,7 +63,7 @@ def found(case: str, folder: Path) -> Family:
             assert answer == expected, f"{case} on {ranks} ranks gives other tokens"
     skipped = {part: keys for part, keys in source.checkpoint.left_out.items() if keys}
     note = f"without {', '.join(sorted(skipped))}" if skipped else ""
-    return Family(case, True, source.info.architecture, note)
+    return ModelFamily(case, True, source.info.architecture, note)
 
 
 def random_model(case: str) -> PreTrainedModel | None:

@@ -20,12 +20,13 @@ from support.checkpoints import Sequences
 from support.comm_local import Local
 
 _BLOCK = 8
+_CHUNK = 13  # tokens of a prompt in one step
 
 
 def greedy_on(
     source: ModelSource, ranks: int, prompts: Sequence[Sequence[int]], count: int
 ) -> list[list[int]]:
-    """The next `count` tokens of each prompt; prompt i runs on rank i modulo `ranks`.
+    """The next `count` tokens of each prompt; prompt i runs on rank i modulo `ranks`, in chunks.
 
     All ranks walk all steps together, those without a prompt without tokens.
     """
@@ -58,18 +59,20 @@ def greedy_on(
         local.activate(ids)
 
         answers: list[list[int]] = [[] for _ in prompts]
+        left = [list(prompt) for prompt in prompts]
 
         def step(rank: int) -> None:
             torch.set_num_threads(1)
-            work = {
-                i: answers[i][-1:] or prompts[i] for i in range(len(prompts)) if i % ranks == rank
-            }
+            own = [i for i in range(len(prompts)) if i % ranks == rank]
+            work = {i: left[i][:_CHUNK] or answers[i][-1:] for i in own}
             if not work:
                 runners[rank].runner.forward_idle()
                 return
             for i, logits in runners[rank].step(work).items():
-                answers[i].append(int(logits[-1].argmax()))
+                del left[i][:_CHUNK]
+                if not left[i]:
+                    answers[i].append(int(logits[-1].argmax()))
 
-        for _ in range(count):
+        while min(map(len, answers)) < count:
             local.each(ids, lambda buffer: step(buffer.rank))
-    return answers
+    return [answer[:count] for answer in answers]

@@ -250,7 +250,12 @@ def moe_families() -> tuple[str, ...]:
 def small_config(case: str) -> PreTrainedConfig:
     """Of a family or of one of the `VARIANTS`, small."""
     family, changes = VARIANTS.get(case, (case, {}))
-    return AutoConfig.for_model(family, **{**_settings(AutoConfig.for_model(family)), **changes})
+    return AutoConfig.for_model(family, **{**small_settings(family), **changes})
+
+
+def small_settings(family: str) -> dict[str, Any]:
+    """What a family's configuration is given to be small."""
+    return _settings(AutoConfig.for_model(family))
 
 
 def _settings(defaults: PreTrainedConfig) -> dict[str, Any]:

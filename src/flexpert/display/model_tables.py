@@ -8,10 +8,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flexpert.models.catalogue import Family, Format
+from flexpert.models.catalogue import ModelFamily, WeightFormat
 
 
-def show_models(families: Sequence[Family], formats: Sequence[Format], version: str) -> None:
+def show_models(
+    families: Sequence[ModelFamily], formats: Sequence[WeightFormat], version: str
+) -> None:
     """Print what is served. version: of transformers, of which the families are."""
     console = Console()
     stored = Table(

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class ModelFamily:
     """A model type of transformers, and what becomes of its checkpoints.
 
     name: the model type, and which of its configurations. served: on CPUs; GPUs run the same
@@ -28,7 +28,7 @@ class Family:
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class WeightFormat:
     """How weights may be stored. cpu, gpu: what becomes of them there. checked: by what."""
 
     name: str
@@ -44,12 +44,14 @@ _told: Mapping[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
 TRANSFORMERS: Final[str] = _told["transformers"]
 """The release that was tried."""
 
-FAMILIES: Final[Mapping[str, Family]] = {row["name"]: Family(**row) for row in _told["families"]}
+FAMILIES: Final[Mapping[str, ModelFamily]] = {
+    row["name"]: ModelFamily(**row) for row in _told["families"]
+}
 
 FORMATS: Final = (
-    Format("bfloat16, float32", "as stored", "as stored", "tests/models/test_loading.py"),
-    Format("float16", "as bfloat16", "as bfloat16", "tests/models/test_loading.py"),
-    Format(
+    WeightFormat("bfloat16, float32", "as stored", "as stored", "tests/models/test_loading.py"),
+    WeightFormat("float16", "as bfloat16", "as bfloat16", "tests/models/test_loading.py"),
+    WeightFormat(
         "fp8 (e4m3) with scales of blocks, as DeepSeek-V3's",
         "dequantized",
         "experts as stored, the rest dequantized",

@@ -127,6 +127,14 @@ class ModelSource:
         self.left_out = found.left_out
         self.checkpoint = Checkpoint(files, skeleton, self.left_out)
         leave_out(skeleton, self.left_out)
+        for part, keys in self.checkpoint.left_out.items():
+            if keys:
+                logger.info(
+                    "%s: %d tensors of %s are not read: no text passes through it",
+                    path,
+                    len(keys),
+                    part,
+                )
         rows = self._embedded_tokens()
         if rows > info.vocab:  # rows that no token has; the logits are cut to the vocabulary
             found.padded_vocab = rows
