@@ -17,6 +17,7 @@ from flexpert.cli.settings import flags
 
 COMMANDS = [
     "serve",
+    "check",
     "scale",
     "status",
     "chat",
@@ -24,6 +25,7 @@ COMMANDS = [
     "demo",
     "bench serve",
     "bench hostile",
+    "bench load",
     "version",
 ]
 

@@ -217,12 +217,12 @@ def test_large_experts_are_loaded_by_several_threads(
     readers, several = set(), threading.Event()
     original = CheckpointFile.read
 
-    def noted(self: CheckpointFile, begin: int, into: memoryview) -> None:
+    def noted(self: CheckpointFile, begin: int, into: memoryview, *more: Any) -> None:
         readers.add(threading.current_thread().name)
         if len(readers) > 1:
             several.set()
         several.wait(30)
-        original(self, begin, into)
+        original(self, begin, into, *more)
 
     monkeypatch.setattr(CheckpointFile, "read", noted)
     for _ in range(10):

@@ -120,3 +120,36 @@ def test_a_router_with_another_rule_is_left_alone(rule: str, fused: bool) -> Non
         x = torch.randn(5, HIDDEN)
         for ours, theirs in zip(module.forward(x), Router.forward(module, x), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+class TiedRouter(Router):
+    """Takes of equally likely experts the last, where the kernel takes the first."""
+
+    def __init__(self, seed: int, *, hidden: int, experts: int, topk: int, last: int = 0) -> None:
+        super().__init__("normalised")
+        weight = torch.randn(experts, hidden, generator=torch.manual_seed(seed)) * hidden**-0.5
+        self.weight = nn.Parameter(weight.bfloat16())
+        self.top_k, self.last = topk, last
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(hidden_states, self.weight)
+        likely = logits.float().softmax(-1).flip(-1)
+        weights, places = torch.sort(likely, dim=-1, descending=True, stable=True)
+        chosen = slice(self.last, self.last + self.top_k)
+        weights, ids = weights[:, chosen], likely.shape[-1] - 1 - places[:, chosen]
+        return logits, (weights / weights.sum(-1, keepdim=True)).to(logits.dtype), ids
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_router_is_known_whichever_of_equally_likely_experts_it_takes(seed: int) -> None:
+    module = TiedRouter(seed, hidden=64, experts=32, topk=4)
+    with torch.inference_mode():
+        fuse_modules(module, kernels())
+    assert "forward" in vars(module)
+
+
+def test_a_router_that_takes_the_next_likely_ones_is_left_alone() -> None:
+    module = TiedRouter(0, hidden=64, experts=32, topk=4, last=1)
+    with torch.inference_mode():
+        fuse_modules(module, kernels())
+    assert "forward" not in vars(module)

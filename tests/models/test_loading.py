@@ -246,9 +246,9 @@ def test_sparse_attention_is_refused(tmp_path: Path) -> None:
 
 def test_quantized_weights_are_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
     config = json.loads((checkpoint("mixtral") / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModel, match="fp8"):
+    with pytest.raises(UnsupportedModel, match="bitsandbytes"):
         ModelSource.open(str(tmp_path))
 
 
@@ -296,18 +296,16 @@ def test_missing_experts_are_named(broken: Path) -> None:
     for key in dropped:
         del state[key]
     save_file(state, broken / "model.safetensors")
-    source = ModelSource.open(str(broken))
-    with pytest.raises(ModelError, match="has 5 experts"):
-        source.load_experts(0, [0])
+    with pytest.raises(ModelError, match=r"has 5 experts.*without number 5"):
+        ModelSource.open(str(broken))
 
 
 def test_a_config_that_does_not_match_the_weights_is_told(broken: Path) -> None:
     config = json.loads((broken / "config.json").read_text())
     config["intermediate_size"] += 8
     (broken / "config.json").write_text(json.dumps(config))
-    source = ModelSource.open(str(broken))
-    with pytest.raises(ModelError, match="has shape"):
-        source.load_experts(0, [0])
+    with pytest.raises(ModelError, match=r"has shape.*config\.json says"):
+        ModelSource.open(str(broken))
 
 
 def test_pickled_weights_are_refused_with_the_remedy(broken: Path) -> None:
@@ -337,6 +335,8 @@ def test_experts_and_layers_that_do_not_exist_are_refused(checkpoint: Checkpoint
         source.load_experts(3, [0])
 
 
-def test_a_checkpoint_without_a_tokenizer_is_told(checkpoint: Checkpoints) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_without_a_tokenizer_is_told(family: str, checkpoint: Checkpoints) -> None:
+    """Of some families transformers makes an empty one, in silence."""
     with pytest.raises(ModelError, match="tokenizer"):
-        ModelSource.open(str(checkpoint("mixtral"))).tokenizer()
+        ModelSource.open(str(checkpoint(family))).tokenizer()

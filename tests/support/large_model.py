@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3MoeForCausalLM
 
-from flexpert.bench.gpu.model import qwen3_30b_a3b
+from flexpert.bench.model_shapes import qwen3_30b_a3b
 
 
 def make_model(folder: Path, layers: int) -> None:

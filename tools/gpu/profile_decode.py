@@ -12,7 +12,8 @@ import torch
 
 from flexpert.bench.gpu.decode import single_rank
 from flexpert.bench.gpu.decode_group import place_on
-from flexpert.bench.gpu.model import RandomModel, qwen3_30b_a3b
+from flexpert.bench.gpu.model import RandomModel
+from flexpert.bench.model_shapes import qwen3_30b_a3b
 
 CONTEXT = 512
 

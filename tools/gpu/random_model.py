@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
-from flexpert.bench.gpu.model import qwen3_30b_a3b
+from flexpert.bench.model_shapes import qwen3_30b_a3b
 
 
 def make_model(folder: Path, layers: int, device: str) -> None:

@@ -16,9 +16,11 @@ from flexpert.cli import (
     bench_elastic,
     bench_gpu,
     bench_hostile,
+    bench_load,
     bench_serve,
     bench_structured,
     bench_transport,
+    check,
     client_commands,
     join,
     models_command,
@@ -111,6 +113,7 @@ add_command(
     serve_command.SERVE_EXAMPLES,
     cls=serve_command.ServeCommand,
 )
+add_command(app, "check", check.check, check.CHECK_EXAMPLES, cls=check.CheckCommand)
 add_command(app, "scale", client_commands.scale, client_commands.SCALE_EXAMPLES, cls=ScaleCommand)
 add_command(app, "join", join.join, join.JOIN_EXAMPLES)
 add_command(app, "leave", join.leave, join.LEAVE_EXAMPLES)
@@ -133,6 +136,7 @@ add_command(
 )
 add_command(bench, "transport", bench_transport.bench_transport, bench_transport.TRANSPORT_EXAMPLES)
 add_command(bench, "hostile", bench_hostile.bench_hostile, bench_hostile.EXAMPLES)
+add_command(bench, "load", bench_load.bench_load, bench_load.EXAMPLES)
 add_command(bench, "layer", bench_gpu.bench_layer, bench_gpu.LAYER_EXAMPLES)
 add_command(bench, "decode", bench_gpu.bench_decode, bench_gpu.DECODE_EXAMPLES)
 

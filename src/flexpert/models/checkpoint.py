@@ -8,11 +8,11 @@ tensors, or just the rows of them, that are needed.
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,11 +30,7 @@ from transformers.core_model_loading import (
 from flexpert.errors import ModelError
 from flexpert.models.checkpoint_file import CheckpointFile
 from flexpert.models.tensor_header import TORCH_DTYPES, TensorEntry
-from flexpert.reading import shown
-
-INDEX: Final = "model.safetensors.index.json"
-SINGLE: Final = "model.safetensors"
-_MOST_INDEX_BYTES: Final = 256 * 2**20
+from flexpert.models.weight_files import find_weight_files
 
 
 class Tensors(Protocol):
@@ -50,36 +46,28 @@ class TensorFiles:
 
     Tensors are read into memory of their own. A file that was truncated meanwhile gives a
     ModelError, never other bytes.
+
+    Attributes:
+        names: of the files that are read.
+        passed_over: names of further files with weights in the directory, which are not read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, named: object = None) -> None:
+        """named: the file or index that config.json says has the weights.
+
+        Raises: ModelError: files are missing, damaged, or not those of their index.
+        """
         self.path = path
-        self._files = [CheckpointFile(path / name) for name in self._file_names()]
+        found = find_weight_files(path, named)
+        self._files = [CheckpointFile(path / name) for name in found.names]
+        found.check(self._files)
+        self.names = tuple(found.names)
+        self.passed_over = tuple(found.passed_over)
         self._place: dict[str, tuple[CheckpointFile, TensorEntry]] = {
             key: (file, entry) for file in self._files for key, entry in file.tensors.items()
         }
         if not self._place:
             raise ModelError(f"{path} has safetensors files, but no tensor is in them")
-
-    def _file_names(self) -> list[str]:
-        index = self.path / INDEX
-        if index.is_file():
-            names = _names_in(index)
-            missing = [name for name in names if not (self.path / name).is_file()]
-            if missing:
-                raise ModelError(
-                    f"{self.path} lacks {len(missing)} of its {len(names)} weight files: "
-                    f"{', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; download it again"
-                )
-            return names
-        if (self.path / SINGLE).is_file():
-            return [SINGLE]
-        if any(self.path.glob("*.bin")) or any(self.path.glob("*.pth")):
-            raise ModelError(
-                f"{self.path} has only pickled weights, which flexpert does not read; convert them "
-                "once: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
-            )
-        raise ModelError(f"{self.path} has neither {SINGLE} nor {INDEX}")
 
     def check_unchanged(self) -> None:
         """Refuse files that are not those opened at first: ranks must not mix two versions.
@@ -89,6 +77,43 @@ class TensorFiles:
         """
         for file in self._files:
             file.check_unchanged()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors in the files."""
+        return self.dtypes.total()
+
+    @property
+    def format(self) -> str:
+        """How weights are stored, for people."""
+        return "unquantized"
+
+    @property
+    def dtypes(self) -> Counter[str]:
+        """Bytes of all tensors by dtype, as safetensors calls it."""
+        found: Counter[str] = Counter()
+        for _, entry in self._place.values():
+            found[entry.dtype] += entry.nbytes
+        return found
+
+    def parts(self, key: str) -> Sequence[str]:
+        """The keys in the files that a tensor is read from: its own, and those of its scales."""
+        return (key,)
+
+    def nbytes_of(self, keys: Iterable[str]) -> int:
+        """What tensors take in the files, with all parts."""
+        return sum(self._place[part][1].nbytes for key in keys for part in self.parts(key))
+
+    @property
+    def unexplained(self) -> str:
+        """What is wrong with weights that are not in a dtype of weights: the end of a sentence."""
+        beside = self.path / "hf_quant_config.json"
+        told = f", and {beside.name}, which does, is not read" if beside.is_file() else ""
+        return f"and config.json has no quantization_config that says how to read them{told}"
+
+    def is_quantized(self, key: str) -> bool:
+        """Whether a tensor is read by its other parts, whatever its dtype."""
+        return False
 
     def keys(self) -> Iterable[str]:
         return self._place.keys()
@@ -156,29 +181,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _names_in(index: Path) -> list[str]:
-    """The weight files that an index names, all of its own directory.
-
-    Raises: ModelError: it is no index.
-    """
-    try:
-        if (size := index.stat().st_size) > _MOST_INDEX_BYTES:
-            raise ValueError(f"it has {size} bytes")
-        told = json.loads(index.read_text(encoding="utf-8"))
-        names = sorted({str(name) for name in told["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = shown(f"{type(error).__name__}: {error}")
-        raise ModelError(f"{index} is not an index of safetensors files: {why}") from error
-    for name in names:
-        # a file elsewhere is none of the checkpoint's, and may be one that only this user can read
-        if "/" in name or "\0" in name or not name.endswith(".safetensors"):
-            raise ModelError(
-                f"{index} names {shown(name)!r} as a weight file; those are safetensors files "
-                "in the same directory"
-            )
-    return names
-
-
 @dataclass(slots=True)
 class Recipe:
     """How one parameter of the model (or several, converted together) comes from the files.
@@ -209,7 +211,9 @@ class Checkpoint:
         left_out: names of its modules whose tensors are not wanted.
 
     Attributes:
-        left_out: keys of their tensors in the files, by module.
+        recipes: by the name of the first parameter that each yields.
+        unused: keys of tensors that the model has no place for → what transformers calls them.
+        left_out: keys of the tensors of modules that are left out, by module.
     """
 
     def __init__(
@@ -219,6 +223,7 @@ class Checkpoint:
         self._skeleton = skeleton
         self.left_out: dict[str, list[str]] = {part: [] for part in left_out}
         self.recipes: dict[str, Recipe] = {}
+        self.unused: dict[str, str] = {}
         conversions = get_model_conversion_mapping(skeleton)
         renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         converters = [c for c in conversions if isinstance(c, WeightConverter)]
@@ -230,7 +235,8 @@ class Checkpoint:
             if name not in known and key in known:
                 name, pattern = rename_source_key(key, [], [], prefix, known)
             if name not in known:
-                continue  # e.g. layers for multi-token prediction, which no model class uses
+                self.unused[key] = name
+                continue
             part = self._left_out_part(name)
             if part is not None:
                 self.left_out[part].append(key)

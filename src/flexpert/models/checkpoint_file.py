@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from flexpert.errors import ModelError
+from flexpert.models.finite import AT_ONCE, find_not_finite, not_finite
 from flexpert.models.tensor_header import PREFIX, TensorEntry, header_size, parse_header
 
 _UNSUPPORTED: Final = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
@@ -76,26 +77,71 @@ class CheckpointFile:
             raise ModelError(f"cannot read {self.path}: {error.strerror}; put it back") from error
         self._check_same(found)
 
-    def read(self, begin: int, into: memoryview) -> None:
+    def read(self, begin: int, into: memoryview, floats: torch.dtype | None = None) -> None:
         """Fill `into`, contiguous bytes, with those of the file from byte `begin` on.
 
-        Raises: ModelError: the file cannot be read, or ends before.
+        floats: they are numbers of this dtype, and all have to be finite; None: they are just
+        bytes.
+
+        Raises: ModelError: the file cannot be read, ends before, or has numbers that are not
+            finite.
         """
+        step = AT_ONCE if floats is not None else max(1, len(into))
+        cached = True  # as far as it is known
         try:
             descriptor = self._open_descriptor()
-            done = self._read_cached(descriptor, begin, into)
-            if done < len(into):
-                rest = len(into) - done
-                os.posix_fadvise(descriptor, begin + done, rest, os.POSIX_FADV_WILLNEED)
-            while done < len(into):
-                read = os.preadv(descriptor, [into[done:]], begin + done)
-                if not read:
-                    raise ModelError(
-                        f"{self.path} is damaged: it ends at byte {begin + done}; download it again"
-                    )
-                done += read
+            for at in range(0, len(into), step):
+                piece = into[at : at + step]
+                done = self._read_cached(descriptor, begin + at, piece) if cached else 0
+                if cached and done < len(piece):
+                    cached = False
+                    self._announce(descriptor, begin + at + done, len(into) - at - done)
+                self._read_rest(descriptor, begin + at, piece, done)
+                if floats is not None:
+                    self._check_finite(begin + at, piece, floats)
         except OSError as error:
             raise self._unreadable(error) from error
+
+    def announce(self, begin: int, nbytes: int) -> None:
+        """These bytes will be read soon. Raises: ModelError: the file cannot be opened."""
+        try:
+            self._announce(self._open_descriptor(), begin, nbytes)
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def check_finite(self, begin: int, numbers: Tensor) -> None:
+        """numbers: what the file has from byte `begin` on, on the host and contiguous.
+
+        Raises: ModelError: names the tensor with one that is not finite.
+        """
+        found = find_not_finite(numbers)
+        if found is None:
+            return
+        flat = numbers.view(-1)
+        at = begin + found * flat.element_size()
+        name, entry = next(
+            (name, entry)
+            for name, entry in self.tensors.items()
+            if entry.begin <= at < entry.begin + entry.nbytes
+        )
+        number = (at - entry.begin) // flat.element_size()
+        raise not_finite(f"{self.path}: {name}", entry.shape, number, float(flat[found]))
+
+    def _check_finite(self, begin: int, piece: memoryview, floats: torch.dtype) -> None:
+        self.check_finite(begin, torch.frombuffer(piece, dtype=floats))
+
+    def _announce(self, descriptor: int, begin: int, nbytes: int) -> None:
+        os.posix_fadvise(descriptor, begin, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def _read_rest(self, descriptor: int, begin: int, into: memoryview, done: int) -> None:
+        """Raises: OSError; ModelError: the file ends before."""
+        while done < len(into):
+            read = os.preadv(descriptor, [into[done:]], begin + done)
+            if not read:
+                raise ModelError(
+                    f"{self.path} is damaged: it ends at byte {begin + done}; download it again"
+                )
+            done += read
 
     def mapped(self, entry: TensorEntry) -> Tensor:
         """[entry.nbytes] uint8: the bytes of a tensor in the page cache, read when they are used.

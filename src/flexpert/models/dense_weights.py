@@ -7,6 +7,7 @@ pinned memory of its own, from which the device copies one piece while the next 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,8 +18,9 @@ from transformers import PreTrainedModel
 from flexpert.errors import ModelError
 from flexpert.kernels.device_stream import DeviceStream
 from flexpert.kernels.host_upload import HostUploads
-from flexpert.models.checkpoint import bytes_of
+from flexpert.models.checkpoint import TensorFiles, bytes_of
 from flexpert.models.checkpoint_file import CheckpointFile
+from flexpert.models.finite import check_finite
 from flexpert.models.source import ModelSource
 from flexpert.models.tensor_header import TORCH_DTYPES
 from flexpert.parallel import read_threads, run_parallel
@@ -97,26 +99,59 @@ def _convert(model: PreTrainedModel, source: ModelSource, name: str) -> dict[str
             continue  # made along with one that is wanted
         _check_shape(model, source, target, tuple(tensor.shape))
         found[target] = tensor.to(source.dtype_of(target)).contiguous()
+        check_finite(found[target], f"{source.path}: {target}")
     return found
 
 
 def _load_on_host(
     model: PreTrainedModel, source: ModelSource, plain: dict[str, str], converted: list[str]
 ) -> dict[str, Tensor]:
-    loaded = {name: source.checkpoint.files.mapped(key) for name, key in plain.items()}
-    run_parallel(
-        converted, lambda name: loaded.update(_convert(model, source, name)), read_threads()
-    )
+    files = source.checkpoint.files
+    loaded = {name: files.mapped(key) for name, key in plain.items()}
+    pieces = [
+        piece for name, key in plain.items() for piece in _mapped_pieces(files, key, loaded[name])
+    ]
+    work: list[_Mapped | str] = [*converted, *pieces]  # what takes longest first
+
+    def load(piece: _Mapped | str) -> None:
+        if isinstance(piece, _Mapped):
+            piece.file.announce(piece.begin, piece.numbers.nbytes)
+            piece.file.check_finite(piece.begin, piece.numbers)
+        else:
+            loaded.update(_convert(model, source, piece))
+
+    run_parallel(work, load, read_threads())
     return loaded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Mapped:
+    """A piece of a tensor in the page cache. begin: in the file. numbers: [elements]."""
+
+    file: CheckpointFile
+    begin: int
+    numbers: Tensor
+
+
+def _mapped_pieces(files: TensorFiles, key: str, tensor: Tensor) -> Iterator[_Mapped]:
+    file, entry = files.place(key)
+    flat, size = tensor.view(-1), tensor.element_size()
+    for at in range(0, len(flat), PIECE // size):
+        yield _Mapped(file, entry.begin + at * size, flat[at : at + PIECE // size])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Bytes:
-    """A piece of a tensor. begin: in the file. into: [bytes] uint8 on the device."""
+    """A piece of a tensor. begin: in the file. into: [bytes] uint8 on the device. dtype: of its
+    numbers."""
 
     file: CheckpointFile
     begin: int
     into: Tensor
+    dtype: torch.dtype
+
+    def read(self, into: Tensor) -> None:
+        self.file.read(self.begin, bytes_of(into), self.dtype)
 
 
 def _load_on_device(
@@ -135,7 +170,7 @@ def _load_on_device(
         loaded[name] = into
         memory = into.view(-1).view(torch.uint8)
         pieces += [
-            _Bytes(file, entry.begin + at, memory[at : at + PIECE])
+            _Bytes(file, entry.begin + at, memory[at : at + PIECE], into.dtype)
             for at in range(0, entry.nbytes, PIECE)
         ]
     stream.synchronize()  # memory that torch hands out again may still be in use on this stream
@@ -144,7 +179,7 @@ def _load_on_device(
     def load(piece: _Bytes | str) -> None:
         with uploads.acquire() as upload:
             if isinstance(piece, _Bytes):
-                upload.send(lambda into: piece.file.read(piece.begin, bytes_of(into)), piece.into)
+                upload.send(piece.read, piece.into)
                 return
             for target, tensor in _convert(model, source, piece).items():
                 loaded[target] = torch.empty_like(tensor, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -14,8 +14,11 @@ from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape
 from flexpert.models.checkpoint import Checkpoint, Piece
 from flexpert.models.checkpoint_file import CheckpointFile
-from flexpert.models.fp8_files import SUFFIX
-from flexpert.models.tensor_header import TORCH_DTYPES
+from flexpert.models.quantized_files import QuantizedFiles
+from flexpert.models.tensor_header import TORCH_DTYPES, TensorEntry
+
+Place = Callable[[str], tuple[CheckpointFile, TensorEntry]]
+"""Where the bytes of a tensor are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +77,13 @@ def expert_extents(
         pieces = checkpoint.expert_pieces(name, expert, experts)
         if pieces is None:
             return None
-        if part.endswith("_scale"):
-            pieces = [Piece(piece.key + SUFFIX, piece.row) for piece in pieces]
-        elif not quantized and not all(checkpoint.files.is_plain(piece.key) for piece in pieces):
+        files = checkpoint.files
+        place = files.place
+        if quantized and isinstance(files, QuantizedFiles):
+            place = files.stored("scale" if part.endswith("_scale") else "codes").place
+        elif not all(files.is_plain(piece.key) for piece in pieces):
             return None
-        of_part = _joined(checkpoint, pieces, experts, part, found)
+        of_part = _joined(place, pieces, experts, part, found)
         if of_part is None:
             return None
         extents += of_part
@@ -86,13 +91,13 @@ def expert_extents(
 
 
 def _joined(
-    checkpoint: Checkpoint, pieces: list[Piece], experts: int, part: str, desired: _PartShape
+    place: Place, pieces: list[Piece], experts: int, part: str, desired: _PartShape
 ) -> list[Extent] | None:
     """The pieces one behind the other; None: they do not make up the part."""
     extents: list[Extent] = []
     done = 0
     for piece in pieces:
-        file, entry = checkpoint.files.place(piece.key)
+        file, entry = place(piece.key)
         shape, begin, nbytes = entry.shape, entry.begin, entry.nbytes
         if piece.row is not None:
             if not shape or shape[0] != experts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.models.checkpoint import Checkpoint, bytes_of
 from flexpert.models.expert_extents import Extent, expert_extents
-from flexpert.models.fp8_files import Fp8Files
+from flexpert.models.finite import check_finite
+from flexpert.models.quantized_files import QuantizedFiles
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class ExpertReader:
         skeleton: PreTrainedModel,
         names: Sequence[str],
         experts: int,
-        as_stored: Mapping[str, Fp8Files],
+        as_stored: Collection[str],
     ) -> None:
         """
         Args:
@@ -92,11 +93,14 @@ class ExpertReader:
                 return
             scales: Tensor | None = getattr(into, f"{part}_scale", None)
             name = parameters[part]
-            files = self._as_stored.get(name)
-            if files is not None and scales is not None:
+            files = self._checkpoint.files
+            if name in self._as_stored and isinstance(files, QuantizedFiles) and scales is not None:
                 self._copy_stored(files, name, expert, target, scales)
                 return
             tensor = self._converted(layer, name, expert)
+            if scales is None:
+                tensor = tensor.to(target.dtype)
+            check_finite(tensor.contiguous(), self._called(name, expert))
             if scales is None:
                 target.copy_(tensor)
                 return
@@ -119,9 +123,10 @@ class ExpertReader:
         return tensor.t() if tensor.ndim == 2 and self._module(layer).is_transposed else tensor
 
     def _copy_stored(
-        self, files: Fp8Files, name: str, expert: int, weight: Tensor, scales: Tensor
+        self, files: QuantizedFiles, name: str, expert: int, weight: Tensor, scales: Tensor
     ) -> None:
-        for part, into in ((files.weights, weight.view(torch.uint8)), (files.scales, scales)):
+        codes = weight.view(torch.uint8)
+        for part, into in ((files.stored("codes"), codes), (files.stored("scale"), scales)):
             tensor = self._checkpoint.read_expert(name, expert, self._experts, part)
             if tensor.shape != into.shape:
                 raise ModelError(
@@ -129,6 +134,11 @@ class ExpertReader:
                     f"{tuple(tensor.shape)}, config.json says {tuple(into.shape)}"
                 )
             into.copy_(tensor)
+            numbers = tensor.view(fp8.DTYPE) if into is codes else tensor
+            check_finite(numbers.contiguous(), self._called(name, expert))
+
+    def _called(self, name: str, expert: int) -> str:
+        return f"{self._checkpoint.files.path}: expert {expert} of {name}"
 
     def _agree(self, layer: int, expert: int, shape: ExpertShape) -> bool:
         """Whether extents give what the conversion gives: tried once, with this expert."""
@@ -175,8 +185,12 @@ class ExpertReader:
 
 
 def read_extents(extents: Sequence[Extent], into: ExpertWeights) -> None:
-    """Fill an expert's memory on the host. Raises: ModelError: a file cannot be read."""
-    memory = {extent.part: bytes_of(getattr(into, extent.part)) for extent in extents}
+    """Fill an expert's memory on the host.
+
+    Raises: ModelError: a file cannot be read, or has numbers that are not finite.
+    """
+    parts = {extent.part: getattr(into, extent.part) for extent in extents}
+    memory = {part: bytes_of(tensor) for part, tensor in parts.items()}
     for extent in extents:
         place = memory[extent.part][extent.into : extent.into + extent.nbytes]
-        extent.file.read(extent.begin, place)
+        extent.file.read(extent.begin, place, parts[extent.part].dtype)

@@ -37,7 +37,6 @@ _DTYPES: Final[dict[torch.dtype, WeightsDtype]] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
-_MOST_EQUAL: Final = 0.95  # choices of a router: where two are equally likely, either is right
 
 
 def fuse_modules(
@@ -341,19 +340,39 @@ def _try_router(module: Any, kernels: Fusions) -> RouterFusion | None:
     for normalised in (True, False):
         fusion = RouterFusion(normalised, dtype)
         ours = _router(module, kernels, fusion)(x)
-        equal = ours[2] == ids
-        if (
-            _same(ours[0], logits)
-            and bool(equal.float().mean() >= _MOST_EQUAL)
-            and torch.allclose(
-                ours[1][equal].float(),
-                weights[equal].float(),
-                rtol=4 * torch.finfo(weights.dtype).eps,
-                atol=0.0,
-            )
-        ):
+        if _same(ours[0], logits) and _same_choice(ours[1:], (weights, ids), logits):
             return fusion
     return None
+
+
+def _same_choice(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], logits: Tensor) -> bool:
+    """Whether (weights, ids) are the same choices. Which of two equally likely experts is the last
+    one chosen, or comes first, is left open: rows of bf16 logits have such, and CUDA's topk takes
+    them in an order of its own."""
+    clear = _clear_rows(logits, theirs[1].shape[1])
+    if not bool(clear.any()):
+        return False
+    (our_weights, our_ids), (weights, ids) = (
+        (weights[clear].gather(1, order), ids[clear].gather(1, order))
+        for weights, ids in (ours, theirs)
+        for order in (ids[clear].argsort(1),)
+    )
+    return torch.equal(our_ids, ids) and torch.allclose(
+        our_weights.float(),
+        weights.float(),
+        rtol=4 * torch.finfo(weights.dtype).eps,
+        atol=0.0,
+    )
+
+
+def _clear_rows(logits: Tensor, topk: int) -> Tensor:
+    """[rows] bool: the last expert chosen is likelier than the first one that is not, by more than
+    the rounding of two ways to compute it."""
+    likely = logits.float().softmax(-1).sort(-1, descending=True).values
+    if topk >= likely.shape[1]:
+        return torch.ones(len(likely), dtype=torch.bool, device=likely.device)
+    last, next_ = likely[:, topk - 1], likely[:, topk]
+    return last - next_ > 16 * torch.finfo(torch.float32).eps * last
 
 
 def _router(

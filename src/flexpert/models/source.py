@@ -28,11 +28,13 @@ from transformers import (
 from flexpert.errors import ConfigError, ModelError, UnsupportedModel
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
+from flexpert.models.accounting import account
 from flexpert.models.architecture import leave_out, pad_vocabulary
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.expert_reader import ExpertReader
-from flexpert.models.fp8_files import Fp8Files, block_of
 from flexpert.models.probe import AttentionShape, Probe, find_architecture
+from flexpert.models.quantization import read_quantization
+from flexpert.models.quantized_files import QuantizedFiles
 from flexpert.models.remote_code import CODE_FILES, brought_class, read_config
 from flexpert.parallel import read_threads, run_parallel
 from flexpert.reading import read_text, shown
@@ -56,6 +58,7 @@ stored: fp8 if the files have it, else unquantized.
 _MOST_CONFIG_BYTES: Final = 8 * 2**20
 _MOST_PARTS: Final = 100_000  # of one kind in a model: layers, heads, experts
 _WORTH_THREADS: Final = 8 * 2**20  # bytes; to start threads takes as long as to read less
+_TOKENIZER_FILES: Final = ("tokenizer.json", "tekken.json", "*.tiktoken")
 _MOST_SAID: Final = 600  # characters of what a library says
 
 WANTED_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -99,6 +102,7 @@ class ModelSource:
         trusted: the checkpoint's own code may be run.
         left_out: names of the modules that no token of text passes through, and whose tensors are
             not read (`Checkpoint.left_out`).
+        accounting: what became of every tensor of the files.
     """
 
     path: Path
@@ -127,33 +131,22 @@ class ModelSource:
         self.left_out = found.left_out
         self.checkpoint = Checkpoint(files, skeleton, self.left_out)
         leave_out(skeleton, self.left_out)
-        for part, keys in self.checkpoint.left_out.items():
-            if keys:
-                logger.info(
-                    "%s: %d tensors of %s are not read: no text passes through it",
-                    path,
-                    len(keys),
-                    part,
-                )
         rows = self._embedded_tokens()
         if rows > info.vocab:  # rows that no token has; the logits are cut to the vocabulary
             found.padded_vocab = rows
             pad_vocabulary(skeleton, rows)
+        self.accounting = account(self.checkpoint, skeleton, self.expert_parameters)
+        self._say_what_is_not_read()
         # parameters of experts that are fp8 in the files, and those that can be taken as they are
-        quantized = self._quantized(files) if isinstance(files, Fp8Files) else {}
+        quantized = self._quantized_to_fp8(files)
         self.fp8_experts = experts == "fp8" or (experts == "stored" and bool(quantized))
         self._experts = ExpertReader(
             self.checkpoint,
             skeleton,
             self.experts_names,
             info.experts,
-            {
-                name: fp8_files
-                for name, fp8_files in quantized.items()
-                if self.fp8_experts and self._fits_as_stored(name, fp8_files)
-            },
+            {name for name in quantized if self.fp8_experts and self._fits_as_stored(name, files)},
         )
-        self._check_complete()
 
     @classmethod
     def open(
@@ -177,18 +170,24 @@ class ModelSource:
             trust_remote_code: run the Python code that a checkpoint brings along.
 
         Raises:
-            UnsupportedModel: a dense model, another quantization than fp8 with blocks, or a family
+            UnsupportedModel: a dense model, a quantization that is not served, or a family
                 that does not fit; says why.
             ModelError: files are missing, damaged or cannot be had.
         """
         path = locate(model, revision, code=trust_remote_code)
         config = _read_config(path, trusted=trust_remote_code)
         try:
-            block = block_of(path, config)
+            quantization = read_quantization(path)
+            _forget_quantization(config)  # weights come to the model dequantized
             own = brought_class(path, config) if trust_remote_code else None
             skeleton, found = find_architecture(config, _dtype(config, dtype), own)
             info = _info(model, path, config, skeleton, found, max_model_len)
-            files = TensorFiles(path) if block is None else Fp8Files(path, block)
+            named = getattr(config, "transformers_weights", None)
+            files = (
+                QuantizedFiles(path, quantization, named)
+                if quantization
+                else TensorFiles(path, named)
+            )
             source = cls(path, config, info, skeleton, found, files, experts)
             source.trusted = trust_remote_code
             return source
@@ -215,6 +214,24 @@ class ModelSource:
     def build(self, *, attention: str) -> PreTrainedModel:
         """The model on the meta device, without what is left out; see `build_skeleton`."""
         return self._found.build(self.info.dtype, attention=attention)
+
+    def _say_what_is_not_read(self) -> None:
+        files = self.checkpoint.files
+        if files.passed_over:
+            logger.warning(
+                "%s: %s not read, as transformers would read %s in their place",
+                self.path,
+                f"{', '.join(files.passed_over[:3])}{' …' if len(files.passed_over) > 3 else ''}",
+                ", ".join(files.names[:3]),
+            )
+        for kind in self.accounting.skipped:
+            logger.info(
+                "%s: %d tensors of %s are skipped: %s",
+                self.path,
+                len(kind.keys),
+                kind.kind,
+                kind.reason,
+            )
 
     # ---- sizes ------------------------------------------------------------------------------
 
@@ -260,25 +277,6 @@ class ModelSource:
         tensor = self.skeleton.get_parameter_or_buffer(name)
         dtype: torch.dtype = tensor.dtype
         return dtype
-
-    def _check_complete(self) -> None:
-        tied = self.skeleton.all_tied_weights_keys
-        ignored = [re.compile(p) for p in self.skeleton._keys_to_ignore_on_load_missing or ()]
-        missing = []
-        for name in self.skeleton.state_dict():
-            if name in self.held or any(p.search(name) for p in ignored):
-                continue
-            partners = {
-                tied.get(name),
-                *(target for target, source in tied.items() if source == name),
-            }
-            if not partners & self.held:
-                missing.append(name)
-        if missing:
-            raise ModelError(
-                f"{self.path} lacks {len(missing)} tensors of {self.info.architecture}: "
-                f"{', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}"
-            )
 
     # ---- weights ----------------------------------------------------------------------------
 
@@ -389,16 +387,18 @@ class ModelSource:
             if not 0 <= expert < self.info.experts:
                 raise ValueError(f"there is no expert {expert}: the model has {self.info.experts}")
 
-    def _quantized(self, files: Fp8Files) -> dict[str, Fp8Files]:
+    def _quantized_to_fp8(self, files: TensorFiles) -> set[str]:
         """The parameters of experts that are made of fp8 weights with scales, and nothing else."""
+        if not isinstance(files, QuantizedFiles):
+            return set()
         recipes = self.checkpoint.recipes
         return {
-            name: files
+            name
             for name in self.expert_parameters & recipes.keys()
             if all(files.is_fp8(key) for keys in recipes[name].sources.values() for key in keys)
         }
 
-    def _fits_as_stored(self, name: str, files: Fp8Files) -> bool:
+    def _fits_as_stored(self, name: str, files: TensorFiles) -> bool:
         """Whether fp8 weights and scales can be put together as they lie in the files.
 
         Else they are dequantized and quantized anew: blocks of another size or layout, or gate and
@@ -406,8 +406,10 @@ class ModelSource:
         """
         experts: Any = self.skeleton.get_submodule(name.rpartition(".")[0])
         rows = self.skeleton.get_parameter(name).shape[1]
+        sources = self.checkpoint.recipes[name].sources
         return (
-            files.block == (fp8.BLOCK, fp8.BLOCK)
+            isinstance(files, QuantizedFiles)
+            and all(files.has_blocks(key) for keys in sources.values() for key in keys)
             and not experts.is_transposed
             and (not experts.has_gate or rows // 2 % fp8.BLOCK == 0)
             and self.checkpoint.joins_only(name)
@@ -425,6 +427,14 @@ class ModelSource:
             )
         except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
             raise ModelError(f"{self.path} has no tokenizer that can be read: {error}") from error
+        # without files transformers makes an empty one of some families, which reads every text as
+        # no token at all
+        files = {*_TOKENIZER_FILES, *type(tokenizer).vocab_files_names.values()}
+        if not any(any(self.path.glob(name)) for name in files):
+            raise ModelError(
+                f"{self.path} has no tokenizer: none of {', '.join(sorted(files))} is there; put "
+                "the model's there, or leave it out with --skip-tokenizer-init"
+            )
         return tokenizer
 
     @cached_property
@@ -493,6 +503,12 @@ def _read_config(path: Path, *, trusted: bool) -> PreTrainedConfig:
         raise
     except Exception as error:
         raise ModelError(f"{path / 'config.json'} cannot be read: {_short(error)}") from error
+
+
+def _forget_quantization(config: PreTrainedConfig) -> None:
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
 
 
 def _check_settings(file: Path) -> None:

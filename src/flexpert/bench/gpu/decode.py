@@ -18,8 +18,9 @@ from transformers import DynamicCache, PreTrainedModel
 from flexpert.bench.gpu.decode_group import GroupPlan, GroupResult, place_on, run_group
 from flexpert.bench.gpu.decode_rank import CHECK_TOKENS, WARM_UP, DecodeRank, check_prompts
 from flexpert.bench.gpu.gpu_device import MeasuredGpu, measure_gpu, most_sharing
-from flexpert.bench.gpu.model import RandomModel, qwen3_30b_a3b
+from flexpert.bench.gpu.model import RandomModel
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.model_shapes import qwen3_30b_a3b
 from flexpert.bench.statistics import SpreadUs
 from flexpert.errors import FlexpertError
 from flexpert.kernels.kernel_set import open_gpu

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.cuda.device_experts import SlotAddresses
@@ -24,29 +24,6 @@ from flexpert.moe.placement import Placement
 from flexpert.moe.runtime import expert_tables
 
 _STD = 0.02
-
-
-def qwen3_30b_a3b(layers: int = 48) -> PreTrainedConfig:
-    """The shapes of Qwen3-30B-A3B."""
-    return Qwen3MoeConfig(
-        vocab_size=151936,
-        hidden_size=2048,
-        intermediate_size=6144,
-        moe_intermediate_size=768,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        norm_topk_prob=True,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        max_position_embeddings=40960,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
-        attention_bias=False,
-    )
 
 
 def quantised_with(whole: ExpertWeights) -> ExpertWeights:

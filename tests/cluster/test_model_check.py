@@ -1,0 +1,124 @@
+"""`flexpert check` says what a service would do with a checkpoint, without one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from support.checkpoints import make_checkpoint
+
+from flexpert.cli.main import main
+from flexpert.cluster.model_check import ModelCheck, check_model
+from flexpert.config import Config
+from flexpert.display.model_check_text import check_text
+from flexpert.engine.memory_plan import planned_memory
+from flexpert.models.source import ModelSource
+
+
+def settings(path: object, tokenizer: bool = False, **sections: dict[str, Any]) -> Config:
+    model = {"model": str(path), "skip_tokenizer_init": not tokenizer}
+    return Config.model_validate({"model": model, **sections})
+
+
+def shown(found: ModelCheck) -> str:
+    console = Console(width=400, file=sys.stdout)
+    with console.capture() as captured:
+        console.print(check_text(found))
+    return captured.get()
+
+
+def test_the_memory_of_each_rank_is_what_the_service_plans() -> None:
+    config = settings("tiny", cluster={"ranks": 3, "max_ranks": 4})
+    found = check_model(config)
+    assert found.served
+    source = ModelSource.open("tiny")
+    assert sum(rank.experts for rank in found.ranks) == source.info.moe_layers * source.info.experts
+    for rank in found.ranks:
+        assert rank.host == planned_memory(source, config.engine, 4, rank.experts, 3)
+        assert rank.device is None
+    text = shown(found)
+    assert "would be served" in text
+    assert "qwen3_moe (Qwen3MoeForCausalLM)" in text
+    assert "rank 0" in text
+
+
+def test_what_a_gpu_needs_is_told_without_one() -> None:
+    found = check_model(settings("tiny", engine={"device": "cuda"}))
+    device = found.ranks[0].device
+    assert found.served
+    assert device is not None
+    assert device.kv == 4 * 2**30
+    if not torch.cuda.is_available():
+        assert found.remarks
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("qwen3_moe", tmp_path_factory.mktemp("small"))
+
+
+def test_a_refusal_has_the_reason_and_what_is_known(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((small / "config.json").read_text())
+    state = load_file(small / "model.safetensors")
+    del state["model.layers.1.self_attn.o_proj.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    found = check_model(settings(tmp_path))
+    assert not found.served
+    assert "lacks 1 tensors" in (found.reason or "")
+    assert "is refused: " in shown(found)
+
+
+def test_memory_that_does_not_suffice_is_a_refusal_with_the_plan(small: Path) -> None:
+    found = check_model(settings(small, cluster={"memory_per_rank": "64MiB"}))
+    assert "memory_per_rank" in (found.reason or "")
+    assert found.family is not None
+    assert found.ranks[0].host.total > 64 * 2**20
+
+
+def test_a_missing_tokenizer_is_a_refusal_unless_it_is_not_wanted(small: Path) -> None:
+    wanted = check_model(settings(small, tokenizer=True))
+    assert "tokenizer" in (wanted.reason or "")
+    assert check_model(settings(small)).served
+
+
+def test_numbers_that_are_not_finite_are_found_where_all_weights_are_read(
+    small: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text((small / "config.json").read_text())
+    state = load_file(small / "model.safetensors")
+    key = "model.layers.2.mlp.experts.6.down_proj.weight"
+    state[key][3, 4] = float("nan")
+    save_file(state, tmp_path / "model.safetensors")
+    assert check_model(settings(tmp_path)).served
+    found = check_model(settings(tmp_path), read_weights=True)
+    assert f"{key} is not finite: element [3, 4] is nan" in (found.reason or "")
+    whole = check_model(settings(small), read_weights=True)
+    assert whole.served
+    assert whole.read_s is not None
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_exit_status_and_the_json_say_it(
+    good: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = "tiny" if good else str(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["flexpert", "check", model, "--ranks", "2", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == (0 if good else 1)
+    printed = capsys.readouterr().out
+    found = msgspec.json.decode(printed, type=ModelCheck)
+    assert found.served == good
+    assert found.model == model
+    assert (found.reason is None) == good
+    assert json.loads(printed)["ranks"] == [] or len(found.ranks) == 2
