@@ -48,22 +48,31 @@ FAMILIES: Final[Mapping[str, ModelFamily]] = {
     row["name"]: ModelFamily(**row) for row in _told["families"]
 }
 
+_LAYOUTS: Final = "tests/models/test_stored_formats.py"
+_WHOLE: Final = "tests/models/test_quantized_checkpoints.py"
+
 FORMATS: Final = (
     WeightFormat("bfloat16, float32", "as stored", "as stored", "tests/models/test_loading.py"),
     WeightFormat("float16", "as bfloat16", "as bfloat16", "tests/models/test_loading.py"),
-    WeightFormat(
-        "fp8 (e4m3) with scales of blocks, as DeepSeek-V3's",
-        "dequantized",
-        "experts as stored, the rest dequantized",
-        "tests/models/test_fp8_files.py",
+    *(
+        WeightFormat(name, "read", "read", checked)
+        for name, checked in (
+            ("fp8 (e4m3) by tensor, row or block: fp8, fbgemm_fp8", _WHOLE),
+            ("mxfp4 (GPT-OSS)", _WHOLE),
+            ("compressed-tensors: int2 to int8, fp8, NVFP4, MXFP4, MXFP8", _LAYOUTS),
+            ("modelopt: fp8, int8, NVFP4, MXFP4, MXFP8", _LAYOUTS),
+            ("gptq: 2, 3, 4, 8 bits", _LAYOUTS),
+            ("awq: 4 bits, gemm", _LAYOUTS),
+        )
     ),
 )
+"""In short; docs/quantization.md says which layouts of each, and what stays packed in memory."""
 
 
 def as_markdown() -> str:
     """Both tables, for the documentation."""
     rows = [
-        "Formats of weights, in safetensors files:",
+        "Formats of weights, in safetensors files; [quantization.md](quantization.md) says more:",
         "",
         "| format | on a CPU | on a GPU | checked by |",
         "|---|---|---|---|",
