@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from flexpert.device_settings import DEVICE_SETTINGS, SettingCombination
+from flexpert.device_settings import DEVICE_SETTINGS, Quantization, SettingCombination
 from flexpert.errors import ConfigError
 from flexpert.reading import read_text, shown
 
@@ -127,8 +127,10 @@ class ModelConfig(_Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
     served_name: str | None = Field(None, description="name in the API; default: the model's")
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
-    quantization: Literal["auto", "none", "fp8"] = Field(
-        "auto", description="of the experts on a GPU; auto: the checkpoint's, none: unquantized"
+    quantization: Quantization = Field(
+        "auto",
+        description="of the experts in memory: int8 or mxfp4 on a CPU, fp8 or mxfp4 on a GPU; "
+        "auto: the checkpoint's, none: unquantized",
     )
     max_model_len: int | None = Field(
         None, ge=8, le=2**31 - 1, description="tokens of prompt and answer"
@@ -228,6 +230,9 @@ class ClusterConfig(_Section):
     commit_timeout: Seconds = Field(30.0, gt=0, description="arming until all ranks switched")
     exchange_timeout: Seconds = Field(60.0, gt=0, description="waiting for a peer within a step")
     stall_timeout: Seconds = Field(2.0, gt=0, description="silence until a rank is terminated")
+    wedged_timeout: Seconds = Field(
+        30.0, gt=0, description="work without a step until the service says that it is wedged"
+    )
     restart_policy: Literal["always", "on-failure", "never"] = Field(
         "on-failure", description="start a new rank for a lost one"
     )
@@ -240,6 +245,17 @@ class ClusterConfig(_Section):
     restart_backoff_max: Seconds = Field(30.0, ge=0, description="longest wait before a restart")
     shutdown_timeout: Seconds = Field(
         10.0, ge=0, description="for running requests to finish at the end"
+    )
+    state_dir: Path | None = Field(
+        None,
+        description="directory where the head writes down what another needs to go on with its "
+        "ranks and requests; default: all end with it",
+    )
+    resume: bool = Field(
+        False, description="go on with the ranks and requests of the service in --state-dir, if any"
+    )
+    orphan_timeout: Seconds = Field(
+        60.0, gt=0, description="with --state-dir: how long ranks without a head wait for one"
     )
     max_sequences: int = Field(
         16384, ge=1, description="unfinished requests that the head keeps; more are refused (429)"
@@ -315,6 +331,17 @@ class ClusterConfig(_Section):
             if name in ("CPU", "GPU"):
                 raise ValueError(f"{name} of a rank are --ray-cpus-per-rank and --device")
         return amounts
+
+    @model_validator(mode="after")
+    def _can_be_resumed(self) -> ClusterConfig:
+        if self.resume and self.state_dir is None:
+            raise ValueError("resume needs the directory of the service: --state-dir DIR")
+        if self.state_dir is not None and (self.join_listen or self.launcher == "ray"):
+            raise ValueError(
+                "state_dir is for ranks of this machine; those of other hosts (join_listen, "
+                "launcher=ray) end with the head: leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> ClusterConfig:

@@ -16,7 +16,7 @@ MOST_GPU_RANKS: Final = 32
 NIXL_EP_RANKS: Final = (*range(1, 9), 16, 24, 32)
 """Numbers of ranks for which NVIDIA's kernels are compiled."""
 
-Quantization = Literal["auto", "none", "fp8"]
+Quantization = Literal["auto", "none", "fp8", "mxfp4", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class DeviceSettings(ABC):
 
 
 class CpuSettings(DeviceSettings):
-    """A CPU computes with unquantized weights, exchanges over shared memory, and can order sums."""
+    """A CPU exchanges over shared memory, and can order sums."""
 
     uses_host_memory = True
     process_bytes = 64 * 2**20
@@ -74,13 +74,13 @@ class CpuSettings(DeviceSettings):
         return {}
 
     def quantization(self, desired: Quantization) -> Quantization:
-        return "none"
+        return "none" if desired == "auto" else desired
 
     def refusal(self, settings: SettingCombination) -> str | None:
         if settings.quantization == "fp8":
             return (
-                "--quantization fp8 needs --device cuda: a CPU computes with unquantized "
-                "weights; leave it out, an fp8 checkpoint is dequantized at load"
+                "--quantization fp8 needs --device cuda: leave it out, and an fp8 checkpoint is "
+                "dequantized at load; int8 and mxfp4 are what a CPU computes with"
             )
         if settings.all2all != "auto":
             return (
@@ -110,6 +110,11 @@ class CudaSettings(DeviceSettings):
 
     def refusal(self, settings: SettingCombination) -> str | None:
         ranks = settings.max_ranks
+        if settings.quantization == "int8":
+            return (
+                "--quantization int8 needs --device cpu: fp8 and mxfp4 are what a GPU computes "
+                "with, and fp8 takes as much memory"
+            )
         if settings.all2all == "nixl_ep" and ranks not in NIXL_EP_RANKS:
             return (
                 f"max_ranks ({ranks}) is none that --all2all nixl_ep takes: "

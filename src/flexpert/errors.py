@@ -85,6 +85,10 @@ class OperationRefused(OperationError):  # noqa: N818
     """The target can never be reached from here: too many ranks, too little memory, …"""
 
 
+class CursorLost(FlexpertError):  # noqa: N818
+    """Events that followed the one that was named are not known any more."""
+
+
 class UnknownOperation(OperationError):  # noqa: N818
     """There is no operation of that id."""
 

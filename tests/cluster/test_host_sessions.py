@@ -33,7 +33,7 @@ TOKEN = secrets.token_urlsafe(32)
 TIMEOUT_S = 0.4
 TRIES = 100_000
 MODEL = {"architecture": "Qwen3MoeForCausalLM", "experts": "64"}
-FREE = 2**30
+FREE = say.FreeMemory(2**30)
 
 
 class Owner:

@@ -17,6 +17,7 @@ from flexpert.cluster.operation import Operation
 from flexpert.cluster.phase_clock import CHANGES
 from flexpert.cluster.views import Readiness
 from flexpert.config import Config
+from flexpert.engine.request import SamplingParams
 from flexpert.errors import FlexpertError
 
 
@@ -25,7 +26,10 @@ def head() -> Head:
     """As if one rank were up."""
     head = Head(Config())
     head._serving = True
-    head._coordinator = SimpleNamespace(down=None, admitting={0})
+    rank = SimpleNamespace(waiting=0)
+    head._coordinator = SimpleNamespace(
+        down=None, admitting={0}, recovering=False, ranks=lambda: [rank]
+    )
     return head
 
 
@@ -41,10 +45,26 @@ def test_a_head_that_has_not_started_is_alive_and_not_ready() -> None:
 
 def test_without_ranks_it_is_not_ready_and_says_why(head: Head) -> None:
     head._coordinator.down = "all ranks were lost"
-    assert head.readiness() == Readiness(ready=False, reason="all ranks were lost")
+    lost = Readiness(ready=False, reason="all ranks were lost", state="down")
+    assert head.readiness() == lost
     head._coordinator.down = None
     head._coordinator.admitting = frozenset()
-    assert head.readiness() == Readiness(ready=False, reason="no rank is up")
+    assert head.readiness() == Readiness(ready=False, reason="no rank is up", state="down")
+
+
+def test_a_service_that_does_nothing_of_its_work_is_told_from_a_busy_one(head: Head) -> None:
+    (rank,) = head._coordinator.ranks()
+    rank.waiting = 3
+    assert head.readiness() == Readiness(state="busy")
+    head._journal.open("seq-1", [1], SamplingParams(), (), lambda _: None)
+    head._progress._latest -= head.config.cluster.wedged_timeout + 1
+    wedged = head.readiness()
+    assert (wedged.state, wedged.ready, wedged.live) == ("wedged", False, True)
+    assert "no step" in (wedged.reason or "")
+    head._coordinator.recovering = True  # it has limits of its own
+    assert head.readiness() == Readiness(state="recovering")
+    head._coordinator.recovering = False
+    assert head.readiness() == Readiness(state="busy")
 
 
 def test_who_owns_a_task_can_say_that_it_is_not_well(head: Head) -> None:
@@ -95,7 +115,8 @@ def test_it_is_ready_through_changes_and_says_so_when_all_ranks_are_lost() -> No
         return await watched(head, asyncio.ensure_future(loss()))
 
     with running(cluster__ranks=1, cluster__max_ranks=2, engine__kv_memory="32MiB") as service:
-        assert service.run(during_changes(service.head)) == {Readiness()}
+        during = service.run(during_changes(service.head))
+        assert {(state.live, state.ready) for state in during} == {(True, True)}
         seen = service.run(during_loss(service.head))
         assert all(state.live for state in seen)
         assert any("lost" in (state.reason or "") for state in seen if not state.ready)

@@ -17,7 +17,6 @@ from flexpert.cluster.availability import (
 )
 from flexpert.cluster.event_queue import EventQueue
 from flexpert.cluster.membership import RULES
-from flexpert.cluster.operation import Purpose
 from flexpert.cluster.reconciliation import (
     ACTIVITY_RULES,
     Activity,
@@ -28,6 +27,7 @@ from flexpert.cluster.reconciliation import (
     Reconciliation,
 )
 from flexpert.cluster.rule_table import Rule, always
+from flexpert.cluster.saved_state import Purpose
 from flexpert.moe.placement import replan
 
 PLACEMENT = replan(None, {0}, experts=2, layers=1)

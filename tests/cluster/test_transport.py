@@ -15,12 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexpert.cluster.hosts import agent_protocol as say
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.cluster.processes.rank_process import decode_spec
 from flexpert.cluster.processes.transport import ChildLink, Transport
 from flexpert.engine import rank_protocol as msg
 from flexpert.forking import fork_server as forkserver
-from flexpert.forking.framing import BadFrame, Deframer, frame
+from flexpert.forking.framing import PROTOCOL, BadFrame, Deframer, WrongProtocol, frame
 
 LOAD = msg.Load(0, 0, 0.0, 0)
 LIMIT = 1 << 16
@@ -54,7 +55,24 @@ def test_any_bytes_are_messages_or_refused_and_no_more_is_kept_than_came(data: b
 
 def test_a_long_message_is_refused_before_it_is_there() -> None:
     with pytest.raises(BadFrame, match="announced"):
-        list(Deframer(LIMIT).feed((LIMIT + 1).to_bytes(4, "little")))
+        list(Deframer(LIMIT).feed(announced(LIMIT + 1)))
+
+
+def announced(length: int, version: int = PROTOCOL) -> bytes:
+    return version.to_bytes(2, "little") + length.to_bytes(4, "little")
+
+
+@given(st.integers(0, 2**16 - 1).filter(lambda version: version != PROTOCOL), st.binary())
+def test_another_version_is_refused_before_its_message_is_read(version: int, data: bytes) -> None:
+    with pytest.raises(WrongProtocol, match=rf"version {version} .* version {PROTOCOL} here"):
+        list(Deframer(LIMIT).feed(announced(len(data), version) + data))
+
+
+@pytest.mark.parametrize("decode", [say.decode_to_head, say.decode_to_agent])
+def test_agents_of_another_version_are_refused(decode: Callable[[bytes], object]) -> None:
+    other = (PROTOCOL + 1).to_bytes(2, "little") + say.encode(say.AgentBeat(b"x"))[2:]
+    with pytest.raises(WrongProtocol, match=rf"version {PROTOCOL + 1} .* version {PROTOCOL} here"):
+        decode(other)
 
 
 # ---- decoders -----------------------------------------------------------------------------------
@@ -152,7 +170,8 @@ BAD = {
     "nested": frame(b"\x91" * 100_000),
     "a command": frame(msg.encode(msg.Stop())),
     "nothing": frame(b""),
-    "too long": (2**31).to_bytes(4, "little"),
+    "too long": announced(2**31),
+    "another version": announced(0, PROTOCOL + 1),
     "a number out of range": frame(msgspec.msgpack.encode({"type": "halted", "epoch": -(2**63)}))
     + frame(msgspec.msgpack.encode({"type": "halted", "epoch": 1.5})),
 }

@@ -24,8 +24,9 @@ from flexpert.engine.device_profile import (
 from flexpert.engine.head_store import HeadMeeting, HeadStore
 from flexpert.errors import ConfigError
 from flexpert.kernels.step_shapes import lanes
+from flexpert.kernels.weight_formats import FP8, INT8, MXFP4, WeightFormat
 
-MEETING = HeadMeeting(HeadStore(lambda request: None), "here")
+MEETING = HeadMeeting(HeadStore(lambda request: None), "here", several=False)
 
 
 def gpu(**overrides: object) -> Config:
@@ -82,17 +83,29 @@ def test_a_cpu_refuses_the_kernels_of_a_gpu() -> None:
         settings(None, {"model.quantization": "fp8"})
 
 
+def test_a_gpu_refuses_the_products_of_a_cpu() -> None:
+    with pytest.raises(ConfigError, match="--quantization int8 needs --device cpu"):
+        gpu(**{"model.quantization": "int8"})
+
+
 @pytest.mark.parametrize(
-    ("device", "quantization", "fp8"),
-    [("cpu", "auto", False), ("cuda", "auto", False), ("cuda", "fp8", True)],
+    ("device", "quantization", "desired"),
+    [
+        ("cpu", "auto", None),
+        ("cuda", "auto", None),
+        ("cuda", "fp8", FP8),
+        ("cuda", "mxfp4", MXFP4),
+        ("cpu", "mxfp4", MXFP4),
+        ("cpu", "int8", INT8),
+    ],
 )
-def test_experts_are_fp8_where_it_is_wanted_and_computed(
-    device: str, quantization: str, fp8: bool
+def test_experts_are_in_the_format_that_is_wanted(
+    device: str, quantization: str, desired: WeightFormat | None
 ) -> None:
     asked = {"engine.device": device, "model.quantization": quantization}
     source = open_source(settings(None, asked))
-    assert source.fp8_experts == fp8
-    assert (source.expert_shape().dtype == torch.float8_e4m3fn) == fp8
+    assert source.expert_format is desired
+    assert source.expert_shape().format is desired
 
 
 def test_an_absent_nixl_ep_is_told_as_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import types
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from flexpert.kernels.cpu import ops
 
@@ -17,7 +20,9 @@ pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 from flexpert.kernels.cuda import attention, norm, rotary, router
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.cuda import row_sorting as routing
+from flexpert.kernels.cuda.gates import clamped_swiglu, clamped_swiglu_of
 from flexpert.kernels.cuda.grouped_products import ProductTiling
+from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
 HIDDEN, INTER = 48, 40
 
@@ -82,15 +87,17 @@ def test_each_row_meets_the_weights_of_its_own_expert(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "fp8"])
+@pytest.mark.parametrize("packed", [None, FP8, MXFP4], ids=["plain", "fp8", "mxfp4"])
 @pytest.mark.parametrize("gated", [False, True], ids=["product", "gated"])
 def test_the_tiles_that_are_chosen_fit_into_shared_memory(
-    dtype: torch.dtype, scaled: bool, gated: bool
+    dtype: torch.dtype, packed: WeightFormat | None, gated: bool
 ) -> None:
     """Triton keeps a tile of each operand for each stage; an H100 has 227 KiB for a program."""
     for rows in (1, 64, 8 * 64, 9 * 64, 48 * 64, 49 * 64, 128 * 64, 129 * 64, 4096 * 64):
-        t = products.choose(rows, 64, gated=gated, scaled=scaled, dtype=dtype)
-        weights = t.columns * t.depth * (2 if gated else 1) * (1 if scaled else dtype.itemsize)
+        t = products.choose(rows, 64, gated=gated, packed=packed, dtype=dtype)
+        weights = (
+            t.columns * t.depth * (2 if gated else 1) * (dtype.itemsize if packed is None else 1)
+        )
         assert t.stages * (t.rows * t.depth * dtype.itemsize + weights) <= 227 * 1024
 
 
@@ -115,6 +122,7 @@ def test_fp8_weights_count_times_the_scale_of_their_block(swap: bool, gated: boo
         addresses(weights),
         offsets_of([2, 3]),
         torch.full((5, inter), math.nan),
+        packed=FP8,
         scales=addresses(scales),
         gated=gated,
         tiling=ProductTiling(16, 64, 64, warps=4, stages=2, swap=swap),
@@ -126,6 +134,53 @@ def test_fp8_weights_count_times_the_scale_of_their_block(swap: bool, gated: boo
         if gated:
             expected = torch.nn.functional.silu(expected[:inter]) * expected[inter:]
         torch.testing.assert_close(out[row].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tiles", ["left", "right", "rows"])
+@pytest.mark.parametrize("gated", [False, True], ids=["product", "gated"])
+def test_mxfp4_weights_are_what_a_cpu_dequantizes(tiles: str, gated: bool) -> None:
+    inter, hidden = 72, 160  # neither is a multiple of a tile
+    height = 2 * inter if gated else inter
+    pairs = [MXFP4.quantize(randn(height, hidden, seed=i)) for i in range(2)]
+    for _, scale in pairs:
+        scale[1, 1], scale[2, 0] = 0, 200
+    x = randn(5, hidden, seed=5) * 1e-6
+    biases = [randn(height, seed=i + 20) for i in range(2)]
+    index = torch.tensor([4, 3, 2, 1, 0, 0, 0], dtype=torch.int32)
+    tiling = ProductTiling(16, 64, 64, warps=4, stages=2, swap=tiles == "left")
+    out = products.grouped_product(
+        x,
+        addresses([weight for weight, _ in pairs]),
+        offsets_of([2, 3]),
+        torch.full((7, inter), math.nan),  # room for two more
+        packed=MXFP4,
+        scales=addresses([scale for _, scale in pairs]),
+        gated=gated,
+        index=index,
+        biases=addresses(biases),
+        expected=1,
+        tiling=None if tiles == "rows" else tiling,
+    )
+    assert out[5:].isnan().all()
+    for row in range(5):
+        expected = MXFP4.restore(*pairs[int(row >= 2)]).double() @ x[4 - row].double()
+        expected += biases[int(row >= 2)].double()
+        if gated:
+            expected = torch.nn.functional.silu(expected[:inter]) * expected[inter:]
+        torch.testing.assert_close(out[row].double(), expected, rtol=1e-4, atol=1e-8)
+
+
+def test_the_gate_of_gpt_oss_is_found_and_is_transformers_own() -> None:
+    config = GptOssConfig(hidden_size=8, intermediate_size=1100, num_local_experts=1)
+    module = GptOssExperts(config)
+    found = clamped_swiglu_of(module._apply_gate)
+    assert found == (module.alpha, module.limit)
+    pairs = randn(3, 2200, seed=3) * 5
+    torch.testing.assert_close(clamped_swiglu(pairs, *found), module._apply_gate(pairs))
+    assert clamped_swiglu_of(torch.nn.functional.silu) is None
+    module.alpha += 0.1  # what a module says is tried
+    module._apply_gate = types.MethodType(lambda self, x: x.chunk(2, -1)[0], module)
+    assert clamped_swiglu_of(module._apply_gate) is None
 
 
 @pytest.mark.parametrize("single", [True, False], ids=["one-program", "many-programs"])

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.cpu.expert_products import LayerExperts, library_rows
-from flexpert.kernels.experts import ExpertWeights
+from flexpert.kernels.experts import ExpertShape, ExpertWeights, Gate
+from flexpert.kernels.weight_formats import FP8, INT8, MXFP4, WeightFormat
 
 HIDDEN, INTER = 40, 24
 
@@ -41,7 +42,9 @@ def offsets_of(counts: list[int]) -> Tensor:
     return torch.tensor([0, *counts]).cumsum(0).int()
 
 
-def one_by_one(experts: list[ExpertWeights], x: Tensor, counts: list[int]) -> Tensor:
+def one_by_one(
+    experts: list[ExpertWeights], x: Tensor, counts: list[int], gate: Gate = gate
+) -> Tensor:
     pieces, begin = [], 0
     for expert, count in zip(experts, counts, strict=True):
         h = x[begin : begin + count].double() @ expert.gate_up.double().t()
@@ -126,8 +129,8 @@ def test_large_groups_reach_torch_in_few_sizes() -> None:
 
 def test_fp8_experts_keep_their_values_to_a_sixteenth_and_no_cpu_computes_them() -> None:
     whole = make_experts(1, torch.float32, biases=True)[0]
-    small = whole.quantized()
-    assert small.shape.dtype == fp8.DTYPE
+    small = whole.quantized(FP8)
+    assert small.shape.format is FP8
     assert small.nbytes < whole.nbytes / 3
     for weight, scale, expected in (
         (small.gate_up, small.gate_up_scale, whole.gate_up),
@@ -136,9 +139,29 @@ def test_fp8_experts_keep_their_values_to_a_sixteenth_and_no_cpu_computes_them()
         assert scale is not None
         back = fp8.dequantize(weight, scale)
         assert ((back - expected).abs() <= expected.abs() / 16 + expected.abs().max() / 2**16).all()
-    layer = LayerExperts([small], deterministic=False)
-    with pytest.raises(ValueError, match="does not compute fp8"):
-        layer.compute(torch.ones(1, HIDDEN), offsets_of([1]), torch.nn.Identity())
+    with pytest.raises(ValueError, match="does not compute with experts in fp8"):
+        LayerExperts([small], deterministic=False)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("packed", [MXFP4, INT8], ids=["mxfp4", "int8"])
+def test_packed_experts_compute_as_the_dequantized_ones(
+    packed: WeightFormat, deterministic: bool
+) -> None:
+    shape = ExpertShape(64, 96, 32, torch.bfloat16, torch.bfloat16)
+    experts = []
+    for _ in range(3):
+        whole = shape.empty()
+        for tensor in whole.tensors:
+            tensor.normal_().mul_(0.1)
+        experts.append(whole.quantized(packed))
+    counts = [2, 0, 150]  # so many that torch takes a part of them
+    x = torch.randn(152, 64).bfloat16()
+    layer = LayerExperts(experts, deterministic=deterministic)
+    y = layer.compute(x, offsets_of(counts), lambda h: gate(h[:, :64]))
+    restored = [expert.dequantized() for expert in experts]
+    desired = one_by_one(restored, x, counts, lambda h: gate(h[:, :64]))
+    torch.testing.assert_close(y.double(), desired, rtol=2e-2, atol=2e-2)
 
 
 def test_blocks_of_fp8_weights_are_scaled_alone() -> None:

@@ -12,8 +12,8 @@ from support.checkpoints import prompt_of, reference_logits, single_runner
 from support.fp8_checkpoints import change_settings, make_fp8_checkpoint
 
 from flexpert.errors import ModelError, UnsupportedModel
-from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertWeights
+from flexpert.kernels.weight_formats import FP8
 from flexpert.models.source import ModelSource
 
 
@@ -53,7 +53,7 @@ def test_a_gpu_takes_weights_and_scales_as_they_are_in_the_files(pair: tuple[Pat
         key = f"model.layers.{layer}.mlp.experts.{number}."
         up = [files[f"{key}{part}_proj.weight"].view(torch.uint8) for part in ("gate", "up")]
         scale = [files[f"{key}{part}_proj.weight_scale_inv"] for part in ("gate", "up")]
-        assert expert.shape.dtype == fp8.DTYPE
+        assert expert.shape.weights is FP8
         assert torch.equal(expert.gate_up.view(torch.uint8), torch.cat(up))
         assert expert.gate_up_scale is not None
         assert torch.equal(expert.gate_up_scale, torch.cat(scale))
@@ -68,9 +68,9 @@ def test_unquantized_weights_are_quantized_at_load_when_that_is_wanted(
     family: str, checkpoint: Callable[..., Path]
 ) -> None:
     whole = checkpoint(family)
-    assert not ModelSource.open(str(whole), experts="stored").fp8_experts
+    assert ModelSource.open(str(whole), experts="stored").expert_format is None
     for a, b in zip(experts(whole, experts="fp8"), experts(whole), strict=True):
-        desired = b.quantized()
+        desired = b.quantized(FP8)
         assert torch.equal(a.gate_up.view(torch.uint8), desired.gate_up.view(torch.uint8))
         assert a.down_scale is not None
         assert desired.down_scale is not None

@@ -14,6 +14,7 @@ from support.quantized_checkpoints import LAYOUTS, make_quantized_checkpoint
 
 from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.kernels.experts import ExpertWeights
+from flexpert.kernels.weight_formats import MXFP4
 from flexpert.models.quantization import read_quantization
 from flexpert.models.quantized_files import QuantizedFiles
 from flexpert.models.source import ModelSource
@@ -71,6 +72,27 @@ def test_fp8_with_one_scale_for_a_weight_is_taken_by_a_gpu_as_it_is(tmp_path: Pa
     for a, b in zip(held, experts(whole), strict=True):
         assert a.gate_up_scale is not None
         torch.testing.assert_close(a.dequantized().gate_up, b.gate_up, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("asked", ["stored", "mxfp4"])
+def test_mxfp4_is_taken_as_it_is(asked: str, tmp_path: Path) -> None:
+    small, whole = make_quantized_checkpoint("mxfp4", "gpt_oss", tmp_path)
+    state = load_file(small / "model.safetensors")
+    held = experts(small, experts=asked)
+    key = "model.layers.0.mlp.experts.gate_up_proj"
+    for number in range(8):
+        assert held[number].shape.weights is MXFP4
+        blocks, scales = state[f"{key}_blocks"][number], state[f"{key}_scales"][number]
+        assert torch.equal(held[number].gate_up, blocks.flatten(-2))
+        assert held[number].gate_up_scale is not None
+        assert torch.equal(held[number].gate_up_scale, scales)
+    for a, b in zip(held, experts(whole), strict=True):
+        back = a.dequantized()
+        assert torch.equal(back.gate_up, b.gate_up)
+        assert torch.equal(back.down, b.down)
+        assert a.down_bias is not None
+        assert b.down_bias is not None
+        assert torch.equal(a.down_bias, b.down_bias)
 
 
 def test_int4_is_quantized_anew_where_fp8_is_asked_for(tmp_path: Path) -> None:

@@ -5,10 +5,26 @@ from __future__ import annotations
 import torch
 
 from flexpert.kernels.experts import ExpertShape
+from flexpert.kernels.weight_formats import FP8, INT8, MXFP4
 from flexpert.moe.expert_store import ExpertStore
 
 PLAIN = ExpertShape(4, 6, 3, torch.bfloat16)
 BIASED = ExpertShape(96, 64, 32, torch.bfloat16, biases=torch.bfloat16)
+
+
+def test_packed_experts_come_from_a_peer_as_bytes() -> None:
+    shapes = [ExpertShape(64, 96, 32, of, torch.bfloat16) for of in (MXFP4, INT8, FP8)]
+    ours, theirs = (ExpertStore(0, shapes, experts=2) for _ in range(2))
+    for layer in range(3):
+        there = theirs.weights((layer, 1))
+        for tensor in there.tensors:
+            tensor.view(torch.uint8).random_(0, 256)
+        theirs.filled((layer, 1))
+        assert ours.copy((layer, 1), ours.import_memory(theirs.address))
+        here = ours.weights((layer, 1))
+        assert here.shape == shapes[layer]
+        for mine, other in zip(here.tensors, there.tensors, strict=True):
+            assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
 
 
 def store() -> ExpertStore:

@@ -54,7 +54,13 @@ def test_monitors_need_no_key(closed_server: Running, path: str) -> None:
 
 def test_health_and_version(server: Running) -> None:
     for path in ("/health", "/health/ready", "/health/live"):
-        health = {"status": "ok", "live": True, "ready": True, "reason": None}
+        health = {
+            "status": "ok",
+            "live": True,
+            "ready": True,
+            "reason": None,
+            "state": "ready",
+        }
         assert httpx.get(f"{server.url}{path}").json() == health
     version = httpx.get(f"{server.url}/version").json()
     assert version == {"version": flexpert.__version__}
@@ -74,7 +80,13 @@ def test_health_says_why_nothing_can_be_answered(closed_server: Running) -> None
         (status, body), ready, (alive, live) = asked()
         assert (status, body) == ready
         assert (status, alive) == (503, 200)
-        assert body == {"status": "unavailable", "live": True, "ready": False, "reason": why}
+        assert body == {
+            "status": "unavailable",
+            "live": True,
+            "ready": False,
+            "reason": why,
+            "state": "down",
+        }
         assert live == {**body, "status": "ok"}
         head.failure = FlexpertError("rank 2 is gone; the service stops")
         assert [status for status, _ in asked()] == [503] * 3

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
-from flexpert.models.source import ModelSource
+from flexpert.models.source import ExpertFormat, ModelSource
 from support.small_configs import small_settings
 
 COMMON: dict[str, Any] = {
@@ -294,11 +294,12 @@ def single_runner(
     *,
     dtype: str = "auto",
     deterministic: bool = False,
+    experts: ExpertFormat = "unquantized",
     blocks: int = 64,
     block_size: int = 8,
 ) -> Sequences:
     """A whole model in this process, ready to be stepped."""
-    source = ModelSource.open(str(model), dtype=dtype)
+    source = ModelSource.open(str(model), dtype=dtype, experts=experts)
     runner = ModelRunner.load(
         source,
         moe=LocalMoE(source, deterministic=deterministic),

@@ -29,6 +29,7 @@ from flexpert.cluster.views import (
     PlacementView,
     RankView,
     Readiness,
+    ServiceState,
 )
 from flexpert.config import Config
 from flexpert.engine.request import SamplingParams, TokenLogprobs
@@ -250,6 +251,7 @@ class FakeHead:
         self._stopped = asyncio.Event()
         self._operations: dict[str, OperationView] = {}
         self._over: dict[str, asyncio.Event] = {}
+        self._asked: dict[str, tuple[object, ...]] = {}  # by the caller's own id
         self.down: str | None = None
         self.failure: FlexpertError | None = None
         self.listeners = Listeners()
@@ -313,6 +315,7 @@ class FakeHead:
             placement=placement,
             operation=self._running_operation(),
             desired=list(self.ranks),
+            cursor=self.listeners.latest,
         )
 
     def _running_operation(self) -> OperationView | None:
@@ -323,8 +326,18 @@ class FakeHead:
         return self.begin_operation(**target)
 
     def begin_operation(
-        self, *, ranks: int | None = None, add: int = 0, remove: Sequence[int] = ()
+        self,
+        *,
+        ranks: int | None = None,
+        add: int = 0,
+        remove: Sequence[int] = (),
+        operation_id: str | None = None,
     ) -> OperationView:
+        asked = (ranks, add, tuple(remove))
+        if operation_id in self._asked:
+            if self._asked[operation_id] != asked:
+                raise OperationConflict(f"{operation_id} was asked for with another target")
+            return self._operations[operation_id]
         size = ranks if ranks is not None else len(self.ranks) + add - len(remove)
         if size > 8:
             raise OperationRefused(f"{size} ranks exceed max_ranks 8")
@@ -334,8 +347,10 @@ class FakeHead:
             if running.target == target:
                 return running
             raise OperationConflict(f"operation {running.id} is running")
+        if operation_id is not None:
+            self._asked[operation_id] = asked
         operation = OperationView(
-            id=f"op-{len(self._operations) + 1}",
+            id=operation_id or f"op-{len(self._operations) + 1}",
             state="preparing",
             target=target,
             add=[id for id in target if id not in self.ranks],
@@ -386,8 +401,15 @@ class FakeHead:
         await self._over[id].wait()
         return self._operations[id]
 
-    def events(self) -> AsyncIterator[ClusterEvent]:
-        return self.listeners.events()
+    @property
+    def latest_request(self) -> OperationView | None:
+        return next(reversed(self._operations.values()), None)
+
+    def events(self, since: int | None = None) -> AsyncIterator[ClusterEvent]:
+        return self.listeners.events(since)
+
+    def check_cursor(self, since: int) -> None:
+        self.listeners.check(since)
 
     @property
     def listening(self) -> int:
@@ -395,10 +417,12 @@ class FakeHead:
 
     def readiness(self) -> Readiness:
         if self.failure is not None:
-            return Readiness(live=False, ready=False, reason=str(self.failure))
+            return Readiness(live=False, ready=False, reason=str(self.failure), state="failed")
         if not self.serving:
-            return Readiness(ready=False, reason="the service does not accept requests")
-        return Readiness(ready=self.down is None, reason=self.down)
+            closed = "the service does not accept requests"
+            return Readiness(ready=False, reason=closed, state="stopping")
+        state: ServiceState = "ready" if self.down is None else "down"
+        return Readiness(ready=self.down is None, reason=self.down, state=state)
 
 
 if __name__ == "__main__":

@@ -100,12 +100,13 @@ def served(
     stdout: int | IO[bytes] | None = None,
     stderr: int | IO[bytes] | None = None,
     key: str | None = None,
+    port: int | None = None,
 ) -> Iterator[Served]:
     """It serves the embedded model on two ranks. prefix: a command that starts another.
 
-    environment: beside what it needs. stdout, stderr: default: its log.
+    environment: beside what it needs. port: default: a free one. stdout, stderr: default: its log.
     """
-    port = free_port()
+    port = port or free_port()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o711)
         log = Path(folder, "log")

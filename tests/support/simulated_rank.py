@@ -45,6 +45,10 @@ class World(Protocol):
     def takes(self, rank: SimRank, sequence_id: str) -> None: ...
     def poisons(self, rank: SimRank) -> bool: ...
     def adopted(self, rank: SimRank, kv: bytes) -> None: ...
+    def attaches(self, rank: SimRank) -> None:
+        """It hears of a new head, behind all that the one before has sent."""
+        ...
+
     def token(self, previous: int) -> int:
         """A token that is computed now, after `previous` (-1: the first)."""
         ...
@@ -89,6 +93,7 @@ class SimRank:
         "member",
         "on_trial",
         "owed",
+        "persisted",
         "plan",
         "prepared",
         "preparing",
@@ -98,6 +103,7 @@ class SimRank:
         "stopped",
         "stopped_at",
         "told",
+        "unpersisted",
         "wait",
         "waiting",
         "weights",
@@ -133,6 +139,8 @@ class SimRank:
         self.preparing: msg.Prepare | None = None
         self.prepared: tuple[msg.Prepare, Weights] | None = None
         self.sequences: dict[str, Running] = {}
+        self.persisted = 0  # of all that it has published, by its head
+        self.unpersisted: list[msg.Published] = []
         self.fetches: dict[int, msg.Fetch] = {}  # from these leavers
         self.inbox: list[Callable[[], None]] = []
         self.interrupted = False  # a halt is in it
@@ -191,6 +199,12 @@ class SimRank:
                 pass  # it has left its epoch and waits for the next one anyway
             case msg.Stop():
                 self.world.end(self, 0)
+            case msg.Persisted(count):
+                while self.persisted < count and self.unpersisted:
+                    self.unpersisted.pop(0)
+                    self.persisted += 1
+            case msg.Attach():
+                self.world.attaches(self)
 
     def _take(self, sequences: list[RequestSequence]) -> None:
         if self.left:

@@ -50,8 +50,8 @@ from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.membership import Phase
 from flexpert.cluster.memory_budget import MemoryBudget
-from flexpert.cluster.operation import Purpose
 from flexpert.cluster.processes.rank_process import BEATS
+from flexpert.cluster.saved_state import Purpose, SavedCluster, SavedOperation
 from flexpert.cluster.views import ClusterEvent, Delta
 from flexpert.config import load_config
 from flexpert.engine import rank_protocol as msg
@@ -330,6 +330,11 @@ class Simulation(Network):
         self.journal.rank_exited(rank, own_fault=own_fault)
 
     expert_cache = b""
+    saves = False
+
+    def save_cluster(self, record: SavedCluster, *, urgent: bool) -> None: ...
+    def save_operation(self, record: SavedOperation, *, urgent: bool) -> None: ...
+    def forget_operation(self, operation_id: str) -> None: ...
 
     def admit_waiting(self) -> None:
         self.admission.admit_waiting()
@@ -396,6 +401,9 @@ class Simulation(Network):
             raise Violation(f"epoch {plan.epoch} is not the same for all")
         if plan.members.get(rank.id, rank.address) != rank.address:
             raise Violation(f"epoch {plan.epoch} means another process of id {rank.id}")
+
+    def attaches(self, rank: SimRank) -> None:
+        raise Violation("there is but one head")
 
     def step(self) -> None:
         """Each epoch whose members are all there does one round."""
@@ -741,7 +749,9 @@ HEADS = {
 
 def history(seed: int, trace: bool = False) -> Simulation:
     """Raises: Violation, with the seed in it."""
-    made = Simulation(seed, trace)
+    from support.simulated_crashes import CRASHES_FROM, CrashingSimulation
+
+    made = (CrashingSimulation if seed >= CRASHES_FROM else Simulation)(seed, trace)
     try:
         made.run()
     except Exception as error:  # one of the control plane's own is a violation, too

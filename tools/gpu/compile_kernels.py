@@ -29,6 +29,7 @@ from flexpert.comm.cuda import wait_kernels as waiting
 from flexpert.comm.cuda.cuda_exchange import Tuning
 from flexpert.comm.cuda.cuda_layout import combine_format, dispatch_format
 from flexpert.kernels.cuda import grouped_products as products
+from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
 TUNED = Tuning()
 MODULES = (dispatch, combine, expert_major, lane_kernels, waiting, products)
@@ -135,19 +136,19 @@ ROWS_EACH = {"few rows": 4, "some rows": 32, "more rows": 64, "many rows": 256}
 
 
 def product(
-    gated: bool, scaled: bool, each: int
+    gated: bool, packed: WeightFormat | None, each: int
 ) -> tuple[dict[str, str], dict[str, Any], int, int]:
     """(types, constants, warps, stages) of an experts' product with about `each` rows an expert."""
     slots = 128
-    tiling = products.choose(each * slots, slots, gated=gated, scaled=scaled)
+    tiling = products.choose(each * slots, slots, gated=gated, packed=packed)
     types = dict(x=BF16, index=P32, weights=P64, offsets=P32, out=BF16, slots=I32, K=I32, N=I32)
-    if scaled:
+    if packed is not None:
         types["scales"] = P64
     constants = dict(
         biases=None, EVEN=True, SLOTS=slots, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth,
-        GATED=gated, INDEXED=True, SCALED=scaled, BIASED=False, SWAP=tiling.swap, PRECISION="tf32",
+        GATED=gated, INDEXED=True, FORMAT=packed.name if packed else None, PACKED=True, BIASED=False, SWAP=tiling.swap, PRECISION="tf32",
     )  # fmt: skip
-    if not scaled:
+    if packed is None:
         constants["scales"] = None
     return types, constants, tiling.warps, tiling.stages
 
@@ -203,10 +204,10 @@ def main() -> int:
     options = parser.parse_args()
     worst = 0
     cases: dict[str, tuple[Any, ...]] = dict(CASES)
-    for gated, scaled in itertools.product((True, False), repeat=2):
+    for gated, packed in itertools.product((True, False), (None, FP8, MXFP4)):
         for rows, each in ROWS_EACH.items():
-            kind = f"{'gate_up' if gated else 'down'} {'fp8' if scaled else 'bf16'} {rows}"
-            cases[kind] = ("_product", *product(gated, scaled, each))
+            kind = f"{'gate_up' if gated else 'down'} {packed.name if packed else 'bf16'} {rows}"
+            cases[kind] = ("_product", *product(gated, packed, each))
     for name, (function, types, constants, warps, *stages) in cases.items():
         ptx = compiled(function, types, constants, warps, *stages)
         registers, spilled, shared = resources(ptx)

@@ -19,6 +19,7 @@ from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.cuda import row_sorting as routing
 from flexpert.kernels.cuda.grouped_products import ProductTiling
+from flexpert.kernels.weight_formats import FP8
 
 SHAPES = {"qwen3": (128, 2048, 768), "deepseek": (256, 7168, 2048)}
 TOPK = 8
@@ -159,6 +160,7 @@ def tune(
                         s.offsets,
                         out,
                         index=s.token if gated else None,
+                        packed=FP8 if scaled else None,
                         scales=scales,
                         gated=gated,
                         tiling=t,

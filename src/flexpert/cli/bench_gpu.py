@@ -67,7 +67,7 @@ def bench_layer(
 
     desired = _names(shapes, tuple(SHAPES), "--shapes")
     against = _names(baselines, BASELINE_FAMILIES, "--baselines")
-    report = _with_status(
+    report = with_status(
         lambda note: run_layer(
             [SHAPES[name] for name in desired],
             counts,
@@ -124,7 +124,7 @@ def bench_decode(
     from flexpert.bench.gpu.decode import run_decode
     from flexpert.bench.gpu.gpu_report import decode_text
 
-    report = _with_status(
+    report = with_status(
         lambda note: run_decode(
             batches,
             ranks=counts,
@@ -142,7 +142,7 @@ def bench_decode(
         raise typer.Exit(1)
 
 
-def _with_status(run: Callable[[Callable[[str], None]], T]) -> T:
+def with_status(run: Callable[[Callable[[str], None]], T]) -> T:
     from rich.console import Console
 
     with Console(stderr=True).status("") as status:

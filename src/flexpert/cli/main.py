@@ -14,6 +14,7 @@ import flexpert
 from flexpert.cli import (
     bench_comm,
     bench_elastic,
+    bench_formats,
     bench_gpu,
     bench_hostile,
     bench_load,
@@ -139,6 +140,7 @@ add_command(bench, "hostile", bench_hostile.bench_hostile, bench_hostile.EXAMPLE
 add_command(bench, "load", bench_load.bench_load, bench_load.EXAMPLES)
 add_command(bench, "layer", bench_gpu.bench_layer, bench_gpu.LAYER_EXAMPLES)
 add_command(bench, "decode", bench_gpu.bench_decode, bench_gpu.DECODE_EXAMPLES)
+add_command(bench, "formats", bench_formats.bench_formats, bench_formats.EXAMPLES)
 
 
 if __name__ == "__main__":

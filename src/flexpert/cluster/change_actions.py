@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from flexpert.cluster.availability import AvailabilityEvent, AvailabilityKind
 from flexpert.cluster.cluster_state import ClusterState
 from flexpert.cluster.membership import Change, Do, EventKind, MembershipEvent, Phase
-from flexpert.cluster.operation import Operation, Purpose
+from flexpert.cluster.operation import Operation
 from flexpert.cluster.operations import Operations, moved_experts
 from flexpert.cluster.phase_clock import CHANGES, PhaseClock
 from flexpert.cluster.rank_state import RankState
 from flexpert.cluster.reconciler import Reconciler
 from flexpert.cluster.reconciliation import ActivityEvent, ActivityKind
+from flexpert.cluster.saved_state import Purpose
 from flexpert.engine import rank_protocol as msg
 from flexpert.errors import FlexpertError
 from flexpert.moe.placement import keep
@@ -136,7 +137,10 @@ class ChangeActions:
     # ---- commit and release -----------------------------------------------------------------
 
     def _commit(self, change: Change, event: MembershipEvent) -> None:
-        self._enter("commit", self._cluster.config.cluster.commit_timeout)
+        cluster = self._cluster
+        self._enter("commit", cluster.config.cluster.commit_timeout)
+        if cluster.operation and cluster.head.saves:
+            cluster.head.save_operation(cluster.operation.record(), urgent=True)
         self._cluster.tell(change.everyone, msg.Commit(change.epoch))
 
     def _stop(self, change: Change, event: MembershipEvent) -> None:
@@ -270,4 +274,5 @@ class ChangeActions:
 
 
 def _others_were_lost(event: MembershipEvent) -> bool:
-    return event.kind in (EventKind.DISCONNECTED, EventKind.EXITED, EventKind.BROKEN)
+    losses = (EventKind.DISCONNECTED, EventKind.EXITED, EventKind.BROKEN, EventKind.RESUMED)
+    return event.kind in losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -17,12 +18,16 @@ from flexpert.cluster.operation import Operation, TargetRequest
 from flexpert.cluster.rank_state import RankState
 from flexpert.cluster.reconciliation import ActivityEvent, Reconciliation
 from flexpert.cluster.restart_policy import RestartPolicy
+from flexpert.cluster.saved_state import SavedChange, SavedCluster
 from flexpert.cluster.scale_down import Candidate, leave_order
 from flexpert.cluster.stall_detector import Watch
+from flexpert.cluster.views import GoneRank
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement
+
+_MOST_GONE = 64
 
 CoordinatorEvent: TypeAlias = MembershipEvent | ActivityEvent
 
@@ -35,7 +40,7 @@ class ClusterState:
     planned: of the one that is prepared. operation: the change that runs. queued: the one that was
     asked for meanwhile. verdicts: what the first rank that came up found of the model's modules,
     as it encoded it; new ranks are told. broken: (who said so, the peer of another machine that
-    it does not reach), until it is decided who is given up.
+    it does not reach), until it is decided who is given up. gone: the latest that have ended.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class ClusterState:
         self.ranks: dict[int, RankState] = {}
         self.verdicts = b""
         self.broken: set[tuple[int, int]] = set()
+        self.gone: deque[GoneRank] = deque(maxlen=_MOST_GONE)
         self.operation: Operation | None = None
         self.queued: tuple[Operation, TargetRequest] | None = None
         self.migrations = KVMigrations(self.ranks, head)
@@ -76,6 +82,33 @@ class ClusterState:
             cluster.redundant_experts,
             degrade=cluster.on_missing_expert == "degrade",
         )
+
+    def save(self, *, urgent: bool = False) -> None:
+        """For another head, if there may be one. urgent: before this is carried out."""
+        if not self.head.saves:
+            return
+        membership, change = self.membership, self.membership.change
+        record = SavedCluster(
+            epoch=membership.epoch,
+            members=membership.members,
+            epochs=membership.epochs_used,
+            phase=membership.phase,
+            change=None
+            if change is None
+            else SavedChange(
+                change.epoch,
+                change.before,
+                change.after,
+                change.doomed,
+                change.kept,
+                change.cause,
+            ),
+            placement=self.placement,
+            desired=self.restart_policy.desired,
+            ranks={rank: found.instance for rank, found in self.ranks.items()},
+            verdicts=self.verdicts,
+        )
+        self.head.save_cluster(record, urgent=urgent)
 
     @property
     def members(self) -> frozenset[int]:
@@ -107,6 +140,20 @@ class ClusterState:
         """Ranks of the next epoch that are up."""
         change = self.membership.change
         return change.after & set(self.ranks) if change else frozenset()
+
+    @property
+    def dispensable(self) -> frozenset[int]:
+        """Ranks whose processes may end now: no epoch has them, present or to come, no destination
+        reads their KV, and no change waits for what they say."""
+        change, phase = self.membership.change, self.membership.phase
+        needed = set(self.members)
+        if phase is Phase.LOST:
+            needed = set()
+        elif phase is Phase.RELEASE and change:
+            needed |= set(filter(self.migrations.reads, change.leaving))
+        elif change and phase not in (Phase.IDLE, Phase.UNDO):
+            needed |= change.everyone
+        return frozenset(self.ranks) - needed
 
     def plan(self, target: Iterable[int]) -> Placement:
         """All experts on these ranks, replicas on several machines."""

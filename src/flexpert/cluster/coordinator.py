@@ -9,22 +9,24 @@ processes started and killed. Events that this causes come behind those that are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from flexpert.cluster.availability import Availability
 from flexpert.cluster.change_actions import ChangeActions
 from flexpert.cluster.cluster_state import ClusterState, CoordinatorEvent
 from flexpert.cluster.event_queue import EventQueue
 from flexpert.cluster.interfaces import HeadInterface
-from flexpert.cluster.membership import EventKind
+from flexpert.cluster.membership import EventKind, Phase
 from flexpert.cluster.memory_budget import MemoryBudget
-from flexpert.cluster.operation import Operation
+from flexpert.cluster.operation import Operation, TargetRequest
 from flexpert.cluster.operations import Operations
 from flexpert.cluster.phase_clock import PhaseClock
 from flexpert.cluster.rank_reports import RankReports
 from flexpert.cluster.reconciler import Reconciler
 from flexpert.cluster.reconciliation import ActivityEvent, ActivityKind
-from flexpert.cluster.views import OperationView, PlacementView, RankView
+from flexpert.cluster.resumption import restore
+from flexpert.cluster.saved_state import SavedCluster, SavedOperation
+from flexpert.cluster.views import GoneRank, OperationView, PlacementView, RankView
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
 from flexpert.models.source import ModelSource
@@ -54,10 +56,15 @@ class Coordinator:
         """Look the rule up and carry it out."""
         if isinstance(event, ActivityEvent):
             self._reconciler.carry_out(self._cluster.reconciliation.handle(event), event)
-        elif event.kind is EventKind.BEGIN:
-            self._actions.carry_out(self._cluster.membership.begin(event.target), event)
-        else:
-            self._actions.carry_out(self._cluster.membership.handle(event), event)
+            return
+        membership = self._cluster.membership
+        begins = event.kind is EventKind.BEGIN
+        actions = membership.begin(event.target) if begins else membership.handle(event)
+        if actions:
+            self._cluster.save(urgent=True)
+        self._actions.carry_out(actions, event)
+        if actions:
+            self._cluster.save()
 
     # ---- what happens -----------------------------------------------------------------------
 
@@ -95,6 +102,21 @@ class Coordinator:
             return None
         return self._operations.begin_first(ranks)
 
+    def restore(
+        self,
+        record: SavedCluster,
+        operations: Iterable[SavedOperation],
+        living: Mapping[int, msg.Hello],
+    ) -> None:
+        """See `resumption.restore`."""
+        self._cluster.watch.start()
+        restore(self._cluster, self._operations, record, operations, living)
+
+    def save_all(self) -> list[SavedOperation]:
+        """Write the membership down, and return the operations for that."""
+        self._cluster.save(urgent=True)
+        return self._operations.records()
+
     def begin(
         self,
         *,
@@ -102,9 +124,11 @@ class Coordinator:
         add: int = 0,
         remove: Sequence[int] = (),
         join: Sequence[int] = (),
+        operation_id: str | None = None,
     ) -> OperationView:
         """See `Operations.begin`. Raises: OperationRefused, OperationConflict"""
-        return self._operations.begin(ranks=ranks, add=add, remove=remove, join=join)
+        request = TargetRequest(ranks, add, tuple(sorted(remove)), tuple(join))
+        return self._operations.begin(request, operation_id)
 
     def newcomers(self, *, ranks: int | None, add: int, remove: Sequence[int]) -> frozenset[int]:
         """Who would join if this change began now. Raises: OperationRefused"""
@@ -120,6 +144,15 @@ class Coordinator:
         cluster = self._cluster
         able = not self.down or cluster.availability.state is Availability.WAITING
         return able and cluster.operation is None and cluster.queued is None
+
+    def repeated(self, operation_id: str, request: TargetRequest) -> OperationView | None:
+        """See `Operations.repeated`. Raises: OperationConflict"""
+        return self._operations.repeated(operation_id, request)
+
+    @property
+    def latest_request(self) -> OperationView | None:
+        """The latest change that somebody asked for."""
+        return self._operations.latest_request
 
     def cancel(self, operation_id: str) -> OperationView:
         """See `Operations.cancel`. Raises: UnknownOperation, OperationConflict"""
@@ -175,7 +208,20 @@ class Coordinator:
 
     def ranks(self) -> list[RankView]:
         cluster = self._cluster
-        return [cluster.ranks[rank].view(cluster.placement) for rank in sorted(cluster.ranks)]
+        safe = cluster.dispensable
+        return [
+            cluster.ranks[rank].view(cluster.placement, safe_to_delete=rank in safe)
+            for rank in sorted(cluster.ranks)
+        ]
+
+    def gone(self) -> list[GoneRank]:
+        """The latest ranks that have ended, oldest first."""
+        return list(self._cluster.gone)
+
+    @property
+    def recovering(self) -> bool:
+        """Whether no step is taken because an epoch without lost ranks is entered."""
+        return self._cluster.membership.phase in (Phase.RECOVER, Phase.LOST)
 
     def memory(self, rank: int) -> tuple[msg.Memory | None, msg.Memory | None]:
         """What a rank plans to use, in parts: (of the host, of the GPU)."""

@@ -9,23 +9,27 @@ import logging
 import secrets
 import signal
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
 
+from flexpert.cluster import state_store
 from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.end_tokens import with_end_tokens
 from flexpert.cluster.expert_cache_manager import ExpertCacheManager
 from flexpert.cluster.formatting import describe_memory
 from flexpert.cluster.generation_defaults import sampling_defaults
+from flexpert.cluster.head_state import HeadState, UnclaimedAnswers
 from flexpert.cluster.hosts.host_ranks import HostRanks
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.memory_budget import MemoryBudget
+from flexpert.cluster.operation import TargetRequest
 from flexpert.cluster.phase_clock import CHANGES
 from flexpert.cluster.processes.early_fork_server import EarlyForkServer, for_children
 from flexpert.cluster.processes.helper import ForkedHelper, OnEnd, OnMessage
@@ -33,9 +37,25 @@ from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
 from flexpert.cluster.processes.spare_ranks import SpareRanks
 from flexpert.cluster.processes.transport import Transport
+from flexpert.cluster.progress_watch import ProgressWatch
 from flexpert.cluster.rank_store import RankStore
+from flexpert.cluster.rank_takeover import RankTakeover
+from flexpert.cluster.resumption import restore_requests, worth_keeping
+from flexpert.cluster.saved_state import (
+    SavedCluster,
+    SavedOperation,
+    SavedRequest,
+    SavedState,
+)
 from flexpert.cluster.service_metrics import Metrics
-from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, Readiness
+from flexpert.cluster.state_directory import StateDirectory
+from flexpert.cluster.views import (
+    ClusterEvent,
+    ClusterView,
+    OperationView,
+    Readiness,
+    ServiceState,
+)
 from flexpert.comm import PeerUnreachable
 from flexpert.comm.host.liveness import watch
 from flexpert.config import Config
@@ -55,12 +75,15 @@ from flexpert.models.source import ModelInfo, ModelSource
 
 log = logging.getLogger("flexpert")
 
+_ATTACH_S = 10.0  # for ranks to answer another head, between two of their steps
+
 
 class Head:
     """One service. All methods are called on its event loop.
 
     fork_server: one that was started before the head's own imports, for `start` to take; who
     started it ends it if `start` does not come so far.
+    state: the directory that the settings name, locked; default: it is locked by `start`.
     info, tokenizer, model_name: of the model; set by `start`. tokenizer: None if the settings leave
     it out. opened: they are there, and ranks are
     being started.
@@ -74,8 +97,20 @@ class Head:
     tokenizer: Any
     model_name: str
 
-    def __init__(self, config: Config, *, fork_server: EarlyForkServer | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        fork_server: EarlyForkServer | None = None,
+        state: StateDirectory | None = None,
+    ) -> None:
         self.config = config
+        self._directory = state
+        self._state: HeadState | None = None
+        self._takeover: RankTakeover | None = None
+        self._taking_over = False
+        self._unclaimed = UnclaimedAnswers(self._forget)
+        self._published: Counter[int] = Counter()  # reports of tokens, of each rank's process
         self._early = fork_server
         self.failure: FlexpertError | None = None
         self.on_failure: Callable[[FlexpertError], None] | None = None
@@ -87,7 +122,7 @@ class Head:
         self._coordinator: Coordinator | None = None
         self._listeners = Listeners()
         self._numbers = itertools.count(1)
-        self._serving = False
+        self._serving = self._has_served = False
         self._stopping = asyncio.Lock()
         self._stopped = False
         self.opened = asyncio.Event()
@@ -109,6 +144,8 @@ class Head:
         self._rank_store = RankStore()
         self.metrics = Metrics(self._rank_views, lambda: self._epoch, lambda: len(self._journal))
         self.registry = self.metrics.registry
+        self._id = secrets.token_hex(8)
+        self._progress = ProgressWatch(cluster.wedged_timeout, time.monotonic)
 
     # ---- life -------------------------------------------------------------------------------
 
@@ -123,14 +160,23 @@ class Head:
         watch = Stopwatch()
         watch.laps["before"] = time.monotonic() - began
         try:
+            saved = await asyncio.to_thread(self._open_state)
+            self._taking_over = saved is not None
             await asyncio.to_thread(check_device, self.config.engine)
             await self._hosts.connect(tell)
-            tell(f"opening model {self.config.model.model!r}, starting the fork server")
+            directory = self._state.directory if self._state and saved else None
+            if directory is not None and not directory.ranks_wait:
+                directory = None
+            how = "taking its ranks over" if directory else "starting the fork server"
+            tell(f"opening model {self.config.model.model!r}, {how}")
             self._transport = Transport(self._on_report, self._on_cut_off, self._on_disconnected)
             self._launcher = LocalLauncher(self._on_exit, self._early)
-            source, _ = await asyncio.gather(
+            timeout_s = self.config.cluster.start_timeout
+            source, living = await asyncio.gather(
                 asyncio.to_thread(open_source, self.config),
-                self._launcher.start(self.config, self.config.cluster.start_timeout),
+                self._launcher.take_over(self.config, directory.connect, timeout_s)
+                if directory
+                else self._launcher.start(self.config, timeout_s),
             )
             watch.lap("model and fork server")
             self.info, engine = source.info, self.config.engine
@@ -148,9 +194,15 @@ class Head:
             if self._hosts.starts_all:
                 await self._hosts.listen(source, tell)
                 await self._hosts.check_room(ranks)
-            if ranks:
+            if ranks and saved is None:
                 tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
-            first = self._coordinator.begin_first(ranks)
+            if self._state is not None:
+                self._state.start(self._on_written, self._everything, self._warn_unsaved)
+            if saved is not None and saved.cluster is not None:
+                first = None
+                await self._take_over(saved, saved.cluster, living or frozenset())
+            else:
+                first = self._coordinator.begin_first(ranks)
             self.tokenizer = await tokenizer
             self.info = with_end_tokens(self.info, self.tokenizer)
             self.opened.set()
@@ -162,7 +214,7 @@ class Head:
         except BaseException:
             await self.stop()
             raise
-        self._serving = True
+        self._serving = self._has_served = True
         self._cache = ExpertCacheManager(self.config, source, self)
         self._cache.start()
         self._spares.run()
@@ -173,6 +225,89 @@ class Head:
             if memory:
                 tell(f"rank {rank.id} (pid {rank.pid}): {memory}")
         tell(f"serving after {time.monotonic() - began:.1f} s")
+
+    def _open_state(self) -> SavedState | None:
+        """Raises: ConfigError, ModelError"""
+        if self.config.cluster.state_dir is None:
+            return None
+        self._state = HeadState(self.config, self._directory)
+        self._journal.log = self._state.store
+        return self._state.saved
+
+    async def _take_over(
+        self, saved: SavedState, record: SavedCluster, living: frozenset[int]
+    ) -> None:
+        """Go on with the ranks and requests of another head."""
+        assert self._launcher is not None
+        assert self._transport is not None
+        assert self._coordinator is not None
+        assert self._state is not None
+        done = asyncio.Event()
+        takeover = self._takeover = RankTakeover(
+            attach=self._attach,
+            kill=self._launcher.kill,
+            call_later=self.call_later,
+            done=done.set,
+        )
+        limit_s = max(_ATTACH_S, 5 * self.config.cluster.stall_timeout)
+        takeover.begin(living, worth_keeping(record), limit_s)
+        await done.wait()
+        self._listeners.resume(record.events)
+        journal, store = self._journal, self._state.store
+        attached = takeover.attached
+        entries, foreign = restore_requests(journal, saved.requests, attached, self._cancel)
+        numbers = [0]
+        for entry in entries:
+            sequence = entry.request
+            self._unclaimed.add(entry.stream, sequence.prompt, sequence.params)
+            if entry.finished:
+                store.ended(sequence.id)
+            number = sequence.id.rpartition("-")[2]
+            numbers.append(int(number) if number.isdecimal() else 0)
+        # some that were not written down may have been given since
+        self._numbers = itertools.count(max(numbers) + 2**20)
+        self._takeover = None
+        hellos = {rank: told.hello for rank, told in attached.items()}
+        for rank, told in attached.items():
+            self._published[rank] = told.persisted + len(told.published)
+            store.mark(rank, self._published[rank])
+        for rank, refused in foreign.items():
+            self._send(rank, msg.Abort(refused))
+        self._coordinator.restore(record, saved.operations, hellos)
+        self._taking_over = False
+        for rank, hello in hellos.items():
+            self._watch(rank, hello.life)
+        for rank, report in takeover.pending:
+            self._on_report(rank, report)
+        self._admission.admit_waiting()
+        self.call_later(state_store.KEPT_S, self._unclaimed.expire)
+        log.warning(
+            "another head's service goes on: ranks %s, %d requests",
+            sorted(hellos) or "none",
+            len(journal),
+        )
+
+    def _attach(self, rank: int) -> None:
+        """Give a running rank a connection to this head."""
+        assert self._launcher is not None
+        assert self._transport is not None
+        self._launcher.attach(rank, self._transport.open(rank))
+        self._transport.send(rank, msg.Attach())
+
+    def _on_written(self, rank: int, count: int) -> None:
+        self._send(rank, msg.Persisted(count))
+
+    def _everything(self) -> tuple[list[SavedOperation], list[SavedRequest]]:
+        requests = [SavedRequest(*one) for one in self._journal.requests()]
+        return self._need_coordinator().save_all(), requests
+
+    def _warn_unsaved(self, text: str) -> None:
+        data: dict[str, object] = {"error": text}
+        self.publish(ClusterEvent(kind="warning", time=time.time(), data=data))
+
+    def _forget(self, sequence_id: str) -> None:
+        if self._state is not None:
+            self._state.store.closed(sequence_id)
 
     def _tokenizer_of(self, source: ModelSource) -> Any:
         return None if self.config.model.skip_tokenizer_init else source.tokenizer()
@@ -194,6 +329,15 @@ class Head:
                 await self._stop(drain_s)
 
     async def _stop(self, drain_s: float) -> None:
+        if self._taking_over:  # it has failed; the ranks wait for another head
+            self._stopped = True
+            if self._launcher:
+                self._launcher.leave()
+            if self._transport:
+                self._transport.close()
+            if self._state:
+                self._state.close(remove=False)
+            return
         deadline = time.monotonic() + drain_s
         while len(self._journal) and not self.failure and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
@@ -213,21 +357,35 @@ class Head:
             await self._launcher.close()
         if self._transport:
             self._transport.close()
+        if self._state:
+            self._state.close(remove=True)
 
     def readiness(self) -> Readiness:
         """Whether requests are answered now; they are throughout every change of the ranks."""
         if self.failure is not None:
-            return Readiness(live=False, ready=False, reason=str(self.failure))
-        if not self._serving or self._coordinator is None:
-            return Readiness(ready=False, reason="the service does not accept requests")
-        if self._coordinator.down is not None:
-            return Readiness(ready=False, reason=self._coordinator.down)
-        if not self._coordinator.admitting:
-            return Readiness(ready=False, reason="no rank is up")
+            return Readiness(live=False, ready=False, reason=str(self.failure), state="failed")
+        coordinator = self._coordinator
+        if not self._serving or coordinator is None:
+            state: ServiceState = "stopping" if self._has_served else "starting"
+            closed = "the service does not accept requests"
+            return Readiness(ready=False, reason=closed, state=state)
+        if coordinator.down is not None:
+            self._progress.made()
+            return Readiness(ready=False, reason=coordinator.down, state="down")
+        if not coordinator.admitting:
+            return Readiness(ready=False, reason="no rank is up", state="down")
         if self.impaired:
             reason = "; ".join(f"{part}: {why}" for part, why in sorted(self.impaired.items()))
-            return Readiness(ready=False, reason=reason)
-        return Readiness()
+            return Readiness(ready=False, reason=reason, state="impaired")
+        if coordinator.recovering:
+            self._progress.made()
+            return Readiness(state="recovering")
+        stuck_s = self._progress.stuck_s(len(self._journal))
+        if stuck_s is not None:
+            reason = f"{len(self._journal)} requests wait, and no step was done in {stuck_s:.0f} s"
+            return Readiness(ready=False, reason=reason, state="wedged")
+        waits = any(rank.waiting for rank in coordinator.ranks()) or self._journal.waiting()
+        return Readiness(state="busy" if waits else "ready")
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -242,8 +400,14 @@ class Head:
         if not self._serving or self._coordinator is None:
             raise ServiceStopped("the service does not accept requests now")
         params = self._resolve(prompt, params)
+        if request_id is not None:
+            again = self._unclaimed.claim(request_id, prompt, params)
+            if again is not None:
+                return again
         sequence_id = f"{request_id or 'seq'}-{next(self._numbers)}"
         eos = () if params.ignore_eos else self.info.eos_token_ids
+        if not len(self._journal):
+            self._progress.made()
         entry = self._journal.open(sequence_id, prompt, params, eos, self._cancel)
         self.metrics.prompt_tokens.inc(len(prompt))
         self._admission.admit(entry)
@@ -288,6 +452,11 @@ class Head:
             down=coordinator.down,
             spares=self._spares.views(),
             hosts=self._hosts.views(),
+            gone=coordinator.gone(),
+            head=self._id,
+            cursor=self._listeners.latest,
+            resumable=self._state is not None and self._state.store.failure is None,
+            unsaved=self._state.store.failure if self._state else None,
         )
 
     def begin_operation(
@@ -297,16 +466,24 @@ class Head:
         add: int = 0,
         remove: Sequence[int] = (),
         join: Sequence[int] = (),
+        operation_id: str | None = None,
     ) -> OperationView:
         """Start a change; see `Coordinator.begin`.
 
         Raises:
             OperationConflict, OperationRefused
         """
-        return self._need_coordinator().begin(ranks=ranks, add=add, remove=remove, join=join)
+        return self._need_coordinator().begin(
+            ranks=ranks, add=add, remove=remove, join=join, operation_id=operation_id
+        )
 
     async def request_operation(
-        self, *, ranks: int | None = None, add: int = 0, remove: Sequence[int] = ()
+        self,
+        *,
+        ranks: int | None = None,
+        add: int = 0,
+        remove: Sequence[int] = (),
+        operation_id: str | None = None,
     ) -> OperationView:
         """As `begin_operation`, once it is known that there is room for the newcomers.
 
@@ -314,10 +491,20 @@ class Head:
             OperationConflict, OperationRefused
         """
         coordinator = self._need_coordinator()
+        if operation_id is not None:
+            request = TargetRequest(ranks, add, tuple(sorted(remove)))
+            repeated = coordinator.repeated(operation_id, request)
+            if repeated is not None:
+                return repeated
         if self._hosts.starts_all and coordinator.idle:
             newcomers = coordinator.newcomers(ranks=ranks, add=add, remove=remove)
             await self._hosts.check_room(len(newcomers))
-        return self.begin_operation(ranks=ranks, add=add, remove=remove)
+        return self.begin_operation(ranks=ranks, add=add, remove=remove, operation_id=operation_id)
+
+    @property
+    def latest_request(self) -> OperationView | None:
+        """The latest change that somebody asked for."""
+        return self._need_coordinator().latest_request
 
     def operation(self, operation_id: str) -> OperationView:
         """Raises UnknownOperation."""
@@ -333,9 +520,14 @@ class Head:
         await operation.over.wait()
         return operation.view()
 
-    def events(self) -> AsyncIterator[ClusterEvent]:
-        """What happens from now on, until the service stops; see `Listeners.events`."""
-        return self._listeners.events()
+    def events(self, since: int | None = None) -> AsyncIterator[ClusterEvent]:
+        """What happens from now on, or after the event of that number, until the service stops; see
+        `Listeners.events`."""
+        return self._listeners.events(since)
+
+    def check_cursor(self, since: int) -> None:
+        """Raises: CursorLost: what came after the event of that number is not known any more."""
+        self._listeners.check(since)
 
     def _need_coordinator(self) -> Coordinator:
         if self._coordinator is None:
@@ -497,6 +689,23 @@ class Head:
         if self.on_failure:
             self.on_failure(self.failure)
 
+    @property
+    def saves(self) -> bool:
+        return self._state is not None
+
+    def save_cluster(self, record: SavedCluster, *, urgent: bool) -> None:
+        if self._state is not None:
+            numbered = msgspec.structs.replace(record, events=self._listeners.latest)
+            self._state.save_cluster(numbered, urgent=urgent)
+
+    def save_operation(self, record: SavedOperation, *, urgent: bool) -> None:
+        if self._state is not None:
+            self._state.store.operation(record, urgent=urgent)
+
+    def forget_operation(self, operation_id: str) -> None:
+        if self._state is not None:
+            self._state.store.forget_operation(operation_id)
+
     def impair(self, part: str, why: str | None) -> None:
         if why is None:
             self.impaired.pop(part, None)
@@ -513,6 +722,9 @@ class Head:
     def _on_report(self, rank: int, report: msg.Report) -> None:
         if self._coordinator is None:
             return
+        if self._takeover is not None:
+            self._takeover.on_report(rank, report)
+            return
         if rank in self._spares:
             self._spares.on_report(rank, report)
             return
@@ -520,6 +732,7 @@ class Head:
             case msg.Hello():
                 self._watch(rank, report.life)
             case msg.Published(events, _):
+                self._progress.made()
                 journal = self._journal
                 before = journal.tokens_published
                 degraded = journal.tokens_degraded, journal.answers_degraded
@@ -532,6 +745,9 @@ class Head:
                 self.metrics.tokens.inc(journal.tokens_published - before)
                 self.metrics.degraded_tokens.inc(journal.tokens_degraded - degraded[0])
                 self.metrics.degraded_sequences.inc(journal.answers_degraded - degraded[1])
+                if self._state is not None:
+                    self._published[rank] += 1
+                    self._state.store.mark(rank, self._published[rank])
             case msg.StoreRequest(number):
                 value = self._rank_store.answer(rank, report)
                 self._send(rank, msg.StoreAnswer(number, value))
@@ -545,7 +761,9 @@ class Head:
         self._coordinator.on_report(rank, report)
 
     def _on_cut_off(self, rank: int, why: str) -> None:
-        if rank in self._spares:
+        if self._takeover is not None:
+            self._takeover.on_lost(rank)
+        elif rank in self._spares:
             self._spares.on_cut_off(rank, why)
         elif self._coordinator and not self._stopped:
             self._coordinator.expel(rank, why)
@@ -574,7 +792,9 @@ class Head:
             self._on_disconnected(rank)
 
     def _on_disconnected(self, rank: int) -> None:
-        if rank in self._spares:
+        if self._takeover is not None:
+            self._takeover.on_lost(rank)
+        elif rank in self._spares:
             self._spares.on_disconnected(rank)
         elif self._coordinator and not self._stopped:
             self._coordinator.on_disconnected(rank)
@@ -585,6 +805,10 @@ class Head:
         if self._transport:
             self._transport.drain(rank)
             self._transport.forget(rank)
+        self._published.pop(rank, None)
+        if self._takeover is not None:
+            self._takeover.on_exit(rank)
+            return
         if rank in self._spares:
             how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
             if not self._spares.on_exit(rank, why or how):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from flexpert.cluster.saved_state import SavedCluster, SavedOperation
 from flexpert.cluster.views import ClusterEvent
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import HeldKV, KVMigration
@@ -91,6 +92,17 @@ class HeadInterface(Protocol):
         ...
 
     def publish(self, event: ClusterEvent) -> None: ...
+    @property
+    def saves(self) -> bool:
+        """Whether what is known is written down for another head."""
+        ...
+
+    def save_cluster(self, record: SavedCluster, *, urgent: bool) -> None:
+        """urgent: it is written when this returns."""
+        ...
+
+    def save_operation(self, record: SavedOperation, *, urgent: bool) -> None: ...
+    def forget_operation(self, operation_id: str) -> None: ...
     def impair(self, part: str, why: str | None) -> None:
         """A part of the service does not do its work now, or does again (None)."""
         ...

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
+from typing import Protocol
 
 import msgspec
 
@@ -35,12 +36,13 @@ class Entry:
     rank: where it runs; None while no rank has it. said: tokens it had said when that rank took it.
     destination: where its KV has been copied to, while its rank leaves. on_trial: it may be what
     terminates ranks, and that rank tells when it begins with it.
-    degraded: some of what it has said was computed without some experts.
+    degraded: some of what it has said was computed without some experts. finished: all is said.
     """
 
     __slots__ = (
         "degraded",
         "destination",
+        "finished",
         "generated",
         "on_trial",
         "rank",
@@ -58,6 +60,7 @@ class Entry:
         self.destination: int | None = None
         self.degraded = False
         self.on_trial = False
+        self.finished = False
 
     def resume(self) -> RequestSequence:
         """The sequence as the next rank must receive it."""
@@ -111,10 +114,19 @@ class TokenStream:
             yield item
 
 
+class JournalLog(Protocol):
+    """Who writes the journal down."""
+
+    def opened(self, sequence: RequestSequence) -> None: ...
+    def published(self, event: TokenEvent) -> None: ...
+    def closed(self, sequence_id: str) -> None: ...
+
+
 class Journal:
     """All unfinished sequences; decides which rank runs what.
 
     Its memory is bounded: at most `limit` of them, each as long as the model's context.
+    log: what is told of every change, so that another head may go on with it; None: nobody.
     on_trial_over: sequences that waited because of a suspect may run; see `quarantine`.
     kv_tokens: how many tokens the KV cache of a rank holds; set before the first rank leaves.
     tokens_published, tokens_degraded: since the start; the latter were computed without some
@@ -128,6 +140,7 @@ class Journal:
         self._by_rank: dict[int, set[str]] = {}
         self._quarantine = Quarantine()
         self.on_trial_over: Callable[[], None] = lambda: None
+        self.log: JournalLog | None = None
         self.tokens_published = 0
         self.tokens_degraded = 0
         self.answers_degraded = 0
@@ -166,7 +179,48 @@ class Journal:
             id=sequence_id, prompt=prompt, generated=[], params=params, eos=eos
         )
         entry = self._entries[sequence_id] = Entry(request, stream)
+        if self.log:
+            self.log.opened(request)
         return entry
+
+    def restore(
+        self, request: RequestSequence, events: list[TokenEvent], on_cancel: Callable[[str], None]
+    ) -> Entry:
+        """An entry of another head, whose stream begins anew; see `catch_up`, `place`."""
+        entry = Entry(request, TokenStream(request.id, on_cancel))
+        self._entries[request.id] = entry
+        for event in events:
+            self._append(entry, event)
+        return entry
+
+    def place(self, sequence_id: str, rank: int) -> bool:
+        """A rank that was taken over runs this sequence; False: it must not."""
+        entry = self._entries.get(sequence_id)
+        if entry is None or entry.rank not in (None, rank):
+            return False
+        entry.rank, entry.said = rank, len(entry.generated)
+        self._by_rank.setdefault(rank, set()).add(sequence_id)
+        return True
+
+    def catch_up(self, event: TokenEvent) -> None:
+        """Tokens that ranks have published while there was no head."""
+        entry = self._entries.get(event.id)
+        if entry is not None and event.position == len(entry.generated):
+            if self.log:
+                self.log.published(event)
+            self._append(entry, event)
+
+    def requests(self) -> list[tuple[RequestSequence, list[TokenEvent]]]:
+        """All that is unfinished, for another head; tokens without what was told with them."""
+        return [
+            (
+                entry.request,
+                [TokenEvent(name, 0, list(entry.generated), None, None, entry.degraded)]
+                if entry.generated
+                else [],
+            )
+            for name, entry in self._entries.items()
+        ]
 
     def assign(self, entry: Entry, ranks: Iterable[int]) -> int | None:
         """Give a sequence to the rank with the fewest.
@@ -277,6 +331,8 @@ class Journal:
         cleared = self._quarantine.cleared(sequence_id)
         entry = self.release(sequence_id)
         self._entries.pop(sequence_id, None)
+        if self.log and entry and not entry.finished:
+            self.log.closed(sequence_id)
         if cleared:
             self.on_trial_over()
         return entry
@@ -316,14 +372,22 @@ class Journal:
                 f"after token {len(entry.generated)} of {event.id} it publishes token "
                 f"{event.position}, finish {event.finish!r}"
             )
-        entry.generated += event.tokens
+        if self.log:
+            self.log.published(event)
         cleared = self._quarantine.cleared(event.id)
+        self._append(entry, event)
+        if cleared:
+            self.on_trial_over()
+
+    def _append(self, entry: Entry, event: TokenEvent) -> None:
+        entry.generated += event.tokens
         self.tokens_published += len(event.tokens)
         if event.degraded:
             self.tokens_degraded += len(event.tokens)
             self.answers_degraded += not entry.degraded
             entry.degraded = True
         if event.finish is not None:
+            entry.finished = True
             self.close(event.id)
         entry.stream.put(
             Delta(
@@ -335,8 +399,6 @@ class Journal:
                 cached=event.cached,
             )
         )
-        if cleared:
-            self.on_trial_over()
 
     def waiting(self) -> list[Entry]:
         """Sequences that no rank runs, oldest first."""

@@ -66,6 +66,7 @@ class EventKind(Enum):
     HALTED = "halted"  # a survivor's process has heard the halt
     HALT_DEADLINE = "halt deadline"  # that took too long
     ALL_EXITED = "all exited"  # no rank's process is left
+    RESUMED = "resumed"  # another head has taken the ranks over
 
 
 class Do(Enum):
@@ -284,6 +285,20 @@ RULES = RuleTable[Phase, EventKind, Do](
             Rule(phase, K.BROKEN, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _participant)
             for phase in (P.IDLE, P.SPAWN, P.LOAD, P.MIGRATE, P.UNDO, P.COMMIT, P.RELEASE)
         ),
+        # another head: what the ranks were about is not known for certain, so all of them stop and
+        # enter an epoch of their own, without those that ended meanwhile
+        *(
+            Rule(phase, K.RESUMED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE))
+            for phase in (
+                P.SPAWN,
+                P.LOAD,
+                P.MIGRATE,
+                P.COMMIT,
+                P.RELEASE,
+                P.UNDO,
+                P.RECOVER,
+            )
+        ),
         Rule(P.RECOVER, K.PREPARED, P.COMMIT, (Do.COMMIT,), _all_reported),
         Rule(P.RECOVER, K.EXITED, P.RECOVER, (), _exiting),
         Rule(P.RECOVER, K.FAILED, P.RECOVER, (Do.ABANDON, Do.HALT, Do.PREPARE), _may_retry),
@@ -315,7 +330,7 @@ RULES = RuleTable[Phase, EventKind, Do](
 )
 
 # Events after which a rank is lost, or may be.
-_LOSSES = {EventKind.DISCONNECTED, EventKind.EXITED, EventKind.BROKEN}
+_LOSSES = {EventKind.DISCONNECTED, EventKind.EXITED, EventKind.BROKEN, EventKind.RESUMED}
 
 # Phases from which a loss keeps the change's outcome: some ranks may have switched already.
 _POINT_OF_NO_RETURN = {Phase.COMMIT, Phase.RELEASE, Phase.RECOVER}
@@ -373,6 +388,40 @@ class Membership:
         self._epochs_used += 1
         self.change = Change(self._epochs_used, self.members, after)
         return self.handle(MembershipEvent(EventKind.BEGIN, target=after))
+
+    @property
+    def epochs_used(self) -> int:
+        """How many epochs were begun; numbers are never used again."""
+        return self._epochs_used
+
+    def restore(
+        self,
+        epoch: int,
+        epochs_used: int,
+        members: frozenset[int],
+        phase: Phase,
+        change: Change | None,
+        gone: Iterable[int],
+    ) -> bool:
+        """The books of another head, whose ranks are taken over; `RESUMED` follows.
+
+        gone: ranks whose processes have ended since. Returns whether somebody can go on; if not,
+        nothing is restored but the numbers.
+        """
+        if change is None or phase is Phase.IDLE:
+            phase, change = Phase.RELEASE, Change(epoch, members, members)
+        change.gone |= set(gone)
+        stay = change.after if phase in _POINT_OF_NO_RETURN else change.before
+        self._epochs_used = epochs_used
+        self.epoch = epoch
+        if phase is Phase.LOST or not stay - change.gone:
+            return False
+        self.members, self.phase, self.change = members, phase, change
+        return True
+
+    def lose(self, somebody_is_left: bool) -> None:
+        """Of another head's ranks nobody can go on: what is left is ended, then all begins anew."""
+        self.phase = Phase.LOST if somebody_is_left else Phase.IDLE
 
     def handle(self, event: MembershipEvent) -> list[Do]:
         """Keep the books of an event and return what must be done, in order."""

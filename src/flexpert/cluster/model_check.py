@@ -210,7 +210,9 @@ def _files(source: ModelSource) -> CheckedFiles:
 
 
 def _in_memory(source: ModelSource) -> dict[str, str]:
-    return {"dense": _name(source.info.dtype), "experts": _name(source.expert_shape().dtype)}
+    weights = source.expert_shape().weights
+    experts = _name(weights) if isinstance(weights, torch.dtype) else weights.name
+    return {"dense": _name(source.info.dtype), "experts": experts}
 
 
 def _name(dtype: torch.dtype) -> str:

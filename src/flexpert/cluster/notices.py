@@ -45,6 +45,8 @@ class Notices:
     def operation(self, operation: Operation) -> None:
         """How an operation goes on, or ended."""
         view = operation.view()
+        if self._head.saves:
+            self._head.save_operation(operation.record(), urgent=False)
         if operation.over.is_set():
             level = logging.WARNING if view.state == "failed" else logging.INFO
             log.log(level, "%s: %s", view.id, outcome_line(view))

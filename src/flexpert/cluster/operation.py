@@ -7,8 +7,8 @@ import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
+from flexpert.cluster.saved_state import Purpose, SavedOperation, SavedTarget
 from flexpert.cluster.views import OperationState, OperationView
 from flexpert.errors import OperationRefused
 
@@ -21,6 +21,18 @@ _PROGRESS = {
     "release": 0.95,
     "undo": 0.0,
 }
+
+
+# of an operation's view, what adds up while it runs
+_COUNTED = (
+    "moved_experts",
+    "copied_experts",
+    "moved_requests",
+    "moved_with_kv",
+    "moved_kv_bytes",
+    "recomputed_tokens",
+    "pause_ms",
+)
 
 
 def resolve_target(
@@ -83,12 +95,23 @@ def resolve_target(
 @dataclass(frozen=True, slots=True)
 class TargetRequest:
     """What somebody asked for: a number of ranks, or how many join and which leave; or that a host
-    has joined, whose rank has this id."""
+    has joined, whose rank has this id.
+
+    exactly: what that came to with the head before, which has begun it.
+    """
 
     ranks: int | None
     add: int
     remove: tuple[int, ...]
     join: tuple[int, ...] = ()
+    exactly: frozenset[int] = frozenset()
+
+    def __str__(self) -> str:
+        if self.join:
+            return f"ranks {list(self.join)} join"
+        if self.ranks is not None:
+            return f"{self.ranks} ranks"
+        return f"{self.add} more, without {list(self.remove)}"
 
     def resolve(
         self,
@@ -98,6 +121,8 @@ class TargetRequest:
         leave_order: Sequence[int] | None = None,
     ) -> frozenset[int]:
         """See `resolve_target`."""
+        if self.exactly:
+            return self.exactly
         return resolve_target(
             members,
             capacity,
@@ -122,17 +147,12 @@ class TargetRequest:
             return False
 
 
-class Purpose(Enum):
-    """Why a change runs."""
-
-    REQUEST = "request"
-    RECOVERY = "recovery"
-    RESTART = "restart"
-    RELOAD = "reload"
-
-
 class Operation:
-    """A change under way or over; `view` is its JSON. reason: why the head began it by itself."""
+    """A change under way or over; `view` is its JSON.
+
+    reason: why the head began it by itself. operation_id: the caller's own id of it; None: it gets
+    one. request: what was asked for, of a change that somebody asked for.
+    """
 
     def __init__(
         self,
@@ -141,8 +161,14 @@ class Operation:
         epoch: int,
         reason: str | None = None,
         purpose: Purpose = Purpose.REQUEST,
+        *,
+        request: TargetRequest | None = None,
+        operation_id: str | None = None,
     ) -> None:
-        self.id = f"op-{secrets.token_hex(4)}"
+        self.id = operation_id or f"op-{secrets.token_hex(4)}"
+        self.own_id = operation_id is not None
+        self.request = request
+        self.begun = False
         self.before = before
         self.after = after
         self.epoch = epoch
@@ -163,6 +189,40 @@ class Operation:
         self.created = time.time()
         self.over = asyncio.Event()
         self._phase_began = time.monotonic()
+
+    @classmethod
+    def restored(cls, record: SavedOperation) -> Operation:
+        """As another head has left it."""
+        view, asked = record.view, record.request
+        request = (
+            None
+            if asked is None
+            else TargetRequest(asked.ranks, asked.add, tuple(asked.remove), tuple(asked.join))
+        )
+        operation = cls(
+            record.before,
+            frozenset(view.target),
+            view.epoch,
+            view.reason,
+            record.purpose,
+            request=request,
+            operation_id=view.id,
+        )
+        operation.own_id, operation.created = view.own_id, view.created
+        operation.begun, operation.state = record.begun, view.state
+        operation.phases = dict(view.phases)
+        for name in _COUNTED:
+            setattr(operation, name, getattr(view, name))
+        if view.state in ("done", "failed", "cancelled"):
+            operation.end(view.state, view.error)
+        return operation
+
+    def record(self) -> SavedOperation:
+        """For another head."""
+        asked, request = self.request, None
+        if asked is not None:
+            request = SavedTarget(asked.ranks, asked.add, asked.remove, asked.join)
+        return SavedOperation(self.view(), self.before, self.purpose, request, self.begun)
 
     @property
     def automatic(self) -> bool:
@@ -215,4 +275,5 @@ class Operation:
             error=self.error,
             reason=self.reason,
             created=self.created,
+            own_id=self.own_id,
         )

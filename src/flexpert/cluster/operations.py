@@ -11,6 +11,7 @@ from flexpert.cluster.formatting import describe_change
 from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
 from flexpert.cluster.operation import Operation, TargetRequest
 from flexpert.cluster.reconciliation import Activity, ActivityEvent, ActivityKind
+from flexpert.cluster.saved_state import SavedOperation
 from flexpert.cluster.views import OperationView
 from flexpert.errors import OperationConflict, OperationRefused, UnknownOperation
 from flexpert.moe.placement import Placement, loads
@@ -32,43 +33,69 @@ class Operations:
 
     # ---- asked for --------------------------------------------------------------------------
 
-    def begin(
-        self,
-        *,
-        ranks: int | None = None,
-        add: int = 0,
-        remove: Sequence[int] = (),
-        join: Sequence[int] = (),
-    ) -> OperationView:
+    def begin(self, request: TargetRequest, operation_id: str | None = None) -> OperationView:
         """Start a change, or return the running one with the same target.
 
         One that the head began by itself makes way: it is withdrawn if it can be, and this one
         begins after it.
 
+        operation_id: the caller's own. What has it already, running or over, is returned; if there
+        is none, a change of this id begins, and none of another id is taken for it.
+
         Raises:
-            OperationRefused: it can never be reached. OperationConflict: another one runs.
+            OperationRefused: it can never be reached. OperationConflict: another one runs, or was
+            asked for with this id.
         """
         cluster = self._cluster
+        if operation_id is not None:
+            found = self.repeated(operation_id, request)
+            if found is not None:
+                return found
         self._check_open()
-        request = TargetRequest(ranks, add, tuple(remove), tuple(join))
         running = cluster.operation
         if running is None:
-            return self._begin(self._resolve(request, cluster.members), request).view()
+            target = self._resolve(request, cluster.members)
+            return self._begin(target, request, operation_id).view()
         if cluster.queued is not None:
             running, queued = cluster.queued
-            if queued == request:
+            if queued == request and operation_id is None:
                 return running.view()
-        elif self._same_target(running, request):
-            if running.automatic:
-                cluster.memory_budget.check((), cluster.plan(running.after), cluster.placement)
-                cluster.restart_policy.set_desired(running.after)
-            return running.view()
         elif running.automatic:
-            return self._queue(request).view()
+            if operation_id is not None or not self._same_target(running, request):
+                return self._queue(request, operation_id).view()
+            cluster.memory_budget.check((), cluster.plan(running.after), cluster.placement)
+            cluster.restart_policy.set_desired(running.after)
+            cluster.save(urgent=True)
+            return running.view()
+        elif operation_id is None and self._same_target(running, request):
+            return running.view()
         raise OperationConflict(
             f"operation {running.id} to ranks {sorted(running.after)} is running; "
             "wait for it or cancel it"
         )
+
+    def repeated(self, operation_id: str, request: TargetRequest) -> OperationView | None:
+        """What was asked for with this id before; None: nothing, as far as is known.
+
+        Raises: OperationConflict: it was something else.
+        """
+        found = self._operations.get(operation_id)
+        if found is None:
+            return None
+        if found.request != request:
+            asked = f"asked for with another target ({found.request})"
+            how = asked if found.request else "begun by the head itself"
+            raise OperationConflict(
+                f"operation {operation_id} was {how}, and is {found.state}; "
+                "another change needs another operation_id"
+            )
+        return found.view()
+
+    @property
+    def latest_request(self) -> OperationView | None:
+        """The latest change that somebody asked for."""
+        asked = [found for found in self._operations.values() if not found.automatic]
+        return asked[-1].view() if asked else None
 
     def newcomers(self, *, ranks: int | None, add: int, remove: Sequence[int]) -> frozenset[int]:
         """Who would join if this change began now. Raises: OperationRefused"""
@@ -78,7 +105,7 @@ class Operations:
     def begin_first(self, ranks: int) -> OperationView:
         """The change from nothing to the service's first ranks."""
         request = TargetRequest(ranks, 0, ())
-        return self._begin(frozenset(range(ranks)), request).view()
+        return self._begin(frozenset(range(ranks)), request, None).view()
 
     def cancel(self, operation_id: str) -> OperationView:
         """Withdraw a change that has not begun to commit.
@@ -106,7 +133,8 @@ class Operations:
             return self._operations[operation_id]
         except KeyError:
             raise UnknownOperation(
-                f"no operation {operation_id!r}; the last {_KEPT_OPERATIONS} are kept"
+                f"no operation {operation_id!r}; the last {_KEPT_OPERATIONS} that were asked for "
+                "are kept"
             ) from None
 
     def unfinished(self) -> list[Operation]:
@@ -122,9 +150,10 @@ class Operations:
         if cluster.reconciliation.state is Activity.CLOSED:
             raise OperationRefused("the service is stopping")
 
-    def _begin(self, target: frozenset[int], request: TargetRequest) -> Operation:
-        members = self._cluster.members
-        operation = Operation(members, target, self._cluster.membership.epoch)
+    def _begin(
+        self, target: frozenset[int], request: TargetRequest, operation_id: str | None
+    ) -> Operation:
+        operation = self._requested(target, request, operation_id)
         placement = self.prepare(operation, target)
         if placement is not None:
             self._cluster.events.post(
@@ -137,12 +166,18 @@ class Operations:
             )
         return operation
 
-    def _queue(self, request: TargetRequest) -> Operation:
+    def _requested(
+        self, target: frozenset[int], request: TargetRequest, operation_id: str | None
+    ) -> Operation:
+        members, epoch = self._cluster.members, self._cluster.membership.epoch
+        return Operation(members, target, epoch, request=request, operation_id=operation_id)
+
+    def _queue(self, request: TargetRequest, operation_id: str | None) -> Operation:
         cluster = self._cluster
         target = self._resolve(request, cluster.members)
-        operation = Operation(cluster.members, target, cluster.membership.epoch)
+        operation = self._requested(target, request, operation_id)
         operation.enter("waiting")
-        self._remember(operation)
+        self.remember(operation)
         cluster.events.post(
             ActivityEvent(
                 ActivityKind.REQUEST,
@@ -202,31 +237,45 @@ class Operations:
         if not operation.automatic:  # they may be what a loss has left, and too few
             cluster.memory_budget.check((), cluster.plan(target), cluster.placement)
         operation.end("done")
-        self._remember(operation)
+        self.remember(operation)
         if not operation.automatic:
             cluster.restart_policy.set_desired(target)
+            cluster.save(urgent=True)
         return None
 
     def launch(self, operation: Operation, placement: Placement) -> None:
         """Begin a change in the table of `membership.py`, where none runs."""
         cluster = self._cluster
         cluster.planned = placement
+        operation.begun = True
         operation.moved_experts = moved_experts(cluster.placement, placement)
         self.register(operation)
         cluster.events.post(MembershipEvent(EventKind.BEGIN, target=operation.after))
 
     def register(self, operation: Operation) -> None:
         """It is the one that runs."""
-        self._remember(operation)
+        self.remember(operation)
         self._cluster.operation = operation
         view = operation.view()
         because = f" ({view.reason})" if view.reason else ""
         log.info("%s: %s%s", view.id, describe_change(view), because)
 
-    def _remember(self, operation: Operation) -> None:
+    def records(self) -> list[SavedOperation]:
+        """Of all that are kept, for another head."""
+        return [operation.record() for operation in self._operations.values()]
+
+    def remember(self, operation: Operation) -> None:
+        """As many as are kept that somebody asked for, and as many that the head began: losses do
+        not make it forget what callers come back for."""
         self._operations[operation.id] = operation
-        while len(self._operations) > _KEPT_OPERATIONS:
-            self._operations.pop(next(iter(self._operations)))
+        alike = [k for k, o in self._operations.items() if o.automatic == operation.automatic]
+        for old in alike[:-_KEPT_OPERATIONS]:
+            del self._operations[old]
+            self._cluster.head.forget_operation(old)
+        if self._cluster.head.saves:
+            # whoever has asked for it is told, and may come back for it
+            urgent = not (operation.automatic or operation.over.is_set())
+            self._cluster.head.save_operation(operation.record(), urgent=urgent)
 
 
 def moved_experts(before: Placement | None, after: Placement) -> int:

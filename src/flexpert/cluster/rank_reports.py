@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 
 from flexpert.cluster.availability import Availability
 from flexpert.cluster.broken_links import GATHER_S, accusations, whom_to_give_up
@@ -11,6 +12,7 @@ from flexpert.cluster.cluster_state import ClusterState
 from flexpert.cluster.formatting import ids
 from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
 from flexpert.cluster.rank_state import RankState
+from flexpert.cluster.views import GoneRank
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import HeldKV
 from flexpert.engine.stopwatch import in_words
@@ -19,7 +21,6 @@ from flexpert.models.fusion_verdicts import MOST_BYTES
 log = logging.getLogger("flexpert")
 
 LIVES = ("preparing", "ready", "active")
-MOST_MACHINE = 300  # characters of a machine's name
 # Signals that a process brings upon itself.
 _FAULTS = {
     signal.SIGABRT,
@@ -146,6 +147,7 @@ class RankReports:
         stalled = rank_state is not None and rank_state.state == "stalled"
         gone: dict[str, object] = {
             "id": rank,
+            "instance": rank_state.instance if rank_state else "",
             "state": "gone",
             "pid": rank_state.pid if rank_state else 0,
             "status": status,
@@ -158,6 +160,15 @@ class RankReports:
         asked = not lost and (blameless or self._was_asked_to(rank))
         cluster.ranks.pop(rank, None)
         log.log(logging.INFO if asked else logging.WARNING, "%s", reason)
+        if rank_state is not None:
+            ended = GoneRank(
+                id=rank,
+                instance=rank_state.instance,
+                status=status,
+                asked=asked,
+                time=time.time(),
+            )
+            cluster.gone.append(ended)
         if asked:
             cluster.restart_policy.left(rank)
         else:
@@ -177,10 +188,7 @@ class RankReports:
     def _hello(self, rank_state: RankState, report: msg.Hello) -> None:
         if rank_state.state != "starting":
             raise msg.Contradiction(f"it says hello, and is {rank_state.state} already")
-        rank_state.pid, rank_state.host = report.pid, report.host
-        rank_state.machine = report.machine[:MOST_MACHINE]
-        rank_state.address, rank_state.kv = report.address, report.kv
-        rank_state.experts = report.experts
+        rank_state.introduce(report)
         if not self._cluster.verdicts and len(report.verdicts) <= MOST_BYTES:
             self._cluster.verdicts = report.verdicts
         log.debug("rank %d came up: %s", rank_state.id, in_words(report.laps))

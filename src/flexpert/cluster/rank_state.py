@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 
 from flexpert.cluster.interfaces import Work
@@ -9,12 +10,15 @@ from flexpert.cluster.views import RankStatus, RankView
 from flexpert.engine import rank_protocol as msg
 from flexpert.moe.placement import Placement
 
+MOST_MACHINE = 300  # characters of a machine's name
+
 
 @dataclass(slots=True)
 class RankState:
     """Kept by the coordinator from the start of the process to its certain exit."""
 
     id: int
+    instance: str = field(default_factory=lambda: secrets.token_hex(8))
     state: RankStatus = "starting"
     host: str = ""
     machine: str = ""  # ranks whose names are equal share memory
@@ -42,9 +46,17 @@ class RankState:
         """Whether it is lost, or is about to be."""
         return self.ended or self.suspect or self.state == "stalled"
 
-    def view(self, placement: Placement | None) -> RankView:
+    def introduce(self, hello: msg.Hello) -> None:
+        """What its process says of itself."""
+        self.pid, self.host = hello.pid, hello.host
+        self.machine = hello.machine[:MOST_MACHINE]
+        self.address, self.kv, self.experts = hello.address, hello.kv, hello.experts
+
+    def view(self, placement: Placement | None, *, safe_to_delete: bool) -> RankView:
         return RankView(
             id=self.id,
+            instance=self.instance,
+            safe_to_delete=safe_to_delete,
             state=self.state,
             host=self.host,
             machine=self.machine,

@@ -14,7 +14,7 @@ from flexpert.cluster.availability import (
 from flexpert.cluster.cluster_state import ClusterState
 from flexpert.cluster.interfaces import Timer
 from flexpert.cluster.membership import EventKind, MembershipEvent
-from flexpert.cluster.operation import Operation, Purpose
+from flexpert.cluster.operation import Operation
 from flexpert.cluster.operations import Operations
 from flexpert.cluster.phase_clock import PhaseClock
 from flexpert.cluster.reconciliation import (
@@ -23,6 +23,7 @@ from flexpert.cluster.reconciliation import (
     ActivityKind,
     Facts,
 )
+from flexpert.cluster.saved_state import Purpose
 from flexpert.errors import OperationRefused
 from flexpert.moe.placement import Placement
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from flexpert.cluster.operation import Operation, Purpose, TargetRequest
+from flexpert.cluster.operation import Operation, TargetRequest
 from flexpert.cluster.rule_table import Rule, RuleTable
+from flexpert.cluster.saved_state import Purpose
 from flexpert.moe.placement import Placement
 
 

@@ -13,6 +13,10 @@ RankStatus = Literal["starting", "preparing", "ready", "active", "leaving", "sta
 class RankView(msgspec.Struct, frozen=True, kw_only=True):
     """One rank. kv_used: share of KV blocks in use, 0 to 1.
 
+    instance: of this process: a later one of the same id has another. safe_to_delete: its process
+    may end now, and nobody misses it: no epoch has it any more, nobody reads its KV, and no change
+    waits for it.
+
     machine: ranks of one machine share memory, and replicas of an expert go to several; "" until
     the rank is up. over_nixl: ids of the ranks that it exchanges with over NIXL, and not through
     shared memory. wire_bytes: each of them → bytes written to it for exchanges, messages included,
@@ -31,6 +35,8 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     machine: str = ""
     over_nixl: list[int] = []
     wire_bytes: dict[int, int] = {}
+    instance: str = ""
+    safe_to_delete: bool = False
     running: int = 0
     waiting: int = 0
     kv_used: float = 0.0
@@ -73,7 +79,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     requests that are computed again, because there were no KV blocks for them or the leaver had
     died; at most so many, since prefixes that are in the cache by then are found.
     reason: why the head began it by itself (a rank was lost, or is replaced); None for a change
-    that was asked for.
+    that was asked for. own_id: its id is the caller's (`operation_id`).
     """
 
     id: str
@@ -95,6 +101,18 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     reason: str | None = None
     created: float = 0.0
+    own_id: bool = False
+
+
+class GoneRank(msgspec.Struct, frozen=True, kw_only=True):
+    """A rank whose process is certainly gone. status: exit code, or minus the signal. asked: it was
+    to go. time: when, in seconds since 1970."""
+
+    id: int
+    instance: str
+    status: int
+    asked: bool
+    time: float
 
 
 class SpareView(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,7 +135,10 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
 
     desired: the rank ids that the last change that was asked for left active. left_out: those of
     them that are not started again, because they kept dying. down: why nothing is computed now and
-    requests wait, or None.
+    requests wait, or None. gone: the latest 64 ranks that have ended, oldest first.
+    head: of this head's process: another one has another. cursor: the number of the latest event;
+    `GET /cluster/events?since=` it goes on from this view. resumable: another head could go on
+    with this service (`--state-dir`); unsaved: why it could not, though it was to be able to.
     """
 
     epoch: int
@@ -131,27 +152,45 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     down: str | None = None
     spares: list[SpareView] = []
     hosts: list[HostView] = []
+    gone: list[GoneRank] = []
+    head: str = ""
+    cursor: int = 0
+    resumable: bool = False
+    unsaved: str | None = None
 
 
 class ClusterEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `GET /cluster/events`.
 
     kind: "operation" (data: an OperationView), "epoch", "rank", "warning"; "overrun": the listener
-    was too slow, and this is the last one.
+    was too slow, and this is the last one. number: its place among all events of the service, from
+    1 on; 0: it has none, and is this listener's own.
     """
 
     kind: str
     time: float
     data: dict[str, Any]
+    number: int = 0
+
+
+ServiceState = Literal[
+    "ready", "busy", "recovering", "starting", "down", "impaired", "wedged", "stopping", "failed"
+]
 
 
 class Readiness(msgspec.Struct, frozen=True, kw_only=True):
     """live: the service may yet recover by itself. ready: requests are answered now; if not, reason
-    says why."""
+    says why.
+
+    state: "ready": it keeps up; "busy": so many requests run that others wait for them;
+    "recovering": the survivors of a loss enter a new epoch, requests wait for that. "wedged": there
+    is work, and none gets done, though nothing that is known is in the way.
+    """
 
     live: bool = True
     ready: bool = True
     reason: str | None = None
+    state: ServiceState = "ready"
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):

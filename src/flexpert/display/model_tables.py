@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flexpert.models.catalogue import ModelFamily, WeightFormat
+from flexpert.models.catalogue import ModelFamily, ServedFormat
 
 
 def show_models(
-    families: Sequence[ModelFamily], formats: Sequence[WeightFormat], version: str
+    families: Sequence[ModelFamily], formats: Sequence[ServedFormat], version: str
 ) -> None:
     """Print what is served. version: of transformers, of which the families are."""
     console = Console()

@@ -99,6 +99,9 @@ class RankEngine:
         several_machines: bool = False,
     ) -> None:
         """
+        on_attach, an attribute, is called between two steps when another head takes this rank
+        over.
+
         Args:
             capacity: ids that the windows have room for.
             report: called from several threads; see the module's docstring.
@@ -196,6 +199,7 @@ class RankEngine:
 
         self._queue: deque[Queued] = deque()
         self._wake = threading.Event()
+        self.on_attach: Callable[[], None] = lambda: None
         self._stopping = False
         self._turns = 0  # of the loop, and commands
         self._far: list[int] = []  # peers over NIXL, in the current epoch
@@ -210,6 +214,7 @@ class RankEngine:
             msg.Abort: self._abort,
             msg.Adopt: self._adopt,
             msg.Hold: self._hold,
+            msg.Attach: self._attach,
             msg.Stop: self._stop,
             PreparationEnded: self._preparation_ended,
             FetchEnded: self._transfer.fetch_ended,
@@ -325,6 +330,15 @@ class RankEngine:
     def _hold(self, command: msg.Hold) -> None:
         """The others are gone, and new ones may get their ids."""
         self.buffer.disconnect(set(self.buffer.connected) - set(command.members))
+
+    def _attach(self, command: msg.Attach) -> None:
+        """A new head: it is told what there is, when all that the one before has sent is done."""
+        self.on_attach()
+
+    @property
+    def sequences(self) -> list[str]:
+        """Ids of all that this rank has to compute; of the step loop's thread."""
+        return [*self.scheduler.ids, *self._intake.ids]
 
     def _stop(self, command: msg.Stop) -> None:
         self._stopping = True

@@ -117,6 +117,17 @@ class StoreAnswer(msgspec.Struct, frozen=True, tag="store_answer"):
     value: str
 
 
+class Attach(msgspec.Struct, frozen=True, tag="attach"):
+    """The first command of a head that takes a running rank over. Answered by `Attached`."""
+
+
+class Persisted(msgspec.Struct, frozen=True, tag="persisted"):
+    """A head that could be resumed has written down what came up to this `Published`, counted from
+    1 on: it need not be kept for the next head."""
+
+    count: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End this rank."""
 
@@ -133,6 +144,8 @@ Command = (
     | Halt
     | Hold
     | StoreAnswer
+    | Attach
+    | Persisted
     | Stop
 )
 
@@ -328,6 +341,19 @@ class Broken(msgspec.Struct, frozen=True, tag="broken"):
     error: str
 
 
+class Attached(msgspec.Struct, frozen=True, tag="attached"):
+    """To a head that takes this rank over, behind what earlier commands have led to.
+
+    hello: as at its beginning. sequences: ids of those that it has. persisted: how many `Published`
+    the head before had written down; published: those after it.
+    """
+
+    hello: Hello
+    sequences: list[str]
+    persisted: int
+    published: list[Published]
+
+
 StoreOperation = Literal["set", "compare_set", "delete"]
 
 
@@ -343,6 +369,7 @@ class StoreRequest(msgspec.Struct, frozen=True, tag="store"):
 
 Report = (
     Hello
+    | Attached
     | Unable
     | Progress
     | Prepared

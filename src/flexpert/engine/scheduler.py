@@ -287,6 +287,11 @@ class Scheduler:
     def __contains__(self, id: str) -> bool:
         return id in self._states
 
+    @property
+    def ids(self) -> list[str]:
+        """Of all sequences that are not finished here."""
+        return list(self._states)
+
     def add(self, sequence: RequestSequence) -> None:
         """Queues a sequence; what it has generated elsewhere counts as published.
 

@@ -67,6 +67,11 @@ class SequenceIntake:
         """This rank has left: the sequences that still wait go on elsewhere."""
         self._compiling.clear()
 
+    @property
+    def ids(self) -> list[str]:
+        """Of sequences whose grammar is not there yet."""
+        return list(self._compiling)
+
     def _add(self, sequence: RequestSequence) -> None:
         with self.isolated(sequence):
             self._scheduler.add(sequence)

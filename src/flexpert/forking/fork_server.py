@@ -5,6 +5,11 @@ packets. The first packet is a `Begin`; every request and answer is one packet. 
 tensor operation and starts no thread, so that a fork is a whole process. It ends when the other end
 of the socket closes, and its children end with it (PR_SET_PDEATHSIG), however it ends.
 
+Unless it is to be kept (`Keep`): then it listens on a socket in a directory of its user's own, and
+who connects there after the asker has gone is the next asker. It is told which children there are,
+and gives each that is asked for a new connection over a channel that the child has had from its
+fork on (`Reconnect`). Where nobody comes, children end by themselves, and the server after them.
+
 A fork that the system refuses (descriptors, processes, memory) is answered with the reason, and
 costs nobody else anything.
 """
@@ -20,8 +25,10 @@ import pkgutil
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -29,12 +36,23 @@ from typing import Any, NoReturn
 import msgspec
 
 from flexpert.errors import FlexpertError
+from flexpert.forking.framing import PROTOCOL
 
 MODULE = "flexpert.forking.fork_server"
 PACKET = 1 << 20  # bytes of the largest request or answer
 _MOST_DESCRIPTORS = 8
+_GRACE_S = 5.0  # in which children that have waited in vain may end by themselves
+_PEER = struct.Struct("3i")  # SO_PEERCRED: process, user, group
 _FOR_THE_STARTER = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
+
+
+class Keep(msgspec.Struct, frozen=True):
+    """The server outlives who asks it. path: of the socket on which it listens for the next.
+    timeout_s: how long it and its children wait for one."""
+
+    path: str
+    timeout_s: float
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -48,6 +66,7 @@ class Begin(msgspec.Struct, frozen=True):
     setup: str
     spec: bytes = b""
     path: list[str] = []
+    keep: Keep | None = None
 
 
 class Fork(msgspec.Struct, frozen=True, tag="fork"):
@@ -58,12 +77,15 @@ class Fork(msgspec.Struct, frozen=True, tag="fork"):
         returns the exit status: `entry(spec: bytes, *ends: socket.socket, shared) -> int`.
     tells: the first descriptor is none of the child's: its exit status is written there as text,
         in place of an `Exited`.
+    kept: it goes on without who asked for it: it gets one more socket, the last, on which
+        `Reconnect` hands it another connection. That is closed when none will come any more.
     """
 
     child: int
     entry: str
     spec: bytes
     tells: bool = False
+    kept: bool = False
 
 
 class Kill(msgspec.Struct, frozen=True, tag="kill"):
@@ -72,11 +94,28 @@ class Kill(msgspec.Struct, frozen=True, tag="kill"):
     child: int
 
 
-Request = Fork | Kill
+class Reconnect(msgspec.Struct, frozen=True, tag="reconnect"):
+    """Comes with the descriptor of a new connection for a child that is kept."""
+
+    child: int
+
+
+Request = Fork | Kill | Reconnect
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Everything is imported."""
+
+
+class Taken(msgspec.Struct, frozen=True, tag="taken"):
+    """To an asker that has come later, before anything else. Then come a `Started` for each child
+    that lives, and `Ready`.
+
+    protocol: see `framing.PROTOCOL`; where it is another, nothing else is to be read.
+    """
+
+    protocol: int
+    pid: int
 
 
 class Unusable(msgspec.Struct, frozen=True, tag="unusable"):
@@ -107,7 +146,7 @@ class Exited(msgspec.Struct, frozen=True, tag="exited"):
     status: int
 
 
-Answer = Ready | Unusable | Started | Refused | Exited
+Answer = Ready | Taken | Unusable | Started | Refused | Exited
 
 decode_answer = msgspec.msgpack.Decoder(Answer).decode
 decode_request = msgspec.msgpack.Decoder(Request).decode
@@ -115,11 +154,11 @@ encode = msgspec.msgpack.encode
 
 
 def start_server(
-    theirs: socket.socket, environment: dict[str, str] | None = None
+    theirs: socket.socket, environment: dict[str, str] | None = None, *, kept: bool = False
 ) -> subprocess.Popen[bytes]:
     """Start a server that is asked through the other end of a pair; `Begin` is still to be sent.
 
-    environment: default: that of this process.
+    environment: default: that of this process. kept: it does not end with this process' session.
 
     Raises: OSError
     """
@@ -131,6 +170,7 @@ def start_server(
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env=environment,
+            start_new_session=kept,
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -138,11 +178,13 @@ def start_server(
 
 @dataclass(frozen=True, slots=True)
 class _Child:
-    """tells: where its exit status is written; -1: an `Exited` says it."""
+    """tells: where its exit status is written; -1: an `Exited` says it. keeper: our end of the
+    channel to a child that is kept."""
 
     number: int
     pid: int
     tells: int
+    keeper: socket.socket | None = None
 
 
 def main(descriptor: int) -> None:
@@ -166,37 +208,131 @@ def main(descriptor: int) -> None:
         return
     gc.collect()
     gc.freeze()  # shared pages stay shared: the collector does not touch what was imported
+    listener = _listen(begin.keep) if begin.keep else None
     _answer(channel, Ready())
-    _Server(channel, shared).run()
+    _Server(channel, shared, begin.keep, listener).run()
+
+
+def _listen(keep: Keep) -> socket.socket:
+    """On a socket in the file system that nobody but this user may connect to."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(keep.path)
+    before = os.umask(0o177)
+    try:
+        listener.bind(keep.path)
+    finally:
+        os.umask(before)
+    listener.listen(4)
+    return listener
 
 
 class _Server:
-    def __init__(self, channel: socket.socket, shared: Any) -> None:
-        self._channel = channel
+    """channel: None while nobody asks. alone_until: then, when it ends, of the monotonic clock."""
+
+    def __init__(
+        self,
+        channel: socket.socket,
+        shared: Any,
+        keep: Keep | None = None,
+        listener: socket.socket | None = None,
+    ) -> None:
+        self._channel: socket.socket | None = channel
         self._shared = shared
+        self._keep = keep
+        self._listener = listener
+        self._alone_until = 0.0
         self._selector = selectors.EpollSelector()
         self._selector.register(channel, selectors.EVENT_READ)
+        if listener is not None:
+            self._selector.register(listener, selectors.EVENT_READ)
         self._children: dict[int, _Child] = {}  # by pidfd
 
     def run(self) -> None:
-        while True:
-            for key, _ in self._selector.select():
-                if key.fileobj is not self._channel:
-                    self._reap(key.fd)
-                    continue
-                try:
-                    packet, given, flags, _ = socket.recv_fds(
-                        self._channel, PACKET, _MOST_DESCRIPTORS
-                    )
-                except ConnectionResetError:  # it was closed before our last answer was read
-                    return
-                if not packet:
-                    return
-                request = decode_request(packet)
-                if isinstance(request, Kill):
-                    self._kill(request.child)
+        while self._channel is not None or self._waits():
+            left_s = None if self._channel else max(0.0, self._alone_until - time.monotonic())
+            for key, _ in self._selector.select(left_s):
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif key.fileobj is self._channel:
+                    self._hear(self._channel)
                 else:
-                    self._start(request, given, whole=not flags & socket.MSG_CTRUNC)
+                    self._reap(key.fd)
+        if self._keep is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._keep.path)
+            self._end_children()
+
+    def _end_children(self) -> None:
+        """Nobody has come for them: they may end by themselves, for a while."""
+        if self._listener is not None:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+        for child in self._children.values():
+            if child.keeper is not None:
+                child.keeper.shutdown(socket.SHUT_RDWR)
+        deadline = time.monotonic() + _GRACE_S
+        while self._children and (left_s := deadline - time.monotonic()) > 0:
+            for key, _ in self._selector.select(left_s):
+                self._reap(key.fd)
+
+    def _waits(self) -> bool:
+        """Whether somebody may still come: there are children, and their time is not over."""
+        return self._keep is not None and (
+            bool(self._children) and time.monotonic() < self._alone_until
+        )
+
+    def _hear(self, channel: socket.socket) -> None:
+        try:
+            packet, given, flags, _ = socket.recv_fds(channel, PACKET, _MOST_DESCRIPTORS)
+        except ConnectionResetError:  # it was closed before our last answer was read
+            packet, given, flags = b"", [], 0
+        if not packet:
+            self._selector.unregister(channel)
+            channel.close()
+            self._channel = None
+            if self._keep is not None:
+                self._alone_until = time.monotonic() + self._keep.timeout_s
+            return
+        request = decode_request(packet)
+        if isinstance(request, Kill):
+            self._kill(request.child)
+        elif isinstance(request, Reconnect):
+            self._attach(request.child, given)
+        else:
+            self._start(request, given, whole=not flags & socket.MSG_CTRUNC)
+
+    def _accept(self) -> None:
+        """The next asker, if there is none and it is the same user's."""
+        assert self._listener is not None
+        try:
+            channel, _ = self._listener.accept()
+        except OSError:  # it has gone again, or there is no descriptor for it: it may try again
+            return
+        credentials = channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        _, user, _ = _PEER.unpack(credentials)
+        if user != os.geteuid():
+            channel.close()
+            return
+        if self._channel is not None:
+            _answer(channel, Unusable("another head has these ranks; it runs"))
+            channel.close()
+            return
+        self._channel = channel
+        self._selector.register(channel, selectors.EVENT_READ)
+        _answer(channel, Taken(PROTOCOL, os.getpid()))
+        for pidfd, child in self._children.items():
+            _answer(channel, Started(child.number, child.pid), pidfd)
+        _answer(channel, Ready())
+
+    def _attach(self, number: int, given: list[int]) -> None:
+        """Hand a child its new connection; one that is gone is told as such anyway."""
+        for child in self._children.values():
+            if child.number == number and child.keeper is not None:
+                with contextlib.suppress(OSError):
+                    socket.send_fds(child.keeper, [b"a"], given)
+        for descriptor in given:
+            os.close(descriptor)
 
     def _kill(self, number: int) -> None:
         for pidfd, child in self._children.items():
@@ -210,17 +346,30 @@ class _Server:
         try:
             if not given or not whole:  # the kernel had none left to receive them
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            pid, pidfd = self._fork(request, ends, not_theirs=[*set(given) - set(ends)])
+            keeper = theirs = None
+            if request.kept and self._keep is not None:
+                keeper, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                ends = [*ends, theirs.detach()]
+            not_theirs = [*set(given) - set(ends)]
+            if keeper is not None:
+                not_theirs.append(keeper.fileno())
+            pid, pidfd = self._fork(request, ends, not_theirs)
             started = True
         except OSError as error:
-            _answer(self._channel, Refused(request.child, refusal(error)))
+            self._tell(Refused(request.child, refusal(error)))
             return
         finally:
-            for descriptor in ends if started else given:
+            for descriptor in ends if started else {*given, *ends}:
                 os.close(descriptor)
-        self._children[pidfd] = _Child(request.child, pid, given[0] if request.tells else -1)
+        told = given[0] if request.tells else -1
+        self._children[pidfd] = _Child(request.child, pid, told, keeper)
         self._selector.register(pidfd, selectors.EVENT_READ)
-        _answer(self._channel, Started(request.child, pid), pidfd)
+        self._tell(Started(request.child, pid), pidfd)
+
+    def _tell(self, answer: Answer, *descriptors: int) -> None:
+        """The asker, if there is one; the next is told who lives."""
+        if self._channel is not None:
+            _answer(self._channel, answer, *descriptors)
 
     def _fork(self, request: Fork, ends: list[int], not_theirs: list[int]) -> tuple[int, int]:
         """Pid and pidfd of a new child; in the child it does not return.
@@ -230,7 +379,9 @@ class _Server:
         pid = os.fork()
         if pid == 0:
             tells = [child.tells for child in self._children.values() if child.tells >= 0]
-            own = [self._channel.fileno(), self._selector.fileno(), *self._children, *tells]
+            keepers = [c.keeper.fileno() for c in self._children.values() if c.keeper]
+            asked = [one.fileno() for one in (self._channel, self._listener) if one is not None]
+            own = [*asked, self._selector.fileno(), *self._children, *tells, *keepers]
             _run(request, ends, self._shared, [*own, *not_theirs])
         try:
             return pid, os.pidfd_open(pid)
@@ -245,8 +396,10 @@ class _Server:
         child = self._children.pop(pidfd)
         _, waited = os.waitpid(child.pid, 0)
         status = os.waitstatus_to_exitcode(waited)
+        if child.keeper is not None:
+            child.keeper.close()
         if child.tells < 0:
-            _answer(self._channel, Exited(child.number, child.pid, status))
+            self._tell(Exited(child.number, child.pid, status))
             return
         with contextlib.suppress(BrokenPipeError):  # nobody wants to know
             os.write(child.tells, b"%d" % status)

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from flexpert.kernels import block_fp8 as fp8
+from flexpert.kernels.weight_formats import WeightFormat, format_of
 
 ALIGNMENT: Final = 16
 """Bytes; kernels load that many at once."""
@@ -37,15 +37,20 @@ class _Part(NamedTuple):
 class ExpertShape:
     """Sizes of one expert. height: rows of gate_up, 2 * inter (inter for experts without a gate).
 
-    dtype: of the weights; that of fp8 means that they have scales (see
-    `flexpert.kernels.block_fp8`). biases: their dtype; None: there are none.
+    weights: their dtype, or the format of which they have scales. biases: their dtype; None: there
+    are none.
     """
 
     hidden: int
     height: int
     inter: int
-    dtype: torch.dtype
+    weights: torch.dtype | WeightFormat
     biases: torch.dtype | None = None
+
+    @property
+    def format(self) -> WeightFormat | None:
+        """Of weights with scales; None: these have none."""
+        return self.weights if isinstance(self.weights, WeightFormat) else None
 
     @property
     def nbytes(self) -> int:
@@ -72,17 +77,19 @@ class ExpertShape:
 
     def _parts(self) -> list[_Part]:
         up, down = (self.height, self.hidden), (self.hidden, self.inter)
-        scaled = self.dtype == fp8.DTYPE
-        desired: list[tuple[str, tuple[int, ...], torch.dtype]] = [
-            ("gate_up", up, self.dtype),
-            ("down", down, self.dtype),
-        ]
+        desired: list[tuple[str, tuple[int, ...], torch.dtype]] = []
+        for name, matrix in (("gate_up", up), ("down", down)):
+            if isinstance(self.weights, WeightFormat):
+                desired.append((name, self.weights.weights_of(*matrix), self.weights.dtype))
+            else:
+                desired.append((name, matrix, self.weights))
         if self.biases is not None:
             desired += [("gate_up_bias", up[:1], self.biases), ("down_bias", down[:1], self.biases)]
-        if scaled:
+        if self.format is not None:
+            of = self.format
             desired += [
-                ("gate_up_scale", fp8.scales_of(*up), torch.float32),
-                ("down_scale", fp8.scales_of(*down), torch.float32),
+                ("gate_up_scale", of.scales_of(*up), of.scale_dtype),
+                ("down_scale", of.scales_of(*down), of.scale_dtype),
             ]
         parts: list[_Part] = []
         for name, shape, dtype in desired:
@@ -95,12 +102,13 @@ class ExpertShape:
 class ExpertWeights:
     """One expert of one layer, in one layout whatever the checkpoint's.
 
-    gate_up: [2 * inter, hidden], contiguous ([inter, hidden] for experts without a gate).
+    gate_up: [2 * inter, hidden], contiguous ([inter, hidden] for experts without a gate). The rows
+        of gate and up are in the order that the model's own gate expects.
     down: [hidden, inter], contiguous.
     gate_up_bias: [2 * inter] or None.
     down_bias: [hidden] or None.
-    gate_up_scale, down_scale: float32 scales of fp8 weights (see `flexpert.kernels.block_fp8`), or
-    None.
+    gate_up_scale, down_scale: scales of weights in a format of `flexpert.kernels.weight_formats`,
+        or None.
     """
 
     gate_up: Tensor
@@ -124,24 +132,23 @@ class ExpertWeights:
     @property
     def shape(self) -> ExpertShape:
         """Raises: ValueError: tensors that do not fit each other."""
-        height, hidden = self.gate_up.shape
-        inter = self.down.shape[1]
+        packed = format_of(self.gate_up)
+        elements = packed.elements if packed else 1
+        height, hidden = self.gate_up.shape[0], self.gate_up.shape[1] * elements
         biases = [b.shape[0] for b in (self.gate_up_bias, self.down_bias) if b is not None]
-        scales = [
-            (scale is not None, weight.dtype == fp8.DTYPE)
-            for scale, weight in ((self.gate_up_scale, self.gate_up), (self.down_scale, self.down))
-        ]
-        if (
-            self.down.shape[0] != hidden
-            or biases not in ([], [height, hidden])
-            or self.down.dtype != self.gate_up.dtype
-            or any(given != desired for given, desired in scales)
-        ):
-            raise ValueError("the tensors of an expert do not fit each other")
         bias = self.gate_up_bias
-        return ExpertShape(
-            hidden, height, inter, self.gate_up.dtype, None if bias is None else bias.dtype
+        shape = ExpertShape(
+            hidden,
+            height,
+            self.down.shape[1] * elements,
+            packed or self.gate_up.dtype,
+            None if bias is None else bias.dtype,
         )
+        if biases not in ([], [height, hidden]) or [
+            (part.shape, part.dtype) for part in shape._parts()
+        ] != [(tuple(tensor.shape), tensor.dtype) for tensor in self.tensors]:
+            raise ValueError("the tensors of an expert do not fit each other")
+        return shape
 
     def to(self, device: torch.device) -> ExpertWeights:
         """A copy on a device; itself if it is there."""
@@ -158,21 +165,25 @@ class ExpertWeights:
             moved(self.down_scale),
         )
 
-    def quantized(self) -> ExpertWeights:
-        """The same in fp8 with a scale for each block of 128 x 128; biases stay."""
-        gate_up, gate_up_scale = fp8.quantize(self.gate_up)
-        down, down_scale = fp8.quantize(self.down)
+    def quantized(self, to: WeightFormat) -> ExpertWeights:
+        """The same in another format; biases stay.
+
+        Raises: ValueError: weights are not finite, or of a size that the format does not have.
+        """
+        gate_up, gate_up_scale = to.quantize(self.gate_up)
+        down, down_scale = to.quantize(self.down)
         return ExpertWeights(
             gate_up, down, self.gate_up_bias, self.down_bias, gate_up_scale, down_scale
         )
 
     def dequantized(self) -> ExpertWeights:
         """The same in float32 without scales; itself if it has none."""
-        if self.gate_up_scale is None or self.down_scale is None:
+        packed = format_of(self.gate_up)
+        if packed is None or self.gate_up_scale is None or self.down_scale is None:
             return self
         return ExpertWeights(
-            fp8.dequantize(self.gate_up, self.gate_up_scale),
-            fp8.dequantize(self.down, self.down_scale),
+            packed.restore(self.gate_up, self.gate_up_scale),
+            packed.restore(self.down, self.down_scale),
             self.gate_up_bias,
             self.down_bias,
         )

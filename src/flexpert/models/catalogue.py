@@ -28,7 +28,7 @@ class ModelFamily:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightFormat:
+class ServedFormat:
     """How weights may be stored. cpu, gpu: what becomes of them there. checked: by what."""
 
     name: str
@@ -52,10 +52,10 @@ _LAYOUTS: Final = "tests/models/test_stored_formats.py"
 _WHOLE: Final = "tests/models/test_quantized_checkpoints.py"
 
 FORMATS: Final = (
-    WeightFormat("bfloat16, float32", "as stored", "as stored", "tests/models/test_loading.py"),
-    WeightFormat("float16", "as bfloat16", "as bfloat16", "tests/models/test_loading.py"),
+    ServedFormat("bfloat16, float32", "as stored", "as stored", "tests/models/test_loading.py"),
+    ServedFormat("float16", "as bfloat16", "as bfloat16", "tests/models/test_loading.py"),
     *(
-        WeightFormat(name, "read", "read", checked)
+        ServedFormat(name, "read", "read", checked)
         for name, checked in (
             ("fp8 (e4m3) by tensor, row or block: fp8, fbgemm_fp8", _WHOLE),
             ("mxfp4 (GPT-OSS)", _WHOLE),

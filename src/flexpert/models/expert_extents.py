@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape
 from flexpert.models.checkpoint import Checkpoint, Piece
 from flexpert.models.checkpoint_file import CheckpointFile
@@ -62,7 +61,7 @@ def expert_extents(
             is not transposed.
         expert, experts: which one; how many a layer has.
         shape: of the expert in memory.
-        as_stored: parameters whose fp8 weights and scales are taken as they are in the files.
+        as_stored: parameters whose packed weights and scales are taken as they are in the files.
 
     Returns:
         None: its bytes are in no file, because it is converted, dequantized, quantized or of
@@ -71,7 +70,7 @@ def expert_extents(
     extents: list[Extent] = []
     for part, found in _part_shapes(shape).items():
         name = parameters[part]
-        quantized = found.dtype == fp8.DTYPE or part.endswith("_scale")
+        quantized = shape.format is not None and not part.endswith("_bias")
         if quantized and name not in as_stored:
             return None
         pieces = checkpoint.expert_pieces(name, expert, experts)

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexpert.errors import ModelError
-from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
+from flexpert.kernels.weight_formats import format_of
 from flexpert.models.checkpoint import Checkpoint, bytes_of
 from flexpert.models.expert_extents import Extent, expert_extents
 from flexpert.models.finite import check_finite
@@ -45,7 +45,7 @@ class ExpertReader:
             skeleton: the model on the meta device.
             names: of the modules that have the experts of each MoE layer.
             experts: of each layer.
-            as_stored: parameters whose fp8 weights and scales are taken as they are in the files.
+            as_stored: parameters whose codes and scales are taken as they are in the files.
         """
         self._checkpoint = checkpoint
         self._skeleton = skeleton
@@ -101,10 +101,16 @@ class ExpertReader:
             if scales is None:
                 tensor = tensor.to(target.dtype)
             check_finite(tensor.contiguous(), self._called(name, expert))
-            if scales is None:
+            to_format = format_of(target)
+            if scales is None or to_format is None:
                 target.copy_(tensor)
                 return
-            quantized = fp8.quantize(tensor.to(target.device))
+            try:
+                quantized = to_format.quantize(tensor.to(target.device))
+            except ValueError as error:
+                raise ModelError(
+                    f"{self._checkpoint.files.path}: expert {expert} of {name}: {error}"
+                ) from None
             for to, made in zip((target, scales), quantized, strict=True):
                 to.copy_(made)
 
@@ -130,11 +136,11 @@ class ExpertReader:
             tensor = self._checkpoint.read_expert(name, expert, self._experts, part)
             if tensor.shape != into.shape:
                 raise ModelError(
-                    f"{files.path}: expert {expert} of {name} has fp8 weights or scales of shape "
+                    f"{files.path}: expert {expert} of {name} has weights or scales of shape "
                     f"{tuple(tensor.shape)}, config.json says {tuple(into.shape)}"
                 )
             into.copy_(tensor)
-            numbers = tensor.view(fp8.DTYPE) if into is codes else tensor
+            numbers = tensor.view(weight.dtype) if into is codes else tensor
             check_finite(numbers.contiguous(), self._called(name, expert))
 
     def _called(self, name: str, expert: int) -> str:

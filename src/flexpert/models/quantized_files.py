@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from flexpert.errors import ModelError
-from flexpert.kernels import block_fp8
+from flexpert.kernels import block_fp8, mxfp4
+from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 from flexpert.models.checkpoint import TensorFiles
 from flexpert.models.checkpoint_file import CheckpointFile
+from flexpert.models.packed_formats import Fp4Groups, MxBlocks
 from flexpert.models.quantization import Quantization
 from flexpert.models.scale_grid import PER_TENSOR, factors_of
 from flexpert.models.stored_formats import (
@@ -142,23 +144,33 @@ class QuantizedFiles(TensorFiles):
         parts = {part: self._row_of_part(k, row, rows) for part, k in weight.parts.items()}
         return self._dequantized(key, weight, parts)
 
-    def is_fp8(self, key: str) -> bool:
-        """Whether a tensor is a weight in fp8 with scales, and nothing else."""
+    def format_in_memory(self, key: str) -> WeightFormat | None:
+        """The format of `flexpert.kernels` that a weight's codes and scales are in, if they are all
+        that there is of it; blocks may have another size."""
         weight = self.weights.get(key)
-        return (
-            weight is not None
-            and isinstance(weight.format, ScaledElements)
-            and weight.format.dtype == "F8_E4M3"
-            and set(weight.parts) == {"codes", "scale"}
-        )
+        if weight is None or set(weight.parts) != {"codes", "scale"}:
+            return None
+        match weight.format:
+            case ScaledElements(dtype="F8_E4M3"):
+                return FP8
+            case MxBlocks() | Fp4Groups(turned=False):
+                return MXFP4
+        return None
 
     def has_blocks(self, key: str) -> bool:
-        """Whether its scales, as `stored` gives them, are those of `flexpert.kernels.block_fp8`."""
-        size = block_fp8.BLOCK
-        return self.is_fp8(key) and self.weights[key].format.grid in {(size, size), PER_TENSOR}
+        """Whether `stored` gives its codes and scales with that format's blocks."""
+        size, grid = block_fp8.BLOCK, self.weights[key].format.grid
+        of = self.format_in_memory(key)
+        return (of is FP8 and grid in {(size, size), PER_TENSOR}) or (
+            of is MXFP4 and grid == (1, mxfp4.BLOCK)
+        )
+
+    def is_turned(self, key: str) -> bool:
+        """Whether the codes are [..., out, in] though the weight is [..., in, out]."""
+        return isinstance(self.weights[key].format, MxBlocks)
 
     def stored(self, part: PartName) -> StoredParts:
-        """Codes or scales of fp8 weights, by the weights' keys, as they lie in the files."""
+        """Codes or scales of weights that have a format in memory, by the weights' keys."""
         return StoredParts(self, part)
 
     def part(self, key: str, part: PartName, row: int | None = None) -> Tensor:
@@ -260,18 +272,23 @@ class QuantizedFiles(TensorFiles):
 
 
 class StoredParts:
-    """One part of fp8 weights by the weights' keys: codes as bytes, scales in float32, for each
-    block of 128 x 128 where there is one for the whole weight."""
+    """One part of weights that have a format in memory, by the weights' keys, as they have it
+    there: codes as bytes; scales of fp8 in float32 (for each block, where the files have one for
+    the whole weight), of MXFP4 as bytes."""
 
     def __init__(self, files: QuantizedFiles, part: PartName) -> None:
         self._files = files
         self._part = part
 
     def shape(self, key: str) -> tuple[int, ...]:
-        shape = self._files.shape(key)
-        if self._part == "codes":
-            return shape
-        return (*shape[:-2], *block_fp8.scales_of(*shape[-2:]))
+        of, shape = self._files.format_in_memory(key), self._files.shape(key)
+        if of is None:
+            raise ValueError(f"{key} is in no format that there is in memory")
+        *before, rows, columns = shape
+        if self._files.is_turned(key):
+            rows, columns = columns, rows
+        matrix = of.weights_of if self._part == "codes" else of.scales_of
+        return (*before, *matrix(rows, columns))
 
     def read(self, key: str) -> Tensor:
         return self._as_used(key, self._files.part(key, self._part), self.shape(key))
@@ -285,8 +302,8 @@ class StoredParts:
         return self._files.place(self._files.weights[key].parts[self._part])
 
     def _as_used(self, key: str, part: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if self._part == "codes":
-            return part.view(torch.uint8)
+        if self._part == "codes" or self._files.format_in_memory(key) is MXFP4:
+            return part.view(torch.uint8).view(shape)
         factors = factors_of(part)
         if factors.numel() == prod(shape):
             return factors.view(shape)

@@ -28,6 +28,7 @@ from transformers import (
 from flexpert.errors import ConfigError, ModelError, UnsupportedModel
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
+from flexpert.kernels.weight_formats import FORMATS, FP8, MXFP4, WeightFormat
 from flexpert.models.accounting import account
 from flexpert.models.architecture import leave_out, pad_vocabulary
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
@@ -46,13 +47,13 @@ TINY: Final = "tiny"
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-ExpertFormat = Literal["unquantized", "stored", "fp8"]
+ExpertFormat = Literal["unquantized", "stored", "fp8", "mxfp4", "int8"]
 """How experts lie in memory.
 
 unquantized: in the model's dtype.
-fp8: with a scale for each block of 128 x 128 (see `flexpert.kernels.block_fp8`), quantized at load
-if the files do not have it.
-stored: fp8 if the files have it, else unquantized.
+fp8, mxfp4, int8: in that format (see `flexpert.kernels.weight_formats`), quantized at load if the
+files do not have it.
+stored: fp8 or mxfp4 if the files have it, else unquantized.
 """
 
 _MOST_CONFIG_BYTES: Final = 8 * 2**20
@@ -98,7 +99,7 @@ class ModelSource:
     Made by `open`. Experts may be read from any thread.
 
     Attributes:
-        fp8_experts: whether experts are fp8 in memory; a CPU does not compute those.
+        expert_format: of experts in memory; None: they are unquantized.
         trusted: the checkpoint's own code may be run.
         left_out: names of the modules that no token of text passes through, and whose tensors are
             not read (`Checkpoint.left_out`).
@@ -108,7 +109,7 @@ class ModelSource:
     path: Path
     info: ModelInfo
     config: PreTrainedConfig
-    fp8_experts: bool
+    expert_format: WeightFormat | None
     trusted: bool = False
 
     def __init__(
@@ -137,16 +138,15 @@ class ModelSource:
             pad_vocabulary(skeleton, rows)
         self.accounting = account(self.checkpoint, skeleton, self.expert_parameters)
         self._say_what_is_not_read()
-        # parameters of experts that are fp8 in the files, and those that can be taken as they are
-        quantized = self._quantized_to_fp8(files)
-        self.fp8_experts = experts == "fp8" or (experts == "stored" and bool(quantized))
+        self.expert_format = self._format_in_memory(experts, files)
         self._experts = ExpertReader(
             self.checkpoint,
             skeleton,
             self.experts_names,
             info.experts,
-            {name for name in quantized if self.fp8_experts and self._fits_as_stored(name, files)},
+            self._as_stored(files),
         )
+        self._check_format()
 
     @classmethod
     def open(
@@ -278,6 +278,14 @@ class ModelSource:
         dtype: torch.dtype = tensor.dtype
         return dtype
 
+    def _check_format(self) -> None:
+        """Raises: UnsupportedModel: the experts' sizes are none that their format has."""
+        try:
+            for shape in self._shapes:
+                _ = shape.nbytes
+        except ValueError as error:
+            raise UnsupportedModel(f"{self.path}: the experts: {error}") from None
+
     # ---- weights ----------------------------------------------------------------------------
 
     def expert_shape(self, layer: int = 0) -> ExpertShape:
@@ -307,7 +315,7 @@ class ModelSource:
             hidden,
             height,
             inter,
-            fp8.DTYPE if self.fp8_experts else dtype,
+            self.expert_format or dtype,
             biases=dtype if module.has_bias else None,
         )
 
@@ -387,31 +395,52 @@ class ModelSource:
             if not 0 <= expert < self.info.experts:
                 raise ValueError(f"there is no expert {expert}: the model has {self.info.experts}")
 
-    def _quantized_to_fp8(self, files: TensorFiles) -> set[str]:
-        """The parameters of experts that are made of fp8 weights with scales, and nothing else."""
-        if not isinstance(files, QuantizedFiles):
-            return set()
-        recipes = self.checkpoint.recipes
-        return {
-            name
-            for name in self.expert_parameters & recipes.keys()
-            if all(files.is_fp8(key) for keys in recipes[name].sources.values() for key in keys)
-        }
+    def _format_in_memory(self, asked: ExpertFormat, files: TensorFiles) -> WeightFormat | None:
+        """Of experts; None: unquantized."""
+        if asked != "stored" or not isinstance(files, QuantizedFiles):
+            return FORMATS.get(asked)
+        found = {self._stored_format(name, files) for name in self._expert_matrices()}
+        # fp8 is kept where some are: without it these would take twice the memory
+        return FP8 if FP8 in found else MXFP4 if found == {MXFP4} else None
 
-    def _fits_as_stored(self, name: str, files: TensorFiles) -> bool:
-        """Whether fp8 weights and scales can be put together as they lie in the files.
+    def _expert_matrices(self) -> set[str]:
+        """Names of the experts' parameters that are no biases."""
+        names = self.expert_parameters & self.checkpoint.recipes.keys()
+        return {name for name in names if self.skeleton.get_parameter(name).ndim == 3}
+
+    def _stored_format(self, name: str, files: QuantizedFiles) -> WeightFormat | None:
+        """The format in which all sources of a parameter lie in the files, and nothing else."""
+        sources = self.checkpoint.recipes[name].sources
+        found = {files.format_in_memory(key) for keys in sources.values() for key in keys}
+        return found.pop() if len(found) == 1 else None
+
+    def _as_stored(self, files: TensorFiles) -> set[str]:
+        """Parameters of experts whose weights and scales are taken as they lie in the files.
 
         Else they are dequantized and quantized anew: blocks of another size or layout, or gate and
         up projections that would share a block.
         """
+        if not isinstance(files, QuantizedFiles) or self.expert_format is None:
+            return set()
+        return {
+            name
+            for name in self._expert_matrices()
+            if self._stored_format(name, files) is self.expert_format
+            and self._fits_as_stored(name, files)
+        }
+
+    def _fits_as_stored(self, name: str, files: QuantizedFiles) -> bool:
         experts: Any = self.skeleton.get_submodule(name.rpartition(".")[0])
         rows = self.skeleton.get_parameter(name).shape[1]
         sources = self.checkpoint.recipes[name].sources
         return (
-            isinstance(files, QuantizedFiles)
-            and all(files.has_blocks(key) for keys in sources.values() for key in keys)
-            and not experts.is_transposed
-            and (not experts.has_gate or rows // 2 % fp8.BLOCK == 0)
+            all(files.has_blocks(key) for keys in sources.values() for key in keys)
+            and all(
+                files.is_turned(k) == experts.is_transposed for ks in sources.values() for k in ks
+            )
+            and (
+                self.expert_format is not FP8 or not experts.has_gate or rows // 2 % fp8.BLOCK == 0
+            )
             and self.checkpoint.joins_only(name)
         )
 

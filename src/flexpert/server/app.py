@@ -137,7 +137,9 @@ def _add_service_routes(app: FastAPI, head: Head, metrics: ServerMetrics) -> Non
 
 def _health(state: Readiness, *, well: bool) -> Response:
     status: Literal["ok", "unavailable"] = "ok" if well else "unavailable"
-    body = wire.Health(status, live=state.live, ready=state.ready, reason=state.reason)
+    body = wire.Health(
+        status, live=state.live, ready=state.ready, reason=state.reason, state=state.state
+    )
     return wire.json_response(body, 200 if well else 503)
 
 
@@ -181,7 +183,8 @@ def _methods(request: Request) -> list[str]:
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
     given = request.headers.get("content-type")
-    if given is None or not is_json(given):  # FastAPI has not parsed such a body
-        return wrong_content_type(given).response()
     findings = error.errors() if isinstance(error, RequestValidationError) else [{}]
+    of_body = not findings[0].get("loc") or findings[0]["loc"][0] == "body"
+    if of_body and (given is None or not is_json(given)):  # FastAPI has not parsed such a body
+        return wrong_content_type(given).response()
     return validation_error(findings).response()

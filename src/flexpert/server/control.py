@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from flexpert.cluster.views import ClusterEvent, OperationView
 from flexpert.errors import OperationError
@@ -40,16 +40,18 @@ class ControlRoutes:
         add("/cluster/operations/{id}", self.operation, methods=["GET"])
         add("/cluster/operations/{id}", self.cancel, methods=["DELETE"])
         add("/scale_elastic_ep", self.scale_elastic_ep, methods=["POST"])
-        add("/is_scaling_elastic_ep", self.is_scaling_elastic_ep, methods=["POST"])
+        for method in ("GET", "POST"):  # SGLang's clients ask with the one, vLLM's with the other
+            add("/is_scaling_elastic_ep", self.is_scaling_elastic_ep, methods=[method])
 
     async def cluster(self) -> Response:
         """Epoch, ranks, placement, and the operation that runs."""
         return wire.json_response(self._head.cluster())
 
     async def begin(self, body: OperationRequest) -> Response:
-        """Start a change: 202; 409 while another runs; 400 if it can never be reached."""
+        """Start a change: 202; 409 while another runs, or if the operation_id is that of another;
+        400 if it can never be reached."""
         operation = await self._head.request_operation(
-            ranks=body.ranks, add=body.add, remove=body.remove
+            ranks=body.ranks, add=body.add, remove=body.remove, operation_id=body.operation_id
         )
         location = {"location": f"/cluster/operations/{operation.id}"}
         return wire.json_response(operation, 202, headers=location)
@@ -62,18 +64,31 @@ class ControlRoutes:
         """Undo a change that has not been committed; 409 afterwards."""
         return wire.json_response(self._head.cancel_operation(id))
 
-    async def events(self) -> Response:
-        """Server-sent events: first "cluster", the whole view, then what happens, as it does."""
-        return EventStream(self._events())
+    async def events(
+        self, request: Request, since: Annotated[int | None, Query(ge=0)] = None
+    ) -> Response:
+        """Server-sent events: first "cluster", the whole view, then what happens, as it does.
+
+        since: the number of the latest event that is known, or the cursor of a view: what came
+        after it, and no view. A client that connects again may say it as `Last-Event-ID`.
+        """
+        last = request.headers.get("last-event-id", "")
+        if since is None and last.isascii() and last.isdecimal():
+            since = int(last[:20])
+        if since is not None:
+            self._head.check_cursor(since)
+        return EventStream(self._events(since))
 
     async def scale_elastic_ep(self, body: ElasticScaleRequest) -> Response:
-        """vLLM's way: change the number of ranks and wait until that is done.
+        """vLLM's and SGLang's way: change the number of ranks and wait until that is done.
 
         As in vLLM 408 means that the size is what it was, so a change that this request began
         is taken back, unless it is already being committed.
         """
         before = self._head.cluster().operation
-        operation = await self._head.request_operation(ranks=body.new_data_parallel_size)
+        operation = await self._head.request_operation(
+            ranks=body.size, operation_id=body.operation_id
+        )
         ours = before is None or before.id != operation.id
         try:
             async with asyncio.timeout(body.drain_timeout):
@@ -86,21 +101,37 @@ class ControlRoutes:
         if operation.state != "done":
             message = f"scaling {operation.state}: {operation.error or 'no reason was given'}"
             raise ApiError(500, message, type=SERVER, code="operation_failed")
-        size = body.new_data_parallel_size
-        return wire.json_response(wire.ScaleMessage(f"scaled to {size} data parallel ranks"))
+        return wire.json_response(wire.ScaleMessage(f"scaled to {body.size} data parallel ranks"))
 
     async def is_scaling_elastic_ep(self) -> Response:
-        """vLLM's question whether a change runs."""
-        running = self._head.cluster().operation is not None
-        return wire.json_response(wire.ScaleState(running))
+        """vLLM's and SGLang's question whether a change runs, and how it goes."""
+        cluster = self._head.cluster()
+        shown = cluster.operation or self._head.latest_request
+        size = len(shown.target) if shown else None
+        error = shown.error if shown else None
+        state = wire.ScaleState(
+            is_scaling_elastic_ep=cluster.operation is not None,
+            phase=shown.phase if shown else "idle",
+            epoch=cluster.epoch,
+            error=error,
+            requested_size=size,
+            operation_id=shown.id if shown else None,
+            effective_ep_size=sum(rank.state in ("active", "leaving") for rank in cluster.ranks),
+            pending_ep_size=size if cluster.operation else None,
+            last_error=error,
+        )
+        return wire.json_response(state)
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
-        source = self._head.events()
+    async def _events(self, since: int | None = None) -> AsyncGenerator[bytes, None]:
+        source = self._head.events(since)
         upcoming = asyncio.ensure_future(_next(source))
         closing = asyncio.ensure_future(self._closing.wait())
         try:
             await asyncio.sleep(0)  # it listens before we look: nothing can fall in between
-            yield event(wire.encode(self._head.cluster()), name="cluster")
+            if since is None:
+                yield event(wire.encode(self._head.cluster()), name="cluster")
+            else:
+                yield b": goes on\n\n"  # the client sees that it is listened to
             while True:
                 await asyncio.wait(
                     (upcoming, closing),
@@ -116,7 +147,7 @@ class ControlRoutes:
                 if item is None:
                     return
                 upcoming = asyncio.ensure_future(_next(source))
-                yield event(wire.encode(item), name=item.kind)
+                yield event(wire.encode(item), name=item.kind, id=str(item.number or ""))
         finally:
             upcoming.cancel()  # ends the head's iterator, which waits inside
             closing.cancel()

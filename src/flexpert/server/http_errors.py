@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from flexpert.errors import (
     ContextOverflow,
+    CursorLost,
     FlexpertError,
     OperationConflict,
     OperationRefused,
@@ -90,6 +91,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(409, str(error), code="operation_conflict")
         case OperationRefused():
             return ApiError(400, str(error), code="operation_refused")
+        case CursorLost():
+            return ApiError(410, str(error), code="cursor_lost")
         case UnknownOperation():
             return ApiError(404, str(error), code="operation_not_found")
         case Overloaded():
@@ -114,7 +117,7 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
         if wrong == _EMPTY:
             return ApiError(400, "the body is empty; it must be a JSON object")
         return ApiError(400, f"the body is not valid JSON: {wrong}")
-    path = [str(item) for item in first["loc"] if item != "body"]
+    path = [str(item) for item in first["loc"] if item not in ("body", "query")]
     message = first["msg"].removeprefix("Value error, ")
     if not path:
         return ApiError(400, f"the body: {message}")

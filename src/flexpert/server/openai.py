@@ -19,6 +19,7 @@ from flexpert.forking.framing import Piece
 from flexpert.frontend.generation import Generation
 from flexpert.frontend.token_ids import token_text
 from flexpert.server import fields, wire
+from flexpert.server.answer_place import AnswerPlace
 from flexpert.server.dialog_shape import DialogShape
 from flexpert.server.http_errors import api_error, unknown_model
 from flexpert.server.http_metrics import ServerMetrics
@@ -157,11 +158,19 @@ class OpenAIRoutes:
         await generation.submit()
         headers = fields.header(asked.ignored)
         if asked.stream:
-            return EventStream(_events(generation, shape), generation.cancel, headers)
+            place = self._place(request, generation)
+            return EventStream(_events(generation, shape, place), generation.cancel, headers)
         with generation:
             choices = await unless_gone(request.receive, generation.whole())
         body = await shape.answer(choices, generation.usage)
         return Response(body, headers=headers, media_type="application/json")
+
+    def _place(self, request: Request, generation: Generation) -> AnswerPlace | None:
+        """Of an answer that the client may ask for again, or does; None: nobody could go on with
+        it, its events need no ids."""
+        if not self._head.config.cluster.state_dir or len(generation.answers) != 1:
+            return None
+        return AnswerPlace(generation, request.headers.get("last-event-id", ""))
 
     @property
     def model_name(self) -> str:
@@ -198,8 +207,13 @@ def _gather(pieces: list[Piece], piece: bytes) -> None:
         pieces.append(bytearray(piece))
 
 
-async def _events(generation: Generation, shape: ChoiceShape) -> AsyncGenerator[bytes, None]:
-    """The stream's events; what came in one step leaves in one piece."""
+async def _events(
+    generation: Generation, shape: ChoiceShape, place: AnswerPlace | None = None
+) -> AsyncGenerator[bytes, None]:
+    """The stream's events; what came in one step leaves in one piece.
+
+    place: events have ids, and those that the client has had are left out.
+    """
     continuous = shape.shown.continuous_usage
     try:
         async with aclosing(generation.parts()) as arriving:
@@ -207,8 +221,9 @@ async def _events(generation: Generation, shape: ChoiceShape) -> AsyncGenerator[
                 usage = generation.usage if continuous else None
                 if len(parts) == 1:
                     chunk = shape.chunk(parts[0], usage)
-                    if chunk is not None:
-                        yield event(chunk)
+                    new = place is None or place.advance()
+                    if chunk is not None and new:
+                        yield event(chunk, id=place.id if place else "")
                     continue
                 chunks = [shape.chunk(part, usage) for part in parts]
                 if piece := b"".join([event(chunk) for chunk in chunks if chunk is not None]):

@@ -104,11 +104,12 @@ ANSWERS: Mapping[tuple[str, str], Answers] = {
     ("get", "/version"): Answers(wire.Version),
     ("get", "/metrics"): Answers(text=True),
     ("get", "/cluster"): Answers(ClusterView),
-    ("get", "/cluster/events"): Answers(events=ClusterEvent),
+    ("get", "/cluster/events"): Answers(events=ClusterEvent, errors=(410,)),
     ("post", "/cluster/operations"): Answers(OperationView, status=202, errors=(409, 415)),
     ("get", "/cluster/operations/{id}"): Answers(OperationView, errors=(404,)),
     ("delete", "/cluster/operations/{id}"): Answers(OperationView, errors=(404, 409)),
     ("post", "/scale_elastic_ep"): Answers(wire.ScaleMessage, errors=(409, 415)),
+    ("get", "/is_scaling_elastic_ep"): Answers(wire.ScaleState),
     ("post", "/is_scaling_elastic_ep"): Answers(wire.ScaleState),
 }
 

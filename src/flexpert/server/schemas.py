@@ -471,8 +471,14 @@ class DetokenizeRequest(_Body):
     tokens: TokenIds
 
 
+OperationId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
+
+
 class OperationRequest(BaseModel):
-    """`POST /cluster/operations`: the number of ranks desired, or who joins and leaves."""
+    """`POST /cluster/operations`: the number of ranks desired, or who joins and leaves.
+
+    operation_id: the caller's own; asked for again, it is the same operation.
+    """
 
     # a misspelt field here would move machines
     model_config = ConfigDict(extra="forbid")
@@ -482,6 +488,7 @@ class OperationRequest(BaseModel):
     remove: list[Annotated[StrictInt, Field(ge=0, le=MOST_RANKS)]] = Field(
         [], max_length=MOST_RANKS
     )
+    operation_id: OperationId | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> OperationRequest:
@@ -491,7 +498,21 @@ class OperationRequest(BaseModel):
 
 
 class ElasticScaleRequest(_Body):
-    """vLLM's `POST /scale_elastic_ep`; drain_timeout: seconds to wait for the change."""
+    """`POST /scale_elastic_ep`: vLLM names the number of ranks new_data_parallel_size, SGLang
+    new_ep_size. drain_timeout: seconds to wait for the change."""
 
-    new_data_parallel_size: StrictInt = Field(gt=0, le=MOST_RANKS)
+    new_data_parallel_size: StrictInt | None = Field(None, gt=0, le=MOST_RANKS)
+    new_ep_size: StrictInt | None = Field(None, gt=0, le=MOST_RANKS)
     drain_timeout: StrictInt = Field(120, gt=0, le=86_400)
+    operation_id: OperationId | None = None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> ElasticScaleRequest:
+        if len({self.new_data_parallel_size, self.new_ep_size} - {None}) != 1:
+            raise ValueError('give {"new_data_parallel_size": N} or {"new_ep_size": N}')
+        return self
+
+    @property
+    def size(self) -> int:
+        """The number of ranks that is asked for."""
+        return self.new_data_parallel_size or self.new_ep_size or 0

@@ -21,6 +21,7 @@ import uvloop
 
 import flexpert
 from flexpert.cluster.processes.early_fork_server import EarlyForkServer
+from flexpert.cluster.state_directory import StateDirectory
 from flexpert.config import Config, ServerConfig
 from flexpert.errors import ConfigError, FlexpertError
 from flexpert.logs import start_logging
@@ -73,10 +74,20 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
     with listener:
         if head is not None:
             return _run(config, head, listener, keys, tls)
+        try:
+            state = StateDirectory(config.cluster.state_dir) if config.cluster.state_dir else None
+        except ConfigError as error:
+            complain(f"flexpert: {error}")
+            return EXIT_WRONG_SETTINGS
+        if state is not None and state.ranks_wait:
+            from flexpert.cluster.head import Head  # the fork server is there
+
+            return _run(config, partial(Head, state=state), listener, keys, tls)
         with _early_fork_server(config) as fork_server:
             from flexpert.cluster.head import Head  # torch and transformers, seconds
 
-            return _run(config, partial(Head, fork_server=fork_server), listener, keys, tls)
+            made = partial(Head, fork_server=fork_server, state=state)
+            return _run(config, made, listener, keys, tls)
 
 
 @contextmanager

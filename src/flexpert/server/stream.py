@@ -27,9 +27,11 @@ class ClientGone(Exception):  # noqa: N818 - an event, not a failure
     """The client closed its connection before the answer was complete."""
 
 
-def event(data: bytes, *, name: str | None = None) -> bytes:
-    """One event; data: a line of JSON."""
+def event(data: bytes, *, name: str | None = None, id: str = "") -> bytes:
+    """One event; data: a line of JSON. id: if it has one."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    if id:
+        head += b"id: " + id.encode() + b"\n"
     return head + b"data: " + data + b"\n\n"
 
 

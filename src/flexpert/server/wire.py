@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 from starlette.responses import Response
 
+from flexpert.cluster.views import ServiceState
 from flexpert.frontend.generation import Usage
 from flexpert.frontend.logprobs import ChatLogprobs, CompletionLogprobs, PromptLogprobs
 
@@ -176,6 +177,7 @@ class Health(msgspec.Struct):
     live: bool
     ready: bool
     reason: str | None
+    state: ServiceState
 
 
 class ServerLoad(msgspec.Struct):
@@ -197,9 +199,23 @@ class ScaleMessage(msgspec.Struct):
 
 
 class ScaleState(msgspec.Struct):
-    """vLLM's `/is_scaling_elastic_ep`."""
+    """`/is_scaling_elastic_ep`, of vLLM and SGLang.
+
+    Of the change that runs, else of the latest that somebody asked for: phase ("idle": there was
+    none), error, operation_id, and requested_size in ranks. epoch and effective_ep_size are of the
+    service as it is. pending_ep_size and last_error are SGLang's names: the size that a running
+    change leads to, and error.
+    """
 
     is_scaling_elastic_ep: bool
+    phase: str
+    epoch: int
+    error: str | None
+    requested_size: int | None
+    operation_id: str | None
+    effective_ep_size: int
+    pending_ep_size: int | None
+    last_error: str | None
 
 
 class Tokens(msgspec.Struct):

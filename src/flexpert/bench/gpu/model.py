@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.cuda.device_experts import SlotAddresses
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.kernels.kernel_set import gpu_kernels
+from flexpert.kernels.weight_formats import FP8
 from flexpert.models import registrations
 from flexpert.models.model_runner import ModelRunner, compute_buffers
 from flexpert.models.probe import Probe, find_architecture
@@ -28,7 +28,7 @@ _STD = 0.02
 
 def quantised_with(whole: ExpertWeights) -> ExpertWeights:
     """An expert in fp8; the one given becomes what it is, so that others compute the same."""
-    small = whole.quantized()
+    small = whole.quantized(FP8)
     restored = small.dequantized()
     whole.gate_up.copy_(restored.gate_up)
     whole.down.copy_(restored.down)
@@ -111,7 +111,7 @@ class RandomModel:
             for index, expert in enumerate(held[module]):
                 weights[name][index] = drawn(f"{name}/{expert}", shape)
         up, down = (weights[f"{call.name}.{part}_proj"].shape for part in ("gate_up", "down"))
-        shape = ExpertShape(up[2], up[1], down[2], fp8.DTYPE if quantise else dtype)
+        shape = ExpertShape(up[2], up[1], down[2], FP8 if quantise else dtype)
         model = cls(config, info, found, weights, placement, rank, shape)
         if not quantise:
             return model

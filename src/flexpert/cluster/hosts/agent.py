@@ -34,6 +34,7 @@ from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec
 from flexpert.config import Config
 from flexpert.engine.device_profile import find_driver, uses_gpu
 from flexpert.errors import FlexpertError
+from flexpert.forking.framing import WrongProtocol
 from flexpert.stop_signals import STOP_SIGNALS, StopRequest
 from flexpert.version import VERSION
 
@@ -287,6 +288,9 @@ class _AgentSession:
     def _receive(self, message: bytes) -> None:
         try:
             heard = say.decode_to_agent(message)
+        except WrongProtocol as error:
+            self._end(Outcome.REFUSED, f"the head cannot be understood: {error}")
+            return
         except msgspec.MsgspecError as error:
             self._end(Outcome.LOST, f"the head says what cannot be understood: {error}")
             return

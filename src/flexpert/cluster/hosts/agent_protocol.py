@@ -12,12 +12,15 @@
                           ←          Left, Fenced: the session is over
 
 All but `Join` name the session. One that is over is answered with `Fenced`, so that whatever a
-host says that was given up is heard by nobody.
+host says that was given up is heard by nobody. Before each message come two bytes, the version of
+the protocol (`framing.PROTOCOL`).
 """
 
 from __future__ import annotations
 
 import msgspec
+
+from flexpert.forking.framing import PROTOCOL, check_protocol
 
 
 class Join(msgspec.Struct, frozen=True, tag="join"):
@@ -126,6 +129,29 @@ class Fenced(msgspec.Struct, frozen=True, tag="fenced"):
 ToHead = Join | Opened | FromRank | RankGone | AgentBeat | AskToLeave
 ToAgent = Welcome | Spawn | ToRank | HeadBeat | Turned | Left | Fenced
 
-encode = msgspec.msgpack.Encoder().encode
-decode_to_head = msgspec.msgpack.Decoder(ToHead).decode
-decode_to_agent = msgspec.msgpack.Decoder(ToAgent).decode
+_VERSION = 2  # bytes
+_encode = msgspec.msgpack.Encoder().encode
+_to_head = msgspec.msgpack.Decoder(ToHead).decode
+_to_agent = msgspec.msgpack.Decoder(ToAgent).decode
+
+
+def encode(message: ToHead | ToAgent) -> bytes:
+    """As it travels."""
+    return PROTOCOL.to_bytes(_VERSION, "little") + _encode(message)
+
+
+def decode_to_head(data: bytes) -> ToHead:
+    """Raises: WrongProtocol, msgspec.MsgspecError"""
+    heard: ToHead = _to_head(_content(data))
+    return heard
+
+
+def decode_to_agent(data: bytes) -> ToAgent:
+    """Raises: WrongProtocol, msgspec.MsgspecError"""
+    heard: ToAgent = _to_agent(_content(data))
+    return heard
+
+
+def _content(data: bytes) -> memoryview:
+    check_protocol(int.from_bytes(data[:_VERSION], "little"))
+    return memoryview(data)[_VERSION:]

@@ -27,6 +27,7 @@ from flexpert.cluster.hosts.curve_socket import CurveListener, NotSentError, pie
 from flexpert.cluster.hosts.model_description import differences
 from flexpert.cluster.views import HostView
 from flexpert.errors import OperationConflict, OperationRefused
+from flexpert.forking.framing import WrongProtocol
 from flexpert.version import VERSION
 
 log = logging.getLogger("flexpert")
@@ -216,6 +217,11 @@ class HostSessions:
     def _receive(self, peer: bytes, message: bytes) -> None:
         try:
             heard = say.decode_to_head(message)
+        except WrongProtocol as error:
+            log.warning("an agent is turned away: %s", error)
+            self._end_of(peer, str(error))
+            self._tell(peer, say.Turned(str(error)))
+            return
         except msgspec.MsgspecError as error:
             log.warning("an agent says what cannot be understood: %s", error)
             self._end_of(peer, "it says what cannot be understood")

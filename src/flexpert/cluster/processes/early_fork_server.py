@@ -41,6 +41,8 @@ _OF_HEAD = {
     "ray_resources",
 }
 
+RANKS_SOCKET = "ranks.sock"  # in the state directory, of the fork server
+
 _SETUP = "flexpert.cluster.processes.rank_process:open_model"
 
 Connected = tuple[subprocess.Popen[bytes], socket.socket]
@@ -102,15 +104,21 @@ def start_fork_server(config: Config) -> Connected:
     }
     environment.update(_ENVIRONMENT)
     caches.keep_private(environment)
+    folder, keep = config.cluster.state_dir, None
+    if folder is not None:
+        path = str(folder.absolute() / RANKS_SOCKET)
+        keep = fork_server.Keep(path, config.cluster.orphan_timeout)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         try:
-            process = fork_server.start_server(theirs, environment)
+            kept = keep is not None
+            process = fork_server.start_server(theirs, environment, kept=kept)
         except OSError:
             ours.close()
             raise
     try:
-        ours.send(fork_server.encode(fork_server.Begin(_SETUP, for_children(config).encode())))
+        begin = fork_server.Begin(_SETUP, for_children(config).encode(), keep=keep)
+        ours.send(fork_server.encode(begin))
     except BaseException:
         _terminate(process, ours)
         raise

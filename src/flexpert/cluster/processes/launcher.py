@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -27,10 +28,13 @@ from flexpert.forking.fork_server import (
     Fork,
     Kill,
     Ready,
+    Reconnect,
     Refused,
     Started,
+    Taken,
     Unusable,
 )
+from flexpert.forking.framing import BadFrame, check_protocol
 
 log = logging.getLogger("flexpert")
 
@@ -38,6 +42,7 @@ log = logging.getLogger("flexpert")
 _STATE, _MINOR_FAULTS, _MAJOR_FAULTS = 0, 7, 9
 
 OnExit = Callable[[int, str], None]
+_TRY_AGAIN_S = 0.05
 _OTHERS = 2**16  # children that are no ranks are numbered from here
 
 
@@ -63,7 +68,8 @@ class LocalLauncher:
         self._waiting: list[_Waiting] = []  # for a fork server that is starting
         self._starting: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | _TakenProcess | None = None
+        self._taking = False  # what another head has started is being told
         self._channel: socket.socket | None = None
         self._ready: asyncio.Future[None] | None = None
         self._empty = asyncio.Event()
@@ -99,6 +105,52 @@ class LocalLauncher:
                 "raise cluster.start_timeout"
             ) from None
 
+    async def take_over(
+        self, config: Config, connect: Callable[[], socket.socket], timeout_s: float
+    ) -> frozenset[int]:
+        """Take the fork server of a head that has ended, and its children. Returns the ranks among
+        them; children that are none are killed.
+
+        connect: to that fork server.
+
+        Raises:
+            FlexpertError: it is of another version, or does not answer.
+        """
+        self._config, self._timeout_s = config, timeout_s
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        while True:
+            try:
+                self._channel = connect()
+            except OSError as error:
+                raise FlexpertError(f"the ranks cannot be reached: {error.strerror}") from None
+            self._channel.setblocking(False)
+            self._ready = loop.create_future()
+            loop.add_reader(self._channel, self._receive)
+            try:
+                await asyncio.wait_for(self._ready, max(0.1, deadline - loop.time()))
+                break
+            except ModelError as error:  # it has not seen yet that the head before is gone
+                self._disconnect()
+                if loop.time() > deadline:
+                    raise FlexpertError(str(error)) from None
+                await asyncio.sleep(_TRY_AGAIN_S)
+            except TimeoutError:
+                self._disconnect()
+                raise FlexpertError(
+                    f"the ranks' fork server did not answer within {timeout_s:g} s"
+                ) from None
+        for number in list(self._children):
+            if number >= _OTHERS:
+                self.kill(number)
+        return frozenset(number for number in self._children if number < _OTHERS)
+
+    def attach(self, rank: int, end: socket.socket) -> None:
+        """Hand a rank that was taken over its end of a new connection; closed here in any case."""
+        assert self._channel is not None
+        with end, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(self._channel, [fork_server.encode(Reconnect(rank))], [end.fileno()])
+
     def spawn(self, rank: int, entry: str, spec: bytes, end: socket.socket) -> None:
         """Fork a rank; its end is told through on_exit even if it never came up.
 
@@ -106,7 +158,11 @@ class LocalLauncher:
             entry, spec: what it runs, see `fork_server.Fork`.
             end: its end of a connection to the head; closed here in any case.
         """
-        self._fork(rank, entry, spec, end, lambda status, why: self._on_exit(rank, status, why))
+        kept = self._config is not None and self._config.cluster.state_dir is not None
+        self._fork(rank, entry, spec, end, self._exit_of(rank), kept=kept)
+
+    def _exit_of(self, rank: int) -> OnExit:
+        return lambda status, why: self._on_exit(rank, status, why)
 
     def fork(self, entry: str, spec: bytes, end: socket.socket, on_exit: OnExit) -> int:
         """As `spawn`, for a child that is no rank. Returns its number, for `kill`."""
@@ -115,13 +171,20 @@ class LocalLauncher:
         return number
 
     def _fork(
-        self, number: int, entry: str, spec: bytes, end: socket.socket, on_exit: OnExit
+        self,
+        number: int,
+        entry: str,
+        spec: bytes,
+        end: socket.socket,
+        on_exit: OnExit,
+        *,
+        kept: bool = False,
     ) -> None:
         if self._config is None:
             raise FlexpertError("the fork server was never started")
         self._empty.clear()
         self._children[number] = _Child(on_exit)
-        waiting = _Waiting(Fork(number, entry, spec), end)
+        waiting = _Waiting(Fork(number, entry, spec, kept=kept), end)
         if self._channel is not None and self._starting is None:
             self._send(self._channel, waiting)
             return
@@ -204,6 +267,12 @@ class LocalLauncher:
         except OSError:
             return None
 
+    def leave(self) -> None:
+        """The children are left to another head."""
+        if self._channel is not None:
+            self._disconnect()
+        self._process = None
+
     async def close(self, timeout_s: float = 5.0) -> None:
         """Wait for the ranks to end, kill those that do not, end the fork server. Idempotent.
 
@@ -270,12 +339,20 @@ class LocalLauncher:
 
     def _handle(self, answer: fork_server.Answer, descriptors: list[int]) -> None:
         if isinstance(answer, Ready):
+            self._taking = False
             if self._ready and not self._ready.done():
                 self._ready.set_result(None)
         elif isinstance(answer, Unusable):
             if self._ready and not self._ready.done():
                 self._ready.set_exception(ModelError(answer.error))
+        elif isinstance(answer, Taken):
+            self._take(answer)
         elif isinstance(answer, Started):
+            if self._taking and answer.child not in self._children:
+                self._empty.clear()
+                rank = answer.child < _OTHERS
+                on_exit = self._exit_of(answer.child) if rank else _unheard
+                self._children[answer.child] = _Child(on_exit)
             pidfd = descriptors[0] if descriptors else None  # None: there was none left
             child = self._children.get(answer.child)
             if child is None:  # we never asked for it, or it has been told as gone
@@ -291,6 +368,17 @@ class LocalLauncher:
             self._gone(answer.child, 1, answer.error)
         elif isinstance(answer, Exited):
             self._gone(answer.child, answer.status)
+
+    def _take(self, answer: Taken) -> None:
+        """Of a fork server that another head has started."""
+        try:
+            check_protocol(answer.protocol)
+            self._process = _TakenProcess(answer.pid)
+        except (BadFrame, OSError) as error:
+            if self._ready and not self._ready.done():
+                self._ready.set_exception(FlexpertError(f"the ranks cannot be taken over: {error}"))
+            return
+        self._taking = True
 
     def _gone(self, number: int, status: int, why: str = "") -> None:
         child = self._children.pop(number, None)
@@ -313,7 +401,9 @@ class LocalLauncher:
         if self._process is not None:
             self._do(self._bury(self._process, children))
 
-    async def _bury(self, process: subprocess.Popen[bytes], children: dict[int, _Child]) -> None:
+    async def _bury(
+        self, process: subprocess.Popen[bytes] | _TakenProcess, children: dict[int, _Child]
+    ) -> None:
         """Tell the ends of a fork server's children, each when its process is certainly gone.
 
         The kernel closes the server's socket before it ends the server's children.
@@ -327,6 +417,32 @@ class LocalLauncher:
             except OSError as error:  # it has no descriptor to be waited for with
                 log.error("pid %d was not waited for: %s", child.pid, error.strerror)
             self._gone(number, -signal.SIGKILL, f"the fork server ended ({how})")
+
+
+def _unheard(status: int, why: str) -> None:
+    """Nobody waits for the end of what served another head."""
+
+
+class _TakenProcess:
+    """A fork server that is not this process' child: its end is seen, its status is not.
+
+    Raises: OSError: it is gone already.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pidfd = os.pidfd_open(pid)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises: subprocess.TimeoutExpired"""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if not poll.poll(None if timeout is None else timeout * 1e3):
+            raise subprocess.TimeoutExpired("fork server", timeout or 0.0)
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

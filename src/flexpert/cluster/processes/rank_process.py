@@ -11,11 +11,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 import torch
 
-from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
+from flexpert.cluster.processes.child_connection import ConnectionEnded
+from flexpert.cluster.processes.head_link import HeadLink
 from flexpert.cluster.processes.relay import Relay
 from flexpert.comm.host.liveness import LivenessLock
 from flexpert.config import Config
@@ -34,7 +36,13 @@ _MEMORY_EVERY_S = 1.0
 # A thread that prepares an epoch must not keep the step loop waiting for the interpreter's lock.
 _SWITCH_S = 0.0005
 BEATS = 10  # in one stall timeout
-_EXPERTS: Mapping[str, ExpertFormat] = {"none": "unquantized", "auto": "stored", "fp8": "fp8"}
+_EXPERTS: Mapping[str, ExpertFormat] = {
+    "none": "unquantized",
+    "auto": "stored",
+    "fp8": "fp8",
+    "mxfp4": "mxfp4",
+    "int8": "int8",
+}
 
 
 ENTRY = f"{__name__}:rank_main"
@@ -106,8 +114,13 @@ def end_with_any_thread() -> None:
     threading.excepthook = end
 
 
-def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
-    """Run a rank until the head stops it; returns the exit status."""
+def rank_main(spec: bytes, end: socket.socket, *more: Any) -> int:
+    """Run a rank until the head stops it; returns the exit status.
+
+    more: the model, and before it, of a rank that outlives its head, the socket on which it gets
+    the connection of the next.
+    """
+    *keepers, source = more
     end_with_any_thread()
     sys.setswitchinterval(_SWITCH_S)
     told = decode_spec(spec)
@@ -120,11 +133,8 @@ def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
         relay = Relay(end)
         faults.cut, end = relay.cut, relay.near
         faults.at("spawn")
-    connection = Connection(end)
-
-    def report(what: msg.Report) -> None:
-        connection.send(msg.encode(what))
-
+    link = HeadLink(end, keepers[0] if keepers else None)
+    report = link.send
     try:
         try:
             engine = RankEngine(
@@ -144,16 +154,17 @@ def rank_main(spec: bytes, end: socket.socket, source: ModelSource) -> int:
             report(msg.Unable(f"{type(error).__name__}: {error}"))
             return 1
         life = LivenessLock()
+        engine.on_attach = lambda: link.attached(_hello(engine, life), engine.sequences)
         report(_hello(engine, life))
         every_s = config.cluster.stall_timeout / BEATS
         _start("beat", _beat, engine, report, every_s)
-        _start("commands", _listen, connection, engine)
+        _start("commands", _listen, link, engine)
         engine.run()
         return 0
     except ConnectionEnded:
         return 1  # the head is gone, or wants no more of this rank
     finally:
-        connection.close()
+        link.close()
 
 
 def _start(name: str, target: Callable[..., None], *args: object) -> None:
@@ -191,12 +202,17 @@ def _beat(engine: RankEngine, report: Callable[[msg.Report], None], every_s: flo
             time.sleep(every_s)
 
 
-def _listen(connection: Connection, engine: RankEngine) -> None:
+def _listen(link: HeadLink, engine: RankEngine) -> None:
     """Hand commands to the engine until `Stop`: what ends the connection after it ends no rank."""
     command: msg.Command | None = None
     while not isinstance(command, msg.Stop):
         try:
-            command = msg.decode_command(connection.receive())
-        except ConnectionEnded:
+            command = msg.decode_command(link.receive())
+        except ConnectionEnded as error:
+            if link.outlives_heads:
+                print(f"a rank (pid {os.getpid()}) ends: {error}", file=sys.stderr, flush=True)
             os._exit(1)  # whatever the step loop waits for: nobody is told of it any more
-        engine.submit(command)
+        if isinstance(command, msg.Persisted):
+            link.persisted(command.count)
+        else:
+            engine.submit(command)

@@ -1,4 +1,4 @@
-"""Builds the C extension `flexpert.kernels.cpu._ops` from ops.c (setup.py names `ffibuilder`)."""
+"""Builds the C extension `flexpert.kernels.cpu._ops` from C (setup.py names `ffibuilder`)."""
 
 from pathlib import Path
 
@@ -10,6 +10,9 @@ ffibuilder.cdef(
     const char *fx_instruction_set(void);
     int fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intptr_t begins,
                           intptr_t ends, intptr_t y, long groups, long k, long n, int dtype);
+    int fx_grouped_packed(intptr_t x, intptr_t weights, intptr_t scales, intptr_t biases,
+                          intptr_t begins, intptr_t ends, intptr_t y, long groups, long k, long n,
+                          int dtype, int format);
     int fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
                   long n, int dtype);
     void fx_rms_norm(intptr_t x, intptr_t w, intptr_t y, long rows, long n, float eps, int early,
@@ -23,9 +26,12 @@ ffibuilder.cdef(
                            float scaling, float softcap, int dtype);
     """
 )
+_HERE = Path(__file__).parent
 ffibuilder.set_source(
     "flexpert.kernels.cpu._ops",
-    Path(__file__).with_name("ops.c").read_text(encoding="utf-8"),
+    (_HERE / "ops.c").read_text(encoding="utf-8"),
+    include_dirs=[str(_HERE)],
+    depends=[str(_HERE / "packed.c")],
     # -Wno-psabi: vectors never cross a function boundary that is not inlined
     extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"],
 )

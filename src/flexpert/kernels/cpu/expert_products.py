@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.cpu import ops
 from flexpert.kernels.experts import ExpertWeights, Gate
+from flexpert.kernels.weight_formats import format_of
 
 LIBRARY_ROWS: Final = (256, 128, 64)
 """Rows of one call to torch's product: a large group is cut into such pieces, our kernel takes the
@@ -28,6 +28,15 @@ def library_rows(dtype: torch.dtype, threads: int) -> tuple[int, ...]:
     if dtype == torch.bfloat16 and ops.instruction_set() == "amx" and threads == 1:
         return ()
     return LIBRARY_ROWS
+
+
+_PARTS: Final = ("", "_bias", "_scale")
+
+
+def _of(experts: Sequence[ExpertWeights], part: str) -> list[Tensor]:
+    """One tensor of each expert; none, where they do not have it."""
+    found = (getattr(expert, part) for expert in experts)
+    return [tensor for tensor in found if tensor is not None]
 
 
 class LayerExperts:
@@ -47,11 +56,13 @@ class LayerExperts:
         if (self.experts[0].gate_up_bias is None) != (self.experts[0].down_bias is None):
             raise ValueError("experts have both biases or none")
         weight = self.experts[0].gate_up
-        if weight.dtype in ops.DTYPES and weight.device.type == "cpu":
-            up_biases = [e.gate_up_bias for e in self.experts if e.gate_up_bias is not None]
-            down_biases = [e.down_bias for e in self.experts if e.down_bias is not None]
-            self._up = ops.WeightTable([e.gate_up for e in self.experts], up_biases or None)
-            self._down = ops.WeightTable([e.down for e in self.experts], down_biases or None)
+        packed = format_of(weight)
+        ours = weight.dtype in ops.DTYPES if packed is None else ops.unpacks(packed)
+        if ours and weight.device.type == "cpu":
+            self._up = ops.WeightTable(*(_of(self.experts, f"gate_up{p}") for p in _PARTS))
+            self._down = ops.WeightTable(*(_of(self.experts, f"down{p}") for p in _PARTS))
+        elif packed is not None:
+            raise ValueError(f"a CPU does not compute with experts in {packed.name}")
         elif deterministic:
             raise ValueError(f"deterministic experts need bf16 or f32 on a CPU, not {weight.dtype}")
 
@@ -72,8 +83,6 @@ class LayerExperts:
         """
         if x.shape[0] == 0:
             return x.new_empty(x.shape)
-        if self.experts[0].gate_up.dtype == fp8.DTYPE:
-            raise ValueError("torch does not compute fp8 experts with scales of blocks")
         if self._up is None or self._down is None:
             return self._compute_by_torch(x, offsets, apply_gate)
         x = x.contiguous()
@@ -105,9 +114,12 @@ class LayerExperts:
             return table.linear(x, offsets)
         y = x.new_empty((x.shape[0], table.out_features))
         begins = offsets[:-1].clone()
+        whole_of, whole = -1, x
         for slot, begin, size in split:
             rows = slice(begin, begin + size)
-            torch.mm(x[rows], table.weights[slot].t(), out=y[rows])
+            if slot != whole_of:
+                whole_of, whole = slot, table.whole(slot, x.dtype)
+            torch.mm(x[rows], whole.t(), out=y[rows])
             if table.biases is not None:
                 y[rows] += table.biases[slot]
             begins[slot] = begin + size

@@ -274,9 +274,9 @@ INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y,
     }
 }
 
-/* y = x w^T + b of one group. Tiles have 16 accumulators where there are 32 vector registers, else 4. */
+/* y = x w^T + b of one group; rows of y lie `stride` apart. Tiles have 16 accumulators where there are 32 vector registers, else 4. */
 INLINE void linear_group(const char *x, const char *w, const char *bias, char *y, long rows, long k,
-                         long n, int dtype, int level) {
+                         long n, long stride, int dtype, int level) {
     const long width = dtype == BFLOAT16 ? 2 : 4;
     const int tall = level == BIG ? 4 : 2, block = 16;
     for (long o0 = 0; o0 < n; o0 += block) { /* 16 weight rows stay in the cache for all x rows */
@@ -285,10 +285,10 @@ INLINE void linear_group(const char *x, const char *w, const char *bias, char *y
         for (long r0 = 0; r0 < rows; r0 += tall) {
             int live = (int)(rows - r0 < tall ? rows - r0 : tall);
             const char *xr = x + r0 * k * width;
-            char *yr = y + (r0 * n + o0) * width;
+            char *yr = y + (r0 * stride + o0) * width;
 #define TILE(R, O)                                                                                 \
     for (int o = 0; o < outs; o += O)                                                              \
-    linear_tile(xr, wb + o * k * width, bb ? bb + o * width : NULL, yr + o * width, k, n, live,    \
+    linear_tile(xr, wb + o * k * width, bb ? bb + o * width : NULL, yr + o * width, k, stride, live,\
                 outs - o < O ? outs - o : O, R, O, dtype, level)
             if (level == BIG) {
                 if (live == 1) TILE(1, 16);
@@ -311,7 +311,7 @@ INLINE void grouped_body(const char *x, const intptr_t *weights, const intptr_t 
         long begin = begins[g], rows = ends[g] - begin;
         if (rows <= 0) continue;
         linear_group(x + begin * k * width, (const char *)weights[g],
-                     biases ? (const char *)biases[g] : NULL, y + begin * n * width, rows, k, n,
+                     biases ? (const char *)biases[g] : NULL, y + begin * n * width, rows, k, n, n,
                      dtype, level);
     }
 }
@@ -367,13 +367,16 @@ INLINE void transpose16(u32x16 *a) {
 #undef ARGS
 }
 
-/* Up to 16 rows of x into blocks, one for each 32 elements. */
-AMX static void amx_pack(const char *x, long rows, long k, char *blocks) {
+/* Up to 16 rows of x into blocks, one for each 32 elements, which are in the order of x where
+ * `order` is NULL; else k is a multiple of 32. */
+AMX static void amx_pack(const char *x, long rows, long k, const uint16_t *order, char *blocks) {
     for (long i = 0; i < k; i += 32, blocks += BLOCK) {
         u32x16 a[16];
         const uint32_t mask = k - i < 32 ? (1u << (k - i)) - 1 : ~0u;
         for (int r = 0; r < 16; r++)
             a[r] = r < rows ? (u32x16)_mm512_maskz_loadu_epi16(mask, x + (r * k + i) * 2) : (u32x16){0};
+        for (int r = 0; order && r < rows; r++)
+            a[r] = (u32x16)_mm512_permutexvar_epi16(_mm512_loadu_si512(order), (__m512i)a[r]);
         transpose16(a);
         memcpy(blocks, a, BLOCK);
     }
@@ -474,9 +477,9 @@ AMX static void amx_1_by_1(const char *w, const char *x, long k, long outs, char
 }
 #undef LOAD_W
 
-/* 64 outs stay in the L2 cache for all packed rows. */
+/* 64 outs stay in the L2 cache for all packed rows; rows of y lie `stride` apart. */
 AMX static void amx_panel(const char *packed, const char *w, const char *bias, char *y, long rows,
-                          long k, long n) {
+                          long k, long n, long stride) {
     const long strip = (k + 31) / 32 * BLOCK; /* bytes of 16 packed rows */
     char c[4 * BLOCK] __attribute__((aligned(64)));
     for (long o0 = 0; o0 < n; o0 += 64) {
@@ -486,23 +489,24 @@ AMX static void amx_panel(const char *packed, const char *w, const char *bias, c
             const char *x = packed + r / 16 * strip;
             for (long o = 0; o < outs;) {
                 const char *wo = w + (o0 + o) * k * 2, *b = bias ? bias + (o0 + o) * 2 : NULL;
-                char *yo = y + (r * n + o0 + o) * 2;
+                char *yo = y + (r * stride + o0 + o) * 2;
                 if (live > 16 && outs - o >= 32) {
                     amx_2_by_2(wo, x, x + strip, k, c);
                     for (int t = 0; t < 4; t++)
                         amx_store(c + t * BLOCK, b ? b + t % 2 * 32 : NULL,
-                                  yo + t / 2 * 16 * n * 2 + t % 2 * 32, t < 2 ? 16 : live - 16, 16, n);
+                                  yo + t / 2 * 16 * stride * 2 + t % 2 * 32, t < 2 ? 16 : live - 16, 16,
+                                  stride);
                     o += 32;
                 } else if (live <= 16 && outs - o >= 64) {
                     amx_4_by_1(wo, x, k, c);
                     for (int t = 0; t < 4; t++)
-                        amx_store(c + t * BLOCK, b ? b + t * 32 : NULL, yo + t * 32, live, 16, n);
+                        amx_store(c + t * BLOCK, b ? b + t * 32 : NULL, yo + t * 32, live, 16, stride);
                     o += 64;
                 } else {
                     const long few = outs - o < 16 ? outs - o : 16;
                     for (long h = 0; h < live; h += 16) {
                         amx_1_by_1(wo, x + h / 16 * strip, k, few, c);
-                        amx_store(c, b, yo + h * n * 2, live - h < 16 ? live - h : 16, few, n);
+                        amx_store(c, b, yo + h * stride * 2, live - h < 16 ? live - h : 16, few, stride);
                     }
                     o += 16;
                 }
@@ -530,9 +534,10 @@ AMX static int amx_grouped(const char *x, const intptr_t *weights, const intptr_
         for (long r = begins[g]; r < ends[g]; r += strips * 16) {
             const long rows = ends[g] - r < strips * 16 ? ends[g] - r : strips * 16;
             for (long h = 0; h < rows; h += 16)
-                amx_pack(x + (r + h) * k * 2, rows - h < 16 ? rows - h : 16, k, packed + h / 16 * strip);
+                amx_pack(x + (r + h) * k * 2, rows - h < 16 ? rows - h : 16, k, NULL,
+                         packed + h / 16 * strip);
             amx_panel(packed, (const char *)weights[g], biases ? (const char *)biases[g] : NULL,
-                      y + r * n * 2, rows, k, n);
+                      y + r * n * 2, rows, k, n, n);
         }
     }
     _tile_release();
@@ -546,6 +551,8 @@ static int amx_granted(void) {
     return !syscall(SYS_arch_prctl, request_permission, tile_data);
 }
 #endif
+
+#include "packed.c"
 
 /* ---- paged attention ---------------------------------------------------------------------- */
 
@@ -804,6 +811,7 @@ typedef struct {
     const char *name;
     int (*grouped)(const char *, const intptr_t *, const intptr_t *, const int32_t *,
                    const int32_t *, char *, long, long, long, int); /* -1: no memory */
+    int (*packed)(const packed_args *); /* -1: no memory */
     void (*attention)(const attention_args *, float *);
     void (*norm)(const char *, const char *, char *, long, long, float, int, int);
 } kernels;
@@ -816,6 +824,14 @@ typedef struct {
         else grouped_body(x, w, b, begins, ends, y, groups, k, n, FLOAT32, LEVEL);                      \
         return 0;                                                                                  \
     }                                                                                              \
+    TARGET static int packed_##NAME(const packed_args *a) {                                        \
+        char *scratch = aligned_alloc(64, (SOME * a->k * 4 + 63) / 64 * 64);                       \
+        if (!scratch) return -1;                                                                   \
+        if (a->dtype == BFLOAT16) packed_body(a, scratch, BFLOAT16, LEVEL, mxfp4_##NAME);          \
+        else packed_body(a, scratch, FLOAT32, LEVEL, mxfp4_##NAME);                                \
+        free(scratch);                                                                             \
+        return 0;                                                                                  \
+    }                                                                                              \
     TARGET static void attention_##NAME(const attention_args *a, float *scratch) {                 \
         if (a->dtype == BFLOAT16) attention_body(a, scratch, BFLOAT16, LEVEL);                       \
         else attention_body(a, scratch, FLOAT32, LEVEL);                                             \
@@ -825,7 +841,8 @@ typedef struct {
         if (dtype == BFLOAT16) norm_body(x, w, y, rows, n, eps, early, BFLOAT16);                  \
         else norm_body(x, w, y, rows, n, eps, early, FLOAT32);                                     \
     }                                                                                              \
-    static const kernels kernels_##NAME = {#NAME, grouped_##NAME, attention_##NAME, norm_##NAME};
+    static const kernels kernels_##NAME = {#NAME, grouped_##NAME, packed_##NAME, attention_##NAME,          \
+                                            norm_##NAME};
 
 KERNELS(portable, , SMALL)
 #if defined(__x86_64__)
@@ -839,7 +856,10 @@ static int grouped_amx(const char *x, const intptr_t *w, const intptr_t *b, cons
     if (dtype == BFLOAT16) return amx_grouped(x, w, b, begins, ends, y, groups, k, n);
     return grouped_avx512(x, w, b, begins, ends, y, groups, k, n, dtype);
 }
-static const kernels kernels_amx = {"amx", grouped_amx, attention_avx512, norm_avx512};
+static int packed_amx(const packed_args *a) {
+    return a->dtype == BFLOAT16 ? amx_packed(a) : packed_avx512(a);
+}
+static const kernels kernels_amx = {"amx", grouped_amx, packed_amx, attention_avx512, norm_avx512};
 #endif
 
 static const kernels *pick(void) {
@@ -878,6 +898,26 @@ static int fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intp
     return pick()->grouped((const char *)x, (const intptr_t *)weights, (const intptr_t *)biases,
                            (const int32_t *)begins, (const int32_t *)ends, (char *)y, groups, k, n,
                            dtype);
+}
+
+static int fx_grouped_packed(intptr_t x, intptr_t weights, intptr_t scales, intptr_t biases,
+                             intptr_t begins, intptr_t ends, intptr_t y, long groups, long k,
+                             long n, int dtype, int format) {
+    const packed_args a = {
+        .x = (const char *)x,
+        .weights = (const intptr_t *)weights,
+        .scales = (const intptr_t *)scales,
+        .biases = (const intptr_t *)biases,
+        .begins = (const int32_t *)begins,
+        .ends = (const int32_t *)ends,
+        .y = (char *)y,
+        .groups = groups,
+        .k = k,
+        .n = n,
+        .dtype = dtype,
+        .format = format,
+    };
+    return pick()->packed(&a);
 }
 
 static int fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,

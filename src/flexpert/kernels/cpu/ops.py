@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexpert.errors import FlexpertError
+from flexpert.kernels.weight_formats import WeightFormat, format_of
 
 
 class _Absent:
@@ -46,52 +47,101 @@ def instruction_set() -> str:
     return str(ffi.string(lib.fx_instruction_set()).decode())
 
 
+_FORMATS: Final = {"mxfp4": 1, "int8": 2}
+"""Formats of weights that the kernels unpack, as packed.c numbers them."""
+
+
+def unpacks(weights: WeightFormat) -> bool:
+    """Whether there are products with weights of a format."""
+    return weights.name in _FORMATS
+
+
 class WeightTable:
     """Addresses of equally shaped weights; moving an expert changes a pointer, nothing else.
 
     Args:
-        weights: of [out, in] each, contiguous, bf16 or f32; kept alive by the table.
-        biases: of [out] each, same dtype, or None.
+        weights: of [out, in] each, contiguous, bf16 or f32; or in a format that `unpacks`. Kept
+            alive by the table, as are scales and biases.
+        biases: of [out] each, of x's dtype, or None.
+        scales: of weights in a format, else None.
     """
 
     __slots__ = (
         "_bias_table",
-        "_dtype",
+        "_scale_table",
         "_table",
         "biases",
+        "format",
         "in_features",
         "out_features",
+        "scales",
         "slots",
         "weights",
     )
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] | None) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] | None,
+        scales: Sequence[Tensor] | None = None,
+    ) -> None:
         self.slots = len(weights)
+        self.format = format_of(weights[0]) if weights else None
         self.out_features, self.in_features = weights[0].shape if weights else (0, 0)
-        dtype = weights[0].dtype if weights else torch.float32
+        if self.format is not None:
+            self.in_features *= self.format.elements
         for weight in weights:
-            if weight.shape != weights[0].shape or weight.dtype != dtype:
+            if weight.shape != weights[0].shape or weight.dtype != weights[0].dtype:
                 raise ValueError("the experts of a layer must have equal shapes and dtypes")
             if not weight.is_contiguous():
                 raise ValueError("expert weights must be contiguous")
+        self._check_scales(scales)
         for bias in biases or ():
-            if bias.dtype != dtype or bias.shape != (self.out_features,):
-                raise ValueError(f"a bias must be [{self.out_features}] {dtype}")
+            if bias.dtype not in DTYPES or bias.shape != (self.out_features,):
+                raise ValueError(f"a bias must be [{self.out_features}] in bf16 or f32")
+            if self.format is None and bias.dtype != weights[0].dtype:
+                raise ValueError(f"a bias must be {weights[0].dtype}, as the weights are")
         self.weights = tuple(weights)
+        self.scales = tuple(scales) if scales else None
         self.biases = tuple(b.contiguous() for b in biases) if biases else None
-        self._dtype = DTYPES[dtype]
-        self._table = torch.tensor([w.data_ptr() for w in weights], dtype=torch.int64, device="cpu")
-        self._bias_table = (
-            torch.tensor([b.data_ptr() for b in self.biases], dtype=torch.int64, device="cpu")
-            if self.biases is not None
-            else None
-        )
+        self._table = _addresses(self.weights)
+        self._scale_table = _addresses(self.scales)
+        self._bias_table = _addresses(self.biases)
+
+    def _check_scales(self, scales: Sequence[Tensor] | None) -> None:
+        if self.format is None:
+            if scales:
+                raise ValueError("weights of this dtype have no scales")
+            return
+        if not unpacks(self.format):
+            raise ValueError(f"a CPU does not compute with weights in {self.format.name}")
+        shape = self.format.scales_of(self.out_features, self.in_features)
+        given: list[Tensor | None] = [*scales] if scales else [None]
+        for scale in given:
+            if (
+                scale is None
+                or scale.shape != shape
+                or scale.dtype != self.format.scale_dtype
+                or not scale.is_contiguous()
+            ):
+                raise ValueError(
+                    f"weights in {self.format.name} must have scales of {list(shape)} "
+                    f"{self.format.scale_dtype}, contiguous"
+                )
+
+    def whole(self, slot: int, dtype: torch.dtype) -> Tensor:
+        """[out, in] of a slot's weights as they are computed with; made anew where they are
+        packed."""
+        if self.format is None or self.scales is None:
+            return self.weights[slot]
+        return self.format.restore(self.weights[slot], self.scales[slot]).to(dtype)
 
     def linear(self, x: Tensor, offsets: Tensor) -> Tensor:
         """y[r] = x[r] · weight[slot of r]ᵀ + bias[slot of r].
 
         Args:
-            x: [rows, in] of the weights' dtype, contiguous, sorted by slot.
+            x: [rows, in] of the weights' dtype (bf16 or f32 where they are in a format),
+                contiguous, sorted by slot.
             offsets: [slots + 1] int32; rows of slot s are offsets[s] … offsets[s+1]-1.
 
         Returns:
@@ -112,20 +162,31 @@ class WeightTable:
         self._call(x, begins.data_ptr(), ends.data_ptr(), y)
 
     def _call(self, x: Tensor, begins: int, ends: int, y: Tensor) -> None:
-        failed = lib.fx_grouped_linear(
-            x.data_ptr(),
-            self._table.data_ptr(),
-            0 if self._bias_table is None else self._bias_table.data_ptr(),
-            begins,
-            ends,
-            y.data_ptr(),
-            self.slots,
-            self.in_features,
-            self.out_features,
-            self._dtype,
-        )
+        sizes = (self.slots, self.in_features, self.out_features, DTYPES[x.dtype])
+        places = (_pointer(self._bias_table), begins, ends, y.data_ptr())
+        if self.format is None:
+            failed = lib.fx_grouped_linear(x.data_ptr(), _pointer(self._table), *places, *sizes)
+        else:
+            failed = lib.fx_grouped_packed(
+                x.data_ptr(),
+                _pointer(self._table),
+                _pointer(self._scale_table),
+                *places,
+                *sizes,
+                _FORMATS[self.format.name],
+            )
         if failed:
             raise MemoryError(_NO_SCRATCH)
+
+
+def _addresses(tensors: Sequence[Tensor] | None) -> Tensor | None:
+    if tensors is None:
+        return None
+    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cpu")
+
+
+def _pointer(table: Tensor | None) -> int:
+    return 0 if table is None else table.data_ptr()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexpert.kernels import block_fp8 as fp8
+from flexpert.kernels.cuda.gates import clamped_swiglu, clamped_swiglu_of
 from flexpert.kernels.cuda.grouped_products import grouped_product
 from flexpert.kernels.experts import ALIGNMENT, ExpertShape, ExpertWeights, Gate
 
@@ -100,6 +100,7 @@ class DeviceExperts:
         self._tables = torch.zeros((len(_TABLES), layers, slots), dtype=torch.int64, device=device)
         self._held: tuple[SlotAddresses, ...] = ()
         self._swiglu: dict[Gate, bool] = {}
+        self._clamped: dict[Gate, tuple[float, float] | None] = {}
 
     def stage(self, layers: Sequence[SlotAddresses]) -> StagedExperts:
         """Ready to be held, one for each layer; changes nothing yet.
@@ -156,7 +157,7 @@ class DeviceExperts:
             [rows, hidden]; what lies behind offsets[slots] is unset.
         """
         up, down, up_bias, down_bias, up_scale, down_scale = self._tables[:, layer]
-        scaled = self.shape.dtype == fp8.DTYPE
+        packed = self.shape.format
         gated = self._is_swiglu(apply_gate)
         height = self.shape.height
         hidden = grouped_product(
@@ -165,22 +166,32 @@ class DeviceExperts:
             offsets,
             x.new_empty((rows, height // 2 if gated else height)),
             index=index,
-            scales=up_scale if scaled else None,
+            packed=packed,
+            scales=None if packed is None else up_scale,
             biases=None if self.shape.biases is None else up_bias,
             gated=gated,
             expected=expected,
         )
         if not gated:
-            hidden = apply_gate(hidden).contiguous()
+            hidden = self._apply(apply_gate, hidden)
         return grouped_product(
             hidden,
             down,
             offsets,
             x.new_empty((rows, x.shape[1])),
-            scales=down_scale if scaled else None,
+            packed=packed,
+            scales=None if packed is None else down_scale,
             biases=None if self.shape.biases is None else down_bias,
             expected=expected,
         )
+
+    def _apply(self, apply_gate: Gate, hidden: Tensor) -> Tensor:
+        if apply_gate not in self._clamped:
+            self._clamped[apply_gate] = clamped_swiglu_of(apply_gate)
+        clamped = self._clamped[apply_gate]
+        if clamped is None:
+            return apply_gate(hidden).contiguous()
+        return clamped_swiglu(hidden, *clamped)
 
     def _is_swiglu(self, apply_gate: Gate) -> bool:
         if apply_gate not in self._swiglu:

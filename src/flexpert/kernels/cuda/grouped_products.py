@@ -16,6 +16,11 @@ from torch import Tensor
 
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
+from flexpert.kernels.cuda.mxfp4_rows import row_product
+from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
+
+MOST_ROWS_ALONE = 2
+"""Rows an expert up to which each row reads MXFP4 weights for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,102 @@ def _dequantized(weight, scale, element: tl.constexpr):
     return (weight.to(tl.float32) * scale).to(element)
 
 
+@triton.jit
+def _mxfp4_scales(scales, at, k, K, EVEN: tl.constexpr, DEPTH: tl.constexpr):
+    """[rows, DEPTH / 32] of the blocks from column k on. at: [rows], each row's first block."""
+    block = k // 32 + tl.arange(0, DEPTH // 32)
+    pointer = scales + at[:, None] + block[None, :]
+    if EVEN:
+        return tl.load(pointer, mask=k < K, other=127)  # the first of what nobody needs
+    return tl.load(pointer, mask=(block < K // 32)[None, :], other=127)
+
+
+@triton.jit
+def _e2m1(code, factor):
+    """Values of codes in the low four bits, times a factor, in float32: as exponent and mantissa of
+    a float32 the three bits mean what they mean in e2m1, but for a power of two."""
+    bits = ((code & 7) << 22) | ((code & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37 * factor
+
+
+@triton.jit
+def _mxfp4_tile(
+    weights,
+    scale,
+    at,
+    k,
+    K,
+    EVEN: tl.constexpr,
+    DEPTH: tl.constexpr,
+    element: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """[rows, DEPTH] of `element`: a tile of weights from column k on, dequantized.
+
+    scale: those of the tile. PACKED: by instructions for two bf16 at once, some 3 for each weight
+    in place of 7; they are of NVIDIA's GPUs, not of the interpreter.
+    """
+    block = k // 32 + tl.arange(0, DEPTH // 32)
+    lane = tl.arange(0, 16)
+    pointer = weights + (at[:, None] + block[None, :])[:, :, None] * 16 + lane[None, None, :]
+    if EVEN:
+        codes = tl.load(pointer)
+    else:
+        codes = tl.load(pointer, mask=(block < K // 32)[None, :, None], other=0)
+    power = scale.to(tl.int32)
+    if PACKED:
+        # 2 ** 120 and what is left of the scale, each a bf16; beyond 2 ** 121 all is infinite
+        power = tl.where(power == 255, 0x7FC0, tl.minimum(power + 6, 255) << 7).to(tl.int16)
+        factor = tl.broadcast_to(power.to(tl.bfloat16, bitcast=True)[:, :, None], codes.shape)
+        low, high = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, e, s, m, z;
+            mov.b32 m, 0x7b807b80;
+            mov.b32 z, 0x80008000;
+            prmt.b32 a, $4, 0, 0x4140;
+            prmt.b32 b, $4, 0, 0x4342;
+            shl.b32 e, a, 6;
+            and.b32 e, e, 0x01c001c0;
+            shl.b32 s, a, 12;
+            lop3.b32 e, s, z, e, 0xea;
+            fma.rn.bf16x2 e, e, m, z;
+            fma.rn.bf16x2 $0, e, $5, z;
+            shl.b32 e, b, 6;
+            and.b32 e, e, 0x01c001c0;
+            shl.b32 s, b, 12;
+            lop3.b32 e, s, z, e, 0xea;
+            fma.rn.bf16x2 e, e, m, z;
+            fma.rn.bf16x2 $1, e, $6, z;
+            shl.b32 e, a, 2;
+            and.b32 e, e, 0x01c001c0;
+            shl.b32 s, a, 8;
+            lop3.b32 e, s, z, e, 0xea;
+            fma.rn.bf16x2 e, e, m, z;
+            fma.rn.bf16x2 $2, e, $5, z;
+            shl.b32 e, b, 2;
+            and.b32 e, e, 0x01c001c0;
+            shl.b32 s, b, 8;
+            lop3.b32 e, s, z, e, 0xea;
+            fma.rn.bf16x2 e, e, m, z;
+            fma.rn.bf16x2 $3, e, $6, z;
+            }
+            """,
+            "=r,=r,=r,=r,r,r,r",
+            args=[codes, factor],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        exponent = tl.where(power == 0, 1 << 22, power << 23)
+        exponent = tl.where(power == 255, 0x7FC00000, exponent)
+        factor = exponent.to(tl.float32, bitcast=True)[:, :, None]
+        code = codes.to(tl.int32)
+        low, high = _e2m1(code, factor).to(element), _e2m1(code >> 4, factor).to(element)
+    return tl.reshape(tl.join(low, high), (codes.shape[0], DEPTH))
+
+
 @triton.jit(do_not_specialize=["slots"])
 def _product(
     x,
@@ -69,7 +170,8 @@ def _product(
     DEPTH: tl.constexpr,
     GATED: tl.constexpr,
     INDEXED: tl.constexpr,
-    SCALED: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PACKED: tl.constexpr,
     BIASED: tl.constexpr,
     SWAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -99,15 +201,29 @@ def _product(
         else:
             source = tl.where(row < end, row, begin).to(tl.int64)
         element = x.dtype.element_ty
-        kind = tl.float8e4nv if SCALED else element
+        if FORMAT == "fp8":
+            kind = tl.float8e4nv
+        elif FORMAT == "mxfp4":
+            kind = tl.uint8
+        else:
+            kind = element
         weight = tl.load(weights + slot).to(tl.pointer_type(kind))
         weight = tl.multiple_of(weight, 16)
         depth = tl.arange(0, DEPTH)
-        if SCALED:
+        if FORMAT == "fp8":
             scale = tl.load(scales + slot).to(tl.pointer_type(tl.float32))
             across = (K + 127) // 128
             scale_row = scale + kept // 128 * across
             raised_row = scale + (kept + N) // 128 * across
+        if FORMAT == "mxfp4":
+            scale = tl.load(scales + slot).to(tl.pointer_type(tl.uint8))
+            first_block = kept * (K // 32)
+            raised_block = (kept + N) * (K // 32)
+            # bytes are not fetched ahead by Triton: here, each is a round before it is used
+            power = _mxfp4_scales(scale, first_block, 0, K, EVEN, DEPTH)
+            raised_power = power
+            if GATED:
+                raised_power = _mxfp4_scales(scale, raised_block, 0, K, EVEN, DEPTH)
         if SWAP:
             accumulated = tl.zeros((COLUMNS, ROWS), tl.float32)
             raised = tl.zeros((COLUMNS, ROWS), tl.float32)
@@ -119,9 +235,20 @@ def _product(
             left = x + source[:, None] * K + depth[None, :]
             right = weight + kept[None, :] * K + depth[:, None]
         for k in range(0, K, DEPTH):
-            a = _tile(left, k + depth[None, :], K, EVEN)
-            b = _tile(right, k + depth[:, None], K, EVEN)
-            if SCALED:
+            if FORMAT == "mxfp4":
+                next_power = _mxfp4_scales(scale, first_block, k + DEPTH, K, EVEN, DEPTH)
+                w = _mxfp4_tile(weight, power, first_block, k, K, EVEN, DEPTH, element, PACKED)
+                power = next_power
+                if SWAP:
+                    a = w
+                    b = _tile(right, k + depth[:, None], K, EVEN)
+                else:
+                    a = _tile(left, k + depth[None, :], K, EVEN)
+                    b = tl.trans(w)
+            else:
+                a = _tile(left, k + depth[None, :], K, EVEN)
+                b = _tile(right, k + depth[:, None], K, EVEN)
+            if FORMAT == "fp8":
                 by = tl.load(scale_row + k // 128)
                 if SWAP:
                     a = _dequantized(a, by[:, None], element)
@@ -129,11 +256,18 @@ def _product(
                     b = _dequantized(b, by[None, :], element)
             accumulated = tl.dot(a, b, accumulated, input_precision=PRECISION)
             if GATED:
-                if SWAP:
+                if FORMAT == "mxfp4":
+                    next_power = _mxfp4_scales(scale, raised_block, k + DEPTH, K, EVEN, DEPTH)
+                    c = _mxfp4_tile(
+                        weight, raised_power, raised_block, k, K, EVEN, DEPTH, element, PACKED
+                    )
+                    raised_power = next_power
+                    c = c if SWAP else tl.trans(c)
+                elif SWAP:
                     c = _tile(left + N * K, k + depth[None, :], K, EVEN)
                 else:
                     c = _tile(right + N * K, k + depth[:, None], K, EVEN)
-                if SCALED:
+                if FORMAT == "fp8":
                     by = tl.load(raised_row + k // 128)
                     if SWAP:
                         c = _dequantized(c, by[:, None], element)
@@ -164,7 +298,12 @@ def _product(
 
 
 def choose(
-    rows: int, slots: int, *, gated: bool, scaled: bool, dtype: torch.dtype = torch.bfloat16
+    rows: int,
+    slots: int,
+    *,
+    gated: bool,
+    packed: WeightFormat | None = None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> ProductTiling:
     """A tiling for at most `rows` rows over `slots` experts; see tools/gpu/tune_experts.py.
 
@@ -175,7 +314,15 @@ def choose(
     if dtype == torch.float32:
         return ProductTiling(32, 64, 32, warps=4, stages=3, swap=False)
     each = rows / max(1, min(rows, slots))
-    if scaled:
+    if packed is MXFP4:
+        if each <= 8:
+            return ProductTiling(16, 64, 128, warps=4, stages=5, swap=True)
+        if each <= 40:
+            return ProductTiling(32, 128, 128, warps=8, stages=4, swap=True)
+        if each <= 80 or gated:
+            return ProductTiling(64, 128, 64, warps=8, stages=4, swap=True, waves=2)
+        return ProductTiling(128, 128, 64, warps=8, stages=4, swap=True, waves=2)
+    if packed is not None:
         if each <= 8:
             return ProductTiling(16, 64, 128, warps=4, stages=4, swap=False)
         if each <= 40:
@@ -205,6 +352,7 @@ def grouped_product(
     out: Tensor,
     *,
     index: Tensor | None = None,
+    packed: WeightFormat | None = None,
     scales: Tensor | None = None,
     biases: Tensor | None = None,
     gated: bool = False,
@@ -221,9 +369,10 @@ def grouped_product(
             any change between two launches, or replays of a graph, counts.
         out: [rows, out] to fill; what lies behind offsets[slots] is not touched.
         index: [rows] int32, the row of x that each row takes; None: its own.
-        scales: [slots] int64, addresses of [ceil(out / 128), ceil(in / 128)] float32, contiguous:
-            then weights are float8_e4m3fn, each block of 128 x 128 times its scale, and rounded to
-            x's dtype; with `gated` [ceil(2 * out / 128), …].
+        packed: the format of the weights, fp8 or MXFP4; they are rounded to x's dtype before they
+            are multiplied. None: they have x's dtype.
+        scales: [slots] int64, addresses of their scales, contiguous, as the format has them for
+            [out, in] (with `gated` [2 * out, in]); None if they have none.
         biases: [slots] int64, addresses of [out] (with `gated` [2 * out]), or None.
         gated: return silu(first half) · second half of the results.
         expected: how many rows there will be, about, for the choice of a tiling; None: all.
@@ -235,11 +384,16 @@ def grouped_product(
     slots, depth = weights.shape[0], x.shape[1]
     if rows == 0:
         return out
-    if tiling is None:
-        tiling = choose(
-            expected or rows, slots, gated=gated, scaled=scales is not None, dtype=x.dtype
+    if packed not in (None, FP8, MXFP4) or (packed is None) != (scales is None):
+        raise ValueError("a GPU computes with weights as they are, or fp8 or MXFP4 with scales")
+    few = (expected or rows) <= MOST_ROWS_ALONE * min(rows, slots)
+    if tiling is None and packed is MXFP4 and scales is not None and few:
+        return row_product(
+            x, weights, scales, offsets, out, index=index, biases=biases, gated=gated
         )
-    if scales is not None and fp8.BLOCK % tiling.depth:
+    if tiling is None:
+        tiling = choose(expected or rows, slots, gated=gated, packed=packed, dtype=x.dtype)
+    if packed is FP8 and fp8.BLOCK % tiling.depth:
         raise ValueError(f"a tile {tiling.depth} deep crosses blocks of {fp8.BLOCK} with scales")
     # a tile that is not full belongs to a slot of its own
     bound = rows // tiling.rows + min(slots, rows)
@@ -264,7 +418,8 @@ def grouped_product(
         DEPTH=tiling.depth,
         GATED=gated,
         INDEXED=index is not None,
-        SCALED=scales is not None,
+        FORMAT=None if packed is None else packed.name,
+        PACKED=x.dtype == torch.bfloat16 and x.device.type == "cuda",
         BIASED=biases is not None,
         SWAP=tiling.swap,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",

@@ -1,0 +1,1 @@
+"""Experts in several formats of weights, side by side in one process."""

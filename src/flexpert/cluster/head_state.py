@@ -1,0 +1,181 @@
+"""What a head does so that another may go on with its service: a directory, a database in it, and
+answers that clients come back for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from flexpert.cluster import state_store
+from flexpert.cluster.journal import TokenStream
+from flexpert.cluster.processes.early_fork_server import for_children
+from flexpert.cluster.saved_state import SavedCluster, SavedOperation, SavedRequest, SavedState
+from flexpert.cluster.state_directory import StateDirectory
+from flexpert.cluster.state_store import StateStore
+from flexpert.config import Config
+from flexpert.engine.request import SamplingParams
+from flexpert.errors import ConfigError, RequestError
+
+log = logging.getLogger("flexpert")
+
+_LOOK_S = 1.0
+# What ranks go by; another head may have other settings but these.
+_OF_RANKS = ("max_ranks", "exchange_timeout", "stall_timeout", "orphan_timeout", "state_dir")
+
+Everything = Callable[[], tuple[list[SavedOperation], list[SavedRequest]]]
+
+
+def settings_of_ranks(config: Config) -> dict[str, object]:
+    """Those that must be equal for a head to take ranks over, by their paths."""
+    tree = msgspec.json.decode(for_children(config), type=dict[str, dict[str, object]])
+    parts = {section: tree[section] for section in ("model", "engine")}
+    parts["cluster"] = {name: tree["cluster"][name] for name in _OF_RANKS}
+    return {
+        f"{section}.{name}": value
+        for section, part in parts.items()
+        for name, value in part.items()
+    }
+
+
+class HeadState:
+    """Of a head with `--state-dir`; used on its event loop.
+
+    saved: what is taken over; None: the service begins anew.
+
+    Raises:
+        ConfigError: the directory cannot be used, or its ranks must not be taken over like this.
+        ModelError: what is in it cannot be read.
+    """
+
+    def __init__(self, config: Config, directory: StateDirectory | None = None) -> None:
+        assert config.cluster.state_dir is not None
+        self.directory = directory or StateDirectory(config.cluster.state_dir)
+        try:
+            settings = settings_of_ranks(config)
+            self.saved = self._look(config, settings)
+        except BaseException:
+            self.directory.close()
+            raise
+        self.store = StateStore(
+            self.directory.database, msgspec.json.encode(settings).decode(), self._written
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._on_written: Callable[[int, int], None] = lambda rank, count: None
+        self._everything: Everything = lambda: ([], [])
+        self._warn: Callable[[str], None] = lambda text: None
+        self._cluster: SavedCluster | None = None
+        self._warned = False
+
+    def _look(self, config: Config, settings: dict[str, object]) -> SavedState | None:
+        directory = self.directory
+        if not config.cluster.resume:
+            if directory.ranks_wait:
+                raise ConfigError(
+                    f"in cluster.state_dir {str(directory.path)!r} ranks wait for a head: take "
+                    "them over with --resume, or wait until they end (--orphan-timeout)"
+                )
+            return None
+        saved = state_store.load(directory.database)
+        if saved is None or saved.cluster is None:
+            return None
+        theirs = msgspec.json.decode(saved.settings or "{}", type=dict[str, object])
+        for name in sorted(settings.keys() | theirs.keys()):
+            if settings.get(name) != theirs.get(name):
+                raise ConfigError(
+                    f"{name}: the ranks in cluster.state_dir {str(directory.path)!r} run with "
+                    f"{theirs.get(name)!r}, not {settings.get(name)!r}; resume with the same "
+                    "settings, and change them afterwards"
+                )
+        return saved
+
+    def start(
+        self,
+        on_written: Callable[[int, int], None],
+        everything: Everything,
+        warn: Callable[[str], None],
+    ) -> None:
+        """Write down from now on. on_written(rank, count): what a rank has published up to that
+        number need not be kept by it. everything: all there is, after a failure. warn: people."""
+        self._loop = asyncio.get_running_loop()
+        self._on_written, self._everything, self._warn = on_written, everything, warn
+        self.store.start(keep=self.saved is not None)
+        self._look_again()
+
+    def save_cluster(self, record: SavedCluster, *, urgent: bool) -> None:
+        self._cluster = record
+        self.store.cluster(record, urgent=urgent)
+
+    def close(self, *, remove: bool) -> None:
+        """remove: there is nothing left that could be resumed."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self.store.close(remove=remove)
+        self.directory.close()
+
+    def _written(self, marks: dict[int, int]) -> None:
+        """From the store's thread."""
+
+        def tell() -> None:
+            for rank, count in marks.items():
+                self._on_written(rank, count)
+
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(tell)
+
+    def _look_again(self) -> None:
+        assert self._loop is not None
+        failure = self.store.failure
+        if failure is not None and not self._warned:
+            self._warn(
+                f"the state cannot be written down, the head could not be resumed: {failure}"
+            )
+        elif failure is None and self._warned:
+            self._warn("the state is written down again, the head could be resumed")
+        self._warned = failure is not None
+        if self._cluster is not None and self.store.wants_all:
+            self.store.begin_again(self._cluster, *self._everything())
+        self._timer = self._loop.call_later(_LOOK_S, self._look_again)
+
+
+class UnclaimedAnswers:
+    """Answers of another head's requests, by the id that the client gave each; complete or not."""
+
+    def __init__(self, forget: Callable[[str], None]) -> None:
+        self._forget = forget
+        self._found: dict[str, tuple[TokenStream, list[int], SamplingParams]] = {}
+
+    def add(self, stream: TokenStream, prompt: list[int], params: SamplingParams) -> None:
+        """stream: all of the answer, from its beginning."""
+        self._found[stream.id.rpartition("-")[0]] = stream, prompt, params
+
+    def claim(
+        self, request_id: str, prompt: list[int], params: SamplingParams
+    ) -> TokenStream | None:
+        """The answer to a request that is asked again; None: there is none.
+
+        Raises: RequestError: it is another request.
+        """
+        found = self._found.get(request_id)
+        if found is None:
+            return None
+        stream, asked, how = found
+        seedless = msgspec.structs.replace(how, seed=params.seed)
+        if asked != prompt or seedless != params:
+            raise RequestError(
+                f"request {request_id} was asked with another prompt or other parameters before "
+                "the head was started again; ask the same, or with another X-Request-Id"
+            )
+        del self._found[request_id]
+        return stream
+
+    def expire(self) -> None:
+        """Nobody has come for what is left."""
+        for stream, _, _ in self._found.values():
+            stream.cancel()
+            self._forget(stream.id)
+        self._found.clear()
