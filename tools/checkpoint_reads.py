@@ -25,7 +25,6 @@ from flexpert.kernels.device_stream import stream_of
 from flexpert.models import registrations
 from flexpert.models.dense_weights import load_dense
 from flexpert.models.model_runner import compute_buffers
-from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelSource
 from flexpert.parallel import run_parallel
 
@@ -99,9 +98,7 @@ def measure_dense(gib: float, directory: str) -> None:
         for name, pieces in (("mapped, then moved", None), ("in pieces", stream)):
             times = []
             for _ in range(4):
-                model = build_skeleton(
-                    source.config, source.info.dtype, attention=registrations.IMPLEMENTATION
-                )
+                model = source.build(attention=registrations.IMPLEMENTATION)
                 for module in source.experts_names:
                     model.get_submodule(module)._parameters.clear()
                 began = time.perf_counter()

@@ -138,6 +138,9 @@ class ModelConfig(_Section):
     skip_tokenizer_init: bool = Field(
         False, description="token ids in and out, without a tokenizer; texts are refused"
     )
+    trust_remote_code: bool = Field(
+        False, description="run the Python code that the checkpoint brings along; read it first"
+    )
     generation_config: str = Field(
         "auto",
         description="where sampling settings come from that a request leaves out: auto: the "

@@ -1,18 +1,14 @@
-"""What a model's generation_config.json and tokenizer say about answers."""
+"""What a model's generation_config.json says about answers."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
-from flexpert.cluster.generation_defaults import FILE, sampling_defaults, with_end_tokens
+from flexpert.cluster.generation_defaults import FILE, sampling_defaults
 from flexpert.errors import ConfigError, ModelError
-from flexpert.models.source import ModelSource
 
 SAID = {
     "do_sample": True,
@@ -53,10 +49,3 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, told: object) -> No
     write(tmp_path, told)
     with pytest.raises(ModelError, match=rf"{FILE} cannot be used: .*--generation-config none"):
         sampling_defaults(tmp_path, "auto")
-
-
-def test_answers_end_at_the_ends_of_both() -> None:
-    info = replace(ModelSource.open("tiny").info, eos_token_ids=(5,), vocab=100)
-    for own, ends in ((7, (5, 7)), (5, (5,)), (None, (5,)), (100, (5,))):
-        tokenizer = cast(Any, SimpleNamespace(eos_token_id=own))
-        assert with_end_tokens(info, tokenizer).eos_token_ids == ends

@@ -13,7 +13,6 @@ from torch import Tensor
 from flexpert.kernels.device_stream import CudaStream
 from flexpert.models import dense_weights, registrations
 from flexpert.models.dense_weights import load_dense
-from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelSource
 from flexpert.parallel import run_parallel
 
@@ -28,9 +27,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 
 
 def dense(opened: ModelSource, stream: CudaStream | None) -> dict[str, Tensor]:
-    model: Any = build_skeleton(
-        opened.config, opened.info.dtype, attention=registrations.IMPLEMENTATION
-    )
+    model: Any = opened.build(attention=registrations.IMPLEMENTATION)
     for name in opened.experts_names:
         model.get_submodule(name)._parameters.clear()
     with torch.no_grad():

@@ -33,7 +33,6 @@ from flexpert.kernels.device_stream import HostStream
 from flexpert.models import registrations
 from flexpert.models.dense_weights import load_dense
 from flexpert.models.finite import find_not_finite
-from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelSource
 
 Checkpoints = Callable[..., Path]
@@ -371,7 +370,7 @@ def test_a_number_that_is_not_finite_is_named_at_load(
     if key.startswith("model.layers.") and "experts" in key:
         return
     source = ModelSource.open(str(path), dtype=dtype)
-    model = build_skeleton(source.config, source.info.dtype, attention=registrations.IMPLEMENTATION)
+    model = source.build(attention=registrations.IMPLEMENTATION)
     for name in source.experts_names:
         model.get_submodule(name)._parameters.clear()
     with torch.no_grad(), pytest.raises(ModelError, match="not finite"):

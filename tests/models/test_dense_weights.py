@@ -20,7 +20,6 @@ from flexpert.kernels.device_stream import HostStream, StreamEvent
 from flexpert.models import dense_weights, registrations
 from flexpert.models.checkpoint_file import CheckpointFile
 from flexpert.models.dense_weights import load_dense
-from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelSource
 
 Checkpoints = Callable[..., Path]
@@ -64,7 +63,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loaded(opened: ModelSource, stream: HostStream | None) -> Any:
-    model = build_skeleton(opened.config, opened.info.dtype, attention=registrations.IMPLEMENTATION)
+    model = opened.build(attention=registrations.IMPLEMENTATION)
     for name in opened.experts_names:
         model.get_submodule(name)._parameters.clear()
     with torch.no_grad():

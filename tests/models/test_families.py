@@ -10,13 +10,11 @@ import pytest
 import torch
 from support.checkpoints import (
     FAMILIES,
-    FURTHER_FAMILIES,
     greedy,
     prompt_of,
     reference_logits,
     single_runner,
 )
-from transformers import CONFIG_MAPPING
 
 Checkpoints = Callable[..., Path]
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
@@ -54,22 +52,6 @@ def test_chunks_and_decodes_of_packed_sequences_give_its_greedy_tokens(
     for name, prompt in prompts.items():
         assert len(answers[name]) > 5
         assert answers[name] == greedy(path, prompt, len(answers[name]))
-
-
-@pytest.mark.parametrize("family", FURTHER_FAMILIES)
-def test_further_families_give_the_logits_of_transformers_in_chunks(
-    family: str, checkpoint: Checkpoints
-) -> None:
-    if family not in CONFIG_MAPPING:
-        pytest.skip("not in this version of transformers")
-    path = checkpoint(family)
-    tokens = prompt_of(50, seed=1)
-    sequences = single_runner(path)
-    pieces, done = [], 0
-    for size in (7, 1, 1, 13, 2, 26):
-        pieces.append(sequences.step({"a": tokens[done : done + size], "b": [5, 6]})["a"])
-        done += size
-    torch.testing.assert_close(torch.cat(pieces), reference_logits(path, tokens), **CLOSE)
 
 
 def test_an_idle_step_walks_every_moe_layer_in_order(checkpoint: Checkpoints) -> None:

@@ -20,6 +20,7 @@ from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ExpertFormat, ModelSource
+from support.small_configs import small_settings
 
 COMMON: dict[str, Any] = {
     "vocab_size": 160,
@@ -120,42 +121,9 @@ FURTHER_FAMILIES = (
     "qwen2_moe",
     "solar_open",
 )
-"""Other families of transformers 5.23 that fit; configured by `small_settings`."""
+"""Other families, with experts on disk in layouts of many kinds."""
 
 MAIN_FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss")
-
-
-def small_settings(family: str) -> dict[str, Any]:
-    """The sizes that a family's configuration knows, made small."""
-    sizes = {
-        **COMMON,
-        **MLA,
-        **ROUTED,
-        "num_hidden_layers": 4,
-        "head_dim": 24,
-        "rotary_dim": 8,
-        "num_experts": 8,
-        "num_local_experts": 8,
-        "num_shared_experts": 1,
-        "shared_expert_intermediate_size": 40,
-        "moe_topk": 3,
-        "q_lora_rank": 32,
-        "n_group": 4,
-        "topk_group": 2,
-        "sliding_window": 9,
-    }
-    defaults = AutoConfig.for_model(family)
-    optional = {"sliding_window", "n_group", "topk_group", "q_lora_rank"}
-    known = {
-        name: size
-        for name, size in sizes.items()
-        if hasattr(defaults, name) and not (name in optional and getattr(defaults, name) is None)
-    }
-    if "kv_lora_rank" in known:
-        known.pop("head_dim", None)
-    else:
-        known["num_key_value_heads"] = 2
-    return known
 
 
 def random_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -163,10 +131,17 @@ def random_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     settings = {**COMMON, **FAMILIES[family]} if family in FAMILIES else small_settings(family)
     config = AutoConfig.for_model(family, **{**settings, **changes})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    random_weights(model, seed)
+    return model.eval()
+
+
+def random_weights(model: PreTrainedModel, seed: int = 0) -> None:
+    """Weights large enough that routing and attention matter, in place of a model's own."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        known = model.state_dict().keys()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if name.endswith("inv_freq"):
+            if name not in known or not tensor.is_floating_point():
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name:
@@ -174,14 +149,11 @@ def random_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
             elif tensor.ndim == 1 or name.endswith("_bias"):
                 tensor.copy_(noise if "sinks" in name else 0.1 * noise)
             else:
-                fan_in = (
-                    tensor.shape[1]
-                    if "gpt_oss" in family and tensor.ndim == 3
-                    else tensor.shape[-1]
-                )
+                module = model.get_submodule(name.rpartition(".")[0])
+                transposed = tensor.ndim == 3 and getattr(module, "is_transposed", False)
+                fan_in = tensor.shape[1] if transposed else tensor.shape[-1]
                 scale = 1.0 if "embed" in name else 1.3 * fan_in**-0.5
                 tensor.copy_(scale * noise)
-    return model.eval()
 
 
 def make_checkpoint(

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flexpert.engine.request import SamplingParams
 from flexpert.errors import ConfigError, ModelError, RequestError
-from flexpert.models.source import ModelInfo
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 FILE = "generation_config.json"
 _NAMES = {
@@ -53,12 +48,3 @@ def sampling_defaults(model: Path, setting: str) -> dict[str, Any]:
             f"{path} cannot be used: {error}; --generation-config none leaves it out"
         ) from None
     return found
-
-
-def with_end_tokens(info: ModelInfo, tokenizer: PreTrainedTokenizerBase | None) -> ModelInfo:
-    """The tokens that end an answer are the generation config's and the tokenizer's together: a
-    chat template ends its turns with the one, and the other may be what the model was trained on.
-    """
-    own = None if tokenizer is None else tokenizer.eos_token_id
-    also = (own,) if isinstance(own, int) and 0 <= own < info.vocab else ()
-    return replace(info, eos_token_ids=tuple(dict.fromkeys((*info.eos_token_ids, *also))))

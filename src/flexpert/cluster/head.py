@@ -18,9 +18,10 @@ import msgspec
 from flexpert.cluster import state_store
 from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
+from flexpert.cluster.end_tokens import with_end_tokens
 from flexpert.cluster.expert_cache_manager import ExpertCacheManager
 from flexpert.cluster.formatting import describe_memory
-from flexpert.cluster.generation_defaults import sampling_defaults, with_end_tokens
+from flexpert.cluster.generation_defaults import sampling_defaults
 from flexpert.cluster.head_state import HeadState, UnclaimedAnswers
 from flexpert.cluster.hosts.host_ranks import HostRanks
 from flexpert.cluster.interfaces import Work

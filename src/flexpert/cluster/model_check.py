@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from flexpert.cluster.generation_defaults import sampling_defaults, with_end_tokens
+from flexpert.cluster.end_tokens import with_end_tokens
+from flexpert.cluster.generation_defaults import sampling_defaults
 from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.processes.rank_process import open_source
 from flexpert.config import Config

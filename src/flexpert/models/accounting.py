@@ -96,6 +96,9 @@ def _sort_unused(
             left_over.append(key)
         else:
             kinds.setdefault(kind, []).append(key)
+    for part, keys in checkpoint.left_out.items():
+        if keys:
+            kinds[part, "no token of text passes through it"] = keys
     skipped = tuple(
         Skipped(kind, reason, tuple(keys), files.nbytes_of(keys))
         for (kind, reason), keys in kinds.items()
@@ -190,15 +193,24 @@ def _check_shapes(
                 f"{files.path}: {key} has shape {files.shape(key)}, config.json says {expected}"
             )
         return
-    if is_experts:
+    count = expected[0] if is_experts else None
+    if count is not None:
+        parts = len(recipe.targets)
+        # some that need no weights may have them all the same, behind the others
+        needed = getattr(skeleton.get_submodule(name.rpartition(".")[0]), "num_experts", count)
+        if any(len(keys) == needed * parts for keys in recipe.sources.values()):
+            count = int(needed)
         for pattern, keys in recipe.sources.items():
             if "*" in pattern:
-                _check_experts(files, name, keys, expected[0])
+                complete = len(keys) == count * parts  # those of the first parameter come first
+                _check_experts(files, name, keys[:count] if complete else keys, count)
     try:
-        made = _made(checkpoint, name, expected[0] if is_experts else None)
+        made = _made(checkpoint, name, count)
     except ModelError as error:
         made = {name: f"no shape ({error})"}
     for target, shape in made.items():
+        if checkpoint.leaves_out(target):
+            continue
         whole = tuple(skeleton.get_parameter_or_buffer(target).shape)
         desired = whole[1:] if is_experts else whole
         if shape != desired:

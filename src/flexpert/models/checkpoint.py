@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -207,16 +207,21 @@ class Checkpoint:
 
     Args:
         files: of the checkpoint.
-        skeleton: the model on the meta device.
+        skeleton: the model on the meta device, whole.
+        left_out: names of its modules whose tensors are not wanted.
 
     Attributes:
         recipes: by the name of the first parameter that each yields.
         unused: keys of tensors that the model has no place for → what transformers calls them.
+        left_out: keys of the tensors of modules that are left out, by module.
     """
 
-    def __init__(self, files: TensorFiles, skeleton: PreTrainedModel) -> None:
+    def __init__(
+        self, files: TensorFiles, skeleton: PreTrainedModel, left_out: Collection[str] = ()
+    ) -> None:
         self.files = files
         self._skeleton = skeleton
+        self.left_out: dict[str, list[str]] = {part: [] for part in left_out}
         self.recipes: dict[str, Recipe] = {}
         self.unused: dict[str, str] = {}
         conversions = get_model_conversion_mapping(skeleton)
@@ -232,6 +237,10 @@ class Checkpoint:
             if name not in known:
                 self.unused[key] = name
                 continue
+            part = self._left_out_part(name)
+            if part is not None:
+                self.left_out[part].append(key)
+                continue
             recipe = self.recipes.get(name)
             if recipe is None:
                 converter = by_pattern[pattern] if pattern is not None else None
@@ -246,6 +255,13 @@ class Checkpoint:
     def targets(self) -> set[str]:
         """Names of all parameters that the files hold."""
         return {target for recipe in self.recipes.values() for target in recipe.targets}
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether a parameter is one of a module that is left out."""
+        return self._left_out_part(name) is not None
+
+    def _left_out_part(self, name: str) -> str | None:
+        return next((part for part in self.left_out if name.startswith(f"{part}.")), None)
 
     def read(self, name: str, files: Tensors | None = None) -> dict[str, Tensor]:
         """The parameters that the recipe of `name` yields, by name.
@@ -276,9 +292,11 @@ class Checkpoint:
             return files.read_row(key, expert)[0]
         sources: dict[str, list[Tensor]] = {}
         for pattern, keys in recipe.sources.items():
-            if "*" in pattern:  # one tensor an expert
-                self._check_experts(name, len(keys), experts)
-                sources[pattern] = [files.read(keys[expert])]
+            if "*" in pattern:  # one tensor an expert, of all targets one after the other
+                parts = len(recipe.targets)
+                self._check_experts(name, len(keys) // parts, experts)
+                key = keys[recipe.targets.index(name) * len(keys) // parts + expert]
+                sources[pattern] = [files.read(key)] * parts
             else:
                 self._check_experts(name, files.shape(keys[0])[0], experts)
                 if _moves_experts(recipe.converter, len(files.shape(keys[0]))):
@@ -317,7 +335,8 @@ class Checkpoint:
         return all(isinstance(one, MergeModulelist | Concatenate) for one in operations)
 
     def _check_experts(self, name: str, found: int, experts: int) -> None:
-        if found != experts:
+        # some that need no weights may have them all the same, behind the others
+        if found not in (experts, self._skeleton.get_parameter(name).shape[0]):
             raise ModelError(
                 f"{self.files.path} has {found} experts for {name}, its config.json says {experts}"
             )

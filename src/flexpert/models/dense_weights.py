@@ -95,6 +95,8 @@ def _convert(model: PreTrainedModel, source: ModelSource, name: str) -> dict[str
     """What the recipe of a parameter yields, by name, on the host."""
     found = {}
     for target, tensor in source.checkpoint.read(name).items():
+        if source.checkpoint.leaves_out(target):
+            continue  # made along with one that is wanted
         _check_shape(model, source, target, tuple(tensor.shape))
         found[target] = tensor.to(source.dtype_of(target)).contiguous()
         check_finite(found[target], f"{source.path}: {target}")

@@ -29,7 +29,6 @@ from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
-from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.moe.moe_layers import MoELayers
 
@@ -184,13 +183,12 @@ class ModelRunner:
             UnsupportedModel: the model computes something at its start that we cannot repeat.
         """
         source.checkpoint.files.check_unchanged()
-        model = build_skeleton(
-            source.config, source.info.dtype, attention=registrations.IMPLEMENTATION
-        )
+        model = source.build(attention=registrations.IMPLEMENTATION)
         for name in source.experts_names:
             model.get_submodule(name)._parameters.clear()
         with torch.no_grad():
             compute_buffers(model)
+            keep_frequencies(model)
             lap("skeleton")
             load_dense(model, source, stream_of(device) if device.type == "cuda" else None)
         _check_real(model)
@@ -306,7 +304,7 @@ class ModelRunner:
         ).logits[0]
         if not rows:
             logits = logits[sample_rows]
-        return logits[: batch.sample_rows.shape[0]].float()
+        return logits[: batch.sample_rows.shape[0], : self.info.vocab].float()
 
     def forward_idle(self) -> None:
         """Take part in a step without tokens: each MoE layer in order, no attention."""
@@ -368,6 +366,14 @@ def compute_buffers(model: PreTrainedModel) -> None:
                     f"{model.config.model_type} does not fit: its buffer {path}.{leaf} is in no "
                     "checkpoint and transformers does not say how to compute it"
                 )
+
+
+def keep_frequencies(model: PreTrainedModel) -> None:
+    """Let rotary embeddings of the type "dynamic" keep their frequencies, as they do within
+    max_position_embeddings, which is our limit; they would ask the device each time."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.rope_type = "default"
 
 
 def _check_real(model: PreTrainedModel) -> None:

@@ -15,10 +15,19 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.models import registrations
+from flexpert.models.architecture import (
+    KEEPING_NOTHING,
+    leave_out,
+    model_classes,
+    pad_vocabulary,
+    says_experts,
+    untouched_parts,
+)
+from flexpert.models.meta_walk import walk
+from flexpert.models.undispatched_experts import dispatch_experts
 
 UNDERSTOOD: Final = {"scaling", "sliding_window", "s_aux", "softcap", "dropout", "is_causal"}
 """Arguments of an attention call that `model_runner` honours."""
@@ -37,8 +46,7 @@ HARMLESS: Final = {
 }
 """Arguments that do not change the result of causal attention without padding."""
 
-PLAIN_LAYERS: Final = {"attention", "full_attention", "sliding_attention"}
-"""Layer types that are attention over the keys and values of all or the last tokens."""
+_USUAL_CONTEXT: Final = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +69,21 @@ class ExpertsCall:
 
 
 class Probe:
-    """Records the calls of one walk; see `registrations` for what its methods are called with."""
+    """Records the calls of one walk; see `registrations` for what its methods are called with.
+
+    left_out: names of the modules that no token of text passes through, such as encoders of images.
+    padded_vocab: tokens for which the files have embeddings, if these are more than the vocabulary.
+    context: tokens within which attention is what we compute.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self._model = (type(model), model.config)
+        self.context = _attention_context(model.config.get_text_config())
         self._names = {module: name for name, module in model.named_modules()}
         self.attention_shapes: dict[str, AttentionShape] = {}
         self.experts_calls: list[ExpertsCall] = []
+        self.left_out: tuple[str, ...] = ()
+        self.padded_vocab: int | None = None
 
     def attention(
         self,
@@ -87,7 +104,9 @@ class Probe:
         if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
             raise UnsupportedModel(f"{name} is not causal")
         window = kwargs.get("sliding_window")
-        if not isinstance(mask, registrations.AskedMask) or not _is_causal_window(mask, window):
+        if not isinstance(mask, registrations.AskedMask) or not _is_causal_window(
+            mask, window, self.context
+        ):
             raise UnsupportedModel(
                 f"{name} asks for a mask that is neither causal nor the sliding window it names"
             )
@@ -110,54 +129,61 @@ class Probe:
         self.experts_calls.append(ExpertsCall(name, experts, x.shape[-1], expert_ids.shape[-1]))
         return torch.empty_like(x)
 
+    def build(self, dtype: torch.dtype, *, attention: str) -> PreTrainedModel:
+        """The same model once more, without what is left out; see `build_skeleton`."""
+        chosen, config = self._model
+        model = build_skeleton(config, dtype, chosen, attention=attention)
+        leave_out(model, self.left_out)
+        if self.padded_vocab is not None:
+            pad_vocabulary(model, self.padded_vocab)
+        return model
 
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The causal language model class that transformers has for a configuration."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModel(f"{config.model_type} is an encoder-decoder")
-    for front in ("vision_config", "audio_config"):
-        if getattr(config, front, None) is not None:
-            raise UnsupportedModel(
-                f"{config.model_type} has a {front.removesuffix('_config')} front end; "
-                "flexpert serves text-only models"
-            )
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - PLAIN_LAYERS
-    if kinds:
-        raise UnsupportedModel(
-            f"{config.model_type} has layers of {', '.join(sorted(kinds))}; flexpert serves models "
-            "whose layers keep plain keys and values"
-        )
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    for parameters in (rope, *rope.values()):
-        if isinstance(parameters, dict) and parameters.get("rope_type") == "dynamic":
-            raise UnsupportedModel(
-                f"{config.model_type} has dynamic rotary embeddings: the longest request of a "
-                "batch would change the others; rope_type 'default' keeps to the original context"
-            )
-    try:
-        found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        raise UnsupportedModel(
-            f"transformers has no causal language model for {config.model_type!r}"
-        ) from None
-    return found
+
+def find_architecture(
+    config: PreTrainedConfig, dtype: torch.dtype, own: type[PreTrainedModel] | None = None
+) -> tuple[PreTrainedModel, Probe]:
+    """The model that serves a checkpoint, on the meta device, and what its walk told.
+
+    own: its class, if the checkpoint brings one.
+
+    Raises:
+        UnsupportedModel: none does; says why not the likeliest one.
+        ModelError: the configuration is incomplete or contradicts itself.
+    """
+    refusal: ModelError | None = None
+    classes = model_classes(config) if own is None else [(own, config)]
+    for chosen, settings in classes:
+        try:
+            skeleton = build_skeleton(settings, dtype, chosen, attention=registrations.PROBE)
+            return skeleton, probe(skeleton)
+        except ModelError as error:
+            refusal = refusal or error
+    assert refusal is not None  # there is a class, or model_classes raises
+    raise refusal
 
 
 def build_skeleton(
-    config: PreTrainedConfig, dtype: torch.dtype, *, attention: str
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    chosen: type[PreTrainedModel],
+    *,
+    attention: str,
 ) -> PreTrainedModel:
     """The model on the meta device: every module, no memory, weights not tied.
 
+    Args:
+        config: of the class, see `model_classes`.
+        chosen: its class.
+
     Raises:
-        UnsupportedModel: no causal language model, or layers that are not plain attention.
         ModelError: the configuration is incomplete or contradicts itself.
     """
     registrations.register()
     config = copy.deepcopy(config)
     for flag in ("use_cache", "output_router_logits", "output_attentions", "output_hidden_states"):
-        if getattr(config, flag, False):
-            setattr(config, flag, False)
-    chosen = model_class(config)
+        for part in (config, config.get_text_config()):
+            if getattr(part, flag, False):
+                setattr(part, flag, False)
     try:
         with (
             torch.device("meta"),
@@ -168,7 +194,7 @@ def build_skeleton(
             model: PreTrainedModel = chosen._from_config(
                 config,
                 dtype=dtype,
-                attn_implementation=attention,
+                attn_implementation=_implementations(config, attention),
                 experts_implementation=registrations.IMPLEMENTATION,
             )
     except Exception as error:  # whatever a model's constructor raises on odd settings
@@ -176,6 +202,7 @@ def build_skeleton(
             f"transformers cannot build {chosen.__name__} from this config.json "
             f"({type(error).__name__}: {error})"
         ) from error
+    dispatch_experts(model)
     return model.eval()
 
 
@@ -187,23 +214,12 @@ def probe(model: PreTrainedModel) -> Probe:
     """
     family = model.config.model_type
     if not any(hasattr(m, "has_gate") and hasattr(m, "is_transposed") for m in model.modules()):
-        raise UnsupportedModel(
-            f"{family} is a dense model (none of its layers has experts that transformers can "
-            "dispatch); flexpert serves Mixture-of-Experts models"
-        )
+        raise UnsupportedModel(f"{family} does not fit: {says_experts(model)}")
     found = Probe(model)
     for module in model.modules():
         registrations.bind(module, found)
-    tokens = torch.zeros((1, 2), dtype=torch.int64, device="meta")
     try:
-        with torch.inference_mode():
-            model(
-                input_ids=tokens,
-                position_ids=tokens,
-                # with a mask given, transformers does not look for packed sequences by value
-                attention_mask=torch.ones((1, 2), dtype=torch.int64, device="meta"),
-                use_cache=False,
-            )
+        touched = walk(model)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{family} does not fit: {error}") from None
     except Exception as error:  # any failure of foreign code means: does not fit
@@ -212,12 +228,16 @@ def probe(model: PreTrainedModel) -> Probe:
             f"such as masks or caches of its own ({type(error).__name__}: {error})"
         ) from error
     _check_layers(model, found)
+    called = (*found.attention_shapes, *(call.name for call in found.experts_calls))
+    found.left_out = untouched_parts(model, touched.union(f"{name}." for name in called))
     return found
 
 
 def _check_layers(model: PreTrainedModel, found: Probe) -> None:
     family = model.config.model_type
-    layers = model.config.get_text_config().num_hidden_layers
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
+    layers = sum(kind not in KEEPING_NOTHING for kind in kinds)
     if len(found.attention_shapes) != layers:
         raise UnsupportedModel(
             f"{family} does not fit: {layers - len(found.attention_shapes)} of its {layers} layers "
@@ -234,19 +254,39 @@ def _check_layers(model: PreTrainedModel, found: Probe) -> None:
             )
 
 
-def _is_causal_window(mask: registrations.AskedMask, window: int | None) -> bool:
-    """Whether the mask means: see every key up to the query, of the last `window` if given."""
-    reach = 2 * (window or 4) + 3
-    query = torch.arange(reach)[:, None]
-    key = torch.arange(reach)[None, :]
+def _attention_context(text: PreTrainedConfig) -> int:
+    """Within its first chunk, attention in chunks is attention to all tokens before."""
+    context = getattr(text, "max_position_embeddings", None)
+    if not isinstance(context, int) or context < 1:
+        context = _USUAL_CONTEXT  # refused where the context is asked for
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        context = min(context, max(1, int(text.attention_chunk_size)))
+    return context
+
+
+def _implementations(config: PreTrainedConfig, attention: str) -> dict[str, str]:
+    """By configuration inside of the whole one: ours for the text model, and for others, which
+    nothing passes through, what they all know."""
+    text = config.get_text_config()
+    inner = {name: getattr(config, name, None) for name in config.sub_configs}
+    return {"": attention, **{n: attention if c is text else "eager" for n, c in inner.items()}}
+
+
+def _is_causal_window(mask: registrations.AskedMask, window: int | None, within: int) -> bool:
+    """Whether the mask means: see every key up to the query, of the last `window` if given.
+
+    within: positions are below it.
+    """
+    edges = {0, within, *(2**power for power in range(1, 24))}
+    if window is not None:
+        edges |= {window, 2 * window}
+    near = {position + step for position in edges for step in (-1, 0, 1, 2)}
+    positions = torch.tensor(sorted(p for p in near if 0 <= p < within), device="cpu")
+    query, key = positions[:, None], positions[None, :]
     expected = key <= query
     if window is not None:
-        if window > 1 << 12:  # compare around the edge only
-            query = torch.tensor([0, 1, window - 1, window, window + 1])[:, None]
-            key = torch.tensor([0, 1, 2, window - 1, window, window + 1])[None, :]
-            expected = key <= query
         expected = expected & (key > query - window)
-    zero = torch.zeros((), dtype=torch.int64)
+    zero = torch.zeros((), dtype=torch.int64, device="cpu")
     try:
         seen = mask.sees(zero, zero, query, key)
     except Exception:  # noqa: BLE001 - a mask that needs more than positions is not ours

@@ -81,9 +81,11 @@ def _attention(
     return module._flexpert.attention(module, query, key, value, attention_mask, **kwargs), None
 
 
-def _experts(
+def call_experts(
     module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
+    """What an experts module with our implementation computes: `ExpertsBinding.experts` of what it
+    is bound to."""
     result: Tensor = module._flexpert.experts(module, hidden_states, top_k_index, top_k_weights)
     return result
 
@@ -97,4 +99,4 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention)
     ALL_ATTENTION_FUNCTIONS.register(PROBE, _attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(PROBE, _asked_mask)
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts)
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, call_experts)

@@ -18,7 +18,6 @@ from llguidance import LLTokenizer
 from llguidance.hf import from_tokenizer as grammar_tokenizer
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -30,13 +29,14 @@ from flexpert.errors import ConfigError, ModelError, UnsupportedModel
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.kernels.weight_formats import FORMATS, FP8, MXFP4, WeightFormat
-from flexpert.models import registrations
 from flexpert.models.accounting import account
+from flexpert.models.architecture import leave_out, pad_vocabulary
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
 from flexpert.models.expert_reader import ExpertReader
-from flexpert.models.probe import AttentionShape, Probe, build_skeleton, probe
+from flexpert.models.probe import AttentionShape, Probe, find_architecture
 from flexpert.models.quantization import read_quantization
 from flexpert.models.quantized_files import QuantizedFiles
+from flexpert.models.remote_code import CODE_FILES, brought_class, read_config
 from flexpert.parallel import read_threads, run_parallel
 from flexpert.reading import read_text, shown
 
@@ -100,6 +100,9 @@ class ModelSource:
 
     Attributes:
         expert_format: of experts in memory; None: they are unquantized.
+        trusted: the checkpoint's own code may be run.
+        left_out: names of the modules that no token of text passes through, and whose tensors are
+            not read (`Checkpoint.left_out`).
         accounting: what became of every tensor of the files.
     """
 
@@ -107,6 +110,7 @@ class ModelSource:
     info: ModelInfo
     config: PreTrainedConfig
     expert_format: WeightFormat | None
+    trusted: bool = False
 
     def __init__(
         self,
@@ -124,7 +128,14 @@ class ModelSource:
         self.skeleton = skeleton
         self.attention_names = tuple(found.attention_shapes)
         self.experts_names = tuple(call.name for call in found.experts_calls)
-        self.checkpoint = Checkpoint(files, skeleton)
+        self._found = found
+        self.left_out = found.left_out
+        self.checkpoint = Checkpoint(files, skeleton, self.left_out)
+        leave_out(skeleton, self.left_out)
+        rows = self._embedded_tokens()
+        if rows > info.vocab:  # rows that no token has; the logits are cut to the vocabulary
+            found.padded_vocab = rows
+            pad_vocabulary(skeleton, rows)
         self.accounting = account(self.checkpoint, skeleton, self.expert_parameters)
         self._say_what_is_not_read()
         self.expert_format = self._format_in_memory(experts, files)
@@ -146,6 +157,7 @@ class ModelSource:
         dtype: str = "auto",
         max_model_len: int | None = None,
         experts: ExpertFormat = "unquantized",
+        trust_remote_code: bool = False,
     ) -> ModelSource:
         """Open a model by name.
 
@@ -155,19 +167,20 @@ class ModelSource:
             dtype: "auto" (the checkpoint's; float16 becomes bfloat16), "bfloat16" or "float32".
             max_model_len: a shorter limit of prompt and answer than the model's.
             experts: their format in memory.
+            trust_remote_code: run the Python code that a checkpoint brings along.
 
         Raises:
             UnsupportedModel: a dense model, a quantization that is not served, or a family
                 that does not fit; says why.
             ModelError: files are missing, damaged or cannot be had.
         """
-        path = locate(model, revision)
-        config = _read_config(path)
+        path = locate(model, revision, code=trust_remote_code)
+        config = _read_config(path, trusted=trust_remote_code)
         try:
             quantization = read_quantization(path)
             _forget_quantization(config)  # weights come to the model dequantized
-            skeleton = build_skeleton(config, _dtype(config, dtype), attention=registrations.PROBE)
-            found = probe(skeleton)
+            own = brought_class(path, config) if trust_remote_code else None
+            skeleton, found = find_architecture(config, _dtype(config, dtype), own)
             info = _info(model, path, config, skeleton, found, max_model_len)
             named = getattr(config, "transformers_weights", None)
             files = (
@@ -175,7 +188,9 @@ class ModelSource:
                 if quantization
                 else TensorFiles(path, named)
             )
-            return cls(path, config, info, skeleton, found, files, experts)
+            source = cls(path, config, info, skeleton, found, files, experts)
+            source.trusted = trust_remote_code
+            return source
         except ModelError as error:
             if str(path) in str(error):
                 raise
@@ -185,6 +200,20 @@ class ModelSource:
                 f"{path / 'config.json'} describes no model that can be built "
                 f"({type(error).__name__}: {_short(error)})"
             ) from error
+
+    def _embedded_tokens(self) -> int:
+        """The rows of the embeddings in the files; 0: not plain to see."""
+        embeddings = self.skeleton.get_input_embeddings()
+        for name, parameter in self.skeleton.named_parameters():
+            recipe = self.checkpoint.recipes.get(name)
+            if parameter is embeddings.weight and recipe and recipe.converter is None:
+                shape = self.checkpoint.files.shape(recipe.sources[""][-1])
+                return shape[0] if shape[1:] == parameter.shape[1:] else 0
+        return 0
+
+    def build(self, *, attention: str) -> PreTrainedModel:
+        """The model on the meta device, without what is left out; see `build_skeleton`."""
+        return self._found.build(self.info.dtype, attention=attention)
 
     def _say_what_is_not_read(self) -> None:
         files = self.checkpoint.files
@@ -422,7 +451,9 @@ class ModelSource:
             ModelError: it has none, or it cannot be read.
         """
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=self.trusted
+            )
         except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
             raise ModelError(f"{self.path} has no tokenizer that can be read: {error}") from error
         # without files transformers makes an empty one of some families, which reads every text as
@@ -460,8 +491,8 @@ class ModelSource:
             _ = self.grammar_tokens
 
 
-def locate(model: str, revision: str | None = None) -> Path:
-    """The directory of a model; downloads it if it is on the hub.
+def locate(model: str, revision: str | None = None, *, code: bool = False) -> Path:
+    """The directory of a model; downloads it if it is on the hub, with its code if that is wanted.
 
     Raises:
         ModelError: there is no such directory, or the hub cannot be reached and nothing is cached.
@@ -477,7 +508,8 @@ def locate(model: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=WANTED_FILES))
+        wanted = [*WANTED_FILES, *(CODE_FILES if code else [])]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise ModelError(
             f"{model} is neither a directory nor a model on the hub that you may read ({error})"
@@ -490,21 +522,16 @@ def locate(model: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def _read_config(path: Path) -> PreTrainedConfig:
+def _read_config(path: Path, *, trusted: bool) -> PreTrainedConfig:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json: it is not a checkpoint of transformers")
     _check_settings(path / "config.json")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+        return read_config(path, trusted=trusted)
+    except ModelError:
+        raise
     except Exception as error:
-        if "trust_remote_code" in str(error) or "does not recognize this architecture" in str(
-            error
-        ):
-            raise UnsupportedModel(
-                f"{path}: the installed transformers does not know this model ({error})"
-            ) from error
         raise ModelError(f"{path / 'config.json'} cannot be read: {_short(error)}") from error
-    return config
 
 
 def _forget_quantization(config: PreTrainedConfig) -> None:
@@ -563,7 +590,7 @@ def _info(
 ) -> ModelInfo:
     text = config.get_text_config()
     call = found.experts_calls[0]
-    eos, bos = config.eos_token_id, config.bos_token_id
+    eos, bos = (_stated(config, text, name) for name in ("eos_token_id", "bos_token_id"))
     if (path / "generation_config.json").is_file():
         try:
             generation = GenerationConfig.from_pretrained(path)
@@ -586,10 +613,16 @@ def _info(
         topk=call.topk,
         dtype=skeleton.dtype,
         attention=tuple(found.attention_shapes.values()),
-        max_model_len=_context_limit(text, max_model_len),
+        max_model_len=_context_limit(text, found.context, max_model_len),
         eos_token_ids=ends,
         bos_token_id=begins[0] if begins else None,
     )
+
+
+def _stated(config: PreTrainedConfig, text: PreTrainedConfig, name: str) -> object:
+    """A setting of the whole model, or else of the text model inside of it."""
+    stated = getattr(config, name, None)
+    return getattr(text, name, None) if stated is None else stated
 
 
 def _token_ids(path: Path, name: str, value: object, vocab: int) -> tuple[int, ...]:
@@ -607,8 +640,10 @@ def _token_ids(path: Path, name: str, value: object, vocab: int) -> tuple[int, .
     return tuple(one for one in ids if 0 <= one < vocab)
 
 
-def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
+def _context_limit(config: PreTrainedConfig, attention: int, asked: int | None) -> int:
     """The model's context, or the shorter one asked for.
+
+    attention: tokens within which attention is what we compute, see `Probe.context`.
 
     With rope type "longrope" the frequencies of all tokens of a batch depend on the longest of
     them; within the original context they do not.
@@ -620,6 +655,9 @@ def _context_limit(config: PreTrainedConfig, asked: int | None) -> int:
             "which is no number of tokens"
         )
     reason = "its max_position_embeddings"
+    if attention < limit:
+        limit = attention
+        reason = "beyond it some of its layers attend to chunks of that many tokens"
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *rope.values()):
         kind = parameters.get("rope_type", "default") if isinstance(parameters, dict) else "default"

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from flexpert.models import registrations
 from flexpert.models.dense_weights import load_dense
-from flexpert.models.probe import build_skeleton
 from flexpert.models.source import ModelSource
 from flexpert.parallel import read_threads, run_parallel
 
@@ -21,7 +20,7 @@ def read_dense(source: ModelSource) -> PreTrainedModel:
 
     Raises: ModelError: something cannot be read or is not finite.
     """
-    model = build_skeleton(source.config, source.info.dtype, attention=registrations.IMPLEMENTATION)
+    model = source.build(attention=registrations.IMPLEMENTATION)
     for name in source.experts_names:
         model.get_submodule(name)._parameters.clear()
     with torch.no_grad():

@@ -22,7 +22,7 @@ from flexpert.kernels.kernel_set import cpu_kernels, gpu_kernels
 from flexpert.kernels.weight_formats import FORMATS, MXFP4
 from flexpert.models import registrations
 from flexpert.models.model_runner import ModelRunner, compute_buffers
-from flexpert.models.probe import Probe, build_skeleton, probe
+from flexpert.models.probe import Probe, find_architecture
 from flexpert.models.source import ModelInfo
 from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
 from flexpert.moe.placement import replan
@@ -72,8 +72,7 @@ class DenseModel:
     @classmethod
     def draw(cls, config: PreTrainedConfig, device: torch.device, seed: int) -> DenseModel:
         """Weights depend on the seed and their names alone; norms are 1."""
-        skeleton = build_skeleton(config, _DTYPE, attention=registrations.PROBE)
-        found = probe(skeleton)
+        skeleton, found = find_architecture(config, _DTYPE)
         call = found.experts_calls[0]
         info = ModelInfo(
             name="random",
@@ -178,8 +177,8 @@ class FormatModel:
 
 
 def _model(dense: DenseModel) -> PreTrainedModel:
-    model: PreTrainedModel = build_skeleton(
-        dense.config, dense.info.dtype, attention=registrations.IMPLEMENTATION
+    model: PreTrainedModel = dense.found.build(
+        dense.info.dtype, attention=registrations.IMPLEMENTATION
     )
     with torch.no_grad():
         compute_buffers(model)

@@ -17,7 +17,7 @@ from flexpert.kernels.kernel_set import gpu_kernels
 from flexpert.kernels.weight_formats import FP8
 from flexpert.models import registrations
 from flexpert.models.model_runner import ModelRunner, compute_buffers
-from flexpert.models.probe import Probe, build_skeleton, probe
+from flexpert.models.probe import Probe, find_architecture
 from flexpert.models.source import ModelInfo
 from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
 from flexpert.moe.placement import Placement
@@ -73,8 +73,7 @@ class RandomModel:
             quantise: the engine's experts are fp8.
             whole: keep those of `transformers()` next to them.
         """
-        skeleton = build_skeleton(config, dtype, attention=registrations.PROBE)
-        found = probe(skeleton)
+        skeleton, found = find_architecture(config, dtype)
         call = found.experts_calls[0]
         draw = torch.Generator(device)
 
@@ -194,7 +193,7 @@ class RandomModel:
         return model
 
     def _model(self, attention: str) -> PreTrainedModel:
-        model = build_skeleton(self.config, self.info.dtype, attention=attention)
+        model = self.found.build(self.info.dtype, attention=attention)
         with torch.no_grad():
             compute_buffers(model)
         device = next(iter(self.weights.values())).device

@@ -92,6 +92,7 @@ def open_source(config: Config) -> ModelSource:
         dtype=config.model.dtype,
         max_model_len=config.model.max_model_len,
         experts=_EXPERTS[quantization],
+        trust_remote_code=config.model.trust_remote_code,
     )
 
 
