@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from flexpert.kernels.cuda import attention, norm
+from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.cuda import row_sorting as routing
+from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
 BLOCK = 16
 
@@ -148,3 +150,45 @@ def test_rows_are_sorted_by_slot_and_summed_back(tokens: int) -> None:
     expected = (y[row].float() * weights[:counted, :, None]).sum(1)
     assert relative(out[:counted], expected) < 1e-2
     assert (out[counted:] == 0).all()
+
+
+@pytest.mark.parametrize("each", [1, 2, 3, 16, 100], ids="{} rows an expert".format)
+@pytest.mark.parametrize("packed", [None, FP8, MXFP4], ids=["bf16", "fp8", "mxfp4"])
+@pytest.mark.parametrize("gated", [False, True], ids=["product", "gated"])
+def test_products_are_those_of_the_weights_that_a_cpu_dequantizes(
+    gated: bool, packed: WeightFormat | None, each: int
+) -> None:
+    """gpt-oss-20b's sizes, bf16 rows; the reference is float64."""
+    slots, hidden, inter = 3, 2880, 2880
+    height = 2 * inter if gated else inter
+    whole = [torch.randn(height, hidden).bfloat16() / 50 for _ in range(slots)]
+    weights, scales = [w.cuda() for w in whole], None
+    if packed is not None:
+        pairs = [packed.quantize(weight) for weight in whole]
+        whole = [packed.restore(*pair).bfloat16() for pair in pairs]
+        weights = [pair[0].cuda() for pair in pairs]
+        scales = [pair[1].cuda() for pair in pairs]
+    biases = [torch.randn(height).bfloat16().cuda() for _ in range(slots)]
+    x = torch.randn(slots * each, hidden).bfloat16()
+    out = products.grouped_product(
+        x.cuda(),
+        addresses(weights),
+        torch.arange(slots + 1, dtype=torch.int32).cuda() * each,
+        torch.empty(slots * each, inter, dtype=torch.bfloat16, device="cuda"),
+        packed=packed,
+        scales=None if scales is None else addresses(scales),
+        biases=addresses(biases),
+        gated=gated,
+    )
+    for slot in range(slots):
+        rows = slice(slot * each, (slot + 1) * each)
+        expected = x[rows].cuda().double() @ whole[slot].cuda().double().t()
+        expected += biases[slot].double()
+        if gated:
+            expected = torch.nn.functional.silu(expected[:, :inter]) * expected[:, inter:]
+        error = (out[rows].double() - expected).norm() / expected.norm()
+        assert float(error) < 5e-3
+
+
+def addresses(tensors: list[Tensor]) -> Tensor:
+    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cuda")
