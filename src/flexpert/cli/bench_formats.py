@@ -45,7 +45,8 @@ def bench_formats(
 
     Random weights, the engine's own path from tokens on the host to the next ones, as one rank.
     The formats take turns at each step, and all lie in memory at once: 24 layers in bf16 and MXFP4
-    take 56 GB. Exit status 1 if a format computes something else.
+    take 56 GB. Exit status 1 if a format computes something else, which is judged with one layer or
+    two: random routers turn roundings into other experts.
     """
     names = [name for name in formats.split(",") if name]
     unknown = sorted(set(names) - set(_COMPUTED[device]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import RenderableType
 
-from flexpert.bench.formats.format_run import FormatReport
+from flexpert.bench.formats.format_run import JUDGED_LAYERS, FormatReport
 from flexpert.bench.report_table import figures_table, with_note
 
 _COLUMNS = ("experts GB", "all GB", "× memory", "p10 ms", "p50 ms", "× speed", "logits differ")
@@ -29,10 +29,13 @@ def formats_text(report: FormatReport) -> RenderableType:
             f"{point.step_us.p10 / 1e3:.2f}",
             f"{point.step_us.p50 / 1e3:.2f}",
             f"{first.step_us.p50 / point.step_us.p50:.2f}",
-            f"{point.error:.4f}" + ("" if point.correct else " WRONG"),
+            f"{point.error:.4f}" + ("" if point.is_correct(report.layers) else " WRONG"),
         )
+    judged = ""
+    if report.layers > JUDGED_LAYERS:
+        judged = f"; logits are judged up to {JUDGED_LAYERS} layers"
     return with_note(
         [table],
         f"{report.steps} steps of each format, in turn; {report.device}, {report.threads} threads "
-        f"of torch\n{report.machine.line()}",
+        f"of torch{judged}\n{report.machine.line()}",
     )
