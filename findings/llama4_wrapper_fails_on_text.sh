@@ -14,7 +14,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet torch==2.13.0 torchvision transformers==5.24.0 pillow
+"$folder/venv/bin/pip" install --quiet torch==2.13.0 transformers==5.24.0
 cat > "$folder/run.py" <<'PY'
 import sys
 

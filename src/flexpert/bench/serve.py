@@ -25,6 +25,7 @@ from flexpert.bench.load import (
     poisson_arrivals,
 )
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.other_server import Against, Round, served_model
 from flexpert.bench.prompts import Prompt, random_prompts, read_prompts, token_pool, tokenize
 from flexpert.bench.service import own_service
 from flexpert.bench.statistics import Figures, figures
@@ -115,6 +116,7 @@ class ServeReport(msgspec.Struct, frozen=True, kw_only=True):
     service: Figures
     client_cpu_s: float
     references: list[Reference] = []
+    against: Against | None = None
 
 
 def run_bench(
@@ -160,17 +162,76 @@ def describe(load: OfferedLoad) -> str:
     return f"{load.count} requests, {what}, {load.output_tokens} out, {how}, seed {load.seed}"
 
 
+def run_against(
+    load: OfferedLoad, measured: ServeMeasured, other: Target, url: str, rounds: int, note: Note
+) -> ServeReport:
+    """Measure a service and another server in turn; `service` of the report is the middle round.
+
+    Args:
+        url: of the other server, for people.
+
+    Raises:
+        FlexpertError
+    """
+    began = resource.getrusage(resource.RUSAGE_SELF)
+    against = asyncio.run(_measure_against(load, measured, other, url, rounds, note))
+    ended = resource.getrusage(resource.RUSAGE_SELF)
+    own = measured.url is None
+    return ServeReport(
+        command=" ".join(["flexpert", *sys.argv[1:]]),
+        machine=this_machine(),
+        model=measured.model if own else str(measured.url),
+        ranks=measured.ranks if own else None,
+        threads_per_rank=measured.threads_per_rank if own else None,
+        offered=describe(load),
+        service=against.middle.ours,
+        client_cpu_s=ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime,
+        against=against,
+    )
+
+
+async def _measure_against(
+    load: OfferedLoad, measured: ServeMeasured, other: Target, url: str, rounds: int, note: Note
+) -> Against:
+    async with AsyncExitStack() as stack:
+        theirs = await served_model(other)  # before a service of our own is started in vain
+        target = await _target(stack, measured, note)
+        servers = [("ours", target, await served_model(target)), ("theirs", other, theirs)]
+        pool = await token_pool(target)
+        arrivals = None
+        if load.request_rate is not None:
+            arrivals = poisson_arrivals(load.request_rate, load.count, load.seed)
+        found: list[Round] = []
+        for turn in range(rounds):
+            seed = load.seed + 2 * turn
+            prompts = await _prompts(target, load, seed)
+            warm = random_prompts(pool, load.input_tokens, load.warmup, seed + 1)
+            done: dict[str, Figures] = {}
+            for whose, server, model in servers[:: -1 if turn % 2 else 1]:
+                note(f"round {turn + 1} of {rounds}: {whose}")
+                warmed = await _offer(server, load, warm, None, model)
+                if warmed and all(answer.error for answer in warmed):
+                    raise FlexpertError(f"{server.host}:{server.port} fails: {warmed[0].error}")
+                done[whose] = figures(await _offer(server, load, prompts, arrivals, model))
+            found.append(Round(**done))
+        return Against.of(url, theirs, found)
+
+
+async def _target(stack: AsyncExitStack, measured: ServeMeasured, note: Note) -> Target:
+    """The service at the URL, or one of our own until the stack is left."""
+    if measured.url is not None:
+        return Target.parse(measured.url, measured.key)
+    service = own_service(measured.arguments(), report=note)
+    return (await stack.enter_async_context(service)).target
+
+
 async def measure(
     load: OfferedLoad, measured: ServeMeasured, tokens_wanted: bool, note: Note
 ) -> tuple[list[ClientAnswer], list[list[int]], float]:
     """Answers, the prompts as token ids if desired, and our own CPU seconds."""
     async with AsyncExitStack() as stack:
-        if measured.url is None:
-            service = own_service(measured.arguments(), report=note)
-            target = (await stack.enter_async_context(service)).target
-        else:
-            target = Target.parse(measured.url, measured.key)
-        prompts = await _prompts(target, load)
+        target = await _target(stack, measured, note)
+        prompts = await _prompts(target, load, load.seed)
         if load.warmup:
             note(f"warming up with {load.warmup} requests")
             # other prompts than those measured, else the prefix cache would know them
@@ -194,21 +255,27 @@ async def measure(
         return answers, ids, cpu_s
 
 
-async def _prompts(target: Target, load: OfferedLoad) -> list[Prompt]:
+async def _prompts(target: Target, load: OfferedLoad, seed: int) -> list[Prompt]:
     if load.prompts is not None:
         return read_prompts(load.prompts, load.count)
-    return random_prompts(await token_pool(target), load.input_tokens, load.count, load.seed)
+    return random_prompts(await token_pool(target), load.input_tokens, load.count, seed)
 
 
 async def _offer(
-    target: Target, load: OfferedLoad, prompts: list[Prompt], arrivals: list[float] | None
+    target: Target,
+    load: OfferedLoad,
+    prompts: list[Prompt],
+    arrivals: list[float] | None,
+    model: str | None = None,
 ) -> list[ClientAnswer]:
+    """model: its name, for servers that must be told; None: the one that is served."""
+    named = {} if model is None else {"model": model}
     requests = [
         target.message(
             "POST",
             "/v1/completions",
             completion_body(
-                prompt, max_tokens=load.output_tokens, ignore_eos=True, temperature=0.0
+                prompt, max_tokens=load.output_tokens, ignore_eos=True, temperature=0.0, **named
             ),
         )
         for prompt in prompts

@@ -16,6 +16,7 @@ BENCH_SERVE_EXAMPLES = (
     "flexpert bench serve --compare transformers --ranks 1 --concurrency 16",
     "flexpert bench serve --url http://127.0.0.1:8000 --request-rate 4 --num-prompts 200",
     "flexpert bench serve --prompts prompts.jsonl --output result.json",
+    "flexpert bench serve --model ./model --against http://127.0.0.1:8001 --rounds 5",
     "flexpert bench serve --ranks 2 -- --deterministic --max-running 32",
 )
 
@@ -65,11 +66,26 @@ def bench_serve(
             help="Same prompts, threads and dtype through transformers alone.",
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Another OpenAI server of this machine with the same model (vLLM, SGLang): both "
+            "in turn, and the ratio.",
+        ),
+    ] = None,
+    against_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="That server's key, if it asks for one.")
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, metavar="N", help="With --against: turns of each.")
+    ] = 3,
     json_: Json = False,
     output: Output = None,
 ) -> None:
     """Measure a service: throughput, time to first token, inter-token latency, end to end."""
-    from flexpert.bench.serve import OfferedLoad, ServeMeasured, run_bench
+    from flexpert.bench.load import Target
+    from flexpert.bench.serve import OfferedLoad, ServeMeasured, run_against, run_bench
     from flexpert.display.render import figures_text
 
     if compare not in (None, "transformers"):
@@ -77,6 +93,8 @@ def bench_serve(
     if url is not None and (service or compare):
         what = "flags of a service" if service else "--compare"
         raise ConfigError(f"{what} can only be had with a service of our own; leave out --url")
+    if compare and against:
+        raise ConfigError("--compare and --against are two measurements; leave one out")
     check_outputs(output)
     load = OfferedLoad(
         prompts=prompts,
@@ -92,9 +110,15 @@ def bench_serve(
         url=url, key=api_key, model=model, ranks=ranks, threads=threads, flags=tuple(service or ())
     )
     console = make_console(stderr=True)
-    report = run_bench(
-        load, measured, compare=compare is not None, note=lambda line: print_note(line, console)
-    )
+
+    def note(line: str) -> None:
+        print_note(line, console)
+
+    if against is None:
+        report = run_bench(load, measured, compare=compare is not None, note=note)
+    else:
+        other = Target.parse(against, against_key)
+        report = run_against(load, measured, other, against, rounds, note)
     show_report(report, figures_text(report), as_json=json_, output=output)
     if report.service.failed:
         raise typer.Exit(EXIT_FAILURE)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from flexpert.bench.other_server import Against
 from flexpert.bench.serve import Reference, ServeReport
 from flexpert.bench.statistics import Summary
 from flexpert.cluster.formatting import describe_change, ids
@@ -146,7 +148,34 @@ def figures_text(report: ServeReport) -> str:
     if report.references:
         lines += ["", "transformers alone:"]
         lines += [_reference_line(reference) for reference in report.references]
+    if report.against is not None:
+        lines += ["", *_against_lines(report.against)]
     return "\n".join(lines)
+
+
+def _against_lines(against: Against) -> list[str]:
+    lines = [
+        f"{against.url} ({against.model}), in turn with ours:",
+        f"{'':<10}{'output tokens/s':>22}{'first token, ms':>22}{'inter-token, ms':>22}",
+        f"{'round':<10}" + f"{'ours':>11}{'theirs':>11}" * 3,
+    ]
+    for number, turn in enumerate(against.rounds, 1):
+        pairs = [
+            (each.output_tokens_per_s, _mean(each.first_token_ms), _mean(each.inter_token_ms))
+            for each in (turn.ours, turn.theirs)
+        ]
+        cells = [f"{value:>11.1f}" for pair in zip(*pairs, strict=True) for value in pair]
+        lines.append(f"{number:<10}" + "".join(cells))
+        failed = turn.ours.failed, turn.theirs.failed
+        if any(failed):
+            lines.append(f"{'':<10}failed: {failed[0]} of ours, {failed[1]} of theirs")
+    ratios = (against.tokens_ratio, against.first_token_ratio, against.inter_token_ratio)
+    told = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+    return [*lines, f"{'ratio':<10}" + "".join(f"{text:>22}" for text in told)]
+
+
+def _mean(summary: Summary | None) -> float:
+    return math.nan if summary is None else summary.mean
 
 
 def _summary_line(name: str, summary: Summary | None) -> str:
