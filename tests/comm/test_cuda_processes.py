@@ -19,18 +19,17 @@ from support.comm_local import same_bits
 from support.comm_ranks import (
     LIMIT_S,
     Rank,
-    apply_experts,
     connect,
     disconnect,
     random_sent,
     random_table,
     vote,
 )
+from support.gpu_exchanges import exchanges, placed, results
 
 from flexpert.comm import Buffer, BufferSpec, RankLost, RankTimeout
 from flexpert.comm.buffer import Reduce, Scales
-from flexpert.comm.quant import quantise
-from flexpert.comm.routing import Sent, expected_rows, expected_sums
+from flexpert.comm.routing import Sent, expected_sums
 
 HAS_GPU = torch.cuda.is_available()
 MPS = "CUDA_MPS_PIPE_DIRECTORY" in os.environ
@@ -67,41 +66,6 @@ def stop(ranks: dict[int, Rank]) -> None:
 def begin(buffer: Buffer, ids: tuple[int, ...], epoch: int) -> None:
     buffer.set_active(ids, epoch)
     vote(buffer)
-
-
-def on_gpu(s: Sent) -> Sent:
-    table = replace(s.table, rank=s.table.rank.cuda(), slot=s.table.slot.cuda())
-    return Sent(s.x.cuda(), s.expert_ids.cuda(), s.weights.cuda(), table)
-
-
-def results(sent: dict[int, Sent], ids: tuple[int, ...]) -> dict[int, torch.Tensor]:
-    """What the experts of every rank make of the rows."""
-    return {rank: apply_experts(*expected_rows(sent, rank)[:2]) for rank in ids}
-
-
-def exchanges(
-    buffer: Buffer, ids: tuple[int, ...], seeds: range, reduce: Reduce, fp8: Scales | None
-) -> int:
-    """Some exchanges; every rank knows what all send, and checks its part bit for bit."""
-    for seed in seeds:
-        idle = ids[:1] if seed % 4 == 1 else ids[1:] if seed % 4 == 2 else ()
-        sent = random_sent(buffer.spec, ids, seed, idle=idle, wide=seed % 2 == 0)
-        s = on_gpu(sent[buffer.rank])
-        got = buffer.dispatch(s.x, s.expert_ids, s.weights, s.table, fp8=fp8)
-        x, offsets, weights = expected_rows(sent, buffer.rank)
-        assert torch.equal(got.offsets.cpu(), offsets)
-        assert same_bits(got.weights.cpu(), weights)
-        if fp8 is None:
-            assert same_bits(got.x.cpu(), x)
-        elif len(x):
-            q, scales = quantise(x, fp8)
-            assert got.scales is not None
-            assert torch.equal(got.scales.cpu(), scales)
-            assert torch.equal(got.x.cpu().view(torch.uint8), q.view(torch.uint8))
-        y = results(sent, ids)
-        out = buffer.combine(y[buffer.rank].cuda(), got, reduce=reduce)
-        assert same_bits(out.cpu(), expected_sums(sent, y, buffer.rank, reduce)), seed
-    return len(seeds)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +202,7 @@ def test_one_captured_graph_is_right_over_joins_leaves_and_placements() -> None:
 def exchange_for_ever(buffer: Buffer, ids: tuple[int, ...], seed: int) -> tuple[str, float]:
     """Until a peer is lost; returns the error, and when it was raised."""
     sent = random_sent(buffer.spec, ids, seed)
-    s = on_gpu(sent[buffer.rank])
+    s = placed(sent[buffer.rank])
     y = results(sent, ids)
     mine, desired = y[buffer.rank].cuda(), expected_sums(sent, y, buffer.rank, "rank")
     while True:

@@ -17,14 +17,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.comm_local import same_bits
-from support.comm_ranks import LIMIT_S, Rank, apply_experts, random_sent, vote
+from support.comm_ranks import LIMIT_S, Rank, random_sent, vote
 from support.cuda_local import DEVICE
+from support.gpu_exchanges import exchanges, placed
 
-from flexpert.comm import Buffer, BufferSpec, ExpertTable, RankLost, RankTimeout
+from flexpert.comm import Buffer, BufferSpec, RankLost, RankTimeout
 from flexpert.comm.buffer import Reduce, Scales
-from flexpert.comm.quant import quantise
-from flexpert.comm.routing import Sent, expected_rows, expected_sums
 
 HAS_NIXL = any(importlib.util.find_spec(f"nixl_cu{cuda}") for cuda in (12, 13))
 pytestmark = [
@@ -96,39 +94,9 @@ def begin(buffer: Buffer, ids: tuple[int, ...], epoch: int) -> None:
     vote(buffer)
 
 
-def here(s: Sent) -> Sent:
-    table = ExpertTable(s.table.rank.to(DEVICE), s.table.slot.to(DEVICE), s.table.slots)
-    return Sent(s.x.to(DEVICE), s.expert_ids.to(DEVICE), s.weights.to(DEVICE), table)
-
-
-def exchanges(
-    buffer: Buffer, ids: tuple[int, ...], seeds: range, reduce: Reduce, fp8: Scales | None = None
-) -> int:
-    """Some exchanges; every rank knows what all send, and checks its part bit for bit."""
-    for seed in seeds:
-        idle = ids[:1] if seed % 4 == 1 else ids[1:] if seed % 4 == 2 else ()
-        sent = random_sent(buffer.spec, ids, seed, idle=idle, wide=seed % 2 == 0)
-        s = here(sent[buffer.rank])
-        got = buffer.dispatch(s.x, s.expert_ids, s.weights, s.table, fp8=fp8)
-        x, offsets, weights = expected_rows(sent, buffer.rank)
-        assert torch.equal(got.offsets.cpu(), offsets)
-        assert same_bits(got.weights.cpu(), weights)
-        if fp8 is None:
-            assert same_bits(got.x.cpu(), x)
-        elif len(x):
-            q, scales = quantise(x, fp8)
-            assert got.scales is not None
-            assert torch.equal(got.scales.cpu(), scales)
-            assert torch.equal(got.x.cpu().view(torch.uint8), q.view(torch.uint8))
-        y = {rank: apply_experts(*expected_rows(sent, rank)[:2]) for rank in ids}
-        out = buffer.combine(y[buffer.rank].to(DEVICE), got, reduce=reduce)
-        assert same_bits(out.cpu(), expected_sums(sent, y, buffer.rank, reduce)), seed
-    return len(seeds)
-
-
 def fails(buffer: Buffer, ids: tuple[int, ...]) -> tuple[str, float]:
     """An exchange in which a peer takes no part: what it raises, and after how long."""
-    s = here(random_sent(buffer.spec, ids, 3)[buffer.rank])
+    s = placed(random_sent(buffer.spec, ids, 3)[buffer.rank])
     began = time.monotonic()
     with pytest.raises((RankLost, RankTimeout)) as raised:
         buffer.dispatch(s.x, s.expert_ids, s.weights, s.table)
@@ -206,7 +174,7 @@ def test_one_that_stops_for_a_while_is_given_up_and_meets_no_old_rows() -> None:
 
 
 def leaves_half(buffer: Buffer, ids: tuple[int, ...]) -> str:
-    s = here(random_sent(buffer.spec, ids, 77)[buffer.rank])
+    s = placed(random_sent(buffer.spec, ids, 77)[buffer.rank])
     with pytest.raises(RankTimeout) as raised:
         buffer.dispatch(s.x, s.expert_ids, s.weights, s.table)
     return str(raised.value)

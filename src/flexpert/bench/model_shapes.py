@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig, Qwen3MoeConfig
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
+
+from flexpert.models.probe import Probe
+from flexpert.models.source import ModelInfo
 
 
 def qwen3_30b_a3b(layers: int = 48) -> PreTrainedConfig:
@@ -25,4 +29,26 @@ def qwen3_30b_a3b(layers: int = 48) -> PreTrainedConfig:
         rms_norm_eps=1e-6,
         tie_word_embeddings=False,
         attention_bias=False,
+    )
+
+
+def random_model_info(
+    config: PreTrainedConfig, skeleton: PreTrainedModel, found: Probe, dtype: torch.dtype
+) -> ModelInfo:
+    """Of a model that is in no files, whose weights are drawn. found: of a probe of `skeleton`."""
+    call = found.experts_calls[0]
+    return ModelInfo(
+        name="random",
+        model_type=config.model_type,
+        architecture=type(skeleton).__name__,
+        hidden=call.hidden,
+        vocab=config.vocab_size,
+        moe_layers=len(found.experts_calls),
+        experts=call.experts,
+        topk=call.topk,
+        dtype=dtype,
+        attention=tuple(found.attention_shapes.values()),
+        max_model_len=config.max_position_embeddings,
+        eos_token_ids=(),
+        bos_token_id=None,
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GptOssConfig, PreTrainedConfig, PreTrainedModel
 
+from flexpert.bench.model_shapes import random_model_info
 from flexpert.comm import BufferSpec, make_buffer
 from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
@@ -73,22 +74,7 @@ class DenseModel:
     def draw(cls, config: PreTrainedConfig, device: torch.device, seed: int) -> DenseModel:
         """Weights depend on the seed and their names alone; norms are 1."""
         skeleton, found = find_architecture(config, _DTYPE)
-        call = found.experts_calls[0]
-        info = ModelInfo(
-            name="random",
-            model_type=config.model_type,
-            architecture=type(skeleton).__name__,
-            hidden=call.hidden,
-            vocab=config.vocab_size,
-            moe_layers=len(found.experts_calls),
-            experts=call.experts,
-            topk=call.topk,
-            dtype=_DTYPE,
-            attention=tuple(found.attention_shapes.values()),
-            max_model_len=config.max_position_embeddings,
-            eos_token_ids=(),
-            bos_token_id=None,
-        )
+        info = random_model_info(config, skeleton, found, _DTYPE)
         experts = {call.name for call in found.experts_calls}
         weights = {}
         for name, parameter in skeleton.named_parameters():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from flexpert.bench.model_shapes import random_model_info
 from flexpert.kernels.cuda.device_experts import SlotAddresses
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.kernels.kernel_set import gpu_kernels
@@ -82,21 +83,7 @@ class RandomModel:
             draw.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             return tensor.fill_(1) if len(shape) == 1 else tensor.normal_(std=_STD, generator=draw)
 
-        info = ModelInfo(
-            name="random",
-            model_type=config.model_type,
-            architecture=type(skeleton).__name__,
-            hidden=call.hidden,
-            vocab=config.vocab_size,
-            moe_layers=len(found.experts_calls),
-            experts=call.experts,
-            topk=call.topk,
-            dtype=dtype,
-            attention=tuple(found.attention_shapes.values()),
-            max_model_len=config.max_position_embeddings,
-            eos_token_ids=(),
-            bos_token_id=None,
-        )
+        info = random_model_info(config, skeleton, found, dtype)
         placement = place(info)
         names = (call.name for call in found.experts_calls)
         held = dict(zip(names, placement.held_by(rank), strict=True))
