@@ -23,6 +23,7 @@ class BufferOptions(TypedDict, total=False):
     machine: str | None
     two_level: bool
     slots: int | None
+    choices: int | None
 
 
 def make_buffer(
@@ -37,6 +38,7 @@ def make_buffer(
     machine: str | None = None,
     two_level: bool = True,
     slots: int | None = None,
+    choices: int | None = None,
 ) -> Buffer:
     """A new buffer.
 
@@ -61,6 +63,9 @@ def make_buffer(
             on_timeout="raise" and a topk of 2 or more; otherwise each rank is sent its rows
             itself. It changes no result but by rounding, and none with reduce="home".
         slots: most local experts of any rank, the same on all; only "nixl_ep" must know.
+        choices: only for "cuda", the same on all ranks: a combine with "home" takes tokens of at
+            most so many choices; the memory for results grows with them, so 1 is right for who
+            only combines with "rank". Default: `spec.topk`.
 
     Raises:
         ValueError: unknown backend, rank outside [0, capacity), or a spec out of range.
@@ -69,6 +74,8 @@ def make_buffer(
     """
     if (slots is not None) != (backend == "nixl_ep"):
         raise ValueError("slots is for backend 'nixl_ep', which needs it; for no other")
+    if choices is not None and backend != "cuda":
+        raise ValueError("choices is for backend 'cuda'; for no other")
     if channel == "nixl" and backend == "nixl_ep":
         raise ValueError("backend 'nixl_ep' reaches ranks of one host only; channel='auto'")
     if backend == "cuda":
@@ -85,6 +92,7 @@ def make_buffer(
             store=store,
             channel=channel,
             machine=machine,
+            choices=choices,
         )
     if backend == "nixl_ep":
         from flexpert.comm.nixl_ep.nixl_ep_buffer import NixlEpBuffer

@@ -38,6 +38,9 @@ from flexpert.moe.runtime import MoERuntime
 
 THREADED_HIDDEN = 2048
 
+RESULT_ROWS = 1
+"""For each token that GPU ranks have room to send back: they send partial sums."""
+
 MOST_CAPTURED = 512
 """Sequences of the largest graph; more of them take so long that launching them costs little."""
 
@@ -245,6 +248,7 @@ class TritonProfile(DeviceProfile):
                 store=meeting.store,
                 machine=meeting.machine,
                 channel="auto" if meeting.several else "shm",
+                choices=RESULT_ROWS,
             )
         except CudaError as error:
             raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
