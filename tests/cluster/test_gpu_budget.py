@@ -7,6 +7,7 @@ import pytest
 from flexpert.cluster.formatting import describe_memory
 from flexpert.cluster.gpu_budget import by_gpu, most_held
 from flexpert.cluster.head import Head
+from flexpert.cluster.hosts.agent_protocol import FreeMemory
 from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.processes.rank_process import open_source
 from flexpert.config import Config, load_config
@@ -178,13 +179,28 @@ def test_a_rank_of_another_host_needs_memory_there_and_none_here(source: ModelSo
     placement = spread(source, [0, 1])
     budget = MemoryBudget(config, source)
     needs = budget.planned(placement)[1]
-    budget.elsewhere = lambda: {1: needs}
+    budget.elsewhere = lambda: {1: FreeMemory(needs)}
     budget.check({1}, placement)
-    budget.elsewhere = lambda: {1: needs - 1}
+    budget.elsewhere = lambda: {1: FreeMemory(needs - 1)}
     with pytest.raises(OperationRefused, match=r"rank 1 needs .* but its host has"):
         budget.check({1}, placement)
     nothing_here = MemoryBudget(load_config(overrides={"cluster.memory_headroom": 0.99}), source)
-    nothing_here.elsewhere = lambda: {1: needs}
+    nothing_here.elsewhere = lambda: {1: FreeMemory(needs)}
     nothing_here.check({1}, placement)
     with pytest.raises(OperationRefused, match="1 more ranks need"):
         nothing_here.check({0, 1}, placement)
+
+
+def test_a_rank_of_another_host_needs_a_gpu_there_and_none_here(source: ModelSource) -> None:
+    """Rank 2 would share GPU 0 with rank 0, were it of this machine."""
+    before = spread(source, [0, 1])
+    placement = spread(source, [0, 1, 2], before)
+    budget = MemoryBudget(CONFIG, source, Gpus(0, 0))
+    needs = need(source, placement, 2)
+    budget.elsewhere = lambda: {2: FreeMemory(64 * GIB, needs)}
+    budget.check({2}, placement, before)
+    budget.elsewhere = lambda: {2: FreeMemory(64 * GIB, needs - 1)}
+    with pytest.raises(OperationRefused, match=r"rank 2 needs .* of a GPU but that of its host has"):
+        budget.check({2}, placement, before)
+    budget.elsewhere = lambda: {2: FreeMemory(64 * GIB)}  # nothing says how much is free there
+    budget.check({2}, placement, before)

@@ -14,7 +14,7 @@ from flexpert.bench.load import LoadError, Target, call, error_message
 from flexpert.bench.statistics import Figures, Summary
 
 
-class Round(msgspec.Struct, frozen=True):
+class ServerTurn(msgspec.Struct, frozen=True):
     """One turn of each, with the same prompts."""
 
     ours: Figures
@@ -28,13 +28,13 @@ class Against(msgspec.Struct, frozen=True, kw_only=True):
 
     url: str
     model: str
-    rounds: list[Round]
+    rounds: list[ServerTurn]
     tokens_ratio: float | None
     first_token_ratio: float | None
     inter_token_ratio: float | None
 
     @classmethod
-    def of(cls, url: str, model: str, rounds: list[Round]) -> Against:
+    def of(cls, url: str, model: str, rounds: list[ServerTurn]) -> Against:
         return cls(
             url=url,
             model=model,
@@ -54,7 +54,7 @@ class Against(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     @property
-    def middle(self) -> Round:
+    def middle(self) -> ServerTurn:
         """The round in which ours was neither fastest nor slowest."""
         ordered = sorted(self.rounds, key=lambda turn: turn.ours.output_tokens_per_s)
         return ordered[len(ordered) // 2]

@@ -25,7 +25,7 @@ from flexpert.bench.load import (
     poisson_arrivals,
 )
 from flexpert.bench.machine import Machine, this_machine
-from flexpert.bench.other_server import Against, Round, served_model
+from flexpert.bench.other_server import Against, ServerTurn, served_model
 from flexpert.bench.prompts import Prompt, random_prompts, read_prompts, token_pool, tokenize
 from flexpert.bench.service import own_service
 from flexpert.bench.statistics import Figures, figures
@@ -201,7 +201,7 @@ async def _measure_against(
         arrivals = None
         if load.request_rate is not None:
             arrivals = poisson_arrivals(load.request_rate, load.count, load.seed)
-        found: list[Round] = []
+        found: list[ServerTurn] = []
         for turn in range(rounds):
             seed = load.seed + 2 * turn
             prompts = await _prompts(target, load, seed)
@@ -213,7 +213,7 @@ async def _measure_against(
                 if warmed and all(answer.error for answer in warmed):
                     raise FlexpertError(f"{server.host}:{server.port} fails: {warmed[0].error}")
                 done[whose] = figures(await _offer(server, load, prompts, arrivals, model))
-            found.append(Round(**done))
+            found.append(ServerTurn(**done))
         return Against.of(url, theirs, found)
 
 
