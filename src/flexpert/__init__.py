@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flexpert.errors import (
         ConfigError,
         ContextOverflow,
+        CursorLost,
         FlexpertError,
         ModelError,
         OperationConflict,
@@ -48,6 +49,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "ContextOverflow",
+    "CursorLost",
     "FlexpertError",
     "ModelError",
     "OperationConflict",

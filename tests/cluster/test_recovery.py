@@ -105,7 +105,7 @@ def test_a_change_that_waits_and_is_cancelled_is_told_like_any_other(service: Se
         listening = asyncio.create_task(listen())
         os.kill(pids(head)[0], signal.SIGKILL)
         await until(lambda: head.cluster().operation is not None)
-        waits = head.begin_operation(ranks=2)
+        waits = head.begin_operation(ranks=1)
         assert head.cluster().operation != waits
         assert head.cancel_operation(waits.id).state == "cancelled"
         await until(lambda: (waits.id, "cancelled") in over)

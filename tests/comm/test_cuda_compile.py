@@ -30,7 +30,7 @@ def test_kernels_spill_nothing_and_move_rows_16_bytes_at_a_time() -> None:
         for line in ran.stdout.splitlines()
         if (found := re.search(r"(\d+) accesses of 16 bytes", line))
     }
-    assert len([name for name in wide if name.startswith(("gate_up", "down"))]) == 16
+    assert len([name for name in wide if name.startswith(("gate_up", "down"))]) == 24
     # a pointer that the compiler does not know to be aligned is read and written byte by byte
     assert wide["send_dispatch fp8"] >= 1
     assert wide["send_dispatch rows"] >= 2

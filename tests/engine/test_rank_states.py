@@ -196,7 +196,7 @@ def test_the_engine_knows_every_command_and_every_action() -> None:
         report=lambda report: None,
     )
     try:
-        queued = set(get_args(msg.Command)) - {msg.StoreAnswer}
+        queued = set(get_args(msg.Command)) - {msg.StoreAnswer, msg.Persisted}
         assert queued <= set(engine._handlers)
         assert set(engine._actions) == set(Do)
     finally:

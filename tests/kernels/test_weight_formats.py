@@ -169,7 +169,7 @@ def test_lesser_instruction_sets_compute_the_same_products(instruction_set: str)
         pytest.skip(f"this CPU has no more than {instruction_set}")
     chosen = "dequantized_matrix or any_company or no_number"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", chosen, __file__],
         env={**os.environ, "FLEXPERT_CPU": instruction_set},
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from support.checkpoints import Sequences, prompt_of, single_runner
 from support.fp8_checkpoints import make_fp8_checkpoint
 
 from flexpert.kernels.kernel_set import gpu_kernels
+from flexpert.kernels.weight_formats import FP8
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.decode_graphs import StepInputs
 from flexpert.models.model_runner import ModelRunner
@@ -92,7 +93,7 @@ def test_fp8_experts_give_the_logits_of_a_cpu_that_dequantizes_them(tmp_path: Pa
     steps = [{"a": prompt[:4]}, {"a": prompt[4:]}]
     cpu = single_runner(small)
     source = ModelSource.open(str(small), experts="stored")
-    assert source.expert_shape().dtype == torch.float8_e4m3fn
+    assert source.expert_shape().format is FP8
     gpu, local = gpu_runner(source)
     info = source.info
     local.install(
