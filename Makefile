@@ -38,10 +38,10 @@ demo: $(VENV)/.installed
 	@$(BIN)/flexpert demo $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TEST_FLAGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
 
 test-fast: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" $(TEST_FLAGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(TEST_FLAGS)
 
 # programs that tests/clients runs against a service; without them those tests are skipped
 clients: .venv-clients/.installed
