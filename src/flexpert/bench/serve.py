@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +138,18 @@ def run_bench(
         for method, concurrency in (*ways, ("generate", None)):
             note(f"transformers: {method}, {concurrency or 'all'} at once")
             references.append(_reference(method, concurrency, load, measured, prompts, found))
+    return _report(load, measured, found, cpu_s, references=references)
+
+
+def _report(
+    load: OfferedLoad,
+    measured: ServeMeasured,
+    found: Figures,
+    cpu_s: float,
+    *,
+    references: Sequence[Reference] = (),
+    against: Against | None = None,
+) -> ServeReport:
     own = measured.url is None
     return ServeReport(
         command=" ".join(["flexpert", *sys.argv[1:]]),
@@ -148,7 +160,8 @@ def run_bench(
         offered=describe(load),
         service=found,
         client_cpu_s=cpu_s,
-        references=references,
+        references=list(references),
+        against=against,
     )
 
 
@@ -176,18 +189,8 @@ def run_against(
     began = resource.getrusage(resource.RUSAGE_SELF)
     against = asyncio.run(_measure_against(load, measured, other, url, rounds, note))
     ended = resource.getrusage(resource.RUSAGE_SELF)
-    own = measured.url is None
-    return ServeReport(
-        command=" ".join(["flexpert", *sys.argv[1:]]),
-        machine=this_machine(),
-        model=measured.model if own else str(measured.url),
-        ranks=measured.ranks if own else None,
-        threads_per_rank=measured.threads_per_rank if own else None,
-        offered=describe(load),
-        service=against.middle.ours,
-        client_cpu_s=ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime,
-        against=against,
-    )
+    cpu_s = ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
+    return _report(load, measured, against.middle.ours, cpu_s, against=against)
 
 
 async def _measure_against(

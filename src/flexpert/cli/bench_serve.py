@@ -120,5 +120,5 @@ def bench_serve(
         other = Target.parse(against, against_key)
         report = run_against(load, measured, other, against, rounds, note)
     show_report(report, figures_text(report), as_json=json_, output=output)
-    if report.service.failed:
+    if report.service.failed or (report.against and report.against.failed):
         raise typer.Exit(EXIT_FAILURE)
