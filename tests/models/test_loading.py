@@ -154,6 +154,25 @@ def test_dtype_can_be_chosen(checkpoint: Checkpoints) -> None:
         ModelSource.open("tiny", dtype="int3")
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_a_dtype_that_config_json_leaves_out_is_that_of_most_weights(
+    stored: torch.dtype, checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    path = shutil.copytree(checkpoint("mixtral", stored), tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+    (path / "config.json").write_text(json.dumps(config))
+    assert AutoModelForCausalLM.from_pretrained(path).dtype == stored
+    assert ModelSource.open(str(path)).info.dtype == stored
+    # a few tensors in another dtype are not the model's
+    weights = load_file(path / "model.safetensors")
+    router = next(name for name in weights if name.endswith("gate.weight"))
+    weights[router] = weights[router].float()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    assert ModelSource.open(str(path)).info.dtype == stored
+    assert ModelSource.open(str(path), dtype="float32").info.dtype == torch.float32
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_is_no_less_exact_than_in_transformers(family: str, checkpoint: Checkpoints) -> None:
     path = checkpoint(family, torch.bfloat16)

@@ -96,6 +96,16 @@ class TensorFiles:
             found[entry.dtype] += entry.nbytes
         return found
 
+    @property
+    def main_dtype(self) -> torch.dtype:
+        """The one of most of the bytes, of those that a model computes in; float32: there is none.
+
+        transformers takes that of the first tensor, which may be a router's float32 bias.
+        """
+        found = self.dtypes
+        names = [name for name in ("BF16", "F16", "F32") if found[name]]
+        return TORCH_DTYPES[max(names, key=found.__getitem__)] if names else torch.float32
+
     def parts(self, key: str) -> Sequence[str]:
         """The keys in the files that a tensor is read from: its own, and those of its scales."""
         return (key,)

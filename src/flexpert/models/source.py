@@ -180,14 +180,22 @@ class ModelSource:
             quantization = read_quantization(path)
             _forget_quantization(config)  # weights come to the model dequantized
             own = brought_class(path, config) if trust_remote_code else None
-            skeleton, found = find_architecture(config, _dtype(config, dtype), own)
-            info = _info(model, path, config, skeleton, found, max_model_len)
             named = getattr(config, "transformers_weights", None)
-            files = (
-                QuantizedFiles(path, quantization, named)
-                if quantization
-                else TensorFiles(path, named)
-            )
+
+            def open_files() -> TensorFiles:
+                return (
+                    QuantizedFiles(path, quantization, named)
+                    if quantization
+                    else TensorFiles(path, named)
+                )
+
+            stored, files = _stored_dtype(config), None
+            if stored is None and dtype == "auto":
+                files = open_files()
+                stored = files.main_dtype
+            skeleton, found = find_architecture(config, _dtype(stored, dtype), own)
+            info = _info(model, path, config, skeleton, found, max_model_len)
+            files = files or open_files()
             source = cls(path, config, info, skeleton, found, files, experts)
             source.trusted = trust_remote_code
             return source
@@ -564,14 +572,17 @@ def _short(error: BaseException) -> str:
     return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
 
 
-def _dtype(config: PreTrainedConfig, asked: str) -> torch.dtype:
+def _stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """What config.json says its weights are in."""
+    stored: torch.dtype | str | None = config.get_text_config().dtype or config.dtype
+    return getattr(torch, stored) if isinstance(stored, str) else stored
+
+
+def _dtype(stored: torch.dtype | None, asked: str) -> torch.dtype:
     if asked != "auto":
         if asked not in DTYPES:
             raise ModelError(f"dtype {asked!r} is not one of auto, {', '.join(DTYPES)}")
         return DTYPES[asked]
-    stored = config.get_text_config().dtype or config.dtype or torch.float32
-    if isinstance(stored, str):
-        stored = getattr(torch, stored)
     if stored == torch.float16:
         logger.warning("the checkpoint is float16, which CPUs compute slowly; using bfloat16")
         return torch.bfloat16
