@@ -18,6 +18,8 @@ from itertools import chain
 
 import msgspec
 
+from flexpert.moe.expert_loads import ExpertLoads, load_array
+
 
 class Placement(msgspec.Struct, frozen=True):
     """Per layer: rank id → the experts it holds; an expert's slot is its position there.
@@ -90,6 +92,10 @@ def replan(
     layers: int,
     redundant: int = 0,
     machines: Mapping[int, str] | None = None,
+    loads: ExpertLoads | None = None,
+    slots: Mapping[int, int] | None = None,
+    min_replicas: int = 2,
+    max_moves: int | None = None,
 ) -> Placement:
     """The balanced placement on `ranks` that loads the fewest experts, coming from `previous`.
 
@@ -99,13 +105,20 @@ def replan(
         machines: rank → its machine. Replicas of an expert go to different ones, as shares allow:
             with two of each, the loss of a machine loses no expert unless more than half of the
             ranks are on it. Default: all are on one.
+        loads: [layers][experts], what each expert has to do, in any unit (`moe/balance.py` says
+            how they count). Default: all are equal.
+        slots: rank → replicas of each layer it can hold, in place of `redundant`.
+        min_replicas: every expert has as many when there is room for that (with loads or slots).
+        max_moves: loads beyond those that are needed to hold every expert (with loads or slots).
 
     Raises:
-        ValueError: no ranks.
+        ValueError: no ranks, too few slots, or loads of another shape.
     """
     ids = sorted(set(ranks))
     if not ids:
         raise ValueError("a placement needs at least one rank")
+    if loads is not None:
+        load_array(loads, layers, experts)
     before: Sequence[dict[int, list[int]]] = previous.layers if previous else [{}] * layers
     names = {rank: (machines or {}).get(rank, "") for rank in ids}
     totals = dict.fromkeys(ids, 0)
