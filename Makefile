@@ -29,10 +29,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_FLAGS)
 BUILT := pyproject.toml setup.py $(shell find src -name '*.c' -not -name '_*' -o -name 'build_*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu bench-gpu clients lint format clean python
+.PHONY: help demo test test-fast test-gpu bench-gpu clients docs lint format clean python
 
 help:
-	@echo "make demo | test | test-fast | test-gpu | bench-gpu | clients | lint | format | clean"
+	@echo "make demo | test | test-fast | test-gpu | bench-gpu | clients | docs | lint | format | clean"
 
 demo: $(VENV)/.installed
 	@$(BIN)/flexpert demo $(DEMO_FLAGS)
@@ -58,6 +58,11 @@ test-gpu:
 
 bench-gpu:
 	@PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} PYTHON=$(PYTHON) bash tools/gpu/bench.sh
+
+# the documentation as a site, in build/site
+docs: $(VENV)/.installed-dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))]
 PAGES.remove(ROOT / "CHANGELOG.md")  # tells of what there was
+FIVE_MINUTES = ROOT / "docs" / "five-minutes.md"
+TROUBLE = ROOT / "docs" / "trouble.md"
 LIMIT_S = 110
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -62,6 +64,39 @@ def test_the_shell_blocks_run_as_they_stand(tmp_path: Path) -> None:
     assert said.count("He maketh me to lie down in green pastures") == 2, "also after the kill"
     assert "add 2 3 → ranks 0 1 2 3" in said
     assert "remove 1 3 → ranks 0 2" in said
+
+
+@pytest.mark.slow
+def test_the_five_minutes_run_as_they_stand(tmp_path: Path) -> None:
+    script = "set -euo pipefail\n" + "\n".join(blocks(FIVE_MINUTES, "sh"))
+    said = run(["bash", "-c", script.replace("8123", str(free_port()))], tmp_path)
+    assert "add 1 2 → ranks 0 1 2" in said
+    assert len((tmp_path / "answer.txt").read_text()) > 200
+    assert "The LORD is my shepherd" in said
+    assert '"text_completion"' in said
+
+
+def test_troubles_words_are_those_of_the_service() -> None:
+    said = [
+        part
+        for row in TROUBLE.read_text().splitlines()
+        if row.startswith("|")
+        for quoted in re.findall(r'"([^"]+)"', row.split("|")[1])
+        for part in quoted.split(" … ")
+    ]
+    assert len(said) > 15
+    source = "\n".join(page.read_text() for page in (ROOT / "src").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # sentences that go over lines
+    source = re.sub(r"\{[^{}\n]*\}", "…", source)
+    unknown = [part for part in said if re.sub(r"\b(2|SIGKILL)\b", "…", part) not in source]
+    assert unknown == []
+
+
+@pytest.mark.slow
+def test_the_site_is_built_and_no_link_is_broken(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    run(command, ROOT, NO_MKDOCS_2_WARNING="1")
+    assert "SamplingParams" in (tmp_path / "api" / "index.html").read_text()
 
 
 @pytest.mark.slow

@@ -504,6 +504,8 @@ class RankEngine:
 
     def _await_vote(self) -> None:
         """Sleep until a peer votes or a command comes."""
+        # No pause of ours begins here: we have nothing to do, and who has says so himself.
+        self._last_step_end = None
         if self.buffer.wait_for_vote(None):
             self._vote_due = True
 
