@@ -301,6 +301,20 @@ class ClusterConfig(_Section):
     wait_for_resources: Seconds = Field(
         0.0, ge=0, description="for room on Ray's nodes; 0: what has none is refused"
     )
+    autoscale: str | None = Field(
+        None,
+        max_length=500,
+        description="change the number of ranks by what clients get, as "
+        "max=8,ttft_p99=0.5s,itl_p99=50ms; default: nothing changes it by itself",
+    )
+    autoscale_policy: str | None = Field(
+        None,
+        max_length=1000,
+        description="with --autoscale: a policy of your own, as FILE.py:FUNCTION",
+    )
+    autoscale_dry_run: bool = Field(
+        False, description="with --autoscale: say what would be done, and do nothing"
+    )
     memory_headroom: float = Field(
         0.05, ge=0, lt=1, description="share of the host's memory left free"
     )

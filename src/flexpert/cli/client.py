@@ -86,6 +86,10 @@ class Client:
     def cluster(self) -> ClusterView:
         return self._decode(self._send("GET", "/cluster"), ClusterView)
 
+    def metrics(self) -> str:
+        """In Prometheus' text format."""
+        return self._send("GET", "/metrics").decode(errors="replace")
+
     def begin(self, body: dict[str, Any]) -> OperationView:
         data = self._send("POST", "/cluster/operations", body)
         return self._decode(data, OperationView)

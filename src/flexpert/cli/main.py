@@ -12,6 +12,7 @@ import typer
 
 import flexpert
 from flexpert.cli import (
+    autoscale,
     bench_comm,
     bench_elastic,
     bench_formats,
@@ -116,6 +117,7 @@ add_command(
 )
 add_command(app, "check", check.check, check.CHECK_EXAMPLES, cls=check.CheckCommand)
 add_command(app, "scale", client_commands.scale, client_commands.SCALE_EXAMPLES, cls=ScaleCommand)
+add_command(app, "autoscale", autoscale.autoscale, autoscale.EXAMPLES)
 add_command(app, "join", join.join, join.JOIN_EXAMPLES)
 add_command(app, "leave", join.leave, join.LEAVE_EXAMPLES)
 add_command(app, "status", client_commands.status, client_commands.STATUS_EXAMPLES)

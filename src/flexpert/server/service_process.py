@@ -20,11 +20,13 @@ import uvicorn
 import uvloop
 
 import flexpert
+from flexpert.cluster.autoscaler import Autoscaler, load_policy, parse_goals
 from flexpert.cluster.processes.early_fork_server import EarlyForkServer
 from flexpert.cluster.state_directory import StateDirectory
 from flexpert.config import Config, ServerConfig
 from flexpert.errors import ConfigError, FlexpertError
 from flexpert.logs import start_logging
+from flexpert.server.autoscaling import AutoscaleTask
 from flexpert.server.console import LogHandler, complain, say
 from flexpert.server.descriptors import raise_limit
 from flexpert.server.keys import BearerKeys, read_keys
@@ -67,6 +69,7 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
         # already: who connects during the start waits and is answered when the model is there.
         keys = read_keys(config.server)
         tls = tls_files(config.server)
+        _autoscaler(config)  # for what is wrong with it
         listener = bind(config.server, keys)
     except ConfigError as error:
         complain(f"flexpert: {error}")
@@ -130,6 +133,19 @@ def _run(
             return runner.run(service.run())
     finally:
         gc.unfreeze()
+
+
+def _autoscaler(config: Config) -> Autoscaler | None:
+    """Raises: ConfigError"""
+    cluster = config.cluster
+    if cluster.autoscale is None:
+        if cluster.autoscale_policy or cluster.autoscale_dry_run:
+            raise ConfigError("a policy or a dry run needs --autoscale GOALS, as max=4,ttft_p99=1s")
+        return None
+    goals = parse_goals(cluster.autoscale, cluster.max_ranks)
+    if cluster.autoscale_policy:
+        return Autoscaler(goals, load_policy(cluster.autoscale_policy))
+    return Autoscaler(goals)
 
 
 def bind(config: ServerConfig, keys: BearerKeys | None = None) -> socket.socket:
@@ -208,6 +224,7 @@ class _Service:
         self._app: FastAPI | None = None
         self._preparing: asyncio.Future[None] | None = None  # of the preprocessing workers
         self._renewing: asyncio.Future[None] | None = None  # of the certificate
+        self._scaling: asyncio.Future[None] | None = None
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -293,6 +310,7 @@ class _Service:
         gc.freeze()  # to walk all that was imported would hold up every stream for 0.3 s
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         asked = asyncio.ensure_future(self._asked.wait())
+        self._start_autoscaler(app)
         say(
             f"{self._head.model_name} on {ranks.ranks} of at most {ranks.max_ranks} ranks\n"
             f"{'ready' if ranks.ranks else 'requests wait for hosts'}: {self._url}/v1"
@@ -304,6 +322,8 @@ class _Service:
             log.error("the HTTP server has ended by itself", exc_info=serving.exception())
             self._failure = FlexpertError("the HTTP server has ended by itself; the log says why")
         say("stopping: running requests may finish; Ctrl-C again stops at once")
+        if self._scaling is not None:
+            self._scaling.cancel()
         app.state.closing.set()
         server.should_exit = True
         # the head answers what is left when the time is over with an error; so HTTP ends by itself
@@ -321,6 +341,13 @@ class _Service:
             ending.cancel()
             await asyncio.wait((ending,))
             _ = ending.cancelled() or ending.exception()  # cancelled on purpose, so not reported
+
+    def _start_autoscaler(self, app: FastAPI) -> None:
+        scaler = _autoscaler(self._config)
+        if scaler is not None:
+            dry_run = self._config.cluster.autoscale_dry_run
+            task = AutoscaleTask(self._head, app.state.metrics, scaler, dry_run=dry_run)
+            self._scaling = asyncio.ensure_future(task.run())
 
     async def _stop(self) -> None:
         if self._renewing is not None:
