@@ -260,6 +260,11 @@ class ClusterConfig(_Section):
     max_sequences: int = Field(
         16384, ge=1, description="unfinished requests that the head keeps; more are refused (429)"
     )
+    routing: Literal["prefix", "fewest"] = Field(
+        "prefix",
+        description="which rank a request goes to; prefix: one that has its prefix cached, unless "
+        "it is far busier; fewest: the one with the fewest requests",
+    )
     on_missing_expert: Literal["load", "degrade"] = Field(
         "load", description="after a loss: wait for lost experts, or go on without them meanwhile"
     )

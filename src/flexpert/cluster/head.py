@@ -40,6 +40,7 @@ from flexpert.cluster.processes.transport import Transport
 from flexpert.cluster.progress_watch import ProgressWatch
 from flexpert.cluster.rank_store import RankStore
 from flexpert.cluster.rank_takeover import RankTakeover
+from flexpert.cluster.request_routing import RankCaches, Router
 from flexpert.cluster.resumption import restore_requests, worth_keeping
 from flexpert.cluster.saved_state import (
     SavedCluster,
@@ -53,6 +54,7 @@ from flexpert.cluster.views import (
     ClusterEvent,
     ClusterView,
     OperationView,
+    RankView,
     Readiness,
     ServiceState,
 )
@@ -115,7 +117,8 @@ class Head:
         self.failure: FlexpertError | None = None
         self.on_failure: Callable[[FlexpertError], None] | None = None
         self.impaired: dict[str, str] = {}
-        self._journal = Journal(config.cluster.max_sequences)
+        self._router = Router(config.cluster.routing)
+        self._journal = Journal(config.cluster.max_sequences, self._router)
         self._admission = Admission(self._journal, self._admitting, self._send)
         self._transport: Transport | None = None
         self._launcher: LocalLauncher | None = None
@@ -144,6 +147,7 @@ class Head:
         self._rank_store = RankStore()
         self.metrics = Metrics(self._rank_views, lambda: self._epoch, lambda: len(self._journal))
         self.registry = self.metrics.registry
+        self._router.on_decision = self.metrics.routed
         self._id = secrets.token_hex(8)
         self._progress = ProgressWatch(cluster.wedged_timeout, time.monotonic)
 
@@ -180,7 +184,14 @@ class Head:
             )
             watch.lap("model and fork server")
             self.info, engine = source.info, self.config.engine
-            self._journal.kv_tokens = kv_blocks(self.info, engine) * engine.kv_block_size
+            caches = RankCaches(
+                kv_blocks(self.info, engine),
+                engine.kv_block_size,
+                engine.max_running,
+                engine.prefix_cache,
+            )
+            self._router.set_caches(caches)
+            self._journal.kv_tokens = caches.blocks * caches.block_size
             wanted = self.config.model.generation_config
             self.sampling_defaults = sampling_defaults(source.path, wanted)
             tokenizer = asyncio.create_task(asyncio.to_thread(self._tokenizer_of, source))
@@ -270,6 +281,7 @@ class Head:
         hellos = {rank: told.hello for rank, told in attached.items()}
         for rank, told in attached.items():
             self._published[rank] = told.persisted + len(told.published)
+            self._learn_all(rank, told.blocks)
             store.mark(rank, self._published[rank])
         for rank, refused in foreign.items():
             self._send(rank, msg.Abort(refused))
@@ -286,6 +298,13 @@ class Head:
             sorted(hellos) or "none",
             len(journal),
         )
+
+    def _learn_all(self, rank: int, blocks: bytes) -> None:
+        """A rank that was taken over tells once of its whole prefix cache."""
+        try:
+            self._router.reset(rank, blocks)
+        except msg.Contradiction as error:  # it is chosen by its load alone
+            log.warning("rank %d: %s", rank, error)
 
     def _attach(self, rank: int) -> None:
         """Give a running rank a connection to this head."""
@@ -444,7 +463,7 @@ class Head:
             epoch=coordinator.epoch,
             model=self.model_name,
             max_ranks=self.config.cluster.max_ranks,
-            ranks=coordinator.ranks(),
+            ranks=self._rank_views(),
             placement=coordinator.placement(),
             operation=coordinator.running,
             desired=sorted(coordinator.desired),
@@ -731,8 +750,9 @@ class Head:
         match report:
             case msg.Hello():
                 self._watch(rank, report.life)
-            case msg.Published(events, _):
+            case msg.Published(events, _, blocks):
                 self._progress.made()
+                self._router.learn(rank, blocks)
                 journal = self._journal
                 before = journal.tokens_published
                 degraded = journal.tokens_degraded, journal.answers_degraded
@@ -742,12 +762,16 @@ class Head:
                     journal.publish(rank, event)
                     if event.finish is not None:
                         self.metrics.sequences.labels(event.finish).inc()
+                    if event.cached:
+                        self.metrics.cached_tokens.inc(event.cached)
                 self.metrics.tokens.inc(journal.tokens_published - before)
                 self.metrics.degraded_tokens.inc(journal.tokens_degraded - degraded[0])
                 self.metrics.degraded_sequences.inc(journal.answers_degraded - degraded[1])
                 if self._state is not None:
                     self._published[rank] += 1
                     self._state.store.mark(rank, self._published[rank])
+            case msg.Fetched(_, _, _, blocks) | msg.Adopted(_, _, _, _, blocks):
+                self._router.learn(rank, blocks)
             case msg.StoreRequest(number):
                 value = self._rank_store.answer(rank, report)
                 self._send(rank, msg.StoreAnswer(number, value))
@@ -805,6 +829,7 @@ class Head:
         if self._transport:
             self._transport.drain(rank)
             self._transport.forget(rank)
+        self._router.forget(rank)
         self._published.pop(rank, None)
         if self._takeover is not None:
             self._takeover.on_exit(rank)
@@ -825,8 +850,12 @@ class Head:
             with contextlib.suppress(RuntimeError):  # the loop is closing
                 self._transport.send(rank, command)
 
-    def _rank_views(self) -> list[Any]:
-        return list(self._coordinator.ranks()) if self._coordinator else []
+    def _rank_views(self) -> list[RankView]:
+        blocks = self._router.blocks
+        return [
+            msgspec.structs.replace(rank, cached_blocks=blocks(rank.id))
+            for rank in (self._coordinator.ranks() if self._coordinator else ())
+        ]
 
     @property
     def _epoch(self) -> int:

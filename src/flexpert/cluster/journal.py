@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from flexpert.cluster.quarantine import Quarantine
+from flexpert.cluster.request_routing import Router
 from flexpert.cluster.views import Delta
 from flexpert.engine.rank_protocol import Contradiction
 from flexpert.engine.request import (
@@ -128,12 +129,14 @@ class Journal:
     Its memory is bounded: at most `limit` of them, each as long as the model's context.
     log: what is told of every change, so that another head may go on with it; None: nobody.
     on_trial_over: sequences that waited because of a suspect may run; see `quarantine`.
+    router: which of several ranks gets a sequence; default: the one with the fewest.
     kv_tokens: how many tokens the KV cache of a rank holds; set before the first rank leaves.
     tokens_published, tokens_degraded: since the start; the latter were computed without some
     experts, or follow such. answers_degraded: how many sequences have any.
     """
 
-    def __init__(self, limit: int = 16384) -> None:
+    def __init__(self, limit: int = 16384, router: Router | None = None) -> None:
+        self.router = router or Router("fewest")
         self.kv_tokens = 2**62
         self._limit = limit
         self._entries: dict[str, Entry] = {}
@@ -222,8 +225,8 @@ class Journal:
             for name, entry in self._entries.items()
         ]
 
-    def assign(self, entry: Entry, ranks: Iterable[int]) -> int | None:
-        """Give a sequence to the rank with the fewest.
+    def assign(self, entry: Entry, ranks: Iterable[int], computed: int = 0) -> int | None:
+        """Give a sequence to one of these ranks. computed: tokens whose KV it brings along.
 
         Returns: None: there are no ranks, or none that may be given it now, because of a request
             that may be what terminates ranks; `on_trial_over` tells when that has changed.
@@ -238,12 +241,13 @@ class Journal:
             counts.pop(on_trial.rank if on_trial.rank is not None else -1, None)
         if not counts:
             return None
-        rank = min(
-            counts, key=lambda rank: (len(self._silent(rank)) if suspect else 0, counts[rank], rank)
-        )
-        entry.on_trial = suspect
         if suspect:
+            rank = min(counts, key=lambda rank: (len(self._silent(rank)), counts[rank], rank))
             quarantine.try_alone(name)
+        else:
+            rank = self.router.choose(entry.request, counts)
+        entry.on_trial = suspect
+        self.router.placed(entry.resume(), rank, computed)
         entry.rank, entry.said = rank, len(entry.generated)
         self._by_rank.setdefault(rank, set()).add(name)
         return rank
@@ -258,8 +262,8 @@ class Journal:
     ) -> dict[int, list[KVMigration]]:
         """Choose who will go on with a leaver's sequences; they stay where they are for now.
 
-        Returns: destination → what goes there. Each goes to the rank that will then have the
-        fewest, of those whose KV cache has room for it if there are any.
+        Returns: destination → what goes there. Each goes to one of those whose KV cache has room,
+        if there are any; see `Router.destination`.
         """
         counts = {
             destination: len(self._by_rank.get(destination, ()))
@@ -273,16 +277,15 @@ class Journal:
             if entry.destination in counts and entry.rank not in counts:
                 counts[entry.destination] += 1
                 tokens[entry.destination] += self._tokens_of(name)
+        coming: dict[int, set[int]] = {destination: set() for destination in counts}
         migrations: dict[int, list[KVMigration]] = {}
         for one in held:
             found = self._entries.get(one.id)
             if found is None or not counts:
                 continue
             more = self._tokens_of(one.id)
-            full = {
-                destination for destination in counts if tokens[destination] + more > self.kv_tokens
-            }
-            destination = min(counts, key=lambda rank: (rank in full, counts[rank], rank))
+            able = {r: n for r, n in counts.items() if tokens[r] + more <= self.kv_tokens}
+            destination = self.router.destination(found.request, able or counts, coming)
             found.destination = destination
             counts[destination] += 1
             tokens[destination] += more
@@ -311,9 +314,9 @@ class Journal:
             self.release(name)
             chosen = [entry.destination] if entry.destination in destinations else destinations
             entry.destination = None
-            destination = self.assign(entry, [r for r in chosen if r is not None])
+            one = known.get(name) or HeldKV(name, 0, [])
+            destination = self.assign(entry, [r for r in chosen if r is not None], one.computed)
             if destination is not None:
-                one = known.get(name) or HeldKV(name, 0, [])
                 migrations.setdefault(destination, []).append(KVMigration(entry.resume(), one))
         return migrations
 
@@ -324,6 +327,7 @@ class Journal:
             self._by_rank[entry.rank].discard(sequence_id)
             entry.rank = None
             self._quarantine.over(sequence_id)
+            self.router.computed(sequence_id)
         return entry
 
     def close(self, sequence_id: str) -> Entry | None:
@@ -331,6 +335,7 @@ class Journal:
         cleared = self._quarantine.cleared(sequence_id)
         entry = self.release(sequence_id)
         self._entries.pop(sequence_id, None)
+        self.router.closed(sequence_id)
         if self.log and entry and not entry.finished:
             self.log.closed(sequence_id)
         if cleared:
@@ -375,6 +380,7 @@ class Journal:
         if self.log:
             self.log.published(event)
         cleared = self._quarantine.cleared(event.id)
+        self.router.computed(event.id)
         self._append(entry, event)
         if cleared:
             self.on_trial_over()

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from flexpert.cluster.prefix_index import RoutingDecision
 from flexpert.cluster.views import OperationView, RankView
 
 _PAUSE_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -17,6 +18,11 @@ _GAUGES: tuple[tuple[str, str, Callable[[RankView], float]], ...] = (
     ("running", "sequences being decoded", lambda rank: rank.running),
     ("waiting", "sequences waiting", lambda rank: rank.waiting),
     ("kv_used_ratio", "share of KV blocks in use", lambda rank: rank.kv_used),
+    (
+        "cached_blocks",
+        "KV blocks that can be found as prefixes, as far as the head was told",
+        lambda rank: rank.cached_blocks,
+    ),
     ("memory_bytes", "private memory of the host", lambda rank: rank.memory_bytes),
     ("device_memory_bytes", "memory of the GPU", lambda rank: rank.device_memory_bytes),
     (
@@ -75,6 +81,23 @@ class Metrics:
         self.prompt_tokens = Counter(
             "flexpert_prompt_tokens", "tokens of admitted prompts", registry=self.registry
         )
+        self.cached_tokens = Counter(
+            "flexpert_cached_prompt_tokens",
+            "tokens of prompts that ranks found in their prefix caches",
+            registry=self.registry,
+        )
+        self.routing_cached_tokens = Counter(
+            "flexpert_routing_cached_tokens",
+            "tokens of prompts that the rank they were given to has, or is about to compute",
+            registry=self.registry,
+        )
+        self.routing_decisions = Counter(
+            "flexpert_routing_decisions",
+            "sequences given to a rank; prefix: none has more of their prefix; load: another has, "
+            "and is too busy or too full; none: nobody has any of it",
+            ["reason"],
+            registry=self.registry,
+        )
         self.tokens = Counter("flexpert_tokens", "tokens published", registry=self.registry)
         self.degraded_tokens = Counter(
             "flexpert_degraded_tokens",
@@ -116,6 +139,10 @@ class Metrics:
             buckets=_PAUSE_BUCKETS_S,
             registry=self.registry,
         )
+
+    def routed(self, decision: RoutingDecision) -> None:
+        self.routing_decisions.labels(decision.reason).inc()
+        self.routing_cached_tokens.inc(decision.cached)
 
     def operation_over(self, view: OperationView) -> None:
         self.operations.labels(view.state).inc()

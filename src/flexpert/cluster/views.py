@@ -11,7 +11,8 @@ RankStatus = Literal["starting", "preparing", "ready", "active", "leaving", "sta
 
 
 class RankView(msgspec.Struct, frozen=True, kw_only=True):
-    """One rank. kv_used: share of KV blocks in use, 0 to 1.
+    """One rank. kv_used: share of KV blocks in use, 0 to 1. cached_blocks: KV blocks in which it
+    can find a prompt's prefix, as far as it has told.
 
     instance: of this process: a later one of the same id has another. safe_to_delete: its process
     may end now, and nobody misses it: no epoch has it any more, nobody reads its KV, and no change
@@ -40,6 +41,7 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
     waiting: int = 0
     kv_used: float = 0.0
+    cached_blocks: int = 0
     experts: int = 0
     memory_bytes: int = 0
     planned_bytes: int = 0

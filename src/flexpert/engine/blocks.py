@@ -17,7 +17,7 @@ costs a constant time per block.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -25,6 +25,7 @@ import numpy as np
 from flexpert.errors import FlexpertError
 
 ROOT = b""  # the parent of a sequence's first block
+_TOKEN_BYTES = 8
 
 
 class OutOfBlocks(FlexpertError):  # noqa: N818
@@ -37,7 +38,11 @@ def block_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     256 bits of BLAKE2b: prompts come from strangers, who must not be able to construct two with
     one digest and so read the keys and values of somebody else's prompt.
     """
-    return blake2b(parent + np.array(tokens, dtype="<i8").tobytes(), digest_size=32).digest()
+    return blake2b(parent + _as_bytes(tokens), digest_size=32).digest()
+
+
+def _as_bytes(tokens: Sequence[int]) -> bytes:
+    return np.array(tokens, dtype="<i8").tobytes()
 
 
 def root(salt: str) -> bytes:
@@ -54,14 +59,23 @@ def chain(
 
     salt: sequences with different ones have no digest in common.
     """
-    for index in range(len(known), blocks):
-        parent = known[-1] if known else root(salt)
-        known.append(block_digest(parent, tokens[index * block_size : (index + 1) * block_size]))
+    first = len(known)
+    if first >= blocks:
+        return known
+    data = _as_bytes(tokens[first * block_size : blocks * block_size])
+    parent = known[-1] if known else root(salt)
+    size = block_size * _TOKEN_BYTES
+    for start in range(0, (blocks - first) * size, size):
+        parent = blake2b(parent + data[start : start + size], digest_size=32).digest()
+        known.append(parent)
     return known
 
 
 class BlockPool:
-    """Allocation, sharing and eviction of block ids in [0, blocks)."""
+    """Allocation, sharing and eviction of block ids in [0, blocks).
+
+    watch: told of a digest when it can be found (True), and when it no longer can.
+    """
 
     def __init__(self, blocks: int, block_size: int, prefix_cache: bool) -> None:
         self.blocks = blocks
@@ -72,6 +86,7 @@ class BlockPool:
         self._refs = [0] * blocks
         self._digests: list[bytes | None] = [None] * blocks
         self._published: dict[bytes, int] = {}
+        self.watch: Callable[[bytes, bool], None] = lambda digest, found: None
 
     @property
     def free_count(self) -> int:
@@ -127,6 +142,11 @@ class BlockPool:
                 raise ValueError(f"KV block {block} is held by nobody")
             self._refs[block] += 1
 
+    @property
+    def digests(self) -> Iterable[bytes]:
+        """Of all blocks that can be found."""
+        return self._published.keys()
+
     def published(self, digest: bytes) -> int | None:
         """The block that can be found under a digest."""
         return self._published.get(digest)
@@ -178,9 +198,11 @@ class BlockPool:
             raise ValueError(f"KV block {block} is not a private block that somebody holds")
         self._published[digest] = block
         self._digests[block] = digest
+        self.watch(digest, True)
 
     def _forget(self, block: int) -> None:
         digest = self._digests[block]
         if digest is not None:
             del self._published[digest]
             self._digests[block] = None
+            self.watch(digest, False)

@@ -173,7 +173,9 @@ class KVTransfer:
             fetch.arrivals.drop()
         fetch.over = True
         if not fetch.dropped:
-            self._report(msg.Fetched(fetch.command.epoch, fetch.command.source, copied or 0))
+            epoch, source = fetch.command.epoch, fetch.command.source
+            blocks = self._scheduler.cache_changes()
+            self._report(msg.Fetched(epoch, source, copied or 0, blocks))
 
     def withdraw(self) -> None:
         """No epoch comes for which something was offered or fetched."""
@@ -211,7 +213,8 @@ class KVTransfer:
             moved += 1
         if fetch:
             fetch.drop()
-        self._report(msg.Adopted(command.source, moved, size, recomputed))
+        blocks = self._scheduler.cache_changes()
+        self._report(msg.Adopted(command.source, moved, size, recomputed, blocks))
 
     def _compute_again(self, sequence: RequestSequence) -> None:
         """It was adopted, but its KV has not come."""

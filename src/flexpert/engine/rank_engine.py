@@ -340,6 +340,11 @@ class RankEngine:
         """Ids of all that this rank has to compute; of the step loop's thread."""
         return [*self.scheduler.ids, *self._intake.ids]
 
+    @property
+    def cached_keys(self) -> bytes:
+        """See `Scheduler.cached_keys`; of the step loop's thread."""
+        return self.scheduler.cached_keys()
+
     def _stop(self, command: msg.Stop) -> None:
         self._stopping = True
 
@@ -568,7 +573,7 @@ class RankEngine:
         events = self.scheduler.commit(
             plan, sampled, None if lost is None else lost.numpy(), scores
         )
-        self.report(msg.Published(events, self._load()))
+        self.report(msg.Published(events, self._load(), self.scheduler.cache_changes()))
         watch.lap("publish")
 
     def _idle(self, watch: Stopwatch) -> None:

@@ -23,6 +23,7 @@ from typing import Literal
 
 import msgspec
 
+from flexpert.engine.block_keys import BlockChanges
 from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, TokenEvent
 from flexpert.errors import FlexpertError
 from flexpert.moe.placement import Placement
@@ -285,11 +286,12 @@ class Offered(msgspec.Struct, frozen=True, tag="offered"):
 
 
 class Fetched(msgspec.Struct, frozen=True, tag="fetched"):
-    """What could be copied of a leaver's offer is here. size: bytes."""
+    """What could be copied of a leaver's offer is here. size: bytes. blocks: see `Published`."""
 
     epoch: int
     source: int
     size: int
+    blocks: BlockChanges | None = None
 
 
 class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):
@@ -303,20 +305,25 @@ class Adopted(msgspec.Struct, frozen=True, tag="adopted"):
     """A leaver's sequences go on here.
 
     moved: how many with their KV. size: bytes copied since `Fetched`. recomputed: tokens that must
-    be computed again, because there were no blocks for them.
+    be computed again, because there were no blocks for them. blocks: see `Published`.
     """
 
     source: int
     moved: int
     size: int
     recomputed: int
+    blocks: BlockChanges | None = None
 
 
 class Published(msgspec.Struct, frozen=True, tag="published"):
-    """The tokens of one whole step."""
+    """The tokens of one whole step.
+
+    blocks: how the prefix cache has changed since a report last said so; None: not at all.
+    """
 
     events: list[TokenEvent]
     load: Load
+    blocks: BlockChanges | None = None
 
 
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):
@@ -345,13 +352,15 @@ class Attached(msgspec.Struct, frozen=True, tag="attached"):
     """To a head that takes this rank over, behind what earlier commands have led to.
 
     hello: as at its beginning. sequences: ids of those that it has. persisted: how many `Published`
-    the head before had written down; published: those after it.
+    the head before had written down; published: those after it. blocks: keys of all blocks that its
+    prefix cache holds by now.
     """
 
     hello: Hello
     sequences: list[str]
     persisted: int
     published: list[Published]
+    blocks: bytes = b""
 
 
 StoreOperation = Literal["set", "compare_set", "delete"]

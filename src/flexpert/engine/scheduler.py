@@ -40,6 +40,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from flexpert.engine.block_keys import BlockChanges, KeyLog, pack_keys, stride_of
 from flexpert.engine.blocks import BlockPool, chain
 from flexpert.engine.request import HeldKV, RequestSequence, TokenEvent, TokenLogprobs
 from flexpert.engine.sequence import Sampled, SampleState
@@ -240,6 +241,8 @@ class Scheduler:
     def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
         self.pool = BlockPool(limits.blocks, limits.block_size, limits.prefix_cache)
+        self._keys = KeyLog(stride_of(limits.blocks))
+        self.pool.watch = self._keys.set
         self.preemptions = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -291,6 +294,15 @@ class Scheduler:
     def ids(self) -> list[str]:
         """Of all sequences that are not finished here."""
         return list(self._states)
+
+    def cache_changes(self) -> BlockChanges | None:
+        """What has come into the prefix cache and gone since the last call; None: nothing."""
+        return self._keys.take()
+
+    def cached_keys(self) -> bytes:
+        """All that the prefix cache holds; `cache_changes` goes on from here."""
+        self._keys.take()
+        return pack_keys(digest for digest in self.pool.digests if self._keys.counts(digest))
 
     def add(self, sequence: RequestSequence) -> None:
         """Queues a sequence; what it has generated elsewhere counts as published.

@@ -71,13 +71,14 @@ class HeadLink:
                 self._unpersisted.popleft()
                 self._persisted += 1
 
-    def attached(self, hello: msg.Hello, sequences: list[str]) -> None:
+    def attached(self, hello: msg.Hello, sequences: list[str], blocks: bytes) -> None:
         """The new head is told what there is, and from now on everything."""
         with self._sending:
             if self._next is None:
                 return  # it has gone again
             self._connection, self._next, self._open = self._next, None, True
-            self._try(msg.Attached(hello, sequences, self._persisted, list(self._unpersisted)))
+            kept = list(self._unpersisted)
+            self._try(msg.Attached(hello, sequences, self._persisted, kept, blocks))
 
     def close(self) -> None:
         self._connection.close()

@@ -154,7 +154,9 @@ def rank_main(spec: bytes, end: socket.socket, *more: Any) -> int:
             report(msg.Unable(f"{type(error).__name__}: {error}"))
             return 1
         life = LivenessLock()
-        engine.on_attach = lambda: link.attached(_hello(engine, life), engine.sequences)
+        engine.on_attach = lambda: link.attached(
+            _hello(engine, life), engine.sequences, engine.cached_keys
+        )
         report(_hello(engine, life))
         every_s = config.cluster.stall_timeout / BEATS
         _start("beat", _beat, engine, report, every_s)
