@@ -223,13 +223,20 @@ def server_events(chunks: Pieces) -> Iterator[tuple[float, bytes]]:
                 yield time, b"\n".join(lines)
 
 
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int = 0
+
+
 class _Usage(msgspec.Struct):
     completion_tokens: int = 0
+    prompt_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
 
 
 class _Choice(msgspec.Struct):
     text: str = ""
     finish_reason: str | None = None
+    token_ids: list[int] | None = None
 
 
 class _Error(msgspec.Struct):
@@ -249,13 +256,17 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 class ClientAnswer:
     """What became of one completion; times are `perf_counter` seconds.
 
-    times: when each event with text came. tokens: as the server counts them. error: why there is
-    no whole answer; the rest is what came before.
+    times: when each event with text or tokens came. tokens, prompt_tokens, cached_tokens: as the
+    server counts them. token_ids: where they were asked for. error: why there is no whole answer;
+    the rest is what came before.
     """
 
     sent: float
     text: str = ""
     tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     finish: str | None = None
     times: list[float] = field(default_factory=list)
     ended: float = 0.0
@@ -336,10 +347,14 @@ def parse_completion(sent: float, reply: HttpReply) -> ClientAnswer:
         if chunk.error is not None:
             answer.error = chunk.error.message
         if chunk.usage is not None:
-            answer.tokens = chunk.usage.completion_tokens
+            usage = chunk.usage
+            answer.tokens, answer.prompt_tokens = usage.completion_tokens, usage.prompt_tokens
+            if usage.prompt_tokens_details:
+                answer.cached_tokens = usage.prompt_tokens_details.cached_tokens
         for choice in chunk.choices:
-            if choice.text:
+            if choice.text or choice.token_ids:
                 texts.append(choice.text)
+                answer.token_ids += choice.token_ids or ()
                 answer.times.append(time)
             answer.finish = choice.finish_reason or answer.finish
     answer.text = "".join(texts)

@@ -19,6 +19,7 @@ from flexpert.cli import (
     bench_gpu,
     bench_hostile,
     bench_load,
+    bench_prefix,
     bench_serve,
     bench_structured,
     bench_transport,
@@ -131,6 +132,7 @@ add_command(app, "version", version, VERSION_EXAMPLES)
 add_command(bench, "serve", bench_serve.bench_serve, bench_serve.BENCH_SERVE_EXAMPLES)
 add_command(bench, "comm", bench_comm.bench_comm, bench_comm.EXAMPLES)
 add_command(bench, "elastic", bench_elastic.bench_elastic, bench_elastic.EXAMPLES)
+add_command(bench, "prefix", bench_prefix.bench_prefix, bench_prefix.PREFIX_EXAMPLES)
 add_command(
     bench,
     "structured",
