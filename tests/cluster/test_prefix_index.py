@@ -14,7 +14,6 @@ from flexpert.cluster.prefix_index import PrefixIndex, RankBacklog, choose
 from flexpert.cluster.request_routing import RankCaches, Router
 from flexpert.engine.arrivals import Arrivals
 from flexpert.engine.block_keys import (
-    BlockChanges,
     KeyLog,
     key_of,
     pack_keys,
@@ -24,7 +23,14 @@ from flexpert.engine.block_keys import (
 )
 from flexpert.engine.blocks import BlockPool, OutOfBlocks, block_digest, chain
 from flexpert.engine.rank_protocol import Contradiction
-from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, SamplingParams, TokenEvent
+from flexpert.engine.request import (
+    BlockChanges,
+    HeldKV,
+    KVMigration,
+    RequestSequence,
+    SamplingParams,
+    TokenEvent,
+)
 
 SIZE = 2
 BLOCKS = 7

@@ -264,13 +264,13 @@ class _Offered:
 
         async def answer(number: int, prompt: list[int]) -> None:
             request, heard = self._request(prompt, max_tokens=_LONG), begun[number]
-            await complete(
-                self._target,
-                request,
-                stall_s=_STALL_S,
-                on_tokens=lambda events: events and heard.set(),
-            )
-            heard.set()
+
+            def tell(events: int) -> None:
+                if events:
+                    heard.set()
+
+            await complete(self._target, request, stall_s=_STALL_S, on_tokens=tell)
+            heard.set()  # whatever came of it
 
         async with asyncio.TaskGroup() as group:
             tasks = [

@@ -10,13 +10,12 @@ from typing import Literal
 from flexpert.cluster.prefix_index import PrefixIndex, RankBacklog, RoutingDecision, choose
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.block_keys import (
-    BlockChanges,
     PromptKeys,
     prompt_keys,
     stride_of,
     unpack_keys,
 )
-from flexpert.engine.request import RequestSequence
+from flexpert.engine.request import BlockChanges, RequestSequence
 
 Routing = Literal["prefix", "fewest"]
 

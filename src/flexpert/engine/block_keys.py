@@ -16,17 +16,11 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from flexpert.engine.blocks import chain
+from flexpert.engine.request import BlockChanges
 
 MOST_KEYS = 2**17
 MOST_PROMPT_BLOCKS = 1024  # of a prompt that are looked up: they tell ranks apart well enough
 _KEY_BYTES = 8
-
-
-class BlockChanges(msgspec.Struct, frozen=True, array_like=True):
-    """Keys of blocks that can be found since the last report, and of those that no longer can."""
-
-    added: bytes = b""
-    removed: bytes = b""
 
 
 class PromptKeys(msgspec.Struct, frozen=True):

@@ -23,8 +23,13 @@ from typing import Literal
 
 import msgspec
 
-from flexpert.engine.block_keys import BlockChanges
-from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, TokenEvent
+from flexpert.engine.request import (
+    BlockChanges,
+    HeldKV,
+    KVMigration,
+    RequestSequence,
+    TokenEvent,
+)
 from flexpert.errors import FlexpertError
 from flexpert.moe.placement import Placement
 

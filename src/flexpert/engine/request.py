@@ -297,6 +297,14 @@ class KVMigration(msgspec.Struct, frozen=True, array_like=True):
     held: HeldKV
 
 
+class BlockChanges(msgspec.Struct, frozen=True, array_like=True):
+    """Keys (`block_keys`) of blocks that can be found in a prefix cache since the last report, and
+    of those that no longer can."""
+
+    added: bytes = b""
+    removed: bytes = b""
+
+
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log probabilities of one position, natural logarithm, before temperature and penalties.
 

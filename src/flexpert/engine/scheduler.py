@@ -40,9 +40,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from flexpert.engine.block_keys import BlockChanges, KeyLog, pack_keys, stride_of
+from flexpert.engine.block_keys import KeyLog, pack_keys, stride_of
 from flexpert.engine.blocks import BlockPool, chain
-from flexpert.engine.request import HeldKV, RequestSequence, TokenEvent, TokenLogprobs
+from flexpert.engine.request import BlockChanges, HeldKV, RequestSequence, TokenEvent, TokenLogprobs
 from flexpert.engine.sequence import Sampled, SampleState
 from flexpert.errors import ConfigError, ContextOverflow, RequestError, context_limit
 
