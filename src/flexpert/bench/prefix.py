@@ -42,7 +42,7 @@ WORKLOADS = ("groups", "conversations")
 _STALL_S = 300.0
 _CHANGE_S = 600.0
 _LOOK_S = 0.1
-_LONG = 600  # tokens of an answer that is cut off
+_LONG = 256  # tokens of an answer that is cut off
 
 Note = Callable[[str], None]
 
@@ -260,21 +260,23 @@ class _Offered:
         """While the block runs each group or conversation has an answer under way; it is cut off
         then."""
         prompts = self._prefixes if workload == "groups" else self._talks
-        begun = [asyncio.Event() for _ in prompts]
+        begun, errors = [asyncio.Event() for _ in prompts], list[str]()
 
-        async def answer(number: int, prompt: list[int]) -> None:
+        async def speak(number: int, prompt: list[int]) -> None:
             request, heard = self._request(prompt, max_tokens=_LONG), begun[number]
 
             def tell(events: int) -> None:
                 if events:
                     heard.set()
 
-            await complete(self._target, request, stall_s=_STALL_S, on_tokens=tell)
-            heard.set()  # whatever came of it
+            answer = await complete(self._target, request, stall_s=_STALL_S, on_tokens=tell)
+            heard.set()
+            if answer.error:
+                errors.append(answer.error)
 
         async with asyncio.TaskGroup() as group:
             tasks = [
-                group.create_task(answer(number, [*prompt, *self._tokens(self._plan.own_tokens)]))
+                group.create_task(speak(number, [*prompt, *self._tokens(self._plan.own_tokens)]))
                 for number, prompt in enumerate(prompts)
             ]
             for event in begun:
@@ -282,6 +284,8 @@ class _Offered:
             yield
             for task in tasks:
                 task.cancel()
+        if errors:
+            raise FlexpertError(f"the service does not answer: {errors[0]}")
 
     def _request(self, prompt: list[int], **more: Any) -> bytes:
         body = completion_body(

@@ -14,7 +14,7 @@ PREFIX_EXAMPLES = (
     "flexpert bench prefix --prefix-len 256 -- --kv-memory 256MiB",
 )
 
-SMALL_CACHES = ("--threads", "1", "--kv-memory", "16MiB", "--log-level", "warning")
+SMALL_CACHES = ("--threads", "1", "--kv-memory", "32MiB", "--log-level", "warning")
 
 
 def bench_prefix(
@@ -30,7 +30,7 @@ def bench_prefix(
     turns: Annotated[int, typer.Option(min=2, metavar="N", help="Of each conversation.")] = 8,
     prefix_len: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens of a prefix, or a first turn's.")
-    ] = 768,
+    ] = 1536,
     input_len: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens that a prompt or turn adds.")
     ] = 32,
