@@ -113,7 +113,7 @@ def run_prefix(plan: PrefixPlan, note: Note) -> PrefixReport:
     """Raises: FlexpertError"""
     halves = asyncio.run(_measure(plan, note))
     cases = [
-        PrefixCase(workload=workload, ranks=ranks, halves=found, gain=_gain(found))
+        PrefixCase(workload=workload, ranks=ranks, halves=found, gain=gain_of(found))
         for (workload, ranks), found in halves.items()
     ]
     return PrefixReport(
@@ -124,7 +124,7 @@ def run_prefix(plan: PrefixPlan, note: Note) -> PrefixReport:
     )
 
 
-def _gain(halves: Mapping[str, Sequence[PrefixHalf]]) -> PrefixGain:
+def gain_of(halves: Mapping[str, Sequence[PrefixHalf]]) -> PrefixGain:
     pairs = list(zip(halves["prefix"], halves["fewest"], strict=True))
     return PrefixGain(
         requests_per_s=statistics.median(
@@ -162,7 +162,9 @@ async def _measure(plan: PrefixPlan, note: Note) -> Halves:
                 # who is first takes turns as well
                 for routing in ROUTINGS if number % 2 == 0 else ROUTINGS[::-1]:
                     target = targets[routing]
-                    offered = _Offered(plan, pool, f"{plan.seed} {number} {workload}", target)
+                    offered = OfferedPrefixes(
+                        plan, pool, f"{plan.seed} {number} {workload}", target
+                    )
                     for ranks, half in ((plan.ranks, 0), (plan.ranks - 1, 1)):
                         one = await offered.measure(workload, half)
                         found[workload, ranks][routing].append(one)
@@ -194,8 +196,11 @@ async def _scale(target: Target, body: dict[str, Any]) -> None:
         raise FlexpertError(f"the ranks could not be changed: {operation}")
 
 
-class _Offered:
-    """The requests of one round, the same for both services: random tokens, drawn from a seed."""
+class OfferedPrefixes:
+    """The requests of one round, the same for both services: random tokens, drawn from a seed.
+
+    prompts: of all groups, in the order in which they are asked.
+    """
 
     def __init__(self, plan: PrefixPlan, pool: Sequence[int], seed: str, target: Target) -> None:
         self._plan = plan
@@ -203,12 +208,12 @@ class _Offered:
         self._target = target
         self._draw = random.Random(seed)
         self._prefixes = [self._tokens(plan.prefix_tokens) for _ in range(plan.groups)]
-        self._prompts = [
+        self.prompts = [
             [*prefix, *self._tokens(plan.own_tokens)]
             for prefix in self._prefixes
             for _ in range(plan.prompts)
         ]
-        self._draw.shuffle(self._prompts)
+        self._draw.shuffle(self.prompts)
         self._talks = [self._tokens(plan.prefix_tokens) for _ in range(plan.conversations)]
         self._said = [
             [self._tokens(plan.own_tokens) for _ in range(plan.turns)] for _ in self._talks
@@ -228,8 +233,8 @@ class _Offered:
         return PrefixHalf(figures=found, cached=cached / max(1, tokens))
 
     async def _groups(self, half: int) -> list[ClientAnswer]:
-        middle = len(self._prompts) // 2
-        prompts = self._prompts[middle:] if half else self._prompts[:middle]
+        middle = len(self.prompts) // 2
+        prompts = self.prompts[middle:] if half else self.prompts[:middle]
         requests = [self._request(prompt) for prompt in prompts]
 
         async def send(number: int) -> ClientAnswer:
