@@ -12,7 +12,7 @@ ffibuilder.cdef(
                           intptr_t ends, intptr_t y, long groups, long k, long n, int dtype);
     int fx_grouped_packed(intptr_t x, intptr_t weights, intptr_t scales, intptr_t biases,
                           intptr_t begins, intptr_t ends, intptr_t y, long groups, long k, long n,
-                          int dtype, int format);
+                          int dtype, int format, long shared);
     int fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
                   long n, int dtype);
     void fx_rms_norm(intptr_t x, intptr_t w, intptr_t y, long rows, long n, float eps, int early,
@@ -31,7 +31,7 @@ ffibuilder.set_source(
     "flexpert.kernels.cpu._ops",
     (_HERE / "ops.c").read_text(encoding="utf-8"),
     include_dirs=[str(_HERE)],
-    depends=[str(_HERE / "packed.c")],
+    depends=[str(_HERE / name) for name in ("packed.c", "few_rows.c")],
     # -Wno-psabi: vectors never cross a function boundary that is not inlined
     extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"],
 )

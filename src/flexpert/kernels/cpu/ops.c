@@ -243,16 +243,9 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
     }
 }
 
-/* One tile of y = x w^T + b: writes the first `live_rows` and `live_outs` of it. */
-INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y, long k, long n,
-                        int live_rows, int live_outs, int rows, int outs, int dtype, int level) {
-    const long width = dtype == BFLOAT16 ? 2 : 4;
-    const char *xp[4], *wp[16];
-    f32x16 acc[16];
-    UNROLL for (int r = 0; r < rows; r++) xp[r] = x + (r < live_rows ? r : live_rows - 1) * k * width;
-    UNROLL for (int o = 0; o < outs; o++) wp[o] = w + (o < live_outs ? o : live_outs - 1) * k * width;
-    UNROLL for (int i = 0; i < rows * outs; i++) acc[i] = (f32x16){0};
-    dot_tile(xp, wp, k, rows, outs, dtype, level, acc);
+/* The sums of a tile, with the bias: the first `live_rows` and `live_outs` of it. */
+INLINE void store_tile(const f32x16 *acc, const char *bias, char *y, long n, int live_rows,
+                       int live_outs, int rows, int outs, int dtype) {
     float sums[16] = {0};
     if (rows * outs == 16) {
         f32x16 s = fold16(acc);
@@ -272,6 +265,19 @@ INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y,
             }
         }
     }
+}
+
+/* One tile of y = x w^T + b: writes the first `live_rows` and `live_outs` of it. */
+INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y, long k, long n,
+                        int live_rows, int live_outs, int rows, int outs, int dtype, int level) {
+    const long width = dtype == BFLOAT16 ? 2 : 4;
+    const char *xp[4], *wp[16];
+    f32x16 acc[16];
+    UNROLL for (int r = 0; r < rows; r++) xp[r] = x + (r < live_rows ? r : live_rows - 1) * k * width;
+    UNROLL for (int o = 0; o < outs; o++) wp[o] = w + (o < live_outs ? o : live_outs - 1) * k * width;
+    UNROLL for (int i = 0; i < rows * outs; i++) acc[i] = (f32x16){0};
+    dot_tile(xp, wp, k, rows, outs, dtype, level, acc);
+    store_tile(acc, bias, y, n, live_rows, live_outs, rows, outs, dtype);
 }
 
 /* y = x w^T + b of one group; rows of y lie `stride` apart. Tiles have 16 accumulators where there are 32 vector registers, else 4. */
@@ -816,7 +822,7 @@ typedef struct {
     void (*norm)(const char *, const char *, char *, long, long, float, int, int);
 } kernels;
 
-#define KERNELS(NAME, TARGET, LEVEL)                                                                 \
+#define KERNELS(NAME, TARGET, LEVEL, FEW_OF)                                                              \
     TARGET static int grouped_##NAME(const char *x, const intptr_t *w, const intptr_t *b,          \
                                      const int32_t *begins, const int32_t *ends, char *y,          \
                                      long groups, long k, long n, int dtype) {                     \
@@ -827,8 +833,8 @@ typedef struct {
     TARGET static int packed_##NAME(const packed_args *a) {                                        \
         char *scratch = aligned_alloc(64, (SOME * a->k * 4 + 63) / 64 * 64);                       \
         if (!scratch) return -1;                                                                   \
-        if (a->dtype == BFLOAT16) packed_body(a, scratch, BFLOAT16, LEVEL, mxfp4_##NAME);          \
-        else packed_body(a, scratch, FLOAT32, LEVEL, mxfp4_##NAME);                                \
+        if (a->dtype == BFLOAT16) packed_body(a, scratch, BFLOAT16, LEVEL, codes_##NAME, FEW_OF);          \
+        else packed_body(a, scratch, FLOAT32, LEVEL, codes_##NAME, FEW_OF);                                \
         free(scratch);                                                                             \
         return 0;                                                                                  \
     }                                                                                              \
@@ -844,10 +850,10 @@ typedef struct {
     static const kernels kernels_##NAME = {#NAME, grouped_##NAME, packed_##NAME, attention_##NAME,          \
                                             norm_##NAME};
 
-KERNELS(portable, , SMALL)
+KERNELS(portable, , SMALL, few_never)
 #if defined(__x86_64__)
-KERNELS(avx2, __attribute__((target("avx2,fma"))), SMALL)
-KERNELS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), BIG)
+KERNELS(avx2, __attribute__((target("avx2,fma"))), SMALL, few_never)
+KERNELS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), BIG, few_avx512)
 #endif
 
 #ifdef HAS_AMX
@@ -902,7 +908,7 @@ static int fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intp
 
 static int fx_grouped_packed(intptr_t x, intptr_t weights, intptr_t scales, intptr_t biases,
                              intptr_t begins, intptr_t ends, intptr_t y, long groups, long k,
-                             long n, int dtype, int format) {
+                             long n, int dtype, int format, long shared) {
     const packed_args a = {
         .x = (const char *)x,
         .weights = (const intptr_t *)weights,
@@ -916,6 +922,7 @@ static int fx_grouped_packed(intptr_t x, intptr_t weights, intptr_t scales, intp
         .n = n,
         .dtype = dtype,
         .format = format,
+        .shared = shared,
     };
     return pick()->packed(&a);
 }

@@ -47,7 +47,7 @@ def instruction_set() -> str:
     return str(ffi.string(lib.fx_instruction_set()).decode())
 
 
-_FORMATS: Final = {"mxfp4": 1, "int8": 2}
+_FORMATS: Final = {"mxfp4": 1, "int8": 2, "int4": 3}
 """Formats of weights that the kernels unpack, as packed.c numbers them."""
 
 
@@ -174,6 +174,7 @@ class WeightTable:
                 *places,
                 *sizes,
                 _FORMATS[self.format.name],
+                32,
             )
         if failed:
             raise MemoryError(_NO_SCRATCH)

@@ -1,12 +1,12 @@
-/* Products with weights that are smaller in memory than x: MXFP4 and int8. Included by ops.c.
+/* Products with weights that are smaller in memory than x: MXFP4, int8 and int4. Included by ops.c.
  *
  * A few rows of a matrix are unpacked to x's dtype, into memory that stays in the cache, and go
  * through the products that whole weights go through. So a row's bits are those of the same product
- * with the dequantized matrix, alone or in any company, and each format is one function here. What
- * is read from memory is what decides the time of a few rows, and that is the packed bytes.
+ * with the dequantized matrix, alone or in any company. Where x has few rows, few_rows.c computes
+ * the same in registers.
  */
 
-enum { WHOLE = 0, MXFP4 = 1, INT8 = 2 };
+enum { WHOLE = 0, MXFP4 = 1, INT8 = 2, INT4 = 3 };
 
 enum { SOME = 16 }; /* weight rows that are unpacked at once; 64 for tile registers */
 
@@ -29,16 +29,60 @@ INLINE void scaled_values(uint8_t scale, uint16_t *values) {
     for (int i = 0; i < 16; i++) values[i] = to_bf16(from_bf16(E2M1[i]) * factor);
 }
 
+/* ---- int4: see flexpert/kernels/group_int4.py --------------------------------------------- */
+
+enum { INT4_ZERO = 255 }; /* bits of a scale that are the zero point */
+
+/* What a code stands for, less the rounding to x's dtype. */
+INLINE float int4_value(uint32_t scale, int code) {
+    const uint32_t bits = scale & ~(uint32_t)INT4_ZERO;
+    float by;
+    memcpy(&by, &bits, 4);
+    return (float)(code - (int)(scale & INT4_ZERO)) * by;
+}
+
+INLINE void int4_row_f32(const uint8_t *w, const uint32_t *scales, long k, long group, float *to) {
+    for (long i = 0; i < k; i += group)
+        for (long j = i; j < i + group; j++)
+            to[j] = int4_value(scales[i / group], w[j / 2] >> (j % 2 * 4) & 15);
+}
+
+/* ---- blocks of 32 codes to bf16 ----------------------------------------------------------- */
+
+/* Codes one block behind the other. scales: MXFP4's, a byte for each block, or int4's, a word for
+ * each `per` blocks. */
+#define CODES_OF(NAME, TARGET, BLOCK_OF)                                                           \
+    TARGET static void codes_##NAME(const uint8_t *w, const char *scales, long blocks, long per,   \
+                                    int format, uint16_t *to) {                                    \
+        uint16_t values[16];                                                                       \
+        if (format == MXFP4) {                                                                     \
+            mxfp4_##NAME(w, (const uint8_t *)scales, blocks, to);                                  \
+            return;                                                                                \
+        }                                                                                          \
+        for (long b = 0; b < blocks; b++, w += 16, to += 32) {                                     \
+            if (b % per == 0)                                                                      \
+                for (int i = 0; i < 16; i++)                                                       \
+                    values[i] = to_bf16(int4_value(((const uint32_t *)scales)[b / per], i));       \
+            BLOCK_OF                                                                               \
+        }                                                                                          \
+    }
+
+INLINE void block_portable(const uint8_t *w, const uint16_t *values, uint16_t *to) {
+    for (int i = 0; i < 16; i++) {
+        to[2 * i] = values[w[i] & 15];
+        to[2 * i + 1] = values[w[i] >> 4];
+    }
+}
+
 static void mxfp4_portable(const uint8_t *w, const uint8_t *scales, long blocks, uint16_t *to) {
     for (long b = 0; b < blocks; b++, w += 16, to += 32) {
         uint16_t values[16];
         scaled_values(scales[b], values);
-        for (int i = 0; i < 16; i++) {
-            to[2 * i] = values[w[i] & 15];
-            to[2 * i + 1] = values[w[i] >> 4];
-        }
+        block_portable(w, values, to);
     }
 }
+
+CODES_OF(portable, , { block_portable(w, values, to); })
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -46,11 +90,26 @@ static void mxfp4_portable(const uint8_t *w, const uint8_t *scales, long blocks,
 #define AVX2 __attribute__((target("avx2,fma")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
 
+AVX2 INLINE void block_avx2(const uint8_t *w, __m256i values, uint16_t *to) {
+    const __m128i a = _mm256_castsi256_si128(values), c = _mm256_extracti128_si256(values, 1);
+    const __m128i byte = _mm_set1_epi16(255); /* 16 values in two tables of bytes */
+    const __m128i lows = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(c, byte));
+    const __m128i highs = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(c, 8));
+    const __m128i both = _mm_loadu_si128((const __m128i *)w), low4 = _mm_set1_epi8(15);
+    const __m128i even = _mm_and_si128(both, low4);
+    const __m128i odd = _mm_and_si128(_mm_srli_epi16(both, 4), low4);
+    const __m128i code[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
+    for (int h = 0; h < 2; h++) {
+        const __m128i l = _mm_shuffle_epi8(lows, code[h]), u = _mm_shuffle_epi8(highs, code[h]);
+        _mm_storeu_si128((__m128i *)(to + 16 * h), _mm_unpacklo_epi8(l, u));
+        _mm_storeu_si128((__m128i *)(to + 16 * h + 8), _mm_unpackhi_epi8(l, u));
+    }
+}
+
 AVX2 static void mxfp4_avx2(const uint8_t *w, const uint8_t *scales, long blocks, uint16_t *to) {
     const __m256i table = _mm256_loadu_si256((const __m256i *)E2M1);
     const __m256i nonzero = _mm256_andnot_si256(
         _mm256_cmpeq_epi16(_mm256_slli_epi16(table, 1), _mm256_setzero_si256()), _mm256_set1_epi16(-1));
-    const __m128i low4 = _mm_set1_epi8(15);
     for (long b = 0; b < blocks; b++, w += 16, to += 32) {
         __m256i values;
         if (adds_up(scales[b])) {
@@ -61,24 +120,20 @@ AVX2 static void mxfp4_avx2(const uint8_t *w, const uint8_t *scales, long blocks
             scaled_values(scales[b], slow);
             values = _mm256_loadu_si256((const __m256i *)slow);
         }
-        const __m128i a = _mm256_castsi256_si128(values), c = _mm256_extracti128_si256(values, 1);
-        const __m128i byte = _mm_set1_epi16(255); /* 16 values in two tables of bytes */
-        const __m128i lows = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(c, byte));
-        const __m128i highs = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(c, 8));
-        const __m128i both = _mm_loadu_si128((const __m128i *)w);
-        const __m128i even = _mm_and_si128(both, low4);
-        const __m128i odd = _mm_and_si128(_mm_srli_epi16(both, 4), low4);
-        const __m128i code[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
-        for (int h = 0; h < 2; h++) {
-            const __m128i l = _mm_shuffle_epi8(lows, code[h]), u = _mm_shuffle_epi8(highs, code[h]);
-            _mm_storeu_si128((__m128i *)(to + 16 * h), _mm_unpacklo_epi8(l, u));
-            _mm_storeu_si128((__m128i *)(to + 16 * h + 8), _mm_unpackhi_epi8(l, u));
-        }
+        block_avx2(w, values, to);
     }
 }
 
+CODES_OF(avx2, AVX2, { block_avx2(w, _mm256_loadu_si256((const __m256i *)values), to); })
+
+/* values: twice, because five bits choose: the fifth is of the other half of a byte. */
+AVX512 INLINE void block_avx512(const uint8_t *w, __m512i values, uint16_t *to) {
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)w));
+    const __m512i codes = _mm512_or_si512(both, _mm512_slli_epi32(both, 12));
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(codes, values));
+}
+
 AVX512 static void mxfp4_avx512(const uint8_t *w, const uint8_t *scales, long blocks, uint16_t *to) {
-    /* twice, because five bits choose: the fifth is of the other half of a byte */
     const __m512i table = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)E2M1));
     for (long b = 0; b < blocks; b++, w += 16, to += 32) {
         __m512i values;
@@ -90,12 +145,15 @@ AVX512 static void mxfp4_avx512(const uint8_t *w, const uint8_t *scales, long bl
             scaled_values(scales[b], slow);
             values = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)slow));
         }
-        const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)w));
-        const __m512i codes = _mm512_or_si512(both, _mm512_slli_epi32(both, 12));
-        _mm512_storeu_si512(to, _mm512_permutexvar_epi16(codes, values));
+        block_avx512(w, values, to);
     }
 }
+
+CODES_OF(avx512, AVX512, {
+    block_avx512(w, _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)values)), to);
+})
 #endif
+#undef CODES_OF
 
 /* ---- int8: see flexpert/kernels/row_int8.py ----------------------------------------------- */
 
@@ -109,12 +167,23 @@ INLINE void int8_row_f32(const int8_t *w, float scale, long k, float *to) {
 
 /* ---- a product ---------------------------------------------------------------------------- */
 
-typedef void (*mxfp4_row)(const uint8_t *, const uint8_t *, long, uint16_t *);
+typedef struct {
+    const char *x;
+    const intptr_t *weights, *scales, *biases;
+    const int32_t *begins, *ends;
+    char *y;
+    long groups, k, n;
+    int dtype, format;
+    long shared; /* elements of a row that share a scale, of int4 */
+} packed_args;
+
+typedef void (*codes_row)(const uint8_t *, const char *, long, long, int, uint16_t *);
 
 /* Weight rows o … o + rows - 1 as bf16 or f32. */
-INLINE void unpack_rows(const char *w, const char *scales, long o, long rows, long k, int format,
-                        int dtype, mxfp4_row row, char *to) {
-    if (format == INT8) {
+INLINE void unpack_rows(const packed_args *a, const char *w, const char *scales, long o, long rows,
+                        int dtype, codes_row row, char *to) {
+    const long k = a->k;
+    if (a->format == INT8) {
         for (long r = 0; r < rows; r++) {
             const int8_t *from = (const int8_t *)w + (o + r) * k;
             const float scale = ((const float *)scales)[o + r];
@@ -123,31 +192,41 @@ INLINE void unpack_rows(const char *w, const char *scales, long o, long rows, lo
         }
         return;
     }
-    const long blocks = k / 32; /* rows follow each other without a gap, scales do, too */
-    const uint8_t *from = (const uint8_t *)w + o * k / 2, *by = (const uint8_t *)scales + o * blocks;
+    /* rows follow each other without a gap, scales do, too */
+    const uint8_t *from = (const uint8_t *)w + o * k / 2;
+    const long blocks = rows * (k / 32);
+    const char *by = scales + (a->format == INT4 ? o * (k / a->shared) * 4 : o * (k / 32));
     if (dtype == BFLOAT16) {
-        row(from, by, rows * blocks, (uint16_t *)to);
+        row(from, by, blocks, a->shared / 32, a->format, (uint16_t *)to);
         return;
     }
-    for (long b = 0; b < rows * blocks; b += SOME) {
+    if (a->format == INT4) {
+        int4_row_f32(from, (const uint32_t *)by, rows * k, a->shared, (float *)to);
+        return;
+    }
+    for (long b = 0; b < blocks; b += SOME) {
         uint16_t part[32 * SOME];
-        const long live = rows * blocks - b < SOME ? rows * blocks - b : SOME;
-        row(from + 16 * b, by + b, live, part);
+        const long live = blocks - b < SOME ? blocks - b : SOME;
+        row(from + 16 * b, by + b, live, 1, MXFP4, part);
         for (long i = 0; i < 32 * live; i++) ((float *)to)[32 * b + i] = from_bf16(part[i]);
     }
 }
 
-typedef struct {
-    const char *x;
-    const intptr_t *weights, *scales, *biases;
-    const int32_t *begins, *ends;
-    char *y;
-    long groups, k, n;
-    int dtype, format;
-} packed_args;
+/* A few rows times 16 weight rows, in registers; see few_rows.c. 0: not done. */
+typedef int (*few_product)(const packed_args *a, long g, long o, long rows);
+
+static int few_never(const packed_args *a, long g, long o, long rows) {
+    (void)a, (void)g, (void)o, (void)rows;
+    return 0;
+}
+
+#if defined(__x86_64__)
+#include "few_rows.c"
+#endif
 
 /* As `grouped_body`. scratch: SOME rows of weights. */
-INLINE void packed_body(const packed_args *a, char *scratch, int dtype, int level, mxfp4_row row) {
+INLINE void packed_body(const packed_args *a, char *scratch, int dtype, int level, codes_row row,
+                        few_product few) {
     const long width = dtype == BFLOAT16 ? 2 : 4, k = a->k, n = a->n;
     for (long g = 0; g < a->groups; g++) {
         const long begin = a->begins[g], rows = a->ends[g] - begin;
@@ -155,7 +234,8 @@ INLINE void packed_body(const packed_args *a, char *scratch, int dtype, int leve
         const char *w = (const char *)a->weights[g], *scales = (const char *)a->scales[g];
         for (long o = 0; o < n; o += SOME) {
             const long outs = n - o < SOME ? n - o : SOME;
-            unpack_rows(w, scales, o, outs, k, a->format, dtype, row, scratch);
+            if (dtype == BFLOAT16 && outs == SOME && few(a, g, o, rows)) continue;
+            unpack_rows(a, w, scales, o, outs, dtype, row, scratch);
             linear_group(a->x + begin * k * width, scratch,
                          a->biases ? (const char *)a->biases[g] + o * width : NULL,
                          a->y + (begin * n + o) * width, rows, k, outs, n, dtype, level);

@@ -1,0 +1,179 @@
+/* A few rows times packed weights, which come apart in registers. Included by packed.c.
+ *
+ * Weights that are unpacked into memory first cost more time than their bytes save. Here a block of
+ * 32 becomes the two vectors that `dot_tile` makes of 32 bf16, even and odd elements, and the sums
+ * are `dot_tile`'s, in its order: a row's bits are those of the other way, and of the dequantized
+ * matrix.
+ */
+
+enum {
+    FEW = 4,   /* rows up to which this is faster: what lies in memory is shared by more */
+    SPAN = 32, /* blocks of a row whose scales lie ready */
+};
+
+typedef struct {
+    const char *x[FEW];
+    const uint8_t *w;     /* the first of 16 weight rows, `stride` bytes apart */
+    const char *scales;   /* of that row */
+    long k, stride, shared; /* shared: as in `packed_args` */
+} few_args;
+
+/* What scales of 16 rows and a span of blocks come to. */
+typedef union {
+    uint32_t add[16][SPAN];  /* MXFP4: to the values */
+    float values[16][16];    /* int4: of the codes, one group's */
+    float by[16];            /* int8 */
+} few_scales;
+
+/* 0: some scale does not add up, see `adds_up`. */
+AVX512 INLINE int few_mxfp4(const few_args *a, long begin, long blocks, few_scales *to) {
+    const long all = a->k / 32;
+    __mmask16 beyond = 0;
+    for (int o = 0; o < 16; o++)
+        UNROLL for (int b = 0; b < SPAN; b += 16) {
+            const long left = blocks - b;
+            const __mmask16 live = left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
+            const __m512i e = _mm512_cvtepu8_epi32(
+                _mm_mask_loadu_epi8(_mm_set1_epi8(127), live, a->scales + o * all + begin + b));
+            beyond |= _mm512_cmpgt_epu32_mask(_mm512_sub_epi32(e, _mm512_set1_epi32(2)),
+                                              _mm512_set1_epi32(250));
+            _mm512_storeu_si512(to->add[o] + b,
+                                _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(127)), 23));
+        }
+    return beyond == 0;
+}
+
+/* Rounded to bf16, as `to_bf16` does, of numbers that are none but NaN. */
+AVX512 INLINE __m512 rounded_bf16(__m512 v) {
+    const __m512i u = _mm512_castps_si512(v);
+    const __m512i up = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), up);
+    return _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32((int)0xffff0000u)));
+}
+
+/* The 16 values of a group of int4, see flexpert/kernels/group_int4.py. */
+AVX512 INLINE __m512 int4_values(uint32_t scale) {
+    const uint32_t bits = scale & ~(uint32_t)INT4_ZERO;
+    float by;
+    memcpy(&by, &bits, 4);
+    const __m512i codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i moved = _mm512_sub_epi32(codes, _mm512_set1_epi32((int)(scale & INT4_ZERO)));
+    return rounded_bf16(_mm512_mul_ps(_mm512_cvtepi32_ps(moved), _mm512_set1_ps(by)));
+}
+
+AVX512 INLINE void few_int4(const few_args *a, long begin, few_scales *to) {
+    const uint32_t *scales = (const uint32_t *)a->scales + 32 * begin / a->shared;
+    for (int o = 0; o < 16; o++)
+        _mm512_storeu_ps(to->values[o], int4_values(scales[o * (a->k / a->shared)]));
+}
+
+#define BF16_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
+
+/* acc[r * outs + j] of `rows` rows with weight rows first … first + outs - 1, over some blocks.
+ * Memory that the next 16 weight rows need is fetched meanwhile. */
+#define FEW_TILE(NAME, TARGET, EACH)                                                               \
+    TARGET INLINE void NAME(const few_args *a, long begin, long blocks, const few_scales *scales,  \
+                            int first, int rows, int outs, int format, f32x16 *acc) {              \
+        const long block = format == INT8 ? 32 : 16, ahead = 16 * a->stride;                       \
+        const __m512i table = _mm512_slli_epi32(                                                   \
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)E2M1)), 16);                 \
+        const __m512i high = _mm512_set1_epi32((int)0xffff0000u);                                  \
+        const uint8_t *w = a->w + first * a->stride + block * begin;                               \
+        (void)table;                                                                               \
+        for (long b = 0; b < blocks; b++, w += block) {                                            \
+            __m512 xe[FEW], xo[FEW];                                                               \
+            if (b % (64 / block) == 0)                                                             \
+                UNROLL for (int j = 0; j < outs; j++)                                              \
+                    _mm_prefetch((const char *)w + j * a->stride + ahead, _MM_HINT_T1);            \
+            UNROLL for (int r = 0; r < rows; r++) {                                                \
+                const __m512i x = _mm512_loadu_si512(a->x[r] + 64 * (begin + b));                  \
+                xe[r] = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));                             \
+                xo[r] = _mm512_castsi512_ps(_mm512_and_si512(x, high));                            \
+            }                                                                                      \
+            UNROLL for (int j = 0; j < outs; j++) {                                                \
+                const uint8_t *wj = w + j * a->stride;                                             \
+                __m512 we, wo;                                                                     \
+                EACH                                                                               \
+                UNROLL for (int r = 0; r < rows; r++) {                                            \
+                    f32x16 *to = &acc[r * outs + j];                                               \
+                    *to = (f32x16)_mm512_fmadd_ps(xe[r], we, (__m512)*to);                         \
+                    *to = (f32x16)_mm512_fmadd_ps(xo[r], wo, (__m512)*to);                         \
+                }                                                                                  \
+            }                                                                                      \
+        }                                                                                          \
+    }
+
+FEW_TILE(few_codes, AVX512, {
+    const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)wj));
+    const __m512 values =
+        format == INT4 ? _mm512_loadu_ps(scales->values[first + j])
+                       : _mm512_castsi512_ps(_mm512_mask_add_epi32(
+                             table, 0xfefe, table, _mm512_set1_epi32((int)scales->add[first + j][b])));
+    we = _mm512_permutexvar_ps(codes, values);
+    wo = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values);
+})
+
+FEW_TILE(few_int8, BF16_512, {
+    const __m512 by = _mm512_set1_ps(scales->by[first + j]);
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)wj)));
+    const __m512 up =
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(wj + 16))));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(up, by), _mm512_mul_ps(low, by));
+    we = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    wo = _mm512_castsi512_ps(_mm512_and_si512(both, high));
+})
+#undef FEW_TILE
+
+/* 16 outs of up to `FEW` rows. */
+#define FEW_OUTS(NAME, TARGET, TILE)                                                               \
+    TARGET INLINE int NAME##_of(const few_args *a, const char *bias, char *y, long n, int live,    \
+                                int rows, int format) {                                            \
+        const int outs = 16 / rows;                                                                \
+        const long all = a->k / 32, span = format == INT4 ? a->shared / 32 : SPAN;                 \
+        f32x16 acc[FEW][16];                                                                       \
+        few_scales scales;                                                                         \
+        UNROLL for (int t = 0; t < rows; t++)                                                      \
+            UNROLL for (int i = 0; i < 16; i++) acc[t][i] = (f32x16){0};                           \
+        if (format == INT8) memcpy(scales.by, a->scales, sizeof scales.by);                        \
+        for (long b = 0; b < all; b += span) {                                                     \
+            const long blocks = all - b < span ? all - b : span;                                   \
+            if (format == INT4) few_int4(a, b, &scales);                                           \
+            if (format == MXFP4 && !few_mxfp4(a, b, blocks, &scales)) return 0;                    \
+            UNROLL for (int t = 0; t < rows; t++)                                                  \
+                TILE(a, b, blocks, &scales, t * outs, rows, outs, format, acc[t]);                 \
+        }                                                                                          \
+        UNROLL for (int t = 0; t < rows; t++)                                                      \
+            store_tile(acc[t], bias ? bias + t * outs * 2 : NULL, y + t * outs * 2, n, live, outs, \
+                       rows, outs, BFLOAT16);                                                      \
+        return 1;                                                                                  \
+    }                                                                                              \
+    TARGET static int NAME##_by(const few_args *a, const char *bias, char *y, long n, int live,    \
+                                int format) {                                                      \
+        if (live == 1) return NAME##_of(a, bias, y, n, 1, 1, format);                              \
+        if (live == 2) return NAME##_of(a, bias, y, n, 2, 2, format);                              \
+        return NAME##_of(a, bias, y, n, live, 4, format);                                          \
+    }
+
+FEW_OUTS(few_codes, AVX512, few_codes)
+FEW_OUTS(few_int8, BF16_512, few_int8)
+#undef FEW_OUTS
+
+static int few_avx512(const packed_args *a, long g, long o, long rows) {
+    if (rows > FEW || a->k % 32) return 0;
+    if (a->format == INT8 && !__builtin_cpu_supports("avx512bf16")) return 0;
+    const long row = a->format == INT8 ? 4 : a->format == INT4 ? a->k / a->shared * 4 : a->k / 32;
+    few_args of = {
+        .k = a->k,
+        .stride = a->format == INT8 ? a->k : a->k / 2,
+        .shared = a->shared,
+        .scales = (const char *)a->scales[g] + o * row,
+    };
+    of.w = (const uint8_t *)a->weights[g] + o * of.stride;
+    const char *bias = a->biases ? (const char *)a->biases[g] + o * 2 : NULL;
+    char *y = a->y + (a->begins[g] * a->n + o) * 2;
+    for (int r = 0; r < FEW; r++)
+        of.x[r] = a->x + (a->begins[g] + (r < rows ? r : rows - 1)) * a->k * 2;
+    if (a->format == INT8) return few_int8_by(&of, bias, y, a->n, (int)rows, INT8);
+    if (a->format == INT4) return few_codes_by(&of, bias, y, a->n, (int)rows, INT4);
+    return few_codes_by(&of, bias, y, a->n, (int)rows, MXFP4);
+}
