@@ -22,7 +22,7 @@ from flexpert.models.deterministic import outside_modes
 from flexpert.models.fusion_verdicts import FusionVerdicts, NormFusion, VerdictLedger
 
 LIBRARY_ROWS: Final = 64
-"""From here on a product goes to torch if that may use more than our one thread."""
+"""From here on a product goes to torch if that may use more than our one thread, even with AMX."""
 
 _TRIAL_ROWS: Final = 64
 _MOST_DIFFERENT: Final = 0.01  # share of elements; sums in another order round some otherwise
@@ -48,7 +48,7 @@ def fuse(
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
             if linear is not None and _fits_kernel(module.weight):
-                _replace(module, _linear(module, linear, deterministic))
+                _replace(module, _linear(module, linear, kernels.linear_rows, deterministic))
         elif (eps := epsilon(module)) is not None:
             attempt = functools.partial(_try_norm, module, eps, norm)
             if (found := ledger.settle(name, module, NormFusion, attempt)) is not None:
@@ -65,7 +65,7 @@ def _fits_kernel(weight: Tensor) -> bool:
 
 
 def _linear(
-    module: nn.Linear, kernel: LinearKernel, deterministic: bool
+    module: nn.Linear, kernel: LinearKernel, most: int | None, deterministic: bool
 ) -> Callable[[Tensor], Tensor]:
     weight, bias = module.weight.data, None if module.bias is None else module.bias.data
 
@@ -73,12 +73,19 @@ def _linear(
         if deterministic:
             with outside_modes():
                 return kernel(input, weight, bias)
-        rows = input.numel() // weight.shape[1]
-        if input.dtype != weight.dtype or (rows >= LIBRARY_ROWS and torch.get_num_threads() > 1):
+        if input.dtype != weight.dtype or _is_torchs(input.numel() // weight.shape[1], most):
             return F.linear(input, weight, bias)
         return kernel(input, weight, bias)
 
     return forward
+
+
+def _is_torchs(rows: int, most: int | None) -> bool:
+    """Whether a product is faster in torch. most: see `Kernels.linear_rows`."""
+    threads = torch.get_num_threads()
+    if most is None:
+        return rows >= LIBRARY_ROWS and threads > 1
+    return rows * threads > most
 
 
 def epsilon(module: nn.Module) -> float | None:

@@ -107,8 +107,9 @@ FEW_TILE(few_codes, AVX512, {
     const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)wj));
     const __m512 values =
         format == INT4 ? _mm512_loadu_ps(scales->values[first + j])
-                       : _mm512_castsi512_ps(_mm512_mask_add_epi32(
-                             table, 0xfefe, table, _mm512_set1_epi32((int)scales->add[first + j][b])));
+                       : _mm512_castsi512_ps(_mm512_add_epi32(
+                             table, _mm512_maskz_broadcastd_epi32(
+                                        0xfefe, _mm_loadu_si32(&scales->add[first + j][b]))));
     we = _mm512_permutexvar_ps(codes, values);
     wo = _mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), values);
 })
