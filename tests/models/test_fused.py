@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.checkpoints import FAMILIES, random_model
@@ -55,14 +57,41 @@ def test_what_is_no_rms_norm_is_left_alone(norm: nn.Module) -> None:
     assert not fused(norm)
 
 
-@pytest.mark.skipif(ops.instruction_set() != "amx", reason="elsewhere torch's product stays")
+@pytest.mark.skipif(
+    ops.instruction_set() not in {"amx", "avx512"}, reason="elsewhere torch's product stays"
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_linear_layer_is_replaced_and_rounds_as_before(bias: bool) -> None:
-    layer = nn.Linear(72, 40, bias=bias).to(torch.bfloat16)
+    layer = nn.Linear(1056, 520, bias=bias).to(torch.bfloat16)
     with torch.inference_mode():
         fuse(layer, cpu_kernels(), deterministic=False)
         assert fused(layer)
-        for rows in (1, 17, 100):
-            x = torch.randn(1, rows, 72).bfloat16()
+        for rows in (1, 4, 5, 17, 100):
+            x = torch.randn(1, rows, 1056).bfloat16()
             expected = nn.functional.linear(x, layer.weight, layer.bias)
             torch.testing.assert_close(layer(x), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_where_torch_is_faster_for_many_rows_or_in_a_cache_it_computes() -> None:
+    calls: list[int] = []
+
+    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        calls.append(x.shape[0])
+        return nn.functional.linear(x, weight, bias)
+
+    kernels = replace(cpu_kernels(), linear=kernel, linear_rows=4, linear_bytes=64 * 64 * 2)
+    small, large = (nn.Linear(64, n).to(torch.bfloat16) for n in (63, 64))
+    threads = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            for layer in (small, large):
+                fuse(layer, kernels, deterministic=False)
+            assert not fused(small)
+            for count, desired in ((1, [1, 4]), (2, [1, 2])):
+                torch.set_num_threads(count)
+                calls.clear()
+                for rows in (1, desired[-1], desired[-1] + 1, 64):
+                    large(torch.randn(rows, 64).bfloat16())
+                assert calls == desired
+    finally:
+        torch.set_num_threads(threads)

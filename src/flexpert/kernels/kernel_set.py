@@ -15,6 +15,8 @@ AVX512_ROWS: Final = 4
 """Up to so many rows our product is faster than torch's without AMX: on one core of an AMD EPYC
 (Zen 4) it reads a weight of 4096 x 2880 for one row at 17 GB/s, torch at 9; for 4 rows at 9.3 and
 8.7, for 8 at 3 and 8."""
+AVX512_BYTES: Final = 2**20
+"""Weights that a cache holds are left to torch, by which a row has the same bits in any number."""
 
 
 class PagedAttentionKernel(Protocol):
@@ -111,6 +113,7 @@ class Kernels:
 
     linear: for bfloat16, where it is faster than torch's for the fewest rows; None: it is not.
     linear_rows: up to so many; None: for any number, but for what several threads share.
+    linear_bytes: weights of at least so many.
     pads_batches: batches are padded to few sizes, because torch compiles a product for each.
     """
 
@@ -118,6 +121,7 @@ class Kernels:
     rms_norm: NormKernel
     linear: LinearKernel | None = None
     linear_rows: int | None = None
+    linear_bytes: int = 0
     fusions: Fusions | None = None
     pads_batches: bool = False
 
@@ -126,8 +130,8 @@ def cpu_kernels() -> Kernels:
     """Those in C."""
     here = ops.instruction_set()
     linear = ops.linear if here in {"amx", "avx512"} else None
-    most = None if here == "amx" else AVX512_ROWS
-    return Kernels(ops.paged_attention, ops.rms_norm, linear, most, pads_batches=True)
+    most, least = (None, 0) if here == "amx" else (AVX512_ROWS, AVX512_BYTES)
+    return Kernels(ops.paged_attention, ops.rms_norm, linear, most, least, pads_batches=True)
 
 
 def gpu_kernels() -> Kernels:

@@ -47,7 +47,7 @@ def fuse(
     ledger = VerdictLedger(known)
     for name, module in model.named_modules():
         if type(module) is nn.Linear:
-            if linear is not None and _fits_kernel(module.weight):
+            if linear is not None and _fits_kernel(module.weight, kernels.linear_bytes):
                 _replace(module, _linear(module, linear, kernels.linear_rows, deterministic))
         elif (eps := epsilon(module)) is not None:
             attempt = functools.partial(_try_norm, module, eps, norm)
@@ -60,8 +60,8 @@ def _replace(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
     vars(module)["forward"] = forward
 
 
-def _fits_kernel(weight: Tensor) -> bool:
-    return weight.dtype == torch.bfloat16 and weight.is_contiguous()
+def _fits_kernel(weight: Tensor, least: int) -> bool:
+    return weight.dtype == torch.bfloat16 and weight.is_contiguous() and weight.nbytes >= least
 
 
 def _linear(

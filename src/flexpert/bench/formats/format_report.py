@@ -7,7 +7,17 @@ from rich.console import RenderableType
 from flexpert.bench.formats.format_run import JUDGED_LAYERS, FormatReport
 from flexpert.bench.report_table import figures_table, with_note
 
-_COLUMNS = ("experts GB", "all GB", "× memory", "p10 ms", "p50 ms", "× speed", "logits differ")
+_COLUMNS = (
+    "experts GB",
+    "all GB",
+    "× memory",
+    "p10 ms",
+    "p50 ms",
+    "× speed",
+    "processor ms",
+    "× processor",
+    "logits differ",
+)
 
 
 def formats_text(report: FormatReport) -> RenderableType:
@@ -29,6 +39,8 @@ def formats_text(report: FormatReport) -> RenderableType:
             f"{point.step_us.p10 / 1e3:.2f}",
             f"{point.step_us.p50 / 1e3:.2f}",
             f"{first.step_us.p50 / point.step_us.p50:.2f}",
+            f"{point.processor_us.p50 / 1e3:.2f}",
+            f"{first.processor_us.p50 / point.processor_us.p50:.2f}",
             f"{point.error:.4f}" + ("" if point.is_correct(report.layers) else " WRONG"),
         )
     judged = ""

@@ -27,13 +27,15 @@ JUDGED_LAYERS = 2
 
 
 class FormatPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """One format. expert_bytes: of all experts; all_bytes: with the dense part. error: of the
-    logits of a step, relative to those of the first format."""
+    """One format. expert_bytes: of all experts; all_bytes: with the dense part. processor_us: time
+    of all threads in a step, which others on the machine do not lengthen as they do step_us.
+    error: of the logits of a step, relative to those of the first format."""
 
     format: str
     expert_bytes: int
     all_bytes: int
     step_us: SpreadUs
+    processor_us: SpreadUs
     error: float
 
     def is_correct(self, layers: int) -> bool:
@@ -98,12 +100,12 @@ def run_formats(
             ) from full
         note("steps")
         tokens = torch.randint(0, dense.info.vocab, (batch,))
-        first = [_step(model, tokens, context)[1].float().cpu() for model in models]
-        times: dict[str, list[float]] = {model.name: [] for model in models}
+        first = [_step(model, tokens, context)[2].float().cpu() for model in models]
+        times: dict[str, list[tuple[float, float]]] = {model.name: [] for model in models}
         for step in range(WARM_UP + steps):
             for model in models:
-                took, _ = _step(model, tokens, context + step)
-                times[model.name].append(took)
+                took, processor, _ = _step(model, tokens, context + step)
+                times[model.name].append((took, processor))
     return FormatReport(
         machine=this_machine(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -118,7 +120,8 @@ def run_formats(
                 format=model.name,
                 expert_bytes=model.expert_nbytes,
                 all_bytes=model.nbytes,
-                step_us=SpreadUs.of(times[model.name][WARM_UP:]),
+                step_us=SpreadUs.of([took for took, _ in times[model.name][WARM_UP:]]),
+                processor_us=SpreadUs.of([spent for _, spent in times[model.name][WARM_UP:]]),
                 error=float((logits - first[0]).norm() / first[0].norm()),
             )
             for model, logits in zip(models, first, strict=True)
@@ -126,13 +129,14 @@ def run_formats(
     )
 
 
-def _step(model: FormatModel, tokens: Tensor, position: int) -> tuple[float, Tensor]:
-    """(microseconds from tokens on the host to the next ones, logits)"""
+def _step(model: FormatModel, tokens: Tensor, position: int) -> tuple[float, float, Tensor]:
+    """(microseconds from tokens on the host to the next ones, of processors meanwhile, logits)"""
     batch = _batch(model, tokens, position)
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), time.process_time()
     logits = model.runner.forward(batch)
     logits.argmax(dim=-1).tolist()
-    return (time.perf_counter() - began) * 1e6, logits.clone()
+    took = time.perf_counter() - began
+    return took * 1e6, (time.process_time() - spent) * 1e6, logits.clone()
 
 
 def _batch(model: FormatModel, tokens: Tensor, position: int) -> ForwardBatch:
