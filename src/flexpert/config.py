@@ -129,8 +129,8 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     quantization: Quantization = Field(
         "auto",
-        description="of the experts in memory: int8 or mxfp4 on a CPU, fp8 or mxfp4 on a GPU; "
-        "auto: the checkpoint's, none: unquantized",
+        description="of the experts in memory: int4, int8 or mxfp4 on a CPU, fp8 or mxfp4 on a "
+        "GPU; auto: the checkpoint's, none: unquantized",
     )
     max_model_len: int | None = Field(
         None, ge=8, le=2**31 - 1, description="tokens of prompt and answer"

@@ -16,7 +16,7 @@ MOST_GPU_RANKS: Final = 32
 NIXL_EP_RANKS: Final = (*range(1, 9), 16, 24, 32)
 """Numbers of ranks for which NVIDIA's kernels are compiled."""
 
-Quantization = Literal["auto", "none", "fp8", "mxfp4", "int8"]
+Quantization = Literal["auto", "none", "fp8", "mxfp4", "int8", "int4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class CpuSettings(DeviceSettings):
         if settings.quantization == "fp8":
             return (
                 "--quantization fp8 needs --device cuda: leave it out, and an fp8 checkpoint is "
-                "dequantized at load; int8 and mxfp4 are what a CPU computes with"
+                "dequantized at load; int4, int8 and mxfp4 are what a CPU computes with"
             )
         if settings.all2all != "auto":
             return (
@@ -110,10 +110,11 @@ class CudaSettings(DeviceSettings):
 
     def refusal(self, settings: SettingCombination) -> str | None:
         ranks = settings.max_ranks
-        if settings.quantization == "int8":
+        if settings.quantization in {"int8", "int4"}:
+            other = {"int8": "fp8", "int4": "mxfp4"}[settings.quantization]
             return (
-                "--quantization int8 needs --device cpu: fp8 and mxfp4 are what a GPU computes "
-                "with, and fp8 takes as much memory"
+                f"--quantization {settings.quantization} needs --device cpu: fp8 and mxfp4 are "
+                f"what a GPU computes with, and {other} takes as much memory"
             )
         if settings.all2all == "nixl_ep" and ranks not in NIXL_EP_RANKS:
             return (

@@ -24,7 +24,7 @@ from flexpert.engine.device_profile import (
 from flexpert.engine.head_store import HeadMeeting, HeadStore
 from flexpert.errors import ConfigError
 from flexpert.kernels.step_shapes import lanes
-from flexpert.kernels.weight_formats import FP8, INT8, MXFP4, WeightFormat
+from flexpert.kernels.weight_formats import FP8, INT4, INT8, MXFP4, WeightFormat
 
 MEETING = HeadMeeting(HeadStore(lambda request: None), "here", several=False)
 
@@ -97,6 +97,7 @@ def test_a_gpu_refuses_the_products_of_a_cpu() -> None:
         ("cuda", "mxfp4", MXFP4),
         ("cpu", "mxfp4", MXFP4),
         ("cpu", "int8", INT8),
+        ("cpu", "int4", INT4),
     ],
 )
 def test_experts_are_in_the_format_that_is_wanted(

@@ -21,7 +21,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("family", list(SIZES))
-@pytest.mark.parametrize("name", ["mxfp4", "int8", "fp8"])
+@pytest.mark.parametrize("name", ["mxfp4", "int8", "int4", "fp8"])
 def test_experts_are_quantized_at_load(family: str, name: ExpertFormat, tmp_path: Path) -> None:
     path = make_checkpoint(family, tmp_path, torch.bfloat16, **SIZES[family])
     packed = ModelSource.open(str(path), experts=name)
@@ -57,7 +57,7 @@ def test_sizes_that_a_format_does_not_have_are_refused_at_open(tmp_path: Path) -
     ModelSource.open(str(path), experts="int8")
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "int8"])
+@pytest.mark.parametrize("name", ["mxfp4", "int8", "int4"])
 def test_deterministic_answers_depend_on_no_company(name: ExpertFormat) -> None:
     prompt = prompt_of(40, seed=1)
     runner = single_runner(TINY, deterministic=True, experts=name, blocks=96)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import greedy, prompt_of, reference_logits, single_runner
-from support.quantized_checkpoints import LAYOUTS, make_quantized_checkpoint
+from support.quantized_checkpoints import GROUP, LAYOUTS, make_quantized_checkpoint
 
 from flexpert.errors import ModelError, UnsupportedModel
+from flexpert.kernels.cpu import ops
 from flexpert.kernels.experts import ExpertWeights
-from flexpert.kernels.weight_formats import MXFP4
+from flexpert.kernels.weight_formats import MXFP4, int4_of
 from flexpert.models.quantization import read_quantization
 from flexpert.models.quantized_files import QuantizedFiles
 from flexpert.models.source import ModelSource
@@ -101,6 +103,57 @@ def test_int4_is_quantized_anew_where_fp8_is_asked_for(tmp_path: Path) -> None:
         assert a.gate_up_scale is not None
         back = a.dequantized().gate_up
         assert 0 < float((back - b.gate_up).norm() / b.gate_up.norm()) < 0.04
+
+
+@pytest.mark.parametrize("layout", ["awq", "w4a16", "gptq"])
+def test_int4_stays_packed_and_is_what_dequantizing_gives(layout: str, tmp_path: Path) -> None:
+    small, _ = make_quantized_checkpoint(layout, "qwen3_moe", tmp_path)
+    if layout == "gptq":
+        side_by_side(small)
+    packed = experts(small, experts="int4")
+    for a, b in zip(packed, experts(small), strict=True):
+        assert a.shape.format is int4_of(GROUP)
+        assert torch.equal(a.dequantized().gate_up, b.gate_up)
+        assert torch.equal(a.dequantized().down, b.down)
+    assert packed[0].nbytes < 0.2 * experts(small)[0].nbytes
+    prompt = prompt_of(12, 3)
+    for dtype in ("float32", "bfloat16"):
+        logits = [
+            single_runner(small, experts=how, dtype=dtype, deterministic=True).step({"a": prompt})
+            for how in ("int4", "unquantized")
+        ]
+        if dtype == "float32" or ops.instruction_set() != "amx":  # tiles have an order of their own
+            assert torch.equal(logits[0]["a"], logits[1]["a"])
+
+
+def side_by_side(path: Path) -> None:
+    """The columns of each group of a GPTQ checkpoint, as without desc_act."""
+    state = load_file(path / "model.safetensors")
+    for key in state:
+        if key.endswith("g_idx"):
+            state[key] = (torch.arange(len(state[key])) // GROUP).int()
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("layout", "wrong", "why"),
+    [
+        ("gptq", None, r"cannot stay packed: .*\(g_idx\); leave --quantization int4 out"),
+        ("w4a16", math.nan, "cannot stay packed: a scale is infinite or no number"),
+    ],
+)
+def test_int4_that_cannot_stay_packed_is_refused(
+    layout: str, wrong: float | None, why: str, tmp_path: Path
+) -> None:
+    small, _ = make_quantized_checkpoint(layout, "qwen3_moe", tmp_path)
+    if wrong is not None:
+        state = load_file(small / "model.safetensors")
+        for key in state:
+            if "experts" in key and key.endswith("weight_scale"):
+                state[key][3, 1] = wrong
+        save_file(state, small / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=why):
+        experts(small, experts="int4")
 
 
 @pytest.mark.parametrize("layout", ["gptq", "modelopt_fp8"])

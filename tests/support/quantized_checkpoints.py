@@ -106,6 +106,18 @@ def compressed_int4(weight: Tensor) -> tuple[Parts, Tensor]:
     }, dequantized
 
 
+def w4a16(weight: Tensor) -> tuple[Parts, Tensor]:
+    """compressed-tensors' as it is published most: symmetric, scales in bfloat16."""
+    grouped = weight.view(weight.shape[0], -1, GROUP)
+    scales = (grouped.abs().amax(-1) / 7).clamp(min=1e-6).bfloat16()
+    signed = (grouped / scales.float().unsqueeze(-1)).round().clamp(-8, 7)
+    return {
+        "weight_packed": packed((signed + 8).view(weight.shape), 4, 1),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor(weight.shape),
+    }, (signed * scales.float().unsqueeze(-1)).view(weight.shape)
+
+
 def fp8_rows(weight: Tensor) -> tuple[Parts, Tensor]:
     scales = (weight.abs().amax(1, keepdim=True) / 448).bfloat16()
     codes = (weight / scales.float()).to(torch.float8_e4m3fn)
@@ -200,6 +212,16 @@ LAYOUTS: dict[str, tuple[dict[str, Any], list[tuple[str, Quantize]]]] = {
             },
         },
         [(r".*\.experts\.", compressed_int4), (".*", fp8_rows)],
+    ),
+    "w4a16": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": {**_INT4, "symmetric": True}}
+            },
+        },
+        [(".*", w4a16)],
     ),
     "fp8_powers": (
         {"quant_method": "fp8", "weight_block_size": [32, 32], "scale_fmt": "ue8m0"},

@@ -13,12 +13,12 @@ from flexpert.errors import ConfigError
 
 EXAMPLES = (
     "flexpert bench formats --layers 2",
-    "flexpert bench formats --formats none,mxfp4,int8 --layers 1",
+    "flexpert bench formats --formats none,mxfp4,int8,int4 --layers 1",
     "flexpert bench formats --device cuda",
     "flexpert bench formats --device cuda --batch 16 --formats none,fp8,mxfp4 --layers 16",
 )
 
-_COMPUTED: Final = {"cpu": ("none", "mxfp4", "int8"), "cuda": ("none", "fp8", "mxfp4")}
+_COMPUTED: Final = {"cpu": ("none", "mxfp4", "int8", "int4"), "cuda": ("none", "fp8", "mxfp4")}
 
 
 def bench_formats(
@@ -26,7 +26,7 @@ def bench_formats(
         str,
         typer.Option(
             metavar="NAME[,NAME…]",
-            help="none (bf16), mxfp4, int8 (CPU), fp8 (GPU); the first is the baseline.",
+            help="none (bf16), mxfp4, int8 and int4 (CPU), fp8 (GPU); the first is the baseline.",
         ),
     ] = "none,mxfp4",
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What computes.")] = "cpu",

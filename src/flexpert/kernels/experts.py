@@ -132,7 +132,7 @@ class ExpertWeights:
     @property
     def shape(self) -> ExpertShape:
         """Raises: ValueError: tensors that do not fit each other."""
-        packed = format_of(self.gate_up)
+        packed = format_of(self.gate_up, self.gate_up_scale)
         elements = packed.elements if packed else 1
         height, hidden = self.gate_up.shape[0], self.gate_up.shape[1] * elements
         biases = [b.shape[0] for b in (self.gate_up_bias, self.down_bias) if b is not None]
@@ -178,7 +178,7 @@ class ExpertWeights:
 
     def dequantized(self) -> ExpertWeights:
         """The same in float32 without scales; itself if it has none."""
-        packed = format_of(self.gate_up)
+        packed = format_of(self.gate_up, self.gate_up_scale)
         if packed is None or self.gate_up_scale is None or self.down_scale is None:
             return self
         return ExpertWeights(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from flexpert.kernels import block_fp8, mxfp4, row_int8
+from flexpert.kernels import block_fp8, group_int4, mxfp4, row_int8
 
-FormatName = Literal["fp8", "mxfp4", "int8"]
+FormatName = Literal["fp8", "mxfp4", "int8", "int4"]
 
 Shape = tuple[int, ...]
 ShapeOf = Callable[[int, int], Shape]
@@ -25,6 +26,7 @@ class WeightFormat:
     elements: of the matrix in one element of the weights; more than one lie side by side in a row.
     scales_of: (out, in) → the shape of the scales. Raises: ValueError: no such matrix can be.
     restore: (weights, scales) → [..., out, in] float32.
+    group: elements of a row that share a scale, of int4.
     """
 
     name: FormatName
@@ -34,6 +36,7 @@ class WeightFormat:
     scales_of: ShapeOf
     restore: Callable[[Tensor, Tensor], Tensor]
     round: Callable[[Tensor], tuple[Tensor, Tensor]]
+    group: int = group_int4.STEP
 
     def weights_of(self, rows: int, columns: int) -> Shape:
         """The shape of the weights of a matrix."""
@@ -80,10 +83,31 @@ INT8: Final = WeightFormat(
     row_int8.quantize,
 )
 
-FORMATS: Final[Mapping[str, WeightFormat]] = {f.name: f for f in (FP8, MXFP4, INT8)}
-"""By name."""
+
+@cache
+def int4_of(group: int) -> WeightFormat:
+    """int4 with a scale for each so many columns, a multiple of 32."""
+    return WeightFormat(
+        "int4",
+        group_int4.DTYPE,
+        group_int4.DTYPE,
+        group_int4.CODES,
+        partial(group_int4.scales_of, group=group),
+        group_int4.dequantize,
+        partial(group_int4.quantize, group=group),
+        group,
+    )
 
 
-def format_of(weight: Tensor) -> WeightFormat | None:
-    """That of weights as they lie in memory; None: they are what they are."""
+INT4: Final = int4_of(group_int4.STEP)
+
+FORMATS: Final[Mapping[str, WeightFormat]] = {f.name: f for f in (FP8, MXFP4, INT8, INT4)}
+"""By name; of int4 the one that weights are quantized to."""
+
+
+def format_of(weight: Tensor, scales: Tensor | None = None) -> WeightFormat | None:
+    """That of weights as they lie in memory; None: they are what they are. scales: tell int4's
+    groups."""
+    if weight.dtype == group_int4.DTYPE and scales is not None and scales.ndim and scales.numel():
+        return int4_of(weight.shape[-1] * group_int4.CODES // scales.shape[-1])
     return next((f for f in FORMATS.values() if f.dtype == weight.dtype), None)

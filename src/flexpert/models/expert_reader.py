@@ -101,7 +101,7 @@ class ExpertReader:
             if scales is None:
                 tensor = tensor.to(target.dtype)
             check_finite(tensor.contiguous(), self._called(name, expert))
-            to_format = format_of(target)
+            to_format = format_of(target, scales)
             if scales is None or to_format is None:
                 target.copy_(tensor)
                 return
@@ -131,7 +131,7 @@ class ExpertReader:
     def _copy_stored(
         self, files: QuantizedFiles, name: str, expert: int, weight: Tensor, scales: Tensor
     ) -> None:
-        codes = weight.view(torch.uint8)
+        codes = weight if weight.dtype == torch.int32 else weight.view(torch.uint8)
         for part, into in ((files.stored("codes"), codes), (files.stored("scale"), scales)):
             tensor = self._checkpoint.read_expert(name, expert, self._experts, part)
             if tensor.shape != into.shape:

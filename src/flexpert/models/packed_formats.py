@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -9,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from flexpert.kernels import group_int4
 from flexpert.models.packed_codes import fp4_values, unpack_awq, unpack_bits
 from flexpert.models.scale_grid import factors_of, grid_shape, scaled, shifted
 from flexpert.models.stored_formats import (
@@ -26,8 +28,50 @@ from flexpert.models.stored_formats import (
 from flexpert.models.tensor_header import TensorEntry
 
 
+class Int4Codes(StoredFormat):
+    """A layout that may be of 4 bits, whose codes can stay packed in memory."""
+
+    @abstractmethod
+    def four_bits(
+        self, parts: Mapping[PartName, Tensor], shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | int, Tensor]:
+        """Codes [..., out, in] uint8, zero points [..., out, groups] and scales, both float32.
+
+        Raises: ValueError: the parts do not fit each other.
+        """
+
+    def group_in_memory(self, shape: tuple[int, ...], scales: str) -> int | None:
+        """Columns that share a scale, if a weight's codes can stay packed. scales: their dtype."""
+        rows, group = self.grid
+        if (
+            self.elements != "int4"
+            or rows != 1
+            or group is None
+            or group % group_int4.STEP
+            or shape[-1] % group
+            or scales not in {"F16", "BF16"}
+        ):
+            return None
+        return group
+
+    def in_memory(
+        self, part: PartName, parts: Mapping[PartName, Tensor], shape: tuple[int, ...]
+    ) -> Tensor:
+        """Codes or scales as `flexpert.kernels.group_int4` has them.
+
+        Raises: ValueError: the parts do not fit each other, or columns are in no order of groups.
+        """
+        order = parts.get("order")
+        if order is not None and not _is_unused(order) and not _in_order(order, self.grid[1]):
+            raise ValueError("the columns of its groups do not lie side by side (g_idx)")
+        codes, zeros, factors = self.four_bits(parts, shape)
+        if part == "codes":
+            return group_int4.pack_codes(codes)
+        return group_int4.pack_scales(factors, zeros)
+
+
 @dataclass(frozen=True)
-class PackedIntegers(StoredFormat):
+class PackedIntegers(Int4Codes):
     """compressed-tensors' pack-quantized: codes packed into words along a row, from 0 on.
 
     bits: of a code. symmetric: the middle code stands for 0 everywhere.
@@ -70,17 +114,11 @@ class PackedIntegers(StoredFormat):
         return shape
 
     def dequantize(self, parts: Mapping[PartName, Tensor], shape: tuple[int, ...]) -> Tensor:
-        *_, rows, columns = parts["shape"].flatten().tolist() if "shape" in parts else shape
-        words = parts["codes"]
-        if words.shape[-2] != rows or not 0 < columns <= shape[-1]:
-            raise ValueError(
-                f"weight_shape says {rows} x {columns}, its codes are for {rows} x {shape[-1]}"
-            )
-        codes = unpack_bits(words, self.bits, columns).float()
+        rows, columns = self._size(parts, shape)
+        codes = unpack_bits(parts["codes"], self.bits, columns).float()
         zeros = self._zeros(parts, (*codes.shape[:-2], rows, columns))
         order = parts.get("order")
-        # one that is negative was allocated and never filled
-        if order is None or bool((order < 0).any()) or _in_order(order, self.grid[1]):
+        if order is None or _is_unused(order) or _in_order(order, self.grid[1]):
             moved = (
                 codes.sub_(zeros) if isinstance(zeros, int) else shifted(codes, zeros, self.grid)
             )
@@ -89,6 +127,25 @@ class PackedIntegers(StoredFormat):
         check_groups(groups, factors.shape[-1])
         codes.sub_(zeros if isinstance(zeros, int) else zeros[..., groups])
         return codes.mul_(factors[..., groups])
+
+    def four_bits(
+        self, parts: Mapping[PartName, Tensor], shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | int, Tensor]:
+        rows, columns = self._size(parts, shape)
+        if columns != shape[-1]:
+            raise ValueError(f"weight_shape says {columns} columns, its codes are {shape[-1]}")
+        codes = unpack_bits(parts["codes"], self.bits, columns)
+        factors = factors_of(parts["scale"])
+        return codes, self._zeros(parts, (*codes.shape[:-2], rows, columns)), factors
+
+    def _size(self, parts: Mapping[PartName, Tensor], shape: tuple[int, ...]) -> tuple[int, int]:
+        """Rows and columns. Raises: ValueError: the codes are of others."""
+        *_, rows, columns = parts["shape"].flatten().tolist() if "shape" in parts else shape
+        if parts["codes"].shape[-2] != rows or not 0 < columns <= shape[-1]:
+            raise ValueError(
+                f"weight_shape says {rows} x {columns}, its codes are for {rows} x {shape[-1]}"
+            )
+        return rows, columns
 
     def _zeros(self, parts: Mapping[PartName, Tensor], shape: tuple[int, ...]) -> Tensor | int:
         """[..., rows, groups] float32, as unsigned codes."""
@@ -195,7 +252,7 @@ class MxBlocks(StoredFormat):
 
 
 @dataclass(frozen=True)
-class GptqCodes(StoredFormat):
+class GptqCodes(Int4Codes):
     """GPTQ: codes packed along the inputs, [in * bits / 32, out], each column with its group.
 
     bits: 2, 3, 4 or 8. minus_one: zero points are stored less one (format "gptq", not "gptq_v2").
@@ -229,8 +286,19 @@ class GptqCodes(StoredFormat):
         return shape
 
     def dequantize(self, parts: Mapping[PartName, Tensor], shape: tuple[int, ...]) -> Tensor:
+        unsigned, zeros, factors = self.four_bits(parts, shape)
+        codes = unsigned.float()
+        if "order" not in parts or _in_order(parts["order"], self.grid[1]):
+            return scaled(shifted(codes, zeros, self.grid), factors, self.grid)
+        groups = parts["order"].long()
+        check_groups(groups, factors.shape[1])
+        return (codes - zeros[:, groups]).mul_(factors[:, groups])
+
+    def four_bits(
+        self, parts: Mapping[PartName, Tensor], shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows, columns = shape
-        codes = unpack_bits(parts["codes"].mT, self.bits, columns).float()
+        codes = unpack_bits(parts["codes"].mT, self.bits, columns)
         words = parts["zero"]
         if self.minus_one and 8 % self.bits == 0:
             # as they were subtracted: from a whole word, so that a zero takes from its neighbour
@@ -238,16 +306,11 @@ class GptqCodes(StoredFormat):
         zeros = unpack_bits(words, self.bits, rows)
         if self.minus_one and 8 % self.bits:
             zeros = (zeros + 1) & ((1 << self.bits) - 1)
-        zeros, factors = zeros.mT.float(), factors_of(parts["scale"]).mT
-        if "order" not in parts or _in_order(parts["order"], self.grid[1]):
-            return scaled(shifted(codes, zeros, self.grid), factors, self.grid)
-        groups = parts["order"].long()
-        check_groups(groups, factors.shape[1])
-        return (codes - zeros[:, groups]).mul_(factors[:, groups])
+        return codes, zeros.mT.float(), factors_of(parts["scale"]).mT
 
 
 @dataclass(frozen=True)
-class AwqCodes(StoredFormat):
+class AwqCodes(Int4Codes):
     """AutoAWQ's GEMM: codes of 4 bits packed along the outputs, [in, out / 8], in an order of its
     own."""
 
@@ -273,9 +336,19 @@ class AwqCodes(StoredFormat):
         return shape
 
     def dequantize(self, parts: Mapping[PartName, Tensor], shape: tuple[int, ...]) -> Tensor:
-        codes = unpack_awq(parts["codes"]).float()
+        codes, zeros, factors = self.four_bits(parts, shape)
+        return scaled(shifted(codes.float(), zeros, self.grid), factors, self.grid)
+
+    def four_bits(
+        self, parts: Mapping[PartName, Tensor], shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         zeros = unpack_awq(parts["zero"]).float()
-        return scaled(shifted(codes, zeros, self.grid), factors_of(parts["scale"]).mT, self.grid)
+        return unpack_awq(parts["codes"]), zeros, factors_of(parts["scale"]).mT
+
+
+def _is_unused(groups: Tensor) -> bool:
+    """Whether g_idx was allocated and never filled."""
+    return bool((groups < 0).any())
 
 
 def _in_order(groups: Tensor, size: int | None) -> bool:

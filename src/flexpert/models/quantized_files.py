@@ -17,10 +17,10 @@ from torch import Tensor
 
 from flexpert.errors import ModelError
 from flexpert.kernels import block_fp8, mxfp4
-from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
+from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat, int4_of
 from flexpert.models.checkpoint import TensorFiles
 from flexpert.models.checkpoint_file import CheckpointFile
-from flexpert.models.packed_formats import Fp4Groups, MxBlocks
+from flexpert.models.packed_formats import Fp4Groups, Int4Codes, MxBlocks
 from flexpert.models.quantization import Quantization
 from flexpert.models.scale_grid import PER_TENSOR, factors_of
 from flexpert.models.stored_formats import (
@@ -148,7 +148,13 @@ class QuantizedFiles(TensorFiles):
         """The format of `flexpert.kernels` that a weight's codes and scales are in, if they are all
         that there is of it; blocks may have another size."""
         weight = self.weights.get(key)
-        if weight is None or set(weight.parts) != {"codes", "scale"}:
+        if weight is None:
+            return None
+        if isinstance(weight.format, Int4Codes):
+            entry = self._place[weight.parts["scale"]][1]
+            group = weight.format.group_in_memory(weight.shape, entry.dtype)
+            return None if group is None else int4_of(group)
+        if set(weight.parts) != {"codes", "scale"}:
             return None
         match weight.format:
             case ScaledElements(dtype="F8_E4M3"):
@@ -161,6 +167,8 @@ class QuantizedFiles(TensorFiles):
         """Whether `stored` gives its codes and scales with that format's blocks."""
         size, grid = block_fp8.BLOCK, self.weights[key].format.grid
         of = self.format_in_memory(key)
+        if of is not None and of.name == "int4":
+            return True
         return (of is FP8 and grid in {(size, size), PER_TENSOR}) or (
             of is MXFP4 and grid == (1, mxfp4.BLOCK)
         )
@@ -172,6 +180,21 @@ class QuantizedFiles(TensorFiles):
     def stored(self, part: PartName) -> StoredParts:
         """Codes or scales of weights that have a format in memory, by the weights' keys."""
         return StoredParts(self, part)
+
+    def as_int4(self, key: str, part: PartName, row: int | None = None) -> Tensor:
+        """Codes or scales of a weight, or of its row of experts, as `flexpert.kernels.group_int4`
+        has them."""
+        weight = self.weights[key]
+        try:
+            if not isinstance(weight.format, Int4Codes):
+                raise ValueError("it is in no int4")
+            parts = {name: self.part(key, name, row) for name in weight.parts}
+            return weight.format.in_memory(part, parts, weight.shape)
+        except (ValueError, RuntimeError) as error:
+            raise ModelError(
+                f"{self.path}: {key} cannot stay packed: {error}; leave --quantization int4 out, "
+                "and it is dequantized"
+            ) from error
 
     def part(self, key: str, part: PartName, row: int | None = None) -> Tensor:
         """A part of a weight, or its row of it, as it lies in the files."""
@@ -291,11 +314,19 @@ class StoredParts:
         return (*before, *matrix(rows, columns))
 
     def read(self, key: str) -> Tensor:
+        if self._is_int4(key):
+            return self._files.as_int4(key, self._part)
         return self._as_used(key, self._files.part(key, self._part), self.shape(key))
 
     def read_row(self, key: str, row: int) -> Tensor:
+        if self._is_int4(key):
+            return self._files.as_int4(key, self._part, row)
         part = self._files.part(key, self._part, row)
         return self._as_used(key, part, (1, *self.shape(key)[1:]))
+
+    def _is_int4(self, key: str) -> bool:
+        of = self._files.format_in_memory(key)
+        return of is not None and of.name == "int4"
 
     def place(self, key: str) -> tuple[CheckpointFile, TensorEntry]:
         """Where the bytes of the part are."""

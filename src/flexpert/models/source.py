@@ -47,12 +47,12 @@ TINY: Final = "tiny"
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-ExpertFormat = Literal["unquantized", "stored", "fp8", "mxfp4", "int8"]
+ExpertFormat = Literal["unquantized", "stored", "fp8", "mxfp4", "int8", "int4"]
 """How experts lie in memory.
 
 unquantized: in the model's dtype.
-fp8, mxfp4, int8: in that format (see `flexpert.kernels.weight_formats`), quantized at load if the
-files do not have it.
+fp8, mxfp4, int8, int4: in that format (see `flexpert.kernels.weight_formats`), quantized at load if
+the files do not have it.
 stored: fp8 or mxfp4 if the files have it, else unquantized.
 """
 
@@ -405,9 +405,12 @@ class ModelSource:
 
     def _format_in_memory(self, asked: ExpertFormat, files: TensorFiles) -> WeightFormat | None:
         """Of experts; None: unquantized."""
-        if asked != "stored" or not isinstance(files, QuantizedFiles):
+        if asked not in {"stored", "int4"} or not isinstance(files, QuantizedFiles):
             return FORMATS.get(asked)
         found = {self._stored_format(name, files) for name in self._expert_matrices()}
+        if asked == "int4":  # with the groups that the files have
+            only = next(iter(found)) if len(found) == 1 else None
+            return only if only is not None and only.name == asked else FORMATS[asked]
         # fp8 is kept where some are: without it these would take twice the memory
         return FP8 if FP8 in found else MXFP4 if found == {MXFP4} else None
 

@@ -42,6 +42,7 @@ _EXPERTS: Mapping[str, ExpertFormat] = {
     "fp8": "fp8",
     "mxfp4": "mxfp4",
     "int8": "int8",
+    "int4": "int4",
 }
 
 

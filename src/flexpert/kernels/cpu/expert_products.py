@@ -56,7 +56,7 @@ class LayerExperts:
         if (self.experts[0].gate_up_bias is None) != (self.experts[0].down_bias is None):
             raise ValueError("experts have both biases or none")
         weight = self.experts[0].gate_up
-        packed = format_of(weight)
+        packed = format_of(weight, self.experts[0].gate_up_scale)
         ours = weight.dtype in ops.DTYPES if packed is None else ops.unpacks(packed)
         if ours and weight.device.type == "cpu":
             self._up = ops.WeightTable(*(_of(self.experts, f"gate_up{p}") for p in _PARTS))

@@ -86,7 +86,7 @@ class WeightTable:
         scales: Sequence[Tensor] | None = None,
     ) -> None:
         self.slots = len(weights)
-        self.format = format_of(weights[0]) if weights else None
+        self.format = format_of(weights[0], scales[0] if scales else None) if weights else None
         self.out_features, self.in_features = weights[0].shape if weights else (0, 0)
         if self.format is not None:
             self.in_features *= self.format.elements
@@ -174,7 +174,7 @@ class WeightTable:
                 *places,
                 *sizes,
                 _FORMATS[self.format.name],
-                32,
+                self.format.group,
             )
         if failed:
             raise MemoryError(_NO_SCRATCH)
