@@ -103,6 +103,24 @@ def _check_key(key: SecretStr) -> SecretStr:
 Key = Annotated[SecretStr, AfterValidator(_check_key)]
 
 
+def balance_every_s(balance: str) -> float | None:
+    """Seconds between two rebalances; None: they are not at fixed times. Raises: ValueError"""
+    if not balance.startswith("every="):
+        return None
+    seconds = parse_duration(balance.removeprefix("every="))
+    assert isinstance(seconds, float)
+    return seconds
+
+
+def _check_balance(value: str) -> str:
+    if value in ("off", "auto"):
+        return value
+    every_s = balance_every_s(value)
+    if every_s is None or not 1.0 <= every_s <= _MOST_SECONDS:
+        raise ValueError(f"{shown(value)!r} is none of off, auto, every=60s (of at least 1s)")
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -217,6 +235,22 @@ class ClusterConfig(_Section):
     )
     redundant_experts: int = Field(
         0, ge=0, le=2**20, description="replicas in each layer beyond one of each expert"
+    )
+    scale_policy: Literal["thin", "replicate"] = Field(
+        "thin",
+        description="more ranks than at start: each holds fewer experts, or as many, as replicas",
+    )
+    balance: Annotated[str, AfterValidator(_check_balance)] = Field(
+        "off",
+        max_length=40,
+        description="move experts between ranks by their load: off, auto (when it gains more than "
+        "it costs), or every=60s",
+    )
+    balance_bandwidth: Bytes = Field(
+        256 * 2**20, ge=2**16, description="bytes of experts a rank loads a second for that"
+    )
+    record_routing: Path | None = Field(
+        None, description="a file that gets the load of every expert, a JSON line every 5 s"
     )
     start_timeout: Seconds = Field(
         120.0, gt=0, description="from a rank's spawn to its first report"

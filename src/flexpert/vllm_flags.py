@@ -20,6 +20,7 @@ class VllmFlag:
 
     names: its spellings, the long one first. setting: the setting that means the same, dotted;
     "" if there is none. negated: it turns that setting, a switch, off. takes: it has a value.
+    value: of the setting, where the flag has none.
     holds: values for which it is the case anyway; "" stands for the flag without a value. advice:
     what to know instead: why it is the case anyway, or what to use.
     """
@@ -30,6 +31,7 @@ class VllmFlag:
     negated: bool = False
     takes: bool = True
     holds: tuple[str, ...] = ()
+    value: str = ""
 
     @property
     def name(self) -> str:
@@ -37,15 +39,21 @@ class VllmFlag:
 
     @property
     def ours(self) -> str:
-        """Our flag of the setting."""
+        """Our flag of the setting, with the value if it has one of its own."""
         name = self.setting.rpartition(".")[2].replace("_", "-")
-        return f"--no-{name}" if self.negated else f"--{name}"
+        value = f"={self.value}" if self.value else ""
+        return f"--no-{name}" if self.negated else f"--{name}{value}"
 
 
 def _same(
     names: str, setting: str, advice: str = "", *, negated: bool = False, takes: bool = True
 ) -> VllmFlag:
     return VllmFlag(tuple(names.split()), advice, setting, negated, takes)
+
+
+def _means(names: str, setting: str, value: str) -> VllmFlag:
+    """A switch that is a value of a setting."""
+    return VllmFlag(tuple(names.split()), "", setting, takes=False, value=value)
 
 
 def _holds(names: str, advice: str, *values: str) -> VllmFlag:
@@ -60,7 +68,9 @@ _HOSTS = "other hosts join with 'flexpert join'; see --join-listen"
 _LORA = "LoRA adapters are not served: merge the adapter into the checkpoint and serve that"
 _SPLIT = "a layer's experts are spread over whole ranks: give --ranks the number of GPUs"
 _GRAPHS = "ranks on GPUs capture their CUDA graphs by themselves, ranks on CPUs have none"
-_BALANCE = "replicas of experts are planned when ranks change: --redundant-experts N asks for some"
+_BALANCE = (
+    "say when experts move with --balance, how many replicas there are with --redundant-experts"
+)
 _TEXT_ONLY = "only text is served"
 _SPECULATION = "there is no speculative decoding: leave it out"
 _CHECKPOINT = "a checkpoint is read as transformers saves it: leave it out"
@@ -122,7 +132,7 @@ VLLM_FLAGS: Sequence[VllmFlag] = (
     _refused("--node-rank -r", _HOSTS),
     _refused("--master-addr", _HOSTS),
     _refused("--master-port", _HOSTS),
-    _refused("--enable-eplb", _BALANCE, takes=False),
+    _means("--enable-eplb", "cluster.balance", "auto"),
     _refused("--eplb-config", _BALANCE),
     _refused("--all2all-backend", "use --all2all nixl_ep for NVIDIA's kernels, or leave it out"),
     _refused("--enable-dbo", "steps are not overlapped: leave it out", takes=False),
@@ -214,6 +224,8 @@ def translated_argument(name: str, value: object) -> tuple[str, object] | None:
         ConfigError: there is no equivalent here; says what to use instead.
     """
     flag = _BY_NAME["--" + name.replace("_", "-")]
+    if flag.value:
+        return (flag.setting, flag.value) if value else None
     if flag.setting:
         return flag.setting, value
     given = "" if value is True else "" if value is None else str(value)

@@ -11,7 +11,7 @@ import httpx
 import msgspec
 
 from flexpert.cli.options import DEFAULT_URL
-from flexpert.cluster.views import ClusterView, OperationView
+from flexpert.cluster.views import ClusterView, OperationView, RebalanceView
 from flexpert.errors import FlexpertError
 
 _MOST_BYTES = 64 * 2**20  # of an answer, or of one event of a stream
@@ -93,6 +93,9 @@ class Client:
     def begin(self, body: dict[str, Any]) -> OperationView:
         data = self._send("POST", "/cluster/operations", body)
         return self._decode(data, OperationView)
+
+    def proposed_rebalance(self) -> RebalanceView:
+        return self._decode(self._send("GET", "/cluster/balance"), RebalanceView)
 
     def operation(self, operation_id: str) -> OperationView:
         data = self._send("GET", f"/cluster/operations/{operation_id}")

@@ -28,6 +28,7 @@ from flexpert.cli import (
     join,
     models_command,
     plan,
+    rebalance,
     serve_command,
     trial_commands,
 )
@@ -119,6 +120,7 @@ add_command(
 add_command(app, "check", check.check, check.CHECK_EXAMPLES, cls=check.CheckCommand)
 add_command(app, "scale", client_commands.scale, client_commands.SCALE_EXAMPLES, cls=ScaleCommand)
 add_command(app, "autoscale", autoscale.autoscale, autoscale.EXAMPLES)
+add_command(app, "rebalance", rebalance.rebalance, rebalance.REBALANCE_EXAMPLES)
 add_command(app, "join", join.join, join.JOIN_EXAMPLES)
 add_command(app, "leave", join.leave, join.LEAVE_EXAMPLES)
 add_command(app, "status", client_commands.status, client_commands.STATUS_EXAMPLES)

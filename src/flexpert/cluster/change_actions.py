@@ -97,7 +97,12 @@ class ChangeActions:
         recovers = cluster.membership.phase is Phase.RECOVER
         if change.joining and not recovers:
             self._place_newcomers(change)
-        self._enter("recover" if recovers else "load", cluster.config.cluster.load_timeout)
+        timeout_s, bandwidth = cluster.config.cluster.load_timeout, 0
+        running = cluster.operation
+        if running and running.purpose is Purpose.REBALANCE:
+            bandwidth = cluster.config.cluster.balance_bandwidth
+            timeout_s += running.moved_experts * cluster.memory_budget.expert_bytes / bandwidth
+        self._enter("recover" if recovers else "load", timeout_s)
         members = {rank: cluster.ranks[rank].address for rank in change.after}
         holders = set(cluster.placement.ranks) if cluster.placement else set()
         # of those that are lost the processes may not be gone yet
@@ -105,7 +110,9 @@ class ChangeActions:
         exporters = {rank: cluster.ranks[rank].experts for rank in living}
         cache = cluster.head.expert_cache
         machines = cluster.machines(change.everyone)
-        plan = msg.Prepare(change.epoch, members, cluster.planned, exporters, cache, machines)
+        plan = msg.Prepare(
+            change.epoch, members, cluster.planned, exporters, cache, machines, bandwidth
+        )
         cluster.tell(change.everyone, plan)
 
     def _place_newcomers(self, change: Change) -> None:

@@ -11,8 +11,10 @@ from flexpert.cluster.event_queue import EventQueue
 from flexpert.cluster.expert_recovery import ExpertRecovery
 from flexpert.cluster.interfaces import HeadInterface
 from flexpert.cluster.kv_migration import KVMigrations
+from flexpert.cluster.load_tracker import Loads, LoadTracker
 from flexpert.cluster.membership import Membership, MembershipEvent, Phase
 from flexpert.cluster.memory_budget import MemoryBudget
+from flexpert.cluster.move_costs import MoveCosts
 from flexpert.cluster.notices import Notices
 from flexpert.cluster.operation import Operation, TargetRequest
 from flexpert.cluster.rank_state import RankState
@@ -22,7 +24,7 @@ from flexpert.cluster.saved_state import SavedChange, SavedCluster
 from flexpert.cluster.scale_down import Candidate, leave_order
 from flexpert.cluster.stall_detector import Watch
 from flexpert.cluster.views import GoneRank
-from flexpert.config import Config
+from flexpert.config import ClusterConfig, Config
 from flexpert.engine import rank_protocol as msg
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement
@@ -41,6 +43,7 @@ class ClusterState:
     asked for meanwhile. verdicts: what the first rank that came up found of the model's modules,
     as it encoded it; new ranks are told. broken: (who said so, the peer of another machine that
     it does not reach), until it is decided who is given up. gone: the latest that have ended.
+    loads: of the experts. move_costs: what moving some has cost.
     """
 
     def __init__(
@@ -81,7 +84,10 @@ class ClusterState:
             source.info.moe_layers,
             cluster.redundant_experts,
             degrade=cluster.on_missing_expert == "degrade",
+            slots=slots_at_start(cluster, source.info.experts),
         )
+        self.loads = LoadTracker(source.info.moe_layers, source.info.experts)
+        self.move_costs = MoveCosts()
 
     def save(self, *, urgent: bool = False) -> None:
         """For another head, if there may be one. urgent: before this is carried out."""
@@ -155,11 +161,21 @@ class ClusterState:
             needed |= change.everyone
         return frozenset(self.ranks) - needed
 
-    def plan(self, target: Iterable[int]) -> Placement:
-        """All experts on these ranks, replicas on several machines."""
+    def plan(self, target: Iterable[int], loads: Loads | None = None) -> Placement:
+        """All experts on these ranks, replicas on several machines.
+
+        loads: [layers, experts]; default: the recent ones, where experts move by their load.
+        """
         ids = frozenset(target)
+        if loads is None and self.config.cluster.balance != "off":
+            loads = self.loads.recent(self.head.now()).choices
+        counted = loads is not None and bool(loads.any())
         return self.expert_recovery.spread(
-            self.placement, ids, self.memory_budget.fits, machines=self.machines(ids)
+            self.placement,
+            ids,
+            self.memory_budget.fits,
+            machines=self.machines(ids),
+            loads=loads if counted else None,
         )
 
     def machines(self, target: Iterable[int]) -> dict[int, str]:
@@ -216,3 +232,11 @@ class ClusterState:
             if rank_state and not rank_state.error and blameless:
                 rank_state.blameless = True
             self.kill([rank])
+
+
+def slots_at_start(config: ClusterConfig, experts: int) -> int:
+    """Experts of a layer on a rank of those at start, which every rank has where a larger number
+    of them replicates; 0: it thins out."""
+    if config.scale_policy == "thin":
+        return 0
+    return -(-(experts + config.redundant_experts) // max(1, config.ranks))

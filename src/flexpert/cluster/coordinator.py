@@ -11,7 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from flexpert.cluster.availability import Availability
+from flexpert.cluster.balancer import Balancer
 from flexpert.cluster.change_actions import ChangeActions
 from flexpert.cluster.cluster_state import ClusterState, CoordinatorEvent
 from flexpert.cluster.event_queue import EventQueue
@@ -26,7 +29,14 @@ from flexpert.cluster.reconciler import Reconciler
 from flexpert.cluster.reconciliation import ActivityEvent, ActivityKind
 from flexpert.cluster.resumption import restore
 from flexpert.cluster.saved_state import SavedCluster, SavedOperation
-from flexpert.cluster.views import GoneRank, OperationView, PlacementView, RankView
+from flexpert.cluster.views import (
+    BalanceView,
+    GoneRank,
+    OperationView,
+    PlacementView,
+    RankView,
+    RebalanceView,
+)
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
 from flexpert.models.source import ModelSource
@@ -50,6 +60,7 @@ class Coordinator:
         self._operations = Operations(cluster)
         self._reports = RankReports(cluster)
         self._reconciler = Reconciler(cluster, self._operations, self._clock)
+        self._balancer = Balancer(cluster)
         self._actions = ChangeActions(cluster, self._operations, self._clock, self._reconciler)
 
     def _handle(self, event: CoordinatorEvent) -> None:
@@ -88,6 +99,7 @@ class Coordinator:
         """Nothing begins by itself any more."""
         self._cluster.events.post(ActivityEvent(ActivityKind.CLOSE))
         self._cluster.watch.close()
+        self._balancer.close()
         self._clock.stop()
         self._reconciler.close()
 
@@ -97,6 +109,7 @@ class Coordinator:
         """The change from nothing to the service's first ranks; None: there are none, and requests
         wait for hosts that join."""
         self._cluster.watch.start()
+        self._balancer.start()
         if ranks == 0:
             self._reconciler.wait_for_hosts()
             return None
@@ -110,6 +123,7 @@ class Coordinator:
     ) -> None:
         """See `resumption.restore`."""
         self._cluster.watch.start()
+        self._balancer.start()
         restore(self._cluster, self._operations, record, operations, living)
 
     def save_all(self) -> list[SavedOperation]:
@@ -129,6 +143,10 @@ class Coordinator:
         """See `Operations.begin`. Raises: OperationRefused, OperationConflict"""
         request = TargetRequest(ranks, add, tuple(sorted(remove)), tuple(join))
         return self._operations.begin(request, operation_id)
+
+    def rebalance(self, operation_id: str | None = None) -> OperationView:
+        """See `Operations.rebalance`. Raises: OperationRefused, OperationConflict"""
+        return self._operations.rebalance(self._balancer.request, operation_id)
 
     def newcomers(self, *, ranks: int | None, add: int, remove: Sequence[int]) -> frozenset[int]:
         """Who would join if this change began now. Raises: OperationRefused"""
@@ -167,6 +185,27 @@ class Coordinator:
         return self._operations.unfinished()
 
     # ---- what it knows ----------------------------------------------------------------------
+
+    def balance(self) -> BalanceView:
+        """How even the load of experts is."""
+        return self._balancer.view()
+
+    def proposed_rebalance(self) -> RebalanceView:
+        """What a rebalance would do."""
+        balancer = self._balancer
+        plan, loads = balancer.proposal(), balancer.loads()
+        totals = np.maximum(loads.sum(axis=1, keepdims=True), 1e-9)
+        shares = [[round(one, 6) for one in layer] for layer in (loads / totals).tolist()]
+        if plan is None:
+            return RebalanceView(balance=balancer.view(), expert_loads=shares)
+        return RebalanceView(
+            balance=balancer.view(),
+            moves=plan.moves,
+            before=round(plan.recent.before, 6),
+            after=round(plan.recent.after, 6),
+            cost_s=round(plan.cost_s, 6),
+            expert_loads=shares,
+        )
 
     @property
     def epoch(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from flexpert.moe.expert_loads import ExpertLoads
 from flexpert.moe.placement import Placement, copies_of, cover, keep, replan
 
 Fits = Callable[[Placement], bool]
@@ -16,12 +17,18 @@ class ExpertRecovery:
 
     experts: logical experts of each of `layers`. redundant: replicas asked for beyond one of each.
     degrade: after a loss serve without the experts that nobody holds, until they are loaded.
+    slots: of a rank in each layer, which more ranks fill with further replicas; 0: they hold fewer.
     """
 
     experts: int
     layers: int
     redundant: int = 0
     degrade: bool = False
+    slots: int = 0
+
+    def redundant_on(self, ranks: int) -> int:
+        """Replicas beyond one of each expert that so many ranks are to hold."""
+        return max(self.redundant, self.slots * ranks - self.experts)
 
     def whole(
         self,
@@ -44,19 +51,24 @@ class ExpertRecovery:
         fits: Fits,
         *,
         machines: Mapping[int, str] | None = None,
+        loads: ExpertLoads | None = None,
     ) -> Placement:
         """All experts and the redundancy asked for, balanced on `ranks`.
 
         The one that loads the fewest, unless only another fits; what fits nowhere is for the caller
-        to find out. machines: rank → its machine, see `replan`.
+        to find out. machines: rank → its machine, loads: of each expert of each layer, see
+        `replan`.
         """
         ids = frozenset(ranks)
-        fewest = self._replan(previous, ids, self.redundant, machines)
-        if fits(fewest):
-            return fewest
-        # where history gave some ranks the larger share of every layer, a fresh start is fairer
-        fresh = self._replan(None, ids, self.redundant, machines)
-        return fresh if fits(fresh) else fewest
+        for redundant in dict.fromkeys((self.redundant_on(len(ids)), self.redundant)):
+            fewest = self._replan(previous, ids, redundant, machines, loads)
+            if fits(fewest):
+                return fewest
+            # where history gave some ranks the larger share of every layer, a fresh start is fairer
+            fresh = self._replan(None, ids, redundant, machines, loads)
+            if fits(fresh):
+                return fresh
+        return fewest
 
     def after_loss(
         self,
@@ -79,9 +91,10 @@ class ExpertRecovery:
 
     def under_replicated(self, placement: Placement, ranks: int) -> int:
         """How many experts, over all layers, fewer ranks hold than asked for among `ranks`."""
-        if not self.redundant:
+        redundant = self.redundant_on(ranks)
+        if not redundant:
             return 0
-        return placement.thinner_than(copies_of(self.experts, self.redundant, ranks))
+        return placement.thinner_than(copies_of(self.experts, redundant, ranks))
 
     def _choices(
         self,
@@ -92,7 +105,9 @@ class ExpertRecovery:
         if previous and ranks <= set(previous.ranks):
             yield cover(previous, ranks)
         else:
-            yield self._replan(previous, ranks, self.redundant, machines)
+            yield self._replan(previous, ranks, self.redundant_on(len(ranks)), machines)
+            if self.slots:
+                yield self._replan(previous, ranks, self.redundant, machines)
         yield self._replan(previous, ranks, 0)
         yield self._replan(None, ranks, 0)
 
@@ -102,6 +117,7 @@ class ExpertRecovery:
         ranks: frozenset[int],
         redundant: int,
         machines: Mapping[int, str] | None = None,
+        loads: ExpertLoads | None = None,
     ) -> Placement:
         return replan(
             previous,
@@ -110,4 +126,5 @@ class ExpertRecovery:
             layers=self.layers,
             redundant=redundant,
             machines=machines,
+            loads=loads,
         )

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from flexpert.cluster.views import OperationView
-from flexpert.engine.rank_protocol import Memory
+
+if TYPE_CHECKING:
+    from flexpert.engine.rank_protocol import Memory
 
 
 def ids(ranks: Sequence[int]) -> str:
@@ -20,6 +23,8 @@ def describe_change(operation: OperationView) -> str:
         parts.append(f"add {ids(operation.add)}")
     if operation.remove:
         parts.append(f"remove {ids(operation.remove)}")
+    if not parts and operation.moved_experts:
+        parts.append(f"move {operation.moved_experts} experts")
     return f"{', '.join(parts) or 'nothing to change'} → ranks {ids(operation.target)}"
 
 

@@ -56,6 +56,7 @@ from flexpert.cluster.views import (
     OperationView,
     RankView,
     Readiness,
+    RebalanceView,
     ServiceState,
 )
 from flexpert.comm import PeerUnreachable
@@ -145,7 +146,12 @@ class Head:
         )
         self._lives: dict[int, bytes] = {}  # liveness locks of ranks
         self._rank_store = RankStore()
-        self.metrics = Metrics(self._rank_views, lambda: self._epoch, lambda: len(self._journal))
+        self.metrics = Metrics(
+            self._rank_views,
+            lambda: self._epoch,
+            lambda: len(self._journal),
+            lambda: self._coordinator.balance() if self._coordinator else None,
+        )
         self.registry = self.metrics.registry
         self._router.on_decision = self.metrics.routed
         self._id = secrets.token_hex(8)
@@ -466,6 +472,7 @@ class Head:
             ranks=self._rank_views(),
             placement=coordinator.placement(),
             operation=coordinator.running,
+            balance=coordinator.balance(),
             desired=sorted(coordinator.desired),
             left_out=sorted(coordinator.left_out),
             down=coordinator.down,
@@ -519,6 +526,14 @@ class Head:
             newcomers = coordinator.newcomers(ranks=ranks, add=add, remove=remove)
             await self._hosts.check_room(len(newcomers))
         return self.begin_operation(ranks=ranks, add=add, remove=remove, operation_id=operation_id)
+
+    def rebalance(self, operation_id: str | None = None) -> OperationView:
+        """Move experts as their load asks for. Raises: OperationConflict, OperationRefused"""
+        return self._need_coordinator().rebalance(operation_id)
+
+    def proposed_rebalance(self) -> RebalanceView:
+        """What that would do."""
+        return self._need_coordinator().proposed_rebalance()
 
     @property
     def latest_request(self) -> OperationView | None:

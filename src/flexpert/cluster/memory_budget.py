@@ -127,6 +127,22 @@ class MemoryBudget:
         if joining:
             self.check_free({rank: max(0, totals[rank] - host.get(rank, 0)) for rank in joining})
 
+    @property
+    def expert_bytes(self) -> int:
+        """Of the largest expert."""
+        return max(shape.nbytes for shape in self._source.expert_shapes())
+
+    def check_moves(self, experts: int) -> None:
+        """Whether ranks of this machine can load so many while they have those that they give up.
+        Of a GPU `check` knows. Raises: OperationRefused"""
+        here = not self.elsewhere() and self._gpus is None
+        needs = experts * self.expert_bytes
+        if here and needs > (free := free_memory(self._config)):
+            raise OperationRefused(
+                f"{experts} experts to move need {mib(needs)}, but {mib(max(free, 0))} of memory "
+                "are free until the old ones are given up"
+            )
+
     def _check_device(self, rank: int, free: FreeMemory, needs: int) -> None:
         if free.device is not None and needs > free.device:
             raise OperationRefused(

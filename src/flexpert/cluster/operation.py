@@ -97,7 +97,8 @@ class TargetRequest:
     """What somebody asked for: a number of ranks, or how many join and which leave; or that a host
     has joined, whose rank has this id.
 
-    exactly: what that came to with the head before, which has begun it.
+    exactly: what that came to with the head before, which has begun it. rebalance: the same ranks,
+    with their experts elsewhere.
     """
 
     ranks: int | None
@@ -105,8 +106,11 @@ class TargetRequest:
     remove: tuple[int, ...]
     join: tuple[int, ...] = ()
     exactly: frozenset[int] = frozenset()
+    rebalance: bool = False
 
     def __str__(self) -> str:
+        if self.rebalance:
+            return "a rebalance"
         if self.join:
             return f"ranks {list(self.join)} join"
         if self.ranks is not None:
@@ -197,7 +201,13 @@ class Operation:
         request = (
             None
             if asked is None
-            else TargetRequest(asked.ranks, asked.add, tuple(asked.remove), tuple(asked.join))
+            else TargetRequest(
+                asked.ranks,
+                asked.add,
+                tuple(asked.remove),
+                tuple(asked.join),
+                rebalance=asked.rebalance,
+            )
         )
         operation = cls(
             record.before,
@@ -221,12 +231,12 @@ class Operation:
         """For another head."""
         asked, request = self.request, None
         if asked is not None:
-            request = SavedTarget(asked.ranks, asked.add, asked.remove, asked.join)
+            request = SavedTarget(asked.ranks, asked.add, asked.remove, asked.join, asked.rebalance)
         return SavedOperation(self.view(), self.before, self.purpose, request, self.begun)
 
     @property
     def automatic(self) -> bool:
-        """The head began it by itself."""
+        """The head began it by itself; or it makes way like one that it did."""
         return self.purpose is not Purpose.REQUEST
 
     def enter(self, phase: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flexpert.cluster.availability import Availability
 from flexpert.cluster.cluster_state import ClusterState
@@ -11,7 +11,7 @@ from flexpert.cluster.formatting import describe_change
 from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
 from flexpert.cluster.operation import Operation, TargetRequest
 from flexpert.cluster.reconciliation import Activity, ActivityEvent, ActivityKind
-from flexpert.cluster.saved_state import SavedOperation
+from flexpert.cluster.saved_state import Purpose, SavedOperation
 from flexpert.cluster.views import OperationView
 from flexpert.errors import OperationConflict, OperationRefused, UnknownOperation
 from flexpert.moe.placement import Placement, loads
@@ -60,6 +60,11 @@ class Operations:
             running, queued = cluster.queued
             if queued == request and operation_id is None:
                 return running.view()
+        elif running.purpose is Purpose.REBALANCE:
+            target = self._resolve(request, cluster.members)
+            if target == cluster.members:  # nothing to wait for
+                return self._begin(target, request, operation_id).view()
+            return self._queue(request, operation_id).view()
         elif running.automatic:
             if operation_id is not None or not self._same_target(running, request):
                 return self._queue(request, operation_id).view()
@@ -73,6 +78,43 @@ class Operations:
             f"operation {running.id} to ranks {sorted(running.after)} is running; "
             "wait for it or cancel it"
         )
+
+    def rebalance(
+        self, begin: Callable[[Operation], None], operation_id: str | None = None
+    ) -> OperationView:
+        """Move experts between the ranks that there are, as their load asks for; any other change
+        goes before it.
+
+        begin: what moves where; posts the event, or ends the operation.
+
+        Raises:
+            OperationRefused: there is no memory for it. OperationConflict: another change runs or
+            is due, or was asked for with this id.
+        """
+        cluster, request = self._cluster, TargetRequest(None, 0, (), rebalance=True)
+        if operation_id is not None and (found := self.repeated(operation_id, request)):
+            return found
+        self._check_open()
+        if cluster.reconciliation.state is not Activity.IDLE or cluster.operation:
+            running = cluster.operation
+            if running and running.request == request and operation_id is None:
+                return running.view()
+            which = f"operation {running.id} is running" if running else "a restart is due"
+            raise OperationConflict(f"{which}, and experts move only when nothing else does")
+        members, epoch = cluster.members, cluster.membership.epoch
+        operation = Operation(
+            members,
+            members,
+            epoch,
+            "asked for",
+            Purpose.REBALANCE,
+            request=request,
+            operation_id=operation_id,
+        )
+        begin(operation)
+        if operation.over.is_set():
+            self.remember(operation)
+        return operation.view()
 
     def repeated(self, operation_id: str, request: TargetRequest) -> OperationView | None:
         """What was asked for with this id before; None: nothing, as far as is known.

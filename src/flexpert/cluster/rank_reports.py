@@ -7,13 +7,16 @@ import signal
 import time
 
 from flexpert.cluster.availability import Availability
+from flexpert.cluster.balance_policy import loads_by_layer
 from flexpert.cluster.broken_links import GATHER_S, accusations, whom_to_give_up
 from flexpert.cluster.cluster_state import ClusterState
 from flexpert.cluster.formatting import ids
 from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
 from flexpert.cluster.rank_state import RankState
+from flexpert.cluster.saved_state import Purpose
 from flexpert.cluster.views import GoneRank
 from flexpert.engine import rank_protocol as msg
+from flexpert.engine.load_report import decode_load
 from flexpert.engine.request import HeldKV
 from flexpert.engine.stopwatch import in_words
 from flexpert.models.fusion_verdicts import MOST_BYTES
@@ -49,8 +52,12 @@ class RankReports:
         running = cluster.operation
         cluster.watch.heard(rank_state)
         match report:
-            case msg.Alive(stuck_s, used, wire_bytes):
+            case msg.Alive(stuck_s, used, wire_bytes, load):
                 rank_state.used, rank_state.wire_bytes = used, wire_bytes
+                if load is not None:
+                    tracker = cluster.loads
+                    choices = decode_load(load, tracker.layers, tracker.experts)
+                    tracker.add(choices, load.compute_s, cluster.head.now())
                 cluster.watch.stuck(rank, stuck_s)
             case msg.Published(_, load):
                 rank_state.load = load
@@ -201,11 +208,23 @@ class RankReports:
         if report.device_memory:
             self._cluster.memory_budget.learn(report.device_memory)
         log.debug("rank %d is prepared: %s", rank_state.id, in_words(report.laps))
-        if self._cluster.operation:
-            self._cluster.operation.copied_experts += report.copied
+        running = self._cluster.operation
+        if running:
+            running.copied_experts += report.copied
+            if running.purpose is Purpose.REBALANCE:
+                self._learn_cost(rank_state.id, report.laps)
         if rank_state.state == "preparing":
             rank_state.state = "ready"
         self._post(EventKind.PREPARED, rank_state.id)
+
+    def _learn_cost(self, rank: int, laps: dict[str, float]) -> None:
+        """What moving experts takes of a rank's time, the waiting left out."""
+        cluster = self._cluster
+        if cluster.placement is None or cluster.planned is None:
+            return
+        layers = loads_by_layer(cluster.placement, cluster.planned)
+        moved = sum(layer.get(rank, 0) for layer in layers)
+        cluster.move_costs.moved(moved, laps.get("experts", 0.0) - laps.get("held back", 0.0))
 
     def _switched(self, rank_state: RankState, report: msg.Switched) -> None:
         cluster, running = self._cluster, self._cluster.operation

@@ -55,6 +55,7 @@ class Reconciler:
             ActivityAction.DROP_QUEUED: self._drop_queued,
             ActivityAction.DECIDE: self._decide,
             ActivityAction.LOAD_EXPERTS: self._load_experts,
+            ActivityAction.MOVE_EXPERTS: self._launch,
             ActivityAction.START_QUEUED: self._start_queued,
             ActivityAction.REPORT_LEFT_OUT: self._report_left_out,
             ActivityAction.SCHEDULE: self._schedule,

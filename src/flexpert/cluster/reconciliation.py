@@ -3,7 +3,8 @@
 The table is `ACTIVITY_RULES`. One change of the ranks runs at a time. When it is over the machine
 decides: lost experts are loaded first, then a request that was queued begins, then lost ranks are
 restarted when they are due. A change that somebody asks for goes before one that the head has
-begun: a restart is withdrawn if it can be, and the requested change begins after it.
+begun: a restart is withdrawn if it can be, and the requested change begins after it. Experts move
+to even the load only while there is nothing else to do, and make way for everything.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Activity(Enum):
     RECOVERING = "recovering"  # the survivors of a loss enter an epoch of their own
     RESTARTING = "restarting"  # lost ranks join again
     RELOADING = "reloading"  # experts that nobody holds are loaded
+    REBALANCING = "rebalancing"  # experts move between the same ranks
     YIELDING = "yielding"  # a change that the head began runs, and a requested one is queued
     DECIDING = "deciding"  # nothing runs; what is next is being looked at
     CLOSED = "closed"  # the service stops, nothing begins any more
@@ -36,6 +38,7 @@ class ActivityKind(Enum):
 
     REQUEST = "request"
     CANCEL_QUEUED = "cancel queued"
+    REBALANCE = "rebalance"  # moving experts is worth it, or was asked for
     LOSS = "loss"
     OVER = "over"  # no change runs any more, or none could begin
     NEXT = "next"  # the facts for a decision are there
@@ -53,6 +56,7 @@ class ActivityAction(Enum):
     DROP_QUEUED = "end the queued change"
     DECIDE = "find out what is next"
     LOAD_EXPERTS = "begin to load lost experts"
+    MOVE_EXPERTS = "begin to move experts"
     START_QUEUED = "begin the queued change"
     REPORT_LEFT_OUT = "report who is left out"
     SCHEDULE = "set the timer"
@@ -86,9 +90,9 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class ActivityEvent:
-    """operation, request, placement: of REQUEST. facts: of NEXT and DUE. purpose: of the running
-    change, of CANCEL_QUEUED. reason: for people. blameless: ranks that are left when all are lost
-    have done nothing wrong."""
+    """operation, placement: of REQUEST and REBALANCE. request: of REQUEST. facts: of NEXT and DUE.
+    purpose: of the running change, of CANCEL_QUEUED. reason: for people. blameless: ranks that are
+    left when all are lost have done nothing wrong."""
 
     kind: ActivityKind
     operation: Operation | None = None
@@ -136,6 +140,10 @@ def _restart_runs(event: ActivityEvent) -> bool:
     return event.purpose is Purpose.RESTART
 
 
+def _rebalance_runs(event: ActivityEvent) -> bool:
+    return event.purpose is Purpose.REBALANCE
+
+
 S, K, D = Activity, ActivityKind, ActivityAction
 
 _WITHOUT_QUEUE = (
@@ -145,6 +153,7 @@ _WITHOUT_QUEUE = (
     S.RECOVERING,
     S.RESTARTING,
     S.RELOADING,
+    S.REBALANCING,
 )
 _OPEN = (*_WITHOUT_QUEUE, S.YIELDING)
 
@@ -156,9 +165,13 @@ ACTIVITY_RULES = RuleTable[Activity, ActivityKind, ActivityAction](
         Rule(S.RECOVERING, K.REQUEST, S.YIELDING, (D.QUEUE,)),
         Rule(S.RELOADING, K.REQUEST, S.YIELDING, (D.QUEUE,)),
         Rule(S.RESTARTING, K.REQUEST, S.YIELDING, (D.QUEUE, D.WITHDRAW)),
+        Rule(S.REBALANCING, K.REQUEST, S.YIELDING, (D.QUEUE, D.WITHDRAW)),
         Rule(S.YIELDING, K.CANCEL_QUEUED, S.RECOVERING, (D.DROP_QUEUED,), _recovery_runs),
         Rule(S.YIELDING, K.CANCEL_QUEUED, S.RESTARTING, (D.DROP_QUEUED,), _restart_runs),
+        Rule(S.YIELDING, K.CANCEL_QUEUED, S.REBALANCING, (D.DROP_QUEUED,), _rebalance_runs),
         Rule(S.YIELDING, K.CANCEL_QUEUED, S.RELOADING, (D.DROP_QUEUED,)),
+        # experts move when there is nothing else to do
+        Rule(S.IDLE, K.REBALANCE, S.REBALANCING, (D.MOVE_EXPERTS,)),
         # the survivors of a loss go on: that takes the place of whatever ran
         Rule(S.YIELDING, K.LOSS, S.YIELDING),
         *(Rule(state, K.LOSS, S.RECOVERING) for state in _WITHOUT_QUEUE),

@@ -19,6 +19,7 @@ class Purpose(Enum):
     RECOVERY = "recovery"
     RESTART = "restart"
     RELOAD = "reload"
+    REBALANCE = "rebalance"
 
 
 class SavedChange(msgspec.Struct, frozen=True):
@@ -58,6 +59,7 @@ class SavedTarget(msgspec.Struct, frozen=True):
     add: int
     remove: tuple[int, ...]
     join: tuple[int, ...] = ()
+    rebalance: bool = False
 
 
 class SavedOperation(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from flexpert.cluster.prefix_index import RoutingDecision
-from flexpert.cluster.views import OperationView, RankView
+from flexpert.cluster.views import BalanceView, OperationView, RankView
 
 _PAUSE_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
@@ -66,6 +66,47 @@ class _RankCollector(Collector):
         yield family
 
 
+class _BalanceCollector(Collector):
+    """How even the load of experts is, and when that was looked at last."""
+
+    def __init__(self, balance: Callable[[], BalanceView | None]) -> None:
+        self._balance = balance
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        return []
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        view = self._balance()
+        if view is None:
+            return
+        yield GaugeMetricFamily(
+            "flexpert_expert_imbalance",
+            "largest load of a rank by experts over the mean, over all layers",
+            value=view.imbalance,
+        )
+        family = GaugeMetricFamily(
+            "flexpert_layer_expert_imbalance", "the same of each MoE layer", labels=["layer"]
+        )
+        for layer, value in enumerate(view.imbalance_by_layer):
+            family.add_metric([str(layer)], value)
+        yield family
+        family = GaugeMetricFamily(
+            "flexpert_rank_expert_load_ratio",
+            "load of a rank by experts over the mean of all",
+            labels=["rank"],
+        )
+        for rank, value in view.rank_loads.items():
+            family.add_metric([str(rank)], value)
+        yield family
+        yield GaugeMetricFamily("flexpert_rebalances", "rebalances begun", value=view.rebalances)
+        if view.age_s is not None:
+            yield GaugeMetricFamily(
+                "flexpert_balance_decision_age_seconds",
+                "time since it was decided whether to move experts",
+                value=view.age_s,
+            )
+
+
 class Metrics:
     """What the head counts."""
 
@@ -74,10 +115,12 @@ class Metrics:
         ranks: Callable[[], list[RankView]],
         epoch: Callable[[], int],
         unfinished: Callable[[], int],
+        balance: Callable[[], BalanceView | None] = lambda: None,
     ) -> None:
         """unfinished: sequences in the journal, whether a rank has them or not."""
         self.registry = CollectorRegistry()
         self.registry.register(_RankCollector(ranks, epoch))
+        self.registry.register(_BalanceCollector(balance))
         self.prompt_tokens = Counter(
             "flexpert_prompt_tokens", "tokens of admitted prompts", registry=self.registry
         )

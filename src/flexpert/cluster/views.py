@@ -132,6 +132,43 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
     host: str
 
 
+class BalanceView(msgspec.Struct, frozen=True, kw_only=True):
+    """How even the load of experts is on the ranks, and what is done about it.
+
+    mode: the setting. verdict: of the latest look, in one word: "gain", "interval", "redundancy"
+    and "request" move experts, any other does not; reason: in many. age_s: seconds since then;
+    None: there was none, as with mode "off". rebalances: how many were begun.
+    imbalance: the largest load of a rank over the mean, weighed over the layers: so much longer do
+    experts take than on ranks that all have the same to do. imbalance_by_layer: of each MoE layer.
+    rank_loads: rank id → its load over the mean, all layers together.
+    """
+
+    mode: str = "off"
+    verdict: str = "off"
+    reason: str = ""
+    age_s: float | None = None
+    rebalances: int = 0
+    imbalance: float = 1.0
+    imbalance_by_layer: list[float] = []
+    rank_loads: dict[int, float] = {}
+
+
+class RebalanceView(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /cluster/balance`: what a rebalance that is asked for now would do.
+
+    moves: experts that ranks would load. before, after: shares of the time for which steps wait for
+    experts. cost_s: seconds of the ranks' time that moving takes. expert_loads: by layer, how often
+    each expert was chosen lately, of all choices of the layer.
+    """
+
+    balance: BalanceView
+    moves: int = 0
+    before: float = 0.0
+    after: float = 0.0
+    cost_s: float = 0.0
+    expert_loads: list[list[float]] = []
+
+
 class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     """`GET /cluster`.
 
@@ -149,6 +186,7 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
     ranks: list[RankView]
     placement: PlacementView
     operation: OperationView | None
+    balance: BalanceView = BalanceView()
     desired: list[int] = []
     left_out: list[int] = []
     down: str | None = None
@@ -164,7 +202,8 @@ class ClusterView(msgspec.Struct, frozen=True, kw_only=True):
 class ClusterEvent(msgspec.Struct, frozen=True, kw_only=True):
     """One line of `GET /cluster/events`.
 
-    kind: "operation" (data: an OperationView), "epoch", "rank", "warning"; "overrun": the listener
+    kind: "operation" (data: an OperationView), "epoch", "rank", "warning", "balance" (data: verdict
+    and reason, when the verdict is another); "overrun": the listener
     was too slow, and this is the last one. number: its place among all events of the service, from
     1 on; 0: it has none, and is this listener's own.
     """

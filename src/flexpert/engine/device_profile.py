@@ -197,7 +197,12 @@ class CpuProfile(DeviceProfile):
         )
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
-        return MoERuntime(buffer, reduce="home" if self.config.deterministic else "rank")
+        return MoERuntime(
+            buffer,
+            reduce="home" if self.config.deterministic else "rank",
+            layers=source.info.moe_layers,
+            experts=source.info.experts,
+        )
 
     def make_expert_store(self, rank: int, source: ModelSource) -> Store:
         return ExpertStore(

@@ -11,7 +11,7 @@ from flexpert.comm import Buffer, ExpertTable
 from flexpert.engine.rank_protocol import Prepare
 from flexpert.engine.remote_peers import RemotePeers
 from flexpert.engine.stopwatch import Stopwatch
-from flexpert.moe.expert_store import ExpertFiles, ExpertLoad, Key, Store
+from flexpert.moe.expert_store import ExpertFiles, ExpertLoad, Key, Pacer, Store
 from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
 from flexpert.moe.runtime import expert_tables
 
@@ -92,9 +92,12 @@ def prepare_epoch(
         check()
         distant = remote.experts(plan, cancelled.is_set)
         exporters = {r: a for r, a in plan.exporters.items() if not remote.is_far(r)}
-        load = ExpertLoad(new, exporters, files, check, progress, distant)
+        pace = Pacer(plan.bandwidth, cancelled) if plan.bandwidth else None
+        load = ExpertLoad(new, exporters, files, check, progress, distant, pace)
         copied = store.load(load) if new else 0
         watch.lap("experts")
+        if pace:
+            watch.laps["held back"] = pace.held_s
         tables: list[ExpertTable] = expert_tables(plan.placement, rank, plan.machines)
         layers = [
             LayerState(tables[layer], store.layer(layer, experts))

@@ -35,6 +35,7 @@ from flexpert.engine.faults import Faults
 from flexpert.engine.grammar_preparation import GrammarPreparer, GrammarReady
 from flexpert.engine.head_store import HeadMeeting, HeadStore, machine_name
 from flexpert.engine.kv_transfer import FetchEnded, KVTransfer
+from flexpert.engine.load_report import RoutingReport
 from flexpert.engine.memory_plan import MemoryMeter, buffer_spec, kv_blocks
 from flexpert.engine.output_grammar import GrammarCache
 from flexpert.engine.preparation import EpochPreparer, PreparationEnded
@@ -129,6 +130,7 @@ class RankEngine:
         self.buffer: Buffer = faults.around(buffer) if faults else buffer
         self._faults = faults
         self.moe = self.profile.make_moe_layers(self.buffer, source)
+        self.load_report = RoutingReport(self.moe.loads)
         self.watch.lap("exchange")
         blocks = kv_blocks(info, config)
         # peers read the cache of a rank that leaves
@@ -437,6 +439,7 @@ class RankEngine:
         self.buffer.set_active(plan.members, plan.epoch)
         self.buffer.disconnect(gone)
         self.watch.lap("membership")
+        self.load_report.begin()
         self.moe.install(prepared.staged)
         self.watch.lap("install")
         self._preparer.hold(prepared.experts)
@@ -535,6 +538,7 @@ class RankEngine:
             return
         if work:
             self._step(watch)
+            self.load_report.look(now)
             if self._far:
                 self.wire_bytes = self.buffer.statistics().wire_bytes
         self._last_step_end = time.perf_counter() if work else None

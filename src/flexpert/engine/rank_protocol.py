@@ -43,7 +43,8 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
 
     members: rank id → address of its window. exporters: rank id → address of the experts it holds
     in the running epoch. cache: address of the host's copy of the experts; b"": there is none.
-    machines: rank id → the machine it is on, of all that take part.
+    machines: rank id → the machine it is on, of all that take part. bandwidth: bytes of experts a
+    second that a rank loads at most; 0: as fast as it can.
     """
 
     epoch: int
@@ -52,6 +53,7 @@ class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
     exporters: dict[int, bytes] = {}
     cache: bytes = b""
     machines: dict[int, str] = {}
+    bandwidth: int = 0
 
 
 class Commit(msgspec.Struct, frozen=True, tag="commit"):
@@ -232,7 +234,8 @@ class Prepared(msgspec.Struct, frozen=True, tag="prepared"):
     """Connected, loaded and warm: ready to vote.
 
     copied: experts that came from peers' memory. memory: of the host. laps: what it did for this →
-    seconds. device_memory: of the GPU; None on a CPU. used: as measured last.
+    seconds; "held back": of its experts' seconds, those in which it kept to the bandwidth.
+    device_memory: of the GPU; None on a CPU. used: as measured last.
     """
 
     epoch: int
@@ -270,17 +273,30 @@ class Halted(msgspec.Struct, frozen=True, tag="halted"):
     epoch: int
 
 
+class RouterLoad(msgspec.Struct, frozen=True, array_like=True):
+    """What this rank's tokens have asked of experts since the report before.
+
+    choices: pairs of little-endian uint32, (layer * experts + expert, tokens that chose it), for
+    those that any did. compute_s: time in the products of the experts that this rank holds; 0 on a
+    GPU, where it is not measured.
+    """
+
+    choices: bytes
+    compute_s: float = 0.0
+
+
 class Alive(msgspec.Struct, frozen=True, tag="alive"):
     """Sent now and then from a thread of its own: the process is neither stopped nor starved.
 
     stuck_s: for how long its step loop has done nothing, not even wait. used: its memory, as
     measured last. wire_bytes: peer over NIXL → bytes written to it for exchanges, since it was
-    connected.
+    connected. load: about once a second, if there was any.
     """
 
     stuck_s: float = 0.0
     used: MemoryUse = MemoryUse(0)
     wire_bytes: dict[int, int] = {}
+    load: RouterLoad | None = None
 
 
 class Offered(msgspec.Struct, frozen=True, tag="offered"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -25,6 +26,7 @@ from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 
 _PAGE = 4096
+_PIECE = 1 << 20  # of an expert, where it is not copied as fast as it can be
 
 Key = tuple[int, int]
 """(layer among the MoE layers, expert)."""
@@ -52,13 +54,38 @@ class ExpertFiles(Protocol):
         ...
 
 
+class Pacer:
+    """Keeps what several threads load to a number of bytes a second.
+
+    held_s: for how long it has held them back.
+    """
+
+    def __init__(self, bytes_per_s: float, cancelled: threading.Event) -> None:
+        """cancelled: nobody waits any more."""
+        self._bytes_per_s = bytes_per_s
+        self._cancelled = cancelled
+        self._lock = threading.Lock()
+        self._due = 0.0
+        self.held_s = 0.0
+
+    def __call__(self, size: int) -> None:
+        """So many bytes were loaded: wait as long as they may take."""
+        with self._lock:
+            now = time.monotonic()
+            self._due = max(now, self._due) + size / self._bytes_per_s
+            wait_s = self._due - now
+            self.held_s += wait_s
+        self._cancelled.wait(wait_s)
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertLoad:
     """Experts that a rank is to have.
 
     keys: by layer. exporters: rank → address of what it exports; tried before the files. far: rank
     on another machine → what it exports; tried after those. check: called between experts; raises
-    what the load is to end with. progress: told the share that is done, 0 to 1.
+    what the load is to end with. progress: told the share that is done, 0 to 1. pace: told of bytes
+    that were loaded, may take its time; None: as fast as it can be done.
     """
 
     keys: Sequence[Key]
@@ -67,6 +94,7 @@ class ExpertLoad:
     check: Callable[[], None]
     progress: Callable[[float], None]
     far: Mapping[int, ReadableMemory] = field(default_factory=dict)
+    pace: Pacer | None = None
 
 
 class Store(Protocol):
@@ -207,10 +235,15 @@ class ExpertStore:
         for layer, keys in groupby(load.keys, key=lambda key: key[0]):
             load.check()
             of_layer = list(keys)
-            rest = [key for key in of_layer if not self._copied(key, peers)]
+            rest = [key for key in of_layer if not self._copied(key, peers, load)]
             load.check()
             place = functools.partial(self._place, layer)
-            load.files.load_experts(layer, [expert for _, expert in rest], place)
+            experts = [expert for _, expert in rest]
+            for part in [[expert] for expert in experts] if load.pace else [experts]:
+                load.files.load_experts(layer, part, place)
+                if load.pace:
+                    load.pace(self._places.shapes[layer].nbytes)
+                    load.check()
             for key in rest:
                 self.filled(key)
             done += len(of_layer)
@@ -218,10 +251,11 @@ class ExpertStore:
             load.progress(done / len(load.keys))
         return copied
 
-    def _copied(self, key: Key, peers: ExportingPeers[ExportedExperts]) -> bool:
+    def _copied(self, key: Key, peers: ExportingPeers[ExportedExperts], load: ExpertLoad) -> bool:
         for peer in peers.of(key):
             try:
-                if self.copy(key, peer):
+                if self.copy(key, peer, load.pace):
+                    load.check()
                     return True
             except CommError:
                 peers.lost(peer)
@@ -247,13 +281,13 @@ class ExpertStore:
         """Peers may copy it from now on."""
         self._exported.bytes[self._places.entry(key)] = 1
 
-    def copy(self, key: Key, peer: ExportedExperts) -> bool:
+    def copy(self, key: Key, peer: ExportedExperts, pace: Pacer | None = None) -> bool:
         """Fill a place from a peer's memory; False if the peer does not have it.
 
         Raises: CommError: the peer cannot be read any more.
         """
         begin, size = self._places.place(key)
-        if not peer.copy(key, self._exported.bytes[begin : begin + size]):
+        if not peer.copy(key, self._exported.bytes[begin : begin + size], pace):
             return False
         self.filled(key)
         return True
@@ -293,7 +327,7 @@ class ExportedExperts:
         self._filled = torch.empty(self._places.entries, dtype=torch.uint8, device="cpu")
         memory.copy([(0, self._filled)])
 
-    def copy(self, key: Key, into: Tensor) -> bool:
+    def copy(self, key: Key, into: Tensor, pace: Pacer | None = None) -> bool:
         """One expert's bytes; False, and perhaps anything in `into`: the peer does not have it.
 
         Raises: CommError: the peer cannot be read any more.
@@ -302,7 +336,14 @@ class ExportedExperts:
         if not self._filled[entry]:
             return False
         after = torch.empty(1, dtype=torch.uint8, device="cpu")
-        self._memory.copy([(self._places.place(key)[0], into), (entry, after)])
+        begin = self._places.place(key)[0]
+        if pace:
+            for at in range(0, len(into), _PIECE):
+                piece = into[at : at + _PIECE]
+                self._memory.copy([(begin + at, piece)])
+                pace(len(piece))
+            into = into[:0]
+        self._memory.copy([(begin, into), (entry, after)])
         return bool(after)  # what is dropped meanwhile says so before its memory is given back
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flexpert.comm import ExpertTable
 from flexpert.kernels.experts import Gate
+from flexpert.moe.load_counter import LoadSnapshot
 
 E = TypeVar("E")
 
@@ -76,4 +77,9 @@ class ElasticMoELayers(MoELayers, Protocol):
     def lost_rows(self) -> Tensor | None:
         """[tokens] bool: which tokens of the step lost a choice, because nobody holds the expert;
         None: none did. To be asked after each step with tokens."""
+        ...
+
+    def loads(self) -> LoadSnapshot | None:
+        """How often each expert was chosen here; None: it is not counted. Between two steps; may
+        wait for the device."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from flexpert.comm import Buffer, ExpertTable
 from flexpert.comm.buffer import Reduce
 from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.experts import Gate
+from flexpert.moe.load_counter import HostLoadCounter, LoadSnapshot
 from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement
 
@@ -96,10 +98,14 @@ class MoERuntime:
     which. walked: layers so far.
     """
 
-    def __init__(self, buffer: Buffer, *, reduce: Reduce) -> None:
+    def __init__(
+        self, buffer: Buffer, *, reduce: Reduce, layers: int = 0, experts: int = 0
+    ) -> None:
+        """layers, experts: of the model, for `loads`; 0: nothing is counted."""
         self.buffer = buffer
         self.reduce: Reduce = reduce
         self.walked = 0
+        self._counter = HostLoadCounter(layers, experts) if layers else None
         self._staged = StagedLayers((), {})
         self._lost: torch.Tensor | None = None
 
@@ -120,6 +126,10 @@ class MoERuntime:
         """
         lost, self._lost = self._lost, None
         return lost
+
+    def loads(self) -> LoadSnapshot | None:
+        """As `ElasticMoELayers.loads`."""
+        return self._counter.snapshot() if self._counter else None
 
     def expect(self, tokens: int) -> None:
         """Nothing: batches come without padding."""
@@ -150,6 +160,12 @@ class MoERuntime:
         if absent is not None and x.shape[0]:
             expert_ids, weights, lost = without(absent, expert_ids, weights)
             self._lost = lost if self._lost is None else self._lost | lost
+        counter = self._counter
+        if counter and x.shape[0]:
+            counter.count(layer, expert_ids, holes=absent is not None)
         received = self.buffer.dispatch(x, expert_ids, weights, state.table)
+        began = time.perf_counter()
         y = state.experts.compute(received.x, received.offsets, apply_gate)
+        if counter:
+            counter.compute_s += time.perf_counter() - began
         return self.buffer.combine(y, received, reduce=self.reduce)

@@ -35,6 +35,7 @@ class ControlRoutes:
         self.router = APIRouter(tags=["control"])
         add = self.router.add_api_route
         add("/cluster", self.cluster, methods=["GET"])
+        add("/cluster/balance", self.balance, methods=["GET"])
         add("/cluster/events", self.events, methods=["GET"])
         add("/cluster/operations", self.begin, methods=["POST"], status_code=202)
         add("/cluster/operations/{id}", self.operation, methods=["GET"])
@@ -47,12 +48,19 @@ class ControlRoutes:
         """Epoch, ranks, placement, and the operation that runs."""
         return wire.json_response(self._head.cluster())
 
+    async def balance(self) -> Response:
+        """How often each expert was chosen lately, and what a rebalance would move and gain."""
+        return wire.json_response(self._head.proposed_rebalance())
+
     async def begin(self, body: OperationRequest) -> Response:
         """Start a change: 202; 409 while another runs, or if the operation_id is that of another;
         400 if it can never be reached."""
-        operation = await self._head.request_operation(
-            ranks=body.ranks, add=body.add, remove=body.remove, operation_id=body.operation_id
-        )
+        if body.rebalance:
+            operation = self._head.rebalance(body.operation_id)
+        else:
+            operation = await self._head.request_operation(
+                ranks=body.ranks, add=body.add, remove=body.remove, operation_id=body.operation_id
+            )
         location = {"location": f"/cluster/operations/{operation.id}"}
         return wire.json_response(operation, 202, headers=location)
 

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView
+from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, RebalanceView
 from flexpert.server import messages_api, responses_api, wire
 from flexpert.server.gate import OPEN_PATHS
 from flexpert.server.http_errors import ErrorBody
@@ -105,6 +105,7 @@ ANSWERS: Mapping[tuple[str, str], Answers] = {
     ("get", "/metrics"): Answers(text=True),
     ("get", "/cluster"): Answers(ClusterView),
     ("get", "/cluster/events"): Answers(events=ClusterEvent, errors=(410,)),
+    ("get", "/cluster/balance"): Answers(RebalanceView),
     ("post", "/cluster/operations"): Answers(OperationView, status=202, errors=(409, 415)),
     ("get", "/cluster/operations/{id}"): Answers(OperationView, errors=(404,)),
     ("delete", "/cluster/operations/{id}"): Answers(OperationView, errors=(404, 409)),

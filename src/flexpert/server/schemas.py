@@ -475,7 +475,8 @@ OperationId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$
 
 
 class OperationRequest(BaseModel):
-    """`POST /cluster/operations`: the number of ranks desired, or who joins and leaves.
+    """`POST /cluster/operations`: the number of ranks desired, or who joins and leaves; or that
+    experts move between the ranks that there are, as their load asks for.
 
     operation_id: the caller's own; asked for again, it is the same operation.
     """
@@ -488,12 +489,16 @@ class OperationRequest(BaseModel):
     remove: list[Annotated[StrictInt, Field(ge=0, le=MOST_RANKS)]] = Field(
         [], max_length=MOST_RANKS
     )
+    rebalance: bool = False
     operation_id: OperationId | None = None
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> OperationRequest:
-        if (self.ranks is not None) == bool(self.add or self.remove):
-            raise ValueError('give either {"ranks": N} or {"add": n, "remove": [ids]}')
+    def _one_of_them(self) -> OperationRequest:
+        ways = (self.ranks is not None, bool(self.add or self.remove), self.rebalance)
+        if sum(ways) != 1:
+            raise ValueError(
+                'give one of {"ranks": N}, {"add": n, "remove": [ids]} and {"rebalance": true}'
+            )
         return self
 
 

@@ -160,9 +160,14 @@ class DeviceExpertStore:
             if done % step == 0:
                 load.progress((len(copied) + done) / len(load.keys))
 
+        def read(key: Key, into: Tensor) -> None:
+            far.read(key, into)
+            if load.pace:
+                load.pace(self.shapes[key[0]].nbytes)
+
         self._uploader.upload(
             [(key, self.memory(key)) for key in rest],
-            far.read,
+            read,
             check=load.check,
             progress=count,
         )
@@ -178,7 +183,7 @@ class DeviceExpertStore:
         launched: list[tuple[Key, ExportedDeviceExperts, int]] = []
         try:
             for number, key in enumerate(load.keys):
-                if number % 64 == 0:
+                if load.pace or number % 64 == 0:
                     load.check()
                 for peer in peers.of(key):
                     entry = peer.entry(key)
@@ -186,6 +191,8 @@ class DeviceExpertStore:
                     if there is not None:
                         self.memory(key).copy_(there, non_blocking=True)
                         launched.append((key, peer, entry))
+                        if load.pace:
+                            load.pace(self.shapes[key[0]].nbytes)
                         break
         finally:
             self._stream.synchronize()

@@ -18,6 +18,7 @@ from flexpert.comm import ExpertTable
 from flexpert.comm.buffer import Reduce
 from flexpert.kernels.cuda.device_experts import DeviceExperts, SlotAddresses, StagedExperts
 from flexpert.kernels.experts import ExpertShape, Gate
+from flexpert.moe.load_counter import DeviceLoadCounter, LoadSnapshot
 from flexpert.moe.moe_layers import LayerState
 
 
@@ -68,6 +69,7 @@ class ExchangedExperts:
         self.reduce: Reduce = reduce
         self.walked = 0
         self._experts = DeviceExperts(layers, experts, shape, device)
+        self._counter = DeviceLoadCounter(layers, experts, device)
         self._places = torch.full((2, layers, experts), -1, dtype=torch.int32, device=device)
         self._tables = [
             ExpertTable(rank=self._places[0, layer], slot=self._places[1, layer], slots=experts)
@@ -92,6 +94,10 @@ class ExchangedExperts:
     def lost_rows(self) -> None:
         """Not told: where nobody holds an expert, the buffer skips it."""
 
+    def loads(self) -> LoadSnapshot:
+        """As `ElasticMoELayers.loads`."""
+        return self._counter.snapshot()
+
     def expect(self, tokens: int) -> None:
         """So many rows of the batches to come count; the rest is padding."""
         self._tokens.fill_(tokens)
@@ -112,9 +118,9 @@ class ExchangedExperts:
         """
         self.walked += 1
         padding = self._row[: x.shape[0], None] >= self._tokens
-        received = self.buffer.dispatch(
-            x, expert_ids.masked_fill(padding, -1), weights.float(), self._tables[layer]
-        )
+        expert_ids = expert_ids.masked_fill(padding, -1)
+        self._counter.count(layer, expert_ids)
+        received = self.buffer.dispatch(x, expert_ids, weights.float(), self._tables[layer])
         y = self.compute(layer, received.indexed, apply_gate, expert_ids.numel())
         result: Tensor = self.buffer.combine(y, received, reduce=self.reduce)
         return result

@@ -68,6 +68,9 @@ class LocalExperts:
     def lost_rows(self) -> None:
         """As `MoERuntime.lost_rows`: a rank that holds all experts loses no choice."""
 
+    def loads(self) -> None:
+        """Not counted: where one rank has all experts there is nothing to balance."""
+
     def expect(self, tokens: int) -> None:
         """So many rows of the batches to come count; the rest is padding."""
         self._tokens.fill_(tokens)
