@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,14 @@ from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.experts import ExpertWeights
 from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement, replan
-from flexpert.moe.runtime import MoERuntime, expert_tables, without
+from flexpert.moe.runtime import (
+    SPLIT_PERIOD,
+    MoERuntime,
+    Route,
+    expert_tables,
+    replica_routes,
+    without,
+)
 
 EXPERTS, TOPK, HIDDEN, INTER = 6, 3, 32, 16
 
@@ -135,16 +144,21 @@ def test_any_replica_gives_the_same_bits(weights: list[ExpertWeights], tokens: i
     choices, sums = set(), []
     with Local() as local:
         buffers = local.start(spec, members)
-        for machines in layouts:
+        for machines, split in itertools.product(layouts, (False, True)):
             local.activate(members)
             runtimes = {}
             for rank in members:
-                (table,) = expert_tables(placement, rank, machines)
+                (route,) = replica_routes(placement, rank, machines)
+                if not split:
+                    (table,) = expert_tables(placement, rank, machines)
+                    route = Route(table)
+                table = route.table
                 (held,) = placement.held_by(rank)
                 choices.add((rank, tuple(table.rank.tolist())))
                 own = LayerExperts([weights[e] for e in held], deterministic=True)
                 runtimes[rank] = MoERuntime(buffers[rank], reduce="home")
-                runtimes[rank].install(runtimes[rank].stage([LayerState(table, own)]))
+                state = LayerState(table, own, route.split)
+                runtimes[rank].install(runtimes[rank].stage([state]))
             got = local.each(
                 members,
                 lambda b, r=runtimes: r[b.rank].forward(
@@ -154,3 +168,23 @@ def test_any_replica_gives_the_same_bits(weights: list[ExpertWeights], tokens: i
             sums.append(torch.stack([got[rank] for rank in members]))
     assert len(choices) > len(members), "some layout sends tokens to other replicas"
     assert all(same_bits(found, sums[0]) for found in sums)
+
+
+@pytest.mark.parametrize("holders", [1, 2, 3, 4])
+def test_tokens_of_all_ranks_spread_evenly_over_the_replicas(holders: int) -> None:
+    """With as many tokens on each rank; and those at home stay there."""
+    ranks, tokens = range(4), 24
+    layer = {rank: [0, 1] if rank < holders else [1] for rank in ranks}
+    placement = Placement(2, [layer])
+    got = dict.fromkeys(ranks, 0)
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    for rank in ranks:
+        (route,) = replica_routes(placement, rank)
+        rows = torch.arange(tokens) % SPLIT_PERIOD
+        entries = ids if route.split is None else route.split[rows, ids]
+        owners = route.table.rank[entries].tolist()
+        if rank < holders:
+            assert set(owners) == {rank}
+        for owner in owners:
+            got[owner] += 1
+    assert [got[rank] for rank in range(holders)] == [4 * tokens // holders] * holders

@@ -7,13 +7,13 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from flexpert.comm import Buffer, ExpertTable
+from flexpert.comm import Buffer
 from flexpert.engine.rank_protocol import Prepare
 from flexpert.engine.remote_peers import RemotePeers
 from flexpert.engine.stopwatch import Stopwatch
 from flexpert.moe.expert_store import ExpertFiles, ExpertLoad, Key, Pacer, Store
 from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
-from flexpert.moe.runtime import expert_tables
+from flexpert.moe.runtime import Route, expert_tables, replica_routes
 
 
 class Cancelled(Exception):  # noqa: N818 - a signal between two functions, never seen by users
@@ -98,9 +98,12 @@ def prepare_epoch(
         watch.lap("experts")
         if pace:
             watch.laps["held back"] = pace.held_s
-        tables: list[ExpertTable] = expert_tables(plan.placement, rank, plan.machines)
+        if moe.splits:
+            routes = replica_routes(plan.placement, rank, plan.machines)
+        else:
+            routes = [Route(t) for t in expert_tables(plan.placement, rank, plan.machines)]
         layers = [
-            LayerState(tables[layer], store.layer(layer, experts))
+            LayerState(routes[layer].table, store.layer(layer, experts), routes[layer].split)
             for layer, experts in enumerate(desired)
         ]
         staged = moe.stage(layers)

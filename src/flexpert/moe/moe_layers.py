@@ -18,10 +18,16 @@ E = TypeVar("E")
 @dataclass(frozen=True, slots=True)
 class LayerState(Generic[E]):
     """One layer in one epoch: where its experts are, and those held here, as the device has them
-    (`Store.layer`)."""
+    (`Store.layer`).
+
+    split: [period, experts + 1] int64 on the host, in place of an expert which entry of the table a
+    token takes, by its index modulo the period; the last column is for no expert, -1. None: the
+    table has one entry for each expert.
+    """
 
     table: ExpertTable
     experts: E
+    split: Tensor | None = None
 
 
 class MoELayers(Protocol):
@@ -53,10 +59,12 @@ class MoELayers(Protocol):
 class ElasticMoELayers(MoELayers, Protocol):
     """MoE layers whose experts an engine changes between steps.
 
-    walked: layers computed so far; a replayed graph counts none.
+    walked: layers computed so far; a replayed graph counts none. splits: a layer's state may have a
+    `split`.
     """
 
     walked: int
+    splits: bool
 
     def stage(self, layers: Sequence[LayerState[Any]]) -> Any:
         """All that can be done ahead for `install`, to which the result goes; an empty list: no

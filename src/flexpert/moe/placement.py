@@ -62,8 +62,18 @@ class Placement(msgspec.Struct, frozen=True):
     ) -> tuple[list[int], list[int]]:
         """(owner's rank, slot) per expert as `viewer` should use them; -1 = nobody.
 
-        A viewer prefers its own replica, then one on its own machine; among those that are left,
-        viewers spread over the replicas. machines: rank → its machine; default: all are on one.
+        The first of those that `nearest` has.
+        """
+        first = [near[0] if near else (-1, -1) for near in self.nearest(layer, viewer, machines)]
+        return [rank for rank, _ in first], [slot for _, slot in first]
+
+    def nearest(
+        self, layer: int, viewer: int, machines: Mapping[int, str] | None = None
+    ) -> list[list[tuple[int, int]]]:
+        """Per expert the replicas, as (rank, slot), that `viewer` should use: its own, else those
+        on its machine, else all.
+
+        Viewers begin with different ones. machines: rank → its machine; default: all are on one.
         """
         held = self.layers[layer]
         names = {rank: (machines or {}).get(rank, "") for rank in (*held, viewer)}
@@ -74,14 +84,13 @@ class Placement(msgspec.Struct, frozen=True):
         for rank in sorted(held):
             for slot, expert in enumerate(held[rank]):
                 places[expert].append((rank, slot))
-        ranks, slots = [], []
+        found = []
         for replicas in places:
             own = [place for place in replicas if place[0] == viewer]
             near = own or [place for place in replicas if names[place[0]] == home] or replicas
-            rank, slot = near[turn % len(near)] if near else (-1, -1)
-            ranks.append(rank)
-            slots.append(slot)
-        return ranks, slots
+            first = turn % len(near) if near else 0
+            found.append(near[first:] + near[:first])
+        return found
 
 
 def replan(

@@ -16,6 +16,9 @@ from flexpert.moe.load_counter import HostLoadCounter, LoadSnapshot
 from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement
 
+SPLIT_PERIOD = 12
+"""Tokens after which their distribution over replicas repeats: 1, 2, 3, 4 and 6 divide it."""
+
 
 def expert_tables(
     placement: Placement, rank: int, machines: Mapping[int, str] | None = None
@@ -37,6 +40,44 @@ def expert_tables(
             )
         )
     return tables
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where tokens go in one layer; see `LayerState` for `split`."""
+
+    table: ExpertTable
+    split: torch.Tensor | None = None
+
+
+def replica_routes(
+    placement: Placement, rank: int, machines: Mapping[int, str] | None = None
+) -> list[Route]:
+    """As `expert_tables`, but tokens spread over all replicas that are equally near, by their
+    index: no message between ranks is needed for that. A table has further entries then, behind
+    those of the experts, one for each further replica.
+    """
+    routes = []
+    for layer, held in enumerate(placement.held_by(rank)):
+        nearest = placement.nearest(layer, rank, machines)
+        entries = [near[0] if near else (-1, -1) for near in nearest]
+        split = None
+        if max(map(len, nearest), default=0) > 1:
+            split = torch.full((SPLIT_PERIOD, placement.experts + 1), -1, dtype=torch.int64)
+            split[:, :-1] = torch.arange(placement.experts)
+            for expert, near in enumerate(nearest):
+                of = [expert, *range(len(entries), len(entries) + len(near) - 1)]
+                entries += near[1:]
+                for turn in range(SPLIT_PERIOD if len(near) > 1 else 0):
+                    split[turn, expert] = of[turn % len(of)]
+        ranks, slots = zip(*entries, strict=True)
+        table = ExpertTable(
+            rank=torch.tensor(ranks, dtype=torch.int32, device="cpu"),
+            slot=torch.tensor(slots, dtype=torch.int32, device="cpu"),
+            slots=len(held),
+        )
+        routes.append(Route(table, split))
+    return routes
 
 
 def warmup_tables(placement: Placement, rank: int) -> list[ExpertTable]:
@@ -95,7 +136,7 @@ class MoERuntime:
     """Walks the exchanges of each layer; the layers' state is swapped whole at a commit.
 
     Where nobody holds an expert, tokens go on with their other choices, and `lost_rows` tells
-    which. walked: layers so far.
+    which. walked: layers so far. Tokens spread over the replicas of an expert.
     """
 
     def __init__(
@@ -105,13 +146,18 @@ class MoERuntime:
         self.buffer = buffer
         self.reduce: Reduce = reduce
         self.walked = 0
+        self.splits = True
+        self._turns = torch.arange(buffer.spec.max_tokens, device="cpu")[:, None] % SPLIT_PERIOD
         self._counter = HostLoadCounter(layers, experts) if layers else None
         self._staged = StagedLayers((), {})
         self._lost: torch.Tensor | None = None
 
     def stage(self, layers: Sequence[LayerState[LayerExperts]]) -> StagedLayers:
         """As `ElasticMoELayers.stage`."""
-        absent = {index: state.table.rank < 0 for index, state in enumerate(layers)}
+        absent = {}
+        for index, state in enumerate(layers):
+            experts = None if state.split is None else state.split.shape[1] - 1
+            absent[index] = state.table.rank[:experts] < 0
         missing = {index: mask for index, mask in absent.items() if bool(mask.any())}
         return StagedLayers(tuple(layers), missing)
 
@@ -163,6 +209,8 @@ class MoERuntime:
         counter = self._counter
         if counter and x.shape[0]:
             counter.count(layer, expert_ids, holes=absent is not None)
+        if state.split is not None and x.shape[0]:
+            expert_ids = state.split[self._turns[: x.shape[0]], expert_ids]
         received = self.buffer.dispatch(x, expert_ids, weights, state.table)
         began = time.perf_counter()
         y = state.experts.compute(received.x, received.offsets, apply_gate)

@@ -68,6 +68,7 @@ class ExchangedExperts:
         self.buffer = buffer
         self.reduce: Reduce = reduce
         self.walked = 0
+        self.splits = False
         self._experts = DeviceExperts(layers, experts, shape, device)
         self._counter = DeviceLoadCounter(layers, experts, device)
         self._places = torch.full((2, layers, experts), -1, dtype=torch.int32, device=device)

@@ -42,6 +42,7 @@ class LocalExperts:
     ) -> None:
         self.rank = rank
         self.walked = 0
+        self.splits = False
         self._tokens = torch.zeros(1, dtype=torch.int32, device=device)
         self._experts = DeviceExperts(layers, experts, shape, device)
         self._slot_of = torch.full((layers, experts), -1, dtype=torch.int32, device=device)
