@@ -14,6 +14,8 @@ from support.served_head import Running
 from flexpert.cluster.listeners import MOST_WAITING
 from flexpert.cluster.views import ClusterEvent
 from flexpert.server.control import ControlRoutes
+from flexpert.server.http_metrics import ServerMetrics
+from flexpert.server.live_feed import LiveFeed
 
 
 def finish(server: Running) -> None:
@@ -110,10 +112,15 @@ def test_events_begin_with_the_whole_view_and_miss_nothing(
     server.until(lambda: server.head.listening == 0)
 
 
+def create_routes(head: FakeHead) -> ControlRoutes:
+    closing = asyncio.Event()
+    return ControlRoutes(head, closing, LiveFeed(head, ServerMetrics(), closing))
+
+
 def test_events_are_listened_for_before_the_view_is_taken() -> None:
     async def listening_with_first_event() -> int:
         head = FakeHead()
-        events = ControlRoutes(head, asyncio.Event())._events()
+        events = create_routes(head)._events()
         await anext(events)
         listening = head.listening
         await events.aclose()

@@ -22,9 +22,12 @@ from transformers import PreTrainedTokenizerFast
 from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.processes.transport import ChildLink
 from flexpert.cluster.views import (
+    ChangePreview,
     ClusterEvent,
     ClusterView,
     Delta,
+    LayerPlacement,
+    LiveLoad,
     OperationView,
     PlacementView,
     RankView,
@@ -38,6 +41,7 @@ from flexpert.errors import (
     OperationConflict,
     OperationRefused,
     Overloaded,
+    RequestError,
     ServiceStopped,
     UnknownOperation,
     context_overflow,
@@ -324,6 +328,47 @@ class FakeHead:
 
     async def request_operation(self, **target) -> OperationView:
         return self.begin_operation(**target)
+
+    async def preview_operation(
+        self,
+        *,
+        ranks: int | None = None,
+        add: int = 0,
+        remove: Sequence[int] = (),
+        rebalance: bool = False,
+    ) -> ChangePreview:
+        running = self._running_operation()
+        if running is not None:
+            raise OperationConflict(f"operation {running.id} is running")
+        size = ranks if ranks is not None else len(self.ranks) + add - len(remove)
+        size = len(self.ranks) if rebalance else size
+        if size > 8:
+            raise OperationRefused(f"{size} ranks exceed max_ranks 8")
+        target = list(range(size))
+        joining = [id for id in target if id not in self.ranks]
+        return ChangePreview(
+            target=target,
+            add=joining,
+            remove=[id for id in self.ranks if id not in target],
+            moved_experts=8 * len(joining),
+            moved_bytes=8000 * len(joining),
+            experts_to_load=dict.fromkeys(joining, 8),
+        )
+
+    def operations(self) -> list[OperationView]:
+        return list(self._operations.values())
+
+    def recent_events(self) -> list[ClusterEvent]:
+        return self.listeners.recent()
+
+    def live_load(self) -> LiveLoad:
+        return LiveLoad(len(self.running), 0, len(self.ranks))
+
+    def layer_placement(self, layer: int) -> LayerPlacement:
+        if layer >= 4:
+            raise RequestError(f"layer {layer}: there are MoE layers 0 to 3")
+        held = {id: [e for e in range(16) if e % len(self.ranks) == id] for id in self.ranks}
+        return LayerPlacement(epoch=self.epoch, layer=layer, layers=4, experts=16, held=held)
 
     def begin_operation(
         self,

@@ -31,7 +31,10 @@ from flexpert.cluster.resumption import restore
 from flexpert.cluster.saved_state import SavedCluster, SavedOperation
 from flexpert.cluster.views import (
     BalanceView,
+    ChangePreview,
     GoneRank,
+    LayerPlacement,
+    LiveLoad,
     OperationView,
     PlacementView,
     RankView,
@@ -39,6 +42,7 @@ from flexpert.cluster.views import (
 )
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
+from flexpert.errors import RequestError
 from flexpert.models.source import ModelSource
 
 
@@ -206,6 +210,49 @@ class Coordinator:
             cost_s=round(plan.cost_s, 6),
             expert_loads=shares,
         )
+
+    def preview(self, *, ranks: int | None, add: int, remove: Sequence[int]) -> ChangePreview:
+        """See `Operations.preview`. Raises: OperationRefused, OperationConflict"""
+        return self._operations.preview(TargetRequest(ranks, add, tuple(sorted(remove))))
+
+    def preview_rebalance(self) -> ChangePreview:
+        """What a rebalance would move. Raises: OperationConflict"""
+        plan = self._balancer.proposal()
+        return self._operations.preview_rebalance(plan.after if plan else None)
+
+    @property
+    def operations(self) -> list[OperationView]:
+        """The latest, oldest first."""
+        return self._operations.latest
+
+    def live_load(self) -> LiveLoad:
+        """What the ranks have to do."""
+        found = self._cluster.ranks.values()
+        return LiveLoad(
+            sum(rank.load.running for rank in found),
+            sum(rank.load.waiting for rank in found),
+            sum(rank.state == "active" for rank in found),
+        )
+
+    def layer_placement(self, layer: int) -> LayerPlacement:
+        """Raises: RequestError: there is no such layer."""
+        layers, placement = self._source.info.moe_layers, self._cluster.placement
+        if not 0 <= layer < layers:
+            raise RequestError(f"layer {layer}: there are MoE layers 0 to {layers - 1}")
+        held = placement.layers[layer] if placement else {}
+        return LayerPlacement(
+            epoch=self.epoch,
+            layer=layer,
+            layers=layers,
+            experts=self._source.info.experts,
+            held={rank: held[rank] for rank in sorted(held)},
+            loads=self._loads_of(layer),
+        )
+
+    def _loads_of(self, layer: int) -> list[float] | None:
+        choices = self._balancer.loads()[layer]
+        total = float(choices.sum())
+        return [round(one, 6) for one in (choices / total).tolist()] if total else None
 
     @property
     def epoch(self) -> int:

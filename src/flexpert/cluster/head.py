@@ -51,8 +51,11 @@ from flexpert.cluster.saved_state import (
 from flexpert.cluster.service_metrics import Metrics
 from flexpert.cluster.state_directory import StateDirectory
 from flexpert.cluster.views import (
+    ChangePreview,
     ClusterEvent,
     ClusterView,
+    LayerPlacement,
+    LiveLoad,
     OperationView,
     RankView,
     Readiness,
@@ -534,6 +537,42 @@ class Head:
     def proposed_rebalance(self) -> RebalanceView:
         """What that would do."""
         return self._need_coordinator().proposed_rebalance()
+
+    async def preview_operation(
+        self,
+        *,
+        ranks: int | None = None,
+        add: int = 0,
+        remove: Sequence[int] = (),
+        rebalance: bool = False,
+    ) -> ChangePreview:
+        """What `request_operation` or `rebalance` would do.
+
+        Raises: OperationConflict, OperationRefused
+        """
+        coordinator = self._need_coordinator()
+        if rebalance:
+            return coordinator.preview_rebalance()
+        if self._hosts.starts_all and coordinator.idle:
+            newcomers = coordinator.newcomers(ranks=ranks, add=add, remove=remove)
+            await self._hosts.check_room(len(newcomers))
+        return coordinator.preview(ranks=ranks, add=add, remove=remove)
+
+    def operations(self) -> list[OperationView]:
+        """The latest changes, oldest first."""
+        return self._need_coordinator().operations
+
+    def layer_placement(self, layer: int) -> LayerPlacement:
+        """Who holds which expert of an MoE layer. Raises: RequestError: there is none of it."""
+        return self._need_coordinator().layer_placement(layer)
+
+    def live_load(self) -> LiveLoad:
+        """What the ranks have to do."""
+        return self._need_coordinator().live_load()
+
+    def recent_events(self) -> list[ClusterEvent]:
+        """The latest that are kept, oldest first."""
+        return self._listeners.recent()
 
     @property
     def latest_request(self) -> OperationView | None:

@@ -45,6 +45,10 @@ class Listeners:
                 "anew with GET /cluster and its cursor"
             )
 
+    def recent(self) -> list[ClusterEvent]:
+        """The latest, oldest first."""
+        return list(self._kept)
+
     async def events(self, since: int | None = None) -> AsyncIterator[ClusterEvent]:
         """What is published from the first `anext` on; before it, what came after the event of
         this number (see `check`).

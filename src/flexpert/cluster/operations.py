@@ -12,7 +12,7 @@ from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
 from flexpert.cluster.operation import Operation, TargetRequest
 from flexpert.cluster.reconciliation import Activity, ActivityEvent, ActivityKind
 from flexpert.cluster.saved_state import Purpose, SavedOperation
-from flexpert.cluster.views import OperationView
+from flexpert.cluster.views import ChangePreview, OperationView
 from flexpert.errors import OperationConflict, OperationRefused, UnknownOperation
 from flexpert.moe.placement import Placement, loads
 
@@ -144,6 +144,63 @@ class Operations:
         members = self._cluster.members
         return self._resolve(TargetRequest(ranks, add, tuple(remove)), members) - members
 
+    def preview(self, request: TargetRequest) -> ChangePreview:
+        """What a change would move if it began now.
+
+        Raises: as `begin`.
+        """
+        cluster = self._cluster
+        self._check_open()
+        members = cluster.members
+        target = self._resolve(request, members)
+        self._check_free()
+        if target == members:
+            return ChangePreview(target=sorted(target), add=[], remove=[])
+        return self._preview(target, self._planned(target))
+
+    def preview_rebalance(self, after: Placement | None) -> ChangePreview:
+        """What a rebalance to that placement would move; None: there is nothing to move.
+
+        Raises: OperationRefused, OperationConflict
+        """
+        self._check_open()
+        self._check_free()
+        members = self._cluster.members
+        if after is None:
+            return ChangePreview(target=sorted(members), add=[], remove=[])
+        return self._preview(members, after)
+
+    def _check_free(self) -> None:
+        running = self._cluster.operation
+        if running is not None and not running.automatic:
+            raise OperationConflict(
+                f"operation {running.id} to ranks {sorted(running.after)} is running; what follows "
+                "it can be said when it is over"
+            )
+
+    def _preview(self, target: frozenset[int], placement: Placement) -> ChangePreview:
+        cluster, members = self._cluster, self._cluster.members
+        leavers = sorted(members - target)
+        found = {rank: cluster.ranks[rank].load for rank in leavers if rank in cluster.ranks}
+        moves = loads(cluster.placement, placement)
+        moved = sum(map(len, moves.values()))
+        return ChangePreview(
+            target=sorted(target),
+            add=sorted(target - members),
+            remove=leavers,
+            moved_experts=moved,
+            moved_bytes=moved * cluster.memory_budget.expert_bytes,
+            experts_to_load={rank: len(which) for rank, which in moves.items() if which},
+            moved_requests=sum(load.running + load.waiting for load in found.values()),
+            kv_used={rank: round(load.kv_used, 4) for rank, load in found.items()},
+        )
+
+    @property
+    def latest(self) -> list[OperationView]:
+        """All that are kept, oldest first."""
+        found = sorted(self._operations.values(), key=lambda operation: operation.created)
+        return [operation.view() for operation in found]
+
     def begin_first(self, ranks: int) -> OperationView:
         """The change from nothing to the service's first ranks."""
         request = TargetRequest(ranks, 0, ())
@@ -270,12 +327,7 @@ class Operations:
         operation.before, operation.after = members, target
         operation.epoch = cluster.membership.epoch
         if target != members:
-            placement = cluster.plan(target)
-            newcomers = target - members
-            here = cluster.head.on_this_host(newcomers)
-            told = newcomers & cluster.memory_budget.elsewhere().keys()  # by other hosts
-            cluster.memory_budget.check(here | told, placement, cluster.placement)
-            return placement
+            return self._planned(target)
         if not operation.automatic:  # they may be what a loss has left, and too few
             cluster.memory_budget.check((), cluster.plan(target), cluster.placement)
         operation.end("done")
@@ -284,6 +336,19 @@ class Operations:
             cluster.restart_policy.set_desired(target)
             cluster.save(urgent=True)
         return None
+
+    def _planned(self, target: frozenset[int]) -> Placement:
+        """The placement on other ranks than those of now.
+
+        Raises: OperationRefused: there is no memory for it.
+        """
+        cluster = self._cluster
+        placement = cluster.plan(target)
+        newcomers = target - cluster.members
+        here = cluster.head.on_this_host(newcomers)
+        told = newcomers & cluster.memory_budget.elsewhere().keys()  # by other hosts
+        cluster.memory_budget.check(here | told, placement, cluster.placement)
+        return placement
 
     def launch(self, operation: Operation, placement: Placement) -> None:
         """Begin a change in the table of `membership.py`, where none runs."""

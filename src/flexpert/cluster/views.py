@@ -106,6 +106,48 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     own_id: bool = False
 
 
+class ChangePreview(msgspec.Struct, frozen=True, kw_only=True):
+    """What a change would do if it began now; nothing has begun.
+
+    target: the rank ids after it. add, remove: ids that join and leave. moved_experts: replicas
+    that ranks would load, in all moved_bytes; experts_to_load: of each rank that loads any.
+    moved_requests: sequences of ranks that leave, running or waiting. kv_used: of each of those,
+    the share of its KV blocks in use.
+    """
+
+    target: list[int]
+    add: list[int]
+    remove: list[int]
+    moved_experts: int = 0
+    moved_bytes: int = 0
+    experts_to_load: dict[int, int] = {}
+    moved_requests: int = 0
+    kv_used: dict[int, float] = {}
+
+
+class LayerPlacement(msgspec.Struct, frozen=True, kw_only=True):
+    """Which rank holds which expert of one MoE layer.
+
+    held: rank id → the experts it holds, in the order of its slots. loads: of each expert, how
+    often it was chosen lately, of all choices of this layer; None: that is not counted.
+    """
+
+    epoch: int
+    layer: int
+    layers: int
+    experts: int
+    held: dict[int, list[int]]
+    loads: list[float] | None = None
+
+
+class LiveLoad(msgspec.Struct, frozen=True):
+    """Sums over the ranks. active: how many are."""
+
+    running: int
+    waiting: int
+    active: int
+
+
 class GoneRank(msgspec.Struct, frozen=True, kw_only=True):
     """A rank whose process is certainly gone. status: exit code, or minus the signal. asked: it was
     to go. time: when, in seconds since 1970."""

@@ -20,10 +20,12 @@ from flexpert.frontend.request_limits import RequestLimits
 from flexpert.frontend.tools.answer_parser import parser_names
 from flexpert.server import fields, wire
 from flexpert.server.control import ControlRoutes
+from flexpert.server.dashboard_routes import PageRoute, dashboard_routes
 from flexpert.server.gate import Gate
 from flexpert.server.http_errors import ApiError, api_error, validation_error
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.keys import BearerKeys, read_keys
+from flexpert.server.live_feed import LiveFeed
 from flexpert.server.message_errors import error_response
 from flexpert.server.messages_api import MessagesRoutes
 from flexpert.server.openai import OpenAIRoutes, is_json
@@ -49,7 +51,7 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
 
     `app.state.closing` is an asyncio.Event; set it before shutting the server down, so that
     event streams end. `app.state.preprocessors` may be started ahead, and must be closed.
-    `app.state.metrics` are the `ServerMetrics`.
+    `app.state.metrics` are the `ServerMetrics`. `app.state.feed` keeps figures once it is started.
     """
     app = DescribedAPI(title="flexpert", version=flexpert.__version__, redirect_slashes=False)
     metrics = ServerMetrics()
@@ -60,7 +62,9 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
     app.include_router(openai.router)
     app.include_router(ResponsesRoutes(openai).router)
     app.include_router(MessagesRoutes(openai).router)
-    app.include_router(ControlRoutes(head, app.state.closing).router)
+    app.state.feed = LiveFeed(head, metrics, app.state.closing)
+    app.include_router(ControlRoutes(head, app.state.closing, app.state.feed).router)
+    app.router.routes += dashboard_routes()
     _add_service_routes(app, head, metrics)
     config = head.config.server
     app.add_middleware(Gate, config=config, keys=keys or read_keys(config), metrics=metrics)
@@ -166,6 +170,8 @@ def _paths(router: object) -> list[str]:
     """All that a router serves, with those of the routers that were included in it."""
     found: list[str] = []
     for route in getattr(router, "routes", ()):
+        if isinstance(route, PageRoute):  # for browsers alone
+            continue
         included = getattr(route, "original_router", None)
         found += [route.path] if included is None else _paths(included)
     return found

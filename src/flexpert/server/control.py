@@ -13,6 +13,7 @@ from flexpert.cluster.views import ClusterEvent, OperationView
 from flexpert.errors import OperationError
 from flexpert.server import wire
 from flexpert.server.http_errors import SERVER, ApiError
+from flexpert.server.live_feed import LiveFeed
 from flexpert.server.schemas import ElasticScaleRequest, OperationRequest
 from flexpert.server.stream import EventStream, event
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from flexpert.cluster.head import Head
 
 KEEP_ALIVE_S = 15.0
+MOST_LAYERS = 4096
 
 
 class ControlRoutes:
@@ -27,16 +29,20 @@ class ControlRoutes:
 
     Args:
         closing: set when the server shuts down; ends the event streams, which would never end.
+        feed: what is shown live.
     """
 
-    def __init__(self, head: Head, closing: asyncio.Event) -> None:
+    def __init__(self, head: Head, closing: asyncio.Event, feed: LiveFeed) -> None:
         self._head = head
         self._closing = closing
+        self._feed = feed
         self.router = APIRouter(tags=["control"])
         add = self.router.add_api_route
         add("/cluster", self.cluster, methods=["GET"])
         add("/cluster/balance", self.balance, methods=["GET"])
         add("/cluster/events", self.events, methods=["GET"])
+        add("/cluster/stream", self.stream, methods=["GET"])
+        add("/cluster/placement", self.placement, methods=["GET"])
         add("/cluster/operations", self.begin, methods=["POST"], status_code=202)
         add("/cluster/operations/{id}", self.operation, methods=["GET"])
         add("/cluster/operations/{id}", self.cancel, methods=["DELETE"])
@@ -52,9 +58,26 @@ class ControlRoutes:
         """How often each expert was chosen lately, and what a rebalance would move and gain."""
         return wire.json_response(self._head.proposed_rebalance())
 
+    async def stream(self) -> Response:
+        """Server-sent events for a page that shows the service live: first "snapshot", the whole
+        with the latest operations and figures; each second "change", what is different; between
+        them what happens, as in `/cluster/events`. Who reads too slowly is told "overrun"."""
+        self._feed.check_room()
+        self._head.cluster()  # an error has a status only now
+        return EventStream(self._feed.watch())
+
+    async def placement(self, layer: Annotated[int, Query(ge=0, le=MOST_LAYERS)] = 0) -> Response:
+        """Which rank holds which expert of one MoE layer, counted from 0."""
+        return wire.json_response(self._head.layer_placement(layer))
+
     async def begin(self, body: OperationRequest) -> Response:
         """Start a change: 202; 409 while another runs, or if the operation_id is that of another;
-        400 if it can never be reached."""
+        400 if it can never be reached. dry_run: only say what it would move, 200."""
+        if body.dry_run:
+            preview = await self._head.preview_operation(
+                ranks=body.ranks, add=body.add, remove=body.remove, rebalance=body.rebalance
+            )
+            return wire.json_response(preview)
         if body.rebalance:
             operation = self._head.rebalance(body.operation_id)
         else:

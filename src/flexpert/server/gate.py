@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexpert.config import ServerConfig
+from flexpert.server import dashboard_files
 from flexpert.server.http_errors import ApiError
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.keys import BearerKeys, is_right
@@ -34,6 +35,7 @@ OPEN_PATHS = frozenset(
         "/openapi.json",
     }
 )
+_WITHOUT_KEY = OPEN_PATHS | dashboard_files.PATHS
 CONTROL_PATHS = ("/cluster", "/scale_elastic_ep", "/is_scaling_elastic_ep")
 
 # Bytes. They are parsed on the event loop, and the longest that makes sense names 4096 ranks.
@@ -97,7 +99,7 @@ class Gate:
             ApiError: 401, 429.
         """
         path = scope["path"]
-        if path in OPEN_PATHS:
+        if path in _WITHOUT_KEY:
             yield
             return
         control = _is_control(path)

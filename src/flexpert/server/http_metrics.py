@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter as TallyOf
+from collections import deque
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -10,6 +12,17 @@ from starlette.responses import Response
 
 _FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+
+_MOST_TIMES = 4096  # of each kind, between two looks
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What has come since it was asked last. first_tokens_s, gaps_s: the latest times, seconds."""
+
+    tokens: int
+    first_tokens_s: list[float]
+    gaps_s: list[float]
 
 
 class ServerMetrics:
@@ -37,6 +50,9 @@ class ServerMetrics:
             registry=self.registry,
         )
         self.at_once: TallyOf[str] = TallyOf()
+        self._tokens = 0
+        self._first_tokens_s: deque[float] = deque(maxlen=_MOST_TIMES)
+        self._gaps_s: deque[float] = deque(maxlen=_MOST_TIMES)
         self._first_token = Histogram(
             "flexpert_time_to_first_token_seconds",
             "From a request's arrival to its first token, per sequence",
@@ -57,11 +73,23 @@ class ServerMetrics:
     def first_token(self, waited_s: float) -> None:
         """A sequence's first token has come."""
         self._first_token.observe(waited_s)
+        self._tokens += 1
+        self._first_tokens_s.append(waited_s)
 
     def next_tokens(self, gap_s: float, count: int) -> None:
         """`count` more tokens of a sequence have come together."""
+        self._tokens += count
         for _ in range(count):
             self._gap.observe(gap_s / count)
+            self._gaps_s.append(gap_s / count)
+
+    def take_window(self) -> Window:
+        """For the one who shows the service live; see `live_feed`."""
+        window = Window(self._tokens, list(self._first_tokens_s), list(self._gaps_s))
+        self._tokens = 0
+        self._first_tokens_s.clear()
+        self._gaps_s.clear()
+        return window
 
     def response(self, head: CollectorRegistry) -> Response:
         """Both registries in prometheus' text format."""

@@ -16,10 +16,18 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, RebalanceView
+from flexpert.cluster.views import (
+    ChangePreview,
+    ClusterEvent,
+    ClusterView,
+    LayerPlacement,
+    OperationView,
+    RebalanceView,
+)
 from flexpert.server import messages_api, responses_api, wire
 from flexpert.server.gate import OPEN_PATHS
 from flexpert.server.http_errors import ErrorBody
+from flexpert.server.live_view import LiveSnapshot
 from flexpert.server.message_errors import MessageErrorBody
 from flexpert.server.message_fields import CountTokensRequest, MessagesRequest
 from flexpert.server.response_fields import ResponsesRequest
@@ -51,7 +59,8 @@ class Answers:
 
     body: the struct of a success. events: what each event of a stream holds, where the operation
     can stream. text: it is text, not JSON. errors: statuses beyond those of any request. asks: the
-    body it takes, if it parses that by itself. failure: the struct of one.
+    body it takes, if it parses that by itself. failure: the struct of one. also: of a 200, where
+    success has two.
     """
 
     body: type | None = None
@@ -61,6 +70,7 @@ class Answers:
     errors: tuple[int, ...] = ()
     asks: type[BaseModel] | None = None
     failure: type = ErrorBody
+    also: type | None = None
 
 
 ANSWERS: Mapping[tuple[str, str], Answers] = {
@@ -106,7 +116,11 @@ ANSWERS: Mapping[tuple[str, str], Answers] = {
     ("get", "/cluster"): Answers(ClusterView),
     ("get", "/cluster/events"): Answers(events=ClusterEvent, errors=(410,)),
     ("get", "/cluster/balance"): Answers(RebalanceView),
-    ("post", "/cluster/operations"): Answers(OperationView, status=202, errors=(409, 415)),
+    ("get", "/cluster/stream"): Answers(events=LiveSnapshot),
+    ("get", "/cluster/placement"): Answers(LayerPlacement),
+    ("post", "/cluster/operations"): Answers(
+        OperationView, status=202, errors=(409, 415), also=ChangePreview
+    ),
     ("get", "/cluster/operations/{id}"): Answers(OperationView, errors=(404,)),
     ("delete", "/cluster/operations/{id}"): Answers(OperationView, errors=(404, 409)),
     ("post", "/scale_elastic_ep"): Answers(wire.ScaleMessage, errors=(409, 415)),
@@ -125,7 +139,9 @@ class DescribedAPI(FastAPI):
 
 
 def _described(description: dict[str, Any]) -> dict[str, Any]:
-    structs = {kind for a in ANSWERS.values() for kind in (a.body, a.events) if kind is not None}
+    structs = {
+        kind for a in ANSWERS.values() for kind in (a.body, a.events, a.also) if kind is not None
+    }
     ordered = sorted({*structs, ErrorBody, MessageErrorBody}, key=lambda kind: kind.__name__)
     _, schemas = msgspec.json.schema_components(ordered, ref_template=_REF)
     components = description.setdefault("components", {})
@@ -157,6 +173,9 @@ def _described(description: dict[str, Any]) -> dict[str, Any]:
 
 def _responses(path: str, answers: Answers) -> dict[str, Any]:
     found = {str(answers.status): _success(answers)}
+    if answers.also is not None:
+        schema = {"schema": _reference(answers.also)}
+        found["200"] = {"description": HTTPStatus.OK.phrase, "content": {_JSON: schema}}
     statuses = {*_ANY, *answers.errors}
     if path not in OPEN_PATHS:
         statuses.update(_BEHIND_A_KEY)

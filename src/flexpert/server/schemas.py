@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StrictInt,
     ValidationInfo,
     WithJsonSchema,
@@ -478,7 +479,8 @@ class OperationRequest(BaseModel):
     """`POST /cluster/operations`: the number of ranks desired, or who joins and leaves; or that
     experts move between the ranks that there are, as their load asks for.
 
-    operation_id: the caller's own; asked for again, it is the same operation.
+    operation_id: the caller's own; asked for again, it is the same operation. dry_run: nothing
+    begins; the answer says what would move.
     """
 
     # a misspelt field here would move machines
@@ -491,6 +493,7 @@ class OperationRequest(BaseModel):
     )
     rebalance: bool = False
     operation_id: OperationId | None = None
+    dry_run: StrictBool = False
 
     @model_validator(mode="after")
     def _one_of_them(self) -> OperationRequest:

@@ -311,6 +311,7 @@ class _Service:
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         asked = asyncio.ensure_future(self._asked.wait())
         self._start_autoscaler(app)
+        app.state.feed.start()
         say(
             f"{self._head.model_name} on {ranks.ranks} of at most {ranks.max_ranks} ranks\n"
             f"{'ready' if ranks.ranks else 'requests wait for hosts'}: {self._url}/v1"
