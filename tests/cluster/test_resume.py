@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.served import Served, free_port, served
+from support.served import ROOT, Served, free_port, served
 from support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -26,9 +27,11 @@ TOKENS = 200
 
 
 @contextmanager
-def head(folder: Path, port: int, *flags: str) -> Iterator[Served]:
+def head(
+    folder: Path, port: int, *flags: str, prefix: Sequence[str] = (), **more: Any
+) -> Iterator[Served]:
     state = ("--state-dir", str(folder), "--deterministic")
-    with served(*state, *flags, port=port) as service:
+    with served(*state, *flags, port=port, prefix=prefix, **more) as service:
         yield service
 
 
@@ -230,3 +233,49 @@ def test_ranks_to_which_no_head_comes_end_and_one_that_is_not_told_to_resume_lea
         _, alive = psutil.wait_procs(processes, 30)
         assert not alive
         assert not (state / "ranks.sock").exists()
+
+
+@pytest.mark.skipif(
+    not (ROOT and shutil.which("unshare") and shutil.which("nsenter")), reason="mounts a disk"
+)
+def test_on_a_full_disk_it_serves_and_with_room_again_it_can_be_resumed(tmp_path: Path) -> None:
+    state, port = tmp_path / "state", free_port()
+    state.mkdir()
+    mount = f'mount -t tmpfs -o size=2m,mode=700 none {state} && exec "$@"'
+    small = ("unshare", "--mount", "sh", "-c", mount, "sh")
+    with head(state, port, prefix=small) as first, ThreadPoolExecutor(4) as pool:
+        wait_until(lambda: saved(first) == (True, None), 20)
+        undisturbed = list(pool.map(Client.ask, answers(first.url)[:4]))
+        ballast = Path(f"/proc/{first.process.pid}/root{state}/ballast")
+        fill(ballast)
+        clients = answers(first.url)[:4]
+        asked = [pool.submit(client.ask) for client in clients]
+        wait_until(lambda: saved(first)[0] is False, 20)
+        fill(ballast)  # what was written is removed, and leaves a little room
+        assert "full" in str(saved(first)[1])
+        wait_until(lambda: "it serves, and could not be resumed" in first.log.read_text(), 20)
+        ballast.unlink()
+        assert [one.result(90) for one in asked] == undisturbed
+        clients = answers(first.url)[:4]
+        asked = [pool.submit(client.ask) for client in clients]
+        wait_until(lambda: saved(first) == (True, None), 60)
+        wait_until(lambda: all(len(client.pieces) > 5 for client in clients), 60)
+        ranks = instances(first)
+        namespace = f"--mount=/proc/{first.ranks()[0]}/ns/mnt"
+        kill(first)
+        with head(state, port, "--resume", prefix=("nsenter", namespace, "--")) as second:
+            assert [one.result(90) for one in asked] == undisturbed
+            assert instances(second) == ranks
+
+
+def fill(ballast: Path) -> None:
+    """Leave no room on its disk."""
+    with ballast.open("ab", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(2**16)):
+            pass
+
+
+def saved(service: Served) -> tuple[bool, str | None]:
+    """Whether the head could be resumed, and why not."""
+    view = service.http("GET", "/cluster").json()
+    return view["resumable"], view["unsaved"]

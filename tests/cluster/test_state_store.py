@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.waiting import wait_until
 
 from flexpert.cluster import state_store
 from flexpert.cluster.membership import Phase
-from flexpert.cluster.saved_state import SavedCluster, SavedRequest
+from flexpert.cluster.saved_state import SavedCluster, SavedRun, decode_events, encode, runs_of
 from flexpert.cluster.state_directory import StateDirectory
 from flexpert.cluster.state_store import StateStore, load
-from flexpert.engine.request import RequestSequence, SamplingParams, TokenEvent
+from flexpert.engine.request import RequestSequence, SamplingParams, TokenEvent, TokenLogprobs
 from flexpert.errors import ConfigError, ModelError
 
 EMPTY = SavedCluster(
@@ -61,8 +63,10 @@ def test_another_head_reads_what_was_written(tmp_path: Path, marks: Marks) -> No
     store.start(keep=False)
     store.opened(sequence("r-1"))
     store.opened(sequence("r-2"))
-    for position in range(12):  # in the order of numbers, not of their names
-        store.published(event("r-1", position))
+    published = [event("r-1", position) for position in range(12)]
+    for one in published:
+        store.published(one)
+        store.published(TokenEvent("r-2", one.position, [5], None, None))
     store.closed("r-2")
     store.mark(0, 12)
     wait_until(lambda: marks.get(0) == 12, 10)
@@ -72,15 +76,23 @@ def test_another_head_reads_what_was_written(tmp_path: Path, marks: Marks) -> No
     assert saved.cluster == EMPTY
     (request,) = saved.requests
     assert request.sequence == sequence("r-1")
-    assert [one.position for one in request.events] == list(range(12))
+    assert request.events == published
     store.close(remove=False)
     again = StateStore(tmp_path / "state.sqlite", "{}", marks)
     again.start(keep=True)
     again.published(event("r-1", 12, "length"))
+    again.opened(sequence("r-3"))
     again.close(remove=False)
     saved = load(tmp_path / "state.sqlite")
     assert saved is not None
-    assert len(saved.requests[0].events) == 13
+    assert saved.requests[0].events == [*published, event("r-1", 12, "length")]
+    again = StateStore(tmp_path / "state.sqlite", "{}", marks)
+    again.start(keep=True)
+    again.closed("r-1")  # all of it goes, whoever wrote it
+    again.close(remove=False)
+    with sqlite3.connect(tmp_path / "state.sqlite") as connection:
+        assert connection.execute("SELECT id FROM requests").fetchall() == [("r-3",)]
+        assert connection.execute("SELECT * FROM tokens").fetchall() == []
     again.close(remove=True)
     assert not list(tmp_path.iterdir())
     assert load(tmp_path / "state.sqlite") is None
@@ -116,13 +128,42 @@ def test_with_a_full_disk_serving_goes_on_and_later_all_is_written_anew(
     wait_until(lambda: marks.get(1) == 6, 10)
     full[0] = False
     wait_until(lambda: store.wants_all, 10)
-    store.begin_again(EMPTY, [], [SavedRequest(sequence("r-1"), [event("r-1", 0)])])
+    store.begin_again(EMPTY, [], [(sequence("r-1"), SavedRun(0, [7, 8]))])
+    store.published(event("r-1", 2))  # before it is known whether that succeeds
     wait_until(lambda: store.failure is None, 10)
-    store.published(event("r-1", 1))
+    store.published(event("r-1", 3))
     store.close(remove=False)
     saved = load(path)
     assert saved is not None
-    assert len(saved.requests[0].events) == 2
+    assert saved.requests[0].events == [event("r-1", place) for place in range(4)]
+
+
+@given(st.data())
+def test_what_is_written_of_a_request_is_read_event_by_event(data: st.DataObject) -> None:
+    events: list[TokenEvent] = []
+    position = 0
+    for _ in range(data.draw(st.integers(1, 12))):
+        plain = data.draw(st.booleans())
+        tokens = data.draw(
+            st.lists(st.integers(0, 2**31), min_size=plain, max_size=1 if plain else 3)
+        )
+        ranked = [TokenLogprobs(-1.5, [4], [-0.5], 2)]
+        events.append(
+            TokenEvent("r-1", position, tokens, None, None)
+            if plain
+            else TokenEvent(
+                "r-1",
+                position + data.draw(st.integers(0, 2)),
+                tokens,
+                data.draw(st.sampled_from([None, [], ranked])),
+                data.draw(st.sampled_from([None, "stop"])),
+                data.draw(st.booleans()),
+                data.draw(st.sampled_from([None, [], ranked])),
+                data.draw(st.integers(0, 2)),
+            )
+        )
+        position = events[-1].position + len(tokens)
+    assert decode_events("r-1", encode(runs_of(events))) == events
 
 
 def test_a_damaged_database_is_refused_with_what_to_do(tmp_path: Path) -> None:

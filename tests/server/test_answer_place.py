@@ -10,7 +10,7 @@ from flexpert.errors import RequestError
 from flexpert.server.answer_place import AnswerPlace
 
 
-def places(last: str, steps: list[list[int]]) -> list[tuple[str, bool]]:
+def places(last: str, steps: list[list[int]]) -> list[tuple[bytes, bool]]:
     answer = SimpleNamespace(tokens=[])
     place = AnswerPlace(SimpleNamespace(answers=[answer]), last)  # type: ignore[arg-type]
     seen = []
@@ -28,7 +28,7 @@ def test_the_rest_is_what_comes_after_the_latest_event() -> None:
     whole = places("", STEPS)
     assert all(new for _, new in whole)
     for had, (last, _) in enumerate(whole):
-        again = places(last, STEPS)
+        again = places(last.decode(), STEPS)
         assert [id for id, _ in again] == [id for id, _ in whole]
         assert [new for _, new in again] == [number > had for number in range(len(STEPS))]
 
@@ -42,4 +42,4 @@ def test_an_id_that_is_none_of_ours_gives_the_whole_answer(last: str) -> None:
 def test_what_does_not_go_on_from_what_the_client_has_is_refused(other: list[list[int]]) -> None:
     last, _ = places("", STEPS)[1]
     with pytest.raises(RequestError, match="without Last-Event-ID"):
-        places(last, other)
+        places(last.decode(), other)

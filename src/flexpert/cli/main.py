@@ -21,6 +21,7 @@ from flexpert.cli import (
     bench_load,
     bench_prefix,
     bench_serve,
+    bench_state_dir,
     bench_structured,
     bench_transport,
     check,
@@ -141,6 +142,7 @@ add_command(
     bench_structured.bench_structured,
     bench_structured.STRUCTURED_EXAMPLES,
 )
+add_command(bench, "state-dir", bench_state_dir.bench_state_dir, bench_state_dir.STATE_DIR_EXAMPLES)
 add_command(bench, "transport", bench_transport.bench_transport, bench_transport.TRANSPORT_EXAMPLES)
 add_command(bench, "hostile", bench_hostile.bench_hostile, bench_hostile.EXAMPLES)
 add_command(bench, "load", bench_load.bench_load, bench_load.EXAMPLES)

@@ -22,7 +22,7 @@ from flexpert.cluster.end_tokens import with_end_tokens
 from flexpert.cluster.expert_cache_manager import ExpertCacheManager
 from flexpert.cluster.formatting import describe_memory
 from flexpert.cluster.generation_defaults import sampling_defaults
-from flexpert.cluster.head_state import HeadState, UnclaimedAnswers
+from flexpert.cluster.head_state import Everything, HeadState, UnclaimedAnswers
 from flexpert.cluster.hosts.host_ranks import HostRanks
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
@@ -45,7 +45,6 @@ from flexpert.cluster.resumption import restore_requests, worth_keeping
 from flexpert.cluster.saved_state import (
     SavedCluster,
     SavedOperation,
-    SavedRequest,
     SavedState,
 )
 from flexpert.cluster.service_metrics import Metrics
@@ -325,9 +324,8 @@ class Head:
     def _on_written(self, rank: int, count: int) -> None:
         self._send(rank, msg.Persisted(count))
 
-    def _everything(self) -> tuple[list[SavedOperation], list[SavedRequest]]:
-        requests = [SavedRequest(*one) for one in self._journal.requests()]
-        return self._need_coordinator().save_all(), requests
+    def _everything(self) -> Everything:
+        return self._need_coordinator().save_all(), self._journal.requests()
 
     def _warn_unsaved(self, text: str) -> None:
         data: dict[str, object] = {"error": text}

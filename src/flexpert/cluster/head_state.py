@@ -12,11 +12,11 @@ import msgspec
 from flexpert.cluster import state_store
 from flexpert.cluster.journal import TokenStream
 from flexpert.cluster.processes.early_fork_server import for_children
-from flexpert.cluster.saved_state import SavedCluster, SavedOperation, SavedRequest, SavedState
+from flexpert.cluster.saved_state import SavedCluster, SavedOperation, SavedRun, SavedState
 from flexpert.cluster.state_directory import StateDirectory
 from flexpert.cluster.state_store import StateStore
 from flexpert.config import Config
-from flexpert.engine.request import SamplingParams
+from flexpert.engine.request import RequestSequence, SamplingParams
 from flexpert.errors import ConfigError, RequestError
 
 log = logging.getLogger("flexpert")
@@ -25,7 +25,7 @@ _LOOK_S = 1.0
 # What ranks go by; another head may have other settings but these.
 _OF_RANKS = ("max_ranks", "exchange_timeout", "stall_timeout", "orphan_timeout", "state_dir")
 
-Everything = Callable[[], tuple[list[SavedOperation], list[SavedRequest]]]
+Everything = tuple[list[SavedOperation], list[tuple[RequestSequence, SavedRun]]]
 
 
 def settings_of_ranks(config: Config) -> dict[str, object]:
@@ -65,7 +65,7 @@ class HeadState:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._on_written: Callable[[int, int], None] = lambda rank, count: None
-        self._everything: Everything = lambda: ([], [])
+        self._everything: Callable[[], Everything] = lambda: ([], [])
         self._warn: Callable[[str], None] = lambda text: None
         self._cluster: SavedCluster | None = None
         self._warned = False
@@ -95,7 +95,7 @@ class HeadState:
     def start(
         self,
         on_written: Callable[[int, int], None],
-        everything: Everything,
+        everything: Callable[[], Everything],
         warn: Callable[[str], None],
     ) -> None:
         """Write down from now on. on_written(rank, count): what a rank has published up to that

@@ -15,6 +15,7 @@ import msgspec
 
 from flexpert.cluster.quarantine import Quarantine
 from flexpert.cluster.request_routing import Router
+from flexpert.cluster.saved_state import SavedRun
 from flexpert.cluster.views import Delta
 from flexpert.engine.rank_protocol import Contradiction
 from flexpert.engine.request import (
@@ -193,7 +194,8 @@ class Journal:
         entry = Entry(request, TokenStream(request.id, on_cancel))
         self._entries[request.id] = entry
         for event in events:
-            self._append(entry, event)
+            if event.position == len(entry.generated):
+                self._append(entry, event)
         return entry
 
     def place(self, sequence_id: str, rank: int) -> bool:
@@ -213,17 +215,15 @@ class Journal:
                 self.log.published(event)
             self._append(entry, event)
 
-    def requests(self) -> list[tuple[RequestSequence, list[TokenEvent]]]:
-        """All that is unfinished, for another head; tokens without what was told with them."""
-        return [
-            (
-                entry.request,
-                [TokenEvent(name, 0, list(entry.generated), None, None, entry.degraded)]
-                if entry.generated
-                else [],
-            )
-            for name, entry in self._entries.items()
-        ]
+    def requests(self) -> list[tuple[RequestSequence, SavedRun]]:
+        """All that is unfinished, for another head; tokens without what was told with them, but
+        that some were degraded."""
+        found = []
+        for name, entry in self._entries.items():
+            tokens = list(entry.generated)
+            last = TokenEvent(name, len(tokens), [], None, None, True) if entry.degraded else None
+            found.append((entry.request, SavedRun(0, tokens, last)))
+        return found
 
     def assign(self, entry: Entry, ranks: Iterable[int], computed: int = 0) -> int | None:
         """Give a sequence to one of these ranks. computed: tokens whose KV it brings along.

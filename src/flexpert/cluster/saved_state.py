@@ -90,8 +90,51 @@ class SavedState(msgspec.Struct, frozen=True):
     requests: list[SavedRequest]
 
 
+class SavedRun(msgspec.Struct, frozen=True, array_like=True):
+    """What was published of one request, in order. tokens: from `position` on, each an event of its
+    own that said nothing else; then `event`, which did."""
+
+    position: int
+    tokens: list[int]
+    event: TokenEvent | None = None
+
+
 encode = msgspec.msgpack.Encoder().encode
 decode_cluster = msgspec.msgpack.Decoder(SavedCluster).decode
 decode_operation = msgspec.msgpack.Decoder(SavedOperation).decode
 decode_sequence = msgspec.msgpack.Decoder(RequestSequence).decode
-decode_event = msgspec.msgpack.Decoder(TokenEvent).decode
+_decode_runs = msgspec.msgpack.Decoder(list[SavedRun]).decode
+
+
+def runs_of(events: list[TokenEvent]) -> list[SavedRun]:
+    """Of one request: nearly all are one token, and what they share is written once."""
+    runs: list[SavedRun] = []
+    position = events[0].position
+    tokens: list[int] = []
+    for event in events:
+        if (
+            len(event.tokens) == 1
+            and event.finish is None
+            and event.logprobs is None
+            and event.prompt_logprobs is None
+            and not (event.degraded or event.cached)
+            and event.position == position + len(tokens)
+        ):
+            tokens += event.tokens
+        else:
+            runs.append(SavedRun(position, tokens, event))
+            position, tokens = event.position + len(event.tokens), []
+    if tokens:
+        runs.append(SavedRun(position, tokens))
+    return runs
+
+
+def decode_events(sequence_id: str, data: bytes) -> list[TokenEvent]:
+    """What `runs_of` was given, event by event. Raises: msgspec.MsgspecError"""
+    events = []
+    for run in _decode_runs(data):
+        for place, token in enumerate(run.tokens, run.position):
+            events.append(TokenEvent(sequence_id, place, [token], None, None))
+        if run.event is not None:
+            events.append(run.event)
+    return events

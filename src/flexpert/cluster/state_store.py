@@ -2,8 +2,9 @@
 
 It is there for another head of the same machine, after this one's process has ended, so that what
 the system has been handed is safe: nothing waits for a disk. What requests and their tokens add is
-written in batches; of what is in a batch that is not written yet ranks keep their part
-(`HeadLink`), and clients ask again. What an epoch depends on is written before it is carried out.
+written in batches: what has come of a request since the last one is one row, which the thread
+encodes. Of what is in a batch that is not written yet ranks keep their part (`HeadLink`), and
+clients ask again. What an epoch depends on is written before it is carried out.
 
 If it cannot be written, serving goes on: the database is removed, since what it has is not true any
 more, `failure` says why, and after a while all is written anew from what the head knows.
@@ -17,7 +18,8 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -25,7 +27,13 @@ from pathlib import Path
 import msgspec
 
 from flexpert.cluster import saved_state as saved
-from flexpert.cluster.saved_state import SavedCluster, SavedOperation, SavedRequest, SavedState
+from flexpert.cluster.saved_state import (
+    SavedCluster,
+    SavedOperation,
+    SavedRequest,
+    SavedRun,
+    SavedState,
+)
 from flexpert.engine.request import RequestSequence, TokenEvent
 from flexpert.errors import ModelError
 
@@ -33,15 +41,15 @@ log = logging.getLogger("flexpert")
 
 BATCH_S = 0.25  # ranks keep what is not written yet
 KEPT_S = 120.0  # an answer that is complete, for a client that has not got its end
-AGAIN_S = 10.0  # after a failure
+AGAIN_S = 10.0  # after a failure that follows others; sooner after the first ones
+_FIRST_AGAIN_S = 1.0
 _WAIT_S = 1.0  # for what is written before it is carried out
-_FORMAT = 1
+_FORMAT = 2
 _SCHEMA = """
     CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
     CREATE TABLE operations (place INTEGER PRIMARY KEY, id TEXT UNIQUE, value BLOB);
     CREATE TABLE requests (place INTEGER PRIMARY KEY, id TEXT UNIQUE, value BLOB);
-    CREATE TABLE tokens (id TEXT, position INTEGER, value BLOB, PRIMARY KEY (id, position))
-        WITHOUT ROWID;
+    CREATE TABLE tokens (place INTEGER PRIMARY KEY, id TEXT, value BLOB);
 """
 _META = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
 _OPERATION = (
@@ -50,8 +58,9 @@ _OPERATION = (
 )
 _FORGET_OPERATION = "DELETE FROM operations WHERE id = ?"
 _REQUEST = "INSERT OR REPLACE INTO requests (id, value) VALUES (?, ?)"
-_TOKENS = "INSERT OR REPLACE INTO tokens VALUES (?, ?, ?)"
-_FORGET = ("DELETE FROM requests WHERE id = ?", "DELETE FROM tokens WHERE id = ?")
+_FORGET = "DELETE FROM requests WHERE id = ?"
+_TOKENS = "INSERT INTO tokens VALUES (?, ?, ?)"
+_FORGET_TOKENS = "DELETE FROM tokens WHERE place = ?"
 
 Row = tuple[str, tuple[object, ...]]
 
@@ -76,14 +85,17 @@ class StateStore:
         self._on_written = on_written
         self.failure: str | None = None
         self._rows: list[Row] = []
+        self._events: deque[TokenEvent] = deque()  # to it the loop adds without a lock
         self._marks: dict[int, int] = {}
         self._ended: deque[tuple[float, str]] = deque()
         self._changed = threading.Condition()
         self._noted = self._written = 0  # calls of `_note`
-        self._anew: list[Row] | None = []  # to begin a database with
+        self._anew: _Anew | None = _Anew([], {})
         self._closing = self._urgent = False
+        self._takes = False  # not after a failure, until all is begun again
         self._thread: threading.Thread | None = None
-        self._again_at = 0.0
+        self._again_at = self._failed_at = 0.0
+        self._again_s = 0.0
 
     # ---- what is written ------------------------------------------------------------------------
 
@@ -92,6 +104,7 @@ class StateStore:
         replaced."""
         if keep:
             self._anew = None
+        self._takes = True
         self._thread = threading.Thread(target=self._run, name="state", daemon=True)
         self._thread.start()
 
@@ -111,8 +124,9 @@ class StateStore:
         self._note([(_REQUEST, (sequence.id, saved.encode(sequence)))])
 
     def published(self, event: TokenEvent) -> None:
-        """Tokens of it; with the last its end."""
-        self._note([(_TOKENS, (event.id, event.position, saved.encode(event)))])
+        """Tokens of it; with the last its end. The thread is not woken: `mark` follows."""
+        if self._takes:
+            self._events.append(event)
         if event.finish is not None:
             self.ended(event.id)
 
@@ -122,12 +136,12 @@ class StateStore:
 
     def closed(self, sequence_id: str) -> None:
         """Nobody waits for it."""
-        self._note([(sql, (sequence_id,)) for sql in _FORGET])
+        self._note([(_FORGET, (sequence_id,))])
 
     def mark(self, rank: int, count: int) -> None:
         """What a rank has published up to this number has been noted."""
         with self._changed:
-            idle = not (self._rows or self._marks)
+            idle = self._idle
             self._marks[rank] = count
             if idle:
                 self._changed.notify_all()
@@ -141,20 +155,20 @@ class StateStore:
         self,
         cluster: SavedCluster,
         operations: Iterable[SavedOperation],
-        requests: Iterable[SavedRequest],
+        requests: Iterable[tuple[RequestSequence, SavedRun]],
     ) -> None:
         """After a failure: all there is."""
         rows: list[Row] = [(_META, ("cluster", saved.encode(cluster)))]
         rows += [(_OPERATION, (one.view.id, saved.encode(one))) for one in operations]
-        for request in requests:
-            rows.append((_REQUEST, (request.sequence.id, saved.encode(request.sequence))))
-            rows += [
-                (_TOKENS, (event.id, event.position, saved.encode(event)))
-                for event in request.events
-            ]
+        runs = {}
+        for sequence, run in requests:
+            rows.append((_REQUEST, (sequence.id, saved.encode(sequence))))
+            runs[sequence.id] = [run]
         with self._changed:
             self._rows.clear()
-            self._anew = rows
+            self._events.clear()
+            self._takes = True
+            self._anew = _Anew(rows, runs)
             self._again_at = time.monotonic() + AGAIN_S
             self._changed.notify()
 
@@ -170,12 +184,10 @@ class StateStore:
             self._remove()
 
     def _note(self, rows: list[Row], *, urgent: bool = False) -> None:
-        if self._thread is None:
-            return
         with self._changed:
-            if self.failure is not None:
+            if not self._takes:
                 return
-            idle = not (self._rows or self._marks)
+            idle = self._idle
             self._rows += rows
             self._noted += 1
             if idle or urgent:  # the thread waits for the end of a batch undisturbed
@@ -185,20 +197,29 @@ class StateStore:
                 mine = self._noted
                 self._changed.wait_for(lambda: self._written >= mine, _WAIT_S)
 
+    @property
+    def _idle(self) -> bool:
+        """The thread sleeps until there is something."""
+        return not (self._rows or self._events or self._marks)
+
     # ---- the thread -----------------------------------------------------------------------------
 
     def _run(self) -> None:
         connection: sqlite3.Connection | None = None
+        tokens = _TokenRows()
         if self._anew is None:
-            connection = sqlite3.connect(self._path)
+            try:
+                connection = sqlite3.connect(self._path)
+                tokens.find(connection)
+            except sqlite3.Error as error:
+                self._fail(error)
         while True:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._rows or self._marks or self._closing or self._anew, 1.0
-                )
+                self._changed.wait_for(lambda: not self._idle or self._closing or self._anew, 1.0)
                 if not (self._urgent or self._closing):
                     self._changed.wait_for(lambda: self._urgent or self._closing, BATCH_S)
                 rows, self._rows = self._rows, []
+                events = [self._events.popleft() for _ in range(len(self._events))]
                 marks, self._marks = self._marks, {}
                 anew, self._anew = self._anew, None
                 closing, self._urgent = self._closing, False
@@ -208,9 +229,11 @@ class StateStore:
                 if anew is not None:
                     if connection is not None:
                         connection.close()
-                    connection = self._create()
-                    rows = [*anew, *rows]
-                if connection is not None and rows:
+                    connection, tokens = self._create(), _TokenRows()
+                    rows = [*anew.rows, *tokens.added(anew.runs), *rows]
+                if connection is not None and (rows or events):
+                    forgotten = {str(values[0]) for sql, values in rows if sql == _FORGET}
+                    rows += tokens.written(events, forgotten)
                     with connection:
                         for sql, alike in groupby(rows, itemgetter(0)):
                             connection.executemany(sql, [values for _, values in alike])
@@ -239,14 +262,12 @@ class StateStore:
         rows: list[Row] = []
         while self._ended and self._ended[0][0] < time.monotonic():
             _, name = self._ended.popleft()
-            rows += [(sql, (name,)) for sql in _FORGET]
+            rows.append((_FORGET, (name,)))
         return rows
 
     def _create(self) -> sqlite3.Connection:
         self._remove()
-        connection = sqlite3.connect(
-            self._path,
-        )
+        connection = sqlite3.connect(self._path)
         try:
             self._path.chmod(0o600)
             connection.execute("PRAGMA journal_mode = WAL")
@@ -262,18 +283,70 @@ class StateStore:
         return connection
 
     def _fail(self, error: Exception) -> None:
+        with self._changed:
+            if self._anew is None:
+                self._takes = False
+                self._rows.clear()
+                self._events.clear()
         if self.failure is None:
             log.warning(
                 "the state of the service cannot be written down (%s): it serves, and could not be "
-                "resumed; it is tried again every %.0f s",
+                "resumed; it is tried again, at last every %.0f s",
                 error,
                 AGAIN_S,
             )
         self.failure = str(error)
-        self._again_at = time.monotonic() + AGAIN_S
+        now = time.monotonic()
+        longer = now - self._failed_at < 2 * AGAIN_S
+        self._again_s = min(AGAIN_S, 2 * self._again_s if longer else _FIRST_AGAIN_S)
+        self._failed_at, self._again_at = now, now + self._again_s
 
     def _remove(self) -> None:
         remove_database(self._path)
+
+
+@dataclass(frozen=True, slots=True)
+class _Anew:
+    """What a database begins with."""
+
+    rows: list[Row]
+    runs: Mapping[str, list[SavedRun]]
+
+
+class _TokenRows:
+    """Which rows of `tokens` a request has, by their numbers: what is written at once has numbers
+    that follow each other, and so lies together."""
+
+    def __init__(self) -> None:
+        self._next = 1
+        self._places: dict[str, list[int]] = {}
+
+    def find(self, connection: sqlite3.Connection) -> None:
+        """Those of the head before. Raises: sqlite3.Error"""
+        for place, name in connection.execute("SELECT place, id FROM tokens ORDER BY place"):
+            self._places.setdefault(name, []).append(place)
+            self._next = place + 1
+
+    def written(self, events: Iterable[TokenEvent], forgotten: Iterable[str]) -> list[Row]:
+        """What is written of events, but for forgotten requests, whose rows go."""
+        of_request: dict[str, list[TokenEvent]] = {}
+        for event in events:
+            of_request.setdefault(event.id, []).append(event)
+        gone: list[Row] = []
+        for name in forgotten:
+            of_request.pop(name, None)
+            gone += [(_FORGET_TOKENS, (place,)) for place in self._places.pop(name, ())]
+        runs = {name: saved.runs_of(alike) for name, alike in of_request.items()}
+        return gone + self.added(runs)
+
+    def added(self, runs: Mapping[str, list[SavedRun]]) -> list[Row]:
+        """A row for each request."""
+        rows: list[Row] = []
+        for name, of_request in runs.items():
+            rows.append((_TOKENS, (self._next, name, saved.encode(of_request))))
+            self._places.setdefault(name, []).append(self._next)
+            self._next += 1
+        return rows
 
 
 def remove_database(path: Path) -> None:
@@ -303,9 +376,8 @@ def load(path: Path) -> SavedState | None:
             operations = connection.execute("SELECT value FROM operations ORDER BY place")
             requests = connection.execute("SELECT value FROM requests ORDER BY place")
             events: dict[str, list[TokenEvent]] = {}
-            for (value,) in connection.execute("SELECT value FROM tokens ORDER BY id, position"):
-                event = saved.decode_event(value)
-                events.setdefault(event.id, []).append(event)
+            for name, value in connection.execute("SELECT id, value FROM tokens ORDER BY place"):
+                events.setdefault(name, []).extend(saved.decode_events(name, value))
             sequences = [saved.decode_sequence(value) for (value,) in requests]
             cluster = meta.get("cluster")
             return SavedState(

@@ -178,7 +178,8 @@ class ControlRoutes:
                 if item is None:
                     return
                 upcoming = asyncio.ensure_future(_next(source))
-                yield event(wire.encode(item), name=item.kind, id=str(item.number or ""))
+                number = b"%d" % item.number if item.number else b""
+                yield event(wire.encode(item), name=item.kind, id=number)
         finally:
             upcoming.cancel()  # ends the head's iterator, which waits inside
             closing.cancel()

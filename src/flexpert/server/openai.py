@@ -223,7 +223,7 @@ async def _events(
                     chunk = shape.chunk(parts[0], usage)
                     new = place is None or place.advance()
                     if chunk is not None and new:
-                        yield event(chunk, id=place.id if place else "")
+                        yield event(chunk, id=place.id if place else b"")
                     continue
                 chunks = [shape.chunk(part, usage) for part in parts]
                 if piece := b"".join([event(chunk) for chunk in chunks if chunk is not None]):

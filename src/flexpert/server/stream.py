@@ -27,12 +27,12 @@ class ClientGone(Exception):  # noqa: N818 - an event, not a failure
     """The client closed its connection before the answer was complete."""
 
 
-def event(data: bytes, *, name: str | None = None, id: str = "") -> bytes:
+def event(data: bytes, *, name: str | None = None, id: bytes = b"") -> bytes:
     """One event; data: a line of JSON. id: if it has one."""
-    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    head = b"" if name is None else b"event: %b\n" % name.encode()
     if id:
-        head += b"id: " + id.encode() + b"\n"
-    return head + b"data: " + data + b"\n\n"
+        return b"%bid: %b\ndata: %b\n\n" % (head, id, data)
+    return b"%bdata: %b\n\n" % (head, data)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -1,0 +1,39 @@
+"""The figures of `flexpert bench state-dir` as a table (pure)."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from rich.table import Table
+
+from flexpert.bench.state_dir_cost import StateDirReport
+
+
+def state_dir_text(report: StateDirReport) -> Table:
+    """Medians of the rounds with and without, and of what differs between two of a pair."""
+    table = Table(title=f"{report.output_tokens} tokens each", caption=report.machine.line())
+    table.add_column("")
+    for name in ("tokens/s", "slowest", "fastest", "CPU of the head", "CPU of all"):
+        table.add_column(name, justify="right")
+    for cost in report.costs:
+        for kind, rounds in cost.rounds.items():
+            speeds = [one.figures.output_tokens_per_s for one in rounds]
+            table.add_row(
+                f"{cost.concurrency} at once, {kind}",
+                f"{median(speeds):,.0f}",
+                f"{min(speeds):,.0f}",
+                f"{max(speeds):,.0f}",
+                f"{median(one.head_us for one in rounds):.1f} µs",
+                f"{median(one.service_us for one in rounds):.1f} µs",
+            )
+        table.add_row(
+            "with / without",
+            f"{cost.tokens_ratio:.3f}",
+            *("", ""),
+            f"{cost.head_us:+.1f} µs",
+            f"{cost.service_us:+.1f} µs ({cost.service_share:+.1%})",
+            end_section=True,
+        )
+    if report.failed:
+        table.add_row("failed requests", str(report.failed))
+    return table
