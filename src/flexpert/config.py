@@ -389,10 +389,10 @@ class ClusterConfig(_Section):
     def _can_be_resumed(self) -> ClusterConfig:
         if self.resume and self.state_dir is None:
             raise ValueError("resume needs the directory of the service: --state-dir DIR")
-        if self.state_dir is not None and (self.join_listen or self.launcher == "ray"):
+        if self.state_dir is not None and self.launcher == "ray":
             raise ValueError(
-                "state_dir is for ranks of this machine; those of other hosts (join_listen, "
-                "launcher=ray) end with the head: leave one of them out"
+                "state_dir cannot be had with launcher=ray: Ray ends what a job has started with "
+                "the job, which is the head's; hosts whose ranks outlive it join (join_listen)"
             )
         return self
 

@@ -8,7 +8,7 @@ import logging
 import secrets
 import shutil
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from flexpert.cluster.hosts.curve_socket import MOST_STRANGERS, CurveClient
 from flexpert.cluster.hosts.host_sessions import HostSessions
 from flexpert.cluster.hosts.model_description import describe_model, differences
 from flexpert.cluster.hosts.ready_file import ReadyFile
+from flexpert.cluster.saved_state import SavedHost
 from flexpert.errors import ConfigError, OperationConflict, OperationRefused
 from flexpert.models.source import ModelSource
 from flexpert.version import VERSION
@@ -48,6 +49,10 @@ class Owner:
         self.left: list[tuple[int, int, str]] = []
         self.heard = b""
         self.near: socket.socket | None = None
+        self.saved: list[SavedHost] = []
+
+    def save_hosts(self, records: list[SavedHost]) -> None:
+        self.saved = records
 
     def free_id(self, wanted: int) -> int | None:
         assert self.sessions is not None
@@ -125,17 +130,24 @@ class Host:
         return welcome
 
 
-@contextlib.asynccontextmanager
-async def listening() -> AsyncIterator[tuple[Owner, str, Callable[..., Host]]]:
-    owner, hosts = Owner(), list[Host]()
-    sessions = owner.sessions = HostSessions(
-        "tcp://127.0.0.1:0",
+def sessions_of(
+    owner: Owner, address: str = "tcp://127.0.0.1:0", known: Sequence[SavedHost] = ()
+) -> HostSessions:
+    return HostSessions(
+        address,
         keys_of(TOKEN),
         owner,
         settings="{}",
         model=MODEL,
         timeout_s=TIMEOUT_S,
+        known=known,
     )
+
+
+@contextlib.asynccontextmanager
+async def listening() -> AsyncIterator[tuple[Owner, str, Callable[..., Host]]]:
+    owner, hosts = Owner(), list[Host]()
+    sessions = owner.sessions = sessions_of(owner)
 
     def host(token: str = TOKEN) -> Host:
         hosts.append(Host(sessions.address, token))
@@ -501,6 +513,67 @@ def test_a_rank_whose_expected_agent_fails_has_not_started() -> None:
             owner.sessions.give_up(b"never", "no room")
             assert owner.left == [(7, 1, "no room")]
             assert near.recv(1) == b""
+
+    run(scenario)
+
+
+def test_a_host_goes_on_with_another_head_that_knows_it_and_with_no_other() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        first, stranger = host(), host()
+        known, unknown = await first.serve(1), await stranger.serve(2)
+        assert owner.sessions is not None
+        assert [one.rank for one in owner.saved] == [1, 2]
+        saved = [one for one in owner.saved if one.rank == 1]
+        owner.sessions.leave()
+        first.heard.clear()
+        stranger.heard.clear()
+        first.send(say.FromRank(known.session, b"to the head before"))
+        other = Owner()
+        sessions = other.sessions = sessions_of(other, address, saved)
+        try:
+            assert sessions.ids == {1}
+            near, far = socket.socketpair()
+            near.setblocking(False)
+            with near:
+                near.send(b"attach")
+                sessions.attach(1, far)
+                first.send(say.AgentBeat(known.session))
+                assert await first.hear() == say.Reattach(known.session)
+                assert await first.hear() == say.ToRank(known.session, b"attach")
+                first.send(say.FromRank(known.session, b"of the old connection"))
+                first.send(say.Reattached(known.session))
+                first.send(say.FromRank(known.session, b"attached"))
+                assert await asyncio.get_running_loop().sock_recv(near, 100) == b"attached"
+                stranger.send(say.AgentBeat(unknown.session))
+                assert await stranger.hear() == say.Fenced(unknown.session, "the session is over")
+                first.send(say.RankGone(known.session, -9))
+                await until(lambda: other.left)
+            assert other.left == [(1, -9, "")]
+            assert other.saved == []
+        finally:
+            sessions.close()
+
+    run(scenario)
+
+
+def test_a_host_of_the_head_before_that_does_not_come_back_is_lost() -> None:
+    async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
+        other = Owner()
+        known = SavedHost(b"n" * 16, 1, "there", FREE)
+        sessions = other.sessions = sessions_of(other, known=[known])
+        try:
+            near, far = socket.socketpair()
+            with near:
+                sessions.attach(1, far)
+                sessions.kill(1)  # as `RankTakeover` does when its time is over
+                await until(lambda: other.left)
+                assert near.recv(1) == b"", "its connection is closed"
+            late = Host(sessions.address)
+            late.send(say.AgentBeat(known.session))
+            assert isinstance(await late.hear(), say.Fenced)
+            late.client.close()
+        finally:
+            sessions.close()
 
     run(scenario)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from support.waiting import wait_until
 pytestmark = pytest.mark.slow
 STREAMS = 16
 TOKENS = 200
+NIXL = any(map(importlib.util.find_spec, ("nixl_cu13", "nixl_cu12")))
 
 
 @contextmanager
@@ -233,6 +236,50 @@ def test_ranks_to_which_no_head_comes_end_and_one_that_is_not_told_to_resume_lea
         _, alive = psutil.wait_procs(processes, 30)
         assert not alive
         assert not (state / "ranks.sock").exists()
+
+
+def test_a_joined_host_outlives_the_head_as_the_head_s_own_ranks_do(tmp_path: Path) -> None:
+    port, listens = free_port(), free_port()
+    environment = {
+        "HOME": str(tmp_path),
+        "FLEXPERT_CLUSTER_TOKEN": secrets.token_urlsafe(32),
+        "UCX_TLS": "tcp",
+    }
+    own = ("--ranks", "1", "--join-listen", f"tcp://127.0.0.1:{listens}", "--machine", "here")
+    log = tmp_path / "agent.log"
+    join = ("join", f"tcp://127.0.0.1:{listens}", "--machine", "there" if NIXL else "here")
+    state = tmp_path / "state"
+    with (
+        log.open("wb") as said,
+        ThreadPoolExecutor(8) as pool,
+        head(state, port, *own, environment=environment) as first,
+    ):
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "flexpert", *join],
+            env={**os.environ, **environment},
+            stdout=said,
+            stderr=said,
+        )
+        try:
+            wait_until(lambda: len(first.ranks()) == 2, 90)
+            undisturbed = list(pool.map(Client.ask, answers(first.url)[:8]))
+            ranks = instances(first)
+            clients = answers(first.url)[:8]
+            asked = [pool.submit(client.ask) for client in clients]
+            wait_until(lambda: all(len(client.pieces) > 5 for client in clients), 60)
+            kill(first)
+            with head(state, port, *own, "--resume", environment=environment) as second:
+                assert [one.result(90) for one in asked] == undisturbed
+                assert all(client.asked == 2 for client in clients)
+                assert instances(second) == ranks
+                assert "goes on with another head" in log.read_text()
+                agent.terminate()  # it leaves by a change, as before
+                assert agent.wait(60) == 0
+                assert len(second.ranks()) == 1
+                assert second.answer()
+        finally:
+            agent.kill()
+            agent.wait()
 
 
 @pytest.mark.skipif(

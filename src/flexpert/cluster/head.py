@@ -44,6 +44,7 @@ from flexpert.cluster.request_routing import RankCaches, Router
 from flexpert.cluster.resumption import restore_requests, worth_keeping
 from flexpert.cluster.saved_state import (
     SavedCluster,
+    SavedHost,
     SavedOperation,
     SavedState,
 )
@@ -219,6 +220,7 @@ class Head:
                 self._state.start(self._on_written, self._everything, self._warn_unsaved)
             if saved is not None and saved.cluster is not None:
                 first = None
+                await self._hosts.listen(source, tell, saved.hosts)
                 await self._take_over(saved, saved.cluster, living or frozenset())
             else:
                 first = self._coordinator.begin_first(ranks)
@@ -237,7 +239,7 @@ class Head:
         self._cache = ExpertCacheManager(self.config, source, self)
         self._cache.start()
         self._spares.run()
-        if not self._hosts.starts_all:
+        if not self._hosts.starts_all and saved is None:
             await self._hosts.listen(source, tell)
         for rank in self._coordinator.ranks():
             memory = describe_memory(*self._coordinator.memory(rank.id))
@@ -264,12 +266,15 @@ class Head:
         done = asyncio.Event()
         takeover = self._takeover = RankTakeover(
             attach=self._attach,
-            kill=self._launcher.kill,
+            kill=self._end_taken,
             call_later=self.call_later,
             done=done.set,
         )
         limit_s = max(_ATTACH_S, 5 * self.config.cluster.stall_timeout)
-        takeover.begin(living, worth_keeping(record), limit_s)
+        for one in saved.hosts:
+            if one.rank not in self._hosts:  # nobody can join this head
+                self._coordinator.leave_to_host(one.rank)
+        takeover.begin(living | self._hosts.ids, worth_keeping(record), limit_s)
         await done.wait()
         self._listeners.resume(record.events)
         journal, store = self._journal, self._state.store
@@ -318,8 +323,19 @@ class Head:
         """Give a running rank a connection to this head."""
         assert self._launcher is not None
         assert self._transport is not None
-        self._launcher.attach(rank, self._transport.open(rank))
+        end = self._transport.open(rank)
+        if rank in self._hosts:
+            self._hosts.attach(rank, end)
+        else:
+            self._launcher.attach(rank, end)
         self._transport.send(rank, msg.Attach())
+
+    def _end_taken(self, rank: int) -> None:
+        assert self._launcher is not None
+        if rank in self._hosts:
+            self._hosts.kill(rank)
+        else:
+            self._launcher.kill(rank)
 
     def _on_written(self, rank: int, count: int) -> None:
         self._send(rank, msg.Persisted(count))
@@ -357,6 +373,7 @@ class Head:
     async def _stop(self, drain_s: float) -> None:
         if self._taking_over:  # it has failed; the ranks wait for another head
             self._stopped = True
+            self._hosts.leave()
             if self._launcher:
                 self._launcher.leave()
             if self._transport:
@@ -711,6 +728,8 @@ class Head:
     def ids_in_use(self) -> frozenset[int]:
         """Ids that no rank from outside may have."""
         coordinator = self._need_coordinator()
+        if self._taking_over:  # whose they are is not known yet: who joins now tries again
+            return frozenset(range(self.config.cluster.max_ranks))
         spares = {rank for rank in range(self.config.cluster.max_ranks) if rank in self._spares}
         return coordinator.desired | {rank.id for rank in coordinator.ranks()} | spares
 
@@ -720,7 +739,8 @@ class Head:
 
     def is_member(self, rank: int) -> bool:
         """Whether the rank is of the current epoch."""
-        return self._coordinator is not None and rank in self._coordinator.members
+        known = self._coordinator is not None and rank in self._coordinator.members
+        return known or self._taking_over
 
     def rank_left_host(self, rank: int, status: int, why: str, *, ours: bool) -> None:
         """The process of a rank on another host is gone, or given up. ours: it may be started
@@ -776,6 +796,10 @@ class Head:
     def forget_operation(self, operation_id: str) -> None:
         if self._state is not None:
             self._state.store.forget_operation(operation_id)
+
+    def save_hosts(self, records: list[SavedHost]) -> None:
+        if self._state is not None:
+            self._state.save_hosts(records)
 
     def impair(self, part: str, why: str | None) -> None:
         if why is None:

@@ -12,7 +12,13 @@ import msgspec
 from flexpert.cluster import state_store
 from flexpert.cluster.journal import TokenStream
 from flexpert.cluster.processes.early_fork_server import for_children
-from flexpert.cluster.saved_state import SavedCluster, SavedOperation, SavedRun, SavedState
+from flexpert.cluster.saved_state import (
+    SavedCluster,
+    SavedHost,
+    SavedOperation,
+    SavedRun,
+    SavedState,
+)
 from flexpert.cluster.state_directory import StateDirectory
 from flexpert.cluster.state_store import StateStore
 from flexpert.config import Config
@@ -68,6 +74,7 @@ class HeadState:
         self._everything: Callable[[], Everything] = lambda: ([], [])
         self._warn: Callable[[str], None] = lambda text: None
         self._cluster: SavedCluster | None = None
+        self._hosts: list[SavedHost] = self.saved.hosts if self.saved else []
         self._warned = False
 
     def _look(self, config: Config, settings: dict[str, object]) -> SavedState | None:
@@ -109,6 +116,10 @@ class HeadState:
         self._cluster = record
         self.store.cluster(record, urgent=urgent)
 
+    def save_hosts(self, records: list[SavedHost]) -> None:
+        self._hosts = records
+        self.store.hosts(records)
+
     def close(self, *, remove: bool) -> None:
         """remove: there is nothing left that could be resumed."""
         if self._timer is not None:
@@ -138,7 +149,7 @@ class HeadState:
             self._warn("the state is written down again, the head could be resumed")
         self._warned = failure is not None
         if self._cluster is not None and self.store.wants_all:
-            self.store.begin_again(self._cluster, *self._everything())
+            self.store.begin_again(self._cluster, self._hosts, *self._everything())
         self._timer = self._loop.call_later(_LOOK_S, self._look_again)
 
 

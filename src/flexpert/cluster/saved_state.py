@@ -6,6 +6,7 @@ from enum import Enum
 
 import msgspec
 
+from flexpert.cluster.hosts.agent_protocol import FreeMemory
 from flexpert.cluster.membership import Phase
 from flexpert.cluster.views import OperationView
 from flexpert.engine.request import RequestSequence, TokenEvent
@@ -73,6 +74,16 @@ class SavedOperation(msgspec.Struct, frozen=True):
     begun: bool
 
 
+class SavedHost(msgspec.Struct, frozen=True):
+    """A host whose agent has been asked for its rank. session: known to it and the head alone.
+    free: bytes of its memory, and of its GPU's, when its model was opened."""
+
+    session: bytes
+    rank: int
+    host: str
+    free: FreeMemory
+
+
 class SavedRequest(msgspec.Struct, frozen=True):
     """A sequence that somebody waits for, or may come back for. events: what was published of it,
     in order."""
@@ -88,6 +99,7 @@ class SavedState(msgspec.Struct, frozen=True):
     cluster: SavedCluster | None
     operations: list[SavedOperation]
     requests: list[SavedRequest]
+    hosts: list[SavedHost] = []
 
 
 class SavedRun(msgspec.Struct, frozen=True, array_like=True):
@@ -103,6 +115,7 @@ encode = msgspec.msgpack.Encoder().encode
 decode_cluster = msgspec.msgpack.Decoder(SavedCluster).decode
 decode_operation = msgspec.msgpack.Decoder(SavedOperation).decode
 decode_sequence = msgspec.msgpack.Decoder(RequestSequence).decode
+decode_hosts = msgspec.msgpack.Decoder(list[SavedHost]).decode
 _decode_runs = msgspec.msgpack.Decoder(list[SavedRun]).decode
 
 

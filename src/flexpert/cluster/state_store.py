@@ -29,6 +29,7 @@ import msgspec
 from flexpert.cluster import saved_state as saved
 from flexpert.cluster.saved_state import (
     SavedCluster,
+    SavedHost,
     SavedOperation,
     SavedRequest,
     SavedRun,
@@ -112,6 +113,10 @@ class StateStore:
         """urgent: written when this returns, unless it fails or takes longer than a second."""
         self._note([(_META, ("cluster", saved.encode(record)))], urgent=urgent)
 
+    def hosts(self, records: list[SavedHost]) -> None:
+        """All that have a rank."""
+        self._note([(_META, ("hosts", saved.encode(records)))])
+
     def operation(self, record: SavedOperation, *, urgent: bool) -> None:
         """urgent: as for `cluster`."""
         self._note([(_OPERATION, (record.view.id, saved.encode(record)))], urgent=urgent)
@@ -154,11 +159,13 @@ class StateStore:
     def begin_again(
         self,
         cluster: SavedCluster,
+        hosts: list[SavedHost],
         operations: Iterable[SavedOperation],
         requests: Iterable[tuple[RequestSequence, SavedRun]],
     ) -> None:
         """After a failure: all there is."""
         rows: list[Row] = [(_META, ("cluster", saved.encode(cluster)))]
+        rows.append((_META, ("hosts", saved.encode(hosts))))
         rows += [(_OPERATION, (one.view.id, saved.encode(one))) for one in operations]
         runs = {}
         for sequence, run in requests:
@@ -385,6 +392,7 @@ def load(path: Path) -> SavedState | None:
                 cluster=None if cluster is None else saved.decode_cluster(cluster),
                 operations=[saved.decode_operation(value) for (value,) in operations],
                 requests=[SavedRequest(one, events.get(one.id, [])) for one in sequences],
+                hosts=saved.decode_hosts(meta["hosts"]) if "hosts" in meta else [],
             )
     except (sqlite3.Error, msgspec.MsgspecError) as error:
         raise ModelError(

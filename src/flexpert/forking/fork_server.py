@@ -48,8 +48,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Keep(msgspec.Struct, frozen=True):
-    """The server outlives who asks it. path: of the socket on which it listens for the next.
-    timeout_s: how long it and its children wait for one."""
+    """The server outlives who asks it. path: of the socket on which it listens for the next; "": on
+    none, it gives children new connections as long as there is the one. timeout_s: how long it and
+    its children wait for the next."""
 
     path: str
     timeout_s: float
@@ -208,7 +209,7 @@ def main(descriptor: int) -> None:
         return
     gc.collect()
     gc.freeze()  # shared pages stay shared: the collector does not touch what was imported
-    listener = _listen(begin.keep) if begin.keep else None
+    listener = _listen(begin.keep) if begin.keep and begin.keep.path else None
     _answer(channel, Ready())
     _Server(channel, shared, begin.keep, listener).run()
 

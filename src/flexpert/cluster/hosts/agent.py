@@ -2,7 +2,8 @@
 
 An agent authenticates, is given an id and the settings, opens the same model here and starts the
 rank when a change adds it. The rank speaks with the head through it. When the head is lost, or
-gives this host up, the rank is ended, and the agent joins anew.
+gives this host up, the rank is ended, and the agent joins anew; unless another head may go on with
+the service: then the rank waits for that, for a while, and goes on with its peers meanwhile.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class Agent:
         self._leaves = asyncio.Event()
         self._ends_now = asyncio.Event()
         self._launcher: LocalLauncher | None = None
-        self._settings = ""  # that the launcher was started with
+        self._prepared = ("", False)  # what the launcher was started with
         self._model: dict[str, str] = {}
         self._session: _AgentSession | None = None
         self.failure = ""
@@ -158,8 +159,9 @@ class Agent:
             if self._leaves.is_set():
                 return 0
 
-    async def prepare(self, settings: str) -> Config:
-        """The model and a fork server for these settings. Raises: FlexpertError"""
+    async def prepare(self, settings: str, *, reconnects: bool) -> Config:
+        """The model and a fork server for these settings. reconnects: its rank may get another
+        connection. Raises: FlexpertError"""
         tree = msgspec.json.decode(settings, type=dict[str, dict[str, object]])
         for path, value in self._options.overrides.items():
             section, _, name = path.partition(".")
@@ -168,17 +170,18 @@ class Agent:
             config = Config.model_validate(tree)
         except ValidationError as error:
             raise FlexpertError(f"the head's settings do not fit here: {error}") from None
-        if self._launcher and self._settings == config.model_dump_json():
+        wanted = (config.model_dump_json(), reconnects)
+        if self._launcher and self._prepared == wanted:
             return config
         if self._launcher:
             await self._launcher.close(_GONE_S)
         self._tell(f"opening model {config.model.model!r}")
-        self._launcher = LocalLauncher(self._on_exit)
+        self._launcher = LocalLauncher(self._on_exit, reconnects=reconnects)
         source, _ = await asyncio.gather(
             asyncio.to_thread(open_source, config),
             self._launcher.start(config, config.cluster.start_timeout),
         )
-        self._settings = config.model_dump_json()
+        self._prepared = wanted
         self._model = await asyncio.to_thread(describe_model, source)
         return config
 
@@ -211,6 +214,8 @@ class _AgentSession:
         self._number = b""
         self._config: Config | None = None
         self._pipe: BytePipe | None = None
+        self._orphan_s = 0.0  # its rank waits so long for another head
+        self._gone: say.RankGone | None = None
         self._exited = asyncio.Event()
         self._exited.set()
 
@@ -259,10 +264,11 @@ class _AgentSession:
             return Outcome.LOST, f"no answer from {address}; is the head there, with --join-listen?"
         welcome = self._welcome.result()
         agent._rank, self._number = welcome.rank, welcome.session
+        self._orphan_s = welcome.orphan_s
         beats = self._loop.create_task(self._beat(welcome.timeout_s))
         try:
             agent._tell(f"joining as rank {welcome.rank}")
-            self._config = await agent.prepare(welcome.settings)
+            self._config = await agent.prepare(welcome.settings, reconnects=welcome.orphan_s > 0)
             free = await asyncio.to_thread(_free_memory, self._config, agent._rank)
             self._send(say.Opened(self._number, agent._model, free))
             await agent._leaves.wait()
@@ -280,8 +286,24 @@ class _AgentSession:
             await asyncio.sleep(timeout_s / _BEATS)
             self._send(say.AgentBeat(self._number))
             silent_s = self._loop.time() - self._heard
-            if silent_s > _SILENCE * timeout_s:
+            limit_s = _SILENCE * timeout_s
+            if silent_s > limit_s and self._waits:
+                self._cut_rank_off()
+                limit_s = max(limit_s, self._orphan_s)
+            if silent_s > limit_s:
                 self._end(Outcome.LOST, f"nothing was heard of the head for {silent_s:.1f} s")
+
+    @property
+    def _waits(self) -> bool:
+        """Whether there is a rank, and it waits for another head when this one is lost."""
+        has_rank = self._spawned is not None and self._gone is None
+        return self._orphan_s > 0 and has_rank and not self._agent._leaves.is_set()
+
+    def _cut_rank_off(self) -> None:
+        """What it says is of no use to another head, to which it says all that matters again."""
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
 
     # ---- what the head says -----------------------------------------------------------------
 
@@ -310,6 +332,8 @@ class _AgentSession:
                 self._serve(serves)
             case say.Spawn(_, verdicts):
                 self._spawn(verdicts)
+            case say.Reattach():
+                self._reattach()
             case say.ToRank(_, data) if self._pipe is not None:
                 self._pipe.write(data)
             case say.Left(_, reason):
@@ -319,6 +343,8 @@ class _AgentSession:
                 self._end(Outcome.LOST, f"rank {self._agent._rank} was given up: {reason}")
 
     def _refused(self) -> None:
+        if self._waits:  # a head that ended just now; or one with another token: then none comes
+            return
         address = self._agent._options.address
         self._end(
             Outcome.REFUSED,
@@ -330,7 +356,7 @@ class _AgentSession:
 
     def _spawn(self, verdicts: bytes) -> None:
         agent = self._agent
-        if agent._launcher is None or self._config is None or self._pipe is not None:
+        if agent._launcher is None or self._config is None or self._spawned is not None:
             self._end(Outcome.LOST, "the head starts a rank that is not ready, or there already")
             return
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -341,6 +367,22 @@ class _AgentSession:
         spec = RankSpec(agent._rank, settings, verdicts, several_machines=True)
         agent._launcher.spawn(agent._rank, ENTRY, encode_spec(spec), far)
         agent._tell(f"rank {agent._rank} starts")
+
+    def _reattach(self) -> None:
+        """Another head goes on: its connection with the rank is a new one."""
+        agent = self._agent
+        if self._gone is not None:
+            self._send(self._gone)
+            return
+        if agent._launcher is None or self._spawned is None:
+            self._end(Outcome.LOST, "the head asks for a rank that is not there")
+            return
+        self._cut_rank_off()
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._send(say.Reattached(self._number))
+        self._pipe = BytePipe(near, self._from_rank, lambda: None)
+        agent._launcher.attach(agent._rank, far)
+        agent._tell(f"rank {agent._rank} goes on with another head")
 
     def _serve(self, serves: bool) -> None:
         if serves != self._serves:
@@ -356,7 +398,8 @@ class _AgentSession:
     def rank_exited(self, status: int, why: str) -> None:
         """The process is reaped; what it said is sent first, since that came before."""
         self._exited.set()
-        self._send(say.RankGone(self._number, status, why))
+        self._gone = say.RankGone(self._number, status, why)
+        self._send(self._gone)
 
     async def _end_rank(self) -> None:
         if self._exited.is_set():
@@ -371,6 +414,9 @@ class _AgentSession:
         try:
             self._client.send(say.encode(message))
         except NotSentError as error:
+            if self._waits:
+                self._cut_rank_off()
+                return
             self._end(Outcome.LOST, f"the head cannot be told anything: {error}")
 
     def _end(self, outcome: Outcome, reason: str) -> None:

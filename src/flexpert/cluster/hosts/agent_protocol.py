@@ -11,6 +11,14 @@
     RankGone              →          its process is gone
                           ←          Left, Fenced: the session is over
 
+Where another head may take the ranks over, the session goes on with that one, which knows its
+number from the head before:
+
+    any                   →          the host is back
+                          ←          Reattach
+    gives the rank a new connection
+    Reattached            →          from here on FromRank is of that
+
 All but `Join` name the session. One that is over is answered with `Fenced`, so that whatever a
 host says that was given up is heard by nobody. Before each message come two bytes, the version of
 the protocol (`framing.PROTOCOL`).
@@ -75,14 +83,19 @@ class AskToLeave(msgspec.Struct, frozen=True, tag="leave"):
     why: str = ""
 
 
+class Reattached(msgspec.Struct, frozen=True, tag="reattached"):
+    session: bytes
+
+
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     """settings: the tree as JSON. timeout_s: silence until either side takes the other for
-    lost."""
+    lost. orphan_s: a rank waits so long for another head; 0: it ends with this one."""
 
     session: bytes
     rank: int
     settings: str
     timeout_s: float
+    orphan_s: float = 0.0
 
 
 class Spawn(msgspec.Struct, frozen=True, tag="spawn"):
@@ -95,6 +108,12 @@ class Spawn(msgspec.Struct, frozen=True, tag="spawn"):
 class ToRank(msgspec.Struct, frozen=True, tag="to_rank"):
     session: bytes
     data: bytes
+
+
+class Reattach(msgspec.Struct, frozen=True, tag="reattach"):
+    """From another head than the one before: what `ToRank` brings is of a new connection."""
+
+    session: bytes
 
 
 class HeadBeat(msgspec.Struct, frozen=True, tag="head_beat"):
@@ -126,8 +145,8 @@ class Fenced(msgspec.Struct, frozen=True, tag="fenced"):
     reason: str
 
 
-ToHead = Join | Opened | FromRank | RankGone | AgentBeat | AskToLeave
-ToAgent = Welcome | Spawn | ToRank | HeadBeat | Turned | Left | Fenced
+ToHead = Join | Opened | FromRank | RankGone | AgentBeat | AskToLeave | Reattached
+ToAgent = Welcome | Spawn | ToRank | HeadBeat | Turned | Left | Fenced | Reattach
 
 _VERSION = 2  # bytes
 _encode = msgspec.msgpack.Encoder().encode

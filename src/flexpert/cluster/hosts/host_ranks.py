@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from flexpert.cluster.hosts.agent_protocol import FreeMemory
@@ -18,6 +18,7 @@ from flexpert.cluster.hosts.host_sessions import HostSessions
 from flexpert.cluster.hosts.model_description import describe_model
 from flexpert.cluster.hosts.ray_ranks import RayRanks
 from flexpert.cluster.processes.early_fork_server import for_hosts
+from flexpert.cluster.saved_state import SavedHost
 from flexpert.cluster.views import HostView
 from flexpert.config import Config
 from flexpert.models.source import ModelSource
@@ -42,6 +43,9 @@ class HostsOwner(Protocol):
 
     def rank_left_host(self, rank: int, status: int, why: str, *, ours: bool) -> None:
         """Its process is gone, or given up. ours: it may be started again from here."""
+
+    def save_hosts(self, records: list[SavedHost]) -> None:
+        """Hosts that have a rank, for another head."""
 
 
 class HostRanks:
@@ -77,8 +81,15 @@ class HostRanks:
         if self._ray is not None:
             await self._ray.check_room(newcomers)
 
-    async def listen(self, source: ModelSource, tell: Callable[[str], None]) -> None:
-        """Let hosts join, if the settings say so. Raises: ConfigError: it cannot listen there."""
+    async def listen(
+        self, source: ModelSource, tell: Callable[[str], None], known: Sequence[SavedHost] = ()
+    ) -> None:
+        """Let hosts join, if the settings say so.
+
+        known: hosts of the head before; their ranks are lost unless `attach` finds them in time.
+
+        Raises: ConfigError: it cannot listen there.
+        """
         cluster, address = self._config.cluster, self._config.cluster.join_listen
         if address is None and self._ray is not None:
             address = self._ray.own_address
@@ -91,6 +102,8 @@ class HostRanks:
             settings=for_hosts(self._config),
             model=await asyncio.to_thread(describe_model, source),
             timeout_s=cluster.host_timeout,
+            orphan_s=cluster.orphan_timeout if cluster.state_dir else 0.0,
+            known=known,
         )
         if self._ray is not None:
             self._ray.join_at(self._sessions.address)
@@ -129,6 +142,11 @@ class HostRanks:
         ticket = self._tickets[rank] = self._ray.start(rank)
         self._sessions.expect(ticket, rank, verdicts, end)
 
+    def attach(self, rank: int, end: socket.socket) -> None:
+        """Give a rank of the head before a new connection; see `HostSessions.attach`."""
+        assert self._sessions is not None
+        self._sessions.attach(rank, end)
+
     def kill(self, rank: int) -> None:
         """Give a rank up: whatever its host still says is not heard."""
         assert self._sessions is not None
@@ -137,6 +155,11 @@ class HostRanks:
             loop.call_soon(self._sessions.give_up, ticket, "it was terminated")
         else:
             self._sessions.kill(rank)
+
+    def leave(self) -> None:
+        """Hosts are left to another head."""
+        if self._sessions:
+            self._sessions.leave()
 
     async def close(self) -> None:
         """Idempotent."""
@@ -175,6 +198,10 @@ class HostRanks:
     def is_member(self, rank: int) -> bool:
         """Whether the rank is of the current epoch."""
         return self._owner.is_member(rank)
+
+    def save_hosts(self, records: list[SavedHost]) -> None:
+        """Hosts that have a rank, for another head."""
+        self._owner.save_hosts(records)
 
     def rank_left_host(self, rank: int, status: int, why: str) -> None:
         """The process of a rank from outside is gone, or given up."""

@@ -13,7 +13,7 @@ import logging
 import secrets
 import socket
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -25,6 +25,7 @@ from flexpert.cluster.hosts.byte_pipe import BytePipe
 from flexpert.cluster.hosts.cluster_token import ClusterKeys
 from flexpert.cluster.hosts.curve_socket import CurveListener, NotSentError, pieces
 from flexpert.cluster.hosts.model_description import differences
+from flexpert.cluster.saved_state import SavedHost
 from flexpert.cluster.views import HostView
 from flexpert.errors import OperationConflict, OperationRefused
 from flexpert.forking.framing import WrongProtocol
@@ -58,6 +59,9 @@ class SessionOwner(Protocol):
     def rank_left_host(self, rank: int, status: int, why: str) -> None:
         """Its process is gone, or given up."""
 
+    def save_hosts(self, records: list[SavedHost]) -> None:
+        """Those that have a rank, for another head."""
+
 
 @dataclass(slots=True, eq=False)
 class _Expected:
@@ -75,7 +79,8 @@ class _Expected:
 class _Session:
     """free: of its host. wants: what a change is still to be begun for: "join",
     "leave" or "". ticket: of an agent that was expected. expected: its rank, until that is
-    started."""
+    started. taken: its rank is one of the head before; `peer` is b"" until the host is back, and
+    until `attached` what comes of the rank was meant for that head. end: see `attach`."""
 
     number: bytes
     peer: bytes
@@ -88,6 +93,13 @@ class _Session:
     expected: _Expected | None = None
     pipe: BytePipe | None = None
     gone: tuple[int, str] | None = None  # how the rank's process ended
+    taken: bool = False
+    attached: bool = True
+    end: socket.socket | None = None
+
+    @property
+    def has_rank(self) -> bool:
+        return self.pipe is not None or self.taken
 
 
 class HostSessions:
@@ -105,11 +117,14 @@ class HostSessions:
         settings: str,
         model: Mapping[str, str],
         timeout_s: float,
+        orphan_s: float = 0.0,
+        known: Sequence[SavedHost] = (),
     ) -> None:
         """
         Args:
             settings: for agents, as JSON. model: see `describe_model`.
             timeout_s: silence until an agent is lost.
+            orphan_s: see `Welcome`. known: hosts of the head before.
 
         Raises: ConfigError: it cannot listen there.
         """
@@ -117,11 +132,16 @@ class HostSessions:
         self._settings = settings
         self._model = model
         self._timeout_s = timeout_s
+        self._orphan_s = orphan_s
         self._sessions: dict[bytes, _Session] = {}  # by number
         self._refused: Counter[str] = Counter()
         self._expected: dict[bytes, _Expected] = {}  # by ticket
         self._refusals_logged = float("-inf")
         self._loop = asyncio.get_running_loop()
+        for one in known:
+            session = _Session(one.session, b"", one.rank, one.host, self._loop.time(), one.free)
+            session.taken, session.attached = True, False
+            self._sessions[one.session] = session
         self._listener = CurveListener(
             address,
             keys,
@@ -166,12 +186,26 @@ class HostSessions:
         session = self._of(rank)
         assert session is not None
         session.wants = ""
-        session.pipe = BytePipe(
-            end,
-            partial(self._to_rank, session),
-            partial(self._give_up, session, "it was cut off"),
-        )
+        self._connect(session, end)
+        self._save()
         self._send(session, say.Spawn(session.number, verdicts))
+
+    def attach(self, rank: int, end: socket.socket) -> None:
+        """Have a host of the head before give its rank a new connection, when it is back.
+
+        end: as of `spawn`.
+        """
+        session = self._of(rank)
+        assert session is not None
+        session.end = end
+        if session.peer:
+            self._reattach(session)
+
+    def _reattach(self, session: _Session) -> None:
+        end, session.end = session.end, None
+        if end is not None:
+            self._send(session, say.Reattach(session.number))
+            self._connect(session, end)
 
     def expect(self, ticket: bytes, rank: int, verdicts: bytes, end: socket.socket) -> None:
         """An agent will join with this ticket, and is to start this rank as soon as it can.
@@ -189,6 +223,13 @@ class HostSessions:
         for session in [s for s in self._sessions.values() if s.ticket == ticket]:
             self._give_up(session, why)
 
+    def _connect(self, session: _Session, end: socket.socket) -> None:
+        session.pipe = BytePipe(
+            end,
+            partial(self._to_rank, session),
+            partial(self._give_up, session, "it was cut off"),
+        )
+
     def _to_rank(self, session: _Session, data: bytes) -> None:
         for piece in pieces(data):
             self._send(session, say.ToRank(session.number, piece))
@@ -201,11 +242,18 @@ class HostSessions:
 
     def close(self) -> None:
         """Idempotent."""
-        self._task.cancel()
-        for session in list(self._sessions.values()):
+        for session in self._sessions.values():
             self._tell(session.peer, say.Fenced(session.number, "the service has stopped"))
+        self.leave()
+
+    def leave(self) -> None:
+        """Hosts are told nothing: they wait for another head. Idempotent."""
+        self._task.cancel()
+        for session in self._sessions.values():
             if session.pipe:
                 session.pipe.close()
+            if session.end:
+                session.end.close()
         self._sessions.clear()
         for expected in self._expected.values():
             expected.end.close()
@@ -230,6 +278,10 @@ class HostSessions:
             self._join(peer, heard)
             return
         session = self._sessions.get(heard.session)
+        if session is not None and not session.peer:
+            log.info("host %s is back with rank %d", session.host, session.rank)
+            session.peer = peer
+            self._reattach(session)
         if session is None or session.peer != peer:
             self._tell(peer, say.Fenced(heard.session, "the session is over"))
             return
@@ -237,7 +289,9 @@ class HostSessions:
         match heard:
             case say.Opened(_, model, free):
                 self._opened(session, model, free)
-            case say.FromRank(_, data) if session.pipe is not None:
+            case say.Reattached():
+                session.attached = True
+            case say.FromRank(_, data) if session.pipe is not None and session.attached:
                 session.pipe.write(data)
             case say.RankGone(_, status, why) if session.gone is None:
                 session.gone = (status, why[:_MOST_NAME])
@@ -246,7 +300,7 @@ class HostSessions:
                 # nobody has asked for fewer ranks if what starts agents has ended one
                 if now or session.ticket:
                     self._give_up(session, _printable(why) or "it was stopped")
-                elif session.pipe is None:  # it has no rank yet
+                elif not session.has_rank:
                     self._let_go(session, "it was stopped before it served")
                 else:
                     session.wants = "leave"
@@ -274,7 +328,7 @@ class HostSessions:
         session.ticket, session.expected = join.ticket, expected
         self._sessions[number] = session
         log.info("host %s will join as rank %d", host, rank)
-        welcome = say.Welcome(number, rank, self._settings, self._timeout_s)
+        welcome = say.Welcome(number, rank, self._settings, self._timeout_s, self._orphan_s)
         self._tell(peer, welcome)
 
     def _opened(self, session: _Session, model: Mapping[str, str], free: say.FreeMemory) -> None:
@@ -286,7 +340,7 @@ class HostSessions:
         if session.expected is not None:
             expected, session.expected = session.expected, None
             self.spawn(expected.rank, expected.verdicts, expected.end)
-        elif session.pipe is None:
+        elif not session.has_rank:
             session.wants = "join"
             self._begin(session)
 
@@ -351,9 +405,22 @@ class HostSessions:
         if session.expected is not None:
             session.expected.end.close()
             self._owner.rank_left_host(session.rank, 1, why)  # it was never started
-        if session.pipe is not None:
+        if session.has_rank:
+            self._save()  # before it is known to be lost
             self._owner.rank_left_host(session.rank, status, why)
+        if session.pipe is not None:
             session.pipe.close()
+        if session.end is not None:
+            session.end.close()
+
+    def _save(self) -> None:
+        self._owner.save_hosts(
+            [
+                SavedHost(session.number, session.rank, session.host, session.free)
+                for session in self._sessions.values()
+                if session.has_rank
+            ]
+        )
 
     async def _watch(self) -> None:
         every_s = self._timeout_s / _TICKS
@@ -361,7 +428,7 @@ class HostSessions:
             await asyncio.sleep(every_s)
             now = self._loop.time()
             late, self._ticked = now - self._ticked > 2 * every_s, now
-            for session in list(self._sessions.values()):
+            for session in [one for one in self._sessions.values() if one.peer]:
                 if late:  # the head was held up itself
                     session.heard = now
                 if now - session.heard > self._timeout_s:

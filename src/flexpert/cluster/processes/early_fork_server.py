@@ -34,6 +34,8 @@ _SECRETS = ("FLEXPERT_SERVER__", "FLEXPERT_API_KEY")
 
 _OF_HEAD = {
     "ranks",
+    "state_dir",
+    "resume",
     "join_listen",
     "cluster_token_file",
     "launcher",
@@ -94,8 +96,10 @@ class EarlyForkServer:
             _terminate(*left)
 
 
-def start_fork_server(config: Config) -> Connected:
+def start_fork_server(config: Config, *, reconnects: bool = False) -> Connected:
     """A fork server that has been told its model, and the head's end of its channel.
+
+    reconnects: ranks can be given new connections; with a state directory they always can.
 
     Raises: OSError: the system refuses.
     """
@@ -104,14 +108,15 @@ def start_fork_server(config: Config) -> Connected:
     }
     environment.update(_ENVIRONMENT)
     caches.keep_private(environment)
-    folder, keep = config.cluster.state_dir, None
+    folder = config.cluster.state_dir
+    keep = fork_server.Keep("", 0.0) if reconnects else None
     if folder is not None:
         path = str(folder.absolute() / RANKS_SOCKET)
         keep = fork_server.Keep(path, config.cluster.orphan_timeout)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         try:
-            kept = keep is not None
+            kept = folder is not None
             process = fork_server.start_server(theirs, environment, kept=kept)
         except OSError:
             ours.close()

@@ -54,13 +54,19 @@ class LocalLauncher:
     on_exit(rank, status, why) is called when a rank's process is certainly gone (reaped), or could
     not be started; why: what is known beyond its status, or "".
     early: a fork server that is starting already; `start` takes it if it has the same settings.
+    reconnects: ranks can be given new connections (`attach`), also without a state directory.
     """
 
     def __init__(
-        self, on_exit: Callable[[int, int, str], None], early: EarlyForkServer | None = None
+        self,
+        on_exit: Callable[[int, int, str], None],
+        early: EarlyForkServer | None = None,
+        *,
+        reconnects: bool = False,
     ) -> None:
         self._on_exit = on_exit
         self._early = early
+        self._reconnects = reconnects
         self._config: Config | None = None
         self._timeout_s = 0.0
         self._children: dict[int, _Child] = {}  # a rank's number is its id
@@ -89,7 +95,7 @@ class LocalLauncher:
         loop = asyncio.get_running_loop()
         try:
             taken = self._early.take(config) if self._early else None
-            self._process, ours = taken or start_fork_server(config)
+            self._process, ours = taken or start_fork_server(config, reconnects=self._reconnects)
         except OSError as error:
             why = fork_server.refusal(error)
             raise FlexpertError(f"the fork server cannot be started: {why}") from None
@@ -146,8 +152,10 @@ class LocalLauncher:
         return frozenset(number for number in self._children if number < _OTHERS)
 
     def attach(self, rank: int, end: socket.socket) -> None:
-        """Hand a rank that was taken over its end of a new connection; closed here in any case."""
-        assert self._channel is not None
+        """Hand a rank that can have one its end of a new connection; closed here in any case."""
+        if self._channel is None:  # it has ended, and its children with it
+            end.close()
+            return
         with end, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             socket.send_fds(self._channel, [fork_server.encode(Reconnect(rank))], [end.fileno()])
 
@@ -158,7 +166,8 @@ class LocalLauncher:
             entry, spec: what it runs, see `fork_server.Fork`.
             end: its end of a connection to the head; closed here in any case.
         """
-        kept = self._config is not None and self._config.cluster.state_dir is not None
+        config = self._config
+        kept = self._reconnects or (config is not None and config.cluster.state_dir is not None)
         self._fork(rank, entry, spec, end, self._exit_of(rank), kept=kept)
 
     def _exit_of(self, rank: int) -> OnExit:
