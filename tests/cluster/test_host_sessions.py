@@ -131,7 +131,11 @@ class Host:
 
 
 def sessions_of(
-    owner: Owner, address: str = "tcp://127.0.0.1:0", known: Sequence[SavedHost] = ()
+    owner: Owner,
+    address: str = "tcp://127.0.0.1:0",
+    known: Sequence[SavedHost] = (),
+    *,
+    timeout_s: float = 10.0,
 ) -> HostSessions:
     return HostSessions(
         address,
@@ -139,15 +143,15 @@ def sessions_of(
         owner,
         settings="{}",
         model=MODEL,
-        timeout_s=TIMEOUT_S,
+        timeout_s=timeout_s,
         known=known,
     )
 
 
 @contextlib.asynccontextmanager
-async def listening() -> AsyncIterator[tuple[Owner, str, Callable[..., Host]]]:
+async def listening(timeout_s: float) -> AsyncIterator[tuple[Owner, str, Callable[..., Host]]]:
     owner, hosts = Owner(), list[Host]()
-    sessions = owner.sessions = sessions_of(owner)
+    sessions = owner.sessions = sessions_of(owner, timeout_s=timeout_s)
 
     def host(token: str = TOKEN) -> Host:
         hosts.append(Host(sessions.address, token))
@@ -163,9 +167,11 @@ async def listening() -> AsyncIterator[tuple[Owner, str, Callable[..., Host]]]:
             owner.near.close()
 
 
-def run(scenario: Callable[[Owner, str, Callable[..., Host]], Any]) -> None:
+def run(
+    scenario: Callable[[Owner, str, Callable[..., Host]], Any], timeout_s: float = TIMEOUT_S
+) -> None:
     async def within() -> None:
-        async with listening() as parts:
+        async with listening(timeout_s) as parts:
             await scenario(*parts)
 
     asyncio.run(asyncio.wait_for(within(), 30))
@@ -553,7 +559,7 @@ def test_a_host_goes_on_with_another_head_that_knows_it_and_with_no_other() -> N
         finally:
             sessions.close()
 
-    run(scenario)
+    run(scenario, 10.0)  # nobody beats here
 
 
 def test_a_host_of_the_head_before_that_does_not_come_back_is_lost() -> None:

@@ -245,7 +245,10 @@ def test_a_joined_host_outlives_the_head_as_the_head_s_own_ranks_do(tmp_path: Pa
         "FLEXPERT_CLUSTER_TOKEN": secrets.token_urlsafe(32),
         "UCX_TLS": "tcp",
     }
-    own = ("--ranks", "1", "--join-listen", f"tcp://127.0.0.1:{listens}", "--machine", "here")
+    own = (
+        *("--ranks", "1", "--machine", "here", "--join-listen", f"tcp://127.0.0.1:{listens}"),
+        *("--host-timeout", "10", "--orphan-timeout", "300"),
+    )
     log = tmp_path / "agent.log"
     join = ("join", f"tcp://127.0.0.1:{listens}", "--machine", "there" if NIXL else "here")
     state = tmp_path / "state"
