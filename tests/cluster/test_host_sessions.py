@@ -526,11 +526,15 @@ def test_a_rank_whose_expected_agent_fails_has_not_started() -> None:
 def test_a_host_goes_on_with_another_head_that_knows_it_and_with_no_other() -> None:
     async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
         first, stranger = host(), host()
-        known, unknown = await first.serve(1), await stranger.serve(2)
+        known = await first.serve(1)
+        held = owner.near  # or the rank would be cut off
+        unknown = await stranger.serve(2)
         assert owner.sessions is not None
         assert [one.rank for one in owner.saved] == [1, 2]
         saved = [one for one in owner.saved if one.rank == 1]
         owner.sessions.leave()
+        assert held is not None
+        held.close()
         first.heard.clear()
         stranger.heard.clear()
         first.send(say.FromRank(known.session, b"to the head before"))

@@ -264,7 +264,7 @@ def test_a_joined_host_outlives_the_head_as_the_head_s_own_ranks_do(tmp_path: Pa
             stderr=said,
         )
         try:
-            wait_until(lambda: len(first.ranks()) == 2, 90)
+            wait_until(lambda: len(first.ranks()) == 2, 150)
             undisturbed = list(pool.map(Client.ask, answers(first.url)[:8]))
             ranks = instances(first)
             clients = answers(first.url)[:8]

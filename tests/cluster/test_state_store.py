@@ -128,7 +128,7 @@ def test_with_a_full_disk_serving_goes_on_and_later_all_is_written_anew(
     wait_until(lambda: marks.get(1) == 6, 10)
     full[0] = False
     wait_until(lambda: store.wants_all, 10)
-    store.begin_again(EMPTY, [], [(sequence("r-1"), SavedRun(0, [7, 8]))])
+    store.begin_again(EMPTY, [], [], [(sequence("r-1"), SavedRun(0, [7, 8]))])
     store.published(event("r-1", 2))  # before it is known whether that succeeds
     wait_until(lambda: store.failure is None, 10)
     store.published(event("r-1", 3))
