@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from support.waiting import wait_until
 
 from flexpert.cluster import state_store
@@ -17,6 +18,7 @@ from flexpert.cluster.membership import Phase
 from flexpert.cluster.saved_state import SavedCluster, SavedRun, decode_events, encode, runs_of
 from flexpert.cluster.state_directory import StateDirectory
 from flexpert.cluster.state_store import StateStore, load
+from flexpert.config import ClusterConfig
 from flexpert.engine.request import RequestSequence, SamplingParams, TokenEvent, TokenLogprobs
 from flexpert.errors import ConfigError, ModelError
 
@@ -171,6 +173,14 @@ def test_a_damaged_database_is_refused_with_what_to_do(tmp_path: Path) -> None:
     path.write_bytes(b"SQLite format 3\0" + b"\xff" * 4000)
     with pytest.raises(ModelError, match="without --resume"):
         load(path)
+
+
+def test_hosts_may_join_a_head_that_can_be_resumed_and_ray_is_refused_with_the_reason() -> None:
+    state = {"state_dir": "/tmp/state"}
+    joined = ClusterConfig.model_validate({**state, "join_listen": "tcp://127.0.0.1:7000"})
+    assert joined.state_dir == Path("/tmp/state")
+    with pytest.raises(ValidationError, match="Ray ends what a job has started with the job"):
+        ClusterConfig.model_validate({**state, "launcher": "ray"})
 
 
 def test_a_directory_has_one_head_and_is_nobody_else_s(tmp_path: Path) -> None:
