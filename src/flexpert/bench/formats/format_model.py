@@ -20,7 +20,7 @@ from flexpert.comm import BufferSpec, make_buffer
 from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.kernels.kernel_set import cpu_kernels, gpu_kernels
-from flexpert.kernels.weight_formats import FORMATS, MXFP4
+from flexpert.kernels.weight_formats import FORMATS, MXFP4, WeightFormat, int4_of
 from flexpert.models import registrations
 from flexpert.models.model_runner import ModelRunner, compute_buffers
 from flexpert.models.probe import Probe, find_architecture
@@ -33,6 +33,8 @@ LAYERS = 24
 VOCABULARY = 201_088
 BLOCK = 16  # tokens of a KV block
 _DTYPE = torch.bfloat16
+_FORMATS: Mapping[str, WeightFormat] = {**FORMATS, "int4": int4_of(96)}
+"""int4 in groups near those of published models, 128, which rows of 2880 are not made of."""
 _STD = 0.02
 _MOST_TOKENS = 64
 _VOTE_S = 60.0
@@ -92,9 +94,9 @@ class DenseModel:
         return sum(tensor.nbytes for tensor in self.weights.values())
 
     def expert_shape(self, name: str) -> ExpertShape:
-        """In a format of `FORMATS`, or as they are: none."""
+        """In a format, or as they are: none."""
         hidden, inter = self.config.hidden_size, self.config.intermediate_size
-        return ExpertShape(hidden, 2 * inter, inter, FORMATS.get(name, _DTYPE), _DTYPE)
+        return ExpertShape(hidden, 2 * inter, inter, _FORMATS.get(name, _DTYPE), _DTYPE)
 
     def expert(self, layer: int, expert: int, name: str) -> ExpertWeights:
         """One expert in a format, drawn anew."""
@@ -111,8 +113,8 @@ class DenseModel:
         if name == MXFP4.name:
             return drawn
         whole = drawn.dequantized()
-        if name in FORMATS:
-            return whole.quantized(FORMATS[name])
+        if name in _FORMATS:
+            return whole.quantized(_FORMATS[name])
         return replace(whole, gate_up=whole.gate_up.to(_DTYPE), down=whole.down.to(_DTYPE))
 
 

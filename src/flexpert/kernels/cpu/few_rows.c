@@ -7,8 +7,10 @@
  */
 
 enum {
-    FEW = 4,   /* rows up to which this is faster: what lies in memory is shared by more */
+    FEW = 4,   /* rows at once */
+    MOST = 8,  /* up to which this is faster: what lies in memory is shared by more */
     SPAN = 32, /* blocks of a row whose scales lie ready */
+    READY = 8, /* groups, of int4 */
 };
 
 typedef struct {
@@ -21,7 +23,7 @@ typedef struct {
 /* What scales of 16 rows and a span of blocks come to. */
 typedef union {
     uint32_t add[16][SPAN];  /* MXFP4: to the values */
-    float values[16][16];    /* int4: of the codes, one group's */
+    float values[READY][16][16]; /* int4: of the codes */
     float by[16];            /* int8 */
 } few_scales;
 
@@ -43,28 +45,12 @@ AVX512 INLINE int few_mxfp4(const few_args *a, long begin, long blocks, few_scal
     return beyond == 0;
 }
 
-/* Rounded to bf16, as `to_bf16` does, of numbers that are none but NaN. */
-AVX512 INLINE __m512 rounded_bf16(__m512 v) {
-    const __m512i u = _mm512_castps_si512(v);
-    const __m512i up = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), up);
-    return _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32((int)0xffff0000u)));
-}
-
-/* The 16 values of a group of int4, see flexpert/kernels/group_int4.py. */
-AVX512 INLINE __m512 int4_values(uint32_t scale) {
-    const uint32_t bits = scale & ~(uint32_t)INT4_ZERO;
-    float by;
-    memcpy(&by, &bits, 4);
-    const __m512i codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i moved = _mm512_sub_epi32(codes, _mm512_set1_epi32((int)(scale & INT4_ZERO)));
-    return rounded_bf16(_mm512_mul_ps(_mm512_cvtepi32_ps(moved), _mm512_set1_ps(by)));
-}
-
-AVX512 INLINE void few_int4(const few_args *a, long begin, few_scales *to) {
-    const uint32_t *scales = (const uint32_t *)a->scales + 32 * begin / a->shared;
-    for (int o = 0; o < 16; o++)
-        _mm512_storeu_ps(to->values[o], int4_values(scales[o * (a->k / a->shared)]));
+AVX512 INLINE void few_int4(const few_args *a, long begin, long blocks, few_scales *to) {
+    const long first = begin * 32 / a->shared, groups = (blocks * 32 + a->shared - 1) / a->shared;
+    const uint32_t *scales = (const uint32_t *)a->scales + first;
+    for (int o = 0; o < 16; o++, scales += a->k / a->shared)
+        for (long g = 0; g < groups; g++)
+            _mm512_storeu_ps(to->values[g][o], int4_values(_mm512_set1_epi32((int)scales[g])));
 }
 
 #define BF16_512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")))
@@ -79,8 +65,11 @@ AVX512 INLINE void few_int4(const few_args *a, long begin, few_scales *to) {
             _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)E2M1)), 16);                 \
         const __m512i high = _mm512_set1_epi32((int)0xffff0000u);                                  \
         const uint8_t *w = a->w + first * a->stride + block * begin;                               \
-        (void)table;                                                                               \
+        const long per = format == INT4 ? a->shared / 32 : 1;                                      \
+        (void)table, (void)per;                                                                    \
         for (long b = 0; b < blocks; b++, w += block) {                                            \
+            const long group = format == INT4 ? b / per : 0;                                       \
+            (void)group;                                                                           \
             __m512 xe[FEW], xo[FEW];                                                               \
             if (b % (64 / block) == 0)                                                             \
                 UNROLL for (int j = 0; j < outs; j++)                                              \
@@ -106,7 +95,7 @@ AVX512 INLINE void few_int4(const few_args *a, long begin, few_scales *to) {
 FEW_TILE(few_codes, AVX512, {
     const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)wj));
     const __m512 values =
-        format == INT4 ? _mm512_loadu_ps(scales->values[first + j])
+        format == INT4 ? _mm512_loadu_ps(scales->values[group][first + j])
                        : _mm512_castsi512_ps(_mm512_add_epi32(
                              table, _mm512_maskz_broadcastd_epi32(
                                         0xfefe, _mm_loadu_si32(&scales->add[first + j][b]))));
@@ -130,7 +119,7 @@ FEW_TILE(few_int8, BF16_512, {
     TARGET INLINE int NAME##_of(const few_args *a, const char *bias, char *y, long n, int live,    \
                                 int rows, int format) {                                            \
         const int outs = 16 / rows;                                                                \
-        const long all = a->k / 32, span = format == INT4 ? a->shared / 32 : SPAN;                 \
+        const long all = a->k / 32, span = format == INT4 ? READY * (a->shared / 32) : SPAN;       \
         f32x16 acc[FEW][16];                                                                       \
         few_scales scales;                                                                         \
         UNROLL for (int t = 0; t < rows; t++)                                                      \
@@ -138,7 +127,7 @@ FEW_TILE(few_int8, BF16_512, {
         if (format == INT8) memcpy(scales.by, a->scales, sizeof scales.by);                        \
         for (long b = 0; b < all; b += span) {                                                     \
             const long blocks = all - b < span ? all - b : span;                                   \
-            if (format == INT4) few_int4(a, b, &scales);                                           \
+            if (format == INT4) few_int4(a, b, blocks, &scales);                                   \
             if (format == MXFP4 && !few_mxfp4(a, b, blocks, &scales)) return 0;                    \
             UNROLL for (int t = 0; t < rows; t++)                                                  \
                 TILE(a, b, blocks, &scales, t * outs, rows, outs, format, acc[t]);                 \
@@ -160,7 +149,7 @@ FEW_OUTS(few_int8, BF16_512, few_int8)
 #undef FEW_OUTS
 
 static int few_avx512(const packed_args *a, long g, long o, long rows) {
-    if (rows > FEW || a->k % 32) return 0;
+    if (rows > MOST || a->k % 32) return 0;
     if (a->format == INT8 && !__builtin_cpu_supports("avx512bf16")) return 0;
     const long row = a->format == INT8 ? 4 : a->format == INT4 ? a->k / a->shared * 4 : a->k / 32;
     few_args of = {
@@ -171,10 +160,14 @@ static int few_avx512(const packed_args *a, long g, long o, long rows) {
     };
     of.w = (const uint8_t *)a->weights[g] + o * of.stride;
     const char *bias = a->biases ? (const char *)a->biases[g] + o * 2 : NULL;
-    char *y = a->y + (a->begins[g] * a->n + o) * 2;
-    for (int r = 0; r < FEW; r++)
-        of.x[r] = a->x + (a->begins[g] + (r < rows ? r : rows - 1)) * a->k * 2;
-    if (a->format == INT8) return few_int8_by(&of, bias, y, a->n, (int)rows, INT8);
-    if (a->format == INT4) return few_codes_by(&of, bias, y, a->n, (int)rows, INT4);
-    return few_codes_by(&of, bias, y, a->n, (int)rows, MXFP4);
+    for (long r = 0; r < rows; r += FEW) {
+        const long from = a->begins[g] + r;
+        const int live = (int)(rows - r < FEW ? rows - r : FEW);
+        char *y = a->y + (from * a->n + o) * 2;
+        for (int i = 0; i < FEW; i++) of.x[i] = a->x + (from + (i < live ? i : live - 1)) * a->k * 2;
+        if (a->format == INT8) few_int8_by(&of, bias, y, a->n, live, INT8);
+        else if (a->format == INT4) few_codes_by(&of, bias, y, a->n, live, INT4);
+        else if (!few_codes_by(&of, bias, y, a->n, live, MXFP4)) return 0;
+    }
+    return 1;
 }

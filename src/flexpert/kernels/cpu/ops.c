@@ -863,7 +863,8 @@ static int grouped_amx(const char *x, const intptr_t *w, const intptr_t *b, cons
     return grouped_avx512(x, w, b, begins, ends, y, groups, k, n, dtype);
 }
 static int packed_amx(const packed_args *a) {
-    return a->dtype == BFLOAT16 ? amx_packed(a) : packed_avx512(a);
+    /* int4 has no tiles yet: one way for any number of rows, so that a row's bits are its own */
+    return a->dtype == BFLOAT16 && a->format != INT4 ? amx_packed(a) : packed_avx512(a);
 }
 static const kernels kernels_amx = {"amx", grouped_amx, packed_amx, attention_avx512, norm_avx512};
 #endif

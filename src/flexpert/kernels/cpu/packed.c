@@ -33,7 +33,7 @@ INLINE void scaled_values(uint8_t scale, uint16_t *values) {
 
 enum { INT4_ZERO = 255 }; /* bits of a scale that are the zero point */
 
-/* What a code stands for, less the rounding to x's dtype. */
+/* What a code stands for, less the rounding to x's dtype; no NaN. */
 INLINE float int4_value(uint32_t scale, int code) {
     const uint32_t bits = scale & ~(uint32_t)INT4_ZERO;
     float by;
@@ -54,18 +54,27 @@ INLINE void int4_row_f32(const uint8_t *w, const uint32_t *scales, long k, long 
 #define CODES_OF(NAME, TARGET, BLOCK_OF)                                                           \
     TARGET static void codes_##NAME(const uint8_t *w, const char *scales, long blocks, long per,   \
                                     int format, uint16_t *to) {                                    \
-        uint16_t values[16];                                                                       \
+        uint16_t values[16] = {0};                                                                 \
         if (format == MXFP4) {                                                                     \
             mxfp4_##NAME(w, (const uint8_t *)scales, blocks, to);                                  \
             return;                                                                                \
         }                                                                                          \
-        for (long b = 0; b < blocks; b++, w += 16, to += 32) {                                     \
-            if (b % per == 0)                                                                      \
-                for (int i = 0; i < 16; i++)                                                       \
-                    values[i] = to_bf16(int4_value(((const uint32_t *)scales)[b / per], i));       \
-            BLOCK_OF                                                                               \
+        for (long b = 0; b < blocks; scales += 4) {                                                \
+            uint32_t scale;                                                                        \
+            memcpy(&scale, scales, 4);                                                             \
+            int4_##NAME(scale, values);                                                            \
+            for (const long end = b + per; b < end; b++, w += 16, to += 32) BLOCK_OF               \
         }                                                                                          \
     }
+
+INLINE void int4_portable(uint32_t scale, uint16_t *values) {
+    for (int i = 0; i < 16; i++) {
+        const float value = int4_value(scale, i);
+        uint32_t u;
+        memcpy(&u, &value, 4);
+        values[i] = (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+    }
+}
 
 INLINE void block_portable(const uint8_t *w, const uint16_t *values, uint16_t *to) {
     for (int i = 0; i < 16; i++) {
@@ -124,6 +133,8 @@ AVX2 static void mxfp4_avx2(const uint8_t *w, const uint8_t *scales, long blocks
     }
 }
 
+AVX2 INLINE void int4_avx2(uint32_t scale, uint16_t *values) { int4_portable(scale, values); }
+
 CODES_OF(avx2, AVX2, { block_avx2(w, _mm256_loadu_si256((const __m256i *)values), to); })
 
 /* values: twice, because five bits choose: the fifth is of the other half of a byte. */
@@ -147,6 +158,23 @@ AVX512 static void mxfp4_avx512(const uint8_t *w, const uint8_t *scales, long bl
         }
         block_avx512(w, values, to);
     }
+}
+
+/* The 16 values of a group in float32, rounded as `to_bf16` does. scale: in each lane. */
+AVX512 INLINE __m512 int4_values(__m512i scale) {
+    const __m512i codes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i zero = _mm512_set1_epi32(INT4_ZERO), one = _mm512_set1_epi32(1);
+    const __m512i moved = _mm512_sub_epi32(codes, _mm512_and_si512(scale, zero));
+    const __m512 by = _mm512_castsi512_ps(_mm512_andnot_si512(zero, scale));
+    const __m512i u = _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(moved), by));
+    const __m512i up = _mm512_and_si512(_mm512_srli_epi32(u, 16), one);
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), up);
+    return _mm512_castsi512_ps(_mm512_and_si512(sum, _mm512_set1_epi32((int)0xffff0000u)));
+}
+
+AVX512 INLINE void int4_avx512(uint32_t scale, uint16_t *values) {
+    const __m512i bits = _mm512_castps_si512(int4_values(_mm512_set1_epi32((int)scale)));
+    _mm256_storeu_si256((__m256i *)values, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
 }
 
 CODES_OF(avx512, AVX512, {
