@@ -50,7 +50,9 @@ def test_gains_are_medians_of_pairs_that_were_measured_one_after_the_other() -> 
     assert gain.first_token == 0.25
     halves = {"fewest": [half(2.0, 1.0)], "prefix": [half(1.0, 0.5)]}
     case = PrefixCase(workload="groups", ranks=4, halves=halves, gain=gain_of(halves))
-    report = PrefixReport(command="", machine=this_machine(), flags=[], cases=[case])
+    report = PrefixReport(
+        command="", machine=this_machine(), flags=[], cases=[case], choice_us={9: 1.0}
+    )
     text = StringIO()
     Console(file=text, width=120).print(prefix_text(report))
     assert "prefix / fewest" in text.getvalue()

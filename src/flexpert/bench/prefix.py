@@ -33,6 +33,7 @@ from flexpert.bench.load import (
 )
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.prompts import token_pool
+from flexpert.bench.routing_cost import choice_us
 from flexpert.bench.service import own_service
 from flexpert.bench.statistics import Figures, figures
 from flexpert.errors import FlexpertError
@@ -42,6 +43,7 @@ WORKLOADS = ("groups", "conversations")
 _STALL_S = 300.0
 _CHANGE_S = 600.0
 _LOOK_S = 0.1
+_SHORT, _VERY_LONG = 128, 16384  # tokens of prompts for which a rank is chosen
 _LONG = 256  # tokens of an answer that is cut off
 
 Note = Callable[[str], None]
@@ -93,10 +95,13 @@ class PrefixCase(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PrefixReport(msgspec.Struct, frozen=True, kw_only=True):
+    """choice_us: processor time of the head for the choice of a rank, by tokens of a prompt."""
+
     command: str
     machine: Machine
     flags: list[str]
     cases: list[PrefixCase]
+    choice_us: dict[int, float] = {}
 
     @property
     def failed(self) -> int:
@@ -111,6 +116,9 @@ class PrefixReport(msgspec.Struct, frozen=True, kw_only=True):
 
 def run_prefix(plan: PrefixPlan, note: Note) -> PrefixReport:
     """Raises: FlexpertError"""
+    lengths = sorted({_SHORT, plan.prefix_tokens + plan.own_tokens, _VERY_LONG})
+    choice = {tokens: round(choice_us(tokens, plan.ranks), 1) for tokens in lengths}
+    note(f"choice of a rank, by tokens of the prompt: {choice} µs")
     halves = asyncio.run(_measure(plan, note))
     cases = [
         PrefixCase(workload=workload, ranks=ranks, halves=found, gain=gain_of(found))
@@ -121,6 +129,7 @@ def run_prefix(plan: PrefixPlan, note: Note) -> PrefixReport:
         machine=this_machine(),
         flags=list(plan.flags),
         cases=cases,
+        choice_us=choice,
     )
 
 

@@ -30,6 +30,8 @@ def prefix_text(report: PrefixReport) -> Table:
             "",
             end_section=True,
         )
+    for tokens, microseconds in report.choice_us.items():
+        table.add_row("choice of a rank", "", f"{tokens} tokens", f"{microseconds:.0f} µs")
     if report.failed:
         table.add_row("failed requests", str(report.failed))
     return table
