@@ -140,9 +140,7 @@ def test_a_killed_head_is_resumed_and_every_request_completes(tmp_path: Path) ->
             with head(tmp_path / "state", port, "--resume") as third:
                 assert instances(third).keys() == {0, 1}
                 known = third.http("GET", "/cluster").json()["ranks"]
-                assert all(rank["cached_blocks"] for rank in known), (
-                    "they have told of their caches"
-                )
+                assert all(rank["cached_blocks"] for rank in known), "they tell of their caches"
                 assert third.answer()
 
 

@@ -196,7 +196,7 @@ class Head:
             caches = RankCaches(
                 kv_blocks(self.info, engine),
                 engine.kv_block_size,
-                engine.max_running,
+                min(engine.max_running, engine.max_tokens_per_step),
                 engine.prefix_cache,
             )
             self._router.set_caches(caches)
