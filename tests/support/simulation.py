@@ -6,9 +6,10 @@
 A history is a function of its seed. What differs between histories: when messages arrive (in order
 on each link, in any order between links), which links are held up and for how long, who is killed,
 stopped and woken, whose exchanges are cut, when the head itself is held up, what fails to start or
-to load, what is asked for. Ranks (`simulated_rank.py`) take steps of no duration: all members of an
-epoch vote; if all are armed for the same next epoch they switch, else each publishes a token of
-every sequence it runs; a step may be torn, so that some have done that and others have not.
+to load, what is asked for, when experts move. Ranks (`simulated_rank.py`) take steps of no
+duration: all members of an epoch vote; if all are armed for the same next epoch they switch, else
+each publishes a token of every sequence it runs; a step may be torn, so that some have done that
+and others have not.
 
 What must hold, looked at whenever it could break (`Violation`):
 - the members of an epoch run it, all of them with the same plan, and no older one after it;
@@ -31,6 +32,7 @@ wait;
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import heapq
 import logging
@@ -45,11 +47,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from flexpert.cluster.admission import Admission
+from flexpert.cluster.balance_policy import Gain
+from flexpert.cluster.balancer import Plan
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.membership import Phase
 from flexpert.cluster.memory_budget import MemoryBudget
+from flexpert.cluster.operation import Operation
 from flexpert.cluster.processes.rank_process import BEATS
 from flexpert.cluster.saved_state import Purpose, SavedCluster, SavedOperation
 from flexpert.cluster.views import ClusterEvent, Delta
@@ -116,6 +121,7 @@ class Simulation(Network):
         self.adopting: list[tuple[SimRank, bytes]] = []  # told to take KV, has not heard it
         self.hostile = seed % 4 == 3
         self.evil = random.Random(seed)  # of its own: other histories stay what they are
+        self.mover = random.Random(~seed)
         self.disconnects = seed % 8 in (
             2,
             6,
@@ -176,8 +182,8 @@ class Simulation(Network):
             raise Violation(f"epoch {plan.epoch}: ranks are on {there}, not {plan.machines}")
         cluster = self.coordinator._cluster
         spread = cluster.membership.phase is Phase.LOAD and cluster.operation
-        if not spread or spread.purpose is Purpose.RELOAD:
-            return  # after a loss only what is lost is loaded
+        if not spread or spread.purpose in (Purpose.RELOAD, Purpose.REBALANCE):
+            return  # after a loss only what is lost is loaded; `rebalance` moves at random
         fullest = max(Counter(there.values()).values())
         if self.config.cluster.redundant_experts < 5 or 2 * fullest > len(there):
             return
@@ -554,6 +560,25 @@ class Simulation(Network):
         except (OperationConflict, OperationRefused):
             pass
 
+    def rebalance(self) -> None:
+        """Ranks exchange what they hold, at random: where it leads does not matter here."""
+        coordinator = self.coordinator
+        before = coordinator._cluster.placement
+        if before is None:
+            return
+        ranks = before.ranks
+        given = dict(zip(ranks, self.mover.sample(ranks, len(ranks)), strict=True))
+        layers = [{rank: held[given[rank]] for rank in ranks} for held in before.layers]
+        gain = Gain(1.0, 0.5)
+        plan = Plan(Placement(before.experts, layers), 1, gain, gain, 0.0, whole=True)
+
+        def begin(operation: Operation) -> None:
+            coordinator._balancer._begin(operation, plan, self.clock)
+            self.note("rebalance")
+
+        with contextlib.suppress(OperationConflict, OperationRefused):
+            coordinator._operations.rebalance(begin)
+
     # ---- faults ---------------------------------------------------------------------------------
 
     def fault(self) -> None:
@@ -661,6 +686,10 @@ class Simulation(Network):
             while at < TROUBLE_S:
                 self.call(0.5 + at, action)
                 at += self.draw.expovariate(1 / mean)
+        at = self.mover.expovariate(1 / 1.5)
+        while at < TROUBLE_S:
+            self.call(0.5 + at, self.rebalance)
+            at += self.mover.expovariate(1 / 1.5)
         at = self.evil.expovariate(1 / 2.0)
         while self.hostile and at < TROUBLE_S:
             self.call(0.5 + at, self.lie)
@@ -736,6 +765,13 @@ class SmallRanks(MemoryBudget):
     def check_free(self, needs: dict[int, int]) -> None:
         return None
 
+    @property
+    def expert_bytes(self) -> int:
+        return 1
+
+    def check_moves(self, experts: int) -> None:
+        return None
+
 
 # What happens in the head's process.
 HEADS = {
@@ -747,6 +783,7 @@ HEADS = {
     Simulation.ask,
     Simulation.give_up,
     Simulation.change,
+    Simulation.rebalance,
 }
 
 

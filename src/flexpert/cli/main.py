@@ -20,6 +20,7 @@ from flexpert.cli import (
     bench_hostile,
     bench_load,
     bench_prefix,
+    bench_rebalance,
     bench_serve,
     bench_state_dir,
     bench_structured,
@@ -145,6 +146,7 @@ add_command(
 add_command(bench, "state-dir", bench_state_dir.bench_state_dir, bench_state_dir.STATE_DIR_EXAMPLES)
 add_command(bench, "transport", bench_transport.bench_transport, bench_transport.TRANSPORT_EXAMPLES)
 add_command(bench, "hostile", bench_hostile.bench_hostile, bench_hostile.EXAMPLES)
+add_command(bench, "rebalance", bench_rebalance.bench_rebalance, bench_rebalance.EXAMPLES)
 add_command(bench, "load", bench_load.bench_load, bench_load.EXAMPLES)
 add_command(bench, "layer", bench_gpu.bench_layer, bench_gpu.LAYER_EXAMPLES)
 add_command(bench, "decode", bench_gpu.bench_decode, bench_gpu.DECODE_EXAMPLES)

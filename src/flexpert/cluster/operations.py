@@ -95,6 +95,8 @@ class Operations:
         if operation_id is not None and (found := self.repeated(operation_id, request)):
             return found
         self._check_open()
+        if cluster.availability.down is not None:
+            raise OperationRefused(f"no step is taken now: {cluster.availability.down}")
         if cluster.reconciliation.state is not Activity.IDLE or cluster.operation:
             running = cluster.operation
             if running and running.request == request and operation_id is None:
