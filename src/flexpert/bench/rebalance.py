@@ -1,7 +1,7 @@
 """`flexpert bench rebalance`: what moving experts by their load gains, and what streams feel of it.
 
-Two services of the same skewed model, one with `--balance off` and one with `--balance auto`, get the
-same streams in turn. First the second one is left to find its placement, under streams: how long
+Two services of the same skewed model, one with `--balance off` and one with `--balance auto`, get
+the same streams in turn. First the second one is left to find its placement, under streams: how long
 their gaps are then is compared with those of the first, which nobody disturbs.
 """
 

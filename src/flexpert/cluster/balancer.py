@@ -226,10 +226,8 @@ class Balancer:
         cluster = self._cluster
         if cluster.placement is None:
             return False
-        recovery, ranks = cluster.expert_recovery, len(cluster.members)
-        wanted = recovery.experts + recovery.redundant_on(ranks)
-        wanted = min(wanted, ranks * recovery.experts)
-        return any(sum(map(len, held.values())) < wanted for held in cluster.placement.layers)
+        ranks = len(cluster.members)
+        return cluster.expert_recovery.under_replicated(cluster.placement, ranks) > 0
 
     # ---- plans ------------------------------------------------------------------------------
 

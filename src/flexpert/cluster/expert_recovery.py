@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 from flexpert.moe.expert_loads import ExpertLoads
 from flexpert.moe.placement import Placement, copies_of, cover, keep, replan
+
+_LEAST_REPLICAS = 2  # of each expert, if there is room for that: see `replan`
 
 Fits = Callable[[Placement], bool]
 
@@ -90,11 +94,21 @@ class ExpertRecovery:
         return keep(previous, ranks) if whole is None and self.degrade and previous else whole
 
     def under_replicated(self, placement: Placement, ranks: int) -> int:
-        """How many experts, over all layers, fewer ranks hold than asked for among `ranks`."""
-        redundant = self.redundant_on(ranks)
-        if not redundant:
-            return 0
-        return placement.thinner_than(copies_of(self.experts, redundant, ranks))
+        """How many experts, over all layers, fewer ranks hold than asked for among `ranks`; those
+        that nobody holds are not among them.
+
+        Which ones have more replicas than others is decided by their load: of each only as many are
+        asked for as all can have, and of all together as many as there shall be.
+        """
+        wanted = sum(copies_of(self.experts, self.redundant_on(ranks), ranks))
+        least = min(_LEAST_REPLICAS, wanted // self.experts)
+        lacking = 0
+        for layer in placement.layers:
+            held = Counter(chain.from_iterable(layer.values()))
+            thin = sum(count < least for count in held.values())
+            lost = self.experts - len(held)
+            lacking += max(thin, min(len(held), wanted - least * lost - held.total()))
+        return lacking
 
     def _choices(
         self,
