@@ -1,8 +1,8 @@
-"""`flexpert bench rebalance`: what moving experts by their load gains, and what streams feel of it.
+"""`flexpert bench rebalance`: what moving experts by their load gains, and what streams feel.
 
 Two services of the same skewed model, one with `--balance off` and one with `--balance auto`, get
-the same streams in turn. First the second one is left to find its placement, under streams: how long
-their gaps are then is compared with those of the first, which nobody disturbs.
+the same streams in turn. First the second one is left to find its placement, under streams: their
+gaps then are compared with those before.
 """
 
 from __future__ import annotations
