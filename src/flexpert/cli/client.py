@@ -11,7 +11,7 @@ import httpx
 import msgspec
 
 from flexpert.cli.options import DEFAULT_URL
-from flexpert.cluster.views import ClusterView, OperationView, RebalanceView
+from flexpert.cluster.views import ChangePreview, ClusterView, OperationView, RebalanceView
 from flexpert.errors import FlexpertError
 
 _MOST_BYTES = 64 * 2**20  # of an answer, or of one event of a stream
@@ -96,6 +96,26 @@ class Client:
 
     def proposed_rebalance(self) -> RebalanceView:
         return self._decode(self._send("GET", "/cluster/balance"), RebalanceView)
+
+    def preview(self, body: dict[str, Any]) -> ChangePreview:
+        """What that change would move."""
+        data = self._send("POST", "/cluster/operations", {**body, "dry_run": True})
+        return self._decode(data, ChangePreview)
+
+    def live(self) -> Iterator[tuple[str, bytes]]:
+        """Name and data of each event of `GET /cluster/stream`, until the service ends it."""
+        try:
+            with self._http.stream("GET", "/cluster/stream") as response:
+                if response.status_code >= 400:
+                    self._check(response, self._read(response))
+                name = ""
+                for line in self._lines(response):
+                    if line.startswith(b"event: "):
+                        name = line[7:].decode(errors="replace")
+                    elif line.startswith(b"data: "):
+                        yield name, line[6:]
+        except _REFUSED as error:
+            raise self._unreachable(error) from None
 
     def operation(self, operation_id: str) -> OperationView:
         data = self._send("GET", f"/cluster/operations/{operation_id}")

@@ -32,6 +32,7 @@ SCALE_EXAMPLES = (
     "flexpert scale --add 1",
     "flexpert scale --remove 1 3",
     "flexpert scale --add 1 --remove 1   # a newcomer takes over",
+    "flexpert scale 4 --dry-run          # what would move",
     "flexpert scale --cancel op-1a2b3c4d",
     "Exit status: 0 done, 1 failed or refused, 2 wrong usage, 3 cancelled",
 )
@@ -49,6 +50,9 @@ def scale(
     cancel: Annotated[
         str | None, typer.Option(metavar="ID", help="Undo a change that is being prepared.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would move; nothing begins.")
+    ] = False,
     json_: Json = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
@@ -58,17 +62,20 @@ def scale(
 
     Repeating the command while the change runs follows the same change.
     """
-    from flexpert.cli.scale import operation_body, print_operation, run_scale
+    from flexpert.cli.scale import operation_body, print_operation, print_preview, run_scale
 
     console = make_console()
     if cancel is not None:
-        if ranks is not None or add or remove:
+        if ranks is not None or add or remove or dry_run:
             raise ConfigError("--cancel stands alone")
         with connect(url, api_key, ca_file) as client:
             print_operation(console, client.cancel(cancel), as_json=json_)
         return
     body = operation_body(ranks, add, remove or [])
     with connect(url, api_key, ca_file) as client:
+        if dry_run:
+            print_preview(console, client.preview(body), as_json=json_)
+            return
         raise typer.Exit(run_scale(client, body, console=console, wait=wait, as_json=json_))
 
 
@@ -93,6 +100,30 @@ def status(
 
     with connect(url, api_key, ca_file) as client:
         run_status(client, console=make_console(), watch=watch, as_json=json_)
+
+
+TOP_EXAMPLES = (
+    "flexpert top",
+    "flexpert top --url http://head:8000",
+    "flexpert top --once --json",
+)
+
+
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Show it once, as it is now.")] = False,
+    json_: Json = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+) -> None:
+    """Watch ranks, throughput, latency and changes, live; Ctrl-C ends it.
+
+    A browser shows more of it at the service's address.
+    """
+    from flexpert.cli.top import run_top
+
+    with connect(url, api_key, ca_file) as client:
+        run_top(client, console=make_console(), once=once, as_json=json_)
 
 
 CHAT_EXAMPLES = (

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.live import Live
 
 from flexpert.cli.command import Command
-from flexpert.cluster.formatting import describe_change, outcome_line
-from flexpert.cluster.views import OperationView
+from flexpert.cluster.formatting import describe_change, describe_preview, outcome_line
+from flexpert.cluster.views import ChangePreview, OperationView
 from flexpert.display.render import operation_table, phase_line
 from flexpert.errors import ConfigError
 
@@ -133,6 +133,16 @@ def print_operation(console: Console, operation: OperationView, *, as_json: bool
         return
     line = f"{operation.id}: {describe_change(operation)}: {operation.state}"
     console.print(line, soft_wrap=True)
+
+
+def print_preview(console: Console, preview: ChangePreview, *, as_json: bool) -> None:
+    """What a change would move."""
+    if as_json:
+        text = msgspec.json.encode(preview).decode()
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+        return
+    for line in describe_preview(preview):
+        console.print(line, soft_wrap=True)
 
 
 def is_over(operation: OperationView) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from flexpert.cluster.views import OperationView
+from flexpert.cluster.views import ChangePreview, OperationView
 
 if TYPE_CHECKING:
     from flexpert.engine.rank_protocol import Memory
@@ -26,6 +26,27 @@ def describe_change(operation: OperationView) -> str:
     if not parts and operation.moved_experts:
         parts.append(f"move {operation.moved_experts} experts")
     return f"{', '.join(parts) or 'nothing to change'} → ranks {ids(operation.target)}"
+
+
+def describe_preview(preview: ChangePreview) -> list[str]:
+    """What a change would move, in lines."""
+    if not (preview.add or preview.remove or preview.moved_experts):
+        return ["nothing would change"]
+    parts = []
+    if preview.add:
+        parts.append(f"{ids(preview.add)} would join")
+    if preview.remove:
+        parts.append(f"{ids(preview.remove)} would leave")
+    lines = [f"{', '.join(parts) or 'experts would move'} → ranks {ids(preview.target)}"]
+    if preview.moved_experts:
+        most = max(preview.experts_to_load, key=lambda rank: preview.experts_to_load[rank])
+        lines.append(
+            f"{preview.moved_experts} experts to load, {mib(preview.moved_bytes)}; "
+            f"the most on rank {most}: {preview.experts_to_load[most]}"
+        )
+    if preview.remove:
+        lines.append(f"{preview.moved_requests} requests to move")
+    return lines
 
 
 def outcome_line(operation: OperationView) -> str:

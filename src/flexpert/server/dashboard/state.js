@@ -3,6 +3,7 @@
 const MOST_HISTORY = 900;
 const MOST_KEPT = 96;
 const RUNNING = new Set(["preparing", "committing"]);
+const OVER = new Set(["done", "failed", "cancelled"]);
 
 export class State {
   constructor() {
@@ -39,7 +40,9 @@ export class State {
       this.events.push(data);
       if (this.events.length > MOST_KEPT) this.events.shift();
     }
-    if (this.cluster.operation) this.operations.set(this.cluster.operation.id, this.cluster.operation);
+    // the view may be older than what was told of its operation meanwhile
+    const shown = name === "snapshot" || name === "change" ? data.cluster.operation : null;
+    if (shown && !OVER.has(this.operations.get(shown.id)?.state)) this.operations.set(shown.id, shown);
     return true;
   }
 
