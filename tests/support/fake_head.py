@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.processes.transport import ChildLink
 from flexpert.cluster.views import (
+    BalanceView,
     ChangePreview,
     ClusterEvent,
     ClusterView,
@@ -32,6 +33,7 @@ from flexpert.cluster.views import (
     PlacementView,
     RankView,
     Readiness,
+    RebalanceView,
     ServiceState,
 )
 from flexpert.config import Config
@@ -354,6 +356,12 @@ class FakeHead:
             moved_bytes=8000 * len(joining),
             experts_to_load=dict.fromkeys(joining, 8),
         )
+
+    def rebalance(self, operation_id: str | None = None) -> OperationView:
+        return self.begin_operation(ranks=len(self.ranks), operation_id=operation_id)
+
+    def proposed_rebalance(self) -> RebalanceView:
+        return RebalanceView(balance=BalanceView())
 
     def operations(self) -> list[OperationView]:
         return list(self._operations.values())
