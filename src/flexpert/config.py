@@ -288,6 +288,11 @@ class ClusterConfig(_Section):
     resume: bool = Field(
         False, description="go on with the ranks and requests of the service in --state-dir, if any"
     )
+    takeover: bool = Field(
+        False,
+        description="take ranks, requests and port over from the head that runs with --state-dir, "
+        "and let it go: an upgrade without an outage",
+    )
     orphan_timeout: Seconds = Field(
         60.0, gt=0, description="with --state-dir: how long ranks without a head wait for one"
     )
@@ -389,6 +394,12 @@ class ClusterConfig(_Section):
     def _can_be_resumed(self) -> ClusterConfig:
         if self.resume and self.state_dir is None:
             raise ValueError("resume needs the directory of the service: --state-dir DIR")
+        if self.takeover and self.state_dir is None:
+            raise ValueError("takeover needs the directory of the running head: --state-dir DIR")
+        if self.takeover and self.resume:
+            raise ValueError(
+                "takeover is for a head that runs, resume for one that has ended: leave one out"
+            )
         if self.state_dir is not None and self.launcher == "ray":
             raise ValueError(
                 "state_dir cannot be had with launcher=ray: Ray ends what a job has started with "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from flexpert.cluster.handover.messages import ServiceHandedOver
 from flexpert.errors import Overloaded
 from flexpert.forking.framing import Piece
 from flexpert.frontend.request_limits import RequestLimits
@@ -198,5 +199,18 @@ def test_while_a_worker_does_not_come_up_the_service_says_so(
         assert not owner.impaired
         owner.helpers[0].answer("x")
         assert await turn == Rendered(b"x")
+
+    asyncio.run(scenario())
+
+
+def test_bodies_that_are_not_prepared_when_another_head_goes_on_are_its_own() -> None:
+    async def scenario() -> None:
+        _, workers = make()
+        asked = [ask(workers, b"runs"), ask(workers, b"waits")]
+        await asyncio.sleep(0.02)
+        workers.hand_over()
+        asked.append(ask(workers, b"comes later"))
+        ends = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 2)
+        assert [type(end) for end in ends] == [ServiceHandedOver] * 3
 
     asyncio.run(scenario())

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
@@ -102,6 +103,18 @@ def test_a_signal_lets_running_requests_finish(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert "stopping" in beside.output
     assert beside.output.rstrip().endswith("stopped")
+
+
+def test_a_supervisor_is_told_which_process_serves(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+        supervisor.bind(str(tmp_path / "notify"))
+        supervisor.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        assert Beside(capsys, lambda url: ask_to_stop(signal.SIGTERM)()).serve() == 0
+        assert supervisor.recv(100) == f"READY=1\nMAINPID={os.getpid()}".encode()
+        assert supervisor.recv(100) == b"STOPPING=1"
 
 
 def test_the_garbage_collector_does_not_hold_up_streams(

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from flexpert.cluster.handover.succession import Succession
 from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.processes.transport import ChildLink
 from flexpert.cluster.views import (
@@ -254,6 +255,9 @@ class FakeHead:
         self.epoch = 1
         self.stops = 0
         self.opened = asyncio.Event()
+        self.can_fork = asyncio.Event()
+        self.can_fork.set()
+        self.succession = Succession(self.config, self)
         self._stopped = asyncio.Event()
         self._operations: dict[str, OperationView] = {}
         self._over: dict[str, asyncio.Event] = {}

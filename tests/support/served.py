@@ -101,10 +101,12 @@ def served(
     stderr: int | IO[bytes] | None = None,
     key: str | None = None,
     port: int | None = None,
+    ready: bool = True,
 ) -> Iterator[Served]:
     """It serves the embedded model on two ranks. prefix: a command that starts another.
 
     environment: beside what it needs. port: default: a free one. stdout, stderr: default: its log.
+    ready: it is waited for.
     """
     port = port or free_port()
     with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +132,8 @@ def served(
         headers = {"authorization": f"Bearer {key}"} if key else {}
         service = Served(process, f"http://127.0.0.1:{port}", log, headers)
         try:
-            wait_until_ready(service)
+            if ready:
+                wait_until_ready(service)
             yield service
         finally:
             service.process.terminate()

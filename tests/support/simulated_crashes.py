@@ -3,6 +3,7 @@
 A disk has what was written at once, and what was noted a batch ago; the rest is lost with the head.
 Ranks go on alone, and keep what they have published until it is written. The next head takes them
 over as in life (`RankTakeover`, `resumption`), and clients ask again for what they have not got.
+Some hand over instead: then all is on the disk, and another head is there at once.
 What must hold besides: no request is lost, no token that somebody has is taken back while the rank
 that said it lives, and no operation is forgotten.
 """
@@ -29,6 +30,7 @@ BATCH_S = 0.05
 ATTACH_S = 5.0
 MOST_EVENTS_BETWEEN = 150  # of the head, from its beginning to its crash
 MOST_CRASHES = 3
+HANDED = 0.3  # of the heads
 
 
 class CrashingSimulation(Simulation):
@@ -39,6 +41,8 @@ class CrashingSimulation(Simulation):
         self.hostile, self.machines = False, ()  # what quarantine knows ends with a head
         self.config = CONFIGS[seed % len(CONFIGS)]
         self.fate = random.Random(seed)
+        self.ways = random.Random(seed + 1)  # apart, so that fates stay what they were
+        self.handed = False  # by the head before
         self.heads = 0
         self.away = False
         self.takeover: RankTakeover | None = None
@@ -117,12 +121,16 @@ class CrashingSimulation(Simulation):
             self.crash()
 
     def crash(self) -> None:
-        self.note("the head ends")
+        self.handed = self.ways.random() < HANDED
+        self.note("the head hands over" if self.handed else "the head ends")
+        for write in self.pending if self.handed else []:
+            write()
         self.away, self.deaf_until, self.quiet = True, self.clock, False
         self.pending, self.counts = [], {}
         self.heads += 1
         self.crash_in = self.fate.randint(1, MOST_EVENTS_BETWEEN)
-        self.call(3.0 * self.fate.random() ** 2, self.resume)
+        away_s = 3.0 * self.fate.random() ** 2
+        self.call(away_s / 50 if self.handed else away_s, self.resume)
 
     def resume(self) -> None:
         self.note("another head begins")
@@ -178,6 +186,8 @@ class CrashingSimulation(Simulation):
         for name in list(self.open):
             entry = known.pop(name, None)
             if entry is None:
+                if self.handed:
+                    raise Violation(f"request {name} is lost in a takeover")
                 self.ask_anew(name)
                 continue
             had, self.answers[name] = self.answers[name], []
@@ -185,7 +195,7 @@ class CrashingSimulation(Simulation):
             while name in self.open and not entry.stream._queue.empty():
                 self.receive(name, entry.stream._queue.get_nowait())
             has = self.answers[name]
-            if has[: len(had)] != had and len(has) >= len(had):
+            if has[: len(had)] != had and (len(has) >= len(had) or self.handed):
                 raise Violation(f"request {name} had {had}, now {has}")
             entry.stream.put = lambda item, name=name: self.receive(name, item)  # type: ignore[method-assign]
         for name, entry in known.items():  # nobody comes back for them

@@ -22,6 +22,9 @@ from flexpert.cluster.end_tokens import with_end_tokens
 from flexpert.cluster.expert_cache_manager import ExpertCacheManager
 from flexpert.cluster.formatting import describe_memory
 from flexpert.cluster.generation_defaults import sampling_defaults
+from flexpert.cluster.handover.messages import ServiceHandedOver
+from flexpert.cluster.handover.running_head import RunningHead
+from flexpert.cluster.handover.succession import Succession
 from flexpert.cluster.head_state import Everything, HeadState, UnclaimedAnswers
 from flexpert.cluster.hosts.host_ranks import HostRanks
 from flexpert.cluster.interfaces import Work
@@ -90,6 +93,9 @@ class Head:
     fork_server: one that was started before the head's own imports, for `start` to take; who
     started it ends it if `start` does not come so far.
     state: the directory that the settings name, locked; default: it is locked by `start`.
+    running: a head from which this one is to take over.
+    succession: how another head takes over from this one.
+    can_fork: set when processes can be started.
     info, tokenizer, model_name: of the model; set by `start`. tokenizer: None if the settings leave
     it out. opened: they are there, and ranks are
     being started.
@@ -109,12 +115,17 @@ class Head:
         *,
         fork_server: EarlyForkServer | None = None,
         state: StateDirectory | None = None,
+        running: RunningHead | None = None,
     ) -> None:
         self.config = config
+        self._running = running
+        self.succession = Succession(config, self)
+        self.can_fork = asyncio.Event()
         self._directory = state
         self._state: HeadState | None = None
         self._takeover: RankTakeover | None = None
         self._taking_over = False
+        self._continues = False  # from a head that has told its events
         self._unclaimed = UnclaimedAnswers(self._forget)
         self._published: Counter[int] = Counter()  # reports of tokens, of each rank's process
         self._early = fork_server
@@ -173,43 +184,35 @@ class Head:
         watch = Stopwatch()
         watch.laps["before"] = time.monotonic() - began
         try:
+            ahead = await self._take_from_running(tell) if self._running else None
             saved = await asyncio.to_thread(self._open_state)
             self._taking_over = saved is not None
-            await asyncio.to_thread(check_device, self.config.engine)
+            if ahead is None:
+                await asyncio.to_thread(check_device, self.config.engine)
             await self._hosts.connect(tell)
             directory = self._state.directory if self._state and saved else None
             if directory is not None and not directory.ranks_wait:
                 directory = None
             how = "taking its ranks over" if directory else "starting the fork server"
-            tell(f"opening model {self.config.model.model!r}, {how}")
+            if ahead is None:
+                tell(f"opening model {self.config.model.model!r}, {how}")
             self._transport = Transport(self._on_report, self._on_cut_off, self._on_disconnected)
             self._launcher = LocalLauncher(self._on_exit, self._early)
             timeout_s = self.config.cluster.start_timeout
             source, living = await asyncio.gather(
-                asyncio.to_thread(open_source, self.config),
+                asyncio.to_thread(open_source, self.config) if ahead is None else _given(ahead),
                 self._launcher.take_over(self.config, directory.connect, timeout_s)
                 if directory
                 else self._launcher.start(self.config, timeout_s),
             )
             watch.lap("model and fork server")
-            self.info, engine = source.info, self.config.engine
-            caches = RankCaches(
-                kv_blocks(self.info, engine),
-                engine.kv_block_size,
-                min(engine.max_running, engine.max_tokens_per_step),
-                engine.prefix_cache,
-            )
-            self._router.set_caches(caches)
-            self._journal.kv_tokens = caches.blocks * caches.block_size
-            wanted = self.config.model.generation_config
-            self.sampling_defaults = sampling_defaults(source.path, wanted)
-            tokenizer = asyncio.create_task(asyncio.to_thread(self._tokenizer_of, source))
-            self.model_name = self.config.model.served_name or self.info.name
-            driver = await asyncio.to_thread(self._gpu_driver, tell)
-            budget = self._budget = MemoryBudget(self.config, source, driver)
-            budget.held = lambda: self._spares.held
-            budget.elsewhere = self._hosts.free_memory
-            self._coordinator = Coordinator(self.config, source, self, budget)
+            self.can_fork.set()
+            opening = None
+            if ahead is None:
+                self._know(source)
+                opening = asyncio.create_task(self._open_tokenizer(source))
+                await self._make_coordinator(source, tell)
+            assert self._coordinator is not None
             ranks = self.config.cluster.ranks
             if self._hosts.starts_all:
                 await self._hosts.listen(source, tell)
@@ -224,8 +227,8 @@ class Head:
                 await self._take_over(saved, saved.cluster, living or frozenset())
             else:
                 first = self._coordinator.begin_first(ranks)
-            self.tokenizer = await tokenizer
-            self.info = with_end_tokens(self.info, self.tokenizer)
+            if opening is not None:
+                await opening
             self.opened.set()
             done = await self.wait_operation(first.id) if first else None
             if done and done.state != "done":
@@ -245,7 +248,62 @@ class Head:
             memory = describe_memory(*self._coordinator.memory(rank.id))
             if memory:
                 tell(f"rank {rank.id} (pid {rank.pid}): {memory}")
+        if self._state is not None:
+            try:
+                self.succession.open(self._state)
+            except OSError as error:
+                log.warning("no other head will be able to take over: %s", error.strerror)
         tell(f"serving after {time.monotonic() - began:.1f} s")
+
+    def _know(self, source: ModelSource) -> None:
+        """What the head itself needs of a model."""
+        self.info, engine = source.info, self.config.engine
+        caches = RankCaches(
+            kv_blocks(self.info, engine),
+            engine.kv_block_size,
+            min(engine.max_running, engine.max_tokens_per_step),
+            engine.prefix_cache,
+        )
+        self._router.set_caches(caches)
+        self._journal.kv_tokens = caches.blocks * caches.block_size
+        wanted = self.config.model.generation_config
+        self.sampling_defaults = sampling_defaults(source.path, wanted)
+        self.model_name = self.config.model.served_name or self.info.name
+
+    async def _open_tokenizer(self, source: ModelSource) -> None:
+        self.tokenizer = await asyncio.to_thread(self._tokenizer_of, source)
+        self.info = with_end_tokens(self.info, self.tokenizer)
+
+    async def _make_coordinator(self, source: ModelSource, tell: Callable[[str], None]) -> None:
+        driver = await asyncio.to_thread(self._gpu_driver, tell)
+        budget = self._budget = MemoryBudget(self.config, source, driver)
+        budget.held = lambda: self._spares.held
+        budget.elsewhere = self._hosts.free_memory
+        self._coordinator = Coordinator(self.config, source, self, budget)
+
+    async def _take_from_running(self, tell: Callable[[str], None]) -> ModelSource:
+        """All that can be done while the other head serves; then its service is this one's.
+
+        Raises: FlexpertError: that one goes on.
+        """
+        running = self._running
+        assert running is not None
+        await asyncio.to_thread(check_device, self.config.engine)
+        there = f"process {running.welcome.pid}, flexpert {running.welcome.version}"
+        tell(f"opening model {self.config.model.model!r}, while the head of {there} serves")
+        source = await asyncio.to_thread(open_source, self.config)
+        self._know(source)
+        await self._open_tokenizer(source)
+        await self._make_coordinator(source, tell)
+        self.opened.set()
+        await self.succession.application()
+        tell("ready to take over")
+        taken = await asyncio.to_thread(running.take, tell)
+        running.close()
+        self._directory = taken.directory
+        self._listeners.continue_from(taken.latest, taken.events)
+        self._continues = True
+        return source
 
     def _open_state(self) -> SavedState | None:
         """Raises: ConfigError, ModelError"""
@@ -276,7 +334,8 @@ class Head:
                 self._coordinator.leave_to_host(one.rank)
         takeover.begin(living | self._hosts.ids, worth_keeping(record), limit_s)
         await done.wait()
-        self._listeners.resume(record.events)
+        if not self._continues:
+            self._listeners.resume(record.events)
         journal, store = self._journal, self._state.store
         attached = takeover.attached
         entries, foreign = restore_requests(journal, saved.requests, attached, self._cancel)
@@ -367,10 +426,21 @@ class Head:
         """End everything, after running sequences had drain_s to finish. Idempotent."""
         self._serving = False
         async with self._stopping:
-            if not self._stopped:
+            if self.succession.handed.is_set():
+                await self._stop_following(drain_s)
+            elif not self._stopped:
                 await self._stop(drain_s)
 
+    async def _stop_following(self, drain_s: float) -> None:
+        """Another head has the service; here are only connections."""
+        deadline = time.monotonic() + drain_s
+        while self.succession.waits and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await self.succession.close(ServiceStopped("the service is stopping"), remove=False)
+
     async def _stop(self, drain_s: float) -> None:
+        if self._running is not None:
+            self._running.give_up()
         if self._taking_over:  # it has failed; the ranks wait for another head
             self._stopped = True
             self._hosts.leave()
@@ -392,6 +462,7 @@ class Head:
             self._coordinator.close()
         self._journal.fail_all(ServiceStopped("the service is stopping"))
         self._listeners.close()
+        await self.succession.close(ServiceStopped("the service is stopping"), remove=True)
         if self._coordinator and self._transport:
             for rank in self._coordinator.ranks():
                 self._transport.send(rank.id, msg.Stop())
@@ -440,6 +511,8 @@ class Head:
         Raises:
             RequestError, ContextOverflow, Overloaded, ServiceStopped
         """
+        if self.succession.handed.is_set():
+            raise ServiceHandedOver
         if not self._serving or self._coordinator is None:
             raise ServiceStopped("the service does not accept requests now")
         params = self._resolve(prompt, params)
@@ -475,8 +548,57 @@ class Head:
         return self._need_coordinator().admitting
 
     def _cancel(self, sequence_id: str) -> None:
-        if self._admission.cancel(sequence_id):
+        if self.succession.handed.is_set():
+            self._journal.close(sequence_id)
+            self.succession.follower.cancel(sequence_id)
+        elif self._admission.cancel(sequence_id):
             self.metrics.sequences.labels("cancelled").inc()
+
+    # ---- another head takes over ------------------------------------------------------------
+
+    @property
+    def changing(self) -> str | None:
+        """A change that is under way, or waits."""
+        coordinator = self._coordinator
+        if coordinator is None or coordinator.idle:
+            return None
+        running = coordinator.running
+        return f"operation {running.id} runs ({running.phase})" if running else "the ranks change"
+
+    def refusal(self) -> str | None:
+        """Why no other head could take over, or None."""
+        if self._state is None or not self._serving:
+            return "it starts or stops"
+        if self._hosts.starts_all or self.config.cluster.join_listen:
+            return "it has ranks of other hosts; end it, and start with --resume"
+        self._need_coordinator().save_all()  # all that was noted is written with it
+        failure = self._state.store.failure
+        return failure and f"its state cannot be written down: {failure}"
+
+    def freeze(self) -> tuple[dict[TokenStream, int], int, list[ClusterEvent]]:
+        """See `succession.Served`."""
+        assert self._launcher is not None
+        assert self._transport is not None
+        self._serving, self._stopped = False, True
+        self._transport.close()
+        self._need_coordinator().close()
+        self._journal.log = None
+        if self._cache:
+            self._cache.close()
+        self._spares.close()
+        self._launcher.leave()
+        latest, events = self._listeners.latest, self._listeners.kept
+        self._listeners.close()
+        unfinished = self._journal.unfinished()
+        return (
+            {stream: n for stream, n in unfinished.items() if stream.id not in self._unclaimed},
+            latest,
+            events,
+        )
+
+    def adopt(self, sequence_id: str) -> TokenStream | None:
+        """The answer of a sequence that was taken over, for who follows it."""
+        return self._unclaimed.take(sequence_id)
 
     # ---- the cluster ------------------------------------------------------------------------
 
@@ -605,7 +727,15 @@ class Head:
     async def wait_operation(self, operation_id: str) -> OperationView:
         """Until it is over."""
         operation = self._need_coordinator().operation(operation_id)
-        await operation.over.wait()
+        over = asyncio.ensure_future(operation.over.wait())
+        handed = asyncio.ensure_future(self.succession.handed.wait())
+        try:
+            await asyncio.wait((over, handed), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            over.cancel()
+            handed.cancel()
+        if not operation.over.is_set():
+            raise ServiceHandedOver
         return operation.view()
 
     def events(self, since: int | None = None) -> AsyncIterator[ClusterEvent]:
@@ -618,6 +748,8 @@ class Head:
         self._listeners.check(since)
 
     def _need_coordinator(self) -> Coordinator:
+        if self.succession.handed.is_set():
+            raise ServiceHandedOver
         if self._coordinator is None:
             raise ServiceStopped("the service is not up yet")
         return self._coordinator
@@ -936,3 +1068,7 @@ class Head:
     @property
     def _epoch(self) -> int:
         return self._coordinator.epoch if self._coordinator else 0
+
+
+async def _given(source: ModelSource) -> ModelSource:
+    return source

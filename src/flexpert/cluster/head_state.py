@@ -79,7 +79,7 @@ class HeadState:
 
     def _look(self, config: Config, settings: dict[str, object]) -> SavedState | None:
         directory = self.directory
-        if not config.cluster.resume:
+        if not (config.cluster.resume or config.cluster.takeover):
             if directory.ranks_wait:
                 raise ConfigError(
                     f"in cluster.state_dir {str(directory.path)!r} ranks wait for a head: take "
@@ -120,6 +120,10 @@ class HeadState:
         self._hosts = records
         self.store.hosts(records)
 
+    def finish(self) -> None:
+        """All that was noted is written; nothing more is. Waits for that."""
+        self.store.close(remove=False)
+
     def close(self, *, remove: bool) -> None:
         """remove: there is nothing left that could be resumed."""
         if self._timer is not None:
@@ -154,15 +158,29 @@ class HeadState:
 
 
 class UnclaimedAnswers:
-    """Answers of another head's requests, by the id that the client gave each; complete or not."""
+    """Answers of another head's requests, complete or not: for clients, by the id that each gave,
+    and for a head that was taken over, by the sequence's."""
 
     def __init__(self, forget: Callable[[str], None]) -> None:
         self._forget = forget
         self._found: dict[str, tuple[TokenStream, list[int], SamplingParams]] = {}
+        self._sequences: dict[str, str] = {}  # request → its latest sequence
 
     def add(self, stream: TokenStream, prompt: list[int], params: SamplingParams) -> None:
         """stream: all of the answer, from its beginning."""
-        self._found[stream.id.rpartition("-")[0]] = stream, prompt, params
+        self._found[stream.id] = stream, prompt, params
+        self._sequences[stream.id.rpartition("-")[0]] = stream.id
+
+    def __contains__(self, sequence_id: str) -> bool:
+        return sequence_id in self._found
+
+    def take(self, sequence_id: str) -> TokenStream | None:
+        """The answer of a sequence; None: it is not here."""
+        found = self._found.pop(sequence_id, None)
+        request_id = sequence_id.rpartition("-")[0]
+        if self._sequences.get(request_id) == sequence_id:
+            del self._sequences[request_id]
+        return found and found[0]
 
     def claim(
         self, request_id: str, prompt: list[int], params: SamplingParams
@@ -171,17 +189,17 @@ class UnclaimedAnswers:
 
         Raises: RequestError: it is another request.
         """
-        found = self._found.get(request_id)
-        if found is None:
+        sequence_id = self._sequences.get(request_id)
+        if sequence_id is None:
             return None
-        stream, asked, how = found
+        stream, asked, how = self._found[sequence_id]
         seedless = msgspec.structs.replace(how, seed=params.seed)
         if asked != prompt or seedless != params:
             raise RequestError(
                 f"request {request_id} was asked with another prompt or other parameters before "
                 "the head was started again; ask the same, or with another X-Request-Id"
             )
-        del self._found[request_id]
+        self.take(sequence_id)
         return stream
 
     def expire(self) -> None:
@@ -190,3 +208,4 @@ class UnclaimedAnswers:
             stream.cancel()
             self._forget(stream.id)
         self._found.clear()
+        self._sequences.clear()

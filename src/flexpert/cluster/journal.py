@@ -225,6 +225,10 @@ class Journal:
             found.append((entry.request, SavedRun(0, tokens, last)))
         return found
 
+    def unfinished(self) -> dict[TokenStream, int]:
+        """Every stream → how many tokens it has been given."""
+        return {entry.stream: len(entry.generated) for entry in self._entries.values()}
+
     def assign(self, entry: Entry, ranks: Iterable[int], computed: int = 0) -> int | None:
         """Give a sequence to one of these ranks. computed: tokens whose KV it brings along.
 

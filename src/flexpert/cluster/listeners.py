@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 import msgspec
 
@@ -34,6 +34,16 @@ class Listeners:
         """After another head, which had published so many, or a few more than it wrote down: what
         they were is not known here."""
         self.latest = latest + MOST_KEPT
+
+    def continue_from(self, latest: int, events: Iterable[ClusterEvent]) -> None:
+        """After a head that has told its latest events, and the number of the last."""
+        self.latest = latest
+        self._kept.extend(events)
+
+    @property
+    def kept(self) -> list[ClusterEvent]:
+        """The latest events, for another head."""
+        return list(self._kept)
 
     def check(self, since: int) -> None:
         """Raises: CursorLost: some of what came after that number is not known any more."""

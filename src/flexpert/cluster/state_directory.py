@@ -22,11 +22,14 @@ class StateDirectory:
     ranks_wait: whether, when it was taken, there were ranks that had lost their head. They are
     held from then on: their time to wait for one is not running.
 
+    Args:
+        lock: that another head has handed over.
+
     Raises:
         ConfigError: another has it, others could write there, or it cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, lock: int | None = None) -> None:
         self.path = path.absolute()
         self.database = self.path / _DATABASE
         self._held: socket.socket | None = None
@@ -39,7 +42,7 @@ class StateDirectory:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             there = self.path.stat()
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = _open_lock(self.path) if lock is None else lock
         except OSError as error:
             raise ConfigError(f"cluster.state_dir {str(path)!r}: {error.strerror}") from None
         try:
@@ -65,6 +68,26 @@ class StateDirectory:
                 "directory, or stop that one"
             ) from None
 
+    @staticmethod
+    def is_held(path: Path) -> bool:
+        """Whether a head has it now."""
+        try:
+            lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
+    @property
+    def lock(self) -> int:
+        """A descriptor of it, to be handed over."""
+        return self._lock
+
     def connect(self) -> socket.socket:
         """To the fork server of those ranks. Raises: OSError: there is none."""
         held, self._held = self._held, None
@@ -86,3 +109,8 @@ class StateDirectory:
         lock, self._lock = self._lock, -1
         if lock >= 0:
             os.close(lock)
+
+
+def _open_lock(path: Path) -> int:
+    """Raises: OSError"""
+    return os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

@@ -45,7 +45,7 @@ KEPT_S = 120.0  # an answer that is complete, for a client that has not got its 
 AGAIN_S = 10.0  # after a failure that follows others; sooner after the first ones
 _FIRST_AGAIN_S = 1.0
 _WAIT_S = 1.0  # for what is written before it is carried out
-_FORMAT = 2
+FORMAT = 2
 _SCHEMA = """
     CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
     CREATE TABLE operations (place INTEGER PRIMARY KEY, id TEXT UNIQUE, value BLOB);
@@ -281,7 +281,7 @@ class StateStore:
             # the system keeps what a killed process has written; without power there are no ranks
             connection.execute("PRAGMA synchronous = OFF")
             connection.executescript(_SCHEMA)
-            connection.execute(f"PRAGMA user_version = {_FORMAT}")
+            connection.execute(f"PRAGMA user_version = {FORMAT}")
             with connection:
                 connection.execute(_META, ("settings", self._settings))
         except BaseException:
@@ -374,9 +374,9 @@ def load(path: Path) -> SavedState | None:
     try:
         with contextlib.closing(sqlite3.connect(path)) as connection:
             (version,) = connection.execute("PRAGMA user_version").fetchone()
-            if version != _FORMAT:
+            if version != FORMAT:
                 raise ModelError(
-                    f"{path} has the format {version}, and this flexpert reads {_FORMAT}: resume "
+                    f"{path} has the format {version}, and this flexpert reads {FORMAT}: resume "
                     "with the version that wrote it, or start without --resume"
                 )
             meta = dict(connection.execute("SELECT name, value FROM meta"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
 from http import HTTPMethod
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
 import flexpert
+from flexpert.cluster.handover.messages import ServiceHandedOver
 from flexpert.cluster.views import Readiness
 from flexpert.errors import FlexpertError
 from flexpert.frontend.request_limits import RequestLimits
@@ -21,6 +23,7 @@ from flexpert.frontend.tools.answer_parser import parser_names
 from flexpert.server import fields, wire
 from flexpert.server.control import ControlRoutes
 from flexpert.server.dashboard_routes import PageRoute, dashboard_routes
+from flexpert.server.forwarding import BODY, ForwardedAnswer, hand_responses_over, keep_response
 from flexpert.server.gate import Gate
 from flexpert.server.http_errors import ApiError, api_error, validation_error
 from flexpert.server.http_metrics import ServerMetrics
@@ -60,7 +63,8 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
     app.state.preprocessors = _preprocessors(head)
     openai = OpenAIRoutes(head, metrics, app.state.preprocessors)
     app.include_router(openai.router)
-    app.include_router(ResponsesRoutes(openai).router)
+    responses = ResponsesRoutes(openai)
+    app.include_router(responses.router)
     app.include_router(MessagesRoutes(openai).router)
     app.state.feed = LiveFeed(head, metrics, app.state.closing)
     app.include_router(ControlRoutes(head, app.state.closing, app.state.feed).router)
@@ -79,6 +83,14 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
     for kind in (FlexpertError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
     app.add_exception_handler(ClientGone, _on_client_gone)
+    head.succession.on_handed.append(app.state.preprocessors.hand_over)
+    hand_responses_over(responses.stored, head.succession)
+    head.succession.serve_app(app, partial(keep_response, responses.stored))
+
+    async def on_handed_over(request: Request, error: Exception) -> Response:
+        return ForwardedAnswer(head.succession, request.scope.pop(BODY, []))
+
+    app.add_exception_handler(ServiceHandedOver, on_handed_over)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     return app
 

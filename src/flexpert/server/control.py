@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
+from flexpert.cluster.handover.messages import ServiceHandedOver
 from flexpert.cluster.views import ClusterEvent, OperationView
 from flexpert.errors import OperationError
 from flexpert.server import wire
@@ -160,7 +161,11 @@ class ControlRoutes:
         try:
             await asyncio.sleep(0)  # it listens before we look: nothing can fall in between
             if since is None:
-                yield event(wire.encode(self._head.cluster()), name="cluster")
+                try:
+                    view = self._head.cluster()
+                except ServiceHandedOver:
+                    return  # the client asks again, and comes to the head that goes on
+                yield event(wire.encode(view), name="cluster")
             else:
                 yield b": goes on\n\n"  # the client sees that it is listened to
             while True:

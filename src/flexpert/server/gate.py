@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flexpert.config import ServerConfig
 from flexpert.server import dashboard_files
+from flexpert.server.forwarding import BODY
 from flexpert.server.http_errors import ApiError
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.keys import BearerKeys, is_right
@@ -157,6 +158,7 @@ class _Body:
         self._receive = receive
         self._limit = limit
         self._received = 0
+        self._control = _is_control(scope["path"])
         self._declared = _header(scope, b"content-length")
         chunked = _header(scope, b"transfer-encoding")
         self.complete = not chunked and self._declared.strip(b"0") == b""
@@ -181,6 +183,8 @@ class _Body:
         if message["type"] != "http.request":
             return message
         self._received += len(message.get("body", b""))
+        if self._control:  # short; another head may have to answer it
+            self._scope.setdefault(BODY, []).append(message.get("body", b""))
         self.complete = not message.get("more_body", False)
         error = self._failure()
         if error is None and self._received > self._limit:

@@ -14,6 +14,7 @@ from flexpert.frontend.generation import Usage
 from flexpert.server import fields, wire
 from flexpert.server.answer_blocks import Block, BlockEvent
 from flexpert.server.block_answer import BlockAnswer, block_events, whole_answer
+from flexpert.server.forwarding import BODY
 from flexpert.server.http_errors import ApiError
 from flexpert.server.message_errors import message_error
 from flexpert.server.openai import OpenAIRoutes
@@ -58,6 +59,7 @@ class MessagesRoutes:
         shape = MessageShape(f"msg_{secrets.token_hex(12)}", self._api.model_name)
         generation = self._api.generation(asked, shape.id)
         await generation.submit()
+        request.scope.pop(BODY, None)
         headers = fields.header(asked.ignored)
         if asked.stream:
             events = block_events(generation, answer, shape)

@@ -21,6 +21,7 @@ from flexpert.frontend.token_ids import token_text
 from flexpert.server import fields, wire
 from flexpert.server.answer_place import AnswerPlace
 from flexpert.server.dialog_shape import DialogShape
+from flexpert.server.forwarding import BODY
 from flexpert.server.http_errors import api_error, unknown_model
 from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.preprocessing import Continues, Generate, Kind, Rendered
@@ -126,6 +127,7 @@ class OpenAIRoutes:
                 self._preprocessors.claim(len(piece), claimed)
                 claimed += len(piece)
                 _gather(pieces, piece)
+            request.scope[BODY] = pieces[:]  # should another head have to answer it
             run = self._preprocessors.run
             outcome = await unless_gone(request.receive, run(kind, pieces))
             if isinstance(outcome, Continues) and history is not None:
@@ -156,6 +158,7 @@ class OpenAIRoutes:
         generation = self.generation(asked, shape.id)
         # the head admits or refuses here, before anything is sent: a refusal has its own status
         await generation.submit()
+        request.scope.pop(BODY, None)
         headers = fields.header(asked.ignored)
         if asked.stream:
             place = self._place(request, generation)

@@ -13,6 +13,7 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from flexpert.cluster.handover.messages import ServiceHandedOver
 from flexpert.cluster.processes.helper import Helper, OnEnd, OnMessage
 from flexpert.errors import Overloaded
 from flexpert.forking.framing import Piece
@@ -82,6 +83,11 @@ class Preprocessors:
         for worker in self._workers:
             worker.close()
 
+    def hand_over(self) -> None:
+        """Another head goes on: bodies that are not prepared yet are its own."""
+        for worker in self._workers:
+            worker.hand_over()
+
     def claim(self, size: int, before: int) -> None:
         """Room for another piece of a body that is coming, and of which `before` bytes have come.
 
@@ -106,7 +112,9 @@ class Preprocessors:
     async def run(self, kind: Kind, pieces: Sequence[Piece]) -> Outcome:
         """What a body asks for. It is claimed by the caller.
 
-        Raises: ApiError: it is refused, or could not be prepared.
+        Raises:
+            ApiError: it is refused, or could not be prepared.
+            ServiceHandedOver
         """
         worker = self._workers[sum(map(len, pieces)) > SMALL_BODY]
         outcome = await worker.run(PreprocessTask(kind, pieces))
@@ -130,7 +138,7 @@ class _Worker:
         self._turn = asyncio.Lock()  # first come, first served
         self._helper: Helper | None = None
         self._answer: asyncio.Future[bytes] | None = None
-        self._closed = False
+        self._closed = self._handed = False
         self._retry: asyncio.Task[None] | None = None
 
     async def warm_up(self) -> None:
@@ -149,6 +157,13 @@ class _Worker:
             self._retry.cancel()
         if self._helper:
             self._helper.kill()
+
+    def hand_over(self) -> None:
+        self._handed = True
+        self.close()
+        self._helper = None  # its end will be told to nobody here
+        if self._answer and not self._answer.done():
+            self._answer.set_exception(_Ended("another head goes on"))
 
     def _start_later(self) -> None:
         """No body may come that would start it: who sees that we are not ready sends none."""
@@ -186,6 +201,8 @@ class _Worker:
                 code="request_too_costly",
             ) from None
         except _Ended as error:
+            if self._handed:
+                raise ServiceHandedOver from None
             log.error("a request could not be prepared: its worker ended (%s)", error)
             if str(error) == _OUT_OF_MEMORY:
                 raise ApiError(

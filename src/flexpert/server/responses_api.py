@@ -14,6 +14,7 @@ from flexpert.frontend.generation import Usage
 from flexpert.server import fields, wire
 from flexpert.server.answer_blocks import Block, BlockEvent, chat_message
 from flexpert.server.block_answer import BlockAnswer, block_events, whole_answer
+from flexpert.server.forwarding import BODY
 from flexpert.server.http_errors import ApiError
 from flexpert.server.openai import OpenAIRoutes
 from flexpert.server.preprocessing import Generate, Translated
@@ -59,7 +60,7 @@ class ResponsesRoutes:
 
     def __init__(self, api: OpenAIRoutes) -> None:
         self._api = api
-        self._stored = StoredResponses()
+        self.stored = self._stored = StoredResponses()
         self.router = APIRouter(tags=["openai"])
         add = self.router.add_api_route
         add("/v1/responses", self.create, methods=["POST"])
@@ -74,6 +75,7 @@ class ResponsesRoutes:
         shape = ResponseShape(key, self._api.model_name, asked, self._stored)
         generation = self._api.generation(asked, shape.id)
         await generation.submit()
+        request.scope.pop(BODY, None)
         headers = fields.header(asked.ignored)
         if asked.stream:
             events = block_events(generation, answer, shape)

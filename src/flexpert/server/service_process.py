@@ -6,6 +6,7 @@ import asyncio
 import gc
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import time
@@ -29,14 +30,17 @@ from flexpert.logs import start_logging
 from flexpert.server.autoscaling import AutoscaleTask
 from flexpert.server.console import LogHandler, complain, say
 from flexpert.server.descriptors import raise_limit
+from flexpert.server.forwarding import Forwarding
 from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.protocol import bounded_protocol
+from flexpert.server.supervisor import tell_supervisor
 from flexpert.server.tls import TlsFiles, tls_files
 from flexpert.stop_signals import STOP_SIGNALS, StopRequest
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from flexpert.cluster.handover.running_head import RunningHead
     from flexpert.cluster.head import Head
 
 log = logging.getLogger("flexpert.server")
@@ -47,6 +51,8 @@ EXIT_WRONG_SETTINGS = 2
 
 # Seconds. After a second Ctrl-C: for ranks to be terminated; they die with this process anyway.
 FORCED_STOP_S = 5.0
+
+_LOOK_S = 0.05  # between two looks at connections that are to end by themselves
 
 # Seconds that clients who do not read may hold up the end, after all answers are there.
 UNREAD_S = 2
@@ -70,13 +76,18 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
         keys = read_keys(config.server)
         tls = tls_files(config.server)
         _autoscaler(config)  # for what is wrong with it
-        listener = bind(config.server, keys)
+        running = _running_head(config) if config.cluster.takeover else None
+        listener = _taken_listener(config, keys, running) or bind(config.server, keys)
     except ConfigError as error:
         complain(f"flexpert: {error}")
         return EXIT_WRONG_SETTINGS
     with listener:
         if head is not None:
             return _run(config, head, listener, keys, tls)
+        if running is not None:
+            from flexpert.cluster.head import Head  # the fork server is there
+
+            return _run(config, partial(Head, running=running), listener, keys, tls)
         try:
             state = StateDirectory(config.cluster.state_dir) if config.cluster.state_dir else None
         except ConfigError as error:
@@ -148,6 +159,33 @@ def _autoscaler(config: Config) -> Autoscaler | None:
     return Autoscaler(goals)
 
 
+def _running_head(config: Config) -> RunningHead:
+    """Which is to be taken over. Raises: ConfigError"""
+    from flexpert.cluster.handover.running_head import RunningHead
+    from flexpert.cluster.head_state import settings_of_ranks
+    from flexpert.cluster.state_store import FORMAT
+
+    assert config.cluster.state_dir is not None
+    return RunningHead(config.cluster.state_dir, settings_of_ranks(config), FORMAT)
+
+
+def _taken_listener(
+    config: Config, keys: BearerKeys, running: RunningHead | None
+) -> socket.socket | None:
+    """The running head's, if it is where these settings say: who connects sees no difference.
+
+    Raises: ConfigError
+    """
+    if running is None or running.listener is None:
+        return None
+    if not running.is_on(config.server.host, config.server.port):
+        running.listener.close()
+        return None
+    _check_keys(config.server, keys, str(running.listener.getsockname()[0]))
+    running.listener.setblocking(False)
+    return running.listener
+
+
 def bind(config: ServerConfig, keys: BearerKeys | None = None) -> socket.socket:
     """A listening socket.
 
@@ -164,13 +202,11 @@ def bind(config: ServerConfig, keys: BearerKeys | None = None) -> socket.socket:
         raise ConfigError(f"server.host {config.host!r}: {error.strerror}") from None
     except UnicodeError:  # a part of it is empty, or too long
         raise ConfigError(f"server.host {config.host!r} is no name of a machine") from None
-    if not (config.insecure or (keys and keys.api) or _is_loopback(str(address[0]))):
+    try:
+        _check_keys(config, keys, str(address[0]))
+    except ConfigError:
         listener.close()
-        raise ConfigError(
-            f"server.host {config.host!r} can be reached from other machines, and no key is asked "
-            "for: give one with --api-key-file or FLEXPERT_SERVER__API_KEY, or, if everybody "
-            "there may use and scale this service, say so with --insecure"
-        )
+        raise
     try:
         # ports of connections that ended a minute ago may be taken again
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -184,6 +220,16 @@ def bind(config: ServerConfig, keys: BearerKeys | None = None) -> socket.socket:
         ) from None
     listener.setblocking(False)
     return listener
+
+
+def _check_keys(config: ServerConfig, keys: BearerKeys | None, address: str) -> None:
+    """Raises: ConfigError: other machines could reach it, and need no key."""
+    if not (config.insecure or (keys and keys.api) or _is_loopback(address)):
+        raise ConfigError(
+            f"server.host {config.host!r} can be reached from other machines, and no key is asked "
+            "for: give one with --api-key-file or FLEXPERT_SERVER__API_KEY, or, if everybody "
+            "there may use and scale this service, say so with --insecure"
+        )
 
 
 def _is_loopback(address: str) -> bool:
@@ -264,6 +310,7 @@ class _Service:
     async def _started(self) -> bool:
         """The head serves; False: a signal came first."""
         self._head.on_failure = self._on_failure
+        self._head.succession.listener = self._listener
         start = asyncio.ensure_future(self._head.start(say))
         asked = asyncio.ensure_future(self._asked.wait())
         opened = asyncio.ensure_future(self._head.opened.wait())
@@ -272,7 +319,7 @@ class _Service:
         opened.cancel()
         if self._head.opened.is_set():  # while ranks come up
             self._app = self._create_app(self._head, self._keys)
-            self._preparing = asyncio.ensure_future(self._app.state.preprocessors.start())
+            self._preparing = asyncio.ensure_future(self._prepare(self._app))
         await asyncio.wait((start, asked), return_when=first)
         asked.cancel()
         if start.done():
@@ -283,6 +330,10 @@ class _Service:
         await asyncio.wait((start,), timeout=FORCED_STOP_S)
         return False
 
+    async def _prepare(self, app: FastAPI) -> None:
+        await self._head.can_fork.wait()
+        await app.state.preprocessors.start()
+
     async def _serve(self) -> None:
         app, preparing = self._app, self._preparing
         assert app is not None
@@ -290,7 +341,7 @@ class _Service:
         level = self._config.server.log_level
         ranks = self._config.cluster
         settings = uvicorn.Config(
-            app,
+            Forwarding(app, self._head.succession),
             http=bounded_protocol(self._config.server, app.state.metrics.refused),
             ws="none",
             lifespan="off",
@@ -316,15 +367,28 @@ class _Service:
             f"{self._head.model_name} on {ranks.ranks} of at most {ranks.max_ranks} ranks\n"
             f"{'ready' if ranks.ranks else 'requests wait for hosts'}: {self._url}/v1"
         )
-        await asyncio.wait((serving, asked), return_when=asyncio.FIRST_COMPLETED)
+        # of a unit whose main process is a head that has handed over, this one is it now
+        tell_supervisor("READY=1", f"MAINPID={os.getpid()}")
+        handed = asyncio.ensure_future(self._head.succession.handed.wait())
+        await asyncio.wait((serving, asked, handed), return_when=asyncio.FIRST_COMPLETED)
+        handed.cancel()
+        if self._scaling is not None:
+            self._scaling.cancel()
+        if handed.done() and not (serving.done() or asked.done()):
+            app.state.closing.set()  # who listens to events comes again
+            await self._finish_connections(server, asked)
+            if not asked.done():
+                server.should_exit = True
+                await serving
+                return
         asked.cancel()
         if serving.done() and self._failure is None:
             # nobody asked it to end: whatever it was, the service does not answer any more
             log.error("the HTTP server has ended by itself", exc_info=serving.exception())
             self._failure = FlexpertError("the HTTP server has ended by itself; the log says why")
+        if not self._head.succession.handed.is_set():
+            tell_supervisor("STOPPING=1")
         say("stopping: running requests may finish; Ctrl-C again stops at once")
-        if self._scaling is not None:
-            self._scaling.cancel()
         app.state.closing.set()
         server.should_exit = True
         # the head answers what is left when the time is over with an error; so HTTP ends by itself
@@ -349,6 +413,19 @@ class _Service:
             dry_run = self._config.cluster.autoscale_dry_run
             task = AutoscaleTask(self._head, app.state.metrics, scaler, dry_run=dry_run)
             self._scaling = asyncio.ensure_future(task.run())
+
+    async def _finish_connections(self, server: _Server, asked: asyncio.Future[Any]) -> None:
+        """Another head has the service: nobody new is heard, until all that is here has ended, or
+        `asked` is done."""
+        for one in server.servers:
+            one.close()
+        self._listener.close()
+        succession, open_ = self._head.succession, server.server_state.connections
+        say(f"another head goes on; {len(open_)} connections are served here until they end")
+        while (open_ or succession.waits) and not asked.done():
+            await asyncio.wait((asked,), timeout=_LOOK_S)
+        if not asked.done():
+            say(f"the head of process {succession.successor} has the service, and nothing is left")
 
     async def _stop(self) -> None:
         if self._renewing is not None:

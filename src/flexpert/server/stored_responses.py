@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import msgspec
 
@@ -23,12 +24,20 @@ class StoredResponse(msgspec.Struct, frozen=True):
 
 
 class StoredResponses:
-    """By id, at most `most` bytes of them; those that were not asked for longest go first."""
+    """By id, at most `most` bytes of them; those that were not asked for longest go first.
+
+    on_put: told of each that comes.
+    """
 
     def __init__(self, most: int = MOST_STORED) -> None:
         self._most = most
         self._size = 0
         self._stored: OrderedDict[str, StoredResponse] = OrderedDict()
+        self.on_put: Callable[[str, StoredResponse], None] = lambda id, response: None
+
+    def items(self) -> list[tuple[str, StoredResponse]]:
+        """All, with their ids."""
+        return list(self._stored.items())
 
     def put(self, id: str, response: StoredResponse) -> None:
         """One that is larger than all of them may be is not kept."""
@@ -39,6 +48,7 @@ class StoredResponses:
         self._size += response.size
         while self._size > self._most:
             self._drop(next(iter(self._stored)))
+        self.on_put(id, response)
 
     def get(self, id: str, param: str | None = None) -> StoredResponse:
         """Raises: ApiError: 404. param: the field that names it."""

@@ -146,6 +146,8 @@ class LocalLauncher:
                 raise FlexpertError(
                     f"the ranks' fork server did not answer within {timeout_s:g} s"
                 ) from None
+        # the numbers of those that are ended may still be told
+        self._numbers = itertools.count(max([_OTHERS - 1, *self._children]) + 1)
         for number in list(self._children):
             if number >= _OTHERS:
                 self.kill(number)
@@ -277,10 +279,13 @@ class LocalLauncher:
             return None
 
     def leave(self) -> None:
-        """The children are left to another head."""
+        """The children are left to another head; nothing here can end them any more."""
         if self._channel is not None:
             self._disconnect()
         self._process = None
+        for child in self._children.values():
+            child.close()
+        self._children.clear()
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Wait for the ranks to end, kill those that do not, end the fork server. Idempotent.
