@@ -17,6 +17,7 @@ SERVE_EXAMPLES = (
     "flexpert serve --ranks 2",
     "flexpert serve ./olmoe --ranks 4 --kv-memory 2GiB --port 9000",
     "flexpert serve --config flexpert.yaml --deterministic",
+    "flexpert serve --state-dir DIR --takeover  # from the head that runs there",
     "Flags of 'vllm serve' are taken for ours, or refused with advice: docs/vllm.md",
 )
 
