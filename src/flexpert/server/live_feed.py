@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
+from flexpert.cluster.handover.messages import ServiceHandedOver
 from flexpert.cluster.views import ClusterView
 from flexpert.errors import FlexpertError, Overloaded
 from flexpert.server import wire
@@ -106,7 +107,7 @@ class LiveFeed:
                 figures = self._figures(now - began)
                 self._history.append(figures)
                 self._advance(figures)
-            except FlexpertError as error:  # the service starts or stops
+            except (FlexpertError, ServiceHandedOver) as error:  # the service starts or stops
                 log.debug("nothing to show live: %s", error)
             except Exception:
                 log.exception("the service could not be looked at for who watches it")
