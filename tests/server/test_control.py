@@ -57,11 +57,20 @@ def test_ranks_join_and_leave_in_one_change(http: httpx.Client) -> None:
     assert (accepted.status_code, len(accepted.json()["target"])) == (202, 3)
 
 
+def test_experts_move_between_the_same_ranks(http: httpx.Client) -> None:
+    proposed = http.get("/cluster/balance")
+    assert (proposed.status_code, proposed.json()["balance"]["mode"]) == (200, "off")
+    accepted = http.post("/cluster/operations", json={"rebalance": True})
+    assert (accepted.status_code, accepted.json()["target"]) == (202, [0, 1])
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
         ({}, None),
         ({"ranks": 2, "add": 1}, None),
+        ({"ranks": 2, "rebalance": True}, None),
+        ({"rebalance": False}, None),
         ({"ranks": 0}, "ranks"),
         ({"ranks": "4"}, "ranks"),
         ({"rank": 4}, "rank"),

@@ -27,6 +27,7 @@ CHAT = {"messages": [{"role": "user", "content": "x"}]}
         ("POST", "/detokenize"),
         ("GET", "/no-such-path"),
         ("GET", "/cluster"),
+        ("GET", "/cluster/balance"),
         ("GET", "/cluster/events"),
         ("POST", "/cluster/operations"),
         ("POST", "/scale_elastic_ep"),
