@@ -118,8 +118,8 @@ def replan(
     balanced placement loads fewer if none is redundant. With them the aims are, in this order:
     every expert is held, by two machines if there is room for two replicas of each; no rank has
     much more to do in a layer than in a fresh placement (`load_placement.TOLERANCE`); few loads.
-    Slots that are free before are filled; a slot that is emptied to avoid loads may stay so until the next
-    change. The load of a replicated expert counts in equal parts on those who hold it.
+    Slots that are free before are filled; a slot that is emptied to avoid loads may stay so until
+    the next change. The load of a replicated expert counts in equal parts on those who hold it.
 
     Args:
         redundant: replicas of each layer beyond one of each expert, spread over the experts as
