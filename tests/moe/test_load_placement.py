@@ -7,7 +7,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexpert.moe.placement import Placement, keep, replan
+from flexpert.moe.placement import Placement, keep, loads, replan
+from flexpert.moe.placement_steps import PlacementStep, applied, moves
 
 LAYERS = 2
 
@@ -59,7 +60,7 @@ def check(placement: Placement, arguments: dict) -> None:
         assert set(copies) == set(range(experts))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(changes(), st.data())
 def test_any_change_leads_to_a_valid_placement_and_always_to_the_same(
     history: list[dict], data: st.DataObject
@@ -74,3 +75,38 @@ def test_any_change_leads_to_a_valid_placement_and_always_to_the_same(
         lost = data.draw(st.sampled_from([None, *after.ranks]))
         left = [rank for rank in after.ranks if rank != lost]
         placement = keep(after, left) if left else after
+
+
+@settings(max_examples=40, deadline=None)
+@given(changes())
+def test_every_step_of_a_change_holds_all_experts_and_needs_one_slot_more(
+    history: list[dict],
+) -> None:
+    placement: Placement | None = None
+    for arguments in history:
+        after = replan(placement, **arguments)
+        if placement is not None:
+            now = placement
+            steps = moves(placement, after, arguments["loads"])
+            for step in steps:
+                full = now
+                if step.load is not None:
+                    assert step.load[1] not in now.layers[step.layer].get(step.load[0], [])
+                    full = applied(now, PlacementStep(step.layer, step.load, []))
+                over = 0
+                for rank, held in full.layers[step.layer].items():
+                    ends = (placement.layers[step.layer], after.layers[step.layer])
+                    most = max(len(end.get(rank, ())) for end in ends)
+                    assert len(held) <= most + 1
+                    over += len(held) > most
+                assert over <= 2
+                now = applied(now, step)
+                assert now.missing() == []
+            for layer, wanted in zip(now.layers, after.layers, strict=True):
+                assert {rank: held for rank, held in layer.items() if held} == {
+                    rank: held for rank, held in wanted.items() if held
+                }
+            assert sum(step.load is not None for step in steps) == sum(
+                map(len, loads(placement, after).values())
+            )
+        placement = after

@@ -1,0 +1,1 @@
+"""Placement of experts by load, measured on loads that are made on the spot or were recorded."""
