@@ -46,7 +46,7 @@ def balance_text(report: BalanceReport) -> RenderableType:
         tables.append(table)
     if report.planned:
         columns = ("slots", "from nothing", "half of them join", "loads drift")
-        table = figures_table("Time to plan, Zipf 0.8", "ranks", columns)
+        table = figures_table("Processor time to plan, Zipf 0.8", "ranks", columns)
         for plan in report.planned:
             times = (plan.fresh_s, plan.join_s, plan.drift_s)
             figures = [f"{seconds:.2f} s" for seconds in times]

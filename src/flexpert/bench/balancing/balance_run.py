@@ -23,7 +23,8 @@ SPEED = ((64, 2), (1024, 3))  # ranks, and the multiple of the experts that they
 
 class Balanced(msgspec.Struct, frozen=True):
     """One way on one trace. own, following: imbalance on the window that it was planned for, and on
-    the next, the mean over layers and windows. moved: slots a rebalance, seconds: to plan it."""
+    the next, the mean over layers and windows. moved: slots a rebalance, seconds: of a processor,
+    to plan it."""
 
     trace: str
     way: str
@@ -34,7 +35,7 @@ class Balanced(msgspec.Struct, frozen=True):
     seconds: float
 
 
-class Scaled(msgspec.Struct, frozen=True):
+class RanksChanged(msgspec.Struct, frozen=True):
     """One change of the number of ranks. unavoidable: free slots, or experts that nobody holds.
     imbalance, fresh: of the worst layer; fresh: of the better of two placements from nothing."""
 
@@ -48,8 +49,8 @@ class Scaled(msgspec.Struct, frozen=True):
 
 
 class Planned(msgspec.Struct, frozen=True):
-    """How long it takes to plan. fresh_s: from nothing, join_s: half as many ranks join, drift_s:
-    loads have changed by half."""
+    """Seconds of a processor that it takes to plan. fresh_s: from nothing, join_s: half of the
+    ranks join, drift_s: loads have changed by half."""
 
     ranks: int
     slots: int
@@ -68,7 +69,7 @@ class BalanceReport(msgspec.Struct, frozen=True):
     ranks: int
     redundant: int
     balanced: list[Balanced]
-    scaled: list[Scaled]
+    scaled: list[RanksChanged]
     planned: list[Planned]
 
 
@@ -88,7 +89,7 @@ def run_balance(
     for name, trace in traces.items():
         note(f"{name}: {len(trace)} windows on {ranks} ranks")
         balanced += _balanced(name, trace, ranks, redundant)
-    scaled: list[Scaled] = []
+    scaled: list[RanksChanged] = []
     planned = []
     if scale:
         for name in ("uniform", "zipf 0.8", "zipf 1.2"):
@@ -146,9 +147,9 @@ def _balanced(name: str, trace: Trace, ranks: int, redundant: int) -> list[Balan
         before: Placement | None = None
         own, following, moves, seconds = [], [], [], []
         for window, later in pairwise(trace):
-            began = time.perf_counter()
+            began = time.process_time()
             after = plan(before, window)
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.process_time() - began)
             if before is not None:
                 moves.append(moved(before, after))
             own += imbalance(after, window)
@@ -160,12 +161,12 @@ def _balanced(name: str, trace: Trace, ranks: int, redundant: int) -> list[Balan
     return result
 
 
-def _scaled(name: str, window: np.ndarray) -> list[Scaled]:
+def _scaled(name: str, window: np.ndarray) -> list[RanksChanged]:
     layers, experts = window.shape
     before: Placement | None = None
     result = []
     for count in SCALED:
-        began = time.perf_counter()
+        began = time.process_time()
         after = replan(
             before,
             range(count),
@@ -174,11 +175,11 @@ def _scaled(name: str, window: np.ndarray) -> list[Scaled]:
             slots=dict.fromkeys(range(count), SCALED_SLOTS),
             loads=window,
         )
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         if before is not None:
             packed = replicate_and_pack(window.tolist(), count, SCALED_SLOTS)
             result.append(
-                Scaled(
+                RanksChanged(
                     name,
                     [len(before.ranks), count],
                     moved(before, after),
@@ -200,11 +201,11 @@ def _planned(ranks: int, slots: int, layers: int, experts: int, seed: int) -> Pl
     def timed(
         before: Placement | None, count: int, loads_then: np.ndarray
     ) -> tuple[Placement, float]:
-        began = time.perf_counter()
+        began = time.process_time()
         after = replan(
             before, range(count), experts=experts, layers=layers, slots=most, loads=loads_then
         )
-        return after, time.perf_counter() - began
+        return after, time.process_time() - began
 
     half, _ = timed(None, ranks // 2, window)
     whole, fresh_s = timed(None, ranks, window)
