@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,7 @@ log = logging.getLogger("flexpert")
 PART = "balancing the load of experts"  # of the service
 
 LOOK_S = 5.0
+PLAN_SHARE = 0.02  # of the head's time, at most, for plans: streams wait meanwhile
 PART_S = 10.0  # of loading, in one epoch: what gains the most comes first
 
 
@@ -65,6 +67,7 @@ class Balancer:
         self._every_s = balance_every_s(config.balance)
         self._timer: Timer | None = None
         self._rests_until = float("-inf")
+        self._plans_from = float("-inf")
         self._next = 0.0  # of those at fixed times
         self._latest: Loads | None = None
         self._failed = ""
@@ -196,6 +199,12 @@ class Balancer:
             return BalanceVerdict(
                 Ground.REST, f"rests for {left_s:.0f} s after the last change"
             ), None
+        if self._every_s is None and now < self._plans_from:
+            left_s = self._plans_from - now
+            return (
+                BalanceVerdict(Ground.REST, f"a plan takes long, the next in {left_s:.0f} s"),
+                None,
+            )
         if self._under_replicated():
             plan = self._plan(self.loads(), self.loads(), whole=True)
             if plan is not None and plan.moves:
@@ -236,7 +245,10 @@ class Balancer:
         cluster, before = self._cluster, self._cluster.placement
         if before is None:
             return None
+        began = time.process_time()
         target = after = cluster.plan(cluster.members, recent)
+        spent_s = time.process_time() - began
+        self._plans_from = cluster.head.now() + spent_s / PLAN_SHARE
         measured = self._measured()
         if not whole:
             most_of = [rank_loads(one, recent).max(axis=1) for one in (before, target)]
