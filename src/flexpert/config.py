@@ -543,6 +543,9 @@ class ServerConfig(_Section):
     trust_request_chat_template: bool = Field(
         False, description="requests may bring their own chat template, a program that runs here"
     )
+    metrics_names: Literal["both", "flexpert", "vllm"] = Field(
+        "both", description="whose names /metrics has; vllm: of what vLLM has, only its"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("allowed_origins")

@@ -244,6 +244,7 @@ class FakeHead:
         self.sampling_defaults: dict[str, object] = {}
         self.registry = CollectorRegistry()
         Counter("flexpert_tokens", "tokens", registry=self.registry)
+        self.registries = [self.registry]
         self.on_failure = None
         self.submitted: list[tuple[str, list[int], SamplingParams]] = []
         self.running: set[str] = set()
@@ -266,6 +267,9 @@ class FakeHead:
         self.failure: FlexpertError | None = None
         self.listeners = Listeners()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def measured(self):
+        return (family for one in self.registries for family in one.collect())
 
     async def start(self, report=None) -> None:
         self.opened.set()

@@ -22,6 +22,7 @@ from flexpert.cluster.reconciliation import ActivityEvent, Reconciliation
 from flexpert.cluster.restart_policy import RestartPolicy
 from flexpert.cluster.saved_state import SavedChange, SavedCluster
 from flexpert.cluster.scale_down import Candidate, leave_order
+from flexpert.cluster.slow_ranks import SlowRanks
 from flexpert.cluster.stall_detector import Watch
 from flexpert.cluster.views import GoneRank
 from flexpert.config import ClusterConfig, Config
@@ -73,6 +74,7 @@ class ClusterState:
         self.queued: tuple[Operation, TargetRequest] | None = None
         self.migrations = KVMigrations(self.ranks, head)
         self.watch = Watch(self.ranks, head, cluster.stall_timeout, self.notices.warn)
+        self.slow_ranks = SlowRanks()
         self.restart_policy = RestartPolicy(
             cluster.restart_policy,
             limit=cluster.restart_limit,

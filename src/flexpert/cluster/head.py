@@ -10,10 +10,11 @@ import secrets
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
+from prometheus_client.core import Metric
 
 from flexpert.cluster import state_store
 from flexpert.cluster.admission import Admission
@@ -30,6 +31,7 @@ from flexpert.cluster.hosts.host_ranks import HostRanks
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
+from flexpert.cluster.kept_counters import KeptSample, continued, kept
 from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.operation import TargetRequest
@@ -51,7 +53,7 @@ from flexpert.cluster.saved_state import (
     SavedOperation,
     SavedState,
 )
-from flexpert.cluster.service_metrics import Metrics
+from flexpert.cluster.service_metrics import Metrics, cache_config
 from flexpert.cluster.state_directory import StateDirectory
 from flexpert.cluster.views import (
     ChangePreview,
@@ -99,7 +101,7 @@ class Head:
     info, tokenizer, model_name: of the model; set by `start`. tokenizer: None if the settings leave
     it out. opened: they are there, and ranks are
     being started.
-    registry: metrics of cluster and engine.
+    registry: metrics of cluster and engine; registries: that, and those of who serves this head.
     failure: why the service went down by itself, or None. on_failure: told when it does.
     impaired: part of the service → why it does not work now. Who owns a long-lived task writes down
     here what `/health` must say while it is not well, and takes it away when it is again.
@@ -165,9 +167,13 @@ class Head:
             lambda: self._epoch,
             lambda: len(self._journal),
             lambda: self._coordinator.balance() if self._coordinator else None,
+            lambda: len(self._journal.waiting()),
         )
+        self._journal.meter = self.metrics
         self.registry = self.metrics.registry
         self._router.on_decision = self.metrics.routed
+        self.registries = [self.registry]
+        self._kept_samples: list[KeptSample] = []  # of the head before
         self._id = secrets.token_hex(8)
         self._progress = ProgressWatch(cluster.wedged_timeout, time.monotonic)
 
@@ -220,7 +226,12 @@ class Head:
             if ranks and saved is None:
                 tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
             if self._state is not None:
-                self._state.start(self._on_written, self._everything, self._warn_unsaved)
+                self._state.start(
+                    self._on_written,
+                    self._everything,
+                    self._warn_unsaved,
+                    lambda: kept(self.measured()),
+                )
             if saved is not None and saved.cluster is not None:
                 first = None
                 await self._hosts.listen(source, tell, saved.hosts)
@@ -266,6 +277,7 @@ class Head:
         )
         self._router.set_caches(caches)
         self._journal.kv_tokens = caches.blocks * caches.block_size
+        self.metrics.cache_config = cache_config(engine, caches.blocks)
         wanted = self.config.model.generation_config
         self.sampling_defaults = sampling_defaults(source.path, wanted)
         self.model_name = self.config.model.served_name or self.info.name
@@ -336,6 +348,7 @@ class Head:
         await done.wait()
         if not self._continues:
             self._listeners.resume(record.events)
+        self._kept_samples = saved.counters
         journal, store = self._journal, self._state.store
         attached = takeover.attached
         entries, foreign = restore_requests(journal, saved.requests, attached, self._cancel)
@@ -501,6 +514,11 @@ class Head:
         waits = any(rank.waiting for rank in coordinator.ranks()) or self._journal.waiting()
         return Readiness(state="busy" if waits else "ready")
 
+    def measured(self) -> Iterator[Metric]:
+        """All metrics, counters with what the head before this one had counted."""
+        families = itertools.chain.from_iterable(one.collect() for one in self.registries)
+        return continued(families, self._kept_samples)
+
     # ---- requests ---------------------------------------------------------------------------
 
     def submit(
@@ -548,11 +566,15 @@ class Head:
         return self._need_coordinator().admitting
 
     def _cancel(self, sequence_id: str) -> None:
+        entry = self._journal.entry(sequence_id)
         if self.succession.handed.is_set():
             self._journal.close(sequence_id)
             self.succession.follower.cancel(sequence_id)
-        elif self._admission.cancel(sequence_id):
-            self.metrics.sequences.labels("cancelled").inc()
+        elif self._admission.cancel(sequence_id) and entry:
+            if entry.stream.enough:
+                self.metrics.finished(entry, "stop", self._journal.clock())
+            else:
+                self.metrics.sequences.labels("cancelled").inc()
 
     # ---- another head takes over ------------------------------------------------------------
 
@@ -897,7 +919,6 @@ class Head:
     def rank_exited(self, rank: int, own_fault: bool) -> None:
         failed = self._journal.rank_exited(rank, own_fault=own_fault)
         if failed is not None:
-            self.metrics.sequences.labels("failed").inc()
             log.error("request %s failed: ranks keep ending in the step that takes it", failed)
 
     def heard(self) -> bool:
@@ -942,6 +963,8 @@ class Head:
     def publish(self, event: ClusterEvent) -> None:
         if event.kind == "operation" and event.data["state"] in ("done", "failed", "cancelled"):
             self.metrics.operation_over(msgspec.convert(event.data, OperationView))
+        elif event.kind == "rank":
+            self.metrics.rank_gone(event.data)
         self._listeners.publish(event)
 
     # ---- from the ranks ---------------------------------------------------------------------
@@ -968,10 +991,9 @@ class Head:
                     if not all(0 <= token < self.info.vocab for token in event.tokens):
                         raise msg.Contradiction(f"it publishes tokens {event.tokens[:8]}")
                     journal.publish(rank, event)
-                    if event.finish is not None:
-                        self.metrics.sequences.labels(event.finish).inc()
                     if event.cached:
                         self.metrics.cached_tokens.inc(event.cached)
+                self.metrics.step(rank, report)
                 self.metrics.tokens.inc(journal.tokens_published - before)
                 self.metrics.degraded_tokens.inc(journal.tokens_degraded - degraded[0])
                 self.metrics.degraded_sequences.inc(journal.answers_degraded - degraded[1])

@@ -11,6 +11,7 @@ import msgspec
 
 from flexpert.cluster import state_store
 from flexpert.cluster.journal import TokenStream
+from flexpert.cluster.kept_counters import KeptSample
 from flexpert.cluster.processes.early_fork_server import for_children
 from flexpert.cluster.saved_state import (
     SavedCluster,
@@ -73,6 +74,8 @@ class HeadState:
         self._on_written: Callable[[int, int], None] = lambda rank, count: None
         self._everything: Callable[[], Everything] = lambda: ([], [])
         self._warn: Callable[[str], None] = lambda text: None
+        self._counters: Callable[[], list[KeptSample]] = list
+        self._counted: list[KeptSample] = []
         self._cluster: SavedCluster | None = None
         self._hosts: list[SavedHost] = self.saved.hosts if self.saved else []
         self._warned = False
@@ -104,11 +107,14 @@ class HeadState:
         on_written: Callable[[int, int], None],
         everything: Callable[[], Everything],
         warn: Callable[[str], None],
+        counters: Callable[[], list[KeptSample]],
     ) -> None:
         """Write down from now on. on_written(rank, count): what a rank has published up to that
-        number need not be kept by it. everything: all there is, after a failure. warn: people."""
+        number need not be kept by it. everything: all there is, after a failure. warn: people.
+        counters: of metrics, which are written down now and then."""
         self._loop = asyncio.get_running_loop()
         self._on_written, self._everything, self._warn = on_written, everything, warn
+        self._counters = counters
         self.store.start(keep=self.saved is not None)
         self._look_again()
 
@@ -154,6 +160,10 @@ class HeadState:
         self._warned = failure is not None
         if self._cluster is not None and self.store.wants_all:
             self.store.begin_again(self._cluster, self._hosts, *self._everything())
+            self._counted = []
+        elif (counted := self._counters()) != self._counted:
+            self._counted = counted
+            self.store.counters(counted)
         self._timer = self._loop.call_later(_LOOK_S, self._look_again)
 
 

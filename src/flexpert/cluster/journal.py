@@ -7,6 +7,7 @@ position), so no rank is ever the only one that knows. One entry per unfinished 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Protocol
@@ -15,6 +16,7 @@ import msgspec
 
 from flexpert.cluster.quarantine import Quarantine
 from flexpert.cluster.request_routing import Router
+from flexpert.cluster.request_times import RequestTimes
 from flexpert.cluster.saved_state import SavedRun
 from flexpert.cluster.views import Delta
 from flexpert.engine.rank_protocol import Contradiction
@@ -39,6 +41,7 @@ class Entry:
     destination: where its KV has been copied to, while its rank leaves. on_trial: it may be what
     terminates ranks, and that rank tells when it begins with it.
     degraded: some of what it has said was computed without some experts. finished: all is said.
+    times: for metrics only.
     """
 
     __slots__ = (
@@ -51,9 +54,11 @@ class Entry:
         "request",
         "said",
         "stream",
+        "times",
     )
 
-    def __init__(self, request: RequestSequence, stream: TokenStream) -> None:
+    def __init__(self, request: RequestSequence, stream: TokenStream, now: float) -> None:
+        self.times = RequestTimes(now)
         self.request = request
         self.stream = stream
         self.generated: list[int] = []
@@ -71,10 +76,14 @@ class Entry:
 
 
 class TokenStream:
-    """The answer of one sequence as it comes; leaving its context or `cancel` frees and ends it."""
+    """The answer of one sequence as it comes; leaving its context or `cancel` frees and ends it.
+
+    enough: whoever cancels it has a whole answer, which a stop text has ended.
+    """
 
     def __init__(self, sequence_id: str, on_cancel: Callable[[str], None]) -> None:
         self.id = sequence_id
+        self.enough = False
         self._queue: asyncio.Queue[Delta | FlexpertError | None] = asyncio.Queue()
         self._on_cancel = on_cancel
         self._over = False
@@ -116,6 +125,14 @@ class TokenStream:
             yield item
 
 
+class JournalMeter(Protocol):
+    """Who wants to know how long requests take."""
+
+    def first_token(self, entry: Entry) -> None: ...
+    def finished(self, entry: Entry, finish: str, now: float) -> None: ...
+    def failed(self) -> None: ...
+
+
 class JournalLog(Protocol):
     """Who writes the journal down."""
 
@@ -129,6 +146,7 @@ class Journal:
 
     Its memory is bounded: at most `limit` of them, each as long as the model's context.
     log: what is told of every change, so that another head may go on with it; None: nobody.
+    meter: what is told of how long requests take, by `clock` (seconds); None: nobody.
     on_trial_over: sequences that waited because of a suspect may run; see `quarantine`.
     router: which of several ranks gets a sequence; default: the one with the fewest.
     kv_tokens: how many tokens the KV cache of a rank holds; set before the first rank leaves.
@@ -136,9 +154,16 @@ class Journal:
     experts, or follow such. answers_degraded: how many sequences have any.
     """
 
-    def __init__(self, limit: int = 16384, router: Router | None = None) -> None:
+    def __init__(
+        self,
+        limit: int = 16384,
+        router: Router | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.router = router or Router("fewest")
         self.kv_tokens = 2**62
+        self.clock = clock
+        self.meter: JournalMeter | None = None
         self._limit = limit
         self._entries: dict[str, Entry] = {}
         self._by_rank: dict[int, set[str]] = {}
@@ -182,7 +207,7 @@ class Journal:
         request = RequestSequence(
             id=sequence_id, prompt=prompt, generated=[], params=params, eos=eos
         )
-        entry = self._entries[sequence_id] = Entry(request, stream)
+        entry = self._entries[sequence_id] = Entry(request, stream, self.clock())
         if self.log:
             self.log.opened(request)
         return entry
@@ -191,11 +216,15 @@ class Journal:
         self, request: RequestSequence, events: list[TokenEvent], on_cancel: Callable[[str], None]
     ) -> Entry:
         """An entry of another head, whose stream begins anew; see `catch_up`, `place`."""
-        entry = Entry(request, TokenStream(request.id, on_cancel))
+        entry = Entry(request, TokenStream(request.id, on_cancel), self.clock())
         self._entries[request.id] = entry
+        meter, self.meter = self.meter, None  # that head has counted it
         for event in events:
             if event.position == len(entry.generated):
                 self._append(entry, event)
+        self.meter = meter
+        if entry.generated:
+            entry.times.begun(entry.times.opened, 0.0, 0)
         return entry
 
     def place(self, sequence_id: str, rank: int) -> bool:
@@ -253,6 +282,8 @@ class Journal:
         entry.on_trial = suspect
         self.router.placed(entry.resume(), rank, computed)
         entry.rank, entry.said = rank, len(entry.generated)
+        if entry.times.assigned is None:
+            entry.times.assigned = self.clock()
         self._by_rank.setdefault(rank, set()).add(name)
         return rank
 
@@ -396,6 +427,7 @@ class Journal:
             self.tokens_degraded += len(event.tokens)
             self.answers_degraded += not entry.degraded
             entry.degraded = True
+        self._measure(entry, event)
         if event.finish is not None:
             entry.finished = True
             self.close(event.id)
@@ -410,6 +442,21 @@ class Journal:
             )
         )
 
+    def _measure(self, entry: Entry, event: TokenEvent) -> None:
+        first = event.position == 0 and entry.times.first is None
+        if self.meter is None or not (first or event.finish):
+            return
+        now = self.clock()
+        if first:
+            entry.times.begun(now, event.waited, event.cached)
+            self.meter.first_token(entry)
+        if event.finish:
+            self.meter.finished(entry, event.finish, now)
+
+    def entry(self, sequence_id: str) -> Entry | None:
+        """An unfinished sequence."""
+        return self._entries.get(sequence_id)
+
     def waiting(self) -> list[Entry]:
         """Sequences that no rank runs, oldest first."""
         return [entry for entry in self._entries.values() if entry.rank is None]
@@ -418,6 +465,8 @@ class Journal:
         """End a sequence with an error."""
         entry = self.close(sequence_id)
         if entry:
+            if self.meter:
+                self.meter.failed()
             entry.stream.put(error)
 
     def of_rank(self, rank: int) -> list[str]:

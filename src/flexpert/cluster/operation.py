@@ -286,4 +286,5 @@ class Operation:
             reason=self.reason,
             created=self.created,
             own_id=self.own_id,
+            purpose=self.purpose.value,
         )

@@ -14,6 +14,7 @@ from flexpert.cluster.formatting import ids
 from flexpert.cluster.membership import EventKind, MembershipEvent, Phase
 from flexpert.cluster.rank_state import RankState
 from flexpert.cluster.saved_state import Purpose
+from flexpert.cluster.slow_ranks import WaitedFor
 from flexpert.cluster.views import GoneRank
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.load_report import decode_load
@@ -52,13 +53,15 @@ class RankReports:
         running = cluster.operation
         cluster.watch.heard(rank_state)
         match report:
-            case msg.Alive(stuck_s, used, wire_bytes, load):
+            case msg.Alive(stuck_s, used, wire_bytes, load, exchanges):
                 rank_state.used, rank_state.wire_bytes = used, wire_bytes
+                rank_state.exchanges = exchanges
                 if load is not None:
                     tracker = cluster.loads
                     choices = decode_load(load, tracker.layers, tracker.experts)
                     tracker.add(choices, load.compute_s, cluster.head.now())
                 cluster.watch.stuck(rank, stuck_s)
+                self._look_for_slow()
             case msg.Published(_, load):
                 rank_state.load = load
             case msg.Hello():
@@ -103,6 +106,31 @@ class RankReports:
                 cluster.notices.publish("warning", {"rank": rank, "error": error})
                 self._post(EventKind.BROKEN, rank, f"rank {rank}: {error}")
 
+    def _look_for_slow(self) -> None:
+        """Tell of a rank that holds the others up, and when it does not any more."""
+        cluster = self._cluster
+        ranks = [found for found in cluster.ranks.values() if found.state == "active"]
+        seen = {
+            found.id: WaitedFor(found.instance, found.exchanges.peer_s, found.load.running)
+            for found in ranks
+        }
+        for change in cluster.slow_ranks.look(cluster.head.now(), seen):
+            if change.rank in cluster.ranks:
+                cluster.ranks[change.rank].slow = change.slow
+            log.log(
+                logging.WARNING if change.slow else logging.INFO,
+                "%s",
+                change.text,
+                extra={"rank": change.rank},
+            )
+            found: dict[str, object] = {
+                "rank": change.rank,
+                "slow": change.slow,
+                "waited_share": round(change.share, 3),
+                "error": change.text,
+            }
+            cluster.notices.publish("warning", found)
+
     def _accuse(self, rank: int, silent: list[int]) -> None:
         """Others behind a link do not answer: if they live, one has to go."""
         cluster = self._cluster
@@ -137,6 +165,7 @@ class RankReports:
         if rank_state.blameless or self._was_asked_to(rank):
             return
         rank_state.ended = True
+        rank_state.found_lost(cluster.head.now())
         log.debug("rank %d has closed its connection", rank)
         reason = f"rank {rank} exited"
         if rank_state.error:
@@ -152,6 +181,11 @@ class RankReports:
         if error := why or (rank_state.error if rank_state else ""):
             reason += f": {error}"
         stalled = rank_state is not None and rank_state.state == "stalled"
+        blameless = rank_state is not None and rank_state.blameless
+        lost = rank_state is not None and rank_state.ended  # that was known before
+        asked = not lost and (blameless or self._was_asked_to(rank))
+        if rank_state is not None:
+            rank_state.found_lost(cluster.head.now())
         gone: dict[str, object] = {
             "id": rank,
             "instance": rank_state.instance if rank_state else "",
@@ -159,12 +193,11 @@ class RankReports:
             "pid": rank_state.pid if rank_state else 0,
             "status": status,
             "evicted": stalled,
+            "asked": asked,
+            "silent_s": rank_state.silent_s if rank_state else None,
             "reason": reason,
         }
         cluster.notices.publish("rank", gone)
-        blameless = rank_state is not None and rank_state.blameless
-        lost = rank_state is not None and rank_state.ended  # that was known before
-        asked = not lost and (blameless or self._was_asked_to(rank))
         cluster.ranks.pop(rank, None)
         log.log(logging.INFO if asked else logging.WARNING, "%s", reason)
         if rank_state is not None:

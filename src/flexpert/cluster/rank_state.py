@@ -24,6 +24,7 @@ class RankState:
     machine: str = ""  # ranks whose names are equal share memory
     over_nixl: list[int] = field(default_factory=list)  # peers, in the current epoch
     wire_bytes: dict[int, int] = field(default_factory=dict)  # peer → written to it
+    exchanges: msg.ExchangeUse = field(default_factory=msg.ExchangeUse)
     ended: bool = False  # lost unasked: its connection is closed, its process not reaped yet
     pid: int = 0
     address: bytes = b""
@@ -36,10 +37,17 @@ class RankState:
     error: str = ""
     blameless: bool = False  # terminated because others were lost
     heard: float = 0.0  # when, by the head's clock
+    silent_s: float | None = None  # when it was found lost: since its last word
     looked: float | None = None  # at its work, when it had been silent for a while
     work: Work | None = None  # what it had done by then
     starved: frozenset[int] = frozenset()  # threads that wanted a processor at each look since
+    slow: bool = False  # holds the others up, by no work of its own
     suspect: bool = False  # silent for long, and has done nothing since
+
+    def found_lost(self, now: float) -> None:
+        """For the first time; by the head's clock."""
+        if self.silent_s is None and self.heard:
+            self.silent_s = max(0.0, now - self.heard)
 
     @property
     def failing(self) -> bool:
@@ -73,4 +81,11 @@ class RankState:
             device_planned_bytes=self.device_memory.total if self.device_memory else 0,
             device_spare_bytes=self.used.device_spare,
             graphs=self.load.graphs,
+            preemptions=self.load.preemptions,
+            exchanges=self.exchanges.count,
+            exchanged_bytes=self.exchanges.sent,
+            dispatch_wait_s=round(self.exchanges.dispatch_s, 6),
+            combine_wait_s=round(self.exchanges.combine_s, 6),
+            slow=self.slow,
+            waited_for={peer: round(s, 6) for peer, s in self.exchanges.peer_s.items()},
         )

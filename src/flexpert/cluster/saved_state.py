@@ -7,6 +7,7 @@ from enum import Enum
 import msgspec
 
 from flexpert.cluster.hosts.agent_protocol import FreeMemory
+from flexpert.cluster.kept_counters import KeptSample
 from flexpert.cluster.membership import Phase
 from flexpert.cluster.views import OperationView
 from flexpert.engine.request import RequestSequence, TokenEvent
@@ -100,6 +101,7 @@ class SavedState(msgspec.Struct, frozen=True):
     operations: list[SavedOperation]
     requests: list[SavedRequest]
     hosts: list[SavedHost] = []
+    counters: list[KeptSample] = []
 
 
 class SavedRun(msgspec.Struct, frozen=True, array_like=True):
@@ -115,6 +117,7 @@ encode = msgspec.msgpack.Encoder().encode
 decode_cluster = msgspec.msgpack.Decoder(SavedCluster).decode
 decode_operation = msgspec.msgpack.Decoder(SavedOperation).decode
 decode_sequence = msgspec.msgpack.Decoder(RequestSequence).decode
+decode_counters = msgspec.msgpack.Decoder(list[KeptSample]).decode
 decode_hosts = msgspec.msgpack.Decoder(list[SavedHost]).decode
 _decode_runs = msgspec.msgpack.Decoder(list[SavedRun]).decode
 

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from flexpert.cluster.journal import Entry
 from flexpert.cluster.prefix_index import RoutingDecision
+from flexpert.cluster.request_times import spans
 from flexpert.cluster.views import BalanceView, OperationView, RankView
+from flexpert.config import EngineConfig
+from flexpert.engine import rank_protocol as msg
 
-_PAUSE_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+_PAUSE_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+_DETECTION_S = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_REQUEST_S: tuple[float, ...] = (
+    0.01,
+    0.05,
+    0.1,
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+)
+_REQUEST_S += (40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+_REQUEST_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5)
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 _GAUGES: tuple[tuple[str, str, Callable[[RankView], float]], ...] = (
@@ -32,38 +57,114 @@ _GAUGES: tuple[tuple[str, str, Callable[[RankView], float]], ...] = (
     ),
     ("experts", "expert replicas held", lambda rank: rank.experts),
     ("graphs", "CUDA graphs captured since the rank's start", lambda rank: rank.graphs),
+    ("slow", "1: it holds the others up, by no work of its own", lambda rank: rank.slow),
+)
+_COUNTERS: tuple[tuple[str, str, Callable[[RankView], float]], ...] = (
+    ("exchanges", "dispatches, each with its combine", lambda rank: rank.exchanges),
+    ("exchange_bytes", "bytes of rows sent in dispatches", lambda rank: rank.exchanged_bytes),
+    (
+        "dispatch_wait_seconds",
+        "waited in dispatches until all peers' rows had come",
+        lambda rank: rank.dispatch_wait_s,
+    ),
+    (
+        "combine_wait_seconds",
+        "waited in combines until all peers' results had come",
+        lambda rank: rank.combine_wait_s,
+    ),
 )
 
 
-class _RankCollector(Collector):
-    """Gauges read when asked for: ranks that left simply do not appear."""
+def cache_config(engine: EngineConfig, blocks: int) -> dict[str, str]:
+    """What does not change while a service runs, as vLLM tells it. blocks: of a rank's KV cache."""
+    return {
+        "block_size": str(engine.kv_block_size),
+        "blocks_per_rank": str(blocks),
+        "cache_dtype": "auto",
+        "enable_prefix_caching": str(engine.prefix_cache),
+        "device": engine.device,
+    }
 
-    def __init__(self, ranks: Callable[[], list[RankView]], epoch: Callable[[], int]) -> None:
+
+class _RankCollector(Collector):
+    """Read when asked for: ranks that left simply do not appear."""
+
+    def __init__(
+        self,
+        ranks: Callable[[], list[RankView]],
+        epoch: Callable[[], int],
+        unfinished: Callable[[], int],
+        unassigned: Callable[[], int],
+        cache: Callable[[], Mapping[str, str]],
+    ) -> None:
         self._ranks = ranks
         self._epoch = epoch
+        self._unfinished = unfinished
+        self._unassigned = unassigned
+        self._cache = cache
 
-    def describe(self) -> Iterable[GaugeMetricFamily]:
+    def describe(self) -> Iterable[Metric]:
         return []
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         ranks = self._ranks()
-        yield GaugeMetricFamily("flexpert_epoch", "current epoch", value=self._epoch())
-        active = sum(rank.state == "active" for rank in ranks)
-        yield GaugeMetricFamily("flexpert_ranks", "active ranks", value=active)
+        yield from self._of_the_service(ranks)
         for name, text, read in _GAUGES:
             family = GaugeMetricFamily(f"flexpert_rank_{name}", text, labels=["rank"])
             for rank in ranks:
                 family.add_metric([str(rank.id)], read(rank))
             yield family
-        family = GaugeMetricFamily(
+        for name, text, read in _COUNTERS:
+            counted = CounterMetricFamily(f"flexpert_rank_{name}", text, labels=["rank"])
+            for rank in ranks:
+                counted.add_metric([str(rank.id)], read(rank))
+            yield counted
+        waits = CounterMetricFamily(
+            "flexpert_rank_peer_wait_seconds",
+            "from the begin of this rank's waits in exchanges until that peer's part had come",
+            labels=["rank", "peer"],
+        )
+        wire = GaugeMetricFamily(
             "flexpert_rank_wire_bytes",
             "bytes of exchanges written to a peer on another machine since it was connected",
             labels=["rank", "peer"],
         )
         for rank in ranks:
+            for peer, seconds in rank.waited_for.items():
+                waits.add_metric([str(rank.id), str(peer)], seconds)
             for peer, written in rank.wire_bytes.items():
-                family.add_metric([str(rank.id), str(peer)], written)
-        yield family
+                wire.add_metric([str(rank.id), str(peer)], written)
+        yield from (waits, wire)
+
+    def _of_the_service(self, ranks: list[RankView]) -> Iterator[Metric]:
+        active = [rank for rank in ranks if rank.state == "active"]
+        running = sum(rank.running for rank in ranks)
+        waiting = sum(rank.waiting for rank in ranks) + self._unassigned()
+        kv_used = sum(rank.kv_used for rank in active) / len(active) if active else 0.0
+        for name, text, value in (
+            ("epoch", "current epoch", self._epoch()),
+            ("ranks", "active ranks", len(active)),
+            ("unfinished_sequences", "sequences accepted and kept", self._unfinished()),
+            ("requests_running", "sequences being decoded, on all ranks", running),
+            (
+                "requests_waiting",
+                "sequences that wait for room on a rank, or for a rank",
+                waiting,
+            ),
+            ("kv_used_ratio", "share of KV blocks in use, on average over the ranks", kv_used),
+        ):
+            yield GaugeMetricFamily(f"flexpert_{name}", text, value=value)
+        cache = dict(self._cache())
+        if cache:
+            cache["num_gpu_blocks"] = str(int(cache["blocks_per_rank"]) * len(active))
+        info = GaugeMetricFamily(
+            "flexpert_cache_config_info",
+            "the KV cache; num_gpu_blocks: on all ranks together",
+            labels=list(cache),
+        )
+        if cache:
+            info.add_metric(list(cache.values()), 1)
+        yield info
 
 
 class _BalanceCollector(Collector):
@@ -108,7 +209,10 @@ class _BalanceCollector(Collector):
 
 
 class Metrics:
-    """What the head counts."""
+    """What the head counts.
+
+    cache_config: see the function of this name; {} before the model is known.
+    """
 
     def __init__(
         self,
@@ -116,71 +220,97 @@ class Metrics:
         epoch: Callable[[], int],
         unfinished: Callable[[], int],
         balance: Callable[[], BalanceView | None] = lambda: None,
+        unassigned: Callable[[], int] = lambda: 0,
     ) -> None:
-        """unfinished: sequences in the journal, whether a rank has them or not."""
+        """unfinished: sequences in the journal, whether a rank has them or not; unassigned: those
+        of them that no rank has."""
         self.registry = CollectorRegistry()
-        self.registry.register(_RankCollector(ranks, epoch))
+        self.cache_config: Mapping[str, str] = {}
+        self._preempted: dict[int, int] = {}  # rank → what its process has told
+        self.registry.register(
+            _RankCollector(ranks, epoch, unfinished, unassigned, lambda: self.cache_config)
+        )
         self.registry.register(_BalanceCollector(balance))
-        self.prompt_tokens = Counter(
-            "flexpert_prompt_tokens", "tokens of admitted prompts", registry=self.registry
+        self.prompt_tokens = self._counter("prompt_tokens", "tokens of admitted prompts")
+        self.cached_tokens = self._counter(
+            "cached_prompt_tokens", "tokens of prompts that ranks found in their prefix caches"
         )
-        self.cached_tokens = Counter(
-            "flexpert_cached_prompt_tokens",
-            "tokens of prompts that ranks found in their prefix caches",
-            registry=self.registry,
-        )
-        self.routing_cached_tokens = Counter(
-            "flexpert_routing_cached_tokens",
+        self.routing_cached_tokens = self._counter(
+            "routing_cached_tokens",
             "tokens of prompts that the rank they were given to has, or is about to compute",
-            registry=self.registry,
         )
-        self.routing_decisions = Counter(
-            "flexpert_routing_decisions",
+        self.routing_decisions = self._counter(
+            "routing_decisions",
             "sequences given to a rank; prefix: none has more of their prefix; load: another has, "
             "and is too busy or too full; none: nobody has any of it",
-            ["reason"],
-            registry=self.registry,
+            "reason",
         )
-        self.tokens = Counter("flexpert_tokens", "tokens published", registry=self.registry)
-        self.degraded_tokens = Counter(
-            "flexpert_degraded_tokens",
-            "tokens computed without some experts, or after such",
-            registry=self.registry,
+        self.tokens = self._counter("tokens", "tokens published")
+        self.degraded_tokens = self._counter(
+            "degraded_tokens", "tokens computed without some experts, or after such"
         )
-        self.degraded_sequences = Counter(
-            "flexpert_degraded_sequences", "sequences with such tokens", registry=self.registry
+        self.degraded_sequences = self._counter("degraded_sequences", "sequences with such tokens")
+        self.sequences = self._counter("sequences", "sequences by how they ended", "outcome")
+        self.preemptions = self._counter(
+            "preemptions", "how often a sequence lost its KV blocks to others of its rank"
         )
-        self.sequences = Counter(
-            "flexpert_sequences", "sequences by how they ended", ["outcome"], registry=self.registry
+        self.prefix_queries = self._counter(
+            "prefix_cache_queries", "prompt tokens looked up in the prefix cache"
         )
-        Gauge(
-            "flexpert_unfinished_sequences", "sequences accepted and kept", registry=self.registry
-        ).set_function(unfinished)
-        self.operations = Counter(
-            "flexpert_operations", "changes by how they ended", ["state"], registry=self.registry
+        self.operations = self._counter("operations", "changes by how they ended", "state")
+        self.moved_experts = self._counter("moved_experts", "expert replicas loaded by changes")
+        self.moved_requests = self._counter("moved_requests", "sequences moved by changes")
+        self.moved_with_kv = self._counter("moved_with_kv", "sequences moved with their KV")
+        self.moved_kv_bytes = self._counter("moved_kv_bytes", "KV that moved with sequences")
+        self.recomputed_tokens = self._counter(
+            "recomputed_tokens", "tokens of leavers computed again for want of room"
         )
-        self.moved_experts = Counter(
-            "flexpert_moved_experts", "expert replicas loaded by changes", registry=self.registry
+        self.faults = self._counter(
+            "faults", "ranks lost unasked, by how: killed, exited, stalled", "kind"
         )
-        self.moved_requests = Counter(
-            "flexpert_moved_requests", "sequences moved by changes", registry=self.registry
+        self.pause = self._seconds("pause", "serving pause of a change", _PAUSE_S)
+        self.recovery = self._seconds(
+            "recovery", "serving pause of a recovery: nothing is computed after a loss", _PAUSE_S
         )
-        self.moved_with_kv = Counter(
-            "flexpert_moved_with_kv", "sequences moved with their KV", registry=self.registry
+        self.detection = self._seconds(
+            "fault_detection", "from a lost rank's last word to when the head knew", _DETECTION_S
         )
-        self.moved_kv_bytes = Counter(
-            "flexpert_moved_kv_bytes", "KV that moved with sequences", registry=self.registry
+        self.latency = self._seconds("request_latency", "from submission to the end", _REQUEST_S)
+        self.queue = self._seconds(
+            "request_queue", "from submission until a rank has room for it", _REQUEST_S
         )
-        self.recomputed_tokens = Counter(
-            "flexpert_recomputed_tokens",
-            "tokens of leavers computed again for want of room",
-            registry=self.registry,
+        self.prefill = self._seconds("request_prefill", "from then to the first token", _REQUEST_S)
+        self.decode = self._seconds("request_decode", "from that to the end", _REQUEST_S)
+        self.inference = self._seconds("request_inference", "prefill and decode", _REQUEST_S)
+        self.token_time = self._seconds(
+            "request_time_per_output_token", "decode by tokens after the first", _PAUSE_S
         )
-        self.pause = Histogram(
-            "flexpert_pause_seconds",
-            "serving pause of a change",
-            buckets=_PAUSE_BUCKETS_S,
-            registry=self.registry,
+        self.request_prompt = self._tokens("request_prompt_tokens", "prompt of a sequence")
+        self.request_generated = self._tokens("request_generation_tokens", "answer of a sequence")
+        self.request_most = self._tokens("request_params_max_tokens", "max_tokens of a sequence")
+        self.step_tokens = self._tokens(
+            "step_tokens", "computed in a step of a rank, prompts included", _STEP_TOKENS
+        )
+
+        for family, values in (
+            (self.sequences, ("stop", "length", "cancelled", "failed")),
+            (self.operations, ("done", "failed", "cancelled")),
+            (self.faults, ("killed", "exited", "stalled")),
+        ):
+            for value in values:  # there from the beginning, so that an alert sees the first one
+                family.labels(value)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"flexpert_{name}", text, labels, registry=self.registry)
+
+    def _seconds(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"flexpert_{name}_seconds", text, buckets=buckets, registry=self.registry)
+
+    def _tokens(
+        self, name: str, text: str, buckets: tuple[float, ...] = _REQUEST_TOKENS
+    ) -> Histogram:
+        return Histogram(
+            f"flexpert_{name}", f"tokens: {text}", buckets=buckets, registry=self.registry
         )
 
     def routed(self, decision: RoutingDecision) -> None:
@@ -197,3 +327,49 @@ class Metrics:
             self.recomputed_tokens.inc(view.recomputed_tokens)
             if view.pause_ms is not None:
                 self.pause.observe(view.pause_ms / 1e3)
+                if view.purpose == "recovery":
+                    self.recovery.observe(view.pause_ms / 1e3)
+
+    def rank_gone(self, event: Mapping[str, object]) -> None:
+        """A rank's process has ended; event: as it is published."""
+        rank, status, silent_s = event.get("id"), event.get("status"), event.get("silent_s")
+        if isinstance(rank, int):
+            self._preempted.pop(rank, None)
+        if event.get("state") != "gone" or event.get("asked", True):
+            return
+        killed = isinstance(status, int) and status < 0
+        kind = "stalled" if event.get("evicted") else "killed" if killed else "exited"
+        self.faults.labels(kind).inc()
+        if isinstance(silent_s, float):
+            self.detection.observe(silent_s)
+
+    def step(self, rank: int, report: msg.Published) -> None:
+        """A rank has taken a step with tokens."""
+        self.step_tokens.observe(report.computed)
+        preempted = report.load.preemptions
+        self.preemptions.inc(max(0, preempted - self._preempted.get(rank, 0)))
+        self._preempted[rank] = preempted
+
+    # ---- of requests, from the journal ------------------------------------------------------
+
+    def first_token(self, entry: Entry) -> None:
+        if entry.request.params.prompt_logprobs is None:  # else the cache is not asked
+            self.prefix_queries.inc(len(entry.request.prompt))
+
+    def finished(self, entry: Entry, finish: str, now: float) -> None:
+        self.sequences.labels(finish).inc()
+        spent, generated = spans(entry.times, now), len(entry.generated)
+        self.latency.observe(spent.total)
+        self.queue.observe(spent.queue)
+        self.prefill.observe(spent.prefill)
+        self.decode.observe(spent.decode)
+        self.inference.observe(spent.inference)
+        if generated > 1:
+            self.token_time.observe(spent.decode / (generated - 1))
+        self.request_prompt.observe(len(entry.request.prompt))
+        self.request_generated.observe(generated)
+        if entry.request.params.max_tokens is not None:
+            self.request_most.observe(entry.request.params.max_tokens)
+
+    def failed(self) -> None:
+        self.sequences.labels("failed").inc()

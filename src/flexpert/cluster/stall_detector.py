@@ -91,6 +91,7 @@ class Watch:
                 self._head.kill(rank)
             elif rank_state and rank_state.state != "stalled":
                 rank_state.state, rank_state.error = "stalled", why
+                rank_state.found_lost(self._head.now())
                 self._warn(f"rank {rank} {why} and is terminated")
                 self._head.kill(rank)
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import msgspec
 
 from flexpert.cluster import saved_state as saved
+from flexpert.cluster.kept_counters import KeptSample
 from flexpert.cluster.saved_state import (
     SavedCluster,
     SavedHost,
@@ -120,6 +121,10 @@ class StateStore:
     def operation(self, record: SavedOperation, *, urgent: bool) -> None:
         """urgent: as for `cluster`."""
         self._note([(_OPERATION, (record.view.id, saved.encode(record)))], urgent=urgent)
+
+    def counters(self, samples: list[KeptSample]) -> None:
+        """What metrics have counted."""
+        self._note([(_META, ("counters", saved.encode(samples)))])
 
     def forget_operation(self, operation_id: str) -> None:
         self._note([(_FORGET_OPERATION, (operation_id,))])
@@ -386,13 +391,14 @@ def load(path: Path) -> SavedState | None:
             for name, value in connection.execute("SELECT id, value FROM tokens ORDER BY place"):
                 events.setdefault(name, []).extend(saved.decode_events(name, value))
             sequences = [saved.decode_sequence(value) for (value,) in requests]
-            cluster = meta.get("cluster")
+            cluster, counters = meta.get("cluster"), meta.get("counters")
             return SavedState(
                 settings=str(meta.get("settings", "")),
                 cluster=None if cluster is None else saved.decode_cluster(cluster),
                 operations=[saved.decode_operation(value) for (value,) in operations],
                 requests=[SavedRequest(one, events.get(one.id, [])) for one in sequences],
                 hosts=saved.decode_hosts(meta["hosts"]) if "hosts" in meta else [],
+                counters=[] if counters is None else saved.decode_counters(counters),
             )
     except (sqlite3.Error, msgspec.MsgspecError) as error:
         raise ModelError(

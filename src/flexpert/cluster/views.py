@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
+OperationPurpose = Literal["request", "recovery", "restart", "reload"]
 OperationState = Literal["preparing", "committing", "done", "failed", "cancelled"]
 RankStatus = Literal["starting", "preparing", "ready", "active", "leaving", "stalled", "gone"]
 
@@ -27,6 +28,11 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     device_memory_bytes, device_planned_bytes: the same of the GPU's memory; 0 on a CPU.
     device_spare_bytes: of the first, what is kept for experts to come.
     graphs: CUDA graphs captured since its start; no change of ranks adds to them.
+    preemptions: since its start, how often a request lost its KV blocks to others.
+    exchanges, exchanged_bytes: since its start; dispatches, and bytes of rows it has sent.
+    dispatch_wait_s, combine_wait_s: waited in them for all peers. waited_for: peer → from the begin
+    of such waits until that peer's part had come. On GPUs only exchanges are counted.
+    slow: the others wait for it, though it has no more to do than they (`slow_ranks.py`).
     """
 
     id: int
@@ -49,6 +55,13 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     device_planned_bytes: int = 0
     device_spare_bytes: int = 0
     graphs: int = 0
+    preemptions: int = 0
+    exchanges: int = 0
+    exchanged_bytes: int = 0
+    dispatch_wait_s: float = 0.0
+    combine_wait_s: float = 0.0
+    waited_for: dict[int, float] = {}
+    slow: bool = False
 
 
 class PlacementView(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +94,9 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     requests that are computed again, because there were no KV blocks for them or the leaver had
     died; at most so many, since prefixes that are in the cache by then are found.
     reason: why the head began it by itself (a rank was lost, or is replaced); None for a change
-    that was asked for. own_id: its id is the caller's (`operation_id`).
+    that was asked for. purpose: what it is: "request", "recovery" of the survivors of a loss,
+    "restart" of who was lost, or "reload" of lost experts. own_id: its id is the caller's
+    (`operation_id`).
     """
 
     id: str
@@ -104,6 +119,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     reason: str | None = None
     created: float = 0.0
     own_id: bool = False
+    purpose: OperationPurpose = "request"
 
 
 class ChangePreview(msgspec.Struct, frozen=True, kw_only=True):

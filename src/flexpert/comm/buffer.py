@@ -182,6 +182,7 @@ class Statistics:
         ranks of another machine share count for the one that gets them.
     dispatch_wait_ns, combine_wait_ns: id → nanoseconds from the begin of a wait until that peer's
         flag was seen; the peer with the largest value is the slow one.
+    waited_ns: "dispatch", "combine" → nanoseconds in such waits, for all peers together.
     wire_bytes: connected id on another machine → all bytes written to it, messages included, since
         it was connected.
     """
@@ -191,6 +192,7 @@ class Statistics:
     dispatch_wait_ns: dict[int, int]
     combine_wait_ns: dict[int, int]
     wire_bytes: dict[int, int] = field(default_factory=dict)
+    waited_ns: dict[str, int] = field(default_factory=dict)
 
 
 class Pending(ABC, Generic[T]):

@@ -65,6 +65,7 @@ from flexpert.models.source import ModelSource
 log = logging.getLogger("flexpert")
 
 _SLOW_STEP_S = 0.1  # is logged, with what took how long
+_COUNT_EVERY_S = 0.25  # exchanges are looked at, which is too slow for each step
 _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it does not hang
 
 Samples = Sequence[SampleState]
@@ -206,6 +207,8 @@ class RankEngine:
         self._turns = 0  # of the loop, and commands
         self._far: list[int] = []  # peers over NIXL, in the current epoch
         self.wire_bytes: dict[int, int] = {}  # written to each of them
+        self.exchanges = msg.ExchangeUse()
+        self._count_at = 0.0  # when exchanges are looked at next
 
         self._states = RankStates()
         self._vote_due = False  # though there is no work: newly armed or entered, or a peer votes
@@ -475,6 +478,7 @@ class RankEngine:
             scheduler.waiting,
             scheduler.kv_used,
             graphs.captures if graphs else 0,
+            scheduler.preemptions,
         )
 
     # ---- the loop ---------------------------------------------------------------------------
@@ -539,11 +543,29 @@ class RankEngine:
         if work:
             self._step(watch)
             self.load_report.look(now)
-            if self._far:
-                self.wire_bytes = self.buffer.statistics().wire_bytes
+        self._count_exchanges(now, idle=not work)
         self._last_step_end = time.perf_counter() if work else None
         if sum(watch.laps.values()) > _SLOW_STEP_S:
             log.debug("rank %d took long for a step: %s", self.buffer.rank, in_words(watch.laps))
+
+    def _count_exchanges(self, now: float, *, idle: bool) -> None:
+        """For another thread to report. idle: no step follows soon."""
+        if not (self._far or idle or now >= self._count_at):
+            return
+        self._count_at = now + _COUNT_EVERY_S
+        counted = self.buffer.statistics()
+        self.wire_bytes = counted.wire_bytes
+        self.exchanges = msg.ExchangeUse(
+            counted.exchanges,
+            counted.waited_ns.get("dispatch", 0) / 1e9,
+            counted.waited_ns.get("combine", 0) / 1e9,
+            {
+                peer: (waited + counted.combine_wait_ns[peer]) / 1e9
+                for peer, waited in counted.dispatch_wait_ns.items()
+                if waited and peer != self.buffer.rank
+            },
+            sum(counted.bytes_sent.values()),
+        )
 
     def _step(self, watch: Stopwatch) -> None:
         if not self.scheduler.has_work:
@@ -577,7 +599,8 @@ class RankEngine:
         events = self.scheduler.commit(
             plan, sampled, None if lost is None else lost.numpy(), scores
         )
-        self.report(msg.Published(events, self._load(), self.scheduler.cache_changes()))
+        blocks = self.scheduler.cache_changes()
+        self.report(msg.Published(events, self._load(), blocks, plan.tokens))
         watch.lap("publish")
 
     def _idle(self, watch: Stopwatch) -> None:

@@ -159,13 +159,14 @@ Command = (
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """running, waiting: sequences; kv_used: share of KV blocks; graphs: CUDA graphs captured since
-    the process began."""
+    """running, waiting: sequences; kv_used: share of KV blocks; since the process began, graphs:
+    CUDA graphs captured, preemptions: how often a sequence lost its blocks."""
 
     running: int
     waiting: int
     kv_used: float
     graphs: int = 0
+    preemptions: int = 0
 
 
 class MemoryUse(msgspec.Struct, frozen=True, array_like=True):
@@ -175,6 +176,19 @@ class MemoryUse(msgspec.Struct, frozen=True, array_like=True):
     host: int
     device: int = 0
     device_spare: int = 0
+
+
+class ExchangeUse(msgspec.Struct, frozen=True, array_like=True):
+    """Of a rank's exchanges since its process began. count: dispatches, each with its combine.
+    dispatch_s, combine_s: waited for all peers. peer_s: peer → from the begin of such waits until
+    that peer's part had come; the one with the largest is the slow one. sent: bytes of rows, those
+    it keeps included. On GPUs only the count."""
+
+    count: int = 0
+    dispatch_s: float = 0.0
+    combine_s: float = 0.0
+    peer_s: dict[int, float] = {}
+    sent: int = 0
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -297,6 +311,7 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
     used: MemoryUse = MemoryUse(0)
     wire_bytes: dict[int, int] = {}
     load: RouterLoad | None = None
+    exchanges: ExchangeUse = ExchangeUse()
 
 
 class Offered(msgspec.Struct, frozen=True, tag="offered"):
@@ -340,11 +355,13 @@ class Published(msgspec.Struct, frozen=True, tag="published"):
     """The tokens of one whole step.
 
     blocks: how the prefix cache has changed since a report last said so; None: not at all.
+    computed: how many tokens the step had, those of prompts included.
     """
 
     events: list[TokenEvent]
     load: Load
     blocks: BlockChanges | None = None
+    computed: int = 0
 
 
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):

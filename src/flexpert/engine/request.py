@@ -325,6 +325,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     degraded: they, or what they follow, were computed while experts were missing.
     prompt_logprobs: with the first token, if asked for: of the prompt's tokens from the second on.
     cached: with the first token: how many of the prompt's were found in the prefix cache.
+    waited: with the first token: seconds until its rank had room for it.
     """
 
     id: str
@@ -335,3 +336,4 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True):
     degraded: bool = False
     prompt_logprobs: list[TokenLogprobs] | None = None
     cached: int = 0
+    waited: float = 0.0

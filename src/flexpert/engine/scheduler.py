@@ -32,8 +32,9 @@ are tainted then: nobody else may find them, nor those that follow, until they a
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 
 import msgspec
@@ -80,10 +81,23 @@ class _Scheduled(SampleState):
     """A sequence in this scheduler. While it waits row is -1, and it has blocks only if it came
     with them (`adopt`)."""
 
-    __slots__ = ("aborted", "blocks", "cached", "computed", "digests", "row", "scores", "tainted")
+    __slots__ = (
+        "aborted",
+        "added",
+        "blocks",
+        "cached",
+        "computed",
+        "digests",
+        "row",
+        "scores",
+        "tainted",
+        "waited",
+    )
 
-    def __init__(self, sequence: RequestSequence) -> None:
+    def __init__(self, sequence: RequestSequence, added: float) -> None:
         super().__init__(sequence)
+        self.added = added  # when, by the scheduler's clock
+        self.waited: float | None = None  # seconds until it was first admitted
         self.blocks: list[int] = []
         self.computed = 0  # tokens whose keys and values are in the blocks
         self.digests: list[bytes] = []  # of the first full blocks of `tokens`
@@ -236,10 +250,13 @@ class Scheduler:
 
     running, waiting: how many. preemptions, prompt_tokens, cached_tokens: since the start; how
     often a sequence lost its blocks, tokens of all admitted prompts, and those found in the cache.
+    clock: seconds; nothing is decided by it.
     """
 
-    def __init__(self, limits: EngineLimits) -> None:
+    def __init__(self, limits: EngineLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
+        self._clock = clock
+        self._planned_at = 0.0
         self.pool = BlockPool(limits.blocks, limits.block_size, limits.prefix_cache)
         self._keys = KeyLog(stride_of(limits.blocks))
         self.pool.watch = self._keys.set
@@ -335,7 +352,7 @@ class Scheduler:
                 f"prompt and answer may reach {longest} tokens; the KV cache of a rank holds "
                 f"{limits.blocks * limits.block_size}: lower max_tokens or raise kv_memory"
             )
-        state = _Scheduled(sequence)
+        state = _Scheduled(sequence, self._clock())
         if sequence.generated and state.finish(limits.max_model_len) is not None:
             raise ValueError(f"sequence {sequence.id!r} is already complete")
         self._states[sequence.id] = state
@@ -487,6 +504,7 @@ class Scheduler:
         if self._plan is not None:
             raise RuntimeError("a plan is in flight; commit it or roll it back")
         self._used_before = self.pool.used
+        self._planned_at = self._clock()
         if self._order is None:
             self._order = np.array([s.row for s in self._decoding], dtype=np.int64)
         rows = self._order
@@ -658,6 +676,8 @@ class Scheduler:
             state = admission.state
             state.row, state.blocks = admission.row, admission.blocks
             state.computed = admission.cached
+            if state.waited is None:
+                state.waited = self._planned_at - state.added
             self._held[state.row] = len(state.blocks)
             if not admission.kept:
                 self.prompt_tokens += len(state.tokens)
@@ -692,9 +712,12 @@ class Scheduler:
                 del self._states[state.id]
             top = None if logprobs is None else [logprobs]
             event = TokenEvent(state.id, position, [token], top, finish, state.tainted)
-            if position == 0 and (state.scores is not None or state.cached):
+            if position == 0:
                 event = msgspec.structs.replace(
-                    event, prompt_logprobs=state.scores, cached=state.cached
+                    event,
+                    prompt_logprobs=state.scores,
+                    cached=state.cached,
+                    waited=state.waited or 0.0,
                 )
             state.scores = None
             events.append(event)

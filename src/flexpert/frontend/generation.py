@@ -71,7 +71,9 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Meter(Protocol):
-    """Who wants to know how fast tokens come; seconds."""
+    """Who wants to know what is asked for, and how fast tokens come; seconds."""
+
+    def asked(self, choices: int) -> None: ...
 
     def first_token(self, waited_s: float) -> None: ...
 
@@ -126,6 +128,8 @@ class Generation:
         if not all(self._prompts):
             raise RequestError("prompt must have at least one token", "prompt")
         self._head.check_room(len(self._prompts) * params.n)
+        if self._meter is not None:
+            self._meter.asked(params.n)
         hidden = frozenset((*params.stop_token_ids, *self._head.info.eos_token_ids))
         cost = 0
         try:
@@ -206,6 +210,7 @@ class Generation:
             yield part
             if part.finish is not None:
                 if delta.finish is None:
+                    answer.stream.enough = True
                     answer.stream.cancel()  # a stop text was met, the sequence would go on
                 return
         raise ServiceStopped("the service stopped before the answer was complete")

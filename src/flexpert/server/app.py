@@ -26,7 +26,7 @@ from flexpert.server.dashboard_routes import PageRoute, dashboard_routes
 from flexpert.server.forwarding import BODY, ForwardedAnswer, hand_responses_over, keep_response
 from flexpert.server.gate import Gate
 from flexpert.server.http_errors import ApiError, api_error, validation_error
-from flexpert.server.http_metrics import ServerMetrics
+from flexpert.server.http_metrics import ServerMetrics, exposition
 from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.live_feed import LiveFeed
 from flexpert.server.message_errors import error_response
@@ -60,6 +60,7 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
     metrics = ServerMetrics()
     app.state.closing = asyncio.Event()
     app.state.metrics = metrics
+    head.registries.append(metrics.registry)
     app.state.preprocessors = _preprocessors(head)
     openai = OpenAIRoutes(head, metrics, app.state.preprocessors)
     app.include_router(openai.router)
@@ -139,7 +140,8 @@ def _add_service_routes(app: FastAPI, head: Head, metrics: ServerMetrics) -> Non
 
     async def prometheus() -> Response:
         """For prometheus: ranks, engine, cluster and HTTP."""
-        return metrics.response(head.registry)
+        names = head.config.server.metrics_names
+        return exposition(head.measured(), head.model_name, names)
 
     app.add_api_route("/health", health, methods=["GET"], tags=["service"])
     app.add_api_route("/health/ready", health, methods=["GET"], tags=["service"])

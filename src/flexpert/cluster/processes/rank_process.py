@@ -201,8 +201,8 @@ def _beat(engine: RankEngine, report: Callable[[msg.Report], None], every_s: flo
             if time.monotonic() >= next_look:
                 engine.measure_memory()
                 next_look = time.monotonic() + _MEMORY_EVERY_S
-            load = engine.load_report.take()
-            report(msg.Alive(stuck_s, engine.memory_use, engine.wire_bytes, load))
+            load, used = engine.load_report.take(), engine.memory_use
+            report(msg.Alive(stuck_s, used, engine.wire_bytes, load, engine.exchanges))
             time.sleep(every_s)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from flexpert.comm.buffer import BufferSpec, Received
 from flexpert.comm.errors import CommError, Interrupted, StaleEpoch
 from flexpert.comm.host._kernels import ffi, lib
+from flexpert.comm.host.codes import COMBINE, DISPATCH
 from flexpert.comm.host.window import HostWindow
 from flexpert.comm.window_layout import (
     COMBINE_FLAG_AT,
@@ -59,6 +60,7 @@ class Core:
         one sent.
     received: what the last dispatch brought.
     turns: see `Buffer`.
+    waited_ns: kind of exchange → for how long in all; waits that failed do not count.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Core:
         self.must_vote = False
         self.received: Received | None = None
         self.turns = 0
+        self.waited_ns = {DISPATCH: 0, COMBINE: 0}
 
         self.b = b = ffi.new("fx_buffer *")
         _describe(b, rank, spec, self.window.address.nonce)

@@ -29,6 +29,7 @@ from flexpert.comm.host.codes import (
     DISPATCH,
     NO_MEMORY,
     NO_SUCH_EXPERT,
+    PHASES,
     WRONG_MODE,
     WRONG_PAYLOAD,
 )
@@ -270,6 +271,7 @@ class HostExchange:
             dispatch_wait_ns={rank: b.wait_ns[DISPATCH][rank] for rank in ids},
             combine_wait_ns={rank: b.wait_ns[COMBINE][rank] for rank in ids},
             wire_bytes=self._remote.bytes_written(),
+            waited_ns={PHASES[what]: spent for what, spent in self._core.waited_ns.items()},
         )
 
     # ---- what was wrong -----------------------------------------------------------------------

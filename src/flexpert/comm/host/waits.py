@@ -106,6 +106,8 @@ class Waiter:
             if core.b.to_open:
                 self._members.open_places()
             if how == OK:
+                if what in core.waited_ns:
+                    core.waited_ns[what] += time.monotonic_ns() - begun_ns
                 if polls:
                     patience_s = min(limit_s, core.timeout_s) / _LATE
                     until_ns = time.monotonic_ns() + limit_ns(patience_s)
