@@ -547,6 +547,9 @@ class ServerConfig(_Section):
         "both", description="whose names /metrics has; vllm: of what vLLM has, only its"
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = Field(
+        "text", description="of the log on standard error; json: an object a line"
+    )
 
     @field_validator("allowed_origins")
     @classmethod

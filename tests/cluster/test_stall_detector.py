@@ -58,7 +58,7 @@ def clock() -> Clock:
 
 def watched(clock: Clock) -> tuple[Watch, RankState]:
     record = RankState(3, state="active")
-    watch = Watch({3: record}, cast(HeadInterface, clock), STALL_S, lambda text: None)
+    watch = Watch({3: record}, cast(HeadInterface, clock), STALL_S, lambda text, rank: None)
     watch.start()
     return watch, record
 

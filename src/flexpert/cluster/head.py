@@ -919,7 +919,11 @@ class Head:
     def rank_exited(self, rank: int, own_fault: bool) -> None:
         failed = self._journal.rank_exited(rank, own_fault=own_fault)
         if failed is not None:
-            log.error("request %s failed: ranks keep ending in the step that takes it", failed)
+            log.error(
+                "request %s failed: ranks keep ending in the step that takes it",
+                failed,
+                extra={"request": failed, "rank": rank, "epoch": self._epoch},
+            )
 
     def heard(self) -> bool:
         return bool(self._listeners)
@@ -1009,7 +1013,13 @@ class Head:
                 self._journal.on_trial(sequence_id)
             case msg.Rejected(sequence_id, error, fault):
                 if fault:
-                    log.error("request %s failed on rank %d: %s", sequence_id, rank, error)
+                    log.error(
+                        "request %s failed on rank %d: %s",
+                        sequence_id,
+                        rank,
+                        error,
+                        extra={"request": sequence_id, "rank": rank, "epoch": self._epoch},
+                    )
                 kind = FlexpertError if fault else RequestError
                 self._journal.fail(sequence_id, kind(error))
         self._coordinator.on_report(rank, report)
@@ -1072,7 +1082,7 @@ class Head:
             try:
                 self._coordinator.on_exit(rank, status, why)
             except Exception as error:
-                log.exception("the end of rank %d could not be handled", rank)
+                log.exception("the end of rank %d could not be handled", rank, extra={"rank": rank})
                 self.impair(CHANGES, f"the end of rank {rank} could not be handled: {error!r}")
 
     def _send(self, rank: int, command: msg.Command) -> None:

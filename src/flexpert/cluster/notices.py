@@ -26,9 +26,10 @@ class Notices:
     def publish(self, kind: str, data: dict[str, object]) -> None:
         self._head.publish(ClusterEvent(kind=kind, time=time.time(), data=data))
 
-    def warn(self, text: str) -> None:
-        log.warning("%s", text)
-        self.publish("warning", {"error": text})
+    def warn(self, text: str, rank: int | None = None) -> None:
+        log.warning("%s", text, extra={"rank": rank})
+        named: dict[str, object] = {} if rank is None else {"rank": rank}
+        self.publish("warning", {**named, "error": text})
 
     def warn_once(self, text: str) -> None:
         """Unless it was the latest that was said so."""
@@ -39,7 +40,9 @@ class Notices:
     def left_out(self, ranks: frozenset[int]) -> None:
         """Which ranks are not restarted any more: each is warned of once."""
         for rank in sorted(ranks - self._left_out):
-            self.warn(f"rank {rank} keeps ending and is left out; scale to have it tried again")
+            self.warn(
+                f"rank {rank} keeps ending and is left out; scale to have it tried again", rank
+            )
         self._left_out = ranks
 
     def operation(self, operation: Operation) -> None:
@@ -49,7 +52,8 @@ class Notices:
             self._head.save_operation(operation.record(), urgent=False)
         if operation.over.is_set():
             level = logging.WARNING if view.state == "failed" else logging.INFO
-            log.log(level, "%s: %s", view.id, outcome_line(view))
+            about = {"operation": view.id, "epoch": view.epoch}
+            log.log(level, "%s: %s", view.id, outcome_line(view), extra=about)
         self.publish("operation", msgspec.to_builtins(view))
 
     def progress(self, operation: Operation) -> None:

@@ -367,7 +367,8 @@ class Operations:
         self._cluster.operation = operation
         view = operation.view()
         because = f" ({view.reason})" if view.reason else ""
-        log.info("%s: %s%s", view.id, describe_change(view), because)
+        about = {"operation": view.id, "epoch": view.epoch}
+        log.info("%s: %s%s", view.id, describe_change(view), because, extra=about)
 
     def records(self) -> list[SavedOperation]:
         """Of all that are kept, for another head."""

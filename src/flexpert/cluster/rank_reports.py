@@ -102,7 +102,7 @@ class RankReports:
                 self._post(EventKind.HALTED, rank)
             case msg.Broken(of, silent, error) if of in (epoch, cluster.membership.epoch):
                 self._accuse(rank, silent)
-                log.warning("rank %d: %s", rank, error)
+                log.warning("rank %d: %s", rank, error, extra={"rank": rank, "epoch": of})
                 cluster.notices.publish("warning", {"rank": rank, "error": error})
                 self._post(EventKind.BROKEN, rank, f"rank {rank}: {error}")
 
@@ -199,7 +199,13 @@ class RankReports:
         }
         cluster.notices.publish("rank", gone)
         cluster.ranks.pop(rank, None)
-        log.log(logging.INFO if asked else logging.WARNING, "%s", reason)
+        about = {
+            "rank": rank,
+            "epoch": cluster.membership.epoch,
+            "pid": rank_state.pid if rank_state else None,
+            "host": rank_state.host if rank_state else None,
+        }
+        log.log(logging.INFO if asked else logging.WARNING, "%s", reason, extra=about)
         if rank_state is not None:
             ended = GoneRank(
                 id=rank,

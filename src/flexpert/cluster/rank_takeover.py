@@ -57,7 +57,9 @@ class RankTakeover:
     def _end_silent(self) -> None:
         for rank in sorted(self._living - self.attached.keys()):
             if not self._over:
-                log.warning("rank %d does not answer the new head and is ended", rank)
+                log.warning(
+                    "rank %d does not answer the new head and is ended", rank, extra={"rank": rank}
+                )
                 self._kill(rank)
 
     def _look(self) -> None:

@@ -41,7 +41,8 @@ def worked(
 class Watch:
     """Terminates them; such an exit is an ordinary loss.
 
-    ranks: the coordinator's records, as they are. warn: tells the people.
+    ranks: the coordinator's records, as they are. warn: tells the people, and of
+    which rank.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Watch:
         ranks: dict[int, RankState],
         head: HeadInterface,
         stall_timeout_s: float,
-        warn: Callable[[str], None],
+        warn: Callable[[str, int], None],
     ) -> None:
         self._ranks = ranks
         self._head = head
@@ -92,7 +93,7 @@ class Watch:
             elif rank_state and rank_state.state != "stalled":
                 rank_state.state, rank_state.error = "stalled", why
                 rank_state.found_lost(self._head.now())
-                self._warn(f"rank {rank} {why} and is terminated")
+                self._warn(f"rank {rank} {why} and is terminated", rank)
                 self._head.kill(rank)
 
     def _look_again(self) -> None:

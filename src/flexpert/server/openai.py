@@ -235,7 +235,7 @@ async def _events(
             yield event(shape.usage_chunk(generation.usage))
     except Exception as error:
         if not isinstance(error, FlexpertError):
-            log.exception("%s failed", shape.id)
+            log.exception("%s failed", shape.id, extra={"request": shape.id})
         yield event(api_error(error).body)  # the status has been sent; this is how clients learn
     yield DONE
 

@@ -68,7 +68,8 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
         0 stopped by a signal while serving, 1 the service failed, 2 wrong settings (a port in
         use), 128 + signal if it stopped before it served or at once.
     """
-    start_logging(config.server.log_level.upper(), LogHandler())
+    server = config.server
+    start_logging(server.log_level.upper(), LogHandler(), server.log_format)
     try:
         raise_limit(config.cluster.ranks)
         # Bound before any rank starts, so that a port in use fails in milliseconds. It listens

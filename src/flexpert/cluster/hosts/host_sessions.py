@@ -310,7 +310,7 @@ class HostSessions:
         host = _printable(join.host)
         if join.version != VERSION:
             reason = f"it runs flexpert {join.version[:40]!a}, the head {VERSION}"
-            log.warning("%s cannot join: %s", host, reason)
+            log.warning("%s cannot join: %s", host, reason, extra={"host": host})
             self._tell(peer, say.Turned(reason))
             return
         self._end_of(peer, "it joins anew")
@@ -327,7 +327,7 @@ class HostSessions:
         session = _Session(number, peer, rank, host, self._loop.time())
         session.ticket, session.expected = join.ticket, expected
         self._sessions[number] = session
-        log.info("host %s will join as rank %d", host, rank)
+        log.info("host %s will join as rank %d", host, rank, extra={"host": host, "rank": rank})
         welcome = say.Welcome(number, rank, self._settings, self._timeout_s, self._orphan_s)
         self._tell(peer, welcome)
 
@@ -366,7 +366,10 @@ class HostSessions:
     # ---- ends -------------------------------------------------------------------------------
 
     def _turn(self, session: _Session, reason: str) -> None:
-        log.warning("host %s cannot join as rank %d: %s", session.host, session.rank, reason)
+        about = {"host": session.host, "rank": session.rank}
+        log.warning(
+            "host %s cannot join as rank %d: %s", session.host, session.rank, reason, extra=about
+        )
         del self._sessions[session.number]
         self._tell(session.peer, say.Turned(reason))
         self._over(session, -9, f"host {session.host}: {reason}")

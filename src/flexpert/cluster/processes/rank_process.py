@@ -127,7 +127,7 @@ def rank_main(spec: bytes, end: socket.socket, *more: Any) -> int:
     told = decode_spec(spec)
     config = Config.model_validate_json(told.config)
     if config.server.log_level == "debug":
-        start_logging("DEBUG", logging.StreamHandler())
+        start_logging("DEBUG", logging.StreamHandler(), config.server.log_format)
     choose_network(config.engine)
     faults = Faults.of_environment(told.rank)
     if faults:
