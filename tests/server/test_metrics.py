@@ -133,7 +133,7 @@ def service() -> Iterator[Served]:
         assert service.http("POST", "/v1/completions", stopped).status_code == 200
         assert service.scale(3)["state"] == "done"
         os.kill(service.ranks()[1], signal.SIGKILL)
-        wait_until(lambda: series(service).get("flexpert_recovery_seconds_count{}"), 30)
+        wait_until(lambda: series(service).get("flexpert_recovery_seconds_count{}"), 90)
         yield service
 
 

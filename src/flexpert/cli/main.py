@@ -28,6 +28,7 @@ from flexpert.cli import (
     bench_transport,
     check,
     client_commands,
+    doctor,
     join,
     models_command,
     plan,
@@ -133,6 +134,7 @@ add_command(app, "complete", client_commands.complete, client_commands.COMPLETE_
 add_command(app, "demo", trial_commands.demo, trial_commands.DEMO_EXAMPLES)
 add_command(app, "chaos", trial_commands.chaos, trial_commands.CHAOS_EXAMPLES)
 add_command(app, "plan", plan.plan, plan.PLAN_EXAMPLES)
+add_command(app, "doctor", doctor.doctor, doctor.DOCTOR_EXAMPLES)
 add_command(app, "models", models_command.models, models_command.MODELS_EXAMPLES)
 add_command(app, "version", version, VERSION_EXAMPLES)
 add_command(bench, "serve", bench_serve.bench_serve, bench_serve.BENCH_SERVE_EXAMPLES)
