@@ -85,7 +85,7 @@ def test_counters_of_the_head_before_go_on() -> None:
 
 def test_the_spans_of_a_request_add_up_to_its_latency() -> None:
     times = RequestTimes(opened=10.0, assigned=10.5)
-    times.begun(13.0, waited=1.0, cached=0)
+    times.begun(13.0, waited=1.0)
     found = spans(times, 15.0)
     assert (found.queue, found.prefill, found.decode, found.total) == (1.5, 1.5, 2.0, 5.0)
     times.waited = 9.0  # a clock that runs fast on another host

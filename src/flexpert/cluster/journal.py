@@ -224,7 +224,7 @@ class Journal:
                 self._append(entry, event)
         self.meter = meter
         if entry.generated:
-            entry.times.begun(entry.times.opened, 0.0, 0)
+            entry.times.begun(entry.times.opened, 0.0)
         return entry
 
     def place(self, sequence_id: str, rank: int) -> bool:
@@ -448,7 +448,7 @@ class Journal:
             return
         now = self.clock()
         if first:
-            entry.times.begun(now, event.waited, event.cached)
+            entry.times.begun(now, event.waited)
             self.meter.first_token(entry)
         if event.finish:
             self.meter.finished(entry, event.finish, now)

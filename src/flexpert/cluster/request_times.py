@@ -8,19 +8,17 @@ from dataclasses import dataclass
 @dataclass(slots=True)
 class RequestTimes:
     """By the journal's clock. assigned: when a rank was first given it. waited: seconds until that
-    rank had room for it; first: when its first token came. cached: tokens of its prompt that were
-    found in the prefix cache."""
+    rank had room for it; first: when its first token came."""
 
     opened: float
     assigned: float | None = None
     first: float | None = None
     waited: float = 0.0
-    cached: int = 0
 
-    def begun(self, now: float, waited: float, cached: int) -> None:
+    def begun(self, now: float, waited: float) -> None:
         """The first token has come."""
         if self.first is None:
-            self.first, self.waited, self.cached = now, waited, cached
+            self.first, self.waited = now, waited
 
 
 @dataclass(frozen=True, slots=True)
