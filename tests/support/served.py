@@ -82,7 +82,7 @@ class Served:
 
 
 def wait_until_ready(served: Served) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 400
     while served.process.poll() is None and time.monotonic() < deadline:
         try:
             if served.http("GET", "/health/ready").status_code == 200:

@@ -33,6 +33,7 @@ from flexpert.cli import (
     models_command,
     plan,
     rebalance,
+    run_batch,
     serve_command,
     trial_commands,
 )
@@ -131,6 +132,7 @@ add_command(app, "status", client_commands.status, client_commands.STATUS_EXAMPL
 add_command(app, "top", client_commands.top, client_commands.TOP_EXAMPLES)
 add_command(app, "chat", client_commands.chat, client_commands.CHAT_EXAMPLES)
 add_command(app, "complete", client_commands.complete, client_commands.COMPLETE_EXAMPLES)
+add_command(app, "run-batch", run_batch.run_batch, run_batch.RUN_BATCH_EXAMPLES)
 add_command(app, "demo", trial_commands.demo, trial_commands.DEMO_EXAMPLES)
 add_command(app, "chaos", trial_commands.chaos, trial_commands.CHAOS_EXAMPLES)
 add_command(app, "plan", plan.plan, plan.PLAN_EXAMPLES)

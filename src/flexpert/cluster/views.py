@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-OperationPurpose = Literal["request", "recovery", "restart", "reload"]
+OperationPurpose = Literal["request", "recovery", "restart", "reload", "rebalance"]
 OperationState = Literal["preparing", "committing", "done", "failed", "cancelled"]
 RankStatus = Literal["starting", "preparing", "ready", "active", "leaving", "stalled", "gone"]
 
