@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
 from flexpert.moe.even_placement import (
     copies_of,
@@ -21,8 +21,9 @@ from flexpert.moe.even_placement import (
     even_replicas,
     spread_over_machines,
 )
-from flexpert.moe.expert_loads import ExpertLoads, load_array
-from flexpert.moe.load_plan import layers_by_load
+
+if TYPE_CHECKING:
+    from flexpert.moe.expert_loads import ExpertLoads
 
 __all__ = ["Placement", "copies_of", "cover", "keep", "loads", "replan"]
 
@@ -143,12 +144,16 @@ def replan(
     before: Sequence[dict[int, list[int]]] = previous.layers if previous else [{}] * layers
     names = {rank: (machines or {}).get(rank, "") for rank in ids}
     if loads is not None or slots is not None:
+        # here, because of numpy: commands that only talk to a service know placements, too
+        from flexpert.moe.expert_loads import load_array
+        from flexpert.moe.load_plan import layers_by_load
+
         return Placement(
             experts,
             layers_by_load(
                 before,
                 names,
-                np.ones((layers, experts)) if loads is None else load_array(loads, layers, experts),
+                load_array([[1.0] * experts] * layers if loads is None else loads, layers, experts),
                 sum(copies_of(experts, redundant, len(ids))) if slots is None else slots,
                 min_replicas,
                 max_moves,
