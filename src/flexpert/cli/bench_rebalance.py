@@ -36,7 +36,7 @@ def bench_rebalance(
     off and auto. Exit status 1 if an answer was lost.
     """
     check_outputs(output)
-    from flexpert.bench.rebalance import RebalancePlan, rebalance_text, run_rebalance
+    from flexpert.bench.rebalance_runs import RebalancePlan, rebalance_text, run_rebalance
 
     plan = RebalancePlan(
         ranks=ranks,
