@@ -18,7 +18,7 @@ from flexpert.cli.batch_file import answered, parse_request, requests_of
 from flexpert.cli.batch_run import open_output
 from flexpert.errors import ConfigError
 
-COUNT = int(os.environ.get("FLEXPERT_TEST_BATCH", "60"))
+COUNT = int(os.environ.get("FLEXPERT_TEST_BATCH", "40"))
 
 
 def line(name: str, **changed: object) -> bytes:
@@ -108,7 +108,7 @@ def disturb(service: Served, stop: threading.Event) -> tuple[int, int]:
 @pytest.mark.slow
 def test_a_batch_is_answered_once_through_changes_kills_and_ctrl_c(tmp_path: Path) -> None:
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    body = {"prompt": [20, 30, 40], "max_tokens": 96, "temperature": 0, "ignore_eos": True}
+    body = {"prompt": [20, 30, 40], "max_tokens": 64, "temperature": 0, "ignore_eos": True}
     wrong = {"prompt": [20], "max_tokens": 10**6}
     bodies = [{**body, "prompt": [20 + number, 30]} for number in range(COUNT - 1)]
     source.write_bytes(

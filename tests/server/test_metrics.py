@@ -8,10 +8,10 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -180,15 +180,13 @@ def test_what_happened_is_counted(service: Served) -> None:
 @pytest.mark.slow
 def test_vllmstat_reads_it(service: Served) -> None:
     """As `vllmstat --once --json --url` does, while a request runs."""
-    body = {"prompt": [20, 30], "max_tokens": 2000, "temperature": 0, "ignore_eos": True}
-    asking = threading.Thread(target=service.http, args=("POST", "/v1/completions", body))
-    asking.start()
-    wait_until(lambda: series(service)["flexpert_requests_running{}"], 20)
+    body = {"prompt": [20, 30], "max_tokens": 2000, "ignore_eos": True, "stream": True}
     command = (sys.executable, "-m", "vllmstat", "--once", "--json", "--no-gpu")
-    ran = subprocess.run(
-        [*command, "--url", service.url], capture_output=True, text=True, timeout=60, check=True
-    )
-    asking.join()
+    with httpx.stream("POST", f"{service.url}/v1/completions", json=body, timeout=60):
+        wait_until(lambda: series(service)["flexpert_requests_running{}"], 20)
+        ran = subprocess.run(
+            [*command, "--url", service.url], capture_output=True, text=True, timeout=60, check=True
+        )
     told = json.loads(ran.stdout)
     assert told["model_names"] == ["tiny"]
     assert (told["running"], told["waiting"], told["engine_count"]) == (1, 0, 1)
