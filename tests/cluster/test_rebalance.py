@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 from support.service import Service, active, answer_all, change, requests, running, until
 
+from flexpert.cluster.balance_policy import Measured
+from flexpert.cluster.balancer import Balancer
 from flexpert.cluster.cluster_state import ClusterState
+from flexpert.cluster.expert_recovery import ExpertRecovery
 from flexpert.cluster.head import Head
 from flexpert.cluster.views import OperationView
 from flexpert.errors import OperationConflict
@@ -119,6 +123,51 @@ def test_a_rebalance_makes_way_and_can_be_cancelled(service: Service) -> None:
     assert first.state == "cancelled"
     assert second.state == "done"
     assert active(head) == {0, 1, 2, 3}
+
+
+@pytest.mark.slow
+def test_experts_move_by_themselves_and_the_head_goes_on_while_it_plans(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spread, threads = ExpertRecovery.spread, set[int]()
+
+    def noted(*args: Any, loads: Any = None, **more: Any) -> Placement:
+        if loads is not None:
+            threads.add(threading.get_ident())
+        return spread(*args, loads=loads, **more)
+
+    monkeypatch.setattr(ExpertRecovery, "spread", noted)
+    # so small a model's experts take too little of the time for their load to matter
+    measured = Measured(choices_per_s=1e4, choice_s=0.0, per_expert=1e3, parallel=3.0)
+    monkeypatch.setattr(Balancer, "_measured", lambda self: measured)
+    with running(
+        cluster__ranks=3,
+        cluster__redundant_experts=2,
+        cluster__balance="every=1s",
+        cluster__stall_timeout=20.0,
+        engine__kv_memory="32MiB",
+    ) as service:
+        head = service.head
+        loop = service.run(_thread())
+        threads.clear()
+        work = requests(24, tokens=80)
+
+        async def balanced() -> int:
+            answers = asyncio.ensure_future(answer_all(head, work, CLIENTS))
+            await until(lambda: head.cluster().balance.rebalances > 0, 60)
+            ended = await answers
+            assert [answer.finish for answer in ended] == ["length"] * len(work)
+            await until(lambda: head.cluster().epoch > 1 and head.cluster().operation is None, 30)
+            return head.cluster().placement.missing_experts
+
+        assert service.run(balanced(), 120) == 0
+        assert head.cluster().balance.verdict in ("interval", "balanced", "busy", "rest", "idle")
+    assert threads
+    assert loop not in threads
+
+
+async def _thread() -> int:
+    return threading.get_ident()
 
 
 def test_loads_are_told_and_shown(service: Service) -> None:

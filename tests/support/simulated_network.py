@@ -9,7 +9,12 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
+
+from flexpert.cluster.interfaces import Outcome, T
+
+COMPUTED_S = 0.4  # what a head's thread takes
 
 Action = Callable[..., None]
 Link = tuple[str, int]  # "up" to the head or "down" to a rank, and the number of the rank's life
@@ -81,3 +86,9 @@ class Network:
         timer = Timer(action)
         self.call(delay_s, timer.fire)
         return timer
+
+    def compute(self, work: Callable[[], T], then: Callable[[Outcome[T]], None]) -> None:
+        """It takes a while, in which anything may happen."""
+        outcome: Future[T] = Future()
+        outcome.set_result(work())
+        self.call_later(COMPUTED_S, lambda: then(outcome))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from flexpert.cluster import balance_policy as policy
 from flexpert.cluster.balance_policy import BalanceVerdict, Gain, Ground, Measured
 from flexpert.cluster.cluster_state import ClusterState
-from flexpert.cluster.interfaces import Timer
+from flexpert.cluster.interfaces import Outcome, Timer
 from flexpert.cluster.load_tracker import Loads
 from flexpert.cluster.operation import Operation
 from flexpert.cluster.reconciliation import Activity, ActivityEvent, ActivityKind
@@ -33,7 +33,7 @@ log = logging.getLogger("flexpert")
 PART = "balancing the load of experts"  # of the service
 
 LOOK_S = 5.0
-PLAN_SHARE = 0.02  # of the head's time, at most, for plans: streams wait meanwhile
+PLAN_SHARE = 0.02  # of the time, at most, for plans: they take processors from the ranks
 PART_S = 10.0  # of loading, in one epoch: what gains the most comes first
 
 
@@ -47,6 +47,15 @@ class Plan:
     recent: Gain
     latest: Gain
     cost_s: float
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to plan for: see `Plan`. whole: because replicas lack, not for what it gains."""
+
+    recent: Loads
+    latest: Loads
     whole: bool
 
 
@@ -75,12 +84,14 @@ class Balancer:
         path = config.record_routing
         self._record = RoutingRecord(path) if path is not None else None
         self._looked_at: float | None = None
+        self._planning = self._closed = False
 
     def start(self) -> None:
         self._next = self._cluster.head.now() + (self._every_s or 0.0)
         self._look_again()
 
     def close(self) -> None:
+        self._closed = True
         if self._timer:
             self._timer.cancel()
         if self._record:
@@ -116,7 +127,10 @@ class Balancer:
 
     def proposal(self) -> Plan | None:
         """What a rebalance that is asked for now would do; None: nothing."""
-        return self._plan(self.loads(), self.loads(), whole=True)
+        cluster, loads = self._cluster, self.loads()
+        if cluster.placement is None:
+            return None
+        return self._weigh(cluster.plan(cluster.members, loads), loads, loads, whole=True)
 
     # ---- asked for --------------------------------------------------------------------------
 
@@ -140,19 +154,23 @@ class Balancer:
     def _look_again(self) -> None:
         """One look; whatever becomes of it, there is a next one."""
         head = self._cluster.head
+        self._guarded(lambda: self._look(head.now()))
+        self._timer = head.call_later(min(LOOK_S, self._every_s or LOOK_S), self._look_again)
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """A part of a look; if it fails, that is said, and the service goes on."""
         try:
-            self._look(head.now())
+            action()
         except Exception as error:
             if self._failed != repr(error):  # once, not at every look
                 log.exception("the load of experts could not be looked at")
             self._failed = repr(error)
             self._decide(BalanceVerdict(Ground.FAILED, self._failed))
-            head.impair(PART, self._failed)
+            self._cluster.head.impair(PART, self._failed)
         else:
-            if self._failed:
+            if self._failed and not self._planning:
                 self._failed = ""
-                head.impair(PART, None)
-        self._timer = head.call_later(min(LOOK_S, self._every_s or LOOK_S), self._look_again)
+                self._cluster.head.impair(PART, None)
 
     def _look(self, now: float) -> None:
         cluster = self._cluster
@@ -165,9 +183,46 @@ class Balancer:
         self._learn_outcome()
         if cluster.config.cluster.balance == "off":
             return
-        if self._every_s is not None and now < self._next:
+        if self._planning or (self._every_s is not None and now < self._next):
             return
-        verdict, plan = self._verdict(now)
+        found = self._verdict(now)
+        if isinstance(found, BalanceVerdict):
+            self._conclude(found, None)
+        else:
+            self._plan_aside(found)
+
+    def _plan_aside(self, question: Question) -> None:
+        """Plan in a thread: for wide models it takes a second, and streams would wait."""
+        cluster, began = self._cluster, self._cluster.head.now()
+        before, self._planning = cluster.placement, True
+
+        def over(outcome: Outcome[Placement]) -> None:
+            self._planning = False
+            if self._closed:
+                return
+            self._plans_from = cluster.head.now() + (cluster.head.now() - began) / PLAN_SHARE
+            if cluster.placement is before and self._free:  # else the next look asks again
+                self._guarded(lambda: self._answer(question, outcome.result()))
+
+        cluster.head.compute(cluster.planner(cluster.members, question.recent), over)
+
+    def _answer(self, question: Question, target: Placement) -> None:
+        recent, latest = question.recent, question.latest
+        plan = self._weigh(target, recent, latest, whole=question.whole)
+        if plan is None or not plan.moves:
+            return self._conclude(
+                BalanceVerdict(Ground.BALANCED, "no placement found is better"), None
+            )
+        if question.whole:
+            verdict = BalanceVerdict(Ground.REDUNDANCY, "replicas that were lost come back")
+        else:
+            verdict = policy.judge(
+                plan.recent, plan.latest, plan.cost_s, at_fixed_times=self._every_s is not None
+            )
+        return self._conclude(verdict, plan)
+
+    def _conclude(self, verdict: BalanceVerdict, plan: Plan | None) -> None:
+        cluster, now = self._cluster, self._cluster.head.now()
         if verdict.moves and plan is not None:
             members, epoch = cluster.members, cluster.membership.epoch
             operation = Operation(members, members, epoch, verdict.reason, Purpose.REBALANCE)
@@ -188,41 +243,30 @@ class Balancer:
                 "balance", {"verdict": verdict.ground.value, "reason": verdict.reason}
             )
 
-    def _verdict(self, now: float) -> tuple[BalanceVerdict, Plan | None]:
+    def _verdict(self, now: float) -> BalanceVerdict | Question:
+        """What is known without a plan, or what to plan."""
         cluster = self._cluster
         if cluster.placement is None or not self._free:
-            return BalanceVerdict(Ground.BUSY, "a change of the ranks runs or is due"), None
+            return BalanceVerdict(Ground.BUSY, "a change of the ranks runs or is due")
         if len(cluster.members) < 2:
-            return BalanceVerdict(Ground.BALANCED, "there is one rank"), None
+            return BalanceVerdict(Ground.BALANCED, "there is one rank")
         if now < self._rests_until:
             left_s = self._rests_until - now
-            return BalanceVerdict(
-                Ground.REST, f"rests for {left_s:.0f} s after the last change"
-            ), None
+            return BalanceVerdict(Ground.REST, f"rests for {left_s:.0f} s after the last change")
         if self._every_s is None and now < self._plans_from:
             left_s = self._plans_from - now
-            return (
-                BalanceVerdict(Ground.REST, f"a plan takes long, the next in {left_s:.0f} s"),
-                None,
-            )
-        if self._under_replicated():
-            plan = self._plan(self.loads(), self.loads(), whole=True)
-            if plan is not None and plan.moves:
-                return BalanceVerdict(Ground.REDUNDANCY, "replicas that were lost come back"), plan
+            return BalanceVerdict(Ground.REST, f"a plan takes long, the next in {left_s:.0f} s")
         recent = self.loads()
+        if self._under_replicated():
+            return Question(recent, recent, whole=True)
         measured = self._measured()
         now_loads = rank_loads(cluster.placement, recent)
         even = np.repeat(now_loads.mean(axis=1, keepdims=True), now_loads.shape[1], axis=1)
         best = Gain(policy.busy_share(now_loads, measured), policy.busy_share(even, measured))
         verdict = policy.worth_planning(best, measured)
         if verdict is not None:
-            return verdict, None
-        plan = self._plan(recent, recent if self._latest is None else self._latest)
-        if plan is None or not plan.moves:
-            return BalanceVerdict(Ground.BALANCED, "no placement found is better"), None
-        at_fixed_times = self._every_s is not None
-        verdict = policy.judge(plan.recent, plan.latest, plan.cost_s, at_fixed_times=at_fixed_times)
-        return verdict, plan
+            return verdict
+        return Question(recent, recent if self._latest is None else self._latest, whole=False)
 
     @property
     def _free(self) -> bool:
@@ -240,15 +284,13 @@ class Balancer:
 
     # ---- plans ------------------------------------------------------------------------------
 
-    def _plan(self, recent: Loads, latest: Loads, *, whole: bool = False) -> Plan | None:
-        """whole: in one epoch, whatever it takes."""
-        cluster, before = self._cluster, self._cluster.placement
+    def _weigh(
+        self, target: Placement, recent: Loads, latest: Loads, *, whole: bool
+    ) -> Plan | None:
+        """What it would give and cost. whole: in one epoch, whatever it takes."""
+        cluster, before, after = self._cluster, self._cluster.placement, target
         if before is None:
             return None
-        began = time.process_time()
-        target = after = cluster.plan(cluster.members, recent)
-        spent_s = time.process_time() - began
-        self._plans_from = cluster.head.now() + spent_s / PLAN_SHARE
         measured = self._measured()
         if not whole:
             most_of = [rank_loads(one, recent).max(axis=1) for one in (before, target)]

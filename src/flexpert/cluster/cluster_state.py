@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeAlias
 
 from flexpert.cluster.availability import ServiceAvailability
@@ -168,14 +169,20 @@ class ClusterState:
 
         loads: [layers, experts]; default: the recent ones, where experts move by their load.
         """
+        return self.planner(target, loads)()
+
+    def planner(self, target: Iterable[int], loads: Loads | None = None) -> Callable[[], Placement]:
+        """`plan`, to be called in any thread: what may change is read now."""
         ids = frozenset(target)
         if loads is None and self.config.cluster.balance != "off":
             loads = self.loads.recent(self.head.now()).choices
         counted = loads is not None and bool(loads.any())
-        return self.expert_recovery.spread(
+        elsewhere = dict(self.memory_budget.elsewhere())
+        return partial(
+            self.expert_recovery.spread,
             self.placement,
             ids,
-            self.memory_budget.fits,
+            partial(self.memory_budget.fits, elsewhere=elsewhere),
             machines=self.machines(ids),
             loads=loads if counted else None,
         )

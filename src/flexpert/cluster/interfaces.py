@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from flexpert.cluster.saved_state import SavedCluster, SavedOperation
 from flexpert.cluster.views import ClusterEvent
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import HeldKV, KVMigration
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +34,20 @@ class Timer(Protocol):
     def cancel(self) -> object: ...
 
 
+class Outcome(Protocol[T_co]):
+    """Of work that is over: what it returned, or raised."""
+
+    def result(self) -> T_co: ...
+
+
 class HeadInterface(Protocol):
     """The head, or a simulation of it."""
 
     def call_later(self, delay_s: float, action: Callable[[], None]) -> Timer: ...
+
+    def compute(self, work: Callable[[], T], then: Callable[[Outcome[T]], None]) -> None:
+        """Do what takes long in a thread, and tell of its outcome here."""
+        ...
 
     def now(self) -> float:
         """Seconds, of a clock that only goes forward."""

@@ -80,12 +80,16 @@ class MemoryBudget:
             for rank in placement.ranks
         }
 
-    def fits(self, placement: Placement) -> bool:
-        """Whether no rank needs more than `memory_per_rank`, and no GPU more than it has."""
+    def fits(self, placement: Placement, elsewhere: Mapping[int, FreeMemory] | None = None) -> bool:
+        """Whether no rank needs more than `memory_per_rank`, and no GPU more than it has.
+
+        elsewhere: what `self.elsewhere` gives; default: what it gives now.
+        """
+        others = self.elsewhere() if elsewhere is None else elsewhere
         totals = self.planned(placement)
         limit = self._config.cluster.memory_per_rank
         within = limit is None or max(totals.values()) <= limit
-        here = {rank: total for rank, total in totals.items() if rank not in self.elsewhere()}
+        here = {rank: total for rank, total in totals.items() if rank not in others}
         return within and (self._gpus is None or self._gpus.fits(here))
 
     def check(
