@@ -199,7 +199,7 @@ class _BalanceCollector(Collector):
         for rank, value in view.rank_loads.items():
             family.add_metric([str(rank)], value)
         yield family
-        yield GaugeMetricFamily("flexpert_rebalances", "rebalances begun", value=view.rebalances)
+        yield CounterMetricFamily("flexpert_rebalances", "rebalances begun", value=view.rebalances)
         if view.age_s is not None:
             yield GaugeMetricFamily(
                 "flexpert_balance_decision_age_seconds",
