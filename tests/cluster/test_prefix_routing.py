@@ -56,7 +56,15 @@ def test_conversations_return_to_their_rank_move_with_it_and_outlive_it() -> Non
         found = head.registry.get_sample_value("flexpert_cached_prompt_tokens_total")
         assert found == head.registry.get_sample_value("flexpert_routing_cached_tokens_total")
 
-        # each says something long, and while they do two of the ranks leave
+        # between two turns, their rank leaves
+        await change(head, ranks=2)
+        for talk in talks:
+            talk += turn(80)
+            cached, said = await say(head, talk)
+            assert cached >= len(talk) - 2 * TURN - 32
+            talk += said
+
+        # each says something long, and while they do another one does
         speaking = [asyncio.create_task(say(head, talk, tokens=150)) for talk in talks]
         await until(lambda: sum(rank.running for rank in head.cluster().ranks) == 4)
         done = await change(head, ranks=1)

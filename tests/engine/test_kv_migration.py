@@ -130,6 +130,59 @@ def test_a_shared_prefix_moves_once_and_a_known_one_not_at_all() -> None:
     destination.check_empty()
 
 
+def test_what_no_sequence_holds_any_more_moves_into_blocks_that_nothing_is_in() -> None:
+    leaver, destination = Rank(), Rank(blocks=20)
+    talks = [[number] * 9 for number in (1, 2, 3)]
+    for number, prompt in enumerate(talks):
+        leaver.add(sequence(f"s{number}", prompt, max_tokens=2, ignore_eos=True))
+        leaver.step(2)
+    destination.add(sequence("known", talks[1], max_tokens=2, ignore_eos=True))
+    destination.step(2)
+    leaver.scheduler.offer()
+    cached = leaver.scheduler.offer_cached(100)
+    assert len(cached) == 6, "two full blocks of each"
+    assert leaver.scheduler.offer_cached(100) == [], "each once"
+    arrivals = Arrivals(destination.scheduler.pool)
+    pairs = arrivals.reserve_cached(cached, spare=0)
+    assert len(pairs) == 4, "what is known does not move"
+    leaver.scheduler.withdraw()
+    destination.copy(leaver, pairs)
+    arrivals.settle()
+    destination.check_empty()
+    before = destination.computed
+    for number, prompt in enumerate(talks):
+        again = sequence(f"again{number}", [*prompt, 9], max_tokens=2, ignore_eos=True)
+        destination.add(again)
+        destination.step(2)
+        assert destination.got[again.id] == answer(again, 60)
+    assert destination.computed - before == 3 * (2 + 1), "eight of ten tokens were found"
+    leaver.check_empty()
+
+
+def test_cached_blocks_take_no_room_that_anybody_needs() -> None:
+    leaver, destination = Rank(), Rank(blocks=12, max_model_len=40)
+    for number in (1, 2, 3):
+        leaver.add(sequence(f"s{number}", [number] * 9, max_tokens=2, ignore_eos=True))
+        leaver.step(2)
+    for number in (4, 5):
+        destination.add(sequence(f"s{number}", [number] * 17, max_tokens=2, ignore_eos=True))
+        destination.step(3)
+    unused = destination.scheduler.pool.unused
+    assert unused < 6
+    cached = leaver.scheduler.offer_cached(100)
+    arrivals = Arrivals(destination.scheduler.pool)
+    pairs = arrivals.reserve_cached(cached, spare=0)
+    assert len(pairs) == unused
+    assert [there for there, _ in pairs] == [one.block for one in cached[:unused]]
+    arrivals.drop()
+    destination.check_empty()
+    busy = Rank(blocks=30, max_model_len=40)
+    for number in range(3):
+        busy.add(sequence(f"b{number}", [number] * 9, max_tokens=20, ignore_eos=True))
+        busy.step()
+    assert busy.scheduler.offer_cached(100) == [], "it needs its blocks itself"
+
+
 def test_what_was_offered_is_not_overwritten_when_its_sequence_ends() -> None:
     leaver, destination = Rank(blocks=8, max_model_len=24), Rank()
     asked = sequence("a", list(range(9)), max_tokens=2, ignore_eos=True)

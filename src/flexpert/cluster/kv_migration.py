@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from flexpert.cluster.interfaces import HeadInterface
 from flexpert.cluster.rank_state import RankState
 from flexpert.engine import rank_protocol as msg
-from flexpert.engine.request import HeldKV
+from flexpert.engine.request import CachedBlock, HeldKV
 
 
 class KVMigrations:
@@ -29,15 +29,26 @@ class KVMigrations:
         self._adopting.clear()
 
     def offered(
-        self, epoch: int, leaver: int, held: list[HeldKV], destinations: Iterable[int]
+        self, epoch: int, leaver: int, offer: msg.Offered, destinations: Iterable[int]
     ) -> bool:
-        """Tell destinations what to copy ahead; True: there is nothing to wait for."""
-        migrations = self._head.assign_destinations(held, destinations)
-        self._fetching[leaver] = set(migrations)
-        self._adopting[leaver] = set(migrations)
-        for destination, some in migrations.items():
-            self._head.send(destination, msg.Fetch(epoch, leaver, self._ranks[leaver].kv, some))
-        return not migrations
+        """Tell destinations what to copy ahead; True: there is nothing to wait for.
+
+        What is cached of conversations goes to one of them, where its parts find each other.
+        """
+        destinations = list(destinations)
+        migrations = self._head.assign_destinations(offer.held, destinations)
+        cached: dict[int, list[CachedBlock]] = {}
+        if offer.cached and destinations:
+            emptiest = sorted(destinations, key=lambda rank: (self._ranks[rank].load.kv_used, rank))
+            cached[emptiest[len(self._fetching) % len(emptiest)]] = offer.cached
+        told = set(migrations) | set(cached)
+        self._fetching[leaver] = set(told)
+        self._adopting[leaver] = set(told)
+        kv = self._ranks[leaver].kv
+        for rank in sorted(told):
+            some = migrations.get(rank, [])
+            self._head.send(rank, msg.Fetch(epoch, leaver, kv, some, cached.get(rank, [])))
+        return not told
 
     def fetched(self, leaver: int, destination: int) -> bool:
         """A destination has copied what was there; True: it was the last."""

@@ -81,8 +81,8 @@ class RankReports:
                     self._post(EventKind.FAILED, rank, f"rank {rank}: {error}")
             case msg.Switched() if report.epoch == epoch:
                 self._switched(rank_state, report)
-            case msg.Offered(of, held) if of == epoch and cluster.membership.phase is Phase.MIGRATE:
-                if cluster.migrations.offered(epoch, rank, held, cluster.destinations):
+            case msg.Offered(of) if of == epoch and cluster.membership.phase is Phase.MIGRATE:
+                if cluster.migrations.offered(epoch, rank, report, cluster.destinations):
                     self._post(EventKind.MIGRATED, rank)
             case msg.Fetched(of, source, size) if of == epoch:
                 if running:

@@ -176,7 +176,7 @@ class _BalanceCollector(Collector):
     def describe(self) -> Iterable[GaugeMetricFamily]:
         return []
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         view = self._balance()
         if view is None:
             return

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flexpert.engine.blocks import BlockPool, chain
-from flexpert.engine.request import KVMigration
+from flexpert.engine.request import CachedBlock, KVMigration
+
+_CACHED = ""  # the id of no sequence
 
 
 class Arrivals:
@@ -51,6 +53,24 @@ class Arrivals:
                 mine.append(here)
         return pairs
 
+    def reserve_cached(self, cached: Iterable[CachedBlock], spare: int) -> list[tuple[int, int]]:
+        """Blocks for what no sequence holds, as far as there are some that nothing is in.
+
+        Returns: as `reserve`.
+        """
+        pool, pairs = self._pool, []
+        mine = self._blocks[_CACHED] = []
+        for one in cached:
+            if pool.free_count <= spare or not pool.unused:
+                break
+            if one.digest in self._coming or pool.published(one.digest) is not None:
+                continue
+            (here,) = pool.allocate(1)
+            pairs.append((one.block, here))
+            self._coming[one.digest] = here
+            mine.append(here)
+        return pairs
+
     def _known(self, digest: bytes | None) -> int | None:
         """A block that has this content or will have it, with one more reference."""
         if digest is None:
@@ -69,6 +89,7 @@ class Arrivals:
         for digest, block in self._coming.items():
             self._pool.publish(block, digest)
         self._coming.clear()
+        self._pool.free(self._blocks.pop(_CACHED, []))  # nobody comes for it but who finds it
 
     def take(self, id: str) -> list[int]:
         """The blocks of a sequence, and their references; they must be settled."""

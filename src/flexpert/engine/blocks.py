@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
+from itertools import islice
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from flexpert.errors import FlexpertError
 
 ROOT = b""  # the parent of a sequence's first block
 _TOKEN_BYTES = 8
+DIGEST_BYTES = 32
 
 
 class OutOfBlocks(FlexpertError):  # noqa: N818
@@ -38,7 +40,7 @@ def block_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     256 bits of BLAKE2b: prompts come from strangers, who must not be able to construct two with
     one digest and so read the keys and values of somebody else's prompt.
     """
-    return blake2b(parent + _as_bytes(tokens), digest_size=32).digest()
+    return blake2b(parent + _as_bytes(tokens), digest_size=DIGEST_BYTES).digest()
 
 
 def _as_bytes(tokens: Sequence[int]) -> bytes:
@@ -49,7 +51,7 @@ def root(salt: str) -> bytes:
     """What the first block of a sequence follows."""
     if not salt:
         return ROOT
-    return blake2b(salt.encode(), digest_size=32, person=b"cache_salt").digest()
+    return blake2b(salt.encode(), digest_size=DIGEST_BYTES, person=b"cache_salt").digest()
 
 
 def chain(
@@ -66,7 +68,7 @@ def chain(
     parent = known[-1] if known else root(salt)
     size = block_size * _TOKEN_BYTES
     for start in range(0, (blocks - first) * size, size):
-        parent = blake2b(parent + data[start : start + size], digest_size=32).digest()
+        parent = blake2b(parent + data[start : start + size], digest_size=DIGEST_BYTES).digest()
         known.append(parent)
     return known
 
@@ -92,6 +94,11 @@ class BlockPool:
     def free_count(self) -> int:
         """Blocks that `allocate` can give: free and idle ones."""
         return len(self._free) + len(self._idle)
+
+    @property
+    def unused(self) -> int:
+        """Blocks that nothing is in."""
+        return len(self._free)
 
     @property
     def used(self) -> int:
@@ -134,6 +141,12 @@ class BlockPool:
             if self._refs[block] == 0:
                 del self._idle[block]
             self._refs[block] += 1
+
+    def latest_idle(self, count: int) -> list[tuple[bytes, int]]:
+        """(digest, block) of those whose content would be lost last, that first; takes no
+        reference (see `share`)."""
+        latest = islice(reversed(self._idle), max(0, count))
+        return [(digest, block) for block in latest if (digest := self._digests[block])]
 
     def hold(self, blocks: Iterable[int]) -> None:
         """Takes one more reference to each of these blocks, which somebody holds already."""

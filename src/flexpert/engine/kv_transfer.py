@@ -19,9 +19,10 @@ from flexpert.comm import CommError
 from flexpert.comm.peer_memory import ReadableMemory
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.arrivals import Arrivals
+from flexpert.engine.blocks import DIGEST_BYTES
 from flexpert.engine.device_profile import DeviceProfile
 from flexpert.engine.remote_peers import RemotePeers
-from flexpert.engine.request import HeldKV, KVMigration, RequestSequence
+from flexpert.engine.request import CachedBlock, HeldKV, KVMigration, RequestSequence
 from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence_intake import SequenceIntake
 from flexpert.kernels.device_stream import DeviceStream
@@ -29,6 +30,7 @@ from flexpert.models.kv_cache import KVCache
 from flexpert.models.source import ModelInfo
 
 _FETCH_BLOCKS = 64  # copied at once
+MOST_CACHED = 2048  # blocks that no sequence holds; a change waits for them
 
 KVSource: TypeAlias = KVCache | ReadableMemory
 """The cache of a rank that leaves: mapped here, or read over NIXL."""
@@ -146,14 +148,18 @@ class KVTransfer:
 
     def offer(self, command: msg.Offer) -> None:
         """Report full blocks, which stay as they are until `withdraw`."""
-        self._report(msg.Offered(command.epoch, self._scheduler.offer()))
+        held = self._scheduler.offer()
+        cached = self._scheduler.offer_cached(MOST_CACHED)
+        self._report(msg.Offered(command.epoch, held, cached))
 
     def fetch(self, command: msg.Fetch) -> None:
         """Copy what a leaver offers, as far as there are blocks for it."""
         migrations = self._credible(command.migrations)
         self._intake.expect(move.sequence for move in migrations)
         arrivals = Arrivals(self._scheduler.pool)
-        pairs = arrivals.reserve(migrations, spare=self._scheduler.running + len(migrations))
+        spare = self._scheduler.running + len(migrations)
+        pairs = arrivals.reserve(migrations, spare=spare)
+        pairs += arrivals.reserve_cached(self._credible_cached(command.cached), spare=spare)
         fetch = self._fetches[command.source] = KVFetch(
             command,
             arrivals,
@@ -248,6 +254,12 @@ class KVTransfer:
         """Of a peer on this machine. Raises: PeerUnreachable; ValueError: that is no address"""
         memory = self._profile.import_memory(address).bytes
         return KVCache(self._info, self._own.blocks, self._scheduler.limits.block_size, memory)
+
+    def _credible_cached(self, cached: list[CachedBlock]) -> list[CachedBlock]:
+        """What may be so; else the rank it comes from is not believed at all."""
+        size, blocks = DIGEST_BYTES, self._own.blocks
+        right = all(len(one.digest) == size and 0 <= one.block < blocks for one in cached)
+        return cached[:MOST_CACHED] if right else []
 
     def _credible(self, migrations: list[KVMigration]) -> list[KVMigration]:
         """What the rank they come from says it holds, where that can be; else it holds nothing."""

@@ -25,6 +25,7 @@ import msgspec
 
 from flexpert.engine.request import (
     BlockChanges,
+    CachedBlock,
     HeldKV,
     KVMigration,
     RequestSequence,
@@ -83,13 +84,15 @@ class Offer(msgspec.Struct, frozen=True, tag="offer"):
 class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
     """Copy the KV of sequences that will come from a leaver. Answered by `Fetched`.
 
-    kv: address of the leaver's KV cache.
+    kv: address of the leaver's KV cache. cached: what else to copy of it, as far as there is room
+    that nothing has; the first is the last to be missed.
     """
 
     epoch: int
     source: int
     kv: bytes
     migrations: list[KVMigration]
+    cached: list[CachedBlock] = []
 
 
 class Adopt(msgspec.Struct, frozen=True, tag="adopt"):
@@ -315,10 +318,12 @@ class Alive(msgspec.Struct, frozen=True, tag="alive"):
 
 
 class Offered(msgspec.Struct, frozen=True, tag="offered"):
-    """Full KV blocks of a leaver's sequences; they stay as they are until it has left."""
+    """Full KV blocks of a leaver's sequences; they stay as they are until it has left. cached: and
+    of its prefix cache, as `Fetch` has them."""
 
     epoch: int
     held: list[HeldKV]
+    cached: list[CachedBlock] = []
 
 
 class Fetched(msgspec.Struct, frozen=True, tag="fetched"):

@@ -297,6 +297,14 @@ class KVMigration(msgspec.Struct, frozen=True, array_like=True):
     held: HeldKV
 
 
+class CachedBlock(msgspec.Struct, frozen=True, array_like=True):
+    """A KV block that no sequence holds, and that a prompt may begin with. digest: 32 bytes, see
+    `engine.blocks.block_digest`."""
+
+    digest: bytes
+    block: int
+
+
 class BlockChanges(msgspec.Struct, frozen=True, array_like=True):
     """Keys (`block_keys`) of blocks that can be found in a prefix cache since the last report, and
     of those that no longer can."""

@@ -43,9 +43,18 @@ from numpy.typing import NDArray
 
 from flexpert.engine.block_keys import KeyLog, pack_keys, stride_of
 from flexpert.engine.blocks import BlockPool, chain
-from flexpert.engine.request import BlockChanges, HeldKV, RequestSequence, TokenEvent, TokenLogprobs
+from flexpert.engine.request import (
+    BlockChanges,
+    CachedBlock,
+    HeldKV,
+    RequestSequence,
+    TokenEvent,
+    TokenLogprobs,
+)
 from flexpert.engine.sequence import Sampled, SampleState
 from flexpert.errors import ConfigError, ContextOverflow, RequestError, context_limit
+
+_SPARE_BLOCKS = 8  # for each sequence of a rank that leaves: what it may need meanwhile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -407,6 +416,16 @@ class Scheduler:
         self._offered = [block for one in held for block in one.blocks]
         self.pool.hold(self._offered)
         return held
+
+    def offer_cached(self, most: int) -> list[CachedBlock]:
+        """What is cached and no sequence holds, of conversations that may go on: the latest first.
+        After `offer`; they stay as they are as well, as far as this rank can do without them."""
+        room = self.pool.free_count - _SPARE_BLOCKS * (1 + self.running)
+        cached = [CachedBlock(*one) for one in self.pool.latest_idle(min(most, room))]
+        blocks = [one.block for one in cached]
+        self.pool.share(blocks)
+        self._offered += blocks
+        return cached
 
     def withdraw(self) -> None:
         """What was offered may change again."""
