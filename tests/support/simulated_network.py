@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from flexpert.cluster.interfaces import Outcome, T
+from flexpert.cluster.interfaces import Computed, T
 
 COMPUTED_S = 0.4  # what a head's thread takes
 
@@ -87,7 +87,7 @@ class Network:
         self.call(delay_s, timer.fire)
         return timer
 
-    def compute(self, work: Callable[[], T], then: Callable[[Outcome[T]], None]) -> None:
+    def compute(self, work: Callable[[], T], then: Callable[[Computed[T]], None]) -> None:
         """It takes a while, in which anything may happen."""
         outcome: Future[T] = Future()
         outcome.set_result(work())

@@ -16,7 +16,7 @@ import numpy as np
 from flexpert.cluster import balance_policy as policy
 from flexpert.cluster.balance_policy import BalanceVerdict, Gain, Ground, Measured
 from flexpert.cluster.cluster_state import ClusterState
-from flexpert.cluster.interfaces import Outcome, Timer
+from flexpert.cluster.interfaces import Computed, Timer
 from flexpert.cluster.load_tracker import Loads
 from flexpert.cluster.operation import Operation
 from flexpert.cluster.reconciliation import Activity, ActivityEvent, ActivityKind
@@ -196,7 +196,7 @@ class Balancer:
         cluster, began = self._cluster, self._cluster.head.now()
         before, self._planning = cluster.placement, True
 
-        def over(outcome: Outcome[Placement]) -> None:
+        def over(outcome: Computed[Placement]) -> None:
             self._planning = False
             if self._closed:
                 return

@@ -28,7 +28,7 @@ from flexpert.cluster.handover.running_head import RunningHead
 from flexpert.cluster.handover.succession import Succession
 from flexpert.cluster.head_state import Everything, HeadState, UnclaimedAnswers
 from flexpert.cluster.hosts.host_ranks import HostRanks
-from flexpert.cluster.interfaces import Outcome, T, Work
+from flexpert.cluster.interfaces import Computed, T, Work
 from flexpert.cluster.journal import Journal
 from flexpert.cluster.journal import TokenStream as TokenStream
 from flexpert.cluster.kept_counters import KeptSample, continued, kept
@@ -796,7 +796,7 @@ class Head:
     def call_later(self, delay_s: float, action: Callable[[], None]) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(delay_s, action)
 
-    def compute(self, work: Callable[[], T], then: Callable[[Outcome[T]], None]) -> None:
+    def compute(self, work: Callable[[], T], then: Callable[[Computed[T]], None]) -> None:
         asyncio.get_running_loop().run_in_executor(None, work).add_done_callback(then)
 
     def now(self) -> float:

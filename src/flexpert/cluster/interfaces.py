@@ -34,7 +34,7 @@ class Timer(Protocol):
     def cancel(self) -> object: ...
 
 
-class Outcome(Protocol[T_co]):
+class Computed(Protocol[T_co]):
     """Of work that is over: what it returned, or raised."""
 
     def result(self) -> T_co: ...
@@ -45,7 +45,7 @@ class HeadInterface(Protocol):
 
     def call_later(self, delay_s: float, action: Callable[[], None]) -> Timer: ...
 
-    def compute(self, work: Callable[[], T], then: Callable[[Outcome[T]], None]) -> None:
+    def compute(self, work: Callable[[], T], then: Callable[[Computed[T]], None]) -> None:
         """Do what takes long in a thread, and tell of its outcome here."""
         ...
 
