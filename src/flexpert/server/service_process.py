@@ -27,10 +27,8 @@ from flexpert.cluster.state_directory import StateDirectory
 from flexpert.config import Config, ServerConfig
 from flexpert.errors import ConfigError, FlexpertError
 from flexpert.logs import start_logging
-from flexpert.server.autoscaling import AutoscaleTask
 from flexpert.server.console import LogHandler, complain, say
 from flexpert.server.descriptors import raise_limit
-from flexpert.server.forwarding import Forwarding
 from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.protocol import bounded_protocol
 from flexpert.server.supervisor import tell_supervisor
@@ -341,6 +339,8 @@ class _Service:
         assert preparing is not None
         level = self._config.server.log_level
         ranks = self._config.cluster
+        from flexpert.server.forwarding import Forwarding  # numpy comes with it
+
         settings = uvicorn.Config(
             Forwarding(app, self._head.succession),
             http=bounded_protocol(self._config.server, app.state.metrics.refused),
@@ -412,6 +412,8 @@ class _Service:
         scaler = _autoscaler(self._config)
         if scaler is not None:
             dry_run = self._config.cluster.autoscale_dry_run
+            from flexpert.server.autoscaling import AutoscaleTask
+
             task = AutoscaleTask(self._head, app.state.metrics, scaler, dry_run=dry_run)
             self._scaling = asyncio.ensure_future(task.run())
 
