@@ -1,4 +1,4 @@
-"""A hundred changes leave nothing behind."""
+"""Many changes leave nothing behind."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def family() -> list[int]:
 
 
 @pytest.mark.timeout(300)
-def test_a_hundred_changes_leave_nothing_behind(in_shm: Callable[[], set[str]]) -> None:
+def test_many_changes_leave_nothing_behind(in_shm: Callable[[], set[str]]) -> None:
     async def scenario(head: Head) -> None:
         work = requests(8, tokens=20)
 
@@ -69,7 +69,7 @@ def test_a_hundred_changes_leave_nothing_behind(in_shm: Callable[[], set[str]]) 
         survivor = head.cluster().ranks[0].pid
         before_head, before_rank = use(os.getpid()), use(survivor)
         processes, shared = family(), in_shm()
-        await rounds(100)
+        await rounds(40)
         assert head.cluster().ranks[0].pid == survivor
         assert family() == processes
         assert in_shm() == shared
