@@ -134,6 +134,7 @@ def test_a_seed_is_a_history() -> None:
         256,  # a head that was held up after a halt ended ranks whose answers lay there unread
         304,  # no memory to load lost experts: the head asked itself again without a pause
         4969,  # a scale to those whom a loss had left made the lost ones unwanted
+        510,  # whoever came while the only newcomer had died waited for ever
         4984,  # and so did one that was asked for while the recovery ran
     ],
 )

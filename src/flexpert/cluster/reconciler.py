@@ -113,6 +113,8 @@ class Reconciler:
 
     def _decide(self, event: ActivityEvent) -> None:
         cluster = self._cluster
+        # whoever came while a change had nobody to give him to, as when its only newcomer had died
+        cluster.head.admit_waiting()
         reload = self._reloadable()
         now = cluster.head.now()
         wait_s = cluster.restart_policy.next_s(cluster.members, now)
