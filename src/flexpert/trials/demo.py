@@ -231,7 +231,7 @@ async def _cluster(target: Target) -> ClusterView:
     status, answer = await call(target, "GET", "/cluster")
     if status != 200:
         raise LoadError(f"/cluster answered {status}")
-    return msgspec.convert(answer, ClusterView)
+    return msgspec.convert(answer, ClusterView, strict=False)  # keys of JSON are texts
 
 
 @asynccontextmanager
