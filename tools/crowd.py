@@ -220,7 +220,7 @@ async def cluster(target: Target) -> ClusterView:
     status, view = await call(target, "GET", "/cluster")
     if status != 200:
         raise LoadError(f"/cluster answered {status}")
-    return msgspec.convert(view, ClusterView)
+    return msgspec.convert(view, ClusterView, strict=False)
 
 
 async def change(target: Target, what: int | tuple[int, int]) -> OperationView | None:
