@@ -191,9 +191,11 @@ class ModelSource:
 
             stored, files = _stored_dtype(config), None
             if stored is None and dtype == "auto":
-                files = open_files()
-                stored = files.main_dtype
-            skeleton, found = find_architecture(config, _dtype(stored, dtype), own)
+                with contextlib.suppress(ModelError):  # what is wrong with the family goes first
+                    files = open_files()
+                    stored = files.main_dtype
+            of_weights = _dtype(stored or torch.float32, dtype)
+            skeleton, found = find_architecture(config, of_weights, own)
             info = _info(model, path, config, skeleton, found, max_model_len)
             files = files or open_files()
             source = cls(path, config, info, skeleton, found, files, experts)
@@ -581,7 +583,7 @@ def _stored_dtype(config: PreTrainedConfig) -> torch.dtype | None:
     return getattr(torch, stored) if isinstance(stored, str) else stored
 
 
-def _dtype(stored: torch.dtype | None, asked: str) -> torch.dtype:
+def _dtype(stored: torch.dtype, asked: str) -> torch.dtype:
     if asked != "auto":
         if asked not in DTYPES:
             raise ModelError(f"dtype {asked!r} is not one of auto, {', '.join(DTYPES)}")
