@@ -225,11 +225,12 @@ async def cluster(target: Target) -> ClusterView:
 
 async def change(target: Target, what: int | tuple[int, int]) -> OperationView | None:
     """To its end; None if it was refused."""
-    if isinstance(what, int):
-        body: dict[str, Any] = {"ranks": what}
+    active = sorted(r.id for r in (await cluster(target)).ranks if r.state == "active")
+    body: dict[str, Any]
+    if isinstance(what, int):  # rank 0 stays, whoever has the fewest requests
+        body = {"remove": active[what:]} if what < len(active) else {"ranks": what}
     else:
         leave, join = what
-        active = sorted(r.id for r in (await cluster(target)).ranks if r.state == "active")
         middle = active[1:][(len(active) - leave) // 2 :][:leave]
         body = {"remove": middle, "add": join}
     status, answer = await call(target, "POST", "/cluster/operations", body)

@@ -96,7 +96,7 @@ def test_a_signal_lets_running_requests_finish(
     beside = Beside(capsys, do)
     began = time.monotonic()
     assert beside.serve() == 0
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 8  # less than --shutdown-timeout
     assert texts[0].rstrip().endswith("data: [DONE]")
     assert '"finish_reason":"length"' in texts[0]
     assert beside.head.stops == 1
