@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from support.waiting import wait_until
 
 from flexpert.cluster.autoscale_policy import Goals
 from flexpert.cluster.autoscaler import Autoscaler, Histogram, load_policy, parse_goals
+from flexpert.cluster.handover.messages import ServiceHandedOver
 from flexpert.cluster.views import ClusterView, PlacementView, RankView
 from flexpert.errors import ConfigError
+from flexpert.server.autoscaling import AutoscaleTask
+from flexpert.server.http_metrics import ServerMetrics
 
 
 def test_goals_are_read_from_words() -> None:
@@ -134,6 +138,20 @@ def test_a_service_grows_under_load_and_shrinks_when_it_is_over() -> None:
         said = service.log.read_text()
     assert "autoscaler: 1 → 2 ranks: " in said
     assert "would have done for 2 s" in said
+
+
+def test_it_ends_when_another_head_has_the_service() -> None:
+    class HandedOver:
+        registry = CollectorRegistry()
+
+        def cluster(self) -> ClusterView:
+            raise ServiceHandedOver
+
+    scaler = Autoscaler(Goals(max=2, every_s=0.01))
+    head: Any = HandedOver()
+    asyncio.run(
+        asyncio.wait_for(AutoscaleTask(head, ServerMetrics(), scaler, dry_run=False).run(), 10)
+    )
 
 
 def test_wrong_goals_are_told_before_anything_starts() -> None:

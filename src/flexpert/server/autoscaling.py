@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import Counter, Gauge
 
 from flexpert.cluster.autoscaler import Autoscaler, Step
+from flexpert.cluster.handover.messages import ServiceHandedOver
 from flexpert.cluster.views import ClusterEvent
 from flexpert.errors import FlexpertError, OperationError, UnknownOperation
 
@@ -51,13 +52,15 @@ class AutoscaleTask:
         )
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Until it is cancelled, or another head has the service: that one scales it now."""
         goals = self._scaler.goals
         log.info("autoscaler: %d to %d ranks", goals.min, goals.max)
         while True:
             await asyncio.sleep(goals.every_s)
             try:
                 await self._look()
+            except ServiceHandedOver:
+                return
             except OperationError as error:
                 self._scaler.ended(time.monotonic(), done=False)
                 log.warning("autoscaler: %s", error)
