@@ -21,14 +21,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flexpert.autoscaler")
 
-_PART = "autoscaler"
-
 
 class AutoscaleTask:
     """Looks at the service, and asks for changes as anybody else would.
 
-    dry_run: it says what it would do, and does nothing. A policy that raises is told in the log and
-    in `/health`'s reason for as long as it does, and nothing is changed.
+    dry_run: it says what it would do, and does nothing. A policy that raises is told in the log,
+    and nothing is changed.
     """
 
     def __init__(
