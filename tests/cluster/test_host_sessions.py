@@ -232,6 +232,28 @@ def test_a_silent_host_is_lost_and_what_it_still_says_is_not_heard() -> None:
     run(scenario)
 
 
+def test_an_end_while_hosts_come_and_go_waits_for_nobody() -> None:
+    """ZeroMQ tells of connections until the end, when nobody may be left to take it."""
+
+    async def scenario() -> None:
+        for turn in range(60):
+            async with listening(TIMEOUT_S) as (_, _, host):
+                one = host()
+                await (one.join() if turn % 3 == 0 else asyncio.sleep(0.002 * (turn % 3)))
+                one.client.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("address", ["nowhere", "tcp://127.0.0.1", "tcp://:x", "smtp://a:1"])
+def test_what_is_no_address_to_join_is_named(address: str) -> None:
+    async def scenario() -> None:
+        with pytest.raises(ConfigError, match=f"'{address}' is no address to join: .*tcp://HOST"):
+            CurveClient(address, keys_of(TOKEN), lambda _: None, lambda: None)
+
+    asyncio.run(scenario())
+
+
 def test_a_host_hears_when_its_rank_serves_and_may_go_before_it_does() -> None:
     async def scenario(owner: Owner, address: str, host: Callable[..., Host]) -> None:
         one = host()

@@ -71,6 +71,8 @@ def _how_moved(operation: OperationView) -> str:
         parts.append(f"{operation.moved_with_kv} with their KV, {size:.1f} MiB")
     if operation.recomputed_tokens:
         parts.append(f"up to {operation.recomputed_tokens} tokens computed again for want of room")
+    if operation.moved_cached_bytes:
+        parts.append(f"{operation.moved_cached_bytes / 2**20:.1f} MiB of cached prefixes")
     return f" ({'; '.join(parts)})" if parts else ""
 
 

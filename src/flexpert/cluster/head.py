@@ -1007,7 +1007,7 @@ class Head:
                 if self._state is not None:
                     self._published[rank] += 1
                     self._state.store.mark(rank, self._published[rank])
-            case msg.Fetched(_, _, _, blocks) | msg.Adopted(_, _, _, _, blocks):
+            case msg.Fetched(_, _, _, blocks, _) | msg.Adopted(_, _, _, _, blocks):
                 self._router.learn(rank, blocks)
             case msg.StoreRequest(number):
                 value = self._rank_store.answer(rank, report)

@@ -30,6 +30,7 @@ _COUNTED = (
     "moved_requests",
     "moved_with_kv",
     "moved_kv_bytes",
+    "moved_cached_bytes",
     "recomputed_tokens",
     "pause_ms",
 )
@@ -185,6 +186,7 @@ class Operation:
         self.moved_requests = 0
         self.moved_with_kv = 0
         self.moved_kv_bytes = 0
+        self.moved_cached_bytes = 0
         self.recomputed_tokens = 0
         self.pause_ms: float | None = None
         self.error: str | None = None
@@ -280,6 +282,7 @@ class Operation:
             moved_requests=self.moved_requests,
             moved_with_kv=self.moved_with_kv,
             moved_kv_bytes=self.moved_kv_bytes,
+            moved_cached_bytes=self.moved_cached_bytes,
             recomputed_tokens=self.recomputed_tokens,
             pause_ms=None if self.pause_ms is None else round(self.pause_ms, 3),
             error=self.error,

@@ -84,9 +84,10 @@ class RankReports:
             case msg.Offered(of) if of == epoch and cluster.membership.phase is Phase.MIGRATE:
                 if cluster.migrations.offered(epoch, rank, report, cluster.destinations):
                     self._post(EventKind.MIGRATED, rank)
-            case msg.Fetched(of, source, size) if of == epoch:
+            case msg.Fetched(of, source, size, _, cached) if of == epoch:
                 if running:
                     running.moved_kv_bytes += size
+                    running.moved_cached_bytes += cached
                 if cluster.migrations.fetched(source, rank):
                     self._post(EventKind.MIGRATED, source)
             case msg.HandedOver(of, held):

@@ -262,6 +262,9 @@ class Metrics:
         self.moved_requests = self._counter("moved_requests", "sequences moved by changes")
         self.moved_with_kv = self._counter("moved_with_kv", "sequences moved with their KV")
         self.moved_kv_bytes = self._counter("moved_kv_bytes", "KV that moved with sequences")
+        self.moved_cached_bytes = self._counter(
+            "moved_cached_bytes", "cached KV of no sequence that moved, for conversations that go on"
+        )
         self.recomputed_tokens = self._counter(
             "recomputed_tokens", "tokens of leavers computed again for want of room"
         )
@@ -324,6 +327,7 @@ class Metrics:
             self.moved_requests.inc(view.moved_requests)
             self.moved_with_kv.inc(view.moved_with_kv)
             self.moved_kv_bytes.inc(view.moved_kv_bytes)
+            self.moved_cached_bytes.inc(view.moved_cached_bytes)
             self.recomputed_tokens.inc(view.recomputed_tokens)
             if view.pause_ms is not None:
                 self.pause.observe(view.pause_ms / 1e3)

@@ -90,7 +90,8 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     moved_experts: replicas that ranks load; copied_experts: of these, how many came from a peer's
     memory and not from the checkpoint.
     moved_requests: those that went on on another rank; moved_with_kv: of them, with the keys and
-    values that were computed already, in all moved_kv_bytes. recomputed_tokens: tokens of leavers'
+    values that were computed already, in all moved_kv_bytes. moved_cached_bytes: of keys and values
+    that no request held, for conversations that may go on. recomputed_tokens: tokens of leavers'
     requests that are computed again, because there were no KV blocks for them or the leaver had
     died; at most so many, since prefixes that are in the cache by then are found.
     reason: why the head began it by itself (a rank was lost, or is replaced); None for a change
@@ -113,6 +114,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     moved_requests: int = 0
     moved_with_kv: int = 0
     moved_kv_bytes: int = 0
+    moved_cached_bytes: int = 0
     recomputed_tokens: int = 0
     pause_ms: float | None = None
     error: str | None = None

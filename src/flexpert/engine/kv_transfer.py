@@ -55,6 +55,7 @@ class KVFetch(threading.Thread):
         command: msg.Fetch,
         arrivals: Arrivals,
         pairs: list[tuple[int, int]],
+        cached: list[tuple[int, int]],
         *,
         own: KVCache,
         theirs: Callable[[Callable[[], bool]], KVSource],
@@ -63,7 +64,8 @@ class KVFetch(threading.Thread):
     ) -> None:
         """
         Args:
-            pairs: (block there, block here).
+            pairs: (block there, block here) of sequences that move. cached: and, after those, of
+                what no sequence holds.
             theirs: opens the cache, and is told what to ask whether the fetch is dropped. Raises:
                 CommError, ValueError
             done: called in the thread.
@@ -75,6 +77,7 @@ class KVFetch(threading.Thread):
         self.over = False
         self.dropped = False
         self._pairs = pairs
+        self._cached = cached
         self._own = own
         self._open = theirs
         self._stream = stream
@@ -92,27 +95,29 @@ class KVFetch(threading.Thread):
             copied = self._copy()
         self._done(FetchEnded(self, copied))
 
-    def _copy(self) -> int | None:
-        copied = 0
+    def _copy(self) -> tuple[int, int] | None:
+        copied = [0, 0]
         try:
             theirs = self._open(lambda: self.dropped)
-            for at in range(0, len(self._pairs), _FETCH_BLOCKS):
-                if self.dropped:
-                    return None
-                part = self._pairs[at : at + _FETCH_BLOCKS]
-                copied += copy_blocks(self._own, theirs, part)
+            for which, pairs in enumerate((self._pairs, self._cached)):
+                for at in range(0, len(pairs), _FETCH_BLOCKS):
+                    if self.dropped:
+                        return None
+                    part = pairs[at : at + _FETCH_BLOCKS]
+                    copied[which] += copy_blocks(self._own, theirs, part)
         except (CommError, ValueError):  # it is gone or its address is none
             return None
         self.theirs = theirs
-        return copied
+        return copied[0], copied[1]
 
 
 @dataclass(frozen=True, slots=True)
 class FetchEnded:
-    """A fetch's thread has ended. copied: bytes, or None if it could not be done in full."""
+    """A fetch's thread has ended. copied: bytes of sequences, and of what none of them holds; or
+    None if it could not be done in full."""
 
     fetch: KVFetch
-    copied: int | None
+    copied: tuple[int, int] | None
 
 
 class KVTransfer:
@@ -159,11 +164,12 @@ class KVTransfer:
         arrivals = Arrivals(self._scheduler.pool)
         spare = self._scheduler.running + len(migrations)
         pairs = arrivals.reserve(migrations, spare=spare)
-        pairs += arrivals.reserve_cached(self._credible_cached(command.cached), spare=spare)
+        cached = arrivals.reserve_cached(self._credible_cached(command.cached), spare=spare)
         fetch = self._fetches[command.source] = KVFetch(
             command,
             arrivals,
             pairs,
+            cached,
             own=self._own,
             theirs=lambda dropped: self._cache_of(command.source, command.kv, dropped),
             stream=self._profile.stream,
@@ -181,7 +187,8 @@ class KVTransfer:
         if not fetch.dropped:
             epoch, source = fetch.command.epoch, fetch.command.source
             blocks = self._scheduler.cache_changes()
-            self._report(msg.Fetched(epoch, source, copied or 0, blocks))
+            size, cached = copied or (0, 0)
+            self._report(msg.Fetched(epoch, source, size, blocks, cached))
 
     def withdraw(self) -> None:
         """No epoch comes for which something was offered or fetched."""

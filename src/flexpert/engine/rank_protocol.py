@@ -327,12 +327,14 @@ class Offered(msgspec.Struct, frozen=True, tag="offered"):
 
 
 class Fetched(msgspec.Struct, frozen=True, tag="fetched"):
-    """What could be copied of a leaver's offer is here. size: bytes. blocks: see `Published`."""
+    """What could be copied of a leaver's offer is here. size, cached: bytes of sequences that move,
+    and of what no sequence holds. blocks: see `Published`."""
 
     epoch: int
     source: int
     size: int
     blocks: BlockChanges | None = None
+    cached: int = 0
 
 
 class HandedOver(msgspec.Struct, frozen=True, tag="handed_over"):

@@ -63,8 +63,10 @@ def replica_routes(
         entries = [near[0] if near else (-1, -1) for near in nearest]
         split = None
         if max(map(len, nearest), default=0) > 1:
-            split = torch.full((SPLIT_PERIOD, placement.experts + 1), -1, dtype=torch.int64)
-            split[:, :-1] = torch.arange(placement.experts)
+            split = torch.full(
+                (SPLIT_PERIOD, placement.experts + 1), -1, dtype=torch.int64, device="cpu"
+            )
+            split[:, :-1] = torch.arange(placement.experts, dtype=torch.int64, device="cpu")
             for expert, near in enumerate(nearest):
                 of = [expert, *range(len(entries), len(entries) + len(near) - 1)]
                 entries += near[1:]
@@ -147,7 +149,8 @@ class MoERuntime:
         self.reduce: Reduce = reduce
         self.walked = 0
         self.splits = True
-        self._turns = torch.arange(buffer.spec.max_tokens, device="cpu")[:, None] % SPLIT_PERIOD
+        tokens = torch.arange(buffer.spec.max_tokens, dtype=torch.int64, device="cpu")
+        self._turns = tokens[:, None] % SPLIT_PERIOD
         self._counter = HostLoadCounter(layers, experts) if layers else None
         self._staged = StagedLayers((), {})
         self._lost: torch.Tensor | None = None

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Callable, Sequence
 
 import zmq
@@ -25,6 +26,8 @@ _MOST_QUEUED = 1000  # messages that one peer may leave unread: 64 MiB
 _BACKLOG = 4096  # of connections that wait to be accepted; who finds it full tries after a second
 _RECONNECT_MS = (200, 2000)  # at first, at most
 _HANDSHAKE_S = 5.0  # a connection that has not shown its key by then is closed
+_LINGER_MS = 200  # for what was sent last, once a socket is closed
+_END_S = 1.0
 MOST_STRANGERS = 256
 """Connections that are younger than that: more are closed at once, for descriptors are few."""
 _DOMAIN = b"flexpert"
@@ -65,7 +68,25 @@ class _Loop:
     def close(self) -> None:
         if not self._socket.closed:
             self._loop.remove_reader(self._fd)
-            self._socket.close(linger=200)
+            self._socket.close(linger=_LINGER_MS)
+
+
+def _end_monitor(monitored: zmq.Socket[bytes], events: _Loop) -> None:
+    """In this order: ZeroMQ waits until an event is taken, and for ever if nobody is left to."""
+    with contextlib.suppress(zmq.ZMQError):
+        monitored.disable_monitor()
+    events.close()
+
+
+def _end_context(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Wait until what was sent last has left.
+
+    Not for ever: a socket of ZeroMQ 4.3.5 that is closed while somebody shows it a key does not
+    always end. Its context's threads sleep then, and end with the process.
+    """
+    ends = threading.Thread(target=context.term, name="zmq-end", daemon=True)
+    ends.start()
+    ends.join(_END_S)
 
 
 class _Strangers:
@@ -89,9 +110,7 @@ class _Strangers:
         self._port = int(address.rpartition(":")[2])
 
     def close(self) -> None:
-        self._events.close()
-        with contextlib.suppress(zmq.ZMQError):
-            self._listener.disable_monitor()
+        _end_monitor(self._listener, self._events)
 
     def _note(self) -> None:
         event = recv_monitor_message(self._monitor, flags=zmq.NOBLOCK)
@@ -179,7 +198,7 @@ class CurveListener:
             self._strangers.close()
             self._loop.close()
             self._zap_loop.close()
-            self._context.term()
+            _end_context(self._context)
 
     def _receive(self) -> None:
         parts = self._socket.recv_multipart(flags=zmq.NOBLOCK)
@@ -225,6 +244,7 @@ class CurveClient:
             self._socket.connect(address)
         except zmq.ZMQError as error:
             self._socket.disable_monitor()
+            self._monitor.close(linger=0)
             self._socket.close(linger=0)
             self._context.term()
             raise ConfigError(
@@ -245,11 +265,9 @@ class CurveClient:
     def close(self) -> None:
         """Idempotent; what was sent last has a moment to leave."""
         if not self._socket.closed:
-            self._monitored.close()
-            with contextlib.suppress(zmq.ZMQError):
-                self._socket.disable_monitor()
+            _end_monitor(self._socket, self._monitored)
             self._loop.close()
-            self._context.term()
+            _end_context(self._context)
 
     def _receive(self) -> None:
         self._on_message(self._socket.recv(flags=zmq.NOBLOCK))
