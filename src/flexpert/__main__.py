@@ -4,12 +4,40 @@ Until a command runs, Ctrl-C ends the process at once, as it ends a program that
 it: an interrupt in the middle of an import would show its traceback, or be lost.
 """
 
+import atexit
+import contextlib
+import os
 import signal
+import sys
+import threading
+from typing import NoReturn
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from flexpert.cli.main import main
+from flexpert.cli.main import main as run
+
+
+def main() -> NoReturn:
+    """Run the command line, and end this process."""
+    try:
+        run()
+    except SystemExit as ended:
+        if "torch" in sys.modules and isinstance(ended.code, int | None):
+            _end(ended.code or 0)
+        raise
+
+
+def _end(status: int) -> NoReturn:
+    """What Python does at its end, but that it takes the modules apart: with torch and transformers
+    among them that is two seconds of a processor."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # `printing` has said what there is to say
+            stream.flush()
+    os._exit(status)
+
 
 if __name__ == "__main__":
     main()
