@@ -29,6 +29,7 @@ from flexpert.errors import ConfigError, RequestError
 log = logging.getLogger("flexpert")
 
 _LOOK_S = 1.0
+_COUNTERS_EVERY = 5  # looks: to go through all metrics takes milliseconds of the loop
 # What ranks go by; another head may have other settings but these.
 _OF_RANKS = ("max_ranks", "exchange_timeout", "stall_timeout", "orphan_timeout", "state_dir")
 
@@ -76,6 +77,7 @@ class HeadState:
         self._warn: Callable[[str], None] = lambda text: None
         self._counters: Callable[[], list[KeptSample]] = list
         self._counted: list[KeptSample] = []
+        self._looks = 0
         self._cluster: SavedCluster | None = None
         self._hosts: list[SavedHost] = self.saved.hosts if self.saved else []
         self._warned = False
@@ -128,6 +130,7 @@ class HeadState:
 
     def finish(self) -> None:
         """All that was noted is written; nothing more is. Waits for that."""
+        self._save_counters()
         self.store.close(remove=False)
 
     def close(self, *, remove: bool) -> None:
@@ -136,6 +139,11 @@ class HeadState:
             self._timer.cancel()
         self.store.close(remove=remove)
         self.directory.close()
+
+    def _save_counters(self) -> None:
+        if (counted := self._counters()) != self._counted:
+            self._counted = counted
+            self.store.counters(counted)
 
     def _written(self, marks: dict[int, int]) -> None:
         """From the store's thread."""
@@ -161,9 +169,9 @@ class HeadState:
         if self._cluster is not None and self.store.wants_all:
             self.store.begin_again(self._cluster, self._hosts, *self._everything())
             self._counted = []
-        elif (counted := self._counters()) != self._counted:
-            self._counted = counted
-            self.store.counters(counted)
+        elif self._looks % _COUNTERS_EVERY == 0:
+            self._save_counters()
+        self._looks += 1
         self._timer = self._loop.call_later(_LOOK_S, self._look_again)
 
 
