@@ -22,8 +22,8 @@ from rich.console import Console
 
 from flexpert.bench.load import ClientAnswer, LoadError, Target, call, closed_loop, complete
 from flexpert.bench.machine import this_machine
-from flexpert.bench.service import own_service
-from flexpert.cluster.views import ClusterView, OperationView
+from flexpert.bench.service import own_service, read_cluster
+from flexpert.cluster.views import OperationView
 from flexpert.display.output import write_report
 from flexpert.engine.faults import VARIABLE
 from flexpert.errors import ConfigError, FlexpertError
@@ -132,7 +132,7 @@ async def _run(plan: ChaosPlan, console: Console) -> tuple[ChaosResult, Seen]:
 async def _disturb(plan: ChaosPlan, target: Target, console: Console) -> tuple[ChaosResult, Seen]:
     demo = DemoPlan(clients=plan.clients, requests=plan.requests, max_tokens=plan.max_tokens)
     requests = [target.message("POST", "/v1/completions", body) for body in demo_requests(demo)]
-    first = await _cluster(target)
+    first = await read_cluster(target)
     family = find_family(first.ranks, target.port)
     by_itself = [kind for kind in plan.faults if kind in BY_ITSELF]
     if by_itself and family.folder is None:
@@ -200,7 +200,7 @@ async def _disturb(plan: ChaosPlan, target: Target, console: Console) -> tuple[C
             telling.cancel()
 
     ended = time.time()
-    after = family.held((await _cluster(target)).ranks)
+    after = family.held((await read_cluster(target)).ranks)
     grown = growth(before, after)
     lost = [answer for _, answer in answers if not answer.whole]
     altered = [n for n, answer in answers if answer.whole and not same(answer, expected[n])]
@@ -234,13 +234,6 @@ async def _disturb(plan: ChaosPlan, target: Target, console: Console) -> tuple[C
 
 
 # ---- the service ---------------------------------------------------------------------------------
-
-
-async def _cluster(target: Target) -> ClusterView:
-    status, answer = await call(target, "GET", "/cluster")
-    if status != 200:
-        raise LoadError(f"/cluster answered {status}")
-    return msgspec.convert(answer, ClusterView, strict=False)  # keys of JSON are texts
 
 
 @asynccontextmanager
@@ -288,7 +281,7 @@ async def _all_back(target: Target, desired: int) -> bool:
     deadline = time.monotonic() + _BACK_S
     while time.monotonic() < deadline:
         with suppress(LoadError):
-            cluster = await _cluster(target)
+            cluster = await read_cluster(target)
             active = sorted(rank.id for rank in cluster.ranks if rank.state == "active")
             if cluster.operation is None and active == cluster.desired and len(active) == desired:
                 return True
@@ -319,7 +312,7 @@ async def _scale_back(target: Target, ranks: int) -> None:
     deadline = time.monotonic() + _BACK_S
     while time.monotonic() < deadline:
         with suppress(LoadError):
-            cluster = await _cluster(target)
+            cluster = await read_cluster(target)
             if cluster.operation is None:
                 if len(cluster.desired) == ranks:
                     return
@@ -342,7 +335,7 @@ async def _inject(plan: ChaosPlan, target: Target, family: Family, seen: Seen) -
                 break
             kind, seconds = draw.choice(plan.faults), draw.uniform(*_CUT_S)
             with suppress(LoadError):
-                up = [rank for rank in (await _cluster(target)).ranks if rank.pid]
+                up = [rank for rank in (await read_cluster(target)).ranks if rank.pid]
                 for rank in whom.sample(up, min(len(up), 2 if plan.pairs else 1)):
                     fault = ChaosFault(kind, rank.id, rank.pid, time.time())
                     fault.seconds = seconds if kind == "partition" else 0.0

@@ -23,8 +23,8 @@ from flexpert.bench.load import (
     error_message,
 )
 from flexpert.bench.machine import this_machine
-from flexpert.bench.service import own_service
-from flexpert.cluster.views import ClusterView, OperationView
+from flexpert.bench.service import own_service, read_cluster
+from flexpert.cluster.views import OperationView
 from flexpert.display.output import write_report
 from flexpert.errors import FlexpertError
 from flexpert.trials.demo_report import DemoChange, DemoPlan, DemoProgress, DemoResult, demo_result
@@ -134,7 +134,7 @@ async def _demonstrate(plan: DemoPlan, view: DemoView) -> DemoResult:
     async with own_service(SERVE, report=view.note) as service:
         target = service.target
         requests = [target.message("POST", "/v1/completions", body) for body in demo_requests(plan)]
-        progress.model = (await _cluster(target)).model
+        progress.model = (await read_cluster(target)).model
         async with _shown(target, progress, view):
             progress.stage = "undisturbed run: 2 ranks"
             expected = await _undisturbed(target, requests, plan, progress)
@@ -227,19 +227,12 @@ async def _change(target: Target, plan: DemoPlan, began: float, progress: DemoPr
         change.ended = perf_counter()
 
 
-async def _cluster(target: Target) -> ClusterView:
-    status, answer = await call(target, "GET", "/cluster")
-    if status != 200:
-        raise LoadError(f"/cluster answered {status}")
-    return msgspec.convert(answer, ClusterView, strict=False)  # keys of JSON are texts
-
-
 @asynccontextmanager
 async def _shown(target: Target, progress: DemoProgress, view: DemoView) -> AsyncIterator[None]:
     async def show() -> None:
         while True:
             with suppress(LoadError):  # the view may be late; what counts is counted elsewhere
-                progress.cluster = await _cluster(target)
+                progress.cluster = await read_cluster(target)
             progress.tick(perf_counter())
             view.refresh(progress)
             await asyncio.sleep(REFRESH_S)
