@@ -14,6 +14,7 @@ from flexpert.cluster.head import Head
 from flexpert.cluster.views import OperationView
 from flexpert.config import Config, load_config
 from flexpert.engine.request import SamplingParams
+from support.warm import WarmForkServer
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ def running(**settings: Any) -> Iterator[Service]:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    service = Service(Head(config), loop)
+    service = Service(Head(config, fork_server=WarmForkServer()), loop)  # type: ignore[arg-type]
     try:
         service.run(service.head.start())
         yield service

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 from types import TracebackType
+from typing import Protocol
 
 from flexpert.cluster.processes import caches
 from flexpert.config import Config
@@ -96,10 +97,24 @@ class EarlyForkServer:
             _terminate(*left)
 
 
-def start_fork_server(config: Config, *, reconnects: bool = False) -> Connected:
+class StartServer(Protocol):
+    """See `fork_server.start_server`."""
+
+    def __call__(
+        self, theirs: socket.socket, environment: dict[str, str], *, kept: bool
+    ) -> subprocess.Popen[bytes]: ...
+
+
+def start_fork_server(
+    config: Config,
+    *,
+    reconnects: bool = False,
+    start: StartServer = fork_server.start_server,
+) -> Connected:
     """A fork server that has been told its model, and the head's end of its channel.
 
     reconnects: ranks can be given new connections; with a state directory they always can.
+    start: starts its process.
 
     Raises: OSError: the system refuses.
     """
@@ -117,7 +132,7 @@ def start_fork_server(config: Config, *, reconnects: bool = False) -> Connected:
     with theirs:
         try:
             kept = folder is not None
-            process = fork_server.start_server(theirs, environment, kept=kept)
+            process = start(theirs, environment, kept=kept)
         except OSError:
             ours.close()
             raise
