@@ -22,6 +22,7 @@ import httpx
 import psutil
 import pytest
 from support.waiting import wait_until
+from support.warm import WarmProcess, flexpert
 
 from flexpert.config import load_config
 from flexpert.errors import ConfigError
@@ -39,25 +40,20 @@ class Programs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._started: list[subprocess.Popen[bytes]] = []
+        self._started: list[WarmProcess] = []
         self._environment = {**os.environ, "FLEXPERT_CLUSTER_TOKEN": secrets.token_urlsafe(32)}
         self.url = self.address = ""
 
-    def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *command: str) -> WarmProcess:
         with (self._folder / f"{name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "flexpert", *command],
-                env=self._environment,
-                stdout=log,
-                stderr=log,
-            )
+            process = flexpert(command, self._environment, log, log)
         self._started.append(process)
         return process
 
     def log(self, name: str) -> str:
         return (self._folder / f"{name}.log").read_text(errors="replace")
 
-    def head(self) -> subprocess.Popen[bytes]:
+    def head(self) -> WarmProcess:
         """One with no rank of its own; returns when it answers."""
         process = self.start(
             "head",
@@ -74,7 +70,7 @@ class Programs:
         self.url = found[1]
         return process
 
-    def join(self, name: str, rank: int, *flags: str) -> subprocess.Popen[bytes]:
+    def join(self, name: str, rank: int, *flags: str) -> WarmProcess:
         return self.start(name, "join", self.address, "--id", str(rank), "--retry", "60s", *flags)
 
     def get(self, path: str) -> httpx.Response:

@@ -19,6 +19,7 @@ import httpx
 import psutil
 
 import flexpert
+from support import warm
 
 SOURCES = Path(flexpert.__file__).parent.parent
 SERVICE_UID, OTHER_UID = 61_801, 61_802  # nobody has them, and they need no account
@@ -37,7 +38,7 @@ CAN_BE_ANOTHER = ROOT and shutil.which("setpriv") is not None
 class Served:
     """log: what it has said, unless that goes elsewhere."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | warm.WarmProcess
     url: str
     log: Path
     headers: dict[str, str] = field(default_factory=dict)
@@ -113,21 +114,18 @@ def served(
         Path(folder).chmod(0o711)
         log = Path(folder, "log")
         with log.open("wb") as said:
-            process = subprocess.Popen(
-                [
-                    *prefix,
-                    *(sys.executable, "-m", "flexpert", "serve", "--port", str(port)),
-                    *("--ranks", "2", "--max-ranks", "4", "--kv-memory", "32MiB", *flags),
-                ],
-                env={
+            command = ["serve", "--port", str(port), "--ranks", "2", "--max-ranks", "4"]
+            process = _start(
+                [*command, "--kv-memory", "32MiB", *flags],
+                prefix,
+                {
                     "PATH": os.environ["PATH"],
                     "PYTHONPATH": str(SOURCES),
                     "PYTHONDONTWRITEBYTECODE": "1",
                     **(environment or {"HOME": folder}),
                 },
-                stdin=subprocess.DEVNULL,
-                stdout=said if stdout is None else stdout,
-                stderr=said if stderr is None else stderr,
+                said if stdout is None else stdout,
+                said if stderr is None else stderr,
             )
         headers = {"authorization": f"Bearer {key}"} if key else {}
         service = Served(process, f"http://127.0.0.1:{port}", log, headers)
@@ -142,6 +140,24 @@ def served(
             except subprocess.TimeoutExpired:
                 service.process.kill()
                 service.process.wait()
+
+
+def _start(
+    command: Sequence[str],
+    prefix: Sequence[str],
+    environment: Mapping[str, str],
+    stdout: int | IO[bytes],
+    stderr: int | IO[bytes],
+) -> subprocess.Popen[bytes] | warm.WarmProcess:
+    if not prefix and stdout != subprocess.PIPE and stderr != subprocess.PIPE:
+        return warm.flexpert(command, environment, stdout, stderr)
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-m", "flexpert", *command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+    )
 
 
 def free_port() -> int:

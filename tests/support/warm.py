@@ -1,12 +1,13 @@
-"""Fork servers that begin with everything imported, which takes seconds otherwise.
+"""Processes that begin with everything imported, which takes seconds otherwise.
 
-They are forks of one process for each process of tests, which has imported what fork servers import
-and opened nothing. From there on they are as any other: they are told their model, and open it.
+They are forks of one process for each process of tests, which has imported what fork servers, heads
+and agents import, and has opened nothing. From there on they are as any other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import select
@@ -17,8 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import IO, NoReturn
 
 import msgspec
 
@@ -26,11 +27,17 @@ from flexpert.cluster.processes.early_fork_server import Connected, start_fork_s
 from flexpert.config import Config
 from flexpert.forking import fork_server
 
-# as the model's own modules: they are found by its configuration, when it is opened
 _IMPORTED = (
     "flexpert.cluster.processes.rank_process",
     "flexpert.cluster.processes.expert_cache_process",
+    "flexpert.cluster.head",
+    "flexpert.cluster.hosts.agent",
+    "flexpert.cli.main",
+    "flexpert.server.app",
+    "flexpert.server.forwarding",
     "flexpert.server.preprocess_worker",
+    "flexpert.server.service_process",
+    # as the modules of a model are found by its configuration, when it is opened
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
     "transformers.models.auto.modeling_auto",
     "transformers.tokenization_utils_tokenizers",
@@ -38,10 +45,14 @@ _IMPORTED = (
 
 
 class Start(msgspec.Struct, frozen=True):
-    """Comes with descriptors: the server's end of its channel, where its exit status goes, and its
-    standard output and error."""
+    """Comes with descriptors: where the exit status goes, standard output and error, and of a fork
+    server its end of the channel.
+
+    command: of `flexpert`; none: a fork server. kept: it begins a session of its own.
+    """
 
     environment: dict[str, str]
+    command: list[str]
     kept: bool
 
 
@@ -64,7 +75,7 @@ class WarmProcess:
         with self._lock:
             if self.returncode is None:
                 if not select.select([self._status], [], [], timeout)[0]:
-                    raise subprocess.TimeoutExpired("fork server", timeout or 0.0)
+                    raise subprocess.TimeoutExpired("a warm process", timeout or 0.0)
                 self.returncode = int(os.read(self._status, 16) or b"1")
                 os.close(self._status)
             return self.returncode
@@ -93,7 +104,22 @@ class WarmForkServer:
         if self._taken:
             return None
         self._taken = True
-        return start_fork_server(config, start=_WARM.start)  # type: ignore[arg-type]
+        return start_fork_server(config, start=_fork_server)  # type: ignore[arg-type]
+
+
+def flexpert(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    stdout: IO[bytes] | int,
+    stderr: IO[bytes] | int,
+) -> WarmProcess:
+    """`python -m flexpert`; the fork server of a head is warm, too. Its standard input is empty."""
+    start = Start(dict(environment), list(command), False)
+    return _WARM.start(start, stdout, stderr)
+
+
+def _fork_server(theirs: socket.socket, environment: dict[str, str], *, kept: bool) -> WarmProcess:
+    return _WARM.start(Start(environment, [], kept), 1, 2, theirs.fileno())
 
 
 class _Warm:
@@ -104,33 +130,39 @@ class _Warm:
         self._lock = threading.Lock()
 
     def start(
-        self, theirs: socket.socket, environment: Mapping[str, str], *, kept: bool
+        self, start: Start, stdout: IO[bytes] | int, stderr: IO[bytes] | int, *more: int
     ) -> WarmProcess:
+        said = [one if isinstance(one, int) else one.fileno() for one in (stdout, stderr)]
         with self._lock:
-            channel = self._channel or self._begin(environment)
+            if self._channel is None:
+                self._channel = _begin()
             read, write = os.pipe()
             try:
-                packet = msgspec.msgpack.encode(Start(dict(environment), kept))
-                socket.send_fds(channel, [packet], [theirs.fileno(), write, 1, 2])
-                pid = int(channel.recv(32))
+                packet = msgspec.msgpack.encode(start)
+                socket.send_fds(self._channel, [packet], [write, *said, *more])
+                pid = int(self._channel.recv(32))
             finally:
                 os.close(write)
         return WarmProcess(pid, read)
 
-    def _begin(self, environment: Mapping[str, str]) -> socket.socket:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-        self._channel = ours
-        return ours
-
 
 _WARM = _Warm()
+
+
+def _begin() -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    alone = {"OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "2"}
+    with theirs:
+        subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **alone, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+    return ours
+
+
+# ---- in that process ----------------------------------------------------------------------------
 
 
 def serve(descriptor: int) -> None:
@@ -139,6 +171,8 @@ def serve(descriptor: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     for name in _IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
     channel = socket.socket(fileno=descriptor)
     children: dict[int, tuple[int, int]] = {}  # pidfd → pid, where its status goes
     while True:
@@ -157,32 +191,102 @@ def serve(descriptor: int) -> None:
             os._exit(0)
         pid = os.fork()
         if pid == 0:
-            own = [channel.fileno(), *children, *(status for _, status in children.values())]
-            _become(msgspec.msgpack.decode(packet, type=Start), given, own)
-        children[os.pidfd_open(pid)] = pid, given[1]
-        for one in (given[0], *given[2:]):
+            _become(msgspec.msgpack.decode(packet, type=Start), *given[1:])
+        children[os.pidfd_open(pid)] = pid, given[0]
+        for one in given[1:]:
             os.close(one)
         channel.send(b"%d" % pid)
 
 
-def _become(start: Start, given: list[int], not_ours: list[int]) -> NoReturn:
+def _become(start: Start, output: int, errors: int, channel: int = -1) -> NoReturn:
+    os.dup2(output, 1)
+    os.dup2(errors, 2)
+    if not start.command:
+        _serve_forks(channel, start.environment, kept=start.kept)
+    _close_but()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(start.environment)
+    sys.argv = ["flexpert", *start.command]
+    defaults = start_fork_server.__kwdefaults__
+    assert defaults is not None
+    defaults["start"] = _fork_here
     status = 1
     try:
-        if start.kept:
+        importlib.import_module("flexpert.__main__").main()
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:  # noqa: BLE001 - the last frame of this process
+        traceback.print_exc()
+    _leave(status)
+
+
+class _Child:
+    """Of the process that has forked it; as `subprocess.Popen` has it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._pidfd = os.pidfd_open(pid)
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0.0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._pidfd], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("the fork server", timeout or 0.0)
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            os.close(self._pidfd)
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+
+def _fork_here(
+    theirs: socket.socket, environment: dict[str, str], *, kept: bool
+) -> _Child | subprocess.Popen[bytes]:
+    """In place of `fork_server.start_server`: with what this process has imported, unless other
+    threads are at work, whose half done work a fork would have for ever."""
+    if threading.active_count() > 1:
+        return fork_server.start_server(theirs, environment, kept=kept)
+    pid = os.fork()
+    if pid == 0:
+        signal.set_wakeup_fd(-1)
+        _serve_forks(theirs.fileno(), environment, kept=kept)
+    return _Child(pid)
+
+
+def _serve_forks(channel: int, environment: dict[str, str], *, kept: bool) -> NoReturn:
+    status = 1
+    try:
+        if kept:
             os.setsid()
-        theirs, told, output, errors = given
-        os.dup2(output, 1)
-        os.dup2(errors, 2)
-        for descriptor in (*not_ours, told, output, errors):
-            os.close(descriptor)
+        _close_but(channel)
         os.environ.clear()
-        os.environ.update(start.environment)
-        fork_server.main(theirs)
+        os.environ.update(environment)
+        fork_server.main(channel)
         status = 0
     except BaseException:  # noqa: BLE001 - the last frame of this process
         traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
+    _leave(status)
+
+
+def _close_but(*kept: int) -> None:
+    """All descriptors but those of standard input and output."""
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        if descriptor > 2 and descriptor not in kept:
+            with contextlib.suppress(OSError):  # the listing's own
+                os.close(descriptor)
+
+
+def _leave(status: int) -> NoReturn:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
