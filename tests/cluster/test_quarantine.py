@@ -137,8 +137,7 @@ def test_a_rank_that_takes_long_to_exit_counts_as_one_that_does_not(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("action", ["fail", "kill"])
+@pytest.mark.parametrize(("action", "ranks"), [("kill", 1), ("fail", 2)])
 def test_a_request_that_ends_ranks_fails_and_the_others_are_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, action: Any
 ) -> None:
