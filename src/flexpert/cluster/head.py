@@ -994,9 +994,11 @@ class Head:
                 journal = self._journal
                 before = journal.tokens_published
                 degraded = journal.tokens_degraded, journal.answers_degraded
+                vocab = self.info.vocab
                 for event in events:
-                    if not all(0 <= token < self.info.vocab for token in event.tokens):
-                        raise msg.Contradiction(f"it publishes tokens {event.tokens[:8]}")
+                    for token in event.tokens:  # all() takes five times as long
+                        if not 0 <= token < vocab:
+                            raise msg.Contradiction(f"it publishes tokens {event.tokens[:8]}")
                     journal.publish(rank, event)
                     if event.cached:
                         self.metrics.cached_tokens.inc(event.cached)

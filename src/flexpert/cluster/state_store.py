@@ -41,7 +41,7 @@ from flexpert.errors import ModelError
 
 log = logging.getLogger("flexpert")
 
-BATCH_S = 0.25  # ranks keep what is not written yet
+BATCH_S = 0.5  # ranks keep what is not written yet
 KEPT_S = 120.0  # an answer that is complete, for a client that has not got its end
 AGAIN_S = 10.0  # after a failure that follows others; sooner after the first ones
 _FIRST_AGAIN_S = 1.0
