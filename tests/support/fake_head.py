@@ -296,7 +296,7 @@ class FakeHead:
                 await self._stopped.wait()
                 raise ServiceStopped("the service is stopping")
 
-    def submit(self, prompt, params, *, request_id=None) -> FakeStream:
+    def submit(self, prompt, params, *, request_id=None, trace=None) -> FakeStream:
         if not self.serving:
             raise ServiceStopped("the service is stopping")
         if self.full:
