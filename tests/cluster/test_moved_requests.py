@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
-from typing import Any
 
 import httpx
 import psutil
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from support.collector import Collector, told
 from support.service import Service, active, answer_all, change, requests, running, until
 
 from flexpert.cluster.head import Head
@@ -221,56 +218,11 @@ def test_newcomers_copy_experts_from_peers_and_survivors_read_what_nobody_has(
     service.run(scenario(service.head))
 
 
-class Collector:
-    """Takes what is sent to it by OTLP over HTTP. spans: those that have come."""
-
-    def __init__(self) -> None:
-        self.spans: list[Any] = []
-        self.services: set[str] = set()
-        collector = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                assert self.path == "/v1/traces"
-                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                    named = {a.key: a.value.string_value for a in resource.resource.attributes}
-                    collector.services.add(named["service.name"])
-                    for scope in resource.scope_spans:
-                        collector.spans += scope.spans
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, format: str, *arguments: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self._thread.start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
     collector = Collector()
     yield collector
     collector.close()
-
-
-def told(span: Any) -> dict[str, Any]:
-    """Attributes of a span or an event."""
-
-    def plain(value: Any) -> Any:
-        kind = value.WhichOneof("value")
-        found = getattr(value, kind)
-        return [plain(one) for one in found.values] if kind == "array_value" else found
-
-    return {one.key: plain(one.value) for one in span.attributes}
 
 
 def test_the_trace_of_a_request_that_moves_arrives_whole(

@@ -74,7 +74,7 @@ def create_app(
     app.include_router(responses.router)
     app.include_router(MessagesRoutes(openai).router)
     app.state.feed = LiveFeed(head, metrics, app.state.closing)
-    app.include_router(ControlRoutes(head, app.state.closing, app.state.feed).router)
+    app.include_router(ControlRoutes(head, app.state.closing, app.state.feed, tracing).router)
     app.router.routes += dashboard_routes()
     _add_service_routes(app, head, metrics)
     config = head.config.server

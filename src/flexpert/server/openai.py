@@ -24,7 +24,7 @@ from flexpert.server.dialog_shape import DialogShape
 from flexpert.server.forwarding import BODY
 from flexpert.server.http_errors import api_error, unknown_model
 from flexpert.server.http_metrics import ServerMetrics
-from flexpert.server.preprocessing import Continues, Generate, Kind, Rendered
+from flexpert.server.preprocessing import Continues, Generate, Kind, Outcome, Rendered
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.shapes import ChatShape, ChoiceShape, TextShape
 from flexpert.server.stream import DONE, ClientGone, EventStream, event, unless_gone
@@ -130,20 +130,32 @@ class OpenAIRoutes:
                 claimed += len(piece)
                 _gather(pieces, piece)
             request.scope[BODY] = pieces[:]  # should another head have to answer it
-            run = self._preprocessors.run
-            began, trace = time.monotonic(), request.scope.get(TRACE)
-            outcome = await unless_gone(request.receive, run(kind, pieces))
-            if isinstance(outcome, Continues) and history is not None:
-                pieces = [history(outcome.previous), b"\n", *pieces]
-                outcome = await unless_gone(request.receive, run("continued_responses", pieces))
-            if trace is not None:
-                trace.preprocessed(began)
+            outcome = await self._prepared(request, kind, pieces, history)
         except ClientDisconnect:
             raise ClientGone from None
         finally:
             self._preprocessors.release(claimed)
         if not isinstance(outcome, expected):
             raise TypeError(f"{kind} was prepared as {type(outcome).__name__}")
+        return outcome
+
+    async def _prepared(
+        self,
+        request: Request,
+        kind: Kind,
+        pieces: list[Piece],
+        history: Callable[[str], bytes] | None,
+    ) -> Outcome:
+        run = self._preprocessors.run
+        began, trace = time.monotonic(), request.scope.get(TRACE)
+        try:
+            outcome = await unless_gone(request.receive, run(kind, pieces))
+            if isinstance(outcome, Continues) and history is not None:
+                pieces = [history(outcome.previous), b"\n", *pieces]
+                outcome = await unless_gone(request.receive, run("continued_responses", pieces))
+        finally:
+            if trace is not None:
+                trace.preprocessed(began)
         return outcome
 
     def generation(self, request: Request, asked: Generate, id: str) -> Generation:

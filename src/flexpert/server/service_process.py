@@ -313,6 +313,10 @@ class _Service:
 
     async def _started(self) -> bool:
         """The head serves; False: a signal came first."""
+        if (collector := self._config.server.otlp_traces_endpoint) is not None:
+            from flexpert.server.tracing.otlp_export import OtlpExport
+
+            self._export = OtlpExport(collector)
         self._head.on_failure = self._on_failure
         self._head.succession.listener = self._listener
         start = asyncio.ensure_future(self._head.start(say))
@@ -335,17 +339,11 @@ class _Service:
         return False
 
     def _tracing(self) -> ServiceTracing | None:
-        """None: the settings name no collector, and nothing of OpenTelemetry is imported.
-
-        Raises: ConfigError
-        """
-        url = self._config.server.otlp_traces_endpoint
-        if url is None:
+        if self._export is None:
             return None
-        from flexpert.server.tracing.otlp_export import OtlpExport
         from flexpert.server.tracing.service_tracing import ServiceTracing
 
-        head, self._export = self._head, OtlpExport(url)
+        head = self._head
         return ServiceTracing(self._export.provider, head.model_name, lambda: head.epoch)
 
     async def _prepare(self, app: FastAPI) -> None:

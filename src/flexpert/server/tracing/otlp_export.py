@@ -45,16 +45,17 @@ class OtlpExport:
         ending = threading.Thread(target=self.provider.shutdown, daemon=True)
         ending.start()
         ending.join(limit_s)
-        self._complaints.close()
+        if not ending.is_alive():  # else it goes on until the process ends, and complains
+            self._complaints.close()
 
 
 class _Complaints(logging.Handler):
-    """Takes what the SDK logs: each text once; what its exporter says of a batch is only kept, for
-    who tells that batches do not arrive."""
+    """Takes what the SDK logs, and logs each text once. What its exporter says is not logged: who
+    tells that batches do not arrive has the first of it, which is nearest to the cause."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.latest = ""
+        self.first = ""
         self._said: set[str] = set()
         self._logger = logging.getLogger("opentelemetry")
         self._propagated = self._logger.propagate
@@ -64,7 +65,7 @@ class _Complaints(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = str(record.msg)
         if record.name.startswith("opentelemetry.exporter"):
-            self.latest = record.getMessage()
+            self.first = self.first or record.getMessage()
         elif text not in self._said:
             self._said.add(text)
             log.log(record.levelno, "traces: %s", record.getMessage())
@@ -85,10 +86,11 @@ class _ToldExporter(SpanExporter):
         self._fails = False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self._complaints.first = ""
         result = self._exporter.export(spans)
         failed = result is not SpanExportResult.SUCCESS
         if failed and not self._fails:
-            why = self._complaints.latest or "no reason is known"
+            why = self._complaints.first or "no reason is known"
             log.warning(
                 "traces do not reach %s and are dropped until they do: %s", self._where, why
             )

@@ -61,13 +61,13 @@ class RequestTrace:
         self._epoch = epoch
         self._epochs = epochs
         self._arrived = time.monotonic()
-        self._preprocessed: list[tuple[float, float]] = []
+        self._preprocessed: tuple[float, float] | None = None
         self._sequences: list[SequenceTrace] = []
         self._generation: Generation | None = None
 
     def preprocessed(self, began: float) -> None:
         """Its body has been with a preprocessing worker since then, or has waited for one."""
-        self._preprocessed.append((began, time.monotonic()))
+        self._preprocessed = (began, time.monotonic())
 
     def generates(self, generation: Generation, stream: bool) -> None:
         """It is valid, and about to be submitted."""
@@ -82,8 +82,8 @@ class RequestTrace:
     def end(self, status: int, *, client_gone: bool) -> None:
         """The answer is out, or nobody waits for it any more."""
         now = time.monotonic()
-        for began, ended in self._preprocessed:
-            self._child("preprocess", self._span, began, ended)
+        if self._preprocessed is not None:
+            self._child("preprocess", self._span, *self._preprocessed)
         stages = [one.stages(now) for one in self._sequences]
         for number, (sequence, its_stages) in enumerate(zip(self._sequences, stages, strict=True)):
             span = self._span
@@ -124,11 +124,19 @@ class RequestTrace:
             self._event(span, "moved", came.began, of_move(sequence, left, came))
 
     def _tell_epochs(self, now: float) -> None:
-        """Which there were meanwhile, and what has led to them."""
+        """Which there were meanwhile, what has led to them, and how long that held all requests
+        up."""
         met = [one for one in self._epochs if self._arrived < one.at <= now]
+        found: Attributes = {"flexpert.epochs": [self._epoch, *(one.epoch for one in met)]}
         for one in met:
             self._event(self._span, "epoch began", one.at, one.attributes)
-        self._set(self._span, {"flexpert.epochs": [self._epoch, *(one.epoch for one in met)]})
+        operations = [str(one.attributes.get("flexpert.operation.id", "")) for one in met]
+        if any(operations):
+            found["flexpert.operations"] = operations
+        pauses = [one.attributes.get("flexpert.pause_ms", 0.0) for one in met]
+        if met:
+            found["flexpert.pause_ms"] = sum(p for p in pauses if isinstance(p, float))
+        self._set(self._span, found)
 
     def _judge(self, status: int) -> None:
         """A server's error, of the request or of a sequence whose status had been sent."""

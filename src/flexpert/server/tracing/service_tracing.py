@@ -41,6 +41,7 @@ class ServiceTracing:
         self._model = model
         self._epoch = epoch
         self._epochs: deque[EpochChange] = deque(maxlen=_MOST_EPOCHS)
+        self._callers: dict[str, Context] = {}  # by operations that are not over
 
     def request(self, scope: Scope) -> RequestTrace | None:
         """Of a request that has come in, in the trace of its caller if it names one; None: it is of
@@ -70,6 +71,13 @@ class ServiceTracing:
         scope[TRACE] = trace
         return trace
 
+    def asked_for(self, operation: OperationView, scope: Scope) -> None:
+        """An operation's span is one of the caller's trace, if it names one; of several callers the
+        first counts."""
+        context = _caller(scope)
+        if context and operation.state in ("preparing", "committing"):
+            self._callers.setdefault(operation.id, context)
+
     def epoch_began(self, epoch: int, operation: OperationView | None) -> None:
         attributes: Attributes = {"flexpert.epoch": epoch}
         if operation is not None:
@@ -81,6 +89,7 @@ class ServiceTracing:
 
     def operation_over(self, operation: Operation) -> None:
         """A span, with one below it for each phase."""
+        caller = self._callers.pop(operation.id, Context())
         if not operation.entered:
             return
         clock = WallClock()
@@ -88,7 +97,7 @@ class ServiceTracing:
         purpose = operation.purpose.value
         span = self._tracer.start_span(
             OPERATION_SPANS.get(purpose, purpose),
-            Context(),
+            caller,
             attributes=attributes,
             start_time=clock.ns(operation.entered[0][1]),
         )
