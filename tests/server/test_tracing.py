@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,6 +26,7 @@ from support.fake_head import Behaviour, FakeHead
 from support.served_head import Running
 from support.waiting import wait_until
 
+from flexpert.cluster.membership import Phase
 from flexpert.cluster.operation import Operation
 from flexpert.cluster.saved_state import Purpose
 from flexpert.config import ClusterConfig, Config, ServerConfig, load_config
@@ -32,6 +36,7 @@ from flexpert.server.service_process import EXIT_WRONG_SETTINGS, serve
 from flexpert.server.trace_settings import check_tracing
 from flexpert.server.tracing.otlp_export import FLUSH_S, OtlpExport
 from flexpert.server.tracing.service_tracing import ServiceTracing
+from flexpert.server.tracing.span_attributes import OPERATION_SPANS
 
 CALLER_TRACE, CALLER_SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{CALLER_TRACE}-{CALLER_SPAN}-01"
@@ -337,6 +342,26 @@ def test_epochs_that_begin_meanwhile_are_events_of_a_request(traced: Traced) -> 
         "flexpert.operation.purpose": "recovery",
         "flexpert.pause_ms": 12.5,
     }
+
+
+def test_the_page_names_every_attribute_and_span() -> None:
+    root = Path(__file__).parents[2]
+    name = re.compile(r"\b(?:gen_ai|flexpert|http|error)\.[a-z0-9_.]*[a-z]\b")
+    sources = [path.read_text() for path in (root / "src/flexpert/server/tracing").glob("*.py")]
+    said = {
+        found
+        for source in sources
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        for found in [node.value]
+        if name.fullmatch(found) and found != "flexpert.server"
+    }
+    page = (root / "docs/tracing.md").read_text()
+    assert said == set(name.findall(page))
+    spans = {"preprocess", "choice N", "queue", "prefill", "decode", "chat MODEL"}
+    spans |= {OPERATION_SPANS.get(one.value, one.value) for one in Purpose} | {"waiting"}
+    spans |= {phase.value for phase in Phase} - {"idle", "lost"}
+    assert spans <= set(re.findall(r"`([^`\n]+)`", page))
 
 
 # ---- settings, and the way to the collector -----------------------------------------------------

@@ -456,7 +456,7 @@ class _Service:
                 await self._head.stop()
         except TimeoutError:
             complain("ranks did not stop in time; they end with this process")
-        if self._export is not None:
+        if self._export is not None and not self._forced.is_set():
             await asyncio.to_thread(self._export.close)
         say("stopped")
 
