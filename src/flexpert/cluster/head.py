@@ -53,7 +53,7 @@ from flexpert.cluster.saved_state import (
     SavedOperation,
     SavedState,
 )
-from flexpert.cluster.sequence_trace import ChangeTracer, SequenceTrace, TracedChange
+from flexpert.cluster.sequence_trace import ChangeTracer, SequenceTrace
 from flexpert.cluster.service_metrics import Metrics, cache_config
 from flexpert.cluster.state_directory import StateDirectory
 from flexpert.cluster.views import (
@@ -554,7 +554,7 @@ class Head:
         if not len(self._journal):
             self._progress.made()
         if trace is not None:
-            trace.running_change = self._running_change
+            trace.running_change = self._need_coordinator().running_change
         entry = self._journal.open(sequence_id, prompt, params, eos, self._cancel, trace)
         self.metrics.prompt_tokens.inc(len(prompt))
         self._admission.admit(entry)
@@ -574,10 +574,6 @@ class Head:
             raise context_overflow(self.info.max_model_len, len(prompt), max(desired, 1))
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return msgspec.structs.replace(params, max_tokens=desired, seed=seed, n=1, stop=())
-
-    def _running_change(self) -> TracedChange | None:
-        running = self._coordinator.running if self._coordinator else None
-        return TracedChange(running.id, running.purpose) if running else None
 
     def _admitting(self) -> frozenset[int]:
         return self._need_coordinator().admitting
@@ -1135,6 +1131,7 @@ class Head:
 
     @property
     def epoch(self) -> int:
+        """The current one; 0 before the first."""
         return self._coordinator.epoch if self._coordinator else 0
 
 

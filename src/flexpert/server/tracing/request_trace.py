@@ -140,6 +140,8 @@ class RequestTrace:
 
     def _judge(self, status: int) -> None:
         """A server's error, of the request or of a sequence whose status had been sent."""
+        if 400 <= status < 500:
+            return
         errors = [one.error for one in self._sequences if one.outcome == "failed"]
         if errors or status >= 500:
             self._set(self._span, {"error.type": "sequence_failed" if errors else str(status)})
