@@ -97,6 +97,18 @@ def test_a_public_class_is_known_by_its_name() -> None:
     assert {name: places for name, places in twice.items() if len(places) > 1} == {}
 
 
+def test_opentelemetry_is_imported_by_a_package_that_others_import_where_they_need_it() -> None:
+    package = "flexpert.server.tracing"
+    for name, tree in TREES.items():
+        if name.startswith(package):
+            continue
+        for node in tree.body:  # not within functions
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            assert not any(one.startswith(("opentelemetry", package)) for one in names), name
+
+
 def test_no_class_of_ours_shadows_one_of_collections_abc() -> None:
     import collections.abc
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -546,6 +547,11 @@ class ServerConfig(_Section):
     metrics_names: Literal["both", "flexpert", "vllm"] = Field(
         "both", description="whose names /metrics has; vllm: of what vLLM has, only its"
     )
+    otlp_traces_endpoint: str | None = Field(
+        None,
+        description="send traces of requests and changes to this OpenTelemetry collector over "
+        "HTTP, as http://localhost:4318/v1/traces (docs/tracing.md); needs flexpert[otel]",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = Field(
         "text", description="of the log on standard error; json: an object a line"
@@ -558,6 +564,23 @@ class ServerConfig(_Section):
             if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s,]+", origin):
                 raise ValueError(f"{shown(origin)!r} is no origin; write https://example.org, or *")
         return value
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _is_collector(cls, value: str | None) -> str | None:
+        """With the path that the protocol has, where none is given."""
+        if value is None:
+            return None
+        try:
+            url = urlsplit(value)
+            right = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        except ValueError:  # of the port, or of brackets
+            right = False
+        if not right or re.search(r"[^!-~]", value):
+            raise ValueError(
+                f"{shown(value)!r} is no URL of a collector; write http://localhost:4318/v1/traces"
+            )
+        return value if url.path.strip("/") else url._replace(path="/v1/traces").geturl()
 
     @property
     def origins(self) -> list[str]:

@@ -19,7 +19,7 @@ from flexpert.cluster.views import ClusterView, OperationView
 from flexpert.config import Config, load_config
 from flexpert.engine.output_grammar import resolve
 from flexpert.engine.request import SamplingParams
-from flexpert.errors import OperationError, RequestError, ServiceStopped
+from flexpert.errors import ConfigError, OperationError, RequestError, ServiceStopped
 from flexpert.frontend.generation import Generation
 from flexpert.frontend.outputs import Completion, encode_prompt, whole_completion
 from flexpert.frontend.request_limits import Prompt, with_bad_tokens
@@ -406,6 +406,8 @@ def settle(
         "engine.deterministic": deterministic,
     }
     given |= {path: value for path, value in named.items() if value is not None}
+    if given.get("server.otlp_traces_endpoint") is not None:
+        raise ConfigError("otlp_traces_endpoint: 'flexpert serve' sends traces, a program does not")
     return _settle(config, given)
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from itertools import pairwise
 
+import httpx
 import psutil
 import pytest
+from support.collector import Collector, told
 from support.service import Service, active, answer_all, change, requests, running, until
 
 from flexpert.cluster.head import Head
+from flexpert.cluster.views import OperationView
+from flexpert.config import load_config
 from flexpert.engine.request import SamplingParams
+from flexpert.server.app import create_app
+from flexpert.server.tracing.otlp_export import OtlpExport
+from flexpert.server.tracing.service_tracing import ServiceTracing
 
 pytestmark = pytest.mark.slow
 SETTINGS = {"engine__deterministic": True, "engine__kv_memory": "32MiB"}
@@ -208,3 +216,108 @@ def test_newcomers_copy_experts_from_peers_and_survivors_read_what_nobody_has(
         await until(lambda: active(head) == {0, 1, 2, 3})
 
     service.run(scenario(service.head))
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+def test_the_trace_of_a_request_that_moves_arrives_whole(
+    service: Service, collector: Collector
+) -> None:
+    trace_id, caller = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    url = load_config(
+        environment={}, overrides={"server.otlp_traces_endpoint": collector.url}
+    ).server.otlp_traces_endpoint
+    assert url
+    export = OtlpExport(url)
+
+    async def scenario(head: Head) -> OperationView:
+        await change(head, ranks=2)
+        tracing = ServiceTracing(export.provider, head.model_name, lambda: head.epoch)
+        app = create_app(head, tracing=tracing)
+        try:
+            async with httpx.AsyncClient(
+                transport=httpx.ASGITransport(app), base_url="http://flexpert", timeout=60
+            ) as client:
+                asking = asyncio.create_task(
+                    client.post(
+                        "/v1/completions",
+                        json={
+                            "prompt": list(range(20, 60)),
+                            "max_tokens": 300,
+                            "temperature": 0,
+                            "ignore_eos": True,
+                            "stream": True,
+                        },
+                        headers={"traceparent": f"00-{trace_id}-{caller}-01"},
+                    )
+                )
+                await until(lambda: sum(rank.running for rank in head.cluster().ranks) == 1)
+                ran_on = next(rank.id for rank in head.cluster().ranks if rank.running)
+                done = await change(head, add=1, remove=[ran_on])
+                answer = await asking
+                assert answer.status_code == 200
+                assert b"[DONE]" in answer.content
+            return done
+        finally:
+            head.tracer = None
+            app.state.preprocessors.close()
+
+    done = service.run(scenario(service.head))
+    service.change(ranks=4)
+    export.close()
+    assert collector.services == {"flexpert"}
+    spans = [span for span in collector.spans if span.trace_id.hex() == trace_id]
+    (request,) = [span for span in spans if span.parent_span_id.hex() == caller]
+    assert request.name == "text_completion tiny"
+    parts = sorted(
+        (span for span in spans if span is not request), key=lambda span: span.start_time_unix_nano
+    )
+    assert {span.parent_span_id for span in parts} == {request.span_id}
+    names = [span.name for span in parts]
+    assert names == ["preprocess", "queue", "prefill", "decode", "decode"]
+    for before, after in pairwise(parts[1:]):
+        assert before.end_time_unix_nano == after.start_time_unix_nano
+    assert request.start_time_unix_nano <= parts[0].start_time_unix_nano
+    assert parts[-1].end_time_unix_nano <= request.end_time_unix_nano
+
+    (leaver,), (newcomer,) = done.remove, done.add
+    ranks = [told(span).get("flexpert.rank") for span in parts[2:]]
+    assert ranks[:2] == [leaver, leaver]
+    moved_to = ranks[2]
+    assert moved_to != leaver
+    assert sum(told(span)["flexpert.tokens"] for span in parts[2:]) == 300
+    about = told(request)
+    assert about["gen_ai.usage.input_tokens"] == about["gen_ai.usage.prompt_tokens"] == 40
+    assert about["gen_ai.usage.output_tokens"] == 300
+    assert about["gen_ai.request.max_tokens"] == 300
+    assert about["gen_ai.response.finish_reasons"] == ["length"]
+    assert about["flexpert.ranks"] == [leaver, moved_to]
+    assert about["flexpert.epochs"] == [done.epoch - 1, done.epoch]
+    latencies = [about[f"gen_ai.latency.{one}"] for one in ("time_to_first_token", "e2e")]
+    assert 0 < latencies[0] < latencies[1]
+
+    events = {event.name: told(event) for event in request.events}
+    assert list(events) == ["first token", "moved", "epoch began"]
+    assert events["moved"]["flexpert.rank.from"] == leaver
+    assert events["moved"]["flexpert.rank.to"] == moved_to
+    assert events["moved"]["flexpert.operation.id"] == done.id
+    assert events["moved"]["flexpert.kv_tokens"] > 40
+    assert events["moved"]["flexpert.tokens_without_kv"] == 0
+    assert events["epoch began"]["flexpert.pause_ms"] == pytest.approx(done.pause_ms, abs=0.01)
+
+    (scale,) = [span for span in collector.spans if span.name == "scale"]
+    assert not scale.parent_span_id
+    assert told(scale)["flexpert.operation.id"] == done.id
+    assert told(scale)["flexpert.ranks.after"] == done.target
+    phases = [span for span in collector.spans if span.parent_span_id == scale.span_id]
+    names = [span.name for span in sorted(phases, key=lambda span: span.start_time_unix_nano)]
+    assert names == list(done.phases)
+    assert sum(span.end_time_unix_nano - span.start_time_unix_nano for span in phases) == (
+        pytest.approx(scale.end_time_unix_nano - scale.start_time_unix_nano, rel=0.01)
+    )
+    assert newcomer in done.target

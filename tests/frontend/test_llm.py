@@ -248,6 +248,7 @@ def test_settings_by_vllms_names(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong, says in (
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 is vLLM's: .* --ranks"),
         ({"gpu_memory_utilization": 0.9}, "--kv-memory"),
+        ({"otlp_traces_endpoint": "http://localhost:4318"}, "'flexpert serve' sends traces"),
         ({"speed": 9}, "speed"),
     ):
         with pytest.raises(ConfigError, match=says):

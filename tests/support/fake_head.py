@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from flexpert.cluster.handover.succession import Succession
 from flexpert.cluster.listeners import Listeners
 from flexpert.cluster.processes.transport import ChildLink
+from flexpert.cluster.sequence_trace import SequenceTrace
 from flexpert.cluster.views import (
     BalanceView,
     ChangePreview,
@@ -155,9 +156,19 @@ class Behaviour:
 
 class FakeStream:
     def __init__(
-        self, head: FakeHead, name: str, prompt: list[int], params: SamplingParams
+        self,
+        head: FakeHead,
+        name: str,
+        prompt: list[int],
+        params: SamplingParams,
+        trace: SequenceTrace | None = None,
     ) -> None:
         self.id = name
+        self.enough = False
+        self._trace = trace
+        if trace is not None:
+            trace.open(time.monotonic(), len(prompt))
+            trace.placed(0, time.monotonic(), 0, 0)
         self._head = head
         self._prompt = prompt
         self._params = params
@@ -173,6 +184,7 @@ class FakeStream:
     def cancel(self) -> None:
         if not self._over:
             self._over = True
+            self._tell_end("stop" if self.enough else "cancelled", 0)
             self._head.cancelled.append(self.id)
             self._head.running.discard(self.id)
 
@@ -183,6 +195,7 @@ class FakeStream:
         while not self._over:
             await self._head.pause(behaviour.gap_s)
             if behaviour.fail_after is not None and sent >= behaviour.fail_after:
+                self._tell_end("failed", sent, "rank 3 is gone")
                 self._end()
                 raise FlexpertError("rank 3 is gone")
             count = min(behaviour.per_delta, limit - sent)
@@ -193,8 +206,11 @@ class FakeStream:
                 if token in ends and not self._params.ignore_eos:
                     tokens, finish = tokens[: place + 1], "stop"
                     break
+            if sent == 0 and self._trace is not None:
+                self._trace.first_token(time.monotonic(), 0.0)
             sent += len(tokens)
             if finish is not None:
+                self._tell_end(finish, sent)
                 self._end()
             since = behaviour.degraded_from
             of_prompt, self._of_prompt = self._of_prompt, None
@@ -207,6 +223,10 @@ class FakeStream:
             )
             if finish is not None:
                 return
+
+    def _tell_end(self, outcome: str, said: int, error: str = "") -> None:
+        if self._trace is not None:
+            self._trace.over(time.monotonic(), outcome, said, error)
 
     def _end(self) -> None:
         self._over = True
@@ -296,7 +316,7 @@ class FakeHead:
                 await self._stopped.wait()
                 raise ServiceStopped("the service is stopping")
 
-    def submit(self, prompt, params, *, request_id=None) -> FakeStream:
+    def submit(self, prompt, params, *, request_id=None, trace=None) -> FakeStream:
         if not self.serving:
             raise ServiceStopped("the service is stopping")
         if self.full:
@@ -306,7 +326,7 @@ class FakeHead:
         name = request_id or f"seq-{len(self.submitted)}"
         self.submitted.append((name, prompt, params))
         self.running.add(name)
-        return FakeStream(self, name, prompt, params)
+        return FakeStream(self, name, prompt, params, trace)
 
     def check_room(self, sequences: int) -> None:
         if self.full:

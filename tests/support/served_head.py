@@ -15,6 +15,7 @@ from flexpert.config import Config, ServerConfig
 from flexpert.server.app import create_app
 from flexpert.server.protocol import bounded_protocol
 from flexpert.server.service_process import bind
+from flexpert.server.tracing.service_tracing import ServiceTracing
 from support.fake_head import FakeHead
 
 T = TypeVar("T")
@@ -25,10 +26,18 @@ class Running:
 
     Args:
         send_buffer: bytes that the kernel keeps of an answer; default: its own choice, megabytes.
+        tracing: of this head; default: nothing is traced.
     """
 
-    def __init__(self, server: ServerConfig, *, send_buffer: int | None = None) -> None:
+    def __init__(
+        self,
+        server: ServerConfig,
+        *,
+        send_buffer: int | None = None,
+        tracing: Callable[[FakeHead], ServiceTracing] | None = None,
+    ) -> None:
         self._send_buffer = send_buffer
+        self._tracing = tracing
         self.head = FakeHead(Config(server=server))
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -45,7 +54,8 @@ class Running:
         if self._send_buffer:  # connections inherit it
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
         self.url = "http://{}:{}".format(*listener.getsockname())
-        self.app = create_app(self.head)
+        tracing = self._tracing(self.head) if self._tracing else None
+        self.app = create_app(self.head, tracing=tracing)
         config = uvicorn.Config(
             self.app,
             http=bounded_protocol(self.head.config.server, self.app.state.metrics.refused),

@@ -63,7 +63,7 @@ class SteppingHead(FakeHead):
         self._word = self.tokenizer.encode(" the")[0]
         self._top = TokenLogprobs(-0.5, [1, 2, 3, 4, 5], [-0.5] * 5)
 
-    def submit(self, prompt, params, *, request_id=None) -> TokenStream:
+    def submit(self, prompt, params, *, request_id=None, trace=None) -> TokenStream:
         name = f"{request_id}-{len(self._live)}"
         stream = TokenStream(name, lambda id: self._live.pop(id, None) and None)
         self._live[name] = (stream, params, 0)

@@ -29,6 +29,7 @@ from flexpert.cluster.reconciler import Reconciler
 from flexpert.cluster.reconciliation import ActivityEvent, ActivityKind
 from flexpert.cluster.resumption import restore
 from flexpert.cluster.saved_state import SavedCluster, SavedOperation
+from flexpert.cluster.sequence_trace import TracedChange
 from flexpert.cluster.views import (
     BalanceView,
     ChangePreview,
@@ -276,6 +277,11 @@ class Coordinator:
     def running(self) -> OperationView | None:
         operation = self._cluster.operation
         return operation.view() if operation else None
+
+    def running_change(self) -> TracedChange | None:
+        """As little of it as traces have."""
+        operation = self._cluster.operation
+        return TracedChange(operation.id, operation.purpose.value) if operation else None
 
     @property
     def desired(self) -> frozenset[int]:

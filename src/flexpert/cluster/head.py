@@ -53,6 +53,7 @@ from flexpert.cluster.saved_state import (
     SavedOperation,
     SavedState,
 )
+from flexpert.cluster.sequence_trace import ChangeTracer, SequenceTrace
 from flexpert.cluster.service_metrics import Metrics, cache_config
 from flexpert.cluster.state_directory import StateDirectory
 from flexpert.cluster.views import (
@@ -80,6 +81,7 @@ from flexpert.errors import (
     FlexpertError,
     RequestError,
     ServiceStopped,
+    UnknownOperation,
     context_overflow,
 )
 from flexpert.models.source import ModelInfo, ModelSource
@@ -105,6 +107,7 @@ class Head:
     failure: why the service went down by itself, or None. on_failure: told when it does.
     impaired: part of the service → why it does not work now. Who owns a long-lived task writes down
     here what `/health` must say while it is not well, and takes it away when it is again.
+    tracer: is told of epochs and operations; None: nobody is.
     """
 
     info: ModelInfo
@@ -134,6 +137,7 @@ class Head:
         self.failure: FlexpertError | None = None
         self.on_failure: Callable[[FlexpertError], None] | None = None
         self.impaired: dict[str, str] = {}
+        self.tracer: ChangeTracer | None = None
         self._router = Router(config.cluster.routing)
         self._journal = Journal(config.cluster.max_sequences, self._router)
         self._admission = Admission(self._journal, self._admitting, self._send)
@@ -164,7 +168,7 @@ class Head:
         self._rank_store = RankStore()
         self.metrics = Metrics(
             self._rank_views,
-            lambda: self._epoch,
+            lambda: self.epoch,
             lambda: len(self._journal),
             lambda: self._coordinator.balance() if self._coordinator else None,
             lambda: len(self._journal.waiting()),
@@ -522,9 +526,16 @@ class Head:
     # ---- requests ---------------------------------------------------------------------------
 
     def submit(
-        self, prompt: list[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        trace: SequenceTrace | None = None,
     ) -> TokenStream:
         """Run one sequence (`params.n` and `params.stop` are the caller's work).
+
+        trace: is told what the sequence goes through.
 
         Raises:
             RequestError, ContextOverflow, Overloaded, ServiceStopped
@@ -542,7 +553,9 @@ class Head:
         eos = () if params.ignore_eos else self.info.eos_token_ids
         if not len(self._journal):
             self._progress.made()
-        entry = self._journal.open(sequence_id, prompt, params, eos, self._cancel)
+        if trace is not None:
+            trace.running_change = self._need_coordinator().running_change
+        entry = self._journal.open(sequence_id, prompt, params, eos, self._cancel, trace)
         self.metrics.prompt_tokens.inc(len(prompt))
         self._admission.admit(entry)
         return entry.stream
@@ -920,12 +933,14 @@ class Head:
         return self._journal.hand_over(rank, held, destinations)
 
     def rank_exited(self, rank: int, own_fault: bool) -> None:
+        if self.tracer is not None:
+            self._journal.rank_lost(rank)
         failed = self._journal.rank_exited(rank, own_fault=own_fault)
         if failed is not None:
             log.error(
                 "request %s failed: ranks keep ending in the step that takes it",
                 failed,
-                extra={"request": failed, "rank": rank, "epoch": self._epoch},
+                extra={"request": failed, "rank": rank, "epoch": self.epoch},
             )
 
     def heard(self) -> bool:
@@ -972,7 +987,21 @@ class Head:
             self.metrics.operation_over(msgspec.convert(event.data, OperationView))
         elif event.kind == "rank":
             self.metrics.rank_gone(event.data)
+        if self.tracer is not None:
+            self._trace(self.tracer, event)
         self._listeners.publish(event)
+
+    def _trace(self, tracer: ChangeTracer, event: ClusterEvent) -> None:
+        coordinator = self._coordinator
+        if coordinator is None:
+            return
+        if event.kind == "epoch":
+            tracer.epoch_began(msgspec.convert(event.data["epoch"], int), coordinator.running)
+        elif event.kind == "operation":
+            with contextlib.suppress(UnknownOperation):
+                operation = coordinator.operation(str(event.data["id"]))
+                if operation.over.is_set():
+                    tracer.operation_over(operation)
 
     # ---- from the ranks ---------------------------------------------------------------------
 
@@ -1023,7 +1052,7 @@ class Head:
                         sequence_id,
                         rank,
                         error,
-                        extra={"request": sequence_id, "rank": rank, "epoch": self._epoch},
+                        extra={"request": sequence_id, "rank": rank, "epoch": self.epoch},
                     )
                 kind = FlexpertError if fault else RequestError
                 self._journal.fail(sequence_id, kind(error))
@@ -1103,7 +1132,8 @@ class Head:
         ]
 
     @property
-    def _epoch(self) -> int:
+    def epoch(self) -> int:
+        """The current one; 0 before the first."""
         return self._coordinator.epoch if self._coordinator else 0
 
 

@@ -18,6 +18,7 @@ from flexpert.cluster.quarantine import Quarantine
 from flexpert.cluster.request_routing import Router
 from flexpert.cluster.request_times import RequestTimes
 from flexpert.cluster.saved_state import SavedRun
+from flexpert.cluster.sequence_trace import SequenceTrace
 from flexpert.cluster.views import Delta
 from flexpert.engine.rank_protocol import Contradiction
 from flexpert.engine.request import (
@@ -41,7 +42,7 @@ class Entry:
     destination: where its KV has been copied to, while its rank leaves. on_trial: it may be what
     terminates ranks, and that rank tells when it begins with it.
     degraded: some of what it has said was computed without some experts. finished: all is said.
-    times: for metrics only.
+    times: for metrics only. trace: what it goes through, where that is to be told; else None.
     """
 
     __slots__ = (
@@ -55,10 +56,18 @@ class Entry:
         "said",
         "stream",
         "times",
+        "trace",
     )
 
-    def __init__(self, request: RequestSequence, stream: TokenStream, now: float) -> None:
+    def __init__(
+        self,
+        request: RequestSequence,
+        stream: TokenStream,
+        now: float,
+        trace: SequenceTrace | None = None,
+    ) -> None:
         self.times = RequestTimes(now)
+        self.trace = trace
         self.request = request
         self.stream = stream
         self.generated: list[int] = []
@@ -197,6 +206,7 @@ class Journal:
         params: SamplingParams,
         eos: tuple[int, ...],
         on_cancel: Callable[[str], None],
+        trace: SequenceTrace | None = None,
     ) -> Entry:
         """A new entry, not assigned yet.
 
@@ -207,7 +217,10 @@ class Journal:
         request = RequestSequence(
             id=sequence_id, prompt=prompt, generated=[], params=params, eos=eos
         )
-        entry = self._entries[sequence_id] = Entry(request, stream, self.clock())
+        now = self.clock()
+        entry = self._entries[sequence_id] = Entry(request, stream, now, trace)
+        if trace is not None:
+            trace.open(now, len(prompt))
         if self.log:
             self.log.opened(request)
         return entry
@@ -284,6 +297,8 @@ class Journal:
         entry.rank, entry.said = rank, len(entry.generated)
         if entry.times.assigned is None:
             entry.times.assigned = self.clock()
+        if entry.trace is not None:
+            entry.trace.placed(rank, self.clock(), entry.said, computed)
         self._by_rank.setdefault(rank, set()).add(name)
         return rank
 
@@ -361,6 +376,8 @@ class Journal:
         if entry and entry.rank is not None:
             self._by_rank[entry.rank].discard(sequence_id)
             entry.rank = None
+            if entry.trace is not None:
+                entry.trace.left(self.clock())
             self._quarantine.over(sequence_id)
             self.router.computed(sequence_id)
         return entry
@@ -370,6 +387,9 @@ class Journal:
         cleared = self._quarantine.cleared(sequence_id)
         entry = self.release(sequence_id)
         self._entries.pop(sequence_id, None)
+        if entry is not None and entry.trace is not None:
+            outcome = "stop" if entry.stream.enough else "cancelled"
+            entry.trace.over(self.clock(), outcome, len(entry.generated))
         self.router.closed(sequence_id)
         if self.log and entry and not entry.finished:
             self.log.closed(sequence_id)
@@ -430,6 +450,8 @@ class Journal:
         self._measure(entry, event)
         if event.finish is not None:
             entry.finished = True
+            if entry.trace is not None:
+                entry.trace.over(self.clock(), event.finish, len(entry.generated))
             self.close(event.id)
         entry.stream.put(
             Delta(
@@ -450,6 +472,8 @@ class Journal:
         if first:
             entry.times.begun(now, event.waited)
             self.meter.first_token(entry)
+            if entry.trace is not None:
+                entry.trace.first_token(now, event.waited)
         if event.finish:
             self.meter.finished(entry, event.finish, now)
 
@@ -463,11 +487,21 @@ class Journal:
 
     def fail(self, sequence_id: str, error: FlexpertError) -> None:
         """End a sequence with an error."""
+        failed = self._entries.get(sequence_id)
+        if failed is not None and failed.trace is not None:
+            failed.trace.over(self.clock(), "failed", len(failed.generated), str(error))
         entry = self.close(sequence_id)
         if entry:
             if self.meter:
                 self.meter.failed()
             entry.stream.put(error)
+
+    def rank_lost(self, rank: int) -> None:
+        """For traces: a rank that runs sequences has ended unasked."""
+        for sequence_id in self._by_rank.get(rank, ()):
+            trace = self._entries[sequence_id].trace
+            if trace is not None:
+                trace.rank_lost()
 
     def of_rank(self, rank: int) -> list[str]:
         """Ids of the sequences a rank runs."""

@@ -156,7 +156,8 @@ class Operation:
     """A change under way or over; `view` is its JSON.
 
     reason: why the head began it by itself. operation_id: the caller's own id of it; None: it gets
-    one. request: what was asked for, of a change that somebody asked for.
+    one. request: what was asked for, of a change that somebody asked for. entered: phases with when
+    they began by the monotonic clock, one after the other; at the end "" when it was over.
     """
 
     def __init__(
@@ -194,6 +195,7 @@ class Operation:
         self.purpose = purpose
         self.created = time.time()
         self.over = asyncio.Event()
+        self.entered: list[tuple[str, float]] = []
         self._phase_began = time.monotonic()
 
     @classmethod
@@ -247,6 +249,8 @@ class Operation:
         if self.phase:
             spent = self.phases.get(self.phase, 0.0) + now - self._phase_began
             self.phases[self.phase] = spent
+        if phase != self.phase:
+            self.entered.append((phase, now))
         self.phase, self._phase_began = phase, now
 
     def end(self, state: OperationState, error: str | None = None) -> None:

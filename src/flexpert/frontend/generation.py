@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
+from flexpert.cluster.sequence_trace import SequenceTrace
 from flexpert.cluster.views import Delta
 from flexpert.engine.request import FINISH_LENGTH, FINISH_STOP, SamplingParams, TokenLogprobs
 from flexpert.errors import RequestError, ServiceStopped
@@ -80,6 +81,14 @@ class Meter(Protocol):
     def next_tokens(self, gap_s: float, count: int) -> None: ...
 
 
+class ChoiceTracer(Protocol):
+    """Who traces the sequences of a request."""
+
+    def sequence(self) -> SequenceTrace:
+        """Of the next choice."""
+        ...
+
+
 class Generation:
     """The choices of one request: every prompt, sampled `params.n` times.
 
@@ -89,6 +98,7 @@ class Generation:
         prompts: token ids of each prompt.
         request_id: the sequences are named after it.
         without_answer: only the prompts' log probabilities are wanted.
+        tracer: None: what the sequences go through is not traced.
     """
 
     def __init__(
@@ -101,6 +111,7 @@ class Generation:
         request_id: str,
         without_answer: bool = False,
         meter: Meter | None = None,
+        tracer: ChoiceTracer | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._head = head
@@ -110,6 +121,7 @@ class Generation:
         self.request_id = request_id
         self._without_answer = without_answer
         self._meter = meter
+        self._tracer = tracer
         self._clock = clock
         self._started = clock()
         self._prompt_tokens = sum(map(len, prompts))
@@ -139,7 +151,10 @@ class Generation:
                 for sample in range(params.n):
                     index = len(self.answers)
                     one = msgspec.structs.replace(params, n=1, seed=_wrap(seed + sample))
-                    stream = self._head.submit(prompt, one, request_id=f"{self.request_id}-{index}")
+                    name, trace = f"{self.request_id}-{index}", None
+                    if self._tracer is not None:
+                        trace = self._tracer.sequence()
+                    stream = self._head.submit(prompt, one, request_id=name, trace=trace)
                     self.answers.append(Answer(index, stream, one, self._text, hidden))
                     cost += _SUBMIT_COST + len(prompt)
                     if cost > _COST_OF_A_TURN:
@@ -164,6 +179,11 @@ class Generation:
         """Free every sequence that still runs; idempotent."""
         for answer in self.answers:
             answer.stream.cancel()
+
+    @property
+    def params(self) -> SamplingParams:
+        """As they were asked for."""
+        return self._params
 
     @property
     def usage(self) -> Usage:

@@ -40,17 +40,21 @@ from flexpert.server.unserved import unknown_path, wrong_content_type, wrong_met
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
+    from flexpert.server.tracing.service_tracing import ServiceTracing
 
 log = logging.getLogger("flexpert.server")
 
 MOST_PROMPT_TOKENS = 2**20  # of one request, unless the settings say otherwise
 
 
-def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
+def create_app(
+    head: Head, keys: BearerKeys | None = None, tracing: ServiceTracing | None = None
+) -> FastAPI:
     """The HTTP side of a head that has been started.
 
     Args:
         keys: default: those that the head's settings name.
+        tracing: None: nothing is traced.
 
     `app.state.closing` is an asyncio.Event; set it before shutting the server down, so that
     event streams end. `app.state.preprocessors` may be started ahead, and must be closed.
@@ -60,6 +64,8 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
     metrics = ServerMetrics()
     app.state.closing = asyncio.Event()
     app.state.metrics = metrics
+    if tracing is not None:
+        head.tracer = tracing
     head.registries.append(metrics.registry)
     app.state.preprocessors = _preprocessors(head)
     openai = OpenAIRoutes(head, metrics, app.state.preprocessors)
@@ -68,11 +74,13 @@ def create_app(head: Head, keys: BearerKeys | None = None) -> FastAPI:
     app.include_router(responses.router)
     app.include_router(MessagesRoutes(openai).router)
     app.state.feed = LiveFeed(head, metrics, app.state.closing)
-    app.include_router(ControlRoutes(head, app.state.closing, app.state.feed).router)
+    app.include_router(ControlRoutes(head, app.state.closing, app.state.feed, tracing).router)
     app.router.routes += dashboard_routes()
     _add_service_routes(app, head, metrics)
     config = head.config.server
-    app.add_middleware(Gate, config=config, keys=keys or read_keys(config), metrics=metrics)
+    app.add_middleware(
+        Gate, config=config, keys=keys or read_keys(config), metrics=metrics, tracing=tracing
+    )
     if config.origins:  # in front of the gate: a browser asks without a key what it may send
         app.add_middleware(
             CORSMiddleware,

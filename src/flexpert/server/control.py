@@ -20,6 +20,7 @@ from flexpert.server.stream import EventStream, event
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
+    from flexpert.server.tracing.service_tracing import ServiceTracing
 
 KEEP_ALIVE_S = 15.0
 MOST_LAYERS = 4096
@@ -31,10 +32,18 @@ class ControlRoutes:
     Args:
         closing: set when the server shuts down; ends the event streams, which would never end.
         feed: what is shown live.
+        tracing: None: nothing is traced.
     """
 
-    def __init__(self, head: Head, closing: asyncio.Event, feed: LiveFeed) -> None:
+    def __init__(
+        self,
+        head: Head,
+        closing: asyncio.Event,
+        feed: LiveFeed,
+        tracing: ServiceTracing | None = None,
+    ) -> None:
         self._head = head
+        self._tracing = tracing
         self._closing = closing
         self._feed = feed
         self.router = APIRouter(tags=["control"])
@@ -71,7 +80,7 @@ class ControlRoutes:
         """Which rank holds which expert of one MoE layer, counted from 0."""
         return wire.json_response(self._head.layer_placement(layer))
 
-    async def begin(self, body: OperationRequest) -> Response:
+    async def begin(self, request: Request, body: OperationRequest) -> Response:
         """Start a change: 202; 409 while another runs, or if the operation_id is that of another;
         400 if it can never be reached. dry_run: only say what it would move, 200."""
         if body.dry_run:
@@ -85,6 +94,8 @@ class ControlRoutes:
             operation = await self._head.request_operation(
                 ranks=body.ranks, add=body.add, remove=body.remove, operation_id=body.operation_id
             )
+        if self._tracing is not None:
+            self._tracing.asked_for(operation, request.scope)
         location = {"location": f"/cluster/operations/{operation.id}"}
         return wire.json_response(operation, 202, headers=location)
 
@@ -111,7 +122,7 @@ class ControlRoutes:
             self._head.check_cursor(since)
         return EventStream(self._events(since))
 
-    async def scale_elastic_ep(self, body: ElasticScaleRequest) -> Response:
+    async def scale_elastic_ep(self, request: Request, body: ElasticScaleRequest) -> Response:
         """vLLM's and SGLang's way: change the number of ranks and wait until that is done.
 
         As in vLLM 408 means that the size is what it was, so a change that this request began
@@ -121,6 +132,8 @@ class ControlRoutes:
         operation = await self._head.request_operation(
             ranks=body.size, operation_id=body.operation_id
         )
+        if self._tracing is not None:
+            self._tracing.asked_for(operation, request.scope)
         ours = before is None or before.id != operation.id
         try:
             async with asyncio.timeout(body.drain_timeout):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,6 +20,10 @@ from flexpert.server.keys import BearerKeys, is_right
 from flexpert.server.message_errors import error_response, is_message_path
 from flexpert.server.protocol import BODY_FAILED
 from flexpert.server.stream import CLIENT_GONE
+
+if TYPE_CHECKING:
+    from flexpert.server.tracing.request_trace import RequestTrace
+    from flexpert.server.tracing.service_tracing import ServiceTracing
 
 # What monitors and browsers ask for without a key. Any other path needs one: a route that is
 # added later is closed until somebody decides otherwise.
@@ -48,22 +53,30 @@ class Gate:
 
     Args:
         keys: one that is None leaves its paths open.
+        tracing: None: no request is traced.
     """
 
     def __init__(
-        self, app: ASGIApp, config: ServerConfig, keys: BearerKeys, metrics: ServerMetrics
+        self,
+        app: ASGIApp,
+        config: ServerConfig,
+        keys: BearerKeys,
+        metrics: ServerMetrics,
+        tracing: ServiceTracing | None = None,
     ) -> None:
         self._app = app
         self._config = config
         self._keys = keys
         self._metrics = metrics
         self._at_once = metrics.at_once
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         status = 500  # unless the application gets to say otherwise
+        trace: RequestTrace | None = None
         most = self._config.max_body
         if _is_control(scope["path"]):
             most = min(most, MOST_CONTROL_BODY)
@@ -82,6 +95,8 @@ class Gate:
             try:
                 with self._admitted(scope):
                     body.check()
+                    if self._tracing is not None:
+                        trace = self._tracing.request(scope)
                     await self._app(scope, body.receive, counted_send)
             except ApiError as error:
                 await error_response(scope["path"], error)(scope, receive, counted_send)
@@ -91,6 +106,8 @@ class Gate:
                 # the template, not the path: clients could make up any number of paths
                 path = getattr(scope.get("route"), "path", "unmatched")
                 self._metrics.requests.labels(scope["method"], path, str(status)).inc()
+                if trace is not None:
+                    trace.end(status, client_gone=CLIENT_GONE in scope)
 
     @contextmanager
     def _admitted(self, scope: Scope) -> Iterator[None]:

@@ -57,7 +57,7 @@ class MessagesRoutes:
         asked = await self._api.preprocess(request, "messages", Generate)
         answer = BlockAnswer(asked)
         shape = MessageShape(f"msg_{secrets.token_hex(12)}", self._api.model_name)
-        generation = self._api.generation(asked, shape.id)
+        generation = self._api.generation(request, asked, shape.id)
         await generation.submit()
         request.scope.pop(BODY, None)
         headers = fields.header(asked.ignored)

@@ -24,14 +24,16 @@ from flexpert.server.dialog_shape import DialogShape
 from flexpert.server.forwarding import BODY
 from flexpert.server.http_errors import api_error, unknown_model
 from flexpert.server.http_metrics import ServerMetrics
-from flexpert.server.preprocessing import Continues, Generate, Kind, Rendered
+from flexpert.server.preprocessing import Continues, Generate, Kind, Outcome, Rendered
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.shapes import ChatShape, ChoiceShape, TextShape
 from flexpert.server.stream import DONE, ClientGone, EventStream, event, unless_gone
+from flexpert.server.trace_settings import TRACE
 from flexpert.server.unserved import wrong_content_type
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
+    from flexpert.server.tracing.request_trace import RequestTrace
 
 log = logging.getLogger("flexpert.server")
 
@@ -128,11 +130,7 @@ class OpenAIRoutes:
                 claimed += len(piece)
                 _gather(pieces, piece)
             request.scope[BODY] = pieces[:]  # should another head have to answer it
-            run = self._preprocessors.run
-            outcome = await unless_gone(request.receive, run(kind, pieces))
-            if isinstance(outcome, Continues) and history is not None:
-                pieces = [history(outcome.previous), b"\n", *pieces]
-                outcome = await unless_gone(request.receive, run("continued_responses", pieces))
+            outcome = await self._prepared(request, kind, pieces, history)
         except ClientDisconnect:
             raise ClientGone from None
         finally:
@@ -141,10 +139,30 @@ class OpenAIRoutes:
             raise TypeError(f"{kind} was prepared as {type(outcome).__name__}")
         return outcome
 
-    def generation(self, asked: Generate, id: str) -> Generation:
+    async def _prepared(
+        self,
+        request: Request,
+        kind: Kind,
+        pieces: list[Piece],
+        history: Callable[[str], bytes] | None,
+    ) -> Outcome:
+        run = self._preprocessors.run
+        began, trace = time.monotonic(), request.scope.get(TRACE)
+        try:
+            outcome = await unless_gone(request.receive, run(kind, pieces))
+            if isinstance(outcome, Continues) and history is not None:
+                pieces = [history(outcome.previous), b"\n", *pieces]
+                outcome = await unless_gone(request.receive, run("continued_responses", pieces))
+        finally:
+            if trace is not None:
+                trace.preprocessed(began)
+        return outcome
+
+    def generation(self, request: Request, asked: Generate, id: str) -> Generation:
         """The choices of a request, not submitted yet. id: of the answer."""
         markers = asked.dialog.markers if asked.dialog is not None else ()
-        return Generation(
+        trace: RequestTrace | None = request.scope.get(TRACE)
+        generation = Generation(
             self._head,
             self._text.revealing(markers) if markers else self._text,
             asked.prompt_ids,
@@ -152,10 +170,14 @@ class OpenAIRoutes:
             request_id=id,
             without_answer=asked.without_answer,
             meter=self._metrics,
+            tracer=trace,
         )
+        if trace is not None:
+            trace.generates(generation, asked.stream)
+        return generation
 
     async def _answer(self, request: Request, asked: Generate, shape: ChoiceShape) -> Response:
-        generation = self.generation(asked, shape.id)
+        generation = self.generation(request, asked, shape.id)
         # the head admits or refuses here, before anything is sent: a refusal has its own status
         await generation.submit()
         request.scope.pop(BODY, None)

@@ -73,7 +73,7 @@ class ResponsesRoutes:
         key = secrets.token_hex(24)
         answer = BlockAnswer(asked)
         shape = ResponseShape(key, self._api.model_name, asked, self._stored)
-        generation = self._api.generation(asked, shape.id)
+        generation = self._api.generation(request, asked, shape.id)
         await generation.submit()
         request.scope.pop(BODY, None)
         headers = fields.header(asked.ignored)

@@ -33,6 +33,7 @@ from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.protocol import bounded_protocol
 from flexpert.server.supervisor import tell_supervisor
 from flexpert.server.tls import TlsFiles, tls_files
+from flexpert.server.trace_settings import check_tracing
 from flexpert.stop_signals import STOP_SIGNALS, StopRequest
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
     from flexpert.cluster.handover.running_head import RunningHead
     from flexpert.cluster.head import Head
+    from flexpert.server.tracing.otlp_export import OtlpExport
+    from flexpert.server.tracing.service_tracing import ServiceTracing
 
 log = logging.getLogger("flexpert.server")
 
@@ -75,6 +78,7 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
         keys = read_keys(config.server)
         tls = tls_files(config.server)
         _autoscaler(config)  # for what is wrong with it
+        check_tracing(config.server)
         running = _running_head(config) if config.cluster.takeover else None
         listener = _taken_listener(config, keys, running) or bind(config.server, keys)
     except ConfigError as error:
@@ -253,7 +257,7 @@ class _Service:
         listener: socket.socket,
         keys: BearerKeys,
         tls: TlsFiles | None,
-        create_app: Callable[[Head, BearerKeys], FastAPI],
+        create_app: Callable[[Head, BearerKeys, ServiceTracing | None], FastAPI],
     ) -> None:
         self._create_app = create_app
         self._config = config
@@ -270,6 +274,7 @@ class _Service:
         self._preparing: asyncio.Future[None] | None = None  # of the preprocessing workers
         self._renewing: asyncio.Future[None] | None = None  # of the certificate
         self._scaling: asyncio.Future[None] | None = None
+        self._export: OtlpExport | None = None
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -308,6 +313,10 @@ class _Service:
 
     async def _started(self) -> bool:
         """The head serves; False: a signal came first."""
+        if (collector := self._config.server.otlp_traces_endpoint) is not None:
+            from flexpert.server.tracing.otlp_export import OtlpExport
+
+            self._export = OtlpExport(collector)
         self._head.on_failure = self._on_failure
         self._head.succession.listener = self._listener
         start = asyncio.ensure_future(self._head.start(say))
@@ -317,7 +326,7 @@ class _Service:
         await asyncio.wait((start, asked, opened), return_when=first)
         opened.cancel()
         if self._head.opened.is_set():  # while ranks come up
-            self._app = self._create_app(self._head, self._keys)
+            self._app = self._create_app(self._head, self._keys, self._tracing())
             self._preparing = asyncio.ensure_future(self._prepare(self._app))
         await asyncio.wait((start, asked), return_when=first)
         asked.cancel()
@@ -328,6 +337,14 @@ class _Service:
         start.cancel()
         await asyncio.wait((start,), timeout=FORCED_STOP_S)
         return False
+
+    def _tracing(self) -> ServiceTracing | None:
+        if self._export is None:
+            return None
+        from flexpert.server.tracing.service_tracing import ServiceTracing
+
+        head = self._head
+        return ServiceTracing(self._export.provider, head.model_name, lambda: head.epoch)
 
     async def _prepare(self, app: FastAPI) -> None:
         await self._head.can_fork.wait()
@@ -439,6 +456,8 @@ class _Service:
                 await self._head.stop()
         except TimeoutError:
             complain("ranks did not stop in time; they end with this process")
+        if self._export is not None and not self._forced.is_set():
+            await asyncio.to_thread(self._export.close)
         say("stopped")
 
     def _close_preprocessors(self) -> None:
