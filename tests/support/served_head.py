@@ -25,11 +25,18 @@ class Running:
 
     Args:
         send_buffer: bytes that the kernel keeps of an answer; default: its own choice, megabytes.
+        head: the kind of head.
     """
 
-    def __init__(self, server: ServerConfig, *, send_buffer: int | None = None) -> None:
+    def __init__(
+        self,
+        server: ServerConfig,
+        *,
+        send_buffer: int | None = None,
+        head: type[FakeHead] = FakeHead,
+    ) -> None:
         self._send_buffer = send_buffer
-        self.head = FakeHead(Config(server=server))
+        self.head = head(Config(server=server))
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()

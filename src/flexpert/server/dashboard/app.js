@@ -26,7 +26,7 @@ const charts = new Charts(() =>
     .map((one) => ({ time: one.time, fault: one.kind === "fault" })));
 const table = new RankTable(by("ranks"), showSelection);
 const timeline = new Timeline(by("track"), by("operations"), (operation) => controls.cancel(operation));
-const heat = new HeatMap(by("heat"), by("heat-frame"), by("heat-cell"), () => drawRamp(by("ramp")));
+const heat = new HeatMap(by("heat"), by("heat-frame"), by("heat-cursor"), by("heat-cell"), () => drawRamp(by("ramp")));
 let waiting = false; // for the next frame
 let shownEpoch = -1;
 let layerAsked = 0;
@@ -119,9 +119,9 @@ function showNow(cluster, ranks, active) {
   const sum = (name) => ranks.reduce((total, rank) => total + rank[name], 0);
   write("now-tokens", now ? figure(now[1]) : "–");
   write("now-first", figure(now?.[2]?.[0]));
-  write("now-first-tail", now?.[2] ? `95th percentile ${figure(now[2][1])} ms` : "median of the last second");
+  write("now-first-tail", now?.[2] ? `p95 ${figure(now[2][1])} ms` : "median of the last second");
   write("now-gap", figure(now?.[3]?.[0]));
-  write("now-gap-tail", now?.[3] ? `95th percentile ${figure(now[3][1])} ms` : "median of the last second");
+  write("now-gap-tail", now?.[3] ? `p95 ${figure(now[3][1])} ms` : "median of the last second");
   write("now-running", count(sum("running")));
   write("now-waiting", `${count(sum("waiting"))} waiting`);
   write("now-ranks", String(active.length));
