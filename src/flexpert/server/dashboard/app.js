@@ -178,6 +178,7 @@ const step = (by_) => {
   target.dataset.touched = "yes";
   target.value = Math.max(1, Math.min(state.cluster?.max_ranks ?? 1, (Number(target.value) || 0) + by_));
 };
+target.addEventListener("focus", () => target.select());
 target.addEventListener("input", () => { target.dataset.touched = "yes"; });
 by("less").addEventListener("click", () => step(-1));
 by("more").addEventListener("click", () => step(1));
