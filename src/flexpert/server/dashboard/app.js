@@ -118,10 +118,11 @@ function showNow(cluster, ranks, active) {
   const now = state.latest;
   const sum = (name) => ranks.reduce((total, rank) => total + rank[name], 0);
   write("now-tokens", now ? figure(now[1]) : "–");
-  write("now-first", figure(now?.[2]?.[0]));
-  write("now-first-tail", now?.[2] ? `p95 ${figure(now[2][1])} ms` : "median of the last second");
-  write("now-gap", figure(now?.[3]?.[0]));
-  write("now-gap-tail", now?.[3] ? `p95 ${figure(now[3][1])} ms` : "median of the last second");
+  for (const [name, place] of [["now-first", 2], ["now-gap", 3]]) {
+    const times = state.recentTimes(place);
+    write(name, figure(times?.[0]));
+    write(`${name}-tail`, times ? `p95 ${figure(times[1])} ms` : "no request lately");
+  }
   write("now-running", count(sum("running")));
   write("now-waiting", `${count(sum("waiting"))} waiting`);
   write("now-ranks", String(active.length));
