@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from flexpert.bench.state_dir_cost import StateDirCost, StateDirRound
+from flexpert.bench.cost_rounds import CostComparison, CostRound
 from flexpert.bench.statistics import Figures
 
 
-def measured(speed: float, head_us: float, service_us: float) -> StateDirRound:
+def measured(speed: float, head_us: float, service_us: float) -> CostRound:
     figures = Figures(
         requests=1,
         failed=0,
@@ -26,14 +26,15 @@ def measured(speed: float, head_us: float, service_us: float) -> StateDirRound:
         inter_token_ms=None,
         end_to_end_ms=None,
     )
-    return StateDirRound(figures=figures, head_us=head_us, service_us=service_us)
+    return CostRound(figures=figures, head_us=head_us, service_us=service_us)
 
 
 def test_what_differs_is_compared_in_pairs() -> None:
     """The machine was slower in the second pair, for both."""
     without = [measured(1000, 50, 500), measured(100, 150, 2000), measured(1000, 50, 500)]
     kept = [measured(990, 51, 505), measured(99, 151, 2020), measured(980, 52, 510)]
-    cost = StateDirCost.of(16, {"without": without, "with": kept})
+    cost = CostComparison.of(16, {"without": without, "with": kept})
+    assert cost.tokens_ratios == pytest.approx([0.99, 0.99, 0.98])
     assert cost.tokens_ratio == pytest.approx(0.99)
     assert cost.head_us == pytest.approx(1)
     assert cost.service_us == pytest.approx(10)

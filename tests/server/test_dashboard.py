@@ -10,13 +10,14 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
+from support.large_head import RANKS, LargeHead
 from support.served_head import Running
 
 import flexpert.server
 from flexpert.cluster.views import ClusterEvent, ClusterView, PlacementView, RankView
 from flexpert.server import live_feed
 from flexpert.server.dashboard_files import FILES, PATHS
-from flexpert.server.live_view import change, median_and_tail
+from flexpert.server.live_view import NOT_TOLD, change, median_and_tail
 
 HTML = {"accept": "text/html,application/xhtml+xml"}
 KEY = {"authorization": "Bearer secret"}
@@ -146,6 +147,18 @@ def test_what_is_different_is_told_and_no_more() -> None:
     assert change(view(old, new), view(new)).left == [0]
     same = change(view(old), view(old))
     assert (same.cluster, same.ranks, same.left) == ({}, [], [])
+
+
+def test_what_is_told_each_second_grows_with_the_ranks_and_not_with_their_pairs() -> None:
+    head = LargeHead()
+    before, after = head.cluster(), head.cluster()
+    told = change(before, after)
+    assert len(told.ranks) == RANKS
+    assert not any(NOT_TOLD & one.keys() for one in told.ranks)
+    assert len(msgspec.json.encode(told)) < 300 * RANKS
+    waited = msgspec.structs.replace(after.ranks[0], waited_for={1: 9.0}, wire_bytes={1: 9})
+    ranks = [waited, *after.ranks[1:]]
+    assert change(after, msgspec.structs.replace(after, ranks=ranks)).ranks == []
 
 
 def test_times_are_a_median_and_a_tail() -> None:

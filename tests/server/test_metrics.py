@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from math import inf, nan
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from support.served import Served, served
@@ -23,6 +24,7 @@ from support.waiting import wait_until
 from flexpert.cluster.kept_counters import continued, kept
 from flexpert.cluster.request_times import RequestTimes, spans
 from flexpert.cluster.slow_ranks import WINDOW_S, SlowRanks, WaitedFor
+from flexpert.server.metrics_text import MetricsText
 from flexpert.server.vllm_metrics import VLLM_NAMES, named
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +68,23 @@ def test_names_are_those_that_were_asked_for(names: str) -> None:
     assert ("flexpert_sequences_total" in found) == (names != "vllm")
     assert ("vllm:request_success_total" in found) == (names != "flexpert")
     assert "flexpert_moved_experts_total" in found  # vLLM has nothing like it
+
+
+def test_it_is_written_as_the_client_library_writes_it() -> None:
+    registry = counted()
+    Info("flexpert_build", "with a \\ and\na line", registry=registry).info(
+        {"b": "x", "a": 'a"\n\\'}
+    )
+    large = Gauge("flexpert_large", "", ["of"], registry=registry)
+    values = (0, 3, -1, 0.1, 1e-7, 999_999, 1e6, 1234567.5, 1e15, 1e17, -1e7, inf, -inf, nan)
+    for number, value in enumerate(values):
+        large.labels(str(number)).set(value)
+    text = MetricsText()
+    assert text.of(registry.collect()) == generate_latest(registry)
+    registry._names_to_collectors["flexpert_sequences"].labels("cancelled").inc()
+    again = text.of(registry.collect())
+    assert again == generate_latest(registry)
+    assert b'flexpert_sequences_total{outcome="cancelled"} 4.0\n' in again
 
 
 def test_counters_of_the_head_before_go_on() -> None:

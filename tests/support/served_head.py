@@ -26,6 +26,7 @@ class Running:
 
     Args:
         send_buffer: bytes that the kernel keeps of an answer; default: its own choice, megabytes.
+        head: the kind of head.
         tracing: of this head; default: nothing is traced.
     """
 
@@ -34,11 +35,12 @@ class Running:
         server: ServerConfig,
         *,
         send_buffer: int | None = None,
+        head: type[FakeHead] = FakeHead,
         tracing: Callable[[FakeHead], ServiceTracing] | None = None,
     ) -> None:
         self._send_buffer = send_buffer
         self._tracing = tracing
-        self.head = FakeHead(Config(server=server))
+        self.head = head(Config(server=server))
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()

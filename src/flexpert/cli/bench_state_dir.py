@@ -51,24 +51,27 @@ def bench_state_dir(
     It starts two services of two ranks. Exit status 1 if a request failed.
     """
     check_outputs(output)
+    from flexpert.bench.cost_report import cost_text
+    from flexpert.bench.cost_rounds import CostLoad
     from flexpert.bench.state_dir_cost import StateDirPlan, run_state_dir
-    from flexpert.bench.state_dir_report import state_dir_text
     from flexpert.errors import ConfigError
 
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--folder {str(folder)!r} is no directory")
     plan = StateDirPlan(
-        concurrencies=concurrency or (16, 64),
-        rounds=rounds,
-        answers=answers,
-        input_tokens=input_len,
-        output_tokens=output_len,
-        seed=seed,
+        load=CostLoad(
+            concurrencies=concurrency or (16, 64),
+            rounds=rounds,
+            answers=answers,
+            input_tokens=input_len,
+            output_tokens=output_len,
+            seed=seed,
+        ),
         folder=folder,
         flags=("--ranks", "2", "--threads", "1", "--log-level", "warning", *(service or ())),
     )
     console = make_console(stderr=True)
     report = run_state_dir(plan, lambda line: print_note(line, console))
-    show_report(report, state_dir_text(report), as_json=json_, output=output)
+    show_report(report, cost_text(report), as_json=json_, output=output)
     if report.failed:
         raise typer.Exit(EXIT_FAILURE)

@@ -20,6 +20,7 @@ from flexpert.cli import (
     bench_gpu,
     bench_hostile,
     bench_load,
+    bench_observers,
     bench_prefix,
     bench_rebalance,
     bench_serve,
@@ -151,6 +152,12 @@ add_command(
     bench_structured.STRUCTURED_EXAMPLES,
 )
 add_command(bench, "state-dir", bench_state_dir.bench_state_dir, bench_state_dir.STATE_DIR_EXAMPLES)
+add_command(
+    bench,
+    "observers",
+    bench_observers.bench_observers,
+    bench_observers.OBSERVERS_EXAMPLES,
+)
 add_command(bench, "transport", bench_transport.bench_transport, bench_transport.TRANSPORT_EXAMPLES)
 add_command(bench, "hostile", bench_hostile.bench_hostile, bench_hostile.EXAMPLES)
 add_command(bench, "rebalance", bench_rebalance.bench_rebalance, bench_rebalance.EXAMPLES)

@@ -45,6 +45,7 @@ from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
 from flexpert.errors import RequestError
 from flexpert.models.source import ModelSource
+from flexpert.moe.placement import Placement
 
 
 class Coordinator:
@@ -67,6 +68,7 @@ class Coordinator:
         self._reconciler = Reconciler(cluster, self._operations, self._clock)
         self._balancer = Balancer(cluster)
         self._actions = ChangeActions(cluster, self._operations, self._clock, self._reconciler)
+        self._placement_view: tuple[Placement | None, int, PlacementView] | None = None
 
     def _handle(self, event: CoordinatorEvent) -> None:
         """Look the rule up and carry it out."""
@@ -321,11 +323,18 @@ class Coordinator:
         return (found.memory, found.device_memory) if found else (None, None)
 
     def placement(self) -> PlacementView:
-        cluster, info = self._cluster, self._source.info
-        placement = cluster.placement
+        """Counted once for each placement: who watches looks every second, and 60 layers of 256
+        experts take 3 ms."""
+        placement, asked_for = self._cluster.placement, len(self.desired | self.members)
+        known = self._placement_view
+        if known is None or known[0] is not placement or known[1] != asked_for:
+            known = (placement, asked_for, self._counted(placement, asked_for))
+            self._placement_view = known
+        return known[2]
+
+    def _counted(self, placement: Placement | None, asked_for: int) -> PlacementView:
+        info, recovery = self._source.info, self._cluster.expert_recovery
         counts = {str(rank): placement.count(rank) for rank in placement.ranks} if placement else {}
-        asked_for = len(self.desired | self.members)
-        recovery = cluster.expert_recovery
         return PlacementView(
             layers=info.moe_layers,
             experts=info.experts,

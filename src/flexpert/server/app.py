@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
@@ -26,17 +27,19 @@ from flexpert.server.dashboard_routes import PageRoute, dashboard_routes
 from flexpert.server.forwarding import BODY, ForwardedAnswer, hand_responses_over, keep_response
 from flexpert.server.gate import Gate
 from flexpert.server.http_errors import ApiError, api_error, validation_error
-from flexpert.server.http_metrics import ServerMetrics, exposition
+from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.keys import BearerKeys, read_keys
 from flexpert.server.live_feed import LiveFeed
 from flexpert.server.message_errors import error_response
 from flexpert.server.messages_api import MessagesRoutes
+from flexpert.server.metrics_text import MetricsText
 from flexpert.server.openai import OpenAIRoutes, is_json
 from flexpert.server.openapi import DescribedAPI
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.responses_api import ResponsesRoutes
 from flexpert.server.stream import CLIENT_GONE, ClientGone
 from flexpert.server.unserved import unknown_path, wrong_content_type, wrong_method
+from flexpert.server.vllm_metrics import named
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
@@ -128,6 +131,8 @@ def _preprocessors(head: Head) -> Preprocessors:
 
 
 def _add_service_routes(app: FastAPI, head: Head, metrics: ServerMetrics) -> None:
+    text = MetricsText()
+
     async def health() -> Response:
         """200 while requests are answered, through every change of the cluster; else 503."""
         state = head.readiness()
@@ -148,8 +153,8 @@ def _add_service_routes(app: FastAPI, head: Head, metrics: ServerMetrics) -> Non
 
     async def prometheus() -> Response:
         """For prometheus: ranks, engine, cluster and HTTP."""
-        names = head.config.server.metrics_names
-        return exposition(head.measured(), head.model_name, names)
+        shown = named(head.measured(), head.model_name, head.config.server.metrics_names)
+        return Response(text.of(shown), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     app.add_api_route("/health", health, methods=["GET"], tags=["service"])
     app.add_api_route("/health/ready", health, methods=["GET"], tags=["service"])

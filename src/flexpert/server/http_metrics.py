@@ -1,19 +1,12 @@
-"""What the HTTP side counts, and `GET /metrics` together with the head's figures."""
+"""What the HTTP side counts."""
 
 from __future__ import annotations
 
 from collections import Counter as TallyOf
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client import generate_latest as as_text
-from prometheus_client.core import Metric
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from starlette.responses import Response
-
-from flexpert.server.vllm_metrics import MetricNames, named
 
 _FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _CHOICES = (1, 2, 5, 10, 20)
@@ -107,20 +100,3 @@ class ServerMetrics:
     def asked(self, choices: int) -> None:
         """A request has come, for so many choices of each prompt."""
         self._choices.observe(choices)
-
-
-class _Collected(CollectorRegistry):
-    """Families that are there already."""
-
-    def __init__(self, families: Iterable[Metric]) -> None:
-        super().__init__()
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families
-
-
-def exposition(families: Iterable[Metric], model: str, names: MetricNames) -> Response:
-    """In Prometheus' text format."""
-    text = as_text(_Collected(named(families, model, names)))
-    return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)

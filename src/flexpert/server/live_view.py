@@ -9,6 +9,8 @@ import msgspec
 
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView
 
+NOT_TOLD = frozenset({"waited_for", "wire_bytes"})
+
 
 class LiveFigures(msgspec.Struct, frozen=True, array_like=True):
     """Of one interval, as an array in this order.
@@ -45,7 +47,8 @@ class LiveChange(msgspec.Struct, frozen=True, kw_only=True):
     """Each further event "change": what is different from the view before.
 
     figures: of the interval that has ended, if one has. cluster: fields of the view but its ranks.
-    ranks: those with new values, each with its id and these only; a new one with all of them.
+    ranks: those with new values, each with its id and these only; a new one with all of them. What
+    a rank says of every other one (NOT_TOLD) is not among them: it would be most of the message.
     left: ids of those that are not there any more.
     """
 
@@ -65,8 +68,8 @@ def change(
         old = known.pop(rank.id, None)
         if old is None:
             ranks.append(msgspec.structs.asdict(rank))
-        elif old != rank:
-            ranks.append({"id": rank.id, **_different(old, rank)})
+        elif different := _different(old, rank):
+            ranks.append({"id": rank.id, **different})
     cluster = _different(before, after)
     cluster.pop("ranks", None)
     return LiveChange(figures=figures, cluster=cluster, ranks=ranks, left=sorted(known))
@@ -75,6 +78,8 @@ def change(
 def _different(before: msgspec.Struct, after: msgspec.Struct) -> dict[str, Any]:
     found = {}
     for name in after.__struct_fields__:
+        if name in NOT_TOLD:
+            continue
         value = getattr(after, name)
         if getattr(before, name) != value:
             found[name] = value

@@ -26,7 +26,7 @@ const charts = new Charts(() =>
     .map((one) => ({ time: one.time, fault: one.kind === "fault" })));
 const table = new RankTable(by("ranks"), showSelection);
 const timeline = new Timeline(by("track"), by("operations"), (operation) => controls.cancel(operation));
-const heat = new HeatMap(by("heat"), by("heat-frame"), by("heat-cell"), () => drawRamp(by("ramp")));
+const heat = new HeatMap(by("heat"), by("heat-frame"), by("heat-cursor"), by("heat-cell"), () => drawRamp(by("ramp")));
 let waiting = false; // for the next frame
 let shownEpoch = -1;
 let layerAsked = 0;
@@ -118,10 +118,11 @@ function showNow(cluster, ranks, active) {
   const now = state.latest;
   const sum = (name) => ranks.reduce((total, rank) => total + rank[name], 0);
   write("now-tokens", now ? figure(now[1]) : "–");
-  write("now-first", figure(now?.[2]?.[0]));
-  write("now-first-tail", now?.[2] ? `95th percentile ${figure(now[2][1])} ms` : "median of the last second");
-  write("now-gap", figure(now?.[3]?.[0]));
-  write("now-gap-tail", now?.[3] ? `95th percentile ${figure(now[3][1])} ms` : "median of the last second");
+  for (const [name, place] of [["now-first", 2], ["now-gap", 3]]) {
+    const times = state.recentTimes(place);
+    write(name, figure(times?.[0]));
+    write(`${name}-tail`, times ? `p95 ${figure(times[1])} ms` : "no request lately");
+  }
   write("now-running", count(sum("running")));
   write("now-waiting", `${count(sum("waiting"))} waiting`);
   write("now-ranks", String(active.length));
@@ -178,6 +179,7 @@ const step = (by_) => {
   target.dataset.touched = "yes";
   target.value = Math.max(1, Math.min(state.cluster?.max_ranks ?? 1, (Number(target.value) || 0) + by_));
 };
+target.addEventListener("focus", () => target.select());
 target.addEventListener("input", () => { target.dataset.touched = "yes"; });
 by("less").addEventListener("click", () => step(-1));
 by("more").addEventListener("click", () => step(1));

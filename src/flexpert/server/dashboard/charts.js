@@ -1,5 +1,7 @@
 // Output and latency of the last minutes, with marks where the ranks changed. Drawn by uPlot.
 
+import { minute } from "./format.js";
+
 const SHOWN_S = 300;
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -45,13 +47,13 @@ export class Charts {
     const options = {
       width: place.clientWidth || 300,
       height: place.clientHeight || 168,
-      padding: [6, 8, 0, 0],
+      padding: [6, 22, 0, 0],
       cursor: { drag: { x: false, y: false }, points: { size: 6 } },
       legend: { show: false },
       scales: { x: { time: true }, y: { range: (_, __, most) => [0, most > 0 ? most * 1.15 : 1] } },
       axes: [
-        { ...axis, grid: { show: false }, size: 26, space: 70,
-          values: (_, ticks) => ticks.map((one) => new Date(one * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false })) },
+        { ...axis, grid: { show: false }, size: 26, space: 52, incrs: [30, 60, 120, 300],
+          values: (_, ticks) => ticks.map((one) => (one % 60 ? "" : minute(one))) },
         { ...axis, size: 46, space: 34, values: (_, ticks) => ticks.map((one) => one.toLocaleString("en-US")) },
       ],
       series: filled

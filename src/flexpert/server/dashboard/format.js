@@ -25,6 +25,9 @@ export function seconds(value) {
 export const clock = (time) =>
   new Date(time * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false });
 
+export const minute = (time) =>
+  new Date(time * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", hour12: false });
+
 // [0, 1, 2, 5] → "0–2, 5"
 export function ids(list) {
   const parts = [];

@@ -19,8 +19,9 @@ export function ramp(stops, load) {
 }
 
 export class HeatMap {
-  constructor(canvas, frame, cellText, onShown) {
-    Object.assign(this, { canvas, frame, cellText, onShown });
+  // frame: what the map has room in. outline: lies over the cell that is pointed at.
+  constructor(canvas, frame, outline, cellText, onShown) {
+    Object.assign(this, { canvas, frame, outline, cellText, onShown });
     this.placement = null;
     this.cursor = null;
     document.addEventListener("themechange", () => this.draw());
@@ -46,7 +47,7 @@ export class HeatMap {
     const { experts } = this.placement;
     const style = getComputedStyle(this.frame);
     const space = this.frame.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight) - LABEL;
-    this.wide = Math.max(4, Math.min(48, Math.floor(space / experts)));
+    this.wide = Math.max(4, Math.min(88, Math.floor(space / experts)));
     this.high = Math.max(9, Math.min(22, Math.floor(420 / this.ranks.length)));
     const width = LABEL + this.wide * experts;
     const height = TOP + this.high * this.ranks.length;
@@ -66,13 +67,12 @@ export class HeatMap {
     const [muted, soft, warm, bad] = ["--muted", "--soft", "--p-commit", "--bad"].map(colour);
     context.fillStyle = soft;
     this.rows.forEach((_, row) => context.fillRect(LABEL, TOP + row * this.high, width - LABEL - gap, this.high - 1));
-    for (let expert = 0; expert < experts; expert += 1) {
-      context.fillStyle = colours[expert];
-      const x = LABEL + expert * this.wide;
-      this.rows.forEach((held, row) => {
-        if (held.has(expert)) context.fillRect(x, TOP + row * this.high, this.wide - gap, this.high - 1);
-      });
-    }
+    this.rows.forEach((held, row) => {
+      for (const expert of held) {
+        context.fillStyle = colours[expert];
+        context.fillRect(LABEL + expert * this.wide, TOP + row * this.high, this.wide - gap, this.high - 1);
+      }
+    });
     context.font = "11px system-ui, sans-serif";
     context.fillStyle = muted;
     context.textAlign = "right";
@@ -89,14 +89,19 @@ export class HeatMap {
       context.fillStyle = copies ? warm : bad;
       context.fillRect(LABEL + expert * this.wide, TOP - 6, this.wide - gap, 3);
     });
-    if (this.cursor) this.outline(context);
+    this.placeOutline();
     this.onShown(this);
   }
 
-  outline(context) {
-    context.strokeStyle = colour("--ink");
-    context.lineWidth = 1.5;
-    context.strokeRect(LABEL + this.cursor.expert * this.wide - 1, TOP + this.cursor.row * this.high - 1, this.wide, this.high + 1);
+  // The map is not drawn again when the pointer moves.
+  placeOutline() {
+    this.outline.hidden = !this.cursor;
+    if (!this.cursor) return;
+    const { row, expert } = this.cursor;
+    const { style } = this.outline;
+    style.width = `${this.wide + 2}px`;
+    style.height = `${this.high + 3}px`;
+    style.transform = `translate(${LABEL + expert * this.wide - 2}px, ${TOP + row * this.high - 2}px)`;
   }
 
   point(event) {
@@ -122,7 +127,7 @@ export class HeatMap {
   move(cursor) {
     if (cursor?.row === this.cursor?.row && cursor?.expert === this.cursor?.expert) return;
     this.cursor = cursor;
-    this.draw();
+    this.placeOutline();
     if (!cursor) return;
     const { row, expert } = cursor;
     const copies = this.copies[expert];

@@ -1,4 +1,5 @@
-// The table of ranks: rows are made once, and only what is different is written.
+// The table of ranks: rows are made once, and only what is different is written, of those that are in
+// sight: what is written is laid out.
 
 import { bytes } from "./format.js";
 
@@ -9,6 +10,14 @@ export class RankTable {
     this.onSelect = onSelect;
     this.rows = new Map();
     this.selected = new Set();
+    this.sight = new IntersectionObserver((entries) => {
+      for (const { target, isIntersecting } of entries) {
+        const row = this.rows.get(Number(target.dataset.rank));
+        if (row?.element !== target) continue;
+        row.inSight = isIntersecting;
+        if (isIntersecting) this.fill(row);
+      }
+    }, { root: body.closest(".scroll"), rootMargin: "120px 0px" });
   }
 
   show(ranks, most, loads) {
@@ -18,6 +27,7 @@ export class RankTable {
     for (const [id, row] of this.rows) {
       if (there.has(id)) continue;
       row.element.remove();
+      this.sight.unobserve(row.element);
       this.rows.delete(id);
       if (this.selected.delete(id)) this.onSelect();
     }
@@ -26,14 +36,17 @@ export class RankTable {
       if (!row) {
         row = this.make(rank.id);
         this.rows.set(rank.id, row);
+        this.sight.observe(row.element);
       }
       if (this.body.children[at] !== row.element) this.body.insertBefore(row.element, this.body.children[at] ?? null);
-      this.fill(row, rank, most, known ? loads[rank.id] : undefined);
+      row.latest = { rank, most, load: known ? loads[rank.id] : undefined };
+      if (row.inSight) this.fill(row);
     });
   }
 
   make(id) {
     const element = document.createElement("tr");
+    element.dataset.rank = id;
     const cells = {};
     const box = document.createElement("input");
     box.type = "checkbox";
@@ -52,10 +65,9 @@ export class RankTable {
       if (["requests", "kv", "load"].includes(name)) {
         const bar = document.createElement("span");
         bar.className = "bar";
-        bar.append(document.createElement("i"));
         const text = document.createTextNode("");
         cell.append(bar, text);
-        cells[name] = { bar, fill: bar.firstChild, text };
+        cells[name] = { bar, text };
       } else if (name === "state") {
         const text = document.createElement("span");
         text.className = "status";
@@ -65,11 +77,12 @@ export class RankTable {
         cells[name] = cell;
       }
     }
-    return { element, cells, shown: {} };
+    return { element, cells, shown: {}, latest: null, inSight: true };
   }
 
-  fill(row, rank, most, load) {
+  fill(row) {
     const { cells, shown } = row;
+    const { rank, most, load } = row.latest;
     const text = (name, value, write) => {
       if (shown[name] === value) return;
       shown[name] = value;
@@ -81,7 +94,7 @@ export class RankTable {
       cells.state.dataset.state = value;
     });
     const bar = (name, share, label, hot = false) => {
-      text(`${name}.share`, Math.min(1, share).toFixed(3), (value) => { cells[name].fill.style.transform = `scaleX(${value})`; });
+      text(`${name}.share`, Math.round(100 * Math.min(1, share)), (value) => { cells[name].bar.style.backgroundSize = `${value}% 100%`; });
       text(`${name}.text`, label, (value) => { cells[name].text.data = value; });
       text(`${name}.hot`, hot, (value) => cells[name].bar.classList.toggle("hot", value));
     };

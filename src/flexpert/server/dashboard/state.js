@@ -2,6 +2,7 @@
 
 const MOST_HISTORY = 900;
 const MOST_KEPT = 96;
+const RECENT_S = 15;
 const RUNNING = new Set(["preparing", "committing"]);
 const OVER = new Set(["done", "failed", "cancelled"]);
 
@@ -52,6 +53,15 @@ export class State {
 
   get latest() {
     return this.history[this.history.length - 1] ?? null;
+  }
+
+  // [median, 95th percentile] of the last seconds in which there was one. place: of it in a row.
+  recentTimes(place) {
+    for (let at = this.history.length - 1; at >= 0; at -= 1) {
+      if (this.history[at][0] < this.latest[0] - RECENT_S) break;
+      if (this.history[at][place]) return this.history[at][place];
+    }
+    return null;
   }
 
   get running() {

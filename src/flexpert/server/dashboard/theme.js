@@ -18,7 +18,7 @@
   document.addEventListener("DOMContentLoaded", () => {
     const button = document.getElementById("theme");
     const show = () => {
-      button.textContent = { auto: "Auto", light: "Light", dark: "Dark" }[choice];
+      document.getElementById("theme-now").textContent = choice;
       button.setAttribute("aria-label", `Theme: ${choice}. Switch to the next.`);
     };
     button.addEventListener("click", () => {

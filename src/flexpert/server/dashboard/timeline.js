@@ -4,6 +4,7 @@ import { bytes, change, clock, count, seconds } from "./format.js";
 import { duration, isRunning } from "./state.js";
 
 const SHOWN_S = 900;
+const TRACK_MS = 5000; // how often the track moves on; a pixel is some two seconds
 const SIGNALS = { 6: "SIGABRT", 7: "SIGBUS", 9: "SIGKILL", 11: "SIGSEGV", 15: "SIGTERM" };
 
 function element(name, classes, ...children) {
@@ -18,17 +19,19 @@ export class Timeline {
   constructor(track, list, onCancel) {
     Object.assign(this, { track, list, onCancel });
     this.shown = new Map();
+    this.trackDrawn = -TRACK_MS;
   }
 
   show(entries) {
-    this.drawTrack(entries);
+    let changed = false;
     const wanted = [];
     const seen = new Map();
     for (const entry of entries) {
       const name = entry.kind === "operation" ? entry.operation.id : `${entry.kind} ${entry.time} ${entry.text ?? entry.gone.id}`;
-      const said = entry.kind === "operation" ? JSON.stringify(entry.operation) : name;
+      const said = entry.operation ?? name; // one that has changed is another object
       const before = this.shown.get(name);
       const row = before?.said === said ? before : { said, item: this.item(entry) };
+      changed ||= row !== before;
       if (before && before !== row) this.keepFocus(before.item, row.item);
       seen.set(name, row);
       wanted.push(row.item);
@@ -39,6 +42,7 @@ export class Timeline {
       if (this.list.children[at] !== wanted[at]) this.list.insertBefore(wanted[at], this.list.children[at] ?? null);
     }
     while (this.list.children.length > wanted.length) this.list.lastChild.remove();
+    if (changed || performance.now() - this.trackDrawn >= TRACK_MS) this.drawTrack(entries);
   }
 
   keepFocus(before, after) {
@@ -96,6 +100,7 @@ export class Timeline {
   }
 
   drawTrack(entries) {
+    this.trackDrawn = performance.now();
     const now = Date.now() / 1000;
     const place = (time) => `${100 * (1 - (now - time) / SHOWN_S)}%`;
     const parts = [];

@@ -1,4 +1,4 @@
-"""The figures of `flexpert bench state-dir` as a table (pure)."""
+"""What something costs a service, as a table (pure)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from statistics import median
 
 from rich.table import Table
 
-from flexpert.bench.state_dir_cost import StateDirReport
+from flexpert.bench.cost_rounds import CostReport
 
 
-def state_dir_text(report: StateDirReport) -> Table:
+def cost_text(report: CostReport) -> Table:
     """Medians of the rounds with and without, and of what differs between two of a pair."""
-    table = Table(title=f"{report.output_tokens} tokens each", caption=report.machine.line())
+    title = f"{report.of}: {report.output_tokens} tokens each"
+    table = Table(title=title, caption=report.machine.line())
     table.add_column("")
     for name in ("tokens/s", "slowest", "fastest", "CPU of the head", "CPU of all"):
         table.add_column(name, justify="right")
@@ -29,7 +30,8 @@ def state_dir_text(report: StateDirReport) -> Table:
         table.add_row(
             "with / without",
             f"{cost.tokens_ratio:.3f}",
-            *("", ""),
+            f"{min(cost.tokens_ratios):.3f}",
+            f"{max(cost.tokens_ratios):.3f}",
             f"{cost.head_us:+.1f} µs",
             f"{cost.service_us:+.1f} µs ({cost.service_share:+.1%})",
             end_section=True,
