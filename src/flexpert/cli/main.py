@@ -139,7 +139,13 @@ add_command(app, "plan", plan.plan, plan.PLAN_EXAMPLES)
 add_command(app, "doctor", doctor.doctor, doctor.DOCTOR_EXAMPLES)
 add_command(app, "models", models_command.models, models_command.MODELS_EXAMPLES)
 add_command(app, "version", version, VERSION_EXAMPLES)
-add_command(bench, "serve", bench_serve.bench_serve, bench_serve.BENCH_SERVE_EXAMPLES)
+add_command(
+    bench,
+    "serve",
+    bench_serve.bench_serve,
+    bench_serve.BENCH_SERVE_EXAMPLES,
+    cls=bench_serve.BenchServeCommand,
+)
 add_command(bench, "comm", bench_comm.bench_comm, bench_comm.EXAMPLES)
 add_command(bench, "balance", bench_balance.bench_balance, bench_balance.EXAMPLES)
 add_command(bench, "elastic", bench_elastic.bench_elastic, bench_elastic.EXAMPLES)
