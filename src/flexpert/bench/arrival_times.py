@@ -70,17 +70,17 @@ class RateRamp:
 
 def gamma_arrivals(rate: float, count: int, seed: int, burstiness: float = 1.0) -> list[float]:
     """Seconds from the start at which `count` requests arrive, `rate` a second on average."""
-    return [at / rate for at in islice(_unit_process(seed, burstiness), count)]
+    return [at / rate for at in islice(unit_arrivals(seed, burstiness), count)]
 
 
 def ramp_arrivals(ramp: RateRamp, count: int, seed: int, burstiness: float = 1.0) -> list[float]:
     """The same at a rate that changes. They fill the ramp: the next request after the last would
     arrive at its very end."""
-    *numbers, end = islice(_unit_process(seed, burstiness), count + 1)
+    *numbers, end = islice(unit_arrivals(seed, burstiness), count + 1)
     return [ramp.time_of(number * count / (end or 1.0), count) for number in numbers]
 
 
-def _unit_process(seed: int, burstiness: float) -> Iterator[float]:
+def unit_arrivals(seed: int, burstiness: float) -> Iterator[float]:
     """Arrivals of one a second on average, from 0 on."""
     source = random.Random(seed)
     at = 0.0

@@ -13,6 +13,7 @@ import typer
 import flexpert
 from flexpert.cli import (
     autoscale,
+    bench_autoscale,
     bench_balance,
     bench_comm,
     bench_elastic,
@@ -149,6 +150,7 @@ add_command(
 add_command(bench, "comm", bench_comm.bench_comm, bench_comm.EXAMPLES)
 add_command(bench, "balance", bench_balance.bench_balance, bench_balance.EXAMPLES)
 add_command(bench, "elastic", bench_elastic.bench_elastic, bench_elastic.EXAMPLES)
+add_command(bench, "autoscale", bench_autoscale.bench_autoscale, bench_autoscale.EXAMPLES)
 add_command(bench, "prefix", bench_prefix.bench_prefix, bench_prefix.PREFIX_EXAMPLES)
 add_command(
     bench,
