@@ -134,7 +134,11 @@ def test_goals_are_those_that_a_service_meets_which_keeps_up() -> None:
 def test_the_autoscaler_reads_its_goals() -> None:
     goals = parse_goals(autoscale_goals(PLAN, {"ttft": 1330.0, "itl": 90.0, "e2el": 5.0}), 2)
     assert (goals.min, goals.max, goals.settle_s, goals.every_s) == (1, 2, 0.5, 0.25)
-    assert (goals.ttft_p99_s, goals.itl_p99_s) == (pytest.approx(0.665), pytest.approx(0.09))
+    assert (goals.ttft_p99_s, goals.itl_p99_s) == (pytest.approx(0.665), None)
+    only_gaps = parse_goals(autoscale_goals(PLAN, {"itl": 90.0}), 2)
+    assert (only_gaps.ttft_p99_s, only_gaps.itl_p99_s) == (None, pytest.approx(0.09))
+    own = parse_goals(autoscale_goals(replace(PLAN, autoscale="ttft_p99=2s"), {"ttft": 9.0}), 2)
+    assert own.ttft_p99_s == 2.0
 
 
 def test_kills_strike_at_noon_and_in_the_evening() -> None:

@@ -60,6 +60,14 @@ def bench_autoscale(
             "measured of full ranks.",
         ),
     ] = None,
+    autoscale: Annotated[
+        str,
+        typer.Option(
+            metavar="GOALS",
+            help="The autoscaler's goals, 'ttft_p99=0.3s,itl_p99=50ms'; default: half of the "
+            "clients' time to the first token.",
+        ),
+    ] = "",
     kills: Annotated[
         int, typer.Option(min=0, max=100, metavar="N", help="How often a rank is killed.")
     ] = 0,
@@ -90,15 +98,18 @@ def bench_autoscale(
     from flexpert.bench.day_report import days_text
     from flexpert.bench.day_run import DayPlan, run_days
     from flexpert.bench.goodput import parse_goodput
+    from flexpert.cluster.autoscaler import parse_goals
 
     goals = parse_goodput([goodput] if goodput is not None else ())
     if goodput is not None and not goals:
         raise ConfigError("--goodput names no goal; write for example --goodput 'ttft:500 itl:50'")
+    most = most or min(4, max(2, len(os.sched_getaffinity(0))))
+    parse_goals(autoscale, most)
     check_outputs(output)
     seconds = _QUICK_S if quick else duration
     plan = DayPlan(
         seconds=seconds,
-        most=most or min(4, max(2, len(os.sched_getaffinity(0)))),
+        most=most,
         max_running=max_running,
         input_tokens=input_len,
         output_tokens=output_len,
@@ -107,6 +118,7 @@ def bench_autoscale(
         calibrate_s=1.5 if quick else 8.0,
         settle_s=settle or max(0.5, seconds / 40),
         every_s=max(0.25, seconds / 360),
+        autoscale=autoscale,
         kills=kills,
         seed=seed,
         flags=tuple(service or ()),
