@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 from rich.console import Console
-from support.fake_service import CLUSTER, DONE
+from support.fake_service import CLUSTER, DONE, FakeService, answering
 
 from flexpert.bench.day_report import days_text, notes
 from flexpert.bench.day_run import (
@@ -24,10 +27,12 @@ from flexpert.bench.day_run import (
     kill_times,
     measure_day,
     ranks_history,
+    run_days,
 )
 from flexpert.bench.day_trace import DayTrace, flips
-from flexpert.bench.load import ClientAnswer
+from flexpert.bench.load import ClientAnswer, Target
 from flexpert.bench.machine import this_machine
+from flexpert.bench.service import Service
 from flexpert.bench.statistics import Goodput, figures
 from flexpert.cluster.autoscaler import parse_goals
 from flexpert.cluster.views import ClusterEvent, ClusterView
@@ -209,6 +214,49 @@ def test_the_table_compares_and_says_what_that_is_worth() -> None:
     assert "turned 5 times from up to down or back, the day does 3 times" in told
     assert "says little" not in told
     assert "that fewer suffice says little" in "\n".join(notes(report(11.0)))
+
+
+def test_three_services_serve_the_same_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = b"".join(
+        b'data: {"choices": [{"index": 0, "text": "a", "finish_reason": %s}]}\n\n' % finish
+        for finish in (b"null", b'"length"')
+    )
+    one = {"id": 0, "state": "active", "host": "h", "pid": 1}
+    fake = FakeService()
+    fake.replies |= {
+        "POST /tokenize": (200, {"tokens": [3, 4, 5]}),
+        "POST /v1/completions": (200, tokens + b"data: [DONE]\n\n"),
+        "GET /cluster": (200, CLUSTER | {"ranks": [one], "desired": [0]}),
+        "POST /cluster/operations": (202, DONE),
+    }
+    started: list[tuple[str, ...]] = []
+
+    @asynccontextmanager
+    async def own_service(arguments: Sequence[str], **_: Any) -> AsyncIterator[Service]:
+        started.append(tuple(arguments))
+        yield Service(Target.parse(fake.url), 1, deque())
+
+    monkeypatch.setattr("flexpert.bench.day_run.own_service", own_service)
+    plan = replace(PLAN, seconds=1.0, kills=0, peak=20.0, goals_ms={}, calibrate_s=0.05)
+    with answering(fake):
+        found = run_days(plan, lambda line: None)
+        told = len(fake.requests)
+        day, schedule = DayTrace(1.0, 5.0), [(0.0, 1), (0.3, 2), (0.6, 1)]
+        asyncio.run(measure_day("oracle", plan, day, {}, lambda line: None, schedule=schedule))
+    assert [result.run for result in found.results] == ["fixed", "autoscaler", "oracle"]
+    begun = ["2", "1", str(found.schedule[0][1])]
+    assert [flags[:2] for flags in started[:3]] == [("--ranks", one) for one in begun]
+    assert started[1][-2:] == ("--autoscale", found.autoscale)
+    assert all("--deterministic" in flags for flags in started)
+    assert found.goals_ms == goals_for(found.capacity)
+    assert [one.ranks for one in found.capacity] == [1, 2]
+    change = "POST /cluster/operations"
+    asked = [body for what, body, _ in fake.requests[:told] if what == change]
+    assert asked[:2] == [{"ranks": 1}, {"ranks": 2}]  # to measure what they take
+    followed = [body for what, body, _ in fake.requests[told:] if what == change]
+    assert followed == [{"ranks": 2}, {"ranks": 1}]
+    assert {result.figures.requests for result in found.results} == {found.requests}
+    assert found.harmed == 0
 
 
 @pytest.mark.slow
