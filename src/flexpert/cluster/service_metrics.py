@@ -263,7 +263,8 @@ class Metrics:
         self.moved_with_kv = self._counter("moved_with_kv", "sequences moved with their KV")
         self.moved_kv_bytes = self._counter("moved_kv_bytes", "KV that moved with sequences")
         self.moved_cached_bytes = self._counter(
-            "moved_cached_bytes", "cached KV of no sequence that moved, for conversations that go on"
+            "moved_cached_bytes",
+            "cached KV of no sequence that moved, for conversations that go on",
         )
         self.recomputed_tokens = self._counter(
             "recomputed_tokens", "tokens of leavers computed again for want of room"
