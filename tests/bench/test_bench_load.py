@@ -21,10 +21,10 @@ from flexpert.bench.load import (
     closed_loop,
     complete,
     completion_body,
+    events_so_far,
     open_loop,
     parse_completion,
     parse_reply,
-    poisson_arrivals,
     server_events,
 )
 from flexpert.errors import ConfigError
@@ -74,6 +74,12 @@ def test_an_event_has_the_time_of_the_piece_that_completed_it() -> None:
     pieces = [(1.0, HEAD + first[:5]), (2.0, first[5:]), (3.0, b"b\r\ndata: []\n\n\n\r\n0\r\n\r\n")]
     found = list(server_events(parse_reply(pieces).chunks))
     assert [time for time, _ in found] == [2.0, 3.0]
+
+
+def test_the_events_of_a_stream_that_goes_on_are_those_that_are_whole() -> None:
+    data = HEAD + chunked(EVENTS[:3])[:-5] + b'40\r\ndata: {"choices"'
+    pieces = [(1.0, data[:90]), (2.0, data[90:])]
+    assert len(list(events_so_far(pieces))) == 3
 
 
 @pytest.mark.parametrize("kept", [1, 3, 5])
@@ -180,19 +186,6 @@ def test_a_call_gives_status_and_json() -> None:
             assert await call(target, "GET", "/cluster") == (202, {"path": "/cluster"})
 
     asyncio.run(run())
-
-
-@given(st.floats(0.5, 100), st.integers(0, 50), st.integers())
-def test_arrivals_begin_at_zero_and_never_go_back(rate: float, count: int, seed: int) -> None:
-    arrivals = poisson_arrivals(rate, count, seed)
-    assert len(arrivals) == count
-    assert arrivals == sorted(arrivals)
-    assert arrivals[:1] == [0.0][:count]
-    assert arrivals == poisson_arrivals(rate, count, seed)
-
-
-def test_arrivals_come_at_the_rate_asked_for() -> None:
-    assert poisson_arrivals(4.0, 20_000, 1)[-1] / 20_000 == pytest.approx(0.25, rel=0.03)
 
 
 def test_a_closed_loop_keeps_its_clients_busy_and_never_more() -> None:

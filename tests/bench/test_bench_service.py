@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from flexpert.bench.load import call
-from flexpert.bench.serve import OfferedLoad, ServeMeasured, run_against
+from flexpert.bench.offered_load import OfferedLoad
+from flexpert.bench.serve import ServeMeasured, run_against
 from flexpert.bench.service import own_service
 from flexpert.display.render import figures_text
 from flexpert.errors import FlexpertError

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from flexpert.bench.serve import OfferedLoad
+from flexpert.bench.offered_load import OfferedLoad
 from flexpert.bench.transport_comparison import TransportPlan, run_transport, transport_text
 
 LOAD = OfferedLoad(

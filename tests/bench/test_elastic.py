@@ -43,16 +43,23 @@ def test_a_range_of_ranks_that_is_none_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_short_run_loses_nothing_and_says_what_happened(tmp_path: Path) -> None:
-    report = tmp_path / "report.json"
+    report, page, plot = (tmp_path / name for name in ("report.json", "page.html", "plot.png"))
     command = [sys.executable, "-m", "flexpert", "bench", "elastic", "--output", str(report)]
     command += ["--clients", "4", "--tokens", "40", "--changes", "2", "--kills", "1"]
-    command += ["--undisturbed", "1s", "--", "--log-level", "debug"]
+    command += ["--swaps", "1", "--page", str(page), "--plot", str(plot)]
+    command += ["--undisturbed", "1s", "--", "--log-level", "debug", "--deterministic"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())
-    assert [change["ranks"] for change in found["changes"]] == [2, 1]
-    assert [change["state"] for change in found["changes"]] == ["done", "done"]
-    assert all(change["pause_ms"] is not None for change in found["changes"])
+    assert [change["ranks"] for change in found["changes"]] == [2, 1, 1]
+    assert [change["state"] for change in found["changes"]] == ["done"] * 3
+    assert all(change["pause_ms"] is not None for change in found["changes"][:2])
+    events = found["timeline"]["events"]
+    assert [event["label"] for event in events] == ["up", "down", "swap", "kill"]
+    assert 0 < events[3]["detect_s"] < events[3]["full_s"]
+    assert found["altered"] == 0
+    assert "swap: a rank joins, another leaves" in page.read_text()
+    assert plot.read_bytes().startswith(b"\x89PNG")
     (kill,) = found["kills"]
     assert 0 < kill["first_token_s"] < kill["whole_s"] + 5
     assert found["answers"] > 0

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 OPERATION = {
@@ -41,9 +46,16 @@ CLUSTER = {
 
 
 @dataclass
+class GoingOn:
+    """A body in chunks whose end does not come."""
+
+    chunks: list[bytes]
+
+
+@dataclass
 class FakeService:
-    """replies: "METHOD /path" → (status, JSON or raw bytes), or a list of them, one a time (the
-    last for ever). requests: what came: (METHOD /path, body, authorization)."""
+    """replies: "METHOD /path" → (status, JSON, raw bytes or GoingOn), or a list of them, one a time
+    (the last for ever). requests: what came: (METHOD /path, body, authorization)."""
 
     url: str = ""
     replies: dict[str, Any] = field(default_factory=dict)
@@ -54,3 +66,46 @@ class FakeService:
         if isinstance(found, list):
             found = found.pop(0) if len(found) > 1 else found[0]
         return found
+
+
+@contextmanager
+def answering(fake: FakeService) -> Iterator[None]:
+    """It answers at `fake.url` while the block lasts."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("content-length") or 0))
+            what = f"{self.command} {self.path}"
+            key = self.headers.get("authorization")
+            fake.requests.append((what, json.loads(body) if body else None, key))
+            status, reply = fake.reply(what)
+            self.send_response(status)
+            if isinstance(reply, GoingOn):
+                self.send_header("transfer-encoding", "chunked")
+                self.end_headers()
+                for part in reply.chunks:
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+                return
+            content = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_DELETE = answer  # noqa: N815 - the library's names
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128  # a load connects faster than one thread accepts
+
+    server = Server(("127.0.0.1", 0), Handler)
+    fake.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -22,9 +22,20 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from flexpert.bench.cluster_history import cluster_now, events_since
+from flexpert.bench.elastic_events import (
+    ElasticEvent,
+    ElasticTimeline,
+    EventLabel,
+    change_event,
+    loss_event,
+)
 from flexpert.bench.load import ClientAnswer, LoadError, Target, call, complete, completion_body
+from flexpert.bench.load_timeline import step_for, timeline
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.service import Service, own_service
+from flexpert.bench.timed_events import EventOutcome, after_kill
+from flexpert.cluster.views import OperationView
 from flexpert.errors import FlexpertError
 
 _SETTLE_S = 1.0
@@ -36,6 +47,8 @@ _BACK = 0.95
 _STEPS = 3  # of silence
 _OPERATION_S = 600.0
 _PROMPT = 32
+_POINTS = 600  # of the load over time, at most
+_DETERMINISTIC = "--deterministic"
 _KEPT_LINES = re.compile("WARNING|ERROR|DEBUG flexpert: rank")
 
 Note = Callable[[str], None]
@@ -44,8 +57,10 @@ Note = Callable[[str], None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ElasticPlan:
     """low, high: numbers of ranks between which changes go, one after the other. kills: how often a
-    rank is killed (SIGKILL); all_killed: how often, besides, all ranks at once. tokens: of an
-    answer. settle_s: rest before a change. flags: of the service, besides.
+    rank is killed (SIGKILL); all_killed: how often, besides, all ranks at once; stops: how often
+    one is stopped (SIGSTOP). swaps: changes in which a rank joins and another leaves, on `low`;
+    rebalances: on `high`. tokens: of an answer. settle_s: rest after a change. flags: of the
+    service, besides.
     """
 
     clients: int = 64
@@ -57,6 +72,9 @@ class ElasticPlan:
     high: int = 2
     kills: int = 0
     all_killed: int = 0
+    swaps: int = 0
+    rebalances: int = 0
+    stops: int = 0
     flags: tuple[str, ...] = ()
 
 
@@ -70,8 +88,8 @@ class ElasticSteady(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ElasticChange(msgspec.Struct, frozen=True, kw_only=True):
-    """One planned change. pause_ms: as the service measures it. gap_at_s: seconds from its begin to
-    the begin of the longest gap. phases: seconds in each."""
+    """One planned change. label: what it was. pause_ms: as the service measures it. gap_at_s:
+    seconds from its begin to the begin of the longest gap. phases: seconds in each."""
 
     ranks: int
     state: str
@@ -84,10 +102,11 @@ class ElasticChange(msgspec.Struct, frozen=True, kw_only=True):
     moved_requests: int = 0
     moved_with_kv: int = 0
     error: str | None = None
+    label: EventLabel = "up"
 
 
 class ElasticKill(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds after a SIGKILL.
+    """Seconds after a SIGKILL, or (label "stop") a SIGSTOP.
 
     first_token_s: until the first token of any stream after the first silence of several steps.
     silence_s: the longest silence of all streams. back_s: until throughput stays at 95 % of the
@@ -99,10 +118,13 @@ class ElasticKill(msgspec.Struct, frozen=True, kw_only=True):
     silence_s: float
     back_s: float | None
     whole_s: float
+    label: EventLabel = "kill"
 
 
 class ElasticReport(msgspec.Struct, frozen=True, kw_only=True):
     """start_s: until the service was ready. lost: answers that were not whole, with the reason.
+    altered: whole answers that differ from the first to the same prompt; None: without
+    `--deterministic` they may.
     memory_mib: of all the service's processes and of the GPUs, before and after, in MiB. log: what
     the service warned of, and with `--log-level debug` what ranks took their time for."""
 
@@ -112,6 +134,8 @@ class ElasticReport(msgspec.Struct, frozen=True, kw_only=True):
     kills: list[ElasticKill]
     answers: int
     lost: list[str]
+    altered: int | None
+    timeline: ElasticTimeline
     memory_mib: dict[str, tuple[float, float]]
     log: list[str]
     flags: list[str]
@@ -137,6 +161,8 @@ class ElasticStreams:
     arrivals: list[float] = field(default_factory=list)
     answers: list[ClientAnswer] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    altered: int = 0
+    _texts: dict[int, str] = field(default_factory=dict)
     _stop: bool = False
 
     async def client(self, number: int) -> None:
@@ -160,6 +186,8 @@ class ElasticStreams:
                 await asyncio.sleep(_LOOK_S)  # a service that refuses is not asked in a loop
             elif answer.tokens != self.plan.tokens:
                 self.lost.append(f"{answer.tokens} of {self.plan.tokens} tokens")
+            else:
+                self.altered += self._texts.setdefault(number, answer.text) != answer.text
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -241,6 +269,8 @@ async def _run(plan: ElasticPlan, note: Note) -> ElasticReport:
             kills=run.kills,
             answers=len(run.streams.answers),
             lost=run.streams.lost,
+            altered=run.streams.altered if _DETERMINISTIC in plan.flags else None,
+            timeline=run.timeline(),
             memory_mib=run.memory,
             log=[line for line in service.output if _KEPT_LINES.search(line)],
             flags=list(plan.flags),
@@ -259,29 +289,44 @@ class _ElasticRun:
         self.changes: list[ElasticChange] = []
         self.kills: list[ElasticKill] = []
         self.memory: dict[str, tuple[float, float]] = {}
-        self._pending: list[tuple[float, float, dict[str, Any]]] = []
+        self._pending: list[tuple[EventLabel, float, float, dict[str, Any]]] = []
+        self._begin = perf_counter()
+        self._undisturbed_spans: list[tuple[float, float]] = []
+        self._events: list[ElasticEvent] = []
+
+    def timeline(self) -> ElasticTimeline:
+        """When all is measured."""
+        end = max((answer.ended for answer in self.streams.answers), default=self._begin)
+        step_s = step_for(end - self._begin, _POINTS)
+        return ElasticTimeline(
+            step_s=step_s,
+            points=timeline(self.streams.answers, self._begin, end, step_s),
+            undisturbed=self._undisturbed_spans,
+            events=self._events,
+        )
 
     async def measure(self) -> None:
         plan = self.plan
         async with self.streams.running():  # what is slow once
             await asyncio.sleep(_SETTLE_S)
         before = await self._memory()
+        self._begin = perf_counter()
         await self._undisturbed()
-        if plan.changes:
+        if plan.changes or plan.swaps or plan.rebalances:
             await self._scale_to(plan.low)
             async with self.streams.running():
                 await asyncio.sleep(_SETTLE_S)
-                for number in range(plan.changes):
-                    await self._change(plan.low if number % 2 else plan.high)
-                    await asyncio.sleep(plan.settle_s)
+                await self._changes()
             self._close_changes()
-        if plan.kills or plan.all_killed:
+        if plan.kills or plan.all_killed or plan.stops:
             await self._scale_to(plan.high)
             await self._undisturbed()
             every = max(1, (plan.kills + plan.all_killed) // max(1, plan.all_killed))
             for number in range(plan.kills + plan.all_killed):
                 all_at_once = plan.all_killed and number % every == every - 1
                 await self._kill(everybody=bool(all_at_once))
+            for _ in range(plan.stops):
+                await self._kill(everybody=False, label="stop")
         after = await self._memory()
         self.memory = {name: (before[name], after[name]) for name in before if name in after}
 
@@ -292,6 +337,7 @@ class _ElasticRun:
             begin = perf_counter()
             await asyncio.sleep(self.plan.undisturbed_s)
             end = perf_counter()
+        self._undisturbed_spans.append((begin - self._begin, end - self._begin))
         steady = ElasticSteady(
             ranks=ranks,
             tokens_per_s=self.streams.rate(begin, end),
@@ -304,22 +350,43 @@ class _ElasticRun:
         )
         self.steady.append(steady)
 
-    async def _change(self, ranks: int) -> None:
+    async def _changes(self) -> None:
+        """One after the other."""
+        plan = self.plan
+        for number in range(plan.changes):
+            up = number % 2 == 0
+            body = {"ranks": plan.high if up else plan.low}
+            await self._change("up" if up else "down", body, plan.changes)
+        if plan.swaps and plan.changes % 2:
+            await self._scale_to(plan.low)
+        for _ in range(plan.swaps):
+            leaver = (await self._ranks())[0]["id"]
+            await self._change("swap", {"add": 1, "remove": [leaver]}, plan.swaps)
+        if plan.rebalances:
+            await self._scale_to(plan.high)
+        for _ in range(plan.rebalances):
+            await self._change("rebalance", {"rebalance": True}, plan.rebalances)
+
+    async def _change(self, label: EventLabel, body: dict[str, Any], count: int) -> None:
         begin = perf_counter()
-        done = await self._scale_to(ranks)
+        done = await self._operation(body)
         end = perf_counter()
-        self._pending.append((begin, end, done))
+        self._pending.append((label, begin, end, done))
         pause = done.get("pause_ms")
         self.note(
-            f"{len(self._pending)}/{self.plan.changes}: {ranks} ranks, {done['state']} in "
+            f"{label}, {count} in all: {len(done['target'])} ranks, {done['state']} in "
             f"{end - begin:.2f} s, pause {pause if pause is None else round(pause, 1)} ms"
             f"{': ' + done['error'][:200] if done.get('error') else ''}"
         )
+        await asyncio.sleep(self.plan.settle_s)
 
     def _close_changes(self) -> None:
         """When the answers that were under way are there, their gaps are known."""
-        for begin, end, done in self._pending:
+        for label, begin, end, done in self._pending:
             gap_s, gap_begin = self.streams.longest_gap_s(begin, end + 0.5)
+            view = msgspec.convert(done, OperationView)
+            at_s = begin - self._begin
+            self._events.append(change_event(label, at_s, end - begin, gap_s, view))
             self.changes.append(
                 ElasticChange(
                     ranks=len(done["target"]),
@@ -333,20 +400,23 @@ class _ElasticRun:
                     moved_requests=done["moved_requests"],
                     moved_with_kv=done["moved_with_kv"],
                     error=done.get("error"),
+                    label=label,
                 )
             )
         self._pending.clear()
 
-    async def _kill(self, *, everybody: bool) -> None:
+    async def _kill(self, *, everybody: bool, label: EventLabel = "kill") -> None:
         plan = self.plan
+        number = signal.SIGSTOP if label == "stop" else signal.SIGKILL
         ranks = await self._whole(plan.high)
         victims = ranks if everybody else [ranks[-1 if len(self.kills) % 2 else 0]]
         desired = _BACK * self.steady[-1].tokens_per_s
         async with self.streams.running():
             await asyncio.sleep(2 * _SETTLE_S)
+            cursor = (await cluster_now(self.service.target)).cursor
             clock, at = datetime.now().astimezone(), perf_counter()
             for victim in victims:
-                os.kill(victim["pid"], signal.SIGKILL)
+                os.kill(victim["pid"], number)
             dead = {victim["pid"] for victim in victims}
             while {rank["pid"] for rank in await self._ranks()} & dead:
                 await asyncio.sleep(_LOOK_S)
@@ -357,15 +427,21 @@ class _ElasticRun:
         arrivals = self.streams.arrivals
         step_s = self.steady[-1].median_gap_ms / 1e3
         first_s, silence_s = silences_after(arrivals, at, within_s=_SILENCE_S, step_s=step_s)
+        history = await events_since(self.service.target, cursor)
+        outcome = EventOutcome(at_s=0.0, what=label, state="failed", begun_s=0.0)
+        outcome = after_kill(outcome, victims[0]["id"], history, clock.timestamp())
+        gap_s, _ = self.streams.longest_gap_s(at, end)
+        self._events.append(loss_event(label, at - self._begin, whole - at, gap_s, outcome))
         kill = ElasticKill(
             killed=[victim["id"] for victim in victims],
             first_token_s=first_s,
             silence_s=silence_s,
             back_s=back_s(arrivals, at, end, desired),
             whole_s=whole - at,
+            label=label,
         )
         self.note(
-            f"killed {kill.killed} at {clock:%H:%M:%S.%f}: "
+            f"{'stopped' if label == 'stop' else 'killed'} {kill.killed} at {clock:%H:%M:%S.%f}: "
             f"first token after {kill.first_token_s:.3f} s, "
             f"longest silence {kill.silence_s:.3f} s, 95 % after "
             f"{'-' if kill.back_s is None else round(kill.back_s, 1)} s, "
@@ -399,9 +475,10 @@ class _ElasticRun:
         raise FlexpertError(f"{count} ranks were not there again within {_OPERATION_S:.0f} s")
 
     async def _scale_to(self, ranks: int) -> dict[str, Any]:
-        operation: dict[str, Any] = await self._call(
-            "POST", "/cluster/operations", {"ranks": ranks}
-        )
+        return await self._operation({"ranks": ranks})
+
+    async def _operation(self, body: dict[str, Any]) -> dict[str, Any]:
+        operation: dict[str, Any] = await self._call("POST", "/cluster/operations", body)
         while operation["state"] in ("preparing", "committing"):
             await asyncio.sleep(_LOOK_S)
             operation = await self._call("GET", f"/cluster/operations/{operation['id']}")

@@ -7,7 +7,7 @@ from statistics import median
 
 from rich.table import Table
 
-from flexpert.bench.elastic import ElasticChange, ElasticReport
+from flexpert.bench.elastic import ElasticChange, ElasticKill, ElasticReport
 
 
 def elastic_text(report: ElasticReport) -> Table:
@@ -24,22 +24,30 @@ def elastic_text(report: ElasticReport) -> Table:
         )
         table.add_row(name, f"{steady.median_gap_ms:.1f} ms", f"{steady.longest_gap_ms:.1f} ms")
     _add_changes(table, report)
-    if report.kills:
-        table.add_section()
-        firsts = [kill.first_token_s for kill in report.kills]
-        table.add_row(f"{len(firsts)} kills: first token after", *_seconds(firsts))
-        table.add_row("longest silence", *_seconds([kill.silence_s for kill in report.kills]))
-        backs = [kill.back_s for kill in report.kills if kill.back_s is not None]
-        name = f"95 % of the throughput after ({len(backs)} of {len(firsts)})"
-        table.add_row(name, *_seconds(backs))
-        table.add_row("all ranks after", *_seconds([kill.whole_s for kill in report.kills]))
+    for label in ("kill", "stop"):
+        _add_kills(table, label, [kill for kill in report.kills if kill.label == label])
     table.add_section()
     for name, (before, after) in report.memory_mib.items():
         table.add_row(f"memory, {name}: before, after", f"{before:,.0f} MiB", f"{after:,.0f} MiB")
     table.add_row("answers, lost", f"{report.answers:,}", f"{len(report.lost)}")
     for reason in sorted(set(report.lost)):
         table.add_row(f"  {reason}", "", f"{report.lost.count(reason)}")
+    if report.altered is not None:
+        table.add_row("altered", "", f"{report.altered}")
     return table
+
+
+def _add_kills(table: Table, label: str, kills: Sequence[ElasticKill]) -> None:
+    if not kills:
+        return
+    table.add_section()
+    firsts = [kill.first_token_s for kill in kills]
+    table.add_row(f"{len(firsts)} {label}s: first token after", *_seconds(firsts))
+    table.add_row("longest silence", *_seconds([kill.silence_s for kill in kills]))
+    backs = [kill.back_s for kill in kills if kill.back_s is not None]
+    name = f"95 % of the throughput after ({len(backs)} of {len(firsts)})"
+    table.add_row(name, *_seconds(backs))
+    table.add_row("all ranks after", *_seconds([kill.whole_s for kill in kills]))
 
 
 def _add_changes(table: Table, report: ElasticReport) -> None:
@@ -47,11 +55,12 @@ def _add_changes(table: Table, report: ElasticReport) -> None:
         return
     table.add_section()
     table.add_row(f"{len(report.changes)} changes, failed", "", f"{report.failed_changes}")
-    for ranks in sorted({change.ranks for change in report.changes}):
-        done = [c for c in report.changes if c.ranks == ranks and c.state == "done"]
+    for label, ranks in sorted({(change.label, change.ranks) for change in report.changes}):
+        same = [c for c in report.changes if (c.label, c.ranks) == (label, ranks)]
+        done = [c for c in same if c.state == "done"]
         if not done:
             continue
-        table.add_row(f"to {ranks} ranks: took", *_seconds([c.seconds for c in done]))
+        table.add_row(f"{label}, to {ranks} ranks: took", *_seconds([c.seconds for c in done]))
         pauses = [c.pause_ms for c in done if c.pause_ms is not None]
         table.add_row("  pause", *_milliseconds(pauses))
         table.add_row("  longest gap in a stream", *_milliseconds([c.longest_gap_ms for c in done]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import random
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -167,14 +166,7 @@ def parse_reply(pieces: Pieces) -> HttpReply:
     Raises:
         LoadError: it is none, or not whole.
     """
-    head = b""
-    pieces = list(pieces)
-    while b"\r\n\r\n" not in head:
-        if not pieces:
-            raise LoadError("the connection closed before an answer came")
-        time, data = pieces.pop(0)
-        head += data
-    head, _, rest = head.partition(b"\r\n\r\n")
+    head, body = _split_head(pieces)
     lines = head.decode("latin-1").split("\r\n")
     try:
         status = int(lines[0].split(" ", 2)[1])
@@ -184,13 +176,29 @@ def parse_reply(pieces: Pieces) -> HttpReply:
         name.strip().lower(): value.strip()
         for name, _, value in (line.partition(":") for line in lines[1:])
     }
-    body = [(time, rest), *pieces]
     if "chunked" in headers.get("transfer-encoding", "").lower():
         return HttpReply(status, list(_dechunk(body)))
     desired = headers.get("content-length")
     if desired is not None and sum(len(data) for _, data in body) < int(desired):
         raise LoadError("the connection closed in the middle of the answer")
     return HttpReply(status, body)
+
+
+def _split_head(pieces: Pieces) -> tuple[bytes, Pieces]:
+    head = b""
+    for place, (time, data) in enumerate(pieces, 1):
+        head += data
+        if b"\r\n\r\n" in head:
+            head, _, rest = head.partition(b"\r\n\r\n")
+            return head, [(time, rest), *pieces[place:]]
+    raise LoadError("the connection closed before an answer came")
+
+
+def events_so_far(pieces: Pieces) -> Iterator[tuple[float, bytes]]:
+    """`server_events` of an answer in chunks that goes on."""
+    _, body = _split_head(pieces)
+    with contextlib.suppress(LoadError):  # its end is missing
+        yield from server_events(_dechunk(body))
 
 
 def _dechunk(pieces: Pieces) -> Iterator[tuple[float, bytes]]:
@@ -211,7 +219,7 @@ def _dechunk(pieces: Pieces) -> Iterator[tuple[float, bytes]]:
     raise LoadError("the connection closed in the middle of the answer")
 
 
-def server_events(chunks: Pieces) -> Iterator[tuple[float, bytes]]:
+def server_events(chunks: Iterable[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
     """The `data:` of each server-sent event, with the time it was complete."""
     buffer = b""
     for time, data in chunks:
@@ -389,17 +397,6 @@ async def call(
 
 
 # ---- the two ways of offering load ------------------------------------------------------------
-
-
-def poisson_arrivals(rate: float, count: int, seed: int) -> list[float]:
-    """Seconds from the start at which `count` requests arrive, `rate` a second on average."""
-    source = random.Random(seed)
-    at = 0.0
-    arrivals = []
-    for _ in range(count):
-        arrivals.append(at)
-        at += source.expovariate(rate)
-    return arrivals
 
 
 async def closed_loop(

@@ -10,47 +10,25 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from time import perf_counter
 
 import msgspec
 
 from flexpert.bench import reference
-from flexpert.bench.load import (
-    ClientAnswer,
-    Target,
-    closed_loop,
-    complete,
-    completion_body,
-    open_loop,
-    poisson_arrivals,
-)
+from flexpert.bench.cluster_history import cluster_now
+from flexpert.bench.goodput import LatencyGoals, figures_with_goodput
+from flexpert.bench.load import ClientAnswer, Target
+from flexpert.bench.load_timeline import TimelinePoint, step_for, timeline
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.offered_load import OfferedLoad, offer, warm_up
 from flexpert.bench.other_server import Against, ServerTurn, served_model
-from flexpert.bench.prompts import Prompt, random_prompts, read_prompts, token_pool, tokenize
+from flexpert.bench.prompts import tokenize
 from flexpert.bench.service import own_service
-from flexpert.bench.statistics import Figures, figures
+from flexpert.bench.statistics import Figures
+from flexpert.bench.timed_events import EventOutcome, EventRun, TimedEvent, check_events
 from flexpert.errors import FlexpertError
 
-STALL_S = 120.0
-
 Note = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OfferedLoad:
-    """What is asked, and how fast. prompts: a file; None: random ones.
-
-    request_rate: arrivals a second; None: `concurrency` clients without a pause.
-    """
-
-    prompts: Path | None = None
-    count: int
-    input_tokens: int
-    output_tokens: int
-    concurrency: int
-    request_rate: float | None = None
-    warmup: int
-    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +83,8 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The JSON of `flexpert bench serve`. client_cpu_s: what measuring itself cost."""
+    """The JSON of `flexpert bench serve`. client_cpu_s: what measuring itself cost. timeline: where
+    requests arrive at times of their own, or something was done to the service meanwhile."""
 
     command: str
     machine: Machine
@@ -117,28 +96,45 @@ class ServeReport(msgspec.Struct, frozen=True, kw_only=True):
     client_cpu_s: float
     references: list[Reference] = []
     against: Against | None = None
+    events: list[EventOutcome] = []
+    timeline: list[TimelinePoint] = []
 
 
 def run_bench(
-    load: OfferedLoad, measured: ServeMeasured, *, compare: bool, note: Note
+    load: OfferedLoad,
+    measured: ServeMeasured,
+    *,
+    compare: bool,
+    note: Note,
+    goals: LatencyGoals | None = None,
+    events: Sequence[TimedEvent] = (),
 ) -> ServeReport:
     """Measure; the service of our own is gone before transformers has its turn.
 
     Raises:
         FlexpertError
     """
-    answers, prompts, cpu_s = asyncio.run(measure(load, measured, compare, note))
-    found = figures(answers)
+    run = asyncio.run(measure(load, measured, note, events=events, tokens_wanted=compare))
+    load, prompts = run.load, run.prompts
+    found = figures_with_goodput(run.answers, goals or {})
     references = []
     if compare:
         # continuous batching both as the service is asked and as it knows all of its work
         ways: list[tuple[reference.Method, int | None]] = [("generate_batch", None)]
-        if load.request_rate is None and load.concurrency < load.count:
+        if not load.timed and load.concurrency < load.count:
             ways.insert(0, ("generate_batch", load.concurrency))
         for method, concurrency in (*ways, ("generate", None)):
             note(f"transformers: {method}, {concurrency or 'all'} at once")
             references.append(_reference(method, concurrency, load, measured, prompts, found))
-    return _report(load, measured, found, cpu_s, references=references)
+    return _report(
+        load,
+        measured,
+        found,
+        run.cpu_s,
+        references=references,
+        events=run.events,
+        points=run.timeline,
+    )
 
 
 def _report(
@@ -149,6 +145,8 @@ def _report(
     *,
     references: Sequence[Reference] = (),
     against: Against | None = None,
+    events: Sequence[EventOutcome] = (),
+    points: Sequence[TimelinePoint] = (),
 ) -> ServeReport:
     own = measured.url is None
     return ServeReport(
@@ -157,26 +155,24 @@ def _report(
         model=measured.model if own else str(measured.url),
         ranks=measured.ranks if own else None,
         threads_per_rank=measured.threads_per_rank if own else None,
-        offered=describe(load),
+        offered=load.describe(),
         service=found,
         client_cpu_s=cpu_s,
         references=list(references),
         against=against,
+        events=list(events),
+        timeline=list(points),
     )
 
 
-def describe(load: OfferedLoad) -> str:
-    """The load in words."""
-    what = f"prompts of {load.prompts}" if load.prompts else f"{load.input_tokens} random tokens in"
-    if load.request_rate is None:
-        how = f"{load.concurrency} at once"
-    else:
-        how = f"{load.request_rate:g} arrive a second"
-    return f"{load.count} requests, {what}, {load.output_tokens} out, {how}, seed {load.seed}"
-
-
 def run_against(
-    load: OfferedLoad, measured: ServeMeasured, other: Target, url: str, rounds: int, note: Note
+    load: OfferedLoad,
+    measured: ServeMeasured,
+    other: Target,
+    url: str,
+    rounds: int,
+    note: Note,
+    goals: LatencyGoals | None = None,
 ) -> ServeReport:
     """Measure a service and another server in turn; `service` of the report is the middle round.
 
@@ -187,37 +183,40 @@ def run_against(
         FlexpertError
     """
     began = resource.getrusage(resource.RUSAGE_SELF)
-    against = asyncio.run(_measure_against(load, measured, other, url, rounds, note))
+    load, against = asyncio.run(
+        _measure_against(load, measured, other, url, rounds, note, goals or {})
+    )
     ended = resource.getrusage(resource.RUSAGE_SELF)
     cpu_s = ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime
     return _report(load, measured, against.middle.ours, cpu_s, against=against)
 
 
 async def _measure_against(
-    load: OfferedLoad, measured: ServeMeasured, other: Target, url: str, rounds: int, note: Note
-) -> Against:
+    load: OfferedLoad,
+    measured: ServeMeasured,
+    other: Target,
+    url: str,
+    rounds: int,
+    note: Note,
+    goals: LatencyGoals,
+) -> tuple[OfferedLoad, Against]:
     async with AsyncExitStack() as stack:
         theirs = await served_model(other)  # before a service of our own is started in vain
         target = await _target(stack, measured, note)
         servers = [("ours", target, await served_model(target)), ("theirs", other, theirs)]
-        pool = await token_pool(target)
-        arrivals = None
-        if load.request_rate is not None:
-            arrivals = poisson_arrivals(load.request_rate, load.count, load.seed)
+        load = await load.fitting(target)
         found: list[ServerTurn] = []
         for turn in range(rounds):
             seed = load.seed + 2 * turn
-            prompts = await _prompts(target, load, seed)
-            warm = random_prompts(pool, load.input_tokens, load.warmup, seed + 1)
+            prompts = await load.asked(target, seed)
             done: dict[str, Figures] = {}
             for whose, server, model in servers[:: -1 if turn % 2 else 1]:
                 note(f"round {turn + 1} of {rounds}: {whose}")
-                warmed = await _offer(server, load, warm, None, model)
-                if warmed and all(answer.error for answer in warmed):
-                    raise FlexpertError(f"{server.host}:{server.port} fails: {warmed[0].error}")
-                done[whose] = figures(await _offer(server, load, prompts, arrivals, model))
+                await warm_up(server, load, seed + 1, model)
+                answers = await offer(server, load, prompts, model)
+                done[whose] = figures_with_goodput(answers, goals)
             found.append(ServerTurn(**done))
-        return Against.of(url, theirs, found)
+        return load, Against.of(url, theirs, found)
 
 
 async def _target(stack: AsyncExitStack, measured: ServeMeasured, note: Note) -> Target:
@@ -228,68 +227,73 @@ async def _target(stack: AsyncExitStack, measured: ServeMeasured, note: Note) ->
     return (await stack.enter_async_context(service)).target
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadRun:
+    """One load. prompts: as token ids, if desired. cpu_s: our own. load: as it was offered."""
+
+    load: OfferedLoad
+    answers: list[ClientAnswer]
+    prompts: list[list[int]]
+    cpu_s: float
+    events: list[EventOutcome]
+    timeline: list[TimelinePoint]
+
+
 async def measure(
-    load: OfferedLoad, measured: ServeMeasured, tokens_wanted: bool, note: Note
-) -> tuple[list[ClientAnswer], list[list[int]], float]:
-    """Answers, the prompts as token ids if desired, and our own CPU seconds."""
+    load: OfferedLoad,
+    measured: ServeMeasured,
+    note: Note,
+    *,
+    events: Sequence[TimedEvent] = (),
+    tokens_wanted: bool = False,
+) -> LoadRun:
+    """Offer a load once, with what shall happen to the service meanwhile.
+
+    Raises:
+        FlexpertError
+    """
     async with AsyncExitStack() as stack:
         target = await _target(stack, measured, note)
-        prompts = await _prompts(target, load, load.seed)
+        if events:
+            check_events(events, await cluster_now(target))
+        load = await load.fitting(target)
+        prompts = await load.asked(target, load.seed)
         if load.warmup:
             note(f"warming up with {load.warmup} requests")
-            # other prompts than those measured, else the prefix cache would know them
-            pool = await token_pool(target)
-            warm = random_prompts(pool, load.input_tokens, load.warmup, load.seed + 1)
-            warmed = await _offer(target, load, warm, arrivals=None)
-            if all(answer.error for answer in warmed):
-                raise FlexpertError(f"the service does not answer: {warmed[0].error}")
-        note(describe(load))
-        arrivals = None
-        if load.request_rate is not None:
-            arrivals = poisson_arrivals(load.request_rate, load.count, load.seed)
+            await warm_up(target, load, load.seed + 1)
+        note(load.describe())
         before = resource.getrusage(resource.RUSAGE_SELF)
-        answers = await _offer(target, load, prompts, arrivals)
+        begin = perf_counter()
+        outcomes: list[EventOutcome] = []
+        if events:
+            run = EventRun(target, events)
+            await run.start()
+            begin = run.begin
+            try:
+                answers = await offer(target, load, prompts)
+                outcomes = await run.finish(answers)
+            finally:
+                await run.cancel()
+        else:
+            answers = await offer(target, load, prompts)
         after = resource.getrusage(resource.RUSAGE_SELF)
         cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         ids = [
             await tokenize(target, prompt) if isinstance(prompt, str) else prompt
             for prompt in (prompts if tokens_wanted else ())
         ]
-        return answers, ids, cpu_s
-
-
-async def _prompts(target: Target, load: OfferedLoad, seed: int) -> list[Prompt]:
-    if load.prompts is not None:
-        return read_prompts(load.prompts, load.count)
-    return random_prompts(await token_pool(target), load.input_tokens, load.count, seed)
-
-
-async def _offer(
-    target: Target,
-    load: OfferedLoad,
-    prompts: list[Prompt],
-    arrivals: list[float] | None,
-    model: str | None = None,
-) -> list[ClientAnswer]:
-    """model: its name, for servers that must be told; None: the one that is served."""
-    named = {} if model is None else {"model": model}
-    requests = [
-        target.message(
-            "POST",
-            "/v1/completions",
-            completion_body(
-                prompt, max_tokens=load.output_tokens, ignore_eos=True, temperature=0.0, **named
-            ),
+        points: list[TimelinePoint] = []
+        if events or load.timed:
+            end = max((answer.ended for answer in answers), default=begin)
+            points = timeline(answers, begin, end, step_for(end - begin))
+        return LoadRun(
+            load=load,
+            answers=answers,
+            prompts=ids,
+            cpu_s=cpu_s,
+            events=outcomes,
+            timeline=points,
         )
-        for prompt in prompts
-    ]
-
-    async def send(number: int) -> ClientAnswer:
-        return await complete(target, requests[number], stall_s=STALL_S)
-
-    if arrivals is not None:
-        return await open_loop(send, arrivals)
-    return await closed_loop(send, len(requests), load.concurrency)
 
 
 def _reference(
@@ -307,7 +311,7 @@ def _reference(
         threads=threads,
         method=method,
         prompts=prompts,
-        output_tokens=[load.output_tokens] * len(prompts),
+        output_tokens=load.answer_tokens(),
         concurrency=concurrency,
         warmup=min(load.warmup, 4),
     )

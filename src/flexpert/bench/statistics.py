@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -34,6 +35,15 @@ class Summary(msgspec.Struct, frozen=True):
     longest: float
 
 
+class Goodput(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests that kept to all goals (milliseconds, by name), and their share of all."""
+
+    goals_ms: dict[str, float]
+    requests: int
+    share: float
+    requests_per_s: float
+
+
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """One run of a load.
 
@@ -52,6 +62,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     inter_token_ms: Summary | None
     end_to_end_ms: Summary | None
     errors: list[str] = []
+    goodput: Goodput | None = None
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
@@ -96,3 +107,15 @@ def figures(answers: Sequence[ClientAnswer]) -> Figures:
         end_to_end_ms=summarise(a.total_s * 1e3 for a in whole),
         errors=list(errors)[:5],
     )
+
+
+def longest_gap(answers: Iterable[ClientAnswer], begin: float, end: float) -> tuple[float, float]:
+    """(seconds, when it began) of any answer's that overlaps that time; (0, begin) without one."""
+    gaps = (
+        (after - before, before)
+        for answer in answers
+        if answer.times and answer.times[-1] > begin and answer.times[0] < end
+        for before, after in itertools.pairwise(answer.times)
+        if after > begin and before < end
+    )
+    return max(gaps, default=(0.0, begin))

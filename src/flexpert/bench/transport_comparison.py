@@ -20,7 +20,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from flexpert.bench.machine import Machine, this_machine
-from flexpert.bench.serve import OfferedLoad, ServeMeasured, measure
+from flexpert.bench.offered_load import OfferedLoad
+from flexpert.bench.serve import ServeMeasured, measure
 from flexpert.bench.service import own_service
 from flexpert.bench.statistics import figures
 from flexpert.errors import FlexpertError
@@ -78,10 +79,8 @@ async def _run(plan: TransportPlan, note: Note) -> TransportReport:
             urls[name] = f"http://{service.target.host}:{service.target.port}"
         for number in range(plan.rounds):
             for name in TRANSPORTS if number % 2 else TRANSPORTS[::-1]:
-                answers, _, _ = await measure(
-                    plan.load, ServeMeasured(url=urls[name]), False, lambda line: None
-                )
-                result = figures(answers)
+                run = await measure(plan.load, ServeMeasured(url=urls[name]), lambda line: None)
+                result = figures(run.answers)
                 if result.failed or result.inter_token_ms is None:
                     raise FlexpertError(f"--transport {name}: {result.failed} requests failed")
                 found[name].output_tokens_per_s.append(result.output_tokens_per_s)

@@ -32,7 +32,7 @@ def bench_transport(
     Both run on this machine, with ranks of their own.
     """
     check_outputs(output)
-    from flexpert.bench.serve import OfferedLoad
+    from flexpert.bench.offered_load import OfferedLoad
     from flexpert.bench.transport_comparison import TransportPlan, run_transport, transport_text
 
     load = OfferedLoad(

@@ -13,6 +13,7 @@ import typer
 import flexpert
 from flexpert.cli import (
     autoscale,
+    bench_autoscale,
     bench_balance,
     bench_comm,
     bench_elastic,
@@ -140,10 +141,17 @@ add_command(app, "plan", plan.plan, plan.PLAN_EXAMPLES)
 add_command(app, "doctor", doctor.doctor, doctor.DOCTOR_EXAMPLES)
 add_command(app, "models", models_command.models, models_command.MODELS_EXAMPLES)
 add_command(app, "version", version, VERSION_EXAMPLES)
-add_command(bench, "serve", bench_serve.bench_serve, bench_serve.BENCH_SERVE_EXAMPLES)
+add_command(
+    bench,
+    "serve",
+    bench_serve.bench_serve,
+    bench_serve.BENCH_SERVE_EXAMPLES,
+    cls=bench_serve.BenchServeCommand,
+)
 add_command(bench, "comm", bench_comm.bench_comm, bench_comm.EXAMPLES)
 add_command(bench, "balance", bench_balance.bench_balance, bench_balance.EXAMPLES)
 add_command(bench, "elastic", bench_elastic.bench_elastic, bench_elastic.EXAMPLES)
+add_command(bench, "autoscale", bench_autoscale.bench_autoscale, bench_autoscale.EXAMPLES)
 add_command(bench, "prefix", bench_prefix.bench_prefix, bench_prefix.PREFIX_EXAMPLES)
 add_command(
     bench,

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from flexpert.bench.other_server import Against
-from flexpert.bench.serve import Reference, ServeReport
-from flexpert.bench.statistics import Summary
+from flexpert.bench.load_timeline import bars
 from flexpert.cluster.formatting import describe_change, ids
 from flexpert.cluster.views import ClusterView, OperationView, RankView, SpareView
+
+if TYPE_CHECKING:
+    from flexpert.bench.load_timeline import TimelinePoint
+    from flexpert.bench.other_server import Against
+    from flexpert.bench.serve import Reference, ServeReport
+    from flexpert.bench.statistics import Goodput, Summary
+    from flexpert.bench.timed_events import EventOutcome
 
 _RANK_STYLE = {
     "active": "green",
@@ -132,6 +138,7 @@ def figures_text(report: ServeReport) -> str:
         f"in {found.duration_s:.2f} s",
         f"requests/s          {found.requests_per_s:.2f}",
         f"output tokens/s     {found.output_tokens_per_s:.1f}",
+        *([_goodput_line(found.goodput)] if found.goodput else ()),
         f"client              {report.client_cpu_s:.2f} s of CPU"
         + (
             f", {report.client_cpu_s / found.output_tokens * 1e6:.0f} µs a token"
@@ -145,12 +152,62 @@ def figures_text(report: ServeReport) -> str:
         _summary_line("end to end", found.end_to_end_ms),
     ]
     lines += [f"failed: {error}" for error in found.errors]
+    if report.timeline:
+        lines += ["", *_timeline_lines(report.timeline, report.events)]
+    for outcome in report.events:
+        lines += _event_lines(outcome)
     if report.references:
         lines += ["", "transformers alone:"]
         lines += [_reference_line(reference) for reference in report.references]
     if report.against is not None:
         lines += ["", *_against_lines(report.against)]
     return "\n".join(lines)
+
+
+def _goodput_line(goodput: Goodput) -> str:
+    goals = " ".join(f"{name}:{limit:g}" for name, limit in goodput.goals_ms.items())
+    return (
+        f"goodput             {goodput.requests_per_s:.2f} requests/s, {goodput.share:.1%} kept to "
+        f"{goals}"
+    )
+
+
+def _timeline_lines(points: Sequence[TimelinePoint], events: Sequence[EventOutcome]) -> list[str]:
+    """Throughput over time, and below it where events began."""
+    values = [point.tokens_per_s for point in points]
+    step_s = points[1].at_s if len(points) > 1 else 1.0
+    lines = [
+        f"tokens/s in steps of {step_s:g} s, up to {max(values):,.0f}",
+        f"  {bars(values)}",
+    ]
+    begun = {
+        int(outcome.begun_s // step_s): str(number % 10)
+        for number, outcome in enumerate(events, 1)
+        if outcome.begun_s is not None
+    }
+    if begun:
+        lines.append("  " + "".join(begun.get(n, " ") for n in range(max(begun) + 1)))
+        named = (f"{number} {outcome.what}" for number, outcome in enumerate(events, 1))
+        lines.append(f"  {', '.join(named)}")
+    return lines
+
+
+def _event_lines(outcome: EventOutcome) -> list[str]:
+    told = f"t={outcome.at_s:g} {outcome.what}: {outcome.state}"
+    if outcome.begun_s is not None and outcome.ended_s is not None:
+        told += f" after {outcome.ended_s - outcome.begun_s:.2f} s"
+    if outcome.begun_s is not None and outcome.detected_s is not None:
+        told += f", noticed after {(outcome.detected_s - outcome.begun_s) * 1e3:.0f} ms"
+    if outcome.longest_gap_ms is not None:
+        told += f", longest gap in a stream {outcome.longest_gap_ms:.0f} ms"
+    if outcome.error:
+        told += f": {outcome.error}"
+    lines = [told]
+    for operation in outcome.operations:
+        phases = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in operation.phases.items())
+        pause = "" if operation.pause_ms is None else f"; pause {operation.pause_ms:.1f} ms"
+        lines.append(f"  {operation.purpose} {operation.id}: {phases}{pause}")
+    return lines
 
 
 def _against_lines(against: Against) -> list[str]:
