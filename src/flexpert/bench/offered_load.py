@@ -17,7 +17,7 @@ from flexpert.bench.load import (
     open_loop,
 )
 from flexpert.bench.prompts import Prompt, random_prompts, read_prompts, token_pool
-from flexpert.bench.request_trace import RequestTrace
+from flexpert.bench.traffic_trace import TrafficTrace
 
 STALL_S = 120.0
 
@@ -32,7 +32,7 @@ class OfferedLoad:
     """
 
     prompts: Path | None = None
-    trace: RequestTrace | None = None
+    trace: TrafficTrace | None = None
     trace_speedup: float = 1.0
     count: int
     input_tokens: int

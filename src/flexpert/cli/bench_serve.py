@@ -172,9 +172,9 @@ def bench_serve(
     from flexpert.bench.goodput import parse_goodput
     from flexpert.bench.load import Target
     from flexpert.bench.offered_load import OfferedLoad
-    from flexpert.bench.request_trace import read_trace
     from flexpert.bench.serve import ServeMeasured, run_against, run_bench
     from flexpert.bench.timed_events import parse_event
+    from flexpert.bench.traffic_trace import read_trace
     from flexpert.display.render import figures_text
 
     if compare not in (None, "transformers"):

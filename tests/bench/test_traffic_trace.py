@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flexpert.bench.request_trace import RecordedRequest, read_trace
+from flexpert.bench.traffic_trace import RecordedRequest, read_trace
 from flexpert.errors import ConfigError
 
 MOONCAKE = """\

@@ -44,14 +44,14 @@ class RecordedRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RequestTrace:
+class TrafficTrace:
     """left_out: lines without an answer, which failed when they were recorded."""
 
     file: Path
     requests: tuple[RecordedRequest, ...]
     left_out: int = 0
 
-    def fitting(self, most_tokens: int | None) -> RequestTrace:
+    def fitting(self, most_tokens: int | None) -> TrafficTrace:
         """Without the requests that are longer than the service takes; None: it takes all.
 
         Raises: ConfigError: it takes none.
@@ -94,7 +94,7 @@ class _MooncakeLine(msgspec.Struct):
     hash_ids: list[int] = []
 
 
-def read_trace(file: Path, *, count: int | None = None, speedup: float = 1.0) -> RequestTrace:
+def read_trace(file: Path, *, count: int | None = None, speedup: float = 1.0) -> TrafficTrace:
     """The first `count` requests of a trace, so many times as fast.
 
     Raises:
@@ -118,7 +118,7 @@ def read_trace(file: Path, *, count: int | None = None, speedup: float = 1.0) ->
     requests.sort(key=lambda request: request.at)
     begin = requests[0].at
     moved = (replace(request, at=(request.at - begin) / speedup) for request in requests)
-    return RequestTrace(file=file, requests=tuple(moved), left_out=left_out)
+    return TrafficTrace(file=file, requests=tuple(moved), left_out=left_out)
 
 
 def _mooncake(file: Path, lines: Iterable[str]) -> Iterator[tuple[int, RecordedRequest]]:
