@@ -31,6 +31,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from flexpert.bench.cluster_history import cluster_now
 from flexpert.bench.load import (
     ClientAnswer,
     LoadError,
@@ -43,7 +44,7 @@ from flexpert.bench.load import (
     server_events,
 )
 from flexpert.bench.machine import Machine, this_machine
-from flexpert.bench.service import own_service, read_cluster
+from flexpert.bench.service import own_service
 from flexpert.cluster.views import OperationView
 from flexpert.engine.memory_plan import private_memory
 from flexpert.trials.demo import demo_requests, same
@@ -218,7 +219,7 @@ class Crowd:
 
 async def change(target: Target, what: int | tuple[int, int]) -> OperationView | None:
     """To its end; None if it was refused."""
-    active = sorted(r.id for r in (await read_cluster(target)).ranks if r.state == "active")
+    active = sorted(r.id for r in (await cluster_now(target)).ranks if r.state == "active")
     body: dict[str, Any]
     if isinstance(what, int):  # rank 0 stays, whoever has the fewest requests
         body = {"remove": active[what:]} if what < len(active) else {"ranks": what}
@@ -321,14 +322,14 @@ async def run(arguments: argparse.Namespace) -> Result:
         warm = [*CHANGES[: arguments.warmup], 2]
         await through(rounds[0], arguments.clients, warm, arguments.every_s)
         await emptied(target)
-        rank = (await read_cluster(target)).ranks[0].pid
+        rank = (await cluster_now(target)).ranks[0].pid
         before = await held(service.pid, rank)
         began = time.perf_counter()
         done = await through(rounds[1], arguments.clients, changes, arguments.every_s)
         took = time.perf_counter() - began
         load = os.getloadavg()[0]
         unfinished = await emptied(target)
-        rank = (await read_cluster(target)).ranks[0].pid
+        rank = (await cluster_now(target)).ranks[0].pid
         after = await held(service.pid, rank)
         last = rounds[1]
         return Result(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from time import perf_counter
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView
 
 _READ_S = 30.0
 _LOOK_S = 0.02
+BACK_S = 60.0
 RUNNING = ("preparing", "committing")
 
 
@@ -36,6 +38,17 @@ async def cluster_now(target: Target) -> ClusterView:
     except msgspec.ValidationError:
         pass
     raise LoadError(f"/cluster answered {status}: {error_message(msgspec.json.encode(answer))}")
+
+
+async def all_back(target: Target) -> None:
+    """Wait until no rank is missing and no change runs, for `BACK_S` at most. Raises: LoadError"""
+    until = perf_counter() + BACK_S
+    while perf_counter() < until:
+        view = await cluster_now(target)
+        active = sorted(rank.id for rank in view.ranks if rank.state == "active")
+        if view.operation is None and active == sorted(view.desired):
+            return
+        await asyncio.sleep(_LOOK_S)
 
 
 async def change_ranks(target: Target, body: dict[str, Any]) -> OperationView:

@@ -22,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from flexpert.bench.cluster_history import change_ranks, cluster_now, events_since
+from flexpert.bench.cluster_history import BACK_S, all_back, change_ranks, cluster_now, events_since
 from flexpert.bench.day_trace import EVENING, NOON, DayTrace, flips
 from flexpert.bench.goodput import figures_with_goodput
 from flexpert.bench.load import (
@@ -47,7 +47,6 @@ RunName = Literal["fixed", "autoscaler", "oracle"]
 RUNS: tuple[RunName, ...] = ("fixed", "autoscaler", "oracle")
 
 _STALL_S = 120.0
-_BACK_S = 60.0
 _LOOK_S = 0.05
 _WARM_UP = 6
 _SETTLED = 3.0  # times `settle_s`, in which the autoscaler is back at one rank
@@ -335,7 +334,7 @@ def _until(end: float) -> Iterator[int]:
 
 async def _scale(target: Target, ranks: int) -> None:
     """Again while it is refused or fails, because a rank is being replaced. Raises: LoadError"""
-    until = perf_counter() + _BACK_S
+    until = perf_counter() + BACK_S
     while True:
         try:
             operation = await change_ranks(target, {"ranks": ranks})
@@ -381,7 +380,7 @@ class _DayRun:
                 task.cancel()
             await asyncio.gather(*actions, return_exceptions=True)
         end = max(begin + plan.seconds, perf_counter())
-        await self._quiet()
+        await all_back(self.target)
         history = await events_since(self.target, before.cursor)
         first = not texts
         if first:
@@ -420,16 +419,6 @@ class _DayRun:
             if active:
                 kill_rank(source.choice(active))
                 killed.append(perf_counter() - begin)
-
-    async def _quiet(self) -> None:
-        """Until no rank is missing and no change runs."""
-        until = perf_counter() + _BACK_S
-        while perf_counter() < until:
-            view = await cluster_now(self.target)
-            active = sorted(rank.id for rank in view.ranks if rank.state == "active")
-            if view.operation is None and active == sorted(view.desired):
-                return
-            await asyncio.sleep(_LOOK_S)
 
 
 def altered(first: Sequence[ClientAnswer], answers: Sequence[ClientAnswer]) -> int:

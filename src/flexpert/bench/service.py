@@ -13,10 +13,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import msgspec
-
-from flexpert.bench.load import LoadError, Target, call
-from flexpert.cluster.views import ClusterView
+from flexpert.bench.load import Target
 from flexpert.errors import FlexpertError
 
 # the line of `server/service_process.py` that says where it listens
@@ -129,11 +126,3 @@ async def _stop(process: asyncio.subprocess.Process, timeout_s: float) -> None:
             raise
     with contextlib.suppress(ProcessLookupError):  # whoever of its session is left
         os.killpg(process.pid, signal.SIGKILL)
-
-
-async def read_cluster(target: Target) -> ClusterView:
-    """What the service tells of its ranks. Raises: LoadError"""
-    status, answer = await call(target, "GET", "/cluster")
-    if status != 200:
-        raise LoadError(f"/cluster answered {status}")
-    return msgspec.convert(answer, ClusterView, strict=False)  # keys of JSON are texts

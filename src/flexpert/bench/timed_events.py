@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from flexpert.bench.cluster_history import change_ranks, cluster_now, events_since
+from flexpert.bench.cluster_history import all_back, change_ranks, cluster_now, events_since
 from flexpert.bench.load import ClientAnswer, LoadError, Target
 from flexpert.bench.statistics import longest_gap
 from flexpert.cluster.views import ClusterEvent, ClusterView, OperationView, RankView
@@ -32,8 +32,6 @@ from flexpert.reading import shown
 
 EVENT_EXAMPLE = "t=20 scale 4"
 _FORK_SERVER = "flexpert.forking.fork_server"
-_BACK_S = 60.0
-_LOOK_S = 0.1
 _AFTER_S = 0.5  # in which a gap may begin that a change has caused
 
 
@@ -182,7 +180,7 @@ class EventRun:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         kills = [n for n, event in enumerate(self.events) if event.killed is not None]
         if any(self._done[n].begun_s is not None for n in kills):
-            await self._all_back()
+            await all_back(self.target)
         history = await events_since(self.target, self._cursor)
         wall = time.time() - perf_counter() + self.begin  # of the load's begin
         for number in kills:
@@ -214,15 +212,6 @@ class EventRun:
             self._done[number] = msgspec.structs.replace(told, state="failed")
         except LoadError as error:
             self._done[number] = msgspec.structs.replace(told, error=str(error))
-
-    async def _all_back(self) -> None:
-        until = perf_counter() + _BACK_S
-        while perf_counter() < until:
-            view = await cluster_now(self.target)
-            active = sorted(rank.id for rank in view.ranks if rank.state == "active")
-            if view.operation is None and active == sorted(view.desired):
-                return
-            await asyncio.sleep(_LOOK_S)
 
     def _with_gap(self, done: EventOutcome, answers: Sequence[ClientAnswer]) -> EventOutcome:
         if done.begun_s is None:

@@ -20,9 +20,10 @@ import msgspec
 import psutil
 from rich.console import Console
 
+from flexpert.bench.cluster_history import cluster_now
 from flexpert.bench.load import ClientAnswer, LoadError, Target, call, closed_loop, complete
 from flexpert.bench.machine import this_machine
-from flexpert.bench.service import own_service, read_cluster
+from flexpert.bench.service import own_service
 from flexpert.cluster.views import OperationView
 from flexpert.display.output import write_report
 from flexpert.engine.faults import VARIABLE
@@ -132,7 +133,7 @@ async def _run(plan: ChaosPlan, console: Console) -> tuple[ChaosResult, Seen]:
 async def _disturb(plan: ChaosPlan, target: Target, console: Console) -> tuple[ChaosResult, Seen]:
     demo = DemoPlan(clients=plan.clients, requests=plan.requests, max_tokens=plan.max_tokens)
     requests = [target.message("POST", "/v1/completions", body) for body in demo_requests(demo)]
-    first = await read_cluster(target)
+    first = await cluster_now(target)
     family = find_family(first.ranks, target.port)
     by_itself = [kind for kind in plan.faults if kind in BY_ITSELF]
     if by_itself and family.folder is None:
@@ -200,7 +201,7 @@ async def _disturb(plan: ChaosPlan, target: Target, console: Console) -> tuple[C
             telling.cancel()
 
     ended = time.time()
-    after = family.held((await read_cluster(target)).ranks)
+    after = family.held((await cluster_now(target)).ranks)
     grown = growth(before, after)
     lost = [answer for _, answer in answers if not answer.whole]
     altered = [n for n, answer in answers if answer.whole and not same(answer, expected[n])]
@@ -281,7 +282,7 @@ async def _all_back(target: Target, desired: int) -> bool:
     deadline = time.monotonic() + _BACK_S
     while time.monotonic() < deadline:
         with suppress(LoadError):
-            cluster = await read_cluster(target)
+            cluster = await cluster_now(target)
             active = sorted(rank.id for rank in cluster.ranks if rank.state == "active")
             if cluster.operation is None and active == cluster.desired and len(active) == desired:
                 return True
@@ -312,7 +313,7 @@ async def _scale_back(target: Target, ranks: int) -> None:
     deadline = time.monotonic() + _BACK_S
     while time.monotonic() < deadline:
         with suppress(LoadError):
-            cluster = await read_cluster(target)
+            cluster = await cluster_now(target)
             if cluster.operation is None:
                 if len(cluster.desired) == ranks:
                     return
@@ -335,7 +336,7 @@ async def _inject(plan: ChaosPlan, target: Target, family: Family, seen: Seen) -
                 break
             kind, seconds = draw.choice(plan.faults), draw.uniform(*_CUT_S)
             with suppress(LoadError):
-                up = [rank for rank in (await read_cluster(target)).ranks if rank.pid]
+                up = [rank for rank in (await cluster_now(target)).ranks if rank.pid]
                 for rank in whom.sample(up, min(len(up), 2 if plan.pairs else 1)):
                     fault = ChaosFault(kind, rank.id, rank.pid, time.time())
                     fault.seconds = seconds if kind == "partition" else 0.0

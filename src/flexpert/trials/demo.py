@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import msgspec
 from rich.console import Console
 
+from flexpert.bench.cluster_history import cluster_now
 from flexpert.bench.load import (
     ClientAnswer,
     LoadError,
@@ -23,7 +24,7 @@ from flexpert.bench.load import (
     error_message,
 )
 from flexpert.bench.machine import this_machine
-from flexpert.bench.service import own_service, read_cluster
+from flexpert.bench.service import own_service
 from flexpert.cluster.views import OperationView
 from flexpert.display.output import write_report
 from flexpert.errors import FlexpertError
@@ -134,7 +135,7 @@ async def _demonstrate(plan: DemoPlan, view: DemoView) -> DemoResult:
     async with own_service(SERVE, report=view.note) as service:
         target = service.target
         requests = [target.message("POST", "/v1/completions", body) for body in demo_requests(plan)]
-        progress.model = (await read_cluster(target)).model
+        progress.model = (await cluster_now(target)).model
         async with _shown(target, progress, view):
             progress.stage = "undisturbed run: 2 ranks"
             expected = await _undisturbed(target, requests, plan, progress)
@@ -232,7 +233,7 @@ async def _shown(target: Target, progress: DemoProgress, view: DemoView) -> Asyn
     async def show() -> None:
         while True:
             with suppress(LoadError):  # the view may be late; what counts is counted elsewhere
-                progress.cluster = await read_cluster(target)
+                progress.cluster = await cluster_now(target)
             progress.tick(perf_counter())
             view.refresh(progress)
             await asyncio.sleep(REFRESH_S)
