@@ -69,7 +69,7 @@ def test_many_changes_leave_nothing_behind(in_shm: Callable[[], set[str]]) -> No
         survivor = head.cluster().ranks[0].pid
         before_head, before_rank = use(os.getpid()), use(survivor)
         processes, shared = family(), in_shm()
-        await rounds(40)
+        await rounds(25)
         assert head.cluster().ranks[0].pid == survivor
         assert family() == processes
         assert in_shm() == shared

@@ -32,7 +32,7 @@ from flexpert.cluster.views import ClusterEvent
 from flexpert.engine.request import RequestSequence, TokenEvent
 from flexpert.moe.placement import Placement, replan
 
-HISTORIES = int(os.environ.get("FLEXPERT_HISTORIES", "6000"))
+HISTORIES = int(os.environ.get("FLEXPERT_HISTORIES", "3000"))
 CRASHING_HISTORIES = int(os.environ.get("FLEXPERT_CRASHING_HISTORIES", "1000"))
 SHARE = 250  # of one process at a time
 FOUND_WITHIN = 10_000
