@@ -278,6 +278,10 @@ class CrashingSimulation(Simulation):
         if not (self.away or self.takeover):
             super().change()
 
+    def rebalance(self) -> None:
+        if not (self.away or self.takeover):
+            super().rebalance()
+
     def give_up(self) -> None:
         if self.away or self.takeover:
             if self.open:
