@@ -15,6 +15,11 @@ from support.checkpoints import (
     reference_logits,
     single_runner,
 )
+from torch import Tensor, nn
+
+from flexpert.comm.cuda.driver_state import driver_is_open
+from flexpert.models.meta_walk import walk
+from flexpert.models.source import ModelSource
 
 Checkpoints = Callable[..., Path]
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
@@ -52,6 +57,30 @@ def test_chunks_and_decodes_of_packed_sequences_give_its_greedy_tokens(
     for name, prompt in prompts.items():
         assert len(answers[name]) > 5
         assert answers[name] == greedy(path, prompt, len(answers[name]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_to_open_a_model_opens_no_gpu(
+    family: str, checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fork server does so, and a child of a process that has opened a GPU can use none."""
+
+    def opened(*_: object) -> None:
+        raise AssertionError("this opens CUDA's driver")
+
+    class Asks(nn.Module):
+        """As transformers 5.17 does to find out whether it is traced."""
+
+        def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool) -> None:
+            assert torch.cuda.is_current_stream_capturing() is False
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", opened)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", opened)
+    asks: Any = Asks()
+    walk(asks)
+    source = ModelSource.open(checkpoint(family))
+    source.try_extents()
+    assert not driver_is_open()
 
 
 def test_an_idle_step_walks_every_moe_layer_in_order(checkpoint: Checkpoints) -> None:

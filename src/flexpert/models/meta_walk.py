@@ -7,6 +7,7 @@ part happens on the CPU, as it would while serving. Where the two meet, the valu
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -64,9 +65,24 @@ def walk(model: PreTrainedModel) -> set[str]:
     """
     mode = MetaWalk(model)
     positions = torch.arange(2, device="cpu").unsqueeze(0)
-    with torch.inference_mode(), mode:
+    with torch.inference_mode(), mode, _no_stream_captures():
         model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
     return mode.touched
+
+
+@contextlib.contextmanager
+def _no_stream_captures() -> Iterator[None]:
+    """While it is entered, torch says without asking that no CUDA graph is captured.
+
+    Models ask whether they are traced, and to ask a stream opens the GPU: the fork server, which
+    probes the model, could then make no more ranks.
+    """
+    asked = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = asked
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

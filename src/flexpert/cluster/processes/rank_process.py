@@ -19,6 +19,7 @@ import torch
 from flexpert.cluster.processes.child_connection import ConnectionEnded
 from flexpert.cluster.processes.head_link import HeadLink
 from flexpert.cluster.processes.relay import Relay
+from flexpert.comm.cuda.driver_state import driver_is_open
 from flexpert.comm.host.liveness import LivenessLock
 from flexpert.config import Config
 from flexpert.device_settings import DEVICE_SETTINGS
@@ -68,7 +69,11 @@ decode_spec = msgspec.msgpack.Decoder(RankSpec).decode
 
 
 def open_model(config_json: bytes) -> ModelSource:
-    """The model of a settings tree given as JSON: what the fork server has for every child."""
+    """The model of a settings tree given as JSON: what the fork server has for every child.
+
+    Raises:
+        FlexpertError: it cannot be opened or served, or opening it has opened a GPU.
+    """
     source = open_source(Config.model_validate_json(config_json))
     source.try_grammar_tokens()  # a rank would hold up its step loop to make its own
     threads = torch.get_num_threads()
@@ -77,6 +82,11 @@ def open_model(config_json: bytes) -> ModelSource:
         source.try_extents()
     finally:
         torch.set_num_threads(threads)
+    if driver_is_open():
+        raise FlexpertError(
+            "opening the model has opened the GPU's driver in the process that ranks are forked "
+            "from, where they could not use it; please report this with the model's config.json"
+        )
     return source
 
 

@@ -5,6 +5,7 @@ wait_kernels, dispatch_kernels, combine_kernels
                       what runs on the GPU
 cuda_exchange         their launches and tensors; can be captured into CUDA graphs
 expert_major          the rows copied together by expert; can be captured, too
+driver_state          whether this process has opened CUDA's driver
 cuda_runtime          calls of the CUDA runtime that torch does not offer
 ipc_memory            device memory that other processes can map
 device_memory         the same for comm/peer_memory.py: memory that peers read
