@@ -620,12 +620,14 @@ class Config(_Section):
         if device is None:
             return tree
         engine, cluster = tree["engine"], tree.get("cluster") or {}
-        if isinstance(engine, dict):
-            defaults = device.engine_defaults(engine.get("all2all"))
-            tree = {**tree, "engine": {**defaults, **engine}}
         of_cluster = device.cluster_defaults()
         if of_cluster and isinstance(cluster, dict) and not {"ranks", "max_ranks"} & cluster.keys():
-            tree = {**tree, "cluster": {**of_cluster, **cluster}}
+            cluster = {**of_cluster, **cluster}
+            tree = {**tree, "cluster": cluster}
+        if isinstance(engine, dict):
+            alone = isinstance(cluster, dict) and str(cluster.get("max_ranks")) == "1"
+            defaults = device.engine_defaults(engine.get("all2all"), alone=alone)
+            tree = {**tree, "engine": {**defaults, **engine}}
         return tree
 
     @model_validator(mode="after")

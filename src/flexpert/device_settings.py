@@ -42,10 +42,10 @@ class DeviceSettings(ABC):
     process_bytes: int
 
     @abstractmethod
-    def engine_defaults(self, all2all: object) -> dict[str, int]:
+    def engine_defaults(self, all2all: object, *, alone: bool) -> dict[str, int]:
         """Defaults of `EngineConfig` that differ from the class's.
 
-        all2all: as it is given, not yet validated.
+        all2all: as it is given, not yet validated. alone: there is never more than one rank.
         """
 
     @abstractmethod
@@ -67,7 +67,7 @@ class CpuSettings(DeviceSettings):
     uses_host_memory = True
     process_bytes = 64 * 2**20
 
-    def engine_defaults(self, all2all: object) -> dict[str, int]:
+    def engine_defaults(self, all2all: object, *, alone: bool) -> dict[str, int]:
         return {}
 
     def cluster_defaults(self) -> dict[str, int]:
@@ -96,10 +96,11 @@ class CudaSettings(DeviceSettings):
     uses_host_memory = False
     process_bytes = 832 * 2**20  # of a rank with 15 GB on a GPU
 
-    def engine_defaults(self, all2all: object) -> dict[str, int]:
+    def engine_defaults(self, all2all: object, *, alone: bool) -> dict[str, int]:
         defaults = {"max_running": 256, "kv_memory": 4 * 2**30}
-        if all2all != "nixl_ep":  # whose memory grows with tokens times experts
-            defaults["max_tokens_per_step"] = 2048
+        if all2all != "nixl_ep":  # whose memory grows with tokens times experts, ours with ranks
+            # with fewer than some 3,000, launching a step takes longer than computing it
+            defaults["max_tokens_per_step"] = 8192 if alone else 2048
         return defaults
 
     def cluster_defaults(self) -> dict[str, int]:

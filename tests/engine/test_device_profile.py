@@ -47,7 +47,8 @@ def test_a_gpu_has_larger_steps_and_caches_unless_they_are_given() -> None:
         return engine.max_tokens_per_step, engine.max_running, engine.kv_memory
 
     assert sizes(settings(None, {"engine.device": "cpu"})) == (256, 64, 256 * 2**20)
-    assert sizes(gpu()) == (2048, 256, 4 * 2**30)
+    assert sizes(gpu()) == (8192, 256, 4 * 2**30)
+    assert sizes(gpu(**{"cluster.max_ranks": 4})) == (2048, 256, 4 * 2**30)
     given = {"max_tokens_per_step": 32, "max_running": 8, "kv_memory": "1MiB"}
     found = gpu(**{f"engine.{name}": value for name, value in given.items()})
     assert sizes(found) == (32, 8, 2**20)

@@ -13,6 +13,7 @@ import torch
 from llguidance import LLMatcher
 from support.api_schemas import api_schemas
 
+from flexpert.engine.device_sampler import DeviceSampler
 from flexpert.engine.output_grammar import (
     LONGEST_STRUCTURE,
     AnswerMatcher,
@@ -20,11 +21,12 @@ from flexpert.engine.output_grammar import (
     resolve,
 )
 from flexpert.engine.request import RequestSequence, SamplingParams, StructuredOutputsParams
-from flexpert.engine.sampler import Sampler
+from flexpert.engine.sampler import Sampler, TokenSampler
 from flexpert.engine.sequence import SampleState
 from flexpert.engine.token_masks import MaskBuilder, StepMasks
 from flexpert.errors import RequestError
 from flexpert.frontend.text import TokenText
+from flexpert.kernels.device_stream import HostStream
 from flexpert.models.source import ModelSource
 
 Structure = StructuredOutputsParams
@@ -299,7 +301,10 @@ def test_only_possible_tokens_are_sampled(builder: MaskBuilder, on_device: bool)
         free = sampled(None, temperature=0)
         masks = step(builder, [*states, free])
         assert masks is not None
-        result = Sampler(greedy_on_device=on_device).sample(logits, [*states, free], masks.words)
+        chooser: TokenSampler = Sampler()
+        if on_device:
+            chooser = DeviceSampler(torch.zeros(8, dtype=torch.int64), HostStream())
+        result = chooser.start(logits, [*states, free], masks.words).finish().sampled
         bits = np.unpackbits(masks.words[0].view(np.uint8), bitorder="little")
         assert all(bits[token] for token in result.tokens[:-1])
         assert result.tokens[-1] == int(logits[-1].argmax())

@@ -11,13 +11,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from flexpert.comm import Buffer, make_buffer
+from flexpert.comm import Buffer, RankTimeout, make_buffer
 from flexpert.comm.host.host_buffer import HostBuffer
 from flexpert.config import EngineConfig
 from flexpert.engine import rank_protocol as msg
+from flexpert.engine.device_profile import CpuProfile
+from flexpert.engine.device_sampler import DeviceSampler
 from flexpert.engine.memory_plan import buffer_spec
 from flexpert.engine.rank_engine import RankEngine
 from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, SamplingParams
+from flexpert.engine.scheduler import StepPlan
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import replan
 
@@ -34,8 +37,11 @@ class Told:
         self.rejections: dict[str, tuple[str, bool]] = {}
         self.interfere: Callable[[str, int], None] = lambda what, epoch: None
 
+    def next(self) -> tuple[str, int]:
+        return self._said.get(timeout=LIMIT_S)
+
     def wait_for(self, what: str, epoch: int) -> None:
-        while (said := self._said.get(timeout=LIMIT_S)) != (what, epoch):
+        while (said := self.next()) != (what, epoch):
             assert said[0] != "failed", said
 
     def _say(self, what: str, epoch: int) -> None:
@@ -54,7 +60,7 @@ class Told:
                 self._say("rejected", 0)
             case msg.OnTrial():
                 self._say("on_trial", 0)
-            case msg.Progress(epoch) | msg.Prepared(epoch) | msg.Failed(epoch):
+            case msg.Progress(epoch) | msg.Prepared(epoch) | msg.Failed(epoch) | msg.Broken(epoch):
                 self._say(type(report).__name__.lower(), epoch)
             case msg.Switched(epoch):
                 self._say("switched", epoch)
@@ -230,3 +236,103 @@ def test_the_first_step_with_a_suspect_is_told(source: ModelSource) -> None:
         engine.submit(msg.Admit([msgspec.structs.replace(asked("a"), on_trial=True)]))
         told.wait_for("on_trial", 0)
         told.wait_for("finished", 0)
+
+
+def many() -> list[RequestSequence]:
+    """More than run at once; some end by a token, some are sampled, some need one at a time."""
+    ways: list[dict[str, Any]] = [
+        {"max_tokens": 1},
+        {"max_tokens": 12},
+        {"max_tokens": 9, "temperature": 1.0, "seed": 3},
+        {"max_tokens": 30, "stop_token_ids": tuple(range(0, 400, 2))},
+        {"max_tokens": 7, "repetition_penalty": 1.3},
+        {"max_tokens": 20, "temperature": 0.8, "top_k": 5, "seed": 9, "min_tokens": 12},
+        {"max_tokens": 14, "logprobs": 2},
+        {
+            "max_tokens": 25,
+            "stop_token_ids": tuple(range(1, 400, 3)),
+            "temperature": 1.2,
+            "seed": 4,
+        },
+    ]
+    sequences = []
+    for number, way in enumerate(ways):
+        params = SamplingParams(**{"temperature": 0, "seed": 0} | way)
+        prompt = [(7 * number + 3 * at) % 400 for at in range(5 + 11 * number)]
+        sequences.append(
+            RequestSequence(id=str(number), prompt=prompt, generated=[], params=params, eos=())
+        )
+    return sequences
+
+
+def answers(
+    source: ModelSource, *, looks_ahead: bool, broken: int | None = None
+) -> tuple[dict[str, list[int]], int]:
+    """Of `many`, and how many steps were launched on top of another.
+
+    broken: which step turns out not to be whole; an epoch later it is computed again.
+    """
+    told, launched, checks = Told(), 0, 0
+    config = CONFIG.model_copy(update={"deterministic": True})
+    with pytest.MonkeyPatch.context() as patch:
+        if looks_ahead:
+            patch.setattr(CpuProfile, "looks_ahead", True)
+            patch.setattr(
+                CpuProfile, "make_sampler", lambda self, kept: DeviceSampler(kept, self.stream)
+            )
+        engine = RankEngine(0, source, config, capacity=1, exchange_timeout_s=LIMIT_S, report=told)
+        plan_step, check = engine.scheduler.plan, engine.buffer.check
+
+        def counted() -> StepPlan:
+            nonlocal launched
+            step = plan_step()
+            launched += step.sources is not None
+            return step
+
+        def breaking(*, wait: bool = True) -> tuple[int, ...]:
+            nonlocal checks
+            checks += 1
+            if checks == broken:
+                raise RankTimeout((1,), "combine", 1, 0.0)
+            return check(wait=wait)
+
+        patch.setattr(engine.scheduler, "plan", counted)
+        patch.setattr(engine.buffer, "check", breaking)
+        running = threading.Thread(target=engine.run)
+        running.start()
+        try:
+            alone(source, engine, told)
+            engine.submit(msg.Admit(many()))
+            unfinished = len(many())
+            while unfinished:
+                what, epoch = told.next()
+                unfinished -= what == "finished"
+                if what == "broken":
+                    engine.submit(msg.Halt(1))
+                    engine.submit(plan(engine, 2, {}))
+                elif (what, epoch) == ("prepared", 2):
+                    engine.submit(msg.Commit(2))
+        finally:
+            engine.submit(msg.Stop())
+            running.join(LIMIT_S)
+        assert engine.scheduler.pool.used == 0
+        assert broken is None or checks > broken
+    assert not told.rejections
+    return told.tokens, launched
+
+
+def test_a_rank_that_looks_ahead_answers_as_one_that_does_not(source: ModelSource) -> None:
+    expected, none = answers(source, looks_ahead=False)
+    found, ahead = answers(source, looks_ahead=True)
+    assert found == expected
+    assert none == 0
+    assert ahead > 10
+
+
+@pytest.mark.parametrize("broken", [1, 2, 9, 20])
+def test_what_was_launched_on_top_of_a_broken_step_is_computed_again(
+    source: ModelSource, broken: int
+) -> None:
+    expected, _ = answers(source, looks_ahead=False)
+    found, _ = answers(source, looks_ahead=True, broken=broken)
+    assert found == expected

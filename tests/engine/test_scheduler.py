@@ -15,6 +15,7 @@ from flexpert.engine.request import (
     HeldKV,
     RequestSequence,
     SamplingParams,
+    StructuredOutputsParams,
     TokenEvent,
     TokenLogprobs,
 )
@@ -90,7 +91,12 @@ class FakeModel:
         for slot in plan.slot_mapping.tolist():
             self.cache[slot] = (-1, -1)
 
-    def step(self, plan: StepPlan) -> Sampled:
+    def step(self, plan: StepPlan, before: Sampled | None = None) -> Sampled:
+        """before: what the plan before has sampled, if that was not committed yet."""
+        if plan.sources is not None:
+            assert before is not None
+            unseen = plan.sources >= 0
+            plan.token_ids[unseen] = np.array(before.tokens)[plan.sources[unseen]]
         self.write(plan)
         owner = np.repeat(np.arange(len(plan.context_len)), np.diff(plan.query_start))
         tokens = []
@@ -405,18 +411,98 @@ def test_what_can_never_be_answered_is_refused() -> None:
         limits(blocks=0)
 
 
-def test_a_plan_is_used_once_and_one_at_a_time() -> None:
+def test_a_plan_is_used_once() -> None:
     scheduler = Scheduler(limits())
     scheduler.add(sequence("a", [1]))
     plan = scheduler.plan()
-    with pytest.raises(RuntimeError, match="in flight"):
-        scheduler.plan()
+    scheduler.rollback(scheduler.plan())
     with pytest.raises(ValueError, match="2 tokens for 1"):
         scheduler.commit(plan, Sampled([1, 2], [None, None]))
     scheduler.rollback(plan)
     for use in (lambda: scheduler.rollback(plan), lambda: scheduler.commit(plan, Sampled([], []))):
-        with pytest.raises(ValueError, match="not in flight"):
+        with pytest.raises(ValueError, match="not the one in flight"):
             use()
+
+
+def test_the_next_step_is_planned_while_one_is_computed() -> None:
+    scheduler, model = Scheduler(limits()), FakeModel(4)
+    asked = [sequence(name, [1, 2, 3], max_tokens=9, ignore_eos=True) for name in "ab"]
+    for one in asked:
+        scheduler.add(one)
+    first = scheduler.plan()
+    tokens = model.step(first)
+    assert scheduler.looks_ahead
+    second = scheduler.plan()
+    check_shapes(second, scheduler.limits)
+    assert second.sources is not None
+    assert second.sources.tolist() == [0, 1]
+    assert second.positions.tolist() == [3, 3]
+    assert not scheduler.looks_ahead
+    with pytest.raises(RuntimeError, match="in flight"):
+        scheduler.plan()
+    with pytest.raises(ValueError, match="not the one in flight"):
+        scheduler.commit(second, model.step(second, tokens))
+    with pytest.raises(ValueError, match="not the one in flight"):
+        scheduler.rollback(first)
+    scheduler.rollback(second)
+    again = scheduler.plan()
+    after = model.step(again, tokens)
+    answers = {
+        one.id: [event] for one, event in zip(asked, scheduler.commit(first, tokens), strict=True)
+    }
+    for event in scheduler.commit(again, after):
+        answers[event.id].append(event)
+    for name, events in run(scheduler, model).items():
+        answers[name] += events
+    assert {one.id: tokens_of(answers[one.id]) for one in asked} == {
+        one.id: answer(one) for one in asked
+    }
+
+
+def test_an_answer_that_ends_unseen_holds_its_blocks_until_the_next_step_is_over() -> None:
+    scheduler, model = Scheduler(limits()), FakeModel(4)
+    prompt = next(p for n in range(99) if next_token(p := [n % 7, n // 7]) == EOS)
+    scheduler.add(sequence("a", prompt, max_tokens=9))
+    first = scheduler.plan()
+    tokens = model.step(first)
+    second = scheduler.plan()
+    (event,) = scheduler.commit(first, tokens)
+    assert event.finish == "stop"
+    assert not scheduler.has_work
+    assert scheduler.pool.used == 1
+    assert scheduler.commit(second, model.step(second, tokens)) == []
+    assert scheduler.pool.used == 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"repetition_penalty": 1.2},
+        {"bad_token_ids": [(1, 2)]},
+        {"structured_outputs": StructuredOutputsParams(choice=["a", "b"])},
+    ],
+)
+def test_nothing_is_planned_ahead_where_the_next_token_depends_on_the_last(
+    params: dict[str, Any],
+) -> None:
+    scheduler = Scheduler(limits())
+    scheduler.add(sequence("a", [1, 2], max_tokens=9))
+    scheduler.add(sequence("b", [1, 2], max_tokens=9, **params))
+    scheduler.plan()
+    assert not scheduler.looks_ahead
+
+
+def test_nothing_is_planned_ahead_where_blocks_are_short() -> None:
+    scheduler, model = Scheduler(limits(blocks=10)), FakeModel(4)
+    for name in "ab":
+        scheduler.add(sequence(name, [1, 2, 3, 4, 5], max_tokens=20, ignore_eos=True))
+    ahead = []
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        ahead.append(scheduler.looks_ahead)
+        scheduler.commit(plan, model.step(plan))
+    assert ahead[0]
+    assert not all(ahead[:-1])
 
 
 def test_an_abort_in_flight_is_honoured_and_its_id_can_come_again() -> None:
@@ -456,7 +542,7 @@ class Life(RuleBasedStateMachine):
         self.started: list[str] = []
         self.came: set[str] = set()  # from another rank
         self.late: set[str] = set()  # overtake, or are overtaken
-        self.in_flight: StepPlan | None = None
+        self.in_flight: list[tuple[StepPlan, Sampled, Any]] = []  # with what they have given
         self.broken: StepPlan | None = None  # rolled back, and nothing happened since
         self.quiet = True  # nothing was added or aborted since the plan
         self.visible: tuple[Any, ...] = ()  # before the plan
@@ -514,7 +600,7 @@ class Life(RuleBasedStateMachine):
         self.scheduler.add(self.asked[name])
         self.broken, self.quiet = None, False
 
-    @precondition(lambda self: self.in_flight is None)
+    @precondition(lambda self: not self.in_flight)
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=22),
         resumed=st.integers(0, 6),
@@ -556,43 +642,56 @@ class Life(RuleBasedStateMachine):
         self.done.add(name)
         self.broken, self.quiet = None, False
 
-    @precondition(lambda self: self.in_flight is None)
+    @precondition(lambda self: not self.in_flight)
     @rule()
     def plan(self) -> None:
         before = self.look()
-        plan = self.scheduler.plan()
-        check_shapes(plan, self.scheduler.limits)
+        plan = self.launch()
         assert self.look() == before
         assert (plan.tokens > 0) == self.scheduler.has_work
         if self.broken is not None:
             assert same(plan, self.broken)
-        self.in_flight, self.broken, self.visible, self.quiet = plan, None, before, True
+        self.broken, self.visible, self.quiet = None, before, True
 
-    @precondition(lambda self: self.in_flight is not None)
+    @precondition(lambda self: self.in_flight and self.scheduler.looks_ahead)
+    @rule()
+    def plan_ahead(self) -> None:
+        before = self.look()
+        self.launch()
+        assert self.look() == before
+
+    def launch(self) -> StepPlan:
+        plan = self.scheduler.plan()
+        check_shapes(plan, self.scheduler.limits)
+        before = self.in_flight[-1][1] if self.in_flight else None
+        self.in_flight.append((plan, self.model.step(plan, before), self.model.scores))
+        return plan
+
+    @precondition(lambda self: self.in_flight)
     @rule(steps=st.integers(0, 5))
     def commit(self, steps: int) -> None:
-        assert self.in_flight is not None
-        self.finish_step(self.in_flight)
+        self.finish_step()
+        self.quiet = False
         for _ in range(steps):
-            plan = self.scheduler.plan()
-            check_shapes(plan, self.scheduler.limits)
-            self.finish_step(plan)
-        self.in_flight = None
+            if not self.in_flight or self.scheduler.looks_ahead:
+                self.launch()
+            self.finish_step()
 
-    @precondition(lambda self: self.in_flight is not None)
+    @precondition(lambda self: self.in_flight)
     @rule()
     def rollback(self) -> None:
-        assert self.in_flight is not None
-        self.model.spoil(self.in_flight)
-        self.scheduler.rollback(self.in_flight)
+        first = self.in_flight[0][0]
+        for plan, _, _ in reversed(self.in_flight):
+            self.model.spoil(plan)
+            self.scheduler.rollback(plan)
         if self.quiet:
             assert self.look() == self.visible
-            self.broken = self.in_flight
-        self.in_flight = None
+            self.broken = first
+        self.in_flight = []
 
-    def finish_step(self, plan: StepPlan) -> None:
-        sampled = self.model.step(plan)
-        for event in self.scheduler.commit(plan, sampled, scores=self.model.scores):
+    def finish_step(self) -> None:
+        plan, sampled, scores = self.in_flight.pop(0)
+        for event in self.scheduler.commit(plan, sampled, scores=scores):
             assert event.id not in self.done
             asked = self.asked[event.id]
             scored = asked.params.prompt_logprobs is not None and event.position == 0
@@ -607,7 +706,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_leaked_or_shared_wrongly(self) -> None:
-        if not hasattr(self, "scheduler") or self.in_flight is not None:
+        if not hasattr(self, "scheduler") or self.in_flight:
             return
         pool = self.scheduler.pool
         running = [*self.scheduler._decoding, *self.scheduler._prefilling]
@@ -636,14 +735,13 @@ class Life(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        if self.in_flight is not None:
-            self.model.spoil(self.in_flight)
-            self.scheduler.rollback(self.in_flight)
-            self.in_flight = None
+        if self.in_flight:
+            self.rollback()
         for _ in range(3000):
             if not self.scheduler.has_work:
                 break
-            self.finish_step(self.scheduler.plan())
+            self.launch()
+            self.finish_step()
         assert self.done == set(self.asked)
         assert self.scheduler.pool.used == 0
 
@@ -666,7 +764,7 @@ def test_long_random_lives_under_pressure(seed: int, arrivals: bool) -> None:
     life.begin(
         budget=random.choice([3, 8, 30]),
         running=random.choice([2, 5]),
-        blocks=random.choice([10, 14, 18]),
+        blocks=random.choice([10, 14, 18, 30]),
         prefix_cache=random.random() < 0.6,
         scored=random.choice([1, 4, 256]),
     )
@@ -683,7 +781,7 @@ def test_long_random_lives_under_pressure(seed: int, arrivals: bool) -> None:
                 scored=random.random() < 0.3,
                 priority=random.choice([0, 0, 0, 1, -1]),
             )
-        if arrivals and life.in_flight is None and random.random() < 0.2:
+        if arrivals and not life.in_flight and random.random() < 0.2:
             prompt = random.choices([0, 1], k=random.choice([1, 5, 12, 22]))
             life.adopt(
                 prompt=prompt,
@@ -693,8 +791,10 @@ def test_long_random_lives_under_pressure(seed: int, arrivals: bool) -> None:
             )
         if len(life.done) < len(life.asked) and random.random() < 0.04:
             life.abort(pick=random.randrange(100))
-        if life.in_flight is None:
+        if not life.in_flight:
             life.plan()
+        elif life.scheduler.looks_ahead and random.random() < 0.6:
+            life.plan_ahead()
         elif random.random() < 0.4:
             life.rollback()
         else:

@@ -473,9 +473,13 @@ class Buffer(ABC):
         pending = self.begin_combine(y, received, reduce=reduce, weights=weights, out=out)
         return pending(timeout_s)
 
-    def check(self) -> tuple[int, ...]:
+    def check(self, *, wait: bool = True) -> tuple[int, ...]:
         """After each replay of a CUDA graph: wait for it, and raise what its exchanges would have
         raised. Where exchanges are not captured, there is nothing to do.
+
+        Args:
+            wait: for all that was launched; else the caller has waited for what he asks about, and
+                what was launched since may be raised, too.
 
         Returns: the ids that were masked because nothing came from them (on_timeout="mask").
 

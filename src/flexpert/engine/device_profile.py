@@ -21,10 +21,12 @@ from flexpert.comm.interpreter import INTERPRETED
 from flexpert.comm.peer_memory import ExportedMemory, ImportedMemory, export_memory, import_memory
 from flexpert.comm.remote_memory import HostRegion, ServedMemory
 from flexpert.config import EngineConfig
+from flexpert.engine.device_sampler import DeviceSampler
 from flexpert.engine.gpu_driver import GpuDriver, open_driver
 from flexpert.engine.gpu_usage import GpuUsage, HostUsage
 from flexpert.engine.head_store import HeadMeeting
 from flexpert.engine.host_network import check_network
+from flexpert.engine.sampler import Sampler, TokenSampler
 from flexpert.errors import ConfigError
 from flexpert.kernels.device_region import DeviceRegion
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
@@ -72,12 +74,12 @@ class DeviceProfile(ABC):
     Attributes:
         stream: of the device; its `device` is where tensors lie.
         warm_up: when a new rank computes its first steps.
-        samples_on_device: greedy tokens are chosen where the logits are; other logits are copied.
+        looks_ahead: the next step is launched before the tokens of one are known.
     """
 
     stream: DeviceStream
     warm_up: WarmUpTime
-    samples_on_device: bool
+    looks_ahead: bool
 
     def __init__(self, config: EngineConfig) -> None:
         """
@@ -114,6 +116,10 @@ class DeviceProfile(ABC):
             ConfigError: there is no room for it on the device, or nixl_ep is absent or does not
                 take it; says what to do.
         """
+
+    @abstractmethod
+    def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
+        """sampled: `ModelRunner.sampled`, of the rank."""
 
     @abstractmethod
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
@@ -180,7 +186,7 @@ class CpuProfile(DeviceProfile):
     """Kernels in C, exchange over shared memory."""
 
     warm_up = WarmUpTime.AFTER_LOADING
-    samples_on_device = False
+    looks_ahead = False
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
@@ -195,6 +201,9 @@ class CpuProfile(DeviceProfile):
         return make_buffer(
             rank, spec, timeout_s=timeout_s, store=meeting.store, machine=meeting.machine
         )
+
+    def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
+        return Sampler()
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
         return MoERuntime(
@@ -226,12 +235,11 @@ class TritonProfile(DeviceProfile):
     """Kernels in Triton. A service whose capacity is one rank exchanges nothing: that rank holds
     all experts."""
 
-    samples_on_device = True
-
     def __init__(self, config: EngineConfig, stream: DeviceStream) -> None:
         super().__init__(config)
         self.stream = stream
         nixl_ep = config.all2all == "nixl_ep"
+        self.looks_ahead = not nixl_ep  # which tells what it met by waiting for the device
         self.warm_up = WarmUpTime.BEFORE_LOADING if nixl_ep else WarmUpTime.WHILE_LOADING
 
     def make_kernels(self) -> Kernels:
@@ -257,6 +265,9 @@ class TritonProfile(DeviceProfile):
             )
         except CudaError as error:
             raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
+
+    def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
+        return DeviceSampler(sampled, self.stream)
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
         info, shape = source.info, source.expert_shape()
@@ -303,8 +314,6 @@ class CudaProfile(TritonProfile):
 
 class InterpreterProfile(TritonProfile):
     """Triton's interpreter on a CPU, which compiles nothing: the fewest sizes will do."""
-
-    samples_on_device = False
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config, HostStream())

@@ -4,6 +4,11 @@
     forward   attention over own requests, every MoE layer's exchange; without tokens only these
     publish   the step is whole → sample, append, report the tokens
 
+On a GPU the rank looks ahead: the next step is voted on, planned and launched while the device
+computes one, whose tokens are read and published then. Nothing is in flight where a rank votes for
+another epoch, nor when any command but requests is carried out. If a step was broken, what was
+launched after it is rolled back as well.
+
 Who may call what: `run` belongs to the main thread. `submit` takes commands of `rank_protocol` from
 any thread; they are queued and take effect between steps. Reports come from the step loop, progress
 of a preparation from its own thread, and `Halted` from the thread that submits a `Halt`.
@@ -19,7 +24,8 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -48,14 +54,15 @@ from flexpert.engine.rank_states import (
 )
 from flexpert.engine.remote_peers import EXPERTS, KV, RemotePeers
 from flexpert.engine.request import HeldKV, RequestSequence, TokenLogprobs
-from flexpert.engine.sampler import Masks, Sampler, score
+from flexpert.engine.sampler import StepSampling, score
 from flexpert.engine.scheduler import EngineLimits, Scheduler, ScoredChunk, StepPlan
-from flexpert.engine.sequence import Sampled, SampleState
-from flexpert.engine.sequence_intake import SEQUENCE_FAULTS, SequenceIntake
+from flexpert.engine.sequence import SEQUENCE_FAULTS
+from flexpert.engine.sequence_intake import SequenceIntake
 from flexpert.engine.stopwatch import Stopwatch, in_words
-from flexpert.engine.token_masks import MaskBuilder, StepMasks
+from flexpert.engine.token_masks import MaskBuilder
 from flexpert.engine.warm_up import WarmUp
 from flexpert.errors import FlexpertError
+from flexpert.kernels.device_stream import StreamEvent
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.fusion_verdicts import decode_verdicts
 from flexpert.models.kv_cache import KVCache
@@ -68,7 +75,6 @@ _SLOW_STEP_S = 0.1  # is logged, with what took how long
 _COUNT_EVERY_S = 0.25  # exchanges are looked at, which is too slow for each step
 _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it does not hang
 
-Samples = Sequence[SampleState]
 Queued: TypeAlias = msg.Command | PreparationEnded | FetchEnded | GrammarReady
 
 _VOTE = struct.Struct("<BI")  # has work, ready for epoch
@@ -82,6 +88,16 @@ _COMMANDS: Mapping[type, RankEventKind] = {
     msg.Halt: RankEventKind.HALT,
 }
 """Commands whose meaning depends on the rank's states."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step that was launched. done: the device has computed its logits."""
+
+    plan: StepPlan
+    done: StreamEvent
+    logits: torch.Tensor | None = None
+    sampling: StepSampling | None = None
 
 
 class RankEngine:
@@ -149,6 +165,7 @@ class RankEngine:
             device=self.profile.device,
             kernels=self.profile.make_kernels(),
             verdicts=decode_verdicts(verdicts),
+            most_samples=config.max_running,
             lap=self.watch.lap,
         )
         limits = EngineLimits(
@@ -167,7 +184,7 @@ class RankEngine:
             {EXPERTS: self.store.served, KV: self.profile.served(self.exported.bytes)},
             exchange_timeout_s=exchange_timeout_s,
         )
-        self.sampler = Sampler(greedy_on_device=self.profile.samples_on_device)
+        self.sampler = self.profile.make_sampler(self.runner.sampled)
         self.memory = MemoryMeter(
             source, config, capacity, lambda: self.exported.resident + self.store.resident
         )
@@ -197,7 +214,9 @@ class RankEngine:
             report=self.report,
             done=self._enqueue,
         )
-        self._warm_up = WarmUp(self.runner, self.moe, self.buffer, limits, self.profile)
+        self._warm_up = WarmUp(
+            self.runner, self.moe, self.buffer, limits, self.profile, self.sampler
+        )
         self._unfit = ""  # why this rank can compute nothing
 
         self._queue: deque[Queued] = deque()
@@ -210,6 +229,7 @@ class RankEngine:
         self.exchanges = msg.ExchangeUse()
         self._count_at = 0.0  # when exchanges are looked at next
 
+        self._flights: deque[_Flight] = deque()  # launched and not published, two at most
         self._states = RankStates()
         self._vote_due = False  # though there is no work: newly armed or entered, or a peer votes
         self._last_step_end: float | None = None
@@ -310,6 +330,8 @@ class RankEngine:
         while self._queue:
             self._turns += 1
             event = self._queue.popleft()
+            if not isinstance(event, msg.Admit | msg.Abort | GrammarReady):
+                self._guarded(self._settle)
             self._handlers[type(event)](event)
 
     def _admit(self, command: msg.Admit) -> None:
@@ -493,6 +515,8 @@ class RankEngine:
                 self._turns += 1
                 if not self._states.takes_part:
                     self._wake.wait(_REST_S)
+                elif self._flights and not self._goes_on:
+                    self._guarded(self._settle)
                 elif self._vote_due or self.scheduler.has_work:
                     self._guarded(self._round)
                 else:
@@ -510,9 +534,16 @@ class RankEngine:
         try:
             action()
         except Interrupted:
+            self._abandon()
             self._handle(RankEvent(RankEventKind.INTERRUPTED))
         except CommError as error:
+            self._abandon()
             self._handle(RankEvent(RankEventKind.BROKEN), error)
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether another step may be launched on top of the one in flight."""
+        return self._states.armed_for == 0 and self.scheduler.looks_ahead
 
     def _await_vote(self) -> None:
         """Sleep until a peer votes or a command comes."""
@@ -568,62 +599,77 @@ class RankEngine:
         )
 
     def _step(self, watch: Stopwatch) -> None:
-        if not self.scheduler.has_work:
-            self._idle(watch)
-            return
+        """Launch a step, and publish the one before, or this one where nothing goes on unseen."""
         plan = self.scheduler.plan()
         if plan.tokens == 0:
             self.scheduler.rollback(plan)
-            self._idle(watch)
+            self._settle(watch)
+            self.runner.forward_idle()
+            self.buffer.check()
+            watch.lap("without tokens")
             return
+        self._flights.append(flight := _Flight(plan, self.profile.stream.event()))
+        self._launch(flight, watch)
+        while len(self._flights) > 1:
+            self._publish(watch)
+        if not self.profile.looks_ahead:
+            self._settle(watch)
+
+    def _launch(self, flight: _Flight, watch: Stopwatch) -> None:
+        plan = flight.plan
         self._intake.begin_step(plan.ids)
         self._masks.begin(plan.samples)
         if self._faults:
             self._faults.at("forward", plan.token_ids)
-        try:
-            watch.lap("plan")
-            logits = self.runner.forward(_batch(plan))
-            watch.lap("forward")
-            self.buffer.check()
-            watch.lap(f"device ({plan.tokens} tokens)")
-        except CommError:
-            self.scheduler.rollback(plan)
-            raise
+        watch.lap("plan")
+        flight.logits = self.runner.forward(_batch(plan))
+        flight.done.record()
+        watch.lap("forward")
         masks = self._masks.finish()
         watch.lap("masks")
+        words = None if masks is None else masks.words
+        for row, error in (masks.failed if masks else {}).items():
+            self.scheduler.abort(plan.samples[row].id)
+            self.report(msg.Rejected(plan.samples[row].id, error))
+        rows = flight.logits[plan.sample_at] if plan.scored else flight.logits
+        flight.sampling = self.sampler.start(rows, plan.samples, words, plan.unseen)
+
+    def _settle(self, watch: Stopwatch | None = None) -> None:
+        """Publish what is in flight. Raises: CommError: a step was broken."""
+        while self._flights:
+            self._publish(watch or Stopwatch())
+
+    def _publish(self, watch: Stopwatch) -> None:
+        """Wait for the first step in flight, and if it is whole publish it.
+
+        Raises: CommError: it was broken.
+        """
+        flight = self._flights[0]
+        plan, logits = flight.plan, flight.logits
+        assert flight.sampling is not None
+        assert logits is not None
+        flight.done.synchronize()
+        self.buffer.check(wait=False)
+        watch.lap(f"device ({plan.tokens} tokens)")
         scores = [self._score(logits, chunk) for chunk in plan.scored]
-        rows = logits[plan.sample_at] if plan.scored else logits
-        sampled = self._sample(rows, plan.samples, masks)
+        tokens = flight.sampling.finish()
+        for row, error in tokens.failed.items():
+            self.scheduler.abort(plan.samples[row].id)
+            self._intake.failed(plan.samples[row].id, error)
         watch.lap("sample")
         lost = self.moe.lost_rows()
+        self._flights.popleft()
         events = self.scheduler.commit(
-            plan, sampled, None if lost is None else lost.numpy(), scores
+            plan, tokens.sampled, None if lost is None else lost.numpy(), scores
         )
         blocks = self.scheduler.cache_changes()
         self.report(msg.Published(events, self._load(), blocks, plan.tokens))
         watch.lap("publish")
 
-    def _idle(self, watch: Stopwatch) -> None:
-        self.runner.forward_idle()
-        self.buffer.check()
-        watch.lap("without tokens")
-
-    def _sample(
-        self, logits: torch.Tensor, samples: Samples, masks: StepMasks | None = None
-    ) -> Sampled:
-        """One token for each; a sequence that cannot be sampled fails, and the others go on."""
-        words = None if masks is None else masks.words
-        for row, error in (masks.failed if masks else {}).items():
-            self.scheduler.abort(samples[row].id)
-            self.report(msg.Rejected(samples[row].id, error))
-        try:
-            return self.sampler.sample(logits, samples, words)
-        except SEQUENCE_FAULTS:
-            each = [
-                self._sample_one(logits[i : i + 1], s, None if words is None else words[i : i + 1])
-                for i, s in enumerate(samples)
-            ]
-        return Sampled([one.tokens[0] for one in each], [one.logprobs[0] for one in each])
+    def _abandon(self) -> None:
+        """A step was broken: what is in flight is to be computed again."""
+        while self._flights:
+            self.scheduler.rollback(self._flights.pop().plan)
 
     def _score(self, logits: torch.Tensor, chunk: ScoredChunk) -> list[TokenLogprobs]:
         rows = logits[chunk.start : chunk.start + len(chunk.tokens)]
@@ -633,14 +679,6 @@ class RankEngine:
             self.scheduler.abort(chunk.id)
             self._intake.failed(chunk.id, error)
             return []
-
-    def _sample_one(self, row: torch.Tensor, sample: SampleState, mask: Masks | None) -> Sampled:
-        try:
-            return self.sampler.sample(row, [sample], mask)
-        except SEQUENCE_FAULTS as error:
-            self.scheduler.abort(sample.id)
-            self._intake.failed(sample.id, error)
-            return Sampled([0], [None])
 
 
 def _batch(plan: StepPlan) -> ForwardBatch:
@@ -652,4 +690,5 @@ def _batch(plan: StepPlan) -> ForwardBatch:
         block_tables=torch.from_numpy(plan.block_tables),
         slot_mapping=torch.from_numpy(plan.slot_mapping),
         sample_rows=torch.from_numpy(plan.logit_rows),
+        sources=None if plan.sources is None else torch.from_numpy(plan.sources),
     )

@@ -21,13 +21,15 @@ handle the odd elements at the end of a whole batch by other code than the rest.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from flexpert.engine.request import TokenLogprobs
-from flexpert.engine.sequence import Sampled, SampleState
+from flexpert.engine.sequence import SEQUENCE_FAULTS, Sampled, SampleState
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -38,7 +40,7 @@ _BLOCK = 64  # weights added up at a time
 _CACHED = 2**18  # float32 weights that are worked on at once: 1 MiB, to stay in the L2 cache
 _SCORED_AT_ONCE = 32  # rows in float64
 _AHEAD = 32  # positions whose uniform numbers are drawn in one go
-_COLDEST = 1e-30  # below it float32 quotients lose their meaning; it is greedy long before
+COLDEST = 1e-30  # below it float32 quotients lose their meaning; it is greedy long before
 _MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
 _WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
 _WORD = np.uint64(0xFFFFFFFF)
@@ -78,14 +80,59 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> Doubles:
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class StepTokens:
+    """failed: row → why its sequence cannot be sampled; its token counts for nothing."""
+
+    sampled: Sampled
+    failed: dict[int, Exception] = field(default_factory=dict)
+
+
+class StepSampling(Protocol):
+    """The sampling of one step that was started."""
+
+    def finish(self) -> StepTokens:
+        """Wait for the tokens."""
+        ...
+
+
+class TokenSampler(Protocol):
+    """Samples the next token of each sequence. All state is in the `SampleState`s."""
+
+    def start(
+        self,
+        logits: torch.Tensor,
+        samples: Sequence[SampleState],
+        masks: Masks | None = None,
+        unseen: int = 0,
+    ) -> StepSampling:
+        """One token for each row.
+
+        Args:
+            logits: [M, vocab], where the model computes them; not changed, and read until the
+                sampling is finished.
+            samples: the M sequences.
+            masks: [M, vocab / 32 rounded up] int32, a bit for each token that is possible, the
+                lowest bit first; None: all are, in every row.
+            unseen: of the first so many the last token is not known to the host yet, see
+                `SampleState.goes_on_unseen`.
+        """
+        ...
+
+
 class Sampler:
-    """Samples the next token of each sequence. All state is in the `SampleState`s.
+    """The `TokenSampler` of a CPU."""
 
-    greedy_on_device: choose the likeliest token where the logits are, and copy only that.
-    """
-
-    def __init__(self, *, greedy_on_device: bool = False) -> None:
-        self._greedy_on_device = greedy_on_device
+    def start(
+        self,
+        logits: torch.Tensor,
+        samples: Sequence[SampleState],
+        masks: Masks | None = None,
+        unseen: int = 0,
+    ) -> StepSampling:
+        """As in `TokenSampler`; a CPU does not look ahead."""
+        assert not unseen
+        return _HostSampling(self, logits, samples, masks)
 
     def sample(
         self,
@@ -106,9 +153,6 @@ class Sampler:
         if not samples:
             return Sampled([], [])
         plain = all(s.plain and not (s.stop_ids and s.must_go_on) for s in samples)
-        if plain and self._greedy_on_device:
-            possible = logits if masks is None else _masked_on_device(logits, masks)
-            return Sampled(possible.argmax(dim=-1).tolist(), [None] * len(samples))
         raw: Floats = logits.detach().to("cpu", torch.float32).numpy()
         if plain:
             best = _masked(raw, masks).argmax(axis=1)
@@ -119,6 +163,33 @@ class Sampler:
             for row, token, s in zip(raw, tokens, samples, strict=True)
         ]
         return Sampled(tokens, logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class _HostSampling:
+    sampler: Sampler
+    logits: torch.Tensor
+    samples: Sequence[SampleState]
+    masks: Masks | None
+
+    def finish(self) -> StepTokens:
+        """A sequence that cannot be sampled fails, and the others go on."""
+        try:
+            return StepTokens(self.sampler.sample(self.logits, self.samples, self.masks))
+        except SEQUENCE_FAULTS:
+            pass
+        each: list[Sampled] = []
+        failed: dict[int, Exception] = {}
+        for row in range(len(self.samples)):
+            one = slice(row, row + 1)
+            mask = None if self.masks is None else self.masks[one]
+            try:
+                each.append(self.sampler.sample(self.logits[one], self.samples[one], mask))
+            except SEQUENCE_FAULTS as error:
+                each.append(Sampled([0], [None]))
+                failed[row] = error
+        tokens = [one.tokens[0] for one in each]
+        return StepTokens(Sampled(tokens, [one.logprobs[0] for one in each]), failed)
 
 
 def score(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
@@ -162,14 +233,6 @@ def _masked(x: Floats, masks: Masks | None) -> Floats:
     if np.isneginf(out.max(axis=1)).any():
         raise ValueError("no token is possible: what may come next is forbidden otherwise")
     return out
-
-
-def _masked_on_device(logits: torch.Tensor, masks: Masks) -> torch.Tensor:
-    """The same, where the logits are: only the packed bits travel there."""
-    words = torch.from_numpy(masks).to(logits.device)
-    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-    possible = ((words.unsqueeze(-1) >> bits) & 1).flatten(1)[:, : logits.shape[1]]
-    return logits.masked_fill(possible == 0, -torch.inf)
 
 
 def _adjusted(raw: Floats, samples: Sequence[SampleState]) -> Floats:
@@ -223,7 +286,7 @@ def _choose(x: Floats, samples: Sequence[SampleState]) -> list[int]:
     if not drawn:
         return [int(token) for token in x.argmax(axis=1)]
     tokens = x.argmax(axis=1) if len(drawn) < len(samples) else np.zeros(len(x), dtype=np.int64)
-    u = _numbers([samples[i] for i in drawn])
+    u = numbers([samples[i] for i in drawn], [samples[i].position for i in drawn])
     at_once = max(1, _CACHED // x.shape[1])
     for start in range(0, len(drawn), at_once):
         rows = drawn[start : start + at_once]
@@ -234,20 +297,24 @@ def _choose(x: Floats, samples: Sequence[SampleState]) -> list[int]:
     return [int(token) for token in tokens]
 
 
-def _numbers(states: Sequence[SampleState]) -> Doubles:
-    """[n] float64: the uniform number of each sequence's next position.
+def numbers(states: Sequence[SampleState], positions: Sequence[int]) -> Doubles:
+    """[n] float64: the uniform number of each sequence at a position of its answer.
 
     One call of `uniforms` costs about the same for one number as for a thousand, so those of the
     next positions are drawn along; they are a function of seed and position and never outdated.
     """
-    dry = [s for s in states if not 0 <= s.position - s.numbers_from < len(s.numbers)]
+    dry = [
+        (s, position)
+        for s, position in zip(states, positions, strict=True)
+        if not 0 <= position - s.numbers_from < len(s.numbers)
+    ]
     if dry:
-        seeds = [s.seed for s in dry for _ in range(_AHEAD)]
-        positions = [s.position + step for s in dry for step in range(_AHEAD)]
-        fresh = uniforms(seeds, positions).reshape(len(dry), _AHEAD)
-        for state, numbers in zip(dry, fresh.tolist(), strict=True):
-            state.numbers, state.numbers_from = numbers, state.position
-    return np.array([s.numbers[s.position - s.numbers_from] for s in states])
+        seeds = [s.seed for s, _ in dry for _ in range(_AHEAD)]
+        places = [position + step for _, position in dry for step in range(_AHEAD)]
+        fresh = uniforms(seeds, places).reshape(len(dry), _AHEAD)
+        for (state, position), drawn in zip(dry, fresh.tolist(), strict=True):
+            state.numbers, state.numbers_from = drawn, position
+    return np.array([s.numbers[p - s.numbers_from] for s, p in zip(states, positions, strict=True)])
 
 
 def _weights(x: Floats, rows: list[int], states: Sequence[SampleState]) -> Floats:
@@ -256,7 +323,7 @@ def _weights(x: Floats, rows: list[int], states: Sequence[SampleState]) -> Float
     out: Floats = np.empty((len(rows), -(-vocab // _BLOCK) * _BLOCK), dtype=np.float32)
     out[:, vocab:] = -np.inf
     temperatures = np.array([[s.params.temperature] for s in states])
-    scale = (1 / np.maximum(temperatures, _COLDEST)).astype(np.float32)
+    scale = (1 / np.maximum(temperatures, COLDEST)).astype(np.float32)
     picked = x if len(rows) == len(x) else x[rows]
     body = out[:, :vocab]
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # -inf - -inf: all masked

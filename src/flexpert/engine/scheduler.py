@@ -21,6 +21,13 @@ A step is a transaction, because a rank may die in the middle of it:
     commit()    the step was whole: tokens are appended, blocks published, room made for the next
     rollback()  the step was broken: as if it had not been planned; the same plan comes again
 
+On a GPU the next step is planned while one is computed (`looks_ahead`): it goes on with what that
+will leave, if it is whole, but for its tokens, which the device knows (`StepPlan.sources`). Plans
+are committed in their order and rolled back in the other one. A sequence that a commit ends may be
+part of the plan after it: what that samples for it is dropped, and its blocks stay taken until that
+plan, too, has ended. Where KV blocks are short nothing is planned ahead, since only a commit makes
+room.
+
 What a broken step may have written to is never read: it writes only to positions not yet counted
 as computed and to blocks that nobody else holds. Preemption happens in commit() and not in plan()
 for this reason: the blocks of a victim must not be written to by a step that may be rolled back.
@@ -35,7 +42,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import msgspec
 import numpy as np
@@ -152,7 +159,8 @@ class StepPlan:
     slot_mapping: [N] int64, block * block_size + offset each row's keys and values go to.
     logit_rows: [L] int64, ascending: rows whose logits are needed. sample_at: [M] int64, where
     among them the last row of each sequence is that is sampled. scored: prompts whose tokens'
-    log probabilities are asked for.
+    log probabilities are asked for. sources: [N] int64, which sample of the plan before is each
+    row's token, where that is not known yet; -1: it is in token_ids. None: all are.
     """
 
     token_ids: NDArray[np.int64]
@@ -165,11 +173,17 @@ class StepPlan:
     sample_at: NDArray[np.int64]
     scored: list[ScoredChunk]
     decodes: int
+    sources: NDArray[np.int64] | None
     _sampled: list[_Scheduled] = field(repr=False)
     _decoding: list[_Scheduled] = field(repr=False)
     _grown: list[tuple[_Scheduled, int]] = field(repr=False)  # a further block for decoding
     _admitted: list[_Admission] = field(repr=False)
     _chunks: list[tuple[_Scheduled, int]] = field(repr=False)  # computed up to here afterwards
+    _whole: list[int] = field(repr=False)  # which sequences are prompts that are sampled
+    _rows: NDArray[np.int64] = field(repr=False)  # [S], of the scheduler's arrays
+    _blocks: NDArray[np.int64] = field(repr=False)  # [S], how many each has afterwards
+    _at: float = field(repr=False)  # when it was made
+    _used_before: int = field(repr=False)  # blocks
 
     @property
     def ids(self) -> Iterable[str]:
@@ -183,15 +197,52 @@ class StepPlan:
         return self._sampled
 
     @property
+    def unseen(self) -> int:
+        """How many samples, the first ones, have a token before that is not known yet."""
+        return self.decodes if self.sources is not None else 0
+
+    @property
     def tokens(self) -> int:
         """N; 0 when there is nothing to do, and the rank only takes part in the exchanges."""
         return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
+class _Begun:
+    """A sequence whose prompt is computed in part. blocks: how many it has."""
+
+    state: _Scheduled
+    row: int
+    computed: int
+    blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlook:
+    """What is to be computed, if the plan in flight is whole.
+
+    decoding: of D sequences, with rows, positions of the next token, and held blocks: [D] int64.
+    sources: as in `StepPlan`, [D]. admitted: `id` of states that wait no more.
+    """
+
+    decoding: list[_Scheduled]
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    held: NDArray[np.int64]
+    sources: NDArray[np.int64] | None
+    prefilling: list[_Begun]
+    admitted: frozenset[int] = frozenset()
+
+    @property
+    def running(self) -> int:
+        return len(self.decoding) + len(self.prefilling)
+
+
+@dataclass(frozen=True, slots=True)
 class _Chunk:
     state: _Scheduled
     row: int
+    blocks: int
     start: int
     end: int
 
@@ -243,10 +294,12 @@ class _Room:
     def any_for(self, state: _Scheduled) -> bool:
         return self.tokens > 0 and (state.scores is None or self.scored > 0)
 
-    def chunk(self, state: _Scheduled, row: int, start: int) -> _Chunk:
-        """As much of a prompt as there is room for, from `start` on; may be nothing."""
+    def chunk(self, begun: _Begun) -> _Chunk:
+        """As much of the rest of a prompt as there is room for; may be nothing."""
+        state, start = begun.state, begun.computed
         room = self.tokens if state.scores is None else min(self.tokens, self.scored)
-        chunk = _Chunk(state, row, start, min(len(state.tokens), start + room))
+        end = min(len(state.tokens), start + room)
+        chunk = _Chunk(state, begun.row, begun.blocks, start, end)
         self.tokens -= chunk.end - chunk.start
         self.scored -= chunk.scored
         if not chunk.whole:
@@ -265,7 +318,6 @@ class Scheduler:
     def __init__(self, limits: EngineLimits, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self._clock = clock
-        self._planned_at = 0.0
         self.pool = BlockPool(limits.blocks, limits.block_size, limits.prefix_cache)
         self._keys = KeyLog(stride_of(limits.blocks))
         self.pool.watch = self._keys.set
@@ -287,9 +339,9 @@ class Scheduler:
         self._length = np.zeros(rows, dtype=np.int64)  # decoding: its position
         self._free_rows = list(range(rows - 1, -1, -1))
         self._order: NDArray[np.int64] | None = None  # rows of _decoding
-        self._plan: StepPlan | None = None
-        self._used_before = 0  # blocks before the plan in flight
-        self._orphans: list[_Scheduled] = []  # aborted while the plan is in flight
+        self._plans: list[StepPlan] = []  # in flight, one or two, the first first
+        self._ahead: _Outlook | None = None  # see `_look_ahead`
+        self._orphans: list[tuple[_Scheduled, StepPlan]] = []  # gone, but part of plans up to this
         self._offered: list[int] = []  # blocks that must stay as they are
 
     @property
@@ -310,7 +362,7 @@ class Scheduler:
     @property
     def kv_used(self) -> float:
         """Share of the KV blocks that sequences hold, 0 to 1."""
-        used = self.pool.used if self._plan is None else self._used_before
+        used = self._plans[0]._used_before if self._plans else self.pool.used
         return used / self.pool.blocks
 
     def __contains__(self, id: str) -> bool:
@@ -379,21 +431,24 @@ class Scheduler:
         for queue in (self._waiting, self._prefilling, self._decoding):
             if state in queue:
                 queue.remove(state)
-        self._order = None
-        if self._plan is None:
-            self._release(state)
-        else:
-            state.aborted = True
-            self._orphans.append(state)
+        self._order = self._ahead = None
+        self._let_go(state)
         return True
+
+    def _let_go(self, state: _Scheduled) -> None:
+        """A sequence that is gone gives its blocks back, as soon as no plan in flight has it."""
+        if not self._plans:
+            self._release(state)
+            return
+        state.aborted = True
+        self._orphans.append((state, self._plans[-1]))
 
     def drain(self) -> list[str]:
         """Takes everything out, to go on elsewhere; the ids in order of arrival.
 
-        A plan in flight is rolled back. The prefix cache stays.
+        Plans in flight are rolled back. The prefix cache stays.
         """
-        if self._plan is not None:
-            self.rollback(self._plan)
+        self._roll_all_back()
         ids = [s.id for s in (*self._decoding, *self._prefilling, *self._waiting)]
         for id in ids:
             self.abort(id)
@@ -434,8 +489,7 @@ class Scheduler:
 
     def hand_over(self) -> list[HeldKV]:
         """`drain`, with all that is computed; it stays in the blocks until the next plan."""
-        if self._plan is not None:
-            self.rollback(self._plan)
+        self._roll_all_back()
         size = self.limits.block_size
         held = [
             HeldKV(s.id, 0, [])
@@ -464,7 +518,7 @@ class Scheduler:
         Raises:
             As `add`.
         """
-        if self._plan is not None:
+        if self._plans:
             raise RuntimeError("a plan is in flight")
         try:
             self.add(sequence)
@@ -515,45 +569,105 @@ class Scheduler:
         if state is not None:
             self._publish(state, 0)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a step may be planned on top of the one in flight, and has something to do."""
+        return len(self._plans) == 1 and self._look_ahead() is not None
+
+    def _look_ahead(self) -> _Outlook | None:
+        """What is planned on top of the plan in flight; kept until anything changes."""
+        if self._ahead is None and all(s.goes_on_unseen for s in self._plans[0]._sampled):
+            after = self._after(self._plans[0])
+            # what both steps decode may need a block each, and the next one another
+            if after.running > 0 and self.pool.free_count >= 2 * (after.running + 1):
+                self._ahead = after
+        return self._ahead
+
     def plan(self) -> StepPlan:
         """The next step's work; empty if and only if there is none (`has_work`).
 
-        Ends with `commit` or `rollback`; no other plan before.
+        Ends with `commit` or `rollback`. With one in flight only if `looks_ahead`.
         """
-        if self._plan is not None:
+        if self._plans and not self.looks_ahead:
             raise RuntimeError("a plan is in flight; commit it or roll it back")
-        self._used_before = self.pool.used
-        self._planned_at = self._clock()
+        used = self.pool.used
+        now = self._look_ahead() if self._plans else self._outlook()
+        assert now is not None  # it looks ahead
+        self._ahead = None
+        block_of = now.positions // self.limits.block_size
+        blocks = now.held.copy()
+        grown = []
+        for index in np.flatnonzero(block_of == now.held).tolist():
+            state = now.decoding[index]
+            (block,) = self.pool.allocate(1)  # commit() made room for it
+            self._tables[now.rows[index], now.held[index]] = block
+            blocks[index] += 1
+            grown.append((state, block))
+        room = _Room(
+            self.limits.max_tokens_per_step - len(now.rows), self.limits.max_scored_per_step
+        )
+        chunks: list[_Chunk] = []
+        for begun in now.prefilling:
+            chunk = room.chunk(begun)
+            if chunk.end > chunk.start:
+                chunks.append(chunk)
+        admitted = self._admit(room, chunks, now)
+        plan = self._lay_out(now, block_of, blocks, grown, admitted, chunks, used)
+        self._plans.append(plan)
+        return plan
+
+    def _outlook(self) -> _Outlook:
         if self._order is None:
             self._order = np.array([s.row for s in self._decoding], dtype=np.int64)
         rows = self._order
-        positions = self._length[rows]
-        block_of = positions // self.limits.block_size
-        grown = []
-        for index in np.flatnonzero(block_of == self._held[rows]).tolist():
-            state = self._decoding[index]
-            (block,) = self.pool.allocate(1)  # commit() made room for it
-            self._tables[state.row, len(state.blocks)] = block
-            grown.append((state, block))
-        room = _Room(self.limits.max_tokens_per_step - len(rows), self.limits.max_scored_per_step)
-        chunks: list[_Chunk] = []
-        for state in self._prefilling:
-            chunk = room.chunk(state, state.row, state.computed)
-            if chunk.end > chunk.start:
-                chunks.append(chunk)
-        admitted = self._admit(room, chunks)
-        plan = self._lay_out(rows, positions, block_of, grown, admitted, chunks)
-        self._plan = plan
-        return plan
+        return _Outlook(
+            self._decoding,
+            rows,
+            self._length[rows],
+            self._held[rows],
+            None,
+            [_Begun(s, s.row, s.computed, len(s.blocks)) for s in self._prefilling],
+        )
 
-    def _admit(self, room: _Room, chunks: list[_Chunk]) -> list[_Admission]:
+    def _after(self, plan: StepPlan) -> _Outlook:
+        """What there is if `plan` is whole, and no token of it ends an answer before its time."""
+        limit = self.limits.max_model_len
+        sequences = [*range(plan.decodes), *plan._whole]
+        on = [
+            index
+            for index, state in enumerate(plan._sampled)
+            if not state.aborted and state.room(limit) > 1
+        ]
+        at = np.array([sequences[index] for index in on], dtype=np.int64)
+        ends = {id(state): end for state, end in plan._chunks}
+        complete = {id(state) for state in plan._sampled[plan.decodes :]}
+        begun = [_Begun(s, s.row, s.computed, len(s.blocks)) for s in self._prefilling]
+        begun += [_Begun(a.state, a.row, a.cached, len(a.blocks)) for a in plan._admitted]
+        prefilling = [
+            replace(one, computed=ends.get(id(one.state), one.computed))
+            for one in begun
+            if id(one.state) not in complete and not one.state.aborted
+        ]
+        return _Outlook(
+            [plan._sampled[index] for index in on],
+            plan._rows[at],
+            plan.context_len[at].astype(np.int64),
+            plan._blocks[at],
+            np.array(on, dtype=np.int64),
+            prefilling,
+            frozenset(id(one.state) for one in plan._admitted),
+        )
+
+    def _admit(self, room: _Room, chunks: list[_Chunk], now: _Outlook) -> list[_Admission]:
         """Takes rows and blocks for the first of those who wait, and adds their chunks."""
         admitted: list[_Admission] = []
         size = self.limits.block_size
         for state in self._waiting:
+            if id(state) in now.admitted:
+                continue
             if not room.any_for(state) or not self._free_rows:
                 break
-            spare = self.running + len(admitted)
+            spare = now.running + len(admitted)
             blocks, start = state.blocks, state.computed
             if blocks:  # all it needs
                 if spare > self.pool.free_count:
@@ -575,31 +689,34 @@ class Scheduler:
             row = self._free_rows.pop()
             self._tables[row, : len(blocks)] = blocks
             admitted.append(_Admission(state, row, blocks, start, kept=bool(state.blocks)))
-            chunks.append(room.chunk(state, row, start))
+            chunks.append(room.chunk(_Begun(state, row, start, len(blocks))))
         return admitted
 
     def _lay_out(
         self,
-        rows: NDArray[np.int64],
-        positions: NDArray[np.int64],
+        now: _Outlook,
         block_of: NDArray[np.int64],
+        blocks: NDArray[np.int64],
         grown: list[tuple[_Scheduled, int]],
         admitted: list[_Admission],
         chunks: list[_Chunk],
+        used: int,
     ) -> StepPlan:
         """The arrays of a plan.
 
-        rows, positions, block_of: [decodes] int64, of the decoding sequences: row in the
-        scheduler's arrays, position of the token, index of its block.
+        block_of, blocks: [decodes] int64, of the decoding sequences: index of the block of the
+        token, and how many there are. used: blocks before the plan.
         """
         size = self.limits.block_size
+        rows, positions = now.rows, now.positions
         decodes = len(rows)
-        tokens = self._last[rows]
+        tokens = self._last[rows] if now.sources is None else np.zeros(decodes, dtype=np.int64)
+        sources = now.sources
         slots = self._tables[rows, block_of] * size + (positions - block_of * size)
         queries = np.arange(decodes + 1, dtype=np.int32)
         context = (positions + 1).astype(np.int32)
         logit_rows = sample_at = np.arange(decodes)
-        sampled = self._decoding.copy()
+        sampled = now.decoding.copy()
         scored: list[ScoredChunk] = []
         width = int(block_of.max()) + 1 if decodes else 0
         if chunks:
@@ -621,6 +738,9 @@ class Scheduler:
             sampled += [c.state for c in chunks if c.whole]
             width = max(width, -(-int(ends.max()) // size))
             rows = np.concatenate([rows, np.array([c.row for c in chunks])])
+            blocks = np.concatenate([blocks, np.array([c.blocks for c in chunks])])
+            if sources is not None:
+                sources = np.concatenate([sources, np.full(int(lengths.sum()), -1)])
         return StepPlan(
             token_ids=tokens,
             positions=positions,
@@ -632,11 +752,17 @@ class Scheduler:
             sample_at=sample_at,
             scored=scored,
             decodes=decodes,
+            sources=sources if decodes else None,
             _sampled=sampled,
-            _decoding=self._decoding.copy(),
+            _decoding=now.decoding.copy(),
             _grown=grown,
             _admitted=admitted,
             _chunks=[(c.state, c.end) for c in chunks],
+            _whole=[decodes + index for index, c in enumerate(chunks) if c.whole],
+            _rows=rows,
+            _blocks=blocks,
+            _at=self._clock(),
+            _used_before=used,
         )
 
     def commit(
@@ -647,23 +773,25 @@ class Scheduler:
         scores: Sequence[list[TokenLogprobs]] = (),
     ) -> list[TokenEvent]:
         """The step was whole: appends, publishes, finishes; then makes room for the next one.
+        Of two in flight it is the first one.
 
         sampled: one token for each of plan.samples. degraded: [N] bool, rows that were computed
         without some of their experts; None: no row was. scores: of each of plan.scored.
         Returns one event for each of them that was not aborted meanwhile, in the same order.
         """
-        self._check_in_flight(plan)
+        self._check_in_flight(plan, 0)
         if len(sampled.tokens) != len(plan.samples):
             raise ValueError(f"{len(sampled.tokens)} tokens for {len(plan.samples)} samples")
         for chunk, found in zip(plan.scored, scores, strict=True):
             state = self._states.get(chunk.id)
             if state is not None and state.scores is not None:
                 state.scores += found
-        self._plan = None
+        del self._plans[0]
+        self._ahead = None
         for state, block in plan._grown:
             state.blocks.append(block)
             self._held[state.row] += 1
-        self._keep_admitted(plan._admitted)
+        self._keep_admitted(plan)
         if degraded is not None:
             self._taint(plan, degraded)
         for state in plan._decoding:
@@ -674,29 +802,36 @@ class Scheduler:
             start, state.computed = state.computed, end
             self._publish(state, start)
         events = self._append(plan, sampled)
-        self._drop_orphans()
-        self._make_room()
+        self._drop_orphans(plan)
+        if not self._plans:
+            self._make_room()
         return events
 
     def rollback(self, plan: StepPlan) -> None:
-        """The step was broken: as if `plan` had not been called; aborts and adds since stand."""
-        self._check_in_flight(plan)
-        self._plan = None
+        """The step was broken: as if `plan` had not been called; aborts and adds since stand.
+        Of two in flight it is the second one."""
+        self._check_in_flight(plan, -1)
+        self._plans.pop()
+        self._ahead = None
         for admission in reversed(plan._admitted):
             self._free_rows.append(admission.row)
             if not admission.kept:
                 self.pool.free(admission.blocks)
         for _state, block in reversed(plan._grown):
             self.pool.free([block])
-        self._drop_orphans()
+        self._drop_orphans(plan, self._plans[-1] if self._plans else None)
 
-    def _keep_admitted(self, admitted: list[_Admission]) -> None:
-        for admission in admitted:
+    def _roll_all_back(self) -> None:
+        while self._plans:
+            self.rollback(self._plans[-1])
+
+    def _keep_admitted(self, plan: StepPlan) -> None:
+        for admission in plan._admitted:
             state = admission.state
             state.row, state.blocks = admission.row, admission.blocks
             state.computed = admission.cached
             if state.waited is None:
-                state.waited = self._planned_at - state.added
+                state.waited = plan._at - state.added
             self._held[state.row] = len(state.blocks)
             if not admission.kept:
                 self.prompt_tokens += len(state.tokens)
@@ -756,7 +891,7 @@ class Scheduler:
             self._decoding = [s for s in self._decoding if here.get(s.id) is s]
             self._order = None
             for state in gone:
-                self._release(state)
+                self._let_go(state)
 
     def _make_room(self) -> None:
         """Preempts the latest arrivals until every decoding sequence finds room for a token."""
@@ -820,11 +955,21 @@ class Scheduler:
         if state.scores:
             state.scores = []
 
-    def _drop_orphans(self) -> None:
-        for state in self._orphans:
-            self._release(state)
-        self._orphans.clear()
+    def _drop_orphans(self, ended: StepPlan, before: StepPlan | None = None) -> None:
+        """What is gone and was part of a plan that has ended gives its blocks back.
 
-    def _check_in_flight(self, plan: StepPlan) -> None:
-        if plan is not self._plan:
-            raise ValueError("this plan is not in flight: it was committed or rolled back")
+        before: may have it as well, and is still in flight.
+        """
+        kept = []
+        for state, last in self._orphans:
+            if last is not ended:
+                kept.append((state, last))
+            elif before is not None:
+                kept.append((state, before))
+            else:
+                self._release(state)
+        self._orphans = kept
+
+    def _check_in_flight(self, plan: StepPlan, at: int) -> None:
+        if not self._plans or plan is not self._plans[at]:
+            raise ValueError("this plan is not the one in flight that ends next")

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from flexpert.engine.output_grammar import AnswerMatcher
 from flexpert.engine.request import RequestSequence, SamplingParams, TokenLogprobs
 
+SEQUENCE_FAULTS = (ValueError, TypeError, LookupError, ArithmeticError)
+"""What adding or sampling one sequence may raise; more than that concerns the whole rank."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -69,7 +72,8 @@ class SampleState:
     tokens: prompt and answer. stop_ids: tokens that end the answer from `min_tokens` on.
     counts: None unless a penalty is on. bias: tokens and what is added to their logits, or None.
     allowed: ascending, the only tokens that are possible, or None. greedy: temperature 0. plain:
-    the most likely token is the answer and nothing else is asked for. numbers: the sampler's
+    the most likely token is the answer and nothing else is asked for. goes_on_unseen: which token
+    came last makes no difference to how the next one is sampled. numbers: the sampler's
     uniform numbers for the positions from `numbers_from` on, as far as it has drawn them. matcher:
     of a structured answer, how far it has come; the mask builder's.
     """
@@ -78,6 +82,7 @@ class SampleState:
         "allowed",
         "bias",
         "counts",
+        "goes_on_unseen",
         "greedy",
         "id",
         "matcher",
@@ -117,6 +122,7 @@ class SampleState:
         if params.allowed_token_ids is not None:
             self.allowed = np.unique(np.array(params.allowed_token_ids, dtype=np.int64))
         self.greedy = params.temperature == 0
+        self.goes_on_unseen = not (penalised or params.bad_token_ids or structure is not None)
         self.plain = self.greedy and not (
             penalised
             or params.logprobs is not None
@@ -137,6 +143,12 @@ class SampleState:
     def must_go_on(self) -> bool:
         """`min_tokens` is not reached: the next token must not end the answer."""
         return len(self.tokens) - self.prompt_length < self.params.min_tokens
+
+    def room(self, max_model_len: int) -> int:
+        """Tokens that the answer may still get."""
+        room = max_model_len - len(self.tokens)
+        most = self.params.max_tokens
+        return room if most is None else min(room, most - self.position)
 
     def impossible(self) -> list[int]:
         """Tokens that would complete one of the sequences that the answer must not have."""

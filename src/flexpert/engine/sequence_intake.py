@@ -15,10 +15,8 @@ from flexpert.engine import rank_protocol as msg
 from flexpert.engine.grammar_preparation import GrammarPreparer, GrammarReady
 from flexpert.engine.request import RequestSequence
 from flexpert.engine.scheduler import Scheduler
+from flexpert.engine.sequence import SEQUENCE_FAULTS
 from flexpert.errors import FlexpertError
-
-SEQUENCE_FAULTS = (ValueError, TypeError, LookupError, ArithmeticError)
-"""What adding or sampling one sequence may raise; more than that concerns the whole rank."""
 
 
 class SequenceIntake:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flexpert.comm import Buffer, CommError
 from flexpert.engine.device_profile import DeviceProfile, WarmUpBatch
 from flexpert.engine.epoch import PreparedEpoch
+from flexpert.engine.request import RequestSequence, SamplingParams
+from flexpert.engine.sampler import TokenSampler
 from flexpert.engine.scheduler import EngineLimits
+from flexpert.engine.sequence import SampleState
 from flexpert.engine.stopwatch import Stopwatch
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
@@ -25,12 +30,14 @@ class WarmUp:
         buffer: Buffer,
         limits: EngineLimits,
         profile: DeviceProfile,
+        sampler: TokenSampler,
     ) -> None:
         self._runner = runner
         self._moe = moe
         self._buffer = buffer
         self._limits = limits
         self._profile = profile
+        self._sampler = sampler
 
     def run(self, prepared: PreparedEpoch) -> None:
         """Compute with the experts of a prepared epoch that are here.
@@ -55,6 +62,7 @@ class WarmUp:
         try:
             watch.lap("before")
             self._compute()
+            self._sample()
             watch.lap("first steps")
             if self._buffer.capabilities.graph_capture:
                 sizes = self._profile.graph_sizes(min(self._limits.max_running, self._most))
@@ -70,6 +78,24 @@ class WarmUp:
         context = min(limits.max_model_len, limits.blocks * limits.block_size)
         for batch in self._profile.warm_up_batches(self._most, context):
             self._runner.forward(_batch(batch, limits.block_size, limits.max_running))
+
+    def _sample(self) -> None:
+        """Once in each of the ways that a device has kernels of its own for."""
+        ways: list[dict[str, Any]] = [
+            {"temperature": 0.0},
+            {"temperature": 1.0},
+            {"temperature": 1.0, "top_k": 20, "top_p": 0.8, "min_p": 0.01},
+            {"temperature": 1.0, "top_p": 0.8},
+            {"temperature": 0.0, "repetition_penalty": 1.1, "logit_bias": {0: 1.0}},
+            {"temperature": 0.0, "logprobs": 5, "allowed_token_ids": [0, 1]},
+        ]
+        logits = self._runner.forward(_batch(WarmUpBatch(1), self._limits.block_size, 1))
+        for way in ways:
+            params = SamplingParams(seed=0, max_tokens=1, **way)
+            state = SampleState(
+                RequestSequence(id="", prompt=[0], generated=[], params=params, eos=())
+            )
+            self._sampler.start(logits, [state]).finish()
 
     @property
     def _most(self) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
+
+from flexpert.kernels.step_upload import StepUpload
 
 
 @dataclass(slots=True)
@@ -19,6 +20,8 @@ class ForwardBatch:
     block_tables: [S, max_blocks] int32, blocks of each sequence; only those in use are read.
     slot_mapping: [N] int64, block * block_size + offset where a token's KV goes.
     sample_rows: [M] int64, rows whose logits are desired.
+    sources: [N] int64, which of the tokens sampled last (`ModelRunner.sampled`) each row has; -1:
+        the one in token_ids. None: all have that.
     """
 
     token_ids: Tensor
@@ -28,9 +31,10 @@ class ForwardBatch:
     block_tables: Tensor
     slot_mapping: Tensor
     sample_rows: Tensor
+    sources: Tensor | None = None
 
-    def to(self, device: torch.device) -> ForwardBatch:
-        """The same on a device; itself if it is there."""
-        if self.token_ids.device == device:
-            return self
-        return ForwardBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+    def sent(self, upload: StepUpload) -> ForwardBatch:
+        """The same on a device."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        there = {name: array for name, array in given.items() if array is not None}
+        return ForwardBatch(**dict(zip(there, upload.send(list(there.values())), strict=True)))

@@ -23,11 +23,12 @@ Walk = Callable[[ForwardBatch], Tensor]
 class StepInputs:
     """Views of one step's inputs in a piece of memory.
 
-    token_ids, positions, slot_mapping: [size] int64; context_len: [size] int32; block_tables:
-    [size, max_blocks] int32. nbytes: of all of them, from the begin of the memory.
+    token_ids, sources, positions, slot_mapping: [size] int64; context_len: [size] int32;
+    block_tables: [size, max_blocks] int32. nbytes: of all of them, from the begin of the memory.
     """
 
     token_ids: Tensor
+    sources: Tensor
     positions: Tensor
     slot_mapping: Tensor
     context_len: Tensor
@@ -37,7 +38,7 @@ class StepInputs:
     @staticmethod
     def bytes_for(size: int, max_blocks: int) -> int:
         """Bytes of memory for `size` sequences."""
-        return size * (3 * 8 + 4 + 4 * max_blocks)
+        return size * (4 * 8 + 4 + 4 * max_blocks)
 
     @classmethod
     def over(cls, memory: Tensor, size: int, max_blocks: int) -> StepInputs:
@@ -53,6 +54,7 @@ class StepInputs:
             take(size, torch.int64),
             take(size, torch.int64),
             take(size, torch.int64),
+            take(size, torch.int64),
             take(size, torch.int32),
             take(size * max_blocks, torch.int32).view(size, max_blocks),
             end,
@@ -61,6 +63,7 @@ class StepInputs:
     def fill(self, batch: ForwardBatch | None) -> None:
         """Put a batch of at most `size` sequences here; padding writes and reads no KV."""
         tokens = 0
+        self.sources.fill_(-1)
         if batch is not None:
             tokens, width = batch.block_tables.shape
             self.token_ids[:tokens] = batch.token_ids
@@ -68,6 +71,8 @@ class StepInputs:
             self.slot_mapping[:tokens] = batch.slot_mapping
             self.context_len[:tokens] = batch.context_len
             self.block_tables[:tokens, :width] = batch.block_tables
+            if batch.sources is not None:
+                self.sources[:tokens] = batch.sources
         # the memory has held batches of other sizes: what lies here now may be no token at all
         self.token_ids[tokens:] = 0
         self.positions[tokens:] = 0
@@ -129,6 +134,7 @@ class DecodeGraphs:
             block_tables=inputs.block_tables,
             slot_mapping=inputs.slot_mapping,
             sample_rows=count[:size].clone(),
+            sources=inputs.sources,
         )
         # the largest is computed once; that and the steps before have loaded all kernels
         warm = bool(self._captured)

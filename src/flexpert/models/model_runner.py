@@ -19,6 +19,7 @@ from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.kernels.device_stream import stream_of
 from flexpert.kernels.experts import Gate
 from flexpert.kernels.kernel_set import Kernels, PagedAttentionKernel, cpu_kernels
+from flexpert.kernels.step_upload import StepUpload
 from flexpert.models import registrations
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.decode_graphs import DecodeGraphs
@@ -122,7 +123,8 @@ class ModelRunner:
     """The dense part of a model, ready to compute batches; made by `load`, used by one thread.
 
     kv: the cache that attention reads and writes. verdicts: which of its modules our kernels
-    compute, for the next `load` of the same model on the same kind of device.
+    compute, for the next `load` of the same model on the same kind of device. sampled: [most] int64
+    on the device, where a sampler leaves the tokens of a step for the batches after it.
     """
 
     info: ModelInfo
@@ -139,6 +141,7 @@ class ModelRunner:
         moe: MoELayers,
         pads_batches: bool,
         verdicts: FusionVerdicts,
+        most_samples: int,
     ) -> None:
         self.info = info
         self.kv = kv
@@ -151,6 +154,10 @@ class ModelRunner:
         self._moe = moe
         self._pads_batches = pads_batches and not deterministic
         self._device = next(model.parameters()).device
+        self._upload: StepUpload | None = None  # a CPU needs none
+        if self._device.type != "cpu":
+            self._upload = StepUpload(stream_of(self._device))
+        self.sampled = torch.zeros(most_samples, dtype=torch.int64, device=self._device)
         self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -166,6 +173,7 @@ class ModelRunner:
         device: torch.device = CPU,
         kernels: Kernels | None = None,
         verdicts: FusionVerdicts = MappingProxyType({}),
+        most_samples: int = 1,
         lap: Callable[[str], None] = lambda part: None,
     ) -> ModelRunner:
         """Read the dense weights and reserve the KV cache (its pages are touched on use).
@@ -176,6 +184,7 @@ class ModelRunner:
             device: of weights and batches; a GPU is never deterministic.
             kernels: for `device`; default: a CPU's.
             verdicts: of an earlier load; modules without one are tried.
+            most_samples: size of `sampled`.
             lap: told when a part of it is over.
 
         Raises:
@@ -205,6 +214,7 @@ class ModelRunner:
             kv_memory=kv_memory,
             kernels=kernels or cpu_kernels(),
             verdicts=verdicts,
+            most_samples=most_samples,
         )
         lap("kernels by verdicts" if runner.verdicts == verdicts else "kernels by trials")
         return runner
@@ -224,13 +234,14 @@ class ModelRunner:
         deterministic: bool = False,
         kv_memory: Tensor | None = None,
         verdicts: FusionVerdicts = MappingProxyType({}),
+        most_samples: int = 1,
     ) -> ModelRunner:
         """Bind a model that has its dense weights to a KV cache on the same device, and to `moe`.
 
         Args:
             model: built with `registrations.IMPLEMENTATION`, on one device.
             attention_names, experts_names: its modules of either kind, in the order of the forward.
-            verdicts: see `load`.
+            verdicts, most_samples: see `load`.
         """
         device = next(model.parameters()).device
         if kv_memory is None:
@@ -262,6 +273,7 @@ class ModelRunner:
             moe=moe,
             pads_batches=kernels.pads_batches,
             verdicts=found,
+            most_samples=most_samples,
         )
 
     def capture(self, sizes: Sequence[int], max_blocks: int) -> None:
@@ -277,15 +289,19 @@ class ModelRunner:
             )
 
     def forward(self, batch: ForwardBatch) -> Tensor:
-        """[M, vocab] float32 logits of `batch.sample_rows`; walks all MoE layers once, in order.
+        """[M, vocab] logits of `batch.sample_rows`; walks all MoE layers once, in order.
 
-        On a GPU they are valid until the next call.
+        On a CPU they are float32. On a GPU they are as the model computes them, nothing waits for
+        the device, and they are valid until what is launched by the next call.
+
+        Args:
+            batch: on the host.
         """
         with torch.inference_mode(), self._mode():
             self._moe.expect(batch.token_ids.shape[0])
             if self.graphs is not None and self.graphs.fits(batch):
                 return self.graphs.forward(batch)
-            return self._walk(batch.to(self._device))
+            return self._walk(batch if self._upload is None else batch.sent(self._upload))
 
     def _walk(self, batch: ForwardBatch) -> Tensor:
         """`forward`, launched module by module."""
@@ -295,6 +311,9 @@ class ModelRunner:
             experts.rows = batch.token_ids.shape[0]
         cut = pad_batch if self._pads_batches else exact_batch
         token_ids, positions, sample_rows = cut(batch)
+        if batch.sources is not None:
+            known = self.sampled[batch.sources.clamp_min(0)]
+            token_ids = torch.where(batch.sources < 0, token_ids, known)
         rows = {"logits_to_keep": sample_rows} if self._slices_logits else {}
         logits: Tensor = self._model(
             input_ids=token_ids.unsqueeze(0),
@@ -304,7 +323,8 @@ class ModelRunner:
         ).logits[0]
         if not rows:
             logits = logits[sample_rows]
-        return logits[: batch.sample_rows.shape[0], : self.info.vocab].float()
+        logits = logits[: batch.sample_rows.shape[0], : self.info.vocab]
+        return logits.float() if self._upload is None else logits
 
     def forward_idle(self) -> None:
         """Take part in a step without tokens: each MoE layer in order, no attention."""

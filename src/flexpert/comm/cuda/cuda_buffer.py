@@ -672,11 +672,12 @@ class CudaBuffer(DeviceBuffer):
 
         return Hook(receive)
 
-    def check(self) -> tuple[int, ...]:
+    def check(self, *, wait: bool = True) -> tuple[int, ...]:
         """As in `Buffer`. Does nothing while a graph is captured."""
         if self._capturing:
             return ()
-        self._synchronize()
+        if wait:
+            self._synchronize()
         missing = read_report(self._page)
         if not missing:
             return ()

@@ -627,8 +627,8 @@ class NixlEpBuffer(DeviceBuffer):
 
         return Hook(receive)
 
-    def check(self) -> tuple[int, ...]:
-        """As in `Buffer`: what replays of graphs have met since."""
+    def check(self, *, wait: bool = True) -> tuple[int, ...]:
+        """As in `Buffer`: what replays of graphs have met since; always waits."""
         return self._look("replay") if self._captured else ()
 
     def _look(self, phase: str) -> tuple[int, ...]:

@@ -1,0 +1,123 @@
+"""The device's sampler chooses what the CPU's does, whatever is asked for."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from flexpert.engine.device_sampler import DeviceSampler
+from flexpert.engine.request import RequestSequence, SamplingParams
+from flexpert.engine.sampler import Masks, Sampler
+from flexpert.engine.sequence import SampleState
+from flexpert.kernels.device_stream import HostStream
+
+VOCAB = 2333  # more than one block of sums, and no multiple of anything
+MOST = 64
+
+
+def sampler() -> DeviceSampler:
+    return DeviceSampler(torch.zeros(MOST, dtype=torch.int64), HostStream())
+
+
+def state(generated: int = 3, **params: Any) -> SampleState:
+    answer = [7, 8, 9, 7, 7, 11][:generated]
+    settings = SamplingParams(**{"max_tokens": 1000, "seed": 0, **params})
+    return SampleState(
+        RequestSequence(id="s", prompt=[1, 2, 3], generated=answer, params=settings, eos=(5, 6))
+    )
+
+
+def params_of(random: Random) -> dict[str, Any]:
+    """Any settings of a request."""
+    given: dict[str, Any] = {
+        "temperature": random.choice([0.0, 0.0, 0.3, 1.0, 1.7]),
+        "seed": random.randrange(10**6),
+    }
+    ways: list[dict[str, Any]] = [
+        {"top_k": random.choice([1, 2, 20, 1024, 1500, VOCAB, 5000])},
+        {"top_p": random.choice([0.01, 0.5, 0.9, 0.999])},
+        {"min_p": random.choice([0.01, 0.2])},
+        {"repetition_penalty": random.choice([0.7, 1.4]), "frequency_penalty": 0.3},
+        {"presence_penalty": -0.5},
+        {"logit_bias": {3: 4.0, 2000: -100.0, 99999: 1.0}},
+        {"allowed_token_ids": [4, 9, 33, 2100, 99999]},
+        {"bad_token_ids": [(8, 9, 12), (40,)]},
+        {"min_tokens": 4},
+        {"logprobs": random.choice([0, 3])},
+    ]
+    for way in ways:
+        if random.random() < 0.25:
+            given |= way
+    return given
+
+
+def masks_of(random: Random, rows: int) -> Masks:
+    words = np.full((rows, -(-VOCAB // 32)), -1, dtype=np.int32)
+    for row in range(0, rows, 3):
+        words[row] = np.frombuffer(random.randbytes(words.shape[1] * 4), dtype=np.int32)
+    return words
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_it_chooses_as_the_sampler_of_a_cpu(seed: int) -> None:
+    random = Random(seed)
+    rows = random.choice([1, 5, 24])
+    draw = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, VOCAB, generator=draw) * random.choice([0.3, 3.0])
+    kept = logits.clone()
+    every = [(random.randrange(6), params_of(random)) for _ in range(rows)]
+    masks = masks_of(random, rows) if random.random() < 0.3 else None
+    expected = Sampler().start(logits, [state(n, **p) for n, p in every], masks).finish()
+    given = [state(n, **p) for n, p in every]
+    found = sampler().start(logits, given, masks).finish()
+    assert found.failed.keys() == expected.failed.keys()
+    for row in set(range(rows)) - found.failed.keys():
+        assert found.sampled.tokens[row] == expected.sampled.tokens[row], every[row]
+        mine, theirs = found.sampled.logprobs[row], expected.sampled.logprobs[row]
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            assert mine.chosen == pytest.approx(theirs.chosen, abs=1e-9)
+            assert mine.top_ids == theirs.top_ids
+            assert mine.top == pytest.approx(theirs.top, abs=1e-9)
+            assert mine.rank == theirs.rank
+    assert torch.equal(logits, kept)
+
+
+def test_a_token_that_the_host_has_not_seen_counts() -> None:
+    """For the number that is drawn, and for the fewest tokens of an answer."""
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1))
+    logits[:, 5] = 30.0  # ends the answer
+    every: list[dict[str, Any]] = [
+        {"temperature": 1.0, "min_tokens": 9, "seed": 3},
+        {"temperature": 0.0, "min_tokens": 4},
+        {"temperature": 0.0, "min_tokens": 5},
+    ]
+    seen = Sampler().sample(logits, [state(4, **params) for params in every]).tokens
+    unseen = sampler().start(logits, [state(3, **params) for params in every], unseen=3).finish()
+    assert unseen.sampled.tokens == seen
+    assert unseen.sampled.tokens[1] == 5
+    assert unseen.sampled.tokens[2] != 5
+
+
+def test_a_row_without_a_possible_token_fails_alone() -> None:
+    logits = torch.randn(3, VOCAB)
+    logits[1] = -torch.inf
+    given = [state(temperature=1.0), state(temperature=1.0, top_k=3), state(temperature=0.0)]
+    tokens = sampler().start(logits, given).finish()
+    assert list(tokens.failed) == [1]
+    assert "no token is possible" in str(tokens.failed[1])
+    assert tokens.sampled.tokens[2] == int(logits[2].argmax())
+
+
+def test_the_tokens_of_a_step_stay_on_the_device_for_the_next() -> None:
+    kept = torch.zeros(MOST, dtype=torch.int64)
+    device = DeviceSampler(kept, HostStream())
+    first = device.start(logits := torch.randn(4, VOCAB), [state(temperature=0.0)] * 4)
+    assert kept[:4].tolist() == logits.argmax(dim=1).tolist()
+    second = device.start(-logits, [state(temperature=0.0)] * 4)
+    assert first.finish().sampled.tokens == logits.argmax(dim=1).tolist()
+    assert second.finish().sampled.tokens == logits.argmin(dim=1).tolist()
