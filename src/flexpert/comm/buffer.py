@@ -326,10 +326,14 @@ class Buffer(ABC):
     # ---- the step barrier -------------------------------------------------------------------
 
     @abstractmethod
-    def post_vote(self, payload: bytes) -> None:
+    def post_vote(self, payload: bytes, *, wait: bool = True) -> None:
         """Tell all active peers the payload of this step; once a step.
 
-        payload: at most `capabilities.vote_bytes`.
+        Args:
+            payload: at most `capabilities.vote_bytes`.
+            wait: until all exchanges so far are whole, which the vote then says, too. False: a
+                device may still be at them, and what they would raise comes later; not where
+                ranks are masked or taken in again by the vote.
         """
 
     @abstractmethod

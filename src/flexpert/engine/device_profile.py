@@ -21,7 +21,6 @@ from flexpert.comm.interpreter import INTERPRETED
 from flexpert.comm.peer_memory import ExportedMemory, ImportedMemory, export_memory, import_memory
 from flexpert.comm.remote_memory import HostRegion, ServedMemory
 from flexpert.config import EngineConfig
-from flexpert.engine.device_sampler import DeviceSampler
 from flexpert.engine.gpu_driver import GpuDriver, open_driver
 from flexpert.engine.gpu_usage import GpuUsage, HostUsage
 from flexpert.engine.head_store import HeadMeeting
@@ -267,6 +266,8 @@ class TritonProfile(DeviceProfile):
             raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
 
     def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
+        from flexpert.engine.device_sampler import DeviceSampler  # needs triton
+
         return DeviceSampler(sampled, self.stream)
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:

@@ -2,13 +2,11 @@
 
 The tokens of a step stay on the device, for the step after it, and are copied to the host, which
 reads them when that step is launched already. What is unlike the CPU's sampler: sums of weights are
-rounded otherwise, so that a number close to the border of two tokens may pick the other one; and of
-tokens that are equally likely at the border of top-k or top-p any may be kept.
+rounded otherwise, so that a number close to the border of two tokens may pick the other one.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,12 +18,10 @@ from torch import Tensor
 from flexpert.engine.request import TokenLogprobs
 from flexpert.engine.sampler import COLDEST, Masks, StepSampling, StepTokens, numbers
 from flexpert.engine.sequence import Sampled, SampleState
+from flexpert.kernels.cuda.sampling import SETTINGS, choose_tokens
 from flexpert.kernels.device_stream import DeviceStream, StreamEvent
 from flexpert.kernels.step_upload import StepUpload
 
-_BLOCK = 1024  # weights added up at a time
-_MOST_TOP = 1024  # of top-k; the kept tokens are found without sorting all
-_SORTED_AT_ONCE = 2**25  # weights
 _IMPOSSIBLE = "no token is possible: what may come next is forbidden otherwise"
 
 
@@ -68,13 +64,10 @@ class DeviceSampler:
             torch.argmax(x, dim=-1, out=tokens)
             possible = x.amax(dim=-1) if "masks" in there else None
         else:
-            x = x.float()
-            x = _adjusted(x.clone() if x is logits else x, there)
-            possible = x.amax(dim=-1)
-            if wanted.greedy:
-                torch.argmax(x, dim=-1, out=tokens)
-            if wanted.drawn:
-                wanted.draw(x, possible, there["rows"], there["settings"], tokens)
+            if wanted.adjusted:
+                x = x.float()
+                x = _adjusted(x.clone() if x is logits else x, there)
+            possible = choose_tokens(x, there["settings"], tokens)
         asked = [row for row, s in enumerate(samples) if s.params.logprobs is not None]
         told = [
             _told(logits[row : row + 1], tokens[row : row + 1], samples[row].params.logprobs)
@@ -100,22 +93,20 @@ def _adjusted(x: Tensor, there: Mapping[str, Tensor]) -> Tensor:
     return x
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Wanted:
     """What the host knows of a step's samples.
 
-    arrays: for the device, by name. plain: the likeliest tokens are all that is wanted. greedy,
-    drawn: some rows take the likeliest, some are drawn. few: of how many of these few tokens are
-    kept, of which there are `most`; cut: of how many what top-p leaves; of the rest it is all.
+    arrays: for the device, by name. plain: the likeliest tokens are all that is wanted.
     """
 
     arrays: dict[str, Tensor]
     plain: bool
-    greedy: bool = False
-    drawn: bool = False
-    few: int = 0
-    most: int = 0
-    cut: int = 0
+
+    @property
+    def adjusted(self) -> bool:
+        """Logits of single tokens change."""
+        return any(name.endswith("_at") for name in self.arrays)
 
     @classmethod
     def of(
@@ -150,120 +141,28 @@ class _Wanted:
             arrays["bias"] = arrays["bias"][0]
         plain = all(s.plain for s in samples) and "impossible_at" not in arrays
         wanted = cls(arrays, plain)
-        drawn = [row for row, s in enumerate(samples) if not s.greedy]
-        wanted.greedy = len(drawn) < len(samples)
-        if drawn:
-            wanted._sort(samples, positions, drawn, vocab)
+        if not plain:
+            arrays["settings"] = torch.from_numpy(_settings(samples, positions, vocab))
         return wanted
 
-    def _sort(
-        self,
-        samples: Sequence[SampleState],
-        positions: Sequence[int],
-        drawn: list[int],
-        vocab: int,
-    ) -> None:
-        """The rows that are drawn, by what is kept of them."""
-        kinds: tuple[list[int], list[int], list[int]] = ([], [], [])
-        for row in drawn:
-            params = samples[row].params
-            top_k = min(params.top_k or vocab, vocab)
-            few = top_k <= _MOST_TOP and top_k < vocab
-            kinds[0 if few else 1 if top_k < vocab or params.top_p < 1 else 2].append(row)
-            self.most = max(self.most, top_k) if few else self.most
-        self.drawn, self.few, self.cut = True, len(kinds[0]), len(kinds[1])
-        rows = [row for kind in kinds for row in kind]
-        states = [samples[row] for row in rows]
-        settings = np.array(
-            [
-                [1 / max(s.params.temperature, COLDEST) for s in states],
-                [s.params.min_p for s in states],
-                [s.params.top_p for s in states],
-                [min(s.params.top_k or vocab, vocab) for s in states],
-                numbers(states, [positions[row] for row in rows]),
-            ]
+
+def _settings(
+    samples: Sequence[SampleState], positions: Sequence[int], vocab: int
+) -> NDArray[np.float64]:
+    """[SETTINGS, M], see `choose_tokens`."""
+    settings = np.zeros((SETTINGS, len(samples)))
+    drawn = [row for row, s in enumerate(samples) if not s.greedy]
+    if drawn:
+        states = [samples[row] for row in drawn]
+        every = [s.params for s in states]
+        settings[:, drawn] = (
+            [1 / max(params.temperature, COLDEST) for params in every],
+            [params.min_p for params in every],
+            [params.top_p for params in every],
+            [min(params.top_k or vocab, vocab) for params in every],
+            numbers(states, [positions[row] for row in drawn]),
         )
-        self.arrays["rows"] = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        self.arrays["settings"] = torch.from_numpy(settings)
-
-    def draw(
-        self, x: Tensor, largest: Tensor, rows: Tensor, settings: Tensor, tokens: Tensor
-    ) -> None:
-        """tokens [M] int64 ← of the rows of x [M, vocab] float32 that are drawn.
-
-        largest: [M], of each row of x. rows: [n] int64, settings: [5, n] float64: 1 / temperature,
-        min-p, top-p, top-k and the uniform number of each.
-        """
-        bounds = [0, self.few, self.few + self.cut, len(rows)]
-        for kind, (begin, end) in enumerate(itertools.pairwise(bounds)):
-            if begin == end:
-                continue
-            picked, own = rows[begin:end], settings[:, begin:end]
-            weights = x.index_select(0, picked)
-            weights -= largest.index_select(0, picked)[:, None]
-            weights *= own[0, :, None].float()
-            weights.exp_()
-            weights *= weights >= own[1, :, None].float()
-            if kind == 0:
-                chosen = _of_falling(*weights.topk(self.most, dim=1), own)
-            elif kind == 1:
-                chosen = _of_sorted(weights, own)
-            else:
-                chosen = _pick(weights, own[4])
-            tokens.index_copy_(0, picked, chosen)
-
-
-def _of_sorted(weights: Tensor, own: Tensor) -> Tensor:
-    """[n] tokens of weights [n, vocab], of which top-p or top-k may keep many.
-
-    own: [5, n] float64, see `_Wanted.draw`.
-    """
-    at_once = max(1, _SORTED_AT_ONCE // weights.shape[1])
-    chosen = [
-        _of_falling(*weights[i : i + at_once].sort(dim=1, descending=True), own[:, i : i + at_once])
-        for i in range(0, len(weights), at_once)
-    ]
-    return torch.cat(chosen)
-
-
-def _of_falling(values: Tensor, ids: Tensor, own: Tensor) -> Tensor:
-    """The same of the largest weights [n, most] and their tokens, falling."""
-    place = torch.arange(values.shape[1], device=values.device)
-    kept = values * (place < own[3, :, None])
-    sums = kept.double().cumsum(dim=1)
-    # the fewest whose sum reaches top-p: those before which it is not reached
-    kept = torch.where(sums - kept < own[2, :, None] * sums[:, -1:], kept, 0.0)
-    by_id = torch.argsort(ids, dim=1)
-    at = _first_beyond(kept.gather(1, by_id), own[4])
-    return ids.gather(1, by_id.gather(1, at[:, None]))[:, 0]
-
-
-def _pick(weights: Tensor, u: Tensor) -> Tensor:
-    """[n]: the index in each row of weights [n, width] at u [n] of its cumulative weight."""
-    width = weights.shape[1]
-    blocks = torch.nn.functional.pad(weights, (0, -width % _BLOCK)).view(len(u), -1, _BLOCK)
-    sums = blocks.sum(dim=2, dtype=torch.float64)
-    block = _first_beyond(sums, u)
-    before = (sums.cumsum(dim=1) - sums).gather(1, block[:, None])
-    inside = blocks.gather(1, block[:, None, None].expand(-1, 1, _BLOCK))[:, 0]
-    rest = u[:, None] * sums.sum(dim=1, keepdim=True) - before
-    return block * _BLOCK + _first_over(inside, rest)
-
-
-def _first_beyond(weights: Tensor, u: Tensor) -> Tensor:
-    """[n]: the first index in each row of weights [n, width] where their sum exceeds u [n] of it
-    all."""
-    return _first_over(weights, u[:, None] * weights.sum(dim=1, keepdim=True, dtype=torch.float64))
-
-
-def _first_over(weights: Tensor, target: Tensor) -> Tensor:
-    """The same for a sum that exceeds target [n, 1]; it is always a positive weight."""
-    over = weights.cumsum(dim=1, dtype=torch.float64) > target
-    over &= weights > 0
-    places = torch.arange(weights.shape[1], device=weights.device)
-    last = torch.where(weights > 0, places, 0).amax(dim=1)
-    first = torch.where(over, places, weights.shape[1]).amin(dim=1)
-    return torch.minimum(first, last)
+    return settings
 
 
 def _masked(logits: Tensor, words: Tensor) -> Tensor:

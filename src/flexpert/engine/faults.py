@@ -209,10 +209,10 @@ class _FaultyBuffer:
         self._buffer.set_active(ids, epoch)
         self._entered = True
 
-    def post_vote(self, payload: bytes) -> None:
+    def post_vote(self, payload: bytes, *, wait: bool = True) -> None:
         self._at("first_vote" if self._entered else "vote")
         self._entered = False
-        self._buffer.post_vote(payload)
+        self._buffer.post_vote(payload, wait=wait)
 
     def collect_votes(self, timeout_s: float) -> dict[int, bytes]:
         self._at("vote_wait")

@@ -557,7 +557,8 @@ class RankEngine:
         watch = Stopwatch()
         self._vote_due = False
         armed = self._states.armed_for
-        self.buffer.post_vote(_VOTE.pack(self.scheduler.has_work, armed))
+        vote = _VOTE.pack(self.scheduler.has_work, armed)
+        self.buffer.post_vote(vote, wait=not self._flights)
         votes = [
             _VOTE.unpack(vote)
             for vote in self.buffer.collect_votes(self.exchange_timeout_s).values()

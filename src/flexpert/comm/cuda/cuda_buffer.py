@@ -434,9 +434,9 @@ class CudaBuffer(DeviceBuffer):
 
     # ---- the step barrier ---------------------------------------------------------------------
 
-    def post_vote(self, payload: bytes) -> None:
+    def post_vote(self, payload: bytes, *, wait: bool = True) -> None:
         with self._lock:
-            self._begin("vote between dispatch and combine")
+            self._begin("vote between dispatch and combine", wait=wait)
             self._control.post_vote(payload)
 
     def collect_votes(self, timeout_s: float) -> dict[int, bytes]:
@@ -729,10 +729,10 @@ class CudaBuffer(DeviceBuffer):
             self._limit_s = limit_s
             self.exchange.table[Word.LIMIT] = int(limit_s * 1e9)
 
-    def _begin(self, otherwise: str) -> None:
+    def _begin(self, otherwise: str, *, wait: bool = True) -> None:
         self._check_between(otherwise)
         self._thread = threading.get_ident()
-        self.check()  # what replays of graphs have reported since
+        self.check(wait=wait)  # what replays of graphs have reported since
         self._apply()
 
     def _check_ids(self, ids: torch.Tensor, sent: torch.Tensor) -> None:

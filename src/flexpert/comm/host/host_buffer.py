@@ -188,7 +188,7 @@ class HostBuffer(Buffer):
 
     # ---- the step barrier -------------------------------------------------------------------
 
-    def post_vote(self, payload: bytes) -> None:
+    def post_vote(self, payload: bytes, *, wait: bool = True) -> None:
         self._votes.post(payload)
 
     def wait_for_vote(self, timeout_s: float | None) -> bool:

@@ -318,7 +318,7 @@ class NixlEpBuffer(DeviceBuffer):
 
     # ---- the step barrier ---------------------------------------------------------------------
 
-    def post_vote(self, payload: bytes) -> None:
+    def post_vote(self, payload: bytes, *, wait: bool = True) -> None:
         if len(payload) > _PAYLOAD_BYTES:
             raise ValueError(f"a vote holds {_PAYLOAD_BYTES} bytes, not {len(payload)}")
         with self._lock:
