@@ -80,6 +80,10 @@ class Capabilities:
     mask_at_vote, unmask_at_vote: `mask`, `unmask` take effect in the next vote, not in the next
         exchange.
     epoch_needs_vote: every epoch must begin with a vote, not only one after a broken exchange.
+    raises_later: exchanges return before the device is done with them. What they would raise, or
+        whom they would mask, a later call does: `Buffer.check`, which must therefore come before
+        results are relied on, a vote, or the next exchange that finds it known. `Received.masked`
+        waits, and must be read before the next dispatch.
     owners_checked: with on_timeout="raise", an expert without an active owner is a ValueError;
         else it is skipped with either `on_timeout`.
     vote_bytes: most bytes of a vote's payload.
@@ -98,6 +102,7 @@ class Capabilities:
     unmask_at_vote: bool
     epoch_needs_vote: bool
     owners_checked: bool
+    raises_later: bool
     vote_bytes: int
     traffic_counted: bool
 
@@ -444,7 +449,7 @@ class Buffer(ABC):
     ) -> Received:
         """`begin_dispatch`, then receive, within `timeout_s` (default: the buffer's).
 
-        Raises:
+        Raises (later, where `capabilities.raises_later`):
             RankTimeout, RankLost: on_timeout="raise".
             Interrupted
             CommError: nonsense from a peer (named in the message).
@@ -464,7 +469,7 @@ class Buffer(ABC):
     ) -> torch.Tensor:
         """`begin_combine`, then receive: [tokens, hidden] spec.dtype.
 
-        Raises:
+        Raises (later, where `capabilities.raises_later`):
             RankTimeout, RankLost: on_timeout="raise".
             Interrupted
             CommError: nonsense from a peer, or one that used another `reduce`.
@@ -474,8 +479,9 @@ class Buffer(ABC):
         return pending(timeout_s)
 
     def check(self) -> tuple[int, ...]:
-        """After each replay of a CUDA graph: wait for it, and raise what its exchanges would have
-        raised. Where exchanges are not captured, there is nothing to do.
+        """Wait for the device, and raise what exchanges so far would have raised: after each replay
+        of a CUDA graph, and where `capabilities.raises_later` before results are relied on. Else
+        there is nothing to do.
 
         Returns: the ids that were masked because nothing came from them (on_timeout="mask").
 

@@ -8,8 +8,11 @@ graphs go on without being captured again.
 What its `capabilities` say has these reasons:
   - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link; or
     at once, with `unmask_at_once` (link_tags.py).
-  - Outside of graphs, each exchange waits for the device, since errors must be raised in time.
-    While a graph is captured, and in its replays, nothing is waited for: ask `check` afterwards.
+  - Exchanges return when they are launched, also outside of graphs. What kernels report lies in
+    page-locked memory of the host, which every call looks at without waiting: so a lost peer is
+    raised (or masked) by the call after the kernel has noticed it, and before anybody relies on
+    results by `check`, by votes, and by all that waits for the device anyhow. Until then tensors
+    may lack what that peer owed.
   - Everything must be launched on one stream, the current one of the caller.
   - Windows are sized for the capacity: it cannot grow. An id may be used again only when its old
     process has exited: the place in the peers' windows belongs to the id.
@@ -17,6 +20,7 @@ What its `capabilities` say has these reasons:
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -64,7 +68,7 @@ from flexpert.comm.cuda.peers import (
     open_window,
     own_window,
 )
-from flexpert.comm.errors import CommError, Interrupted, PeerUnreachable
+from flexpert.comm.errors import CommError, Interrupted, PeerUnreachable, StaleEpoch
 from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, find_missing
 from flexpert.comm.host.core import State
 from flexpert.comm.routing import check_dispatch, check_table
@@ -74,6 +78,9 @@ if TYPE_CHECKING:
     from flexpert.comm.bounded import StoreKeys
 
 _NAP_S = 0.001
+_STOP = int(Page.STOP)
+_NOTHING_REPORTED = bytes(8 * LANES)
+_MOST_TABLES = 1024
 
 
 class CudaBuffer(DeviceBuffer):
@@ -92,6 +99,7 @@ class CudaBuffer(DeviceBuffer):
         unmask_at_vote=True,
         epoch_needs_vote=False,
         owners_checked=False,
+        raises_later=True,
         vote_bytes=VOTE_BYTES,
         traffic_counted=False,
     )
@@ -129,6 +137,10 @@ class CudaBuffer(DeviceBuffer):
         self._page = torch.zeros(
             PAGE_WORDS, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu"
         )
+        raw = (ctypes.c_char * (8 * PAGE_WORDS)).from_address(self._page.data_ptr())
+        self._words = memoryview(raw).cast("B").cast("q")  # the page; quicker than a tensor
+        self._reports = memoryview(raw).cast("B")[8 * Page.REPORT :][: len(_NOTHING_REPORTED)]
+        self._tables: dict[int, ExpertTable] = {}  # that were checked
         super().__init__(
             rank,
             spec,
@@ -181,7 +193,7 @@ class CudaBuffer(DeviceBuffer):
 
     @property
     def _stopped(self) -> bool:
-        return bool(self._page[Page.STOP])
+        return self._words[_STOP] != 0
 
     def count(self, received: Received) -> int:
         assert isinstance(received, CudaReceived)
@@ -325,7 +337,8 @@ class CudaBuffer(DeviceBuffer):
             self._control.set_active(desired, epoch)
             self._synchronize()
             # a peer may still be reading what an unfinished exchange sent
-            self._must_vote |= self._state is not State.BETWEEN
+            unfinished = bool(read_report(self._page)) and not self._lenient
+            self._must_vote |= unfinished or self._state is not State.BETWEEN
             self._page[Page.STOP] = 0
             self._page[Page.GONE : Page.GONE + LANES] = 0
             for peer in self._control.lost:
@@ -436,7 +449,7 @@ class CudaBuffer(DeviceBuffer):
 
     def post_vote(self, payload: bytes) -> None:
         with self._lock:
-            self._begin("vote between dispatch and combine")
+            self._begin("vote between dispatch and combine", wait=True)
             self._control.post_vote(payload)
 
     def collect_votes(self, timeout_s: float) -> dict[int, bytes]:
@@ -515,13 +528,9 @@ class CudaBuffer(DeviceBuffer):
         *,
         wait: bool,
     ) -> Hook[CudaReceived]:
-        check_dispatch(self.spec, x, expert_ids, weights)
-        check_table(table)
-        self._check_here(x=x, expert_ids=expert_ids, table=table.rank)
-        if fp8 is not None:
-            if x.dtype is torch.uint8:
-                raise ValueError(f"x is bytes already; fp8={fp8!r} takes {self.spec.dtype}")
-            quant.check(self.spec.hidden, fp8)
+        self._check_sent(x, expert_ids, weights, fp8)
+        if self._tables.get(id(table)) is not table:
+            self._check_table(table)
         with self._lock:
             self._begin("dispatch before combine of the last")
             self._check_voted("the last exchange was incomplete and a peer may still be reading it")
@@ -550,10 +559,10 @@ class CudaBuffer(DeviceBuffer):
                 self._set_limit(timeout_s)
                 self.exchange.wait_dispatch(sent)
             self.exchange.index(sent)
-            masked = self.check()
-            self._received = CudaReceived(self, sent, masked, self.epoch, sequence)
+            self.raise_reported()
+            received = self._received = CudaReceived(self, sent, self.epoch, sequence)
             self._state = State.RECEIVED
-            return self._received
+            return received
 
     def begin_combine(
         self,
@@ -611,8 +620,11 @@ class CudaBuffer(DeviceBuffer):
             self._check_combines(received)
             assert isinstance(received, CudaReceived)
             sent = received.sent
+            self.raise_reported()
             if places is None:
-                self._check_rows("y", y, None if self._capturing else received.count)
+                # only the device knows how many rows there are; with room for all nobody must ask
+                whole = y.shape[:1] == (self.most_rows,) or self._capturing
+                self._check_rows("y", y, None if whole else received.count)
             else:
                 self._check_rows("y", y, y.shape[0])
                 if places.dtype is not torch.int32 or places.shape != self.exchange.rows.shape:
@@ -627,9 +639,9 @@ class CudaBuffer(DeviceBuffer):
                     f"reduce='home' takes {self.exchange.choices} choices a token in this buffer, "
                     f"not {sent.expert_ids.shape[1]}"
                 )
-            if expert_ids is not None:
+            if expert_ids is not None and expert_ids is not sent.expert_ids:
                 self._check_ids(expert_ids, sent.expert_ids)
-                sent = replace(sent, expert_ids=expert_ids.contiguous())
+                sent = sent.with_ids(expert_ids.contiguous())
             if weights is not None:
                 if weights.dtype is not torch.float32 or weights.shape != sent.weights.shape:
                     raise ValueError(f"weights must be {list(sent.weights.shape)} float32")
@@ -666,7 +678,7 @@ class CudaBuffer(DeviceBuffer):
                         target, y, sent, reduce=reduce, weights=weights, places=places,
                         shared=shared,
                     )  # fmt: skip
-                self.check()
+                self.raise_reported()
                 self._state = State.BETWEEN
                 return target
 
@@ -677,6 +689,12 @@ class CudaBuffer(DeviceBuffer):
         if self._capturing:
             return ()
         self._synchronize()
+        return self.raise_reported()
+
+    def raise_reported(self) -> tuple[int, ...]:
+        """What `check` does, for what kernels have reported by now: waits for nothing."""
+        if self._reports.tobytes() == _NOTHING_REPORTED or self._capturing:
+            return ()
         missing = read_report(self._page)
         if not missing:
             return ()
@@ -689,7 +707,8 @@ class CudaBuffer(DeviceBuffer):
         if not self._lenient:
             self._state = State.BROKEN
             raise self._failed(ranks, missing[0].phase, self.epoch, self._limit_s)
-        self._page[Page.REPORT : Page.REPORT + LANES] = 0
+        for rank in ranks:  # others may be reported meanwhile
+            self._words[Page.REPORT + rank] = 0
         self._broken.update({m.rank: m.phase for m in missing})
         self.mask(ranks)
         return ranks
@@ -699,9 +718,24 @@ class CudaBuffer(DeviceBuffer):
             self._check_combined(received)
             assert isinstance(received, CudaReceived)
             sent = received.sent
+            self.check()
             back = self.exchange.table[Word.RETURNED : Word.RETURNED + LANES] != 0
             back[self.rank] = True
             return find_missing(sent.expert_ids, sent.weights, sent.table, back)
+
+    def left_out(self, received: Received) -> tuple[int, ...]:
+        """Ids from which nothing came in this dispatch, the last one; waits for the device."""
+        with self._lock:
+            if self._capturing:
+                return ()
+            if received is not self._received:
+                raise StaleEpoch(
+                    f"masked of dispatch {received.sequence} of epoch {received.epoch}: ask before "
+                    "the next dispatch"
+                )
+            arrived = self.exchange.table[Word.ARRIVED : Word.ARRIVED + LANES].tolist()
+            self.raise_reported()
+            return tuple(rank for rank, tokens in enumerate(arrived) if tokens < 0)
 
     def close(self) -> None:
         self.interrupt()  # what waits on the device ends
@@ -728,11 +762,41 @@ class CudaBuffer(DeviceBuffer):
             self._limit_s = limit_s
             self.exchange.table[Word.LIMIT] = int(limit_s * 1e9)
 
-    def _begin(self, otherwise: str) -> None:
+    def _begin(self, otherwise: str, *, wait: bool = False) -> None:
+        """wait: for the device, so that nothing is reported later of what came before."""
         self._check_between(otherwise)
         self._thread = threading.get_ident()
-        self.check()  # what replays of graphs have reported since
-        self._apply()
+        if wait or self._changed:
+            self.check()
+            self._apply()
+        else:
+            self.raise_reported()
+            if self._changed:  # somebody was masked
+                self._apply()
+
+    def _check_sent(
+        self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, fp8: Scales | None
+    ) -> None:
+        kind = (
+            x.dtype, x.shape, x.device, expert_ids.dtype, expert_ids.shape, expert_ids.device,
+            weights.dtype, weights.shape, fp8,
+        )  # fmt: skip
+        if kind in self._fitting and x.is_contiguous():
+            return
+        check_dispatch(self.spec, x, expert_ids, weights)
+        self._check_here(x=x, expert_ids=expert_ids)
+        if fp8 is not None:
+            if x.dtype is torch.uint8:
+                raise ValueError(f"x is bytes already; fp8={fp8!r} takes {self.spec.dtype}")
+            quant.check(self.spec.hidden, fp8)
+        self._fits(kind)
+
+    def _check_table(self, table: ExpertTable) -> None:
+        check_table(table)
+        self._check_here(table=table.rank)
+        if len(self._tables) >= _MOST_TABLES:
+            self._tables.clear()
+        self._tables[id(table)] = table
 
     def _check_ids(self, ids: torch.Tensor, sent: torch.Tensor) -> None:
         if (
