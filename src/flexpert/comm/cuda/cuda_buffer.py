@@ -577,7 +577,8 @@ class CudaBuffer(DeviceBuffer):
     ) -> Pending[torch.Tensor]:
         """As in `Buffer`, and:
 
-        places: of `CudaReceived.pack`: y is [slots · limit, hidden], with each row in its place.
+        places: of `CudaReceived.pack`: y is [slots, limit, hidden] or [slots · limit, hidden],
+            with each row in its place.
         expert_ids: [tokens, k] as in dispatch, but that some may be -1 now and count no longer.
             Together with `weights`, on all ranks if on one, it has all ranks tell each other the
             weights first, and both may be given with "rank" as well; the sending half then waits
@@ -626,7 +627,7 @@ class CudaBuffer(DeviceBuffer):
                 whole = y.shape[:1] == (self.most_rows,) or self._capturing
                 self._check_rows("y", y, None if whole else received.count)
             else:
-                self._check_rows("y", y, y.shape[0])
+                self._check_packed(y)
                 if places.dtype is not torch.int32 or places.shape != self.exchange.rows.shape:
                     raise ValueError("places must be those that `pack` filled")
             shared = weights is not None and expert_ids is not None
@@ -797,6 +798,16 @@ class CudaBuffer(DeviceBuffer):
         if len(self._tables) >= _MOST_TABLES:
             self._tables.clear()
         self._tables[id(table)] = table
+
+    def _check_packed(self, y: torch.Tensor) -> None:
+        kind = (y.dtype, y.shape, y.device, "packed")
+        if kind in self._fitting and y.is_contiguous():
+            return
+        if y.ndim == 3 and y.is_contiguous():
+            self._check_rows("y", y.view(-1, y.shape[2]), y.shape[0] * y.shape[1])
+        else:
+            self._check_rows("y", y, y.shape[0])
+        self._fits(kind)
 
     def _check_ids(self, ids: torch.Tensor, sent: torch.Tensor) -> None:
         if (

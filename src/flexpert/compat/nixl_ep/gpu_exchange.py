@@ -1,12 +1,14 @@
 """Exchanges of nixl_ep's users on a GPU.
 
-Nothing here waits for the device but what `CudaBuffer` waits for, so that all of it can be captured
-into a CUDA graph. For the same reason nobody looks at what tensors hold.
+Nothing here waits for the device, so that all of it can be captured into a CUDA graph. For the same
+reason nobody looks at what tensors hold.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,7 +19,13 @@ from flexpert.comm.cuda.cuda_layout import Word
 from flexpert.comm.cuda.cuda_received import CudaReceived
 from flexpert.comm.cuda.expert_major import NOWHERE, ExpertMajor
 from flexpert.comm.errors import CommError
-from flexpert.compat.nixl_ep.device_exchange import Device, DeviceDispatched, Phase
+from flexpert.compat.nixl_ep.device_exchange import (
+    Device,
+    DeviceDispatched,
+    Phase,
+    Returned,
+    Rows,
+)
 from flexpert.compat.nixl_ep.expert_major_tensors import column_major, widened
 
 if TYPE_CHECKING:
@@ -26,13 +34,21 @@ if TYPE_CHECKING:
 # a result for each choice of a token can come back for so many choices, as memory grows;
 # of more only sums can
 _CHOICES = 16
+_TURNS = 2  # sets of tensors: what a dispatch returned is valid until the dispatch after the next
+
+
+@dataclass(slots=True, eq=False)
+class GpuReturned(Returned):
+    """into: the same tensors, as `CudaReceived.pack` takes them."""
+
+    into: ExpertMajor
 
 
 class GpuDevice(Device[torch.Tensor]):
     """See `Device`. What is remembered of a dispatch are its `places`, see `ExpertMajor`.
 
-    Tensors are new for each call: torch's allocator has them at no cost, and knows which belong to
-    a graph.
+    Tensors for what comes are used again by the dispatch after the next of the same kind; while a
+    graph is captured they are new, since the graph keeps them for itself.
     """
 
     core: CudaBuffer
@@ -47,6 +63,8 @@ class GpuDevice(Device[torch.Tensor]):
         self._nobody = torch.full((most,), -1, dtype=torch.int32, device=self.at)
         self._nothing = torch.zeros((1, core.spec.hidden), dtype=torch.bfloat16, device=self.at)
         self._captured = False  # the last dispatch
+        self._rows: Rows | None = None  # that `_rooms` are for
+        self._rooms: deque[ExpertMajor] = deque()
 
     @classmethod
     def of(cls, rank: int, spec: BufferSpec, timeout_s: float, store: Store) -> GpuDevice:
@@ -69,35 +87,52 @@ class GpuDevice(Device[torch.Tensor]):
             return exchange.waited(Word.WAITED_DISPATCH)
         return exchange.waited(Word.WAITED_COMBINE)
 
-    def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Again to nobody: places are known, and peers only need the number of tokens."""
-        return experts, self._nobody[: experts.numel()].view(experts.shape)
+    def routes(self, experts: torch.Tensor) -> torch.Tensor:
+        return experts
 
-    def recv_x(
-        self,
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        scale_columns: int,
-        scale_dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows = torch.empty(shape, dtype=dtype, device=self.at)
-        if not scale_columns:
-            return rows, None
-        experts, limit, _ = shape
-        storage = (experts, scale_columns, limit)
-        return rows, column_major(torch.empty(storage, dtype=scale_dtype, device=self.at))
+    def repeated(self, experts: torch.Tensor) -> torch.Tensor:
+        """To nobody: places are known, and peers only need the number of tokens."""
+        return self._nobody[: experts.numel()].view(experts.shape)
+
+    def returned(self, rows: Rows) -> Returned:
+        token = torch.empty((rows.experts, rows.limit), dtype=torch.int32, device=self.at)
+        if self._capturing():
+            into = self._room(rows, token)
+        else:
+            if rows is not self._rows:
+                self._rows = rows
+                self._rooms.clear()
+            into = self._rooms.popleft() if len(self._rooms) == _TURNS else self._room(rows, token)
+            self._rooms.append(into)
+        return GpuReturned(into.x, into.scales, into.count, token, into.ranges, into)
+
+    def _room(self, rows: Rows, token: torch.Tensor) -> ExpertMajor:
+        def new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=self.at)
+
+        scales: torch.Tensor | None = None
+        if rows.scale_columns:
+            storage = (rows.experts, rows.scale_columns, rows.limit)
+            scales = column_major(new(storage, rows.scale_dtype))
+        return ExpertMajor(
+            new(rows.shape, rows.dtype),
+            scales,
+            new((rows.experts,), torch.int32),
+            token,
+            new((rows.experts, rows.ranks), torch.int64),
+            torch.empty_like(self._nowhere),
+        )
 
     def staged(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device=self.at)
 
     def fill(self, done: DeviceDispatched[torch.Tensor], received: Received) -> torch.Tensor:
-        places = torch.empty_like(self._nowhere)
-        into = ExpertMajor(
-            done.recv_x, done.scales, done.recv_count, done.src_info, done.layout_range, places
-        )
+        returned = cast(GpuReturned, done.returned)
+        into = returned.into
+        into.token = returned.src_info
         cast(CudaReceived, received).pack(into)
         self._captured = self._capturing()
-        return places
+        return into.places
 
     def again(
         self, done: DeviceDispatched[torch.Tensor], came: torch.Tensor, received: Received
@@ -126,8 +161,8 @@ class GpuDevice(Device[torch.Tensor]):
         out: torch.Tensor | None,
         later: bool,
     ) -> Callable[[], torch.Tensor]:
-        y = widened(x, self.core.spec.hidden)
-        y = y.view(-1, y.shape[2])
+        whole = x.size(2) == self.core.spec.hidden and x.is_contiguous()
+        y = x if whole else widened(x.detach(), self.core.spec.hidden)
         if later:
             return self.core.begin_combine(
                 y, received, reduce=_reduce(topk_idx), weights=weights, out=out, places=came,
@@ -142,6 +177,8 @@ class GpuDevice(Device[torch.Tensor]):
         self, topk_idx: torch.Tensor, weights: torch.Tensor, done: DeviceDispatched[torch.Tensor]
     ) -> torch.Tensor:
         """As they are: topk_idx itself says at combine which rows count."""
+        if topk_idx is done.experts:
+            return weights
         shape = done.experts.shape
         if topk_idx.shape != shape or topk_idx.dtype not in (torch.int32, torch.int64):
             raise ValueError(

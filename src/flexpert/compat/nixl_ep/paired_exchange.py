@@ -21,7 +21,13 @@ import torch
 
 from flexpert.comm.buffer import Buffer, ExpertTable, Received, Scales
 from flexpert.comm.errors import StaleEpoch
-from flexpert.compat.nixl_ep.device_exchange import A, Device, DeviceDispatched, Handle
+from flexpert.compat.nixl_ep.device_exchange import (
+    A,
+    Device,
+    DeviceDispatched,
+    Handle,
+    Rows,
+)
 from flexpert.compat.nixl_ep.expert_major_tensors import widened
 from flexpert.compat.nixl_ep.lifetime import Lifetime
 
@@ -63,6 +69,8 @@ class PairedExchange(Generic[A]):
         # weights for dispatches; those that count come with the combine
         most = core.spec.max_tokens * core.spec.topk
         self._ones = torch.ones(most, dtype=torch.float32, device=device.at)
+        self._ones_of: dict[torch.Size, torch.Tensor] = {}
+        self._rows: dict[tuple[object, ...], Rows] = {}
         self._staged: torch.Tensor | None = None
 
     # ---- dispatch ---------------------------------------------------------------------------
@@ -82,54 +90,35 @@ class PairedExchange(Generic[A]):
         """Send; receive too unless `later`. Arguments are checked but for what `core` checks."""
         with self._lifetime.call():
             self.settle()
-            hidden = x.shape[1]
+            rows = self._rows_of(x.size(1), max_tokens, ranks, fp8)
             wire = widened(x, self._core.spec.hidden)
             if later and wire is x and fp8 is None and self.device.own_rows_wait:
                 wire = x.clone()  # the user may write to x now
             self._route()
-            now, again = self.device.routes(experts)
+            routes = self.device.routes(experts)
             before = None if wait_stats is None else self.device.waited("dispatch")
-            pending = self._dispatch(wire, now, self._table, fp8, later=later)
-            done = self._prepare(again, max_tokens, ranks, hidden, fp8)
+            pending = self._dispatch(wire, routes, self._table, fp8, later=later)
+            done: DeviceDispatched[A]
+            done = DeviceDispatched(routes, self._table, rows, self.device.returned(rows))
             self._kept.append(done)
 
             def receive() -> None:
                 self._uncombined = done.received = received = pending()
                 done.came = self.device.fill(done, received)
                 if recv_stats is not None:
-                    recv_stats.add_(done.recv_count)
+                    recv_stats.add_(done.returned.recv_count)
                 if wait_stats is not None:
                     _add_since(wait_stats, before, self.device.waited("dispatch"))
 
             return done, self._finish(receive, later)
 
-    def _prepare(
-        self,
-        experts: torch.Tensor,
-        max_tokens: int,
-        ranks: int,
-        hidden: int,
-        fp8: Scales | None,
-    ) -> DeviceDispatched[A]:
-        local, limit, at = self._experts, ranks * max_tokens, self.device.at
-        packed = fp8 == "ue8m0"
-        recv_x, scales = self.device.recv_x(
-            (local, limit, hidden),
-            torch.bfloat16 if fp8 is None else torch.float8_e4m3fn,
-            0 if fp8 is None else hidden // (512 if packed else 128),
-            torch.int32 if packed else torch.float32,
-        )
-        return DeviceDispatched(
-            experts=experts,
-            table=self._table,
-            ranks=ranks,
-            max_tokens=max_tokens,
-            recv_x=recv_x,
-            scales=scales,
-            recv_count=torch.empty(local, dtype=torch.int32, device=at),
-            src_info=torch.empty((local, limit), dtype=torch.int32, device=at),
-            layout_range=torch.empty((local, ranks), dtype=torch.int64, device=at),
-        )
+    def _rows_of(self, hidden: int, max_tokens: int, ranks: int, fp8: Scales | None) -> Rows:
+        """The same object for equal arguments."""
+        key = (hidden, max_tokens, ranks, fp8)
+        rows = self._rows.get(key)
+        if rows is None:
+            rows = self._rows[key] = Rows(self._experts, ranks, max_tokens, hidden, fp8)
+        return rows
 
     def _dispatch(
         self,
@@ -141,7 +130,10 @@ class PairedExchange(Generic[A]):
         later: bool = False,
     ) -> Callable[[], Received]:
         """Begin, and unless `later` end: both at once is faster on a GPU."""
-        weights = self._ones[: experts.numel()].view(experts.shape)
+        shape = experts.shape
+        weights = self._ones_of.get(shape)
+        if weights is None:
+            weights = self._ones_of[shape] = self._ones[: experts.numel()].view(shape)
         if later:
             return self._core.begin_dispatch(x, experts, weights, table, fp8=fp8)
         received = self._core.dispatch(x, experts, weights, table, fp8=fp8)
@@ -152,7 +144,7 @@ class PairedExchange(Generic[A]):
     def find(self, handle: Handle) -> DeviceDispatched[A]:
         """Raises: StaleEpoch: not one of the last two dispatches."""
         for done in self._kept:
-            if handle[0].data_ptr() == done.src_info.data_ptr():
+            if handle[0].data_ptr() == done.returned.src_info.data_ptr():
                 return done
         raise StaleEpoch(
             f"the handle is not of one of the last {_KEPT} dispatches of rank {self._core.rank}; "
@@ -186,7 +178,7 @@ class PairedExchange(Generic[A]):
             whole = out.shape[1] == self._core.spec.hidden and out.is_contiguous()
             before = None if wait_stats is None else self.device.waited("combine")
             pending = self.device.combine(
-                x.detach(),
+                x,
                 topk_idx,
                 counting,
                 came,
@@ -210,12 +202,13 @@ class PairedExchange(Generic[A]):
         self.settle()
         tokens = done.experts.shape[0]
         probe = torch.zeros((tokens, _PROBE_BYTES), dtype=torch.uint8, device=self.device.at)
-        self._uncombined = received = self._dispatch(probe, done.experts, done.table)()
+        routes = self.device.repeated(done.experts)
+        self._uncombined = received = self._dispatch(probe, routes, done.table)()
         return received, self.device.again(done, came, received)
 
     def stage(self, done: DeviceDispatched[A]) -> torch.Tensor:
         """[experts, limit, hidden] bf16 to write results into, for `combine(zero_copy=True)`."""
-        self._staged = self.device.staged(tuple(done.recv_x.shape))
+        self._staged = self.device.staged(done.rows.shape)
         return self._staged
 
     @property
