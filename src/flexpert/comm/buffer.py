@@ -114,11 +114,16 @@ class ExpertTable:
     rank: [experts] int32, id of the rank that owns the replica this rank uses; -1 = nobody.
     slot: [experts] int32, the slot of that replica in its owner.
     slots: number of local slots of *this* rank (rows may arrive for slots 0 … slots-1).
+    experts: how many logical experts there are.
     """
 
     rank: torch.Tensor
     slot: torch.Tensor
     slots: int
+    experts: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", self.rank.numel())
 
 
 class Received(ABC):

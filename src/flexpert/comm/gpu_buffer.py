@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 CPU = torch.device("cpu")
 
-_MOST_KINDS = 4096
+MOST_KINDS = 4096  # of arguments that are remembered
 _CONTROL_HIDDEN = 16  # rows of the control buffer are never used
 
 
@@ -254,7 +254,7 @@ class DeviceBuffer(Buffer):
 
     def _fits(self, kind: tuple[object, ...]) -> None:
         """Remember that arguments of this kind need not be looked at in every call."""
-        if len(self._fitting) >= _MOST_KINDS:
+        if len(self._fitting) >= MOST_KINDS:
             self._fitting.clear()
         self._fitting.add(kind)
 

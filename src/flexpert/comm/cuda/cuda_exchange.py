@@ -112,38 +112,47 @@ class CudaIndexed:
     weights: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchKind:
+    """What dispatches of one kind have in common.
+
+    send, index: their launches. pieces: programs of `send` for a token.
+    k: choices of a token. stride: by how many two tokens are apart; see `CudaExchange`.
+    """
+
+    send: KernelLaunch
+    pieces: int
+    index: KernelLaunch
+    indexed: CudaIndexed
+    k: int
+    stride: int
+
+
 @dataclass(slots=True, eq=False)
 class CudaDispatched:
-    """What a dispatch was called with, for its combine.
-
-    stride: by how many choices two tokens are apart; see `CudaExchange`.
-    index: launches what indexes the rows that came.
-    """
+    """What a dispatch was called with, for its combine. ids: dtype of expert_ids."""
 
     expert_ids: torch.Tensor
     weights: torch.Tensor
     table: ExpertTable
     tokens: int
-    indexed: CudaIndexed
-    stride: int
-    index: KernelLaunch
+    kind: DispatchKind
+    ids: torch.dtype
+
+    @property
+    def indexed(self) -> CudaIndexed:
+        return self.kind.indexed
+
+    @property
+    def stride(self) -> int:
+        """See `DispatchKind`."""
+        return self.kind.stride
 
     def with_ids(self, expert_ids: torch.Tensor) -> CudaDispatched:
         """The same dispatch with other choices of its tokens."""
         return CudaDispatched(
-            expert_ids, self.weights, self.table, self.tokens, self.indexed, self.stride, self.index
+            expert_ids, self.weights, self.table, self.tokens, self.kind, expert_ids.dtype
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _SendKind:
-    """What dispatches of one kind have in common. pieces: programs for a token."""
-
-    launch: KernelLaunch
-    pieces: int
-    indexed: CudaIndexed
-    stride: int
-    index: KernelLaunch
 
 
 class CudaExchange:
@@ -195,7 +204,7 @@ class CudaExchange:
         self._sim = INTERPRETED
         self._pieces = triton.cdiv(spec.hidden, self.tuning.width)  # programs that sum a row
         self._senders = min(places * self._pieces, self.tuning.workers)
-        self._send_kinds: dict[tuple[object, ...], _SendKind] = {}
+        self._kinds: dict[tuple[object, ...], DispatchKind] = {}
         self._launches: dict[tuple[object, ...], KernelLaunch] = {}
 
     # ---- what the host rewrites ---------------------------------------------------------------
@@ -272,6 +281,23 @@ class CudaExchange:
 
     # ---- launches -----------------------------------------------------------------------------
 
+    def kind_of(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        slots: int,
+        fp8: Scales | None,
+        *,
+        wait: bool,
+    ) -> DispatchKind:
+        """Of dispatches with such arguments, of any number of tokens. slots: of their table."""
+        k = expert_ids.shape[1]
+        key = (x.dtype, x.shape[1], expert_ids.dtype, k, slots, fp8, wait)
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = self._new_kind(x, k, slots, fp8, wait)
+        return kind
+
     def send_dispatch(
         self,
         x: torch.Tensor,
@@ -281,25 +307,22 @@ class CudaExchange:
         *,
         fp8: Scales | None = None,
         wait: bool,
+        kind: DispatchKind | None = None,
     ) -> CudaDispatched:
         """The sending half; with `wait` the peers' flags are waited for in the same launch.
 
         x: [tokens, hidden] spec.dtype, or uint8 [tokens, n]; expert_ids: [tokens, k] int32 or
-        int64; weights: [tokens, k] float32; table on the same device; all contiguous.
+        int64; weights: [tokens, k] float32; table on the same device; all contiguous. kind: of
+        `kind_of`, where the caller has it.
         """
-        tokens, k = expert_ids.shape
-        key = (x.dtype, x.shape[1], expert_ids.dtype, k, table.slots, fp8, wait)
-        kind = self._send_kinds.get(key)
         if kind is None:
-            kind = self._send_kinds[key] = self._send_kind(x, k, table.slots, fp8, wait)
-        owner = table.rank
-        kind.launch(
+            kind = self.kind_of(x, expert_ids, table.slots, fp8, wait=wait)
+        tokens = expert_ids.shape[0]
+        kind.send(
             (tokens or 1) * kind.pieces + wait,
-            x, expert_ids, weights, owner, table.slot, tokens, owner.size(0),
+            x, expert_ids, weights, table.rank, table.slot, tokens, table.experts,
         )  # fmt: skip
-        return CudaDispatched(
-            expert_ids, weights, table, tokens, kind.indexed, kind.stride, kind.index
-        )
+        return CudaDispatched(expert_ids, weights, table, tokens, kind, expert_ids.dtype)
 
     def wait_dispatch(self, sent: CudaDispatched) -> None:
         launch = self._launches.get((_WAIT_DISPATCH,))
@@ -313,11 +336,12 @@ class CudaExchange:
         """What came, by slot; the exchange has its number from here on."""
         if self._far:
             self._take_dispatch(sent)
-        sent.index(sent.table.slots + 1)
-        return sent.indexed
+        kind = sent.kind
+        kind.index(sent.table.slots + 1)
+        return kind.indexed
 
     def _take_dispatch(self, sent: CudaDispatched) -> None:
-        key = ("take_dispatch", id(sent.indexed), sent.stride)
+        key = ("take_dispatch", sent.kind)
         launch = self._launches.get(key)
         if launch is None:
             spec, where, tuning = self.spec, self.layout, self.tuning
@@ -347,7 +371,7 @@ class CudaExchange:
 
     def _take_combine(self, sent: CudaDispatched, *, reduce: Reduce, shared: bool) -> None:
         ids = sent.expert_ids
-        key = ("take_combine", ids.dtype, ids.size(1), sent.stride, reduce, shared)
+        key = ("take_combine", sent.kind, sent.ids, reduce, shared)
         launch = self._launches.get(key)
         if launch is None:
             spec, tuning = self.spec, self.tuning
@@ -357,7 +381,7 @@ class CudaExchange:
                 | self._choices(sent.stride)
                 | {
                     "R": spec.capacity,
-                    "K": ids.shape[1],
+                    "K": sent.kind.k,
                     "MAX_TOKENS": spec.max_tokens,
                     "WORDS": words,
                     "TILE": min(tuning.take_width, triton.next_power_of_2(words)),
@@ -368,8 +392,8 @@ class CudaExchange:
                 }
             )
             launch = self._kept(key, lanes.take_combine, fixed, num_warps=tuning.take_warps)
-        owner = sent.table.rank
-        launch(self.tuning.takers, ids, owner, sent.tokens, owner.size(0))
+        table = sent.table
+        launch(self.tuning.takers, ids, table.rank, sent.tokens, table.experts)
 
     def send_combine(
         self,
@@ -386,7 +410,7 @@ class CudaExchange:
         expert_major.py) as these say; out: see `reduce`. shared: the weights are those of
         `share_weights`, which has been waited for if reduce is "rank"; y is not read afterwards."""
         ids = sent.expert_ids
-        key = (_SEND_COMBINE, ids.dtype, ids.size(1), sent.stride, reduce, shared, wait)
+        key = (_SEND_COMBINE, sent.kind, sent.ids, reduce, shared, wait)
         launch = self._launches.get(key)
         if launch is None:
             fixed = (
@@ -405,11 +429,11 @@ class CudaExchange:
                 key, combine.send_combine, fixed,
                 num_warps=self.tuning.combine_warps, enable_fp_fusion=False,
             )  # fmt: skip
-        owner = sent.table.rank
+        table = sent.table
         launch(
             self._senders + wait,
-            out, y, self.position if places is None else places, ids, owner,
-            sent.tokens, owner.size(0),
+            out, y, self.position if places is None else places, ids, table.rank,
+            sent.tokens, table.experts,
         )  # fmt: skip
 
     def share_weights(
@@ -421,10 +445,10 @@ class CudaExchange:
         weights: [tokens, k] float32; an expert that is -1 in `sent` counts with 0.
         """
         ids = sent.expert_ids
-        key = (_SHARE_WEIGHTS, ids.dtype, ids.size(1), sent.stride, send, wait)
+        key = (_SHARE_WEIGHTS, sent.kind, sent.ids, send, wait)
         launch = self._launches.get(key)
         if launch is None:
-            spec, k = self.spec, ids.shape[1]
+            spec, k = self.spec, sent.kind.k
             chunk = min(triton.next_power_of_2(max(spec.max_tokens * k, 1)), _WEIGHTS_CHUNK)
             fixed = self._waits() | {
                 "K": k,
@@ -475,18 +499,19 @@ class CudaExchange:
         if self._far:
             self._take_combine(sent, reduce=reduce, shared=shared)
         ids = sent.expert_ids
-        key = (_REDUCE, ids.dtype, ids.size(1), sent.stride, reduce, shared)
+        key = (_REDUCE, sent.kind, sent.ids, reduce, shared)
         launch = self._launches.get(key)
         if launch is None:
             launch = self._kept(
                 key, combine.reduce, self._here() | self._sums(sent, reduce, shared),
                 num_warps=self.tuning.combine_warps, enable_fp_fusion=False,
             )  # fmt: skip
-        owner = sent.table.rank
+        table = sent.table
         launch(
             min(sent.tokens * self._pieces, self.tuning.reducers) or 1,
             out, y, self.position if places is None else places, ids,
-            sent.weights if weights is None else weights, owner, sent.tokens, owner.size(0),
+            sent.weights if weights is None else weights, table.rank, sent.tokens,
+            table.experts,
         )  # fmt: skip
         return out
 
@@ -541,7 +566,7 @@ class CudaExchange:
         spec = self.spec
         return self._choices(sent.stride) | {
             "R": spec.capacity,
-            "K": sent.expert_ids.shape[1],
+            "K": sent.kind.k,
             "MAX_TOKENS": spec.max_tokens,
             "H": spec.hidden,
             "WIDTH": self.tuning.width,
@@ -551,9 +576,9 @@ class CudaExchange:
             "SOURCE": self._source(sent, shared),
         }
 
-    def _send_kind(
+    def _new_kind(
         self, x: torch.Tensor, k: int, slots: int, fp8: Scales | None, wait: bool
-    ) -> _SendKind:
+    ) -> DispatchKind:
         spec, where, tuning = self.spec, self.layout, self.tuning
         stride = max(k, 1) if self._same_k else spec.topk
         row = x.shape[1] * x.itemsize
@@ -583,12 +608,13 @@ class CudaExchange:
             }
         )
         indexed = self._indexed(x, slots, fp8)
-        return _SendKind(
+        return DispatchKind(
             self.prepare(dispatch.send_dispatch, fixed, views, num_warps=tuning.send_warps),
             triton.cdiv(words, tile),
-            indexed,
-            stride,
             self._index_launch(indexed, slots, stride),
+            indexed,
+            k,
+            stride,
         )
 
     def _index_launch(self, indexed: CudaIndexed, slots: int, stride: int) -> KernelLaunch:

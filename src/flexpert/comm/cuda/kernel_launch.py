@@ -226,7 +226,7 @@ class KernelLaunch:
         prepared = self._prepared
         if prepared is not None:
             n = prepared.pointers
-            pointers = [tensor.data_ptr() for tensor in changing[:n]]
+            pointers = map(_address, changing[:n])
             prepared.pack_into(prepared.buffer, 0, *pointers, *changing[n:])
             status = lib.fx_start(prepared.words, programs, _stream(self._index))
             if status == 0:
@@ -261,6 +261,7 @@ class KernelLaunch:
             _say_once(f"{self._kernel.__name__}: {error}")
 
 
+_address = torch.Tensor.data_ptr
 _stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 

@@ -346,7 +346,7 @@ class Buffer:
         rows: RecvX = returned.recv_x
         if returned.scales is not None:
             rows = returned.recv_x, returned.scales
-        event, hook = _ends(receive, async_finish, return_recv_hook)
+        event, hook = _ends(receive, async_finish)
         return rows, returned.recv_count, done.handle, event, hook
 
     def low_latency_combine(
@@ -416,7 +416,7 @@ class Buffer:
             later=async_finish or return_recv_hook,
             wait_stats=combine_wait_recv_cost_stats,
         )
-        return out, *_ends(receive, async_finish, return_recv_hook)
+        return out, *_ends(receive, async_finish)
 
     dispatch = low_latency_dispatch
     combine = low_latency_combine
@@ -525,6 +525,7 @@ class Buffer:
 
 
 def _ends(
-    receive: Receive, async_finish: bool, return_recv_hook: bool
+    receive: Receive | None, async_finish: bool
 ) -> tuple[EventOverlap, Callable[[], None] | None]:
-    return EventOverlap(receive if async_finish else None), receive if return_recv_hook else None
+    """receive: what is still to be done, in one of two ways."""
+    return (EventOverlap(receive), None) if async_finish else (EventOverlap(None), receive)

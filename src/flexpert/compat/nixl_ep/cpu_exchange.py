@@ -103,7 +103,18 @@ class CpuDevice(Device[Arrival]):
         received: Received,
         *,
         out: torch.Tensor | None,
-        later: bool,
+    ) -> torch.Tensor:
+        return self.begin_combine(x, topk_idx, weights, came, received, out=out)()
+
+    def begin_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor,
+        came: Arrival,
+        received: Received,
+        *,
+        out: torch.Tensor | None,
     ) -> Callable[[], torch.Tensor]:
         y = self.core.combine_input(received)
         collect(x.detach(), came.places, y)

@@ -166,13 +166,25 @@ class Device(ABC, Generic[A]):
         received: Received,
         *,
         out: torch.Tensor | None,
-        later: bool,
-    ) -> Callable[[], torch.Tensor]:
-        """Send rows of x home; the result receives the sums, [tokens, hidden of the core].
+    ) -> torch.Tensor:
+        """Send rows of x home, and receive the sums, [tokens, hidden of the core].
 
         x: [experts, limit, hidden], maybe narrower than the core's. weights: of `counting`. out:
         for the sums.
         """
+
+    @abstractmethod
+    def begin_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor,
+        came: A,
+        received: Received,
+        *,
+        out: torch.Tensor | None,
+    ) -> Callable[[], torch.Tensor]:
+        """As `combine`, but that the result receives."""
 
     @abstractmethod
     def counting(

@@ -6,6 +6,7 @@ reason nobody looks at what tensors hold.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 # a result for each choice of a token can come back for so many choices, as memory grows;
 # of more only sums can
 _CHOICES = 16
+_HELD = 3  # references to a src_info: of `GpuReturned`, of its `into`, of who counts them
 _TURNS = 2  # sets of tensors: what a dispatch returned is valid until the dispatch after the next
 
 
@@ -57,14 +59,15 @@ class GpuDevice(Device[torch.Tensor]):
     def __init__(self, core: CudaBuffer) -> None:
         self.core = core
         self.at = core.device
+        self._on_gpu = core.device.type == "cuda"
         most = core.exchange.most_rows
         self._nowhere = torch.full((most,), NOWHERE, dtype=torch.int32, device=self.at)
         most = core.spec.max_tokens * core.spec.topk
         self._nobody = torch.full((most,), -1, dtype=torch.int32, device=self.at)
         self._nothing = torch.zeros((1, core.spec.hidden), dtype=torch.bfloat16, device=self.at)
         self._captured = False  # the last dispatch
-        self._rows: Rows | None = None  # that `_rooms` are for
-        self._rooms: deque[ExpertMajor] = deque()
+        self._rows: Rows | None = None  # of what `_turns` are for
+        self._turns: deque[GpuReturned] = deque()
 
     @classmethod
     def of(cls, rank: int, spec: BufferSpec, timeout_s: float, store: Store) -> GpuDevice:
@@ -95,18 +98,21 @@ class GpuDevice(Device[torch.Tensor]):
         return self._nobody[: experts.numel()].view(experts.shape)
 
     def returned(self, rows: Rows) -> Returned:
-        token = torch.empty((rows.experts, rows.limit), dtype=torch.int32, device=self.at)
         if self._capturing():
-            into = self._room(rows, token)
+            return self._new(rows)
+        if rows is not self._rows:
+            self._rows = rows
+            self._turns.clear()
+        if len(self._turns) < _TURNS:
+            returned = self._new(rows)
         else:
-            if rows is not self._rows:
-                self._rows = rows
-                self._rooms.clear()
-            into = self._rooms.popleft() if len(self._rooms) == _TURNS else self._room(rows, token)
-            self._rooms.append(into)
-        return GpuReturned(into.x, into.scales, into.count, token, into.ranges, into)
+            returned = self._turns.popleft()
+            if sys.getrefcount(returned.src_info) > _HELD:  # somebody has a handle that is too old
+                returned = self._with_info(returned.into, rows)
+        self._turns.append(returned)
+        return returned
 
-    def _room(self, rows: Rows, token: torch.Tensor) -> ExpertMajor:
+    def _new(self, rows: Rows) -> GpuReturned:
         def new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=self.at)
 
@@ -114,22 +120,25 @@ class GpuDevice(Device[torch.Tensor]):
         if rows.scale_columns:
             storage = (rows.experts, rows.scale_columns, rows.limit)
             scales = column_major(new(storage, rows.scale_dtype))
-        return ExpertMajor(
-            new(rows.shape, rows.dtype),
-            scales,
-            new((rows.experts,), torch.int32),
-            token,
-            new((rows.experts, rows.ranks), torch.int64),
-            torch.empty_like(self._nowhere),
+        into = ExpertMajor(
+            x=new(rows.shape, rows.dtype),
+            scales=scales,
+            count=new((rows.experts,), torch.int32),
+            token=new((0,), torch.int32),
+            ranges=new((rows.experts, rows.ranks), torch.int64),
+            places=torch.empty_like(self._nowhere),
         )
+        return self._with_info(into, rows)
+
+    def _with_info(self, into: ExpertMajor, rows: Rows) -> GpuReturned:
+        into.token = torch.empty((rows.experts, rows.limit), dtype=torch.int32, device=self.at)
+        return GpuReturned(into.x, into.scales, into.count, into.token, into.ranges, into)
 
     def staged(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device=self.at)
 
     def fill(self, done: DeviceDispatched[torch.Tensor], received: Received) -> torch.Tensor:
-        returned = cast(GpuReturned, done.returned)
-        into = returned.into
-        into.token = returned.src_info
+        into = cast(GpuReturned, done.returned).into
         cast(CudaReceived, received).pack(into)
         self._captured = self._capturing()
         return into.places
@@ -159,19 +168,32 @@ class GpuDevice(Device[torch.Tensor]):
         received: Received,
         *,
         out: torch.Tensor | None,
-        later: bool,
-    ) -> Callable[[], torch.Tensor]:
-        whole = x.size(2) == self.core.spec.hidden and x.is_contiguous()
-        y = x if whole else widened(x.detach(), self.core.spec.hidden)
-        if later:
-            return self.core.begin_combine(
-                y, received, reduce=_reduce(topk_idx), weights=weights, out=out, places=came,
-                expert_ids=topk_idx,
-            )  # fmt: skip
-        sums = self.core.combine(
-            y, received, reduce="rank", weights=weights, out=out, places=came, expert_ids=topk_idx
+    ) -> torch.Tensor:
+        return self.core.combine(
+            self._whole(x), received, weights=weights, out=out, places=came, expert_ids=topk_idx
         )
-        return lambda: sums
+
+    def begin_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor,
+        came: torch.Tensor,
+        received: Received,
+        *,
+        out: torch.Tensor | None,
+    ) -> Callable[[], torch.Tensor]:
+        return self.core.begin_combine(
+            self._whole(x), received, reduce=_reduce(topk_idx), weights=weights, out=out,
+            places=came, expert_ids=topk_idx,
+        )  # fmt: skip
+
+    def _whole(self, x: torch.Tensor) -> torch.Tensor:
+        """x as wide as the core's rows, contiguous."""
+        hidden = self.core.spec.hidden
+        if x.size(2) == hidden and x.is_contiguous():
+            return x
+        return widened(x.detach(), hidden)
 
     def counting(
         self, topk_idx: torch.Tensor, weights: torch.Tensor, done: DeviceDispatched[torch.Tensor]
@@ -188,7 +210,7 @@ class GpuDevice(Device[torch.Tensor]):
         return weights
 
     def on_stream(self, work: Callable[[], None]) -> Callable[[], None]:
-        if self.at.type != "cuda":
+        if not self._on_gpu:
             return work
         stream = torch.cuda.current_stream(self.at)
 
@@ -202,7 +224,7 @@ class GpuDevice(Device[torch.Tensor]):
         return run
 
     def _capturing(self) -> bool:
-        return self.at.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 def _reduce(experts: torch.Tensor) -> Reduce:

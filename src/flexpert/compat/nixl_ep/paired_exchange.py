@@ -86,8 +86,9 @@ class PairedExchange(Generic[A]):
         later: bool,
         recv_stats: torch.Tensor | None,
         wait_stats: torch.Tensor | None,
-    ) -> tuple[DeviceDispatched[A], Receive]:
-        """Send; receive too unless `later`. Arguments are checked but for what `core` checks."""
+    ) -> tuple[DeviceDispatched[A], Receive | None]:
+        """Send; receive too unless `later`: then the result does. Arguments are checked, but for
+        what `core` checks."""
         with self._lifetime.call():
             self.settle()
             rows = self._rows_of(x.size(1), max_tokens, ranks, fp8)
@@ -97,20 +98,37 @@ class PairedExchange(Generic[A]):
             self._route()
             routes = self.device.routes(experts)
             before = None if wait_stats is None else self.device.waited("dispatch")
-            pending = self._dispatch(wire, routes, self._table, fp8, later=later)
+            weights = self._weights(routes)
             done: DeviceDispatched[A]
             done = DeviceDispatched(routes, self._table, rows, self.device.returned(rows))
+            if not later:  # both halves at once are faster on a GPU
+                received = self._core.dispatch(wire, routes, weights, self._table, fp8=fp8)
+                self._kept.append(done)
+                self._receive(done, received, recv_stats, wait_stats, before)
+                return done, None
+            pending = self._core.begin_dispatch(wire, routes, weights, self._table, fp8=fp8)
             self._kept.append(done)
 
             def receive() -> None:
-                self._uncombined = done.received = received = pending()
-                done.came = self.device.fill(done, received)
-                if recv_stats is not None:
-                    recv_stats.add_(done.returned.recv_count)
-                if wait_stats is not None:
-                    _add_since(wait_stats, before, self.device.waited("dispatch"))
+                self._receive(done, pending(), recv_stats, wait_stats, before)
 
-            return done, self._finish(receive, later)
+            return done, self._finish(receive)
+
+    def _receive(
+        self,
+        done: DeviceDispatched[A],
+        received: Received,
+        recv_stats: torch.Tensor | None,
+        wait_stats: torch.Tensor | None,
+        before: torch.Tensor | None,
+    ) -> None:
+        """before: of `Device.waited`, if wait_stats are wanted."""
+        self._uncombined = done.received = received
+        done.came = self.device.fill(done, received)
+        if recv_stats is not None:
+            recv_stats.add_(done.returned.recv_count)
+        if wait_stats is not None:
+            _add_since(wait_stats, before, self.device.waited("dispatch"))
 
     def _rows_of(self, hidden: int, max_tokens: int, ranks: int, fp8: Scales | None) -> Rows:
         """The same object for equal arguments."""
@@ -120,24 +138,13 @@ class PairedExchange(Generic[A]):
             rows = self._rows[key] = Rows(self._experts, ranks, max_tokens, hidden, fp8)
         return rows
 
-    def _dispatch(
-        self,
-        x: torch.Tensor,
-        experts: torch.Tensor,
-        table: ExpertTable,
-        fp8: Scales | None = None,
-        *,
-        later: bool = False,
-    ) -> Callable[[], Received]:
-        """Begin, and unless `later` end: both at once is faster on a GPU."""
+    def _weights(self, experts: torch.Tensor) -> torch.Tensor:
+        """[tokens, k] float32, of a dispatch to these."""
         shape = experts.shape
         weights = self._ones_of.get(shape)
         if weights is None:
             weights = self._ones_of[shape] = self._ones[: experts.numel()].view(shape)
-        if later:
-            return self._core.begin_dispatch(x, experts, weights, table, fp8=fp8)
-        received = self._core.dispatch(x, experts, weights, table, fp8=fp8)
-        return lambda: received
+        return weights
 
     # ---- combine ----------------------------------------------------------------------------
 
@@ -161,8 +168,8 @@ class PairedExchange(Generic[A]):
         out: torch.Tensor,
         later: bool,
         wait_stats: torch.Tensor | None,
-    ) -> Receive:
-        """Send x's rows home; receive too unless `later`.
+    ) -> Receive | None:
+        """Send x's rows home; receive too unless `later`: then the result does.
 
         x: [experts, limit, hidden]; topk_idx: [tokens, k]; weights: [tokens, k] float32;
         out: [tokens, hidden].
@@ -177,25 +184,33 @@ class PairedExchange(Generic[A]):
                 received, came = self._again(done, came)
             whole = out.shape[1] == self._core.spec.hidden and out.is_contiguous()
             before = None if wait_stats is None else self.device.waited("combine")
-            pending = self.device.combine(
-                x,
-                topk_idx,
-                counting,
-                came,
-                received,
-                out=out if whole else None,
-                later=later,
-            )
+            into = out if whole else None
+            arguments = x, topk_idx, counting, came, received
+            if not later:
+                result = self.device.combine(*arguments, out=into)
+                self._uncombined = done.received = None
+                self._give(result, None if whole else out, wait_stats, before)
+                return None
+            pending = self.device.begin_combine(*arguments, out=into)
             self._uncombined = done.received = None
 
             def receive() -> None:
-                result = pending()
-                if not whole:
-                    out.copy_(result[:, : out.shape[1]])
-                if wait_stats is not None:
-                    _add_since(wait_stats, before, self.device.waited("combine"))
+                self._give(pending(), None if whole else out, wait_stats, before)
 
-            return self._finish(receive, later)
+            return self._finish(receive)
+
+    def _give(
+        self,
+        result: torch.Tensor,
+        out: torch.Tensor | None,
+        wait_stats: torch.Tensor | None,
+        before: torch.Tensor | None,
+    ) -> None:
+        """out: where the user wants the result, if that is elsewhere."""
+        if out is not None:
+            out.copy_(result[:, : out.shape[1]])
+        if wait_stats is not None:
+            _add_since(wait_stats, before, self.device.waited("combine"))
 
     def _again(self, done: DeviceDispatched[A], came: A) -> tuple[Received, A]:
         """A dispatch of as many tokens; returns it, and where its rows lie in the user's x."""
@@ -203,7 +218,8 @@ class PairedExchange(Generic[A]):
         tokens = done.experts.shape[0]
         probe = torch.zeros((tokens, _PROBE_BYTES), dtype=torch.uint8, device=self.device.at)
         routes = self.device.repeated(done.experts)
-        self._uncombined = received = self._dispatch(probe, routes, done.table)()
+        received = self._core.dispatch(probe, routes, self._weights(routes), done.table)
+        self._uncombined = received
         return received, self.device.again(done, came, received)
 
     def stage(self, done: DeviceDispatched[A]) -> torch.Tensor:
@@ -238,15 +254,14 @@ class PairedExchange(Generic[A]):
             self._uncombined = None
 
     def _receive_outstanding(self) -> None:
-        receive, self._outstanding = self._outstanding, None
-        if receive is not None:
+        if self._outstanding is not None:
+            receive, self._outstanding = self._outstanding, None
             receive()
 
-    def _finish(self, work: Callable[[], None], later: bool) -> Receive:
-        receive = Receive(self.device.on_stream(work) if later else work, self._lifetime)
+    def _finish(self, work: Callable[[], None]) -> Receive:
+        """`work`, which is still to be done."""
+        receive = Receive(self.device.on_stream(work), self._lifetime)
         self._outstanding = receive
-        if not later:
-            self._receive_outstanding()
         return receive
 
 
