@@ -15,7 +15,7 @@ import functools
 import logging
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -107,13 +107,13 @@ class PreparedKernel:
                 metadata.launch_pdl,
             )
             fixed_ints = {p.name for p in kernel.params if not p.do_not_specialize}
-            sizes, function = _parameter_sizes(compiled.asm["ptx"]), int(compiled.function)
+            sizes, function = parameter_sizes(compiled.asm["ptx"]), int(compiled.function)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Unsuited(f"{type(error).__name__}: {error}") from None
         if any(extras):
             raise Unsuited("it needs clusters, memory for scratch, or a special launch")
         passed = [name for name in kernel.arg_names if signature.get(name) != "constexpr"]
-        if (*(_size(signature.get(name)) for name in passed), *_SCRATCH) != sizes:
+        if argument_sizes(kernel.arg_names, signature) != sizes:
             raise Unsuited(f"it takes {sizes} bytes, for {[signature.get(n) for n in passed]}")
         pointers = [name for name in changing if signature.get(name, "").startswith("*")]
         numbers = changing[len(pointers) :]
@@ -137,12 +137,21 @@ class PreparedKernel:
         self.buffer = ffi.buffer(self.words.word)
 
 
-def _parameter_sizes(ptx: str) -> tuple[int, ...]:
-    """Bytes of each argument of the kernel."""
+def parameter_sizes(ptx: str) -> tuple[int, ...]:
+    """Bytes of each argument that a compiled kernel takes. Raises: ValueError: there is none."""
     entry = _ENTRY.search(ptx)
     if entry is None:
         raise ValueError("no kernel in its PTX")
     return tuple(int(bits) // 8 for bits in _PARAMETER.findall(entry[1]))
+
+
+def argument_sizes(names: Sequence[str], signature: Mapping[str, str]) -> tuple[int, ...]:
+    """Bytes of each argument of a launch, those that Triton adds included.
+
+    names, signature: of the kernel, constants included; what Triton compiled each for.
+    """
+    passed = [name for name in names if signature.get(name) != "constexpr"]
+    return (*(_size(signature.get(name)) for name in passed), *_SCRATCH)
 
 
 def _size(kind: str | None) -> int:
