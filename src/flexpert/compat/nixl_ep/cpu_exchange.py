@@ -17,7 +17,7 @@ from flexpert.compat.nixl_ep.device_exchange import (
     DeviceDispatched,
     Phase,
     Returned,
-    Rows,
+    DispatchSizes,
 )
 from flexpert.compat.nixl_ep.expert_major_tensors import Arrival, collect, spread
 from flexpert.compat.nixl_ep.returned_memory import ReturnedMemory
@@ -46,7 +46,7 @@ class CpuDevice(Device[Arrival]):
     def repeated(self, experts: torch.Tensor) -> torch.Tensor:
         return experts
 
-    def returned(self, rows: Rows) -> Returned:
+    def returned(self, rows: DispatchSizes) -> Returned:
         recv_x, scales = self._memory.next_dispatch(
             rows.shape, rows.dtype, rows.scale_columns, rows.scale_dtype
         )

@@ -36,7 +36,7 @@ def on_gpu() -> bool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class DispatchSizes:
     """Of what kind the rows of a dispatch are; one object for all that return equal tensors.
 
     experts: local ones. ranks: that the tensors are for. max_tokens: of each. hidden: channels.
@@ -50,7 +50,7 @@ class Rows:
 
     @property
     def limit(self) -> int:
-        """Rows that an expert has room for."""
+        """DispatchSizes that an expert has room for."""
         return self.ranks * self.max_tokens
 
     @property
@@ -97,7 +97,7 @@ class DeviceDispatched(Generic[A]):
 
     experts: torch.Tensor
     table: ExpertTable
-    rows: Rows
+    rows: DispatchSizes
     returned: Returned
     came: A | None = None
     received: Received | None = None
@@ -136,7 +136,7 @@ class Device(ABC, Generic[A]):
         """
 
     @abstractmethod
-    def returned(self, rows: Rows) -> Returned:
+    def returned(self, rows: DispatchSizes) -> Returned:
         """Tensors for a dispatch, valid until the dispatch after the next; scales are
         column-major. src_info has memory of its own, by which a handle is known."""
 

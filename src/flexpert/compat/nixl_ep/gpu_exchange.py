@@ -25,7 +25,7 @@ from flexpert.compat.nixl_ep.device_exchange import (
     DeviceDispatched,
     Phase,
     Returned,
-    Rows,
+    DispatchSizes,
 )
 from flexpert.compat.nixl_ep.expert_major_tensors import column_major, widened
 
@@ -66,7 +66,7 @@ class GpuDevice(Device[torch.Tensor]):
         self._nobody = torch.full((most,), -1, dtype=torch.int32, device=self.at)
         self._nothing = torch.zeros((1, core.spec.hidden), dtype=torch.bfloat16, device=self.at)
         self._captured = False  # the last dispatch
-        self._rows: Rows | None = None  # of what `_turns` are for
+        self._rows: DispatchSizes | None = None  # of what `_turns` are for
         self._turns: deque[GpuReturned] = deque()
 
     @classmethod
@@ -97,7 +97,7 @@ class GpuDevice(Device[torch.Tensor]):
         """To nobody: places are known, and peers only need the number of tokens."""
         return self._nobody[: experts.numel()].view(experts.shape)
 
-    def returned(self, rows: Rows) -> Returned:
+    def returned(self, rows: DispatchSizes) -> Returned:
         if self._capturing():
             return self._new(rows)
         if rows is not self._rows:
@@ -112,7 +112,7 @@ class GpuDevice(Device[torch.Tensor]):
         self._turns.append(returned)
         return returned
 
-    def _new(self, rows: Rows) -> GpuReturned:
+    def _new(self, rows: DispatchSizes) -> GpuReturned:
         def new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=self.at)
 
@@ -130,7 +130,7 @@ class GpuDevice(Device[torch.Tensor]):
         )
         return self._with_info(into, rows)
 
-    def _with_info(self, into: ExpertMajor, rows: Rows) -> GpuReturned:
+    def _with_info(self, into: ExpertMajor, rows: DispatchSizes) -> GpuReturned:
         into.token = torch.empty((rows.experts, rows.limit), dtype=torch.int32, device=self.at)
         return GpuReturned(into.x, into.scales, into.count, into.token, into.ranges, into)
 

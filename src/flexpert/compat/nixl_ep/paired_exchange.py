@@ -26,7 +26,7 @@ from flexpert.compat.nixl_ep.device_exchange import (
     Device,
     DeviceDispatched,
     Handle,
-    Rows,
+    DispatchSizes,
 )
 from flexpert.compat.nixl_ep.expert_major_tensors import widened
 from flexpert.compat.nixl_ep.lifetime import Lifetime
@@ -70,7 +70,7 @@ class PairedExchange(Generic[A]):
         most = core.spec.max_tokens * core.spec.topk
         self._ones = torch.ones(most, dtype=torch.float32, device=device.at)
         self._ones_of: dict[torch.Size, torch.Tensor] = {}
-        self._rows: dict[tuple[object, ...], Rows] = {}
+        self._rows: dict[tuple[object, ...], DispatchSizes] = {}
         self._staged: torch.Tensor | None = None
 
     # ---- dispatch ---------------------------------------------------------------------------
@@ -130,12 +130,14 @@ class PairedExchange(Generic[A]):
         if wait_stats is not None:
             _add_since(wait_stats, before, self.device.waited("dispatch"))
 
-    def _rows_of(self, hidden: int, max_tokens: int, ranks: int, fp8: Scales | None) -> Rows:
+    def _rows_of(
+        self, hidden: int, max_tokens: int, ranks: int, fp8: Scales | None
+    ) -> DispatchSizes:
         """The same object for equal arguments."""
         key = (hidden, max_tokens, ranks, fp8)
         rows = self._rows.get(key)
         if rows is None:
-            rows = self._rows[key] = Rows(self._experts, ranks, max_tokens, hidden, fp8)
+            rows = self._rows[key] = DispatchSizes(self._experts, ranks, max_tokens, hidden, fp8)
         return rows
 
     def _weights(self, experts: torch.Tensor) -> torch.Tensor:
