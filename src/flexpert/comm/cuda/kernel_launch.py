@@ -227,7 +227,6 @@ class KernelLaunch:
         if device.type == "cuda" and device.index is None:
             self._index = torch.cuda.current_device()
         self._prepares = prepared and device.type == "cuda" and not INTERPRETED
-        self._words: Any = None
         self._prepared: PreparedKernel | None = None
 
     def __call__(self, programs: int, *changing: Any) -> None:

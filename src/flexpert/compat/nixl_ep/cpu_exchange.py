@@ -15,9 +15,9 @@ from flexpert.compat.nixl_ep.call_checks import counting_weights
 from flexpert.compat.nixl_ep.device_exchange import (
     Device,
     DeviceDispatched,
+    DispatchSizes,
     Phase,
     Returned,
-    DispatchSizes,
 )
 from flexpert.compat.nixl_ep.expert_major_tensors import Arrival, collect, spread
 from flexpert.compat.nixl_ep.returned_memory import ReturnedMemory

@@ -50,7 +50,7 @@ class DispatchSizes:
 
     @property
     def limit(self) -> int:
-        """DispatchSizes that an expert has room for."""
+        """Rows that an expert has room for."""
         return self.ranks * self.max_tokens
 
     @property

@@ -23,9 +23,9 @@ from flexpert.comm.errors import CommError
 from flexpert.compat.nixl_ep.device_exchange import (
     Device,
     DeviceDispatched,
+    DispatchSizes,
     Phase,
     Returned,
-    DispatchSizes,
 )
 from flexpert.compat.nixl_ep.expert_major_tensors import column_major, widened
 

@@ -25,8 +25,8 @@ from flexpert.compat.nixl_ep.device_exchange import (
     A,
     Device,
     DeviceDispatched,
-    Handle,
     DispatchSizes,
+    Handle,
 )
 from flexpert.compat.nixl_ep.expert_major_tensors import widened
 from flexpert.compat.nixl_ep.lifetime import Lifetime
