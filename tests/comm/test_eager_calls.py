@@ -116,3 +116,23 @@ def test_only_a_handle_that_somebody_has_kept_costs_a_tensor(
             done.returned.src_info.data_ptr()
             for done in buffer._exchange._kept  # type: ignore[union-attr]
         }
+
+
+def test_a_dispatch_that_is_refused_takes_nothing_of_earlier_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(VARIABLE, "cuda")
+    with Ranks(SETUP) as ranks:
+        buffer = ranks.add(0)
+        mine = make_input(SETUP, 0, 18)
+
+        def dispatch(experts: torch.Tensor) -> int:
+            recv_x = buffer.dispatch(mine.x, experts, SETUP.max_tokens, 6, use_fp8=False)[0]
+            assert isinstance(recv_x, torch.Tensor)
+            return recv_x.data_ptr()
+
+        first, second = (dispatch(mine.experts) for _ in range(2))
+        with pytest.raises(ValueError, match="must be int32 or int64"):
+            dispatch(mine.experts.short())
+        assert first == dispatch(mine.experts)
+        assert second == dispatch(mine.experts)

@@ -99,20 +99,25 @@ class PairedExchange(Generic[A]):
             routes = self.device.routes(experts)
             before = None if wait_stats is None else self.device.waited("dispatch")
             weights = self._weights(routes)
-            done: DeviceDispatched[A]
-            done = DeviceDispatched(routes, self._table, rows, self.device.returned(rows))
             if not later:  # both halves at once are faster on a GPU
                 received = self._core.dispatch(wire, routes, weights, self._table, fp8=fp8)
-                self._kept.append(done)
+                done = self._begun(routes, rows)
                 self._receive(done, received, recv_stats, wait_stats, before)
                 return done, None
             pending = self._core.begin_dispatch(wire, routes, weights, self._table, fp8=fp8)
-            self._kept.append(done)
+            done = self._begun(routes, rows)
 
             def receive() -> None:
                 self._receive(done, pending(), recv_stats, wait_stats, before)
 
             return done, self._finish(receive)
+
+    def _begun(self, routes: torch.Tensor, rows: DispatchSizes) -> DeviceDispatched[A]:
+        """Of a dispatch that was sent: only now are tensors taken from earlier ones."""
+        done: DeviceDispatched[A]
+        done = DeviceDispatched(routes, self._table, rows, self.device.returned(rows))
+        self._kept.append(done)
+        return done
 
     def _receive(
         self,
