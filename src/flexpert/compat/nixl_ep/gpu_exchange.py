@@ -112,6 +112,7 @@ class GpuDevice(Device[torch.Tensor]):
         self._turns.append(returned)
         return returned
 
+    @torch.inference_mode(False)  # else who uses them next could not train with them
     def _new(self, rows: DispatchSizes) -> GpuReturned:
         def new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=self.at)
@@ -130,6 +131,7 @@ class GpuDevice(Device[torch.Tensor]):
         )
         return self._with_info(into, rows)
 
+    @torch.inference_mode(False)
     def _with_info(self, into: ExpertMajor, rows: DispatchSizes) -> GpuReturned:
         into.token = torch.empty((rows.experts, rows.limit), dtype=torch.int32, device=self.at)
         return GpuReturned(into.x, into.scales, into.count, into.token, into.ranges, into)
