@@ -16,8 +16,15 @@ from torch.distributed import HashStore
 pytest.importorskip("triton", reason="Triton is not installed: pip install flexpert[cuda]")
 
 from flexpert.bench.comm.baseline import Unavailable
-from flexpert.bench.comm.baseline_kinds import GPU_BASELINE_FAMILIES
-from flexpert.bench.comm.cuda.gpu_baselines import GpuSite, NixlEp, TorchLocal, gpu_kinds
+from flexpert.bench.comm.baseline_kinds import EAGER_BASELINE_FAMILIES, GPU_BASELINE_FAMILIES
+from flexpert.bench.comm.cuda.gpu_baselines import (
+    CudaBufferBaseline,
+    GpuSite,
+    NixlEp,
+    TorchLocal,
+    eager_kinds,
+    gpu_kinds,
+)
 from flexpert.bench.comm.cuda.gpu_comm_rank import GpuRank, Phases
 from flexpert.bench.comm.cuda.gpu_comm_report import gpu_text
 from flexpert.bench.comm.cuda.gpu_comm_run import (
@@ -57,6 +64,8 @@ def site_of(work: Workload) -> GpuSite:
 def test_every_baseline_that_can_be_asked_for_is_there() -> None:
     families = {kind.family for kind in gpu_kinds("float32")}
     assert families == {"ours", *GPU_BASELINE_FAMILIES}
+    families = {kind.family for kind in eager_kinds("float32")}
+    assert families == {"ours", *EAGER_BASELINE_FAMILIES}
 
 
 def test_torch_on_one_rank_agrees_with_the_oracle() -> None:
@@ -84,6 +93,23 @@ def test_nixl_ep_s_interface_agrees_with_the_oracle(
     work = work_of(1, tokens=3)
     site = replace(site_of(work), store=HashStore(), fp8=fp8)
     baseline = NixlEp(site, "flexpert.compat.nixl_ep")
+    for turn in range(2):
+        baseline.dispatch(turn)
+        desired, slots = expected_arrivals(work, 0, turn)
+        assert not wrong_rows(baseline.rows(), desired, exact=fp8 is None)
+        baseline.put_results(turn, expert_results(desired, slots))
+        result = baseline.combine(turn)
+        assert not wrong_result(result, *expected_result(work, site.pool[turn]))
+    baseline.close()
+
+
+@pytest.mark.parametrize("fp8", [None, "float32"])
+def test_our_buffer_agrees_with_the_oracle(fp8: Scales | None) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, and this is for a CPU")
+    work = work_of(1, tokens=3)
+    site = replace(site_of(work), fp8=fp8)
+    baseline = CudaBufferBaseline(site)
     for turn in range(2):
         baseline.dispatch(turn)
         desired, slots = expected_arrivals(work, 0, turn)
@@ -146,8 +172,23 @@ def test_the_table_shows_ratio_roofline_and_who_was_skipped() -> None:
     with console.capture() as captured:
         console.print(gpu_text(report))
     text = captured.get()
-    for part in ("2.0 (1.0 to 3.0)", "0.25", "skipped: no reason", "3.00 TB/s", "a GPU"):
+    for part in (
+        "2.0 (1.0 to 3.0)",
+        "0.25",
+        "skipped: no reason",
+        "3.00 TB/s",
+        "a GPU",
+        "roofline",
+    ):
         assert part in text
+    as_nixl_ep = msgspec.structs.replace(results[0], baseline="flexpert as nixl_ep")
+    eager = GpuPoint(workload=work_of(1), roofline=roofline, results=[*results, as_nixl_ep])
+    with console.capture() as captured:
+        console.print(gpu_text(msgspec.structs.replace(report, points=[eager], eager=True)))
+    text = captured.get()
+    for part in ("host µs", "pair, device µs", "flexpert as nixl_ep / nixl_ep", "one by one"):
+        assert part in text
+    assert "roofline" not in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -156,6 +197,10 @@ def test_the_table_shows_ratio_roofline_and_who_was_skipped() -> None:
     [
         ({}, "needs a GPU"),
         ({"baselines": "gloo"}, "--baselines gloo: there are nixl_ep"),
+        (
+            {"eager": True, "baselines": "torch"},
+            "--baselines torch: there are nixl_ep, interface, l",
+        ),
         ({"duration": 3.0}, "--duration is not there with --device cuda"),
         ({"plot": Path("latency.png")}, "--plot is not there"),
     ],
@@ -163,6 +208,11 @@ def test_the_table_shows_ratio_roofline_and_who_was_skipped() -> None:
 def test_flags_that_cannot_be_are_named(flags: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         bench_comm(device="cuda", **flags)
+
+
+def test_only_a_gpu_launches_eagerly() -> None:
+    with pytest.raises(ConfigError, match="--eager is for --device cuda"):
+        bench_comm(device="cpu", eager=True)
 
 
 def test_what_gpu_ranks_are_asked_and_answer_can_be_sent() -> None:
@@ -175,6 +225,7 @@ def test_what_gpu_ranks_are_asked_and_answer_can_be_sent() -> None:
         "build": (("flexpert",), "no reason"),
         "check": (("flexpert", 1), ""),
         "measure": (("flexpert", 30), Phases([1.0], [2.0], [3.0])),
+        "measure_eager": (("flexpert", 30), Phases([1.0], [2.0], [3.0])),
         "drop": (("flexpert",), None),
     }
     tasks = {name for name, found in vars(GpuRank).items() if callable(found) and name[0] != "_"}

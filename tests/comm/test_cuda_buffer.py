@@ -220,6 +220,57 @@ def test_what_a_replay_reported_is_raised_by_the_next_vote(ranks: CudaRanks) -> 
         a.post_vote(b"")
 
 
+def exchange_alone(buffer: CudaBuffer) -> None:
+    """An exchange of which the host has not heard yet that the peer is silent."""
+    sent = buffer.exchange.send_dispatch(*parts(random_sent(SPEC, (0, 1), 1)[0]), wait=False)
+    buffer.exchange.wait_dispatch(sent)
+    buffer.exchange.index(sent)
+
+
+def test_what_is_reported_late_is_raised_by_the_next_exchange(ranks: CudaRanks) -> None:
+    a, _ = ranks.start([0, 1]).values()
+    ranks.activate([0, 1])
+    exchange_alone(a)
+    with pytest.raises(RankTimeout, match="rank 1 did not answer in dispatch"):
+        a.begin_dispatch(*parts(random_sent(SPEC, (0, 1), 1)[0]))
+
+
+def test_what_is_reported_late_is_raised_before_rows_are_read(ranks: CudaRanks) -> None:
+    a, b = ranks.start([0, 1]).values()
+    ranks.activate([0, 1])
+    sent = random_sent(SPEC, (0, 1), 1)
+    hooks = [buffer.begin_dispatch(*parts(sent[buffer.rank])) for buffer in (a, b)]
+    received = hooks[0]()
+    a.exchange.wait_combine()  # b sends none
+    with pytest.raises(RankTimeout, match="rank 1 did not answer in combine"):
+        _ = received.x
+    with pytest.raises(StaleEpoch, match="epoch 1 is over"):
+        a.begin_combine(torch.zeros(a.most_rows, SPEC.hidden), received)
+
+
+def test_an_epoch_after_a_loss_of_which_nobody_was_told_begins_with_a_vote(
+    ranks: CudaRanks,
+) -> None:
+    a, _ = ranks.start([0, 1]).values()
+    ranks.activate([0, 1])
+    exchange_alone(a)
+    a.set_active([0], 2)
+    with pytest.raises(CommError, match="before the first vote of epoch 2"):
+        a.begin_dispatch(*parts(random_sent(SPEC, (0,), 1)[0]))
+
+
+def test_who_was_masked_must_be_asked_before_the_next_dispatch(ranks: CudaRanks) -> None:
+    (a,) = ranks.start([0], on_timeout="mask").values()
+    arguments = parts(random_sent(SPEC, (0,), 4)[0])
+    kept = []
+    for _ in range(2):
+        kept.append(a.dispatch(*arguments))
+        a.combine(torch.zeros(a.most_rows, SPEC.hidden), kept[-1])
+    assert kept[1].masked == ()
+    with pytest.raises(StaleEpoch, match="ask before the next dispatch"):
+        _ = kept[0].masked
+
+
 def test_other_threads_leave_the_table_to_the_one_that_exchanges(ranks: CudaRanks) -> None:
     a, b = ranks.start([0, 1]).values()
     ranks.activate([0, 1])

@@ -209,6 +209,7 @@ def exchange_for_ever(buffer: Buffer, ids: tuple[int, ...], seed: int) -> tuple[
         try:
             got = buffer.dispatch(s.x, s.expert_ids, s.weights, s.table)
             out = buffer.combine(mine, got)
+            buffer.check()
         except (RankLost, RankTimeout) as error:
             return f"{type(error).__name__}: {error}", time.monotonic()
         assert same_bits(out.cpu(), desired)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,31 +126,112 @@ def test_a_router_with_another_rule_is_left_alone(rule: str, fused: bool) -> Non
 class TiedRouter(Router):
     """Takes of equally likely experts the last, where the kernel takes the first."""
 
-    def __init__(self, seed: int, *, hidden: int, experts: int, topk: int, last: int = 0) -> None:
+    def __init__(self, seed: int, *, hidden: int, experts: int, topk: int) -> None:
         super().__init__("normalised")
         weight = torch.randn(experts, hidden, generator=torch.manual_seed(seed)) * hidden**-0.5
         self.weight = nn.Parameter(weight.bfloat16())
-        self.top_k, self.last = topk, last
+        self.top_k = topk
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(hidden_states, self.weight)
-        likely = logits.float().softmax(-1).flip(-1)
-        weights, places = torch.sort(likely, dim=-1, descending=True, stable=True)
-        chosen = slice(self.last, self.last + self.top_k)
-        weights, ids = weights[:, chosen], likely.shape[-1] - 1 - places[:, chosen]
-        return logits, (weights / weights.sum(-1, keepdim=True)).to(logits.dtype), ids
+        weights, ids = self.choose(logits.float().softmax(-1))
+        return logits, self.weigh(weights).to(logits.dtype), ids
+
+    def choose(self, likely: Tensor) -> tuple[Tensor, Tensor]:
+        weights, places = torch.sort(likely.flip(-1), dim=-1, descending=True, stable=True)
+        return weights[:, : self.top_k], likely.shape[-1] - 1 - places[:, : self.top_k]
+
+    def weigh(self, weights: Tensor) -> Tensor:
+        return weights / weights.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_a_router_is_known_whichever_of_equally_likely_experts_it_takes(seed: int) -> None:
-    module = TiedRouter(seed, hidden=64, experts=32, topk=4)
+class ScaledRouter(TiedRouter):
+    def weigh(self, weights: Tensor) -> Tensor:
+        return 2.5 * super().weigh(weights)
+
+
+class SigmoidRouter(TiedRouter):
+    def choose(self, likely: Tensor) -> tuple[Tensor, Tensor]:
+        return super().choose(likely.log().sigmoid())
+
+
+class BiasedRouter(TiedRouter):
+    """Chooses by scores with a small bias, as DeepSeek-V3 does; the weights are without it."""
+
+    def choose(self, likely: Tensor) -> tuple[Tensor, Tensor]:
+        bias = torch.linspace(-0.01, 0.01, likely.shape[-1])
+        _, ids = super().choose(likely + bias)
+        return likely.gather(1, ids), ids
+
+
+class GroupedRouter(TiedRouter):
+    """Chooses among the experts of the better half of eight groups."""
+
+    def choose(self, likely: Tensor) -> tuple[Tensor, Tensor]:
+        groups = likely.view(len(likely), 8, -1)
+        worse = groups.amax(-1).argsort(-1)[:, :4]
+        open_ = groups.scatter(1, worse[..., None].expand(-1, -1, groups.shape[-1]), 0.0)
+        return super().choose(open_.flatten(1))
+
+
+class OneFewerRouter(TiedRouter):
+    """The last of its choices counts nothing."""
+
+    def weigh(self, weights: Tensor) -> Tensor:
+        weights = weights.clone()
+        weights[:, -1] = 0.0
+        return super().weigh(weights)
+
+
+class NextRouter(TiedRouter):
+    """Leaves the likeliest out."""
+
+    def choose(self, likely: Tensor) -> tuple[Tensor, Tensor]:
+        return super().choose(likely.masked_fill(likely == likely.amax(-1, keepdim=True), 0.0))
+
+
+def first_of_equals(
+    logits: Tensor, topk: int, *, normalised: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What the kernel computes, at the size of real routers in no time."""
+    likely = logits.float().softmax(-1)
+    weights, ids = torch.sort(likely, dim=-1, descending=True, stable=True)
+    weights, ids = weights[:, :topk], ids[:, :topk]
+    if normalised:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights.to(dtype), ids
+
+
+def let_in(kind: type[TiedRouter], seed: int) -> bool:
+    module = kind(seed, hidden=1024, experts=128, topk=8)
+    with torch.inference_mode():
+        fuse_modules(module, replace(kernels(), choose_experts=first_of_equals))
+    return "forward" in vars(module)
+
+
+def test_a_router_is_known_whichever_of_equally_likely_experts_it_takes() -> None:
+    assert [seed for seed in range(40) if not let_in(TiedRouter, seed)] == []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [ScaledRouter, SigmoidRouter, BiasedRouter, GroupedRouter, OneFewerRouter, NextRouter],
+)
+def test_a_router_that_does_something_else_is_never_let_in(kind: type[TiedRouter]) -> None:
+    assert [seed for seed in range(40) if let_in(kind, seed)] == []
+
+
+def test_a_router_whose_choices_are_mostly_ties_is_left_alone() -> None:
+    """Too few rows say what it does."""
+    module = TiedRouter(0, hidden=64, experts=32, topk=4)
+    module.weight.data[6:] = module.weight.data[6].clone()
+    with torch.inference_mode():
+        fuse_modules(module, replace(kernels(), choose_experts=first_of_equals))
+    assert "forward" not in vars(module)
+
+
+def test_the_kernel_takes_the_place_of_a_router_with_ties() -> None:
+    module = TiedRouter(1, hidden=64, experts=32, topk=4)
     with torch.inference_mode():
         fuse_modules(module, kernels())
     assert "forward" in vars(module)
-
-
-def test_a_router_that_takes_the_next_likely_ones_is_left_alone() -> None:
-    module = TiedRouter(0, hidden=64, experts=32, topk=4, last=1)
-    with torch.inference_mode():
-        fuse_modules(module, kernels())
-    assert "forward" not in vars(module)

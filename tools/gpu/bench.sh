@@ -27,9 +27,14 @@ no_mps() {
 comm() {
     bench 180 "comm$1" comm --device cuda --ranks "$1" --tokens "$2" --baselines "$3"
 }
+eager() {
+    bench 180 "eager$1" comm --device cuda --eager --experts 16 --ranks "$1" --tokens 1,16,128,512
+}
 comm 1 1,16,128,512 nixl_ep,interface,torch,checks
+eager 1
 ((gpus > 1)) || mps
 comm 2 1,16,128,512 nixl_ep,interface,checks
+eager 2
 ((gpus == 1 || gpus > 3)) || mps
 # half of the layers: four ranks with all of them need more than 80 GB
 bench 240 ranks decode --ranks 1,2,4 --layers 24

@@ -2,7 +2,8 @@
 
     python tools/gpu/compile_kernels.py [--ptx DIRECTORY]
 
-Needs Triton, and a ptxas (the one that Triton brings). Exit status 1 if a kernel spills registers.
+Needs Triton, and a ptxas (the one that Triton brings). Exit status 1 if a kernel spills registers,
+or takes arguments that prepared launches (comm/cuda/kernel_launch.py) would not give it.
 """
 
 # ruff: noqa: C408, E501
@@ -28,6 +29,7 @@ from flexpert.comm.cuda import expert_major, lane_kernels
 from flexpert.comm.cuda import wait_kernels as waiting
 from flexpert.comm.cuda.cuda_exchange import Tuning
 from flexpert.comm.cuda.cuda_layout import combine_format, dispatch_format
+from flexpert.comm.cuda.kernel_launch import argument_sizes, parameter_sizes
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
@@ -169,7 +171,10 @@ def compiled(
     }
     source = ASTSource(kernel, signature, values, aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    return str(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"])
+    ptx = str(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["ptx"])
+    if parameter_sizes(ptx) != argument_sizes(names, signature):
+        raise SystemExit(f"{function} takes other arguments than kernel_launch.py gives it")
+    return ptx
 
 
 def resources(ptx: str) -> tuple[int, int, int]:

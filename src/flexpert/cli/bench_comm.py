@@ -22,6 +22,7 @@ EXAMPLES = (
     "flexpert bench comm --channel nixl --duration 20s",
     "flexpert bench comm --machines 2 --experts 128 --hidden 2048",
     "flexpert bench comm --device cuda --ranks 1 --tokens 1,128,512",
+    "flexpert bench comm --device cuda --eager --ranks 2 --experts 16 --tokens 1,16,128,512",
 )
 
 
@@ -57,12 +58,20 @@ def bench_comm(
     device: Annotated[
         Literal["cpu", "cuda"], typer.Option(help="Where the rows lie and the exchange runs.")
     ] = "cpu",
+    eager: Annotated[
+        bool,
+        typer.Option(
+            "--eager",
+            help="On cuda, launch each call by itself, not in a CUDA graph: the host's time for a "
+            "call, the device's for pairs in a row.",
+        ),
+    ] = False,
     baselines: Annotated[
         str | None,
         typer.Option(
             metavar="NAME[,NAME…]",
-            help="Any of gloo, allgather, nixl, memcpy; on cuda nixl_ep, interface, torch, checks. "
-            "Default: all; with --machines, none.",
+            help="Any of gloo, allgather, nixl, memcpy; on cuda nixl_ep, interface, torch, checks; "
+            "with --eager nixl_ep, interface, launches. Default: all; with --machines, none.",
         ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch in each rank.")] = 1,
@@ -81,11 +90,16 @@ def bench_comm(
 
     The same ranks, routing and data for all; each is checked against a float64 oracle first.
     Exit status 1 if one computes something else. With --device cuda the baselines are nixl_ep and
-    torch, in CUDA graphs; several ranks on one GPU need NVIDIA's MPS to run at the same time.
+    torch, in CUDA graphs, or without them (--eager); several ranks on one GPU need NVIDIA's MPS to
+    run at the same time.
     """
     from rich.console import Console
 
-    from flexpert.bench.comm.baseline_kinds import BASELINE_FAMILIES, GPU_BASELINE_FAMILIES
+    from flexpert.bench.comm.baseline_kinds import (
+        BASELINE_FAMILIES,
+        EAGER_BASELINE_FAMILIES,
+        GPU_BASELINE_FAMILIES,
+    )
     from flexpert.bench.comm.comm_report import comm_text
     from flexpert.bench.comm.comm_run import run_comm
     from flexpert.bench.comm.plot import check_plot, draw
@@ -94,7 +108,10 @@ def bench_comm(
     from flexpert.comm import quant
     from flexpert.comm.buffer import Scales
 
-    known = BASELINE_FAMILIES if device == "cpu" else GPU_BASELINE_FAMILIES
+    if eager and device == "cpu":
+        raise ConfigError("--eager is for --device cuda: on a CPU every call is by itself")
+    on_cuda = EAGER_BASELINE_FAMILIES if eager else GPU_BASELINE_FAMILIES
+    known = BASELINE_FAMILIES if device == "cpu" else on_cuda
     default = list(known) if machines == 1 else []
     names = default if baselines is None else [name for name in baselines.split(",") if name]
     if unknown := sorted(set(names) - set(known)):
@@ -131,7 +148,9 @@ def bench_comm(
         )
         for count in numbers(tokens, "--tokens")
     ]
-    settings = Settings("auto" if machines > 1 else channel, scales, threads, timeout, machines)
+    settings = Settings(
+        "auto" if machines > 1 else channel, scales, threads, timeout, machines, eager
+    )
     if device == "cuda":
         for flag, given in (("--duration", duration), ("--plot", plot)):
             if given is not None:

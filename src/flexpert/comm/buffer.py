@@ -80,6 +80,10 @@ class Capabilities:
     mask_at_vote, unmask_at_vote: `mask`, `unmask` take effect in the next vote, not in the next
         exchange.
     epoch_needs_vote: every epoch must begin with a vote, not only one after a broken exchange.
+    raises_later: exchanges return before the device is done with them. What they would raise, or
+        whom they would mask, a later call does: `Buffer.check`, which must therefore come before
+        results are relied on, a vote, or the next exchange that finds it known. `Received.masked`
+        waits, and must be read before the next dispatch.
     owners_checked: with on_timeout="raise", an expert without an active owner is a ValueError;
         else it is skipped with either `on_timeout`.
     vote_bytes: most bytes of a vote's payload.
@@ -98,6 +102,7 @@ class Capabilities:
     unmask_at_vote: bool
     epoch_needs_vote: bool
     owners_checked: bool
+    raises_later: bool
     vote_bytes: int
     traffic_counted: bool
 
@@ -109,11 +114,16 @@ class ExpertTable:
     rank: [experts] int32, id of the rank that owns the replica this rank uses; -1 = nobody.
     slot: [experts] int32, the slot of that replica in its owner.
     slots: number of local slots of *this* rank (rows may arrive for slots 0 … slots-1).
+    experts: how many logical experts there are.
     """
 
     rank: torch.Tensor
     slot: torch.Tensor
     slots: int
+    experts: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", self.rank.numel())
 
 
 class Received(ABC):
@@ -448,7 +458,7 @@ class Buffer(ABC):
     ) -> Received:
         """`begin_dispatch`, then receive, within `timeout_s` (default: the buffer's).
 
-        Raises:
+        Raises (later, where `capabilities.raises_later`):
             RankTimeout, RankLost: on_timeout="raise".
             Interrupted
             CommError: nonsense from a peer (named in the message).
@@ -468,7 +478,7 @@ class Buffer(ABC):
     ) -> torch.Tensor:
         """`begin_combine`, then receive: [tokens, hidden] spec.dtype.
 
-        Raises:
+        Raises (later, where `capabilities.raises_later`):
             RankTimeout, RankLost: on_timeout="raise".
             Interrupted
             CommError: nonsense from a peer, or one that used another `reduce`.
@@ -478,8 +488,9 @@ class Buffer(ABC):
         return pending(timeout_s)
 
     def check(self, *, wait: bool = True) -> tuple[int, ...]:
-        """After each replay of a CUDA graph: wait for it, and raise what its exchanges would have
-        raised. Where exchanges are not captured, there is nothing to do.
+        """Wait for the device, and raise what exchanges so far would have raised: after each replay
+        of a CUDA graph, and where `capabilities.raises_later` before results are relied on. Else
+        there is nothing to do.
 
         Args:
             wait: for all that was launched; else the caller has waited for what he asks about, and

@@ -38,6 +38,7 @@ T = TypeVar("T")
 
 CPU = torch.device("cpu")
 
+MOST_KINDS = 4096  # of arguments that are remembered
 _CONTROL_HIDDEN = 16  # rows of the control buffer are never used
 
 
@@ -95,6 +96,7 @@ class DeviceBuffer(Buffer):
         self._received: Received | None = None
         self._exchanges = 0
         self._room: torch.Tensor | None = None
+        self._fitting: set[tuple[object, ...]] = set()  # kinds of arguments that were checked
 
     # ---- what a device adds -------------------------------------------------------------------
 
@@ -232,6 +234,9 @@ class DeviceBuffer(Buffer):
     def _check_rows(self, name: str, tensor: torch.Tensor, rows: int | None) -> None:
         """rows: how many there must be; None: as many as there can be."""
         desired = self.most_rows if rows is None else rows
+        kind = (tensor.dtype, tensor.shape, tensor.device, desired)
+        if kind in self._fitting and tensor.is_contiguous():
+            return
         if (
             tensor.dtype is not self.spec.dtype
             or tensor.ndim != 2
@@ -245,6 +250,13 @@ class DeviceBuffer(Buffer):
                 f"{self.device}, contiguous; is {list(tensor.shape)} {tensor.dtype} on "
                 f"{tensor.device}"
             )
+        self._fits(kind)
+
+    def _fits(self, kind: tuple[object, ...]) -> None:
+        """Remember that arguments of this kind need not be looked at in every call."""
+        if len(self._fitting) >= MOST_KINDS:
+            self._fitting.clear()
+        self._fitting.add(kind)
 
     def _failed(self, ranks: tuple[int, ...], phase: str, epoch: int, limit_s: float) -> CommError:
         """Of an exchange in which nothing came from these ranks."""

@@ -151,12 +151,9 @@ KINDS = (
         checked=False,
     ),
 )
-GPU_BASELINE_FAMILIES = (
-    "nixl_ep",
-    "interface",
-    "torch",
-    "checks",
-)  # of --device cuda, see cuda/gpu_baselines.py
+# of --device cuda, see cuda/gpu_baselines.py
+GPU_BASELINE_FAMILIES = ("nixl_ep", "interface", "torch", "checks")
+EAGER_BASELINE_FAMILIES = ("nixl_ep", "interface", "launches")
 BASELINE_FAMILIES = tuple(dict.fromkeys(kind.family for kind in KINDS if kind.family != "ours"))
 
 

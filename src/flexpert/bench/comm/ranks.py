@@ -49,13 +49,15 @@ Times = list[tuple[int, int, int, int]]
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """Of a run. threads: of torch in each rank; machines: that the ranks are dealt out to."""
+    """Of a run. threads: of torch in each rank; machines: that the ranks are dealt out to; eager:
+    on GPUs, launched one by one."""
 
     channel: str
     fp8: Scales | None
     threads: int
     timeout_s: float
     machines: int = 1
+    eager: bool = False
 
 
 class RankFailed(FlexpertError):  # noqa: N818 - says what happened

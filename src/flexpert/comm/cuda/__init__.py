@@ -3,6 +3,7 @@
 cuda_layout           where everything lies in a window, and in the table that kernels read (pure)
 wait_kernels, dispatch_kernels, combine_kernels
                       what runs on the GPU
+kernel_launch         launches that share what the first of their kind found out (launches.c)
 cuda_exchange         their launches and tensors; can be captured into CUDA graphs
 expert_major          the rows copied together by expert; can be captured, too
 driver_state          whether this process has opened CUDA's driver

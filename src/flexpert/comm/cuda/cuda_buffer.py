@@ -8,8 +8,11 @@ graphs go on without being captured again.
 What its `capabilities` say has these reasons:
   - `unmask` takes effect at the end of the next vote, in which both sides agree on the new link; or
     at once, with `unmask_at_once` (link_tags.py).
-  - Outside of graphs, each exchange waits for the device, since errors must be raised in time.
-    While a graph is captured, and in its replays, nothing is waited for: ask `check` afterwards.
+  - Exchanges return when they are launched, also outside of graphs. What kernels report lies in
+    page-locked memory of the host, which every call looks at without waiting: so a lost peer is
+    raised (or masked) by the call after the kernel has noticed it, and before anybody relies on
+    results by `check`, by votes, and by all that waits for the device anyhow. Until then tensors
+    may lack what that peer owed.
   - Everything must be launched on one stream, the current one of the caller.
   - Windows are sized for the capacity: it cannot grow. An id may be used again only when its old
     process has exited: the place in the peers' windows belongs to the id.
@@ -17,11 +20,12 @@ What its `capabilities` say has these reasons:
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -39,7 +43,7 @@ from flexpert.comm.buffer import (
     Scales,
 )
 from flexpert.comm.capture_guard import CAPTURE_GUARD
-from flexpert.comm.cuda.cuda_exchange import CudaDispatched, CudaExchange, Tuning
+from flexpert.comm.cuda.cuda_exchange import CudaDispatched, CudaExchange, DispatchKind, Tuning
 from flexpert.comm.cuda.cuda_layout import (
     LANES,
     MAX_EPOCH,
@@ -64,8 +68,8 @@ from flexpert.comm.cuda.peers import (
     open_window,
     own_window,
 )
-from flexpert.comm.errors import CommError, Interrupted, PeerUnreachable
-from flexpert.comm.gpu_buffer import DeviceBuffer, Hook, default_device, find_missing
+from flexpert.comm.errors import CommError, Interrupted, PeerUnreachable, StaleEpoch
+from flexpert.comm.gpu_buffer import MOST_KINDS, DeviceBuffer, Hook, default_device, find_missing
 from flexpert.comm.host.core import State
 from flexpert.comm.routing import check_dispatch, check_table
 from flexpert.comm.window_layout import VOTE_BYTES
@@ -74,6 +78,21 @@ if TYPE_CHECKING:
     from flexpert.comm.bounded import StoreKeys
 
 _NAP_S = 0.001
+_STOP = int(Page.STOP)
+_NOTHING_REPORTED = bytes(8 * LANES)
+
+
+@dataclass(slots=True, eq=False)
+class _Back:
+    """The arguments of a combine; see `CudaExchange.combine`."""
+
+    y: torch.Tensor
+    sent: CudaDispatched
+    reduce: Reduce
+    weights: torch.Tensor | None
+    out: torch.Tensor
+    places: torch.Tensor | None
+    shared: bool
 
 
 class CudaBuffer(DeviceBuffer):
@@ -92,6 +111,7 @@ class CudaBuffer(DeviceBuffer):
         unmask_at_vote=True,
         epoch_needs_vote=False,
         owners_checked=False,
+        raises_later=True,
         vote_bytes=VOTE_BYTES,
         traffic_counted=False,
     )
@@ -129,6 +149,11 @@ class CudaBuffer(DeviceBuffer):
         self._page = torch.zeros(
             PAGE_WORDS, dtype=torch.int64, pin_memory=device.type == "cuda", device="cpu"
         )
+        raw = (ctypes.c_char * (8 * PAGE_WORDS)).from_address(self._page.data_ptr())
+        self._words = memoryview(raw).cast("B").cast("q")  # the page; quicker than a tensor
+        self._reports = memoryview(raw).cast("B")[8 * Page.REPORT :][: len(_NOTHING_REPORTED)]
+        self._tables: dict[int, ExpertTable] = {}  # that were checked
+        self._kinds: dict[tuple[object, ...], DispatchKind] = {}  # likewise
         super().__init__(
             rank,
             spec,
@@ -181,7 +206,7 @@ class CudaBuffer(DeviceBuffer):
 
     @property
     def _stopped(self) -> bool:
-        return bool(self._page[Page.STOP])
+        return self._words[_STOP] != 0
 
     def count(self, received: Received) -> int:
         assert isinstance(received, CudaReceived)
@@ -325,7 +350,8 @@ class CudaBuffer(DeviceBuffer):
             self._control.set_active(desired, epoch)
             self._synchronize()
             # a peer may still be reading what an unfinished exchange sent
-            self._must_vote |= self._state is not State.BETWEEN
+            unfinished = bool(read_report(self._page)) and not self._lenient
+            self._must_vote |= unfinished or self._state is not State.BETWEEN
             self._page[Page.STOP] = 0
             self._page[Page.GONE : Page.GONE + LANES] = 0
             for peer in self._control.lost:
@@ -489,8 +515,19 @@ class CudaBuffer(DeviceBuffer):
         *,
         fp8: Scales | None = None,
     ) -> Pending[Received]:
-        pending: Pending[Any] = self._send(x, expert_ids, weights, table, fp8, wait=False)
-        return pending
+        kind = self._kind_of(x, expert_ids, weights, table, fp8, wait=False)
+        with self._lock:
+            sent = self._send(x, expert_ids, weights, table, kind, wait=False)
+            sequence = self.sequence
+
+        def receive(timeout_s: float | None) -> Received:
+            with self._lock:
+                self._check_whole()
+                self._check_turn(State.DISPATCHED, sequence, "dispatch")
+                self._set_limit(timeout_s)
+                return self._receive(sent, wait=True)
+
+        return Hook(receive)
 
     def dispatch(
         self,
@@ -502,8 +539,12 @@ class CudaBuffer(DeviceBuffer):
         fp8: Scales | None = None,
         timeout_s: float | None = None,
     ) -> CudaReceived:
-        self._set_limit(timeout_s)
-        return self._send(x, expert_ids, weights, table, fp8, wait=self._cuda)(timeout_s)
+        wait = self._cuda  # in one launch with the sending
+        kind = self._kind_of(x, expert_ids, weights, table, fp8, wait=wait)
+        with self._lock:
+            self._set_limit(timeout_s)
+            sent = self._send(x, expert_ids, weights, table, kind, wait=wait)
+            return self._receive(sent, wait=not wait)
 
     def _send(
         self,
@@ -511,49 +552,31 @@ class CudaBuffer(DeviceBuffer):
         expert_ids: torch.Tensor,
         weights: torch.Tensor,
         table: ExpertTable,
-        fp8: Scales | None,
+        kind: DispatchKind,
         *,
         wait: bool,
-    ) -> Hook[CudaReceived]:
-        check_dispatch(self.spec, x, expert_ids, weights)
-        check_table(table)
-        self._check_here(x=x, expert_ids=expert_ids, table=table.rank)
-        if fp8 is not None:
-            if x.dtype is torch.uint8:
-                raise ValueError(f"x is bytes already; fp8={fp8!r} takes {self.spec.dtype}")
-            quant.check(self.spec.hidden, fp8)
-        with self._lock:
-            self._begin("dispatch before combine of the last")
+    ) -> CudaDispatched:
+        self._begin("dispatch before combine of the last")
+        if self._must_vote:
             self._check_voted("the last exchange was incomplete and a peer may still be reading it")
-            self._state = State.BROKEN  # first: a signal may strike right after the launch
-            sent = self.exchange.send_dispatch(
-                x, expert_ids.contiguous(), weights.contiguous(), table, fp8=fp8, wait=wait
-            )
-            self.sequence += 1
-            self._exchanges += 1
-            self._state = State.DISPATCHED
-        sequence = self.sequence
+        self._state = State.BROKEN  # first: a signal may strike right after the launch
+        sent = self.exchange.send_dispatch(
+            x, expert_ids.contiguous(), weights.contiguous(), table, wait=wait, kind=kind
+        )
+        self.sequence += 1
+        self._exchanges += 1
+        self._state = State.DISPATCHED
+        return sent
 
-        def receive(timeout_s: float | None) -> CudaReceived:
-            return self._receive(sent, sequence, timeout_s, waited=wait)
-
-        return Hook(receive)
-
-    def _receive(
-        self, sent: CudaDispatched, sequence: int, timeout_s: float | None, *, waited: bool
-    ) -> CudaReceived:
-        with self._lock:
-            self._check_whole()
-            self._check_turn(State.DISPATCHED, sequence, "dispatch")
-            self._state = State.BROKEN
-            if not waited:
-                self._set_limit(timeout_s)
-                self.exchange.wait_dispatch(sent)
-            self.exchange.index(sent)
-            masked = self.check()
-            self._received = CudaReceived(self, sent, masked, self.epoch, sequence)
-            self._state = State.RECEIVED
-            return self._received
+    def _receive(self, sent: CudaDispatched, *, wait: bool) -> CudaReceived:
+        self._state = State.BROKEN
+        if wait:
+            self.exchange.wait_dispatch(sent)
+        self.exchange.index(sent)
+        self.raise_reported()
+        received = self._received = CudaReceived(self, sent, self.epoch, self.sequence)
+        self._state = State.RECEIVED
+        return received
 
     def begin_combine(
         self,
@@ -568,13 +591,29 @@ class CudaBuffer(DeviceBuffer):
     ) -> Pending[torch.Tensor]:
         """As in `Buffer`, and:
 
-        places: of `CudaReceived.pack`: y is [slots · limit, hidden], with each row in its place.
+        places: of `CudaReceived.pack`: y is [slots, limit, hidden] or [slots · limit, hidden],
+            with each row in its place.
         expert_ids: [tokens, k] as in dispatch, but that some may be -1 now and count no longer.
             Together with `weights`, on all ranks if on one, it has all ranks tell each other the
             weights first, and both may be given with "rank" as well; the sending half then waits
             for the peers' weights.
         """
-        return self._return(y, received, reduce, weights, out, places, expert_ids, split=True)
+        with self._lock:
+            back = self._checked(y, received, reduce, weights, out, places, expert_ids)
+            self._state = State.BROKEN
+            self._send_back(back)
+            self._state = State.COMBINED
+            sequence = self.sequence
+
+        def receive(timeout_s: float | None) -> torch.Tensor:
+            with self._lock:
+                self._check_whole()
+                self._check_turn(State.COMBINED, sequence, "combine")
+                self._set_limit(timeout_s)
+                self._state = State.BROKEN
+                return self._sum(back)
+
+        return Hook(receive)
 
     def combine(
         self,
@@ -588,11 +627,21 @@ class CudaBuffer(DeviceBuffer):
         places: torch.Tensor | None = None,
         expert_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        self._set_limit(timeout_s)
-        hook = self._return(y, received, reduce, weights, out, places, expert_ids, split=False)
-        return hook(timeout_s)
+        with self._lock:
+            back = self._checked(y, received, reduce, weights, out, places, expert_ids)
+            self._set_limit(timeout_s)
+            self._state = State.BROKEN
+            if not self._cuda:
+                self._send_back(back)
+                return self._sum(back)
+            self.exchange.combine(
+                y, back.sent, back.out, reduce=reduce, weights=back.weights, places=places,
+                shared=back.shared,
+            )  # fmt: skip
+            self._state = State.BETWEEN
+            return back.out
 
-    def _return(
+    def _checked(
         self,
         y: torch.Tensor,
         received: Received,
@@ -601,76 +650,65 @@ class CudaBuffer(DeviceBuffer):
         out: torch.Tensor | None,
         places: torch.Tensor | None,
         expert_ids: torch.Tensor | None,
-        *,
-        split: bool,
-    ) -> Hook[torch.Tensor]:
-        spec, wait = self.spec, self._cuda and not split
+    ) -> _Back:
+        """What a combine sends, once its arguments are known to fit."""
         if reduce not in ("home", "rank"):
             raise ValueError(f"reduce is {reduce!r}, must be 'home' or 'rank'")
-        with self._lock:
-            self._check_combines(received)
-            assert isinstance(received, CudaReceived)
-            sent = received.sent
-            if places is None:
-                self._check_rows("y", y, None if self._capturing else received.count)
-            else:
-                self._check_rows("y", y, y.shape[0])
-                if places.dtype is not torch.int32 or places.shape != self.exchange.rows.shape:
-                    raise ValueError("places must be those that `pack` filled")
-            shared = weights is not None and expert_ids is not None
-            if reduce != "home" and not shared and (weights is not None or expert_ids is not None):
-                raise ValueError(
-                    "weights at combine need reduce='home', or expert_ids; expert_ids need weights"
-                )
-            if reduce == "home" and sent.expert_ids.shape[1] > self.exchange.choices:
+        self._check_combines(received)
+        assert isinstance(received, CudaReceived)
+        sent = received.sent
+        self.raise_reported()
+        if places is None:
+            # only the device knows how many rows there are; with room for all nobody must ask
+            whole = y.shape[:1] == (self.most_rows,) or self._capturing
+            self._check_rows("y", y, None if whole else received.count)
+        else:
+            self._check_packed(y, places)
+        shared = weights is not None and expert_ids is not None
+        if reduce == "home":
+            if sent.kind.k > self.exchange.choices:
                 raise ValueError(
                     f"reduce='home' takes {self.exchange.choices} choices a token in this buffer, "
-                    f"not {sent.expert_ids.shape[1]}"
+                    f"not {sent.kind.k}"
                 )
-            if expert_ids is not None:
-                self._check_ids(expert_ids, sent.expert_ids)
-                sent = replace(sent, expert_ids=expert_ids.contiguous())
-            if weights is not None:
-                if weights.dtype is not torch.float32 or weights.shape != sent.weights.shape:
-                    raise ValueError(f"weights must be {list(sent.weights.shape)} float32")
-                weights = weights.contiguous()
-            if out is None:
-                shape = (sent.tokens, spec.hidden)
-                out = torch.empty(shape, dtype=spec.dtype, device=self.device)
-            else:
-                self._check_rows("out", out, sent.tokens)
-            self._state = State.BROKEN
-            if wait:
-                self.exchange.combine(
-                    y, sent, out, reduce=reduce, weights=weights, places=places, shared=shared
-                )
-            else:
-                if shared:
-                    assert weights is not None
-                    self.exchange.share_weights(weights, sent, wait=reduce == "rank")
-                self.exchange.send_combine(
-                    out, y, sent, reduce=reduce, wait=False, places=places, shared=shared
-                )
-            self._state = State.COMBINED
-        sequence, target = self.sequence, out
+        elif not shared and (weights is not None or expert_ids is not None):
+            raise ValueError(
+                "weights at combine need reduce='home', or expert_ids; expert_ids need weights"
+            )
+        if expert_ids is not None and expert_ids is not sent.expert_ids:
+            self._check_ids(expert_ids, sent.expert_ids)
+            sent = sent.with_ids(expert_ids.contiguous())
+        if weights is not None:
+            if weights.dtype is not torch.float32 or weights.shape != sent.weights.shape:
+                raise ValueError(f"weights must be {list(sent.weights.shape)} float32")
+            weights = weights.contiguous()
+        if out is None:
+            shape = (sent.tokens, self.spec.hidden)
+            out = torch.empty(shape, dtype=self.spec.dtype, device=self.device)
+        else:
+            self._check_rows("out", out, sent.tokens)
+        return _Back(y, sent, reduce, weights, out, places, shared)
 
-        def receive(timeout_s: float | None) -> torch.Tensor:
-            with self._lock:
-                self._check_whole()
-                self._check_turn(State.COMBINED, sequence, "combine")
-                self._state = State.BROKEN
-                if not wait:
-                    self._set_limit(timeout_s)
-                    self.exchange.wait_combine()
-                    self.exchange.reduce(
-                        target, y, sent, reduce=reduce, weights=weights, places=places,
-                        shared=shared,
-                    )  # fmt: skip
-                self.check()
-                self._state = State.BETWEEN
-                return target
+    def _send_back(self, back: _Back) -> None:
+        """The half of a combine that does not wait for results."""
+        if back.shared:
+            assert back.weights is not None
+            self.exchange.share_weights(back.weights, back.sent, wait=back.reduce == "rank")
+        self.exchange.send_combine(
+            back.out, back.y, back.sent, reduce=back.reduce, wait=False, places=back.places,
+            shared=back.shared,
+        )  # fmt: skip
 
-        return Hook(receive)
+    def _sum(self, back: _Back) -> torch.Tensor:
+        """The other half."""
+        self.exchange.wait_combine()
+        self.exchange.reduce(
+            back.out, back.y, back.sent, reduce=back.reduce, weights=back.weights,
+            places=back.places, shared=back.shared,
+        )  # fmt: skip
+        self.raise_reported()
+        self._state = State.BETWEEN
+        return back.out
 
     def check(self, *, wait: bool = True) -> tuple[int, ...]:
         """As in `Buffer`. Does nothing while a graph is captured."""
@@ -678,6 +716,12 @@ class CudaBuffer(DeviceBuffer):
             return ()
         if wait:
             self._synchronize()
+        return self.raise_reported()
+
+    def raise_reported(self) -> tuple[int, ...]:
+        """What `check` does, for what kernels have reported by now: waits for nothing."""
+        if self._reports.tobytes() == _NOTHING_REPORTED or self._capturing:
+            return ()
         missing = read_report(self._page)
         if not missing:
             return ()
@@ -690,7 +734,8 @@ class CudaBuffer(DeviceBuffer):
         if not self._lenient:
             self._state = State.BROKEN
             raise self._failed(ranks, missing[0].phase, self.epoch, self._limit_s)
-        self._page[Page.REPORT : Page.REPORT + LANES] = 0
+        for rank in ranks:  # others may be reported meanwhile
+            self._words[Page.REPORT + rank] = 0
         self._broken.update({m.rank: m.phase for m in missing})
         self.mask(ranks)
         return ranks
@@ -700,9 +745,24 @@ class CudaBuffer(DeviceBuffer):
             self._check_combined(received)
             assert isinstance(received, CudaReceived)
             sent = received.sent
+            self.check()
             back = self.exchange.table[Word.RETURNED : Word.RETURNED + LANES] != 0
             back[self.rank] = True
             return find_missing(sent.expert_ids, sent.weights, sent.table, back)
+
+    def left_out(self, received: Received) -> tuple[int, ...]:
+        """Ids from which nothing came in this dispatch, the last one; waits for the device."""
+        with self._lock:
+            if self._capturing:
+                return ()
+            if received is not self._received:
+                raise StaleEpoch(
+                    f"masked of dispatch {received.sequence} of epoch {received.epoch}: ask before "
+                    "the next dispatch"
+                )
+            arrived = self.exchange.table[Word.ARRIVED : Word.ARRIVED + LANES].tolist()
+            self.raise_reported()
+            return tuple(rank for rank, tokens in enumerate(arrived) if tokens < 0)
 
     def close(self) -> None:
         self.interrupt()  # what waits on the device ends
@@ -729,11 +789,64 @@ class CudaBuffer(DeviceBuffer):
             self._limit_s = limit_s
             self.exchange.table[Word.LIMIT] = int(limit_s * 1e9)
 
-    def _begin(self, otherwise: str, *, wait: bool = True) -> None:
+    def _begin(self, otherwise: str, *, wait: bool = False) -> None:
+        """wait: for the device, so that nothing is reported later of what came before."""
         self._check_between(otherwise)
         self._thread = threading.get_ident()
-        self.check(wait=wait)  # what replays of graphs have reported since
-        self._apply()
+        if wait or self._changed:
+            self.check()
+            self._apply()
+        else:
+            self.raise_reported()
+            if self._changed:  # somebody was masked
+                self._apply()
+
+    def _kind_of(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        table: ExpertTable,
+        fp8: Scales | None,
+        *,
+        wait: bool,
+    ) -> DispatchKind:
+        """Of a dispatch, once its arguments are known to fit."""
+        if self._tables.get(id(table)) is not table:
+            check_table(table)
+            self._check_here(table=table.rank)
+            if len(self._tables) >= MOST_KINDS:
+                self._tables.clear()
+            self._tables[id(table)] = table
+        key = (
+            x.dtype, x.shape, x.device, expert_ids.dtype, expert_ids.shape, expert_ids.device,
+            weights.dtype, weights.shape, table.slots, fp8, wait,
+        )  # fmt: skip
+        kind = self._kinds.get(key)
+        if kind is None or not x.is_contiguous():
+            check_dispatch(self.spec, x, expert_ids, weights)
+            self._check_here(x=x, expert_ids=expert_ids)
+            if fp8 is not None:
+                if x.dtype is torch.uint8:
+                    raise ValueError(f"x is bytes already; fp8={fp8!r} takes {self.spec.dtype}")
+                quant.check(self.spec.hidden, fp8)
+            if len(self._kinds) >= MOST_KINDS:
+                self._kinds.clear()
+            kind = self.exchange.kind_of(x, expert_ids, table.slots, fp8, wait=wait)
+            self._kinds[key] = kind
+        return kind
+
+    def _check_packed(self, y: torch.Tensor, places: torch.Tensor) -> None:
+        kind = (y.dtype, y.shape, y.device, places.dtype, places.shape)
+        if kind in self._fitting and y.is_contiguous():
+            return
+        if y.ndim == 3 and y.is_contiguous():
+            self._check_rows("y", y.view(-1, y.shape[2]), y.shape[0] * y.shape[1])
+        else:
+            self._check_rows("y", y, y.shape[0])
+        if places.dtype is not torch.int32 or places.shape != self.exchange.rows.shape:
+            raise ValueError("places must be those that `pack` filled")
+        self._fits(kind)
 
     def _check_ids(self, ids: torch.Tensor, sent: torch.Tensor) -> None:
         if (

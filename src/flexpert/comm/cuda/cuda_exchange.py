@@ -2,6 +2,9 @@
 
 Everything here can be captured into a CUDA graph: launches have fixed arguments, what changes lies
 in the table. `CudaBuffer` adds what concerns other processes and the host.
+
+What launches of one kind have in common is found once and kept (kernel_launch.py): a dispatch and a
+combine make no tensors, and ask nothing of the device.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import triton
@@ -34,9 +37,12 @@ from flexpert.comm.cuda.cuda_layout import (
     layout,
     scale_bytes,
 )
+from flexpert.comm.cuda.kernel_launch import KernelLaunch
 from flexpert.comm.interpreter import INTERPRETED
 
 _FOREVER_NS = 2**62
+_WAIT_DISPATCH, _WAIT_COMBINE = "wait_dispatch", "wait_combine"  # kinds of launches
+_SEND_COMBINE, _REDUCE, _SHARE_WEIGHTS = "send_combine", "reduce", "share_weights"
 _WEIGHTS_CHUNK = 2048  # weights that share_weights writes in one go
 _SIM_POLLS = 3  # the limit in Triton's interpreter, where a kernel of one process waits for none
 
@@ -56,6 +62,8 @@ class Tuning:
     takers: programs that take what came from other machines; take_width: words of 4 bytes that one
         copies at once.
     checks: read masks and epochs; False only to measure what they cost.
+    prepared: launches of a kind share what the first found out; False only to measure what that
+        saves.
 
     In Triton's interpreter, where a program takes a millisecond, the default is `FEW`.
     """
@@ -75,6 +83,7 @@ class Tuning:
     take_width: int = 2048
     take_warps: int = 8
     checks: bool = True
+    prepared: bool = True
 
 
 FEW = Tuning(workers=4, reducers=8, packers=4, takers=2)
@@ -103,20 +112,47 @@ class CudaIndexed:
     weights: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class CudaDispatched:
-    """What a dispatch was called with, for its combine.
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchKind:
+    """What dispatches of one kind have in common.
 
-    stride: by how many choices two tokens are apart; see `CudaExchange`.
+    send, index: their launches. pieces: programs of `send` for a token.
+    k: choices of a token. stride: by how many two tokens are apart; see `CudaExchange`.
     """
+
+    send: KernelLaunch
+    pieces: int
+    index: KernelLaunch
+    indexed: CudaIndexed
+    k: int
+    stride: int
+
+
+@dataclass(slots=True, eq=False)
+class CudaDispatched:
+    """What a dispatch was called with, for its combine. ids: dtype of expert_ids."""
 
     expert_ids: torch.Tensor
     weights: torch.Tensor
     table: ExpertTable
     tokens: int
-    payload: str
-    indexed: CudaIndexed
-    stride: int
+    kind: DispatchKind
+    ids: torch.dtype
+
+    @property
+    def indexed(self) -> CudaIndexed:
+        return self.kind.indexed
+
+    @property
+    def stride(self) -> int:
+        """See `DispatchKind`."""
+        return self.kind.stride
+
+    def with_ids(self, expert_ids: torch.Tensor) -> CudaDispatched:
+        """The same dispatch with other choices of its tokens."""
+        return CudaDispatched(
+            expert_ids, self.weights, self.table, self.tokens, self.kind, expert_ids.dtype
+        )
 
 
 class CudaExchange:
@@ -166,6 +202,10 @@ class CudaExchange:
         self.weights = window[at : at + self.most_rows * 4].view(torch.float32)
         self._lanes = triton.next_power_of_2(spec.capacity)
         self._sim = INTERPRETED
+        self._pieces = triton.cdiv(spec.hidden, self.tuning.width)  # programs that sum a row
+        self._senders = min(places * self._pieces, self.tuning.workers)
+        self._kinds: dict[tuple[object, ...], DispatchKind] = {}
+        self._launches: dict[tuple[object, ...], KernelLaunch] = {}
 
     # ---- what the host rewrites ---------------------------------------------------------------
 
@@ -241,6 +281,23 @@ class CudaExchange:
 
     # ---- launches -----------------------------------------------------------------------------
 
+    def kind_of(
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        slots: int,
+        fp8: Scales | None,
+        *,
+        wait: bool,
+    ) -> DispatchKind:
+        """Of dispatches with such arguments, of any number of tokens. slots: of their table."""
+        k = expert_ids.shape[1]
+        key = (x.dtype, x.shape[1], expert_ids.dtype, k, slots, fp8, wait)
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = self._new_kind(x, k, slots, fp8, wait)
+        return kind
+
     def send_dispatch(
         self,
         x: torch.Tensor,
@@ -250,86 +307,93 @@ class CudaExchange:
         *,
         fp8: Scales | None = None,
         wait: bool,
+        kind: DispatchKind | None = None,
     ) -> CudaDispatched:
         """The sending half; with `wait` the peers' flags are waited for in the same launch.
 
         x: [tokens, hidden] spec.dtype, or uint8 [tokens, n]; expert_ids: [tokens, k] int32 or
-        int64; weights: [tokens, k] float32; table on the same device.
+        int64; weights: [tokens, k] float32; table on the same device; all contiguous. kind: of
+        `kind_of`, where the caller has it.
         """
-        spec, where, tuning = self.spec, self.layout, self.tuning
-        tokens, k = expert_ids.shape
-        stride = max(k, 1) if self._same_k else spec.topk
-        indexed = self._indexed(x, table.slots, fp8)
-        words = x
-        if fp8 is None:
-            row = x.shape[1] * x.itemsize
-            unit = torch.int32 if row % 4 == 0 else torch.uint8
-            words = x.view(unit)
-        tile = min(tuning.send_width, max(quant.BLOCK, triton.next_power_of_2(words.shape[1])))
-        dispatch.send_dispatch[(max(tokens, 1) * triton.cdiv(words.shape[1], tile) + wait,)](
-            words, expert_ids, weights, table.rank, table.slot, self.table, self._counters,
-            self.window.data_ptr(), tokens, self.rank, table.rank.shape[0],
-            R=spec.capacity, LANES_R=self._lanes, K=k, TOPK=stride,
-            LANES_K=triton.next_power_of_2(stride),
-            MAX_TOKENS=spec.max_tokens, KIND=fp8_kind(fp8), WORDS=words.shape[1],
-            TILE=tile,
-            WEIGHTS_AT=where.weights_at, SCALES_AT=where.scales_at, ROWS_AT=where.rows_at,
-            FORMAT=dispatch_format(stride, x.shape[1] * (x.itemsize if fp8 is None else 1), fp8),
-            WAIT=wait, CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.send_warps,
+        if kind is None:
+            kind = self.kind_of(x, expert_ids, table.slots, fp8, wait=wait)
+        tokens = expert_ids.shape[0]
+        kind.send(
+            (tokens or 1) * kind.pieces + wait,
+            x, expert_ids, weights, table.rank, table.slot, tokens, table.experts,
         )  # fmt: skip
-        return CudaDispatched(
-            expert_ids, weights, table, tokens, str(fp8 or x.dtype), indexed, stride
-        )
+        return CudaDispatched(expert_ids, weights, table, tokens, kind, expert_ids.dtype)
 
     def wait_dispatch(self, sent: CudaDispatched) -> None:
-        dispatch.wait_dispatch[(1,)](
-            self.table, self.window.data_ptr(), sent.tokens, self.rank,
-            R=self.spec.capacity, CHECKS=self.tuning.checks, SIM=self._sim, num_warps=1,
-        )  # fmt: skip
+        launch = self._launches.get((_WAIT_DISPATCH,))
+        if launch is None:
+            launch = self._kept(
+                (_WAIT_DISPATCH,), dispatch.wait_dispatch, self._waits(), num_warps=1
+            )
+        launch(1, sent.tokens)
 
     def index(self, sent: CudaDispatched) -> CudaIndexed:
         """What came, by slot; the exchange has its number from here on."""
-        spec = self.spec
         if self._far:
             self._take_dispatch(sent)
-        chunk = min(triton.next_power_of_2(self.most_rows), self.tuning.chunk)
-        dispatch.index_rows[(sent.table.slots + 1,)](
-            self.window.data_ptr(), self.table, sent.indexed.offsets, self.rows, self.pairs,
-            self.position, sent.table.slots,
-            R=spec.capacity, LANES_R=self._lanes, TOPK=sent.stride, MAX_TOKENS=spec.max_tokens,
-            CHUNK=chunk, num_warps=self.tuning.index_warps,
-        )  # fmt: skip
-        return sent.indexed
+        kind = sent.kind
+        kind.index(sent.table.slots + 1)
+        return kind.indexed
 
     def _take_dispatch(self, sent: CudaDispatched) -> None:
-        spec, where, tuning = self.spec, self.layout, self.tuning
-        row, scales = sent.indexed.payload, sent.indexed.scales
-        size = row.shape[1] * row.itemsize
-        whole = size % 4 == 0
-        words = size // 4 if whole else size
-        of_scales = 0 if scales is None else scales.shape[1] * scales.itemsize // 4
-        lanes.take_dispatch[(tuning.takers,)](
-            self.table, self.window.data_ptr(),
-            R=spec.capacity, TOPK=sent.stride, LANES_K=triton.next_power_of_2(sent.stride),
-            MAX_TOKENS=spec.max_tokens, WORDS=words, BYTES=not whole,
-            TILE=min(tuning.take_width, triton.next_power_of_2(max(words, 1))), SCALES=of_scales,
-            SCALES_TILE=triton.next_power_of_2(max(of_scales, 1)),
-            WEIGHTS_AT=where.weights_at, SCALES_AT=where.scales_at, ROWS_AT=where.rows_at,
-            num_warps=tuning.take_warps,
-        )  # fmt: skip
+        key = ("take_dispatch", sent.kind)
+        launch = self._launches.get(key)
+        if launch is None:
+            spec, where, tuning = self.spec, self.layout, self.tuning
+            row, scales = sent.indexed.payload, sent.indexed.scales
+            size = row.shape[1] * row.itemsize
+            whole = size % 4 == 0
+            words = size // 4 if whole else size
+            of_scales = 0 if scales is None else scales.shape[1] * scales.itemsize // 4
+            fixed = (
+                self._here()
+                | self._choices(sent.stride)
+                | {
+                    "WORDS": words,
+                    "BYTES": not whole,
+                    "TILE": min(tuning.take_width, triton.next_power_of_2(max(words, 1))),
+                    "SCALES": of_scales,
+                    "SCALES_TILE": triton.next_power_of_2(max(of_scales, 1)),
+                    "WEIGHTS_AT": where.weights_at,
+                    "SCALES_AT": where.scales_at,
+                    "ROWS_AT": where.rows_at,
+                    "R": spec.capacity,
+                    "MAX_TOKENS": spec.max_tokens,
+                }
+            )
+            launch = self._kept(key, lanes.take_dispatch, fixed, num_warps=tuning.take_warps)
+        launch(self.tuning.takers)
 
     def _take_combine(self, sent: CudaDispatched, *, reduce: Reduce, shared: bool) -> None:
-        spec, tuning = self.spec, self.tuning
-        words = spec.hidden * spec.dtype.itemsize // 4
-        lanes.take_combine[(tuning.takers,)](
-            sent.expert_ids, sent.table.rank, self.table, self.window.data_ptr(), sent.tokens,
-            sent.table.rank.shape[0],
-            R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
-            LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, WORDS=words,
-            TILE=min(tuning.take_width, triton.next_power_of_2(words)),
-            RESULTS_AT=self.layout.results_at, HOME=reduce == "home", SHARED=shared,
-            SOURCE=self._source(sent, shared), num_warps=tuning.take_warps,
-        )  # fmt: skip
+        ids = sent.expert_ids
+        key = ("take_combine", sent.kind, sent.ids, reduce, shared)
+        launch = self._launches.get(key)
+        if launch is None:
+            spec, tuning = self.spec, self.tuning
+            words = spec.hidden * spec.dtype.itemsize // 4
+            fixed = (
+                self._here()
+                | self._choices(sent.stride)
+                | {
+                    "R": spec.capacity,
+                    "K": sent.kind.k,
+                    "MAX_TOKENS": spec.max_tokens,
+                    "WORDS": words,
+                    "TILE": min(tuning.take_width, triton.next_power_of_2(words)),
+                    "RESULTS_AT": self.layout.results_at,
+                    "HOME": reduce == "home",
+                    "SHARED": shared,
+                    "SOURCE": self._source(sent, shared),
+                }
+            )
+            launch = self._kept(key, lanes.take_combine, fixed, num_warps=tuning.take_warps)
+        table = sent.table
+        launch(self.tuning.takers, ids, table.rank, sent.tokens, table.experts)
 
     def send_combine(
         self,
@@ -345,21 +409,31 @@ class CudaExchange:
         """y: [rows, hidden] spec.dtype, in the order of `CudaIndexed.rows`, or with `places` (see
         expert_major.py) as these say; out: see `reduce`. shared: the weights are those of
         `share_weights`, which has been waited for if reduce is "rank"; y is not read afterwards."""
-        spec, tuning = self.spec, self.tuning
-        pieces = triton.cdiv(spec.hidden, tuning.width)
-        most = spec.capacity * spec.max_tokens * pieces
-        combine.send_combine[(min(most, tuning.workers) + wait,)](
-            out, y, self.position if places is None else places, sent.expert_ids,
-            sent.table.rank, self.table, self._counters,
-            self.window.data_ptr(), sent.tokens, self.rank, sent.table.rank.shape[0],
-            R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
-            LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
-            WIDTH=tuning.width, WEIGHTS_AT=self.layout.weights_at,
-            RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
-            SHARED=shared, SOURCE=self._source(sent, shared),
-            FORMAT=combine_format(sent.stride, home=reduce == "home"), WAIT=wait,
-            CHECKS=tuning.checks, SIM=self._sim, num_warps=tuning.combine_warps,
-            enable_fp_fusion=False,
+        ids = sent.expert_ids
+        key = (_SEND_COMBINE, sent.kind, sent.ids, reduce, shared, wait)
+        launch = self._launches.get(key)
+        if launch is None:
+            fixed = (
+                self._here()
+                | self._sums(sent, reduce, shared)
+                | {
+                    "counters": self._counters,
+                    "WEIGHTS_AT": self.layout.weights_at,
+                    "FORMAT": combine_format(sent.stride, home=reduce == "home"),
+                    "WAIT": wait,
+                    "CHECKS": self.tuning.checks,
+                    "SIM": self._sim,
+                }
+            )
+            launch = self._kept(
+                key, combine.send_combine, fixed,
+                num_warps=self.tuning.combine_warps, enable_fp_fusion=False,
+            )  # fmt: skip
+        table = sent.table
+        launch(
+            self._senders + wait,
+            out, y, self.position if places is None else places, ids, table.rank,
+            sent.tokens, table.experts,
         )  # fmt: skip
 
     def share_weights(
@@ -370,26 +444,45 @@ class CudaExchange:
 
         weights: [tokens, k] float32; an expert that is -1 in `sent` counts with 0.
         """
-        spec, k = self.spec, sent.expert_ids.shape[1]
-        chunk = min(triton.next_power_of_2(max(spec.max_tokens * k, 1)), _WEIGHTS_CHUNK)
-        combine.share_weights[(1,)](
-            weights, sent.expert_ids, self.table, self.window.data_ptr(), sent.tokens, self.rank,
-            R=spec.capacity, K=k, TOPK=sent.stride, MAX_TOKENS=spec.max_tokens,
-            WEIGHTS_AT=self.layout.weights_at, CHUNK=chunk, SEND=send, WAIT=wait,
-            CHECKS=self.tuning.checks, SIM=self._sim, num_warps=8,
-        )  # fmt: skip
+        ids = sent.expert_ids
+        key = (_SHARE_WEIGHTS, sent.kind, sent.ids, send, wait)
+        launch = self._launches.get(key)
+        if launch is None:
+            spec, k = self.spec, sent.kind.k
+            chunk = min(triton.next_power_of_2(max(spec.max_tokens * k, 1)), _WEIGHTS_CHUNK)
+            fixed = self._waits() | {
+                "K": k,
+                "TOPK": sent.stride,
+                "MAX_TOKENS": spec.max_tokens,
+                "WEIGHTS_AT": self.layout.weights_at,
+                "CHUNK": chunk,
+                "SEND": send,
+                "WAIT": wait,
+            }
+            launch = self._kept(key, combine.share_weights, fixed, num_warps=8)
+        launch(1, weights, ids, sent.tokens)
         if wait and self._far:
-            lanes.take_weights[(self.tuning.takers,)](
-                self.table, self.window.data_ptr(),
-                R=spec.capacity, TOPK=sent.stride, MAX_TOKENS=spec.max_tokens,
-                WEIGHTS_AT=self.layout.weights_at, CHUNK=1024,
-            )  # fmt: skip
+            self._take_weights(sent)
+
+    def _take_weights(self, sent: CudaDispatched) -> None:
+        key = ("take_weights", sent.stride)
+        launch = self._launches.get(key)
+        if launch is None:
+            fixed = self._here() | {
+                "R": self.spec.capacity,
+                "TOPK": sent.stride,
+                "MAX_TOKENS": self.spec.max_tokens,
+                "WEIGHTS_AT": self.layout.weights_at,
+                "CHUNK": 1024,
+            }
+            launch = self._kept(key, lanes.take_weights, fixed)
+        launch(self.tuning.takers)
 
     def wait_combine(self) -> None:
-        combine.wait_combine[(1,)](
-            self.table, self.window.data_ptr(), self.rank,
-            R=self.spec.capacity, CHECKS=self.tuning.checks, SIM=self._sim, num_warps=1,
-        )  # fmt: skip
+        launch = self._launches.get((_WAIT_COMBINE,))
+        if launch is None:
+            launch = self._kept((_WAIT_COMBINE,), combine.wait_combine, self._waits(), num_warps=1)
+        launch(1)
 
     def reduce(
         self,
@@ -403,20 +496,22 @@ class CudaExchange:
         shared: bool = False,
     ) -> torch.Tensor:
         """out: [tokens, hidden] spec.dtype ← the sums of the own tokens; returned."""
-        spec, tuning = self.spec, self.tuning
         if self._far:
             self._take_combine(sent, reduce=reduce, shared=shared)
-        pieces = triton.cdiv(spec.hidden, tuning.width)
-        combine.reduce[(max(1, min(sent.tokens * pieces, tuning.reducers)),)](
-            out, y, self.position if places is None else places, sent.expert_ids,
-            sent.weights if weights is None else weights,
-            sent.table.rank, self.table, self.window.data_ptr(), sent.tokens, self.rank,
-            sent.table.rank.shape[0],
-            R=spec.capacity, K=sent.expert_ids.shape[1], TOPK=sent.stride,
-            LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens, H=spec.hidden,
-            WIDTH=tuning.width, RESULTS_AT=self.layout.results_at, HOME=reduce == "home",
-            SHARED=shared, SOURCE=self._source(sent, shared),
-            num_warps=tuning.combine_warps, enable_fp_fusion=False,
+        ids = sent.expert_ids
+        key = (_REDUCE, sent.kind, sent.ids, reduce, shared)
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._kept(
+                key, combine.reduce, self._here() | self._sums(sent, reduce, shared),
+                num_warps=self.tuning.combine_warps, enable_fp_fusion=False,
+            )  # fmt: skip
+        table = sent.table
+        launch(
+            min(sent.tokens * self._pieces, self.tuning.reducers) or 1,
+            out, y, self.position if places is None else places, ids,
+            sent.weights if weights is None else weights, table.rank, sent.tokens,
+            table.experts,
         )  # fmt: skip
         return out
 
@@ -426,6 +521,121 @@ class CudaExchange:
             self.table, self.window.data_ptr(), self.rank,
             SEND=send, WAIT=wait, SIM=self._sim, num_warps=1,
         )  # fmt: skip
+
+    # ---- what launches of one kind have in common ---------------------------------------------
+
+    def prepare(
+        self,
+        kernel: Any,
+        fixed: Mapping[str, Any],
+        views: Mapping[str, torch.dtype] = MappingProxyType({}),
+        **options: Any,
+    ) -> KernelLaunch:
+        """Launches of `kernel` on this device; see `KernelLaunch`. Of `fixed` it takes what it has
+        parameters for."""
+        names = set(kernel.arg_names)
+        return KernelLaunch(
+            kernel,
+            self.window.device,
+            {name: value for name, value in fixed.items() if name in names},
+            views=views,
+            prepared=self.tuning.prepared,
+            **options,
+        )
+
+    def _kept(
+        self, key: tuple[object, ...], kernel: Any, fixed: Mapping[str, Any], **options: Any
+    ) -> KernelLaunch:
+        launch = self._launches[key] = self.prepare(kernel, fixed, **options)
+        return launch
+
+    def _here(self) -> dict[str, Any]:
+        return {"table": self.table, "window": self.window.data_ptr(), "me": self.rank}
+
+    def _waits(self) -> dict[str, Any]:
+        return self._here() | {
+            "R": self.spec.capacity,
+            "CHECKS": self.tuning.checks,
+            "SIM": self._sim,
+        }
+
+    def _choices(self, stride: int) -> dict[str, Any]:
+        return {"TOPK": stride, "LANES_K": triton.next_power_of_2(stride)}
+
+    def _sums(self, sent: CudaDispatched, reduce: Reduce, shared: bool) -> dict[str, Any]:
+        spec = self.spec
+        return self._choices(sent.stride) | {
+            "R": spec.capacity,
+            "K": sent.kind.k,
+            "MAX_TOKENS": spec.max_tokens,
+            "H": spec.hidden,
+            "WIDTH": self.tuning.width,
+            "RESULTS_AT": self.layout.results_at,
+            "HOME": reduce == "home",
+            "SHARED": shared,
+            "SOURCE": self._source(sent, shared),
+        }
+
+    def _new_kind(
+        self, x: torch.Tensor, k: int, slots: int, fp8: Scales | None, wait: bool
+    ) -> DispatchKind:
+        spec, where, tuning = self.spec, self.layout, self.tuning
+        stride = max(k, 1) if self._same_k else spec.topk
+        row = x.shape[1] * x.itemsize
+        views, words = dict[str, torch.dtype](), x.shape[1]
+        if fp8 is None:  # words of any kind are copied
+            views["x"] = torch.int32 if row % 4 == 0 else torch.uint8
+            words = row // views["x"].itemsize
+        tile = min(tuning.send_width, max(quant.BLOCK, triton.next_power_of_2(words)))
+        fixed = (
+            self._waits()
+            | self._choices(stride)
+            | {
+                "counters": self._counters,
+                "LANES_R": self._lanes,
+                "K": k,
+                "MAX_TOKENS": spec.max_tokens,
+                "KIND": fp8_kind(fp8),
+                "WORDS": words,
+                "TILE": tile,
+                "WEIGHTS_AT": where.weights_at,
+                "SCALES_AT": where.scales_at,
+                "ROWS_AT": where.rows_at,
+                "WAIT": wait,
+                "FORMAT": dispatch_format(
+                    stride, x.shape[1] * (x.itemsize if fp8 is None else 1), fp8
+                ),
+            }
+        )
+        indexed = self._indexed(x, slots, fp8)
+        return DispatchKind(
+            self.prepare(dispatch.send_dispatch, fixed, views, num_warps=tuning.send_warps),
+            triton.cdiv(words, tile),
+            self._index_launch(indexed, slots, stride),
+            indexed,
+            k,
+            stride,
+        )
+
+    def _index_launch(self, indexed: CudaIndexed, slots: int, stride: int) -> KernelLaunch:
+        key = ("index_rows", slots, stride)
+        launch = self._launches.get(key)
+        if launch is None:
+            fixed = self._here() | {
+                "offsets": indexed.offsets,
+                "rows": self.rows,
+                "pairs": self.pairs,
+                "position": self.position,
+                "slots": slots,
+                "R": self.spec.capacity,
+                "LANES_R": self._lanes,
+                "TOPK": stride,
+                "MAX_TOKENS": self.spec.max_tokens,
+                "CHUNK": min(triton.next_power_of_2(self.most_rows), self.tuning.chunk),
+            }
+            options = {"num_warps": self.tuning.index_warps}
+            launch = self._kept(key, dispatch.index_rows, fixed, **options)
+        return launch
 
     # ---- whole phases -------------------------------------------------------------------------
 

@@ -19,22 +19,23 @@ class CudaReceived(Received):
     """See `Received`; all tensors are on the GPU.
 
     What has a length that only the device knows (`weights`, `source`, `token`, `rows`, `x`,
-    `scales`) waits for the device once, and cannot be used while a CUDA graph is captured.
-    `indexed` can: its tensors have fixed sizes and addresses, and every replay fills them anew.
+    `scales`) waits for the device once, raises what the dispatch has to raise, and cannot be used
+    while a CUDA graph is captured. `indexed` can: its tensors have fixed sizes and addresses, and
+    every replay fills them anew. `masked` waits, too, and must be asked for before the next
+    dispatch.
     """
 
     def __init__(
         self,
         buffer: CudaBuffer,
         sent: CudaDispatched,
-        masked: tuple[int, ...],
         epoch: int,
         sequence: int,
     ) -> None:
         self._buffer = buffer
         self.sent = sent
         self.tokens_sent = sent.tokens
-        self.masked = masked
+        self._masked: tuple[int, ...] | None = None
         self.epoch = epoch
         self.sequence = sequence
         self._count: int | None = None
@@ -55,8 +56,16 @@ class CudaReceived(Received):
         """Number of rows."""
         if self._count is None:
             self._check()
-            self._count = int(self.indexed.offsets[-1])
+            count = int(self.indexed.offsets[-1])
+            self._buffer.raise_reported()
+            self._count = count
         return self._count
+
+    @property
+    def masked(self) -> tuple[int, ...]:  # type: ignore[override]
+        if self._masked is None:
+            self._masked = self._buffer.left_out(self)
+        return self._masked
 
     @property
     def weights(self) -> torch.Tensor:  # type: ignore[override]

@@ -29,7 +29,7 @@ _CHUNK = 128  # rows that are counted in one go
 _BLANKS = 1024  # places that are blanked in one go
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class ExpertMajor:
     """Where `pack` writes to; only the first `count[s]` rows of slot s count.
 
@@ -41,6 +41,7 @@ class ExpertMajor:
     ranges: [slots, sources] int64, begin << 32 | count of each source's rows in each slot.
     places: [capacity · max_tokens · topk] int32, by pair: slot · limit + row; or `NOWHERE`, or
         `NO_ROOM`: a slot has more rows than `limit`, or its source is not below `sources`.
+    packing: how `pack` last did it; tensors but `token` stay as they were then.
     """
 
     x: torch.Tensor
@@ -49,6 +50,7 @@ class ExpertMajor:
     token: torch.Tensor
     ranges: torch.Tensor
     places: torch.Tensor
+    packing: Packing | None = None
 
     @classmethod
     def empty(
@@ -180,34 +182,72 @@ def pack_rows(
             item += workers
 
 
+class Packing:
+    """The launch that packs what dispatches of one kind brought into the same tensors each time."""
+
+    def __init__(self, exchange: CudaExchange, sent: CudaDispatched, into: ExpertMajor) -> None:
+        spec, tuning, indexed = exchange.spec, exchange.tuning, sent.indexed
+        self.indexed = indexed
+        slots = sent.table.slots
+        size = indexed.payload.itemsize
+        words = into.x.shape[2] * size // 4
+        columns = 0 if into.scales is None else into.scales.shape[2]
+        width = min(tuning.pack_width, triton.next_power_of_2(words))
+        items = spec.capacity * spec.max_tokens * triton.cdiv(words, width)
+        x = into.x.view(torch.int32)
+        self._programs = slots + min(items, tuning.packers)
+        self._launch = exchange.prepare(
+            pack_rows,
+            {
+                "window": exchange.window.data_ptr(),
+                "table": exchange.table,
+                "position": exchange.position,
+                "offsets": indexed.offsets,
+                "rows": indexed.rows,
+                "x": x,
+                # scales are in rows of columns there, which is how the kernel counts
+                "scales": x
+                if into.scales is None
+                else into.scales.transpose(1, 2).view(torch.int32),
+                "count": into.count,
+                "ranges": into.ranges,
+                "places": into.places,
+                "slots": slots,
+                "limit": into.x.shape[1],
+                "sources": into.ranges.shape[1],
+                "R": spec.capacity,
+                "LANES_R": triton.next_power_of_2(spec.capacity),
+                "TOPK": sent.stride,
+                "LANES_K": triton.next_power_of_2(sent.stride),
+                "MAX_TOKENS": spec.max_tokens,
+                "STRIDE": indexed.payload.shape[1] * size // 4,
+                "WORDS": words,
+                "WIDTH": width,
+                "SCALE_STRIDE": 0 if indexed.scales is None else indexed.scales.shape[1],
+                "SCALES": columns,
+                "LANES_S": triton.next_power_of_2(max(columns, 1)),
+                "ROWS_AT": exchange.layout.rows_at,
+                "SCALES_AT": exchange.layout.scales_at,
+                "CHUNK": _CHUNK,
+                "BLANKS": _BLANKS,
+            },
+            num_warps=tuning.pack_warps,
+        )
+
+    def __call__(self, token: torch.Tensor) -> None:
+        self._launch(self._programs, token)
+
+
 def pack(exchange: CudaExchange, sent: CudaDispatched, into: ExpertMajor) -> None:
     """Copy the rows of the last dispatch, which was indexed, into their places.
 
     Raises: ValueError: tensors that do not fit the dispatch.
     """
-    _check(exchange, sent, into)
-    spec, tuning, indexed = exchange.spec, exchange.tuning, sent.indexed
-    slots, limit, sources = sent.table.slots, into.x.shape[1], into.ranges.shape[1]
-    size = indexed.payload.itemsize
-    words = into.x.shape[2] * size // 4
-    columns = 0 if into.scales is None else into.scales.shape[2]
-    width = min(tuning.pack_width, triton.next_power_of_2(words))
-    items = spec.capacity * spec.max_tokens * triton.cdiv(words, width)
-    x = into.x.view(torch.int32)
-    # scales are in rows of columns there, which is how the kernel counts
-    scales = x if into.scales is None else into.scales.transpose(1, 2).view(torch.int32)
-    pack_rows[(slots + min(items, tuning.packers),)](
-        exchange.window.data_ptr(), exchange.table, exchange.position, indexed.offsets,
-        indexed.rows, x, scales, into.count, into.token, into.ranges, into.places,
-        slots, limit, sources,
-        R=spec.capacity, LANES_R=triton.next_power_of_2(spec.capacity), TOPK=sent.stride,
-        LANES_K=triton.next_power_of_2(sent.stride), MAX_TOKENS=spec.max_tokens,
-        STRIDE=indexed.payload.shape[1] * size // 4, WORDS=words, WIDTH=width,
-        SCALE_STRIDE=0 if indexed.scales is None else indexed.scales.shape[1], SCALES=columns,
-        LANES_S=triton.next_power_of_2(max(columns, 1)), ROWS_AT=exchange.layout.rows_at,
-        SCALES_AT=exchange.layout.scales_at, CHUNK=_CHUNK, BLANKS=_BLANKS,
-        num_warps=tuning.pack_warps,
-    )  # fmt: skip
+    packing = into.packing
+    if packing is None or packing.indexed is not sent.indexed:
+        _check(exchange, sent, into)
+        packing = into.packing = Packing(exchange, sent, into)
+    packing(into.token)
 
 
 def _check(exchange: CudaExchange, sent: CudaDispatched, into: ExpertMajor) -> None:

@@ -50,6 +50,8 @@ class Changes:
 
     def active(self) -> tuple[int, ...]:
         with self._core.changing:
+            if not self._wishes:
+                return self._members.active
             active = set(self._members.active)
             for peer, unmask in self._wishes.items():
                 (active.add if unmask else active.discard)(peer)

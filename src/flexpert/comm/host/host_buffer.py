@@ -59,6 +59,7 @@ class HostBuffer(Buffer):
         unmask_at_vote=False,
         epoch_needs_vote=False,
         owners_checked=True,
+        raises_later=False,
         vote_bytes=VOTE_BYTES,
         traffic_counted=True,
     )

@@ -88,6 +88,7 @@ def _capabilities(package: Package) -> Capabilities:
         unmask_at_vote=True,
         epoch_needs_vote=True,
         owners_checked=False,
+        raises_later=False,
         vote_bytes=_PAYLOAD_BYTES,
         traffic_counted=False,
     )

@@ -41,6 +41,7 @@ __all__ = ["DEFAULT_TIMEOUT_MS", "Buffer", "Config", "EventHandle", "EventOverla
 
 DEFAULT_TIMEOUT_MS = 30_000
 CONNECT_LIMIT_S = 300.0  # peers may still be loading a model
+_MOST_KINDS = 4096
 
 RecvX = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -109,6 +110,7 @@ class Buffer:
         self._exchange: PairedExchange[Any] | None = None
         self._raw: dict[bool, torch.Tensor] = {}
         self._lifetime: Lifetime | None = None
+        self._fitting: set[tuple[object, ...]] = set()  # kinds of arguments that were checked
         self._destroyed = False
 
     # ---- sizes ------------------------------------------------------------------------------
@@ -178,6 +180,7 @@ class Buffer:
                     f"{self._experts} experts a rank; it can only be given more ranks"
                 )
             self.runtime.grow(num_ranks)
+            self._fitting.clear()
         self.group_size = num_ranks
         self.num_rdma_bytes = num_rdma_bytes
         self.num_nvl_bytes = num_nvl_bytes
@@ -314,7 +317,12 @@ class Buffer:
         tokens, ranks = num_max_dispatch_tokens_per_rank, self._ranks(core, num_experts)
         fp8 = scales(use_fp8, round_scale, use_ue8m0)
         at = exchange.device.at
-        check_x(x, topk_idx, tokens, fp8, core.spec, at)
+        kind = (
+            x.dtype, x.shape, x.device, topk_idx.shape, topk_idx.device, tokens, fp8,
+        )  # fmt: skip
+        if kind not in self._fitting:
+            check_x(x, topk_idx, tokens, fp8, core.spec, at)
+            self._fits(kind)
         if cumulative_local_expert_recv_stats is not None:
             check_tensor(
                 "cumulative_local_expert_recv_stats",
@@ -323,12 +331,7 @@ class Buffer:
                 torch.int32,
                 at,
             )
-        check_waits(
-            "dispatch_wait_recv_cost_stats",
-            dispatch_wait_recv_cost_stats,
-            ranks,
-            at,
-        )
+        check_waits("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats, ranks, at)
         done, receive = exchange.dispatch(
             x,
             topk_idx,
@@ -339,9 +342,12 @@ class Buffer:
             recv_stats=cumulative_local_expert_recv_stats,
             wait_stats=dispatch_wait_recv_cost_stats,
         )
-        recv_x = done.recv_x if done.scales is None else (done.recv_x, done.scales)
-        event, hook = _ends(receive, async_finish, return_recv_hook)
-        return recv_x, done.recv_count, done.handle, event, hook
+        returned = done.returned
+        rows: RecvX = returned.recv_x
+        if returned.scales is not None:
+            rows = returned.recv_x, returned.scales
+        event, hook = _ends(receive, async_finish)
+        return rows, returned.recv_count, done.handle, event, hook
 
     def low_latency_combine(
         self,
@@ -380,25 +386,27 @@ class Buffer:
         core, exchange = self._core(), self._exchanges()
         check_one_way(async_finish, return_recv_hook)
         done = exchange.find(handle)
-        check_bound(done.ranks, core.active)
+        rows = done.rows
+        check_bound(rows.ranks, core.active)
         if zero_copy:
-            if exchange.staged is None or exchange.staged.shape != done.recv_x.shape:
+            if exchange.staged is None or exchange.staged.shape != rows.shape:
                 raise ValueError("zero_copy needs get_next_combine_buffer(handle), filled, before")
             x = exchange.staged
         at = exchange.device.at
-        check_tensor("x", x, tuple(done.recv_x.shape), torch.bfloat16, at)
-        shape = tuple(done.experts.shape)
-        check_tensor("topk_weights", topk_weights, shape, torch.float32, at)
-        check_waits(
-            "combine_wait_recv_cost_stats",
-            combine_wait_recv_cost_stats,
-            done.ranks,
-            at,
-        )
-        size = (shape[0], x.shape[2])
+        shape = done.experts.shape
+        size = (shape[0], rows.hidden)
         if out is None:
             out = torch.empty(size, dtype=torch.bfloat16, device=at)
-        check_tensor("out", out, size, torch.bfloat16, at)
+        kind = (
+            x.dtype, x.shape, x.device, rows, shape, topk_weights.dtype, topk_weights.shape,
+            topk_weights.device, out.dtype, out.shape, out.device,
+        )  # fmt: skip
+        if kind not in self._fitting:
+            check_tensor("x", x, rows.shape, torch.bfloat16, at)
+            check_tensor("topk_weights", topk_weights, tuple(shape), torch.float32, at)
+            check_tensor("out", out, size, torch.bfloat16, at)
+            self._fits(kind)
+        check_waits("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats, rows.ranks, at)
         receive = exchange.combine(
             x,
             topk_idx,
@@ -408,7 +416,7 @@ class Buffer:
             later=async_finish or return_recv_hook,
             wait_stats=combine_wait_recv_cost_stats,
         )
-        return out, *_ends(receive, async_finish, return_recv_hook)
+        return out, *_ends(receive, async_finish)
 
     dispatch = low_latency_dispatch
     combine = low_latency_combine
@@ -481,6 +489,12 @@ class Buffer:
 
         return GpuDevice.of(self.rank, spec, timeout_s, store)
 
+    def _fits(self, kind: tuple[object, ...]) -> None:
+        """Remember that arguments of this kind need not be looked at in every call."""
+        if len(self._fitting) >= _MOST_KINDS:
+            self._fitting.clear()
+        self._fitting.add(kind)
+
     def _check_alive(self) -> None:
         if self._destroyed:
             raise CommError(f"the buffer of rank {self.rank} is destroyed")
@@ -511,6 +525,7 @@ class Buffer:
 
 
 def _ends(
-    receive: Receive, async_finish: bool, return_recv_hook: bool
+    receive: Receive | None, async_finish: bool
 ) -> tuple[EventOverlap, Callable[[], None] | None]:
-    return EventOverlap(receive if async_finish else None), receive if return_recv_hook else None
+    """receive: what is still to be done, in one of two ways."""
+    return (EventOverlap(receive), None) if async_finish else (EventOverlap(None), receive)

@@ -10,7 +10,7 @@ from typing import Generic, Literal, TypeVar, cast
 
 import torch
 
-from flexpert.comm.buffer import Buffer, ExpertTable, Received
+from flexpert.comm.buffer import Buffer, ExpertTable, Received, Scales
 
 Handle = tuple[torch.Tensor, torch.Tensor, int, int]
 Phase = Literal["dispatch", "combine"]
@@ -35,27 +35,18 @@ def on_gpu() -> bool:
     return desired() == "cuda" and torch.cuda.is_available()
 
 
-@dataclass(slots=True, eq=False)
-class DeviceDispatched(Generic[A]):
-    """A dispatch of the user's: what was sent, the tensors that show what came, how to combine it.
+@dataclass(frozen=True, slots=True, eq=False)
+class DispatchSizes:
+    """Of what kind the rows of a dispatch are; one object for all that return equal tensors.
 
-    experts: [tokens, k], of `Device.routes`.
-    recv_x … layout_range: see `Buffer.dispatch`; filled when it is received.
-    came: which rows came; None before.
-    received: while these rows can be combined without sending anything again.
+    experts: local ones. ranks: that the tensors are for. max_tokens: of each. hidden: channels.
     """
 
-    experts: torch.Tensor
-    table: ExpertTable
+    experts: int
     ranks: int
     max_tokens: int
-    recv_x: torch.Tensor
-    scales: torch.Tensor | None
-    recv_count: torch.Tensor
-    src_info: torch.Tensor
-    layout_range: torch.Tensor
-    came: A | None = None
-    received: Received | None = None
+    hidden: int
+    fp8: Scales | None
 
     @property
     def limit(self) -> int:
@@ -63,8 +54,58 @@ class DeviceDispatched(Generic[A]):
         return self.ranks * self.max_tokens
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of recv_x."""
+        return self.experts, self.limit, self.hidden
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of recv_x."""
+        return torch.bfloat16 if self.fp8 is None else torch.float8_e4m3fn
+
+    @property
+    def scale_columns(self) -> int:
+        """Scales of a row: 4 bytes each; 0: none."""
+        if self.fp8 is None:
+            return 0
+        return self.hidden // (512 if self.fp8 == "ue8m0" else 128)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.int32 if self.fp8 == "ue8m0" else torch.float32
+
+
+@dataclass(slots=True, eq=False)
+class Returned:
+    """The tensors that show a user what came; see `Buffer.dispatch`. Filled when it is received."""
+
+    recv_x: torch.Tensor
+    scales: torch.Tensor | None
+    recv_count: torch.Tensor
+    src_info: torch.Tensor
+    layout_range: torch.Tensor
+
+
+@dataclass(slots=True, eq=False)
+class DeviceDispatched(Generic[A]):
+    """A dispatch of the user's: what was sent, what is returned, how to combine it.
+
+    experts: [tokens, k], of `Device.routes`.
+    came: which rows came; None before.
+    received: while these rows can be combined without sending anything again.
+    """
+
+    experts: torch.Tensor
+    table: ExpertTable
+    rows: DispatchSizes
+    returned: Returned
+    came: A | None = None
+    received: Received | None = None
+
+    @property
     def handle(self) -> Handle:
-        return self.src_info, self.layout_range, self.max_tokens, self.recv_x.shape[2]
+        returned, rows = self.returned, self.rows
+        return returned.src_info, returned.layout_range, rows.max_tokens, rows.hidden
 
 
 class Device(ABC, Generic[A]):
@@ -84,19 +125,20 @@ class Device(ABC, Generic[A]):
         """[capacity] int64: nanoseconds that this phase has waited for each rank so far."""
 
     @abstractmethod
-    def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[tokens, k] each: what a dispatch to these experts is called with; and what it is called
-        with again, when it is combined later."""
+    def routes(self, experts: torch.Tensor) -> torch.Tensor:
+        """[tokens, k]: what a dispatch to these experts is called with."""
 
     @abstractmethod
-    def recv_x(
-        self,
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        scale_columns: int,
-        scale_dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """recv_x of this shape and its scales, column-major; None without scales."""
+    def repeated(self, experts: torch.Tensor) -> torch.Tensor:
+        """[tokens, k]: what it is called with again, when it is combined later.
+
+        experts: of `routes`.
+        """
+
+    @abstractmethod
+    def returned(self, rows: DispatchSizes) -> Returned:
+        """Tensors for a dispatch, valid until the dispatch after the next; scales are
+        column-major. src_info has memory of its own, by which a handle is known."""
 
     @abstractmethod
     def staged(self, shape: tuple[int, ...]) -> torch.Tensor:
@@ -124,13 +166,25 @@ class Device(ABC, Generic[A]):
         received: Received,
         *,
         out: torch.Tensor | None,
-        later: bool,
-    ) -> Callable[[], torch.Tensor]:
-        """Send rows of x home; the result receives the sums, [tokens, hidden of the core].
+    ) -> torch.Tensor:
+        """Send rows of x home, and receive the sums, [tokens, hidden of the core].
 
         x: [experts, limit, hidden], maybe narrower than the core's. weights: of `counting`. out:
         for the sums.
         """
+
+    @abstractmethod
+    def begin_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor,
+        came: A,
+        received: Received,
+        *,
+        out: torch.Tensor | None,
+    ) -> Callable[[], torch.Tensor]:
+        """As `combine`, but that the result receives."""
 
     @abstractmethod
     def counting(

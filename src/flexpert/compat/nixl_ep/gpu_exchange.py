@@ -1,12 +1,15 @@
 """Exchanges of nixl_ep's users on a GPU.
 
-Nothing here waits for the device but what `CudaBuffer` waits for, so that all of it can be captured
-into a CUDA graph. For the same reason nobody looks at what tensors hold.
+Nothing here waits for the device, so that all of it can be captured into a CUDA graph. For the same
+reason nobody looks at what tensors hold.
 """
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,7 +20,13 @@ from flexpert.comm.cuda.cuda_layout import Word
 from flexpert.comm.cuda.cuda_received import CudaReceived
 from flexpert.comm.cuda.expert_major import NOWHERE, ExpertMajor
 from flexpert.comm.errors import CommError
-from flexpert.compat.nixl_ep.device_exchange import Device, DeviceDispatched, Phase
+from flexpert.compat.nixl_ep.device_exchange import (
+    Device,
+    DeviceDispatched,
+    DispatchSizes,
+    Phase,
+    Returned,
+)
 from flexpert.compat.nixl_ep.expert_major_tensors import column_major, widened
 
 if TYPE_CHECKING:
@@ -26,13 +35,22 @@ if TYPE_CHECKING:
 # a result for each choice of a token can come back for so many choices, as memory grows;
 # of more only sums can
 _CHOICES = 16
+_HELD = 3  # references to a src_info: of `GpuReturned`, of its `into`, of who counts them
+_TURNS = 2  # sets of tensors: what a dispatch returned is valid until the dispatch after the next
+
+
+@dataclass(slots=True, eq=False)
+class GpuReturned(Returned):
+    """into: the same tensors, as `CudaReceived.pack` takes them."""
+
+    into: ExpertMajor
 
 
 class GpuDevice(Device[torch.Tensor]):
     """See `Device`. What is remembered of a dispatch are its `places`, see `ExpertMajor`.
 
-    Tensors are new for each call: torch's allocator has them at no cost, and knows which belong to
-    a graph.
+    Tensors for what comes are used again by the dispatch after the next of the same kind; while a
+    graph is captured they are new, since the graph keeps them for itself.
     """
 
     core: CudaBuffer
@@ -41,12 +59,15 @@ class GpuDevice(Device[torch.Tensor]):
     def __init__(self, core: CudaBuffer) -> None:
         self.core = core
         self.at = core.device
+        self._on_gpu = core.device.type == "cuda"
         most = core.exchange.most_rows
         self._nowhere = torch.full((most,), NOWHERE, dtype=torch.int32, device=self.at)
         most = core.spec.max_tokens * core.spec.topk
         self._nobody = torch.full((most,), -1, dtype=torch.int32, device=self.at)
         self._nothing = torch.zeros((1, core.spec.hidden), dtype=torch.bfloat16, device=self.at)
         self._captured = False  # the last dispatch
+        self._rows: DispatchSizes | None = None  # of what `_turns` are for
+        self._turns: deque[GpuReturned] = deque()
 
     @classmethod
     def of(cls, rank: int, spec: BufferSpec, timeout_s: float, store: Store) -> GpuDevice:
@@ -69,35 +90,60 @@ class GpuDevice(Device[torch.Tensor]):
             return exchange.waited(Word.WAITED_DISPATCH)
         return exchange.waited(Word.WAITED_COMBINE)
 
-    def routes(self, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Again to nobody: places are known, and peers only need the number of tokens."""
-        return experts, self._nobody[: experts.numel()].view(experts.shape)
+    def routes(self, experts: torch.Tensor) -> torch.Tensor:
+        return experts
 
-    def recv_x(
-        self,
-        shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        scale_columns: int,
-        scale_dtype: torch.dtype,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        rows = torch.empty(shape, dtype=dtype, device=self.at)
-        if not scale_columns:
-            return rows, None
-        experts, limit, _ = shape
-        storage = (experts, scale_columns, limit)
-        return rows, column_major(torch.empty(storage, dtype=scale_dtype, device=self.at))
+    def repeated(self, experts: torch.Tensor) -> torch.Tensor:
+        """To nobody: places are known, and peers only need the number of tokens."""
+        return self._nobody[: experts.numel()].view(experts.shape)
+
+    def returned(self, rows: DispatchSizes) -> Returned:
+        if self._capturing():
+            return self._new(rows)
+        if rows is not self._rows:
+            self._rows = rows
+            self._turns.clear()
+        if len(self._turns) < _TURNS:
+            returned = self._new(rows)
+        else:
+            returned = self._turns.popleft()
+            if sys.getrefcount(returned.src_info) > _HELD:  # somebody has a handle that is too old
+                returned = self._with_info(returned.into, rows)
+        self._turns.append(returned)
+        return returned
+
+    @torch.inference_mode(False)  # else who uses them next could not train with them
+    def _new(self, rows: DispatchSizes) -> GpuReturned:
+        def new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=self.at)
+
+        scales: torch.Tensor | None = None
+        if rows.scale_columns:
+            storage = (rows.experts, rows.scale_columns, rows.limit)
+            scales = column_major(new(storage, rows.scale_dtype))
+        into = ExpertMajor(
+            x=new(rows.shape, rows.dtype),
+            scales=scales,
+            count=new((rows.experts,), torch.int32),
+            token=new((0,), torch.int32),
+            ranges=new((rows.experts, rows.ranks), torch.int64),
+            places=torch.empty_like(self._nowhere),
+        )
+        return self._with_info(into, rows)
+
+    @torch.inference_mode(False)
+    def _with_info(self, into: ExpertMajor, rows: DispatchSizes) -> GpuReturned:
+        into.token = torch.empty((rows.experts, rows.limit), dtype=torch.int32, device=self.at)
+        return GpuReturned(into.x, into.scales, into.count, into.token, into.ranges, into)
 
     def staged(self, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device=self.at)
 
     def fill(self, done: DeviceDispatched[torch.Tensor], received: Received) -> torch.Tensor:
-        places = torch.empty_like(self._nowhere)
-        into = ExpertMajor(
-            done.recv_x, done.scales, done.recv_count, done.src_info, done.layout_range, places
-        )
+        into = cast(GpuReturned, done.returned).into
         cast(CudaReceived, received).pack(into)
         self._captured = self._capturing()
-        return places
+        return into.places
 
     def again(
         self, done: DeviceDispatched[torch.Tensor], came: torch.Tensor, received: Received
@@ -124,24 +170,39 @@ class GpuDevice(Device[torch.Tensor]):
         received: Received,
         *,
         out: torch.Tensor | None,
-        later: bool,
-    ) -> Callable[[], torch.Tensor]:
-        y = widened(x, self.core.spec.hidden)
-        y = y.view(-1, y.shape[2])
-        if later:
-            return self.core.begin_combine(
-                y, received, reduce=_reduce(topk_idx), weights=weights, out=out, places=came,
-                expert_ids=topk_idx,
-            )  # fmt: skip
-        sums = self.core.combine(
-            y, received, reduce="rank", weights=weights, out=out, places=came, expert_ids=topk_idx
+    ) -> torch.Tensor:
+        return self.core.combine(
+            self._whole(x), received, weights=weights, out=out, places=came, expert_ids=topk_idx
         )
-        return lambda: sums
+
+    def begin_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor,
+        came: torch.Tensor,
+        received: Received,
+        *,
+        out: torch.Tensor | None,
+    ) -> Callable[[], torch.Tensor]:
+        return self.core.begin_combine(
+            self._whole(x), received, reduce=_reduce(topk_idx), weights=weights, out=out,
+            places=came, expert_ids=topk_idx,
+        )  # fmt: skip
+
+    def _whole(self, x: torch.Tensor) -> torch.Tensor:
+        """x as wide as the core's rows, contiguous."""
+        hidden = self.core.spec.hidden
+        if x.size(2) == hidden and x.is_contiguous():
+            return x
+        return widened(x.detach(), hidden)
 
     def counting(
         self, topk_idx: torch.Tensor, weights: torch.Tensor, done: DeviceDispatched[torch.Tensor]
     ) -> torch.Tensor:
         """As they are: topk_idx itself says at combine which rows count."""
+        if topk_idx is done.experts:
+            return weights
         shape = done.experts.shape
         if topk_idx.shape != shape or topk_idx.dtype not in (torch.int32, torch.int64):
             raise ValueError(
@@ -151,7 +212,7 @@ class GpuDevice(Device[torch.Tensor]):
         return weights
 
     def on_stream(self, work: Callable[[], None]) -> Callable[[], None]:
-        if self.at.type != "cuda":
+        if not self._on_gpu:
             return work
         stream = torch.cuda.current_stream(self.at)
 
@@ -165,7 +226,7 @@ class GpuDevice(Device[torch.Tensor]):
         return run
 
     def _capturing(self) -> bool:
-        return self.at.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 def _reduce(experts: torch.Tensor) -> Reduce:

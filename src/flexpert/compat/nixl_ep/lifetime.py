@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 from flexpert.comm.buffer import Buffer
 
@@ -19,17 +18,27 @@ class Lifetime:
     def __init__(self, core: Buffer) -> None:
         self._core = core
         self._thread: int | None = None
+        self._depth = 0
         self._ending = False
 
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Around all that uses memory of `core`."""
-        outer, self._thread = self._thread, threading.get_ident()
-        try:
-            yield
-        finally:
-            self._thread = outer
-            if self._ending and outer is None:
+    def call(self) -> Lifetime:
+        """To be entered around all that uses memory of `core`, in one thread at a time."""
+        return self
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        self._thread = threading.get_ident()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._thread = None
+            if self._ending:
                 self._core.close()
 
     def end(self) -> None:

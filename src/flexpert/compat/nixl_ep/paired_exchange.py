@@ -21,7 +21,13 @@ import torch
 
 from flexpert.comm.buffer import Buffer, ExpertTable, Received, Scales
 from flexpert.comm.errors import StaleEpoch
-from flexpert.compat.nixl_ep.device_exchange import A, Device, DeviceDispatched, Handle
+from flexpert.compat.nixl_ep.device_exchange import (
+    A,
+    Device,
+    DeviceDispatched,
+    DispatchSizes,
+    Handle,
+)
 from flexpert.compat.nixl_ep.expert_major_tensors import widened
 from flexpert.compat.nixl_ep.lifetime import Lifetime
 
@@ -63,6 +69,8 @@ class PairedExchange(Generic[A]):
         # weights for dispatches; those that count come with the combine
         most = core.spec.max_tokens * core.spec.topk
         self._ones = torch.ones(most, dtype=torch.float32, device=device.at)
+        self._ones_of: dict[torch.Size, torch.Tensor] = {}
+        self._rows: dict[tuple[object, ...], DispatchSizes] = {}
         self._staged: torch.Tensor | None = None
 
     # ---- dispatch ---------------------------------------------------------------------------
@@ -78,81 +86,79 @@ class PairedExchange(Generic[A]):
         later: bool,
         recv_stats: torch.Tensor | None,
         wait_stats: torch.Tensor | None,
-    ) -> tuple[DeviceDispatched[A], Receive]:
-        """Send; receive too unless `later`. Arguments are checked but for what `core` checks."""
+    ) -> tuple[DeviceDispatched[A], Receive | None]:
+        """Send; receive too unless `later`: then the result does. Arguments are checked, but for
+        what `core` checks."""
         with self._lifetime.call():
             self.settle()
-            hidden = x.shape[1]
+            rows = self._rows_of(x.size(1), max_tokens, ranks, fp8)
             wire = widened(x, self._core.spec.hidden)
             if later and wire is x and fp8 is None and self.device.own_rows_wait:
                 wire = x.clone()  # the user may write to x now
             self._route()
-            now, again = self.device.routes(experts)
+            routes = self.device.routes(experts)
             before = None if wait_stats is None else self.device.waited("dispatch")
-            pending = self._dispatch(wire, now, self._table, fp8, later=later)
-            done = self._prepare(again, max_tokens, ranks, hidden, fp8)
-            self._kept.append(done)
+            weights = self._weights(routes)
+            if not later:  # both halves at once are faster on a GPU
+                received = self._core.dispatch(wire, routes, weights, self._table, fp8=fp8)
+                done = self._begun(routes, rows)
+                self._receive(done, received, recv_stats, wait_stats, before)
+                return done, None
+            pending = self._core.begin_dispatch(wire, routes, weights, self._table, fp8=fp8)
+            done = self._begun(routes, rows)
 
             def receive() -> None:
-                self._uncombined = done.received = received = pending()
-                done.came = self.device.fill(done, received)
-                if recv_stats is not None:
-                    recv_stats.add_(done.recv_count)
-                if wait_stats is not None:
-                    _add_since(wait_stats, before, self.device.waited("dispatch"))
+                self._receive(done, pending(), recv_stats, wait_stats, before)
 
-            return done, self._finish(receive, later)
+            return done, self._finish(receive)
 
-    def _prepare(
+    def _begun(self, routes: torch.Tensor, rows: DispatchSizes) -> DeviceDispatched[A]:
+        """Of a dispatch that was sent: only now are tensors taken from earlier ones."""
+        done: DeviceDispatched[A]
+        done = DeviceDispatched(routes, self._table, rows, self.device.returned(rows))
+        self._kept.append(done)
+        return done
+
+    def _receive(
         self,
-        experts: torch.Tensor,
-        max_tokens: int,
-        ranks: int,
-        hidden: int,
-        fp8: Scales | None,
-    ) -> DeviceDispatched[A]:
-        local, limit, at = self._experts, ranks * max_tokens, self.device.at
-        packed = fp8 == "ue8m0"
-        recv_x, scales = self.device.recv_x(
-            (local, limit, hidden),
-            torch.bfloat16 if fp8 is None else torch.float8_e4m3fn,
-            0 if fp8 is None else hidden // (512 if packed else 128),
-            torch.int32 if packed else torch.float32,
-        )
-        return DeviceDispatched(
-            experts=experts,
-            table=self._table,
-            ranks=ranks,
-            max_tokens=max_tokens,
-            recv_x=recv_x,
-            scales=scales,
-            recv_count=torch.empty(local, dtype=torch.int32, device=at),
-            src_info=torch.empty((local, limit), dtype=torch.int32, device=at),
-            layout_range=torch.empty((local, ranks), dtype=torch.int64, device=at),
-        )
+        done: DeviceDispatched[A],
+        received: Received,
+        recv_stats: torch.Tensor | None,
+        wait_stats: torch.Tensor | None,
+        before: torch.Tensor | None,
+    ) -> None:
+        """before: of `Device.waited`, if wait_stats are wanted."""
+        self._uncombined = done.received = received
+        done.came = self.device.fill(done, received)
+        if recv_stats is not None:
+            recv_stats.add_(done.returned.recv_count)
+        if wait_stats is not None:
+            _add_since(wait_stats, before, self.device.waited("dispatch"))
 
-    def _dispatch(
-        self,
-        x: torch.Tensor,
-        experts: torch.Tensor,
-        table: ExpertTable,
-        fp8: Scales | None = None,
-        *,
-        later: bool = False,
-    ) -> Callable[[], Received]:
-        """Begin, and unless `later` end: both at once is faster on a GPU."""
-        weights = self._ones[: experts.numel()].view(experts.shape)
-        if later:
-            return self._core.begin_dispatch(x, experts, weights, table, fp8=fp8)
-        received = self._core.dispatch(x, experts, weights, table, fp8=fp8)
-        return lambda: received
+    def _rows_of(
+        self, hidden: int, max_tokens: int, ranks: int, fp8: Scales | None
+    ) -> DispatchSizes:
+        """The same object for equal arguments."""
+        key = (hidden, max_tokens, ranks, fp8)
+        rows = self._rows.get(key)
+        if rows is None:
+            rows = self._rows[key] = DispatchSizes(self._experts, ranks, max_tokens, hidden, fp8)
+        return rows
+
+    def _weights(self, experts: torch.Tensor) -> torch.Tensor:
+        """[tokens, k] float32, of a dispatch to these."""
+        shape = experts.shape
+        weights = self._ones_of.get(shape)
+        if weights is None:
+            weights = self._ones_of[shape] = self._ones[: experts.numel()].view(shape)
+        return weights
 
     # ---- combine ----------------------------------------------------------------------------
 
     def find(self, handle: Handle) -> DeviceDispatched[A]:
         """Raises: StaleEpoch: not one of the last two dispatches."""
         for done in self._kept:
-            if handle[0].data_ptr() == done.src_info.data_ptr():
+            if handle[0].data_ptr() == done.returned.src_info.data_ptr():
                 return done
         raise StaleEpoch(
             f"the handle is not of one of the last {_KEPT} dispatches of rank {self._core.rank}; "
@@ -169,8 +175,8 @@ class PairedExchange(Generic[A]):
         out: torch.Tensor,
         later: bool,
         wait_stats: torch.Tensor | None,
-    ) -> Receive:
-        """Send x's rows home; receive too unless `later`.
+    ) -> Receive | None:
+        """Send x's rows home; receive too unless `later`: then the result does.
 
         x: [experts, limit, hidden]; topk_idx: [tokens, k]; weights: [tokens, k] float32;
         out: [tokens, hidden].
@@ -185,37 +191,47 @@ class PairedExchange(Generic[A]):
                 received, came = self._again(done, came)
             whole = out.shape[1] == self._core.spec.hidden and out.is_contiguous()
             before = None if wait_stats is None else self.device.waited("combine")
-            pending = self.device.combine(
-                x.detach(),
-                topk_idx,
-                counting,
-                came,
-                received,
-                out=out if whole else None,
-                later=later,
-            )
+            into = out if whole else None
+            arguments = x, topk_idx, counting, came, received
+            if not later:
+                result = self.device.combine(*arguments, out=into)
+                self._uncombined = done.received = None
+                self._give(result, None if whole else out, wait_stats, before)
+                return None
+            pending = self.device.begin_combine(*arguments, out=into)
             self._uncombined = done.received = None
 
             def receive() -> None:
-                result = pending()
-                if not whole:
-                    out.copy_(result[:, : out.shape[1]])
-                if wait_stats is not None:
-                    _add_since(wait_stats, before, self.device.waited("combine"))
+                self._give(pending(), None if whole else out, wait_stats, before)
 
-            return self._finish(receive, later)
+            return self._finish(receive)
+
+    def _give(
+        self,
+        result: torch.Tensor,
+        out: torch.Tensor | None,
+        wait_stats: torch.Tensor | None,
+        before: torch.Tensor | None,
+    ) -> None:
+        """out: where the user wants the result, if that is elsewhere."""
+        if out is not None:
+            out.copy_(result[:, : out.shape[1]])
+        if wait_stats is not None:
+            _add_since(wait_stats, before, self.device.waited("combine"))
 
     def _again(self, done: DeviceDispatched[A], came: A) -> tuple[Received, A]:
         """A dispatch of as many tokens; returns it, and where its rows lie in the user's x."""
         self.settle()
         tokens = done.experts.shape[0]
         probe = torch.zeros((tokens, _PROBE_BYTES), dtype=torch.uint8, device=self.device.at)
-        self._uncombined = received = self._dispatch(probe, done.experts, done.table)()
+        routes = self.device.repeated(done.experts)
+        received = self._core.dispatch(probe, routes, self._weights(routes), done.table)
+        self._uncombined = received
         return received, self.device.again(done, came, received)
 
     def stage(self, done: DeviceDispatched[A]) -> torch.Tensor:
         """[experts, limit, hidden] bf16 to write results into, for `combine(zero_copy=True)`."""
-        self._staged = self.device.staged(tuple(done.recv_x.shape))
+        self._staged = self.device.staged(done.rows.shape)
         return self._staged
 
     @property
@@ -245,15 +261,14 @@ class PairedExchange(Generic[A]):
             self._uncombined = None
 
     def _receive_outstanding(self) -> None:
-        receive, self._outstanding = self._outstanding, None
-        if receive is not None:
+        if self._outstanding is not None:
+            receive, self._outstanding = self._outstanding, None
             receive()
 
-    def _finish(self, work: Callable[[], None], later: bool) -> Receive:
-        receive = Receive(self.device.on_stream(work) if later else work, self._lifetime)
+    def _finish(self, work: Callable[[], None]) -> Receive:
+        """`work`, which is still to be done."""
+        receive = Receive(self.device.on_stream(work), self._lifetime)
         self._outstanding = receive
-        if not later:
-            self._receive_outstanding()
         return receive
 
 

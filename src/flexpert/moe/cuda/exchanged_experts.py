@@ -76,8 +76,8 @@ class ExchangedExperts:
             ExpertTable(rank=self._places[0, layer], slot=self._places[1, layer], slots=experts)
             for layer in range(layers)
         ]
-        self._tokens = torch.zeros(1, dtype=torch.int32, device=device)
-        self._row = torch.arange(buffer.spec.max_tokens, dtype=torch.int32, device=device)
+        self._row = torch.arange(buffer.spec.max_tokens, dtype=torch.int32, device=device)[:, None]
+        self._padding = torch.ones_like(self._row, dtype=torch.bool)  # rows that do not count
 
     def stage(self, layers: Sequence[LayerState[SlotAddresses]]) -> StagedExchangedExperts:
         """As `ElasticMoELayers.stage`. Raises: ValueError: what `DeviceExperts.stage` raises."""
@@ -101,7 +101,7 @@ class ExchangedExperts:
 
     def expect(self, tokens: int) -> None:
         """So many rows of the batches to come count; the rest is padding."""
-        self._tokens.fill_(tokens)
+        torch.ge(self._row, tokens, out=self._padding)
 
     def forward(
         self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, apply_gate: Gate
@@ -118,8 +118,7 @@ class ExchangedExperts:
             [T, hidden] in x's dtype.
         """
         self.walked += 1
-        padding = self._row[: x.shape[0], None] >= self._tokens
-        expert_ids = expert_ids.masked_fill(padding, -1)
+        expert_ids = expert_ids.masked_fill(self._padding[: x.shape[0]], -1)
         self._counter.count(layer, expert_ids)
         received = self.buffer.dispatch(x, expert_ids, weights.float(), self._tables[layer])
         y = self.compute(layer, received.indexed, apply_gate, expert_ids.numel())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -19,6 +19,8 @@ from flexpert.comm.window_layout import align
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
+
+    from flexpert.comm.cuda.cuda_exchange import CudaIndexed
 
 
 @dataclass(slots=True)
@@ -55,7 +57,36 @@ class GpuBaseline(Protocol):
     def close(self) -> None: ...
 
 
-class CudaExchangeBaseline:
+class _IndexedRows:
+    """What our baselines have in common: rows stay where they arrived."""
+
+    def __init__(self, site: GpuSite, most_rows: int, fp8: Scales | None) -> None:
+        work = site.work
+        self._site, self._fp8 = site, fp8
+        table = expert_table(work)
+        self._table = ExpertTable(
+            table.rank.to(site.device), table.slot.to(site.device), table.slots
+        )
+        shape = (most_rows, work.hidden)
+        self._y = [torch.randn(shape, device=site.device).to(work.torch_dtype) for _ in site.pool]
+        self._out = torch.empty(
+            (work.tokens, work.hidden), dtype=work.torch_dtype, device=site.device
+        )
+        self._indexed: CudaIndexed | None = None
+
+    def rows(self) -> torch.Tensor:
+        indexed = self._indexed
+        assert indexed is not None
+        rows = indexed.rows[: int(indexed.offsets[-1])].long()
+        if indexed.scales is None:
+            return indexed.payload[rows]
+        return dequantise(indexed.payload[rows], indexed.scales[rows], self._out.dtype)
+
+    def put_results(self, turn: int, y: torch.Tensor) -> None:
+        self._y[turn][: y.shape[0]] = y
+
+
+class CudaExchangeBaseline(_IndexedRows):
     """`flexpert.comm.cuda`."""
 
     def __init__(self, site: GpuSite, *, fp8: bool = True, **tuning: Any) -> None:
@@ -65,12 +96,12 @@ class CudaExchangeBaseline:
 
         work = site.work
         spec = BufferSpec(work.ranks, work.tokens, work.hidden, work.topk, work.torch_dtype)
-        self._site = site
         self._memory = SharedMemory(layout(spec, choices=1).size, site.device)
         page = torch.zeros(PAGE_WORDS, dtype=torch.int64, pin_memory=True)
         self.exchange = CudaExchange(
             site.rank, spec, self._memory.tensor, page, choices=1, tuning=Tuning(**tuning)
         )
+        super().__init__(site, self.exchange.most_rows, site.fp8 if fp8 else None)
         self._peers = {
             rank: PeerMemory(f"rank {rank}", handle, site.device)
             for rank, handle in enumerate(site.gather(self._memory.handle))
@@ -85,16 +116,6 @@ class CudaExchangeBaseline:
         )
         torch.cuda.synchronize()
         site.gather(None)
-        table = expert_table(work)
-        self._table = ExpertTable(
-            table.rank.to(site.device), table.slot.to(site.device), table.slots
-        )
-        self._fp8: Scales | None = site.fp8 if fp8 else None
-        shape = (self.exchange.most_rows, work.hidden)
-        self._y = [torch.randn(shape, device=site.device).to(work.torch_dtype) for _ in site.pool]
-        self._out = torch.empty(
-            (work.tokens, work.hidden), dtype=work.torch_dtype, device=site.device
-        )
         self._sent: CudaDispatched | None = None
 
     def dispatch(self, turn: int) -> None:
@@ -102,21 +123,11 @@ class CudaExchangeBaseline:
         self._sent = self.exchange.dispatch(
             i.x, i.expert_ids, i.weights, self._table, fp8=self._fp8
         )
+        self._indexed = self._sent.indexed
 
     def combine(self, turn: int) -> torch.Tensor:
         assert self._sent is not None
         return self.exchange.combine(self._y[turn], self._sent, self._out)
-
-    def rows(self) -> torch.Tensor:
-        assert self._sent is not None
-        indexed = self._sent.indexed
-        rows = indexed.rows[: int(indexed.offsets[-1])].long()
-        if indexed.scales is None:
-            return indexed.payload[rows]
-        return dequantise(indexed.payload[rows], indexed.scales[rows], self._out.dtype)
-
-    def put_results(self, turn: int, y: torch.Tensor) -> None:
-        self._y[turn][: y.shape[0]] = y
 
     def close(self) -> None:
         torch.cuda.synchronize()
@@ -125,6 +136,49 @@ class CudaExchangeBaseline:
             peer.close()
         self._site.gather(None)
         self._memory.close()
+
+
+class CudaBufferBaseline(_IndexedRows):
+    """`flexpert.comm.Buffer` on a GPU, called as its users call it."""
+
+    def __init__(self, site: GpuSite, **tuning: Any) -> None:
+        from flexpert.comm.cuda.cuda_buffer import CudaBuffer
+        from flexpert.comm.cuda.cuda_exchange import FEW, Tuning
+        from flexpert.comm.cuda.cuda_received import CudaReceived
+        from flexpert.comm.interpreter import INTERPRETED
+
+        work = site.work
+        spec = BufferSpec(work.ranks, work.tokens, work.hidden, work.topk, work.torch_dtype)
+        self._buffer = CudaBuffer(
+            site.rank,
+            spec,
+            timeout_s=site.timeout_s,
+            device=site.device,
+            choices=1,
+            tuning=replace(FEW if INTERPRETED else Tuning(), **tuning),
+        )
+        super().__init__(site, self._buffer.most_rows, site.fp8)
+        self._buffer.connect(dict(enumerate(site.gather(self._buffer.address))))
+        site.gather(None)
+        self._buffer.set_active(range(work.ranks), 1)
+        self._buffer.barrier(timeout_s=site.timeout_s)
+        self._received: CudaReceived | None = None
+
+    def dispatch(self, turn: int) -> None:
+        i = self._site.pool[turn]
+        self._received = self._buffer.dispatch(
+            i.x, i.expert_ids, i.weights, self._table, fp8=self._fp8
+        )
+        self._indexed = self._received.indexed
+
+    def combine(self, turn: int) -> torch.Tensor:
+        assert self._received is not None
+        return self._buffer.combine(self._y[turn], self._received, out=self._out)
+
+    def close(self) -> None:
+        self._buffer.check()
+        self._site.gather(None)
+        self._buffer.close()
 
 
 def _nvidias() -> Any:
@@ -290,6 +344,24 @@ class GpuKind:
 OURS = "flexpert"
 NIXL_EP = "nixl_ep"
 INTERFACE = "flexpert as nixl_ep"
+
+
+def eager_kinds(fp8: Scales | None) -> tuple[GpuKind, ...]:
+    """What is launched without a graph. fp8: as in `gpu_kinds`."""
+    captured = {kind.name: kind for kind in gpu_kinds(fp8)}
+    ours = replace(captured[OURS], make=CudaBufferBaseline)
+    return (
+        ours,
+        replace(
+            ours,
+            name="flexpert, Triton's launches",
+            family="launches",
+            make=lambda site: CudaBufferBaseline(site, prepared=False),
+            time="the same with each kernel launched by Triton: what prepared launches save",
+        ),
+        captured[INTERFACE],
+        captured[NIXL_EP],
+    )
 
 
 def gpu_kinds(fp8: Scales | None) -> tuple[GpuKind, ...]:

@@ -14,9 +14,16 @@ from flexpert.bench.comm.cuda.gpu_baselines import (
     GpuBaseline,
     GpuKind,
     GpuSite,
+    eager_kinds,
     gpu_kinds,
 )
-from flexpert.bench.comm.cuda.timing import Shots, captured, copy_bandwidth, steady_times
+from flexpert.bench.comm.cuda.timing import (
+    EagerTimes,
+    Shots,
+    captured,
+    copy_bandwidth,
+    steady_times,
+)
 from flexpert.bench.comm.ranks import Settings, gather, wrong_result, wrong_rows
 from flexpert.bench.comm.workload import (
     Input,
@@ -33,10 +40,12 @@ if TYPE_CHECKING:
 
 POOL = 4  # inputs in turn
 STEADY = 16  # exchanges in one graph
+EAGER = 64  # exchanges launched in a row: more launches than a queue takes would wait for it
 
 
 class Phases(msgspec.Struct, frozen=True):
-    """µs of one rank: dispatch and combine alone after a flush, and the pair in a steady run."""
+    """µs of one rank: dispatch and combine alone after a flush, and the pair in a steady run; or of
+    the host for each call, and of the device for the pair, see `EagerTimes`."""
 
     dispatch: list[float]
     combine: list[float]
@@ -91,7 +100,8 @@ class GpuRank:
         )
 
     def _kind(self, name: str) -> GpuKind:
-        return next(kind for kind in gpu_kinds(self._settings.fp8) if kind.name == name)
+        kinds = (eager_kinds if self._settings.eager else gpu_kinds)(self._settings.fp8)
+        return next(kind for kind in kinds if kind.name == name)
 
     def build(self, name: str) -> str:
         """Returns why the baseline cannot run here, or nothing."""
@@ -147,6 +157,23 @@ class GpuRank:
         pair = steady_times(steady, STEADY, turns)
         self._in_step()
         return Phases(dispatch, combine, pair)
+
+    def measure_eager(self, name: str, rounds: int) -> Phases:
+        """rounds: of `EAGER` exchanges each. All ranks begin each round together."""
+        baseline = self._baselines[name]
+        for turn in range(2 * POOL):  # compiles and prepares
+            baseline.dispatch(turn % POOL)
+            self._in_step()
+            baseline.combine(turn % POOL)
+            self._in_step()
+        turns = [turn % POOL for turn in range(EAGER)]
+        EagerTimes().add_round(baseline.dispatch, baseline.combine, turns)
+        times = EagerTimes()
+        for _ in range(rounds):
+            self._in_step()
+            times.add_round(baseline.dispatch, baseline.combine, turns)
+        self._in_step()
+        return Phases(times.dispatch, times.combine, times.pair)
 
     def _in_step(self) -> None:
         torch.cuda.synchronize()

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import msgspec
 
-from flexpert.bench.comm.cuda.gpu_baselines import NIXL_EP, OURS, GpuKind, gpu_kinds
+from flexpert.bench.comm.cuda.gpu_baselines import (
+    INTERFACE,
+    NIXL_EP,
+    OURS,
+    GpuKind,
+    eager_kinds,
+    gpu_kinds,
+)
 from flexpert.bench.comm.cuda.gpu_comm_rank import GpuRank, Phases
 from flexpert.bench.comm.ranks import RankFailed, Ranks, Settings
 from flexpert.bench.comm.workload import Workload, expert_table, make_input
@@ -23,6 +31,7 @@ class GpuResult(msgspec.Struct, frozen=True, kw_only=True):
 
     dispatch_us, combine_us: one phase after a flush of the L2, the slowest rank of each exchange.
     pair_us: dispatch and combine in a steady run.
+    Of an eager run: the host's time for each call, of all ranks; and the device's for the pair.
     skipped: why there are no figures, if there are none. wrong: it computed something else.
     """
 
@@ -54,15 +63,17 @@ class GpuPoint(msgspec.Struct, frozen=True, kw_only=True):
     roofline: Roofline
     results: list[GpuResult]
 
-    def ratio(self, phase: str) -> float | None:
-        """Our median over that of nixl_ep; phase: "dispatch_us", "combine_us" or "pair_us"."""
+    def ratio(self, phase: str, name: str = OURS) -> float | None:
+        """The median of a baseline over that of nixl_ep; phase: "dispatch_us", "combine_us" or
+        "pair_us"."""
         by_name = {result.baseline: getattr(result, phase) for result in self.results}
-        ours, theirs = by_name.get(OURS), by_name.get(NIXL_EP)
+        ours, theirs = by_name.get(name), by_name.get(NIXL_EP)
         return ours.p50 / theirs.p50 if ours and theirs else None
 
 
 class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
-    """bandwidth: bytes a second of a large copy on the device, read and written."""
+    """bandwidth: bytes a second of a large copy on the device, read and written. eager: launched
+    one by one, not in graphs."""
 
     machine: Machine
     devices: list[str]
@@ -70,6 +81,7 @@ class GpuReport(msgspec.Struct, frozen=True, kw_only=True):
     fp8: str
     contains: dict[str, str]
     points: list[GpuPoint]
+    eager: bool = False
 
     @property
     def correct(self) -> bool:
@@ -90,7 +102,8 @@ def run_gpu(
 
     Raises: FlexpertError: a rank failed.
     """
-    kinds = [k for k in gpu_kinds(settings.fp8) if k.family == "ours" or k.family in baselines]
+    all_kinds = (eager_kinds if settings.eager else gpu_kinds)(settings.fp8)
+    kinds = [kind for kind in all_kinds if kind.family == "ours" or kind.family in baselines]
     ranks_count = workloads[0].ranks
     points: list[GpuPoint] = []
     note(f"starting {ranks_count} ranks")
@@ -102,7 +115,7 @@ def run_gpu(
             ranks.all("prepare", work)
             results = []
             for kind in kinds:
-                results.append(_measured(ranks, work, kind, repeat, note))
+                results.append(_measured(ranks, work, kind, repeat, note, eager=settings.eager))
                 note(f"  {results[-1]}")
             nbytes = exchanged_bytes(work, fp8=settings.fp8 is not None, sharing=sharing)
             points.append(
@@ -116,10 +129,13 @@ def run_gpu(
         fp8=settings.fp8 or "none",
         contains={kind.name: kind.time for kind in kinds},
         points=points,
+        eager=settings.eager,
     )
 
 
-def _measured(ranks: Ranks, work: Workload, kind: GpuKind, repeat: int, note: Note) -> GpuResult:
+def _measured(
+    ranks: Ranks, work: Workload, kind: GpuKind, repeat: int, note: Note, *, eager: bool
+) -> GpuResult:
     note(f"{work.tokens} tokens: {kind.name}")
     if why := _first(ranks.all("build", kind.name)):
         ranks.all("drop", kind.name)
@@ -130,22 +146,28 @@ def _measured(ranks: Ranks, work: Workload, kind: GpuKind, repeat: int, note: No
     if wrong:
         ranks.all("drop", kind.name)
         return GpuResult(baseline=kind.name, skipped=wrong, wrong=True)
-    by_rank: list[Phases] = ranks.all("measure", kind.name, repeat)
+    measure = "measure_eager" if eager else "measure"
+    by_rank: list[Phases] = ranks.all(measure, kind.name, repeat)
     # again: had a rank been left out meanwhile, these would be times of something else
     wrong = _first(ranks.all("check", kind.name, 0))
     ranks.all("drop", kind.name)
     if wrong:
         return GpuResult(baseline=kind.name, skipped=f"after it was timed: {wrong}", wrong=True)
+    of_phase = _all if eager else _slowest
     return GpuResult(
         baseline=kind.name,
-        dispatch_us=_slowest([phases.dispatch for phases in by_rank]),
-        combine_us=_slowest([phases.combine for phases in by_rank]),
+        dispatch_us=of_phase([phases.dispatch for phases in by_rank]),
+        combine_us=of_phase([phases.combine for phases in by_rank]),
         pair_us=_slowest([phases.pair for phases in by_rank]),
     )
 
 
 def _slowest(by_rank: Sequence[Sequence[float]]) -> SpreadUs:
     return SpreadUs.of([max(turn) for turn in zip(*by_rank, strict=True)])
+
+
+def _all(by_rank: Sequence[Sequence[float]]) -> SpreadUs:
+    return SpreadUs.of(itertools.chain.from_iterable(by_rank))
 
 
 def exchanged_bytes(work: Workload, *, fp8: bool, sharing: int) -> tuple[int, int]:
@@ -173,4 +195,4 @@ def _first(answers: Sequence[str]) -> str:
     return next((answer for answer in answers if answer), "")
 
 
-__all__ = ["GpuReport", "RankFailed", "run_gpu"]
+__all__ = ["INTERFACE", "OURS", "GpuReport", "RankFailed", "run_gpu"]

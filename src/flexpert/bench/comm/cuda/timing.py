@@ -5,10 +5,14 @@ clock stands right before and right after the phase, all in one graph: nothing w
 What two stamps in a row are apart is taken off. The median is over many replays.
 
 "steady": many exchanges in one graph, inputs in turn; the time of a replay over their number.
+
+"eager": many exchanges launched one by one. A call is timed on the host, which waits for nothing in
+it; and all of them on the device, over their number.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,22 +86,56 @@ class Shots:
         return [(taken[:, at] - empty).tolist() for at in range(len(phases))]
 
 
-def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+def events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """A begin and an end, to be recorded."""
     made: list[Any] = [_EVENT(enable_timing=True) for _ in range(2)]
     return made[0], made[1]
 
 
 def steady_times(graph: torch.cuda.CUDAGraph, exchanges: int, turns: int) -> list[float]:
     """µs of one exchange in each of `turns` replays of a graph that holds `exchanges` of them."""
-    events = []
+    marks = []
     for _ in range(turns):
-        begin, end = _events()
+        begin, end = events()
         begin.record()
         graph.replay()
         end.record()
-        events.append((begin, end))
+        marks.append((begin, end))
     torch.cuda.synchronize()
-    return [begin.elapsed_time(end) * 1e3 / exchanges for begin, end in events]
+    return [begin.elapsed_time(end) * 1e3 / exchanges for begin, end in marks]
+
+
+class EagerTimes:
+    """Exchanges that are launched one by one; µs.
+
+    dispatch, combine: of the host, one for each call. pair: of the device, one for each round.
+    """
+
+    def __init__(self) -> None:
+        self.dispatch: list[float] = []
+        self.combine: list[float] = []
+        self.pair: list[float] = []
+
+    def add_round(
+        self,
+        dispatch: Callable[[int], object],
+        combine: Callable[[int], object],
+        turns: Sequence[int],
+    ) -> None:
+        """turns: inputs of the exchanges, in their order. Returns when the device is done."""
+        begin, end = events()
+        begin.record()
+        for turn in turns:
+            begun = time.perf_counter()
+            dispatch(turn)
+            between = time.perf_counter()
+            combine(turn)
+            over = time.perf_counter()
+            self.dispatch.append((between - begun) * 1e6)
+            self.combine.append((over - between) * 1e6)
+        end.record()
+        torch.cuda.synchronize()
+        self.pair.append(begin.elapsed_time(end) * 1e3 / len(turns))
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -107,7 +145,7 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     times = []
     for _ in range(10):
-        begin, end = _events()
+        begin, end = events()
         begin.record()
         target.copy_(source)
         end.record()
