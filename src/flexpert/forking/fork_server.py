@@ -202,12 +202,13 @@ def main(descriptor: int) -> None:
     begin = msgspec.msgpack.decode(packet, type=Begin)
     if begin.path:
         sys.path[:] = begin.path
+    gc.disable()  # what is imported stays, and is walked again and again meanwhile
     try:
         shared = pkgutil.resolve_name(begin.setup)(begin.spec)
     except FlexpertError as error:
         _answer(channel, Unusable(str(error)))
         return
-    gc.collect()
+    gc.enable()
     gc.freeze()  # shared pages stay shared: the collector does not touch what was imported
     listener = _listen(begin.keep) if begin.keep and begin.keep.path else None
     _answer(channel, Ready())

@@ -15,7 +15,7 @@ import time
 from types import TracebackType
 from typing import Protocol
 
-from flexpert.cluster.processes import caches
+from flexpert.cluster.processes import caches, model_opening
 from flexpert.config import Config
 from flexpert.forking import fork_server
 
@@ -45,8 +45,6 @@ _OF_HEAD = {
 }
 
 RANKS_SOCKET = "ranks.sock"  # in the state directory, of the fork server
-
-_SETUP = "flexpert.cluster.processes.rank_process:open_model"
 
 Connected = tuple[subprocess.Popen[bytes], socket.socket]
 
@@ -137,7 +135,7 @@ def start_fork_server(
             ours.close()
             raise
     try:
-        begin = fork_server.Begin(_SETUP, for_children(config).encode(), keep=keep)
+        begin = fork_server.Begin(model_opening.SETUP, for_children(config).encode(), keep=keep)
         ours.send(fork_server.encode(begin))
     except BaseException:
         _terminate(process, ours)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
-import torch
 
 from flexpert.cluster.processes.child_connection import ConnectionEnded
 from flexpert.cluster.processes.head_link import HeadLink
@@ -65,19 +64,6 @@ class RankSpec(msgspec.Struct, frozen=True):
 
 encode_spec = msgspec.msgpack.encode
 decode_spec = msgspec.msgpack.Decoder(RankSpec).decode
-
-
-def open_model(config_json: bytes) -> ModelSource:
-    """The model of a settings tree given as JSON: what the fork server has for every child."""
-    source = open_source(Config.model_validate_json(config_json))
-    source.try_grammar_tokens()  # a rank would hold up its step loop to make its own
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork would wait for the others for ever
-    try:
-        source.try_extents()
-    finally:
-        torch.set_num_threads(threads)
-    return source
 
 
 def open_source(config: Config) -> ModelSource:

@@ -1,0 +1,229 @@
+"""Imports of torch and transformers without what no rank uses, which is more than half of the time.
+
+For processes that are flexpert's own: what is replaced here behaves otherwise to whoever compiles
+models with torch. Deferred modules are imported when something of them is asked for that has no
+stand-in; a version of either library that does not have what is replaced is imported as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from flexpert.cluster.processes import caches
+
+_SYMBOLIC_SHAPES = "torch.fx.experimental.symbolic_shapes"
+Structure = dict[frozenset[str], dict[str, set[str]]]
+"""As transformers has it: backends that are needed → module → the names in it."""
+
+
+class DeferredModule(ModuleType):
+    """Stands in for a module until anything but its stand-ins is asked for.
+
+    Submodules of it can be imported, and do not count as asking.
+    """
+
+    def __init__(self, name: str, stand_ins: Mapping[str, object] | None = None) -> None:
+        super().__init__(name)
+        first, *inner = name.split(".")
+        spec = importlib.util.find_spec(first)  # imports nothing
+        folders = (spec.submodule_search_locations if spec else None) or ()
+        self.__path__ = [os.path.join(folder, *inner) for folder in folders]
+        self.__dict__.update(stand_ins or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        whole = importlib.import_module(self.__name__)
+        parent, _, last = self.__name__.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], last, whole)
+        return getattr(whole, name)
+
+
+def trim_imports() -> None:
+    """Before either library is imported; later it does nothing."""
+    if "torch" in sys.modules or "transformers" in sys.modules:
+        return
+    _defer("torch.export")
+    _defer("torch.export.decomp_utils", {"CustomDecompTable": dict})
+    torch = importlib.import_module("torch")
+    torch.export = sys.modules["torch.export"]  # type: ignore[attr-defined]
+    dynamo = {
+        "allow_in_graph": _unchanged,
+        "assume_constant_result": _unchanged,
+        "disable": _not_disabled,
+    }
+    torch._dynamo = _defer("torch._dynamo", dynamo)  # type: ignore[attr-defined]
+    _defer("sympy", {"Basic": _Symbol})
+    shapes = {name: _of_numbers(name, function) for name, function in _ON_NUMBERS.items()}
+    _defer(_SYMBOLIC_SHAPES, shapes)
+    with contextlib.suppress(ImportError, AttributeError):
+        _trim_transformers()
+
+
+def _defer(name: str, stand_ins: Mapping[str, object] | None = None) -> DeferredModule:
+    sys.modules[name] = module = DeferredModule(name, stand_ins)
+    return module
+
+
+class _Symbol:
+    """`sympy.Basic` where sizes are numbers: nothing is one."""
+
+
+def _of_numbers(name: str, on_numbers: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of torch's symbolic shapes for sizes and conditions, which are no symbols where
+    nothing is traced: else it is asked itself."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if all(map(_is_plain, args)):
+            return on_numbers(*args, **kwargs)
+        deferred = sys.modules[_SYMBOLIC_SHAPES]
+        if isinstance(deferred, DeferredModule):
+            _ = deferred.ShapeEnv  # which has no stand-in
+        return getattr(sys.modules[_SYMBOLIC_SHAPES], name)(*args, **kwargs)
+
+    return function
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int) or (
+        isinstance(value, list | tuple) and all(map(_is_plain, value))
+    )
+
+
+def _itself(condition: Any, *more: object, **message: object) -> Any:
+    return condition
+
+
+_ON_NUMBERS: Mapping[str, Callable[..., Any]] = {
+    "expect_true": _itself,
+    "guard_int": int,
+    "guard_or_false": _itself,
+    "guard_or_true": _itself,
+    "guard_size_oblivious": _itself,
+    "guarding_hint_or_throw": _itself,
+    "has_guarding_hint": lambda size: True,
+    "is_nested_int": lambda size: False,
+    "statically_known_true": _itself,
+    "sym_and": lambda *conditions: all(conditions),
+    "sym_eq": lambda one, other: _tuples(one) == _tuples(other),
+    "sym_or": lambda *conditions: any(conditions),
+}
+
+
+def _tuples(value: Any) -> Any:
+    """Lists and tuples of the same sizes are equal."""
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _unchanged(function: Any) -> Any:
+    return function
+
+
+def _not_disabled(function: Any = None, *args: object, **kwargs: object) -> Any:
+    """`torch._dynamo.disable` where nothing is compiled."""
+    return _unchanged if function is None else function
+
+
+def _trim_transformers() -> None:
+    """What its `__init__` is to find is replaced in a module of it that is imported before."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return
+    version = importlib.metadata.version("transformers")
+    package = importlib.util.module_from_spec(spec)
+    package.__dict__["__version__"] = version
+    sys.modules["transformers"] = package
+    try:
+        names = importlib.import_module("transformers.utils.import_utils")
+    finally:
+        del sys.modules["transformers"]
+    utils = sys.modules["transformers.utils"]
+    for module in (names, utils):  # tensors that are spread over processes, and all they import
+        if hasattr(module, "is_torch_distributed_available"):
+            module.is_torch_distributed_available = lambda: False
+    models = Path(spec.origin).parent / "models"
+    define: Callable[..., Structure] = names.define_import_structure
+    known: list[Structure] = []
+
+    def define_import_structure(module_path: Any, prefix: str | None = None) -> Structure:
+        path = Path(module_path)
+        if (path.parent if path.suffix else path) != models:
+            return define(module_path, prefix=prefix)
+        if not known:
+            known.append(_structure(models, version, define))
+        before = f"{prefix}." if prefix else ""
+        return {
+            backends: {f"{before}{module}": set(found) for module, found in modules.items()}
+            for backends, modules in known[0].items()
+        }
+
+    names.define_import_structure = define_import_structure  # type: ignore[attr-defined]
+
+
+class _StoredStructure(msgspec.Struct):
+    """of: what it was made of. modules: backends that are needed, module → the names in it."""
+
+    of: str
+    modules: list[tuple[list[str], dict[str, list[str]]]]
+
+
+def _structure(models: Path, version: str, define: Callable[..., Structure]) -> Structure:
+    """Which names are in which module of all models, which takes transformers the reading of
+    thousands of files. Kept in a file of this user's own."""
+    of = _fingerprint(models, version)
+    folder = caches.private_folder(os.environ, "transformers")
+    stored = folder / "names.json" if folder else None
+    if stored is not None:
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            found = msgspec.json.decode(stored.read_bytes(), type=_StoredStructure)
+            if found.of == of:
+                return {
+                    frozenset(backends): {name: set(names) for name, names in modules.items()}
+                    for backends, modules in found.modules
+                }
+    made = define(str(models))
+    if stored is not None:
+        modules = [
+            (sorted(backends), {name: sorted(names) for name, names in each.items()})
+            for backends, each in made.items()
+        ]
+        with contextlib.suppress(OSError):
+            _write(stored, msgspec.json.encode(_StoredStructure(of, modules)))
+    return made
+
+
+def _fingerprint(models: Path, version: str) -> str:
+    """Another one after an update, and where a file of a model was added or replaced."""
+    digest = hashlib.sha256(f"{version} {models} {models.stat().st_mtime_ns}".encode())
+    with os.scandir(models) as entries:
+        for entry in sorted(entries, key=lambda one: one.name):
+            digest.update(f"{entry.name} {entry.stat().st_mtime_ns} ".encode())
+    return digest.hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all, whoever else writes it. Raises: OSError"""
+    descriptor, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
+    except OSError:
+        os.unlink(name)
+        raise
