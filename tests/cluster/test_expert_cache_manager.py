@@ -8,7 +8,7 @@ import pytest
 
 from flexpert.cluster import expert_cache_manager
 from flexpert.cluster.expert_cache_manager import ExpertCacheManager, cache_bytes
-from flexpert.cluster.processes.expert_cache_process import (
+from flexpert.cluster.processes.expert_cache_messages import (
     CacheFailed,
     CacheFilled,
     CacheOpened,

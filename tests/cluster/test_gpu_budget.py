@@ -9,7 +9,7 @@ from flexpert.cluster.gpu_budget import by_gpu, most_held
 from flexpert.cluster.head import Head
 from flexpert.cluster.hosts.agent_protocol import FreeMemory
 from flexpert.cluster.memory_budget import MemoryBudget
-from flexpert.cluster.processes.rank_process import open_source
+from flexpert.cluster.processes.model_opening import open_source
 from flexpert.config import Config, load_config
 from flexpert.engine.device_memory_plan import expert_place_nbytes, planned_device_memory
 from flexpert.engine.gpu_driver import GpuMemory

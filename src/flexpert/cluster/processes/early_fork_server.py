@@ -15,7 +15,7 @@ import time
 from types import TracebackType
 from typing import Protocol
 
-from flexpert.cluster.processes import caches, model_opening
+from flexpert.cluster.processes import caches
 from flexpert.config import Config
 from flexpert.forking import fork_server
 
@@ -45,6 +45,8 @@ _OF_HEAD = {
 }
 
 RANKS_SOCKET = "ranks.sock"  # in the state directory, of the fork server
+
+_SETUP = "flexpert.cluster.processes.model_opening:open_model"
 
 Connected = tuple[subprocess.Popen[bytes], socket.socket]
 
@@ -135,7 +137,12 @@ def start_fork_server(
             ours.close()
             raise
     try:
-        begin = fork_server.Begin(model_opening.SETUP, for_children(config).encode(), keep=keep)
+        begin = fork_server.Begin(
+            _SETUP,
+            for_children(config).encode(),
+            keep=keep,
+            log_level=config.server.log_level.upper(),
+        )
         ours.send(fork_server.encode(begin))
     except BaseException:
         _terminate(process, ours)

@@ -155,8 +155,8 @@ def _trim_transformers() -> None:
         del sys.modules["transformers"]
     utils = sys.modules["transformers.utils"]
     for module in (names, utils):  # tensors that are spread over processes, and all they import
-        if hasattr(module, "is_torch_distributed_available"):
-            module.is_torch_distributed_available = lambda: False
+        if "is_torch_distributed_available" in module.__dict__:
+            module.__dict__["is_torch_distributed_available"] = lambda: False
     models = Path(spec.origin).parent / "models"
     define: Callable[..., Structure] = names.define_import_structure
     known: list[Structure] = []

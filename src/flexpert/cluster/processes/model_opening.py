@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final
 
 from flexpert.cluster.processes.lean_imports import trim_imports
+from flexpert.config import Config
+from flexpert.device_settings import DEVICE_SETTINGS
+from flexpert.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexpert.models.source import ModelSource
+    from flexpert.models.source import ExpertFormat, ModelSource
 
-SETUP = f"{__name__}:open_model"
+_EXPERTS: Final[Mapping[str, ExpertFormat]] = {
+    "none": "unquantized",
+    "auto": "stored",
+    "fp8": "fp8",
+    "mxfp4": "mxfp4",
+    "int8": "int8",
+    "int4": "int4",
+}
 
 
 def open_model(config_json: bytes) -> ModelSource:
     """The model of a settings tree given as JSON: what the fork server has for every child.
 
     Raises:
+        ConfigError: the machine has no such device.
         ModelError: it cannot be opened or served.
     """
     trim_imports()
     import torch
 
-    from flexpert.cluster.processes.rank_process import open_source
-    from flexpert.config import Config
+    # what its children run, which would import it again and again
+    import flexpert.cluster.processes.model_report
+    import flexpert.cluster.processes.rank_process  # noqa: F401
+    from flexpert.engine.device_profile import check_device
 
-    source = open_source(Config.model_validate_json(config_json))
+    config = Config.model_validate_json(config_json)
+    if config.engine.device == "cuda":
+        _in_fork(lambda: check_device(config.engine))
+    else:
+        check_device(config.engine)
+    source = open_source(config)
     source.try_grammar_tokens()  # a rank would hold up its step loop to make its own
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork would wait for the others for ever
@@ -33,3 +53,47 @@ def open_model(config_json: bytes) -> ModelSource:
     finally:
         torch.set_num_threads(threads)
     return source
+
+
+def open_source(config: Config) -> ModelSource:
+    """The model that a settings tree names.
+
+    Raises:
+        ModelError: it cannot be opened or served.
+    """
+    from flexpert.models.source import ModelSource
+
+    quantization = DEVICE_SETTINGS[config.engine.device].quantization(config.model.quantization)
+    return ModelSource.open(
+        config.model.model,
+        revision=config.model.revision,
+        dtype=config.model.dtype,
+        max_model_len=config.model.max_model_len,
+        experts=_EXPERTS[quantization],
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def _in_fork(check: Callable[[], None]) -> None:
+    """Check in a process that ends with it: one that has asked CUDA cannot be forked any more.
+
+    Raises: ConfigError
+    """
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            check()
+            status = 0
+        except ConfigError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(status)
+    os.close(write)
+    with os.fdopen(read, "rb") as told:
+        refusal = told.read().decode()
+    _, status = os.waitpid(pid, 0)
+    if status:
+        how = os.waitstatus_to_exitcode(status)
+        raise ConfigError(refusal or f"the device could not be looked at (exit status {how})")
