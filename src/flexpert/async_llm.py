@@ -19,7 +19,8 @@ from flexpert.frontend.generation import Generation
 from flexpert.frontend.outputs import Completion, GrowingCompletion, encode_prompt
 from flexpert.frontend.request_limits import Prompt, with_bad_tokens
 from flexpert.frontend.text import ChatOptions
-from flexpert.llm import import_tokenizers, one_of_both, params_of_one, settle, succeeded, text_of
+from flexpert.frontend.token_ids import token_text
+from flexpert.llm import import_tokenizers, one_of_both, params_of_one, settle, succeeded
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
@@ -77,7 +78,8 @@ class AsyncLLM:
             try:
                 imports = asyncio.to_thread(import_tokenizers, self.config)
                 await asyncio.gather(head.start(), imports)
-                self._text = await asyncio.to_thread(text_of, head)
+                tokenizer = await asyncio.to_thread(head.open_tokenizer)
+                self._text = await asyncio.to_thread(token_text, tokenizer)
             except BaseException:
                 await head.stop()
                 raise

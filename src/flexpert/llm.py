@@ -10,7 +10,6 @@ import queue
 import threading
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,15 +24,12 @@ from flexpert.errors import ConfigError, OperationError, RequestError, ServiceSt
 from flexpert.frontend.generation import Generation
 from flexpert.frontend.outputs import Completion, encode_prompt, whole_completion
 from flexpert.frontend.request_limits import Prompt, with_bad_tokens
-from flexpert.frontend.text import ChatOptions, TokenText
+from flexpert.frontend.text import ChatOptions
 from flexpert.frontend.token_ids import token_text
-from flexpert.models.tokenizer_files import open_tokenizer
 from flexpert.vllm_flags import translated_argument
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-    from flexpert.cluster.head import Head
 
 T = TypeVar("T")
 
@@ -97,7 +93,7 @@ class LLM:
             started = self._begin_on_loop(self._head.start())
             import_tokenizers(self.config)
             _result(started)
-            self._text = text_of(self._head)
+            self._text = token_text(self._head.open_tokenizer())
         except BaseException:
             self.close()
             raise
@@ -350,13 +346,6 @@ def import_tokenizers(config: Config) -> None:
     if not config.model.skip_tokenizer_init:
         with suppress(ImportError):  # it is said when the tokenizer is opened
             importlib.import_module("transformers").AutoTokenizer  # noqa: B018
-
-
-def text_of(head: Head) -> TokenText:
-    """What its tokens mean. Raises: ModelError: it has no tokenizer that can be read."""
-    if head.tables is None:
-        return token_text(None)
-    return token_text(open_tokenizer(Path(head.info.path), trusted=head.info.trusted))
 
 
 def succeeded(operation: OperationView) -> OperationView:

@@ -24,10 +24,12 @@ from typing import IO, NoReturn
 import msgspec
 
 from flexpert.cluster.processes.early_fork_server import Connected, start_fork_server
+from flexpert.cluster.processes.lean_imports import trim_imports
 from flexpert.config import Config
 from flexpert.forking import fork_server
 
 _IMPORTED = (
+    "flexpert.cluster.processes.model_report",
     "flexpert.cluster.processes.rank_process",
     "flexpert.cluster.processes.expert_cache_process",
     "flexpert.cluster.head",
@@ -169,9 +171,11 @@ def serve(descriptor: int) -> None:
     """Until the tests' process closes its end."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    gc.disable()
+    trim_imports()
     for name in _IMPORTED:
         importlib.import_module(name)
-    gc.collect()
+    gc.enable()
     gc.freeze()
     channel = socket.socket(fileno=descriptor)
     children: dict[int, tuple[int, int]] = {}  # pidfd → pid, where its status goes

@@ -11,7 +11,8 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from prometheus_client.core import Metric
@@ -84,6 +85,10 @@ from flexpert.errors import (
     context_overflow,
 )
 from flexpert.models.token_tables import TokenTables
+from flexpert.models.tokenizer_files import open_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("flexpert")
 
@@ -285,6 +290,15 @@ class Head:
         self.metrics.cache_config = cache_config(engine, caches.blocks)
         self.sampling_defaults = model.sampling_defaults
         self.model_name = self.config.model.served_name or model.name
+
+    def open_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's, in this process, which imports transformers; None: it is left out.
+
+        Raises: ModelError: it cannot be read.
+        """
+        if self.tables is None:
+            return None
+        return open_tokenizer(Path(self.info.path), trusted=self.info.trusted)
 
     async def _make_coordinator(self, tell: Callable[[str], None]) -> None:
         driver = await asyncio.to_thread(self._gpu_driver, tell)
