@@ -117,7 +117,7 @@ def test_it_ends_when_the_head_gives_up_before_it_takes_it(
     def no_gpu(engine: object) -> None:
         raise ConfigError("there is no GPU")
 
-    monkeypatch.setattr("flexpert.cluster.head.check_device", no_gpu)
+    monkeypatch.setattr("flexpert.cluster.head.check_network", no_gpu)
     with (  # noqa: PT012
         pytest.raises(ConfigError, match="there is no GPU"),
         EarlyForkServer(Config()) as early,
