@@ -170,11 +170,13 @@ encode = msgspec.msgpack.encode
 
 
 def start_server(
-    theirs: socket.socket, environment: dict[str, str] | None = None, *, kept: bool = False
+    theirs: socket.socket, environment: dict[str, str] | None = None, *, preload: str = ""
 ) -> subprocess.Popen[bytes]:
     """Start a server that is asked through the other end of a pair; `Begin` is still to be sent.
 
-    environment: default: that of this process. kept: it does not end with this process' session.
+    environment: default: that of this process.
+    preload: "module:function" that it calls before it hears of anything; until then it ends with
+        the thread that has started it.
 
     Raises: OSError
     """
@@ -182,11 +184,10 @@ def start_server(
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_STARTER)
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", MODULE, str(theirs.fileno())],
+            [sys.executable, "-m", MODULE, str(theirs.fileno()), *([preload] if preload else [])],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env=environment,
-            start_new_session=kept,
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -203,21 +204,28 @@ class _Child:
     keeper: socket.socket | None = None
 
 
-def main(descriptor: int) -> None:
-    """Serve fork requests on the socket with this descriptor until it closes."""
+def main(descriptor: int, preload: str = "") -> None:
+    """Serve fork requests on the socket with this descriptor until it closes. preload: see
+    `start_server`."""
     # Both are for who started this, and reach all its processes: Ctrl-C those of a terminal,
     # SIGTERM those of a unit or of a job. Who is to drain still needs its children.
     for number in _FOR_THE_STARTER:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_STARTER)
     channel = socket.socket(fileno=descriptor)
+    gc.disable()  # what is imported stays, and is walked again and again meanwhile
+    if preload:
+        _end_with_parent()
+        pkgutil.resolve_name(preload)()
     packet = channel.recv(PACKET)
     if not packet:
         return
     begin = msgspec.msgpack.decode(packet, type=Begin)
     if begin.path:
         sys.path[:] = begin.path
-    gc.disable()  # what is imported stays, and is walked again and again meanwhile
+    if begin.keep is not None and begin.keep.path:
+        os.setsid()  # what ends the session of who has started it does not end this
+    _set_parent_death_signal(0)
     try:
         with _telling(channel, begin.log_level):
             shared = pkgutil.resolve_name(begin.setup)(begin.spec)
@@ -487,13 +495,18 @@ def _answer(channel: socket.socket, answer: Answer, *descriptors: int) -> None:
 
 def _end_with_parent() -> None:
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os._exit(1)
 
 
+def _set_parent_death_signal(number: int) -> None:
+    """0: none."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # nothing is left to do, and Triton 3.9 would complain on the way out

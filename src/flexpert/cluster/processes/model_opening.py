@@ -24,6 +24,13 @@ _EXPERTS: Final[Mapping[str, ExpertFormat]] = {
 }
 
 
+def import_all() -> None:
+    """All that needs no settings: also what its children run, which they would import each."""
+    trim_imports()
+    import flexpert.cluster.processes.model_report
+    import flexpert.cluster.processes.rank_process  # noqa: F401
+
+
 def open_model(config_json: bytes) -> ModelSource:
     """The model of a settings tree given as JSON: what the fork server has for every child.
 
@@ -31,12 +38,9 @@ def open_model(config_json: bytes) -> ModelSource:
         ConfigError: the machine has no such device.
         ModelError: it cannot be opened or served.
     """
-    trim_imports()
+    import_all()
     import torch
 
-    # what its children run, which would import it again and again
-    import flexpert.cluster.processes.model_report
-    import flexpert.cluster.processes.rank_process  # noqa: F401
     from flexpert.engine.device_profile import check_device
 
     config = Config.model_validate_json(config_json)
