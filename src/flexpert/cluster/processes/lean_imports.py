@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -174,6 +175,43 @@ def _trim_transformers() -> None:
         }
 
     names.define_import_structure = define_import_structure  # type: ignore[attr-defined]
+
+
+class _LatePattern:
+    """A regular expression that is compiled when it is used."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        compiled = re.compile(*self._arguments)
+        for each in ("search", "groupindex"):
+            setattr(self, each, getattr(compiled, each))
+        return getattr(compiled, name)
+
+    def __deepcopy__(self, memo: object) -> _LatePattern:
+        return self
+
+
+class _LateExpressions(ModuleType):
+    """Stands in for `re` in a module that compiles many, and uses few."""
+
+    def __init__(self) -> None:
+        super().__init__("re")
+        self.compile = _LatePattern
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(re, name)
+
+
+def trim_conversions() -> None:
+    """transformers has a thousand patterns for the tensors' names of all families, and compiles
+    them all for one of them. After it is imported."""
+    module = sys.modules.get("transformers.core_model_loading")
+    if module is not None and module.__dict__.get("re") is re:
+        module.__dict__["re"] = _LateExpressions()
 
 
 class _StoredStructure(msgspec.Struct):

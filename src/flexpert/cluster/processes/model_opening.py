@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
-from flexpert.cluster.processes.lean_imports import trim_imports
+from flexpert.cluster.processes.lean_imports import trim_conversions, trim_imports
 from flexpert.config import Config
 from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.errors import ConfigError
@@ -29,6 +29,8 @@ def import_all() -> None:
     trim_imports()
     import flexpert.cluster.processes.model_report
     import flexpert.cluster.processes.rank_process  # noqa: F401
+
+    trim_conversions()
 
 
 def open_model(config_json: bytes) -> ModelSource:

@@ -119,7 +119,8 @@ async def model_apart(config: Config, timeout_s: float) -> tuple[ServedModel, To
 
     Raises: as `LocalLauncher.start` and `ask_model`.
     """
-    cluster = config.cluster.model_copy(update={"state_dir": None})
+    none_of_these = {"state_dir": None, "takeover": False, "resume": False}
+    cluster = config.cluster.model_copy(update=none_of_these)
     alone = config.model_copy(update={"cluster": cluster})
     launcher = LocalLauncher(lambda rank, status, why: None)
     try:
