@@ -82,12 +82,13 @@ async def _start(flags: list[str]) -> ServiceStart:
     async with own_service(flags) as service:
         ready_s = time.perf_counter() - began
         try:
-            return ServiceStart(ready_s, await _roles(service))
+            return ServiceStart(ready_s, await look(service))
         except psutil.Error as error:
             raise FlexpertError(f"the service cannot be looked at: {error!r}") from error
 
 
-async def _roles(service: Service) -> dict[str, RoleCost]:
+async def look(service: Service) -> dict[str, RoleCost]:
+    """What its processes have used and hold now, by role. Raises: FlexpertError, psutil.Error"""
     head = psutil.Process(service.pid)
     processes = [head, *head.children(recursive=True)]
     costs = {process.pid: _cost(process) for process in processes}  # before it has to answer

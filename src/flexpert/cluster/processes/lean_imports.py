@@ -26,41 +26,44 @@ import msgspec
 from flexpert.cluster.processes import caches
 
 _SYMBOLIC_SHAPES = "torch.fx.experimental.symbolic_shapes"
+_WRAPPED = "torch._dynamo._trace_wrapped_higher_order_op"
 Structure = dict[frozenset[str], dict[str, set[str]]]
 """As transformers has it: backends that are needed → module → the names in it."""
 
 
 class DeferredModule(ModuleType):
-    """Stands in for a module until anything but its stand-ins is asked for.
+    """Stands in for a module until anything but its stand-ins, or a module inside of it, is asked
+    for."""
 
-    Submodules of it can be imported, and do not count as asking.
-    """
-
-    def __init__(self, name: str, stand_ins: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self, name: str, stand_ins: Mapping[str, object] | None = None, *, package: bool = False
+    ) -> None:
         super().__init__(name)
-        first, *inner = name.split(".")
-        spec = importlib.util.find_spec(first)  # imports nothing
-        folders = (spec.submodule_search_locations if spec else None) or ()
-        self.__path__ = [os.path.join(folder, *inner) for folder in folders]
         self.__dict__.update(stand_ins or {})
+        self._package = package
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        # a package is asked for its path when a module inside of it is imported
+        if name.startswith("__") and not (name == "__path__" and self._package):
             raise AttributeError(name)
+        return getattr(self.whole(), name)
+
+    def whole(self) -> ModuleType:
+        """The module itself, from now on in place of this one."""
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
-        whole = importlib.import_module(self.__name__)
+        module = importlib.import_module(self.__name__)
         parent, _, last = self.__name__.rpartition(".")
         if parent:
-            setattr(sys.modules[parent], last, whole)
-        return getattr(whole, name)
+            setattr(sys.modules[parent], last, module)
+        return module
 
 
 def trim_imports() -> None:
     """Before either library is imported; later it does nothing."""
     if "torch" in sys.modules or "transformers" in sys.modules:
         return
-    _defer("torch.export")
+    _defer("torch.export", package=True)
     _defer("torch.export.decomp_utils", {"CustomDecompTable": dict})
     torch = importlib.import_module("torch")
     torch.export = sys.modules["torch.export"]  # type: ignore[attr-defined]
@@ -69,16 +72,19 @@ def trim_imports() -> None:
         "assume_constant_result": _unchanged,
         "disable": _not_disabled,
     }
-    torch._dynamo = _defer("torch._dynamo", dynamo)  # type: ignore[attr-defined]
-    _defer("sympy", {"Basic": _Symbol})
+    torch._dynamo = _defer("torch._dynamo", dynamo, package=True)  # type: ignore[attr-defined]
+    _defer(_WRAPPED, {"TransformGetItemToIndex": _transform_get_item})
+    _defer("sympy", {"Basic": _Symbol}, package=True)
     shapes = {name: _of_numbers(name, function) for name, function in _ON_NUMBERS.items()}
     _defer(_SYMBOLIC_SHAPES, shapes)
     with contextlib.suppress(ImportError, AttributeError):
         _trim_transformers()
 
 
-def _defer(name: str, stand_ins: Mapping[str, object] | None = None) -> DeferredModule:
-    sys.modules[name] = module = DeferredModule(name, stand_ins)
+def _defer(
+    name: str, stand_ins: Mapping[str, object] | None = None, *, package: bool = False
+) -> DeferredModule:
+    sys.modules[name] = module = DeferredModule(name, stand_ins, package=package)
     return module
 
 
@@ -93,12 +99,19 @@ def _of_numbers(name: str, on_numbers: Callable[..., Any]) -> Callable[..., Any]
     def function(*args: Any, **kwargs: Any) -> Any:
         if all(map(_is_plain, args)):
             return on_numbers(*args, **kwargs)
-        deferred = sys.modules[_SYMBOLIC_SHAPES]
-        if isinstance(deferred, DeferredModule):
-            _ = deferred.ShapeEnv  # which has no stand-in
-        return getattr(sys.modules[_SYMBOLIC_SHAPES], name)(*args, **kwargs)
+        return getattr(_whole(_SYMBOLIC_SHAPES), name)(*args, **kwargs)
 
     return function
+
+
+def _whole(name: str) -> ModuleType:
+    module = sys.modules[name]
+    return module.whole() if isinstance(module, DeferredModule) else module
+
+
+def _transform_get_item() -> Any:
+    """A mode in which masks are made of functions that torch maps over; ours are not."""
+    return _whole(_WRAPPED).TransformGetItemToIndex()
 
 
 def _is_plain(value: Any) -> bool:
