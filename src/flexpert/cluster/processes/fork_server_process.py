@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import resource
 import socket
 import subprocess
 
@@ -74,6 +75,9 @@ def take_begun(environment: dict[str, str]) -> Connected | None:
         discard()
         return None
     _begun = None
+    with contextlib.suppress(OSError):  # it has ended, as who takes it will see
+        here = resource.getrlimit(resource.RLIMIT_NOFILE)  # it may have been raised since
+        resource.prlimit(connected[0].pid, resource.RLIMIT_NOFILE, here)
     return connected
 
 
