@@ -15,11 +15,17 @@ from typing import NoReturn
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from flexpert.cli.main import main as run
+_NEED_NO_FORK_SERVER = ("-h", "--help", "--resume", "--takeover")
 
 
 def main() -> NoReturn:
     """Run the command line, and end this process."""
+    if sys.argv[1:2] == ["serve"] and not set(sys.argv).intersection(_NEED_NO_FORK_SERVER):
+        from flexpert.cluster.processes import fork_server_process
+
+        fork_server_process.begin()  # before what takes the command line a third of a second
+    from flexpert.cli.main import main as run
+
     try:
         run()
     except SystemExit as ended:

@@ -20,7 +20,7 @@ from flexpert.frontend.outputs import Completion, GrowingCompletion, encode_prom
 from flexpert.frontend.request_limits import Prompt, with_bad_tokens
 from flexpert.frontend.text import ChatOptions
 from flexpert.frontend.token_ids import token_text
-from flexpert.llm import one_of_both, params_of_one, settle, succeeded
+from flexpert.llm import import_tokenizers, one_of_both, params_of_one, settle, succeeded
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
@@ -72,12 +72,14 @@ class AsyncLLM:
         self._loop = asyncio.get_running_loop()
         # on this thread: the system ends the fork server with the thread that has started it
         with EarlyForkServer(self.config) as fork_server:
-            # torch and transformers take seconds, and the loop has other things to do
+            # the loop has other things to do meanwhile
             module = await asyncio.to_thread(importlib.import_module, "flexpert.cluster.head")
             head: Head = module.Head(self.config, fork_server=fork_server)
             try:
-                await head.start()
-                self._text = await asyncio.to_thread(token_text, head.tokenizer)
+                imports = asyncio.to_thread(import_tokenizers, self.config)
+                await asyncio.gather(head.start(), imports)
+                tokenizer = await asyncio.to_thread(head.open_tokenizer)
+                self._text = await asyncio.to_thread(token_text, tokenizer)
             except BaseException:
                 await head.stop()
                 raise

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures.thread
+import importlib
 import itertools
 import queue
 import threading
 from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -77,7 +78,7 @@ class LLM:
             self._start(fork_server)
 
     def _start(self, fork_server: EarlyForkServer) -> None:
-        from flexpert.cluster.head import Head  # torch and transformers, seconds
+        from flexpert.cluster.head import Head
 
         self._head = Head(self.config, fork_server=fork_server)
         self._numbers = itertools.count(1)
@@ -89,8 +90,10 @@ class LLM:
         self._thread.start()
         _open.add(self)
         try:
-            self._call(self._head.start())
-            self._text = token_text(self._head.tokenizer)
+            started = self._begin_on_loop(self._head.start())
+            import_tokenizers(self.config)
+            _result(started)
+            self._text = token_text(self._head.open_tokenizer())
         except BaseException:
             self.close()
             raise
@@ -252,12 +255,7 @@ class LLM:
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run on the head's loop and wait; Ctrl-C while waiting cancels the work."""
-        future = self._begin_on_loop(work)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        return _result(self._begin_on_loop(work))
 
     def _begin_on_loop(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         # what begins before `close` is ended by it; later the loop would never get to it
@@ -333,6 +331,21 @@ class LLM:
             future.result()
         finally:
             future.cancel()
+
+
+def _result(future: concurrent.futures.Future[T]) -> T:
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def import_tokenizers(config: Config) -> None:
+    """What opens a tokenizer, which takes about as long as the ranks take to start."""
+    if not config.model.skip_tokenizer_init:
+        with suppress(ImportError):  # it is said when the tokenizer is opened
+            importlib.import_module("transformers").AutoTokenizer  # noqa: B018
 
 
 def succeeded(operation: OperationView) -> OperationView:

@@ -131,6 +131,19 @@ def test_an_answer_that_is_not_ours_is_no_traceback(run: Run, service: Any) -> N
         assert err.startswith("flexpert: ")
 
 
+def test_a_head_and_an_agent_load_neither_torch_nor_transformers() -> None:
+    """Ranks and whom they are forks of have them; `test_service_start.py` looks at a real head."""
+    modules = (
+        *("cluster.head", "cluster.hosts.agent", "cluster.handover.running_head", "llm"),
+        *("server.service_process", "server.app", "server.forwarding", "server.autoscaling"),
+    )
+    program = "; ".join(f"import flexpert.{name}" for name in modules)
+    heavy = "{'torch', 'transformers', 'tokenizers', 'triton', 'huggingface_hub'}"
+    check = f"import sys; {program}; print(sorted({heavy} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
 def test_client_commands_load_neither_torch_nor_a_web_framework() -> None:
     program = (
         "import sys; from flexpert.cli.main import app; "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from unittest.mock import MagicMock
 
 from flexpert.cluster.coordinator import Coordinator
+from flexpert.cluster.processes.model_report import served_model
 from flexpert.config import load_config
 from flexpert.engine import rank_protocol as msg
 from flexpert.models.source import ModelSource
@@ -23,7 +24,7 @@ class Ranks:
         head.call_later = lambda delay_s, action: self._keep(delay_s, action)
         self.head = head
         config = load_config(environment={}, overrides={"cluster.ranks": 3})
-        self.coordinator = Coordinator(config, ModelSource.open("tiny"), head)
+        self.coordinator = Coordinator(config, served_model(ModelSource.open("tiny"), config), head)
 
     def _keep(self, delay_s: float, action: Callable[[], None]) -> MagicMock:
         if delay_s == 0.0:

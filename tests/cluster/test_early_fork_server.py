@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import resource
 import select
@@ -22,7 +23,7 @@ from flexpert.cluster.head import Head
 from flexpert.cluster.processes.early_fork_server import EarlyForkServer
 from flexpert.cluster.processes.launcher import LocalLauncher
 from flexpert.config import Config, ModelConfig
-from flexpert.errors import ConfigError, FlexpertError, ModelError
+from flexpert.errors import ConfigError, FlexpertError, ModelError, UnsupportedModel
 from flexpert.forking.fork_server import MODULE, Begin
 
 OTHERS: list[psutil.Process] = []
@@ -117,7 +118,7 @@ def test_it_ends_when_the_head_gives_up_before_it_takes_it(
     def no_gpu(engine: object) -> None:
         raise ConfigError("there is no GPU")
 
-    monkeypatch.setattr("flexpert.cluster.head.check_device", no_gpu)
+    monkeypatch.setattr("flexpert.cluster.head.check_network", no_gpu)
     with (  # noqa: PT012
         pytest.raises(ConfigError, match="there is no GPU"),
         EarlyForkServer(Config()) as early,
@@ -185,6 +186,33 @@ def test_a_signal_while_the_head_imports_leaves_nothing_behind(number: signal.Si
     while lives(process) and time.monotonic() < until:
         time.sleep(0.01)
     assert not lives(process)
+
+
+def test_who_asks_hears_the_log_of_its_setup_and_the_kind_of_its_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.setattr(
+        "flexpert.cluster.processes.early_fork_server._SETUP", f"{__name__}:refusing"
+    )
+
+    async def scenario() -> None:
+        using = LocalLauncher(lambda rank, status, why: None)
+        try:
+            with pytest.raises(UnsupportedModel, match=r"^it is dense$"):
+                await using.start(Config(), 60.0)
+        finally:
+            await using.close()
+
+    asyncio.run(scenario())
+    assert ("flexpert.models", logging.WARNING, "it is float16") in caplog.record_tuples
+
+
+def refusing(spec: bytes) -> None:
+    """A setup."""
+    logging.getLogger("flexpert.models").debug("nobody wants to know")
+    logging.getLogger("flexpert.models").warning("it is %s", "float16")
+    raise UnsupportedModel("it is dense")
 
 
 def test_what_starts_it_imports_nothing_heavy() -> None:

@@ -8,16 +8,18 @@ import pytest
 
 from flexpert.cluster import expert_cache_manager
 from flexpert.cluster.expert_cache_manager import ExpertCacheManager, cache_bytes
-from flexpert.cluster.processes.expert_cache_process import (
+from flexpert.cluster.processes.expert_cache_messages import (
     CacheFailed,
     CacheFilled,
     CacheOpened,
     encode,
 )
+from flexpert.cluster.processes.model_report import served_model
 from flexpert.config import Config, load_config
 from flexpert.models.source import ModelSource
 
 SOURCE = ModelSource.open("tiny")
+MODEL = served_model(SOURCE, Config())
 WHOLE = SOURCE.expert_shape().nbytes * SOURCE.info.experts * SOURCE.info.moe_layers
 
 
@@ -41,7 +43,7 @@ def config(**settings: object) -> Config:
 def test_it_is_made_where_a_gpu_s_rank_can_be_lost_and_half_of_the_memory_holds_it(
     settings: dict[str, object], available: int, expected: int
 ) -> None:
-    assert cache_bytes(config(**settings), SOURCE, available) == expected
+    assert cache_bytes(config(**settings), MODEL, available) == expected
 
 
 class Owner:
@@ -90,7 +92,7 @@ class Timer:
 
 def test_ranks_are_told_of_it_while_it_is_there_and_it_is_made_again() -> None:
     owner = Owner()
-    keeper = ExpertCacheManager(config(), SOURCE, owner)
+    keeper = ExpertCacheManager(config(), MODEL, owner)
     keeper.start()
     assert keeper.address == b""
     first = owner.helpers[0]
@@ -119,7 +121,7 @@ def test_a_helper_that_cannot_be_started_is_tried_again_until_the_service_stops(
         raise OSError("too many open files")
 
     monkeypatch.setattr(owner, "start_helper", refuse)
-    keeper = ExpertCacheManager(config(), SOURCE, owner)
+    keeper = ExpertCacheManager(config(), MODEL, owner)
     keeper.start()
     assert len(owner.timers) == 1
     keeper.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from flexpert.cluster.formatting import describe_memory
@@ -9,10 +10,11 @@ from flexpert.cluster.gpu_budget import by_gpu, most_held
 from flexpert.cluster.head import Head
 from flexpert.cluster.hosts.agent_protocol import FreeMemory
 from flexpert.cluster.memory_budget import MemoryBudget
-from flexpert.cluster.processes.rank_process import open_source
+from flexpert.cluster.processes.model_opening import open_source
+from flexpert.cluster.processes.model_report import served_model
 from flexpert.config import Config, load_config
 from flexpert.engine.device_memory_plan import expert_place_nbytes, planned_device_memory
-from flexpert.engine.gpu_driver import GpuMemory
+from flexpert.engine.gpu_driver import GpuDriver, GpuMemory
 from flexpert.engine.rank_protocol import Memory, MemoryUse
 from flexpert.errors import OperationRefused
 from flexpert.models.source import ModelSource
@@ -51,6 +53,12 @@ def source() -> ModelSource:
     return open_source(CONFIG)
 
 
+def memory_budget(
+    config: Config, source: ModelSource, driver: GpuDriver | None = None
+) -> MemoryBudget:
+    return MemoryBudget(config, served_model(source, config), driver)
+
+
 def spread(source: ModelSource, ranks: list[int], before: Placement | None = None) -> Placement:
     return replan(before, ranks, experts=source.info.experts, layers=source.info.moe_layers)
 
@@ -64,13 +72,13 @@ def test_newcomers_need_what_is_planned_on_the_gpu_that_they_get(source: ModelSo
     placement = spread(source, [0, 1, 2])
     on_first = need(source, placement, 0) + need(source, placement, 2)
     on_second = need(source, placement, 1)
-    enough = MemoryBudget(CONFIG, source, Gpus(on_first, on_second))
+    enough = memory_budget(CONFIG, source, Gpus(on_first, on_second))
     enough.check({0, 1, 2}, placement)
     with pytest.raises(OperationRefused, match=r"GPU 0 has .* free, and ranks 0 2 need .* more"):
-        MemoryBudget(CONFIG, source, Gpus(on_first - 1, on_second)).check({0, 1, 2}, placement)
+        memory_budget(CONFIG, source, Gpus(on_first - 1, on_second)).check({0, 1, 2}, placement)
     says = r"GPU 1 .* rank 1 needs .*\(rank 1 with dense .* KV 4096\.0 .*lower --kv-memory or .*fp8"
     with pytest.raises(OperationRefused, match=says):
-        MemoryBudget(CONFIG, source, Gpus(on_first, on_second - 1)).check({0, 1, 2}, placement)
+        memory_budget(CONFIG, source, Gpus(on_first, on_second - 1)).check({0, 1, 2}, placement)
 
 
 def test_the_ranks_that_are_there_need_only_what_they_load(source: ModelSource) -> None:
@@ -80,9 +88,9 @@ def test_the_ranks_that_are_there_need_only_what_they_load(source: ModelSource) 
     assert all(count > 0 for count in loads.values())
     place = expert_place_nbytes(source)
     exact = [place * (loads[0] + loads[2]), place * loads[1]]
-    MemoryBudget(CONFIG, source, Gpus(*exact)).check((), after, before)
+    memory_budget(CONFIG, source, Gpus(*exact)).check((), after, before)
     with pytest.raises(OperationRefused, match=r"GPU 1 .* rank 1 needs"):
-        MemoryBudget(CONFIG, source, Gpus(exact[0], exact[1] - 1)).check((), after, before)
+        memory_budget(CONFIG, source, Gpus(exact[0], exact[1] - 1)).check((), after, before)
 
 
 def test_a_rank_holds_the_experts_of_both_epochs_while_it_changes() -> None:
@@ -99,30 +107,30 @@ def test_memory_per_rank_bounds_the_gpus_memory_also_while_it_changes(source: Mo
     before = Placement(source.info.experts, [{0: low, 1: high}] * layers)
     swapped = Placement(source.info.experts, [{0: high, 1: low}] * layers)
     limit = need(source, before, 0)
-    budget = MemoryBudget(settings(memory_per_rank=limit), source)
+    budget = memory_budget(settings(memory_per_rank=limit), source)
     budget.check({0, 1}, before)
     assert budget.fits(swapped)
     with pytest.raises(OperationRefused, match=r"2 ranks cannot hold .*\(memory_per_rank\)"):
         budget.check((), swapped, before)
     with pytest.raises(OperationRefused, match="memory_per_rank"):
-        MemoryBudget(settings(memory_per_rank=limit - 1), source).check({0, 1}, before)
+        memory_budget(settings(memory_per_rank=limit - 1), source).check({0, 1}, before)
 
 
 def test_experts_fit_where_empty_gpus_could_hold_them(source: ModelSource) -> None:
     placement = spread(source, [0, 1])
     both = need(source, placement, 0) + need(source, placement, 1)
-    assert MemoryBudget(CONFIG, source, Gpus(0, total=both)).fits(placement)
-    one_gpu = MemoryBudget(CONFIG, source, Gpus(both, total=both - 1))
+    assert memory_budget(CONFIG, source, Gpus(0, total=both)).fits(placement)
+    one_gpu = memory_budget(CONFIG, source, Gpus(both, total=both - 1))
     assert not one_gpu.fits(placement)
     assert "within the memory of their GPUs" in one_gpu.too_small([0, 1])
-    assert MemoryBudget(CONFIG, source, Gpus(0, 0, total=both - 1)).fits(placement)
+    assert memory_budget(CONFIG, source, Gpus(0, 0, total=both - 1)).fits(placement)
 
 
 def test_what_a_warm_rank_has_measured_holds_for_the_next(source: ModelSource) -> None:
     placement = spread(source, [0, 1])
     estimate = planned_device_memory(source, CONFIG.engine, 4, placement.count(1))
     measured = planned_device_memory(source, CONFIG.engine, 4, 0, estimate.runtime + GIB)
-    budget = MemoryBudget(CONFIG, source, Gpus(0, estimate.total))
+    budget = memory_budget(CONFIG, source, Gpus(0, estimate.total))
     budget.check({1}, placement, spread(source, [0]))
     budget.learn(measured)
     with pytest.raises(OperationRefused, match="GPU 1"):
@@ -132,12 +140,12 @@ def test_what_a_warm_rank_has_measured_holds_for_the_next(source: ModelSource) -
 def test_what_a_spare_has_already_is_not_used_by_others(source: ModelSource) -> None:
     placement, before = spread(source, [0, 1]), spread(source, [0])
     needs = need(source, placement, 1)
-    budget = MemoryBudget(CONFIG, source, Gpus(0, needs - GIB))
+    budget = memory_budget(CONFIG, source, Gpus(0, needs - GIB))
     with pytest.raises(OperationRefused, match="GPU 1"):
         budget.check({1}, placement, before)
     budget.held = lambda: {1: MemoryUse(0, GIB)}
     budget.check({1}, placement, before)
-    budget = MemoryBudget(CONFIG, source, Gpus(0, needs))
+    budget = memory_budget(CONFIG, source, Gpus(0, needs))
     budget.check_spare(1)
     with pytest.raises(OperationRefused, match="GPU 0 has 0 MiB"):
         budget.check_spare(0)
@@ -145,7 +153,7 @@ def test_what_a_spare_has_already_is_not_used_by_others(source: ModelSource) -> 
 
 def test_where_the_driver_does_not_say_nothing_is_refused(source: ModelSource) -> None:
     placement = spread(source, [0, 1])
-    for budget in (MemoryBudget(CONFIG, source), MemoryBudget(CONFIG, source, Gpus(None, None))):
+    for budget in (memory_budget(CONFIG, source), memory_budget(CONFIG, source, Gpus(None, None))):
         budget.check({0, 1}, placement)
         assert budget.fits(placement)
 
@@ -162,11 +170,14 @@ def test_a_plan_names_the_memory_that_its_parts_are_in() -> None:
     )
 
 
-def test_a_service_says_when_it_cannot_compare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flexpert.cluster.head.uses_gpu", lambda engine: True)
-    monkeypatch.setattr("flexpert.cluster.head.find_driver", lambda: None)
+def test_a_service_says_when_it_cannot_compare(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flexpert.cluster.head.driver_of", lambda gpus: None)
     said: list[str] = []
-    assert Head(CONFIG)._gpu_driver(said.append) is None
+    head = Head(CONFIG)
+    head.info = msgspec.structs.replace(served_model(source, CONFIG), gpus=2)
+    assert head._gpu_driver(said.append) is None
     assert said == ["NVML does not say how much memory the GPUs have free: it is not checked"]
 
 
@@ -177,14 +188,14 @@ def test_ranks_are_dealt_out_to_the_gpus_in_turn() -> None:
 def test_a_rank_of_another_host_needs_memory_there_and_none_here(source: ModelSource) -> None:
     config = load_config()
     placement = spread(source, [0, 1])
-    budget = MemoryBudget(config, source)
+    budget = memory_budget(config, source)
     needs = budget.planned(placement)[1]
     budget.elsewhere = lambda: {1: FreeMemory(needs)}
     budget.check({1}, placement)
     budget.elsewhere = lambda: {1: FreeMemory(needs - 1)}
     with pytest.raises(OperationRefused, match=r"rank 1 needs .* but its host has"):
         budget.check({1}, placement)
-    nothing_here = MemoryBudget(load_config(overrides={"cluster.memory_headroom": 0.99}), source)
+    nothing_here = memory_budget(load_config(overrides={"cluster.memory_headroom": 0.99}), source)
     nothing_here.elsewhere = lambda: {1: FreeMemory(needs)}
     nothing_here.check({1}, placement)
     with pytest.raises(OperationRefused, match="1 more ranks need"):
@@ -195,7 +206,7 @@ def test_a_rank_of_another_host_needs_a_gpu_there_and_none_here(source: ModelSou
     """Rank 2 would share GPU 0 with rank 0, were it of this machine."""
     before = spread(source, [0, 1])
     placement = spread(source, [0, 1, 2], before)
-    budget = MemoryBudget(CONFIG, source, Gpus(0, 0))
+    budget = memory_budget(CONFIG, source, Gpus(0, 0))
     needs = need(source, placement, 2)
     budget.elsewhere = lambda: {2: FreeMemory(64 * GIB, needs)}
     budget.check({2}, placement, before)

@@ -11,7 +11,7 @@ import pytest
 from support.service import active, answer_all, change, requests, running, until
 
 from flexpert.cluster.head import Head
-from flexpert.cluster.processes.rank_process import open_source
+from flexpert.cluster.processes.model_opening import open_source
 from flexpert.config import load_config
 from flexpert.engine.memory_plan import planned_memory
 from flexpert.moe.placement import replan

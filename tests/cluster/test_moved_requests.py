@@ -80,7 +80,7 @@ def test_a_shared_prefix_moves_once(service: Service) -> None:
             ([*prefix, number + 5], SamplingParams(temperature=0, max_tokens=80, ignore_eos=True))
             for number in range(8)
         ]
-        block = head.info.kv_bytes_per_token() * head.config.engine.kv_block_size
+        block = head.info.host.kv // head.info.kv_blocks
         expected = await answer_all(head, work, clients=8)
         await change(head, add=1, remove=[max(active(head))])  # a rank that knows no prefix
         traffic = asyncio.create_task(answer_all(head, work, clients=8))

@@ -19,7 +19,7 @@ from support.service import Service, active, answer_all, change, requests, runni
 
 from flexpert.cluster import head as head_module
 from flexpert.cluster.head import Head
-from flexpert.cluster.processes.rank_process import RankSpec
+from flexpert.cluster.processes.rank_spec import RankSpec
 from flexpert.engine.request import SamplingParams
 
 pytestmark = [

@@ -126,7 +126,7 @@ def test_a_timer_that_fails_is_logged_and_said_until_a_change_succeeds(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     head = Head(Config())
-    source = SimpleNamespace(info=SimpleNamespace(experts=16, moe_layers=4))
+    source = SimpleNamespace(experts=16, moe_layers=4)
     coordinator = Coordinator(head.config, source, head, SimpleNamespace())
 
     def deadline() -> None:

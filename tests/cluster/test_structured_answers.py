@@ -19,7 +19,7 @@ from flexpert.engine.output_grammar import AnswerMatcher, GrammarCache, resolve
 from flexpert.engine.request import SamplingParams, StructuredOutputsParams
 from flexpert.errors import RequestError
 from flexpert.frontend.generation import Generation
-from flexpert.frontend.text import TokenText
+from flexpert.frontend.token_ids import text_of_answers
 from flexpert.models.source import ModelSource
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def test_every_finished_answer_to_200_schemas_is_valid_and_none_is_stuck(service
     schemas = [(one, seed) for seed in SEEDS for one in api_schemas()]
     work = [asked(one.schema, number, BUDGET) for number, (one, _) in enumerate(schemas)]
     answers = service.run(answer_all(head, work, clients=32), timeout_s=380)
-    text = TokenText(head.tokenizer)
+    text = text_of_answers(head.info, head.tables)
     source = ModelSource.open("tiny")
     grammars = GrammarCache(lambda: source.grammar_tokens)
     cut = 0
@@ -138,7 +138,7 @@ def test_it_combines_with_n_stops_logprobs_and_penalties(service: Service) -> No
             **{"temperature": 1.0, "seed": 5, "max_tokens": 60, "structured_outputs": structure}
             | params
         )
-        text = TokenText(service.head.tokenizer)
+        text = text_of_answers(service.head.info, service.head.tables)
         with Generation(service.head, text, [[11, 12]], given, request_id="c") as generation:
             await generation.submit()
             return await generation.whole()
@@ -171,7 +171,7 @@ def test_a_structure_that_was_not_resolved_is_compiled_or_refused_by_the_rank(
             max_tokens=20, seed=1, structured_outputs=StructuredOutputsParams(choice=["one", "two"])
         )
         (answer,) = await answer_all(head, [([5], good)], clients=1)
-        assert TokenText(head.tokenizer).decode(answer.tokens) in ("one", "two")
+        assert text_of_answers(head.info, head.tables).decode(answer.tokens) in ("one", "two")
         bad = SamplingParams(
             max_tokens=20, seed=1, structured_outputs=StructuredOutputsParams(regex="(a")
         )

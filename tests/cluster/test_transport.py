@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from flexpert.cluster.hosts import agent_protocol as say
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
-from flexpert.cluster.processes.rank_process import decode_spec
+from flexpert.cluster.processes.rank_spec import decode_spec
 from flexpert.cluster.processes.transport import ChildLink, Transport
 from flexpert.engine import rank_protocol as msg
 from flexpert.forking import fork_server as forkserver

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from flexpert.comm import PeerUnreachable
-from flexpert.comm.peer_memory import ImportedPages, _Address, export_memory
+from flexpert.comm.peer_memory import ImportedPages, export_memory
+from flexpert.comm.shared_pages import PagesAddress
 
 OWNER = """
 import sys, torch
@@ -86,7 +87,7 @@ def test_a_peer_that_writes_ends_and_the_memory_is_as_it_was() -> None:
 def test_an_address_that_is_not_right_is_refused(change: dict[str, object]) -> None:
     exported = export_memory(4096)
     address = msgspec.structs.replace(
-        msgspec.msgpack.decode(exported.address, type=_Address), **change
+        msgspec.msgpack.decode(exported.address, type=PagesAddress), **change
     )
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(PeerUnreachable):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexpert.cli.settings import settings
-from flexpert.cluster.processes.rank_process import open_source
+from flexpert.cluster.processes.model_opening import open_source
 from flexpert.comm import BufferSpec, CommError
 from flexpert.config import Config, load_config
 from flexpert.device_settings import MOST_GPU_RANKS

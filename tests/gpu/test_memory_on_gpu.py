@@ -22,7 +22,7 @@ import pytest
 import torch
 from support.large_model import make_model
 
-from flexpert.cluster.processes.rank_process import open_source
+from flexpert.cluster.processes.model_opening import open_source
 from flexpert.config import load_config
 from flexpert.engine.device_memory_plan import planned_device_memory
 from flexpert.engine.gpu_driver import GpuDriver, open_driver

@@ -9,7 +9,8 @@ import torch
 from flexpert.cluster.load_tracker import LoadTracker
 from flexpert.engine.load_report import RoutingReport, decode_load, encode_load
 from flexpert.engine.rank_protocol import Contradiction, RouterLoad
-from flexpert.moe.load_counter import DeviceLoadCounter, HostLoadCounter, LoadSnapshot
+from flexpert.moe.load_counter import DeviceLoadCounter, HostLoadCounter
+from flexpert.moe.load_snapshot import LoadSnapshot
 
 LAYERS, EXPERTS = 3, 7
 

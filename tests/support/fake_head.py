@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter
@@ -50,6 +51,7 @@ from flexpert.errors import (
     UnknownOperation,
     context_overflow,
 )
+from flexpert.models.token_tables import TokenTables, token_tables
 
 END = "<|end|>"
 CHAT_TEMPLATE = (
@@ -256,6 +258,13 @@ class FakeHead:
     behaviour: Behaviour = field(default_factory=Behaviour)
     info: FakeInfo = field(default_factory=FakeInfo)
     fork_server: object = field(default=None, kw_only=True)  # it takes none over
+
+    @property
+    def tables(self) -> TokenTables | None:
+        return None if self.tokenizer is None else token_tables(self.tokenizer)
+
+    def open_tokenizer(self) -> Any:
+        return self.tokenizer
 
     def __post_init__(self) -> None:
         self.model_name = "fake"

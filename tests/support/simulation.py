@@ -106,7 +106,7 @@ MACHINE_CONFIGS = [
     )
     for kind in KINDS
 ]
-SOURCE: Any = SimpleNamespace(info=SimpleNamespace(experts=5, moe_layers=1))
+SOURCE: Any = SimpleNamespace(experts=5, moe_layers=1)
 EXPERTS = frozenset((layer, e) for layer in range(1) for e in range(5))
 
 

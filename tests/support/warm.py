@@ -23,11 +23,15 @@ from typing import IO, NoReturn
 
 import msgspec
 
-from flexpert.cluster.processes.early_fork_server import Connected, start_fork_server
+from flexpert.cluster.processes import fork_server_process
+from flexpert.cluster.processes.early_fork_server import start_fork_server
+from flexpert.cluster.processes.fork_server_process import Connected
+from flexpert.cluster.processes.lean_imports import trim_imports
 from flexpert.config import Config
 from flexpert.forking import fork_server
 
 _IMPORTED = (
+    "flexpert.cluster.processes.model_report",
     "flexpert.cluster.processes.rank_process",
     "flexpert.cluster.processes.expert_cache_process",
     "flexpert.cluster.head",
@@ -48,12 +52,11 @@ class Start(msgspec.Struct, frozen=True):
     """Comes with descriptors: where the exit status goes, standard output and error, and of a fork
     server its end of the channel.
 
-    command: of `flexpert`; none: a fork server. kept: it begins a session of its own.
+    command: of `flexpert`; none: a fork server.
     """
 
     environment: dict[str, str]
     command: list[str]
-    kept: bool
 
 
 class WarmProcess:
@@ -114,12 +117,12 @@ def flexpert(
     stderr: IO[bytes] | int,
 ) -> WarmProcess:
     """`python -m flexpert`; the fork server of a head is warm, too. Its standard input is empty."""
-    start = Start(dict(environment), list(command), False)
+    start = Start(dict(environment), list(command))
     return _WARM.start(start, stdout, stderr)
 
 
-def _fork_server(theirs: socket.socket, environment: dict[str, str], *, kept: bool) -> WarmProcess:
-    return _WARM.start(Start(environment, [], kept), 1, 2, theirs.fileno())
+def _fork_server(theirs: socket.socket, environment: dict[str, str]) -> WarmProcess:
+    return _WARM.start(Start(environment, []), 1, 2, theirs.fileno())
 
 
 class _Warm:
@@ -169,9 +172,11 @@ def serve(descriptor: int) -> None:
     """Until the tests' process closes its end."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    gc.disable()
+    trim_imports()
     for name in _IMPORTED:
         importlib.import_module(name)
-    gc.collect()
+    gc.enable()
     gc.freeze()
     channel = socket.socket(fileno=descriptor)
     children: dict[int, tuple[int, int]] = {}  # pidfd → pid, where its status goes
@@ -202,7 +207,7 @@ def _become(start: Start, output: int, errors: int, channel: int = -1) -> NoRetu
     os.dup2(output, 1)
     os.dup2(errors, 2)
     if not start.command:
-        _serve_forks(channel, start.environment, kept=start.kept)
+        _serve_forks(channel, start.environment)
     _close_but()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -212,6 +217,7 @@ def _become(start: Start, output: int, errors: int, channel: int = -1) -> NoRetu
     defaults = start_fork_server.__kwdefaults__
     assert defaults is not None
     defaults["start"] = _fork_here
+    fork_server_process.begin = lambda: None
     status = 1
     try:
         importlib.import_module("flexpert.__main__").main()
@@ -249,24 +255,22 @@ class _Child:
 
 
 def _fork_here(
-    theirs: socket.socket, environment: dict[str, str], *, kept: bool
+    theirs: socket.socket, environment: dict[str, str]
 ) -> _Child | subprocess.Popen[bytes]:
     """In place of `fork_server.start_server`: with what this process has imported, unless other
     threads are at work, whose half done work a fork would have for ever."""
     if threading.active_count() > 1:
-        return fork_server.start_server(theirs, environment, kept=kept)
+        return fork_server.start_server(theirs, environment)
     pid = os.fork()
     if pid == 0:
         signal.set_wakeup_fd(-1)
-        _serve_forks(theirs.fileno(), environment, kept=kept)
+        _serve_forks(theirs.fileno(), environment)
     return _Child(pid)
 
 
-def _serve_forks(channel: int, environment: dict[str, str], *, kept: bool) -> NoReturn:
+def _serve_forks(channel: int, environment: dict[str, str]) -> NoReturn:
     status = 1
     try:
-        if kept:
-            os.setsid()
         _close_but(channel)
         os.environ.clear()
         os.environ.update(environment)

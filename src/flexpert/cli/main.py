@@ -25,6 +25,7 @@ from flexpert.cli import (
     bench_prefix,
     bench_rebalance,
     bench_serve,
+    bench_start,
     bench_state_dir,
     bench_structured,
     bench_transport,
@@ -159,6 +160,7 @@ add_command(
     bench_structured.bench_structured,
     bench_structured.STRUCTURED_EXAMPLES,
 )
+add_command(bench, "start", bench_start.bench_start, bench_start.START_EXAMPLES)
 add_command(bench, "state-dir", bench_state_dir.bench_state_dir, bench_state_dir.STATE_DIR_EXAMPLES)
 add_command(
     bench,

@@ -23,12 +23,12 @@ from flexpert.cluster.reconciliation import ActivityEvent, Reconciliation
 from flexpert.cluster.restart_policy import RestartPolicy
 from flexpert.cluster.saved_state import SavedChange, SavedCluster
 from flexpert.cluster.scale_down import Candidate, leave_order
+from flexpert.cluster.served_model import ServedModel
 from flexpert.cluster.slow_ranks import SlowRanks
 from flexpert.cluster.stall_detector import Watch
 from flexpert.cluster.views import GoneRank
 from flexpert.config import ClusterConfig, Config
 from flexpert.engine import rank_protocol as msg
-from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement
 
 _MOST_GONE = 64
@@ -51,7 +51,7 @@ class ClusterState:
     def __init__(
         self,
         config: Config,
-        source: ModelSource,
+        model: ServedModel,
         head: HeadInterface,
         memory_budget: MemoryBudget,
         events: EventQueue[CoordinatorEvent],
@@ -83,13 +83,13 @@ class ClusterState:
             longest_backoff_s=cluster.restart_backoff_max,
         )
         self.expert_recovery = ExpertRecovery(
-            source.info.experts,
-            source.info.moe_layers,
+            model.experts,
+            model.moe_layers,
             cluster.redundant_experts,
             degrade=cluster.on_missing_expert == "degrade",
-            slots=slots_at_start(cluster, source.info.experts),
+            slots=slots_at_start(cluster, model.experts),
         )
-        self.loads = LoadTracker(source.info.moe_layers, source.info.experts)
+        self.loads = LoadTracker(model.moe_layers, model.experts)
         self.move_costs = MoveCosts()
 
     def save(self, *, urgent: bool = False) -> None:

@@ -30,6 +30,7 @@ from flexpert.cluster.reconciliation import ActivityEvent, ActivityKind
 from flexpert.cluster.resumption import restore
 from flexpert.cluster.saved_state import SavedCluster, SavedOperation
 from flexpert.cluster.sequence_trace import TracedChange
+from flexpert.cluster.served_model import ServedModel
 from flexpert.cluster.views import (
     BalanceView,
     ChangePreview,
@@ -44,7 +45,6 @@ from flexpert.cluster.views import (
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
 from flexpert.errors import RequestError
-from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement
 
 
@@ -54,13 +54,13 @@ class Coordinator:
     def __init__(
         self,
         config: Config,
-        source: ModelSource,
+        model: ServedModel,
         head: HeadInterface,
         memory_budget: MemoryBudget | None = None,
     ) -> None:
-        self._source = source
-        budget = memory_budget or MemoryBudget(config, source)
-        cluster = ClusterState(config, source, head, budget, EventQueue(self._handle))
+        self._model = model
+        budget = memory_budget or MemoryBudget(config, model)
+        cluster = ClusterState(config, model, head, budget, EventQueue(self._handle))
         self._cluster = cluster
         self._clock = PhaseClock(cluster)
         self._operations = Operations(cluster)
@@ -239,7 +239,7 @@ class Coordinator:
 
     def layer_placement(self, layer: int) -> LayerPlacement:
         """Raises: RequestError: there is no such layer."""
-        layers, placement = self._source.info.moe_layers, self._cluster.placement
+        layers, placement = self._model.moe_layers, self._cluster.placement
         if not 0 <= layer < layers:
             raise RequestError(f"layer {layer}: there are MoE layers 0 to {layers - 1}")
         held = placement.layers[layer] if placement else {}
@@ -247,7 +247,7 @@ class Coordinator:
             epoch=self.epoch,
             layer=layer,
             layers=layers,
-            experts=self._source.info.experts,
+            experts=self._model.experts,
             held={rank: held[rank] for rank in sorted(held)},
             loads=self._loads_of(layer),
         )
@@ -333,11 +333,11 @@ class Coordinator:
         return known[2]
 
     def _counted(self, placement: Placement | None, asked_for: int) -> PlacementView:
-        info, recovery = self._source.info, self._cluster.expert_recovery
+        model, recovery = self._model, self._cluster.expert_recovery
         counts = {str(rank): placement.count(rank) for rank in placement.ranks} if placement else {}
         return PlacementView(
-            layers=info.moe_layers,
-            experts=info.experts,
+            layers=model.moe_layers,
+            experts=model.experts,
             replicas=sum(counts.values()),
             experts_per_rank=counts,
             missing_experts=len(placement.missing()) if placement else 0,

@@ -10,7 +10,7 @@ import msgspec
 import psutil
 
 from flexpert.cluster.interfaces import Timer
-from flexpert.cluster.processes.expert_cache_process import (
+from flexpert.cluster.processes.expert_cache_messages import (
     ENTRY,
     CacheFailed,
     CacheFilled,
@@ -19,10 +19,10 @@ from flexpert.cluster.processes.expert_cache_process import (
     decode_report,
 )
 from flexpert.cluster.processes.helper import Helper, OnEnd, OnMessage
+from flexpert.cluster.served_model import ServedModel
 from flexpert.config import Config
 from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.errors import FlexpertError
-from flexpert.models.source import ModelSource
 
 log = logging.getLogger("flexpert")
 
@@ -41,7 +41,7 @@ class CacheOwner(Protocol):
     def call_later(self, delay_s: float, action: Callable[[], None]) -> Timer: ...
 
 
-def cache_bytes(config: Config, source: ModelSource, available: int) -> int:
+def cache_bytes(config: Config, model: ServedModel, available: int) -> int:
     """Bytes of experts to keep in memory of the host; 0: none.
 
     available: bytes of the host's memory that are free.
@@ -49,7 +49,7 @@ def cache_bytes(config: Config, source: ModelSource, available: int) -> int:
     device = DEVICE_SETTINGS[config.engine.device]
     if device.uses_host_memory or config.cluster.max_ranks == 1:
         return 0  # what peers hold is in memory of the host, or there is nobody to lose
-    whole = sum(shape.nbytes for shape in source.expert_shapes()) * source.info.experts
+    whole = model.all_experts
     desired = config.cluster.expert_cache
     if desired is not None:
         return min(desired, whole)
@@ -62,11 +62,11 @@ class ExpertCacheManager:
     address: of the copy, for ranks; b"": there is none. filled: it has all that it will hold.
     """
 
-    def __init__(self, config: Config, source: ModelSource, owner: CacheOwner) -> None:
+    def __init__(self, config: Config, model: ServedModel, owner: CacheOwner) -> None:
         self.address = b""
         self.filled = False
         self._config = config
-        self._source = source
+        self._model = model
         self._owner = owner
         self._helper: Helper | None = None
         self._timer: Timer | None = None
@@ -76,7 +76,7 @@ class ExpertCacheManager:
         """Have it made in the background, if the settings and the memory are so."""
         self._timer = None
         available = psutil.virtual_memory().available
-        most_bytes = cache_bytes(self._config, self._source, available)
+        most_bytes = cache_bytes(self._config, self._model, available)
         if most_bytes == 0 or self._closed:
             return
         spec = msgspec.msgpack.encode(CacheSpec(most_bytes))

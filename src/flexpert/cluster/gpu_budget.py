@@ -12,22 +12,20 @@ from collections.abc import Iterable, Mapping, Set
 from types import MappingProxyType
 
 from flexpert.cluster.formatting import ids, memory_parts, mib
-from flexpert.config import Config
-from flexpert.engine.device_memory_plan import expert_place_nbytes, planned_device_memory
+from flexpert.cluster.served_model import ServedModel
 from flexpert.engine.gpu_driver import GpuDriver
 from flexpert.engine.rank_protocol import Memory
 from flexpert.errors import OperationRefused
-from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement
 
 
 class GpuBudget:
     """By what the driver says, and what ranks have measured."""
 
-    def __init__(self, config: Config, source: ModelSource, driver: GpuDriver | None) -> None:
+    def __init__(self, model: ServedModel, driver: GpuDriver | None) -> None:
         """driver: None: how much a GPU has is not known, and nothing is refused for it."""
-        self._config = config
-        self._source = source
+        assert model.device is not None
+        self._plan = model.device
         self._driver = driver
         self._runtime: int | None = None
 
@@ -37,8 +35,7 @@ class GpuBudget:
 
     def planned(self, experts: int) -> Memory:
         """What a rank with so many experts needs of its GPU."""
-        engine, capacity = self._config.engine, self._config.cluster.max_ranks
-        return planned_device_memory(self._source, engine, capacity, experts, self._runtime)
+        return self._plan.needs(experts, self._plan.capacity, self._runtime)
 
     def peaks(self, placement: Placement, previous: Placement | None) -> dict[int, int]:
         """Bytes that each rank of a placement needs while it takes the place of `previous`."""
@@ -110,9 +107,8 @@ class GpuBudget:
         self, joining: frozenset[int], placement: Placement, previous: Placement | None
     ) -> dict[int, int]:
         """Bytes that ranks take beyond what they have: newcomers everything, others for experts."""
-        place = expert_place_nbytes(self._source)
         growth = {
-            rank: place * (most_held(rank, placement, previous) - previous.count(rank))
+            rank: self._plan.expert * (most_held(rank, placement, previous) - previous.count(rank))
             for rank in placement.ranks
             if previous is not None and rank not in joining
         }

@@ -11,7 +11,8 @@ import signal
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from prometheus_client.core import Metric
@@ -19,10 +20,8 @@ from prometheus_client.core import Metric
 from flexpert.cluster import state_store
 from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
-from flexpert.cluster.end_tokens import with_end_tokens
 from flexpert.cluster.expert_cache_manager import ExpertCacheManager
 from flexpert.cluster.formatting import describe_memory
-from flexpert.cluster.generation_defaults import sampling_defaults
 from flexpert.cluster.handover.messages import ServiceHandedOver
 from flexpert.cluster.handover.running_head import RunningHead
 from flexpert.cluster.handover.succession import Succession
@@ -39,7 +38,8 @@ from flexpert.cluster.phase_clock import CHANGES
 from flexpert.cluster.processes.early_fork_server import EarlyForkServer, for_children
 from flexpert.cluster.processes.helper import ForkedHelper, OnEnd, OnMessage
 from flexpert.cluster.processes.launcher import LocalLauncher
-from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
+from flexpert.cluster.processes.model_report import ask_model, model_apart
+from flexpert.cluster.processes.rank_spec import ENTRY, RankSpec, encode_spec
 from flexpert.cluster.processes.spare_ranks import SpareRanks
 from flexpert.cluster.processes.transport import Transport
 from flexpert.cluster.progress_watch import ProgressWatch
@@ -54,6 +54,7 @@ from flexpert.cluster.saved_state import (
     SavedState,
 )
 from flexpert.cluster.sequence_trace import ChangeTracer, SequenceTrace
+from flexpert.cluster.served_model import ServedModel
 from flexpert.cluster.service_metrics import Metrics, cache_config
 from flexpert.cluster.state_directory import StateDirectory
 from flexpert.cluster.views import (
@@ -72,9 +73,8 @@ from flexpert.comm import PeerUnreachable
 from flexpert.comm.host.liveness import watch
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
-from flexpert.engine.device_profile import check_device, find_driver, uses_gpu
-from flexpert.engine.gpu_driver import GpuDriver
-from flexpert.engine.memory_plan import kv_blocks
+from flexpert.engine.gpu_driver import GpuDriver, driver_of
+from flexpert.engine.host_network import check_network
 from flexpert.engine.request import HeldKV, KVMigration, SamplingParams
 from flexpert.engine.stopwatch import Stopwatch, in_words
 from flexpert.errors import (
@@ -84,7 +84,11 @@ from flexpert.errors import (
     UnknownOperation,
     context_overflow,
 )
-from flexpert.models.source import ModelInfo, ModelSource
+from flexpert.models.token_tables import TokenTables
+from flexpert.models.tokenizer_files import open_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger("flexpert")
 
@@ -100,9 +104,8 @@ class Head:
     running: a head from which this one is to take over.
     succession: how another head takes over from this one.
     can_fork: set when processes can be started.
-    info, tokenizer, model_name: of the model; set by `start`. tokenizer: None if the settings leave
-    it out. opened: they are there, and ranks are
-    being started.
+    info, tables, model_name: of the model; set by `start`. tables: None if the settings leave the
+    tokenizer out. opened: they are there, and ranks are being started.
     registry: metrics of cluster and engine; registries: that, and those of who serves this head.
     failure: why the service went down by itself, or None. on_failure: told when it does.
     impaired: part of the service → why it does not work now. Who owns a long-lived task writes down
@@ -110,8 +113,8 @@ class Head:
     tracer: is told of epochs and operations; None: nobody is.
     """
 
-    info: ModelInfo
-    tokenizer: Any
+    info: ServedModel
+    tables: TokenTables | None
     model_name: str
 
     def __init__(
@@ -197,8 +200,7 @@ class Head:
             ahead = await self._take_from_running(tell) if self._running else None
             saved = await asyncio.to_thread(self._open_state)
             self._taking_over = saved is not None
-            if ahead is None:
-                await asyncio.to_thread(check_device, self.config.engine)
+            check_network(self.config.engine)
             await self._hosts.connect(tell)
             directory = self._state.directory if self._state and saved else None
             if directory is not None and not directory.ranks_wait:
@@ -209,23 +211,27 @@ class Head:
             self._transport = Transport(self._on_report, self._on_cut_off, self._on_disconnected)
             self._launcher = LocalLauncher(self._on_exit, self._early)
             timeout_s = self.config.cluster.start_timeout
-            source, living = await asyncio.gather(
-                asyncio.to_thread(open_source, self.config) if ahead is None else _given(ahead),
-                self._launcher.take_over(self.config, directory.connect, timeout_s)
-                if directory
-                else self._launcher.start(self.config, timeout_s),
-            )
-            watch.lap("model and fork server")
-            self.can_fork.set()
-            opening = None
+            living = None
+            if directory:
+                connect = directory.connect
+                living = await self._launcher.take_over(self.config, connect, timeout_s)
+            else:
+                await self._launcher.start(self.config, timeout_s)
+            watch.lap("fork server")
+            opened = None
             if ahead is None:
-                self._know(source)
-                opening = asyncio.create_task(self._open_tokenizer(source))
-                await self._make_coordinator(source, tell)
+                described = self._hosts.expected
+                opened = await ask_model(
+                    self._launcher, self.config, timeout_s, described=described
+                )
+                self._know(opened.model)
+                await self._make_coordinator(tell)
+            self.can_fork.set()
+            watch.lap("model")
             assert self._coordinator is not None
             ranks = self.config.cluster.ranks
             if self._hosts.starts_all:
-                await self._hosts.listen(source, tell)
+                await self._hosts.listen(self.info, tell)
                 await self._hosts.check_room(ranks)
             if ranks and saved is None:
                 tell(f"starting {ranks} rank{'s' if ranks > 1 else ''}")
@@ -238,12 +244,12 @@ class Head:
                 )
             if saved is not None and saved.cluster is not None:
                 first = None
-                await self._hosts.listen(source, tell, saved.hosts)
+                await self._hosts.listen(self.info, tell, saved.hosts)
                 await self._take_over(saved, saved.cluster, living or frozenset())
             else:
                 first = self._coordinator.begin_first(ranks)
-            if opening is not None:
-                await opening
+            if opened is not None:
+                self.tables = await opened.tables
             self.opened.set()
             done = await self.wait_operation(first.id) if first else None
             if done and done.state != "done":
@@ -254,11 +260,11 @@ class Head:
             await self.stop()
             raise
         self._serving = self._has_served = True
-        self._cache = ExpertCacheManager(self.config, source, self)
+        self._cache = ExpertCacheManager(self.config, self.info, self)
         self._cache.start()
         self._spares.run()
         if not self._hosts.starts_all and saved is None:
-            await self._hosts.listen(source, tell)
+            await self._hosts.listen(self.info, tell)
         for rank in self._coordinator.ranks():
             memory = describe_memory(*self._coordinator.memory(rank.id))
             if memory:
@@ -270,11 +276,11 @@ class Head:
                 log.warning("no other head will be able to take over: %s", error.strerror)
         tell(f"serving after {time.monotonic() - began:.1f} s")
 
-    def _know(self, source: ModelSource) -> None:
+    def _know(self, model: ServedModel) -> None:
         """What the head itself needs of a model."""
-        self.info, engine = source.info, self.config.engine
+        self.info, engine = model, self.config.engine
         caches = RankCaches(
-            kv_blocks(self.info, engine),
+            model.kv_blocks,
             engine.kv_block_size,
             min(engine.max_running, engine.max_tokens_per_step),
             engine.prefix_cache,
@@ -282,35 +288,38 @@ class Head:
         self._router.set_caches(caches)
         self._journal.kv_tokens = caches.blocks * caches.block_size
         self.metrics.cache_config = cache_config(engine, caches.blocks)
-        wanted = self.config.model.generation_config
-        self.sampling_defaults = sampling_defaults(source.path, wanted)
-        self.model_name = self.config.model.served_name or self.info.name
+        self.sampling_defaults = model.sampling_defaults
+        self.model_name = self.config.model.served_name or model.name
 
-    async def _open_tokenizer(self, source: ModelSource) -> None:
-        self.tokenizer = await asyncio.to_thread(self._tokenizer_of, source)
-        self.info = with_end_tokens(self.info, self.tokenizer)
+    def open_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's, in this process, which imports transformers; None: it is left out.
 
-    async def _make_coordinator(self, source: ModelSource, tell: Callable[[str], None]) -> None:
+        Raises: ModelError: it cannot be read.
+        """
+        if self.tables is None:
+            return None
+        return open_tokenizer(Path(self.info.path), trusted=self.info.trusted)
+
+    async def _make_coordinator(self, tell: Callable[[str], None]) -> None:
         driver = await asyncio.to_thread(self._gpu_driver, tell)
-        budget = self._budget = MemoryBudget(self.config, source, driver)
+        budget = self._budget = MemoryBudget(self.config, self.info, driver)
         budget.held = lambda: self._spares.held
         budget.elsewhere = self._hosts.free_memory
-        self._coordinator = Coordinator(self.config, source, self, budget)
+        self._coordinator = Coordinator(self.config, self.info, self, budget)
 
-    async def _take_from_running(self, tell: Callable[[str], None]) -> ModelSource:
+    async def _take_from_running(self, tell: Callable[[str], None]) -> ServedModel:
         """All that can be done while the other head serves; then its service is this one's.
 
         Raises: FlexpertError: that one goes on.
         """
         running = self._running
         assert running is not None
-        await asyncio.to_thread(check_device, self.config.engine)
         there = f"process {running.welcome.pid}, flexpert {running.welcome.version}"
         tell(f"opening model {self.config.model.model!r}, while the head of {there} serves")
-        source = await asyncio.to_thread(open_source, self.config)
-        self._know(source)
-        await self._open_tokenizer(source)
-        await self._make_coordinator(source, tell)
+        timeout_s = self.config.cluster.start_timeout
+        model, self.tables = await model_apart(self.config, timeout_s)
+        self._know(model)
+        await self._make_coordinator(tell)
         self.opened.set()
         await self.succession.application()
         tell("ready to take over")
@@ -319,7 +328,7 @@ class Head:
         self._directory = taken.directory
         self._listeners.continue_from(taken.latest, taken.events)
         self._continues = True
-        return source
+        return model
 
     def _open_state(self) -> SavedState | None:
         """Raises: ConfigError, ModelError"""
@@ -427,14 +436,11 @@ class Head:
         if self._state is not None:
             self._state.store.closed(sequence_id)
 
-    def _tokenizer_of(self, source: ModelSource) -> Any:
-        return None if self.config.model.skip_tokenizer_init else source.tokenizer()
-
     def _gpu_driver(self, tell: Callable[[str], None]) -> GpuDriver | None:
         """None where there is no GPU, or nothing that says how much memory it has."""
-        if not uses_gpu(self.config.engine):
+        if self.info.gpus is None:
             return None
-        driver = find_driver()
+        driver = driver_of(self.info.gpus)
         if driver is None:
             tell("NVML does not say how much memory the GPUs have free: it is not checked")
         return driver
@@ -1135,7 +1141,3 @@ class Head:
     def epoch(self) -> int:
         """The current one; 0 before the first."""
         return self._coordinator.epoch if self._coordinator else 0
-
-
-async def _given(source: ModelSource) -> ModelSource:
-    return source

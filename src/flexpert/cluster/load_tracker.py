@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flexpert.moe.load_counter import Counts
+from flexpert.moe.load_snapshot import Counts
 
 Loads = npt.NDArray[np.float64]
 

@@ -9,13 +9,12 @@ import psutil
 from flexpert.cluster.formatting import mib
 from flexpert.cluster.gpu_budget import GpuBudget
 from flexpert.cluster.hosts.agent_protocol import FreeMemory
+from flexpert.cluster.served_model import ServedModel
 from flexpert.config import Config
 from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine.gpu_driver import GpuDriver
-from flexpert.engine.memory_plan import planned_memory
 from flexpert.engine.rank_protocol import Memory, MemoryUse
 from flexpert.errors import OperationRefused
-from flexpert.models.source import ModelSource
 from flexpert.moe.placement import Placement
 
 
@@ -42,14 +41,12 @@ class MemoryBudget:
     elsewhere: ranks of other hosts, and what each of those had free when its model was opened.
     """
 
-    def __init__(
-        self, config: Config, source: ModelSource, driver: GpuDriver | None = None
-    ) -> None:
+    def __init__(self, config: Config, model: ServedModel, driver: GpuDriver | None = None) -> None:
         """driver: of the GPUs; None: there are none, or how much they have is not known."""
         self._config = config
-        self._source = source
+        self._model = model
         on_host = DEVICE_SETTINGS[config.engine.device].uses_host_memory
-        self._gpus = None if on_host else GpuBudget(config, source, driver)
+        self._gpus = None if on_host else GpuBudget(model, driver)
         self.held: Callable[[], Mapping[int, MemoryUse]] = dict
         self.elsewhere: Callable[[], Mapping[int, FreeMemory]] = dict
 
@@ -70,13 +67,7 @@ class MemoryBudget:
 
     def _on_host(self, placement: Placement) -> dict[int, int]:
         return {
-            rank: planned_memory(
-                self._source,
-                self._config.engine,
-                self._config.cluster.max_ranks,
-                placement.count(rank),
-                len(placement.ranks),
-            ).total
+            rank: self._model.host.needs(placement.count(rank), len(placement.ranks)).total
             for rank in placement.ranks
         }
 
@@ -134,7 +125,7 @@ class MemoryBudget:
     @property
     def expert_bytes(self) -> int:
         """Of the largest expert."""
-        return max(shape.nbytes for shape in self._source.expert_shapes())
+        return self._model.largest_expert
 
     def check_moves(self, experts: int) -> None:
         """Whether ranks of this machine can load so many while they have those that they give up.
@@ -156,11 +147,9 @@ class MemoryBudget:
 
     def check_spare(self, rank: int) -> None:
         """Whether a process fits that waits to become this rank. Raises: OperationRefused"""
-        cluster, engine = self._config.cluster, self._config.engine
         if self._gpus:
             self._gpus.check_spare(rank)
-        needs = planned_memory(self._source, engine, cluster.max_ranks, 0, cluster.max_ranks).total
-        self.check_free({rank: needs})
+        self.check_free({rank: self._model.host.needs(0, self._config.cluster.max_ranks).total})
 
     def check_free(self, needs: dict[int, int]) -> None:
         """Whether this machine has the memory for newcomers. needs: rank → bytes."""

@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from flexpert.cluster.end_tokens import with_end_tokens
-from flexpert.cluster.generation_defaults import sampling_defaults
 from flexpert.cluster.memory_budget import MemoryBudget
-from flexpert.cluster.processes.rank_process import open_source
+from flexpert.cluster.processes.model_opening import open_source
+from flexpert.cluster.processes.model_report import served_model
 from flexpert.config import Config
 from flexpert.engine.device_memory_plan import planned_device_memory
 from flexpert.engine.device_profile import check_device, find_driver, uses_gpu
 from flexpert.engine.gpu_driver import GpuDriver
-from flexpert.engine.memory_plan import kv_blocks, planned_memory
+from flexpert.engine.memory_plan import planned_memory
 from flexpert.engine.rank_protocol import Memory
 from flexpert.errors import ConfigError, FlexpertError
 from flexpert.models.source import ModelSource
@@ -110,8 +109,9 @@ def check_model(config: Config, *, read_weights: bool = False) -> ModelCheck:
         source = open_source(config)
         placement = _placement(config, source)
         ranks = _planned(config, source, placement)
-        _check_start(config, source)
-        MemoryBudget(config, source, _driver(config, remarks)).check(placement.ranks, placement)
+        tokenizer = None if config.model.skip_tokenizer_init else source.tokenizer()
+        model = served_model(source, config, tokenizer)  # what the head reads at its start
+        MemoryBudget(config, model, _driver(config, remarks)).check(placement.ranks, placement)
         if read_weights:
             reading = time.monotonic()
             read_everything(source)
@@ -159,14 +159,6 @@ def _planned(config: Config, source: ModelSource, placement: Placement) -> list[
         )
         for rank in placement.ranks
     ]
-
-
-def _check_start(config: Config, source: ModelSource) -> None:
-    """What else the head and its ranks read at their start. Raises: FlexpertError"""
-    kv_blocks(source.info, config.engine)
-    sampling_defaults(source.path, config.model.generation_config)
-    if not config.model.skip_tokenizer_init:
-        with_end_tokens(source.info, source.tokenizer())
 
 
 def _driver(config: Config, remarks: list[str]) -> GpuDriver | None:

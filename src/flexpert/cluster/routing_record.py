@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from flexpert.errors import ConfigError
-from flexpert.moe.load_counter import Counts
+from flexpert.moe.load_snapshot import Counts
 from flexpert.moe.load_trace import LoadWindow, load_line
 
 log = logging.getLogger("flexpert")

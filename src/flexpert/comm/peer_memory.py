@@ -10,22 +10,17 @@ from __future__ import annotations
 
 import mmap
 import os
-import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
 import torch
 
-from flexpert.comm.errors import PeerUnreachable
-from flexpert.comm.host import memfd
 from flexpert.comm.host._kernels import ffi, lib
+from flexpert.comm.shared_pages import HEADER, create_pages, open_pages
 
-_NAME = "flexpert-exported"
-_NONCE_BYTES = 16
-_PAGE = 4096  # the header has one, so that what follows is aligned
+_PAGE = HEADER
 _CPU = torch.device("cpu")
 
 
@@ -95,15 +90,6 @@ def import_memory(address: bytes, device: torch.device = _CPU) -> ImportedMemory
     return ImportedDeviceMemory(address, device)
 
 
-class _Address(msgspec.Struct, frozen=True, array_like=True):
-    boot_id: str
-    pid: int
-    started: int
-    fd: int
-    nonce: bytes
-    size: int
-
-
 @dataclass(frozen=True, slots=True)
 class ExportedPages:
     """`ExportedMemory` of this machine's memory; pages are taken on first use."""
@@ -131,24 +117,9 @@ class ExportedPages:
 
 
 def export_pages(size: int) -> ExportedPages:
-    """New memory of this machine; its pages are taken on first use, unless the kernel promises no
-    more than it has: then one that is missing at first use would end the process.
-
-    Raises: OSError: there is none.
-    """
-    fd = memfd.create(_NAME, _PAGE + size)
-    try:
-        if not memfd.overcommits():
-            memfd.reserve(fd, 0, _PAGE + size)
-        nonce = secrets.token_bytes(_NONCE_BYTES)
-        os.pwrite(fd, nonce, 0)
-        pid = os.getpid()
-        address = _Address(memfd.boot_id(), pid, memfd.start_time(pid), fd, nonce, size)
-        mapped = mmap.mmap(fd, _PAGE + size)
-    except OSError:
-        os.close(fd)
-        raise
-    return ExportedPages(msgspec.msgpack.encode(address), _view(mapped), fd)
+    """New memory of this machine; see `create_pages`. Raises: OSError: there is none."""
+    address, mapped, fd = create_pages(size)
+    return ExportedPages(address, _view(mapped), fd)
 
 
 class ImportedPages:
@@ -164,31 +135,7 @@ class ImportedPages:
             PeerUnreachable: its process is gone or on another machine.
             ValueError: not an address.
         """
-        try:
-            there = msgspec.msgpack.decode(address, type=_Address)
-        except msgspec.MsgspecError as error:
-            raise ValueError(f"not an address of exported memory: {error}") from error
-        who = f"pid {there.pid}"
-        if there.boot_id != memfd.boot_id():
-            raise PeerUnreachable(f"{who} is on another machine, or this one was restarted")
-        fd = memfd.open_of(
-            who,
-            "memory",
-            pid=there.pid,
-            started=there.started,
-            fd=there.fd,
-            name=_NAME,
-            header=there.nonce,
-            header_at=0,
-        )
-        try:
-            if os.fstat(fd).st_size < _PAGE + there.size:
-                raise PeerUnreachable(f"{who} exports less than it says")
-            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-            self._map = mmap.mmap(fd, _PAGE + there.size, access=access)
-        except BaseException:
-            os.close(fd)
-            raise
+        _, self._map, fd = open_pages(address, writable=writable)
         self.bytes = _view(self._map)
         self._fd = fd
         if not copied:

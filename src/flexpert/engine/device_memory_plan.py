@@ -7,6 +7,7 @@ from flexpert.comm.cuda.cuda_layout import layout
 from flexpert.config import EngineConfig
 from flexpert.engine.device_profile import RESULT_ROWS, captured_sizes
 from flexpert.engine.memory_plan import buffer_spec, kv_blocks
+from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.source import ModelSource
@@ -35,15 +36,19 @@ def planned_device_memory(
 
     runtime: as a rank has measured it; default: an estimate.
     """
+    return device_memory_plan(source, config, capacity).needs(experts, capacity, runtime)
+
+
+def device_memory_plan(source: ModelSource, config: EngineConfig, capacity: int) -> RankMemoryPlan:
+    """What any rank needs, with an estimate of its runtime."""
     info = source.info
-    if runtime is None:
-        runtime = CONTEXT_BYTES + workspace_nbytes(source, config, capacity)
-    return Memory(
+    return RankMemoryPlan(
         dense=source.dense_nbytes(),
-        experts=experts * expert_place_nbytes(source),
+        expert=expert_place_nbytes(source),
         kv=KVCache.nbytes(info, kv_blocks(info, config), config.kv_block_size),
         windows=window_nbytes(source, config, capacity),
-        runtime=runtime,
+        runtime=CONTEXT_BYTES + workspace_nbytes(source, config, capacity),
+        capacity=capacity,
     )
 
 

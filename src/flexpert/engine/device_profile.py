@@ -21,7 +21,7 @@ from flexpert.comm.interpreter import INTERPRETED
 from flexpert.comm.peer_memory import ExportedMemory, ImportedMemory, export_memory, import_memory
 from flexpert.comm.remote_memory import HostRegion, ServedMemory
 from flexpert.config import EngineConfig
-from flexpert.engine.gpu_driver import GpuDriver, open_driver
+from flexpert.engine.gpu_driver import GpuDriver, driver_of
 from flexpert.engine.gpu_usage import GpuUsage, HostUsage
 from flexpert.engine.head_store import HeadMeeting
 from flexpert.engine.host_network import check_network
@@ -361,8 +361,7 @@ def check_device(config: EngineConfig) -> None:
 def find_driver() -> GpuDriver | None:
     """What says how much memory the GPUs have, without opening one; None: nothing does, or not of
     those that CUDA sees (it counts a MIG instance that is named by a number)."""
-    driver = open_driver()
-    return driver if driver and driver.gpus == torch.cuda.device_count() else None
+    return driver_of(torch.cuda.device_count())
 
 
 def find_nixl_ep() -> None:

@@ -146,3 +146,9 @@ def _index(name: str, uuids: Sequence[str]) -> int | None:
         return int(name) if int(name) < len(uuids) else None
     named = [index for index, uuid in enumerate(uuids) if name and uuid.startswith(name)]
     return named[0] if len(named) == 1 else None
+
+
+def driver_of(gpus: int) -> GpuDriver | None:
+    """The driver, if it has as many GPUs as CUDA sees."""
+    driver = open_driver()
+    return driver if driver and driver.gpus == gpus else None

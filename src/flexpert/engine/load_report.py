@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flexpert.engine.rank_protocol import Contradiction, RouterLoad
-from flexpert.moe.load_counter import Counts, LoadSnapshot
+from flexpert.moe.load_snapshot import Counts, LoadSnapshot
 
 EVERY_S = 1.0  # looking at a GPU's counts waits for it, which the end of a step does anyway
 

@@ -11,6 +11,7 @@ from flexpert.comm import BufferSpec
 from flexpert.comm.window_layout import size_bytes
 from flexpert.config import EngineConfig
 from flexpert.device_settings import DEVICE_SETTINGS
+from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
 from flexpert.errors import FlexpertError
 from flexpert.models.source import ModelInfo, ModelSource
@@ -79,21 +80,27 @@ def planned_memory(
     source: ModelSource, config: EngineConfig, capacity: int, experts: int, members: int
 ) -> Memory:
     """What a rank needs of the host's memory when it holds `experts` replicas (all layers) among
-    `members` ranks; of a GPU's: `flexpert.engine.device_memory_plan`.
+    `members` ranks; of a GPU's: `flexpert.engine.device_memory_plan`."""
+    return host_memory_plan(source, config, capacity).needs(experts, members)
 
-    Windows are sparse: only the regions of members are ever touched.
-    """
+
+def host_memory_plan(source: ModelSource, config: EngineConfig, capacity: int) -> RankMemoryPlan:
+    """What any rank needs of the host's memory. Windows are sparse."""
     settings = DEVICE_SETTINGS[config.device]
     if not settings.uses_host_memory:
-        return Memory(0, 0, 0, 0, settings.process_bytes)
+        runtime = settings.process_bytes
+        return RankMemoryPlan(
+            dense=0, expert=0, kv=0, windows=0, runtime=runtime, capacity=capacity
+        )
     info = source.info
-    spec = buffer_spec(info, config, capacity)
-    return Memory(
+    return RankMemoryPlan(
         dense=source.dense_nbytes(),
-        experts=experts * source.expert_nbytes(),
+        expert=source.expert_nbytes(),
         kv=kv_blocks(info, config) * config.kv_block_size * info.kv_bytes_per_token(),
-        windows=size_bytes(spec) * members // capacity,
+        windows=size_bytes(buffer_spec(info, config, capacity)),
         runtime=settings.process_bytes,
+        capacity=capacity,
+        members_only=True,
     )
 
 

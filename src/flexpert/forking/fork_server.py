@@ -20,6 +20,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import logging
 import os
 import pkgutil
 import selectors
@@ -30,6 +31,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -41,6 +43,7 @@ from flexpert.forking.framing import PROTOCOL
 MODULE = "flexpert.forking.fork_server"
 PACKET = 1 << 20  # bytes of the largest request or answer
 _MOST_DESCRIPTORS = 8
+_MOST_LOGGED = 2**14  # characters of a line
 _GRACE_S = 5.0  # in which children that have waited in vain may end by themselves
 _PEER = struct.Struct("3i")  # SO_PEERCRED: process, user, group
 _FOR_THE_STARTER = (signal.SIGINT, signal.SIGTERM)
@@ -62,12 +65,15 @@ class Begin(msgspec.Struct, frozen=True):
     setup: "module:function" that imports what children need; called with `spec`, and what it
         returns is handed to each child. It may raise FlexpertError: the answer is `Unusable`.
     path: where modules are looked for; empty: as Python has it.
+    log_level: least severity, in capitals, of what is logged meanwhile and told (`Logged`); empty:
+        nothing is told.
     """
 
     setup: str
     spec: bytes = b""
     path: list[str] = []
     keep: Keep | None = None
+    log_level: str = ""
 
 
 class Fork(msgspec.Struct, frozen=True, tag="fork"):
@@ -108,6 +114,14 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """Everything is imported."""
 
 
+class Logged(msgspec.Struct, frozen=True, tag="logged"):
+    """A line of the log of the setup, before its end is told. level: as `logging` numbers it."""
+
+    level: int
+    logger: str
+    text: str
+
+
 class Taken(msgspec.Struct, frozen=True, tag="taken"):
     """To an asker that has come later, before anything else. Then come a `Started` for each child
     that lives, and `Ready`.
@@ -120,9 +134,10 @@ class Taken(msgspec.Struct, frozen=True, tag="taken"):
 
 
 class Unusable(msgspec.Struct, frozen=True, tag="unusable"):
-    """The setup failed; the fork server ends."""
+    """The setup failed; the fork server ends. kind: name of a class of `flexpert.errors`."""
 
     error: str
+    kind: str = "ModelError"
 
 
 class Started(msgspec.Struct, frozen=True, tag="started"):
@@ -147,7 +162,7 @@ class Exited(msgspec.Struct, frozen=True, tag="exited"):
     status: int
 
 
-Answer = Ready | Taken | Unusable | Started | Refused | Exited
+Answer = Ready | Logged | Taken | Unusable | Started | Refused | Exited
 
 decode_answer = msgspec.msgpack.Decoder(Answer).decode
 decode_request = msgspec.msgpack.Decoder(Request).decode
@@ -155,11 +170,13 @@ encode = msgspec.msgpack.encode
 
 
 def start_server(
-    theirs: socket.socket, environment: dict[str, str] | None = None, *, kept: bool = False
+    theirs: socket.socket, environment: dict[str, str] | None = None, *, preload: str = ""
 ) -> subprocess.Popen[bytes]:
     """Start a server that is asked through the other end of a pair; `Begin` is still to be sent.
 
-    environment: default: that of this process. kept: it does not end with this process' session.
+    environment: default: that of this process.
+    preload: "module:function" that it calls before it hears of anything; until then it ends with
+        the thread that has started it.
 
     Raises: OSError
     """
@@ -167,11 +184,10 @@ def start_server(
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_STARTER)
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", MODULE, str(theirs.fileno())],
+            [sys.executable, "-m", MODULE, str(theirs.fileno()), *([preload] if preload else [])],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env=environment,
-            start_new_session=kept,
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -188,30 +204,67 @@ class _Child:
     keeper: socket.socket | None = None
 
 
-def main(descriptor: int) -> None:
-    """Serve fork requests on the socket with this descriptor until it closes."""
+def main(descriptor: int, preload: str = "") -> None:
+    """Serve fork requests on the socket with this descriptor until it closes. preload: see
+    `start_server`."""
     # Both are for who started this, and reach all its processes: Ctrl-C those of a terminal,
     # SIGTERM those of a unit or of a job. Who is to drain still needs its children.
     for number in _FOR_THE_STARTER:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_STARTER)
     channel = socket.socket(fileno=descriptor)
+    gc.disable()  # what is imported stays, and is walked again and again meanwhile
+    if preload:
+        _end_with_parent()
+        pkgutil.resolve_name(preload)()
     packet = channel.recv(PACKET)
     if not packet:
         return
     begin = msgspec.msgpack.decode(packet, type=Begin)
     if begin.path:
         sys.path[:] = begin.path
+    if begin.keep is not None and begin.keep.path:
+        os.setsid()  # what ends the session of who has started it does not end this
+    _set_parent_death_signal(0)
     try:
-        shared = pkgutil.resolve_name(begin.setup)(begin.spec)
+        with _telling(channel, begin.log_level):
+            shared = pkgutil.resolve_name(begin.setup)(begin.spec)
     except FlexpertError as error:
-        _answer(channel, Unusable(str(error)))
+        _answer(channel, Unusable(str(error), type(error).__name__))
         return
-    gc.collect()
+    gc.enable()
     gc.freeze()  # shared pages stay shared: the collector does not touch what was imported
     listener = _listen(begin.keep) if begin.keep and begin.keep.path else None
     _answer(channel, Ready())
     _Server(channel, shared, begin.keep, listener).run()
+
+
+class _Teller(logging.Handler):
+    """Hands lines of the log on to who reads the channel."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)[:_MOST_LOGGED]
+        _answer(self._channel, Logged(record.levelno, record.name, text))
+
+
+@contextlib.contextmanager
+def _telling(channel: socket.socket, level: str) -> Iterator[None]:
+    if not level:
+        yield
+        return
+    root, teller = logging.getLogger(), _Teller(channel)
+    before = root.level
+    root.addHandler(teller)
+    root.setLevel(level)
+    try:
+        yield
+    finally:
+        root.removeHandler(teller)
+        root.setLevel(before)
 
 
 def _listen(keep: Keep) -> socket.socket:
@@ -442,13 +495,18 @@ def _answer(channel: socket.socket, answer: Answer, *descriptors: int) -> None:
 
 def _end_with_parent() -> None:
     parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    _set_parent_death_signal(signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os._exit(1)
 
 
+def _set_parent_death_signal(number: int) -> None:
+    """0: none."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # nothing is left to do, and Triton 3.9 would complain on the way out

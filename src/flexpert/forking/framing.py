@@ -16,7 +16,7 @@ Piece = bytes | bytearray  # of a message
 
 # What head, ranks, agents and the fork server say to each other; one more with every change of it
 # after which they would not understand each other.
-PROTOCOL = 2
+PROTOCOL = 3
 
 _HEADER = struct.Struct("<HI")
 MOST_BYTES = 2**30  # of a message; the length's upper bits are free for what may come

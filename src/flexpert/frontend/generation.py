@@ -16,7 +16,7 @@ from flexpert.cluster.sequence_trace import SequenceTrace
 from flexpert.cluster.views import Delta
 from flexpert.engine.request import FINISH_LENGTH, FINISH_STOP, SamplingParams, TokenLogprobs
 from flexpert.errors import RequestError, ServiceStopped
-from flexpert.frontend.text import StopTexts, TokenText
+from flexpert.frontend.text import AnswerText, StopTexts
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head, TokenStream
@@ -104,7 +104,7 @@ class Generation:
     def __init__(
         self,
         head: Head,
-        text: TokenText,
+        text: AnswerText,
         prompts: Sequence[list[int]],
         params: SamplingParams,
         *,
@@ -305,7 +305,7 @@ class Answer:
         index: int,
         stream: TokenStream,
         params: SamplingParams,
-        text: TokenText,
+        text: AnswerText,
         hidden: frozenset[int],
     ) -> None:
         self.index = index

@@ -8,7 +8,7 @@ import msgspec
 
 from flexpert.engine.request import TokenLogprobs
 from flexpert.frontend.generation import TokenRecord
-from flexpert.frontend.text import TokenText
+from flexpert.frontend.text import AnswerText
 
 # JSON has no infinity; this stands for an impossible token, as in other servers.
 IMPOSSIBLE = -9999.0
@@ -64,7 +64,7 @@ PromptLogprobs = list[dict[str, RankedLogprob] | None]
 
 def completion_logprobs(
     records: Sequence[TokenRecord],
-    text: TokenText,
+    text: AnswerText,
     *,
     as_ids: bool = False,
     prompt: Sequence[int] = (),
@@ -115,7 +115,7 @@ def _append(
 
 
 def chat_logprobs(
-    records: Sequence[TokenRecord], text: TokenText, *, as_ids: bool = False
+    records: Sequence[TokenRecord], text: AnswerText, *, as_ids: bool = False
 ) -> ChatLogprobs:
     """The records as chat's list of tokens. as_ids: tokens are named by their ids."""
 
@@ -134,7 +134,7 @@ def chat_logprobs(
 
 
 def prompt_logprobs(
-    prompt: Sequence[int], found: Sequence[TokenLogprobs], text: TokenText, top: int
+    prompt: Sequence[int], found: Sequence[TokenLogprobs], text: AnswerText, top: int
 ) -> PromptLogprobs:
     """Of a prompt's tokens. found: from the second on. top: how many of the likeliest besides."""
 
@@ -152,7 +152,7 @@ def prompt_logprobs(
     return shape
 
 
-def _namer(text: TokenText, as_ids: bool) -> Callable[[int], str]:
+def _namer(text: AnswerText, as_ids: bool) -> Callable[[int], str]:
     if as_ids:
         return lambda id: f"token_id:{id}"
     return lambda id: _distinct_name(text.token_bytes(id))

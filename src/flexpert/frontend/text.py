@@ -6,21 +6,26 @@ import codecs
 import copy
 import inspect
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
+from flexpert.cluster.served_model import ServedModel
 from flexpert.errors import ContextOverflow, RequestError, context_limit
+from flexpert.models.token_tables import REPLACEMENT, TokenTables, token_tables
+from flexpert.models.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
 # A tokenizer takes up to 250 bytes of memory a character, and gives the process up where it gets
 # none: a text longer than this is counted a piece at a time before it is tokenised whole.
 _PIECE = 2**17  # characters
+
+
+Decode = Callable[[list[int]], str]
 
 
 class Detokenizer(Protocol):
@@ -62,44 +67,38 @@ PLAIN = ChatOptions()
 OWN_FIELDS = ("documents", "tools", "reasoning_effort")
 
 
-class TokenText:
+class AnswerText:
     """What the tokens of one tokenizer mean as text. Made once, shared by all sequences.
 
     Special tokens have no text in an answer. Ids outside the vocabulary (models pad their
     embedding) have none either.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder
-        self._reserved = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
-        self._special = frozenset(id for id, token in added.items() if token.special)
-        self._byte_level = _is_byte_level(tokenizer)
-        to_bytes = _byte_level_bytes if self._byte_level else _piece_bytes
-        vocabulary = tokenizer.get_vocab()
-        self._bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
-        for token, id in vocabulary.items():
-            self._bytes[id] = to_bytes(token)
+    def __init__(self, tables: TokenTables, decode: Decode | None = None) -> None:
+        """decode: ids to text, where that is more than their pieces."""
+        self._decode = decode
+        self._names = tables.special
+        self._special = frozenset(tables.special.values())
+        self._byte_level = tables.byte_level
+        self._bytes = tables.pieces
         self.vocabulary_size = len(self._bytes)
-        # Characters of the longest token; a normaliser may make a text shorter, but not by much.
-        longest = max(len(piece.decode("utf-8", "replace")) for piece in [b" ", *self._bytes])
-        self._longest = longest * (1 if self._byte_level and not _normalises(tokenizer) else 4)
         self._shown = [b"" if id in self._special else raw for id, raw in enumerate(self._bytes)]
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """One for a new sequence. skip_special_tokens: else they have their names as text."""
         if self._byte_level:
             return _ByteDetokenizer(self._shown if skip_special_tokens else self._bytes)
+        assert self._decode is not None
         special = self._special if skip_special_tokens else frozenset[int]()
-        return _WindowDetokenizer(self.tokenizer, special, len(self._shown))
+        return _WindowDetokenizer(self._decode, special, len(self._shown))
 
     def check_stop_texts(self) -> None:
         """Raises: RequestError: there are no texts, in which one could be found."""
 
-    def revealing(self, names: Collection[str]) -> TokenText:
+    def revealing(self, names: Collection[str]) -> AnswerText:
         """The same, but for special tokens of these names, which have them as text in answers: a
         parser has to see them."""
-        ids = {self.tokenizer.get_vocab().get(name) for name in names}
+        ids = {self._names.get(name) for name in names}
         revealed = {id for id in ids if id is not None} & self._special
         if not revealed:
             return self
@@ -113,6 +112,23 @@ class TokenText:
     def token_bytes(self, token: int) -> bytes:
         """The bytes one token stands for; of a special token, its name."""
         return self._bytes[token] if 0 <= token < len(self._bytes) else b""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of a whole sequence, special tokens left out."""
+        detokenizer = self.detokenizer()
+        return detokenizer.push(tokens) + detokenizer.flush()
+
+
+class TokenText(AnswerText):
+    """The same with the tokenizer itself, for texts that come in."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(token_tables(tokenizer), _decoding(tokenizer))
+        self.tokenizer = tokenizer
+        self._reserved = frozenset(inspect.signature(tokenizer.apply_chat_template).parameters)
+        # Characters of the longest token; a normaliser may make a text shorter, but not by much.
+        longest = max(len(piece.decode("utf-8", "replace")) for piece in [b" ", *self._bytes])
+        self._longest = longest * (1 if self._byte_level and not _normalises(tokenizer) else 4)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
@@ -157,11 +173,6 @@ class TokenText:
                 first = f"the first {at + _PIECE} of the text's {len(text)} characters"
                 has = f"{first} are about {counted} tokens"
                 raise _too_long(has, most, is_context=is_context)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of a whole sequence, special tokens left out."""
-        detokenizer = self.detokenizer()
-        return detokenizer.push(tokens) + detokenizer.flush()
 
     def bad_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The ways in which an answer may come to have one of these texts: as it stands, and as
@@ -324,12 +335,10 @@ class _WindowDetokenizer:
     # No character has more bytes than 4: after so many tokens U+FFFD stands for itself.
     _PATIENCE = 8
 
-    __slots__ = ("_settled", "_size", "_special", "_tokenizer", "_window")
+    __slots__ = ("_decode", "_settled", "_size", "_special", "_window")
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, special: frozenset[int], size: int
-    ) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, decode: Decode, special: frozenset[int], size: int) -> None:
+        self._decode = decode
         self._special = special
         self._size = size
         self._window: list[int] = []
@@ -359,9 +368,6 @@ class _WindowDetokenizer:
         self._settled = len(self._window)
         return text
 
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
-
 
 def _too_long(has: str, most: int, *, is_context: bool) -> RequestError:
     """has: what is wrong with a text that may have `most` tokens."""
@@ -370,41 +376,26 @@ def _too_long(has: str, most: int, *, is_context: bool) -> RequestError:
     return RequestError(f"{has}; {most} can be taken")
 
 
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return type(getattr(backend, "decoder", None)).__name__ == "ByteLevel"
+def _decoding(tokenizer: PreTrainedTokenizerBase) -> Decode:
+    return lambda tokens: str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+def answer_text(model: ServedModel, tables: TokenTables) -> AnswerText:
+    """Without transformers, unless the tokenizer is one of its own making.
+
+    Raises: ModelError: that cannot be read.
+    """
+    if tables.byte_level:
+        return AnswerText(tables)
+    if not tables.decoder:
+        tokenizer = open_tokenizer(Path(model.path), trusted=model.trusted)
+        return AnswerText(tables, _decoding(tokenizer))
+    from tokenizers import Tokenizer
+
+    decoder = Tokenizer.from_buffer(tables.decoder)
+    return AnswerText(tables, lambda tokens: str(decoder.decode(tokens, skip_special_tokens=False)))
 
 
 def _normalises(tokenizer: PreTrainedTokenizerBase) -> bool:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return getattr(backend, "normalizer", None) is not None
-
-
-def _byte_level_alphabet() -> dict[int, str]:
-    """Translation from GPT-2's printable stand-ins to the bytes they stand for, as Latin-1.
-
-    Printable bytes stand for themselves, the others, in order, for U+0100 upward. Latin-1
-    characters that are no stand-in are sent out of Latin-1, so that encoding notices them.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    table = dict.fromkeys(others, REPLACEMENT)
-    table.update({0x100 + place: chr(byte) for place, byte in enumerate(others)})
-    return table
-
-
-_ALPHABET = _byte_level_alphabet()
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    try:
-        return token.translate(_ALPHABET).encode("latin-1")
-    except UnicodeEncodeError:
-        return token.encode("utf-8", "replace")  # an added token, written as itself
-
-
-def _piece_bytes(token: str) -> bytes:
-    """SentencePiece's ways: ▁ for a space, <0xE3> for a byte."""
-    if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
-        return bytes([int(byte[1], 16)])
-    return token.replace("▁", " ").encode("utf-8", "replace")

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from flexpert.cluster.served_model import ServedModel
 from flexpert.errors import RequestError
-from flexpert.frontend.text import PLAIN, ChatOptions, Detokenizer, TokenText
+from flexpert.frontend.text import (
+    PLAIN,
+    AnswerText,
+    ChatOptions,
+    Detokenizer,
+    TokenText,
+    answer_text,
+)
+from flexpert.models.token_tables import TokenTables
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,6 +24,11 @@ if TYPE_CHECKING:
 def token_text(tokenizer: PreTrainedTokenizerBase | None) -> TokenText:
     """Of a tokenizer, or of none."""
     return TokenIdsOnly() if tokenizer is None else TokenText(tokenizer)
+
+
+def text_of_answers(model: ServedModel, tables: TokenTables | None) -> AnswerText:
+    """Of a service with these tables, or without a tokenizer. Raises: ModelError"""
+    return TokenIdsOnly() if tables is None else answer_text(model, tables)
 
 
 class TokenIdsOnly(TokenText):

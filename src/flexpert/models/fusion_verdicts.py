@@ -8,10 +8,12 @@ checked on every rank, verdict or not; only the trial itself is spared.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
-from torch import nn
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MOST_BYTES: Final = 2**16
 """Of encoded verdicts: they travel in one packet to the fork server, which holds 200 KiB."""

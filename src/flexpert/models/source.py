@@ -18,7 +18,6 @@ from llguidance import LLTokenizer
 from llguidance.hf import from_tokenizer as grammar_tokenizer
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -37,6 +36,7 @@ from flexpert.models.probe import AttentionShape, Probe, find_architecture
 from flexpert.models.quantization import read_quantization
 from flexpert.models.quantized_files import QuantizedFiles
 from flexpert.models.remote_code import CODE_FILES, brought_class, read_config
+from flexpert.models.tokenizer_files import open_tokenizer
 from flexpert.parallel import read_threads, run_parallel
 from flexpert.reading import read_text, shown
 
@@ -59,7 +59,6 @@ stored: fp8 or mxfp4 if the files have it, else unquantized.
 _MOST_CONFIG_BYTES: Final = 8 * 2**20
 _MOST_PARTS: Final = 100_000  # of one kind in a model: layers, heads, experts
 _WORTH_THREADS: Final = 8 * 2**20  # bytes; to start threads takes as long as to read less
-_TOKENIZER_FILES: Final = ("tokenizer.json", "tekken.json", "*.tiktoken")
 _MOST_SAID: Final = 600  # characters of what a library says
 
 WANTED_FILES: Final = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -129,6 +128,7 @@ class ModelSource:
         self.attention_names = tuple(found.attention_shapes)
         self.experts_names = tuple(call.name for call in found.experts_calls)
         self._found = found
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self.left_out = found.left_out
         self.checkpoint = Checkpoint(files, skeleton, self.left_out)
         leave_out(skeleton, self.left_out)
@@ -458,26 +458,14 @@ class ModelSource:
         )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's tokenizer.
+        """The checkpoint's tokenizer; the same one every time.
 
         Raises:
             ModelError: it has none, or it cannot be read.
         """
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                self.path, trust_remote_code=self.trusted
-            )
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-            raise ModelError(f"{self.path} has no tokenizer that can be read: {error}") from error
-        # without files transformers makes an empty one of some families, which reads every text as
-        # no token at all
-        files = {*_TOKENIZER_FILES, *type(tokenizer).vocab_files_names.values()}
-        if not any(any(self.path.glob(name)) for name in files):
-            raise ModelError(
-                f"{self.path} has no tokenizer: none of {', '.join(sorted(files))} is there; put "
-                "the model's there, or leave it out with --skip-tokenizer-init"
-            )
-        return tokenizer
+        if self._tokenizer is None:
+            self._tokenizer = open_tokenizer(self.path, trusted=self.trusted)
+        return self._tokenizer
 
     @cached_property
     def grammar_tokens(self) -> LLTokenizer:

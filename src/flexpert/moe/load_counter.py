@@ -6,30 +6,11 @@ ranks is what an expert has to compute, wherever it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Counts = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class LoadSnapshot:
-    """Sums since the process began.
-
-    choices: [layers, experts] int64, tokens of this rank that chose an expert. compute_s: time in
-    experts' products, of this rank's experts; 0: not measured, as inside of a CUDA graph.
-    """
-
-    choices: Counts
-    compute_s: float = 0.0
-
-    def since(self, earlier: LoadSnapshot) -> LoadSnapshot:
-        """What has come since then."""
-        return LoadSnapshot(self.choices - earlier.choices, self.compute_s - earlier.compute_s)
+from flexpert.moe.load_snapshot import Counts, LoadSnapshot
 
 
 class HostLoadCounter:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexpert.comm import ExpertTable
 from flexpert.kernels.experts import Gate
-from flexpert.moe.load_counter import LoadSnapshot
+from flexpert.moe.load_snapshot import LoadSnapshot
 
 E = TypeVar("E")
 

@@ -12,7 +12,8 @@ from flexpert.comm import Buffer, ExpertTable
 from flexpert.comm.buffer import Reduce
 from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.experts import Gate
-from flexpert.moe.load_counter import HostLoadCounter, LoadSnapshot
+from flexpert.moe.load_counter import HostLoadCounter
+from flexpert.moe.load_snapshot import LoadSnapshot
 from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import Placement
 

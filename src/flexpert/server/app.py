@@ -109,7 +109,7 @@ def create_app(
 
 def _preprocessors(head: Head) -> Preprocessors:
     server = head.config.server
-    template = getattr(head.tokenizer, "chat_template", None)
+    template = head.tables.chat_template if head.tables else None
     parsers = parser_names(server.tool_call_parser, server.reasoning_parser, template)
 
     def limits() -> RequestLimits:

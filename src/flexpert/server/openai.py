@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from flexpert.errors import FlexpertError
 from flexpert.forking.framing import Piece
 from flexpert.frontend.generation import Generation
-from flexpert.frontend.token_ids import token_text
+from flexpert.frontend.token_ids import text_of_answers
 from flexpert.server import fields, wire
 from flexpert.server.answer_place import AnswerPlace
 from flexpert.server.dialog_shape import DialogShape
@@ -49,7 +49,7 @@ class OpenAIRoutes:
         self._head = head
         self._metrics = metrics
         self._preprocessors = preprocessors
-        self._text = token_text(head.tokenizer)
+        self._text = text_of_answers(head.info, head.tables)
         self._created = int(time.time())
         self.router = APIRouter(tags=["openai"])
         add = self.router.add_api_route

@@ -23,6 +23,7 @@ import uvloop
 import flexpert
 from flexpert.cluster.autoscaler import Autoscaler, load_policy, parse_goals
 from flexpert.cluster.processes.early_fork_server import EarlyForkServer
+from flexpert.cluster.processes.fork_server_process import discard, kill_begun
 from flexpert.cluster.state_directory import StateDirectory
 from flexpert.config import Config, ServerConfig
 from flexpert.errors import ConfigError, FlexpertError
@@ -97,6 +98,7 @@ def serve(config: Config, *, head: Callable[[Config], Head] | None = None) -> in
             complain(f"flexpert: {error}")
             return EXIT_WRONG_SETTINGS
         if state is not None and state.ranks_wait:
+            discard()  # the ranks have one
             from flexpert.cluster.head import Head  # the fork server is there
 
             return _run(config, partial(Head, state=state), listener, keys, tls)
@@ -117,6 +119,7 @@ def _early_fork_server(config: Config) -> Iterator[EarlyForkServer]:
 
     def end(number: int, frame: FrameType | None) -> None:
         fork_server.kill()
+        kill_begun()
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
 

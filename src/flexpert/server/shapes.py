@@ -18,7 +18,7 @@ from flexpert.frontend.logprobs import (
     completion_logprobs,
     prompt_logprobs,
 )
-from flexpert.frontend.text import TokenText
+from flexpert.frontend.text import AnswerText
 from flexpert.server import wire
 from flexpert.server.schemas import Shown
 
@@ -39,7 +39,7 @@ class ChoiceShape(abc.ABC):
         id: str,
         created: int,
         model: str,
-        text: TokenText,
+        text: AnswerText,
         *,
         shown: Shown = NOTHING_MORE,
         prompts: Sequence[list[int]] = (),
@@ -113,7 +113,7 @@ class TextShape(ChoiceShape):
         id: str,
         created: int,
         model: str,
-        text: TokenText,
+        text: AnswerText,
         *,
         shown: Shown = NOTHING_MORE,
         prompts: Sequence[list[int]] = (),

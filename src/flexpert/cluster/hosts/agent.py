@@ -26,14 +26,15 @@ from flexpert.cluster.hosts import agent_protocol as say
 from flexpert.cluster.hosts.byte_pipe import BytePipe
 from flexpert.cluster.hosts.cluster_token import ClusterKeys
 from flexpert.cluster.hosts.curve_socket import CurveClient, NotSentError, pieces
-from flexpert.cluster.hosts.model_description import describe_model
 from flexpert.cluster.hosts.ready_file import ReadyFile
 from flexpert.cluster.memory_budget import free_memory
 from flexpert.cluster.processes.early_fork_server import for_children
 from flexpert.cluster.processes.launcher import LocalLauncher
-from flexpert.cluster.processes.rank_process import ENTRY, RankSpec, encode_spec, open_source
+from flexpert.cluster.processes.model_report import ask_model
+from flexpert.cluster.processes.rank_spec import ENTRY, RankSpec, encode_spec
+from flexpert.cluster.served_model import ServedModel
 from flexpert.config import Config
-from flexpert.engine.device_profile import find_driver, uses_gpu
+from flexpert.engine.gpu_driver import driver_of
 from flexpert.errors import FlexpertError
 from flexpert.forking.framing import WrongProtocol
 from flexpert.stop_signals import STOP_SIGNALS, StopRequest
@@ -101,7 +102,7 @@ class Agent:
         self._ends_now = asyncio.Event()
         self._launcher: LocalLauncher | None = None
         self._prepared = ("", False)  # what the launcher was started with
-        self._model: dict[str, str] = {}
+        self._model: ServedModel | None = None
         self._session: _AgentSession | None = None
         self.failure = ""
 
@@ -177,12 +178,10 @@ class Agent:
             await self._launcher.close(_GONE_S)
         self._tell(f"opening model {config.model.model!r}")
         self._launcher = LocalLauncher(self._on_exit, reconnects=reconnects)
-        source, _ = await asyncio.gather(
-            asyncio.to_thread(open_source, config),
-            self._launcher.start(config, config.cluster.start_timeout),
-        )
+        timeout_s = config.cluster.start_timeout
+        await self._launcher.start(config, timeout_s)
+        self._model = (await ask_model(self._launcher, config, timeout_s, described=True)).model
         self._prepared = wanted
-        self._model = await asyncio.to_thread(describe_model, source)
         return config
 
     def _on_exit(self, rank: int, status: int, why: str) -> None:
@@ -190,10 +189,10 @@ class Agent:
             self._session.rank_exited(status, why)
 
 
-def _free_memory(config: Config, rank: int) -> say.FreeMemory:
+def _free_memory(config: Config, gpus: int | None, rank: int) -> say.FreeMemory:
     """Raises: OperationRefused: the system does not say it."""
     device = None
-    if uses_gpu(config.engine) and (driver := find_driver()) is not None:
+    if gpus is not None and (driver := driver_of(gpus)) is not None:
         memory = driver.memory(rank % driver.gpus)
         device = memory.free if memory else None
     return say.FreeMemory(free_memory(config), device)
@@ -269,8 +268,10 @@ class _AgentSession:
         try:
             agent._tell(f"joining as rank {welcome.rank}")
             self._config = await agent.prepare(welcome.settings, reconnects=welcome.orphan_s > 0)
-            free = await asyncio.to_thread(_free_memory, self._config, agent._rank)
-            self._send(say.Opened(self._number, agent._model, free))
+            model = agent._model
+            assert model is not None
+            free = await asyncio.to_thread(_free_memory, self._config, model.gpus, agent._rank)
+            self._send(say.Opened(self._number, model.description, free))
             await agent._leaves.wait()
             self._send(say.AskToLeave(self._number))
             await asyncio.Event().wait()  # until the head says that it has left

@@ -15,13 +15,12 @@ from typing import Protocol
 from flexpert.cluster.hosts.agent_protocol import FreeMemory
 from flexpert.cluster.hosts.cluster_token import cluster_keys, keys_of, read_token
 from flexpert.cluster.hosts.host_sessions import HostSessions
-from flexpert.cluster.hosts.model_description import describe_model
 from flexpert.cluster.hosts.ray_ranks import RayRanks
 from flexpert.cluster.processes.early_fork_server import for_hosts
 from flexpert.cluster.saved_state import SavedHost
+from flexpert.cluster.served_model import ServedModel
 from flexpert.cluster.views import HostView
 from flexpert.config import Config
-from flexpert.models.source import ModelSource
 
 
 class HostsOwner(Protocol):
@@ -66,6 +65,11 @@ class HostRanks:
             self._ray = RayRanks(config, self, token)
 
     @property
+    def expected(self) -> bool:
+        """Whether hosts may join, which are told of the model."""
+        return self._ray is not None or self._config.cluster.join_listen is not None
+
+    @property
     def starts_all(self) -> bool:
         """Whether no rank is a process of this host: Ray starts them."""
         return self._ray is not None
@@ -82,7 +86,7 @@ class HostRanks:
             await self._ray.check_room(newcomers)
 
     async def listen(
-        self, source: ModelSource, tell: Callable[[str], None], known: Sequence[SavedHost] = ()
+        self, model: ServedModel, tell: Callable[[str], None], known: Sequence[SavedHost] = ()
     ) -> None:
         """Let hosts join, if the settings say so.
 
@@ -100,7 +104,7 @@ class HostRanks:
             self._keys,
             self,
             settings=for_hosts(self._config),
-            model=await asyncio.to_thread(describe_model, source),
+            model=model.description,
             timeout_s=cluster.host_timeout,
             orphan_s=cluster.orphan_timeout if cluster.state_dir else 0.0,
             known=known,

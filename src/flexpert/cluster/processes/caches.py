@@ -8,7 +8,7 @@ run; and where /tmp is full, it does not start, either. flexpert compiles nothin
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -18,16 +18,21 @@ _NOBODY_WRITES = "/"  # it is there, and only root could put anything in it
 def keep_private(environment: MutableMapping[str, str]) -> None:
     """Name a directory of this user's own for it, unless one is named."""
     if VARIABLE not in environment:
-        environment[VARIABLE] = _own_directory(environment)
+        folder = private_folder(environment, "torchinductor")
+        environment[VARIABLE] = str(folder) if folder else _NOBODY_WRITES
 
 
-def _own_directory(environment: MutableMapping[str, str]) -> str:
+def private_folder(environment: Mapping[str, str], name: str) -> Path | None:
+    """A directory for files that are kept, in which only this user can write.
+
+    None: there is none, as on a full disk, or others can write there.
+    """
     try:
         cache = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(cache, "flexpert", "torchinductor")
+        folder = Path(cache, "flexpert", name)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         there = folder.stat()
     except (OSError, RuntimeError, ValueError):  # a full disk, no home, no such user
-        return _NOBODY_WRITES
+        return None
     own = there.st_uid == os.geteuid() and not there.st_mode & 0o022
-    return str(folder) if own and folder.is_absolute() else _NOBODY_WRITES
+    return folder if own and folder.is_absolute() else None

@@ -8,30 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import time
 from types import TracebackType
 from typing import Protocol
 
-from flexpert.cluster.processes import caches
+from flexpert.cluster.processes import fork_server_process
+from flexpert.cluster.processes.fork_server_process import (
+    Connected,
+    children_environment,
+    terminate,
+)
 from flexpert.config import Config
 from flexpert.forking import fork_server
-
-_ENVIRONMENT = {
-    # threads that wait for the next parallel region must sleep: ranks share the cores
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # whether there is a GPU is asked without CUDA: a process that used it cannot be forked
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # numpy's would start its threads when it is imported; and a fork has but the one that forks
-    "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "2",
-}
-
-# not for children: the keys of the HTTP server and of its clients (see `for_children`)
-_SECRETS = ("FLEXPERT_SERVER__", "FLEXPERT_API_KEY")
 
 _OF_HEAD = {
     "ranks",
@@ -46,9 +36,7 @@ _OF_HEAD = {
 
 RANKS_SOCKET = "ranks.sock"  # in the state directory, of the fork server
 
-_SETUP = "flexpert.cluster.processes.rank_process:open_model"
-
-Connected = tuple[subprocess.Popen[bytes], socket.socket]
+_SETUP = "flexpert.cluster.processes.model_opening:open_model"
 
 
 class EarlyForkServer:
@@ -94,14 +82,14 @@ class EarlyForkServer:
     ) -> None:
         left, self._connected = self._connected, None
         if left is not None:
-            _terminate(*left)
+            terminate(*left)
 
 
 class StartServer(Protocol):
     """See `fork_server.start_server`."""
 
     def __call__(
-        self, theirs: socket.socket, environment: dict[str, str], *, kept: bool
+        self, theirs: socket.socket, environment: dict[str, str]
     ) -> subprocess.Popen[bytes]: ...
 
 
@@ -114,35 +102,43 @@ def start_fork_server(
     """A fork server that has been told its model, and the head's end of its channel.
 
     reconnects: ranks can be given new connections; with a state directory they always can.
-    start: starts its process.
+    start: starts its process, if none was begun.
 
     Raises: OSError: the system refuses.
     """
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)
-    }
-    environment.update(_ENVIRONMENT)
-    caches.keep_private(environment)
+    environment = children_environment()
     folder = config.cluster.state_dir
     keep = fork_server.Keep("", 0.0) if reconnects else None
     if folder is not None:
         path = str(folder.absolute() / RANKS_SOCKET)
         keep = fork_server.Keep(path, config.cluster.orphan_timeout)
+    process, ours = _begun(environment, start)
+    try:
+        begin = fork_server.Begin(
+            _SETUP,
+            for_children(config).encode(),
+            keep=keep,
+            log_level=config.server.log_level.upper(),
+        )
+        ours.send(fork_server.encode(begin))
+    except BaseException:
+        terminate(process, ours)
+        raise
+    return process, ours
+
+
+def _begun(environment: dict[str, str], start: StartServer) -> Connected:
+    """Its process and this end of its channel. Raises: OSError"""
+    begun = fork_server_process.take_begun(environment)
+    if begun is not None:
+        return begun
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         try:
-            kept = folder is not None
-            process = start(theirs, environment, kept=kept)
+            return start(theirs, environment), ours
         except OSError:
             ours.close()
             raise
-    try:
-        begin = fork_server.Begin(_SETUP, for_children(config).encode(), keep=keep)
-        ours.send(fork_server.encode(begin))
-    except BaseException:
-        _terminate(process, ours)
-        raise
-    return process, ours
 
 
 def for_children(config: Config) -> str:
@@ -158,9 +154,3 @@ def for_hosts(config: Config) -> str:
     for name in tree["cluster"].keys() & _OF_HEAD:
         tree["cluster"].pop(name)
     return json.dumps(tree)
-
-
-def _terminate(process: subprocess.Popen[bytes], channel: socket.socket) -> None:
-    channel.close()
-    process.kill()
-    process.wait()

@@ -11,6 +11,13 @@ from typing import Protocol
 import msgspec
 
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
+from flexpert.cluster.processes.expert_cache_messages import (
+    CacheFailed,
+    CacheFilled,
+    CacheOpened,
+    CacheSpec,
+    encode,
+)
 from flexpert.errors import FlexpertError
 from flexpert.kernels.experts import ExpertShape
 from flexpert.models.source import ModelInfo
@@ -18,41 +25,8 @@ from flexpert.moe.expert_cache import ExpertCache
 from flexpert.moe.expert_store import ExpertFiles, Key
 from flexpert.parallel import run_parallel
 
-ENTRY = f"{__name__}:expert_cache_main"
-
 _NICENESS = 10
 _THREADS = 4
-
-
-class CacheSpec(msgspec.Struct, frozen=True):
-    """most_bytes: of memory for experts."""
-
-    most_bytes: int
-
-
-class CacheOpened(msgspec.Struct, frozen=True, tag="opened"):
-    """It can be read, and holds nothing yet. nbytes: of the experts it will hold."""
-
-    address: bytes
-    nbytes: int
-
-
-class CacheFilled(msgspec.Struct, frozen=True, tag="filled"):
-    """It holds all it will. experts: how many."""
-
-    experts: int
-
-
-class CacheFailed(msgspec.Struct, frozen=True, tag="failed"):
-    """It holds no more than it does."""
-
-    error: str
-
-
-CacheReport = CacheOpened | CacheFilled | CacheFailed
-
-encode = msgspec.msgpack.encode
-decode_report = msgspec.msgpack.Decoder(CacheReport).decode
 
 
 class CachedModel(ExpertFiles, Protocol):

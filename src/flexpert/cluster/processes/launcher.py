@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from flexpert import errors
 from flexpert.cluster.interfaces import Work
 from flexpert.cluster.processes.early_fork_server import EarlyForkServer, start_fork_server
 from flexpert.config import Config
@@ -27,6 +28,7 @@ from flexpert.forking.fork_server import (
     Exited,
     Fork,
     Kill,
+    Logged,
     Ready,
     Reconnect,
     Refused,
@@ -85,7 +87,7 @@ class LocalLauncher:
         """Start the fork server, or take the early one, and wait until it has imported everything.
 
         Raises:
-            ModelError: the model cannot be opened.
+            ModelError, ConfigError: the model cannot be opened, or the machine has no such device.
             FlexpertError: it could not be started, died or took longer than timeout_s.
         """
         self._config, self._timeout_s = config, timeout_s
@@ -356,9 +358,12 @@ class LocalLauncher:
             self._taking = False
             if self._ready and not self._ready.done():
                 self._ready.set_result(None)
+        elif isinstance(answer, Logged):
+            logging.getLogger(answer.logger).log(answer.level, "%s", answer.text)
         elif isinstance(answer, Unusable):
             if self._ready and not self._ready.done():
-                self._ready.set_exception(ModelError(answer.error))
+                kind = getattr(errors, answer.kind, FlexpertError)
+                self._ready.set_exception(kind(answer.error))
         elif isinstance(answer, Taken):
             self._take(answer)
         elif isinstance(answer, Started):

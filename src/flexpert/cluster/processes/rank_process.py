@@ -10,19 +10,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
-
-import msgspec
-import torch
 
 from flexpert.cluster.processes.child_connection import ConnectionEnded
 from flexpert.cluster.processes.head_link import HeadLink
+from flexpert.cluster.processes.rank_spec import decode_spec
 from flexpert.cluster.processes.relay import Relay
-from flexpert.comm.cuda.driver_state import driver_is_open
 from flexpert.comm.host.liveness import LivenessLock
 from flexpert.config import Config
-from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.faults import Faults
 from flexpert.engine.host_network import choose_network
@@ -31,80 +27,11 @@ from flexpert.engine.watchdog import Watchdog, work_of_main_thread
 from flexpert.errors import FlexpertError
 from flexpert.logs import start_logging
 from flexpert.models.fusion_verdicts import encode_verdicts
-from flexpert.models.source import ExpertFormat, ModelSource
 
 _MEMORY_EVERY_S = 1.0
 # A thread that prepares an epoch must not keep the step loop waiting for the interpreter's lock.
 _SWITCH_S = 0.0005
 BEATS = 10  # in one stall timeout
-_EXPERTS: Mapping[str, ExpertFormat] = {
-    "none": "unquantized",
-    "auto": "stored",
-    "fp8": "fp8",
-    "mxfp4": "mxfp4",
-    "int8": "int8",
-    "int4": "int4",
-}
-
-
-ENTRY = f"{__name__}:rank_main"
-
-
-class RankSpec(msgspec.Struct, frozen=True):
-    """What a new rank is told. config: the settings tree as JSON.
-
-    verdicts: what an earlier rank found of the model's modules, encoded; b"": there is none.
-    spare: it is to be warm when it says hello. several_machines: ranks of others may join.
-    """
-
-    rank: int
-    config: str
-    verdicts: bytes = b""
-    spare: bool = False
-    several_machines: bool = False
-
-
-encode_spec = msgspec.msgpack.encode
-decode_spec = msgspec.msgpack.Decoder(RankSpec).decode
-
-
-def open_model(config_json: bytes) -> ModelSource:
-    """The model of a settings tree given as JSON: what the fork server has for every child.
-
-    Raises:
-        FlexpertError: it cannot be opened or served, or opening it has opened a GPU.
-    """
-    source = open_source(Config.model_validate_json(config_json))
-    source.try_grammar_tokens()  # a rank would hold up its step loop to make its own
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork would wait for the others for ever
-    try:
-        source.try_extents()
-    finally:
-        torch.set_num_threads(threads)
-    if driver_is_open():
-        raise FlexpertError(
-            "opening the model has opened the GPU's driver in the process that ranks are forked "
-            "from, where they could not use it; please report this with the model's config.json"
-        )
-    return source
-
-
-def open_source(config: Config) -> ModelSource:
-    """The model that a settings tree names.
-
-    Raises:
-        ModelError: it cannot be opened or served.
-    """
-    quantization = DEVICE_SETTINGS[config.engine.device].quantization(config.model.quantization)
-    return ModelSource.open(
-        config.model.model,
-        revision=config.model.revision,
-        dtype=config.model.dtype,
-        max_model_len=config.model.max_model_len,
-        experts=_EXPERTS[quantization],
-        trust_remote_code=config.model.trust_remote_code,
-    )
 
 
 def end_with_any_thread() -> None:

@@ -6,12 +6,13 @@ and more after it was killed, while the system gives the memory back.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Callable
 
-from flexpert.comm.host._kernels import lib
-from flexpert.comm.peer_memory import ImportedPages, export_pages
+from flexpert.comm.host._kernels import ffi, lib
+from flexpert.comm.shared_pages import HEADER, create_pages, open_pages
 
 _BYTES = 64
 _held: list[LivenessLock] = []  # until the process ends
@@ -25,11 +26,10 @@ class LivenessLock:
 
     def __init__(self) -> None:
         """Raises: OSError: there is no memory, or the system has no such mutexes."""
-        self._exported = export_pages(_BYTES)
-        error = lib.fx_liveness_hold(self._exported.bytes.data_ptr())
+        self.address, self._mapped, self._descriptor = create_pages(_BYTES)
+        error = lib.fx_liveness_hold(_place(self._mapped))
         if error:
             raise OSError(error, os.strerror(error))
-        self.address = self._exported.address
         # if it were unmapped before the thread ends, whoever watches it would sleep on
         _held.append(self)
 
@@ -43,12 +43,18 @@ def watch(address: bytes, ended: Callable[[], None]) -> None:
         PeerUnreachable: its process is gone or on another machine.
         ValueError: not an address.
     """
-    imported = ImportedPages(address, writable=True)
-    if len(imported.bytes) < _BYTES:
-        raise ValueError(f"a liveness lock has {_BYTES} bytes, not {len(imported.bytes)}")
+    size, mapped, descriptor = open_pages(address, writable=True)
+    os.close(descriptor)
+    if size < _BYTES:
+        raise ValueError(f"a liveness lock has {_BYTES} bytes, not {size}")
 
     def wait() -> None:
-        if lib.fx_liveness_await(imported.bytes.data_ptr()):
+        if lib.fx_liveness_await(_place(mapped)):
             ended()
 
     threading.Thread(target=wait, name="liveness", daemon=True).start()
+
+
+def _place(mapped: mmap.mmap) -> int:
+    """Where the lock lies; stays there as long as the mapping."""
+    return int(ffi.cast("uintptr_t", ffi.from_buffer(mapped))) + HEADER

@@ -18,7 +18,8 @@ from flexpert.comm import ExpertTable
 from flexpert.comm.buffer import Reduce
 from flexpert.kernels.cuda.device_experts import DeviceExperts, SlotAddresses, StagedExperts
 from flexpert.kernels.experts import ExpertShape, Gate
-from flexpert.moe.load_counter import DeviceLoadCounter, LoadSnapshot
+from flexpert.moe.load_counter import DeviceLoadCounter
+from flexpert.moe.load_snapshot import LoadSnapshot
 from flexpert.moe.moe_layers import LayerState
 
 

@@ -1,0 +1,120 @@
+"""`flexpert bench start`: how long a service takes until it is ready, and what its processes hold
+then.
+
+One service after the other is started, looked at when it says that it is ready, and ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from statistics import median
+
+import msgspec
+import psutil
+
+from flexpert.bench.cluster_history import cluster_now
+from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.service import Service, own_service
+from flexpert.errors import FlexpertError
+from flexpert.forking.fork_server import MODULE
+
+HEAD, FORK_SERVER, RANKS, OTHERS = "head", "fork server", "ranks", "other children"
+ROLES = (HEAD, FORK_SERVER, RANKS, OTHERS)
+
+Note = Callable[[str], None]
+
+
+class RoleCost(msgspec.Struct, frozen=True):
+    """Of all processes of one role. pss: bytes, a page that n processes share counted as 1 / n."""
+
+    processes: int
+    processor_s: float
+    pss: int
+
+
+class ServiceStart(msgspec.Struct, frozen=True):
+    """ready_s: from before its process was made until it said that it is ready. roles: by name, as
+    they were then."""
+
+    ready_s: float
+    roles: dict[str, RoleCost]
+
+    @property
+    def processor_s(self) -> float:
+        return sum(role.processor_s for role in self.roles.values())
+
+    @property
+    def pss(self) -> int:
+        return sum(role.pss for role in self.roles.values())
+
+
+class StartReport(msgspec.Struct, frozen=True):
+    """load: running and waiting threads of the machine before it began, mean of a minute."""
+
+    machine: Machine
+    flags: list[str]
+    load: float
+    starts: list[ServiceStart]
+
+    @property
+    def ready_s(self) -> float:
+        """The median."""
+        return median(start.ready_s for start in self.starts)
+
+
+def run_starts(starts: int, flags: list[str], note: Note) -> StartReport:
+    """Start a service of these flags so many times, one after the other.
+
+    Raises: FlexpertError: one does not start, or cannot be looked at.
+    """
+    load = psutil.getloadavg()[0]
+    found = []
+    for number in range(starts):
+        found.append(asyncio.run(_start(flags)))
+        note(f"start {number + 1} of {starts}: ready after {found[-1].ready_s:.2f} s")
+    return StartReport(this_machine(), flags, load, found)
+
+
+async def _start(flags: list[str]) -> ServiceStart:
+    began = time.perf_counter()
+    async with own_service(flags) as service:
+        ready_s = time.perf_counter() - began
+        try:
+            return ServiceStart(ready_s, await look(service))
+        except psutil.Error as error:
+            raise FlexpertError(f"the service cannot be looked at: {error!r}") from error
+
+
+async def look(service: Service) -> dict[str, RoleCost]:
+    """What its processes have used and hold now, by role. Raises: FlexpertError, psutil.Error"""
+    head = psutil.Process(service.pid)
+    processes = [head, *head.children(recursive=True)]
+    costs = {process.pid: _cost(process) for process in processes}  # before it has to answer
+    ranks = {rank.pid for rank in (await cluster_now(service.target)).ranks}
+    roles: dict[str, list[RoleCost]] = {role: [] for role in ROLES}
+    for process in processes:
+        if process.pid == head.pid:
+            role = HEAD
+        elif process.pid in ranks:
+            role = RANKS
+        elif MODULE in process.cmdline() and process.ppid() == head.pid:
+            role = FORK_SERVER
+        else:
+            role = OTHERS
+        roles[role].append(costs[process.pid])
+    return {role: _sum(each) for role, each in roles.items() if each}
+
+
+def _cost(process: psutil.Process) -> RoleCost:
+    times = process.cpu_times()
+    return RoleCost(1, times.user + times.system, process.memory_full_info().pss)
+
+
+def _sum(costs: list[RoleCost]) -> RoleCost:
+    return RoleCost(
+        sum(cost.processes for cost in costs),
+        sum(cost.processor_s for cost in costs),
+        sum(cost.pss for cost in costs),
+    )
