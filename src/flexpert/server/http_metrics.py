@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 _FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _CHOICES = (1, 2, 5, 10, 20)
-_GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+GAP_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 _MOST_TIMES = 4096  # of each kind, between two looks
 
@@ -26,21 +26,21 @@ class GapHistogram(Collector):
     long to count one, and here each token of each stream is."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._counts = [0] * (len(_GAP_S) + 1)
+        self._counts = [0] * (len(GAP_S) + 1)
         self._sum_s = 0.0
         self._created = time.time()
         registry.register(self)
 
     def observe(self, gap_s: float, count: int) -> None:
         """So many gaps of this length."""
-        self._counts[bisect_left(_GAP_S, gap_s)] += count
+        self._counts[bisect_left(GAP_S, gap_s)] += count
         self._sum_s += gap_s * count
 
     def collect(self) -> Iterable[Metric]:
         name = "flexpert_inter_token_seconds"
         family = Metric(name, "Between two tokens of a sequence", "histogram")
         counts = list(accumulate(self._counts))
-        for bound, so_far in zip((*map(str, _GAP_S), "+Inf"), counts, strict=True):
+        for bound, so_far in zip((*map(str, GAP_S), "+Inf"), counts, strict=True):
             family.add_sample(f"{name}_bucket", {"le": bound}, float(so_far))
         family.add_sample(f"{name}_count", {}, float(counts[-1]))
         family.add_sample(f"{name}_sum", {}, self._sum_s)
