@@ -122,7 +122,7 @@ def head_cost_text(report: HeadCostReport) -> Table:
         title=f"processor time for a token, µs; {report.output_tokens} tokens a stream",
         caption=f"{report.machine.line()}; load average {report.load_average:.1f}",
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for name in ("tokens/s", "head", "least", "most", "ranks and helpers", "client"):
         table.add_column(name, justify="right")
     for cost in report.costs:
