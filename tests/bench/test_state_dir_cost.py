@@ -26,7 +26,7 @@ def measured(speed: float, head_us: float, service_us: float) -> CostRound:
         inter_token_ms=None,
         end_to_end_ms=None,
     )
-    return CostRound(figures=figures, head_us=head_us, service_us=service_us)
+    return CostRound(figures=figures, head_us=head_us, service_us=service_us, client_us=10.0)
 
 
 def test_what_differs_is_compared_in_pairs() -> None:

@@ -24,6 +24,7 @@ from support.waiting import wait_until
 from flexpert.cluster.kept_counters import continued, kept
 from flexpert.cluster.request_times import RequestTimes, spans
 from flexpert.cluster.slow_ranks import WINDOW_S, SlowRanks, WaitedFor
+from flexpert.server.http_metrics import GAP_S, ServerMetrics
 from flexpert.server.metrics_text import MetricsText
 from flexpert.server.vllm_metrics import VLLM_NAMES, named
 
@@ -51,6 +52,21 @@ def shown(families: Iterator[Metric]) -> dict[str, float]:
         for s in family.samples
         if not s.name.endswith("_created")
     }
+
+
+def test_gaps_are_shown_as_prometheus_client_shows_a_histogram() -> None:
+    ours, theirs = ServerMetrics(), CollectorRegistry()
+    text = "Between two tokens of a sequence"
+    known = Histogram("flexpert_inter_token_seconds", text, registry=theirs, buckets=GAP_S)
+    ours.first_token(1.0)
+    for gap_s, count in ((2**-12, 1), (0.5, 1), (0.5, 4), (5.0, 1), (8.0, 1), (0.375, 3)):
+        ours.next_tokens(gap_s, count)
+        for _ in range(count):
+            known.observe(gap_s / count)
+    shown = MetricsText().of(one for one in ours.registry.collect() if "inter_token" in one.name)
+    when = rb"(?<=_created )\S+"  # each was made at its own time
+    assert re.sub(when, b"", shown) == re.sub(when, b"", generate_latest(theirs))
+    assert len(ours.take_window().gaps_s) == 11
 
 
 def test_vllms_names_show_the_same_figures_with_its_labels() -> None:

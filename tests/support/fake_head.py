@@ -166,7 +166,7 @@ class FakeStream:
         trace: SequenceTrace | None = None,
     ) -> None:
         self.id = name
-        self.enough = False
+        self.enough = self.cancelled = False
         self._trace = trace
         if trace is not None:
             trace.open(time.monotonic(), len(prompt))
@@ -175,6 +175,7 @@ class FakeStream:
         self._prompt = prompt
         self._params = params
         self._over = False
+        self._listener = lambda item: None
         self._of_prompt = None
         top = params.prompt_logprobs
         if top is not None:
@@ -185,10 +186,25 @@ class FakeStream:
 
     def cancel(self) -> None:
         if not self._over:
-            self._over = True
+            self._over = self.cancelled = True
             self._tell_end("stop" if self.enough else "cancelled", 0)
             self._head.cancelled.append(self.id)
             self._head.running.discard(self.id)
+            self._listener(None)
+
+    def over(self) -> None:
+        self._over = True
+
+    def listen(self, listener) -> None:
+        self._listener = listener
+        self._telling = asyncio.ensure_future(self._tell(listener))
+
+    async def _tell(self, listener) -> None:
+        try:
+            async for delta in self:
+                listener(delta)
+        except FlexpertError as error:
+            listener(error)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         behaviour = self._head.behaviour

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from flexpert.cluster.admission import Admission
 from flexpert.cluster.coordinator import Coordinator
@@ -192,12 +193,10 @@ class CrashingSimulation(Simulation):
                 continue
             had, self.answers[name] = self.answers[name], []
             self.open[name] = entry.stream
-            while name in self.open and not entry.stream._queue.empty():
-                self.receive(name, entry.stream._queue.get_nowait())
+            entry.stream.listen(partial(self.receive, name))
             has = self.answers[name]
             if has[: len(had)] != had and (len(has) >= len(had) or self.handed):
                 raise Violation(f"request {name} had {had}, now {has}")
-            entry.stream.put = lambda item, name=name: self.receive(name, item)  # type: ignore[method-assign]
         for name, entry in known.items():  # nobody comes back for them
             if not entry.finished:
                 entry.stream.cancel()
@@ -213,7 +212,7 @@ class CrashingSimulation(Simulation):
         params = SamplingParams(max_tokens=tokens, seed=0)
         entry = self.journal.open(again, [1], params, (), self.cancelled)
         self.open[again] = entry.stream
-        entry.stream.put = lambda item: self.receive(again, item)  # type: ignore[method-assign]
+        entry.stream.listen(partial(self.receive, again))
         self.admission.admit(entry)
 
     # ---- what a head that is away does not hear -------------------------------------------------

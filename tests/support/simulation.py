@@ -43,6 +43,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,13 +52,13 @@ from flexpert.cluster.balance_policy import Gain
 from flexpert.cluster.balancer import Plan
 from flexpert.cluster.coordinator import Coordinator
 from flexpert.cluster.interfaces import Work
-from flexpert.cluster.journal import Journal
+from flexpert.cluster.journal import Arrival, Journal
 from flexpert.cluster.membership import Phase
 from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.operation import Operation
 from flexpert.cluster.processes.rank_process import BEATS
 from flexpert.cluster.saved_state import Purpose, SavedCluster, SavedOperation
-from flexpert.cluster.views import ClusterEvent, Delta
+from flexpert.cluster.views import ClusterEvent
 from flexpert.config import load_config
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.request import HeldKV, KVMigration, SamplingParams, TokenEvent
@@ -513,10 +514,12 @@ class Simulation(Network):
         self.answers[name] = []
         self.desired[name] = tokens
         self.open[name] = entry.stream
-        entry.stream.put = lambda item: self.receive(name, item)  # type: ignore[method-assign]
+        entry.stream.listen(partial(self.receive, name))
         self.admission.admit(entry)
 
-    def receive(self, name: str, item: Delta | FlexpertError) -> None:
+    def receive(self, name: str, item: Arrival) -> None:
+        if item is None:  # we have cancelled it ourselves
+            return
         if isinstance(item, FlexpertError):
             # where there is poison, a request may be found guilty that was on board twice
             if self.dead is None and name not in self.poisoned and self.on_board[name] < 2:

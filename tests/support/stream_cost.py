@@ -2,7 +2,7 @@
 
     PYTHONPATH=src:tests python -m support.stream_cost
 
-16 clients stream from a head whose every step gives each sequence one token, 100 steps a second.
+Clients stream from a head whose every step gives each sequence one token, 100 steps a second.
 The clients are a process of their own. "head" is the same run with the streams read by nobody but
 a loop: what is left of the difference is HTTP, text and metrics.
 """
@@ -27,8 +27,8 @@ from flexpert.server.protocol import bounded_protocol
 from flexpert.server.service_process import bind
 from support.fake_head import FakeHead
 
-CLIENTS = 16
-TOKENS = 300
+STREAMS = (16, 64, 256)
+TOKENS = 100
 STEP_S = 0.01
 
 CLIENT = """
@@ -105,7 +105,7 @@ async def head_alone(sequences: int) -> float:
     return cost
 
 
-async def served(path: str, body: dict[str, object]) -> float:
+async def served(path: str, body: dict[str, object], clients: int) -> float:
     head = SteppingHead()
     listener = bind(ServerConfig(port=0))
     config = uvicorn.Config(
@@ -118,11 +118,11 @@ async def served(path: str, body: dict[str, object]) -> float:
     server = uvicorn.Server(config)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     port = listener.getsockname()[1]
-    arguments = [str(port), str(CLIENTS), json.dumps(body), path]
+    arguments = [str(port), str(clients), json.dumps(body), path]
     client = subprocess.Popen([sys.executable, "-c", CLIENT, *arguments], stdout=subprocess.PIPE)
-    cost = await head.step_until_done(CLIENTS * int(body.get("n", 1)))
+    cost = await head.step_until_done(clients * int(body.get("n", 1)))
     output, _ = await asyncio.to_thread(client.communicate)
-    assert int(output) == CLIENTS * TOKENS * int(body.get("n", 1)), output
+    assert int(output) == clients * TOKENS * int(body.get("n", 1)), output
     server.should_exit = True
     await serving
     return cost
@@ -138,12 +138,14 @@ def main() -> None:
         "completions, n=4": ("/v1/completions", plain | {"prompt": "x", "n": 4}),
         "completions, 5 logprobs": ("/v1/completions", plain | {"prompt": "x", "logprobs": 5}),
     }
-    per_token = 1e6 / (CLIENTS * TOKENS)
-    alone = uvloop.run(head_alone(CLIENTS)) * per_token
-    print(f"{'head alone':26}{alone:6.1f} µs of CPU per token")
-    for name, (path, body) in cases.items():
-        cost = uvloop.run(served(path, body)) * per_token / int(body.get("n", 1))
-        print(f"{name:26}{cost:6.1f} µs of CPU per token")
+    for streams in STREAMS:
+        per_token = 1e6 / (streams * TOKENS)
+        alone = uvloop.run(head_alone(streams)) * per_token
+        print(f"{streams:4} streams, {'head alone':26}{alone:6.1f} µs of CPU per token", flush=True)
+        for name, (path, body) in cases.items():
+            choices = int(body.get("n", 1))
+            cost = uvloop.run(served(path, body, streams // choices)) * per_token
+            print(f"{streams:4} streams, {name:26}{cost:6.1f} µs of CPU per token", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
@@ -45,11 +46,13 @@ class CostLoad:
 
 
 class CostRound(msgspec.Struct, frozen=True, kw_only=True):
-    """Processor time for a token, in microseconds: of the head, and of it and all below it."""
+    """Processor time for a token, in microseconds: of the head, of it and all below it, and of
+    ourselves."""
 
     figures: Figures
     head_us: float
     service_us: float
+    client_us: float
 
 
 class CostComparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +138,7 @@ async def compare(
             order = list(services)[:: -1 if number % 2 else 1]
             for kind in order:
                 async with services[kind]() as service:
-                    one = await _round(service, load, prompts, concurrency)
+                    one = await cost_round(service, load, prompts, concurrency)
                 what = "warming up" if number == 0 else f"round {number}"
                 speed = f"{one.figures.output_tokens_per_s:,.0f} tokens/s"
                 cpu = f"{one.head_us:.0f} µs of CPU in the head"
@@ -146,9 +149,13 @@ async def compare(
     return costs
 
 
-async def _round(
+async def cost_round(
     service: Service, load: CostLoad, prompts: Sequence[Any], concurrency: int
 ) -> CostRound:
+    """These prompts asked of a service, so many at once.
+
+    Raises: FlexpertError: it answers none.
+    """
     requests = [
         service.target.message(
             "POST",
@@ -163,16 +170,19 @@ async def _round(
     async def send(number: int) -> Any:
         return await complete(service.target, requests[number], stall_s=STALL_S)
 
-    before = _cpu_s(service.pid)
-    found = figures(await closed_loop(send, len(requests), concurrency))
-    spent = [after - then for after, then in zip(_cpu_s(service.pid), before, strict=True)]
+    before = (*service_cpu_s(service.pid), time.process_time())
+    answers = await closed_loop(send, len(requests), concurrency)
+    after = (*service_cpu_s(service.pid), time.process_time())
+    found = figures(answers)
     if found.failed == found.requests:
         raise FlexpertError(f"the service does not answer: {found.errors[0]}")
-    head_us, service_us = (1e6 * seconds / found.output_tokens for seconds in spent)
-    return CostRound(figures=found, head_us=head_us, service_us=service_us)
+    head_us, service_us, client_us = (
+        1e6 * (end - begin) / found.output_tokens for end, begin in zip(after, before, strict=True)
+    )
+    return CostRound(figures=found, head_us=head_us, service_us=service_us, client_us=client_us)
 
 
-def _cpu_s(pid: int) -> tuple[float, float]:
+def service_cpu_s(pid: int) -> tuple[float, float]:
     """Processor time of a process, and of it and all below it."""
     head = psutil.Process(pid)
     own = total = _seconds(head)

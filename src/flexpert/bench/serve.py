@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import msgspec
+import uvloop
 
 from flexpert.bench import reference
 from flexpert.bench.cluster_history import cluster_now
+from flexpert.bench.cost_rounds import service_cpu_s
 from flexpert.bench.goodput import LatencyGoals, figures_with_goodput
 from flexpert.bench.load import ClientAnswer, Target
 from flexpert.bench.load_timeline import TimelinePoint, step_for, timeline
@@ -83,8 +85,12 @@ class Reference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The JSON of `flexpert bench serve`. client_cpu_s: what measuring itself cost. timeline: where
-    requests arrive at times of their own, or something was done to the service meanwhile."""
+    """The JSON of `flexpert bench serve`.
+
+    client_cpu_s: what measuring itself cost. head_cpu_s: of the head of a service of our own.
+    timeline: where requests arrive at times of their own, or something was done to the service
+    meanwhile.
+    """
 
     command: str
     machine: Machine
@@ -94,6 +100,7 @@ class ServeReport(msgspec.Struct, frozen=True, kw_only=True):
     offered: str
     service: Figures
     client_cpu_s: float
+    head_cpu_s: float | None = None
     references: list[Reference] = []
     against: Against | None = None
     events: list[EventOutcome] = []
@@ -114,7 +121,7 @@ def run_bench(
     Raises:
         FlexpertError
     """
-    run = asyncio.run(measure(load, measured, note, events=events, tokens_wanted=compare))
+    run = uvloop.run(measure(load, measured, note, events=events, tokens_wanted=compare))
     load, prompts = run.load, run.prompts
     found = figures_with_goodput(run.answers, goals or {})
     references = []
@@ -131,6 +138,7 @@ def run_bench(
         measured,
         found,
         run.cpu_s,
+        head_cpu_s=run.head_cpu_s,
         references=references,
         events=run.events,
         points=run.timeline,
@@ -143,6 +151,7 @@ def _report(
     found: Figures,
     cpu_s: float,
     *,
+    head_cpu_s: float | None = None,
     references: Sequence[Reference] = (),
     against: Against | None = None,
     events: Sequence[EventOutcome] = (),
@@ -158,6 +167,7 @@ def _report(
         offered=load.describe(),
         service=found,
         client_cpu_s=cpu_s,
+        head_cpu_s=head_cpu_s,
         references=list(references),
         against=against,
         events=list(events),
@@ -183,7 +193,7 @@ def run_against(
         FlexpertError
     """
     began = resource.getrusage(resource.RUSAGE_SELF)
-    load, against = asyncio.run(
+    load, against = uvloop.run(
         _measure_against(load, measured, other, url, rounds, note, goals or {})
     )
     ended = resource.getrusage(resource.RUSAGE_SELF)
@@ -202,7 +212,7 @@ async def _measure_against(
 ) -> tuple[OfferedLoad, Against]:
     async with AsyncExitStack() as stack:
         theirs = await served_model(other)  # before a service of our own is started in vain
-        target = await _target(stack, measured, note)
+        target, _ = await _target(stack, measured, note)
         servers = [("ours", target, await served_model(target)), ("theirs", other, theirs)]
         load = await load.fitting(target)
         found: list[ServerTurn] = []
@@ -219,22 +229,26 @@ async def _measure_against(
         return load, Against.of(url, theirs, found)
 
 
-async def _target(stack: AsyncExitStack, measured: ServeMeasured, note: Note) -> Target:
-    """The service at the URL, or one of our own until the stack is left."""
+async def _target(
+    stack: AsyncExitStack, measured: ServeMeasured, note: Note
+) -> tuple[Target, int | None]:
+    """The service at the URL, or one of our own until the stack is left, and that one's pid."""
     if measured.url is not None:
-        return Target.parse(measured.url, measured.key)
-    service = own_service(measured.arguments(), report=note)
-    return (await stack.enter_async_context(service)).target
+        return Target.parse(measured.url, measured.key), None
+    service = await stack.enter_async_context(own_service(measured.arguments(), report=note))
+    return service.target, service.pid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRun:
-    """One load. prompts: as token ids, if desired. cpu_s: our own. load: as it was offered."""
+    """One load. prompts: as token ids, if desired. cpu_s: our own. head_cpu_s: of the
+    head, if it is ours. load: as it was offered."""
 
     load: OfferedLoad
     answers: list[ClientAnswer]
     prompts: list[list[int]]
     cpu_s: float
+    head_cpu_s: float | None
     events: list[EventOutcome]
     timeline: list[TimelinePoint]
 
@@ -253,7 +267,7 @@ async def measure(
         FlexpertError
     """
     async with AsyncExitStack() as stack:
-        target = await _target(stack, measured, note)
+        target, pid = await _target(stack, measured, note)
         if events:
             check_events(events, await cluster_now(target))
         load = await load.fitting(target)
@@ -262,6 +276,7 @@ async def measure(
             note(f"warming up with {load.warmup} requests")
             await warm_up(target, load, load.seed + 1)
         note(load.describe())
+        head_before = None if pid is None else service_cpu_s(pid)[0]
         before = resource.getrusage(resource.RUSAGE_SELF)
         begin = perf_counter()
         outcomes: list[EventOutcome] = []
@@ -278,6 +293,9 @@ async def measure(
             answers = await offer(target, load, prompts)
         after = resource.getrusage(resource.RUSAGE_SELF)
         cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        head_cpu_s = None
+        if pid is not None and head_before is not None:
+            head_cpu_s = service_cpu_s(pid)[0] - head_before
         ids = [
             await tokenize(target, prompt) if isinstance(prompt, str) else prompt
             for prompt in (prompts if tokens_wanted else ())
@@ -291,6 +309,7 @@ async def measure(
             answers=answers,
             prompts=ids,
             cpu_s=cpu_s,
+            head_cpu_s=head_cpu_s,
             events=outcomes,
             timeline=points,
         )

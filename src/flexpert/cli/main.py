@@ -19,6 +19,7 @@ from flexpert.cli import (
     bench_elastic,
     bench_formats,
     bench_gpu,
+    bench_head,
     bench_hostile,
     bench_load,
     bench_observers,
@@ -168,6 +169,7 @@ add_command(
     bench_observers.bench_observers,
     bench_observers.OBSERVERS_EXAMPLES,
 )
+add_command(bench, "head", bench_head.bench_head, bench_head.HEAD_EXAMPLES)
 add_command(bench, "transport", bench_transport.bench_transport, bench_transport.TRANSPORT_EXAMPLES)
 add_command(bench, "hostile", bench_hostile.bench_hostile, bench_hostile.EXAMPLES)
 add_command(bench, "rebalance", bench_rebalance.bench_rebalance, bench_rebalance.EXAMPLES)

@@ -1039,8 +1039,9 @@ class Head:
                         self.metrics.cached_tokens.inc(event.cached)
                 self.metrics.step(rank, report)
                 self.metrics.tokens.inc(journal.tokens_published - before)
-                self.metrics.degraded_tokens.inc(journal.tokens_degraded - degraded[0])
-                self.metrics.degraded_sequences.inc(journal.answers_degraded - degraded[1])
+                if (journal.tokens_degraded, journal.answers_degraded) != degraded:
+                    self.metrics.degraded_tokens.inc(journal.tokens_degraded - degraded[0])
+                    self.metrics.degraded_sequences.inc(journal.answers_degraded - degraded[1])
                 if self._state is not None:
                     self._published[rank] += 1
                     self._state.store.mark(rank, self._published[rank])

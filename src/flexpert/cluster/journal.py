@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import Protocol
@@ -84,28 +85,61 @@ class Entry:
         return msgspec.structs.replace(self.request, generated=generated, on_trial=on_trial)
 
 
+# What comes of a sequence: tokens, the error that ends it, or None: it was cancelled.
+Arrival = Delta | FlexpertError | None
+
+
 class TokenStream:
     """The answer of one sequence as it comes; leaving its context or `cancel` frees and ends it.
 
-    enough: whoever cancels it has a whole answer, which a stop text has ended.
+    It has one reader: who iterates over it, or who listens.
+
+    enough: whoever cancels it has a whole answer, which a stop text has ended. cancelled: it was,
+    before it was over; what has come and was not read yet is nobody's.
     """
+
+    __slots__ = (
+        "__weakref__",
+        "_arrived",
+        "_listener",
+        "_on_cancel",
+        "_over",
+        "_waiting",
+        "cancelled",
+        "enough",
+        "id",
+    )
 
     def __init__(self, sequence_id: str, on_cancel: Callable[[str], None]) -> None:
         self.id = sequence_id
         self.enough = False
-        self._queue: asyncio.Queue[Delta | FlexpertError | None] = asyncio.Queue()
+        self.cancelled = False
         self._on_cancel = on_cancel
         self._over = False
+        self._arrived: deque[Arrival] = deque()
+        self._waiting: asyncio.Future[None] | None = None
+        self._listener: Callable[[Arrival], None] = self._keep
 
     def put(self, item: Delta | FlexpertError) -> None:
         """Called by the journal."""
-        self._queue.put_nowait(item)
+        self._listener(item)
+
+    def listen(self, listener: Callable[[Arrival], None]) -> None:
+        """Have it told of what comes, beginning with what is here already. It is called from within
+        whatever has something to tell: it notes that, and works later."""
+        self._listener = listener
+        while self._arrived:
+            listener(self._arrived.popleft())
 
     def cancel(self) -> None:
         if not self._over:
-            self._over = True
+            self._over = self.cancelled = True
             self._on_cancel(self.id)
-            self._queue.put_nowait(None)  # a reader that waits ends, too
+            self._listener(None)  # a reader that waits ends, too
+
+    def over(self) -> None:
+        """Its reader has read all of it: there is nothing to cancel any more."""
+        self._over = True
 
     async def __aenter__(self) -> TokenStream:
         return self
@@ -119,19 +153,28 @@ class TokenStream:
         self.cancel()
 
     def __aiter__(self) -> AsyncIterator[Delta]:
-        return self._deltas()
+        return self
 
-    async def _deltas(self) -> AsyncIterator[Delta]:
-        while not self._over:
-            item = await self._queue.get()
-            if item is None:
-                return
-            if isinstance(item, FlexpertError):
-                self._over = True
-                raise item
-            if item.finish is not None:
-                self._over = True
-            yield item
+    async def __anext__(self) -> Delta:
+        if self._over:
+            raise StopAsyncIteration
+        while not self._arrived:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        item = self._arrived.popleft()
+        if item is None:
+            raise StopAsyncIteration
+        if isinstance(item, FlexpertError):
+            self._over = True
+            raise item
+        if item.finish is not None:
+            self._over = True
+        return item
+
+    def _keep(self, item: Arrival) -> None:
+        self._arrived.append(item)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 class JournalMeter(Protocol):
@@ -434,6 +477,10 @@ class Journal:
             )
         if self.log:
             self.log.published(event)
+        if len(entry.generated) > entry.said:
+            self._append(entry, event)
+            return
+        # the first that its rank says of it
         cleared = self._quarantine.cleared(event.id)
         self.router.computed(event.id)
         self._append(entry, event)

@@ -351,9 +351,10 @@ class Metrics:
     def step(self, rank: int, report: msg.Published) -> None:
         """A rank has taken a step with tokens."""
         self.step_tokens.observe(report.computed)
-        preempted = report.load.preemptions
-        self.preemptions.inc(max(0, preempted - self._preempted.get(rank, 0)))
-        self._preempted[rank] = preempted
+        preempted, before = report.load.preemptions, self._preempted.get(rank, 0)
+        if preempted != before:
+            self.preemptions.inc(max(0, preempted - before))
+            self._preempted[rank] = preempted
 
     # ---- of requests, from the journal ------------------------------------------------------
 

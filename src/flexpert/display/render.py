@@ -139,11 +139,10 @@ def figures_text(report: ServeReport) -> str:
         f"requests/s          {found.requests_per_s:.2f}",
         f"output tokens/s     {found.output_tokens_per_s:.1f}",
         *([_goodput_line(found.goodput)] if found.goodput else ()),
-        f"client              {report.client_cpu_s:.2f} s of CPU"
-        + (
-            f", {report.client_cpu_s / found.output_tokens * 1e6:.0f} µs a token"
-            if found.output_tokens
-            else ""
+        *(
+            _processor_line(name, cpu_s, found.output_tokens)
+            for name, cpu_s in (("head", report.head_cpu_s), ("client", report.client_cpu_s))
+            if cpu_s is not None
         ),
         "",
         f"{'ms':<20}{'mean':>9}{'p50':>9}{'p90':>9}{'p99':>9}{'longest':>9}",
@@ -162,6 +161,11 @@ def figures_text(report: ServeReport) -> str:
     if report.against is not None:
         lines += ["", *_against_lines(report.against)]
     return "\n".join(lines)
+
+
+def _processor_line(name: str, cpu_s: float, tokens: int) -> str:
+    of_token = f", {cpu_s / tokens * 1e6:.0f} µs a token" if tokens else ""
+    return f"{name:<20}{cpu_s:.2f} s of CPU{of_token}"
 
 
 def _goodput_line(goodput: Goodput) -> str:

@@ -68,8 +68,9 @@ class Deframer:
         self._limit = limit
         self._held = bytearray()
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """The messages that `data` completes; to be read to the end.
+    def feed(self, data: bytes | memoryview) -> Iterator[bytes]:
+        """The messages that `data` completes; to be read to the end. From the first one on `data`
+        may be used for something else.
 
         Raises: BadFrame: one is announced that is longer than the limit, or of another version.
         """

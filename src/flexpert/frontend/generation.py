@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, suppress
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,11 +17,12 @@ import msgspec
 from flexpert.cluster.sequence_trace import SequenceTrace
 from flexpert.cluster.views import Delta
 from flexpert.engine.request import FINISH_LENGTH, FINISH_STOP, SamplingParams, TokenLogprobs
-from flexpert.errors import RequestError, ServiceStopped
+from flexpert.errors import FlexpertError, RequestError, ServiceStopped
 from flexpert.frontend.text import AnswerText, StopTexts
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head, TokenStream
+    from flexpert.cluster.journal import Arrival
 
 
 # What submitting a sequence costs apart from its prompt, counted in prompt tokens, and what may be
@@ -92,7 +95,9 @@ class ChoiceTracer(Protocol):
 class Generation:
     """The choices of one request: every prompt, sampled `params.n` times.
 
-    `submit` has them run; leaving the context frees those that still do.
+    `submit` has them run; leaving the context frees those that still do. What comes is read from
+    `parts` on an event loop; or from `arrived`, which waits for nothing, whenever `when_arrived`
+    says that there is something.
 
     Args:
         prompts: token ids of each prompt.
@@ -126,6 +131,9 @@ class Generation:
         self._started = clock()
         self._prompt_tokens = sum(map(len, prompts))
         self.answers: list[Answer] = []
+        self._unfinished = 0
+        self._arrived: deque[tuple[Answer, Arrival]] = deque()
+        self._tell: Callable[[], None] | None = None
 
     async def submit(self) -> None:
         """All sequences, or none; many of them a few at a time, because others want the loop too.
@@ -155,7 +163,10 @@ class Generation:
                     if self._tracer is not None:
                         trace = self._tracer.sequence()
                     stream = self._head.submit(prompt, one, request_id=name, trace=trace)
-                    self.answers.append(Answer(index, stream, one, self._text, hidden))
+                    answer = Answer(index, stream, one, self._text, hidden)
+                    self.answers.append(answer)
+                    self._unfinished += 1
+                    stream.listen(partial(self._arrive, answer))
                     cost += _SUBMIT_COST + len(prompt)
                     if cost > _COST_OF_A_TURN:
                         cost = 0
@@ -197,18 +208,52 @@ class Generation:
             PromptTokensDetails(cached),
         )
 
-    async def parts(self) -> AsyncGenerator[list[Part], None]:
-        """What the choices grow by, all that is there at once in one list, until all are finished.
+    @property
+    def over(self) -> bool:
+        """Whether all choices are finished, and read."""
+        return not self._unfinished
+
+    def when_arrived(self, tell: Callable[[], None]) -> None:
+        """Call `tell` once: now if something is there already, else from within whatever brings it,
+        which must not be kept waiting."""
+        if self._arrived:
+            tell()
+        else:
+            self._tell = tell
+
+    def arrived(self) -> Iterator[list[Part]]:
+        """What the choices have grown by since it was last read: of a single one part after part,
+        each made only when it is asked for; of several all in one list.
 
         Raises:
             FlexpertError: a sequence failed.
         """
         if len(self.answers) == 1:
-            async for part in self._follow(self.answers[0]):
-                yield [part]
+            while self._arrived:
+                if (part := self._next()) is not None:
+                    yield [part]
             return
-        async for parts in self._merged():
+        parts = []
+        while self._arrived:
+            if (part := self._next()) is not None:
+                parts.append(part)
+        if parts:
             yield parts
+
+    async def parts(self) -> AsyncGenerator[list[Part], None]:
+        """As `arrived`, and what comes after it, until all choices are finished.
+
+        Raises:
+            FlexpertError: a sequence failed.
+        """
+        loop = asyncio.get_running_loop()
+        while not self.over:
+            for parts in self.arrived():
+                yield parts
+            if not self.over:
+                waiting = loop.create_future()
+                self.when_arrived(partial(_set, waiting))
+                await waiting
 
     async def whole(self) -> list[Part]:
         """Every choice put together, in order.
@@ -223,55 +268,41 @@ class Generation:
                     gathered[part.index].append(part)
         return [_join(parts) for parts in gathered]
 
-    async def _follow(self, answer: Answer) -> AsyncGenerator[Part, None]:
-        async for delta in answer.stream:
-            self._measure(answer, delta)
-            part = answer.no_answer(delta) if self._without_answer else answer.feed(delta)
-            yield part
-            if part.finish is not None:
-                if delta.finish is None:
-                    answer.stream.enough = True
-                    answer.stream.cancel()  # a stop text was met, the sequence would go on
-                return
-        raise ServiceStopped("the service stopped before the answer was complete")
+    def _arrive(self, answer: Answer, item: Arrival) -> None:
+        self._arrived.append((answer, item))
+        if self._tell is not None:
+            tell, self._tell = self._tell, None
+            tell()
 
-    async def _merged(self) -> AsyncGenerator[list[Part], None]:
-        arrived: asyncio.Queue[Part | BaseException] = asyncio.Queue()
+    def _next(self) -> Part | None:
+        """Made of what came first; None: its choice was finished already."""
+        answer, item = self._arrived.popleft()
+        if answer.finished:
+            return None
+        if item is None or answer.stream.cancelled:
+            raise ServiceStopped("the service stopped before the answer was complete")
+        if isinstance(item, FlexpertError):
+            answer.stream.over()
+            raise item
+        if self._meter is not None and item.tokens:
+            self._measure(self._meter, answer, len(item.tokens))
+        part = answer.no_answer(item) if self._without_answer else answer.feed(item)
+        if part.finish is not None:
+            answer.finished = True
+            self._unfinished -= 1
+            if item.finish is not None:
+                answer.stream.over()
+            else:
+                answer.stream.enough = True
+                answer.stream.cancel()  # a stop text was met, the sequence would go on
+        return part
 
-        async def pump(answer: Answer) -> None:
-            try:
-                async for part in self._follow(answer):
-                    arrived.put_nowait(part)
-            except Exception as error:  # noqa: BLE001 - raised again where the parts are read
-                arrived.put_nowait(error)
-
-        pumps = [asyncio.create_task(pump(answer)) for answer in self.answers]
-        try:
-            running = len(pumps)
-            while running:
-                ready = [await arrived.get()]
-                with suppress(asyncio.QueueEmpty):
-                    while True:
-                        ready.append(arrived.get_nowait())
-                parts = []
-                for item in ready:
-                    if isinstance(item, BaseException):
-                        raise item
-                    parts.append(item)
-                    running -= item.finish is not None
-                yield parts
-        finally:
-            for task in pumps:
-                task.cancel()
-
-    def _measure(self, answer: Answer, delta: Delta) -> None:
-        if self._meter is None or not delta.tokens:
-            return
+    def _measure(self, meter: Meter, answer: Answer, count: int) -> None:
         now = self._clock()
         if answer.latest is None:
-            self._meter.first_token(now - self._started)
+            meter.first_token(now - self._started)
         else:
-            self._meter.next_tokens(now - answer.latest, len(delta.tokens))
+            meter.next_tokens(now - answer.latest, count)
         answer.latest = now
 
 
@@ -279,7 +310,7 @@ class Answer:
     """One sequence's answer as it grows.
 
     tokens: ids so far, the one that ended it included. latest: when the last ones came. cached:
-    tokens of the prompt that were found in the prefix cache.
+    tokens of the prompt that were found in the prefix cache. finished: its last part is made.
     """
 
     __slots__ = (
@@ -294,6 +325,7 @@ class Answer:
         "_stops",
         "_with_logprobs",
         "cached",
+        "finished",
         "index",
         "latest",
         "stream",
@@ -313,6 +345,7 @@ class Answer:
         self.tokens: list[int] = []
         self.latest: float | None = None
         self.cached = 0
+        self.finished = False
         self._detokenizer = text.detokenizer(skip_special_tokens=params.skip_special_tokens)
         self._keeps_end = params.include_stop_str_in_output
         self._stops = StopTexts(params.stop, include=self._keeps_end)
@@ -331,10 +364,22 @@ class Answer:
         unless what stops an answer is to be part of it. A stop text is not looked for in the
         first `min_tokens` tokens.
         """
-        before = len(self.tokens)
-        part = self._feed(delta)
-        part.degraded = delta.degraded
-        part.tokens = self.tokens[before:]
+        tokens = delta.tokens
+        visible = len(tokens)
+        ended = delta.finish == FINISH_STOP and tokens and tokens[-1] in self._hidden
+        if ended and not self._keeps_end:
+            visible -= 1
+        if self._fast:
+            self.tokens += tokens
+            text = self._detokenizer.push(tokens[:visible] if ended else tokens)
+            if delta.finish is not None:
+                text += self._detokenizer.flush()
+            part = Part(self.index, text, None, delta.finish, delta.degraded, tokens)
+        else:
+            before = len(self.tokens)
+            part = self._feed_each(delta, visible)
+            part.degraded = delta.degraded
+            part.tokens = self.tokens[before:]
         self._begin(part, delta)
         return part
 
@@ -348,20 +393,6 @@ class Answer:
     def _begin(self, part: Part, delta: Delta) -> None:
         part.prompt = delta.prompt_logprobs
         self.cached += delta.cached
-
-    def _feed(self, delta: Delta) -> Part:
-        tokens = delta.tokens
-        visible = len(tokens)
-        ended = delta.finish == FINISH_STOP and tokens and tokens[-1] in self._hidden
-        if ended and not self._keeps_end:
-            visible -= 1
-        if self._fast:
-            self.tokens += tokens
-            text = self._detokenizer.push(tokens[:visible])
-            if delta.finish is not None:
-                text += self._detokenizer.flush()
-            return Part(self.index, text, None, delta.finish)
-        return self._feed_each(delta, visible)
 
     def _feed_each(self, delta: Delta, visible: int) -> Part:
         """Token by token: for stop texts, which may end within the delta, and for offsets."""
@@ -397,6 +428,11 @@ class Answer:
             out = sum(record.offset < self._shown for record in self._records)
         records, self._records = self._records[:out], self._records[out:]
         return Part(self.index, text, records, finish)
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _join(parts: list[Part]) -> Part:

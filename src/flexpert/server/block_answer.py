@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Protocol
 
@@ -80,22 +79,28 @@ class BlockShape(Protocol):
     def fail(self, answer: BlockAnswer, error: ApiError) -> bytes: ...
 
 
-async def block_events(
-    generation: Generation, answer: BlockAnswer, shape: BlockShape
-) -> AsyncGenerator[bytes, None]:
-    """The stream's events; what came in one step leaves in one piece."""
-    try:
-        yield shape.begin(generation.usage)
-        async with aclosing(generation.parts()) as arriving:
-            async for parts in arriving:
-                events = [event for part in parts for event in answer.feed(part)]
-                if piece := b"".join([shape.show(event) for event in events]):
-                    yield piece
-        yield shape.end(answer, generation.usage)
-    except Exception as error:
+class BlockEvents:
+    """The events of an answer's stream; as `AnswerEvents`."""
+
+    def __init__(self, generation: Generation, answer: BlockAnswer, shape: BlockShape) -> None:
+        self._generation = generation
+        self._answer = answer
+        self._shape = shape
+
+    def begin(self) -> bytes:
+        return self._shape.begin(self._generation.usage)
+
+    def show(self, parts: list[Part]) -> bytes:
+        events = [event for part in parts for event in self._answer.feed(part)]
+        return b"".join([self._shape.show(event) for event in events])
+
+    def end(self) -> bytes:
+        return self._shape.end(self._answer, self._generation.usage)
+
+    def fail(self, error: Exception) -> bytes:
         if not isinstance(error, FlexpertError):
             log.exception("an answer failed")
-        yield shape.fail(answer, api_error(error))
+        return self._shape.fail(self._answer, api_error(error))
 
 
 async def whole_answer(generation: Generation, answer: BlockAnswer) -> None:

@@ -16,7 +16,7 @@ from flexpert.server import wire
 from flexpert.server.http_errors import SERVER, ApiError
 from flexpert.server.live_feed import LiveFeed
 from flexpert.server.schemas import ElasticScaleRequest, OperationRequest
-from flexpert.server.stream import EventStream, event
+from flexpert.server.stream import GeneratedEvents, event
 
 if TYPE_CHECKING:
     from flexpert.cluster.head import Head
@@ -74,7 +74,7 @@ class ControlRoutes:
         them what happens, as in `/cluster/events`. Who reads too slowly is told "overrun"."""
         self._feed.check_room()
         self._head.cluster()  # an error has a status only now
-        return EventStream(self._feed.watch())
+        return GeneratedEvents(self._feed.watch())
 
     async def placement(self, layer: Annotated[int, Query(ge=0, le=MOST_LAYERS)] = 0) -> Response:
         """Which rank holds which expert of one MoE layer, counted from 0."""
@@ -120,7 +120,7 @@ class ControlRoutes:
             since = int(last[:20])
         if since is not None:
             self._head.check_cursor(since)
-        return EventStream(self._events(since))
+        return GeneratedEvents(self._events(since))
 
     async def scale_elastic_ep(self, request: Request, body: ElasticScaleRequest) -> Response:
         """vLLM's and SGLang's way: change the number of ranks and wait until that is done.

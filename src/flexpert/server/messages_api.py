@@ -13,13 +13,13 @@ from flexpert.engine.request import FINISH_LENGTH
 from flexpert.frontend.generation import Usage
 from flexpert.server import fields, wire
 from flexpert.server.answer_blocks import Block, BlockEvent
-from flexpert.server.block_answer import BlockAnswer, block_events, whole_answer
+from flexpert.server.block_answer import BlockAnswer, BlockEvents, whole_answer
 from flexpert.server.forwarding import BODY
 from flexpert.server.http_errors import ApiError
 from flexpert.server.message_errors import message_error
 from flexpert.server.openai import OpenAIRoutes
 from flexpert.server.preprocessing import Generate, Rendered
-from flexpert.server.stream import EventStream, event, unless_gone
+from flexpert.server.stream import AnswerStream, event, unless_gone
 
 
 class MessageObject(msgspec.Struct):
@@ -62,8 +62,7 @@ class MessagesRoutes:
         request.scope.pop(BODY, None)
         headers = fields.header(asked.ignored)
         if asked.stream:
-            events = block_events(generation, answer, shape)
-            return EventStream(events, generation.cancel, headers)
+            return AnswerStream(generation, BlockEvents(generation, answer, shape), headers)
         with generation:
             await unless_gone(request.receive, whole_answer(generation, answer))
         body = shape.whole(answer, generation.usage)

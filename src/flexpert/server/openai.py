@@ -6,8 +6,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -16,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from flexpert.errors import FlexpertError
 from flexpert.forking.framing import Piece
-from flexpert.frontend.generation import Generation
+from flexpert.frontend.generation import Generation, Part
 from flexpert.frontend.token_ids import text_of_answers
 from flexpert.server import fields, wire
 from flexpert.server.answer_place import AnswerPlace
@@ -27,7 +26,7 @@ from flexpert.server.http_metrics import ServerMetrics
 from flexpert.server.preprocessing import Continues, Generate, Kind, Outcome, Rendered
 from flexpert.server.preprocessors import Preprocessors
 from flexpert.server.shapes import ChatShape, ChoiceShape, TextShape
-from flexpert.server.stream import DONE, ClientGone, EventStream, event, unless_gone
+from flexpert.server.stream import DONE, AnswerStream, ClientGone, event, unless_gone
 from flexpert.server.trace_settings import TRACE
 from flexpert.server.unserved import wrong_content_type
 
@@ -184,7 +183,7 @@ class OpenAIRoutes:
         headers = fields.header(asked.ignored)
         if asked.stream:
             place = self._place(request, generation)
-            return EventStream(_events(generation, shape, place), generation.cancel, headers)
+            return AnswerStream(generation, ChoiceEvents(generation, shape, place), headers)
         with generation:
             choices = await unless_gone(request.receive, generation.whole())
         body = await shape.answer(choices, generation.usage)
@@ -232,34 +231,45 @@ def _gather(pieces: list[Piece], piece: bytes) -> None:
         pieces.append(bytearray(piece))
 
 
-async def _events(
-    generation: Generation, shape: ChoiceShape, place: AnswerPlace | None = None
-) -> AsyncGenerator[bytes, None]:
-    """The stream's events; what came in one step leaves in one piece.
+class ChoiceEvents:
+    """Choices of an answer as events: chunks in OpenAI's shapes.
 
     place: events have ids, and those that the client has had are left out.
     """
-    continuous = shape.shown.continuous_usage
-    try:
-        async with aclosing(generation.parts()) as arriving:
-            async for parts in arriving:
-                usage = generation.usage if continuous else None
-                if len(parts) == 1:
-                    chunk = shape.chunk(parts[0], usage)
-                    new = place is None or place.advance()
-                    if chunk is not None and new:
-                        yield event(chunk, id=place.id if place else b"")
-                    continue
-                chunks = [shape.chunk(part, usage) for part in parts]
-                if piece := b"".join([event(chunk) for chunk in chunks if chunk is not None]):
-                    yield piece
-        if shape.shown.usage:
-            yield event(shape.usage_chunk(generation.usage))
-    except Exception as error:
+
+    def __init__(
+        self, generation: Generation, shape: ChoiceShape, place: AnswerPlace | None = None
+    ) -> None:
+        self._generation = generation
+        self._shape = shape
+        self._place = place
+        self._continuous = shape.shown.continuous_usage
+
+    def begin(self) -> bytes:
+        return b""
+
+    def show(self, parts: list[Part]) -> bytes:
+        shape, place = self._shape, self._place
+        usage = self._generation.usage if self._continuous else None
+        if len(parts) == 1:
+            chunk = shape.chunk(parts[0], usage)
+            new = place is None or place.advance()
+            return event(chunk, id=place.id if place else b"") if chunk is not None and new else b""
+        chunks = [shape.chunk(part, usage) for part in parts]
+        return b"".join([event(chunk) for chunk in chunks if chunk is not None])
+
+    def end(self) -> bytes:
+        shape = self._shape
+        if not shape.shown.usage:
+            return DONE
+        return event(shape.usage_chunk(self._generation.usage)) + DONE
+
+    def fail(self, error: Exception) -> bytes:
+        id = self._shape.id
         if not isinstance(error, FlexpertError):
-            log.exception("%s failed", shape.id, extra={"request": shape.id})
-        yield event(api_error(error).body)  # the status has been sent; this is how clients learn
-    yield DONE
+            log.exception("%s failed", id, extra={"request": id})
+        # the status has been sent; this is how clients learn
+        return event(api_error(error).body) + DONE
 
 
 def is_json(content_type: str | None) -> bool:

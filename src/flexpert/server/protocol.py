@@ -32,6 +32,9 @@ log = logging.getLogger("flexpert.server")
 # Key in the ASGI scope: the ApiError for which the rest of the body will not come.
 BODY_FAILED = "flexpert.body_failed"
 
+# Key in the ASGI scope: the BodyWriter of the answer.
+BODY_WRITER = "flexpert.body_writer"
+
 # After a last answer what the client still sends is read and dropped for so long, and so much of
 # it, because closing at once would reset the connection and the answer would be lost with it.
 LINGER_S = 10.0
@@ -68,6 +71,28 @@ class Door:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+
+class BodyWriter:
+    """Writes pieces of a body without waiting, and without a coroutine for each; for who streams an
+    answer that `send` has begun, and has no `send` under way. The end is sent as ever."""
+
+    __slots__ = ("_cycle", "_flow")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._flow = cycle.flow
+
+    @property
+    def ready(self) -> bool:
+        """False: the client does not read, or is gone, or its answer is of another kind; `send`
+        does what is right then."""
+        cycle = self._cycle
+        return bool(cycle.chunked_encoding and not (self._flow.write_paused or cycle.disconnected))
+
+    def write(self, piece: bytes) -> None:
+        """piece: not empty."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
 
 class _Refused(Exception):  # noqa: N818 - ends the parser's work; `_error` says why
@@ -317,6 +342,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        cycle.scope[BODY_WRITER] = BodyWriter(cycle)  # type: ignore[literal-required]
         super()._start_asgi_task(cycle, app)
         if cycle is self.cycle and self._expect is Expect.BODY:  # it has waited for its turn
             self._limit_request(self.limits.body_timeout)

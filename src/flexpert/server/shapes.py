@@ -24,6 +24,8 @@ from flexpert.server.schemas import Shown
 
 NOTHING_MORE = Shown()
 
+_NO_CHOICES = b'"choices":[]'  # in no text within JSON, where a quote is escaped
+
 
 class ChoiceShape(abc.ABC):
     """How one request is answered.
@@ -52,14 +54,11 @@ class ChoiceShape(abc.ABC):
         self._prompts = prompts
         self._no_usage = None if shown.usage else msgspec.UNSET
         self._begun: set[int] = set()
+        self._envelope: tuple[bytes, bytes] | None = None
 
     @abc.abstractmethod
     def chunk(self, part: Part, usage: Usage | None = None) -> bytes | None:
         """JSON of one event; None: the part has nothing to show. usage: so far, if asked for."""
-
-    @abc.abstractmethod
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """JSON of the last event of a stream that asked for its usage."""
 
     @abc.abstractmethod
     def whole_choice(self, part: Part) -> wire.TextChoice | wire.ChatChoice:
@@ -77,6 +76,23 @@ class ChoiceShape(abc.ABC):
             choices.append(msgspec.Raw(wire.encode(self.whole_choice(part))))
             await asyncio.sleep(0)
         return self.whole(choices, usage, parts)
+
+    def _enclose(self, choice: wire.TextChoice | wire.ChatChunkChoice) -> bytes:
+        """JSON of an event with this choice and nothing more to tell: what is around it is always
+        the same."""
+        if self._envelope is None:
+            before, mark, after = self._around(self._no_usage).partition(_NO_CHOICES)
+            self._envelope = before + mark[:-1], mark[-1:] + after
+        before, after = self._envelope
+        return before + wire.encode(choice) + after
+
+    @abc.abstractmethod
+    def _around(self, usage: Usage | msgspec.UnsetType | None) -> bytes:
+        """JSON of an event without any choice."""
+
+    def usage_chunk(self, usage: Usage) -> bytes:
+        """JSON of the last event of a stream that asked for its usage."""
+        return self._around(usage)
 
     def _begins(self, index: int) -> bool:
         """Whether this is the first that is shown of a choice."""
@@ -125,9 +141,12 @@ class TextShape(ChoiceShape):
     def chunk(self, part: Part, usage: Usage | None = None) -> bytes | None:
         if self._is_empty(part) and (not self._echoes or part.index in self._begun):
             return None
-        return self._encode([self._choice(part)], usage or self._no_usage, _remark([part]))
+        choice, remark = self._choice(part), _remark([part])
+        if usage is None and remark is msgspec.UNSET:
+            return self._enclose(choice)
+        return self._encode([choice], usage or self._no_usage, remark)
 
-    def usage_chunk(self, usage: Usage) -> bytes:
+    def _around(self, usage: Usage | msgspec.UnsetType | None) -> bytes:
         return self._encode([], usage)
 
     def whole(self, choices: list[msgspec.Raw], usage: Usage, parts: Sequence[Part]) -> bytes:
@@ -203,9 +222,12 @@ class ChatShape(ChoiceShape):
             part.index, delta, self._logprobs(part), finish, self._token_ids(part)
         )
         prompt = self._prompt_ids(part.index) if begins else msgspec.UNSET
-        return self._encode([choice], usage or self._no_usage, _remark([part]), prompt)
+        remark = _remark([part])
+        if usage is None and remark is msgspec.UNSET and prompt is msgspec.UNSET:
+            return self._enclose(choice)
+        return self._encode([choice], usage or self._no_usage, remark, prompt)
 
-    def usage_chunk(self, usage: Usage) -> bytes:
+    def _around(self, usage: Usage | msgspec.UnsetType | None) -> bytes:
         return self._encode([], usage)
 
     def whole(self, choices: list[msgspec.Raw], usage: Usage, parts: Sequence[Part]) -> bytes:
@@ -250,5 +272,7 @@ class ChatShape(ChoiceShape):
 
 def _remark(parts: Sequence[Part]) -> wire.Remark | msgspec.UnsetType:
     """On the last part of a degraded choice; nothing on any other."""
-    degraded = any(part.degraded and part.finish is not None for part in parts)
-    return wire.Remark(degraded=True) if degraded else msgspec.UNSET
+    for part in parts:
+        if part.degraded and part.finish is not None:
+            return wire.Remark(degraded=True)
+    return msgspec.UNSET

@@ -46,6 +46,7 @@ class ChildLink:
         self._on_message = on_message
         self._on_end = on_end
         self._deframer = Deframer(most_received)
+        self._received = memoryview(bytearray(_CHUNK))
         self._most_unsent = most_unsent
         self._unsent: collections.deque[memoryview] = collections.deque()
         self._unsent_bytes = 0
@@ -116,16 +117,16 @@ class ChildLink:
         Returns whether there was one.
         """
         try:
-            data = self._socket.recv(_CHUNK)
+            size = self._socket.recv_into(self._received)
         except BlockingIOError:
             return False
         except OSError:
-            data = b""
-        if not data:
+            size = 0
+        if not size:
             self._end("")
             return False
         try:
-            for message in self._deframer.feed(data):
+            for message in self._deframer.feed(self._received[:size]):
                 self._on_message(message)
                 if not self._open:
                     return False
