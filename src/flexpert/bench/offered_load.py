@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from flexpert.bench.arrival_times import RateRamp, gamma_arrivals, ramp_arrivals
 from flexpert.bench.load import (
@@ -41,6 +42,7 @@ class OfferedLoad:
     request_rate: float | None = None
     ramp: RateRamp | None = None
     burstiness: float = 1.0
+    temperature: float = 0.0
     warmup: int
     seed: int
 
@@ -77,6 +79,8 @@ class OfferedLoad:
             how = f"{self.concurrency} at once"
         if self.burstiness != 1.0:
             how += f", burstiness {self.burstiness:g}"
+        if self.temperature:
+            how += f", temperature {self.temperature:g}"
         out = self.output_tokens
         return f"{self.count} requests, {what}, {out} out, {how}, seed {self.seed}"
 
@@ -123,7 +127,7 @@ async def offer(
     model: str | None = None,
 ) -> list[ClientAnswer]:
     """The load itself. model: its name, for servers that must be told; None: what is served."""
-    requests = _messages(target, prompts, load.answer_tokens(), model)
+    requests = _messages(target, load, prompts, load.answer_tokens(), model)
 
     async def send(number: int) -> ClientAnswer:
         return await complete(target, requests[number], stall_s=STALL_S)
@@ -143,7 +147,8 @@ async def warm_up(target: Target, load: OfferedLoad, seed: int, model: str | Non
         return
     pool = await token_pool(target)
     prompts = random_prompts(pool, load.input_tokens, load.warmup, seed)
-    requests = _messages(target, prompts, [load.output_tokens] * len(prompts), model)
+    tokens = [load.output_tokens] * len(prompts)
+    requests = _messages(target, load, prompts, tokens, model)
 
     async def send(number: int) -> ClientAnswer:
         return await complete(target, requests[number], stall_s=STALL_S)
@@ -155,14 +160,19 @@ async def warm_up(target: Target, load: OfferedLoad, seed: int, model: str | Non
 
 
 def _messages(
-    target: Target, prompts: list[Prompt], tokens: list[int], model: str | None
+    target: Target,
+    load: OfferedLoad,
+    prompts: list[Prompt],
+    tokens: list[int],
+    model: str | None,
 ) -> list[bytes]:
-    named = {} if model is None else {"model": model}
+    more: dict[str, Any] = {} if model is None else {"model": model}
+    more |= {"ignore_eos": True, "temperature": load.temperature}
     return [
         target.message(
             "POST",
             "/v1/completions",
-            completion_body(prompt, max_tokens=most, ignore_eos=True, temperature=0.0, **named),
+            completion_body(prompt, max_tokens=most, **more),
         )
         for prompt, most in zip(prompts, tokens, strict=True)
     ]

@@ -96,6 +96,12 @@ def bench_serve(
     output_len: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens of every answer.")
     ] = 128,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="T", help="Of every answer; at 0 random models repeat one token."
+        ),
+    ] = 0.0,
     concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Concurrent requests.")] = 16,
     request_rate: Annotated[
         float | None,
@@ -208,6 +214,7 @@ def bench_serve(
         request_rate=request_rate,
         ramp=RateRamp.parse(ramp) if ramp else None,
         burstiness=burstiness or 1.0,
+        temperature=temperature,
         warmup=warmup,
         seed=seed,
     )
