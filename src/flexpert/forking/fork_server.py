@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -430,7 +431,10 @@ class _Server:
 
         Raises: OSError: the system refuses; there is no child.
         """
-        pid = os.fork()
+        with warnings.catch_warnings():
+            # libraries have threads of their own here, which hold no lock that a child needs
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded")
+            pid = os.fork()
         if pid == 0:
             tells = [child.tells for child in self._children.values() if child.tells >= 0]
             keepers = [c.keeper.fileno() for c in self._children.values() if c.keeper]

@@ -62,7 +62,7 @@ def _fill(cache: ExpertCache, source: CachedModel, connection: Connection) -> No
     with contextlib.suppress(ConnectionEnded):
         try:
             run_parallel(cache.keys, read, _THREADS)
-        except (FlexpertError, OSError, MemoryError) as error:
+        except (FlexpertError, OSError, MemoryError, RuntimeError) as error:
             connection.send(encode(CacheFailed(str(error))))
         else:
             connection.send(encode(CacheFilled(len(cache.keys))))

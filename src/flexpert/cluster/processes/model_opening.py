@@ -60,6 +60,7 @@ def open_model(config_json: bytes) -> ModelSource:
         source.try_extents()
     finally:
         torch.set_num_threads(threads)
+    os.register_at_fork(after_in_child=_renew_thread_pool)
     if driver_is_open():
         raise FlexpertError(
             "opening the model has opened the GPU's driver in the process that ranks are forked "
@@ -85,6 +86,14 @@ def open_source(config: Config) -> ModelSource:
         experts=_EXPERTS[quantization],
         trust_remote_code=config.model.trust_remote_code,
     )
+
+
+def _renew_thread_pool() -> None:
+    """The first operation after a fork does so, and others at the same time would fail
+    (findings/torch_first_threads_after_fork.sh)."""
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def _in_fork(check: Callable[[], None]) -> None:
