@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
-from flexpert.bench.prompts import random_prompts, read_prompts
+from flexpert.bench import prompts
+from flexpert.bench.load import LoadError, Target
+from flexpert.bench.prompts import random_prompts, read_prompts, token_pool
 from flexpert.errors import ConfigError
 
 
@@ -43,3 +46,16 @@ def test_random_prompts_repeat_with_their_seed() -> None:
     assert prompts == random_prompts([5, 6, 7], length=4, count=2, seed=1)
     assert prompts != random_prompts([5, 6, 7], length=4, count=2, seed=2)
     assert all(len(p) == 4 and set(p) <= {5, 6, 7} for p in prompts)
+
+
+def test_a_tokenizer_that_knows_no_english_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def tokenized(target: Target, text: str) -> list[int]:
+        return [0] * 90 + [*range(count)]
+
+    monkeypatch.setattr(prompts, "tokenize", tokenized)
+    target = Target("127.0.0.1", 1)
+    count = 60
+    assert asyncio.run(token_pool(target)) == [*range(60)]
+    count = 3
+    with pytest.raises(LoadError, match="knows 3 tokens.*--prompts"):
+        asyncio.run(token_pool(target))

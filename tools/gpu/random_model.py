@@ -1,4 +1,5 @@
-"""Write a random Qwen3-MoE as wide as Qwen3-30B-A3B, with a tokenizer whose tokens are words.
+"""Write a random Qwen3-MoE as wide as Qwen3-30B-A3B, with a tokenizer whose tokens are words: those
+of the text that `flexpert bench` draws random prompts from, and w0, w1, ….
 
     PYTHONPATH=src python tools/gpu/random_model.py FOLDER [--layers 12] [--device cuda]
 
@@ -17,6 +18,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
 from flexpert.bench.model_shapes import qwen3_30b_a3b
+from flexpert.bench.prompts import POOL_TEXT
 
 
 def make_model(folder: Path, layers: int, device: str) -> None:
@@ -29,8 +31,10 @@ def make_model(folder: Path, layers: int, device: str) -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder, max_shard_size="4GB")
-    words = WordLevel({f"w{number}": number for number in range(config.vocab_size)}, unk_token="w0")
-    tokenizer = Tokenizer(words)
+    numbered = (f"w{number}" for number in range(config.vocab_size))
+    words = dict.fromkeys(["w0", "w1", *POOL_TEXT.split(), *numbered])
+    known = dict(zip(words, range(config.vocab_size), strict=False))
+    tokenizer = Tokenizer(WordLevel(known, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
     size = sum(file.stat().st_size for file in folder.iterdir())

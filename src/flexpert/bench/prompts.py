@@ -15,6 +15,7 @@ from flexpert.reading import read_text
 Prompt = str | list[int]
 
 _MOST_BYTES = 1 << 28
+_FEWEST = 32  # tokens of a pool: prompts of fewer would be much alike
 
 # Its token ids are what random prompts are drawn from: they are ordinary tokens of whatever
 # model is served, and no tokenizer is needed here.
@@ -62,8 +63,18 @@ def random_prompts(pool: Sequence[int], length: int, count: int, seed: int) -> l
 
 
 async def token_pool(target: Target) -> list[int]:
-    """Ordinary token ids of the served model."""
-    return sorted(set(await tokenize(target, POOL_TEXT)))
+    """Ordinary token ids of the served model.
+
+    Raises:
+        LoadError: its tokenizer makes nearly nothing of English, so that all prompts would be one.
+    """
+    pool = sorted(set(await tokenize(target, POOL_TEXT)))
+    if len(pool) < _FEWEST:
+        raise LoadError(
+            f"the model's tokenizer knows {len(pool)} tokens of a text of English, of which "
+            "random prompts would all be much alike; give prompts with --prompts"
+        )
+    return pool
 
 
 async def tokenize(target: Target, text: str) -> list[int]:

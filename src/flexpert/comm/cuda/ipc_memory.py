@@ -21,6 +21,7 @@ from flexpert.comm.cuda.cuda_runtime import CudaError, Handle, check, load_runti
 from flexpert.comm.errors import PeerUnreachable
 
 _LAZY_PEER_ACCESS = 1
+_BLOCK = 1 << 21  # bytes: smaller allocations share one, which a process maps but once
 
 
 class _Array:
@@ -65,7 +66,8 @@ class SharedMemory:
 
     def _allocate(self, size: int) -> int:
         at = ctypes.c_void_p()
-        status = self._runtime.cudaMalloc(ctypes.byref(at), ctypes.c_size_t(size))
+        whole = -(-size // _BLOCK) * _BLOCK
+        status = self._runtime.cudaMalloc(ctypes.byref(at), ctypes.c_size_t(whole))
         check(self._runtime, f"{size} bytes of the GPU's memory", status)
         assert at.value is not None
         return at.value

@@ -179,6 +179,7 @@ class CudaBufferBaseline(_IndexedRows):
         self._buffer.check()
         self._site.gather(None)
         self._buffer.close()
+        self._site.gather(None)  # nobody has the others' windows mapped any more
 
 
 def _nvidias() -> Any:

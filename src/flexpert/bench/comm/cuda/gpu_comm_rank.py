@@ -60,6 +60,7 @@ class GpuRank:
         self._store = store
         self._baselines: dict[str, GpuBaseline] = {}
         self._built = self._gathered = 0
+        self._clock: CudaExchangeBaseline | None = None
         self._device = set_rank_device(rank)
 
     def device_name(self) -> str:
@@ -77,6 +78,8 @@ class GpuRank:
         for baseline in self._baselines.values():
             baseline.close()
         self._baselines.clear()
+        if self._clock is not None:
+            self._clock.close()
         torch.cuda.empty_cache()
         self._work = work
         self._inputs = [make_input(work, self._rank, turn) for turn in range(POOL)]
@@ -145,6 +148,7 @@ class GpuRank:
                 baseline.combine(turn % POOL)
 
         steady = captured(run)
+        assert self._clock is not None  # of `prepare`
         shots = Shots(self._clock.exchange.meet, self._device)
         phases = (baseline.dispatch, baseline.combine)
         self._in_step()
