@@ -57,5 +57,5 @@ def test_a_tokenizer_that_knows_no_english_is_told_of(monkeypatch: pytest.Monkey
     count = 60
     assert asyncio.run(token_pool(target)) == [*range(60)]
     count = 3
-    with pytest.raises(LoadError, match="knows 3 tokens.*--prompts"):
+    with pytest.raises(LoadError, match=r"knows 3 tokens.*--prompts"):
         asyncio.run(token_pool(target))
