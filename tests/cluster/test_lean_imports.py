@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flexpert.cluster.processes import lean_imports
-from flexpert.cluster.processes.lean_imports import DeferredModule
+from flexpert.cluster.processes.lean_imports import WHOLE, DeferredModule
 
 LEFT_OUT = ("sympy", "torch._dynamo", "torch.export", "torch.fx.experimental.symbolic_shapes")
 
@@ -37,6 +37,19 @@ from torch._dynamo.utils import counters
 assert not isinstance(torch._dynamo, DeferredModule)
 assert "torch._dynamo.eval_frame" in sys.modules
 """
+
+
+@pytest.mark.slow
+def test_nothing_is_left_out_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WHOLE, "1")
+    program = (
+        "import sys\n"
+        "from flexpert.cluster.processes.model_opening import import_all\n"
+        "import_all()\n"
+        "import torch._dynamo\n"
+        "assert type(torch._dynamo).__name__ == 'module', type(torch._dynamo)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
 
 
 @pytest.mark.slow

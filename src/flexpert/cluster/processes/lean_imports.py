@@ -25,6 +25,9 @@ import msgspec
 
 from flexpert.cluster.processes import caches
 
+WHOLE = "FLEXPERT_WHOLE_IMPORTS"
+"""Variable of the environment; set: nothing is left out."""
+
 _SYMBOLIC_SHAPES = "torch.fx.experimental.symbolic_shapes"
 _WRAPPED = "torch._dynamo._trace_wrapped_higher_order_op"
 Structure = dict[frozenset[str], dict[str, set[str]]]
@@ -61,7 +64,7 @@ class DeferredModule(ModuleType):
 
 def trim_imports() -> None:
     """Before either library is imported; later it does nothing."""
-    if "torch" in sys.modules or "transformers" in sys.modules:
+    if "torch" in sys.modules or "transformers" in sys.modules or os.environ.get(WHOLE):
         return
     _defer("torch.export", package=True)
     _defer("torch.export.decomp_utils", {"CustomDecompTable": dict})
@@ -223,6 +226,8 @@ def trim_conversions() -> None:
     """transformers has a thousand patterns for the tensors' names of all families, and compiles
     them all for one of them. After it is imported."""
     module = sys.modules.get("transformers.core_model_loading")
+    if os.environ.get(WHOLE):
+        return
     if module is not None and module.__dict__.get("re") is re:
         module.__dict__["re"] = _LateExpressions()
 
