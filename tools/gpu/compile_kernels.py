@@ -1,4 +1,4 @@
-"""Compile exchange and experts' products for Hopper without a GPU, and print what ptxas says.
+"""Compile exchange, experts' products and sampling for Hopper without a GPU, and print what ptxas says.
 
     python tools/gpu/compile_kernels.py [--ptx DIRECTORY]
 
@@ -31,10 +31,11 @@ from flexpert.comm.cuda.cuda_exchange import Tuning
 from flexpert.comm.cuda.cuda_layout import combine_format, dispatch_format
 from flexpert.comm.cuda.kernel_launch import argument_sizes, parameter_sizes
 from flexpert.kernels.cuda import grouped_products as products
+from flexpert.kernels.cuda import sampling
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
 TUNED = Tuning()
-MODULES = (dispatch, combine, expert_major, lane_kernels, waiting, products)
+MODULES = (dispatch, combine, expert_major, lane_kernels, waiting, products, sampling)
 P64, P32, F32, BF16, I32, I64 = "*i64", "*i32", "*fp32", "*bf16", "i32", "i64"
 SHAPE = dict(R=8, TOPK=8, MAX_TOKENS=512)
 WHERE = dict(WEIGHTS_AT=1 << 16, SCALES_AT=1 << 17, ROWS_AT=1 << 18, RESULTS_AT=1 << 24)
@@ -125,6 +126,15 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
             TUNED.take_warps,
         )
         for name, home, given in (("rank", False, False), ("home", True, False), ("shared", False, True))
+    },
+    **{
+        f"choose_tokens {name}": (
+            "_choose_tokens",
+            dict(words=words, settings="*fp64", tokens=P64, possible=F32, vocab=I32, stride=I32, rows=I32),
+            dict(HALF=name == "bf16", BLOCK=8192),
+            16,
+        )
+        for name, words in (("bf16", "*i16"), ("float32", "*i32"))
     },
     "release": ("release", dict(table=P64, bits=I32, me=I32), {}, 1),
     "await_release": ("await_release", dict(table=P64, window=I64), dict(SIM=False), 1),
