@@ -224,7 +224,7 @@ def test_three_services_serve_the_same_day(monkeypatch: pytest.MonkeyPatch) -> N
     one = {"id": 0, "state": "active", "host": "h", "pid": 1}
     fake = FakeService()
     fake.replies |= {
-        "POST /tokenize": (200, {"tokens": [3, 4, 5]}),
+        "POST /tokenize": (200, {"tokens": [*range(40)]}),
         "POST /v1/completions": (200, tokens + b"data: [DONE]\n\n"),
         "GET /cluster": (200, CLUSTER | {"ranks": [one], "desired": [0]}),
         "POST /cluster/operations": (202, DONE),

@@ -121,7 +121,7 @@ USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 2, "completion_tokens
 def service() -> Iterator[FakeService]:
     fake = FakeService()
     fake.replies |= {
-        "POST /tokenize": (200, {"tokens": [3, 4, 5]}),
+        "POST /tokenize": (200, {"tokens": [*range(40)]}),
         "GET /v1/models": (200, {"data": [{"id": "tiny", "max_model_len": 700}]}),
         "POST /v1/completions": (200, TOKEN + USAGE + b"data: [DONE]\n\n"),
         "GET /cluster": [(200, CLUSTER), (200, CLUSTER), (200, CLUSTER | {"cursor": 1})],

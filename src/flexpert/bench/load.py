@@ -423,7 +423,8 @@ async def open_loop(send: Callable[[int], Awaitable[T]], arrivals: Sequence[floa
     start = perf_counter()
 
     async def one(number: int) -> T:
-        await asyncio.sleep(max(0.0, start + arrivals[number] - perf_counter()))
+        while (left := start + arrivals[number] - perf_counter()) > 0:
+            await asyncio.sleep(left)  # uvloop's timers are whole milliseconds, and may be early
         return await send(number)
 
     async with asyncio.TaskGroup() as group:

@@ -190,7 +190,8 @@ class EventRun:
         return [self._with_gap(self._done[n], answers) for n in range(len(self.events))]
 
     async def _one(self, number: int, event: TimedEvent) -> None:
-        await asyncio.sleep(max(0.0, self.begin + event.at - perf_counter()))
+        while (left := self.begin + event.at - perf_counter()) > 0:
+            await asyncio.sleep(left)  # uvloop's timers are whole milliseconds, and may be early
         begun = perf_counter() - self.begin
         told = EventOutcome(at_s=event.at, what=event.text, state="refused", begun_s=begun)
         self._done[number] = told
