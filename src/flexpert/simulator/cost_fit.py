@@ -15,6 +15,10 @@ from numpy.typing import NDArray
 from flexpert.simulator.cost_profile import StepCost, rank_features
 
 _SHARES = [index / 20 for index in range(31)]  # of `StepCost.shared`
+_FAR = 0.1  # off by so much, relative: from there on errors count as they are, not squared (Huber)
+_REWEIGHTED = 6
+_NOISE_S = 0.1  # what the duration of a run tells nothing below
+_LEAST_S = 1e-7
 
 
 def non_negative(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -53,7 +57,7 @@ def non_negative(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.f
 
 @dataclass(slots=True)
 class StepSums:
-    """The steps of a run, as the fit needs them. slowest, others: [knots + 2] float64, features of
+    """The steps of a run, as the fit needs them. slowest, others: [knots + 4] float64, features of
     the rank that a step waits for, and of the others. further: ranks beyond one, over the steps."""
 
     slowest: NDArray[np.float64]
@@ -62,7 +66,7 @@ class StepSums:
 
     @classmethod
     def none(cls, knots: Sequence[int]) -> StepSums:
-        return cls(np.zeros(len(knots) + 2), np.zeros(len(knots) + 2))
+        return cls(np.zeros(len(knots) + 4), np.zeros(len(knots) + 4))
 
     def add(self, work: NDArray[np.float64], ranks: int, cost: StepCost, slowdown: float) -> None:
         """A step; see `StepCost.seconds`."""
@@ -74,29 +78,47 @@ class StepSums:
 
 
 def fit_steps(
-    sums: Sequence[StepSums], seconds: Sequence[float], knots: Sequence[int]
-) -> tuple[StepCost, list[float]]:
-    """The costs with the smallest squares of relative errors, and what they make of each run.
+    sums: Sequence[StepSums], seconds: Sequence[float], alone: Sequence[int], knots: Sequence[int]
+) -> tuple[StepCost, float]:
+    """The costs with the smallest squares of relative errors, and the latency of a request in
+    seconds. Runs that are far off, because the machine did something else meanwhile, count less.
 
-    seconds: in which the steps of each run were computed.
+    seconds: in which the steps of each run were computed, and the latencies of those requests that
+    had the service for themselves, `alone` of them.
     """
     measured = np.array(seconds)
     several = any(one.further for one in sums)
-    found: tuple[float, StepCost, list[float]] | None = None
+    found: tuple[float, StepCost, float] | None = None
     for shared in _SHARES if several else [0.0]:
-        rows = np.array([[*(one.slowest + shared * one.others), one.further] for one in sums])
-        x = non_negative(rows / measured[:, None], np.ones(len(measured)))
-        fitted = rows @ x
-        error = float(((fitted / measured - 1) ** 2).sum())
+        rows = np.array(
+            [
+                [*(one.slowest + shared * one.others), one.further, count]
+                for one, count in zip(sums, alone, strict=True)
+            ]
+        )
+        scale = measured + _NOISE_S
+        a, b = rows / scale[:, None], measured / scale
+        weights = np.ones(len(measured))
+        for _ in range(_REWEIGHTED):
+            x = non_negative(a * weights[:, None], b * weights)
+            off = np.abs(a @ x - b)
+            weights = np.sqrt(_FAR / np.maximum(off, _FAR))
+        error = float(np.where(off < _FAR, off**2, _FAR * (2 * off - _FAR)).sum())
         if found is None or error < found[0]:
-            cost = StepCost(
-                knots=list(knots),
-                steps_s=[float(value) for value in x[: len(knots)]],
-                context_s=float(x[-3]),
-                pair_s=float(x[-2]),
-                rank_s=float(x[-1]),
-                shared=shared,
-            )
-            found = error, cost, [float(value) for value in fitted]
+            found = error, _cost_of(x[:-1], knots, shared), float(x[-1])
     assert found is not None
     return found[1], found[2]
+
+
+def _cost_of(x: NDArray[np.float64], knots: Sequence[int], shared: float) -> StepCost:
+    base, *decode, prompt, context, pair, rank = (float(value) for value in x)
+    return StepCost(
+        base_s=max(base, _LEAST_S),
+        knots=list(knots),
+        decode_s=decode,
+        prompt_token_s=prompt,
+        context_s=context,
+        pair_s=pair,
+        rank_s=rank,
+        shared=shared,
+    )

@@ -13,23 +13,24 @@ from flexpert.bench.machine import Machine
 from flexpert.errors import ConfigError
 from flexpert.reading import read_text
 
-WORK = 3  # columns of an array of work: tokens, context, pairs
 _MOST_BYTES = 1 << 24
 
 
 class StepCost(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of a step, by the work of each rank: tokens it computes, tokens of context that its
-    decoding sequences attend to, pairs of tokens in its chunks of prompts.
+    """Seconds of a step, by the work of each rank: sequences that decode, tokens of prompts, tokens
+    of context that decoding sequences attend to, pairs of tokens within chunks of prompts.
 
-    knots: numbers of tokens, ascending, the first is 1; steps_s: what is added on the way from one
-    knot to the next, the first of them by any token at all; the last goes on beyond its knot.
-    context_s, pair_s: for each. rank_s: for each further rank of the exchange. shared: how much of
-    the work of other ranks the slowest waits for: 0, each has processors of its own; 1, all have
-    one.
+    base_s: of a rank that computes anything. knots: numbers of decoding sequences, ascending;
+    decode_s: what is added on the way from one knot to the next, at first from none; the last goes
+    on beyond its knot. prompt_token_s, context_s, pair_s: for each. rank_s: for each further rank
+    of the exchange. shared: how much of the work of other ranks the slowest waits for: 0, each has
+    processors of its own; 1, all have one.
     """
 
+    base_s: float
     knots: list[int]
-    steps_s: list[float]
+    decode_s: list[float]
+    prompt_token_s: float = 0.0
     context_s: float = 0.0
     pair_s: float = 0.0
     rank_s: float = 0.0
@@ -37,11 +38,12 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def per_rank(self) -> NDArray[np.float64]:
-        """[knots + 2] float64: what `rank_features` are multiplied with."""
-        return np.array([*self.steps_s, self.context_s, self.pair_s])
+        """[knots + 4] float64: what `rank_features` are multiplied with."""
+        more = (self.prompt_token_s, self.context_s, self.pair_s)
+        return np.array([self.base_s, *self.decode_s, *more])
 
     def seconds(self, work: NDArray[np.float64], ranks: int) -> float:
-        """Of a step. work: [ranks that compute, 3] float64, at least one; ranks: that take part."""
+        """Of a step. work: [ranks that compute, 4] float64, at least one; ranks: that take part."""
         each = rank_features(work, self.knots) @ self.per_rank
         longest = each.max()
         return float(
@@ -50,16 +52,13 @@ class StepCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def rank_features(work: NDArray[np.float64], knots: Sequence[int]) -> NDArray[np.float64]:
-    """[ranks, knots + 2] float64: how far each rank's tokens are on the way to each knot, then its
-    context and pairs. work: [ranks, 3] float64."""
-    tokens = work[:, 0]
-    found = np.empty((len(work), len(knots) + 2))
-    found[:, 0] = np.minimum(tokens, 1.0)
-    for index in range(1, len(knots)):
-        low, high = knots[index - 1], knots[index]
-        on = np.maximum(0.0, (tokens - low) / (high - low))
-        found[:, index] = on if index == len(knots) - 1 else np.minimum(on, 1.0)
-    found[:, -2:] = work[:, 1:]
+    """[ranks, knots + 4] float64: 1, how far each rank is on the way to each knot, then its tokens
+    of prompts, context and pairs. work: [ranks, 4] float64."""
+    found = np.ones((len(work), len(knots) + 4))
+    for index, (low, high) in enumerate(zip([0, *knots], knots, strict=False)):
+        on = np.maximum(0.0, (work[:, 0] - low) / (high - low))
+        found[:, 1 + index] = on if index == len(knots) - 1 else np.minimum(on, 1.0)
+    found[:, -3:] = work[:, 1:]
     return found
 
 
@@ -145,15 +144,15 @@ def read_profile(file: Path) -> CostProfile:
 def check_profile(profile: CostProfile, name: str) -> None:
     """Raises: ConfigError: something costs less than nothing, or the knots are none."""
     step = profile.step
-    numbers = [*step.steps_s, step.context_s, step.pair_s, step.rank_s, step.shared]
+    numbers = [*step.per_rank, step.rank_s, step.shared]
     numbers += [value for cost in (profile.head, profile.change) for value in _values(cost)]
     if any(not 0 <= number < 1e6 for number in numbers):
         raise ConfigError(f"{name}: costs are seconds, none below 0")
-    rising = all(low < high for low, high in zip(step.knots, step.knots[1:], strict=False))
-    if len(step.knots) != len(step.steps_s) or step.knots[:1] != [1] or not rising:
-        raise ConfigError(f"{name}: knots rise from 1, each with its seconds")
-    if not sum(step.steps_s) > 0:
-        raise ConfigError(f"{name}: a step takes time")
+    rising = all(low < high for low, high in zip([0, *step.knots], step.knots, strict=False))
+    if not step.knots or len(step.knots) != len(step.decode_s) or not rising:
+        raise ConfigError(f"{name}: knots rise, each with its seconds")
+    if not step.base_s > 0:
+        raise ConfigError(f"{name}: a step takes time (base_s)")
 
 
 def _values(cost: HeadCost | ChangeCost) -> list[float]:

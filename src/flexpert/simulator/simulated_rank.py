@@ -22,7 +22,7 @@ class ModelledRank:
         self._plan: StepPlan | None = None
 
     def begin(self) -> NDArray[np.float64] | None:
-        """Plan a step. [3] float64, its work (`StepCost`); None: there is nothing to compute."""
+        """Plan a step. [4] float64, its work (`StepCost`); None: there is nothing to compute."""
         if not self.scheduler.has_work:
             return None
         plan = self.scheduler.plan()
@@ -34,7 +34,8 @@ class ModelledRank:
         lengths = np.diff(plan.query_start[plan.decodes :]).astype(np.float64)
         return np.array(
             [
-                plan.tokens,
+                plan.decodes,
+                lengths.sum(),
                 plan.context_len[: plan.decodes].sum(dtype=np.float64),
                 (lengths * (ends - lengths / 2)).sum(),
             ]

@@ -1,0 +1,254 @@
+"""`flexpert simulate calibrate`: a real service is measured, and the costs are fitted to that."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import msgspec
+import numpy as np
+import psutil
+
+from flexpert.bench.machine import this_machine
+from flexpert.bench.offered_load import offer
+from flexpert.bench.service import Service, own_service
+from flexpert.engine.scheduler import EngineLimits
+from flexpert.simulator.cost_fit import StepSums, fit_steps, non_negative
+from flexpert.simulator.cost_profile import (
+    ChangeCost,
+    CostProfile,
+    FittedRun,
+    HeadCost,
+    ServedShape,
+    StepCost,
+)
+from flexpert.simulator.real_runs import (
+    RealChanges,
+    RealRun,
+    random_load,
+    real_changes,
+    real_run,
+    served_shape,
+)
+from flexpert.simulator.simulated_service import SimulatedSettings
+from flexpert.simulator.simulation import SimulationResult, simulate
+
+Note = Callable[[str], None]
+
+_TURNS = 6  # of simulating and fitting
+_CHANGE_STREAMS = 8
+_CHANGE_TOKENS = 100
+
+# (requests, at once on one rank, tokens of prompts, of answers)
+LOADS = (
+    (2, 1, 16, 48),
+    (8, 1, 16, 2),
+    (12, 4, 32, 40),
+    (24, 8, 200, 16),
+    (32, 16, 24, 48),
+    (24, 12, 700, 12),
+    (96, 48, 16, 40),
+    (64, 32, 130, 32),
+    (4, 1, 1200, 4),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationPlan:
+    """ranks: the most. rounds: of all loads, on each number of ranks. flags: of the service."""
+
+    ranks: int = 2
+    rounds: int = 2
+    seed: int = 0
+    flags: tuple[str, ...] = ()
+
+    def service_flags(self) -> tuple[str, ...]:
+        """Of the real service."""
+        return (
+            *("--ranks", "1", "--max-ranks", str(self.ranks + 1), "--threads", "1"),
+            *("--log-level", "warning", "--shutdown-timeout", "0", "--kv-memory", "64MiB"),
+            *self.flags,
+        )
+
+
+def limits_of(shape: ServedShape) -> EngineLimits:
+    """Of each rank of a service that was measured."""
+    return EngineLimits(
+        max_tokens_per_step=shape.max_tokens_per_step,
+        max_running=shape.max_running,
+        max_model_len=shape.max_model_len,
+        blocks=shape.blocks,
+        block_size=shape.block_size,
+        prefix_cache=shape.prefix_cache,
+    )
+
+
+def settings_of(shape: ServedShape, ranks: int, capacity: int) -> SimulatedSettings:
+    """As that service had them."""
+    return SimulatedSettings(
+        ranks=ranks,
+        capacity=capacity,
+        limits=limits_of(shape),
+        experts=shape.experts,
+        layers=shape.layers,
+    )
+
+
+def run_calibration(plan: CalibrationPlan, note: Note) -> CostProfile:
+    """Raises: FlexpertError: the service does not start, or a request or a change fails."""
+    return asyncio.run(_measure(plan, note))
+
+
+async def _measure(plan: CalibrationPlan, note: Note) -> CostProfile:
+    runs: list[RealRun] = []
+    async with own_service(plan.service_flags(), start_timeout_s=300.0) as service:
+        shape = await served_shape(service, plan.service_flags())
+        fitting = [
+            load for load in LOADS if load[2] + load[3] < min(shape.max_model_len, _room(shape))
+        ]
+        seeds = itertools.count(plan.seed * 1000 + 1)
+        for ranks in range(1, plan.ranks + 1):
+            warm = random_load(8, 8, 64, 32, next(seeds))
+            await real_run(service, warm, ranks)
+            order = [load for _ in range(plan.rounds) for load in fitting]
+            random.Random(plan.seed).shuffle(order)
+            for count, at_once, prompt, answer in order:
+                scale = 1 if at_once == 1 else ranks
+                load = random_load(count * scale, at_once * scale, prompt, answer, next(seeds))
+                runs.append(await real_run(service, load, ranks))
+                note(f"{ranks} ranks: {load.describe()}: {runs[-1].seconds:.2f} s")
+        note("a rank joins, is killed, comes back and leaves")
+        await real_run(service, random_load(4, 4, 16, 8, next(seeds)), 1)
+        changes, slowdown = await _changes(service, next(seeds))
+    profile = fit_profile(runs, shape, _change_cost(changes, slowdown), plan)
+    for run in profile.runs:
+        off = run.fitted_s / run.measured_s - 1
+        note(f"{run.ranks} ranks: {run.load}: {run.measured_s:.2f} s, fitted {off:+.0%}")
+    return profile
+
+
+def _room(shape: ServedShape) -> int:
+    return shape.blocks * shape.block_size
+
+
+async def _changes(service: Service, seed: int) -> tuple[RealChanges, float]:
+    """Under a load without a pause; and by how much steps are longer while a rank joins."""
+    load = random_load(_CHANGE_STREAMS, _CHANGE_STREAMS, 16, _CHANGE_TOKENS, seed)
+    alone = await real_run(service, load, 1)
+    gaps = [gap for answer in alone.answers for gap in answer.gaps_s]
+    prompts = await load.asked(service.target, seed)
+    longer: list[float] = []
+
+    async def streams() -> None:
+        while True:
+            answers = await offer(service.target, load, prompts)
+            if not longer:  # those during the join come first
+                longer.extend(gap for answer in answers for gap in answer.gaps_s)
+
+    task = asyncio.create_task(streams())
+    try:
+        await asyncio.sleep(0.1)
+        changes = await real_changes(service, 1)
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    return changes, max(1.0, fmean(longer) / fmean(gaps)) if longer else 1.0
+
+
+def _change_cost(found: RealChanges, slowdown: float) -> ChangeCost:
+    return ChangeCost(
+        join_s=found.join_s,
+        join_pause_s=(found.join.pause_ms or 0.0) / 1e3,
+        leave_s=found.leave_s,
+        leave_pause_s=(found.leave.pause_ms or 0.0) / 1e3,
+        detect_s=found.detect_s,
+        recover_s=found.recover_s,
+        restart_s=found.restart_s,
+        slowdown=slowdown,
+    )
+
+
+# ---- the fit (pure) -----------------------------------------------------------------------------
+
+
+def fit_profile(
+    runs: Sequence[RealRun], shape: ServedShape, change: ChangeCost, plan: CalibrationPlan
+) -> CostProfile:
+    """The profile that explains what the runs took."""
+    most = shape.max_running
+    knots = [*(knot for knot in (1, 4, 16) if knot < most), most]
+    profile = CostProfile(
+        command=" ".join(["flexpert", *sys.argv[1:]]),
+        machine=this_machine(),
+        load_average=psutil.getloadavg()[0],
+        ranks=max(run.ranks for run in runs),
+        shape=shape,
+        # where to begin hardly matters: which steps a run has depends on their lengths a little
+        step=StepCost(base_s=0.005, knots=knots, decode_s=[0.001] * len(knots)),
+        head=_fit_head(runs),
+        change=change,
+        flags=list(plan.flags),
+    )
+    for _ in range(_TURNS):
+        simulated = [_replay(run, profile) for run in runs]
+        sums = [sums for _, sums in simulated]
+        alone = [run.load.count if run.load.concurrency == 1 else 0 for run in runs]
+        seconds = [
+            max(
+                0.1 * run.seconds,
+                run.seconds
+                - (result.seconds - result.work_s)
+                + count * profile.head.latency_s,
+            )
+            for run, (result, _), count in zip(runs, simulated, alone, strict=True)
+        ]
+        step, latency_s = fit_steps(sums, seconds, alone, knots)
+        head = msgspec.structs.replace(profile.head, latency_s=latency_s)
+        profile = msgspec.structs.replace(profile, step=step, head=head)
+    fitted = [_replay(run, profile)[0].seconds for run in runs]
+    return msgspec.structs.replace(
+        profile,
+        runs=[
+            FittedRun(
+                load=run.load.describe(), ranks=run.ranks, measured_s=run.seconds, fitted_s=seconds
+            )
+            for run, seconds in zip(runs, fitted, strict=True)
+        ],
+    )
+
+
+def _replay(run: RealRun, profile: CostProfile) -> tuple[SimulationResult, StepSums]:
+    sums = StepSums.none(profile.step.knots)
+    result = simulate(
+        run.load,
+        settings_of(profile.shape, run.ranks, run.ranks),
+        profile,
+        on_step=lambda work, ranks, slowdown: sums.add(work, ranks, profile.step, slowdown),
+    )
+    return result, sums
+
+
+def _fit_head(runs: Sequence[RealRun]) -> HeadCost:
+    """By its processor time, which the system counts in hundredths of a second."""
+    rows = np.array(
+        [
+            [
+                run.load.count,
+                run.load.count * run.load.input_tokens,
+                run.load.count * run.load.output_tokens,
+            ]
+            for run in runs
+        ],
+        dtype=np.float64,
+    )
+    x = non_negative(rows, np.array([run.head_cpu_s for run in runs]))
+    return HeadCost(request_s=float(x[0]), prompt_token_s=float(x[1]), token_s=float(x[2]))
+
+
