@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 import msgspec
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 
+from flexpert.bench.load import ClientAnswer
 from flexpert.bench.machine import this_machine
 from flexpert.bench.offered_load import offer
 from flexpert.bench.service import Service, own_service
 from flexpert.engine.scheduler import EngineLimits
-from flexpert.simulator.cost_fit import StepSums, fit_steps, non_negative
+from flexpert.simulator.cost_fit import Observation, StepSums, fit_steps, non_negative
 from flexpert.simulator.cost_profile import (
     ChangeCost,
     CostProfile,
@@ -36,12 +40,15 @@ from flexpert.simulator.real_runs import (
     real_run,
     served_shape,
 )
-from flexpert.simulator.simulated_service import SimulatedSettings
+from flexpert.simulator.simulated_service import OnStep, SimulatedSettings
 from flexpert.simulator.simulation import SimulationResult, simulate
 
 Note = Callable[[str], None]
 
-_TURNS = 6  # of simulating and fitting
+_TURNS = 5  # of simulating and fitting
+_NOISE_S = (0.1, 0.005, 0.0005)  # of a run's duration, first tokens and gaps
+_BURST = 16  # requests at once
+_CONTENTION = (1.0, 1.5, 2.0, 3.0, 4.0)
 _CHANGE_STREAMS = 8
 _CHANGE_TOKENS = 100
 
@@ -89,14 +96,17 @@ def limits_of(shape: ServedShape) -> EngineLimits:
     )
 
 
-def settings_of(shape: ServedShape, ranks: int, capacity: int) -> SimulatedSettings:
-    """As that service had them."""
+def settings_of(
+    shape: ServedShape, ranks: int, capacity: int, **more: Any
+) -> SimulatedSettings:
+    """As that service had them. more: of `SimulatedSettings`."""
     return SimulatedSettings(
         ranks=ranks,
         capacity=capacity,
         limits=limits_of(shape),
         experts=shape.experts,
         layers=shape.layers,
+        **more,
     )
 
 
@@ -196,23 +206,14 @@ def fit_profile(
         change=change,
         flags=list(plan.flags),
     )
+    processor = profile.head
     for _ in range(_TURNS):
-        simulated = [_replay(run, profile) for run in runs]
-        sums = [sums for _, sums in simulated]
-        alone = [run.load.count if run.load.concurrency == 1 else 0 for run in runs]
-        seconds = [
-            max(
-                0.1 * run.seconds,
-                run.seconds
-                - (result.seconds - result.work_s)
-                + count * profile.head.latency_s,
-            )
-            for run, (result, _), count in zip(runs, simulated, alone, strict=True)
-        ]
-        step, latency_s = fit_steps(sums, seconds, alone, knots)
+        seen = [one for run in runs for one in _observations(run, profile)]
+        step, latency_s = fit_steps(seen, knots)
         head = msgspec.structs.replace(profile.head, latency_s=latency_s)
         profile = msgspec.structs.replace(profile, step=step, head=head)
-    fitted = [_replay(run, profile)[0].seconds for run in runs]
+        profile = _with_contention(runs, profile, processor)
+    fitted = [_replay(run, profile).seconds for run in runs]
     return msgspec.structs.replace(
         profile,
         runs=[
@@ -224,15 +225,68 @@ def fit_profile(
     )
 
 
-def _replay(run: RealRun, profile: CostProfile) -> tuple[SimulationResult, StepSums]:
-    sums = StepSums.none(profile.step.knots)
-    result = simulate(
-        run.load,
-        settings_of(profile.shape, run.ranks, run.ranks),
-        profile,
-        on_step=lambda work, ranks, slowdown: sums.add(work, ranks, profile.step, slowdown),
-    )
-    return result, sums
+def _replay(run: RealRun, profile: CostProfile, on_step: OnStep | None = None) -> SimulationResult:
+    settings = settings_of(profile.shape, run.ranks, run.ranks)
+    return simulate(run.load, settings, profile, on_step=on_step)
+
+
+def _observations(run: RealRun, profile: CostProfile) -> list[Observation]:
+    """Its duration, its mean time to a first token and its mean gap."""
+    step, latency_s = profile.step, profile.head.latency_s
+    requests = run.load.count
+    gaps = requests * (run.load.output_tokens - 1)
+    sums = [StepSums.none(step.knots) for _ in range(3)]
+
+    def on_step(work: NDArray[np.float64], ranks: int, slowdown: float, unfinished: int) -> None:
+        decoding = float(work[:, 0].sum())
+        times = (1.0, (unfinished - decoding) / requests, decoding / gaps)
+        for one, count in zip(sums, times, strict=True):
+            one.add(work, ranks, step, slowdown * count)
+
+    result = _replay(run, profile, on_step)
+    alone = requests if run.load.concurrency == 1 else 0
+    measured = (run.seconds, *_latencies(run.answers))
+    simulated = (result.seconds, *_latencies(result.answers))
+    return [
+        Observation(
+            sums=one,
+            seconds=max(0.1 * real, real - (here - one.seconds - count * latency_s)),
+            latencies=count,
+            noise_s=noise_s,
+        )
+        for one, real, here, count, noise_s in zip(
+            sums, measured, simulated, (alone, 1.0, 0.0), _NOISE_S, strict=True
+        )
+    ]
+
+
+def _with_contention(
+    runs: Sequence[RealRun], profile: CostProfile, processor: HeadCost
+) -> CostProfile:
+    """The head waits for processors that ranks and clients use as well, so its work takes longer
+    than its processor time: so many times as long as explains the first tokens of bursts."""
+    bursts = [run for run in runs if run.load.concurrency >= _BURST]
+    found = []
+    for times in _CONTENTION if bursts else ():
+        head = msgspec.structs.replace(
+            profile.head,
+            request_s=times * processor.request_s,
+            prompt_token_s=times * processor.prompt_token_s,
+            token_s=times * processor.token_s,
+        )
+        tried = msgspec.structs.replace(profile, head=head)
+        off = [
+            abs(math.log(_latencies(_replay(run, tried).answers)[0] / _latencies(run.answers)[0]))
+            for run in bursts
+        ]
+        found.append((fmean(off), times, tried))
+    return min(found)[2] if found else profile
+
+
+def _latencies(answers: Sequence[ClientAnswer]) -> tuple[float, float]:
+    """Mean time to a first token and mean gap, in seconds."""
+    firsts = [first for answer in answers if (first := answer.first_token_s) is not None]
+    return fmean(firsts), fmean(gap for answer in answers for gap in answer.gaps_s)
 
 
 def _fit_head(runs: Sequence[RealRun]) -> HeadCost:

@@ -1,7 +1,9 @@
 """From what runs took to what a step costs: least squares without negative costs (pure).
 
-A run's duration is the sum of its steps, and which steps it has is what the simulation says. So the
-fit goes round a few times: simulate the runs, fit the steps' costs to their durations, again.
+A run's duration is the sum of its steps; its mean time to a first token that of the steps while
+requests wait, each counted once for every one of these; its mean gap that of the steps in which
+sequences decode. Which steps those are is what the simulation says. So the fit goes round a few
+times: simulate the runs, fit the costs of the steps to what was measured, again.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from flexpert.simulator.cost_profile import StepCost, rank_features
 _SHARES = [index / 20 for index in range(31)]  # of `StepCost.shared`
 _FAR = 0.1  # off by so much, relative: from there on errors count as they are, not squared (Huber)
 _REWEIGHTED = 6
-_NOISE_S = 0.1  # what the duration of a run tells nothing below
 _LEAST_S = 1e-7
 
 
@@ -57,46 +58,57 @@ def non_negative(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.f
 
 @dataclass(slots=True)
 class StepSums:
-    """The steps of a run, as the fit needs them. slowest, others: [knots + 4] float64, features of
-    the rank that a step waits for, and of the others. further: ranks beyond one, over the steps."""
+    """Steps, as the fit needs them, each counted so often. slowest, others: [knots + 4] float64,
+    features of the rank that a step waits for, and of the others. further: ranks beyond one.
+    seconds: by the costs that they were simulated with.
+    """
 
     slowest: NDArray[np.float64]
     others: NDArray[np.float64]
     further: float = 0.0
+    seconds: float = 0.0
 
     @classmethod
     def none(cls, knots: Sequence[int]) -> StepSums:
         return cls(np.zeros(len(knots) + 4), np.zeros(len(knots) + 4))
 
-    def add(self, work: NDArray[np.float64], ranks: int, cost: StepCost, slowdown: float) -> None:
-        """A step; see `StepCost.seconds`."""
+    def add(self, work: NDArray[np.float64], ranks: int, cost: StepCost, times: float) -> None:
+        """A step, so often; see `StepCost.seconds`."""
         each = rank_features(work, cost.knots)
         first = int((each @ cost.per_rank).argmax())
-        self.slowest += slowdown * each[first]
-        self.others += slowdown * (each.sum(axis=0) - each[first])
-        self.further += slowdown * max(0, ranks - 1)
+        self.slowest += times * each[first]
+        self.others += times * (each.sum(axis=0) - each[first])
+        self.further += times * max(0, ranks - 1)
+        self.seconds += times * cost.seconds(work, ranks)
 
 
-def fit_steps(
-    sums: Sequence[StepSums], seconds: Sequence[float], alone: Sequence[int], knots: Sequence[int]
-) -> tuple[StepCost, float]:
-    """The costs with the smallest squares of relative errors, and the latency of a request in
-    seconds. Runs that are far off, because the machine did something else meanwhile, count less.
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """Something that was measured, and the steps that it consists of.
 
-    seconds: in which the steps of each run were computed, and the latencies of those requests that
-    had the service for themselves, `alone` of them.
+    seconds: measured, less what was simulated of it besides steps and latencies. latencies: how
+    many of a request's it has. noise_s: what it tells nothing below.
     """
-    measured = np.array(seconds)
-    several = any(one.further for one in sums)
+
+    sums: StepSums
+    seconds: float
+    latencies: float
+    noise_s: float
+
+
+def fit_steps(seen: Sequence[Observation], knots: Sequence[int]) -> tuple[StepCost, float]:
+    """The costs with the smallest squares of relative errors, and the latency of a request in
+    seconds. What is far off, because the machine did something else meanwhile, counts less."""
+    measured = np.array([one.seconds for one in seen])
+    scale = measured + np.array([one.noise_s for one in seen])
     found: tuple[float, StepCost, float] | None = None
-    for shared in _SHARES if several else [0.0]:
+    for shared in _SHARES if any(one.sums.further for one in seen) else [0.0]:
         rows = np.array(
             [
-                [*(one.slowest + shared * one.others), one.further, count]
-                for one, count in zip(sums, alone, strict=True)
+                [*(one.sums.slowest + shared * one.sums.others), one.sums.further, one.latencies]
+                for one in seen
             ]
         )
-        scale = measured + _NOISE_S
         a, b = rows / scale[:, None], measured / scale
         weights = np.ones(len(measured))
         for _ in range(_REWEIGHTED):

@@ -9,6 +9,7 @@ steps.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +38,7 @@ from flexpert.simulator.virtual_time import VirtualTime
 _SIGKILL = -9
 _KEPT_SAMPLES = 300  # as the autoscaler
 
-OnStep = Callable[[NDArray[np.float64], int, float], None]
+OnStep = Callable[[NDArray[np.float64], int, float, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,14 +113,14 @@ class _Seen:
 class SimulatedService:
     """steps, busy_s: how many steps there were, and for how long one ran. head_busy_s: of the head.
     rank_seconds: of ranks, from being asked for until they left. on_step: told of each step's work,
-    ranks and slowdown.
+    ranks, slowdown, and how many sequences are unfinished.
     """
 
     def __init__(
         self, settings: SimulatedSettings, profile: CostProfile, time: VirtualTime
     ) -> None:
         self.time = time
-        self.on_step: OnStep = lambda work, ranks, slowdown: None
+        self.on_step: OnStep = lambda work, ranks, slowdown, unfinished: None
         self.changes: list[SimulatedChange] = []
         self.steps = 0
         self.busy_s = 0.0
@@ -262,7 +263,7 @@ class SimulatedService:
         seconds = slowdown * self._step.seconds(work, len(self.ranks))
         self.steps += 1
         self.busy_s += seconds
-        self.on_step(work, len(self.ranks), slowdown)
+        self.on_step(work, len(self.ranks), slowdown, len(self.journal))
         self.time.after(seconds, lambda: self._stepped([r for r, _ in working], generation))
 
     def _stepped(self, ranks: list[ModelledRank], generation: int) -> None:
@@ -529,6 +530,17 @@ class SimulatedService:
         if decision.ranks != now.ranks and self._running is None and not self._lost:
             self.scale(decision.ranks, f"autoscale {decision.ranks}: {decision.why}")
         self.time.after(goals.every_s, self._look)
+
+
+def skewed_loads(layers: int, experts: int, skew: float, seed: int) -> list[list[float]]:
+    """[layers][experts]: Zipf's, in another order in each layer."""
+    source = random.Random(seed)
+    found = []
+    for _ in range(layers):
+        each = [(rank + 1) ** -skew for rank in range(experts)]
+        source.shuffle(each)
+        found.append(each)
+    return found
 
 
 def failed(arrival: Arrival) -> FlexpertError | None:
