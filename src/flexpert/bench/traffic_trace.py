@@ -70,9 +70,7 @@ class TrafficTrace:
     def prompts(self, pool: Sequence[int], seed: int) -> list[Prompt]:
         """Of all requests, of tokens of the pool."""
         blocks: dict[int, list[int]] = {}
-        return [
-            self.prompt(number, pool, seed, blocks) for number in range(len(self.requests))
-        ]
+        return [self.prompt(number, pool, seed, blocks) for number in range(len(self.requests))]
 
     def prompt(
         self, number: int, pool: Sequence[int], seed: int, blocks: dict[int, list[int]]

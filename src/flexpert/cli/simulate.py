@@ -38,7 +38,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptio
 
 Profile = Annotated[
     Path,
-    typer.Option(metavar="FILE", help="What things cost, as `flexpert simulate calibrate` wrote it."),
+    typer.Option(
+        metavar="FILE", help="What things cost, as `flexpert simulate calibrate` wrote it."
+    ),
 ]
 
 
@@ -115,7 +117,8 @@ def run(
         int | None, typer.Option(min=1, metavar="N", help="Tokens of a KV block.")
     ] = None,
     prefix_cache: Annotated[
-        bool | None, typer.Option("--prefix-cache/--no-prefix-cache", help="Default: the profile's.")
+        bool | None,
+        typer.Option("--prefix-cache/--no-prefix-cache", help="Default: the profile's."),
     ] = None,
     routing: Annotated[str, typer.Option(metavar="prefix|fewest", help="As of serve.")] = "prefix",
     max_sequences: Annotated[
@@ -167,9 +170,7 @@ def run(
     check_outputs(output)
     costs = read_profile(profile)
     if own_processors:
-        costs = msgspec.structs.replace(
-            costs, step=msgspec.structs.replace(costs.step, shared=0.0)
-        )
+        costs = msgspec.structs.replace(costs, step=msgspec.structs.replace(costs.step, shared=0.0))
     events = [parse_event(text) for text in event or ()]
     most = max([ranks, *((one.body or {}).get("ranks", 0) for one in events)])
     said = {

@@ -45,7 +45,7 @@ from flexpert.simulator.simulation import SimulationResult, simulate
 
 Note = Callable[[str], None]
 
-_TURNS = 5  # of simulating and fitting
+_TURNS = 4  # of simulating and fitting
 _NOISE_S = (0.1, 0.005, 0.0005)  # of a run's duration, first tokens and gaps
 _BURST = 16  # requests at once
 _CONTENTION = (1.0, 1.5, 2.0, 3.0, 4.0)
@@ -96,9 +96,7 @@ def limits_of(shape: ServedShape) -> EngineLimits:
     )
 
 
-def settings_of(
-    shape: ServedShape, ranks: int, capacity: int, **more: Any
-) -> SimulatedSettings:
+def settings_of(shape: ServedShape, ranks: int, capacity: int, **more: Any) -> SimulatedSettings:
     """As that service had them. more: of `SimulatedSettings`."""
     return SimulatedSettings(
         ranks=ranks,
@@ -304,5 +302,3 @@ def _fit_head(runs: Sequence[RealRun]) -> HeadCost:
     )
     x = non_negative(rows, np.array([run.head_cpu_s for run in runs]))
     return HeadCost(request_s=float(x[0]), prompt_token_s=float(x[1]), token_s=float(x[2]))
-
-

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from flexpert.simulator.cost_profile import StepCost, rank_features
 
-_SHARES = [index / 20 for index in range(31)]  # of `StepCost.shared`
+_SHARES = [index / 10 for index in range(16)]  # of `StepCost.shared`
 _FAR = 0.1  # off by so much, relative: from there on errors count as they are, not squared (Huber)
-_REWEIGHTED = 6
+_REWEIGHTED = 4
 _LEAST_S = 1e-7
 
 

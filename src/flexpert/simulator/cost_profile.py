@@ -136,7 +136,9 @@ def read_profile(file: Path) -> CostProfile:
     try:
         profile = msgspec.json.decode(text, type=CostProfile)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise ConfigError(f"{file} is no profile of `flexpert simulate calibrate`: {error}") from None
+        raise ConfigError(
+            f"{file} is no profile of `flexpert simulate calibrate`: {error}"
+        ) from None
     check_profile(profile, str(file))
     return profile
 

@@ -40,13 +40,14 @@ _BY_LOAD_MOST_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingPlan:
-    """experts: of each of `layers`; as many slots as it takes if there are more ranks than experts:
-    then `redundant` replicas more."""
+    """experts: of each of `layers`, with `redundant` replicas more, and at least as many as let
+    every rank have one. votes: numbers of ranks for which the vote is measured."""
 
     ranks: Sequence[int]
     experts: int
     layers: int
     redundant: int = 0
+    votes: Sequence[int] = _VOTES
 
     def redundant_on(self, ranks: int) -> int:
         """So that every rank has at least one expert of each layer."""
@@ -100,7 +101,7 @@ class ScalingReport(msgspec.Struct, frozen=True, kw_only=True):
 
 def run_scaling(plan: ScalingPlan, note: Note) -> ScalingReport:
     """Raises: FlexpertError: a change does not come to its end."""
-    votes = {ranks: vote_us(ranks) for ranks in _VOTES}
+    votes = {ranks: vote_us(ranks) for ranks in plan.votes}
     note("votes: " + ", ".join(f"{ranks} ranks {us:.1f} µs" for ranks, us in votes.items()))
     heads: list[ScaledHead] = []
     for ranks in plan.ranks:
@@ -156,7 +157,9 @@ def _measure(
         dict.fromkeys(range(ranks), address),
         machines=dict.fromkeys(range(ranks), "machine"),
     )
-    encoded = msg.encode(prepare)
+    told: list[bytes] = []
+    encode_s = _seconds(lambda: told.append(msg.encode(prepare)))
+    encoded = told[0]
     step = _StepReports(ranks)
     times = []
     for _ in range(_STEPS):
@@ -177,7 +180,7 @@ def _measure(
         loss_s=loss_s,
         by_load_s=by_load_s,
         prepare_bytes=len(encoded),
-        prepare_encode_ms=1e3 * min(_seconds(lambda: msg.encode(prepare)) for _ in range(_STEPS)),
+        prepare_encode_ms=1e3 * encode_s,
         prepare_decode_ms=1e3
         * min(_seconds(lambda: msg.decode_command(encoded)) for _ in range(_STEPS)),
         published_bytes=step.size,

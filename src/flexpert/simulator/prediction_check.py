@@ -130,7 +130,6 @@ async def _compare(plan: CheckPlan, note: Note) -> list[ComparedRun]:
     shape = profile.shape
     calibrated = CalibrationPlan(ranks=profile.ranks, flags=(*profile.flags, *plan.flags))
     flags = calibrated.service_flags()
-    found = []
     async with own_service(flags, start_timeout_s=300.0) as service:
         here = await served_shape(service, flags)
         if here != shape:
@@ -149,7 +148,7 @@ async def _compare(plan: CheckPlan, note: Note) -> list[ComparedRun]:
             if failed is not None:
                 raise FlexpertError(f"{failed.what}: {failed.state} {failed.error or ''}")
             real[index].append(figures(run.answers))
-    found = []
+    found: list[ComparedRun] = []
     for (load, ranks, event), measured in zip(loads, real, strict=True):
         settings = settings_of(shape, ranks, profile.ranks + 1)
         predicted = simulate(load, settings, profile, events=[event] if event else [])
@@ -208,4 +207,3 @@ def check_text(report: CheckReport) -> Table:
     spreads = [cell for spread in report.mean_spreads for cell in ("", f"{spread:.0%}")]
     table.add_row("repeats of the real service differ by", *spreads)
     return table
-

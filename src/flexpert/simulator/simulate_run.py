@@ -38,7 +38,7 @@ class SimulationPlan:
 
 
 class ChangeReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A change, and the longest gap of any stream from its begin until half a second after its end."""
+    """A change, and the longest gap of any stream until half a second after its end."""
 
     change: SimulatedChange
     longest_gap_ms: float
@@ -104,7 +104,9 @@ def run_simulation(plan: SimulationPlan) -> SimulationReport:
             ChangeReport(
                 change=change,
                 longest_gap_ms=1e3
-                * longest_gap(found.answers, change.at_s, (change.ended_s or seconds) + _AFTER_S)[0],
+                * longest_gap(found.answers, change.at_s, (change.ended_s or seconds) + _AFTER_S)[
+                    0
+                ],
             )
             for change in found.changes
         ],
@@ -134,11 +136,12 @@ def simulation_text(report: SimulationReport) -> RenderableType:
         f"{found.duration_s:,.1f} s; {found.failed} of {found.requests} failed",
         f"{report.rank_seconds:,.0f} rank-seconds; {report.steps:,} steps, which took "
         f"{report.work_share:.0%} of the time; the head worked {report.head_share:.0%} of it",
-        f"{report.cached_tokens:,} tokens of prompts were cached, {report.preemptions:,} preemptions",
+        f"{report.cached_tokens:,} tokens of prompts cached; {report.preemptions:,} preemptions",
     ]
     if found.goodput is not None:
         lines.append(
-            f"goodput {found.goodput.requests_per_s:,.2f} requests/s, {found.goodput.share:.1%} of all"
+            f"goodput {found.goodput.requests_per_s:,.2f} requests/s, "
+            f"{found.goodput.share:.1%} of all"
         )
     parts += [Text(line) for line in lines]
     parts.append(Text())

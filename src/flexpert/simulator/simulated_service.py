@@ -190,7 +190,7 @@ class SimulatedService:
 
         def admit() -> None:
             try:
-                entry = self.journal.open(name, prompt, params, (), self._admission.cancel)
+                entry = self.journal.open(name, prompt, params, (), lambda _: None)
             except Overloaded as error:
                 listener(error)
                 return
@@ -300,8 +300,8 @@ class SimulatedService:
 
     def rebalance(self, what: str = "rebalance") -> SimulatedChange:
         """Experts are placed by their load from now on."""
-        if self._running is not None or self._lost:
-            return self._refused(what, "another change runs")
+        if self._running is not None or self._lost or not self.ranks:
+            return self._refused(what, "another change runs" if self.ranks else "no rank is up")
         self._running = change = SimulatedChange(at_s=self.time.now, what="rebalance")
         self.changes.append(change)
         self.time.after(self._change.leave_s, lambda: self._prepared(change))
@@ -324,7 +324,8 @@ class SimulatedService:
         if self._running is not None:
             self._over(self._running, "failed", "a rank was lost")
         self.time.after(
-            self._change.detect_s, lambda: self._in_head(0.0, lambda: self._detected(member, change))
+            self._change.detect_s,
+            lambda: self._in_head(0.0, lambda: self._detected(member, change)),
         )
         return change
 

@@ -166,7 +166,7 @@ def simulate(
             moved = service.steps, time.now
         elif time.now - moved[1] > _STUCK_S:
             raise FlexpertError(
-                f"{clients.open} requests are unfinished, and for {_STUCK_S:.0f} s no step was taken"
+                f"{clients.open} requests are unfinished, and no step was taken for an hour"
             )
         time.after(sample_s, sample)
 

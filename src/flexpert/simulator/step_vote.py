@@ -43,6 +43,6 @@ def vote_us(ranks: int, steps: int = _STEPS) -> float:
 
 
 def extrapolated(ranks: Sequence[int], measured_us: Sequence[float], to: int) -> float:
-    """By a straight line through what was measured: a vote writes and reads a line for each rank."""
+    """By a straight line through what was measured: a vote writes and reads a line a rank."""
     slope, base = np.polyfit(np.array(ranks), np.array(measured_us), 1)
     return float(base + slope * to)
