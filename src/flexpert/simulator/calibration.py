@@ -53,12 +53,13 @@ _CHANGE_STREAMS = 8
 _CHANGE_TOKENS = 100
 
 # (requests, at once on one rank, tokens of prompts, of answers)
+REFERENCE = (32, 16, 24, 48)  # `prediction_check` runs it, too
 LOADS = (
     (2, 1, 16, 48),
     (8, 1, 16, 2),
     (12, 4, 32, 40),
     (24, 8, 200, 16),
-    (32, 16, 24, 48),
+    REFERENCE,
     (24, 12, 700, 12),
     (96, 48, 16, 40),
     (64, 32, 130, 32),

@@ -23,14 +23,15 @@ from flexpert.bench.service import own_service
 from flexpert.bench.statistics import Figures, figures
 from flexpert.bench.timed_events import TimedEvent, parse_event
 from flexpert.errors import ConfigError, FlexpertError
-from flexpert.simulator.calibration import CalibrationPlan, settings_of
-from flexpert.simulator.cost_profile import CostProfile
+from flexpert.simulator.calibration import REFERENCE, CalibrationPlan, settings_of
+from flexpert.simulator.cost_profile import CostProfile, FittedRun
 from flexpert.simulator.real_runs import random_load, real_run, served_shape
 from flexpert.simulator.simulation import simulate
 
 Note = Callable[[str], None]
 
 GOAL = 0.15  # of an error
+_KNOWN_EVERY = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +80,17 @@ class ComparedRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The JSON of `flexpert simulate check`. mean_errors, mean_spreads: of tokens/s, time to first
-    token and inter-token latency, without their signs."""
+    """The JSON of `flexpert simulate check`.
+
+    drift: a load that was fitted to takes so many times as long now as it did then; None: the
+    profile has none. mean_errors, mean_spreads: of tokens/s, time to first token and inter-token
+    latency, without their signs.
+    """
 
     command: str
     machine: Machine
     load_average: float
+    drift: float | None
     runs: list[ComparedRun]
     mean_errors: list[float]
     mean_spreads: list[float]
@@ -94,12 +100,13 @@ class CheckReport(msgspec.Struct, frozen=True, kw_only=True):
 
 def run_check(plan: CheckPlan, note: Note) -> CheckReport:
     """Raises: FlexpertError"""
-    runs = asyncio.run(_compare(plan, note))
+    runs, drift = asyncio.run(_compare(plan, note))
     errors = [[abs(error) for error in run.errors] for run in runs]
     return CheckReport(
         command=" ".join(["flexpert", *sys.argv[1:]]),
         machine=this_machine(),
         load_average=psutil.getloadavg()[0],
+        drift=drift,
         runs=runs,
         mean_errors=[fmean(each) for each in zip(*errors, strict=True)],
         mean_spreads=[
@@ -125,7 +132,7 @@ def check_loads(ranks: int, seed: int) -> list[tuple[OfferedLoad, int, TimedEven
     ]
 
 
-async def _compare(plan: CheckPlan, note: Note) -> list[ComparedRun]:
+async def _compare(plan: CheckPlan, note: Note) -> tuple[list[ComparedRun], float | None]:
     profile = plan.profile
     shape = profile.shape
     calibrated = CalibrationPlan(ranks=profile.ranks, flags=(*profile.flags, *plan.flags))
@@ -139,7 +146,10 @@ async def _compare(plan: CheckPlan, note: Note) -> list[ComparedRun]:
         real: list[list[Figures]] = [[] for _ in loads]
         order = [index for index in range(len(loads)) for _ in range(plan.repeats)]
         random.Random(plan.seed).shuffle(order)
-        for index in order:
+        known: list[float] = []  # seconds of what was fitted to, between the others
+        for place, index in enumerate(order):
+            if place % _KNOWN_EVERY == 0:
+                known.append((await real_run(service, _known(place), 1)).seconds)
             load, ranks, event = loads[index]
             again = replace(load, seed=load.seed + 100 * len(real[index]))
             note(f"{ranks} ranks: {again.describe()}{f', {event.text}' if event else ''}")
@@ -153,7 +163,17 @@ async def _compare(plan: CheckPlan, note: Note) -> list[ComparedRun]:
         settings = settings_of(shape, ranks, profile.ranks + 1)
         predicted = simulate(load, settings, profile, events=[event] if event else [])
         found.append(_compared(load, ranks, event, figures(predicted.answers), measured))
-    return found
+    then = [run.measured_s for run in profile.runs if _is_known(run)]
+    return found, median(known) / median(then) if then else None
+
+
+def _known(seed: int) -> OfferedLoad:
+    """A load of the calibration, with other prompts."""
+    return random_load(*REFERENCE, seed=8000 + seed)
+
+
+def _is_known(run: FittedRun) -> bool:
+    return run.ranks == 1 and run.load.split(", seed")[0] == _known(0).describe().split(", seed")[0]
 
 
 def _compared(
@@ -206,4 +226,8 @@ def check_text(report: CheckReport) -> Table:
     table.add_row("mean error", *means)
     spreads = [cell for spread in report.mean_spreads for cell in ("", f"{spread:.0%}")]
     table.add_row("repeats of the real service differ by", *spreads)
+    if report.drift is not None:
+        table.add_row(
+            "a load of the calibration takes now, of the time it took then", f"{report.drift:.0%}"
+        )
     return table
