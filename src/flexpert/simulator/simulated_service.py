@@ -145,6 +145,7 @@ class SimulatedService:
         self._running: SimulatedChange | None = None
         self._armed: SimulatedChange | None = None  # goes into force between two steps
         self._stepping = False
+        self._busy: set[int] = set()  # ids of ranks that may have work
         self._lost = 0  # kills that the survivors have not recovered from
         self._generation = 0  # of steps; those before the last loss come to nothing
         self._commands: list[Callable[[], None]] = []  # carried out between two steps
@@ -219,6 +220,7 @@ class SimulatedService:
             case msg.Admit(sequences):
                 for sequence in sequences:
                     member.scheduler.add(sequence)
+                self._busy.add(rank)
             case msg.Abort(ids):
                 for id in ids:
                     member.scheduler.abort(id)
@@ -253,7 +255,7 @@ class SimulatedService:
             change.pause_ms = pause_s * 1e3
             self.time.after(pause_s, lambda: self._switch(change, generation))
             return
-        begun = [(rank, rank.begin()) for rank in self.ranks.values()]
+        begun = [(rank, rank.begin()) for rank in self._with_work()]
         working = [(rank, work) for rank, work in begun if work is not None]
         if not working:
             self._stepping = False
@@ -265,6 +267,13 @@ class SimulatedService:
         self.busy_s += seconds
         self.on_step(work, len(self.ranks), slowdown, len(self.journal))
         self.time.after(seconds, lambda: self._stepped([r for r, _ in working], generation))
+
+    def _with_work(self) -> list[ModelledRank]:
+        """In the order of their ids; most of many ranks have none, and are not looked at."""
+        found = [self.ranks[id] for id in sorted(self._busy) if id in self.ranks]
+        found = [rank for rank in found if rank.scheduler.has_work]
+        self._busy = {rank.id for rank in found}
+        return found
 
     def _stepped(self, ranks: list[ModelledRank], generation: int) -> None:
         if generation != self._generation:
@@ -408,6 +417,7 @@ class SimulatedService:
     def _adopt(self, rank: ModelledRank, migrations: list[KVMigration]) -> None:
         if rank.dead or self.ranks.get(rank.id) is not rank:
             return  # it was lost meanwhile, and the journal knows
+        self._busy.add(rank.id)
         for migration in migrations:
             rank.scheduler.adopt(migration.sequence, migration.held, [])
             rank.scheduler.settle(migration.sequence.id)
