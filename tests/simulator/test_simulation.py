@@ -16,7 +16,7 @@ from flexpert.errors import ConfigError
 from flexpert.simulator.cost_profile import (
     ChangeCost,
     CostProfile,
-    HeadCost,
+    HeadTimes,
     ServedShape,
     StepCost,
 )
@@ -32,7 +32,7 @@ PROFILE = CostProfile(
     ranks=2,
     shape=ServedShape(),
     step=StepCost(base_s=0.004, knots=[1, 64], decode_s=[0.001, 0.01], prompt_token_s=1e-4),
-    head=HeadCost(latency_s=0.002, request_s=0.001, token_s=2e-5),
+    head=HeadTimes(latency_s=0.002, request_s=0.001, token_s=2e-5),
     change=ChangeCost(
         join_s=0.5,
         join_pause_s=0.005,

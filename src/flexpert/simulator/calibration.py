@@ -28,7 +28,7 @@ from flexpert.simulator.cost_profile import (
     ChangeCost,
     CostProfile,
     FittedRun,
-    HeadCost,
+    HeadTimes,
     ServedShape,
     StepCost,
 )
@@ -260,7 +260,7 @@ def _observations(run: RealRun, profile: CostProfile) -> list[Observation]:
 
 
 def _with_contention(
-    runs: Sequence[RealRun], profile: CostProfile, processor: HeadCost
+    runs: Sequence[RealRun], profile: CostProfile, processor: HeadTimes
 ) -> CostProfile:
     """The head waits for processors that ranks and clients use as well, so its work takes longer
     than its processor time: so many times as long as explains the first tokens of bursts."""
@@ -288,7 +288,7 @@ def _latencies(answers: Sequence[ClientAnswer]) -> tuple[float, float]:
     return fmean(firsts), fmean(gap for answer in answers for gap in answer.gaps_s)
 
 
-def _fit_head(runs: Sequence[RealRun]) -> HeadCost:
+def _fit_head(runs: Sequence[RealRun]) -> HeadTimes:
     """By its processor time, which the system counts in hundredths of a second."""
     rows = np.array(
         [
@@ -302,4 +302,4 @@ def _fit_head(runs: Sequence[RealRun]) -> HeadCost:
         dtype=np.float64,
     )
     x = non_negative(rows, np.array([run.head_cpu_s for run in runs]))
-    return HeadCost(request_s=float(x[0]), prompt_token_s=float(x[1]), token_s=float(x[2]))
+    return HeadTimes(request_s=float(x[0]), prompt_token_s=float(x[1]), token_s=float(x[2]))

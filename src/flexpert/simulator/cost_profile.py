@@ -62,7 +62,7 @@ def rank_features(work: NDArray[np.float64], knots: Sequence[int]) -> NDArray[np
     return found
 
 
-class HeadCost(msgspec.Struct, frozen=True, kw_only=True):
+class HeadTimes(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds. latency_s: on the way of a request through HTTP and preprocessing, beside the head's
     own work; request_s, prompt_token_s, token_s: its work, which is done one after the other."""
 
@@ -124,7 +124,7 @@ class CostProfile(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int
     shape: ServedShape
     step: StepCost
-    head: HeadCost
+    head: HeadTimes
     change: ChangeCost
     flags: list[str] = []
     runs: list[FittedRun] = []
@@ -157,5 +157,5 @@ def check_profile(profile: CostProfile, name: str) -> None:
         raise ConfigError(f"{name}: a step takes time (base_s)")
 
 
-def _values(cost: HeadCost | ChangeCost) -> list[float]:
+def _values(cost: HeadTimes | ChangeCost) -> list[float]:
     return list(msgspec.structs.astuple(cost))

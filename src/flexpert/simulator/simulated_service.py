@@ -2,7 +2,7 @@
 
 Real are the journal with its routing, the scheduler of each rank, the placement of experts, the
 order in which ranks leave, the restarts and the autoscaler's policy. Modelled are the steps, which
-take what `StepCost` says, the head, which does one thing after the other (`HeadCost`), and the
+take what `StepCost` says, the head, which does one thing after the other (`HeadTimes`), and the
 course of a change (`ChangeCost`): who joins is ready after a time, then all switch between two
 steps.
 """
