@@ -132,6 +132,12 @@ def run(
             "work of another one but by the exchange.",
         ),
     ] = False,
+    rank_us: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="US", help="Microseconds of a step for each further rank, instead."
+        ),
+    ] = None,
     expert_skew: Annotated[
         float,
         typer.Option(
@@ -171,6 +177,10 @@ def run(
     costs = read_profile(profile)
     if own_processors:
         costs = msgspec.structs.replace(costs, step=msgspec.structs.replace(costs.step, shared=0.0))
+    if rank_us is not None:
+        costs = msgspec.structs.replace(
+            costs, step=msgspec.structs.replace(costs.step, rank_s=rank_us / 1e6)
+        )
     events = [parse_event(text) for text in event or ()]
     most = max([ranks, *((one.body or {}).get("ranks", 0) for one in events)])
     said = {
