@@ -70,17 +70,21 @@ class TrafficTrace:
     def prompts(self, pool: Sequence[int], seed: int) -> list[Prompt]:
         """Of all requests, of tokens of the pool."""
         blocks: dict[int, list[int]] = {}
-        found: list[Prompt] = []
-        for number, request in enumerate(self.requests):
-            tokens: list[int] = []
-            for block in request.blocks:
-                if block not in blocks:
-                    blocks[block] = _tokens(pool, BLOCK_TOKENS, f"{seed} block {block}")
-                tokens += blocks[block]
-            if not tokens:
-                tokens = _tokens(pool, request.input_tokens, f"{seed} request {number}")
-            found.append(tokens[: request.input_tokens])
-        return found
+        return [self.prompt(number, pool, seed, blocks) for number in range(len(self.requests))]
+
+    def prompt(
+        self, number: int, pool: Sequence[int], seed: int, blocks: dict[int, list[int]]
+    ) -> list[int]:
+        """Of one request. blocks: those that were made for others; more are added."""
+        request = self.requests[number]
+        tokens: list[int] = []
+        for block in request.blocks:
+            if block not in blocks:
+                blocks[block] = _tokens(pool, BLOCK_TOKENS, f"{seed} block {block}")
+            tokens += blocks[block]
+        if not tokens:
+            tokens = _tokens(pool, request.input_tokens, f"{seed} request {number}")
+        return tokens[: request.input_tokens]
 
 
 def _tokens(pool: Sequence[int], count: int, seed: str) -> list[int]:

@@ -190,7 +190,7 @@ def bench_serve(
         raise ConfigError(f"{what} can only be had with a service of our own; leave out --url")
     if compare and against:
         raise ConfigError("--compare and --against are two measurements; leave one out")
-    _check_arrivals(trace, trace_speedup, prompts, request_rate, ramp, burstiness)
+    check_arrivals(trace, trace_speedup, prompts, request_rate, ramp, burstiness)
     if compare and (trace or event):
         raise ConfigError("--compare goes with neither --trace nor --event")
     if against and event:
@@ -239,7 +239,7 @@ def bench_serve(
         raise typer.Exit(EXIT_FAILURE)
 
 
-def _check_arrivals(
+def check_arrivals(
     trace: Path | None,
     trace_speedup: float,
     prompts: Path | None,

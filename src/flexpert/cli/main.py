@@ -39,6 +39,7 @@ from flexpert.cli import (
     rebalance,
     run_batch,
     serve_command,
+    simulate,
     trial_commands,
 )
 from flexpert.cli.command import add_command
@@ -63,6 +64,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench", help="Measure a service, the exchange, or a GPU.")
+app.add_typer(simulate.app, name="simulate", help="Predict what a service would do, without one.")
 
 
 def main() -> NoReturn:

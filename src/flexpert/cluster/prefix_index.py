@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from flexpert.engine.block_keys import MOST_KEYS, PromptKeys
 
@@ -33,8 +33,7 @@ _SHARE = 0.5
 Reason = Literal["prefix", "load", "none"]
 
 
-@dataclass(frozen=True, slots=True)
-class RankBacklog:
+class RankBacklog(NamedTuple):
     """What a rank has to do. sequences: unfinished ones. ahead: tokens of prompts that it still has
     to compute. free: tokens that its KV cache takes before anything cached is displaced."""
 
@@ -74,14 +73,16 @@ def choose(
     able = {rank: load for rank, load in loads.items() if load.sequences < most_running} or loads
 
     def cost(rank: int) -> tuple[float, int, bool, int]:
-        load = able[rank]
+        sequences, ahead, free = able[rank]
         own = prompt - cached.get(rank, 0)
-        waits = load.ahead + SEQUENCE_TOKENS * load.sequences
-        displaced = max(0, own - load.free)
-        return own + _SHARE * (waits + displaced), load.sequences, rank < first, rank
+        waits = ahead + SEQUENCE_TOKENS * sequences
+        if own > free:
+            waits += own - free  # displaced
+        return own + _SHARE * waits, sequences, rank < first, rank
 
     rank = min(able, key=cost)
-    here, most = cached.get(rank, 0), max((cached.get(other, 0) for other in loads), default=0)
+    here = cached.get(rank, 0)
+    most = max((tokens for other, tokens in cached.items() if other in loads), default=0)
     reason: Reason = "none" if most == 0 else "prefix" if here == most else "load"
     return RoutingDecision(rank, here, reason)
 

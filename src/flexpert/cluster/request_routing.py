@@ -128,11 +128,11 @@ class Router:
     ) -> RoutingDecision:
         caches = self._caches
         assert caches is not None
+        ahead, held = self._ahead.get, self._index.blocks
+        all_blocks, stride, size = caches.blocks, self._stride, caches.block_size
         loads = {
             rank: RankBacklog(
-                count,
-                self._ahead[rank],
-                max(0, caches.blocks - self.blocks(rank)) * caches.block_size,
+                count, ahead(rank, 0), max(0, all_blocks - held(rank) * stride) * size
             )
             for rank, count in counts.items()
         }

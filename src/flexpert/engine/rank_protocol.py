@@ -442,6 +442,22 @@ Report = (
     | StoreRequest
 )
 
-encode = msgspec.msgpack.Encoder().encode
+_encode = msgspec.msgpack.Encoder().encode
+_latest: tuple[Prepare | None, bytes] = (None, b"")
+
+
+def encode(message: Command | Report) -> bytes:
+    """As bytes. A `Prepare` is as large as the placement and the same for all ranks of a change, so
+    it is encoded once for all of them."""
+    global _latest
+    if type(message) is not Prepare:
+        return _encode(message)
+    plan, encoded = _latest
+    if plan is not message:
+        encoded = _encode(message)
+        _latest = message, encoded
+    return encoded
+
+
 decode_command = msgspec.msgpack.Decoder(Command).decode
 decode_report = msgspec.msgpack.Decoder(Report).decode
