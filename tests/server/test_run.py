@@ -38,6 +38,7 @@ class Beside:
         self.config = CONFIG
         self.failure: BaseException | None = None
         self.output = ""
+        self._serving = False
         self.head = FakeHead()
 
     def head_for(self, config: Config) -> FakeHead:
@@ -47,7 +48,11 @@ class Beside:
     def serve(self) -> int:
         thread = threading.Thread(target=self._run)
         thread.start()
-        code = serve(self.config, head=self.head_for)
+        self._serving = True
+        try:
+            code = serve(self.config, head=self.head_for)
+        finally:
+            self._serving = False
         thread.join(10)
         self.output += self._capture.readouterr().out
         if self.failure:
@@ -63,7 +68,8 @@ class Beside:
             self._do(url)
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             self.failure = error
-            os.kill(os.getpid(), signal.SIGTERM)
+            if self._serving:  # else nobody catches it
+                os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stream(url: str, tokens: int, on_first: Callable[[], None]) -> str:
@@ -87,16 +93,20 @@ def test_a_signal_lets_running_requests_finish(
     capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     texts: list[str] = []
+    asked: list[float] = []
+
+    def stop() -> None:
+        asked.append(time.monotonic())
+        os.kill(os.getpid(), number)
 
     def do(url: str) -> None:
         with httpx.stream("GET", f"{url}/cluster/events") as events:  # never end by themselves
-            texts.append(stream(url, 40, ask_to_stop(number)))
+            texts.append(stream(url, 40, stop))
             list(events.iter_lines())
 
     beside = Beside(capsys, do)
-    began = time.monotonic()
     assert beside.serve() == 0
-    assert time.monotonic() - began < 8  # less than --shutdown-timeout
+    assert time.monotonic() - asked[0] < 8  # less than --shutdown-timeout
     assert texts[0].rstrip().endswith("data: [DONE]")
     assert '"finish_reason":"length"' in texts[0]
     assert beside.head.stops == 1

@@ -54,6 +54,7 @@ EXIT_WRONG_SETTINGS = 2
 # Seconds. After a second Ctrl-C: for ranks to be terminated; they die with this process anyway.
 FORCED_STOP_S = 5.0
 
+_LAST_WORDS_S = 0.5  # then answers that were cut off have been told why
 _LOOK_S = 0.05  # between two looks at connections that are to end by themselves
 
 # Seconds that clients who do not read may hold up the end, after all answers are there.
@@ -278,6 +279,7 @@ class _Service:
         self._renewing: asyncio.Future[None] | None = None  # of the certificate
         self._scaling: asyncio.Future[None] | None = None
         self._export: OtlpExport | None = None
+        self._server: _Server | None = None
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
@@ -377,7 +379,7 @@ class _Service:
         if self._tls:
             settings.ssl = self._tls.context  # checked before the model was opened
             self._renewing = asyncio.ensure_future(self._tls.watch())
-        server = _Server(settings)
+        self._server = server = _Server(settings)
         await preparing
         gc.freeze()  # to walk all that was imported would hold up every stream for 0.3 s
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
@@ -459,6 +461,8 @@ class _Service:
                 await self._head.stop()
         except TimeoutError:
             complain("ranks did not stop in time; they end with this process")
+        if self._server is not None and (open_ones := self._server.server_state.tasks):
+            await asyncio.wait(open_ones, timeout=_LAST_WORDS_S)
         if self._export is not None and not self._forced.is_set():
             await asyncio.to_thread(self._export.close)
         say("stopped")
