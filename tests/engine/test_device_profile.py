@@ -10,7 +10,7 @@ from flexpert.cluster.processes.model_opening import open_source
 from flexpert.comm import BufferSpec, CommError
 from flexpert.config import Config, load_config
 from flexpert.device_settings import MOST_GPU_RANKS
-from flexpert.engine import device_profile
+from flexpert.engine import device_profile, gpu_driver
 from flexpert.engine.device_profile import (
     CpuProfile,
     InterpreterProfile,
@@ -217,6 +217,6 @@ def test_the_driver_is_asked_only_where_it_counts_the_gpus_that_cuda_sees(
     class Driver:
         gpus = 1
 
-    monkeypatch.setattr(device_profile, "open_driver", Driver)
+    monkeypatch.setattr(gpu_driver, "open_driver", Driver)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     assert (find_driver() is not None) == known
