@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flexpert.engine.request import TokenLogprobs
-from flexpert.engine.sampler import COLDEST, Masks, StepSampling, StepTokens, numbers
+from flexpert.engine.sampler import (
+    COLDEST,
+    Masks,
+    StepSampling,
+    StepTokens,
+    numbers,
+    read_told,
+    told_of,
+)
 from flexpert.engine.sequence import Sampled, SampleState
 from flexpert.kernels.cuda.sampling import SETTINGS, choose_tokens
 from flexpert.kernels.device_stream import DeviceStream, StreamEvent
@@ -70,7 +78,7 @@ class DeviceSampler:
             possible = choose_tokens(x, there["settings"], tokens)
         asked = [row for row, s in enumerate(samples) if s.params.logprobs is not None]
         told = [
-            _told(logits[row : row + 1], tokens[row : row + 1], samples[row].params.logprobs)
+            told_of(logits[row : row + 1], tokens[row : row + 1], samples[row].params.logprobs or 0)
             for row in asked
         ]
         piece.take(tokens, possible, told)
@@ -216,29 +224,6 @@ class _Entries:
             arrays[name] = torch.from_numpy(np.concatenate(self._values, axis=1))
 
 
-def _told(logits: Tensor, token: Tensor, top: int | None) -> Tensor:
-    """[2 + 2 * top] float64: the log probability of a token, how many are more likely and itself,
-    the `top` likeliest and their log probabilities.
-
-    logits: [1, vocab], unadjusted; token: [1].
-    """
-    row = logits.double()
-    shift = row.logsumexp(dim=1)
-    logit = row.gather(1, token[:, None])
-    rank = (row > logit).sum(dim=1) + 1
-    best = row.topk(min(top or 0, row.shape[1]), dim=1)
-    told = (logit[:, 0] - shift, rank, best.indices, best.values - shift[:, None])
-    return torch.cat([part.double().flatten() for part in told])
-
-
-def _read(told: list[float]) -> TokenLogprobs:
-    """What `_told` has made."""
-    top = (len(told) - 2) // 2
-    return TokenLogprobs(
-        told[0], [int(token) for token in told[2 : 2 + top]], told[2 + top :], int(told[1])
-    )
-
-
 @dataclass(slots=True)
 class _HostTokens:
     """Where one step's tokens come to the host.
@@ -269,11 +254,11 @@ class _HostTokens:
         self.tokens[: len(tokens)].copy_(tokens, non_blocking=True)
         if possible is not None:
             self.possible[: len(possible)].copy_(possible, non_blocking=True)
-        self.sizes = [len(one) for one in told]
+        self.sizes = [one.numel() for one in told]
         if told:
             if len(self.told) < sum(self.sizes):
                 self.told = self.stream.host_buffer(16 * sum(self.sizes)).view(torch.float64)
-            values = torch.cat(told)
+            values = torch.cat([one.flatten() for one in told])
             self.told[: len(values)].copy_(values, non_blocking=True)
         self.copied.record()
 
@@ -293,7 +278,7 @@ class _DeviceSampling:
         logprobs: list[TokenLogprobs | None] = [None] * count
         begin = 0
         for row, size in zip(self._asked, piece.sizes, strict=True):
-            logprobs[row] = _read(piece.told[begin : begin + size].tolist())
+            logprobs[row] = read_told(piece.told[begin : begin + size].tolist())
             begin += size
         failed: dict[int, Exception] = {}
         if self._judged:

@@ -208,16 +208,34 @@ def score_on_device(logits: torch.Tensor, tokens: Sequence[int], top: int) -> li
     """As `score`, where the logits are: a vocabulary of 150,000 in 256 rows is 150 MB."""
     scored: list[TokenLogprobs] = []
     for start in range(0, len(tokens), _SCORED_AT_ONCE):
-        rows = logits[start : start + _SCORED_AT_ONCE].double()
+        rows = logits[start : start + _SCORED_AT_ONCE]
         wanted = torch.tensor(tokens[start : start + _SCORED_AT_ONCE], device=rows.device)
-        shift = rows.logsumexp(dim=1)
-        logit = rows.gather(1, wanted[:, None])
-        chosen = logit[:, 0] - shift
-        ranks = (rows > logit).sum(dim=1) + 1
-        best = rows.topk(min(top, rows.shape[1]), dim=1)
-        values = (best.values - shift[:, None]).tolist()
-        scored += map(TokenLogprobs, chosen.tolist(), best.indices.tolist(), values, ranks.tolist())
+        scored += map(read_told, told_of(rows, wanted, top).tolist())
     return scored
+
+
+def told_of(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> torch.Tensor:
+    """[n, 2 + 2 * top] float64, where the logits are, for `read_told`: the log probability of each
+    token, how many are more likely and itself, the `top` likeliest and their log probabilities.
+
+    Args:
+        logits: [n, vocab], unadjusted. tokens: [n] int64. top: at most the vocabulary is told of.
+    """
+    rows = logits.double()
+    shift = rows.logsumexp(dim=1, keepdim=True)
+    logit = rows.gather(1, tokens[:, None])
+    rank = (rows > logit).sum(dim=1, keepdim=True) + 1
+    best = rows.topk(min(top, rows.shape[1]), dim=1)
+    parts = (logit - shift, rank, best.indices, best.values - shift)
+    return torch.cat([part.double() for part in parts], dim=1)
+
+
+def read_told(told: list[float]) -> TokenLogprobs:
+    """One row of what `told_of` has made."""
+    top = (len(told) - 2) // 2
+    return TokenLogprobs(
+        told[0], [int(token) for token in told[2 : 2 + top]], told[2 + top :], int(told[1])
+    )
 
 
 def _masked(x: Floats, masks: Masks | None) -> Floats:

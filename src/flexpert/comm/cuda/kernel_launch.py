@@ -34,10 +34,8 @@ _ALIGNMENT: Final = 16
 _WARP: Final = 32
 _WORD: Final = struct.calcsize("=q")
 _UNALIGNED: Final = -1  # of fx_start
-_SCRATCH: Final = (
-    8,
-    8,
-)  # bytes of the arguments that Triton adds: of memory for scratch and profiling
+_SCRATCH: Final = (8, 8)
+"""Bytes of the arguments that Triton adds: of memory for scratch and profiling."""
 _ENTRY: Final = re.compile(r"\.entry\s+\S+\s*\(([^)]*)\)")
 _PARAMETER: Final = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.[usbf](\d+)")
 
