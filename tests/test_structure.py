@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +85,13 @@ def nested(names: set[str]) -> bool:
     """One lies in a folder above the other: `flexpert.errors` and `flexpert.comm.errors`."""
     folders = sorted(name.rpartition(".")[0] + "." for name in names)
     return len(names) == 2 and folders[1].startswith(folders[0])
+
+
+def test_no_two_test_modules_have_one_name() -> None:
+    """pytest imports them by their names alone, and collects only the first."""
+    tests = Path(__file__).parent
+    found = Counter(path.name for path in tests.rglob("test_*.py"))
+    assert [name for name, times in found.items() if times > 1] == []
 
 
 def test_a_public_class_is_known_by_its_name() -> None:

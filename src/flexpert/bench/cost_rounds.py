@@ -6,7 +6,6 @@ the next; what differs is taken within the pairs of a round.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +15,10 @@ from statistics import median
 from typing import Any
 
 import msgspec
-import psutil
 
 from flexpert.bench.load import closed_loop, complete, completion_body
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.processor_time import service_processor_seconds
 from flexpert.bench.prompts import random_prompts, token_pool
 from flexpert.bench.service import Service
 from flexpert.bench.statistics import Figures, figures
@@ -170,9 +169,9 @@ async def cost_round(
     async def send(number: int) -> Any:
         return await complete(service.target, requests[number], stall_s=STALL_S)
 
-    before = (*service_cpu_s(service.pid), time.process_time())
+    before = (*service_processor_seconds(service.pid), time.process_time())
     answers = await closed_loop(send, len(requests), concurrency)
-    after = (*service_cpu_s(service.pid), time.process_time())
+    after = (*service_processor_seconds(service.pid), time.process_time())
     found = figures(answers)
     if found.failed == found.requests:
         raise FlexpertError(f"the service does not answer: {found.errors[0]}")
@@ -180,18 +179,3 @@ async def cost_round(
         1e6 * (end - begin) / found.output_tokens for end, begin in zip(after, before, strict=True)
     )
     return CostRound(figures=found, head_us=head_us, service_us=service_us, client_us=client_us)
-
-
-def service_cpu_s(pid: int) -> tuple[float, float]:
-    """Processor time of a process, and of it and all below it."""
-    head = psutil.Process(pid)
-    own = total = _seconds(head)
-    for process in head.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            total += _seconds(process)
-    return own, total
-
-
-def _seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)

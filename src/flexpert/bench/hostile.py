@@ -17,6 +17,7 @@ import psutil
 from flexpert.bench.hostile_clients import ClientsJob, ClientsOutcome, Kind
 from flexpert.bench.load import LoadError, Target, call, complete, completion_body
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.processor_time import processor_seconds
 from flexpert.bench.service import own_service
 from flexpert.errors import FlexpertError
 
@@ -253,10 +254,10 @@ class _Clients:
         await asyncio.sleep(min(SETTLE_S, seconds))
         for stream in streams:
             stream.reset()
-        began, cpu = perf_counter(), sum(head.cpu_times()[:2])
+        began, cpu = perf_counter(), processor_seconds(head.pid)
         await asyncio.sleep(seconds)
         self.seconds += perf_counter() - began
-        self.head_cpu_s += sum(head.cpu_times()[:2]) - cpu
+        self.head_cpu_s += processor_seconds(head.pid) - cpu
         for stream in streams:
             stream.look()
             self.tokens += stream.tokens

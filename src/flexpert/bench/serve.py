@@ -17,13 +17,13 @@ import uvloop
 
 from flexpert.bench import reference
 from flexpert.bench.cluster_history import cluster_now
-from flexpert.bench.cost_rounds import service_cpu_s
 from flexpert.bench.goodput import LatencyGoals, figures_with_goodput
 from flexpert.bench.load import ClientAnswer, Target
 from flexpert.bench.load_timeline import TimelinePoint, step_for, timeline
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.offered_load import OfferedLoad, offer, warm_up
 from flexpert.bench.other_server import Against, ServerTurn, served_model
+from flexpert.bench.processor_time import processor_seconds
 from flexpert.bench.prompts import tokenize
 from flexpert.bench.service import own_service
 from flexpert.bench.statistics import Figures
@@ -276,7 +276,7 @@ async def measure(
             note(f"warming up with {load.warmup} requests")
             await warm_up(target, load, load.seed + 1)
         note(load.describe())
-        head_before = None if pid is None else service_cpu_s(pid)[0]
+        head_before = None if pid is None else processor_seconds(pid)
         before = resource.getrusage(resource.RUSAGE_SELF)
         begin = perf_counter()
         outcomes: list[EventOutcome] = []
@@ -295,7 +295,7 @@ async def measure(
         cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         head_cpu_s = None
         if pid is not None and head_before is not None:
-            head_cpu_s = service_cpu_s(pid)[0] - head_before
+            head_cpu_s = processor_seconds(pid) - head_before
         ids = [
             await tokenize(target, prompt) if isinstance(prompt, str) else prompt
             for prompt in (prompts if tokens_wanted else ())

@@ -16,6 +16,7 @@ import psutil
 
 from flexpert.bench.cluster_history import cluster_now
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.processor_time import processor_seconds
 from flexpert.bench.service import Service, own_service
 from flexpert.errors import FlexpertError
 from flexpert.forking.fork_server import MODULE
@@ -108,8 +109,7 @@ async def look(service: Service) -> dict[str, RoleCost]:
 
 
 def _cost(process: psutil.Process) -> RoleCost:
-    times = process.cpu_times()
-    return RoleCost(1, times.user + times.system, process.memory_full_info().pss)
+    return RoleCost(1, processor_seconds(process.pid), process.memory_full_info().pss)
 
 
 def _sum(costs: list[RoleCost]) -> RoleCost:

@@ -13,7 +13,6 @@ temperature and seeds.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import psutil
 
 from flexpert.bench.load import ClientAnswer, Target, closed_loop, complete, completion_body
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.processor_time import service_processor_seconds
 from flexpert.bench.prompts import random_prompts, token_pool
 from flexpert.bench.service import Service, own_service
 from flexpert.bench.statistics import Figures, figures
@@ -170,23 +169,12 @@ async def _round(
     prompts: Sequence[Any],
     kind: Callable[[int], dict[str, Any]],
 ) -> Round:
-    before = _cpu_s(service.pid)
+    before = service_processor_seconds(service.pid)[1]
     found = figures(await _offer(service.target, plan, prompts, kind))
-    cpu_s = _cpu_s(service.pid) - before
+    cpu_s = service_processor_seconds(service.pid)[1] - before
     if found.failed == found.requests:
         raise FlexpertError(f"the service does not answer: {found.errors[0]}")
     return Round(figures=found, cpu_ms=cpu_s * 1e3 / found.output_tokens)
-
-
-def _cpu_s(pid: int) -> float:
-    """Processor time of a process and all below it."""
-    service = psutil.Process(pid)
-    total = 0.0
-    for process in (service, *service.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total
 
 
 async def _offer(

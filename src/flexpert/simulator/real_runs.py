@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from time import perf_counter
 
 from flexpert.bench.cluster_history import all_back, change_ranks, cluster_now
-from flexpert.bench.cost_rounds import service_cpu_s
 from flexpert.bench.load import ClientAnswer, LoadError, call
 from flexpert.bench.offered_load import OfferedLoad, offer
+from flexpert.bench.processor_time import processor_seconds
 from flexpert.bench.service import Service
 from flexpert.bench.timed_events import EventOutcome, EventRun, TimedEvent, kill_rank
 from flexpert.cluster.views import OperationView
@@ -69,7 +69,7 @@ async def real_run(
             raise FlexpertError(f"{ranks} ranks could not be had: {done.error}")
         await asyncio.sleep(_QUIET_S)
     prompts = await load.asked(target, load.seed)
-    before = service_cpu_s(service.pid)[0]
+    before = processor_seconds(service.pid)
     run = EventRun(target, events)
     if events:
         await run.start()
@@ -81,7 +81,7 @@ async def real_run(
             outcomes = await run.finish(answers)
     finally:
         await run.cancel()
-    head_cpu_s = service_cpu_s(service.pid)[0] - before
+    head_cpu_s = processor_seconds(service.pid) - before
     failed = next((answer.error for answer in answers if answer.error), None)
     if failed is not None:
         raise FlexpertError(f"a request failed: {failed}")
