@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flexpert.kernels.cpu import ops
 from flexpert.kernels.kernel_set import Kernels, LinearKernel, NormKernel
+from flexpert.models import recording
 from flexpert.models.deterministic import outside_modes
 from flexpert.models.fusion_verdicts import FusionVerdicts, NormFusion, VerdictLedger
 
@@ -70,17 +71,19 @@ def _linear(
     weight, bias = module.weight.data, None if module.bias is None else module.bias.data
 
     def forward(input: Tensor) -> Tensor:
+        if recording.current() is not None:
+            return F.linear(input, weight, bias)  # which it sees
         if deterministic:
             with outside_modes():
                 return kernel(input, weight, bias)
-        if input.dtype != weight.dtype or _is_torchs(input.numel() // weight.shape[1], most):
+        if input.dtype != weight.dtype or is_torchs(input.numel() // weight.shape[1], most):
             return F.linear(input, weight, bias)
         return kernel(input, weight, bias)
 
     return forward
 
 
-def _is_torchs(rows: int, most: int | None) -> bool:
+def is_torchs(rows: int, most: int | None) -> bool:
     """Whether a product is faster in torch. most: see `Kernels.linear_rows`."""
     threads = torch.get_num_threads()
     if most is None:
@@ -118,6 +121,8 @@ def _norm(
     def forward(hidden_states: Tensor) -> Tensor:
         with outside_modes():
             if hidden_states.dtype == weight.dtype and hidden_states.shape[-1] == weight.shape[0]:
+                if (noting := recording.current()) is not None:
+                    return noting.norm(kernel, hidden_states, weight, eps, early=early)
                 return kernel(hidden_states, weight, eps, early=early)
         result: Tensor = original(module, hidden_states)
         return result

@@ -20,7 +20,7 @@ from flexpert.kernels.device_stream import stream_of
 from flexpert.kernels.experts import Gate
 from flexpert.kernels.kernel_set import Kernels, PagedAttentionKernel, cpu_kernels
 from flexpert.kernels.step_upload import StepUpload
-from flexpert.models import registrations
+from flexpert.models import recorded_steps, recording, registrations
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.decode_graphs import DecodeGraphs
 from flexpert.models.dense_weights import load_dense, replace_tensor
@@ -29,6 +29,7 @@ from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
 from flexpert.models.kv_cache import KVCache
+from flexpert.models.recorded_steps import Experts, RecordedSteps
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.moe.moe_layers import MoELayers
@@ -77,45 +78,49 @@ class PagedAttention:
             if batch is None:
                 raise RuntimeError("attention outside of ModelRunner.forward")
             rows = batch.slot_mapping.shape[0]
+            parts = _rows(query)[:rows], _rows(key)[:rows], _rows(value)[:rows]
+            sinks = None if s_aux is None else s_aux.to(query.dtype).contiguous()
+            options = {
+                "scaling": query.shape[3] ** -0.5 if scaling is None else scaling,
+                "window": sliding_window or 0,
+                "softcap": softcap or 0.0,
+                "sinks": sinks,
+            }
             out = self.kernel(
-                _rows(query)[:rows],
-                _rows(key)[:rows],
-                _rows(value)[:rows],
+                *parts,
                 self.key_cache,
                 self.value_cache,
                 batch.query_start,
                 batch.context_len,
                 batch.block_tables,
                 batch.slot_mapping,
-                scaling=query.shape[3] ** -0.5 if scaling is None else scaling,
-                window=sliding_window or 0,
-                softcap=softcap or 0.0,
-                sinks=None if s_aux is None else s_aux.to(query.dtype).contiguous(),
+                **options,
             )
+            if (noting := recording.current()) is not None:
+                noting.attention(*parts, (self.key_cache, self.value_cache), out, **options)
             return pad_rows(out, query.shape[2]).unsqueeze(0)
 
 
 class RoutedExperts:
     """One MoE layer's experts module, bound to the runtime."""
 
-    __slots__ = ("apply_gate", "layer", "rows", "runtime", "topk")
+    __slots__ = ("apply_gate", "compute", "layer", "rows", "runtime", "topk")
 
     def __init__(self, layer: int, module: Any, runtime: MoELayers, topk: int) -> None:
         self.layer = layer
         self.runtime = runtime
         self.topk = topk
+        self.compute: Experts = runtime.forward
         self.rows = 0  # of the batch; what comes after is padding
         self.apply_gate: Gate = module._apply_gate if module.has_gate else module.act_fn
 
     def experts(self, module: nn.Module, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         rows = self.rows
-        y = self.runtime.forward(
-            self.layer,
-            x[:rows].contiguous(),
-            expert_ids[:rows].contiguous(),
-            weights[:rows].contiguous(),
-            self.apply_gate,
-        )
+        given = x[:rows].contiguous(), expert_ids[:rows].contiguous(), weights[:rows].contiguous()
+        if (noting := recording.current()) is not None:
+            y = noting.experts(self.layer, *given, self.apply_gate)
+        else:
+            y = self.compute(self.layer, *given, self.apply_gate)
         return pad_rows(y, x.shape[0])
 
 
@@ -147,6 +152,7 @@ class ModelRunner:
         self.kv = kv
         self.verdicts = verdicts
         self.graphs: DecodeGraphs | None = None
+        self.recorded: RecordedSteps | None = None
         self._model = model
         self._attention = attention
         self._experts = experts
@@ -288,6 +294,47 @@ class ModelRunner:
                 self._walk, sizes=sizes, max_blocks=max_blocks, device=self._device
             )
 
+    def record(self) -> None:
+        """From now on, compute steps on a CPU without transformers' modules; see `RecordedSteps`.
+
+        Raises:
+            UnsupportedModel: that is not possible for this model, and why.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            recorded = recorded_steps.record(self._trial_walk)
+            steps = RecordedSteps(recorded, by_torch=lambda rows, nbytes: False)
+            inputs = recorded_steps.trial_inputs(7, 4, stride=3)
+            for experts in self._experts:
+                experts.compute = _stand_in
+            try:
+                expected = self._trial_walk(*inputs)
+                recorded_steps.check(steps, self._trial_batch(*inputs), expected, _stand_in)
+            finally:
+                for experts in self._experts:
+                    experts.compute = experts.runtime.forward
+        self.recorded = steps
+
+    def _trial_walk(self, tokens: Tensor, positions: Tensor, samples: Tensor) -> Tensor:
+        return self._walk(self._trial_batch(tokens, positions, samples), padded=False)
+
+    def _trial_batch(self, tokens: Tensor, positions: Tensor, samples: Tensor) -> ForwardBatch:
+        """One sequence, in the first blocks of the cache."""
+        rows, size = tokens.shape[0], self.kv.layers[0][0].shape[1]
+        blocks = -(-rows // size)
+        return ForwardBatch(
+            token_ids=tokens,
+            positions=positions,
+            query_start=torch.tensor([0, rows], dtype=torch.int32, device="cpu"),
+            context_len=torch.tensor([rows], dtype=torch.int32, device="cpu"),
+            block_tables=torch.arange(blocks, dtype=torch.int32, device="cpu").unsqueeze(0),
+            slot_mapping=torch.arange(rows, device="cpu"),
+            sample_rows=samples,
+        )
+
+    def _recorded_rows(self) -> int:
+        """Up to so many rows a recorded step is faster than transformers' modules."""
+        return 64
+
     def forward(self, batch: ForwardBatch) -> Tensor:
         """[M, vocab] logits of `batch.sample_rows`; walks all MoE layers once, in order.
 
@@ -301,15 +348,17 @@ class ModelRunner:
             self._moe.expect(batch.token_ids.shape[0])
             if self.graphs is not None and self.graphs.fits(batch):
                 return self.graphs.forward(batch)
+            if self.recorded is not None and batch.token_ids.shape[0] <= self._recorded_rows():
+                return self.recorded.forward(batch, self._moe.forward)
             return self._walk(batch if self._upload is None else batch.sent(self._upload))
 
-    def _walk(self, batch: ForwardBatch) -> Tensor:
+    def _walk(self, batch: ForwardBatch, *, padded: bool = True) -> Tensor:
         """`forward`, launched module by module."""
         for layer in self._attention:
             layer.batch = batch
         for experts in self._experts:
             experts.rows = batch.token_ids.shape[0]
-        cut = pad_batch if self._pads_batches else exact_batch
+        cut = pad_batch if self._pads_batches and padded else exact_batch
         token_ids, positions, sample_rows = cut(batch)
         if batch.sources is not None:
             known = self.sampled[batch.sources.clamp_min(0)]
@@ -356,6 +405,10 @@ class ModelRunner:
     def kv_nbytes(self) -> int:
         """Bytes reserved for the KV cache."""
         return sum(k.nbytes + v.nbytes for k, v in self.kv.layers)
+
+
+def _stand_in(layer: int, x: Tensor, ids: Tensor, weights: Tensor, gate: Gate) -> Tensor:
+    return recording.stand_in(x, ids, weights)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -811,6 +811,8 @@ INLINE void norm_body(const char *x, const char *w, char *y, long rows, long n, 
     }
 }
 
+#include "program.c"
+
 /* ---- one copy per instruction set --------------------------------------------------------- */
 
 typedef struct {
@@ -820,6 +822,7 @@ typedef struct {
     int (*packed)(const packed_args *); /* -1: no memory */
     void (*attention)(const attention_args *, float *);
     void (*norm)(const char *, const char *, char *, long, long, float, int, int);
+    int (*simple)(const int64_t *, const int64_t *); /* NO_ROW */
 } kernels;
 
 #define KERNELS(NAME, TARGET, LEVEL, FEW_OF)                                                              \
@@ -847,8 +850,9 @@ typedef struct {
         if (dtype == BFLOAT16) norm_body(x, w, y, rows, n, eps, early, BFLOAT16);                  \
         else norm_body(x, w, y, rows, n, eps, early, FLOAT32);                                     \
     }                                                                                              \
+    TARGET static int simple_##NAME(const int64_t *op, const int64_t *step) { return simple(op, step); } \
     static const kernels kernels_##NAME = {#NAME, grouped_##NAME, packed_##NAME, attention_##NAME,          \
-                                            norm_##NAME};
+                                            norm_##NAME, simple_##NAME};
 
 KERNELS(portable, , SMALL, few_never)
 #if defined(__x86_64__)
@@ -866,7 +870,8 @@ static int packed_amx(const packed_args *a) {
     /* int4 has no tiles yet: one way for any number of rows, so that a row's bits are its own */
     return a->dtype == BFLOAT16 && a->format != INT4 ? amx_packed(a) : packed_avx512(a);
 }
-static const kernels kernels_amx = {"amx", grouped_amx, packed_amx, attention_avx512, norm_avx512};
+static const kernels kernels_amx = {"amx", grouped_amx, packed_amx, attention_avx512, norm_avx512,
+                                    simple_avx512};
 #endif
 
 static const kernels *pick(void) {
@@ -946,6 +951,14 @@ static void fx_rms_norm(intptr_t x, intptr_t w, intptr_t y, long rows, long n, f
     pick()->norm((const char *)x, (const char *)w, (char *)y, rows, n, eps, early, dtype);
 }
 
+static int attend_all(const attention_args *a) {
+    float *scratch = aligned_alloc(64, attention_scratch(a));
+    if (!scratch) return -1;
+    pick()->attention(a, scratch);
+    free(scratch);
+    return 0;
+}
+
 static int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intptr_t key_cache,
                               intptr_t value_cache, intptr_t query_start, intptr_t context_len,
                               intptr_t block_tables, intptr_t slot_mapping, intptr_t sinks,
@@ -953,9 +966,6 @@ static int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intp
                               long vs1, long sequences, long max_blocks, long block_size, long heads,
                               long kv_heads, long key_dim, long value_dim, long window,
                               float scaling, float softcap, int dtype) {
-    const long kd = (key_dim + 31) / 32 * 32, vd = (value_dim + 31) / 32 * 32;
-    float *scratch = aligned_alloc(64, (KEY_TILE + PANEL) * (kd + vd) * sizeof(float));
-    if (!scratch) return -1;
     const attention_args a = {
         .query = (const char *)query,
         .key = (const char *)key,
@@ -983,7 +993,29 @@ static int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intp
         .softcap = softcap,
         .dtype = dtype,
     };
-    pick()->attention(&a, scratch);
-    free(scratch);
-    return 0;
+    return attend_all(&a);
+}
+
+/* Operations first … last - 1 of a program (program.c); NO_ROOM or NO_ROW where that fails. */
+static int fx_run(intptr_t program, long first, long last, intptr_t step) {
+    const kernels *here = pick();
+    const int64_t *now = (const int64_t *)step;
+    int failed = 0;
+    for (long i = first; i < last && !failed; i++) {
+        const int64_t *op = (const int64_t *)program + i * WIDTH;
+        if (op[AT_OP] == OP_LINEAR) {
+            failed = fx_linear(op[AT_A], op[AT_B], op[AT_EXTRA], op[AT_OUT], op[AT_SIZES],
+                               op[AT_SIZES + 1], op[AT_SIZES + 2], (int)op[AT_DTYPES]);
+        } else if (op[AT_OP] == OP_NORM) {
+            here->norm((const char *)op[AT_A], (const char *)op[AT_B], (char *)op[AT_OUT], op[AT_SIZES],
+                       op[AT_SIZES + 1], (float)scalar_of(op, AT_SCALAR), (int)op[AT_EXTRA],
+                       (int)op[AT_DTYPES]);
+        } else if (op[AT_OP] == OP_ATTENTION) {
+            const attention_args a = attention_of(op, now);
+            failed = attend_all(&a);
+        } else {
+            failed = here->simple(op, now);
+        }
+    }
+    return failed;
 }

@@ -1,0 +1,167 @@
+"""Lists of operations for program.c: built once, laid out for each number of rows and samples.
+
+An operation's words are affine in both numbers (`Affine`), but for addresses, to which the place of
+a buffer comes. Buffers share memory as far as their lives do not overlap.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexpert.kernels.cpu.ops import ffi, lib
+from flexpert.kernels.affine import Affine
+
+WIDTH: Final = 32
+DIMS: Final = 5
+_ALIGN: Final = 64  # bytes
+
+DTYPES: Final = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.int64: 2,
+    torch.int32: 3,
+    torch.bool: 4,
+}
+"""As program.c numbers them."""
+
+OPERATIONS: Final = {
+    name: number
+    for number, name in enumerate(
+        "inputs copy neg silu sigmoid exp cos sin rsqrt tanh relu gelu gelu_tanh square sqrt "
+        "reciprocal softplus add sub mul div maximum minimum sum mean softmax linear norm rows "
+        "attention".split()
+    )
+}
+"""In program.c's order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Of a byte in a buffer."""
+
+    buffer: int
+    offset: Affine
+
+
+Word = int | Affine | Address
+
+
+def scalar(value: float) -> int:
+    """A float64 as a word."""
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+class Program:
+    """Operations, and where their buffers lie.
+
+    Args:
+        operations: of at most WIDTH words each.
+        nbytes: of each buffer.
+        lives: of each buffer, the first and last position at which it is in use.
+    """
+
+    def __init__(
+        self,
+        operations: Sequence[Sequence[Word]],
+        nbytes: Sequence[Affine],
+        lives: Sequence[tuple[int, int]],
+    ) -> None:
+        self._coefficients = np.zeros((len(operations) * WIDTH, 3), dtype=np.int64)
+        words, buffers = [], []
+        for number, operation in enumerate(operations):
+            for place, word in enumerate(operation):
+                at = number * WIDTH + place
+                if isinstance(word, Address):
+                    words.append(at)
+                    buffers.append(word.buffer)
+                    word = word.offset
+                if isinstance(word, Affine):
+                    self._coefficients[at] = word.base, word.per_row, word.per_sample
+                else:
+                    self._coefficients[at, 0] = word
+        self._words = np.array(words, dtype=np.int64)
+        self._buffers = np.array(buffers, dtype=np.int64)
+        self._nbytes = list(nbytes)
+        self._lives = list(lives)
+
+    def places(self, rows: int, samples: int) -> tuple[list[int], int]:
+        """The offset of each buffer in one memory, for up to so many; and the size of that."""
+        sizes = [one.at(rows, samples) for one in self._nbytes]
+        order = sorted(range(len(sizes)), key=lambda one: self._lives[one][0])
+        offsets = [0] * len(sizes)
+        held: list[int] = []  # buffers in use, by their offset
+        whole = 0
+        for one in order:
+            begin = self._lives[one][0]
+            held = [other for other in held if self._lives[other][1] >= begin]
+            size = max(-(-sizes[one] // _ALIGN) * _ALIGN, _ALIGN)
+            at = 0
+            for place, other in enumerate(held):
+                if offsets[other] - at >= size:
+                    held.insert(place, one)
+                    break
+                end = offsets[other] + max(-(-sizes[other] // _ALIGN) * _ALIGN, _ALIGN)
+                at = max(at, end)
+            else:
+                held.append(one)
+            offsets[one] = at
+            whole = max(whole, at + size)
+        return offsets, whole
+
+    def laid_out(self, rows: int, samples: int, bases: np.ndarray) -> np.ndarray:
+        """[operations · WIDTH] int64 for this size. bases: the address of each buffer."""
+        words: np.ndarray = self._coefficients @ np.array([1, rows, samples], dtype=np.int64)
+        words[self._words] += bases[self._buffers]
+        return words
+
+
+class StepWords:
+    """What program.c reads of a step, in one array."""
+
+    NAMES: Final = (
+        "query_start",
+        "context_len",
+        "block_tables",
+        "slot_mapping",
+        "sequences",
+        "max_blocks",
+        "token_ids",
+        "positions",
+        "sample_rows",
+    )
+
+    def __init__(self) -> None:
+        self.array = ffi.new("int64_t[]", len(self.NAMES))
+        self.address = int(ffi.cast("intptr_t", self.array))
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """tensors: by their names in `ForwardBatch`; contiguous, and kept by the caller."""
+        array = self.array
+        for place, name in enumerate(self.NAMES):
+            if name == "sequences":
+                array[place] = tensors["context_len"].shape[0]
+            elif name == "max_blocks":
+                array[place] = tensors["block_tables"].shape[1]
+            else:
+                array[place] = tensors[name].data_ptr()
+
+
+def run(words: np.ndarray, first: int, last: int, step: StepWords) -> None:
+    """Operations first … last - 1 of what `laid_out` gave.
+
+    Raises:
+        MemoryError: none for the scratch of a kernel.
+        IndexError: a number of a token or row that does not exist.
+    """
+    failed = lib.fx_run(words.ctypes.data, first, last, step.address)
+    if failed == -1:
+        raise MemoryError("no memory for the scratch of a CPU kernel")
+    if failed:
+        raise IndexError("a token or row that does not exist")

@@ -1,0 +1,291 @@
+"""What a model computes in a step, written down as operations on buffers.
+
+While a `Recording` is entered, whatever torch computes on this thread is noted below autograd, where
+few kinds of operations are left. Views are no operations: an operand is a place in a buffer, with
+sizes and strides. Norms, attention and experts are computed by kernels that torch does not see; what
+stands for them in the model tells the recording (`current`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flexpert.errors import UnsupportedModel
+from flexpert.kernels.experts import Gate
+from flexpert.kernels.kernel_set import NormKernel
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """Elements of a buffer of the recording, or of a tensor that it only reads.
+
+    buffer: its number; None: a constant. offset, strides: in elements.
+    """
+
+    buffer: int | None
+    constant: Tensor | None
+    offset: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class TorchCall:
+    """An operation of torch. arguments: args and kwargs, with operands in place of tensors."""
+
+    function: Any
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    results: tuple[Operand | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NormCall:
+    """See `ops.rms_norm`; source and result are contiguous."""
+
+    source: Operand
+    weight: Tensor
+    eps: float
+    early: bool
+    result: Operand
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """See `ops.paged_attention`."""
+
+    query: Operand
+    key: Operand
+    value: Operand
+    key_cache: Tensor
+    value_cache: Tensor
+    scaling: float
+    window: int
+    softcap: float
+    sinks: Tensor | None
+    result: Operand
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsCall:
+    """See `MoELayers.forward`; all operands are contiguous."""
+
+    layer: int
+    source: Operand
+    expert_ids: Operand
+    weights: Operand
+    gate: Gate
+    result: Operand
+
+
+Call = TorchCall | NormCall | AttentionCall | ExpertsCall
+
+
+class Recording(TorchDispatchMode):
+    """Calls of one walk, in order.
+
+    calls: noted so far. nbytes: of each buffer.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        """inputs: the first buffers."""
+        super().__init__()
+        self.calls: list[Call] = []
+        self.nbytes: list[int] = []
+        self._numbers: dict[int, int] = {}  # storage → buffer
+        self._kept: list[Tensor] = []  # so that no storage is made twice
+        self._paused = False
+        for tensor in inputs:
+            self._made(tensor)
+
+    # ---- what torch computes ------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if self._paused:
+            return func(*args, **given)
+        if func in _ASKING:
+            raise UnsupportedModel(f"it computes with values ({func})")
+        result = func(*args, **given)
+        outputs = [result] if isinstance(result, Tensor) else list(tensors_of(result))
+        self._kept += outputs
+        if not outputs:
+            return result
+        written = _written(func, args, given)
+        read = {_storage(one) for one in tensors_of((args, given))}
+        if not written and all(_storage(one) in read for one in outputs):
+            return result  # a view
+        if written:
+            for one in written:
+                if _storage(one) not in self._numbers:
+                    raise UnsupportedModel(f"it changes a weight or buffer ({func})")
+            results = tuple(self.operand(one) for one in written)
+        else:
+            for one in outputs:
+                self._made(one)
+            if func in _MAKING:
+                return result
+            results = tuple(self.operand(one) for one in outputs)
+        arguments = replaced((args, given), Tensor, self.operand)
+        self.calls.append(TorchCall(func, arguments, results))
+        return result
+
+    def operand(self, tensor: Tensor) -> Operand:
+        number = self._numbers.get(_storage(tensor))
+        if number is None:
+            self._kept.append(tensor)
+        return Operand(
+            buffer=number,
+            constant=tensor if number is None else None,
+            offset=tensor.storage_offset(),
+            sizes=tuple(tensor.shape),
+            strides=tuple(tensor.stride()),
+            dtype=tensor.dtype,
+        )
+
+    def _made(self, tensor: Tensor) -> None:
+        self._numbers[_storage(tensor)] = len(self.nbytes)
+        self.nbytes.append(tensor.untyped_storage().nbytes())
+        self._kept.append(tensor)
+
+    # ---- what our kernels compute -------------------------------------------------------------
+
+    def norm(
+        self, kernel: NormKernel, x: Tensor, weight: Tensor, eps: float, *, early: bool
+    ) -> Tensor:
+        """See `ops.rms_norm`."""
+        x = x.contiguous()
+        result = kernel(x, weight, eps, early=early)
+        self.calls.append(NormCall(self.operand(x), weight, eps, early, self.operand(result)))
+        return result
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        caches: tuple[Tensor, Tensor],
+        result: Tensor,
+        **options: Any,
+    ) -> None:
+        """options: as `ops.paged_attention` has them."""
+        self.calls.append(
+            AttentionCall(
+                self.operand(query),
+                self.operand(key),
+                self.operand(value),
+                *caches,
+                **options,
+                result=self.operand(result),
+            )
+        )
+
+    def experts(
+        self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, gate: Gate
+    ) -> Tensor:
+        """What stands for the experts' sum while a walk is recorded: [N, hidden]."""
+        self._paused = True
+        try:
+            result = stand_in(x, expert_ids, weights)
+        finally:
+            self._paused = False
+        self._made(result)
+        operands = (self.operand(one) for one in (x, expert_ids, weights))
+        self.calls.append(ExpertsCall(layer, *operands, gate=gate, result=self.operand(result)))
+        return result
+
+    def __enter__(self) -> Recording:
+        global _current
+        super().__enter__()
+        _current = self
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        global _current
+        _current = None
+        super().__exit__(*raised)
+
+
+def stand_in(x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+    """In place of experts in trials: [N, hidden]; the rounding of x and weights alone changes it a
+    little, another choice of experts does so much."""
+    chosen = (expert_ids + 1).float() * weights.float()
+    return x * (chosen.sum(1, keepdim=True) / (chosen.abs().amax() + 1)).to(x.dtype)
+
+
+_current: Recording | None = None
+
+
+def current() -> Recording | None:
+    """The recording that is entered, if any."""
+    return _current
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from tensors_of(one)
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from tensors_of(one)
+
+
+def replaced(value: Any, kind: type | tuple[type, ...], by: Callable[[Any], Any]) -> Any:
+    """Nested tuples, lists and dicts with what is of a kind replaced."""
+    if isinstance(value, kind):
+        return by(value)
+    if isinstance(value, tuple | list):
+        return tuple(replaced(one, kind, by) for one in value)
+    if isinstance(value, dict):
+        return {name: replaced(one, kind, by) for name, one in value.items()}
+    return value
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operation changes."""
+    found = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[index] if index < len(args) else kwargs.get(argument.name)
+        found += list(tensors_of(value))
+    return found
+
+
+_aten = torch.ops.aten
+_ASKING = {
+    _aten._local_scalar_dense.default,
+    _aten.equal.default,
+    _aten.is_nonzero.default,
+    _aten.nonzero.default,
+    _aten.masked_select.default,
+}
+"""Operations whose results decide what is computed next."""
+
+_MAKING = {
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_strided.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+}
+"""Operations that make memory without content."""
