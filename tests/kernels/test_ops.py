@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import subprocess
@@ -195,12 +196,12 @@ print(ops.instruction_set())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_lesser_instruction_sets_keep_the_promises(instruction_set: str) -> None:
-    order = ["portable", "avx2", "avx512", "amx"]
+    order = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
     if order.index(ops.instruction_set()) < order.index(instruction_set):
         pytest.skip(f"this CPU has no {instruction_set}")
-    source = str(Path(ops.__file__).parents[2])
+    source = str(Path(ops.__file__).parents[3])
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         env={**os.environ, "FLEXPERT_CPU": instruction_set, "PYTHONPATH": source},
@@ -210,3 +211,29 @@ def test_lesser_instruction_sets_keep_the_promises(instruction_set: str) -> None
         check=False,
     )
     assert done.stdout.strip() == instruction_set, done.stderr
+
+
+@pytest.mark.skipif(ops.instruction_set() != "avx512_bf16", reason="needs products of bf16")
+def test_products_of_bf16_are_two_fused_additions() -> None:
+    """So ranks with and without the instruction give the same bits."""
+    x, weight = torch.randn(9, 200).bfloat16(), torch.randn(40, 200).bfloat16()
+    torch.save((x, weight), buffer := io.BytesIO())
+    script = (
+        "import io, sys, torch; from flexpert.kernels.cpu import ops\n"
+        "x, weight = torch.load(io.BytesIO(sys.stdin.buffer.read()))\n"
+        "y = io.BytesIO(); torch.save(ops.linear(x, weight), y)\n"
+        "assert ops.instruction_set() == 'avx512'; sys.stdout.buffer.write(y.getvalue())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=buffer.getvalue(),
+        env={
+            **os.environ,
+            "FLEXPERT_CPU": "avx512",
+            "PYTHONPATH": str(Path(ops.__file__).parents[3]),
+        },
+        capture_output=True,
+        timeout=100,
+        check=True,
+    )
+    assert torch.equal(torch.load(io.BytesIO(done.stdout)), ops.linear(x, weight))

@@ -200,9 +200,9 @@ def test_a_product_has_the_bits_of_the_dequantized_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_lesser_instruction_sets_compute_the_same_products(instruction_set: str) -> None:
-    order = ["portable", "avx2", "avx512", "amx"]
+    order = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
     if order.index(ops.instruction_set()) <= order.index(instruction_set):
         pytest.skip(f"this CPU has no more than {instruction_set}")
     chosen = "dequantized_matrix or any_company or no_number or dequantized_one"

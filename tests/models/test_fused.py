@@ -58,7 +58,8 @@ def test_what_is_no_rms_norm_is_left_alone(norm: nn.Module) -> None:
 
 
 @pytest.mark.skipif(
-    ops.instruction_set() not in {"amx", "avx512"}, reason="elsewhere torch's product stays"
+    not ops.instruction_set().startswith(("amx", "avx512")),
+    reason="elsewhere torch's product stays",
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_linear_layer_is_replaced_and_rounds_as_before(bias: bool) -> None:

@@ -29,8 +29,8 @@ from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
 from flexpert.models.kv_cache import KVCache
-from flexpert.models.recorded_steps import Experts, RecordedSteps
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
+from flexpert.models.recorded_steps import Experts, RecordedSteps
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.moe.moe_layers import MoELayers
 
@@ -80,7 +80,7 @@ class PagedAttention:
             rows = batch.slot_mapping.shape[0]
             parts = _rows(query)[:rows], _rows(key)[:rows], _rows(value)[:rows]
             sinks = None if s_aux is None else s_aux.to(query.dtype).contiguous()
-            options = {
+            options: dict[str, Any] = {
                 "scaling": query.shape[3] ** -0.5 if scaling is None else scaling,
                 "window": sliding_window or 0,
                 "softcap": softcap or 0.0,
@@ -128,8 +128,9 @@ class ModelRunner:
     """The dense part of a model, ready to compute batches; made by `load`, used by one thread.
 
     kv: the cache that attention reads and writes. verdicts: which of its modules our kernels
-    compute, for the next `load` of the same model on the same kind of device. sampled: [most] int64
-    on the device, where a sampler leaves the tokens of a step for the batches after it.
+    compute, for the next `load` of the same model on the same kind of device. recorded: computes
+    steps on a CPU; None: that was not possible, as `not_recorded` says. sampled: [most] int64 on
+    the device, where a sampler leaves the tokens of a step for the batches after it.
     """
 
     info: ModelInfo
@@ -153,6 +154,8 @@ class ModelRunner:
         self.verdicts = verdicts
         self.graphs: DecodeGraphs | None = None
         self.recorded: RecordedSteps | None = None
+        self.not_recorded = ""
+        self._recorded_rows: int | None = 0
         self._model = model
         self._attention = attention
         self._experts = experts
@@ -222,6 +225,8 @@ class ModelRunner:
             verdicts=verdicts,
             most_samples=most_samples,
         )
+        if kernels is None or kernels.recorded_rows:
+            runner.record((kernels or cpu_kernels()).recorded_rows)
         lap("kernels by verdicts" if runner.verdicts == verdicts else "kernels by trials")
         return runner
 
@@ -294,46 +299,38 @@ class ModelRunner:
                 self._walk, sizes=sizes, max_blocks=max_blocks, device=self._device
             )
 
-    def record(self) -> None:
-        """From now on, compute steps on a CPU without transformers' modules; see `RecordedSteps`.
+    def record(self, most_rows: int) -> None:
+        """Compute steps on a CPU without transformers' modules from now on, if that can be; else
+        `not_recorded` says why not.
 
-        Raises:
-            UnsupportedModel: that is not possible for this model, and why.
+        most_rows: of a step, where rows need not have the same bits in any company.
         """
-        with torch.inference_mode(False), torch.no_grad():
-            recorded = recorded_steps.record(self._trial_walk)
-            steps = RecordedSteps(recorded, by_torch=lambda rows, nbytes: False)
-            inputs = recorded_steps.trial_inputs(7, 4, stride=3)
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self.recorded = self._record()
+        except (UnsupportedModel, RuntimeError, TypeError, ValueError) as error:
+            self.not_recorded = str(error).partition("\n")[0]
+        self._recorded_rows = None if self._deterministic else most_rows
+
+    def _record(self) -> RecordedSteps:
+        """Raises: UnsupportedModel: it is not possible, and why."""
+        size = self.kv.layers[0][0].shape[1]
+        steps = RecordedSteps(recorded_steps.record(self._trial_walk, size))
+        if self._deterministic and (left := recorded_steps.rounds_by_torch(steps)):
+            raise UnsupportedModel(f"--deterministic has no kernel for {', '.join(left)}")
+        batch = recorded_steps.trial_batch(7, 4, size, stride=3)
+        for experts in self._experts:
+            experts.compute = _stand_in
+        try:
+            expected = self._trial_walk(batch)
+        finally:
             for experts in self._experts:
-                experts.compute = _stand_in
-            try:
-                expected = self._trial_walk(*inputs)
-                recorded_steps.check(steps, self._trial_batch(*inputs), expected, _stand_in)
-            finally:
-                for experts in self._experts:
-                    experts.compute = experts.runtime.forward
-        self.recorded = steps
+                experts.compute = experts.runtime.forward
+        recorded_steps.check(steps, batch, expected, _stand_in)
+        return steps
 
-    def _trial_walk(self, tokens: Tensor, positions: Tensor, samples: Tensor) -> Tensor:
-        return self._walk(self._trial_batch(tokens, positions, samples), padded=False)
-
-    def _trial_batch(self, tokens: Tensor, positions: Tensor, samples: Tensor) -> ForwardBatch:
-        """One sequence, in the first blocks of the cache."""
-        rows, size = tokens.shape[0], self.kv.layers[0][0].shape[1]
-        blocks = -(-rows // size)
-        return ForwardBatch(
-            token_ids=tokens,
-            positions=positions,
-            query_start=torch.tensor([0, rows], dtype=torch.int32, device="cpu"),
-            context_len=torch.tensor([rows], dtype=torch.int32, device="cpu"),
-            block_tables=torch.arange(blocks, dtype=torch.int32, device="cpu").unsqueeze(0),
-            slot_mapping=torch.arange(rows, device="cpu"),
-            sample_rows=samples,
-        )
-
-    def _recorded_rows(self) -> int:
-        """Up to so many rows a recorded step is faster than transformers' modules."""
-        return 64
+    def _trial_walk(self, batch: ForwardBatch) -> Tensor:
+        return self._walk(batch, padded=False)
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """[M, vocab] logits of `batch.sample_rows`; walks all MoE layers once, in order.
@@ -348,9 +345,14 @@ class ModelRunner:
             self._moe.expect(batch.token_ids.shape[0])
             if self.graphs is not None and self.graphs.fits(batch):
                 return self.graphs.forward(batch)
-            if self.recorded is not None and batch.token_ids.shape[0] <= self._recorded_rows():
+            if self.recorded is not None and self._takes(batch):
                 return self.recorded.forward(batch, self._moe.forward)
             return self._walk(batch if self._upload is None else batch.sent(self._upload))
+
+    def _takes(self, batch: ForwardBatch) -> bool:
+        """Whether a step of so many rows is computed as it was recorded."""
+        most = self._recorded_rows
+        return most is None or batch.token_ids.shape[0] * torch.get_num_threads() <= most
 
     def _walk(self, batch: ForwardBatch, *, padded: bool = True) -> Tensor:
         """`forward`, launched module by module."""

@@ -13,12 +13,11 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flexpert.errors import UnsupportedModel
 from flexpert.kernels.affine import Affine, fit
-from flexpert.kernels.cpu.program import WIDTH, Program, StepWords, Word, run
+from flexpert.kernels.cpu.program import Program, StepWords, Word, run
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.recording import (
     ExpertsCall,
@@ -28,7 +27,7 @@ from flexpert.models.recording import (
     replaced,
     tensors_of,
 )
-from flexpert.models.step_compiler import Compiled, LinearStep, compile_calls
+from flexpert.models.step_compiler import Compiled, compile_calls, operands_of
 
 _TAKES: Final = ((5, 3), (6, 3), (6, 4), (9, 2))
 """Rows and samples of the batches that are recorded; see `fit`."""
@@ -45,37 +44,45 @@ class RecordedModel:
     float32 [samples, vocab]."""
 
     calls: tuple[Any, ...]
-    nbytes: tuple[Affine, ...]
+    nbytes: tuple[Any, ...]
     inputs: tuple[Any, ...]
     result: Any
 
 
-def record(walk: Callable[[Tensor, Tensor, Tensor], Tensor]) -> RecordedModel:
-    """walk: (tokens, positions, sample rows) → logits, of a batch that exists for the trial.
+def record(walk: Callable[[ForwardBatch], Tensor], block_size: int) -> RecordedModel:
+    """walk: a batch → logits. block_size: of the KV cache, in tokens.
 
     Raises:
         UnsupportedModel: what the model computes is not the same list for every batch.
     """
     takes = {}
     for rows, samples in _TAKES:
-        inputs = trial_inputs(rows, samples)
+        batch = trial_batch(rows, samples, block_size)
+        inputs = batch.token_ids, batch.positions, batch.sample_rows
         recording = Recording(inputs)
         with torch.no_grad(), recording:
-            result = walk(*inputs)
+            result = walk(batch)
             takes[rows, samples] = RecordedModel(
                 tuple(recording.calls),
                 tuple(recording.nbytes),
                 tuple(recording.operand(one) for one in inputs),
                 recording.operand(result),
             )
-    return fit(takes)  # type: ignore[type-var]
+    return fit(takes)
 
 
-def trial_inputs(rows: int, samples: int, *, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, positions and sample rows of one short sequence. stride: of positions."""
-    tokens = torch.arange(rows, device="cpu") * 7 % 11 + 2
-    positions = torch.arange(rows, device="cpu") * stride
-    return tokens, positions, torch.arange(rows - samples, rows, device="cpu")
+def trial_batch(rows: int, samples: int, block_size: int, *, stride: int = 1) -> ForwardBatch:
+    """One short sequence in the first blocks of the cache. stride: of positions."""
+    blocks = -(-rows // block_size)
+    return ForwardBatch(
+        token_ids=torch.arange(rows, device="cpu") * 7 % 11 + 2,
+        positions=torch.arange(rows, device="cpu") * stride,
+        query_start=torch.tensor([0, rows], dtype=torch.int32, device="cpu"),
+        context_len=torch.tensor([rows], dtype=torch.int32, device="cpu"),
+        block_tables=torch.arange(blocks, dtype=torch.int32, device="cpu").unsqueeze(0),
+        slot_mapping=torch.arange(rows, device="cpu"),
+        sample_rows=torch.arange(rows - samples, rows, device="cpu"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,28 +95,26 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """The program for so many rows and samples. parts: what is run, one after the other."""
+    """The program for so many rows and samples. parts: what is run, one after the other. results:
+    where the words that are places in the result point, from its begin; logits: what is in it."""
 
     words: np.ndarray
     parts: tuple[_Range | Callable[[Experts], None], ...]
-    logits: Tensor
+    results: np.ndarray
+    logits: Callable[[Tensor], Tensor]
+    nbytes: int
 
 
 class RecordedSteps:
     """Used by one thread.
 
-    Args:
-        recorded: see `record`.
-        by_torch: whether torch computes a product, by rows and the bytes of the weight.
-
     Attributes:
         left: operations for which there is no kernel; torch computes them.
     """
 
-    def __init__(self, recorded: RecordedModel, *, by_torch: Callable[[int, int], bool]) -> None:
+    def __init__(self, recorded: RecordedModel) -> None:
         self._compiled: Compiled = compile_calls(recorded.calls, recorded.inputs)
         self.left = tuple(self._compiled.left)
-        self._by_torch = by_torch
         self._result = recorded.result
         self._nbytes = recorded.nbytes
         self._step = StepWords()
@@ -117,10 +122,9 @@ class RecordedSteps:
         self._operations: list[Sequence[Word]] = []
         self._numbers: list[int | None] = []  # of the program, for each step
         for step in steps:
-            operation = step.operation if isinstance(step, LinearStep) else step
-            if isinstance(operation, list):
+            if isinstance(step, list):
                 self._numbers.append(len(self._operations))
-                self._operations.append(operation)
+                self._operations.append(step)
             else:
                 self._numbers.append(None)
         result = self._buffer(self._result)
@@ -128,13 +132,22 @@ class RecordedSteps:
         for buffer, life in self._compiled.lives.items():
             lives[buffer] = life if buffer != result else (life[0], len(steps))
         self._program = Program(self._operations, self._nbytes, lives)
-        self._rows = 0
+        self._result_by_torch = any(
+            operand.buffer is not None and self._buffer(operand) == result
+            for step in steps
+            if isinstance(step, TorchCall)
+            for operand in operands_of(step)
+        )
+        self._result_words = self._program.words_of(result)
+        if self._result_by_torch:
+            self._result_words = self._result_words[:0]
+        self._room = (0, 0)
         self._places: list[int] = []
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._layouts: dict[tuple[int, int], _Layout] = {}
 
     def forward(self, batch: ForwardBatch, experts: Experts) -> Tensor:
-        """[M, vocab] float32 logits of `batch.sample_rows`, valid until the next call."""
+        """[M, vocab] float32 logits of `batch.sample_rows`."""
         layout = self._layout(batch.token_ids.shape[0], batch.sample_rows.shape[0])
         tensors = {
             name: getattr(batch, name).contiguous()
@@ -142,33 +155,37 @@ class RecordedSteps:
             if name not in ("sequences", "max_blocks")
         }
         self._step.fill(tensors)
+        result = torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu")
+        layout.words[self._result_words] = layout.results + result.data_ptr()
         for part in layout.parts:
             if isinstance(part, _Range):
                 run(layout.words, part.first, part.last, self._step)
             else:
                 part(experts)
-        return layout.logits
+        return layout.logits(result)
 
     # ---- layouts ------------------------------------------------------------------------------
 
     def _layout(self, rows: int, samples: int) -> _Layout:
         found = self._layouts.get((rows, samples))
         if found is None:
-            if rows > self._rows or len(self._layouts) >= _MOST_LAYOUTS:
-                self._make_room(rows)
+            if rows > self._room[0] or samples > self._room[1]:
+                self._make_room(rows, samples)
+            elif len(self._layouts) >= _MOST_LAYOUTS:
+                self._layouts.clear()
             found = self._layouts[rows, samples] = self._lay_out(rows, samples)
         return found
 
-    def _make_room(self, rows: int) -> None:
-        """Memory for up to so many rows, or more."""
+    def _make_room(self, rows: int, samples: int) -> None:
+        """Memory for up to so many, or more."""
         self._layouts.clear()
-        if rows <= self._rows:
-            return
-        self._rows = max(8, 1 << (rows - 1).bit_length())
-        self._places, size = self._program.places(self._rows, self._rows)
-        self._memory = torch.zeros(size + 64, dtype=torch.uint8, device="cpu")
-        skip = -self._memory.data_ptr() % 64
-        self._memory = self._memory[skip : skip + size]
+        rows, samples = (
+            max(old, 8, 1 << (new - 1).bit_length() if new else 0)
+            for old, new in zip(self._room, (rows, samples), strict=True)
+        )
+        self._room = rows, samples
+        self._places, size = self._program.places(rows, samples)
+        self._memory = torch.zeros(size, dtype=torch.uint8, device="cpu")
 
     def _lay_out(self, rows: int, samples: int) -> _Layout:
         bases = np.array(self._places, dtype=np.int64) + self._memory.data_ptr()
@@ -180,10 +197,6 @@ class RecordedSteps:
                 called = self._experts(step, rows, samples)
             elif isinstance(step, TorchCall):
                 called = self._torch(step, rows, samples)
-            elif isinstance(step, LinearStep):
-                count = int(words[(number or 0) * WIDTH + 3])
-                if self._by_torch(count, step.weight.nbytes):
-                    called = self._product(step, rows, samples)
             if called is not None:
                 parts.append(called)
             elif parts and isinstance(last := parts[-1], _Range) and last.last == number:
@@ -191,7 +204,18 @@ class RecordedSteps:
             else:
                 assert number is not None
                 parts.append(_Range(number, number + 1))
-        return _Layout(words, tuple(parts), self._view(self._result, rows, samples))
+        result = self._buffer(self._result)
+        at, nbytes = self._places[result], self._nbytes[result].at(rows, samples)
+        begins = words[self._result_words] - bases[result]
+        sizes, strides, offset = _numbers(self._result, rows, samples)
+        held = self._memory[at : at + nbytes]
+        by_torch = self._result_by_torch
+
+        def logits(memory: Tensor) -> Tensor:
+            given = held.clone() if by_torch else memory
+            return given.view(torch.float32).as_strided(sizes, strides, offset)
+
+        return _Layout(words, tuple(parts), begins, logits, nbytes)
 
     def _experts(self, call: ExpertsCall, rows: int, samples: int) -> Callable[[Experts], None]:
         x, ids, weights, result = (
@@ -205,17 +229,11 @@ class RecordedSteps:
 
         return called
 
-    def _product(self, step: LinearStep, rows: int, samples: int) -> Callable[[Experts], None]:
-        x, result = (self._view(one, rows, samples) for one in (step.source, step.result))
-
-        def called(experts: Experts) -> None:
-            result.copy_(F.linear(x, step.weight, step.bias).view(result.shape))
-
-        return called
-
     def _torch(self, call: TorchCall, rows: int, samples: int) -> Callable[[Experts], None]:
         def value(one: Any) -> Any:
-            return one.at(rows, samples) if isinstance(one, Affine) else self._view(one, rows, samples)
+            return (
+                one.at(rows, samples) if isinstance(one, Affine) else self._view(one, rows, samples)
+            )
 
         args, kwargs = replaced(call.arguments, (Operand, Affine), value)
         args = [list(one) if isinstance(one, tuple) else one for one in args]
@@ -236,10 +254,7 @@ class RecordedSteps:
 
     def _view(self, operand: Any, rows: int, samples: int) -> Tensor:
         """What an operand is in the memory."""
-        sizes, strides = (
-            [one.at(rows, samples) for one in ones] for ones in (operand.sizes, operand.strides)
-        )
-        offset = operand.offset.at(rows, samples)
+        sizes, strides, offset = _numbers(operand, rows, samples)
         if operand.buffer is None:
             constant: Tensor = operand.constant
             return constant.as_strided(sizes, strides, offset)
@@ -253,9 +268,59 @@ class RecordedSteps:
         )
 
 
+def _numbers(operand: Any, rows: int, samples: int) -> tuple[list[int], list[int], int]:
+    """Sizes, strides and offset of an operand."""
+    sizes, strides = (
+        [one.at(rows, samples) for one in ones] for ones in (operand.sizes, operand.strides)
+    )
+    return sizes, strides, operand.offset.at(rows, samples)
+
+
 def _begin(memory: Tensor, dtype: torch.dtype) -> int:
     """Where a part of a memory begins in it, in elements of a dtype."""
     return memory.storage_offset() // dtype.itemsize
+
+
+EXACT: Final = {
+    "_to_copy",
+    "abs",
+    "arange",
+    "argmax",
+    "bitwise_and",
+    "bitwise_not",
+    "bitwise_or",
+    "clamp",
+    "eq",
+    "floor",
+    "full_like",
+    "gather",
+    "ge",
+    "gt",
+    "index",
+    "index_put_",
+    "le",
+    "lt",
+    "masked_fill",
+    "max",
+    "ne",
+    "ones",
+    "ones_like",
+    "scalar_tensor",
+    "scatter",
+    "scatter_",
+    "stack",
+    "topk",
+    "where",
+    "zeros",
+    "zeros_like",
+}
+"""Operations of torch that give an element the same bits wherever it lies."""
+
+
+def rounds_by_torch(steps: RecordedSteps) -> tuple[str, ...]:
+    """Operations whose results may depend on the batch, because torch computes them."""
+    names = {name.partition("::")[2].partition(".")[0] for name in steps.left}
+    return tuple(sorted(names - EXACT))
 
 
 def check(steps: RecordedSteps, batch: ForwardBatch, expected: Tensor, experts: Experts) -> None:

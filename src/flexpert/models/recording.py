@@ -1,9 +1,9 @@
 """What a model computes in a step, written down as operations on buffers.
 
-While a `Recording` is entered, whatever torch computes on this thread is noted below autograd, where
-few kinds of operations are left. Views are no operations: an operand is a place in a buffer, with
-sizes and strides. Norms, attention and experts are computed by kernels that torch does not see; what
-stands for them in the model tells the recording (`current`).
+While a `Recording` is entered, whatever torch computes on this thread is noted below autograd,
+where few kinds of operations are left. Views are no operations: an operand is a place in a buffer,
+with sizes and strides. Norms, attention and experts are computed by kernels that torch does not
+see; what stands for them in the model tells the recording (`current`).
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class ExpertsCall:
 Call = TorchCall | NormCall | AttentionCall | ExpertsCall
 
 
-class Recording(TorchDispatchMode):
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Calls of one walk, in order.
 
     calls: noted so far. nbytes: of each buffer.
@@ -95,7 +95,7 @@ class Recording(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         """inputs: the first buffers."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.nbytes: list[int] = []
         self._numbers: dict[int, int] = {}  # storage → buffer
@@ -149,7 +149,7 @@ class Recording(TorchDispatchMode):
         return Operand(
             buffer=number,
             constant=tensor if number is None else None,
-            offset=tensor.storage_offset(),
+            offset=int(tensor.storage_offset()),
             sizes=tuple(tensor.shape),
             strides=tuple(tensor.stride()),
             dtype=tensor.dtype,
@@ -202,20 +202,20 @@ class Recording(TorchDispatchMode):
         finally:
             self._paused = False
         self._made(result)
-        operands = (self.operand(one) for one in (x, expert_ids, weights))
-        self.calls.append(ExpertsCall(layer, *operands, gate=gate, result=self.operand(result)))
+        source, ids, factors, sums = map(self.operand, (x, expert_ids, weights, result))
+        self.calls.append(ExpertsCall(layer, source, ids, factors, gate, sums))
         return result
 
     def __enter__(self) -> Recording:
         global _current
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         _current = self
         return self
 
     def __exit__(self, *raised: Any) -> None:
         global _current
         _current = None
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
 
 
 def stand_in(x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from flexpert.kernels.cpu.program import DIMS, DTYPES, OPERATIONS, Address, Word, scalar
 from flexpert.kernels.affine import Affine, product
+from flexpert.kernels.cpu.program import DIMS, DTYPES, OPERATIONS, Address, Word, scalar
 from flexpert.models.recording import (
     AttentionCall,
     Call,
@@ -30,18 +30,7 @@ ZERO: Final = Affine(0)
 _aten = torch.ops.aten
 
 
-@dataclass(frozen=True, slots=True)
-class LinearStep:
-    """A product. operation: as program.c does it; the rest: as torch does."""
-
-    operation: Sequence[Word]
-    source: Operand
-    weight: Tensor
-    bias: Tensor | None
-    result: Operand
-
-
-Step = Sequence[Word] | LinearStep | TorchCall | ExpertsCall
+Step = list[Word] | TorchCall | ExpertsCall
 """An operation of program.c, or something that Python calls."""
 
 
@@ -131,7 +120,7 @@ class _Compiler:
             operands = (call.source, call.expert_ids, call.weights, call.result)
             self.add(call, *map(Place.of, operands))
         elif not self._known(call):
-            self._compiled.left.append(str(call.function))
+            self._compiled.left.append(call.function.name())
             self.add(call, *map(Place.of, operands_of(call)))
 
     # ---- what our kernels compute -------------------------------------------------------------
@@ -148,9 +137,7 @@ class _Compiler:
         self.add(op, source, result)
 
     def _attention(self, call: Any) -> None:
-        query, key, value, result = map(
-            Place.of, (call.query, call.key, call.value, call.result)
-        )
+        query, key, value, result = map(Place.of, (call.query, call.key, call.value, call.result))
         caches = call.key_cache, call.value_cache
         self._compiled.kept += [*caches, *([] if call.sinks is None else [call.sinks])]
         strides = [one.strides[d] for one in (query, key, value) for d in (0, 1)]
@@ -314,7 +301,7 @@ class _Compiler:
         op[3], op[4], op[5] = _numel(source.sizes[:-1]), *reversed(weight.shape)
         op[8], op[14] = self.address(result), self.address(source)
         op[20], op[27] = weight.data_ptr(), 0 if vector is None else vector.data_ptr()
-        self.add(LinearStep(op, source.operand, weight, vector, result.operand), source, result)
+        self.add(op, source, result)
         return True
 
     def _reduction(
@@ -497,5 +484,3 @@ def _merge(
     if not kept:
         return [ONE], [[ZERO] for _ in strides]
     return kept, along
-
-

@@ -85,8 +85,8 @@ AVX512 INLINE void few_int4(const few_args *a, long begin, long blocks, few_scal
                 EACH                                                                               \
                 UNROLL for (int r = 0; r < rows; r++) {                                            \
                     f32x16 *to = &acc[r * outs + j];                                               \
-                    *to = (f32x16)_mm512_fmadd_ps(xe[r], we, (__m512)*to);                         \
                     *to = (f32x16)_mm512_fmadd_ps(xo[r], wo, (__m512)*to);                         \
+                    *to = (f32x16)_mm512_fmadd_ps(xe[r], we, (__m512)*to);                         \
                 }                                                                                  \
             }                                                                                      \
         }                                                                                          \

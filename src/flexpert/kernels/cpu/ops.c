@@ -14,7 +14,7 @@
  *
  * bfloat16 is read in pairs: the low half of a 32-bit lane shifted up is the even element, the
  * high half masked is the odd one. Both operands are split the same way, so the order of the sum
- * is (even, odd) of each 32 elements and no shuffle is needed.
+ * is (odd, even) of each 32 elements and no shuffle is needed.
  */
 
 #include <stdint.h>
@@ -27,6 +27,7 @@
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 
@@ -35,9 +36,14 @@ typedef uint32_t u32x8 __attribute__((vector_size(32)));
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
-/* Of an instruction set: few vector registers, or 32 of 512 bits. (Products by vdpbf16ps were
- * tried on Sapphire Rapids: up to 20% slower than the shifts.) */
-enum { SMALL = 0, BIG = 1 };
+/* Of an instruction set: few vector registers, or 32 of 512 bits, or those and products of bf16. */
+enum { SMALL = 0, BIG = 1, BIG_BF16 = 2 };
+
+/* vdpbf16ps is two fused multiply-adds, the odd elements' and then the even ones' (subnormal numbers
+ * are 0 to it); what has no such instruction does the same in two. */
+#if defined(__x86_64__) && !defined(__clang__)
+#define HAS_BF16 1
+#endif
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -75,6 +81,20 @@ INLINE uint16_t to_bf16(float f) {
     memcpy(&u, &f, 4);
     if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
     return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+INLINE u16x16 load_u16(const void *p) {
+    u16x16 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+/* `to_bf16` of each. */
+INLINE u16x16 round16(f32x16 f) {
+    const u32x16 u = (u32x16)f;
+    const u32x16 near = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const u32x16 nan = (u32x16)((i32x16)(0x7f800000u - (u & 0x7fffffffu)) >> 31); /* all bits, or none */
+    return __builtin_convertvector((near & ~nan) | (0x7fc0u & nan), u16x16);
 }
 
 /* The larger; b where one is NaN. Comparisons elsewhere are avoided: gcc 12 takes most of them,
@@ -187,8 +207,8 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
                         const char *xi = x[r] + i + 32 * h, *wi = w[o] + i + 32 * h;
                         f32x8 *into = &sum[r * outs + o][h];
                         if (dtype == BFLOAT16) {
-                            *into += even8(load_pairs(xi)) * even8(load_pairs(wi));
                             *into += odd8(load_pairs(xi)) * odd8(load_pairs(wi));
+                            *into += even8(load_pairs(xi)) * even8(load_pairs(wi));
                         } else {
                             *into += load_half(xi) * load_half(wi);
                         }
@@ -198,7 +218,21 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
         }
         UNROLL for (int t = 0; t < rows * outs; t++) acc[t] = join(sum[t][0], sum[t][1]);
     }
-    for (long i = 0; level == BIG && i < whole; i += step) {
+#ifdef HAS_BF16
+    for (long i = 0; level == BIG_BF16 && dtype == BFLOAT16 && i < whole; i += step) {
+        u32x16 wp[16];
+        UNROLL for (int o = 0; o < outs; o++) wp[o] = load_u32(w[o] + i * 2);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const u32x16 xp = load_u32(x[r] + i * 2);
+            UNROLL for (int o = 0; o < outs; o++)
+                __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc[r * outs + o]) : "v"(xp), "v"(wp[o]));
+        }
+    }
+    const int shifts = level == BIG || (level == BIG_BF16 && dtype != BFLOAT16);
+#else
+    const int shifts = level >= BIG;
+#endif
+    for (long i = 0; shifts && i < whole; i += step) {
         if (dtype == BFLOAT16) {
             u32x16 wp[16];
             UNROLL for (int o = 0; o < outs; o++) wp[o] = load_u32(w[o] + i * 2);
@@ -206,8 +240,8 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
                 u32x16 xp = load_u32(x[r] + i * 2);
                 f32x16 xe = even(xp), xo = odd(xp);
                 UNROLL for (int o = 0; o < outs; o++) {
-                    acc[r * outs + o] += xe * even(wp[o]);
                     acc[r * outs + o] += xo * odd(wp[o]);
+                    acc[r * outs + o] += xe * even(wp[o]);
                 }
             }
         } else {
@@ -234,8 +268,8 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
         UNROLL for (int o = 0; o < outs; o++) {
             if (dtype == BFLOAT16) {
                 u32x16 xp = load_u32(xt[r]), wp = load_u32(wt[o]);
-                acc[r * outs + o] += even(xp) * even(wp);
                 acc[r * outs + o] += odd(xp) * odd(wp);
+                acc[r * outs + o] += even(xp) * even(wp);
             } else {
                 acc[r * outs + o] += load_f32(xt[r]) * load_f32(wt[o]);
             }
@@ -249,6 +283,16 @@ INLINE void store_tile(const f32x16 *acc, const char *bias, char *y, long n, int
     float sums[16] = {0};
     if (rows * outs == 16) {
         f32x16 s = fold16(acc);
+        if (dtype == BFLOAT16 && live_rows == rows && live_outs == outs) {
+            uint16_t add[16] = {0};
+            UNROLL for (int r = 0; r < rows; r++)
+                if (bias) memcpy(add + r * outs, bias, outs * 2);
+            if (bias) s += (f32x16)(__builtin_convertvector(load_u16(add), u32x16) << 16);
+            const u16x16 rounded = round16(s);
+            UNROLL for (int r = 0; r < rows; r++)
+                memcpy(y + r * n * 2, (const char *)&rounded + r * outs * 2, outs * 2);
+            return;
+        }
         memcpy(sums, &s, sizeof s);
     } else {
         UNROLL for (int i = 0; i < rows * outs; i++) sums[i] = fold(acc[i]);
@@ -284,7 +328,7 @@ INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y,
 INLINE void linear_group(const char *x, const char *w, const char *bias, char *y, long rows, long k,
                          long n, long stride, int dtype, int level) {
     const long width = dtype == BFLOAT16 ? 2 : 4;
-    const int tall = level == BIG ? 4 : 2, block = 16;
+    const int tall = level >= BIG ? 4 : 2, block = 16;
     for (long o0 = 0; o0 < n; o0 += block) { /* 16 weight rows stay in the cache for all x rows */
         int outs = (int)(n - o0 < block ? n - o0 : block);
         const char *wb = w + o0 * k * width, *bb = bias ? bias + o0 * width : NULL;
@@ -296,7 +340,7 @@ INLINE void linear_group(const char *x, const char *w, const char *bias, char *y
     for (int o = 0; o < outs; o += O)                                                              \
     linear_tile(xr, wb + o * k * width, bb ? bb + o * width : NULL, yr + o * width, k, stride, live,\
                 outs - o < O ? outs - o : O, R, O, dtype, level)
-            if (level == BIG) {
+            if (level >= BIG) {
                 if (live == 1) TILE(1, 16);
                 else if (live == 2) TILE(2, 8);
                 else TILE(4, 4);
@@ -690,7 +734,7 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                 if (high[m] < base || low[m] >= base + KEY_TILE) continue;
                 const float *q = query + m * kd;
                 f32x16 score;
-                if (level == BIG) {
+                if (level >= BIG) {
                     f32x16 part[16];
                     UNROLL for (int j = 0; j < 16; j++) part[j] = (f32x16){0};
                     for (long c = 0; c < kw; c += 16) {
@@ -743,14 +787,14 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                 float p[16];
                 memcpy(p, &weight, sizeof p);
                 float *total = acc + m * vd;
-                if (level == BIG && from == 0 && to == KEY_TILE - 1) { /* weights in registers */
+                if (level >= BIG && from == 0 && to == KEY_TILE - 1) { /* weights in registers */
                     for (long c = 0; c < vw; c += 16) {
                         f32x16 v = load_f32(total + c);
                         UNROLL for (int j = 0; j < KEY_TILE; j++)
                             v += splat(p[j]) * load_f32(value_tile + j * vd + c);
                         memcpy(total + c, &v, sizeof v);
                     }
-                } else if (level == BIG) {
+                } else if (level >= BIG) {
                     for (long c = 0; c < vw; c += 16) {
                         f32x16 v = load_f32(total + c);
                         for (int j = from; j <= to; j++) v += splat(p[j]) * load_f32(value_tile + j * vd + c);
@@ -825,7 +869,7 @@ typedef struct {
     int (*simple)(const int64_t *, const int64_t *); /* NO_ROW */
 } kernels;
 
-#define KERNELS(NAME, TARGET, LEVEL, FEW_OF)                                                              \
+#define KERNELS(NAME, TARGET, LEVEL, CODES, FEW_OF)                                                              \
     TARGET static int grouped_##NAME(const char *x, const intptr_t *w, const intptr_t *b,          \
                                      const int32_t *begins, const int32_t *ends, char *y,          \
                                      long groups, long k, long n, int dtype) {                     \
@@ -836,8 +880,8 @@ typedef struct {
     TARGET static int packed_##NAME(const packed_args *a) {                                        \
         char *scratch = aligned_alloc(64, (SOME * a->k * 4 + 63) / 64 * 64);                       \
         if (!scratch) return -1;                                                                   \
-        if (a->dtype == BFLOAT16) packed_body(a, scratch, BFLOAT16, LEVEL, codes_##NAME, FEW_OF);          \
-        else packed_body(a, scratch, FLOAT32, LEVEL, codes_##NAME, FEW_OF);                                \
+        if (a->dtype == BFLOAT16) packed_body(a, scratch, BFLOAT16, LEVEL, CODES, FEW_OF);          \
+        else packed_body(a, scratch, FLOAT32, LEVEL, CODES, FEW_OF);                                \
         free(scratch);                                                                             \
         return 0;                                                                                  \
     }                                                                                              \
@@ -854,10 +898,14 @@ typedef struct {
     static const kernels kernels_##NAME = {#NAME, grouped_##NAME, packed_##NAME, attention_##NAME,          \
                                             norm_##NAME, simple_##NAME};
 
-KERNELS(portable, , SMALL, few_never)
+KERNELS(portable, , SMALL, codes_portable, few_never)
 #if defined(__x86_64__)
-KERNELS(avx2, __attribute__((target("avx2,fma"))), SMALL, few_never)
-KERNELS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), BIG, few_avx512)
+KERNELS(avx2, __attribute__((target("avx2,fma"))), SMALL, codes_avx2, few_never)
+KERNELS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), BIG, codes_avx512, few_avx512)
+#ifdef HAS_BF16
+KERNELS(avx512_bf16, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))),
+        BIG_BF16, codes_avx512, few_avx512)
+#endif
 #endif
 
 #ifdef HAS_AMX
@@ -884,15 +932,25 @@ static const kernels *pick(void) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         best = &kernels_avx512;
+    const kernels *wide = best;
+#ifdef HAS_BF16
+    if (best == &kernels_avx512 && __builtin_cpu_supports("avx512bf16")) best = &kernels_avx512_bf16;
+#endif
 #ifdef HAS_AMX
-    if (best == &kernels_avx512 && __builtin_cpu_supports("amx-tile") &&
+    if (wide == &kernels_avx512 && __builtin_cpu_supports("amx-tile") &&
         __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") && amx_granted())
         best = &kernels_amx;
 #endif
     /* FLEXPERT_CPU names a lesser set: equal bits on a mixed fleet, and tests */
-    const kernels *all[] = {&kernels_portable, &kernels_avx2, &kernels_avx512};
+    const kernels *all[] = {&kernels_portable, &kernels_avx2, &kernels_avx512,
+#ifdef HAS_BF16
+                            &kernels_avx512_bf16,
+#endif
+    };
+    const int count = (int)(sizeof all / sizeof *all);
     const char *forced = getenv("FLEXPERT_CPU");
-    for (int i = 0; forced && i < 3 && all[i] != best; i++)
+    (void)wide;
+    for (int i = 0; forced && i < count && all[i] != best; i++)
         if (!strcmp(forced, all[i]->name)) {
             best = all[i];
             break;

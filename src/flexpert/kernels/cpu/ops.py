@@ -31,7 +31,8 @@ class _Absent:
 
 
 try:
-    from flexpert.kernels.cpu._ops import ffi, lib
+    from flexpert.kernels.cpu._ops import ffi as ffi
+    from flexpert.kernels.cpu._ops import lib as lib
 except ImportError as error:
     ffi = lib = _Absent(error)
 

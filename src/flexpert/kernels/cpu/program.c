@@ -71,7 +71,12 @@ INLINE void scatter(const float *from, char *to, int64_t stride, int dtype, long
     if (dtype == FLOAT32 && stride == 1) {
         memcpy(to, from, n * 4);
     } else if (dtype == BFLOAT16 && stride == 1) {
-        for (long i = 0; i < n; i++) ((uint16_t *)to)[i] = to_bf16(from[i]);
+        long i = 0;
+        for (; i + 16 <= n; i += 16) {
+            const u16x16 rounded = round16(load_f32(from + i));
+            memcpy(to + i * 2, &rounded, sizeof rounded);
+        }
+        for (; i < n; i++) ((uint16_t *)to)[i] = to_bf16(from[i]);
     } else if (dtype == FLOAT32) {
         for (long i = 0; i < n; i++) ((float *)to)[i * stride] = from[i];
     } else {

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexpert.kernels.cpu.ops import ffi, lib
 from flexpert.kernels.affine import Affine
+from flexpert.kernels.cpu import ops
 
 WIDTH: Final = 32
 DIMS: Final = 5
@@ -31,14 +31,12 @@ DTYPES: Final = {
 }
 """As program.c numbers them."""
 
-OPERATIONS: Final = {
-    name: number
-    for number, name in enumerate(
-        "inputs copy neg silu sigmoid exp cos sin rsqrt tanh relu gelu gelu_tanh square sqrt "
-        "reciprocal softplus add sub mul div maximum minimum sum mean softmax linear norm rows "
-        "attention".split()
-    )
-}
+_NAMES: Final = (
+    "inputs copy neg silu sigmoid exp cos sin rsqrt tanh relu gelu gelu_tanh square sqrt "
+    "reciprocal softplus add sub mul div maximum minimum sum mean softmax linear norm rows "
+    "attention"
+)
+OPERATIONS: Final = {name: number for number, name in enumerate(_NAMES.split())}
 """In program.c's order."""
 
 
@@ -115,6 +113,11 @@ class Program:
             whole = max(whole, at + size)
         return offsets, whole
 
+    def words_of(self, buffer: int) -> np.ndarray:
+        """[n] positions of the words that are addresses in a buffer."""
+        found: np.ndarray = self._words[self._buffers == buffer]
+        return found
+
     def laid_out(self, rows: int, samples: int, bases: np.ndarray) -> np.ndarray:
         """[operations · WIDTH] int64 for this size. bases: the address of each buffer."""
         words: np.ndarray = self._coefficients @ np.array([1, rows, samples], dtype=np.int64)
@@ -138,8 +141,8 @@ class StepWords:
     )
 
     def __init__(self) -> None:
-        self.array = ffi.new("int64_t[]", len(self.NAMES))
-        self.address = int(ffi.cast("intptr_t", self.array))
+        self.array = ops.ffi.new("int64_t[]", len(self.NAMES))
+        self.address = int(ops.ffi.cast("intptr_t", self.array))
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """tensors: by their names in `ForwardBatch`; contiguous, and kept by the caller."""
@@ -160,7 +163,7 @@ def run(words: np.ndarray, first: int, last: int, step: StepWords) -> None:
         MemoryError: none for the scratch of a kernel.
         IndexError: a number of a token or row that does not exist.
     """
-    failed = lib.fx_run(words.ctypes.data, first, last, step.address)
+    failed = ops.lib.fx_run(words.ctypes.data, first, last, step.address)
     if failed == -1:
         raise MemoryError("no memory for the scratch of a CPU kernel")
     if failed:
