@@ -116,7 +116,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = dict(kwargs or {})
         if self._paused:
             return func(*args, **given)
-        if func in _ASKING:
+        if func in _ASKING or _chooses(func, args):
             raise UnsupportedModel(f"it computes with values ({func})")
         result = func(*args, **given)
         outputs = [result] if isinstance(result, Tensor) else list(tensors_of(result))
@@ -269,6 +269,13 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
         value = args[index] if index < len(args) else kwargs.get(argument.name)
         found += list(tensors_of(value))
     return found
+
+
+def _chooses(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it takes the rows that a mask names: how many, the values say."""
+    return func is _aten.index.Tensor and any(
+        one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1]
+    )
 
 
 _aten = torch.ops.aten
