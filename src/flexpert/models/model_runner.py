@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -346,8 +347,19 @@ class ModelRunner:
             if self.graphs is not None and self.graphs.fits(batch):
                 return self.graphs.forward(batch)
             if self.recorded is not None and self._takes(batch):
-                return self.recorded.forward(batch, self._moe.forward)
+                tokens = self._tokens(batch, batch.token_ids)
+                return self.recorded.forward(
+                    batch if tokens is batch.token_ids else replace(batch, token_ids=tokens),
+                    self._moe.forward,
+                )
             return self._walk(batch if self._upload is None else batch.sent(self._upload))
+
+    def _tokens(self, batch: ForwardBatch, token_ids: Tensor) -> Tensor:
+        """token_ids, with those that were sampled in the step before; see `ForwardBatch.sources`."""
+        if batch.sources is None:
+            return token_ids
+        known = self.sampled[batch.sources.clamp_min(0)]
+        return torch.where(batch.sources < 0, token_ids, known)
 
     def _takes(self, batch: ForwardBatch) -> bool:
         """Whether a step of so many rows is computed as it was recorded."""
@@ -362,9 +374,7 @@ class ModelRunner:
             experts.rows = batch.token_ids.shape[0]
         cut = pad_batch if self._pads_batches and padded else exact_batch
         token_ids, positions, sample_rows = cut(batch)
-        if batch.sources is not None:
-            known = self.sampled[batch.sources.clamp_min(0)]
-            token_ids = torch.where(batch.sources < 0, token_ids, known)
+        token_ids = self._tokens(batch, token_ids)
         rows = {"logits_to_keep": sample_rows} if self._slices_logits else {}
         logits: Tensor = self._model(
             input_ids=token_ids.unsqueeze(0),
