@@ -11,6 +11,7 @@ from flexpert.engine import rank_protocol as msg
 from flexpert.moe.placement import Placement
 
 MOST_MACHINE = 300  # characters of a machine's name
+MOST_STEPS = 300  # characters of what computes steps
 
 
 @dataclass(slots=True)
@@ -38,6 +39,7 @@ class RankState:
     blameless: bool = False  # terminated because others were lost
     heard: float = 0.0  # when, by the head's clock
     silent_s: float | None = None  # when it was found lost: since its last word
+    steps: str = ""  # what computes them
     looked: float | None = None  # at its work, when it had been silent for a while
     work: Work | None = None  # what it had done by then
     starved: frozenset[int] = frozenset()  # threads that wanted a processor at each look since
@@ -58,6 +60,7 @@ class RankState:
         """What its process says of itself."""
         self.pid, self.host = hello.pid, hello.host
         self.machine = hello.machine[:MOST_MACHINE]
+        self.steps = hello.steps[:MOST_STEPS]
         self.address, self.kv, self.experts = hello.address, hello.kv, hello.experts
 
     def view(self, placement: Placement | None, *, safe_to_delete: bool) -> RankView:
@@ -81,6 +84,7 @@ class RankState:
             device_planned_bytes=self.device_memory.total if self.device_memory else 0,
             device_spare_bytes=self.used.device_spare,
             graphs=self.load.graphs,
+            steps=self.steps,
             preemptions=self.load.preemptions,
             exchanges=self.exchanges.count,
             exchanged_bytes=self.exchanges.sent,

@@ -220,7 +220,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     experts it will hold, for those who need one. laps: what it did until now → seconds. life:
     address of the liveness lock that its main thread holds; b"": there is none. verdicts: which
     modules of the model our kernels compute, encoded, for later ranks (`fusion_verdicts`).
-    machine: equal on ranks that can open each other's memory.
+    machine: equal on ranks that can open each other's memory. steps: see `RankView`.
     """
 
     pid: int
@@ -232,6 +232,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     life: bytes = b""
     verdicts: bytes = b""
     machine: str = ""
+    steps: str = ""
 
 
 class Unable(msgspec.Struct, frozen=True, tag="unable"):

@@ -355,11 +355,21 @@ class ModelRunner:
             return self._walk(batch if self._upload is None else batch.sent(self._upload))
 
     def _tokens(self, batch: ForwardBatch, token_ids: Tensor) -> Tensor:
-        """token_ids, with those that were sampled in the step before; see `ForwardBatch.sources`."""
+        """token_ids, with those sampled in the step before; see `ForwardBatch.sources`."""
         if batch.sources is None:
             return token_ids
         known = self.sampled[batch.sources.clamp_min(0)]
         return torch.where(batch.sources < 0, token_ids, known)
+
+    @property
+    def steps(self) -> str:
+        """What computes them, in words; see `RankView`."""
+        if self._upload is not None:
+            return ""
+        if self.recorded is None:
+            return f"transformers: {self.not_recorded}" if self.not_recorded else "transformers"
+        left = sorted({name.partition("::")[2] for name in self.recorded.left})
+        return f"recorded, and by torch: {', '.join(left)}" if left else "recorded"
 
     def _takes(self, batch: ForwardBatch) -> bool:
         """Whether a step of so many rows is computed as it was recorded."""

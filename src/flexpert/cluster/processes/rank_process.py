@@ -122,6 +122,7 @@ def _hello(engine: RankEngine, life: LivenessLock) -> msg.Hello:
         life.address,
         encode_verdicts(engine.runner.verdicts),
         engine.machine,
+        engine.runner.steps,
     )
 
 
