@@ -28,9 +28,9 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     device_memory_bytes, device_planned_bytes: the same of the GPU's memory; 0 on a CPU.
     device_spare_bytes: of the first, what is kept for experts to come.
     graphs: CUDA graphs captured since its start; no change of ranks adds to them.
-    steps: what computes them: "recorded" (a program of our kernels), "recorded, and by torch: " with
-    the operations that have no kernel, or "transformers" and why they could not be recorded; "" on
-    a GPU.
+    steps: what computes them: "recorded" (a program of our kernels), "recorded, and by torch: "
+    with the operations that have no kernel, or "transformers" and why they could not be recorded;
+    "" on a GPU.
     preemptions: since its start, how often a request lost its KV blocks to others.
     exchanges, exchanged_bytes: since its start; dispatches, and bytes of rows it has sent.
     dispatch_wait_s, combine_wait_s: waited in them for all peers. waited_for: peer → from the begin
