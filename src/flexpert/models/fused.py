@@ -71,8 +71,8 @@ def _linear(
     weight, bias = module.weight.data, None if module.bias is None else module.bias.data
 
     def forward(input: Tensor) -> Tensor:
-        if recording.current() is not None:
-            return F.linear(input, weight, bias)  # which it sees
+        if (noting := recording.current()) is not None and input.dtype == weight.dtype:
+            return noting.linear(input, weight, bias)
         if deterministic:
             with outside_modes():
                 return kernel(input, weight, bias)

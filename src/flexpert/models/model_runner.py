@@ -87,6 +87,9 @@ class PagedAttention:
                 "softcap": softcap or 0.0,
                 "sinks": sinks,
             }
+            if (noting := recording.current()) is not None:
+                caches = self.key_cache, self.value_cache
+                return noting.attention(*parts, caches, **options).unsqueeze(0)
             out = self.kernel(
                 *parts,
                 self.key_cache,
@@ -97,8 +100,6 @@ class PagedAttention:
                 batch.slot_mapping,
                 **options,
             )
-            if (noting := recording.current()) is not None:
-                noting.attention(*parts, (self.key_cache, self.value_cache), out, **options)
             return pad_rows(out, query.shape[2]).unsqueeze(0)
 
 

@@ -8,6 +8,7 @@ see; what stands for them in the model tells the recording (`current`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,16 @@ class TorchCall:
     function: Any
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     results: tuple[Operand | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCall:
+    """See `ops.linear`; source and result are contiguous."""
+
+    source: Operand
+    weight: Tensor
+    bias: Tensor | None
+    result: Operand
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +95,7 @@ class ExpertsCall:
     result: Operand
 
 
-Call = TorchCall | NormCall | AttentionCall | ExpertsCall
+Call = TorchCall | LinearCall | NormCall | AttentionCall | ExpertsCall
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -162,6 +173,15 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # ---- what our kernels compute -------------------------------------------------------------
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As a product; computed is nothing, which would take long: the result is 0."""
+        x = x.contiguous()
+        result = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        with self._unseen():
+            result.zero_()
+        self.calls.append(LinearCall(self.operand(x), weight, bias, self.operand(result)))
+        return result
+
     def norm(
         self, kernel: NormKernel, x: Tensor, weight: Tensor, eps: float, *, early: bool
     ) -> Tensor:
@@ -177,34 +197,42 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key: Tensor,
         value: Tensor,
         caches: tuple[Tensor, Tensor],
-        result: Tensor,
         **options: Any,
-    ) -> None:
-        """options: as `ops.paged_attention` has them."""
-        self.calls.append(
-            AttentionCall(
-                self.operand(query),
-                self.operand(key),
-                self.operand(value),
-                *caches,
-                **options,
-                result=self.operand(result),
-            )
+    ) -> Tensor:
+        """options: as `ops.paged_attention` has them. Computed is nothing: the result is 0."""
+        result = query.new_empty((*query.shape[:2], value.shape[2]))
+        with self._unseen():
+            result.zero_()
+        call = AttentionCall(
+            self.operand(query),
+            self.operand(key),
+            self.operand(value),
+            *caches,
+            **options,
+            result=self.operand(result),
         )
+        self.calls.append(call)
+        return result
 
     def experts(
         self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, gate: Gate
     ) -> Tensor:
         """What stands for the experts' sum while a walk is recorded: [N, hidden]."""
-        self._paused = True
-        try:
+        with self._unseen():
             result = stand_in(x, expert_ids, weights)
-        finally:
-            self._paused = False
         self._made(result)
         source, ids, factors, sums = map(self.operand, (x, expert_ids, weights, result))
         self.calls.append(ExpertsCall(layer, source, ids, factors, gate, sums))
         return result
+
+    @contextlib.contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """What torch computes in it is not noted."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def __enter__(self) -> Recording:
         global _current

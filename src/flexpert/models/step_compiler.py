@@ -19,6 +19,7 @@ from flexpert.models.recording import (
     AttentionCall,
     Call,
     ExpertsCall,
+    LinearCall,
     NormCall,
     Operand,
     TorchCall,
@@ -114,6 +115,8 @@ class _Compiler:
     def compile(self, call: Call) -> None:
         if isinstance(call, NormCall):
             self._norm(call)
+        elif isinstance(call, LinearCall):
+            self._product(Place.of(call.source), Place.of(call.result), call.weight, call.bias)
         elif isinstance(call, AttentionCall):
             self._attention(call)
         elif isinstance(call, ExpertsCall):
@@ -295,6 +298,11 @@ class _Compiler:
             or (vector is not None and (vector.ndim != 1 or not vector.is_contiguous()))
         ):
             return False
+        self._product(source, result, weight, vector)
+        return True
+
+    def _product(self, source: Place, result: Place, weight: Tensor, vector: Tensor | None) -> None:
+        """All contiguous and of one dtype."""
         self._compiled.kept += [weight, *([] if vector is None else [vector])]
         op: list[Word] = [0] * 32
         op[0], op[1] = OPERATIONS["linear"], DTYPES[source.dtype]
@@ -302,7 +310,6 @@ class _Compiler:
         op[8], op[14] = self.address(result), self.address(source)
         op[20], op[27] = weight.data_ptr(), 0 if vector is None else vector.data_ptr()
         self.add(op, source, result)
-        return True
 
     def _reduction(
         self, name: str, result: Place, args: Sequence[Any], kwargs: dict[str, Any]
