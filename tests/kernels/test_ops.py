@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +239,52 @@ def test_products_of_bf16_are_two_fused_additions() -> None:
         check=True,
     )
     assert torch.equal(torch.load(io.BytesIO(done.stdout)), ops.linear(x, weight))
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    ops.set_threads(3)
+    yield
+    ops.set_threads(1)
+
+
+def large_product(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dice = torch.Generator().manual_seed(rows)
+    x = torch.randn((rows, 512), generator=dice).bfloat16()
+    weights = torch.randn((5, 1000, 512), generator=dice).bfloat16()
+    offsets = torch.tensor([0, 1, 1, rows // 2, rows - 1, rows], dtype=torch.int32)
+    return x, weights, offsets
+
+
+@pytest.mark.parametrize("rows", [4, 9, 70])
+def test_threads_share_products_and_change_no_bit(rows: int, three_threads: None) -> None:
+    x, weights, offsets = large_product(rows)
+    table = ops.WeightTable(list(weights), [weight[:, 0].clone() for weight in weights])
+    shared = [table.linear(x, offsets) for _ in range(20)]
+    ops.set_threads(1)
+    alone = table.linear(x, offsets)
+    assert all(torch.equal(each, alone) for each in shared)
+
+
+def test_threads_share_attention_and_change_no_bit(three_threads: None) -> None:
+    shared = Cache((8, 4), (64, 64), 16, torch.bfloat16)
+    outs = [shared.attend(0, shared.longest) for _ in range(3)]
+    ops.set_threads(1)
+    alone = Cache((8, 4), (64, 64), 16, torch.bfloat16)
+    expected = [alone.attend(0, alone.longest) for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
+
+
+def test_a_product_beside_another_and_in_a_forked_child(three_threads: None) -> None:
+    """The pool takes one at a time; its threads are made anew where a fork has none of them."""
+    x, weights, offsets = large_product(40)
+    table = ops.WeightTable(list(weights), None)
+    expected = table.linear(x, offsets)
+    with ThreadPoolExecutor(4) as threads:
+        for each in threads.map(lambda _: table.linear(x, offsets), range(40)):
+            assert torch.equal(each, expected)
+    child = os.fork()
+    if not child:
+        same = torch.equal(table.linear(x, offsets), expected)
+        os._exit(0 if same and len(os.listdir("/proc/self/task")) > 1 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -27,6 +27,7 @@ from flexpert.engine.head_store import HeadMeeting
 from flexpert.engine.host_network import check_network
 from flexpert.engine.sampler import Sampler, TokenSampler
 from flexpert.errors import ConfigError
+from flexpert.kernels.cpu import ops
 from flexpert.kernels.device_region import DeviceRegion
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
 from flexpert.kernels.kernel_set import Kernels, check_gpu, cpu_kernels, gpu_kernels
@@ -409,5 +410,6 @@ def set_threads(config: EngineConfig, hidden: int, members: int) -> None:
     # threads gave 1,190 tokens/s where one gave 2,080, with 1,024 channels they gave the same.
     worth_it = hidden >= THREADED_HIDDEN
     share = config.threads or (max(1, cores // members) if worth_it else 1)
-    # one thread: how a product is split over threads must not decide its bits
+    # one thread of torch: how it splits a product over threads must not decide the product's bits
     torch.set_num_threads(1 if config.deterministic else share)
+    ops.set_threads(config.threads or max(1, cores // members))

@@ -119,8 +119,8 @@ class Kernels:
     linear_rows: up to so many; None: for any number, but for what several threads share.
     linear_bytes: weights of at least so many.
     pads_batches: batches are padded to few sizes, because torch compiles a product for each.
-    recorded_rows: up to so many rows, times threads of torch, a step is faster as a recorded
-        program (`RecordedSteps`) than by transformers' modules; 0: there are none for the device.
+    recorded_rows: up to so many rows a step is faster as a recorded program (`RecordedSteps`) than
+        by transformers' modules; 0: there are none for the device.
     """
 
     paged_attention: PagedAttentionKernel

@@ -374,8 +374,7 @@ class ModelRunner:
 
     def _takes(self, batch: ForwardBatch) -> bool:
         """Whether a step of so many rows is computed as it was recorded."""
-        most = self._recorded_rows
-        return most is None or batch.token_ids.shape[0] * torch.get_num_threads() <= most
+        return self._recorded_rows is None or batch.token_ids.shape[0] <= self._recorded_rows
 
     def _walk(self, batch: ForwardBatch, *, padded: bool = True) -> Tensor:
         """`forward`, launched module by module."""

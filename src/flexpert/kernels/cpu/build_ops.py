@@ -24,6 +24,7 @@ ffibuilder.cdef(
                            long vs1, long sequences, long max_blocks, long block_size, long heads,
                            long kv_heads, long key_dim, long value_dim, long window,
                            float scaling, float softcap, int dtype);
+    void fx_set_threads(int threads);
     int fx_run(intptr_t program, long first, long last, intptr_t step);
     """
 )
@@ -32,7 +33,7 @@ ffibuilder.set_source(
     "flexpert.kernels.cpu._ops",
     (_HERE / "ops.c").read_text(encoding="utf-8"),
     include_dirs=[str(_HERE)],
-    depends=[str(_HERE / name) for name in ("packed.c", "few_rows.c", "program.c")],
+    depends=[str(_HERE / name) for name in ("packed.c", "few_rows.c", "program.c", "pool.c")],
     # -Wno-psabi: vectors never cross a function boundary that is not inlined
     extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"],
 )

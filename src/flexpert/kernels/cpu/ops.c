@@ -353,15 +353,24 @@ INLINE void linear_group(const char *x, const char *w, const char *bias, char *y
     }
 }
 
-INLINE void grouped_body(const char *x, const intptr_t *weights, const intptr_t *biases,
-                         const int32_t *begins, const int32_t *ends, char *y, long groups, long k,
-                         long n, int dtype, int level) {
-    const long width = dtype == BFLOAT16 ? 2 : 4;
-    for (long g = 0; g < groups; g++) {
-        long begin = begins[g], rows = ends[g] - begin;
+/* Rows begins[g] … ends[g] - 1 of x times weight g, of which the rows from `first` to before `last`. */
+typedef struct {
+    const char *x;
+    const intptr_t *weights, *biases;
+    const int32_t *begins, *ends;
+    char *y;
+    long groups, k, n, first, last;
+    int dtype;
+} grouped_args;
+
+INLINE void grouped_body(const grouped_args *a, int dtype, int level) {
+    const long width = dtype == BFLOAT16 ? 2 : 4, k = a->k;
+    for (long g = 0; g < a->groups; g++) {
+        const long begin = a->begins[g], rows = a->ends[g] - begin;
         if (rows <= 0) continue;
-        linear_group(x + begin * k * width, (const char *)weights[g],
-                     biases ? (const char *)biases[g] : NULL, y + begin * n * width, rows, k, n, n,
+        linear_group(a->x + begin * k * width, (const char *)a->weights[g] + a->first * k * width,
+                     a->biases ? (const char *)a->biases[g] + a->first * width : NULL,
+                     a->y + (begin * a->n + a->first) * width, rows, k, a->last - a->first, a->n,
                      dtype, level);
     }
 }
@@ -566,9 +575,9 @@ AMX static void amx_panel(const char *packed, const char *w, const char *bias, c
 }
 
 /* As `grouped_body`; -1: no memory. */
-AMX static int amx_grouped(const char *x, const intptr_t *weights, const intptr_t *biases,
-                           const int32_t *begins, const int32_t *ends, char *y, long groups, long k,
-                           long n) {
+AMX static int amx_grouped(const grouped_args *a) {
+    const int32_t *begins = a->begins, *ends = a->ends;
+    const long groups = a->groups, k = a->k, first = a->first;
     const long strip = (k + 31) / 32 * BLOCK;
     long most = 0, strips = (512L << 10) / (strip ? strip : 1) / 2 * 2;
     for (long g = 0; g < groups; g++)
@@ -584,10 +593,11 @@ AMX static int amx_grouped(const char *x, const intptr_t *weights, const intptr_
         for (long r = begins[g]; r < ends[g]; r += strips * 16) {
             const long rows = ends[g] - r < strips * 16 ? ends[g] - r : strips * 16;
             for (long h = 0; h < rows; h += 16)
-                amx_pack(x + (r + h) * k * 2, rows - h < 16 ? rows - h : 16, k, NULL,
+                amx_pack(a->x + (r + h) * k * 2, rows - h < 16 ? rows - h : 16, k, NULL,
                          packed + h / 16 * strip);
-            amx_panel(packed, (const char *)weights[g], biases ? (const char *)biases[g] : NULL,
-                      y + r * n * 2, rows, k, n, n);
+            amx_panel(packed, (const char *)a->weights[g] + first * k * 2,
+                      a->biases ? (const char *)a->biases[g] + first * 2 : NULL,
+                      a->y + (r * a->n + first) * 2, rows, k, a->last - first, a->n);
         }
     }
     _tile_release();
@@ -817,10 +827,10 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
     }
 }
 
-INLINE void attention_body(const attention_args *a, float *scratch, int dtype, int level) {
-    store_kv(a);
-    for (long s = 0; s < a->sequences; s++)
-        for (long h = 0; h < a->kv_heads; h++) attend(a, s, h, scratch, dtype, level);
+/* Heads of keys first … last - 1, counted through all sequences. */
+INLINE void attention_body(const attention_args *a, long first, long last, float *scratch, int dtype,
+                           int level) {
+    for (long i = first; i < last; i++) attend(a, i / a->kv_heads, i % a->kv_heads, scratch, dtype, level);
 }
 
 /* ---- RMS norm ----------------------------------------------------------------------------- */
@@ -857,24 +867,23 @@ INLINE void norm_body(const char *x, const char *w, char *y, long rows, long n, 
 
 #include "program.c"
 
+#include "pool.c"
+
 /* ---- one copy per instruction set --------------------------------------------------------- */
 
 typedef struct {
     const char *name;
-    int (*grouped)(const char *, const intptr_t *, const intptr_t *, const int32_t *,
-                   const int32_t *, char *, long, long, long, int); /* -1: no memory */
+    int (*grouped)(const grouped_args *); /* -1: no memory */
     int (*packed)(const packed_args *); /* -1: no memory */
-    void (*attention)(const attention_args *, float *);
+    void (*attention)(const attention_args *, long, long, float *);
     void (*norm)(const char *, const char *, char *, long, long, float, int, int);
     int (*simple)(const int64_t *, const int64_t *); /* NO_ROW */
 } kernels;
 
 #define KERNELS(NAME, TARGET, LEVEL, CODES, FEW_OF)                                                              \
-    TARGET static int grouped_##NAME(const char *x, const intptr_t *w, const intptr_t *b,          \
-                                     const int32_t *begins, const int32_t *ends, char *y,          \
-                                     long groups, long k, long n, int dtype) {                     \
-        if (dtype == BFLOAT16) grouped_body(x, w, b, begins, ends, y, groups, k, n, BFLOAT16, LEVEL);\
-        else grouped_body(x, w, b, begins, ends, y, groups, k, n, FLOAT32, LEVEL);                      \
+    TARGET static int grouped_##NAME(const grouped_args *a) {                                      \
+        if (a->dtype == BFLOAT16) grouped_body(a, BFLOAT16, LEVEL);                                \
+        else grouped_body(a, FLOAT32, LEVEL);                                                      \
         return 0;                                                                                  \
     }                                                                                              \
     TARGET static int packed_##NAME(const packed_args *a) {                                        \
@@ -885,9 +894,10 @@ typedef struct {
         free(scratch);                                                                             \
         return 0;                                                                                  \
     }                                                                                              \
-    TARGET static void attention_##NAME(const attention_args *a, float *scratch) {                 \
-        if (a->dtype == BFLOAT16) attention_body(a, scratch, BFLOAT16, LEVEL);                       \
-        else attention_body(a, scratch, FLOAT32, LEVEL);                                             \
+    TARGET static void attention_##NAME(const attention_args *a, long first, long last,            \
+                                        float *scratch) {                                          \
+        if (a->dtype == BFLOAT16) attention_body(a, first, last, scratch, BFLOAT16, LEVEL);        \
+        else attention_body(a, first, last, scratch, FLOAT32, LEVEL);                              \
     }                                                                                              \
     TARGET static void norm_##NAME(const char *x, const char *w, char *y, long rows, long n,       \
                                    float eps, int early, int dtype) {                              \
@@ -909,10 +919,8 @@ KERNELS(avx512_bf16, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,a
 #endif
 
 #ifdef HAS_AMX
-static int grouped_amx(const char *x, const intptr_t *w, const intptr_t *b, const int32_t *begins,
-                       const int32_t *ends, char *y, long groups, long k, long n, int dtype) {
-    if (dtype == BFLOAT16) return amx_grouped(x, w, b, begins, ends, y, groups, k, n);
-    return grouped_avx512(x, w, b, begins, ends, y, groups, k, n, dtype);
+static int grouped_amx(const grouped_args *a) {
+    return a->dtype == BFLOAT16 ? amx_grouped(a) : grouped_avx512(a);
 }
 static int packed_amx(const packed_args *a) {
     /* int4 has no tiles yet: one way for any number of rows, so that a row's bits are its own */
@@ -963,32 +971,102 @@ static const kernels *pick(void) {
 
 static const char *fx_instruction_set(void) { return pick()->name; }
 
+/* ---- shared by threads: rows of the weights, so that nothing that is summed is cut ----------- */
+
+enum { TOGETHER = 64, WORTH = 1 << 21 }; /* weight rows of the smallest piece; products of two numbers */
+
+typedef struct {
+    grouped_args whole;
+    packed_args packed; /* of weights in a format */
+    long step;
+    atomic_int failed;
+} shared_product;
+
+static void shared_piece(void *work, long piece) {
+    shared_product *product = work;
+    const long first = piece * product->step;
+    long last = first + product->step;
+    int failed;
+    if (product->packed.format) {
+        packed_args a = product->packed;
+        a.first = first;
+        a.last = last < a.n ? last : a.n;
+        failed = pick()->packed(&a);
+    } else {
+        grouped_args a = product->whole;
+        a.first = first;
+        a.last = last < a.n ? last : a.n;
+        failed = pick()->grouped(&a);
+    }
+    if (failed) atomic_store(&product->failed, failed);
+}
+
+/* rows: in all; groups: weights that any of them takes. -1: no memory */
+static int share(shared_product *product, long rows, long k, long n) {
+    const long blocks = (n + TOGETHER - 1) / TOGETHER;
+    const long helpers = pool.wanted;
+    long pieces = rows * k * n >= WORTH && helpers ? 2 * (helpers + 1) : 1;
+    if (pieces > blocks) pieces = blocks;
+    product->step = pieces ? (blocks + pieces - 1) / pieces * TOGETHER : TOGETHER;
+    atomic_init(&product->failed, 0);
+    pool_share(shared_piece, product, (n + product->step - 1) / product->step);
+    return atomic_load(&product->failed);
+}
+
+static long rows_of(const int32_t *begins, const int32_t *ends, long groups) {
+    long rows = 0;
+    for (long g = 0; g < groups; g++)
+        if (ends[g] > begins[g]) rows += ends[g] - begins[g];
+    return rows;
+}
+
+/* How many threads a product may have, the caller's among them. */
+static void fx_set_threads(int threads) {
+    pthread_mutex_lock(&pool.lock);
+    pool.wanted = threads > 1 ? threads - 1 : 0;
+    pthread_mutex_unlock(&pool.lock);
+}
+
 static int fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intptr_t begins,
                              intptr_t ends, intptr_t y, long groups, long k, long n, int dtype) {
-    return pick()->grouped((const char *)x, (const intptr_t *)weights, (const intptr_t *)biases,
-                           (const int32_t *)begins, (const int32_t *)ends, (char *)y, groups, k, n,
-                           dtype);
+    shared_product product = {
+        .whole = {
+            .x = (const char *)x,
+            .weights = (const intptr_t *)weights,
+            .biases = (const intptr_t *)biases,
+            .begins = (const int32_t *)begins,
+            .ends = (const int32_t *)ends,
+            .y = (char *)y,
+            .groups = groups,
+            .k = k,
+            .n = n,
+            .dtype = dtype,
+        },
+    };
+    return share(&product, rows_of(product.whole.begins, product.whole.ends, groups), k, n);
 }
 
 static int fx_grouped_packed(intptr_t x, intptr_t weights, intptr_t scales, intptr_t biases,
                              intptr_t begins, intptr_t ends, intptr_t y, long groups, long k,
                              long n, int dtype, int format, long shared) {
-    const packed_args a = {
-        .x = (const char *)x,
-        .weights = (const intptr_t *)weights,
-        .scales = (const intptr_t *)scales,
-        .biases = (const intptr_t *)biases,
-        .begins = (const int32_t *)begins,
-        .ends = (const int32_t *)ends,
-        .y = (char *)y,
-        .groups = groups,
-        .k = k,
-        .n = n,
-        .dtype = dtype,
-        .format = format,
-        .shared = shared,
+    shared_product product = {
+        .packed = {
+            .x = (const char *)x,
+            .weights = (const intptr_t *)weights,
+            .scales = (const intptr_t *)scales,
+            .biases = (const intptr_t *)biases,
+            .begins = (const int32_t *)begins,
+            .ends = (const int32_t *)ends,
+            .y = (char *)y,
+            .groups = groups,
+            .k = k,
+            .n = n,
+            .dtype = dtype,
+            .format = format,
+            .shared = shared,
+        },
     };
-    return pick()->packed(&a);
+    return share(&product, rows_of(product.packed.begins, product.packed.ends, groups), k, n);
 }
 
 static int fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
@@ -997,8 +1075,9 @@ static int fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, lon
     const long width = dtype == BFLOAT16 ? 2 : 4, most = 1 << 30;
     for (long r = 0; r < rows; r += most) {
         const int32_t offsets[2] = {0, (int32_t)(rows - r < most ? rows - r : most)};
-        if (pick()->grouped((const char *)x + r * k * width, &weight, bias ? &bias : NULL, offsets,
-                            offsets + 1, (char *)y + r * n * width, 1, k, n, dtype))
+        if (fx_grouped_linear(x + r * k * width, (intptr_t)&weight, bias ? (intptr_t)&bias : 0,
+                              (intptr_t)offsets, (intptr_t)(offsets + 1), y + r * n * width, 1, k, n,
+                              dtype))
             return -1;
     }
     return 0;
@@ -1009,12 +1088,38 @@ static void fx_rms_norm(intptr_t x, intptr_t w, intptr_t y, long rows, long n, f
     pick()->norm((const char *)x, (const char *)w, (char *)y, rows, n, eps, early, dtype);
 }
 
-static int attend_all(const attention_args *a) {
-    float *scratch = aligned_alloc(64, attention_scratch(a));
-    if (!scratch) return -1;
-    pick()->attention(a, scratch);
+typedef struct {
+    const attention_args *of;
+    long all, step;
+    atomic_int failed;
+} shared_attention;
+
+static void attention_piece(void *work, long piece) {
+    shared_attention *attention = work;
+    const long first = piece * attention->step, last = first + attention->step;
+    float *scratch = aligned_alloc(64, attention_scratch(attention->of));
+    if (!scratch) {
+        atomic_store(&attention->failed, -1);
+        return;
+    }
+    pick()->attention(attention->of, first, last < attention->all ? last : attention->all, scratch);
     free(scratch);
-    return 0;
+}
+
+static int attend_all(const attention_args *a) {
+    shared_attention attention = {.of = a, .all = a->sequences * a->kv_heads};
+    long work = 0, pieces = 1;
+    for (long s = 0; s < a->sequences; s++)
+        work += (a->query_start[s + 1] - a->query_start[s]) * (long)a->context_len[s];
+    work *= a->heads * (a->key_dim + a->value_dim);
+    if (work >= WORTH && pool.wanted) pieces = 4 * (pool.wanted + 1);
+    if (pieces > attention.all) pieces = attention.all;
+    if (pieces < 1) return 0;
+    attention.step = (attention.all + pieces - 1) / pieces;
+    atomic_init(&attention.failed, 0);
+    store_kv(a);
+    pool_share(attention_piece, &attention, (attention.all + attention.step - 1) / attention.step);
+    return atomic_load(&attention.failed);
 }
 
 static int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intptr_t key_cache,

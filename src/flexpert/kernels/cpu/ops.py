@@ -48,6 +48,13 @@ def instruction_set() -> str:
     return str(ffi.string(lib.fx_instruction_set()).decode())
 
 
+def set_threads(threads: int) -> None:
+    """How many threads a large product or attention may have in this process, the caller's among
+    them; they are made when they are first needed, and sleep in between. The bits of a result do
+    not depend on it."""
+    lib.fx_set_threads(threads)
+
+
 _FORMATS: Final = {"mxfp4": 1, "int8": 2, "int4": 3}
 """Formats of weights that the kernels unpack, as packed.c numbers them."""
 

@@ -200,7 +200,7 @@ typedef struct {
     const intptr_t *weights, *scales, *biases;
     const int32_t *begins, *ends;
     char *y;
-    long groups, k, n;
+    long groups, k, n, first, last; /* rows of the weights, and those that are wanted */
     int dtype, format;
     long shared; /* elements of a row that share a scale, of int4 */
 } packed_args;
@@ -260,8 +260,8 @@ INLINE void packed_body(const packed_args *a, char *scratch, int dtype, int leve
         const long begin = a->begins[g], rows = a->ends[g] - begin;
         if (rows <= 0) continue;
         const char *w = (const char *)a->weights[g], *scales = (const char *)a->scales[g];
-        for (long o = 0; o < n; o += SOME) {
-            const long outs = n - o < SOME ? n - o : SOME;
+        for (long o = a->first; o < a->last; o += SOME) {
+            const long outs = a->last - o < SOME ? a->last - o : SOME;
             if (dtype == BFLOAT16 && outs == SOME && few(a, g, o, rows)) continue;
             unpack_rows(a, w, scales, o, outs, dtype, row, scratch);
             linear_group(a->x + begin * k * width, scratch,
@@ -455,7 +455,7 @@ AMX static int amx_packed(const packed_args *a) {
             for (long h = 0; h < rows; h += 16)
                 amx_pack(a->x + (r + h) * k * 2, rows - h < 16 ? rows - h : 16, k,
                          a->format == MXFP4 ? ORDER : NULL, packed + h / 16 * strip);
-            for (long o = 0; o < a->n; o += TILES_OUT)
+            for (long o = a->first; o < a->last; o += TILES_OUT)
                 amx_outs(a, g, o, packed, rows,
                          a->biases ? (const char *)a->biases[g] + o * 2 : NULL,
                          a->y + (r * a->n + o) * 2, scratch);
