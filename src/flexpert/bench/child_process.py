@@ -8,7 +8,7 @@ import ctypes
 import os
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -34,12 +34,13 @@ class ChildProcess:
         async for raw in self.process.stdout:
             yield raw.decode("utf-8", "replace").rstrip()
 
-    def keep_lines(self) -> None:
-        """Read on from now, so that its pipe is never full."""
+    def keep_lines(self, tell: Callable[[str], None] = lambda _: None) -> None:
+        """Read on from now, so that its pipe is never full. tell: gets each line, too."""
 
         async def read() -> None:
             async for line in self.lines():
                 self.output.append(line)
+                tell(line)
 
         self._reader = asyncio.create_task(read())
 
@@ -79,7 +80,11 @@ class ChildProcess:
 
 @asynccontextmanager
 async def own_process(
-    command: Sequence[str], environment: Mapping[str, str] | None = None, stop_timeout_s: float = 15
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    stop_timeout_s: float = 15,
+    *,
+    terminal: int | None = None,
 ) -> AsyncIterator[ChildProcess]:
     """A process that is ended however the block ends; whoever has it reads what it prints.
 
@@ -88,6 +93,7 @@ async def own_process(
 
     Args:
         environment: of it, besides our own.
+        terminal: a descriptor that it reads from and writes to, if it is to draw on one.
 
     Raises:
         OSError: the program cannot be run.
@@ -95,8 +101,8 @@ async def own_process(
     libc = ctypes.CDLL(None)  # before the fork: nothing may be loaded between fork and exec
     process = await asyncio.create_subprocess_exec(
         *command,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
+        stdin=asyncio.subprocess.DEVNULL if terminal is None else terminal,
+        stdout=asyncio.subprocess.PIPE if terminal is None else terminal,
         stderr=asyncio.subprocess.STDOUT,
         env={**os.environ, **(environment or {})},
         start_new_session=True,

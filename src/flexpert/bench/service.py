@@ -19,11 +19,13 @@ READY = "ready: "
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A service that answers. output: the last lines it printed, while it goes on."""
+    """A service that answers. output: the last lines it printed, while it goes on. observers: pids
+    of those who watch it for a measurement."""
 
     target: Target
     pid: int
     output: deque[str]
+    observers: tuple[int, ...] = ()
 
 
 @asynccontextmanager
