@@ -10,7 +10,8 @@ from support.served import free_port
 from support.served_head import Running
 
 from flexpert.bench.load import Target
-from flexpert.bench.observers_cost import OBSERVERS, SCRAPE_S
+from flexpert.bench.observer_process import SCRAPE_S
+from flexpert.bench.observers_cost import OBSERVERS
 from flexpert.config import ServerConfig
 from flexpert.errors import FlexpertError
 

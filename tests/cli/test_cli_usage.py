@@ -78,7 +78,10 @@ def test_version(run: Run) -> None:
         (["serve", "--dtype", "int3"], "--dtype int3: Input should be"),
         (["serve", "--config", "/nowhere.yaml"], "cannot read the settings file"),
         (["complete", ""], "the prompt is empty"),
-        (["bench", "serve", "--compare", "vllm"], "only 'transformers' is known"),
+        (["bench", "serve", "--compare", "vllm"], "only 'transformers' and 'llama.cpp' are"),
+        (["bench", "serve", "--compare", "llama.cpp"], "needs --llama-server PATH"),
+        (["bench", "serve", "--pairs", "3"], "--pairs is of --compare llama.cpp"),
+        (["bench", "serve", "--concurrency", "1", "--concurrency", "4"], "several --concurrency"),
         (["bench", "serve", "--compare", "transformers", "--url", "x"], "a service of our own"),
     ],
 )

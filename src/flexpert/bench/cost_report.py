@@ -12,20 +12,26 @@ from flexpert.bench.cost_rounds import CostReport
 def cost_text(report: CostReport) -> Table:
     """Medians of the rounds with and without, and of what differs between two of a pair."""
     title = f"{report.of}: {report.output_tokens} tokens each"
+    watched = any(one.observers_us for one in report.rounds)
+    columns = ["tokens/s", "slowest", "fastest", "CPU of the head", "CPU of the service"]
     table = Table(title=title, caption=report.machine.line())
     table.add_column("")
-    for name in ("tokens/s", "slowest", "fastest", "CPU of the head", "CPU of all"):
+    for name in (*columns, *["CPU of who watches"] * watched):
         table.add_column(name, justify="right")
     for cost in report.costs:
         for kind, rounds in cost.rounds.items():
             speeds = [one.figures.output_tokens_per_s for one in rounds]
+            times = [
+                median(one.head_us for one in rounds),
+                median(one.service_us for one in rounds),
+                *[median(one.observers_us for one in rounds)] * watched,
+            ]
             table.add_row(
                 f"{cost.concurrency} at once, {kind}",
                 f"{median(speeds):,.0f}",
                 f"{min(speeds):,.0f}",
                 f"{max(speeds):,.0f}",
-                f"{median(one.head_us for one in rounds):.1f} µs",
-                f"{median(one.service_us for one in rounds):.1f} µs",
+                *(f"{time:.1f} µs" for time in times),
             )
         table.add_row(
             "with / without",

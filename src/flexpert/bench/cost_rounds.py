@@ -18,7 +18,7 @@ import msgspec
 
 from flexpert.bench.load import closed_loop, complete, completion_body
 from flexpert.bench.machine import Machine, this_machine
-from flexpert.bench.processor_time import service_processor_seconds
+from flexpert.bench.processor_time import processor_seconds, service_processor_seconds
 from flexpert.bench.prompts import random_prompts, token_pool
 from flexpert.bench.service import Service
 from flexpert.bench.statistics import Figures, figures
@@ -45,13 +45,14 @@ class CostLoad:
 
 
 class CostRound(msgspec.Struct, frozen=True, kw_only=True):
-    """Processor time for a token, in microseconds: of the head, of it and all below it, and of
-    ourselves."""
+    """Processor time for a token, in microseconds: of the head, of it and all below it, of
+    ourselves, and of those who watch the service."""
 
     figures: Figures
     head_us: float
     service_us: float
     client_us: float
+    observers_us: float = 0.0
 
 
 class CostComparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,10 +97,14 @@ class CostReport(msgspec.Struct, frozen=True, kw_only=True):
     costs: list[CostComparison]
 
     @property
+    def rounds(self) -> list[CostRound]:
+        """All of them."""
+        return [one for cost in self.costs for kind in cost.rounds.values() for one in kind]
+
+    @property
     def failed(self) -> int:
         """Requests."""
-        rounds = [one for cost in self.costs for kind in cost.rounds.values() for one in kind]
-        return sum(one.figures.failed for one in rounds)
+        return sum(one.figures.failed for one in self.rounds)
 
 
 def always(service: Service) -> ServiceOf:
@@ -169,13 +174,25 @@ async def cost_round(
     async def send(number: int) -> Any:
         return await complete(service.target, requests[number], stall_s=STALL_S)
 
-    before = (*service_processor_seconds(service.pid), time.process_time())
+    before = _processor_seconds(service)
     answers = await closed_loop(send, len(requests), concurrency)
-    after = (*service_processor_seconds(service.pid), time.process_time())
+    after = _processor_seconds(service)
     found = figures(answers)
     if found.failed == found.requests:
         raise FlexpertError(f"the service does not answer: {found.errors[0]}")
-    head_us, service_us, client_us = (
+    head_us, service_us, client_us, observers_us = (
         1e6 * (end - begin) / found.output_tokens for end, begin in zip(after, before, strict=True)
     )
-    return CostRound(figures=found, head_us=head_us, service_us=service_us, client_us=client_us)
+    return CostRound(
+        figures=found,
+        head_us=head_us,
+        service_us=service_us,
+        client_us=client_us,
+        observers_us=observers_us,
+    )
+
+
+def _processor_seconds(service: Service) -> tuple[float, float, float, float]:
+    """Of the head, the service, ourselves, and those who watch."""
+    observers = sum(map(processor_seconds, service.observers))
+    return (*service_processor_seconds(service.pid), time.process_time(), observers)

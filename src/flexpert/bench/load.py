@@ -55,6 +55,12 @@ class Target:
         tls = parts.scheme == "https"
         return cls(parts.hostname, port or (443 if tls else 80), parts.path.rstrip("/"), key, tls)
 
+    @property
+    def url(self) -> str:
+        """Of its root, without the key."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}{self.prefix}"
+
     def message(self, method: str, path: str, body: object = None) -> bytes:
         """The bytes of one request."""
         content = b"" if body is None else msgspec.json.encode(body)

@@ -32,6 +32,32 @@ def qwen3_30b_a3b(layers: int = 48) -> PreTrainedConfig:
     )
 
 
+def qwen3_moe_1b() -> PreTrainedConfig:
+    """A Qwen3-MoE of 1 B parameters, a quarter of them for each token, for a machine of few cores.
+
+    No published model has these shapes.
+    """
+    return Qwen3MoeConfig(
+        vocab_size=32768,
+        hidden_size=1024,
+        intermediate_size=3072,
+        moe_intermediate_size=512,
+        num_hidden_layers=16,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=32,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        attention_bias=False,
+    )
+
+
 def random_model_info(
     config: PreTrainedConfig, skeleton: PreTrainedModel, found: Probe, dtype: torch.dtype
 ) -> ModelInfo:

@@ -1,20 +1,22 @@
 """`flexpert bench observers`: what it costs a service that it is watched.
 
 One service has the same load in turn, alone and with those who watch it: a page's connection, a
-`flexpert top` in a terminal of its own, and a scraper of `/metrics`.
+`flexpert top` in a terminal of its own, and a scraper of `/metrics`, each a process of its own. On
+machines of few cores they take from the service what they need themselves; what the service pays is
+its own processor time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import pty
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from flexpert.bench.child_process import ChildProcess, own_process
 from flexpert.bench.cost_rounds import (
     WITH,
     WITHOUT,
@@ -26,12 +28,11 @@ from flexpert.bench.cost_rounds import (
     compare,
     cost_report,
 )
-from flexpert.bench.load import Target, exchange, parse_reply
+from flexpert.bench.load import Target
+from flexpert.bench.observer_process import WATCHING
 from flexpert.bench.service import Service, own_service
 from flexpert.errors import FlexpertError
 
-SCRAPE_S = 1.0
-PLACEMENT_S = 5.0  # as the page: `LOADS_MS` in dashboard/app.js
 _FIRST_S = 30.0  # until an observer sees the service
 
 
@@ -56,60 +57,37 @@ async def _measure(plan: ObserversPlan, note: Note) -> list[CostComparison]:
         @asynccontextmanager
         async def watched() -> AsyncIterator[Service]:
             async with AsyncExitStack() as stack:
-                for name in plan.observers:
+                pids = [
                     await stack.enter_async_context(OBSERVERS[name](service.target))
-                yield service
+                    for name in plan.observers
+                ]
+                yield replace(service, observers=tuple(pids))
 
         return await compare(plan.load, {WITHOUT: always(service), WITH: watched}, note)
 
 
 @asynccontextmanager
-async def _page(target: Target) -> AsyncIterator[None]:
-    """The requests of an open page: its stream, and the placement of the layer it shows."""
-    request = target.message("GET", "/cluster/stream")
-    async with _looking(target, "/cluster/placement?layer=0", PLACEMENT_S):
+async def _observer(name: str, target: Target) -> AsyncIterator[int]:
+    command = [sys.executable, "-m", "flexpert.bench.observer_process", name, target.url]
+    async with own_process(command) as child:
         begun = asyncio.Event()
-        stream = asyncio.create_task(
-            exchange(target, request, stall_s=_FIRST_S, on_data=lambda _: begun.set())
-        )
-        async with _while_running(stream, begun):
-            yield
+        child.keep_lines(lambda line: begun.set() if line == WATCHING else None)
+        async with _while_running(child, begun):
+            yield child.pid
 
 
-def _metrics(target: Target) -> AbstractAsyncContextManager[None]:
-    return _looking(target, "/metrics", SCRAPE_S)
+def _page(target: Target) -> AbstractAsyncContextManager[int]:
+    return _observer("page", target)
 
 
-@asynccontextmanager
-async def _looking(target: Target, path: str, every_s: float) -> AsyncIterator[None]:
-    """A GET again and again, from the first answer on."""
-    begun = asyncio.Event()
-
-    async def look() -> None:
-        while True:
-            reply = parse_reply(await exchange(target, target.message("GET", path)))
-            if reply.status != 200:
-                raise FlexpertError(f"{path} answered {reply.status}")
-            begun.set()
-            await asyncio.sleep(every_s)
-
-    async with _while_running(asyncio.create_task(look()), begun):
-        yield
+def _metrics(target: Target) -> AbstractAsyncContextManager[int]:
+    return _observer("metrics", target)
 
 
 @asynccontextmanager
-async def _top(target: Target) -> AsyncIterator[None]:
+async def _top(target: Target) -> AsyncIterator[int]:
     """`flexpert top`, with a pseudo-terminal to draw on."""
     ours, theirs = pty.openpty()
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "flexpert", "top"),
-        *("--url", f"http://{target.host}:{target.port}"),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"},
-    )
-    os.close(theirs)
     drawn = asyncio.Event()
     loop = asyncio.get_running_loop()
     seen = bytearray()
@@ -125,47 +103,47 @@ async def _top(target: Target) -> AsyncIterator[None]:
         del seen[:-4096]
 
     loop.add_reader(ours, read)
+    environment = {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+    command = [sys.executable, "-m", "flexpert", "top", "--url", target.url]
     try:
-        async with _while_running(asyncio.create_task(process.wait()), drawn):
-            yield
+        async with own_process(command, environment, terminal=theirs) as child:
+            os.close(theirs)
+            async with _while_running(child, drawn):
+                yield child.pid
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        await process.wait()
         loop.remove_reader(ours)
         os.close(ours)
 
 
 @asynccontextmanager
-async def _while_running(task: asyncio.Task[object], begun: asyncio.Event) -> AsyncIterator[None]:
+async def _while_running(child: ChildProcess, begun: asyncio.Event) -> AsyncIterator[None]:
     """From `begun` on; an observer that ends by itself would make the comparison worthless.
 
     Raises: FlexpertError
     """
     first = asyncio.create_task(begun.wait())
+    end = asyncio.create_task(child.process.wait())
     try:
-        await asyncio.wait((task, first), timeout=_FIRST_S, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((end, first), timeout=_FIRST_S, return_when=asyncio.FIRST_COMPLETED)
         if not begun.is_set():
-            raise FlexpertError(f"an observer did not begin{_why(task)}")
+            raise FlexpertError(f"an observer did not begin{await _why(child)}")
         yield
-        if task.done():
-            raise FlexpertError(f"an observer has ended{_why(task)}")
+        if end.done():
+            raise FlexpertError(f"an observer has ended{await _why(child)}")
     finally:
         first.cancel()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, FlexpertError):
-            await task
+        end.cancel()
 
 
-def _why(task: asyncio.Task[object]) -> str:
-    if not task.done() or task.cancelled():
-        return ""
-    return f": {task.exception() or task.result()}"
+async def _why(child: ChildProcess) -> str:
+    if child.process.returncode is not None:
+        await child.end()
+    return child.last_words()
 
 
-OBSERVERS: dict[str, Callable[[Target], AbstractAsyncContextManager[None]]] = {
+OBSERVERS: dict[str, Callable[[Target], AbstractAsyncContextManager[int]]] = {
     "page": _page,
     "top": _top,
     "metrics": _metrics,
 }
-"""What can be measured, by name."""
+"""What can be measured, by name; each gives the pid of who watches."""

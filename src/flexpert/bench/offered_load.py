@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,6 @@ class OfferedLoad:
             left_out = f", {trace.left_out} left out" if trace.left_out else ""
             speed = f", {self.trace_speedup:g} times as fast" if self.trace_speedup != 1 else ""
             return f"{self.count} requests of {trace.file}{left_out}{speed}, seed {self.seed}"
-        what = f"{self.input_tokens} random tokens in"
-        if self.prompts is not None:
-            what = f"prompts of {self.prompts}"
         if self.ramp is not None:
             how = f"{self.ramp} arrive"
         elif self.request_rate is not None:
@@ -82,7 +80,14 @@ class OfferedLoad:
         if self.temperature:
             how += f", temperature {self.temperature:g}"
         out = self.output_tokens
-        return f"{self.count} requests, {what}, {out} out, {how}, seed {self.seed}"
+        return f"{self.count} requests, {self.what}, {out} out, {how}, seed {self.seed}"
+
+    @property
+    def what(self) -> str:
+        """Is asked, if it is no trace."""
+        if self.prompts is not None:
+            return f"prompts of {self.prompts}"
+        return f"{self.input_tokens} random tokens in"
 
     async def fitting(self, target: Target) -> OfferedLoad:
         """Without the requests of a trace that are longer than this service takes.
@@ -124,10 +129,10 @@ async def offer(
     target: Target,
     load: OfferedLoad,
     prompts: list[Prompt],
-    model: str | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> list[ClientAnswer]:
-    """The load itself. model: its name, for servers that must be told; None: what is served."""
-    requests = _messages(target, load, prompts, load.answer_tokens(), model)
+    """The load itself. fields: of each request besides, as other servers want them."""
+    requests = _messages(target, load, prompts, load.answer_tokens(), fields)
 
     async def send(number: int) -> ClientAnswer:
         return await complete(target, requests[number], stall_s=STALL_S)
@@ -138,7 +143,9 @@ async def offer(
     return await closed_loop(send, len(requests), load.concurrency)
 
 
-async def warm_up(target: Target, load: OfferedLoad, seed: int, model: str | None = None) -> None:
+async def warm_up(
+    target: Target, load: OfferedLoad, seed: int, fields: Mapping[str, Any] | None = None
+) -> None:
     """With other prompts than those measured, else the prefix cache would know them.
 
     Raises: LoadError: nothing is answered.
@@ -148,7 +155,7 @@ async def warm_up(target: Target, load: OfferedLoad, seed: int, model: str | Non
     pool = await token_pool(target)
     prompts = random_prompts(pool, load.input_tokens, load.warmup, seed)
     tokens = [load.output_tokens] * len(prompts)
-    requests = _messages(target, load, prompts, tokens, model)
+    requests = _messages(target, load, prompts, tokens, fields)
 
     async def send(number: int) -> ClientAnswer:
         return await complete(target, requests[number], stall_s=STALL_S)
@@ -164,10 +171,9 @@ def _messages(
     load: OfferedLoad,
     prompts: list[Prompt],
     tokens: list[int],
-    model: str | None,
+    fields: Mapping[str, Any] | None,
 ) -> list[bytes]:
-    more: dict[str, Any] = {} if model is None else {"model": model}
-    more |= {"ignore_eos": True, "temperature": load.temperature}
+    more = {"ignore_eos": True, "temperature": load.temperature, **(fields or {})}
     return [
         target.message(
             "POST",

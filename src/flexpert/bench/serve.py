@@ -222,8 +222,8 @@ async def _measure_against(
             done: dict[str, Figures] = {}
             for whose, server, model in servers[:: -1 if turn % 2 else 1]:
                 note(f"round {turn + 1} of {rounds}: {whose}")
-                await warm_up(server, load, seed + 1, model)
-                answers = await offer(server, load, prompts, model)
+                await warm_up(server, load, seed + 1, {"model": model})
+                answers = await offer(server, load, prompts, {"model": model})
                 done[whose] = figures_with_goodput(answers, goals)
             found.append(ServerTurn(**done))
         return load, Against.of(url, theirs, found)

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
-import os
-import signal
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from flexpert.bench.child_process import ChildProcess, own_process
 from flexpert.bench.load import Target
 from flexpert.errors import FlexpertError
 
 # the line of `server/service_process.py` that says where it listens
 READY = "ready: "
 
-_PR_SET_PDEATHSIG = 1
-_KEPT_LINES = 2000
-
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A service that answers. output: the last lines it printed, while it goes on."""
+    """A service that answers. output: the last lines it printed, while it goes on. observers: pids
+    of those who watch it for a measurement."""
 
     target: Target
     pid: int
     output: deque[str]
+    observers: tuple[int, ...] = ()
 
 
 @asynccontextmanager
@@ -55,74 +51,25 @@ async def own_service(
     Raises:
         FlexpertError: it ended, or was not ready in time; with the last lines it printed.
     """
-    libc = ctypes.CDLL(None)  # before the fork: nothing may be loaded between fork and exec
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "flexpert", "serve", "--host", "127.0.0.1", "--port", "0"),
-        *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        env={**os.environ, **(environment or {})},
-        start_new_session=True,
-        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
-    )
-    lines: deque[str] = deque(maxlen=_KEPT_LINES)
-    reader: asyncio.Task[None] | None = None
-    try:
+    command = [sys.executable, "-m", "flexpert", "serve", "--host", "127.0.0.1", "--port", "0"]
+    async with own_process([*command, *arguments], environment, stop_timeout_s) as child:
         try:
             async with asyncio.timeout(start_timeout_s):
-                url = await _ready(process, lines, report)
+                url = await _ready(child, report)
         except TimeoutError:
             raise FlexpertError(
-                f"the service was not ready after {start_timeout_s:g} s{_tail(lines)}"
+                f"the service was not ready after {start_timeout_s:g} s{child.last_words()}"
             ) from None
-        reader = asyncio.create_task(_drain(process, lines))
-        yield Service(Target.parse(url.removesuffix("/v1"), key), process.pid, lines)
-    finally:
-        await asyncio.shield(_stop(process, stop_timeout_s))
-        if reader:
-            reader.cancel()
+        child.keep_lines()
+        yield Service(Target.parse(url.removesuffix("/v1"), key), child.pid, child.output)
 
 
-async def _ready(
-    process: asyncio.subprocess.Process,
-    lines: deque[str],
-    report: Callable[[str], None] | None,
-) -> str:
-    assert process.stdout is not None
-    async for raw in process.stdout:
-        line = raw.decode("utf-8", "replace").rstrip()
+async def _ready(child: ChildProcess, report: Callable[[str], None] | None) -> str:
+    async for line in child.lines():
         if line.startswith(READY):
             return line.removeprefix(READY)
-        lines.append(line)
+        child.output.append(line)
         if report:
             report(line)
-    status = await process.wait()
-    raise FlexpertError(f"the service did not start (exit status {status}){_tail(lines)}")
-
-
-async def _drain(process: asyncio.subprocess.Process, lines: deque[str]) -> None:
-    assert process.stdout is not None
-    async for raw in process.stdout:
-        lines.append(raw.decode("utf-8", "replace").rstrip())
-
-
-def _tail(lines: Sequence[str]) -> str:
-    if not lines:
-        return ""
-    return "; its last lines:\n  " + "\n  ".join(list(lines)[-15:])
-
-
-async def _stop(process: asyncio.subprocess.Process, timeout_s: float) -> None:
-    if process.returncode is None:
-        process.terminate()
-        try:
-            await asyncio.wait_for(process.wait(), timeout_s)
-        except TimeoutError:
-            process.kill()
-            await process.wait()
-        except BaseException:  # a second Ctrl-C: no more patience
-            process.kill()
-            raise
-    with contextlib.suppress(ProcessLookupError):  # whoever of its session is left
-        os.killpg(process.pid, signal.SIGKILL)
+    status = await child.end()
+    raise FlexpertError(f"the service did not start (exit status {status}){child.last_words()}")

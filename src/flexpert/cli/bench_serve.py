@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flexpert.cli.bench_llama import LLAMA, check_llama_flags, compare_with_llama
 from flexpert.cli.command import Command
 from flexpert.cli.options import ApiKey, Json, Output, make_console, print_note
 from flexpert.display.output import EXIT_FAILURE, check_outputs, show_report
@@ -16,6 +17,7 @@ from flexpert.errors import ConfigError
 BENCH_SERVE_EXAMPLES = (
     "flexpert bench serve",
     "flexpert bench serve --compare transformers --ranks 1 --concurrency 16",
+    "flexpert bench serve --compare llama.cpp --llama-server ./llama-server --threads 2",
     "flexpert bench serve --url http://127.0.0.1:8000 --request-rate 4 --num-prompts 200",
     "flexpert bench serve --prompts prompts.jsonl --output result.json",
     "flexpert bench serve --model ./model --against http://127.0.0.1:8001 --rounds 5",
@@ -65,7 +67,7 @@ def bench_serve(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks of the service it starts.")] = 1,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads per rank, and of transformers; default: 1."),
+        typer.Option(min=1, help="Threads per rank, and of whom it is compared with; default: 1."),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -102,7 +104,15 @@ def bench_serve(
             min=0, metavar="T", help="Of every answer; at 0 random models repeat one token."
         ),
     ] = 0.0,
-    concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Concurrent requests.")] = 16,
+    concurrency: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Concurrent requests; default: 16. With --compare llama.cpp it may be repeated; "
+            "default there: 1, 4 and 16.",
+        ),
+    ] = None,
     request_rate: Annotated[
         float | None,
         typer.Option(
@@ -149,8 +159,21 @@ def bench_serve(
     compare: Annotated[
         str | None,
         typer.Option(
-            metavar="transformers",
-            help="Same prompts, threads and dtype through transformers alone.",
+            metavar="NAME",
+            help="Same prompts, threads and dtype through transformers alone, or in turn through "
+            "the server of llama.cpp.",
+        ),
+    ] = None,
+    llama_server: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="With --compare llama.cpp: the program llama-server."),
+    ] = None,
+    pairs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="With --compare llama.cpp: turns of each at each concurrency; default: 5.",
         ),
     ] = None,
     against: Annotated[
@@ -183,8 +206,8 @@ def bench_serve(
     from flexpert.bench.traffic_trace import read_trace
     from flexpert.display.render import figures_text
 
-    if compare not in (None, "transformers"):
-        raise ConfigError(f"--compare {compare}: only 'transformers' is known")
+    if compare not in (None, "transformers", LLAMA):
+        raise ConfigError(f"--compare {compare}: only 'transformers' and '{LLAMA}' are known")
     if url is not None and (service or compare):
         what = "flags of a service" if service else "--compare"
         raise ConfigError(f"{what} can only be had with a service of our own; leave out --url")
@@ -193,6 +216,17 @@ def bench_serve(
     check_arrivals(trace, trace_speedup, prompts, request_rate, ramp, burstiness)
     if compare and (trace or event):
         raise ConfigError("--compare goes with neither --trace nor --event")
+    check_llama_flags(
+        compare,
+        {"--llama-server": llama_server, "--pairs": pairs},
+        {
+            "--request-rate": request_rate,
+            "--ramp": ramp,
+            "--goodput": goodput,
+            "--temperature": temperature,
+        },
+        concurrency,
+    )
     if against and event:
         raise ConfigError("--against goes with no --event: the other server knows none")
     goals = parse_goodput(goodput or ())
@@ -210,7 +244,7 @@ def bench_serve(
         count=len(recorded.requests) if recorded else num_prompts or 64,
         input_tokens=input_len,
         output_tokens=output_len,
-        concurrency=concurrency,
+        concurrency=concurrency[0] if concurrency else 16,
         request_rate=request_rate,
         ramp=RateRamp.parse(ramp) if ramp else None,
         burstiness=burstiness or 1.0,
@@ -226,6 +260,18 @@ def bench_serve(
     def note(line: str) -> None:
         print_note(line, console)
 
+    if compare == LLAMA:
+        compare_with_llama(
+            load,
+            measured,
+            llama_server,
+            streams=concurrency or (1, 4, 16),
+            pairs=pairs or 5,
+            requests=num_prompts,
+            as_json=json_,
+            output=output,
+        )
+        return
     if against is None:
         report = run_bench(
             load, measured, compare=compare is not None, note=note, goals=goals, events=events

@@ -30,6 +30,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from flexpert import heap
 from flexpert.comm import Buffer, CommError, Interrupted, RankLost, RankTimeout
 from flexpert.config import EngineConfig
 from flexpert.engine import rank_protocol as msg
@@ -430,11 +431,14 @@ class RankEngine:
             self.measure_memory()
         laps = {**self.watch.laps, **result.watch.laps}
         self.watch = Stopwatch()
+        planned = self.memory.plan(experts, len(members))
+        if self.buffer.epoch == 0:
+            heap.trim()  # what the largest step needs; it is planned for, and not needed yet
         self.report(
             msg.Prepared(
                 result.plan.epoch,
                 result.copied,
-                self.memory.plan(experts, len(members)),
+                planned,
                 laps,
                 device.plan(experts) if device else None,
                 self.memory_use,

@@ -87,6 +87,8 @@ class Fork(msgspec.Struct, frozen=True, tag="fork"):
         in place of an `Exited`.
     kept: it goes on without who asked for it: it gets one more socket, the last, on which
         `Reconnect` hands it another connection. That is closed when none will come any more.
+    shares: what the entry needs is imported in the server, the first time, and all later children
+        share its memory; to import it must start no thread.
     """
 
     child: int
@@ -94,6 +96,7 @@ class Fork(msgspec.Struct, frozen=True, tag="fork"):
     spec: bytes
     tells: bool = False
     kept: bool = False
+    shares: bool = False
 
 
 class Kill(msgspec.Struct, frozen=True, tag="kill"):
@@ -408,6 +411,8 @@ class _Server:
             not_theirs = [*set(given) - set(ends)]
             if keeper is not None:
                 not_theirs.append(keeper.fileno())
+            if request.shares:
+                _import(request.entry)
             pid, pidfd = self._fork(request, ends, not_theirs)
             started = True
         except OSError as error:
@@ -462,6 +467,15 @@ class _Server:
         with contextlib.suppress(BrokenPipeError):  # nobody wants to know
             os.write(child.tells, b"%d" % status)
         os.close(child.tells)
+
+
+def _import(entry: str) -> None:
+    """What it needs stays here; what is wrong with it, the child says."""
+    before = len(sys.modules)
+    with contextlib.suppress(Exception):
+        pkgutil.resolve_name(entry)
+    if len(sys.modules) != before:
+        gc.freeze()
 
 
 def _run(request: Fork, ends: list[int], shared: Any, not_ours: list[int]) -> NoReturn:

@@ -13,12 +13,12 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from flexpert import heap
 from flexpert.cluster.handover.messages import ServiceHandedOver
 from flexpert.cluster.processes.helper import Helper, OnEnd, OnMessage
 from flexpert.errors import Overloaded
 from flexpert.forking.framing import Piece
 from flexpert.frontend.request_limits import RequestLimits
-from flexpert.server import heap
 from flexpert.server.http_errors import SERVER, ApiError
 from flexpert.server.preprocess_worker import ENTRY
 from flexpert.server.preprocessing import (

@@ -178,9 +178,10 @@ class LocalLauncher:
         return lambda status, why: self._on_exit(rank, status, why)
 
     def fork(self, entry: str, spec: bytes, end: socket.socket, on_exit: OnExit) -> int:
-        """As `spawn`, for a child that is no rank. Returns its number, for `kill`."""
+        """As `spawn`, for a child that is no rank, whose imports the next of its kind shares.
+        Returns its number, for `kill`."""
         number = next(self._numbers)
-        self._fork(number, entry, spec, end, on_exit)
+        self._fork(number, entry, spec, end, on_exit, shares=True)
         return number
 
     def _fork(
@@ -192,12 +193,13 @@ class LocalLauncher:
         on_exit: OnExit,
         *,
         kept: bool = False,
+        shares: bool = False,
     ) -> None:
         if self._config is None:
             raise FlexpertError("the fork server was never started")
         self._empty.clear()
         self._children[number] = _Child(on_exit)
-        waiting = _Waiting(Fork(number, entry, spec, kept=kept), end)
+        waiting = _Waiting(Fork(number, entry, spec, kept=kept, shares=shares), end)
         if self._channel is not None and self._starting is None:
             self._send(self._channel, waiting)
             return

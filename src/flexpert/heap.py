@@ -1,8 +1,8 @@
-"""glibc's malloc in a process through which large bodies pass: what they took goes back.
+"""glibc's malloc in a process that needs much for a moment: what it took goes back.
 
-Left to itself, malloc raises the size from which it maps memory apart to that of the largest body
-it has seen, takes the next bodies from its heap, and can give little of that back, because small
-objects that live on lie above them.
+Where large bodies pass through: left to itself, malloc raises the size from which it maps memory
+apart to that of the largest body it has seen, takes the next bodies from its heap, and can give
+little of that back, because small objects that live on lie above them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The same model in llama.cpp's server, under the same load in turn."""
