@@ -31,6 +31,7 @@ from flexpert.models.fusion_verdicts import FusionVerdicts
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.source import ModelInfo, ModelSource
+from flexpert.models.state_layers import StateLayer, bind_states
 from flexpert.moe.moe_layers import MoELayers
 
 CPU = torch.device("cpu")
@@ -135,6 +136,7 @@ class ModelRunner:
         model: PreTrainedModel,
         attention: list[PagedAttention],
         experts: list[RoutedExperts],
+        states: list[StateLayer],
         kv: KVCache,
         *,
         deterministic: bool,
@@ -150,6 +152,7 @@ class ModelRunner:
         self._model = model
         self._attention = attention
         self._experts = experts
+        self._states = states
         self._deterministic = deterministic
         self._moe = moe
         self._pads_batches = pads_batches and not deterministic
@@ -169,6 +172,7 @@ class ModelRunner:
         kv_blocks: int,
         kv_block_size: int,
         deterministic: bool,
+        state_slots: int = 0,
         kv_memory: Tensor | None = None,
         device: torch.device = CPU,
         kernels: Kernels | None = None,
@@ -179,6 +183,7 @@ class ModelRunner:
         """Read the dense weights and reserve the KV cache (its pages are touched on use).
 
         Args:
+            state_slots: see `KVCache`.
             kv_memory: [`KVCache.nbytes`] uint8 for the cache, on `device`; default: memory of its
                 own.
             device: of weights and batches; a GPU is never deterministic.
@@ -207,9 +212,11 @@ class ModelRunner:
             source.info,
             attention_names=source.attention_names,
             experts_names=source.experts_names,
+            state_names=source.state_names,
             moe=moe,
             kv_blocks=kv_blocks,
             kv_block_size=kv_block_size,
+            state_slots=state_slots,
             deterministic=deterministic,
             kv_memory=kv_memory,
             kernels=kernels or cpu_kernels(),
@@ -227,9 +234,11 @@ class ModelRunner:
         *,
         attention_names: Sequence[str],
         experts_names: Sequence[str],
+        state_names: Sequence[str] = (),
         moe: MoELayers,
         kv_blocks: int,
         kv_block_size: int,
+        state_slots: int = 0,
         kernels: Kernels,
         deterministic: bool = False,
         kv_memory: Tensor | None = None,
@@ -240,14 +249,15 @@ class ModelRunner:
 
         Args:
             model: built with `registrations.IMPLEMENTATION`, on one device.
-            attention_names, experts_names: its modules of either kind, in the order of the forward.
-            verdicts, most_samples: see `load`.
+            attention_names, experts_names, state_names: its modules of each kind, in the order of
+                the forward.
+            state_slots, verdicts, most_samples: see `load`.
         """
         device = next(model.parameters()).device
         if kv_memory is None:
-            size = KVCache.nbytes(info, kv_blocks, kv_block_size)
+            size = KVCache.nbytes(info, kv_blocks, kv_block_size, state_slots)
             kv_memory = torch.empty(size, dtype=torch.uint8, device=device)
-        kv = KVCache(info, kv_blocks, kv_block_size, kv_memory)
+        kv = KVCache(info, kv_blocks, kv_block_size, kv_memory, state_slots)
         attention = []
         for name, (keys, values) in zip(attention_names, kv.layers, strict=True):
             layer = PagedAttention(keys, values, kernels.paged_attention, isolated=deterministic)
@@ -263,11 +273,13 @@ class ModelRunner:
             found = dict(fuse(model, kernels, deterministic=deterministic, known=verdicts))
             if kernels.fusions is not None:
                 found.update(fuse_modules(model, kernels.fusions, verdicts))
+            states = bind_states(model, info, state_names, kv, deterministic=deterministic)
         return cls(
             info,
             model,
             attention,
             experts,
+            states,
             kv,
             deterministic=deterministic,
             moe=moe,
@@ -309,6 +321,8 @@ class ModelRunner:
             layer.batch = batch
         for experts in self._experts:
             experts.rows = batch.token_ids.shape[0]
+        for states in self._states:
+            states.runs = batch.states
         cut = pad_batch if self._pads_batches else exact_batch
         token_ids, positions, sample_rows = cut(batch)
         if batch.sources is not None:
@@ -354,8 +368,9 @@ class ModelRunner:
 
     @property
     def kv_nbytes(self) -> int:
-        """Bytes reserved for the KV cache."""
-        return sum(k.nbytes + v.nbytes for k, v in self.kv.layers)
+        """Bytes reserved for the KV cache, and for states."""
+        states = sum(state.nbytes for layer in self.kv.states for state in layer.values())
+        return states + sum(k.nbytes + v.nbytes for k, v in self.kv.layers)
 
 
 def _rows(x: Tensor) -> Tensor:
