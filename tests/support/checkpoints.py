@@ -127,6 +127,9 @@ FURTHER_FAMILIES = (
 SLOTS = 80
 """For the states of sequences, of a runner that is given none: two for each that is stepped."""
 
+_COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+"""Ends of the names of buffers that a checkpoint holds and that follow from its configuration."""
+
 MAIN_FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss")
 
 
@@ -146,6 +149,8 @@ def random_weights(model: PreTrainedModel, seed: int = 0) -> None:
         known = model.state_dict().keys()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name not in known or not tensor.is_floating_point():
+                continue
+            if name.endswith(_COMPUTED):
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name:

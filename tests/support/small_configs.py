@@ -68,6 +68,7 @@ TOWER: dict[str, Any] = {
     "image_size": 56,
     "patch_size": 14,
 }
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 36, "mamba_expand": 2}
 OWN: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {
         "moe_intermediate_size": [40, 24],
@@ -139,6 +140,15 @@ OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 8, "moe_top_k": 3},
     },
     "zaya": {"num_experts_per_tok": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, **_MAMBA},
+    "kimi_linear": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 3,
+    },
+    "bailing_hybrid": {"layer_group_size": 2},
+    "inkling2_text": {"unpadded_vocab_size": 160},
 }
 """Model type → what its text configuration needs besides."""
 
@@ -169,7 +179,6 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
 """Model type → what its encoders' configurations need instead."""
 
 _ATTENTION: dict[str, Any] = {"layer_types": ["full_attention"] * 4}
-_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 36, "mamba_expand": 2}
 _FACTORS: dict[str, Any] = {"short_factor": [1.0, 1.1, 1.2] * 3, "long_factor": [4.0] * 9}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
