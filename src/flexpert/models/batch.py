@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -39,5 +40,6 @@ class ForwardBatch:
     def sent(self, upload: StepUpload) -> ForwardBatch:
         """The same on a device; only of a model without states."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        there = {name: array for name, array in given.items() if array is not None}
-        return ForwardBatch(**dict(zip(there, upload.send(list(there.values())), strict=True)))
+        there = {name: array for name, array in given.items() if isinstance(array, Tensor)}
+        arrays: dict[str, Any] = dict(zip(there, upload.send(list(there.values())), strict=True))
+        return ForwardBatch(**arrays)

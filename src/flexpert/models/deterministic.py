@@ -119,8 +119,8 @@ class RowwiseMode(TorchFunctionMode):
 class SingleRowMode(TorchFunctionMode):
     """While entered, torch computes one row, as in each call of it with tensors of these shapes.
 
-    So its bits depend on nothing else, whatever the order of summation; but for linear layers, whose
-    weights may lie at any address, and library products look at that.
+    So its bits depend on nothing else, whatever the order of summation; but for linear layers,
+    whose weights may lie at any address, and library products look at that.
     """
 
     def __torch_function__(

@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-
 from transformers import PreTrainedModel
 
 from flexpert.models.deterministic import SingleRowMode
@@ -180,9 +179,7 @@ class Rows:
         """Of the first rows, each a sequence of its own: [count, 1, …]."""
         return self._each(lambda x: x[0, :count].unsqueeze(1).contiguous())
 
-    def _each(
-        self, change: Callable[[Tensor], Tensor]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         shape = (1, self.count)
         return (
             tuple(_map(one, change, shape) for one in self._args),

@@ -24,10 +24,10 @@ StateKind = Literal["conv", "recurrent", "linear"]
 
 
 class StateKey(NamedTuple):
-    """One of a layer's states. index: a layer may have several of a kind."""
+    """One of a layer's states. number: a layer may have several of a kind."""
 
     kind: StateKind
-    index: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
