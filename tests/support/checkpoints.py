@@ -20,6 +20,7 @@ from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ExpertFormat, ModelSource
+from flexpert.models.state_runs import NO_STATE, StateRuns
 from support.small_configs import small_settings
 
 COMMON: dict[str, Any] = {
@@ -123,6 +124,12 @@ FURTHER_FAMILIES = (
 )
 """Other families, with experts on disk in layouts of many kinds."""
 
+SLOTS = 80
+"""For the states of sequences, of a runner that is given none: two for each that is stepped."""
+
+_COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+"""Ends of the names of buffers that a checkpoint holds and that follow from its configuration."""
+
 MAIN_FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss")
 
 
@@ -142,6 +149,8 @@ def random_weights(model: PreTrainedModel, seed: int = 0) -> None:
         known = model.state_dict().keys()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name not in known or not tensor.is_floating_point():
+                continue
+            if name.endswith(_COMPUTED):
                 continue
             noise = torch.randn(tensor.shape, generator=generator)
             if "norm" in name:
@@ -245,14 +254,27 @@ class Sequences:
         blocks = runner.kv.layers[0][0].shape[0]
         self._free = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
         self._tables: dict[object, list[int]] = {}
+        self._free_slots = list(range(runner.kv.slots))
+        self._slots: dict[object, int] = {}
         self._lengths: dict[object, int] = {}
 
     def drop(self, name: object) -> None:
         self._free.extend(self._tables.pop(name, []))
         self._lengths.pop(name, None)
+        if name in self._slots:
+            self._free_slots.append(self._slots.pop(name))
+
+    def _decodes(self, name: object, new: Sequence[int]) -> bool:
+        return len(new) == 1 and name in self._slots
 
     def step(self, work: dict[Any, Sequence[int]]) -> dict[Any, Tensor]:
         """Append tokens to sequences, all in one packed pass; name → [tokens, vocab] logits."""
+        runs = None
+        if self.runner.kv.states:
+            work = dict(sorted(work.items(), key=lambda one: not self._decodes(*one)))
+            decodes = sum(self._decodes(*one) for one in work.items())
+            sources = [self._slots.get(name, NO_STATE) for name in work]
+            targets = [self._free_slots.pop() for _ in work]
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -270,6 +292,10 @@ class Sequences:
             starts.append(len(tokens))
             self._lengths[name] = length + len(new)
             contexts.append(length + len(new))
+        if self.runner.kv.states:
+            runs = StateRuns(starts, sources, targets, decodes)
+            self._slots.update(zip(work, targets, strict=True))
+            self._free_slots += [slot for slot in sources if slot != NO_STATE]
         width = max(len(self._tables[name]) for name in work)
         tables = torch.full((len(work), width), -1, dtype=torch.int32)
         for row, name in enumerate(work):
@@ -284,6 +310,7 @@ class Sequences:
                 block_tables=tables,
                 slot_mapping=torch.tensor(slots),
                 sample_rows=torch.arange(len(tokens)),
+                states=runs,
             )
         )
         return {name: logits[starts[i] : starts[i + 1]] for i, name in enumerate(work)}
@@ -306,6 +333,7 @@ def single_runner(
         kv_blocks=blocks,
         kv_block_size=block_size,
         deterministic=deterministic,
+        state_slots=SLOTS,
     )
     return Sequences(runner, block_size)
 

@@ -16,7 +16,7 @@ from flexpert.models.source import ModelSource
 from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import replan
 from flexpert.moe.runtime import MoERuntime, expert_tables
-from support.checkpoints import Sequences
+from support.checkpoints import SLOTS, Sequences
 from support.comm_local import Local
 
 _BLOCK = 8
@@ -53,7 +53,12 @@ def greedy_on(
                 layers.append(LayerState(table, LayerExperts(own, deterministic=False)))
             moe.install(moe.stage(layers))
             runner = ModelRunner.load(
-                source, moe=moe, kv_blocks=64, kv_block_size=_BLOCK, deterministic=False
+                source,
+                moe=moe,
+                kv_blocks=64,
+                kv_block_size=_BLOCK,
+                deterministic=False,
+                state_slots=SLOTS,
             )
             runners[rank] = Sequences(runner, _BLOCK, seed=rank)
         local.activate(ids)

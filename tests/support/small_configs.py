@@ -56,6 +56,10 @@ TEXT: dict[str, Any] = {
     "num_shared_experts": 1,
     "shared_expert_intermediate_size": 40,
     "first_k_dense_replace": 1,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 20,
 }
 TOWER: dict[str, Any] = {
     "hidden_size": 32,
@@ -68,6 +72,7 @@ TOWER: dict[str, Any] = {
     "image_size": 56,
     "patch_size": 14,
 }
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 36, "mamba_expand": 2}
 OWN: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {
         "moe_intermediate_size": [40, 24],
@@ -139,10 +144,45 @@ OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 8, "moe_top_k": 3},
     },
     "zaya": {"num_experts_per_tok": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, **_MAMBA},
+    "kimi_linear": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 3,
+    },
+    "bailing_hybrid": {"layer_group_size": 2},
+    "inkling2_text": {"unpadded_vocab_size": 160},
+    "inkling2_loop_text": {"unpadded_vocab_size": 160},
 }
 """Model type → what its text configuration needs besides."""
 
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "nemotron_h_omni": {
+        "": {"projector_hidden_size": 32, "vision_hidden_size": 32},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "video_temporal_patch_size": 2,
+        },
+        "audio_config": None,
+    },
+    "nemo_speechlm": {
+        "audio_config": {
+            "asr_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+            "diarization_config": {
+                "audio_config": {
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                },
+                "head_config": {"hidden_size": 32, "audio_hidden_size": 32},
+            },
+        },
+    },
     "muse_spark": {
         "": {"out_hidden_size": 48, "projector_hidden_size": 48},
         "audio_config": {
@@ -169,7 +209,6 @@ PARTS: dict[str, dict[str, dict[str, Any]]] = {
 """Model type → what its encoders' configurations need instead."""
 
 _ATTENTION: dict[str, Any] = {"layer_types": ["full_attention"] * 4}
-_MAMBA: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 36, "mamba_expand": 2}
 _FACTORS: dict[str, Any] = {"short_factor": [1.0, 1.1, 1.2] * 3, "long_factor": [4.0] * 9}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -213,6 +213,14 @@ class BlockPool:
         self._digests[block] = digest
         self.watch(digest, True)
 
+    def discard(self, digest: bytes) -> None:
+        """Nobody will look for this content again: if nobody holds the block, nothing is in it."""
+        block = self._published.get(digest)
+        if block is not None and self._refs[block] == 0:
+            del self._idle[block]
+            self._forget(block)
+            self._free.append(block)
+
     def _forget(self, block: int) -> None:
         digest = self._digests[block]
         if digest is not None:

@@ -1,4 +1,5 @@
-"""The KV blocks of sequences that move: out of the memory of a rank that leaves into this one's.
+"""The KV blocks of sequences that move, and the states of those whose layers keep one: out of the
+memory of a rank that leaves into this one's.
 
     offer → fetch (in a thread, while both ranks serve) → adopt, once the other has left
 
@@ -218,6 +219,9 @@ class KVTransfer:
             try:
                 if theirs and pairs:
                     size += copy_blocks(self._own, theirs, pairs)
+                slot = self._scheduler.state_slot(sequence.id)
+                if theirs and slot is not None:
+                    size += self._own.copy_state(theirs, there.state, slot)
             except CommError:
                 self._compute_again(sequence)
                 recomputed += held.computed
@@ -260,7 +264,8 @@ class KVTransfer:
     def _cache_at(self, address: bytes) -> KVCache:
         """Of a peer on this machine. Raises: PeerUnreachable; ValueError: that is no address"""
         memory = self._profile.import_memory(address).bytes
-        return KVCache(self._info, self._own.blocks, self._scheduler.limits.block_size, memory)
+        size, slots = self._scheduler.limits.block_size, self._own.slots
+        return KVCache(self._info, self._own.blocks, size, memory, slots)
 
     def _credible_cached(self, cached: list[CachedBlock]) -> list[CachedBlock]:
         """What may be so; else the rank it comes from is not believed at all."""
@@ -279,6 +284,7 @@ class KVTransfer:
                 0 <= held.computed <= tokens
                 and len(held.blocks) == -(-held.computed // size)
                 and all(0 <= block < blocks for block in held.blocks)
+                and -1 <= held.state < max(1, self._own.slots)
             )
             return migration if right else KVMigration(sequence, HeldKV(sequence.id, 0, []))
 

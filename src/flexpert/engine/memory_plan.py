@@ -13,7 +13,9 @@ from flexpert.config import EngineConfig
 from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
+from flexpert.engine.state_slots import SLOTS_PER_SEQUENCE
 from flexpert.errors import FlexpertError
+from flexpert.models.kv_cache import KVCache
 from flexpert.models.source import ModelInfo, ModelSource
 
 SERVING_BYTES = 4 * 2**20  # what requests in flight add to a warm process (measured: 3 to 6 MiB)
@@ -65,6 +67,22 @@ def kv_blocks(info: ModelInfo, config: EngineConfig) -> int:
     return int(blocks)
 
 
+def state_slots(info: ModelInfo, config: EngineConfig) -> int:
+    """Slots for states, of a model whose layers keep one of each sequence; 0: they keep none.
+
+    Raises:
+        FlexpertError: the device does not compute such layers.
+    """
+    if not info.states:
+        return 0
+    if config.device != "cpu":
+        raise FlexpertError(
+            f"layers of {info.model_type} keep a state of each sequence, which flexpert computes "
+            "on CPUs only; serve it with --device cpu"
+        )
+    return SLOTS_PER_SEQUENCE * min(config.max_running, config.max_tokens_per_step)
+
+
 def buffer_spec(info: ModelInfo, config: EngineConfig, capacity: int) -> BufferSpec:
     """The windows' size; the same on every rank of a service."""
     return BufferSpec(
@@ -96,7 +114,8 @@ def host_memory_plan(source: ModelSource, config: EngineConfig, capacity: int) -
     return RankMemoryPlan(
         dense=source.dense_nbytes(),
         expert=source.expert_nbytes(),
-        kv=kv_blocks(info, config) * config.kv_block_size * info.kv_bytes_per_token(),
+        kv=kv_blocks(info, config) * config.kv_block_size * info.kv_bytes_per_token()
+        + KVCache.state_nbytes(info, state_slots(info, config)),
         windows=size_bytes(buffer_spec(info, config, capacity)),
         runtime=settings.process_bytes,
         capacity=capacity,

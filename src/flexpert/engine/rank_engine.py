@@ -43,7 +43,7 @@ from flexpert.engine.grammar_preparation import GrammarPreparer, GrammarReady
 from flexpert.engine.head_store import HeadMeeting, HeadStore, machine_name
 from flexpert.engine.kv_transfer import FetchEnded, KVTransfer
 from flexpert.engine.load_report import RoutingReport
-from flexpert.engine.memory_plan import MemoryMeter, buffer_spec, kv_blocks
+from flexpert.engine.memory_plan import MemoryMeter, buffer_spec, kv_blocks, state_slots
 from flexpert.engine.output_grammar import GrammarCache
 from flexpert.engine.preparation import EpochPreparer, PreparationEnded
 from flexpert.engine.rank_states import (
@@ -150,10 +150,10 @@ class RankEngine:
         self.moe = self.profile.make_moe_layers(self.buffer, source)
         self.load_report = RoutingReport(self.moe.loads)
         self.watch.lap("exchange")
-        blocks = kv_blocks(info, config)
+        blocks, slots = kv_blocks(info, config), state_slots(info, config)
         # peers read the cache of a rank that leaves
         self.exported = self.profile.export_kv_cache(
-            KVCache.nbytes(info, blocks, config.kv_block_size)
+            KVCache.nbytes(info, blocks, config.kv_block_size, slots)
         )
         self.watch.lap("KV cache")
         self.runner = ModelRunner.load(
@@ -161,6 +161,7 @@ class RankEngine:
             moe=self.moe,
             kv_blocks=blocks,
             kv_block_size=config.kv_block_size,
+            state_slots=slots,
             deterministic=config.deterministic,
             kv_memory=self.exported.bytes,
             device=self.profile.device,
@@ -176,6 +177,7 @@ class RankEngine:
             blocks=blocks,
             block_size=config.kv_block_size,
             prefix_cache=config.prefix_cache,
+            state_slots=slots,
         )
         self.scheduler = Scheduler(limits)
         self.store = self.profile.make_expert_store(rank, source)
@@ -696,4 +698,5 @@ def _batch(plan: StepPlan) -> ForwardBatch:
         slot_mapping=torch.from_numpy(plan.slot_mapping),
         sample_rows=torch.from_numpy(plan.logit_rows),
         sources=None if plan.sources is None else torch.from_numpy(plan.sources),
+        states=plan.states,
     )

@@ -10,8 +10,9 @@ from flexpert.engine.rank_protocol import Memory
 class RankMemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Of the host's memory or of a GPU's, in bytes.
 
-    expert: of each replica of an expert. windows: of the whole capacity. members_only: only the
-    regions of members are ever touched of them. runtime: of the process itself.
+    kv: of keys, values and states. expert: of each replica of an expert. windows: of the whole
+    capacity. members_only: only the regions of members are ever touched of them. runtime: of the
+    process itself.
     """
 
     dense: int

@@ -282,12 +282,14 @@ class RequestSequence(msgspec.Struct, frozen=True, kw_only=True):
 class HeldKV(msgspec.Struct, frozen=True, array_like=True):
     """What a rank holds of a sequence: keys and values of its first tokens, in its KV blocks.
 
-    computed: how many tokens. blocks: those that hold them, in order.
+    computed: how many tokens. blocks: those that hold them, in order. state: the slot of its states
+    behind them, of a model whose layers keep one; -1: none.
     """
 
     id: str
     computed: int
     blocks: list[int]
+    state: int = -1
 
 
 class KVMigration(msgspec.Struct, frozen=True, array_like=True):

@@ -33,6 +33,10 @@ as computed and to blocks that nobody else holds. Preemption happens in commit()
 for this reason: the blocks of a victim must not be written to by a step that may be rolled back.
 Cached blocks evicted by a plan stay evicted after a rollback.
 
+Layers that keep a state have it in slots (`state_slots`), which go the same way: a sequence begins
+with the state that was found at the end of its cached blocks, and a step writes to new slots. Only
+where a state was kept is a prefix found.
+
 A step may have been whole but computed without some experts. The keys and values of its sequences
 are tainted then: nobody else may find them, nor those that follow, until they are computed again.
 """
@@ -59,7 +63,9 @@ from flexpert.engine.request import (
     TokenLogprobs,
 )
 from flexpert.engine.sequence import Sampled, SampleState
+from flexpert.engine.state_slots import SequenceState, StatePart, StateSlots, StateStep
 from flexpert.errors import ConfigError, ContextOverflow, RequestError, context_limit
+from flexpert.models.state_runs import NO_STATE, StateRuns
 
 _SPARE_BLOCKS = 8  # for each sequence of a rank that leaves: what it may need meanwhile
 
@@ -71,7 +77,8 @@ class EngineLimits:
     max_tokens_per_step: token budget of a step. max_running: sequences computed at once.
     max_model_len: tokens of prompt and answer. blocks, block_size: the KV cache.
     max_scored_per_step: rows of logits, each as long as the vocabulary, that are computed only to
-    tell how likely a prompt's tokens were.
+    tell how likely a prompt's tokens were. state_slots: of a model whose layers keep a state of
+    each sequence (see `StateSlots`); 0: they keep none.
     """
 
     max_tokens_per_step: int
@@ -81,11 +88,20 @@ class EngineLimits:
     block_size: int
     prefix_cache: bool
     max_scored_per_step: int = 256
+    state_slots: int = 0
 
     def __post_init__(self) -> None:
         for entry in fields(self):
-            if getattr(self, entry.name) < (0 if entry.name == "prefix_cache" else 1):
-                raise ConfigError(f"{entry.name} must be at least 1")
+            least = 0 if entry.name in ("prefix_cache", "state_slots") else 1
+            if getattr(self, entry.name) < least:
+                raise ConfigError(f"{entry.name} must be at least {least}")
+        if 0 < self.state_slots < 2 * self.rows:
+            raise ConfigError(f"state_slots must be at least {2 * self.rows}: two a sequence")
+
+    @property
+    def rows(self) -> int:
+        """Sequences that run at once: one that decodes takes a token of a step's budget."""
+        return min(self.max_running, self.max_tokens_per_step)
 
     @property
     def longest_table(self) -> int:
@@ -106,6 +122,7 @@ class _Scheduled(SampleState):
         "digests",
         "row",
         "scores",
+        "state",
         "tainted",
         "waited",
     )
@@ -121,6 +138,7 @@ class _Scheduled(SampleState):
         self.aborted = False  # while a plan that may hold it is in flight
         self.tainted = False  # keys and values in the blocks were computed without some experts
         self.cached = 0  # tokens of the prompt that were found in the cache
+        self.state = SequenceState()
         # log probabilities of the prompt's tokens from the second on, as far as it is computed;
         # None: not asked for, or published
         asked = sequence.params.prompt_logprobs is not None and not sequence.generated
@@ -134,6 +152,7 @@ class _Admission:
     blocks: list[int]
     cached: int  # tokens that need no computing
     kept: bool  # the blocks are those it has waited with
+    slot: int  # of the state behind the cached tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +201,7 @@ class StepPlan:
     _whole: list[int] = field(repr=False)  # which sequences are prompts that are sampled
     _rows: NDArray[np.int64] = field(repr=False)  # [S], of the scheduler's arrays
     _blocks: NDArray[np.int64] = field(repr=False)  # [S], how many each has afterwards
+    _states: StateStep | None = field(repr=False)
     _at: float = field(repr=False)  # when it was made
     _used_before: int = field(repr=False)  # blocks
 
@@ -197,6 +217,11 @@ class StepPlan:
         return self._sampled
 
     @property
+    def states(self) -> StateRuns | None:
+        """Slots that layers with a state read and write; None: the model has none."""
+        return None if self._states is None else self._states.runs
+
+    @property
     def unseen(self) -> int:
         """How many samples, the first ones, have a token before that is not known yet."""
         return self.decodes if self.sources is not None else 0
@@ -209,12 +234,13 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A sequence whose prompt is computed in part. blocks: how many it has."""
+    """A sequence whose prompt is computed in part. blocks: how many it has. slot: of its state."""
 
     state: _Scheduled
     row: int
     computed: int
     blocks: int
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +269,7 @@ class _Chunk:
     state: _Scheduled
     row: int
     blocks: int
+    slot: int
     start: int
     end: int
 
@@ -299,7 +326,7 @@ class _Room:
         state, start = begun.state, begun.computed
         room = self.tokens if state.scores is None else min(self.tokens, self.scored)
         end = min(len(state.tokens), start + room)
-        chunk = _Chunk(state, begun.row, begun.blocks, start, end)
+        chunk = _Chunk(state, begun.row, begun.blocks, begun.slot, start, end)
         self.tokens -= chunk.end - chunk.start
         self.scored -= chunk.scored
         if not chunk.whole:
@@ -330,8 +357,12 @@ class Scheduler:
         self._decoding: list[_Scheduled] = []
         self._prefilling: list[_Scheduled] = []
         self._waiting: deque[_Scheduled] = deque()
-        # A decoding sequence takes one token a step, so one per token of the budget can run.
-        rows = min(limits.max_running, limits.max_tokens_per_step)
+        rows = limits.rows
+        self._slots = (
+            StateSlots(limits.state_slots, rows, keeps=limits.prefix_cache)
+            if limits.state_slots
+            else None
+        )
         longest = min(limits.max_model_len, limits.blocks * limits.block_size)
         self._tables = np.zeros((rows, -(-longest // limits.block_size)), dtype=np.int32)
         self._held = np.zeros(rows, dtype=np.int64)  # blocks of each row
@@ -474,7 +505,10 @@ class Scheduler:
 
     def offer_cached(self, most: int) -> list[CachedBlock]:
         """What is cached and no sequence holds, of conversations that may go on: the latest first.
-        After `offer`; they stay as they are as well, as far as this rank can do without them."""
+        After `offer`; they stay as they are as well, as far as this rank can do without them.
+        Nothing where layers keep states: without these it is of no use."""
+        if self._slots is not None:
+            return []
         room = self.pool.free_count - _SPARE_BLOCKS * (1 + self.running)
         cached = [CachedBlock(*one) for one in self.pool.latest_idle(min(most, room))]
         blocks = [one.block for one in cached]
@@ -494,7 +528,7 @@ class Scheduler:
         held = [
             HeldKV(s.id, 0, [])
             if s.tainted or s.scores is not None
-            else HeldKV(s.id, s.computed, s.blocks[: -(-s.computed // size)])
+            else HeldKV(s.id, s.computed, s.blocks[: -(-s.computed // size)], s.state.slot)
             for s in (*self._decoding, *self._prefilling, *self._waiting)
         ]
         self.drain()
@@ -505,6 +539,8 @@ class Scheduler:
         self, sequence: RequestSequence, held: HeldKV, have: list[int]
     ) -> list[tuple[int, int]] | None:
         """As `add`, but what another rank has computed is not computed again.
+
+        Where layers keep states that is all or nothing, and theirs goes to `state_slot`.
 
         Args:
             held: what that rank holds.
@@ -530,6 +566,8 @@ class Scheduler:
         computed = min(max(held.computed, len(have) * size), len(state.tokens) - 1)
         if state.scores is not None:
             computed = 0  # log probabilities do not travel
+        if self._slots is not None and (held.state < 0 or computed != held.computed):
+            computed = 0
         decodes = computed == len(state.tokens) - 1
         used = -(-computed // size)
         total = used if decodes else -(-len(state.tokens) // size)
@@ -538,7 +576,10 @@ class Scheduler:
         runs = bool(self._free_rows) and not ahead and total - len(have) < room
         if not runs:  # the block of the token that comes next, too: admission takes none
             total = -(-len(state.tokens) // size)
-        if computed < 1 or total - len(have) > room:
+        placed = computed > 0 and total - len(have) <= room
+        if placed and self._slots is not None:
+            placed = self._slots.place(state.state, ahead + (not runs))
+        if not placed:
             self.pool.free(have)
             return None
         self._waiting.remove(state)
@@ -563,6 +604,11 @@ class Scheduler:
         else:
             self._prefilling.append(state)
 
+    def state_slot(self, id: str) -> int | None:
+        """Where the states of a sequence go that was adopted; None: its layers keep none."""
+        state = self._states.get(id)
+        return None if self._slots is None or state is None else state.state.slot
+
     def settle(self, id: str) -> None:
         """What `adopt` asked for is copied: others may find the full blocks."""
         state = self._states.get(id)
@@ -572,7 +618,7 @@ class Scheduler:
     @property
     def looks_ahead(self) -> bool:
         """Whether a step may be planned on top of the one in flight, and has something to do."""
-        return len(self._plans) == 1 and self._look_ahead() is not None
+        return self._slots is None and len(self._plans) == 1 and self._look_ahead() is not None
 
     def _look_ahead(self) -> _Outlook | None:
         """What is planned on top of the plan in flight; kept until anything changes."""
@@ -626,7 +672,7 @@ class Scheduler:
             self._length[rows],
             self._held[rows],
             None,
-            [_Begun(s, s.row, s.computed, len(s.blocks)) for s in self._prefilling],
+            [_Begun(s, s.row, s.computed, len(s.blocks), s.state.slot) for s in self._prefilling],
         )
 
     def _after(self, plan: StepPlan) -> _Outlook:
@@ -641,8 +687,8 @@ class Scheduler:
         at = np.array([sequences[index] for index in on], dtype=np.int64)
         ends = {id(state): end for state, end in plan._chunks}
         complete = {id(state) for state in plan._sampled[plan.decodes :]}
-        begun = [_Begun(s, s.row, s.computed, len(s.blocks)) for s in self._prefilling]
-        begun += [_Begun(a.state, a.row, a.cached, len(a.blocks)) for a in plan._admitted]
+        begun = [_Begun(s, s.row, s.computed, len(s.blocks), NO_STATE) for s in self._prefilling]
+        begun += [_Begun(a.state, a.row, a.cached, len(a.blocks), NO_STATE) for a in plan._admitted]
         prefilling = [
             replace(one, computed=ends.get(id(one.state), one.computed))
             for one in begun
@@ -668,7 +714,7 @@ class Scheduler:
             if not room.any_for(state) or not self._free_rows:
                 break
             spare = now.running + len(admitted)
-            blocks, start = state.blocks, state.computed
+            blocks, start, slot = state.blocks, state.computed, state.state.slot
             if blocks:  # all it needs
                 if spare > self.pool.free_count:
                     break
@@ -680,16 +726,21 @@ class Scheduler:
                 )
                 digests = self._chain(state, matchable)[:matchable]
                 found = self.pool.match(digests)
+                if self._slots is not None:
+                    state.state.parted = len(found) * size
+                    found = found[: self._slots.find(digests[: len(found)])]
                 idle = sum(self.pool.refs(block) == 0 for block in found)
                 if total - len(found) + idle + spare > self.pool.free_count:
                     break
                 self.pool.share(found)
                 blocks = found + self.pool.allocate(total - len(found))
                 start = len(found) * size
+                if self._slots is not None and found:
+                    slot = self._slots.share(digests[len(found) - 1])
             row = self._free_rows.pop()
             self._tables[row, : len(blocks)] = blocks
-            admitted.append(_Admission(state, row, blocks, start, kept=bool(state.blocks)))
-            chunks.append(room.chunk(_Begun(state, row, start, len(blocks))))
+            admitted.append(_Admission(state, row, blocks, start, bool(state.blocks), slot))
+            chunks.append(room.chunk(_Begun(state, row, start, len(blocks), slot)))
         return admitted
 
     def _lay_out(
@@ -761,9 +812,28 @@ class Scheduler:
             _whole=[decodes + index for index, c in enumerate(chunks) if c.whole],
             _rows=rows,
             _blocks=blocks,
+            _states=self._plan_states(now, chunks),
             _at=self._clock(),
             _used_before=used,
         )
+
+    def _plan_states(self, now: _Outlook, chunks: list[_Chunk]) -> StateStep | None:
+        if self._slots is None:
+            return None
+        parts = [StatePart(s.state, s.state.slot, s.computed, s.computed + 1) for s in now.decoding]
+        for chunk in chunks:
+            keep = self._kept_in(chunk)
+            parts.append(StatePart(chunk.state.state, chunk.slot, chunk.start, chunk.end, keep))
+        return self._slots.plan(parts, len(now.decoding))
+
+    def _kept_in(self, chunk: _Chunk) -> list[tuple[int, bytes]]:
+        """(tokens, digest) of where the state of a prompt is kept: behind the last block that
+        another prompt like it could begin with, and where it parted from an earlier one."""
+        state, size = chunk.state, self.limits.block_size
+        ends = {self.pool.matchable(len(state.tokens)) * size, state.state.parted}
+        inside = sorted(end for end in ends if chunk.start < end <= chunk.end)
+        digests = self._chain(state, max(inside, default=0) // size)
+        return [(end, digests[end // size - 1]) for end in inside]
 
     def commit(
         self,
@@ -794,10 +864,15 @@ class Scheduler:
         self._keep_admitted(plan)
         if degraded is not None:
             self._taint(plan, degraded)
+        if plan._states is not None:
+            self._commit_states(plan, plan._states)
+        size = self.limits.block_size
         for state in plan._decoding:
             state.computed += 1
-            if state.computed % self.limits.block_size == 0:
+            if state.computed % size == 0:
                 self._publish(state, state.computed - 1)
+                if self._slots is not None and not state.tainted and self.limits.prefix_cache:
+                    self._slots.keep_latest(state.state, state.digests[state.computed // size - 1])
         for state, end in plan._chunks:
             start, state.computed = state.computed, end
             self._publish(state, start)
@@ -813,10 +888,14 @@ class Scheduler:
         self._check_in_flight(plan, -1)
         self._plans.pop()
         self._ahead = None
+        if self._slots is not None and plan._states is not None:
+            self._slots.rollback(plan._states)
         for admission in reversed(plan._admitted):
             self._free_rows.append(admission.row)
             if not admission.kept:
                 self.pool.free(admission.blocks)
+                if self._slots is not None:
+                    self._slots.give_back(admission.slot)
         for _state, block in reversed(plan._grown):
             self.pool.free([block])
         self._drop_orphans(plan, self._plans[-1] if self._plans else None)
@@ -829,6 +908,7 @@ class Scheduler:
         for admission in plan._admitted:
             state = admission.state
             state.row, state.blocks = admission.row, admission.blocks
+            state.state.slot = admission.slot
             state.computed = admission.cached
             if state.waited is None:
                 state.waited = plan._at - state.added
@@ -840,6 +920,11 @@ class Scheduler:
             if not state.aborted:
                 self._waiting.remove(state)  # others may have come before it since the plan
                 self._prefilling.append(state)
+
+    def _commit_states(self, plan: StepPlan, states: StateStep) -> None:
+        assert self._slots is not None
+        sequences = [*plan._decoding, *(state for state, _ in plan._chunks)]
+        self._slots.commit(states, [state.tainted for state in sequences])
 
     def _taint(self, plan: StepPlan, degraded: NDArray[np.bool_]) -> None:
         states = [*plan._decoding, *(state for state, _ in plan._chunks)]
@@ -949,6 +1034,8 @@ class Scheduler:
     def _release(self, state: _Scheduled) -> None:
         """Gives back the blocks and the row of a sequence, as far as it has them."""
         self.pool.free(state.blocks)
+        if self._slots is not None:
+            self._slots.release(state.state)
         if state.row >= 0:
             self._free_rows.append(state.row)
         state.blocks, state.computed, state.row, state.tainted = [], 0, -1, False

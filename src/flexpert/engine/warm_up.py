@@ -16,6 +16,7 @@ from flexpert.engine.sequence import SampleState
 from flexpert.engine.stopwatch import Stopwatch
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
+from flexpert.models.state_runs import NO_STATE, StateRuns
 from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
 from flexpert.moe.runtime import warmup_tables
 
@@ -77,7 +78,7 @@ class WarmUp:
         limits = self._limits
         context = min(limits.max_model_len, limits.blocks * limits.block_size)
         for batch in self._profile.warm_up_batches(self._most, context):
-            self._runner.forward(_batch(batch, limits.block_size, limits.max_running))
+            self._runner.forward(_batch(batch, limits, limits.max_running))
 
     def _sample(self) -> None:
         """Once in each of the ways that a device has kernels of its own for."""
@@ -89,7 +90,7 @@ class WarmUp:
             {"temperature": 0.0, "repetition_penalty": 1.1, "logit_bias": {0: 1.0}},
             {"temperature": 0.0, "logprobs": 5, "allowed_token_ids": [0, 1]},
         ]
-        logits = self._runner.forward(_batch(WarmUpBatch(1), self._limits.block_size, 1))
+        logits = self._runner.forward(_batch(WarmUpBatch(1), self._limits, 1))
         for way in ways:
             params = SamplingParams(seed=0, max_tokens=1, **way)
             state = SampleState(
@@ -104,9 +105,9 @@ class WarmUp:
         return min(limits.max_tokens_per_step, limits.blocks * limits.block_size)
 
 
-def _batch(shape: WarmUpBatch, block_size: int, samples: int) -> ForwardBatch:
-    """In the first blocks, which nobody uses before an epoch; what several sequences have in one
-    block is nothing anybody reads."""
+def _batch(shape: WarmUpBatch, limits: EngineLimits, samples: int) -> ForwardBatch:
+    """In the first blocks and slots, which nobody uses before an epoch; what several sequences have
+    in one of them is nothing anybody reads."""
     last = shape.rows - shape.sequences + 1
     context = max(last, shape.context)
     begins = torch.arange(shape.sequences + 1, dtype=torch.int32)
@@ -115,7 +116,7 @@ def _batch(shape: WarmUpBatch, block_size: int, samples: int) -> ForwardBatch:
     lengths[-1] = context
     positions = torch.zeros(shape.rows, dtype=torch.int64)
     positions[-last:] = torch.arange(context - last, context)
-    blocks = torch.arange(-(-context // block_size), dtype=torch.int32)
+    blocks = torch.arange(-(-context // limits.block_size), dtype=torch.int32)
     return ForwardBatch(
         token_ids=torch.zeros(shape.rows, dtype=torch.int64),
         positions=positions,
@@ -126,4 +127,13 @@ def _batch(shape: WarmUpBatch, block_size: int, samples: int) -> ForwardBatch:
         sample_rows=(begins[1:].long() - 1)[:samples]
         if shape.sequences > 1
         else torch.arange(shape.rows)[:samples],
+        states=_runs(shape, begins.tolist(), limits.state_slots),
     )
+
+
+def _runs(shape: WarmUpBatch, begins: list[int], slots: int) -> StateRuns | None:
+    """All but the last sequence decode, from states that are as good as any."""
+    if not slots:
+        return None
+    used = [sequence % slots for sequence in range(shape.sequences)]
+    return StateRuns(begins, [*used[:-1], NO_STATE], used, shape.sequences - 1)

@@ -23,6 +23,12 @@ from flexpert.errors import UnsupportedModel
 KEEPING_TOKENS: Final = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
 """Layer types that are attention over the keys and values of all or the last tokens."""
 
+KEEPING_STATES: Final = {"linear_attention", "conv"}
+"""Layer types that keep a state of each sequence, of a size that does not grow with it."""
+
+KEEPING_BOTH: Final = {"hybrid", "hybrid_sliding"}
+"""Layer types that keep a state, and the keys and values of tokens."""
+
 KEEPING_NOTHING: Final = {"moe", "mlp", "dense", "sparse"}
 """Layer types that are no attention, and keep nothing of a token."""
 
@@ -42,11 +48,13 @@ def model_classes(config: PreTrainedConfig) -> list[tuple[type[PreTrainedModel],
     if isinstance(thinker, PreTrainedConfig):  # what speaks is apart from what thinks
         return model_classes(thinker)
     text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ()) - KEEPING_TOKENS - KEEPING_NOTHING
+    kinds = set(getattr(text, "layer_types", None) or ()).difference(
+        KEEPING_TOKENS, KEEPING_STATES, KEEPING_BOTH, KEEPING_NOTHING
+    )
     if kinds:
         raise UnsupportedModel(
             f"{config.model_type} has layers of {', '.join(sorted(kinds))}; flexpert serves models "
-            "whose layers keep plain keys and values"
+            "whose layers keep plain keys and values, or states"
         )
     mappings: list[Any] = [
         MODEL_FOR_CAUSAL_LM_MAPPING,

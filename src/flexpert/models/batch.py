@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
 from flexpert.kernels.step_upload import StepUpload
+from flexpert.models.state_runs import StateRuns
 
 
 @dataclass(slots=True)
@@ -22,6 +24,7 @@ class ForwardBatch:
     sample_rows: [M] int64, rows whose logits are desired.
     sources: [N] int64, which of the tokens sampled last (`ModelRunner.sampled`) each row has; -1:
         the one in token_ids. None: all have that.
+    states: where layers that keep a state find and leave it; None: the model has none.
     """
 
     token_ids: Tensor
@@ -32,9 +35,11 @@ class ForwardBatch:
     slot_mapping: Tensor
     sample_rows: Tensor
     sources: Tensor | None = None
+    states: StateRuns | None = None
 
     def sent(self, upload: StepUpload) -> ForwardBatch:
-        """The same on a device."""
+        """The same on a device; only of a model without states."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
-        there = {name: array for name, array in given.items() if array is not None}
-        return ForwardBatch(**dict(zip(there, upload.send(list(there.values())), strict=True)))
+        there = {name: array for name, array in given.items() if isinstance(array, Tensor)}
+        arrays: dict[str, Any] = dict(zip(there, upload.send(list(there.values())), strict=True))
+        return ForwardBatch(**arrays)

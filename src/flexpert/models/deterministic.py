@@ -114,3 +114,19 @@ class RowwiseMode(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+
+
+class SingleRowMode(TorchFunctionMode):
+    """While entered, torch computes one row, as in each call of it with tensors of these shapes.
+
+    So its bits depend on nothing else, whatever the order of summation; but for linear layers,
+    whose weights may lie at any address, and library products look at that.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with outside_modes():
+            if func is F.linear:
+                return linear(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))

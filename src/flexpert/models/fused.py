@@ -8,6 +8,7 @@ family. What a linear layer is, torch says; what a norm computes, we find out by
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Final
@@ -103,6 +104,7 @@ def epsilon(module: nn.Module) -> float | None:
         or module._modules
         or module._forward_hooks
         or module._forward_pre_hooks
+        or len(inspect.signature(type(module).forward).parameters) != 2  # gated norms take a gate
     ):
         return None
     for name in ("variance_epsilon", "eps", "epsilon"):

@@ -1,4 +1,5 @@
-"""The KV cache of a rank: the keys and values of all attention layers in one piece of memory."""
+"""The KV cache of a rank: the keys and values of all attention layers in one piece of memory, and
+behind them the states of layers that keep one of each sequence."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from flexpert.comm.peer_memory import ReadableMemory
 from flexpert.kernels.device_stream import stream_of
 from flexpert.models.source import ModelInfo
+from flexpert.models.state_view import StateKey
 
 _ALIGN = 64  # bytes; of each tensor's begin
 
@@ -18,16 +20,22 @@ class KVCache:
     """layers: per attention layer (keys [blocks, block_size, kv_heads, key_dim], values [...,
     value_dim]) in the model's dtype, all of them views of one memory.
 
+    states: per layer that keeps a state, its states by key, each [slots, *shape].
+
     Equal models and sizes give equal layouts, so a rank can read a peer's cache by laying this over
     the peer's memory.
     """
 
-    def __init__(self, info: ModelInfo, blocks: int, block_size: int, memory: Tensor) -> None:
+    def __init__(
+        self, info: ModelInfo, blocks: int, block_size: int, memory: Tensor, slots: int = 0
+    ) -> None:
         """
         Args:
             memory: [at least `nbytes`] uint8.
+            slots: for states; each holds those of one sequence at all layers.
         """
         self.blocks = blocks
+        self.slots = slots
         self.layers: list[tuple[Tensor, Tensor]] = []
         self._begins: list[tuple[int, int]] = []  # of these in the memory
         at = 0
@@ -41,15 +49,47 @@ class KVCache:
                 at += _aligned(size)
             self.layers.append((pair[0], pair[1]))
             self._begins.append((begins[0], begins[1]))
+        self.states: list[dict[StateKey, Tensor]] = []
+        self._slots: list[tuple[int, Tensor]] = []  # begin in the memory, [slots, bytes] of it
+        for layer in info.states:
+            by_key = {}
+            for state in layer:
+                size = slots * state.nbytes
+                part = memory[at : at + size]
+                by_key[state.key] = part.view(state.dtype).view(slots, *state.shape)
+                self._slots.append((at, part.view(slots, state.nbytes)))
+                at += _aligned(size)
+            self.states.append(by_key)
 
     @staticmethod
-    def nbytes(info: ModelInfo, blocks: int, block_size: int) -> int:
+    def nbytes(info: ModelInfo, blocks: int, block_size: int, slots: int = 0) -> int:
         """Bytes of memory it needs."""
-        return sum(
+        return KVCache.state_nbytes(info, slots) + sum(
             _aligned(blocks * block_size * shape.kv_heads * dim * info.dtype.itemsize)
             for shape in info.attention
             for dim in (shape.key_dim, shape.value_dim)
         )
+
+    @staticmethod
+    def state_nbytes(info: ModelInfo, slots: int) -> int:
+        """Bytes of that for states."""
+        return sum(_aligned(slots * state.nbytes) for layer in info.states for state in layer)
+
+    def copy_state(self, other: KVCache | ReadableMemory, there: int, here: int) -> int:
+        """Copies a slot of another rank's cache; returns the bytes, when they are there.
+
+        other: that cache, as large as this one, or its memory.
+
+        Raises: CommError: the peer cannot be read any more.
+        """
+        if isinstance(other, KVCache):
+            for (_, mine), (_, theirs) in zip(self._slots, other._slots, strict=True):
+                mine[here].copy_(theirs[there])
+        else:
+            other.copy(
+                [(begin + there * slots.shape[1], slots[here]) for begin, slots in self._slots]
+            )
+        return sum(slots.shape[1] for _, slots in self._slots)
 
     def copy_from(self, other: KVCache, pairs: Sequence[tuple[int, int]]) -> int:
         """Copies blocks, given as (block of `other`, block of this one); returns the bytes, when

@@ -33,6 +33,7 @@ from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.recorded_steps import Experts, RecordedSteps
 from flexpert.models.source import ModelInfo, ModelSource
+from flexpert.models.state_layers import StateLayer, bind_states
 from flexpert.moe.moe_layers import MoELayers
 
 CPU = torch.device("cpu")
@@ -143,6 +144,7 @@ class ModelRunner:
         model: PreTrainedModel,
         attention: list[PagedAttention],
         experts: list[RoutedExperts],
+        states: list[StateLayer],
         kv: KVCache,
         *,
         deterministic: bool,
@@ -161,6 +163,7 @@ class ModelRunner:
         self._model = model
         self._attention = attention
         self._experts = experts
+        self._states = states
         self._deterministic = deterministic
         self._moe = moe
         self._pads_batches = pads_batches and not deterministic
@@ -180,6 +183,7 @@ class ModelRunner:
         kv_blocks: int,
         kv_block_size: int,
         deterministic: bool,
+        state_slots: int = 0,
         kv_memory: Tensor | None = None,
         device: torch.device = CPU,
         kernels: Kernels | None = None,
@@ -190,6 +194,7 @@ class ModelRunner:
         """Read the dense weights and reserve the KV cache (its pages are touched on use).
 
         Args:
+            state_slots: see `KVCache`.
             kv_memory: [`KVCache.nbytes`] uint8 for the cache, on `device`; default: memory of its
                 own.
             device: of weights and batches; a GPU is never deterministic.
@@ -218,9 +223,11 @@ class ModelRunner:
             source.info,
             attention_names=source.attention_names,
             experts_names=source.experts_names,
+            state_names=source.state_names,
             moe=moe,
             kv_blocks=kv_blocks,
             kv_block_size=kv_block_size,
+            state_slots=state_slots,
             deterministic=deterministic,
             kv_memory=kv_memory,
             kernels=kernels or cpu_kernels(),
@@ -240,9 +247,11 @@ class ModelRunner:
         *,
         attention_names: Sequence[str],
         experts_names: Sequence[str],
+        state_names: Sequence[str] = (),
         moe: MoELayers,
         kv_blocks: int,
         kv_block_size: int,
+        state_slots: int = 0,
         kernels: Kernels,
         deterministic: bool = False,
         kv_memory: Tensor | None = None,
@@ -253,14 +262,15 @@ class ModelRunner:
 
         Args:
             model: built with `registrations.IMPLEMENTATION`, on one device.
-            attention_names, experts_names: its modules of either kind, in the order of the forward.
-            verdicts, most_samples: see `load`.
+            attention_names, experts_names, state_names: its modules of each kind, in the order of
+                the forward.
+            state_slots, verdicts, most_samples: see `load`.
         """
         device = next(model.parameters()).device
         if kv_memory is None:
-            size = KVCache.nbytes(info, kv_blocks, kv_block_size)
+            size = KVCache.nbytes(info, kv_blocks, kv_block_size, state_slots)
             kv_memory = torch.empty(size, dtype=torch.uint8, device=device)
-        kv = KVCache(info, kv_blocks, kv_block_size, kv_memory)
+        kv = KVCache(info, kv_blocks, kv_block_size, kv_memory, state_slots)
         attention = []
         for name, (keys, values) in zip(attention_names, kv.layers, strict=True):
             layer = PagedAttention(keys, values, kernels.paged_attention, isolated=deterministic)
@@ -276,11 +286,20 @@ class ModelRunner:
             found = dict(fuse(model, kernels, deterministic=deterministic, known=verdicts))
             if kernels.fusions is not None:
                 found.update(fuse_modules(model, kernels.fusions, verdicts))
+            states = bind_states(
+                model,
+                info,
+                state_names,
+                kv,
+                deterministic=deterministic,
+                pads_rows=kernels.pads_batches and not deterministic,
+            )
         return cls(
             info,
             model,
             attention,
             experts,
+            states,
             kv,
             deterministic=deterministic,
             moe=moe,
@@ -328,7 +347,9 @@ class ModelRunner:
         finally:
             for experts in self._experts:
                 experts.compute = experts.runtime.forward
-        recorded_steps.check(steps, batch, expected, _stand_in)
+        self._bind(batch)
+        rounding = min(0.05, 2**13 * torch.finfo(self.info.dtype).eps)
+        recorded_steps.check(steps, batch, expected, _stand_in, rounding=rounding)
         return steps
 
     def _trial_walk(self, batch: ForwardBatch) -> Tensor:
@@ -348,12 +369,22 @@ class ModelRunner:
             if self.graphs is not None and self.graphs.fits(batch):
                 return self.graphs.forward(batch)
             if self.recorded is not None and self._takes(batch):
+                self._bind(batch)
                 tokens = self._tokens(batch, batch.token_ids)
                 return self.recorded.forward(
                     batch if tokens is batch.token_ids else replace(batch, token_ids=tokens),
                     self._moe.forward,
                 )
             return self._walk(batch if self._upload is None else batch.sent(self._upload))
+
+    def _bind(self, batch: ForwardBatch) -> None:
+        """Let all layers know what is computed."""
+        for layer in self._attention:
+            layer.batch = batch
+        for experts in self._experts:
+            experts.rows = batch.token_ids.shape[0]
+        for states in self._states:
+            states.runs = batch.states
 
     def _tokens(self, batch: ForwardBatch, token_ids: Tensor) -> Tensor:
         """token_ids, with those sampled in the step before; see `ForwardBatch.sources`."""
@@ -378,10 +409,7 @@ class ModelRunner:
 
     def _walk(self, batch: ForwardBatch, *, padded: bool = True) -> Tensor:
         """`forward`, launched module by module."""
-        for layer in self._attention:
-            layer.batch = batch
-        for experts in self._experts:
-            experts.rows = batch.token_ids.shape[0]
+        self._bind(batch)
         cut = pad_batch if self._pads_batches and padded else exact_batch
         token_ids, positions, sample_rows = cut(batch)
         token_ids = self._tokens(batch, token_ids)
@@ -425,8 +453,9 @@ class ModelRunner:
 
     @property
     def kv_nbytes(self) -> int:
-        """Bytes reserved for the KV cache."""
-        return sum(k.nbytes + v.nbytes for k, v in self.kv.layers)
+        """Bytes reserved for the KV cache, and for states."""
+        states = sum(state.nbytes for layer in self.kv.states for state in layer.values())
+        return states + sum(k.nbytes + v.nbytes for k, v in self.kv.layers)
 
 
 def _stand_in(layer: int, x: Tensor, ids: Tensor, weights: Tensor, gate: Gate) -> Tensor:

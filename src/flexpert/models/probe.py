@@ -9,6 +9,7 @@ reason, instead of being ignored in silence.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,7 +20,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.models import registrations
 from flexpert.models.architecture import (
+    KEEPING_BOTH,
     KEEPING_NOTHING,
+    KEEPING_STATES,
     leave_out,
     model_classes,
     pad_vocabulary,
@@ -27,6 +30,8 @@ from flexpert.models.architecture import (
     untouched_parts,
 )
 from flexpert.models.meta_walk import walk
+from flexpert.models.state_probe import StateProbe, cached_modules, probed_states
+from flexpert.models.state_view import StateShape
 from flexpert.models.undispatched_experts import dispatch_experts
 
 UNDERSTOOD: Final = {"scaling", "sliding_window", "s_aux", "softcap", "dropout", "is_causal"}
@@ -72,6 +77,8 @@ class Probe:
     """Records the calls of one walk; see `registrations` for what its methods are called with.
 
     left_out: names of the modules that no token of text passes through, such as encoders of images.
+    states: by module that keeps a state of each sequence, in the order of the walk: its shapes.
+    state_layers: numbers of the layers that these are in.
     padded_vocab: tokens for which the files have embeddings, if these are more than the vocabulary.
     context: tokens within which attention is what we compute.
     """
@@ -82,6 +89,8 @@ class Probe:
         self._names = {module: name for name, module in model.named_modules()}
         self.attention_shapes: dict[str, AttentionShape] = {}
         self.experts_calls: list[ExpertsCall] = []
+        self.states: dict[str, tuple[StateShape, ...]] = {}
+        self.state_layers: set[int] = set()
         self.left_out: tuple[str, ...] = ()
         self.padded_vocab: int | None = None
 
@@ -128,6 +137,13 @@ class Probe:
         experts = int(getattr(module, "num_experts", 0))
         self.experts_calls.append(ExpertsCall(name, experts, x.shape[-1], expert_ids.shape[-1]))
         return torch.empty_like(x)
+
+    def keep_states(self, probes: Mapping[str, StateProbe]) -> None:
+        """Takes over what modules have asked of a cache."""
+        for name, probe in probes.items():
+            if probe.layer is not None and probe.shapes:
+                self.states[name] = probe.shapes
+                self.state_layers.add(probe.layer)
 
     def build(self, dtype: torch.dtype, *, attention: str) -> PreTrainedModel:
         """The same model once more, without what is left out; see `build_skeleton`."""
@@ -215,11 +231,13 @@ def probe(model: PreTrainedModel) -> Probe:
     family = model.config.model_type
     if not any(hasattr(m, "has_gate") and hasattr(m, "is_transposed") for m in model.modules()):
         raise UnsupportedModel(f"{family} does not fit: {says_experts(model)}")
-    found = Probe(model)
-    for module in model.modules():
-        registrations.bind(module, found)
     try:
-        touched = walk(model)
+        found, touched = _walked(model)
+        cached = cached_modules(model, found.attention_shapes)
+        if cached:
+            with probed_states(cached) as probes:
+                found, touched = _walked(model)
+            found.keep_states(probes)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{family} does not fit: {error}") from None
     except Exception as error:  # any failure of foreign code means: does not fit
@@ -233,15 +251,32 @@ def probe(model: PreTrainedModel) -> Probe:
     return found
 
 
+def _walked(model: PreTrainedModel) -> tuple[Probe, set[str]]:
+    """A walk: what was recorded, and the names of what had a part in it."""
+    found = Probe(model)
+    for module in model.modules():
+        registrations.bind(module, found)
+    return found, walk(model)
+
+
 def _check_layers(model: PreTrainedModel, found: Probe) -> None:
     family = model.config.model_type
     text = model.config.get_text_config()
     kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
-    layers = sum(kind not in KEEPING_NOTHING for kind in kinds)
-    if len(found.attention_shapes) != layers:
+    attention = sum(kind not in (KEEPING_NOTHING | KEEPING_STATES) for kind in kinds)
+    if len(found.attention_shapes) != attention:
         raise UnsupportedModel(
-            f"{family} does not fit: {layers - len(found.attention_shapes)} of its {layers} layers "
-            "keep something else than keys and values (convolutions, states)"
+            f"{family} does not fit: {attention - len(found.attention_shapes)} of its {attention} "
+            "layers of attention keep something else than keys and values"
+        )
+    if attention == 0:
+        raise UnsupportedModel(f"{family} does not fit: none of its layers is attention")
+    of_states = KEEPING_STATES | KEEPING_BOTH
+    with_states = {number for number, kind in enumerate(kinds) if kind in of_states}
+    if with_states != found.state_layers:
+        raise UnsupportedModel(
+            f"{family} does not fit: of its layers {sorted(with_states ^ found.state_layers)} it "
+            "cannot be seen which state they keep"
         )
     calls = found.experts_calls
     if not calls:

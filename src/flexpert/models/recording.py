@@ -95,7 +95,20 @@ class ExpertsCall:
     result: Operand
 
 
-Call = TorchCall | LinearCall | NormCall | AttentionCall | ExpertsCall
+@dataclass(frozen=True, slots=True)
+class ModuleCall:
+    """What stays a call from Python in each step, such as a layer that keeps a state.
+
+    arguments: args and kwargs, with operands in place of tensors. results: those of its tensors, in
+    order.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    results: tuple[Operand, ...]
+
+
+Call = TorchCall | ModuleCall | LinearCall | NormCall | AttentionCall | ExpertsCall
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -173,6 +186,25 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # ---- what our kernels compute -------------------------------------------------------------
 
+    def module(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        compute: Callable[[], Any],
+    ) -> Any:
+        """A call that is repeated in each step as it is.
+
+        function: for the steps. compute: gives tensors like those that `function` will.
+        """
+        operands = replaced(arguments, Tensor, self.operand)
+        with self._unseen():
+            result = replaced(compute(), Tensor, torch.Tensor.clone)
+        outputs = list(tensors_of(result))
+        for one in outputs:
+            self._made(one)
+        self.calls.append(ModuleCall(function, operands, tuple(map(self.operand, outputs))))
+        return result
+
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """As a product; computed is nothing, which would take long: the result is 0."""
         x = x.contiguous()
@@ -227,12 +259,13 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def _unseen(self) -> Iterator[None]:
-        """What torch computes in it is not noted."""
-        self._paused = True
+        """What is computed in it is not noted."""
+        global _current
+        self._paused, _current = True, None
         try:
             yield
         finally:
-            self._paused = False
+            self._paused, _current = False, self
 
     def __enter__(self) -> Recording:
         global _current

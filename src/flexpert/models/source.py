@@ -36,6 +36,7 @@ from flexpert.models.probe import AttentionShape, Probe, find_architecture
 from flexpert.models.quantization import read_quantization
 from flexpert.models.quantized_files import QuantizedFiles
 from flexpert.models.remote_code import CODE_FILES, brought_class, read_config
+from flexpert.models.state_view import StateShape
 from flexpert.models.tokenizer_files import open_tokenizer
 from flexpert.parallel import read_threads, run_parallel
 from flexpert.reading import read_text, shown
@@ -70,6 +71,7 @@ class ModelInfo:
 
     attention: one entry per attention layer, in the order of the forward pass.
     max_model_len: tokens of prompt and answer together.
+    states: what each layer that keeps a state has of a sequence, in the order of the forward pass.
     """
 
     name: str
@@ -85,6 +87,12 @@ class ModelInfo:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
+    states: tuple[tuple[StateShape, ...], ...] = ()
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of one sequence's states at all layers; 0: the model has none."""
+        return sum(state.nbytes for layer in self.states for state in layer)
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token's keys and values in all layers."""
@@ -126,6 +134,7 @@ class ModelSource:
         self.info = info
         self.skeleton = skeleton
         self.attention_names = tuple(found.attention_shapes)
+        self.state_names = tuple(found.states)
         self.experts_names = tuple(call.name for call in found.experts_calls)
         self._found = found
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -620,6 +629,7 @@ def _info(
         max_model_len=_context_limit(text, found.context, max_model_len),
         eos_token_ids=ends,
         bos_token_id=begins[0] if begins else None,
+        states=tuple(found.states.values()),
     )
 
 

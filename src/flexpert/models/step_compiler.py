@@ -20,6 +20,7 @@ from flexpert.models.recording import (
     Call,
     ExpertsCall,
     LinearCall,
+    ModuleCall,
     NormCall,
     Operand,
     TorchCall,
@@ -31,7 +32,7 @@ ZERO: Final = Affine(0)
 _aten = torch.ops.aten
 
 
-Step = list[Word] | TorchCall | ExpertsCall
+Step = list[Word] | TorchCall | ModuleCall | ExpertsCall
 """An operation of program.c, or something that Python calls."""
 
 
@@ -122,6 +123,8 @@ class _Compiler:
         elif isinstance(call, ExpertsCall):
             operands = (call.source, call.expert_ids, call.weights, call.result)
             self.add(call, *map(Place.of, operands))
+        elif isinstance(call, ModuleCall):
+            self.add(call, *map(Place.of, operands_of(call)))
         elif not self._known(call):
             self._compiled.left.append(call.function.name())
             self.add(call, *map(Place.of, operands_of(call)))
@@ -396,7 +399,7 @@ _UNARY: Final = {
 }
 
 
-def operands_of(call: TorchCall) -> list[Operand]:
+def operands_of(call: TorchCall | ModuleCall) -> list[Operand]:
     """All that a call reads or writes."""
     found: list[Operand] = [one for one in call.results if one is not None]
     replaced(call.arguments, Operand, found.append)

@@ -169,10 +169,11 @@ def served_model(
     from flexpert.cluster.hosts.model_description import describe_model
     from flexpert.engine.device_memory_plan import device_memory_plan
     from flexpert.engine.device_profile import uses_gpu
-    from flexpert.engine.memory_plan import host_memory_plan, kv_blocks
+    from flexpert.engine.memory_plan import host_memory_plan, kv_blocks, state_slots
 
     engine, capacity = config.engine, config.cluster.max_ranks
     info, shapes = with_end_tokens(source.info, tokenizer), source.expert_shapes()
+    state_slots(info, engine)  # whether the device computes such layers at all
     return ServedModel(
         path=str(source.path),
         trusted=source.trusted,

@@ -1,0 +1,269 @@
+"""Runs the layers of a model that keep a state, each sequence with its own.
+
+A step's rows of several sequences lie in one batch, [1, N, hidden]. A layer that mixes rows along
+the sequence must not see those of others: so its forward is called for each run of rows that
+belong together ([1, n, hidden]), and once for all sequences that decode ([B, 1, hidden]).
+
+Results of a row then depend on how its sequence was cut, through rounding. In deterministic mode
+each row is computed alone, one after the other, so that they do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexpert.models import recording
+from flexpert.models.deterministic import SingleRowMode
+from flexpert.models.kv_cache import KVCache
+from flexpert.models.padding import pad_rows, padded_size
+from flexpert.models.source import ModelInfo
+from flexpert.models.state_runs import NO_STATE, StateRuns
+from flexpert.models.state_view import CACHE, StateKey, StateShape, StateView, cache_position
+
+Slots: TypeAlias = dict[StateKey, Tensor]
+"""A layer's states by key: [slots, *shape]."""
+
+_TRIAL_ROWS = 3
+
+_DECODED_BYTES = 4 * 2**20
+"""Of states in one call for sequences that decode: each of its many intermediate results is as
+large as all of them, and larger ones neither stay in a processor's cache nor in malloc's hands."""
+
+
+class StateLayer:
+    """One layer with a state, in place of its module's forward.
+
+    runs: of the batch that all layers compute.
+    """
+
+    def __init__(
+        self, module: nn.Module, shapes: Sequence[StateShape], slots: Slots, *, deterministic: bool
+    ) -> None:
+        self.runs: StateRuns | None = None
+        self._call = _with_cache(module)
+        self._slots = slots
+        self._dtypes = {shape.key: shape.dtype for shape in shapes}
+        self._deterministic = deterministic
+        self._most = max(1, _DECODED_BYTES // sum(shape.nbytes for shape in shapes))
+        self.continues = True  # see `try_continuing`
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's, for hidden states of [1, N, hidden]; rows behind those of `runs` are
+        padding."""
+        if (noting := recording.current()) is not None:
+            return noting.module(self.forward, (args, kwargs), lambda: self._of_fresh(args, kwargs))
+        runs = self.runs
+        if runs is None:
+            raise RuntimeError("a layer with a state outside of ModelRunner.forward")
+        given = LayerArguments(args, kwargs)
+        pieces = []
+        together = 0 if self._deterministic else runs.decodes
+        for first in range(0, together, self._most):
+            pieces.append(self._decode(given, runs, first, min(first + self._most, together)))
+        for run in range(together, len(runs)):
+            rows = slice(runs.begins[run], runs.begins[run + 1])
+            pieces += self._run(given, rows, runs.sources[run], runs.targets[run])
+        return _joined(pieces, given.count)
+
+    def _of_fresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `forward` gives for one sequence that begins; no state is kept."""
+        rows = LayerArguments(args, kwargs).count
+        result = self._call(StateView(None, self._dtypes), args, kwargs)
+        return _joined([_rows_of(result, (1, rows))], rows)
+
+    def _decode(self, given: LayerArguments, runs: StateRuns, first: int, behind: int) -> Any:
+        """Of the runs first … behind - 1, which decode."""
+        sources = torch.tensor(runs.sources[first:behind])
+        targets = torch.tensor(runs.targets[first:behind])
+        view = StateView(
+            {key: slots.index_select(0, sources) for key, slots in self._slots.items()},
+            self._dtypes,
+        )
+        result = self._call(view, *given.apart(slice(first, behind)))
+        for key, slots in self._slots.items():
+            slots.index_copy_(0, targets, view.states[key])
+        return _rows_of(result, (behind - first, 1))
+
+    def _run(self, given: LayerArguments, rows: slice, source: int, target: int) -> list[Any]:
+        view = self._view(source)
+        pieces = []
+        for part in self._parts(rows, begins=source == NO_STATE):
+            with SingleRowMode() if self._deterministic else contextlib.nullcontext():
+                result = self._call(view, *given.cut(part))
+            pieces.append(_rows_of(result, (1, part.stop - part.start)))
+            view.go_on()
+        for key, slots in self._slots.items():
+            slots[target].copy_(view.states[key][0])
+        return pieces
+
+    def _view(self, source: int) -> StateView:
+        if source == NO_STATE:
+            return StateView(None, self._dtypes)
+        return StateView(
+            {key: slots[source : source + 1].clone() for key, slots in self._slots.items()},
+            self._dtypes,
+        )
+
+    def _parts(self, rows: slice, *, begins: bool) -> list[slice]:
+        """What one call computes."""
+        if not self._deterministic and (begins or self.continues):
+            return [rows]
+        return [slice(row, row + 1) for row in range(rows.start, rows.stop)]
+
+    def try_continuing(self, arguments: dict[str, Any]) -> bool:
+        """Find out whether a call of several rows depends on each state before them.
+
+        Some models' plain code (not their GPU kernels) begins a call of several rows anew; then
+        such rows are to be computed one by one.
+
+        Args:
+            arguments: of a call, with hidden states of [1, N, hidden], N ≥ 2, anything.
+        """
+        fresh = StateView(None, self._dtypes)
+        self._call(fresh, (), arguments)
+
+        def after(states: dict[StateKey, Tensor]) -> list[Tensor]:
+            view = StateView({key: state.clone() for key, state in states.items()}, self._dtypes)
+            result = self._call(view, (), arguments)
+            results = result if isinstance(result, tuple) else (result,)
+            return [*results, *view.states.values()]
+
+        usual = after(fresh.states)
+        for key, state in fresh.states.items():
+            other = after({**fresh.states, key: state + 1.0 + state.abs().amax()})
+            if all(torch.equal(a, b) for a, b in zip(usual, other, strict=True)):
+                return False
+        return True
+
+
+def bind_states(
+    model: PreTrainedModel,
+    info: ModelInfo,
+    names: Sequence[str],
+    kv: KVCache,
+    *,
+    deterministic: bool,
+    pads_rows: bool,
+) -> list[StateLayer]:
+    """Let the modules of these names, which have their weights, find their states in `kv`.
+
+    pads_rows: their linear layers compute few numbers of rows; see `padding`.
+    """
+    layers = []
+    continues: dict[type[nn.Module], bool] = {}
+    for name, shapes, slots in zip(names, info.states, kv.states, strict=True):
+        module = model.get_submodule(name)
+        layer = StateLayer(module, shapes, slots, deterministic=deterministic)
+        if type(module) not in continues:
+            continues[type(module)] = layer.try_continuing(_trial_arguments(module, info))
+        layer.continues = continues[type(module)]
+        vars(module)["forward"] = layer.forward
+        if pads_rows:
+            _pad_linear_layers(module)
+        layers.append(layer)
+    return layers
+
+
+def _pad_linear_layers(module: nn.Module) -> None:
+    """A run may have any number of rows, and a state does not bear padding; products do."""
+    for child in module.modules():
+        if type(child) is nn.Linear:
+            vars(child)["forward"] = _padded(child.forward)
+
+
+def _padded(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        wanted = padded_size(rows)
+        if wanted == rows:
+            return forward(x)
+        y = forward(pad_rows(x.reshape(rows, x.shape[-1]), wanted))
+        return y[:rows].view(*x.shape[:-1], y.shape[-1])
+
+    return call
+
+
+def _trial_arguments(module: nn.Module, info: ModelInfo) -> dict[str, Any]:
+    """Of a call with a few rows, and nothing else."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    needed = {one.name: None for one in parameters if one.default is one.empty}
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn((1, _TRIAL_ROWS, info.hidden), generator=generator)
+    return {**needed, "hidden_states": hidden.to(info.dtype)}
+
+
+class LayerArguments:
+    """The arguments of a layer's forward, cut along the rows.
+
+    count: N, of the first argument's [1, N, hidden].
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._args = args
+        self._kwargs = kwargs
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.count: int = hidden.shape[1]
+
+    def cut(self, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of some rows: [1, n, …]."""
+        return self._each(lambda x: x[:, rows].contiguous())
+
+    def apart(self, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of some rows, each a sequence of its own: [n, 1, …]."""
+        return self._each(lambda x: x[0, rows].unsqueeze(1).contiguous())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        shape = (1, self.count)
+        return (
+            tuple(_map(one, change, shape) for one in self._args),
+            {name: _map(one, change, shape) for name, one in self._kwargs.items()},
+        )
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> Any:
+    """Changes the tensors in a value that have a row for each token, [*shape, …]."""
+    if isinstance(value, Tensor):
+        return change(value) if value.shape[:2] == shape else value
+    if isinstance(value, tuple | list):
+        return tuple(_map(one, change, shape) for one in value)
+    return value
+
+
+def _rows_of(result: Any, shape: tuple[int, int]) -> Any:
+    """A result of [*shape, …] as [rows, …]; None in place of what has no row for each token, such
+    as a state that some layers return as well."""
+    if isinstance(result, tuple | list):
+        return tuple(_rows_of(one, shape) for one in result)
+    if isinstance(result, Tensor) and result.shape[:2] == shape:
+        return result.flatten(0, 1)
+    return None
+
+
+def _joined(pieces: list[Any], rows: int) -> Any:
+    """What `_rows_of` made of each run as the result of one call, [1, rows, …]; zeros behind."""
+    if isinstance(pieces[0], tuple):
+        return tuple(_joined(list(parts), rows) for parts in zip(*pieces, strict=True))
+    if any(piece is None for piece in pieces):
+        return None
+    whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return pad_rows(whole, rows).unsqueeze(0)
+
+
+def _with_cache(module: nn.Module) -> Callable[..., Any]:
+    """(view, args, kwargs) → what the module computes with a view as its cache."""
+    forward = module.forward
+    at = cache_position(module)
+
+    def call(view: StateView, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) > at:
+            return forward(*args[:at], view, *args[at + 1 :], **kwargs)
+        return forward(*args, **{**kwargs, CACHE: view})
+
+    return call

@@ -1,0 +1,34 @@
+"""Which rows of a step a layer with a state computes together, and where the states lie. Pure.
+
+A sequence's states at all layers lie in one *slot*. A step never changes a slot that it reads: it
+writes the state after it to another one, so that a step that was broken can be computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NO_STATE = -1
+"""In place of a slot: the sequence begins, and there is no state yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateRuns:
+    """R runs of consecutive rows, each of one sequence, that cover a step's rows in order.
+
+    A sequence has several runs where a state in the middle of its rows is to be kept; then one run
+    writes what the next one reads.
+
+    begins: R + 1 rows; run r has the rows begins[r] … begins[r + 1] - 1. sources, targets: R slots
+    that it reads (or `NO_STATE`) and writes. decodes: so many runs, the first ones, have one row
+    each, of different sequences that have a state.
+    """
+
+    begins: Sequence[int]
+    sources: Sequence[int]
+    targets: Sequence[int]
+    decodes: int
+
+    def __len__(self) -> int:
+        return len(self.targets)
