@@ -20,7 +20,7 @@ from flexpert.engine.device_sampler import DeviceSampler
 from flexpert.engine.memory_plan import buffer_spec
 from flexpert.engine.rank_engine import RankEngine
 from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, SamplingParams
-from flexpert.engine.scheduler import StepPlan
+from flexpert.engine.step_plan import StepPlan
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import replan
 

@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.request import (
     HeldKV,
     RequestSequence,
@@ -19,8 +20,9 @@ from flexpert.engine.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
+from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence import Sampled
+from flexpert.engine.step_plan import StepPlan
 from flexpert.errors import ConfigError, ContextOverflow, RequestError
 
 EOS = 6

@@ -36,6 +36,7 @@ from flexpert.engine import rank_protocol as msg
 from flexpert.engine.device_memory_plan import planned_device_memory, window_nbytes
 from flexpert.engine.device_meter import DeviceMeter, Slabs
 from flexpert.engine.device_profile import WarmUpTime, profile_of, set_threads
+from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.epoch import PreparedEpoch
 from flexpert.engine.faults import Faults
 from flexpert.engine.grammar_preparation import GrammarPreparer, GrammarReady
@@ -55,9 +56,10 @@ from flexpert.engine.rank_states import (
 from flexpert.engine.remote_peers import EXPERTS, KV, RemotePeers
 from flexpert.engine.request import HeldKV, RequestSequence, TokenLogprobs
 from flexpert.engine.sampler import StepSampling, score
-from flexpert.engine.scheduler import EngineLimits, Scheduler, ScoredChunk, StepPlan
+from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence import SEQUENCE_FAULTS
 from flexpert.engine.sequence_intake import SequenceIntake
+from flexpert.engine.step_plan import ScoredChunk, StepPlan
 from flexpert.engine.stopwatch import Stopwatch, in_words
 from flexpert.engine.token_masks import MaskBuilder
 from flexpert.engine.warm_up import WarmUp

@@ -41,8 +41,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -50,6 +49,7 @@ from numpy.typing import NDArray
 
 from flexpert.engine.block_keys import KeyLog, pack_keys, stride_of
 from flexpert.engine.blocks import BlockPool, chain
+from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.request import (
     BlockChanges,
     CachedBlock,
@@ -58,253 +58,14 @@ from flexpert.engine.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from flexpert.engine.sequence import Sampled, SampleState
-from flexpert.errors import ConfigError, ContextOverflow, RequestError, context_limit
+from flexpert.engine.scheduled_sequence import ScheduledSequence
+from flexpert.engine.sequence import Sampled
+from flexpert.engine.step_layout import lay_out
+from flexpert.engine.step_outlook import BegunPrompt, Outlook, PromptChunk, StepRoom, outlook_after
+from flexpert.engine.step_plan import AdmittedPrompt, StepPlan
+from flexpert.errors import ContextOverflow, RequestError, context_limit
 
 _SPARE_BLOCKS = 8  # for each sequence of a rank that leaves: what it may need meanwhile
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLimits:
-    """What one rank has room for.
-
-    max_tokens_per_step: token budget of a step. max_running: sequences computed at once.
-    max_model_len: tokens of prompt and answer. blocks, block_size: the KV cache.
-    max_scored_per_step: rows of logits, each as long as the vocabulary, that are computed only to
-    tell how likely a prompt's tokens were.
-    """
-
-    max_tokens_per_step: int
-    max_running: int
-    max_model_len: int
-    blocks: int
-    block_size: int
-    prefix_cache: bool
-    max_scored_per_step: int = 256
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            if getattr(self, entry.name) < (0 if entry.name == "prefix_cache" else 1):
-                raise ConfigError(f"{entry.name} must be at least 1")
-
-    @property
-    def longest_table(self) -> int:
-        """KV blocks of the longest sequence there is room for."""
-        return min(-(-self.max_model_len // self.block_size), self.blocks)
-
-
-class _Scheduled(SampleState):
-    """A sequence in this scheduler. While it waits row is -1, and it has blocks only if it came
-    with them (`adopt`)."""
-
-    __slots__ = (
-        "aborted",
-        "added",
-        "blocks",
-        "cached",
-        "computed",
-        "digests",
-        "row",
-        "scores",
-        "tainted",
-        "waited",
-    )
-
-    def __init__(self, sequence: RequestSequence, added: float) -> None:
-        super().__init__(sequence)
-        self.added = added  # when, by the scheduler's clock
-        self.waited: float | None = None  # seconds until it was first admitted
-        self.blocks: list[int] = []
-        self.computed = 0  # tokens whose keys and values are in the blocks
-        self.digests: list[bytes] = []  # of the first full blocks of `tokens`
-        self.row = -1  # in the scheduler's arrays
-        self.aborted = False  # while a plan that may hold it is in flight
-        self.tainted = False  # keys and values in the blocks were computed without some experts
-        self.cached = 0  # tokens of the prompt that were found in the cache
-        # log probabilities of the prompt's tokens from the second on, as far as it is computed;
-        # None: not asked for, or published
-        asked = sequence.params.prompt_logprobs is not None and not sequence.generated
-        self.scores: list[TokenLogprobs] | None = [] if asked else None
-
-
-@dataclass(slots=True)
-class _Admission:
-    state: _Scheduled
-    row: int
-    blocks: list[int]
-    cached: int  # tokens that need no computing
-    kept: bool  # the blocks are those it has waited with
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredChunk:
-    """Rows of logits at [start, start + len(tokens)) tell how likely these tokens of a prompt
-    were. top: how many of the likeliest are asked for, too."""
-
-    id: str
-    start: int
-    tokens: list[int]
-    top: int
-
-
-@dataclass(slots=True, eq=False)
-class StepPlan:
-    """One step's work as the model takes it: S sequences with N tokens, M of which are sampled.
-
-    The first `decodes` sequences have one token each; the rest are chunks of prompts.
-
-    token_ids, positions: [N] int64. query_start: [S + 1] int32, sequence s has the rows
-    query_start[s] to query_start[s + 1]. context_len: [S] int32, tokens of s up to and with its
-    last row. block_tables: [S, blocks of the longest] int32, padded with whatever valid ids.
-    slot_mapping: [N] int64, block * block_size + offset each row's keys and values go to.
-    logit_rows: [L] int64, ascending: rows whose logits are needed. sample_at: [M] int64, where
-    among them the last row of each sequence is that is sampled. scored: prompts whose tokens'
-    log probabilities are asked for. sources: [N] int64, which sample of the plan before is each
-    row's token, where that is not known yet; -1: it is in token_ids. None: all are.
-    """
-
-    token_ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    query_start: NDArray[np.int32]
-    context_len: NDArray[np.int32]
-    block_tables: NDArray[np.int32]
-    slot_mapping: NDArray[np.int64]
-    logit_rows: NDArray[np.int64]
-    sample_at: NDArray[np.int64]
-    scored: list[ScoredChunk]
-    decodes: int
-    sources: NDArray[np.int64] | None
-    _sampled: list[_Scheduled] = field(repr=False)
-    _decoding: list[_Scheduled] = field(repr=False)
-    _grown: list[tuple[_Scheduled, int]] = field(repr=False)  # a further block for decoding
-    _admitted: list[_Admission] = field(repr=False)
-    _chunks: list[tuple[_Scheduled, int]] = field(repr=False)  # computed up to here afterwards
-    _whole: list[int] = field(repr=False)  # which sequences are prompts that are sampled
-    _rows: NDArray[np.int64] = field(repr=False)  # [S], of the scheduler's arrays
-    _blocks: NDArray[np.int64] = field(repr=False)  # [S], how many each has afterwards
-    _at: float = field(repr=False)  # when it was made
-    _used_before: int = field(repr=False)  # blocks
-
-    @property
-    def ids(self) -> Iterable[str]:
-        """Of all sequences that take part."""
-        yield from (state.id for state in self._decoding)
-        yield from (state.id for state, _ in self._chunks)
-
-    @property
-    def samples(self) -> Sequence[SampleState]:
-        """The M sequences to sample, in the order of sample_at."""
-        return self._sampled
-
-    @property
-    def unseen(self) -> int:
-        """How many samples, the first ones, have a token before that is not known yet."""
-        return self.decodes if self.sources is not None else 0
-
-    @property
-    def tokens(self) -> int:
-        """N; 0 when there is nothing to do, and the rank only takes part in the exchanges."""
-        return len(self.token_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A sequence whose prompt is computed in part. blocks: how many it has."""
-
-    state: _Scheduled
-    row: int
-    computed: int
-    blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Outlook:
-    """What is to be computed, if the plan in flight is whole.
-
-    decoding: of D sequences, with rows, positions of the next token, and held blocks: [D] int64.
-    sources: as in `StepPlan`, [D]. admitted: `id` of states that wait no more.
-    """
-
-    decoding: list[_Scheduled]
-    rows: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    held: NDArray[np.int64]
-    sources: NDArray[np.int64] | None
-    prefilling: list[_Begun]
-    admitted: frozenset[int] = frozenset()
-
-    @property
-    def running(self) -> int:
-        return len(self.decoding) + len(self.prefilling)
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    state: _Scheduled
-    row: int
-    blocks: int
-    start: int
-    end: int
-
-    @property
-    def whole(self) -> bool:
-        """The sequence is sampled after it."""
-        return self.end == len(self.state.tokens)
-
-    @property
-    def scored(self) -> int:
-        """How many of its rows tell how likely the prompt's next token was."""
-        return 0 if self.state.scores is None else self.end - self.start - self.whole
-
-
-def _logit_rows(
-    decodes: int, chunks: Sequence[_Chunk], stops: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], list[ScoredChunk]]:
-    """logit_rows, sample_at and scored of a `StepPlan`.
-
-    stops: [chunks] int64, the row behind the last of each.
-    """
-    if not any(chunk.scored for chunk in chunks):
-        whole = np.array([chunk.whole for chunk in chunks])
-        rows = np.concatenate([np.arange(decodes), stops[whole] - 1])
-        return rows, np.arange(len(rows)), []
-    needed, sample_at, scored = list(range(decodes)), list(range(decodes)), []
-    for chunk, stop in zip(chunks, stops.tolist(), strict=True):
-        if chunk.scored:
-            state = chunk.state
-            after = state.tokens[chunk.start + 1 : chunk.start + 1 + chunk.scored]
-            top = state.params.prompt_logprobs or 0
-            scored.append(ScoredChunk(state.id, len(needed), after, top))
-            begin = stop - (chunk.end - chunk.start)
-            needed += range(begin, begin + chunk.scored)
-        if chunk.whole:
-            sample_at.append(len(needed))
-            needed.append(stop - 1)
-    return np.array(needed, dtype=np.int64), np.array(sample_at, dtype=np.int64), scored
-
-
-@dataclass(slots=True)
-class _Room:
-    """What is left of a step. tokens: to be computed. scored: rows of logits that only tell how
-    likely a prompt's tokens were; each is as long as the vocabulary."""
-
-    tokens: int
-    scored: int
-
-    def any_for(self, state: _Scheduled) -> bool:
-        return self.tokens > 0 and (state.scores is None or self.scored > 0)
-
-    def chunk(self, begun: _Begun) -> _Chunk:
-        """As much of the rest of a prompt as there is room for; may be nothing."""
-        state, start = begun.state, begun.computed
-        room = self.tokens if state.scores is None else min(self.tokens, self.scored)
-        end = min(len(state.tokens), start + room)
-        chunk = _Chunk(state, begun.row, begun.blocks, start, end)
-        self.tokens -= chunk.end - chunk.start
-        self.scored -= chunk.scored
-        if not chunk.whole:
-            self.tokens = 0  # none overtakes it
-        return chunk
 
 
 class Scheduler:
@@ -324,12 +85,12 @@ class Scheduler:
         self.preemptions = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
-        self._states: dict[str, _Scheduled] = {}
+        self._states: dict[str, ScheduledSequence] = {}
         # Each in order of arrival; and all that decode came before all that prefill, and these
         # before all that wait: admission, completion and preemption keep it so.
-        self._decoding: list[_Scheduled] = []
-        self._prefilling: list[_Scheduled] = []
-        self._waiting: deque[_Scheduled] = deque()
+        self._decoding: list[ScheduledSequence] = []
+        self._prefilling: list[ScheduledSequence] = []
+        self._waiting: deque[ScheduledSequence] = deque()
         # A decoding sequence takes one token a step, so one per token of the budget can run.
         rows = min(limits.max_running, limits.max_tokens_per_step)
         longest = min(limits.max_model_len, limits.blocks * limits.block_size)
@@ -340,8 +101,9 @@ class Scheduler:
         self._free_rows = list(range(rows - 1, -1, -1))
         self._order: NDArray[np.int64] | None = None  # rows of _decoding
         self._plans: list[StepPlan] = []  # in flight, one or two, the first first
-        self._ahead: _Outlook | None = None  # see `_look_ahead`
-        self._orphans: list[tuple[_Scheduled, StepPlan]] = []  # gone, but part of plans up to this
+        self._ahead: Outlook | None = None  # see `_look_ahead`
+        # gone, but part of plans up to this one
+        self._orphans: list[tuple[ScheduledSequence, StepPlan]] = []
         self._offered: list[int] = []  # blocks that must stay as they are
 
     @property
@@ -362,7 +124,7 @@ class Scheduler:
     @property
     def kv_used(self) -> float:
         """Share of the KV blocks that sequences hold, 0 to 1."""
-        used = self._plans[0]._used_before if self._plans else self.pool.used
+        used = self._plans[0].used_before if self._plans else self.pool.used
         return used / self.pool.blocks
 
     def __contains__(self, id: str) -> bool:
@@ -413,7 +175,7 @@ class Scheduler:
                 f"prompt and answer may reach {longest} tokens; the KV cache of a rank holds "
                 f"{limits.blocks * limits.block_size}: lower max_tokens or raise kv_memory"
             )
-        state = _Scheduled(sequence, self._clock())
+        state = ScheduledSequence(sequence, self._clock())
         if sequence.generated and state.finish(limits.max_model_len) is not None:
             raise ValueError(f"sequence {sequence.id!r} is already complete")
         self._states[sequence.id] = state
@@ -435,7 +197,7 @@ class Scheduler:
         self._let_go(state)
         return True
 
-    def _let_go(self, state: _Scheduled) -> None:
+    def _let_go(self, state: ScheduledSequence) -> None:
         """A sequence that is gone gives its blocks back, as soon as no plan in flight has it."""
         if not self._plans:
             self._release(state)
@@ -550,7 +312,7 @@ class Scheduler:
             self._waiting.insert(ahead, state)
         return list(zip(held.blocks[len(have) : used], state.blocks[len(have) : used], strict=True))
 
-    def _go_on(self, state: _Scheduled, decodes: bool) -> None:
+    def _go_on(self, state: ScheduledSequence, decodes: bool) -> None:
         """A sequence that has come with its blocks runs at once."""
         state.row = self._free_rows.pop()
         self._tables[state.row, : len(state.blocks)] = state.blocks
@@ -574,10 +336,10 @@ class Scheduler:
         """Whether a step may be planned on top of the one in flight, and has something to do."""
         return len(self._plans) == 1 and self._look_ahead() is not None
 
-    def _look_ahead(self) -> _Outlook | None:
+    def _look_ahead(self) -> Outlook | None:
         """What is planned on top of the plan in flight; kept until anything changes."""
-        if self._ahead is None and all(s.goes_on_unseen for s in self._plans[0]._sampled):
-            after = self._after(self._plans[0])
+        if self._ahead is None and all(s.goes_on_unseen for s in self._plans[0].sampled):
+            after = outlook_after(self._plans[0], self._prefilling, self.limits.max_model_len)
             # what both steps decode may need a block each, and the next one another
             if after.running > 0 and self.pool.free_count >= 2 * (after.running + 1):
                 self._ahead = after
@@ -603,64 +365,49 @@ class Scheduler:
             self._tables[now.rows[index], now.held[index]] = block
             blocks[index] += 1
             grown.append((state, block))
-        room = _Room(
+        room = StepRoom(
             self.limits.max_tokens_per_step - len(now.rows), self.limits.max_scored_per_step
         )
-        chunks: list[_Chunk] = []
+        chunks: list[PromptChunk] = []
         for begun in now.prefilling:
             chunk = room.chunk(begun)
             if chunk.end > chunk.start:
                 chunks.append(chunk)
         admitted = self._admit(room, chunks, now)
-        plan = self._lay_out(now, block_of, blocks, grown, admitted, chunks, used)
+        plan = lay_out(
+            now,
+            self._tables,
+            self._last,
+            self.limits.block_size,
+            block_of=block_of,
+            blocks=blocks,
+            grown=grown,
+            admitted=admitted,
+            chunks=chunks,
+            used=used,
+            at_s=self._clock(),
+        )
         self._plans.append(plan)
         return plan
 
-    def _outlook(self) -> _Outlook:
+    def _outlook(self) -> Outlook:
         if self._order is None:
             self._order = np.array([s.row for s in self._decoding], dtype=np.int64)
         rows = self._order
-        return _Outlook(
+        return Outlook(
             self._decoding,
             rows,
             self._length[rows],
             self._held[rows],
             None,
-            [_Begun(s, s.row, s.computed, len(s.blocks)) for s in self._prefilling],
+            [BegunPrompt(s, s.row, s.computed, len(s.blocks)) for s in self._prefilling],
         )
 
-    def _after(self, plan: StepPlan) -> _Outlook:
-        """What there is if `plan` is whole, and no token of it ends an answer before its time."""
-        limit = self.limits.max_model_len
-        sequences = [*range(plan.decodes), *plan._whole]
-        on = [
-            index
-            for index, state in enumerate(plan._sampled)
-            if not state.aborted and state.room(limit) > 1
-        ]
-        at = np.array([sequences[index] for index in on], dtype=np.int64)
-        ends = {id(state): end for state, end in plan._chunks}
-        complete = {id(state) for state in plan._sampled[plan.decodes :]}
-        begun = [_Begun(s, s.row, s.computed, len(s.blocks)) for s in self._prefilling]
-        begun += [_Begun(a.state, a.row, a.cached, len(a.blocks)) for a in plan._admitted]
-        prefilling = [
-            replace(one, computed=ends.get(id(one.state), one.computed))
-            for one in begun
-            if id(one.state) not in complete and not one.state.aborted
-        ]
-        return _Outlook(
-            [plan._sampled[index] for index in on],
-            plan._rows[at],
-            plan.context_len[at].astype(np.int64),
-            plan._blocks[at],
-            np.array(on, dtype=np.int64),
-            prefilling,
-            frozenset(id(one.state) for one in plan._admitted),
-        )
-
-    def _admit(self, room: _Room, chunks: list[_Chunk], now: _Outlook) -> list[_Admission]:
+    def _admit(
+        self, room: StepRoom, chunks: list[PromptChunk], now: Outlook
+    ) -> list[AdmittedPrompt]:
         """Takes rows and blocks for the first of those who wait, and adds their chunks."""
-        admitted: list[_Admission] = []
+        admitted: list[AdmittedPrompt] = []
         size = self.limits.block_size
         for state in self._waiting:
             if id(state) in now.admitted:
@@ -688,82 +435,9 @@ class Scheduler:
                 start = len(found) * size
             row = self._free_rows.pop()
             self._tables[row, : len(blocks)] = blocks
-            admitted.append(_Admission(state, row, blocks, start, kept=bool(state.blocks)))
-            chunks.append(room.chunk(_Begun(state, row, start, len(blocks))))
+            admitted.append(AdmittedPrompt(state, row, blocks, start, kept=bool(state.blocks)))
+            chunks.append(room.chunk(BegunPrompt(state, row, start, len(blocks))))
         return admitted
-
-    def _lay_out(
-        self,
-        now: _Outlook,
-        block_of: NDArray[np.int64],
-        blocks: NDArray[np.int64],
-        grown: list[tuple[_Scheduled, int]],
-        admitted: list[_Admission],
-        chunks: list[_Chunk],
-        used: int,
-    ) -> StepPlan:
-        """The arrays of a plan.
-
-        block_of, blocks: [decodes] int64, of the decoding sequences: index of the block of the
-        token, and how many there are. used: blocks before the plan.
-        """
-        size = self.limits.block_size
-        rows, positions = now.rows, now.positions
-        decodes = len(rows)
-        tokens = self._last[rows] if now.sources is None else np.zeros(decodes, dtype=np.int64)
-        sources = now.sources
-        slots = self._tables[rows, block_of] * size + (positions - block_of * size)
-        queries = np.arange(decodes + 1, dtype=np.int32)
-        context = (positions + 1).astype(np.int32)
-        logit_rows = sample_at = np.arange(decodes)
-        sampled = now.decoding.copy()
-        scored: list[ScoredChunk] = []
-        width = int(block_of.max()) + 1 if decodes else 0
-        if chunks:
-            at = [np.arange(c.start, c.end) for c in chunks]
-            ids = [np.array(c.state.tokens[c.start : c.end], dtype=np.int64) for c in chunks]
-            to = [
-                self._tables[c.row, where // size] * size + where % size
-                for c, where in zip(chunks, at, strict=True)
-            ]
-            ends = np.array([c.end for c in chunks])
-            lengths = ends - np.array([c.start for c in chunks])
-            tokens = np.concatenate([tokens, *ids])
-            positions = np.concatenate([positions, *at])
-            slots = np.concatenate([slots, *to])
-            stops = decodes + np.cumsum(lengths)
-            queries = np.concatenate([queries, stops], dtype=np.int32, casting="same_kind")
-            context = np.concatenate([context, ends], dtype=np.int32, casting="same_kind")
-            logit_rows, sample_at, scored = _logit_rows(decodes, chunks, stops)
-            sampled += [c.state for c in chunks if c.whole]
-            width = max(width, -(-int(ends.max()) // size))
-            rows = np.concatenate([rows, np.array([c.row for c in chunks])])
-            blocks = np.concatenate([blocks, np.array([c.blocks for c in chunks])])
-            if sources is not None:
-                sources = np.concatenate([sources, np.full(int(lengths.sum()), -1)])
-        return StepPlan(
-            token_ids=tokens,
-            positions=positions,
-            query_start=queries,
-            context_len=context,
-            block_tables=self._tables[rows, :width],
-            slot_mapping=slots,
-            logit_rows=logit_rows,
-            sample_at=sample_at,
-            scored=scored,
-            decodes=decodes,
-            sources=sources if decodes else None,
-            _sampled=sampled,
-            _decoding=now.decoding.copy(),
-            _grown=grown,
-            _admitted=admitted,
-            _chunks=[(c.state, c.end) for c in chunks],
-            _whole=[decodes + index for index, c in enumerate(chunks) if c.whole],
-            _rows=rows,
-            _blocks=blocks,
-            _at=self._clock(),
-            _used_before=used,
-        )
 
     def commit(
         self,
@@ -788,17 +462,17 @@ class Scheduler:
                 state.scores += found
         del self._plans[0]
         self._ahead = None
-        for state, block in plan._grown:
+        for state, block in plan.grown:
             state.blocks.append(block)
             self._held[state.row] += 1
         self._keep_admitted(plan)
         if degraded is not None:
             self._taint(plan, degraded)
-        for state in plan._decoding:
+        for state in plan.decoding:
             state.computed += 1
             if state.computed % self.limits.block_size == 0:
                 self._publish(state, state.computed - 1)
-        for state, end in plan._chunks:
+        for state, end in plan.chunks:
             start, state.computed = state.computed, end
             self._publish(state, start)
         events = self._append(plan, sampled)
@@ -813,11 +487,11 @@ class Scheduler:
         self._check_in_flight(plan, -1)
         self._plans.pop()
         self._ahead = None
-        for admission in reversed(plan._admitted):
+        for admission in reversed(plan.admitted):
             self._free_rows.append(admission.row)
             if not admission.kept:
                 self.pool.free(admission.blocks)
-        for _state, block in reversed(plan._grown):
+        for _state, block in reversed(plan.grown):
             self.pool.free([block])
         self._drop_orphans(plan, self._plans[-1] if self._plans else None)
 
@@ -826,12 +500,12 @@ class Scheduler:
             self.rollback(self._plans[-1])
 
     def _keep_admitted(self, plan: StepPlan) -> None:
-        for admission in plan._admitted:
+        for admission in plan.admitted:
             state = admission.state
             state.row, state.blocks = admission.row, admission.blocks
             state.computed = admission.cached
             if state.waited is None:
-                state.waited = plan._at - state.added
+                state.waited = plan.at - state.added
             self._held[state.row] = len(state.blocks)
             if not admission.kept:
                 self.prompt_tokens += len(state.tokens)
@@ -842,7 +516,7 @@ class Scheduler:
                 self._prefilling.append(state)
 
     def _taint(self, plan: StepPlan, degraded: NDArray[np.bool_]) -> None:
-        states = [*plan._decoding, *(state for state, _ in plan._chunks)]
+        states = [*plan.decoding, *(state for state, _ in plan.chunks)]
         hit = np.logical_or.reduceat(degraded, plan.query_start[:-1])
         for index in np.flatnonzero(hit).tolist():
             states[index].tainted = True
@@ -852,7 +526,7 @@ class Scheduler:
         limit = self.limits.max_model_len
         finished = False
         for state, token, logprobs in zip(
-            plan._sampled, sampled.tokens, sampled.logprobs, strict=True
+            plan.sampled, sampled.tokens, sampled.logprobs, strict=True
         ):
             if state.aborted:
                 continue
@@ -880,7 +554,7 @@ class Scheduler:
 
     def _advance(self, plan: StepPlan, ended: list[TokenEvent]) -> None:
         """Those whose prompt is complete decode from now on; the finished go."""
-        complete = [s for s in plan._sampled[plan.decodes :] if not s.aborted]
+        complete = [s for s in plan.sampled[plan.decodes :] if not s.aborted]
         if complete:  # the first ones: a prompt gets tokens only when those before it are complete
             self._prefilling = self._prefilling[len(complete) :]
             self._decoding += complete
@@ -910,7 +584,7 @@ class Scheduler:
             if victim in needed:
                 needed.remove(victim)
 
-    def _least(self) -> _Scheduled:
+    def _least(self) -> ScheduledSequence:
         """Takes out who runs with the lowest priority; of those who prefill, then the latest."""
         lowest = max(s.params.priority for s in (*self._decoding, *self._prefilling))
         for queue in (self._prefilling, self._decoding):
@@ -920,7 +594,7 @@ class Scheduler:
                     return state
         raise AssertionError
 
-    def _queue(self, state: _Scheduled, *, first: bool = False) -> None:
+    def _queue(self, state: ScheduledSequence, *, first: bool = False) -> None:
         """Lets it wait behind those that have blocks and those with a priority that is higher, or
         equal. first: of its equals it is the first."""
         own = state.params.priority - first
@@ -932,7 +606,7 @@ class Scheduler:
             at -= 1
         self._waiting.insert(at, state)
 
-    def _publish(self, state: _Scheduled, since: int) -> None:
+    def _publish(self, state: ScheduledSequence, since: int) -> None:
         """Publishes the blocks of `state` that became full since `since` tokens were computed."""
         if not self.limits.prefix_cache or state.tainted:
             return
@@ -942,11 +616,11 @@ class Scheduler:
         for index in range(first, last):
             self.pool.publish(state.blocks[index], state.digests[index])
 
-    def _chain(self, state: _Scheduled, blocks: int) -> list[bytes]:
+    def _chain(self, state: ScheduledSequence, blocks: int) -> list[bytes]:
         salt = state.params.cache_salt
         return chain(state.tokens, self.limits.block_size, state.digests, blocks, salt)
 
-    def _release(self, state: _Scheduled) -> None:
+    def _release(self, state: ScheduledSequence) -> None:
         """Gives back the blocks and the row of a sequence, as far as it has them."""
         self.pool.free(state.blocks)
         if state.row >= 0:

@@ -1,0 +1,36 @@
+"""What one rank has room for. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from flexpert.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What one rank has room for.
+
+    max_tokens_per_step: token budget of a step. max_running: sequences computed at once.
+    max_model_len: tokens of prompt and answer. blocks, block_size: the KV cache.
+    max_scored_per_step: rows of logits, each as long as the vocabulary, that are computed only to
+    tell how likely a prompt's tokens were.
+    """
+
+    max_tokens_per_step: int
+    max_running: int
+    max_model_len: int
+    blocks: int
+    block_size: int
+    prefix_cache: bool
+    max_scored_per_step: int = 256
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if getattr(self, entry.name) < (0 if entry.name == "prefix_cache" else 1):
+                raise ConfigError(f"{entry.name} must be at least 1")
+
+    @property
+    def longest_table(self) -> int:
+        """KV blocks of the longest sequence there is room for."""
+        return min(-(-self.max_model_len // self.block_size), self.blocks)

@@ -1,0 +1,95 @@
+"""One step's work: whose tokens it computes, and the arrays that the model takes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexpert.engine.scheduled_sequence import ScheduledSequence
+from flexpert.engine.sequence import SampleState
+
+
+@dataclass(slots=True)
+class AdmittedPrompt:
+    """A sequence that waits no more, if the plan is whole."""
+
+    state: ScheduledSequence
+    row: int
+    blocks: list[int]
+    cached: int  # tokens that need no computing
+    kept: bool  # the blocks are those it has waited with
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredChunk:
+    """Rows of logits at [start, start + len(tokens)) tell how likely these tokens of a prompt
+    were. top: how many of the likeliest are asked for, too."""
+
+    id: str
+    start: int
+    tokens: list[int]
+    top: int
+
+
+@dataclass(slots=True, eq=False)
+class StepPlan:
+    """One step's work as the model takes it: S sequences with N tokens, M of which are sampled.
+
+    The first `decodes` sequences have one token each; the rest are chunks of prompts.
+
+    token_ids, positions: [N] int64. query_start: [S + 1] int32, sequence s has the rows
+    query_start[s] to query_start[s + 1]. context_len: [S] int32, tokens of s up to and with its
+    last row. block_tables: [S, blocks of the longest] int32, padded with whatever valid ids.
+    slot_mapping: [N] int64, block * block_size + offset each row's keys and values go to.
+    logit_rows: [L] int64, ascending: rows whose logits are needed. sample_at: [M] int64, where
+    among them the last row of each sequence is that is sampled. scored: prompts whose tokens'
+    log probabilities are asked for. sources: [N] int64, which sample of the plan before is each
+    row's token, where that is not known yet; -1: it is in token_ids. None: all are.
+    """
+
+    token_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    query_start: NDArray[np.int32]
+    context_len: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+    slot_mapping: NDArray[np.int64]
+    logit_rows: NDArray[np.int64]
+    sample_at: NDArray[np.int64]
+    scored: list[ScoredChunk]
+    decodes: int
+    sources: NDArray[np.int64] | None
+    # ---- the scheduler's
+    sampled: list[ScheduledSequence] = field(repr=False)
+    decoding: list[ScheduledSequence] = field(repr=False)
+    grown: list[tuple[ScheduledSequence, int]] = field(repr=False)  # a further block for decoding
+    admitted: list[AdmittedPrompt] = field(repr=False)
+    chunks: list[tuple[ScheduledSequence, int]] = field(repr=False)  # computed so far afterwards
+    whole: list[int] = field(repr=False)  # which sequences are prompts that are sampled
+    rows: NDArray[np.int64] = field(repr=False)  # [S], of the scheduler's arrays
+    blocks: NDArray[np.int64] = field(repr=False)  # [S], how many each has afterwards
+    at: float = field(repr=False)  # when it was made
+    used_before: int = field(repr=False)  # blocks
+
+    @property
+    def ids(self) -> Iterable[str]:
+        """Of all sequences that take part."""
+        yield from (state.id for state in self.decoding)
+        yield from (state.id for state, _ in self.chunks)
+
+    @property
+    def samples(self) -> Sequence[SampleState]:
+        """The M sequences to sample, in the order of sample_at."""
+        return self.sampled
+
+    @property
+    def unseen(self) -> int:
+        """How many samples, the first ones, have a token before that is not known yet."""
+        return self.decodes if self.sources is not None else 0
+
+    @property
+    def tokens(self) -> int:
+        """N; 0 when there is nothing to do, and the rank only takes part in the exchanges."""
+        return len(self.token_ids)
