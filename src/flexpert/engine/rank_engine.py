@@ -178,7 +178,7 @@ class RankEngine:
             block_size=config.kv_block_size,
             prefix_cache=config.prefix_cache,
         )
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, speculative=config.speculate)
         self.store = self.profile.make_expert_store(rank, source)
         self._remote = RemotePeers(
             rank,
@@ -657,16 +657,18 @@ class RankEngine:
         scores = [self._score(logits, chunk) for chunk in plan.scored]
         tokens = flight.sampling.finish()
         for row, error in tokens.failed.items():
-            self.scheduler.abort(plan.samples[row].id)
-            self._intake.failed(plan.samples[row].id, error)
+            if not plan.supposed(row):  # else it is sampled again, if it comes to that
+                self.scheduler.abort(plan.samples[row].id)
+                self._intake.failed(plan.samples[row].id, error)
         watch.lap("sample")
         lost = self.moe.lost_rows()
         self._flights.popleft()
         events = self.scheduler.commit(
-            plan, tokens.sampled, None if lost is None else lost.numpy(), scores
+            plan, tokens.sampled, None if lost is None else lost.numpy(), scores, tokens.failed
         )
-        blocks = self.scheduler.cache_changes()
-        self.report(msg.Published(events, self._load(), blocks, plan.tokens))
+        scheduler = self.scheduler
+        blocks, drafts = scheduler.cache_changes(), scheduler.draft_counts()
+        self.report(msg.Published(events, self._load(), blocks, plan.tokens, drafts))
         watch.lap("publish")
 
     def _abandon(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flexpert.engine.request import RequestSequence, TokenLogprobs
 from flexpert.engine.sequence import SampleState
+from flexpert.engine.speculation import SequenceSpeculation
 
 
 class ScheduledSequence(SampleState):
@@ -19,6 +20,7 @@ class ScheduledSequence(SampleState):
         "digests",
         "row",
         "scores",
+        "speculation",
         "tainted",
         "waited",
     )
@@ -34,6 +36,7 @@ class ScheduledSequence(SampleState):
         self.aborted = False  # while a plan that may hold it is in flight
         self.tainted = False  # keys and values in the blocks were computed without some experts
         self.cached = 0  # tokens of the prompt that were found in the cache
+        self.speculation: SequenceSpeculation | None = None  # while it decodes, if it may
         # log probabilities of the prompt's tokens from the second on, as far as it is computed;
         # None: not asked for, or published
         asked = sequence.params.prompt_logprobs is not None and not sequence.generated

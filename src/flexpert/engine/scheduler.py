@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 import numpy as np
@@ -49,6 +49,7 @@ from numpy.typing import NDArray
 
 from flexpert.engine.block_keys import KeyLog, pack_keys, stride_of
 from flexpert.engine.blocks import BlockPool, chain
+from flexpert.engine.draft_counts import DraftCounts
 from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.request import (
     BlockChanges,
@@ -60,10 +61,12 @@ from flexpert.engine.request import (
 )
 from flexpert.engine.scheduled_sequence import ScheduledSequence
 from flexpert.engine.sequence import Sampled
+from flexpert.engine.speculation import SequenceSpeculation
 from flexpert.engine.step_layout import lay_out
 from flexpert.engine.step_outlook import BegunPrompt, Outlook, PromptChunk, StepRoom, outlook_after
 from flexpert.engine.step_plan import AdmittedPrompt, StepPlan
 from flexpert.errors import ContextOverflow, RequestError, context_limit
+from flexpert.speculative_settings import SpeculativeSettings
 
 _SPARE_BLOCKS = 8  # for each sequence of a rank that leaves: what it may need meanwhile
 
@@ -73,12 +76,19 @@ class Scheduler:
 
     running, waiting: how many. preemptions, prompt_tokens, cached_tokens: since the start; how
     often a sequence lost its blocks, tokens of all admitted prompts, and those found in the cache.
-    clock: seconds; nothing is decided by it.
+    clock: seconds; nothing is decided by it. speculative: how tokens are proposed; None: none are.
     """
 
-    def __init__(self, limits: EngineLimits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: EngineLimits,
+        clock: Callable[[], float] = time.monotonic,
+        speculative: SpeculativeSettings | None = None,
+    ) -> None:
         self.limits = limits
         self._clock = clock
+        self._speculative = speculative
+        self._drafted: DraftCounts | None = None
         self.pool = BlockPool(limits.blocks, limits.block_size, limits.prefix_cache)
         self._keys = KeyLog(stride_of(limits.blocks))
         self.pool.watch = self._keys.set
@@ -138,6 +148,11 @@ class Scheduler:
     def cache_changes(self) -> BlockChanges | None:
         """What has come into the prefix cache and gone since the last call; None: nothing."""
         return self._keys.take()
+
+    def draft_counts(self) -> DraftCounts | None:
+        """What became of proposed tokens since the last call; None: there were none."""
+        counts, self._drafted = self._drafted, None
+        return counts
 
     def cached_keys(self) -> bytes:
         """All that the prefix cache holds; `cache_changes` goes on from here."""
@@ -320,8 +335,7 @@ class Scheduler:
         if decodes:
             self._last[state.row] = state.tokens[-1]
             self._length[state.row] = state.computed
-            self._decoding.append(state)
-            self._order = None
+            self._begin_decoding([state])
         else:
             self._prefilling.append(state)
 
@@ -338,8 +352,11 @@ class Scheduler:
 
     def _look_ahead(self) -> Outlook | None:
         """What is planned on top of the plan in flight; kept until anything changes."""
-        if self._ahead is None and all(s.goes_on_unseen for s in self._plans[0].sampled):
-            after = outlook_after(self._plans[0], self._prefilling, self.limits.max_model_len)
+        first = self._plans[0]
+        if first.drafts is not None:
+            return None
+        if self._ahead is None and all(s.goes_on_unseen for s in first.sampled):
+            after = outlook_after(first, self._prefilling, self.limits.max_model_len)
             # what both steps decode may need a block each, and the next one another
             if after.running > 0 and self.pool.free_count >= 2 * (after.running + 1):
                 self._ahead = after
@@ -374,14 +391,20 @@ class Scheduler:
             if chunk.end > chunk.start:
                 chunks.append(chunk)
         admitted = self._admit(room, chunks, now)
+        drafts, extra = None, list[tuple[ScheduledSequence, int]]()
+        if self._speculative is not None and now.sources is None:
+            rows = len(now.rows) + sum(chunk.end - chunk.start for chunk in chunks)
+            spare = now.running + len(admitted)
+            drafts = self._propose(self._speculative, now, rows, spare, blocks, extra)
         plan = lay_out(
             now,
             self._tables,
             self._last,
             self.limits.block_size,
-            block_of=block_of,
             blocks=blocks,
+            drafts=drafts,
             grown=grown,
+            extra=extra,
             admitted=admitted,
             chunks=chunks,
             used=used,
@@ -389,6 +412,48 @@ class Scheduler:
         )
         self._plans.append(plan)
         return plan
+
+    def _propose(
+        self,
+        settings: SpeculativeSettings,
+        now: Outlook,
+        rows: int,
+        spare: int,
+        blocks: NDArray[np.int64],
+        extra: list[tuple[ScheduledSequence, int]],
+    ) -> list[list[int]] | None:
+        """What is proposed for each sequence that decodes; None: nothing for any. Takes the blocks
+        for it, and adds them to `blocks` and `extra`.
+
+        rows: that the step has without. spare: blocks that are left for others.
+        """
+        room = min(settings.max_rows, self.limits.max_tokens_per_step) - rows
+        able = [
+            (speculation.likely, index, speculation)
+            for index, state in enumerate(now.decoding)
+            if (speculation := state.speculation) is not None and speculation.depth
+        ]
+        if room <= 0 or not able:
+            return None
+        drafts: list[list[int]] = [[] for _ in now.decoding]
+        size, limit = self.limits.block_size, self.limits.max_model_len
+        for _likely, index, speculation in sorted(able, key=lambda one: -one[0]):
+            state, position = now.decoding[index], int(now.positions[index])
+            most = min(room, state.room(limit) - 1)
+            draft = speculation.propose(state.tokens, most, state.stop_ids)
+            held = int(blocks[index])
+            more = (position + len(draft)) // size + 1 - held
+            if more > max(0, self.pool.free_count - spare):
+                draft, more = draft[: held * size - 1 - position], 0
+            for block in self.pool.allocate(more):
+                self._tables[now.rows[index], blocks[index]] = block
+                blocks[index] += 1
+                extra.append((state, block))
+            drafts[index] = draft
+            room -= len(draft)
+            if room == 0:
+                break
+        return drafts if any(drafts) else None
 
     def _outlook(self) -> Outlook:
         if self._order is None:
@@ -445,12 +510,14 @@ class Scheduler:
         sampled: Sampled,
         degraded: NDArray[np.bool_] | None = None,
         scores: Sequence[list[TokenLogprobs]] = (),
+        failed: Collection[int] = (),
     ) -> list[TokenEvent]:
         """The step was whole: appends, publishes, finishes; then makes room for the next one.
         Of two in flight it is the first one.
 
         sampled: one token for each of plan.samples. degraded: [N] bool, rows that were computed
-        without some of their experts; None: no row was. scores: of each of plan.scored.
+        without some of their experts; None: no row was. scores: of each of plan.scored. failed:
+        which of plan.samples could not be sampled, of those that are `supposed`.
         Returns one event for each of them that was not aborted meanwhile, in the same order.
         """
         self._check_in_flight(plan, 0)
@@ -462,20 +529,17 @@ class Scheduler:
                 state.scores += found
         del self._plans[0]
         self._ahead = None
-        for state, block in plan.grown:
+        for state, block in (*plan.grown, *plan.extra):
             state.blocks.append(block)
             self._held[state.row] += 1
         self._keep_admitted(plan)
+        runs = plan.runs(sampled.tokens, failed)
         if degraded is not None:
-            self._taint(plan, degraded)
-        for state in plan.decoding:
-            state.computed += 1
-            if state.computed % self.limits.block_size == 0:
-                self._publish(state, state.computed - 1)
+            self._taint(plan, degraded, runs)
         for state, end in plan.chunks:
             start, state.computed = state.computed, end
             self._publish(state, start)
-        events = self._append(plan, sampled)
+        events = self._append(plan, sampled, runs)
         self._drop_orphans(plan)
         if not self._plans:
             self._make_room()
@@ -487,6 +551,8 @@ class Scheduler:
         self._check_in_flight(plan, -1)
         self._plans.pop()
         self._ahead = None
+        for _state, block in reversed(plan.extra):  # in reverse order: the same come again
+            self.pool.free([block])
         for admission in reversed(plan.admitted):
             self._free_rows.append(admission.row)
             if not admission.kept:
@@ -515,31 +581,43 @@ class Scheduler:
                 self._waiting.remove(state)  # others may have come before it since the plan
                 self._prefilling.append(state)
 
-    def _taint(self, plan: StepPlan, degraded: NDArray[np.bool_]) -> None:
+    def _taint(self, plan: StepPlan, degraded: NDArray[np.bool_], runs: list[range]) -> None:
+        if plan.drafts is not None:  # what did not come true is nobody's
+            degraded = degraded.copy()
+            for run, end in zip(runs, plan.query_start[1 : plan.decodes + 1], strict=False):
+                degraded[run.stop : end] = False
         states = [*plan.decoding, *(state for state, _ in plan.chunks)]
         hit = np.logical_or.reduceat(degraded, plan.query_start[:-1])
         for index in np.flatnonzero(hit).tolist():
             states[index].tainted = True
 
-    def _append(self, plan: StepPlan, sampled: Sampled) -> list[TokenEvent]:
+    def _append(self, plan: StepPlan, sampled: Sampled, runs: list[range]) -> list[TokenEvent]:
         events = []
-        limit = self.limits.max_model_len
-        finished = False
-        for state, token, logprobs in zip(
-            plan.sampled, sampled.tokens, sampled.logprobs, strict=True
-        ):
+        for index, (state, run) in enumerate(zip(plan.sampled, runs, strict=True)):
+            decoding = index < plan.decodes
             if state.aborted:
+                if decoding:
+                    self._computed(state, 1)
                 continue
             position = state.position
-            state.append(token)
-            self._last[state.row] = token
+            finish = self._say(state, [sampled.tokens[row] for row in run])
+            said = state.position - position
+            if decoding:
+                self._computed(state, said)
+                self._judge(state, plan.drafts[index] if plan.drafts else (), said - 1)
+            self._last[state.row] = state.tokens[-1]
             self._length[state.row] = state.computed
-            finish = state.finish(limit)
             if finish is not None:
-                finished = True
                 del self._states[state.id]
-            top = None if logprobs is None else [logprobs]
-            event = TokenEvent(state.id, position, [token], top, finish, state.tainted)
+            logprobs = [told for row in run[:said] if (told := sampled.logprobs[row]) is not None]
+            event = TokenEvent(
+                state.id,
+                position,
+                state.tokens[-said:],
+                logprobs or None,
+                finish,
+                state.tainted,
+            )
             if position == 0:
                 event = msgspec.structs.replace(
                     event,
@@ -549,16 +627,56 @@ class Scheduler:
                 )
             state.scores = None
             events.append(event)
-        self._advance(plan, events if finished else [])
+        self._advance(plan, events)
         return events
+
+    def _say(self, state: ScheduledSequence, tokens: Sequence[int]) -> str | None:
+        """Appends them, as far as none ends the answer; how it has ended, or None."""
+        for token in tokens:
+            state.append(token)
+            finish = state.finish(self.limits.max_model_len)
+            if finish is not None:
+                return finish
+        return None
+
+    def _computed(self, state: ScheduledSequence, count: int) -> None:
+        """A sequence that decodes has keys and values of so many further tokens; blocks taken for
+        more of them go back."""
+        size = self.limits.block_size
+        before, state.computed = state.computed, state.computed + count
+        if state.computed // size > before // size:
+            self._publish(state, before)
+        needed = -(-state.computed // size)
+        if len(state.blocks) > needed:
+            self.pool.free(state.blocks[needed:])
+            del state.blocks[needed:]
+            self._held[state.row] = needed
+
+    def _judge(self, state: ScheduledSequence, draft: Sequence[int], accepted: int) -> None:
+        """What became of what was proposed for a sequence."""
+        if state.speculation is None:
+            return
+        state.speculation.learn(state.tokens, len(draft), accepted)
+        if draft:
+            counts = DraftCounts(1, len(draft), [1] * accepted)
+            self._drafted = counts if self._drafted is None else self._drafted + counts
+
+    def _begin_decoding(self, states: Sequence[ScheduledSequence]) -> None:
+        """Their tokens but the last are computed."""
+        self._decoding += states
+        self._order = None
+        if self._speculative is not None:
+            for state in states:
+                if state.matcher is None:
+                    state.speculation = SequenceSpeculation(self._speculative)
+                    state.speculation.learn(state.tokens)
 
     def _advance(self, plan: StepPlan, ended: list[TokenEvent]) -> None:
         """Those whose prompt is complete decode from now on; the finished go."""
         complete = [s for s in plan.sampled[plan.decodes :] if not s.aborted]
         if complete:  # the first ones: a prompt gets tokens only when those before it are complete
             self._prefilling = self._prefilling[len(complete) :]
-            self._decoding += complete
-            self._order = None
+            self._begin_decoding(complete)
         if any(event.finish for event in ended):
             here = self._states
             gone = [s for s in self._decoding if here.get(s.id) is not s]
@@ -626,6 +744,7 @@ class Scheduler:
         if state.row >= 0:
             self._free_rows.append(state.row)
         state.blocks, state.computed, state.row, state.tainted = [], 0, -1, False
+        state.speculation = None
         if state.scores:
             state.scores = []
 
