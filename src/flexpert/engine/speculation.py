@@ -25,6 +25,7 @@ _LEARNT = (
 )
 _WORTH = 0.3  # a row that comes true less often than this costs more than it saves
 _AT_FIRST = 0.7  # share of proposed tokens that are taken to come true
+_LEAST = 0.25  # what it is taken for at least, so that one token that comes true is a new beginning
 _LATELY = 0.2  # weight of the latest token
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 8, 128  # steps
 
@@ -123,7 +124,7 @@ class SequenceSpeculation:
         for _ in range(accepted):
             self.likely += _LATELY * (1 - self.likely)
         if accepted < proposed:
-            self.likely -= _LATELY * self.likely
+            self.likely = max(_LEAST, self.likely - _LATELY * self.likely)
         if self.likely >= _WORTH:
             self._pause = _SHORTEST_PAUSE
         else:
