@@ -428,12 +428,14 @@ class Scheduler:
         rows: that the step has without. spare: blocks that are left for others.
         """
         room = min(settings.max_rows, self.limits.max_tokens_per_step) - rows
+        if room <= 0:
+            return None
         able = [
             (speculation.likely, index, speculation)
             for index, state in enumerate(now.decoding)
             if (speculation := state.speculation) is not None and speculation.depth
         ]
-        if room <= 0 or not able:
+        if not able:
             return None
         drafts: list[list[int]] = [[] for _ in now.decoding]
         size, limit = self.limits.block_size, self.limits.max_model_len
@@ -533,7 +535,7 @@ class Scheduler:
             state.blocks.append(block)
             self._held[state.row] += 1
         self._keep_admitted(plan)
-        runs = plan.runs(sampled.tokens, failed)
+        runs = None if plan.drafts is None else plan.runs(sampled.tokens, failed)
         if degraded is not None:
             self._taint(plan, degraded, runs)
         for state, end in plan.chunks:
@@ -581,8 +583,8 @@ class Scheduler:
                 self._waiting.remove(state)  # others may have come before it since the plan
                 self._prefilling.append(state)
 
-    def _taint(self, plan: StepPlan, degraded: NDArray[np.bool_], runs: list[range]) -> None:
-        if plan.drafts is not None:  # what did not come true is nobody's
+    def _taint(self, plan: StepPlan, degraded: NDArray[np.bool_], runs: list[range] | None) -> None:
+        if runs is not None:  # what did not come true is nobody's
             degraded = degraded.copy()
             for run, end in zip(runs, plan.query_start[1 : plan.decodes + 1], strict=False):
                 degraded[run.stop : end] = False
@@ -591,33 +593,39 @@ class Scheduler:
         for index in np.flatnonzero(hit).tolist():
             states[index].tainted = True
 
-    def _append(self, plan: StepPlan, sampled: Sampled, runs: list[range]) -> list[TokenEvent]:
+    def _append(
+        self, plan: StepPlan, sampled: Sampled, runs: list[range] | None
+    ) -> list[TokenEvent]:
+        """runs: see `StepPlan.runs`; None: one sample for each sequence."""
         events = []
-        for index, (state, run) in enumerate(zip(plan.sampled, runs, strict=True)):
-            decoding = index < plan.decodes
+        limit, size = self.limits.max_model_len, self.limits.block_size
+        for index, state in enumerate(plan.sampled):
+            first, count = (index, 1) if runs is None else (runs[index].start, len(runs[index]))
             if state.aborted:
-                if decoding:
-                    self._computed(state, 1)
+                if index < plan.decodes:
+                    self._decoded(state, 1, size)
                 continue
-            position = state.position
-            finish = self._say(state, [sampled.tokens[row] for row in run])
-            said = state.position - position
-            if decoding:
-                self._computed(state, said)
-                self._judge(state, plan.drafts[index] if plan.drafts else (), said - 1)
+            position, finish = state.position, None
+            for said, token in enumerate(sampled.tokens[first : first + count], 1):
+                state.append(token)
+                finish = state.finish(limit)
+                if finish is not None:
+                    count = said  # what was sampled behind the end is nobody's
+                    break
+            if index < plan.decodes:
+                self._decoded(state, count, size)
+                if state.speculation is not None:
+                    draft = plan.drafts[index] if plan.drafts else ()
+                    self._judge(state, state.speculation, draft, count - 1)
             self._last[state.row] = state.tokens[-1]
             self._length[state.row] = state.computed
             if finish is not None:
                 del self._states[state.id]
-            logprobs = [told for row in run[:said] if (told := sampled.logprobs[row]) is not None]
-            event = TokenEvent(
-                state.id,
-                position,
-                state.tokens[-said:],
-                logprobs or None,
-                finish,
-                state.tainted,
-            )
+            said_of, told = slice(first, first + count), None
+            if sampled.logprobs[first] is not None:
+                told = [one for one in sampled.logprobs[said_of] if one is not None]
+            tokens = sampled.tokens[said_of]
+            event = TokenEvent(state.id, position, tokens, told, finish, state.tainted)
             if position == 0:
                 event = msgspec.structs.replace(
                     event,
@@ -630,33 +638,28 @@ class Scheduler:
         self._advance(plan, events)
         return events
 
-    def _say(self, state: ScheduledSequence, tokens: Sequence[int]) -> str | None:
-        """Appends them, as far as none ends the answer; how it has ended, or None."""
-        for token in tokens:
-            state.append(token)
-            finish = state.finish(self.limits.max_model_len)
-            if finish is not None:
-                return finish
-        return None
-
-    def _computed(self, state: ScheduledSequence, count: int) -> None:
-        """A sequence that decodes has keys and values of so many further tokens; blocks taken for
-        more of them go back."""
-        size = self.limits.block_size
-        before, state.computed = state.computed, state.computed + count
-        if state.computed // size > before // size:
-            self._publish(state, before)
-        needed = -(-state.computed // size)
-        if len(state.blocks) > needed:
+    def _decoded(self, state: ScheduledSequence, count: int, size: int) -> None:
+        """Keys and values of so many further tokens are there; blocks of size `size` that were
+        taken for more go back."""
+        state.computed += count
+        behind = state.computed % size
+        if behind < count:
+            self._publish(state, state.computed - count)
+        if len(state.blocks) * size - state.computed >= size:
+            needed = -(-state.computed // size)
             self.pool.free(state.blocks[needed:])
             del state.blocks[needed:]
             self._held[state.row] = needed
 
-    def _judge(self, state: ScheduledSequence, draft: Sequence[int], accepted: int) -> None:
+    def _judge(
+        self,
+        state: ScheduledSequence,
+        speculation: SequenceSpeculation,
+        draft: Sequence[int],
+        accepted: int,
+    ) -> None:
         """What became of what was proposed for a sequence."""
-        if state.speculation is None:
-            return
-        state.speculation.learn(state.tokens, len(draft), accepted)
+        speculation.learn(state.tokens, len(draft), accepted)
         if draft:
             counts = DraftCounts(1, len(draft), [1] * accepted)
             self._drafted = counts if self._drafted is None else self._drafted + counts
