@@ -12,11 +12,11 @@ from flexpert.bench.speculation_gain import SpeculationGain, SpeculationReport
 
 def speculation_text(report: SpeculationReport) -> Table:
     """A row for each kind of request: medians of the rounds, and of the ratios within pairs."""
-    title = f"--speculate {report.how}: {report.output_tokens} tokens each"
+    title = f"--speculate {report.how}: tokens/s of {report.output_tokens} tokens each"
     table = Table(title=title, caption=report.machine.line())
-    table.add_column("")
-    columns = ("without", "with", "ratio", "least", "most", "CPU", "proposed", "accepted", "equal")
-    for name in columns:
+    for name in ("prompts", "temp.", "at once"):
+        table.add_column(name)
+    for name in ("without", "with", "ratio", "least, most", "CPU", "accepted", "equal"):
         table.add_column(name, justify="right")
     for gain in report.gains:
         table.add_row(*_row(gain))
@@ -27,17 +27,15 @@ def speculation_text(report: SpeculationReport) -> Table:
 
 def _row(gain: SpeculationGain) -> list[str]:
     ratios = gain.tokens_ratios
+    speeds = [median(one.tokens_per_s for one in gain.rounds[kind]) for kind in (WITHOUT, WITH)]
     return [
-        f"{gain.text}, temperature {gain.temperature:g}, {gain.concurrency} at once",
-        *(
-            f"{median(one.tokens_per_s for one in gain.rounds[kind]):,.0f} tokens/s"
-            for kind in (WITHOUT, WITH)
-        ),
-        f"{median(ratios):.3f}",
-        f"{min(ratios):.3f}",
-        f"{max(ratios):.3f}",
-        f"{gain.cpu_ratio:.3f}",
-        f"{gain.drafted:,}",
-        f"{gain.accepted / gain.drafted:.0%}" if gain.drafted else "",
+        gain.text,
+        f"{gain.temperature:g}",
+        str(gain.concurrency),
+        *(f"{speed:,.0f}" for speed in speeds),
+        f"{median(ratios):.2f}",
+        f"{min(ratios):.2f}, {max(ratios):.2f}",
+        f"{gain.cpu_ratio:.2f}",
+        f"{gain.accepted} of {gain.drafted}",
         f"{gain.equal} of {gain.answers}",
     ]

@@ -33,6 +33,11 @@ as computed and to blocks that nobody else holds. Preemption happens in commit()
 for this reason: the blocks of a victim must not be written to by a step that may be rolled back.
 Cached blocks evicted by a plan stay evicted after a rollback.
 
+Tokens that are proposed for a sequence (`speculation`) are further rows of it, planned behind all
+else that the step has: they take what is left of its budget, and blocks that nobody may need in the
+next one. commit() appends what was sampled as far as what was proposed came true; the rows behind
+are positions not yet counted as computed, and their blocks go back.
+
 A step may have been whole but computed without some experts. The keys and values of its sequences
 are tainted then: nobody else may find them, nor those that follow, until they are computed again.
 """
