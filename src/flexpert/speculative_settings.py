@@ -10,8 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from flexpert.reading import shown
 
 _ADVICE = (
-    'write ngram, off, or vLLM\'s JSON: {"method": "ngram", "num_speculative_tokens": 8, '
-    '"prompt_lookup_max": 4, "prompt_lookup_min": 2}'
+    'write ngram, off, or vLLM\'s JSON: {"method": "ngram", "num_speculative_tokens": 7, '
+    '"prompt_lookup_max": 5, "prompt_lookup_min": 3}'
 )
 
 # vLLM's, of methods with a model of their own or of how steps are batched there
@@ -36,8 +36,8 @@ class SpeculativeSettings(BaseModel):
 
     method: Literal["ngram"] = "ngram"
     num_speculative_tokens: int = Field(7, ge=1, le=64)
-    prompt_lookup_max: int = Field(4, ge=1, le=64)
-    prompt_lookup_min: int = Field(2, ge=1, le=64)
+    prompt_lookup_max: int = Field(5, ge=1, le=64)
+    prompt_lookup_min: int = Field(3, ge=1, le=64)
     max_rows: int = Field(16, ge=2, le=65536)
 
     @model_validator(mode="before")

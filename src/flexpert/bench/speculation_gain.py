@@ -1,10 +1,11 @@
 """`flexpert bench speculate`: what speculative decoding gains, in one run with what it is without.
 
 Two services run, one that speculates, and have the same requests in turn; the one that waits
-sleeps. Prompts are of two kinds, the phrase of the one repeated until it is as long as the other:
+sleeps. There are two kinds of request:
 
-    repeating   a phrase again and again, of which a model goes on to say more
-    random      random tokens, which say nothing about what comes next
+    repeating   a prompt that says a phrase again and again, and an answer that may have tokens of
+                the phrase only, so that it repeats itself whatever the model is
+    random      a prompt of random tokens, and whatever the model says to it
 
 Both are asked for the most likely tokens and for drawn ones, with seeds; and the answers of the two
 services are compared token by token.
@@ -28,7 +29,7 @@ from flexpert.bench.cost_rounds import WITH, WITHOUT
 from flexpert.bench.load import ClientAnswer, Target, call, closed_loop, complete, completion_body
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.processor_time import service_processor_seconds
-from flexpert.bench.prompts import Prompt, random_prompts, token_pool
+from flexpert.bench.prompts import token_pool
 from flexpert.bench.service import Service, own_service
 from flexpert.bench.statistics import figures
 from flexpert.errors import FlexpertError
@@ -160,7 +161,9 @@ async def _gain(
         prompts = speculation_prompts(plan, pool, text, count, plan.seed + number)
         said: dict[str, list[list[int]]] = {}
         for kind in list(services)[:: -1 if number % 2 else 1]:
-            one, said[kind] = await _round(services[kind], plan, prompts, temperature, concurrency)
+            one, said[kind] = await _round(
+                services[kind], plan, text, prompts, temperature, concurrency
+            )
             what = "warming up" if number == 0 else f"round {number}"
             note(
                 f"{text}, temperature {temperature:g}, {concurrency} at once, {what}, {kind}: "
@@ -182,22 +185,19 @@ async def _gain(
 
 def speculation_prompts(
     plan: SpeculatePlan, pool: Sequence[int], text: str, count: int, seed: int
-) -> list[Prompt]:
+) -> list[list[int]]:
     """Token ids drawn from the pool; repeated, if the text repeats itself."""
-    if text == RANDOM:
-        return random_prompts(pool, plan.input_tokens, count, seed)
     source = random.Random(seed)
-    times = -(-plan.input_tokens // plan.phrase_tokens)
-    return [
-        (source.choices(pool, k=plan.phrase_tokens) * times)[: plan.input_tokens]
-        for _ in range(count)
-    ]
+    phrase = plan.phrase_tokens if text == REPEATING else plan.input_tokens
+    times = -(-plan.input_tokens // phrase)
+    return [(source.choices(pool, k=phrase) * times)[: plan.input_tokens] for _ in range(count)]
 
 
 async def _round(
     service: Service,
     plan: SpeculatePlan,
-    prompts: Sequence[Prompt],
+    text: str,
+    prompts: Sequence[list[int]],
     temperature: float,
     concurrency: int,
 ) -> tuple[SpeculationRound, list[list[int]]]:
@@ -209,6 +209,7 @@ async def _round(
             "/v1/completions",
             completion_body(
                 prompt,
+                **({"allowed_token_ids": sorted(set(prompt))} if text == REPEATING else {}),
                 max_tokens=plan.output_tokens,
                 temperature=temperature,
                 seed=number,

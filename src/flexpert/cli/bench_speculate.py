@@ -36,7 +36,7 @@ def bench_speculate(
     ] = 8,
     output_len: Annotated[
         int, typer.Option(min=2, metavar="N", help="Tokens of every answer.")
-    ] = 128,
+    ] = 256,
     temperature: Annotated[
         float, typer.Option(min=0.01, metavar="T", help="Where tokens are drawn.")
     ] = 0.7,
