@@ -13,7 +13,7 @@ import pytest
 from support.service import Answer, Service, active, answer_all, change, requests, running, until
 
 from flexpert.cluster.head import Head
-from flexpert.engine.request import SamplingParams
+from flexpert.engine.request import SamplingParams, StructuredOutputsParams
 
 pytestmark = pytest.mark.slow
 SETTINGS: dict[str, Any] = {"engine__deterministic": True, "engine__kv_memory": "32MiB"}
@@ -30,6 +30,10 @@ def work() -> Work:
         {"allowed_token_ids": (30, 31, 32)},
         {"repetition_penalty": 1.2, "allowed_token_ids": tuple(range(30, 60))},
         {"ignore_eos": False, "stop_token_ids": (40,), "allowed_token_ids": (40, *range(50, 90))},
+        {
+            "ignore_eos": False,
+            "structured_outputs": StructuredOutputsParams(regex="(a|b| ){5000,}"),
+        },
     ]
     return [
         (prompt, msgspec.structs.replace(params, **ways[number % len(ways)]))
