@@ -38,7 +38,7 @@ class SpeculativeSettings(BaseModel):
     num_speculative_tokens: int = Field(7, ge=1, le=64)
     prompt_lookup_max: int = Field(5, ge=1, le=64)
     prompt_lookup_min: int = Field(3, ge=1, le=64)
-    max_rows: int = Field(16, ge=2, le=65536)
+    max_rows: int = Field(32, ge=2, le=65536)
 
     @model_validator(mode="before")
     @classmethod

@@ -209,6 +209,23 @@ def test_nothing_is_proposed_in_steps_with_many_rows() -> None:
     assert max(sizes[2:]) == 4
 
 
+def test_beyond_few_rows_proposals_must_pay_for_all_that_are_computed_at_once() -> None:
+    own = limits(max_running=16, blocks=200, max_tokens_per_step=64)
+    scheduler = Scheduler(own, speculative=speculative(1))
+    for number in range(16):
+        scheduler.add(sequence(str(number), [1, 1], max_tokens=9))
+    scheduler.commit(scheduler.plan(), Sampled([1] * 16, [None] * 16))
+    states = scheduler._decoding
+    for state in states[1:]:
+        state.speculation = None
+    scheduler.rollback(plan := scheduler.plan())
+    assert plan.drafts is None, "one token, for which eight rows would be computed"
+    for state in states:
+        state.speculation = SequenceSpeculation(speculative(1))
+        state.speculation.learn(state.tokens)
+    assert sum(map(len, scheduler.plan().drafts or ())) == 14, "of the 30 rows there may be"
+
+
 def test_where_blocks_are_short_what_is_proposed_stays_within_those_there_are() -> None:
     scheduler = Scheduler(limits(blocks=3, prefix_cache=False), speculative=speculative(9))
     scheduler.add(sequence("a", [1, 1, 1, 1, 1], max_tokens=6))

@@ -55,6 +55,7 @@ from numpy.typing import NDArray
 from flexpert.engine.block_keys import KeyLog, pack_keys, stride_of
 from flexpert.engine.blocks import BlockPool, chain
 from flexpert.engine.draft_counts import DraftCounts
+from flexpert.engine.draft_planning import plan_drafts
 from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.request import (
     BlockChanges,
@@ -398,9 +399,15 @@ class Scheduler:
         admitted = self._admit(room, chunks, now)
         drafts, extra = None, list[tuple[ScheduledSequence, int]]()
         if self._speculative is not None and now.sources is None:
-            rows = len(now.rows) + sum(chunk.end - chunk.start for chunk in chunks)
-            spare = now.running + len(admitted)
-            drafts = self._propose(self._speculative, now, rows, spare, blocks, extra)
+            drafts = plan_drafts(
+                now.decoding,
+                len(now.rows) + sum(chunk.end - chunk.start for chunk in chunks),
+                self._speculative,
+                max_tokens=self.limits.max_tokens_per_step,
+                max_model_len=self.limits.max_model_len,
+            )
+        if drafts is not None:
+            extra = self._take_blocks(now, drafts, now.running + len(admitted), blocks)
         plan = lay_out(
             now,
             self._tables,
@@ -418,49 +425,28 @@ class Scheduler:
         self._plans.append(plan)
         return plan
 
-    def _propose(
+    def _take_blocks(
         self,
-        settings: SpeculativeSettings,
         now: Outlook,
-        rows: int,
+        drafts: list[list[int]],
         spare: int,
         blocks: NDArray[np.int64],
-        extra: list[tuple[ScheduledSequence, int]],
-    ) -> list[list[int]] | None:
-        """What is proposed for each sequence that decodes; None: nothing for any. Takes the blocks
-        for it, and adds them to `blocks` and `extra`.
-
-        rows: that the step has without. spare: blocks that are left for others.
-        """
-        room = min(settings.max_rows, self.limits.max_tokens_per_step) - rows
-        if room <= 0:
-            return None
-        able = [
-            (speculation.likely, index, speculation)
-            for index, state in enumerate(now.decoding)
-            if (speculation := state.speculation) is not None and speculation.depth
-        ]
-        if not able:
-            return None
-        drafts: list[list[int]] = [[] for _ in now.decoding]
-        size, limit = self.limits.block_size, self.limits.max_model_len
-        for _likely, index, speculation in sorted(able, key=lambda one: -one[0]):
-            state, position = now.decoding[index], int(now.positions[index])
-            most = min(room, state.room(limit) - 1)
-            draft = speculation.propose(state.tokens, most, state.stop_ids)
-            held = int(blocks[index])
+    ) -> list[tuple[ScheduledSequence, int]]:
+        """Takes the blocks of what is proposed, and adds them to `blocks`; where there are none to
+        spare, less is proposed. spare: blocks that are left for others."""
+        extra = []
+        size = self.limits.block_size
+        for index, draft in enumerate(drafts):
+            position, held = int(now.positions[index]), int(blocks[index])
             more = (position + len(draft)) // size + 1 - held
             if more > max(0, self.pool.free_count - spare):
-                draft, more = draft[: held * size - 1 - position], 0
+                del draft[held * size - 1 - position :]
+                more = 0
             for block in self.pool.allocate(more):
                 self._tables[now.rows[index], blocks[index]] = block
                 blocks[index] += 1
-                extra.append((state, block))
-            drafts[index] = draft
-            room -= len(draft)
-            if room == 0:
-                break
-        return drafts if any(drafts) else None
+                extra.append((now.decoding[index], block))
+        return extra
 
     def _outlook(self) -> Outlook:
         if self._order is None:

@@ -23,7 +23,7 @@ _CANDIDATES = 16  # earlier places of the same n-gram that are looked at
 _LEARNT = (
     1024  # tokens that are indexed in one step at most, of a prompt that has just been computed
 )
-_WORTH = 0.3  # a row that comes true less often than this costs more than it saves
+WORTH = 0.3  # a row that comes true less often than this costs more than it saves
 _AT_FIRST = 0.5  # share of proposed tokens that are taken to come true
 _LEAST = 0.25  # what it is taken for at least, so that one token that comes true is a new beginning
 _LATELY = 0.2  # weight of the latest token
@@ -98,7 +98,7 @@ class SequenceSpeculation:
             return 0
         if self.likely >= 1:
             return self._most
-        return min(self._most, max(1, int(math.log(_WORTH) / math.log(self.likely))))
+        return min(self._most, max(1, int(math.log(WORTH) / math.log(self.likely))))
 
     def propose(self, tokens: list[int], most: int, ends: frozenset[int]) -> list[int]:
         """The tokens that may come next, at most so many; none behind one that ends the answer.
@@ -125,7 +125,7 @@ class SequenceSpeculation:
             self.likely += _LATELY * (1 - self.likely)
         if accepted < proposed:
             self.likely = max(_LEAST, self.likely - _LATELY * self.likely)
-        if self.likely >= _WORTH:
+        if self.likely >= WORTH:
             self._pause = _SHORTEST_PAUSE
         else:
             self._wait = self._pause
