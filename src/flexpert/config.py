@@ -31,6 +31,7 @@ from pydantic import (
 from flexpert.device_settings import DEVICE_SETTINGS, Quantization, SettingCombination
 from flexpert.errors import ConfigError
 from flexpert.reading import read_text, shown
+from flexpert.speculative_settings import Speculate
 
 ENVIRONMENT_PREFIX = "FLEXPERT_"
 
@@ -187,6 +188,11 @@ class EngineConfig(_Section):
     )
     kv_block_size: int = Field(16, ge=1, le=256, description="tokens of a KV block")
     prefix_cache: bool = Field(True, description="reuse KV blocks of equal prompt prefixes")
+    speculate: Speculate = Field(
+        None,
+        description="propose tokens by n-gram lookup and check several in one step: off, ngram, or "
+        "vLLM's JSON (docs/speculation.md)",
+    )
     deterministic: bool = Field(
         False, description="bit-identical answers on any ranks; without it rounding may change them"
     )
@@ -639,6 +645,7 @@ class Config(_Section):
                 quantization=self.model.quantization,
                 all2all=self.engine.all2all,
                 deterministic=self.engine.deterministic,
+                speculates=self.engine.speculate is not None,
                 max_ranks=self.cluster.max_ranks,
                 on_missing_expert=self.cluster.on_missing_expert,
             )

@@ -26,6 +26,7 @@ class SettingCombination:
     quantization: Quantization
     all2all: Literal["auto", "nixl_ep"]
     deterministic: bool
+    speculates: bool
     max_ranks: int
     on_missing_expert: Literal["load", "degrade"]
 
@@ -131,6 +132,11 @@ class CudaSettings(DeviceSettings):
             return (
                 "on_missing_expert=degrade needs --device cpu: on a GPU the weights of the experts "
                 "that are left are not normalised anew; leave --on-missing-expert out"
+            )
+        if settings.speculates:
+            return (
+                "--speculate needs --device cpu: on a GPU a step is launched before the tokens of "
+                "the one before are known, so that there is nothing to look up; leave it out"
             )
         if settings.deterministic:
             return (

@@ -72,7 +72,7 @@ _BALANCE = (
     "say when experts move with --balance, how many replicas there are with --redundant-experts"
 )
 _TEXT_ONLY = "only text is served"
-_SPECULATION = "there is no speculative decoding: leave it out"
+_SPECULATION = "tokens are proposed by n-gram lookup, without a model: --speculate ngram"
 _CHECKPOINT = "a checkpoint is read as transformers saves it: leave it out"
 
 VLLM_FLAGS: Sequence[VllmFlag] = (
@@ -87,6 +87,7 @@ VLLM_FLAGS: Sequence[VllmFlag] = (
     _same("--no-enable-prefix-caching", "engine.prefix_cache", negated=True, takes=False),
     _same("--num-redundant-experts", "cluster.redundant_experts", "in each layer"),
     _same("--uvicorn-log-level", "server.log_level"),
+    _same("--speculative-config -sc", "engine.speculate", "method ngram; docs/speculation.md"),
     # ---- the case anyway
     _holds("--enable-expert-parallel -ep", "experts are always spread over the ranks"),
     _holds("--enable-elastic-ep", "ranks may always join and leave: 'flexpert scale'"),
@@ -153,7 +154,6 @@ VLLM_FLAGS: Sequence[VllmFlag] = (
     _refused("--max-logprobs", "20 is the most a request may ask for: leave it out"),
     _refused("--logprobs-mode", "they are those before temperature and penalties: leave it out"),
     _refused("--logits-processors", "there are none of one's own; see logit_bias of a request"),
-    _refused("--speculative-config -sc", _SPECULATION),
     _refused("--speculative-model", _SPECULATION),
     _refused("--num-speculative-tokens", _SPECULATION),
     _refused("--enable-lora", _LORA, takes=False),

@@ -15,6 +15,7 @@ from flexpert.cli.main import app
 from flexpert.cli.settings import flags, settings
 from flexpert.config import Config
 from flexpert.errors import ConfigError
+from flexpert.speculative_settings import SpeculativeSettings
 from flexpert.vllm_flags import VLLM_FLAGS, VllmFlag, translated
 
 PAGE = Path(__file__).parents[2] / "docs/vllm.md"
@@ -23,6 +24,8 @@ BEGIN, END = "<!-- table of flags -->\n", "<!-- end -->\n"
 SAME = [flag for flag in VLLM_FLAGS if flag.setting]
 HOLDS = [flag for flag in VLLM_FLAGS if flag.holds]
 REFUSED = [flag for flag in VLLM_FLAGS if not flag.setting]
+
+LOOKUP = SpeculativeSettings(prompt_lookup_max=3, prompt_lookup_min=3)
 
 # what the settings of the table may be set to
 VALUES = {
@@ -34,6 +37,7 @@ VALUES = {
     "engine.kv_memory": ("1048576", 2**20),
     "cluster.redundant_experts": ("2", 2),
     "server.log_level": ("debug", "debug"),
+    "engine.speculate": ('{"method": "ngram", "prompt_lookup_max": 3}', LOOKUP),
 }
 
 

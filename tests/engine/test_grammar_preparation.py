@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from flexpert.engine import rank_protocol as msg
+from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.grammar_preparation import GrammarPreparer, GrammarReady
 from flexpert.engine.output_grammar import GrammarCache, resolve
 from flexpert.engine.request import RequestSequence, SamplingParams, StructuredOutputsParams
-from flexpert.engine.scheduler import EngineLimits, Scheduler
+from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence_intake import SequenceIntake
 from flexpert.errors import ModelError
 from flexpert.models.source import ModelSource

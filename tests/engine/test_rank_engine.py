@@ -20,9 +20,10 @@ from flexpert.engine.device_sampler import DeviceSampler
 from flexpert.engine.memory_plan import buffer_spec
 from flexpert.engine.rank_engine import RankEngine
 from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, SamplingParams
-from flexpert.engine.scheduler import StepPlan
+from flexpert.engine.step_plan import StepPlan
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import replan
+from flexpert.speculative_settings import SpeculativeSettings
 
 CONFIG = EngineConfig(kv_memory=4 * 2**20, max_tokens_per_step=32, max_running=4)
 LIMIT_S = 30.0
@@ -35,6 +36,7 @@ class Told:
         self._said: queue.Queue[tuple[str, int]] = queue.Queue()
         self.tokens: dict[str, list[int]] = {}
         self.rejections: dict[str, tuple[str, bool]] = {}
+        self.accepted = 0  # proposed tokens
         self.interfere: Callable[[str, int], None] = lambda what, epoch: None
 
     def next(self) -> tuple[str, int]:
@@ -51,6 +53,7 @@ class Told:
     def __call__(self, report: msg.Report) -> None:
         match report:
             case msg.Published(events, _):
+                self.accepted += sum(report.drafts.accepted) if report.drafts else 0
                 for event in events:
                     self.tokens.setdefault(event.id, []).extend(event.tokens)
                     if event.finish:
@@ -248,6 +251,8 @@ def many() -> list[RequestSequence]:
         {"max_tokens": 7, "repetition_penalty": 1.3},
         {"max_tokens": 20, "temperature": 0.8, "top_k": 5, "seed": 9, "min_tokens": 12},
         {"max_tokens": 14, "logprobs": 2},
+        {"max_tokens": 30, "allowed_token_ids": (5, 6)},
+        {"max_tokens": 30, "allowed_token_ids": (7, 9), "temperature": 0.5, "seed": 1},
         {
             "max_tokens": 25,
             "stop_token_ids": tuple(range(1, 400, 3)),
@@ -266,14 +271,19 @@ def many() -> list[RequestSequence]:
 
 
 def answers(
-    source: ModelSource, *, looks_ahead: bool, broken: int | None = None
+    source: ModelSource,
+    *,
+    looks_ahead: bool = False,
+    broken: int | None = None,
+    speculate: SpeculativeSettings | None = None,
 ) -> tuple[dict[str, list[int]], int]:
-    """Of `many`, and how many steps were launched on top of another.
+    """Of `many`, and how many steps were launched on top of another, or how many proposed tokens
+    came true.
 
     broken: which step turns out not to be whole; an epoch later it is computed again.
     """
     told, launched, checks = Told(), 0, 0
-    config = CONFIG.model_copy(update={"deterministic": True})
+    config = CONFIG.model_copy(update={"deterministic": True, "speculate": speculate})
     with pytest.MonkeyPatch.context() as patch:
         if looks_ahead:
             patch.setattr(CpuProfile, "looks_ahead", True)
@@ -318,7 +328,7 @@ def answers(
         assert engine.scheduler.pool.used == 0
         assert broken is None or checks > broken
     assert not told.rejections
-    return told.tokens, launched
+    return told.tokens, told.accepted if speculate else launched
 
 
 def test_a_rank_that_looks_ahead_answers_as_one_that_does_not(source: ModelSource) -> None:
@@ -336,3 +346,14 @@ def test_what_was_launched_on_top_of_a_broken_step_is_computed_again(
     expected, _ = answers(source, looks_ahead=False)
     found, _ = answers(source, looks_ahead=True, broken=broken)
     assert found == expected
+
+
+@pytest.mark.parametrize("broken", [None, 2, 9, 20])
+def test_a_rank_that_speculates_answers_as_one_that_does_not(
+    source: ModelSource, broken: int | None
+) -> None:
+    eager = SpeculativeSettings(prompt_lookup_min=1, num_speculative_tokens=5, max_rows=32)
+    expected, _ = answers(source)
+    found, accepted = answers(source, speculate=eager, broken=broken)
+    assert found == expected
+    assert accepted > 10

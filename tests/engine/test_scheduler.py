@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.request import (
     HeldKV,
     RequestSequence,
@@ -19,10 +20,12 @@ from flexpert.engine.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
+from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence import Sampled
+from flexpert.engine.step_plan import StepPlan
 from flexpert.errors import ConfigError, ContextOverflow, RequestError
 from flexpert.models.state_runs import NO_STATE, StateRuns
+from flexpert.speculative_settings import SpeculativeSettings
 
 EOS = 6
 
@@ -39,6 +42,13 @@ def limits(**changed: Any) -> EngineLimits:
     return EngineLimits(**(usual | changed))
 
 
+def speculative(most: int) -> SpeculativeSettings:
+    """Eager: even single tokens are looked up."""
+    return SpeculativeSettings(
+        num_speculative_tokens=most, prompt_lookup_min=1, prompt_lookup_max=3, max_rows=30
+    )
+
+
 def sequence(
     id: str, prompt: list[int], generated: list[int] | None = None, **params: Any
 ) -> RequestSequence:
@@ -52,10 +62,13 @@ def sequence(
 
 
 def next_token(tokens: list[int]) -> int:
-    """The fake model: a function of all tokens so far, and of nothing else."""
+    """The fake model: a function of all tokens so far, and of nothing else. After a first token 0
+    it repeats itself, more often than not."""
     state = 17
     for token in tokens:
         state = (state * 31 + token + 7) % 1000003
+    if tokens[0] == 0 and state % 5:
+        return (2 * tokens[-1] + 1) % 6
     return state % 7
 
 
@@ -171,6 +184,11 @@ def check_shapes(plan: StepPlan, own: EngineLimits) -> None:
     assert (np.diff(plan.logit_rows) > 0).all()
     assert len(set(plan.slot_mapping.tolist())) == rows
     ends = set((plan.query_start[1:] - 1).tolist())
+    if plan.drafts is not None:
+        assert len(plan.drafts) == plan.decodes
+        counts = np.diff(plan.query_start[: plan.decodes + 1]).tolist()
+        assert counts == [1 + len(draft) for draft in plan.drafts]
+        ends |= set(range(plan.query_start[plan.decodes]))
     assert set(plan.logit_rows[plan.sample_at].tolist()) <= ends
     for array in (plan.token_ids, plan.positions, plan.slot_mapping, plan.logit_rows):
         assert array.dtype == np.int64
@@ -583,6 +601,7 @@ class Life(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         scored=st.sampled_from([1, 4, 256]),
         states=st.sampled_from([0, 0, 2, 3]),
+        proposed=st.sampled_from([0, 0, 1, 3, 9]),
     )
     def begin(
         self,
@@ -591,6 +610,7 @@ class Life(RuleBasedStateMachine):
         blocks: int,
         prefix_cache: bool,
         scored: int,
+        proposed: int,
         states: int = 0,
     ) -> None:
         own = limits(
@@ -601,7 +621,9 @@ class Life(RuleBasedStateMachine):
             max_scored_per_step=scored,
             state_slots=states * min(running, budget),
         )
-        self.scheduler, self.model = Scheduler(own), FakeModel(own.block_size)
+        how = speculative(proposed) if proposed else None
+        self.scheduler = Scheduler(own, speculative=how)
+        self.model = FakeModel(own.block_size)
 
     def look(self) -> tuple[Any, ...]:
         s = self.scheduler
@@ -761,6 +783,8 @@ class Life(RuleBasedStateMachine):
             assert refs == [held.count(slot) for slot in range(slots.slots)]
         for s in (*running, *with_kv):  # what it may still write to is its own
             assert all(pool.refs(b) == 1 for b in s.blocks[s.computed // 4 :])
+        for s in self.scheduler._decoding:
+            assert len(s.blocks) == -(-s.computed // 4), "what was taken for more goes back"
         assert len({s.row for s in running}) == len(running)
         assert set(self.scheduler._states) == set(self.asked) - self.done
 
@@ -813,6 +837,7 @@ def test_long_random_lives_under_pressure(seed: int, arrivals: bool) -> None:
         prefix_cache=random.random() < 0.6,
         scored=random.choice([1, 4, 256]),
         states=random.choice([0, 2, 3]),
+        proposed=random.choice([0, 2, 9]),
     )
     for _ in range(150):
         if len(life.asked) - len(life.done) < 8 and random.random() < 0.5:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from test_scheduler import FakeModel, limits, sequence, tokens_of
 
 from flexpert.engine.request import TokenEvent
-from flexpert.engine.scheduler import Scheduler, StepPlan
+from flexpert.engine.scheduler import Scheduler
+from flexpert.engine.step_plan import StepPlan
 
 
 class Tainting(FakeModel):
@@ -50,7 +51,7 @@ class Tainting(FakeModel):
 
     @staticmethod
     def owners(plan: StepPlan) -> list[str]:
-        return [s.id for s in (*plan._decoding, *(state for state, _ in plan._chunks))]
+        return [s.id for s in (*plan.decoding, *(state for state, _ in plan.chunks))]
 
 
 def test_only_the_sequence_that_lost_a_choice_is_marked_and_stays_so() -> None:

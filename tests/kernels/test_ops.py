@@ -126,6 +126,16 @@ class Cache:
         return torch.einsum("hqk,khd->qhd", weights, value)
 
 
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_values_may_be_the_first_part_of_the_keys(dtype: torch.dtype) -> None:
+    apart, within = (Cache((4, 1), (40, 24), 16, dtype) for _ in range(2))
+    within.value_cache = within.key_cache[..., :24]
+    for cache in (apart, within):
+        cache.value = cache.key[..., :24]
+    for begin, end in ((0, 50), (50, 51), (51, 83)):
+        assert torch.equal(within.attend(begin, end), apart.attend(begin, end))
+
+
 OPTIONS = [
     {},
     {"window": 1},

@@ -11,7 +11,7 @@ from flexpert.bench.offered_load import OfferedLoad
 from flexpert.bench.statistics import figures
 from flexpert.bench.timed_events import parse_event
 from flexpert.cluster.autoscaler import parse_goals
-from flexpert.engine.scheduler import EngineLimits
+from flexpert.engine.engine_limits import EngineLimits
 from flexpert.errors import ConfigError
 from flexpert.simulator.cost_profile import (
     ChangeCost,

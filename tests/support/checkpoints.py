@@ -325,9 +325,10 @@ def single_runner(
     experts: ExpertFormat = "unquantized",
     blocks: int = 64,
     block_size: int = 8,
+    latent_cache: bool = False,
 ) -> Sequences:
     """A whole model in this process, ready to be stepped."""
-    source = ModelSource.open(str(model), dtype=dtype, experts=experts)
+    source = ModelSource.open(str(model), dtype=dtype, experts=experts, latent_cache=latent_cache)
     runner = ModelRunner.load(
         source,
         moe=LocalMoE(source, deterministic=deterministic),

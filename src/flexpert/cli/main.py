@@ -26,6 +26,7 @@ from flexpert.cli import (
     bench_prefix,
     bench_rebalance,
     bench_serve,
+    bench_speculate,
     bench_start,
     bench_state_dir,
     bench_structured,
@@ -162,6 +163,12 @@ add_command(
     "structured",
     bench_structured.bench_structured,
     bench_structured.STRUCTURED_EXAMPLES,
+)
+add_command(
+    bench,
+    "speculate",
+    bench_speculate.bench_speculate,
+    bench_speculate.SPECULATE_EXAMPLES,
 )
 add_command(bench, "start", bench_start.bench_start, bench_start.START_EXAMPLES)
 add_command(bench, "state-dir", bench_state_dir.bench_state_dir, bench_state_dir.STATE_DIR_EXAMPLES)

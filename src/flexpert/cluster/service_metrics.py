@@ -14,6 +14,7 @@ from flexpert.cluster.request_times import spans
 from flexpert.cluster.views import BalanceView, OperationView, RankView
 from flexpert.config import EngineConfig
 from flexpert.engine import rank_protocol as msg
+from flexpert.engine.draft_counts import DraftCounts
 
 _PAUSE_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 _DETECTION_S = (0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -257,6 +258,15 @@ class Metrics:
         self.prefix_queries = self._counter(
             "prefix_cache_queries", "prompt tokens looked up in the prefix cache"
         )
+        self.drafts = self._counter("drafts", "runs of tokens that were proposed (--speculate)")
+        self.draft_tokens = self._counter("draft_tokens", "tokens that were proposed")
+        self.accepted_tokens = self._counter(
+            "accepted_draft_tokens", "proposed tokens that came true"
+        )
+        self.accepted_by_position = self._counter(
+            "accepted_draft_tokens_by_position", "the same, by the place in their run", "position"
+        )
+        self.accepted_by_position.labels("0")
         self.operations = self._counter("operations", "changes by how they ended", "state")
         self.moved_experts = self._counter("moved_experts", "expert replicas loaded by changes")
         self.moved_requests = self._counter("moved_requests", "sequences moved by changes")
@@ -355,6 +365,15 @@ class Metrics:
         if preempted != before:
             self.preemptions.inc(max(0, preempted - before))
             self._preempted[rank] = preempted
+        if report.drafts is not None:
+            self._speculated(report.drafts)
+
+    def _speculated(self, counts: DraftCounts) -> None:
+        self.drafts.inc(counts.drafts)
+        self.draft_tokens.inc(counts.tokens)
+        self.accepted_tokens.inc(sum(counts.accepted))
+        for position, accepted in enumerate(counts.accepted):
+            self.accepted_by_position.labels(str(position)).inc(accepted)
 
     # ---- of requests, from the journal ------------------------------------------------------
 

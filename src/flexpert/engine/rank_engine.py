@@ -37,6 +37,7 @@ from flexpert.engine import rank_protocol as msg
 from flexpert.engine.device_memory_plan import planned_device_memory, window_nbytes
 from flexpert.engine.device_meter import DeviceMeter, Slabs
 from flexpert.engine.device_profile import WarmUpTime, profile_of, set_threads
+from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.epoch import PreparedEpoch
 from flexpert.engine.faults import Faults
 from flexpert.engine.grammar_preparation import GrammarPreparer, GrammarReady
@@ -56,9 +57,10 @@ from flexpert.engine.rank_states import (
 from flexpert.engine.remote_peers import EXPERTS, KV, RemotePeers
 from flexpert.engine.request import HeldKV, RequestSequence, TokenLogprobs
 from flexpert.engine.sampler import StepSampling, score
-from flexpert.engine.scheduler import EngineLimits, Scheduler, ScoredChunk, StepPlan
+from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence import SEQUENCE_FAULTS
 from flexpert.engine.sequence_intake import SequenceIntake
+from flexpert.engine.step_plan import ScoredChunk, StepPlan
 from flexpert.engine.stopwatch import Stopwatch, in_words
 from flexpert.engine.token_masks import MaskBuilder
 from flexpert.engine.warm_up import WarmUp
@@ -179,7 +181,7 @@ class RankEngine:
             prefix_cache=config.prefix_cache,
             state_slots=slots,
         )
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(limits, speculative=config.speculate)
         self.store = self.profile.make_expert_store(rank, source)
         self._remote = RemotePeers(
             rank,
@@ -661,16 +663,18 @@ class RankEngine:
         scores = [self._score(logits, chunk) for chunk in plan.scored]
         tokens = flight.sampling.finish()
         for row, error in tokens.failed.items():
-            self.scheduler.abort(plan.samples[row].id)
-            self._intake.failed(plan.samples[row].id, error)
+            if not plan.supposed(row):  # else it is sampled again, if it comes to that
+                self.scheduler.abort(plan.samples[row].id)
+                self._intake.failed(plan.samples[row].id, error)
         watch.lap("sample")
         lost = self.moe.lost_rows()
         self._flights.popleft()
         events = self.scheduler.commit(
-            plan, tokens.sampled, None if lost is None else lost.numpy(), scores
+            plan, tokens.sampled, None if lost is None else lost.numpy(), scores, tokens.failed
         )
-        blocks = self.scheduler.cache_changes()
-        self.report(msg.Published(events, self._load(), blocks, plan.tokens))
+        scheduler = self.scheduler
+        blocks, drafts = scheduler.cache_changes(), scheduler.draft_counts()
+        self.report(msg.Published(events, self._load(), blocks, plan.tokens, drafts))
         watch.lap("publish")
 
     def _abandon(self) -> None:

@@ -23,6 +23,7 @@ from typing import Literal
 
 import msgspec
 
+from flexpert.engine.draft_counts import DraftCounts
 from flexpert.engine.request import (
     BlockChanges,
     CachedBlock,
@@ -363,13 +364,15 @@ class Published(msgspec.Struct, frozen=True, tag="published"):
     """The tokens of one whole step.
 
     blocks: how the prefix cache has changed since a report last said so; None: not at all.
-    computed: how many tokens the step had, those of prompts included.
+    computed: how many tokens the step had, those of prompts included. drafts: what became of
+    proposed tokens in it; None: there were none.
     """
 
     events: list[TokenEvent]
     load: Load
     blocks: BlockChanges | None = None
     computed: int = 0
+    drafts: DraftCounts | None = None
 
 
 class Rejected(msgspec.Struct, frozen=True, tag="rejected"):

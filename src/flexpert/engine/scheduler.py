@@ -37,6 +37,12 @@ Layers that keep a state have it in slots (`state_slots`), which go the same way
 with the state that was found at the end of its cached blocks, and a step writes to new slots. Only
 where a state was kept is a prefix found.
 
+Tokens that are proposed for a sequence (`speculation`) are further rows of it, planned behind all
+else that the step has: they take what is left of its budget, and blocks that nobody may need in the
+next one. commit() appends what was sampled as far as what was proposed came true; the rows behind
+are positions not yet counted as computed, and their blocks go back. Where layers keep a state,
+which cannot be taken back, nothing is proposed.
+
 A step may have been whole but computed without some experts. The keys and values of its sequences
 are tainted then: nobody else may find them, nor those that follow, until they are computed again.
 """
@@ -45,8 +51,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Collection, Sequence
 
 import msgspec
 import numpy as np
@@ -54,6 +59,9 @@ from numpy.typing import NDArray
 
 from flexpert.engine.block_keys import KeyLog, pack_keys, stride_of
 from flexpert.engine.blocks import BlockPool, chain
+from flexpert.engine.draft_counts import DraftCounts
+from flexpert.engine.draft_planning import plan_drafts
+from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.request import (
     BlockChanges,
     CachedBlock,
@@ -62,276 +70,17 @@ from flexpert.engine.request import (
     TokenEvent,
     TokenLogprobs,
 )
-from flexpert.engine.sequence import Sampled, SampleState
-from flexpert.engine.state_slots import SequenceState, StatePart, StateSlots, StateStep
-from flexpert.errors import ConfigError, ContextOverflow, RequestError, context_limit
-from flexpert.models.state_runs import NO_STATE, StateRuns
+from flexpert.engine.scheduled_sequence import ScheduledSequence
+from flexpert.engine.sequence import Sampled
+from flexpert.engine.speculation import SequenceSpeculation
+from flexpert.engine.state_slots import StatePart, StateSlots, StateStep
+from flexpert.engine.step_layout import lay_out
+from flexpert.engine.step_outlook import BegunPrompt, Outlook, PromptChunk, StepRoom, outlook_after
+from flexpert.engine.step_plan import AdmittedPrompt, StepPlan
+from flexpert.errors import ContextOverflow, RequestError, context_limit
+from flexpert.speculative_settings import SpeculativeSettings
 
 _SPARE_BLOCKS = 8  # for each sequence of a rank that leaves: what it may need meanwhile
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLimits:
-    """What one rank has room for.
-
-    max_tokens_per_step: token budget of a step. max_running: sequences computed at once.
-    max_model_len: tokens of prompt and answer. blocks, block_size: the KV cache.
-    max_scored_per_step: rows of logits, each as long as the vocabulary, that are computed only to
-    tell how likely a prompt's tokens were. state_slots: of a model whose layers keep a state of
-    each sequence (see `StateSlots`); 0: they keep none.
-    """
-
-    max_tokens_per_step: int
-    max_running: int
-    max_model_len: int
-    blocks: int
-    block_size: int
-    prefix_cache: bool
-    max_scored_per_step: int = 256
-    state_slots: int = 0
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            least = 0 if entry.name in ("prefix_cache", "state_slots") else 1
-            if getattr(self, entry.name) < least:
-                raise ConfigError(f"{entry.name} must be at least {least}")
-        if 0 < self.state_slots < 2 * self.rows:
-            raise ConfigError(f"state_slots must be at least {2 * self.rows}: two a sequence")
-
-    @property
-    def rows(self) -> int:
-        """Sequences that run at once: one that decodes takes a token of a step's budget."""
-        return min(self.max_running, self.max_tokens_per_step)
-
-    @property
-    def longest_table(self) -> int:
-        """KV blocks of the longest sequence there is room for."""
-        return min(-(-self.max_model_len // self.block_size), self.blocks)
-
-
-class _Scheduled(SampleState):
-    """A sequence in this scheduler. While it waits row is -1, and it has blocks only if it came
-    with them (`adopt`)."""
-
-    __slots__ = (
-        "aborted",
-        "added",
-        "blocks",
-        "cached",
-        "computed",
-        "digests",
-        "row",
-        "scores",
-        "state",
-        "tainted",
-        "waited",
-    )
-
-    def __init__(self, sequence: RequestSequence, added: float) -> None:
-        super().__init__(sequence)
-        self.added = added  # when, by the scheduler's clock
-        self.waited: float | None = None  # seconds until it was first admitted
-        self.blocks: list[int] = []
-        self.computed = 0  # tokens whose keys and values are in the blocks
-        self.digests: list[bytes] = []  # of the first full blocks of `tokens`
-        self.row = -1  # in the scheduler's arrays
-        self.aborted = False  # while a plan that may hold it is in flight
-        self.tainted = False  # keys and values in the blocks were computed without some experts
-        self.cached = 0  # tokens of the prompt that were found in the cache
-        self.state = SequenceState()
-        # log probabilities of the prompt's tokens from the second on, as far as it is computed;
-        # None: not asked for, or published
-        asked = sequence.params.prompt_logprobs is not None and not sequence.generated
-        self.scores: list[TokenLogprobs] | None = [] if asked else None
-
-
-@dataclass(slots=True)
-class _Admission:
-    state: _Scheduled
-    row: int
-    blocks: list[int]
-    cached: int  # tokens that need no computing
-    kept: bool  # the blocks are those it has waited with
-    slot: int  # of the state behind the cached tokens
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredChunk:
-    """Rows of logits at [start, start + len(tokens)) tell how likely these tokens of a prompt
-    were. top: how many of the likeliest are asked for, too."""
-
-    id: str
-    start: int
-    tokens: list[int]
-    top: int
-
-
-@dataclass(slots=True, eq=False)
-class StepPlan:
-    """One step's work as the model takes it: S sequences with N tokens, M of which are sampled.
-
-    The first `decodes` sequences have one token each; the rest are chunks of prompts.
-
-    token_ids, positions: [N] int64. query_start: [S + 1] int32, sequence s has the rows
-    query_start[s] to query_start[s + 1]. context_len: [S] int32, tokens of s up to and with its
-    last row. block_tables: [S, blocks of the longest] int32, padded with whatever valid ids.
-    slot_mapping: [N] int64, block * block_size + offset each row's keys and values go to.
-    logit_rows: [L] int64, ascending: rows whose logits are needed. sample_at: [M] int64, where
-    among them the last row of each sequence is that is sampled. scored: prompts whose tokens'
-    log probabilities are asked for. sources: [N] int64, which sample of the plan before is each
-    row's token, where that is not known yet; -1: it is in token_ids. None: all are.
-    """
-
-    token_ids: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    query_start: NDArray[np.int32]
-    context_len: NDArray[np.int32]
-    block_tables: NDArray[np.int32]
-    slot_mapping: NDArray[np.int64]
-    logit_rows: NDArray[np.int64]
-    sample_at: NDArray[np.int64]
-    scored: list[ScoredChunk]
-    decodes: int
-    sources: NDArray[np.int64] | None
-    _sampled: list[_Scheduled] = field(repr=False)
-    _decoding: list[_Scheduled] = field(repr=False)
-    _grown: list[tuple[_Scheduled, int]] = field(repr=False)  # a further block for decoding
-    _admitted: list[_Admission] = field(repr=False)
-    _chunks: list[tuple[_Scheduled, int]] = field(repr=False)  # computed up to here afterwards
-    _whole: list[int] = field(repr=False)  # which sequences are prompts that are sampled
-    _rows: NDArray[np.int64] = field(repr=False)  # [S], of the scheduler's arrays
-    _blocks: NDArray[np.int64] = field(repr=False)  # [S], how many each has afterwards
-    _states: StateStep | None = field(repr=False)
-    _at: float = field(repr=False)  # when it was made
-    _used_before: int = field(repr=False)  # blocks
-
-    @property
-    def ids(self) -> Iterable[str]:
-        """Of all sequences that take part."""
-        yield from (state.id for state in self._decoding)
-        yield from (state.id for state, _ in self._chunks)
-
-    @property
-    def samples(self) -> Sequence[SampleState]:
-        """The M sequences to sample, in the order of sample_at."""
-        return self._sampled
-
-    @property
-    def states(self) -> StateRuns | None:
-        """Slots that layers with a state read and write; None: the model has none."""
-        return None if self._states is None else self._states.runs
-
-    @property
-    def unseen(self) -> int:
-        """How many samples, the first ones, have a token before that is not known yet."""
-        return self.decodes if self.sources is not None else 0
-
-    @property
-    def tokens(self) -> int:
-        """N; 0 when there is nothing to do, and the rank only takes part in the exchanges."""
-        return len(self.token_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A sequence whose prompt is computed in part. blocks: how many it has. slot: of its state."""
-
-    state: _Scheduled
-    row: int
-    computed: int
-    blocks: int
-    slot: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Outlook:
-    """What is to be computed, if the plan in flight is whole.
-
-    decoding: of D sequences, with rows, positions of the next token, and held blocks: [D] int64.
-    sources: as in `StepPlan`, [D]. admitted: `id` of states that wait no more.
-    """
-
-    decoding: list[_Scheduled]
-    rows: NDArray[np.int64]
-    positions: NDArray[np.int64]
-    held: NDArray[np.int64]
-    sources: NDArray[np.int64] | None
-    prefilling: list[_Begun]
-    admitted: frozenset[int] = frozenset()
-
-    @property
-    def running(self) -> int:
-        return len(self.decoding) + len(self.prefilling)
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    state: _Scheduled
-    row: int
-    blocks: int
-    slot: int
-    start: int
-    end: int
-
-    @property
-    def whole(self) -> bool:
-        """The sequence is sampled after it."""
-        return self.end == len(self.state.tokens)
-
-    @property
-    def scored(self) -> int:
-        """How many of its rows tell how likely the prompt's next token was."""
-        return 0 if self.state.scores is None else self.end - self.start - self.whole
-
-
-def _logit_rows(
-    decodes: int, chunks: Sequence[_Chunk], stops: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], list[ScoredChunk]]:
-    """logit_rows, sample_at and scored of a `StepPlan`.
-
-    stops: [chunks] int64, the row behind the last of each.
-    """
-    if not any(chunk.scored for chunk in chunks):
-        whole = np.array([chunk.whole for chunk in chunks])
-        rows = np.concatenate([np.arange(decodes), stops[whole] - 1])
-        return rows, np.arange(len(rows)), []
-    needed, sample_at, scored = list(range(decodes)), list(range(decodes)), []
-    for chunk, stop in zip(chunks, stops.tolist(), strict=True):
-        if chunk.scored:
-            state = chunk.state
-            after = state.tokens[chunk.start + 1 : chunk.start + 1 + chunk.scored]
-            top = state.params.prompt_logprobs or 0
-            scored.append(ScoredChunk(state.id, len(needed), after, top))
-            begin = stop - (chunk.end - chunk.start)
-            needed += range(begin, begin + chunk.scored)
-        if chunk.whole:
-            sample_at.append(len(needed))
-            needed.append(stop - 1)
-    return np.array(needed, dtype=np.int64), np.array(sample_at, dtype=np.int64), scored
-
-
-@dataclass(slots=True)
-class _Room:
-    """What is left of a step. tokens: to be computed. scored: rows of logits that only tell how
-    likely a prompt's tokens were; each is as long as the vocabulary."""
-
-    tokens: int
-    scored: int
-
-    def any_for(self, state: _Scheduled) -> bool:
-        return self.tokens > 0 and (state.scores is None or self.scored > 0)
-
-    def chunk(self, begun: _Begun) -> _Chunk:
-        """As much of the rest of a prompt as there is room for; may be nothing."""
-        state, start = begun.state, begun.computed
-        room = self.tokens if state.scores is None else min(self.tokens, self.scored)
-        end = min(len(state.tokens), start + room)
-        chunk = _Chunk(state, begun.row, begun.blocks, begun.slot, start, end)
-        self.tokens -= chunk.end - chunk.start
-        self.scored -= chunk.scored
-        if not chunk.whole:
-            self.tokens = 0  # none overtakes it
-        return chunk
 
 
 class Scheduler:
@@ -339,24 +88,31 @@ class Scheduler:
 
     running, waiting: how many. preemptions, prompt_tokens, cached_tokens: since the start; how
     often a sequence lost its blocks, tokens of all admitted prompts, and those found in the cache.
-    clock: seconds; nothing is decided by it.
+    clock: seconds; nothing is decided by it. speculative: how tokens are proposed; None: none are.
     """
 
-    def __init__(self, limits: EngineLimits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: EngineLimits,
+        clock: Callable[[], float] = time.monotonic,
+        speculative: SpeculativeSettings | None = None,
+    ) -> None:
         self.limits = limits
         self._clock = clock
+        self._speculative = None if limits.state_slots else speculative
+        self._drafted: DraftCounts | None = None
         self.pool = BlockPool(limits.blocks, limits.block_size, limits.prefix_cache)
         self._keys = KeyLog(stride_of(limits.blocks))
         self.pool.watch = self._keys.set
         self.preemptions = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
-        self._states: dict[str, _Scheduled] = {}
+        self._states: dict[str, ScheduledSequence] = {}
         # Each in order of arrival; and all that decode came before all that prefill, and these
         # before all that wait: admission, completion and preemption keep it so.
-        self._decoding: list[_Scheduled] = []
-        self._prefilling: list[_Scheduled] = []
-        self._waiting: deque[_Scheduled] = deque()
+        self._decoding: list[ScheduledSequence] = []
+        self._prefilling: list[ScheduledSequence] = []
+        self._waiting: deque[ScheduledSequence] = deque()
         rows = limits.rows
         self._slots = (
             StateSlots(limits.state_slots, rows, keeps=limits.prefix_cache)
@@ -371,8 +127,9 @@ class Scheduler:
         self._free_rows = list(range(rows - 1, -1, -1))
         self._order: NDArray[np.int64] | None = None  # rows of _decoding
         self._plans: list[StepPlan] = []  # in flight, one or two, the first first
-        self._ahead: _Outlook | None = None  # see `_look_ahead`
-        self._orphans: list[tuple[_Scheduled, StepPlan]] = []  # gone, but part of plans up to this
+        self._ahead: Outlook | None = None  # see `_look_ahead`
+        # gone, but part of plans up to this one
+        self._orphans: list[tuple[ScheduledSequence, StepPlan]] = []
         self._offered: list[int] = []  # blocks that must stay as they are
 
     @property
@@ -393,7 +150,7 @@ class Scheduler:
     @property
     def kv_used(self) -> float:
         """Share of the KV blocks that sequences hold, 0 to 1."""
-        used = self._plans[0]._used_before if self._plans else self.pool.used
+        used = self._plans[0].used_before if self._plans else self.pool.used
         return used / self.pool.blocks
 
     def __contains__(self, id: str) -> bool:
@@ -407,6 +164,11 @@ class Scheduler:
     def cache_changes(self) -> BlockChanges | None:
         """What has come into the prefix cache and gone since the last call; None: nothing."""
         return self._keys.take()
+
+    def draft_counts(self) -> DraftCounts | None:
+        """What became of proposed tokens since the last call; None: there were none."""
+        counts, self._drafted = self._drafted, None
+        return counts
 
     def cached_keys(self) -> bytes:
         """All that the prefix cache holds; `cache_changes` goes on from here."""
@@ -444,7 +206,7 @@ class Scheduler:
                 f"prompt and answer may reach {longest} tokens; the KV cache of a rank holds "
                 f"{limits.blocks * limits.block_size}: lower max_tokens or raise kv_memory"
             )
-        state = _Scheduled(sequence, self._clock())
+        state = ScheduledSequence(sequence, self._clock())
         if sequence.generated and state.finish(limits.max_model_len) is not None:
             raise ValueError(f"sequence {sequence.id!r} is already complete")
         self._states[sequence.id] = state
@@ -466,7 +228,7 @@ class Scheduler:
         self._let_go(state)
         return True
 
-    def _let_go(self, state: _Scheduled) -> None:
+    def _let_go(self, state: ScheduledSequence) -> None:
         """A sequence that is gone gives its blocks back, as soon as no plan in flight has it."""
         if not self._plans:
             self._release(state)
@@ -591,7 +353,7 @@ class Scheduler:
             self._waiting.insert(ahead, state)
         return list(zip(held.blocks[len(have) : used], state.blocks[len(have) : used], strict=True))
 
-    def _go_on(self, state: _Scheduled, decodes: bool) -> None:
+    def _go_on(self, state: ScheduledSequence, decodes: bool) -> None:
         """A sequence that has come with its blocks runs at once."""
         state.row = self._free_rows.pop()
         self._tables[state.row, : len(state.blocks)] = state.blocks
@@ -599,8 +361,7 @@ class Scheduler:
         if decodes:
             self._last[state.row] = state.tokens[-1]
             self._length[state.row] = state.computed
-            self._decoding.append(state)
-            self._order = None
+            self._begin_decoding([state])
         else:
             self._prefilling.append(state)
 
@@ -620,10 +381,13 @@ class Scheduler:
         """Whether a step may be planned on top of the one in flight, and has something to do."""
         return self._slots is None and len(self._plans) == 1 and self._look_ahead() is not None
 
-    def _look_ahead(self) -> _Outlook | None:
+    def _look_ahead(self) -> Outlook | None:
         """What is planned on top of the plan in flight; kept until anything changes."""
-        if self._ahead is None and all(s.goes_on_unseen for s in self._plans[0]._sampled):
-            after = self._after(self._plans[0])
+        first = self._plans[0]
+        if first.drafts is not None:
+            return None
+        if self._ahead is None and all(s.goes_on_unseen for s in first.sampled):
+            after = outlook_after(first, self._prefilling, self.limits.max_model_len)
             # what both steps decode may need a block each, and the next one another
             if after.running > 0 and self.pool.free_count >= 2 * (after.running + 1):
                 self._ahead = after
@@ -649,64 +413,88 @@ class Scheduler:
             self._tables[now.rows[index], now.held[index]] = block
             blocks[index] += 1
             grown.append((state, block))
-        room = _Room(
+        room = StepRoom(
             self.limits.max_tokens_per_step - len(now.rows), self.limits.max_scored_per_step
         )
-        chunks: list[_Chunk] = []
+        chunks: list[PromptChunk] = []
         for begun in now.prefilling:
             chunk = room.chunk(begun)
             if chunk.end > chunk.start:
                 chunks.append(chunk)
         admitted = self._admit(room, chunks, now)
-        plan = self._lay_out(now, block_of, blocks, grown, admitted, chunks, used)
+        drafts, extra = None, list[tuple[ScheduledSequence, int]]()
+        if self._speculative is not None and now.sources is None:
+            drafts = plan_drafts(
+                now.decoding,
+                len(now.rows) + sum(chunk.end - chunk.start for chunk in chunks),
+                self._speculative,
+                max_tokens=self.limits.max_tokens_per_step,
+                max_model_len=self.limits.max_model_len,
+            )
+        if drafts is not None:
+            extra = self._take_blocks(now, drafts, now.running + len(admitted), blocks)
+        plan = lay_out(
+            now,
+            self._tables,
+            self._last,
+            self.limits.block_size,
+            blocks=blocks,
+            drafts=drafts,
+            grown=grown,
+            extra=extra,
+            admitted=admitted,
+            chunks=chunks,
+            states=self._plan_states(now, chunks),
+            used=used,
+            at_s=self._clock(),
+        )
         self._plans.append(plan)
         return plan
 
-    def _outlook(self) -> _Outlook:
+    def _take_blocks(
+        self,
+        now: Outlook,
+        drafts: list[list[int]],
+        spare: int,
+        blocks: NDArray[np.int64],
+    ) -> list[tuple[ScheduledSequence, int]]:
+        """Takes the blocks of what is proposed, and adds them to `blocks`; where there are none to
+        spare, less is proposed. spare: blocks that are left for others."""
+        extra = []
+        size = self.limits.block_size
+        for index, draft in enumerate(drafts):
+            position, held = int(now.positions[index]), int(blocks[index])
+            more = (position + len(draft)) // size + 1 - held
+            if more > max(0, self.pool.free_count - spare):
+                del draft[held * size - 1 - position :]
+                more = 0
+            for block in self.pool.allocate(more):
+                self._tables[now.rows[index], blocks[index]] = block
+                blocks[index] += 1
+                extra.append((now.decoding[index], block))
+        return extra
+
+    def _outlook(self) -> Outlook:
         if self._order is None:
             self._order = np.array([s.row for s in self._decoding], dtype=np.int64)
         rows = self._order
-        return _Outlook(
+        return Outlook(
             self._decoding,
             rows,
             self._length[rows],
             self._held[rows],
             None,
-            [_Begun(s, s.row, s.computed, len(s.blocks), s.state.slot) for s in self._prefilling],
+            [
+                BegunPrompt(s, s.row, s.computed, len(s.blocks), s.state.slot)
+                for s in self._prefilling
+            ],
         )
 
-    def _after(self, plan: StepPlan) -> _Outlook:
-        """What there is if `plan` is whole, and no token of it ends an answer before its time."""
-        limit = self.limits.max_model_len
-        sequences = [*range(plan.decodes), *plan._whole]
-        on = [
-            index
-            for index, state in enumerate(plan._sampled)
-            if not state.aborted and state.room(limit) > 1
-        ]
-        at = np.array([sequences[index] for index in on], dtype=np.int64)
-        ends = {id(state): end for state, end in plan._chunks}
-        complete = {id(state) for state in plan._sampled[plan.decodes :]}
-        begun = [_Begun(s, s.row, s.computed, len(s.blocks), NO_STATE) for s in self._prefilling]
-        begun += [_Begun(a.state, a.row, a.cached, len(a.blocks), NO_STATE) for a in plan._admitted]
-        prefilling = [
-            replace(one, computed=ends.get(id(one.state), one.computed))
-            for one in begun
-            if id(one.state) not in complete and not one.state.aborted
-        ]
-        return _Outlook(
-            [plan._sampled[index] for index in on],
-            plan._rows[at],
-            plan.context_len[at].astype(np.int64),
-            plan._blocks[at],
-            np.array(on, dtype=np.int64),
-            prefilling,
-            frozenset(id(one.state) for one in plan._admitted),
-        )
-
-    def _admit(self, room: _Room, chunks: list[_Chunk], now: _Outlook) -> list[_Admission]:
+    def _admit(
+        self, room: StepRoom, chunks: list[PromptChunk], now: Outlook
+    ) -> list[AdmittedPrompt]:
         """Takes rows and blocks for the first of those who wait, and adds their chunks."""
-        admitted: list[_Admission] = []
+        admitted: list[AdmittedPrompt] = []
         size = self.limits.block_size
         for state in self._waiting:
             if id(state) in now.admitted:
@@ -739,85 +527,11 @@ class Scheduler:
                     slot = self._slots.share(digests[len(found) - 1])
             row = self._free_rows.pop()
             self._tables[row, : len(blocks)] = blocks
-            admitted.append(_Admission(state, row, blocks, start, bool(state.blocks), slot))
-            chunks.append(room.chunk(_Begun(state, row, start, len(blocks), slot)))
+            admitted.append(AdmittedPrompt(state, row, blocks, start, bool(state.blocks), slot))
+            chunks.append(room.chunk(BegunPrompt(state, row, start, len(blocks), slot)))
         return admitted
 
-    def _lay_out(
-        self,
-        now: _Outlook,
-        block_of: NDArray[np.int64],
-        blocks: NDArray[np.int64],
-        grown: list[tuple[_Scheduled, int]],
-        admitted: list[_Admission],
-        chunks: list[_Chunk],
-        used: int,
-    ) -> StepPlan:
-        """The arrays of a plan.
-
-        block_of, blocks: [decodes] int64, of the decoding sequences: index of the block of the
-        token, and how many there are. used: blocks before the plan.
-        """
-        size = self.limits.block_size
-        rows, positions = now.rows, now.positions
-        decodes = len(rows)
-        tokens = self._last[rows] if now.sources is None else np.zeros(decodes, dtype=np.int64)
-        sources = now.sources
-        slots = self._tables[rows, block_of] * size + (positions - block_of * size)
-        queries = np.arange(decodes + 1, dtype=np.int32)
-        context = (positions + 1).astype(np.int32)
-        logit_rows = sample_at = np.arange(decodes)
-        sampled = now.decoding.copy()
-        scored: list[ScoredChunk] = []
-        width = int(block_of.max()) + 1 if decodes else 0
-        if chunks:
-            at = [np.arange(c.start, c.end) for c in chunks]
-            ids = [np.array(c.state.tokens[c.start : c.end], dtype=np.int64) for c in chunks]
-            to = [
-                self._tables[c.row, where // size] * size + where % size
-                for c, where in zip(chunks, at, strict=True)
-            ]
-            ends = np.array([c.end for c in chunks])
-            lengths = ends - np.array([c.start for c in chunks])
-            tokens = np.concatenate([tokens, *ids])
-            positions = np.concatenate([positions, *at])
-            slots = np.concatenate([slots, *to])
-            stops = decodes + np.cumsum(lengths)
-            queries = np.concatenate([queries, stops], dtype=np.int32, casting="same_kind")
-            context = np.concatenate([context, ends], dtype=np.int32, casting="same_kind")
-            logit_rows, sample_at, scored = _logit_rows(decodes, chunks, stops)
-            sampled += [c.state for c in chunks if c.whole]
-            width = max(width, -(-int(ends.max()) // size))
-            rows = np.concatenate([rows, np.array([c.row for c in chunks])])
-            blocks = np.concatenate([blocks, np.array([c.blocks for c in chunks])])
-            if sources is not None:
-                sources = np.concatenate([sources, np.full(int(lengths.sum()), -1)])
-        return StepPlan(
-            token_ids=tokens,
-            positions=positions,
-            query_start=queries,
-            context_len=context,
-            block_tables=self._tables[rows, :width],
-            slot_mapping=slots,
-            logit_rows=logit_rows,
-            sample_at=sample_at,
-            scored=scored,
-            decodes=decodes,
-            sources=sources if decodes else None,
-            _sampled=sampled,
-            _decoding=now.decoding.copy(),
-            _grown=grown,
-            _admitted=admitted,
-            _chunks=[(c.state, c.end) for c in chunks],
-            _whole=[decodes + index for index, c in enumerate(chunks) if c.whole],
-            _rows=rows,
-            _blocks=blocks,
-            _states=self._plan_states(now, chunks),
-            _at=self._clock(),
-            _used_before=used,
-        )
-
-    def _plan_states(self, now: _Outlook, chunks: list[_Chunk]) -> StateStep | None:
+    def _plan_states(self, now: Outlook, chunks: list[PromptChunk]) -> StateStep | None:
         if self._slots is None:
             return None
         parts = [StatePart(s.state, s.state.slot, s.computed, s.computed + 1) for s in now.decoding]
@@ -826,7 +540,7 @@ class Scheduler:
             parts.append(StatePart(chunk.state.state, chunk.slot, chunk.start, chunk.end, keep))
         return self._slots.plan(parts, len(now.decoding))
 
-    def _kept_in(self, chunk: _Chunk) -> list[tuple[int, bytes]]:
+    def _kept_in(self, chunk: PromptChunk) -> list[tuple[int, bytes]]:
         """(tokens, digest) of where the state of a prompt is kept: behind the last block that
         another prompt like it could begin with, and where it parted from an earlier one."""
         state, size = chunk.state, self.limits.block_size
@@ -841,12 +555,14 @@ class Scheduler:
         sampled: Sampled,
         degraded: NDArray[np.bool_] | None = None,
         scores: Sequence[list[TokenLogprobs]] = (),
+        failed: Collection[int] = (),
     ) -> list[TokenEvent]:
         """The step was whole: appends, publishes, finishes; then makes room for the next one.
         Of two in flight it is the first one.
 
         sampled: one token for each of plan.samples. degraded: [N] bool, rows that were computed
-        without some of their experts; None: no row was. scores: of each of plan.scored.
+        without some of their experts; None: no row was. scores: of each of plan.scored. failed:
+        which of plan.samples could not be sampled, of those that are `supposed`.
         Returns one event for each of them that was not aborted meanwhile, in the same order.
         """
         self._check_in_flight(plan, 0)
@@ -858,25 +574,20 @@ class Scheduler:
                 state.scores += found
         del self._plans[0]
         self._ahead = None
-        for state, block in plan._grown:
+        for state, block in (*plan.grown, *plan.extra):
             state.blocks.append(block)
             self._held[state.row] += 1
         self._keep_admitted(plan)
+        runs = None if plan.drafts is None else plan.runs(sampled.tokens, failed)
         if degraded is not None:
-            self._taint(plan, degraded)
-        if plan._states is not None:
-            self._commit_states(plan, plan._states)
-        size = self.limits.block_size
-        for state in plan._decoding:
-            state.computed += 1
-            if state.computed % size == 0:
-                self._publish(state, state.computed - 1)
-                if self._slots is not None and not state.tainted and self.limits.prefix_cache:
-                    self._slots.keep_latest(state.state, state.digests[state.computed // size - 1])
-        for state, end in plan._chunks:
+            self._taint(plan, degraded, runs)
+        if self._slots is not None and plan.state_step is not None:
+            sequences = [*plan.decoding, *(state for state, _ in plan.chunks)]
+            self._slots.commit(plan.state_step, [state.tainted for state in sequences])
+        for state, end in plan.chunks:
             start, state.computed = state.computed, end
             self._publish(state, start)
-        events = self._append(plan, sampled)
+        events = self._append(plan, sampled, runs)
         self._drop_orphans(plan)
         if not self._plans:
             self._make_room()
@@ -888,15 +599,17 @@ class Scheduler:
         self._check_in_flight(plan, -1)
         self._plans.pop()
         self._ahead = None
-        if self._slots is not None and plan._states is not None:
-            self._slots.rollback(plan._states)
-        for admission in reversed(plan._admitted):
+        if self._slots is not None and plan.state_step is not None:
+            self._slots.rollback(plan.state_step)
+        for _state, block in reversed(plan.extra):  # in reverse order: the same come again
+            self.pool.free([block])
+        for admission in reversed(plan.admitted):
             self._free_rows.append(admission.row)
             if not admission.kept:
                 self.pool.free(admission.blocks)
                 if self._slots is not None:
                     self._slots.give_back(admission.slot)
-        for _state, block in reversed(plan._grown):
+        for _state, block in reversed(plan.grown):
             self.pool.free([block])
         self._drop_orphans(plan, self._plans[-1] if self._plans else None)
 
@@ -905,13 +618,13 @@ class Scheduler:
             self.rollback(self._plans[-1])
 
     def _keep_admitted(self, plan: StepPlan) -> None:
-        for admission in plan._admitted:
+        for admission in plan.admitted:
             state = admission.state
             state.row, state.blocks = admission.row, admission.blocks
             state.state.slot = admission.slot
             state.computed = admission.cached
             if state.waited is None:
-                state.waited = plan._at - state.added
+                state.waited = plan.at - state.added
             self._held[state.row] = len(state.blocks)
             if not admission.kept:
                 self.prompt_tokens += len(state.tokens)
@@ -921,36 +634,49 @@ class Scheduler:
                 self._waiting.remove(state)  # others may have come before it since the plan
                 self._prefilling.append(state)
 
-    def _commit_states(self, plan: StepPlan, states: StateStep) -> None:
-        assert self._slots is not None
-        sequences = [*plan._decoding, *(state for state, _ in plan._chunks)]
-        self._slots.commit(states, [state.tainted for state in sequences])
-
-    def _taint(self, plan: StepPlan, degraded: NDArray[np.bool_]) -> None:
-        states = [*plan._decoding, *(state for state, _ in plan._chunks)]
+    def _taint(self, plan: StepPlan, degraded: NDArray[np.bool_], runs: list[range] | None) -> None:
+        if runs is not None:  # what did not come true is nobody's
+            degraded = degraded.copy()
+            for run, end in zip(runs, plan.query_start[1 : plan.decodes + 1], strict=False):
+                degraded[run.stop : end] = False
+        states = [*plan.decoding, *(state for state, _ in plan.chunks)]
         hit = np.logical_or.reduceat(degraded, plan.query_start[:-1])
         for index in np.flatnonzero(hit).tolist():
             states[index].tainted = True
 
-    def _append(self, plan: StepPlan, sampled: Sampled) -> list[TokenEvent]:
+    def _append(
+        self, plan: StepPlan, sampled: Sampled, runs: list[range] | None
+    ) -> list[TokenEvent]:
+        """runs: see `StepPlan.runs`; None: one sample for each sequence."""
         events = []
-        limit = self.limits.max_model_len
-        finished = False
-        for state, token, logprobs in zip(
-            plan._sampled, sampled.tokens, sampled.logprobs, strict=True
-        ):
+        limit, size = self.limits.max_model_len, self.limits.block_size
+        for index, state in enumerate(plan.sampled):
+            first, count = (index, 1) if runs is None else (runs[index].start, len(runs[index]))
             if state.aborted:
+                if index < plan.decodes:
+                    self._decoded(state, 1, size)
                 continue
-            position = state.position
-            state.append(token)
-            self._last[state.row] = token
+            position, finish = state.position, None
+            for said, token in enumerate(sampled.tokens[first : first + count], 1):
+                state.append(token)
+                finish = state.finish(limit)
+                if finish is not None:
+                    count = said  # what was sampled behind the end is nobody's
+                    break
+            if index < plan.decodes:
+                self._decoded(state, count, size)
+                if state.speculation is not None:
+                    draft = plan.drafts[index] if plan.drafts else ()
+                    self._judge(state, state.speculation, draft, count - 1)
+            self._last[state.row] = state.tokens[-1]
             self._length[state.row] = state.computed
-            finish = state.finish(limit)
             if finish is not None:
-                finished = True
                 del self._states[state.id]
-            top = None if logprobs is None else [logprobs]
-            event = TokenEvent(state.id, position, [token], top, finish, state.tainted)
+            said_of, told = slice(first, first + count), None
+            if sampled.logprobs[first] is not None:
+                told = [one for one in sampled.logprobs[said_of] if one is not None]
+            tokens = sampled.tokens[said_of]
+            event = TokenEvent(state.id, position, tokens, told, finish, state.tainted)
             if position == 0:
                 event = msgspec.structs.replace(
                     event,
@@ -960,16 +686,53 @@ class Scheduler:
                 )
             state.scores = None
             events.append(event)
-        self._advance(plan, events if finished else [])
+        self._advance(plan, events)
         return events
+
+    def _decoded(self, state: ScheduledSequence, count: int, size: int) -> None:
+        """Keys and values of so many further tokens are there; blocks of size `size` that were
+        taken for more go back."""
+        state.computed += count
+        behind = state.computed % size
+        if behind < count:
+            self._publish(state, state.computed - count)
+            if self._slots is not None and not state.tainted and self.limits.prefix_cache:
+                self._slots.keep_latest(state.state, state.digests[state.computed // size - 1])
+        if len(state.blocks) * size - state.computed >= size:
+            needed = -(-state.computed // size)
+            self.pool.free(state.blocks[needed:])
+            del state.blocks[needed:]
+            self._held[state.row] = needed
+
+    def _judge(
+        self,
+        state: ScheduledSequence,
+        speculation: SequenceSpeculation,
+        draft: Sequence[int],
+        accepted: int,
+    ) -> None:
+        """What became of what was proposed for a sequence."""
+        speculation.learn(state.tokens, len(draft), accepted)
+        if draft:
+            counts = DraftCounts(1, len(draft), [1] * accepted)
+            self._drafted = counts if self._drafted is None else self._drafted + counts
+
+    def _begin_decoding(self, states: Sequence[ScheduledSequence]) -> None:
+        """Their tokens but the last are computed."""
+        self._decoding += states
+        self._order = None
+        if self._speculative is not None:
+            for state in states:
+                if state.matcher is None:
+                    state.speculation = SequenceSpeculation(self._speculative)
+                    state.speculation.learn(state.tokens)
 
     def _advance(self, plan: StepPlan, ended: list[TokenEvent]) -> None:
         """Those whose prompt is complete decode from now on; the finished go."""
-        complete = [s for s in plan._sampled[plan.decodes :] if not s.aborted]
+        complete = [s for s in plan.sampled[plan.decodes :] if not s.aborted]
         if complete:  # the first ones: a prompt gets tokens only when those before it are complete
             self._prefilling = self._prefilling[len(complete) :]
-            self._decoding += complete
-            self._order = None
+            self._begin_decoding(complete)
         if any(event.finish for event in ended):
             here = self._states
             gone = [s for s in self._decoding if here.get(s.id) is not s]
@@ -995,7 +758,7 @@ class Scheduler:
             if victim in needed:
                 needed.remove(victim)
 
-    def _least(self) -> _Scheduled:
+    def _least(self) -> ScheduledSequence:
         """Takes out who runs with the lowest priority; of those who prefill, then the latest."""
         lowest = max(s.params.priority for s in (*self._decoding, *self._prefilling))
         for queue in (self._prefilling, self._decoding):
@@ -1005,7 +768,7 @@ class Scheduler:
                     return state
         raise AssertionError
 
-    def _queue(self, state: _Scheduled, *, first: bool = False) -> None:
+    def _queue(self, state: ScheduledSequence, *, first: bool = False) -> None:
         """Lets it wait behind those that have blocks and those with a priority that is higher, or
         equal. first: of its equals it is the first."""
         own = state.params.priority - first
@@ -1017,7 +780,7 @@ class Scheduler:
             at -= 1
         self._waiting.insert(at, state)
 
-    def _publish(self, state: _Scheduled, since: int) -> None:
+    def _publish(self, state: ScheduledSequence, since: int) -> None:
         """Publishes the blocks of `state` that became full since `since` tokens were computed."""
         if not self.limits.prefix_cache or state.tainted:
             return
@@ -1027,11 +790,11 @@ class Scheduler:
         for index in range(first, last):
             self.pool.publish(state.blocks[index], state.digests[index])
 
-    def _chain(self, state: _Scheduled, blocks: int) -> list[bytes]:
+    def _chain(self, state: ScheduledSequence, blocks: int) -> list[bytes]:
         salt = state.params.cache_salt
         return chain(state.tokens, self.limits.block_size, state.digests, blocks, salt)
 
-    def _release(self, state: _Scheduled) -> None:
+    def _release(self, state: ScheduledSequence) -> None:
         """Gives back the blocks and the row of a sequence, as far as it has them."""
         self.pool.free(state.blocks)
         if self._slots is not None:
@@ -1039,6 +802,7 @@ class Scheduler:
         if state.row >= 0:
             self._free_rows.append(state.row)
         state.blocks, state.computed, state.row, state.tainted = [], 0, -1, False
+        state.speculation = None
         if state.scores:
             state.scores = []
 

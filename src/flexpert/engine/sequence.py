@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,13 @@ class TokenCounts:
     def answer(self) -> NDArray[np.float32]:
         """[distinct] float32: how often `ids` are in the answer."""
         return self._answer[: len(self._index)]
+
+    def copy(self) -> TokenCounts:
+        """One that goes its own way."""
+        other = TokenCounts.__new__(TokenCounts)
+        other._index = self._index.copy()
+        other._ids, other._answer = self._ids.copy(), self._answer.copy()
+        return other
 
     def append(self, token: int) -> None:
         """One more token of the answer."""
@@ -158,6 +166,23 @@ class SampleState:
             for ids in self.params.bad_token_ids
             if len(ids) == 1 or tuple(answer[1 - len(ids) :]) == ids[:-1]
         ]
+
+    def after(self, tokens: Sequence[int]) -> list[SampleState]:
+        """As it would be after the first of these tokens, after the first two, and so on; this one
+        stays as it is. Not of a structured answer, whose matcher is one."""
+        answer, before = self.tokens[self.prompt_length :], self
+        found = []
+        for place, token in enumerate(tokens, 1):
+            state = SampleState.__new__(SampleState)
+            for name in SampleState.__slots__:
+                setattr(state, name, getattr(before, name))
+            state.tokens, state.prompt_length = [*answer, *tokens[:place]], 0
+            if before.counts is not None:
+                state.counts = before.counts.copy()
+                state.counts.append(token)
+            found.append(state)
+            before = state
+        return found
 
     def append(self, token: int) -> None:
         """`token` was published."""

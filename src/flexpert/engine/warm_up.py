@@ -8,10 +8,10 @@ import torch
 
 from flexpert.comm import Buffer, CommError
 from flexpert.engine.device_profile import DeviceProfile, WarmUpBatch
+from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.epoch import PreparedEpoch
 from flexpert.engine.request import RequestSequence, SamplingParams
 from flexpert.engine.sampler import TokenSampler
-from flexpert.engine.scheduler import EngineLimits
 from flexpert.engine.sequence import SampleState
 from flexpert.engine.stopwatch import Stopwatch
 from flexpert.models.batch import ForwardBatch

@@ -18,7 +18,8 @@ _ALIGN = 64  # bytes; of each tensor's begin
 
 class KVCache:
     """layers: per attention layer (keys [blocks, block_size, kv_heads, key_dim], values [...,
-    value_dim]) in the model's dtype, all of them views of one memory.
+    value_dim]) in the model's dtype, all of them views of one memory; where values are part of the
+    keys, views of these. parts: those that are not, each contiguous.
 
     states: per layer that keeps a state, its states by key, each [slots, *shape].
 
@@ -37,18 +38,21 @@ class KVCache:
         self.blocks = blocks
         self.slots = slots
         self.layers: list[tuple[Tensor, Tensor]] = []
-        self._begins: list[tuple[int, int]] = []  # of these in the memory
+        self.parts: list[Tensor] = []
+        self._begins: list[int] = []  # of these in the memory
         at = 0
         for shape in info.attention:
-            pair, begins = [], []
-            for dim in (shape.key_dim, shape.value_dim):
+            for dim in shape.kept_dims:
                 size = blocks * block_size * shape.kv_heads * dim * info.dtype.itemsize
                 part = memory[at : at + size].view(info.dtype)
-                pair.append(part.view(blocks, block_size, shape.kv_heads, dim))
-                begins.append(at)
+                self.parts.append(part.view(blocks, block_size, shape.kv_heads, dim))
+                self._begins.append(at)
                 at += _aligned(size)
-            self.layers.append((pair[0], pair[1]))
-            self._begins.append((begins[0], begins[1]))
+            if shape.value_in_key:
+                keys = self.parts[-1]
+                self.layers.append((keys, keys[..., : shape.value_dim]))
+            else:
+                self.layers.append((self.parts[-2], self.parts[-1]))
         self.states: list[dict[StateKey, Tensor]] = []
         self._slots: list[tuple[int, Tensor]] = []  # begin in the memory, [slots, bytes] of it
         for layer in info.states:
@@ -67,7 +71,7 @@ class KVCache:
         return KVCache.state_nbytes(info, slots) + sum(
             _aligned(blocks * block_size * shape.kv_heads * dim * info.dtype.itemsize)
             for shape in info.attention
-            for dim in (shape.key_dim, shape.value_dim)
+            for dim in shape.kept_dims
         )
 
     @staticmethod
@@ -101,10 +105,9 @@ class KVCache:
         target = torch.tensor([pair[1] for pair in pairs], device=device)
         copied = 0
         with torch.inference_mode():
-            for mine, theirs in zip(self.layers, other.layers, strict=True):
-                for to, of in zip(mine, theirs, strict=True):
-                    to.index_copy_(0, target, of.index_select(0, source))
-                    copied += len(pairs) * to[0].nbytes
+            for to, of in zip(self.parts, other.parts, strict=True):
+                to.index_copy_(0, target, of.index_select(0, source))
+                copied += len(pairs) * to[0].nbytes
         stream_of(device).synchronize()
         return copied
 
@@ -114,11 +117,10 @@ class KVCache:
         Raises: CommError: the peer cannot be read any more.
         """
         parts: list[tuple[int, Tensor]] = []
-        for tensors, begins in zip(self.layers, self._begins, strict=True):
-            for tensor, begin in zip(tensors, begins, strict=True):
-                blocks = tensor.view(torch.uint8).view(self.blocks, -1)
-                size = blocks.shape[1]
-                parts += [(begin + there * size, blocks[here]) for there, here in pairs]
+        for tensor, begin in zip(self.parts, self._begins, strict=True):
+            blocks = tensor.view(torch.uint8).view(self.blocks, -1)
+            size = blocks.shape[1]
+            parts += [(begin + there * size, blocks[here]) for there, here in pairs]
         memory.copy(parts)
         return sum(into.numel() for _, into in parts)
 

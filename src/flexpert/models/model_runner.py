@@ -25,83 +25,20 @@ from flexpert.models import recorded_steps, recording, registrations
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.decode_graphs import DecodeGraphs
 from flexpert.models.dense_weights import load_dense, replace_tensor
-from flexpert.models.deterministic import RowwiseMode, outside_modes
+from flexpert.models.deterministic import RowwiseMode
 from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
 from flexpert.models.kv_cache import KVCache
+from flexpert.models.latent_attention import LatentAttention, kept_latent
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
+from flexpert.models.paged_attention import PagedAttention
 from flexpert.models.recorded_steps import Experts, RecordedSteps
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.models.state_layers import StateLayer, bind_states
 from flexpert.moe.moe_layers import MoELayers
 
 CPU = torch.device("cpu")
-
-
-class PagedAttention:
-    """One attention layer's cache, and the batch that all layers share.
-
-    key_cache: [blocks, block_size, kv_heads, key_dim]; value_cache: […, value_dim].
-    """
-
-    __slots__ = ("batch", "isolated", "kernel", "key_cache", "value_cache")
-
-    def __init__(
-        self,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        kernel: PagedAttentionKernel,
-        *,
-        isolated: bool,
-    ) -> None:
-        self.key_cache = key_cache
-        self.value_cache = value_cache
-        self.kernel = kernel
-        self.isolated = isolated
-        self.batch: ForwardBatch | None = None
-
-    def attention(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: object,
-        *,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **_: object,  # `probe` has refused what would matter
-    ) -> Tensor:
-        with outside_modes() if self.isolated else contextlib.nullcontext():
-            batch = self.batch
-            if batch is None:
-                raise RuntimeError("attention outside of ModelRunner.forward")
-            rows = batch.slot_mapping.shape[0]
-            parts = _rows(query)[:rows], _rows(key)[:rows], _rows(value)[:rows]
-            sinks = None if s_aux is None else s_aux.to(query.dtype).contiguous()
-            options: dict[str, Any] = {
-                "scaling": query.shape[3] ** -0.5 if scaling is None else scaling,
-                "window": sliding_window or 0,
-                "softcap": softcap or 0.0,
-                "sinks": sinks,
-            }
-            if (noting := recording.current()) is not None:
-                caches = self.key_cache, self.value_cache
-                return noting.attention(*parts, caches, **options).unsqueeze(0)
-            out = self.kernel(
-                *parts,
-                self.key_cache,
-                self.value_cache,
-                batch.query_start,
-                batch.context_len,
-                batch.block_tables,
-                batch.slot_mapping,
-                **options,
-            )
-            return pad_rows(out, query.shape[2]).unsqueeze(0)
 
 
 class RoutedExperts:
@@ -273,8 +210,9 @@ class ModelRunner:
         kv = KVCache(info, kv_blocks, kv_block_size, kv_memory, state_slots)
         attention = []
         for name, (keys, values) in zip(attention_names, kv.layers, strict=True):
-            layer = PagedAttention(keys, values, kernels.paged_attention, isolated=deterministic)
-            registrations.bind(model.get_submodule(name), layer)
+            module = model.get_submodule(name)
+            layer = _attention_of(module, keys, values, kernels.paged_attention, deterministic)
+            registrations.bind(module, layer)
             attention.append(layer)
         experts = []
         for index, name in enumerate(experts_names):
@@ -455,17 +393,24 @@ class ModelRunner:
     def kv_nbytes(self) -> int:
         """Bytes reserved for the KV cache, and for states."""
         states = sum(state.nbytes for layer in self.kv.states for state in layer.values())
-        return states + sum(k.nbytes + v.nbytes for k, v in self.kv.layers)
+        return states + sum(part.nbytes for part in self.kv.parts)
 
 
 def _stand_in(layer: int, x: Tensor, ids: Tensor, weights: Tensor, gate: Gate) -> Tensor:
     return recording.stand_in(x, ids, weights)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[1, heads, N, dim] → [N, heads, dim], last dimension contiguous."""
-    x = x[0].transpose(0, 1)
-    return x if x.stride(2) == 1 else x.contiguous()
+def _attention_of(
+    module: nn.Module,
+    keys: Tensor,
+    values: Tensor,
+    kernel: PagedAttentionKernel,
+    isolated: bool,
+) -> PagedAttention:
+    shape = kept_latent(module)
+    if shape is None:
+        return PagedAttention(keys, values, kernel, isolated=isolated)
+    return LatentAttention(module, shape, keys, values, kernel, isolated=isolated)
 
 
 def compute_buffers(model: PreTrainedModel) -> None:

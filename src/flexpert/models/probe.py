@@ -8,6 +8,7 @@ reason, instead of being ignored in silence.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from flexpert.models.architecture import (
     says_experts,
     untouched_parts,
 )
+from flexpert.models.latent_attention import LatentShape, keep_latents, kept_latent
 from flexpert.models.meta_walk import walk
 from flexpert.models.state_probe import StateProbe, cached_modules, probed_states
 from flexpert.models.state_view import StateShape
@@ -58,11 +60,20 @@ _USUAL_CONTEXT: Final = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What one attention layer keeps of each token: kv_heads keys and as many values."""
+    """What one attention layer keeps of each token: kv_heads keys and as many values.
+
+    value_in_key: a value is the first part of its key.
+    """
 
     kv_heads: int
     key_dim: int
     value_dim: int
+    value_in_key: bool = False
+
+    @property
+    def kept_dims(self) -> tuple[int, ...]:
+        """Numbers of each head that are kept, in one piece or two."""
+        return (self.key_dim,) if self.value_in_key else (self.key_dim, self.value_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +93,7 @@ class Probe:
     states: by module that keeps a state of each sequence, in the order of the walk: its shapes.
     state_layers: numbers of the layers that these are in.
     padded_vocab: tokens for which the files have embeddings, if these are more than the vocabulary.
-    context: tokens within which attention is what we compute.
+    context: tokens within which attention is what we compute. latents: see `keep_latents`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -95,6 +106,7 @@ class Probe:
         self.state_layers: set[int] = set()
         self.left_out: tuple[str, ...] = ()
         self.padded_vocab: int | None = None
+        self.latents = False
 
     def attention(
         self,
@@ -125,8 +137,30 @@ class Probe:
             raise UnsupportedModel(f"{name} attends twice in one pass")
         if key.shape[1] == 0 or query.shape[1] % key.shape[1] or key.shape[2] != query.shape[2]:
             raise UnsupportedModel(f"{name} attends to keys that are not those of its own tokens")
-        self.attention_shapes[name] = AttentionShape(key.shape[1], key.shape[3], value.shape[3])
-        return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+        latent = kept_latent(module)
+        self.attention_shapes[name] = AttentionShape(
+            key.shape[1], key.shape[3], value.shape[3], latent is not None
+        )
+        if latent is None:
+            return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+        return self._of_latents(name, module, query, (key, value), latent)
+
+    def _of_latents(
+        self,
+        name: str,
+        module: Any,
+        query: Tensor,
+        kept: tuple[Tensor, Tensor],
+        shape: LatentShape,
+    ) -> Tensor:
+        """Raises: UnsupportedModel: it attends to something else than the latents."""
+        self.latents = True
+        found = (*query.shape[1::2], *(one.shape[axis] for one in kept for axis in (1, 3)))
+        key_dim = shape.rank + shape.rope
+        if found != (shape.heads, shape.nope + shape.rope, 1, key_dim, 1, shape.rank):
+            raise UnsupportedModel(f"{name} attends to something else than its latents")
+        module.kv_b_proj.weight.t()  # has a part in it, which attention calls otherwise
+        return query.new_empty((1, query.shape[2], shape.heads, shape.value_dim))
 
     def experts(self, module: nn.Module, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         name = self._names[module]
@@ -151,6 +185,8 @@ class Probe:
         """The same model once more, without what is left out; see `build_skeleton`."""
         chosen, config = self._model
         model = build_skeleton(config, dtype, chosen, attention=attention)
+        if self.latents:
+            keep_latents(model)
         leave_out(model, self.left_out)
         if self.padded_vocab is not None:
             pad_vocabulary(model, self.padded_vocab)
@@ -158,11 +194,16 @@ class Probe:
 
 
 def find_architecture(
-    config: PreTrainedConfig, dtype: torch.dtype, own: type[PreTrainedModel] | None = None
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    own: type[PreTrainedModel] | None = None,
+    *,
+    latent_cache: bool = False,
 ) -> tuple[PreTrainedModel, Probe]:
     """The model that serves a checkpoint, on the meta device, and what its walk told.
 
-    own: its class, if the checkpoint brings one.
+    own: its class, if the checkpoint brings one. latent_cache: where a model compresses keys and
+    values, and it can be done, they are kept so.
 
     Raises:
         UnsupportedModel: none does; says why not the likeliest one.
@@ -173,6 +214,10 @@ def find_architecture(
     for chosen, settings in classes:
         try:
             skeleton = build_skeleton(settings, dtype, chosen, attention=registrations.PROBE)
+            if latent_cache and keep_latents(skeleton):
+                with contextlib.suppress(UnsupportedModel):
+                    return skeleton, probe(skeleton)
+                skeleton = build_skeleton(settings, dtype, chosen, attention=registrations.PROBE)
             return skeleton, probe(skeleton)
         except ModelError as error:
             refusal = refusal or error

@@ -96,7 +96,7 @@ class ModelInfo:
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token's keys and values in all layers."""
-        elements = sum(a.kv_heads * (a.key_dim + a.value_dim) for a in self.attention)
+        elements = sum(a.kv_heads * sum(a.kept_dims) for a in self.attention)
         return elements * self.dtype.itemsize
 
 
@@ -167,6 +167,7 @@ class ModelSource:
         max_model_len: int | None = None,
         experts: ExpertFormat = "unquantized",
         trust_remote_code: bool = False,
+        latent_cache: bool = False,
     ) -> ModelSource:
         """Open a model by name.
 
@@ -177,6 +178,8 @@ class ModelSource:
             max_model_len: a shorter limit of prompt and answer than the model's.
             experts: their format in memory.
             trust_remote_code: run the Python code that a checkpoint brings along.
+            latent_cache: attention that compresses keys and values (MLA) keeps what they are
+                compressed to; for a CPU.
 
         Raises:
             UnsupportedModel: a dense model, a quantization that is not served, or a family
@@ -204,7 +207,7 @@ class ModelSource:
                     files = open_files()
                     stored = files.main_dtype
             of_weights = _dtype(stored or torch.float32, dtype)
-            skeleton, found = find_architecture(config, of_weights, own)
+            skeleton, found = find_architecture(config, of_weights, own, latent_cache=latent_cache)
             info = _info(model, path, config, skeleton, found, max_model_len)
             files = files or open_files()
             source = cls(path, config, info, skeleton, found, files, experts)

@@ -159,6 +159,7 @@ class _Compiler:
             key.sizes[1],
             key.sizes[2],
             value.sizes[2],
+            call.value_cache.stride(2),
             call.window,
             scalar(call.scaling),
             scalar(call.softcap),

@@ -36,6 +36,10 @@ VLLM_NAMES = (
     VllmName("gpu_prefix_cache_queries", "prefix_cache_queries"),  # until vLLM 0.11
     VllmName("gpu_prefix_cache_hits", "cached_prompt_tokens"),
     VllmName("prompt_tokens_cached", "cached_prompt_tokens"),
+    VllmName("spec_decode_num_drafts", "drafts"),
+    VllmName("spec_decode_num_draft_tokens", "draft_tokens"),
+    VllmName("spec_decode_num_accepted_tokens", "accepted_draft_tokens"),
+    VllmName("spec_decode_num_accepted_tokens_per_pos", "accepted_draft_tokens_by_position"),
     VllmName("prompt_tokens", "prompt_tokens"),
     VllmName("generation_tokens", "tokens"),
     VllmName("iteration_tokens_total", "step_tokens"),

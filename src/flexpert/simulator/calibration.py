@@ -22,7 +22,7 @@ from flexpert.bench.load import ClientAnswer
 from flexpert.bench.machine import this_machine
 from flexpert.bench.offered_load import offer
 from flexpert.bench.service import Service, own_service
-from flexpert.engine.scheduler import EngineLimits
+from flexpert.engine.engine_limits import EngineLimits
 from flexpert.simulator.cost_fit import Observation, StepSums, fit_steps, non_negative
 from flexpert.simulator.cost_profile import (
     ChangeCost,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.request import BlockChanges, TokenEvent
-from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
+from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence import Sampled
+from flexpert.engine.step_plan import StepPlan
 
 _TOKEN = 1  # what every step samples; with ignore_eos nothing depends on it
 

@@ -26,8 +26,8 @@ from flexpert.cluster.request_routing import RankCaches, Router, Routing
 from flexpert.cluster.restart_policy import RestartPolicy
 from flexpert.cluster.scale_down import Candidate, leave_order
 from flexpert.engine import rank_protocol as msg
+from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.request import BlockChanges, HeldKV, KVMigration, SamplingParams, TokenEvent
-from flexpert.engine.scheduler import EngineLimits
 from flexpert.errors import FlexpertError, Overloaded
 from flexpert.moe.balance import total_imbalance
 from flexpert.moe.placement import Placement, loads, replan

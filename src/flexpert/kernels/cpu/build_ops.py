@@ -22,7 +22,7 @@ ffibuilder.cdef(
                            intptr_t block_tables, intptr_t slot_mapping, intptr_t sinks,
                            intptr_t out, long qs0, long qs1, long ks0, long ks1, long vs0,
                            long vs1, long sequences, long max_blocks, long block_size, long heads,
-                           long kv_heads, long key_dim, long value_dim, long window,
+                           long kv_heads, long key_dim, long value_dim, long value_row, long window,
                            float scaling, float softcap, int dtype);
     void fx_set_threads(int threads);
     int fx_run(intptr_t program, long first, long last, intptr_t step);

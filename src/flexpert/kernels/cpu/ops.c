@@ -618,13 +618,13 @@ static int amx_granted(void) {
 
 typedef struct {
     const char *query, *key, *value; /* of this step; strides below, in elements */
-    char *key_cache, *value_cache;   /* [blocks, block_size, kv_heads, dim] */
+    char *key_cache, *value_cache;   /* [blocks, block_size, kv_heads, dim]; values may lie in keys */
     const int32_t *query_start, *context_len, *block_tables;
     const int64_t *slot_mapping;
     const char *sinks; /* [heads] or NULL */
     char *out;         /* [tokens, heads, value_dim] */
     long query_stride[2], key_stride[2], value_stride[2]; /* token, head */
-    long sequences, max_blocks, block_size, heads, kv_heads, key_dim, value_dim, window;
+    long sequences, max_blocks, block_size, heads, kv_heads, key_dim, value_dim, value_row, window;
     float scaling, softcap;
     int dtype;
 } attention_args;
@@ -670,7 +670,7 @@ INLINE void store_kv(const attention_args *a) {
             memcpy(a->key_cache + (slot * a->kv_heads + h) * a->key_dim * width,
                    a->key + (t * a->key_stride[0] + h * a->key_stride[1]) * width,
                    a->key_dim * width);
-            memcpy(a->value_cache + (slot * a->kv_heads + h) * a->value_dim * width,
+            memcpy(a->value_cache + (slot * a->kv_heads + h) * a->value_row * width,
                    a->value + (t * a->value_stride[0] + h * a->value_stride[1]) * width,
                    a->value_dim * width);
         }
@@ -729,11 +729,11 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                     block++;
                 }
                 const char *key = a->key_cache + (slot * a->kv_heads + kv_head) * a->key_dim * width;
-                const char *value = a->value_cache + (slot * a->kv_heads + kv_head) * a->value_dim * width;
+                const char *value = a->value_cache + (slot * a->kv_heads + kv_head) * a->value_row * width;
                 if (ahead >= 0) { /* of the next tile; rows lie too far apart for the hardware */
                     const long step = (ahead - slot) * a->kv_heads * width;
                     for (long i = 0; i < a->key_dim * width; i += 64) __builtin_prefetch(key + step * a->key_dim + i);
-                    for (long i = 0; i < a->value_dim * width; i += 64) __builtin_prefetch(value + step * a->value_dim + i);
+                    for (long i = 0; i < a->value_dim * width; i += 64) __builtin_prefetch(value + step * a->value_row + i);
                 }
                 unpack(key, key_tile + j * kd, a->key_dim, dtype);
                 unpack(value, value_tile + j * vd, a->value_dim, dtype);
@@ -1127,7 +1127,7 @@ static int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intp
                               intptr_t block_tables, intptr_t slot_mapping, intptr_t sinks,
                               intptr_t out, long qs0, long qs1, long ks0, long ks1, long vs0,
                               long vs1, long sequences, long max_blocks, long block_size, long heads,
-                              long kv_heads, long key_dim, long value_dim, long window,
+                              long kv_heads, long key_dim, long value_dim, long value_row, long window,
                               float scaling, float softcap, int dtype) {
     const attention_args a = {
         .query = (const char *)query,
@@ -1151,6 +1151,7 @@ static int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intp
         .kv_heads = kv_heads,
         .key_dim = key_dim,
         .value_dim = value_dim,
+        .value_row = value_row,
         .window = window,
         .scaling = scaling,
         .softcap = softcap,

@@ -278,7 +278,8 @@ def paged_attention(
         key: [N, kv_heads, key_dim].
         value: [N, kv_heads, value_dim].
         key_cache: [blocks, block_size, kv_heads, key_dim], contiguous.
-        value_cache: [blocks, block_size, kv_heads, value_dim], contiguous.
+        value_cache: [blocks, block_size, kv_heads, value_dim], contiguous; or the first part of
+            `key_cache`, where value is that of key.
         query_start: [S + 1] int32. Tokens from query_start[S] on are padding: not touched.
         context_len: [S] int32, tokens in the cache after this step; a sequence's rows are its last.
         block_tables: [S, max_blocks] int32.
@@ -319,6 +320,7 @@ def paged_attention(
         kv_heads,
         key_dim,
         value_dim,
+        value_dim if value_cache.is_contiguous() else value_cache.stride(2),
         window,
         scaling,
         softcap,

@@ -247,7 +247,7 @@ INLINE void take_inputs(const int64_t *op, const int64_t *step) {
 /* Words of an attention: after what it is and the dtype, these. */
 enum {
     ATT_OUT = 2, ATT_QUERY, ATT_KEY, ATT_VALUE, ATT_KEY_CACHE, ATT_VALUE_CACHE, ATT_SINKS, ATT_STRIDES,
-    ATT_BLOCK_SIZE = ATT_STRIDES + 6, ATT_HEADS, ATT_KV_HEADS, ATT_KEY_DIM, ATT_VALUE_DIM, ATT_WINDOW,
+    ATT_BLOCK_SIZE = ATT_STRIDES + 6, ATT_HEADS, ATT_KV_HEADS, ATT_KEY_DIM, ATT_VALUE_DIM, ATT_VALUE_ROW, ATT_WINDOW,
     ATT_SCALING, ATT_SOFTCAP
 };
 
@@ -275,6 +275,7 @@ INLINE attention_args attention_of(const int64_t *op, const int64_t *step) {
         .kv_heads = op[ATT_KV_HEADS],
         .key_dim = op[ATT_KEY_DIM],
         .value_dim = op[ATT_VALUE_DIM],
+        .value_row = op[ATT_VALUE_ROW],
         .window = op[ATT_WINDOW],
         .scaling = (float)scalar_of(op, ATT_SCALING),
         .softcap = (float)scalar_of(op, ATT_SOFTCAP),

@@ -1,0 +1,123 @@
+"""What there is to compute next, and what there will be if the plan in flight is whole. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexpert.engine.scheduled_sequence import ScheduledSequence
+from flexpert.engine.step_plan import StepPlan
+from flexpert.models.state_runs import NO_STATE
+
+
+@dataclass(frozen=True, slots=True)
+class BegunPrompt:
+    """A sequence whose prompt is computed in part. blocks: how many it has. slot: of its state."""
+
+    state: ScheduledSequence
+    row: int
+    computed: int
+    blocks: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What is to be computed, if the plan in flight is whole.
+
+    decoding: of D sequences, with rows, positions of the next token, and held blocks: [D] int64.
+    sources: as in `StepPlan`, [D]. admitted: `id` of states that wait no more.
+    """
+
+    decoding: list[ScheduledSequence]
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    held: NDArray[np.int64]
+    sources: NDArray[np.int64] | None
+    prefilling: list[BegunPrompt]
+    admitted: frozenset[int] = frozenset()
+
+    @property
+    def running(self) -> int:
+        return len(self.decoding) + len(self.prefilling)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    state: ScheduledSequence
+    row: int
+    blocks: int
+    slot: int
+    start: int
+    end: int
+
+    @property
+    def whole(self) -> bool:
+        """The sequence is sampled after it."""
+        return self.end == len(self.state.tokens)
+
+    @property
+    def scored(self) -> int:
+        """How many of its rows tell how likely the prompt's next token was."""
+        return 0 if self.state.scores is None else self.end - self.start - self.whole
+
+
+@dataclass(slots=True)
+class StepRoom:
+    """What is left of a step. tokens: to be computed. scored: rows of logits that only tell how
+    likely a prompt's tokens were; each is as long as the vocabulary."""
+
+    tokens: int
+    scored: int
+
+    def any_for(self, state: ScheduledSequence) -> bool:
+        return self.tokens > 0 and (state.scores is None or self.scored > 0)
+
+    def chunk(self, begun: BegunPrompt) -> PromptChunk:
+        """As much of the rest of a prompt as there is room for; may be nothing."""
+        state, start = begun.state, begun.computed
+        room = self.tokens if state.scores is None else min(self.tokens, self.scored)
+        end = min(len(state.tokens), start + room)
+        chunk = PromptChunk(state, begun.row, begun.blocks, begun.slot, start, end)
+        self.tokens -= chunk.end - chunk.start
+        self.scored -= chunk.scored
+        if not chunk.whole:
+            self.tokens = 0  # none overtakes it
+        return chunk
+
+
+def outlook_after(
+    plan: StepPlan, prefilling: Sequence[ScheduledSequence], max_model_len: int
+) -> Outlook:
+    """What there is if `plan` is whole, and no token of it ends an answer before its time.
+
+    prefilling: those whose prompt is computed in part, before it.
+    """
+    sequences = [*range(plan.decodes), *plan.whole]
+    on = [
+        index
+        for index, state in enumerate(plan.sampled)
+        if not state.aborted and state.room(max_model_len) > 1
+    ]
+    at = np.array([sequences[index] for index in on], dtype=np.int64)
+    ends = {id(state): end for state, end in plan.chunks}
+    complete = {id(state) for state in plan.sampled[plan.decodes :]}
+    begun = [BegunPrompt(s, s.row, s.computed, len(s.blocks), NO_STATE) for s in prefilling]
+    begun += [BegunPrompt(a.state, a.row, a.cached, len(a.blocks), NO_STATE) for a in plan.admitted]
+    goes_on = [
+        replace(one, computed=ends.get(id(one.state), one.computed))
+        for one in begun
+        if id(one.state) not in complete and not one.state.aborted
+    ]
+    return Outlook(
+        [plan.sampled[index] for index in on],
+        plan.rows[at],
+        plan.context_len[at].astype(np.int64),
+        plan.blocks[at],
+        np.array(on, dtype=np.int64),
+        goes_on,
+        frozenset(id(one.state) for one in plan.admitted),
+    )
