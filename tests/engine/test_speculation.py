@@ -220,9 +220,9 @@ def test_beyond_few_rows_proposals_must_pay_for_all_that_are_computed_at_once() 
         other.speculation = None
     scheduler.rollback(plan := scheduler.plan())
     assert plan.drafts is None, "one token, for which eight rows would be computed"
-    for state in states:
-        state.speculation = SequenceSpeculation(speculative(1))
-        state.speculation.learn(state.tokens)
+    for other in states:
+        other.speculation = SequenceSpeculation(speculative(1))
+        other.speculation.learn(other.tokens)
     assert sum(map(len, scheduler.plan().drafts or ())) == 14, "of the 30 rows there may be"
 
 

@@ -20,10 +20,10 @@ from flexpert.kernels.affine import Affine, fit
 from flexpert.kernels.cpu.program import Program, StepWords, Word, run
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.recording import (
-    ExpertsCall,
     ModuleCall,
     Operand,
     Recording,
+    RoutedCall,
     TorchCall,
     replaced,
     tensors_of,
@@ -196,7 +196,7 @@ class RecordedSteps:
         parts: list[_Range | Callable[[Experts], None]] = []
         for number, step in zip(self._numbers, self._compiled.steps, strict=True):
             called: Callable[[Experts], None] | None = None
-            if isinstance(step, ExpertsCall):
+            if isinstance(step, RoutedCall):
                 called = self._experts(step, rows, samples)
             elif isinstance(step, TorchCall | ModuleCall):
                 called = self._python(step, rows, samples)
@@ -220,7 +220,7 @@ class RecordedSteps:
 
         return _Layout(words, tuple(parts), begins, logits, nbytes)
 
-    def _experts(self, call: ExpertsCall, rows: int, samples: int) -> Callable[[Experts], None]:
+    def _experts(self, call: RoutedCall, rows: int, samples: int) -> Callable[[Experts], None]:
         x, ids, weights, result = (
             self._view(one, rows, samples)
             for one in (call.source, call.expert_ids, call.weights, call.result)

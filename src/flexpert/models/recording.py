@@ -84,7 +84,7 @@ class AttentionCall:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertsCall:
+class RoutedCall:
     """See `MoELayers.forward`; all operands are contiguous."""
 
     layer: int
@@ -108,7 +108,7 @@ class ModuleCall:
     results: tuple[Operand, ...]
 
 
-Call = TorchCall | ModuleCall | LinearCall | NormCall | AttentionCall | ExpertsCall
+Call = TorchCall | ModuleCall | LinearCall | NormCall | AttentionCall | RoutedCall
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -254,7 +254,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             result = stand_in(x, expert_ids, weights)
         self._made(result)
         source, ids, factors, sums = map(self.operand, (x, expert_ids, weights, result))
-        self.calls.append(ExpertsCall(layer, source, ids, factors, gate, sums))
+        self.calls.append(RoutedCall(layer, source, ids, factors, gate, sums))
         return result
 
     @contextlib.contextmanager

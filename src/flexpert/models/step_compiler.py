@@ -18,11 +18,11 @@ from flexpert.kernels.cpu.program import DIMS, DTYPES, OPERATIONS, Address, Word
 from flexpert.models.recording import (
     AttentionCall,
     Call,
-    ExpertsCall,
     LinearCall,
     ModuleCall,
     NormCall,
     Operand,
+    RoutedCall,
     TorchCall,
     replaced,
 )
@@ -32,7 +32,7 @@ ZERO: Final = Affine(0)
 _aten = torch.ops.aten
 
 
-Step = list[Word] | TorchCall | ModuleCall | ExpertsCall
+Step = list[Word] | TorchCall | ModuleCall | RoutedCall
 """An operation of program.c, or something that Python calls."""
 
 
@@ -120,7 +120,7 @@ class _Compiler:
             self._product(Place.of(call.source), Place.of(call.result), call.weight, call.bias)
         elif isinstance(call, AttentionCall):
             self._attention(call)
-        elif isinstance(call, ExpertsCall):
+        elif isinstance(call, RoutedCall):
             operands = (call.source, call.expert_ids, call.weights, call.result)
             self.add(call, *map(Place.of, operands))
         elif isinstance(call, ModuleCall):
