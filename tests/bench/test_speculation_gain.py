@@ -19,6 +19,7 @@ from flexpert.bench.speculation_gain import (
 )
 
 PLAN = SpeculatePlan(
+    texts=(REPEATING, RANDOM),
     concurrencies=(1,),
     rounds=1,
     answers=1,

@@ -216,13 +216,13 @@ def test_beyond_few_rows_proposals_must_pay_for_all_that_are_computed_at_once() 
         scheduler.add(sequence(str(number), [1, 1], max_tokens=9))
     scheduler.commit(scheduler.plan(), Sampled([1] * 16, [None] * 16))
     states = scheduler._decoding
-    for other in states[1:]:
-        other.speculation = None
+    for one in states[1:]:
+        one.speculation = None
     scheduler.rollback(plan := scheduler.plan())
     assert plan.drafts is None, "one token, for which eight rows would be computed"
-    for other in states:
-        other.speculation = SequenceSpeculation(speculative(1))
-        other.speculation.learn(other.tokens)
+    for one in states:
+        one.speculation = SequenceSpeculation(speculative(1))
+        one.speculation.learn(one.tokens)
     assert sum(map(len, scheduler.plan().drafts or ())) == 14, "of the 30 rows there may be"
 
 

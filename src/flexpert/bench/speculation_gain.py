@@ -42,10 +42,12 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculatePlan:
-    """What is measured. rounds: of each kind and service. answers: of each client in a round.
+    """What is measured. texts: REPEATING, RANDOM. rounds: of each kind and service. answers: of
+    each client in a round.
     phrase_tokens: of what is repeated. temperature: where tokens are drawn. how: `--speculate`.
     flags: of both services."""
 
+    texts: Sequence[str]
     concurrencies: Sequence[int]
     rounds: int
     answers: int
@@ -139,7 +141,7 @@ async def _measure(plan: SpeculatePlan, note: Note) -> list[SpeculationGain]:
         return [
             await _gain(plan, services, pool, text, temperature, concurrency, note)
             for text, temperature, concurrency in itertools.product(
-                (REPEATING, RANDOM), (0.0, plan.temperature), plan.concurrencies
+                plan.texts, (0.0, plan.temperature), plan.concurrencies
             )
         ]
 

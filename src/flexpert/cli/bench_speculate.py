@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from flexpert.cli.options import Json, Output, make_console, print_note
 from flexpert.display.output import EXIT_FAILURE, check_outputs, show_report
+
+Text = Literal["repeating", "random"]
 
 SPECULATE_EXAMPLES = (
     "flexpert bench speculate",
@@ -25,6 +27,9 @@ def bench_speculate(
         typer.Option(
             min=1, metavar="N", help="Concurrent requests; may be repeated. Default: 1 and 16."
         ),
+    ] = None,
+    text: Annotated[
+        Text | None, typer.Option(help="Answers that repeat themselves, or to random prompts only.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Of each service, in turn.")] = 5,
     answers: Annotated[
@@ -53,10 +58,16 @@ def bench_speculate(
     status 1 if a request failed.
     """
     check_outputs(output)
-    from flexpert.bench.speculation_gain import SpeculatePlan, run_speculate
+    from flexpert.bench.speculation_gain import (
+        RANDOM,
+        REPEATING,
+        SpeculatePlan,
+        run_speculate,
+    )
     from flexpert.bench.speculation_report import speculation_text
 
     plan = SpeculatePlan(
+        texts=(text,) if text else (REPEATING, RANDOM),
         concurrencies=concurrency or (1, 16),
         rounds=rounds,
         answers=answers,
