@@ -14,6 +14,7 @@ from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
 from flexpert.errors import FlexpertError
+from flexpert.models.dense_weights import mapped_nbytes
 from flexpert.models.source import ModelInfo, ModelSource
 
 SERVING_BYTES = 4 * 2**20  # what requests in flight add to a warm process (measured: 3 to 6 MiB)
@@ -121,6 +122,8 @@ class MemoryMeter:
         self._capacity = capacity
         self._exported = exported
         self._runtime: int | None = None  # unknown until the rank is warm
+        uses_host = DEVICE_SETTINGS[config.device].uses_host_memory
+        self._mapped = mapped_nbytes(source) if uses_host else 0
 
     def measure(self) -> None:
         """From any thread; takes milliseconds."""
@@ -134,6 +137,7 @@ class MemoryMeter:
         warm and without having served yet."""
         planned = planned_memory(self._source, self._config, self._capacity, experts, members)
         if self._runtime is None:  # the rest is the process itself
-            process = self.measured - planned.dense - planned.experts
+            own_dense = planned.dense - self._mapped  # pages of files are not measured
+            process = self.measured - own_dense - planned.experts
             self._runtime = max(0, process) + SERVING_BYTES
         return msgspec.structs.replace(planned, runtime=self._runtime)
