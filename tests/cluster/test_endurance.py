@@ -65,11 +65,11 @@ def test_many_changes_leave_nothing_behind(in_shm: Callable[[], set[str]]) -> No
             assert (await change(head, ranks=1)).state == "done"
             gc.collect()
 
-        await rounds(12)  # pools, caches and allocators reach their working size
+        await rounds(8)  # pools, caches and allocators reach their working size
         survivor = head.cluster().ranks[0].pid
         before_head, before_rank = use(os.getpid()), use(survivor)
         processes, shared = family(), in_shm()
-        await rounds(25)
+        await rounds(16)
         assert head.cluster().ranks[0].pid == survivor
         assert family() == processes
         assert in_shm() == shared

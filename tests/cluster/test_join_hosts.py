@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.namespaces import cluster_in
 from support.waiting import wait_until
 
 pytestmark = [
@@ -138,7 +139,7 @@ class Network:
         ).stdout
 
     def cluster(self) -> Any:
-        return json.loads(self.flexpert(1, "status", "--json"))
+        return cluster_in(space(1), 8199)
 
     def active(self) -> set[int]:
         return {rank["id"] for rank in self.cluster()["ranks"] if rank["state"] == "active"}

@@ -25,6 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.kernels.experts import ExpertWeights
+from flexpert.models import registrations
+from flexpert.models.dense_weights import load_dense, mapped_nbytes
 from flexpert.models.source import ModelSource
 
 Checkpoints = Callable[..., Path]
@@ -121,6 +123,29 @@ def test_sizes_are_real(family: str, checkpoint: Checkpoints) -> None:
     on_disk = (path / "model.safetensors").stat().st_size
     experts = source.info.moe_layers * source.info.experts * source.expert_nbytes()
     assert abs(source.dense_nbytes() + experts - on_disk) < 0.2 * on_disk
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dense_weights_of_the_files_dtype_are_no_memory_of_their_own(
+    dtype: str, checkpoint: Checkpoints
+) -> None:
+    path = checkpoint("qwen3_moe", torch.bfloat16)
+    source = ModelSource.open(str(path), dtype=dtype)
+    model = source.build(attention=registrations.IMPLEMENTATION)
+    load_dense(model, source)
+    file = str(path / "model.safetensors")
+    places = [
+        tuple(int(end, 16) for end in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(file)
+    ]
+    inside = [
+        tensor
+        for tensor in {*model.parameters(), *model.buffers()}
+        if not tensor.is_meta and any(low <= tensor.data_ptr() < high for low, high in places)
+    ]
+    assert sum(tensor.nbytes for tensor in inside) == mapped_nbytes(source)
+    assert mapped_nbytes(source) == (source.dense_nbytes() if dtype == "bfloat16" else 0)
 
 
 def test_what_a_family_keeps_in_float32_stays_so(checkpoint: Checkpoints) -> None:

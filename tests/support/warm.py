@@ -18,8 +18,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, NoReturn
+from unittest import mock
 
 import msgspec
 
@@ -108,6 +109,26 @@ class WarmForkServer:
             return None
         self._taken = True
         return start_fork_server(config, start=_fork_server)  # type: ignore[arg-type]
+
+
+class _EarlyWarm(WarmForkServer):
+    """As `LLM` has an `EarlyForkServer`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+
+    def __enter__(self) -> _EarlyWarm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass  # nobody began it: it is made when it is taken
+
+
+@contextlib.contextmanager
+def warm_library() -> Iterator[None]:
+    """While it is entered, each `LLM` that is made has a warm fork server."""
+    with mock.patch("flexpert.llm.EarlyForkServer", _EarlyWarm):
+        yield
 
 
 def flexpert(

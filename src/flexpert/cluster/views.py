@@ -24,7 +24,8 @@ class RankView(msgspec.Struct, frozen=True, kw_only=True):
     shared memory. wire_bytes: each of them → bytes written to it for exchanges, messages included,
     since it was connected.
 
-    memory_bytes: of the host, private, measured; planned_bytes: what the rank said it would need.
+    memory_bytes: of the host, private, measured; planned_bytes: what the rank said it would need,
+    weights that it uses where their file is mapped included.
     device_memory_bytes, device_planned_bytes: the same of the GPU's memory; 0 on a CPU.
     device_spare_bytes: of the first, what is kept for experts to come.
     graphs: CUDA graphs captured since its start; no change of ranks adds to them.

@@ -15,7 +15,11 @@ from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
 from flexpert.engine.state_slots import SLOTS_PER_SEQUENCE
 from flexpert.errors import FlexpertError
+<<<<<<< HEAD
 from flexpert.models.kv_cache import KVCache
+=======
+from flexpert.models.dense_weights import mapped_nbytes
+>>>>>>> start
 from flexpert.models.source import ModelInfo, ModelSource
 
 SERVING_BYTES = 4 * 2**20  # what requests in flight add to a warm process (measured: 3 to 6 MiB)
@@ -140,6 +144,8 @@ class MemoryMeter:
         self._capacity = capacity
         self._exported = exported
         self._runtime: int | None = None  # unknown until the rank is warm
+        uses_host = DEVICE_SETTINGS[config.device].uses_host_memory
+        self._mapped = mapped_nbytes(source) if uses_host else 0
 
     def measure(self) -> None:
         """From any thread; takes milliseconds."""
@@ -153,6 +159,7 @@ class MemoryMeter:
         warm and without having served yet."""
         planned = planned_memory(self._source, self._config, self._capacity, experts, members)
         if self._runtime is None:  # the rest is the process itself
-            process = self.measured - planned.dense - planned.experts
+            own_dense = planned.dense - self._mapped  # pages of files are not measured
+            process = self.measured - own_dense - planned.experts
             self._runtime = max(0, process) + SERVING_BYTES
         return msgspec.structs.replace(planned, runtime=self._runtime)

@@ -63,6 +63,18 @@ def load_dense(
     model.tie_weights(missing_keys=everything - source.held, recompute_mapping=False)
 
 
+def mapped_nbytes(source: ModelSource) -> int:
+    """Bytes of the weights outside the experts that a CPU uses where the files are mapped: they are
+    no process's own."""
+    experts, files = source.expert_parameters, source.checkpoint.files
+    keys = (
+        _plain_key(source, name)
+        for name, recipe in source.checkpoint.recipes.items()
+        if not experts.intersection(recipe.targets)
+    )
+    return sum(files.place(key)[1].nbytes for key in keys if key is not None)
+
+
 def replace_tensor(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
     """Put a tensor in the place of a parameter or buffer."""
     path, _, leaf = name.rpartition(".")
