@@ -15,11 +15,8 @@ from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
 from flexpert.engine.state_slots import SLOTS_PER_SEQUENCE
 from flexpert.errors import FlexpertError
-<<<<<<< HEAD
-from flexpert.models.kv_cache import KVCache
-=======
 from flexpert.models.dense_weights import mapped_nbytes
->>>>>>> start
+from flexpert.models.kv_cache import KVCache
 from flexpert.models.source import ModelInfo, ModelSource
 
 SERVING_BYTES = 4 * 2**20  # what requests in flight add to a warm process (measured: 3 to 6 MiB)
