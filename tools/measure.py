@@ -123,14 +123,24 @@ def step(deterministic: bool) -> None:
         ordered = [held[expert] for expert in placement.held_by(0)[layer]]
         layers.append(LayerState(table, LayerExperts(ordered, deterministic=deterministic)))
     runtime.install(runtime.stage(layers))
-    print(f"tiny, one thread{', deterministic' if deterministic else ''}; median of 7, ms")
+    assert runner.recorded is not None, runner.not_recorded
+    print(f"tiny, one thread{', deterministic' if deterministic else ''}; medians of 7 in turn, ms")
+    print(f"  {'':36} recorded  modules  ratio")
+    recorded = runner.recorded
     for name, batch, repeats in (
         ("decode, 16 sequences at 192 tokens", _batch(16, 191, 1), 50),
         ("decode, 1 sequence at 192 tokens", _batch(1, 191, 1), 50),
+        ("decode, 64 sequences at 192 tokens", _batch(64, 191, 1), 20),
         ("prefill, 128 tokens", _batch(1, 0, 128), 20),
         ("prefill, 4 × 128 tokens", _batch(4, 0, 128), 8),
     ):
-        print(f"  {name:36} {_median_ms(partial(runner.forward, batch), repeats):6.2f}")
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(7):
+            for which, each in times.items():
+                runner.recorded = recorded if which else None
+                each.append(_ms(partial(runner.forward, batch), repeats))
+        ours, theirs = (statistics.median(each) for each in times.values())
+        print(f"  {name:36} {ours:8.2f} {theirs:8.2f} {theirs / ours:6.2f}")
 
 
 def _batch(sequences: int, past: int, new: int) -> ForwardBatch:
@@ -150,16 +160,12 @@ def _batch(sequences: int, past: int, new: int) -> ForwardBatch:
     )
 
 
-def _median_ms(work: Callable[[], object], repeats: int) -> float:
-    for _ in range(5):
+def _ms(work: Callable[[], object], repeats: int) -> float:
+    work()
+    began = time.perf_counter()
+    for _ in range(repeats):
         work()
-    times = []
-    for _ in range(7):
-        began = time.perf_counter()
-        for _ in range(repeats):
-            work()
-        times.append((time.perf_counter() - began) / repeats * 1e3)
-    return statistics.median(times)
+    return (time.perf_counter() - began) / repeats * 1e3
 
 
 def shapes(padded: bool) -> None:
