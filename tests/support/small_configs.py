@@ -56,6 +56,10 @@ TEXT: dict[str, Any] = {
     "num_shared_experts": 1,
     "shared_expert_intermediate_size": 40,
     "first_k_dense_replace": 1,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 20,
 }
 TOWER: dict[str, Any] = {
     "hidden_size": 32,

@@ -31,6 +31,10 @@ Slots: TypeAlias = dict[StateKey, Tensor]
 
 _TRIAL_ROWS = 3
 
+_DECODED_BYTES = 4 * 2**20
+"""Of states in one call for sequences that decode: each of its many intermediate results is as
+large as all of them, and larger ones neither stay in a processor's cache nor in malloc's hands."""
+
 
 class StateLayer:
     """One layer with a state, in place of its module's forward.
@@ -46,6 +50,7 @@ class StateLayer:
         self._slots = slots
         self._dtypes = {shape.key: shape.dtype for shape in shapes}
         self._deterministic = deterministic
+        self._most = max(1, _DECODED_BYTES // sum(shape.nbytes for shape in shapes))
         self.continues = True  # see `try_continuing`
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -56,25 +61,26 @@ class StateLayer:
             raise RuntimeError("a layer with a state outside of ModelRunner.forward")
         given = Rows(args, kwargs)
         pieces = []
-        if runs.decodes and not self._deterministic:
-            pieces.append(self._decode(given, runs))
-        for run in range(0 if self._deterministic else runs.decodes, len(runs)):
+        together = 0 if self._deterministic else runs.decodes
+        for first in range(0, together, self._most):
+            pieces.append(self._decode(given, runs, first, min(first + self._most, together)))
+        for run in range(together, len(runs)):
             rows = slice(runs.begins[run], runs.begins[run + 1])
             pieces += self._run(given, rows, runs.sources[run], runs.targets[run])
         return _joined(pieces, given.count)
 
-    def _decode(self, given: Rows, runs: StateRuns) -> Any:
-        count = runs.decodes
-        sources = torch.tensor(runs.sources[:count])
-        targets = torch.tensor(runs.targets[:count])
+    def _decode(self, given: Rows, runs: StateRuns, first: int, behind: int) -> Any:
+        """Of the runs first … behind - 1, which decode."""
+        sources = torch.tensor(runs.sources[first:behind])
+        targets = torch.tensor(runs.targets[first:behind])
         view = StateView(
             {key: slots.index_select(0, sources) for key, slots in self._slots.items()},
             self._dtypes,
         )
-        result = self._call(view, *given.apart(count))
+        result = self._call(view, *given.apart(slice(first, behind)))
         for key, slots in self._slots.items():
             slots.index_copy_(0, targets, view.states[key])
-        return _rows_of(result, (count, 1))
+        return _rows_of(result, (behind - first, 1))
 
     def _run(self, given: Rows, rows: slice, source: int, target: int) -> list[Any]:
         view = self._view(source)
@@ -117,8 +123,8 @@ class StateLayer:
         def after(states: dict[StateKey, Tensor]) -> list[Tensor]:
             view = StateView({key: state.clone() for key, state in states.items()}, self._dtypes)
             result = self._call(view, (), arguments)
-            first = result[0] if isinstance(result, tuple) else result
-            return [first, *view.states.values()]
+            results = result if isinstance(result, tuple) else (result,)
+            return [*results, *view.states.values()]
 
         usual = after(fresh.states)
         for key, state in fresh.states.items():
@@ -175,9 +181,9 @@ class Rows:
         """Of some rows: [1, n, …]."""
         return self._each(lambda x: x[:, rows].contiguous())
 
-    def apart(self, count: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Of the first rows, each a sequence of its own: [count, 1, …]."""
-        return self._each(lambda x: x[0, :count].unsqueeze(1).contiguous())
+    def apart(self, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Of some rows, each a sequence of its own: [n, 1, …]."""
+        return self._each(lambda x: x[0, rows].unsqueeze(1).contiguous())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         shape = (1, self.count)
