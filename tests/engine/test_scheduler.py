@@ -22,6 +22,7 @@ from flexpert.engine.request import (
 from flexpert.engine.scheduler import EngineLimits, Scheduler, StepPlan
 from flexpert.engine.sequence import Sampled
 from flexpert.errors import ConfigError, ContextOverflow, RequestError
+from flexpert.models.state_runs import NO_STATE, StateRuns
 
 EOS = 6
 
@@ -78,6 +79,7 @@ class FakeModel:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.cache: dict[int, tuple[int, int]] = {}
+        self.states: dict[int, tuple[int, ...]] = {}  # slot → the tokens that its state is of
         self.scores: list[list[TokenLogprobs]] = []  # of the latest step
 
     def write(self, plan: StepPlan, rows: int | None = None) -> None:
@@ -88,6 +90,7 @@ class FakeModel:
 
     def spoil(self, plan: StepPlan) -> None:
         """What a broken step may have left: anything, wherever the plan writes to."""
+        self.states.update(dict.fromkeys(plan.states.targets if plan.states else (), (-1,)))
         for slot in plan.slot_mapping.tolist():
             self.cache[slot] = (-1, -1)
 
@@ -98,6 +101,7 @@ class FakeModel:
             unseen = plan.sources >= 0
             plan.token_ids[unseen] = np.array(before.tokens)[plan.sources[unseen]]
         self.write(plan)
+        self.mix(plan)
         owner = np.repeat(np.arange(len(plan.context_len)), np.diff(plan.query_start))
         tokens = []
         for row in plan.logit_rows.tolist():
@@ -107,6 +111,8 @@ class FakeModel:
                 at, token = self.cache[int(table[block]) * self.block_size + offset]
                 assert at == position
                 seen.append(token)
+            if plan.states is not None:
+                assert self.state_at(plan.states, row) == tuple(seen)
             tokens.append(next_token(seen))
         self.scores = [
             [
@@ -116,6 +122,30 @@ class FakeModel:
             for chunk in plan.scored
         ]
         return Sampled([tokens[at] for at in plan.sample_at], [None] * len(plan.sample_at))
+
+
+    def mix(self, plan: StepPlan) -> None:
+        """What layers with a state do: each run goes on where the state that it reads ends."""
+        runs = plan.states
+        if runs is None:
+            return
+        read = {slot for slot in runs.sources if slot not in runs.targets}
+        assert not read & set(runs.targets)
+        assert len(set(runs.targets)) == len(runs)
+        assert runs.begins[-1] == plan.tokens
+        for run in range(len(runs)):
+            begin, end = runs.begins[run : run + 2]
+            source = runs.sources[run]
+            before = () if source == NO_STATE else self.states[source]
+            assert len(before) == plan.positions[begin]
+            assert run >= runs.decodes or (end == begin + 1 and source != NO_STATE)
+            self.states[runs.targets[run]] = (*before, *plan.token_ids[begin:end].tolist())
+
+    def state_at(self, runs: StateRuns, row: int) -> tuple[int, ...]:
+        """The tokens that went into the state behind a row of the step that was computed last."""
+        run = int(np.searchsorted(np.array(runs.begins), row, side="right")) - 1
+        behind = self.states[runs.targets[run]]
+        return behind[: len(behind) - (runs.begins[run + 1] - row - 1)]
 
 
 def scores_of(prompt: list[int]) -> list[TokenLogprobs]:
@@ -553,9 +583,16 @@ class Life(RuleBasedStateMachine):
         blocks=st.sampled_from([10, 11, 14, 30]),
         prefix_cache=st.booleans(),
         scored=st.sampled_from([1, 4, 256]),
+        states=st.sampled_from([0, 0, 2, 3]),
     )
     def begin(
-        self, budget: int, running: int, blocks: int, prefix_cache: bool, scored: int
+        self,
+        budget: int,
+        running: int,
+        blocks: int,
+        prefix_cache: bool,
+        scored: int,
+        states: int = 0,
     ) -> None:
         own = limits(
             max_tokens_per_step=budget,
@@ -563,6 +600,7 @@ class Life(RuleBasedStateMachine):
             blocks=blocks,
             prefix_cache=prefix_cache,
             max_scored_per_step=scored,
+            state_slots=states * min(running, budget),
         )
         self.scheduler, self.model = Scheduler(own), FakeModel(own.block_size)
 
@@ -620,8 +658,10 @@ class Life(RuleBasedStateMachine):
         have = pool.allocate(full) if ahead else []
         queue = [waits for waits in self.scheduler._waiting if waits.blocks]
         pairs = self.scheduler.adopt(
-            s, HeldKV(name, computed, list(range(-(-computed // size)))), have
+            s, HeldKV(name, computed, list(range(-(-computed // size))), state=0), have
         )
+        if pairs is not None and (slot := self.scheduler.state_slot(name)) is not None:
+            self.model.states[slot] = tuple(tokens[:computed])
         for there, here in [*enumerate(have), *(pairs or [])]:
             for at in range(there * size, min((there + 1) * size, computed)):
                 self.model.cache[here * size + at % size] = (at, tokens[at])
@@ -715,6 +755,11 @@ class Life(RuleBasedStateMachine):
         assert [pool.refs(b) for b in range(pool.blocks)] == [
             held.count(b) for b in range(pool.blocks)
         ]
+        slots = self.scheduler._slots
+        if slots is not None:
+            held = [s.state.slot for s in (*running, *with_kv)]
+            refs = [slots._pool.refs(slot) for slot in range(slots.slots)]
+            assert refs == [held.count(slot) for slot in range(slots.slots)]
         for s in (*running, *with_kv):  # what it may still write to is its own
             assert all(pool.refs(b) == 1 for b in s.blocks[s.computed // 4 :])
         assert len({s.row for s in running}) == len(running)
@@ -744,6 +789,7 @@ class Life(RuleBasedStateMachine):
             self.finish_step()
         assert self.done == set(self.asked)
         assert self.scheduler.pool.used == 0
+        assert self.scheduler._slots is None or self.scheduler._slots.used == 0
 
 
 def sequence_without_past(s: RequestSequence) -> RequestSequence:
@@ -767,6 +813,7 @@ def test_long_random_lives_under_pressure(seed: int, arrivals: bool) -> None:
         blocks=random.choice([10, 14, 18, 30]),
         prefix_cache=random.random() < 0.6,
         scored=random.choice([1, 4, 256]),
+        states=random.choice([0, 2, 3]),
     )
     for _ in range(150):
         if len(life.asked) - len(life.done) < 8 and random.random() < 0.5:
