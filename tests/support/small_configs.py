@@ -153,10 +153,36 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "bailing_hybrid": {"layer_group_size": 2},
     "inkling2_text": {"unpadded_vocab_size": 160},
+    "inkling2_loop_text": {"unpadded_vocab_size": 160},
 }
 """Model type → what its text configuration needs besides."""
 
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "nemotron_h_omni": {
+        "": {"projector_hidden_size": 32, "vision_hidden_size": 32},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "video_temporal_patch_size": 2,
+        },
+        "audio_config": None,
+    },
+    "nemo_speechlm": {
+        "audio_config": {
+            "asr_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+            "diarization_config": {
+                "audio_config": {
+                    "hidden_size": 32,
+                    "intermediate_size": 48,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                },
+                "head_config": {"hidden_size": 32, "audio_hidden_size": 32},
+            },
+        },
+    },
     "muse_spark": {
         "": {"out_hidden_size": 48, "projector_hidden_size": 48},
         "audio_config": {
