@@ -182,7 +182,9 @@ class EngineConfig(_Section):
     max_running: int = Field(
         64, ge=1, le=4096, description="sequences decoded at once per rank; on a GPU 256"
     )
-    kv_memory: Bytes = Field(256 * 2**20, description="bytes of KV cache per rank; on a GPU 4GiB")
+    kv_memory: Bytes = Field(
+        256 * 2**20, description="bytes of KV cache per rank, beside states; on a GPU 4GiB"
+    )
     kv_block_size: int = Field(16, ge=1, le=256, description="tokens of a KV block")
     prefix_cache: bool = Field(True, description="reuse KV blocks of equal prompt prefixes")
     deterministic: bool = Field(

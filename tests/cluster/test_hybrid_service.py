@@ -1,4 +1,4 @@
-"""Models whose layers keep a state of each sequence, served: no change and no loss alters an answer.
+"""Models whose layers keep a state of each sequence: no change and no loss alters an answer.
 
 What is expected is what an undisturbed rank answers; that these are transformers' own tokens is
 shown by tests/models/test_every_family.py.
@@ -152,9 +152,10 @@ def test_a_conversation_goes_on_where_its_state_was_kept(service: Service) -> No
         said = await answer(head, first, params)
         second = [*first, *said.tokens, *prompt_of(9, seed=501)]
         cached = []
-        for prompt in (second, second):
-            async with head.submit(prompt, params) as stream:
-                cached.append([delta.cached async for delta in stream][0])
+        for _ in range(2):
+            async with head.submit(second, params) as stream:
+                told = [delta.cached async for delta in stream]
+            cached.append(told[0])
         # 89 of the first turn's tokens are computed: 5 blocks; then all but the last of the second
         assert cached == [80, 96]
 

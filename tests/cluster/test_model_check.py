@@ -49,6 +49,25 @@ def test_the_memory_of_each_rank_is_what_the_service_plans() -> None:
     assert "rank 0" in text
 
 
+def test_states_of_sequences_are_planned_and_gpus_do_not_compute_them(tmp_path: Path) -> None:
+    path = make_checkpoint("qwen3_next", tmp_path)
+    few, many = (
+        check_model(settings(path, engine={"max_running": n, "max_tokens_per_step": 64}))
+        for n in (4, 14)
+    )
+    family = many.family
+    assert few.served
+    assert many.served
+    assert family is not None
+    assert (family.layers, family.stateful_layers) == (4, 3)
+    state = 3 * (4 * 16 * 20 * 4 + (2 * 2 * 16 + 4 * 20) * 4 * 4)  # float32: recurrent, convolution
+    assert family.state_nbytes == state
+    assert many.ranks[0].host.kv - few.ranks[0].host.kv == (14 - 4) * 3 * state
+    assert "3 layers keep one of each sequence" in shown(many)
+    refused = check_model(settings(path, engine={"device": "cuda"}))
+    assert "--device cpu" in str(refused.reason)
+
+
 def test_what_a_gpu_needs_is_told_without_one() -> None:
     found = check_model(settings("tiny", engine={"device": "cuda"}))
     device = found.ranks[0].device

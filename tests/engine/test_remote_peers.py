@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from flexpert.engine.remote_peers import EXPERTS, RemotePeers, to_meet
 from flexpert.kernels.experts import ExpertShape
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.source import ModelSource
+from flexpert.models.state_view import StateKey, StateShape
 from flexpert.moe.expert_store import ExpertLoad, ExpertStore
 from flexpert.moe.placement import replan
 
@@ -129,3 +131,24 @@ def test_kv_that_is_read_piece_by_piece_is_what_is_copied_as_a_whole() -> None:
     copied = KVCache(info, 5, 16, one).copy_from(KVCache(info, 5, 16, source.bytes), pairs)
     assert KVCache(info, 5, 16, other).read_from(source, pairs) == copied > 0
     assert torch.equal(one, other)
+
+
+def test_a_state_that_is_read_piece_by_piece_is_what_is_copied_as_a_whole() -> None:
+    layer = (
+        StateShape(StateKey("conv"), (5, 3), torch.bfloat16),
+        StateShape(StateKey("recurrent"), (2, 7), torch.float32),
+    )
+    info = replace(ModelSource.open("tiny").info, states=(layer, layer[1:]))
+    size = KVCache.nbytes(info, 5, 16, 4)
+    theirs = export_pages(size)
+    theirs.bytes.copy_(torch.randint(256, (size,), dtype=torch.uint8))
+    source = ImportedPages(theirs.address)
+    one, other = (torch.zeros(size, dtype=torch.uint8) for _ in range(2))
+    mine, there = KVCache(info, 5, 16, one, 4), KVCache(info, 5, 16, source.bytes, 4)
+    assert mine.copy_state(there, 3, 1) == info.state_nbytes == 30 + 2 * 56
+    assert KVCache(info, 5, 16, other, 4).copy_state(source, 3, 1) == info.state_nbytes
+    assert torch.equal(one, other)
+    for here, those in zip(mine.states, there.states, strict=True):
+        for key, state in here.items():
+            assert state[1].view(torch.uint8).equal(those[key][3].view(torch.uint8))
+            assert not state[[0, 2, 3]].any()

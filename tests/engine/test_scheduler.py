@@ -123,7 +123,6 @@ class FakeModel:
         ]
         return Sampled([tokens[at] for at in plan.sample_at], [None] * len(plan.sample_at))
 
-
     def mix(self, plan: StepPlan) -> None:
         """What layers with a state do: each run goes on where the state that it reads ends."""
         runs = plan.states

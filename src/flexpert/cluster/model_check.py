@@ -24,7 +24,9 @@ from flexpert.moe.placement import Placement, replan
 
 
 class CheckedFamily(msgspec.Struct, frozen=True):
-    """What the model is. context: tokens of prompt and answer together."""
+    """What the model is. layers: that mix tokens, by attention or otherwise. context: tokens of
+    prompt and answer together. stateful_layers: that keep a state of each sequence, state_nbytes of
+    it in all."""
 
     model_type: str
     architecture: str
@@ -35,6 +37,8 @@ class CheckedFamily(msgspec.Struct, frozen=True):
     hidden: int
     vocab: int
     context: int
+    stateful_layers: int = 0
+    state_nbytes: int = 0
 
 
 class CheckedFiles(msgspec.Struct, frozen=True):
@@ -175,16 +179,19 @@ def _driver(config: Config, remarks: list[str]) -> GpuDriver | None:
 
 def _family(source: ModelSource) -> CheckedFamily:
     info = source.info
+    attention = tuple(f"{name}." for name in source.attention_names)
     return CheckedFamily(
         info.model_type,
         info.architecture,
-        len(info.attention),
+        len(attention) + sum(not name.startswith(attention) for name in source.state_names),
         info.moe_layers,
         info.experts,
         info.topk,
         info.hidden,
         info.vocab,
         info.max_model_len,
+        len(info.states),
+        info.state_nbytes,
     )
 
 

@@ -23,6 +23,12 @@ def check_text(found: ModelCheck) -> RenderableType:
             f"{family.experts} experts, {family.topk} a token; hidden {family.hidden}, vocabulary "
             f"{family.vocab}, context {family.context}",
         )
+        if family.stateful_layers:
+            table.add_row(
+                "states",
+                f"{family.stateful_layers} layers keep one of each sequence: "
+                f"{mib(family.state_nbytes)}",
+            )
     if found.files:
         _add_files(table, found.files)
     for skipped in found.skipped:
