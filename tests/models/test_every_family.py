@@ -29,7 +29,15 @@ from flexpert.models.catalogue import ModelFamily
 from flexpert.models.source import ModelSource
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
-SAMPLE = ("qwen3_moe", "qwen3_vl_moe", "llama4_text", "jamba, attention only", "jetmoe", "dbrx")
+SAMPLE = (
+    "qwen3_moe",
+    "qwen3_vl_moe",
+    "llama4_text",
+    "qwen3_next",
+    "jamba, attention only",
+    "jetmoe",
+    "dbrx",
+)
 """What is tried after every edit."""
 
 PROMPTS = [prompt_of(n, seed=n) for n in (33, 7, 21)]
@@ -62,8 +70,9 @@ def found(case: str, folder: Path) -> ModelFamily:
             expected = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
             assert answer == expected, f"{case} on {ranks} ranks gives other tokens"
     skipped = {part: keys for part, keys in source.checkpoint.left_out.items() if keys}
-    note = f"without {', '.join(sorted(skipped))}" if skipped else ""
-    return ModelFamily(case, True, source.info.architecture, note)
+    notes = [f"without {', '.join(sorted(skipped))}"] if skipped else []
+    notes += ["CPUs only: its layers keep states"] if source.info.states else []
+    return ModelFamily(case, True, source.info.architecture, "; ".join(notes))
 
 
 def random_model(case: str) -> PreTrainedModel | None:

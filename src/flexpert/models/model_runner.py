@@ -273,7 +273,14 @@ class ModelRunner:
             found = dict(fuse(model, kernels, deterministic=deterministic, known=verdicts))
             if kernels.fusions is not None:
                 found.update(fuse_modules(model, kernels.fusions, verdicts))
-            states = bind_states(model, info, state_names, kv, deterministic=deterministic)
+            states = bind_states(
+                model,
+                info,
+                state_names,
+                kv,
+                deterministic=deterministic,
+                pads_rows=kernels.pads_batches and not deterministic,
+            )
         return cls(
             info,
             model,

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from flexpert.models.deterministic import SingleRowMode
 from flexpert.models.kv_cache import KVCache
-from flexpert.models.padding import pad_rows
+from flexpert.models.padding import pad_rows, padded_size
 from flexpert.models.source import ModelInfo
 from flexpert.models.state_runs import NO_STATE, StateRuns
 from flexpert.models.state_view import CACHE, StateKey, StateShape, StateView, cache_position
@@ -141,8 +141,12 @@ def bind_states(
     kv: KVCache,
     *,
     deterministic: bool,
+    pads_rows: bool,
 ) -> list[StateLayer]:
-    """Let the modules of these names, which have their weights, find their states in `kv`."""
+    """Let the modules of these names, which have their weights, find their states in `kv`.
+
+    pads_rows: their linear layers compute few numbers of rows; see `padding`.
+    """
     layers = []
     continues: dict[type[nn.Module], bool] = {}
     for name, shapes, slots in zip(names, info.states, kv.states, strict=True):
@@ -152,8 +156,29 @@ def bind_states(
             continues[type(module)] = layer.try_continuing(_trial_arguments(module, info))
         layer.continues = continues[type(module)]
         vars(module)["forward"] = layer.forward
+        if pads_rows:
+            _pad_linear_layers(module)
         layers.append(layer)
     return layers
+
+
+def _pad_linear_layers(module: nn.Module) -> None:
+    """A run may have any number of rows, and a state does not bear padding; products do."""
+    for child in module.modules():
+        if type(child) is nn.Linear:
+            vars(child)["forward"] = _padded(child.forward)
+
+
+def _padded(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        wanted = padded_size(rows)
+        if wanted == rows:
+            return forward(x)
+        y = forward(pad_rows(x.reshape(rows, x.shape[-1]), wanted))
+        return y[:rows].view(*x.shape[:-1], y.shape[-1])
+
+    return call
 
 
 def _trial_arguments(module: nn.Module, info: ModelInfo) -> dict[str, Any]:
