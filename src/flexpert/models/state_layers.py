@@ -59,7 +59,7 @@ class StateLayer:
         runs = self.runs
         if runs is None:
             raise RuntimeError("a layer with a state outside of ModelRunner.forward")
-        given = Rows(args, kwargs)
+        given = LayerArguments(args, kwargs)
         pieces = []
         together = 0 if self._deterministic else runs.decodes
         for first in range(0, together, self._most):
@@ -69,7 +69,7 @@ class StateLayer:
             pieces += self._run(given, rows, runs.sources[run], runs.targets[run])
         return _joined(pieces, given.count)
 
-    def _decode(self, given: Rows, runs: StateRuns, first: int, behind: int) -> Any:
+    def _decode(self, given: LayerArguments, runs: StateRuns, first: int, behind: int) -> Any:
         """Of the runs first … behind - 1, which decode."""
         sources = torch.tensor(runs.sources[first:behind])
         targets = torch.tensor(runs.targets[first:behind])
@@ -82,7 +82,7 @@ class StateLayer:
             slots.index_copy_(0, targets, view.states[key])
         return _rows_of(result, (behind - first, 1))
 
-    def _run(self, given: Rows, rows: slice, source: int, target: int) -> list[Any]:
+    def _run(self, given: LayerArguments, rows: slice, source: int, target: int) -> list[Any]:
         view = self._view(source)
         pieces = []
         for part in self._parts(rows, begins=source == NO_STATE):
@@ -190,7 +190,7 @@ def _trial_arguments(module: nn.Module, info: ModelInfo) -> dict[str, Any]:
     return {**needed, "hidden_states": hidden.to(info.dtype)}
 
 
-class Rows:
+class LayerArguments:
     """The arguments of a layer's forward, cut along the rows.
 
     count: N, of the first argument's [1, N, hidden].
