@@ -127,8 +127,9 @@ FURTHER_FAMILIES = (
 SLOTS = 80
 """For the states of sequences, of a runner that is given none: two for each that is stepped."""
 
-_COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
-"""Ends of the names of buffers that a checkpoint holds and that follow from its configuration."""
+_COMPUTED = ("slope_rate", "query_decay", "key_decay", "diagonal_decay", "balancing_biases")
+"""Ends of the names of buffers that a checkpoint holds and does not choose: they follow from the
+configuration, or transformers sets them when it loads (the last one of ZAYA's biases)."""
 
 MAIN_FAMILIES = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss")
 
