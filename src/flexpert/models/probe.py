@@ -51,6 +51,8 @@ HARMLESS: Final = {
 }
 """Arguments that do not change the result of causal attention without padding."""
 
+_OF_STATES: Final = KEEPING_STATES | KEEPING_BOTH
+
 _USUAL_CONTEXT: Final = 1 << 17
 
 
@@ -233,8 +235,8 @@ def probe(model: PreTrainedModel) -> Probe:
         raise UnsupportedModel(f"{family} does not fit: {says_experts(model)}")
     try:
         found, touched = _walked(model)
-        cached = cached_modules(model, found.attention_shapes)
-        if cached:
+        if _OF_STATES.intersection(_layer_kinds(model)):
+            cached = cached_modules(model, found.attention_shapes)
             with probed_states(cached) as probes:
                 found, touched = _walked(model)
             found.keep_states(probes)
@@ -259,10 +261,15 @@ def _walked(model: PreTrainedModel) -> tuple[Probe, set[str]]:
     return found, walk(model)
 
 
+def _layer_kinds(model: PreTrainedModel) -> list[str]:
+    """The type of each layer, as the configuration says; "" where it does not."""
+    text = model.config.get_text_config()
+    return list(getattr(text, "layer_types", None) or [""] * text.num_hidden_layers)
+
+
 def _check_layers(model: PreTrainedModel, found: Probe) -> None:
     family = model.config.model_type
-    text = model.config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or [""] * text.num_hidden_layers
+    kinds = _layer_kinds(model)
     attention = sum(kind not in (KEEPING_NOTHING | KEEPING_STATES) for kind in kinds)
     if len(found.attention_shapes) != attention:
         raise UnsupportedModel(
@@ -271,8 +278,7 @@ def _check_layers(model: PreTrainedModel, found: Probe) -> None:
         )
     if attention == 0:
         raise UnsupportedModel(f"{family} does not fit: none of its layers is attention")
-    of_states = KEEPING_STATES | KEEPING_BOTH
-    with_states = {number for number, kind in enumerate(kinds) if kind in of_states}
+    with_states = {number for number, kind in enumerate(kinds) if kind in _OF_STATES}
     if with_states != found.state_layers:
         raise UnsupportedModel(
             f"{family} does not fit: of its layers {sorted(with_states ^ found.state_layers)} it "
