@@ -245,9 +245,9 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
         ModelSource.open(str(tmp_path))
 
 
-def test_layers_with_a_state_are_refused(tmp_path: Path) -> None:
-    config_of("qwen3_next").save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="linear_attention"):
+def test_a_model_without_any_attention_is_refused(tmp_path: Path) -> None:
+    config_of("qwen3_next", layer_types=["linear_attention"] * 3).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="none of its layers is attention"):
         ModelSource.open(str(tmp_path))
 
 
