@@ -38,6 +38,18 @@ def test_a_prefix_is_found_again_but_never_the_whole_prompt() -> None:
     assert pool.free_count == 8
 
 
+def test_what_is_discarded_is_not_found_and_free_unless_somebody_holds_it() -> None:
+    pool = BlockPool(8, SIZE, prefix_cache=True)
+    blocks = put(pool, [1, 2, 3, 4])
+    first, second = chain([1, 2, 3, 4], SIZE, [], 2)
+    pool.discard(first)
+    assert pool.published(first) == blocks[0]
+    pool.free(blocks)
+    pool.discard(second)
+    assert pool.match_prefix([1, 2, 3, 4, 5]) == blocks[:1]
+    assert (pool.idle, pool.free_count, pool.unused) == (1, 8, 7)
+
+
 def test_without_prefix_cache_nothing_is_found() -> None:
     pool = BlockPool(8, SIZE, prefix_cache=False)
     pool.free(put(pool, [1, 2, 3, 4]))

@@ -268,6 +268,62 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert scheduler.cached_tokens == 8
 
 
+def with_states(**changed: Any) -> tuple[Scheduler, FakeModel]:
+    """A scheduler for a model whose layers keep a state of each sequence."""
+    own = limits(**{"state_slots": 12, "blocks": 60, **changed})
+    return Scheduler(own), FakeModel(own.block_size)
+
+
+def cached(scheduler: Scheduler, model: FakeModel, name: str, prompt: list[int]) -> int:
+    """Tokens of a prompt that were found, and its answer computed."""
+    before = scheduler.cached_tokens
+    scheduler.add(sequence(name, prompt, max_tokens=10, ignore_eos=True))
+    run(scheduler, model)
+    return scheduler.cached_tokens - before
+
+
+def test_a_prompt_goes_on_where_a_state_was_kept_of_one_like_it() -> None:
+    scheduler, model = with_states()
+    first = list(range(11))
+    assert cached(scheduler, model, "a", first) == 0
+    assert cached(scheduler, model, "again", first) == 8
+    said = [*first, *answer(sequence("", first, max_tokens=10, ignore_eos=True))]
+    assert cached(scheduler, model, "next turn", [*said, 5, 5, 5]) == 20  # of 21, the last is not
+
+
+def test_a_state_is_kept_where_a_prompt_left_an_earlier_one() -> None:
+    scheduler, model = with_states()
+    shared = [1, 2, 3, 4, 5, 6, 7, 8]
+    found = [cached(scheduler, model, str(n), [*shared, n, n, n, n, n]) for n in range(20, 24)]
+    assert found == [0, 0, 8, 8]
+
+
+def test_states_are_kept_only_as_far_as_slots_that_nobody_needs() -> None:
+    scheduler, model = with_states(max_running=2, state_slots=6)
+    prompts = [[n] * 9 for n in range(20, 30)]
+    assert [cached(scheduler, model, f"{p[0]}", p) for p in prompts] == [0] * 10
+    assert cached(scheduler, model, "latest", prompts[-1]) == 8
+    assert cached(scheduler, model, "first", prompts[0]) == 0
+
+
+def test_states_of_tokens_without_some_experts_are_not_kept() -> None:
+    scheduler, model = with_states()
+    prompt = list(range(11))
+    scheduler.add(sequence("a", prompt, max_tokens=1))
+    plan = scheduler.plan()
+    scheduler.commit(plan, model.step(plan), np.arange(plan.tokens) == 3)
+    assert cached(scheduler, model, "b", prompt) == 0
+
+
+def test_a_state_comes_with_its_keys_and_values_or_all_is_computed_again() -> None:
+    scheduler, _ = with_states()
+    moved = sequence("a", list(range(9)), [1, 2])
+    assert scheduler.adopt(moved, HeldKV("a", 10, [0, 1, 2]), []) is None
+    scheduler.abort("a")
+    assert scheduler.adopt(moved, HeldKV("a", 9, [0, 1, 2], 7), []) is not None
+    assert scheduler.state_slot("a") is not None
+
+
 def test_a_block_is_reused_only_after_its_step_was_whole() -> None:
     scheduler, model = Scheduler(limits(max_tokens_per_step=40, blocks=20)), FakeModel(4)
     scheduler.add(sequence("a", [1] * 9, max_tokens=5))
