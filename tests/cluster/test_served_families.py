@@ -36,7 +36,7 @@ async def answer_with_logprobs(head: Head, prompt: list[int]) -> tuple[list[int]
     return tokens, logprobs
 
 
-@pytest.mark.parametrize("family", MAIN_FAMILIES)
+@pytest.mark.parametrize("family", [*MAIN_FAMILIES, "qwen3_next"])
 def test_greedy_tokens_and_logprobs_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     model = make_checkpoint(family, tmp_path / family)
     for file in (Path(flexpert.models.__path__[0]) / "tiny").glob("*token*"):
