@@ -61,7 +61,7 @@ def service(model: Path) -> Iterator[Service]:
         yield service
 
 
-WORK = requests(12, tokens=60)
+WORK = requests(12, tokens=40)
 
 
 async def answers_all_begun(head: Head) -> asyncio.Task[list[Answer]]:

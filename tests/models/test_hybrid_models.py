@@ -59,16 +59,16 @@ def test_chunks_and_decodes_give_the_logits_of_transformers(
 
 
 @pytest.mark.parametrize("family", USUAL)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_in_deterministic_mode_a_tokens_bits_do_not_depend_on_chunks_or_batch(
-    family: str, dtype: torch.dtype, checkpoint: Checkpoints
+    family: str, checkpoint: Checkpoints
 ) -> None:
-    sequences = single_runner(checkpoint(family, dtype), deterministic=True, blocks=400)
+    path = checkpoint(family, torch.bfloat16)
+    sequences = single_runner(path, deterministic=True, blocks=400)
     tokens = prompt_of(35, seed=3)
     whole = in_chunks(sequences, tokens, len(tokens))
-    for size in (1, 3, 16):
+    for size in (1, 16):
         assert torch.equal(in_chunks(sequences, tokens, size), whole), f"chunks of {size}"
-    for others in (1, 4, 13):
+    for others in (1, 13):
         context = {i: prompt_of(1 + 5 * i % 23, seed=i) for i in range(others)}
         sequences.step({**context, "same": tokens[:-1]})
         logits = sequences.step({**{i: [7 + i] for i in context}, "same": tokens[-1:]})
