@@ -57,7 +57,7 @@ def found(case: str, folder: Path) -> ModelFamily:
         if "thinker_config" in small_config(case).sub_configs:
             inside_of_omni(folder, small_config(case))
     try:
-        source = ModelSource.open(str(folder))
+        source = ModelSource.open(str(folder), latent_cache=True)
     except ModelError as error:
         return ModelFamily(case, False, "", str(error).removeprefix(f"{folder}: "))
     assert model is not None, f"{case} is served: let small_configs.py make one"

@@ -725,7 +725,6 @@ class Scheduler:
             for state in states:
                 if state.matcher is None:
                     state.speculation = SequenceSpeculation(self._speculative)
-                    state.speculation.learn(state.tokens)
 
     def _advance(self, plan: StepPlan, ended: list[TokenEvent]) -> None:
         """Those whose prompt is complete decode from now on; the finished go."""
@@ -733,6 +732,9 @@ class Scheduler:
         if complete:  # the first ones: a prompt gets tokens only when those before it are complete
             self._prefilling = self._prefilling[len(complete) :]
             self._begin_decoding(complete)
+            for state in complete:  # not those that come with their KV, many in one pause
+                if state.speculation is not None:
+                    state.speculation.learn(state.tokens)
         if any(event.finish for event in ended):
             here = self._states
             gone = [s for s in self._decoding if here.get(s.id) is not s]

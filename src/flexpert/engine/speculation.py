@@ -20,12 +20,10 @@ from collections.abc import Sequence
 from flexpert.speculative_settings import SpeculativeSettings
 
 _CANDIDATES = 16  # earlier places of the same n-gram that are looked at
-_LEARNT = (
-    1024  # tokens that are indexed in one step at most, of a prompt that has just been computed
-)
+_LEARNT = 512  # tokens that are indexed in one step at most, of a prompt
 WORTH = 0.3  # a row that comes true less often than this costs more than it saves
 _AT_FIRST = 0.5  # share of proposed tokens that are taken to come true
-_LEAST = 0.25  # what it is taken for at least, so that one token that comes true is a new beginning
+_LEAST = 0.25  # the least they are taken for, so that one that comes true is a new beginning
 _LATELY = 0.2  # weight of the latest token
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 8, 128  # steps
 
