@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from support.waiting import wait_until
-from support.warm import warm_library
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flexpert import LLM, SamplingParams
@@ -52,21 +51,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def opened(model: str, device: str, **settings: object) -> LLM:
-    with warm_library():
-        return LLM(
-            model,
-            ranks=2,
-            max_ranks=3,
-            engine__device=device,
-            engine__max_tokens_per_step=16,
-            engine__max_running=3,
-            engine__kv_memory="64k",
-            engine__kv_block_size=4,
-            model__dtype="float32",
-            cluster__exchange_timeout=60.0,
-            cluster__stall_timeout=30.0,
-            **settings,
-        )
+    return LLM(
+        model,
+        ranks=2,
+        max_ranks=3,
+        engine__device=device,
+        engine__max_tokens_per_step=16,
+        engine__max_running=3,
+        engine__kv_memory="64k",
+        engine__kv_block_size=4,
+        model__dtype="float32",
+        cluster__exchange_timeout=60.0,
+        cluster__stall_timeout=30.0,
+        **settings,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import signal
 
 import pytest
 import torch
-from support.warm import warm_library
 from test_gpu_ranks import GREEDY, PROMPTS, Answers, model
 
 from flexpert import LLM
@@ -24,21 +23,20 @@ __all__ = ["model"]  # the fixture
 
 
 def opened(model: str, ranks: int, max_ranks: int, all2all: str) -> LLM:
-    with warm_library():
-        return LLM(
-            model,
-            ranks=ranks,
-            max_ranks=max_ranks,
-            engine__device="cuda",
-            engine__all2all=all2all,
-            engine__max_tokens_per_step=16,
-            engine__max_running=3,
-            engine__kv_memory="64k",
-            engine__kv_block_size=4,
-            model__dtype="bfloat16",
-            cluster__exchange_timeout=60.0,
-            cluster__stall_timeout=30.0,
-        )
+    return LLM(
+        model,
+        ranks=ranks,
+        max_ranks=max_ranks,
+        engine__device="cuda",
+        engine__all2all=all2all,
+        engine__max_tokens_per_step=16,
+        engine__max_running=3,
+        engine__kv_memory="64k",
+        engine__kv_block_size=4,
+        model__dtype="bfloat16",
+        cluster__exchange_timeout=60.0,
+        cluster__stall_timeout=30.0,
+    )
 
 
 @pytest.mark.slow
