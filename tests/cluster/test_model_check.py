@@ -66,6 +66,8 @@ def test_states_of_sequences_are_planned_and_gpus_do_not_compute_them(tmp_path: 
     assert "3 layers keep one of each sequence" in shown(many)
     refused = check_model(settings(path, engine={"device": "cuda"}))
     assert "--device cpu" in str(refused.reason)
+    proposing = check_model(settings(path, engine={"speculate": "ngram"}))
+    assert "leave --speculate out" in str(proposing.reason)
 
 
 def test_what_a_gpu_needs_is_told_without_one() -> None:

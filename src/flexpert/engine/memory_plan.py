@@ -72,7 +72,7 @@ def state_slots(info: ModelInfo, config: EngineConfig) -> int:
     """Slots for states, of a model whose layers keep one of each sequence; 0: they keep none.
 
     Raises:
-        FlexpertError: the device does not compute such layers.
+        FlexpertError: the device does not compute such layers, or a setting does not go with them.
     """
     if not info.states:
         return 0
@@ -80,6 +80,11 @@ def state_slots(info: ModelInfo, config: EngineConfig) -> int:
         raise FlexpertError(
             f"layers of {info.model_type} keep a state of each sequence, which flexpert computes "
             "on CPUs only; serve it with --device cpu"
+        )
+    if config.speculate is not None:
+        raise FlexpertError(
+            f"layers of {info.model_type} keep a state of each sequence, which cannot take back a "
+            "token that was proposed in vain; leave --speculate out"
         )
     return SLOTS_PER_SEQUENCE * min(config.max_running, config.max_tokens_per_step)
 
