@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from simulator.test_simulation import PROFILE
+from simulator.test_virtual_services import PROFILE
 
 from flexpert.errors import ConfigError
 from flexpert.simulator.calibration import CalibrationPlan, fit_profile, random_load, settings_of

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import msgspec
-from simulator.test_simulation import PROFILE
+from simulator.test_virtual_services import PROFILE
 from typer.testing import CliRunner
 
 from flexpert.cli.main import app

@@ -146,7 +146,7 @@ def test_the_exit_status_says_whether_serving_can_work(
 def test_this_machine_can_be_told() -> None:
     """The suite runs on it, so that it serves."""
     facts = host_facts.gather(port=8000)
-    assert facts.extensions.said in ("portable", "avx2", "avx512", "amx")
+    assert facts.extensions.said in ("portable", "avx2", "avx512", "avx512_bf16", "amx")
     assert facts.memfd == facts.pidfd == facts.extensions.error == ""
     assert any(one.name == "torch" and one.installed for one in facts.packages)
     assert works(findings(facts, "cpu"))

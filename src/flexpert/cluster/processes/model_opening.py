@@ -52,11 +52,11 @@ def open_model(config_json: bytes) -> ModelSource:
         _in_fork(lambda: check_device(config.engine))
     else:
         check_device(config.engine)
-    source = open_source(config)
-    source.try_grammar_tokens()  # a rank would hold up its step loop to make its own
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork would wait for the others for ever
+    torch.set_num_threads(1)  # what is tried computes; a fork would wait for the others for ever
     try:
+        source = open_source(config)
+        source.try_grammar_tokens()  # a rank would hold up its step loop to make its own
         source.try_extents()
     finally:
         torch.set_num_threads(threads)

@@ -15,6 +15,7 @@ Verdict = Literal["fine", "without", "broken"]
 
 _SETS = (
     ("amx", {"amx_tile", "amx_bf16", "avx512f", "avx512_bf16"}),
+    ("avx512_bf16", {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16"}),
     ("avx512", {"avx512f", "avx512bw", "avx512vl", "avx512dq"}),
     ("avx2", {"avx2", "fma"}),
 )
