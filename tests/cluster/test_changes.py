@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.service import Service, active, answer_all, change, requests, running, until
@@ -29,7 +30,7 @@ def service() -> Iterator[Service]:
 
 CHANGES = [
     {"ranks": 4},
-    {"remove": [1]},
+    {"remove": [1]},  # by place, see `named`
     {"ranks": 1},
     {"add": 1, "remove": [0]},
     {"ranks": 3},
@@ -39,6 +40,12 @@ CHANGES = [
     {"ranks": 5},
     {"ranks": 2},
 ]
+
+
+def named(head: Head, target: dict[str, Any]) -> dict[str, Any]:
+    """A change of `CHANGES`, where places among the ranks there are stand for what is removed."""
+    here = sorted(active(head))
+    return {**target, "remove": [here[place] for place in target.get("remove", ())]}
 
 
 async def bring_to(head: Head, ids: set[int]) -> None:
@@ -55,7 +62,7 @@ def test_answers_are_identical_through_ten_changes_under_load(service: Service) 
         undisturbed = await answer_all(head, work, clients=16)
         disturbed = asyncio.create_task(answer_all(head, work, clients=16))
         for number, target in enumerate(CHANGES):
-            done = await change(head, **target)
+            done = await change(head, **named(head, target))
             assert done.state == "done", (number, done)
             assert sorted(rank.id for rank in head.cluster().ranks) == done.target
             await asyncio.sleep(0.1)
