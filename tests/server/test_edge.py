@@ -310,7 +310,9 @@ def test_a_slow_reader_keeps_its_connection(long_answers: Running) -> None:
             threading.Event().wait(0.1)  # the reader's slowness; nothing is waited for
             received = 0
             while received < 2**18:  # more than both ends keep: the service must have written
-                received += len(raw.recv(2**18))
+                part = raw.recv(2**18)
+                assert part, "the service has ended the connection"
+                received += len(part)
         assert len(long_answers.connections) == 1
 
 

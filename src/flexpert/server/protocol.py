@@ -8,8 +8,12 @@ could be read. Bodies are bounded by the gate, in front of the application.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import logging
 import resource
+import termios
+from array import array
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, cast
@@ -366,15 +370,22 @@ class BoundedProtocol(HttpToolsProtocol):
     def _watch_writing(self) -> None:
         if self._write_timer is not None:
             self._write_timer.cancel()
-        self._unsent = self._wire.get_write_buffer_size()
+        self._unsent = self._unread()
         self._write_timer = self.loop.call_later(self.limits.write_timeout, self._look_at_writing)
+
+    def _unread(self) -> int:
+        """Bytes that the client's side has not taken: here, and in the queue of the system, which
+        takes more only when much of it has gone."""
+        queued = array("i", [0])
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or no socket of a system's
+            fcntl.ioctl(self._wire.get_extra_info("socket").fileno(), termios.TIOCOUTQ, queued)
+        return self._wire.get_write_buffer_size() + queued[0]
 
     def _look_at_writing(self) -> None:
         self._write_timer = None
-        unsent = self._wire.get_write_buffer_size()
-        if not unsent:
+        if not self._wire.get_write_buffer_size():
             return
-        if unsent < self._unsent:
+        if self._unread() < self._unsent:
             self._watch_writing()
             return
         log.info(
