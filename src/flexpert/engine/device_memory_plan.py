@@ -5,7 +5,7 @@ from __future__ import annotations
 from flexpert.comm import BufferSpec
 from flexpert.comm.cuda.cuda_layout import layout
 from flexpert.config import EngineConfig
-from flexpert.engine.device_profile import RESULT_ROWS, captured_sizes
+from flexpert.engine.device_profile import RESULT_ROWS, captured_shapes
 from flexpert.engine.memory_plan import buffer_spec, kv_blocks
 from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
@@ -72,8 +72,8 @@ def workspace_nbytes(source: ModelSource, config: EngineConfig, capacity: int) -
     experts' products, for the largest step and for the graphs, and the logits."""
     info, shape = source.info, source.expert_shape()
     step = capacity * config.max_tokens_per_step
-    captured = captured_sizes(config.max_running)
-    in_graphs = max(captured) if capacity == 1 else step  # rows of an exchange are of a fixed size
+    captured = captured_shapes(config.max_running, config.max_tokens_per_step)
     row = (shape.height // 2 + info.hidden) * info.dtype.itemsize
-    logits = (config.max_running + sum(captured)) * info.vocab * _LOGIT_BYTES
-    return (step + in_graphs) * info.topk * row + logits
+    # of a step without a graph; of one with prompts, and what all of these leave them in
+    rows = 3 * config.max_running + sum(shape.sequences for shape in captured if shape.decodes)
+    return 2 * step * info.topk * row + rows * info.vocab * _LOGIT_BYTES

@@ -1,6 +1,6 @@
 """The dense part of a model in this process: everything but the experts, and the KV cache.
 
-On a CPU batches are padded to few sizes; on a GPU decode steps are replays of captured graphs.
+On a CPU batches are padded to few sizes; on a GPU steps are replays of captured graphs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from flexpert.kernels.kernel_set import Kernels, PagedAttentionKernel, cpu_kerne
 from flexpert.kernels.step_upload import StepUpload
 from flexpert.models import recorded_steps, recording, registrations
 from flexpert.models.batch import ForwardBatch
-from flexpert.models.decode_graphs import DecodeGraphs
 from flexpert.models.dense_weights import load_dense, replace_tensor
 from flexpert.models.deterministic import RowwiseMode
 from flexpert.models.fused import fuse
@@ -36,6 +35,7 @@ from flexpert.models.paged_attention import PagedAttention
 from flexpert.models.recorded_steps import Experts, RecordedSteps
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.models.state_layers import StateLayer, bind_states
+from flexpert.models.step_graphs import GraphShape, StepGraphs
 from flexpert.moe.moe_layers import MoELayers
 
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ class ModelRunner:
         self.info = info
         self.kv = kv
         self.verdicts = verdicts
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self.recorded: RecordedSteps | None = None
         self.not_recorded = ""
         self._recorded_rows: int | None = 0
@@ -246,16 +246,16 @@ class ModelRunner:
             most_samples=most_samples,
         )
 
-    def capture(self, sizes: Sequence[int], max_blocks: int) -> None:
-        """From now on, compute decode steps on a GPU as replays of graphs captured here.
+    def capture(self, shapes: Sequence[GraphShape], max_blocks: int) -> None:
+        """From now on, compute steps on a GPU as replays of graphs captured here.
 
         Args:
-            sizes: of batches, in sequences; a batch is padded to the next one. See `DecodeGraphs`.
+            shapes: of batches; a batch is padded to the next one. See `StepGraphs`.
             max_blocks: KV blocks of the longest sequence.
         """
         with torch.inference_mode():
-            self.graphs = DecodeGraphs(
-                self._walk, sizes=sizes, max_blocks=max_blocks, device=self._device
+            self.graphs = StepGraphs(
+                self._walk, shapes=shapes, max_blocks=max_blocks, device=self._device
             )
 
     def record(self, most_rows: int) -> None:
@@ -293,7 +293,7 @@ class ModelRunner:
     def _trial_walk(self, batch: ForwardBatch) -> Tensor:
         return self._walk(batch, padded=False)
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
+    def forward(self, batch: ForwardBatch, mean_tokens: int = 0) -> Tensor:
         """[M, vocab] logits of `batch.sample_rows`; walks all MoE layers once, in order.
 
         On a CPU they are float32. On a GPU they are as the model computes them, nothing waits for
@@ -301,11 +301,14 @@ class ModelRunner:
 
         Args:
             batch: on the host.
+            mean_tokens: of the ranks that take part in this step; 0: nobody said.
         """
         with torch.inference_mode(), self._mode():
-            self._moe.expect(batch.token_ids.shape[0])
-            if self.graphs is not None and self.graphs.fits(batch):
-                return self.graphs.forward(batch)
+            self._moe.expect(batch.token_ids.shape[0], mean_tokens)
+            if self.graphs is not None:
+                logits = self.graphs.forward(batch, mean_tokens)
+                if logits is not None:
+                    return logits
             if self.recorded is not None and self._takes(batch):
                 self._bind(batch)
                 tokens = self._tokens(batch, batch.token_ids)
@@ -363,13 +366,15 @@ class ModelRunner:
         logits = logits[: batch.sample_rows.shape[0], : self.info.vocab]
         return logits.float() if self._upload is None else logits
 
-    def forward_idle(self) -> None:
-        """Take part in a step without tokens: each MoE layer in order, no attention."""
+    def forward_idle(self, mean_tokens: int = 0) -> None:
+        """Take part in a step without tokens: each MoE layer in order, no attention.
+
+        mean_tokens: as for `forward`.
+        """
         device = self._device
         with torch.inference_mode(), self._mode():
-            if self.graphs is not None:
-                self._moe.expect(0)
-                self.graphs.idle()
+            self._moe.expect(0, mean_tokens)
+            if self.graphs is not None and self.graphs.idle(mean_tokens):
                 return
             for layer in self._experts:
                 layer.runtime.forward(
