@@ -204,10 +204,11 @@ def compiled(
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     values = {(names.index(n),): v for n, v in constants.items() if n in names}
+    unaligned = kernel.do_not_specialize_on_alignment or ()
     aligned = {
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(names)
-        if signature[name].startswith("*")
+        if (signature[name].startswith("*") and name not in unaligned)
         or (name in ("window", "K", "N", *STRIDES) and signature[name] != "constexpr")
     }
     source = ASTSource(kernel, signature, values, aligned)

@@ -291,7 +291,7 @@ def _with_expanded(
     return [
         msgspec.structs.replace(point, compared_us=found[point.batch])
         if point.batch in found
-        else msgspec.structs.replace(point, skipped=f"{needed[point.batch] / 2**30:.0f} GiB")
+        else msgspec.structs.replace(point, skipped=f"no {needed[point.batch] >> 30} GiB free")
         for point in points
     ], logits
 

@@ -52,7 +52,11 @@ def _store_latents(
         tl.store(cache + slot * SIZE + d, row, mask=d < SIZE)
 
 
-@triton.jit(do_not_specialize=["first", "sequences", "max_blocks", "tokens", "splits"])
+@triton.jit(
+    do_not_specialize=["first", "sequences", "max_blocks", "tokens", "splits"],
+    # they begin with any sequence of a step
+    do_not_specialize_on_alignment=["query_start", "context_len", "block_tables"],
+)
 def _attend_latents(
     query,
     rotary,
