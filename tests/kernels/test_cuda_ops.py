@@ -303,7 +303,7 @@ def test_prefills_of_any_number_of_sequences_share_two_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What else they needed would be compiled while requests wait."""
-    kernels: dict[str, set[Any]] = {"_attend": set(), "_merge": set()}
+    kernels: dict[str, set[Any]] = {"_attend": set(), "merge_splits": set()}
 
     class Launch:
         def __init__(self, name: str) -> None:
@@ -327,7 +327,7 @@ def test_prefills_of_any_number_of_sequences_share_two_kernels(
             scaling=1.0,
         )
     assert len(kernels["_attend"]) == 2  # keys split among programs, or not
-    assert len(kernels["_merge"]) == 1
+    assert len(kernels["merge_splits"]) == 1
 
 
 def test_a_sequence_of_padding_attends_to_nothing_and_writes_nothing() -> None:

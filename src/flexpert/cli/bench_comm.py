@@ -71,7 +71,8 @@ def bench_comm(
         typer.Option(
             metavar="NAME[,NAME…]",
             help="Any of gloo, allgather, nixl, memcpy; on cuda nixl_ep, interface, torch, nccl, "
-            "checks; with --eager nixl_ep, interface, launches. Default: all; with --machines, none.",
+            "checks; with --eager nixl_ep, interface, launches. Default: all; with --machines, "
+            "none.",
         ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch in each rank.")] = 1,

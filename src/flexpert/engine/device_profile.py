@@ -388,8 +388,9 @@ def _make_nixl_ep(rank: int, spec: BufferSpec, timeout_s: float, experts: int) -
 
 def triton_batches(most: int, context: int) -> list[WarmUpBatch]:
     """Batches that choose each kernel once: each tiling by the number of tokens, and attention of
-    few and many sequences, with their keys whole and cut."""
+    few and many sequences and of a chunk of a long prompt, with their keys whole and cut."""
     batches = [WarmUpBatch(min(rows, most)) for rows in (2, 16, 64, 256, 1024, most)]
+    batches.append(WarmUpBatch(min(256, most), context=context))
     for sequences in (1, FEW + 1):
         if sequences + 1 <= most:
             batches += [

@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.kernels.device_stream import stream_of
 from flexpert.kernels.experts import Gate
-from flexpert.kernels.kernel_set import Kernels, PagedAttentionKernel, cpu_kernels
+from flexpert.kernels.kernel_set import Kernels, cpu_kernels
 from flexpert.kernels.step_upload import StepUpload
 from flexpert.models import recorded_steps, recording, registrations
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.dense_weights import load_dense, replace_tensor
 from flexpert.models.deterministic import RowwiseMode
+from flexpert.models.device_latents import DeviceLatentAttention
 from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
@@ -211,7 +212,7 @@ class ModelRunner:
         attention = []
         for name, (keys, values) in zip(attention_names, kv.layers, strict=True):
             module = model.get_submodule(name)
-            layer = _attention_of(module, keys, values, kernels.paged_attention, deterministic)
+            layer = _attention_of(module, keys, values, kernels, deterministic)
             registrations.bind(module, layer)
             attention.append(layer)
         experts = []
@@ -250,9 +251,12 @@ class ModelRunner:
         """From now on, compute steps on a GPU as replays of graphs captured here.
 
         Args:
-            shapes: of batches; a batch is padded to the next one. See `StepGraphs`.
+            shapes: of batches; a batch is padded to the next one. See `StepGraphs`. Where attention
+                `cuts_prompts`, only those that decode.
             max_blocks: KV blocks of the longest sequence.
         """
+        if any(layer.cuts_prompts for layer in self._attention):
+            shapes = [shape for shape in shapes if shape.decodes]
         with torch.inference_mode():
             self.graphs = StepGraphs(
                 self._walk, shapes=shapes, max_blocks=max_blocks, device=self._device
@@ -406,15 +410,13 @@ def _stand_in(layer: int, x: Tensor, ids: Tensor, weights: Tensor, gate: Gate) -
 
 
 def _attention_of(
-    module: nn.Module,
-    keys: Tensor,
-    values: Tensor,
-    kernel: PagedAttentionKernel,
-    isolated: bool,
+    module: nn.Module, keys: Tensor, values: Tensor, kernels: Kernels, isolated: bool
 ) -> PagedAttention:
-    shape = kept_latent(module)
+    shape, kernel = kept_latent(module), kernels.paged_attention
     if shape is None:
         return PagedAttention(keys, values, kernel, isolated=isolated)
+    if kernels.latents is not None:
+        return DeviceLatentAttention(module, shape, keys, values, kernels, isolated=isolated)
     return LatentAttention(module, shape, keys, values, kernel, isolated=isolated)
 
 

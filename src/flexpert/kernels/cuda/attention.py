@@ -264,7 +264,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["rows", "sequences", "splits"])
-def _merge(
+def merge_splits(
     partial,
     peaks,
     sums,
@@ -374,9 +374,9 @@ def write_cache(
         HEADS=kv_heads,
         HEADS_PAD=triton.next_power_of_2(kv_heads),
         KEY=key_dim,
-        KEY_PAD=_padded(key_dim),
+        KEY_PAD=padded(key_dim),
         VALUE=value_dim,
-        VALUE_PAD=_padded(value_dim),
+        VALUE_PAD=padded(value_dim),
         num_warps=2,
     )
 
@@ -405,7 +405,7 @@ def attend(
     out = query.new_empty((tokens, heads, value_dim))
     if tokens == 0 or sequences == 0:
         return out
-    key_pad, value_pad = _padded(key_dim), _padded(value_dim)
+    key_pad, value_pad = padded(key_dim), padded(value_dim)
     group = heads // kv_heads
     decode = tokens == sequences
     if tiling is None:
@@ -462,7 +462,7 @@ def attend(
         num_stages=tiling.stages,
     )
     if splits > 1:
-        _merge[(tokens * heads,)](
+        merge_splits[(tokens * heads,)](
             partial,
             peaks,
             sums,
@@ -481,7 +481,7 @@ def attend(
     return out
 
 
-def _padded(dim: int) -> int:
+def padded(dim: int) -> int:
     return max(16, int(triton.next_power_of_2(dim)))
 
 
