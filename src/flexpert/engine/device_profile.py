@@ -30,7 +30,7 @@ from flexpert.errors import ConfigError
 from flexpert.kernels.cpu import ops
 from flexpert.kernels.device_region import DeviceRegion
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
-from flexpert.kernels.kernel_set import Kernels, check_gpu, cpu_kernels, gpu_kernels
+from flexpert.kernels.kernel_set import Kernels, check_gpu, cpu_kernels, fixed_order_gpu_kernels, gpu_kernels
 from flexpert.kernels.step_shapes import FEW
 from flexpert.models.padding import padded_sizes
 from flexpert.models.source import ModelSource
@@ -40,8 +40,12 @@ from flexpert.moe.runtime import MoERuntime
 
 THREADED_HIDDEN = 2048
 
-RESULT_ROWS = 1
-"""For each token that GPU ranks have room to send back: they send partial sums."""
+
+def result_rows(config: EngineConfig, topk: int) -> int:
+    """For each token that GPU ranks have room to send back: partial sums, or a row of each choice,
+    whose sum does not depend on who computes it."""
+    return topk if config.deterministic else 1
+
 
 MOST_CAPTURED = 512
 """Sequences of the largest graph; more of them take so long that launching them costs little."""
@@ -243,7 +247,7 @@ class TritonProfile(DeviceProfile):
         self.warm_up = WarmUpTime.BEFORE_LOADING if nixl_ep else WarmUpTime.WHILE_LOADING
 
     def make_kernels(self) -> Kernels:
-        return gpu_kernels()
+        return fixed_order_gpu_kernels(self.device) if self.config.deterministic else gpu_kernels()
 
     def make_exchange(
         self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: HeadMeeting
@@ -261,7 +265,7 @@ class TritonProfile(DeviceProfile):
                 store=meeting.store,
                 machine=meeting.machine,
                 channel="auto" if meeting.several else "shm",
-                choices=RESULT_ROWS,
+                choices=result_rows(self.config, spec.topk),
             )
         except CudaError as error:
             raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
@@ -269,17 +273,21 @@ class TritonProfile(DeviceProfile):
     def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
         from flexpert.engine.device_sampler import DeviceSampler  # needs triton
 
-        return DeviceSampler(sampled, self.stream)
+        return DeviceSampler(
+            sampled, self.stream, deterministic=self.config.deterministic
+        )
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
-        info, shape = source.info, source.expert_shape()
+        info = source.info
+        of_model = info.moe_layers, info.experts, source.expert_shape(), self.device
+        deterministic = self.config.deterministic
         if buffer.spec.capacity == 1:
             from flexpert.moe.cuda.local_experts import LocalExperts  # needs triton
 
-            return LocalExperts(buffer.rank, info.moe_layers, info.experts, shape, self.device)
+            return LocalExperts(buffer.rank, *of_model, deterministic=deterministic)
         from flexpert.moe.cuda.exchanged_experts import ExchangedExperts  # needs triton
 
-        return ExchangedExperts(buffer, info.moe_layers, info.experts, shape, self.device)
+        return ExchangedExperts(buffer, *of_model, deterministic=deterministic)
 
     def make_expert_store(self, rank: int, source: ModelSource) -> Store:
         from flexpert.moe.cuda.device_expert_store import DeviceExpertStore  # needs triton
