@@ -30,7 +30,13 @@ from flexpert.errors import ConfigError
 from flexpert.kernels.cpu import ops
 from flexpert.kernels.device_region import DeviceRegion
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
-from flexpert.kernels.kernel_set import Kernels, check_gpu, cpu_kernels, fixed_order_gpu_kernels, gpu_kernels
+from flexpert.kernels.kernel_set import (
+    Kernels,
+    check_gpu,
+    cpu_kernels,
+    fixed_order_gpu_kernels,
+    gpu_kernels,
+)
 from flexpert.kernels.step_shapes import FEW
 from flexpert.models.padding import padded_sizes
 from flexpert.models.source import ModelSource
@@ -273,9 +279,7 @@ class TritonProfile(DeviceProfile):
     def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
         from flexpert.engine.device_sampler import DeviceSampler  # needs triton
 
-        return DeviceSampler(
-            sampled, self.stream, deterministic=self.config.deterministic
-        )
+        return DeviceSampler(sampled, self.stream, deterministic=self.config.deterministic)
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
         info = source.info

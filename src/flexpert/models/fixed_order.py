@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexpert.errors import UnsupportedModel
 from flexpert.kernels.kernel_set import FixedOrderKernels
+from flexpert.models import recorded_steps
 from flexpert.models.deterministic import outside_modes
 
 _SUMS: Final = (torch.sum, torch.Tensor.sum)
@@ -35,15 +36,14 @@ _PRODUCTS: Final = (
     torch.Tensor.__matmul__,
 )
 
-EXACT: Final = frozenset(
-    """
-    _reshape_alias _to_copy _unsafe_view alias all amax amin any arange argmax cat clone
-    constant_pad_nd contiguous copy_ embedding empty empty_like empty_strided expand_as fill_
-    flatten full full_like gather index index_copy_ index_put_ index_select max min new_empty
-    new_full new_ones new_zeros ones ones_like pad repeat repeat_interleave reshape scalar_tensor
-    scatter scatter_ set_ split_with_sizes stack to topk tril triu zero_ zeros zeros_like
-    """.split()
-)
+EXACT: Final = recorded_steps.EXACT | {
+    "_reshape_alias", "_unsafe_view", "alias", "all", "amax", "amin", "any", "cat", "clone",
+    "concat", "constant_pad_nd", "contiguous", "copy_", "embedding", "empty", "empty_like",
+    "empty_strided", "expand_as", "fill_", "flatten", "full", "index_copy_", "index_select",
+    "min", "new_empty", "new_full", "new_ones", "new_zeros", "pad", "polar", "repeat",
+    "repeat_interleave", "reshape", "set_", "split_with_sizes", "to", "tril", "triu", "type_as",
+    "zero_",
+}  # fmt: skip
 """Operations that move or choose numbers, and round none."""
 
 
@@ -112,11 +112,11 @@ class FixedOrderMode(TorchFunctionMode):
         return call
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes what torch computes itself, and in which module."""
 
     def __init__(self, current: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._current = current
         self.found: dict[str, str] = {}
 

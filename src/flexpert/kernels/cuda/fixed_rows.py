@@ -25,7 +25,9 @@ def _sum_row(x, y, n, BLOCK: tl.constexpr, MEAN: tl.constexpr):
     lane = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
-        total += tl.load(x + row * n + start + lane, mask=start + lane < n, other=0.0).to(tl.float32)
+        total += tl.load(x + row * n + start + lane, mask=start + lane < n, other=0.0).to(
+            tl.float32
+        )
     result = tl.sum(total, 0)
     if MEAN:
         result = result / n

@@ -72,9 +72,7 @@ class ExchangedExperts:
         self.reduce: Reduce = "home" if deterministic else "rank"
         self.walked = 0
         self.splits = False
-        self._experts = DeviceExperts(
-            layers, experts, shape, device, deterministic=deterministic
-        )
+        self._experts = DeviceExperts(layers, experts, shape, device, deterministic=deterministic)
         self._counter = DeviceLoadCounter(layers, experts, device)
         self._places = torch.full((2, layers, experts), -1, dtype=torch.int32, device=device)
         self._tables = [

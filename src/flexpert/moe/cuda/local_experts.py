@@ -53,9 +53,7 @@ class LocalExperts:
         self.walked = 0
         self.splits = False
         self._tokens = torch.zeros(1, dtype=torch.int32, device=device)
-        self._experts = DeviceExperts(
-            layers, experts, shape, device, deterministic=deterministic
-        )
+        self._experts = DeviceExperts(layers, experts, shape, device, deterministic=deterministic)
         self._slot_of = torch.full((layers, experts), -1, dtype=torch.int32, device=device)
 
     def stage(self, layers: Sequence[LayerState[SlotAddresses]]) -> StagedLocalExperts:
