@@ -320,7 +320,7 @@ class CudaProfile(TritonProfile):
         return sum(rank % self._gpus == self.device.index for rank in ranks) == 1
 
     def warm_up_batches(self, most: int, context: int) -> list[WarmUpBatch]:
-        return triton_batches(most, context)
+        return triton_batches(most, context, deterministic=self.config.deterministic)
 
     def graph_sizes(self, most: int) -> list[int]:
         return captured_sizes(most)
@@ -394,10 +394,13 @@ def _make_nixl_ep(rank: int, spec: BufferSpec, timeout_s: float, experts: int) -
         raise ConfigError(f"--all2all nixl_ep: {error}") from error
 
 
-def triton_batches(most: int, context: int) -> list[WarmUpBatch]:
+def triton_batches(most: int, context: int, *, deterministic: bool = False) -> list[WarmUpBatch]:
     """Batches that choose each kernel once: each tiling by the number of tokens, and attention of
     few and many sequences, with their keys whole and cut."""
-    batches = [WarmUpBatch(min(rows, most)) for rows in (2, 16, 64, 256, 1024, most)]
+    sizes = {2, 16, 64, 256, 1024, most}
+    if deterministic:  # linear layers have tilings of their own
+        sizes |= {32, 128}
+    batches = [WarmUpBatch(rows) for rows in sorted({min(rows, most) for rows in sizes})]
     for sequences in (1, FEW + 1):
         if sequences + 1 <= most:
             batches += [

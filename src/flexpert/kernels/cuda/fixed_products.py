@@ -28,9 +28,10 @@ more. No GPU is asked: the bits of an answer must not depend on it."""
 LEAST_PART: Final = 256
 """Columns of a part."""
 FILLED: Final = 120
-"""Programs from which on parts are not programs of their own."""
-MOST_TILES: Final = FILLED
-"""Tiles whose parts are programs of their own."""
+"""Tiles of 128 columns from which on they fill a GPU; fewer have their parts computed by programs
+of their own, in tiles of 64 columns."""
+MOST_TILES: Final = 2 * FILLED
+"""Of which parts are programs of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +124,24 @@ def part_of(columns: int, depth: int, tile_depth: int) -> int:
 def choose(rows: int, columns: int, parts: int, dtype: torch.dtype) -> LinearTiling:
     """A tiling for so many rows. What it decides changes no bits, but by `depth`, which is one for
     a dtype. float32, which is for checking, has one shape of tile."""
+    tile = 32 if dtype == torch.float32 else max(16, min(128, int(triton.next_power_of_2(rows))))
+    filled = triton.cdiv(columns, 128) * triton.cdiv(rows, tile) >= FILLED
+    parted = parts > 1 and not filled
     if dtype == torch.float32:
-        tile, wide, depth = 32, 64, 32
-        warps, stages = 4, 2
-    else:
-        tile = max(16, min(128, int(triton.next_power_of_2(rows))))
-        fills = triton.cdiv(columns, 128) * triton.cdiv(rows, tile) >= FILLED
-        wide, depth = 128 if fills else 64, 64
-        warps = 8 if wide == 128 else 4
-        stages = 4 if tile == 128 else 6
-    tiles = triton.cdiv(columns, wide) * triton.cdiv(rows, tile)
-    return LinearTiling(wide, tile, depth, warps, stages, parts > 1 and tiles < FILLED)
+        return LinearTiling(64, tile, depth_of(dtype), warps=4, stages=2, parted=parted)
+    return LinearTiling(
+        128 if filled else 64,
+        tile,
+        depth_of(dtype),
+        warps=8 if filled else 4,
+        stages=4 if tile == 128 else 6,
+        parted=parted,
+    )
+
+
+def depth_of(dtype: torch.dtype) -> int:
+    """Columns of a weight that a tile has."""
+    return 32 if dtype == torch.float32 else 64
 
 
 class FixedProducts:
@@ -169,8 +177,7 @@ class FixedProducts:
         rows = x.numel() // depth
         if rows == 0:
             return out
-        tile_depth = 32 if x.dtype == torch.float32 else 64
-        part = part_of(columns, depth, tile_depth)
+        part = part_of(columns, depth, depth_of(x.dtype))
         parts = int(triton.cdiv(depth, part))
         if tiling is None:
             tiling = choose(rows, columns, parts, x.dtype)
