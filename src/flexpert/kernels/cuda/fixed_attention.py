@@ -2,8 +2,8 @@
 
 As `attention`, with one order of sums for a row, however it came: keys lie in chunks at absolute
 positions, within a chunk tiles of keys follow each other, and chunks are folded in their order.
-A program has 64 rows of queries in any case, so that a token that decodes meets the instructions
-that a prompt does. Where decoding would leave most of the GPU idle, the chunks of a sequence are
+A program has as many rows of queries for a token that decodes as for a prompt, so that it meets the
+same instructions. Where decoding would leave most of the GPU idle, the chunks of a sequence are
 computed by several programs, and a second kernel folds them in the same order.
 """
 
@@ -24,8 +24,6 @@ from flexpert.kernels.cuda.attention import LOG2_E, look, padded, queries_of, wr
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 from flexpert.kernels.step_shapes import lanes
 
-ROWS: Final = 64
-"""Of queries in a program: what an instruction of Hopper's tensor cores (wgmma) takes."""
 CHUNK: Final = 512
 """Keys that are summed before they are folded with those before them."""
 MOST_SPLITS: Final = 32
@@ -36,19 +34,25 @@ FILL: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class FixedTiling:
-    """keys: of a tile; the only number here that decides bits, and one for a model."""
+    """rows: of queries in a program. keys: of a tile. They decide bits, and are ones of a model."""
 
+    rows: int
     keys: int
     warps: int
     stages: int
 
 
 def choose(key_dim: int, value_dim: int, dtype: torch.dtype) -> FixedTiling:
-    """For padded dimensions of keys and values; the same for prompts and for decoding."""
-    keys = 64 if key_dim <= 128 else 32
+    """For padded dimensions of keys and values; the same for prompts and for decoding.
+
+    64 rows are what an instruction of Hopper's tensor cores (wgmma) takes; float32, which is for
+    checking, is multiplied without them.
+    """
     if dtype == torch.float32:
-        return FixedTiling(keys, warps=4, stages=2)
-    return FixedTiling(keys, warps=8 if value_dim > 128 else 4, stages=3 if key_dim <= 128 else 2)
+        return FixedTiling(16, 16, warps=4, stages=2)
+    small = key_dim <= 128
+    warps = 8 if value_dim > 128 else 4
+    return FixedTiling(64, 64 if small else 32, warps, stages=3 if small else 2)
 
 
 @triton.jit
@@ -257,7 +261,7 @@ def attend(
     group = heads // kv_heads
     decode = tokens == sequences
     tiling = choose(key_pad, value_pad, query.dtype)
-    rows = max(ROWS, triton.next_power_of_2(group))
+    rows = max(tiling.rows, triton.next_power_of_2(group))
     together = 1 if decode else rows // triton.next_power_of_2(group)
     programs = sequences if decode else tokens // together + sequences
     longest = max_blocks * key_cache.shape[1]
