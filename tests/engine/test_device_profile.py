@@ -66,7 +66,10 @@ def test_a_gpu_has_larger_steps_and_caches_unless_they_are_given() -> None:
             {"cluster.max_ranks": 4, "cluster.on_missing_expert": "degrade"},
             "degrade needs --device cpu",
         ),
-        ({"engine.deterministic": True}, "--deterministic needs --device cpu"),
+        (
+            {"engine.deterministic": True, "engine.all2all": "nixl_ep"},
+            "--deterministic does not go with --all2all nixl_ep",
+        ),
         (
             {"engine.all2all": "nixl_ep", "cluster.max_ranks": 12},
             r"max_ranks \(12\) .* takes: 1, 2, .* 8, 16, 24, 32; change --max-ranks",

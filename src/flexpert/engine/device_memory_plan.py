@@ -5,7 +5,7 @@ from __future__ import annotations
 from flexpert.comm import BufferSpec
 from flexpert.comm.cuda.cuda_layout import layout
 from flexpert.config import EngineConfig
-from flexpert.engine.device_profile import RESULT_ROWS, captured_shapes
+from flexpert.engine.device_profile import captured_shapes, result_rows
 from flexpert.engine.memory_plan import buffer_spec, kv_blocks
 from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
@@ -58,7 +58,7 @@ def window_nbytes(source: ModelSource, config: EngineConfig, capacity: int) -> i
     spec = buffer_spec(source.info, config, capacity)
     if config.all2all == "nixl_ep" and capacity > 1:
         return _nixl_ep_nbytes(spec, source.info.experts)
-    return layout(spec, choices=RESULT_ROWS).size
+    return layout(spec, choices=result_rows(config, spec.topk)).size
 
 
 def _nixl_ep_nbytes(spec: BufferSpec, experts: int) -> int:

@@ -30,7 +30,13 @@ from flexpert.errors import ConfigError
 from flexpert.kernels.cpu import ops
 from flexpert.kernels.device_region import DeviceRegion
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
-from flexpert.kernels.kernel_set import Kernels, check_gpu, cpu_kernels, gpu_kernels
+from flexpert.kernels.kernel_set import (
+    Kernels,
+    check_gpu,
+    cpu_kernels,
+    fixed_order_gpu_kernels,
+    gpu_kernels,
+)
 from flexpert.kernels.step_shapes import FEW
 from flexpert.models.padding import padded_sizes
 from flexpert.models.source import ModelSource
@@ -41,8 +47,12 @@ from flexpert.moe.runtime import MoERuntime
 
 THREADED_HIDDEN = 2048
 
-RESULT_ROWS = 1
-"""For each token that GPU ranks have room to send back: they send partial sums."""
+
+def result_rows(config: EngineConfig, topk: int) -> int:
+    """For each token that GPU ranks have room to send back: partial sums, or a row of each choice,
+    whose sum does not depend on who computes it."""
+    return topk if config.deterministic else 1
+
 
 MOST_CAPTURED = 512
 """Sequences of the largest graph that decodes; more of them go into one with prompts."""
@@ -247,7 +257,7 @@ class TritonProfile(DeviceProfile):
         self.warm_up = WarmUpTime.BEFORE_LOADING if nixl_ep else WarmUpTime.WHILE_LOADING
 
     def make_kernels(self) -> Kernels:
-        return gpu_kernels()
+        return fixed_order_gpu_kernels(self.device) if self.config.deterministic else gpu_kernels()
 
     def make_exchange(
         self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: HeadMeeting
@@ -265,7 +275,7 @@ class TritonProfile(DeviceProfile):
                 store=meeting.store,
                 machine=meeting.machine,
                 channel="auto" if meeting.several else "shm",
-                choices=RESULT_ROWS,
+                choices=result_rows(self.config, spec.topk),
             )
         except CudaError as error:
             raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
@@ -273,17 +283,19 @@ class TritonProfile(DeviceProfile):
     def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
         from flexpert.engine.device_sampler import DeviceSampler  # needs triton
 
-        return DeviceSampler(sampled, self.stream)
+        return DeviceSampler(sampled, self.stream, deterministic=self.config.deterministic)
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
-        info, shape = source.info, source.expert_shape()
+        info = source.info
+        of_model = info.moe_layers, info.experts, source.expert_shape(), self.device
+        deterministic = self.config.deterministic
         if buffer.spec.capacity == 1:
             from flexpert.moe.cuda.local_experts import LocalExperts  # needs triton
 
-            return LocalExperts(buffer.rank, info.moe_layers, info.experts, shape, self.device)
+            return LocalExperts(buffer.rank, *of_model, deterministic=deterministic)
         from flexpert.moe.cuda.exchanged_experts import ExchangedExperts  # needs triton
 
-        return ExchangedExperts(buffer, info.moe_layers, info.experts, shape, self.device)
+        return ExchangedExperts(buffer, *of_model, deterministic=deterministic)
 
     def make_expert_store(self, rank: int, source: ModelSource) -> Store:
         from flexpert.moe.cuda.device_expert_store import DeviceExpertStore  # needs triton
@@ -312,7 +324,7 @@ class CudaProfile(TritonProfile):
         return sum(rank % self._gpus == self.device.index for rank in ranks) == 1
 
     def warm_up_batches(self, most: int, context: int) -> list[WarmUpBatch]:
-        return triton_batches(most, context)
+        return triton_batches(most, context, deterministic=self.config.deterministic)
 
     def graph_shapes(self, most_running: int, most_tokens: int) -> list[GraphShape]:
         return captured_shapes(most_running, most_tokens)
@@ -386,10 +398,13 @@ def _make_nixl_ep(rank: int, spec: BufferSpec, timeout_s: float, experts: int) -
         raise ConfigError(f"--all2all nixl_ep: {error}") from error
 
 
-def triton_batches(most: int, context: int) -> list[WarmUpBatch]:
+def triton_batches(most: int, context: int, *, deterministic: bool = False) -> list[WarmUpBatch]:
     """Batches that choose each kernel once: each tiling by the number of tokens, and attention of
     few and many sequences and of a chunk of a long prompt, with their keys whole and cut."""
-    batches = [WarmUpBatch(min(rows, most)) for rows in (2, 16, 64, 256, 1024, most)]
+    sizes = {2, 16, 64, 256, 1024, most}
+    if deterministic:  # linear layers have tilings of their own
+        sizes |= {32, 128}
+    batches = [WarmUpBatch(rows) for rows in sorted({min(rows, most) for rows in sizes})]
     batches.append(WarmUpBatch(min(256, most), context=context))
     for sequences in (1, FEW + 1):
         if sequences + 1 <= most:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +26,7 @@ from flexpert.models.batch import ForwardBatch
 from flexpert.models.dense_weights import load_dense, replace_tensor
 from flexpert.models.deterministic import RowwiseMode
 from flexpert.models.device_latents import DeviceLatentAttention
+from flexpert.models.fixed_order import FixedOrderMode, check_fixed_order
 from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
@@ -87,7 +88,7 @@ class ModelRunner:
         *,
         deterministic: bool,
         moe: MoELayers,
-        pads_batches: bool,
+        kernels: Kernels,
         verdicts: FusionVerdicts,
         most_samples: int,
     ) -> None:
@@ -104,7 +105,8 @@ class ModelRunner:
         self._states = states
         self._deterministic = deterministic
         self._moe = moe
-        self._pads_batches = pads_batches and not deterministic
+        self._fixed_order = kernels.fixed_order
+        self._pads_batches = kernels.pads_batches and not deterministic
         self._device = next(model.parameters()).device
         self._upload: StepUpload | None = None  # a CPU needs none
         if self._device.type != "cpu":
@@ -135,15 +137,17 @@ class ModelRunner:
             state_slots: see `KVCache`.
             kv_memory: [`KVCache.nbytes`] uint8 for the cache, on `device`; default: memory of its
                 own.
-            device: of weights and batches; a GPU is never deterministic.
-            kernels: for `device`; default: a CPU's.
+            device: of weights and batches.
+            kernels: for `device`; default: a CPU's. A GPU's that are to be deterministic are those
+                of `fixed_order_gpu_kernels`.
             verdicts: of an earlier load; modules without one are tried.
             most_samples: size of `sampled`.
             lap: told when a part of it is over.
 
         Raises:
             ModelError: a tensor of the checkpoint cannot be read or has another shape.
-            UnsupportedModel: the model computes something at its start that we cannot repeat.
+            UnsupportedModel: the model computes something at its start that we cannot repeat, or
+                something in an order that depends on the batch, though it is to be deterministic.
         """
         source.checkpoint.files.check_unchanged()
         model = source.build(attention=registrations.IMPLEMENTATION)
@@ -174,6 +178,8 @@ class ModelRunner:
         )
         if kernels is None or kernels.recorded_rows:
             runner.record((kernels or cpu_kernels()).recorded_rows)
+        if deterministic and kernels is not None and kernels.fixed_order is not None:
+            runner._check_fixed_order()
         lap("kernels by verdicts" if runner.verdicts == verdicts else "kernels by trials")
         return runner
 
@@ -242,7 +248,7 @@ class ModelRunner:
             kv,
             deterministic=deterministic,
             moe=moe,
-            pads_batches=kernels.pads_batches,
+            kernels=kernels,
             verdicts=found,
             most_samples=most_samples,
         )
@@ -257,7 +263,7 @@ class ModelRunner:
         """
         if any(layer.cuts_prompts for layer in self._attention):
             shapes = [shape for shape in shapes if shape.decodes]
-        with torch.inference_mode():
+        with torch.inference_mode(), self._mode():
             self.graphs = StepGraphs(
                 self._walk, shapes=shapes, max_blocks=max_blocks, device=self._device
             )
@@ -282,13 +288,8 @@ class ModelRunner:
         if self._deterministic and (left := recorded_steps.rounds_by_torch(steps)):
             raise UnsupportedModel(f"--deterministic has no kernel for {', '.join(left)}")
         batch = recorded_steps.trial_batch(7, 4, size, stride=3)
-        for experts in self._experts:
-            experts.compute = _stand_in
-        try:
+        with self._stand_in_experts():
             expected = self._trial_walk(batch)
-        finally:
-            for experts in self._experts:
-                experts.compute = experts.runtime.forward
         self._bind(batch)
         rounding = min(0.05, 2**13 * torch.finfo(self.info.dtype).eps)
         recorded_steps.check(steps, batch, expected, _stand_in, rounding=rounding)
@@ -296,6 +297,28 @@ class ModelRunner:
 
     def _trial_walk(self, batch: ForwardBatch) -> Tensor:
         return self._walk(batch, padded=False)
+
+    def _check_fixed_order(self) -> None:
+        """Raises: UnsupportedModel: a module computes in an order that depends on the batch."""
+        batch = recorded_steps.trial_batch(7, 4, self.kv.layers[0][0].shape[1], stride=3)
+
+        def walk() -> None:
+            with torch.inference_mode(), self._mode():
+                self._walk(batch if self._upload is None else batch.sent(self._upload))
+
+        with self._stand_in_experts():
+            check_fixed_order(self._model, walk)
+
+    @contextlib.contextmanager
+    def _stand_in_experts(self) -> Iterator[None]:
+        """Within it no expert is needed."""
+        for experts in self._experts:
+            experts.compute = _stand_in
+        try:
+            yield
+        finally:
+            for experts in self._experts:
+                experts.compute = experts.runtime.forward
 
     def forward(self, batch: ForwardBatch, mean_tokens: int = 0) -> Tensor:
         """[M, vocab] logits of `batch.sample_rows`; walks all MoE layers once, in order.
@@ -390,7 +413,9 @@ class ModelRunner:
                 )
 
     def _mode(self) -> contextlib.AbstractContextManager[object]:
-        return RowwiseMode() if self._deterministic else contextlib.nullcontext()
+        if not self._deterministic:
+            return contextlib.nullcontext()
+        return FixedOrderMode(self._fixed_order) if self._fixed_order else RowwiseMode()
 
     @property
     def dense_nbytes(self) -> int:

@@ -91,10 +91,20 @@ class DeviceExperts:
         slots: most experts the rank can hold of a layer, i.e. the experts of the model.
         shape: of every expert.
         device: of the weights.
+        deterministic: a row has the same bits in any company.
     """
 
-    def __init__(self, layers: int, slots: int, shape: ExpertShape, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        shape: ExpertShape,
+        device: torch.device,
+        *,
+        deterministic: bool = False,
+    ) -> None:
         self.slots = slots
+        self._deterministic = deterministic
         self.shape = shape
         self.device = device
         self._tables = torch.zeros((len(_TABLES), layers, slots), dtype=torch.int64, device=device)
@@ -171,6 +181,7 @@ class DeviceExperts:
             biases=None if self.shape.biases is None else up_bias,
             gated=gated,
             expected=expected,
+            deterministic=self._deterministic,
         )
         if not gated:
             programs = launched_rows(expected or rows, rows)
@@ -184,6 +195,7 @@ class DeviceExperts:
             scales=None if packed is None else down_scale,
             biases=None if self.shape.biases is None else down_bias,
             expected=expected,
+            deterministic=self._deterministic,
         )
 
     def _apply(self, apply_gate: Gate, hidden: Tensor, rows: Tensor, programs: int) -> Tensor:

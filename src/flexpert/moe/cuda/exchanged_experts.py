@@ -51,6 +51,8 @@ class ExchangedExperts:
     Args:
         buffer: a `Buffer` whose `Received` has `indexed`, an `IndexedRows`.
         layers, experts, shape: of the model.
+        deterministic: a token's sum has the same bits in any company and placement: results come
+            back for each choice, and are summed at home.
 
     Attributes:
         walked: layers so far, as in `MoERuntime`; a replayed step counts none.
@@ -64,13 +66,13 @@ class ExchangedExperts:
         shape: ExpertShape,
         device: torch.device,
         *,
-        reduce: Reduce = "rank",
+        deterministic: bool = False,
     ) -> None:
         self.buffer = buffer
-        self.reduce: Reduce = reduce
+        self.reduce: Reduce = "home" if deterministic else "rank"
         self.walked = 0
         self.splits = False
-        self._experts = DeviceExperts(layers, experts, shape, device)
+        self._experts = DeviceExperts(layers, experts, shape, device, deterministic=deterministic)
         self._counter = DeviceLoadCounter(layers, experts, device)
         self._places = torch.full((2, layers, experts), -1, dtype=torch.int32, device=device)
         self._tables = [
