@@ -11,7 +11,7 @@ import torch
 from support.checkpoints import Sequences, prompt_of, single_runner
 from support.fp8_checkpoints import make_fp8_checkpoint
 
-from flexpert.kernels.kernel_set import gpu_kernels
+from flexpert.kernels.kernel_set import fixed_order_gpu_kernels, gpu_kernels
 from flexpert.kernels.weight_formats import FP8
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
@@ -38,16 +38,21 @@ def states(source: ModelSource, placement: Placement) -> list[LayerState[SlotAdd
     return [LayerState(table, experts) for table, experts in zip(tables, held, strict=True)]
 
 
-def gpu_runner(source: ModelSource) -> tuple[Sequences, LocalExperts]:
+def gpu_runner(
+    source: ModelSource, *, deterministic: bool = False
+) -> tuple[Sequences, LocalExperts]:
     info = source.info
-    local = LocalExperts(0, info.moe_layers, info.experts, source.expert_shape(), CPU)
+    local = LocalExperts(
+        *(0, info.moe_layers, info.experts, source.expert_shape(), CPU),
+        deterministic=deterministic,
+    )
     made = ModelRunner.load(
         source,
         moe=local,
         kv_blocks=32,
         kv_block_size=8,
-        deterministic=False,
-        kernels=gpu_kernels(),
+        deterministic=deterministic,
+        kernels=fixed_order_gpu_kernels(CPU) if deterministic else gpu_kernels(),
     )
     return Sequences(made, 8), local
 
@@ -85,6 +90,29 @@ def test_the_kernels_give_the_logits_of_the_cpu_wherever_the_experts_are(
         local.install(local.stage(states(source, backward if index == 1 else forward)))
         for name, logits in gpu.step(step).items():
             torch.testing.assert_close(logits, expected[index][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_deterministic_logits_have_the_same_bits_in_any_company(
+    family: str, checkpoint: Callable[..., Path]
+) -> None:
+    """In a graph as well: there a batch is padded."""
+    source = ModelSource.open(str(checkpoint(family)), dtype="float32")
+    gpu, local = gpu_runner(source, deterministic=True)
+    info = source.info
+    local.install(
+        local.stage(states(source, replan(None, [0], experts=info.experts, layers=info.moe_layers)))
+    )
+    a, b = prompt_of(6, 1), prompt_of(4, 2)
+    whole = gpu.step({"a": a})["a"]
+    gpu.drop("a")
+    first = gpu.step({"b": b[:1], "a": a[:3]})["a"]
+    second = gpu.step({"a": a[3:4], "b": b[1:2]})["a"]
+    gpu.runner.capture([4], max_blocks=3)
+    third = gpu.step({"b": b[2:3], "a": a[4:5]})["a"].clone()
+    last = gpu.step({"a": a[5:], "b": b[3:]})["a"]
+    assert torch.equal(torch.cat([first, second, third, last]), whole)
 
 
 @pytest.mark.slow
