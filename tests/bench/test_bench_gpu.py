@@ -38,6 +38,9 @@ def test_without_a_gpu_the_reason_is_said_before_anything_is_built(command: str)
         (["layer", "--tokens", "8,x"], "--tokens 8,x: positive numbers"),
         (["decode", "--batch", "0"], "--batch 0: positive numbers"),
         (["decode", "--output", "/nowhere/at/all.json"], "there is no folder"),
+        (["decode", "--layers", "49"], "--layers 49: qwen3-30b-a3b has 48"),
+        (["decode", "--compare", "expanded"], "with qwen3-30b-a3b there is transformers, or none"),
+        (["decode", "--shape", "deepseek-v3", "--ranks", "2"], "expanded times one rank"),
     ],
 )
 def test_wrong_flags_are_named_first(arguments: list[str], says: str) -> None:
@@ -128,7 +131,7 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
         roofline_ms=20.0,
         ours_us=SpreadUs(24000, 25000, 26000),
         captures=4,
-        transformers_us=SpreadUs(90000, 100000, 110000),
+        compared_us=SpreadUs(90000, 100000, 110000),
     )
     decode = DecodeReport(
         machine=this_machine(),
@@ -140,7 +143,7 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
         build_s=1.0,
         captures=4,
         capture_s=2.0,
-        points=[point, msgspec.structs.replace(point, transformers_us=None, skipped="no room")],
+        points=[point, msgspec.structs.replace(point, compared_us=None, skipped="no room")],
     )
     text = shown(decode_text(decode))
     assert "1.25" in text  # times the roofline
@@ -149,4 +152,14 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
     assert "2,560" in text  # tokens/s
     assert "no room" in text
     assert decode.correct
+    alone = shown(decode_text(msgspec.structs.replace(decode, compared="none")))
+    assert "2,560" in alone
+    assert "4.00" not in alone
+    latents = msgspec.structs.replace(
+        decode, shape="deepseek-v3", compared="expanded", kv_bytes=4608, compared_kv_bytes=327680
+    )
+    text = shown(decode_text(latents))
+    assert "DeepSeek-V3's shapes" in text
+    assert "expanded ms" in text
+    assert "4,608 bytes" in text
     assert "WRONG" in shown(decode_text(msgspec.structs.replace(decode, error=0.5)))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, DeepseekV3Config
 
 pytest.importorskip("triton", reason="what is measured needs the package triton")
 
-from flexpert.bench.gpu.decode import difference
+from flexpert.bench.gpu.decode import difference, single_rank
 from flexpert.bench.gpu.decode_group import GroupPlan, place_on, run_group
+from flexpert.bench.gpu.decode_rank import check_prompts
 from flexpert.bench.gpu.model import RandomModel
 from flexpert.errors import FlexpertError
 from flexpert.moe.placement import Placement
@@ -95,6 +96,41 @@ def test_weights_do_not_depend_on_who_holds_them() -> None:
         for name, tensor in share.weights.items():
             if "experts" not in name:
                 assert torch.equal(tensor, alone.weights[name])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is a test of the interpreter")
+def test_latents_and_expanded_keys_give_the_logits_of_transformers() -> None:
+    config = DeepseekV3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        max_position_embeddings=128,
+    )
+    model = RandomModel.build(
+        config, torch.device("cpu"), seed=SEED, dtype=torch.float32, place=place_on(1)
+    )
+    kept = [each.info.kv_bytes_per_token() for each in (model, model.expanded())]
+    assert kept == [2 * 24 * 4, 2 * 2 * (24 + 16) * 4]
+    prompts = check_prompts(model.info.vocab, SEED, 6)
+    with torch.inference_mode():
+        for each in (model, model.expanded()):
+            logits = single_rank(each, [1], 8, lambda _: None).logits(prompts)
+            assert difference(model.transformers(), logits, SEED, 6) < 1e-4
 
 
 @pytest.mark.slow

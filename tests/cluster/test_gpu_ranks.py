@@ -27,28 +27,30 @@ GREEDY = SamplingParams(max_tokens=10, temperature=0.0, seed=1, ignore_eos=True)
 PROMPTS = [[5, 9, 40, 41], [60, 61, 62], [7, 8, 9, 10, 11, 12]]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def saved(path: Path, family: str, **settings: Any) -> str:
     """Two layers, four experts: the interpreter takes milliseconds for each piece of a product."""
-    path = tmp_path_factory.mktemp("small")
     tokenizer = ModelSource.open("tiny").tokenizer()
     config = AutoConfig.for_model(
-        "qwen3_moe",
+        family,
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=32,
         moe_intermediate_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_experts=4,
         num_experts_per_tok=2,
         max_position_embeddings=128,
+        **settings,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("small")
+    return saved(path, "qwen3_moe", num_key_value_heads=1, head_dim=16, num_experts=4)
 
 
 def opened(model: str, device: str, **settings: Any) -> LLM:
@@ -196,6 +198,38 @@ def test_ranks_of_several_machines_answer_the_same_through_a_join_and_a_leave(
         answers.join()
         assert answers.found == expected
         assert shrunk.recomputed_tokens == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_latents_move_with_a_leaver_s_requests(tmp_path: Path) -> None:
+    """And begin the same prompts the next time."""
+    model = saved(
+        tmp_path,
+        "deepseek_v3",
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+    )
+    with opened(model, "cpu") as llm:
+        expected = [answer.token_ids for answer in llm.generate(PROMPTS, GREEDY)]
+    with opened(model, "cuda") as llm:
+        answers = Answers(llm)
+        answers.wait_until_some_run()
+        shrunk = llm.scale(remove=[0])
+        answers.join()
+        assert answers.found == expected
+        assert (shrunk.moved_requests > 0) == (shrunk.moved_with_kv > 0)
+        assert shrunk.recomputed_tokens == 0
+        again = llm.generate(PROMPTS, GREEDY)
+        assert [answer.token_ids for answer in again] == expected
+        assert all(rank.graphs for rank in llm.cluster().ranks)
 
 
 @pytest.mark.slow

@@ -176,7 +176,9 @@ def test_the_gate_of_gpt_oss_is_found_and_is_transformers_own() -> None:
     found = clamped_swiglu_of(module._apply_gate)
     assert found == (module.alpha, module.limit)
     pairs = randn(3, 2200, seed=3) * 5
-    torch.testing.assert_close(clamped_swiglu(pairs, *found), module._apply_gate(pairs))
+    rows = torch.tensor([3], dtype=torch.int32)
+    out = clamped_swiglu(pairs, rows, *found, programs=2)
+    torch.testing.assert_close(out, module._apply_gate(pairs))
     assert clamped_swiglu_of(torch.nn.functional.silu) is None
     module.alpha += 0.1  # what a module says is tried
     module._apply_gate = types.MethodType(lambda self, x: x.chunk(2, -1)[0], module)
@@ -301,7 +303,7 @@ def test_prefills_of_any_number_of_sequences_share_two_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What else they needed would be compiled while requests wait."""
-    kernels: dict[str, set[Any]] = {"_attend": set(), "_merge": set()}
+    kernels: dict[str, set[Any]] = {"_attend": set(), "merge_splits": set()}
 
     class Launch:
         def __init__(self, name: str) -> None:
@@ -325,7 +327,7 @@ def test_prefills_of_any_number_of_sequences_share_two_kernels(
             scaling=1.0,
         )
     assert len(kernels["_attend"]) == 2  # keys split among programs, or not
-    assert len(kernels["_merge"]) == 1
+    assert len(kernels["merge_splits"]) == 1
 
 
 def test_a_sequence_of_padding_attends_to_nothing_and_writes_nothing() -> None:

@@ -40,6 +40,7 @@ eager 2
 bench 240 ranks decode --ranks 1,2,4 --layers 24
 ((gpus > 3)) || no_mps
 bench 240 decode decode
+bench 120 latents decode --shape deepseek-v3 --batch 1,16,64 --context 4096
 bench 240 decode_fp8 decode --layers 24 --quantization fp8
 bench 240 layer layer --baselines grouped_mm
 bench 240 layer_fp8 layer --baselines grouped_mm --quantization fp8

@@ -1,4 +1,5 @@
-"""Times paged attention on this GPU, decode steps and prompts, against torch's.
+"""Times paged attention on this GPU, decode steps and prompts, against torch's, and decode steps
+over latents at DeepSeek-V3's shapes in several tilings.
 
 PYTHONPATH=src:tests python tools/gpu/time_attention.py
 """
@@ -9,9 +10,24 @@ from collections.abc import Callable
 
 import torch
 from gpu.test_kernels_on_gpu import attention_case
+from gpu.test_latents_on_gpu import Cache, randn
 
 from flexpert.bench.gpu.gpu_device import replay_us
-from flexpert.kernels.cuda import attention
+from flexpert.kernels.cuda import absorbed_attention, attention
+from flexpert.kernels.cuda.absorbed_attention import LatentTiling
+
+TILINGS = [
+    LatentTiling(heads, keys, warps, stages, fill)
+    for heads, keys, warps, stages, fill in (
+        (64, 32, 8, 3, 1),
+        (64, 32, 8, 2, 1),
+        (64, 64, 8, 2, 1),
+        (64, 16, 8, 4, 1),
+        (32, 32, 8, 3, 1),
+        (32, 64, 8, 2, 1),
+        (16, 32, 4, 3, 2),
+    )
+]
 
 
 def time_attention() -> None:
@@ -37,6 +53,37 @@ def time_attention() -> None:
         )
 
 
+def time_latents() -> None:
+    heads, rank, rope = 128, 512, 64
+    for sequences, context in ((1, 512), (1, 4096), (16, 4096), (64, 4096)):
+        cache = Cache([context] * sequences)
+        query, rotary = randn(heads, sequences, rank), randn(heads, sequences, rope)
+        starts = torch.arange(sequences + 1, dtype=torch.int32, device="cuda")
+        flops = 2 * sequences * context * heads * (2 * rank + rope)
+        chosen = absorbed_attention.choose(heads, rank, decode=True, dtype=torch.bfloat16)
+        for tiling in TILINGS:
+            time = _median(
+                [
+                    lambda t=tiling: absorbed_attention.attend_latents(
+                        query,
+                        rotary,
+                        cache.memory,
+                        starts,
+                        cache.contexts,
+                        cache.tables,
+                        scaling=0.1,
+                        decode=True,
+                        tiling=t,
+                    )
+                ]
+            )
+            print(
+                f"latents {sequences} x {context}, {tiling.heads} heads x {tiling.keys} keys, "
+                f"{tiling.warps} warps, {tiling.stages} stages: {time:.1f} us, "
+                f"{flops / time / 1e6:.0f} TFLOP/s{'  (chosen)' if tiling == chosen else ''}"
+            )
+
+
 def _median(launches: list[Callable[[], object]]) -> float:
     times = sorted(replay_us(launches, repeat=9))
     return times[len(times) // 2]
@@ -46,3 +93,4 @@ if __name__ == "__main__":
     torch.manual_seed(1)
     print(torch.cuda.get_device_name())
     time_attention()
+    time_latents()

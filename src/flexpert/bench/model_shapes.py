@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import DeepseekV3Config, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 from flexpert.models.probe import Probe
 from flexpert.models.source import ModelInfo
@@ -32,6 +36,34 @@ def qwen3_30b_a3b(layers: int = 48) -> PreTrainedConfig:
     )
 
 
+def deepseek_v3(layers: int = 61) -> PreTrainedConfig:
+    """The shapes of DeepSeek-V3: its first three layers have no experts, of fewer than four all but
+    the last."""
+    return DeepseekV3Config(
+        vocab_size=129280,
+        hidden_size=7168,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        num_hidden_layers=layers,
+        first_k_dense_replace=min(3, layers - 1),
+        num_attention_heads=128,
+        num_key_value_heads=128,
+        kv_lora_rank=512,
+        q_lora_rank=1536,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        n_routed_experts=256,
+        num_experts_per_tok=8,
+        n_shared_experts=1,
+        n_group=8,
+        topk_group=4,
+        norm_topk_prob=True,
+        max_position_embeddings=163840,
+        tie_word_embeddings=False,
+    )
+
+
 def qwen3_moe_1b() -> PreTrainedConfig:
     """A Qwen3-MoE of 1 B parameters, a quarter of them for each token, for a machine of few cores.
 
@@ -56,6 +88,35 @@ def qwen3_moe_1b() -> PreTrainedConfig:
         tie_word_embeddings=False,
         attention_bias=False,
     )
+
+
+Compared = Literal["transformers", "expanded", "none"]
+"""What our step is timed against: transformers', ours with keys and values of all heads in the
+cache, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeShape:
+    """A model to take the shapes of. layers: it has; usual_layers: that one GPU holds. compared:
+    what with.
+
+    tolerance: ‖logits − transformers'‖ / ‖…‖. bf16 rounds differently in other kernels, and where
+        two experts are almost equally likely the router then takes the other one, which is a larger
+        part of few layers.
+    """
+
+    title: str
+    config: Callable[[int], PreTrainedConfig]
+    layers: int
+    usual_layers: int
+    compared: Compared
+    tolerance: float
+
+
+DECODE_SHAPES: Final[Mapping[str, DecodeShape]] = {
+    "qwen3-30b-a3b": DecodeShape("Qwen3-30B-A3B", qwen3_30b_a3b, 48, 48, "transformers", 0.05),
+    "deepseek-v3": DecodeShape("DeepSeek-V3", deepseek_v3, 61, 4, "expanded", 0.2),
+}
 
 
 def random_model_info(

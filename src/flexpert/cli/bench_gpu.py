@@ -23,7 +23,8 @@ LAYER_EXAMPLES = (
 DECODE_EXAMPLES = (
     "flexpert bench decode",
     "flexpert bench decode --batch 1,64 --context 2048 --output decode.json",
-    "flexpert bench decode --layers 8 --no-baseline   # a quick look",
+    "flexpert bench decode --layers 8 --compare none   # a quick look",
+    "flexpert bench decode --shape deepseek-v3 --batch 1,16,64 --context 4096",
     "flexpert bench decode --ranks 1,2,4   # each on its own GPU; on a shared one only under MPS",
     "flexpert bench decode --layers 24 --quantization fp8",
 )
@@ -93,32 +94,55 @@ def bench_decode(
             metavar="N[,N…]", help="Ranks, dealt out to the GPUs; on a shared one only under MPS."
         ),
     ] = "1",
+    shape: Annotated[
+        Literal["qwen3-30b-a3b", "deepseek-v3"], typer.Option(help="Whose shapes the model has.")
+    ] = "qwen3-30b-a3b",
     layers: Annotated[
-        int, typer.Option(min=1, max=48, help="How many of the model's 48 layers.")
-    ] = 48,
+        int | None,
+        typer.Option(
+            min=1, help="How many of its layers.", show_default="all 48, of deepseek-v3 4 of 61"
+        ),
+    ] = None,
     context: Annotated[
         int, typer.Option(min=1, help="Tokens in the KV cache of each sequence.")
     ] = 512,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each batch.")] = 30,
-    baseline: Annotated[bool, typer.Option(help="Time transformers too.")] = True,
+    compare: Annotated[
+        Literal["transformers", "expanded", "none"] | None,
+        typer.Option(
+            help="What else is timed: transformers (of qwen3-30b-a3b), or flexpert with the keys "
+            "and values of all heads in its cache in place of latents (of deepseek-v3).",
+            show_default="the one that goes with the shape",
+        ),
+    ] = None,
     quantization: Quantization = "none",
     seed: Seed = 0,
     json_: Json = False,
     output: Output = None,
 ) -> None:
-    """Measure a decode step of a model like Qwen3-30B-A3B, with random weights.
+    """Measure a decode step of a model like Qwen3-30B-A3B or DeepSeek-V3, with random weights.
 
     The engine's own path, from tokens on the host to the next ones, as one rank or several, against
-    the time that reading weights and KV cache takes, and transformers. Needs some 78 GB of GPU
-    memory, with fp8 experts some 110: transformers has the same weights in bf16. Ranks are dealt
+    the time that reading weights and KV cache takes, and transformers or a cache without latents.
+    Needs some 78 GB of GPU memory, with fp8 experts some 110: transformers has the same weights in
+    bf16; four layers of DeepSeek-V3 31 and what the cache takes. Ranks are dealt
     out to the GPUs in turn; several on one GPU run at the same time under NVIDIA's MPS only: start
     it before. Exit status 1 if the logits are not those of transformers.
     """
+    from flexpert.bench.model_shapes import DECODE_SHAPES
     from flexpert.kernels.kernel_set import open_gpu
 
     batches, counts = numbers(batch, "--batch"), numbers(ranks, "--ranks")
     if counts[-1] > MOST_GPU_RANKS:
         raise ConfigError(f"--ranks {ranks}: at most {MOST_GPU_RANKS} ranks exchange")
+    model = DECODE_SHAPES[shape]
+    if layers is not None and layers > model.layers:
+        raise ConfigError(f"--layers {layers}: {shape} has {model.layers}")
+    compared = compare or model.compared
+    if compared not in (model.compared, "none"):
+        raise ConfigError(f"--compare {compared}: with {shape} there is {model.compared}, or none")
+    if compared == "expanded" and counts != [1]:
+        raise ConfigError(f"--ranks {ranks}: --compare expanded times one rank; add --compare none")
     check_outputs(output)
     open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.decode import run_decode
@@ -127,11 +151,12 @@ def bench_decode(
     report = with_status(
         lambda note: run_decode(
             batches,
+            shape=shape,
+            compared=compared,
             ranks=counts,
-            layers=layers,
+            layers=layers or model.usual_layers,
             context=context,
             steps=steps,
-            baseline=baseline,
             quantise=quantization == "fp8",
             seed=seed,
             note=note,

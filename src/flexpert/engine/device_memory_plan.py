@@ -5,12 +5,13 @@ from __future__ import annotations
 from flexpert.comm import BufferSpec
 from flexpert.comm.cuda.cuda_layout import layout
 from flexpert.config import EngineConfig
-from flexpert.engine.device_profile import captured_sizes, result_rows
+from flexpert.engine.device_profile import captured_shapes, result_rows
 from flexpert.engine.memory_plan import buffer_spec, kv_blocks
 from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
+from flexpert.models.device_latents import WORKSPACE_NUMBERS
 from flexpert.models.kv_cache import KVCache
-from flexpert.models.source import ModelSource
+from flexpert.models.source import ModelInfo, ModelSource
 
 CONTEXT_BYTES = 640 * 2**20
 """An estimate of what the driver takes for a process besides what that allocates: its context, the
@@ -72,8 +73,16 @@ def workspace_nbytes(source: ModelSource, config: EngineConfig, capacity: int) -
     experts' products, for the largest step and for the graphs, and the logits."""
     info, shape = source.info, source.expert_shape()
     step = capacity * config.max_tokens_per_step
-    captured = captured_sizes(config.max_running)
-    in_graphs = max(captured) if capacity == 1 else step  # rows of an exchange are of a fixed size
+    captured = captured_shapes(config.max_running, config.max_tokens_per_step)
     row = (shape.height // 2 + info.hidden) * info.dtype.itemsize
-    logits = (config.max_running + sum(captured)) * info.vocab * _LOGIT_BYTES
-    return (step + in_graphs) * info.topk * row + logits
+    # of a step without a graph; of one with prompts, and what all of these leave them in
+    rows = 3 * config.max_running + sum(shape.sequences for shape in captured if shape.decodes)
+    return 2 * step * info.topk * row + rows * info.vocab * _LOGIT_BYTES + _latent_nbytes(info)
+
+
+def _latent_nbytes(info: ModelInfo) -> int:
+    """What attention to latents makes of a sequence, in a step and in the graphs, at most."""
+    kept = [shape.key_dim for shape in info.attention if shape.value_in_key]
+    if not kept:
+        return 0
+    return (2 * WORKSPACE_NUMBERS + info.max_model_len * max(kept)) * info.dtype.itemsize

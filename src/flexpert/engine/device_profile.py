@@ -40,6 +40,7 @@ from flexpert.kernels.kernel_set import (
 from flexpert.kernels.step_shapes import FEW
 from flexpert.models.padding import padded_sizes
 from flexpert.models.source import ModelSource
+from flexpert.models.step_graphs import GraphShape
 from flexpert.moe.expert_store import ExpertStore, Store
 from flexpert.moe.moe_layers import ElasticMoELayers
 from flexpert.moe.runtime import MoERuntime
@@ -54,7 +55,10 @@ def result_rows(config: EngineConfig, topk: int) -> int:
 
 
 MOST_CAPTURED = 512
-"""Sequences of the largest graph; more of them take so long that launching them costs little."""
+"""Sequences of the largest graph that decodes; more of them go into one with prompts."""
+
+LEAST_CAPTURED_TOKENS = 128
+"""Tokens of the smallest graph with prompts."""
 
 
 class WarmUpTime(Enum):
@@ -188,8 +192,8 @@ class DeviceProfile(ABC):
         """
 
     @abstractmethod
-    def graph_sizes(self, most: int) -> list[int]:
-        """Sequences of the decode steps to capture as graphs, up to `most`; none: no graphs."""
+    def graph_shapes(self, most_running: int, most_tokens: int) -> list[GraphShape]:
+        """Of the steps to capture as graphs, up to so many sequences and tokens; may be none."""
 
 
 class CpuProfile(DeviceProfile):
@@ -237,7 +241,7 @@ class CpuProfile(DeviceProfile):
             sizes = sorted({min(rows, most) for rows in (1, 2, most)})
         return [WarmUpBatch(rows) for rows in sizes]
 
-    def graph_sizes(self, most: int) -> list[int]:
+    def graph_shapes(self, most_running: int, most_tokens: int) -> list[GraphShape]:
         return []
 
 
@@ -322,8 +326,8 @@ class CudaProfile(TritonProfile):
     def warm_up_batches(self, most: int, context: int) -> list[WarmUpBatch]:
         return triton_batches(most, context, deterministic=self.config.deterministic)
 
-    def graph_sizes(self, most: int) -> list[int]:
-        return captured_sizes(most)
+    def graph_shapes(self, most_running: int, most_tokens: int) -> list[GraphShape]:
+        return captured_shapes(most_running, most_tokens)
 
 
 class InterpreterProfile(TritonProfile):
@@ -335,8 +339,8 @@ class InterpreterProfile(TritonProfile):
     def warm_up_batches(self, most: int, context: int) -> list[WarmUpBatch]:
         return [WarmUpBatch(2)]
 
-    def graph_sizes(self, most: int) -> list[int]:
-        return [1]
+    def graph_shapes(self, most_running: int, most_tokens: int) -> list[GraphShape]:
+        return [GraphShape(1, 1)]
 
 
 def profile_of(config: EngineConfig, rank: int = 0) -> DeviceProfile:
@@ -396,11 +400,12 @@ def _make_nixl_ep(rank: int, spec: BufferSpec, timeout_s: float, experts: int) -
 
 def triton_batches(most: int, context: int, *, deterministic: bool = False) -> list[WarmUpBatch]:
     """Batches that choose each kernel once: each tiling by the number of tokens, and attention of
-    few and many sequences, with their keys whole and cut."""
+    few and many sequences and of a chunk of a long prompt, with their keys whole and cut."""
     sizes = {2, 16, 64, 256, 1024, most}
     if deterministic:  # linear layers have tilings of their own
         sizes |= {32, 128}
     batches = [WarmUpBatch(rows) for rows in sorted({min(rows, most) for rows in sizes})]
+    batches.append(WarmUpBatch(min(256, most), context=context))
     for sequences in (1, FEW + 1):
         if sequences + 1 <= most:
             batches += [
@@ -410,11 +415,25 @@ def triton_batches(most: int, context: int, *, deterministic: bool = False) -> l
     return list(dict.fromkeys(batches))
 
 
-def captured_sizes(most: int) -> list[int]:
-    """Sequences of graphs that pad a batch to less than twice its size: 1, 2, 4, 8, 16, 24, 32,
-    48, 64, 96, … `most`, or `MOST_CAPTURED` if that is less."""
-    most = min(most, MOST_CAPTURED)
-    sizes = {1, 2, 4, 8} | {n for k in range(4, 10) for n in (1 << k, 3 << k - 1)}
+def captured_shapes(most_running: int, most_tokens: int) -> list[GraphShape]:
+    """Graphs that pad a batch to less than twice its size.
+
+    Steps that decode 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … `most_running` sequences, or
+    `MOST_CAPTURED` if that is less; steps with prompts of 128, 192, 256, … `most_tokens` tokens, of
+    half as many sequences, at most as many as run.
+    """
+    running = _graph_sizes(min(most_running, MOST_CAPTURED))
+    shapes = [GraphShape(size, size) for size in running]
+    if most_tokens >= LEAST_CAPTURED_TOKENS:
+        for tokens in _graph_sizes(most_tokens):
+            if tokens >= LEAST_CAPTURED_TOKENS:
+                shapes.append(GraphShape(tokens, min(most_running, tokens // 2)))
+    return shapes
+
+
+def _graph_sizes(most: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … `most`."""
+    sizes = {1, 2, 4, 8} | {n for k in range(4, most.bit_length()) for n in (1 << k, 3 << k - 1)}
     return sorted({size for size in sizes if size < most} | {most})
 
 

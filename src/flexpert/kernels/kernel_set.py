@@ -103,6 +103,42 @@ class ChooseKernel(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+class StoreLatentsKernel(Protocol):
+    """See `cuda.absorbed_attention.store_latents`."""
+
+    def __call__(self, latents: Tensor, cache: Tensor, slot_mapping: Tensor) -> None: ...
+
+
+class AttendLatentsKernel(Protocol):
+    """See `cuda.absorbed_attention.attend_latents`."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        rotary: Tensor,
+        cache: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        *,
+        first: int = 0,
+        scaling: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+        decode: bool,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LatentKernels:
+    """Attention to a cache of latents, absorbed and (`attend`) expanded."""
+
+    store: StoreLatentsKernel
+    attend_latents: AttendLatentsKernel
+    attend: AttendKernel
+
+
 @dataclass(frozen=True, slots=True)
 class Fusions:
     """What takes the place of whole modules where launches cost more than their work."""
@@ -138,6 +174,7 @@ class Kernels:
     pads_batches: batches are padded to few sizes, because torch compiles a product for each.
     recorded_rows: up to so many rows a step is faster as a recorded program (`RecordedSteps`) than
         by transformers' modules; 0: there are none for the device.
+    latents: None: `paged_attention` takes a cache whose values are part of its keys.
     fixed_order: of a GPU, where a row is to have the same bits in any company; None: it need not,
         or it is a CPU.
     """
@@ -150,6 +187,7 @@ class Kernels:
     fusions: Fusions | None = None
     pads_batches: bool = False
     recorded_rows: int = 0
+    latents: LatentKernels | None = None
     fixed_order: FixedOrderKernels | None = None
 
 
@@ -175,10 +213,16 @@ def cpu_kernels() -> Kernels:
 
 def gpu_kernels() -> Kernels:
     """Those in Triton; on tensors of a CPU they need its interpreter."""
-    from flexpert.kernels.cuda import attention, norm, rotary, router
+    from flexpert.kernels.cuda import absorbed_attention, attention, norm, rotary, router
 
-    fusions = Fusions(attention.attend, rotary.rotate_and_store, router.choose_experts)
-    return Kernels(attention.paged_attention, norm.rms_norm, fusions=fusions)
+    return Kernels(
+        attention.paged_attention,
+        norm.rms_norm,
+        fusions=Fusions(attention.attend, rotary.rotate_and_store, router.choose_experts),
+        latents=LatentKernels(
+            absorbed_attention.store_latents, absorbed_attention.attend_latents, attention.attend
+        ),
+    )
 
 
 def fixed_order_gpu_kernels(device: torch.device) -> Kernels:

@@ -25,6 +25,8 @@ class ForwardBatch:
     sources: [N] int64, which of the tokens sampled last (`ModelRunner.sampled`) each row has; -1:
         the one in token_ids. None: all have that.
     states: where layers that keep a state find and leave it; None: the model has none.
+    host: the same on the host, of a batch that was sent to a device; None: this is it, or each
+        sequence has one token.
     """
 
     token_ids: Tensor
@@ -36,10 +38,11 @@ class ForwardBatch:
     sample_rows: Tensor
     sources: Tensor | None = None
     states: StateRuns | None = None
+    host: ForwardBatch | None = None
 
     def sent(self, upload: StepUpload) -> ForwardBatch:
         """The same on a device; only of a model without states."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         there = {name: array for name, array in given.items() if isinstance(array, Tensor)}
         arrays: dict[str, Any] = dict(zip(there, upload.send(list(there.values())), strict=True))
-        return ForwardBatch(**arrays)
+        return ForwardBatch(**arrays, host=self)

@@ -12,7 +12,7 @@ one key that all heads share, whose first part is the value as well. That is lon
 own key and value together, and attention to it takes as much longer. So where many rows of a
 sequence are computed, as of a prompt, its keys and values are expanded for the time of the step.
 Which of the two it is depends on the step, and with it the rounding; --deterministic keeps keys and
-values expanded.
+values expanded. This is for a CPU; `device_latents` does the same on a GPU.
 """
 
 from __future__ import annotations

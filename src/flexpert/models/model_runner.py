@@ -1,6 +1,6 @@
 """The dense part of a model in this process: everything but the experts, and the KV cache.
 
-On a CPU batches are padded to few sizes; on a GPU decode steps are replays of captured graphs.
+On a CPU batches are padded to few sizes; on a GPU steps are replays of captured graphs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.kernels.device_stream import stream_of
 from flexpert.kernels.experts import Gate
-from flexpert.kernels.kernel_set import Kernels, PagedAttentionKernel, cpu_kernels
+from flexpert.kernels.kernel_set import Kernels, cpu_kernels
 from flexpert.kernels.step_upload import StepUpload
 from flexpert.models import recorded_steps, recording, registrations
 from flexpert.models.batch import ForwardBatch
-from flexpert.models.decode_graphs import DecodeGraphs
 from flexpert.models.dense_weights import load_dense, replace_tensor
 from flexpert.models.deterministic import RowwiseMode
+from flexpert.models.device_latents import DeviceLatentAttention
 from flexpert.models.fixed_order import FixedOrderMode, check_fixed_order
 from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
@@ -37,6 +37,7 @@ from flexpert.models.paged_attention import PagedAttention
 from flexpert.models.recorded_steps import Experts, RecordedSteps
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.models.state_layers import StateLayer, bind_states
+from flexpert.models.step_graphs import GraphShape, StepGraphs
 from flexpert.moe.moe_layers import MoELayers
 
 CPU = torch.device("cpu")
@@ -94,7 +95,7 @@ class ModelRunner:
         self.info = info
         self.kv = kv
         self.verdicts = verdicts
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self.recorded: RecordedSteps | None = None
         self.not_recorded = ""
         self._recorded_rows: int | None = 0
@@ -217,7 +218,7 @@ class ModelRunner:
         attention = []
         for name, (keys, values) in zip(attention_names, kv.layers, strict=True):
             module = model.get_submodule(name)
-            layer = _attention_of(module, keys, values, kernels.paged_attention, deterministic)
+            layer = _attention_of(module, keys, values, kernels, deterministic)
             registrations.bind(module, layer)
             attention.append(layer)
         experts = []
@@ -252,16 +253,19 @@ class ModelRunner:
             most_samples=most_samples,
         )
 
-    def capture(self, sizes: Sequence[int], max_blocks: int) -> None:
-        """From now on, compute decode steps on a GPU as replays of graphs captured here.
+    def capture(self, shapes: Sequence[GraphShape], max_blocks: int) -> None:
+        """From now on, compute steps on a GPU as replays of graphs captured here.
 
         Args:
-            sizes: of batches, in sequences; a batch is padded to the next one. See `DecodeGraphs`.
+            shapes: of batches; a batch is padded to the next one. See `StepGraphs`. Where attention
+                `cuts_prompts`, only those that decode.
             max_blocks: KV blocks of the longest sequence.
         """
+        if any(layer.cuts_prompts for layer in self._attention):
+            shapes = [shape for shape in shapes if shape.decodes]
         with torch.inference_mode(), self._mode():
-            self.graphs = DecodeGraphs(
-                self._walk, sizes=sizes, max_blocks=max_blocks, device=self._device
+            self.graphs = StepGraphs(
+                self._walk, shapes=shapes, max_blocks=max_blocks, device=self._device
             )
 
     def record(self, most_rows: int) -> None:
@@ -316,7 +320,7 @@ class ModelRunner:
             for experts in self._experts:
                 experts.compute = experts.runtime.forward
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
+    def forward(self, batch: ForwardBatch, mean_tokens: int = 0) -> Tensor:
         """[M, vocab] logits of `batch.sample_rows`; walks all MoE layers once, in order.
 
         On a CPU they are float32. On a GPU they are as the model computes them, nothing waits for
@@ -324,11 +328,14 @@ class ModelRunner:
 
         Args:
             batch: on the host.
+            mean_tokens: of the ranks that take part in this step; 0: nobody said.
         """
         with torch.inference_mode(), self._mode():
-            self._moe.expect(batch.token_ids.shape[0])
-            if self.graphs is not None and self.graphs.fits(batch):
-                return self.graphs.forward(batch)
+            self._moe.expect(batch.token_ids.shape[0], mean_tokens)
+            if self.graphs is not None:
+                logits = self.graphs.forward(batch, mean_tokens)
+                if logits is not None:
+                    return logits
             if self.recorded is not None and self._takes(batch):
                 self._bind(batch)
                 tokens = self._tokens(batch, batch.token_ids)
@@ -386,13 +393,15 @@ class ModelRunner:
         logits = logits[: batch.sample_rows.shape[0], : self.info.vocab]
         return logits.float() if self._upload is None else logits
 
-    def forward_idle(self) -> None:
-        """Take part in a step without tokens: each MoE layer in order, no attention."""
+    def forward_idle(self, mean_tokens: int = 0) -> None:
+        """Take part in a step without tokens: each MoE layer in order, no attention.
+
+        mean_tokens: as for `forward`.
+        """
         device = self._device
         with torch.inference_mode(), self._mode():
-            if self.graphs is not None:
-                self._moe.expect(0)
-                self.graphs.idle()
+            self._moe.expect(0, mean_tokens)
+            if self.graphs is not None and self.graphs.idle(mean_tokens):
                 return
             for layer in self._experts:
                 layer.runtime.forward(
@@ -426,15 +435,13 @@ def _stand_in(layer: int, x: Tensor, ids: Tensor, weights: Tensor, gate: Gate) -
 
 
 def _attention_of(
-    module: nn.Module,
-    keys: Tensor,
-    values: Tensor,
-    kernel: PagedAttentionKernel,
-    isolated: bool,
+    module: nn.Module, keys: Tensor, values: Tensor, kernels: Kernels, isolated: bool
 ) -> PagedAttention:
-    shape = kept_latent(module)
+    shape, kernel = kept_latent(module), kernels.paged_attention
     if shape is None:
         return PagedAttention(keys, values, kernel, isolated=isolated)
+    if kernels.latents is not None:
+        return DeviceLatentAttention(module, shape, keys, values, kernels, isolated=isolated)
     return LatentAttention(module, shape, keys, values, kernel, isolated=isolated)
 
 

@@ -179,7 +179,7 @@ class ModelSource:
             experts: their format in memory.
             trust_remote_code: run the Python code that a checkpoint brings along.
             latent_cache: attention that compresses keys and values (MLA) keeps what they are
-                compressed to; for a CPU.
+                compressed to.
 
         Raises:
             UnsupportedModel: a dense model, a quantization that is not served, or a family

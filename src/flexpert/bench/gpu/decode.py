@@ -1,4 +1,4 @@
-"""A decode step of a random model as large as a real one: ours, transformers', and the roofline.
+"""A decode step of a random model as large as a real one: ours, another way, and the roofline.
 
 Times are of the wall, from one step's tokens to the next; of several ranks, the slowest one's.
 """
@@ -20,15 +20,11 @@ from flexpert.bench.gpu.decode_rank import CHECK_TOKENS, WARM_UP, DecodeRank, ch
 from flexpert.bench.gpu.gpu_device import MeasuredGpu, measure_gpu, most_sharing
 from flexpert.bench.gpu.model import RandomModel
 from flexpert.bench.machine import Machine, this_machine
-from flexpert.bench.model_shapes import qwen3_30b_a3b
+from flexpert.bench.model_shapes import DECODE_SHAPES, Compared
 from flexpert.bench.statistics import SpreadUs
 from flexpert.errors import FlexpertError
 from flexpert.kernels.kernel_set import open_gpu
 from flexpert.moe.cuda.local_experts import LocalExperts
-
-TOLERANCE = 0.05
-"""‖logits − transformers'‖ / ‖…‖: bf16 rounds differently in other kernels, and where two experts
-are almost equally likely the router then takes the other one."""
 
 
 class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +33,7 @@ class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
     active: experts a layer that get a token, mean over the layers of one step.
     roofline_ms: weights in use and keys and values, read once, at the rate of the GPU's memory; on
         several GPUs, by the one with the most ranks, with experts and caches dealt out evenly.
-    ours_ms, transformers_ms: of a step; skipped: why there is no figure of transformers.
+    ours_us, compared_us: of a step; skipped: why there is no figure of what it is compared with.
     captures: graphs captured until then.
     """
 
@@ -48,7 +44,7 @@ class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
     roofline_ms: float
     ours_us: SpreadUs
     captures: int
-    transformers_us: SpreadUs | None = None
+    compared_us: SpreadUs | None = None
     skipped: str | None = None
 
     @property
@@ -57,15 +53,16 @@ class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def times_ours(self) -> float | None:
-        if self.transformers_us is None:
+        if self.compared_us is None:
             return None
-        return self.transformers_us.p50 / self.ours_us.p50
+        return self.compared_us.p50 / self.ours_us.p50
 
 
 class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
     """quantised: the experts are fp8, and transformers has them restored, in bf16.
     error: of the last logits of short prompts, relative to transformers'; the worst of all
-    numbers of ranks. captures, capture_s: graphs of one rank, and the time they took."""
+    numbers of ranks. captures, capture_s: graphs of one rank, and the time they took.
+    shape: in `DECODE_SHAPES`. kv_bytes: of a token in all layers; compared_kv_bytes: expanded."""
 
     machine: Machine
     gpu: MeasuredGpu
@@ -77,21 +74,26 @@ class DecodeReport(msgspec.Struct, frozen=True, kw_only=True):
     captures: int
     capture_s: float
     points: list[DecodePoint]
+    shape: str = "qwen3-30b-a3b"
+    compared: Compared = "transformers"
+    kv_bytes: int = 0
+    compared_kv_bytes: int = 0
     quantised: bool = False
 
     @property
     def correct(self) -> bool:
-        return self.error < TOLERANCE
+        return self.error < DECODE_SHAPES[self.shape].tolerance
 
 
 def run_decode(
     batches: Sequence[int],
     *,
+    shape: str,
+    compared: Compared,
     ranks: Sequence[int],
     layers: int,
     context: int,
     steps: int,
-    baseline: bool,
     quantise: bool = False,
     seed: int,
     note: Callable[[str], None],
@@ -102,7 +104,8 @@ def run_decode(
         batches: sequences of all ranks together.
         ranks: numbers of ranks, dealt out to the GPUs in turn; one rank exchanges nothing.
         context: tokens of each sequence before the first timed step.
-        baseline: time transformers, too.
+        shape: in `DECODE_SHAPES`.
+        compared: what else is timed: with "expanded", of one rank.
         quantise: the experts are fp8.
 
     Raises:
@@ -114,7 +117,7 @@ def run_decode(
     note("measuring the GPU")
     gpu = measure_gpu(device)
     torch.cuda.empty_cache()
-    config = qwen3_30b_a3b(layers)
+    config = DECODE_SHAPES[shape].config(layers)
     groups = {
         count: run_group(
             GroupPlan(config, count, batches, context, steps, seed, quantise=quantise), note
@@ -136,10 +139,13 @@ def run_decode(
                 logits[1] = ours.logits(check_prompts(model.info.vocab, seed)).float().cpu()
                 points = [_point(ours, batch, gpu, context, steps, note) for batch in batches]
                 captures, capture_s = ours.graphs.captures, ours.capture_s
-                ours.runner.graphs = None  # their memory goes before transformers needs it
+                ours.runner.graphs = None  # their memory goes before others need it
                 del ours
                 gc.collect()
                 torch.cuda.empty_cache()
+            expanded = model.expanded() if compared == "expanded" else model
+            if compared == "expanded":
+                points, logits[0] = _with_expanded(points, expanded, context, steps, seed, note)
             for count, group in groups.items():
                 points += _points_of(group, count, batches, model, gpu, context, steps)
                 captures, capture_s = group.captures, group.capture_s
@@ -147,7 +153,7 @@ def run_decode(
             note("comparing with transformers")
             reference = model.transformers()
             error = max(difference(reference, found, seed) for found in logits.values())
-            if baseline:
+            if compared == "transformers":
                 points = _with_baseline(points, reference, context, steps, note)
     except torch.OutOfMemoryError as full:
         raise FlexpertError(
@@ -165,6 +171,10 @@ def run_decode(
         captures=captures,
         capture_s=capture_s,
         points=points,
+        shape=shape,
+        compared=compared,
+        kv_bytes=model.info.kv_bytes_per_token(),
+        compared_kv_bytes=expanded.info.kv_bytes_per_token(),
         quantised=quantise,
     )
 
@@ -250,6 +260,42 @@ def difference(
     return float((ours - theirs).norm() / theirs.norm())
 
 
+def _with_expanded(
+    points: list[DecodePoint],
+    model: RandomModel,
+    context: int,
+    steps: int,
+    seed: int,
+    note: Callable[[str], None],
+) -> tuple[list[DecodePoint], Tensor]:
+    """The same steps with keys and values of all heads in the cache, and its logits of the check.
+
+    A batch whose cache the GPU does not hold beside the weights is left out.
+    """
+    longest = context + steps + WARM_UP + 1
+    found: dict[int, SpreadUs] = {}
+    room = torch.cuda.mem_get_info()[0]
+    needed = {
+        point.batch: point.batch * longest * model.info.kv_bytes_per_token() for point in points
+    }
+    fit = [batch for batch, nbytes in needed.items() if nbytes < 0.9 * room] or [1]
+    ours = single_rank(model, fit, longest, note)
+    logits = ours.logits(check_prompts(model.info.vocab, seed)).float().cpu()
+    for batch in fit:
+        note(f"batch {batch}: expanded")
+        found[batch] = SpreadUs.of(ours.times_us(batch, context, steps))
+    ours.runner.graphs = None
+    del ours
+    gc.collect()
+    torch.cuda.empty_cache()
+    return [
+        msgspec.structs.replace(point, compared_us=found[point.batch])
+        if point.batch in found
+        else msgspec.structs.replace(point, skipped=f"no {needed[point.batch] >> 30} GiB free")
+        for point in points
+    ], logits
+
+
 def _with_baseline(
     points: list[DecodePoint],
     model: PreTrainedModel,
@@ -269,7 +315,7 @@ def _with_baseline(
     return [
         msgspec.structs.replace(point, skipped=theirs)
         if isinstance(theirs := found[point.batch], str)
-        else msgspec.structs.replace(point, transformers_us=theirs)
+        else msgspec.structs.replace(point, compared_us=theirs)
         for point in points
     ]
 

@@ -8,12 +8,12 @@ from rich.text import Text
 
 from flexpert.bench.gpu.decode import DecodePoint, DecodeReport
 from flexpert.bench.gpu.layer import LayerPoint, LayerReport, LayerResult
+from flexpert.bench.model_shapes import DECODE_SHAPES
 from flexpert.bench.report_table import figures_table, no_figures, with_note
 from flexpert.bench.statistics import SpreadUs
 
 _DECODE_COLUMNS = (
     *("ranks", "GPUs", "batch", "experts", "roofline ms", "flexpert ms", "× roofline", "tokens/s"),
-    *("transformers ms", "× flexpert"),
 )
 
 
@@ -57,15 +57,17 @@ def _layer_row(result: LayerResult, roofline_us: float) -> list[str | Text]:
 def decode_text(report: DecodeReport) -> RenderableType:
     """One table, then what was measured on."""
     title = (
-        f"a decode step of Qwen3-30B-A3B's shapes ({report.layers} layers, random weights"
+        f"a decode step of {DECODE_SHAPES[report.shape].title}'s shapes "
+        f"({report.layers} layers, random weights"
         f"{', experts in fp8' if report.quantised else ''}), "
         f"{report.context} tokens in the cache of each sequence"
     )
     table = Table(title=title, title_justify="left", box=None)
-    for column in _DECODE_COLUMNS:
+    other = () if report.compared == "none" else (f"{report.compared} ms", "× flexpert")
+    for column in (*_DECODE_COLUMNS, *other):
         table.add_column(column, justify="right")
     for point in report.points:
-        table.add_row(*_decode_row(point))
+        table.add_row(*_decode_row(point)[: len(_DECODE_COLUMNS) + len(other)])
     verdict = "" if report.correct else "  [bold red]WRONG[/]"
     return Group(
         table,
@@ -73,11 +75,22 @@ def decode_text(report: DecodeReport) -> RenderableType:
             f"logits differ from transformers' by {report.error:.4f} (relative){verdict}; model "
             f"built in {report.build_s:.1f} s, {report.captures} graphs captured in "
             f"{report.capture_s:.1f} s\nmedians over {report.steps} steps; roofline: "
-            "weights in use and KV cache at the rate of its memory; transformers: DynamicCache, "
-            f"sdpa, grouped_mm\n{report.gpu.line()}\n{report.machine.line()}",
+            f"weights in use and KV cache at the rate of its memory{_compared(report)}\n"
+            f"{report.gpu.line()}\n{report.machine.line()}",
             style="dim",
         ),
     )
+
+
+def _compared(report: DecodeReport) -> str:
+    if report.compared == "transformers":
+        return "; transformers: DynamicCache, sdpa, grouped_mm"
+    if report.compared == "expanded":
+        return (
+            f"; a token's cache: {report.kv_bytes:,} bytes, expanded to keys and values of all "
+            f"heads {report.compared_kv_bytes:,}"
+        )
+    return ""
 
 
 def _decode_row(point: DecodePoint) -> list[str | Text]:
@@ -92,9 +105,9 @@ def _decode_row(point: DecodePoint) -> list[str | Text]:
         f"{point.times_roofline:.2f}",
         f"{point.batch / seconds:,.0f}",
     ]
-    if point.transformers_us is None or point.times_ours is None:
+    if point.compared_us is None or point.times_ours is None:
         return [*row, Text(point.skipped or "", style="yellow"), ""]
-    return [*row, _median(point.transformers_us, 1e3), f"{point.times_ours:.2f}"]
+    return [*row, _median(point.compared_us, 1e3), f"{point.times_ours:.2f}"]
 
 
 def _median(spread: SpreadUs, unit: float) -> str:

@@ -41,6 +41,7 @@ class RandomModel:
     """Weights by their name in transformers, on a GPU; experts fused as there.
 
     placement: on which ranks the experts are. rank: whose share this is, with the dense part.
+    info, found: of a cache that keeps latents where attention has them, but for `expanded()`.
     quantised: of each MoE layer, the experts in fp8 that are held, or None; what is in `weights` is
     then the same function.
     """
@@ -74,7 +75,7 @@ class RandomModel:
             quantise: the engine's experts are fp8.
             whole: keep those of `transformers()` next to them.
         """
-        skeleton, found = find_architecture(config, dtype)
+        skeleton, found = find_architecture(config, dtype, latent_cache=True)
         call = found.experts_calls[0]
         draw = torch.Generator(device)
 
@@ -104,6 +105,12 @@ class RandomModel:
             return model
         quantised = [model._quantise(layer, keep=whole) for layer in range(info.moe_layers)]
         return replace(model, quantised=quantised)
+
+    def expanded(self) -> RandomModel:
+        """The same weights, with a cache of the keys and values of all heads."""
+        skeleton, found = find_architecture(self.config, self.info.dtype)
+        info = random_model_info(self.config, skeleton, found, self.info.dtype)
+        return replace(self, found=found, info=info)
 
     def _quantise(self, layer: int, *, keep: bool) -> list[ExpertWeights]:
         """The experts of a layer in fp8; what `weights` has becomes equal to them, or goes."""
@@ -175,7 +182,7 @@ class RandomModel:
     def transformers(self) -> PreTrainedModel:
         """The same as transformers runs it: sdpa, and grouped_mm for the experts, which must all
         be here, in order."""
-        model = self._model("sdpa")
+        model = self.expanded()._model("sdpa")
         model.set_experts_implementation("grouped_mm")
         return model
 
@@ -186,7 +193,10 @@ class RandomModel:
         device = next(iter(self.weights.values())).device
         for module in model.modules():
             for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(device)
+                if buffer is not None and buffer.is_meta:  # corrections of a router, which are 0
+                    module._buffers[name] = torch.zeros_like(buffer, device=device)
+                elif buffer is not None:
+                    module._buffers[name] = buffer.to(device)
         for name, tensor in self.weights.items():
             path, _, leaf = name.rpartition(".")
             module = model.get_submodule(path)

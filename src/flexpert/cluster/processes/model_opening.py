@@ -85,7 +85,7 @@ def open_source(config: Config) -> ModelSource:
         max_model_len=config.model.max_model_len,
         experts=_EXPERTS[quantization],
         trust_remote_code=config.model.trust_remote_code,
-        latent_cache=config.engine.device == "cpu" and not config.engine.deterministic,
+        latent_cache=not config.engine.deterministic,
     )
 
 

@@ -268,7 +268,7 @@ def _attend(
 
 
 @triton.jit(do_not_specialize=["rows", "sequences", "splits"])
-def _merge(
+def merge_splits(
     partial,
     peaks,
     sums,
@@ -466,7 +466,7 @@ def attend(
         num_stages=tiling.stages,
     )
     if splits > 1:
-        _merge[(tokens * heads,)](
+        merge_splits[(tokens * heads,)](
             partial,
             peaks,
             sums,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexpert.kernels.cuda.gates import clamped_swiglu, clamped_swiglu_of
-from flexpert.kernels.cuda.grouped_products import grouped_product
+from flexpert.kernels.cuda.grouped_products import grouped_product, launched_rows
 from flexpert.kernels.experts import ALIGNMENT, ExpertShape, ExpertWeights, Gate
 
 _TABLES = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
@@ -184,7 +184,8 @@ class DeviceExperts:
             deterministic=self._deterministic,
         )
         if not gated:
-            hidden = self._apply(apply_gate, hidden)
+            programs = launched_rows(expected or rows, rows)
+            hidden = self._apply(apply_gate, hidden, offsets[self.slots :], programs)
         return grouped_product(
             hidden,
             down,
@@ -197,13 +198,13 @@ class DeviceExperts:
             deterministic=self._deterministic,
         )
 
-    def _apply(self, apply_gate: Gate, hidden: Tensor) -> Tensor:
+    def _apply(self, apply_gate: Gate, hidden: Tensor, rows: Tensor, programs: int) -> Tensor:
         if apply_gate not in self._clamped:
             self._clamped[apply_gate] = clamped_swiglu_of(apply_gate)
         clamped = self._clamped[apply_gate]
         if clamped is None:
             return apply_gate(hidden).contiguous()
-        return clamped_swiglu(hidden, *clamped)
+        return clamped_swiglu(hidden, rows, *clamped, programs=programs)
 
     def _is_swiglu(self, apply_gate: Gate) -> bool:
         if apply_gate not in self._swiglu:

@@ -346,6 +346,12 @@ def choose(
     return ProductTiling(128, 256, 64, warps=8, stages=3, swap=False, waves=1)
 
 
+def launched_rows(expected: int, most: int) -> int:
+    """For so many rows programs are launched. Each takes as many more as there are, but a program
+    without any costs as well, and there may be room for a hundred times the rows that come."""
+    return min(most, 2 * expected)
+
+
 DEPTH: Final = 128
 """Of every tile of `choose_fixed`: a row is summed in steps of so many columns."""
 
@@ -414,19 +420,22 @@ def grouped_product(
         return out
     if packed not in (None, FP8, MXFP4) or (packed is None) != (scales is None):
         raise ValueError("a GPU computes with weights as they are, or fp8 or MXFP4 with scales")
-    few = (expected or rows) <= MOST_ROWS_ALONE * min(rows, slots) and not deterministic
+    expected = expected or rows
+    few = expected <= MOST_ROWS_ALONE * min(rows, slots) and not deterministic
     if tiling is None and packed is MXFP4 and scales is not None and few:
         return row_product(
-            x, weights, scales, offsets, out, index=index, biases=biases, gated=gated
-        )
+            x, weights, scales, offsets, out,
+            index=index, biases=biases, gated=gated, programs=launched_rows(expected, rows),
+        )  # fmt: skip
     if tiling is None and deterministic:
-        tiling = choose_fixed(expected or rows, slots, gated=gated, dtype=x.dtype)
+        tiling = choose_fixed(expected, slots, gated=gated, dtype=x.dtype)
     elif tiling is None:
-        tiling = choose(expected or rows, slots, gated=gated, packed=packed, dtype=x.dtype)
+        tiling = choose(expected, slots, gated=gated, packed=packed, dtype=x.dtype)
     if packed is FP8 and fp8.BLOCK % tiling.depth:
         raise ValueError(f"a tile {tiling.depth} deep crosses blocks of {fp8.BLOCK} with scales")
     # a tile that is not full belongs to a slot of its own
-    bound = rows // tiling.rows + min(slots, rows)
+    launched = launched_rows(expected, rows)
+    bound = launched // tiling.rows + min(slots, launched)
     programs = bound * triton.cdiv(columns, tiling.columns)
     if tiling.waves:
         programs = min(programs, tiling.waves * multiprocessor_count(x.device, interpreted=2))

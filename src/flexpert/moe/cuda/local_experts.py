@@ -81,8 +81,8 @@ class LocalExperts:
     def loads(self) -> None:
         """Not counted: where one rank has all experts there is nothing to balance."""
 
-    def expect(self, tokens: int) -> None:
-        """So many rows of the batches to come count; the rest is padding."""
+    def expect(self, tokens: int, mean_tokens: int = 0) -> None:
+        """As `MoELayers.expect`."""
         self._tokens.fill_(tokens)
 
     def forward(
