@@ -60,7 +60,7 @@ def walked(model: nn.Module, kernels: FixedOrderKernels) -> Tensor:
     results = []
 
     def walk() -> None:
-        with torch.inference_mode(), FixedOrderMode(kernels):
+        with torch.inference_mode(), FixedOrderMode(kernels, interpreted=True):
             results.append(model(x))
 
     check_fixed_order(model, walk)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flexpert.errors import UnsupportedModel
 from flexpert.kernels.kernel_set import FixedOrderKernels
 from flexpert.models import recorded_steps
-from flexpert.models.deterministic import outside_modes
+from flexpert.models.deterministic import BY_WHOLE_VECTORS, outside_modes
 
 _SUMS: Final = (torch.sum, torch.Tensor.sum)
 _MEANS: Final = (torch.mean, torch.Tensor.mean)
@@ -48,12 +48,16 @@ EXACT: Final = recorded_steps.EXACT | {
 
 
 class FixedOrderMode(TorchFunctionMode):
-    """While entered, torch's functions on this thread give each row bits of its own."""
+    """While entered, torch's functions on this thread give each row bits of its own.
 
-    def __init__(self, kernels: FixedOrderKernels) -> None:
+    interpreted: tensors are on a CPU, whose elementwise functions need the ends of vectors filled.
+    """
+
+    def __init__(self, kernels: FixedOrderKernels, *, interpreted: bool) -> None:
         super().__init__()
         self._kernels = kernels
         self._instead: dict[Any, Callable[..., Any]] = {
+            **(BY_WHOLE_VECTORS if interpreted else {}),
             **dict.fromkeys(_LINEAR, self._linear),
             **dict.fromkeys(_PRODUCTS, self._product),
             **{function: self._along_rows(function, kernels.sum_rows) for function in _SUMS},

@@ -415,7 +415,9 @@ class ModelRunner:
     def _mode(self) -> contextlib.AbstractContextManager[object]:
         if not self._deterministic:
             return contextlib.nullcontext()
-        return FixedOrderMode(self._fixed_order) if self._fixed_order else RowwiseMode()
+        if self._fixed_order is None:
+            return RowwiseMode()
+        return FixedOrderMode(self._fixed_order, interpreted=self._device.type == "cpu")
 
     @property
     def dense_nbytes(self) -> int:
