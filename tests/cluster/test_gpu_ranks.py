@@ -74,9 +74,9 @@ def tokens(llm: LLM) -> list[list[int]]:
 
 def bits(llm: LLM) -> list[Any]:
     """Tokens and log probabilities: of the likeliest, of drawn ones and of the prompt."""
-    drawn = {"temperature": 1.0, "top_p": 0.9, "logprobs": 2, "max_tokens": 10, "ignore_eos": True}
+    drawn = {"temperature": 1.0, "top_p": 0.9, "logprobs": 2, "max_tokens": 5, "ignore_eos": True}
     params = [
-        SamplingParams(temperature=0.0, logprobs=0, max_tokens=10, ignore_eos=True),
+        SamplingParams(temperature=0.0, logprobs=0, max_tokens=5, ignore_eos=True),
         SamplingParams(seed=1, prompt_logprobs=1, **drawn),
         SamplingParams(seed=2, frequency_penalty=0.5, **drawn),
     ]

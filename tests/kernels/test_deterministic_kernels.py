@@ -40,7 +40,7 @@ def in_order(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return total + bias
 
 
-@pytest.mark.parametrize("shape", [(70, 1100), (24, 40), (8, 520)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 1600), (24, 40), (8, 1030)], ids=str)
 def test_a_linear_layer_sums_in_an_order_of_the_weights_shape(shape: tuple[int, int]) -> None:
     columns, depth = shape
     weight, bias, x = randn(columns, depth), randn(columns, seed=1), randn(40, depth, seed=2)
@@ -51,9 +51,9 @@ def test_a_linear_layer_sums_in_an_order_of_the_weights_shape(shape: tuple[int, 
 
 
 def test_parts_of_a_linear_layer_are_added_alike_by_one_program_and_by_several() -> None:
-    weight, x = randn(70, 1100), randn(5, 1100, seed=2)
+    weight, x = randn(70, 1600), randn(5, 1600, seed=2)
     fixed = products.FixedProducts(CPU)
-    parts = -(-1100 // products.part_of(70, 1100, 32))
+    parts = -(-1600 // products.part_of(70, 1600, 32))
     assert parts > 2
     usual = products.choose(5, 70, parts, torch.float32)
     assert usual.parted

@@ -205,7 +205,7 @@ def fixed_linear(rows: int, columns: int) -> tuple[str, dict[str, str], dict[str
     )  # fmt: skip
     constants = dict(
         bias=None, EVEN=True, COLUMNS=tiling.columns, ROWS=tiling.rows, DEPTH=tiling.depth,
-        PARTED=tiling.parted, BIASED=False, PRECISION="tf32",
+        PARTED=4 if tiling.parted else 0, BIASED=False, PRECISION="tf32",
     )  # fmt: skip
     return "_linear", types, constants, tiling.warps, tiling.stages
 

@@ -702,7 +702,7 @@ class RankEngine:
     def _score(self, logits: torch.Tensor, chunk: ScoredChunk) -> list[TokenLogprobs]:
         rows = logits[chunk.start : chunk.start + len(chunk.tokens)]
         try:
-            return score(rows, chunk.tokens, chunk.top)
+            return score(rows, chunk.tokens, chunk.top, deterministic=self.config.deterministic)
         except SEQUENCE_FAULTS as error:
             self.scheduler.abort(chunk.id)
             self._intake.failed(chunk.id, error)

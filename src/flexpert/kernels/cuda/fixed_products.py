@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PART_PROGRAMS: Final = 192
-"""Tiles and parts of a weight together, about: as many programs as a GPU runs at once or a few
-more. No GPU is asked: the bits of an answer must not depend on it."""
-LEAST_PART: Final = 256
+PART_PROGRAMS: Final = 128
+"""Parts of all tiles of a weight together, at most: enough for a GPU to read at its full speed. No
+GPU is asked: the bits of an answer must not depend on it."""
+LEAST_PART: Final = 512
 """Columns of a part."""
 FILLED: Final = 120
 """Tiles of 128 columns from which on they fill a GPU; fewer have their parts computed by programs
@@ -83,6 +83,7 @@ def _linear(
     EVEN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     PARTED: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """PARTED: parts that are programs of their own; 0: none is."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
@@ -101,10 +102,10 @@ def _linear(
         tl.debug_barrier()
         tile = tl.program_id(0) + tl.program_id(1) * tl.num_programs(0)
         done = tl.atomic_add(arrived + tile, 1, sem="acq_rel", scope="gpu")
-        if done == parts - 1:
+        if done == PARTED - 1:
             tl.store(arrived + tile, 0)
             total = tl.zeros((COLUMNS, ROWS), tl.float32)
-            for q in range(parts):
+            for q in tl.static_range(PARTED):  # all are on their way at once
                 total += tl.load(place + q * size, mask=ok, other=0.0, cache_modifier=".cg")
             _write(out, total, bias, row, column, rows, N, BIASED)
     else:
@@ -207,7 +208,7 @@ class FixedProducts:
             COLUMNS=tiling.columns,
             ROWS=tiling.rows,
             DEPTH=tiling.depth,
-            PARTED=tiling.parted,
+            PARTED=parts if tiling.parted else 0,
             BIASED=bias is not None,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
             num_warps=tiling.warps,

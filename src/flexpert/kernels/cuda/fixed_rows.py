@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexpert.kernels.cuda.norm import aligned
+
 _MOST: Final = 8192  # elements that a program looks at in one go
 
 
@@ -56,7 +58,7 @@ def mean_rows(x: Tensor) -> Tensor:
 
 def _reduced(x: Tensor, what: Literal["sum", "mean"]) -> Tensor:
     _check(x)
-    x = x.contiguous()
+    x = aligned(x)
     y = x.new_empty(x.shape[:-1])
     n = x.shape[-1]
     if y.numel() and n:
@@ -74,7 +76,7 @@ def softmax_rows(x: Tensor) -> Tensor:
     Raises: ValueError: a row is longer than one program takes.
     """
     _check(x)
-    x = x.contiguous()
+    x = aligned(x)
     y = torch.empty_like(x)
     n = x.shape[-1]
     if n > _MOST:

@@ -35,6 +35,13 @@ def _rms_norm(
     tl.store(y + where, (value * scale).to(y.dtype.element_ty), mask=ok)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x, contiguous, or a copy where it begins at an address for which a kernel would be compiled
+    that loads, and so sums, in another order."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32.
 
@@ -45,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool) -> Tensor:
     Returns:
         [..., n] of x's dtype.
     """
-    x = x.contiguous()
+    x = aligned(x)
     y = torch.empty_like(x)
     n = weight.shape[0]
     rows = x.numel() // n
