@@ -63,7 +63,7 @@ def test_prompts_long_and_short_and_decodes_share_a_step(
     sequences = runner(path)
     assert {type(layer) for layer in sequences.runner._attention} == {DeviceLatentAttention}
     kept = MLA["kv_lora_rank"] + MLA["qk_rope_head_dim"]
-    assert {shape.kept_dims for shape in sequences.runner.info.attention} == {(kept,)}
+    assert {shape.pieces for shape in sequences.runner.info.attention} == {((1, kept),)}
     tokens = {name: prompt_of(125, seed) for seed, name in enumerate("abc")}
     ends = dict.fromkeys("abc", 0)
     for work in ({"a": 80, "b": 5}, {"b": 1, "a": 75 - 35, "c": 1}, {"c": 7, "b": 1, "a": 1}):

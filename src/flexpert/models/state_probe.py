@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Final
 
 from torch import Tensor, nn
 
@@ -26,20 +26,28 @@ from flexpert.models.state_view import (
 class StateProbe(StateView):
     """The cache of one module while it is walked.
 
-    layer: the number by which the module asks for its states; None: it has not.
+    layer: the number by which the module asks for its states; None: it has not. index_dim: numbers
+    of the key of each token that it keeps as an indexer; 0: it does not.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self._name = name
+        self.name = name
         self.layer: int | None = None
+        self.index_dim = 0
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        if self.index_dim or indexer_key_states.ndim != 3:
+            raise UnsupportedModel(f"{self.name} keeps something else than a key of each token")
+        self.index_dim = indexer_key_states.shape[2]
+        return indexer_key_states
 
     def _before(self, key: StateKey) -> None:
         return None
 
     def _keep(self, key: StateKey, state: Tensor) -> None:
         if key in self.states:
-            raise UnsupportedModel(f"{self._name} updates its state twice in one pass")
+            raise UnsupportedModel(f"{self.name} updates its state twice in one pass")
         super()._keep(key, state)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
@@ -77,12 +85,27 @@ def probed_states(modules: dict[str, nn.Module]) -> Iterator[dict[str, StateProb
     hooks = [
         module.register_forward_pre_hook(_give(module, probes[name]), with_kwargs=True)
         for name, module in modules.items()
-    ]
+    ] + [module.register_forward_hook(_answer(probes[name])) for name, module in modules.items()]
     try:
         yield probes
     finally:
         for hook in hooks:
             hook.remove()
+
+
+INDEX_ANSWER: Final = (1, 2, 1)
+"""The shape of what an indexer gives while a model is walked with two tokens."""
+
+
+def _answer(probe: StateProbe) -> Any:
+    def answer(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        if not probe.index_dim:
+            return result
+        if not isinstance(result, Tensor) or result.is_floating_point():
+            raise UnsupportedModel(f"{probe.name} gives something else than the keys it picks")
+        return result.new_empty(INDEX_ANSWER)
+
+    return answer
 
 
 def _give(module: nn.Module, probe: StateProbe) -> Any:
