@@ -205,7 +205,9 @@ class Probe:
         dims = {name: probe.index_dim for name, probe in probes.items() if probe.index_dim}
         for name, answer in self._answers.items():
             if answer != INDEX_ANSWER:
-                raise UnsupportedModel(f"{name} changes what its indexer gives")
+                raise UnsupportedModel(
+                    f"{name} attends to picked keys, and it is not seen what picks them"
+                )
             own = [one for one in dims if one.startswith(f"{name}.")]
             if len(own) > 1:
                 raise UnsupportedModel(f"{name} has several indexers")
@@ -316,18 +318,20 @@ def probe(model: PreTrainedModel) -> Probe:
         raise UnsupportedModel(f"{family} does not fit: {says_experts(model)}")
     try:
         found, touched = _walked(model)
+        probes: dict[str, StateProbe] = {}
         if (_OF_STATES | KEEPING_INDEXED).intersection(_layer_kinds(model)):
             cached = cached_modules(model, found.attention_shapes)
             with probed_states(cached) as probes:
                 found, touched = _walked(model)
             found.keep_states(probes)
-            found.keep_indexers(probes)
+        found.keep_indexers(probes)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{family} does not fit: {error}") from None
     except Exception as error:  # any failure of foreign code means: does not fit
         raise UnsupportedModel(
             f"{family} does not fit: its forward pass needs more than token ids and positions, "
-            f"such as masks or caches of its own ({type(error).__name__}: {error})"
+            f"such as masks or caches of its own ({type(error).__name__}: "
+            f"{str(error).partition('. ')[0]})"
         ) from error
     _check_layers(model, found)
     called = (*found.attention_shapes, *(call.name for call in found.experts_calls))
