@@ -5,13 +5,12 @@ Kernels in Triton's interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import MLA, Sequences, prompt_of, reference_logits
+from support.checkpoints import MLA, Sequences, make_checkpoint, prompt_of, reference_logits
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
@@ -27,6 +26,7 @@ from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import replan
 from flexpert.moe.runtime import expert_tables
 
+SMALL: dict[str, Any] = {"num_hidden_layers": 2, "n_routed_experts": 4, "n_group": 2}
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 
 
@@ -52,14 +52,18 @@ def runner(path: Path) -> Sequences:
     return Sequences(made, 8)
 
 
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("deepseek_v3", tmp_path_factory.mktemp("small"), **SMALL)
+
+
 @pytest.mark.slow
 def test_prompts_long_and_short_and_decodes_share_a_step(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Expanded from 72 tokens on, here of three heads at a time."""
     each = 128 * (MLA["qk_nope_head_dim"] + MLA["qk_rope_head_dim"] + MLA["v_head_dim"])
     monkeypatch.setattr(device_latents, "WORKSPACE_NUMBERS", 3 * each)
-    path = checkpoint("deepseek_v3")
     sequences = runner(path)
     assert {type(layer) for layer in sequences.runner._attention} == {DeviceLatentAttention}
     kept = MLA["kv_lora_rank"] + MLA["qk_rope_head_dim"]
@@ -75,10 +79,7 @@ def test_prompts_long_and_short_and_decodes_share_a_step(
 
 
 @pytest.mark.slow
-def test_captured_steps_give_the_same(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = checkpoint("deepseek_v3")
+def test_captured_steps_give_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = runner(path)
     sequences.runner.capture([1, 4], max_blocks=4)
     tokens = {name: prompt_of(12, seed) for seed, name in enumerate("abc")}
