@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -21,6 +23,7 @@ from flexpert.bench.comm.cuda.gpu_baselines import (
     CudaBufferBaseline,
     GpuSite,
     NixlEp,
+    TorchCollectives,
     TorchLocal,
     eager_kinds,
     gpu_kinds,
@@ -81,6 +84,39 @@ def test_torch_on_one_rank_agrees_with_the_oracle() -> None:
         assert not wrong_result(result, *expected_result(work, site.pool[turn]))
 
 
+def test_collectives_of_torch_agree_with_the_oracle() -> None:
+    """By gloo, in two threads."""
+    ranks, store = 2, HashStore()
+    work, meeting = work_of(ranks), Barrier(ranks, timeout=30)
+    told: list[list[Any]] = [[None] * ranks for _ in range(2)]
+
+    def exchange(rank: int) -> None:
+        turn_of_gather = iter(range(99))
+
+        def gather(value: Any) -> list[Any]:
+            values = told[next(turn_of_gather) % 2]
+            values[rank] = value
+            meeting.wait()
+            found = list(values)
+            meeting.wait()
+            return found
+
+        pool = [make_input(work, rank, turn) for turn in range(2)]
+        site = GpuSite(rank, work, store, gather, None, 30.0, pool, torch.device("cpu"))
+        collectives = TorchCollectives(site)
+        for turn in range(2):
+            collectives.dispatch(turn)
+            desired, slots = expected_arrivals(work, rank, turn)
+            assert not wrong_rows(collectives.rows(), desired, exact=True)
+            collectives.put_results(turn, expert_results(desired, slots))
+            result = collectives.combine(turn)
+            assert not wrong_result(result, *expected_result(work, pool[turn]))
+        collectives.close()
+
+    with ThreadPoolExecutor(ranks) as threads:
+        list(threads.map(exchange, range(ranks)))
+
+
 @pytest.mark.parametrize("fp8", [None, "float32"])
 def test_nixl_ep_s_interface_agrees_with_the_oracle(
     monkeypatch: pytest.MonkeyPatch, fp8: Scales | None
@@ -121,8 +157,10 @@ def test_our_buffer_agrees_with_the_oracle(fp8: Scales | None) -> None:
 
 
 def test_who_cannot_run_here_says_why() -> None:
-    with pytest.raises(Unavailable, match="a GPU for each rank"):
+    with pytest.raises(Unavailable, match="there is nccl"):
         TorchLocal(site_of(work_of(2)))
+    with pytest.raises(Unavailable, match="nobody to send to"):
+        TorchCollectives(site_of(work_of(1)))
     with pytest.raises(Unavailable, match="nixl_ep needs a GPU"):
         NixlEp(site_of(work_of(1)))
 

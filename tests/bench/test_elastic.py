@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from flexpert.bench.elastic import back_s, silences_after
+from flexpert.cli.bench_elastic import path_of
+from flexpert.errors import ConfigError
 
 
 def every(step: float, begin: float, end: float) -> list[float]:
@@ -38,6 +40,30 @@ def test_a_range_of_ranks_that_is_none_is_refused() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "--low (2) is not below --high (2)" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["2", "2,2", "2,0", "1;2", "2,,3", ""])
+def test_a_path_that_is_none_is_refused(text: str) -> None:
+    assert path_of("2,4,3") == (2, 4, 3)
+    with pytest.raises(ConfigError, match="as in 2,4,3"):
+        path_of(text)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_path_is_gone_along(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "flexpert", "bench", "elastic", "--output", str(report)]
+    command += ["--path", "1,3,2", "--clients", "4", "--tokens", "40", "--undisturbed", "1s"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    assert [(change["label"], change["ranks"]) for change in found["changes"]] == [
+        ("up", 3),
+        ("down", 2),
+    ]
+    assert [steady["ranks"] for steady in found["steady"]] == [1, 3, 2]
+    assert all(steady["tokens_per_s"] > 0 for steady in found["steady"])
 
 
 @pytest.mark.slow

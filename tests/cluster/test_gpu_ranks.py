@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,27 +53,43 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return saved(path, "qwen3_moe", num_key_value_heads=1, head_dim=16, num_experts=4)
 
 
-def opened(model: str, device: str, **settings: object) -> LLM:
-    return LLM(
-        model,
-        ranks=2,
-        max_ranks=3,
-        engine__device=device,
-        engine__max_tokens_per_step=16,
-        engine__max_running=3,
-        engine__kv_memory="64k",
-        engine__kv_block_size=4,
-        model__dtype="float32",
-        cluster__exchange_timeout=60.0,
-        cluster__stall_timeout=30.0,
-        **settings,
-    )
+def opened(model: str, device: str, **settings: Any) -> LLM:
+    usual: dict[str, Any] = {
+        "ranks": 2,
+        "max_ranks": 3,
+        "engine__max_tokens_per_step": 16,
+        "engine__max_running": 3,
+        "engine__kv_memory": "64k",
+        "engine__kv_block_size": 4,
+        "model__dtype": "float32",
+        "cluster__exchange_timeout": 60.0,
+        "cluster__stall_timeout": 30.0,
+    }
+    return LLM(model, engine__device=device, **{**usual, **settings})
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    return [answer.token_ids for answer in llm.generate(PROMPTS, GREEDY)]
+
+
+def bits(llm: LLM) -> list[Any]:
+    """Tokens and log probabilities: of the likeliest, of drawn ones and of the prompt."""
+    drawn = {"temperature": 1.0, "top_p": 0.9, "logprobs": 2, "max_tokens": 10, "ignore_eos": True}
+    params = [
+        SamplingParams(temperature=0.0, logprobs=0, max_tokens=10, ignore_eos=True),
+        SamplingParams(seed=1, prompt_logprobs=1, **drawn),
+        SamplingParams(seed=2, frequency_penalty=0.5, **drawn),
+    ]
+    return [
+        (answer.token_ids, answer.outputs[0].logprobs, answer.prompt_logprobs)
+        for answer in llm.generate([*PROMPTS[:2], [*range(5, 25)]], params)  # the last in pieces
+    ]
 
 
 @pytest.fixture(scope="module")
 def expected(model: str) -> list[list[int]]:
     with opened(model, "cpu") as llm:
-        return [answer.token_ids for answer in llm.generate(PROMPTS, GREEDY)]
+        return tokens(llm)
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +101,15 @@ def llm(model: str) -> Iterator[LLM]:
 class Answers(threading.Thread):
     """Those to the prompts, while something else happens."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, generate: Callable[[LLM], list[Any]] = tokens) -> None:
         super().__init__(daemon=True)  # a failed test must not keep the process
         self.llm = llm
-        self.found: list[list[int]] = []
+        self.generate = generate
+        self.found: list[Any] = []
         self.start()
 
     def run(self) -> None:
-        self.found = [answer.token_ids for answer in self.llm.generate(PROMPTS, GREEDY)]
+        self.found = self.generate(self.llm)
 
     def wait_until_some_run(self) -> None:
         while not any(rank.running for rank in self.llm.cluster().ranks):
@@ -135,6 +152,30 @@ def test_a_killed_rank_costs_no_answer(llm: LLM, expected: list[list[int]]) -> N
     os.kill(victim.pid, signal.SIGKILL)
     answers.join()
     assert answers.found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_deterministic_answers_have_the_same_bits_alone_and_through_changes(model: str) -> None:
+    """The interpreter's arithmetic is not a GPU's: what is seen is that nothing depends on company.
+    tests/gpu/test_deterministic_on_gpu.py is about the bits of a GPU."""
+    mode: dict[str, Any] = {"engine__deterministic": True}
+    # no exchange, and one request at a time
+    alone = {"ranks": 1, "max_ranks": 1, "engine__max_running": 1}
+    with opened(model, "cuda", **mode, **alone) as llm:
+        expected = bits(llm)
+    with opened(model, "cuda", **mode) as llm:
+        answers = Answers(llm, bits)
+        answers.wait_until_some_run()
+        llm.scale(3)
+        answers.join()
+        assert answers.found == expected
+        answers = Answers(llm, bits)
+        answers.wait_until_some_run()
+        llm.scale(remove=[0])
+        os.kill(llm.cluster().ranks[0].pid, signal.SIGKILL)
+        answers.join()
+        assert answers.found == expected
 
 
 @pytest.mark.slow

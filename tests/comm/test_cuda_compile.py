@@ -46,3 +46,20 @@ def test_kernels_spill_nothing_and_move_rows_16_bytes_at_a_time() -> None:
         assert wide["send_combine home"] >= 16
         assert wide["reduce rank"] >= 9
         assert wide["reduce home"] >= 17
+
+
+@pytest.mark.slow
+def test_kernels_that_must_agree_bit_for_bit_use_one_instruction_of_the_tensor_cores() -> None:
+    """With others, few rows would be multiplied by another one than many, and rounded otherwise."""
+    ran = subprocess.run(
+        [sys.executable, SCRIPT, "--deterministic"],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = [line for line in ran.stdout.splitlines() if line.startswith("fixed")]
+    assert len(lines) == 24 + 10 + 9
+    for line in lines:
+        assert re.findall(r"wgmma m\d+|mma\.sync\S+", line) == ["wgmma m64"], line

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from flexpert.engine.device_profile import (
     InterpreterProfile,
     TritonProfile,
     WarmUpTime,
-    captured_sizes,
+    captured_shapes,
     find_driver,
     profile_of,
     triton_batches,
@@ -25,6 +27,7 @@ from flexpert.engine.head_store import HeadMeeting, HeadStore
 from flexpert.errors import ConfigError
 from flexpert.kernels.step_shapes import lanes
 from flexpert.kernels.weight_formats import FP8, INT4, INT8, MXFP4, WeightFormat
+from flexpert.models.step_graphs import GraphShape
 
 MEETING = HeadMeeting(HeadStore(lambda request: None), "here", several=False)
 
@@ -63,7 +66,10 @@ def test_a_gpu_has_larger_steps_and_caches_unless_they_are_given() -> None:
             {"cluster.max_ranks": 4, "cluster.on_missing_expert": "degrade"},
             "degrade needs --device cpu",
         ),
-        ({"engine.deterministic": True}, "--deterministic needs --device cpu"),
+        (
+            {"engine.deterministic": True, "engine.all2all": "nixl_ep"},
+            "--deterministic does not go with --all2all nixl_ep",
+        ),
         (
             {"engine.all2all": "nixl_ep", "cluster.max_ranks": 12},
             r"max_ranks \(12\) .* takes: 1, 2, .* 8, 16, 24, 32; change --max-ranks",
@@ -149,15 +155,23 @@ def test_without_a_gpu_the_reason_names_the_remedy(monkeypatch: pytest.MonkeyPat
 
 
 def test_graphs_are_captured_for_few_sizes_that_waste_at_most_half() -> None:
-    assert captured_sizes(1) == [1]
-    assert captured_sizes(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
-    assert captured_sizes(50)[-1] == 50
-    assert captured_sizes(4096)[-1] == 512
-    sizes = captured_sizes(512)
-    assert len(sizes) < 20
+    def decoding(most: int) -> list[int]:
+        return [shape.tokens for shape in captured_shapes(most, 100) if shape.decodes]
+
+    assert decoding(1) == [1]
+    assert decoding(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert decoding(50)[-1] == 50
+    assert decoding(4096)[-1] == 512
+    shapes = captured_shapes(512, 8192)
+    assert len(shapes) < 33
     for batch in range(1, 513):
-        size = next(size for size in sizes if size >= batch)
+        size = next(shape.tokens for shape in shapes if shape.tokens >= batch)
         assert size < 2 * batch
+    prompts = [shape for shape in shapes if not shape.decodes]
+    assert [shape.tokens for shape in prompts][-3:] == [4096, 6144, 8192]
+    assert prompts[0] == GraphShape(128, 64)
+    assert prompts[-1].sequences == 512
+    assert all(later.tokens < 2 * shape.tokens for shape, later in pairwise(prompts))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -18,7 +18,7 @@ from flexpert.engine import rank_protocol as msg
 from flexpert.engine.device_profile import CpuProfile
 from flexpert.engine.device_sampler import DeviceSampler
 from flexpert.engine.memory_plan import buffer_spec
-from flexpert.engine.rank_engine import RankEngine
+from flexpert.engine.rank_engine import VOTE, RankEngine
 from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, SamplingParams
 from flexpert.engine.step_plan import StepPlan
 from flexpert.models.source import ModelSource
@@ -104,7 +104,7 @@ def meets(told: Told, engine: RankEngine, peer: Buffer, epoch: int) -> None:
     peer.connect({0: engine.buffer.address})
     engine.submit(msg.Commit(epoch))
     peer.set_active([0, 1], epoch)
-    peer.barrier(bytes(5), timeout_s=LIMIT_S)  # no work, armed for nothing
+    peer.barrier(bytes(VOTE.size), timeout_s=LIMIT_S)  # no work, armed for nothing
     told.wait_for("switched", epoch)
 
 

@@ -176,7 +176,9 @@ def test_the_gate_of_gpt_oss_is_found_and_is_transformers_own() -> None:
     found = clamped_swiglu_of(module._apply_gate)
     assert found == (module.alpha, module.limit)
     pairs = randn(3, 2200, seed=3) * 5
-    torch.testing.assert_close(clamped_swiglu(pairs, *found), module._apply_gate(pairs))
+    rows = torch.tensor([3], dtype=torch.int32)
+    out = clamped_swiglu(pairs, rows, *found, programs=2)
+    torch.testing.assert_close(out, module._apply_gate(pairs))
     assert clamped_swiglu_of(torch.nn.functional.silu) is None
     module.alpha += 0.1  # what a module says is tried
     module._apply_gate = types.MethodType(lambda self, x: x.chunk(2, -1)[0], module)

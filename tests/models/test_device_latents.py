@@ -20,6 +20,7 @@ from flexpert.models.device_latents import DeviceLatentAttention, cut_pieces, fe
 from flexpert.models.latent_attention import LatentShape
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ModelSource
+from flexpert.models.step_graphs import GraphShape
 from flexpert.moe.cuda.device_expert_store import SlotAddresses
 from flexpert.moe.cuda.local_experts import LocalExperts
 from flexpert.moe.moe_layers import LayerState
@@ -81,7 +82,11 @@ def test_prompts_long_and_short_and_decodes_share_a_step(
 @pytest.mark.slow
 def test_captured_steps_give_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = runner(path)
-    sequences.runner.capture([1, 4], max_blocks=4)
+    shapes = [GraphShape(n, n) for n in (1, 4)]
+    sequences.runner.capture([*shapes, GraphShape(64, 4)], max_blocks=4)
+    graphs = sequences.runner.graphs
+    assert graphs is not None
+    assert graphs.captures == 2  # prompts are cut by the host
     tokens = {name: prompt_of(12, seed) for seed, name in enumerate("abc")}
     sequences.step({name: prompt[:9] for name, prompt in tokens.items()})
     monkeypatch.setattr(sequences.runner, "_walk", None)

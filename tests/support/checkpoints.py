@@ -216,7 +216,7 @@ class LocalMoE:
             experts = [held[e] for e in range(source.info.experts)]
             self._layers.append(LayerExperts(experts, deterministic=deterministic))
 
-    def expect(self, tokens: int) -> None:
+    def expect(self, tokens: int, mean_tokens: int = 0) -> None:
         pass
 
     def forward(

@@ -1,7 +1,7 @@
 """Compile exchange, experts' products, attention to latents and sampling for Hopper without a GPU,
 and print what ptxas says.
 
-    python tools/gpu/compile_kernels.py [--ptx DIRECTORY]
+    python tools/gpu/compile_kernels.py [--ptx DIRECTORY] [--deterministic]
 
 Needs Triton, and a ptxas (the one that Triton brings). Exit status 1 if a kernel spills registers,
 needs more shared memory than a program of Hopper has, or takes arguments that prepared launches
@@ -34,13 +34,13 @@ from flexpert.comm.cuda.cuda_exchange import Tuning
 from flexpert.comm.cuda.cuda_layout import combine_format, dispatch_format
 from flexpert.comm.cuda.kernel_launch import argument_sizes, parameter_sizes
 from flexpert.kernels.cuda import absorbed_attention as absorbed
+from flexpert.kernels.cuda import fixed_attention, fixed_products, sampling
 from flexpert.kernels.cuda import grouped_products as products
-from flexpert.kernels.cuda import sampling
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
 TUNED = Tuning()
 PREPARED = (dispatch, combine, expert_major, lane_kernels, waiting, products, sampling)
-MODULES = (*PREPARED, absorbed)
+MODULES = (*PREPARED, absorbed, fixed_products, fixed_attention)
 MOST_SHARED = 227 * 1024  # bytes
 P64, P32, F32, BF16, I32, I64 = "*i64", "*i32", "*fp32", "*bf16", "i32", "i64"
 SHAPE = dict(R=8, TOPK=8, MAX_TOKENS=512)
@@ -154,11 +154,15 @@ ROWS_EACH = {"few rows": 4, "some rows": 32, "more rows": 64, "many rows": 256}
 
 
 def product(
-    gated: bool, packed: WeightFormat | None, each: int
+    gated: bool, packed: WeightFormat | None, each: int, *, fixed: bool = False
 ) -> tuple[dict[str, str], dict[str, Any], int, int]:
-    """(types, constants, warps, stages) of an experts' product with about `each` rows an expert."""
+    """(types, constants, warps, stages) of an experts' product with about `each` rows an expert.
+    fixed: of those for --deterministic."""
     slots = 128
-    tiling = products.choose(each * slots, slots, gated=gated, packed=packed)
+    if fixed:
+        tiling = products.choose_fixed(each * slots, slots, gated=gated)
+    else:
+        tiling = products.choose(each * slots, slots, gated=gated, packed=packed)
     types = dict(x=BF16, index=P32, weights=P64, offsets=P32, out=BF16, slots=I32, K=I32, N=I32)
     if packed is not None:
         types["scales"] = P64
@@ -193,6 +197,60 @@ def attention_to_latents(
     return types, constants, tiling.warps, tiling.stages
 
 
+def fixed_linear(rows: int, columns: int) -> tuple[str, dict[str, str], dict[str, Any], int, int]:
+    """A linear layer for --deterministic: (kernel, types, constants, warps, stages)."""
+    tiling = fixed_products.choose(rows, columns, 4, torch.bfloat16)
+    types = dict(
+        x=BF16, weight=BF16, out=BF16, sums=F32, arrived=P32, rows=I32, N=I32, K=I32, part=I32, parts=I32
+    )  # fmt: skip
+    constants = dict(
+        bias=None, EVEN=True, COLUMNS=tiling.columns, ROWS=tiling.rows, DEPTH=tiling.depth,
+        PARTED=tiling.parted, BIASED=False, PRECISION="tf32",
+    )  # fmt: skip
+    return "_linear", types, constants, tiling.warps, tiling.stages
+
+
+def fixed_attend(
+    dim: int, *, decode: bool, split: bool
+) -> tuple[str, dict[str, str], dict[str, Any], int, int]:
+    """Attention for --deterministic, 8 heads for each of keys: as `fixed_linear`."""
+    tiling = fixed_attention.choose(dim, dim, torch.bfloat16)
+    types = dict(
+        query=BF16, key_cache=BF16, value_cache=BF16, query_start=P32, context_len=P32, block_tables=P32,
+        out=BF16, partial=F32, peaks=F32, sums=F32, sequences=I32, max_blocks=I32, tokens=I32, splits=I32,
+        scaling="fp32", softcap="fp32", query_token=I32, query_head=I32,
+    )  # fmt: skip
+    constants = dict(
+        sinks=None, SEQUENCES=1 if decode else 64, BLOCK=16, KV_HEADS=4, GROUP=8, KEY=dim, KEY_PAD=dim,
+        VALUE=dim, VALUE_PAD=dim, TOKENS=1 if decode else tiling.rows // 8, ROWS=tiling.rows,
+        KEYS=tiling.keys, KEYS_IN_CHUNK=fixed_attention.CHUNK, SPLIT=split, DECODE=decode, WINDOW=0,
+        CAPPED=False, SINKS=False, PRECISION="tf32",
+    )  # fmt: skip
+    return "_attend", types, constants, tiling.warps, tiling.stages
+
+
+def fixed_cases() -> dict[str, tuple[Any, ...]]:
+    """Those of --deterministic: what differs between two of a kind must change no bits."""
+    cases: dict[str, tuple[Any, ...]] = {}
+    for gated, packed in itertools.product((True, False), (None, FP8, MXFP4)):
+        for rows, each in ROWS_EACH.items():
+            kind = (
+                f"fixed {'gate_up' if gated else 'down'} {packed.name if packed else 'bf16'} {rows}"
+            )
+            cases[kind] = ("_product", *product(gated, packed, each, fixed=True))
+    for rows in (16, 32, 64, 128, 2048):
+        for columns in (2048, 151936):
+            cases[f"fixed linear {rows} x {columns}"] = fixed_linear(rows, columns)
+    for dim in (64, 128, 256):
+        for name, decode, split in (
+            ("one", True, False),
+            ("cut", True, True),
+            ("prompt", False, False),
+        ):
+            cases[f"fixed attention {dim} {name}"] = fixed_attend(dim, decode=decode, split=split)
+    return cases
+
+
 STRIDES = ("query_head", "query_token", "rotary_head", "rotary_token")
 
 
@@ -209,7 +267,7 @@ def compiled(
         (at,): [["tt.divisibility", 16]]
         for at, name in enumerate(names)
         if (signature[name].startswith("*") and name not in unaligned)
-        or (name in ("window", "K", "N", *STRIDES) and signature[name] != "constexpr")
+        or (name in ("window", "K", "N", "part", *STRIDES) and signature[name] != "constexpr")
     }
     source = ASTSource(kernel, signature, values, aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
@@ -244,11 +302,8 @@ def resources(ptx: str) -> tuple[int, int]:
     return registers, spilled
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ptx", type=Path, help="keep the PTX here")
-    options = parser.parse_args()
-    worst = 0
+def usual_cases() -> dict[str, tuple[Any, ...]]:
+    """All others."""
     cases: dict[str, tuple[Any, ...]] = dict(CASES)
     for gated, packed in itertools.product((True, False), (None, FP8, MXFP4)):
         for rows, each in ROWS_EACH.items():
@@ -263,15 +318,36 @@ def main() -> int:
     for shape, decode, split in itertools.product(LATENTS, (True, False), (True, False)):
         kind = f"mla {shape[0]}/{shape[1]}{'' if decode else ' mixed'}{' split' if split else ''}"
         cases[kind] = ("_attend_latents", *attention_to_latents(shape, decode, split))
+    return cases
+
+
+def by_cores(ptx: str) -> str:
+    """Which instructions of the tensor cores a kernel has."""
+    found = sorted(set(re.findall(r"wgmma\.mma_async[^ ]*(m\d+)n|(mma\.sync[^ ]*m\d+n)", ptx)))
+    names = [f"wgmma {wide}" if wide else old for wide, old in found]
+    return f", {', '.join(names)}" if names else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ptx", type=Path, help="keep the PTX here")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the kernels of that mode instead, which may spill",
+    )
+    options = parser.parse_args()
+    worst = 0
+    cases = fixed_cases() if options.deterministic else usual_cases()
     for name, (function, types, constants, warps, *stages) in cases.items():
         ptx, shared = compiled(function, types, constants, warps, *stages)
         registers, spilled = resources(ptx)
         wide = len(re.findall(r"(?:ld|st)\.global\S*\.(?:v4\.b32|v2\.b64)", ptx))
         print(
             f"{name:22} {warps} warps, {registers:3} registers, {spilled} bytes spilled, "
-            f"{shared} bytes shared, {wide} accesses of 16 bytes"
+            f"{shared} bytes shared, {wide} accesses of 16 bytes{by_cores(ptx)}"
         )
-        worst = max(worst, spilled, shared - MOST_SHARED)
+        worst = max(worst, 0 if options.deterministic else spilled, shared - MOST_SHARED)
         if options.ptx is not None:
             options.ptx.mkdir(parents=True, exist_ok=True)
             (options.ptx / f"{name.replace(' ', '_')}.ptx").write_text(ptx)

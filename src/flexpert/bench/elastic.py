@@ -59,8 +59,9 @@ class ElasticPlan:
     """low, high: numbers of ranks between which changes go, one after the other. kills: how often a
     rank is killed (SIGKILL); all_killed: how often, besides, all ranks at once; stops: how often
     one is stopped (SIGSTOP). swaps: changes in which a rank joins and another leaves, on `low`;
-    rebalances: on `high`. tokens: of an answer. settle_s: rest after a change. flags: of the
-    service, besides.
+    rebalances: on `high`. path: in place of `changes`, the numbers of ranks to go to one after the
+    other, from `low` and at the end to `high`. tokens: of an answer. settle_s: rest after a change.
+    flags: of the service, besides.
     """
 
     clients: int = 64
@@ -75,6 +76,7 @@ class ElasticPlan:
     swaps: int = 0
     rebalances: int = 0
     stops: int = 0
+    path: tuple[int, ...] = ()
     flags: tuple[str, ...] = ()
 
 
@@ -312,7 +314,7 @@ class _ElasticRun:
         before = await self._memory()
         self._begin = perf_counter()
         await self._undisturbed()
-        if plan.changes or plan.swaps or plan.rebalances:
+        if plan.changes or plan.path or plan.swaps or plan.rebalances:
             await self._scale_to(plan.low)
             async with self.streams.running():
                 await asyncio.sleep(_SETTLE_S)
@@ -336,7 +338,10 @@ class _ElasticRun:
             await asyncio.sleep(_SETTLE_S)
             begin = perf_counter()
             await asyncio.sleep(self.plan.undisturbed_s)
-            end = perf_counter()
+            self._note_steady(ranks, begin, perf_counter())
+
+    def _note_steady(self, ranks: int, begin: float, end: float) -> None:
+        """Nothing has disturbed the streams meanwhile."""
         self._undisturbed_spans.append((begin - self._begin, end - self._begin))
         steady = ElasticSteady(
             ranks=ranks,
@@ -353,10 +358,16 @@ class _ElasticRun:
     async def _changes(self) -> None:
         """One after the other."""
         plan = self.plan
-        for number in range(plan.changes):
-            up = number % 2 == 0
-            body = {"ranks": plan.high if up else plan.low}
-            await self._change("up" if up else "down", body, plan.changes)
+        path = plan.path or (plan.high, plan.low) * (plan.changes // 2 + 1)
+        before = plan.low
+        for ranks in path if plan.path else path[: plan.changes]:
+            up = ranks > before
+            await self._change("up" if up else "down", {"ranks": ranks}, plan.changes or len(path))
+            if plan.path and all(steady.ranks != ranks for steady in self.steady):
+                begin = perf_counter()
+                await asyncio.sleep(plan.undisturbed_s)
+                self._note_steady(ranks, begin, perf_counter())
+            before = ranks
         if plan.swaps and plan.changes % 2:
             await self._scale_to(plan.low)
         for _ in range(plan.swaps):

@@ -70,8 +70,9 @@ def bench_comm(
         str | None,
         typer.Option(
             metavar="NAME[,NAME…]",
-            help="Any of gloo, allgather, nixl, memcpy; on cuda nixl_ep, interface, torch, checks; "
-            "with --eager nixl_ep, interface, launches. Default: all; with --machines, none.",
+            help="Any of gloo, allgather, nixl, memcpy; on cuda nixl_ep, interface, torch, nccl, "
+            "checks; with --eager nixl_ep, interface, launches. Default: all; with --machines, "
+            "none.",
         ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch in each rank.")] = 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,22 @@ EXAMPLES = (
     "flexpert bench elastic --changes 20 --kills 4 --all-killed 1 -- --kv-memory 64MiB",
     "flexpert bench elastic --kills 2 --stops 1 --swaps 2 --page elastic.html --plot elastic.png",
     "flexpert bench elastic --changes 100 --clients 64 -- --model ./model --device cuda",
+    "flexpert bench elastic --path 2,4,8,3,8 --kills 2 -- --model ./model --device cuda",
 )
+
+
+def path_of(text: str) -> tuple[int, ...]:
+    """ "2,4,3" → (2, 4, 3). Raises: ConfigError: that is no way from one number to another."""
+    try:
+        path = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        path = ()
+    if len(path) < 2 or min(path) < 1 or any(one == next for one, next in pairwise(path)):
+        raise ConfigError(
+            f"--path {text}: it takes two or more numbers of ranks, each another than the one "
+            "before, as in 2,4,3"
+        )
+    return path
 
 
 def bench_elastic(
@@ -42,6 +58,14 @@ def bench_elastic(
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of each answer.")] = 400,
     low: Annotated[int, typer.Option(min=1, help="The smaller number of ranks.")] = 1,
     high: Annotated[int, typer.Option(min=2, help="The larger number of ranks.")] = 2,
+    path: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N[,N…]",
+            help="Numbers of ranks: starts with the first, and goes to the others in turn, in "
+            "place of --changes, --low and --high; kills come at the end.",
+        ),
+    ] = None,
     undisturbed: Annotated[
         float,
         duration_option("--undisturbed", "Time without a change first.", least=1, default="10s"),
@@ -77,6 +101,9 @@ def bench_elastic(
     check_outputs(output, page, plot)
     if low >= high:
         raise ConfigError(f"--low ({low}) is not below --high ({high}); raise --high")
+    way = () if path is None else path_of(path)
+    if way:
+        changes, low, high = 0, way[0], way[-1]
     from flexpert.bench.elastic import ElasticPlan, run_elastic
     from flexpert.bench.elastic_report import elastic_text
 
@@ -93,7 +120,8 @@ def bench_elastic(
         swaps=swaps,
         rebalances=rebalances,
         stops=stops,
-        flags=("--ranks", str(low), "--max-ranks", str(high), *(service or ())),
+        path=way[1:],
+        flags=("--ranks", str(low), "--max-ranks", str(max(low, high, *way)), *(service or ())),
     )
     console = make_console(stderr=True)
     report = run_elastic(plan, lambda line: print_note(line, console))

@@ -14,8 +14,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @functools.cache
 def mend() -> None:
-    """Triton 3.9 makes integers of a comparison of scalars, and takes only bools as masks; and it
-    does not round to bfloat16 and e4m3 as a GPU does.
+    """Triton 3.9 makes integers of a comparison of scalars, and takes only bools as masks; it does
+    not round to bfloat16 and e4m3 as a GPU does; and numpy's product gives a row other bits at
+    another place of a tile, which on a GPU it does not.
 
     To be called before a kernel runs, once or more; does nothing where nothing is interpreted.
     """
@@ -44,5 +45,14 @@ def mend() -> None:
         bits = torch.from_numpy(np.array(data)).to(dtype).view(word).numpy()
         return bits.view(f"uint{8 * bits.itemsize}")
 
+    dot = builder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, most: Any) -> Any:
+        if not a.data.dtype == b.data.dtype == d.data.dtype == np.float32 or a.data.ndim != 2:
+            return dot(self, a, b, d, precision, most)
+        total = (a.data[:, :, None] * b.data[None]).sum(1)  # from the first to the last
+        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
+    builder.create_dot = create_dot
     builder.create_splat = create_splat
     interpreter._convert_float = convert_float

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flexpert.comm import BufferSpec
 from flexpert.comm.cuda.cuda_layout import layout
 from flexpert.config import EngineConfig
-from flexpert.engine.device_profile import RESULT_ROWS, captured_sizes
+from flexpert.engine.device_profile import captured_shapes, result_rows
 from flexpert.engine.memory_plan import buffer_spec, kv_blocks
 from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
@@ -58,7 +58,7 @@ def window_nbytes(source: ModelSource, config: EngineConfig, capacity: int) -> i
     spec = buffer_spec(source.info, config, capacity)
     if config.all2all == "nixl_ep" and capacity > 1:
         return _nixl_ep_nbytes(spec, source.info.experts)
-    return layout(spec, choices=RESULT_ROWS).size
+    return layout(spec, choices=result_rows(config, spec.topk)).size
 
 
 def _nixl_ep_nbytes(spec: BufferSpec, experts: int) -> int:
@@ -73,11 +73,11 @@ def workspace_nbytes(source: ModelSource, config: EngineConfig, capacity: int) -
     experts' products, for the largest step and for the graphs, and the logits."""
     info, shape = source.info, source.expert_shape()
     step = capacity * config.max_tokens_per_step
-    captured = captured_sizes(config.max_running)
-    in_graphs = max(captured) if capacity == 1 else step  # rows of an exchange are of a fixed size
+    captured = captured_shapes(config.max_running, config.max_tokens_per_step)
     row = (shape.height // 2 + info.hidden) * info.dtype.itemsize
-    logits = (config.max_running + sum(captured)) * info.vocab * _LOGIT_BYTES
-    return (step + in_graphs) * info.topk * row + logits + _latent_nbytes(info)
+    # of a step without a graph; of one with prompts, and what all of these leave them in
+    rows = 3 * config.max_running + sum(shape.sequences for shape in captured if shape.decodes)
+    return 2 * step * info.topk * row + rows * info.vocab * _LOGIT_BYTES + _latent_nbytes(info)
 
 
 def _latent_nbytes(info: ModelInfo) -> int:

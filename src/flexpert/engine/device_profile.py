@@ -30,21 +30,35 @@ from flexpert.errors import ConfigError
 from flexpert.kernels.cpu import ops
 from flexpert.kernels.device_region import DeviceRegion
 from flexpert.kernels.device_stream import CudaStream, DeviceStream, HostStream
-from flexpert.kernels.kernel_set import Kernels, check_gpu, cpu_kernels, gpu_kernels
+from flexpert.kernels.kernel_set import (
+    Kernels,
+    check_gpu,
+    cpu_kernels,
+    fixed_order_gpu_kernels,
+    gpu_kernels,
+)
 from flexpert.kernels.step_shapes import FEW
 from flexpert.models.padding import padded_sizes
 from flexpert.models.source import ModelSource
+from flexpert.models.step_graphs import GraphShape
 from flexpert.moe.expert_store import ExpertStore, Store
 from flexpert.moe.moe_layers import ElasticMoELayers
 from flexpert.moe.runtime import MoERuntime
 
 THREADED_HIDDEN = 2048
 
-RESULT_ROWS = 1
-"""For each token that GPU ranks have room to send back: they send partial sums."""
+
+def result_rows(config: EngineConfig, topk: int) -> int:
+    """For each token that GPU ranks have room to send back: partial sums, or a row of each choice,
+    whose sum does not depend on who computes it."""
+    return topk if config.deterministic else 1
+
 
 MOST_CAPTURED = 512
-"""Sequences of the largest graph; more of them take so long that launching them costs little."""
+"""Sequences of the largest graph that decodes; more of them go into one with prompts."""
+
+LEAST_CAPTURED_TOKENS = 128
+"""Tokens of the smallest graph with prompts."""
 
 
 class WarmUpTime(Enum):
@@ -178,8 +192,8 @@ class DeviceProfile(ABC):
         """
 
     @abstractmethod
-    def graph_sizes(self, most: int) -> list[int]:
-        """Sequences of the decode steps to capture as graphs, up to `most`; none: no graphs."""
+    def graph_shapes(self, most_running: int, most_tokens: int) -> list[GraphShape]:
+        """Of the steps to capture as graphs, up to so many sequences and tokens; may be none."""
 
 
 class CpuProfile(DeviceProfile):
@@ -227,7 +241,7 @@ class CpuProfile(DeviceProfile):
             sizes = sorted({min(rows, most) for rows in (1, 2, most)})
         return [WarmUpBatch(rows) for rows in sizes]
 
-    def graph_sizes(self, most: int) -> list[int]:
+    def graph_shapes(self, most_running: int, most_tokens: int) -> list[GraphShape]:
         return []
 
 
@@ -243,7 +257,7 @@ class TritonProfile(DeviceProfile):
         self.warm_up = WarmUpTime.BEFORE_LOADING if nixl_ep else WarmUpTime.WHILE_LOADING
 
     def make_kernels(self) -> Kernels:
-        return gpu_kernels()
+        return fixed_order_gpu_kernels(self.device) if self.config.deterministic else gpu_kernels()
 
     def make_exchange(
         self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: HeadMeeting
@@ -261,7 +275,7 @@ class TritonProfile(DeviceProfile):
                 store=meeting.store,
                 machine=meeting.machine,
                 channel="auto" if meeting.several else "shm",
-                choices=RESULT_ROWS,
+                choices=result_rows(self.config, spec.topk),
             )
         except CudaError as error:
             raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
@@ -269,17 +283,19 @@ class TritonProfile(DeviceProfile):
     def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
         from flexpert.engine.device_sampler import DeviceSampler  # needs triton
 
-        return DeviceSampler(sampled, self.stream)
+        return DeviceSampler(sampled, self.stream, deterministic=self.config.deterministic)
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
-        info, shape = source.info, source.expert_shape()
+        info = source.info
+        of_model = info.moe_layers, info.experts, source.expert_shape(), self.device
+        deterministic = self.config.deterministic
         if buffer.spec.capacity == 1:
             from flexpert.moe.cuda.local_experts import LocalExperts  # needs triton
 
-            return LocalExperts(buffer.rank, info.moe_layers, info.experts, shape, self.device)
+            return LocalExperts(buffer.rank, *of_model, deterministic=deterministic)
         from flexpert.moe.cuda.exchanged_experts import ExchangedExperts  # needs triton
 
-        return ExchangedExperts(buffer, info.moe_layers, info.experts, shape, self.device)
+        return ExchangedExperts(buffer, *of_model, deterministic=deterministic)
 
     def make_expert_store(self, rank: int, source: ModelSource) -> Store:
         from flexpert.moe.cuda.device_expert_store import DeviceExpertStore  # needs triton
@@ -308,10 +324,10 @@ class CudaProfile(TritonProfile):
         return sum(rank % self._gpus == self.device.index for rank in ranks) == 1
 
     def warm_up_batches(self, most: int, context: int) -> list[WarmUpBatch]:
-        return triton_batches(most, context)
+        return triton_batches(most, context, deterministic=self.config.deterministic)
 
-    def graph_sizes(self, most: int) -> list[int]:
-        return captured_sizes(most)
+    def graph_shapes(self, most_running: int, most_tokens: int) -> list[GraphShape]:
+        return captured_shapes(most_running, most_tokens)
 
 
 class InterpreterProfile(TritonProfile):
@@ -323,8 +339,8 @@ class InterpreterProfile(TritonProfile):
     def warm_up_batches(self, most: int, context: int) -> list[WarmUpBatch]:
         return [WarmUpBatch(2)]
 
-    def graph_sizes(self, most: int) -> list[int]:
-        return [1]
+    def graph_shapes(self, most_running: int, most_tokens: int) -> list[GraphShape]:
+        return [GraphShape(1, 1)]
 
 
 def profile_of(config: EngineConfig, rank: int = 0) -> DeviceProfile:
@@ -382,10 +398,13 @@ def _make_nixl_ep(rank: int, spec: BufferSpec, timeout_s: float, experts: int) -
         raise ConfigError(f"--all2all nixl_ep: {error}") from error
 
 
-def triton_batches(most: int, context: int) -> list[WarmUpBatch]:
+def triton_batches(most: int, context: int, *, deterministic: bool = False) -> list[WarmUpBatch]:
     """Batches that choose each kernel once: each tiling by the number of tokens, and attention of
     few and many sequences and of a chunk of a long prompt, with their keys whole and cut."""
-    batches = [WarmUpBatch(min(rows, most)) for rows in (2, 16, 64, 256, 1024, most)]
+    sizes = {2, 16, 64, 256, 1024, most}
+    if deterministic:  # linear layers have tilings of their own
+        sizes |= {32, 128}
+    batches = [WarmUpBatch(rows) for rows in sorted({min(rows, most) for rows in sizes})]
     batches.append(WarmUpBatch(min(256, most), context=context))
     for sequences in (1, FEW + 1):
         if sequences + 1 <= most:
@@ -396,11 +415,25 @@ def triton_batches(most: int, context: int) -> list[WarmUpBatch]:
     return list(dict.fromkeys(batches))
 
 
-def captured_sizes(most: int) -> list[int]:
-    """Sequences of graphs that pad a batch to less than twice its size: 1, 2, 4, 8, 16, 24, 32,
-    48, 64, 96, … `most`, or `MOST_CAPTURED` if that is less."""
-    most = min(most, MOST_CAPTURED)
-    sizes = {1, 2, 4, 8} | {n for k in range(4, 10) for n in (1 << k, 3 << k - 1)}
+def captured_shapes(most_running: int, most_tokens: int) -> list[GraphShape]:
+    """Graphs that pad a batch to less than twice its size.
+
+    Steps that decode 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … `most_running` sequences, or
+    `MOST_CAPTURED` if that is less; steps with prompts of 128, 192, 256, … `most_tokens` tokens, of
+    half as many sequences, at most as many as run.
+    """
+    running = _graph_sizes(min(most_running, MOST_CAPTURED))
+    shapes = [GraphShape(size, size) for size in running]
+    if most_tokens >= LEAST_CAPTURED_TOKENS:
+        for tokens in _graph_sizes(most_tokens):
+            if tokens >= LEAST_CAPTURED_TOKENS:
+                shapes.append(GraphShape(tokens, min(most_running, tokens // 2)))
+    return shapes
+
+
+def _graph_sizes(most: int) -> list[int]:
+    """1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … `most`."""
+    sizes = {1, 2, 4, 8} | {n for k in range(4, most.bit_length()) for n in (1 << k, 3 << k - 1)}
     return sorted({size for size in sizes if size < most} | {most})
 
 

@@ -39,9 +39,13 @@ class DeviceSampler:
     Args:
         sampled: [most] int64 on the device; the tokens of each step, in the order of its samples.
         stream: of the device.
+        deterministic: a row's token depends on no other row.
     """
 
-    def __init__(self, sampled: Tensor, stream: DeviceStream) -> None:
+    def __init__(
+        self, sampled: Tensor, stream: DeviceStream, *, deterministic: bool = False
+    ) -> None:
+        self._deterministic = deterministic
         self._sampled = sampled
         self._stream = stream
         self._upload = StepUpload(stream)
@@ -72,8 +76,9 @@ class DeviceSampler:
             torch.argmax(x, dim=-1, out=tokens)
             possible = x.amax(dim=-1) if "masks" in there else None
         else:
-            if wanted.adjusted:
+            if wanted.adjusted or self._deterministic:  # of one type, whatever others ask for
                 x = x.float()
+            if wanted.adjusted:
                 x = _adjusted(x.clone() if x is logits else x, there)
             possible = choose_tokens(x, there["settings"], tokens)
         asked = [row for row, s in enumerate(samples) if s.params.logprobs is not None]

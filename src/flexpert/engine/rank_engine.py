@@ -1,6 +1,6 @@
 """One rank: the step loop in lock-step with the active ranks, and its changes of epoch.
 
-    vote      have I work, which epoch am I ready for; nobody has work → sleep
+    vote      have I work, which epoch am I ready for, how many tokens; nobody has work → sleep
     forward   attention over own requests, every MoE layer's exchange; without tokens only these
     publish   the step is whole → sample, append, report the tokens
 
@@ -80,7 +80,8 @@ _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it do
 
 Queued: TypeAlias = msg.Command | PreparationEnded | FetchEnded | GrammarReady
 
-_VOTE = struct.Struct("<BI")  # has work, ready for epoch
+VOTE = struct.Struct("<BII")
+"""What a rank says before a step: has work, ready for epoch, tokens of the step it has planned."""
 
 _COMMANDS: Mapping[type, RankEventKind] = {
     msg.Prepare: RankEventKind.PREPARE,
@@ -234,6 +235,7 @@ class RankEngine:
         self.exchanges = msg.ExchangeUse()
         self._count_at = 0.0  # when exchanges are looked at next
 
+        self._planned: StepPlan | None = None  # and voted on, not launched yet
         self._flights: deque[_Flight] = deque()  # launched and not published, two at most
         self._states = RankStates()
         self._vote_due = False  # though there is no work: newly armed or entered, or a peer votes
@@ -565,24 +567,29 @@ class RankEngine:
         watch = Stopwatch()
         self._vote_due = False
         armed = self._states.armed_for
-        vote = _VOTE.pack(self.scheduler.has_work, armed)
+        self._planned = self.scheduler.plan()
+        watch.lap("plan")
+        vote = VOTE.pack(self.scheduler.has_work, armed, self._planned.tokens)
         self.buffer.post_vote(vote, wait=not self._flights)
         votes = [
-            _VOTE.unpack(vote)
+            VOTE.unpack(vote)
             for vote in self.buffer.collect_votes(self.exchange_timeout_s).values()
         ]
         now = time.perf_counter()
         watch.lap("votes")
         self._handle(RankEvent(RankEventKind.VOTED), now)
-        work = any(has_work for has_work, _ in votes)
-        if armed and all(ready == armed for _, ready in votes):
+        work = any(has_work for has_work, _, _ in votes)
+        if armed and all(ready == armed for _, ready, _ in votes):
+            self._drop_planned()
             # Nothing was decoded between the last step and here if anybody has work.
             self._paused_at = (self._last_step_end if work else None) or now
             self._handle(RankEvent(RankEventKind.AGREED))
             return
         if work:
-            self._step(watch)
+            self._step(-(-sum(tokens for _, _, tokens in votes) // len(votes)), watch)
             self.load_report.look(now)
+        else:
+            self._drop_planned()
         self._count_exchanges(now, idle=not work)
         self._last_step_end = time.perf_counter() if work else None
         if sum(watch.laps.values()) > _SLOW_STEP_S:
@@ -607,31 +614,40 @@ class RankEngine:
             sum(counted.bytes_sent.values()),
         )
 
-    def _step(self, watch: Stopwatch) -> None:
-        """Launch a step, and publish the one before, or this one where nothing goes on unseen."""
-        plan = self.scheduler.plan()
+    def _step(self, mean_tokens: int, watch: Stopwatch) -> None:
+        """Launch the planned step, and publish the one before, or this one where nothing goes on
+        unseen. mean_tokens: of all ranks."""
+        plan = self._planned
+        assert plan is not None
         if plan.tokens == 0:
-            self.scheduler.rollback(plan)
+            self._drop_planned()
             self._settle(watch)
-            self.runner.forward_idle()
+            self.runner.forward_idle(mean_tokens)
             self.buffer.check()
             watch.lap("without tokens")
             return
+        self._planned = None
         self._flights.append(flight := _Flight(plan, self.profile.stream.event()))
-        self._launch(flight, watch)
+        self._launch(flight, mean_tokens, watch)
         while len(self._flights) > 1:
             self._publish(watch)
         if not self.profile.looks_ahead:
             self._settle(watch)
 
-    def _launch(self, flight: _Flight, watch: Stopwatch) -> None:
+    def _drop_planned(self) -> None:
+        """What was planned is not launched."""
+        if self._planned is not None:
+            self.scheduler.rollback(self._planned)
+            self._planned = None
+
+    def _launch(self, flight: _Flight, mean_tokens: int, watch: Stopwatch) -> None:
         plan = flight.plan
         self._intake.begin_step(plan.ids)
         self._masks.begin(plan.samples)
         if self._faults:
             self._faults.at("forward", plan.token_ids)
-        watch.lap("plan")
-        flight.logits = self.runner.forward(_batch(plan))
+        watch.lap("begin")
+        flight.logits = self.runner.forward(_batch(plan), mean_tokens)
         flight.done.record()
         watch.lap("forward")
         masks = self._masks.finish()
@@ -679,6 +695,7 @@ class RankEngine:
 
     def _abandon(self) -> None:
         """A step was broken: what is in flight is to be computed again."""
+        self._drop_planned()
         while self._flights:
             self.scheduler.rollback(self._flights.pop().plan)
 

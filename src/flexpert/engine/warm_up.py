@@ -56,7 +56,7 @@ class WarmUp:
         self._moe.install(self._moe.stage([]))
 
     def capture(self, watch: Stopwatch) -> str:
-        """Capture the decode steps, and compile all else; no expert needs to be there.
+        """Capture steps, and compile all else; no expert needs to be there.
 
         Returns why this rank can compute nothing, or "".
         """
@@ -66,8 +66,9 @@ class WarmUp:
             self._sample()
             watch.lap("first steps")
             if self._buffer.capabilities.graph_capture:
-                sizes = self._profile.graph_sizes(min(self._limits.max_running, self._most))
-                self._runner.capture(sizes, self._limits.longest_table)
+                running = min(self._limits.max_running, self._most)
+                shapes = self._profile.graph_shapes(running, self._most)
+                self._runner.capture(shapes, self._limits.longest_table)
                 watch.lap("graphs")
         except (CommError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -147,6 +148,22 @@ class Fusions:
     choose_experts: ChooseKernel
 
 
+class RowKernel(Protocol):
+    """See `cuda.fixed_rows`: [..., n] → [...] or [..., n], along the last dimension."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedOrderKernels:
+    """What `--deterministic` computes on a GPU in place of torch's libraries."""
+
+    linear: LinearKernel
+    sum_rows: RowKernel
+    mean_rows: RowKernel
+    softmax_rows: RowKernel
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """What a model's dense part calls.
@@ -158,6 +175,8 @@ class Kernels:
     recorded_rows: up to so many rows a step is faster as a recorded program (`RecordedSteps`) than
         by transformers' modules; 0: there are none for the device.
     latents: None: `paged_attention` takes a cache whose values are part of its keys.
+    fixed_order: of a GPU, where a row is to have the same bits in any company; None: it need not,
+        or it is a CPU.
     """
 
     paged_attention: PagedAttentionKernel
@@ -169,6 +188,7 @@ class Kernels:
     pads_batches: bool = False
     recorded_rows: int = 0
     latents: LatentKernels | None = None
+    fixed_order: FixedOrderKernels | None = None
 
 
 def cpu_kernels() -> Kernels:
@@ -201,6 +221,28 @@ def gpu_kernels() -> Kernels:
         fusions=Fusions(attention.attend, rotary.rotate_and_store, router.choose_experts),
         latents=LatentKernels(
             absorbed_attention.store_latents, absorbed_attention.attend_latents, attention.attend
+        ),
+    )
+
+
+def fixed_order_gpu_kernels(device: torch.device) -> Kernels:
+    """As `gpu_kernels`, and a row has the same bits in any company.
+
+    device: of all tensors; what they need of its memory is taken now.
+    """
+    from flexpert.kernels.cuda import fixed_attention, fixed_rows, norm, rotary, router
+    from flexpert.kernels.cuda.fixed_products import FixedProducts
+
+    choose = functools.partial(router.choose_experts, deterministic=True)
+    return Kernels(
+        fixed_attention.paged_attention,
+        norm.rms_norm,
+        fusions=Fusions(fixed_attention.attend, rotary.rotate_and_store, choose),
+        fixed_order=FixedOrderKernels(
+            FixedProducts(device).linear,
+            fixed_rows.sum_rows,
+            fixed_rows.mean_rows,
+            fixed_rows.softmax_rows,
         ),
     )
 

@@ -91,6 +91,11 @@ _ELEMENTWISE: Final = (
     torch.tanh,
 )
 
+BY_WHOLE_VECTORS: Final[dict[Any, Callable[..., Tensor]]] = {
+    function: whole_vectors(function) for function in _ELEMENTWISE
+}
+"""What takes the place of elementwise functions on a CPU."""
+
 _INSTEAD: Final[dict[Any, Callable[..., Tensor]]] = {
     F.linear: linear,
     torch.matmul: matmul,
@@ -103,7 +108,7 @@ _INSTEAD: Final[dict[Any, Callable[..., Tensor]]] = {
     torch.baddbmm: refuse,
     torch.einsum: refuse,
     torch.addmm: refuse,
-    **{function: whole_vectors(function) for function in _ELEMENTWISE},
+    **BY_WHOLE_VECTORS,
 }
 
 

@@ -95,6 +95,8 @@ class DeviceLatentAttention(PagedAttention):
     key_cache: [blocks, block_size, 1, rank + rope]; value_cache: its first `rank` numbers.
     """
 
+    cuts_prompts = True
+
     __slots__ = ("_fewest", "_kernels", "_keys", "_most_rows", "_shape", "_values")
 
     def __init__(

@@ -1,13 +1,13 @@
 """The dense part of a model in this process: everything but the experts, and the KV cache.
 
-On a CPU batches are padded to few sizes; on a GPU decode steps are replays of captured graphs.
+On a CPU batches are padded to few sizes; on a GPU steps are replays of captured graphs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -23,10 +23,10 @@ from flexpert.kernels.kernel_set import Kernels, cpu_kernels
 from flexpert.kernels.step_upload import StepUpload
 from flexpert.models import recorded_steps, recording, registrations
 from flexpert.models.batch import ForwardBatch
-from flexpert.models.decode_graphs import DecodeGraphs
 from flexpert.models.dense_weights import load_dense, replace_tensor
 from flexpert.models.deterministic import RowwiseMode
 from flexpert.models.device_latents import DeviceLatentAttention
+from flexpert.models.fixed_order import FixedOrderMode, check_fixed_order
 from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
@@ -38,6 +38,7 @@ from flexpert.models.paged_attention import PagedAttention
 from flexpert.models.recorded_steps import Experts, RecordedSteps
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.models.state_layers import StateLayer, bind_states
+from flexpert.models.step_graphs import GraphShape, StepGraphs
 from flexpert.moe.moe_layers import MoELayers
 
 CPU = torch.device("cpu")
@@ -89,14 +90,14 @@ class ModelRunner:
         *,
         deterministic: bool,
         moe: MoELayers,
-        pads_batches: bool,
+        kernels: Kernels,
         verdicts: FusionVerdicts,
         most_samples: int,
     ) -> None:
         self.info = info
         self.kv = kv
         self.verdicts = verdicts
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self.recorded: RecordedSteps | None = None
         self.not_recorded = ""
         self._recorded_rows: int | None = 0
@@ -107,7 +108,8 @@ class ModelRunner:
         self._states = states
         self._deterministic = deterministic
         self._moe = moe
-        self._pads_batches = pads_batches and not deterministic
+        self._fixed_order = kernels.fixed_order
+        self._pads_batches = kernels.pads_batches and not deterministic
         self._device = next(model.parameters()).device
         self._upload: StepUpload | None = None  # a CPU needs none
         if self._device.type != "cpu":
@@ -138,15 +140,17 @@ class ModelRunner:
             state_slots: see `KVCache`.
             kv_memory: [`KVCache.nbytes`] uint8 for the cache, on `device`; default: memory of its
                 own.
-            device: of weights and batches; a GPU is never deterministic.
-            kernels: for `device`; default: a CPU's.
+            device: of weights and batches.
+            kernels: for `device`; default: a CPU's. A GPU's that are to be deterministic are those
+                of `fixed_order_gpu_kernels`.
             verdicts: of an earlier load; modules without one are tried.
             most_samples: size of `sampled`.
             lap: told when a part of it is over.
 
         Raises:
             ModelError: a tensor of the checkpoint cannot be read or has another shape.
-            UnsupportedModel: the model computes something at its start that we cannot repeat.
+            UnsupportedModel: the model computes something at its start that we cannot repeat, or
+                something in an order that depends on the batch, though it is to be deterministic.
         """
         source.checkpoint.files.check_unchanged()
         model = source.build(attention=registrations.IMPLEMENTATION)
@@ -177,6 +181,8 @@ class ModelRunner:
         )
         if kernels is None or kernels.recorded_rows:
             runner.record((kernels or cpu_kernels()).recorded_rows)
+        if deterministic and kernels is not None and kernels.fixed_order is not None:
+            runner._check_fixed_order()
         lap("kernels by verdicts" if runner.verdicts == verdicts else "kernels by trials")
         return runner
 
@@ -253,21 +259,24 @@ class ModelRunner:
             kv,
             deterministic=deterministic,
             moe=moe,
-            pads_batches=kernels.pads_batches,
+            kernels=kernels,
             verdicts=found,
             most_samples=most_samples,
         )
 
-    def capture(self, sizes: Sequence[int], max_blocks: int) -> None:
-        """From now on, compute decode steps on a GPU as replays of graphs captured here.
+    def capture(self, shapes: Sequence[GraphShape], max_blocks: int) -> None:
+        """From now on, compute steps on a GPU as replays of graphs captured here.
 
         Args:
-            sizes: of batches, in sequences; a batch is padded to the next one. See `DecodeGraphs`.
+            shapes: of batches; a batch is padded to the next one. See `StepGraphs`. Where attention
+                `cuts_prompts`, only those that decode.
             max_blocks: KV blocks of the longest sequence.
         """
-        with torch.inference_mode():
-            self.graphs = DecodeGraphs(
-                self._walk, sizes=sizes, max_blocks=max_blocks, device=self._device
+        if any(layer.cuts_prompts for layer in self._attention):
+            shapes = [shape for shape in shapes if shape.decodes]
+        with torch.inference_mode(), self._mode():
+            self.graphs = StepGraphs(
+                self._walk, shapes=shapes, max_blocks=max_blocks, device=self._device
             )
 
     def record(self, most_rows: int) -> None:
@@ -290,13 +299,8 @@ class ModelRunner:
         if self._deterministic and (left := recorded_steps.rounds_by_torch(steps)):
             raise UnsupportedModel(f"--deterministic has no kernel for {', '.join(left)}")
         batch = recorded_steps.trial_batch(7, 4, size, stride=3)
-        for experts in self._experts:
-            experts.compute = _stand_in
-        try:
+        with self._stand_in_experts():
             expected = self._trial_walk(batch)
-        finally:
-            for experts in self._experts:
-                experts.compute = experts.runtime.forward
         self._bind(batch)
         rounding = min(0.05, 2**13 * torch.finfo(self.info.dtype).eps)
         recorded_steps.check(steps, batch, expected, _stand_in, rounding=rounding)
@@ -305,7 +309,29 @@ class ModelRunner:
     def _trial_walk(self, batch: ForwardBatch) -> Tensor:
         return self._walk(batch, padded=False)
 
-    def forward(self, batch: ForwardBatch) -> Tensor:
+    def _check_fixed_order(self) -> None:
+        """Raises: UnsupportedModel: a module computes in an order that depends on the batch."""
+        batch = recorded_steps.trial_batch(7, 4, self.kv.layers[0][0].shape[1], stride=3)
+
+        def walk() -> None:
+            with torch.inference_mode(), self._mode():
+                self._walk(batch if self._upload is None else batch.sent(self._upload))
+
+        with self._stand_in_experts():
+            check_fixed_order(self._model, walk)
+
+    @contextlib.contextmanager
+    def _stand_in_experts(self) -> Iterator[None]:
+        """Within it no expert is needed."""
+        for experts in self._experts:
+            experts.compute = _stand_in
+        try:
+            yield
+        finally:
+            for experts in self._experts:
+                experts.compute = experts.runtime.forward
+
+    def forward(self, batch: ForwardBatch, mean_tokens: int = 0) -> Tensor:
         """[M, vocab] logits of `batch.sample_rows`; walks all MoE layers once, in order.
 
         On a CPU they are float32. On a GPU they are as the model computes them, nothing waits for
@@ -313,11 +339,14 @@ class ModelRunner:
 
         Args:
             batch: on the host.
+            mean_tokens: of the ranks that take part in this step; 0: nobody said.
         """
         with torch.inference_mode(), self._mode():
-            self._moe.expect(batch.token_ids.shape[0])
-            if self.graphs is not None and self.graphs.fits(batch):
-                return self.graphs.forward(batch)
+            self._moe.expect(batch.token_ids.shape[0], mean_tokens)
+            if self.graphs is not None:
+                logits = self.graphs.forward(batch, mean_tokens)
+                if logits is not None:
+                    return logits
             if self.recorded is not None and self._takes(batch):
                 self._bind(batch)
                 tokens = self._tokens(batch, batch.token_ids)
@@ -377,13 +406,15 @@ class ModelRunner:
         logits = logits[: batch.sample_rows.shape[0], : self.info.vocab]
         return logits.float() if self._upload is None else logits
 
-    def forward_idle(self) -> None:
-        """Take part in a step without tokens: each MoE layer in order, no attention."""
+    def forward_idle(self, mean_tokens: int = 0) -> None:
+        """Take part in a step without tokens: each MoE layer in order, no attention.
+
+        mean_tokens: as for `forward`.
+        """
         device = self._device
         with torch.inference_mode(), self._mode():
-            if self.graphs is not None:
-                self._moe.expect(0)
-                self.graphs.idle()
+            self._moe.expect(0, mean_tokens)
+            if self.graphs is not None and self.graphs.idle(mean_tokens):
                 return
             for layer in self._experts:
                 layer.runtime.forward(
@@ -395,7 +426,11 @@ class ModelRunner:
                 )
 
     def _mode(self) -> contextlib.AbstractContextManager[object]:
-        return RowwiseMode() if self._deterministic else contextlib.nullcontext()
+        if not self._deterministic:
+            return contextlib.nullcontext()
+        if self._fixed_order is None:
+            return RowwiseMode()
+        return FixedOrderMode(self._fixed_order, interpreted=self._device.type == "cpu")
 
     @property
     def dense_nbytes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -27,7 +27,11 @@ class PagedAttention:
     """One attention layer's cache, and the batch that all layers share.
 
     key_cache: [blocks, block_size, kv_heads, key_dim]; value_cache: […, value_dim].
+    cuts_prompts: what it launches for prompts depends on how long they are, which it asks the host;
+    then no graph can have them.
     """
+
+    cuts_prompts: ClassVar = False
 
     __slots__ = ("batch", "isolated", "kernel", "key_cache", "value_cache")
 

@@ -33,10 +33,12 @@ class LayerState(Generic[E]):
 class MoELayers(Protocol):
     """Where the routed experts' sum comes from; called by a model, each layer once a step."""
 
-    def expect(self, tokens: int) -> None:
+    def expect(self, tokens: int, mean_tokens: int = 0) -> None:
         """So many rows of the batches to come count; the rest is padding.
 
         Where the model cuts its batches to their rows, as on a CPU, there is no padding.
+
+        mean_tokens: of the ranks in the step to come; 0: as many as here.
         """
         ...
 

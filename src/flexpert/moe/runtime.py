@@ -181,7 +181,7 @@ class MoERuntime:
         """As `ElasticMoELayers.loads`."""
         return self._counter.snapshot() if self._counter else None
 
-    def expect(self, tokens: int) -> None:
+    def expect(self, tokens: int, mean_tokens: int = 0) -> None:
         """Nothing: batches come without padding."""
 
     def forward(

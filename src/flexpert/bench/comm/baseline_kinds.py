@@ -152,7 +152,7 @@ KINDS = (
     ),
 )
 # of --device cuda, see cuda/gpu_baselines.py
-GPU_BASELINE_FAMILIES = ("nixl_ep", "interface", "torch", "checks")
+GPU_BASELINE_FAMILIES = ("nixl_ep", "interface", "torch", "nccl", "checks")
 EAGER_BASELINE_FAMILIES = ("nixl_ep", "interface", "launches")
 BASELINE_FAMILIES = tuple(dict.fromkeys(kind.family for kind in KINDS if kind.family != "ours"))
 

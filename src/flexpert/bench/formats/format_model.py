@@ -25,6 +25,7 @@ from flexpert.models import registrations
 from flexpert.models.model_runner import ModelRunner, compute_buffers
 from flexpert.models.probe import Probe, find_architecture
 from flexpert.models.source import ModelInfo
+from flexpert.models.step_graphs import GraphShape
 from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
 from flexpert.moe.placement import replan
 from flexpert.moe.runtime import MoERuntime, expert_tables
@@ -161,7 +162,7 @@ class FormatModel:
                 cache.normal_(generator=_dice(dense.device, dense.seed, "cache"))
         self.tables = torch.arange(batch * width, dtype=torch.int32, device="cpu").view(-1, width)
         if on_gpu:
-            self.runner.capture([batch], width)
+            self.runner.capture([GraphShape(batch, batch)], width)
 
 
 def _model(dense: DenseModel) -> PreTrainedModel:

@@ -16,8 +16,8 @@ from torch import Tensor
 from flexpert.bench.gpu.model import RandomModel
 from flexpert.kernels.experts import Gate
 from flexpert.models.batch import ForwardBatch
-from flexpert.models.decode_graphs import DecodeGraphs
 from flexpert.models.model_runner import ModelRunner
+from flexpert.models.step_graphs import GraphShape, StepGraphs
 from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
 from flexpert.moe.cuda.local_experts import LocalExperts
 
@@ -36,8 +36,8 @@ class _Counting:
     counting: bool = False
     active: list[Tensor] = field(default_factory=list)
 
-    def expect(self, tokens: int) -> None:
-        self.moe.expect(tokens)
+    def expect(self, tokens: int, mean_tokens: int = 0) -> None:
+        self.moe.expect(tokens, mean_tokens)
 
     def forward(
         self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, apply_gate: Gate
@@ -87,12 +87,12 @@ class DecodeRank:
         self.tables = torch.randperm(largest * self.width).int().view(-1, self.width)
         began = time.perf_counter()
         sizes = sorted({*batches, CHECK_PROMPTS} - {0})
-        self.runner.capture(sizes, self.width)
+        self.runner.capture([GraphShape(size, size) for size in sizes], self.width)
         self._wait()
         self.capture_s = time.perf_counter() - began
 
     @property
-    def graphs(self) -> DecodeGraphs:
+    def graphs(self) -> StepGraphs:
         assert self.runner.graphs is not None  # captured at the start
         return self.runner.graphs
 

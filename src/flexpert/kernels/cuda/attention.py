@@ -35,7 +35,7 @@ MOST_SPLITS = 32
 """Sequences of a prefill that a program looks through at least: a kernel for each number would be
 compiled while requests wait."""
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -71,7 +71,23 @@ def _write_cache(
 
 
 @triton.jit
-def _look(
+def queries_of(
+    query_start, sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, DECODE: tl.constexpr
+):
+    """(sequence, its first token, the program's first among its tokens, their number)."""
+    if DECODE:
+        return tl.program_id(0), tl.program_id(0), 0, 1
+    # sequence s has the programs query_start[s] // TOKENS + s and on: at least enough
+    lane = tl.arange(0, SEQUENCES)
+    starts = tl.load(query_start + lane, mask=lane < sequences, other=1 << 30)
+    sequence = tl.sum((starts // TOKENS + lane <= tl.program_id(0)).to(tl.int32), 0) - 1
+    first = tl.load(query_start + sequence)
+    begin = (tl.program_id(0) - first // TOKENS - sequence) * TOKENS
+    return sequence, first, begin, tl.load(query_start + sequence + 1) - first
+
+
+@triton.jit
+def look(
     accumulated,
     peak,
     total,
@@ -117,9 +133,9 @@ def _look(
     score = tl.dot(q, k, input_precision=PRECISION)
     if CAPPED:
         score *= scaling
-        score = softcap * _LOG2_E * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
+        score = softcap * LOG2_E * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
     else:
-        score *= scaling * _LOG2_E
+        score *= scaling * LOG2_E
     if MASKED:
         seen = n[None, :] <= position[:, None]
         if WINDOW > 0:
@@ -184,19 +200,7 @@ def _attend(
 ):
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    if DECODE:
-        sequence = tl.program_id(0)
-        first = sequence
-        begin = 0
-        count = 1
-    else:
-        # sequence s has the programs query_start[s] // TOKENS + s and on: at least enough
-        lane = tl.arange(0, SEQUENCES)
-        starts = tl.load(query_start + lane, mask=lane < sequences, other=1 << 30)
-        sequence = tl.sum((starts // TOKENS + lane <= tl.program_id(0)).to(tl.int32), 0) - 1
-        first = tl.load(query_start + sequence)
-        begin = (tl.program_id(0) - first // TOKENS - sequence) * TOKENS
-        count = tl.load(query_start + sequence + 1) - first
+    sequence, first, begin, count = queries_of(query_start, sequences, SEQUENCES, TOKENS, DECODE)
     if begin < count:
         context = tl.load(context_len + sequence)
         r = tl.arange(0, ROWS)
@@ -228,7 +232,7 @@ def _attend(
         if SINKS:
             if split == 0:
                 sink = tl.load(sinks + head, mask=row_ok, other=0.0).to(tl.float32)
-                peak = sink * _LOG2_E
+                peak = sink * LOG2_E
                 total = tl.full((ROWS,), 1.0, tl.float32)
         accumulated = tl.zeros((ROWS, VALUE_PAD), tl.float32)
         blocks = block_tables + sequence * max_blocks
@@ -238,13 +242,13 @@ def _attend(
             # up to here every row sees every key
             middle = tl.minimum(tl.maximum((context - count + begin + 1) // KEYS, low), high)
             for tile in range(low, middle):
-                accumulated, peak, total = _look(
+                accumulated, peak, total = look(
                     accumulated, peak, total, q, key_cache, value_cache, blocks, tile, last,
                     position, kv_head, scaling, softcap, BLOCK, KV_HEADS, KEY, KEY_PAD, VALUE,
                     VALUE_PAD, KEYS, False, WINDOW, CAPPED, PRECISION,
                 )  # fmt: skip
         for tile in range(middle, high):
-            accumulated, peak, total = _look(
+            accumulated, peak, total = look(
                 accumulated, peak, total, q, key_cache, value_cache, blocks, tile, last, position,
                 kv_head, scaling, softcap, BLOCK, KV_HEADS, KEY, KEY_PAD, VALUE, VALUE_PAD, KEYS,
                 True, WINDOW, CAPPED, PRECISION,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexpert.kernels.cuda.gates import clamped_swiglu, clamped_swiglu_of
-from flexpert.kernels.cuda.grouped_products import grouped_product
+from flexpert.kernels.cuda.grouped_products import grouped_product, launched_rows
 from flexpert.kernels.experts import ALIGNMENT, ExpertShape, ExpertWeights, Gate
 
 _TABLES = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scale", "down_scale")
@@ -91,10 +91,20 @@ class DeviceExperts:
         slots: most experts the rank can hold of a layer, i.e. the experts of the model.
         shape: of every expert.
         device: of the weights.
+        deterministic: a row has the same bits in any company.
     """
 
-    def __init__(self, layers: int, slots: int, shape: ExpertShape, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        shape: ExpertShape,
+        device: torch.device,
+        *,
+        deterministic: bool = False,
+    ) -> None:
         self.slots = slots
+        self._deterministic = deterministic
         self.shape = shape
         self.device = device
         self._tables = torch.zeros((len(_TABLES), layers, slots), dtype=torch.int64, device=device)
@@ -171,9 +181,11 @@ class DeviceExperts:
             biases=None if self.shape.biases is None else up_bias,
             gated=gated,
             expected=expected,
+            deterministic=self._deterministic,
         )
         if not gated:
-            hidden = self._apply(apply_gate, hidden)
+            programs = launched_rows(expected or rows, rows)
+            hidden = self._apply(apply_gate, hidden, offsets[self.slots :], programs)
         return grouped_product(
             hidden,
             down,
@@ -183,15 +195,16 @@ class DeviceExperts:
             scales=None if packed is None else down_scale,
             biases=None if self.shape.biases is None else down_bias,
             expected=expected,
+            deterministic=self._deterministic,
         )
 
-    def _apply(self, apply_gate: Gate, hidden: Tensor) -> Tensor:
+    def _apply(self, apply_gate: Gate, hidden: Tensor, rows: Tensor, programs: int) -> Tensor:
         if apply_gate not in self._clamped:
             self._clamped[apply_gate] = clamped_swiglu_of(apply_gate)
         clamped = self._clamped[apply_gate]
         if clamped is None:
             return apply_gate(hidden).contiguous()
-        return clamped_swiglu(hidden, *clamped)
+        return clamped_swiglu(hidden, rows, *clamped, programs=programs)
 
     def _is_swiglu(self, apply_gate: Gate) -> bool:
         if apply_gate not in self._swiglu:

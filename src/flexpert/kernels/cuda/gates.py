@@ -13,32 +13,39 @@ _COLUMNS = 1024
 
 
 @triton.jit
-def _clamped_swiglu(pairs, out, inter, alpha, limit, COLUMNS: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
+def _clamped_swiglu(pairs, out, rows, inter, alpha, limit, COLUMNS: tl.constexpr):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     ok = column < inter
-    at = pairs + row * 2 * inter + 2 * column
-    gate = tl.minimum(tl.load(at, mask=ok, other=0.0).to(tl.float32), limit)
-    up = tl.load(at + 1, mask=ok, other=0.0).to(tl.float32)
-    up = tl.minimum(tl.maximum(up, -limit), limit)
-    y = (up + 1.0) * gate * tl.sigmoid(gate * alpha)
-    tl.store(out + row * inter + column, y.to(out.dtype.element_ty), mask=ok)
+    row = tl.program_id(1).to(tl.int64)
+    last = tl.load(rows)
+    while row < last:
+        at = pairs + row * 2 * inter + 2 * column
+        gate = tl.minimum(tl.load(at, mask=ok, other=0.0).to(tl.float32), limit)
+        up = tl.load(at + 1, mask=ok, other=0.0).to(tl.float32)
+        up = tl.minimum(tl.maximum(up, -limit), limit)
+        y = (up + 1.0) * gate * tl.sigmoid(gate * alpha)
+        tl.store(out + row * inter + column, y.to(out.dtype.element_ty), mask=ok)
+        row += tl.num_programs(1)
 
 
-def clamped_swiglu(pairs: Tensor, alpha: float, limit: float) -> Tensor:
+def clamped_swiglu(
+    pairs: Tensor, rows: Tensor, alpha: float, limit: float, *, programs: int
+) -> Tensor:
     """(up + 1) · gate · sigmoid(alpha · gate), with gate at most `limit` and up within it.
 
     Args:
-        pairs: [rows, 2 * inter], contiguous; gate and up in turn.
+        pairs: [most, 2 * inter], contiguous; gate and up in turn.
+        rows: [1] int32 on the device: how many of them count.
+        programs: take the rows in turn.
 
     Returns:
-        [rows, inter] of its dtype, rounded once.
+        [most, inter] of its dtype, rounded once; what does not count is unset.
     """
-    rows, inter = pairs.shape[0], pairs.shape[1] // 2
-    out = pairs.new_empty((rows, inter))
-    if rows:
-        grid = (triton.cdiv(inter, _COLUMNS), rows)
-        _clamped_swiglu[grid](pairs, out, inter, alpha, limit, COLUMNS=_COLUMNS)
+    most, inter = pairs.shape[0], pairs.shape[1] // 2
+    out = pairs.new_empty((most, inter))
+    if most:
+        grid = (triton.cdiv(inter, _COLUMNS), programs)
+        _clamped_swiglu[grid](pairs, out, rows, inter, alpha, limit, COLUMNS=_COLUMNS)
     return out
 
 

@@ -8,6 +8,7 @@ without rows costs nothing. Weights are found through a table of addresses.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 import triton
@@ -345,6 +346,37 @@ def choose(
     return ProductTiling(128, 256, 64, warps=8, stages=3, swap=False, waves=1)
 
 
+def launched_rows(expected: int, most: int) -> int:
+    """For so many rows programs are launched. Each takes as many more as there are, but a program
+    without any costs as well, and there may be room for a hundred times the rows that come."""
+    return min(most, 2 * expected)
+
+
+DEPTH: Final = 128
+"""Of every tile of `choose_fixed`: a row is summed in steps of so many columns."""
+
+
+def choose_fixed(
+    rows: int, slots: int, *, gated: bool, dtype: torch.dtype = torch.bfloat16
+) -> ProductTiling:
+    """As `choose`, among tilings that give a row the same bits, for weights of any format.
+
+    Weights are the left operand, 64 rows of them an instruction of Hopper's tensor cores (wgmma),
+    whatever the number of tokens; a tile is as deep in each, and no sum is cut.
+    """
+    if dtype == torch.float32:
+        return choose(rows, slots, gated=gated, dtype=dtype)
+    each = rows / max(1, min(rows, slots))
+    if each <= 8:
+        return ProductTiling(16, 64, DEPTH, warps=4, stages=4, swap=True)
+    if each <= 48:
+        return ProductTiling(32, 128, DEPTH, warps=8, stages=3, swap=True, waves=4)
+    stages = 2 if gated else 3
+    if each <= 128:
+        return ProductTiling(64, 128, DEPTH, warps=8, stages=stages, swap=True, waves=1)
+    return ProductTiling(128, 128, DEPTH, warps=8, stages=stages, swap=True, waves=1)
+
+
 def grouped_product(
     x: Tensor,
     weights: Tensor,
@@ -358,6 +390,7 @@ def grouped_product(
     gated: bool = False,
     expected: int | None = None,
     tiling: ProductTiling | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """Each row times its expert's weights, transposed, plus its bias.
 
@@ -376,6 +409,7 @@ def grouped_product(
         biases: [slots] int64, addresses of [out] (with `gated` [2 * out]), or None.
         gated: return silu(first half) · second half of the results.
         expected: how many rows there will be, about, for the choice of a tiling; None: all.
+        deterministic: a row has the same bits whatever number of rows there is.
 
     Returns:
         out.
@@ -386,17 +420,22 @@ def grouped_product(
         return out
     if packed not in (None, FP8, MXFP4) or (packed is None) != (scales is None):
         raise ValueError("a GPU computes with weights as they are, or fp8 or MXFP4 with scales")
-    few = (expected or rows) <= MOST_ROWS_ALONE * min(rows, slots)
+    expected = expected or rows
+    few = expected <= MOST_ROWS_ALONE * min(rows, slots) and not deterministic
     if tiling is None and packed is MXFP4 and scales is not None and few:
         return row_product(
-            x, weights, scales, offsets, out, index=index, biases=biases, gated=gated
-        )
-    if tiling is None:
-        tiling = choose(expected or rows, slots, gated=gated, packed=packed, dtype=x.dtype)
+            x, weights, scales, offsets, out,
+            index=index, biases=biases, gated=gated, programs=launched_rows(expected, rows),
+        )  # fmt: skip
+    if tiling is None and deterministic:
+        tiling = choose_fixed(expected, slots, gated=gated, dtype=x.dtype)
+    elif tiling is None:
+        tiling = choose(expected, slots, gated=gated, packed=packed, dtype=x.dtype)
     if packed is FP8 and fp8.BLOCK % tiling.depth:
         raise ValueError(f"a tile {tiling.depth} deep crosses blocks of {fp8.BLOCK} with scales")
     # a tile that is not full belongs to a slot of its own
-    bound = rows // tiling.rows + min(slots, rows)
+    launched = launched_rows(expected, rows)
+    bound = launched // tiling.rows + min(slots, launched)
     programs = bound * triton.cdiv(columns, tiling.columns)
     if tiling.waves:
         programs = min(programs, tiling.waves * multiprocessor_count(x.device, interpreted=2))
@@ -425,5 +464,6 @@ def grouped_product(
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=tiling.warps,
         num_stages=tiling.stages,
+        enable_fp_fusion=not deterministic,  # each tiling would fuse what it likes
     )
     return out

@@ -67,11 +67,12 @@ def _row_product(
     BIASED: tl.constexpr,
 ):
     """out[r] = x[index[r]] · W[slot of r]ᵀ; GATED: silu of the first N columns times the rest."""
-    row = tl.program_id(1)
     slot_lane = tl.arange(0, SLOTS)
     ends = tl.load(offsets + slot_lane + 1, mask=slot_lane < slots, other=2147483647)
-    slot = tl.sum((ends <= row).to(tl.int32), 0)
-    if slot < slots:
+    total = tl.load(offsets + slots)
+    row = tl.program_id(1)
+    while row < total:
+        slot = tl.sum((ends <= row).to(tl.int32), 0)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         column_ok = column < N
         kept = tl.where(column_ok, column, 0)
@@ -100,6 +101,7 @@ def _row_product(
         if GATED:
             y = y * tl.sigmoid(y) * z
         tl.store(out + row.to(tl.int64) * N + column, y.to(out.dtype.element_ty), mask=column_ok)
+        row += tl.num_programs(1)
 
 
 def row_product(
@@ -112,12 +114,13 @@ def row_product(
     index: Tensor | None,
     biases: Tensor | None,
     gated: bool,
+    programs: int,
 ) -> Tensor:
     """As `grouped_product` with MXFP4 weights, for which see its arguments; each row reads its
-    expert's weights for itself."""
-    rows, columns = out.shape
+    expert's weights for itself. programs: take the rows in turn."""
+    columns = out.shape[1]
     slots = weights.shape[0]
-    _row_product[(triton.cdiv(columns, COLUMNS), rows)](
+    _row_product[(triton.cdiv(columns, COLUMNS), programs)](
         x,
         index,
         weights,

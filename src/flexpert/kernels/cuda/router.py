@@ -54,7 +54,12 @@ def _choose(
 
 
 def choose_experts(
-    logits: Tensor, topk: int, *, normalised: bool, dtype: torch.dtype
+    logits: Tensor,
+    topk: int,
+    *,
+    normalised: bool,
+    dtype: torch.dtype,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The k likeliest experts of each token and their probabilities.
 
@@ -62,6 +67,7 @@ def choose_experts(
         logits: [tokens, experts], contiguous.
         normalised: make each token's weights sum to 1.
         dtype: of the weights.
+        deterministic: a token's probabilities are summed in the same order in any company.
 
     Returns:
         ([tokens, k] dtype, [tokens, k] int64), the likeliest first.
@@ -72,7 +78,8 @@ def choose_experts(
     if tokens == 0:
         return weights, ids
     pad = triton.next_power_of_2(experts)
-    rows = max(1, _ELEMENTS // pad) if tokens >= 1024 else 1  # few kernels to compile
+    many = tokens >= 1024 and not deterministic
+    rows = max(1, _ELEMENTS // pad) if many else 1  # few kernels to compile
     _choose[(triton.cdiv(tokens, rows),)](
         logits,
         weights,

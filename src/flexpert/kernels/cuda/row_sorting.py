@@ -212,7 +212,8 @@ def sort_by_slot(expert_ids: Tensor, slot_of: Tensor, valid: Tensor, slots: int)
 
 
 def combine(y: Tensor, row: Tensor, weights: Tensor, out: Tensor) -> Tensor:
-    """out[t] = Σ_k weights[t, k] · y[row[t, k]], in float32 and the order of k.
+    """out[t] = Σ_k weights[t, k] · y[row[t, k]], in float32 and the order of k: with the bits of a
+    combine that sums at home (`comm.cuda.combine_kernels.reduce`).
 
     Args:
         y: [rows, hidden], contiguous.
@@ -228,6 +229,7 @@ def combine(y: Tensor, row: Tensor, weights: Tensor, out: Tensor) -> Tensor:
         return out
     width = min(1024, triton.next_power_of_2(hidden))
     _combine[(tokens, triton.cdiv(hidden, width))](
-        y, row, weights, out, hidden, TOPK=row.shape[1], WIDTH=width, num_warps=4
-    )
+        y, row, weights, out, hidden, TOPK=row.shape[1], WIDTH=width, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
     return out

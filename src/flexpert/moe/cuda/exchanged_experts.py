@@ -51,6 +51,8 @@ class ExchangedExperts:
     Args:
         buffer: a `Buffer` whose `Received` has `indexed`, an `IndexedRows`.
         layers, experts, shape: of the model.
+        deterministic: a token's sum has the same bits in any company and placement: results come
+            back for each choice, and are summed at home.
 
     Attributes:
         walked: layers so far, as in `MoERuntime`; a replayed step counts none.
@@ -64,13 +66,13 @@ class ExchangedExperts:
         shape: ExpertShape,
         device: torch.device,
         *,
-        reduce: Reduce = "rank",
+        deterministic: bool = False,
     ) -> None:
         self.buffer = buffer
-        self.reduce: Reduce = reduce
+        self.reduce: Reduce = "home" if deterministic else "rank"
         self.walked = 0
         self.splits = False
-        self._experts = DeviceExperts(layers, experts, shape, device)
+        self._experts = DeviceExperts(layers, experts, shape, device, deterministic=deterministic)
         self._counter = DeviceLoadCounter(layers, experts, device)
         self._places = torch.full((2, layers, experts), -1, dtype=torch.int32, device=device)
         self._tables = [
@@ -78,6 +80,7 @@ class ExchangedExperts:
             for layer in range(layers)
         ]
         self._row = torch.arange(buffer.spec.max_tokens, dtype=torch.int32, device=device)[:, None]
+        self._mean_tokens = 0
         self._padding = torch.ones_like(self._row, dtype=torch.bool)  # rows that do not count
 
     def stage(self, layers: Sequence[LayerState[SlotAddresses]]) -> StagedExchangedExperts:
@@ -100,8 +103,9 @@ class ExchangedExperts:
         """As `ElasticMoELayers.loads`."""
         return self._counter.snapshot()
 
-    def expect(self, tokens: int) -> None:
-        """So many rows of the batches to come count; the rest is padding."""
+    def expect(self, tokens: int, mean_tokens: int = 0) -> None:
+        """As `MoELayers.expect`."""
+        self._mean_tokens = mean_tokens
         torch.ge(self._row, tokens, out=self._padding)
 
     def forward(
@@ -122,14 +126,15 @@ class ExchangedExperts:
         expert_ids = expert_ids.masked_fill(self._padding[: x.shape[0]], -1)
         self._counter.count(layer, expert_ids)
         received = self.buffer.dispatch(x, expert_ids, weights.float(), self._tables[layer])
-        y = self.compute(layer, received.indexed, apply_gate, expert_ids.numel())
+        expected = max(x.shape[0], self._mean_tokens) * expert_ids.shape[1]
+        y = self.compute(layer, received.indexed, apply_gate, expected)
         result: Tensor = self.buffer.combine(y, received, reduce=self.reduce)
         return result
 
     def compute(self, layer: int, rows: IndexedRows, apply_gate: Gate, expected: int) -> Tensor:
         """[most rows, hidden]: each row that arrived through its expert.
 
-        expected: about how many there are; a rank expects as many as it sends.
+        expected: about how many there are: as many as this rank sends, or all ranks on average.
         """
         return self._experts.compute(
             layer,

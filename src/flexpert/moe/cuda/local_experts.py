@@ -32,19 +32,28 @@ class LocalExperts:
     Args:
         rank: the own id, which must own every expert.
         layers, experts, shape: of the model.
+        deterministic: a token's sum has the same bits in any company, and those of
+            `ExchangedExperts` that sum at home.
 
     Attributes:
         walked: layers so far, as in `MoERuntime`; a replayed step counts none.
     """
 
     def __init__(
-        self, rank: int, layers: int, experts: int, shape: ExpertShape, device: torch.device
+        self,
+        rank: int,
+        layers: int,
+        experts: int,
+        shape: ExpertShape,
+        device: torch.device,
+        *,
+        deterministic: bool = False,
     ) -> None:
         self.rank = rank
         self.walked = 0
         self.splits = False
         self._tokens = torch.zeros(1, dtype=torch.int32, device=device)
-        self._experts = DeviceExperts(layers, experts, shape, device)
+        self._experts = DeviceExperts(layers, experts, shape, device, deterministic=deterministic)
         self._slot_of = torch.full((layers, experts), -1, dtype=torch.int32, device=device)
 
     def stage(self, layers: Sequence[LayerState[SlotAddresses]]) -> StagedLocalExperts:
@@ -72,8 +81,8 @@ class LocalExperts:
     def loads(self) -> None:
         """Not counted: where one rank has all experts there is nothing to balance."""
 
-    def expect(self, tokens: int) -> None:
-        """So many rows of the batches to come count; the rest is padding."""
+    def expect(self, tokens: int, mean_tokens: int = 0) -> None:
+        """As `MoELayers.expect`."""
         self._tokens.fill_(tokens)
 
     def forward(

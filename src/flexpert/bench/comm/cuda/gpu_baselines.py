@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from flexpert.bench.comm.baseline import Unavailable
 from flexpert.bench.comm.workload import Input, Workload, expert_table
@@ -299,7 +302,7 @@ class TorchLocal:
 
     def __init__(self, site: GpuSite) -> None:
         if site.work.ranks > 1:
-            raise Unavailable("torch's collectives (NCCL) need a GPU for each rank")
+            raise Unavailable("for several ranks there is nccl")
         self._site = site
         work = site.work
         shape = (work.tokens * work.topk, work.hidden)
@@ -314,12 +317,7 @@ class TorchLocal:
         self._offsets = torch.searchsorted(experts, self._slots)
 
     def combine(self, turn: int) -> torch.Tensor:
-        i, work = self._site.pool[turn], self._site.work
-        place = torch.empty_like(self._order)
-        place[self._order] = torch.arange(self._order.shape[0], device=self._site.device)
-        rows = self._y[turn][place].view(work.tokens, work.topk, work.hidden)
-        sums = (rows.float() * i.weights[..., None]).sum(1)
-        return sums.to(work.torch_dtype)
+        return weighted_sums(self._y[turn], self._order, self._site.pool[turn], self._site.work)
 
     def rows(self) -> torch.Tensor:
         return self._x
@@ -329,6 +327,101 @@ class TorchLocal:
 
     def close(self) -> None:
         pass
+
+
+def inverse(order: torch.Tensor) -> torch.Tensor:
+    """[n] int64: where each of a permutation's entries has gone."""
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.shape[0], device=order.device)
+    return place
+
+
+def weighted_sums(y: torch.Tensor, order: torch.Tensor, i: Input, work: Workload) -> torch.Tensor:
+    """[tokens, hidden], summed in float32. y: [pairs, hidden], the order-th pair each."""
+    rows = y[inverse(order)].view(work.tokens, work.topk, work.hidden)
+    return (rows.float() * i.weights[..., None]).sum(1).to(work.torch_dtype)
+
+
+class TorchCollectives:
+    """all_to_all_single of one row a (token, expert), by NCCL (gloo on a CPU).
+
+    How many rows each rank has for each other is known before the first exchange, which no
+    exchange of a model knows: a host that waits for that is not timed.
+    """
+
+    def __init__(self, site: GpuSite) -> None:
+        work = site.work
+        if work.ranks == 1:
+            raise Unavailable("one rank has nobody to send to")
+        cuda = site.device.type == "cuda"
+        if cuda and torch.cuda.device_count() < work.ranks:
+            raise Unavailable("NCCL needs a GPU for each rank")
+        self._group = _nccl(site) if cuda else _gloo(site)
+        self._site = site
+        owner = expert_table(work).rank.to(site.device)
+        self._owned = torch.arange(work.slots + 1, device=site.device) + site.rank * work.slots
+        self._sent, self._come = list[list[int]](), list[list[int]]()
+        for i in site.pool:
+            to = torch.bincount(owner[i.expert_ids.flatten()], minlength=work.ranks).tolist()
+            self._sent.append(to)
+            self._come.append([counts[site.rank] for counts in site.gather(to)])
+        self._y = [
+            torch.randn((sum(come), work.hidden), device=site.device).to(work.torch_dtype)
+            for come in self._come
+        ]
+        self._x = self._order = self._by_slot = self._offsets = torch.empty(0)
+
+    def dispatch(self, turn: int) -> None:
+        i, sent, come = self._site.pool[turn], self._sent[turn], self._come[turn]
+        experts, self._order = i.expert_ids.flatten().sort(stable=True)
+        rows = i.x[self._order // self._site.work.topk]
+        got = rows.new_empty((sum(come), rows.shape[1]))
+        self._all_to_all(got, rows, come, sent)
+        got_experts = experts.new_empty(sum(come))
+        self._all_to_all(got_experts, experts, come, sent)
+        here, self._by_slot = got_experts.sort(stable=True)
+        self._x = got[self._by_slot]
+        self._offsets = torch.searchsorted(here, self._owned)
+
+    def combine(self, turn: int) -> torch.Tensor:
+        back = self._y[turn][inverse(self._by_slot)]
+        y = back.new_empty((sum(self._sent[turn]), back.shape[1]))
+        self._all_to_all(y, back, self._sent[turn], self._come[turn])
+        return weighted_sums(y, self._order, self._site.pool[turn], self._site.work)
+
+    def rows(self) -> torch.Tensor:
+        return self._x
+
+    def put_results(self, turn: int, y: torch.Tensor) -> None:
+        self._y[turn].copy_(y)
+
+    def close(self) -> None:
+        if self._site.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._site.gather(None)
+        self._group.shutdown()
+
+    def _all_to_all(
+        self, got: torch.Tensor, given: torch.Tensor, come: list[int], sent: list[int]
+    ) -> None:
+        self._group.alltoall_base(got, given, come, sent).wait()
+
+
+def _nccl(site: GpuSite) -> Any:
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast, which takes no part in this
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")  # a thread that asks the store
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=site.timeout_s)
+    store = dist.PrefixStore("nccl", site.store)  # type: ignore[attr-defined]
+    group = dist.ProcessGroupNCCL(store, site.rank, site.work.ranks, options)
+    group.eager_connect_single_device(site.device)
+    return group
+
+
+def _gloo(site: GpuSite) -> Any:
+    limit = timedelta(seconds=site.timeout_s)
+    store = dist.PrefixStore("gloo", site.store)  # type: ignore[attr-defined]
+    return dist.ProcessGroupGloo(store, site.rank, site.work.ranks, limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,6 +490,14 @@ def gpu_kinds(fp8: Scales | None) -> tuple[GpuKind, ...]:
             "torch",
             TorchLocal,
             "sort, gather by expert (no fp8); gather and weighted sum in float32",
+            True,
+        ),
+        GpuKind(
+            "NCCL all-to-all",
+            "nccl",
+            TorchCollectives,
+            "sort, gather, all_to_all_single of one row a (token, expert) (no fp8), whose sizes "
+            "are known before; the same back, weighted sum in float32",
             True,
         ),
     )

@@ -1,0 +1,258 @@
+"""Steps as captured CUDA graphs, one for each shape of a batch, replayed without the host.
+
+What changes from step to step (tokens, positions, block tables, who holds which expert) lies in
+device memory of a fixed place that is rewritten before a replay. So a graph is captured once in the
+life of a rank: joins, leaves and moves of experts replay the same one, and `captures` stays.
+
+Steps that only decode have graphs of their own, in which attention knows that each sequence has one
+token. Those with prompts have others, in powers of two and halfway between.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexpert.kernels.device_stream import Replay, stream_of
+from flexpert.models.batch import ForwardBatch
+
+Walk = Callable[[ForwardBatch], Tensor]
+
+_ALIGNMENT = 16  # bytes; kernels are compiled for pointers that have it
+_OTHERS = 2
+"""A graph's products are cut for the rows that its own tokens send. Where the ranks have more
+tokens than that times so many, on average, a larger graph takes less time."""
+
+log = logging.getLogger("flexpert")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class GraphShape:
+    """tokens, sequences: at most. As many of both: each sequence has one token."""
+
+    tokens: int
+    sequences: int
+
+    @property
+    def decodes(self) -> bool:
+        return self.tokens == self.sequences
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """Views of one step's inputs in a piece of memory.
+
+    token_ids, sources, positions, slot_mapping: [tokens] int64; sample_rows: [sequences] int64;
+    query_start: [sequences + 1] int32; context_len: [sequences] int32; block_tables: [sequences,
+    max_blocks] int32. nbytes: of all of them, from the begin of the memory.
+    """
+
+    shape: GraphShape
+    token_ids: Tensor
+    sources: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    sample_rows: Tensor
+    query_start: Tensor
+    context_len: Tensor
+    block_tables: Tensor
+    nbytes: int
+
+    @staticmethod
+    def bytes_for(shape: GraphShape, max_blocks: int) -> int:
+        """Bytes of memory."""
+        whole = 4 * shape.tokens * 8 + shape.sequences * (8 + 4 + 4 + 4 * max_blocks) + 4
+        return whole + 8 * _ALIGNMENT
+
+    @classmethod
+    def over(cls, memory: Tensor, shape: GraphShape, max_blocks: int) -> StepInputs:
+        """memory: [at least `bytes_for`] uint8."""
+        end = 0
+
+        def take(count: int, dtype: torch.dtype) -> Tensor:
+            nonlocal end
+            begin = -(-end // _ALIGNMENT) * _ALIGNMENT
+            end = begin + count * dtype.itemsize
+            return memory[begin:end].view(dtype)
+
+        tokens, sequences = shape.tokens, shape.sequences
+        return cls(
+            shape,
+            take(tokens, torch.int64),
+            take(tokens, torch.int64),
+            take(tokens, torch.int64),
+            take(tokens, torch.int64),
+            take(sequences, torch.int64),
+            take(sequences + 1, torch.int32),
+            take(sequences, torch.int32),
+            take(sequences * max_blocks, torch.int32).view(sequences, max_blocks),
+            end,
+        )
+
+    def fill(self, batch: ForwardBatch | None) -> None:
+        """Put a batch that fits here; padding writes and reads no KV."""
+        tokens = sequences = samples = 0
+        self.sources.fill_(-1)
+        if batch is not None:
+            tokens, samples = batch.token_ids.shape[0], batch.sample_rows.shape[0]
+            sequences, width = batch.block_tables.shape
+            self.token_ids[:tokens] = batch.token_ids
+            self.positions[:tokens] = batch.positions
+            self.slot_mapping[:tokens] = batch.slot_mapping
+            self.sample_rows[:samples] = batch.sample_rows
+            self.query_start[: sequences + 1] = batch.query_start
+            self.context_len[:sequences] = batch.context_len
+            self.block_tables[:sequences, :width] = batch.block_tables
+            if batch.sources is not None:
+                self.sources[:tokens] = batch.sources
+        # the memory has held batches of other sizes: what lies here now may be no token at all
+        self.token_ids[tokens:] = 0
+        self.positions[tokens:] = 0
+        self.slot_mapping[tokens:] = -1
+        self.sample_rows[samples:] = 0
+        self.query_start[sequences:] = tokens
+        self.context_len[sequences:] = 0
+        if self.shape.decodes:
+            torch.arange(tokens, self.shape.tokens + 1, out=self.query_start[tokens:])
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """batch: what the graph reads; kept, because its memory must not go to anybody else."""
+
+    batch: ForwardBatch
+    host: StepInputs
+    replay: Replay
+    logits: Tensor
+
+
+class StepGraphs:
+    """See the module's docstring; used by one thread, in inference mode.
+
+    Args:
+        walk: a batch on the device → [M, vocab] logits, without waiting for the device.
+        shapes: of batches. For each that decodes, a step of as many tokens has been computed that
+            chose the same kernels.
+        max_blocks: KV blocks of the longest sequence.
+        device: of the model and what it computes with.
+
+    Attributes:
+        captures: graphs captured so far.
+    """
+
+    def __init__(
+        self, walk: Walk, *, shapes: Sequence[GraphShape], max_blocks: int, device: torch.device
+    ) -> None:
+        self.captures = 0
+        self._max_blocks = max_blocks
+        most = max(StepInputs.bytes_for(shape, max_blocks) for shape in shapes)
+        self._stream = stream_of(device)
+        self._host = self._stream.host_buffer(most)
+        self._device = torch.zeros(most, dtype=torch.uint8, device=device)
+        self._copied = self._stream.event()  # the device has read what lies on the host
+        self._pool = self._stream.graph_pool()
+        self._logits: Tensor | None = None  # of all steps with prompts
+        self._captured: list[_Captured] = []
+        # the largest first: the others fit into its memory
+        ordered = sorted(set(shapes), reverse=True)
+        self._capture_prompts(walk, [shape for shape in ordered if not shape.decodes])
+        for index, shape in enumerate(shape for shape in ordered if shape.decodes):
+            # the largest is computed once; that and the steps before have loaded all kernels
+            self._captured.append(self._capture(walk, shape, warm=index > 0))
+        self._captured.sort(key=lambda one: (not one.host.shape.decodes, one.host.shape))
+
+    def _capture_prompts(self, walk: Walk, shapes: Sequence[GraphShape]) -> None:
+        """Where a model waits for the device in a step with prompts, these go without graphs."""
+        if not shapes:
+            return
+        most = max(shape.sequences for shape in shapes)
+
+        def compute(batch: ForwardBatch) -> Tensor:
+            logits = walk(batch)
+            if self._logits is None:
+                self._logits = logits.new_empty((most, logits.shape[1]))
+            return self._logits[: logits.shape[0]].copy_(logits)
+
+        try:
+            self._captured += [self._capture(compute, shape, warm=False) for shape in shapes]
+        except RuntimeError as error:
+            why = str(error).partition("\n")[0]
+            log.warning("steps with prompts are launched kernel by kernel: %s", why)
+
+    def _capture(self, walk: Walk, shape: GraphShape, *, warm: bool) -> _Captured:
+        inputs = StepInputs.over(self._device, shape, self._max_blocks)
+        filled = StepInputs.over(self._host, shape, self._max_blocks)
+        self._fill(filled, None)
+        batch = ForwardBatch(
+            token_ids=inputs.token_ids,
+            positions=inputs.positions,
+            query_start=inputs.query_start,
+            context_len=inputs.context_len,
+            block_tables=inputs.block_tables,
+            slot_mapping=inputs.slot_mapping,
+            sample_rows=inputs.sample_rows,
+            sources=inputs.sources,
+        )
+        replay, logits = self._stream.capture(lambda: walk(batch), self._pool, warm=warm)
+        self.captures += 1
+        return _Captured(batch, filled, replay, logits)
+
+    def _chosen(self, batch: ForwardBatch | None, mean_tokens: int) -> _Captured | None:
+        """The smallest that takes the batch; None: none does."""
+        tokens = sequences = samples = width = 0
+        decodes = True
+        if batch is not None:
+            tokens, samples = batch.token_ids.shape[0], batch.sample_rows.shape[0]
+            sequences, width = batch.block_tables.shape
+            decodes = tokens == sequences == samples
+        if width > self._max_blocks:
+            return None
+        for captured in self._captured:
+            shape = captured.host.shape
+            if (
+                (decodes or not shape.decodes)
+                and tokens <= shape.tokens
+                and max(sequences, samples) <= shape.sequences
+                and mean_tokens <= _OTHERS * shape.tokens
+            ):
+                return captured
+        return None
+
+    def fits(self, batch: ForwardBatch) -> bool:
+        """Whether there is a graph for a batch on the host."""
+        return self._chosen(batch, 0) is not None
+
+    def forward(self, batch: ForwardBatch, mean_tokens: int = 0) -> Tensor | None:
+        """[M, vocab] logits of a batch on the host, valid until the next call; None: there is no
+        graph for it.
+
+        mean_tokens: of all ranks in this step; their rows come here as well.
+        """
+        captured = self._chosen(batch, mean_tokens)
+        if captured is None:
+            return None
+        self._replay(captured, batch)
+        return captured.logits[: batch.sample_rows.shape[0]]
+
+    def idle(self, mean_tokens: int = 0) -> bool:
+        """A step without tokens. False: there is no graph for it."""
+        captured = self._chosen(None, mean_tokens)
+        if captured is not None:
+            self._replay(captured, None)
+        return captured is not None
+
+    def _replay(self, captured: _Captured, batch: ForwardBatch | None) -> None:
+        self._fill(captured.host, batch)
+        captured.replay()
+
+    def _fill(self, inputs: StepInputs, batch: ForwardBatch | None) -> None:
+        """Here and on the device."""
+        self._copied.synchronize()
+        inputs.fill(batch)
+        count = inputs.nbytes
+        self._device[:count].copy_(self._host[:count], non_blocking=True)
+        self._copied.record()
