@@ -31,10 +31,7 @@ from flexpert.models.deterministic import SingleRowMode
 from flexpert.models.paged_attention import PagedAttention
 from flexpert.models.probe import AttentionShape
 from flexpert.models.state_layers import LayerArguments
-from flexpert.models.state_view import CACHE
-
-MASK: Final = "attention_mask"
-"""The parameter through which transformers' modules get it."""
+from flexpert.models.state_view import CACHE, MASK
 
 _SCORED: Final = 2**19
 """Pairs of a query and a key that are scored in one call, for each head of the indexer: 2 MiB."""
@@ -64,7 +61,7 @@ class IndexKeys:
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """indexer_key_states: [1, n, dim] of the last tokens → [1, T, dim]."""
         new = indexer_key_states[0]
-        self._keys.index_copy_(0, self._slots[-len(new) :], new.to(self._keys.dtype))
+        self._keys.index_copy_(0, self._slots[-len(new) :], new)
         return self._keys.index_select(0, self._slots).unsqueeze(0)
 
 

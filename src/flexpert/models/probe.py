@@ -321,7 +321,7 @@ def probe(model: PreTrainedModel) -> Probe:
         probes: dict[str, StateProbe] = {}
         if (_OF_STATES | KEEPING_INDEXED).intersection(_layer_kinds(model)):
             cached = cached_modules(model, found.attention_shapes)
-            with probed_states(cached) as probes:
+            with probed_states(cached, model.dtype) as probes:
                 found, touched = _walked(model)
             found.keep_states(probes)
         found.keep_indexers(probes)

@@ -7,14 +7,17 @@ given one that writes down what it keeps.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Collection, Iterator
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from flexpert.errors import UnsupportedModel
 from flexpert.models.state_view import (
     CACHE,
+    MASK,
     StateKey,
     StateShape,
     StateView,
@@ -30,8 +33,10 @@ class StateProbe(StateView):
     of the key of each token that it keeps as an indexer; 0: it does not.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        """dtype: of the model's cache."""
         super().__init__()
+        self._dtype = dtype
         self.name = name
         self.layer: int | None = None
         self.index_dim = 0
@@ -39,6 +44,8 @@ class StateProbe(StateView):
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         if self.index_dim or indexer_key_states.ndim != 3:
             raise UnsupportedModel(f"{self.name} keeps something else than a key of each token")
+        if indexer_key_states.dtype != self._dtype:
+            raise UnsupportedModel(f"{self.name} keeps keys in {indexer_key_states.dtype}")
         self.index_dim = indexer_key_states.shape[2]
         return indexer_key_states
 
@@ -79,9 +86,11 @@ def cached_modules(model: nn.Module, attention: Collection[str]) -> dict[str, nn
 
 
 @contextlib.contextmanager
-def probed_states(modules: dict[str, nn.Module]) -> Iterator[dict[str, StateProbe]]:
+def probed_states(
+    modules: dict[str, nn.Module], dtype: torch.dtype
+) -> Iterator[dict[str, StateProbe]]:
     """While it is entered, each of these modules gets a `StateProbe` in place of its cache."""
-    probes = {name: StateProbe(name) for name in modules}
+    probes = {name: StateProbe(name, dtype) for name in modules}
     hooks = [
         module.register_forward_pre_hook(_give(module, probes[name]), with_kwargs=True)
         for name, module in modules.items()
@@ -101,6 +110,8 @@ def _answer(probe: StateProbe) -> Any:
     def answer(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
         if not probe.index_dim:
             return result
+        if MASK not in inspect.signature(module.forward).parameters:
+            raise UnsupportedModel(f"{probe.name} picks keys without a mask")
         if not isinstance(result, Tensor) or result.is_floating_point():
             raise UnsupportedModel(f"{probe.name} gives something else than the keys it picks")
         return result.new_empty(INDEX_ANSWER)
