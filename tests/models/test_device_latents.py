@@ -5,13 +5,12 @@ Kernels in Triton's interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import MLA, Sequences, prompt_of, reference_logits
+from support.checkpoints import MLA, Sequences, make_checkpoint, prompt_of, reference_logits
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
@@ -28,6 +27,7 @@ from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import replan
 from flexpert.moe.runtime import expert_tables
 
+SMALL: dict[str, Any] = {"num_hidden_layers": 2, "n_routed_experts": 4, "n_group": 2}
 CLOSE: dict[str, Any] = {"atol": 2e-4, "rtol": 2e-4}
 
 
@@ -53,18 +53,22 @@ def runner(path: Path) -> Sequences:
     return Sequences(made, 8)
 
 
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("deepseek_v3", tmp_path_factory.mktemp("small"), **SMALL)
+
+
 @pytest.mark.slow
 def test_prompts_long_and_short_and_decodes_share_a_step(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Expanded from 72 tokens on, here of three heads at a time."""
     each = 128 * (MLA["qk_nope_head_dim"] + MLA["qk_rope_head_dim"] + MLA["v_head_dim"])
     monkeypatch.setattr(device_latents, "WORKSPACE_NUMBERS", 3 * each)
-    path = checkpoint("deepseek_v3")
     sequences = runner(path)
     assert {type(layer) for layer in sequences.runner._attention} == {DeviceLatentAttention}
     kept = MLA["kv_lora_rank"] + MLA["qk_rope_head_dim"]
-    assert {shape.kept_dims for shape in sequences.runner.info.attention} == {(kept,)}
+    assert {shape.pieces for shape in sequences.runner.info.attention} == {((1, kept),)}
     tokens = {name: prompt_of(125, seed) for seed, name in enumerate("abc")}
     ends = dict.fromkeys("abc", 0)
     for work in ({"a": 80, "b": 5}, {"b": 1, "a": 75 - 35, "c": 1}, {"c": 7, "b": 1, "a": 1}):
@@ -76,10 +80,7 @@ def test_prompts_long_and_short_and_decodes_share_a_step(
 
 
 @pytest.mark.slow
-def test_captured_steps_give_the_same(
-    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = checkpoint("deepseek_v3")
+def test_captured_steps_give_the_same(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = runner(path)
     shapes = [GraphShape(n, n) for n in (1, 4)]
     sequences.runner.capture([*shapes, GraphShape(64, 4)], max_blocks=4)

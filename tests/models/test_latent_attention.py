@@ -36,7 +36,7 @@ def test_pieces_of_any_length_give_the_logits_of_transformers(
 ) -> None:
     path, tokens = checkpoint(family), prompt_of(50, seed=1)
     sequences = latents(path)
-    assert {shape.kept_dims for shape in sequences.runner.info.attention} == {(KEPT,)}
+    assert {shape.pieces for shape in sequences.runner.info.attention} == {((1, KEPT),)}
     logits = [sequences.step({"a": tokens[at : at + size]})["a"] for at in range(0, 50, size)]
     torch.testing.assert_close(torch.cat(logits), reference_logits(path, tokens), **CLOSE)
 

@@ -282,9 +282,9 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         ModelSource.open(str(tmp_path))
 
 
-def test_sparse_attention_is_refused(tmp_path: Path) -> None:
-    AutoConfig.for_model("deepseek_v32", num_hidden_layers=4).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModel, match="indexed_attention"):
+def test_compressed_attention_is_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("deepseek_v4", num_hidden_layers=4).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match="compressed_sparse_attention"):
         ModelSource.open(str(tmp_path))
 
 

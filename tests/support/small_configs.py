@@ -56,6 +56,9 @@ TEXT: dict[str, Any] = {
     "num_shared_experts": 1,
     "shared_expert_intermediate_size": 40,
     "first_k_dense_replace": 1,
+    "index_topk": 12,
+    "index_head_dim": 16,
+    "index_n_heads": 24,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 16,
@@ -152,12 +155,51 @@ OWN: dict[str, dict[str, Any]] = {
         "linear_num_heads": 3,
     },
     "bailing_hybrid": {"layer_group_size": 2},
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 32,
+        "swa_kv_lora_rank": 24,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 20,
+    },
+    "hy_v4_vl_text": {
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "mrope_section": [2, 1, 1]},
+    },
+    "qwen4_exp_text": {
+        "indexer_n_heads": 24,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 32,
+        "indexer_budget": 12,
+        "indexer_compress_ratio": 4,
+    },
     "inkling2_text": {"unpadded_vocab_size": 160},
     "inkling2_loop_text": {"unpadded_vocab_size": 160},
 }
 """Model type → what its text configuration needs besides."""
 
 PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dots3_note": {
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "mlp_layer_types": ["dense"],
+            "adapter_in_dim": 32,
+            "adapter_out_dim": 72,
+        },
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "downsample_hidden_size": 32,
+            "adapter_input_size": 32,
+            "adapter_out_dim": 72,
+        },
+    },
     "nemotron_h_omni": {
         "": {"projector_hidden_size": 32, "vision_hidden_size": 32},
         "vision_config": {
@@ -213,6 +255,10 @@ _FACTORS: dict[str, Any] = {"short_factor": [1.0, 1.1, 1.2] * 3, "long_factor": 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next, attention only": ("qwen3_next", _ATTENTION),
+    "glm_moe_dsa, shared choices": (
+        "glm_moe_dsa",
+        {"indexer_types": ["full", "shared", "full", "shared"]},
+    ),
     "qwen3_5_moe_text, attention only": ("qwen3_5_moe_text", _ATTENTION),
     "jamba, attention only": ("jamba", {"attn_layer_period": 1, "attn_layer_offset": 0}),
     "granitemoehybrid, attention only": ("granitemoehybrid", {**_ATTENTION, **_MAMBA}),

@@ -26,6 +26,9 @@ KEEPING_TOKENS: Final = {"attention", "full_attention", "sliding_attention", "ch
 KEEPING_STATES: Final = {"linear_attention", "conv"}
 """Layer types that keep a state of each sequence, of a size that does not grow with it."""
 
+KEEPING_INDEXED: Final = {"indexed_attention"}
+"""Layer types that are attention to the keys that an indexer picks, which keeps keys of its own."""
+
 KEEPING_BOTH: Final = {"hybrid", "hybrid_sliding"}
 """Layer types that keep a state, and the keys and values of tokens."""
 
@@ -49,7 +52,7 @@ def model_classes(config: PreTrainedConfig) -> list[tuple[type[PreTrainedModel],
         return model_classes(thinker)
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()).difference(
-        KEEPING_TOKENS, KEEPING_STATES, KEEPING_BOTH, KEEPING_NOTHING
+        KEEPING_TOKENS, KEEPING_INDEXED, KEEPING_STATES, KEEPING_BOTH, KEEPING_NOTHING
     )
     if kinds:
         raise UnsupportedModel(

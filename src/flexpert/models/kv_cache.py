@@ -19,7 +19,8 @@ _ALIGN = 64  # bytes; of each tensor's begin
 class KVCache:
     """layers: per attention layer (keys [blocks, block_size, kv_heads, key_dim], values [...,
     value_dim]) in the model's dtype, all of them views of one memory; where values are part of the
-    keys, views of these. parts: those that are not, each contiguous.
+    keys, views of these. index_keys: per attention layer [blocks, block_size, 1, index_dim], of its
+    indexer, or None. parts: all that are no views of others, each contiguous.
 
     states: per layer that keeps a state, its states by key, each [slots, *shape].
 
@@ -38,21 +39,23 @@ class KVCache:
         self.blocks = blocks
         self.slots = slots
         self.layers: list[tuple[Tensor, Tensor]] = []
+        self.index_keys: list[Tensor | None] = []
         self.parts: list[Tensor] = []
         self._begins: list[int] = []  # of these in the memory
         at = 0
         for shape in info.attention:
-            for dim in shape.kept_dims:
-                size = blocks * block_size * shape.kv_heads * dim * info.dtype.itemsize
+            pieces = []
+            for heads, dim in shape.pieces:
+                size = blocks * block_size * heads * dim * info.dtype.itemsize
                 part = memory[at : at + size].view(info.dtype)
-                self.parts.append(part.view(blocks, block_size, shape.kv_heads, dim))
+                pieces.append(part.view(blocks, block_size, heads, dim))
                 self._begins.append(at)
                 at += _aligned(size)
-            if shape.value_in_key:
-                keys = self.parts[-1]
-                self.layers.append((keys, keys[..., : shape.value_dim]))
-            else:
-                self.layers.append((self.parts[-2], self.parts[-1]))
+            self.parts += pieces
+            self.index_keys.append(pieces.pop() if shape.index_dim else None)
+            keys = pieces[0]
+            values = keys[..., : shape.value_dim] if shape.value_in_key else pieces[1]
+            self.layers.append((keys, values))
         self.states: list[dict[StateKey, Tensor]] = []
         self._slots: list[tuple[int, Tensor]] = []  # begin in the memory, [slots, bytes] of it
         for layer in info.states:
@@ -69,9 +72,9 @@ class KVCache:
     def nbytes(info: ModelInfo, blocks: int, block_size: int, slots: int = 0) -> int:
         """Bytes of memory it needs."""
         return KVCache.state_nbytes(info, slots) + sum(
-            _aligned(blocks * block_size * shape.kv_heads * dim * info.dtype.itemsize)
+            _aligned(blocks * block_size * heads * dim * info.dtype.itemsize)
             for shape in info.attention
-            for dim in shape.kept_dims
+            for heads, dim in shape.pieces
         )
 
     @staticmethod

@@ -165,7 +165,7 @@ class LatentAttention(PagedAttention):
         if (noting := recording.current()) is not None:
             terms = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
             given = (module, query, key, value, None), {**terms, "s_aux": s_aux}
-            shape = (1, query.shape[2], self._shape.heads, self._shape.value_dim)
+            shape = self.result_shape(query, value)
             result: Tensor = noting.module(self.attention, given, lambda: query.new_zeros(shape))
             return result
         with self.own_arithmetic():
@@ -184,6 +184,9 @@ class LatentAttention(PagedAttention):
             else:
                 out = self._in_pieces(asked, kept, batch, long, how)
             return pad_rows(out, query.shape[2]).unsqueeze(0)
+
+    def result_shape(self, query: Tensor, value: Tensor) -> tuple[int, ...]:
+        return (1, query.shape[2], self._shape.heads, self._shape.value_dim)
 
     def _in_pieces(
         self,

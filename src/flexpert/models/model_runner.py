@@ -30,6 +30,7 @@ from flexpert.models.fixed_order import FixedOrderMode, check_fixed_order
 from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
+from flexpert.models.indexed_attention import IndexedAttention, Indexer, bind_indexers
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.latent_attention import LatentAttention, kept_latent
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
@@ -82,6 +83,7 @@ class ModelRunner:
         info: ModelInfo,
         model: PreTrainedModel,
         attention: list[PagedAttention],
+        indexers: list[Indexer],
         experts: list[RoutedExperts],
         states: list[StateLayer],
         kv: KVCache,
@@ -101,6 +103,7 @@ class ModelRunner:
         self._recorded_rows: int | None = 0
         self._model = model
         self._attention = attention
+        self._indexers = indexers
         self._experts = experts
         self._states = states
         self._deterministic = deterministic
@@ -215,10 +218,17 @@ class ModelRunner:
             size = KVCache.nbytes(info, kv_blocks, kv_block_size, state_slots)
             kv_memory = torch.empty(size, dtype=torch.uint8, device=device)
         kv = KVCache(info, kv_blocks, kv_block_size, kv_memory, state_slots)
+        indexers = bind_indexers(
+            model, attention_names, info.attention, kv.index_keys, deterministic=deterministic
+        )
         attention = []
-        for name, (keys, values) in zip(attention_names, kv.layers, strict=True):
+        for name, shape, (keys, values) in zip(
+            attention_names, info.attention, kv.layers, strict=True
+        ):
             module = model.get_submodule(name)
             layer = _attention_of(module, keys, values, kernels, deterministic)
+            if shape.indexed:
+                layer = IndexedAttention(layer, indexers)
             registrations.bind(module, layer)
             attention.append(layer)
         experts = []
@@ -243,6 +253,7 @@ class ModelRunner:
             info,
             model,
             attention,
+            indexers,
             experts,
             states,
             kv,
@@ -349,6 +360,8 @@ class ModelRunner:
         """Let all layers know what is computed."""
         for layer in self._attention:
             layer.batch = batch
+        for indexer in self._indexers:
+            indexer.batch = batch
         for experts in self._experts:
             experts.rows = batch.token_ids.shape[0]
         for states in self._states:

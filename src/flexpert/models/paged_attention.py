@@ -80,6 +80,10 @@ class PagedAttention:
             )
             return pad_rows(out, query.shape[2]).unsqueeze(0)
 
+    def result_shape(self, query: Tensor, value: Tensor) -> tuple[int, ...]:
+        """Of what `attention` gives."""
+        return (1, query.shape[2], query.shape[1], value.shape[3])
+
     def own_arithmetic(self) -> contextlib.AbstractContextManager[object]:
         """Within it no mode intercepts our kernels."""
         return outside_modes() if self.isolated else contextlib.nullcontext()

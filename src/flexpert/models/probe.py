@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -22,6 +22,7 @@ from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.models import registrations
 from flexpert.models.architecture import (
     KEEPING_BOTH,
+    KEEPING_INDEXED,
     KEEPING_NOTHING,
     KEEPING_STATES,
     leave_out,
@@ -32,7 +33,7 @@ from flexpert.models.architecture import (
 )
 from flexpert.models.latent_attention import LatentShape, keep_latents, kept_latent
 from flexpert.models.meta_walk import walk
-from flexpert.models.state_probe import StateProbe, cached_modules, probed_states
+from flexpert.models.state_probe import INDEX_ANSWER, StateProbe, cached_modules, probed_states
 from flexpert.models.state_view import StateShape
 from flexpert.models.undispatched_experts import dispatch_experts
 
@@ -62,18 +63,29 @@ _USUAL_CONTEXT: Final = 1 << 17
 class AttentionShape:
     """What one attention layer keeps of each token: kv_heads keys and as many values.
 
-    value_in_key: a value is the first part of its key.
+    value_in_key: a value is the first part of its key. indexed: it attends to what an indexer
+    picks. indexer: name of its own, inside of its module, which keeps a key of index_dim numbers;
+    "": it has none, or that of another layer.
     """
 
     kv_heads: int
     key_dim: int
     value_dim: int
     value_in_key: bool = False
+    indexed: bool = False
+    indexer: str = ""
+    index_dim: int = 0
 
     @property
-    def kept_dims(self) -> tuple[int, ...]:
-        """Numbers of each head that are kept, in one piece or two."""
-        return (self.key_dim,) if self.value_in_key else (self.key_dim, self.value_dim)
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """(heads, numbers of each) of all that is kept: keys, values if they are none of these, and
+        the indexer's keys."""
+        kept = [(self.kv_heads, self.key_dim)]
+        if not self.value_in_key:
+            kept.append((self.kv_heads, self.value_dim))
+        if self.index_dim:
+            kept.append((1, self.index_dim))
+        return tuple(kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +119,7 @@ class Probe:
         self.left_out: tuple[str, ...] = ()
         self.padded_vocab: int | None = None
         self.latents = False
+        self._answers: dict[str, tuple[int, ...]] = {}  # of indexers, as attention gets them
 
     def attention(
         self,
@@ -118,6 +131,9 @@ class Probe:
         **kwargs: Any,
     ) -> Tensor:
         name = self._names[module]
+        picked = kwargs.pop("indices", None)
+        if isinstance(picked, Tensor):
+            self._answers[name] = tuple(picked.shape)
         for argument, given in kwargs.items():
             if given is None or argument in HARMLESS or argument in UNDERSTOOD:
                 continue
@@ -180,6 +196,28 @@ class Probe:
             if probe.layer is not None and probe.shapes:
                 self.states[name] = probe.shapes
                 self.state_layers.add(probe.layer)
+
+    def keep_indexers(self, probes: Mapping[str, StateProbe]) -> None:
+        """Takes over which modules pick what attention attends to.
+
+        Raises: UnsupportedModel: it is not seen which of them picks what.
+        """
+        dims = {name: probe.index_dim for name, probe in probes.items() if probe.index_dim}
+        for name, answer in self._answers.items():
+            if answer != INDEX_ANSWER:
+                raise UnsupportedModel(
+                    f"{name} attends to picked keys, and it is not seen what picks them"
+                )
+            own = [one for one in dims if one.startswith(f"{name}.")]
+            if len(own) > 1:
+                raise UnsupportedModel(f"{name} has several indexers")
+            shape = replace(self.attention_shapes[name], indexed=True)
+            for one in own:
+                inside = one.removeprefix(f"{name}.")
+                shape = replace(shape, indexer=inside, index_dim=dims.pop(one))
+            self.attention_shapes[name] = shape
+        if dims:
+            raise UnsupportedModel(f"{min(dims)} picks keys for no layer of attention")
 
     def build(self, dtype: torch.dtype, *, attention: str) -> PreTrainedModel:
         """The same model once more, without what is left out; see `build_skeleton`."""
@@ -280,17 +318,20 @@ def probe(model: PreTrainedModel) -> Probe:
         raise UnsupportedModel(f"{family} does not fit: {says_experts(model)}")
     try:
         found, touched = _walked(model)
-        if _OF_STATES.intersection(_layer_kinds(model)):
+        probes: dict[str, StateProbe] = {}
+        if (_OF_STATES | KEEPING_INDEXED).intersection(_layer_kinds(model)):
             cached = cached_modules(model, found.attention_shapes)
-            with probed_states(cached) as probes:
+            with probed_states(cached, model.dtype) as probes:
                 found, touched = _walked(model)
             found.keep_states(probes)
+        found.keep_indexers(probes)
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{family} does not fit: {error}") from None
     except Exception as error:  # any failure of foreign code means: does not fit
         raise UnsupportedModel(
             f"{family} does not fit: its forward pass needs more than token ids and positions, "
-            f"such as masks or caches of its own ({type(error).__name__}: {error})"
+            f"such as masks or caches of its own ({type(error).__name__}: "
+            f"{str(error).partition('. ')[0]})"
         ) from error
     _check_layers(model, found)
     called = (*found.attention_shapes, *(call.name for call in found.experts_calls))
@@ -323,6 +364,12 @@ def _check_layers(model: PreTrainedModel, found: Probe) -> None:
         )
     if attention == 0:
         raise UnsupportedModel(f"{family} does not fit: none of its layers is attention")
+    indexed = sum(shape.indexed for shape in found.attention_shapes.values())
+    if indexed != sum(kind in KEEPING_INDEXED for kind in kinds):
+        raise UnsupportedModel(
+            f"{family} does not fit: of some of its layers of indexed attention it cannot be seen "
+            "what picks the keys"
+        )
     with_states = {number for number, kind in enumerate(kinds) if kind in _OF_STATES}
     if with_states != found.state_layers:
         raise UnsupportedModel(

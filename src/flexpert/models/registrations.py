@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -55,9 +56,16 @@ class AskedMask:
     """What a model asked for in place of a mask tensor.
 
     sees: (batch, head, query position, key position) → bool, of transformers' mask functions.
+    sizes: numbers of queries and keys.
     """
 
     sees: Callable[..., Tensor]
+    sizes: tuple[int, int]
+
+    def __getitem__(self, part: Any) -> Tensor:
+        """What an indexer gets of it while a model is walked: a mask without values, of these
+        sizes."""
+        return torch.ones((1, 1, *self.sizes), dtype=torch.bool, device="meta")[part]
 
 
 def bind(module: nn.Module, binding: AttentionBinding | ExpertsBinding) -> None:
@@ -90,8 +98,10 @@ def call_experts(
     return result
 
 
-def _asked_mask(*, mask_function: Callable[..., Tensor], **_: object) -> AskedMask:
-    return AskedMask(mask_function)
+def _asked_mask(
+    *, mask_function: Callable[..., Tensor], q_length: int, kv_length: int, **_: object
+) -> AskedMask:
+    return AskedMask(mask_function, (int(q_length), int(kv_length)))
 
 
 def register() -> None:

@@ -96,7 +96,7 @@ class ModelInfo:
 
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token's keys and values in all layers."""
-        elements = sum(a.kv_heads * sum(a.kept_dims) for a in self.attention)
+        elements = sum(heads * dim for a in self.attention for heads, dim in a.pieces)
         return elements * self.dtype.itemsize
 
 

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 CACHE: Final = "cache"
 """The parameter through which transformers' layers get the cache."""
 
+MASK: Final = "attention_mask"
+"""The parameter through which they get the mask."""
+
 StateKind = Literal["conv", "recurrent", "linear"]
 
 
