@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import socket
 import threading
 from collections.abc import Iterator
@@ -302,8 +303,11 @@ def test_who_does_not_read_the_end_of_an_answer_loses_the_connection(strict: Run
         assert len(read_all(raw)) < whole  # the rest was given up
 
 
-def test_a_slow_reader_keeps_its_connection(long_answers: Running) -> None:
+def test_a_slow_reader_keeps_its_connection(
+    long_answers: Running, caplog: pytest.LogCaptureFixture
+) -> None:
     """It takes longer than the limit, but never stands still for so long."""
+    caplog.set_level(logging.INFO)  # why a connection was ended
     with connection(long_answers.url, receive_buffer=2**16) as raw:
         raw.sendall(completion(max_tokens=10**8, stream=True))
         for _ in range(5):
