@@ -145,7 +145,7 @@ def test_experts(gated: bool, packed: WeightFormat | None) -> None:
 
     def product(each: int) -> Tensor:
         """[slots, each, inter] of the last rows of each expert."""
-        rows = x[:, 300 - each :].reshape(slots * each, hidden)
+        rows = x[:, 300 - each :].contiguous().view(slots * each, hidden)
         return products.grouped_product(
             rows,
             addresses(weights),
