@@ -13,7 +13,11 @@ from flexpert.cluster.memory_budget import MemoryBudget
 from flexpert.cluster.processes.model_opening import open_source
 from flexpert.cluster.processes.model_report import served_model
 from flexpert.config import Config, load_config
-from flexpert.engine.device_memory_plan import expert_place_nbytes, planned_device_memory
+from flexpert.engine.device_memory_plan import (
+    expert_place_nbytes,
+    planned_device_memory,
+    window_nbytes,
+)
 from flexpert.engine.gpu_driver import GpuDriver, GpuMemory
 from flexpert.engine.rank_protocol import Memory, MemoryUse
 from flexpert.errors import OperationRefused
@@ -215,3 +219,15 @@ def test_a_rank_of_another_host_needs_a_gpu_there_and_none_here(source: ModelSou
         budget.check({2}, placement, before)
     budget.elsewhere = lambda: {2: FreeMemory(64 * GIB)}  # nothing says how much is free there
     budget.check({2}, placement, before)
+
+
+def test_deterministic_ranks_have_room_for_a_row_of_each_choice(source: ModelSource) -> None:
+    usual, fixed = (
+        CONFIG.engine.model_copy(update={"deterministic": deterministic})
+        for deterministic in (False, True)
+    )
+    row = source.info.hidden * source.info.dtype.itemsize
+    more = (source.info.topk - 1) * 4 * usual.max_tokens_per_step * row
+    windows = [window_nbytes(source, engine, 4) for engine in (usual, fixed)]
+    assert windows[1] - windows[0] == pytest.approx(more, abs=2**16)  # parts are aligned
+    assert source.info.topk > 1

@@ -192,6 +192,7 @@ def test_norms_routers_rotations_and_sums_of_rows() -> None:
         "sum": lambda rows: fixed_rows.sum_rows(x[rows])[:, None],
         "mean": lambda rows: fixed_rows.mean_rows(short[rows])[:, None],
         "softmax": lambda rows: fixed_rows.softmax_rows(short[rows]),
+        "layer norm": lambda rows: fixed_rows.layer_norm_rows(x[rows], weight, weight, 1e-6),
     }
     for name, kernel in kernels.items():
         whole = kernel(slice(None))

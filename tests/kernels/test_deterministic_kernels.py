@@ -144,6 +144,7 @@ def test_norms_routers_and_sums_have_one_shape_of_program() -> None:
         "sum": lambda rows: fixed_rows.sum_rows(x[rows]),
         "mean": lambda rows: fixed_rows.mean_rows(x[rows]),
         "softmax": lambda rows: fixed_rows.softmax_rows(x[rows]),
+        "layer norm": lambda rows: fixed_rows.layer_norm_rows(x[rows], weight, None, 1e-6),
     }
     for name, kernel in kernels.items():
         whole = kernel(slice(None))

@@ -34,11 +34,12 @@ ORDERED: dict[str, Callable[[Tensor], Tensor]] = {
     "mean of squares": lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
     "weights": lambda x: x / x.sum(dim=-1, keepdim=True),
     "softmax": lambda x: F.softmax(x, dim=1, dtype=torch.float32),
+    "layer norm": lambda x: F.layer_norm(x, (8,), WEIGHT[0], WEIGHT[1], 1e-6),
     "choice": lambda x: x.gather(1, x.topk(2, dim=-1).indices),
     "gate": lambda x: F.silu(x[:, :4]) * x[:, 4:],
 }
 UNORDERED: dict[str, Callable[[Tensor], Tensor]] = {
-    "layer_norm": lambda x: F.layer_norm(x, (8,)),
+    "layer_norm": lambda x: F.layer_norm(x, (6, 8)),
     "bmm": lambda x: torch.bmm(x[None], x.t()[None]),
     "sum": lambda x: x.sum(0),
     "mean": lambda x: x.mean(),

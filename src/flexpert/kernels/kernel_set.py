@@ -154,6 +154,14 @@ class RowKernel(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+class LayerNormKernel(Protocol):
+    """See `cuda.fixed_rows.layer_norm_rows`."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class FixedOrderKernels:
     """What `--deterministic` computes on a GPU in place of torch's libraries."""
@@ -162,6 +170,7 @@ class FixedOrderKernels:
     sum_rows: RowKernel
     mean_rows: RowKernel
     softmax_rows: RowKernel
+    layer_norm_rows: LayerNormKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +252,7 @@ def fixed_order_gpu_kernels(device: torch.device) -> Kernels:
             fixed_rows.sum_rows,
             fixed_rows.mean_rows,
             fixed_rows.softmax_rows,
+            fixed_rows.layer_norm_rows,
         ),
     )
 

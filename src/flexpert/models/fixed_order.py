@@ -10,7 +10,7 @@ sum in another order is refused, with the name of the module that asks for it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -37,7 +37,8 @@ _PRODUCTS: Final = (
 )
 
 EXACT: Final = recorded_steps.EXACT | {
-    "_reshape_alias", "_unsafe_view", "alias", "all", "amax", "amin", "any", "cat", "clone",
+    "__and__", "__or__", "__xor__", "_reshape_alias", "_unsafe_view", "alias", "all", "amax",
+    "amin", "any", "cat", "clone",
     "concat", "constant_pad_nd", "contiguous", "copy_", "embedding", "empty", "empty_like",
     "empty_strided", "expand_as", "fill_", "flatten", "full", "index_copy_", "index_select",
     "min", "new_empty", "new_full", "new_ones", "new_zeros", "pad", "polar", "repeat",
@@ -63,6 +64,7 @@ class FixedOrderMode(TorchFunctionMode):
             **{function: self._along_rows(function, kernels.sum_rows) for function in _SUMS},
             **{function: self._along_rows(function, kernels.mean_rows) for function in _MEANS},
             **{function: self._softmax(function) for function in _SOFTMAXES},
+            F.layer_norm: self._layer_norm,
         }
 
     def __torch_function__(
@@ -114,6 +116,19 @@ class FixedOrderMode(TorchFunctionMode):
                 return self._kernels.softmax_rows(input if dtype is None else input.to(dtype))
 
         return call
+
+    def _layer_norm(
+        self,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if len(normalized_shape) != 1:
+            return F.layer_norm(input, normalized_shape, weight, bias, eps)
+        with outside_modes():
+            return self._kernels.layer_norm_rows(input, weight, bias, eps)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -312,10 +312,12 @@ class ModelRunner:
     def _check_fixed_order(self) -> None:
         """Raises: UnsupportedModel: a module computes in an order that depends on the batch."""
         batch = recorded_steps.trial_batch(7, 4, self.kv.layers[0][0].shape[1], stride=3)
+        if self._upload is not None:
+            batch = batch.sent(self._upload)
 
         def walk() -> None:
             with torch.inference_mode(), self._mode():
-                self._walk(batch if self._upload is None else batch.sent(self._upload))
+                self._walk(batch)
 
         with self._stand_in_experts():
             check_fixed_order(self._model, walk)

@@ -130,12 +130,13 @@ def choose(rows: int, columns: int, parts: int, dtype: torch.dtype) -> LinearTil
     parted = parts > 1 and not filled
     if dtype == torch.float32:
         return LinearTiling(64, tile, depth_of(dtype), warps=4, stages=2, parted=parted)
+    wide = 128 if filled else 64
     return LinearTiling(
-        128 if filled else 64,
+        wide,
         tile,
         depth_of(dtype),
-        warps=8 if filled else 4,
-        stages=4 if tile == 128 else 6,
+        warps=wide // 16,
+        stages=6 if wide + tile <= 160 else 4,  # so that two programs fit into a multiprocessor
         parted=parted,
     )
 

@@ -46,6 +46,23 @@ def _softmax_row(x, y, n, BLOCK: tl.constexpr):
     tl.store(y + row * n + lane, p.to(y.dtype.element_ty), mask=lane < n)
 
 
+@triton.jit
+def _layer_norm_row(
+    x, weight, bias, y, n, eps, BLOCK: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    ok = lane < n
+    value = tl.load(x + row * n + lane, mask=ok, other=0.0).to(tl.float32)
+    value = tl.where(ok, value - tl.sum(value, 0) / n, 0.0)
+    value = value * tl.rsqrt(tl.sum(value * value, 0) / n + eps)
+    if SCALED:
+        value = value * tl.load(weight + lane, mask=ok, other=0.0).to(tl.float32)
+    if BIASED:
+        value = value + tl.load(bias + lane, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y + row * n + lane, value.to(y.dtype.element_ty), mask=ok)
+
+
 def sum_rows(x: Tensor) -> Tensor:
     """[..., n] float → [...]: sums along the last dimension, in float32 and rounded once."""
     return _reduced(x, "sum")
@@ -75,18 +92,43 @@ def softmax_rows(x: Tensor) -> Tensor:
 
     Raises: ValueError: a row is longer than one program takes.
     """
-    _check(x)
-    x = aligned(x)
+    x = _whole(x)
     y = torch.empty_like(x)
     n = x.shape[-1]
-    if n > _MOST:
-        raise ValueError(f"softmax of {n} numbers, a program takes {_MOST}")
     if x.numel():
         block = triton.next_power_of_2(n)
         _softmax_row[(x.numel() // n,)](
             x, y, n, BLOCK=block, num_warps=4 if block > 512 else 1, enable_fp_fusion=False
         )
     return y
+
+
+def layer_norm_rows(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """[..., n] float → the same shape and dtype: `F.layer_norm` along the last dimension, in
+    float32 and rounded once.
+
+    Args:
+        weight, bias: [n], contiguous.
+
+    Raises: ValueError: a row is longer than one program takes.
+    """
+    x = _whole(x)
+    y = torch.empty_like(x)
+    n = x.shape[-1]
+    if x.numel():
+        block = triton.next_power_of_2(n)
+        _layer_norm_row[(x.numel() // n,)](
+            x, weight, bias, y, n, eps, BLOCK=block, SCALED=weight is not None,
+            BIASED=bias is not None, num_warps=4 if block > 512 else 1, enable_fp_fusion=False,
+        )  # fmt: skip
+    return y
+
+
+def _whole(x: Tensor) -> Tensor:
+    _check(x)
+    if x.shape[-1] > _MOST:
+        raise ValueError(f"a row has {x.shape[-1]} numbers, a program takes {_MOST}")
+    return aligned(x)
 
 
 def _check(x: Tensor) -> None:
