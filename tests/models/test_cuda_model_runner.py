@@ -93,12 +93,12 @@ def test_the_kernels_give_the_logits_of_the_cpu_wherever_the_experts_are(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_deterministic_logits_have_the_same_bits_in_any_company(
-    family: str, checkpoint: Callable[..., Path]
+    checkpoint: Callable[..., Path],
 ) -> None:
-    """In graphs as well, of decode steps and of prompts: there a batch is padded."""
-    source = ModelSource.open(str(checkpoint(family)), dtype="float32")
+    """In graphs as well, of decode steps and of prompts: there a batch is padded. Of this family no
+    attention and no router is fused."""
+    source = ModelSource.open(str(checkpoint("deepseek_v3")), dtype="float32")
     gpu, local = gpu_runner(source, deterministic=True)
     info = source.info
     local.install(
