@@ -17,10 +17,12 @@ from flexpert.comm.nixl_ep.package import Package
 from flexpert.compat import nixl_ep as compat
 from flexpert.config import EngineConfig
 from flexpert.engine import rank_protocol as msg
+from flexpert.engine.device_profile import InterpreterProfile
 from flexpert.engine.rank_engine import RankEngine
-from flexpert.engine.request import RequestSequence, SamplingParams
+from flexpert.engine.request import RequestSequence, SamplingParams, TokenLogprobs
 from flexpert.kernels.device_stream import HostStream, Replay
 from flexpert.models.source import ModelSource
+from flexpert.models.step_graphs import GraphShape
 from flexpert.moe.placement import replan
 
 LIMIT_S = 100.0
@@ -33,6 +35,7 @@ class Told:
     def __init__(self) -> None:
         self.said: queue.Queue[str] = queue.Queue()
         self.tokens: dict[str, list[int]] = {name: [] for name in PROMPTS}
+        self.scores: list[TokenLogprobs] = []
         self.memory: msg.Memory | None = None
 
     def __call__(self, report: msg.Report) -> None:
@@ -40,6 +43,7 @@ class Told:
             case msg.Published(events, _):
                 for event in events:
                     self.tokens[event.id] += event.tokens
+                    self.scores += event.prompt_logprobs or []
                     if event.finish is not None:
                         self.said.put("finished")
             case msg.Prepared(_, _, memory):
@@ -50,9 +54,9 @@ class Told:
 
 
 def answers(
-    source: ModelSource, config: EngineConfig, *, capacity: int = 1
+    source: ModelSource, config: EngineConfig, *, capacity: int = 1, **params: Any
 ) -> tuple[RankEngine, Told]:
-    """What a rank alone says to the prompts, through two epochs."""
+    """What a rank alone says to the prompts, through two epochs. params: of both."""
     told = Told()
     engine = RankEngine(
         0, source, config, capacity=capacity, exchange_timeout_s=LIMIT_S, report=told
@@ -66,7 +70,7 @@ def answers(
             engine.submit(msg.Prepare(epoch, {0: engine.buffer.address}, placement))
             assert told.said.get(timeout=LIMIT_S) == "prepared"
             engine.submit(msg.Commit(epoch))
-            engine.submit(msg.Admit([sequence(name)]))
+            engine.submit(msg.Admit([sequence(name, **params)]))
             assert told.said.get(timeout=LIMIT_S) == "finished"
     finally:
         engine.submit(msg.Stop())
@@ -75,9 +79,52 @@ def answers(
     return engine, told
 
 
-def sequence(name: str) -> RequestSequence:
-    params = SamplingParams(max_tokens=2, temperature=0.0, seed=1)
-    return RequestSequence(id=name, prompt=PROMPTS[name], generated=[], params=params, eos=())
+def sequence(name: str, prompt: list[int] | None = None, **more: Any) -> RequestSequence:
+    params = SamplingParams(max_tokens=2, temperature=0.0, seed=1, **more)
+    prompt = PROMPTS[name] if prompt is None else prompt
+    return RequestSequence(id=name, prompt=prompt, generated=[], params=params, eos=())
+
+
+def small_model(path: Path) -> str:
+    model = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=128,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
+    AutoModelForCausalLM.from_config(model).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_prompts_are_scored_by_their_own_step_though_the_next_is_under_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All pieces of the prompts are computed by one graph, which leaves its logits in one place."""
+    source = ModelSource.open(small_model(tmp_path), dtype="float32")
+    cpu = EngineConfig(kv_memory=2**20, max_tokens_per_step=16, max_running=2)
+    asked = {"prompt": [*range(7, 52)], "prompt_logprobs": 1}
+    _, expected = answers(source, cpu, **asked)
+
+    shapes = [GraphShape(1, 1), GraphShape(32, 16)]
+    monkeypatch.setattr(InterpreterProfile, "graph_shapes", lambda *_: shapes)
+    gpu, told = answers(source, cpu.model_copy(update={"device": "cuda"}), **asked)
+    assert gpu.profile.looks_ahead
+    assert gpu.runner.graphs is not None
+    assert gpu.runner.graphs.captures == 2
+    assert told.tokens == expected.tokens
+    assert len(told.scores) == len(expected.scores) == 2 * 44
+    for found, one in zip(told.scores, expected.scores, strict=True):
+        assert found.top_ids == one.top_ids
+        assert found.chosen == pytest.approx(one.chosen, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -127,20 +174,8 @@ def test_nothing_is_captured_that_a_join_would_break(
         max_tokens_per_step=16,
         max_running=1,
     )
-    model = AutoConfig.for_model(
-        "qwen3_moe",
-        vocab_size=128,
-        hidden_size=32,
-        moe_intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
+    engine, told = answers(
+        ModelSource.open(small_model(tmp_path), dtype="bfloat16"), config, capacity=2
     )
-    AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path)
-    engine, told = answers(ModelSource.open(str(tmp_path), dtype="bfloat16"), config, capacity=2)
     assert engine.runner.graphs is None
     assert all(len(tokens) == 2 for tokens in told.tokens.values())

@@ -647,7 +647,9 @@ class RankEngine:
         if self._faults:
             self._faults.at("forward", plan.token_ids)
         watch.lap("begin")
-        flight.logits = self.runner.forward(_batch(plan), mean_tokens)
+        logits = self.runner.forward(_batch(plan), mean_tokens)
+        # prompts are scored when the step is whole; by then the next one may be under way
+        flight.logits = logits.clone() if plan.scored and self.profile.looks_ahead else logits
         flight.done.record()
         watch.lap("forward")
         masks = self._masks.finish()
