@@ -29,14 +29,15 @@ from flexpert.models.deterministic import RowwiseMode
 from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
+from flexpert.models.gate_programs import gate_program
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.latent_attention import LatentAttention, kept_latent
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.paged_attention import PagedAttention
-from flexpert.models.recorded_steps import Experts, RecordedSteps
+from flexpert.models.recorded_steps import Experts, RecordedSteps, in_python
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.models.state_layers import StateLayer, bind_states
-from flexpert.moe.moe_layers import MoELayers
+from flexpert.moe.moe_layers import MoELayers, NativeMoELayers
 
 CPU = torch.device("cpu")
 
@@ -103,6 +104,7 @@ class ModelRunner:
         self._states = states
         self._deterministic = deterministic
         self._moe = moe
+        self._native = moe.native if isinstance(moe, NativeMoELayers) else in_python
         self._pads_batches = pads_batches and not deterministic
         self._device = next(model.parameters()).device
         self._upload: StepUpload | None = None  # a CPU needs none
@@ -172,7 +174,8 @@ class ModelRunner:
             most_samples=most_samples,
         )
         if kernels is None or kernels.recorded_rows:
-            runner.record((kernels or cpu_kernels()).recorded_rows)
+            heights = [shape.height for shape in source.expert_shapes()]
+            runner.record((kernels or cpu_kernels()).recorded_rows, heights)
         lap("kernels by verdicts" if runner.verdicts == verdicts else "kernels by trials")
         return runner
 
@@ -258,12 +261,17 @@ class ModelRunner:
                 self._walk, sizes=sizes, max_blocks=max_blocks, device=self._device
             )
 
-    def record(self, most_rows: int) -> None:
+    def record(self, most_rows: int, heights: Sequence[int]) -> None:
         """Compute steps on a CPU without transformers' modules from now on, if that can be; else
-        `not_recorded` says why not.
+        `not_recorded` says why not. What stands between the products of the experts, too.
 
-        most_rows: of a step, where rows need not have the same bits in any company.
+        Args:
+            most_rows: of a step, where rows need not have the same bits in any company.
+            heights: of each MoE layer's experts, see `ExpertShape`.
         """
+        for experts, height in zip(self._experts, heights, strict=True):
+            program = gate_program(experts.apply_gate, height, self.info.dtype)
+            experts.apply_gate = program or experts.apply_gate
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self.recorded = self._record()
@@ -312,6 +320,7 @@ class ModelRunner:
                 return self.recorded.forward(
                     batch if tokens is batch.token_ids else replace(batch, token_ids=tokens),
                     self._moe.forward,
+                    self._native,
                 )
             return self._walk(batch if self._upload is None else batch.sent(self._upload))
 

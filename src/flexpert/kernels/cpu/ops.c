@@ -21,6 +21,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tables.h"
+
 #define KEY_TILE 16 /* keys per softmax tile; part of the result's definition */
 #define PANEL 32    /* query rows sharing one unpacked key tile */
 
@@ -1027,57 +1029,59 @@ static void fx_set_threads(int threads) {
     pthread_mutex_unlock(&pool.lock);
 }
 
-static int fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intptr_t begins,
-                             intptr_t ends, intptr_t y, long groups, long k, long n, int dtype) {
-    shared_product product = {
-        .whole = {
+/* Rows begins[g] … ends[g] - 1 of x times weight g, for each g. */
+static int fx_grouped(const weight_table *table, intptr_t x, intptr_t begins, intptr_t ends, intptr_t y,
+                      int dtype) {
+    shared_product product;
+    if (table->format)
+        product.packed = (packed_args){
             .x = (const char *)x,
-            .weights = (const intptr_t *)weights,
-            .biases = (const intptr_t *)biases,
+            .weights = (const intptr_t *)table->weights,
+            .scales = (const intptr_t *)table->scales,
+            .biases = (const intptr_t *)table->biases,
             .begins = (const int32_t *)begins,
             .ends = (const int32_t *)ends,
             .y = (char *)y,
-            .groups = groups,
-            .k = k,
-            .n = n,
+            .groups = table->groups,
+            .k = table->in_features,
+            .n = table->out_features,
             .dtype = dtype,
-        },
+            .format = table->format,
+            .shared = table->shared,
+        };
+    else
+        product.packed.format = 0;
+    product.whole = (grouped_args){
+        .x = (const char *)x,
+        .weights = (const intptr_t *)table->weights,
+        .biases = (const intptr_t *)table->biases,
+        .begins = (const int32_t *)begins,
+        .ends = (const int32_t *)ends,
+        .y = (char *)y,
+        .groups = table->groups,
+        .k = table->in_features,
+        .n = table->out_features,
+        .dtype = dtype,
     };
-    return share(&product, rows_of(product.whole.begins, product.whole.ends, groups), k, n);
-}
-
-static int fx_grouped_packed(intptr_t x, intptr_t weights, intptr_t scales, intptr_t biases,
-                             intptr_t begins, intptr_t ends, intptr_t y, long groups, long k,
-                             long n, int dtype, int format, long shared) {
-    shared_product product = {
-        .packed = {
-            .x = (const char *)x,
-            .weights = (const intptr_t *)weights,
-            .scales = (const intptr_t *)scales,
-            .biases = (const intptr_t *)biases,
-            .begins = (const int32_t *)begins,
-            .ends = (const int32_t *)ends,
-            .y = (char *)y,
-            .groups = groups,
-            .k = k,
-            .n = n,
-            .dtype = dtype,
-            .format = format,
-            .shared = shared,
-        },
-    };
-    return share(&product, rows_of(product.packed.begins, product.packed.ends, groups), k, n);
+    const long rows = rows_of(product.whole.begins, product.whole.ends, table->groups);
+    return share(&product, rows, table->in_features, table->out_features);
 }
 
 static int fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
                      long n, int dtype) {
     /* offsets are 32-bit; walk in pieces that fit */
     const long width = dtype == BFLOAT16 ? 2 : 4, most = 1 << 30;
+    const weight_table one = {
+        .weights = (intptr_t)&weight,
+        .biases = bias ? (intptr_t)&bias : 0,
+        .groups = 1,
+        .in_features = k,
+        .out_features = n,
+    };
     for (long r = 0; r < rows; r += most) {
         const int32_t offsets[2] = {0, (int32_t)(rows - r < most ? rows - r : most)};
-        if (fx_grouped_linear(x + r * k * width, (intptr_t)&weight, bias ? (intptr_t)&bias : 0,
-                              (intptr_t)offsets, (intptr_t)(offsets + 1), y + r * n * width, 1, k, n,
-                              dtype))
+        if (fx_grouped(&one, x + r * k * width, (intptr_t)offsets, (intptr_t)(offsets + 1),
+                       y + r * n * width, dtype))
             return -1;
     }
     return 0;
@@ -1160,26 +1164,34 @@ static int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intp
     return attend_all(&a);
 }
 
-/* Operations first … last - 1 of a program (program.c); NO_ROOM or NO_ROW where that fails. */
-static int fx_run(intptr_t program, long first, long last, intptr_t step) {
+#include "experts.c"
+
+/* One operation of a program but a layer of experts; NO_ROOM or NO_ROW where that fails. */
+static int operate(const kernels *here, const int64_t *op, const int64_t *step) {
+    if (op[AT_OP] == OP_LINEAR)
+        return fx_linear(op[AT_A], op[AT_B], op[AT_EXTRA], op[AT_OUT], op[AT_SIZES], op[AT_SIZES + 1],
+                         op[AT_SIZES + 2], (int)op[AT_DTYPES]);
+    if (op[AT_OP] == OP_ATTENTION) {
+        const attention_args a = attention_of(op, step);
+        return attend_all(&a);
+    }
+    if (op[AT_OP] != OP_NORM) return here->simple(op, step);
+    here->norm((const char *)op[AT_A], (const char *)op[AT_B], (char *)op[AT_OUT], op[AT_SIZES],
+               op[AT_SIZES + 1], (float)scalar_of(op, AT_SCALAR), (int)op[AT_EXTRA], (int)op[AT_DTYPES]);
+    return 0;
+}
+
+/* Operations first … last - 1 of a program (program.c), as far as Python need not be asked: the one that
+ * is next; last: all are done. NO_ROOM, NO_ROW or FX_STOPPED where one fails. */
+static long fx_run(intptr_t program, long first, long last, intptr_t step) {
     const kernels *here = pick();
     const int64_t *now = (const int64_t *)step;
-    int failed = 0;
-    for (long i = first; i < last && !failed; i++) {
+    for (long i = first; i < last; i++) {
         const int64_t *op = (const int64_t *)program + i * WIDTH;
-        if (op[AT_OP] == OP_LINEAR) {
-            failed = fx_linear(op[AT_A], op[AT_B], op[AT_EXTRA], op[AT_OUT], op[AT_SIZES],
-                               op[AT_SIZES + 1], op[AT_SIZES + 2], (int)op[AT_DTYPES]);
-        } else if (op[AT_OP] == OP_NORM) {
-            here->norm((const char *)op[AT_A], (const char *)op[AT_B], (char *)op[AT_OUT], op[AT_SIZES],
-                       op[AT_SIZES + 1], (float)scalar_of(op, AT_SCALAR), (int)op[AT_EXTRA],
-                       (int)op[AT_DTYPES]);
-        } else if (op[AT_OP] == OP_ATTENTION) {
-            const attention_args a = attention_of(op, now);
-            failed = attend_all(&a);
-        } else {
-            failed = here->simple(op, now);
-        }
+        const int how = op[AT_OP] == OP_EXPERTS ? walk_experts(op, (moe_step *)now[STEP_MOE])
+                                                : operate(here, op, now);
+        if (how == FX_LEFT) return i;
+        if (how) return how;
     }
-    return failed;
+    return last;
 }

@@ -5,7 +5,8 @@
  * What one step of serving has beside them (block tables, where keys go) is in `step`.
  *
  * Elementwise operations compute in float32 and round to the dtype of the result, as torch does;
- * whole vectors always, so that an element's bits do not depend on where it lies. Included by ops.c.
+ * whole vectors always, so that an element's bits do not depend on where it lies. Layers of experts are
+ * in experts.c. Included by ops.c.
  */
 
 #include <math.h>
@@ -19,7 +20,7 @@ enum {
     OP_RELU, OP_GELU, OP_GELU_TANH, OP_SQUARE, OP_SQRT, OP_RECIPROCAL, OP_SOFTPLUS,
     OP_ADD, OP_SUB, OP_MUL, OP_DIV, OP_MAX, OP_MIN,
     OP_SUM, OP_MEAN, OP_SOFTMAX,
-    OP_LINEAR, OP_NORM, OP_ROWS, OP_ATTENTION
+    OP_LINEAR, OP_NORM, OP_ROWS, OP_ATTENTION, OP_TOPK, OP_EXPERTS
 };
 
 /* Words of an operation. */
@@ -28,7 +29,7 @@ enum { AT_OP, AT_DTYPES, AT_DIMS, AT_SIZES, AT_OUT = 8, AT_A = 14, AT_B = 20, AT
 /* Words of a step. */
 enum {
     STEP_QUERY_START, STEP_CONTEXT_LEN, STEP_BLOCK_TABLES, STEP_SLOTS, STEP_SEQUENCES,
-    STEP_MAX_BLOCKS, STEP_TOKENS, STEP_POSITIONS, STEP_SAMPLES
+    STEP_MAX_BLOCKS, STEP_TOKENS, STEP_POSITIONS, STEP_SAMPLES, STEP_MOE
 };
 
 static const int ITEM[] = {4, 2, 8, 4, 1};
@@ -244,6 +245,8 @@ INLINE void take_inputs(const int64_t *op, const int64_t *step) {
     memcpy((char *)op[AT_B], (const char *)step[STEP_SAMPLES], op[AT_SIZES + 1] * 8);
 }
 
+#include "selection.c"
+
 /* Words of an attention: after what it is and the dtype, these. */
 enum {
     ATT_OUT = 2, ATT_QUERY, ATT_KEY, ATT_VALUE, ATT_KEY_CACHE, ATT_VALUE_CACHE, ATT_SINKS, ATT_STRIDES,
@@ -295,6 +298,7 @@ INLINE int simple(const int64_t *op, const int64_t *step) {
     const int64_t what = op[AT_OP];
     if (what == OP_INPUTS) take_inputs(op, step);
     else if (what == OP_ROWS) return take_rows(op) ? NO_ROW : 0;
+    else if (what == OP_TOPK) topk(op);
     else if (what >= OP_SUM && what <= OP_SOFTMAX) reduce(op);
     else elementwise(op);
     return 0;

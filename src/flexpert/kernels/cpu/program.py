@@ -34,7 +34,7 @@ DTYPES: Final = {
 _NAMES: Final = (
     "inputs copy neg silu sigmoid exp cos sin rsqrt tanh relu gelu gelu_tanh square sqrt "
     "reciprocal softplus add sub mul div maximum minimum sum mean softmax linear norm rows "
-    "attention"
+    "attention topk experts"
 )
 OPERATIONS: Final = {name: number for number, name in enumerate(_NAMES.split())}
 """In program.c's order."""
@@ -49,6 +49,9 @@ class Address:
 
 
 Word = int | Affine | Address
+
+MOST_BUFFERS: Final = 64
+"""Of a `RowProgram`."""
 
 
 def scalar(value: float) -> int:
@@ -138,6 +141,7 @@ class StepWords:
         "token_ids",
         "positions",
         "sample_rows",
+        "moe",
     )
 
     def __init__(self) -> None:
@@ -152,19 +156,92 @@ class StepWords:
                 array[place] = tensors["context_len"].shape[0]
             elif name == "max_blocks":
                 array[place] = tensors["block_tables"].shape[1]
-            else:
+            elif name != "moe":
                 array[place] = tensors[name].data_ptr()
 
 
-def run(words: np.ndarray, first: int, last: int, step: StepWords) -> None:
-    """Operations first … last - 1 of what `laid_out` gave.
+def run(words: np.ndarray, first: int, last: int, step: StepWords, moe: int) -> int:
+    """Operations first … last - 1 of what `laid_out` gave, as far as Python need not be asked.
+
+    moe: address of a `moe_step` (tables.h); 0: Python is asked for all layers of experts.
+
+    Returns: the layer of experts that is next, and not done; last: all are done.
 
     Raises:
         MemoryError: none for the scratch of a kernel.
         IndexError: a number of a token or row that does not exist.
+        ExchangeStopped: in the middle of an exchange.
     """
-    failed = ops.lib.fx_run(words.ctypes.data, first, last, step.address)
+    step.array[_MOE] = moe
+    reached: int = ops.lib.fx_run(words.ctypes.data, first, last, step.address)
+    if reached >= 0:
+        return reached
+    _raise(reached)
+    raise ExchangeStopped
+
+
+class ExchangeStopped(Exception):  # noqa: N818 - it is replaced by what stopped it
+    """Why, says `Buffer.native` when it is left."""
+
+
+def _raise(failed: int) -> None:
     if failed == -1:
         raise MemoryError("no memory for the scratch of a CPU kernel")
-    if failed:
+    if failed == -2:
         raise IndexError("a token or row that does not exist")
+
+
+_MOE: Final = StepWords.NAMES.index("moe")
+
+
+class RowProgram:
+    """Operations that make one row of each row, called without Python (`row_program` in tables.h).
+
+    Args:
+        operations: of at most WIDTH words each, affine in the number of rows.
+        nbytes: of each buffer; at most MOST_BUFFERS.
+        source, result: buffers; both contiguous rows.
+        result_row: elements of a row of the result.
+        kept: what must live as long.
+
+    address: of the C struct.
+    """
+
+    def __init__(
+        self,
+        operations: Sequence[Sequence[Word]],
+        nbytes: Sequence[Affine],
+        *,
+        source: int,
+        result: int,
+        result_row: int,
+        kept: Sequence[Tensor] = (),
+    ) -> None:
+        if len(nbytes) > MOST_BUFFERS:
+            raise ValueError(f"{len(nbytes)} buffers; there is room for {MOST_BUFFERS}")
+        words = np.zeros((len(operations), WIDTH, 2), dtype=np.int64)
+        owners = np.full((len(operations), WIDTH), -1, dtype=np.int32)
+        for number, operation in enumerate(operations):
+            for place, word in enumerate(operation):
+                if isinstance(word, Address):
+                    owners[number, place] = word.buffer
+                    word = word.offset
+                affine = word if isinstance(word, Affine) else Affine(word)
+                words[number, place] = affine.base, affine.per_row
+        sizes = np.array([[one.base, one.per_row] for one in nbytes], dtype=np.int64)
+        self._kept = words, owners, sizes, tuple(kept)
+        self._result_row = result_row
+        self._struct = ops.ffi.new("row_program *")
+        struct = self._struct
+        struct.operations, struct.buffers = len(operations), len(nbytes)
+        struct.words, struct.owners = words.ctypes.data, owners.ctypes.data
+        struct.sizes = sizes.ctypes.data
+        struct.source, struct.result = source, result
+        self.address = int(ops.ffi.cast("intptr_t", struct))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [rows, …], contiguous → [rows, result_row] of x's dtype."""
+        rows = x.shape[0]
+        y = x.new_empty((rows, self._result_row))
+        _raise(ops.lib.fx_run_rows(self._struct, x.data_ptr(), y.data_ptr(), rows))
+        return y

@@ -1,0 +1,72 @@
+"""What a model computes between the two products of an expert, as a program of our kernels.
+
+Every way in which a rank on a CPU computes experts takes the same one, so that a row has the same
+bits whichever it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from flexpert.errors import UnsupportedModel
+from flexpert.kernels.affine import fit
+from flexpert.kernels.cpu.program import DTYPES, MOST_BUFFERS, RowProgram
+from flexpert.kernels.experts import Gate
+from flexpert.models.recording import Recording
+from flexpert.models.step_compiler import Place, compile_rows, is_contiguous
+
+_TAKES: Final = ((5, 1), (6, 1), (6, 2), (9, 2))
+"""See `fit`; the second numbers mean nothing here."""
+
+
+def gate_program(gate: Gate, height: int, dtype: torch.dtype) -> RowProgram | None:
+    """A gate of rows [rows, height] of `dtype`; None: it has operations without a kernel of ours,
+    or what is recorded of it gives something else."""
+    if dtype not in DTYPES or not dtype.is_floating_point:
+        return None
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return _recorded(gate, height, dtype)
+    except (UnsupportedModel, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _recorded(gate: Gate, height: int, dtype: torch.dtype) -> RowProgram | None:
+    dice = torch.Generator(device="cpu").manual_seed(height)
+    takes: dict[tuple[int, int], Any] = {}
+    for rows, more in _TAKES:
+        x = torch.randn((rows, height), generator=dice, device="cpu").to(dtype)
+        with Recording([x]) as recording:
+            y = gate(x)
+        takes[rows, more] = (
+            tuple(recording.calls),
+            tuple(recording.nbytes),
+            recording.operand(y),
+        )
+    calls, nbytes, result = fit(takes)
+    compiled = compile_rows(calls)
+    place = Place.of(result)
+    if (
+        compiled is None
+        or len(nbytes) > MOST_BUFFERS
+        or result.buffer is None
+        or result.buffer.base == 0
+        or result.dtype != dtype
+        or place.offset.fixed != 0
+        or len(place.sizes) != 2
+        or not is_contiguous(place)
+    ):
+        return None
+    program = RowProgram(
+        compiled.operations,
+        nbytes,
+        source=0,
+        result=result.buffer.base,
+        result_row=result.sizes[1].base,
+        kept=compiled.kept,
+    )
+    x = 4 * torch.randn((7, height), generator=dice, device="cpu").to(dtype)
+    close = torch.allclose(program(x).float(), gate(x).float(), rtol=0.02, atol=1e-5)
+    return program if close else None
