@@ -192,10 +192,17 @@ INLINE float exp1(float x) {
 
 /* ---- grouped linear ----------------------------------------------------------------------- */
 
+/* Memory that is needed later, a line of each of some rows; as far as two caches. */
+INLINE void fetch_ahead(const char *ahead, long stride, int lines) {
+    UNROLL for (int j = 0; j < lines; j++) __builtin_prefetch(ahead + j * stride, 0, 2);
+}
+
 /* Dot products of `rows` x rows with `outs` weight rows, rows * outs <= 16, both compile-time.
- * acc[r * outs + o] = x[r] . w[o] over `k` elements, 16 partial sums; acc starts at 0. */
+ * acc[r * outs + o] = x[r] . w[o] over `k` elements, 16 partial sums; acc starts at 0. Meanwhile as much
+ * of `lines` weight rows that come later is fetched from `ahead` on: what is computed hides what is
+ * read. */
 INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs, int dtype,
-                     int level, f32x16 *acc) {
+                     int level, const char *ahead, int lines, f32x16 *acc) {
     const long step = dtype == BFLOAT16 ? 32 : 16;
     const long width = dtype == BFLOAT16 ? 2 : 4;
     long whole = k / step * step;
@@ -223,6 +230,7 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
 #ifdef HAS_BF16
     for (long i = 0; level == BIG_BF16 && dtype == BFLOAT16 && i < whole; i += step) {
         u32x16 wp[16];
+        fetch_ahead(ahead + i * 2, k * 2, lines);
         UNROLL for (int o = 0; o < outs; o++) wp[o] = load_u32(w[o] + i * 2);
         UNROLL for (int r = 0; r < rows; r++) {
             const u32x16 xp = load_u32(x[r] + i * 2);
@@ -235,6 +243,7 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
     const int shifts = level >= BIG;
 #endif
     for (long i = 0; shifts && i < whole; i += step) {
+        fetch_ahead(ahead + i * width, k * width, lines);
         if (dtype == BFLOAT16) {
             u32x16 wp[16];
             UNROLL for (int o = 0; o < outs; o++) wp[o] = load_u32(w[o] + i * 2);
@@ -315,14 +324,15 @@ INLINE void store_tile(const f32x16 *acc, const char *bias, char *y, long n, int
 
 /* One tile of y = x w^T + b: writes the first `live_rows` and `live_outs` of it. */
 INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y, long k, long n,
-                        int live_rows, int live_outs, int rows, int outs, int dtype, int level) {
+                        int live_rows, int live_outs, int rows, int outs, int dtype, int level,
+                        const char *ahead, int lines) {
     const long width = dtype == BFLOAT16 ? 2 : 4;
     const char *xp[4], *wp[16];
     f32x16 acc[16];
     UNROLL for (int r = 0; r < rows; r++) xp[r] = x + (r < live_rows ? r : live_rows - 1) * k * width;
     UNROLL for (int o = 0; o < outs; o++) wp[o] = w + (o < live_outs ? o : live_outs - 1) * k * width;
     UNROLL for (int i = 0; i < rows * outs; i++) acc[i] = (f32x16){0};
-    dot_tile(xp, wp, k, rows, outs, dtype, level, acc);
+    dot_tile(xp, wp, k, rows, outs, dtype, level, ahead, lines, acc);
     store_tile(acc, bias, y, n, live_rows, live_outs, rows, outs, dtype);
 }
 
@@ -334,21 +344,27 @@ INLINE void linear_group(const char *x, const char *w, const char *bias, char *y
     for (long o0 = 0; o0 < n; o0 += block) { /* 16 weight rows stay in the cache for all x rows */
         int outs = (int)(n - o0 < block ? n - o0 : block);
         const char *wb = w + o0 * k * width, *bb = bias ? bias + o0 * width : NULL;
+        /* the next 16, as evenly over the tiles of these as can be; one or two rows leave no time for it */
+        const char *ahead = o0 + 2 * block <= n ? wb + block * k * width : wb;
+        int left = block;
         for (long r0 = 0; r0 < rows; r0 += tall) {
             int live = (int)(rows - r0 < tall ? rows - r0 : tall);
             const char *xr = x + r0 * k * width;
             char *yr = y + (r0 * stride + o0) * width;
-#define TILE(R, O)                                                                                 \
-    for (int o = 0; o < outs; o += O)                                                              \
+#define TILE(R, O, LINES)                                                                          \
+    for (int o = 0; o < outs; o += O, ahead += (LINES) * k * width, left -= LINES)                 \
     linear_tile(xr, wb + o * k * width, bb ? bb + o * width : NULL, yr + o * width, k, stride, live,\
-                outs - o < O ? outs - o : O, R, O, dtype, level)
+                outs - o < O ? outs - o : O, R, O, dtype, level, ahead, LINES)
             if (level >= BIG) {
-                if (live == 1) TILE(1, 16);
-                else if (live == 2) TILE(2, 8);
-                else TILE(4, 4);
+                if (live == 1) TILE(1, 16, 0);
+                else if (live == 2) TILE(2, 8, 0);
+                else if (left == 0) TILE(4, 4, 0);
+                else if (rows <= 4) TILE(4, 4, 4);
+                else if (rows <= 8) TILE(4, 4, 2);
+                else TILE(4, 4, 1);
             } else {
-                if (live == 1) TILE(1, 4);
-                else TILE(2, 2);
+                if (live == 1) TILE(1, 4, 0);
+                else TILE(2, 2, 0);
             }
 #undef TILE
         }
