@@ -15,11 +15,9 @@ from flexpert.comm import BufferSpec, CommError, Interrupted, RankTimeout
 from flexpert.comm.buffer import Point, Reduce
 from flexpert.kernels.cpu.expert_products import LayerExperts
 from flexpert.kernels.cpu.program import (
-    DTYPES,
-    OPERATIONS,
-    WIDTH,
     RowProgram,
     StepWords,
+    experts_operation,
     run,
 )
 from flexpert.kernels.experts import ExpertWeights
@@ -101,13 +99,20 @@ class Ranks(Local):
         """Both layers, each of the same tokens: how many were walked, and the last one's result."""
         x, ids, weights = self.tokens(rank, count)
         out = torch.full_like(x, 7.0)
-        words = np.zeros((LAYERS, WIDTH), dtype=np.int64)
-        for layer, op in enumerate(words):
-            op[0], op[2] = OPERATIONS["experts"], layer
-            op[1] = DTYPES[self.dtype] * 257
-            op[3:5] = count, TOPK
-            op[[8, 14, 20, 26]] = [one.data_ptr() for one in (out, x, ids, weights)]
-            op[27] = GATES[self.dtype].address
+        addresses = [one.data_ptr() for one in (out, x, ids, weights)]
+        words = np.array(
+            [
+                experts_operation(
+                    layer,
+                    (self.dtype, self.dtype),
+                    (count, TOPK),
+                    addresses,
+                    GATES[self.dtype],
+                )
+                for layer in range(LAYERS)
+            ],
+            dtype=np.int64,
+        )
         with self.moe[rank].native() as moe:
             reached = run(words, 0, LAYERS, StepWords(), moe)
         return reached, out

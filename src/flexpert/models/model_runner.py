@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexpert.errors import ModelError, UnsupportedModel
+from flexpert.kernels.cpu.program import RowProgram
 from flexpert.kernels.device_stream import stream_of
 from flexpert.kernels.experts import Gate
 from flexpert.kernels.kernel_set import Kernels, PagedAttentionKernel, cpu_kernels
@@ -34,7 +35,7 @@ from flexpert.models.kv_cache import KVCache
 from flexpert.models.latent_attention import LatentAttention, kept_latent
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.paged_attention import PagedAttention
-from flexpert.models.recorded_steps import Experts, RecordedSteps, in_python
+from flexpert.models.recorded_steps import Experts, IdleStep, RecordedSteps, in_python
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.models.state_layers import StateLayer, bind_states
 from flexpert.moe.moe_layers import MoELayers, NativeMoELayers
@@ -98,6 +99,7 @@ class ModelRunner:
         self.recorded: RecordedSteps | None = None
         self.not_recorded = ""
         self._recorded_rows: int | None = 0
+        self._idle: IdleStep | None = None
         self._model = model
         self._attention = attention
         self._experts = experts
@@ -272,6 +274,9 @@ class ModelRunner:
         for experts, height in zip(self._experts, heights, strict=True):
             program = gate_program(experts.apply_gate, height, self.info.dtype)
             experts.apply_gate = program or experts.apply_gate
+        gates = [one.apply_gate for one in self._experts if isinstance(one.apply_gate, RowProgram)]
+        if len(gates) == len(self._experts):
+            self._idle = IdleStep(self.info.dtype, self.info.topk, gates)
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self.recorded = self._record()
@@ -315,7 +320,7 @@ class ModelRunner:
             if self.graphs is not None and self.graphs.fits(batch):
                 return self.graphs.forward(batch)
             if self.recorded is not None and self._takes(batch):
-                self._bind(batch)
+                self._bind_states(batch)
                 tokens = self._tokens(batch, batch.token_ids)
                 return self.recorded.forward(
                     batch if tokens is batch.token_ids else replace(batch, token_ids=tokens),
@@ -330,6 +335,10 @@ class ModelRunner:
             layer.batch = batch
         for experts in self._experts:
             experts.rows = batch.token_ids.shape[0]
+        self._bind_states(batch)
+
+    def _bind_states(self, batch: ForwardBatch) -> None:
+        """Of a recorded step: what else it needs of a batch C is given."""
         for states in self._states:
             states.runs = batch.states
 
@@ -374,20 +383,26 @@ class ModelRunner:
 
     def forward_idle(self) -> None:
         """Take part in a step without tokens: each MoE layer in order, no attention."""
-        device = self._device
         with torch.inference_mode(), self._mode():
             if self.graphs is not None:
                 self._moe.expect(0)
                 self.graphs.idle()
                 return
-            for layer in self._experts:
-                layer.runtime.forward(
-                    layer.layer,
-                    torch.empty((0, self.info.hidden), dtype=self.info.dtype, device=device),
-                    torch.empty((0, layer.topk), dtype=torch.int64, device=device),
-                    torch.empty((0, layer.topk), dtype=torch.float32, device=device),
-                    layer.apply_gate,
-                )
+            if self._idle is not None:
+                self._idle.walk(self._idle_layer, self._native)
+                return
+            for index in range(len(self._experts)):
+                self._idle_layer(index)
+
+    def _idle_layer(self, index: int) -> None:
+        layer, device = self._experts[index], self._device
+        layer.runtime.forward(
+            layer.layer,
+            torch.empty((0, self.info.hidden), dtype=self.info.dtype, device=device),
+            torch.empty((0, layer.topk), dtype=torch.int64, device=device),
+            torch.empty((0, layer.topk), dtype=torch.float32, device=device),
+            layer.apply_gate,
+        )
 
     def _mode(self) -> contextlib.AbstractContextManager[object]:
         return RowwiseMode() if self._deterministic else contextlib.nullcontext()

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from flexpert.errors import UnsupportedModel
 from flexpert.kernels.affine import Affine, fit
-from flexpert.kernels.cpu.program import Program, StepWords, Word, run
+from flexpert.kernels.cpu.program import (
+    Program,
+    RowProgram,
+    StepWords,
+    Word,
+    experts_operation,
+    run,
+)
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.recording import (
     ModuleCall,
@@ -168,12 +175,7 @@ class RecordedSteps:
         experts: computes the layers that `native` does not.
         """
         layout = self._layout(batch.token_ids.shape[0], batch.sample_rows.shape[0])
-        tensors = {
-            name: getattr(batch, name).contiguous()
-            for name in StepWords.NAMES
-            if name not in ("sequences", "max_blocks", "moe")
-        }
-        self._step.fill(tensors)
+        kept = self._step.fill(batch)
         result = torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu")
         layout.words[self._result_words] = layout.results + result.data_ptr()
         for part in layout.parts:
@@ -187,6 +189,7 @@ class RecordedSteps:
                 if at < part.last:
                     layout.experts[at](experts)
                     at += 1
+        del kept
         return layout.logits(result)
 
     # ---- layouts ------------------------------------------------------------------------------
@@ -298,6 +301,31 @@ class RecordedSteps:
         return memory.view(operand.dtype).as_strided(
             sizes, strides, _begin(memory, operand.dtype) + offset
         )
+
+
+class IdleStep:
+    """The layers of experts of a rank that has no tokens, and serves those of its peers."""
+
+    def __init__(self, dtype: torch.dtype, topk: int, gates: Sequence[RowProgram]) -> None:
+        """gates: of each layer."""
+        self._step = StepWords()
+        self._words = np.array(
+            [
+                experts_operation(layer, (dtype, torch.float32), (0, topk), (0,) * 4, gate)
+                for layer, gate in enumerate(gates)
+            ],
+            dtype=np.int64,
+        )
+
+    def walk(self, layer: Callable[[int], object], native: Native) -> None:
+        """layer: computes one that `native` does not."""
+        at, last = 0, len(self._words)
+        while at < last:
+            with native() as moe:
+                at = run(self._words, at, last, self._step, moe)
+            if at < last:
+                layer(at)
+                at += 1
 
 
 def _numbers(operand: Any, rows: int, samples: int) -> tuple[list[int], list[int], int]:

@@ -21,6 +21,7 @@ from flexpert.kernels.cpu.program import (
     Address,
     RowProgram,
     Word,
+    experts_operation,
     scalar,
 )
 from flexpert.kernels.cpu.selection import orders_as_torch, topk_operation
@@ -202,12 +203,9 @@ class _Compiler:
         ):
             self.add(call, *places)
             return
-        op: list[Word] = [0] * 32
-        op[0], op[2] = OPERATIONS["experts"], call.layer
-        op[1] = DTYPES[x.dtype] | DTYPES[weights.dtype] << 8
-        op[3], op[4] = ids.sizes
-        op[8], op[14], op[20] = (self.address(one) for one in (result, x, ids))
-        op[26], op[27] = self.address(weights), call.gate.address
+        addresses = [self.address(one) for one in (result, x, ids, weights)]
+        dtypes = x.dtype, weights.dtype
+        op = experts_operation(call.layer, dtypes, ids.sizes, addresses, call.gate)
         self._compiled.asked[len(self._compiled.steps)] = call
         self.add(op, *places)
 

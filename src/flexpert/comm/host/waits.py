@@ -5,6 +5,7 @@ All sleeping happens in kernels.c, without the GIL, on the futex in the own wind
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -27,6 +28,12 @@ _FRESH = 2.5  # beats: so old may one be
 def _period_ns(limit_ns: int) -> int:
     """Between the beats of a rank that waits for so long at most."""
     return max(limit_ns // _BEATS, POLL_MOST_NS)
+
+
+@functools.lru_cache(maxsize=4)
+def _slice_ns(limit_s: float) -> int:
+    """Until Python looks, of a wait with this limit."""
+    return min(_period_ns(limit_ns(limit_s)), SLICE_NS)
 
 
 class _Waiting:
@@ -84,7 +91,7 @@ class Waiter:
 
     def first_slice_ns(self) -> int:
         """After so long a wait of `native.c` goes on here."""
-        return min(_period_ns(limit_ns(self._core.timeout_s)), SLICE_NS)
+        return _slice_ns(self._core.timeout_s)
 
     def wait(
         self, what: int, timeout_s: float | None, begun_ns: int | None = None

@@ -7,9 +7,9 @@ a buffer comes. Buffers share memory as far as their lives do not overlap.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -49,6 +49,28 @@ class Address:
 
 
 Word = int | Affine | Address
+
+
+def experts_operation(
+    layer: Word,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    sizes: Sequence[Word],
+    addresses: Sequence[Word],
+    gate: RowProgram,
+) -> list[Word]:
+    """A layer of experts (experts.c).
+
+    dtypes: of x and of the weights. sizes: tokens, choices. addresses: of the result, x, expert ids
+    and weights; all contiguous.
+    """
+    op: list[Word] = [0] * WIDTH
+    op[0], op[2] = OPERATIONS["experts"], layer
+    op[1] = DTYPES[dtypes[0]] | DTYPES[dtypes[1]] << 8
+    op[3:5] = sizes
+    op[8], op[14], op[20], op[26] = addresses
+    op[27] = gate.address
+    return op
+
 
 MOST_BUFFERS: Final = 64
 """Of a `RowProgram`."""
@@ -128,36 +150,48 @@ class Program:
         return words
 
 
+class ProgramInputs(Protocol):
+    """What a step of serving has beside a program; see `ForwardBatch`."""
+
+    query_start: Tensor
+    context_len: Tensor
+    block_tables: Tensor
+    slot_mapping: Tensor
+    token_ids: Tensor
+    positions: Tensor
+    sample_rows: Tensor
+
+
 class StepWords:
     """What program.c reads of a step, in one array."""
 
-    NAMES: Final = (
-        "query_start",
-        "context_len",
-        "block_tables",
-        "slot_mapping",
-        "sequences",
-        "max_blocks",
-        "token_ids",
-        "positions",
-        "sample_rows",
-        "moe",
-    )
-
     def __init__(self) -> None:
-        self.array = ops.ffi.new("int64_t[]", len(self.NAMES))
+        self.array = ops.ffi.new("int64_t[]", _STEP_WORDS)
         self.address = int(ops.ffi.cast("intptr_t", self.array))
 
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """tensors: by their names in `ForwardBatch`; contiguous, and kept by the caller."""
-        array = self.array
-        for place, name in enumerate(self.NAMES):
-            if name == "sequences":
-                array[place] = tensors["context_len"].shape[0]
-            elif name == "max_blocks":
-                array[place] = tensors["block_tables"].shape[1]
-            elif name != "moe":
-                array[place] = tensors[name].data_ptr()
+    def fill(self, step: ProgramInputs) -> list[Tensor]:
+        """Returns what must be kept while it is used."""
+        given = (
+            step.query_start,
+            step.context_len,
+            step.block_tables,
+            step.slot_mapping,
+            step.token_ids,
+            step.positions,
+            step.sample_rows,
+        )
+        kept = [one.contiguous() for one in given]
+        array, addresses = self.array, [one.data_ptr() for one in kept]
+        array[0:4] = addresses[:4]
+        array[4] = step.context_len.shape[0]
+        array[5] = step.block_tables.shape[1]
+        array[6:9] = addresses[4:]
+        return kept
+
+
+_STEP_WORDS: Final = 10
+_MOE: Final = 9
+"""In program.c's order."""
 
 
 def run(words: np.ndarray, first: int, last: int, step: StepWords, moe: int) -> int:
@@ -189,9 +223,6 @@ def _raise(failed: int) -> None:
         raise MemoryError("no memory for the scratch of a CPU kernel")
     if failed == -2:
         raise IndexError("a token or row that does not exist")
-
-
-_MOE: Final = StepWords.NAMES.index("moe")
 
 
 class RowProgram:
