@@ -23,11 +23,17 @@ def geglu(x: Tensor) -> Tensor:
     return functional.gelu(x[:, ::2], approximate="tanh") * (x[:, 1::2] + 1)
 
 
+def clamped(x: Tensor) -> Tensor:
+    """As gpt-oss has it."""
+    gate, up = x[..., ::2].clamp(min=None, max=1.0), x[..., 1::2].clamp(min=-0.7, max=0.7)
+    return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
+
+
 def squared(x: Tensor) -> Tensor:
     return functional.relu(x).square()
 
 
-@pytest.mark.parametrize("gate", [swiglu, geglu, squared])
+@pytest.mark.parametrize("gate", [swiglu, geglu, clamped, squared])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gate_gives_a_row_what_the_model_gives_it_in_any_company(
     gate: Callable[[Tensor], Tensor], dtype: torch.dtype

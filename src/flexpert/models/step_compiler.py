@@ -233,6 +233,8 @@ class _Compiler:
                 if set(kwargs) - {"alpha"}:
                     return False
                 return self._binary(base, results[0], args, _number(kwargs.get("alpha", 1)))
+            case "clamp" | "clamp_min" | "clamp_max":
+                return self._clamp(base, results[0], args, kwargs)
             case "bmm":
                 return self._outer(results[0], args)
             case "cat":
@@ -260,6 +262,19 @@ class _Compiler:
         if value is None:
             return False
         return self._elementwise(name, result, Place.of(first), value=value, alpha=alpha)
+
+    def _clamp(self, name: str, result: Place, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        low, high = [*args[1:], None, None][:2] if name != "clamp_max" else (None, args[1])
+        low, high = kwargs.get("min", low), kwargs.get("max", high)
+        limits = []
+        for limit, none in ((low, -torch.inf), (high, torch.inf)):
+            value = none if limit is None else _number(limit)
+            if value is None:
+                return False
+            limits.append(float(torch.tensor(value, dtype=result.dtype, device="cpu")))
+        return self._elementwise(
+            "clamp", result, Place.of(args[0]), value=limits[0], alpha=limits[1]
+        )
 
     def _elementwise(
         self,

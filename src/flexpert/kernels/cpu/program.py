@@ -33,7 +33,7 @@ DTYPES: Final = {
 
 _NAMES: Final = (
     "inputs copy neg silu sigmoid exp cos sin rsqrt tanh relu gelu gelu_tanh square sqrt "
-    "reciprocal softplus add sub mul div maximum minimum sum mean softmax linear norm rows "
+    "reciprocal softplus add sub mul div maximum minimum clamp sum mean softmax linear norm rows "
     "attention topk experts"
 )
 OPERATIONS: Final = {name: number for number, name in enumerate(_NAMES.split())}
