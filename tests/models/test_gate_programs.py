@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from flexpert.models.gate_programs import gate_program
+from flexpert.models.gate_programs import gate_program, gate_programs
 
 HEIGHT = 48
 
@@ -74,3 +74,38 @@ def test_a_gate_without_kernels_of_ours_stays_the_models(gate: Callable[[Tensor]
 
 def test_other_dtypes_stay_the_models() -> None:
     assert gate_program(swiglu, HEIGHT, torch.float16) is None
+
+
+class Experts(nn.Module):
+    """As transformers' modules are: an activation, and settings."""
+
+    def __init__(self, limit: float, act: nn.Module) -> None:
+        super().__init__()
+        self.limit = limit
+        self.act_fn = act
+
+    def gate(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        return self.act_fn(left.clamp(max=self.limit)) * right
+
+
+def test_layers_share_a_gate_that_is_the_same_and_no_other() -> None:
+    layers = [
+        Experts(1.0, nn.SiLU()),
+        Experts(1.0, nn.SiLU()),
+        Experts(0.5, nn.SiLU()),
+        Experts(1.0, nn.GELU(approximate="tanh")),
+        Experts(1.0, nn.GELU()),
+        Experts(1.0, nn.PReLU()),
+    ]
+    gates = [layer.gate for layer in layers]
+    programs = gate_programs(gates, [HEIGHT] * 6, torch.float32)
+    assert programs[0] is programs[1]
+    assert len({id(program) for program in programs[1:5]}) == 4
+    x = torch.randn((5, HEIGHT))
+    for gate, program in zip(gates, programs[:5], strict=False):
+        assert program is not None
+        torch.testing.assert_close(program(x), gate(x), rtol=1e-5, atol=1e-6)
+    assert programs[5] is None, "it has a weight, and no kernel"
+    other = gate_programs(gates[:1], [2 * HEIGHT], torch.float32)[0]
+    assert other is not programs[0]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexpert.errors import ModelError, UnsupportedModel
-from flexpert.kernels.cpu.program import RowProgram
 from flexpert.kernels.device_stream import stream_of
 from flexpert.kernels.experts import Gate
 from flexpert.kernels.kernel_set import Kernels, PagedAttentionKernel, cpu_kernels
@@ -30,7 +29,7 @@ from flexpert.models.deterministic import RowwiseMode
 from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
-from flexpert.models.gate_programs import gate_program
+from flexpert.models.gate_programs import gate_programs
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.latent_attention import LatentAttention, kept_latent
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
@@ -271,11 +270,12 @@ class ModelRunner:
             most_rows: of a step, where rows need not have the same bits in any company.
             heights: of each MoE layer's experts, see `ExpertShape`.
         """
-        for experts, height in zip(self._experts, heights, strict=True):
-            program = gate_program(experts.apply_gate, height, self.info.dtype)
+        asked = [experts.apply_gate for experts in self._experts]
+        programs = gate_programs(asked, heights, self.info.dtype)
+        for experts, program in zip(self._experts, programs, strict=True):
             experts.apply_gate = program or experts.apply_gate
-        gates = [one.apply_gate for one in self._experts if isinstance(one.apply_gate, RowProgram)]
-        if len(gates) == len(self._experts):
+        gates = [program for program in programs if program is not None]
+        if len(gates) == len(programs):
             self._idle = IdleStep(self.info.dtype, self.info.topk, gates)
         try:
             with torch.inference_mode(False), torch.no_grad():
