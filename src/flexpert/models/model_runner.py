@@ -320,7 +320,7 @@ class ModelRunner:
             if self.graphs is not None and self.graphs.fits(batch):
                 return self.graphs.forward(batch)
             if self.recorded is not None and self._takes(batch):
-                self._bind_states(batch)
+                self._bind(batch)
                 tokens = self._tokens(batch, batch.token_ids)
                 return self.recorded.forward(
                     batch if tokens is batch.token_ids else replace(batch, token_ids=tokens),
@@ -335,10 +335,6 @@ class ModelRunner:
             layer.batch = batch
         for experts in self._experts:
             experts.rows = batch.token_ids.shape[0]
-        self._bind_states(batch)
-
-    def _bind_states(self, batch: ForwardBatch) -> None:
-        """Of a recorded step: what else it needs of a batch C is given."""
         for states in self._states:
             states.runs = batch.states
 
