@@ -295,6 +295,7 @@ def test_a_product_beside_another_and_in_a_forked_child(three_threads: None) -> 
             assert torch.equal(each, expected)
     child = os.fork()
     if not child:
-        same = torch.equal(table.linear(x, offsets), expected)
+        found = table.linear(x, offsets)  # compared without torch: its threads do not come along
+        same = bytes(found.view(torch.uint8).numpy()) == bytes(expected.view(torch.uint8).numpy())
         os._exit(0 if same and len(os.listdir("/proc/self/task")) > 1 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

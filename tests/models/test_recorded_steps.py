@@ -14,6 +14,7 @@ from support.checkpoints import prompt_of, single_runner
 from torch import Tensor
 
 from flexpert.errors import UnsupportedModel
+from flexpert.kernels.cpu.program import RowProgram
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.recorded_steps import RecordedSteps, record, trial_batch
 
@@ -88,6 +89,7 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "exp": lambda x: torch.exp(-x.abs()),
     "neg": torch.neg,
     "relu": torch.relu,
+    "clamped": lambda x: x.clamp(-0.3, 0.4).clamp_max(0.3) + x.clamp_min(0.1),
     "twice": lambda x: 2.0 * x - 0.5,
     "under one": lambda x: 1 / (x.abs() + 1),
     "converted": lambda x: x.float().to(torch.bfloat16).to(x.dtype),
@@ -231,10 +233,13 @@ def test_a_model_gives_the_logits_of_its_modules(
 ) -> None:
     path = checkpoint(family)
     recorded, modules = (
-        single_runner(path, deterministic=deterministic) for _ in ("recorded", "modules")
+        single_runner(path, deterministic=deterministic, latent_cache=not deterministic)
+        for _ in ("recorded", "modules")
     )
     assert not recorded.runner.not_recorded
     assert recorded.runner.recorded is not None
+    assert not [name for name in recorded.runner.recorded.left if "topk" in name]
+    assert all(isinstance(one.apply_gate, RowProgram) for one in recorded.runner._experts)
     modules.runner.recorded = None
     work = {"a": prompt_of(19, seed=2), "b": prompt_of(3, seed=3)}
     for step in range(4):

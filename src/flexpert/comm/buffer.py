@@ -29,7 +29,8 @@ change takes effect between two exchanges, except that masking a peer ends a wai
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
@@ -39,6 +40,7 @@ Reduce = Literal["home", "rank"]
 OnTimeout = Literal["raise", "mask"]
 Scales = Literal["float32", "power2", "ue8m0"]
 Channel = Literal["auto", "shm", "nixl"]
+Point = Literal["dispatch_send", "dispatch_wait", "combine_send", "combine_wait"]
 T = TypeVar("T")
 
 
@@ -124,6 +126,17 @@ class ExpertTable:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", self.rank.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class NativeExchange:
+    """What other C calls for a whole dispatch and combine, see comm/host/exchange.h; in addresses.
+
+    function: an `fx_exchange_of`. buffer: its first argument.
+    """
+
+    function: int
+    buffer: int
 
 
 class Received(ABC):
@@ -486,6 +499,22 @@ class Buffer(ABC):
         """
         pending = self.begin_combine(y, received, reduce=reduce, weights=weights, out=out)
         return pending(timeout_s)
+
+    def native(
+        self, tell: Callable[[Point], None] | None = None
+    ) -> AbstractContextManager[NativeExchange | None]:
+        """While it is entered, this thread's C may dispatch and combine without Python.
+
+        What is entered is None where that cannot be: then each exchange is `dispatch` and
+        `combine`, and so is one that C is told to leave to Python. When it is left, all exchanges
+        were whole, or it raises what `dispatch` or `combine` would have raised.
+
+        Args:
+            tell: called at each point that an exchange passes; what it raises ends it.
+
+        Raises: as `begin_dispatch`, but for what is wrong with its arguments.
+        """
+        return nullcontext()
 
     def check(self, *, wait: bool = True) -> tuple[int, ...]:
         """Wait for the device, and raise what exchanges so far would have raised: after each replay

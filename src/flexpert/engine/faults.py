@@ -15,12 +15,15 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Container, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import msgspec
 
 from flexpert.comm import Buffer
+from flexpert.comm.buffer import NativeExchange
+from flexpert.comm.buffer import Point as ExchangePoint
 from flexpert.engine import rank_protocol as msg
 
 VARIABLE = "FLEXPERT_FAULTS"
@@ -232,6 +235,18 @@ class _FaultyBuffer:
         if self._buffer.epoch:
             self._at("combine_wait")
         return pending(timeout_s)
+
+    def native(
+        self, tell: Callable[[ExchangePoint], None] | None = None
+    ) -> AbstractContextManager[NativeExchange | None]:
+        assert tell is None
+        return self._buffer.native(self._passed)
+
+    def _passed(self, point: ExchangePoint) -> None:
+        if self._buffer.epoch:
+            self._at(point)
+        elif point == "dispatch_send":
+            self._at("warm_up")
 
     def close(self) -> None:
         self._at("release")

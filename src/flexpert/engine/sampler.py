@@ -153,7 +153,9 @@ class Sampler:
         if not samples:
             return Sampled([], [])
         plain = all(s.plain and not (s.stop_ids and s.must_go_on) for s in samples)
-        raw: Floats = logits.detach().to("cpu", torch.float32).numpy()
+        if logits.dtype is not torch.float32 or logits.device.type != "cpu":
+            logits = logits.to("cpu", torch.float32)
+        raw: Floats = logits.numpy(force=True)
         if plain:
             best = _masked(raw, masks).argmax(axis=1)
             return Sampled(best.tolist(), [None] * len(samples))

@@ -30,16 +30,17 @@ from flexpert.models.fixed_order import FixedOrderMode, check_fixed_order
 from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
+from flexpert.models.gate_programs import gate_programs
 from flexpert.models.indexed_attention import IndexedAttention, Indexer, bind_indexers
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.latent_attention import LatentAttention, kept_latent
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.paged_attention import PagedAttention
-from flexpert.models.recorded_steps import Experts, RecordedSteps
+from flexpert.models.recorded_steps import Experts, IdleStep, RecordedSteps, in_python
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.models.state_layers import StateLayer, bind_states
 from flexpert.models.step_graphs import GraphShape, StepGraphs
-from flexpert.moe.moe_layers import MoELayers
+from flexpert.moe.moe_layers import MoELayers, NativeMoELayers
 
 CPU = torch.device("cpu")
 
@@ -101,6 +102,7 @@ class ModelRunner:
         self.recorded: RecordedSteps | None = None
         self.not_recorded = ""
         self._recorded_rows: int | None = 0
+        self._idle: IdleStep | None = None
         self._model = model
         self._attention = attention
         self._indexers = indexers
@@ -109,6 +111,7 @@ class ModelRunner:
         self._deterministic = deterministic
         self._moe = moe
         self._fixed_order = kernels.fixed_order
+        self._native = moe.native if isinstance(moe, NativeMoELayers) else in_python
         self._pads_batches = kernels.pads_batches and not deterministic
         self._device = next(model.parameters()).device
         self._upload: StepUpload | None = None  # a CPU needs none
@@ -180,7 +183,8 @@ class ModelRunner:
             most_samples=most_samples,
         )
         if kernels is None or kernels.recorded_rows:
-            runner.record((kernels or cpu_kernels()).recorded_rows)
+            heights = [shape.height for shape in source.expert_shapes()]
+            runner.record((kernels or cpu_kernels()).recorded_rows, heights)
         if deterministic and kernels is not None and kernels.fixed_order is not None:
             runner._check_fixed_order()
         lap("kernels by verdicts" if runner.verdicts == verdicts else "kernels by trials")
@@ -279,12 +283,21 @@ class ModelRunner:
                 self._walk, shapes=shapes, max_blocks=max_blocks, device=self._device
             )
 
-    def record(self, most_rows: int) -> None:
+    def record(self, most_rows: int, heights: Sequence[int]) -> None:
         """Compute steps on a CPU without transformers' modules from now on, if that can be; else
-        `not_recorded` says why not.
+        `not_recorded` says why not. What stands between the products of the experts, too.
 
-        most_rows: of a step, where rows need not have the same bits in any company.
+        Args:
+            most_rows: of a step, where rows need not have the same bits in any company.
+            heights: of each MoE layer's experts, see `ExpertShape`.
         """
+        asked = [experts.apply_gate for experts in self._experts]
+        programs = gate_programs(asked, heights, self.info.dtype)
+        for experts, program in zip(self._experts, programs, strict=True):
+            experts.apply_gate = program or experts.apply_gate
+        gates = [program for program in programs if program is not None]
+        if len(gates) == len(programs):
+            self._idle = IdleStep(self.info.dtype, self.info.topk, gates)
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self.recorded = self._record()
@@ -355,6 +368,7 @@ class ModelRunner:
                 return self.recorded.forward(
                     batch if tokens is batch.token_ids else replace(batch, token_ids=tokens),
                     self._moe.forward,
+                    self._native,
                 )
             return self._walk(batch if self._upload is None else batch.sent(self._upload))
 
@@ -413,19 +427,25 @@ class ModelRunner:
 
         mean_tokens: as for `forward`.
         """
-        device = self._device
         with torch.inference_mode(), self._mode():
             self._moe.expect(0, mean_tokens)
             if self.graphs is not None and self.graphs.idle(mean_tokens):
                 return
-            for layer in self._experts:
-                layer.runtime.forward(
-                    layer.layer,
-                    torch.empty((0, self.info.hidden), dtype=self.info.dtype, device=device),
-                    torch.empty((0, layer.topk), dtype=torch.int64, device=device),
-                    torch.empty((0, layer.topk), dtype=torch.float32, device=device),
-                    layer.apply_gate,
-                )
+            if self._idle is not None:
+                self._idle.walk(self._idle_layer, self._native)
+                return
+            for index in range(len(self._experts)):
+                self._idle_layer(index)
+
+    def _idle_layer(self, index: int) -> None:
+        layer, device = self._experts[index], self._device
+        layer.runtime.forward(
+            layer.layer,
+            torch.empty((0, self.info.hidden), dtype=self.info.dtype, device=device),
+            torch.empty((0, layer.topk), dtype=torch.int64, device=device),
+            torch.empty((0, layer.topk), dtype=torch.float32, device=device),
+            layer.apply_gate,
+        )
 
     def _mode(self) -> contextlib.AbstractContextManager[object]:
         if not self._deterministic:

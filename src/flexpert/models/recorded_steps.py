@@ -1,13 +1,14 @@
 """Steps on a CPU without transformers' modules: a program recorded once, walked for any batch.
 
 What CUDA graphs are on a GPU. The program knows neither who holds which expert nor how many ranks
-there are: at each layer of experts it asks the runtime, as transformers' modules do. So it outlives
-every change.
+there are: at each layer of experts C looks into the runtime's tables, or asks the runtime as
+transformers' modules do. So it outlives every change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +18,14 @@ from torch import Tensor
 
 from flexpert.errors import UnsupportedModel
 from flexpert.kernels.affine import Affine, fit
-from flexpert.kernels.cpu.program import Program, StepWords, Word, run
+from flexpert.kernels.cpu.program import (
+    Program,
+    RowProgram,
+    StepWords,
+    Word,
+    experts_operation,
+    run,
+)
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.recording import (
     ModuleCall,
@@ -36,6 +44,15 @@ _TAKES: Final = ((5, 3), (6, 3), (6, 4), (9, 2))
 
 _MOST_LAYOUTS: Final = 128
 """Of the embedded model one takes 0.3 ms to make, and some 50 KiB."""
+
+Native = Callable[[], AbstractContextManager[int]]
+"""See `NativeMoELayers.native`."""
+
+
+def in_python() -> AbstractContextManager[int]:
+    """A `Native` of layers that are all asked from Python."""
+    return nullcontext(0)
+
 
 Experts = Callable[[int, Tensor, Tensor, Tensor, Any], Tensor]
 """(layer, x, expert ids, weights, gate) → what all experts give; see `MoELayers.forward`."""
@@ -99,11 +116,13 @@ class _Range:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """The program for so many rows and samples. parts: what is run, one after the other. results:
-    where the words that are places in the result point, from its begin; logits: what is in it."""
+    """The program for so many rows and samples. parts: what is run, one after the other. experts:
+    by number of the operation, what computes a layer that C leaves to Python. results: where the
+    words that are places in the result point, from its begin; logits: what is in it."""
 
     words: np.ndarray
     parts: tuple[_Range | Callable[[Experts], None], ...]
+    experts: dict[int, Callable[[Experts], None]]
     results: np.ndarray
     logits: Callable[[Tensor], Tensor]
     nbytes: int
@@ -150,22 +169,27 @@ class RecordedSteps:
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._layouts: dict[tuple[int, int], _Layout] = {}
 
-    def forward(self, batch: ForwardBatch, experts: Experts) -> Tensor:
-        """[M, vocab] float32 logits of `batch.sample_rows`."""
+    def forward(self, batch: ForwardBatch, experts: Experts, native: Native = in_python) -> Tensor:
+        """[M, vocab] float32 logits of `batch.sample_rows`.
+
+        experts: computes the layers that `native` does not.
+        """
         layout = self._layout(batch.token_ids.shape[0], batch.sample_rows.shape[0])
-        tensors = {
-            name: getattr(batch, name).contiguous()
-            for name in StepWords.NAMES
-            if name not in ("sequences", "max_blocks")
-        }
-        self._step.fill(tensors)
+        kept = self._step.fill(batch)
         result = torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu")
         layout.words[self._result_words] = layout.results + result.data_ptr()
         for part in layout.parts:
-            if isinstance(part, _Range):
-                run(layout.words, part.first, part.last, self._step)
-            else:
+            if not isinstance(part, _Range):
                 part(experts)
+                continue
+            at = part.first
+            while at < part.last:
+                with native() as moe:
+                    at = run(layout.words, at, part.last, self._step, moe)
+                if at < part.last:
+                    layout.experts[at](experts)
+                    at += 1
+        del kept
         return layout.logits(result)
 
     # ---- layouts ------------------------------------------------------------------------------
@@ -195,6 +219,11 @@ class RecordedSteps:
         bases = np.array(self._places, dtype=np.int64) + self._memory.data_ptr()
         words = self._program.laid_out(rows, samples, bases)
         parts: list[_Range | Callable[[Experts], None]] = []
+        asked = {
+            number: self._experts(self._compiled.asked[at], rows, samples)
+            for at, number in enumerate(self._numbers)
+            if number is not None and at in self._compiled.asked
+        }
         for number, step in zip(self._numbers, self._compiled.steps, strict=True):
             called: Callable[[Experts], None] | None = None
             if isinstance(step, RoutedCall):
@@ -219,7 +248,7 @@ class RecordedSteps:
             given = held.clone() if by_torch else memory
             return given.view(torch.float32).as_strided(sizes, strides, offset)
 
-        return _Layout(words, tuple(parts), begins, logits, nbytes)
+        return _Layout(words, tuple(parts), asked, begins, logits, nbytes)
 
     def _experts(self, call: RoutedCall, rows: int, samples: int) -> Callable[[Experts], None]:
         x, ids, weights, result = (
@@ -272,6 +301,31 @@ class RecordedSteps:
         return memory.view(operand.dtype).as_strided(
             sizes, strides, _begin(memory, operand.dtype) + offset
         )
+
+
+class IdleStep:
+    """The layers of experts of a rank that has no tokens, and serves those of its peers."""
+
+    def __init__(self, dtype: torch.dtype, topk: int, gates: Sequence[RowProgram]) -> None:
+        """gates: of each layer."""
+        self._step = StepWords()
+        self._words = np.array(
+            [
+                experts_operation(layer, (dtype, torch.float32), (0, topk), (0,) * 4, gate)
+                for layer, gate in enumerate(gates)
+            ],
+            dtype=np.int64,
+        )
+
+    def walk(self, layer: Callable[[int], object], native: Native) -> None:
+        """layer: computes one that `native` does not."""
+        at, last = 0, len(self._words)
+        while at < last:
+            with native() as moe:
+                at = run(self._words, at, last, self._step, moe)
+            if at < last:
+                layer(at)
+                at += 1
 
 
 def _numbers(operand: Any, rows: int, samples: int) -> tuple[list[int], list[int], int]:

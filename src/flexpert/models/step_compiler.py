@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from flexpert.kernels.affine import Affine, product
-from flexpert.kernels.cpu.program import DIMS, DTYPES, OPERATIONS, Address, Word, scalar
+from flexpert.kernels.cpu.program import (
+    DIMS,
+    DTYPES,
+    OPERATIONS,
+    Address,
+    RowProgram,
+    Word,
+    experts_operation,
+    scalar,
+)
+from flexpert.kernels.cpu.selection import orders_as_torch, topk_operation
 from flexpert.models.recording import (
     AttentionCall,
     Call,
@@ -38,13 +48,20 @@ Step = list[Word] | TorchCall | ModuleCall | RoutedCall
 
 @dataclass(slots=True)
 class Compiled:
-    """steps: in order. lives: first and last step that uses a buffer. left: names of the operations
+    """steps: in order. asked: by number of a step, the layer of experts that Python computes where
+    C leaves it to it. lives: first and last step that uses a buffer. left: names of the operations
     that torch computes. kept: tensors whose addresses are in the steps."""
 
     steps: list[Step] = field(default_factory=list)
+    asked: dict[int, RoutedCall] = field(default_factory=dict)
     lives: dict[int, tuple[int, int]] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
+
+    @property
+    def operations(self) -> list[list[Word]]:
+        """The steps that are operations of program.c."""
+        return [step for step in self.steps if isinstance(step, list)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +108,15 @@ def compile_calls(calls: Sequence[Any], inputs: Sequence[Any]) -> Compiled:
     return compiled
 
 
+def compile_rows(calls: Sequence[Any]) -> Compiled | None:
+    """calls: of fitted recordings of rows alone; None: something has to be called from Python."""
+    compiled = Compiled()
+    compiler = _Compiler(compiled)
+    for call in calls:
+        compiler.compile(call)
+    return compiled if len(compiled.operations) == len(compiled.steps) else None
+
+
 class _Compiler:
     def __init__(self, compiled: Compiled) -> None:
         self._compiled = compiled
@@ -121,8 +147,7 @@ class _Compiler:
         elif isinstance(call, AttentionCall):
             self._attention(call)
         elif isinstance(call, RoutedCall):
-            operands = (call.source, call.expert_ids, call.weights, call.result)
-            self.add(call, *map(Place.of, operands))
+            self._experts(call)
         elif isinstance(call, ModuleCall):
             self.add(call, *map(Place.of, operands_of(call)))
         elif not self._known(call):
@@ -166,6 +191,24 @@ class _Compiler:
         ]
         self.add(op, query, key, value, result)
 
+    def _experts(self, call: Any) -> None:
+        operands = call.source, call.expert_ids, call.weights, call.result
+        x, ids, weights, result = places = [*map(Place.of, operands)]
+        floats = (torch.float32, torch.bfloat16)
+        if (
+            not isinstance(call.gate, RowProgram)
+            or x.dtype not in floats
+            or weights.dtype not in floats
+            or ids.dtype != torch.int64
+        ):
+            self.add(call, *places)
+            return
+        addresses = [self.address(one) for one in (result, x, ids, weights)]
+        dtypes = x.dtype, weights.dtype
+        op = experts_operation(call.layer, dtypes, ids.sizes, addresses, call.gate)
+        self._compiled.asked[len(self._compiled.steps)] = call
+        self.add(op, *places)
+
     # ---- what torch computed ------------------------------------------------------------------
 
     def _known(self, call: TorchCall) -> bool:
@@ -190,6 +233,8 @@ class _Compiler:
                 if set(kwargs) - {"alpha"}:
                     return False
                 return self._binary(base, results[0], args, _number(kwargs.get("alpha", 1)))
+            case "clamp" | "clamp_min" | "clamp_max":
+                return self._clamp(base, results[0], args, kwargs)
             case "bmm":
                 return self._outer(results[0], args)
             case "cat":
@@ -200,6 +245,8 @@ class _Compiler:
                 return self._reduction(base, results[0], args, kwargs)
             case "embedding" | "index" | "index_select":
                 return self._rows(base, results[0], args)
+            case "topk":
+                return self._topk(results, args)
         return False
 
     def _unary(self, name: str, result: Place, source: Any) -> bool:
@@ -215,6 +262,19 @@ class _Compiler:
         if value is None:
             return False
         return self._elementwise(name, result, Place.of(first), value=value, alpha=alpha)
+
+    def _clamp(self, name: str, result: Place, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        low, high = [*args[1:], None, None][:2] if name != "clamp_max" else (None, args[1])
+        low, high = kwargs.get("min", low), kwargs.get("max", high)
+        limits = []
+        for limit, none in ((low, -torch.inf), (high, torch.inf)):
+            value = none if limit is None else _number(limit)
+            if value is None:
+                return False
+            limits.append(float(torch.tensor(value, dtype=result.dtype, device="cpu")))
+        return self._elementwise(
+            "clamp", result, Place.of(args[0]), value=limits[0], alpha=limits[1]
+        )
 
     def _elementwise(
         self,
@@ -289,7 +349,7 @@ class _Compiler:
             bias = args[2]
         source, matrix = map(Place.of, args[:2])
         weight = matrix.operand.constant
-        if weight is None or not _contiguous(source) or not _contiguous(result):
+        if weight is None or not is_contiguous(source) or not is_contiguous(result):
             return False
         weight = weight if name == "linear" else weight.t()
         vector = None if bias is None else bias.constant
@@ -346,6 +406,37 @@ class _Compiler:
         self.add(op, source, result)
         return True
 
+    def _topk(self, results: Sequence[Place], args: Sequence[Any]) -> bool:
+        """Of rows. In the order of torch, also of equal values, as far as that is known."""
+        source, (values, indices) = Place.of(args[0]), (results[0], results[1])
+        options = dict(zip(("k", "dim", "largest", "sorted"), args[1:], strict=False))
+        k, dim = (_number(options.get(name, -1)) for name in ("k", "dim"))
+        largest, in_order = options.get("largest", True), bool(options.get("sorted", True))
+        last = len(source.sizes) - 1
+        n = source.sizes[last].fixed
+        sizes, merged = _merge(source.sizes[:last], [source.strides[:last]])
+        floats = (torch.float32, torch.bfloat16)
+        if (
+            n is None
+            or k is None
+            or dim not in (-1, last)
+            or not largest
+            or source.dtype not in floats
+            or not (is_contiguous(values) and is_contiguous(indices))
+            or len(sizes) > 1
+            or not orders_as_torch(n, int(k), source.dtype, in_order=in_order)
+        ):
+            return False
+        op = topk_operation(
+            source.dtype,
+            (sizes[0], n, int(k)),
+            [self.address(one) for one in (values, source, indices)],
+            (merged[0][0], source.strides[last]),
+            in_order=in_order,
+        )
+        self.add(op, source, values, indices)
+        return True
+
     def _rows(self, name: str, result: Place, args: Sequence[Any]) -> bool:
         """Rows of a table along one dimension, those before it being 1."""
         table, along = Place.of(args[0]), 0
@@ -364,7 +455,7 @@ class _Compiler:
         if (
             numbers.dtype != torch.int64
             or any(one.fixed != 1 for one in table.sizes[:along])
-            or not _contiguous(result)
+            or not is_contiguous(result)
             or not _dense(row, table.strides[along + 1 :])
             or table.dtype != result.dtype
         ):
@@ -451,7 +542,8 @@ def _dense(sizes: Sequence[Affine], strides: Sequence[Affine]) -> bool:
     return True
 
 
-def _contiguous(place: Place) -> bool:
+def is_contiguous(place: Place) -> bool:
+    """Whether its elements lie one behind the other, for any number of rows."""
     return _dense(place.sizes, place.strides)
 
 

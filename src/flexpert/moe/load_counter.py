@@ -28,6 +28,10 @@ class HostLoadCounter:
             ids = ids[ids >= 0]
         self._choices[layer] += np.bincount(ids, minlength=self._experts)
 
+    def address(self, layer: int) -> int:
+        """Of the counts of a layer, [experts] int64, to which C adds."""
+        return int(self._choices[layer].ctypes.data)
+
     def snapshot(self) -> LoadSnapshot:
         return LoadSnapshot(self._choices.copy(), self.compute_s)
 

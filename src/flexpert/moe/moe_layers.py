@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -58,6 +59,19 @@ class MoELayers(Protocol):
         ...
 
 
+@runtime_checkable
+class NativeMoELayers(Protocol):
+    """MoE layers that C may walk, in a step that is a program of our kernels."""
+
+    def native(self) -> AbstractContextManager[int]:
+        """While it is entered, C may walk layers on this thread. What is entered is the address of
+        a `moe_step` (kernels/cpu/tables.h), 0 where `MoELayers.forward` is to be asked for each.
+
+        Raises, also when it is left: what `forward` raises.
+        """
+        ...
+
+
 class ElasticMoELayers(MoELayers, Protocol):
     """MoE layers whose experts an engine changes between steps.
 
@@ -65,8 +79,10 @@ class ElasticMoELayers(MoELayers, Protocol):
     `split`.
     """
 
-    walked: int
     splits: bool
+
+    @property
+    def walked(self) -> int: ...
 
     def stage(self, layers: Sequence[LayerState[Any]]) -> Any:
         """All that can be done ahead for `install`, to which the result goes; an empty list: no

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +16,7 @@ from flexpert.kernels.experts import Gate
 from flexpert.moe.load_counter import HostLoadCounter
 from flexpert.moe.load_snapshot import LoadSnapshot
 from flexpert.moe.moe_layers import LayerState
+from flexpert.moe.native_layers import LayerTables, NativeLayers
 from flexpert.moe.placement import Placement
 
 SPLIT_PERIOD = 12
@@ -129,17 +131,20 @@ def without(
 
 @dataclass(frozen=True, slots=True)
 class StagedLayers:
-    """absent: layer → [experts] bool, which experts nobody holds, where there are any."""
+    """absent: layer → [experts] bool, which experts nobody holds, where there are any. tables: the
+    same layers for C, which leaves those to Python."""
 
     layers: tuple[LayerState[LayerExperts], ...]
     absent: Mapping[int, torch.Tensor]
+    tables: LayerTables
 
 
 class MoERuntime:
     """Walks the exchanges of each layer; the layers' state is swapped whole at a commit.
 
     Where nobody holds an expert, tokens go on with their other choices, and `lost_rows` tells
-    which. walked: layers so far. Tokens spread over the replicas of an expert.
+    which. Tokens spread over the replicas of an expert. `forward` computes a layer; while `native`
+    is entered C does so, as far as all is as usual.
     """
 
     def __init__(
@@ -148,13 +153,23 @@ class MoERuntime:
         """layers, experts: of the model, for `loads`; 0: nothing is counted."""
         self.buffer = buffer
         self.reduce: Reduce = reduce
-        self.walked = 0
         self.splits = True
+        self._walked = 0
         tokens = torch.arange(buffer.spec.max_tokens, dtype=torch.int64, device="cpu")
         self._turns = tokens[:, None] % SPLIT_PERIOD
         self._counter = HostLoadCounter(layers, experts) if layers else None
-        self._staged = StagedLayers((), {})
+        self._native = NativeLayers(buffer, reduce)
         self._lost: torch.Tensor | None = None
+        self.install(self.stage([]))
+
+    @property
+    def walked(self) -> int:
+        """Layers so far."""
+        return self._walked + int(self._native.step.walked)
+
+    def native(self) -> AbstractContextManager[int]:
+        """See `NativeMoELayers`."""
+        return self._native
 
     def stage(self, layers: Sequence[LayerState[LayerExperts]]) -> StagedLayers:
         """As `ElasticMoELayers.stage`."""
@@ -163,11 +178,13 @@ class MoERuntime:
             experts = None if state.split is None else state.split.shape[1] - 1
             absent[index] = state.table.rank[:experts] < 0
         missing = {index: mask for index, mask in absent.items() if bool(mask.any())}
-        return StagedLayers(tuple(layers), missing)
+        tables = LayerTables(layers, left=missing, counter=self._counter)
+        return StagedLayers(tuple(layers), missing, tables)
 
     def install(self, staged: StagedLayers) -> None:
         """Use these layers from the next step on."""
         self._staged = staged
+        self._native.install(staged.tables)
         self._lost = None
 
     def lost_rows(self) -> torch.Tensor | None:
@@ -179,7 +196,11 @@ class MoERuntime:
 
     def loads(self) -> LoadSnapshot | None:
         """As `ElasticMoELayers.loads`."""
-        return self._counter.snapshot() if self._counter else None
+        if self._counter is None:
+            return None
+        counted = self._counter.snapshot()
+        spent_s = counted.compute_s + self._native.step.compute_ns / 1e9
+        return replace(counted, compute_s=spent_s)
 
     def expect(self, tokens: int, mean_tokens: int = 0) -> None:
         """Nothing: batches come without padding."""
@@ -206,7 +227,7 @@ class MoERuntime:
         state = self._staged.layers[layer]
         absent = self._staged.absent.get(layer)
         weights = weights.float()
-        self.walked += 1
+        self._walked += 1
         if absent is not None and x.shape[0]:
             expert_ids, weights, lost = without(absent, expert_ids, weights)
             self._lost = lost if self._lost is None else self._lost | lost

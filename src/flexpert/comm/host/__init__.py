@@ -27,6 +27,8 @@ calls, each file using only those above it
   votes.py              a step's vote ends when all active ranks have voted, and only once
   host_received.py      rows stay valid, where they arrived, until the next dispatch
   host_exchange.py      a dispatch is received and combined before the next, or the epoch is over
+  native.c, native.py   what C exchanges alone is what those calls would have, and what it cannot do
+                        alone is done by them
   host_buffer.py        the contract of comm/buffer.py
 build_kernels.py        compiles the C files
 """

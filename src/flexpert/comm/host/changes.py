@@ -38,8 +38,16 @@ class Changes:
         self.links: dict[int, Link] = {}
         self._departed: list[Link] = []  # no longer connected, perhaps still installed
         self._wishes: dict[int, bool] = {}  # unmask (True) or mask
-        self._changed = False
         self._watcher = Watcher(core.rank, lambda peer: core.set_gone(peer, ENDED))
+
+    @property
+    def _changed(self) -> bool:
+        """Something is noted that is to take effect before the next exchange, or vote."""
+        return bool(self._core.b.changed)
+
+    @_changed.setter
+    def _changed(self, changed: bool) -> None:
+        self._core.b.changed = changed
 
     # ---- how it will be ---------------------------------------------------------------------
 

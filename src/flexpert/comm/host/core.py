@@ -15,7 +15,7 @@ from typing import Any
 from flexpert.comm.buffer import BufferSpec, Received
 from flexpert.comm.errors import CommError, Interrupted, StaleEpoch
 from flexpert.comm.host._kernels import ffi, lib
-from flexpert.comm.host.codes import COMBINE, DISPATCH
+from flexpert.comm.host.codes import NO_MEMORY, WRONG_MODE, WRONG_PAYLOAD
 from flexpert.comm.host.window import HostWindow
 from flexpert.comm.window_layout import (
     COMBINE_FLAG_AT,
@@ -59,8 +59,7 @@ class Core:
     must_vote: a dispatch has to wait for a vote first, since a peer may be reading what the last
         one sent.
     received: what the last dispatch brought.
-    turns: see `Buffer`.
-    waited_ns: kind of exchange → for how long in all; waits that failed do not count.
+    turns: see `Buffer`; of waits in Python.
     """
 
     def __init__(
@@ -92,7 +91,6 @@ class Core:
         self.must_vote = False
         self.received: Received | None = None
         self.turns = 0
-        self.waited_ns = {DISPATCH: 0, COMBINE: 0}
 
         self.b = b = ffi.new("fx_buffer *")
         _describe(b, rank, spec, self.window.address.nonce)
@@ -152,6 +150,18 @@ class Core:
             f"rank {peer} sent {what} (epoch {self.epoch}, exchange {self.sequence}); "
             "it should be removed"
         )
+
+    def bad_rows(self, why: int, peer: int) -> Exception:
+        """What a dispatch brought is wrong, or there is no room for it."""
+        if why == NO_MEMORY:
+            return MemoryError("no memory for an exchange")
+        what = "another kind of rows" if why == WRONG_PAYLOAD else "rows or slots that cannot be"
+        return self.nonsense(peer, what)
+
+    def bad_results(self, why: int, peer: int) -> CommError:
+        """What a combine brought is wrong."""
+        what = "another reduce mode" if why == WRONG_MODE else "a wrong number of rows"
+        return self.nonsense(peer, what)
 
     # ---- what any thread may tell the kernels -------------------------------------------------
 

@@ -6,6 +6,7 @@ The contract of `Buffer`, handed on to the parts that keep it (see the package's
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,8 +18,10 @@ from flexpert.comm.buffer import (
     Channel,
     ExpertTable,
     MissingResults,
+    NativeExchange,
     OnTimeout,
     Pending,
+    Point,
     Received,
     Reduce,
     Scales,
@@ -33,6 +36,7 @@ from flexpert.comm.host.gateways import group_of
 from flexpert.comm.host.host_exchange import HostExchange
 from flexpert.comm.host.links import Greeting, this_machine
 from flexpert.comm.host.members import Members
+from flexpert.comm.host.native import NativeExchanges
 from flexpert.comm.host.remote import Remote
 from flexpert.comm.host.votes import Votes
 from flexpert.comm.host.waits import Waiter
@@ -100,6 +104,7 @@ class HostBuffer(Buffer):
         self._connector = Connector(core, changes, remote, greeting=greeting, store=store)
         self._votes = Votes(core, members, changes, remote, waiter)
         self._exchange = HostExchange(core, changes, remote, waiter, members.relays)
+        self._native = NativeExchanges(core, changes, members, waiter)
 
     @property
     def spec(self) -> BufferSpec:  # type: ignore[override]
@@ -120,7 +125,7 @@ class HostBuffer(Buffer):
 
     @property
     def turns(self) -> int:  # type: ignore[override]
-        return self._core.turns
+        return self._core.turns + int(self._core.b.native_turns)
 
     # ---- membership -------------------------------------------------------------------------
 
@@ -235,6 +240,11 @@ class HostBuffer(Buffer):
 
     def combine_input(self, received: Received) -> torch.Tensor:
         return self._exchange.combine_input(received)
+
+    def native(
+        self, tell: Callable[[Point], None] | None = None
+    ) -> AbstractContextManager[NativeExchange | None]:
+        return self._native.within(tell)
 
     def missing_results(self, received: Received) -> MissingResults | None:
         return self._exchange.missing_results(received)

@@ -27,11 +27,8 @@ from flexpert.comm.host.changes import Changes
 from flexpert.comm.host.codes import (
     COMBINE,
     DISPATCH,
-    NO_MEMORY,
     NO_SUCH_EXPERT,
     PHASES,
-    WRONG_MODE,
-    WRONG_PAYLOAD,
 )
 from flexpert.comm.host.core import Core, State
 from flexpert.comm.host.host_received import HostReceived, Payload, Workspaces, payload_of
@@ -159,7 +156,7 @@ class HostExchange:
             offsets = torch.empty(slots + 1, dtype=torch.int32, device="cpu")
             pairs: int = lib.fx_receive(core.b, slots, offsets.data_ptr(), self._bad)
             if pairs < 0:
-                raise self._refuse(pairs)
+                raise core.bad_rows(pairs, self._bad[0])
             received = HostReceived(core, self._rooms, payload, offsets, pairs, wire, k, masked)
             core.received = received
             core.state = State.RECEIVED
@@ -230,8 +227,7 @@ class HostExchange:
             self._waiter.wait(COMBINE, timeout_s)
             why = lib.fx_reduce(core.b, y.data_ptr(), out.data_ptr(), home, self._bad)
             if why:
-                what = "another reduce mode" if why == WRONG_MODE else "a wrong number of rows"
-                raise core.nonsense(self._bad[0], what)
+                raise core.bad_results(why, self._bad[0])
             core.state = State.BETWEEN
             return out
 
@@ -266,21 +262,15 @@ class HostExchange:
         b = self._core.b
         ids = range(self._core.spec.capacity)
         return Statistics(
-            exchanges=self._exchanges,
+            exchanges=self._exchanges + int(b.native_exchanges),
             bytes_sent={rank: b.bytes_sent[rank] for rank in ids},
             dispatch_wait_ns={rank: b.wait_ns[DISPATCH][rank] for rank in ids},
             combine_wait_ns={rank: b.wait_ns[COMBINE][rank] for rank in ids},
             wire_bytes=self._remote.bytes_written(),
-            waited_ns={PHASES[what]: spent for what, spent in self._core.waited_ns.items()},
+            waited_ns={PHASES[what]: int(b.waited_ns[what]) for what in (DISPATCH, COMBINE)},
         )
 
     # ---- what was wrong -----------------------------------------------------------------------
-
-    def _refuse(self, why: int) -> Exception:
-        if why == NO_MEMORY:
-            return MemoryError("no memory for the plan of an exchange")
-        what = "another kind of rows" if why == WRONG_PAYLOAD else "rows or slots that cannot be"
-        return self._core.nonsense(self._bad[0], what)
 
     def _describe_expert(self, why: int, table: ExpertTable) -> str:
         expert = self._bad[0]

@@ -167,6 +167,18 @@ typedef struct {
     /* counted */
     int64_t bytes_sent[256];
     int64_t wait_ns[2][256]; /* dispatch, combine: from the begin of the wait to the flag */
+    int64_t waited_ns[2];    /* in such waits, for all peers together; those that failed do not count */
+
+    /* exchanges that C walks, see native.c */
+    uint32_t changed;        /* from any thread: Python has a change to apply before the next one */
+    int32_t native_tells;    /* points that are passed are told */
+    int64_t native_slice_ns; /* after which a wait goes on in Python */
+    void *python;            /* who is asked */
+    int64_t native_exchanges, native_turns; /* counted */
+    int32_t native_phase;    /* of what stopped one */
+    int64_t native_why, native_bad;
+    uint8_t *native_memory;
+    int64_t native_size;
 } fx_buffer;
 
 int fx_open(fx_buffer *b);
@@ -287,6 +299,9 @@ void fx_close(fx_buffer *b) {
     b->weight = b->place_weight = NULL;
     b->place = b->place_row = b->place_token = b->cursor = NULL;
     b->sibling_outbox = NULL;
+    free(b->native_memory);
+    b->native_memory = NULL;
+    b->native_size = 0;
 }
 
 static uintptr_t map_part(int fd, int64_t offset, int64_t size, int protection) {

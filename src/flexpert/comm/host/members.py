@@ -32,6 +32,11 @@ class Members:
         self.relays = Relays(core, self.installed)
         self.begin_epoch((core.rank,), 0)
 
+    @property
+    def far(self) -> bool:
+        """Whether any link leads to another machine."""
+        return any(link.remote for link in self.installed.values())
+
     def begin_epoch(self, ids: tuple[int, ...], epoch: int) -> None:
         """ids: sorted. All links start at once, as number 0."""
         self.active = ids

@@ -5,13 +5,14 @@ All sleeping happens in kernels.c, without the GIL, on the futex in the own wind
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
 from flexpert.comm.errors import CommError, RankLost, RankTimeout
 from flexpert.comm.host._kernels import ffi, lib
 from flexpert.comm.host.arguments import FOREVER_NS, limit_ns
-from flexpert.comm.host.codes import INTERRUPTED, LOST, OK, PHASES, TIMEOUT, WHY
+from flexpert.comm.host.codes import INTERRUPTED, LOST, OK, PHASES, TIMEOUT, VOTE, WHY
 from flexpert.comm.host.core import Core
 from flexpert.comm.host.members import Members
 from flexpert.comm.host.remote import Remote
@@ -22,6 +23,17 @@ POLL_FIRST_NS, POLL_MOST_NS = 50_000, 1_000_000  # while a peer behind NIXL is w
 _LATE = 8  # a share of the time limit that may go into sending on
 _BEATS = 8  # of a waiting rank, in the time limit
 _FRESH = 2.5  # beats: so old may one be
+
+
+def _period_ns(limit_ns: int) -> int:
+    """Between the beats of a rank that waits for so long at most."""
+    return max(limit_ns // _BEATS, POLL_MOST_NS)
+
+
+@functools.lru_cache(maxsize=4)
+def _slice_ns(limit_s: float) -> int:
+    """Until Python looks, of a wait with this limit."""
+    return min(_period_ns(limit_ns(limit_s)), SLICE_NS)
 
 
 class _Waiting:
@@ -35,7 +47,7 @@ class _Waiting:
     def __init__(self, b: Any, what: int, limit_ns: int, begun_ns: int) -> None:
         self._b = b
         self._what = what
-        self.period_ns = max(limit_ns // _BEATS, POLL_MOST_NS)
+        self.period_ns = _period_ns(limit_ns)
         self._next_ns = begun_ns + self.period_ns
         self._beats: dict[int, tuple[int, int]] = {}  # peer → its last beat, seen when
 
@@ -77,14 +89,20 @@ class Waiter:
         self._missing = ffi.new("int32_t[]", MAX_CAPACITY)
         self._missing_count = ffi.new("int32_t *")
 
-    def wait(self, what: int, timeout_s: float | None) -> tuple[int, ...]:
+    def first_slice_ns(self) -> int:
+        """After so long a wait of `native.c` goes on here."""
+        return _slice_ns(self._core.timeout_s)
+
+    def wait(
+        self, what: int, timeout_s: float | None, begun_ns: int | None = None
+    ) -> tuple[int, ...]:
         """Until all active ranks have written; returns those that were masked instead.
 
-        what: DISPATCH, COMBINE or VOTE.
+        what: DISPATCH, COMBINE or VOTE. begun_ns: since when this is waited for; None: now.
         """
         core, remote = self._core, self._remote
         limit_s = core.timeout_s if timeout_s is None else timeout_s
-        begun_ns = time.monotonic_ns()
+        begun_ns = time.monotonic_ns() if begun_ns is None else begun_ns
         most_ns = limit_ns(limit_s)
         deadline_ns = begun_ns + most_ns
         others = _Waiting(core.b, what, min(most_ns, limit_ns(core.timeout_s)), begun_ns)
@@ -106,8 +124,8 @@ class Waiter:
             if core.b.to_open:
                 self._members.open_places()
             if how == OK:
-                if what in core.waited_ns:
-                    core.waited_ns[what] += time.monotonic_ns() - begun_ns
+                if what != VOTE:
+                    core.b.waited_ns[what] += time.monotonic_ns() - begun_ns
                 if polls:
                     patience_s = min(limit_s, core.timeout_s) / _LATE
                     until_ns = time.monotonic_ns() + limit_ns(patience_s)

@@ -70,6 +70,11 @@ class LayerExperts:
     def slots(self) -> int:
         return len(self.experts)
 
+    @property
+    def tables(self) -> tuple[ops.WeightTable, ops.WeightTable] | None:
+        """Of gate_up and down, for our kernels; None: there are no experts, or torch computes."""
+        return None if self._up is None or self._down is None else (self._up, self._down)
+
     def compute(self, x: Tensor, offsets: Tensor, apply_gate: Gate) -> Tensor:
         """Each row through its expert.
 

@@ -21,6 +21,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tables.h"
+
 #define KEY_TILE 16 /* keys per softmax tile; part of the result's definition */
 #define PANEL 32    /* query rows sharing one unpacked key tile */
 
@@ -190,10 +192,17 @@ INLINE float exp1(float x) {
 
 /* ---- grouped linear ----------------------------------------------------------------------- */
 
+/* Memory that is needed later, a line of each of some rows; as far as two caches. */
+INLINE void fetch_ahead(const char *ahead, long stride, int lines) {
+    UNROLL for (int j = 0; j < lines; j++) __builtin_prefetch(ahead + j * stride, 0, 2);
+}
+
 /* Dot products of `rows` x rows with `outs` weight rows, rows * outs <= 16, both compile-time.
- * acc[r * outs + o] = x[r] . w[o] over `k` elements, 16 partial sums; acc starts at 0. */
+ * acc[r * outs + o] = x[r] . w[o] over `k` elements, 16 partial sums; acc starts at 0. Meanwhile as much
+ * of `lines` weight rows that come later is fetched from `ahead` on: what is computed hides what is
+ * read. */
 INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs, int dtype,
-                     int level, f32x16 *acc) {
+                     int level, const char *ahead, int lines, f32x16 *acc) {
     const long step = dtype == BFLOAT16 ? 32 : 16;
     const long width = dtype == BFLOAT16 ? 2 : 4;
     long whole = k / step * step;
@@ -221,6 +230,7 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
 #ifdef HAS_BF16
     for (long i = 0; level == BIG_BF16 && dtype == BFLOAT16 && i < whole; i += step) {
         u32x16 wp[16];
+        fetch_ahead(ahead + i * 2, k * 2, lines);
         UNROLL for (int o = 0; o < outs; o++) wp[o] = load_u32(w[o] + i * 2);
         UNROLL for (int r = 0; r < rows; r++) {
             const u32x16 xp = load_u32(x[r] + i * 2);
@@ -233,6 +243,7 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
     const int shifts = level >= BIG;
 #endif
     for (long i = 0; shifts && i < whole; i += step) {
+        fetch_ahead(ahead + i * width, k * width, lines);
         if (dtype == BFLOAT16) {
             u32x16 wp[16];
             UNROLL for (int o = 0; o < outs; o++) wp[o] = load_u32(w[o] + i * 2);
@@ -313,14 +324,15 @@ INLINE void store_tile(const f32x16 *acc, const char *bias, char *y, long n, int
 
 /* One tile of y = x w^T + b: writes the first `live_rows` and `live_outs` of it. */
 INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y, long k, long n,
-                        int live_rows, int live_outs, int rows, int outs, int dtype, int level) {
+                        int live_rows, int live_outs, int rows, int outs, int dtype, int level,
+                        const char *ahead, int lines) {
     const long width = dtype == BFLOAT16 ? 2 : 4;
     const char *xp[4], *wp[16];
     f32x16 acc[16];
     UNROLL for (int r = 0; r < rows; r++) xp[r] = x + (r < live_rows ? r : live_rows - 1) * k * width;
     UNROLL for (int o = 0; o < outs; o++) wp[o] = w + (o < live_outs ? o : live_outs - 1) * k * width;
     UNROLL for (int i = 0; i < rows * outs; i++) acc[i] = (f32x16){0};
-    dot_tile(xp, wp, k, rows, outs, dtype, level, acc);
+    dot_tile(xp, wp, k, rows, outs, dtype, level, ahead, lines, acc);
     store_tile(acc, bias, y, n, live_rows, live_outs, rows, outs, dtype);
 }
 
@@ -332,21 +344,27 @@ INLINE void linear_group(const char *x, const char *w, const char *bias, char *y
     for (long o0 = 0; o0 < n; o0 += block) { /* 16 weight rows stay in the cache for all x rows */
         int outs = (int)(n - o0 < block ? n - o0 : block);
         const char *wb = w + o0 * k * width, *bb = bias ? bias + o0 * width : NULL;
+        /* the next 16, as evenly over the tiles of these as can be; one or two rows leave no time for it */
+        const char *ahead = o0 + 2 * block <= n ? wb + block * k * width : wb;
+        int left = block;
         for (long r0 = 0; r0 < rows; r0 += tall) {
             int live = (int)(rows - r0 < tall ? rows - r0 : tall);
             const char *xr = x + r0 * k * width;
             char *yr = y + (r0 * stride + o0) * width;
-#define TILE(R, O)                                                                                 \
-    for (int o = 0; o < outs; o += O)                                                              \
+#define TILE(R, O, LINES)                                                                          \
+    for (int o = 0; o < outs; o += O, ahead += (LINES) * k * width, left -= LINES)                 \
     linear_tile(xr, wb + o * k * width, bb ? bb + o * width : NULL, yr + o * width, k, stride, live,\
-                outs - o < O ? outs - o : O, R, O, dtype, level)
+                outs - o < O ? outs - o : O, R, O, dtype, level, ahead, LINES)
             if (level >= BIG) {
-                if (live == 1) TILE(1, 16);
-                else if (live == 2) TILE(2, 8);
-                else TILE(4, 4);
+                if (live == 1) TILE(1, 16, 0);
+                else if (live == 2) TILE(2, 8, 0);
+                else if (left == 0) TILE(4, 4, 0);
+                else if (rows <= 4) TILE(4, 4, 4);
+                else if (rows <= 8) TILE(4, 4, 2);
+                else TILE(4, 4, 1);
             } else {
-                if (live == 1) TILE(1, 4);
-                else TILE(2, 2);
+                if (live == 1) TILE(1, 4, 0);
+                else TILE(2, 2, 0);
             }
 #undef TILE
         }
@@ -1027,57 +1045,59 @@ static void fx_set_threads(int threads) {
     pthread_mutex_unlock(&pool.lock);
 }
 
-static int fx_grouped_linear(intptr_t x, intptr_t weights, intptr_t biases, intptr_t begins,
-                             intptr_t ends, intptr_t y, long groups, long k, long n, int dtype) {
-    shared_product product = {
-        .whole = {
+/* Rows begins[g] … ends[g] - 1 of x times weight g, for each g. */
+static int fx_grouped(const weight_table *table, intptr_t x, intptr_t begins, intptr_t ends, intptr_t y,
+                      int dtype) {
+    shared_product product;
+    if (table->format)
+        product.packed = (packed_args){
             .x = (const char *)x,
-            .weights = (const intptr_t *)weights,
-            .biases = (const intptr_t *)biases,
+            .weights = (const intptr_t *)table->weights,
+            .scales = (const intptr_t *)table->scales,
+            .biases = (const intptr_t *)table->biases,
             .begins = (const int32_t *)begins,
             .ends = (const int32_t *)ends,
             .y = (char *)y,
-            .groups = groups,
-            .k = k,
-            .n = n,
+            .groups = table->groups,
+            .k = table->in_features,
+            .n = table->out_features,
             .dtype = dtype,
-        },
+            .format = table->format,
+            .shared = table->shared,
+        };
+    else
+        product.packed.format = 0;
+    product.whole = (grouped_args){
+        .x = (const char *)x,
+        .weights = (const intptr_t *)table->weights,
+        .biases = (const intptr_t *)table->biases,
+        .begins = (const int32_t *)begins,
+        .ends = (const int32_t *)ends,
+        .y = (char *)y,
+        .groups = table->groups,
+        .k = table->in_features,
+        .n = table->out_features,
+        .dtype = dtype,
     };
-    return share(&product, rows_of(product.whole.begins, product.whole.ends, groups), k, n);
-}
-
-static int fx_grouped_packed(intptr_t x, intptr_t weights, intptr_t scales, intptr_t biases,
-                             intptr_t begins, intptr_t ends, intptr_t y, long groups, long k,
-                             long n, int dtype, int format, long shared) {
-    shared_product product = {
-        .packed = {
-            .x = (const char *)x,
-            .weights = (const intptr_t *)weights,
-            .scales = (const intptr_t *)scales,
-            .biases = (const intptr_t *)biases,
-            .begins = (const int32_t *)begins,
-            .ends = (const int32_t *)ends,
-            .y = (char *)y,
-            .groups = groups,
-            .k = k,
-            .n = n,
-            .dtype = dtype,
-            .format = format,
-            .shared = shared,
-        },
-    };
-    return share(&product, rows_of(product.packed.begins, product.packed.ends, groups), k, n);
+    const long rows = rows_of(product.whole.begins, product.whole.ends, table->groups);
+    return share(&product, rows, table->in_features, table->out_features);
 }
 
 static int fx_linear(intptr_t x, intptr_t weight, intptr_t bias, intptr_t y, long rows, long k,
                      long n, int dtype) {
     /* offsets are 32-bit; walk in pieces that fit */
     const long width = dtype == BFLOAT16 ? 2 : 4, most = 1 << 30;
+    const weight_table one = {
+        .weights = (intptr_t)&weight,
+        .biases = bias ? (intptr_t)&bias : 0,
+        .groups = 1,
+        .in_features = k,
+        .out_features = n,
+    };
     for (long r = 0; r < rows; r += most) {
         const int32_t offsets[2] = {0, (int32_t)(rows - r < most ? rows - r : most)};
-        if (fx_grouped_linear(x + r * k * width, (intptr_t)&weight, bias ? (intptr_t)&bias : 0,
-                              (intptr_t)offsets, (intptr_t)(offsets + 1), y + r * n * width, 1, k, n,
-                              dtype))
+        if (fx_grouped(&one, x + r * k * width, (intptr_t)offsets, (intptr_t)(offsets + 1),
+                       y + r * n * width, dtype))
             return -1;
     }
     return 0;
@@ -1160,26 +1180,34 @@ static int fx_paged_attention(intptr_t query, intptr_t key, intptr_t value, intp
     return attend_all(&a);
 }
 
-/* Operations first … last - 1 of a program (program.c); NO_ROOM or NO_ROW where that fails. */
-static int fx_run(intptr_t program, long first, long last, intptr_t step) {
+#include "experts.c"
+
+/* One operation of a program but a layer of experts; NO_ROOM or NO_ROW where that fails. */
+static int operate(const kernels *here, const int64_t *op, const int64_t *step) {
+    if (op[AT_OP] == OP_LINEAR)
+        return fx_linear(op[AT_A], op[AT_B], op[AT_EXTRA], op[AT_OUT], op[AT_SIZES], op[AT_SIZES + 1],
+                         op[AT_SIZES + 2], (int)op[AT_DTYPES]);
+    if (op[AT_OP] == OP_ATTENTION) {
+        const attention_args a = attention_of(op, step);
+        return attend_all(&a);
+    }
+    if (op[AT_OP] != OP_NORM) return here->simple(op, step);
+    here->norm((const char *)op[AT_A], (const char *)op[AT_B], (char *)op[AT_OUT], op[AT_SIZES],
+               op[AT_SIZES + 1], (float)scalar_of(op, AT_SCALAR), (int)op[AT_EXTRA], (int)op[AT_DTYPES]);
+    return 0;
+}
+
+/* Operations first … last - 1 of a program (program.c), as far as Python need not be asked: the one that
+ * is next; last: all are done. NO_ROOM, NO_ROW or FX_STOPPED where one fails. */
+static long fx_run(intptr_t program, long first, long last, intptr_t step) {
     const kernels *here = pick();
     const int64_t *now = (const int64_t *)step;
-    int failed = 0;
-    for (long i = first; i < last && !failed; i++) {
+    for (long i = first; i < last; i++) {
         const int64_t *op = (const int64_t *)program + i * WIDTH;
-        if (op[AT_OP] == OP_LINEAR) {
-            failed = fx_linear(op[AT_A], op[AT_B], op[AT_EXTRA], op[AT_OUT], op[AT_SIZES],
-                               op[AT_SIZES + 1], op[AT_SIZES + 2], (int)op[AT_DTYPES]);
-        } else if (op[AT_OP] == OP_NORM) {
-            here->norm((const char *)op[AT_A], (const char *)op[AT_B], (char *)op[AT_OUT], op[AT_SIZES],
-                       op[AT_SIZES + 1], (float)scalar_of(op, AT_SCALAR), (int)op[AT_EXTRA],
-                       (int)op[AT_DTYPES]);
-        } else if (op[AT_OP] == OP_ATTENTION) {
-            const attention_args a = attention_of(op, now);
-            failed = attend_all(&a);
-        } else {
-            failed = here->simple(op, now);
-        }
+        const int how = op[AT_OP] == OP_EXPERTS ? walk_experts(op, (moe_step *)now[STEP_MOE])
+                                                : operate(here, op, now);
+        if (how == FX_LEFT) return i;
+        if (how) return how;
     }
-    return failed;
+    return last;
 }

@@ -72,18 +72,19 @@ class WeightTable:
             alive by the table, as are scales and biases.
         biases: of [out] each, of x's dtype, or None.
         scales: of weights in a format, else None.
+
+    table: the `weight_table *` of tables.h.
     """
 
     __slots__ = (
-        "_bias_table",
-        "_scale_table",
-        "_table",
+        "_addresses",
         "biases",
         "format",
         "in_features",
         "out_features",
         "scales",
         "slots",
+        "table",
         "weights",
     )
 
@@ -112,9 +113,14 @@ class WeightTable:
         self.weights = tuple(weights)
         self.scales = tuple(scales) if scales else None
         self.biases = tuple(b.contiguous() for b in biases) if biases else None
-        self._table = _addresses(self.weights)
-        self._scale_table = _addresses(self.scales)
-        self._bias_table = _addresses(self.biases)
+        self._addresses = [_addresses(of) for of in (self.weights, self.scales, self.biases)]
+        self.table = ffi.new("weight_table *")
+        table = self.table
+        table.weights, table.scales, table.biases = map(_pointer, self._addresses)
+        table.groups = self.slots
+        table.in_features, table.out_features = self.in_features, self.out_features
+        if self.format is not None:
+            table.format, table.shared = _FORMATS[self.format.name], self.format.group
 
     def _check_scales(self, scales: Sequence[Tensor] | None) -> None:
         if self.format is None:
@@ -170,21 +176,7 @@ class WeightTable:
         self._call(x, begins.data_ptr(), ends.data_ptr(), y)
 
     def _call(self, x: Tensor, begins: int, ends: int, y: Tensor) -> None:
-        sizes = (self.slots, self.in_features, self.out_features, DTYPES[x.dtype])
-        places = (_pointer(self._bias_table), begins, ends, y.data_ptr())
-        if self.format is None:
-            failed = lib.fx_grouped_linear(x.data_ptr(), _pointer(self._table), *places, *sizes)
-        else:
-            failed = lib.fx_grouped_packed(
-                x.data_ptr(),
-                _pointer(self._table),
-                _pointer(self._scale_table),
-                *places,
-                *sizes,
-                _FORMATS[self.format.name],
-                self.format.group,
-            )
-        if failed:
+        if lib.fx_grouped(self.table, x.data_ptr(), begins, ends, y.data_ptr(), DTYPES[x.dtype]):
             raise MemoryError(_NO_SCRATCH)
 
 

@@ -5,7 +5,8 @@
  * What one step of serving has beside them (block tables, where keys go) is in `step`.
  *
  * Elementwise operations compute in float32 and round to the dtype of the result, as torch does;
- * whole vectors always, so that an element's bits do not depend on where it lies. Included by ops.c.
+ * whole vectors always, so that an element's bits do not depend on where it lies. Layers of experts are
+ * in experts.c. Included by ops.c.
  */
 
 #include <math.h>
@@ -17,9 +18,9 @@ enum { /* dtypes beside FLOAT32 and BFLOAT16 */ INT64 = 2, INT32 = 3, BOOL = 4 }
 enum {
     OP_INPUTS, OP_COPY, OP_NEG, OP_SILU, OP_SIGMOID, OP_EXP, OP_COS, OP_SIN, OP_RSQRT, OP_TANH,
     OP_RELU, OP_GELU, OP_GELU_TANH, OP_SQUARE, OP_SQRT, OP_RECIPROCAL, OP_SOFTPLUS,
-    OP_ADD, OP_SUB, OP_MUL, OP_DIV, OP_MAX, OP_MIN,
+    OP_ADD, OP_SUB, OP_MUL, OP_DIV, OP_MAX, OP_MIN, OP_CLAMP,
     OP_SUM, OP_MEAN, OP_SOFTMAX,
-    OP_LINEAR, OP_NORM, OP_ROWS, OP_ATTENTION
+    OP_LINEAR, OP_NORM, OP_ROWS, OP_ATTENTION, OP_TOPK, OP_EXPERTS
 };
 
 /* Words of an operation. */
@@ -28,7 +29,7 @@ enum { AT_OP, AT_DTYPES, AT_DIMS, AT_SIZES, AT_OUT = 8, AT_A = 14, AT_B = 20, AT
 /* Words of a step. */
 enum {
     STEP_QUERY_START, STEP_CONTEXT_LEN, STEP_BLOCK_TABLES, STEP_SLOTS, STEP_SEQUENCES,
-    STEP_MAX_BLOCKS, STEP_TOKENS, STEP_POSITIONS, STEP_SAMPLES
+    STEP_MAX_BLOCKS, STEP_TOKENS, STEP_POSITIONS, STEP_SAMPLES, STEP_MOE
 };
 
 static const int ITEM[] = {4, 2, 8, 4, 1};
@@ -90,6 +91,13 @@ INLINE f32x16 sigmoid16(f32x16 x) {
     return (f32x16)(((i32x16)(small * whole) & negative) | ((i32x16)whole & ~negative));
 }
 
+/* NaN stays. */
+INLINE f32x16 clamp16(f32x16 x, f32x16 low, f32x16 high) {
+    const i32x16 below = x < low, above = x > high;
+    x = (f32x16)(((i32x16)low & below) | ((i32x16)x & ~below));
+    return (f32x16)(((i32x16)high & above) | ((i32x16)x & ~above));
+}
+
 #define VECTORS(EXPRESSION)                                                                        \
     for (long i = 0; i < n; i += 16) {                                                             \
         const f32x16 x = load_f32(a + i);                                                          \
@@ -135,6 +143,7 @@ INLINE void compute(int op, float *a, const float *b, long n, float alpha) {
     case OP_DIV: PAIRS(x / z);
     case OP_MAX: PAIRS(fmax16(x, z));
     case OP_MIN: PAIRS(-fmax16(-x, -z));
+    case OP_CLAMP: PAIRS(clamp16(x, z, splat(alpha)));
     }
 }
 #undef VECTORS
@@ -156,7 +165,7 @@ INLINE void elementwise(const int64_t *op) {
     const int64_t *size = op + AT_SIZES, *so = op + AT_OUT + 1, *sa = op + AT_A + 1, *sb = op + AT_B + 1;
     const int last = dims - 1;
     const float alpha = (float)scalar_of(op, AT_EXTRA);
-    const int plain = what == OP_COPY && to == da, second = what >= OP_ADD && what <= OP_MIN;
+    const int plain = what == OP_COPY && to == da, second = what >= OP_ADD && what <= OP_CLAMP;
     float a[CHUNK] __attribute__((aligned(64))), b[CHUNK] __attribute__((aligned(64)));
     int64_t at[DIMS] = {0};
     for (int d = 0; d < dims; d++)
@@ -244,6 +253,8 @@ INLINE void take_inputs(const int64_t *op, const int64_t *step) {
     memcpy((char *)op[AT_B], (const char *)step[STEP_SAMPLES], op[AT_SIZES + 1] * 8);
 }
 
+#include "selection.c"
+
 /* Words of an attention: after what it is and the dtype, these. */
 enum {
     ATT_OUT = 2, ATT_QUERY, ATT_KEY, ATT_VALUE, ATT_KEY_CACHE, ATT_VALUE_CACHE, ATT_SINKS, ATT_STRIDES,
@@ -295,6 +306,7 @@ INLINE int simple(const int64_t *op, const int64_t *step) {
     const int64_t what = op[AT_OP];
     if (what == OP_INPUTS) take_inputs(op, step);
     else if (what == OP_ROWS) return take_rows(op) ? NO_ROW : 0;
+    else if (what == OP_TOPK) topk(op);
     else if (what >= OP_SUM && what <= OP_SOFTMAX) reduce(op);
     else elementwise(op);
     return 0;
