@@ -25,7 +25,7 @@ from support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 STREAMS = 16
-TOKENS = 200
+TOKENS = 600
 NIXL = any(map(importlib.util.find_spec, ("nixl_cu13", "nixl_cu12")))
 
 

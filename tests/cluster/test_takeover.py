@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 STREAMS = 16
 PROMPTS = 4
 TOKENS = 100
+LONG = 800  # of an answer that is under way while heads come and go
 
 
 @contextmanager
@@ -202,8 +203,8 @@ def test_whatever_becomes_of_the_new_head_the_old_one_or_a_third_goes_on(tmp_pat
     drain = ("--shutdown-timeout", "60")
     with ThreadPoolExecutor(8) as pool, head(state, port, *drain) as first:
         url = first.url
-        expected = whole(url, 0)
-        listeners = [Listener(url, 0, expected) for _ in range(2)]
+        expected = whole(url, 0, LONG)
+        listeners = [Listener(url, 0, expected, LONG) for _ in range(2)]
         tasks = [pool.submit(one.listen) for one in listeners]
         ranks = instances(first)
         refused = r"engine.kv_block_size: the running ranks have 16, not 32"
@@ -216,7 +217,7 @@ def test_whatever_becomes_of_the_new_head_the_old_one_or_a_third_goes_on(tmp_pat
             new.process.wait()
         assert "another head goes on" not in said(first)
         assert instances(first) == ranks
-        assert whole(url, 0) == expected
+        assert whole(url, 0, LONG) == expected
         with started(state, port) as new:
             wait_until(lambda: "another head goes on" in said(first), 240, 0.001)
             for one in listeners:  # whose connections the first still has
@@ -228,5 +229,5 @@ def test_whatever_becomes_of_the_new_head_the_old_one_or_a_third_goes_on(tmp_pat
             for task in tasks:
                 task.result(90)
             assert instances(third) == ranks
-            assert whole(url, 0) == expected
+            assert whole(url, 0, LONG) == expected
             assert "stopping: running requests may finish" in ended(first)

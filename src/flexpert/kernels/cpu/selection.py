@@ -73,8 +73,9 @@ def _trials(n: int) -> Tensor:
     rows = [place, -place, (place - n / 2).abs(), -(place - n / 2).abs(), place % 2, place * 0]
     while len(rows) < _ROWS:
         different = (2, 3, 5, max(n // 2, 1), 10 * n)[len(rows) % 5]
-        row = torch.randint(0, different, (n,), generator=dice, device="cpu").float()
+        row = torch.randint(0, different, (n,), generator=dice, dtype=torch.float32, device="cpu")
         if len(rows) % 12 == 0:
-            row[torch.randint(0, n, (2,), generator=dice, device="cpu")] = float("nan")
+            at = torch.randint(0, n, (2,), generator=dice, dtype=torch.int64, device="cpu")
+            row[at] = float("nan")
         rows.append(row)
     return torch.stack(rows)
