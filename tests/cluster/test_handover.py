@@ -274,7 +274,13 @@ def test_requests_are_answered_by_the_other_heads_application(tmp_path: Path) ->
             await head.end()
             with pytest.raises(LinkLost):
                 await lost
-        await follower.close(ServiceStopped("stops"))
+            late = asyncio.ensure_future(asked(last))  # nobody goes on again
+            await asyncio.sleep(0.05)
+            assert len(follower) == 1
+            await follower.close(ServiceStopped("stops"))
+            with pytest.raises(LinkLost, match="stops"):
+                await late
+            assert len(follower) == 0
 
     asyncio.run(run())
 

@@ -74,12 +74,14 @@ class Follower:
         self._links: set[_Link] = set()
         self._linked = asyncio.Event()
         self._lost: str | None = None  # nobody goes on: why
+        self._waiting = 0  # requests that wait for a link
         self._kept: list[hand.KeptResponse] = []  # that nobody has been told yet
         self._running: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         """Answers and requests that are waited for."""
-        return len(self._answers) + sum(len(link.answers) for link in self._links)
+        linked = sum(len(link.answers) for link in self._links)
+        return len(self._answers) + linked + self._waiting
 
     def start(self) -> None:
         self._running = asyncio.ensure_future(self._run())
@@ -92,6 +94,8 @@ class Follower:
         self._fail_all(error)
         for link in list(self._links):
             self._end(link)
+        self._lost = self._lost or str(error)
+        self._linked.set()  # who waits for a link hears that there will be none
 
     def cancel(self, sequence_id: str) -> None:
         """Nobody waits for it any more."""
@@ -249,7 +253,11 @@ class Follower:
 
         Raises: LinkLost: before its answer was whole.
         """
-        await self._linked.wait()
+        self._waiting += 1
+        try:
+            await self._linked.wait()
+        finally:
+            self._waiting -= 1
         link = self._link
         if link is None:
             raise LinkLost(self._lost or "the head that goes on has ended")
