@@ -251,7 +251,7 @@ def test_the_trace_of_a_request_that_moves_arrives_whole(
                         "/v1/completions",
                         json={
                             "prompt": list(range(20, 60)),
-                            "max_tokens": 300,
+                            "max_tokens": 1500,
                             "temperature": 0,
                             "ignore_eos": True,
                             "stream": True,
@@ -293,11 +293,11 @@ def test_the_trace_of_a_request_that_moves_arrives_whole(
     assert ranks[:2] == [leaver, leaver]
     moved_to = ranks[2]
     assert moved_to != leaver
-    assert sum(told(span)["flexpert.tokens"] for span in parts[2:]) == 300
+    assert sum(told(span)["flexpert.tokens"] for span in parts[2:]) == 1500
     about = told(request)
     assert about["gen_ai.usage.input_tokens"] == about["gen_ai.usage.prompt_tokens"] == 40
-    assert about["gen_ai.usage.output_tokens"] == 300
-    assert about["gen_ai.request.max_tokens"] == 300
+    assert about["gen_ai.usage.output_tokens"] == 1500
+    assert about["gen_ai.request.max_tokens"] == 1500
     assert about["gen_ai.response.finish_reasons"] == ["length"]
     assert about["flexpert.ranks"] == [leaver, moved_to]
     assert about["flexpert.epochs"] == [done.epoch - 1, done.epoch]

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ def owner_of(path: Path) -> int | None:
         return None
 
 
+def below(folder: Path) -> Iterator[Path]:
+    """All that is there; what others remove meanwhile is not."""
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place, name) for name in (*folders, *files))
+
+
 def targets(service: Served, home: Path) -> dict[str, Any]:
     """What there is to attack."""
     processes = []
@@ -79,7 +86,7 @@ def targets(service: Served, home: Path) -> dict[str, Any]:
     own = [
         path
         for folder in (home, Path("/tmp"), Path("/dev/shm"), Path("/var/tmp"))
-        for path in (folder, *folder.rglob("*"))
+        for path in (folder, *below(folder))
         if owner_of(path) == SERVICE_UID and not path.is_symlink()
     ]
     described = service.http("GET", "/openapi.json").json()["paths"]
