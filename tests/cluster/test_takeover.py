@@ -18,7 +18,7 @@ from support.waiting import wait_until
 pytestmark = pytest.mark.slow
 STREAMS = 16
 PROMPTS = 4
-TOKENS = 100
+TOKENS = 400
 LONG = 800  # of an answer that is under way while heads come and go
 
 
