@@ -44,7 +44,7 @@ class GraphShape:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """Views of one step's inputs in a piece of memory.
+    """Views of one step's inputs in a piece of memory. shape: of the batches that fit.
 
     token_ids, sources, positions, slot_mapping: [tokens] int64; sample_rows: [sequences] int64;
     query_start: [sequences + 1] int32; context_len: [sequences] int32; block_tables: [sequences,
