@@ -163,6 +163,9 @@ class FormatModel:
         self.tables = torch.arange(batch * width, dtype=torch.int32, device="cpu").view(-1, width)
         if on_gpu:
             self.runner.capture([GraphShape(batch, batch)], width)
+        else:
+            heights = [self.shape.height] * dense.info.moe_layers
+            self.runner.record(cpu_kernels().recorded_rows, heights)
 
 
 def _model(dense: DenseModel) -> PreTrainedModel:

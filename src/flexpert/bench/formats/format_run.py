@@ -14,6 +14,7 @@ from flexpert.bench.formats.format_model import BLOCK, DenseModel, FormatModel, 
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.statistics import SpreadUs
 from flexpert.errors import FlexpertError
+from flexpert.kernels.cpu import ops
 from flexpert.models.batch import ForwardBatch
 
 WARM_UP = 3
@@ -82,6 +83,8 @@ def run_formats(
     Raises: FlexpertError: there is too little memory.
     """
     torch.manual_seed(seed)
+    if device.type == "cpu":
+        ops.set_threads(torch.get_num_threads())
     longest = context + WARM_UP + steps + 1
     with contextlib.ExitStack() as closing, torch.inference_mode():
         try:
@@ -100,6 +103,8 @@ def run_formats(
             ) from full
         note("steps")
         tokens = torch.randint(0, dense.info.vocab, (batch,))
+        for model in models:
+            note(f"{model.name}: {model.runner.steps}")
         first = [_step(model, tokens, context)[2].float().cpu() for model in models]
         times: dict[str, list[tuple[float, float]]] = {model.name: [] for model in models}
         for step in range(WARM_UP + steps):

@@ -932,7 +932,7 @@ KERNELS(avx2, __attribute__((target("avx2,fma"))), SMALL, codes_avx2, few_never)
 KERNELS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), BIG, codes_avx512, few_avx512)
 #ifdef HAS_BF16
 KERNELS(avx512_bf16, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))),
-        BIG_BF16, codes_avx512, few_avx512)
+        BIG_BF16, codes_avx512, few_avx512_bf16)
 #endif
 #endif
 
