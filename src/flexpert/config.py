@@ -187,6 +187,11 @@ class EngineConfig(_Section):
         256 * 2**20, description="bytes of KV cache per rank, beside states; on a GPU 4GiB"
     )
     kv_block_size: int = Field(16, ge=1, le=256, description="tokens of a KV block")
+    map_experts: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="use experts where the checkpoint's files are mapped, shared by all ranks of a "
+        "machine, instead of copying them (CPUs); auto: those of 1 GiB and more",
+    )
     prefix_cache: bool = Field(True, description="reuse KV blocks of equal prompt prefixes")
     speculate: Speculate = Field(
         None,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.service import Service, active, answer_all, change, requests, running, until
+from support.service import Answer, Service, active, answer_all, change, requests, running, until
 
 import flexpert.models
 from flexpert.cluster.head import Head
@@ -72,6 +72,36 @@ def test_answers_are_identical_through_ten_changes_under_load(service: Service) 
             assert before.tokens == after.tokens, f"request {number} differs"
 
     service.run(scenario(service.head), timeout_s=280)
+
+
+def test_mapped_experts_serve_the_same_answers_through_changes_and_a_kill(
+    service: Service,
+) -> None:
+    work = requests(48)
+
+    async def undisturbed(head: Head) -> list[Answer]:
+        return await answer_all(head, work, clients=16)
+
+    async def scenario(head: Head) -> list[Answer]:
+        answers = asyncio.create_task(answer_all(head, work, clients=16))
+        for target in ({"ranks": 3}, {"add": 1, "remove": [0]}, {"ranks": 2}):
+            done = await change(head, **target)
+            assert done.state == "done", done
+            assert done.moved_experts > done.copied_experts == 0
+        os.kill(next(rank.pid for rank in head.cluster().ranks), signal.SIGKILL)
+        found = await answers
+        await until(lambda: len(active(head)) == 2)
+        assert await answer_all(head, work, clients=16) == found
+        return found
+
+    expected = service.run(undisturbed(service.head))
+    with running(
+        cluster__ranks=2,
+        engine__deterministic=True,
+        engine__kv_memory="32MiB",
+        engine__map_experts="on",
+    ) as mapped:
+        assert mapped.run(scenario(mapped.head)) == expected
 
 
 def test_a_newcomer_killed_while_it_loads_is_undone_and_traffic_does_not_notice(

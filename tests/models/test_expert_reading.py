@@ -84,6 +84,9 @@ def test_the_bytes_of_every_expert_are_what_its_conversion_gives(
         assert same(read(opened, layer, expert), converted(opened, layer, expert))
         if extents is not None:
             assert sum(extent.nbytes for extent in extents) <= opened.expert_nbytes()
+        mapped = opened.map_experts(layer, [expert])
+        assert len(mapped) == (extents is not None and len(extents) == 2)
+        assert all(same(found, converted(opened, layer, expert)) for found in mapped.values())
     assert opened._experts._extents_agree is (None if family in CONVERTED else True)
 
 
@@ -99,6 +102,49 @@ def test_rows_of_fused_tensors_are_read(family: str, tmp_path: Path) -> None:
         assert extents is not None
         assert [extent.part for extent in extents] == ["gate_up", "down"]
         assert same(read(opened, layer, expert), converted(opened, layer, expert))
+
+
+def test_mapped_experts_share_the_pages_of_their_file(checkpoint: Checkpoints) -> None:
+    folder = checkpoint("qwen3_moe", torch.bfloat16)
+    opened = ModelSource.open(str(folder))
+    mapped = opened.map_experts(1, [0, 3])
+    assert sorted(mapped) == [0, 3]
+    again = opened.map_experts(1, [3])[3]
+    assert again.gate_up.data_ptr() == mapped[3].gate_up.data_ptr()
+    mapped[0].gate_up[0, 0] += 1  # what one process writes only it sees
+    assert same(read(ModelSource.open(str(folder)), 1, 0), converted(opened, 1, 0))
+    assert not same(mapped[0], converted(opened, 1, 0))
+
+
+def test_experts_that_begin_within_an_element_are_not_mapped(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint("qwen3_moe", torch.bfloat16), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + size] + b" "  # one byte, by which all that follows is moved
+    file.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + size :])
+    opened = ModelSource.open(str(tmp_path))
+    assert opened.map_experts(0, [0, 1]) == {}
+    assert same(read(opened, 0, 1), converted(opened, 0, 1))
+
+
+def test_a_mapped_expert_is_checked_and_its_file_must_be_the_one_opened(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint("qwen3_moe", torch.bfloat16), tmp_path, dirs_exist_ok=True)
+    opened = ModelSource.open(str(tmp_path))
+    (extent, _) = extents_of(opened, 0, 2) or ()
+    with open(extent.file.path, "r+b") as file:
+        file.seek(extent.begin + 6)
+        file.write(b"\x80\x7f")  # infinity
+    with pytest.raises(ModelError, match="changed since"):
+        opened.map_experts(0, [2])
+    opened = ModelSource.open(str(tmp_path))
+    assert sorted(opened.map_experts(0, [0, 3])) == [0, 3]
+    with pytest.raises(ModelError, match=r"experts\.2\..*element \[0, 3\] is inf"):
+        opened.map_experts(0, [1, 2])
 
 
 def test_experts_of_many_files_are_read(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import pytest
 import torch
 
-from flexpert.kernels.experts import ExpertShape
+from flexpert.errors import FlexpertError
+from flexpert.kernels.experts import ExpertShape, ExpertWeights
 from flexpert.kernels.weight_formats import FP8, INT8, MXFP4
-from flexpert.moe.expert_store import ExpertStore
+from flexpert.moe.expert_store import ExpertLoad, ExpertStore
 
 PLAIN = ExpertShape(4, 6, 3, torch.bfloat16)
 BIASED = ExpertShape(96, 64, 32, torch.bfloat16, biases=torch.bfloat16)
@@ -86,3 +90,100 @@ def test_dropped_experts_give_their_memory_back() -> None:
     assert all(map(torch.equal, read(own, (0, 3)), kept))
     own.drop([(0, 3)])
     assert own.resident <= empty + 4096
+
+
+class Files:
+    """A checkpoint of which every expert but the last of a layer can be mapped."""
+
+    def __init__(self) -> None:
+        self.there = {
+            (layer, expert): random_expert(shape, seed=10 * layer + expert)
+            for layer, shape in enumerate((PLAIN, BIASED))
+            for expert in range(5)
+        }
+        self.read: list[tuple[int, int]] = []
+
+    def map_experts(self, layer: int, experts: Sequence[int]) -> dict[int, ExpertWeights]:
+        return {expert: self.there[layer, expert] for expert in experts if expert != 4}
+
+    def load_experts(
+        self, layer: int, experts: Sequence[int], place: Callable[[int], ExpertWeights]
+    ) -> object:
+        for expert in experts:
+            self.read.append((layer, expert))
+            for to, tensor in zip(
+                place(expert).tensors, self.there[layer, expert].tensors, strict=True
+            ):
+                to.copy_(tensor)
+        return None
+
+    def read_expert(self, layer: int, expert: int, into: torch.Tensor) -> None:
+        raise NotImplementedError
+
+
+def random_expert(shape: ExpertShape, seed: int) -> ExpertWeights:
+    made, draw = shape.empty(), torch.Generator().manual_seed(seed)
+    for tensor in made.tensors:
+        tensor.copy_(torch.randn(tensor.shape, generator=draw))
+    return made
+
+
+def mapping_store(rank: int, files: Files) -> ExpertStore:
+    return ExpertStore(rank, [PLAIN, BIASED], experts=5, maps=files.map_experts)
+
+
+def load_of(
+    files: Files, keys: Sequence[tuple[int, int]], exporters: dict[int, bytes]
+) -> ExpertLoad:
+    return ExpertLoad(keys, exporters, files, lambda: None, lambda share: None)
+
+
+def test_mapped_experts_take_no_place_and_others_are_copied() -> None:
+    files = Files()
+    own = mapping_store(0, files)
+    empty = own.resident
+    keys = [(0, 0), (0, 3), (1, 2), (1, 4)]
+    assert own.load(load_of(files, keys, {})) == 0
+    assert files.read == [(1, 4)]
+    assert all(key in own for key in keys)
+    assert own.weights((1, 2)) is files.there[1, 2]
+    assert own.mapped == 2 * PLAIN.nbytes + BIASED.nbytes
+    assert own.resident - empty == 2 * 4096 * -(-BIASED.nbytes // 4096) // 2 + 4096
+    held = own.layer(1, [4, 2]).experts
+    assert torch.equal(held[0].gate_up, files.there[1, 4].gate_up)
+    assert held[1] is files.there[1, 2]
+
+
+def test_a_peer_maps_for_itself_what_is_mapped_and_copies_the_rest() -> None:
+    files, other = Files(), Files()
+    theirs = mapping_store(0, files)
+    keys = [(1, 2), (1, 4)]
+    theirs.load(load_of(files, keys, {}))
+    ours, plain = mapping_store(1, other), ExpertStore(2, [PLAIN, BIASED], experts=5)
+    assert ours.load(load_of(other, keys, {0: theirs.address})) == 1
+    assert (ours.weights((1, 2)) is other.there[1, 2], other.read) == (True, [])
+    assert plain.load(load_of(other, keys, {0: theirs.address})) == 1
+    assert other.read == [(1, 2)]  # which nobody has in memory
+
+
+def test_dropped_mapped_experts_are_gone_and_come_again() -> None:
+    files = Files()
+    own = mapping_store(0, files)
+    own.load(load_of(files, [(0, 1), (1, 1), (1, 4)], {}))
+    own.drop([(0, 1), (1, 4)])
+    assert ((0, 1) in own, (1, 1) in own, (1, 4) in own) == (False, True, False)
+    assert own.mapped == BIASED.nbytes
+    assert not own.weights((0, 1)).gate_up.any()  # a place of its own again
+    own.drop([(0, 1)])
+    own.load(load_of(files, [(0, 1)], {}))
+    assert own.weights((0, 1)) is files.there[0, 1]
+
+
+def test_what_cannot_be_mapped_because_it_is_damaged_fails_the_load() -> None:
+    def damaged(layer: int, experts: Sequence[int]) -> dict[int, ExpertWeights]:
+        raise FlexpertError("not finite")
+
+    own = ExpertStore(0, [PLAIN, BIASED], experts=5, maps=damaged)
+    with pytest.raises(FlexpertError, match="not finite"):
+        own.load(load_of(Files(), [(0, 0)], {}))
+    assert (0, 0) not in own

@@ -37,6 +37,7 @@ _LOOK_S: Final = 0.05
 _DD_BLOCK: Final = "16M"
 
 Cache = Literal["cold", "warm"]
+MapExperts = Literal["auto", "on", "off"]
 T = TypeVar("T")
 
 
@@ -49,6 +50,7 @@ class LoadPlan:
     repeats: int
     caches: Sequence[Cache]
     dtype: str = "auto"
+    map_experts: MapExperts = "auto"
 
 
 class RankLoad(msgspec.Struct, frozen=True):
@@ -96,6 +98,7 @@ class BeginLoad(msgspec.Struct, frozen=True):
     ranks: int
     model: str
     dtype: str
+    map_experts: MapExperts
 
 
 class LoadAnswer(msgspec.Struct, frozen=True):
@@ -180,7 +183,7 @@ def _processes(plan: LoadPlan) -> Iterator[list[forks.Process]]:
         for rank in range(plan.ranks):
             process = forks.start(f"{__name__}:rank_main")
             ranks.append(process)
-            begin = BeginLoad(rank, plan.ranks, plan.model, plan.dtype)
+            begin = BeginLoad(rank, plan.ranks, plan.model, plan.dtype, plan.map_experts)
             with contextlib.suppress(Closed):  # the answer says why
                 process.connection.send(_encode(begin))
         for rank, process in enumerate(ranks):
@@ -231,6 +234,7 @@ def _load(begin: BeginLoad, done: Callable[[RankLoad], None]) -> None:
     """done: told while everything is still there."""
     import torch
 
+    from flexpert.engine.device_profile import maps_experts
     from flexpert.models.source import ModelSource
     from flexpert.models.weight_reading import read_dense
     from flexpert.moe.expert_store import ExpertLoad, ExpertStore
@@ -247,10 +251,12 @@ def _load(begin: BeginLoad, done: Callable[[RankLoad], None]) -> None:
         experts, layers = source.info.experts, source.info.moe_layers
         placement = replan(None, range(begin.ranks), experts=experts, layers=layers)
         keys = [(n, e) for n, held in enumerate(placement.held_by(begin.rank)) for e in held]
-        store = ExpertStore(begin.rank, source.expert_shapes(), experts)
+        config = EngineConfig(map_experts=begin.map_experts)
+        maps = source.map_experts if maps_experts(config, source) else None
+        store = ExpertStore(begin.rank, source.expert_shapes(), experts, maps=maps)
         store.load(ExpertLoad(keys, {}, source, lambda: None, lambda share: None))
         times.append(time.perf_counter())
-    planned = planned_memory(source, EngineConfig(), begin.ranks, len(keys), begin.ranks)
+    planned = planned_memory(source, config, begin.ranks, len(keys), begin.ranks)
     open_s, dense_s, experts_s = (b - a for a, b in itertools.pairwise(times))
     parts = planned.dense + planned.experts + planned.runtime
     cpu_s = time.process_time() - used_s

@@ -46,6 +46,9 @@ def bench_load(
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"], typer.Option(help="Arithmetic and weights.")
     ] = "auto",
+    map_experts: Annotated[
+        Literal["auto", "on", "off"], typer.Option(help="As `serve --map-experts`.")
+    ] = "auto",
     json_: Json = False,
     output: Output = None,
 ) -> None:
@@ -75,7 +78,7 @@ def bench_load(
             model = stack.enter_context(tempfile.TemporaryDirectory("-flexpert-load", dir=folder))
             make_random_checkpoint(Path(model), nbytes)
         assert model is not None  # by the check above
-        report = run_loading(LoadPlan(model, ranks, repeats, caches, dtype), note)
+        report = run_loading(LoadPlan(model, ranks, repeats, caches, dtype, map_experts), note)
     show_report(report, loading_text(report), as_json=json_, output=output)
     if not report.within_plan:
         raise typer.Exit(EXIT_FAILURE)

@@ -93,7 +93,7 @@ class OperationView(msgspec.Struct, frozen=True, kw_only=True):
     phases: seconds spent in each phase so far. pause_ms: the longest time between the end of the
     last step in the old epoch and the start of the first in the new one, over the ranks that stay.
     moved_experts: replicas that ranks load; copied_experts: of these, how many came from a peer's
-    memory and not from the checkpoint.
+    memory and not from the checkpoint, where they are read or mapped.
     moved_requests: those that went on on another rank; moved_with_kv: of them, with the keys and
     values that were computed already, in all moved_kv_bytes. moved_cached_bytes: of keys and values
     that no request held, for conversations that may go on. recomputed_tokens: tokens of leavers'

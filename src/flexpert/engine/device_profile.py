@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Final
 
 import torch
 
@@ -45,6 +46,8 @@ from flexpert.moe.expert_store import ExpertStore, Store
 from flexpert.moe.moe_layers import ElasticMoELayers
 from flexpert.moe.runtime import MoERuntime
 
+MAPPED_BYTES: Final = 2**30
+"""Of all experts of a model; those of a smaller one are copied unless `map_experts` is on."""
 THREADED_HIDDEN = 2048
 
 
@@ -233,6 +236,7 @@ class CpuProfile(DeviceProfile):
             source.expert_shapes(),
             source.info.experts,
             deterministic=self.config.deterministic,
+            maps=source.map_experts if maps_experts(self.config, source) else None,
         )
 
     def warm_up_batches(self, most: int, context: int) -> list[WarmUpBatch]:
@@ -435,6 +439,14 @@ def _graph_sizes(most: int) -> list[int]:
     """1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … `most`."""
     sizes = {1, 2, 4, 8} | {n for k in range(4, most.bit_length()) for n in (1 << k, 3 << k - 1)}
     return sorted({size for size in sizes if size < most} | {most})
+
+
+def maps_experts(config: EngineConfig, source: ModelSource) -> bool:
+    """Whether ranks on CPUs use experts where the checkpoint is mapped. By themselves they copy
+    those of a small model: it is done at once, and depends on no file any more."""
+    if config.map_experts != "auto":
+        return config.map_experts == "on"
+    return sum(s.nbytes for s in source.expert_shapes()) * source.info.experts >= MAPPED_BYTES
 
 
 def set_threads(config: EngineConfig, hidden: int, members: int) -> None:

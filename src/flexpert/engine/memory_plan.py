@@ -142,14 +142,21 @@ class MemoryMeter:
     """
 
     def __init__(
-        self, source: ModelSource, config: EngineConfig, capacity: int, exported: Callable[[], int]
+        self,
+        source: ModelSource,
+        config: EngineConfig,
+        capacity: int,
+        exported: Callable[[], int],
+        mapped: Callable[[], int],
     ) -> None:
-        """exported: as `private_memory` takes it, now."""
+        """exported: as `private_memory` takes it, now. mapped: bytes of experts that are used
+        where their files are mapped, which are not measured."""
         self.measured = 0
         self._source = source
         self._config = config
         self._capacity = capacity
         self._exported = exported
+        self._mapped_experts = mapped
         self._runtime: int | None = None  # unknown until the rank is warm
         uses_host = DEVICE_SETTINGS[config.device].uses_host_memory
         self._mapped = mapped_nbytes(source) if uses_host else 0
@@ -167,6 +174,7 @@ class MemoryMeter:
         planned = planned_memory(self._source, self._config, self._capacity, experts, members)
         if self._runtime is None:  # the rest is the process itself
             own_dense = planned.dense - self._mapped  # pages of files are not measured
-            process = self.measured - own_dense - planned.experts
+            own_experts = planned.experts - self._mapped_experts()
+            process = self.measured - own_dense - own_experts
             self._runtime = max(0, process) + SERVING_BYTES
         return msgspec.structs.replace(planned, runtime=self._runtime)

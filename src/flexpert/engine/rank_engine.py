@@ -192,7 +192,11 @@ class RankEngine:
         )
         self.sampler = self.profile.make_sampler(self.runner.sampled)
         self.memory = MemoryMeter(
-            source, config, capacity, lambda: self.exported.resident + self.store.resident
+            source,
+            config,
+            capacity,
+            lambda: self.exported.resident + self.store.resident,
+            lambda: self.store.mapped,
         )
         self.device_memory = self._device_meter(capacity)
         grammars = GrammarCache(lambda: source.grammar_tokens)

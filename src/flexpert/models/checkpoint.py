@@ -165,7 +165,7 @@ class TensorFiles:
         dtype = self._torch_dtype(key)
         if entry.begin % dtype.itemsize or not entry.nbytes:
             return self.read(key)
-        return file.mapped(entry).view(dtype).view(entry.shape)
+        return file.mapped(entry.begin, entry.nbytes).view(dtype).view(entry.shape)
 
     def _read(self, key: str, shape: tuple[int, ...], begin: int, nbytes: int) -> Tensor:
         dtype = self._torch_dtype(key)

@@ -143,8 +143,8 @@ class CheckpointFile:
                 )
             done += read
 
-    def mapped(self, entry: TensorEntry) -> Tensor:
-        """[entry.nbytes] uint8: the bytes of a tensor in the page cache, read when they are used.
+    def mapped(self, begin: int, nbytes: int) -> Tensor:
+        """[nbytes] uint8: bytes of the file in the page cache, read when they are used.
 
         All processes that map them share them; what one writes only it sees.
 
@@ -164,7 +164,7 @@ class CheckpointFile:
             raise self._unreadable(error) from error
         except (RuntimeError, MemoryError) as error:
             raise ModelError(f"{self.path} cannot be mapped ({error})") from error
-        return self._mapping[entry.begin : entry.begin + entry.nbytes]
+        return self._mapping[begin : begin + nbytes]
 
     def _read_cached(self, descriptor: int, begin: int, into: memoryview) -> int:
         """Read what the page cache has of it, from `begin` on. Returns: how many bytes."""

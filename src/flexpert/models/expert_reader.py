@@ -71,6 +71,33 @@ class ExpertReader:
         self._checkpoint.files.check_unchanged()
         self.read_converted(layer, expert, into)
 
+    def mapped(self, layer: int, expert: int, shape: ExpertShape) -> ExpertWeights | None:
+        """An expert where the page cache has it, each tensor whole and in place; None: that is not
+        so in these files. Its numbers are checked, which reads them.
+
+        Raises: ModelError: the files cannot be read, have changed, or have numbers that are not
+            finite.
+        """
+        extents = self.extents(layer, expert, shape)
+        if extents is None or len(extents) != len(shape.begins):  # one for each tensor
+            return None
+        parts = shape.over(torch.empty(shape.nbytes, dtype=torch.uint8, device="meta"))
+        dtypes = {extent.part: getattr(parts, extent.part).dtype for extent in extents}
+        if any(extent.begin % dtypes[extent.part].itemsize for extent in extents):
+            return None
+        for file in {extent.file for extent in extents}:
+            file.check_unchanged()
+        if not self._agree(layer, expert, shape):
+            return None
+        found: dict[str, Tensor] = {}
+        for extent in extents:
+            extent.file.announce(extent.begin, extent.nbytes)
+        for extent in extents:
+            numbers = extent.file.mapped(extent.begin, extent.nbytes).view(dtypes[extent.part])
+            extent.file.check_finite(extent.begin, numbers)
+            found[extent.part] = numbers.view(getattr(parts, extent.part).shape)
+        return ExpertWeights(**found)
+
     def extents(self, layer: int, expert: int, shape: ExpertShape) -> list[Extent] | None:
         """Where the bytes of an expert lie; None: it has to be converted."""
         if self._module(layer).is_transposed:

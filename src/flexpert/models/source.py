@@ -409,6 +409,25 @@ class ModelSource:
         run_parallel(list(loaded), read, read_threads() if on_host and large else 1)
         return loaded
 
+    def map_experts(self, layer: int, experts: Sequence[int]) -> dict[int, ExpertWeights]:
+        """Those of some experts of one MoE layer that can be used where the page cache has them,
+        shared by all processes that map them. Their numbers are checked, by several threads.
+
+        Raises:
+            ModelError: the files do not hold them, cannot be read, or have changed.
+        """
+        self._check_numbers(layer, experts)
+        shape, found = self.expert_shape(layer), dict[int, ExpertWeights]()
+
+        def find(expert: int) -> None:
+            weights = self._experts.mapped(layer, expert, shape)
+            if weights is not None:
+                found[expert] = weights
+
+        large = len(experts) * shape.nbytes >= _WORTH_THREADS
+        run_parallel(list(experts), find, read_threads() if large else 1)
+        return found
+
     def _check_numbers(self, layer: int, experts: Sequence[int]) -> None:
         """Raises: ValueError"""
         if not 0 <= layer < self.info.moe_layers:

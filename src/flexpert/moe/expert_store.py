@@ -1,8 +1,10 @@
-"""The experts of a rank, in memory that its peers may copy them from.
+"""The experts of a rank: where files are mapped, or in memory that its peers may copy them from.
 
 Every (layer, expert) of the model has a place of its own in exported memory; a place without an
 expert takes no page. A directory in front says which are filled. What a peer is told to copy stays
 until the epoch for which it copies has begun, so nothing is locked.
+
+An expert that is used where its file is mapped takes no place: whoever wants it maps it, too.
 """
 
 from __future__ import annotations
@@ -52,6 +54,11 @@ class ExpertFiles(Protocol):
         Raises: FlexpertError
         """
         ...
+
+
+MapExperts = Callable[[int, Sequence[int]], Mapping[int, ExpertWeights]]
+"""(layer, experts) → those of them that can be used where their file is mapped; raises
+FlexpertError."""
 
 
 class Pacer:
@@ -104,6 +111,8 @@ class Store(Protocol):
 
     @property
     def resident(self) -> int: ...
+    @property
+    def mapped(self) -> int: ...
     @property
     def served(self) -> ServedMemory: ...
     def load(self, load: ExpertLoad) -> int: ...
@@ -198,31 +207,45 @@ class ExpertStore:
     """
 
     def __init__(
-        self, rank: int, shapes: Sequence[ExpertShape], experts: int, *, deterministic: bool = False
+        self,
+        rank: int,
+        shapes: Sequence[ExpertShape],
+        experts: int,
+        *,
+        deterministic: bool = False,
+        maps: MapExperts | None = None,
     ) -> None:
         """
         Args:
             shapes: of each MoE layer's experts.
             experts: of each layer.
             deterministic: see `LayerExperts`.
+            maps: what is asked first for experts; None: all have places of their own.
         """
         self._rank = rank
         self._deterministic = deterministic
+        self._maps = maps
+        self._mapped: set[Key] = set()
         self._places = ExpertPlaces(shapes, experts)
         self._exported = export_pages(self._places.size)
         self._weights: dict[Key, ExpertWeights] = {}
         self.address = self._exported.address
 
     def __contains__(self, key: Key) -> bool:
-        return bool(self._exported.bytes[self._places.entry(key)])
+        return key in self._mapped or bool(self._exported.bytes[self._places.entry(key)])
 
     @property
     def resident(self) -> int:
-        """Bytes of memory it takes now."""
+        """Bytes of memory it takes now, beside the page cache."""
         return self._exported.resident
 
+    @property
+    def mapped(self) -> int:
+        """Bytes of experts that lie in the page cache."""
+        return sum(self._places.shapes[layer].nbytes for layer, _ in list(self._mapped))
+
     def load(self, load: ExpertLoad) -> int:
-        """Fill the places of experts that are not here, from peers' memory or the files.
+        """Map experts that are not here, or fill their places from peers' memory or the files.
 
         Returns how many came from peers. What ends early is for the caller to `drop`.
 
@@ -235,7 +258,8 @@ class ExpertStore:
         for layer, keys in groupby(load.keys, key=lambda key: key[0]):
             load.check()
             of_layer = list(keys)
-            rest = [key for key in of_layer if not self._copied(key, peers, load)]
+            missing = self._map(self._maps, of_layer, load) if self._maps else of_layer
+            rest = [key for key in missing if not self._copied(key, peers, load)]
             load.check()
             place = functools.partial(self._place, layer)
             experts = [expert for _, expert in rest]
@@ -247,9 +271,22 @@ class ExpertStore:
             for key in rest:
                 self.filled(key)
             done += len(of_layer)
-            copied += len(of_layer) - len(rest)
+            copied += len(missing) - len(rest)
             load.progress(done / len(load.keys))
         return copied
+
+    def _map(self, maps: MapExperts, keys: Sequence[Key], load: ExpertLoad) -> list[Key]:
+        """Of one layer. Returns those that cannot be mapped."""
+        for part in [[key] for key in keys] if load.pace else [keys]:
+            layer = part[0][0]
+            found = maps(layer, [expert for _, expert in part])
+            for expert, weights in found.items():
+                self._weights[layer, expert] = weights
+                self._mapped.add((layer, expert))
+            if load.pace:
+                load.pace(len(found) * self._places.shapes[layer].nbytes)
+            load.check()
+        return [key for key in keys if key not in self._mapped]
 
     def _copied(self, key: Key, peers: ExportingPeers[ExportedExperts], load: ExpertLoad) -> bool:
         for peer in peers.of(key):
@@ -296,6 +333,9 @@ class ExpertStore:
         """Give memory back. Nobody may use `weights` of these any more."""
         for key in keys:
             self._weights.pop(key, None)
+            if key in self._mapped:
+                self._mapped.discard(key)
+                continue
             self._exported.bytes[self._places.entry(key)] = 0
             begin, size = self._places.place(key)
             self._exported.release(begin, _pages(size))

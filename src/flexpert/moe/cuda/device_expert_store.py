@@ -134,6 +134,11 @@ class DeviceExpertStore:
         return self._exported.resident + sum(s.memory.resident for s in self._slabs.values())
 
     @property
+    def mapped(self) -> int:
+        """Bytes of experts that lie in the page cache: none."""
+        return 0
+
+    @property
     def allocated(self) -> int:
         """Bytes of the device's memory that its slabs take now; from any thread."""
         return sum(len(slab.memory.bytes) for slab in list(self._slabs.values()))
