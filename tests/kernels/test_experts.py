@@ -103,6 +103,29 @@ def test_deterministic_rows_have_the_same_bits_whatever_the_placement(dtype: tor
         assert torch.equal(y[begin : begin + counts[2]], each[: counts[2]])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_that_begin_anywhere_give_the_same_bits(dtype: torch.dtype) -> None:
+    shape = ExpertShape(128, 64, 32, dtype)
+
+    def at(offset: int) -> LayerExperts:
+        experts = []
+        for number in range(2):
+            memory = torch.empty(shape.nbytes + 128, dtype=torch.uint8)
+            begin = -memory.data_ptr() % 64 + offset
+            expert = shape.over(memory[begin : begin + shape.nbytes])
+            generator = torch.Generator().manual_seed(number)
+            for tensor in expert.tensors:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            experts.append(expert)
+        return LayerExperts(experts, deterministic=True)
+
+    counts = offsets_of([3, 17])
+    x = torch.randn((20, 128), generator=torch.Generator().manual_seed(5)).to(dtype)
+    expected = at(0).compute(x, counts, gate)
+    for offset in range(dtype.itemsize, 64, dtype.itemsize):
+        assert torch.equal(at(offset).compute(x, counts, gate), expected), offset
+
+
 def test_a_layer_without_experts_computes_nothing() -> None:
     layer = LayerExperts([], deterministic=False)
     assert layer.slots == 0

@@ -30,6 +30,7 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint64_t u64x8 __attribute__((vector_size(64), may_alias));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 
@@ -197,6 +198,36 @@ INLINE void fetch_ahead(const char *ahead, long stride, int lines) {
     UNROLL for (int j = 0; j < lines; j++) __builtin_prefetch(ahead + j * stride, 0, 2);
 }
 
+#ifdef HAS_BF16
+/* As `dot_tile`, of weights of a mapped file, which begin anywhere: a load across two cache lines takes
+ * two, so whole lines are loaded, and what a product takes of two of them is put together. Returns
+ * how many elements are done: all but the last 32, behind which nothing may be read; 0: not needed. */
+INLINE long dot_across_lines(const char **x, const char **w, long k, int rows, int outs,
+                             const char *ahead, int lines, f32x16 *acc) {
+    const uintptr_t off = (uintptr_t)w[0] % 64;
+    if (!off || off % 8 || k % 32) return 0;
+    const u64x8 taken = (u64x8){0, 1, 2, 3, 4, 5, 6, 7} + off / 8;
+    u64x8 low[4];
+    UNROLL for (int o = 0; o < outs; o++) low[o] = *(const u64x8 *)(w[o] - off);
+    long i = 0;
+    for (; i < k - 32; i += 32) {
+        u64x8 wp[4];
+        fetch_ahead(ahead + i * 2, k * 2, lines);
+        UNROLL for (int o = 0; o < outs; o++) {
+            const u64x8 high = *(const u64x8 *)(w[o] - off + i * 2 + 64);
+            wp[o] = __builtin_shuffle(low[o], high, taken);
+            low[o] = high;
+        }
+        UNROLL for (int r = 0; r < rows; r++) {
+            const u32x16 xp = load_u32(x[r] + i * 2);
+            UNROLL for (int o = 0; o < outs; o++)
+                __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc[r * outs + o]) : "v"(xp), "v"(wp[o]));
+        }
+    }
+    return i;
+}
+#endif
+
 /* Dot products of `rows` x rows with `outs` weight rows, rows * outs <= 16, both compile-time.
  * acc[r * outs + o] = x[r] . w[o] over `k` elements, 16 partial sums; acc starts at 0. Meanwhile as much
  * of `lines` weight rows that come later is fetched from `ahead` on: what is computed hides what is
@@ -228,7 +259,10 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
         UNROLL for (int t = 0; t < rows * outs; t++) acc[t] = join(sum[t][0], sum[t][1]);
     }
 #ifdef HAS_BF16
-    for (long i = 0; level == BIG_BF16 && dtype == BFLOAT16 && i < whole; i += step) {
+    long begin = 0; /* up to where the sums go already */
+    if (level == BIG_BF16 && dtype == BFLOAT16 && rows == 4)
+        begin = dot_across_lines(x, w, k, rows, outs, ahead, lines, acc);
+    for (long i = begin; level == BIG_BF16 && dtype == BFLOAT16 && i < whole; i += step) {
         u32x16 wp[16];
         fetch_ahead(ahead + i * 2, k * 2, lines);
         UNROLL for (int o = 0; o < outs; o++) wp[o] = load_u32(w[o] + i * 2);
