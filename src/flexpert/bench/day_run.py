@@ -93,7 +93,7 @@ def _with_model(plan: DayPlan) -> Iterator[DayPlan]:
         return
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "random"
-        make_skewed_checkpoint(model, hidden=512, inter=512, hot=0)
+        make_skewed_checkpoint(model, hidden=512, inter=512, layers=8, hot=0)
         yield replace(plan, flags=("--model", str(model), *plan.flags))
 
 
