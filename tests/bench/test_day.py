@@ -15,27 +15,28 @@ import pytest
 from rich.console import Console
 from support.fake_service import CLUSTER, DONE, FakeService, answering
 
-from flexpert.bench.day_report import days_text, notes
-from flexpert.bench.day_run import (
+from flexpert.bench.day_cores import divide_cores, do_at_once
+from flexpert.bench.day_plan import (
+    CapacityJob,
+    DayJob,
     DayPlan,
-    DayReport,
-    DayResult,
     RanksCapacity,
-    altered,
     autoscale_goals,
     goals_for,
     kill_times,
-    measure_day,
-    ranks_history,
-    run_days,
 )
+from flexpert.bench.day_report import days_text, notes
+from flexpert.bench.day_run import DayReport, altered, capacity_jobs, day_jobs, run_days
+from flexpert.bench.day_service import DayResult, do_job
 from flexpert.bench.day_trace import DayTrace, flips
-from flexpert.bench.load import ClientAnswer, Target
-from flexpert.bench.machine import this_machine
+from flexpert.bench.load import Target
+from flexpert.bench.machine import this_machine, usable_cores
+from flexpert.bench.ranks_history import ranks_history
 from flexpert.bench.service import Service
 from flexpert.bench.statistics import Goodput, figures
 from flexpert.cluster.autoscaler import parse_goals
 from flexpert.cluster.views import ClusterEvent, ClusterView
+from flexpert.errors import ConfigError
 
 PLAN = DayPlan(
     seconds=4.0,
@@ -111,6 +112,11 @@ def operation(at: float, created: float, **more: Any) -> ClusterEvent:
 
 def test_a_rank_counts_from_being_asked_for_until_it_left() -> None:
     history = [
+        ClusterEvent(
+            kind="autoscale",
+            time=102.0,
+            data={"ranks": 1, "target": 2, "why": "much", "begun": True},
+        ),
         epoch(104.0, 0, 1),
         operation(104.0, 102.0, add=[1], target=[0, 1]),
         epoch(110.0, 0),
@@ -124,6 +130,7 @@ def test_a_rank_counts_from_being_asked_for_until_it_left() -> None:
     # one throughout; the second two seconds before it was active, then six; two in vain
     assert found.rank_seconds == pytest.approx(20.0 + 2.0 + 6.0 + 2.0)
     assert (found.changes, found.failed, found.targets) == (2, 1, [1, 2, 1])
+    assert found.decisions == [(pytest.approx(2.0), "1 → 2: much")]
     assert found.sizes == [(0.0, 1), (pytest.approx(4.0), 2), (pytest.approx(10.0), 1)]
 
 
@@ -153,9 +160,31 @@ def test_kills_strike_at_noon_and_in_the_evening() -> None:
 
 
 def test_only_answers_that_both_gave_in_full_can_be_altered() -> None:
-    one, two = ClientAnswer(0.0, text="a"), ClientAnswer(0.0, text="b")
-    lost = ClientAnswer(0.0, text="c", error="gone")
-    assert altered([one, one, one], [one, two, lost]) == 1
+    assert altered(["a", "a", "a", None], ["a", "b", None, "a"]) == 1
+
+
+def test_every_number_of_ranks_is_measured_once() -> None:
+    plan = replace(PLAN, most=5)
+    for at_once, lots in ((0, [[1, 2, 3, 4, 5]]), (3, [[1, 4], [2, 5], [3]]), (9, None)):
+        found = [job.ranks for job in capacity_jobs(plan, at_once) if isinstance(job, CapacityJob)]
+        assert found == (lots or [[1], [2], [3], [4], [5]])
+
+
+def test_with_kills_one_more_service_scales_itself() -> None:
+    schedule = [(0.0, 1), (2.0, 2)]
+    jobs = day_jobs(PLAN, 6.0, {"ttft": 500.0}, schedule)
+    kinds = [(job.run, job.kills) for job in jobs if isinstance(job, DayJob)]
+    assert [run for run, _ in kinds] == ["fixed", "autoscaler", "oracle", "killed"]
+    assert [bool(kills) for _, kills in kinds] == [False, False, False, True]
+    assert len(day_jobs(replace(PLAN, kills=0), 6.0, {}, schedule)) == 3
+
+
+def test_each_service_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6]
+    monkeypatch.setattr("flexpert.bench.day_cores.usable_cores", lambda: cores)
+    assert divide_cores(3, 2) == [cores[:4], cores[4:8], cores[8:12]]
+    with pytest.raises(ConfigError, match="need 15 cores, 5 each, and this process may use 13"):
+        divide_cores(3, 3)
 
 
 def result(run: Any, share: float, rank_seconds: float, turns: int) -> DayResult:
@@ -173,7 +202,8 @@ def result(run: Any, share: float, rank_seconds: float, turns: int) -> DayResult
         lost=0,
         altered=0,
         sizes=[(0.0, 1), (2.0, 2)],
-        killed=[2.0] if run == "autoscaler" else [],
+        killed=[2.0] if run == "killed" else [],
+        decisions=[],
         timeline=[],
     )
 
@@ -194,23 +224,26 @@ def report(two: float) -> DayReport:
         goals_ms={"ttft": 500.0},
         autoscale="",
         flags=[],
+        cores=0,
         capacity=capacity,
         schedule=[(0.0, 1)],
         results=[
             result("fixed", 1.0, 8.0, 0),
             result("autoscaler", 0.98, 4.64, 5),
             result("oracle", 1.0, 4.4, 3),
+            result("killed", 0.97, 4.8, 5),
         ],
     )
 
 
 def test_the_table_compares_and_says_what_that_is_worth() -> None:
     shown = io.StringIO()
-    Console(width=80, file=shown).print(days_text(report(16.0)), soft_wrap=True)
+    Console(width=100, file=shown).print(days_text(report(16.0)), soft_wrap=True)
     for words in ("5 (58%)", "98.0%", "x: killed", "lost", "altered"):
         assert words in shown.getvalue()
     told = "\n".join(notes(report(16.0)))
     assert "98.0% of the goodput of the fixed number with 58% of their rank-seconds" in told
+    assert "with 1 kills: 97.0% with 60%" in told
     assert "turned 5 times from up to down or back, the day does 3 times" in told
     assert "says little" not in told
     assert "that fewer suffice says little" in "\n".join(notes(report(11.0)))
@@ -236,47 +269,61 @@ def test_three_services_serve_the_same_day(monkeypatch: pytest.MonkeyPatch) -> N
         started.append(tuple(arguments))
         yield Service(Target.parse(fake.url), 1, deque())
 
-    monkeypatch.setattr("flexpert.bench.day_run.own_service", own_service)
+    monkeypatch.setattr("flexpert.bench.day_service.own_service", own_service)
     plan = replace(PLAN, seconds=1.0, kills=0, peak=20.0, goals_ms={}, calibrate_s=0.05)
     with answering(fake):
         found = run_days(plan, lambda line: None)
         told = len(fake.requests)
-        day, schedule = DayTrace(1.0, 5.0), [(0.0, 1), (0.3, 2), (0.6, 1)]
-        asyncio.run(measure_day("oracle", plan, day, {}, lambda line: None, schedule=schedule))
+        followed = DayJob(
+            run="oracle",
+            plan=plan,
+            peak=5.0,
+            goals_ms={},
+            schedule=[(0.0, 1), (0.3, 2), (0.6, 1)],
+        )
+        asyncio.run(do_job(followed, lambda line: None))
     assert [result.run for result in found.results] == ["fixed", "autoscaler", "oracle"]
-    begun = ["2", "1", str(found.schedule[0][1])]
-    assert [flags[:2] for flags in started[:3]] == [("--ranks", one) for one in begun]
-    assert started[1][-2:] == ("--autoscale", found.autoscale)
+    begun = ["1", "2", "1", str(found.schedule[0][1])]
+    assert [flags[:2] for flags in started[:4]] == [("--ranks", one) for one in begun]
+    assert started[2][-2:] == ("--autoscale", found.autoscale)
     assert all("--deterministic" in flags for flags in started)
     assert found.goals_ms == goals_for(found.capacity)
     assert [one.ranks for one in found.capacity] == [1, 2]
     change = "POST /cluster/operations"
     asked = [body for what, body, _ in fake.requests[:told] if what == change]
     assert asked[:2] == [{"ranks": 1}, {"ranks": 2}]  # to measure what they take
-    followed = [body for what, body, _ in fake.requests[told:] if what == change]
-    assert followed == [{"ranks": 2}, {"ranks": 1}]
+    after = [body for what, body, _ in fake.requests[told:] if what == change]
+    assert after == [{"ranks": 2}, {"ranks": 1}]
     assert {result.figures.requests for result in found.results} == {found.requests}
     assert found.harmed == 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_service_that_scales_itself_serves_a_day_and_a_kill_without_loss() -> None:
+def test_services_at_once_serve_the_same_day_and_a_kill_without_loss() -> None:
     lines: list[str] = []
-    found = asyncio.run(
-        measure_day(
-            "autoscaler",
-            PLAN,
-            DayTrace(PLAN.seconds, 6.0),
-            {"ttft": 60_000.0},
-            lines.append,
-            autoscale=autoscale_goals(PLAN, {"ttft": 60_000.0}),
-        )
+    goals_ms = {"ttft": 60_000.0}
+    scaled = DayJob(
+        run="killed",
+        plan=PLAN,
+        peak=6.0,
+        goals_ms=goals_ms,
+        autoscale=autoscale_goals(PLAN, goals_ms),
+        schedule=[(0.0, 1)],
+        kills=kill_times(replace(PLAN, kills=1)),
     )
-    assert (found.lost, found.altered) == (0, 0)
+    fixed = DayJob(run="fixed", plan=PLAN, peak=6.0, goals_ms=goals_ms, schedule=[(0.0, 2)])
+    cores = [usable_cores()] * 2
+    one, other = asyncio.run(do_at_once([fixed, scaled], cores, lines.append))
+    found = other.day
+    assert one.day is not None
+    assert found is not None
+    assert (found.lost, altered(one.texts, other.texts)) == (0, 0)
+    assert None not in one.texts
     assert found.figures.requests == len(DayTrace(PLAN.seconds, 6.0).arrivals(PLAN.seed))
     assert found.kept == 1.0
     (at,) = found.killed
     assert at == pytest.approx(PLAN.seconds * 12.25 / 24, abs=1.5)
     assert len(found.sizes) > 1  # who was killed was replaced
     assert 0.5 * PLAN.seconds < found.rank_seconds < 2.5 * PLAN.seconds
+    assert any(line.startswith("fixed: ") for line in lines)

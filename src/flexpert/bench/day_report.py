@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.console import RenderableType
 
-from flexpert.bench.day_run import DayReport, DayResult
+from flexpert.bench.day_run import DayReport
+from flexpert.bench.day_service import DayResult
 from flexpert.bench.load_timeline import bars
 from flexpert.bench.report_table import figures_table, with_note
 from flexpert.bench.statistics import Summary
@@ -50,6 +51,12 @@ def notes(report: DayReport) -> list[str]:
             f"oracle: {oracle.kept / fixed.kept:.1%} with "
             f"{oracle.rank_seconds / fixed.rank_seconds:.0%}"
         )
+    if fixed.kept and fixed.rank_seconds and "killed" in by_name:
+        killed = by_name["killed"]
+        lines.append(
+            f"with {len(killed.killed)} kills: {killed.kept / fixed.kept:.1%} with "
+            f"{killed.rank_seconds / fixed.rank_seconds:.0%}"
+        )
     if scaled.flips > oracle.flips:
         lines.append(
             f"it turned {scaled.flips} times from up to down or back, the day does {oracle.flips} "
@@ -61,7 +68,7 @@ def notes(report: DayReport) -> list[str]:
 def _name(report: DayReport, result: DayResult) -> str:
     if result.run == "fixed":
         return f"{report.capacity[-1].ranks} ranks"
-    return result.run
+    return "autoscaler, kills" if result.run == "killed" else result.run
 
 
 def _cells(result: DayResult, fixed: DayResult) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,6 +33,20 @@ def this_machine() -> Machine:
         python=platform.python_version(),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
     )
+
+
+def usable_cores() -> list[int]:
+    """The numbers of the cores that this process may use, those of one physical core in a row."""
+    return sorted(os.sched_getaffinity(0), key=lambda core: (_first_sibling(core), core))
+
+
+def _first_sibling(core: int) -> int:
+    """The lowest number of the hardware threads that share its physical core."""
+    topology = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+    try:
+        return int(re.split("[,-]", topology.read_text())[0])
+    except (OSError, ValueError):
+        return core
 
 
 def _cpu_model() -> str:

@@ -152,7 +152,7 @@ async def _settle(
                     f"{operation['state']}: {operation['reason']}, {operation['moved_experts']} "
                     f"experts, pause {operation['pause_ms']} ms"
                 )
-            done = cluster["balance"]["verdict"] in ("small", "balanced", "rest")
+            done = cluster["balance"]["verdict"] in ("small", "balanced")
             if begun and done and cluster["operation"] is None:
                 break
     undisturbed_s, _ = streams.longest_gap_s(begin, (first or perf_counter()) - 1.0)

@@ -1,4 +1,4 @@
-"""A small random Qwen3-MoE whose router gives most tokens to few experts."""
+"""A small random Qwen3-MoE, whose router may give most tokens to few experts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ def make_skewed_checkpoint(
     inter: int = 1024,
     experts: int = 16,
     layers: int = 4,
+    hot: int = HOT,
 ) -> None:
-    """Experts' products take most of a step, and a router prefers the first HOT experts.
+    """Experts' products take most of a step, and a router prefers the first `hot` experts.
 
-    All embeddings share a channel, through which a router without a bias has one.
+    All embeddings share a channel, through which a router without a bias has one. With hot=0 it
+    prefers none.
 
     Raises: OSError: it cannot be written.
     """
@@ -54,6 +56,6 @@ def make_skewed_checkpoint(
             gate = layer.mlp.gate.weight
             gate.normal_(std=1.0 / hidden**0.5)
             gate[:, 0] = 0.0
-            gate[:HOT, 0] = _BIAS
+            gate[:hot, 0] = _BIAS
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)

@@ -15,6 +15,7 @@ EXAMPLES = (
     "flexpert bench autoscale",
     "flexpert bench autoscale --quick",
     "flexpert bench autoscale --kills 2 --output day.json",
+    "flexpert bench autoscale --at-once --max 4 --larger-model",
     "flexpert bench autoscale --max 8 --peak 40 --goodput 'ttft:800 itl:60' -- --model ./model",
 )
 
@@ -69,7 +70,13 @@ def bench_autoscale(
         ),
     ] = "",
     kills: Annotated[
-        int, typer.Option(min=0, max=100, metavar="N", help="How often a rank is killed.")
+        int,
+        typer.Option(
+            min=0,
+            max=100,
+            metavar="N",
+            help="One more service scales itself, whose ranks are killed so often.",
+        ),
     ] = 0,
     input_len: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of a prompt.")] = 32,
     output_len: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of an answer.")] = 64,
@@ -82,6 +89,21 @@ def bench_autoscale(
             default="1/40 of the day",
         ),
     ] = None,
+    at_once: Annotated[
+        bool,
+        typer.Option(
+            "--at-once",
+            help="All services at the same time, each on cores of its own: --max and two more.",
+        ),
+    ] = False,
+    larger_model: Annotated[
+        bool,
+        typer.Option(
+            "--larger-model",
+            help="A random model of some 0.1 billion parameters, of which one head serves more "
+            "ranks than of the embedded one.",
+        ),
+    ] = False,
     quick: Annotated[
         bool, typer.Option("--quick", help="A day of 15 s: does it work? Figures say little.")
     ] = False,
@@ -91,12 +113,16 @@ def bench_autoscale(
 ) -> None:
     """Serve a day's load three times: with all ranks, with the autoscaler, and with foresight.
 
+    With --kills a fourth time, with the autoscaler while ranks are killed.
+
     Few requests at night, a rise in the morning, peaks at noon and in the evening, in three
     minutes. First it measures what ranks can take; that sets the load and the goals. Exit status 1
     if a request was lost, or altered.
     """
+    from flexpert.bench.day_cores import divide_cores
+    from flexpert.bench.day_plan import DayPlan
     from flexpert.bench.day_report import days_text
-    from flexpert.bench.day_run import DayPlan, run_days
+    from flexpert.bench.day_run import run_days, services
     from flexpert.bench.goodput import parse_goodput
     from flexpert.cluster.autoscaler import parse_goals
 
@@ -121,10 +147,12 @@ def bench_autoscale(
         autoscale=autoscale,
         kills=kills,
         seed=seed,
+        larger_model=larger_model,
         flags=tuple(service or ()),
     )
+    groups = divide_cores(services(plan), most) if at_once else ()
     console = make_console(stderr=True)
-    report = run_days(plan, lambda line: print_note(line, console))
+    report = run_days(plan, lambda line: print_note(line, console), groups=groups)
     show_report(report, days_text(report), as_json=json_, output=output)
     if report.harmed:
         raise typer.Exit(EXIT_FAILURE)

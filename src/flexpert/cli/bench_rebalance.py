@@ -27,6 +27,15 @@ def bench_rebalance(
     seconds: Annotated[
         float, duration_option("--seconds", "Of each measurement.", least=1, default="10s")
     ] = 10.0,
+    settle: Annotated[
+        float,
+        duration_option(
+            "--settle",
+            "At most, until --balance auto has moved what it moves.",
+            least=1,
+            default="2m",
+        ),
+    ] = 120.0,
     json_: Json = False,
     output: Output = None,
 ) -> None:
@@ -44,6 +53,7 @@ def bench_rebalance(
         tokens=tokens,
         rounds=rounds,
         seconds=seconds,
+        balance_s=settle,
         flags=tuple(service or ()),
     )
     console = make_console(stderr=True)

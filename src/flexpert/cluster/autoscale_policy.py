@@ -3,8 +3,9 @@
 A policy is a function of the goals, of what was seen (`Sample`, oldest first) and of the changes
 that it led to. `decide` is the one that is used unless another is named:
 
-- up at once, by as much as the worst goal is missed, or as the work that comes will need by the
-  time a rank has joined; a single bad interval must be bad by half to count;
+- up at once, by as much as the worst goal is missed, or as the requests and the work that come
+  will need by the time a rank has joined; a single bad interval must be bad by half to count;
+- how many requests a second a rank takes is seen while requests wait: then it does what it can;
 - down only when the smaller number would have held the work throughout `settle_s`, by what has
   been seen to hold: a number of ranks that missed a goal under such work is not tried again;
 - a change that failed is not repeated at once, but after a time that doubles.
@@ -12,6 +13,7 @@ that it led to. `decide` is the one that is used unless another is named:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -21,8 +23,14 @@ _BAD_ONCE = 1.5  # times a goal, to act on one interval alone
 _ROOM = 0.8  # of a goal, that a smaller number of ranks may be expected to use
 _MOST_AT_ONCE = 2.0  # times today's ranks
 _TREND = 6  # samples
+_BUSY = 0.85  # of the requests that ranks can take, that may come before there are more ranks
+_IDLE = 0.65  # the same on a smaller number, before that is gone down to
+_FULL = 40  # intervals, at most, that tell how many requests a rank takes
+_SEEN, _ENOUGH = 2, 8  # and at least; and requests that have ended
+_COUNT, _MOST_LOOKS = 30, 40  # requests that tell a rate, or as many looks
+_UNSURE, _SURE = 1.0, 1.5  # standard deviations that a rate may be off, and a trend must be above
 _LIKE = 0.2  # loads that differ by less, on average, tell nothing of other loads
-_RETRY_S = 15.0  # after the first failure in a row
+_JOIN_S, _JOINS = 2.0, 5  # how long ranks take to join until that was seen, and how often it counts
 
 
 class Goals(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +54,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """What was seen in one interval. at: its end, in seconds.
 
     ranks: active ones. running, waiting: sequences at its end. kv_used: of the rank with the
-    fullest cache, 0 to 1. ttft_p99_s, itl_p99_s: of the interval; None: there was none.
+    fullest cache, 0 to 1. ttft_p99_s, itl_p99_s: of the interval; None: there was none. ended,
+    tokens: requests that did, and tokens of answers, in the interval; None: not known.
     """
 
     at: float
@@ -56,6 +65,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     kv_used: float = 0.0
     ttft_p99_s: float | None = None
     itl_p99_s: float | None = None
+    ended: int | None = None
+    tokens: int | None = None
 
     @property
     def work(self) -> int:
@@ -63,12 +74,14 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
-    """A change that was asked for. at: its end; took_s: from being asked for to there."""
+    """A change that was asked for. at: its end; took_s: from being asked for to there; grew: to
+    more ranks."""
 
     at: float
     target: int
     done: bool
     took_s: float = 0.0
+    grew: bool = True
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,10 +101,10 @@ def decide(goals: Goals, samples: Sequence[Sample], attempts: Sequence[Attempt])
         return Decision(ranks=max(goals.min, 1), why="no rank is up")
     bounded = min(max(now.ranks, goals.min), goals.max)
     if bounded != now.ranks:
-        return _unless_failed(Decision(ranks=bounded, why="the bounds"), now, attempts)
+        return _unless_failed(goals, Decision(ranks=bounded, why="the bounds"), now, attempts)
     need = _need(goals, samples, attempts)
     if need.ranks > now.ranks:
-        return _unless_failed(need, now, attempts)
+        return _unless_failed(goals, need, now, attempts)
     if need.ranks < now.ranks:
         return _settled(goals, samples, attempts, need)
     return need
@@ -99,11 +112,22 @@ def decide(goals: Goals, samples: Sequence[Sample], attempts: Sequence[Attempt])
 
 def _need(goals: Goals, samples: Sequence[Sample], attempts: Sequence[Attempt]) -> Decision:
     """The ranks that the latest sample calls for, within the bounds."""
-    calls = [
+    return _within(
+        goals, [*_calls(goals, samples, attempts), _for_requests(goals, samples, attempts)]
+    )
+
+
+def _calls(goals: Goals, samples: Sequence[Sample], attempts: Sequence[Attempt]) -> list[Decision]:
+    """What latencies and the work call for."""
+    return [
         *_missed(goals, samples),
         _for_work(goals, samples, attempts),
         _to_keep(goals, samples),
     ]
+
+
+def _within(goals: Goals, calls: Sequence[Decision]) -> Decision:
+    """The largest number, within the bounds."""
     most = max(calls, key=lambda call: call.ranks)
     return Decision(ranks=min(max(most.ranks, goals.min), goals.max), why=most.why)
 
@@ -136,6 +160,96 @@ def _missed(goals: Goals, samples: Sequence[Sample]) -> list[Decision]:
             ranks = math.ceil(now.ranks * min(share, _MOST_AT_ONCE))
             calls.append(Decision(ranks=max(now.ranks + 1, ranks), why=told))
     return calls
+
+
+class _Interval(msgspec.Struct, frozen=True):
+    """What happened between two looks. arrived, ended: requests. tokens: of answers. full: some
+    requests waited all the time, so that ranks did what they can."""
+
+    at: float
+    seconds: float
+    ranks: int
+    arrived: int
+    ended: int
+    tokens: int
+    full: bool
+
+
+def _intervals(samples: Sequence[Sample]) -> list[_Interval]:
+    return [
+        _Interval(
+            at=now.at,
+            seconds=now.at - before.at,
+            ranks=now.ranks,
+            arrived=max(0, now.work - before.work + now.ended),
+            ended=now.ended,
+            tokens=now.tokens,
+            full=before.waiting > 0 and now.waiting > 0 and before.ranks == now.ranks > 0,
+        )
+        for before, now in itertools.pairwise(samples)
+        if now.ended is not None and now.tokens is not None and now.at > before.at
+    ]
+
+
+def _taken_per_rank(intervals: Sequence[_Interval]) -> float | None:
+    """Requests a second that a rank answers when more wait; None: that was hardly seen yet.
+
+    By its tokens: it makes them from the begin on, while the first of its requests ends later.
+    """
+    full = [one for one in intervals if one.full and one.tokens][-_FULL:]
+    ended = sum(one.ended for one in intervals)
+    if ended < _ENOUGH or len(full) < _SEEN:
+        return None
+    each = sum(one.tokens for one in intervals) / ended
+    return sum(one.tokens for one in full) / sum(one.seconds * one.ranks for one in full) / each
+
+
+def _latest(intervals: Sequence[_Interval], seconds: float) -> Sequence[_Interval]:
+    """Those of so many seconds; more, where few requests came: what a handful says is chance."""
+    count = arrived = 0
+    for one in reversed(intervals[-_MOST_LOOKS:]):
+        if one.at <= intervals[-1].at - seconds and arrived >= _COUNT:
+            break
+        count, arrived = count + 1, arrived + one.arrived
+    return intervals[len(intervals) - count :]
+
+
+def _rate(intervals: Sequence[_Interval], deviations: float) -> float:
+    """Requests a second that came, and so many standard deviations of a Poisson process more."""
+    arrived = sum(one.arrived for one in intervals)
+    seconds = sum(one.seconds for one in intervals)
+    return max(0.0, arrived + deviations * math.sqrt(arrived)) / seconds
+
+
+def _with_trend(intervals: Sequence[_Interval], horizon_s: float) -> float:
+    """Requests a second by then: as many as came at least, and more if there is a trend."""
+    rate, seconds = _rate(intervals, 0.0), sum(one.seconds for one in intervals)
+    middle = sum(one.at * one.seconds for one in intervals) / seconds
+    spread = sum(one.seconds * (one.at - middle) ** 2 for one in intervals)
+    least = _rate(intervals, -_UNSURE)
+    if len(intervals) < 3 or not spread:
+        return least
+    moment = sum((one.arrived - rate * one.seconds) * (one.at - middle) for one in intervals)
+    noise = math.sqrt(rate / spread)  # of a Poisson process that has no trend
+    to_then = intervals[-1].at - middle + horizon_s
+    return least + max(0.0, moment / spread - _SURE * noise) * to_then
+
+
+def _for_requests(goals: Goals, samples: Sequence[Sample], attempts: Sequence[Attempt]) -> Decision:
+    """What the requests of the near future call for."""
+    intervals = _intervals(samples)
+    each = _taken_per_rank(intervals)
+    if each is None:
+        return Decision(ranks=1, why="little to do")
+    horizon_s = _join_s(attempts) + goals.every_s
+    lately = (intervals[-_TREND:], _latest(intervals, 0.0))
+    return _to_take(max(_with_trend(one, horizon_s) for one in lately), each, _BUSY)
+
+
+def _to_take(rate: float, each: float, share: float) -> Decision:
+    """Ranks of which each takes `each` requests a second, and is to get this share of them."""
+    why = f"{rate:.1f} requests a second, of which a rank takes {each:.1f}"
+    return Decision(ranks=max(1, math.ceil(rate / (share * each) - 1e-9)), why=why)
 
 
 def _for_work(goals: Goals, samples: Sequence[Sample], attempts: Sequence[Attempt]) -> Decision:
@@ -223,8 +337,7 @@ def _expected_work(samples: Sequence[Sample], attempts: Sequence[Attempt]) -> fl
     recent = samples[-_TREND:]
     if len(recent) < 3 or recent[-1].at <= recent[0].at:
         return float(now.work)
-    joins = sorted(attempt.took_s for attempt in attempts if attempt.done)
-    horizon_s = joins[len(joins) // 2] if joins else 0.0
+    horizon_s = _join_s(attempts)
     times = [sample.at - now.at for sample in recent]
     mean_time = sum(times) / len(times)
     mean_work = sum(sample.work for sample in recent) / len(recent)
@@ -239,6 +352,12 @@ def _expected_work(samples: Sequence[Sample], attempts: Sequence[Attempt]) -> fl
     return min(max(float(now.work), now.work + slope * horizon_s), 2.0 * now.work)
 
 
+def _join_s(attempts: Sequence[Attempt]) -> float:
+    """How long ranks take to join, by the latest times."""
+    joins = [attempt.took_s for attempt in attempts if attempt.done and attempt.grew][-_JOINS:]
+    return sorted(joins)[len(joins) // 2] if joins else _JOIN_S
+
+
 def _settled(
     goals: Goals, samples: Sequence[Sample], attempts: Sequence[Attempt], need: Decision
 ) -> Decision:
@@ -251,23 +370,35 @@ def _settled(
     if not (started and steady):
         return stay
     first = len(samples) - len(window)
-    needs = [_need(goals, samples[: first + n + 1], attempts).ranks for n in range(len(window))]
-    if max(needs) >= now.ranks:
+    calls = [
+        _within(goals, _calls(goals, samples[: first + n + 1], attempts))
+        for n in range(len(window))
+    ]
+    intervals = _intervals(samples)
+    each = _taken_per_rank(intervals)
+    if each is not None:
+        lately = _latest(intervals, goals.settle_s)
+        calls.append(_to_take(_rate(lately, _UNSURE), each, _IDLE))
+    enough = _within(goals, calls)
+    if enough.ranks >= now.ranks:
         return stay
-    why = f"{max(needs)} would have done for {goals.settle_s:.0f} s: {need.why}"
-    return _unless_failed(Decision(ranks=max(needs), why=why), now, attempts)
+    why = f"{enough.ranks} would have done for {goals.settle_s:.0f} s: {enough.why}"
+    return _unless_failed(goals, Decision(ranks=enough.ranks, why=why), now, attempts)
 
 
-def _unless_failed(wanted: Decision, now: Sample, attempts: Sequence[Attempt]) -> Decision:
-    """A change whose like has just failed waits."""
+def _unless_failed(
+    goals: Goals, wanted: Decision, now: Sample, attempts: Sequence[Attempt]
+) -> Decision:
+    """A change whose like has just failed waits: a rank that was lost meanwhile is no reason to
+    wait for long, and what fails again and again is asked for ever more seldom."""
     failures = 0
     for attempt in reversed(attempts):
         if attempt.done:
             break
         failures += 1
     if failures:
-        wait_s = _RETRY_S * 2 ** min(failures - 1, 6)
-        left_s = attempts[-1].at + wait_s - now.at
+        first_s = max(2 * goals.every_s, _join_s(attempts))
+        left_s = attempts[-1].at + first_s * 2 ** min(failures - 1, 8) - now.at
         if left_s > 0:
             why = f"{wanted.ranks} are called for ({wanted.why}), but the last change failed"
             return Decision(ranks=now.ranks, why=f"{why}; again in {left_s:.0f} s")

@@ -28,6 +28,8 @@ _ATTEMPTS = 32
 TTFT = "flexpert_time_to_first_token_seconds"
 GAP = "flexpert_inter_token_seconds"
 UNFINISHED = "flexpert_unfinished_sequences"
+ENDED = "flexpert_sequences_total"
+TOKENS = "flexpert_tokens_total"
 
 EXAMPLE = "min=1,max=8,ttft_p99=0.5s,itl_p99=50ms"
 
@@ -153,6 +155,26 @@ class Histogram:
         return low
 
 
+class Increase:
+    """By how much a counter of Prometheus has grown since the last look."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._before: int | None = None
+
+    def of(self, families: Iterable[Any]) -> int | None:
+        """None: not known, at the first look and when another process has begun to count. families:
+        as for `Histogram`."""
+        found = sum(
+            int(sample.value)
+            for family in families
+            for sample in family.samples
+            if sample.name == self._name
+        )
+        before, self._before = self._before, found
+        return None if before is None or found < before else found - before
+
+
 class Step(msgspec.Struct, frozen=True, kw_only=True):
     """decision: what was found; begin: the number of ranks to ask for now, or None."""
 
@@ -170,7 +192,9 @@ class Autoscaler:
         self._samples: deque[Sample] = deque(maxlen=_KEPT)
         self._attempts: deque[Attempt] = deque(maxlen=_ATTEMPTS)
         self._ttft, self._gap = Histogram(TTFT), Histogram(GAP)
-        self._asked: tuple[str, int, float] | None = None  # operation, target, when
+        self._ended, self._tokens = Increase(ENDED), Increase(TOKENS)
+        # operation, target, when, whether to more ranks
+        self._asked: tuple[str, int, float, bool] | None = None
 
     def look(self, view: ClusterView, families: Iterable[Any], now: float) -> Step:
         """What there is, and what to do. view, families: `GET /cluster` and `GET /metrics`."""
@@ -187,6 +211,8 @@ class Autoscaler:
             kv_used=max((rank.kv_used for rank in active), default=0.0),
             ttft_p99_s=self._ttft.p99(families),
             itl_p99_s=self._gap.p99(families),
+            ended=self._ended.of(families),
+            tokens=self._tokens.of(families),
         )
         self._samples.append(sample)
         decision = self._policy(self.goals, tuple(self._samples), tuple(self._attempts))
@@ -196,7 +222,7 @@ class Autoscaler:
 
     def asked(self, operation_id: str, target: int, now: float) -> None:
         """A change was asked for, and runs."""
-        self._asked = (operation_id, target, now)
+        self._asked = (operation_id, target, now, target > self._samples[-1].ranks)
 
     @property
     def pending(self) -> str | None:
@@ -205,9 +231,11 @@ class Autoscaler:
 
     def ended(self, now: float, *, done: bool, target: int | None = None) -> None:
         """The change is over, or (target) was refused."""
-        _, target_asked, began = self._asked or ("", target or 0, now)
+        _, target_asked, began, grew = self._asked or ("", target or 0, now, True)
         self._asked = None
-        self._attempts.append(Attempt(at=now, target=target_asked, done=done, took_s=now - began))
+        self._attempts.append(
+            Attempt(at=now, target=target_asked, done=done, took_s=now - began, grew=grew)
+        )
 
 
 def _in_flight(running: int) -> int:

@@ -25,6 +25,7 @@ from flexpert.cluster.journal import Arrival, Journal
 from flexpert.cluster.request_routing import RankCaches, Router, Routing
 from flexpert.cluster.restart_policy import RestartPolicy
 from flexpert.cluster.scale_down import Candidate, leave_order
+from flexpert.cluster.views import Delta
 from flexpert.engine import rank_protocol as msg
 from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.request import BlockChanges, HeldKV, KVMigration, SamplingParams, TokenEvent
@@ -104,10 +105,13 @@ class QueueSample(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class _Seen:
-    """Latencies since the autoscaler looked last, in seconds."""
+    """Latencies since the autoscaler looked last, in seconds, requests that have ended, and
+    tokens that were made."""
 
     firsts: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
+    ended: int = 0
+    tokens: int = 0
 
 
 class SimulatedService:
@@ -187,6 +191,11 @@ class SimulatedService:
             now = self.time.now
             (self._seen.firsts if before == sent else self._seen.gaps).append(now - before)
             before = now
+            if isinstance(arrival, Delta):
+                self._seen.ended += arrival.finish is not None
+                self._seen.tokens += len(arrival.tokens)
+            else:
+                self._seen.ended += 1
             listener(arrival)
 
         def admit() -> None:
@@ -438,7 +447,13 @@ class SimulatedService:
             if state != "done":
                 target += len(change.add) - len(change.remove)
             self._attempts.append(
-                Attempt(at=self.time.now, target=target, done=state == "done", took_s=took_s)
+                Attempt(
+                    at=self.time.now,
+                    target=target,
+                    done=state == "done",
+                    took_s=took_s,
+                    grew=bool(change.add),
+                )
             )
         self._all_back()
         self.time.after(0.0, self._restart_lost)
@@ -535,6 +550,8 @@ class SimulatedService:
             kv_used=now.kv_used,
             ttft_p99_s=percentile(sorted(seen.firsts), 0.99) if seen.firsts else None,
             itl_p99_s=percentile(sorted(seen.gaps), 0.99) if seen.gaps else None,
+            ended=seen.ended,
+            tokens=seen.tokens,
         )
         self._samples = [*self._samples[1 - _KEPT_SAMPLES :], sample]
         decision = self._settings.policy(goals, tuple(self._samples), tuple(self._attempts))
