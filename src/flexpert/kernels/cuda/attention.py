@@ -71,19 +71,25 @@ def _write_cache(
 
 
 @triton.jit
-def queries_of(
-    query_start, sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, DECODE: tl.constexpr
-):
+def queries_of(program, query_start, sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr):
     """(sequence, its first token, the program's first among its tokens, their number)."""
-    if DECODE:
-        return tl.program_id(0), tl.program_id(0), 0, 1
     # sequence s has the programs query_start[s] // TOKENS + s and on: at least enough
     lane = tl.arange(0, SEQUENCES)
     starts = tl.load(query_start + lane, mask=lane < sequences, other=1 << 30)
-    sequence = tl.sum((starts // TOKENS + lane <= tl.program_id(0)).to(tl.int32), 0) - 1
+    sequence = tl.sum((starts // TOKENS + lane <= program).to(tl.int32), 0) - 1
     first = tl.load(query_start + sequence)
-    begin = (tl.program_id(0) - first // TOKENS - sequence) * TOKENS
+    begin = (program - first // TOKENS - sequence) * TOKENS
     return sequence, first, begin, tl.load(query_start + sequence + 1) - first
+
+
+@triton.jit
+def queries_of_program(
+    query_start, sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, DECODE: tl.constexpr
+):
+    """`queries_of` of this one."""
+    if DECODE:
+        return tl.program_id(0), tl.program_id(0), 0, 1
+    return queries_of(tl.program_id(0), query_start, sequences, SEQUENCES, TOKENS)
 
 
 @triton.jit
@@ -200,7 +206,9 @@ def _attend(
 ):
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    sequence, first, begin, count = queries_of(query_start, sequences, SEQUENCES, TOKENS, DECODE)
+    sequence, first, begin, count = queries_of_program(
+        query_start, sequences, SEQUENCES, TOKENS, DECODE
+    )
     if begin < count:
         context = tl.load(context_len + sequence)
         r = tl.arange(0, ROWS)
@@ -419,7 +427,7 @@ def attend(
     longest = max_blocks * key_cache.shape[1]
     if window:
         longest = min(longest, window + together + tiling.keys)
-    splits = _splits(programs * kv_heads, longest // (2 * tiling.keys), tiling.fill, query.device)
+    splits = splits_of(programs * kv_heads, longest // (2 * tiling.keys), tiling.fill, query.device)
     partial = peaks = sums = out
     if splits > 1:
         shape = (splits, tokens, heads)
@@ -501,7 +509,7 @@ def choose(key_dim: int, *, decode: bool, dtype: torch.dtype) -> AttentionTiling
     return AttentionTiling(128, 64, warps=8, stages=2, fill=1)
 
 
-def _splits(programs: int, most: int, fill: int, device: torch.device) -> int:
+def splits_of(programs: int, most: int, fill: int, device: torch.device) -> int:
     """Into how many parts the keys of a sequence are cut, `most` at most, to fill the GPU.
 
     A power of two: each number is a kernel of its own in decode steps.
