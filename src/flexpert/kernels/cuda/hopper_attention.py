@@ -104,7 +104,9 @@ def _advance(
     )
     accumulated = warpgroup_mma(p, v.index((next + 1) % 2), accumulated, is_async=True)
     # nobody reads these buffers any longer: all warps have met since
-    _copy(v.index(next % 2), values, ids_now, next, end, row, value_column, KEYS, BLOCK, VALUE_STRIDE)
+    _copy(
+        v.index(next % 2), values, ids_now, next, end, row, value_column, KEYS, BLOCK, VALUE_STRIDE
+    )
     _copy(
         k.index((next + 1) % 2), keys, ids_next, next + 1, end, row, key_column, KEYS, BLOCK,
         KEY_STRIDE,
@@ -185,9 +187,7 @@ def attend_prompts_hopper(
             query + gl.expand_dims(at, 1) + gl.expand_dims(key_column, 0),
             mask=gl.expand_dims((r < TOKENS * GROUP) & (inside < count), 1),
         )
-        _copy(
-            k.index(low % 2), keys, ids, low, end, row, key_column, KEYS, BLOCK, KV_HEADS * KEY
-        )
+        _copy(k.index(low % 2), keys, ids, low, end, row, key_column, KEYS, BLOCK, KV_HEADS * KEY)
         async_copy.commit_group()
         _copy(
             v.index(low % 2), values, ids, low, end, row, value_column, KEYS, BLOCK,
@@ -222,7 +222,7 @@ def attend_prompts_hopper(
             use_acc=False,
         )
         n = low * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, SCORES))
-        found, peak, total, shrink = _weights(
+        found, peak, total, _shrink = _weights(
             score, peak, total, n, position, end, scale, softcap, True, WINDOW, CAPPED
         )
         p = gl.convert_layout(found.to(element), gl.DotOperandLayout(0, RESULT, 2))
