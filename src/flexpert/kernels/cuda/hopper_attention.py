@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Triton 3.9 has a new name for it
+copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 
@@ -54,7 +56,7 @@ def _copy(
         inside = n % BLOCK
     place = ids.to(gl.int64) * (BLOCK * STRIDE) + inside * STRIDE
     at = source + gl.expand_dims(place, 1) + gl.expand_dims(column, 0)
-    async_copy.async_copy_global_to_shared(target, at, mask=gl.expand_dims(n < end, 1))
+    copy_to_shared(target, at, mask=gl.expand_dims(n < end, 1))
 
 
 @gluon.jit
@@ -182,7 +184,7 @@ def attend_prompts_hopper(
         inside = begin + r // GROUP
         token = (first + inside).to(gl.int64)
         at = token * query_token + (kv_head * GROUP + r % GROUP) * query_head
-        async_copy.async_copy_global_to_shared(
+        copy_to_shared(
             q,
             query + gl.expand_dims(at, 1) + gl.expand_dims(key_column, 0),
             mask=gl.expand_dims((r < TOKENS * GROUP) & (inside < count), 1),
