@@ -10,7 +10,6 @@ replays of a graph; every result is compared with float64. Lines come as they ar
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +18,8 @@ import torch
 from gpu.test_kernels_on_gpu import attention_case, relative
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tune_experts import microseconds
 
-from flexpert.bench.gpu.gpu_device import replay_us
 from flexpert.kernels.cuda import attention, prompt_attention
 from flexpert.kernels.cuda.attention import AttentionTiling
 from flexpert.kernels.cuda.prompt_attention import PromptTiling
@@ -81,7 +80,7 @@ def reference(case: dict[str, Any], rows: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def median_us(launch: Callable[[], object]) -> float:
-    return statistics.median(replay_us([launch] * 4, repeat=9))
+    return microseconds([launch] * 8)
 
 
 def candidates(case: dict[str, Any], quick: bool) -> dict[str, Callable[[], Tensor]]:
@@ -157,6 +156,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(1)
     began = time.monotonic()
+    warm = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    for _ in range(200):  # a GPU that idles has a slow clock
+        warm @ warm
+    del warm
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     for name in options.cases.split(","):
         case = attention_case(*CASES[name], HEADS, KV_HEADS, (DIM, DIM))

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from tune_experts import microseconds
 
-from flexpert.bench.gpu.gpu_device import replay_us
 from flexpert.kernels import mxfp4
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.cuda import mxfp4_few, mxfp4_rows
@@ -56,6 +56,10 @@ def main() -> None:
     torch.manual_seed(0)
     print(torch.cuda.get_device_name(), flush=True)
     began = time.monotonic()
+    warm = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    for _ in range(200):  # a GPU that idles has a slow clock
+        warm @ warm
+    del warm
     for name in args.products.split(","):
         height, gated = PRODUCTS[name]
         codes = [
@@ -138,9 +142,7 @@ def tune(
             if not error < 1e-2:
                 print(f"WRONG {name} {tokens} tokens {way}: error {error}", flush=True)
                 continue
-            took = statistics.median(
-                replay_us([lambda s=s, call=call: call(s) for s in sorted_], repeat=9)
-            )
+            took = microseconds([lambda s=s, call=call: call(s) for s in sorted_])
         except Exception as failure:  # noqa: BLE001 - what cannot be, is no candidate
             print(f"{name} {way}: {type(failure).__name__} {str(failure)[:300]}", flush=True)
             continue

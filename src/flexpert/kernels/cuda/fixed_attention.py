@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.attention import LOG2_E, look, padded, queries_of_program, write_cache
+from flexpert.kernels.cuda.attention import look, write_cache
+from flexpert.kernels.cuda.attention_parts import LOG2_E, padded, queries_of_program
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 from flexpert.kernels.step_shapes import lanes
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.attention import (
+from flexpert.kernels.cuda.attention_parts import (
     LOG2_E,
     MOST_SPLITS,
     merge_splits,
@@ -219,7 +219,7 @@ def attend_prompts(
     key_pad, value_pad = padded(key_dim), padded(value_dim)
     group = heads // kv_heads
     if tiling is None:
-        tiling = choose(key_pad, dtype=query.dtype)
+        tiling = choose(key_pad, dtype=query.dtype, by_hand=fits(query, key_cache, value_cache))
     together = max(1, tiling.rows // triton.next_power_of_2(group))
     programs = tokens // together + sequences
     longest = max_blocks * key_cache.shape[1]
@@ -285,8 +285,23 @@ def attend_prompts(
     return out
 
 
-def choose(key_dim: int, *, dtype: torch.dtype) -> PromptTiling:
+def fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
+    """Whether `hopper_attention` computes it: bf16 heads of 64 or 128, copied 16 bytes at once."""
+    tensors = (query, key_cache, value_cache)
+    return (
+        query.device.type == "cuda"
+        and torch.cuda.get_device_capability(query.device)[0] == 9
+        and query.shape[2] in (64, 128)
+        and query.shape[2] == value_cache.shape[3]
+        and not any(stride % 16 for stride in query.stride()[:2])
+        and all(t.dtype == torch.bfloat16 and t.data_ptr() % 16 == 0 for t in tensors)
+    )
+
+
+def choose(key_dim: int, *, dtype: torch.dtype, by_hand: bool) -> PromptTiling:
     """A tiling for a padded dimension of keys; float32 is for checking."""
     if dtype == torch.float32:
         return PromptTiling(64, 64 if key_dim <= 128 else 32, warps=4, stages=2)
+    if by_hand:
+        return PromptTiling(128, 128, warps=8, stages=2, by_hand=True)
     return PromptTiling(128, 64, warps=8, stages=2)
