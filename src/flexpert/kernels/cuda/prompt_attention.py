@@ -25,7 +25,7 @@ from flexpert.kernels.cuda.attention_parts import (
     queries_of,
     splits_of,
 )
-from flexpert.kernels.cuda.hopper_attention import attend_prompts_hopper
+from flexpert.kernels.cuda.hopper_attention import attend_prompts_hopper, layouts
 from flexpert.kernels.step_shapes import lanes
 
 
@@ -241,8 +241,6 @@ def attend_prompts(
         "BLOCK": key_cache.shape[1],
         "KV_HEADS": kv_heads,
         "GROUP": group,
-        "KEY": key_dim,
-        "VALUE": value_dim,
         "TOKENS": together,
         "ROWS": max(16, triton.next_power_of_2(together * group)),
         "KEYS": tiling.keys,
@@ -253,12 +251,21 @@ def attend_prompts(
     }
     grid = (kv_heads, programs, splits)
     if tiling.by_hand:
-        attend_prompts_hopper[grid](*arguments, **constants, num_warps=tiling.warps)
+        block = key_cache.shape[1]
+        attend_prompts_hopper[grid](
+            *arguments,
+            **constants,
+            **layouts(tiling.keys, block, key_dim, tiling.warps),
+            DIM=key_dim,
+            num_warps=tiling.warps,
+        )
     else:
         _attend_prompts[grid](
             *arguments,
             **constants,
+            KEY=key_dim,
             KEY_PAD=key_pad,
+            VALUE=value_dim,
             VALUE_PAD=value_pad,
             AHEAD=tiling.ahead,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
@@ -286,13 +293,17 @@ def attend_prompts(
 
 
 def fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
-    """Whether `hopper_attention` computes it: bf16 heads of 64 or 128, copied 16 bytes at once."""
+    """Whether `hopper_attention` computes it: bf16 heads of 64 or 128, copied 16 bytes at once, in
+    blocks of a power of two."""
     tensors = (query, key_cache, value_cache)
+    block = key_cache.shape[1]
     return (
         query.device.type == "cuda"
         and torch.cuda.get_device_capability(query.device)[0] == 9
         and query.shape[2] in (64, 128)
         and query.shape[2] == value_cache.shape[3]
+        and block >= 8
+        and block & (block - 1) == 0
         and not any(stride % 16 for stride in query.stride()[:2])
         and all(t.dtype == torch.bfloat16 and t.data_ptr() % 16 == 0 for t in tensors)
     )
