@@ -293,8 +293,11 @@ def attend_prompts_hopper(
 
 @cache
 def layouts(keys: int, block: int, dim: int, warps: int) -> dict[str, Any]:
-    """The constants by which a tile of keys is copied: a warp takes rows of one block, if it can, so
-    that a lane asks for one block id. All are powers of two; a lane copies 8 numbers at once."""
+    """The constants by which a tile of keys is copied.
+
+    A warp takes rows of one block, if it can, so that a lane asks for one block id. All are powers
+    of two; a lane copies 8 numbers at once.
+    """
     part = min(block, keys)
     lanes = 256 // dim  # along the rows
     over_parts = min(warps, keys // part)
