@@ -50,7 +50,7 @@ def routings(tokens: int) -> list[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", default="1,2,4,8,16")
+    parser.add_argument("--tokens", default="1,2,4,8,16,32,64")
     parser.add_argument("--products", default=",".join(PRODUCTS))
     args = parser.parse_args()
     torch.manual_seed(0)

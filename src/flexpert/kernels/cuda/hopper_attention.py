@@ -27,16 +27,23 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _queries_of(program, query_start, sequences, SEQUENCES: gl.constexpr, TOKENS: gl.constexpr):
-    """As `attention.queries_of`."""
+def _queries_of(
+    program, query_start, context_len, sequences, SEQUENCES: gl.constexpr, TOKENS: gl.constexpr
+):
+    """As `attention_parts.queries_of`, and the sequence's context; all after one round of loads,
+    and within each warp."""
     WARPS: gl.constexpr = gl.num_warps()
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    lane = gl.arange(0, SEQUENCES, layout=layout)
+    EACH: gl.constexpr = gl.BlockedLayout([(SEQUENCES + 31) // 32], [32], [WARPS], [0])
+    lane = gl.arange(0, SEQUENCES, layout=EACH)
     starts = gl.load(query_start + lane, mask=lane < sequences, other=1 << 30)
+    ends = gl.load(query_start + 1 + lane, mask=lane < sequences, other=0)
+    contexts = gl.load(context_len + lane, mask=lane < sequences, other=0)
     sequence = gl.sum((starts // TOKENS + lane <= program).to(gl.int32), 0) - 1
-    first = gl.load(query_start + sequence)
+    here = lane == sequence
+    first = gl.sum(gl.where(here, starts, 0), 0)
+    count = gl.sum(gl.where(here, ends, 0), 0) - first
     begin = (program - first // TOKENS - sequence) * TOKENS
-    return sequence, first, begin, gl.load(query_start + sequence + 1) - first
+    return sequence, first, begin, count, gl.sum(gl.where(here, contexts, 0), 0)
 
 
 @gluon.jit
@@ -156,7 +163,9 @@ def attend_prompts_hopper(
     split = gl.program_id(2)
     # the last tokens of a sequence have the most keys
     program = gl.num_programs(1) - 1 - gl.program_id(1)
-    sequence, first, begin, count = _queries_of(program, query_start, sequences, SEQUENCES, TOKENS)
+    sequence, first, begin, count, context = _queries_of(
+        program, query_start, context_len, sequences, SEQUENCES, TOKENS
+    )
     if begin < count:
         SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
         RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DIM, 16])
@@ -167,7 +176,6 @@ def attend_prompts_hopper(
         q = gl.allocate_shared_memory(element, [ROWS, DIM], SHARED)
         k = gl.allocate_shared_memory(element, [2, KEYS, DIM], SHARED)
         v = gl.allocate_shared_memory(element, [2, KEYS, DIM], SHARED)
-        context = gl.load(context_len + sequence)
 
         # the keys that any row of this program sees, and this split's part of them
         last = gl.minimum(context, context - count + begin + TOKENS)
@@ -187,10 +195,6 @@ def attend_prompts_hopper(
         part = gl.arange(0, KEYS // PART, layout=gl.SliceLayout(1, PARTS))
         inside = gl.arange(0, PART, layout=gl.SliceLayout(0, PARTS))
         column = gl.arange(0, DIM, layout=gl.SliceLayout(0, TILE))
-        ids = _ids(blocks, low, end, part, KEYS, BLOCK, PART)
-        ids_now = _ids(blocks, low + 1, end, part, KEYS, BLOCK, PART)
-        ids_next = _ids(blocks, low + 2, end, part, KEYS, BLOCK, PART)
-
         r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, BY_ROW))
         taken = begin + r // GROUP
         token = (first + taken).to(gl.int64)
@@ -201,6 +205,9 @@ def attend_prompts_hopper(
             query + gl.expand_dims(at, 1) + across,
             mask=gl.expand_dims((r < TOKENS * GROUP) & (taken < count), 1),
         )
+        ids = _ids(blocks, low, end, part, KEYS, BLOCK, PART)
+        ids_now = _ids(blocks, low + 1, end, part, KEYS, BLOCK, PART)
+        ids_next = _ids(blocks, low + 2, end, part, KEYS, BLOCK, PART)
         _copy(
             k.index(low % 2), keys, ids, low, end, part, inside, column, KEYS, BLOCK, PART, STRIDE,
             TILE, False,

@@ -202,6 +202,20 @@ def _few_rows(
         d, sd = _row(weight, scale, other_second, BLOCKS, j)
         sums = gl.zeros([32 * WARPS, 4], gl.float32, HELD)
         others = gl.zeros([32 * WARPS, 4], gl.float32, HELD)
+        # of the results: lane 4 g + t has columns g and g + 8 of the rows 2 t and 2 t + 1
+        FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+        at = gl.arange(0, 128, layout=FLAT)
+        out_row = begin + at // 4 % 4 * 2 + at % 2
+        out_column = gl.program_id(0) * EACH + at // 16 + at % 4 // 2 * 8
+        y_bias = gl.zeros([128], gl.float32, FLAT)
+        z_bias = y_bias
+        if BIASED:
+            bias = gl.load(biases + slot).to(gl.pointer_type(x.dtype.element_ty), bitcast=True)
+            y_bias = gl.load(bias + gl.minimum(out_column, N - 1)).to(gl.float32)
+            if GATED:
+                z_bias = gl.load(bias + N + gl.minimum(out_column, N - 1)).to(gl.float32)
+            elif DOUBLE:
+                z_bias = gl.load(bias + gl.minimum(out_column + 16, N - 1)).to(gl.float32)
         block = lane // 32 * 4 + inside
         w0, s0, w1, s1, w2, s2, w3, s3, x0, x1, x2, x3 = _fetch(
             a, sa, b, sb, c, sc, d, sd, own, block, BLOCKS, row_ok, DOUBLE
@@ -221,34 +235,21 @@ def _few_rows(
             w0, s0, w1, s1, w2, s2, w3, s3 = v0, t0, v1, t1, v2, t2, v3, t3
             x0, x1, x2, x3 = y0, y1, y2, y3
 
-        # lane 4 g + t has columns g and g + 8 of the rows 2 t and 2 t + 1
         if WARPS > 1:
             sums = gl.sum(gl.reshape(sums, [WARPS, 128]), 0)
             others = gl.sum(gl.reshape(others, [WARPS, 128]), 0)
         else:
             sums = gl.reshape(sums, [128])
             others = gl.reshape(others, [128])
-        FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
-        y = gl.convert_layout(sums, FLAT) * _RAISED
-        z = gl.convert_layout(others, FLAT) * _RAISED
-        at = gl.arange(0, 128, layout=FLAT)
-        row = begin + at // 4 % 4 * 2 + at % 2
-        column = gl.program_id(0) * EACH + at // 16 + at % 4 // 2 * 8
-        kept = gl.minimum(column, N - 1)
-        if BIASED:
-            bias = gl.load(biases + slot).to(gl.pointer_type(x.dtype.element_ty), bitcast=True)
-            y += gl.load(bias + kept).to(gl.float32)
-            if GATED:
-                z += gl.load(bias + N + kept).to(gl.float32)
-            elif DOUBLE:
-                z += gl.load(bias + gl.minimum(column + 16, N - 1)).to(gl.float32)
+        y = gl.convert_layout(sums, FLAT) * _RAISED + y_bias
+        z = gl.convert_layout(others, FLAT) * _RAISED + z_bias
         if GATED:
             y = y * z / (1.0 + gl.exp2(-1.4426950408889634 * y))
-        place = out + row.to(gl.int64) * N + column
-        gl.store(place, y.to(out.dtype.element_ty), mask=(row < end) & (column < N))
+        place = out + out_row.to(gl.int64) * N + out_column
+        ok = out_row < end
+        gl.store(place, y.to(out.dtype.element_ty), mask=ok & (out_column < N))
         if DOUBLE and not GATED:
-            ok = (row < end) & (column + 16 < N)
-            gl.store(place + 16, z.to(out.dtype.element_ty), mask=ok)
+            gl.store(place + 16, z.to(out.dtype.element_ty), mask=ok & (out_column + 16 < N))
 
 
 def few_rows_product(
@@ -294,8 +295,8 @@ def few_rows_product(
     return out
 
 
-def supported(x: Tensor) -> bool:
-    """Whether rows are multiplied here: bf16 on a GPU whose arithmetic has it."""
+def fits(x: Tensor) -> bool:
+    """Whether rows can be multiplied here: bf16, on a GPU that has its arithmetic."""
     return (
         x.dtype == torch.bfloat16
         and x.device.type == "cuda"
