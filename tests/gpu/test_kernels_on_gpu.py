@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexpert.kernels.cuda import attention, norm
+from flexpert.kernels.cuda import attention, mxfp4_few, norm, prompt_attention
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.cuda import row_sorting as routing
+from flexpert.kernels.cuda.mxfp4_few import FewRowsTiling
+from flexpert.kernels.cuda.prompt_attention import PromptTiling
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
 BLOCK = 16
@@ -116,6 +118,42 @@ def test_paged_attention(shape: tuple[int, int, tuple[int, int]], batch: str, ex
     assert relative(ours, attention_reference(case, options)) < 1e-2
 
 
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("batch", ["prefill", "mixed", "long"])
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        PromptTiling(128, 128, 8, 2, by_hand=True),
+        PromptTiling(64, 64, 4, 2, by_hand=True),
+        PromptTiling(128, 64, 8, 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "shape", [SHAPES[0], SHAPES[2]], ids=lambda shape: f"{shape[0]}/{shape[1]}"
+)
+def test_attention_of_prompts_in_tilings(
+    shape: tuple[int, int, tuple[int, int]], tiling: PromptTiling, batch: str, extra: str
+) -> None:
+    """What lies behind the keys of a sequence is not a number, and must not be looked at."""
+    heads, kv_heads, dims = shape
+    options = {"scaling": dims[0] ** -0.5, **EXTRAS[extra]}
+    if "sinks" in options:
+        options["sinks"] = torch.randn(heads, device="cuda", dtype=torch.bfloat16)
+    case = attention_case(*BATCHES.get(batch, ([3000], [100])), heads, kv_heads, dims)
+    unused = torch.ones(case["key_cache"].shape[:2], dtype=torch.bool, device="cuda")
+    for s, length in enumerate(case["context_len"].tolist()):
+        p = torch.arange(length, device="cuda")
+        unused[case["block_tables"][s, p // BLOCK].long(), p % BLOCK] = False
+    caches = [case[name] for name in ("key_cache", "value_cache")]
+    for cache in caches:
+        cache[unused] = math.nan
+    new = [case.pop(name) for name in ("key", "value")]
+    attention.write_cache(*new, *caches, case.pop("slot_mapping"))
+    ours = prompt_attention.attend_prompts(**case, **options, tiling=tiling)
+    assert relative(ours, attention_reference(case, options)) < 1e-2
+
+
 @pytest.mark.parametrize("shape", [(64, 2048), (7, 32, 128), (3, 7168)])
 def test_rms_norm(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
@@ -188,6 +226,48 @@ def test_products_are_those_of_the_weights_that_a_cpu_dequantizes(
             expected = torch.nn.functional.silu(expected[:, :inter]) * expected[:, inter:]
         error = (out[rows].double() - expected).norm() / expected.norm()
         assert float(error) < 5e-3
+
+
+@pytest.mark.parametrize("tiling", [FewRowsTiling(4, 1), FewRowsTiling(1, 2), FewRowsTiling(8, 2)])
+@pytest.mark.parametrize("gated", [False, True], ids=["product", "gated"])
+def test_few_rows_of_an_expert_take_its_mxfp4_weights_as_they_lie(
+    gated: bool, tiling: FewRowsTiling
+) -> None:
+    """Experts with up to 19 rows, some with none; sizes that fill no tile; scales of all sizes."""
+    counts = [1, 0, 8, 19, 3, 0, 2]
+    hidden, inter = 96 * 5 + 32, 72
+    height = 2 * inter if gated else inter
+    codes = [torch.randint(0, 256, (height, hidden // 2), dtype=torch.uint8) for _ in counts]
+    scales = [torch.randint(110, 140, (height, hidden // 32), dtype=torch.uint8) for _ in counts]
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    rows = int(offsets[-1])
+    x = torch.randn(rows, hidden).bfloat16()
+    index = torch.randperm(rows)
+    biases = [torch.randn(height).bfloat16() for _ in counts]
+    out = torch.full((rows + 3, inter), math.nan, dtype=torch.bfloat16, device="cuda")
+    on_gpu = [[t.cuda() for t in tensors] for tensors in (codes, scales, biases)]
+    mxfp4_few.few_rows_product(
+        x.cuda(),
+        addresses(on_gpu[0]),
+        addresses(on_gpu[1]),
+        offsets.int().cuda(),
+        out,
+        index=index.int().cuda(),
+        biases=addresses(on_gpu[2]),
+        gated=gated,
+        launched=rows,
+        tiling=tiling,
+    )
+    assert out[rows:].isnan().all()
+    for slot, count in enumerate(counts):
+        if count:
+            part = slice(int(offsets[slot]), int(offsets[slot + 1]))
+            whole = MXFP4.restore(codes[slot], scales[slot]).double()
+            expected = x[index[part]].double() @ whole.t() + biases[slot].double()
+            if gated:
+                expected = torch.nn.functional.silu(expected[:, :inter]) * expected[:, inter:]
+            error = (out[part].cpu().double() - expected).norm() / expected.norm()
+            assert float(error) < 5e-3
 
 
 def addresses(tensors: list[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from flexpert.kernels.cpu import ops
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
-from flexpert.kernels.cuda import attention, norm, rotary, router
+from flexpert.kernels.cuda import attention, norm, prompt_attention, rotary, router
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.cuda import row_sorting as routing
 from flexpert.kernels.cuda.gates import clamped_swiglu, clamped_swiglu_of
@@ -303,7 +303,7 @@ def test_prefills_of_any_number_of_sequences_share_two_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What else they needed would be compiled while requests wait."""
-    kernels: dict[str, set[Any]] = {"_attend": set(), "merge_splits": set()}
+    kernels: dict[str, set[Any]] = {"_attend_prompts": set(), "merge_splits": set()}
 
     class Launch:
         def __init__(self, name: str) -> None:
@@ -313,7 +313,7 @@ def test_prefills_of_any_number_of_sequences_share_two_kernels(
             return lambda *args, **constants: kernels[self.name].add(tuple(constants.items()))
 
     for name in kernels:
-        monkeypatch.setattr(attention, name, Launch(name))
+        monkeypatch.setattr(prompt_attention, name, Launch(name))
     cache = torch.zeros(64, 16, 2, 16)
     for sequences, each, blocks in itertools.product((1, 2, 3, 17, 64), (2, 5, 40), (1, 3, 40)):
         tokens = sequences * each
@@ -326,7 +326,7 @@ def test_prefills_of_any_number_of_sequences_share_two_kernels(
             torch.zeros(sequences, blocks, dtype=torch.int32),
             scaling=1.0,
         )
-    assert len(kernels["_attend"]) == 2  # keys split among programs, or not
+    assert len(kernels["_attend_prompts"]) == 2  # keys split among programs, or not
     assert len(kernels["merge_splits"]) == 1
 
 

@@ -1,5 +1,5 @@
-"""Compile exchange, experts' products, attention to latents and sampling for Hopper without a GPU,
-and print what ptxas says.
+"""Compile exchange, experts' products, attention to prompts and latents, and sampling for Hopper
+without a GPU, and print what ptxas says.
 
     python tools/gpu/compile_kernels.py [--ptx DIRECTORY] [--deterministic]
 
@@ -25,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from flexpert.comm.cuda import combine_kernels as combine
 from flexpert.comm.cuda import dispatch_kernels as dispatch
@@ -34,13 +35,22 @@ from flexpert.comm.cuda.cuda_exchange import Tuning
 from flexpert.comm.cuda.cuda_layout import combine_format, dispatch_format
 from flexpert.comm.cuda.kernel_launch import argument_sizes, parameter_sizes
 from flexpert.kernels.cuda import absorbed_attention as absorbed
-from flexpert.kernels.cuda import fixed_attention, fixed_products, sampling
+from flexpert.kernels.cuda import (
+    fixed_attention,
+    fixed_products,
+    hopper_attention,
+    mxfp4_few,
+    prompt_attention,
+    sampling,
+)
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
 TUNED = Tuning()
 PREPARED = (dispatch, combine, expert_major, lane_kernels, waiting, products, sampling)
-MODULES = (*PREPARED, absorbed, fixed_products, fixed_attention)
+MODULES = (
+    *PREPARED, absorbed, fixed_products, fixed_attention, mxfp4_few, hopper_attention, prompt_attention
+)  # fmt: skip
 MOST_SHARED = 227 * 1024  # bytes
 P64, P32, F32, BF16, I32, I64 = "*i64", "*i32", "*fp32", "*bf16", "i32", "i64"
 SHAPE = dict(R=8, TOPK=8, MAX_TOKENS=512)
@@ -197,6 +207,40 @@ def attention_to_latents(
     return types, constants, tiling.warps, tiling.stages
 
 
+def few_rows(gated: bool) -> tuple[dict[str, str], dict[str, Any], int]:
+    """(types, constants, warps) of MXFP4's product for a few rows."""
+    tiling = mxfp4_few.FewRowsTiling()
+    types = dict(
+        x=BF16, index=P32, weights=P64, scales=P64, biases=P64, offsets=P32, out=BF16, slots=I32, K=I32, N=I32
+    )  # fmt: skip
+    double = gated or tiling.tiles == 2
+    constants = dict(SLOTS=128, GATED=gated, DOUBLE=double, INDEXED=True, BIASED=True)
+    return types, constants, tiling.warps
+
+
+def attention_of_prompts(
+    dim: int, split: bool, by_hand: bool
+) -> tuple[str, dict[str, str], dict[str, Any], int, int]:
+    """(kernel, types, constants, warps, stages), 8 heads for each of keys."""
+    tiling = prompt_attention.choose(dim, dtype=torch.bfloat16, by_hand=by_hand)
+    types = dict(
+        query=BF16, key_cache=BF16, value_cache=BF16, query_start=P32, context_len=P32, block_tables=P32,
+        out=BF16, partial=F32, peaks=F32, sums=F32, sequences=I32, max_blocks=I32, tokens=I32, splits=I32,
+        scaling="fp32", softcap="fp32", query_token=I32, query_head=I32,
+    )  # fmt: skip
+    constants = dict(
+        sinks=None, SEQUENCES=64, BLOCK=16, KV_HEADS=4, GROUP=8, TOKENS=tiling.rows // 8, ROWS=tiling.rows,
+        KEYS=tiling.keys, SPLIT=split, WINDOW=0, CAPPED=False, SINKS=False,
+    )  # fmt: skip
+    if by_hand:
+        constants |= dict(DIM=dim, **hopper_attention.layouts(tiling.keys, 16, dim, tiling.warps))
+        return "attend_prompts_hopper", types, constants, tiling.warps, tiling.stages
+    constants |= dict(
+        KEY=dim, KEY_PAD=dim, VALUE=dim, VALUE_PAD=dim, AHEAD=tiling.ahead, PRECISION="tf32"
+    )
+    return "_attend_prompts", types, constants, tiling.warps, tiling.stages
+
+
 def fixed_linear(rows: int, columns: int) -> tuple[str, dict[str, str], dict[str, Any], int, int]:
     """A linear layer for --deterministic: (kernel, types, constants, warps, stages)."""
     tiling = fixed_products.choose(rows, columns, 4, torch.bfloat16)
@@ -269,7 +313,8 @@ def compiled(
         if (signature[name].startswith("*") and name not in unaligned)
         or (name in ("window", "K", "N", "part", *STRIDES) and signature[name] != "constexpr")
     }
-    source = ASTSource(kernel, signature, values, aligned)
+    kind = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = kind(kernel, signature, values, aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     made: Any = triton.compile(source, GPUTarget("cuda", 90, 32), options)
     ptx = str(made.asm["ptx"])
@@ -318,6 +363,11 @@ def usual_cases() -> dict[str, tuple[Any, ...]]:
     for shape, decode, split in itertools.product(LATENTS, (True, False), (True, False)):
         kind = f"mla {shape[0]}/{shape[1]}{'' if decode else ' mixed'}{' split' if split else ''}"
         cases[kind] = ("_attend_latents", *attention_to_latents(shape, decode, split))
+    for dim, split, by_hand in itertools.product((64, 128), (False, True), (False, True)):
+        kind = f"prompts {dim}{' split' if split else ''}{' Hopper' if by_hand else ''}"
+        cases[kind] = attention_of_prompts(dim, split, by_hand)
+    for gated in (False, True):
+        cases[f"few rows {'gated' if gated else 'down'}"] = ("_few_rows", *few_rows(gated))
     return cases
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.attention import MOST_SPLITS, merge_splits, padded
+from flexpert.kernels.cuda.attention_parts import MOST_SPLITS, merge_splits, padded
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 from flexpert.kernels.step_shapes import lanes
 

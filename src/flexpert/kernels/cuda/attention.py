@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
+from flexpert.kernels.cuda.attention_parts import (
+    LOG2_E,
+    MOST_SPLITS,
+    merge_splits,
+    padded,
+    queries_of_program,
+    splits_of,
+)
+from flexpert.kernels.cuda.prompt_attention import attend_prompts
 from flexpert.kernels.step_shapes import lanes
 
 
@@ -28,14 +36,6 @@ class AttentionTiling:
     warps: int
     stages: int
     fill: int = 2
-
-
-MOST_SPLITS = 32
-
-"""Sequences of a prefill that a program looks through at least: a kernel for each number would be
-compiled while requests wait."""
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -68,22 +68,6 @@ def _write_cache(
         ok = (head < HEADS) & (d < VALUE)
         row = tl.load(value + token * value_token + head * value_head + d, mask=ok)
         tl.store(value_cache + (slot * HEADS + head) * VALUE + d, row, mask=ok)
-
-
-@triton.jit
-def queries_of(
-    query_start, sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, DECODE: tl.constexpr
-):
-    """(sequence, its first token, the program's first among its tokens, their number)."""
-    if DECODE:
-        return tl.program_id(0), tl.program_id(0), 0, 1
-    # sequence s has the programs query_start[s] // TOKENS + s and on: at least enough
-    lane = tl.arange(0, SEQUENCES)
-    starts = tl.load(query_start + lane, mask=lane < sequences, other=1 << 30)
-    sequence = tl.sum((starts // TOKENS + lane <= tl.program_id(0)).to(tl.int32), 0) - 1
-    first = tl.load(query_start + sequence)
-    begin = (tl.program_id(0) - first // TOKENS - sequence) * TOKENS
-    return sequence, first, begin, tl.load(query_start + sequence + 1) - first
 
 
 @triton.jit
@@ -200,7 +184,9 @@ def _attend(
 ):
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    sequence, first, begin, count = queries_of(query_start, sequences, SEQUENCES, TOKENS, DECODE)
+    sequence, first, begin, count = queries_of_program(
+        query_start, sequences, SEQUENCES, TOKENS, DECODE
+    )
     if begin < count:
         context = tl.load(context_len + sequence)
         r = tl.arange(0, ROWS)
@@ -265,42 +251,6 @@ def _attend(
             tl.store(partial + row[:, None] * VALUE + v[None, :], accumulated, mask=ok)
             tl.store(peaks + row, peak, mask=row_ok)
             tl.store(sums + row, total, mask=row_ok)
-
-
-@triton.jit(do_not_specialize=["rows", "sequences", "splits"])
-def merge_splits(
-    partial,
-    peaks,
-    sums,
-    query_start,
-    out,
-    rows,
-    sequences,
-    splits,
-    HEADS: tl.constexpr,
-    VALUE: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-    DECODE: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    last = rows
-    if not DECODE:
-        last = tl.load(query_start + sequences) * HEADS
-    if row < last:
-        s = tl.arange(0, SPLITS_PAD)
-        peak = tl.load(peaks + s * rows + row, mask=s < splits, other=float("-inf"))
-        highest = tl.max(peak, 0)
-        factor = tl.exp2(peak - tl.where(highest == float("-inf"), 0.0, highest))
-        total = tl.sum(factor * tl.load(sums + s * rows + row, mask=s < splits, other=0.0), 0)
-        v = tl.arange(0, VALUE_PAD)
-        part = tl.load(
-            partial + (s[:, None] * rows + row) * VALUE + v[None, :],
-            mask=(s < splits)[:, None] & (v < VALUE)[None, :],
-            other=0.0,
-        )
-        result = tl.sum(part * factor[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-        tl.store(out + row * VALUE + v, result.to(out.dtype.element_ty), mask=v < VALUE)
 
 
 def paged_attention(
@@ -412,6 +362,11 @@ def attend(
     key_pad, value_pad = padded(key_dim), padded(value_dim)
     group = heads // kv_heads
     decode = tokens == sequences
+    if tiling is None and not decode:
+        return attend_prompts(
+            query, key_cache, value_cache, query_start, context_len, block_tables,
+            scaling=scaling, window=window, softcap=softcap, sinks=sinks,
+        )  # fmt: skip
     if tiling is None:
         tiling = choose(key_pad, decode=decode, dtype=query.dtype)
     together = 1 if decode else max(1, tiling.rows // triton.next_power_of_2(group))
@@ -419,7 +374,7 @@ def attend(
     longest = max_blocks * key_cache.shape[1]
     if window:
         longest = min(longest, window + together + tiling.keys)
-    splits = _splits(programs * kv_heads, longest // (2 * tiling.keys), tiling.fill, query.device)
+    splits = splits_of(programs * kv_heads, longest // (2 * tiling.keys), tiling.fill, query.device)
     partial = peaks = sums = out
     if splits > 1:
         shape = (splits, tokens, heads)
@@ -485,10 +440,6 @@ def attend(
     return out
 
 
-def padded(dim: int) -> int:
-    return max(16, int(triton.next_power_of_2(dim)))
-
-
 def choose(key_dim: int, *, decode: bool, dtype: torch.dtype) -> AttentionTiling:
     """A tiling for a padded dimension of keys, measured on an H100; float32 is for checking."""
     keys = 64 if key_dim <= 128 else 32
@@ -499,14 +450,3 @@ def choose(key_dim: int, *, decode: bool, dtype: torch.dtype) -> AttentionTiling
     if key_dim <= 128:
         return AttentionTiling(64, 64, warps=4, stages=2, fill=1)
     return AttentionTiling(128, 64, warps=8, stages=2, fill=1)
-
-
-def _splits(programs: int, most: int, fill: int, device: torch.device) -> int:
-    """Into how many parts the keys of a sequence are cut, `most` at most, to fill the GPU.
-
-    A power of two: each number is a kernel of its own in decode steps.
-    """
-    # 8: so that the interpreter meets both ways
-    processors = multiprocessor_count(device, interpreted=8)
-    most = max(1, min(-(-fill * processors // programs), MOST_SPLITS, most))
-    return 1 << most.bit_length() - 1

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.attention import LOG2_E, look, padded, queries_of, write_cache
+from flexpert.kernels.cuda.attention import look, write_cache
+from flexpert.kernels.cuda.attention_parts import LOG2_E, padded, queries_of_program
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 from flexpert.kernels.step_shapes import lanes
 
@@ -96,7 +97,9 @@ def _attend(
     SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(1)
-    sequence, first, begin, count = queries_of(query_start, sequences, SEQUENCES, TOKENS, DECODE)
+    sequence, first, begin, count = queries_of_program(
+        query_start, sequences, SEQUENCES, TOKENS, DECODE
+    )
     if begin < count:
         context = tl.load(context_len + sequence)
         r = tl.arange(0, ROWS)

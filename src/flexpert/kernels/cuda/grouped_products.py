@@ -17,11 +17,15 @@ from torch import Tensor
 
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
+from flexpert.kernels.cuda.mxfp4_few import few_rows_product, fits
 from flexpert.kernels.cuda.mxfp4_rows import row_product
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
 MOST_ROWS_ALONE = 2
-"""Rows an expert up to which each row reads MXFP4 weights for itself."""
+"""Rows an expert up to which each row reads MXFP4 weights for itself, where `mxfp4_few` does not
+compute it."""
+MOST_FEW_ROWS = 4
+"""Rows an expert up to which that does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,12 +425,19 @@ def grouped_product(
     if packed not in (None, FP8, MXFP4) or (packed is None) != (scales is None):
         raise ValueError("a GPU computes with weights as they are, or fp8 or MXFP4 with scales")
     expected = expected or rows
-    few = expected <= MOST_ROWS_ALONE * min(rows, slots) and not deterministic
-    if tiling is None and packed is MXFP4 and scales is not None and few:
-        return row_product(
-            x, weights, scales, offsets, out,
-            index=index, biases=biases, gated=gated, programs=launched_rows(expected, rows),
-        )  # fmt: skip
+    launched = launched_rows(expected, rows)
+    if tiling is None and packed is MXFP4 and scales is not None and not deterministic:
+        each = expected / min(rows, slots)
+        if each <= MOST_FEW_ROWS and fits(x):
+            return few_rows_product(
+                x, weights, scales, offsets, out,
+                index=index, biases=biases, gated=gated, launched=launched,
+            )  # fmt: skip
+        if each <= MOST_ROWS_ALONE:
+            return row_product(
+                x, weights, scales, offsets, out,
+                index=index, biases=biases, gated=gated, programs=launched,
+            )  # fmt: skip
     if tiling is None and deterministic:
         tiling = choose_fixed(expected, slots, gated=gated, dtype=x.dtype)
     elif tiling is None:
@@ -434,7 +445,6 @@ def grouped_product(
     if packed is FP8 and fp8.BLOCK % tiling.depth:
         raise ValueError(f"a tile {tiling.depth} deep crosses blocks of {fp8.BLOCK} with scales")
     # a tile that is not full belongs to a slot of its own
-    launched = launched_rows(expected, rows)
     bound = launched // tiling.rows + min(slots, launched)
     programs = bound * triton.cdiv(columns, tiling.columns)
     if tiling.waves:

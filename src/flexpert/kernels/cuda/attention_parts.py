@@ -1,0 +1,88 @@
+"""What the kernels of attention to keys in pages have in common."""
+
+# Triton reads these functions: constants are in capitals, and nothing is annotated but constants.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
+
+MOST_SPLITS = 32
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def queries_of(program, query_start, sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr):
+    """(sequence, its first token, the program's first among its tokens, their number)."""
+    # sequence s has the programs query_start[s] // TOKENS + s and on: at least enough
+    lane = tl.arange(0, SEQUENCES)
+    starts = tl.load(query_start + lane, mask=lane < sequences, other=1 << 30)
+    sequence = tl.sum((starts // TOKENS + lane <= program).to(tl.int32), 0) - 1
+    first = tl.load(query_start + sequence)
+    begin = (program - first // TOKENS - sequence) * TOKENS
+    return sequence, first, begin, tl.load(query_start + sequence + 1) - first
+
+
+@triton.jit
+def queries_of_program(
+    query_start, sequences, SEQUENCES: tl.constexpr, TOKENS: tl.constexpr, DECODE: tl.constexpr
+):
+    """`queries_of` of this one."""
+    if DECODE:
+        return tl.program_id(0), tl.program_id(0), 0, 1
+    return queries_of(tl.program_id(0), query_start, sequences, SEQUENCES, TOKENS)
+
+
+@triton.jit(do_not_specialize=["rows", "sequences", "splits"])
+def merge_splits(
+    partial,
+    peaks,
+    sums,
+    query_start,
+    out,
+    rows,
+    sequences,
+    splits,
+    HEADS: tl.constexpr,
+    VALUE: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    SPLITS_PAD: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    last = rows
+    if not DECODE:
+        last = tl.load(query_start + sequences) * HEADS
+    if row < last:
+        s = tl.arange(0, SPLITS_PAD)
+        peak = tl.load(peaks + s * rows + row, mask=s < splits, other=float("-inf"))
+        highest = tl.max(peak, 0)
+        factor = tl.exp2(peak - tl.where(highest == float("-inf"), 0.0, highest))
+        total = tl.sum(factor * tl.load(sums + s * rows + row, mask=s < splits, other=0.0), 0)
+        v = tl.arange(0, VALUE_PAD)
+        part = tl.load(
+            partial + (s[:, None] * rows + row) * VALUE + v[None, :],
+            mask=(s < splits)[:, None] & (v < VALUE)[None, :],
+            other=0.0,
+        )
+        result = tl.sum(part * factor[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+        tl.store(out + row * VALUE + v, result.to(out.dtype.element_ty), mask=v < VALUE)
+
+
+def padded(dim: int) -> int:
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
+def splits_of(programs: int, most: int, fill: int, device: torch.device) -> int:
+    """Into how many parts the keys of a sequence are cut, `most` at most, to fill the GPU.
+
+    A power of two: each number is a kernel of its own in decode steps.
+    """
+    # 8: so that the interpreter meets both ways
+    processors = multiprocessor_count(device, interpreted=8)
+    most = max(1, min(-(-fill * processors // programs), MOST_SPLITS, most))
+    return 1 << most.bit_length() - 1
