@@ -136,7 +136,7 @@ def run_formats(
 
 def _step(model: FormatModel, tokens: Tensor, position: int) -> tuple[float, float, Tensor]:
     """(microseconds from tokens on the host to the next ones, of processors meanwhile, logits)"""
-    batch = _batch(model, tokens, position)
+    batch = decode_batch(model, tokens, position)
     began, spent = time.perf_counter(), time.process_time()
     logits = model.runner.forward(batch)
     logits.argmax(dim=-1).tolist()
@@ -144,7 +144,8 @@ def _step(model: FormatModel, tokens: Tensor, position: int) -> tuple[float, flo
     return took * 1e6, (time.process_time() - spent) * 1e6, logits.clone()
 
 
-def _batch(model: FormatModel, tokens: Tensor, position: int) -> ForwardBatch:
+def decode_batch(model: FormatModel, tokens: Tensor, position: int) -> ForwardBatch:
+    """The next token of each sequence. tokens: [sequences]. position: theirs."""
     count = tokens.shape[0]
     ends = torch.arange(1, count + 1, dtype=torch.int64, device="cpu")
     return ForwardBatch(
