@@ -42,9 +42,9 @@ def interleaved(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, turn: Any = halves, factor: float = 1.0) -> None:
+    def __init__(self, turn: Any = halves, factor: float = 1.0, half: bool = False) -> None:
         super().__init__()
-        self.head_dim, self.turn, self.factor = DIM, turn, factor
+        self.head_dim, self.turn, self.factor, self.half = DIM, turn, factor, half
         self.q_proj = nn.Linear(HIDDEN, HEADS * DIM)
         self.k_proj = nn.Linear(HIDDEN, KV_HEADS * DIM)
         self.v_proj = nn.Linear(HIDDEN, KV_HEADS * DIM)
@@ -62,6 +62,8 @@ class Attention(nn.Module):
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+        if self.half:
+            cos, sin = (torch.cat([part, part], -1) for part in (cos, sin))
         q, k = (x * cos + self.turn(x) * sin for x in (q, k))
         binding = registrations.bound(self)
         out = binding.attention(self, q * self.factor, k, v, None, scaling=0.5)
@@ -72,10 +74,12 @@ class Attention(nn.Module):
     ("module", "fused"),
     [
         (Attention(), True),
+        (Attention(half=True), True),
+        (Attention(half=True, turn=interleaved), False),
         (Attention(turn=interleaved), False),
         (Attention(factor=1.1), False),
     ],
-    ids=["halves", "interleaved", "scaled"],
+    ids=["halves", "angles of pairs", "angles of pairs, interleaved", "interleaved", "scaled"],
 )
 def test_attention_with_another_rotation_is_left_alone(module: Attention, fused: bool) -> None:
     binding = Bound()
@@ -91,19 +95,24 @@ def test_attention_with_another_rotation_is_left_alone(module: Attention, fused:
 
 
 class Router(nn.Module):
-    def __init__(self, rule: str) -> None:
+    def __init__(self, rule: str, biased: bool = False) -> None:
         super().__init__()
+        if biased:
+            self.bias = nn.Parameter(torch.randn(12, generator=torch.manual_seed(2)))
         self.weight = nn.Parameter(torch.randn(12, HIDDEN, generator=torch.manual_seed(1)))
         self.top_k, self.rule = 3, rule
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = F.linear(hidden_states, self.weight)
+        logits = F.linear(hidden_states, self.weight, getattr(self, "bias", None))
         if self.rule == "sigmoid":
             weights, ids = logits.sigmoid().topk(self.top_k)
         elif self.rule == "least":
             weights, ids = logits.softmax(-1).topk(self.top_k, largest=False)
         else:
             weights, ids = logits.softmax(-1).topk(self.top_k)
+        if self.rule == "of the best":
+            weights, ids = logits.topk(self.top_k)
+            weights = weights.softmax(-1)
         if self.rule == "normalised":
             weights = weights / weights.sum(-1, keepdim=True)
         return logits, weights, ids
@@ -111,10 +120,17 @@ class Router(nn.Module):
 
 @pytest.mark.parametrize(
     ("rule", "fused"),
-    [("plain", True), ("normalised", True), ("sigmoid", False), ("least", False)],
+    [
+        ("plain", True),
+        ("normalised", True),
+        ("of the best", True),
+        ("sigmoid", False),
+        ("least", False),
+    ],
 )
-def test_a_router_with_another_rule_is_left_alone(rule: str, fused: bool) -> None:
-    module = Router(rule)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_router_with_another_rule_is_left_alone(rule: str, fused: bool, biased: bool) -> None:
+    module = Router(rule, biased)
     with torch.inference_mode():
         fuse_modules(module, kernels())
         assert ("forward" in vars(module)) == fused

@@ -188,6 +188,7 @@ class SinkAttention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(24, 32) for _ in range(3))
         self.o_proj = nn.Linear(32, 24)
         self.sinks = nn.Parameter(torch.zeros(2))
+        self.doubled = False
 
     def forward(
         self,
@@ -202,20 +203,36 @@ class SinkAttention(nn.Module):
         )
         cos, sin = (part.unsqueeze(1) for part in position_embeddings)
         q, k = (x * cos + torch.cat([-x[..., 8:], x[..., :8]], -1) * sin for x in (q, k))
-        out = registrations.bound(self).attention(self, q, k, v, None, s_aux=self.sinks)
+        sinks = 2 * self.sinks if self.doubled else self.sinks
+        out = registrations.bound(self).attention(self, q, k, v, None, s_aux=sinks)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
 
 
-def test_attention_with_a_tensor_among_its_options_is_tried_each_time(trials: Trials) -> None:
+def test_attention_with_a_parameter_among_its_options_is_tried_once(trials: Trials) -> None:
     kernels = all_kernels().fusions
     assert kernels
+    known: FusionVerdicts = {}
     for _ in range(2):
         module = SinkAttention()
         registrations.bind(module, object())
         with torch.inference_mode():
-            assert fuse_modules(module, kernels) == {}
+            known = fuse_modules(module, kernels, known)
+        fusion = known[""].fusion
+        assert isinstance(fusion, AttentionFusion)
+        assert fusion.sinks == "sinks"
         assert replaced(module) == {""}
-    assert trials["_try_attention"] == 2
+    assert trials["_try_attention"] == 1
+
+
+def test_attention_with_a_tensor_made_anew_among_its_options_is_left_alone() -> None:
+    kernels = all_kernels().fusions
+    assert kernels
+    module = SinkAttention()
+    module.doubled = True
+    registrations.bind(module, object())
+    with torch.inference_mode():
+        assert fuse_modules(module, kernels)[""].fusion is None
+    assert not replaced(module)
 
 
 # ---- on their way -------------------------------------------------------------------------------
@@ -223,7 +240,7 @@ def test_attention_with_a_tensor_among_its_options_is_tried_each_time(trials: Tr
 FOUND = {
     "a": Verdict("m.Norm", NormFusion(early=False)),
     "b": Verdict("m.Norm", NormFusion(early=False)),
-    "c": Verdict("m.Attention", AttentionFusion(True, 0.25, 9, None)),
+    "c": Verdict("m.Attention", AttentionFusion(True, False, 0.25, 9, sinks="sinks")),
     "d": Verdict("m.Router", RouterFusion(normalised=False, dtype="bfloat16")),
     "e": Verdict("m.Other"),
 }

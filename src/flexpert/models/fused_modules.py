@@ -164,28 +164,25 @@ class _Recorder:
 def _fuse_attention(
     name: str, module: nn.Module, front: _Front, kernels: Fusions, ledger: VerdictLedger
 ) -> None:
-    sinks: Tensor | None = None
-
-    def attempt() -> AttentionFusion | None:
-        nonlocal sinks
-        if (found := _try_attention(module, front, kernels)) is None:
-            return None
-        fusion, sinks = found
-        return fusion
-
+    attempt = functools.partial(_try_attention, module, front, kernels)
     fusion = ledger.settle(name, module, AttentionFusion, attempt)
     if fusion is None:
         return
-    if sinks is not None:
-        del ledger.found[name]  # each rank finds its own tensor, by a trial
     _share(module, front)
-    vars(module)["forward"] = _attention(module, front, kernels, fusion, sinks)
+    vars(module)["forward"] = _attention(module, front, kernels, fusion)
 
 
-def _try_attention(
-    module: Any, front: _Front, kernels: Fusions
-) -> tuple[AttentionFusion, Tensor | None] | None:
-    """What the module does if our kernels do the same, and its sinks, if it has any."""
+def _try_attention(module: Any, front: _Front, kernels: Fusions) -> AttentionFusion | None:
+    """What the module does if our kernels do the same."""
+    for half in (False, True):
+        if (found := _try_rotation(module, front, kernels, half)) is not None:
+            return found
+    return None
+
+
+def _try_rotation(
+    module: Any, front: _Front, kernels: Fusions, half: bool
+) -> AttentionFusion | None:
     weight = front.weight
     generator = torch.Generator().manual_seed(0)
 
@@ -195,7 +192,7 @@ def _try_attention(
     # small rows show the epsilon of a norm
     hidden = randn(_ROWS, weight.shape[1]) * torch.logspace(-3, 1, _ROWS)[:, None].to(weight)
     angles = torch.randn((_ROWS, front.dim // 2), generator=generator)
-    angles = torch.cat([angles, angles], -1)
+    angles = angles if half else torch.cat([angles, angles], -1)
     rotation = tuple(f(angles).to(weight)[None] for f in (torch.cos, torch.sin))
     recorder = _Recorder(randn(1, _ROWS, front.heads, front.dim))
     binding = registrations.bound(module)
@@ -224,21 +221,24 @@ def _try_attention(
         query = front(kernels, hidden, (rotation[0], rotation[1]), slots, caches, early)
         kept = [cache.view(_ROWS, front.kv_heads, front.dim)[slots] for cache in caches]
         if all(_same(a, b) for a, b in zip((query, *kept), recorder.qkv, strict=True)):
-            return _with_options(early, recorder.options)
+            return _with_options(module, early, half, recorder.options)
     return None
 
 
 def _with_options(
-    early: bool, options: dict[str, Any]
-) -> tuple[AttentionFusion, Tensor | None] | None:
+    module: nn.Module, early: bool, half: bool, options: dict[str, Any]
+) -> AttentionFusion | None:
     """options: what a module passes to attention; None: they are not what they should be."""
-    plain = {name: options.get(name) for name in ("scaling", "sliding_window", "softcap")}
-    sinks = options.get("s_aux")
+    found = {name: options.get(name) for name in ("scaling", "sliding_window", "softcap")}
+    if (sinks := options.get("s_aux")) is not None:
+        names = [name for name, own in module._parameters.items() if own is sinks]
+        found["sinks"] = names[0] if names else sinks
     try:
-        fusion = msgspec.convert({"type": "attention", "early": early, **plain}, AttentionFusion)
+        return msgspec.convert(
+            {"type": "attention", "early": early, "half": half, **found}, AttentionFusion
+        )
     except msgspec.ValidationError:
         return None
-    return (fusion, sinks) if sinks is None or isinstance(sinks, Tensor) else None
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
@@ -260,7 +260,7 @@ def _share(module: Any, front: _Front) -> None:
 
 
 def _attention(
-    module: Any, front: _Front, kernels: Fusions, fusion: AttentionFusion, sinks: Tensor | None
+    module: Any, front: _Front, kernels: Fusions, fusion: AttentionFusion
 ) -> Callable[..., tuple[Tensor, None]]:
     """As the module; what it passes to attention is the same each time.
 
@@ -269,6 +269,10 @@ def _attention(
     """
     binding = registrations.bound(module)
     original = type(module).forward
+    angles = front.dim // 2 if fusion.half else front.dim
+    sinks: Tensor | None = None
+    if fusion.sinks is not None:
+        sinks = module.get_parameter(fusion.sinks).data.to(front.weight.dtype).contiguous()
     scaling = front.dim**-0.5 if fusion.scaling is None else fusion.scaling
 
     def forward(
@@ -277,7 +281,7 @@ def _attention(
         *others: Any,
         **rest: Any,
     ) -> tuple[Tensor, None]:
-        if position_embeddings[0].shape[-1] != front.dim:
+        if position_embeddings[0].shape[-1] != angles:
             result: tuple[Tensor, None] = original(
                 module, hidden_states, position_embeddings, *others, **rest
             )
@@ -301,7 +305,7 @@ def _attention(
             scaling=scaling,
             window=fusion.sliding_window or 0,
             softcap=fusion.softcap or 0.0,
-            sinks=None if sinks is None else sinks.to(query.dtype).contiguous(),
+            sinks=sinks,
         )
         return module.o_proj(out.view(1, out.shape[0], -1)), None
 
@@ -316,7 +320,7 @@ def _looks_like_router(module: nn.Module) -> bool:
     return (
         weight is not None
         and weight.ndim == 2
-        and len(module._parameters) == 1
+        and module._parameters.keys() <= {"weight", "bias"}
         and not module._buffers
         and isinstance(getattr(module, "top_k", None), int)
     )
@@ -380,10 +384,11 @@ def _router(
     module: Any, kernels: Fusions, fusion: RouterFusion
 ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
     weight, topk = module.weight.data, module.top_k
+    bias = getattr(module, "bias", None)
     dtype: torch.dtype = getattr(torch, fusion.dtype)
 
     def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = F.linear(hidden_states.reshape(-1, weight.shape[1]), weight)
+        logits = F.linear(hidden_states.reshape(-1, weight.shape[1]), weight, bias)
         chosen, ids = kernels.choose_experts(
             logits, topk, normalised=fusion.normalised, dtype=dtype
         )

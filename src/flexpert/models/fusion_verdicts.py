@@ -29,12 +29,16 @@ class NormFusion(msgspec.Struct, frozen=True, tag="norm"):
 
 
 class AttentionFusion(msgspec.Struct, frozen=True, tag="attention"):
-    """early: of the norms of queries and keys. The rest: what the module passes to attention."""
+    """early: of the norms of queries and keys. half: the module is given one angle for each pair
+    of elements that it turns, not one for each element. The rest: what it passes to attention;
+    sinks: as the name of its parameter."""
 
     early: bool
+    half: bool = False
     scaling: float | None = None
     sliding_window: int | None = None
     softcap: float | None = None
+    sinks: str | None = None
 
 
 class RouterFusion(msgspec.Struct, frozen=True, tag="router"):

@@ -35,6 +35,7 @@ def _rotate_and_store(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     HEADS: tl.constexpr,
+    ANGLES: tl.constexpr,
     NORMED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -69,8 +70,9 @@ def _rotate_and_store(
         )
         x = _rounded(x * wx, qkv)
         y = _rounded(y * wy, qkv)
-    c = tl.load(cos + token * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+    angle = token * ANGLES + d % ANGLES
+    c = tl.load(cos + angle, mask=d < DIM, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle, mask=d < DIM, other=0.0).to(tl.float32)
     turned = tl.where(d < DIM // 2, -y, y)
     result = _rounded(x * c, qkv) + _rounded(turned * s, qkv)
     result = tl.where(is_value, given.to(tl.float32), result).to(qkv.dtype.element_ty)
@@ -100,7 +102,8 @@ def rotate_and_store(
 
     Args:
         qkv: [N, heads + 2 * kv_heads, dim], contiguous: queries, keys, values.
-        cos, sin: [N, dim] contiguous, of rotations of (d, d + dim / 2) pairs.
+        cos, sin: [N, dim] contiguous, of rotations of (d, d + dim / 2) pairs; or [N, dim / 2], of
+            which both of a pair take the same.
         slot_mapping: [N] int64, where each token's key and value go; -1 = nowhere.
         key_cache, value_cache: [blocks, block_size, kv_heads, dim], contiguous.
         norms: ([dim], [dim]) weights of the RMS norms of queries and keys, or None.
@@ -132,6 +135,7 @@ def rotate_and_store(
         DIM=dim,
         DIM_PAD=triton.next_power_of_2(dim),
         HEADS=_HEADS,
+        ANGLES=cos.shape[1],
         NORMED=norms is not None,
         EARLY=early,
         num_warps=4,
