@@ -59,7 +59,7 @@ else
 fi
 status=0
 part autoscale 310 "$(join "${cores[@]}")" "${day[@]}" --duration "${DAY:-3m}" --larger-model \
-    --output-len 96 -- --device cpu || status=1
+    --output-len 128 -- --device cpu || status=1
 half=$(((count + 1) / 2))
 [[ " $parts " == *" rebalance "* && " $parts " == *" observers "* ]] || half=$count
 first=("${cores[@]:0:half}") second=("${cores[@]:count - half}")
