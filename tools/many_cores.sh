@@ -17,17 +17,31 @@ python=${PYTHON:-python3}
 parts=${PARTS:-autoscale rebalance observers}
 mkdir -p "$out"
 export CUDA_VISIBLE_DEVICES=
-pinned=(taskset -c "${CORES:-0-4095}")
-read -r -a cores < <("${pinned[@]}" "$python" -c \
-    'from flexpert.bench.machine import usable_cores as cores; print(*cores())')
+# a command on cores: ON COMMAND...
+pin='import os, sys
+os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
+os.execvp(sys.argv[2], sys.argv[2:])'
+list='import sys
+from flexpert.bench.machine import usable_cores
+ends = [part.split("-") for part in sys.argv[1].split(",") if part]
+said = {n for end in ends for n in range(int(end[0]), int(end[-1]) + 1)}
+print(*(n for n in usable_cores() if n in said or not said))'
+read -r -a cores < <("$python" -c "$list" "${CORES:-}")
 count=${#cores[@]}
 ((count > 0)) || { echo "flexpert is not to be had with $python (set PYTHON and PYTHONPATH)"; exit 2; }
+{
+    date -u
+    echo "cores: ${cores[*]}"
+    uptime
+    lscpu | grep -E "Model name|^CPU\(s\)|Thread|Core|Socket|L2|L3|NUMA"
+    echo "quota: $(cat /sys/fs/cgroup/cpu.max 2>/dev/null)"
+} > "$out/machine.txt" 2>&1
 join() { local IFS=,; echo "$*"; }
 part() {  # NAME SECONDS CORES BENCH...
     local name=$1 limit=$2 on=$3 begin=$SECONDS status
     shift 3
     [[ " $parts " == *" $name "* ]] || return 0
-    timeout -k 10 "$limit" taskset -c "$on" "$python" -m flexpert bench "$name" \
+    timeout -k 10 "$limit" "$python" -c "$pin" "$on" "$python" -m flexpert bench "$name" \
         --output "$out/$name.json" "$@" > "$out/$name.txt" 2>&1
     status=$?
     echo "== $name, $((SECONDS - begin)) s, exit status $status"
@@ -45,7 +59,7 @@ else
 fi
 status=0
 part autoscale 310 "$(join "${cores[@]}")" "${day[@]}" --duration "${DAY:-3m}" --larger-model \
-    --output-len 96 -- --device cpu || status=1
+    --output-len 128 -- --device cpu || status=1
 half=$(((count + 1) / 2))
 [[ " $parts " == *" rebalance "* && " $parts " == *" observers "* ]] || half=$count
 first=("${cores[@]:0:half}") second=("${cores[@]:count - half}")

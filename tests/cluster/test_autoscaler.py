@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client import Histogram as Counted
 from support.served import served
 from support.waiting import wait_until
 
 from flexpert.cluster.autoscale_policy import Goals
-from flexpert.cluster.autoscaler import Autoscaler, Histogram, load_policy, parse_goals
+from flexpert.cluster.autoscaler import (
+    ENDED,
+    Autoscaler,
+    Histogram,
+    Increase,
+    load_policy,
+    parse_goals,
+)
 from flexpert.cluster.handover.messages import ServiceHandedOver
 from flexpert.cluster.views import ClusterView, PlacementView, RankView
 from flexpert.errors import ConfigError
@@ -83,6 +90,19 @@ def test_the_p99_is_that_of_the_latest_interval() -> None:
     fresh = CollectorRegistry()
     Counted("waited", "", registry=fresh, buckets=(0.1, 0.2, 0.4)).observe(0.05)
     assert seen.p99(fresh.collect()) == pytest.approx(0.099), "another process counts from 0"
+
+
+def test_what_has_ended_is_counted_from_look_to_look() -> None:
+    registry = CollectorRegistry()
+    counted = Counter(ENDED, "", ["outcome"], registry=registry)
+    seen = Increase(ENDED)
+    counted.labels("stop").inc(5)
+    assert seen.of(registry.collect()) is None, "it may have been long ago"
+    counted.labels("stop").inc(2)
+    counted.labels("failed").inc()
+    assert seen.of(registry.collect()) == 3
+    assert seen.of(registry.collect()) == 0
+    assert seen.of(CollectorRegistry().collect()) is None, "another process counts from 0"
 
 
 def view(ranks: int, **more: Any) -> ClusterView:

@@ -24,11 +24,11 @@ _ROOM = 0.8  # of a goal, that a smaller number of ranks may be expected to use
 _MOST_AT_ONCE = 2.0  # times today's ranks
 _TREND = 6  # samples
 _BUSY = 0.85  # of the requests that ranks can take, that may come before there are more ranks
-_IDLE = 0.65  # the same on a smaller number, before that is gone down to
+_IDLE = 0.55  # the same on a smaller number, before that is gone down to
 _FULL = 40  # intervals, at most, that tell how many requests a rank takes
 _SEEN, _ENOUGH = 2, 8  # and at least; and requests that have ended
 _COUNT, _MOST_LOOKS = 30, 40  # requests that tell a rate, or as many looks
-_UNSURE, _SURE = 1.0, 1.5  # standard deviations that a rate may be off, and a trend must be above
+_UNSURE, _SURE = 1.0, 2.5  # standard deviations that a rate may be off, and a trend must be above
 _LIKE = 0.2  # loads that differ by less, on average, tell nothing of other loads
 _JOIN_S, _JOINS = 2.0, 5  # how long ranks take to join until that was seen, and how often it counts
 
