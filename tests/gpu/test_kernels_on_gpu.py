@@ -123,9 +123,10 @@ def test_paged_attention(shape: tuple[int, int, tuple[int, int]], batch: str, ex
 @pytest.mark.parametrize(
     "tiling",
     [
-        PromptTiling(128, 128, 8, 2, by_hand=True),
         PromptTiling(64, 64, 4, 2, by_hand=True),
-        PromptTiling(128, 64, 8, 2),
+        PromptTiling(64, 64, 4, 2, by_hand=True, held=True),
+        PromptTiling(128, 128, 8, 2, by_hand=True),
+        PromptTiling(64, 64, 4, 2),
     ],
     ids=str,
 )

@@ -209,7 +209,7 @@ def attention_to_latents(
 
 def few_rows(gated: bool) -> tuple[dict[str, str], dict[str, Any], int]:
     """(types, constants, warps) of MXFP4's product for a few rows."""
-    tiling = mxfp4_few.FewRowsTiling()
+    tiling = mxfp4_few.FewRowsTiling(2, 1 if gated else 2)
     types = dict(
         x=BF16, index=P32, weights=P64, scales=P64, biases=P64, offsets=P32, out=BF16, slots=I32, K=I32, N=I32
     )  # fmt: skip
@@ -233,11 +233,13 @@ def attention_of_prompts(
         KEYS=tiling.keys, SPLIT=split, WINDOW=0, CAPPED=False, SINKS=False,
     )  # fmt: skip
     if by_hand:
-        constants |= dict(DIM=dim, **hopper_attention.layouts(tiling.keys, 16, dim, tiling.warps))
+        constants |= dict(
+            DIM=dim,
+            HELD=tiling.held,
+            **hopper_attention.layouts(tiling.keys, 16, dim, tiling.warps),
+        )
         return "attend_prompts_hopper", types, constants, tiling.warps, tiling.stages
-    constants |= dict(
-        KEY=dim, KEY_PAD=dim, VALUE=dim, VALUE_PAD=dim, AHEAD=tiling.ahead, PRECISION="tf32"
-    )
+    constants |= dict(KEY=dim, KEY_PAD=dim, VALUE=dim, VALUE_PAD=dim, PRECISION="tf32")
     return "_attend_prompts", types, constants, tiling.warps, tiling.stages
 
 

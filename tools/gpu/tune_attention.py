@@ -21,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tune_experts import microseconds
 
 from flexpert.kernels.cuda import attention, prompt_attention
-from flexpert.kernels.cuda.attention import AttentionTiling
 from flexpert.kernels.cuda.prompt_attention import PromptTiling
 
 HEADS, KV_HEADS, DIM = 32, 4, 128
@@ -36,25 +35,22 @@ CASES: dict[str, tuple[list[int], list[int]]] = {
     "64 decode + 512": ([1000] * 64 + [0], [1] * 64 + [512]),
 }
 TILINGS = [
-    PromptTiling(128, 128, 8, 2, by_hand=True),
-    PromptTiling(128, 64, 8, 2, by_hand=True),
     PromptTiling(64, 64, 4, 2, by_hand=True),
-    PromptTiling(128, 128, 8, 2),
-    PromptTiling(128, 128, 8, 2, ahead=False),
-    PromptTiling(128, 64, 8, 2),
-    PromptTiling(128, 64, 8, 3),
-    PromptTiling(128, 64, 8, 3, ahead=False),
-    PromptTiling(128, 64, 8, 4),
+    PromptTiling(64, 64, 4, 2, by_hand=True, held=True),
+    PromptTiling(64, 32, 4, 2, by_hand=True),
+    PromptTiling(64, 32, 4, 2, by_hand=True, held=True),
+    PromptTiling(128, 64, 8, 2, by_hand=True),
+    PromptTiling(128, 64, 8, 2, by_hand=True, held=True),
     PromptTiling(64, 64, 4, 2),
-    PromptTiling(64, 64, 4, 3),
-    PromptTiling(64, 64, 4, 3, ahead=False),
+    PromptTiling(128, 64, 8, 3),
 ]
 
 
 def described(tiling: PromptTiling) -> str:
-    name = "gluon" if tiling.by_hand else "triton"
-    rest = "" if tiling.by_hand else f" s{tiling.stages}{' ahead' if tiling.ahead else ''}"
-    return f"{name} {tiling.rows}x{tiling.keys} w{tiling.warps}{rest}"
+    shape = f"{tiling.rows}x{tiling.keys} w{tiling.warps}"
+    if tiling.by_hand:
+        return f"gluon {shape}{' held' if tiling.held else ''}"
+    return f"triton {shape} s{tiling.stages}"
 
 
 def reference(case: dict[str, Any], rows: int = 64) -> tuple[Tensor, Tensor]:
@@ -89,16 +85,8 @@ def candidates(case: dict[str, Any], quick: bool) -> dict[str, Callable[[], Tens
         "query", "key_cache", "value_cache", "query_start", "context_len", "block_tables",
     )  # fmt: skip
     given = {name: case[name] for name in taken}
-    ways: dict[str, Callable[[], Tensor]] = {
-        "before 64x64 w4 s2": lambda: attention.attend(
-            **given, scaling=SCALING, tiling=AttentionTiling(64, 64, 4, 2, fill=1)
-        ),
-    }
-    if not quick:
-        ways["before 128x64 w8 s2"] = lambda: attention.attend(
-            **given, scaling=SCALING, tiling=AttentionTiling(128, 64, 8, 2, fill=1)
-        )
-    for tiling in TILINGS[:6] if quick else TILINGS:
+    ways: dict[str, Callable[[], Tensor]] = {}
+    for tiling in TILINGS[:2] if quick else TILINGS:
         ways[described(tiling)] = lambda t=tiling: prompt_attention.attend_prompts(
             **given, scaling=SCALING, tiling=t
         )

@@ -21,7 +21,7 @@ from tune_experts import microseconds
 
 from flexpert.kernels import mxfp4
 from flexpert.kernels.cuda import grouped_products as products
-from flexpert.kernels.cuda import mxfp4_few, mxfp4_rows
+from flexpert.kernels.cuda import mxfp4_few
 from flexpert.kernels.cuda import row_sorting as routing
 from flexpert.kernels.cuda.grouped_products import ProductTiling, launched_rows
 from flexpert.kernels.cuda.mxfp4_few import FewRowsTiling
@@ -103,12 +103,6 @@ def tune(
             x, unpacked, s.offsets, out, index=s.token if indexed else None, gated=gated
         )
 
-    def alone(s: routing.SortedRows) -> object:
-        return mxfp4_rows.row_product(
-            x, packed, factors, s.offsets, out, index=s.token if indexed else None, biases=None,
-            gated=gated, programs=launched_rows(rows, rows),
-        )  # fmt: skip
-
     def tiled(s: routing.SortedRows) -> object:
         return products.grouped_product(
             x, packed, s.offsets, out, index=s.token if indexed else None, packed=MXFP4,
@@ -117,10 +111,9 @@ def tune(
 
     ways: dict[str, tuple[int, Callable[[routing.SortedRows], object]]] = {
         "bf16": (16, bf16),
-        "each row alone (before)": (4, alone),
-        "tiles of 16 x 64 x 128 (before)": (4, tiled),
+        "tiles of 16 x 64 x 128": (4, tiled),
     }
-    for warps in (1, 2, 4, 8):
+    for warps in (1, 2, 4):
         for tiles in (1,) if gated else (1, 2):
             tiling = FewRowsTiling(warps, tiles)
 

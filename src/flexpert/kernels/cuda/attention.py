@@ -14,24 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.attention_parts import (
-    LOG2_E,
-    MOST_SPLITS,
-    merge_splits,
-    padded,
-    queries_of_program,
-    splits_of,
-)
+from flexpert.kernels.cuda.attention_parts import LOG2_E, merge_splits, padded, splits_of
 from flexpert.kernels.cuda.prompt_attention import attend_prompts
-from flexpert.kernels.step_shapes import lanes
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTiling:
-    """rows: of queries in a program, tokens times heads of a group. keys: that it looks at in one
-    go. fill: programs for each multiprocessor, below which keys are split."""
+    """Of a step in which each sequence has one token. keys: that a program looks at in one go.
+    fill: programs for each multiprocessor, below which keys are split."""
 
-    rows: int
     keys: int
     warps: int
     stages: int
@@ -143,114 +134,69 @@ def look(
     return accumulated, higher, total
 
 
-@triton.jit(do_not_specialize=["sequences", "max_blocks", "tokens", "splits"])
-def _attend(
-    query,
-    key_cache,
-    value_cache,
-    query_start,
-    context_len,
-    block_tables,
-    sinks,
-    out,
-    partial,
-    peaks,
-    sums,
-    sequences,
-    max_blocks,
-    tokens,
-    splits,
-    scaling,
-    softcap,
-    query_token,
-    query_head,
-    SEQUENCES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    KEY: tl.constexpr,
-    KEY_PAD: tl.constexpr,
-    VALUE: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DECODE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    CAPPED: tl.constexpr,
-    SINKS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["max_blocks", "tokens", "splits"])
+def _attend_decode(
+    query, key_cache, value_cache, context_len, block_tables, sinks, out, partial, peaks, sums,
+    max_blocks, tokens, splits, scaling, softcap, query_token, query_head,
+    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY: tl.constexpr,
+    KEY_PAD: tl.constexpr, VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    sequence, first, begin, count = queries_of_program(
-        query_start, sequences, SEQUENCES, TOKENS, DECODE
+    context = tl.load(context_len + sequence)
+    r = tl.arange(0, ROWS)
+    row_ok = r < GROUP
+    position = context - 1 + r // GROUP
+    token = sequence.to(tl.int64)
+    head = kv_head * GROUP + r
+    d = tl.arange(0, KEY_PAD)
+    q = tl.load(
+        query + token * query_token + head[:, None] * query_head + d[None, :],
+        mask=row_ok[:, None] & (d < KEY)[None, :],
+        other=0.0,
     )
-    if begin < count:
-        context = tl.load(context_len + sequence)
-        r = tl.arange(0, ROWS)
-        inside = begin + r // GROUP
-        row_ok = (r < TOKENS * GROUP) & (inside < count)
-        position = context - count + inside
-        token = (first + inside).to(tl.int64)
-        head = kv_head * GROUP + r % GROUP
-        d = tl.arange(0, KEY_PAD)
-        q = tl.load(
-            query + token[:, None] * query_token + head[:, None] * query_head + d[None, :],
-            mask=row_ok[:, None] & (d < KEY)[None, :],
-            other=0.0,
-        )
-        v = tl.arange(0, VALUE_PAD)
+    v = tl.arange(0, VALUE_PAD)
 
-        # the keys that any row of this program sees, and this split's part of them
-        last = tl.minimum(context, context - count + begin + TOKENS)
-        low = 0
-        if WINDOW > 0:
-            low = tl.maximum(0, context - count + begin - WINDOW + 1) // KEYS
-        high = (last + KEYS - 1) // KEYS
-        share = (high - low + splits - 1) // splits
-        low = low + split * share
-        high = tl.minimum(high, low + share)
+    # this split's part of the keys
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(0, context - WINDOW) // KEYS
+    high = (context + KEYS - 1) // KEYS
+    share = (high - low + splits - 1) // splits
+    low = low + split * share
+    high = tl.minimum(high, low + share)
 
-        peak = tl.full((ROWS,), float("-inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        if SINKS:
-            if split == 0:
-                sink = tl.load(sinks + head, mask=row_ok, other=0.0).to(tl.float32)
-                peak = sink * LOG2_E
-                total = tl.full((ROWS,), 1.0, tl.float32)
-        accumulated = tl.zeros((ROWS, VALUE_PAD), tl.float32)
-        blocks = block_tables + sequence * max_blocks
-        middle = low
-        # a decode step is as fast as its keys arrive, and a second loop makes it slower
-        if not DECODE and WINDOW == 0:
-            # up to here every row sees every key
-            middle = tl.minimum(tl.maximum((context - count + begin + 1) // KEYS, low), high)
-            for tile in range(low, middle):
-                accumulated, peak, total = look(
-                    accumulated, peak, total, q, key_cache, value_cache, blocks, tile, last,
-                    position, kv_head, scaling, softcap, BLOCK, KV_HEADS, KEY, KEY_PAD, VALUE,
-                    VALUE_PAD, KEYS, False, WINDOW, CAPPED, PRECISION,
-                )  # fmt: skip
-        for tile in range(middle, high):
-            accumulated, peak, total = look(
-                accumulated, peak, total, q, key_cache, value_cache, blocks, tile, last, position,
-                kv_head, scaling, softcap, BLOCK, KV_HEADS, KEY, KEY_PAD, VALUE, VALUE_PAD, KEYS,
-                True, WINDOW, CAPPED, PRECISION,
-            )  # fmt: skip
-        ok = row_ok[:, None] & (v < VALUE)[None, :]
-        heads = KV_HEADS * GROUP
-        if not SPLIT:
-            # no key at all is a row of padding
-            result = accumulated / tl.where(total == 0.0, 1.0, total)[:, None]
-            where = (token * heads + head)[:, None] * VALUE + v[None, :]
-            tl.store(out + where, result.to(out.dtype.element_ty), mask=ok)
-        else:
-            row = (split * tokens + token) * heads + head
-            tl.store(partial + row[:, None] * VALUE + v[None, :], accumulated, mask=ok)
-            tl.store(peaks + row, peak, mask=row_ok)
-            tl.store(sums + row, total, mask=row_ok)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    if SINKS:
+        if split == 0:
+            sink = tl.load(sinks + head, mask=row_ok, other=0.0).to(tl.float32)
+            peak = sink * LOG2_E
+            total = tl.full((ROWS,), 1.0, tl.float32)
+    accumulated = tl.zeros((ROWS, VALUE_PAD), tl.float32)
+    blocks = block_tables + sequence * max_blocks
+    # as fast as its keys arrive: a second loop, for tiles without masks, makes it slower
+    for tile in range(low, high):
+        accumulated, peak, total = look(
+            accumulated, peak, total, q, key_cache, value_cache, blocks, tile, context, position,
+            kv_head, scaling, softcap, BLOCK, KV_HEADS, KEY, KEY_PAD, VALUE, VALUE_PAD, KEYS,
+            True, WINDOW, CAPPED, PRECISION,
+        )  # fmt: skip
+    ok = row_ok[:, None] & (v < VALUE)[None, :]
+    heads = KV_HEADS * GROUP
+    if not SPLIT:
+        # no key at all is a row of padding
+        result = accumulated / tl.where(total == 0.0, 1.0, total)[:, None]
+        where = (token * heads + head)[:, None] * VALUE + v[None, :]
+        tl.store(out + where, result.to(out.dtype.element_ty), mask=ok)
+    else:
+        row = (split * tokens + token) * heads + head
+        tl.store(partial + row[:, None] * VALUE + v[None, :], accumulated, mask=ok)
+        tl.store(peaks + row, peak, mask=row_ok)
+        tl.store(sums + row, total, mask=row_ok)
 
 
 def paged_attention(
@@ -351,40 +297,36 @@ def attend(
 ) -> Tensor:
     """Attend causally over a cache that has this step's keys and values; see `paged_attention`.
 
-    tiling: default: `choose`'s.
+    tiling: where each sequence has one token; default: `choose`'s.
     """
     tokens, heads, key_dim = query.shape
     kv_heads, value_dim = value_cache.shape[2:]
     sequences, max_blocks = block_tables.shape
-    out = query.new_empty((tokens, heads, value_dim))
-    if tokens == 0 or sequences == 0:
-        return out
-    key_pad, value_pad = padded(key_dim), padded(value_dim)
-    group = heads // kv_heads
-    decode = tokens == sequences
-    if tiling is None and not decode:
+    if tokens != sequences:
         return attend_prompts(
             query, key_cache, value_cache, query_start, context_len, block_tables,
             scaling=scaling, window=window, softcap=softcap, sinks=sinks,
         )  # fmt: skip
+    out = query.new_empty((tokens, heads, value_dim))
+    if tokens == 0:
+        return out
+    key_pad, value_pad = padded(key_dim), padded(value_dim)
+    group = heads // kv_heads
     if tiling is None:
-        tiling = choose(key_pad, decode=decode, dtype=query.dtype)
-    together = 1 if decode else max(1, tiling.rows // triton.next_power_of_2(group))
-    programs = sequences if decode else tokens // together + sequences
+        tiling = choose(key_pad, dtype=query.dtype)
     longest = max_blocks * key_cache.shape[1]
     if window:
-        longest = min(longest, window + together + tiling.keys)
-    splits = splits_of(programs * kv_heads, longest // (2 * tiling.keys), tiling.fill, query.device)
+        longest = min(longest, window + 1 + tiling.keys)
+    splits = splits_of(tokens * kv_heads, longest // (2 * tiling.keys), tiling.fill, query.device)
     partial = peaks = sums = out
     if splits > 1:
         shape = (splits, tokens, heads)
         partial = torch.empty((*shape, value_dim), dtype=torch.float32, device=query.device)
         peaks, sums = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
-    _attend[(programs, kv_heads, splits)](
+    _attend_decode[(tokens, kv_heads, splits)](
         query,
         key_cache,
         value_cache,
-        query_start,
         context_len,
         block_tables,
         sinks,
@@ -392,7 +334,6 @@ def attend(
         partial,
         peaks,
         sums,
-        sequences,
         max_blocks,
         tokens,
         splits,
@@ -400,7 +341,6 @@ def attend(
         softcap,
         query.stride(0),
         query.stride(1),
-        SEQUENCES=1 if decode else lanes(sequences),
         BLOCK=key_cache.shape[1],
         KV_HEADS=kv_heads,
         GROUP=group,
@@ -408,11 +348,9 @@ def attend(
         KEY_PAD=key_pad,
         VALUE=value_dim,
         VALUE_PAD=value_pad,
-        TOKENS=together,
-        ROWS=max(16, triton.next_power_of_2(together * group)),
+        ROWS=max(16, triton.next_power_of_2(group)),
         KEYS=tiling.keys,
         SPLIT=splits > 1,
-        DECODE=decode,
         WINDOW=window,
         CAPPED=softcap != 0.0,
         SINKS=sinks is not None,
@@ -433,20 +371,14 @@ def attend(
             HEADS=heads,
             VALUE=value_dim,
             VALUE_PAD=value_pad,
-            SPLITS_PAD=splits if decode else MOST_SPLITS,
-            DECODE=decode,
+            SPLITS_PAD=splits,
+            DECODE=True,
             num_warps=4,
         )
     return out
 
 
-def choose(key_dim: int, *, decode: bool, dtype: torch.dtype) -> AttentionTiling:
+def choose(key_dim: int, *, dtype: torch.dtype) -> AttentionTiling:
     """A tiling for a padded dimension of keys, measured on an H100; float32 is for checking."""
-    keys = 64 if key_dim <= 128 else 32
-    if dtype == torch.float32:
-        return AttentionTiling(64, keys, warps=4, stages=2)
-    if decode:
-        return AttentionTiling(64, keys, warps=4, stages=3)
-    if key_dim <= 128:
-        return AttentionTiling(64, 64, warps=4, stages=2, fill=1)
-    return AttentionTiling(128, 64, warps=8, stages=2, fill=1)
+    stages = 2 if dtype == torch.float32 else 3
+    return AttentionTiling(64 if key_dim <= 128 else 32, warps=4, stages=stages)

@@ -18,14 +18,10 @@ from torch import Tensor
 from flexpert.kernels import block_fp8 as fp8
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 from flexpert.kernels.cuda.mxfp4_few import few_rows_product, fits
-from flexpert.kernels.cuda.mxfp4_rows import row_product
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
-MOST_ROWS_ALONE = 2
-"""Rows an expert up to which each row reads MXFP4 weights for itself, where `mxfp4_few` does not
-compute it."""
-MOST_FEW_ROWS = 4
-"""Rows an expert up to which that does."""
+MOST_FEW_ROWS = 8
+"""Rows an expert up to which `mxfp4_few` multiplies, where it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,16 +423,10 @@ def grouped_product(
     expected = expected or rows
     launched = launched_rows(expected, rows)
     if tiling is None and packed is MXFP4 and scales is not None and not deterministic:
-        each = expected / min(rows, slots)
-        if each <= MOST_FEW_ROWS and fits(x):
+        if expected <= MOST_FEW_ROWS * min(rows, slots) and fits(x):
             return few_rows_product(
                 x, weights, scales, offsets, out,
                 index=index, biases=biases, gated=gated, launched=launched,
-            )  # fmt: skip
-        if each <= MOST_ROWS_ALONE:
-            return row_product(
-                x, weights, scales, offsets, out,
-                index=index, biases=biases, gated=gated, programs=launched,
             )  # fmt: skip
     if tiling is None and deterministic:
         tiling = choose_fixed(expected, slots, gated=gated, dtype=x.dtype)

@@ -32,15 +32,15 @@ from flexpert.kernels.step_shapes import lanes
 @dataclass(frozen=True, slots=True)
 class PromptTiling:
     """rows: of queries in a program, tokens times heads of a group. keys: that it looks at in one
-    go. ahead: block ids are fetched a tile before its keys. by_hand: `hopper_attention`'s kernel.
-    fill: programs for each multiprocessor, below which keys are split among programs."""
+    go. by_hand: `hopper_attention`'s kernel, which has its own stages. held: it keeps queries in
+    registers. fill: programs for each multiprocessor, below which keys are split among them."""
 
     rows: int
     keys: int
     warps: int
     stages: int
-    ahead: bool = True
     by_hand: bool = False
+    held: bool = False
     fill: int = 1
 
 
@@ -109,8 +109,7 @@ def _attend_prompts(
     SEQUENCES: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     KEY: tl.constexpr, KEY_PAD: tl.constexpr, VALUE: tl.constexpr, VALUE_PAD: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLIT: tl.constexpr,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, AHEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     split = tl.program_id(2)
@@ -164,11 +163,8 @@ def _attend_prompts(
             # up to here every row sees every key
             middle = tl.minimum(tl.maximum((context - count + begin + 1) // KEYS, low), high)
             for tile in range(low, middle):
-                if AHEAD:
-                    block = ids
-                    ids = _ids(blocks, tile + 1, last, KEYS, BLOCK)
-                else:
-                    block = _ids(blocks, tile, last, KEYS, BLOCK)
+                block = ids
+                ids = _ids(blocks, tile + 1, last, KEYS, BLOCK)
                 accumulated, peak, total = _look(
                     accumulated, peak, total, q, keys, values, block, tile, last, position, scale,
                     softcap, BLOCK, KV_HEADS, KEY, KEY_PAD, VALUE, VALUE_PAD, KEYS, False, WINDOW,
@@ -257,6 +253,7 @@ def attend_prompts(
             **constants,
             **layouts(tiling.keys, block, key_dim, tiling.warps),
             DIM=key_dim,
+            HELD=tiling.held,
             num_warps=tiling.warps,
         )
     else:
@@ -267,7 +264,6 @@ def attend_prompts(
             KEY_PAD=key_pad,
             VALUE=value_dim,
             VALUE_PAD=value_pad,
-            AHEAD=tiling.ahead,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=tiling.warps,
             num_stages=tiling.stages,
@@ -310,9 +306,13 @@ def fits(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> bool:
 
 
 def choose(key_dim: int, *, dtype: torch.dtype, by_hand: bool) -> PromptTiling:
-    """A tiling for a padded dimension of keys; float32 is for checking."""
+    """A tiling for a padded dimension of keys, measured on an H200; float32 is for checking.
+
+    Larger ones read fewer keys, but one program of a multiprocessor waits while it has no scores
+    yet; two do so in turn. And a step may have many sequences with one token.
+    """
     if dtype == torch.float32:
         return PromptTiling(64, 64 if key_dim <= 128 else 32, warps=4, stages=2)
-    if by_hand:
-        return PromptTiling(128, 128, warps=8, stages=2, by_hand=True)
+    if by_hand or key_dim <= 128:
+        return PromptTiling(64, 64, warps=4, stages=2, by_hand=by_hand)
     return PromptTiling(128, 64, warps=8, stages=2)
