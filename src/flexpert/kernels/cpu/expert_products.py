@@ -59,8 +59,12 @@ class LayerExperts:
         packed = format_of(weight, self.experts[0].gate_up_scale)
         ours = weight.dtype in ops.DTYPES if packed is None else ops.unpacks(packed)
         if ours and weight.device.type == "cpu":
-            self._up = ops.WeightTable(*(_of(self.experts, f"gate_up{p}") for p in _PARTS))
-            self._down = ops.WeightTable(*(_of(self.experts, f"down{p}") for p in _PARTS))
+            self._up, self._down = (
+                ops.WeightTable(
+                    *(_of(self.experts, f"{name}{part}") for part in _PARTS), fixed=deterministic
+                )
+                for name in ("gate_up", "down")
+            )
         elif packed is not None:
             raise ValueError(f"a CPU does not compute with experts in {packed.name}")
         elif deterministic:

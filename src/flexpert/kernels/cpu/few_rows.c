@@ -249,6 +249,7 @@ FEW_OUTS(few_pairs, BF16_VBMI, MXFP4, all, few_in_order)
 #undef FEW_ROWS
 
 INLINE int few_of(const packed_args *a, long g, long o, long rows, int pairs) {
+    (void)pairs;
     if (rows > MOST || a->k % 32) return 0;
     if (a->format == INT8 && !__builtin_cpu_supports("avx512bf16")) return 0;
     const long row = a->format == INT8 ? 4 : a->format == INT4 ? a->k / a->shared * 4 : a->k / 32;
@@ -278,8 +279,7 @@ INLINE int few_of(const packed_args *a, long g, long o, long rows, int pairs) {
 
 static int few_avx512(const packed_args *a, long g, long o, long rows) { return few_of(a, g, o, rows, 0); }
 
-#ifdef HAS_BF16
+/* On processors with products of bf16. */
 static int few_avx512_bf16(const packed_args *a, long g, long o, long rows) {
     return few_of(a, g, o, rows, __builtin_cpu_supports("avx512vbmi"));
 }
-#endif

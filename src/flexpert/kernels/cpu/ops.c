@@ -975,8 +975,12 @@ static int grouped_amx(const grouped_args *a) {
     return a->dtype == BFLOAT16 ? amx_grouped(a) : grouped_avx512(a);
 }
 static int packed_amx(const packed_args *a) {
-    /* int4 has no tiles yet: one way for any number of rows, so that a row's bits are its own */
-    return a->dtype == BFLOAT16 && a->format != INT4 ? amx_packed(a) : packed_avx512(a);
+    if (a->dtype == BFLOAT16 && a->format != INT4) return amx_packed(a);
+#ifdef HAS_BF16
+    return packed_avx512_bf16(a); /* int4 has no tiles yet */
+#else
+    return packed_avx512(a);
+#endif
 }
 static const kernels kernels_amx = {"amx", grouped_amx, packed_amx, attention_avx512, norm_avx512,
                                     simple_avx512};
@@ -1098,6 +1102,7 @@ static int fx_grouped(const weight_table *table, intptr_t x, intptr_t begins, in
             .dtype = dtype,
             .format = table->format,
             .shared = table->shared,
+            .fixed = table->fixed,
         };
     else
         product.packed.format = 0;

@@ -72,6 +72,8 @@ class WeightTable:
             alive by the table, as are scales and biases.
         biases: of [out] each, of x's dtype, or None.
         scales: of weights in a format, else None.
+        fixed: a row's product has the same bits whatever shares the call; else a few rows may be
+            computed otherwise, and sooner, than many.
 
     table: the `weight_table *` of tables.h.
     """
@@ -93,6 +95,8 @@ class WeightTable:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor] | None,
         scales: Sequence[Tensor] | None = None,
+        *,
+        fixed: bool = True,
     ) -> None:
         self.slots = len(weights)
         self.format = format_of(weights[0], scales[0] if scales else None) if weights else None
@@ -117,7 +121,7 @@ class WeightTable:
         self.table = ffi.new("weight_table *")
         table = self.table
         table.weights, table.scales, table.biases = map(_pointer, self._addresses)
-        table.groups = self.slots
+        table.groups, table.fixed = self.slots, fixed
         table.in_features, table.out_features = self.in_features, self.out_features
         if self.format is not None:
             table.format, table.shared = _FORMATS[self.format.name], self.format.group

@@ -203,6 +203,7 @@ typedef struct {
     long groups, k, n, first, last; /* rows of the weights, and those that are wanted */
     int dtype, format;
     long shared; /* elements of a row that share a scale, of int4 */
+    int fixed;   /* see weight_table */
 } packed_args;
 
 typedef void (*codes_row)(const uint8_t *, const char *, long, long, int, uint16_t *);
@@ -450,6 +451,12 @@ AMX static int amx_packed(const packed_args *a) {
     char *packed = scratch + panel;
     _tile_loadconfig(&TILES);
     for (long g = 0; g < a->groups; g++) {
+        const long all = a->ends[g] - a->begins[g];
+        if (!a->fixed && all > 0 && (a->last - a->first) % SOME == 0) { /* as many as pay in registers */
+            long o = a->first;
+            while (o < a->last && few_avx512_bf16(a, g, o, all)) o += SOME;
+            if (o >= a->last) continue;
+        }
         for (long r = a->begins[g]; r < a->ends[g]; r += strips * 16) {
             const long rows = a->ends[g] - r < strips * 16 ? a->ends[g] - r : strips * 16;
             for (long h = 0; h < rows; h += 16)

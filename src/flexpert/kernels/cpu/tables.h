@@ -8,6 +8,7 @@ typedef struct { /* equally shaped weights, see WeightTable */
     long groups, in_features, out_features;
     int format;  /* as in packed_args; 0: of the dtype of what they are multiplied with */
     long shared;
+    int fixed;   /* a row has the same bits in any company, though a few rows were faster alone */
 } weight_table;
 
 typedef struct { /* operations for any number of rows, see RowProgram */
