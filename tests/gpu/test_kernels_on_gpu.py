@@ -238,7 +238,7 @@ def test_few_rows_of_an_expert_take_its_mxfp4_weights_as_they_lie(
 ) -> None:
     """Experts with up to 19 rows, some with none; sizes that fill no tile; scales of all sizes."""
     counts = [1, 0, 8, 19, 3, 0, 2, *([0] * 32), 5]
-    hidden, inter = 96 * 5 + 32, 72
+    hidden, inter = 32 * 19, 72
     height = 2 * inter if gated else inter
     codes = [torch.randint(0, 256, (height, hidden // 2), dtype=torch.uint8) for _ in counts]
     scales = [torch.randint(110, 140, (height, hidden // 32), dtype=torch.uint8) for _ in counts]
