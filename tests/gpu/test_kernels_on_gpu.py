@@ -229,14 +229,16 @@ def test_products_are_those_of_the_weights_that_a_cpu_dequantizes(
         assert float(error) < 5e-3
 
 
-@pytest.mark.parametrize("tiling", [FewRowsTiling(4, 1), FewRowsTiling(1, 2), FewRowsTiling(8, 2)])
+@pytest.mark.parametrize(
+    "tiling", [FewRowsTiling(2, 1), FewRowsTiling(4, 2), FewRowsTiling(2, 2, ahead=2)], ids=str
+)
 @pytest.mark.parametrize("gated", [False, True], ids=["product", "gated"])
 def test_few_rows_of_an_expert_take_its_mxfp4_weights_as_they_lie(
     gated: bool, tiling: FewRowsTiling
 ) -> None:
     """Experts with up to 19 rows, some with none; sizes that fill no tile; scales of all sizes."""
-    counts = [1, 0, 8, 19, 3, 0, 2]
-    hidden, inter = 96 * 5 + 32, 72
+    counts = [1, 0, 8, 19, 3, 0, 2, *([0] * 32), 5]
+    hidden, inter = 32 * 19, 72
     height = 2 * inter if gated else inter
     codes = [torch.randint(0, 256, (height, hidden // 2), dtype=torch.uint8) for _ in counts]
     scales = [torch.randint(110, 140, (height, hidden // 32), dtype=torch.uint8) for _ in counts]

@@ -214,7 +214,9 @@ def few_rows(gated: bool) -> tuple[dict[str, str], dict[str, Any], int]:
         x=BF16, index=P32, weights=P64, scales=P64, biases=P64, offsets=P32, out=BF16, slots=I32, K=I32, N=I32
     )  # fmt: skip
     double = gated or tiling.tiles == 2
-    constants = dict(SLOTS=128, GATED=gated, DOUBLE=double, INDEXED=True, BIASED=True)
+    constants = dict(
+        SLOTS=128, GATED=gated, DOUBLE=double, INDEXED=True, BIASED=True, AHEAD=tiling.ahead
+    )
     return types, constants, tiling.warps
 
 

@@ -11,6 +11,7 @@ with float64. Lines come as they are found.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from flexpert.kernels import mxfp4
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.cuda import mxfp4_few
 from flexpert.kernels.cuda import row_sorting as routing
-from flexpert.kernels.cuda.grouped_products import ProductTiling, launched_rows
+from flexpert.kernels.cuda.grouped_products import choose, launched_rows
 from flexpert.kernels.cuda.mxfp4_few import FewRowsTiling
 from flexpert.kernels.weight_formats import MXFP4
 
@@ -50,7 +51,7 @@ def routings(tokens: int) -> list[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", default="1,2,4,8,16,32,64")
+    parser.add_argument("--tokens", default="1,2,4,8,16,32,64,128")
     parser.add_argument("--products", default=",".join(PRODUCTS))
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -106,16 +107,16 @@ def tune(
     def tiled(s: routing.SortedRows) -> object:
         return products.grouped_product(
             x, packed, s.offsets, out, index=s.token if indexed else None, packed=MXFP4,
-            scales=factors, gated=gated, tiling=ProductTiling(16, 64, 128, 4, 5, True),
+            scales=factors, gated=gated, tiling=choose(rows, EXPERTS, gated=gated, packed=MXFP4),
         )  # fmt: skip
 
     ways: dict[str, tuple[int, Callable[[routing.SortedRows], object]]] = {
         "bf16": (16, bf16),
-        "tiles of 16 x 64 x 128": (4, tiled),
+        "tiles": (4, tiled),
     }
-    for warps in (1, 2, 4):
+    for warps, ahead in itertools.product((1, 2, 4), (1, 2)):
         for tiles in (1,) if gated else (1, 2):
-            tiling = FewRowsTiling(warps, tiles)
+            tiling = FewRowsTiling(warps, tiles, ahead)
 
             def few(s: routing.SortedRows, tiling: FewRowsTiling = tiling) -> object:
                 return mxfp4_few.few_rows_product(

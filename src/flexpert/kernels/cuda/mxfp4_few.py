@@ -29,10 +29,12 @@ ROWS = 8
 @dataclass(frozen=True, slots=True)
 class FewRowsTiling:
     """warps: of a program, which share the columns. tiles: of 16 rows of weights in a program (with
-    a gate, of each half)."""
+    a gate, of each half). ahead: steps that weights are fetched before they are multiplied, 1 or 2.
+    """
 
     warps: int
     tiles: int
+    ahead: int = 1
 
 
 def _ordered() -> str:
@@ -120,8 +122,8 @@ def _words(row, scale_row, block, ok):
 
 
 @gluon.jit
-def _fetch(a, sa, b, sb, c, sc, d, sd, own, block, BLOCKS, row_ok, DOUBLE: gl.constexpr):
-    """What a step multiplies: of each lane a block of two (DOUBLE: four) rows of weights and x."""
+def _weights(a, sa, b, sb, c, sc, d, sd, block, BLOCKS, DOUBLE: gl.constexpr):
+    """Of each lane a block of two (DOUBLE: four) rows of weights, each with its scale."""
     ok = block < BLOCKS
     w0, s0 = _words(a, sa, block, ok)
     w1, s1 = _words(b, sb, block, ok)
@@ -129,13 +131,19 @@ def _fetch(a, sa, b, sb, c, sc, d, sd, own, block, BLOCKS, row_ok, DOUBLE: gl.co
     if DOUBLE:
         w2, s2 = _words(c, sc, block, ok)
         w3, s3 = _words(d, sd, block, ok)
-    there = gl.expand_dims(ok & row_ok, 1)
+    return w0, s0, w1, s1, w2, s2, w3, s3
+
+
+@gluon.jit
+def _columns(own, block, BLOCKS, row_ok):
+    """Of each lane the same block of a row of x, four times [lanes, 4] int32."""
+    there = gl.expand_dims((block < BLOCKS) & row_ok, 1)
     at = own + gl.expand_dims(block * 16, 1)
     x0 = gl.load(at, mask=there, other=0)
     x1 = gl.load(at + 4, mask=there, other=0)
     x2 = gl.load(at + 8, mask=there, other=0)
     x3 = gl.load(at + 12, mask=there, other=0)
-    return w0, s0, w1, s1, w2, s2, w3, s3, x0, x1, x2, x3
+    return x0, x1, x2, x3
 
 
 @gluon.jit
@@ -152,7 +160,7 @@ def _multiply(sums, w0, s0, w1, s1, x0, x1, x2, x3, j):
 def _few_rows(
     x, index, weights, scales, biases, offsets, out, slots, K, N,
     SLOTS: gl.constexpr, GATED: gl.constexpr, DOUBLE: gl.constexpr, INDEXED: gl.constexpr,
-    BIASED: gl.constexpr,
+    BIASED: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """out[r] = x[index[r]] · W[slot of r]ᵀ; GATED: silu of the first N columns times the rest.
 
@@ -219,14 +227,20 @@ def _few_rows(
             elif DOUBLE:
                 z_bias = gl.load(bias + gl.minimum(out_column + 16, N - 1)).to(gl.float32)
         block = lane // 32 * 4 + inside
-        w0, s0, w1, s1, w2, s2, w3, s3, x0, x1, x2, x3 = _fetch(
-            a, sa, b, sb, c, sc, d, sd, own, block, BLOCKS, row_ok, DOUBLE
-        )
-        for _ in range(0, BLOCKS, 4 * WARPS):
-            block += 4 * WARPS
-            v0, t0, v1, t1, v2, t2, v3, t3, y0, y1, y2, y3 = _fetch(
-                a, sa, b, sb, c, sc, d, sd, own, block, BLOCKS, row_ok, DOUBLE
+        STEP: gl.constexpr = 4 * WARPS
+        w0, s0, w1, s1, w2, s2, w3, s3 = _weights(a, sa, b, sb, c, sc, d, sd, block, BLOCKS, DOUBLE)
+        x0, x1, x2, x3 = _columns(own, block, BLOCKS, row_ok)
+        v0, t0, v1, t1, v2, t2, v3, t3 = w0, s0, w1, s1, w2, s2, w3, s3
+        if AHEAD == 2:
+            v0, t0, v1, t1, v2, t2, v3, t3 = _weights(
+                a, sa, b, sb, c, sc, d, sd, block + STEP, BLOCKS, DOUBLE
             )
+        for _ in range(0, BLOCKS, STEP):
+            u0, r0, u1, r1, u2, r2, u3, r3 = _weights(
+                a, sa, b, sb, c, sc, d, sd, block + AHEAD * STEP, BLOCKS, DOUBLE
+            )
+            block += STEP
+            y0, y1, y2, y3 = _columns(own, block, BLOCKS, row_ok)
             x0, x1, x2, x3 = gl.inline_asm_elementwise(
                 _ORDERED, _ORDERED_REGISTERS, [x0, x1, x2, x3],
                 dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=4,
@@ -234,7 +248,11 @@ def _few_rows(
             sums = _multiply(sums, w0, s0, w1, s1, x0, x1, x2, x3, j)
             if DOUBLE:
                 others = _multiply(others, w2, s2, w3, s3, x0, x1, x2, x3, j)
-            w0, s0, w1, s1, w2, s2, w3, s3 = v0, t0, v1, t1, v2, t2, v3, t3
+            if AHEAD == 2:
+                w0, s0, w1, s1, w2, s2, w3, s3 = v0, t0, v1, t1, v2, t2, v3, t3
+                v0, t0, v1, t1, v2, t2, v3, t3 = u0, r0, u1, r1, u2, r2, u3, r3
+            else:
+                w0, s0, w1, s1, w2, s2, w3, s3 = u0, r0, u1, r1, u2, r2, u3, r3
             x0, x1, x2, x3 = y0, y1, y2, y3
 
         if WARPS > 1:
@@ -292,6 +310,7 @@ def few_rows_product(
         DOUBLE=double,
         INDEXED=index is not None,
         BIASED=biases is not None,
+        AHEAD=tiling.ahead,
         num_warps=tiling.warps,
     )
     return out
