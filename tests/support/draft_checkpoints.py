@@ -15,7 +15,7 @@ Layout = Literal["mtp", "layers"]
 
 
 def with_draft_layer(model: Path, to: Path, layout: Layout, *, seed: int = 0) -> Path:
-    """The checkpoint, with a layer like its last one, behind a random projection.
+    """The checkpoint, with a layer like its last one, behind a projection that is half random.
 
     layout: Qwen3-Next's (`mtp.…`), or DeepSeek-V3's (a layer more).
     """
@@ -44,7 +44,8 @@ def with_draft_layer(model: Path, to: Path, layout: Layout, *, seed: int = 0) ->
     last = f"model.layers.{layers - 1}."
     for name in [name for name in tensors if name.startswith(last)]:
         tensors[prefix + name.removeprefix(last)] = tensors[name].clone()
-    tensors[f"{projection}.weight"] = like(width, 2 * width)
+    same = torch.eye(width, dtype=embeddings.dtype)
+    tensors[f"{projection}.weight"] = (like(width, 2 * width) + torch.cat([same, same], 1)) / 2
     for name in norms:
         tensors[f"{name}.weight"] = 1 + like(width)
     save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
