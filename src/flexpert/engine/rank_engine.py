@@ -708,7 +708,7 @@ class RankEngine:
         watch.lap("publish")
 
     def _propose(self, plan: StepPlan, tokens: StepTokens) -> list[list[int]]:
-        """What the model says may follow each of plan.sampled, chosen as if it were so.
+        """What the model says may follow each of plan.sampled.
 
         Raises: CommError: the step was broken.
         """
