@@ -18,13 +18,12 @@ from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.models.source import ModelSource
 
 Checkpoints = Callable[..., Path]
-PUBLISHED: dict[Layout, tuple[str, str, str, str]] = {
+PUBLISHED: dict[Layout, tuple[str, ...]] = {
     "mtp": ("mtp.fc", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm"),
-    "layers": tuple(  # type: ignore[dict-item]
-        f"model.layers.3.{name}" for name in ("eh_proj", "enorm", "hnorm", "shared_head.norm")
-    ),
+    "layers": ("eh_proj", "enorm", "hnorm", "shared_head.norm"),
 }
-"""Projection; norms of the embedding, of the state, and of the result."""
+"""Projection; norms of the embedding, of the state, and of the result. Of `layers` they follow the
+number of the layer."""
 
 
 def published(plain: Path, drafting: Path, layout: Layout, tokens: list[int]) -> Tensor:
@@ -32,7 +31,8 @@ def published(plain: Path, drafting: Path, layout: Layout, tokens: list[int]) ->
     own layer over a whole sequence."""
     model: Any = reference(plain)
     tensors = load_file(drafting / "model.safetensors")
-    projection, *norms = (tensors[f"{name}.weight"].float() for name in PUBLISHED[layout])
+    before = f"model.layers.{model.config.num_hidden_layers}." if layout == "layers" else ""
+    projection, *norms = (tensors[f"{before}{name}.weight"] for name in PUBLISHED[layout])
 
     def normed(x: Tensor, weight: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps) * weight
@@ -62,6 +62,8 @@ def published(plain: Path, drafting: Path, layout: Layout, tokens: list[int]) ->
         ("deepseek_v3", "layers", {}),
         ("deepseek_v3", "layers", {"latent_cache": True}),
         ("glm4_moe", "layers", {}),
+        ("glm4_moe_lite", "layers", {"latent_cache": True}),
+        ("deepseek_v32", "layers", {}),
     ],
 )
 def test_it_computes_what_is_published(

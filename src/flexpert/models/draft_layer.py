@@ -110,14 +110,13 @@ def graft(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _longer(config: Any) -> Any:
-    """A configuration whose lists of layers have an entry for the one behind the last: that one is
-    attention to all tokens."""
-    kinds = getattr(config, "layer_types", None)
-    if not kinds:
-        return config
-    config = copy.copy(config)
-    object.__setattr__(config, "layer_types", [*kinds, "full_attention"])
-    return config
+    """A configuration whose lists of layers have an entry for the one behind the last, which is
+    like the last."""
+    longer, layers = copy.copy(config), config.num_hidden_layers
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == layers:
+            object.__setattr__(longer, name, [*value, value[-1]])
+    return longer
 
 
 def draft_logits(

@@ -371,7 +371,9 @@ def _layer_kinds(model: PreTrainedModel) -> list[str]:
 def _check_layers(model: PreTrainedModel, found: Probe) -> None:
     family = model.config.model_type
     kinds = _layer_kinds(model)
-    attention = sum(kind not in (KEEPING_NOTHING | KEEPING_STATES) for kind in kinds) + found.drafts
+    if found.drafts:
+        kinds.append(kinds[-1])
+    attention = sum(kind not in (KEEPING_NOTHING | KEEPING_STATES) for kind in kinds)
     if len(found.attention_shapes) != attention:
         raise UnsupportedModel(
             f"{family} does not fit: {attention - len(found.attention_shapes)} of its {attention} "
