@@ -78,8 +78,8 @@ def draft_step(
 
 
 def _likeliest(state: SampleState) -> SampleState:
-    """One of which the likeliest token is sampled, of those that may come: it comes true more often
-    than one drawn with the number of its position (measured: 59 of 100 against 55, temperature 1)."""
+    """One of which the likeliest token is sampled, of those that may come: that comes true more
+    often than one drawn with the number of its position (59 of 100, not 55, at temperature 1)."""
     state.greedy = True
     return state
 
