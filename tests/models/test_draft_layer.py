@@ -66,14 +66,24 @@ def published(plain: Path, drafting: Path, layout: Layout, tokens: list[int]) ->
         ("deepseek_v32", "layers", {}),
     ],
 )
+@pytest.mark.parametrize("recorded", [True, False])
 def test_it_computes_what_is_published(
-    checkpoint: Checkpoints, tmp_path: Path, family: str, layout: Layout, how: dict[str, bool]
+    checkpoint: Checkpoints,
+    tmp_path: Path,
+    family: str,
+    layout: Layout,
+    how: dict[str, bool],
+    recorded: bool,
 ) -> None:
     plain = checkpoint(family)
     drafting = with_draft_layer(plain, tmp_path / "drafting", layout)
     tokens = prompt_of(21, seed=3)
     expected = published(plain, drafting, layout, tokens)
     sequences = single_runner(drafting, drafts=True, **how)
+    assert sequences.runner.drafts is not None
+    assert sequences.runner.drafts.recorded is not None
+    if not recorded:
+        sequences.runner.recorded = sequences.runner.drafts.recorded = None
     whole = single_runner(plain, **how).step({"a": tokens})["a"]
     found, logits = [], []
     for begin, end in ((0, 9), (9, 17), (17, 18), (18, 20)):  # chunks of a prompt, then decoding
@@ -86,8 +96,6 @@ def test_it_computes_what_is_published(
         replace(sequences.batch, token_ids=after, sample_rows=torch.tensor([1]))
     )
     torch.testing.assert_close(only, expected[19:20], rtol=2e-4, atol=2e-4)
-    assert sequences.runner.drafts is not None
-    assert sequences.runner.drafts.recorded is not None
 
 
 def test_it_is_a_layer_more_and_not_read_unless_wanted(
