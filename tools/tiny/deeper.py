@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Puts layers that add nothing behind those of `tiny`: it says the same, and costs what a deeper model does.
+"""Puts layers that add nothing behind those of `tiny`: it says the same, and costs more.
 
 Of four layers and a vocabulary of 4,096 a layer for multi-token prediction is half a model; of real
-ones it is a few percent. What it gains there is measured with
+ones it is a few percent. What it gives where there are more layers is measured with
 
   python tools/tiny/deeper.py --model out/tiny-mtp --out out/tiny-mtp-24 --layers 20
 """
