@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import prompt_of, reference, single_runner
 from support.draft_checkpoints import Layout, with_draft_layer
+from support.fp8_checkpoints import make_fp8_checkpoint
 from torch import Tensor
 
 from flexpert.errors import ModelError, UnsupportedModel
@@ -96,6 +97,18 @@ def test_it_computes_what_is_published(
         replace(sequences.batch, token_ids=after, sample_rows=torch.tensor([1]))
     )
     torch.testing.assert_close(only, expected[19:20], rtol=2e-4, atol=2e-4)
+
+
+def test_it_is_dequantized_like_the_other_layers(tmp_path: Path) -> None:
+    found = []
+    for files in make_fp8_checkpoint("deepseek_v3", tmp_path):
+        drafting = with_draft_layer(files, tmp_path / f"drafting-{files.name}", "layers")
+        sequences = single_runner(drafting, drafts=True)
+        tokens = prompt_of(12, seed=1)
+        sequences.step({"a": tokens[:11]})
+        after = torch.tensor(tokens[1:])
+        found.append(sequences.runner.draft(replace(sequences.batch, token_ids=after)))
+    assert torch.equal(*found)
 
 
 def test_it_is_a_layer_more_and_not_read_unless_wanted(

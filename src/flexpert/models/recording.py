@@ -118,8 +118,8 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, inputs: Sequence[Tensor], given: Sequence[Tensor] = ()) -> None:
-        """inputs: the first buffers. given: memory that others write, contiguous; what is read of
-        it grows with the number of tokens."""
+        """inputs: the first buffers. given: memory that others write, contiguous; it is read from
+        its begin, and the more of it the more tokens there are."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.nbytes: list[int] = []
