@@ -195,8 +195,8 @@ class EngineConfig(_Section):
     prefix_cache: bool = Field(True, description="reuse KV blocks of equal prompt prefixes")
     speculate: Speculate = Field(
         None,
-        description="propose tokens by n-gram lookup and check several in one step: off, ngram, or "
-        "vLLM's JSON (docs/speculation.md)",
+        description="propose tokens and check several in one step: off, ngram (by lookup in the "
+        "text), mtp (by the model's own layer), or vLLM's JSON (docs/speculation.md)",
     )
     deterministic: bool = Field(
         False, description="bit-identical answers on any ranks; without it rounding may change them"

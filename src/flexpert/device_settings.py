@@ -136,7 +136,8 @@ class CudaSettings(DeviceSettings):
         if settings.speculates:
             return (
                 "--speculate needs --device cpu: on a GPU a step is launched before the tokens of "
-                "the one before are known, so that there is nothing to look up; leave it out"
+                "the one before are known, so that nothing can be proposed behind them; leave it "
+                "out"
             )
         if settings.deterministic and settings.all2all == "nixl_ep":
             return (

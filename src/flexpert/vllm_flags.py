@@ -72,7 +72,7 @@ _BALANCE = (
     "say when experts move with --balance, how many replicas there are with --redundant-experts"
 )
 _TEXT_ONLY = "only text is served"
-_SPECULATION = "tokens are proposed by n-gram lookup, without a model: --speculate ngram"
+_SPECULATION = "no model beside the served one proposes tokens: --speculate ngram, or mtp"
 _CHECKPOINT = "a checkpoint is read as transformers saves it: leave it out"
 
 VLLM_FLAGS: Sequence[VllmFlag] = (
@@ -87,7 +87,9 @@ VLLM_FLAGS: Sequence[VllmFlag] = (
     _same("--no-enable-prefix-caching", "engine.prefix_cache", negated=True, takes=False),
     _same("--num-redundant-experts", "cluster.redundant_experts", "in each layer"),
     _same("--uvicorn-log-level", "server.log_level"),
-    _same("--speculative-config -sc", "engine.speculate", "method ngram; docs/speculation.md"),
+    _same(
+        "--speculative-config -sc", "engine.speculate", "methods ngram and mtp; docs/speculation.md"
+    ),
     # ---- the case anyway
     _holds("--enable-expert-parallel -ep", "experts are always spread over the ranks"),
     _holds("--enable-elastic-ep", "ranks may always join and leave: 'flexpert scale'"),

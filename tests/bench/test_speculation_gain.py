@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flexpert.bench.speculation_gain import (
+    FILE,
     RANDOM,
     REPEATING,
     SpeculatePlan,
@@ -35,10 +37,18 @@ PLAN = SpeculatePlan(
 def test_prompts_repeat_a_phrase_or_nothing() -> None:
     pool = list(range(1000))
     for text in (REPEATING, RANDOM):
-        prompts = speculation_prompts(PLAN, pool, text, 3, seed=5)
-        assert prompts == speculation_prompts(PLAN, pool, text, 3, seed=5)
+        prompts = speculation_prompts(PLAN, pool, text, 3, number=5)
+        assert prompts == speculation_prompts(PLAN, pool, text, 3, number=5)
         assert [len(prompt) for prompt in prompts] == [11] * 3
         assert all((prompt[4:] == prompt[:-4]) == (text == REPEATING) for prompt in prompts)
+
+
+def test_prompts_of_a_file_come_in_turn() -> None:
+    plan = replace(PLAN, texts=(FILE,), prompts=("a", "b", "c"))
+    assert [speculation_prompts(plan, [], FILE, 2, number) for number in (0, 1)] == [
+        ["a", "b"],
+        ["c", "a"],
+    ]
 
 
 def test_ratios_are_of_the_pairs_of_rounds() -> None:

@@ -13,13 +13,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from support.checkpoints import make_checkpoint
+from support.draft_checkpoints import with_draft_layer
 
 from flexpert.cli.main import main
 from flexpert.cluster.model_check import ModelCheck, check_model
 from flexpert.config import Config
 from flexpert.display.model_check_text import check_text
 from flexpert.engine.memory_plan import planned_memory
-from flexpert.models.source import ModelSource
+from flexpert.models.source import ModelSource, locate
 
 
 def settings(path: object, tokenizer: bool = False, **sections: dict[str, Any]) -> Config:
@@ -68,6 +69,21 @@ def test_states_of_sequences_are_planned_and_gpus_do_not_compute_them(tmp_path: 
     assert "--device cpu" in str(refused.reason)
     proposing = check_model(settings(path, engine={"speculate": "ngram"}))
     assert "leave --speculate out" in str(proposing.reason)
+    drafting = with_draft_layer(path, tmp_path / "drafting", "mtp")
+    own = check_model(settings(drafting, engine={"speculate": "mtp"}))
+    assert "leave --speculate out" in str(own.reason)
+
+
+def test_a_layer_that_proposes_tokens_is_told_of_and_planned(tmp_path: Path) -> None:
+    path = with_draft_layer(locate("tiny"), tmp_path, "layers")
+    without, with_it = (
+        check_model(settings(path, engine=engine)) for engine in ({}, {"speculate": "mtp"})
+    )
+    assert "--speculate mtp" in shown(without)
+    assert "5 of its 5 layers are MoE, the last one of them proposes tokens" in shown(with_it)
+    assert [found.ranks[0].experts for found in (without, with_it)] == [4 * 16, 5 * 16]
+    missing = check_model(settings("tiny", engine={"speculate": "mtp"}))
+    assert "no layer for multi-token prediction" in str(missing.reason)
 
 
 def test_what_a_gpu_needs_is_told_without_one() -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from support.draft_checkpoints import with_draft_layer
 from support.service import Answer, Service, active, answer_all, change, requests, running, until
 
 from flexpert.cluster.head import Head
 from flexpert.engine.request import SamplingParams, StructuredOutputsParams
+from flexpert.models.source import locate
 
 pytestmark = pytest.mark.slow
 SETTINGS: dict[str, Any] = {"engine__deterministic": True, "engine__kv_memory": "32MiB"}
@@ -47,9 +49,15 @@ def expected() -> list[Answer]:
         return service.run(answer_all(service.head, work(), clients=12))
 
 
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    with running(cluster__ranks=3, engine__speculate=EAGER, **SETTINGS) as service:
+@pytest.fixture(scope="module", params=["ngram", "mtp"])
+def service(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    how: dict[str, Any] = {"engine__speculate": EAGER}
+    if request.param == "mtp":
+        folder = with_draft_layer(locate("tiny"), tmp_path_factory.mktemp("mtp"), "layers")
+        how = {"engine__speculate": {"method": "mtp"}, "model__model": str(folder)}
+    with running(cluster__ranks=3, **how, **SETTINGS) as service:
         yield service
 
 
@@ -75,11 +83,11 @@ def test_through_changes_of_ranks(service: Service, expected: list[Answer]) -> N
         assert accepted(head) - before > 100
         read = head.registry.get_sample_value
         by_position = [
-            read("flexpert_accepted_draft_tokens_by_position_total", {"position": str(place)})
+            read("flexpert_accepted_draft_tokens_by_position_total", {"position": str(place)}) or 0
             for place in range(5)
         ]
-        assert sum(filter(None, by_position)) == accepted(head)
-        assert by_position == sorted(filter(None, by_position), reverse=True)
+        assert sum(by_position) == accepted(head)
+        assert by_position == sorted(by_position, reverse=True)
         assert accepted(head) < (read("flexpert_draft_tokens_total") or 0.0)
 
     service.run(scenario(service.head))

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from support.draft_checkpoints import with_draft_layer
 
 from flexpert.comm import Buffer, RankTimeout, make_buffer
 from flexpert.comm.host.host_buffer import HostBuffer
@@ -21,7 +22,7 @@ from flexpert.engine.memory_plan import buffer_spec
 from flexpert.engine.rank_engine import VOTE, RankEngine
 from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, SamplingParams
 from flexpert.engine.step_plan import StepPlan
-from flexpert.models.source import ModelSource
+from flexpert.models.source import ModelSource, locate
 from flexpert.moe.placement import replan
 from flexpert.speculative_settings import SpeculativeSettings
 
@@ -346,6 +347,25 @@ def test_what_was_launched_on_top_of_a_broken_step_is_computed_again(
     expected, _ = answers(source, looks_ahead=False)
     found, _ = answers(source, looks_ahead=True, broken=broken)
     assert found == expected
+
+
+@pytest.fixture(scope="module")
+def drafting(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    """The same with a layer that proposes tokens."""
+    folder = with_draft_layer(locate("tiny"), tmp_path_factory.mktemp("drafting"), "mtp")
+    return ModelSource.open(str(folder), drafts=True)
+
+
+@pytest.mark.parametrize("broken", [None, 3, 4, 21, 40])
+def test_a_rank_whose_model_proposes_tokens_answers_as_one_that_does_not(
+    source: ModelSource, drafting: ModelSource, broken: int | None
+) -> None:
+    """Of a step either the model's part is broken, or that of the layer that proposes."""
+    expected, _ = answers(source)
+    how = SpeculativeSettings(method="mtp", num_speculative_tokens=1)
+    found, accepted = answers(drafting, speculate=how, broken=broken)
+    assert found == expected
+    assert accepted > 10
 
 
 @pytest.mark.parametrize("broken", [None, 2, 9, 20])

@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from flexpert.engine.draft_step import draft_step
 from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.request import (
     HeldKV,
@@ -28,6 +29,7 @@ from flexpert.models.state_runs import NO_STATE, StateRuns
 from flexpert.speculative_settings import SpeculativeSettings
 
 EOS = 6
+BY_MODEL = -1  # tokens are proposed by the model's own layer
 
 
 def limits(**changed: Any) -> EngineLimits:
@@ -93,6 +95,7 @@ class FakeModel:
         self.block_size = block_size
         self.cache: dict[int, tuple[int, int]] = {}
         self.states: dict[int, tuple[int, ...]] = {}  # slot → the tokens that its state is of
+        self.after: dict[int, tuple[int, int]] = {}  # of the draft layer: with the token after
         self.scores: list[list[TokenLogprobs]] = []  # of the latest step
 
     def write(self, plan: StepPlan, rows: int | None = None) -> None:
@@ -105,7 +108,7 @@ class FakeModel:
         """What a broken step may have left: anything, wherever the plan writes to."""
         self.states.update(dict.fromkeys(plan.states.targets if plan.states else (), (-1,)))
         for slot in plan.slot_mapping.tolist():
-            self.cache[slot] = (-1, -1)
+            self.cache[slot] = self.after[slot] = (-1, -1)
 
     def step(self, plan: StepPlan, before: Sampled | None = None) -> Sampled:
         """before: what the plan before has sampled, if that was not committed yet."""
@@ -135,6 +138,37 @@ class FakeModel:
             for chunk in plan.scored
         ]
         return Sampled([tokens[at] for at in plan.sample_at], [None] * len(plan.sample_at))
+
+    def propose(self, plan: StepPlan, sampled: Sampled, longest: int) -> list[list[int]]:
+        """What the draft layer does behind a step; it errs at each third place."""
+        step = draft_step(plan, sampled.tokens, (), longest)
+        assert step.token_ids.shape == plan.token_ids.shape
+        for slot, position, token in zip(
+            plan.slot_mapping.tolist(),
+            plan.positions.tolist(),
+            step.token_ids.tolist(),
+            strict=True,
+        ):
+            self.after[slot] = (position, token)
+        owner = np.repeat(np.arange(len(plan.context_len)), np.diff(plan.query_start))
+        tokens = []
+        for row, state in zip(step.rows.tolist(), step.samples, strict=True):
+            table, seen, last = plan.block_tables[owner[row]], [], int(plan.positions[row])
+            for position in range(last + 1):
+                block, offset = divmod(position, self.block_size)
+                at, token = self.after[int(table[block]) * self.block_size + offset]
+                assert at == position
+                seen.append(token)
+            for position in range(1, last + 1):
+                # of a block that another prompt began with, the last token may be followed by what
+                # that one went on with
+                block, offset = divmod(position, self.block_size)
+                _, token = self.cache[int(table[block]) * self.block_size + offset]
+                assert offset == 0 or token == seen[position - 1]
+            assert state.tokens[-1] == seen[-1]
+            _, first = self.cache[int(table[0]) * self.block_size]
+            tokens.append(next_token([first, *seen]) + (last % 3 == 0))
+        return step.by_sequence(tokens, (), len(plan.sampled))
 
     def mix(self, plan: StepPlan) -> None:
         """What layers with a state do: each run goes on where the state that it reads ends."""
@@ -657,7 +691,7 @@ class Life(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         scored=st.sampled_from([1, 4, 256]),
         states=st.sampled_from([0, 0, 2, 3]),
-        proposed=st.sampled_from([0, 0, 1, 3, 9]),
+        proposed=st.sampled_from([0, 0, 1, 3, 9, BY_MODEL, BY_MODEL]),
     )
     def begin(
         self,
@@ -677,7 +711,10 @@ class Life(RuleBasedStateMachine):
             max_scored_per_step=scored,
             state_slots=states * min(running, budget),
         )
-        how = speculative(proposed) if proposed else None
+        how = speculative(proposed) if proposed > 0 else None
+        if proposed == BY_MODEL:
+            how = SpeculativeSettings(method="mtp", num_speculative_tokens=1)
+        self.drafts = proposed == BY_MODEL
         self.scheduler = Scheduler(own, speculative=how)
         self.model = FakeModel(own.block_size)
 
@@ -742,6 +779,7 @@ class Life(RuleBasedStateMachine):
         for there, here in [*enumerate(have), *(pairs or [])]:
             for at in range(there * size, min((there + 1) * size, computed)):
                 self.model.cache[here * size + at % size] = (at, tokens[at])
+                self.model.after[here * size + at % size] = (at, tokens[at + 1])
         if pairs is not None:
             state = self.scheduler._states[name]
             assert computed == state.computed
@@ -808,7 +846,8 @@ class Life(RuleBasedStateMachine):
 
     def finish_step(self) -> None:
         plan, sampled, scores = self.in_flight.pop(0)
-        for event in self.scheduler.commit(plan, sampled, scores=scores):
+        drafts = self.model.propose(plan, sampled, 40) if self.drafts else []
+        for event in self.scheduler.commit(plan, sampled, scores=scores, proposed=drafts):
             assert event.id not in self.done
             asked = self.asked[event.id]
             scored = asked.params.prompt_logprobs is not None and event.position == 0
@@ -893,7 +932,7 @@ def test_long_random_lives_under_pressure(seed: int, arrivals: bool) -> None:
         prefix_cache=random.random() < 0.6,
         scored=random.choice([1, 4, 256]),
         states=random.choice([0, 2, 3]),
-        proposed=random.choice([0, 2, 9]),
+        proposed=random.choice([0, 2, 9, BY_MODEL]),
     )
     for _ in range(150):
         if len(life.asked) - len(life.done) < 8 and random.random() < 0.5:

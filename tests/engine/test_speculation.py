@@ -9,6 +9,7 @@ import torch
 from engine.test_sampler import VOCAB, logits, state
 from engine.test_scheduler import (
     EOS,
+    FakeModel,
     answer,
     check_shapes,
     limits,
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpert.engine.draft_counts import DraftCounts
+from flexpert.engine.draft_step import draft_step
 from flexpert.engine.request import StructuredOutputsParams, TokenLogprobs
 from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import Scheduler
@@ -283,3 +285,43 @@ def test_a_proposed_token_is_sampled_as_if_those_before_it_had_been_said(
     assert together.tokens == [each.tokens[0] for each in apart]
     assert together.logprobs == [each.logprobs[0] for each in apart]
     assert torch.equal(rows, logits(6, seed=answered))
+
+
+def test_what_the_model_proposes_is_checked_in_the_next_step_and_forgotten_after_it() -> None:
+    asked = sequence("a", [0, 1, 2, 1, 0], max_tokens=30, ignore_eos=True)
+    mtp = SpeculativeSettings(method="mtp", num_speculative_tokens=1)
+    scheduler, model = Scheduler(limits(), speculative=mtp), FakeModel(4)
+    scheduler.add(asked)
+    events, sizes = [], []
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        sampled = model.step(plan)
+        drafts = model.propose(plan, sampled, 40)
+        if len(sizes) == 6:
+            drafts = []  # a step behind which nothing was proposed
+        events += scheduler.commit(plan, sampled, proposed=drafts)
+        sizes.append(plan.tokens)
+    assert tokens_of(events) == answer(asked)
+    assert sizes[1] == 2
+    assert sizes[7] == 1
+    counts = scheduler.draft_counts()
+    assert counts is not None
+    assert 30 - len(events) == sum(counts.accepted)
+    assert 8 <= sum(counts.accepted) < counts.tokens
+
+
+def test_behind_an_answer_with_a_structure_and_its_last_token_the_model_is_not_asked() -> None:
+    structure = StructuredOutputsParams(choice=["a", "b"])
+    mtp = SpeculativeSettings(method="mtp", num_speculative_tokens=1)
+    scheduler = Scheduler(limits(), speculative=mtp)
+    scheduler.add(sequence("a", [1, 1, 1], structured_outputs=structure))
+    scheduler.add(sequence("b", [1, 1, 1], max_tokens=3))
+    scheduler.add(sequence("c", [1, 1, 1], max_tokens=2))
+    plan = scheduler.plan()
+    step = draft_step(plan, [4, 5, 6], (), 40)
+    assert step.token_ids.tolist() == [1, 1, 4, 1, 1, 5, 1, 1, 6]
+    assert (step.rows.tolist(), step.sequences) == ([5], [1])
+    assert step.samples[0].tokens == [5]
+    assert draft_step(plan, [4, 5, 6], {1}, 40).rows.tolist() == []
+    assert step.by_sequence([7], (), 3) == [[], [7], []]
+    assert step.by_sequence([7], {0}, 3) == [[], [], []]

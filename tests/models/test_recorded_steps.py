@@ -25,7 +25,7 @@ VOCAB = 40
 
 
 def steps_of(walk: Callable[[ForwardBatch], Tensor]) -> RecordedSteps:
-    return RecordedSteps(record(walk, BLOCK))
+    return RecordedSteps(record(lambda batch: (walk(batch),), BLOCK))
 
 
 def no_experts(*_: object) -> Tensor:

@@ -247,7 +247,9 @@ class LocalMoE:
 
 
 class Sequences:
-    """Sequences over one ModelRunner, with scattered KV blocks."""
+    """Sequences over one ModelRunner, with scattered KV blocks. batch: of the last step."""
+
+    batch: ForwardBatch
 
     def __init__(self, runner: ModelRunner, block_size: int, seed: int = 0) -> None:
         self.runner = runner
@@ -302,18 +304,17 @@ class Sequences:
         for row, name in enumerate(work):
             table = self._tables[name]
             tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
-        logits = self.runner.forward(
-            ForwardBatch(
-                token_ids=torch.tensor(tokens),
-                positions=torch.tensor(positions),
-                query_start=torch.tensor(starts, dtype=torch.int32),
-                context_len=torch.tensor(contexts, dtype=torch.int32),
-                block_tables=tables,
-                slot_mapping=torch.tensor(slots),
-                sample_rows=torch.arange(len(tokens)),
-                states=runs,
-            )
+        self.batch = ForwardBatch(
+            token_ids=torch.tensor(tokens),
+            positions=torch.tensor(positions),
+            query_start=torch.tensor(starts, dtype=torch.int32),
+            context_len=torch.tensor(contexts, dtype=torch.int32),
+            block_tables=tables,
+            slot_mapping=torch.tensor(slots),
+            sample_rows=torch.arange(len(tokens)),
+            states=runs,
         )
+        logits = self.runner.forward(self.batch)
         return {name: logits[starts[i] : starts[i + 1]] for i, name in enumerate(work)}
 
 
@@ -326,9 +327,12 @@ def single_runner(
     blocks: int = 64,
     block_size: int = 8,
     latent_cache: bool = False,
+    drafts: bool = False,
 ) -> Sequences:
     """A whole model in this process, ready to be stepped."""
-    source = ModelSource.open(str(model), dtype=dtype, experts=experts, latent_cache=latent_cache)
+    source = ModelSource.open(
+        str(model), dtype=dtype, experts=experts, latent_cache=latent_cache, drafts=drafts
+    )
     runner = ModelRunner.load(
         source,
         moe=LocalMoE(source, deterministic=deterministic),

@@ -1,13 +1,14 @@
 """`flexpert bench speculate`: what speculative decoding gains, in one run with what it is without.
 
 Two services run, one that speculates, and have the same requests in turn; the one that waits
-sleeps. There are two kinds of request:
+sleeps. There are these kinds of request:
 
     repeating   a prompt that says a phrase again and again, and an answer that may have tokens of
                 the phrase only, so that it repeats itself whatever the model is
     random      a prompt of random tokens, and whatever the model says to it
+    file        prompts of a file, in place of both
 
-Both are asked for the most likely tokens and for drawn ones, with seeds; and the answers of the two
+All are asked for the most likely tokens and for drawn ones, with seeds; and the answers of the two
 services are compared token by token.
 """
 
@@ -29,21 +30,21 @@ from flexpert.bench.cost_rounds import WITH, WITHOUT
 from flexpert.bench.load import ClientAnswer, Target, call, closed_loop, complete, completion_body
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.processor_time import service_processor_seconds
-from flexpert.bench.prompts import token_pool
+from flexpert.bench.prompts import Prompt, token_pool
 from flexpert.bench.service import Service, own_service
 from flexpert.bench.statistics import figures
 from flexpert.errors import FlexpertError
 
 STALL_S = 120.0
-REPEATING, RANDOM = "repeating", "random"
+REPEATING, RANDOM, FILE = "repeating", "random", "file"
 
 Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculatePlan:
-    """What is measured. texts: REPEATING, RANDOM. rounds: of each kind and service. answers: of
-    each client in a round.
+    """What is measured. texts: REPEATING, RANDOM, or FILE with its prompts. rounds: of each kind
+    and service. answers: of each client in a round.
     phrase_tokens: of what is repeated. temperature: where tokens are drawn. how: `--speculate`.
     flags: of both services."""
 
@@ -58,6 +59,7 @@ class SpeculatePlan:
     seed: int
     how: str
     flags: tuple[str, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
 
 
 class SpeculationRound(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,7 +162,7 @@ async def _gain(
     count = plan.answers * concurrency
     for number in range(plan.rounds + 1):
         # other prompts each time, which the prefix cache does not know
-        prompts = speculation_prompts(plan, pool, text, count, plan.seed + number)
+        prompts = speculation_prompts(plan, pool, text, count, number)
         said: dict[str, list[list[int]]] = {}
         for kind in list(services)[:: -1 if number % 2 else 1]:
             one, said[kind] = await _round(
@@ -186,10 +188,14 @@ async def _gain(
 
 
 def speculation_prompts(
-    plan: SpeculatePlan, pool: Sequence[int], text: str, count: int, seed: int
-) -> list[list[int]]:
-    """Token ids drawn from the pool; repeated, if the text repeats itself."""
-    source = random.Random(seed)
+    plan: SpeculatePlan, pool: Sequence[int], text: str, count: int, number: int
+) -> list[Prompt]:
+    """Those of the file that are next, or token ids drawn from the pool; repeated, if the text
+    repeats itself. number: of the round."""
+    if text == FILE:
+        first = number * count
+        return [plan.prompts[at % len(plan.prompts)] for at in range(first, first + count)]
+    source = random.Random(plan.seed + number)
     phrase = plan.phrase_tokens if text == REPEATING else plan.input_tokens
     times = -(-plan.input_tokens // phrase)
     return [(source.choices(pool, k=phrase) * times)[: plan.input_tokens] for _ in range(count)]
@@ -199,28 +205,27 @@ async def _round(
     service: Service,
     plan: SpeculatePlan,
     text: str,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Prompt],
     temperature: float,
     concurrency: int,
 ) -> tuple[SpeculationRound, list[list[int]]]:
     """And the tokens of each answer. Raises: FlexpertError: the service answers none."""
     target = service.target
-    requests = [
-        target.message(
-            "POST",
-            "/v1/completions",
-            completion_body(
-                prompt,
-                **({"allowed_token_ids": sorted(set(prompt))} if text == REPEATING else {}),
-                max_tokens=plan.output_tokens,
-                temperature=temperature,
-                seed=number,
-                ignore_eos=True,
-                return_token_ids=True,
-            ),
+
+    def message(number: int, prompt: Prompt) -> bytes:
+        few = {"allowed_token_ids": sorted({*prompt})} if text == REPEATING else {}
+        body = completion_body(
+            prompt,
+            **few,
+            max_tokens=plan.output_tokens,
+            temperature=temperature,
+            seed=number,
+            ignore_eos=True,
+            return_token_ids=True,
         )
-        for number, prompt in enumerate(prompts)
-    ]
+        return target.message("POST", "/v1/completions", body)
+
+    requests = list(itertools.starmap(message, enumerate(prompts)))
     answers: list[ClientAnswer | None] = [None] * len(requests)
 
     async def send(number: int) -> ClientAnswer:

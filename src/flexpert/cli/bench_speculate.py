@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -14,6 +15,7 @@ Text = Literal["repeating", "random"]
 SPECULATE_EXAMPLES = (
     "flexpert bench speculate",
     "flexpert bench speculate --concurrency 1 --rounds 9 -- --deterministic",
+    "flexpert bench speculate --speculate mtp --prompts prompts.txt -- --model out/tiny-mtp",
 )
 
 
@@ -30,6 +32,12 @@ def bench_speculate(
     ] = None,
     text: Annotated[
         Text | None, typer.Option(help="Answers that repeat themselves, or to random prompts only.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Prompts in place of both: lines of text, or JSON lines."
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Of each service, in turn.")] = 5,
     answers: Annotated[
@@ -58,7 +66,9 @@ def bench_speculate(
     status 1 if a request failed.
     """
     check_outputs(output)
+    from flexpert.bench.prompts import read_prompts
     from flexpert.bench.speculation_gain import (
+        FILE,
         RANDOM,
         REPEATING,
         SpeculatePlan,
@@ -66,9 +76,12 @@ def bench_speculate(
     )
     from flexpert.bench.speculation_report import speculation_text
 
+    streams = concurrency or [1, 16]
+    asked = () if prompts is None else read_prompts(prompts, max(streams) * answers * (rounds + 1))
     plan = SpeculatePlan(
-        texts=(text,) if text else (REPEATING, RANDOM),
-        concurrencies=concurrency or (1, 16),
+        texts=(FILE,) if asked else (text,) if text else (REPEATING, RANDOM),
+        prompts=tuple(asked),
+        concurrencies=streams,
         rounds=rounds,
         answers=answers,
         input_tokens=input_len,

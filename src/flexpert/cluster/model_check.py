@@ -26,7 +26,7 @@ from flexpert.moe.placement import Placement, replan
 class CheckedFamily(msgspec.Struct, frozen=True):
     """What the model is. layers: that mix tokens, by attention or otherwise. context: tokens of
     prompt and answer together. stateful_layers: that keep a state of each sequence, state_nbytes of
-    it in all."""
+    it in all. drafts: the last of the layers proposes tokens."""
 
     model_type: str
     architecture: str
@@ -39,6 +39,7 @@ class CheckedFamily(msgspec.Struct, frozen=True):
     context: int
     stateful_layers: int = 0
     state_nbytes: int = 0
+    drafts: bool = False
 
 
 class CheckedFiles(msgspec.Struct, frozen=True):
@@ -192,6 +193,7 @@ def _family(source: ModelSource) -> CheckedFamily:
         info.max_model_len,
         len(info.states),
         info.state_nbytes,
+        info.drafts,
     )
 
 

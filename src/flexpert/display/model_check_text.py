@@ -17,6 +17,8 @@ def check_text(found: ModelCheck) -> RenderableType:
     table.add_column()
     if family := found.family:
         moe = f"{family.moe_layers} of its {family.layers} layers are MoE"
+        if family.drafts:
+            moe += ", the last one of them proposes tokens"
         table.add_row("family", f"{family.model_type} ({family.architecture}), {moe}")
         table.add_row(
             "sizes",

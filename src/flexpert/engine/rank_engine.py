@@ -2,7 +2,8 @@
 
     vote      have I work, which epoch am I ready for, how many tokens; nobody has work → sleep
     forward   attention over own requests, every MoE layer's exchange; without tokens only these
-    publish   the step is whole → sample, append, report the tokens
+    publish   the step is whole → sample, append, report the tokens; before these are appended
+              a model with a draft layer proposes what may follow them, in an exchange of the step
 
 On a GPU the rank looks ahead: the next step is voted on, planned and launched while the device
 computes one, whose tokens are read and published then. Nothing is in flight where a rank votes for
@@ -25,7 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -37,6 +38,7 @@ from flexpert.engine import rank_protocol as msg
 from flexpert.engine.device_memory_plan import planned_device_memory, window_nbytes
 from flexpert.engine.device_meter import DeviceMeter, Slabs
 from flexpert.engine.device_profile import WarmUpTime, profile_of, set_threads
+from flexpert.engine.draft_step import draft_step
 from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.epoch import PreparedEpoch
 from flexpert.engine.faults import Faults
@@ -56,7 +58,7 @@ from flexpert.engine.rank_states import (
 )
 from flexpert.engine.remote_peers import EXPERTS, KV, RemotePeers
 from flexpert.engine.request import HeldKV, RequestSequence, TokenLogprobs
-from flexpert.engine.sampler import StepSampling, score
+from flexpert.engine.sampler import StepSampling, StepTokens, score
 from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence import SEQUENCE_FAULTS
 from flexpert.engine.sequence_intake import SequenceIntake
@@ -171,6 +173,7 @@ class RankEngine:
             kernels=self.profile.make_kernels(),
             verdicts=decode_verdicts(verdicts),
             most_samples=config.max_running,
+            most_tokens=config.max_tokens_per_step,
             lap=self.watch.lap,
         )
         limits = EngineLimits(
@@ -690,14 +693,42 @@ class RankEngine:
                 self._intake.failed(plan.samples[row].id, error)
         watch.lap("sample")
         lost = self.moe.lost_rows()
+        proposed: list[list[int]] = []
+        if self.runner.drafts is not None:
+            proposed = self._propose(plan, tokens)
+            watch.lap("drafts")
         self._flights.popleft()
         events = self.scheduler.commit(
-            plan, tokens.sampled, None if lost is None else lost.numpy(), scores, tokens.failed
+            plan,
+            tokens.sampled,
+            None if lost is None else lost.numpy(),
+            scores,
+            tokens.failed,
+            proposed,
         )
         scheduler = self.scheduler
         blocks, drafts = scheduler.cache_changes(), scheduler.draft_counts()
         self.report(msg.Published(events, self._load(), blocks, plan.tokens, drafts))
         watch.lap("publish")
+
+    def _propose(self, plan: StepPlan, tokens: StepTokens) -> list[list[int]]:
+        """What the model says may follow each of plan.sampled.
+
+        Raises: CommError: the step was broken.
+        """
+        sampled, longest = tokens.sampled.tokens, self.source.info.max_model_len
+        step = draft_step(plan, sampled, tokens.failed, longest)
+        logits = self.runner.draft(
+            replace(
+                _batch(plan),
+                token_ids=torch.from_numpy(step.token_ids),
+                sample_rows=torch.from_numpy(step.rows),
+            )
+        )
+        self.buffer.check(wait=False)
+        self.moe.lost_rows()  # no answer depends on it
+        found = self.sampler.start(logits, step.samples).finish()
+        return step.by_sequence(found.sampled.tokens, found.failed, len(plan.sampled))
 
     def _abandon(self) -> None:
         """A step was broken: what is in flight is to be computed again."""

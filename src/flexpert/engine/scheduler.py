@@ -556,13 +556,15 @@ class Scheduler:
         degraded: NDArray[np.bool_] | None = None,
         scores: Sequence[list[TokenLogprobs]] = (),
         failed: Collection[int] = (),
+        proposed: Sequence[Sequence[int]] = (),
     ) -> list[TokenEvent]:
         """The step was whole: appends, publishes, finishes; then makes room for the next one.
         Of two in flight it is the first one.
 
         sampled: one token for each of plan.samples. degraded: [N] bool, rows that were computed
         without some of their experts; None: no row was. scores: of each of plan.scored. failed:
-        which of plan.samples could not be sampled, of those that are `supposed`.
+        which of plan.samples could not be sampled, of those that are `supposed`. proposed: what the
+        model says may follow each of plan.sampled; empty: nothing is asked of it.
         Returns one event for each of them that was not aborted meanwhile, in the same order.
         """
         self._check_in_flight(plan, 0)
@@ -588,6 +590,9 @@ class Scheduler:
             start, state.computed = state.computed, end
             self._publish(state, start)
         events = self._append(plan, sampled, runs)
+        for state, draft in zip(plan.sampled, proposed, strict=False):
+            if state.speculation is not None:
+                state.speculation.hear(state.tokens, draft)
         self._drop_orphans(plan)
         if not self._plans:
             self._make_room()

@@ -1,10 +1,11 @@
-"""Speculative decoding by n-gram lookup: what is proposed for a sequence, and how much of it. Pure.
+"""Speculative decoding: what is proposed for a sequence, and how much of it. Pure.
 
-A text that repeats itself says what comes next: the last tokens of a sequence are looked up in its
-prompt and answer, and the tokens that followed there are proposed. The next step computes them
-along with the last token, one row each, and every row is sampled. What a row samples counts as
-long as the tokens before it are those that were sampled. Since a token depends on the tokens
-before it, the seed and the position alone, the answer is the one that there is without proposals.
+Two sources propose tokens. A text that repeats itself says what comes next: the last tokens of a
+sequence are looked up in its prompt and answer, and the tokens that followed there are proposed. Or
+the model does, by a layer for that (`draft_step`). The next step computes them along with the last
+token, one row each, and every row is sampled. What a row samples counts as long as the tokens
+before it are those that were sampled. Since a token depends on the tokens before it, the seed and
+the position alone, the answer is the one that there is without proposals.
 
 What is proposed costs rows, whether it comes true or not. So each sequence keeps how often its
 proposals came true, lately: the more often, the more tokens are proposed; hardly ever, and nothing
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
+from typing import Protocol
 
 from flexpert.speculative_settings import SpeculativeSettings
 
@@ -77,13 +79,82 @@ class NgramIndex:
         return found
 
 
+class DraftSource(Protocol):
+    """Knows what may come next in one sequence."""
+
+    def learn(self, tokens: list[int]) -> None:
+        """After a step, with which `tokens` are published."""
+        ...
+
+    def hear(self, tokens: list[int], draft: Sequence[int]) -> None:
+        """What the model itself proposes to follow these tokens."""
+        ...
+
+    def propose(self, tokens: list[int], most: int) -> list[int]:
+        """At most so many tokens that may follow these. Changes nothing."""
+        ...
+
+
+class NgramDrafts:
+    """What followed the last tokens when they were there before."""
+
+    __slots__ = ("_index",)
+
+    def __init__(self, shortest: int, longest: int) -> None:
+        self._index = NgramIndex(shortest, longest)
+
+    def learn(self, tokens: list[int]) -> None:
+        """As `DraftSource` says."""
+        self._index.learn(tokens)
+
+    def hear(self, tokens: list[int], draft: Sequence[int]) -> None:
+        """As `DraftSource` says; the text alone counts."""
+
+    def propose(self, tokens: list[int], most: int) -> list[int]:
+        """As `DraftSource` says."""
+        begin = self._index.find(tokens)
+        if begin is None:
+            return []
+        draft = tokens[begin : begin + most]
+        while len(draft) < most:  # what has begun to repeat itself goes on to
+            draft.append(draft[begin - len(tokens)])
+        return draft
+
+
+class ModelDrafts:
+    """What the model has proposed itself."""
+
+    __slots__ = ("_draft", "_length")
+
+    def __init__(self) -> None:
+        self._draft: list[int] = []
+        self._length = 0  # of the tokens that it is to follow
+
+    def learn(self, tokens: list[int]) -> None:
+        """As `DraftSource` says; the model alone counts."""
+
+    def hear(self, tokens: list[int], draft: Sequence[int]) -> None:
+        """As `DraftSource` says."""
+        self._draft, self._length = [*draft], len(tokens)
+
+    def propose(self, tokens: list[int], most: int) -> list[int]:
+        """As `DraftSource` says."""
+        return self._draft[:most] if self._length == len(tokens) else []
+
+
+def _source_of(settings: SpeculativeSettings) -> DraftSource:
+    if settings.method == "mtp":
+        return ModelDrafts()
+    return NgramDrafts(settings.prompt_lookup_min, settings.prompt_lookup_max)
+
+
 class SequenceSpeculation:
     """What is proposed for one sequence. likely: how often a proposed token came true, lately."""
 
-    __slots__ = ("_index", "_most", "_pause", "_wait", "likely")
+    __slots__ = ("_most", "_pause", "_source", "_wait", "likely")
 
     def __init__(self, settings: SpeculativeSettings) -> None:
-        self._index = NgramIndex(settings.prompt_lookup_min, settings.prompt_lookup_max)
+        self._source = _source_of(settings)
         self._most = settings.num_speculative_tokens
         self.likely = _AT_FIRST
         self._wait = 0  # steps until something is proposed again
@@ -98,24 +169,28 @@ class SequenceSpeculation:
             return self._most
         return min(self._most, max(1, int(math.log(WORTH) / math.log(self.likely))))
 
+    @property
+    def due(self) -> bool:
+        """Whether something may be proposed behind the step under way."""
+        return self._wait <= 1
+
     def propose(self, tokens: list[int], most: int, ends: frozenset[int]) -> list[int]:
         """The tokens that may come next, at most so many; none behind one that ends the answer.
         Changes nothing."""
         most = min(most, self.depth)
-        begin = self._index.find(tokens) if most > 0 else None
-        if begin is None:
-            return []
-        draft = tokens[begin : begin + most]
-        while len(draft) < most:  # what has begun to repeat itself goes on to
-            draft.append(draft[begin - len(tokens)])
+        draft = self._source.propose(tokens, most) if most > 0 else []
         for place, token in enumerate(draft):
             if token in ends:
                 return draft[: place + 1]
         return draft
 
+    def hear(self, tokens: list[int], draft: Sequence[int]) -> None:
+        """What the model itself proposes to follow these tokens."""
+        self._source.hear(tokens, draft)
+
     def learn(self, tokens: list[int], proposed: int = 0, accepted: int = 0) -> None:
         """After a step, with which `tokens` are published: what became of what was proposed."""
-        self._index.learn(tokens)
+        self._source.learn(tokens)
         if not proposed:
             self._wait = max(0, self._wait - 1)
             return

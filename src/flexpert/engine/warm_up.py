@@ -79,7 +79,10 @@ class WarmUp:
         limits = self._limits
         context = min(limits.max_model_len, limits.blocks * limits.block_size)
         for batch in self._profile.warm_up_batches(self._most, context):
-            self._runner.forward(_batch(batch, limits, limits.max_running))
+            shape = _batch(batch, limits, limits.max_running)
+            self._runner.forward(shape)
+            if self._runner.drafts is not None:
+                self._runner.draft(shape)
 
     def _sample(self) -> None:
         """Once in each of the ways that a device has kernels of its own for."""

@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 
 from flexpert.errors import ModelError
 from flexpert.models.checkpoint_file import CheckpointFile
+from flexpert.models.draft_layer import DraftNames
 from flexpert.models.tensor_header import TORCH_DTYPES, TensorEntry
 from flexpert.models.weight_files import find_weight_files
 
@@ -219,6 +220,7 @@ class Checkpoint:
         files: of the checkpoint.
         skeleton: the model on the meta device, whole.
         left_out: names of its modules whose tensors are not wanted.
+        drafts: what the files call the tensors of its draft layer; None: it has none.
 
     Attributes:
         recipes: by the name of the first parameter that each yields.
@@ -227,7 +229,11 @@ class Checkpoint:
     """
 
     def __init__(
-        self, files: TensorFiles, skeleton: PreTrainedModel, left_out: Collection[str] = ()
+        self,
+        files: TensorFiles,
+        skeleton: PreTrainedModel,
+        left_out: Collection[str] = (),
+        drafts: DraftNames | None = None,
     ) -> None:
         self.files = files
         self._skeleton = skeleton
@@ -241,9 +247,10 @@ class Checkpoint:
         known = skeleton.state_dict()
         prefix = skeleton.base_model_prefix
         for key in sorted(files.keys(), key=dot_natural_key):
-            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
-            if name not in known and key in known:
-                name, pattern = rename_source_key(key, [], [], prefix, known)
+            asked = key if drafts is None else drafts.ours(key)
+            name, pattern = rename_source_key(asked, renamings, converters, prefix, known)
+            if name not in known and asked in known:
+                name, pattern = rename_source_key(asked, [], [], prefix, known)
             if name not in known:
                 self.unused[key] = name
                 continue

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from flexpert.models.draft_layer import draft_layer, draft_logits
+
 
 class MetaWalk(TorchFunctionMode):
     """While it is entered, operations may mix tensors of the CPU with such of the meta device.
@@ -64,10 +66,35 @@ def walk(model: PreTrainedModel) -> set[str]:
     Returns the names of the parameters and buffers that had a part in it.
     """
     mode = MetaWalk(model)
-    positions = torch.arange(2, device="cpu").unsqueeze(0)
-    with torch.inference_mode(), mode, _no_stream_captures():
-        model(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
+    positions = torch.arange(2, device="cpu")
+    tokens = torch.zeros_like(positions)
+    drafts = draft_layer(model)
+    with torch.inference_mode(), mode, _no_stream_captures(), _kept_masks(model) as masks:
+        model(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
+        if drafts is not None:
+            like = drafts.enorm.get_parameter("weight")
+            states = like.new_empty((1, 2, like.shape[0]))
+            draft_logits(model, tokens, positions, states, positions, masks[-1])
     return mode.touched
+
+
+@contextlib.contextmanager
+def _kept_masks(model: PreTrainedModel) -> Iterator[list[object]]:
+    """Those that the layers get while it is entered, which the draft layer gets as well."""
+    masks: list[object] = []
+    if draft_layer(model) is None:
+        yield masks
+        return
+    decoder: Any = model.get_decoder()
+
+    def keep(_module: nn.Module, _args: object, given: dict[str, object]) -> None:
+        masks.append(given.get("attention_mask"))
+
+    hook = decoder.layers[-1].register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield masks
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ from flexpert.models.batch import ForwardBatch
 from flexpert.models.dense_weights import load_dense, replace_tensor
 from flexpert.models.deterministic import RowwiseMode
 from flexpert.models.device_latents import DeviceLatentAttention
+from flexpert.models.draft_layer import draft_layer
+from flexpert.models.draft_steps import DraftSteps
 from flexpert.models.fixed_order import FixedOrderMode, check_fixed_order
 from flexpert.models.fused import fuse
 from flexpert.models.fused_modules import fuse_modules
@@ -36,7 +38,7 @@ from flexpert.models.kv_cache import KVCache
 from flexpert.models.latent_attention import LatentAttention, kept_latent
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.paged_attention import PagedAttention
-from flexpert.models.recorded_steps import Experts, IdleStep, RecordedSteps, in_python
+from flexpert.models.recorded_steps import Experts, IdleStep, RecordedSteps, Walk, in_python
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.models.state_layers import StateLayer, bind_states
 from flexpert.models.step_graphs import GraphShape, StepGraphs
@@ -74,7 +76,8 @@ class ModelRunner:
     kv: the cache that attention reads and writes. verdicts: which of its modules our kernels
     compute, for the next `load` of the same model on the same kind of device. recorded: computes
     steps on a CPU; None: that was not possible, as `not_recorded` says. sampled: [most] int64 on
-    the device, where a sampler leaves the tokens of a step for the batches after it.
+    the device, where a sampler leaves the tokens of a step for the batches after it. drafts: its
+    draft layer; None: it has none.
     """
 
     info: ModelInfo
@@ -94,6 +97,7 @@ class ModelRunner:
         kernels: Kernels,
         verdicts: FusionVerdicts,
         most_samples: int,
+        most_tokens: int,
     ) -> None:
         self.info = info
         self.kv = kv
@@ -118,6 +122,9 @@ class ModelRunner:
         if self._device.type != "cpu":
             self._upload = StepUpload(stream_of(self._device))
         self.sampled = torch.zeros(most_samples, dtype=torch.int64, device=self._device)
+        self.drafts: DraftSteps | None = None
+        if draft_layer(model) is not None:
+            self.drafts = DraftSteps(model, info, most_tokens)
         self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -135,6 +142,7 @@ class ModelRunner:
         kernels: Kernels | None = None,
         verdicts: FusionVerdicts = MappingProxyType({}),
         most_samples: int = 1,
+        most_tokens: int = 256,
         lap: Callable[[str], None] = lambda part: None,
     ) -> ModelRunner:
         """Read the dense weights and reserve the KV cache (its pages are touched on use).
@@ -148,6 +156,7 @@ class ModelRunner:
                 of `fixed_order_gpu_kernels`.
             verdicts: of an earlier load; modules without one are tried.
             most_samples: size of `sampled`.
+            most_tokens: of a step, where the model has a draft layer.
             lap: told when a part of it is over.
 
         Raises:
@@ -181,6 +190,7 @@ class ModelRunner:
             kernels=kernels or cpu_kernels(),
             verdicts=verdicts,
             most_samples=most_samples,
+            most_tokens=most_tokens,
         )
         if kernels is None or kernels.recorded_rows:
             heights = [shape.height for shape in source.expert_shapes()]
@@ -208,6 +218,7 @@ class ModelRunner:
         kv_memory: Tensor | None = None,
         verdicts: FusionVerdicts = MappingProxyType({}),
         most_samples: int = 1,
+        most_tokens: int = 256,
     ) -> ModelRunner:
         """Bind a model that has its dense weights to a KV cache on the same device, and to `moe`.
 
@@ -215,7 +226,7 @@ class ModelRunner:
             model: built with `registrations.IMPLEMENTATION`, on one device.
             attention_names, experts_names, state_names: its modules of each kind, in the order of
                 the forward.
-            state_slots, verdicts, most_samples: see `load`.
+            state_slots, verdicts, most_samples, most_tokens: see `load`.
         """
         device = next(model.parameters()).device
         if kv_memory is None:
@@ -266,6 +277,7 @@ class ModelRunner:
             kernels=kernels,
             verdicts=found,
             most_samples=most_samples,
+            most_tokens=most_tokens,
         )
 
     def capture(self, shapes: Sequence[GraphShape], max_blocks: int) -> None:
@@ -300,27 +312,42 @@ class ModelRunner:
             self._idle = IdleStep(self.info.dtype, self.info.topk, gates)
         try:
             with torch.inference_mode(False), torch.no_grad():
-                self.recorded = self._record()
+                self.recorded = self._record(self._trial_walk)
+                if self.drafts is not None:
+                    self.drafts.recorded = self._record_drafts(self.drafts)
         except (UnsupportedModel, RuntimeError, TypeError, ValueError) as error:
             self.not_recorded = str(error).partition("\n")[0]
         self._recorded_rows = None if self._deterministic else most_rows
 
-    def _record(self) -> RecordedSteps:
+    def _record_drafts(self, drafts: DraftSteps) -> RecordedSteps:
+        generator = torch.Generator().manual_seed(0)
+        drafts.states.copy_(torch.randn(drafts.states.shape, generator=generator))
+        try:
+            return self._record(self._trial_draft, drafts.states)
+        finally:
+            drafts.states.zero_()
+
+    def _record(self, walk: Walk, *given: Tensor) -> RecordedSteps:
         """Raises: UnsupportedModel: it is not possible, and why."""
         size = self.kv.layers[0][0].shape[1]
-        steps = RecordedSteps(recorded_steps.record(self._trial_walk, size))
+        steps = RecordedSteps(recorded_steps.record(walk, size, given))
         if self._deterministic and (left := recorded_steps.rounds_by_torch(steps)):
             raise UnsupportedModel(f"--deterministic has no kernel for {', '.join(left)}")
         batch = recorded_steps.trial_batch(7, 4, size, stride=3)
         with self._stand_in_experts():
-            expected = self._trial_walk(batch)
+            expected = walk(batch)[0]
         self._bind(batch)
         rounding = min(0.05, 2**13 * torch.finfo(self.info.dtype).eps)
         recorded_steps.check(steps, batch, expected, _stand_in, rounding=rounding)
         return steps
 
-    def _trial_walk(self, batch: ForwardBatch) -> Tensor:
-        return self._walk(batch, padded=False)
+    def _trial_walk(self, batch: ForwardBatch) -> tuple[Tensor, ...]:
+        logits = self._walk(batch, padded=False)
+        heard = None if self.drafts is None else self.drafts.heard
+        return (logits,) if heard is None else (logits, heard)
+
+    def _trial_draft(self, batch: ForwardBatch) -> tuple[Tensor, ...]:
+        return (self._walk_draft(batch, padded=False),)
 
     def _check_fixed_order(self) -> None:
         """Raises: UnsupportedModel: a module computes in an order that depends on the batch."""
@@ -347,7 +374,8 @@ class ModelRunner:
                 experts.compute = experts.runtime.forward
 
     def forward(self, batch: ForwardBatch, mean_tokens: int = 0) -> Tensor:
-        """[M, vocab] logits of `batch.sample_rows`; walks all MoE layers once, in order.
+        """[M, vocab] logits of `batch.sample_rows`; walks all MoE layers once, in order, but for
+        the draft layer's.
 
         On a CPU they are float32. On a GPU they are as the model computes them, nothing waits for
         the device, and they are valid until what is launched by the next call.
@@ -362,15 +390,39 @@ class ModelRunner:
                 logits = self.graphs.forward(batch, mean_tokens)
                 if logits is not None:
                     return logits
+            rows = batch.token_ids.shape[0]
             if self.recorded is not None and self._takes(batch):
                 self._bind(batch)
                 tokens = self._tokens(batch, batch.token_ids)
-                return self.recorded.forward(
+                logits = self.recorded.forward(
                     batch if tokens is batch.token_ids else replace(batch, token_ids=tokens),
                     self._moe.forward,
                     self._native,
                 )
-            return self._walk(batch if self._upload is None else batch.sent(self._upload))
+                if self.drafts is not None:
+                    self.drafts.keep(self.recorded.beside[0], rows)
+                return logits
+            logits = self._walk(batch if self._upload is None else batch.sent(self._upload))
+            if self.drafts is not None:
+                self.drafts.keep(self.drafts.heard, rows)
+            return logits
+
+    def draft(self, batch: ForwardBatch) -> Tensor:
+        """[M, vocab] float32 logits of the token after the next one, of a model with `drafts`.
+
+        Behind each `forward`, on all ranks: it walks what `forward` does not of the MoE layers.
+
+        Args:
+            batch: that of `forward`, but for the tokens: those after its own; and for the rows that
+                are wanted.
+        """
+        assert self.drafts is not None
+        with torch.inference_mode(), self._mode():
+            self._moe.expect(batch.token_ids.shape[0])
+            if self.drafts.recorded is not None and self._takes(batch):
+                self._bind(batch)
+                return self.drafts.recorded.forward(batch, self._moe.forward, self._native)
+            return self._walk_draft(batch)
 
     def _bind(self, batch: ForwardBatch) -> None:
         """Let all layers know what is computed."""
@@ -422,8 +474,16 @@ class ModelRunner:
         logits = logits[: batch.sample_rows.shape[0], : self.info.vocab]
         return logits.float() if self._upload is None else logits
 
+    def _walk_draft(self, batch: ForwardBatch, *, padded: bool = True) -> Tensor:
+        """`draft`, launched module by module."""
+        assert self.drafts is not None
+        self._bind(batch)
+        cut = pad_batch if self._pads_batches and padded else exact_batch
+        return self.drafts.walk(*cut(batch))[: batch.sample_rows.shape[0]]
+
     def forward_idle(self, mean_tokens: int = 0) -> None:
-        """Take part in a step without tokens: each MoE layer in order, no attention.
+        """Take part in a step without tokens: each MoE layer in order, the draft layer's as well;
+        no attention.
 
         mean_tokens: as for `forward`.
         """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -31,6 +32,7 @@ from flexpert.models.architecture import (
     says_experts,
     untouched_parts,
 )
+from flexpert.models.draft_layer import draft_layer, graft
 from flexpert.models.latent_attention import LatentShape, keep_latents, kept_latent
 from flexpert.models.meta_walk import walk
 from flexpert.models.state_probe import INDEX_ANSWER, StateProbe, cached_modules, probed_states
@@ -106,10 +108,12 @@ class Probe:
     state_layers: numbers of the layers that these are in.
     padded_vocab: tokens for which the files have embeddings, if these are more than the vocabulary.
     context: tokens within which attention is what we compute. latents: see `keep_latents`.
+    drafts: the model has its draft layer.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = (type(model), model.config)
+        self.drafts = draft_layer(model) is not None
         self.context = _attention_context(model.config.get_text_config())
         self._names = {module: name for name, module in model.named_modules()}
         self.attention_shapes: dict[str, AttentionShape] = {}
@@ -222,7 +226,7 @@ class Probe:
     def build(self, dtype: torch.dtype, *, attention: str) -> PreTrainedModel:
         """The same model once more, without what is left out; see `build_skeleton`."""
         chosen, config = self._model
-        model = build_skeleton(config, dtype, chosen, attention=attention)
+        model = build_skeleton(config, dtype, chosen, attention=attention, drafts=self.drafts)
         if self.latents:
             keep_latents(model)
         leave_out(model, self.left_out)
@@ -237,11 +241,12 @@ def find_architecture(
     own: type[PreTrainedModel] | None = None,
     *,
     latent_cache: bool = False,
+    drafts: bool = False,
 ) -> tuple[PreTrainedModel, Probe]:
     """The model that serves a checkpoint, on the meta device, and what its walk told.
 
     own: its class, if the checkpoint brings one. latent_cache: where a model compresses keys and
-    values, and it can be done, they are kept so.
+    values, and it can be done, they are kept so. drafts: with its draft layer (`draft_layer`).
 
     Raises:
         UnsupportedModel: none does; says why not the likeliest one.
@@ -250,12 +255,15 @@ def find_architecture(
     refusal: ModelError | None = None
     classes = model_classes(config) if own is None else [(own, config)]
     for chosen, settings in classes:
+        build = functools.partial(
+            build_skeleton, settings, dtype, chosen, attention=registrations.PROBE, drafts=drafts
+        )
         try:
-            skeleton = build_skeleton(settings, dtype, chosen, attention=registrations.PROBE)
+            skeleton = build()
             if latent_cache and keep_latents(skeleton):
                 with contextlib.suppress(UnsupportedModel):
                     return skeleton, probe(skeleton)
-                skeleton = build_skeleton(settings, dtype, chosen, attention=registrations.PROBE)
+                skeleton = build()
             return skeleton, probe(skeleton)
         except ModelError as error:
             refusal = refusal or error
@@ -269,15 +277,18 @@ def build_skeleton(
     chosen: type[PreTrainedModel],
     *,
     attention: str,
+    drafts: bool = False,
 ) -> PreTrainedModel:
     """The model on the meta device: every module, no memory, weights not tied.
 
     Args:
         config: of the class, see `model_classes`.
         chosen: its class.
+        drafts: with its draft layer.
 
     Raises:
         ModelError: the configuration is incomplete or contradicts itself.
+        UnsupportedModel: the class can have no draft layer.
     """
     registrations.register()
     config = copy.deepcopy(config)
@@ -298,6 +309,10 @@ def build_skeleton(
                 attn_implementation=_implementations(config, attention),
                 experts_implementation=registrations.IMPLEMENTATION,
             )
+            if drafts:
+                graft(model, dtype)
+    except UnsupportedModel:
+        raise
     except Exception as error:  # whatever a model's constructor raises on odd settings
         raise ModelError(
             f"transformers cannot build {chosen.__name__} from this config.json "
@@ -356,6 +371,8 @@ def _layer_kinds(model: PreTrainedModel) -> list[str]:
 def _check_layers(model: PreTrainedModel, found: Probe) -> None:
     family = model.config.model_type
     kinds = _layer_kinds(model)
+    if found.drafts:
+        kinds.append(kinds[-1])
     attention = sum(kind not in (KEEPING_NOTHING | KEEPING_STATES) for kind in kinds)
     if len(found.attention_shapes) != attention:
         raise UnsupportedModel(

@@ -61,16 +61,21 @@ Experts = Callable[[int, Tensor, Tensor, Tensor, Any], Tensor]
 @dataclass(frozen=True, slots=True)
 class RecordedModel:
     """A walk as calls with affine sizes. inputs: tokens, positions, sample rows; result: logits,
-    float32 [samples, vocab]."""
+    float32 [samples, vocab]; beside: what else it gives."""
 
     calls: tuple[Any, ...]
     nbytes: tuple[Any, ...]
     inputs: tuple[Any, ...]
     result: Any
+    beside: tuple[Any, ...]
 
 
-def record(walk: Callable[[ForwardBatch], Tensor], block_size: int) -> RecordedModel:
-    """walk: a batch → logits. block_size: of the KV cache, in tokens.
+Walk = Callable[[ForwardBatch], tuple[Tensor, ...]]
+"""A batch → logits, and what else is wanted of it."""
+
+
+def record(walk: Walk, block_size: int, given: Sequence[Tensor] = ()) -> RecordedModel:
+    """block_size: of the KV cache, in tokens. given: memory that the walk reads, see `Recording`.
 
     Raises:
         UnsupportedModel: what the model computes is not the same list for every batch.
@@ -79,14 +84,15 @@ def record(walk: Callable[[ForwardBatch], Tensor], block_size: int) -> RecordedM
     for rows, samples in _TAKES:
         batch = trial_batch(rows, samples, block_size)
         inputs = batch.token_ids, batch.positions, batch.sample_rows
-        recording = Recording(inputs)
+        recording = Recording(inputs, given)
         with torch.no_grad(), recording:
-            result = walk(batch)
+            result, *beside = walk(batch)
             takes[rows, samples] = RecordedModel(
                 tuple(recording.calls),
                 tuple(recording.nbytes),
                 tuple(recording.operand(one) for one in inputs),
                 recording.operand(result),
+                tuple(recording.operand(one) for one in beside),
             )
     return fit(takes)
 
@@ -118,7 +124,8 @@ class _Range:
 class _Layout:
     """The program for so many rows and samples. parts: what is run, one after the other. experts:
     by number of the operation, what computes a layer that C leaves to Python. results: where the
-    words that are places in the result point, from its begin; logits: what is in it."""
+    words that are places in the result point, from its begin; logits: what is in it. beside: views
+    of the program's memory."""
 
     words: np.ndarray
     parts: tuple[_Range | Callable[[Experts], None], ...]
@@ -126,6 +133,7 @@ class _Layout:
     results: np.ndarray
     logits: Callable[[Tensor], Tensor]
     nbytes: int
+    beside: tuple[Tensor, ...]
 
 
 class RecordedSteps:
@@ -133,12 +141,15 @@ class RecordedSteps:
 
     Attributes:
         left: operations for which there is no kernel; torch computes them.
+        beside: what the walk gave beside logits, until the next `forward`.
     """
 
     def __init__(self, recorded: RecordedModel) -> None:
         self._compiled: Compiled = compile_calls(recorded.calls, recorded.inputs)
         self.left = tuple(self._compiled.left)
         self._result = recorded.result
+        self._beside = recorded.beside
+        self.beside: tuple[Tensor, ...] = ()
         self._nbytes = recorded.nbytes
         self._step = StepWords()
         steps = self._compiled.steps
@@ -152,8 +163,9 @@ class RecordedSteps:
                 self._numbers.append(None)
         result = self._buffer(self._result)
         lives = [(0, len(steps))] * len(self._nbytes)
+        stay = {result, *map(self._buffer, self._beside)}
         for buffer, life in self._compiled.lives.items():
-            lives[buffer] = life if buffer != result else (life[0], len(steps))
+            lives[buffer] = life if buffer not in stay else (life[0], len(steps))
         self._program = Program(self._operations, self._nbytes, lives)
         self._result_by_torch = any(
             operand.buffer is not None and self._buffer(operand) == result
@@ -190,6 +202,7 @@ class RecordedSteps:
                     layout.experts[at](experts)
                     at += 1
         del kept
+        self.beside = layout.beside
         return layout.logits(result)
 
     # ---- layouts ------------------------------------------------------------------------------
@@ -248,7 +261,8 @@ class RecordedSteps:
             given = held.clone() if by_torch else memory
             return given.view(torch.float32).as_strided(sizes, strides, offset)
 
-        return _Layout(words, tuple(parts), asked, begins, logits, nbytes)
+        beside = tuple(self._view(one, rows, samples) for one in self._beside)
+        return _Layout(words, tuple(parts), asked, begins, logits, nbytes, beside)
 
     def _experts(self, call: RoutedCall, rows: int, samples: int) -> Callable[[Experts], None]:
         x, ids, weights, result = (

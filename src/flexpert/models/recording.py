@@ -117,14 +117,16 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
     calls: noted so far. nbytes: of each buffer.
     """
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        """inputs: the first buffers."""
+    def __init__(self, inputs: Sequence[Tensor], given: Sequence[Tensor] = ()) -> None:
+        """inputs: the first buffers. given: memory that others write, contiguous; it is read from
+        its begin, and the more of it the more tokens there are."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.nbytes: list[int] = []
         self._numbers: dict[int, int] = {}  # storage → buffer
         self._kept: list[Tensor] = []  # so that no storage is made twice
         self._paused = False
+        self._given = {_storage(tensor): tensor for tensor in given}
         for tensor in inputs:
             self._made(tensor)
 
@@ -172,7 +174,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._kept.append(tensor)
         return Operand(
             buffer=number,
-            constant=tensor if number is None else None,
+            constant=self._given.get(_storage(tensor), tensor) if number is None else None,
             offset=int(tensor.storage_offset()),
             sizes=tuple(tensor.shape),
             strides=tuple(tensor.stride()),

@@ -31,6 +31,7 @@ from flexpert.kernels.weight_formats import FORMATS, FP8, MXFP4, WeightFormat
 from flexpert.models.accounting import account
 from flexpert.models.architecture import leave_out, pad_vocabulary
 from flexpert.models.checkpoint import Checkpoint, TensorFiles
+from flexpert.models.draft_layer import DraftNames
 from flexpert.models.expert_reader import ExpertReader
 from flexpert.models.probe import AttentionShape, Probe, find_architecture
 from flexpert.models.quantization import read_quantization
@@ -72,6 +73,7 @@ class ModelInfo:
     attention: one entry per attention layer, in the order of the forward pass.
     max_model_len: tokens of prompt and answer together.
     states: what each layer that keeps a state has of a sequence, in the order of the forward pass.
+    drafts: the last one of attention and MoE layers, as far as it is either, proposes tokens.
     """
 
     name: str
@@ -88,6 +90,7 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     states: tuple[tuple[StateShape, ...], ...] = ()
+    drafts: bool = False
 
     @property
     def state_nbytes(self) -> int:
@@ -139,7 +142,7 @@ class ModelSource:
         self._found = found
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.left_out = found.left_out
-        self.checkpoint = Checkpoint(files, skeleton, self.left_out)
+        self.checkpoint = Checkpoint(files, skeleton, self.left_out, self._draft_names(files))
         leave_out(skeleton, self.left_out)
         rows = self._embedded_tokens()
         if rows > info.vocab:  # rows that no token has; the logits are cut to the vocabulary
@@ -168,6 +171,7 @@ class ModelSource:
         experts: ExpertFormat = "unquantized",
         trust_remote_code: bool = False,
         latent_cache: bool = False,
+        drafts: bool = False,
     ) -> ModelSource:
         """Open a model by name.
 
@@ -180,10 +184,11 @@ class ModelSource:
             trust_remote_code: run the Python code that a checkpoint brings along.
             latent_cache: attention that compresses keys and values (MLA) keeps what they are
                 compressed to.
+            drafts: with the layer that proposes tokens (`draft_layer`).
 
         Raises:
             UnsupportedModel: a dense model, a quantization that is not served, or a family
-                that does not fit; says why.
+                that does not fit; says why. Or there is no layer that proposes tokens.
             ModelError: files are missing, damaged or cannot be had.
         """
         path = locate(model, revision, code=trust_remote_code)
@@ -207,7 +212,9 @@ class ModelSource:
                     files = open_files()
                     stored = files.main_dtype
             of_weights = _dtype(stored or torch.float32, dtype)
-            skeleton, found = find_architecture(config, of_weights, own, latent_cache=latent_cache)
+            skeleton, found = find_architecture(
+                config, of_weights, own, latent_cache=latent_cache, drafts=drafts
+            )
             info = _info(model, path, config, skeleton, found, max_model_len)
             files = files or open_files()
             source = cls(path, config, info, skeleton, found, files, experts)
@@ -222,6 +229,20 @@ class ModelSource:
                 f"{path / 'config.json'} describes no model that can be built "
                 f"({type(error).__name__}: {_short(error)})"
             ) from error
+
+    def _draft_names(self, files: TensorFiles) -> DraftNames | None:
+        """Raises: UnsupportedModel: the files have no draft layer."""
+        if not self.info.drafts:
+            return None
+        layers = int(self.config.get_text_config().num_hidden_layers)
+        names = DraftNames.find(files.keys(), layers)
+        if names is None:
+            raise UnsupportedModel(
+                f"{self.path} has no layer for multi-token prediction that flexpert knows (tensors "
+                f"named mtp.fc, or eh_proj in a layer {layers}); leave --speculate mtp out, or use "
+                "--speculate ngram"
+            )
+        return names
 
     def _embedded_tokens(self) -> int:
         """The rows of the embeddings in the files; 0: not plain to see."""
@@ -652,6 +673,7 @@ def _info(
         eos_token_ids=ends,
         bos_token_id=begins[0] if begins else None,
         states=tuple(found.states.values()),
+        drafts=found.drafts,
     )
 
 

@@ -28,7 +28,7 @@ class Unneeded:
 
 
 MTP: Final = "multi-token prediction"
-_DRAFTS: Final = "they draft tokens for speculative decoding; the answers do not depend on them"
+_DRAFTS: Final = "they draft tokens (--speculate mtp); the answers do not depend on them"
 
 KINDS: Final = (
     Unneeded.of(MTP, _DRAFTS, r"(^|\.)mtp(_\w+)?\."),

@@ -77,6 +77,7 @@ def open_source(config: Config) -> ModelSource:
     """
     from flexpert.models.source import ModelSource
 
+    speculate = config.engine.speculate
     quantization = DEVICE_SETTINGS[config.engine.device].quantization(config.model.quantization)
     return ModelSource.open(
         config.model.model,
@@ -86,6 +87,7 @@ def open_source(config: Config) -> ModelSource:
         experts=_EXPERTS[quantization],
         trust_remote_code=config.model.trust_remote_code,
         latent_cache=not config.engine.deterministic,
+        drafts=speculate is not None and speculate.method == "mtp",
     )
 
 

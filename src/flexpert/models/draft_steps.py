@@ -1,0 +1,53 @@
+"""The draft layer's part in steps: what it needs of the model's part, and what computes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flexpert.models.draft_layer import draft_logits
+from flexpert.models.padding import padded_size
+from flexpert.models.recorded_steps import RecordedSteps
+from flexpert.models.source import ModelInfo
+
+
+class DraftSteps:
+    """Of a model with a draft layer; used by one thread.
+
+    states: [at least most_tokens, hidden], what the decoder gave of each row of the step before.
+    heard: [1, rows, hidden], the same of the walk before, module by module. recorded: computes the
+    draft layer on a CPU; None: transformers' modules do.
+    """
+
+    def __init__(self, model: PreTrainedModel, info: ModelInfo, most_tokens: int) -> None:
+        self._model = model
+        self._vocab = info.vocab
+        self.recorded: RecordedSteps | None = None
+        weight = next(model.parameters())
+        rows = padded_size(most_tokens)
+        self.states = torch.zeros((rows, info.hidden), dtype=info.dtype, device=weight.device)
+        self.heard: Tensor | None = None
+        decoder: Any = model.get_decoder()
+        decoder.register_forward_hook(self._hear)
+
+    def _hear(self, _module: nn.Module, _given: object, found: Any) -> None:
+        self.heard = found[0]
+
+    def keep(self, states: Tensor | None, rows: int) -> None:
+        """states: [1, at least rows, hidden], of a step."""
+        assert states is not None
+        self.states[:rows].copy_(states[0, :rows])
+
+    def walk(self, token_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        """[M, vocab] float32 logits of the token after the next one, launched module by module.
+
+        Args:
+            token_ids: [N] int64, the token after each of the step before. positions: [N] int64.
+            rows: [M] int64, those that are wanted.
+        """
+        states = self.states[: token_ids.shape[0]].unsqueeze(0)
+        logits = draft_logits(self._model, token_ids, positions, states, rows)
+        return logits[:, : self._vocab].float()
