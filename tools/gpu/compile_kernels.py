@@ -214,9 +214,7 @@ def few_rows(gated: bool) -> tuple[dict[str, str], dict[str, Any], int]:
         x=BF16, index=P32, weights=P64, scales=P64, biases=P64, offsets=P32, out=BF16, slots=I32, K=I32, N=I32
     )  # fmt: skip
     double = gated or tiling.tiles == 2
-    constants = dict(
-        SLOTS=128, GATED=gated, DOUBLE=double, INDEXED=True, BIASED=True, AHEAD=tiling.ahead
-    )
+    constants = dict(SLOTS=128, GATED=gated, DOUBLE=double, INDEXED=True, BIASED=True)
     return types, constants, tiling.warps
 
 
@@ -237,7 +235,6 @@ def attention_of_prompts(
     if by_hand:
         constants |= dict(
             DIM=dim,
-            HELD=tiling.held,
             **hopper_attention.layouts(tiling.keys, 16, dim, tiling.warps),
         )
         return "attend_prompts_hopper", types, constants, tiling.warps, tiling.stages

@@ -36,11 +36,8 @@ CASES: dict[str, tuple[list[int], list[int]]] = {
 }
 TILINGS = [
     PromptTiling(64, 64, 4, 2, by_hand=True),
-    PromptTiling(64, 64, 4, 2, by_hand=True, held=True),
     PromptTiling(64, 32, 4, 2, by_hand=True),
-    PromptTiling(64, 32, 4, 2, by_hand=True, held=True),
     PromptTiling(128, 64, 8, 2, by_hand=True),
-    PromptTiling(128, 64, 8, 2, by_hand=True, held=True),
     PromptTiling(64, 64, 4, 2),
     PromptTiling(128, 64, 8, 3),
 ]
@@ -49,7 +46,7 @@ TILINGS = [
 def described(tiling: PromptTiling) -> str:
     shape = f"{tiling.rows}x{tiling.keys} w{tiling.warps}"
     if tiling.by_hand:
-        return f"gluon {shape}{' held' if tiling.held else ''}"
+        return f"gluon {shape}"
     return f"triton {shape} s{tiling.stages}"
 
 

@@ -11,7 +11,6 @@ with float64. Lines come as they are found.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -114,9 +113,9 @@ def tune(
         "bf16": (16, bf16),
         "tiles": (4, tiled),
     }
-    for warps, ahead in itertools.product((1, 2, 4), (1, 2)):
+    for warps in (1, 2, 4):
         for tiles in (1,) if gated else (1, 2):
-            tiling = FewRowsTiling(warps, tiles, ahead)
+            tiling = FewRowsTiling(warps, tiles)
 
             def few(s: routing.SortedRows, tiling: FewRowsTiling = tiling) -> object:
                 return mxfp4_few.few_rows_product(

@@ -451,8 +451,9 @@ AMX static int amx_packed(const packed_args *a) {
     char *packed = scratch + panel;
     _tile_loadconfig(&TILES);
     for (long g = 0; g < a->groups; g++) {
-        const long all = a->ends[g] - a->begins[g];
-        if (!a->fixed && all > 0 && (a->last - a->first) % SOME == 0) { /* as many as pay in registers */
+        const long all = a->ends[g] - a->begins[g], most = a->format == INT8 ? 4 : 2;
+        if (!a->fixed && all > 0 && all <= most && (a->last - a->first) % SOME == 0) {
+            /* in registers: memory gives weights no faster than they are taken apart there */
             long o = a->first;
             while (o < a->last && few_avx512_bf16(a, g, o, all)) o += SOME;
             if (o >= a->last) continue;

@@ -156,7 +156,7 @@ def attend_prompts_hopper(
     SEQUENCES: gl.constexpr, BLOCK: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
     DIM: gl.constexpr, TOKENS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
     SPLIT: gl.constexpr, WINDOW: gl.constexpr, CAPPED: gl.constexpr, SINKS: gl.constexpr,
-    PART: gl.constexpr, PARTS: gl.constexpr, TILE: gl.constexpr, HELD: gl.constexpr,
+    PART: gl.constexpr, PARTS: gl.constexpr, TILE: gl.constexpr,
 ):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     kv_head = gl.program_id(0)
@@ -239,12 +239,8 @@ def attend_prompts_hopper(
         if not CAPPED:
             scale = scaling * LOG2_E
         async_copy.wait_group(1)
-        if HELD:
-            left = q.load(gl.DotOperandLayout(0, SCORES, 2))
-        else:
-            left = q
         score = warpgroup_mma(
-            left,
+            q,
             k.index(low % 2).permute((1, 0)),
             gl.zeros([ROWS, KEYS], gl.float32, SCORES),
             use_acc=False,
@@ -262,13 +258,13 @@ def attend_prompts_hopper(
             middle = gl.maximum(whole, middle)
             for tile in range(low + 1, middle):
                 p, accumulated, peak, total, ids_now, ids_next = _advance(
-                    tile, p, accumulated, peak, total, ids_now, ids_next, left, k, v, keys, values,
+                    tile, p, accumulated, peak, total, ids_now, ids_next, q, k, v, keys, values,
                     blocks, end, part, inside, column, position, scale, softcap, KEYS, BLOCK, PART,
                     STRIDE, TILE, SCORES, RESULT, False, WINDOW, CAPPED,
                 )  # fmt: skip
         for tile in range(middle, high):
             p, accumulated, peak, total, ids_now, ids_next = _advance(
-                tile, p, accumulated, peak, total, ids_now, ids_next, left, k, v, keys, values,
+                tile, p, accumulated, peak, total, ids_now, ids_next, q, k, v, keys, values,
                 blocks, end, part, inside, column, position, scale, softcap, KEYS, BLOCK, PART,
                 STRIDE, TILE, SCORES, RESULT, True, WINDOW, CAPPED,
             )  # fmt: skip

@@ -29,12 +29,10 @@ ROWS = 8
 @dataclass(frozen=True, slots=True)
 class FewRowsTiling:
     """warps: of a program, which share the columns. tiles: of 16 rows of weights in a program (with
-    a gate, of each half). ahead: steps that weights are fetched before they are multiplied, 1 or 2.
-    """
+    a gate, of each half)."""
 
     warps: int
     tiles: int
-    ahead: int = 1
 
 
 def _ordered() -> str:
@@ -160,7 +158,7 @@ def _multiply(sums, w0, s0, w1, s1, x0, x1, x2, x3, j):
 def _few_rows(
     x, index, weights, scales, biases, offsets, out, slots, K, N,
     SLOTS: gl.constexpr, GATED: gl.constexpr, DOUBLE: gl.constexpr, INDEXED: gl.constexpr,
-    BIASED: gl.constexpr, AHEAD: gl.constexpr,
+    BIASED: gl.constexpr,
 ):  # fmt: skip
     """out[r] = x[index[r]] · W[slot of r]ᵀ; GATED: silu of the first N columns times the rest.
 
@@ -230,14 +228,9 @@ def _few_rows(
         STEP: gl.constexpr = 4 * WARPS
         w0, s0, w1, s1, w2, s2, w3, s3 = _weights(a, sa, b, sb, c, sc, d, sd, block, BLOCKS, DOUBLE)
         x0, x1, x2, x3 = _columns(own, block, BLOCKS, row_ok)
-        v0, t0, v1, t1, v2, t2, v3, t3 = w0, s0, w1, s1, w2, s2, w3, s3
-        if AHEAD == 2:
-            v0, t0, v1, t1, v2, t2, v3, t3 = _weights(
-                a, sa, b, sb, c, sc, d, sd, block + STEP, BLOCKS, DOUBLE
-            )
         for _ in range(0, BLOCKS, STEP):
             u0, r0, u1, r1, u2, r2, u3, r3 = _weights(
-                a, sa, b, sb, c, sc, d, sd, block + AHEAD * STEP, BLOCKS, DOUBLE
+                a, sa, b, sb, c, sc, d, sd, block + STEP, BLOCKS, DOUBLE
             )
             block += STEP
             y0, y1, y2, y3 = _columns(own, block, BLOCKS, row_ok)
@@ -248,11 +241,7 @@ def _few_rows(
             sums = _multiply(sums, w0, s0, w1, s1, x0, x1, x2, x3, j)
             if DOUBLE:
                 others = _multiply(others, w2, s2, w3, s3, x0, x1, x2, x3, j)
-            if AHEAD == 2:
-                w0, s0, w1, s1, w2, s2, w3, s3 = v0, t0, v1, t1, v2, t2, v3, t3
-                v0, t0, v1, t1, v2, t2, v3, t3 = u0, r0, u1, r1, u2, r2, u3, r3
-            else:
-                w0, s0, w1, s1, w2, s2, w3, s3 = u0, r0, u1, r1, u2, r2, u3, r3
+            w0, s0, w1, s1, w2, s2, w3, s3 = u0, r0, u1, r1, u2, r2, u3, r3
             x0, x1, x2, x3 = y0, y1, y2, y3
 
         if WARPS > 1:
@@ -310,7 +299,6 @@ def few_rows_product(
         DOUBLE=double,
         INDEXED=index is not None,
         BIASED=biases is not None,
-        AHEAD=tiling.ahead,
         num_warps=tiling.warps,
     )
     return out

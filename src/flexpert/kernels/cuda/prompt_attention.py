@@ -32,15 +32,14 @@ from flexpert.kernels.step_shapes import lanes
 @dataclass(frozen=True, slots=True)
 class PromptTiling:
     """rows: of queries in a program, tokens times heads of a group. keys: that it looks at in one
-    go. by_hand: `hopper_attention`'s kernel, which has its own stages. held: it keeps queries in
-    registers. fill: programs for each multiprocessor, below which keys are split among them."""
+    go. by_hand: `hopper_attention`'s kernel, which has its own stages. fill: programs for each
+    multiprocessor, below which keys are split among them."""
 
     rows: int
     keys: int
     warps: int
     stages: int
     by_hand: bool = False
-    held: bool = False
     fill: int = 1
 
 
@@ -253,7 +252,6 @@ def attend_prompts(
             **constants,
             **layouts(tiling.keys, block, key_dim, tiling.warps),
             DIM=key_dim,
-            HELD=tiling.held,
             num_warps=tiling.warps,
         )
     else:
