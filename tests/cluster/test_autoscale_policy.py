@@ -250,6 +250,13 @@ def test_ranks_that_are_full_say_how_many_are_needed_before_a_goal_is_missed() -
     assert decide(QUEUE_GOALS, unknown, []).ranks == 1, "of ranks that do not tell"
 
 
+def test_who_has_waited_since_before_a_rank_joined_calls_for_no_further_one() -> None:
+    alone = [sample(1.0 + n, 1, 2, ttft_p99_s=0.1) for n in range(8)]
+    joined = [sample(9.0, 2, 2, ttft_p99_s=0.1)]
+    assert decide(QUEUE_GOALS, [*alone, *joined, sample(11.0, 2, 2, ttft_p99_s=4.0)], []).ranks == 2
+    assert decide(QUEUE_GOALS, [*alone, *joined, sample(14.0, 2, 2, ttft_p99_s=4.0)], []).ranks == 4
+
+
 def test_few_requests_are_no_trend() -> None:
     full = saturated(1, come=6, taken=6)
     calm = [
