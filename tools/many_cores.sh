@@ -16,7 +16,7 @@ out=${OUT:-build/cores}
 python=${PYTHON:-python3}
 parts=${PARTS:-autoscale rebalance observers}
 mkdir -p "$out"
-export CUDA_VISIBLE_DEVICES=
+export CUDA_VISIBLE_DEVICES= COLUMNS=120
 # run a command on these cores
 pin='import os, sys
 os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
@@ -62,5 +62,5 @@ part autoscale 275 "${day[@]}" --duration "${DAY:-3m}" --larger-model --output-l
     -- --device cpu
 part rebalance 125 --rounds 3 --seconds "${SECONDS_EACH:-8s}" --settle 40s --clients 32 \
     -- --threads 1 --device cpu
-part observers 115 --rounds "${ROUNDS:-14}" --answers 4 -- --device cpu
+part observers 115 --rounds "${ROUNDS:-18}" --answers 3 -- --device cpu
 exit $status
