@@ -2,22 +2,22 @@
 # What ranks show only where each has a core of its own, in at most eight and a half minutes: a day of the
 # autoscaler beside a fixed number of ranks and an oracle, a rebalance, and what it costs to be watched.
 #
-#     bash tools/many_cores.sh                  # on all cores that there are: 32 are enough for everything
-#     CORES=0-27 bash tools/many_cores.sh       # on these, others are free for something else
+#     bash tools/many_cores.sh                  # on all cores that there are: 24 are enough
+#     CORES=0-23 bash tools/many_cores.sh       # on these, others are free for something else
 #     PARTS="rebalance observers" bash tools/many_cores.sh
 #
-# Text and JSON of a part are in $OUT (default build/cores) as soon as it is done. The day of four services at
-# once takes all cores; then the other two parts have half of them each, at the same time. With fewer than 24
-# cores the day is one without kills, and with fewer than 12 it is short and its services come one by one.
-# DAY, SECONDS_EACH, ROUNDS: of the day, of a measurement of the rebalance, of the observers. No GPU is used.
+# Text and JSON of a part are in $OUT (default build/cores) as soon as it is done. The services of the day are there
+# at once; the other parts come one after the other, since what one reads from memory the other waits for. With
+# fewer than 24 cores the day is one without kills, and with fewer than 12 it is short and its services come one by
+# one. DAY, SECONDS_EACH, ROUNDS: of the day, of a measurement of the rebalance, of the observers. No GPU is used.
 # Exit status 1 if a part fails, or an answer is lost or altered.
 cd "$(dirname "$0")/.." || exit
 out=${OUT:-build/cores}
 python=${PYTHON:-python3}
 parts=${PARTS:-autoscale rebalance observers}
 mkdir -p "$out"
-export CUDA_VISIBLE_DEVICES=
-# a command on cores: ON COMMAND...
+export CUDA_VISIBLE_DEVICES= COLUMNS=120
+# run a command on these cores
 pin='import os, sys
 os.sched_setaffinity(0, map(int, sys.argv[1].split(",")))
 os.execvp(sys.argv[2], sys.argv[2:])'
@@ -37,16 +37,16 @@ count=${#cores[@]}
     echo "quota: $(cat /sys/fs/cgroup/cpu.max 2>/dev/null)"
 } > "$out/machine.txt" 2>&1
 join() { local IFS=,; echo "$*"; }
-part() {  # NAME SECONDS CORES BENCH...
-    local name=$1 limit=$2 on=$3 begin=$SECONDS status
-    shift 3
+part() {  # NAME SECONDS FLAGS...
+    local name=$1 limit=$2 begin=$SECONDS end
+    shift 2
     [[ " $parts " == *" $name "* ]] || return 0
-    timeout -k 10 "$limit" "$python" -c "$pin" "$on" "$python" -m flexpert bench "$name" \
+    timeout -k 10 "$limit" "$python" -c "$pin" "$(join "${cores[@]}")" "$python" -m flexpert bench "$name" \
         --output "$out/$name.json" "$@" > "$out/$name.txt" 2>&1
-    status=$?
-    echo "== $name, $((SECONDS - begin)) s, exit status $status"
+    end=$?
+    ((end == 0)) || status=1
+    echo "== $name, $((SECONDS - begin)) s, exit status $end"
     tail -n 30 "$out/$name.txt"
-    return "$status"
 }
 if ((count >= 24)); then
     day=(--at-once --max 4 --kills 2)
@@ -58,16 +58,9 @@ else
     day=(--quick --max 2)
 fi
 status=0
-part autoscale 310 "$(join "${cores[@]}")" "${day[@]}" --duration "${DAY:-3m}" --larger-model \
-    --output-len 128 -- --device cpu || status=1
-half=$(((count + 1) / 2))
-[[ " $parts " == *" rebalance "* && " $parts " == *" observers "* ]] || half=$count
-first=("${cores[@]:0:half}") second=("${cores[@]:count - half}")
-part rebalance 190 "$(join "${first[@]}")" --rounds 3 --seconds "${SECONDS_EACH:-8s}" --settle 1m \
-    --clients 32 -- --threads 1 --device cpu &
-rebalance=$!
-part observers 190 "$(join "${second[@]}")" --rounds "${ROUNDS:-10}" --answers 6 -- --device cpu &
-observers=$!
-wait "$rebalance" || status=1
-wait "$observers" || status=1
+part autoscale 275 "${day[@]}" --duration "${DAY:-3m}" --larger-model --output-len 128 \
+    -- --device cpu
+part rebalance 125 --rounds 3 --seconds "${SECONDS_EACH:-8s}" --settle 40s --clients 32 \
+    -- --threads 1 --device cpu
+part observers 115 --rounds "${ROUNDS:-18}" --answers 3 -- --device cpu
 exit $status

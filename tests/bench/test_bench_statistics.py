@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexpert.bench.load import ClientAnswer
-from flexpert.bench.statistics import figures, percentile, summarise
+from flexpert.bench.statistics import figures, median_interval, percentile, summarise
 
 numbers = st.floats(0, 1e6, allow_nan=False)
 
@@ -25,6 +25,13 @@ def test_a_summary_is_exact() -> None:
     assert (summary.mean, summary.p50, summary.longest) == (3.0, 3.0, 5.0)
     assert summary.p90 == pytest.approx(4.6)
     assert summary.p99 == pytest.approx(4.96)
+
+
+@pytest.mark.parametrize(("count", "least"), [(1, 1), (5, 1), (6, 1), (10, 2), (18, 5), (40, 14)])
+def test_the_median_lies_between_order_statistics(count: int, least: int) -> None:
+    """The tables of the sign test."""
+    values = [float(n) for n in range(count, 0, -1)]
+    assert median_interval(values) == (least, count + 1 - least)
 
 
 def test_without_values_there_is_no_summary() -> None:

@@ -216,9 +216,9 @@ def test_a_day_of_two_steep_peaks_is_kept_up_with_by_few_ranks(join_s: float, se
 @pytest.mark.parametrize("load", [0.5, 0.7, 1.2, 1.5, 2.8])
 def test_a_steady_rate_is_no_reason_to_swing(load: float) -> None:
     """load: of what one rank takes."""
-    come = takewhile(lambda at: at < 240.0, (n / load / TAKEN for n in unit_arrivals(5, 1.0)))
-    steady = Queue(0.5).serve([*come], 240.0)
-    late = [s.ranks for s in steady.samples[200:]]
+    come = takewhile(lambda at: at < 150.0, (n / load / TAKEN for n in unit_arrivals(5, 1.0)))
+    steady = Queue(0.5).serve([*come], 150.0)
+    late = [s.ranks for s in steady.samples[120:]]
     assert max(late) - min(late) <= 1
     assert flips(late) <= 1
     assert min(late) >= math.ceil(load)
@@ -248,6 +248,13 @@ def test_ranks_that_are_full_say_how_many_are_needed_before_a_goal_is_missed() -
         for s in saturated(1, come=12, taken=6)
     ]
     assert decide(QUEUE_GOALS, unknown, []).ranks == 1, "of ranks that do not tell"
+
+
+def test_who_has_waited_since_before_a_rank_joined_calls_for_no_further_one() -> None:
+    alone = [sample(1.0 + n, 1, 2, ttft_p99_s=0.1) for n in range(8)]
+    joined = [sample(9.0, 2, 2, ttft_p99_s=0.1)]
+    assert decide(QUEUE_GOALS, [*alone, *joined, sample(11.0, 2, 2, ttft_p99_s=4.0)], []).ranks == 2
+    assert decide(QUEUE_GOALS, [*alone, *joined, sample(14.0, 2, 2, ttft_p99_s=4.0)], []).ranks == 4
 
 
 def test_few_requests_are_no_trend() -> None:

@@ -494,6 +494,16 @@ def test_a_lower_number_is_admitted_earlier_and_preempted_later() -> None:
         assert tokens_of(events[s.id]) == answer(s)
 
 
+def test_a_stream_that_has_begun_elsewhere_goes_on_before_others_begin() -> None:
+    scheduler, model = Scheduler(limits(max_running=1)), FakeModel(4)
+    for name, begun, priority in (
+        *(("a", [], 0), ("b", [], 0), ("c", [3], 0), ("d", [3], 0)),
+        *(("e", [3], 1), ("f", [], -1)),
+    ):
+        scheduler.add(sequence(name, [1], generated=begun, max_tokens=2, priority=priority))
+    assert list(run(scheduler, model)) == ["f", "c", "d", "a", "b", "e"]
+
+
 def test_a_salt_keeps_equal_prompts_apart() -> None:
     scheduler, model = Scheduler(limits()), FakeModel(4)
     for name, salt in (("a", ""), ("b", "x"), ("c", "y"), ("d", "x")):
@@ -742,7 +752,7 @@ class Life(RuleBasedStateMachine):
         name = str(len(self.asked))
         params: dict[str, Any] = {"max_tokens": max_tokens, "ignore_eos": ignore_eos}
         params["priority"] = priority
-        if priority:
+        if priority or resumed:
             self.late.add(name)
         if scored:
             params["prompt_logprobs"] = 0

@@ -7,6 +7,7 @@ from statistics import median
 from rich.table import Table
 
 from flexpert.bench.cost_rounds import CostReport
+from flexpert.bench.statistics import median_interval
 
 
 def cost_text(report: CostReport) -> Table:
@@ -40,8 +41,9 @@ def cost_text(report: CostReport) -> Table:
             f"{max(cost.tokens_ratios):.3f}",
             f"{cost.head_us:+.1f} µs",
             f"{cost.service_us:+.1f} µs ({cost.service_share:+.1%})",
-            end_section=True,
         )
+        low, high = median_interval(cost.tokens_ratios)
+        table.add_row("its median, to 95 %", "", f"{low:.3f}", f"{high:.3f}", end_section=True)
     if report.failed:
         table.add_row("failed requests", str(report.failed))
     return table

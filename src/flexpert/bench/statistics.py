@@ -72,6 +72,23 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
+def median_interval(values: Iterable[float], chance: float = 0.05) -> tuple[float, float]:
+    """Between which two of the values the true median lies, but for this chance, however they are
+    spread (order statistics); between the first and the last if they are too few for that.
+
+    Raises: IndexError: there is none.
+    """
+    ordered = sorted(values)
+    count, left, below = len(ordered), 0, 0.0
+    while left < count // 2:
+        below += math.comb(count, left) / 2**count
+        if 2 * below > chance:
+            break
+        left += 1
+    place = max(0, left - 1)
+    return ordered[place], ordered[-1 - place]
+
+
 def summarise(values: Iterable[float]) -> Summary | None:
     """None without values."""
     ordered = sorted(values)

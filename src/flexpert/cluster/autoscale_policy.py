@@ -132,30 +132,43 @@ def _within(goals: Goals, calls: Sequence[Decision]) -> Decision:
     return Decision(ranks=min(max(most.ranks, goals.min), goals.max), why=most.why)
 
 
-def _shares(goals: Goals, sample: Sample) -> list[tuple[float, str]]:
-    """How much of each goal is used, and how that is told."""
-    found = []
+def _shares(goals: Goals, sample: Sample) -> dict[str, tuple[float, str]]:
+    """Goal → how much of it is used, and how that is told."""
+    found = {}
     for name, seen, goal in (
         ("time to first token", sample.ttft_p99_s, goals.ttft_p99_s),
         ("time between tokens", sample.itl_p99_s, goals.itl_p99_s),
     ):
         if seen is not None and goal is not None:
             told = f"{name} {_ms(seen)} (p99), of at most {_ms(goal)}"
-            found.append((seen / goal, told))
-    found.append((sample.kv_used / goals.kv, f"{sample.kv_used:.0%} of the KV blocks in use"))
+            found[name] = (seen / goal, told)
+    found["kv"] = (sample.kv_used / goals.kv, f"{sample.kv_used:.0%} of the KV blocks in use")
     return found
 
 
+def _of_these_ranks(samples: Sequence[Sample]) -> Sample:
+    """The latest sample, without a time to the first token that began with fewer ranks."""
+    now, since = samples[-1], -math.inf
+    for before, after in itertools.pairwise(reversed(samples)):
+        if after.ranks < now.ranks:
+            since = before.at
+            break
+    if now.ttft_p99_s is None or now.at - now.ttft_p99_s >= since:
+        return now
+    return msgspec.structs.replace(now, ttft_p99_s=None)
+
+
 def _missed(goals: Goals, samples: Sequence[Sample]) -> list[Decision]:
-    """What goals that are missed call for."""
-    now = samples[-1]
+    """What goals that are missed call for.
+
+    A request that waited from before there were so many ranks tells nothing of them.
+    """
+    now = _of_these_ranks(samples)
     before = samples[-2] if len(samples) > 1 and samples[-2].ranks == now.ranks else None
+    earlier = {} if before is None else _shares(goals, before)
     calls = []
-    for index, (share, told) in enumerate(_shares(goals, now)):
-        again = False
-        if before is not None:
-            earlier = _shares(goals, before)
-            again = index < len(earlier) and earlier[index][0] > 1
+    for goal, (share, told) in _shares(goals, now).items():
+        again = goal in earlier and earlier[goal][0] > 1
         if share > _BAD_ONCE or (share > 1 and again):
             ranks = math.ceil(now.ranks * min(share, _MOST_AT_ONCE))
             calls.append(Decision(ranks=max(now.ranks + 1, ranks), why=told))
@@ -312,7 +325,7 @@ def held_per_rank(goals: Goals, samples: Sequence[Sample]) -> float | None:
     Between what was held and what was too much the lower end counts; of what was too much, a
     quarter may have been bad luck, and all of it if as much was held twice as often.
     """
-    shares = [max(share for share, _ in _shares(goals, sample)) for sample in samples]
+    shares = [max(share for share, _ in _shares(goals, sample).values()) for sample in samples]
     too_much = sorted(
         sample.work / sample.ranks
         for sample, share, before in zip(samples, shares, [0.0, *shares], strict=False)

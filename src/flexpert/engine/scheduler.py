@@ -4,11 +4,12 @@
            ▲   ▲                  │                             │
     adopt ─┘   └──── preempt (blocks given back, tokens kept) ──┘
 
-Policy: by priority, and of equals first come, first served, without overtaking. A step computes one
-token of every decoding sequence, then chunks of prompts in the order in which they were admitted up
-to the token budget. A sequence is admitted when all blocks of its prompt are free, and a spare one
-for each sequence that runs already; so only decoding can run out of blocks. Then the latest
-arrival, of those with the lowest priority, is preempted and later computed again.
+Policy: by priority, and of equals first come, first served, without overtaking; but a stream that
+has begun, on a rank that was lost, goes on before others begin. A step computes one token of every
+decoding sequence, then chunks of prompts in the order in which they were admitted up to the token
+budget. A sequence is admitted when all blocks of its prompt are free, and a spare one for each
+sequence that runs already; so only decoding can run out of blocks. Then the latest arrival, of
+those with the lowest priority, is preempted and later computed again.
 
 A sequence that comes from another rank with its keys and values, and finds no row, waits with them,
 in all the blocks that its tokens need, so that a row is all it waits for. Those that wait with
@@ -777,12 +778,13 @@ class Scheduler:
 
     def _queue(self, state: ScheduledSequence, *, first: bool = False) -> None:
         """Lets it wait behind those that have blocks and those with a priority that is higher, or
-        equal. first: of its equals it is the first."""
-        own = state.params.priority - first
+        equal; a stream that has begun, here or on a rank that was lost, before those that have not.
+        first: of its equals it is the first."""
+        own = _turn(state)
         at = len(self._waiting)
         while at > 0:
             other = self._waiting[at - 1]
-            if other.blocks or other.params.priority <= own:
+            if other.blocks or _turn(other) < own or (_turn(other) == own and not first):
                 break
             at -= 1
         self._waiting.insert(at, state)
@@ -831,3 +833,8 @@ class Scheduler:
     def _check_in_flight(self, plan: StepPlan, at: int) -> None:
         if not self._plans or plan is not self._plans[at]:
             raise ValueError("this plan is not the one in flight that ends next")
+
+
+def _turn(state: ScheduledSequence) -> tuple[int, bool]:
+    """Who has less comes first."""
+    return state.params.priority, len(state.tokens) == state.prompt_length
