@@ -180,6 +180,12 @@ def test_warm_up_stays_within_the_room_there_is(deterministic: bool) -> None:
     assert max(batch.rows for batch in CpuProfile(engine).warm_up_batches(100, 1000)) <= 128
 
 
+def test_a_cpus_warm_up_computes_experts_for_few_sizes() -> None:
+    batches = CpuProfile(EngineConfig()).warm_up_batches(512, 1000)
+    assert [batch.rows for batch in batches if batch.experts] == [1, 2, 512]
+    assert len(batches) > 10
+
+
 @pytest.mark.parametrize(("most", "context"), [(16, 8), (100, 1000), (2048, 40960)])
 def test_warm_up_meets_attention_of_few_and_many_sequences_whole_and_cut(
     most: int, context: int

@@ -78,11 +78,12 @@ class WarmUpTime(Enum):
 @dataclass(frozen=True, slots=True)
 class WarmUpBatch:
     """rows: tokens, of `sequences`, each of which has one but the last. context: tokens that the
-    last has in all, if that is more."""
+    last has in all, if that is more. experts: these compute, too."""
 
     rows: int
     sequences: int = 1
     context: int = 0
+    experts: bool = True
 
 
 class DeviceProfile(ABC):
@@ -243,7 +244,8 @@ class CpuProfile(DeviceProfile):
         sizes = padded_sizes(most)
         if self.config.deterministic:
             sizes = sorted({min(rows, most) for rows in (1, 2, most)})
-        return [WarmUpBatch(rows) for rows in sizes]
+        # what is compiled for a size is the dense part; experts of a large model take seconds
+        return [WarmUpBatch(rows, experts=rows <= 2 or rows == sizes[-1]) for rows in sizes]
 
     def graph_shapes(self, most_running: int, most_tokens: int) -> list[GraphShape]:
         return []

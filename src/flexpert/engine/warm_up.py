@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -79,10 +80,14 @@ class WarmUp:
         limits = self._limits
         context = min(limits.max_model_len, limits.blocks * limits.block_size)
         for batch in self._profile.warm_up_batches(self._most, context):
+            if not batch.experts and self._runner.is_recorded(batch.rows):
+                continue
             shape = _batch(batch, limits, limits.max_running)
-            self._runner.forward(shape)
-            if self._runner.drafts is not None:
-                self._runner.draft(shape)
+            without = self._runner.stand_in_experts()
+            with contextlib.nullcontext() if batch.experts else without:
+                self._runner.forward(shape)
+                if self._runner.drafts is not None:
+                    self._runner.draft(shape)
 
     def _sample(self) -> None:
         """Once in each of the ways that a device has kernels of its own for."""

@@ -334,7 +334,7 @@ class ModelRunner:
         if self._deterministic and (left := recorded_steps.rounds_by_torch(steps)):
             raise UnsupportedModel(f"--deterministic has no kernel for {', '.join(left)}")
         batch = recorded_steps.trial_batch(7, 4, size, stride=3)
-        with self._stand_in_experts():
+        with self.stand_in_experts():
             expected = walk(batch)[0]
         self._bind(batch)
         rounding = min(0.05, 2**13 * torch.finfo(self.info.dtype).eps)
@@ -359,12 +359,13 @@ class ModelRunner:
             with torch.inference_mode(), self._mode():
                 self._walk(batch)
 
-        with self._stand_in_experts():
+        with self.stand_in_experts():
             check_fixed_order(self._model, walk)
 
     @contextlib.contextmanager
-    def _stand_in_experts(self) -> Iterator[None]:
-        """Within it no expert is needed."""
+    def stand_in_experts(self) -> Iterator[None]:
+        """Within it no expert is needed: what is computed in their place is cheap, and wrong. Steps
+        that are recorded with their experts are not changed by it."""
         for experts in self._experts:
             experts.compute = _stand_in
         try:
@@ -391,7 +392,7 @@ class ModelRunner:
                 if logits is not None:
                     return logits
             rows = batch.token_ids.shape[0]
-            if self.recorded is not None and self._takes(batch):
+            if self.recorded is not None and self._takes(rows):
                 self._bind(batch)
                 tokens = self._tokens(batch, batch.token_ids)
                 logits = self.recorded.forward(
@@ -419,7 +420,7 @@ class ModelRunner:
         assert self.drafts is not None
         with torch.inference_mode(), self._mode():
             self._moe.expect(batch.token_ids.shape[0])
-            if self.drafts.recorded is not None and self._takes(batch):
+            if self.drafts.recorded is not None and self._takes(batch.token_ids.shape[0]):
                 self._bind(batch)
                 return self.drafts.recorded.forward(batch, self._moe.forward, self._native)
             return self._walk_draft(batch)
@@ -452,9 +453,13 @@ class ModelRunner:
         left = sorted({name.partition("::")[2] for name in self.recorded.left})
         return f"recorded, and by torch: {', '.join(left)}" if left else "recorded"
 
-    def _takes(self, batch: ForwardBatch) -> bool:
-        """Whether a step of so many rows is computed as it was recorded."""
-        return self._recorded_rows is None or batch.token_ids.shape[0] <= self._recorded_rows
+    def is_recorded(self, rows: int) -> bool:
+        """Whether steps of so many rows are computed as they were recorded, with no library that
+        would prepare itself for their size."""
+        return self.recorded is not None and self._takes(rows)
+
+    def _takes(self, rows: int) -> bool:
+        return self._recorded_rows is None or rows <= self._recorded_rows
 
     def _walk(self, batch: ForwardBatch, *, padded: bool = True) -> Tensor:
         """`forward`, launched module by module."""
