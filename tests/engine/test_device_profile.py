@@ -181,7 +181,7 @@ def test_warm_up_stays_within_the_room_there_is(deterministic: bool) -> None:
 
 
 def test_a_cpus_warm_up_computes_experts_for_few_sizes() -> None:
-    batches = CpuProfile(EngineConfig()).warm_up_batches(512, 1000)
+    batches = CpuProfile(settings(None, {}).engine).warm_up_batches(512, 1000)
     assert [batch.rows for batch in batches if batch.experts] == [1, 2, 512]
     assert len(batches) > 10
 
