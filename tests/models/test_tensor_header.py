@@ -101,7 +101,7 @@ def test_every_dtype_is_read_as_it_was_written(dtype: torch.dtype, tmp_path: Pat
     again = torch.empty(found.shape, dtype=dtype)
     file.read(found.begin, bytes_of(again))
     assert torch.equal(again.view(torch.uint8), tensor.view(torch.uint8))
-    assert torch.equal(file.mapped(found), raw)
+    assert torch.equal(file.mapped(found.begin, found.nbytes), raw)
 
 
 def test_a_pipe_is_no_file(tmp_path: Path) -> None:
