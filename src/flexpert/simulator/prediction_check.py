@@ -119,16 +119,16 @@ def run_check(plan: CheckPlan, note: Note) -> CheckReport:
 
 
 def check_loads(ranks: int, seed: int) -> list[tuple[OfferedLoad, int, TimedEvent | None]]:
-    """With ranks at the begin. ranks: the most."""
+    """With ranks at the begin; some seconds each. ranks: the most."""
     event = parse_event(f"t=1 scale {ranks}") if ranks > 1 else None
     return [
-        (random_load(48, 10, 90, 60, seed + 1), 1, None),
-        (random_load(96, 24, 50, 40, seed + 2), ranks, None),
+        (random_load(192, 10, 90, 60, seed + 1), 1, None),
+        (random_load(384, 24, 50, 40, seed + 2), ranks, None),
         (random_load(32, 1, 110, 30, seed + 3, rate=7.0), 1, None),
-        (random_load(120, 24, 40, 60, seed + 4), 1, event),
+        (random_load(480, 24, 40, 60, seed + 4), 1, event),
         (random_load(40, 1, 300, 20, seed + 5, rate=6.0), ranks, None),
-        (random_load(24, 6, 500, 40, seed + 6), 1, None),
-        (random_load(160, 80, 30, 50, seed + 7), ranks, None),
+        (random_load(96, 6, 500, 40, seed + 6), 1, None),
+        (random_load(640, 80, 30, 50, seed + 7), ranks, None),
     ]
 
 
