@@ -315,6 +315,22 @@ def test_a_file_replaced_between_opening_and_reading_is_told(copy: Path) -> None
         converted(opened, 0, 0)
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_file_that_is_held_is_read_though_another_has_its_name(copy: Path, gone: bool) -> None:
+    opened, before = ModelSource.open(str(copy)), ModelSource.open(str(copy))
+    expected = converted(before, 2, 7)
+    opened.hold_files()
+    file = copy / "model.safetensors"
+    if gone:
+        file.unlink()
+    else:
+        (copy / "other").write_bytes(b"another")
+        (copy / "other").rename(file)
+    assert same(read(opened, 2, 7), expected)
+    assert same(converted(opened, 2, 7), expected)
+    assert same(opened.map_experts(2, [7])[7], expected)
+
+
 def test_a_file_that_is_gone_is_told(copy: Path) -> None:
     opened = ModelSource.open(str(copy))
     (copy / "model.safetensors").unlink()

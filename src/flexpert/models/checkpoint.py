@@ -70,6 +70,11 @@ class TensorFiles:
         if not self._place:
             raise ModelError(f"{path} has safetensors files, but no tensor is in them")
 
+    def hold(self) -> None:
+        """Open all files for their bytes, see `CheckpointFile.hold`. Raises: ModelError"""
+        for file in self._files:
+            file.hold()
+
     def check_unchanged(self) -> None:
         """Refuse files that are not those opened at first: ranks must not mix two versions.
 

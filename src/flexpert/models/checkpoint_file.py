@@ -14,6 +14,7 @@ large requests however small its read-ahead is set.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -35,8 +36,9 @@ _UNSUPPORTED: Final = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 class CheckpointFile:
     """A safetensors file whose header was read and checked. Thread-safe.
 
-    The file is opened for its bytes at the first read, in the process that reads them: the header
-    may have been read before a fork, and by one that never reads on.
+    The file is opened for its bytes at the first read, in the process that reads, or by `hold`:
+    the header may have been read before a fork, and by one that never reads on. From then on it is
+    that file, also if another one is put in its place.
 
     tensors: by name.
     """
@@ -66,13 +68,21 @@ class CheckpointFile:
                 f"{path} is damaged or incomplete ({error}); download it again"
             ) from error
 
+    def hold(self) -> None:
+        """Open it for its bytes now: forks of this process go on with it, whatever has its path by
+        then. Raises: ModelError: it is not the one any more whose header was read."""
+        with contextlib.suppress(OSError):  # whoever reads opens it
+            self._open_descriptor()
+
     def check_unchanged(self) -> None:
-        """Refuse a file that is not the one opened at first: ranks must not mix two versions.
+        """Refuse a file that is not as it was when it was opened at first: ranks must not mix two
+        versions.
 
         Raises: ModelError
         """
+        held = self._descriptor
         try:
-            found = os.stat(self.path)
+            found = os.stat(self.path) if held is None else os.fstat(held)
         except OSError as error:
             raise ModelError(f"cannot read {self.path}: {error.strerror}; put it back") from error
         self._check_same(found)

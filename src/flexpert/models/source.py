@@ -362,6 +362,11 @@ class ModelSource:
             biases=dtype if module.has_bias else None,
         )
 
+    def hold_files(self) -> None:
+        """Forks of this process read these files, though others are put in their place. Raises:
+        ModelError: they have been already."""
+        self.checkpoint.files.hold()
+
     def try_extents(self) -> None:
         """Find out now how experts are read, which the first one would otherwise wait for; forks of
         this process know it then. Raises: ModelError: they cannot be read."""

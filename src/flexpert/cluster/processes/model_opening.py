@@ -56,6 +56,7 @@ def open_model(config_json: bytes) -> ModelSource:
     torch.set_num_threads(1)  # what is tried computes; a fork would wait for the others for ever
     try:
         source = open_source(config)
+        source.hold_files()
         source.try_grammar_tokens()  # a rank would hold up its step loop to make its own
         source.try_extents()
     finally:
