@@ -195,7 +195,7 @@ def test_a_deadline_that_passes_in_prepare_undoes_the_change(service: Service) -
     service.run(scenario(service.head))
 
 
-def test_a_missing_checkpoint_file_fails_the_change_and_not_the_service(tmp_path: Path) -> None:
+def test_a_changed_checkpoint_file_fails_the_change_and_not_the_service(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(Path(flexpert.models.__path__[0]) / "tiny", model)
     weights = model / "model.safetensors"
@@ -203,7 +203,8 @@ def test_a_missing_checkpoint_file_fails_the_change_and_not_the_service(tmp_path
     async def scenario(head: Head) -> None:
         work = requests(8)
         expected = await answer_all(head, work, clients=8)
-        weights.rename(tmp_path / "away")
+        written = weights.stat()
+        os.utime(weights, ns=(written.st_atime_ns, written.st_mtime_ns + 1))
         for target in ({"ranks": 3}, {"ranks": 1}):
             failed = await change(head, **target)
             assert failed.state == "failed"
@@ -211,7 +212,8 @@ def test_a_missing_checkpoint_file_fails_the_change_and_not_the_service(tmp_path
             assert "model.safetensors" in failed.error
             assert [r.id for r in head.cluster().ranks] == [0, 1]
         assert await answer_all(head, work, clients=8) == expected
-        (tmp_path / "away").rename(weights)
+        os.utime(weights, ns=(written.st_atime_ns, written.st_mtime_ns))
+        weights.rename(tmp_path / "away")  # which the service has opened: it goes on with it
         for target in ({"ranks": 3}, {"ranks": 1}):
             assert (await change(head, **target)).state == "done"
         assert await answer_all(head, work, clients=8) == expected
