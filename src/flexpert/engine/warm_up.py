@@ -83,8 +83,7 @@ class WarmUp:
             if not batch.experts and self._runner.is_recorded(batch.rows):
                 continue
             shape = _batch(batch, limits, limits.max_running)
-            without = self._runner.stand_in_experts()
-            with contextlib.nullcontext() if batch.experts else without:
+            with contextlib.nullcontext() if batch.experts else self._runner.stand_in_experts():
                 self._runner.forward(shape)
                 if self._runner.drafts is not None:
                     self._runner.draft(shape)
