@@ -142,6 +142,9 @@ class LatentKernels:
 class FewTokenKernels(Protocol):
     """See `cuda.few_tokens.FewTokens`."""
 
+    @property
+    def most_depth(self) -> int: ...
+
     def project(
         self,
         x: Tensor,

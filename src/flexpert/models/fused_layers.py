@@ -39,7 +39,7 @@ def fuse_layers(
     if kernels.few is None:
         return ledger.found
     for name, module in model.named_modules():
-        if (parts := _Parts.of(module)) is None:
+        if (parts := _Parts.of(module)) is None or parts.depth > kernels.few.most_depth:
             continue
         attempt = functools.partial(_try_layer, module, parts)
         fusion = ledger.settle(name, module, LayerFusion, attempt)
@@ -100,6 +100,12 @@ class _Parts:
         if any(p.data_ptr() not in storages for p in others):
             return None  # experts that all tokens take, say
         return cls(attention[0], blocks[0], routers[0], experts[0], norms)
+
+    @property
+    def depth(self) -> int:
+        """Elements of the longest row of a weight."""
+        front = self.attention.front
+        return max(front.weight.shape[1], front.heads * front.dim)
 
     def named(self, fusion: LayerFusion) -> bool:
         """Whether a verdict is about these."""

@@ -12,6 +12,7 @@ each kernel lets the next one begin only after its own wait.
 
 # Triton reads these functions: constants are in capitals, and nothing is annotated but constants.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -30,22 +31,26 @@ from flexpert.kernels.cuda.attention_parts import LOG2_E, splits_of
 MOST_TOKENS: Final = 4
 """With more, tokens share experts, and kernels that read those once are faster."""
 _COUNTERS: Final = 4096
-_MOST_ELEMENTS: Final = 32768
+MOST_DEPTH: Final = 8192
+"""Elements of a weight that a warp must hold at least, all along what is summed: 128 registers of
+bf16 in each lane."""
 OTHERS: Final = tl.constexpr(32)
+CHUNK: Final = tl.constexpr(256)  # what the lanes of a warp load at once, 16 bytes of bf16 each
 
 
 @dataclass(frozen=True, slots=True)
 class FewTiling:
-    """elements: of a weight that a program takes, about. warps: of a program. keys: of attention
-    that a program looks at in one go."""
+    """elements: of a weight that a warp takes, about. keys: of attention that a program looks at in
+    one go; warps: of that program."""
 
     elements: int = 8192
-    warps: int = 4
-    keys: int = 64
+    keys: int = 128
+    warps: int = 8
 
     def columns(self, depth: int) -> int:
-        """Rows of a weight, of so many elements each, that a program takes."""
-        return max(1, self.elements // int(triton.next_power_of_2(depth)))
+        """Rows of a weight, of so many elements each, that a warp takes; a power of two."""
+        fitting = max(1, self.elements // depth)
+        return 1 << fitting.bit_length() - 1
 
 
 @triton.jit
@@ -57,39 +62,68 @@ def _begin(FOLLOWS: tl.constexpr):
 
 
 @triton.jit
-def _normed(x, scale, eps, K: tl.constexpr, EARLY: tl.constexpr, element: tl.constexpr):
-    """A row in float32, normed as `norm.rms_norm` does and rounded."""
-    x = x * tl.rsqrt(tl.sum(x * x, 0) / K + eps)
-    if EARLY:
-        x = x.to(element).to(tl.float32)
-    return (x * scale).to(element).to(tl.float32)
+def _chunks(row, ok, K: tl.constexpr):
+    """Rows of K elements, as many to a tile as a warp loads at once: a tuple of [rows, CHUNK].
+
+    row: pointers [rows, 1]; ok: [rows, 1].
+    """
+    lane = tl.arange(0, CHUNK)[None, :]
+    found = ()
+    for begin in tl.static_range(0, K, CHUNK):
+        if begin + CHUNK <= K:
+            found = found + (tl.load(row + begin + lane, mask=ok, other=0.0),)  # noqa: RUF005
+        else:
+            inside = begin + lane < K
+            found = found + (tl.load(row + begin + lane, mask=ok & inside, other=0.0),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _normed(x, scale, eps, K: tl.constexpr, EARLY: tl.constexpr):
+    """A row, normed as `norm.rms_norm` does; all of them as `_chunks` gives them."""
+    element = x[0].dtype
+    squares = tl.zeros((1, CHUNK), tl.float32)
+    for at in tl.static_range(len(x)):
+        value = x[at].to(tl.float32)
+        squares += value * value
+    factor = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
+    found = ()
+    for at in tl.static_range(len(x)):
+        value = x[at].to(tl.float32) * factor
+        if EARLY:
+            value = value.to(element).to(tl.float32)
+        found = found + ((value * scale[at].to(tl.float32)).to(element),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _dot(w, x):
+    """[rows] float32: of each row of w with that of x, or with its one row. See `_chunks`."""
+    total = w[0].to(tl.float32) * x[0].to(tl.float32)
+    for at in tl.static_range(1, len(w)):
+        total += w[at].to(tl.float32) * x[at].to(tl.float32)
+    return tl.sum(total, 1)
 
 
 @triton.jit
 def _project(
     x, norm, weight, bias, residual, out, N, eps,
-    K: tl.constexpr, K_PAD: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
-    NORMED: tl.constexpr, EARLY: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
-    FOLLOWS: tl.constexpr,
+    K: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, NORMED: tl.constexpr,
+    EARLY: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    k = tl.arange(0, K_PAD)
     there = column < N
     element = out.dtype.element_ty
-    w = tl.load(
-        weight + column.to(tl.int64)[:, None] * K + k[None, :],
-        mask=there[:, None] & (k < K)[None, :],
-        other=0.0,
-    )
-    scale = tl.zeros((K_PAD,), tl.float32)
+    one = tl.zeros((1, 1), tl.int32)
+    w = _chunks(weight + column.to(tl.int64)[:, None] * K, there[:, None], K)
     if NORMED:
-        scale = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+        scale = _chunks(norm + one, one == 0, K)
     _begin(FOLLOWS)
     for token in tl.static_range(TOKENS):
-        row = tl.load(x + token * K + k, mask=k < K, other=0.0).to(tl.float32)
+        row = _chunks(x + token * K + one, one == 0, K)
         if NORMED:
-            row = _normed(row, scale, eps, K, EARLY, element)
-        result = tl.sum(w.to(tl.float32) * row[None, :], 1)
+            row = _normed(row, scale, eps, K, EARLY)
+        result = _dot(w, row)
         if BIASED:
             result += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
         if ADDED:
@@ -142,6 +176,37 @@ def _fold(
     total = total * shrink + tl.sum(p, 1)
     accumulated = tl.dot(p.to(v.dtype), v, accumulated * shrink[:, None], input_precision=PRECISION)
     return accumulated, higher, total
+
+
+@triton.jit
+def _merged(
+    partial, peaks, sums, row, rows, splits, row_ok,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, DIM_PAD]: what all splits have found, the others before this program. row: [ROWS]."""
+    s = tl.arange(0, SPLITS)[:, None]
+    at = s * rows + row[None, :]
+    ok = (s < splits) & row_ok[None, :]
+    peak = tl.load(peaks + at, mask=ok, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(sums + at, mask=ok, other=0.0, cache_modifier=".cg")
+    highest = tl.max(peak, 0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    whole = tl.sum(tl.exp2(peak - highest[None, :]) * total, 0)
+    # the first ones have keys
+    used = tl.sum((tl.max(total, 1) > 0.0).to(tl.int32), 0)
+    d = tl.arange(0, DIM_PAD)[None, :]
+    accumulated = tl.zeros((ROWS, DIM_PAD), tl.float32)
+    for split in tl.range(0, used, loop_unroll_factor=4):
+        one = split * rows + row
+        factor = tl.load(peaks + one, mask=row_ok, other=0.0, cache_modifier=".cg")
+        part = tl.load(
+            partial + one[:, None] * DIM + d,
+            mask=row_ok[:, None] & (d < DIM),
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        accumulated += tl.exp2(factor - highest)[:, None] * part
+    return accumulated / tl.where(whole == 0.0, 1.0, whole)[:, None]
 
 
 @triton.jit(do_not_specialize=["max_blocks", "splits"])
@@ -248,53 +313,37 @@ def _attend(
         counter = arrived + token * KV_HEADS + kv_head
         if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
             tl.store(counter, 0)
-            s = tl.arange(0, SPLITS)
-            for one in range(GROUP):
-                merged = token * heads + kv_head * GROUP + one
-                at = s * rows + merged
-                peak_of = tl.load(
-                    peaks + at, mask=s < splits, other=float("-inf"), cache_modifier=".cg"
-                )
-                total_of = tl.load(sums + at, mask=s < splits, other=0.0, cache_modifier=".cg")
-                highest = tl.max(peak_of, 0)
-                factor = tl.exp2(peak_of - tl.where(highest == float("-inf"), 0.0, highest))
-                whole = tl.sum(factor * total_of, 0)
-                # a split without keys has written zeros
-                part = tl.load(
-                    partial + at[:, None] * DIM + d[None, :],
-                    mask=(total_of > 0.0)[:, None] & (d < DIM)[None, :],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                mean = tl.sum(part * factor[:, None], 0) / tl.where(whole == 0.0, 1.0, whole)
-                tl.store(out + merged * DIM + d, mean.to(element), mask=d < DIM)
+            result = _merged(
+                partial, peaks, sums, token * heads + head, rows, splits, row_ok, DIM, DIM_PAD,
+                ROWS, SPLITS,
+            )  # fmt: skip
+            where = (token * heads + head)[:, None] * DIM + d[None, :]
+            tl.store(out + where, result.to(element), mask=wide)
 
 
 @triton.jit
 def _route(
     x, norm, weight, bias, normed, logits, weights, ids, arrived, eps,
-    K: tl.constexpr, K_PAD: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_PAD: tl.constexpr,
-    COLUMNS: tl.constexpr, TOKENS: tl.constexpr, TOPK: tl.constexpr, EARLY: tl.constexpr,
-    BIASED: tl.constexpr, NORMALISED: tl.constexpr, FOLLOWS: tl.constexpr,
+    K: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_PAD: tl.constexpr, COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr, TOPK: tl.constexpr, EARLY: tl.constexpr, BIASED: tl.constexpr,
+    NORMALISED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     column = program * COLUMNS + tl.arange(0, COLUMNS)
-    k = tl.arange(0, K_PAD)
     there = column < EXPERTS
     element = normed.dtype.element_ty
-    w = tl.load(
-        weight + column[:, None] * K + k[None, :],
-        mask=there[:, None] & (k < K)[None, :],
-        other=0.0,
-    )
-    scale = tl.load(norm + k, mask=k < K, other=0.0).to(tl.float32)
+    one = tl.zeros((1, 1), tl.int32)
+    w = _chunks(weight + column[:, None] * K, there[:, None], K)
+    scale = _chunks(norm + one, one == 0, K)
     _begin(FOLLOWS)
     for token in tl.static_range(TOKENS):
-        row = tl.load(x + token * K + k, mask=k < K, other=0.0).to(tl.float32)
-        row = _normed(row, scale, eps, K, EARLY, element)
+        row = _normed(_chunks(x + token * K + one, one == 0, K), scale, eps, K, EARLY)
         if program == 0:
-            tl.store(normed + token * K + k, row.to(element), mask=k < K)
-        result = tl.sum(w.to(tl.float32) * row[None, :], 1)
+            lane = tl.arange(0, CHUNK)[None, :]
+            for at in tl.static_range(len(row)):
+                k = at * CHUNK + lane
+                tl.store(normed + token * K + k, row[at], mask=k < K)
+        result = _dot(w, row)
         if BIASED:
             result += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)
         tl.store(logits + token * EXPERTS + column, result.to(element), mask=there)
@@ -339,42 +388,41 @@ def _expert_of(ids, slot_of, valid, token, pair, EXPERTS: tl.constexpr):
 @triton.jit
 def _raise(
     x, ids, slot_of, valid, table, out, N,
-    K: tl.constexpr, K_PAD: tl.constexpr, COLUMNS: tl.constexpr, TOPK: tl.constexpr,
-    EXPERTS: tl.constexpr, FOLLOWS: tl.constexpr,
+    K: tl.constexpr, COLUMNS: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1)
     token = pair // TOPK
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    k = tl.arange(0, K_PAD)
-    ok = (column < N)[:, None] & (k < K)[None, :]
+    there = column < N
     element = x.dtype.element_ty
+    one = tl.zeros((1, 1), tl.int32)
     _begin(FOLLOWS)
     slot = _expert_of(ids, slot_of, valid, token, pair, EXPERTS)
     if slot >= 0:
         weight = tl.multiple_of(tl.load(table + slot).to(tl.pointer_type(element)), 16)
-        at = column[:, None] * K + k[None, :]
-        gate = tl.load(weight + at, mask=ok, other=0.0)
-        raised = tl.load(weight + N * K + at, mask=ok, other=0.0)
-        row = tl.load(x + token * K + k, mask=k < K, other=0.0).to(tl.float32)
-        a = tl.sum(gate.to(tl.float32) * row[None, :], 1)
-        b = tl.sum(raised.to(tl.float32) * row[None, :], 1)
-        tl.store(out + pair * N + column, (a * tl.sigmoid(a) * b).to(element), mask=column < N)
+        at = weight + column[:, None] * K
+        gate = _chunks(at, there[:, None], K)
+        raised = _chunks(at + N * K, there[:, None], K)
+        row = _chunks(x + token * K + one, one == 0, K)
+        a = _dot(gate, row)
+        b = _dot(raised, row)
+        tl.store(out + pair * N + column, (a * tl.sigmoid(a) * b).to(element), mask=there)
 
 
 @triton.jit
 def _lower(
     hidden, ids, slot_of, valid, table, weights, residual, out, N,
-    K: tl.constexpr, K_PAD: tl.constexpr, COLUMNS: tl.constexpr, TOPK: tl.constexpr,
-    TOPK_PAD: tl.constexpr, EXPERTS: tl.constexpr, FOLLOWS: tl.constexpr,
+    K: tl.constexpr, COLUMNS: tl.constexpr, TOPK: tl.constexpr, TOPK_PAD: tl.constexpr,
+    EXPERTS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(1)
     element = out.dtype.element_ty
-    # one row of the tile for each choice and column
+    # a row for each choice and column
     lane = tl.arange(0, TOPK_PAD * COLUMNS)
     choice = lane // COLUMNS
     column = tl.program_id(0) * COLUMNS + lane % COLUMNS
     pair = token * TOPK + choice
-    k = tl.arange(0, K_PAD)
     # the choices are older than the kernel before
     counts = (choice < TOPK) & (token < tl.load(valid))
     expert = tl.load(ids + pair, mask=counts, other=-1)
@@ -382,15 +430,12 @@ def _lower(
     slot = tl.load(slot_of + expert, mask=counts, other=-1)
     counts = counts & (slot >= 0)
     weight = tl.load(table + slot, mask=counts, other=0).to(tl.pointer_type(element))
-    ok = (counts & (column < N))[:, None] & (k < K)[None, :]
-    at = tl.multiple_of(weight, 16)[:, None] + column[:, None] * K + k[None, :]
-    w = tl.load(at, mask=ok, other=0.0)
+    at = tl.multiple_of(weight, 16) + column * K
+    w = _chunks(at[:, None], (counts & (column < N))[:, None], K)
     factor = tl.load(weights + pair, mask=counts, other=0.0).to(tl.float32)
     _begin(FOLLOWS)
-    row = tl.load(
-        hidden + pair[:, None] * K + k[None, :], mask=counts[:, None] & (k < K)[None, :], other=0.0
-    )
-    y = tl.sum(w.to(tl.float32) * row.to(tl.float32), 1).to(element).to(tl.float32) * factor
+    row = _chunks((hidden + pair * K)[:, None], counts[:, None], K)
+    y = _dot(w, row).to(element).to(tl.float32) * factor
     total = tl.sum(tl.reshape(y, (TOPK_PAD, COLUMNS)), 0).to(element).to(tl.float32)
     across = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     where = token * N + across
@@ -403,7 +448,12 @@ class FewTokens:
 
     All floating tensors are contiguous, on one device, of one dtype, bf16 or f32. Launches are of
     one stream: what a kernel reads ahead is safe only behind the one before it.
+
+    Attributes:
+        most_depth: elements of a row of weights, at most.
     """
+
+    most_depth = MOST_DEPTH
 
     def __init__(self, device: torch.device, tiling: FewTiling | None = None) -> None:
         """device: of all tensors; what is needed of its memory is taken now."""
@@ -436,7 +486,7 @@ class FewTokens:
         self._launch(
             _project, (triton.cdiv(weight.shape[0], columns),),
             x, scale, weight, bias, residual, out, weight.shape[0], eps,
-            K=depth, K_PAD=triton.next_power_of_2(depth), COLUMNS=columns, TOKENS=tokens,
+            K=depth, COLUMNS=columns, TOKENS=tokens,
             NORMED=norm is not None, EARLY=early, BIASED=bias is not None,
             ADDED=residual is not None,
         )  # fmt: skip
@@ -488,6 +538,7 @@ class FewTokens:
             ROWS=max(16, triton.next_power_of_2(heads // kv_heads)), KEYS=keys, SPLITS=splits,
             ANGLES=cos.shape[1], NORMED=norms is not None, EARLY=early, WINDOW=window,
             SINKS=sinks is not None, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
+            warps=self._tiling.warps,
         )  # fmt: skip
         return out
 
@@ -522,7 +573,7 @@ class FewTokens:
         self._launch(
             _route, (triton.cdiv(experts, columns),),
             x, scale, weight, bias, normed, logits, weights, ids, self._arrived, eps,
-            K=depth, K_PAD=triton.next_power_of_2(depth), EXPERTS=experts,
+            K=depth, EXPERTS=experts,
             EXPERTS_PAD=max(32, triton.next_power_of_2(experts)), COLUMNS=columns, TOKENS=tokens,
             TOPK=topk, EARLY=early, BIASED=bias is not None, NORMALISED=normalised,
         )  # fmt: skip
@@ -557,37 +608,36 @@ class FewTokens:
         tokens, hidden = x.shape
         topk = ids.shape[1]
         raised = x.new_empty((tokens * topk, inter))
-        # two tiles a program
-        columns = max(1, self._tiling.columns(hidden) // 2)
+        columns = self._tiling.columns(2 * hidden)
         self._launch(
             _raise, (triton.cdiv(inter, columns), tokens * topk),
             x, ids, slot_of, valid, up, raised, inter,
-            K=hidden, K_PAD=triton.next_power_of_2(hidden), COLUMNS=columns, TOPK=topk,
+            K=hidden, COLUMNS=columns, TOPK=topk,
             EXPERTS=slot_of.shape[0],
         )  # fmt: skip
         out = torch.empty_like(x)
         topk_pad = triton.next_power_of_2(topk)
-        columns = max(1, self._tiling.columns(inter) // topk_pad)
+        columns = self._tiling.columns(topk_pad * inter)
         self._launch(
             _lower, (triton.cdiv(hidden, columns), tokens),
             raised, ids, slot_of, valid, down, weights, residual, out, hidden,
-            K=inter, K_PAD=triton.next_power_of_2(inter), COLUMNS=columns, TOPK=topk,
+            K=inter, COLUMNS=columns, TOPK=topk,
             TOPK_PAD=topk_pad, EXPERTS=slot_of.shape[0],
         )  # fmt: skip
         return out
 
-    def _launch(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    def _launch(
+        self, kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 1, **constants: Any
+    ) -> None:
+        """warps: of a program. One needs no other's sums, and no barrier."""
         options = {} if INTERPRETED else {"launch_pdl": self._follows}
-        kernel[grid](
-            *args, **constants, FOLLOWS=self._follows, num_warps=self._tiling.warps, **options
-        )
+        kernel[grid](*args, **constants, FOLLOWS=self._follows, num_warps=warps, **options)
 
 
 def fits(hidden: int, inter: int, topk: int) -> bool:
-    """Whether `FewTokens.experts` has experts of this size: a program takes a column of all that a
+    """Whether `FewTokens.experts` has experts of this size: a warp takes a column of all that a
     token has chosen."""
-    padded, deep, wide = (int(triton.next_power_of_2(n)) for n in (topk, inter, hidden))
-    return padded * deep <= _MOST_ELEMENTS and wide <= _MOST_ELEMENTS
+    return hidden <= MOST_DEPTH and int(triton.next_power_of_2(topk)) * inter <= MOST_DEPTH
 
 
 def follows(capability: tuple[int, int]) -> bool:
