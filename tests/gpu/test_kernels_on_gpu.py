@@ -379,4 +379,4 @@ def test_a_layer_of_few_tokens_as_kernels_that_begin_early(tokens: int) -> None:
 def close(ours: Tensor, expected: Tensor) -> None:
     """But for rounding, row by row."""
     difference = (ours.float() - expected).norm(dim=1) / expected.norm(dim=1)
-    assert float(difference.max()) < 1e-2, difference.tolist()
+    assert float(difference.max()) < 2e-2, difference.tolist()

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 import torch
-from profile_decode import profile
 from torch import Tensor, nn
 
 from flexpert.bench.gpu.decode import single_rank
@@ -86,7 +87,32 @@ def compare(
     for one in kernels:
         one._tiling, one._follows = FewTiling(), True
     ours.runner.capture([GraphShape(size, size)], ours.width)
-    profile(f"batch {size}", lambda: ours.runner.forward(batch))
+    advances(f"batch {size}", lambda: ours.runner.forward(batch))
+
+
+def advances(what: str, step: Callable[[], object]) -> None:
+    """By kernel, how far the end of each is behind that of the one before: of kernels that begin
+    early, durations say little."""
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    found = sorted(
+        (event.time_range.end, event.name, event.device_time)
+        for event in seen.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    steps: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (before, *_), (end, name, took) in itertools.pairwise(found):
+        steps[name].append((end - before, took))
+    print(f"{what}: mean advance (duration) in microseconds")
+    for name, times in sorted(steps.items(), key=lambda item: -len(item[1])):
+        if len(times) >= 10:
+            advance, took = (statistics.median(part) for part in zip(*times, strict=True))
+            print(f"    {len(times):4d} x {advance:6.2f} ({took:6.2f})  {name[:60]}", flush=True)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,6 @@ _COUNTERS: Final = 4096
 MOST_DEPTH: Final = 8192
 """Elements of a weight that a warp must hold at least, all along what is summed: 128 registers of
 bf16 in each lane."""
-OTHERS: Final = tl.constexpr(32)
 CHUNK: Final = tl.constexpr(256)  # what the lanes of a warp load at once, 16 bytes of bf16 each
 
 
@@ -325,8 +324,8 @@ def _attend(
 def _route(
     x, norm, weight, bias, normed, logits, weights, ids, arrived, eps,
     K: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_PAD: tl.constexpr, COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr, TOPK: tl.constexpr, EARLY: tl.constexpr, BIASED: tl.constexpr,
-    NORMALISED: tl.constexpr, FOLLOWS: tl.constexpr,
+    TOKENS: tl.constexpr, TOPK: tl.constexpr, TOPK_PAD: tl.constexpr, EARLY: tl.constexpr,
+    BIASED: tl.constexpr, NORMALISED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     column = program * COLUMNS + tl.arange(0, COLUMNS)
@@ -352,29 +351,35 @@ def _route(
         tl.store(arrived, 0)
         expert = tl.arange(0, EXPERTS_PAD)
         for token in tl.static_range(TOKENS):
-            at = logits + token * EXPERTS
             score = tl.load(
-                at + expert, mask=expert < EXPERTS, other=float("-inf"), cache_modifier=".cg"
+                logits + token * EXPERTS + expert,
+                mask=expert < EXPERTS,
+                other=float("-inf"),
+                cache_modifier=".cg",
             ).to(tl.float32)
-            p = tl.exp(score - tl.max(score, 0))
-            p = p / tl.sum(p, 0)
-            # how many are likelier, of equal ones the first
-            rank = tl.zeros((EXPERTS_PAD,), tl.int32)
-            for begin in tl.static_range(0, EXPERTS_PAD, OTHERS):
-                other = begin + tl.arange(0, OTHERS)
-                against = tl.load(
-                    at + other, mask=other < EXPERTS, other=float("-inf"), cache_modifier=".cg"
-                ).to(tl.float32)
-                ahead = (against[None, :] > score[:, None]) | (
-                    (against[None, :] == score[:, None]) & (other[None, :] < expert[:, None])
-                )
-                rank += tl.sum(ahead.to(tl.int32), 1)
-            chosen = (rank < TOPK) & (expert < EXPERTS)
+            # in the order of scores, of equal ones the first: one reduction finds the next best
+            bits = score.to(tl.int32, bitcast=True)
+            bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+            key = (bits.to(tl.int64) << 32) | (EXPERTS_PAD - 1 - expert)
+            lane = tl.arange(0, TOPK_PAD)
+            best = tl.full((TOPK_PAD,), float("-inf"), tl.float32)
+            chosen = tl.zeros((TOPK_PAD,), tl.int32)
+            for k in tl.static_range(TOPK):
+                top = tl.max(key, 0)
+                key = tl.where(key == top, -(2**63), key)
+                bits = (top >> 32).to(tl.int32)
+                value = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+                best = tl.where(lane == k, value, best)
+                chosen = tl.where(lane == k, EXPERTS_PAD - 1 - top.to(tl.int32), chosen)
+            highest = tl.max(best, 0)
+            p = tl.exp(best - highest)
             if NORMALISED:
-                p = p / tl.sum(tl.where(chosen, p, 0.0), 0)
-            place = token * TOPK + rank
-            tl.store(weights + place, p.to(weights.dtype.element_ty), mask=chosen)
-            tl.store(ids + place, expert.to(tl.int64), mask=chosen)
+                p = p / tl.sum(p, 0)
+            else:
+                p = p / tl.sum(tl.exp(score - highest), 0)
+            place = token * TOPK + lane
+            tl.store(weights + place, p.to(weights.dtype.element_ty), mask=lane < TOPK)
+            tl.store(ids + place, chosen.to(tl.int64), mask=lane < TOPK)
 
 
 @triton.jit
@@ -575,7 +580,8 @@ class FewTokens:
             x, scale, weight, bias, normed, logits, weights, ids, self._arrived, eps,
             K=depth, EXPERTS=experts,
             EXPERTS_PAD=max(32, triton.next_power_of_2(experts)), COLUMNS=columns, TOKENS=tokens,
-            TOPK=topk, EARLY=early, BIASED=bias is not None, NORMALISED=normalised,
+            TOPK=topk, TOPK_PAD=triton.next_power_of_2(topk), EARLY=early,
+            BIASED=bias is not None, NORMALISED=normalised,
         )  # fmt: skip
         return normed, weights, ids
 
