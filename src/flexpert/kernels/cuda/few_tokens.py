@@ -39,12 +39,15 @@ CHUNK: Final = tl.constexpr(256)  # what the lanes of a warp load at once, 16 by
 
 @dataclass(frozen=True, slots=True)
 class FewTiling:
-    """elements: of a weight that a warp takes, about. keys: of attention that a program looks at in
-    one go; warps: of that program."""
+    """elements: of a weight that a warp takes, about; warps: of a program of a product. keys: of
+    attention that a program looks at in one go; attention_warps: of such a program; least: times so
+    many keys it takes before others take some."""
 
-    elements: int = 8192
+    elements: int = 4096
+    warps: int = 1
     keys: int = 128
-    warps: int = 8
+    attention_warps: int = 8
+    least: int = 1
 
     def columns(self, depth: int) -> int:
         """Rows of a weight, of so many elements each, that a warp takes; a power of two."""
@@ -81,8 +84,8 @@ def _chunks(row, ok, K: tl.constexpr):
 def _normed(x, scale, eps, K: tl.constexpr, EARLY: tl.constexpr):
     """A row, normed as `norm.rms_norm` does; all of them as `_chunks` gives them."""
     element = x[0].dtype
-    squares = tl.zeros((1, CHUNK), tl.float32)
-    for at in tl.static_range(len(x)):
+    squares = x[0].to(tl.float32) * x[0].to(tl.float32)
+    for at in tl.static_range(1, len(x)):
         value = x[at].to(tl.float32)
         squares += value * value
     factor = tl.rsqrt(tl.sum(squares, 1) / K + eps)[:, None]
@@ -97,7 +100,11 @@ def _normed(x, scale, eps, K: tl.constexpr, EARLY: tl.constexpr):
 
 @triton.jit
 def _dot(w, x):
-    """[rows] float32: of each row of w with that of x, or with its one row. See `_chunks`."""
+    """[rows] float32: of each row of w with that of x, or with its one row. See `_chunks`.
+
+    Where there are several warps x has as many rows as w, all the same: each warp then loads what
+    it multiplies, and waits for no other.
+    """
     total = w[0].to(tl.float32) * x[0].to(tl.float32)
     for at in tl.static_range(1, len(w)):
         total += w[at].to(tl.float32) * x[at].to(tl.float32)
@@ -107,13 +114,14 @@ def _dot(w, x):
 @triton.jit
 def _project(
     x, norm, weight, bias, residual, out, N, eps,
-    K: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, NORMED: tl.constexpr,
+    K: tl.constexpr, COLUMNS: tl.constexpr, SAME: tl.constexpr, TOKENS: tl.constexpr,
+    NORMED: tl.constexpr,
     EARLY: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < N
     element = out.dtype.element_ty
-    one = tl.zeros((1, 1), tl.int32)
+    one = tl.zeros((SAME, 1), tl.int32)
     w = _chunks(weight + column.to(tl.int64)[:, None] * K, there[:, None], K)
     if NORMED:
         scale = _chunks(norm + one, one == 0, K)
@@ -179,20 +187,19 @@ def _fold(
 
 @triton.jit
 def _merged(
-    partial, peaks, sums, row, rows, splits, row_ok,
+    partial, peaks, sums, row, rows, used, row_ok,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, DIM_PAD]: what all splits have found, the others before this program. row: [ROWS]."""
+    """[ROWS, DIM_PAD]: what `used` splits have found, the others before this program. row: [ROWS],
+    of `rows`."""
     s = tl.arange(0, SPLITS)[:, None]
     at = s * rows + row[None, :]
-    ok = (s < splits) & row_ok[None, :]
+    ok = (s < used) & row_ok[None, :]
     peak = tl.load(peaks + at, mask=ok, other=float("-inf"), cache_modifier=".cg")
     total = tl.load(sums + at, mask=ok, other=0.0, cache_modifier=".cg")
     highest = tl.max(peak, 0)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     whole = tl.sum(tl.exp2(peak - highest[None, :]) * total, 0)
-    # the first ones have keys
-    used = tl.sum((tl.max(total, 1) > 0.0).to(tl.int32), 0)
     d = tl.arange(0, DIM_PAD)[None, :]
     accumulated = tl.zeros((ROWS, DIM_PAD), tl.float32)
     for split in tl.range(0, used, loop_unroll_factor=4):
@@ -215,13 +222,10 @@ def _attend(
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     ANGLES: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
+    SINKS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    element = qkv.dtype.element_ty
-    heads = KV_HEADS * GROUP
     context = tl.load(context_len + token)
     blocks = block_tables + token * max_blocks
     # keys before the token's own, which is not in the cache yet
@@ -229,9 +233,37 @@ def _attend(
     if WINDOW > 0:
         low = tl.maximum(0, context - WINDOW) // KEYS
     high = (context - 1 + KEYS - 1) // KEYS
-    share = tl.maximum(high - low + splits - 1, 0) // splits
-    low = low + split * share
-    high = tl.minimum(high, low + share)
+    tiles = tl.maximum(high - low, 0)
+    share = tl.maximum((tiles + splits - 1) // splits, LEAST)
+    used = tl.maximum((tiles + share - 1) // share, 1)  # splits that have keys, or the first
+    if split < used:
+        _attend_split(
+            qkv, cos, sin, query_norm, key_norm, slot_mapping, key_cache, value_cache, sinks, out,
+            partial, peaks, sums, arrived, blocks, context, low + split * share,
+            tl.minimum(high, low + split * share + share), used, scaling, eps, BLOCK, KV_HEADS,
+            GROUP, DIM, DIM_PAD, ROWS, KEYS, SPLITS, ANGLES, NORMED, EARLY, WINDOW, SINKS,
+            PRECISION, FOLLOWS,
+        )  # fmt: skip
+    else:
+        _begin(FOLLOWS)
+
+
+@triton.jit
+def _attend_split(
+    qkv, cos, sin, query_norm, key_norm, slot_mapping, key_cache, value_cache, sinks, out, partial,
+    peaks, sums, arrived, blocks, context, low, high, used, scaling, eps,
+    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    ANGLES: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr, WINDOW: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
+):  # fmt: skip
+    """Tiles of keys from low to high, and the token's own with the first; `used`: programs that
+    have some."""
+    token = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    element = qkv.dtype.element_ty
+    heads = KV_HEADS * GROUP
 
     d = tl.arange(0, DIM_PAD)
     lane = tl.arange(0, KEYS)
@@ -298,26 +330,25 @@ def _attend(
         accumulated, peak, total = _fold(accumulated, peak, total, q, k, v, ok, scaling, PRECISION)
 
     wide = row_ok[:, None] & (d < DIM)[None, :]
-    if SPLITS == 1:
+    row = token * heads + head
+    where = row[:, None] * DIM + d[None, :]
+    if used == 1:
         result = accumulated / tl.where(total == 0.0, 1.0, total)[:, None]
-        where = (token * heads + head)[:, None] * DIM + d[None, :]
         tl.store(out + where, result.to(element), mask=wide)
     else:
         rows = tl.num_programs(0) * heads
-        row = split * rows + token * heads + head
-        tl.store(partial + row[:, None] * DIM + d[None, :], accumulated, mask=wide)
-        tl.store(peaks + row, peak, mask=row_ok)
-        tl.store(sums + row, total, mask=row_ok)
+        at = split * rows + row
+        tl.store(partial + at[:, None] * DIM + d[None, :], accumulated, mask=wide)
+        tl.store(peaks + at, peak, mask=row_ok)
+        tl.store(sums + at, total, mask=row_ok)
         tl.debug_barrier()
         counter = arrived + token * KV_HEADS + kv_head
-        if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+        if tl.atomic_add(counter, 1, sem="acq_rel") == used - 1:
             tl.store(counter, 0)
-            result = _merged(
-                partial, peaks, sums, token * heads + head, rows, splits, row_ok, DIM, DIM_PAD,
-                ROWS, SPLITS,
-            )  # fmt: skip
-            where = (token * heads + head)[:, None] * DIM + d[None, :]
-            tl.store(out + where, result.to(element), mask=wide)
+            merged = _merged(
+                partial, peaks, sums, row, rows, used, row_ok, DIM, DIM_PAD, ROWS, SPLITS
+            )
+            tl.store(out + where, merged.to(element), mask=wide)
 
 
 @triton.jit
@@ -393,15 +424,15 @@ def _expert_of(ids, slot_of, valid, token, pair, EXPERTS: tl.constexpr):
 @triton.jit
 def _raise(
     x, ids, slot_of, valid, table, out, N,
-    K: tl.constexpr, COLUMNS: tl.constexpr, TOPK: tl.constexpr, EXPERTS: tl.constexpr,
-    FOLLOWS: tl.constexpr,
+    K: tl.constexpr, COLUMNS: tl.constexpr, SAME: tl.constexpr, TOPK: tl.constexpr,
+    EXPERTS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1)
     token = pair // TOPK
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < N
     element = x.dtype.element_ty
-    one = tl.zeros((1, 1), tl.int32)
+    one = tl.zeros((SAME, 1), tl.int32)
     _begin(FOLLOWS)
     slot = _expert_of(ids, slot_of, valid, token, pair, EXPERTS)
     if slot >= 0:
@@ -423,10 +454,10 @@ def _lower(
 ):  # fmt: skip
     token = tl.program_id(1)
     element = out.dtype.element_ty
-    # a row for each choice and column
+    # a row for each column and choice: with a warp for each choice, one has one expert's columns
     lane = tl.arange(0, TOPK_PAD * COLUMNS)
-    choice = lane // COLUMNS
-    column = tl.program_id(0) * COLUMNS + lane % COLUMNS
+    choice = lane % TOPK_PAD
+    column = tl.program_id(0) * COLUMNS + lane // TOPK_PAD
     pair = token * TOPK + choice
     # the choices are older than the kernel before
     counts = (choice < TOPK) & (token < tl.load(valid))
@@ -441,7 +472,7 @@ def _lower(
     _begin(FOLLOWS)
     row = _chunks((hidden + pair * K)[:, None], counts[:, None], K)
     y = _dot(w, row).to(element).to(tl.float32) * factor
-    total = tl.sum(tl.reshape(y, (TOPK_PAD, COLUMNS)), 0).to(element).to(tl.float32)
+    total = tl.sum(tl.reshape(y, (COLUMNS, TOPK_PAD)), 1).to(element).to(tl.float32)
     across = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     where = token * N + across
     total += tl.load(residual + where, mask=across < N, other=0.0).to(tl.float32)
@@ -487,11 +518,11 @@ class FewTokens:
         tokens, depth = x.shape
         out = x.new_empty((tokens, weight.shape[0]))
         scale, eps, early = norm or (x, 0.0, False)
-        columns = self._tiling.columns(depth)
+        columns, same, warps = self._columns(depth)
         self._launch(
             _project, (triton.cdiv(weight.shape[0], columns),),
             x, scale, weight, bias, residual, out, weight.shape[0], eps,
-            K=depth, COLUMNS=columns, TOKENS=tokens,
+            K=depth, COLUMNS=columns, SAME=same, TOKENS=tokens, warps=warps,
             NORMED=norm is not None, EARLY=early, BIASED=bias is not None,
             ADDED=residual is not None,
         )  # fmt: skip
@@ -527,7 +558,7 @@ class FewTokens:
         longest = block_tables.shape[1] * block
         if window:
             longest = min(longest, window + 1 + keys)
-        splits = splits_of(tokens * kv_heads, longest // keys, 2, qkv.device)
+        splits = splits_of(tokens * kv_heads, longest // (keys * self._tiling.least), 2, qkv.device)
         out = qkv.new_empty((tokens, heads * dim))
         shape = (splits, tokens, heads)
         partial = torch.empty((*shape, dim), dtype=torch.float32, device=qkv.device)
@@ -543,7 +574,7 @@ class FewTokens:
             ROWS=max(16, triton.next_power_of_2(heads // kv_heads)), KEYS=keys, SPLITS=splits,
             ANGLES=cos.shape[1], NORMED=norms is not None, EARLY=early, WINDOW=window,
             SINKS=sinks is not None, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-            warps=self._tiling.warps,
+            LEAST=self._tiling.least, warps=self._tiling.attention_warps,
         )  # fmt: skip
         return out
 
@@ -614,23 +645,30 @@ class FewTokens:
         tokens, hidden = x.shape
         topk = ids.shape[1]
         raised = x.new_empty((tokens * topk, inter))
-        columns = self._tiling.columns(2 * hidden)
+        columns, same, warps = self._columns(2 * hidden)
         self._launch(
             _raise, (triton.cdiv(inter, columns), tokens * topk),
             x, ids, slot_of, valid, up, raised, inter,
-            K=hidden, COLUMNS=columns, TOPK=topk,
-            EXPERTS=slot_of.shape[0],
+            K=hidden, COLUMNS=columns, SAME=same, TOPK=topk, EXPERTS=slot_of.shape[0], warps=warps,
         )  # fmt: skip
         out = torch.empty_like(x)
         topk_pad = triton.next_power_of_2(topk)
-        columns = self._tiling.columns(topk_pad * inter)
+        # with several warps, one for each choice
+        warps = 1 if self._tiling.warps == 1 else topk_pad
+        columns = self._tiling.columns(topk_pad // warps * inter)
         self._launch(
             _lower, (triton.cdiv(hidden, columns), tokens),
             raised, ids, slot_of, valid, down, weights, residual, out, hidden,
-            K=inter, COLUMNS=columns, TOPK=topk,
-            TOPK_PAD=topk_pad, EXPERTS=slot_of.shape[0],
+            K=inter, COLUMNS=columns, TOPK=topk, TOPK_PAD=topk_pad, EXPERTS=slot_of.shape[0],
+            warps=warps,
         )  # fmt: skip
         return out
+
+    def _columns(self, depth: int) -> tuple[int, int, int]:
+        """(rows of a weight of such a depth for a program, times that x is loaded, warps)."""
+        warps = self._tiling.warps
+        columns = warps * self._tiling.columns(depth)
+        return columns, 1 if warps == 1 else columns, warps
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 1, **constants: Any
