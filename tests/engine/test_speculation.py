@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpert.engine.draft_counts import DraftCounts
-from flexpert.engine.draft_step import draft_step
+from flexpert.engine.draft_step import DraftRun
 from flexpert.engine.request import StructuredOutputsParams, TokenLogprobs
 from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import Scheduler
@@ -296,7 +296,7 @@ def test_what_the_model_proposes_is_checked_in_the_next_step_and_forgotten_after
     while scheduler.has_work:
         plan = scheduler.plan()
         sampled = model.step(plan)
-        drafts = model.propose(plan, sampled, 40)
+        drafts = model.propose(plan, sampled)
         if len(sizes) == 6:
             drafts = []  # a step behind which nothing was proposed
         events += scheduler.commit(plan, sampled, proposed=drafts)
@@ -318,10 +318,13 @@ def test_behind_an_answer_with_a_structure_and_its_last_token_the_model_is_not_a
     scheduler.add(sequence("b", [1, 1, 1], max_tokens=3))
     scheduler.add(sequence("c", [1, 1, 1], max_tokens=2))
     plan = scheduler.plan()
-    step = draft_step(plan, [4, 5, 6], (), 40)
-    assert step.token_ids.tolist() == [1, 1, 4, 1, 1, 5, 1, 1, 6]
-    assert (step.rows.tolist(), step.sequences) == ([5], [1])
+    assert plan.asks == [0, 1, 0]
+    step = DraftRun(plan, [4, 5, 6], ())
+    assert step.first.token_ids.tolist() == [1, 1, 4, 1, 1, 5, 1, 1, 6]
+    assert step.first.rows.tolist() == [5]
     assert step.samples[0].tokens == [5]
-    assert draft_step(plan, [4, 5, 6], {1}, 40).rows.tolist() == []
-    assert step.by_sequence([7], (), 3) == [[], [7], []]
-    assert step.by_sequence([7], {0}, 3) == [[], [], []]
+    assert DraftRun(plan, [4, 5, 6], {1}).first.rows.tolist() == []
+    step.hear([7], {0})
+    assert step.proposed == [[], [], []]
+    step.hear([7], ())
+    assert step.proposed == [[], [7], []]

@@ -136,8 +136,11 @@ class DeviceProfile(ABC):
         """
 
     @abstractmethod
-    def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
-        """sampled: `ModelRunner.sampled`, of the rank."""
+    def make_sampler(
+        self, sampled: torch.Tensor, accepted: torch.Tensor | None = None
+    ) -> TokenSampler:
+        """sampled: `ModelRunner.sampled`, of the rank. accepted: `DeviceDrafts.accepted`, where the
+        device goes on without the host's knowing what came true."""
 
     @abstractmethod
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
@@ -220,7 +223,9 @@ class CpuProfile(DeviceProfile):
             rank, spec, timeout_s=timeout_s, store=meeting.store, machine=meeting.machine
         )
 
-    def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
+    def make_sampler(
+        self, sampled: torch.Tensor, accepted: torch.Tensor | None = None
+    ) -> TokenSampler:
         return Sampler()
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
@@ -286,10 +291,13 @@ class TritonProfile(DeviceProfile):
         except CudaError as error:
             raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
 
-    def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
+    def make_sampler(
+        self, sampled: torch.Tensor, accepted: torch.Tensor | None = None
+    ) -> TokenSampler:
         from flexpert.engine.device_sampler import DeviceSampler  # needs triton
 
-        return DeviceSampler(sampled, self.stream, deterministic=self.config.deterministic)
+        deterministic = self.config.deterministic
+        return DeviceSampler(sampled, self.stream, accepted=accepted, deterministic=deterministic)
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
         info = source.info

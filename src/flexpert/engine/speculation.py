@@ -24,7 +24,7 @@ from flexpert.speculative_settings import SpeculativeSettings
 _CANDIDATES = 16  # earlier places of the same n-gram that are looked at
 _LEARNT = 512  # tokens that are indexed in one step at most, of a prompt
 WORTH = 0.3  # a row that comes true less often than this costs more than it saves
-_AT_FIRST = 0.5  # share of proposed tokens that are taken to come true
+AT_FIRST = 0.5  # share of proposed tokens that are taken to come true
 _LEAST = 0.25  # the least they are taken for, so that one that comes true is a new beginning
 _LATELY = 0.2  # weight of the latest token
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 8, 128  # steps
@@ -156,7 +156,7 @@ class SequenceSpeculation:
     def __init__(self, settings: SpeculativeSettings) -> None:
         self._source = _source_of(settings)
         self._most = settings.num_speculative_tokens
-        self.likely = _AT_FIRST
+        self.likely = AT_FIRST
         self._wait = 0  # steps until something is proposed again
         self._pause = _SHORTEST_PAUSE
 
@@ -170,9 +170,13 @@ class SequenceSpeculation:
         return min(self._most, max(1, int(math.log(WORTH) / math.log(self.likely))))
 
     @property
-    def due(self) -> bool:
-        """Whether something may be proposed behind the step under way."""
-        return self._wait <= 1
+    def wanted(self) -> int:
+        """How many tokens the model is to propose behind the step under way."""
+        return (self.depth or 1) if self._wait <= 1 else 0
+
+    def expects(self, tokens: list[int]) -> bool:
+        """Whether something may be proposed as soon as the token behind these is known."""
+        return self._wait <= 1 and len(self._source.propose(tokens, 2)) == 2
 
     def propose(self, tokens: list[int], most: int, ends: frozenset[int]) -> list[int]:
         """The tokens that may come next, at most so many; none behind one that ends the answer.
