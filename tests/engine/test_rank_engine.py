@@ -370,12 +370,14 @@ def test_a_rank_whose_model_proposes_tokens_answers_as_one_that_does_not(
     assert accepted > 10
 
 
-@pytest.mark.parametrize("broken", [None, 2, 9, 20])
+@pytest.mark.parametrize(
+    ("broken", "looks_ahead"), [(None, False), (2, False), (9, False), (20, True), (None, True)]
+)
 def test_a_rank_that_speculates_answers_as_one_that_does_not(
-    source: ModelSource, broken: int | None
+    source: ModelSource, broken: int | None, looks_ahead: bool
 ) -> None:
     eager = SpeculativeSettings(prompt_lookup_min=1, num_speculative_tokens=5, max_rows=32)
     expected, _ = answers(source)
-    found, accepted = answers(source, speculate=eager, broken=broken)
+    found, accepted = answers(source, speculate=eager, broken=broken, looks_ahead=looks_ahead)
     assert found == expected
     assert accepted > 10
