@@ -1,7 +1,7 @@
 """A rank's engine with and without proposed tokens: tokens/s, how many came true, equal answers.
 
     PYTHONPATH=src python tools/gpu/speculation_rate.py MODEL [--how off,mtp:1,mtp:3] \
-        [--concurrency 1,4,16,64] [--text FILE] [--deterministic]
+        [--concurrency 1,4,16,64] [--prompts FILE] [--deterministic]
 
 Answers are greedy unless a temperature is given. `random_model.py --mtp` makes a model whose layer
 for multi-token prediction is often right; `--no-pause` proposes tokens whether they come true or
@@ -73,12 +73,12 @@ class Told:
 
 def prompts_of(args: argparse.Namespace, source: ModelSource, count: int) -> list[list[int]]:
     draw = random.Random(0)
-    if args.text is None:
+    if args.prompts is None:
         vocab = source.info.vocab
         return [draw.choices(range(vocab), k=args.input_len) for _ in range(count)]
-    ids: list[int] = source.tokenizer.encode(args.text.read_text(), add_special_tokens=False)
-    begins = [draw.randrange(len(ids) - args.input_len) for _ in range(count)]
-    return [ids[begin : begin + args.input_len] for begin in begins]
+    encode = source.tokenizer().encode
+    lines = args.prompts.read_text("utf-8").splitlines()
+    return [encode(lines[at % len(lines)]) for at in range(count)]
 
 
 def measure(args: argparse.Namespace, how: str, expected: dict[int, Answers]) -> None:
@@ -105,14 +105,17 @@ def measure(args: argparse.Namespace, how: str, expected: dict[int, Answers]) ->
         prompts = prompts_of(args, source, at_once * (1 + args.rounds))
         rates, steps, unequal = list[float](), list[float](), 0
         for turn in range(1 + args.rounds):  # the first one does not count
-            params = SamplingParams(
-                max_tokens=args.output_len, temperature=args.temperature, seed=turn
-            )
             batch = [
                 RequestSequence(
-                    id=f"{turn}-{place}", prompt=prompt, generated=[], params=params, eos=()
+                    id=f"{turn}-{place}",
+                    prompt=prompts[place],
+                    generated=[],
+                    params=SamplingParams(
+                        max_tokens=args.output_len, temperature=args.temperature, seed=place
+                    ),
+                    eos=(),
                 )
-                for place, prompt in enumerate(prompts[turn * at_once : (turn + 1) * at_once])
+                for place in range(turn * at_once, (turn + 1) * at_once)
             ]
             kept = told.drafts if turn > 1 else DraftCounts(0, 0, [])
             answers = expected.setdefault(at_once, {})
@@ -157,7 +160,7 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-rows", type=int, default=32)
-    parser.add_argument("--text", type=Path, help="prompts are pieces of it")
+    parser.add_argument("--prompts", type=Path, help="one a line; random ones without")
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--no-pause", action="store_true")
     parser.add_argument("--device", default="cuda")
