@@ -47,7 +47,13 @@ from flexpert.engine.grammar_preparation import GrammarPreparer, GrammarReady
 from flexpert.engine.head_store import HeadMeeting, HeadStore, machine_name
 from flexpert.engine.kv_transfer import FetchEnded, KVTransfer
 from flexpert.engine.load_report import RoutingReport
-from flexpert.engine.memory_plan import MemoryMeter, buffer_spec, kv_blocks, state_slots
+from flexpert.engine.memory_plan import (
+    MemoryMeter,
+    buffer_spec,
+    kv_blocks,
+    most_samples,
+    state_slots,
+)
 from flexpert.engine.output_grammar import GrammarCache
 from flexpert.engine.preparation import EpochPreparer, PreparationEnded
 from flexpert.engine.rank_states import (
@@ -779,15 +785,6 @@ class RankEngine:
             self.scheduler.abort(chunk.id)
             self._intake.failed(chunk.id, error)
             return []
-
-
-def most_samples(config: EngineConfig) -> int:
-    """Tokens that are sampled in a step at most: one for each sequence, and those behind proposed
-    ones."""
-    running, how = config.max_running, config.speculate
-    if how is None:
-        return running
-    return max(running, min(how.max_rows, running * (1 + how.num_speculative_tokens)))
 
 
 def _row_by_row(plan: StepPlan) -> ForwardBatch:
