@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from support.draft_checkpoints import with_draft_layer
 
 
-def agreeing_model(folder: Path, *, say: float = 0.5, seed: int = 0) -> Path:
+def agreeing_model(
+    folder: Path, *, say: float = 0.5, seed: int = 0, width: int = 32, vocab: int = 128
+) -> Path:
     """A Qwen3-MoE whose answers follow mostly from the last token, which its draft layer is told.
 
     say: of attention and experts in the answer.
@@ -19,28 +21,28 @@ def agreeing_model(folder: Path, *, say: float = 0.5, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         "qwen3_moe",
-        vocab_size=128,
-        hidden_size=32,
-        moe_intermediate_size=16,
+        vocab_size=vocab,
+        hidden_size=width,
+        moe_intermediate_size=width // 2,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
+        head_dim=width // 2,
         num_experts=4,
         num_experts_per_tok=2,
-        max_position_embeddings=128,
+        max_position_embeddings=256,
         tie_word_embeddings=False,
     )
     plain = folder / "plain"
     AutoModelForCausalLM.from_config(config).save_pretrained(plain)
     drafting = with_draft_layer(plain, folder / "drafting", "mtp")
     tensors = load_file(drafting / "model.safetensors")
-    same = torch.eye(32)
+    same = torch.eye(width)
     for name, tensor in tensors.items():
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             tensors[name] = torch.randn(tensor.shape)
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
-            tensors[name] = torch.randn(tensor.shape) * say
+            tensors[name] = torch.randn(tensor.shape) * say * (32 / width) ** 0.5
         elif "norm" in name:
             tensors[name] = torch.ones(tensor.shape)
         elif name == "mtp.fc.weight":

@@ -11,6 +11,7 @@ not, which shows what a step with them costs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import random
@@ -26,10 +27,11 @@ import torch
 
 from flexpert.config import Config
 from flexpert.engine import rank_protocol as msg
-from flexpert.engine import speculation
 from flexpert.engine.draft_counts import DraftCounts
 from flexpert.engine.rank_engine import RankEngine
 from flexpert.engine.request import RequestSequence, SamplingParams
+from flexpert.engine.speculation import SequenceSpeculation
+from flexpert.engine.step_costs import StepCosts
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import replan
 
@@ -69,6 +71,14 @@ class Told:
     def wait(self) -> None:
         with self.heard:
             assert self.heard.wait_for(lambda: self.prepared and self.left == 0, _LIMIT_S)
+
+
+def never_pause(patches: contextlib.ExitStack) -> None:
+    most = property(lambda self: self._most)
+    for name in ("depth", "wanted"):
+        patches.enter_context(mock.patch.object(SequenceSpeculation, name, most))
+    for name in ("due", "pays"):
+        patches.enter_context(mock.patch.object(StepCosts, name, return_value=True))
 
 
 def prompts_of(args: argparse.Namespace, source: ModelSource, count: int) -> list[list[int]]:
@@ -167,7 +177,9 @@ def main() -> None:
     args = parser.parse_args()
     expected: dict[int, Answers] = {}
     for how in args.how.split(","):
-        with mock.patch.object(speculation, "WORTH", 0.0 if args.no_pause else speculation.WORTH):
+        with contextlib.ExitStack() as patches:
+            if args.no_pause:
+                never_pause(patches)
             measure(args, how, expected)
         gc.collect()
         if torch.cuda.is_available():

@@ -93,11 +93,13 @@ class DeviceProfile(ABC):
         stream: of the device; its `device` is where tensors lie.
         warm_up: when a new rank computes its first steps.
         looks_ahead: the next step is launched before the tokens of one are known.
+        measures_steps: whether proposed tokens pay is decided by what steps have cost so far.
     """
 
     stream: DeviceStream
     warm_up: WarmUpTime
     looks_ahead: bool
+    measures_steps = False
 
     def __init__(self, config: EngineConfig) -> None:
         """
@@ -320,6 +322,8 @@ class TritonProfile(DeviceProfile):
 
 class CudaProfile(TritonProfile):
     """An NVIDIA GPU; several are dealt out to the ranks in turn."""
+
+    measures_steps = True
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         """Raises: ConfigError: there is no GPU, or what the settings need is not installed."""

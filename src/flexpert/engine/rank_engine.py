@@ -69,6 +69,7 @@ from flexpert.engine.sampler import StepSampling, StepTokens, score
 from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence import SEQUENCE_FAULTS
 from flexpert.engine.sequence_intake import SequenceIntake
+from flexpert.engine.step_costs import StepCosts
 from flexpert.engine.step_plan import ScoredChunk, StepPlan
 from flexpert.engine.stopwatch import Stopwatch, in_words
 from flexpert.engine.token_masks import MaskBuilder
@@ -198,7 +199,10 @@ class RankEngine:
             prefix_cache=config.prefix_cache,
             state_slots=slots,
         )
-        self.scheduler = Scheduler(limits, speculative=config.speculate)
+        measures = self._most_proposed and self.profile.measures_steps
+        self._costs = StepCosts() if measures else None
+        self._published_at = 0.0
+        self.scheduler = Scheduler(limits, speculative=config.speculate, costs=self._costs)
         self.store = self.profile.make_expert_store(rank, source)
         self._remote = RemotePeers(
             rank,
@@ -717,6 +721,7 @@ class RankEngine:
         assert logits is not None
         flight.done.synchronize()
         self.buffer.check(wait=False)
+        self._note_cost(plan)
         watch.lap(f"device ({plan.tokens} tokens)")
         scores = [self._score(logits, chunk) for chunk in plan.scored]
         tokens = flight.sampling.finish()
@@ -748,6 +753,15 @@ class RankEngine:
         blocks, drafts = scheduler.cache_changes(), scheduler.draft_counts()
         self.report(msg.Published(events, self._load(), blocks, plan.tokens, drafts))
         watch.lap("publish")
+
+    def _note_cost(self, plan: StepPlan) -> None:
+        """How long a step took that had begun before the one before was published."""
+        now = time.perf_counter()
+        if self._costs is not None and plan.sources is not None and not plan.chunks:
+            proposed = max(map(len, plan.drafts or ()), default=0)
+            if proposed or not any(plan.asks):
+                self._costs.note(plan.tokens, proposed, now - self._published_at)
+        self._published_at = now
 
     def _propose(self, plan: StepPlan, tokens: StepTokens, further: int) -> list[list[int]]:
         """What the model says may follow each of plan.sampled.

@@ -75,14 +75,16 @@ from flexpert.engine.request import (
 )
 from flexpert.engine.scheduled_sequence import ScheduledSequence
 from flexpert.engine.sequence import Sampled
-from flexpert.engine.speculation import SequenceSpeculation
+from flexpert.engine.speculation import AT_FIRST, SequenceSpeculation
 from flexpert.engine.state_slots import StatePart, StateSlots, StateStep
+from flexpert.engine.step_costs import StepCosts
 from flexpert.engine.step_layout import lay_out
 from flexpert.engine.step_outlook import BegunPrompt, Outlook, PromptChunk, StepRoom, outlook_after
 from flexpert.engine.step_plan import AdmittedPrompt, StepPlan
 from flexpert.errors import ContextOverflow, RequestError, context_limit
 from flexpert.speculative_settings import SpeculativeSettings
 
+_LATELY = 0.02  # weight of the latest proposed token, of all sequences
 _SPARE_BLOCKS = 8  # for each sequence of a rank that leaves: what it may need meanwhile
 
 
@@ -92,6 +94,7 @@ class Scheduler:
     running, waiting: how many. preemptions, prompt_tokens, cached_tokens: since the start; how
     often a sequence lost its blocks, tokens of all admitted prompts, and those found in the cache.
     clock: seconds; nothing is decided by it. speculative: how tokens are proposed; None: none are.
+    costs: of steps, by which it is decided whether that pays; None: they are those of a CPU.
     """
 
     def __init__(
@@ -99,11 +102,14 @@ class Scheduler:
         limits: EngineLimits,
         clock: Callable[[], float] = time.monotonic,
         speculative: SpeculativeSettings | None = None,
+        costs: StepCosts | None = None,
     ) -> None:
         self.limits = limits
         self._clock = clock
         self._speculative = None if limits.state_slots else speculative
         self._by_model = self._speculative is not None and self._speculative.method == "mtp"
+        self._costs = costs
+        self._likely = AT_FIRST  # how often tokens that the model proposed came true, lately
         self._drafted: DraftCounts | None = None
         self.pool = BlockPool(limits.blocks, limits.block_size, limits.prefix_cache)
         self._keys = KeyLog(stride_of(limits.blocks))
@@ -450,13 +456,15 @@ class Scheduler:
                 chunks.append(chunk)
         admitted = self._admit(room, chunks, now)
         drafts, asks, extra = None, list[int](), list[tuple[ScheduledSequence, int]]()
-        if self._speculative is not None and (now.sources is None or self._by_model):
+        due = self._costs is None or self._costs.due(len(now.rows))
+        if self._speculative is not None and due and (now.sources is None or self._by_model):
             drafts = plan_drafts(
                 now,
                 len(now.rows) + sum(chunk.end - chunk.start for chunk in chunks),
                 self._speculative,
                 max_tokens=self.limits.max_tokens_per_step,
                 max_model_len=self.limits.max_model_len,
+                costs=self._costs,
             )
         if self._speculative is not None and self._by_model:
             asks = plan_questions(
@@ -465,6 +473,7 @@ class Scheduler:
                 self._speculative,
                 max_model_len=self.limits.max_model_len,
                 block_size=self.limits.block_size,
+                due=due,
             )
         if drafts is not None or asks:
             extra = self._take_blocks(now, drafts, asks, now.running + len(admitted), blocks)
@@ -777,6 +786,8 @@ class Scheduler:
         """What became of what was proposed for a sequence."""
         speculation.learn(state.tokens, len(draft), accepted)
         if draft:
+            for true in (*[1] * accepted, *[0] * (accepted < len(draft))):
+                self._likely += _LATELY * (true - self._likely)
             counts = DraftCounts(1, len(draft), [1] * accepted)
             self._drafted = counts if self._drafted is None else self._drafted + counts
 
@@ -787,7 +798,8 @@ class Scheduler:
         if self._speculative is not None:
             for state in states:
                 if state.matcher is None:
-                    state.speculation = SequenceSpeculation(self._speculative)
+                    likely = self._likely if self._by_model else AT_FIRST
+                    state.speculation = SequenceSpeculation(self._speculative, likely)
 
     def _advance(self, plan: StepPlan, ended: list[TokenEvent]) -> None:
         """Those whose prompt is complete decode from now on; the finished go."""

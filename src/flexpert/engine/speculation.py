@@ -26,7 +26,7 @@ _LEARNT = 512  # tokens that are indexed in one step at most, of a prompt
 WORTH = 0.3  # a row that comes true less often than this costs more than it saves
 AT_FIRST = 0.5  # share of proposed tokens that are taken to come true
 _LEAST = 0.25  # the least they are taken for, so that one that comes true is a new beginning
-_LATELY = 0.2  # weight of the latest token
+_LATELY = {"ngram": 0.2, "mtp": 0.1}  # weight of the latest token
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 8, 128  # steps
 
 
@@ -151,12 +151,14 @@ def _source_of(settings: SpeculativeSettings) -> DraftSource:
 class SequenceSpeculation:
     """What is proposed for one sequence. likely: how often a proposed token came true, lately."""
 
-    __slots__ = ("_most", "_pause", "_source", "_wait", "likely")
+    __slots__ = ("_most", "_pause", "_source", "_wait", "_weight", "likely")
 
-    def __init__(self, settings: SpeculativeSettings) -> None:
+    def __init__(self, settings: SpeculativeSettings, likely: float = AT_FIRST) -> None:
+        """likely: to begin with."""
         self._source = _source_of(settings)
         self._most = settings.num_speculative_tokens
-        self.likely = AT_FIRST
+        self._weight = _LATELY[settings.method]
+        self.likely = likely
         self._wait = 0  # steps until something is proposed again
         self._pause = _SHORTEST_PAUSE
 
@@ -199,9 +201,9 @@ class SequenceSpeculation:
             self._wait = max(0, self._wait - 1)
             return
         for _ in range(accepted):
-            self.likely += _LATELY * (1 - self.likely)
+            self.likely += self._weight * (1 - self.likely)
         if accepted < proposed:
-            self.likely = max(_LEAST, self.likely - _LATELY * self.likely)
+            self.likely = max(_LEAST, self.likely - self._weight * self.likely)
         if self.likely >= WORTH:
             self._pause = _SHORTEST_PAUSE
         else:
