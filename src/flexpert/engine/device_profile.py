@@ -270,7 +270,11 @@ class TritonProfile(DeviceProfile):
         self.warm_up = WarmUpTime.BEFORE_LOADING if nixl_ep else WarmUpTime.WHILE_LOADING
 
     def make_kernels(self) -> Kernels:
-        return fixed_order_gpu_kernels(self.device) if self.config.deterministic else gpu_kernels()
+        return (
+            fixed_order_gpu_kernels(self.device)
+            if self.config.deterministic
+            else gpu_kernels(self.device)
+        )
 
     def make_exchange(
         self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: HeadMeeting

@@ -139,13 +139,66 @@ class LatentKernels:
     attend: AttendKernel
 
 
+class FewTokenKernels(Protocol):
+    """See `cuda.few_tokens.FewTokens`."""
+
+    @property
+    def most_depth(self) -> int: ...
+
+    def project(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, float, bool] | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def attend(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slot_mapping: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        *,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        early: bool,
+        scaling: float,
+        window: int = 0,
+        sinks: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def route(
+        self,
+        x: Tensor,
+        norm: tuple[Tensor, float, bool],
+        weight: Tensor,
+        bias: Tensor | None,
+        topk: int,
+        *,
+        normalised: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Fusions:
-    """What takes the place of whole modules where launches cost more than their work."""
+    """What takes the place of whole modules where launches cost more than their work.
+
+    few: of whole layers, in steps of `few_tokens` tokens at most; None: nothing.
+    """
 
     attend: AttendKernel
     rotate_and_store: RotateKernel
     choose_experts: ChooseKernel
+    few: FewTokenKernels | None = None
+    few_tokens: int = 0
 
 
 class RowKernel(Protocol):
@@ -220,14 +273,24 @@ def cpu_kernels() -> Kernels:
     )
 
 
-def gpu_kernels() -> Kernels:
-    """Those in Triton; on tensors of a CPU they need its interpreter."""
+def gpu_kernels(device: torch.device) -> Kernels:
+    """Those in Triton; on tensors of a CPU they need its interpreter.
+
+    device: of all tensors; what they need of its memory is taken now.
+    """
     from flexpert.kernels.cuda import absorbed_attention, attention, norm, rotary, router
+    from flexpert.kernels.cuda.few_tokens import MOST_TOKENS, FewTokens
 
     return Kernels(
         attention.paged_attention,
         norm.rms_norm,
-        fusions=Fusions(attention.attend, rotary.rotate_and_store, router.choose_experts),
+        fusions=Fusions(
+            attention.attend,
+            rotary.rotate_and_store,
+            router.choose_experts,
+            few=FewTokens(device),
+            few_tokens=MOST_TOKENS,
+        ),
         latents=LatentKernels(
             absorbed_attention.store_latents, absorbed_attention.attend_latents, attention.attend
         ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
@@ -54,7 +55,7 @@ def fuse(
         elif (eps := epsilon(module)) is not None:
             attempt = functools.partial(_try_norm, module, eps, norm)
             if (found := ledger.settle(name, module, NormFusion, attempt)) is not None:
-                _replace(module, _norm(module, eps, norm, found.early))
+                _replace(module, FusedNorm.of(module, eps, norm, found.early))
     return ledger.found
 
 
@@ -114,22 +115,30 @@ def epsilon(module: nn.Module) -> float | None:
     return None
 
 
-def _norm(
-    module: nn.Module, eps: float, kernel: NormKernel, early: bool
-) -> Callable[[Tensor], Tensor]:
-    weight = module.get_parameter("weight").data.contiguous()
-    original = type(module).forward
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedNorm:
+    """The forward of an RMS norm. weight: [n]; eps, early: see `ops.rms_norm`."""
 
-    def forward(hidden_states: Tensor) -> Tensor:
+    module: nn.Module
+    weight: Tensor
+    eps: float
+    kernel: NormKernel
+    early: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, eps: float, kernel: NormKernel, early: bool) -> FusedNorm:
+        weight = module.get_parameter("weight").data.contiguous()
+        return cls(module, weight, eps, kernel, early)
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        x, weight = hidden_states, self.weight
         with outside_modes():
-            if hidden_states.dtype == weight.dtype and hidden_states.shape[-1] == weight.shape[0]:
+            if x.dtype == weight.dtype and x.shape[-1] == weight.shape[0]:
                 if (noting := recording.current()) is not None:
-                    return noting.norm(kernel, hidden_states, weight, eps, early=early)
-                return kernel(hidden_states, weight, eps, early=early)
-        result: Tensor = original(module, hidden_states)
+                    return noting.norm(self.kernel, x, weight, self.eps, early=self.early)
+                return self.kernel(x, weight, self.eps, early=self.early)
+        result: Tensor = type(self.module).forward(self.module, x)
         return result
-
-    return forward
 
 
 def _try_norm(module: nn.Module, eps: float, kernel: NormKernel) -> NormFusion | None:
@@ -146,7 +155,7 @@ def _is_norm(module: nn.Module, eps: float, kernel: NormKernel, *, early: bool) 
     x = torch.randn((_TRIAL_ROWS, weight.shape[0]), generator=generator)
     x *= torch.logspace(-4, 2, _TRIAL_ROWS).unsqueeze(1)  # small rows show epsilon
     x = x.to(weight.device, weight.dtype)
-    ours = _norm(module, eps, kernel, early)(x)
+    ours = FusedNorm.of(module, eps, kernel, early)(x)
     try:
         theirs = type(module).forward(module, x)
     except (TypeError, RuntimeError, ValueError):

@@ -33,6 +33,7 @@ from flexpert.models.draft_layer import draft_layer
 from flexpert.models.draft_steps import DraftSteps
 from flexpert.models.fixed_order import FixedOrderMode, check_fixed_order
 from flexpert.models.fused import fuse
+from flexpert.models.fused_layers import fuse_layers
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
 from flexpert.models.gate_programs import gate_programs
@@ -288,6 +289,7 @@ class ModelRunner:
             found = dict(fuse(model, kernels, deterministic=deterministic, known=verdicts))
             if kernels.fusions is not None:
                 found.update(fuse_modules(model, kernels.fusions, verdicts))
+                found.update(fuse_layers(model, kernels.fusions, verdicts))
             states = bind_states(
                 model,
                 info,

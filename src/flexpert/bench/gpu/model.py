@@ -159,7 +159,7 @@ class RandomModel:
             moe=runtime or moe,
             kv_blocks=kv_blocks,
             kv_block_size=kv_block_size,
-            kernels=gpu_kernels(),
+            kernels=gpu_kernels(next(iter(self.weights.values())).device),
         )
         moe.install(moe.stage(self.layers()))
         return runner
