@@ -829,6 +829,7 @@ def _row_by_row(plan: StepPlan) -> ForwardBatch:
         ),
         block_tables=batch.block_tables.repeat_interleave(repeats, dim=0),
         slot_mapping=batch.slot_mapping.clone(),
+        shares=True,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from flexpert.engine.request import RequestSequence, SamplingParams
 from flexpert.engine.sampler import TokenSampler
 from flexpert.engine.sequence import SampleState
 from flexpert.engine.stopwatch import Stopwatch
+from flexpert.kernels.step_shapes import FEW_TOKENS
 from flexpert.models.batch import DraftRows, ForwardBatch
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.state_runs import NO_STATE, StateRuns
+from flexpert.models.step_graphs import GraphShape
 from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
 from flexpert.moe.runtime import warmup_tables
 
@@ -69,6 +73,8 @@ class WarmUp:
             if self._buffer.capabilities.graph_capture:
                 running = min(len(self._runner.sampled), self._most)
                 shapes = self._profile.graph_shapes(running, self._most)
+                if self._profile.config.speculate is not None:
+                    shapes = with_shared(shapes)
                 self._runner.capture(shapes, self._limits.longest_table)
                 watch.lap("graphs")
         except (CommError, RuntimeError) as error:
@@ -117,6 +123,12 @@ class WarmUp:
         """Tokens of the largest step."""
         limits = self._limits
         return min(limits.max_tokens_per_step, limits.blocks * limits.block_size)
+
+
+def with_shared(shapes: Sequence[GraphShape]) -> list[GraphShape]:
+    """Those that decode also for proposed tokens, where these are computed by other kernels."""
+    found = [shape for shape in shapes if not shape.decodes or shape.tokens <= FEW_TOKENS]
+    return found + [replace(shape, shares=True) for shape in shapes if shape.decodes]
 
 
 def _batch(shape: WarmUpBatch, limits: EngineLimits, samples: int) -> ForwardBatch:

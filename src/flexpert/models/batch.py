@@ -42,6 +42,8 @@ class ForwardBatch:
         their own, and go on behind what came true there: positions, context_len and slot_mapping
         are those without.
     states: where layers that keep a state find and leave it; None: the model has none.
+    shares: rows that are sequences by themselves may lie behind one another in the same blocks, so
+        that all keys and values must be written before any row attends to them.
     drafts: for the draft layer, on a GPU.
     host: the same on the host, of a batch that was sent to a device; None: this is it, or each
         sequence has one token.
@@ -56,6 +58,7 @@ class ForwardBatch:
     sample_rows: Tensor
     sources: Tensor | None = None
     states: StateRuns | None = None
+    shares: bool = False
     drafts: DraftRows | None = None
     host: ForwardBatch | None = None
 
@@ -67,7 +70,7 @@ class ForwardBatch:
         there: dict[str, Any] = dict(zip(own, arrays, strict=False))
         if self.drafts is not None:
             there["drafts"] = DraftRows(*arrays[len(own) :])
-        return ForwardBatch(**there, host=self)
+        return ForwardBatch(**there, shares=self.shares, host=self)
 
 
 def _tensors(parts: ForwardBatch | DraftRows) -> dict[str, Tensor]:

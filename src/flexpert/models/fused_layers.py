@@ -172,7 +172,7 @@ def _stand_in(layer: int, x: Tensor, ids: Tensor, weights: Tensor, gate: object)
 
 class _FusedLayer:
     """The forward of a decoder layer: by few kernels where each sequence has one token and there
-    are few of them, else as transformers has it."""
+    are few of them, none behind another, else as transformers has it."""
 
     def __init__(
         self,
@@ -206,6 +206,7 @@ class _FusedLayer:
         return (
             0 < tokens <= self._most
             and batch is not None
+            and not batch.shares
             and tokens == batch.slot_mapping.shape[0] == batch.block_tables.shape[0]
             and hidden.dtype == attention.front.weight.dtype
             and rotation[0].shape[-1] == attention.angles

@@ -335,7 +335,7 @@ class ModelRunner:
                 after=None if drafts is None else self._first_draft,
             )
         if drafts is not None:
-            sizes = sorted(shape.sequences for shape in shapes if shape.decodes)
+            sizes = sorted({shape.sequences for shape in shapes if shape.decodes})
             with torch.inference_mode():
                 self._draft_graphs = self._capture_drafts(self.graphs, drafts, sizes)
 

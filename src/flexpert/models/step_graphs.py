@@ -32,10 +32,12 @@ log = logging.getLogger("flexpert")
 
 @dataclass(frozen=True, slots=True, order=True)
 class GraphShape:
-    """tokens, sequences: at most. As many of both: each sequence has one token."""
+    """tokens, sequences: at most. As many of both: each sequence has one token. shares: such
+    sequences may lie behind one another, see `ForwardBatch`."""
 
     tokens: int
     sequences: int
+    shares: bool = False
 
     @property
     def decodes(self) -> bool:
@@ -234,6 +236,7 @@ class StepGraphs:
             slot_mapping=inputs.slot_mapping,
             sample_rows=inputs.sample_rows,
             sources=inputs.sources,
+            shares=shape.shares,
             drafts=inputs.drafts,
         )
         replay, logits = self._stream.capture(lambda: walk(batch), self._pool, warm=warm)
@@ -258,8 +261,9 @@ class StepGraphs:
     def _chosen(self, batch: ForwardBatch | None, mean_tokens: int) -> _Captured | None:
         """The smallest that takes the batch; None: none does."""
         tokens = sequences = samples = width = 0
-        decodes = True
+        decodes, shares = True, False
         if batch is not None:
+            shares = batch.shares
             tokens, samples = batch.token_ids.shape[0], batch.sample_rows.shape[0]
             sequences, width = batch.block_tables.shape
             decodes = tokens == sequences == samples
@@ -269,6 +273,7 @@ class StepGraphs:
             shape = captured.host.shape
             if (
                 (decodes or not shape.decodes)
+                and (shape.shares or not shape.decodes or not shares)
                 and tokens <= shape.tokens
                 and max(sequences, samples) <= shape.sequences
                 and mean_tokens <= _OTHERS * shape.tokens
