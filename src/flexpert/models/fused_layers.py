@@ -44,9 +44,7 @@ def fuse_layers(
         attempt = functools.partial(_try_layer, module, parts)
         fusion = ledger.settle(name, module, LayerFusion, attempt)
         if fusion is not None and parts.named(fusion):
-            vars(module)["forward"] = _FusedLayer(
-                module, parts, fusion, kernels.few, kernels.few_tokens
-            )
+            vars(module)["forward"] = _FusedLayer(module, parts, fusion, kernels, kernels.few)
     return ledger.found
 
 
@@ -172,15 +170,16 @@ def _stand_in(layer: int, x: Tensor, ids: Tensor, weights: Tensor, gate: object)
 
 class _FusedLayer:
     """The forward of a decoder layer: by few kernels where each sequence has one token and there
-    are few of them, else as transformers has it."""
+    are few of them, else as transformers has it. Where they may lie behind one another, attention
+    is that of many tokens: ours reads keys before others of the step are written."""
 
     def __init__(
         self,
         layer: nn.Module,
         parts: _Parts,
         fusion: LayerFusion,
+        usual: Fusions,
         kernels: FewTokenKernels,
-        most: int,
     ) -> None:
         self._layer = layer
         self._parts = parts
@@ -190,8 +189,9 @@ class _FusedLayer:
         )
         self._before = before.weight, before.eps, before.early
         self._behind = behind.weight, behind.eps, behind.early
+        self._usual = usual
         self._kernels = kernels
-        self._most = most
+        self._most = usual.few_tokens
 
     def __call__(self, hidden_states: Tensor, *others: Any, **rest: Any) -> Tensor:
         rotation = rest.get("position_embeddings")
@@ -214,27 +214,11 @@ class _FusedLayer:
 
     def _few(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """[tokens, hidden], contiguous."""
-        kernels, attention, router = self._kernels, self._parts.attention, self._parts.router
-        front, binding, batch = attention.front, attention.binding, attention.binding.batch
+        kernels, router = self._kernels, self._parts.router
+        front = self._parts.attention.front
         x = x.contiguous()
         qkv = kernels.project(x, front.weight, front.bias, norm=self._before)
-        cos, sin = (part[0].contiguous() for part in rotation)
-        attended = kernels.attend(
-            qkv.view(x.shape[0], -1, front.dim),
-            cos,
-            sin,
-            batch.slot_mapping,
-            binding.key_cache,
-            binding.value_cache,
-            batch.context_len,
-            batch.block_tables,
-            norms=front.norms,
-            eps=front.eps,
-            early=attention.fusion.early,
-            scaling=attention.scaling,
-            window=attention.window,
-            sinks=attention.sinks,
-        )
+        attended = self._attend(qkv.view(x.shape[0], -1, front.dim), rotation)
         output = self._output
         x = kernels.project(attended, output.weight, output.bias, residual=x)
         normed, weights, ids = kernels.route(
@@ -254,3 +238,28 @@ class _FusedLayer:
                 return added
         sums: Tensor = experts.compute(experts.layer, normed, ids, weights, gate)
         return x + sums
+
+    def _attend(self, qkv: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """qkv: [tokens, heads + 2 * kv_heads, dim] → [tokens, heads * dim]."""
+        attention = self._parts.attention
+        front, binding, batch = attention.front, attention.binding, attention.binding.batch
+        cos, sin = (part[0].contiguous() for part in rotation)
+        keys, values, slots = binding.key_cache, binding.value_cache, batch.slot_mapping
+        normed: dict[str, Any] = {
+            "norms": front.norms,
+            "eps": front.eps,
+            "early": attention.fusion.early,
+        }
+        how: dict[str, Any] = {
+            "scaling": attention.scaling,
+            "window": attention.window,
+            "sinks": attention.sinks,
+        }
+        context, tables = batch.context_len, batch.block_tables
+        if not batch.shares:
+            return self._kernels.attend(
+                qkv, cos, sin, slots, keys, values, context, tables, **normed, **how
+            )
+        query = self._usual.rotate_and_store(qkv, cos, sin, slots, keys, values, **normed)
+        out = self._usual.attend(query, keys, values, batch.query_start, context, tables, **how)
+        return out.view(out.shape[0], -1)

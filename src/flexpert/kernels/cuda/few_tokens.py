@@ -27,8 +27,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flexpert.comm.interpreter import INTERPRETED
 from flexpert.kernels.cuda.attention_parts import LOG2_E, splits_of
+from flexpert.kernels.step_shapes import FEW_TOKENS
 
-MOST_TOKENS: Final = 4
+MOST_TOKENS: Final = FEW_TOKENS
 """With more, tokens share experts, and kernels that read those once are faster."""
 _COUNTERS: Final = 4096
 MOST_DEPTH: Final = 8192
