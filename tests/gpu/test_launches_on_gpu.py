@@ -40,7 +40,8 @@ def buffers() -> Iterator[list[CudaBuffer]]:
 
 def launches(exchange: CudaExchange) -> list[KernelLaunch]:
     kinds = exchange._kinds.values()
-    return [*exchange._launches.values(), *(kind.send for kind in kinds)]
+    steps = [*exchange._steps.values(), *(kind.send for kind in kinds)]
+    return [step.launch for step in steps]
 
 
 def exchange(buffer: CudaBuffer, s: Sent, fp8: Scales | None = None) -> torch.Tensor:
@@ -67,7 +68,7 @@ def test_all_are_prepared_and_compute_what_triton_s_do(
     for buffer, prepared in zip(buffers, (True, False), strict=True):
         made = launches(buffer.exchange)
         assert len(made) >= 3
-        assert {launch._prepared is not None for launch in made} == {prepared}
+        assert {launch.prepared is not None for launch in made} == {prepared}
 
 
 def test_they_agree_with_the_oracle_in_any_thread_stream_and_graph(
@@ -148,6 +149,6 @@ def test_nixl_ep_s_interface_is_prepared_too(monkeypatch: pytest.MonkeyPatch, fp
         core, device = buffer.runtime, buffer._exchange.device
         assert isinstance(core, CudaBuffer)
         turns: Any = device._turns
-        packings = [returned.into.packing._launch for returned in turns]
+        packings = [returned.into.packing.step.launch for returned in turns]
         made = list(itertools.chain(launches(core.exchange), packings))
-        assert all(launch._prepared is not None for launch in made)
+        assert all(launch.prepared is not None for launch in made)

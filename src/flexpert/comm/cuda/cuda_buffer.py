@@ -43,7 +43,13 @@ from flexpert.comm.buffer import (
     Scales,
 )
 from flexpert.comm.capture_guard import CAPTURE_GUARD
-from flexpert.comm.cuda.cuda_exchange import CudaDispatched, CudaExchange, DispatchKind, Tuning
+from flexpert.comm.cuda.cuda_exchange import (
+    CudaDispatched,
+    CudaExchange,
+    DispatchKind,
+    ExchangeCalls,
+    Tuning,
+)
 from flexpert.comm.cuda.cuda_layout import (
     LANES,
     MAX_EPOCH,
@@ -76,6 +82,7 @@ from flexpert.comm.window_layout import VOTE_BYTES
 
 if TYPE_CHECKING:
     from flexpert.comm.bounded import StoreKeys
+    from flexpert.comm.cuda.kernel_launch import LaunchStep
 
 _NAP_S = 0.001
 _STOP = int(Page.STOP)
@@ -154,6 +161,7 @@ class CudaBuffer(DeviceBuffer):
         self._reports = memoryview(raw).cast("B")[8 * Page.REPORT :][: len(_NOTHING_REPORTED)]
         self._tables: dict[int, ExpertTable] = {}  # that were checked
         self._kinds: dict[tuple[object, ...], DispatchKind] = {}  # likewise
+        self._calls: dict[tuple[int, Scales | None], ExchangeCalls] = {}  # by id of the table
         super().__init__(
             rank,
             spec,
@@ -165,6 +173,7 @@ class CudaBuffer(DeviceBuffer):
             machine=machine,
             listener=self._hear,
         )
+        self._received: CudaReceived | None = None
         self._window: CudaWindow = own_window(layout(spec, choices=choices).size, self.device)
         self.exchange = CudaExchange(
             rank,
@@ -539,12 +548,70 @@ class CudaBuffer(DeviceBuffer):
         fp8: Scales | None = None,
         timeout_s: float | None = None,
     ) -> CudaReceived:
+        calls = self._calls.get((id(table), fp8))
+        if calls is not None and timeout_s is None:
+            received = self.dispatch_by(calls, x, expert_ids, weights)
+            if received is not None:
+                return received
         wait = self._cuda  # in one launch with the sending
         kind = self._kind_of(x, expert_ids, weights, table, fp8, wait=wait)
         with self._lock:
             self._set_limit(timeout_s)
             sent = self._send(x, expert_ids, weights, table, kind, wait=wait)
-            return self._receive(sent, wait=not wait)
+            received = self._receive(sent, wait=not wait)
+            calls = self.calls_of(x, sent, self.spec.max_tokens) if wait else None
+            if calls is not None:
+                if len(self._calls) >= MOST_KINDS:
+                    self._calls.clear()
+                self._calls[id(table), fp8] = sent.calls = calls
+            return received
+
+    def calls_of(
+        self,
+        x: torch.Tensor,
+        sent: CudaDispatched,
+        most_tokens: int,
+        then: LaunchStep | None = None,
+        **more: torch.Tensor,
+    ) -> ExchangeCalls | None:
+        """How others like this dispatch go in one call of C; None where they cannot.
+
+        See `CudaExchange.dispatch_call`.
+        """
+        call = self.exchange.dispatch_call(x, sent, most_tokens, then, **more)
+        return None if call is None else ExchangeCalls(sent.table, sent.kind, call.run, {})
+
+    def dispatch_by(
+        self,
+        calls: ExchangeCalls,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        *more: torch.Tensor,
+    ) -> CudaReceived | None:
+        """`dispatch` in one call of C, and what `calls_of` was told besides. That looks at tensors
+        and at what kernels have reported; where it does nothing, as if anything is unusual,
+        this returns None, and `dispatch` says why not, or does it."""
+        with self._lock:
+            if (
+                self._state is not State.BETWEEN
+                or self._changed
+                or self._must_vote
+                or self._limit_s != self.timeout_s
+            ):
+                return None
+            self._state = State.BROKEN  # first: a signal may strike right after the launch
+            tokens = calls.dispatch(-1, 0, x, expert_ids, weights, *more)
+            if tokens < 0:
+                self._state = State.BETWEEN
+                return None
+            self._thread = threading.get_ident()
+            self.sequence += 1
+            self._exchanges += 1
+            sent = CudaDispatched(expert_ids, weights, calls.table, tokens, calls.kind, calls)
+            received = self._received = CudaReceived(self, sent, self.epoch, self.sequence)
+            self._state = State.RECEIVED
+            return received
 
     def _send(
         self,
@@ -628,6 +695,11 @@ class CudaBuffer(DeviceBuffer):
         expert_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         with self._lock:
+            last = self._received
+            if received is last is not None and timeout_s is None:
+                summed = self._combine_by(last, y, reduce, weights, out, places, expert_ids)
+                if summed is not None:
+                    return summed
             back = self._checked(y, received, reduce, weights, out, places, expert_ids)
             self._set_limit(timeout_s)
             self._state = State.BROKEN
@@ -639,7 +711,55 @@ class CudaBuffer(DeviceBuffer):
                 shared=back.shared,
             )  # fmt: skip
             self._state = State.BETWEEN
+            self._remember(back)
             return back.out
+
+    def _combine_by(
+        self,
+        received: CudaReceived,
+        y: torch.Tensor,
+        reduce: Reduce,
+        weights: torch.Tensor | None,
+        out: torch.Tensor | None,
+        places: torch.Tensor | None,
+        expert_ids: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """`combine` of the last dispatch in one call of C, as `dispatch_by`."""
+        if self._state is not State.RECEIVED or self._limit_s != self.timeout_s:
+            return None
+        sent = received.sent
+        if sent.calls is None:
+            return None
+        call = sent.calls.combine.get((reduce, weights is None, expert_ids is None, places is None))
+        if call is None:
+            return None
+        if out is None:
+            shape = (sent.tokens, self.spec.hidden)
+            out = torch.empty(shape, dtype=self.spec.dtype, device=self.device)
+        self._state = State.BROKEN
+        done = call(
+            sent.tokens,
+            self.most_rows if received.known_count is None else received.known_count,
+            out,
+            y,
+            sent.expert_ids if expert_ids is None else expert_ids,
+            sent.weights if weights is None else weights,
+            *(() if places is None else (places,)),
+        )
+        self._state = State.RECEIVED if done < 0 else State.BETWEEN
+        return None if done < 0 else out
+
+    def _remember(self, back: _Back) -> None:
+        """Have others like this combine go in one call of C."""
+        sent = back.sent
+        if sent.calls is None:
+            return
+        call = self.exchange.combine_call(
+            back.out, back.y, sent, reduce=back.reduce, places=back.places, shared=back.shared
+        )
+        if call is not None:
+            key = (back.reduce, back.weights is None, not back.shared, back.places is None)
+            sent.calls.combine[key] = call.run
 
     def _checked(
         self,
