@@ -694,12 +694,11 @@ class CudaBuffer(DeviceBuffer):
         places: torch.Tensor | None = None,
         expert_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if timeout_s is None:
+            summed = self.combine_by(received, y, out, weights, expert_ids, places, reduce)
+            if summed is not None:
+                return summed
         with self._lock:
-            last = self._received
-            if received is last is not None and timeout_s is None:
-                summed = self._combine_by(last, y, reduce, weights, out, places, expert_ids)
-                if summed is not None:
-                    return summed
             back = self._checked(y, received, reduce, weights, out, places, expert_ids)
             self._set_limit(timeout_s)
             self._state = State.BROKEN
@@ -714,40 +713,47 @@ class CudaBuffer(DeviceBuffer):
             self._remember(back)
             return back.out
 
-    def _combine_by(
+    def combine_by(
         self,
-        received: CudaReceived,
+        received: Received,
         y: torch.Tensor,
-        reduce: Reduce,
-        weights: torch.Tensor | None,
         out: torch.Tensor | None,
-        places: torch.Tensor | None,
+        weights: torch.Tensor | None,
         expert_ids: torch.Tensor | None,
+        places: torch.Tensor | None,
+        reduce: Reduce = "rank",
     ) -> torch.Tensor | None:
-        """`combine` of the last dispatch in one call of C, as `dispatch_by`."""
-        if self._state is not State.RECEIVED or self._limit_s != self.timeout_s:
-            return None
-        sent = received.sent
-        if sent.calls is None:
-            return None
-        call = sent.calls.combine.get((reduce, weights is None, expert_ids is None, places is None))
-        if call is None:
-            return None
-        if out is None:
-            shape = (sent.tokens, self.spec.hidden)
-            out = torch.empty(shape, dtype=self.spec.dtype, device=self.device)
-        self._state = State.BROKEN
-        done = call(
-            sent.tokens,
-            self.most_rows if received.known_count is None else received.known_count,
-            out,
-            y,
-            sent.expert_ids if expert_ids is None else expert_ids,
-            sent.weights if weights is None else weights,
-            *(() if places is None else (places,)),
-        )
-        self._state = State.RECEIVED if done < 0 else State.BETWEEN
-        return None if done < 0 else out
+        """`combine` in one call of C, as `dispatch_by`; or None, and nothing was done."""
+        with self._lock:
+            last = self._received
+            if (
+                last is None
+                or received is not last
+                or self._state is not State.RECEIVED
+                or self._limit_s != self.timeout_s
+            ):
+                return None
+            sent = last.sent
+            if sent.calls is None:
+                return None
+            key = (reduce, weights is None, expert_ids is None, places is None)
+            call = sent.calls.combine.get(key)
+            if call is None:
+                return None
+            if out is None:
+                shape = (sent.tokens, self.spec.hidden)
+                out = torch.empty(shape, dtype=self.spec.dtype, device=self.device)
+            rows = self.most_rows if last.known_count is None else last.known_count
+            ids = sent.expert_ids if expert_ids is None else expert_ids
+            if weights is None:
+                weights = sent.weights
+            self._state = State.BROKEN
+            if places is None:
+                done = call(sent.tokens, rows, out, y, ids, weights)
+            else:
+                done = call(sent.tokens, rows, out, y, ids, weights, places)
+            self._state = State.RECEIVED if done < 0 else State.BETWEEN
+            return None if done < 0 else out
 
     def _remember(self, back: _Back) -> None:
         """Have others like this combine go in one call of C."""

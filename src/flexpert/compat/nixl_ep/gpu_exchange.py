@@ -16,6 +16,7 @@ import torch
 
 from flexpert.comm.buffer import BufferSpec, Received, Reduce
 from flexpert.comm.cuda.cuda_buffer import CudaBuffer
+from flexpert.comm.cuda.cuda_exchange import ExchangeCalls
 from flexpert.comm.cuda.cuda_layout import Word
 from flexpert.comm.cuda.cuda_received import CudaReceived
 from flexpert.comm.cuda.expert_major import NOWHERE, ExpertMajor
@@ -41,9 +42,11 @@ _TURNS = 2  # sets of tensors: what a dispatch returned is valid until the dispa
 
 @dataclass(slots=True, eq=False)
 class GpuReturned(Returned):
-    """into: the same tensors, as `CudaReceived.pack` takes them."""
+    """into: the same tensors, as `CudaReceived.pack` takes them. calls: that fill them; None: not
+    known yet."""
 
     into: ExpertMajor
+    calls: ExchangeCalls | None = None
 
 
 class GpuDevice(Device[torch.Tensor]):
@@ -108,7 +111,9 @@ class GpuDevice(Device[torch.Tensor]):
         else:
             returned = self._turns.popleft()
             if sys.getrefcount(returned.src_info) > _HELD:  # somebody has a handle that is too old
+                calls = returned.calls
                 returned = self._with_info(returned.into, rows)
+                returned.calls = calls
         self._turns.append(returned)
         return returned
 
@@ -144,6 +149,46 @@ class GpuDevice(Device[torch.Tensor]):
         cast(CudaReceived, received).pack(into)
         self._captured = self._capturing()
         return into.places
+
+    def remember(self, done: DeviceDispatched[torch.Tensor], x: torch.Tensor) -> None:
+        returned, sent = cast(GpuReturned, done.returned), cast(CudaReceived, done.received).sent
+        packing = returned.into.packing
+        if self._captured or packing is None:  # the graph has these tensors for itself
+            return
+        sent.calls = returned.calls = self.core.calls_of(
+            x, sent, done.rows.max_tokens, packing.step, token=returned.src_info
+        )
+
+    def dispatch_directly(
+        self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, rows: DispatchSizes
+    ) -> tuple[Returned, Received, torch.Tensor] | None:
+        turns = self._turns
+        if rows is not self._rows or len(turns) < _TURNS:
+            return None
+        returned = turns[0]
+        if (
+            returned.calls is None
+            or sys.getrefcount(returned.src_info) > _HELD
+            or self._capturing()
+        ):
+            return None
+        received = self.core.dispatch_by(returned.calls, x, experts, weights, returned.src_info)
+        if received is None:
+            return None
+        turns.rotate(-1)
+        self._captured = False
+        return returned, received, returned.into.places
+
+    def combine_directly(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor,
+        came: torch.Tensor,
+        received: Received,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        return self.core.combine_by(received, x, out, weights, topk_idx, came)
 
     def again(
         self, done: DeviceDispatched[torch.Tensor], came: torch.Tensor, received: Received
