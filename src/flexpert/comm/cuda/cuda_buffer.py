@@ -174,6 +174,7 @@ class CudaBuffer(DeviceBuffer):
             listener=self._hear,
         )
         self._received: CudaReceived | None = None
+        self._epoch = self.epoch
         self._window: CudaWindow = own_window(layout(spec, choices=choices).size, self.device)
         self.exchange = CudaExchange(
             rank,
@@ -357,6 +358,7 @@ class CudaBuffer(DeviceBuffer):
                 raise ValueError(f"epoch {epoch} is above {MAX_EPOCH}, which flags can carry")
             desired = tuple(sorted(set(ids)))
             self._control.set_active(desired, epoch)
+            self._epoch = epoch
             self._synchronize()
             # a peer may still be reading what an unfinished exchange sent
             unfinished = bool(read_report(self._page)) and not self._lenient
@@ -609,7 +611,7 @@ class CudaBuffer(DeviceBuffer):
             self.sequence += 1
             self._exchanges += 1
             sent = CudaDispatched(expert_ids, weights, calls.table, tokens, calls.kind, calls)
-            received = self._received = CudaReceived(self, sent, self.epoch, self.sequence)
+            received = self._received = CudaReceived(self, sent, self._epoch, self.sequence)
             self._state = State.RECEIVED
             return received
 

@@ -41,9 +41,12 @@ class CudaReceived(Received):
     ) -> None:
         self._buffer = buffer
         self.sent = sent
-        self.tokens_sent = sent.tokens
         self.epoch = epoch
         self.sequence = sequence
+
+    @property
+    def tokens_sent(self) -> int:  # type: ignore[override]
+        return self.sent.tokens
 
     @property
     def indexed(self) -> CudaIndexed:

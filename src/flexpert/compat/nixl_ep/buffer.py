@@ -379,9 +379,10 @@ class Buffer:
         rows, exchange, core = self._usual.get(of), self._exchange, self.runtime
         if rows is None or exchange is None or core is None:
             return None
-        least = core.active[-1] + 1
-        if least != rows.ranks and (of[1] is None or least > rows.ranks):
-            return None
+        if of[1] is None or rows.ranks < core.spec.capacity:  # else there is room for any rank
+            least = core.active[-1] + 1
+            if least != rows.ranks and (of[1] is None or least > rows.ranks):
+                return None
         done = exchange.dispatch_directly(x, topk_idx, rows)
         if done is None:
             return None
@@ -421,16 +422,17 @@ class Buffer:
                 was unmasked since that the handle has no room for. Nothing was sent.
             StaleEpoch: the handle is too old.
         """
-        core, exchange = self._core(), self._exchanges()
-        if not (
+        direct = self._exchange
+        if direct is not None and not (
             async_finish
             or return_recv_hook
             or zero_copy
             or combine_wait_recv_cost_stats is not None
         ):
-            result = exchange.combine_directly(x, topk_idx, topk_weights, handle, out)
+            result = direct.combine_directly(x, topk_idx, topk_weights, handle, out)
             if result is not None:
                 return result, EventOverlap(), None
+        core, exchange = self._core(), self._exchanges()
         check_one_way(async_finish, return_recv_hook)
         done = exchange.find(handle)
         rows = done.rows
