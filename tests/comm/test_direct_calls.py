@@ -6,7 +6,9 @@ Kernels are prepared for a driver that launches none; what they compute is in te
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from support.fake_launches import FakeLaunches
 from support.nixl_ep_local import Ranks, Setup
 
 from flexpert.comm import BufferSpec, CommError, ExpertTable, Interrupted, RankLost
+from flexpert.comm.capture_guard import CAPTURE_GUARD
 from flexpert.comm.cuda.cuda_buffer import CudaBuffer
 from flexpert.comm.cuda.cuda_layout import DISPATCH, Page
 from flexpert.comm.cuda.cuda_received import CudaReceived
@@ -66,10 +69,16 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
+@pytest.fixture(params=[False, True], ids=["one by one", "as graphs"])
+def call(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Call]:
     """After two exchanges: the second was launched by calls of C."""
-    fake = FakeLaunches(monkeypatch)
+    with usual(monkeypatch, with_graphs=request.param) as made:
+        yield made
+
+
+@contextmanager
+def usual(monkeypatch: pytest.MonkeyPatch, *, with_graphs: bool) -> Iterator[Call]:
+    fake = FakeLaunches(monkeypatch, with_graphs=with_graphs)
     buffer = CudaBuffer(0, SPEC, device=torch.device("cpu"), tuning=FEW)
     monkeypatch.setattr(buffer, "_cuda", True)
     experts = torch.arange(6, dtype=torch.int32)
@@ -89,6 +98,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Iterator[Call]:
     buffer.close()
 
 
+NOTHING = {"expert_ids": numbers(0, K, dtype=torch.int64), "weights": numbers(0, K)}
 MOST = SPEC.max_tokens
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "x of another dtype": ({"x": numbers(TOKENS, 64)}, "x must be"),
@@ -228,6 +238,34 @@ def test_a_refusal_of_the_driver_is_an_error_and_ends_the_epoch(call: Call) -> N
         call.dispatch()
 
 
+def test_a_phase_is_one_graph_whose_nodes_get_what_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with usual(monkeypatch, with_graphs=True) as call:
+        fake = call.fake
+        assert len(fake.alive) == 2
+        fake.updated.clear()
+        before = fake.graphs
+        call.pair()
+        assert (fake.graphs, fake.updated) == (before + 2, [])
+        received = call.dispatch(x=call.x.clone())
+        assert fake.updated == ["send_dispatch"]
+        call.combine(received, out=call.out.clone())
+        assert fake.updated == ["send_dispatch", *COMBINE_KERNELS]
+        fake.captured = 1  # a graph cannot be launched into one that is captured
+        call.pair()
+        assert fake.graphs == before + 4
+        fake.captured = 0
+        call.dispatch(x=numbers(0, 64, dtype=BF16), **NOTHING)
+        assert fake.updated[-1] == "send_dispatch"  # other numbers of programs, too
+        call.buffer._calls.clear()
+        call.buffer._received = None
+    del call, received
+    gc.collect()
+    assert CAPTURE_GUARD.settle(10.0)
+    assert fake.alive == {}
+
+
 def test_a_signal_during_the_call_ends_the_epoch(
     call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,7 +321,7 @@ class NixlCall:
 
 @pytest.fixture
 def nixl(monkeypatch: pytest.MonkeyPatch) -> Iterator[NixlCall]:
-    fake = FakeLaunches(monkeypatch)
+    fake = FakeLaunches(monkeypatch, with_graphs=True)
     monkeypatch.setenv(VARIABLE, "cuda")
     with Ranks(SETUP) as ranks:
         buffer = ranks.add(0)

@@ -59,9 +59,8 @@ class FakeDriver:
         self._functions = (
             _LAUNCH(self._launch), _GET(self._get), _SET(self._set), _CURRENT(self._stream),
         )  # fmt: skip
-        self.addresses = Driver(
-            *(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in self._functions)
-        )
+        addresses: Any = tuple(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in self._functions)
+        self.addresses = Driver(addresses, (), (0, 0))
 
     def _launch(self, function: int, *rest: Any) -> int:
         *shape, stream, arguments, extra = rest

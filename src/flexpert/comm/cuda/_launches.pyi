@@ -52,6 +52,15 @@ class Call:
     Raises: RuntimeError: the driver refuses.
     """
 
+    def arm(self, functions: tuple[int, ...], give_back: Callable[[int, int], None]) -> int:
+        """Launch all at once from now on, as a graph, but where the current stream is captured.
+
+        functions: of the driver, see graph_functions. give_back: is told the executable graph (or
+        0) and the graph that are to be destroyed.
+
+        Returns: the driver's answer; if it is not 0, nothing has changed.
+        """
+
     def __new__(
         cls,
         quiet: int,

@@ -37,7 +37,14 @@ from flexpert.comm.cuda.cuda_layout import (
     layout,
     scale_bytes,
 )
-from flexpert.comm.cuda.kernel_launch import ROWS, TOKENS, KernelLaunch, LaunchStep, make_call
+from flexpert.comm.cuda.kernel_launch import (
+    ROWS,
+    TOKENS,
+    KernelLaunch,
+    LaunchStep,
+    launch_at_once,
+    make_call,
+)
 from flexpert.comm.interpreter import INTERPRETED
 
 if TYPE_CHECKING:
@@ -67,6 +74,8 @@ class Tuning:
     checks: read masks and epochs; False only to measure what they cost.
     prepared: launches of a kind share what the first found out; False only to measure what that
         saves.
+    at_once: kernels of a phase outside of a CUDA graph are launched as one; False only to measure
+        what that saves.
 
     In Triton's interpreter, where a program takes a millisecond, the default is `FEW`.
     """
@@ -87,6 +96,7 @@ class Tuning:
     take_warps: int = 8
     checks: bool = True
     prepared: bool = True
+    at_once: bool = True
 
 
 FEW = Tuning(workers=4, reducers=8, packers=4, takers=2)
@@ -738,7 +748,7 @@ class CudaExchange:
         then: what is launched besides; more: what it takes.
         """
         choices = (TOKENS, sent.kind.k)
-        return make_call(
+        return self._call(
             [sent.kind.send, *self._index_steps(sent), *([] if then is None else [then])],
             {
                 "x": (x, (TOKENS, x.shape[1])),
@@ -747,9 +757,7 @@ class CudaExchange:
             }
             | {name: (tensor, tuple(tensor.shape)) for name, tensor in more.items()},
             _known(sent),
-            page=self.page,
-            most_tokens=most_tokens,
-            most_rows=self.most_rows,
+            most_tokens,
         )
 
     def combine_call(
@@ -773,7 +781,7 @@ class CudaExchange:
         }
         if places is not None:
             tensors["position"] = places, tuple(places.shape)
-        return make_call(
+        return self._call(
             [
                 *(self._share_weights(sent, send=True, wait=True) if shared else ()),
                 self._send_combine(sent, reduce=reduce, wait=not alone, shared=shared),
@@ -781,10 +789,26 @@ class CudaExchange:
             ],
             tensors,
             _known(sent) | {"position": self.position},
-            page=self.page,
-            most_tokens=self.spec.max_tokens,
-            most_rows=self.most_rows,
+            self.spec.max_tokens,
         )
+
+    def _call(
+        self,
+        steps: list[LaunchStep],
+        tensors: Mapping[str, tuple[torch.Tensor, tuple[int, ...]]],
+        fixed: Mapping[str, Any],
+        most_tokens: int,
+    ) -> Call | None:
+        """See `make_call`."""
+        call = make_call(
+            steps, tensors, fixed,
+            page=self.page, most_tokens=most_tokens, most_rows=self.most_rows,
+        )  # fmt: skip
+        cuda = self.window.device.type == "cuda"
+        captured = cuda and torch.cuda.is_current_stream_capturing()
+        if call is not None and self.tuning.at_once and len(steps) > 1 and not captured:
+            launch_at_once(call, steps)
+        return call
 
     def _source(self, sent: CudaDispatched, shared: bool) -> int:
         """Rows between the partial sums of two ranks; where a rank may also send rows of choices,

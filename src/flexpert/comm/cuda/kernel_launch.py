@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
+from flexpert.comm.capture_guard import CAPTURE_GUARD
 from flexpert.comm.cuda.cuda_layout import LANES, Page
 from flexpert.comm.interpreter import INTERPRETED
 
@@ -45,13 +46,23 @@ class Unsuited(Exception):  # noqa: N818 - reads as what it says
 
 
 class Driver(NamedTuple):
-    """Addresses of cuLaunchKernel, cuCtxGetCurrent and cuCtxSetCurrent; and of what names the
-    current stream, 0: torch."""
+    """Addresses of functions.
 
-    launch: int
-    get_context: int
-    set_context: int
-    stream: int = 0
+    launching: cuLaunchKernel, cuCtxGetCurrent, cuCtxSetCurrent; and what names the current stream,
+        0: torch's.
+    graphs: see graph_functions in launches.c. destroying: cuGraphExecDestroy and cuGraphDestroy.
+    """
+
+    launching: tuple[int, int, int, int]
+    graphs: tuple[int, ...]
+    destroying: tuple[int, int]
+
+    def destroy(self, executable: int, graph: int) -> None:
+        """0: there is none."""
+        with CAPTURE_GUARD.apart():
+            for function, what in zip(self.destroying, (executable, graph), strict=True):
+                if what:
+                    ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(function)(what)
 
 
 @functools.cache
@@ -59,10 +70,19 @@ def cuda_driver() -> Driver:
     """Of the CUDA driver. Raises: Unsuited: there is none."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
-        functions = cuda.cuLaunchKernel, cuda.cuCtxGetCurrent, cuda.cuCtxSetCurrent
+        addresses = [
+            ctypes.cast(cuda[name], ctypes.c_void_p).value or 0
+            for name in (
+                "cuLaunchKernel", "cuCtxGetCurrent", "cuCtxSetCurrent",
+                "cuGraphCreate", "cuGraphAddKernelNode", "cuGraphInstantiateWithFlags",
+                "cuGraphExecKernelNodeSetParams", "cuGraphLaunch", "cuStreamIsCapturing",
+                "cuGraphExecDestroy", "cuGraphDestroy",
+            )
+        ]  # fmt: skip
     except (OSError, AttributeError) as error:
         raise Unsuited(str(error)) from None
-    return Driver(*(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in functions))
+    launch, get, set_, *graphs, destroy_executable, destroy = addresses
+    return Driver((launch, get, set_, 0), tuple(graphs), (destroy_executable, destroy))
 
 
 @functools.cache
@@ -84,7 +104,7 @@ def _launches() -> Any:
 def _current_context(driver: Driver) -> int:
     """Of this thread."""
     context = ctypes.c_void_p()
-    get = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(driver.get_context)
+    get = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(driver.launching[1])
     if get(ctypes.byref(context)) or not context.value:
         raise Unsuited("the CUDA driver names no context")
     return context.value
@@ -140,7 +160,7 @@ def prepare(
     kept: Kernel = made.Kernel(
         kernel.__name__,
         (compiled, [arguments[name] for name in passed if name not in changing]),
-        tuple(driver),
+        driver.launching,
         device,
         function,
         _current_context(driver),
@@ -215,6 +235,7 @@ class KernelLaunch:
 
         Attributes:
             changing: names of the arguments that change.
+            driver: that launches, once that is prepared.
         """
         self._kernel, self._fixed, self._views, self._options = kernel, fixed, views, options
         self.changing = tuple(name for name in kernel.arg_names if name not in fixed)
@@ -224,6 +245,7 @@ class KernelLaunch:
             self._index = torch.cuda.current_device()
         self._prepares = prepared and device.type == "cuda" and not INTERPRETED
         self._prepared: Kernel | None = None
+        self.driver: Driver | None = None
         self._start: Callable[..., bool] | None = None
 
     @property
@@ -252,8 +274,9 @@ class KernelLaunch:
     def _prepare(self, compiled: Any, arguments: Mapping[str, Any]) -> None:
         self._prepares = False
         try:
+            self.driver = cuda_driver()
             self._prepared = prepare(
-                self._kernel, compiled, arguments, self.changing, cuda_driver(), self._index
+                self._kernel, compiled, arguments, self.changing, self.driver, self._index
             )
             self._start = self._prepared.launch
         except Unsuited as error:
@@ -328,6 +351,22 @@ def make_call(
         ),
     )
     return call
+
+
+def launch_at_once(call: Call, steps: Sequence[LaunchStep]) -> None:
+    """Have a call launch all of its kernels as one graph, which takes the host less than each by
+    itself, if the driver can. Not while this thread captures. steps: of the call."""
+    driver = steps[0].launch.driver
+    if driver is None or not driver.graphs:
+        return
+
+    def give_back(executable: int, graph: int) -> None:  # in a finaliser
+        CAPTURE_GUARD.later(lambda: driver.destroy(executable, graph))
+
+    with CAPTURE_GUARD.apart():
+        status = call.arm(driver.graphs, give_back)
+    if status:
+        _log.debug("a graph of launches: the CUDA driver answers %d", status)
 
 
 @functools.cache

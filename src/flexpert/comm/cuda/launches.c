@@ -13,6 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
+enum { GPU = 2 }; /* of DLPack's kinds of devices */
 enum { WORDS = 48, TENSORS = 8, SIZES = 4, LAUNCHES = 8, ALIGNMENT = 16 };
 enum { TOKENS = -1, ROWS = -2 }; /* sizes of a tensor that a call finds */
 enum { OF_TOKENS = -1, CONSTANT = -2 }; /* words that are of no tensor */
@@ -80,6 +81,24 @@ typedef int (*get_function)(void **context);
 typedef int (*set_function)(void *context);
 typedef int (*stream_function)(int32_t device, int32_t index, void **stream);
 
+/* CUDA_KERNEL_NODE_PARAMS, the first version. */
+typedef struct {
+    void *function;
+    unsigned grid[3], block[3], shared;
+    void **arguments, **extra;
+} node_t;
+
+/* Of the driver, in the order in which `Call.arm` is given them. */
+typedef struct {
+    int (*create)(void **graph, unsigned flags);
+    int (*add)(void **node, void *graph, void *const *after, size_t many, const node_t *of);
+    int (*instantiate)(void **executable, void *graph, unsigned long long flags);
+    int (*update)(void *executable, void *node, const node_t *to);
+    int (*launch)(void *executable, void *stream);
+    int (*capturing)(void *stream, int *status);
+} graph_functions;
+enum { GRAPH_FUNCTIONS = sizeof(graph_functions) / sizeof(void *) };
+
 /* pointers, changing: of the words, so many come first that are tensors, and that launches have
  * others of. The i-th argument of the function is word[place[i]], in its low bytes. */
 typedef struct {
@@ -96,32 +115,44 @@ typedef struct {
     uint64_t word[WORDS];
 } kernel_t;
 
+static void point_at_words(kernel_t *kernel, void **arguments) {
+    for (unsigned i = 0; i < kernel->words; i++) arguments[i] = &kernel->word[kernel->place[i]];
+}
+
+/* The thread may use another device, or none so far: then *elsewhere, and `leave` is to be called. */
+static int enter(const kernel_t *kernel, void **context, int *elsewhere) {
+    int status = kernel->get_context(context);
+    *elsewhere = !status && *context != kernel->context;
+    return *elsewhere ? kernel->set_context(kernel->context) : status;
+}
+
+static void leave(const kernel_t *kernel, void *context, int elsewhere) {
+    if (elsewhere) kernel->set_context(context);
+}
+
+static int refused(const kernel_t *kernel, int status) {
+    PyErr_Format(PyExc_RuntimeError, "the CUDA driver does not launch %U on device %d: error %d",
+                 kernel->name, (int)kernel->device, status);
+    return -1;
+}
+
 /* -1 with an error, or 0. The driver copies the words before this returns; it may have to wait for
- * room in a queue, which other threads may have to make: so they run meanwhile. The thread may use
- * another device, or none so far. */
-static int start(kernel_t *const *kernels, const unsigned *programs, int many) {
-    const kernel_t *first = kernels[0];
-    void *stream = NULL, *context = NULL;
-    if (first->stream(2, first->device, &stream)) return -1;
-    int status, at = 0;
+ * room in a queue, which other threads may have to make: so they run meanwhile. */
+static int start(kernel_t *const *kernels, const unsigned *programs, int many, void *stream) {
+    void *context = NULL;
+    int status, elsewhere, at = 0;
     Py_BEGIN_ALLOW_THREADS
-    status = first->get_context(&context);
-    int elsewhere = !status && context != first->context;
-    if (elsewhere) status = first->set_context(first->context);
+    status = enter(kernels[0], &context, &elsewhere);
     for (; !status && at < many; at++) {
         kernel_t *kernel = kernels[at];
         void *arguments[WORDS];
-        for (unsigned i = 0; i < kernel->words; i++)
-            arguments[i] = &kernel->word[kernel->place[i]];
+        point_at_words(kernel, arguments);
         status = kernel->launch(kernel->function, programs[at], 1, 1, kernel->threads, 1, 1,
                                 kernel->shared, stream, arguments, NULL);
     }
-    if (elsewhere) first->set_context(context);
+    leave(kernels[0], context, elsewhere);
     Py_END_ALLOW_THREADS
-    if (!status) return 0;
-    PyErr_Format(PyExc_RuntimeError, "the CUDA driver does not launch %U on device %d: error %d",
-                 kernels[at ? at - 1 : 0]->name, (int)first->device, status);
-    return -1;
+    return status ? refused(kernels[at ? at - 1 : 0], status) : 0;
 }
 
 /* ---- Kernel --------------------------------------------------------------------------------- */
@@ -198,7 +229,10 @@ static PyObject *kernel_launch(PyObject *self, PyObject *const *values, Py_ssize
         if (!read_tensor(value, &tensor) || address_of(&tensor) % ALIGNMENT) Py_RETURN_FALSE;
         kernel->word[i] = address_of(&tensor);
     }
-    if (PyErr_Occurred() || start(&kernel, &programs, 1)) return NULL;
+    void *stream = NULL;
+    if (PyErr_Occurred() || kernel->stream(GPU, kernel->device, &stream) ||
+        start(&kernel, &programs, 1, stream))
+        return NULL;
     Py_RETURN_TRUE;
 }
 
@@ -234,7 +268,8 @@ typedef struct {
     int from[WORDS];
 } launch_t;
 
-/* quiet: words of memory that must be 0 for the call to do anything. */
+/* quiet: words of memory that must be 0 for the call to do anything. executable: a graph of the
+ * launches, or NULL; what its nodes have are the words and numbers of programs of the last time. */
 typedef struct {
     PyObject_HEAD
     const volatile int64_t *quiet, *stop;
@@ -245,7 +280,42 @@ typedef struct {
     kernel_t *kernels[LAUNCHES];
     launch_t launch[LAUNCHES];
     uint64_t constant[LAUNCHES][WORDS];
+    graph_functions driver;
+    void *graph, *executable, *node[LAUNCHES];
+    PyObject *give_back;
+    unsigned last_programs[LAUNCHES];
+    uint64_t last[LAUNCHES][WORDS];
 } call_t;
+
+static node_t node_of(kernel_t *kernel, unsigned programs, void **arguments) {
+    point_at_words(kernel, arguments);
+    return (node_t){kernel->function, {programs, 1, 1}, {kernel->threads, 1, 1},
+                    kernel->shared, arguments, NULL};
+}
+
+/* As `start`, by one launch of the graph. */
+static int start_graph(call_t *call, const unsigned *programs, void *stream) {
+    const kernel_t *first = call->kernels[0];
+    void *context = NULL;
+    int status, elsewhere;
+    Py_BEGIN_ALLOW_THREADS
+    status = enter(first, &context, &elsewhere);
+    for (int i = 0; !status && i < call->launches; i++) {
+        kernel_t *kernel = call->kernels[i];
+        size_t size = kernel->changing * sizeof(uint64_t);
+        if (programs[i] == call->last_programs[i] && !memcmp(call->last[i], kernel->word, size))
+            continue;
+        void *arguments[WORDS];
+        node_t node = node_of(kernel, programs[i], arguments);
+        status = call->driver.update(call->executable, call->node[i], &node);
+        memcpy(call->last[i], kernel->word, size);
+        call->last_programs[i] = status ? 0 : programs[i];
+    }
+    if (!status) status = call->driver.launch(call->executable, stream);
+    leave(first, context, elsewhere);
+    Py_END_ALLOW_THREADS
+    return status ? refused(first, status) : 0;
+}
 
 static int read_wanted(PyObject *item, wanted_t *wanted) {
     unsigned char code, bits;
@@ -327,10 +397,23 @@ failed:
     return NULL;
 }
 
+/* From a finaliser, which must not lose an error that is on its way. */
+static void give_graph_back(PyObject *give_back, void *executable, void *graph) {
+    PyObject *kind, *value, *trace;
+    PyErr_Fetch(&kind, &value, &trace);
+    PyObject *done = PyObject_CallFunction(give_back, "KK", (unsigned long long)(uintptr_t)executable,
+                                           (unsigned long long)(uintptr_t)graph);
+    if (done) Py_DECREF(done);
+    else PyErr_Clear();
+    PyErr_Restore(kind, value, trace);
+}
+
 static void call_free(PyObject *self) {
     call_t *call = (call_t *)self;
     PyTypeObject *type = Py_TYPE(self);
     for (int i = 0; i < LAUNCHES; i++) Py_XDECREF((PyObject *)call->kernels[i]);
+    if (call->executable) give_graph_back(call->give_back, call->executable, call->graph);
+    Py_XDECREF(call->give_back);
     ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
     Py_DECREF(type);
 }
@@ -389,12 +472,58 @@ static PyObject *call_run(PyObject *self, PyObject *const *values, Py_ssize_t ma
         int64_t busy = (tokens > 1 ? tokens : 1) * launch->each;
         programs[i] = (unsigned)((busy < launch->most ? busy : launch->most) + launch->more);
     }
-    if (start(call->kernels, programs, call->launches)) return NULL;
-    return PyLong_FromLongLong(tokens);
+    const kernel_t *first = call->kernels[0];
+    void *stream = NULL;
+    if (first->stream(GPU, first->device, &stream)) return NULL;
+    int captured = 0;
+    if (call->executable && call->driver.capturing(stream, &captured)) captured = 1;
+    int failed = call->executable && !captured
+                     ? start_graph(call, programs, stream)
+                     : start(call->kernels, programs, call->launches, stream);
+    return failed ? NULL : PyLong_FromLongLong(tokens);
+}
+
+/* arm(functions, give_back): launch a graph from now on, but where the stream is captured; the
+ * driver's answer, 0 if that can be. give_back: is called with the executable graph (or 0) and the
+ * graph, which are to be destroyed. */
+static PyObject *call_arm(PyObject *self, PyObject *arguments) {
+    call_t *call = (call_t *)self;
+    unsigned long long f[GRAPH_FUNCTIONS];
+    PyObject *give_back;
+    if (!PyArg_ParseTuple(arguments, "(KKKKKK)O", &f[0], &f[1], &f[2], &f[3], &f[4], &f[5],
+                          &give_back))
+        return NULL;
+    if (call->executable) return PyLong_FromLong(0);
+    void *functions[GRAPH_FUNCTIONS];
+    for (int i = 0; i < GRAPH_FUNCTIONS; i++) functions[i] = as_pointer(f[i]);
+    memcpy(&call->driver, functions, sizeof functions);
+    const kernel_t *first = call->kernels[0];
+    void *context = NULL, *graph = NULL, *executable = NULL;
+    int elsewhere, status = enter(first, &context, &elsewhere);
+    if (!status) status = call->driver.create(&graph, 0);
+    for (int i = 0; !status && i < call->launches; i++) {
+        void *words[WORDS];
+        node_t node = node_of(call->kernels[i], 1, words);
+        status = call->driver.add(&call->node[i], graph, i ? &call->node[i - 1] : NULL, i > 0,
+                                  &node);
+        call->last_programs[i] = 0; /* so that the first launch updates it */
+    }
+    if (!status) status = call->driver.instantiate(&executable, graph, 0);
+    leave(first, context, elsewhere);
+    if (!status) {
+        Py_INCREF(give_back);
+        call->give_back = give_back;
+        call->graph = graph;
+        call->executable = executable;
+    } else if (graph) {
+        give_graph_back(give_back, NULL, graph);
+    }
+    return PyLong_FromLong(status);
 }
 
 static PyMethodDef call_methods[] = {
     {"run", (PyCFunction)(void (*)(void))call_run, METH_FASTCALL, NULL},
+    {"arm", call_arm, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot call_slots[] = {
