@@ -301,8 +301,10 @@ class LaunchStep:
 
         Raises: RuntimeError: the driver refuses.
         """
-        programs = min(max(tokens, 1) * self.each, self.most) + self.more
-        self.launch(programs, *[arguments[name] for name in self.launch.changing])
+        programs = self.more
+        if self.each:
+            programs += min((tokens or 1) * self.each, self.most)
+        self.launch(programs, *map(arguments.__getitem__, self.launch.changing))
 
 
 TOKENS: Final = -1
