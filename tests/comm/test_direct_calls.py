@@ -238,6 +238,33 @@ def test_a_refusal_of_the_driver_is_an_error_and_ends_the_epoch(call: Call) -> N
         call.dispatch()
 
 
+def test_halves_are_calls_too(call: Call) -> None:
+    """Sent, and received later; what does not fit is refused as ever."""
+    kernels = ["send_dispatch", "wait_dispatch", "index_rows"]
+    kernels += ["send_combine", "wait_combine", "reduce"]
+    for turn in range(3):
+        call.fake.taken()
+        before = call.fake.by_driver
+        pending = call.buffer.begin_dispatch(call.x, call.ids, call.weights, call.table)
+        assert call.fake.taken() == kernels[:1]
+        with pytest.raises(CommError, match="dispatch before combine of the last"):
+            call.buffer.begin_dispatch(call.x, call.ids, call.weights, call.table)
+        received = pending()
+        with pytest.raises(ValueError, match="y must be"):
+            call.buffer.begin_combine(call.y[:5], received, out=call.out)
+        assert call.fake.taken() == kernels[1:3]
+        back = call.buffer.begin_combine(call.y, received, out=call.out)
+        assert call.fake.taken() == kernels[3:4]
+        assert back() is call.out
+        assert call.fake.taken() == kernels[4:]
+        assert turn == 0 or call.fake.by_driver == before + len(kernels)
+    with pytest.raises(ValueError, match="x must be contiguous"):
+        call.buffer.begin_dispatch(
+            numbers(TOKENS, 128, dtype=BF16)[:, ::2], call.ids, call.weights, call.table
+        )
+    call.pair()
+
+
 def test_a_phase_is_one_graph_whose_nodes_get_what_has_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -272,7 +299,7 @@ def test_a_signal_during_the_call_ends_the_epoch(
     def struck(*arguments: Any) -> int:
         raise KeyboardInterrupt
 
-    calls = call.buffer._calls[id(call.table), None]
+    calls = call.buffer._calls[id(call.table), None, False]
     calls.dispatch = struck
     with pytest.raises(KeyboardInterrupt):
         call.dispatch()

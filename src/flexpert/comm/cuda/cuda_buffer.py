@@ -48,6 +48,7 @@ from flexpert.comm.cuda.cuda_exchange import (
     CudaExchange,
     DispatchKind,
     ExchangeCalls,
+    Part,
     Tuning,
 )
 from flexpert.comm.cuda.cuda_layout import (
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
 
 _NAP_S = 0.001
 _STOP = int(Page.STOP)
+_WHOLE: Part = "whole"
 _NOTHING_REPORTED = bytes(8 * LANES)
 
 
@@ -100,6 +102,10 @@ class _Back:
     out: torch.Tensor
     places: torch.Tensor | None
     shared: bool
+
+    def key(self, part: Part) -> tuple[Reduce, bool, bool, bool, Part]:
+        """Of `ExchangeCalls.combine`."""
+        return self.reduce, self.weights is None, not self.shared, self.places is None, part
 
 
 class CudaBuffer(DeviceBuffer):
@@ -161,7 +167,8 @@ class CudaBuffer(DeviceBuffer):
         self._reports = memoryview(raw).cast("B")[8 * Page.REPORT :][: len(_NOTHING_REPORTED)]
         self._tables: dict[int, ExpertTable] = {}  # that were checked
         self._kinds: dict[tuple[object, ...], DispatchKind] = {}  # likewise
-        self._calls: dict[tuple[int, Scales | None], ExchangeCalls] = {}  # by id of the table
+        # by id of the table, scales, and whether phases are halved
+        self._calls: dict[tuple[int, Scales | None, bool], ExchangeCalls] = {}
         super().__init__(
             rank,
             spec,
@@ -527,9 +534,12 @@ class CudaBuffer(DeviceBuffer):
         fp8: Scales | None = None,
     ) -> Pending[Received]:
         kind = self._kind_of(x, expert_ids, weights, table, fp8, wait=False)
+        key = (id(table), fp8, True)
         with self._lock:
-            sent = self._send(x, expert_ids, weights, table, kind, wait=False)
+            sent = self._send(x, expert_ids, weights, table, kind, self._calls.get(key))
             sequence = self.sequence
+            if sent.calls is None:
+                self._keep(key, self.calls_of(x, sent, self.spec.max_tokens))
 
         def receive(timeout_s: float | None) -> Received:
             with self._lock:
@@ -550,7 +560,7 @@ class CudaBuffer(DeviceBuffer):
         fp8: Scales | None = None,
         timeout_s: float | None = None,
     ) -> CudaReceived:
-        calls = self._calls.get((id(table), fp8))
+        calls = self._calls.get((id(table), fp8, False))
         if calls is not None and timeout_s is None:
             received = self.dispatch_by(calls, x, expert_ids, weights)
             if received is not None:
@@ -559,14 +569,18 @@ class CudaBuffer(DeviceBuffer):
         kind = self._kind_of(x, expert_ids, weights, table, fp8, wait=wait)
         with self._lock:
             self._set_limit(timeout_s)
-            sent = self._send(x, expert_ids, weights, table, kind, wait=wait)
+            sent = self._send(x, expert_ids, weights, table, kind)
             received = self._receive(sent, wait=not wait)
-            calls = self.calls_of(x, sent, self.spec.max_tokens) if wait else None
-            if calls is not None:
-                if len(self._calls) >= MOST_KINDS:
-                    self._calls.clear()
-                self._calls[id(table), fp8] = sent.calls = calls
+            if wait:
+                sent.calls = self.calls_of(x, sent, self.spec.max_tokens)
+                self._keep((id(table), fp8, False), sent.calls)
             return received
+
+    def _keep(self, key: tuple[int, Scales | None, bool], calls: ExchangeCalls | None) -> None:
+        if calls is not None:
+            if len(self._calls) >= MOST_KINDS:
+                self._calls.clear()
+            self._calls[key] = calls
 
     def calls_of(
         self,
@@ -581,7 +595,11 @@ class CudaBuffer(DeviceBuffer):
         See `CudaExchange.dispatch_call`.
         """
         call = self.exchange.dispatch_call(x, sent, most_tokens, then, **more)
-        return None if call is None else ExchangeCalls(sent.table, sent.kind, call.run, {})
+        if call is None:
+            return None
+        half = None if sent.kind.waits else self.exchange.receive_call(sent)
+        receive = None if half is None else half.run
+        return ExchangeCalls(sent.table, sent.kind, call.run, receive, {})
 
     def dispatch_by(
         self,
@@ -622,16 +640,20 @@ class CudaBuffer(DeviceBuffer):
         weights: torch.Tensor,
         table: ExpertTable,
         kind: DispatchKind,
-        *,
-        wait: bool,
+        calls: ExchangeCalls | None = None,
     ) -> CudaDispatched:
+        """calls: which may fit. Else the result is without, and launched step by step."""
         self._begin("dispatch before combine of the last")
         if self._must_vote:
             self._check_voted("the last exchange was incomplete and a peer may still be reading it")
         self._state = State.BROKEN  # first: a signal may strike right after the launch
-        sent = self.exchange.send_dispatch(
-            x, expert_ids.contiguous(), weights.contiguous(), table, wait=wait, kind=kind
-        )
+        if calls is not None and calls.dispatch(-1, 0, x, expert_ids, weights) >= 0:
+            tokens = expert_ids.shape[0]
+            sent = CudaDispatched(expert_ids, weights, table, tokens, kind, calls)
+        else:
+            sent = self.exchange.send_dispatch(
+                x, expert_ids.contiguous(), weights.contiguous(), table, wait=kind.waits, kind=kind
+            )
         self.sequence += 1
         self._exchanges += 1
         self._state = State.DISPATCHED
@@ -639,9 +661,11 @@ class CudaBuffer(DeviceBuffer):
 
     def _receive(self, sent: CudaDispatched, *, wait: bool) -> CudaReceived:
         self._state = State.BROKEN
-        if wait:
-            self.exchange.wait_dispatch(sent)
-        self.exchange.index(sent)
+        half = None if sent.calls is None else sent.calls.receive
+        if half is None or half(sent.tokens, 0) < 0:
+            if wait:
+                self.exchange.wait_dispatch(sent)
+            self.exchange.index(sent)
         self.raise_reported()
         received = self._received = CudaReceived(self, sent, self.epoch, self.sequence)
         self._state = State.RECEIVED
@@ -712,7 +736,7 @@ class CudaBuffer(DeviceBuffer):
                 shared=back.shared,
             )  # fmt: skip
             self._state = State.BETWEEN
-            self._remember(back)
+            self._remember(back, _WHOLE)
             return back.out
 
     def combine_by(
@@ -738,7 +762,7 @@ class CudaBuffer(DeviceBuffer):
             sent = last.sent
             if sent.calls is None:
                 return None
-            key = (reduce, weights is None, expert_ids is None, places is None)
+            key = (reduce, weights is None, expert_ids is None, places is None, _WHOLE)
             call = sent.calls.combine.get(key)
             if call is None:
                 return None
@@ -757,17 +781,28 @@ class CudaBuffer(DeviceBuffer):
             self._state = State.RECEIVED if done < 0 else State.BETWEEN
             return None if done < 0 else out
 
-    def _remember(self, back: _Back) -> None:
-        """Have others like this combine go in one call of C."""
+    def _remember(self, back: _Back, part: Part) -> None:
+        """Have others like this combine, or like a half of it, go in one call of C."""
         sent = back.sent
         if sent.calls is None:
             return
         call = self.exchange.combine_call(
-            back.out, back.y, sent, reduce=back.reduce, places=back.places, shared=back.shared
-        )
+            back.out, back.y, sent,
+            reduce=back.reduce, places=back.places, shared=back.shared, part=part,
+        )  # fmt: skip
         if call is not None:
-            key = (back.reduce, back.weights is None, not back.shared, back.places is None)
-            sent.calls.combine[key] = call.run
+            sent.calls.combine[back.key(part)] = call.run
+
+    def _go(self, back: _Back, part: Part) -> bool:
+        """Whether a half of a combine went in one call of C."""
+        sent = back.sent
+        call = None if sent.calls is None else sent.calls.combine.get(back.key(part))
+        if call is None:
+            return False
+        weights = sent.weights if back.weights is None else back.weights
+        places = () if back.places is None else (back.places,)
+        tensors = (back.out, back.y, sent.expert_ids, weights, *places)
+        return call(sent.tokens, back.y.shape[0], *tensors) >= 0
 
     def _checked(
         self,
@@ -819,6 +854,8 @@ class CudaBuffer(DeviceBuffer):
 
     def _send_back(self, back: _Back) -> None:
         """The half of a combine that does not wait for results."""
+        if self._go(back, "send"):
+            return
         if back.shared:
             assert back.weights is not None
             self.exchange.share_weights(back.weights, back.sent, wait=back.reduce == "rank")
@@ -826,14 +863,17 @@ class CudaBuffer(DeviceBuffer):
             back.out, back.y, back.sent, reduce=back.reduce, wait=False, places=back.places,
             shared=back.shared,
         )  # fmt: skip
+        self._remember(back, "send")
 
     def _sum(self, back: _Back) -> torch.Tensor:
         """The other half."""
-        self.exchange.wait_combine()
-        self.exchange.reduce(
-            back.out, back.y, back.sent, reduce=back.reduce, weights=back.weights,
-            places=back.places, shared=back.shared,
-        )  # fmt: skip
+        if not self._go(back, "receive"):
+            self.exchange.wait_combine()
+            self.exchange.reduce(
+                back.out, back.y, back.sent, reduce=back.reduce, weights=back.weights,
+                places=back.places, shared=back.shared,
+            )  # fmt: skip
+            self._remember(back, "receive")
         self.raise_reported()
         self._state = State.BETWEEN
         return back.out

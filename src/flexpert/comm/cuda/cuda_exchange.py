@@ -50,6 +50,8 @@ from flexpert.comm.interpreter import INTERPRETED
 if TYPE_CHECKING:
     from flexpert.comm.cuda._launches import Call
 
+Part = Literal["whole", "send", "receive"]  # of a combine
+
 _FOREVER_NS = 2**62
 _WAIT_DISPATCH, _WAIT_COMBINE = "wait_dispatch", "wait_combine"  # kinds of launches
 _SEND_COMBINE, _REDUCE, _SHARE_WEIGHTS = "send_combine", "reduce", "share_weights"
@@ -129,11 +131,12 @@ class CudaIndexed:
 class DispatchKind:
     """What dispatches of one kind have in common.
 
-    send, index: their launches.
+    send, index: their launches. waits: `send` waits for the peers, too.
     k: choices of a token. stride: by how many two tokens are apart; see `CudaExchange`.
     """
 
     send: LaunchStep
+    waits: bool
     index: LaunchStep
     indexed: CudaIndexed
     k: int
@@ -144,14 +147,16 @@ class DispatchKind:
 class ExchangeCalls:
     """Exchanges with one table whose phases are one call of C each; see `Call.run`.
 
-    dispatch: of `CudaExchange.dispatch_call`. combine: of `combine_call`, by `reduce` and whether
-    there are no weights, expert_ids and places.
+    dispatch: of `CudaExchange.dispatch_call`; receive: of `receive_call`, if that is a half.
+    combine: of `combine_call`, by `reduce`, whether there are no weights, expert_ids and places,
+    and the part.
     """
 
     table: ExpertTable
     kind: DispatchKind
     dispatch: Callable[..., int]
-    combine: dict[tuple[Reduce, bool, bool, bool], Callable[..., int]]
+    receive: Callable[..., int] | None
+    combine: dict[tuple[Reduce, bool, bool, bool, Part], Callable[..., int]]
 
 
 @dataclass(slots=True, eq=False)
@@ -365,10 +370,12 @@ class CudaExchange:
         return sent
 
     def wait_dispatch(self, sent: CudaDispatched) -> None:
-        step = self._steps.get((_WAIT_DISPATCH,))
-        if step is None:
-            step = self._one((_WAIT_DISPATCH,), dispatch.wait_dispatch, self._waits(), num_warps=1)
-        step.start({"tokens": sent.tokens})
+        self._wait_dispatch().start({"tokens": sent.tokens})
+
+    def _wait_dispatch(self) -> LaunchStep:
+        return self._steps.get((_WAIT_DISPATCH,)) or self._one(
+            (_WAIT_DISPATCH,), dispatch.wait_dispatch, self._waits(), num_warps=1
+        )
 
     def index(self, sent: CudaDispatched) -> CudaIndexed:
         """What came, by slot; the exchange has its number from here on."""
@@ -519,10 +526,12 @@ class CudaExchange:
         return step
 
     def wait_combine(self) -> None:
-        step = self._steps.get((_WAIT_COMBINE,))
-        if step is None:
-            step = self._one((_WAIT_COMBINE,), combine.wait_combine, self._waits(), num_warps=1)
-        step.start({})
+        self._wait_combine().start({})
+
+    def _wait_combine(self) -> LaunchStep:
+        return self._steps.get((_WAIT_COMBINE,)) or self._one(
+            (_WAIT_COMBINE,), combine.wait_combine, self._waits(), num_warps=1
+        )
 
     def reduce(
         self,
@@ -664,6 +673,7 @@ class CudaExchange:
         launch = self.prepare(dispatch.send_dispatch, fixed, views, num_warps=tuning.send_warps)
         return DispatchKind(
             LaunchStep(launch, triton.cdiv(words, tile), more=int(wait)),
+            wait,
             self._index_step(indexed, slots, stride),
             indexed,
             k,
@@ -742,14 +752,18 @@ class CudaExchange:
         then: LaunchStep | None = None,
         **more: torch.Tensor,
     ) -> Call | None:
-        """`dispatch` of others like x and `sent`, which was one: a call of (x, expert_ids, weights,
-        *more); None: it must be launched step by step.
+        """`dispatch` of others like x and `sent`, which was one, or its sending half if that does
+        not wait: a call of (x, expert_ids, weights, *more); None: it must be launched step by step.
 
         then: what is launched besides; more: what it takes.
         """
-        choices = (TOKENS, sent.kind.k)
+        choices, waits = (TOKENS, sent.kind.k), sent.kind.waits
         return self._call(
-            [sent.kind.send, *self._index_steps(sent), *([] if then is None else [then])],
+            [
+                sent.kind.send,
+                *(self._index_steps(sent) if waits else ()),
+                *(() if then is None else (then,)),
+            ],
             {
                 "x": (x, (TOKENS, x.shape[1])),
                 "expert_ids": (sent.expert_ids, choices),
@@ -760,6 +774,11 @@ class CudaExchange:
             most_tokens,
         )
 
+    def receive_call(self, sent: CudaDispatched) -> Call | None:
+        """The other half: a call of nothing but the number of tokens."""
+        steps = [self._wait_dispatch(), *self._index_steps(sent)]
+        return self._call(steps, {}, _known(sent), self.spec.max_tokens)
+
     def combine_call(
         self,
         out: torch.Tensor,
@@ -769,10 +788,22 @@ class CudaExchange:
         reduce: Reduce,
         places: torch.Tensor | None,
         shared: bool,
+        part: Part = "whole",
     ) -> Call | None:
-        """`combine` of others like these: a call of (out, y, expert_ids, weights), and of places if
-        there are any; None: it must be launched step by step."""
-        alone, choices = self._alone(reduce), (TOKENS, sent.kind.k)
+        """`combine` of others like these, or a half of it: a call of (out, y, expert_ids, weights),
+        and of places if there are any; None: it must be launched step by step."""
+        whole, choices = part == "whole", (TOKENS, sent.kind.k)
+        waits = whole and not self._alone(reduce)
+        steps = list[LaunchStep]()
+        if part != "receive":
+            if shared:
+                for_weights = whole or reduce == "rank"
+                steps += self._share_weights(sent, send=True, wait=for_weights)
+            steps.append(self._send_combine(sent, reduce=reduce, wait=waits, shared=shared))
+        if part == "receive":
+            steps.append(self._wait_combine())
+        if waits or part == "receive":
+            steps += self._reduce(sent, reduce=reduce, shared=shared)
         tensors = {
             "out": (out, (TOKENS, self.spec.hidden)),
             "y": (y, (ROWS, self.spec.hidden) if places is None else tuple(y.shape)),
@@ -782,11 +813,7 @@ class CudaExchange:
         if places is not None:
             tensors["position"] = places, tuple(places.shape)
         return self._call(
-            [
-                *(self._share_weights(sent, send=True, wait=True) if shared else ()),
-                self._send_combine(sent, reduce=reduce, wait=not alone, shared=shared),
-                *(() if alone else self._reduce(sent, reduce=reduce, shared=shared)),
-            ],
+            steps,
             tensors,
             _known(sent) | {"position": self.position},
             self.spec.max_tokens,
