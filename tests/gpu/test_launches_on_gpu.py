@@ -53,6 +53,14 @@ def exchange(buffer: CudaBuffer, s: Sent, fp8: Scales | None = None) -> torch.Te
     return buffer.combine(y, received)
 
 
+def halved(buffer: CudaBuffer, s: Sent, fp8: Scales | None = None) -> torch.Tensor:
+    """The same in halves."""
+    received = buffer.begin_dispatch(s.x, s.expert_ids, s.weights, s.table, fp8=fp8)()
+    at = received.indexed
+    rows = at.payload.view(torch.uint8)[at.rows.long()].view(at.payload.dtype)
+    return buffer.begin_combine(rows.to(SPEC.dtype) * 2, received)()
+
+
 def sent(seed: int) -> Sent:
     return placed(random_sent(SPEC, (0,), seed)[0])
 
@@ -65,6 +73,7 @@ def test_all_are_prepared_and_compute_what_triton_s_do(
         s = sent(seed)
         ours, tritons = (exchange(buffer, s, fp8) for buffer in buffers)
         assert same_bits(ours.cpu(), tritons.cpu()), seed
+        assert same_bits(halved(buffers[0], s, fp8).cpu(), tritons.cpu()), seed
     for buffer, prepared in zip(buffers, (True, False), strict=True):
         made = launches(buffer.exchange)
         assert len(made) >= 3
