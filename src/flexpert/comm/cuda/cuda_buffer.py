@@ -169,6 +169,7 @@ class CudaBuffer(DeviceBuffer):
         self._kinds: dict[tuple[object, ...], DispatchKind] = {}  # likewise
         # by id of the table, scales, and whether phases are halved
         self._calls: dict[tuple[int, Scales | None, bool], ExchangeCalls] = {}
+        self._like: dict[int, torch.Tensor] = {}  # results, by number of tokens
         super().__init__(
             rank,
             spec,
@@ -767,8 +768,7 @@ class CudaBuffer(DeviceBuffer):
             if call is None:
                 return None
             if out is None:
-                shape = (sent.tokens, self.spec.hidden)
-                out = torch.empty(shape, dtype=self.spec.dtype, device=self.device)
+                out = torch.empty_like(self._sums_like(sent.tokens))
             rows = self.most_rows if last.known_count is None else last.known_count
             ids = sent.expert_ids if expert_ids is None else expert_ids
             if weights is None:
@@ -780,6 +780,17 @@ class CudaBuffer(DeviceBuffer):
                 done = call(sent.tokens, rows, out, y, ids, weights, places)
             self._state = State.RECEIVED if done < 0 else State.BETWEEN
             return None if done < 0 else out
+
+    def _sums_like(self, tokens: int) -> torch.Tensor:
+        """[tokens, hidden] spec.dtype, one element of memory: to make others like it takes the host
+        half as long as to make them from a shape."""
+        like = self._like.get(tokens)
+        if like is None:
+            if len(self._like) >= MOST_KINDS:
+                self._like.clear()
+            one = torch.empty((1, 1), dtype=self.spec.dtype, device=self.device)
+            like = self._like[tokens] = one.expand(tokens, self.spec.hidden)
+        return like
 
     def _remember(self, back: _Back, part: Part) -> None:
         """Have others like this combine, or like a half of it, go in one call of C."""
@@ -846,8 +857,7 @@ class CudaBuffer(DeviceBuffer):
                 raise ValueError(f"weights must be {list(sent.weights.shape)} float32")
             weights = weights.contiguous()
         if out is None:
-            shape = (sent.tokens, self.spec.hidden)
-            out = torch.empty(shape, dtype=self.spec.dtype, device=self.device)
+            out = torch.empty_like(self._sums_like(sent.tokens))
         else:
             self._check_rows("out", out, sent.tokens)
         return _Back(y, sent, reduce, weights, out, places, shared)
