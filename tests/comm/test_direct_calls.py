@@ -285,12 +285,24 @@ def test_a_phase_is_one_graph_whose_nodes_get_what_has_changed(
         fake.captured = 0
         call.dispatch(x=numbers(0, 64, dtype=BF16), **NOTHING)
         assert fake.updated[-1] == "send_dispatch"  # other numbers of programs, too
-        call.buffer._calls.clear()
-        call.buffer._received = None
-    del call, received
+        call.buffer.close()
+    del received
     gc.collect()
     assert CAPTURE_GUARD.settle(10.0)
     assert fake.alive == {}
+
+
+def test_kinds_in_turns_are_not_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    with usual(monkeypatch, with_graphs=True) as call:
+        for turn in range(6):
+            call.combine(call.dispatch(expert_ids=call.ids.int() if turn % 2 else call.ids))
+        assert len(call.fake.alive) == 4
+        for rows in range(50):  # places for ever other rows
+            y = numbers(rows + 64, 64, dtype=BF16)
+            places = torch.zeros_like(call.buffer.exchange.position)
+            call.combine(call.dispatch(), y=y, places=places)
+        assert len(call.fake.alive) < 40
+        call.pair()
 
 
 def test_a_signal_during_the_call_ends_the_epoch(

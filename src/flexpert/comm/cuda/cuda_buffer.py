@@ -88,6 +88,9 @@ if TYPE_CHECKING:
 _NAP_S = 0.001
 _STOP = int(Page.STOP)
 _WHOLE: Part = "whole"
+_MOST_CALLS = (
+    32  # of combines that follow one kind of dispatch: then their tensors differ each time
+)
 _NOTHING_REPORTED = bytes(8 * LANES)
 
 
@@ -167,7 +170,9 @@ class CudaBuffer(DeviceBuffer):
         self._reports = memoryview(raw).cast("B")[8 * Page.REPORT :][: len(_NOTHING_REPORTED)]
         self._tables: dict[int, ExpertTable] = {}  # that were checked
         self._kinds: dict[tuple[object, ...], DispatchKind] = {}  # likewise
-        # by id of the table, scales, and whether phases are halved
+        # by id of the table and kind; and those that were used last, by id of the table, scales,
+        # and whether phases are halved
+        self._calls_of_kind: dict[tuple[int, DispatchKind], ExchangeCalls] = {}
         self._calls: dict[tuple[int, Scales | None, bool], ExchangeCalls] = {}
         self._like: dict[int, torch.Tensor] = {}  # results, by number of tokens
         super().__init__(
@@ -540,7 +545,7 @@ class CudaBuffer(DeviceBuffer):
             sent = self._send(x, expert_ids, weights, table, kind, self._calls.get(key))
             sequence = self.sequence
             if sent.calls is None:
-                self._keep(key, self.calls_of(x, sent, self.spec.max_tokens))
+                self._choose(key, x, sent)
 
         def receive(timeout_s: float | None) -> Received:
             with self._lock:
@@ -573,15 +578,25 @@ class CudaBuffer(DeviceBuffer):
             sent = self._send(x, expert_ids, weights, table, kind)
             received = self._receive(sent, wait=not wait)
             if wait:
-                sent.calls = self.calls_of(x, sent, self.spec.max_tokens)
-                self._keep((id(table), fp8, False), sent.calls)
+                sent.calls = self._choose((id(table), fp8, False), x, sent)
             return received
 
-    def _keep(self, key: tuple[int, Scales | None, bool], calls: ExchangeCalls | None) -> None:
-        if calls is not None:
-            if len(self._calls) >= MOST_KINDS:
+    def _choose(
+        self, key: tuple[int, Scales | None, bool], x: torch.Tensor, sent: CudaDispatched
+    ) -> ExchangeCalls | None:
+        """The calls of dispatches like this one; the next with `key` are tried with them."""
+        of = id(sent.table), sent.kind
+        calls = self._calls_of_kind.get(of)
+        if calls is None:
+            calls = self.calls_of(x, sent, self.spec.max_tokens)
+            if calls is None:
+                return None
+            if len(self._calls_of_kind) >= MOST_KINDS:
+                self._calls_of_kind.clear()
                 self._calls.clear()
-            self._calls[key] = calls
+            self._calls_of_kind[of] = calls
+        self._calls[key] = calls
+        return calls
 
     def calls_of(
         self,
@@ -795,8 +810,9 @@ class CudaBuffer(DeviceBuffer):
     def _remember(self, back: _Back, part: Part) -> None:
         """Have others like this combine, or like a half of it, go in one call of C."""
         sent = back.sent
-        if sent.calls is None:
+        if sent.calls is None or sent.calls.made >= _MOST_CALLS:
             return
+        sent.calls.made += 1
         call = self.exchange.combine_call(
             back.out, back.y, sent,
             reduce=back.reduce, places=back.places, shared=back.shared, part=part,
@@ -949,6 +965,9 @@ class CudaBuffer(DeviceBuffer):
                 return
             self._synchronize()
             self._state = State.CLOSED
+            self._received = None
+            self._calls.clear()
+            self._calls_of_kind.clear()
             if self._forwarder is not None:
                 self._forwarder.close()
             for memory in (*self._departed, *self._peers.values()):

@@ -149,7 +149,7 @@ class ExchangeCalls:
 
     dispatch: of `CudaExchange.dispatch_call`; receive: of `receive_call`, if that is a half.
     combine: of `combine_call`, by `reduce`, whether there are no weights, expert_ids and places,
-    and the part.
+    and the part. made: how many of these were, replaced ones included.
     """
 
     table: ExpertTable
@@ -157,6 +157,7 @@ class ExchangeCalls:
     dispatch: Callable[..., int]
     receive: Callable[..., int] | None
     combine: dict[tuple[Reduce, bool, bool, bool, Part], Callable[..., int]]
+    made: int = 0
 
 
 @dataclass(slots=True, eq=False)

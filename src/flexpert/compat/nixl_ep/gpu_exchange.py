@@ -42,10 +42,11 @@ _TURNS = 2  # sets of tensors: what a dispatch returned is valid until the dispa
 
 @dataclass(slots=True, eq=False)
 class GpuReturned(Returned):
-    """into: the same tensors, as `CudaReceived.pack` takes them. calls: that fill them; None: not
-    known yet."""
+    """into: the same tensors, as `CudaReceived.pack` takes them. used: more than once. calls: that
+    fill them; None: not known yet."""
 
     into: ExpertMajor
+    used: bool = False
     calls: ExchangeCalls | None = None
 
 
@@ -114,6 +115,7 @@ class GpuDevice(Device[torch.Tensor]):
                 calls = returned.calls
                 returned = self._with_info(returned.into, rows)
                 returned.calls = calls
+            returned.used = True
         self._turns.append(returned)
         return returned
 
@@ -153,7 +155,7 @@ class GpuDevice(Device[torch.Tensor]):
     def remember(self, done: DeviceDispatched[torch.Tensor], x: torch.Tensor) -> None:
         returned, sent = cast(GpuReturned, done.returned), cast(CudaReceived, done.received).sent
         packing = returned.into.packing
-        if self._captured or packing is None:  # the graph has these tensors for itself
+        if not returned.used or packing is None:  # a captured graph has its tensors for itself
             return
         sent.calls = returned.calls = self.core.calls_of(
             x, sent, done.rows.max_tokens, packing.step, token=returned.src_info
