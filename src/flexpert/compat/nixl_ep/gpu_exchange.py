@@ -10,7 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -261,19 +261,30 @@ class GpuDevice(Device[torch.Tensor]):
     def on_stream(self, work: Callable[[], None]) -> Callable[[], None]:
         if not self._on_gpu:
             return work
-        stream = torch.cuda.current_stream(self.at)
+        index, begun = (
+            self.at.index,
+            _raw_stream(self.at.index),
+        )  # torch's objects take microseconds
 
         def run() -> None:
+            if _raw_stream(index) == begun:
+                work()
+                return
+            stream = torch.cuda.default_stream(self.at)
+            if begun:
+                stream = torch.cuda.ExternalStream(begun, self.at)  # type: ignore[no-untyped-call]
             now = torch.cuda.current_stream(self.at)
             with torch.cuda.stream(stream):
                 work()
-            if now != stream:
-                now.wait_stream(stream)
+            now.wait_stream(stream)
 
         return run
 
     def _capturing(self) -> bool:
         return self._on_gpu and torch.cuda.is_current_stream_capturing()
+
+
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _reduce(experts: torch.Tensor) -> Reduce:
