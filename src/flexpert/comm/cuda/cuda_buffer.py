@@ -88,9 +88,8 @@ if TYPE_CHECKING:
 _NAP_S = 0.001
 _STOP = int(Page.STOP)
 _WHOLE: Part = "whole"
-_MOST_CALLS = (
-    32  # of combines that follow one kind of dispatch: then their tensors differ each time
-)
+_MOST_TABLES = 256  # and kinds of dispatches with them, whose calls are kept
+_MOST_CALLS = 32  # of combines after one kind of dispatch: then their tensors differ each time
 _NOTHING_REPORTED = bytes(8 * LANES)
 
 
@@ -172,7 +171,7 @@ class CudaBuffer(DeviceBuffer):
         self._kinds: dict[tuple[object, ...], DispatchKind] = {}  # likewise
         # by id of the table and kind; and those that were used last, by id of the table, scales,
         # and whether phases are halved
-        self._calls_of_kind: dict[tuple[int, DispatchKind], ExchangeCalls] = {}
+        self._calls_of_kind: dict[tuple[int, DispatchKind], ExchangeCalls | None] = {}
         self._calls: dict[tuple[int, Scales | None, bool], ExchangeCalls] = {}
         self._like: dict[int, torch.Tensor] = {}  # results, by number of tokens
         super().__init__(
@@ -584,18 +583,20 @@ class CudaBuffer(DeviceBuffer):
     def _choose(
         self, key: tuple[int, Scales | None, bool], x: torch.Tensor, sent: CudaDispatched
     ) -> ExchangeCalls | None:
-        """The calls of dispatches like this one; the next with `key` are tried with them."""
+        """The calls of dispatches like this one, if it is not the first; the next with `key` are
+        tried with them."""
         of = id(sent.table), sent.kind
-        calls = self._calls_of_kind.get(of)
-        if calls is None:
-            calls = self.calls_of(x, sent, self.spec.max_tokens)
-            if calls is None:
-                return None
-            if len(self._calls_of_kind) >= MOST_KINDS:
+        if of not in self._calls_of_kind:  # of many tables there is but one dispatch
+            if len(self._calls_of_kind) >= _MOST_TABLES:
                 self._calls_of_kind.clear()
                 self._calls.clear()
-            self._calls_of_kind[of] = calls
-        self._calls[key] = calls
+            self._calls_of_kind[of] = None
+            return None
+        calls = self._calls_of_kind[of]
+        if calls is None:
+            calls = self.calls_of(x, sent, self.spec.max_tokens)
+        if calls is not None:
+            self._calls_of_kind[of] = self._calls[key] = calls
         return calls
 
     def calls_of(
@@ -820,7 +821,7 @@ class CudaBuffer(DeviceBuffer):
         if call is not None:
             sent.calls.combine[back.key(part)] = call.run
 
-    def _go(self, back: _Back, part: Part) -> bool:
+    def _run_half(self, back: _Back, part: Part) -> bool:
         """Whether a half of a combine went in one call of C."""
         sent = back.sent
         call = None if sent.calls is None else sent.calls.combine.get(back.key(part))
@@ -880,7 +881,7 @@ class CudaBuffer(DeviceBuffer):
 
     def _send_back(self, back: _Back) -> None:
         """The half of a combine that does not wait for results."""
-        if self._go(back, "send"):
+        if self._run_half(back, "send"):
             return
         if back.shared:
             assert back.weights is not None
@@ -893,7 +894,7 @@ class CudaBuffer(DeviceBuffer):
 
     def _sum(self, back: _Back) -> torch.Tensor:
         """The other half."""
-        if not self._go(back, "receive"):
+        if not self._run_half(back, "receive"):
             self.exchange.wait_combine()
             self.exchange.reduce(
                 back.out, back.y, back.sent, reduce=back.reduce, weights=back.weights,

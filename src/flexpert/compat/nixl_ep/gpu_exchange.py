@@ -261,10 +261,8 @@ class GpuDevice(Device[torch.Tensor]):
     def on_stream(self, work: Callable[[], None]) -> Callable[[], None]:
         if not self._on_gpu:
             return work
-        index, begun = (
-            self.at.index,
-            _raw_stream(self.at.index),
-        )  # torch's objects take microseconds
+        # by its address: to make one of torch's objects takes microseconds
+        index, begun = self.at.index, _raw_stream(self.at.index)
 
         def run() -> None:
             if _raw_stream(index) == begun:

@@ -120,11 +120,9 @@ class PairedExchange(Generic[A]):
     ) -> DeviceDispatched[A] | None:
         """`dispatch` of what is known to be usual: not later, without statistics; None: something
         is not, and `dispatch` says what, or does it. rows: of `rows_of`."""
-        if self._outstanding is not None:
-            return None
+        if self._outstanding is not None or self._uncombined is not None:
+            return None  # nothing may be settled before all arguments are known to fit
         with self._lifetime.call():
-            if self._uncombined is not None:
-                self.settle()
             weights = self._weights(experts)
             direct = self.device.dispatch_directly(x, experts, weights, rows)
             if direct is None:
