@@ -585,6 +585,8 @@ class CudaBuffer(DeviceBuffer):
     ) -> ExchangeCalls | None:
         """The calls of dispatches like this one, if it is not the first; the next with `key` are
         tried with them."""
+        if self._capturing:  # it is one launch only if it is made apart from that
+            return None
         of = id(sent.table), sent.kind
         if of not in self._calls_of_kind:  # of many tables there is but one dispatch
             if len(self._calls_of_kind) >= _MOST_TABLES:
@@ -811,7 +813,7 @@ class CudaBuffer(DeviceBuffer):
     def _remember(self, back: _Back, part: Part) -> None:
         """Have others like this combine, or like a half of it, go in one call of C."""
         sent = back.sent
-        if sent.calls is None or sent.calls.made >= _MOST_CALLS:
+        if sent.calls is None or sent.calls.made >= _MOST_CALLS or self._capturing:
             return
         sent.calls.made += 1
         call = self.exchange.combine_call(

@@ -827,14 +827,12 @@ class CudaExchange:
         fixed: Mapping[str, Any],
         most_tokens: int,
     ) -> Call | None:
-        """See `make_call`."""
+        """See `make_call`. Not while this thread captures."""
         call = make_call(
             steps, tensors, fixed,
             page=self.page, most_tokens=most_tokens, most_rows=self.most_rows,
         )  # fmt: skip
-        cuda = self.window.device.type == "cuda"
-        captured = cuda and torch.cuda.is_current_stream_capturing()
-        if call is not None and self.tuning.at_once and len(steps) > 1 and not captured:
+        if call is not None and self.tuning.at_once and len(steps) > 1:
             launch_at_once(call, steps)
         return call
 

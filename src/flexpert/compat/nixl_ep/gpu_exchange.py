@@ -155,7 +155,7 @@ class GpuDevice(Device[torch.Tensor]):
     def remember(self, done: DeviceDispatched[torch.Tensor], x: torch.Tensor) -> None:
         returned, sent = cast(GpuReturned, done.returned), cast(CudaReceived, done.received).sent
         packing = returned.into.packing
-        if not returned.used or packing is None:  # a captured graph has its tensors for itself
+        if self._captured or not returned.used or packing is None:
             return
         sent.calls = returned.calls = self.core.calls_of(
             x, sent, done.rows.max_tokens, packing.step, token=returned.src_info
