@@ -832,7 +832,7 @@ class CudaExchange:
             steps, tensors, fixed,
             page=self.page, most_tokens=most_tokens, most_rows=self.most_rows,
         )  # fmt: skip
-        if call is not None and self.tuning.at_once and len(steps) > 1:
+        if call is not None and self.tuning.at_once:
             launch_at_once(call, steps)
         return call
 
