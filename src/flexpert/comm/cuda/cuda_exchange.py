@@ -712,7 +712,7 @@ class CudaExchange:
         *,
         fp8: Scales | None = None,
     ) -> CudaDispatched:
-        """Send, wait and index: two launches."""
+        """Send, wait and index: two kernels."""
         sent = self.send_dispatch(x, expert_ids, weights, table, fp8=fp8, wait=True)
         self.index(sent)
         return sent
@@ -728,7 +728,7 @@ class CudaExchange:
         places: torch.Tensor | None = None,
         shared: bool = False,
     ) -> torch.Tensor:
-        """Send, wait and sum: two launches, or one where there is nobody else; and one before
+        """Send, wait and sum: two kernels, or one where there is nobody else; and one before
         where weights are shared."""
         alone = self._alone(reduce)
         if shared:
