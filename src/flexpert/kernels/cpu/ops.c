@@ -370,32 +370,83 @@ INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y,
     store_tile(acc, bias, y, n, live_rows, live_outs, rows, outs, dtype);
 }
 
+enum { COPIED = 32 << 10 }; /* bytes of weights that are copied to where they lie as vectors do */
+
+/* How many weight rows of so many bytes stay in the nearest cache, beside a few rows of x. */
+INLINE int resident_rows(long bytes) { return bytes <= 1024 ? 16 : bytes <= 4096 ? 8 : 4; }
+
+/* So many bytes, a multiple of 64, to where they lie as vectors do. Inline: what the library has for
+ * some KiB is slow from places that are no multiples of 64. */
+INLINE void copy_lines(char *to, const char *from, long bytes) {
+    for (long i = 0; i < bytes; i += 64) {
+        const u32x16 line = load_u32(from + i);
+        *(volatile u32x16 *)(to + i) = line;
+    }
+}
+
+/* Up to 16 outs and any rows, multiples of 4, by tiles of 4 x 4. Meanwhile as many weight rows are fetched
+ * from `ahead` on (NULL: none), evenly, but not while rows of x come from the second cache, as they do
+ * at the first of the tiles that share them: a processor waits for so many lines at a time and no
+ * more. */
+INLINE void linear_panel(const char *x, const char *w, const char *bias, char *y, long rows, long outs, long k,
+                         long stride, int dtype, int level, const char *ahead) {
+    const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width, every = rows < 16 ? 1 : rows < 32 ? 2 : rows / 16;
+    long left = ahead ? outs : 0, tile = 0;
+    for (long r = 0; r < rows; r += 4) {
+        for (long o = 0; o < outs; o += 4, tile++) {
+#define TILE(LINES)                                                                                \
+    linear_tile(x + r * row, w + o * row, bias ? bias + o * width : NULL, y + (r * stride + o) * width, k,      \
+                stride, 4, 4, 4, 4, dtype, level, ahead, LINES);                                \
+    ahead += (LINES) * row, left -= LINES
+            if (left == 0 || tile % every != every - 1) {
+                TILE(0);
+            } else if (rows <= 4) {
+                TILE(4);
+            } else if (rows < 32) {
+                TILE(2);
+            } else {
+                TILE(1);
+            }
+#undef TILE
+        }
+    }
+}
+
 /* y = x w^T + b of one group; rows of y lie `stride` apart. Tiles have 16 accumulators where there are 32 vector registers, else 4. */
 INLINE void linear_group(const char *x, const char *w, const char *bias, char *y, long rows, long k,
                          long n, long stride, int dtype, int level) {
-    const long width = dtype == BFLOAT16 ? 2 : 4;
+    const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width;
     const int tall = level >= BIG ? 4 : 2, block = 16;
-    for (long o0 = 0; o0 < n; o0 += block) { /* 16 weight rows stay in the cache for all x rows */
-        int outs = (int)(n - o0 < block ? n - o0 : block);
-        const char *wb = w + o0 * k * width, *bb = bias ? bias + o0 * width : NULL;
-        /* the next 16, as evenly over the tiles of these as can be; one or two rows leave no time for it */
-        const char *ahead = o0 + 2 * block <= n ? wb + block * k * width : wb;
-        int left = block;
-        for (long r0 = 0; r0 < rows; r0 += tall) {
-            int live = (int)(rows - r0 < tall ? rows - r0 : tall);
-            const char *xr = x + r0 * k * width;
+    char copied[COPIED] __attribute__((aligned(64)));
+    for (long o0 = 0; o0 < n; o0 += block) { /* 16 weight rows stay in the second cache for all x rows */
+        const long outs = n - o0 < block ? n - o0 : block;
+        const char *wb = w + o0 * row, *bb = bias ? bias + o0 * width : NULL;
+        long done = 0;
+        if (level >= BIG && outs == block && rows >= 4) {
+            const long some = resident_rows(row);
+            const int copies = rows >= 16 && (uintptr_t)w % 64 && row % 64 == 0 && some * row <= COPIED;
+            done = rows / 4 * 4;
+            for (long o = 0; o < block; o += some) {
+                const char *from = wb + o * row;
+                const char *ahead = o0 + o + 2 * some <= n ? from + some * row : NULL;
+                if (copies) copy_lines(copied, from, some * row), from = copied;
+                linear_panel(x, from, bb ? bb + o * width : NULL, y + (o0 + o) * width, done, some, k, stride,
+                             dtype, level, ahead);
+            }
+        }
+        for (long r0 = done; r0 < rows; r0 += tall) {
+            const int live = (int)(rows - r0 < tall ? rows - r0 : tall);
+            const char *xr = x + r0 * row;
             char *yr = y + (r0 * stride + o0) * width;
 #define TILE(R, O, LINES)                                                                          \
-    for (int o = 0; o < outs; o += O, ahead += (LINES) * k * width, left -= LINES)                 \
-    linear_tile(xr, wb + o * k * width, bb ? bb + o * width : NULL, yr + o * width, k, stride, live,\
-                outs - o < O ? outs - o : O, R, O, dtype, level, ahead, LINES)
+    for (long o = 0; o < outs; o += O)                                                             \
+    linear_tile(xr, wb + o * row, bb ? bb + o * width : NULL, yr + o * width, k, stride, live,     \
+                (int)(outs - o < O ? outs - o : O), R, O, dtype, level, wb + (block + o) * row, LINES)
             if (level >= BIG) {
-                if (live == 1) TILE(1, 16, 0);
+                if (live == 1) TILE(1, 16, 0); /* one or two rows leave no time to fetch anything */
                 else if (live == 2) TILE(2, 8, 0);
-                else if (left == 0) TILE(4, 4, 0);
-                else if (rows <= 4) TILE(4, 4, 4);
-                else if (rows <= 8) TILE(4, 4, 2);
-                else TILE(4, 4, 1);
+                else if (rows == 3 && o0 + 2 * block <= n) TILE(4, 4, 4);
+                else TILE(4, 4, 0);
             } else {
                 if (live == 1) TILE(1, 4, 0);
                 else TILE(2, 2, 0);
