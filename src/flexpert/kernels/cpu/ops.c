@@ -326,16 +326,16 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
 INLINE void store_tile(const f32x16 *acc, const char *bias, char *y, long n, int live_rows,
                        int live_outs, int rows, int outs, int dtype) {
     float sums[16] = {0};
-    if (rows * outs == 16) {
+    if (rows * outs >= 8) { /* what there is not of 16 is 0 */
         f32x16 s = fold16(acc);
-        if (dtype == BFLOAT16 && live_rows == rows && live_outs == outs) {
+        if (dtype == BFLOAT16 && live_outs == outs) {
             uint16_t add[16] = {0};
             UNROLL for (int r = 0; r < rows; r++)
                 if (bias) memcpy(add + r * outs, bias, outs * 2);
             if (bias) s += (f32x16)(__builtin_convertvector(load_u16(add), u32x16) << 16);
             const u16x16 rounded = round16(s);
             UNROLL for (int r = 0; r < rows; r++)
-                memcpy(y + r * n * 2, (const char *)&rounded + r * outs * 2, outs * 2);
+                if (r < live_rows) memcpy(y + r * n * 2, (const char *)&rounded + r * outs * 2, outs * 2);
             return;
         }
         memcpy(sums, &s, sizeof s);
@@ -356,7 +356,7 @@ INLINE void store_tile(const f32x16 *acc, const char *bias, char *y, long n, int
     }
 }
 
-/* One tile of y = x w^T + b: writes the first `live_rows` and `live_outs` of it. */
+/* One tile of y = x w^T + b: writes the first `live_rows`, known at compile time, and `live_outs` of it. */
 INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y, long k, long n,
                         int live_rows, int live_outs, int rows, int outs, int dtype, int level,
                         const char *ahead, int lines) {
@@ -365,7 +365,7 @@ INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y,
     f32x16 acc[16];
     UNROLL for (int r = 0; r < rows; r++) xp[r] = x + (r < live_rows ? r : live_rows - 1) * k * width;
     UNROLL for (int o = 0; o < outs; o++) wp[o] = w + (o < live_outs ? o : live_outs - 1) * k * width;
-    UNROLL for (int i = 0; i < rows * outs; i++) acc[i] = (f32x16){0};
+    UNROLL for (int i = 0; i < 16; i++) acc[i] = (f32x16){0};
     dot_tile(xp, wp, k, rows, outs, dtype, level, ahead, lines, acc);
     store_tile(acc, bias, y, n, live_rows, live_outs, rows, outs, dtype);
 }
@@ -384,32 +384,38 @@ INLINE void copy_lines(char *to, const char *from, long bytes) {
     }
 }
 
-/* Up to 16 outs and any rows, multiples of 4, by tiles of 4 x 4. Meanwhile as many weight rows are fetched
- * from `ahead` on (NULL: none), evenly, but not while rows of x come from the second cache, as they do
- * at the first of the tiles that share them: a processor waits for so many lines at a time and no
- * more. */
+/* 4, 8 or 16 outs and 4 rows or more, by tiles of 4 x 4. Meanwhile as many weight rows are fetched from
+ * `ahead` on (NULL: none), evenly, but not while rows of x come from the second cache, as they do at
+ * the first of the tiles that share them: a processor waits for so many lines at a time and no more. */
 INLINE void linear_panel(const char *x, const char *w, const char *bias, char *y, long rows, long outs, long k,
                          long stride, int dtype, int level, const char *ahead) {
     const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width, every = rows < 16 ? 1 : rows < 32 ? 2 : rows / 16;
-    long left = ahead ? outs : 0, tile = 0;
-    for (long r = 0; r < rows; r += 4) {
-        for (long o = 0; o < outs; o += 4, tile++) {
-#define TILE(LINES)                                                                                \
+    long left = ahead ? outs : 0, tile = 0, r = 0;
+#define TILE(R, O, LIVE, LINES)                                                                    \
     linear_tile(x + r * row, w + o * row, bias ? bias + o * width : NULL, y + (r * stride + o) * width, k,      \
-                stride, 4, 4, 4, 4, dtype, level, ahead, LINES);                                \
-    ahead += (LINES) * row, left -= LINES
-            if (left == 0 || tile % every != every - 1) {
-                TILE(0);
-            } else if (rows <= 4) {
-                TILE(4);
-            } else if (rows < 32) {
-                TILE(2);
-            } else {
-                TILE(1);
-            }
-#undef TILE
+                stride, LIVE, O, R, O, dtype, level, ahead, LINES)
+#define FETCHING(LINES) (TILE(4, 4, 4, LINES), ahead += (LINES) * row, left -= LINES)
+    for (; r + 4 <= rows; r += 4)
+        for (long o = 0; o < outs; o += 4, tile++) {
+            if (left == 0 || tile % every != every - 1) TILE(4, 4, 4, 0);
+            else if (rows < 8) FETCHING(4);
+            else if (rows < 32) FETCHING(2);
+            else FETCHING(1);
+        }
+    if (rows - r == 3) {
+        for (long o = 0; o < outs; o += 4) TILE(4, 4, 3, 0);
+    } else if (rows - r == 2 && outs > 4) {
+        for (long o = 0; o < outs; o += 8) TILE(2, 8, 2, 0);
+    } else {
+        for (; r < rows; r++) {
+            const long o = 0;
+            if (outs == 16) TILE(1, 16, 1, 0);
+            else if (outs == 8) TILE(1, 8, 1, 0);
+            else TILE(1, 4, 1, 0);
         }
     }
+#undef FETCHING
+#undef TILE
 }
 
 /* y = x w^T + b of one group; rows of y lie `stride` apart. Tiles have 16 accumulators where there are 32 vector registers, else 4. */
@@ -421,35 +427,35 @@ INLINE void linear_group(const char *x, const char *w, const char *bias, char *y
     for (long o0 = 0; o0 < n; o0 += block) { /* 16 weight rows stay in the second cache for all x rows */
         const long outs = n - o0 < block ? n - o0 : block;
         const char *wb = w + o0 * row, *bb = bias ? bias + o0 * width : NULL;
-        long done = 0;
         if (level >= BIG && outs == block && rows >= 4) {
             const long some = resident_rows(row);
             const int copies = rows >= 16 && (uintptr_t)w % 64 && row % 64 == 0 && some * row <= COPIED;
-            done = rows / 4 * 4;
             for (long o = 0; o < block; o += some) {
                 const char *from = wb + o * row;
                 const char *ahead = o0 + o + 2 * some <= n ? from + some * row : NULL;
                 if (copies) copy_lines(copied, from, some * row), from = copied;
-                linear_panel(x, from, bb ? bb + o * width : NULL, y + (o0 + o) * width, done, some, k, stride,
+                linear_panel(x, from, bb ? bb + o * width : NULL, y + (o0 + o) * width, rows, some, k, stride,
                              dtype, level, ahead);
             }
+            continue;
         }
-        for (long r0 = done; r0 < rows; r0 += tall) {
+        for (long r0 = 0; r0 < rows; r0 += tall) {
             const int live = (int)(rows - r0 < tall ? rows - r0 : tall);
             const char *xr = x + r0 * row;
             char *yr = y + (r0 * stride + o0) * width;
-#define TILE(R, O, LINES)                                                                          \
+#define TILE(R, O, LIVE, LINES)                                                                    \
     for (long o = 0; o < outs; o += O)                                                             \
-    linear_tile(xr, wb + o * row, bb ? bb + o * width : NULL, yr + o * width, k, stride, live,     \
+    linear_tile(xr, wb + o * row, bb ? bb + o * width : NULL, yr + o * width, k, stride, LIVE,     \
                 (int)(outs - o < O ? outs - o : O), R, O, dtype, level, wb + (block + o) * row, LINES)
             if (level >= BIG) {
-                if (live == 1) TILE(1, 16, 0); /* one or two rows leave no time to fetch anything */
-                else if (live == 2) TILE(2, 8, 0);
-                else if (rows == 3 && o0 + 2 * block <= n) TILE(4, 4, 4);
-                else TILE(4, 4, 0);
+                if (live == 1) TILE(1, 16, 1, 0); /* one or two rows leave no time to fetch anything */
+                else if (live == 2) TILE(2, 8, 2, 0);
+                else if (live == 4) TILE(4, 4, 4, 0);
+                else if (rows == 3 && o0 + 2 * block <= n) TILE(4, 4, 3, 4);
+                else TILE(4, 4, 3, 0);
             } else {
-                if (live == 1) TILE(1, 4, 0);
-                else TILE(2, 2, 0);
+                if (live == 1) TILE(1, 4, 1, 0);
+                else TILE(2, 2, 2, 0);
             }
 #undef TILE
         }
