@@ -739,23 +739,25 @@ typedef struct {
 } attention_args;
 
 /* Unpack `n` elements to floats, padded with zeros to a whole vector; bf16 becomes, for each 32
- * elements, 16 even ones and then 16 odd ones (`pack` undoes it). */
-INLINE void unpack(const char *src, float *dst, long n, int dtype) {
+ * elements, 16 even ones and then 16 odd ones (`pack` undoes it). Vectors of 16 lie `apart` floats apart. */
+INLINE void unpack(const char *src, float *dst, long n, long apart, int dtype) {
+    char rest[64] = {0};
     if (dtype == FLOAT32) {
-        long padded = (n + 15) / 16 * 16;
-        memcpy(dst, src, n * 4);
-        for (long i = n; i < padded; i++) dst[i] = 0.0f;
+        for (long i = 0; i < n; i += 16, dst += apart) {
+            const char *from = src + i * 4;
+            if (n - i < 16) from = memcpy(rest, from, (n - i) * 4);
+            memcpy(dst, from, 64);
+        }
         return;
     }
-    for (long i = 0; i < n; i += 32) {
-        char rest[64] = {0};
+    for (long i = 0; i < n; i += 32, dst += 2 * apart) {
         const char *from = src + i * 2;
         if (n - i < 32) from = memcpy(rest, from, (n - i) * 2);
         UNROLL for (int h = 0; h < 2; h++) {
             u32x8 pairs = load_pairs(from + 32 * h);
             f32x8 e = even8(pairs), o = odd8(pairs);
-            memcpy(dst + i + 8 * h, &e, sizeof e);
-            memcpy(dst + i + 16 + 8 * h, &o, sizeof o);
+            memcpy(dst + 8 * h, &e, sizeof e);
+            memcpy(dst + apart + 8 * h, &o, sizeof o);
         }
     }
 }
@@ -765,8 +767,12 @@ INLINE void pack(const float *src, float scale, char *dst, long n, int dtype) {
         for (long i = 0; i < n; i++) ((float *)dst)[i] = src[i] * scale;
         return;
     }
-    for (long i = 0; i < n; i++)
-        ((uint16_t *)dst)[i] = to_bf16(src[(i & ~31L) + (i & 1) * 16 + ((i & 31) >> 1)] * scale);
+    for (long i = 0; i < n; i += 32) {
+        const u32x16 e = __builtin_convertvector(round16(load_f32(src + i) * scale), u32x16);
+        const u32x16 o = __builtin_convertvector(round16(load_f32(src + i + 16) * scale), u32x16);
+        const u32x16 pairs = e | o << 16;
+        memcpy(dst + i * 2, &pairs, n - i < 32 ? (n - i) * 2 : 64);
+    }
 }
 
 INLINE void store_kv(const attention_args *a) {
@@ -801,7 +807,8 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
     const int32_t *table = a->block_tables + s * a->max_blocks;
     float *key_tile = scratch, *value_tile = key_tile + KEY_TILE * kd;
     float *query = value_tile + KEY_TILE * vd, *acc = query + PANEL * kd;
-    float peak[PANEL], sum[PANEL];
+    float peak[PANEL], sum[PANEL], shrinks[PANEL];
+    float weights[PANEL][KEY_TILE] __attribute__((aligned(64))); /* of a tile: scores, and what they come to */
     long low[PANEL], high[PANEL]; /* positions seen: low <= key <= high */
 
     for (long m0 = 0; m0 < rows * group; m0 += PANEL) {
@@ -809,7 +816,7 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
         for (long m = 0; m < panel; m++) {
             const long row = (m0 + m) / group, head = kv_head * group + (m0 + m) % group;
             unpack(a->query + ((begin + row) * a->query_stride[0] + head * a->query_stride[1]) * width,
-                   query + m * kd, a->key_dim, dtype);
+                   query + m * kd, a->key_dim, 16, dtype);
             memset(acc + m * vd, 0, vd * sizeof(float));
             high[m] = first + row;
             low[m] = a->window > 0 && high[m] >= a->window ? high[m] - a->window + 1 : 0;
@@ -844,21 +851,26 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                     for (long i = 0; i < a->key_dim * width; i += 64) __builtin_prefetch(key + step * a->key_dim + i);
                     for (long i = 0; i < a->value_dim * width; i += 64) __builtin_prefetch(value + step * a->value_row + i);
                 }
-                unpack(key, key_tile + j * kd, a->key_dim, dtype);
-                unpack(value, value_tile + j * vd, a->value_dim, dtype);
+                unpack(key, key_tile + j * 16, a->key_dim, 16 * KEY_TILE, dtype);
+                unpack(value, value_tile + j * 16, a->value_dim, 16 * KEY_TILE, dtype);
             }
             const long kw = dtype == BFLOAT16 ? kd : (a->key_dim + 15) / 16 * 16;
             const long vw = dtype == BFLOAT16 ? vd : (a->value_dim + 15) / 16 * 16;
-            for (long m = 0; m < panel; m++) {
-                if (high[m] < base || low[m] >= base + KEY_TILE) continue;
+            /* Rows follow each other, so that those that see any of these keys do, too. Each does one thing
+             * for all of them: steps of one row wait for each other, those of several do not. */
+            long some = 0, end = panel;
+            while (some < panel && high[some] < base) some++;
+            while (end > some && low[end - 1] >= base + KEY_TILE) end--;
+            for (long m = some; m < end; m++) {
                 const float *q = query + m * kd;
                 f32x16 score;
                 if (level >= BIG) {
                     f32x16 part[16];
                     UNROLL for (int j = 0; j < 16; j++) part[j] = (f32x16){0};
                     for (long c = 0; c < kw; c += 16) {
-                        f32x16 qv = load_f32(q + c);
-                        UNROLL for (int j = 0; j < 16; j++) part[j] += qv * load_f32(key_tile + j * kd + c);
+                        const f32x16 qv = load_f32(q + c);
+                        const float *keys = key_tile + c * KEY_TILE;
+                        UNROLL for (int j = 0; j < 16; j++) part[j] += qv * load_f32(keys + j * 16);
                     }
                     score = fold16(part);
                 } else {
@@ -868,9 +880,9 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                         UNROLL for (int j = 0; j < 4; j++) part[j][0] = part[j][1] = (f32x8){0};
                         for (long c = 0; c < kw; c += 16) {
                             UNROLL for (int h = 0; h < 2; h++) {
-                                f32x8 qv = load_half(q + c + 8 * h);
-                                UNROLL for (int j = 0; j < 4; j++)
-                                    part[j][h] += qv * load_half(key_tile + (j0 + j) * kd + c + 8 * h);
+                                const f32x8 qv = load_half(q + c + 8 * h);
+                                const float *keys = key_tile + c * KEY_TILE + j0 * 16 + 8 * h;
+                                UNROLL for (int j = 0; j < 4; j++) part[j][h] += qv * load_half(keys + j * 16);
                             }
                         }
                         UNROLL for (int j = 0; j < 4; j++)
@@ -885,44 +897,50 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                     f32x16 size = (1.0f - e) / (1.0f + e) * a->softcap;
                     score = (f32x16)((u32x16)size | ((u32x16)score & 0x80000000u));
                 }
+                memcpy(weights[m], &score, sizeof score);
+            }
+            for (long m = some; m < end; m++) {
                 const int from = low[m] > base ? (int)(low[m] - base) : 0;
                 const int to = high[m] < base + KEY_TILE - 1 ? (int)(high[m] - base) : KEY_TILE - 1;
                 const u32x16 seen = load_u32(FROM + 16 - from) & load_u32(TO + 15 - to);
                 const u32x16 minus_infinity = (u32x16)splat(-__builtin_inff());
-                score = (f32x16)(((u32x16)score & seen) | (minus_infinity & ~seen));
+                const f32x16 score = (f32x16)((load_u32(weights[m]) & seen) | (minus_infinity & ~seen));
                 const float top = max_of(score);
-                if (top > peak[m]) {
-                    const float shrink = exp1(peak[m] - top); /* at first of nothing */
-                    peak[m] = top;
-                    sum[m] *= shrink;
-                    for (long c = 0; c < vw; c += 16) {
-                        f32x16 v = load_f32(acc + m * vd + c) * shrink;
-                        memcpy(acc + m * vd + c, &v, sizeof v);
-                    }
-                }
-                f32x16 weight = exp16(score - peak[m]);
-                weight = (f32x16)((u32x16)weight & seen);
-                sum[m] += fold(weight);
-                float p[16];
-                memcpy(p, &weight, sizeof p);
+                shrinks[m] = top > peak[m] ? exp1(peak[m] - top) : 1.0f; /* at first of nothing */
+                if (top > peak[m]) peak[m] = top;
+                const f32x16 weight = (f32x16)((u32x16)exp16(score - peak[m]) & seen);
+                sum[m] = sum[m] * shrinks[m] + fold(weight);
+                memcpy(weights[m], &weight, sizeof weight);
+            }
+            for (long m = some; m < end; m++) {
+                const int from = low[m] > base ? (int)(low[m] - base) : 0;
+                const int to = high[m] < base + KEY_TILE - 1 ? (int)(high[m] - base) : KEY_TILE - 1;
+                const float *p = weights[m];
                 float *total = acc + m * vd;
+                if (shrinks[m] != 1.0f)
+                    for (long c = 0; c < vw; c += 16) {
+                        const f32x16 v = load_f32(total + c) * shrinks[m];
+                        memcpy(total + c, &v, sizeof v);
+                    }
                 if (level >= BIG && from == 0 && to == KEY_TILE - 1) { /* weights in registers */
                     for (long c = 0; c < vw; c += 16) {
+                        const float *values = value_tile + c * KEY_TILE;
                         f32x16 v = load_f32(total + c);
-                        UNROLL for (int j = 0; j < KEY_TILE; j++)
-                            v += splat(p[j]) * load_f32(value_tile + j * vd + c);
+                        UNROLL for (int j = 0; j < KEY_TILE; j++) v += splat(p[j]) * load_f32(values + j * 16);
                         memcpy(total + c, &v, sizeof v);
                     }
                 } else if (level >= BIG) {
                     for (long c = 0; c < vw; c += 16) {
+                        const float *values = value_tile + c * KEY_TILE;
                         f32x16 v = load_f32(total + c);
-                        for (int j = from; j <= to; j++) v += splat(p[j]) * load_f32(value_tile + j * vd + c);
+                        for (int j = from; j <= to; j++) v += p[j] * load_f32(values + j * 16);
                         memcpy(total + c, &v, sizeof v);
                     }
                 } else {
                     for (long c = 0; c < vw; c += 8) {
+                        const float *values = value_tile + c / 16 * 16 * KEY_TILE + c % 16;
                         f32x8 v = load_half(total + c);
-                        for (int j = from; j <= to; j++) v += p[j] * load_half(value_tile + j * vd + c);
+                        for (int j = from; j <= to; j++) v += p[j] * load_half(values + j * 16);
                         memcpy(total + c, &v, sizeof v);
                     }
                 }
