@@ -36,12 +36,14 @@ def test_rows_of_one_sequence_are_kept_from_kernels_that_do_not_wait_for_each_ot
         seen.append((batch.token_ids.shape[0], batch.shares))
         return torch.zeros((batch.sample_rows.shape[0], 3))
 
-    shapes = [GraphShape(size, size) for size in (1, 2, FEW_TOKENS, 2 * FEW_TOKENS)]
+    sizes = (1, 2, 4, 8)
+    few = sum(size <= FEW_TOKENS for size in sizes)
+    shapes = [GraphShape(size, size) for size in sizes]
     if speculates:
         shapes = with_shared(shapes)
     graphs = StepGraphs(walk, shapes=shapes, max_blocks=1, device=torch.device("cpu"))
-    assert graphs.captures == len(shapes) == (7 if speculates else 4)
-    for sequences in (1, 2, 3, FEW_TOKENS + 1):
+    assert graphs.captures == len(shapes) == len(sizes) + speculates * few
+    for sequences in (1, 2, 3, 5):
         for shares in (False, True):
             batch = decoding(sequences, shares=shares)
             assert graphs.fits(batch) == (speculates or not shares)

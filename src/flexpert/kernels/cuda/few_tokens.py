@@ -40,15 +40,12 @@ CHUNK: Final = tl.constexpr(256)  # what the lanes of a warp load at once, 16 by
 
 @dataclass(frozen=True, slots=True)
 class FewTiling:
-    """elements: of a weight that a warp takes, about; warps: of a program of a product. keys: of
-    attention that a program looks at in one go; attention_warps: of such a program; least: times so
-    many keys it takes before others take some."""
+    """elements: of a weight that a program of a product takes, about; it is one warp. keys: of
+    attention that a program looks at in one go; warps: of such a program."""
 
     elements: int = 4096
-    warps: int = 1
     keys: int = 128
-    attention_warps: int = 8
-    least: int = 1
+    warps: int = 8
 
     def columns(self, depth: int) -> int:
         """Rows of a weight, of so many elements each, that a warp takes; a power of two."""
@@ -101,11 +98,7 @@ def _normed(x, scale, eps, K: tl.constexpr, EARLY: tl.constexpr):
 
 @triton.jit
 def _dot(w, x):
-    """[rows] float32: of each row of w with that of x, or with its one row. See `_chunks`.
-
-    Where there are several warps x has as many rows as w, all the same: each warp then loads what
-    it multiplies, and waits for no other.
-    """
+    """[rows] float32: of each row of w with that of x, or with its one row. See `_chunks`."""
     total = w[0].to(tl.float32) * x[0].to(tl.float32)
     for at in tl.static_range(1, len(w)):
         total += w[at].to(tl.float32) * x[at].to(tl.float32)
@@ -115,14 +108,14 @@ def _dot(w, x):
 @triton.jit
 def _project(
     x, norm, weight, bias, residual, out, N, eps,
-    K: tl.constexpr, COLUMNS: tl.constexpr, SAME: tl.constexpr, TOKENS: tl.constexpr,
+    K: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
     NORMED: tl.constexpr,
     EARLY: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < N
     element = out.dtype.element_ty
-    one = tl.zeros((SAME, 1), tl.int32)
+    one = tl.zeros((1, 1), tl.int32)
     w = _chunks(weight + column.to(tl.int64)[:, None] * K, there[:, None], K)
     if NORMED:
         scale = _chunks(norm + one, one == 0, K)
@@ -223,7 +216,7 @@ def _attend(
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     ANGLES: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, LEAST: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
@@ -235,7 +228,7 @@ def _attend(
         low = tl.maximum(0, context - WINDOW) // KEYS
     high = (context - 1 + KEYS - 1) // KEYS
     tiles = tl.maximum(high - low, 0)
-    share = tl.maximum((tiles + splits - 1) // splits, LEAST)
+    share = tl.maximum((tiles + splits - 1) // splits, 1)
     used = tl.maximum((tiles + share - 1) // share, 1)  # splits that have keys, or the first
     if split < used:
         _attend_split(
@@ -425,7 +418,7 @@ def _expert_of(ids, slot_of, valid, token, pair, EXPERTS: tl.constexpr):
 @triton.jit
 def _raise(
     x, ids, slot_of, valid, table, out, N,
-    K: tl.constexpr, COLUMNS: tl.constexpr, SAME: tl.constexpr, TOPK: tl.constexpr,
+    K: tl.constexpr, COLUMNS: tl.constexpr, TOPK: tl.constexpr,
     EXPERTS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(1)
@@ -433,7 +426,7 @@ def _raise(
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < N
     element = x.dtype.element_ty
-    one = tl.zeros((SAME, 1), tl.int32)
+    one = tl.zeros((1, 1), tl.int32)
     _begin(FOLLOWS)
     slot = _expert_of(ids, slot_of, valid, token, pair, EXPERTS)
     if slot >= 0:
@@ -455,7 +448,7 @@ def _lower(
 ):  # fmt: skip
     token = tl.program_id(1)
     element = out.dtype.element_ty
-    # a row for each column and choice: with a warp for each choice, one has one expert's columns
+    # a row for each column and choice
     lane = tl.arange(0, TOPK_PAD * COLUMNS)
     choice = lane % TOPK_PAD
     column = tl.program_id(0) * COLUMNS + lane // TOPK_PAD
@@ -519,11 +512,11 @@ class FewTokens:
         tokens, depth = x.shape
         out = x.new_empty((tokens, weight.shape[0]))
         scale, eps, early = norm or (x, 0.0, False)
-        columns, same, warps = self._columns(depth)
+        columns = self._tiling.columns(depth)
         self._launch(
             _project, (triton.cdiv(weight.shape[0], columns),),
             x, scale, weight, bias, residual, out, weight.shape[0], eps,
-            K=depth, COLUMNS=columns, SAME=same, TOKENS=tokens, warps=warps,
+            K=depth, COLUMNS=columns, TOKENS=tokens,
             NORMED=norm is not None, EARLY=early, BIASED=bias is not None,
             ADDED=residual is not None,
         )  # fmt: skip
@@ -559,7 +552,7 @@ class FewTokens:
         longest = block_tables.shape[1] * block
         if window:
             longest = min(longest, window + 1 + keys)
-        splits = splits_of(tokens * kv_heads, longest // (keys * self._tiling.least), 2, qkv.device)
+        splits = splits_of(tokens * kv_heads, longest // keys, 2, qkv.device)
         out = qkv.new_empty((tokens, heads * dim))
         shape = (splits, tokens, heads)
         partial = torch.empty((*shape, dim), dtype=torch.float32, device=qkv.device)
@@ -575,7 +568,7 @@ class FewTokens:
             ROWS=max(16, triton.next_power_of_2(heads // kv_heads)), KEYS=keys, SPLITS=splits,
             ANGLES=cos.shape[1], NORMED=norms is not None, EARLY=early, WINDOW=window,
             SINKS=sinks is not None, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-            LEAST=self._tiling.least, warps=self._tiling.attention_warps,
+            warps=self._tiling.warps,
         )  # fmt: skip
         return out
 
@@ -646,30 +639,21 @@ class FewTokens:
         tokens, hidden = x.shape
         topk = ids.shape[1]
         raised = x.new_empty((tokens * topk, inter))
-        columns, same, warps = self._columns(2 * hidden)
+        columns = self._tiling.columns(2 * hidden)
         self._launch(
             _raise, (triton.cdiv(inter, columns), tokens * topk),
             x, ids, slot_of, valid, up, raised, inter,
-            K=hidden, COLUMNS=columns, SAME=same, TOPK=topk, EXPERTS=slot_of.shape[0], warps=warps,
+            K=hidden, COLUMNS=columns, TOPK=topk, EXPERTS=slot_of.shape[0],
         )  # fmt: skip
         out = torch.empty_like(x)
         topk_pad = triton.next_power_of_2(topk)
-        # with several warps, one for each choice
-        warps = 1 if self._tiling.warps == 1 else topk_pad
-        columns = self._tiling.columns(topk_pad // warps * inter)
+        columns = self._tiling.columns(topk_pad * inter)
         self._launch(
             _lower, (triton.cdiv(hidden, columns), tokens),
             raised, ids, slot_of, valid, down, weights, residual, out, hidden,
             K=inter, COLUMNS=columns, TOPK=topk, TOPK_PAD=topk_pad, EXPERTS=slot_of.shape[0],
-            warps=warps,
         )  # fmt: skip
         return out
-
-    def _columns(self, depth: int) -> tuple[int, int, int]:
-        """(rows of a weight of such a depth for a program, times that x is loaded, warps)."""
-        warps = self._tiling.warps
-        columns = warps * self._tiling.columns(depth)
-        return columns, 1 if warps == 1 else columns, warps
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 1, **constants: Any
