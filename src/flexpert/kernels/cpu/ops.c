@@ -265,7 +265,10 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
     for (long i = begin; level == BIG_BF16 && dtype == BFLOAT16 && i < whole; i += step) {
         u32x16 wp[16];
         fetch_ahead(ahead + i * 2, k * 2, lines);
-        UNROLL for (int o = 0; o < outs; o++) wp[o] = load_u32(w[o] + i * 2);
+        UNROLL for (int o = 0; o < outs; o++) {
+            wp[o] = load_u32(w[o] + i * 2);
+            if (rows > 1) __asm__("" : "+v"(wp[o])); /* it would be loaded again for each row */
+        }
         UNROLL for (int r = 0; r < rows; r++) {
             const u32x16 xp = load_u32(x[r] + i * 2);
             UNROLL for (int o = 0; o < outs; o++)
