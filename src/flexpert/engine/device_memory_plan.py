@@ -6,7 +6,7 @@ from flexpert.comm import BufferSpec
 from flexpert.comm.cuda.cuda_layout import layout
 from flexpert.config import EngineConfig
 from flexpert.engine.device_profile import captured_shapes, result_rows
-from flexpert.engine.memory_plan import buffer_spec, kv_blocks
+from flexpert.engine.memory_plan import buffer_spec, kv_blocks, state_slots
 from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
 from flexpert.models.device_latents import WORKSPACE_NUMBERS
@@ -46,7 +46,9 @@ def device_memory_plan(source: ModelSource, config: EngineConfig, capacity: int)
     return RankMemoryPlan(
         dense=source.dense_nbytes(),
         expert=expert_place_nbytes(source),
-        kv=KVCache.nbytes(info, kv_blocks(info, config), config.kv_block_size),
+        kv=KVCache.nbytes(
+            info, kv_blocks(info, config), config.kv_block_size, state_slots(info, config)
+        ),
         windows=window_nbytes(source, config, capacity),
         runtime=CONTEXT_BYTES + workspace_nbytes(source, config, capacity),
         capacity=capacity,

@@ -81,10 +81,10 @@ def state_slots(info: ModelInfo, config: EngineConfig) -> int:
     """
     if not info.states:
         return 0
-    if config.device != "cpu":
+    if config.device != "cpu" and config.deterministic:
         raise FlexpertError(
-            f"layers of {info.model_type} keep a state of each sequence, which flexpert computes "
-            "on CPUs only; serve it with --device cpu"
+            f"layers of {info.model_type} keep a state of each sequence, which with "
+            "--deterministic flexpert computes on CPUs only; serve it with --device cpu"
         )
     if config.speculate is not None:
         raise FlexpertError(

@@ -139,6 +139,26 @@ class LatentKernels:
     attend: AttendKernel
 
 
+class TakeStatesKernel(Protocol):
+    """See `cuda.states.take_states`."""
+
+    def __call__(self, states: Tensor, slots: Tensor) -> Tensor: ...
+
+
+class PutStatesKernel(Protocol):
+    """See `cuda.states.put_states`."""
+
+    def __call__(self, new: Tensor, states: Tensor, slots: Tensor) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StateKernels:
+    """What layers that keep a state of each sequence do with theirs in a decode step."""
+
+    take: TakeStatesKernel
+    put: PutStatesKernel
+
+
 @dataclass(frozen=True, slots=True)
 class Fusions:
     """What takes the place of whole modules where launches cost more than their work."""
@@ -184,6 +204,7 @@ class Kernels:
     recorded_rows: up to so many rows a step is faster as a recorded program (`RecordedSteps`) than
         by transformers' modules; 0: there are none for the device.
     latents: None: `paged_attention` takes a cache whose values are part of its keys.
+    states: None: torch takes them and puts them back.
     fixed_order: of a GPU, where a row is to have the same bits in any company; None: it need not,
         or it is a CPU.
     """
@@ -197,6 +218,7 @@ class Kernels:
     pads_batches: bool = False
     recorded_rows: int = 0
     latents: LatentKernels | None = None
+    states: StateKernels | None = None
     fixed_order: FixedOrderKernels | None = None
 
 
@@ -222,7 +244,7 @@ def cpu_kernels() -> Kernels:
 
 def gpu_kernels() -> Kernels:
     """Those in Triton; on tensors of a CPU they need its interpreter."""
-    from flexpert.kernels.cuda import absorbed_attention, attention, norm, rotary, router
+    from flexpert.kernels.cuda import absorbed_attention, attention, norm, rotary, router, states
 
     return Kernels(
         attention.paged_attention,
@@ -231,6 +253,7 @@ def gpu_kernels() -> Kernels:
         latents=LatentKernels(
             absorbed_attention.store_latents, absorbed_attention.attend_latents, attention.attend
         ),
+        states=StateKernels(states.take_states, states.put_states),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flexpert.kernels.step_upload import StepUpload
@@ -24,7 +25,10 @@ class ForwardBatch:
     sample_rows: [M] int64, rows whose logits are desired.
     sources: [N] int64, which of the tokens sampled last (`ModelRunner.sampled`) each row has; -1:
         the one in token_ids. None: all have that.
-    states: where layers that keep a state find and leave it; None: the model has none.
+    states: where layers that keep a state find and leave it; None: the model has none, or
+        `state_slots` says all.
+    state_slots: [2, D] int64, of the D sequences that decode, which are the first ones: the slots
+        that they read and those that they write; -1: the row is padding. None: see `states`.
     host: the same on the host, of a batch that was sent to a device; None: this is it, or each
         sequence has one token.
     """
@@ -38,11 +42,20 @@ class ForwardBatch:
     sample_rows: Tensor
     sources: Tensor | None = None
     states: StateRuns | None = None
+    state_slots: Tensor | None = None
     host: ForwardBatch | None = None
 
     def sent(self, upload: StepUpload) -> ForwardBatch:
-        """The same on a device; only of a model without states."""
+        """The same on a device."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.states is not None:
+            given["state_slots"] = decode_slots(self.states)
         there = {name: array for name, array in given.items() if isinstance(array, Tensor)}
         arrays: dict[str, Any] = dict(zip(there, upload.send(list(there.values())), strict=True))
-        return ForwardBatch(**arrays, host=self)
+        return ForwardBatch(**arrays, states=self.states, host=self)
+
+
+def decode_slots(runs: StateRuns) -> Tensor:
+    """`ForwardBatch.state_slots` of a step, on the host."""
+    both = (runs.sources[: runs.decodes], runs.targets[: runs.decodes])
+    return torch.tensor(both, dtype=torch.int64)

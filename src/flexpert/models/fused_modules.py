@@ -264,8 +264,8 @@ def _attention(
 ) -> Callable[..., tuple[Tensor, None]]:
     """As the module; what it passes to attention is the same each time.
 
-    A model that rotates a part of each head (GLM) passes angles for that part alone, which the
-    trial cannot know: there the module computes.
+    A model that rotates a part of each head (GLM) passes angles for that part alone, one that
+    rotates nothing (Granite-4) passes none, which the trial cannot know: there the module computes.
     """
     binding = registrations.bound(module)
     original = type(module).forward
@@ -275,23 +275,17 @@ def _attention(
         sinks = module.get_parameter(fusion.sinks).data.to(front.weight.dtype).contiguous()
     scaling = front.dim**-0.5 if fusion.scaling is None else fusion.scaling
 
-    def forward(
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        *others: Any,
-        **rest: Any,
-    ) -> tuple[Tensor, None]:
-        if position_embeddings[0].shape[-1] != angles:
-            result: tuple[Tensor, None] = original(
-                module, hidden_states, position_embeddings, *others, **rest
-            )
+    def forward(hidden_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, None]:
+        rotation: tuple[Tensor, Tensor] | None = named.get("position_embeddings")
+        if others or rotation is None or rotation[0].shape[-1] != angles:
+            result: tuple[Tensor, None] = original(module, hidden_states, *others, **named)
             return result
         batch = binding.batch
         caches = binding.key_cache, binding.value_cache
         query = front(
             kernels,
             hidden_states[0],
-            position_embeddings,
+            rotation,
             batch.slot_mapping,
             caches,
             fusion.early,

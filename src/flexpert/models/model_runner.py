@@ -22,7 +22,7 @@ from flexpert.kernels.experts import Gate
 from flexpert.kernels.kernel_set import Kernels, cpu_kernels
 from flexpert.kernels.step_upload import StepUpload
 from flexpert.models import recorded_steps, recording, registrations
-from flexpert.models.batch import ForwardBatch
+from flexpert.models.batch import ForwardBatch, decode_slots
 from flexpert.models.dense_weights import load_dense, replace_tensor
 from flexpert.models.deterministic import RowwiseMode
 from flexpert.models.device_latents import DeviceLatentAttention
@@ -263,6 +263,7 @@ class ModelRunner:
                 kv,
                 deterministic=deterministic,
                 pads_rows=kernels.pads_batches and not deterministic,
+                kernels=kernels.states,
             )
         return cls(
             info,
@@ -284,15 +285,19 @@ class ModelRunner:
         """From now on, compute steps on a GPU as replays of graphs captured here.
 
         Args:
-            shapes: of batches; a batch is padded to the next one. See `StepGraphs`. Where attention
-                `cuts_prompts`, only those that decode.
+            shapes: of batches; a batch is padded to the next one. See `StepGraphs`. Where the host
+                cuts prompts, for attention or for layers with states, only those that decode.
             max_blocks: KV blocks of the longest sequence.
         """
-        if any(layer.cuts_prompts for layer in self._attention):
+        if self._states or any(layer.cuts_prompts for layer in self._attention):
             shapes = [shape for shape in shapes if shape.decodes]
         with torch.inference_mode(), self._mode():
             self.graphs = StepGraphs(
-                self._walk, shapes=shapes, max_blocks=max_blocks, device=self._device
+                self._walk,
+                shapes=shapes,
+                max_blocks=max_blocks,
+                device=self._device,
+                states=bool(self._states),
             )
 
     def record(self, most_rows: int, heights: Sequence[int]) -> None:
@@ -433,8 +438,12 @@ class ModelRunner:
             indexer.batch = batch
         for experts in self._experts:
             experts.rows = batch.token_ids.shape[0]
-        for states in self._states:
-            states.runs = batch.states
+        if self._states:
+            slots = batch.state_slots
+            if slots is None and batch.states is not None:
+                slots = decode_slots(batch.states)
+            for states in self._states:
+                states.runs, states.decodes = batch.states, slots
 
     def _tokens(self, batch: ForwardBatch, token_ids: Tensor) -> Tensor:
         """token_ids, with those sampled in the step before; see `ForwardBatch.sources`."""

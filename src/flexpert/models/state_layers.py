@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flexpert.kernels.kernel_set import StateKernels
 from flexpert.models import recording
 from flexpert.models.deterministic import SingleRowMode
 from flexpert.models.kv_cache import KVCache
@@ -26,6 +27,11 @@ from flexpert.models.padding import pad_rows, padded_size
 from flexpert.models.source import ModelInfo
 from flexpert.models.state_runs import NO_STATE, StateRuns
 from flexpert.models.state_view import CACHE, StateKey, StateShape, StateView, cache_position
+
+TORCH_KERNELS: Final = StateKernels(
+    lambda states, slots: states.index_select(0, slots),
+    lambda new, states, slots: states.index_copy_(0, slots, new),
+)
 
 Slots: TypeAlias = dict[StateKey, Tensor]
 """A layer's states by key: [slots, *shape]."""
@@ -41,18 +47,30 @@ With 2 MiB each, a step of 16 took 0.15 s in calls of 1 or 2 sequences, and 0.57
 class StateLayer:
     """One layer with a state, in place of its module's forward.
 
-    runs: of the batch that all layers compute.
+    runs: of the batch that all layers compute; None: each row decodes. decodes: see
+    `ForwardBatch.state_slots`.
     """
 
     def __init__(
-        self, module: nn.Module, shapes: Sequence[StateShape], slots: Slots, *, deterministic: bool
+        self,
+        module: nn.Module,
+        shapes: Sequence[StateShape],
+        slots: Slots,
+        *,
+        deterministic: bool,
+        kernels: StateKernels | None = None,
     ) -> None:
+        """kernels: None: torch's; on a GPU these need no padding and wait for nothing."""
         self.runs: StateRuns | None = None
+        self.decodes: Tensor | None = None
         self._call = _with_cache(module)
         self._slots = slots
         self._dtypes = {shape.key: shape.dtype for shape in shapes}
         self._deterministic = deterministic
-        self._most = max(1, _DECODED_BYTES // sum(shape.nbytes for shape in shapes))
+        self._kernels = kernels or TORCH_KERNELS
+        self._most: int | None = None
+        if kernels is None:
+            self._most = max(1, _DECODED_BYTES // sum(shape.nbytes for shape in shapes))
         self.continues = True  # see `try_continuing`
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,15 +78,19 @@ class StateLayer:
         padding."""
         if (noting := recording.current()) is not None:
             return noting.module(self.forward, (args, kwargs), lambda: self._of_fresh(args, kwargs))
-        runs = self.runs
-        if runs is None:
+        runs, decodes = self.runs, self.decodes
+        if decodes is None:
             raise RuntimeError("a layer with a state outside of ModelRunner.forward")
         given = LayerArguments(args, kwargs)
         pieces = []
-        together = 0 if self._deterministic else runs.decodes
-        for first in range(0, together, self._most):
-            pieces.append(self._decode(given, runs, first, min(first + self._most, together)))
-        for run in range(together, len(runs)):
+        together = 0 if self._deterministic else decodes.shape[1]
+        at_once = self._most or max(1, together)
+        for first in range(0, together, at_once):
+            pieces.append(
+                self._decode(given, decodes, slice(first, min(first + at_once, together)))
+            )
+        for run in range(together, 0 if runs is None else len(runs)):
+            assert runs is not None
             rows = slice(runs.begins[run], runs.begins[run + 1])
             pieces += self._run(given, rows, runs.sources[run], runs.targets[run])
         return _joined(pieces, given.count)
@@ -79,18 +101,17 @@ class StateLayer:
         result = self._call(StateView(None, self._dtypes), args, kwargs)
         return _joined([_rows_of(result, (1, rows))], rows)
 
-    def _decode(self, given: LayerArguments, runs: StateRuns, first: int, behind: int) -> Any:
-        """Of the runs first … behind - 1, which decode."""
-        sources = torch.tensor(runs.sources[first:behind])
-        targets = torch.tensor(runs.targets[first:behind])
+    def _decode(self, given: LayerArguments, decodes: Tensor, rows: slice) -> Any:
+        """Of some rows that decode. decodes: [2, D] int64, slots that are read and written."""
+        sources, targets = decodes[0, rows], decodes[1, rows]
+        take, put = self._kernels.take, self._kernels.put
         view = StateView(
-            {key: slots.index_select(0, sources) for key, slots in self._slots.items()},
-            self._dtypes,
+            {key: take(states, sources) for key, states in self._slots.items()}, self._dtypes
         )
-        result = self._call(view, *given.apart(slice(first, behind)))
-        for key, slots in self._slots.items():
-            slots.index_copy_(0, targets, view.states[key])
-        return _rows_of(result, (behind - first, 1))
+        result = self._call(view, *given.apart(rows))
+        for key, states in self._slots.items():
+            put(view.states[key], states, targets)
+        return _rows_of(result, (rows.stop - rows.start, 1))
 
     def _run(self, given: LayerArguments, rows: slice, source: int, target: int) -> list[Any]:
         view = self._view(source)
@@ -152,16 +173,18 @@ def bind_states(
     *,
     deterministic: bool,
     pads_rows: bool,
+    kernels: StateKernels | None,
 ) -> list[StateLayer]:
     """Let the modules of these names, which have their weights, find their states in `kv`.
 
-    pads_rows: their linear layers compute few numbers of rows; see `padding`.
+    pads_rows: their linear layers compute few numbers of rows; see `padding`. kernels: of the
+    device; None: torch's.
     """
     layers = []
     continues: dict[type[nn.Module], bool] = {}
     for name, shapes, slots in zip(names, info.states, kv.states, strict=True):
         module = model.get_submodule(name)
-        layer = StateLayer(module, shapes, slots, deterministic=deterministic)
+        layer = StateLayer(module, shapes, slots, deterministic=deterministic, kernels=kernels)
         if type(module) not in continues:
             continues[type(module)] = layer.try_continuing(_trial_arguments(module, info))
         layer.continues = continues[type(module)]
@@ -201,7 +224,8 @@ def _trial_arguments(module: nn.Module, info: ModelInfo) -> dict[str, Any]:
     }
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn((1, _TRIAL_ROWS, info.hidden), generator=generator)
-    return {hidden.name: rows.to(info.dtype), **needed}
+    device = next(module.parameters()).device
+    return {hidden.name: rows.to(device, info.dtype), **needed}
 
 
 class LayerArguments:

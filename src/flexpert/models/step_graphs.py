@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flexpert.kernels.device_stream import Replay, stream_of
-from flexpert.models.batch import ForwardBatch
+from flexpert.models.batch import ForwardBatch, decode_slots
 
 Walk = Callable[[ForwardBatch], Tensor]
 
@@ -48,7 +48,8 @@ class StepInputs:
 
     token_ids, sources, positions, slot_mapping: [tokens] int64; sample_rows: [sequences] int64;
     query_start: [sequences + 1] int32; context_len: [sequences] int32; block_tables: [sequences,
-    max_blocks] int32. nbytes: of all of them, from the begin of the memory.
+    max_blocks] int32; state_slots: [2, sequences] int64, of shapes that decode. nbytes: of all of
+    them, from the begin of the memory.
     """
 
     shape: GraphShape
@@ -60,13 +61,14 @@ class StepInputs:
     query_start: Tensor
     context_len: Tensor
     block_tables: Tensor
+    state_slots: Tensor
     nbytes: int
 
     @staticmethod
     def bytes_for(shape: GraphShape, max_blocks: int) -> int:
         """Bytes of memory."""
-        whole = 4 * shape.tokens * 8 + shape.sequences * (8 + 4 + 4 + 4 * max_blocks) + 4
-        return whole + 8 * _ALIGNMENT
+        each = 8 + 4 + 4 + 4 * max_blocks + 16
+        return 4 * shape.tokens * 8 + shape.sequences * each + 4 + 9 * _ALIGNMENT
 
     @classmethod
     def over(cls, memory: Tensor, shape: GraphShape, max_blocks: int) -> StepInputs:
@@ -90,6 +92,7 @@ class StepInputs:
             take(sequences + 1, torch.int32),
             take(sequences, torch.int32),
             take(sequences * max_blocks, torch.int32).view(sequences, max_blocks),
+            take(2 * sequences, torch.int64).view(2, sequences),
             end,
         )
 
@@ -109,6 +112,8 @@ class StepInputs:
             self.block_tables[:sequences, :width] = batch.block_tables
             if batch.sources is not None:
                 self.sources[:tokens] = batch.sources
+            if batch.states is not None:
+                self.state_slots[:, :sequences] = decode_slots(batch.states)
         # the memory has held batches of other sizes: what lies here now may be no token at all
         self.token_ids[tokens:] = 0
         self.positions[tokens:] = 0
@@ -116,6 +121,7 @@ class StepInputs:
         self.sample_rows[samples:] = 0
         self.query_start[sequences:] = tokens
         self.context_len[sequences:] = 0
+        self.state_slots[:, sequences:] = -1
         if self.shape.decodes:
             torch.arange(tokens, self.shape.tokens + 1, out=self.query_start[tokens:])
 
@@ -139,15 +145,23 @@ class StepGraphs:
             chose the same kernels.
         max_blocks: KV blocks of the longest sequence.
         device: of the model and what it computes with.
+        states: layers of the model keep states; then all shapes decode.
 
     Attributes:
         captures: graphs captured so far.
     """
 
     def __init__(
-        self, walk: Walk, *, shapes: Sequence[GraphShape], max_blocks: int, device: torch.device
+        self,
+        walk: Walk,
+        *,
+        shapes: Sequence[GraphShape],
+        max_blocks: int,
+        device: torch.device,
+        states: bool = False,
     ) -> None:
         self.captures = 0
+        self._states = states
         self._max_blocks = max_blocks
         most = max(StepInputs.bytes_for(shape, max_blocks) for shape in shapes)
         self._stream = stream_of(device)
@@ -160,9 +174,7 @@ class StepGraphs:
         # the largest first: the others fit into its memory
         ordered = sorted(set(shapes), reverse=True)
         self._capture_prompts(walk, [shape for shape in ordered if not shape.decodes])
-        for index, shape in enumerate(shape for shape in ordered if shape.decodes):
-            # the largest is computed once; that and the steps before have loaded all kernels
-            self._captured.append(self._capture(walk, shape, warm=index > 0))
+        self._capture_decodes(walk, [shape for shape in ordered if shape.decodes])
         self._captured.sort(key=lambda one: (not one.host.shape.decodes, one.host.shape))
 
     def _capture_prompts(self, walk: Walk, shapes: Sequence[GraphShape]) -> None:
@@ -183,6 +195,18 @@ class StepGraphs:
             why = str(error).partition("\n")[0]
             log.warning("steps with prompts are launched kernel by kernel: %s", why)
 
+    def _capture_decodes(self, walk: Walk, shapes: Sequence[GraphShape]) -> None:
+        """Where layers with states wait for the device, as a library's may, so do these."""
+        try:
+            for index, shape in enumerate(shapes):
+                # the largest is computed once; that and the steps before have loaded all kernels
+                self._captured.append(self._capture(walk, shape, warm=index > 0))
+        except RuntimeError as error:
+            if not self._states:
+                raise
+            why = str(error).partition("\n")[0]
+            log.warning("steps that decode are launched kernel by kernel: %s", why)
+
     def _capture(self, walk: Walk, shape: GraphShape, *, warm: bool) -> _Captured:
         inputs = StepInputs.over(self._device, shape, self._max_blocks)
         filled = StepInputs.over(self._host, shape, self._max_blocks)
@@ -196,6 +220,7 @@ class StepGraphs:
             slot_mapping=inputs.slot_mapping,
             sample_rows=inputs.sample_rows,
             sources=inputs.sources,
+            state_slots=inputs.state_slots if self._states else None,
         )
         replay, logits = self._stream.capture(lambda: walk(batch), self._pool, warm=warm)
         self.captures += 1
@@ -209,6 +234,8 @@ class StepGraphs:
             tokens, samples = batch.token_ids.shape[0], batch.sample_rows.shape[0]
             sequences, width = batch.block_tables.shape
             decodes = tokens == sequences == samples
+            if batch.states is not None and batch.states.decodes < sequences:
+                return None  # some begin, or have a state of several rows
         if width > self._max_blocks:
             return None
         for captured in self._captured:

@@ -1,0 +1,156 @@
+"""Layers that keep a state of each sequence, on a GPU: transformers' logits and tokens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import greedy, make_checkpoint, prompt_of, reference_logits
+from support.device_runner import device_runner
+from transformers import CONFIG_MAPPING
+
+from flexpert import LLM, SamplingParams
+from flexpert.models.source import ModelSource
+from flexpert.models.step_graphs import GraphShape
+
+FAMILIES = (
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "granitemoehybrid",
+    "nemotron_h",
+    "jamba",
+    "lfm2_moe",
+    "minimax",
+    "zaya",
+    "kimi_linear",
+    "bailing_hybrid",
+    "lara_mini",
+)
+
+
+def known(family: str) -> str:
+    if family not in CONFIG_MAPPING:
+        pytest.skip("not in this version of transformers")
+    return family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_chunks_and_decodes_give_the_logits_of_transformers(
+    family: str, tmp_path: Path
+) -> None:
+    """Steps with prompts module by module, those that decode as graphs of four sequences."""
+    path = make_checkpoint(known(family), tmp_path)
+    prompts = {"a": prompt_of(70, seed=1), "b": prompt_of(41, seed=2)}
+    sequences = device_runner(path, torch.device("cuda"))
+    steps = [{"a": 40, "b": 30}, {"a": 20, "b": 1}, {"a": 1, "b": 1}, {"a": 1, "b": 1}]
+    at = dict.fromkeys(prompts, 0)
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in prompts}
+
+    def step(work: dict[str, int]) -> None:
+        cut = {name: prompts[name][at[name] : at[name] + count] for name, count in work.items()}
+        for name, logits in sequences.step(cut).items():
+            found[name].append(logits.float().cpu())
+            at[name] += work[name]
+
+    for work in steps:
+        step(work)
+    sequences.runner.capture([GraphShape(4, 4), GraphShape(1, 1)], max_blocks=5)
+    assert sequences.runner.graphs is not None
+    assert sequences.runner.graphs.captures == 2
+    for work in (*[{"a": 1, "b": 1}] * 6, {"a": 1}, {"b": 1}, {"a": 1}):
+        step(work)
+    for name, logits in found.items():
+        expected = reference_logits(path, prompts[name][: at[name]])
+        torch.testing.assert_close(torch.cat(logits), expected, atol=5e-3, rtol=5e-3)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the tokens of the embedded model."""
+    tokenizer = ModelSource.open("tiny").tokenizer()
+    folder = tmp_path_factory.mktemp("hybrid")
+    path = make_checkpoint("qwen3_next", folder, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(path)
+    return path
+
+
+PROMPTS = [prompt_of(length, seed=length) for length in (3, 40, 90, 150)]
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+
+
+def service(model: Path, **settings: object) -> LLM:
+    usual: dict[str, Any] = {
+        "engine__device": "cuda",
+        "model__dtype": "float32",
+        "engine__max_tokens_per_step": 64,
+        "engine__max_running": 8,
+        "engine__kv_memory": "4MiB",
+    }
+    return LLM(str(model), **{**usual, **settings})
+
+
+def tokens(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    return [answer.token_ids for answer in llm.generate(prompts, GREEDY)]
+
+
+def during(llm: LLM, event: Callable[[], object]) -> list[list[int]]:
+    """The answers to all prompts, while something happens."""
+    met: list[object] = []
+
+    def happen() -> None:
+        until = time.monotonic() + 60
+        while not any(rank.running for rank in llm.cluster().ranks):
+            if time.monotonic() > until:
+                return
+            threading.Event().wait(0.005)
+        met.append(event())
+
+    thread = threading.Thread(target=happen, daemon=True)
+    thread.start()
+    found = tokens(llm, PROMPTS * 4)
+    thread.join(timeout=120)
+    assert met, "nothing happened"
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(hybrid: Path) -> list[list[int]]:
+    return [greedy(hybrid, prompt, GREEDY.max_tokens or 0) for prompt in PROMPTS]
+
+
+def test_a_service_gives_the_tokens_of_transformers(
+    hybrid: Path, expected: list[list[int]]
+) -> None:
+    """In chunks of 64, from the prefix cache, and with a KV cache that is too small for all."""
+    with service(hybrid) as llm:
+        assert tokens(llm, PROMPTS) == expected
+        assert llm.cluster().ranks[0].cached_blocks > 0
+        assert tokens(llm, PROMPTS) == expected
+        assert llm.cluster().ranks[0].graphs > 0
+    with service(hybrid, engine__kv_memory="200KiB") as llm:
+        assert tokens(llm, PROMPTS * 4) == expected * 4
+        assert llm.cluster().ranks[0].preemptions > 0
+
+
+@pytest.mark.usefixtures("shared_gpu")
+def test_states_move_with_the_sequences_of_a_leaver(
+    hybrid: Path, expected: list[list[int]]
+) -> None:
+    with service(hybrid, ranks=2, max_ranks=2) as llm:
+        done: list[Any] = []
+        assert during(llm, lambda: done.append(llm.scale(1))) == expected * 4
+        assert done[0].moved_requests > 0
+        assert done[0].recomputed_tokens == 0
+
+
+def test_a_killed_rank_costs_no_token(hybrid: Path, expected: list[list[int]]) -> None:
+    with service(hybrid, ranks=2, max_ranks=2) as llm:
+        pid = llm.cluster().ranks[0].pid
+        assert during(llm, lambda: os.kill(pid, signal.SIGKILL)) == expected * 4
