@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexpert.errors import ConfigError
 from flexpert.kernels.cpu import ops
+from flexpert.kernels.state_steps import DeltaInputs, DeltaWeights, StateSpaceWeights
 
 AVX512_ROWS: Final = 4
 """Up to so many rows our product is faster than torch's without AMX: on one core of an AMD EPYC
@@ -151,12 +152,43 @@ class PutStatesKernel(Protocol):
     def __call__(self, new: Tensor, states: Tensor, slots: Tensor) -> None: ...
 
 
+class DeltaRuleKernel(Protocol):
+    """See `cuda.delta_rule.decode_delta_rule`."""
+
+    def __call__(
+        self,
+        inputs: DeltaInputs,
+        weights: DeltaWeights,
+        convolved: Tensor,
+        states: Tensor,
+        sources: Tensor,
+        targets: Tensor,
+    ) -> Tensor: ...
+
+
+class StateSpaceKernel(Protocol):
+    """See `cuda.state_space.decode_state_space`."""
+
+    def __call__(
+        self,
+        projected: Tensor,
+        weights: StateSpaceWeights,
+        convolved: Tensor,
+        states: Tensor,
+        sources: Tensor,
+        targets: Tensor,
+    ) -> Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class StateKernels:
-    """What layers that keep a state of each sequence do with theirs in a decode step."""
+    """What layers that keep a state of each sequence do with theirs in a decode step: take them out
+    and put them back, or compute the step where they are."""
 
     take: TakeStatesKernel
     put: PutStatesKernel
+    delta_rule: DeltaRuleKernel
+    state_space: StateSpaceKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +276,16 @@ def cpu_kernels() -> Kernels:
 
 def gpu_kernels() -> Kernels:
     """Those in Triton; on tensors of a CPU they need its interpreter."""
-    from flexpert.kernels.cuda import absorbed_attention, attention, norm, rotary, router, states
+    from flexpert.kernels.cuda import (
+        absorbed_attention,
+        attention,
+        delta_rule,
+        norm,
+        rotary,
+        router,
+        state_space,
+        states,
+    )
 
     return Kernels(
         attention.paged_attention,
@@ -253,7 +294,12 @@ def gpu_kernels() -> Kernels:
         latents=LatentKernels(
             absorbed_attention.store_latents, absorbed_attention.attend_latents, attention.attend
         ),
-        states=StateKernels(states.take_states, states.put_states),
+        states=StateKernels(
+            states.take_states,
+            states.put_states,
+            delta_rule.decode_delta_rule,
+            state_space.decode_state_space,
+        ),
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,9 @@ from flexpert.models.deterministic import SingleRowMode
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import pad_rows, padded_size
 from flexpert.models.source import ModelInfo
+from flexpert.models.state_decoders import StateDecoder, find_decoder, is_right
 from flexpert.models.state_runs import NO_STATE, StateRuns
 from flexpert.models.state_view import CACHE, StateKey, StateShape, StateView, cache_position
-
-TORCH_KERNELS: Final = StateKernels(
-    lambda states, slots: states.index_select(0, slots),
-    lambda new, states, slots: states.index_copy_(0, slots, new),
-)
 
 Slots: TypeAlias = dict[StateKey, Tensor]
 """A layer's states by key: [slots, *shape]."""
@@ -65,13 +61,15 @@ class StateLayer:
         self.decodes: Tensor | None = None
         self._call = _with_cache(module)
         self._slots = slots
+        self._shapes = shapes
         self._dtypes = {shape.key: shape.dtype for shape in shapes}
         self._deterministic = deterministic
-        self._kernels = kernels or TORCH_KERNELS
+        self._kernels = kernels
         self._most: int | None = None
         if kernels is None:
             self._most = max(1, _DECODED_BYTES // sum(shape.nbytes for shape in shapes))
         self.continues = True  # see `try_continuing`
+        self.decoder: StateDecoder | None = None  # in place of the module, in decode steps
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's, for hidden states of [1, N, hidden]; rows behind those of `runs` are
@@ -104,7 +102,9 @@ class StateLayer:
     def _decode(self, given: LayerArguments, decodes: Tensor, rows: slice) -> Any:
         """Of some rows that decode. decodes: [2, D] int64, slots that are read and written."""
         sources, targets = decodes[0, rows], decodes[1, rows]
-        take, put = self._kernels.take, self._kernels.put
+        if self.decoder is not None:
+            return self.decoder(given.hidden[0, rows], self._slots, sources, targets)
+        take, put = (self._kernels.take, self._kernels.put) if self._kernels else (_take, _put)
         view = StateView(
             {key: take(states, sources) for key, states in self._slots.items()}, self._dtypes
         )
@@ -164,6 +164,24 @@ class StateLayer:
                 return False
         return True
 
+    def is_decoder(self, decoder: StateDecoder, arguments: dict[str, Any]) -> bool:
+        """Whether that computes what the module does. arguments: as for `try_continuing`."""
+        name, hidden = next(iter(arguments.items()))
+        return is_right(
+            decoder,
+            lambda view, rows: self._call(view, (), {**arguments, name: rows}),
+            self._shapes,
+            hidden,
+        )
+
+
+def _take(states: Tensor, slots: Tensor) -> Tensor:
+    return states.index_select(0, slots)
+
+
+def _put(new: Tensor, states: Tensor, slots: Tensor) -> None:
+    states.index_copy_(0, slots, new)
+
 
 def bind_states(
     model: PreTrainedModel,
@@ -182,12 +200,20 @@ def bind_states(
     """
     layers = []
     continues: dict[type[nn.Module], bool] = {}
+    right: dict[type[nn.Module], bool] = {}
     for name, shapes, slots in zip(names, info.states, kv.states, strict=True):
         module = model.get_submodule(name)
         layer = StateLayer(module, shapes, slots, deterministic=deterministic, kernels=kernels)
         if type(module) not in continues:
-            continues[type(module)] = layer.try_continuing(_trial_arguments(module, info))
+            arguments = _trial_arguments(module, info)
+            continues[type(module)] = layer.try_continuing(arguments)
         layer.continues = continues[type(module)]
+        decoder = None if kernels is None else find_decoder(module, shapes, kernels)
+        if decoder is not None:
+            if type(module) not in right:
+                right[type(module)] = layer.is_decoder(decoder, arguments)
+            if right[type(module)]:
+                layer.decoder = decoder
         vars(module)["forward"] = layer.forward
         if pads_rows:
             _pad_linear_layers(module)
@@ -231,14 +257,14 @@ def _trial_arguments(module: nn.Module, info: ModelInfo) -> dict[str, Any]:
 class LayerArguments:
     """The arguments of a layer's forward, cut along the rows.
 
-    count: N, of the hidden states' [1, N, hidden].
+    hidden: the hidden states, [1, N, hidden]. count: N.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._args = args
         self._kwargs = kwargs
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.count: int = hidden.shape[1]
+        self.hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        self.count: int = self.hidden.shape[1]
 
     def cut(self, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Of some rows: [1, n, …], at addresses of their own: library products look at these."""

@@ -20,7 +20,9 @@ def take_states(states: Tensor, slots: Tensor) -> Tensor:
     """
     taken = states.new_empty((slots.shape[0], *states.shape[1:]))
     size = states[0].numel()
-    _take[(slots.shape[0], triton.cdiv(size, _BLOCK))](states, slots, taken, size, BLOCK=_BLOCK)
+    _take_states[(slots.shape[0], triton.cdiv(size, _BLOCK))](
+        states, slots, taken, size, BLOCK=_BLOCK
+    )
     return taken
 
 
@@ -33,13 +35,13 @@ def put_states(new: Tensor, states: Tensor, slots: Tensor) -> None:
         slots: [B] int64, no two equal; -1: nowhere.
     """
     size = states[0].numel()
-    _put[(slots.shape[0], triton.cdiv(size, _BLOCK))](
+    _put_states[(slots.shape[0], triton.cdiv(size, _BLOCK))](
         new.contiguous(), states, slots, size, BLOCK=_BLOCK
     )
 
 
 @triton.jit
-def _take(states, slots, taken, size, BLOCK: tl.constexpr):
+def _take_states(states, slots, taken, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -48,7 +50,7 @@ def _take(states, slots, taken, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _put(new, states, slots, size, BLOCK: tl.constexpr):
+def _put_states(new, states, slots, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
