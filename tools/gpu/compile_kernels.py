@@ -301,38 +301,38 @@ def fixed_cases() -> dict[str, tuple[Any, ...]]:
 
 
 def states_in_place() -> dict[str, tuple[Any, ...]]:
-    """A token through a layer with a state: of Qwen3-Next, Granite-4 and Nemotron-H."""
-    slots = dict(
-        convolution=BF16,
-        rate=BF16,
-        shift=BF16,
-        norm=BF16,
-        convolved=BF16,
-        states=F32,
-        sources=P64,
-        targets=P64,
-        out=BF16,
-    )
-    parts = ("query", "key", "value", "beta", "decay")
-    delta = (
-        "_delta_rule",
-        slots | dict.fromkeys(parts, BF16) | dict.fromkeys(DELTA_STRIDES, I32),
-        dict(
-            bias=None, HEADS=16, EACH=2, KEY=128, VALUE=128, KEYS=128, COLUMNS=32, WIDTH=4, TAPS=4
+    """A token through a layer with a state: of Qwen3-Next and Granite-4."""
+    kept = dict(states=F32, sources=P64, targets=P64)
+    taps = dict(convolution=BF16, convolved=BF16, sources=P64, targets=P64)
+    gates = dict(rate=BF16, shift=BF16, out=BF16)
+    heads = dict.fromkeys(("query", "key", "value"), BF16) | dict.fromkeys(HEAD_STRIDES, I32)
+    steps = dict.fromkeys(("beta_row", "beta_group", "decay_row", "decay_group"), I32)
+    cases: dict[str, tuple[Any, ...]] = {
+        "convolved heads": (
+            "_mixed_heads",
+            taps | heads | dict(mixed=F32),
+            dict(bias=None, HEADS=16, EACH=2, KEY=128, VALUE=128, LANES=128, WIDTH=4, TAPS=4),
+            1,
         ),
-        4,
-    )
-    cases: dict[str, tuple[Any, ...]] = {"delta rule": delta}
-    for heads, each in ((128, 128), (128, 16)):
-        cases[f"state space {heads}/{each}"] = (
-            "_state_space",
-            slots | dict(projected=BF16, bias=BF16, skip=BF16),
-            dict(
-                HEADS=heads, EACH=each, DIM=64, SIZE=128, SOME=32, SIZES=128, WIDTH=4, TAPS=4,
-                CHANNELS=heads * 64 + 2 * heads // each * 128,
-            ),
+        "delta rule": (
+            "_delta_rule",
+            kept | gates | steps | dict(mixed=F32, beta=BF16, decay=BF16),
+            dict(HEADS=16, EACH=2, KEY=128, VALUE=128, KEYS=128, COLUMNS=32),
             4,
-        )  # fmt: skip
+        ),
+        "convolved channels": (
+            "_mixed_channels",
+            taps | dict(projected=BF16, bias=BF16, mixed=BF16, stride=I32),
+            dict(INNER=8192, CHANNELS=8448, LANES=128, WIDTH=4, TAPS=4),
+            1,
+        ),
+        "state space": (
+            "_state_space",
+            kept | gates | dict(projected=BF16, mixed=BF16, skip=BF16),
+            dict(HEADS=128, EACH=128, DIM=64, SIZE=128, SOME=32, SIZES=128, CHANNELS=8448),
+            4,
+        ),
+    }
     cases["norm before a gate"] = (
         "_normed_before_gate",
         dict(y=BF16, gate=BF16, weight=BF16, eps="fp32") | dict.fromkeys(GATE_STRIDES, I32),
@@ -360,13 +360,12 @@ def states_in_place() -> dict[str, tuple[Any, ...]]:
     return cases
 
 
-DELTA_STRIDES = (
+HEAD_STRIDES = (
     "query_row", "query_head", "key_row", "key_head", "value_row", "value_group", "value_head",
-    "beta_row", "beta_group", "decay_row", "decay_group",
 )  # fmt: skip
 GATE_STRIDES = "gate_row", "gate_group", "gate_head"
 STRIDES = (
-    *DELTA_STRIDES[:7],
+    *HEAD_STRIDES,
     *GATE_STRIDES,
     "size",
     "stride",

@@ -17,17 +17,17 @@ def convolve(
     ok,
     reads,
     writes,
-    dtype: tl.constexpr,
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """silu of the convolution, float32 with values of `dtype`, of some channels of a sequence.
+    """silu of the convolution, float32 with values of x's dtype, of some channels of a sequence.
 
     x: [C] the new inputs. weight: [all channels, WIDTH]; bias: [all channels] or None. before,
     behind: [all channels, WIDTH] the last inputs up to the token before, and up to this one.
     channel: [C] which they are; ok: [C] whether they are. reads, writes: whether `before` is there,
     and `behind` is to be written. TAPS: WIDTH, or the next power of two.
     """
+    dtype: tl.constexpr = x.dtype
     tap = tl.arange(0, TAPS)
     at = channel[:, None] * WIDTH + tap[None, :]
     known = ok[:, None] & (tap < WIDTH - 1)[None, :]

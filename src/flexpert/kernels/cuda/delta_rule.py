@@ -1,10 +1,10 @@
-"""A token of each sequence through a layer of the gated delta rule (Qwen3-Next), in two kernels.
+"""A token of each sequence through a layer of the gated delta rule (Qwen3-Next), in three kernels.
 
-Between the layer's projections: a short causal convolution, gates and the update of the state in
-one, the norm of what is read from it in the other. A program of the first has some columns of the
-state of one head of one sequence, loads and stores them once, and convolves all that they need;
-more columns would take so many registers that too few programs run at once to keep memory busy.
-States are found in their slots and left in others.
+Between the layer's projections: the short causal convolution of queries, keys and values, and the
+norm of the first two; then the gates and the update of the state; then the norm of what is read
+from it. A program of the second has some columns of the state of one head of one sequence, which it
+loads and stores once; nearly all that moves is these. States are found in their slots and left in
+others.
 """
 
 from __future__ import annotations
@@ -43,26 +43,42 @@ def decode_delta_rule(
     rows, heads, each, value_dim = value.shape
     key_dim = inputs.key.shape[2]
     out = torch.empty((rows, heads * each * value_dim), dtype=value.dtype, device=value.device)
+    channels, width = convolved.shape[1:]
+    mixed = torch.empty((rows, channels), dtype=torch.float32, device=value.device)
     keys, values = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
-    columns, width = max(1, min(values, _TILE // keys)), convolved.shape[2]
-    _delta_rule[(heads * each * triton.cdiv(value_dim, columns), rows)](
+    _mixed_heads[(heads * (2 + each), rows)](
         inputs.query,
         inputs.key,
         value,
-        inputs.beta,
-        inputs.decay,
         weights.convolution,
         weights.bias,
+        convolved,
+        sources,
+        targets,
+        mixed,
+        *inputs.query.stride()[:2],
+        *inputs.key.stride()[:2],
+        *value.stride()[:3],
+        HEADS=heads,
+        EACH=each,
+        KEY=key_dim,
+        VALUE=value_dim,
+        LANES=max(keys, values),
+        WIDTH=width,
+        TAPS=triton.next_power_of_2(width),
+        num_warps=1,
+    )
+    columns = max(1, min(values, _TILE // keys))
+    _delta_rule[(heads * each * triton.cdiv(value_dim, columns), rows)](
+        mixed,
+        inputs.beta,
+        inputs.decay,
         weights.rate,
         weights.shift,
-        convolved,
         states,
         sources,
         targets,
         out,
-        *inputs.query.stride()[:2],
-        *inputs.key.stride()[:2],
-        *value.stride()[:3],
         *inputs.beta.stride()[:2],
         *inputs.decay.stride()[:2],
         HEADS=heads,
@@ -71,8 +87,6 @@ def decode_delta_rule(
         VALUE=value_dim,
         KEYS=keys,
         COLUMNS=columns,
-        WIDTH=width,
-        TAPS=triton.next_power_of_2(width),
         num_warps=_WARPS,
     )
     together = max(1, _NORMED // values)
@@ -92,21 +106,16 @@ def decode_delta_rule(
 
 
 @triton.jit
-def _delta_rule(
+def _mixed_heads(
     query,
     key,
     value,
-    beta,
-    decay,
     convolution,
     bias,
-    rate,
-    shift,
     convolved,
-    states,
     sources,
     targets,
-    out,
+    mixed,
     query_row,
     query_head,
     key_row,
@@ -114,6 +123,59 @@ def _delta_rule(
     value_row,
     value_group,
     value_head,
+    HEADS: tl.constexpr,
+    EACH: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """A program has one head of queries, of keys or of values of one sequence."""
+    unit = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    source, target = tl.load(sources + row), tl.load(targets + row)
+    head = unit - 2 * HEADS  # of values
+    if unit < HEADS:
+        here = query + row * query_row + unit * query_head
+    elif unit < 2 * HEADS:
+        here = key + row * key_row + (unit - HEADS) * key_head
+    else:
+        here = value + row * value_row + head // EACH * value_group + head % EACH * value_head
+    channels: tl.constexpr = 2 * HEADS * KEY + HEADS * EACH * VALUE
+    lane = tl.arange(0, LANES)
+    ok = lane < tl.where(head < 0, KEY, VALUE)
+    channel = tl.where(head < 0, unit * KEY, 2 * HEADS * KEY + head * VALUE) + lane
+    y = convolve(
+        tl.load(here + lane, mask=ok, other=0.0),
+        convolution,
+        bias,
+        convolved + source * channels * WIDTH,
+        convolved + target * channels * WIDTH,
+        channel,
+        ok,
+        source >= 0,
+        target >= 0,
+        WIDTH,
+        TAPS,
+    )
+    scale = tl.rsqrt(tl.sum(y * y, 0) + 1e-6)
+    scale = tl.where(unit < HEADS, scale / tl.sqrt(KEY * 1.0), scale)
+    y *= tl.where(head < 0, scale, 1.0)
+    tl.store(mixed + row * channels + channel, y, mask=ok)
+
+
+@triton.jit
+def _delta_rule(
+    mixed,
+    beta,
+    decay,
+    rate,
+    shift,
+    states,
+    sources,
+    targets,
+    out,
     beta_row,
     beta_group,
     decay_row,
@@ -124,15 +186,12 @@ def _delta_rule(
     VALUE: tl.constexpr,
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TAPS: tl.constexpr,
 ):
     parts: tl.constexpr = (VALUE + COLUMNS - 1) // COLUMNS
     head, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     row = tl.program_id(1).to(tl.int64)
     group, member = head // EACH, head % EACH
     source, target = tl.load(sources + row), tl.load(targets + row)
-    dtype: tl.constexpr = out.dtype.element_ty
     k_at, v_at = tl.arange(0, KEYS), part * COLUMNS + tl.arange(0, COLUMNS)
     k_ok, v_ok = k_at < KEY, v_at < VALUE
     inside = k_ok[:, None] & v_ok[None, :]
@@ -142,27 +201,11 @@ def _delta_rule(
     state = tl.load(states + source * size + where, mask=inside & (source >= 0), other=0.0)
 
     channels: tl.constexpr = 2 * HEADS * KEY + HEADS * EACH * VALUE
-    before, behind = convolved + source * channels * WIDTH, convolved + target * channels * WIDTH
-    first = (member == 0) & (part == 0)  # of those that share a key: it keeps what they all see
-    q = convolve(
-        tl.load(query + row * query_row + group * query_head + k_at, mask=k_ok, other=0.0),
-        convolution, bias, before, behind, group * KEY + k_at, k_ok,
-        source >= 0, (target >= 0) & first, dtype, WIDTH, TAPS,
-    )  # fmt: skip
-    k = convolve(
-        tl.load(key + row * key_row + group * key_head + k_at, mask=k_ok, other=0.0),
-        convolution, bias, before, behind, (HEADS + group) * KEY + k_at, k_ok,
-        source >= 0, (target >= 0) & first, dtype, WIDTH, TAPS,
-    )  # fmt: skip
-    at = row * value_row + group * value_group + member * value_head
-    v = convolve(
-        tl.load(value + at + v_at, mask=v_ok, other=0.0),
-        convolution, bias, before, behind, 2 * HEADS * KEY + head * VALUE + v_at, v_ok,
-        source >= 0, target >= 0, dtype, WIDTH, TAPS,
-    )  # fmt: skip
-    q = q * tl.rsqrt(tl.sum(q * q, 0) + 1e-6) / tl.sqrt(KEY * 1.0)
-    k = k * tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
-
+    here = mixed + row * channels
+    q = tl.load(here + group * KEY + k_at, mask=k_ok, other=0.0)
+    k = tl.load(here + (HEADS + group) * KEY + k_at, mask=k_ok, other=0.0)
+    v = tl.load(here + 2 * HEADS * KEY + head * VALUE + v_at, mask=v_ok, other=0.0)
+    dtype: tl.constexpr = out.dtype.element_ty
     strength = tl.load(beta + row * beta_row + group * beta_group + member).to(tl.float32)
     strength = tl.sigmoid(strength).to(dtype).to(tl.float32)
     step = tl.load(decay + row * decay_row + group * decay_group + member).to(tl.float32)

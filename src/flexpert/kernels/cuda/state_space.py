@@ -1,8 +1,8 @@
-"""A token of each sequence through a Mamba-2 layer, in two kernels between its projections.
+"""A token of each sequence through a Mamba-2 layer, in three kernels between its projections.
 
-A program of the first has some rows of the state of one head of one sequence, loads and stores them
-once, and convolves all that they need; the second norms groups of channels of many heads. States
-are found in their slots and left in others.
+The first is the short causal convolution. A program of the second has some rows of the state of one
+head of one sequence, which it loads and stores once; nearly all that moves is these. The third
+norms groups of channels of many heads. States are found in their slots and left in others.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from flexpert.kernels.state_steps import StateSpaceWeights
 
 _TILE = 4096  # numbers of a state in a program
 _WARPS = 4
+_CHANNELS = 128  # that a program convolves
 
 
 def decode_state_space(
@@ -41,16 +42,31 @@ def decode_state_space(
     _, heads, head_dim, size = states.shape
     rows, inner, channels, width = projected.shape[0], heads * head_dim, *convolved.shape[1:]
     out = torch.empty((rows, inner), dtype=projected.dtype, device=projected.device)
-    dims, sizes = triton.next_power_of_2(head_dim), triton.next_power_of_2(size)
-    some = max(1, min(dims, _TILE // sizes))
-    _state_space[(heads * triton.cdiv(head_dim, some), rows)](
+    mixed = torch.empty((rows, channels), dtype=projected.dtype, device=projected.device)
+    _mixed_channels[(triton.cdiv(channels, _CHANNELS), rows)](
         projected,
         weights.convolution,
         weights.bias,
+        convolved,
+        sources,
+        targets,
+        mixed,
+        projected.shape[1],
+        INNER=inner,
+        CHANNELS=channels,
+        LANES=_CHANNELS,
+        WIDTH=width,
+        TAPS=triton.next_power_of_2(width),
+        num_warps=1,
+    )
+    sizes = triton.next_power_of_2(size)
+    some = max(1, min(triton.next_power_of_2(head_dim), _TILE // sizes))
+    _state_space[(heads * triton.cdiv(head_dim, some), rows)](
+        projected,
+        mixed,
         weights.rate,
         weights.shift,
         weights.skip,
-        convolved,
         states,
         sources,
         targets,
@@ -62,8 +78,6 @@ def decode_state_space(
         SOME=some,
         SIZES=sizes,
         CHANNELS=channels,
-        WIDTH=width,
-        TAPS=triton.next_power_of_2(width),
         num_warps=_WARPS,
     )
     columns = triton.next_power_of_2(weights.normed)
@@ -82,14 +96,48 @@ def decode_state_space(
 
 
 @triton.jit
-def _state_space(
+def _mixed_channels(
     projected,
     convolution,
     bias,
+    convolved,
+    sources,
+    targets,
+    mixed,
+    stride,
+    INNER: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    source, target = tl.load(sources + row), tl.load(targets + row)
+    channel = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    ok = channel < CHANNELS
+    y = convolve(
+        tl.load(projected + row * stride + INNER + channel, mask=ok, other=0.0),
+        convolution,
+        bias,
+        convolved + source * CHANNELS * WIDTH,
+        convolved + target * CHANNELS * WIDTH,
+        channel,
+        ok,
+        source >= 0,
+        target >= 0,
+        WIDTH,
+        TAPS,
+    )
+    tl.store(mixed + row * CHANNELS + channel, y.to(mixed.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _state_space(
+    projected,
+    mixed,
     rate,
     shift,
     skip,
-    convolved,
     states,
     sources,
     targets,
@@ -101,15 +149,12 @@ def _state_space(
     SOME: tl.constexpr,
     SIZES: tl.constexpr,
     CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TAPS: tl.constexpr,
 ):
     parts: tl.constexpr = (DIM + SOME - 1) // SOME
     head, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     row = tl.program_id(1).to(tl.int64)
     group = head // EACH  # of heads that share B and C
     source, target = tl.load(sources + row), tl.load(targets + row)
-    dtype: tl.constexpr = out.dtype.element_ty
     inner: tl.constexpr = HEADS * DIM
     d_at, n_at = part * SOME + tl.arange(0, SOME), tl.arange(0, SIZES)
     d_ok, n_ok = d_at < DIM, n_at < SIZE
@@ -120,35 +165,19 @@ def _state_space(
     state = tl.load(states + source * whole + where, mask=inside & (source >= 0), other=0.0)
     state = state.to(tl.float32)
 
-    before, behind = convolved + source * CHANNELS * WIDTH, convolved + target * CHANNELS * WIDTH
-    here = projected + row * (inner + CHANNELS + HEADS) + inner
-    first = (head % EACH == 0) & (part == 0)  # it keeps what all of them see
-    x_at = head * DIM + d_at
-    x = convolve(
-        tl.load(here + x_at, mask=d_ok, other=0.0),
-        convolution, bias, before, behind, x_at, d_ok,
-        source >= 0, target >= 0, dtype, WIDTH, TAPS,
-    )  # fmt: skip
+    here, x_at = mixed + row * CHANNELS, head * DIM + d_at
     b_at = inner + group * SIZE + n_at
-    b = convolve(
-        tl.load(here + b_at, mask=n_ok, other=0.0),
-        convolution, bias, before, behind, b_at, n_ok,
-        source >= 0, (target >= 0) & first, dtype, WIDTH, TAPS,
-    )  # fmt: skip
-    c_at = inner + (HEADS // EACH + group) * SIZE + n_at
-    c = convolve(
-        tl.load(here + c_at, mask=n_ok, other=0.0),
-        convolution, bias, before, behind, c_at, n_ok,
-        source >= 0, (target >= 0) & first, dtype, WIDTH, TAPS,
-    )  # fmt: skip
-    step = tl.load(here + CHANNELS + head).to(tl.float32)
-    step = softplus(step + tl.load(shift + head).to(tl.float32))
+    x = tl.load(here + x_at, mask=d_ok, other=0.0).to(tl.float32)
+    b = tl.load(here + b_at, mask=n_ok, other=0.0).to(tl.float32)
+    c = tl.load(here + HEADS // EACH * SIZE + b_at, mask=n_ok, other=0.0).to(tl.float32)
+    steps = projected + row * (inner + CHANNELS + HEADS) + inner + CHANNELS
+    step = softplus(tl.load(steps + head).to(tl.float32) + tl.load(shift + head).to(tl.float32))
     kept = tl.exp(-tl.exp(tl.load(rate + head).to(tl.float32)) * step)
     state = state * kept + (x * step)[:, None] * b[None, :]
     made = state.to(states.dtype.element_ty)
     tl.store(states + target * whole + where, made, mask=inside & (target >= 0))
     y = tl.sum(state * c[None, :], 1) + x * tl.load(skip + head).to(tl.float32)
-    tl.store(out + row * inner + x_at, y.to(dtype), mask=d_ok)
+    tl.store(out + row * inner + x_at, y.to(out.dtype.element_ty), mask=d_ok)
 
 
 @triton.jit
