@@ -229,6 +229,7 @@ class FixedOrderKernels:
 class Kernels:
     """What a model's dense part calls.
 
+    wide_norms: the norm takes a float32 weight for rows of any dtype.
     linear: for bfloat16, where it is faster than torch's for the fewest rows; None: it is not.
     linear_rows: up to so many; None: for any number, but for what several threads share.
     linear_bytes: weights of at least so many.
@@ -248,6 +249,7 @@ class Kernels:
     linear_bytes: int = 0
     fusions: Fusions | None = None
     pads_batches: bool = False
+    wide_norms: bool = False
     recorded_rows: int = 0
     latents: LatentKernels | None = None
     states: StateKernels | None = None
@@ -294,6 +296,7 @@ def gpu_kernels() -> Kernels:
         latents=LatentKernels(
             absorbed_attention.store_latents, absorbed_attention.attend_latents, attention.attend
         ),
+        wide_norms=True,
         states=StateKernels(
             states.take_states,
             states.put_states,
@@ -316,6 +319,7 @@ def fixed_order_gpu_kernels(device: torch.device) -> Kernels:
         fixed_attention.paged_attention,
         norm.rms_norm,
         fusions=Fusions(fixed_attention.attend, rotary.rotate_and_store, choose),
+        wide_norms=True,
         fixed_order=FixedOrderKernels(
             FixedProducts(device).linear,
             fixed_rows.sum_rows,

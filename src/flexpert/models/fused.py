@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Final
 
@@ -26,6 +26,7 @@ from flexpert.models.fusion_verdicts import FusionVerdicts, NormFusion, VerdictL
 LIBRARY_ROWS: Final = 64
 """From here on a product goes to torch if that may use more than our one thread, even with AMX."""
 
+_FORMS: Final = (NormFusion(early=True), NormFusion(early=False), NormFusion(False, shifted=True))
 _TRIAL_ROWS: Final = 64
 _MOST_DIFFERENT: Final = 0.01  # share of elements; sums in another order round some otherwise
 
@@ -52,9 +53,10 @@ def fuse(
             if linear is not None and _fits_kernel(module.weight, kernels.linear_bytes):
                 _replace(module, _linear(module, linear, kernels.linear_rows, deterministic))
         elif (eps := epsilon(module)) is not None:
-            attempt = functools.partial(_try_norm, module, eps, norm)
+            forms = _FORMS if kernels.wide_norms else _FORMS[:2]
+            attempt = functools.partial(_try_norm, module, eps, norm, forms)
             if (found := ledger.settle(name, module, NormFusion, attempt)) is not None:
-                _replace(module, _norm(module, eps, norm, found.early))
+                _replace(module, _norm(module, eps, norm, found))
     return ledger.found
 
 
@@ -115,14 +117,15 @@ def epsilon(module: nn.Module) -> float | None:
 
 
 def _norm(
-    module: nn.Module, eps: float, kernel: NormKernel, early: bool
+    module: nn.Module, eps: float, kernel: NormKernel, form: NormFusion
 ) -> Callable[[Tensor], Tensor]:
-    weight = module.get_parameter("weight").data.contiguous()
-    original = type(module).forward
+    own = module.get_parameter("weight").data
+    weight = 1.0 + own.float() if form.shifted else own.contiguous()
+    original, early = type(module).forward, form.early
 
     def forward(hidden_states: Tensor) -> Tensor:
         with outside_modes():
-            if hidden_states.dtype == weight.dtype and hidden_states.shape[-1] == weight.shape[0]:
+            if hidden_states.dtype == own.dtype and hidden_states.shape[-1] == weight.shape[0]:
                 if (noting := recording.current()) is not None:
                     return noting.norm(kernel, hidden_states, weight, eps, early=early)
                 return kernel(hidden_states, weight, eps, early=early)
@@ -132,21 +135,20 @@ def _norm(
     return forward
 
 
-def _try_norm(module: nn.Module, eps: float, kernel: NormKernel) -> NormFusion | None:
-    for early in (True, False):
-        if _is_norm(module, eps, kernel, early=early):
-            return NormFusion(early)
-    return None
+def _try_norm(
+    module: nn.Module, eps: float, kernel: NormKernel, forms: Sequence[NormFusion]
+) -> NormFusion | None:
+    return next((form for form in forms if _is_norm(module, eps, kernel, form)), None)
 
 
-def _is_norm(module: nn.Module, eps: float, kernel: NormKernel, *, early: bool) -> bool:
+def _is_norm(module: nn.Module, eps: float, kernel: NormKernel, form: NormFusion) -> bool:
     """Does the module compute what our kernel does, but for rounding?"""
     weight = module.get_parameter("weight").data
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((_TRIAL_ROWS, weight.shape[0]), generator=generator)
     x *= torch.logspace(-4, 2, _TRIAL_ROWS).unsqueeze(1)  # small rows show epsilon
     x = x.to(weight.device, weight.dtype)
-    ours = _norm(module, eps, kernel, early)(x)
+    ours = _norm(module, eps, kernel, form)(x)
     try:
         theirs = type(module).forward(module, x)
     except (TypeError, RuntimeError, ValueError):
