@@ -14,7 +14,12 @@ import torch
 from support.checkpoints import Sequences, prompt_of, reference_logits, single_runner
 from torch import Tensor
 
+from flexpert.config import EngineConfig
+from flexpert.engine.device_memory_plan import device_memory_plan
+from flexpert.engine.memory_plan import state_slots
+from flexpert.errors import FlexpertError
 from flexpert.models.batch import ForwardBatch
+from flexpert.models.source import ModelSource
 from flexpert.models.state_runs import NO_STATE, StateRuns
 
 Checkpoints = Callable[..., Path]
@@ -112,6 +117,18 @@ def test_layers_whose_plain_code_begins_anew_are_computed_row_by_row(
 ) -> None:
     layers = single_runner(checkpoint(family)).runner._states
     assert {layer.continues for layer in layers} == {continues}
+
+
+def test_on_a_gpu_states_are_planned_for_and_deterministic_is_refused(
+    checkpoint: Checkpoints,
+) -> None:
+    source = ModelSource.open(str(checkpoint("qwen3_next")))
+    config = EngineConfig(device="cuda", kv_memory=2**20, max_running=10)
+    more = config.model_copy(update={"max_running": 20})
+    few, many = (device_memory_plan(source, each, 1).kv for each in (config, more))
+    assert abs(many - few - 10 * 4 * source.info.state_nbytes) < 4096
+    with pytest.raises(FlexpertError, match="--device cpu"):
+        state_slots(source.info, config.model_copy(update={"deterministic": True}))
 
 
 def _alone(tokens: list[int], runs: StateRuns, first: int = 0) -> ForwardBatch:

@@ -195,8 +195,8 @@ def bind_states(
 ) -> list[StateLayer]:
     """Let the modules of these names, which have their weights, find their states in `kv`.
 
-    pads_rows: their linear layers compute few numbers of rows; see `padding`. kernels: of the
-    device; None: torch's.
+    pads_rows: their linear layers compute few numbers of rows; see `padding`. kernels: of a GPU,
+    whose states begin as zeros, since steps that warm it up read them; None: torch's.
     """
     layers = []
     continues: dict[type[nn.Module], bool] = {}
@@ -208,6 +208,8 @@ def bind_states(
             arguments = _trial_arguments(module, info)
             continues[type(module)] = layer.try_continuing(arguments)
         layer.continues = continues[type(module)]
+        for states in slots.values() if kernels is not None else ():
+            states.zero_()
         decoder = None if kernels is None else find_decoder(module, shapes, kernels)
         if decoder is not None:
             if type(module) not in right:
