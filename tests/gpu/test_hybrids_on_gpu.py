@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import threading
@@ -14,10 +15,15 @@ import pytest
 import torch
 from support.checkpoints import greedy, make_checkpoint, prompt_of, reference_logits
 from support.device_runner import device_runner
+from support.state_cases import delta_case, delta_result, space_case, space_result
 from transformers import CONFIG_MAPPING
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from flexpert import LLM, SamplingParams
+from flexpert.kernels.cuda.delta_rule import decode_delta_rule
+from flexpert.kernels.cuda.state_space import decode_state_space
 from flexpert.models.source import ModelSource
+from flexpert.models.state_view import CACHE
 from flexpert.models.step_graphs import GraphShape
 
 FAMILIES = (
@@ -36,9 +42,38 @@ FAMILIES = (
 
 
 def known(family: str) -> str:
-    if family not in CONFIG_MAPPING:
+    layer = inspect.signature(Qwen3NextGatedDeltaNet.forward).parameters
+    if family not in CONFIG_MAPPING or CACHE not in layer:
         pytest.skip("not in this version of transformers")
     return family
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_kernels_update_states_as_torch_does(rows: int) -> None:
+    """At Qwen3-Next's and Granite-4's sizes, in bf16."""
+    torch.manual_seed(rows)
+    inputs, of_rule, case = delta_case(rows)
+    states = case.states.clone()
+    out = decode_delta_rule(
+        inputs, of_rule, case.convolved.clone(), states, case.sources, case.targets
+    )
+    for row in range(rows):
+        result, _, state = delta_result(inputs, of_rule, case, row)
+        assert relative(out[row], result) < 2e-2
+        assert relative(states[case.targets[row]], state) < 1e-2
+    projected, of_space, case = space_case(rows)
+    states = case.states.clone()
+    out = decode_state_space(
+        projected, of_space, case.convolved.clone(), states, case.sources, case.targets
+    )
+    for row in range(rows):
+        result, _, state = space_result(projected, of_space, case, row)
+        assert relative(out[row], result) < 2e-2
+        assert relative(states[case.targets[row]], state) < 1e-2
+
+
+def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((ours.float() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -75,6 +110,7 @@ def test_prompts_chunks_and_decodes_give_the_logits_of_transformers(
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With the tokens of the embedded model."""
     tokenizer = ModelSource.open("tiny").tokenizer()
+    known("qwen3_next")
     folder = tmp_path_factory.mktemp("hybrid")
     path = make_checkpoint("qwen3_next", folder, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(path)

@@ -1,10 +1,11 @@
-"""Random tokens and states for the kernels of layers that keep a state."""
+"""Random tokens and states for the kernels of layers that keep a state, and plain arithmetic."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexpert.kernels.state_steps import DeltaInputs, DeltaWeights, StateSpaceWeights
@@ -96,3 +97,59 @@ def space_case(
     )
     case = slots_of(rows, (channels, width), (heads, head_dim, size), dtype, device)
     return randn(rows, inner + channels + heads), weights, case
+
+
+def delta_result(
+    x: DeltaInputs, weights: DeltaWeights, case: StateCase, row: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(what a layer reads, what its convolution has seen, the state) behind a row, in float32."""
+    (_, heads, each, value_dim), key_dim = x.value.shape, x.key.shape[2]
+    channels = torch.cat([part[row].flatten() for part in (x.query, x.key, x.value)])
+    y, seen = _convolved(channels, weights.convolution, weights.bias, case, row)
+    q, k, v = y.split([heads * key_dim, heads * key_dim, heads * each * value_dim])
+    q, k = (part.view(heads, key_dim).repeat_interleave(each, 0) for part in (q, k))
+    q, k = (part * torch.rsqrt((part * part).sum(1, keepdim=True) + 1e-6) for part in (q, k))
+    step = F.softplus(x.decay[row].flatten().float() + weights.shift.float())
+    kept = (-weights.rate.float().exp() * step).exp()
+    state = case.states[case.sources[row]] * kept[:, None, None]
+    known = torch.einsum("hkv,hk->hv", state, k)
+    strength = x.beta[row].flatten().float().sigmoid()
+    delta = (v.view(heads * each, value_dim) - known) * strength[:, None]
+    state = state + torch.einsum("hk,hv->hkv", k, delta)
+    read = torch.einsum("hkv,hk->hv", state, q) / key_dim**0.5
+    read = F.rms_norm(read, (value_dim,), weights.norm.float(), weights.eps)
+    gate = x.gate[row].reshape(heads * each, value_dim).float()
+    return (read * F.silu(gate)).flatten(), seen, state
+
+
+def space_result(
+    projected: Tensor, weights: StateSpaceWeights, case: StateCase, row: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `delta_result`."""
+    heads, head_dim, size = case.states.shape[1:]
+    inner = heads * head_dim
+    channels = case.convolved.shape[1]
+    groups = (channels - inner) // (2 * size)
+    gate, mixed, step = projected[row].split([inner, channels, heads])
+    y, seen = _convolved(mixed, weights.convolution, weights.bias, case, row)
+    x, b, c = y.split([inner, groups * size, groups * size])
+    x = x.view(heads, head_dim)
+    b, c = (part.view(groups, size).repeat_interleave(heads // groups, 0) for part in (b, c))
+    step = F.softplus(step.float() + weights.shift.float())
+    kept = (-weights.rate.float().exp() * step).exp()
+    state = case.states[case.sources[row]] * kept[:, None, None]
+    state = state + torch.einsum("hd,hn->hdn", x * step[:, None], b)
+    read = torch.einsum("hdn,hn->hd", state, c) + x * weights.skip.float()[:, None]
+    gated = (read.flatten() * F.silu(gate.float())).view(-1, weights.normed)
+    normed = F.rms_norm(gated, (weights.normed,), None, weights.eps)
+    return normed.flatten() * weights.norm.float(), seen, state
+
+
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, case: StateCase, row: int
+) -> tuple[Tensor, Tensor]:
+    """x: [channels] → silu of the convolution, and what it has seen then."""
+    before = case.convolved[case.sources[row]]
+    seen = torch.cat([before[:, 1:], x[:, None]], 1)
+    y = (seen.float() * weight.float()).sum(1)
+    return F.silu(y if bias is None else y + bias.float()), seen
