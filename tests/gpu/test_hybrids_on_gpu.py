@@ -20,8 +20,8 @@ from transformers import CONFIG_MAPPING
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from flexpert import LLM, SamplingParams
-from flexpert.kernels.cuda.delta_rule import decode_delta_rule
-from flexpert.kernels.cuda.state_space import decode_state_space
+from flexpert.kernels.cuda.delta_rule import gated_delta_rule
+from flexpert.kernels.cuda.state_space import state_space
 from flexpert.models.source import ModelSource
 from flexpert.models.state_view import CACHE
 from flexpert.models.step_graphs import GraphShape
@@ -52,24 +52,20 @@ def known(family: str) -> str:
 def test_kernels_update_states_as_torch_does(rows: int) -> None:
     """At Qwen3-Next's and Granite-4's sizes, in bf16."""
     torch.manual_seed(rows)
-    inputs, of_rule, case = delta_case(rows)
-    states = case.states.clone()
-    out = decode_delta_rule(
-        inputs, of_rule, case.convolved.clone(), states, case.sources, case.targets
-    )
+    inputs, of_rule, before = delta_case(rows)
+    case = before.clone()
+    out = gated_delta_rule(inputs, of_rule, case.convolved, case.states, case.rows)
     for row in range(rows):
-        result, _, state = delta_result(inputs, of_rule, case, row)
+        result, _, state = delta_result(inputs, of_rule, before, row)
         assert relative(out[row], result) < 2e-2
-        assert relative(states[case.targets[row]], state) < 1e-2
-    projected, of_space, case = space_case(rows)
-    states = case.states.clone()
-    out = decode_state_space(
-        projected, of_space, case.convolved.clone(), states, case.sources, case.targets
-    )
+        assert relative(case.states[case.targets[row]], state) < 1e-2
+    projected, of_space, before = space_case(rows)
+    case = before.clone()
+    out = state_space(projected, of_space, case.convolved, case.states, case.rows)
     for row in range(rows):
-        result, _, state = space_result(projected, of_space, case, row)
+        result, _, state = space_result(projected, of_space, before, row)
         assert relative(out[row], result) < 2e-2
-        assert relative(states[case.targets[row]], state) < 1e-2
+        assert relative(case.states[case.targets[row]], state) < 1e-2
 
 
 def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:

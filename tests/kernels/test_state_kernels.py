@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
 from support.state_cases import StateCase, delta_case, delta_result, space_case, space_result
 
-from flexpert.kernels.cuda.delta_rule import decode_delta_rule
-from flexpert.kernels.cuda.state_space import decode_state_space
+from flexpert.kernels.cuda.delta_rule import gated_delta_rule
+from flexpert.kernels.cuda.state_space import state_space
 from flexpert.kernels.cuda.states import put_states, take_states
+from flexpert.kernels.state_steps import StateRows
 
 PADDING = 1  # row
 
@@ -37,7 +40,7 @@ def test_the_gated_delta_rule_updates_states_where_they_are(width: int) -> None:
     sizes = {"heads": 2, "each": 2, "key_dim": 20, "value_dim": 12, "width": width}
     x, weights, whole = delta_case(3, **sizes, dtype=torch.float32, device="cpu")
     case = padded(whole)
-    out = decode_delta_rule(x, weights, case.convolved, case.states, case.sources, case.targets)
+    out = gated_delta_rule(x, weights, case.convolved, case.states, case.rows)
     assert out.isfinite().all()
     for row in (0, 2):
         result, seen, state = delta_result(x, weights, whole, row)
@@ -53,9 +56,7 @@ def test_mamba_2_updates_states_where_they_are(groups: int) -> None:
     sizes = {"heads": 4, "head_dim": 6, "groups": groups, "size": 12}
     projected, weights, whole = space_case(3, **sizes, dtype=torch.float32, device="cpu")
     case = padded(whole)
-    out = decode_state_space(
-        projected, weights, case.convolved, case.states, case.sources, case.targets
-    )
+    out = state_space(projected, weights, case.convolved, case.states, case.rows)
     assert out.isfinite().all()
     for row in (0, 2):
         result, seen, state = space_result(projected, weights, whole, row)
@@ -63,6 +64,54 @@ def test_mamba_2_updates_states_where_they_are(groups: int) -> None:
         torch.testing.assert_close(case.convolved[case.targets[row]], seen)
         torch.testing.assert_close(case.states[case.targets[row]], state, rtol=1e-4, atol=1e-5)
     check_untouched(case, whole)
+
+
+SOURCES, BEGINS, STARTS = [-1] * 5 + [3] * 2 + [4], [0] * 5 + [5] * 2 + [7], [0, 5, 7, 8]
+"""A prompt of five tokens, two more of one behind a state, and a sequence that decodes."""
+TARGETS = [-1, 9, -1, -1, 10, -1, 11, 12]
+"""A state within the first one is kept."""
+
+
+def check_prompts(
+    case: StateCase,
+    before: StateCase,
+    out: torch.Tensor,
+    result_of: Callable[[StateCase, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+) -> None:
+    """Rows one after the other are what each gives alone."""
+    for row, (begin, target) in enumerate(zip(BEGINS, TARGETS, strict=True)):
+        if row == begin:
+            alone = before.alone(SOURCES[row])
+        result, seen, state = result_of(alone, row)
+        alone.convolved[0], alone.states[0] = seen, state
+        torch.testing.assert_close(out[row], result, rtol=1e-4, atol=1e-5)
+        if target >= 0:
+            torch.testing.assert_close(case.convolved[target], seen)
+            torch.testing.assert_close(case.states[target], state, rtol=1e-4, atol=1e-5)
+    assert torch.equal(case.states[:9], before.states[:9])
+    assert torch.equal(case.convolved[:9], before.convolved[:9])
+
+
+def prompt_rows() -> StateRows:
+    return StateRows(*map(torch.tensor, (SOURCES, TARGETS, BEGINS, STARTS)))
+
+
+def test_prompts_go_through_the_gated_delta_rule_token_by_token() -> None:
+    torch.manual_seed(0)
+    sizes = {"heads": 1, "each": 2, "key_dim": 20, "value_dim": 12}
+    x, weights, before = delta_case(8, **sizes, dtype=torch.float32, device="cpu")
+    case = before.clone()
+    out = gated_delta_rule(x, weights, case.convolved, case.states, prompt_rows())
+    check_prompts(case, before, out, lambda alone, row: delta_result(x, weights, alone, row))
+
+
+def test_prompts_go_through_mamba_2_token_by_token() -> None:
+    torch.manual_seed(0)
+    sizes = {"heads": 2, "head_dim": 6, "groups": 1, "size": 12}
+    x, weights, before = space_case(8, **sizes, dtype=torch.float32, device="cpu")
+    case = before.clone()
+    out = state_space(x, weights, case.convolved, case.states, prompt_rows())
+    check_prompts(case, before, out, lambda alone, row: space_result(x, weights, alone, row))
 
 
 def test_states_come_out_of_their_slots_and_back() -> None:

@@ -8,26 +8,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexpert.kernels.state_steps import DeltaInputs, DeltaWeights, StateSpaceWeights
+from flexpert.kernels.state_steps import DeltaInputs, DeltaWeights, StateRows, StateSpaceWeights
 
 
 @dataclass(frozen=True, slots=True)
 class StateCase:
-    """convolved, states: [2 · rows + 1, …]; sources, targets: [rows] int64 of their slots."""
+    """convolved, states: [slots, …]; sources, targets: [rows] int64 of their slots."""
 
     convolved: Tensor
     states: Tensor
     sources: Tensor
     targets: Tensor
 
+    @property
+    def rows(self) -> StateRows:
+        """Each a sequence that decodes."""
+        return StateRows(self.sources, self.targets)
+
+    def clone(self) -> StateCase:
+        """With states of its own."""
+        return StateCase(self.convolved.clone(), self.states.clone(), self.sources, self.targets)
+
+    def alone(self, slot: int) -> StateCase:
+        """One slot of it, which every row reads; -1: zeros."""
+        kept = [tensor[max(slot, 0)][None].clone() for tensor in (self.convolved, self.states)]
+        if slot < 0:
+            kept = [torch.zeros_like(tensor) for tensor in kept]
+        return StateCase(kept[0], kept[1], torch.zeros_like(self.sources), self.targets)
+
 
 def slots_of(
-    rows: int, convolved: tuple[int, ...], states: tuple[int, ...], dtype: torch.dtype, device: str
+    rows: int,
+    slots: int | None,
+    convolved: tuple[int, ...],
+    states: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
 ) -> StateCase:
     order = torch.randperm(2 * rows + 1, device=device)
+    slots = slots or len(order)
     return StateCase(
-        torch.randn((2 * rows + 1, *convolved), dtype=dtype, device=device),
-        torch.randn((2 * rows + 1, *states), device=device),
+        torch.randn((slots, *convolved), dtype=dtype, device=device),
+        torch.randn((slots, *states), device=device),
         order[:rows],
         order[rows : 2 * rows],
     )
@@ -36,6 +58,7 @@ def slots_of(
 def delta_case(
     rows: int,
     *,
+    slots: int | None = None,
     heads: int = 16,
     each: int = 2,
     key_dim: int = 128,
@@ -44,7 +67,8 @@ def delta_case(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
 ) -> tuple[DeltaInputs, DeltaWeights, StateCase]:
-    """By default of Qwen3-Next's shapes: projections grouped by heads of keys."""
+    """By default of Qwen3-Next's shapes: projections grouped by heads of keys. slots: two for each
+    row and one more, if it is not said."""
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
@@ -63,13 +87,14 @@ def delta_case(
         eps=1e-6,
     )
     states = (heads * each, key_dim, value_dim)
-    case = slots_of(rows, (channels, width), states, dtype, device)
+    case = slots_of(rows, slots, (channels, width), states, dtype, device)
     return DeltaInputs(q, k, values[0], values[1], b, a), weights, case
 
 
 def space_case(
     rows: int,
     *,
+    slots: int | None = None,
     heads: int = 128,
     head_dim: int = 64,
     groups: int = 1,
@@ -78,7 +103,7 @@ def space_case(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cuda",
 ) -> tuple[Tensor, StateSpaceWeights, StateCase]:
-    """By default of Granite-4.0-H-Small's shapes."""
+    """By default of Granite-4.0-H-Small's shapes. slots: as of `delta_case`."""
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
@@ -95,7 +120,7 @@ def space_case(
         eps=1e-5,
         normed=inner // groups,
     )
-    case = slots_of(rows, (channels, width), (heads, head_dim, size), dtype, device)
+    case = slots_of(rows, slots, (channels, width), (heads, head_dim, size), dtype, device)
     return randn(rows, inner + channels + heads), weights, case
 
 

@@ -310,27 +310,61 @@ def states_in_place() -> dict[str, tuple[Any, ...]]:
     cases: dict[str, tuple[Any, ...]] = {
         "convolved heads": (
             "_mixed_heads",
-            taps | heads | dict(mixed=F32),
-            dict(bias=None, HEADS=16, EACH=2, KEY=128, VALUE=128, LANES=128, WIDTH=4, TAPS=4),
+            taps
+            | heads
+            | steps
+            | dict(mixed=F32, gates=F32, beta=BF16, decay=BF16, rate=BF16, shift=BF16),
+            dict(
+                begins=None,
+                bias=None,
+                HEADS=16,
+                EACH=2,
+                KEY=128,
+                VALUE=128,
+                LANES=128,
+                WIDTH=4,
+                TAPS=4,
+            ),
             1,
         ),
         "delta rule": (
             "_delta_rule",
-            kept | gates | steps | dict(mixed=F32, beta=BF16, decay=BF16),
-            dict(HEADS=16, EACH=2, KEY=128, VALUE=128, KEYS=128, COLUMNS=32),
+            kept | dict(mixed=F32, gates=F32, out=BF16),
+            dict(starts=None, HEADS=16, EACH=2, KEY=128, VALUE=128, KEYS=128, COLUMNS=32),
             4,
+        ),
+        "delta rule of prompts": (
+            "_delta_rule",
+            kept | dict(mixed=F32, gates=F32, out=BF16, starts=P64),
+            dict(HEADS=16, EACH=2, KEY=128, VALUE=128, KEYS=128, COLUMNS=8),
+            1,
         ),
         "convolved channels": (
             "_mixed_channels",
-            taps | dict(projected=BF16, bias=BF16, mixed=BF16, stride=I32),
+            taps | dict(projected=BF16, bias=BF16, mixed=BF16, stride=I32, begins=P64),
             dict(INNER=8192, CHANNELS=8448, LANES=128, WIDTH=4, TAPS=4),
             1,
         ),
         "state space": (
             "_state_space",
             kept | gates | dict(projected=BF16, mixed=BF16, skip=BF16),
-            dict(HEADS=128, EACH=128, DIM=64, SIZE=128, SOME=32, SIZES=128, CHANNELS=8448),
+            dict(
+                starts=None,
+                HEADS=128,
+                EACH=128,
+                DIM=64,
+                SIZE=128,
+                SOME=32,
+                SIZES=128,
+                CHANNELS=8448,
+            ),
             4,
+        ),
+        "state space of prompts": (
+            "_state_space",
+            kept | gates | dict(projected=BF16, mixed=BF16, skip=BF16, starts=P64),
+            dict(HEADS=128, EACH=128, DIM=64, SIZE=128, SOME=8, SIZES=128, CHANNELS=8448),
+            1,
         ),
     }
     cases["norm before a gate"] = (

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from flexpert.errors import ConfigError
 from flexpert.kernels.cpu import ops
-from flexpert.kernels.state_steps import DeltaInputs, DeltaWeights, StateSpaceWeights
+from flexpert.kernels.state_steps import (
+    DeltaInputs,
+    DeltaWeights,
+    StateRows,
+    StateSpaceWeights,
+)
 
 AVX512_ROWS: Final = 4
 """Up to so many rows our product is faster than torch's without AMX: on one core of an AMD EPYC
@@ -153,7 +158,7 @@ class PutStatesKernel(Protocol):
 
 
 class DeltaRuleKernel(Protocol):
-    """See `cuda.delta_rule.decode_delta_rule`."""
+    """See `cuda.delta_rule.gated_delta_rule`."""
 
     def __call__(
         self,
@@ -161,13 +166,12 @@ class DeltaRuleKernel(Protocol):
         weights: DeltaWeights,
         convolved: Tensor,
         states: Tensor,
-        sources: Tensor,
-        targets: Tensor,
+        rows: StateRows,
     ) -> Tensor: ...
 
 
 class StateSpaceKernel(Protocol):
-    """See `cuda.state_space.decode_state_space`."""
+    """See `cuda.state_space.state_space`."""
 
     def __call__(
         self,
@@ -175,15 +179,14 @@ class StateSpaceKernel(Protocol):
         weights: StateSpaceWeights,
         convolved: Tensor,
         states: Tensor,
-        sources: Tensor,
-        targets: Tensor,
+        rows: StateRows,
     ) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
 class StateKernels:
-    """What layers that keep a state of each sequence do with theirs in a decode step: take them out
-    and put them back, or compute the step where they are."""
+    """What layers that keep a state of each sequence do with theirs: in a decode step take them out
+    and put them back, or in any step compute where they are."""
 
     take: TakeStatesKernel
     put: PutStatesKernel
@@ -300,8 +303,8 @@ def gpu_kernels() -> Kernels:
         states=StateKernels(
             states.take_states,
             states.put_states,
-            delta_rule.decode_delta_rule,
-            state_space.decode_state_space,
+            delta_rule.gated_delta_rule,
+            state_space.state_space,
         ),
     )
 

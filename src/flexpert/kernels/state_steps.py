@@ -1,10 +1,26 @@
-"""What kernels take that compute one token of each sequence in a layer that keeps a state."""
+"""What kernels take that compute the rows of a step in a layer that keeps a state."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StateRows:
+    """Where the rows of a step, N of S sequences, find and leave states.
+
+    sources: [N] int64, the slot of the state before the first row of a row's sequence; -1: none.
+    targets: [N] int64, the slot that the state behind a row goes to; -1: it goes nowhere. begins:
+    [N] int64, that first row; starts: [S + 1] int64, that of each sequence, and N. Both None: each
+    row is a sequence, and those without slots are padding.
+    """
+
+    sources: Tensor
+    targets: Tensor
+    begins: Tensor | None = None
+    starts: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ class ForwardBatch:
         `state_slots` says all.
     state_slots: [2, D] int64, of the D sequences that decode, which are the first ones: the slots
         that they read and those that they write; -1: the row is padding. None: see `states`.
+    state_rows, state_starts: [3, N] and [S + 1] int64, `begins`, `sources`, `targets` and `starts`
+        of `StateRows`. None: each row decodes, or see `states`.
     host: the same on the host, of a batch that was sent to a device; None: this is it, or each
         sequence has one token.
     """
@@ -43,6 +45,8 @@ class ForwardBatch:
     sources: Tensor | None = None
     states: StateRuns | None = None
     state_slots: Tensor | None = None
+    state_rows: Tensor | None = None
+    state_starts: Tensor | None = None
     host: ForwardBatch | None = None
 
     def sent(self, upload: StepUpload) -> ForwardBatch:
@@ -50,6 +54,8 @@ class ForwardBatch:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.states is not None:
             given["state_slots"] = decode_slots(self.states)
+            if self.states.decodes < len(self.states):
+                given["state_rows"], given["state_starts"] = rows_and_starts(self.states)
         there = {name: array for name, array in given.items() if isinstance(array, Tensor)}
         arrays: dict[str, Any] = dict(zip(there, upload.send(list(there.values())), strict=True))
         return ForwardBatch(**arrays, states=self.states, host=self)
@@ -59,3 +65,19 @@ def decode_slots(runs: StateRuns) -> Tensor:
     """`ForwardBatch.state_slots` of a step, on the host."""
     both = (runs.sources[: runs.decodes], runs.targets[: runs.decodes])
     return torch.tensor(both, dtype=torch.int64)
+
+
+def rows_and_starts(runs: StateRuns) -> tuple[Tensor, Tensor]:
+    """`ForwardBatch.state_rows` and `state_starts` of a step, on the host."""
+    rows = torch.full((3, runs.begins[-1]), -1, dtype=torch.int64)
+    starts: list[int] = []
+    for run, (source, target) in enumerate(zip(runs.sources, runs.targets, strict=True)):
+        begin, end = runs.begins[run : run + 2]
+        goes_on = run > 0 and source == runs.targets[run - 1]
+        if not goes_on:
+            starts.append(begin)
+            first = source
+        rows[0, begin:end] = starts[-1]
+        rows[1, begin:end] = first
+        rows[2, end - 1] = target
+    return rows, torch.tensor([*starts, runs.begins[-1]])

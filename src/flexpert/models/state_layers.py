@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexpert.kernels.kernel_set import StateKernels
+from flexpert.kernels.state_steps import StateRows
 from flexpert.models import recording
 from flexpert.models.deterministic import SingleRowMode
+from flexpert.models.fused_states import FusedLayer, fused_layer, is_right
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import pad_rows, padded_size
 from flexpert.models.source import ModelInfo
-from flexpert.models.state_decoders import StateDecoder, find_decoder, is_right
 from flexpert.models.state_runs import NO_STATE, StateRuns
 from flexpert.models.state_view import CACHE, StateKey, StateShape, StateView, cache_position
 
@@ -47,7 +48,7 @@ class StateLayer:
     """One layer with a state, in place of its module's forward.
 
     runs: of the batch that all layers compute; None: each row decodes. decodes: see
-    `ForwardBatch.state_slots`.
+    `ForwardBatch.state_slots`. rows: the same for what computes all rows at once.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class StateLayer:
         """kernels: None: torch's; on a GPU these need no padding and wait for nothing."""
         self.runs: StateRuns | None = None
         self.decodes: Tensor | None = None
+        self.rows: StateRows | None = None
         self._call = _with_cache(module)
         self._slots = slots
         self._shapes = shapes
@@ -71,7 +73,7 @@ class StateLayer:
         most = _DECODED_BYTES if kernels is None else DECODED_ON_GPU
         self._most = max(1, most // sum(shape.nbytes for shape in shapes))
         self.continues = True  # see `try_continuing`
-        self.decoder: StateDecoder | None = None  # in place of the module, in decode steps
+        self.fused: FusedLayer | None = None  # in place of the module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's, for hidden states of [1, N, hidden]; rows behind those of `runs` are
@@ -82,8 +84,10 @@ class StateLayer:
         if decodes is None:
             raise RuntimeError("a layer with a state outside of ModelRunner.forward")
         given = LayerArguments(args, kwargs)
-        together = 0 if self._deterministic else decodes.shape[1]
-        most = max(1, together) if self.decoder is not None else self._most
+        if self.fused is not None:
+            assert self.rows is not None
+            return self.fused(given.hidden[0], self._slots, self.rows).unsqueeze(0)
+        together, most = 0 if self._deterministic else decodes.shape[1], self._most
         cuts = [slice(first, min(first + most, together)) for first in range(0, together, most)]
         pieces = [self._decode(given, decodes, rows) for rows in cuts]
         if runs is not None:
@@ -101,8 +105,6 @@ class StateLayer:
     def _decode(self, given: LayerArguments, decodes: Tensor, rows: slice) -> Any:
         """Of some rows that decode. decodes: [2, D] int64, slots that are read and written."""
         sources, targets = decodes[0, rows], decodes[1, rows]
-        if self.decoder is not None:
-            return self.decoder(given.hidden[0, rows], self._slots, sources, targets)
         take, put = (self._kernels.take, self._kernels.put) if self._kernels else (_take, _put)
         view = StateView(
             {key: take(states, sources) for key, states in self._slots.items()}, self._dtypes
@@ -163,11 +165,11 @@ class StateLayer:
                 return False
         return True
 
-    def is_decoder(self, decoder: StateDecoder, arguments: dict[str, Any]) -> bool:
+    def is_right(self, fused: FusedLayer, arguments: dict[str, Any]) -> bool:
         """Whether that computes what the module does. arguments: as for `try_continuing`."""
         name, hidden = next(iter(arguments.items()))
         return is_right(
-            decoder,
+            fused,
             lambda view, rows: self._call(view, (), {**arguments, name: rows}),
             self._shapes,
             hidden,
@@ -209,12 +211,12 @@ def bind_states(
         layer.continues = continues[type(module)]
         for states in slots.values() if kernels is not None else ():
             states.zero_()
-        decoder = None if kernels is None else find_decoder(module, shapes, kernels)
-        if decoder is not None:
+        fused = None if kernels is None else fused_layer(module, shapes, kernels)
+        if fused is not None:
             if type(module) not in right:
-                right[type(module)] = layer.is_decoder(decoder, arguments)
+                right[type(module)] = layer.is_right(fused, arguments)
             if right[type(module)]:
-                layer.decoder = decoder
+                layer.fused = fused
         vars(module)["forward"] = layer.forward
         if pads_rows:
             _pad_linear_layers(module)

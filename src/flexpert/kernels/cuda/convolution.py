@@ -1,4 +1,4 @@
-"""A short causal convolution of one token, whose last inputs are kept in a slot; for kernels."""
+"""A short causal convolution whose last inputs are kept in a slot; for kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def convolve(
-    x,
+    here,
+    stride,
+    seen_rows,
     weight,
     bias,
     before,
@@ -20,20 +22,26 @@ def convolve(
     WIDTH: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """silu of the convolution, float32 with values of x's dtype, of some channels of a sequence.
+    """silu of the convolution, float32 with values of the inputs' dtype, of channels of one row.
 
-    x: [C] the new inputs. weight: [all channels, WIDTH]; bias: [all channels] or None. before,
-    behind: [all channels, WIDTH] the last inputs up to the token before, and up to this one.
-    channel: [C] which they are; ok: [C] whether they are. reads, writes: whether `before` is there,
-    and `behind` is to be written. TAPS: WIDTH, or the next power of two.
+    here: [C] pointers to the row's inputs; stride: to those of the row before. seen_rows: rows of
+    the sequence before it in this step; what was before these is in a slot. weight: [all channels,
+    WIDTH]; bias: [all channels] or None. before, behind: [all channels, WIDTH] the last inputs up
+    to the first row of the sequence in this step, and up to this row. channel: [C] which they are;
+    ok: [C] whether they are. reads, writes: whether `before` is there, and `behind` is to be
+    written. TAPS: WIDTH, or the next power of two.
     """
-    dtype: tl.constexpr = x.dtype
+    dtype: tl.constexpr = here.dtype.element_ty
     tap = tl.arange(0, TAPS)
+    back = WIDTH - 1 - tap  # rows
+    inside = ok[:, None] & (back >= 0)[None, :]
+    new = back <= seen_rows
     at = channel[:, None] * WIDTH + tap[None, :]
-    known = ok[:, None] & (tap < WIDTH - 1)[None, :]
-    seen = tl.load(before + at + 1, mask=known & reads, other=0.0).to(tl.float32)
-    seen = tl.where((tap == WIDTH - 1)[None, :], x.to(tl.float32)[:, None], seen)
-    inside = ok[:, None] & (tap < WIDTH)[None, :]
+    rows = here[:, None] - (back * stride)[None, :]
+    x = tl.load(rows, mask=inside & new[None, :], other=0.0).to(tl.float32)
+    kept = before + at + (seen_rows + 1)
+    old = tl.load(kept, mask=inside & (~new)[None, :] & reads, other=0.0).to(tl.float32)
+    seen = tl.where(new[None, :], x, old)
     tl.store(behind + at, seen.to(behind.dtype.element_ty), mask=inside & writes)
     y = tl.sum(seen * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32), 1)
     if bias is not None:

@@ -1,9 +1,9 @@
-"""One token of each sequence through a layer with a state, where it stands: kernels of a GPU.
+"""The rows of a step through a layer with a state, all sequences at once: kernels of a GPU.
 
 transformers' modules want a state in a tensor of its own, and read and write it a dozen times. What
-looks like a layer that a kernel computes is tried on random numbers, as other fusions are
-(`fused_modules`): only a layer whose results and states are the same is replaced, for steps that
-decode. Prompts stay the module's.
+looks like a layer that our kernels compute is tried on random numbers, as other modules are
+(`fused_modules`): only a layer whose results and states are the same, of steps that decode and of
+prompts, is replaced.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from flexpert.kernels.kernel_set import StateKernels
-from flexpert.kernels.state_steps import DeltaInputs, DeltaWeights, StateSpaceWeights
+from flexpert.kernels.state_steps import DeltaInputs, DeltaWeights, StateRows, StateSpaceWeights
 from flexpert.models.state_view import StateKey, StateShape, StateView
 
 States: TypeAlias = Mapping[StateKey, Tensor]
 """A layer's states by key: [slots, *shape]."""
 
-StateDecoder: TypeAlias = Callable[[Tensor, States, Tensor, Tensor], Tensor]
-"""(hidden [B, width], states, sources [B], targets [B] int64) → what the layer gives, [B, width];
-slots are read and written as in `kernels.cuda.delta_rule`."""
+FusedLayer: TypeAlias = Callable[[Tensor, States, StateRows], Tensor]
+"""(hidden [N, width], states, rows) → what the layer gives, [N, width]."""
 
 CONVOLVED: Final = StateKey("conv")
 RECURRENT: Final = StateKey("recurrent")
@@ -33,10 +32,10 @@ _MOST_WRONG: Final = 8  # of the dtype's epsilons, relative to the size of a row
 _LEAST_WRONG: Final = 1e-3  # is always allowed: a library may multiply in TF32
 
 
-def find_decoder(
+def fused_layer(
     module: Any, shapes: Sequence[StateShape], kernels: StateKernels
-) -> StateDecoder | None:
-    """What may compute a module's decode steps, by the names and shapes of its parts.
+) -> FusedLayer | None:
+    """What may compute a module, by the names and shapes of its parts.
 
     `is_right` says whether it does.
     """
@@ -49,39 +48,71 @@ def find_decoder(
 
 
 def is_right(
-    decoder: StateDecoder,
+    fused: FusedLayer,
     call: Callable[[StateView, Tensor], Any],
     shapes: Sequence[StateShape],
     like: Tensor,
 ) -> bool:
-    """Whether a decoder gives what a module gives, and leaves the same states.
+    """Whether it gives what a module gives, and leaves the same states.
 
     Args:
-        call: (view, hidden [B, 1, width]) → what the module gives.
+        call: (view, hidden [B, n, width]) → what the module gives.
         like: hidden states, [..., width], of the dtype and on the device of others.
     """
-    width = like.shape[-1]
+    width, dtype = like.shape[-1], like.dtype
     generator = torch.Generator().manual_seed(0)
 
-    def randn(*shape: int, dtype: torch.dtype = like.dtype) -> Tensor:
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator).to(like.device, dtype)
 
+    def view(slot: int | slice | None) -> StateView:
+        of = {} if slot is None else {key: state[slot].clone() for key, state in before.items()}
+        return StateView(of, {shape.key: shape.dtype for shape in shapes})
+
+    slots = 2 * _ROWS
+    before = {shape.key: randn(slots, *shape.shape, dtype=shape.dtype) for shape in shapes}
     hidden = randn(_ROWS, width)
-    slots = 2 * _ROWS + 1
-    states = {shape.key: randn(slots, *shape.shape, dtype=shape.dtype) for shape in shapes}
-    order = torch.randperm(slots, generator=generator).to(like.device)
-    sources, targets = order[:_ROWS], order[_ROWS : 2 * _ROWS]
-    view = StateView(
-        {key: state[sources].clone() for key, state in states.items()},
-        {shape.key: shape.dtype for shape in shapes},
-    )
-    theirs = call(view, hidden.unsqueeze(1))
-    if not isinstance(theirs, Tensor) or theirs.shape != (_ROWS, 1, width):
+
+    def agrees(rows: StateRows, expected: Sequence[tuple[Any, StateView, int]]) -> bool:
+        """expected: results of some rows in turn, and the states behind the last, by slot."""
+        states = {key: state.clone() for key, state in before.items()}
+        ours = fused(hidden, states, rows)
+        if any(not isinstance(result, Tensor) for result, _, _ in expected):
+            return False
+        theirs = torch.cat([result.reshape(-1, width) for result, _, _ in expected])
+        return theirs.shape == ours.shape and all(
+            [
+                _same(ours, theirs, dtype),
+                *(
+                    _same(states[key][slot : slot + len(state)], state, dtype)
+                    for _, seen, slot in expected
+                    for key, state in seen.states.items()
+                ),
+            ]
+        )
+
+    def numbers(*each: int) -> Tensor:
+        return torch.tensor(each, device=like.device)
+
+    decoded = view(slice(_ROWS))
+    result = call(decoded, hidden.unsqueeze(1))
+    all_slots = torch.arange(slots, device=like.device)
+    if not agrees(StateRows(all_slots[:_ROWS], all_slots[_ROWS:]), [(result, decoded, _ROWS)]):
         return False
-    ours = decoder(hidden, states, sources, targets)
-    pairs = [(ours, theirs[:, 0])]
-    pairs += [(states[key][targets], view.states[key]) for key in states]
-    return all(_same(a, b, like.dtype) for a, b in pairs)
+    # two rows that begin, with a state kept behind the first; then three behind a state
+    first, both, others = view(None), view(None), view(slice(3, 4))
+    begun = call(first, hidden[None, :1])
+    whole = call(both, hidden[None, :2])
+    later = call(others, hidden[None, 2:])
+    if not isinstance(whole, Tensor):
+        return False
+    rows = StateRows(
+        sources=numbers(-1, -1, 3, 3, 3),
+        targets=numbers(5, 6, -1, -1, 7),
+        begins=numbers(0, 0, 2, 2, 2),
+        starts=numbers(0, 2, _ROWS),
+    )
+    return agrees(rows, [(begun, first, 5), (whole[:, 1:], both, 6), (later, others, 7)])
 
 
 def _same(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
@@ -92,7 +123,7 @@ def _same(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
     return bool((difference <= most * size).all())
 
 
-def _delta_rule(module: Any, kernels: StateKernels) -> StateDecoder | None:
+def _delta_rule(module: Any, kernels: StateKernels) -> FusedLayer | None:
     """Qwen3-Next's GatedDeltaNet, whose projections are grouped by heads of keys, and Qwen3.5's,
     which has one for each."""
     if not hasattr(module, "head_k_dim"):
@@ -137,17 +168,15 @@ def _delta_rule(module: Any, kernels: StateKernels) -> StateDecoder | None:
                 decay=a.unflatten(-1, (heads, each)),
             )
 
-    def decode(hidden: Tensor, states: States, sources: Tensor, targets: Tensor) -> Tensor:
-        read = kernels.delta_rule(
-            inputs(hidden), weights, states[CONVOLVED], states[RECURRENT], sources, targets
-        )
-        result: Tensor = module.out_proj(read)
+    def compute(hidden: Tensor, states: States, rows: StateRows) -> Tensor:
+        kept = states[CONVOLVED], states[RECURRENT]
+        result: Tensor = module.out_proj(kernels.delta_rule(inputs(hidden), weights, *kept, rows))
         return result
 
-    return decode
+    return compute
 
 
-def _state_space(module: Any, kernels: StateKernels) -> StateDecoder | None:
+def _state_space(module: Any, kernels: StateKernels) -> FusedLayer | None:
     """Mamba-2, as Granite-4 and Nemotron-H have it."""
     if not hasattr(module, "ssm_state_size") or not hasattr(module, "in_proj"):
         return None
@@ -162,19 +191,13 @@ def _state_space(module: Any, kernels: StateKernels) -> StateDecoder | None:
         module.norm.group_size,
     )
 
-    def decode(hidden: Tensor, states: States, sources: Tensor, targets: Tensor) -> Tensor:
-        read = kernels.state_space(
-            module.in_proj(hidden),
-            weights,
-            states[CONVOLVED],
-            states[RECURRENT],
-            sources,
-            targets,
-        )
+    def compute(hidden: Tensor, states: States, rows: StateRows) -> Tensor:
+        kept = states[CONVOLVED], states[RECURRENT]
+        read = kernels.state_space(module.in_proj(hidden), weights, *kept, rows)
         result: Tensor = module.out_proj(read)
         return result
 
-    return decode
+    return compute
 
 
 def _taps(convolution: nn.Conv1d) -> Tensor:

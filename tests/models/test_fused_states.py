@@ -1,4 +1,4 @@
-"""Layers with a state that a kernel computes are found by trying, and only those."""
+"""Layers with a state that kernels compute are found by trying, and only those."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
 from flexpert.kernels.kernel_set import gpu_kernels
-from flexpert.models.state_decoders import find_decoder, is_right
+from flexpert.models.fused_states import fused_layer, is_right
 from flexpert.models.state_view import StateShape, StateView
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -49,9 +49,9 @@ class Layer:
         kernels = gpu_kernels().states
         assert kernels is not None
         with torch.inference_mode():
-            decoder = find_decoder(self.module, self.shapes, kernels)
-            return decoder is not None and is_right(
-                decoder,
+            fused = fused_layer(self.module, self.shapes, kernels)
+            return fused is not None and is_right(
+                fused,
                 lambda view, rows: self.module(rows, cache=view),
                 self.shapes,
                 self.hidden,
@@ -105,4 +105,4 @@ def test_a_module_of_other_parts_is_left_alone() -> None:
     del layer.module.A_log
     kernels = gpu_kernels().states
     assert kernels is not None
-    assert find_decoder(layer.module, layer.shapes, kernels) is None
+    assert fused_layer(layer.module, layer.shapes, kernels) is None
