@@ -12,6 +12,7 @@ from flexpert.engine.rank_protocol import Memory
 from flexpert.models.device_latents import WORKSPACE_NUMBERS
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.source import ModelInfo, ModelSource
+from flexpert.models.state_layers import DECODED_ON_GPU
 
 CONTEXT_BYTES = 640 * 2**20
 """An estimate of what the driver takes for a process besides what that allocates: its context, the
@@ -19,6 +20,7 @@ code of its kernels, its graphs."""
 
 _PLACE = 256  # bytes; places of experts are whole multiples
 _LOGIT_BYTES = 4
+_STATE_COPIES = 3  # of a step's tokens in float32, each with the heads' dimensions of its layer
 
 
 def expert_place_nbytes(source: ModelSource) -> int:
@@ -79,7 +81,9 @@ def workspace_nbytes(source: ModelSource, config: EngineConfig, capacity: int) -
     row = (shape.height // 2 + info.hidden) * info.dtype.itemsize
     # of a step without a graph; of one with prompts, and what all of these leave them in
     rows = 3 * config.max_running + sum(shape.sequences for shape in captured if shape.decodes)
-    return 2 * step * info.topk * row + rows * info.vocab * _LOGIT_BYTES + _latent_nbytes(info)
+    logits = rows * info.vocab * _LOGIT_BYTES
+    states = _state_nbytes(info, config.max_tokens_per_step)
+    return 2 * step * info.topk * row + logits + _latent_nbytes(info) + states
 
 
 def _latent_nbytes(info: ModelInfo) -> int:
@@ -88,3 +92,16 @@ def _latent_nbytes(info: ModelInfo) -> int:
     if not kept:
         return 0
     return (2 * WORKSPACE_NUMBERS + info.max_model_len * max(kept)) * info.dtype.itemsize
+
+
+def _state_nbytes(info: ModelInfo, tokens: int) -> int:
+    """What a layer with states makes of a step of so many tokens, and of the states of a step that
+    decodes, about."""
+    if not info.states:
+        return 0
+    numbers = max(sum(state.shape[0] for state in layer) for layer in info.states)
+    wide = max(
+        sum(state.shape[0] * sum(state.shape[1:]) for state in layer if len(state.shape) > 2)
+        for layer in info.states
+    )
+    return _STATE_COPIES * tokens * (numbers + wide) * 4 + DECODED_ON_GPU
