@@ -149,7 +149,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-PROMPTS = [prompt_of(length, seed=length) for length in (3, 40, 90, 150)]
+PROMPTS = [prompt_of(length, seed=length) for length in (3, 28, 45, 110)]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 
 
@@ -202,7 +202,7 @@ def test_a_service_gives_the_tokens_of_transformers(
         assert llm.cluster().ranks[0].cached_blocks > 0
         assert tokens(llm, PROMPTS) == expected
         assert llm.cluster().ranks[0].graphs > 0
-    with service(hybrid, engine__kv_memory="200KiB") as llm:
+    with service(hybrid, engine__kv_memory="72KiB") as llm:
         assert tokens(llm, PROMPTS * 4) == expected * 4
         assert llm.cluster().ranks[0].preemptions > 0
 
