@@ -77,8 +77,7 @@ format: $(VENV)/.installed-dev
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
-	find src \( -name '*.egg-info' -o -name '*.so' -o -name '*.o' -o -name '_kernels.c' -o -name '_launches.c' \
-		-o -name '_ops.c' \) -exec rm -rf {} +
+	find src \( -name '*.egg-info' -o -name '*.so' -o -name '*.o' -o -name '_kernels.c' -o -name '_ops.c' \) -exec rm -rf {} +
 
 python:
 	@test -n "$(PYTHON)" || { \

@@ -133,11 +133,10 @@ class CudaSettings(DeviceSettings):
                 "on_missing_expert=degrade needs --device cpu: on a GPU the weights of the experts "
                 "that are left are not normalised anew; leave --on-missing-expert out"
             )
-        if settings.speculates:
+        if settings.speculates and settings.all2all == "nixl_ep":
             return (
-                "--speculate needs --device cpu: on a GPU a step is launched before the tokens of "
-                "the one before are known, so that nothing can be proposed behind them; leave it "
-                "out"
+                "--speculate does not go with --all2all nixl_ep, of whose steps each is waited for "
+                "before its tokens are sampled; leave either out"
             )
         if settings.deterministic and settings.all2all == "nixl_ep":
             return (

@@ -23,6 +23,9 @@ _NOT_HERE = {
 }
 
 
+MOST_BY_MODEL = 4
+"""Tokens that a model proposes by its own layer, which is applied again for each."""
+
 _MTP = re.compile(r"(\w+_)?mtp")
 """vLLM's names of the method: mtp, and one for each family, such as deepseek_mtp."""
 
@@ -31,7 +34,7 @@ class SpeculativeSettings(BaseModel):
     """Speculative decoding: tokens are proposed, and checked in the next step.
 
     method: ngram: the last tokens of a sequence are looked up in its own text, and those that
-    followed there are proposed; mtp: the model's layer for multi-token prediction proposes one.
+    followed there are proposed; mtp: the model's layer for multi-token prediction proposes them.
     num_speculative_tokens: proposed at most for one sequence and step. prompt_lookup_max,
     prompt_lookup_min: the longest and the shortest n-gram that is looked up; of one alone it is
     the other, too. max_rows: a step with more rows (prompts and proposed tokens included) has no
@@ -75,10 +78,10 @@ class SpeculativeSettings(BaseModel):
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> SpeculativeSettings:
-        if self.method == "mtp" and self.num_speculative_tokens != 1:
+        if self.method == "mtp" and self.num_speculative_tokens > MOST_BY_MODEL:
             raise ValueError(
                 f"num_speculative_tokens is {self.num_speculative_tokens}: by method mtp a model "
-                "proposes the one token after the next; make it 1"
+                f"proposes at most {MOST_BY_MODEL} tokens; lower it"
             )
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(

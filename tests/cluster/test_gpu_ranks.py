@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.agreeing import agreeing_model
 from support.waiting import wait_until
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -176,6 +177,36 @@ def test_deterministic_answers_have_the_same_bits_alone_and_through_changes(mode
         os.kill(llm.cluster().ranks[0].pid, signal.SIGKILL)
         answers.join()
         assert answers.found == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_model_proposes_tokens_through_a_leave_and_a_kill(tmp_path: Path) -> None:
+    path = agreeing_model(tmp_path)
+    ModelSource.open("tiny").tokenizer().save_pretrained(path)
+    few = {"engine__max_running": 2, "engine__kv_memory": "48k"}
+
+    def drawn(llm: LLM) -> list[list[int]]:
+        ways = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.0}]
+        params = [SamplingParams(max_tokens=12, ignore_eos=True, **way) for way in ways]
+        return [answer.token_ids for answer in llm.generate(PROMPTS, params)]
+
+    with opened(str(path), "cpu", **few) as llm:
+        expected = drawn(llm)
+    how = {"method": "mtp", "num_speculative_tokens": 3}
+    with opened(str(path), "cuda", engine__speculate=how, **few) as llm:
+        answers = Answers(llm, drawn)
+        answers.wait_until_some_run()
+        llm.scale(remove=[0])
+        os.kill(llm.cluster().ranks[0].pid, signal.SIGKILL)
+        answers.join()
+        assert answers.found == expected
+        read = llm._head.registry.get_sample_value
+        by_position = [
+            read("flexpert_accepted_draft_tokens_by_position_total", {"position": str(place)}) or 0
+            for place in range(2)
+        ]
+        assert by_position[0] > by_position[1] > 0
 
 
 @pytest.mark.slow

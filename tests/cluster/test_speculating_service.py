@@ -56,7 +56,8 @@ def service(
     how: dict[str, Any] = {"engine__speculate": EAGER}
     if request.param == "mtp":
         folder = with_draft_layer(locate("tiny"), tmp_path_factory.mktemp("mtp"), "layers")
-        how = {"engine__speculate": {"method": "mtp"}, "model__model": str(folder)}
+        layer = {"method": "mtp", "num_speculative_tokens": 3}
+        how = {"engine__speculate": layer, "model__model": str(folder)}
     with running(cluster__ranks=3, **how, **SETTINGS) as service:
         yield service
 

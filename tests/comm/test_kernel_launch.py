@@ -18,7 +18,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: pip install flexpert[cuda]")
 
 from flexpert.comm.cuda import kernel_launch
-from flexpert.comm.cuda.kernel_launch import Driver, KernelLaunch, PreparedKernel, Unsuited
+from flexpert.comm.cuda._launches import Kernel
+from flexpert.comm.cuda.kernel_launch import Driver, KernelLaunch, Unsuited, prepare
 
 CONTEXT, FUNCTION, STREAM = 0x40, 0x77, 0x99
 PTX = """.version 8.7
@@ -40,6 +41,9 @@ _LAUNCH = ctypes.CFUNCTYPE(
 )  # fmt: skip
 _GET = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p))
 _SET = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+_CURRENT = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_int32, ctypes.c_int32, ctypes.POINTER(ctypes.c_void_p)
+)
 
 
 @dataclass
@@ -52,10 +56,11 @@ class FakeDriver:
     contexts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._functions = _LAUNCH(self._launch), _GET(self._get), _SET(self._set)
-        self.addresses = Driver(
-            *(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in self._functions)
-        )
+        self._functions = (
+            _LAUNCH(self._launch), _GET(self._get), _SET(self._set), _CURRENT(self._stream),
+        )  # fmt: skip
+        addresses: Any = tuple(ctypes.cast(f, ctypes.c_void_p).value or 0 for f in self._functions)
+        self.addresses = Driver(addresses, (), (0, 0))
 
     def _launch(self, function: int, *rest: Any) -> int:
         *shape, stream, arguments, extra = rest
@@ -67,6 +72,10 @@ class FakeDriver:
 
     def _get(self, context: Any) -> int:
         context[0] = self.context
+        return 0
+
+    def _stream(self, device: int, index: int, stream: Any) -> int:
+        stream[0] = STREAM
         return 0
 
     def _set(self, context: int | None) -> int:
@@ -101,16 +110,13 @@ def compiled(**metadata: Any) -> SimpleNamespace:
     )
 
 
-def prepared(
-    driver: FakeDriver, made: Any, changing: tuple[str, ...] = ("x", "tokens")
-) -> PreparedKernel:
+def prepared(driver: FakeDriver, made: Any, changing: tuple[str, ...] = ("x", "tokens")) -> Kernel:
     arguments = {"x": torch.zeros(8), "table": TABLE, "tokens": 1, "window": WINDOW, "WIDTH": 8}
-    return PreparedKernel(KERNEL, made, arguments, changing, driver.addresses)
+    return prepare(KERNEL, made, arguments, changing, driver.addresses)
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    monkeypatch.setattr(kernel_launch, "_stream", lambda index: STREAM)
+def driver() -> FakeDriver:
     return FakeDriver()
 
 
@@ -127,6 +133,7 @@ def launch_of(driver: FakeDriver) -> Launch:
     fixed = {"table": TABLE, "window": WINDOW, "WIDTH": 8}
     launch = Launch(KERNEL, torch.device("cpu"), fixed)
     launch._prepared = prepared(driver, compiled())
+    launch._start = launch._prepared.launch
     return launch
 
 
@@ -165,7 +172,7 @@ def test_it_launches_where_the_kernel_is_and_leaves_the_thread_as_it_was(
 def test_what_the_driver_refuses_is_an_error(driver: FakeDriver) -> None:
     launch = launch_of(driver)
     driver.answer = 719
-    with pytest.raises(RuntimeError, match="does not launch scale on cpu: error 719"):
+    with pytest.raises(RuntimeError, match="does not launch scale on device -1: error 719"):
         launch(1, torch.zeros(8), 1)
 
 

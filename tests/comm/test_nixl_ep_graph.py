@@ -95,13 +95,17 @@ def test_a_dispatch_before_the_graph_cannot_be_settled_in_it(ranks: Ranks) -> No
         buffer.dispatch(x, experts, SETUP.max_tokens, use_fp8=False)
 
 
-def test_work_of_an_event_is_waited_for_by_the_stream_that_asks(ranks: Ranks) -> None:
+@pytest.mark.parametrize("begun", ["on the default stream", "on one of its own"])
+def test_work_of_an_event_is_waited_for_by_the_stream_that_asks(ranks: Ranks, begun: str) -> None:
     buffer = ranks.add(0)
     mine = whole(make_input(SETUP, 0, 2))
     x, experts = mine.x.cuda(), mine.experts.cuda()
-    recv_x, count, handle, event, _ = buffer.dispatch(
-        x, experts, SETUP.max_tokens, num_experts=6, use_fp8=False, async_finish=True
-    )
+    torch.cuda.synchronize()
+    first = torch.cuda.default_stream() if "default" in begun else torch.cuda.Stream()
+    with torch.cuda.stream(first):
+        recv_x, count, handle, event, _ = buffer.dispatch(
+            x, experts, SETUP.max_tokens, num_experts=6, use_fp8=False, async_finish=True
+        )
     other = torch.cuda.Stream()
     with torch.cuda.stream(other):
         event.current_stream_wait()

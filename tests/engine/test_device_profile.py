@@ -71,6 +71,10 @@ def test_a_gpu_has_larger_steps_and_caches_unless_they_are_given() -> None:
             "--deterministic does not go with --all2all nixl_ep",
         ),
         (
+            {"engine.speculate": "mtp", "engine.all2all": "nixl_ep"},
+            "--speculate does not go with --all2all nixl_ep",
+        ),
+        (
             {"engine.all2all": "nixl_ep", "cluster.max_ranks": 12},
             r"max_ranks \(12\) .* takes: 1, 2, .* 8, 16, 24, 32; change --max-ranks",
         ),

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 from flexpert.engine.device_sampler import DeviceSampler
 from flexpert.engine.request import RequestSequence, SamplingParams
 from flexpert.engine.sampler import Masks, Sampler
-from flexpert.engine.sequence import SampleState
+from flexpert.engine.sequence import SampleState, Unseen
 from flexpert.kernels.cuda import sampling
 from flexpert.kernels.device_stream import HostStream
 
@@ -104,10 +104,33 @@ def test_a_token_that_the_host_has_not_seen_counts() -> None:
         {"temperature": 0.0, "min_tokens": 5},
     ]
     seen = Sampler().sample(logits, [state(4, **params) for params in every]).tokens
-    unseen = sampler().start(logits, [state(3, **params) for params in every], unseen=3).finish()
+    later = Unseen(np.ones(3, np.int64), np.zeros(3, np.int64), np.arange(3))
+    states = [state(3, **params) for params in every]
+    unseen = sampler().start(logits, states, unseen=later).finish()
     assert unseen.sampled.tokens == seen
     assert unseen.sampled.tokens[1] == 5
     assert unseen.sampled.tokens[2] != 5
+
+
+def test_the_number_is_that_of_the_position_that_only_the_device_knows() -> None:
+    """Wherever the numbers that a sequence has drawn so far end."""
+    logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1)).expand(8, VOCAB)
+    own = state(3, temperature=1.5, seed=7)
+    for answered in range(3, 60):
+        come = torch.tensor([0, 2, 3, 1, 0])  # of the sequences of the step before
+        own.tokens += [1] * (answered - own.position)
+        places = [answered + 1 + int(come[2]) + place for place in range(4)]
+        alone = state(0, temperature=1.5, seed=7)
+        expected = []
+        for place in places:
+            alone.tokens += [1] * (place - alone.position)
+            expected += Sampler().sample(logits[:1], [alone]).tokens
+        known = torch.zeros(MOST, dtype=torch.int64)
+        chooses = DeviceSampler(known, HostStream(), accepted=come)
+        later = Unseen(np.arange(1, 5), np.full(4, 3), np.full(4, 2))
+        found = chooses.start(logits[:4], [own] * 4, unseen=later).finish().sampled.tokens
+        assert found == expected
+        assert len(set(found)) > 1
 
 
 def test_a_row_without_a_possible_token_fails_alone() -> None:

@@ -289,7 +289,7 @@ def answers(
         if looks_ahead:
             patch.setattr(CpuProfile, "looks_ahead", True)
             patch.setattr(
-                CpuProfile, "make_sampler", lambda self, kept: DeviceSampler(kept, self.stream)
+                CpuProfile, "make_sampler", lambda self, kept, _: DeviceSampler(kept, self.stream)
             )
         engine = RankEngine(0, source, config, capacity=1, exchange_timeout_s=LIMIT_S, report=told)
         plan_step, check = engine.scheduler.plan, engine.buffer.check
@@ -356,24 +356,28 @@ def drafting(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     return ModelSource.open(str(folder), drafts=True)
 
 
-@pytest.mark.parametrize("broken", [None, 3, 4, 21, 40])
+@pytest.mark.parametrize(
+    ("broken", "proposed"), [(None, 1), (3, 1), (4, 1), (None, 4), (21, 4), (22, 4), (40, 4)]
+)
 def test_a_rank_whose_model_proposes_tokens_answers_as_one_that_does_not(
-    source: ModelSource, drafting: ModelSource, broken: int | None
+    source: ModelSource, drafting: ModelSource, broken: int | None, proposed: int
 ) -> None:
     """Of a step either the model's part is broken, or that of the layer that proposes."""
     expected, _ = answers(source)
-    how = SpeculativeSettings(method="mtp", num_speculative_tokens=1)
+    how = SpeculativeSettings(method="mtp", num_speculative_tokens=proposed)
     found, accepted = answers(drafting, speculate=how, broken=broken)
     assert found == expected
     assert accepted > 10
 
 
-@pytest.mark.parametrize("broken", [None, 2, 9, 20])
+@pytest.mark.parametrize(
+    ("broken", "looks_ahead"), [(None, False), (2, False), (9, False), (20, True), (None, True)]
+)
 def test_a_rank_that_speculates_answers_as_one_that_does_not(
-    source: ModelSource, broken: int | None
+    source: ModelSource, broken: int | None, looks_ahead: bool
 ) -> None:
     eager = SpeculativeSettings(prompt_lookup_min=1, num_speculative_tokens=5, max_rows=32)
     expected, _ = answers(source)
-    found, accepted = answers(source, speculate=eager, broken=broken)
+    found, accepted = answers(source, speculate=eager, broken=broken, looks_ahead=looks_ahead)
     assert found == expected
     assert accepted > 10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from numpy.typing import NDArray
 
-from flexpert.engine.draft_step import draft_step
+from flexpert.engine.draft_step import DraftRun
 from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.request import (
     HeldKV,
@@ -29,7 +32,8 @@ from flexpert.models.state_runs import NO_STATE, StateRuns
 from flexpert.speculative_settings import SpeculativeSettings
 
 EOS = 6
-BY_MODEL = -1  # tokens are proposed by the model's own layer
+BY_MODEL = (-1, -3)  # so many tokens are proposed by the model's own layer
+Ints = NDArray[np.int64]
 
 
 def limits(**changed: Any) -> EngineLimits:
@@ -91,8 +95,10 @@ def answer(s: RequestSequence, max_model_len: int = 40) -> list[int]:
 class FakeModel:
     """Remembers what each slot of the cache holds, and reads a sequence only through its table."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, width: int = 1) -> None:
+        """width: tokens that a step leaves for each sequence."""
         self.block_size = block_size
+        self.width = width
         self.cache: dict[int, tuple[int, int]] = {}
         self.states: dict[int, tuple[int, ...]] = {}  # slot → the tokens that its state is of
         self.after: dict[int, tuple[int, int]] = {}  # of the draft layer: with the token after
@@ -110,12 +116,33 @@ class FakeModel:
         for slot in plan.slot_mapping.tolist():
             self.cache[slot] = self.after[slot] = (-1, -1)
 
+    def place(self, plan: StepPlan, left: list[list[int]], accepted: list[int]) -> StepPlan:
+        """What a device does with rows that go on from the step before. left: of each of its
+        sequences the last token that counts, and what is proposed to follow it. accepted: how many
+        proposed tokens came true in it. Returns the plan with what is proposed in it."""
+        if plan.sources is None:
+            return plan
+        owner = np.repeat(np.arange(len(plan.context_len)), np.diff(plan.query_start))
+        for row in np.flatnonzero(plan.sources >= 0).tolist():
+            sequence, place = divmod(int(plan.sources[row]), self.width)
+            plan.token_ids[row] = left[sequence][place]
+            plan.positions[row] += accepted[sequence]
+            block, offset = divmod(int(plan.positions[row]), self.block_size)
+            if block < plan.block_tables.shape[1]:  # else the answer has ended
+                at = int(plan.block_tables[owner[row], block])
+                plan.slot_mapping[row] = at * self.block_size + offset
+        if plan.drafts is None:
+            return plan
+        drafts = [
+            plan.token_ids[first + 1 : end].tolist()
+            for first, end in pairwise(plan.query_start[: plan.decodes + 1].tolist())
+        ]
+        return replace(plan, drafts=drafts)
+
     def step(self, plan: StepPlan, before: Sampled | None = None) -> Sampled:
         """before: what the plan before has sampled, if that was not committed yet."""
-        if plan.sources is not None:
-            assert before is not None
-            unseen = plan.sources >= 0
-            plan.token_ids[unseen] = np.array(before.tokens)[plan.sources[unseen]]
+        if before is not None:
+            self.place(plan, [[token] for token in before.tokens], [0] * len(before.tokens))
         self.write(plan)
         self.mix(plan)
         owner = np.repeat(np.arange(len(plan.context_len)), np.diff(plan.query_start))
@@ -139,27 +166,42 @@ class FakeModel:
         ]
         return Sampled([tokens[at] for at in plan.sample_at], [None] * len(plan.sample_at))
 
-    def propose(self, plan: StepPlan, sampled: Sampled, longest: int) -> list[list[int]]:
+    def propose(self, plan: StepPlan, sampled: Sampled) -> list[list[int]]:
         """What the draft layer does behind a step; it errs at each third place."""
-        step = draft_step(plan, sampled.tokens, (), longest)
-        assert step.token_ids.shape == plan.token_ids.shape
+        run = DraftRun(plan, sampled.tokens, ())
+        first = run.first
+        assert first.token_ids.shape == plan.token_ids.shape
+        owner = np.repeat(np.arange(len(plan.context_len)), np.diff(plan.query_start))
+        tables = plan.block_tables[owner[first.rows]]
+        lasts = plan.positions[first.rows].tolist()
+        self.draft(plan.slot_mapping, plan.positions, first.token_ids)
+        run.hear(self.judge(run, tables, lasts, lasts), ())
+        for place in range(1, max(plan.asks, default=1)):
+            step = run.further(self.block_size)
+            self.draft(step.slot_mapping, step.positions, step.token_ids)
+            known = (step.positions - place).tolist()
+            run.hear(self.judge(run, step.block_tables, step.positions.tolist(), known), ())
+        return run.proposed
+
+    def draft(self, slots: Ints, positions: Ints, token_ids: Ints) -> None:
         for slot, position, token in zip(
-            plan.slot_mapping.tolist(),
-            plan.positions.tolist(),
-            step.token_ids.tolist(),
-            strict=True,
+            slots.tolist(), positions.tolist(), token_ids.tolist(), strict=True
         ):
             self.after[slot] = (position, token)
-        owner = np.repeat(np.arange(len(plan.context_len)), np.diff(plan.query_start))
+
+    def judge(
+        self, run: DraftRun, tables: NDArray[np.int32], lasts: list[int], known: list[int]
+    ) -> list[int]:
+        """known: the last position of each that the model itself has computed."""
         tokens = []
-        for row, state in zip(step.rows.tolist(), step.samples, strict=True):
-            table, seen, last = plan.block_tables[owner[row]], [], int(plan.positions[row])
+        for table, last, computed, state in zip(tables, lasts, known, run.samples, strict=True):
+            seen = []
             for position in range(last + 1):
                 block, offset = divmod(position, self.block_size)
                 at, token = self.after[int(table[block]) * self.block_size + offset]
                 assert at == position
                 seen.append(token)
-            for position in range(1, last + 1):
+            for position in range(1, computed + 1):
                 # of a block that another prompt began with, the last token may be followed by what
                 # that one went on with
                 block, offset = divmod(position, self.block_size)
@@ -168,7 +210,7 @@ class FakeModel:
             assert state.tokens[-1] == seen[-1]
             _, first = self.cache[int(table[0]) * self.block_size]
             tokens.append(next_token([first, *seen]) + (last % 3 == 0))
-        return step.by_sequence(tokens, (), len(plan.sampled))
+        return tokens
 
     def mix(self, plan: StepPlan) -> None:
         """What layers with a state do: each run goes on where the state that it reads ends."""
@@ -694,6 +736,18 @@ def test_drain_takes_everything_out_in_order_of_arrival() -> None:
     assert scheduler.plan().tokens == 0
 
 
+@dataclass(frozen=True)
+class InFlight:
+    """A step that was launched, and what it has given. drafted: its plan with all that the device
+    knows of it."""
+
+    plan: StepPlan
+    drafted: StepPlan
+    sampled: Sampled
+    scores: list[list[TokenLogprobs]]
+    proposed: list[list[int]]
+
+
 class Life(RuleBasedStateMachine):
     """Adds, arrivals with KV, aborts, whole steps and broken ones in any order; then everything
     must complete."""
@@ -706,7 +760,8 @@ class Life(RuleBasedStateMachine):
         self.started: list[str] = []
         self.came: set[str] = set()  # from another rank
         self.late: set[str] = set()  # overtake, or are overtaken
-        self.in_flight: list[tuple[StepPlan, Sampled, Any]] = []  # with what they have given
+        self.in_flight: list[InFlight] = []
+        self.ahead = 0  # steps with proposed tokens that the host did not know when they began
         self.broken: StepPlan | None = None  # rolled back, and nothing happened since
         self.quiet = True  # nothing was added or aborted since the plan
         self.visible: tuple[Any, ...] = ()  # before the plan
@@ -718,7 +773,7 @@ class Life(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         scored=st.sampled_from([1, 4, 256]),
         states=st.sampled_from([0, 0, 2, 3, 4]),
-        proposed=st.sampled_from([0, 0, 1, 3, 9, BY_MODEL, BY_MODEL]),
+        proposed=st.sampled_from([0, 0, 1, 3, 9, *BY_MODEL, *BY_MODEL]),
     )
     def begin(
         self,
@@ -739,11 +794,11 @@ class Life(RuleBasedStateMachine):
             state_slots=states * min(running, budget),
         )
         how = speculative(proposed) if proposed > 0 else None
-        if proposed == BY_MODEL:
-            how = SpeculativeSettings(method="mtp", num_speculative_tokens=1)
-        self.drafts = proposed == BY_MODEL
+        if proposed in BY_MODEL:
+            how = SpeculativeSettings(method="mtp", num_speculative_tokens=-proposed)
+        self.drafts = proposed in BY_MODEL and not states
         self.scheduler = Scheduler(own, speculative=how)
-        self.model = FakeModel(own.block_size)
+        self.model = FakeModel(own.block_size, 1 - proposed if self.drafts else 1)
 
     def look(self) -> tuple[Any, ...]:
         s = self.scheduler
@@ -845,8 +900,19 @@ class Life(RuleBasedStateMachine):
     def launch(self) -> StepPlan:
         plan = self.scheduler.plan()
         check_shapes(plan, self.scheduler.limits)
-        before = self.in_flight[-1][1] if self.in_flight else None
-        self.in_flight.append((plan, self.model.step(plan, before), self.model.scores))
+        drafted = plan
+        if self.in_flight:
+            before, sampled = self.in_flight[-1].drafted, self.in_flight[-1].sampled
+            runs, proposed = before.runs(sampled.tokens, ()), self.in_flight[-1].proposed
+            left = [
+                [sampled.tokens[run.stop - 1], *further]
+                for run, further in zip(runs, proposed or [[]] * len(runs), strict=True)
+            ]
+            drafted = self.model.place(plan, left, [len(run) - 1 for run in runs])
+        sampled = self.model.step(drafted)
+        scores = self.model.scores
+        proposed = self.model.propose(drafted, sampled) if self.drafts else []
+        self.in_flight.append(InFlight(plan, drafted, sampled, scores, proposed))
         return plan
 
     @precondition(lambda self: self.in_flight)
@@ -862,19 +928,22 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.in_flight)
     @rule()
     def rollback(self) -> None:
-        first = self.in_flight[0][0]
-        for plan, _, _ in reversed(self.in_flight):
-            self.model.spoil(plan)
-            self.scheduler.rollback(plan)
+        first = self.in_flight[0].plan
+        for flight in reversed(self.in_flight):
+            self.model.spoil(flight.plan)
+            self.scheduler.rollback(flight.plan)
         if self.quiet:
             assert self.look() == self.visible
             self.broken = first
         self.in_flight = []
 
     def finish_step(self) -> None:
-        plan, sampled, scores = self.in_flight.pop(0)
-        drafts = self.model.propose(plan, sampled, 40) if self.drafts else []
-        for event in self.scheduler.commit(plan, sampled, scores=scores, proposed=drafts):
+        flight = self.in_flight.pop(0)
+        events = self.scheduler.commit(
+            flight.plan, flight.sampled, scores=flight.scores, proposed=flight.proposed
+        )
+        self.ahead += flight.plan.sources is not None and flight.plan.drafts is not None
+        for event in events:
             assert event.id not in self.done
             asked = self.asked[event.id]
             scored = asked.params.prompt_logprobs is not None and event.position == 0
@@ -959,7 +1028,7 @@ def test_long_random_lives_under_pressure(seed: int, arrivals: bool) -> None:
         prefix_cache=random.random() < 0.6,
         scored=random.choice([1, 4, 256]),
         states=random.choice([0, 2, 3, 4]),
-        proposed=random.choice([0, 2, 9, BY_MODEL]),
+        proposed=random.choice([0, 2, 9, *BY_MODEL]),
     )
     for _ in range(150):
         if len(life.asked) - len(life.done) < 8 and random.random() < 0.5:

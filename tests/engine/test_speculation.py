@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexpert.engine.draft_counts import DraftCounts
-from flexpert.engine.draft_step import draft_step
+from flexpert.engine.draft_step import DraftRun
 from flexpert.engine.request import StructuredOutputsParams, TokenLogprobs
 from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import Scheduler
@@ -296,7 +296,7 @@ def test_what_the_model_proposes_is_checked_in_the_next_step_and_forgotten_after
     while scheduler.has_work:
         plan = scheduler.plan()
         sampled = model.step(plan)
-        drafts = model.propose(plan, sampled, 40)
+        drafts = model.propose(plan, sampled)
         if len(sizes) == 6:
             drafts = []  # a step behind which nothing was proposed
         events += scheduler.commit(plan, sampled, proposed=drafts)
@@ -310,6 +310,35 @@ def test_what_the_model_proposes_is_checked_in_the_next_step_and_forgotten_after
     assert 8 <= sum(counts.accepted) < counts.tokens
 
 
+def test_a_step_is_planned_for_the_least_that_may_come_true_and_has_blocks_for_the_most() -> None:
+    mtp = SpeculativeSettings(method="mtp", num_speculative_tokens=3)
+    scheduler = Scheduler(limits(blocks=30), speculative=mtp)
+    scheduler.add(sequence("a", [0, 1, 2, 1, 0], max_tokens=30, ignore_eos=True))
+    commit = scheduler.commit
+    commit(first := scheduler.plan(), Sampled([1], [None]), proposed=[[2, 3, 4]])
+    assert first.asks == [1]
+    hopeful(scheduler)
+    second = scheduler.plan()
+    assert second.drafts == [[2, 3, 4]]
+    assert second.positions.tolist() == [5, 6, 7, 8]
+    assert second.asks == [3]
+    third = scheduler.plan()
+    assert third.drafts == [[0, 0, 0]], "what the device knows"
+    assert third.sources is not None
+    assert third.sources.tolist() == [0, 1, 2, 3]
+    assert third.positions.tolist() == [6, 7, 8, 9]
+    assert third.blocks.tolist() == [4], "for 15 tokens, if all come true, and two to be proposed"
+    assert third.unseen is not None
+    assert third.unseen.tokens.tolist() == [1, 2, 3, 4]
+    assert third.unseen.more.tolist() == [3] * 4
+    (event,) = commit(second, Sampled([2, 3, 0, 0], [None] * 4), proposed=[[5, 6, 7]])
+    assert event.tokens == [2, 3, 0]
+    assert third.drafts == [[5, 6, 7]]
+    (event,) = commit(third, Sampled([5, 5, 0, 0], [None] * 4), proposed=[[]])
+    assert event.tokens == [5, 5]
+    assert scheduler.pool.used == 3, "of 10 tokens; the rest went back"
+
+
 def test_behind_an_answer_with_a_structure_and_its_last_token_the_model_is_not_asked() -> None:
     structure = StructuredOutputsParams(choice=["a", "b"])
     mtp = SpeculativeSettings(method="mtp", num_speculative_tokens=1)
@@ -318,10 +347,13 @@ def test_behind_an_answer_with_a_structure_and_its_last_token_the_model_is_not_a
     scheduler.add(sequence("b", [1, 1, 1], max_tokens=3))
     scheduler.add(sequence("c", [1, 1, 1], max_tokens=2))
     plan = scheduler.plan()
-    step = draft_step(plan, [4, 5, 6], (), 40)
-    assert step.token_ids.tolist() == [1, 1, 4, 1, 1, 5, 1, 1, 6]
-    assert (step.rows.tolist(), step.sequences) == ([5], [1])
+    assert plan.asks == [0, 1, 0]
+    step = DraftRun(plan, [4, 5, 6], ())
+    assert step.first.token_ids.tolist() == [1, 1, 4, 1, 1, 5, 1, 1, 6]
+    assert step.first.rows.tolist() == [5]
     assert step.samples[0].tokens == [5]
-    assert draft_step(plan, [4, 5, 6], {1}, 40).rows.tolist() == []
-    assert step.by_sequence([7], (), 3) == [[], [7], []]
-    assert step.by_sequence([7], {0}, 3) == [[], [], []]
+    assert DraftRun(plan, [4, 5, 6], {1}).first.rows.tolist() == []
+    step.hear([7], {0})
+    assert step.proposed == [[], [], []]
+    step.hear([7], ())
+    assert step.proposed == [[], [7], []]

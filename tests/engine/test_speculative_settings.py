@@ -31,7 +31,7 @@ def test_the_models_own_layer_is_asked_for_by_any_of_its_names(given: Any) -> No
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"method": "mtp", "num_speculative_tokens": 3}, "make it 1"),
+        ({"method": "mtp", "num_speculative_tokens": 5}, "at most 4 tokens"),
         ({"method": "mtp", "prompt_lookup_max": 4}, "by mtp nothing is looked up"),
         ({"method": "eagle3"}, "ngram and mtp are"),
         ({"method": "mtp", "model": "draft"}, "methods ngram and mtp need none"),

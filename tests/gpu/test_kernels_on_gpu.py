@@ -12,8 +12,10 @@ from torch import Tensor
 from flexpert.kernels.cuda import attention, mxfp4_few, norm, prompt_attention
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.cuda import row_sorting as routing
+from flexpert.kernels.cuda.few_tokens import FewTokens
 from flexpert.kernels.cuda.mxfp4_few import FewRowsTiling
 from flexpert.kernels.cuda.prompt_attention import PromptTiling
+from flexpert.kernels.cuda.rotary import rotate_and_store
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
 BLOCK = 16
@@ -272,3 +274,109 @@ def test_few_rows_of_an_expert_take_its_mxfp4_weights_as_they_lie(
 
 def addresses(tensors: list[Tensor]) -> Tensor:
     return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cuda")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_a_layer_of_few_tokens_as_kernels_that_begin_early(tokens: int) -> None:
+    """Captured and replayed, with weights of several layers, so that one that read too early what
+    another writes would be seen; sizes of Qwen3-30B-A3B."""
+    hidden, heads, kv_heads, dim, experts, topk, inter = 2048, 32, 4, 128, 128, 8, 768
+    layers, width = 3, 40
+    bf16 = torch.bfloat16
+    few = FewTokens(torch.device("cuda"))
+    lengths = torch.tensor([513, 1, 640, 77][:tokens], dtype=torch.int32, device="cuda")
+    tables = torch.randperm(tokens * width, device="cuda").view(tokens, width).int()
+    last = (lengths - 1).long()
+    slots = tables.gather(1, (last // BLOCK)[:, None])[:, 0].long() * BLOCK + last % BLOCK
+    angles = torch.rand(tokens, dim, device="cuda") * 6
+    cos, sin = angles.cos().to(bf16), angles.sin().to(bf16)
+    slot_of = torch.randperm(experts, device="cuda").int()
+    valid = torch.tensor([tokens], dtype=torch.int32, device="cuda")
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, device="cuda") * scale).to(bf16)
+
+    every = [
+        {
+            "qkv": randn((heads + 2 * kv_heads) * dim, hidden, scale=hidden**-0.5),
+            "o": randn(hidden, heads * dim, scale=(heads * dim) ** -0.5),
+            "router": randn(experts, hidden, scale=4 * hidden**-0.5),
+            "norm": torch.rand(hidden, device="cuda").to(bf16) + 0.5,
+            "head": torch.rand(dim, device="cuda").to(bf16) + 0.5,
+            "up": randn(experts, 2 * inter, hidden, scale=hidden**-0.5),
+            "down": randn(experts, hidden, inter, scale=inter**-0.5),
+            "cache": randn(2, tokens * width, BLOCK, kv_heads, dim),
+        }
+        for _ in range(layers)
+    ]
+    order = slot_of.argsort()
+    addresses = [
+        [
+            torch.tensor([layer[name][e].data_ptr() for e in order.tolist()], device="cuda")
+            for name in ("up", "down")
+        ]
+        for layer in every
+    ]
+    x = randn(tokens, hidden)
+
+    def norm_of(layer: dict[str, Tensor]) -> tuple[Tensor, float, bool]:
+        return layer["norm"], 1e-6, True
+
+    def ours() -> list[Tensor]:
+        given, found = x, []
+        for layer, (up, down) in zip(every, addresses, strict=True):
+            qkv = few.project(given, layer["qkv"], norm=norm_of(layer))
+            attended = few.attend(
+                *(qkv.view(tokens, -1, dim), cos, sin, slots, *layer["cache"], lengths, tables),
+                norms=(layer["head"], layer["head"]), eps=1e-6, early=True, scaling=dim**-0.5,
+            )  # fmt: skip
+            between = few.project(attended, layer["o"], residual=given)
+            normed, weights, ids = few.route(
+                between, norm_of(layer), layer["router"], None, topk, normalised=True, dtype=bf16
+            )
+            given = few.experts(normed, ids, weights, slot_of, valid, up, down, inter, between)
+            found += [qkv, attended, between, ids, given]
+        return found
+
+    ours()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = ours()
+    for _ in range(20):
+        graph.replay()
+    torch.cuda.synchronize()
+
+    starts = torch.arange(tokens + 1, device="cuda").int()
+    given = x
+    for index, layer in enumerate(every):  # each from what ours gave before
+        qkv, attended, between, ids, after = outputs[5 * index : 5 * index + 5]
+        rounded = norm.rms_norm(given, *norm_of(layer)[:2], early=True)
+        close(qkv, rounded.float() @ layer["qkv"].float().T)
+        query = rotate_and_store(
+            *(qkv.view(tokens, -1, dim), cos, sin, slots, *layer["cache"]),
+            norms=(layer["head"], layer["head"]), eps=1e-6, early=True,
+        )  # fmt: skip
+        expected = attention.attend(
+            query, *layer["cache"], starts, lengths, tables, scaling=dim**-0.5
+        )
+        close(attended, expected.flatten(1).float())
+        close(between, given.float() + attended.float() @ layer["o"].float().T)
+        normed = norm.rms_norm(between, *norm_of(layer)[:2], early=True)
+        likely = (normed.float() @ layer["router"].float().T).softmax(-1)
+        chosen = likely.gather(1, ids)
+        assert float(chosen.min(1).values.div(likely.topk(topk).values[:, -1]).min()) > 0.97
+        expected = between.float()
+        for token in range(tokens):
+            for expert, weight in zip(ids[token], chosen[token] / chosen[token].sum(), strict=True):
+                gate, raised = (layer["up"][expert].float() @ normed[token].float()).chunk(2)
+                inner = (gate * gate.sigmoid() * raised).to(bf16).float()
+                expected[token] += weight * (layer["down"][expert].float() @ inner)
+        close(after, expected)
+        given = after
+
+
+def close(ours: Tensor, expected: Tensor) -> None:
+    """But for rounding, row by row."""
+    difference = (ours.float() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(difference.max()) < 2e-2, difference.tolist()

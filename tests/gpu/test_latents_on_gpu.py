@@ -108,7 +108,7 @@ def test_a_step_with_prompts_attends_as_in_float64(contexts: list[int], counts: 
         SHAPE,
         cache.memory,
         cache.memory[..., : SHAPE.rank],
-        gpu_kernels(),
+        gpu_kernels(weight.device),
         isolated=False,
     )
     starts = torch.tensor([0, *counts]).cumsum(0).int()

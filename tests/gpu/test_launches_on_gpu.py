@@ -40,7 +40,8 @@ def buffers() -> Iterator[list[CudaBuffer]]:
 
 def launches(exchange: CudaExchange) -> list[KernelLaunch]:
     kinds = exchange._kinds.values()
-    return [*exchange._launches.values(), *(kind.send for kind in kinds)]
+    steps = [*exchange._steps.values(), *(kind.send for kind in kinds)]
+    return [step.launch for step in steps]
 
 
 def exchange(buffer: CudaBuffer, s: Sent, fp8: Scales | None = None) -> torch.Tensor:
@@ -50,6 +51,14 @@ def exchange(buffer: CudaBuffer, s: Sent, fp8: Scales | None = None) -> torch.Te
     rows = at.payload.view(torch.uint8)[at.rows.long()].view(at.payload.dtype)
     y = rows.to(SPEC.dtype) * 2
     return buffer.combine(y, received)
+
+
+def halved(buffer: CudaBuffer, s: Sent, fp8: Scales | None = None) -> torch.Tensor:
+    """The same in halves."""
+    received = buffer.begin_dispatch(s.x, s.expert_ids, s.weights, s.table, fp8=fp8)()
+    at = received.indexed
+    rows = at.payload.view(torch.uint8)[at.rows.long()].view(at.payload.dtype)
+    return buffer.begin_combine(rows.to(SPEC.dtype) * 2, received)()
 
 
 def sent(seed: int) -> Sent:
@@ -64,10 +73,11 @@ def test_all_are_prepared_and_compute_what_triton_s_do(
         s = sent(seed)
         ours, tritons = (exchange(buffer, s, fp8) for buffer in buffers)
         assert same_bits(ours.cpu(), tritons.cpu()), seed
+        assert same_bits(halved(buffers[0], s, fp8).cpu(), tritons.cpu()), seed
     for buffer, prepared in zip(buffers, (True, False), strict=True):
         made = launches(buffer.exchange)
         assert len(made) >= 3
-        assert {launch._prepared is not None for launch in made} == {prepared}
+        assert {launch.prepared is not None for launch in made} == {prepared}
 
 
 def test_they_agree_with_the_oracle_in_any_thread_stream_and_graph(
@@ -148,6 +158,6 @@ def test_nixl_ep_s_interface_is_prepared_too(monkeypatch: pytest.MonkeyPatch, fp
         core, device = buffer.runtime, buffer._exchange.device
         assert isinstance(core, CudaBuffer)
         turns: Any = device._turns
-        packings = [returned.into.packing._launch for returned in turns]
+        packings = [returned.into.packing.step.launch for returned in turns]
         made = list(itertools.chain(launches(core.exchange), packings))
-        assert all(launch._prepared is not None for launch in made)
+        assert all(launch.prepared is not None for launch in made)

@@ -17,7 +17,7 @@ from flexpert.kernels.cpu import ops
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
-from flexpert.kernels.cuda import attention, norm, prompt_attention, rotary, router
+from flexpert.kernels.cuda import attention, attention_parts, norm, prompt_attention, rotary, router
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.cuda import row_sorting as routing
 from flexpert.kernels.cuda.gates import clamped_swiglu, clamped_swiglu_of
@@ -303,7 +303,7 @@ def test_prefills_of_any_number_of_sequences_share_two_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What else they needed would be compiled while requests wait."""
-    kernels: dict[str, set[Any]] = {"_attend_prompts": set(), "merge_splits": set()}
+    kernels: dict[str, set[Any]] = {"_attend_prompts": set(), "_merge_splits": set()}
 
     class Launch:
         def __init__(self, name: str) -> None:
@@ -312,8 +312,8 @@ def test_prefills_of_any_number_of_sequences_share_two_kernels(
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **constants: kernels[self.name].add(tuple(constants.items()))
 
-    for name in kernels:
-        monkeypatch.setattr(prompt_attention, name, Launch(name))
+    for module, name in ((prompt_attention, "_attend_prompts"), (attention_parts, "_merge_splits")):
+        monkeypatch.setattr(module, name, Launch(name))
     cache = torch.zeros(64, 16, 2, 16)
     for sequences, each, blocks in itertools.product((1, 2, 3, 17, 64), (2, 5, 40), (1, 3, 40)):
         tokens = sequences * each
@@ -327,7 +327,7 @@ def test_prefills_of_any_number_of_sequences_share_two_kernels(
             scaling=1.0,
         )
     assert len(kernels["_attend_prompts"]) == 2  # keys split among programs, or not
-    assert len(kernels["merge_splits"]) == 1
+    assert len(kernels["_merge_splits"]) == 1
 
 
 def test_a_sequence_of_padding_attends_to_nothing_and_writes_nothing() -> None:

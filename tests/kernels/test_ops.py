@@ -52,6 +52,20 @@ def test_a_row_of_linear_has_the_same_bits_in_any_company(
         assert torch.equal(ops.linear(x[:rows], weight), each[:rows])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inner", [512, 1024, 2560])
+def test_long_rows_have_the_same_bits_wherever_the_weights_begin(
+    inner: int, dtype: torch.dtype
+) -> None:
+    memory = torch.randn(40 * inner + 64).to(dtype)
+    begin = (-memory.data_ptr() % 64 + 16) // memory.element_size()  # as in a mapped file
+    weight, bias = memory[begin : begin + 40 * inner].view(40, inner), torch.randn(40).to(dtype)
+    x = torch.randn(70, inner).to(dtype)
+    each = torch.cat([ops.linear(row[None], weight.clone(), bias) for row in x])
+    for rows in (2, 3, 4, 5, 6, 7, 12, 16, 19, 33, 70):
+        assert torch.equal(ops.linear(x[:rows], weight, bias), each[:rows])
+
+
 def test_linear_keeps_nan_and_infinity_in_bf16() -> None:
     x = torch.tensor([[math.nan, 1.0], [math.inf, 1.0], [3e38, 3e38]], dtype=torch.bfloat16)
     y = ops.linear(x, torch.ones(1, 2, dtype=torch.bfloat16))

@@ -54,14 +54,20 @@ def gpu_runner(
         kv_blocks=32,
         kv_block_size=8,
         deterministic=deterministic,
-        kernels=fixed_order_gpu_kernels(CPU) if deterministic else gpu_kernels(),
+        kernels=fixed_order_gpu_kernels(CPU) if deterministic else gpu_kernels(CPU),
     )
     return Sequences(made, 8), local
 
 
 FUSED = {
-    "qwen3_moe": {"Qwen3MoeAttention", "Qwen3MoeTopKRouter", "Qwen3MoeRMSNorm"},
-    "mixtral": {"MixtralAttention", "MixtralTopKRouter", "MixtralRMSNorm"},
+    "qwen3_moe": {
+        *("Qwen3MoeAttention", "Qwen3MoeTopKRouter", "Qwen3MoeRMSNorm"),
+        "Qwen3MoeDecoderLayer",
+    },
+    "mixtral": {
+        *("MixtralAttention", "MixtralTopKRouter", "MixtralRMSNorm"),
+        "MixtralDecoderLayer",
+    },
     "olmoe": {"OlmoeTopKRouter", "OlmoeRMSNorm"},  # it norms all heads together
     "gpt_oss": {"GptOssRMSNorm"},
     "deepseek_v3": {"DeepseekV3RMSNorm"},

@@ -13,7 +13,7 @@ from torch import nn
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
 from flexpert.kernels.kernel_set import gpu_kernels
-from flexpert.models.fused_states import fused_layer, is_right
+from flexpert.models.fused_states import is_right, state_fusion
 from flexpert.models.state_view import StateShape, StateView
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -46,10 +46,10 @@ class Layer:
 
     def is_computed(self) -> bool:
         """Whether there is a kernel that does what it does."""
-        kernels = gpu_kernels().states
+        kernels = gpu_kernels(torch.device("cpu")).states
         assert kernels is not None
         with torch.inference_mode():
-            fused = fused_layer(self.module, self.shapes, kernels)
+            fused = state_fusion(self.module, self.shapes, kernels)
             return fused is not None and is_right(
                 fused,
                 lambda view, rows: self.module(rows, cache=view),
@@ -103,6 +103,6 @@ def test_a_module_that_does_something_else_is_left_alone(
 def test_a_module_of_other_parts_is_left_alone() -> None:
     layer = Layer("qwen3_next")
     del layer.module.A_log
-    kernels = gpu_kernels().states
+    kernels = gpu_kernels(torch.device("cpu")).states
     assert kernels is not None
-    assert fused_layer(layer.module, layer.shapes, kernels) is None
+    assert state_fusion(layer.module, layer.shapes, kernels) is None

@@ -24,6 +24,7 @@ from flexpert.models.fusion_verdicts import (
     MOST_BYTES,
     AttentionFusion,
     FusionVerdicts,
+    LayerFusion,
     NormFusion,
     RouterFusion,
     Verdict,
@@ -59,7 +60,9 @@ def counted(trial: Callable[..., Any], name: str, made: Trials) -> Callable[...,
 
 def all_kernels() -> Kernels:
     """A CPU's, and those of a GPU for whole modules in Triton's interpreter."""
-    return dataclasses.replace(cpu_kernels(), fusions=gpu_kernels().fusions, pads_batches=False)
+    return dataclasses.replace(
+        cpu_kernels(), fusions=gpu_kernels(torch.device("cpu")).fusions, pads_batches=False
+    )
 
 
 def load(source: ModelSource, verdicts: FusionVerdicts) -> tuple[Sequences, list[str]]:
@@ -106,7 +109,7 @@ def test_a_second_load_tries_nothing_and_computes_the_same_bits(
 def test_every_kind_of_module_has_a_verdict(checkpoint: Callable[..., Path]) -> None:
     found = load(ModelSource.open(str(checkpoint("qwen3_moe"))), {})[0].runner.verdicts
     kinds = {type(verdict.fusion) for verdict in found.values()}
-    assert kinds == {NormFusion, AttentionFusion, RouterFusion}
+    assert kinds == {NormFusion, AttentionFusion, RouterFusion, LayerFusion}
     mixtral = load(ModelSource.open(str(checkpoint("mixtral"))), {})[0].runner.verdicts
     windows = {v.fusion.sliding_window for v in mixtral.values() if is_attention(v)}
     assert windows == {19}

@@ -36,7 +36,7 @@ def device_runner(
         deterministic=False,
         state_slots=SLOTS,
         device=device,
-        kernels=gpu_kernels(),
+        kernels=gpu_kernels(device),
     )
     placement = replan(None, [0], experts=info.experts, layers=info.moe_layers)
     tables = expert_tables(placement, 0)

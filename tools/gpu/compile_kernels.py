@@ -37,6 +37,7 @@ from flexpert.comm.cuda.kernel_launch import argument_sizes, parameter_sizes
 from flexpert.kernels.cuda import absorbed_attention as absorbed
 from flexpert.kernels.cuda import (
     delta_rule,
+    drafts,
     fixed_attention,
     fixed_products,
     hopper_attention,
@@ -52,8 +53,8 @@ from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 TUNED = Tuning()
 PREPARED = (dispatch, combine, expert_major, lane_kernels, waiting, products, sampling)
 MODULES = (
-    *PREPARED, absorbed, fixed_products, fixed_attention, mxfp4_few, hopper_attention, prompt_attention,
-    delta_rule, state_space, states,
+    *PREPARED, absorbed, drafts, fixed_products, fixed_attention, mxfp4_few, hopper_attention,
+    prompt_attention, delta_rule, state_space, states,
 )  # fmt: skip
 MOST_SHARED = 227 * 1024  # bytes
 P64, P32, F32, BF16, I32, I64 = "*i64", "*i32", "*fp32", "*bf16", "i32", "i64"
@@ -156,6 +157,33 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any], int]] = {
         )
         for name, words in (("bf16", "*i16"), ("float32", "*i32"))
     },
+    "place_rows": (
+        "_place_rows",
+        dict(sources=P64, left=P64, accepted=P64, token_ids=P64, positions=P64, context_len=P32,
+             slot_mapping=P64, tables=P32, rows=I32, columns=I32, stride=I32),
+        dict(WIDTH=4, BLOCK=16, ROWS=64),
+        4,
+    ),
+    "judge_rows": (
+        "_judge_rows",
+        dict(questions=P64, sampled=P64, token_ids=P64, positions=P64, left=P64, accepted=P64,
+             last=P64, at=P64, asked=P64, sequences=I32),
+        dict(WIDTH=4, ROWS=64),
+        4,
+    ),
+    "tokens_after": (
+        "_tokens_after",
+        dict(sources=P64, token_ids=P64, sampled=P64, result=P64, count=I32),
+        dict(ROWS=64),
+        4,
+    ),
+    "further_rows": (
+        "_further_rows",
+        dict(step=P64, asked=P64, at=P64, tables=P32, positions=P64, context_len=P32,
+             slot_mapping=P64, sequences=I32, columns=I32, stride=I32),
+        dict(BLOCK=16, ROWS=64),
+        4,
+    ),
     "release": ("release", dict(table=P64, bits=I32, me=I32), {}, 1),
     "await_release": ("await_release", dict(table=P64, window=I64), dict(SIM=False), 1),
     "meet": (

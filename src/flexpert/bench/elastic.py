@@ -46,7 +46,7 @@ _WINDOW_S = 0.5  # of throughput
 _BACK = 0.95
 _STEPS = 3  # of silence
 _OPERATION_S = 600.0
-_PROMPT = 32
+PROMPT = 32
 _POINTS = 600  # of the load over time, at most
 _DETERMINISTIC = "--deterministic"
 _KEPT_LINES = re.compile("WARNING|ERROR|DEBUG flexpert: rank")
@@ -60,11 +60,12 @@ class ElasticPlan:
     rank is killed (SIGKILL); all_killed: how often, besides, all ranks at once; stops: how often
     one is stopped (SIGSTOP). swaps: changes in which a rank joins and another leaves, on `low`;
     rebalances: on `high`. path: in place of `changes`, the numbers of ranks to go to one after the
-    other, from `low` and at the end to `high`. tokens: of an answer. settle_s: rest after a change.
-    flags: of the service, besides.
+    other, from `low` and at the end to `high`. prompt, tokens: of a request and of its answer.
+    settle_s: rest after a change. flags: of the service, besides.
     """
 
     clients: int = 64
+    prompt: int = PROMPT
     tokens: int = 400
     undisturbed_s: float = 10.0
     changes: int = 10
@@ -169,7 +170,7 @@ class ElasticStreams:
 
     async def client(self, number: int) -> None:
         body = completion_body(
-            [(number * 37 + place * 11) % 200 + 10 for place in range(_PROMPT)],
+            [(number * 37 + place * 11) % 200 + 10 for place in range(self.plan.prompt)],
             max_tokens=self.plan.tokens,
             temperature=0,
             ignore_eos=True,

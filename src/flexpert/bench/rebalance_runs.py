@@ -12,13 +12,15 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import msgspec
+import torch
 
-from flexpert.bench.elastic import ElasticPlan, ElasticStreams
+from flexpert.bench.elastic import PROMPT, ElasticPlan, ElasticStreams
 from flexpert.bench.load import call
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.service import own_service
@@ -26,6 +28,7 @@ from flexpert.bench.skewed_checkpoint import make_skewed_checkpoint
 from flexpert.errors import FlexpertError
 
 _SETTLE_S = 1.0
+_KV, _LARGE_KV = "64MiB", "2GiB"
 _LOOK_S = 0.05
 MODES = ("off", "auto")
 
@@ -34,12 +37,15 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalancePlan:
-    """seconds: of each measurement. rounds: of both services in turn. balance_s: for the second to
-    find its placement. flags: of both, besides."""
+    """prompt, tokens: of each request and its answer. seconds: of each measurement. rounds: of both
+    services in turn. balance_s: for the second to find its placement. large: a model whose experts
+    keep GPUs busy. flags: of both, besides."""
 
     ranks: int = 4
     clients: int = 16
+    prompt: int = PROMPT
     tokens: int = 200
+    large: bool = False
     rounds: int = 3
     seconds: float = 10.0
     balance_s: float = 120.0
@@ -93,13 +99,17 @@ def run_rebalance(plan: RebalancePlan, note: Note) -> RebalanceReport:
 async def _run(plan: RebalancePlan, note: Note) -> RebalanceReport:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "skewed"
-        await asyncio.to_thread(make_skewed_checkpoint, folder)
+        make = (
+            partial(_make_large, folder) if plan.large else partial(make_skewed_checkpoint, folder)
+        )
+        await asyncio.to_thread(make)
         streams: dict[str, ElasticStreams] = {}
-        clients = ElasticPlan(clients=plan.clients, tokens=plan.tokens)
+        clients = ElasticPlan(clients=plan.clients, prompt=plan.prompt, tokens=plan.tokens)
+        memory = _LARGE_KV if plan.large else _KV
         for mode in MODES:
             flags = (
                 *("--model", str(folder), "--ranks", str(plan.ranks), "--balance", mode),
-                *("--max-ranks", str(plan.ranks), "--kv-memory", "64MiB", *plan.flags),
+                *("--max-ranks", str(plan.ranks), "--kv-memory", memory, *plan.flags),
             )
             service = await stack.enter_async_context(own_service(flags, start_timeout_s=600.0))
             note(f"--balance {mode}: ready")
@@ -119,6 +129,16 @@ async def _run(plan: RebalancePlan, note: Note) -> RebalanceReport:
             flags=list(plan.flags),
             machine=this_machine(),
         )
+
+
+def _make_large(folder: Path) -> None:
+    """6.5 GB of bfloat16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    make_skewed_checkpoint(
+        folder, hidden=2048, inter=4096, layers=8, dtype=torch.bfloat16, device=device
+    )
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 async def _get(streams: ElasticStreams, path: str) -> Any:

@@ -12,6 +12,8 @@ from flexpert.display.output import EXIT_FAILURE, check_outputs, show_report
 EXAMPLES = (
     "flexpert bench rebalance",
     "flexpert bench rebalance --rounds 5 --clients 32 -- --redundant-experts 4",
+    "flexpert bench rebalance --large --ranks 2 --clients 64 --prompt 1500 --tokens 8 -- "
+    "--device cuda --no-prefix-cache",
 )
 
 
@@ -22,7 +24,11 @@ def bench_rebalance(
     ] = None,
     ranks: Annotated[int, typer.Option(min=2, max=64, help="Of each service.")] = 4,
     clients: Annotated[int, typer.Option(min=1, max=1024, help="Concurrent streams.")] = 16,
+    prompt: Annotated[int, typer.Option(min=1, max=1900, help="Tokens of each prompt.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, max=1500, help="Tokens of each answer.")] = 200,
+    large: Annotated[
+        bool, typer.Option("--large", help="A model of 6.5 GB, whose experts keep GPUs busy.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Of both services in turn.")] = 3,
     seconds: Annotated[
         float, duration_option("--seconds", "Of each measurement.", least=1, default="10s")
@@ -50,7 +56,9 @@ def bench_rebalance(
     plan = RebalancePlan(
         ranks=ranks,
         clients=clients,
+        prompt=prompt,
         tokens=tokens,
+        large=large,
         rounds=rounds,
         seconds=seconds,
         balance_s=settle,

@@ -6,7 +6,7 @@ from flexpert.comm import BufferSpec
 from flexpert.comm.cuda.cuda_layout import layout
 from flexpert.config import EngineConfig
 from flexpert.engine.device_profile import captured_shapes, result_rows
-from flexpert.engine.memory_plan import buffer_spec, kv_blocks, state_slots
+from flexpert.engine.memory_plan import buffer_spec, kv_blocks, most_samples, state_slots
 from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
 from flexpert.models.device_latents import WORKSPACE_NUMBERS
@@ -77,13 +77,23 @@ def workspace_nbytes(source: ModelSource, config: EngineConfig, capacity: int) -
     experts' products, for the largest step and for the graphs, and the logits."""
     info, shape = source.info, source.expert_shape()
     step = capacity * config.max_tokens_per_step
-    captured = captured_shapes(config.max_running, config.max_tokens_per_step)
+    captured = captured_shapes(most_samples(config), config.max_tokens_per_step)
     row = (shape.height // 2 + info.hidden) * info.dtype.itemsize
     # of a step without a graph; of one with prompts, and what all of these leave them in
-    rows = 3 * config.max_running + sum(shape.sequences for shape in captured if shape.decodes)
+    rows = 3 * most_samples(config) + sum(shape.sequences for shape in captured if shape.decodes)
     logits = rows * info.vocab * _LOGIT_BYTES
-    states = _state_nbytes(info, config.max_tokens_per_step)
-    return 2 * step * info.topk * row + logits + _latent_nbytes(info) + states
+    layers = _latent_nbytes(info) + _state_nbytes(info, config.max_tokens_per_step)
+    return 2 * step * info.topk * row + logits + _draft_nbytes(info, config) + layers
+
+
+def _draft_nbytes(info: ModelInfo, config: EngineConfig) -> int:
+    """What a layer that proposes tokens takes beside: states of a step's rows, block tables."""
+    if not info.drafts:
+        return 0
+    states = (config.max_tokens_per_step + most_samples(config)) * info.hidden
+    table = -(-info.max_model_len // config.kv_block_size) * 4
+    head = most_samples(config) * info.vocab * _LOGIT_BYTES
+    return states * info.dtype.itemsize + most_samples(config) * table + head
 
 
 def _latent_nbytes(info: ModelInfo) -> int:

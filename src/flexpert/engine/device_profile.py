@@ -93,11 +93,13 @@ class DeviceProfile(ABC):
         stream: of the device; its `device` is where tensors lie.
         warm_up: when a new rank computes its first steps.
         looks_ahead: the next step is launched before the tokens of one are known.
+        measures_steps: whether proposed tokens pay is decided by what steps have cost so far.
     """
 
     stream: DeviceStream
     warm_up: WarmUpTime
     looks_ahead: bool
+    measures_steps = False
 
     def __init__(self, config: EngineConfig) -> None:
         """
@@ -136,8 +138,11 @@ class DeviceProfile(ABC):
         """
 
     @abstractmethod
-    def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
-        """sampled: `ModelRunner.sampled`, of the rank."""
+    def make_sampler(
+        self, sampled: torch.Tensor, accepted: torch.Tensor | None = None
+    ) -> TokenSampler:
+        """sampled: `ModelRunner.sampled`, of the rank. accepted: `DeviceDrafts.accepted`, where the
+        device goes on without the host's knowing what came true."""
 
     @abstractmethod
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
@@ -220,7 +225,9 @@ class CpuProfile(DeviceProfile):
             rank, spec, timeout_s=timeout_s, store=meeting.store, machine=meeting.machine
         )
 
-    def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
+    def make_sampler(
+        self, sampled: torch.Tensor, accepted: torch.Tensor | None = None
+    ) -> TokenSampler:
         return Sampler()
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
@@ -263,7 +270,11 @@ class TritonProfile(DeviceProfile):
         self.warm_up = WarmUpTime.BEFORE_LOADING if nixl_ep else WarmUpTime.WHILE_LOADING
 
     def make_kernels(self) -> Kernels:
-        return fixed_order_gpu_kernels(self.device) if self.config.deterministic else gpu_kernels()
+        return (
+            fixed_order_gpu_kernels(self.device)
+            if self.config.deterministic
+            else gpu_kernels(self.device)
+        )
 
     def make_exchange(
         self, rank: int, spec: BufferSpec, timeout_s: float, experts: int, meeting: HeadMeeting
@@ -286,10 +297,13 @@ class TritonProfile(DeviceProfile):
         except CudaError as error:
             raise ConfigError(f"{error}; lower --max-tokens-per-step or --max-ranks") from error
 
-    def make_sampler(self, sampled: torch.Tensor) -> TokenSampler:
+    def make_sampler(
+        self, sampled: torch.Tensor, accepted: torch.Tensor | None = None
+    ) -> TokenSampler:
         from flexpert.engine.device_sampler import DeviceSampler  # needs triton
 
-        return DeviceSampler(sampled, self.stream, deterministic=self.config.deterministic)
+        deterministic = self.config.deterministic
+        return DeviceSampler(sampled, self.stream, accepted=accepted, deterministic=deterministic)
 
     def make_moe_layers(self, buffer: Buffer, source: ModelSource) -> ElasticMoELayers:
         info = source.info
@@ -312,6 +326,8 @@ class TritonProfile(DeviceProfile):
 
 class CudaProfile(TritonProfile):
     """An NVIDIA GPU; several are dealt out to the ranks in turn."""
+
+    measures_steps = True
 
     def __init__(self, config: EngineConfig, rank: int) -> None:
         """Raises: ConfigError: there is no GPU, or what the settings need is not installed."""

@@ -25,7 +25,7 @@ from flexpert.engine.sampler import (
     read_told,
     told_of,
 )
-from flexpert.engine.sequence import Sampled, SampleState
+from flexpert.engine.sequence import Sampled, SampleState, Unseen
 from flexpert.kernels.cuda.sampling import SETTINGS, choose_tokens
 from flexpert.kernels.device_stream import DeviceStream, StreamEvent
 from flexpert.kernels.step_upload import StepUpload
@@ -38,15 +38,23 @@ class DeviceSampler:
 
     Args:
         sampled: [most] int64 on the device; the tokens of each step, in the order of its samples.
+        accepted: [most] int64 on the device: how many proposed tokens came true for each sequence
+            of the step before; None: nothing is proposed there.
         stream: of the device.
         deterministic: a row's token depends on no other row.
     """
 
     def __init__(
-        self, sampled: Tensor, stream: DeviceStream, *, deterministic: bool = False
+        self,
+        sampled: Tensor,
+        stream: DeviceStream,
+        *,
+        accepted: Tensor | None = None,
+        deterministic: bool = False,
     ) -> None:
         self._deterministic = deterministic
         self._sampled = sampled
+        self._accepted = accepted
         self._stream = stream
         self._upload = StepUpload(stream)
         # two steps are in flight at most
@@ -57,14 +65,17 @@ class DeviceSampler:
         logits: Tensor,
         samples: Sequence[SampleState],
         masks: Masks | None = None,
-        unseen: int = 0,
+        unseen: Unseen | None = None,
     ) -> StepSampling:
         """Launch the sampling of one token for each row; as `Sampler.start`."""
         piece = self._pieces[0]
         self._pieces.reverse()
         count = len(samples)
-        positions = [s.position + (row < unseen) for row, s in enumerate(samples)]
+        later = [0] * count if unseen is None else unseen.tokens.tolist()
+        positions = [s.position + late for s, late in zip(samples, later, strict=True)]
         wanted = _Wanted.of(samples, positions, logits.shape[1], masks)
+        if unseen is not None and not wanted.plain and unseen.more.any():
+            wanted.add_numbers(samples, positions, unseen)
         there = dict(
             zip(wanted.arrays, self._upload.send(list(wanted.arrays.values())), strict=True)
         )
@@ -80,6 +91,11 @@ class DeviceSampler:
                 x = x.float()
             if wanted.adjusted:
                 x = _adjusted(x.clone() if x is logits else x, there)
+            if "numbers" in there:  # of the position at which each turns out to be
+                assert self._accepted is not None
+                more = self._accepted[there["sequences"].clamp_min(0)]
+                more = torch.minimum(more, there["more"])
+                torch.gather(there["numbers"], 0, more.unsqueeze(0), out=there["settings"][-1:])
             possible = choose_tokens(x, there["settings"], tokens)
         asked = [row for row, s in enumerate(samples) if s.params.logprobs is not None]
         told = [
@@ -158,13 +174,32 @@ class _Wanted:
             arrays["settings"] = torch.from_numpy(_settings(samples, positions, vocab))
         return wanted
 
+    def add_numbers(
+        self, samples: Sequence[SampleState], positions: Sequence[int], unseen: Unseen
+    ) -> None:
+        """Of samples whose positions may be larger, by as much as the device knows: the uniform
+        number of each of them, [1 + most, M]."""
+        drawn, most = _drawn(samples), int(unseen.more.max())
+        table = np.zeros((1 + most, len(samples)))
+        states = [samples[row] for row in drawn for _ in range(1 + most)]
+        places = [positions[row] + more for row in drawn for more in range(1 + most)]
+        if drawn:
+            table[:, drawn] = numbers(states, places).reshape(len(drawn), 1 + most).T
+        self.arrays["numbers"] = torch.from_numpy(table)
+        self.arrays["more"] = torch.from_numpy(unseen.more)
+        self.arrays["sequences"] = torch.from_numpy(unseen.sequences)
+
+
+def _drawn(samples: Sequence[SampleState]) -> list[int]:
+    return [row for row, s in enumerate(samples) if not s.greedy]
+
 
 def _settings(
     samples: Sequence[SampleState], positions: Sequence[int], vocab: int
 ) -> NDArray[np.float64]:
     """[SETTINGS, M], see `choose_tokens`."""
     settings = np.zeros((SETTINGS, len(samples)))
-    drawn = [row for row, s in enumerate(samples) if not s.greedy]
+    drawn = _drawn(samples)
     if drawn:
         states = [samples[row] for row in drawn]
         every = [s.params for s in states]

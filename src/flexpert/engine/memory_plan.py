@@ -95,6 +95,15 @@ def state_slots(info: ModelInfo, config: EngineConfig) -> int:
     return each * min(config.max_running, config.max_tokens_per_step)
 
 
+def most_samples(config: EngineConfig) -> int:
+    """Tokens that are sampled in a step at most: one for each sequence, and those behind proposed
+    ones."""
+    running, how = config.max_running, config.speculate
+    if how is None:
+        return running
+    return max(running, min(how.max_rows, running * (1 + how.num_speculative_tokens)))
+
+
 def buffer_spec(info: ModelInfo, config: EngineConfig, capacity: int) -> BufferSpec:
     """The windows' size; the same on every rank of a service."""
     return BufferSpec(

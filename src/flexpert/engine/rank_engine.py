@@ -26,9 +26,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from flexpert import heap
@@ -38,7 +39,7 @@ from flexpert.engine import rank_protocol as msg
 from flexpert.engine.device_memory_plan import planned_device_memory, window_nbytes
 from flexpert.engine.device_meter import DeviceMeter, Slabs
 from flexpert.engine.device_profile import WarmUpTime, profile_of, set_threads
-from flexpert.engine.draft_step import draft_step
+from flexpert.engine.draft_step import DraftRun, FurtherStep, draft_inputs
 from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.epoch import PreparedEpoch
 from flexpert.engine.faults import Faults
@@ -46,7 +47,13 @@ from flexpert.engine.grammar_preparation import GrammarPreparer, GrammarReady
 from flexpert.engine.head_store import HeadMeeting, HeadStore, machine_name
 from flexpert.engine.kv_transfer import FetchEnded, KVTransfer
 from flexpert.engine.load_report import RoutingReport
-from flexpert.engine.memory_plan import MemoryMeter, buffer_spec, kv_blocks, state_slots
+from flexpert.engine.memory_plan import (
+    MemoryMeter,
+    buffer_spec,
+    kv_blocks,
+    most_samples,
+    state_slots,
+)
 from flexpert.engine.output_grammar import GrammarCache
 from flexpert.engine.preparation import EpochPreparer, PreparationEnded
 from flexpert.engine.rank_states import (
@@ -62,13 +69,15 @@ from flexpert.engine.sampler import StepSampling, StepTokens, score
 from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence import SEQUENCE_FAULTS
 from flexpert.engine.sequence_intake import SequenceIntake
+from flexpert.engine.step_costs import StepCosts
 from flexpert.engine.step_plan import ScoredChunk, StepPlan
 from flexpert.engine.stopwatch import Stopwatch, in_words
 from flexpert.engine.token_masks import MaskBuilder
 from flexpert.engine.warm_up import WarmUp
 from flexpert.errors import FlexpertError
 from flexpert.kernels.device_stream import StreamEvent
-from flexpert.models.batch import ForwardBatch
+from flexpert.models.batch import DraftRows, ForwardBatch
+from flexpert.models.device_drafts import Proposals
 from flexpert.models.fusion_verdicts import decode_verdicts
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.model_runner import ModelRunner
@@ -82,8 +91,9 @@ _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it do
 
 Queued: TypeAlias = msg.Command | PreparationEnded | FetchEnded | GrammarReady
 
-VOTE = struct.Struct("<BII")
-"""What a rank says before a step: has work, ready for epoch, tokens of the step it has planned."""
+VOTE = struct.Struct("<BIIB")
+"""What a rank says before a step: has work, ready for epoch, tokens of the step it has planned, and
+the most tokens that the model is to propose behind it for a sequence."""
 
 _COMMANDS: Mapping[type, RankEventKind] = {
     msg.Prepare: RankEventKind.PREPARE,
@@ -98,12 +108,15 @@ _COMMANDS: Mapping[type, RankEventKind] = {
 
 @dataclass(slots=True)
 class _Flight:
-    """A step that was launched. done: the device has computed its logits."""
+    """A step that was launched. done: the device has computed all that it exchanges. further: how
+    often the draft layer is applied again behind it, on all ranks."""
 
     plan: StepPlan
     done: StreamEvent
+    further: int
     logits: torch.Tensor | None = None
     sampling: StepSampling | None = None
+    proposals: Proposals | None = None
 
 
 class RankEngine:
@@ -172,8 +185,9 @@ class RankEngine:
             device=self.profile.device,
             kernels=self.profile.make_kernels(),
             verdicts=decode_verdicts(verdicts),
-            most_samples=config.max_running,
+            most_samples=most_samples(config),
             most_tokens=config.max_tokens_per_step,
+            most_proposed=self._most_proposed,
             lap=self.watch.lap,
         )
         limits = EngineLimits(
@@ -185,7 +199,10 @@ class RankEngine:
             prefix_cache=config.prefix_cache,
             state_slots=slots,
         )
-        self.scheduler = Scheduler(limits, speculative=config.speculate)
+        measures = self._most_proposed and self.profile.measures_steps
+        self._costs = StepCosts() if measures else None
+        self._published_at = 0.0
+        self.scheduler = Scheduler(limits, speculative=config.speculate, costs=self._costs)
         self.store = self.profile.make_expert_store(rank, source)
         self._remote = RemotePeers(
             rank,
@@ -193,7 +210,10 @@ class RankEngine:
             {EXPERTS: self.store.served, KV: self.profile.served(self.exported.bytes)},
             exchange_timeout_s=exchange_timeout_s,
         )
-        self.sampler = self.profile.make_sampler(self.runner.sampled)
+        on_device = self.runner.device_drafts
+        self.sampler = self.profile.make_sampler(
+            self.runner.sampled, None if on_device is None else on_device.accepted
+        )
         self.memory = MemoryMeter(
             source,
             config,
@@ -275,6 +295,13 @@ class RankEngine:
             RankAction.PAUSE: self._pause,
             RankAction.REPORT_BROKEN: self._report_broken,
         }
+
+    @property
+    def _most_proposed(self) -> int:
+        """Tokens that the model proposes where the device goes on without the host; 0: none."""
+        how = self.config.speculate
+        by_model = how is not None and how.method == "mtp" and self.profile.looks_ahead
+        return how.num_speculative_tokens if how is not None and by_model else 0
 
     def _device_meter(self, capacity: int) -> DeviceMeter | None:
         """None: weights, KV cache and windows are memory of the host, and `memory` counts them."""
@@ -576,7 +603,8 @@ class RankEngine:
         armed = self._states.armed_for
         self._planned = self.scheduler.plan()
         watch.lap("plan")
-        vote = VOTE.pack(self.scheduler.has_work, armed, self._planned.tokens)
+        asked = max(self._planned.asks, default=0)
+        vote = VOTE.pack(self.scheduler.has_work, armed, self._planned.tokens, asked)
         self.buffer.post_vote(vote, wait=not self._flights)
         votes = [
             VOTE.unpack(vote)
@@ -585,15 +613,17 @@ class RankEngine:
         now = time.perf_counter()
         watch.lap("votes")
         self._handle(RankEvent(RankEventKind.VOTED), now)
-        work = any(has_work for has_work, _, _ in votes)
-        if armed and all(ready == armed for _, ready, _ in votes):
+        work = any(has_work for has_work, _, _, _ in votes)
+        if armed and all(ready == armed for _, ready, _, _ in votes):
             self._drop_planned()
             # Nothing was decoded between the last step and here if anybody has work.
             self._paused_at = (self._last_step_end if work else None) or now
             self._handle(RankEvent(RankEventKind.AGREED))
             return
         if work:
-            self._step(-(-sum(tokens for _, _, tokens in votes) // len(votes)), watch)
+            mean_tokens = -(-sum(tokens for _, _, tokens, _ in votes) // len(votes))
+            further = max(0, *(asked - 1 for _, _, _, asked in votes))
+            self._step(mean_tokens, further, watch)
             self.load_report.look(now)
         else:
             self._drop_planned()
@@ -621,20 +651,20 @@ class RankEngine:
             sum(counted.bytes_sent.values()),
         )
 
-    def _step(self, mean_tokens: int, watch: Stopwatch) -> None:
+    def _step(self, mean_tokens: int, further: int, watch: Stopwatch) -> None:
         """Launch the planned step, and publish the one before, or this one where nothing goes on
-        unseen. mean_tokens: of all ranks."""
+        unseen. mean_tokens: of all ranks. further: see `_Flight`."""
         plan = self._planned
         assert plan is not None
         if plan.tokens == 0:
             self._drop_planned()
             self._settle(watch)
-            self.runner.forward_idle(mean_tokens)
+            self.runner.forward_idle(mean_tokens, further)
             self.buffer.check()
             watch.lap("without tokens")
             return
         self._planned = None
-        self._flights.append(flight := _Flight(plan, self.profile.stream.event()))
+        self._flights.append(flight := _Flight(plan, self.profile.stream.event(), further))
         self._launch(flight, mean_tokens, watch)
         while len(self._flights) > 1:
             self._publish(watch)
@@ -654,7 +684,10 @@ class RankEngine:
         if self._faults:
             self._faults.at("forward", plan.token_ids)
         watch.lap("begin")
-        logits = self.runner.forward(_batch(plan), mean_tokens)
+        batch = _row_by_row(plan) if self.profile.looks_ahead else _batch(plan)
+        if self.runner.device_drafts is not None:
+            batch.drafts = DraftRows(*map(torch.from_numpy, astuple(draft_inputs(plan))))
+        logits = self.runner.forward(batch, mean_tokens)
         # prompts are scored when the step is whole; by then the next one may be under way
         flight.logits = logits.clone() if plan.scored and self.profile.looks_ahead else logits
         flight.done.record()
@@ -667,6 +700,10 @@ class RankEngine:
             self.report(msg.Rejected(plan.samples[row].id, error))
         rows = flight.logits[plan.sample_at] if plan.scored else flight.logits
         flight.sampling = self.sampler.start(rows, plan.samples, words, plan.unseen)
+        if self.runner.device_drafts is not None:
+            flight.proposals = self.runner.propose(plan.asks, flight.further, mean_tokens)
+            flight.done.record()
+            watch.lap("drafts")
 
     def _settle(self, watch: Stopwatch | None = None) -> None:
         """Publish what is in flight. Raises: CommError: a step was broken."""
@@ -684,6 +721,7 @@ class RankEngine:
         assert logits is not None
         flight.done.synchronize()
         self.buffer.check(wait=False)
+        self._note_cost(plan)
         watch.lap(f"device ({plan.tokens} tokens)")
         scores = [self._score(logits, chunk) for chunk in plan.scored]
         tokens = flight.sampling.finish()
@@ -691,11 +729,16 @@ class RankEngine:
             if not plan.supposed(row):  # else it is sampled again, if it comes to that
                 self.scheduler.abort(plan.samples[row].id)
                 self._intake.failed(plan.samples[row].id, error)
+            else:  # the device has gone on as if it had been sampled
+                while len(self._flights) > 1:
+                    self.scheduler.rollback(self._flights.pop().plan)
         watch.lap("sample")
         lost = self.moe.lost_rows()
         proposed: list[list[int]] = []
-        if self.runner.drafts is not None:
-            proposed = self._propose(plan, tokens)
+        if flight.proposals is not None:
+            proposed = flight.proposals.finish()
+        elif self.runner.drafts is not None:
+            proposed = self._propose(plan, tokens, flight.further)
             watch.lap("drafts")
         self._flights.popleft()
         events = self.scheduler.commit(
@@ -711,24 +754,36 @@ class RankEngine:
         self.report(msg.Published(events, self._load(), blocks, plan.tokens, drafts))
         watch.lap("publish")
 
-    def _propose(self, plan: StepPlan, tokens: StepTokens) -> list[list[int]]:
+    def _note_cost(self, plan: StepPlan) -> None:
+        """How long a step took that had begun before the one before was published."""
+        now = time.perf_counter()
+        if self._costs is not None and plan.sources is not None and not plan.chunks:
+            proposed = max(map(len, plan.drafts or ()), default=0)
+            if proposed or not any(plan.asks):
+                self._costs.note(plan.tokens, proposed, now - self._published_at)
+        self._published_at = now
+
+    def _propose(self, plan: StepPlan, tokens: StepTokens, further: int) -> list[list[int]]:
         """What the model says may follow each of plan.sampled.
 
         Raises: CommError: the step was broken.
         """
-        sampled, longest = tokens.sampled.tokens, self.source.info.max_model_len
-        step = draft_step(plan, sampled, tokens.failed, longest)
-        logits = self.runner.draft(
-            replace(
-                _batch(plan),
-                token_ids=torch.from_numpy(step.token_ids),
-                sample_rows=torch.from_numpy(step.rows),
-            )
+        run = DraftRun(plan, tokens.sampled.tokens, tokens.failed)
+        batch = replace(
+            _batch(plan),
+            token_ids=torch.from_numpy(run.first.token_ids),
+            sample_rows=torch.from_numpy(run.first.rows),
         )
-        self.buffer.check(wait=False)
-        self.moe.lost_rows()  # no answer depends on it
-        found = self.sampler.start(logits, step.samples).finish()
-        return step.by_sequence(found.sampled.tokens, found.failed, len(plan.sampled))
+        logits = self.runner.draft(batch)
+        for place in range(1 + further):
+            if place:
+                step = run.further(self.config.kv_block_size)
+                logits = self.runner.draft(_further_batch(step), torch.from_numpy(step.rows))
+            self.buffer.check(wait=False)
+            self.moe.lost_rows()  # no answer depends on it
+            found = self.sampler.start(logits, run.samples).finish()
+            run.hear(found.sampled.tokens, found.failed)
+        return run.proposed
 
     def _abandon(self) -> None:
         """A step was broken: what is in flight is to be computed again."""
@@ -744,6 +799,51 @@ class RankEngine:
             self.scheduler.abort(chunk.id)
             self._intake.failed(chunk.id, error)
             return []
+
+
+def _row_by_row(plan: StepPlan) -> ForwardBatch:
+    """As `_batch`, with a sequence for each row that decodes: what is written to the cache is there
+    before any row reads it, so that proposed tokens need no kernels, and no graphs, of their own.
+    The device may write to what is not the plan's alone."""
+    batch = _batch(plan)
+    if plan.drafts is None:
+        if plan.sources is None:
+            return batch
+        return replace(
+            batch,
+            positions=batch.positions.clone(),
+            context_len=batch.context_len.clone(),
+            slot_mapping=batch.slot_mapping.clone(),
+        )
+    decoded = int(plan.query_start[plan.decodes])
+    counts = torch.from_numpy(np.diff(plan.query_start[: plan.decodes + 1]))
+    repeats = torch.cat([counts, torch.ones(len(plan.chunks), dtype=counts.dtype)])
+    return replace(
+        batch,
+        positions=batch.positions.clone(),
+        query_start=torch.cat(
+            [torch.arange(decoded, dtype=torch.int32), batch.query_start[plan.decodes :]]
+        ),
+        context_len=torch.cat(
+            [batch.positions[:decoded].int() + 1, batch.context_len[plan.decodes :]]
+        ),
+        block_tables=batch.block_tables.repeat_interleave(repeats, dim=0),
+        slot_mapping=batch.slot_mapping.clone(),
+        shares=True,
+    )
+
+
+def _further_batch(step: FurtherStep) -> ForwardBatch:
+    count = len(step.rows)
+    return ForwardBatch(
+        token_ids=torch.from_numpy(step.token_ids),
+        positions=torch.from_numpy(step.positions),
+        query_start=torch.arange(count + 1, dtype=torch.int32),
+        context_len=torch.from_numpy(step.context_len),
+        block_tables=torch.from_numpy(step.block_tables),
+        slot_mapping=torch.from_numpy(step.slot_mapping),
+        sample_rows=torch.arange(count),
+    )
 
 
 def _batch(plan: StepPlan) -> ForwardBatch:

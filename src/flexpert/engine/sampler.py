@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from flexpert.engine.request import TokenLogprobs
-from flexpert.engine.sequence import SEQUENCE_FAULTS, Sampled, SampleState
+from flexpert.engine.sequence import SEQUENCE_FAULTS, Sampled, SampleState, Unseen
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -104,7 +104,7 @@ class TokenSampler(Protocol):
         logits: torch.Tensor,
         samples: Sequence[SampleState],
         masks: Masks | None = None,
-        unseen: int = 0,
+        unseen: Unseen | None = None,
     ) -> StepSampling:
         """One token for each row.
 
@@ -114,8 +114,8 @@ class TokenSampler(Protocol):
             samples: the M sequences.
             masks: [M, vocab / 32 rounded up] int32, a bit for each token that is possible, the
                 lowest bit first; None: all are, in every row.
-            unseen: of the first so many the last token is not known to the host yet, see
-                `SampleState.goes_on_unseen`.
+            unseen: what the host does not know yet of tokens before them, see
+                `SampleState.goes_on_unseen`; None: nothing.
         """
         ...
 
@@ -128,10 +128,10 @@ class Sampler:
         logits: torch.Tensor,
         samples: Sequence[SampleState],
         masks: Masks | None = None,
-        unseen: int = 0,
+        unseen: Unseen | None = None,
     ) -> StepSampling:
         """As in `TokenSampler`; a CPU does not look ahead."""
-        assert not unseen
+        assert unseen is None
         return _HostSampling(self, logits, samples, masks)
 
     def sample(
@@ -330,11 +330,16 @@ def numbers(states: Sequence[SampleState], positions: Sequence[int]) -> Doubles:
 
     One call of `uniforms` costs about the same for one number as for a thousand, so those of the
     next positions are drawn along; they are a function of seed and position and never outdated.
+    Positions of one sequence differ by less than so many.
     """
+    wanted: dict[int, tuple[SampleState, int, int]] = {}  # with its first and its last position
+    for s, position in zip(states, positions, strict=True):
+        _, first, last = wanted.get(id(s), (s, position, position))
+        wanted[id(s)] = s, min(first, position), max(last, position)
     dry = [
-        (s, position)
-        for s, position in zip(states, positions, strict=True)
-        if not 0 <= position - s.numbers_from < len(s.numbers)
+        (s, first)
+        for s, first, last in wanted.values()
+        if not (s.numbers_from <= first and last < s.numbers_from + len(s.numbers))
     ]
     if dry:
         seeds = [s.seed for s, _ in dry for _ in range(_AHEAD)]

@@ -42,7 +42,9 @@ Tokens that are proposed for a sequence (`speculation`) are further rows of it, 
 else that the step has: they take what is left of its budget, and blocks that nobody may need in the
 next one. commit() appends what was sampled as far as what was proposed came true; the rows behind
 are positions not yet counted as computed, and their blocks go back. Where layers keep a state,
-which cannot be taken back, nothing is proposed.
+which cannot be taken back, nothing is proposed. What the model itself proposes the device knows, so
+that the next step is planned on top of one with proposed tokens as well: for the least that may
+come true of them, with blocks for the most. The device adds the difference.
 
 A step may have been whole but computed without some experts. The keys and values of its sequences
 are tainted then: nobody else may find them, nor those that follow, until they are computed again.
@@ -61,7 +63,7 @@ from numpy.typing import NDArray
 from flexpert.engine.block_keys import KeyLog, pack_keys, stride_of
 from flexpert.engine.blocks import BlockPool, chain
 from flexpert.engine.draft_counts import DraftCounts
-from flexpert.engine.draft_planning import plan_drafts
+from flexpert.engine.draft_planning import plan_drafts, plan_questions
 from flexpert.engine.engine_limits import EngineLimits
 from flexpert.engine.request import (
     BlockChanges,
@@ -73,14 +75,16 @@ from flexpert.engine.request import (
 )
 from flexpert.engine.scheduled_sequence import ScheduledSequence
 from flexpert.engine.sequence import Sampled
-from flexpert.engine.speculation import SequenceSpeculation
+from flexpert.engine.speculation import AT_FIRST, SequenceSpeculation
 from flexpert.engine.state_slots import StatePart, StateSlots, StateStep
+from flexpert.engine.step_costs import StepCosts
 from flexpert.engine.step_layout import lay_out
 from flexpert.engine.step_outlook import BegunPrompt, Outlook, PromptChunk, StepRoom, outlook_after
 from flexpert.engine.step_plan import AdmittedPrompt, StepPlan
 from flexpert.errors import ContextOverflow, RequestError, context_limit
 from flexpert.speculative_settings import SpeculativeSettings
 
+_LATELY = 0.02  # weight of the latest proposed token, of all sequences
 _SPARE_BLOCKS = 8  # for each sequence of a rank that leaves: what it may need meanwhile
 
 
@@ -90,6 +94,7 @@ class Scheduler:
     running, waiting: how many. preemptions, prompt_tokens, cached_tokens: since the start; how
     often a sequence lost its blocks, tokens of all admitted prompts, and those found in the cache.
     clock: seconds; nothing is decided by it. speculative: how tokens are proposed; None: none are.
+    costs: of steps, by which it is decided whether that pays; None: they are those of a CPU.
     """
 
     def __init__(
@@ -97,10 +102,14 @@ class Scheduler:
         limits: EngineLimits,
         clock: Callable[[], float] = time.monotonic,
         speculative: SpeculativeSettings | None = None,
+        costs: StepCosts | None = None,
     ) -> None:
         self.limits = limits
         self._clock = clock
         self._speculative = None if limits.state_slots else speculative
+        self._by_model = self._speculative is not None and self._speculative.method == "mtp"
+        self._costs = costs
+        self._likely = AT_FIRST  # how often tokens that the model proposed came true, lately
         self._drafted: DraftCounts | None = None
         self.pool = BlockPool(limits.blocks, limits.block_size, limits.prefix_cache)
         self._keys = KeyLog(stride_of(limits.blocks))
@@ -385,17 +394,40 @@ class Scheduler:
     def _look_ahead(self) -> Outlook | None:
         """What is planned on top of the plan in flight; kept until anything changes."""
         first = self._plans[0]
-        if first.drafts is not None:
-            return None
-        if self._ahead is None and all(s.goes_on_unseen for s in first.sampled):
+        if self._ahead is None and self._goes_on_unseen(first):
             after = outlook_after(first, self._prefilling, self.limits.max_model_len)
             # what both steps decode may need a block each, and the next one another
-            enough = self.pool.free_count >= 2 * (after.running + 1)
+            most = 2 * (self._tokens_left - 1) // self.limits.block_size + 1
+            enough = self.pool.free_count >= 2 * most * (after.running + 1)
             if self._slots is not None:
                 enough = enough and self._slots.free >= self.limits.rows
             if after.running > 0 and enough:
                 self._ahead = after
         return self._ahead
+
+    @property
+    def _tokens_left(self) -> int:
+        """That a step leaves on the device for each sequence: what it said, and what the model
+        proposes."""
+        settings = self._speculative
+        return 1 + settings.num_speculative_tokens if settings and self._by_model else 1
+
+    def _goes_on_unseen(self, first: StepPlan) -> bool:
+        """Whether the next step does not depend on which tokens come of this one."""
+        if not all(s.goes_on_unseen for s in first.sampled):
+            return False
+        if self._speculative is None:
+            return True
+        if self._by_model:  # from `min_tokens` on they may be others, wherever that is
+            return first.drafts is None or not any(s.must_go_on for s in first.decoding)
+        few = len(first.sampled) < self._speculative.max_rows
+        return first.drafts is None and not (
+            few
+            and any(
+                s.speculation is not None and s.speculation.expects(s.tokens)
+                for s in first.decoding
+            )
+        )
 
     def plan(self) -> StepPlan:
         """The next step's work; empty if and only if there is none (`has_work`).
@@ -426,17 +458,28 @@ class Scheduler:
             if chunk.end > chunk.start:
                 chunks.append(chunk)
         admitted = self._admit(room, chunks, now)
-        drafts, extra = None, list[tuple[ScheduledSequence, int]]()
-        if self._speculative is not None and now.sources is None:
+        drafts, asks, extra = None, list[int](), list[tuple[ScheduledSequence, int]]()
+        due = self._costs is None or self._costs.due(len(now.rows))
+        if self._speculative is not None and due and (now.sources is None or self._by_model):
             drafts = plan_drafts(
-                now.decoding,
+                now,
                 len(now.rows) + sum(chunk.end - chunk.start for chunk in chunks),
                 self._speculative,
                 max_tokens=self.limits.max_tokens_per_step,
                 max_model_len=self.limits.max_model_len,
+                costs=self._costs,
             )
-        if drafts is not None:
-            extra = self._take_blocks(now, drafts, now.running + len(admitted), blocks)
+        if self._speculative is not None and self._by_model:
+            asks = plan_questions(
+                now,
+                chunks,
+                self._speculative,
+                max_model_len=self.limits.max_model_len,
+                block_size=self.limits.block_size,
+                due=due,
+            )
+        if drafts is not None or asks:
+            extra = self._take_blocks(now, drafts, asks, now.running + len(admitted), blocks)
         plan = lay_out(
             now,
             self._tables,
@@ -444,6 +487,8 @@ class Scheduler:
             self.limits.block_size,
             blocks=blocks,
             drafts=drafts,
+            asks=asks,
+            width=self._tokens_left,
             grown=grown,
             extra=extra,
             admitted=admitted,
@@ -458,24 +503,33 @@ class Scheduler:
     def _take_blocks(
         self,
         now: Outlook,
-        drafts: list[list[int]],
+        drafts: list[list[int]] | None,
+        asks: list[int],
         spare: int,
         blocks: NDArray[np.int64],
     ) -> list[tuple[ScheduledSequence, int]]:
-        """Takes the blocks of what is proposed, and adds them to `blocks`; where there are none to
-        spare, less is proposed. spare: blocks that are left for others."""
+        """Takes the blocks of what is proposed and is to be proposed, and adds them to `blocks`;
+        where there are none to spare, it is less. What is proposed in the step in flight may come
+        true: `looks_ahead` has seen that there are blocks for that. spare: blocks that are left for
+        others."""
         extra = []
-        size = self.limits.block_size
-        for index, draft in enumerate(drafts):
-            position, held = int(now.positions[index]), int(blocks[index])
-            more = (position + len(draft)) // size + 1 - held
-            if more > max(0, self.pool.free_count - spare):
-                del draft[held * size - 1 - position :]
-                more = 0
-            for block in self.pool.allocate(more):
+        size, columns = self.limits.block_size, self._tables.shape[1]
+        for index, state in enumerate(now.decoding):
+            draft = drafts[index] if drafts else []
+            further = asks[index] - 1 if asks and asks[index] > 1 else 0
+            last, held = int(now.positions[index] + now.shifts[index]), int(blocks[index])
+            must = min(last // size + 1, columns) - held
+            more = min((last + len(draft) + further) // size + 1, columns) - held
+            if more > max(must, self.pool.free_count - spare):
+                more = max(0, must)
+            left = max(0, (held + max(0, more)) * size - 1 - last)
+            del draft[left:]
+            if further:
+                asks[index] = 1 + min(further, left - len(draft))
+            for block in self.pool.allocate(max(0, more)):
                 self._tables[now.rows[index], blocks[index]] = block
                 blocks[index] += 1
-                extra.append((now.decoding[index], block))
+                extra.append((state, block))
         return extra
 
     def _outlook(self) -> Outlook:
@@ -488,6 +542,8 @@ class Scheduler:
             self._length[rows],
             self._held[rows],
             None,
+            np.zeros(len(rows), dtype=np.int64),
+            np.zeros(len(rows), dtype=np.int64),
             [
                 BegunPrompt(s, s.row, s.computed, len(s.blocks), s.state.slot)
                 for s in self._prefilling
@@ -601,6 +657,8 @@ class Scheduler:
         for state, draft in zip(plan.sampled, proposed, strict=False):
             if state.speculation is not None:
                 state.speculation.hear(state.tokens, draft)
+        if self._plans:
+            self._plans[0].hear(proposed)
         self._drop_orphans(plan)
         if not self._plans:
             self._make_room()
@@ -625,6 +683,9 @@ class Scheduler:
         for _state, block in reversed(plan.grown):
             self.pool.free([block])
         self._drop_orphans(plan, self._plans[-1] if self._plans else None)
+        if self._by_model and not self._plans:
+            for state in self._decoding:
+                self._give_back(state)
 
     def _roll_all_back(self) -> None:
         while self._plans:
@@ -711,8 +772,13 @@ class Scheduler:
             self._publish(state, state.computed - count)
             if self._slots is not None and not state.tainted and self.limits.prefix_cache:
                 self._slots.keep_latest(state.state, state.digests[state.computed // size - 1])
-        if len(state.blocks) * size - state.computed >= size:
-            needed = -(-state.computed // size)
+        if not self._plans:  # else the next step may need them
+            self._give_back(state)
+
+    def _give_back(self, state: ScheduledSequence) -> None:
+        """Blocks of a sequence that decodes in which nothing is that counts."""
+        needed = -(-state.computed // self.limits.block_size)
+        if len(state.blocks) > needed:
             self.pool.free(state.blocks[needed:])
             del state.blocks[needed:]
             self._held[state.row] = needed
@@ -727,6 +793,8 @@ class Scheduler:
         """What became of what was proposed for a sequence."""
         speculation.learn(state.tokens, len(draft), accepted)
         if draft:
+            for true in (*[1] * accepted, *[0] * (accepted < len(draft))):
+                self._likely += _LATELY * (true - self._likely)
             counts = DraftCounts(1, len(draft), [1] * accepted)
             self._drafted = counts if self._drafted is None else self._drafted + counts
 
@@ -737,7 +805,8 @@ class Scheduler:
         if self._speculative is not None:
             for state in states:
                 if state.matcher is None:
-                    state.speculation = SequenceSpeculation(self._speculative)
+                    likely = self._likely if self._by_model else AT_FIRST
+                    state.speculation = SequenceSpeculation(self._speculative, likely)
 
     def _advance(self, plan: StepPlan, ended: list[TokenEvent]) -> None:
         """Those whose prompt is complete decode from now on; the finished go."""

@@ -23,6 +23,20 @@ class Sampled:
     logprobs: list[TokenLogprobs | None]
 
 
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """What the host does not know yet of a step's samples: [M] int64 each.
+
+    tokens: how many come at least between its last one and the sample. more: so many more may.
+    sequences: which of the step before each belongs to, of which the device knows how many more
+    came; -1: to none.
+    """
+
+    tokens: NDArray[np.int64]
+    more: NDArray[np.int64]
+    sequences: NDArray[np.int64]
+
+
 class TokenCounts:
     """The distinct tokens of a prompt and its answer, and how often each is in the answer.
 

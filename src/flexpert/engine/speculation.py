@@ -24,9 +24,9 @@ from flexpert.speculative_settings import SpeculativeSettings
 _CANDIDATES = 16  # earlier places of the same n-gram that are looked at
 _LEARNT = 512  # tokens that are indexed in one step at most, of a prompt
 WORTH = 0.3  # a row that comes true less often than this costs more than it saves
-_AT_FIRST = 0.5  # share of proposed tokens that are taken to come true
+AT_FIRST = 0.5  # share of proposed tokens that are taken to come true
 _LEAST = 0.25  # the least they are taken for, so that one that comes true is a new beginning
-_LATELY = 0.2  # weight of the latest token
+_LATELY = {"ngram": 0.2, "mtp": 0.1}  # weight of the latest token
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 8, 128  # steps
 
 
@@ -151,12 +151,14 @@ def _source_of(settings: SpeculativeSettings) -> DraftSource:
 class SequenceSpeculation:
     """What is proposed for one sequence. likely: how often a proposed token came true, lately."""
 
-    __slots__ = ("_most", "_pause", "_source", "_wait", "likely")
+    __slots__ = ("_most", "_pause", "_source", "_wait", "_weight", "likely")
 
-    def __init__(self, settings: SpeculativeSettings) -> None:
+    def __init__(self, settings: SpeculativeSettings, likely: float = AT_FIRST) -> None:
+        """likely: to begin with."""
         self._source = _source_of(settings)
         self._most = settings.num_speculative_tokens
-        self.likely = _AT_FIRST
+        self._weight = _LATELY[settings.method]
+        self.likely = likely
         self._wait = 0  # steps until something is proposed again
         self._pause = _SHORTEST_PAUSE
 
@@ -170,9 +172,13 @@ class SequenceSpeculation:
         return min(self._most, max(1, int(math.log(WORTH) / math.log(self.likely))))
 
     @property
-    def due(self) -> bool:
-        """Whether something may be proposed behind the step under way."""
-        return self._wait <= 1
+    def wanted(self) -> int:
+        """How many tokens the model is to propose behind the step under way."""
+        return (self.depth or 1) if self._wait <= 1 else 0
+
+    def expects(self, tokens: list[int]) -> bool:
+        """Whether something may be proposed as soon as the token behind these is known."""
+        return self._wait <= 1 and len(self._source.propose(tokens, 2)) == 2
 
     def propose(self, tokens: list[int], most: int, ends: frozenset[int]) -> list[int]:
         """The tokens that may come next, at most so many; none behind one that ends the answer.
@@ -195,9 +201,9 @@ class SequenceSpeculation:
             self._wait = max(0, self._wait - 1)
             return
         for _ in range(accepted):
-            self.likely += _LATELY * (1 - self.likely)
+            self.likely += self._weight * (1 - self.likely)
         if accepted < proposed:
-            self.likely = max(_LEAST, self.likely - _LATELY * self.likely)
+            self.likely = max(_LEAST, self.likely - self._weight * self.likely)
         if self.likely >= WORTH:
             self._pause = _SHORTEST_PAUSE
         else:

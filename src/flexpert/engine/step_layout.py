@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexpert.engine.scheduled_sequence import ScheduledSequence
-from flexpert.engine.sequence import SampleState
+from flexpert.engine.sequence import SampleState, Unseen
 from flexpert.engine.state_slots import StateStep
 from flexpert.engine.step_outlook import Outlook, PromptChunk
 from flexpert.engine.step_plan import AdmittedPrompt, ScoredChunk, StepPlan
@@ -23,6 +23,8 @@ def lay_out(
     *,
     blocks: NDArray[np.int64],
     drafts: list[list[int]] | None,
+    asks: list[int],
+    width: int,
     grown: list[tuple[ScheduledSequence, int]],
     extra: list[tuple[ScheduledSequence, int]],
     admitted: list[AdmittedPrompt],
@@ -38,12 +40,14 @@ def lay_out(
             decoding sequence computes next. size: tokens of a block.
         blocks: [decodes] int64, how many the decoding sequences have.
         drafts: what is proposed for each of them; None: nothing is for any.
+        asks: see `StepPlan`. width: tokens that a plan leaves on the device for each sequence.
         states: what becomes of the states; None: there are none.
         used: blocks before the plan. at_s: when it is made.
     """
-    rows, sources = now.rows, now.sources
+    rows = now.rows
     decodes = len(rows)
-    decoded = _decoding(now, last, drafts)
+    decoded = _decoding(now, last, drafts, width)
+    sources = decoded.sources
     tokens, positions = decoded.tokens, decoded.positions
     queries, context = decoded.queries, decoded.context
     block_of = positions // size
@@ -52,7 +56,9 @@ def lay_out(
     logit_rows = sample_at = np.arange(before)
     sampled, samples = now.decoding.copy(), decoded.samples
     scored: list[ScoredChunk] = []
-    width = int(block_of.max()) + 1 if decodes else 0
+    columns = int(block_of.max()) + 1 if decodes else 0
+    if (asks or now.sources is not None) and decodes:  # where further tokens may be
+        columns = max(columns, int(blocks.max()))
     if chunks:
         at = [np.arange(c.start, c.end) for c in chunks]
         ids = [np.array(c.state.tokens[c.start : c.end], dtype=np.int64) for c in chunks]
@@ -71,7 +77,7 @@ def lay_out(
         logit_rows, sample_at, scored = _logit_rows(before, chunks, stops)
         sampled += (whole := [c.state for c in chunks if c.whole])
         samples += whole
-        width = max(width, -(-int(ends.max()) // size))
+        columns = max(columns, -(-int(ends.max()) // size))
         rows = np.concatenate([rows, np.array([c.row for c in chunks])])
         blocks = np.concatenate([blocks, np.array([c.blocks for c in chunks])])
         if sources is not None:
@@ -81,7 +87,7 @@ def lay_out(
         positions=positions,
         query_start=queries,
         context_len=context,
-        block_tables=tables[rows, :width],
+        block_tables=tables[rows, :columns],
         slot_mapping=slots,
         logit_rows=logit_rows,
         sample_at=sample_at,
@@ -90,8 +96,11 @@ def lay_out(
         sources=sources if decodes else None,
         samples=samples,
         drafts=drafts,
+        unseen=_unseen(now, drafts, len(samples)) if decodes else None,
+        asks=asks,
         sampled=sampled,
         decoding=now.decoding.copy(),
+        behind=now.sources,
         grown=grown,
         extra=extra,
         admitted=admitted,
@@ -110,7 +119,7 @@ class _Decoding:
     """The first rows of a plan, n of them, of D sequences that decode.
 
     tokens, positions, rows: [n] int64; the last: of the scheduler's arrays. queries: [D + 1] int32
-    and context: [D] int32, as in `StepPlan`. samples: n.
+    and context: [D] int32, as in `StepPlan`; sources as well, [n] int64. samples: n.
     """
 
     tokens: NDArray[np.int64]
@@ -119,12 +128,16 @@ class _Decoding:
     queries: NDArray[np.int32]
     context: NDArray[np.int32]
     samples: list[SampleState]
+    sources: NDArray[np.int64] | None
 
 
-def _decoding(now: Outlook, last: NDArray[np.int64], drafts: list[list[int]] | None) -> _Decoding:
+def _decoding(
+    now: Outlook, last: NDArray[np.int64], drafts: list[list[int]] | None, width: int
+) -> _Decoding:
     decodes = len(now.rows)
     if drafts is None:
         return _Decoding(
+            sources=None if now.sources is None else now.sources * width,
             tokens=last[now.rows] if now.sources is None else np.zeros(decodes, dtype=np.int64),
             positions=now.positions,
             rows=now.rows,
@@ -135,8 +148,12 @@ def _decoding(now: Outlook, last: NDArray[np.int64], drafts: list[list[int]] | N
     tokens: list[int] = []
     samples: list[SampleState] = []
     for state, draft in zip(now.decoding, drafts, strict=True):
-        tokens += (state.tokens[-1], *draft)
-        samples += (state, *state.after(draft))
+        if now.sources is None:
+            tokens += (state.tokens[-1], *draft)
+            samples += (state, *state.after(draft))
+        else:  # whatever the tokens are, it is sampled the same
+            tokens += [0] * (1 + len(draft))
+            samples += [state] * (1 + len(draft))
     counts = np.array([1 + len(draft) for draft in drafts])
     queries = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     place = np.arange(len(tokens)) - np.repeat(queries[:-1], counts)
@@ -147,7 +164,25 @@ def _decoding(now: Outlook, last: NDArray[np.int64], drafts: list[list[int]] | N
         queries=queries,
         context=(now.positions + counts).astype(np.int32),
         samples=samples,
+        sources=None if now.sources is None else np.repeat(now.sources * width, counts) + place,
     )
+
+
+def _unseen(now: Outlook, drafts: list[list[int]] | None, samples: int) -> Unseen | None:
+    """samples: of all sequences; those that decode are the first ones."""
+    if now.sources is None:
+        return None
+    counts = [1] * len(now.rows) if drafts is None else [1 + len(draft) for draft in drafts]
+    rows = sum(counts)
+    unseen = Unseen(
+        np.zeros(samples, dtype=np.int64),
+        np.zeros(samples, dtype=np.int64),
+        np.full(samples, -1, dtype=np.int64),
+    )
+    unseen.tokens[:rows] = np.concatenate([np.arange(1, 1 + count) for count in counts])
+    unseen.more[:rows] = np.repeat(now.shifts, counts)
+    unseen.sequences[:rows] = np.repeat(now.sources, counts)
+    return unseen
 
 
 def _logit_rows(

@@ -28,7 +28,10 @@ class Outlook:
     """What is to be computed, if the plan in flight is whole.
 
     decoding: of D sequences, with rows, positions of the next token, and held blocks: [D] int64.
-    sources: as in `StepPlan`, [D]. slots: [D] of their states; empty where layers keep none.
+    sources: [D] int64, which of the plan in flight's `sampled` each is; None: none is in flight.
+    shifts: [D] int64, tokens that the plan in flight proposes for each, so that the position may be
+    as much larger. promised: [D] int64, tokens that the model will propose behind it. slots: [D] of
+    their states; empty where layers keep none.
     admitted: `id` of states that wait no more.
     """
 
@@ -37,6 +40,8 @@ class Outlook:
     positions: NDArray[np.int64]
     held: NDArray[np.int64]
     sources: NDArray[np.int64] | None
+    shifts: NDArray[np.int64]
+    promised: NDArray[np.int64]
     prefilling: list[BegunPrompt]
     slots: list[int]
     admitted: frozenset[int] = frozenset()
@@ -122,12 +127,20 @@ def outlook_after(
         for one in begun
         if id(one.state) not in complete and not one.state.aborted
     ]
+    first = [
+        state.computed if index < plan.decodes else len(state.tokens) - 1
+        for index, state in enumerate(plan.sampled)
+    ]
+    drafted = [len(draft) for draft in plan.drafts or ()] or [0] * plan.decodes
+    drafted += [0] * (len(plan.sampled) - plan.decodes)
     return Outlook(
         [plan.sampled[index] for index in on],
         plan.rows[at],
-        plan.context_len[at].astype(np.int64),
+        np.array([first[index] + 1 for index in on], dtype=np.int64),
         plan.blocks[at],
         np.array(on, dtype=np.int64),
+        np.array([drafted[index] for index in on], dtype=np.int64),
+        np.array([plan.asks[index] if plan.asks else 0 for index in on], dtype=np.int64),
         goes_on,
         [behind[one] for one in at.tolist()] if behind else [],
         frozenset(id(one.state) for one in plan.admitted),

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexpert.engine.scheduled_sequence import ScheduledSequence
-from flexpert.engine.sequence import SampleState
+from flexpert.engine.sequence import SampleState, Unseen
 from flexpert.engine.speculation import agreed
 from flexpert.engine.state_slots import StateStep
 from flexpert.models.state_runs import StateRuns
@@ -53,8 +53,13 @@ class StepPlan:
     among them the rows are that are sampled: the last one of a prompt, every one of a sequence that
     decodes. samples: the M sequences, as they will be before that token. drafts: of each that
     decodes, what is proposed; None: nothing is. scored: prompts whose tokens'
-    log probabilities are asked for. sources: [N] int64, which sample of the plan before is each
-    row's token, where that is not known yet; -1: it is in token_ids. None: all are.
+    log probabilities are asked for. sources: [N] int64, which of the tokens that the plan before
+    leaves on the device each row has, where that is not known yet: w for each of its `sampled`,
+    the last one that counts and w - 1 that the model proposes to follow it; -1: it is in token_ids.
+    None: all are. Where the plan before has drafts, positions, context_len and slot_mapping of such
+    rows are the least they may be: the device adds what has come true. unseen: the same of
+    the samples. asks: how many tokens the model is to propose behind each of `sampled`; empty: it
+    is asked for none, ever.
     """
 
     token_ids: NDArray[np.int64]
@@ -70,9 +75,12 @@ class StepPlan:
     sources: NDArray[np.int64] | None
     samples: Sequence[SampleState]
     drafts: list[list[int]] | None
+    unseen: Unseen | None
+    asks: list[int]
     # ---- the scheduler's
     sampled: list[ScheduledSequence] = field(repr=False)
     decoding: list[ScheduledSequence] = field(repr=False)
+    behind: NDArray[np.int64] | None = field(repr=False)  # which of the plan before each of them is
     grown: list[tuple[ScheduledSequence, int]] = field(repr=False)  # a further block for decoding
     extra: list[tuple[ScheduledSequence, int]] = field(repr=False)  # and those for what is proposed
     admitted: list[AdmittedPrompt] = field(repr=False)
@@ -110,12 +118,19 @@ class StepPlan:
 
     def supposed(self, sample: int) -> bool:
         """Whether a sample only counts if the tokens proposed before it come true."""
-        return self.drafts is not None and not isinstance(self.samples[sample], ScheduledSequence)
+        first = 0
+        for draft in self.drafts or ():
+            if first >= sample:
+                break
+            first += 1 + len(draft)
+        return self.drafts is not None and first > sample
 
-    @property
-    def unseen(self) -> int:
-        """How many samples, the first ones, have a token before that is not known yet."""
-        return self.decodes if self.sources is not None else 0
+    def hear(self, proposed: Sequence[Sequence[int]]) -> None:
+        """The plan before is whole, and `proposed` is what the model says may follow each of its
+        `sampled`: what stands here in its place."""
+        if self.drafts is not None and self.behind is not None:
+            for draft, source in zip(self.drafts, self.behind.tolist(), strict=True):
+                draft[:] = proposed[source][: len(draft)]
 
     @property
     def tokens(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from flexpert.engine.request import RequestSequence, SamplingParams
 from flexpert.engine.sampler import TokenSampler
 from flexpert.engine.sequence import SampleState
 from flexpert.engine.stopwatch import Stopwatch
-from flexpert.models.batch import ForwardBatch
+from flexpert.kernels.step_shapes import FEW_TOKENS
+from flexpert.models.batch import DraftRows, ForwardBatch
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.state_runs import NO_STATE, StateRuns
+from flexpert.models.step_graphs import GraphShape
 from flexpert.moe.moe_layers import ElasticMoELayers, LayerState
 from flexpert.moe.runtime import warmup_tables
 
@@ -67,8 +71,10 @@ class WarmUp:
             self._sample()
             watch.lap("first steps")
             if self._buffer.capabilities.graph_capture:
-                running = min(self._limits.max_running, self._most)
+                running = min(len(self._runner.sampled), self._most)
                 shapes = self._profile.graph_shapes(running, self._most)
+                if self._profile.config.speculate is not None:
+                    shapes = with_shared(shapes)
                 self._runner.capture(shapes, self._limits.longest_table)
                 watch.lap("graphs")
         except (CommError, RuntimeError) as error:
@@ -84,6 +90,12 @@ class WarmUp:
                 continue
             shape = _batch(batch, limits, limits.max_running)
             with contextlib.nullcontext() if batch.experts else self._runner.stand_in_experts():
+                if self._runner.device_drafts is not None:
+                    most = self._runner.device_drafts.width - 1
+                    shape.drafts = _draft_rows(shape, most)
+                    self._runner.forward(shape)
+                    self._runner.propose([most] * batch.sequences, most - 1)
+                    continue
                 self._runner.forward(shape)
                 if self._runner.drafts is not None:
                     self._runner.draft(shape)
@@ -113,6 +125,12 @@ class WarmUp:
         return min(limits.max_tokens_per_step, limits.blocks * limits.block_size)
 
 
+def with_shared(shapes: Sequence[GraphShape]) -> list[GraphShape]:
+    """Those that decode also for proposed tokens, where these are computed by other kernels."""
+    found = [shape for shape in shapes if not shape.decodes or shape.tokens <= FEW_TOKENS]
+    return found + [replace(shape, shares=True) for shape in shapes if shape.decodes]
+
+
 def _batch(shape: WarmUpBatch, limits: EngineLimits, samples: int) -> ForwardBatch:
     """In the first blocks and slots, which nobody uses before an epoch; what several sequences have
     in one of them is nothing anybody reads."""
@@ -137,6 +155,17 @@ def _batch(shape: WarmUpBatch, limits: EngineLimits, samples: int) -> ForwardBat
         else torch.arange(shape.rows)[:samples],
         states=_runs(shape, begins.tolist(), limits.state_slots),
     )
+
+
+def _draft_rows(batch: ForwardBatch, most: int) -> DraftRows:
+    """What is asked of the draft layer behind any batch. most: tokens for each sequence."""
+    rows, sequences = len(batch.token_ids), len(batch.context_len)
+    asked = torch.zeros((5, sequences), dtype=torch.int64)
+    asked[0] = batch.query_start[1:] - 1
+    asked[3] = most
+    asked[4] = torch.arange(sequences)
+    sources = torch.full((rows,), -1, dtype=torch.int64)
+    return DraftRows(torch.zeros(rows, dtype=torch.int64), sources, asked)
 
 
 def _runs(shape: WarmUpBatch, begins: list[int], slots: int) -> StateRuns | None:

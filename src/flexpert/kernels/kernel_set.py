@@ -24,10 +24,10 @@ AVX512_ROWS: Final = 4
 8.7, for 8 at 3 and 8."""
 AVX512_BYTES: Final = 2**20
 """Weights that a cache holds are left to torch, by which a row has the same bits in any number."""
-BF16_ROWS: Final = 32
-"""As AVX512_ROWS, where there are products of bf16, for weights of any size: of 256 x 4096 on one
-core of an AMD EPYC (Zen 5) 16 rows take us 93 us, torch 122; 32 rows 180 and 178; 64 rows 360 and
-296."""
+BF16_ROWS: Final = 128
+"""As AVX512_ROWS, where there are products of bf16, for weights of any size: of 1024 x 1024 on one
+core of an AMD EPYC (Zen 5) 16 rows take us 101 us, torch 207; 128 rows 632 and 685; 512 rows 2.6
+and 2.4 ms; of 256 x 4096 128 rows take 724 and 697 us."""
 
 
 class PagedAttentionKernel(Protocol):
@@ -194,13 +194,66 @@ class StateKernels:
     state_space: StateSpaceKernel
 
 
+class FewTokenKernels(Protocol):
+    """See `cuda.few_tokens.FewTokens`."""
+
+    @property
+    def most_depth(self) -> int: ...
+
+    def project(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        norm: tuple[Tensor, float, bool] | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def attend(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slot_mapping: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        *,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        early: bool,
+        scaling: float,
+        window: int = 0,
+        sinks: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def route(
+        self,
+        x: Tensor,
+        norm: tuple[Tensor, float, bool],
+        weight: Tensor,
+        bias: Tensor | None,
+        topk: int,
+        *,
+        normalised: bool,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Fusions:
-    """What takes the place of whole modules where launches cost more than their work."""
+    """What takes the place of whole modules where launches cost more than their work.
+
+    few: of whole layers, in steps of `few_tokens` tokens at most; None: nothing.
+    """
 
     attend: AttendKernel
     rotate_and_store: RotateKernel
     choose_experts: ChooseKernel
+    few: FewTokenKernels | None = None
+    few_tokens: int = 0
 
 
 class RowKernel(Protocol):
@@ -265,7 +318,7 @@ def cpu_kernels() -> Kernels:
     linear = ops.linear if here.startswith(("amx", "avx512")) else None
     most, least, recorded = {
         "amx": (None, 0, 512),
-        "avx512_bf16": (BF16_ROWS, 0, 64),
+        "avx512_bf16": (BF16_ROWS, 0, 512),
         "avx512": (AVX512_ROWS, AVX512_BYTES, 8),
     }.get(here, (None, 0, 4))
     return Kernels(
@@ -279,8 +332,11 @@ def cpu_kernels() -> Kernels:
     )
 
 
-def gpu_kernels() -> Kernels:
-    """Those in Triton; on tensors of a CPU they need its interpreter."""
+def gpu_kernels(device: torch.device) -> Kernels:
+    """Those in Triton; on tensors of a CPU they need its interpreter.
+
+    device: of all tensors; what they need of its memory is taken now.
+    """
     from flexpert.kernels.cuda import (
         absorbed_attention,
         attention,
@@ -291,11 +347,18 @@ def gpu_kernels() -> Kernels:
         state_space,
         states,
     )
+    from flexpert.kernels.cuda.few_tokens import MOST_TOKENS, FewTokens
 
     return Kernels(
         attention.paged_attention,
         norm.rms_norm,
-        fusions=Fusions(attention.attend, rotary.rotate_and_store, router.choose_experts),
+        fusions=Fusions(
+            attention.attend,
+            rotary.rotate_and_store,
+            router.choose_experts,
+            few=FewTokens(device),
+            few_tokens=MOST_TOKENS,
+        ),
         latents=LatentKernels(
             absorbed_attention.store_latents, absorbed_attention.attend_latents, attention.attend
         ),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+FEW_TOKENS: Final = 4
+"""Of a step in which a decoder layer is computed by a few kernels (`cuda.few_tokens`)."""
 FEW: Final = 64
 MANY: Final = 512
 """Sequences of a step with prompts up to which each of two kernels of attention goes."""

@@ -9,6 +9,8 @@ second one after it:
 
 `layer` is an ordinary one of the model, with attention of its own over the x of all tokens so far.
 Embedding and output head are the model's (DeepSeek-V3, README_WEIGHTS.md: shared parameters).
+Applied again to norm(layer(x)) in the place of the state of token t + 1, and to the token that it
+proposed, the same layer proposes another one, as SGLang and, of most families, vLLM have it.
 Grafted onto the model it is one more of its layers wherever layers are counted: in the KV cache,
 in the placement of experts, in the exchange between ranks.
 """
@@ -119,27 +121,25 @@ def _longer(config: Any) -> Any:
     return longer
 
 
-def draft_logits(
+def draft_states(
     model: PreTrainedModel,
     token_ids: Tensor,
     positions: Tensor,
     states: Tensor,
-    rows: Tensor,
     mask: object = None,
 ) -> Tensor:
-    """[M, vocab]: logits of the token after the next one.
+    """[N, hidden], of which `draft_logits` are told; and `states` for another application.
 
     Args:
         model: with a draft layer.
         token_ids: [N] int64, the token after each. positions: [N] int64, of each.
         states: [1, N, hidden], what the decoder gave of each.
-        rows: [M] int64, those that are wanted.
         mask: as attention gets it.
     """
     decoder: Any = model.get_decoder()
     embedded = decoder.embed_tokens(token_ids.unsqueeze(0))
     at = positions.unsqueeze(0)
-    found = model.get_submodule(NAME)(
+    found: Tensor = model.get_submodule(NAME)(
         embedded,
         states,
         attention_mask=mask,
@@ -147,8 +147,13 @@ def draft_logits(
         position_embeddings=decoder.rotary_emb(embedded, at),
         use_cache=False,
     )
+    return found[0]
+
+
+def draft_logits(model: PreTrainedModel, found: Tensor) -> Tensor:
+    """[M, vocab]: logits of the token after the next one. found: [M, hidden], by `draft_states`."""
     head: Any = model.get_output_embeddings()
-    logits: Tensor = head(found[:, rows])
+    logits: Tensor = head(found.unsqueeze(0))
     return logits[0]
 
 

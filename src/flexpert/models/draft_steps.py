@@ -1,4 +1,5 @@
-"""The draft layer's part in steps: what it needs of the model's part, and what computes it."""
+"""The draft layer's part in steps on a CPU: what it needs of the model's part, and what computes
+it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexpert.models.draft_layer import draft_logits
+from flexpert.models.draft_layer import draft_logits, draft_states
 from flexpert.models.padding import padded_size
 from flexpert.models.recorded_steps import RecordedSteps
 from flexpert.models.source import ModelInfo
@@ -17,9 +18,10 @@ from flexpert.models.source import ModelInfo
 class DraftSteps:
     """Of a model with a draft layer; used by one thread.
 
-    states: [at least most_tokens, hidden], what the decoder gave of each row of the step before.
-    heard: [1, rows, hidden], the same of the walk before, module by module. recorded: computes the
-    draft layer on a CPU; None: transformers' modules do.
+    states: [at least most_tokens, hidden], what the layer takes: of each row of the step before
+    what the decoder gave, or the layer itself. heard: [1, rows, hidden], what the decoder gave in
+    the walk before, module by module. found: [rows, hidden], what the layer gave. recorded:
+    computes the draft layer; None: transformers' modules do.
     """
 
     def __init__(self, model: PreTrainedModel, info: ModelInfo, most_tokens: int) -> None:
@@ -30,6 +32,7 @@ class DraftSteps:
         rows = padded_size(most_tokens)
         self.states = torch.zeros((rows, info.hidden), dtype=info.dtype, device=weight.device)
         self.heard: Tensor | None = None
+        self.found: Tensor | None = None
         decoder: Any = model.get_decoder()
         decoder.register_forward_hook(self._hear)
 
@@ -41,6 +44,11 @@ class DraftSteps:
         assert states is not None
         self.states[:rows].copy_(states[0, :rows])
 
+    def go_on(self, rows: Tensor) -> None:
+        """Take what the layer gave of these rows, [D] int64, for another application."""
+        assert self.found is not None
+        self.states[: rows.shape[0]] = self.found[rows]
+
     def walk(self, token_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """[M, vocab] float32 logits of the token after the next one, launched module by module.
 
@@ -49,5 +57,5 @@ class DraftSteps:
             rows: [M] int64, those that are wanted.
         """
         states = self.states[: token_ids.shape[0]].unsqueeze(0)
-        logits = draft_logits(self._model, token_ids, positions, states, rows)
-        return logits[:, : self._vocab].float()
+        self.found = draft_states(self._model, token_ids, positions, states)
+        return draft_logits(self._model, self.found[rows])[:, : self._vocab].float()

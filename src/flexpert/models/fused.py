@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
@@ -56,7 +57,7 @@ def fuse(
             forms = _FORMS if kernels.wide_norms else _FORMS[:2]
             attempt = functools.partial(_try_norm, module, eps, norm, forms)
             if (found := ledger.settle(name, module, NormFusion, attempt)) is not None:
-                _replace(module, _norm(module, eps, norm, found))
+                _replace(module, FusedNorm.of(module, eps, norm, found))
     return ledger.found
 
 
@@ -116,23 +117,33 @@ def epsilon(module: nn.Module) -> float | None:
     return None
 
 
-def _norm(
-    module: nn.Module, eps: float, kernel: NormKernel, form: NormFusion
-) -> Callable[[Tensor], Tensor]:
-    own = module.get_parameter("weight").data
-    weight = 1.0 + own.float() if form.shifted else own.contiguous()
-    original, early = type(module).forward, form.early
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedNorm:
+    """The forward of an RMS norm. weight: [n], float32 if it is more than the module's own by one;
+    dtype: of the rows; eps, early: see `ops.rms_norm`."""
 
-    def forward(hidden_states: Tensor) -> Tensor:
+    module: nn.Module
+    weight: Tensor
+    dtype: torch.dtype
+    eps: float
+    kernel: NormKernel
+    early: bool
+
+    @classmethod
+    def of(cls, module: nn.Module, eps: float, kernel: NormKernel, form: NormFusion) -> FusedNorm:
+        own = module.get_parameter("weight").data
+        weight = 1.0 + own.float() if form.shifted else own.contiguous()
+        return cls(module, weight, own.dtype, eps, kernel, form.early)
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        x, weight = hidden_states, self.weight
         with outside_modes():
-            if hidden_states.dtype == own.dtype and hidden_states.shape[-1] == weight.shape[0]:
+            if x.dtype == self.dtype and x.shape[-1] == weight.shape[0]:
                 if (noting := recording.current()) is not None:
-                    return noting.norm(kernel, hidden_states, weight, eps, early=early)
-                return kernel(hidden_states, weight, eps, early=early)
-        result: Tensor = original(module, hidden_states)
+                    return noting.norm(self.kernel, x, weight, self.eps, early=self.early)
+                return self.kernel(x, weight, self.eps, early=self.early)
+        result: Tensor = type(self.module).forward(self.module, x)
         return result
-
-    return forward
 
 
 def _try_norm(
@@ -148,7 +159,7 @@ def _is_norm(module: nn.Module, eps: float, kernel: NormKernel, form: NormFusion
     x = torch.randn((_TRIAL_ROWS, weight.shape[0]), generator=generator)
     x *= torch.logspace(-4, 2, _TRIAL_ROWS).unsqueeze(1)  # small rows show epsilon
     x = x.to(weight.device, weight.dtype)
-    ours = _norm(module, eps, kernel, form)(x)
+    ours = FusedNorm.of(module, eps, kernel, form)(x)
     try:
         theirs = type(module).forward(module, x)
     except (TypeError, RuntimeError, ValueError):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -56,7 +55,7 @@ def fuse_modules(
         elif _looks_like_router(module):
             attempt = functools.partial(_try_router, module, kernels)
             if (found := ledger.settle(name, module, RouterFusion, attempt)) is not None:
-                vars(module)["forward"] = _router(module, kernels, found)
+                vars(module)["forward"] = FusedRouter(module, kernels, found)
     return ledger.found
 
 
@@ -64,7 +63,7 @@ def fuse_modules(
 
 
 @dataclass(frozen=True, slots=True)
-class _Front:
+class AttentionFront:
     """What comes before attention. weight: [(heads + 2 * kv_heads) * dim, hidden]: q, k, v."""
 
     weight: Tensor
@@ -101,7 +100,7 @@ class _Front:
         )
 
 
-def _front(module: nn.Module) -> _Front | None:
+def _front(module: nn.Module) -> AttentionFront | None:
     """What a module projects that looks like attention with one projection each for Q, K and V."""
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
     linears = [getattr(module, name, None) for name in names]
@@ -128,7 +127,7 @@ def _front(module: nn.Module) -> _Front | None:
         if None in sizes or sizes[0] != sizes[1] or any(w.shape != (dim,) for w in weights):
             return None
         norms, eps = (weights[0], weights[1]), float(sizes[0] or 0.0)
-    return _Front(
+    return AttentionFront(
         weight=torch.cat([q.data, k.data, v.data]),
         bias=None if biases[0] is None else torch.cat([b.data for b in biases if b is not None]),
         heads=q.shape[0] // dim,
@@ -162,17 +161,17 @@ class _Recorder:
 
 
 def _fuse_attention(
-    name: str, module: nn.Module, front: _Front, kernels: Fusions, ledger: VerdictLedger
+    name: str, module: nn.Module, front: AttentionFront, kernels: Fusions, ledger: VerdictLedger
 ) -> None:
     attempt = functools.partial(_try_attention, module, front, kernels)
     fusion = ledger.settle(name, module, AttentionFusion, attempt)
     if fusion is None:
         return
     _share(module, front)
-    vars(module)["forward"] = _attention(module, front, kernels, fusion)
+    vars(module)["forward"] = FusedAttention(module, front, kernels, fusion)
 
 
-def _try_attention(module: Any, front: _Front, kernels: Fusions) -> AttentionFusion | None:
+def _try_attention(module: Any, front: AttentionFront, kernels: Fusions) -> AttentionFusion | None:
     """What the module does if our kernels do the same."""
     for half in (False, True):
         if (found := _try_rotation(module, front, kernels, half)) is not None:
@@ -181,7 +180,7 @@ def _try_attention(module: Any, front: _Front, kernels: Fusions) -> AttentionFus
 
 
 def _try_rotation(
-    module: Any, front: _Front, kernels: Fusions, half: bool
+    module: Any, front: AttentionFront, kernels: Fusions, half: bool
 ) -> AttentionFusion | None:
     weight = front.weight
     generator = torch.Generator().manual_seed(0)
@@ -250,7 +249,7 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
     return bool((difference <= 4 * torch.finfo(ours.dtype).eps * size).all())
 
 
-def _share(module: Any, front: _Front) -> None:
+def _share(module: Any, front: AttentionFront) -> None:
     """Let the projections be views of the joint weight, so that nothing is held twice."""
     begin = 0
     for linear in (module.q_proj, module.k_proj, module.v_proj):
@@ -259,36 +258,52 @@ def _share(module: Any, front: _Front) -> None:
         begin = end
 
 
-def _attention(
-    module: Any, front: _Front, kernels: Fusions, fusion: AttentionFusion
-) -> Callable[..., tuple[Tensor, None]]:
-    """As the module; what it passes to attention is the same each time.
+class FusedAttention:
+    """The forward of an attention module; what it passes to attention is the same each time.
 
     A model that rotates a part of each head (GLM) passes angles for that part alone, one that
     rotates nothing (Granite-4) passes none, which the trial cannot know: there the module computes.
-    """
-    binding = registrations.bound(module)
-    original = type(module).forward
-    angles = front.dim // 2 if fusion.half else front.dim
-    sinks: Tensor | None = None
-    if fusion.sinks is not None:
-        sinks = module.get_parameter(fusion.sinks).data.to(front.weight.dtype).contiguous()
-    scaling = front.dim**-0.5 if fusion.scaling is None else fusion.scaling
 
-    def forward(hidden_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, None]:
+    Attributes:
+        binding: the cache and the batch, a `PagedAttention`.
+        angles: that it is given for each token.
+        window: keys a token sees, 0: all. softcap: 0.0: none. sinks: [heads], or None.
+    """
+
+    def __init__(
+        self, module: Any, front: AttentionFront, kernels: Fusions, fusion: AttentionFusion
+    ) -> None:
+        self.module = module
+        self.front = front
+        self.fusion = fusion
+        self.binding = registrations.bound(module)
+        self.angles = front.dim // 2 if fusion.half else front.dim
+        self.scaling = front.dim**-0.5 if fusion.scaling is None else fusion.scaling
+        self.window = fusion.sliding_window or 0
+        self.softcap = fusion.softcap or 0.0
+        self.sinks: Tensor | None = None
+        if fusion.sinks is not None:
+            sinks = module.get_parameter(fusion.sinks).data
+            self.sinks = sinks.to(front.weight.dtype).contiguous()
+        self._kernels = kernels
+
+    def __call__(self, hidden_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, None]:
+        module, kernels = self.module, self._kernels
         rotation: tuple[Tensor, Tensor] | None = named.get("position_embeddings")
-        if others or rotation is None or rotation[0].shape[-1] != angles:
-            result: tuple[Tensor, None] = original(module, hidden_states, *others, **named)
+        if others or rotation is None or rotation[0].shape[-1] != self.angles:
+            result: tuple[Tensor, None] = type(module).forward(
+                module, hidden_states, *others, **named
+            )
             return result
-        batch = binding.batch
-        caches = binding.key_cache, binding.value_cache
-        query = front(
+        batch = self.binding.batch
+        caches = self.binding.key_cache, self.binding.value_cache
+        query = self.front(
             kernels,
             hidden_states[0],
             rotation,
             batch.slot_mapping,
             caches,
-            fusion.early,
+            self.fusion.early,
         )
         out = kernels.attend(
             query,
@@ -296,14 +311,12 @@ def _attention(
             batch.query_start,
             batch.context_len,
             batch.block_tables,
-            scaling=scaling,
-            window=fusion.sliding_window or 0,
-            softcap=fusion.softcap or 0.0,
-            sinks=sinks,
+            scaling=self.scaling,
+            window=self.window,
+            softcap=self.softcap,
+            sinks=self.sinks,
         )
         return module.o_proj(out.view(1, out.shape[0], -1)), None
-
-    return forward
 
 
 # ---- router ---------------------------------------------------------------------------------
@@ -338,7 +351,7 @@ def _try_router(module: Any, kernels: Fusions) -> RouterFusion | None:
         return None
     for normalised in (True, False):
         fusion = RouterFusion(normalised, dtype)
-        ours = _router(module, kernels, fusion)(x)
+        ours = FusedRouter(module, kernels, fusion)(x)
         if _same(ours[0], logits) and _same_choice(ours[1:], (weights, ids), logits):
             return fusion
     return None
@@ -374,18 +387,21 @@ def _clear_rows(logits: Tensor, topk: int) -> Tensor:
     return last - next_ > 16 * torch.finfo(torch.float32).eps * last
 
 
-def _router(
-    module: Any, kernels: Fusions, fusion: RouterFusion
-) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    weight, topk = module.weight.data, module.top_k
-    bias = getattr(module, "bias", None)
-    dtype: torch.dtype = getattr(torch, fusion.dtype)
+class FusedRouter:
+    """The forward of a router. weight: [experts, hidden]; bias: [experts], or None."""
 
-    def forward(hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = F.linear(hidden_states.reshape(-1, weight.shape[1]), weight, bias)
-        chosen, ids = kernels.choose_experts(
-            logits, topk, normalised=fusion.normalised, dtype=dtype
+    def __init__(self, module: Any, kernels: Fusions, fusion: RouterFusion) -> None:
+        self.weight: Tensor = module.weight.data
+        self.bias: Tensor | None = getattr(module, "bias", None)
+        self.topk: int = module.top_k
+        self.fusion = fusion
+        self.dtype: torch.dtype = getattr(torch, fusion.dtype)
+        self._choose = kernels.choose_experts
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight = self.weight
+        logits = F.linear(hidden_states.reshape(-1, weight.shape[1]), weight, self.bias)
+        chosen, ids = self._choose(
+            logits, self.topk, normalised=self.fusion.normalised, dtype=self.dtype
         )
         return logits, chosen, ids
-
-    return forward

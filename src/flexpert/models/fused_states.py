@@ -21,7 +21,7 @@ from flexpert.models.state_view import StateKey, StateShape, StateView
 States: TypeAlias = Mapping[StateKey, Tensor]
 """A layer's states by key: [slots, *shape]."""
 
-FusedLayer: TypeAlias = Callable[[Tensor, States, StateRows], Tensor]
+StateFusion: TypeAlias = Callable[[Tensor, States, StateRows], Tensor]
 """(hidden [N, width], states, rows) → what the layer gives, [N, width]."""
 
 CONVOLVED: Final = StateKey("conv")
@@ -32,9 +32,9 @@ _MOST_WRONG: Final = 8  # of the dtype's epsilons, relative to the size of a row
 _LEAST_WRONG: Final = 1e-3  # is always allowed: a library may multiply in TF32
 
 
-def fused_layer(
+def state_fusion(
     module: Any, shapes: Sequence[StateShape], kernels: StateKernels
-) -> FusedLayer | None:
+) -> StateFusion | None:
     """What may compute a module, by the names and shapes of its parts.
 
     `is_right` says whether it does.
@@ -48,7 +48,7 @@ def fused_layer(
 
 
 def is_right(
-    fused: FusedLayer,
+    fused: StateFusion,
     call: Callable[[StateView, Tensor], Any],
     shapes: Sequence[StateShape],
     like: Tensor,
@@ -123,7 +123,7 @@ def _same(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
     return bool((difference <= most * size).all())
 
 
-def _delta_rule(module: Any, kernels: StateKernels) -> FusedLayer | None:
+def _delta_rule(module: Any, kernels: StateKernels) -> StateFusion | None:
     """Qwen3-Next's GatedDeltaNet, whose projections are grouped by heads of keys, and Qwen3.5's,
     which has one for each."""
     if not hasattr(module, "head_k_dim"):
@@ -176,7 +176,7 @@ def _delta_rule(module: Any, kernels: StateKernels) -> FusedLayer | None:
     return compute
 
 
-def _state_space(module: Any, kernels: StateKernels) -> FusedLayer | None:
+def _state_space(module: Any, kernels: StateKernels) -> StateFusion | None:
     """Mamba-2, as Granite-4 and Nemotron-H have it."""
     if not hasattr(module, "ssm_state_size") or not hasattr(module, "in_proj"):
         return None

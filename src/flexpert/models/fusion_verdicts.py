@@ -49,6 +49,16 @@ class RouterFusion(msgspec.Struct, frozen=True, tag="router"):
     dtype: WeightsDtype
 
 
+class LayerFusion(msgspec.Struct, frozen=True, tag="layer"):
+    """Names of a decoder layer's modules: attention with its norm before it, and what has the
+    experts, with that before it."""
+
+    attention: str
+    attention_norm: str
+    experts: str
+    experts_norm: str
+
+
 class Verdict(msgspec.Struct, frozen=True):
     """fusion: what takes the module's place; None: nothing that we have computes the same.
 
@@ -56,13 +66,13 @@ class Verdict(msgspec.Struct, frozen=True):
     """
 
     of: str
-    fusion: NormFusion | AttentionFusion | RouterFusion | None = None
+    fusion: NormFusion | AttentionFusion | RouterFusion | LayerFusion | None = None
 
 
 FusionVerdicts: TypeAlias = Mapping[str, Verdict]
 """Name of a module → what was found of it."""
 
-_Fusion = TypeVar("_Fusion", NormFusion, AttentionFusion, RouterFusion)
+_Fusion = TypeVar("_Fusion", NormFusion, AttentionFusion, RouterFusion, LayerFusion)
 
 # Most layers are alike: a verdict is sent once, with the names of its modules.
 _Grouped: TypeAlias = list[tuple[Verdict, list[str]]]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from flexpert.models.draft_layer import draft_layer, draft_logits
+from flexpert.models.draft_layer import draft_layer, draft_logits, draft_states
 
 
 class MetaWalk(TorchFunctionMode):
@@ -74,7 +74,8 @@ def walk(model: PreTrainedModel) -> set[str]:
         if drafts is not None:
             like = drafts.enorm.get_parameter("weight")
             states = like.new_empty((1, 2, like.shape[0]))
-            draft_logits(model, tokens, positions, states, positions, masks[-1])
+            found = draft_states(model, tokens, positions, states, masks[-1])
+            draft_logits(model, found)
     return mode.touched
 
 

@@ -6,6 +6,7 @@ On a CPU batches are padded to few sizes; on a GPU steps are replays of captured
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,11 +27,14 @@ from flexpert.models import recorded_steps, recording, registrations
 from flexpert.models.batch import ForwardBatch, decode_slots, rows_and_starts
 from flexpert.models.dense_weights import load_dense, replace_tensor
 from flexpert.models.deterministic import RowwiseMode
+from flexpert.models.device_drafts import DeviceDrafts, DraftGraphs, Proposals
 from flexpert.models.device_latents import DeviceLatentAttention
+from flexpert.models.draft_layer import NAME as DRAFTS
 from flexpert.models.draft_layer import draft_layer
 from flexpert.models.draft_steps import DraftSteps
 from flexpert.models.fixed_order import FixedOrderMode, check_fixed_order
 from flexpert.models.fused import fuse
+from flexpert.models.fused_layers import fuse_layers
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
 from flexpert.models.gate_programs import gate_programs
@@ -51,10 +55,13 @@ CPU = torch.device("cpu")
 class RoutedExperts:
     """One MoE layer's experts module, bound to the runtime."""
 
-    __slots__ = ("apply_gate", "compute", "layer", "rows", "runtime", "topk")
+    __slots__ = ("apply_gate", "compute", "drafts", "layer", "rows", "runtime", "topk")
 
-    def __init__(self, layer: int, module: Any, runtime: MoELayers, topk: int) -> None:
+    def __init__(
+        self, layer: int, module: Any, runtime: MoELayers, topk: int, *, drafts: bool = False
+    ) -> None:
         self.layer = layer
+        self.drafts = drafts  # of the draft layer
         self.runtime = runtime
         self.topk = topk
         self.compute: Experts = runtime.forward
@@ -77,8 +84,10 @@ class ModelRunner:
     kv: the cache that attention reads and writes. verdicts: which of its modules our kernels
     compute, for the next `load` of the same model on the same kind of device. recorded: computes
     steps on a CPU; None: that was not possible, as `not_recorded` says. sampled: [most] int64 on
-    the device, where a sampler leaves the tokens of a step for the batches after it. drafts: its
-    draft layer; None: it has none.
+    the device, where a sampler leaves the tokens of a step for the batches after it. left: int64,
+    what is there of the step before when a batch is computed: `sampled`, or with `device_drafts`
+    what these leave. drafts: its draft layer, where the host says what it computes; None: it has
+    none. device_drafts: the same where the host does not wait to know.
     """
 
     info: ModelInfo
@@ -99,6 +108,7 @@ class ModelRunner:
         verdicts: FusionVerdicts,
         most_samples: int,
         most_tokens: int,
+        most_proposed: int,
     ) -> None:
         self.info = info
         self.kv = kv
@@ -112,6 +122,7 @@ class ModelRunner:
         self._attention = attention
         self._indexers = indexers
         self._experts = experts
+        self._of_drafts = [routed.layer for routed in experts if routed.drafts]
         self._states = states
         self._deterministic = deterministic
         self._moe = moe
@@ -124,8 +135,25 @@ class ModelRunner:
             self._upload = StepUpload(stream_of(self._device))
         self.sampled = torch.zeros(most_samples, dtype=torch.int64, device=self._device)
         self.drafts: DraftSteps | None = None
-        if draft_layer(model) is not None:
+        self.device_drafts: DeviceDrafts | None = None
+        self._draft_graphs: DraftGraphs | None = None
+        self._on_device: ForwardBatch | None = None  # of the step that was computed without a graph
+        if draft_layer(model) is not None and not most_proposed:
             self.drafts = DraftSteps(model, info, most_tokens)
+        elif draft_layer(model) is not None:
+            blocks, size = kv.layers[0][0].shape[:2]
+            self.device_drafts = DeviceDrafts(
+                model,
+                info,
+                self.sampled,
+                most_tokens=most_tokens,
+                most_sequences=most_samples,
+                most_proposed=most_proposed,
+                block_size=size,
+                most_blocks=min(blocks, -(-info.max_model_len // size)),
+                stream=stream_of(self._device),
+            )
+        self.left = self.sampled if self.device_drafts is None else self.device_drafts.left
         self._slices_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -144,6 +172,7 @@ class ModelRunner:
         verdicts: FusionVerdicts = MappingProxyType({}),
         most_samples: int = 1,
         most_tokens: int = 256,
+        most_proposed: int = 0,
         lap: Callable[[str], None] = lambda part: None,
     ) -> ModelRunner:
         """Read the dense weights and reserve the KV cache (its pages are touched on use).
@@ -157,7 +186,8 @@ class ModelRunner:
                 of `fixed_order_gpu_kernels`.
             verdicts: of an earlier load; modules without one are tried.
             most_samples: size of `sampled`.
-            most_tokens: of a step, where the model has a draft layer.
+            most_tokens: of a step, where the model has a draft layer. most_proposed: by it, for a
+                sequence, where the device goes on without the host; 0: it does not.
             lap: told when a part of it is over.
 
         Raises:
@@ -192,6 +222,7 @@ class ModelRunner:
             verdicts=verdicts,
             most_samples=most_samples,
             most_tokens=most_tokens,
+            most_proposed=most_proposed,
         )
         if kernels is None or kernels.recorded_rows:
             heights = [shape.height for shape in source.expert_shapes()]
@@ -220,6 +251,7 @@ class ModelRunner:
         verdicts: FusionVerdicts = MappingProxyType({}),
         most_samples: int = 1,
         most_tokens: int = 256,
+        most_proposed: int = 0,
     ) -> ModelRunner:
         """Bind a model that has its dense weights to a KV cache on the same device, and to `moe`.
 
@@ -227,7 +259,7 @@ class ModelRunner:
             model: built with `registrations.IMPLEMENTATION`, on one device.
             attention_names, experts_names, state_names: its modules of each kind, in the order of
                 the forward.
-            state_slots, verdicts, most_samples, most_tokens: see `load`.
+            state_slots, verdicts, most_samples, most_tokens, most_proposed: see `load`.
         """
         device = next(model.parameters()).device
         if kv_memory is None:
@@ -250,13 +282,15 @@ class ModelRunner:
         experts = []
         for index, name in enumerate(experts_names):
             module = model.get_submodule(name)
-            routed = RoutedExperts(index, module, moe, info.topk)
+            drafts = name.startswith(f"{DRAFTS}.")
+            routed = RoutedExperts(index, module, moe, info.topk, drafts=drafts)
             registrations.bind(module, routed)
             experts.append(routed)
         with torch.inference_mode():
             found = dict(fuse(model, kernels, deterministic=deterministic, known=verdicts))
             if kernels.fusions is not None:
                 found.update(fuse_modules(model, kernels.fusions, verdicts))
+                found.update(fuse_layers(model, kernels.fusions, verdicts))
             states = bind_states(
                 model,
                 info,
@@ -280,6 +314,7 @@ class ModelRunner:
             verdicts=found,
             most_samples=most_samples,
             most_tokens=most_tokens,
+            most_proposed=most_proposed,
         )
 
     def capture(self, shapes: Sequence[GraphShape], max_blocks: int) -> None:
@@ -292,6 +327,7 @@ class ModelRunner:
         """
         if self._states or any(layer.cuts_prompts for layer in self._attention):
             shapes = [shape for shape in shapes if shape.decodes]
+        drafts = self.device_drafts
         with torch.inference_mode(), self._mode():
             self.graphs = StepGraphs(
                 self._walk,
@@ -299,7 +335,35 @@ class ModelRunner:
                 max_blocks=max_blocks,
                 device=self._device,
                 states=bool(self._states),
+                after=None if drafts is None else self._first_draft,
             )
+        if drafts is not None:
+            sizes = sorted({shape.sequences for shape in shapes if shape.decodes})
+            with torch.inference_mode():
+                self._draft_graphs = self._capture_drafts(self.graphs, drafts, sizes)
+
+    def _capture_drafts(
+        self, graphs: StepGraphs, drafts: DeviceDrafts, sizes: Sequence[int]
+    ) -> DraftGraphs:
+        """The largest first, into whose memory the others fit."""
+        heads, agains = [], []
+        for size in reversed(sizes):
+            batch = drafts.further(size)
+            drafts.begin()
+            heads.append(graphs.also(functools.partial(drafts.head, size)))
+            if drafts.width > 2:
+                agains.append(graphs.also(functools.partial(self._further_draft, batch)))
+        return DraftGraphs(sizes, heads[::-1], agains[::-1])
+
+    def _first_draft(self, batch: ForwardBatch) -> Tensor:
+        assert self.device_drafts is not None
+        self._bind(batch)
+        return self.device_drafts.first(batch)
+
+    def _further_draft(self, batch: ForwardBatch) -> Tensor:
+        assert self.device_drafts is not None
+        self._bind(batch)
+        return self.device_drafts.again(batch)
 
     def record(self, most_rows: int, heights: Sequence[int]) -> None:
         """Compute steps on a CPU without transformers' modules from now on, if that can be; else
@@ -353,7 +417,10 @@ class ModelRunner:
         return (logits,) if heard is None else (logits, heard)
 
     def _trial_draft(self, batch: ForwardBatch) -> tuple[Tensor, ...]:
-        return (self._walk_draft(batch, padded=False),)
+        assert self.drafts is not None
+        logits = self._walk_draft(batch, padded=False)
+        assert self.drafts.found is not None
+        return logits, self.drafts.found
 
     def _check_fixed_order(self) -> None:
         """Raises: UnsupportedModel: a module computes in an order that depends on the batch."""
@@ -393,6 +460,7 @@ class ModelRunner:
         """
         with torch.inference_mode(), self._mode():
             self._moe.expect(batch.token_ids.shape[0], mean_tokens)
+            self._on_device = None
             if self.graphs is not None:
                 logits = self.graphs.forward(batch, mean_tokens)
                 if logits is not None:
@@ -409,27 +477,83 @@ class ModelRunner:
                 if self.drafts is not None:
                     self.drafts.keep(self.recorded.beside[0], rows)
                 return logits
-            logits = self._walk(batch if self._upload is None else batch.sent(self._upload))
+            self._on_device = batch if self._upload is None else batch.sent(self._upload)
+            logits = self._walk(self._on_device)
             if self.drafts is not None:
                 self.drafts.keep(self.drafts.heard, rows)
             return logits
 
-    def draft(self, batch: ForwardBatch) -> Tensor:
+    def draft(self, batch: ForwardBatch, behind: Tensor | None = None) -> Tensor:
         """[M, vocab] float32 logits of the token after the next one, of a model with `drafts`.
 
-        Behind each `forward`, on all ranks: it walks what `forward` does not of the MoE layers.
+        Behind each `forward`, on all ranks: it walks what `forward` does not of the MoE layers. And
+        as often again as they agree on, to what it has given.
 
         Args:
             batch: that of `forward`, but for the tokens: those after its own; and for the rows that
-                are wanted.
+                are wanted. Behind another call one token of each sequence.
+            behind: [N] int64, the rows of the call before that these go on from; None: it was a
+                `forward`.
         """
-        assert self.drafts is not None
+        drafts = self.drafts
+        assert drafts is not None
         with torch.inference_mode(), self._mode():
-            self._moe.expect(batch.token_ids.shape[0])
-            if self.drafts.recorded is not None and self._takes(batch.token_ids.shape[0]):
+            rows = batch.token_ids.shape[0]
+            self._moe.expect(rows)
+            if behind is not None:
+                if not rows:
+                    self._idle_drafts(1)
+                    return torch.empty((0, self.info.vocab))
+                drafts.go_on(behind)
+            if drafts.recorded is not None and self._takes(rows):
                 self._bind(batch)
-                return self.drafts.recorded.forward(batch, self._moe.forward, self._native)
+                logits = drafts.recorded.forward(batch, self._moe.forward, self._native)
+                (drafts.found,) = drafts.recorded.beside
+                return logits
             return self._walk_draft(batch)
+
+    def propose(self, asked: Sequence[int], further: int, mean_tokens: int = 0) -> Proposals:
+        """Behind a `forward` and the sampling of its tokens, of a model with `device_drafts`: what
+        it proposes to follow them. Nothing waits for the device. All ranks walk the same exchanges.
+
+        Args:
+            asked: how many tokens each sequence is to be proposed, as in the batch.
+            further: how often the layer is applied again.
+            mean_tokens: as for `forward`.
+        """
+        drafts, sequences = self.device_drafts, len(asked)
+        assert drafts is not None
+        with torch.inference_mode():
+            if self._on_device is not None:
+                self._first_draft(self._on_device)
+            else:
+                assert self.graphs is not None
+                self.graphs.replay_after()
+            most = max(asked, default=0)
+            graphs = self._draft_graphs
+            at = None if graphs is None else graphs.at(sequences)
+            for place in range(1 + further):
+                if place:
+                    self._apply_again(sequences if most > place else 0, sequences)
+                if most <= place:
+                    continue
+                if graphs is None or at is None:
+                    drafts.head(sequences)
+                else:
+                    graphs.heads[at]()
+            return drafts.read(asked)
+
+    def _apply_again(self, count: int, sequences: int) -> None:
+        """count: rows of `sequences` that count."""
+        assert self.device_drafts is not None
+        self._moe.expect(count)
+        at = None if self._draft_graphs is None else self._draft_graphs.at(sequences)
+        if self._draft_graphs is not None and at is not None:
+            self._draft_graphs.agains[at]()
+        elif count:
+            self._further_draft(self.device_drafts.further(sequences))
+        else:
+            self._idle_drafts(1)
 
     def _bind(self, batch: ForwardBatch) -> None:
         """Let all layers know what is computed."""
@@ -463,7 +587,7 @@ class ModelRunner:
         """token_ids, with those sampled in the step before; see `ForwardBatch.sources`."""
         if batch.sources is None:
             return token_ids
-        known = self.sampled[batch.sources.clamp_min(0)]
+        known = self.left[batch.sources.clamp_min(0)]
         return torch.where(batch.sources < 0, token_ids, known)
 
     @property
@@ -487,9 +611,12 @@ class ModelRunner:
     def _walk(self, batch: ForwardBatch, *, padded: bool = True) -> Tensor:
         """`forward`, launched module by module."""
         self._bind(batch)
+        if self.device_drafts is not None:
+            self.device_drafts.place(batch)
         cut = pad_batch if self._pads_batches and padded else exact_batch
         token_ids, positions, sample_rows = cut(batch)
-        token_ids = self._tokens(batch, token_ids)
+        if self.device_drafts is None:
+            token_ids = self._tokens(batch, token_ids)
         rows = {"logits_to_keep": sample_rows} if self._slices_logits else {}
         logits: Tensor = self._model(
             input_ids=token_ids.unsqueeze(0),
@@ -509,20 +636,29 @@ class ModelRunner:
         cut = pad_batch if self._pads_batches and padded else exact_batch
         return self.drafts.walk(*cut(batch))[: batch.sample_rows.shape[0]]
 
-    def forward_idle(self, mean_tokens: int = 0) -> None:
+    def forward_idle(self, mean_tokens: int = 0, further: int = 0) -> None:
         """Take part in a step without tokens: each MoE layer in order, the draft layer's as well;
         no attention.
 
-        mean_tokens: as for `forward`.
+        mean_tokens: as for `forward`. further: how often the draft layer is applied again.
         """
         with torch.inference_mode(), self._mode():
             self._moe.expect(0, mean_tokens)
             if self.graphs is not None and self.graphs.idle(mean_tokens):
+                for _ in range(further):
+                    self._apply_again(0, 0)
                 return
             if self._idle is not None:
                 self._idle.walk(self._idle_layer, self._native)
-                return
-            for index in range(len(self._experts)):
+            else:
+                for index in range(len(self._experts)):
+                    self._idle_layer(index)
+            self._idle_drafts(further)
+
+    def _idle_drafts(self, times: int) -> None:
+        """The draft layer's exchanges, without tokens, so often."""
+        for _ in range(times):
+            for index in self._of_drafts:
                 self._idle_layer(index)
 
     def _idle_layer(self, index: int) -> None:

@@ -23,7 +23,7 @@ from flexpert.kernels.kernel_set import StateKernels
 from flexpert.kernels.state_steps import StateRows
 from flexpert.models import recording
 from flexpert.models.deterministic import SingleRowMode
-from flexpert.models.fused_states import FusedLayer, fused_layer, is_right
+from flexpert.models.fused_states import StateFusion, is_right, state_fusion
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import pad_rows, padded_size
 from flexpert.models.source import ModelInfo
@@ -73,7 +73,7 @@ class StateLayer:
         most = _DECODED_BYTES if kernels is None else DECODED_ON_GPU
         self._most = max(1, most // sum(shape.nbytes for shape in shapes))
         self.continues = True  # see `try_continuing`
-        self.fused: FusedLayer | None = None  # in place of the module
+        self.fused: StateFusion | None = None  # in place of the module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's, for hidden states of [1, N, hidden]; rows behind those of `runs` are
@@ -165,7 +165,7 @@ class StateLayer:
                 return False
         return True
 
-    def is_right(self, fused: FusedLayer, arguments: dict[str, Any]) -> bool:
+    def is_right(self, fused: StateFusion, arguments: dict[str, Any]) -> bool:
         """Whether that computes what the module does. arguments: as for `try_continuing`."""
         name, hidden = next(iter(arguments.items()))
         return is_right(
@@ -211,7 +211,7 @@ def bind_states(
         layer.continues = continues[type(module)]
         for states in slots.values() if kernels is not None else ():
             states.zero_()
-        fused = None if kernels is None else fused_layer(module, shapes, kernels)
+        fused = None if kernels is None else state_fusion(module, shapes, kernels)
         if fused is not None:
             if type(module) not in right:
                 right[type(module)] = layer.is_right(fused, arguments)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flexpert.kernels.device_stream import Replay, stream_of
-from flexpert.models.batch import ForwardBatch, decode_slots
+from flexpert.models.batch import DraftRows, ForwardBatch, decode_slots
 
 Walk = Callable[[ForwardBatch], Tensor]
 
@@ -32,10 +32,12 @@ log = logging.getLogger("flexpert")
 
 @dataclass(frozen=True, slots=True, order=True)
 class GraphShape:
-    """tokens, sequences: at most. As many of both: each sequence has one token."""
+    """tokens, sequences: at most. As many of both: each sequence has one token. shares: such
+    sequences may lie behind one another, see `ForwardBatch`."""
 
     tokens: int
     sequences: int
+    shares: bool = False
 
     @property
     def decodes(self) -> bool:
@@ -48,7 +50,8 @@ class StepInputs:
 
     token_ids, sources, positions, slot_mapping: [tokens] int64; sample_rows: [sequences] int64;
     query_start: [sequences + 1] int32; context_len: [sequences] int32; block_tables: [sequences,
-    max_blocks] int32; state_slots: [2, sequences] int64, of shapes that decode. nbytes: of all of
+    max_blocks] int32; state_slots: [2, sequences] int64, of shapes that decode. drafts: of
+    `DraftRows`, for as many tokens and sequences; None: nothing is proposed. nbytes: of all of
     them, from the begin of the memory.
     """
 
@@ -62,16 +65,21 @@ class StepInputs:
     context_len: Tensor
     block_tables: Tensor
     state_slots: Tensor
+    drafts: DraftRows | None
     nbytes: int
 
     @staticmethod
-    def bytes_for(shape: GraphShape, max_blocks: int) -> int:
+    def bytes_for(shape: GraphShape, max_blocks: int, *, drafts: bool = False) -> int:
         """Bytes of memory."""
         each = 8 + 4 + 4 + 4 * max_blocks + 16
-        return 4 * shape.tokens * 8 + shape.sequences * each + 4 + 9 * _ALIGNMENT
+        whole = 4 * shape.tokens * 8 + shape.sequences * each + 4
+        further = 2 * shape.tokens * 8 + 5 * shape.sequences * 8 if drafts else 0
+        return whole + further + 12 * _ALIGNMENT
 
     @classmethod
-    def over(cls, memory: Tensor, shape: GraphShape, max_blocks: int) -> StepInputs:
+    def over(
+        cls, memory: Tensor, shape: GraphShape, max_blocks: int, *, drafts: bool = False
+    ) -> StepInputs:
         """memory: [at least `bytes_for`] uint8."""
         end = 0
 
@@ -82,6 +90,11 @@ class StepInputs:
             return memory[begin:end].view(dtype)
 
         tokens, sequences = shape.tokens, shape.sequences
+
+        def take_drafts() -> DraftRows:
+            rows = take(tokens, torch.int64), take(tokens, torch.int64)
+            return DraftRows(*rows, take(5 * sequences, torch.int64).view(5, sequences))
+
         return cls(
             shape,
             take(tokens, torch.int64),
@@ -93,6 +106,7 @@ class StepInputs:
             take(sequences, torch.int32),
             take(sequences * max_blocks, torch.int32).view(sequences, max_blocks),
             take(2 * sequences, torch.int64).view(2, sequences),
+            take_drafts() if drafts else None,
             end,
         )
 
@@ -124,16 +138,31 @@ class StepInputs:
         self.state_slots[:, sequences:] = -1
         if self.shape.decodes:
             torch.arange(tokens, self.shape.tokens + 1, out=self.query_start[tokens:])
+        if self.drafts is not None:
+            self._fill_drafts(self.drafts, None if batch is None else batch.drafts)
+
+    def _fill_drafts(self, here: DraftRows, given: DraftRows | None) -> None:
+        tokens = sequences = 0
+        if given is not None:
+            tokens, sequences = given.token_ids.shape[0], given.sequences.shape[1]
+            here.token_ids[:tokens] = given.token_ids
+            here.sources[:tokens] = given.sources
+            here.sequences[:, :sequences] = given.sequences
+        here.token_ids[tokens:] = 0
+        here.sources[tokens:] = -1
+        here.sequences[:, sequences:] = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """batch: what the graph reads; kept, because its memory must not go to anybody else."""
+    """batch: what the graph reads; kept, because its memory must not go to anybody else. after: the
+    graph behind the sampling, which reads the same; None: there is none."""
 
     batch: ForwardBatch
     host: StepInputs
     replay: Replay
     logits: Tensor
+    after: Replay | None
 
 
 class StepGraphs:
@@ -146,6 +175,8 @@ class StepGraphs:
         max_blocks: KV blocks of the longest sequence.
         device: of the model and what it computes with.
         states: layers of the model keep states; then all shapes decode.
+        after: what a batch is given to once more, behind the sampling of its step, with `drafts`;
+            as `walk`. None: nothing is.
 
     Attributes:
         captures: graphs captured so far.
@@ -159,11 +190,15 @@ class StepGraphs:
         max_blocks: int,
         device: torch.device,
         states: bool = False,
+        after: Walk | None = None,
     ) -> None:
         self.captures = 0
         self._states = states
         self._max_blocks = max_blocks
-        most = max(StepInputs.bytes_for(shape, max_blocks) for shape in shapes)
+        self._after = after
+        self._last: _Captured | None = None  # was replayed
+        drafts = after is not None
+        most = max(StepInputs.bytes_for(shape, max_blocks, drafts=drafts) for shape in shapes)
         self._stream = stream_of(device)
         self._host = self._stream.host_buffer(most)
         self._device = torch.zeros(most, dtype=torch.uint8, device=device)
@@ -208,8 +243,9 @@ class StepGraphs:
             log.warning("steps that decode are launched kernel by kernel: %s", why)
 
     def _capture(self, walk: Walk, shape: GraphShape, *, warm: bool) -> _Captured:
-        inputs = StepInputs.over(self._device, shape, self._max_blocks)
-        filled = StepInputs.over(self._host, shape, self._max_blocks)
+        drafts = self._after is not None
+        inputs = StepInputs.over(self._device, shape, self._max_blocks, drafts=drafts)
+        filled = StepInputs.over(self._host, shape, self._max_blocks, drafts=drafts)
         self._fill(filled, None)
         batch = ForwardBatch(
             token_ids=inputs.token_ids,
@@ -221,16 +257,34 @@ class StepGraphs:
             sample_rows=inputs.sample_rows,
             sources=inputs.sources,
             state_slots=inputs.state_slots if self._states else None,
+            shares=shape.shares,
+            drafts=inputs.drafts,
         )
         replay, logits = self._stream.capture(lambda: walk(batch), self._pool, warm=warm)
         self.captures += 1
-        return _Captured(batch, filled, replay, logits)
+        after = self._after
+        behind = None if after is None else self.also(lambda: after(batch), warm=warm)
+        return _Captured(batch, filled, replay, logits, behind)
+
+    def also(self, compute: Callable[[], Tensor], *, warm: bool = False) -> Replay:
+        """A graph of something else, which reads and writes memory of fixed places and never runs
+        at once with the others."""
+        replay, _ = self._stream.capture(compute, self._pool, warm=warm)
+        self.captures += 1
+        return replay
+
+    def replay_after(self) -> None:
+        """`after`, of the batch that was computed last."""
+        assert self._last is not None
+        assert self._last.after is not None
+        self._last.after()
 
     def _chosen(self, batch: ForwardBatch | None, mean_tokens: int) -> _Captured | None:
         """The smallest that takes the batch; None: none does."""
         tokens = sequences = samples = width = 0
-        decodes = True
+        decodes, shares = True, False
         if batch is not None:
+            shares = batch.shares
             tokens, samples = batch.token_ids.shape[0], batch.sample_rows.shape[0]
             sequences, width = batch.block_tables.shape
             decodes = tokens == sequences == samples
@@ -242,6 +296,7 @@ class StepGraphs:
             shape = captured.host.shape
             if (
                 (decodes or not shape.decodes)
+                and (shape.shares or not shape.decodes or not shares)
                 and tokens <= shape.tokens
                 and max(sequences, samples) <= shape.sequences
                 and mean_tokens <= _OTHERS * shape.tokens
@@ -270,10 +325,13 @@ class StepGraphs:
         captured = self._chosen(None, mean_tokens)
         if captured is not None:
             self._replay(captured, None)
+            if captured.after is not None:
+                captured.after()
         return captured is not None
 
     def _replay(self, captured: _Captured, batch: ForwardBatch | None) -> None:
         self._fill(captured.host, batch)
+        self._last = captured
         captured.replay()
 
     def _fill(self, inputs: StepInputs, batch: ForwardBatch | None) -> None:

@@ -72,6 +72,26 @@ class NativeMoELayers(Protocol):
         ...
 
 
+@runtime_checkable
+class AddingMoELayers(MoELayers, Protocol):
+    """MoE layers of few tokens that are added to something in the same kernel."""
+
+    def forward_added(
+        self,
+        layer: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        residual: Tensor,
+        apply_gate: Gate,
+    ) -> Tensor | None:
+        """`MoELayers.forward` + residual, [T, hidden]; None: not of such experts.
+
+        x, expert_ids and weights were computed by the last kernel but those of this call.
+        """
+        ...
+
+
 class ElasticMoELayers(MoELayers, Protocol):
     """MoE layers whose experts an engine changes between steps.
 

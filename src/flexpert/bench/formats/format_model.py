@@ -155,7 +155,7 @@ class FormatModel:
             moe=moe,
             kv_blocks=batch * width,
             kv_block_size=BLOCK,
-            kernels=gpu_kernels() if on_gpu else cpu_kernels(),
+            kernels=gpu_kernels(dense.device) if on_gpu else cpu_kernels(),
         )
         for keys, values in self.runner.kv.layers:
             for cache in (keys, values):

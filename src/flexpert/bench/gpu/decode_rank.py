@@ -48,6 +48,19 @@ class _Counting:
             self.active.append((count > 0).cpu())
         return self.moe.forward(layer, x, expert_ids, weights, apply_gate)
 
+    def forward_added(
+        self,
+        layer: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        residual: Tensor,
+        apply_gate: Gate,
+    ) -> Tensor | None:
+        if self.counting or not isinstance(self.moe, LocalExperts):
+            return None
+        return self.moe.forward_added(layer, x, expert_ids, weights, residual, apply_gate)
+
 
 def check_prompts(vocab: int, seed: int, tokens: int = CHECK_TOKENS) -> Tensor:
     """[prompts, tokens], the same wherever they are asked for."""

@@ -162,7 +162,7 @@ class RandomModel:
             kv_block_size=kv_block_size,
             state_names=tuple(self.found.states),
             state_slots=state_slots,
-            kernels=gpu_kernels(),
+            kernels=gpu_kernels(next(iter(self.weights.values())).device),
         )
         moe.install(moe.stage(self.layers()))
         return runner

@@ -28,7 +28,8 @@ from flexpert.errors import FlexpertError
 from flexpert.logs import start_logging
 from flexpert.models.fusion_verdicts import encode_verdicts
 
-_MEMORY_EVERY_S = 1.0
+_MEMORY_EVERY_S, _MEMORY_RARELY_S = 1.0, 10.0
+_MEMORY_SHARE = 0.01  # of the time: it takes 40 ms where 2 GB of a checkpoint are mapped
 # A thread that prepares an epoch must not keep the step loop waiting for the interpreter's lock.
 _SWITCH_S = 0.0005
 BEATS = 10  # in one stall timeout
@@ -136,9 +137,11 @@ def _beat(engine: RankEngine, report: Callable[[msg.Report], None], every_s: flo
     with contextlib.suppress(ConnectionEnded):  # the rank ends
         while True:
             stuck_s = watchdog.look(time.monotonic(), engine.turns, work_of_main_thread)
-            if time.monotonic() >= next_look:
+            if (began := time.monotonic()) >= next_look:
                 engine.measure_memory()
-                next_look = time.monotonic() + _MEMORY_EVERY_S
+                now = time.monotonic()
+                pause_s = max(_MEMORY_EVERY_S, (now - began) / _MEMORY_SHARE)
+                next_look = now + min(pause_s, _MEMORY_RARELY_S)
             load, used = engine.load_report.take(), engine.memory_use
             report(msg.Alive(stuck_s, used, engine.wire_bytes, load, engine.exchanges))
             time.sleep(every_s)

@@ -43,7 +43,14 @@ from flexpert.comm.buffer import (
     Scales,
 )
 from flexpert.comm.capture_guard import CAPTURE_GUARD
-from flexpert.comm.cuda.cuda_exchange import CudaDispatched, CudaExchange, DispatchKind, Tuning
+from flexpert.comm.cuda.cuda_exchange import (
+    CudaDispatched,
+    CudaExchange,
+    DispatchKind,
+    ExchangeCalls,
+    Part,
+    Tuning,
+)
 from flexpert.comm.cuda.cuda_layout import (
     LANES,
     MAX_EPOCH,
@@ -76,9 +83,13 @@ from flexpert.comm.window_layout import VOTE_BYTES
 
 if TYPE_CHECKING:
     from flexpert.comm.bounded import StoreKeys
+    from flexpert.comm.cuda.kernel_launch import LaunchStep
 
 _NAP_S = 0.001
 _STOP = int(Page.STOP)
+_WHOLE: Part = "whole"
+_MOST_TABLES = 256  # and kinds of dispatches with them, whose calls are kept
+_MOST_CALLS = 32  # of combines after one kind of dispatch: then their tensors differ each time
 _NOTHING_REPORTED = bytes(8 * LANES)
 
 
@@ -93,6 +104,10 @@ class _Back:
     out: torch.Tensor
     places: torch.Tensor | None
     shared: bool
+
+    def key(self, part: Part) -> tuple[Reduce, bool, bool, bool, Part]:
+        """Of `ExchangeCalls.combine`."""
+        return self.reduce, self.weights is None, not self.shared, self.places is None, part
 
 
 class CudaBuffer(DeviceBuffer):
@@ -154,6 +169,11 @@ class CudaBuffer(DeviceBuffer):
         self._reports = memoryview(raw).cast("B")[8 * Page.REPORT :][: len(_NOTHING_REPORTED)]
         self._tables: dict[int, ExpertTable] = {}  # that were checked
         self._kinds: dict[tuple[object, ...], DispatchKind] = {}  # likewise
+        # by id of the table and kind; and those that were used last, by id of the table, scales,
+        # and whether phases are halved
+        self._calls_of_kind: dict[tuple[int, DispatchKind], ExchangeCalls | None] = {}
+        self._calls: dict[tuple[int, Scales | None, bool], ExchangeCalls] = {}
+        self._like: dict[int, torch.Tensor] = {}  # results, by number of tokens
         super().__init__(
             rank,
             spec,
@@ -165,6 +185,8 @@ class CudaBuffer(DeviceBuffer):
             machine=machine,
             listener=self._hear,
         )
+        self._received: CudaReceived | None = None
+        self._epoch = self.epoch
         self._window: CudaWindow = own_window(layout(spec, choices=choices).size, self.device)
         self.exchange = CudaExchange(
             rank,
@@ -348,6 +370,7 @@ class CudaBuffer(DeviceBuffer):
                 raise ValueError(f"epoch {epoch} is above {MAX_EPOCH}, which flags can carry")
             desired = tuple(sorted(set(ids)))
             self._control.set_active(desired, epoch)
+            self._epoch = epoch
             self._synchronize()
             # a peer may still be reading what an unfinished exchange sent
             unfinished = bool(read_report(self._page)) and not self._lenient
@@ -516,9 +539,12 @@ class CudaBuffer(DeviceBuffer):
         fp8: Scales | None = None,
     ) -> Pending[Received]:
         kind = self._kind_of(x, expert_ids, weights, table, fp8, wait=False)
+        key = (id(table), fp8, True)
         with self._lock:
-            sent = self._send(x, expert_ids, weights, table, kind, wait=False)
+            sent = self._send(x, expert_ids, weights, table, kind, self._calls.get(key))
             sequence = self.sequence
+            if sent.calls is None:
+                self._choose(key, x, sent)
 
         def receive(timeout_s: float | None) -> Received:
             with self._lock:
@@ -539,12 +565,92 @@ class CudaBuffer(DeviceBuffer):
         fp8: Scales | None = None,
         timeout_s: float | None = None,
     ) -> CudaReceived:
+        calls = self._calls.get((id(table), fp8, False))
+        if calls is not None and timeout_s is None:
+            received = self.dispatch_by(calls, x, expert_ids, weights)
+            if received is not None:
+                return received
         wait = self._cuda  # in one launch with the sending
         kind = self._kind_of(x, expert_ids, weights, table, fp8, wait=wait)
         with self._lock:
             self._set_limit(timeout_s)
-            sent = self._send(x, expert_ids, weights, table, kind, wait=wait)
-            return self._receive(sent, wait=not wait)
+            sent = self._send(x, expert_ids, weights, table, kind)
+            received = self._receive(sent, wait=not wait)
+            if wait:
+                sent.calls = self._choose((id(table), fp8, False), x, sent)
+            return received
+
+    def _choose(
+        self, key: tuple[int, Scales | None, bool], x: torch.Tensor, sent: CudaDispatched
+    ) -> ExchangeCalls | None:
+        """The calls of dispatches like this one, if it is not the first; the next with `key` are
+        tried with them."""
+        if self._capturing:  # it is one launch only if it is made apart from that
+            return None
+        of = id(sent.table), sent.kind
+        if of not in self._calls_of_kind:  # of many tables there is but one dispatch
+            if len(self._calls_of_kind) >= _MOST_TABLES:
+                self._calls_of_kind.clear()
+                self._calls.clear()
+            self._calls_of_kind[of] = None
+            return None
+        calls = self._calls_of_kind[of]
+        if calls is None:
+            calls = self.calls_of(x, sent, self.spec.max_tokens)
+        if calls is not None:
+            self._calls_of_kind[of] = self._calls[key] = calls
+        return calls
+
+    def calls_of(
+        self,
+        x: torch.Tensor,
+        sent: CudaDispatched,
+        most_tokens: int,
+        then: LaunchStep | None = None,
+        **more: torch.Tensor,
+    ) -> ExchangeCalls | None:
+        """How others like this dispatch go in one call of C; None where they cannot.
+
+        See `CudaExchange.dispatch_call`.
+        """
+        call = self.exchange.dispatch_call(x, sent, most_tokens, then, **more)
+        if call is None:
+            return None
+        half = None if sent.kind.waits else self.exchange.receive_call(sent)
+        receive = None if half is None else half.run
+        return ExchangeCalls(sent.table, sent.kind, call.run, receive, {})
+
+    def dispatch_by(
+        self,
+        calls: ExchangeCalls,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        *more: torch.Tensor,
+    ) -> CudaReceived | None:
+        """`dispatch` in one call of C, and what `calls_of` was told besides. That looks at tensors
+        and at what kernels have reported; where it does nothing, as if anything is unusual,
+        this returns None, and `dispatch` says why not, or does it."""
+        with self._lock:
+            if (
+                self._state is not State.BETWEEN
+                or self._changed
+                or self._must_vote
+                or self._limit_s != self.timeout_s
+            ):
+                return None
+            self._state = State.BROKEN  # first: a signal may strike right after the launch
+            tokens = calls.dispatch(-1, 0, x, expert_ids, weights, *more)
+            if tokens < 0:
+                self._state = State.BETWEEN
+                return None
+            self._thread = threading.get_ident()
+            self.sequence += 1
+            self._exchanges += 1
+            sent = CudaDispatched(expert_ids, weights, calls.table, tokens, calls.kind, calls)
+            received = self._received = CudaReceived(self, sent, self._epoch, self.sequence)
+            self._state = State.RECEIVED
+            return received
 
     def _send(
         self,
@@ -553,16 +659,20 @@ class CudaBuffer(DeviceBuffer):
         weights: torch.Tensor,
         table: ExpertTable,
         kind: DispatchKind,
-        *,
-        wait: bool,
+        calls: ExchangeCalls | None = None,
     ) -> CudaDispatched:
+        """calls: which may fit. Else the result is without, and launched step by step."""
         self._begin("dispatch before combine of the last")
         if self._must_vote:
             self._check_voted("the last exchange was incomplete and a peer may still be reading it")
         self._state = State.BROKEN  # first: a signal may strike right after the launch
-        sent = self.exchange.send_dispatch(
-            x, expert_ids.contiguous(), weights.contiguous(), table, wait=wait, kind=kind
-        )
+        if calls is not None and calls.dispatch(-1, 0, x, expert_ids, weights) >= 0:
+            tokens = expert_ids.shape[0]
+            sent = CudaDispatched(expert_ids, weights, table, tokens, kind, calls)
+        else:
+            sent = self.exchange.send_dispatch(
+                x, expert_ids.contiguous(), weights.contiguous(), table, wait=kind.waits, kind=kind
+            )
         self.sequence += 1
         self._exchanges += 1
         self._state = State.DISPATCHED
@@ -570,9 +680,11 @@ class CudaBuffer(DeviceBuffer):
 
     def _receive(self, sent: CudaDispatched, *, wait: bool) -> CudaReceived:
         self._state = State.BROKEN
-        if wait:
-            self.exchange.wait_dispatch(sent)
-        self.exchange.index(sent)
+        half = None if sent.calls is None else sent.calls.receive
+        if half is None or half(sent.tokens, 0) < 0:
+            if wait:
+                self.exchange.wait_dispatch(sent)
+            self.exchange.index(sent)
         self.raise_reported()
         received = self._received = CudaReceived(self, sent, self.epoch, self.sequence)
         self._state = State.RECEIVED
@@ -627,6 +739,10 @@ class CudaBuffer(DeviceBuffer):
         places: torch.Tensor | None = None,
         expert_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if timeout_s is None:
+            summed = self.combine_by(received, y, out, weights, expert_ids, places, reduce)
+            if summed is not None:
+                return summed
         with self._lock:
             back = self._checked(y, received, reduce, weights, out, places, expert_ids)
             self._set_limit(timeout_s)
@@ -639,7 +755,84 @@ class CudaBuffer(DeviceBuffer):
                 shared=back.shared,
             )  # fmt: skip
             self._state = State.BETWEEN
+            self._remember(back, _WHOLE)
             return back.out
+
+    def combine_by(
+        self,
+        received: Received,
+        y: torch.Tensor,
+        out: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        expert_ids: torch.Tensor | None,
+        places: torch.Tensor | None,
+        reduce: Reduce = "rank",
+    ) -> torch.Tensor | None:
+        """`combine` in one call of C, as `dispatch_by`; or None, and nothing was done."""
+        with self._lock:
+            last = self._received
+            if (
+                last is None
+                or received is not last
+                or self._state is not State.RECEIVED
+                or self._limit_s != self.timeout_s
+            ):
+                return None
+            sent = last.sent
+            if sent.calls is None:
+                return None
+            key = (reduce, weights is None, expert_ids is None, places is None, _WHOLE)
+            call = sent.calls.combine.get(key)
+            if call is None:
+                return None
+            if out is None:
+                out = torch.empty_like(self._sums_like(sent.tokens))
+            rows = self.most_rows if last.known_count is None else last.known_count
+            ids = sent.expert_ids if expert_ids is None else expert_ids
+            if weights is None:
+                weights = sent.weights
+            self._state = State.BROKEN
+            if places is None:
+                done = call(sent.tokens, rows, out, y, ids, weights)
+            else:
+                done = call(sent.tokens, rows, out, y, ids, weights, places)
+            self._state = State.RECEIVED if done < 0 else State.BETWEEN
+            return None if done < 0 else out
+
+    def _sums_like(self, tokens: int) -> torch.Tensor:
+        """[tokens, hidden] spec.dtype, one element of memory: to make others like it takes the host
+        half as long as to make them from a shape."""
+        like = self._like.get(tokens)
+        if like is None:
+            if len(self._like) >= MOST_KINDS:
+                self._like.clear()
+            one = torch.empty((1, 1), dtype=self.spec.dtype, device=self.device)
+            like = self._like[tokens] = one.expand(tokens, self.spec.hidden)
+        return like
+
+    def _remember(self, back: _Back, part: Part) -> None:
+        """Have others like this combine, or like a half of it, go in one call of C."""
+        sent = back.sent
+        if sent.calls is None or sent.calls.made >= _MOST_CALLS or self._capturing:
+            return
+        sent.calls.made += 1
+        call = self.exchange.combine_call(
+            back.out, back.y, sent,
+            reduce=back.reduce, places=back.places, shared=back.shared, part=part,
+        )  # fmt: skip
+        if call is not None:
+            sent.calls.combine[back.key(part)] = call.run
+
+    def _run_half(self, back: _Back, part: Part) -> bool:
+        """Whether a half of a combine went in one call of C."""
+        sent = back.sent
+        call = None if sent.calls is None else sent.calls.combine.get(back.key(part))
+        if call is None:
+            return False
+        weights = sent.weights if back.weights is None else back.weights
+        places = () if back.places is None else (back.places,)
+        tensors = (back.out, back.y, sent.expert_ids, weights, *places)
+        return call(sent.tokens, back.y.shape[0], *tensors) >= 0
 
     def _checked(
         self,
@@ -683,14 +876,15 @@ class CudaBuffer(DeviceBuffer):
                 raise ValueError(f"weights must be {list(sent.weights.shape)} float32")
             weights = weights.contiguous()
         if out is None:
-            shape = (sent.tokens, self.spec.hidden)
-            out = torch.empty(shape, dtype=self.spec.dtype, device=self.device)
+            out = torch.empty_like(self._sums_like(sent.tokens))
         else:
             self._check_rows("out", out, sent.tokens)
         return _Back(y, sent, reduce, weights, out, places, shared)
 
     def _send_back(self, back: _Back) -> None:
         """The half of a combine that does not wait for results."""
+        if self._run_half(back, "send"):
+            return
         if back.shared:
             assert back.weights is not None
             self.exchange.share_weights(back.weights, back.sent, wait=back.reduce == "rank")
@@ -698,14 +892,17 @@ class CudaBuffer(DeviceBuffer):
             back.out, back.y, back.sent, reduce=back.reduce, wait=False, places=back.places,
             shared=back.shared,
         )  # fmt: skip
+        self._remember(back, "send")
 
     def _sum(self, back: _Back) -> torch.Tensor:
         """The other half."""
-        self.exchange.wait_combine()
-        self.exchange.reduce(
-            back.out, back.y, back.sent, reduce=back.reduce, weights=back.weights,
-            places=back.places, shared=back.shared,
-        )  # fmt: skip
+        if not self._run_half(back, "receive"):
+            self.exchange.wait_combine()
+            self.exchange.reduce(
+                back.out, back.y, back.sent, reduce=back.reduce, weights=back.weights,
+                places=back.places, shared=back.shared,
+            )  # fmt: skip
+            self._remember(back, "receive")
         self.raise_reported()
         self._state = State.BETWEEN
         return back.out
@@ -771,6 +968,9 @@ class CudaBuffer(DeviceBuffer):
                 return
             self._synchronize()
             self._state = State.CLOSED
+            self._received = None
+            self._calls.clear()
+            self._calls_of_kind.clear()
             if self._forwarder is not None:
                 self._forwarder.close()
             for memory in (*self._departed, *self._peers.values()):

@@ -9,10 +9,10 @@ combine make no tensors, and ask nothing of the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import triton
@@ -37,8 +37,20 @@ from flexpert.comm.cuda.cuda_layout import (
     layout,
     scale_bytes,
 )
-from flexpert.comm.cuda.kernel_launch import KernelLaunch
+from flexpert.comm.cuda.kernel_launch import (
+    ROWS,
+    TOKENS,
+    KernelLaunch,
+    LaunchStep,
+    launch_at_once,
+    make_call,
+)
 from flexpert.comm.interpreter import INTERPRETED
+
+if TYPE_CHECKING:
+    from flexpert.comm.cuda._launches import Call
+
+Part = Literal["whole", "send", "receive"]  # of a combine
 
 _FOREVER_NS = 2**62
 _WAIT_DISPATCH, _WAIT_COMBINE = "wait_dispatch", "wait_combine"  # kinds of launches
@@ -64,6 +76,8 @@ class Tuning:
     checks: read masks and epochs; False only to measure what they cost.
     prepared: launches of a kind share what the first found out; False only to measure what that
         saves.
+    at_once: kernels of a phase outside of a CUDA graph are launched as one; False only to measure
+        what that saves.
 
     In Triton's interpreter, where a program takes a millisecond, the default is `FEW`.
     """
@@ -84,6 +98,7 @@ class Tuning:
     take_warps: int = 8
     checks: bool = True
     prepared: bool = True
+    at_once: bool = True
 
 
 FEW = Tuning(workers=4, reducers=8, packers=4, takers=2)
@@ -116,28 +131,45 @@ class CudaIndexed:
 class DispatchKind:
     """What dispatches of one kind have in common.
 
-    send, index: their launches. pieces: programs of `send` for a token.
+    send, index: their launches. waits: `send` waits for the peers, too.
     k: choices of a token. stride: by how many two tokens are apart; see `CudaExchange`.
     """
 
-    send: KernelLaunch
-    pieces: int
-    index: KernelLaunch
+    send: LaunchStep
+    waits: bool
+    index: LaunchStep
     indexed: CudaIndexed
     k: int
     stride: int
 
 
 @dataclass(slots=True, eq=False)
+class ExchangeCalls:
+    """Exchanges with one table whose phases are one call of C each; see `Call.run`.
+
+    dispatch: of `CudaExchange.dispatch_call`; receive: of `receive_call`, if that is a half.
+    combine: of `combine_call`, by `reduce`, whether there are no weights, expert_ids and places,
+    and the part. made: how many of these were, replaced ones included.
+    """
+
+    table: ExpertTable
+    kind: DispatchKind
+    dispatch: Callable[..., int]
+    receive: Callable[..., int] | None
+    combine: dict[tuple[Reduce, bool, bool, bool, Part], Callable[..., int]]
+    made: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class CudaDispatched:
-    """What a dispatch was called with, for its combine. ids: dtype of expert_ids."""
+    """What a dispatch was called with, for its combine. calls: that it may take."""
 
     expert_ids: torch.Tensor
     weights: torch.Tensor
     table: ExpertTable
     tokens: int
     kind: DispatchKind
-    ids: torch.dtype
+    calls: ExchangeCalls | None = None
 
     @property
     def indexed(self) -> CudaIndexed:
@@ -148,11 +180,28 @@ class CudaDispatched:
         """See `DispatchKind`."""
         return self.kind.stride
 
+    @property
+    def ids(self) -> torch.dtype:
+        """Of expert_ids."""
+        return self.expert_ids.dtype
+
     def with_ids(self, expert_ids: torch.Tensor) -> CudaDispatched:
         """The same dispatch with other choices of its tokens."""
         return CudaDispatched(
-            expert_ids, self.weights, self.table, self.tokens, self.kind, expert_ids.dtype
+            expert_ids, self.weights, self.table, self.tokens, self.kind, self.calls
         )
+
+
+def _known(sent: CudaDispatched) -> dict[str, Any]:
+    """What launches of a dispatch and its combine are told, by the names that kernels have."""
+    table = sent.table
+    return {
+        "expert_ids": sent.expert_ids,
+        "owner": table.rank,
+        "slot": table.slot,
+        "tokens": sent.tokens,
+        "experts": table.experts,
+    }
 
 
 class CudaExchange:
@@ -205,7 +254,7 @@ class CudaExchange:
         self._pieces = triton.cdiv(spec.hidden, self.tuning.width)  # programs that sum a row
         self._senders = min(places * self._pieces, self.tuning.workers)
         self._kinds: dict[tuple[object, ...], DispatchKind] = {}
-        self._launches: dict[tuple[object, ...], KernelLaunch] = {}
+        self._steps: dict[tuple[object, ...], LaunchStep] = {}
 
     # ---- what the host rewrites ---------------------------------------------------------------
 
@@ -317,33 +366,31 @@ class CudaExchange:
         """
         if kind is None:
             kind = self.kind_of(x, expert_ids, table.slots, fp8, wait=wait)
-        tokens = expert_ids.shape[0]
-        kind.send(
-            (tokens or 1) * kind.pieces + wait,
-            x, expert_ids, weights, table.rank, table.slot, tokens, table.experts,
-        )  # fmt: skip
-        return CudaDispatched(expert_ids, weights, table, tokens, kind, expert_ids.dtype)
+        sent = CudaDispatched(expert_ids, weights, table, expert_ids.shape[0], kind)
+        kind.send.start({"x": x, "weights": weights} | _known(sent), sent.tokens)
+        return sent
 
     def wait_dispatch(self, sent: CudaDispatched) -> None:
-        launch = self._launches.get((_WAIT_DISPATCH,))
-        if launch is None:
-            launch = self._kept(
-                (_WAIT_DISPATCH,), dispatch.wait_dispatch, self._waits(), num_warps=1
-            )
-        launch(1, sent.tokens)
+        self._wait_dispatch().start({"tokens": sent.tokens})
+
+    def _wait_dispatch(self) -> LaunchStep:
+        return self._steps.get((_WAIT_DISPATCH,)) or self._one(
+            (_WAIT_DISPATCH,), dispatch.wait_dispatch, self._waits(), num_warps=1
+        )
 
     def index(self, sent: CudaDispatched) -> CudaIndexed:
         """What came, by slot; the exchange has its number from here on."""
-        if self._far:
-            self._take_dispatch(sent)
-        kind = sent.kind
-        kind.index(sent.table.slots + 1)
-        return kind.indexed
+        for step in self._index_steps(sent):
+            step.start({})
+        return sent.kind.indexed
 
-    def _take_dispatch(self, sent: CudaDispatched) -> None:
+    def _index_steps(self, sent: CudaDispatched) -> list[LaunchStep]:
+        return [*([self._take_dispatch(sent)] if self._far else ()), sent.kind.index]
+
+    def _take_dispatch(self, sent: CudaDispatched) -> LaunchStep:
         key = ("take_dispatch", sent.kind)
-        launch = self._launches.get(key)
-        if launch is None:
+        step = self._steps.get(key)
+        if step is None:
             spec, where, tuning = self.spec, self.layout, self.tuning
             row, scales = sent.indexed.payload, sent.indexed.scales
             size = row.shape[1] * row.itemsize
@@ -366,14 +413,13 @@ class CudaExchange:
                     "MAX_TOKENS": spec.max_tokens,
                 }
             )
-            launch = self._kept(key, lanes.take_dispatch, fixed, num_warps=tuning.take_warps)
-        launch(self.tuning.takers)
+            step = self._takes(key, lanes.take_dispatch, fixed, num_warps=tuning.take_warps)
+        return step
 
-    def _take_combine(self, sent: CudaDispatched, *, reduce: Reduce, shared: bool) -> None:
-        ids = sent.expert_ids
+    def _take_combine(self, sent: CudaDispatched, *, reduce: Reduce, shared: bool) -> LaunchStep:
         key = ("take_combine", sent.kind, sent.ids, reduce, shared)
-        launch = self._launches.get(key)
-        if launch is None:
+        step = self._steps.get(key)
+        if step is None:
             spec, tuning = self.spec, self.tuning
             words = spec.hidden * spec.dtype.itemsize // 4
             fixed = (
@@ -391,9 +437,8 @@ class CudaExchange:
                     "SOURCE": self._source(sent, shared),
                 }
             )
-            launch = self._kept(key, lanes.take_combine, fixed, num_warps=tuning.take_warps)
-        table = sent.table
-        launch(self.tuning.takers, ids, table.rank, sent.tokens, table.experts)
+            step = self._takes(key, lanes.take_combine, fixed, num_warps=tuning.take_warps)
+        return step
 
     def send_combine(
         self,
@@ -409,10 +454,16 @@ class CudaExchange:
         """y: [rows, hidden] spec.dtype, in the order of `CudaIndexed.rows`, or with `places` (see
         expert_major.py) as these say; out: see `reduce`. shared: the weights are those of
         `share_weights`, which has been waited for if reduce is "rank"; y is not read afterwards."""
-        ids = sent.expert_ids
+        arguments = {"out": out, "y": y, "position": self.position if places is None else places}
+        step = self._send_combine(sent, reduce=reduce, wait=wait, shared=shared)
+        step.start(arguments | _known(sent))
+
+    def _send_combine(
+        self, sent: CudaDispatched, *, reduce: Reduce, wait: bool, shared: bool
+    ) -> LaunchStep:
         key = (_SEND_COMBINE, sent.kind, sent.ids, reduce, shared, wait)
-        launch = self._launches.get(key)
-        if launch is None:
+        step = self._steps.get(key)
+        if step is None:
             fixed = (
                 self._here()
                 | self._sums(sent, reduce, shared)
@@ -425,16 +476,12 @@ class CudaExchange:
                     "SIM": self._sim,
                 }
             )
-            launch = self._kept(
-                key, combine.send_combine, fixed,
+            launch = self.prepare(
+                combine.send_combine, fixed,
                 num_warps=self.tuning.combine_warps, enable_fp_fusion=False,
             )  # fmt: skip
-        table = sent.table
-        launch(
-            self._senders + wait,
-            out, y, self.position if places is None else places, ids, table.rank,
-            sent.tokens, table.experts,
-        )  # fmt: skip
+            step = self._steps[key] = LaunchStep(launch, more=self._senders + wait)
+        return step
 
     def share_weights(
         self, weights: torch.Tensor, sent: CudaDispatched, *, send: bool = True, wait: bool = True
@@ -444,10 +491,13 @@ class CudaExchange:
 
         weights: [tokens, k] float32; an expert that is -1 in `sent` counts with 0.
         """
-        ids = sent.expert_ids
+        for step in self._share_weights(sent, send=send, wait=wait):
+            step.start({"weights": weights} | _known(sent))
+
+    def _share_weights(self, sent: CudaDispatched, *, send: bool, wait: bool) -> list[LaunchStep]:
         key = (_SHARE_WEIGHTS, sent.kind, sent.ids, send, wait)
-        launch = self._launches.get(key)
-        if launch is None:
+        step = self._steps.get(key)
+        if step is None:
             spec, k = self.spec, sent.kind.k
             chunk = min(triton.next_power_of_2(max(spec.max_tokens * k, 1)), _WEIGHTS_CHUNK)
             fixed = self._waits() | {
@@ -459,15 +509,13 @@ class CudaExchange:
                 "SEND": send,
                 "WAIT": wait,
             }
-            launch = self._kept(key, combine.share_weights, fixed, num_warps=8)
-        launch(1, weights, ids, sent.tokens)
-        if wait and self._far:
-            self._take_weights(sent)
+            step = self._one(key, combine.share_weights, fixed, num_warps=8)
+        return [step, *([self._take_weights(sent)] if wait and self._far else ())]
 
-    def _take_weights(self, sent: CudaDispatched) -> None:
+    def _take_weights(self, sent: CudaDispatched) -> LaunchStep:
         key = ("take_weights", sent.stride)
-        launch = self._launches.get(key)
-        if launch is None:
+        step = self._steps.get(key)
+        if step is None:
             fixed = self._here() | {
                 "R": self.spec.capacity,
                 "TOPK": sent.stride,
@@ -475,14 +523,16 @@ class CudaExchange:
                 "WEIGHTS_AT": self.layout.weights_at,
                 "CHUNK": 1024,
             }
-            launch = self._kept(key, lanes.take_weights, fixed)
-        launch(self.tuning.takers)
+            step = self._takes(key, lanes.take_weights, fixed)
+        return step
 
     def wait_combine(self) -> None:
-        launch = self._launches.get((_WAIT_COMBINE,))
-        if launch is None:
-            launch = self._kept((_WAIT_COMBINE,), combine.wait_combine, self._waits(), num_warps=1)
-        launch(1)
+        self._wait_combine().start({})
+
+    def _wait_combine(self) -> LaunchStep:
+        return self._steps.get((_WAIT_COMBINE,)) or self._one(
+            (_WAIT_COMBINE,), combine.wait_combine, self._waits(), num_warps=1
+        )
 
     def reduce(
         self,
@@ -496,24 +546,27 @@ class CudaExchange:
         shared: bool = False,
     ) -> torch.Tensor:
         """out: [tokens, hidden] spec.dtype ← the sums of the own tokens; returned."""
-        if self._far:
-            self._take_combine(sent, reduce=reduce, shared=shared)
-        ids = sent.expert_ids
+        arguments = {
+            "out": out,
+            "y": y,
+            "position": self.position if places is None else places,
+            "weights": sent.weights if weights is None else weights,
+        }
+        for step in self._reduce(sent, reduce=reduce, shared=shared):
+            step.start(arguments | _known(sent), sent.tokens)
+        return out
+
+    def _reduce(self, sent: CudaDispatched, *, reduce: Reduce, shared: bool) -> list[LaunchStep]:
         key = (_REDUCE, sent.kind, sent.ids, reduce, shared)
-        launch = self._launches.get(key)
-        if launch is None:
-            launch = self._kept(
-                key, combine.reduce, self._here() | self._sums(sent, reduce, shared),
+        step = self._steps.get(key)
+        if step is None:
+            launch = self.prepare(
+                combine.reduce, self._here() | self._sums(sent, reduce, shared),
                 num_warps=self.tuning.combine_warps, enable_fp_fusion=False,
             )  # fmt: skip
-        table = sent.table
-        launch(
-            min(sent.tokens * self._pieces, self.tuning.reducers) or 1,
-            out, y, self.position if places is None else places, ids,
-            sent.weights if weights is None else weights, table.rank, sent.tokens,
-            table.experts,
-        )  # fmt: skip
-        return out
+            step = self._steps[key] = LaunchStep(launch, self._pieces, self.tuning.reducers)
+        takes = [self._take_combine(sent, reduce=reduce, shared=shared)] if self._far else ()
+        return [*takes, step]
 
     def meet(self, *, send: bool = True, wait: bool = True) -> None:
         """A barrier on the device of all active ranks."""
@@ -543,11 +596,21 @@ class CudaExchange:
             **options,
         )
 
-    def _kept(
-        self, key: tuple[object, ...], kernel: Any, fixed: Mapping[str, Any], **options: Any
-    ) -> KernelLaunch:
-        launch = self._launches[key] = self.prepare(kernel, fixed, **options)
-        return launch
+    def _one(
+        self, key: tuple[object, ...], kernel: Any, fixed: Mapping[str, Any], **o: Any
+    ) -> LaunchStep:
+        """Of one program; o: of Triton."""
+        step = self._steps[key] = LaunchStep(self.prepare(kernel, fixed, **o), more=1)
+        return step
+
+    def _takes(
+        self, key: tuple[object, ...], kernel: Any, fixed: Mapping[str, Any], **o: Any
+    ) -> LaunchStep:
+        """Of the programs that take what came from other machines; o: of Triton."""
+        step = self._steps[key] = LaunchStep(
+            self.prepare(kernel, fixed, **o), more=self.tuning.takers
+        )
+        return step
 
     def _here(self) -> dict[str, Any]:
         return {"table": self.table, "window": self.window.data_ptr(), "me": self.rank}
@@ -608,19 +671,20 @@ class CudaExchange:
             }
         )
         indexed = self._indexed(x, slots, fp8)
+        launch = self.prepare(dispatch.send_dispatch, fixed, views, num_warps=tuning.send_warps)
         return DispatchKind(
-            self.prepare(dispatch.send_dispatch, fixed, views, num_warps=tuning.send_warps),
-            triton.cdiv(words, tile),
-            self._index_launch(indexed, slots, stride),
+            LaunchStep(launch, triton.cdiv(words, tile), more=int(wait)),
+            wait,
+            self._index_step(indexed, slots, stride),
             indexed,
             k,
             stride,
         )
 
-    def _index_launch(self, indexed: CudaIndexed, slots: int, stride: int) -> KernelLaunch:
+    def _index_step(self, indexed: CudaIndexed, slots: int, stride: int) -> LaunchStep:
         key = ("index_rows", slots, stride)
-        launch = self._launches.get(key)
-        if launch is None:
+        step = self._steps.get(key)
+        if step is None:
             fixed = self._here() | {
                 "offsets": indexed.offsets,
                 "rows": self.rows,
@@ -633,9 +697,9 @@ class CudaExchange:
                 "MAX_TOKENS": self.spec.max_tokens,
                 "CHUNK": min(triton.next_power_of_2(self.most_rows), self.tuning.chunk),
             }
-            options = {"num_warps": self.tuning.index_warps}
-            launch = self._kept(key, dispatch.index_rows, fixed, **options)
-        return launch
+            launch = self.prepare(dispatch.index_rows, fixed, num_warps=self.tuning.index_warps)
+            step = self._steps[key] = LaunchStep(launch, more=slots + 1)
+        return step
 
     # ---- whole phases -------------------------------------------------------------------------
 
@@ -648,7 +712,7 @@ class CudaExchange:
         *,
         fp8: Scales | None = None,
     ) -> CudaDispatched:
-        """Send, wait and index: two launches."""
+        """Send, wait and index: two kernels."""
         sent = self.send_dispatch(x, expert_ids, weights, table, fp8=fp8, wait=True)
         self.index(sent)
         return sent
@@ -664,9 +728,9 @@ class CudaExchange:
         places: torch.Tensor | None = None,
         shared: bool = False,
     ) -> torch.Tensor:
-        """Send, wait and sum: two launches, or one where there is nobody else; and one before
+        """Send, wait and sum: two kernels, or one where there is nobody else; and one before
         where weights are shared."""
-        alone = self.spec.capacity == 1 and reduce == "rank"
+        alone = self._alone(reduce)
         if shared:
             assert weights is not None
             self.share_weights(weights, sent)
@@ -674,6 +738,103 @@ class CudaExchange:
         if not alone:
             self.reduce(out, y, sent, reduce=reduce, weights=weights, places=places, shared=shared)
         return out
+
+    def _alone(self, reduce: Reduce) -> bool:
+        """Whether the sending half of a combine is all of it."""
+        return self.spec.capacity == 1 and reduce == "rank"
+
+    # ---- whole phases in one call of C ----------------------------------------------------------
+
+    def dispatch_call(
+        self,
+        x: torch.Tensor,
+        sent: CudaDispatched,
+        most_tokens: int,
+        then: LaunchStep | None = None,
+        **more: torch.Tensor,
+    ) -> Call | None:
+        """`dispatch` of others like x and `sent`, which was one, or its sending half if that does
+        not wait: a call of (x, expert_ids, weights, *more); None: it must be launched step by step.
+
+        then: what is launched besides; more: what it takes.
+        """
+        choices, waits = (TOKENS, sent.kind.k), sent.kind.waits
+        return self._call(
+            [
+                sent.kind.send,
+                *(self._index_steps(sent) if waits else ()),
+                *(() if then is None else (then,)),
+            ],
+            {
+                "x": (x, (TOKENS, x.shape[1])),
+                "expert_ids": (sent.expert_ids, choices),
+                "weights": (sent.weights, choices),
+            }
+            | {name: (tensor, tuple(tensor.shape)) for name, tensor in more.items()},
+            _known(sent),
+            most_tokens,
+        )
+
+    def receive_call(self, sent: CudaDispatched) -> Call | None:
+        """The other half: a call of nothing but the number of tokens."""
+        steps = [self._wait_dispatch(), *self._index_steps(sent)]
+        return self._call(steps, {}, _known(sent), self.spec.max_tokens)
+
+    def combine_call(
+        self,
+        out: torch.Tensor,
+        y: torch.Tensor,
+        sent: CudaDispatched,
+        *,
+        reduce: Reduce,
+        places: torch.Tensor | None,
+        shared: bool,
+        part: Part = "whole",
+    ) -> Call | None:
+        """`combine` of others like these, or a half of it: a call of (out, y, expert_ids, weights),
+        and of places if there are any; None: it must be launched step by step."""
+        whole, choices = part == "whole", (TOKENS, sent.kind.k)
+        waits = whole and not self._alone(reduce)
+        steps = list[LaunchStep]()
+        if part != "receive":
+            if shared:
+                for_weights = whole or reduce == "rank"
+                steps += self._share_weights(sent, send=True, wait=for_weights)
+            steps.append(self._send_combine(sent, reduce=reduce, wait=waits, shared=shared))
+        if part == "receive":
+            steps.append(self._wait_combine())
+        if waits or part == "receive":
+            steps += self._reduce(sent, reduce=reduce, shared=shared)
+        tensors = {
+            "out": (out, (TOKENS, self.spec.hidden)),
+            "y": (y, (ROWS, self.spec.hidden) if places is None else tuple(y.shape)),
+            "expert_ids": (sent.expert_ids, choices),
+            "weights": (sent.weights, choices),
+        }
+        if places is not None:
+            tensors["position"] = places, tuple(places.shape)
+        return self._call(
+            steps,
+            tensors,
+            _known(sent) | {"position": self.position},
+            self.spec.max_tokens,
+        )
+
+    def _call(
+        self,
+        steps: list[LaunchStep],
+        tensors: Mapping[str, tuple[torch.Tensor, tuple[int, ...]]],
+        fixed: Mapping[str, Any],
+        most_tokens: int,
+    ) -> Call | None:
+        """See `make_call`. Not while this thread captures."""
+        call = make_call(
+            steps, tensors, fixed,
+            page=self.page, most_tokens=most_tokens, most_rows=self.most_rows,
+        )  # fmt: skip
+        if call is not None and self.tuning.at_once:
+            launch_at_once(call, steps)
+        return call
 
     def _source(self, sent: CudaDispatched, shared: bool) -> int:
         """Rows between the partial sums of two ranks; where a rank may also send rows of choices,

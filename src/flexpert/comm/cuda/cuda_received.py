@@ -25,6 +25,13 @@ class CudaReceived(Received):
     dispatch.
     """
 
+    # of most dispatches nobody asks; so an object has none of these before
+    _masked: tuple[int, ...] | None = None
+    _x: torch.Tensor | None = None
+    _scales: torch.Tensor | None = None
+    known_count: int | None = None
+    """`count`, once somebody has asked."""
+
     def __init__(
         self,
         buffer: CudaBuffer,
@@ -34,13 +41,12 @@ class CudaReceived(Received):
     ) -> None:
         self._buffer = buffer
         self.sent = sent
-        self.tokens_sent = sent.tokens
-        self._masked: tuple[int, ...] | None = None
         self.epoch = epoch
         self.sequence = sequence
-        self._count: int | None = None
-        self._x: torch.Tensor | None = None
-        self._scales: torch.Tensor | None = None
+
+    @property
+    def tokens_sent(self) -> int:  # type: ignore[override]
+        return self.sent.tokens
 
     @property
     def indexed(self) -> CudaIndexed:
@@ -54,12 +60,12 @@ class CudaReceived(Received):
     @property
     def count(self) -> int:
         """Number of rows."""
-        if self._count is None:
+        if self.known_count is None:
             self._check()
             count = int(self.indexed.offsets[-1])
             self._buffer.raise_reported()
-            self._count = count
-        return self._count
+            self.known_count = count
+        return self.known_count
 
     @property
     def masked(self) -> tuple[int, ...]:  # type: ignore[override]

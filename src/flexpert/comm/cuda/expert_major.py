@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from flexpert.comm.cuda.cuda_exchange import CudaDispatched, CudaExchange
+from flexpert.comm.cuda.kernel_launch import LaunchStep
 from flexpert.comm.cuda.wait_kernels import ARRIVED, SLOTS, part_of
 
 NOWHERE = -1  # in `places`: no row here
@@ -195,8 +196,7 @@ class Packing:
         width = min(tuning.pack_width, triton.next_power_of_2(words))
         items = spec.capacity * spec.max_tokens * triton.cdiv(words, width)
         x = into.x.view(torch.int32)
-        self._programs = slots + min(items, tuning.packers)
-        self._launch = exchange.prepare(
+        launch = exchange.prepare(
             pack_rows,
             {
                 "window": exchange.window.data_ptr(),
@@ -233,9 +233,7 @@ class Packing:
             },
             num_warps=tuning.pack_warps,
         )
-
-    def __call__(self, token: torch.Tensor) -> None:
-        self._launch(self._programs, token)
+        self.step = LaunchStep(launch, more=slots + min(items, tuning.packers))
 
 
 def pack(exchange: CudaExchange, sent: CudaDispatched, into: ExpertMajor) -> None:
@@ -247,7 +245,7 @@ def pack(exchange: CudaExchange, sent: CudaDispatched, into: ExpertMajor) -> Non
     if packing is None or packing.indexed is not sent.indexed:
         _check(exchange, sent, into)
         packing = into.packing = Packing(exchange, sent, into)
-    packing(into.token)
+    packing.step.start({"token": into.token})
 
 
 def _check(exchange: CudaExchange, sent: CudaDispatched, into: ExpertMajor) -> None:

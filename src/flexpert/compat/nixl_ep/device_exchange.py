@@ -152,6 +152,28 @@ class Device(ABC, Generic[A]):
     def again(self, done: DeviceDispatched[A], came: A, received: Received) -> A:
         """`came` of the dispatch that repeats `done`; the rows are where they were."""
 
+    def remember(self, done: DeviceDispatched[A], x: torch.Tensor) -> None:
+        """After a dispatch of x that was received at once: others like it may be direct."""
+
+    def dispatch_directly(
+        self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, rows: DispatchSizes
+    ) -> tuple[Returned, Received, A] | None:
+        """A dispatch in as few calls as can be: what `returned` and `fill` return, and what came;
+        None: it cannot be done so, whatever the reason, and nothing was."""
+        return None
+
+    def combine_directly(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor,
+        came: A,
+        received: Received,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Likewise a combine."""
+        return None
+
     @abstractmethod
     def discard(self, received: Received) -> None:
         """Combine nothing, since peers wait for a combine."""

@@ -10,12 +10,13 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from flexpert.comm.buffer import BufferSpec, Received, Reduce
 from flexpert.comm.cuda.cuda_buffer import CudaBuffer
+from flexpert.comm.cuda.cuda_exchange import ExchangeCalls
 from flexpert.comm.cuda.cuda_layout import Word
 from flexpert.comm.cuda.cuda_received import CudaReceived
 from flexpert.comm.cuda.expert_major import NOWHERE, ExpertMajor
@@ -41,9 +42,12 @@ _TURNS = 2  # sets of tensors: what a dispatch returned is valid until the dispa
 
 @dataclass(slots=True, eq=False)
 class GpuReturned(Returned):
-    """into: the same tensors, as `CudaReceived.pack` takes them."""
+    """into: the same tensors, as `CudaReceived.pack` takes them. used: more than once. calls: that
+    fill them; None: not known yet."""
 
     into: ExpertMajor
+    used: bool = False
+    calls: ExchangeCalls | None = None
 
 
 class GpuDevice(Device[torch.Tensor]):
@@ -108,7 +112,10 @@ class GpuDevice(Device[torch.Tensor]):
         else:
             returned = self._turns.popleft()
             if sys.getrefcount(returned.src_info) > _HELD:  # somebody has a handle that is too old
+                calls = returned.calls
                 returned = self._with_info(returned.into, rows)
+                returned.calls = calls
+            returned.used = True
         self._turns.append(returned)
         return returned
 
@@ -144,6 +151,46 @@ class GpuDevice(Device[torch.Tensor]):
         cast(CudaReceived, received).pack(into)
         self._captured = self._capturing()
         return into.places
+
+    def remember(self, done: DeviceDispatched[torch.Tensor], x: torch.Tensor) -> None:
+        returned, sent = cast(GpuReturned, done.returned), cast(CudaReceived, done.received).sent
+        packing = returned.into.packing
+        if self._captured or not returned.used or packing is None:
+            return
+        sent.calls = returned.calls = self.core.calls_of(
+            x, sent, done.rows.max_tokens, packing.step, token=returned.src_info
+        )
+
+    def dispatch_directly(
+        self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor, rows: DispatchSizes
+    ) -> tuple[Returned, Received, torch.Tensor] | None:
+        turns = self._turns
+        if rows is not self._rows or len(turns) < _TURNS:
+            return None
+        returned = turns[0]
+        if (
+            returned.calls is None
+            or sys.getrefcount(returned.src_info) > _HELD
+            or self._capturing()
+        ):
+            return None
+        received = self.core.dispatch_by(returned.calls, x, experts, weights, returned.src_info)
+        if received is None:
+            return None
+        turns.rotate(-1)
+        self._captured = False
+        return returned, received, returned.into.places
+
+    def combine_directly(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor,
+        came: torch.Tensor,
+        received: Received,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        return self.core.combine_by(received, x, out, weights, topk_idx, came)
 
     def again(
         self, done: DeviceDispatched[torch.Tensor], came: torch.Tensor, received: Received
@@ -214,19 +261,28 @@ class GpuDevice(Device[torch.Tensor]):
     def on_stream(self, work: Callable[[], None]) -> Callable[[], None]:
         if not self._on_gpu:
             return work
-        stream = torch.cuda.current_stream(self.at)
+        # by its address: to make one of torch's objects takes microseconds
+        index, begun = self.at.index, _raw_stream(self.at.index)
 
         def run() -> None:
+            if _raw_stream(index) == begun:
+                work()
+                return
+            stream = torch.cuda.default_stream(self.at)
+            if begun:
+                stream = torch.cuda.ExternalStream(begun, self.at)  # type: ignore[no-untyped-call]
             now = torch.cuda.current_stream(self.at)
             with torch.cuda.stream(stream):
                 work()
-            if now != stream:
-                now.wait_stream(stream)
+            now.wait_stream(stream)
 
         return run
 
     def _capturing(self) -> bool:
         return self._on_gpu and torch.cuda.is_current_stream_capturing()
+
+
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _reduce(experts: torch.Tensor) -> Reduce:

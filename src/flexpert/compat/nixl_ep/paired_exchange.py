@@ -21,6 +21,7 @@ import torch
 
 from flexpert.comm.buffer import Buffer, ExpertTable, Received, Scales
 from flexpert.comm.errors import StaleEpoch
+from flexpert.compat.nixl_ep.call_checks import check_bound
 from flexpert.compat.nixl_ep.device_exchange import (
     A,
     Device,
@@ -91,7 +92,7 @@ class PairedExchange(Generic[A]):
         what `core` checks."""
         with self._lifetime.call():
             self.settle()
-            rows = self._rows_of(x.size(1), max_tokens, ranks, fp8)
+            rows = self.rows_of(x.size(1), max_tokens, ranks, fp8)
             wire = widened(x, self._core.spec.hidden)
             if later and wire is x and fp8 is None and self.device.own_rows_wait:
                 wire = x.clone()  # the user may write to x now
@@ -103,6 +104,8 @@ class PairedExchange(Generic[A]):
                 received = self._core.dispatch(wire, routes, weights, self._table, fp8=fp8)
                 done = self._begun(routes, rows)
                 self._receive(done, received, recv_stats, wait_stats, before)
+                if wire is x:
+                    self.device.remember(done, x)
                 return done, None
             pending = self._core.begin_dispatch(wire, routes, weights, self._table, fp8=fp8)
             done = self._begun(routes, rows)
@@ -111,6 +114,48 @@ class PairedExchange(Generic[A]):
                 self._receive(done, pending(), recv_stats, wait_stats, before)
 
             return done, self._finish(receive)
+
+    def dispatch_directly(
+        self, x: torch.Tensor, experts: torch.Tensor, rows: DispatchSizes
+    ) -> DeviceDispatched[A] | None:
+        """`dispatch` of what is known to be usual: not later, without statistics; None: something
+        is not, and `dispatch` says what, or does it. rows: of `rows_of`."""
+        if self._outstanding is not None or self._uncombined is not None:
+            return None  # nothing may be settled before all arguments are known to fit
+        with self._lifetime.call():
+            weights = self._weights(experts)
+            direct = self.device.dispatch_directly(x, experts, weights, rows)
+            if direct is None:
+                return None
+            returned, received, came = direct
+            done = DeviceDispatched(experts, self._table, rows, returned, came, received)
+            self._uncombined = received
+            self._kept.append(done)
+            return done
+
+    def combine_directly(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        weights: torch.Tensor,
+        handle: Handle,
+        out: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Likewise `combine`, of the last dispatch."""
+        received = self._uncombined
+        if received is None or self._outstanding is not None:
+            return None
+        done = self._kept[-1]
+        if done.received is not received or handle[0] is not done.returned.src_info:
+            return None
+        if done.rows.ranks < self._core.spec.capacity:
+            check_bound(done.rows.ranks, self._core.active)
+        with self._lifetime.call():
+            came = _came(done)
+            result = self.device.combine_directly(x, topk_idx, weights, came, received, out)
+            if result is not None:
+                self._uncombined = done.received = None
+            return result
 
     def _begun(self, routes: torch.Tensor, rows: DispatchSizes) -> DeviceDispatched[A]:
         """Of a dispatch that was sent: only now are tensors taken from earlier ones."""
@@ -135,7 +180,7 @@ class PairedExchange(Generic[A]):
         if wait_stats is not None:
             _add_since(wait_stats, before, self.device.waited("dispatch"))
 
-    def _rows_of(
+    def rows_of(
         self, hidden: int, max_tokens: int, ranks: int, fp8: Scales | None
     ) -> DispatchSizes:
         """The same object for equal arguments."""

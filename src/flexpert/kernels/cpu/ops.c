@@ -326,16 +326,16 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
 INLINE void store_tile(const f32x16 *acc, const char *bias, char *y, long n, int live_rows,
                        int live_outs, int rows, int outs, int dtype) {
     float sums[16] = {0};
-    if (rows * outs == 16) {
+    if (rows * outs >= 8) { /* what there is not of 16 is 0 */
         f32x16 s = fold16(acc);
-        if (dtype == BFLOAT16 && live_rows == rows && live_outs == outs) {
+        if (dtype == BFLOAT16 && live_outs == outs) {
             uint16_t add[16] = {0};
             UNROLL for (int r = 0; r < rows; r++)
                 if (bias) memcpy(add + r * outs, bias, outs * 2);
             if (bias) s += (f32x16)(__builtin_convertvector(load_u16(add), u32x16) << 16);
             const u16x16 rounded = round16(s);
             UNROLL for (int r = 0; r < rows; r++)
-                memcpy(y + r * n * 2, (const char *)&rounded + r * outs * 2, outs * 2);
+                if (r < live_rows) memcpy(y + r * n * 2, (const char *)&rounded + r * outs * 2, outs * 2);
             return;
         }
         memcpy(sums, &s, sizeof s);
@@ -356,7 +356,7 @@ INLINE void store_tile(const f32x16 *acc, const char *bias, char *y, long n, int
     }
 }
 
-/* One tile of y = x w^T + b: writes the first `live_rows` and `live_outs` of it. */
+/* One tile of y = x w^T + b: writes the first `live_rows`, known at compile time, and `live_outs` of it. */
 INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y, long k, long n,
                         int live_rows, int live_outs, int rows, int outs, int dtype, int level,
                         const char *ahead, int lines) {
@@ -365,40 +365,97 @@ INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y,
     f32x16 acc[16];
     UNROLL for (int r = 0; r < rows; r++) xp[r] = x + (r < live_rows ? r : live_rows - 1) * k * width;
     UNROLL for (int o = 0; o < outs; o++) wp[o] = w + (o < live_outs ? o : live_outs - 1) * k * width;
-    UNROLL for (int i = 0; i < rows * outs; i++) acc[i] = (f32x16){0};
+    UNROLL for (int i = 0; i < 16; i++) acc[i] = (f32x16){0};
     dot_tile(xp, wp, k, rows, outs, dtype, level, ahead, lines, acc);
     store_tile(acc, bias, y, n, live_rows, live_outs, rows, outs, dtype);
+}
+
+enum { COPIED = 32 << 10 }; /* bytes of weights that are copied to where they lie as vectors do */
+
+/* How many weight rows of so many bytes stay in the nearest cache, beside a few rows of x. */
+INLINE int resident_rows(long bytes) { return bytes <= 1024 ? 16 : bytes <= 4096 ? 8 : 4; }
+
+/* So many bytes, a multiple of 64, to where they lie as vectors do. Inline: what the library has for
+ * some KiB is slow from places that are no multiples of 64. */
+INLINE void copy_lines(char *to, const char *from, long bytes) {
+    for (long i = 0; i < bytes; i += 64) {
+        const u32x16 line = load_u32(from + i);
+        *(volatile u32x16 *)(to + i) = line;
+    }
+}
+
+/* 4, 8 or 16 outs and 4 rows or more, by tiles of 4 x 4. Meanwhile as many weight rows are fetched from
+ * `ahead` on (NULL: none), evenly, but not while rows of x come from the second cache, as they do at
+ * the first of the tiles that share them: a processor waits for so many lines at a time and no more. */
+INLINE void linear_panel(const char *x, const char *w, const char *bias, char *y, long rows, long outs, long k,
+                         long stride, int dtype, int level, const char *ahead) {
+    const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width, every = rows < 16 ? 1 : rows < 32 ? 2 : rows / 16;
+    long left = ahead ? outs : 0, tile = 0, r = 0;
+#define TILE(R, O, LIVE, LINES)                                                                    \
+    linear_tile(x + r * row, w + o * row, bias ? bias + o * width : NULL, y + (r * stride + o) * width, k,      \
+                stride, LIVE, O, R, O, dtype, level, ahead, LINES)
+#define FETCHING(LINES) (TILE(4, 4, 4, LINES), ahead += (LINES) * row, left -= LINES)
+    for (; r + 4 <= rows; r += 4)
+        for (long o = 0; o < outs; o += 4, tile++) {
+            if (left == 0 || tile % every != every - 1) TILE(4, 4, 4, 0);
+            else if (rows < 8) FETCHING(4);
+            else if (rows < 32) FETCHING(2);
+            else FETCHING(1);
+        }
+    if (rows - r == 3) {
+        for (long o = 0; o < outs; o += 4) TILE(4, 4, 3, 0);
+    } else if (rows - r == 2 && outs > 4) {
+        for (long o = 0; o < outs; o += 8) TILE(2, 8, 2, 0);
+    } else {
+        for (; r < rows; r++) {
+            const long o = 0;
+            if (outs == 16) TILE(1, 16, 1, 0);
+            else if (outs == 8) TILE(1, 8, 1, 0);
+            else TILE(1, 4, 1, 0);
+        }
+    }
+#undef FETCHING
+#undef TILE
 }
 
 /* y = x w^T + b of one group; rows of y lie `stride` apart. Tiles have 16 accumulators where there are 32 vector registers, else 4. */
 INLINE void linear_group(const char *x, const char *w, const char *bias, char *y, long rows, long k,
                          long n, long stride, int dtype, int level) {
-    const long width = dtype == BFLOAT16 ? 2 : 4;
+    const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width;
     const int tall = level >= BIG ? 4 : 2, block = 16;
-    for (long o0 = 0; o0 < n; o0 += block) { /* 16 weight rows stay in the cache for all x rows */
-        int outs = (int)(n - o0 < block ? n - o0 : block);
-        const char *wb = w + o0 * k * width, *bb = bias ? bias + o0 * width : NULL;
-        /* the next 16, as evenly over the tiles of these as can be; one or two rows leave no time for it */
-        const char *ahead = o0 + 2 * block <= n ? wb + block * k * width : wb;
-        int left = block;
+    char copied[COPIED] __attribute__((aligned(64)));
+    for (long o0 = 0; o0 < n; o0 += block) { /* 16 weight rows stay in the second cache for all x rows */
+        const long outs = n - o0 < block ? n - o0 : block;
+        const char *wb = w + o0 * row, *bb = bias ? bias + o0 * width : NULL;
+        if (level >= BIG && outs == block && rows >= 4) {
+            const long some = resident_rows(row);
+            const int copies = rows >= 16 && (uintptr_t)w % 64 && row % 64 == 0 && some * row <= COPIED;
+            for (long o = 0; o < block; o += some) {
+                const char *from = wb + o * row;
+                const char *ahead = o0 + o + 2 * some <= n ? from + some * row : NULL;
+                if (copies) copy_lines(copied, from, some * row), from = copied;
+                linear_panel(x, from, bb ? bb + o * width : NULL, y + (o0 + o) * width, rows, some, k, stride,
+                             dtype, level, ahead);
+            }
+            continue;
+        }
         for (long r0 = 0; r0 < rows; r0 += tall) {
-            int live = (int)(rows - r0 < tall ? rows - r0 : tall);
-            const char *xr = x + r0 * k * width;
+            const int live = (int)(rows - r0 < tall ? rows - r0 : tall);
+            const char *xr = x + r0 * row;
             char *yr = y + (r0 * stride + o0) * width;
-#define TILE(R, O, LINES)                                                                          \
-    for (int o = 0; o < outs; o += O, ahead += (LINES) * k * width, left -= LINES)                 \
-    linear_tile(xr, wb + o * k * width, bb ? bb + o * width : NULL, yr + o * width, k, stride, live,\
-                outs - o < O ? outs - o : O, R, O, dtype, level, ahead, LINES)
+#define TILE(R, O, LIVE, LINES)                                                                    \
+    for (long o = 0; o < outs; o += O)                                                             \
+    linear_tile(xr, wb + o * row, bb ? bb + o * width : NULL, yr + o * width, k, stride, LIVE,     \
+                (int)(outs - o < O ? outs - o : O), R, O, dtype, level, wb + (block + o) * row, LINES)
             if (level >= BIG) {
-                if (live == 1) TILE(1, 16, 0);
-                else if (live == 2) TILE(2, 8, 0);
-                else if (left == 0) TILE(4, 4, 0);
-                else if (rows <= 4) TILE(4, 4, 4);
-                else if (rows <= 8) TILE(4, 4, 2);
-                else TILE(4, 4, 1);
+                if (live == 1) TILE(1, 16, 1, 0); /* one or two rows leave no time to fetch anything */
+                else if (live == 2) TILE(2, 8, 2, 0);
+                else if (live == 4) TILE(4, 4, 4, 0);
+                else if (rows == 3 && o0 + 2 * block <= n) TILE(4, 4, 3, 4);
+                else TILE(4, 4, 3, 0);
             } else {
-                if (live == 1) TILE(1, 4, 0);
-                else TILE(2, 2, 0);
+                if (live == 1) TILE(1, 4, 1, 0);
+                else TILE(2, 2, 2, 0);
             }
 #undef TILE
         }
@@ -682,23 +739,25 @@ typedef struct {
 } attention_args;
 
 /* Unpack `n` elements to floats, padded with zeros to a whole vector; bf16 becomes, for each 32
- * elements, 16 even ones and then 16 odd ones (`pack` undoes it). */
-INLINE void unpack(const char *src, float *dst, long n, int dtype) {
+ * elements, 16 even ones and then 16 odd ones (`pack` undoes it). Vectors of 16 lie `apart` floats apart. */
+INLINE void unpack(const char *src, float *dst, long n, long apart, int dtype) {
+    char rest[64] = {0};
     if (dtype == FLOAT32) {
-        long padded = (n + 15) / 16 * 16;
-        memcpy(dst, src, n * 4);
-        for (long i = n; i < padded; i++) dst[i] = 0.0f;
+        for (long i = 0; i < n; i += 16, dst += apart) {
+            const char *from = src + i * 4;
+            if (n - i < 16) from = memcpy(rest, from, (n - i) * 4);
+            memcpy(dst, from, 64);
+        }
         return;
     }
-    for (long i = 0; i < n; i += 32) {
-        char rest[64] = {0};
+    for (long i = 0; i < n; i += 32, dst += 2 * apart) {
         const char *from = src + i * 2;
         if (n - i < 32) from = memcpy(rest, from, (n - i) * 2);
         UNROLL for (int h = 0; h < 2; h++) {
             u32x8 pairs = load_pairs(from + 32 * h);
             f32x8 e = even8(pairs), o = odd8(pairs);
-            memcpy(dst + i + 8 * h, &e, sizeof e);
-            memcpy(dst + i + 16 + 8 * h, &o, sizeof o);
+            memcpy(dst + 8 * h, &e, sizeof e);
+            memcpy(dst + apart + 8 * h, &o, sizeof o);
         }
     }
 }
@@ -708,8 +767,12 @@ INLINE void pack(const float *src, float scale, char *dst, long n, int dtype) {
         for (long i = 0; i < n; i++) ((float *)dst)[i] = src[i] * scale;
         return;
     }
-    for (long i = 0; i < n; i++)
-        ((uint16_t *)dst)[i] = to_bf16(src[(i & ~31L) + (i & 1) * 16 + ((i & 31) >> 1)] * scale);
+    for (long i = 0; i < n; i += 32) {
+        const u32x16 e = __builtin_convertvector(round16(load_f32(src + i) * scale), u32x16);
+        const u32x16 o = __builtin_convertvector(round16(load_f32(src + i + 16) * scale), u32x16);
+        const u32x16 pairs = e | o << 16;
+        memcpy(dst + i * 2, &pairs, n - i < 32 ? (n - i) * 2 : 64);
+    }
 }
 
 INLINE void store_kv(const attention_args *a) {
@@ -744,7 +807,8 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
     const int32_t *table = a->block_tables + s * a->max_blocks;
     float *key_tile = scratch, *value_tile = key_tile + KEY_TILE * kd;
     float *query = value_tile + KEY_TILE * vd, *acc = query + PANEL * kd;
-    float peak[PANEL], sum[PANEL];
+    float peak[PANEL], sum[PANEL], shrinks[PANEL];
+    float weights[PANEL][KEY_TILE] __attribute__((aligned(64))); /* of a tile: scores, and what they come to */
     long low[PANEL], high[PANEL]; /* positions seen: low <= key <= high */
 
     for (long m0 = 0; m0 < rows * group; m0 += PANEL) {
@@ -752,7 +816,7 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
         for (long m = 0; m < panel; m++) {
             const long row = (m0 + m) / group, head = kv_head * group + (m0 + m) % group;
             unpack(a->query + ((begin + row) * a->query_stride[0] + head * a->query_stride[1]) * width,
-                   query + m * kd, a->key_dim, dtype);
+                   query + m * kd, a->key_dim, 16, dtype);
             memset(acc + m * vd, 0, vd * sizeof(float));
             high[m] = first + row;
             low[m] = a->window > 0 && high[m] >= a->window ? high[m] - a->window + 1 : 0;
@@ -787,21 +851,26 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                     for (long i = 0; i < a->key_dim * width; i += 64) __builtin_prefetch(key + step * a->key_dim + i);
                     for (long i = 0; i < a->value_dim * width; i += 64) __builtin_prefetch(value + step * a->value_row + i);
                 }
-                unpack(key, key_tile + j * kd, a->key_dim, dtype);
-                unpack(value, value_tile + j * vd, a->value_dim, dtype);
+                unpack(key, key_tile + j * 16, a->key_dim, 16 * KEY_TILE, dtype);
+                unpack(value, value_tile + j * 16, a->value_dim, 16 * KEY_TILE, dtype);
             }
             const long kw = dtype == BFLOAT16 ? kd : (a->key_dim + 15) / 16 * 16;
             const long vw = dtype == BFLOAT16 ? vd : (a->value_dim + 15) / 16 * 16;
-            for (long m = 0; m < panel; m++) {
-                if (high[m] < base || low[m] >= base + KEY_TILE) continue;
+            /* Rows follow each other, so that those that see any of these keys do, too. Each does one thing
+             * for all of them: steps of one row wait for each other, those of several do not. */
+            long some = 0, end = panel;
+            while (some < panel && high[some] < base) some++;
+            while (end > some && low[end - 1] >= base + KEY_TILE) end--;
+            for (long m = some; m < end; m++) {
                 const float *q = query + m * kd;
                 f32x16 score;
                 if (level >= BIG) {
                     f32x16 part[16];
                     UNROLL for (int j = 0; j < 16; j++) part[j] = (f32x16){0};
                     for (long c = 0; c < kw; c += 16) {
-                        f32x16 qv = load_f32(q + c);
-                        UNROLL for (int j = 0; j < 16; j++) part[j] += qv * load_f32(key_tile + j * kd + c);
+                        const f32x16 qv = load_f32(q + c);
+                        const float *keys = key_tile + c * KEY_TILE;
+                        UNROLL for (int j = 0; j < 16; j++) part[j] += qv * load_f32(keys + j * 16);
                     }
                     score = fold16(part);
                 } else {
@@ -811,9 +880,9 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                         UNROLL for (int j = 0; j < 4; j++) part[j][0] = part[j][1] = (f32x8){0};
                         for (long c = 0; c < kw; c += 16) {
                             UNROLL for (int h = 0; h < 2; h++) {
-                                f32x8 qv = load_half(q + c + 8 * h);
-                                UNROLL for (int j = 0; j < 4; j++)
-                                    part[j][h] += qv * load_half(key_tile + (j0 + j) * kd + c + 8 * h);
+                                const f32x8 qv = load_half(q + c + 8 * h);
+                                const float *keys = key_tile + c * KEY_TILE + j0 * 16 + 8 * h;
+                                UNROLL for (int j = 0; j < 4; j++) part[j][h] += qv * load_half(keys + j * 16);
                             }
                         }
                         UNROLL for (int j = 0; j < 4; j++)
@@ -828,44 +897,50 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                     f32x16 size = (1.0f - e) / (1.0f + e) * a->softcap;
                     score = (f32x16)((u32x16)size | ((u32x16)score & 0x80000000u));
                 }
+                memcpy(weights[m], &score, sizeof score);
+            }
+            for (long m = some; m < end; m++) {
                 const int from = low[m] > base ? (int)(low[m] - base) : 0;
                 const int to = high[m] < base + KEY_TILE - 1 ? (int)(high[m] - base) : KEY_TILE - 1;
                 const u32x16 seen = load_u32(FROM + 16 - from) & load_u32(TO + 15 - to);
                 const u32x16 minus_infinity = (u32x16)splat(-__builtin_inff());
-                score = (f32x16)(((u32x16)score & seen) | (minus_infinity & ~seen));
+                const f32x16 score = (f32x16)((load_u32(weights[m]) & seen) | (minus_infinity & ~seen));
                 const float top = max_of(score);
-                if (top > peak[m]) {
-                    const float shrink = exp1(peak[m] - top); /* at first of nothing */
-                    peak[m] = top;
-                    sum[m] *= shrink;
-                    for (long c = 0; c < vw; c += 16) {
-                        f32x16 v = load_f32(acc + m * vd + c) * shrink;
-                        memcpy(acc + m * vd + c, &v, sizeof v);
-                    }
-                }
-                f32x16 weight = exp16(score - peak[m]);
-                weight = (f32x16)((u32x16)weight & seen);
-                sum[m] += fold(weight);
-                float p[16];
-                memcpy(p, &weight, sizeof p);
+                shrinks[m] = top > peak[m] ? exp1(peak[m] - top) : 1.0f; /* at first of nothing */
+                if (top > peak[m]) peak[m] = top;
+                const f32x16 weight = (f32x16)((u32x16)exp16(score - peak[m]) & seen);
+                sum[m] = sum[m] * shrinks[m] + fold(weight);
+                memcpy(weights[m], &weight, sizeof weight);
+            }
+            for (long m = some; m < end; m++) {
+                const int from = low[m] > base ? (int)(low[m] - base) : 0;
+                const int to = high[m] < base + KEY_TILE - 1 ? (int)(high[m] - base) : KEY_TILE - 1;
+                const float *p = weights[m];
                 float *total = acc + m * vd;
+                if (shrinks[m] != 1.0f)
+                    for (long c = 0; c < vw; c += 16) {
+                        const f32x16 v = load_f32(total + c) * shrinks[m];
+                        memcpy(total + c, &v, sizeof v);
+                    }
                 if (level >= BIG && from == 0 && to == KEY_TILE - 1) { /* weights in registers */
                     for (long c = 0; c < vw; c += 16) {
+                        const float *values = value_tile + c * KEY_TILE;
                         f32x16 v = load_f32(total + c);
-                        UNROLL for (int j = 0; j < KEY_TILE; j++)
-                            v += splat(p[j]) * load_f32(value_tile + j * vd + c);
+                        UNROLL for (int j = 0; j < KEY_TILE; j++) v += splat(p[j]) * load_f32(values + j * 16);
                         memcpy(total + c, &v, sizeof v);
                     }
                 } else if (level >= BIG) {
                     for (long c = 0; c < vw; c += 16) {
+                        const float *values = value_tile + c * KEY_TILE;
                         f32x16 v = load_f32(total + c);
-                        for (int j = from; j <= to; j++) v += splat(p[j]) * load_f32(value_tile + j * vd + c);
+                        for (int j = from; j <= to; j++) v += p[j] * load_f32(values + j * 16);
                         memcpy(total + c, &v, sizeof v);
                     }
                 } else {
                     for (long c = 0; c < vw; c += 8) {
+                        const float *values = value_tile + c / 16 * 16 * KEY_TILE + c % 16;
                         f32x8 v = load_half(total + c);
-                        for (int j = from; j <= to; j++) v += p[j] * load_half(value_tile + j * vd + c);
+                        for (int j = from; j <= to; j++) v += p[j] * load_half(values + j * 16);
                         memcpy(total + c, &v, sizeof v);
                     }
                 }

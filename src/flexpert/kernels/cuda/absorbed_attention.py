@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.attention_parts import MOST_SPLITS, merge_splits, padded
+from flexpert.kernels.cuda.attention_parts import MOST_SPLITS, merge_splits, padded, split_sums
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 from flexpert.kernels.step_shapes import lanes
 
@@ -263,11 +263,7 @@ def attend_latents(
     processors = multiprocessor_count(query.device, interpreted=8)  # so that it meets both ways
     most = min(tiling.fill * processors // programs, MOST_SPLITS, longest // (2 * tiling.keys))
     splits = 1 << max(1, most).bit_length() - 1  # each power of two is a kernel in decode steps
-    partial = peaks = sums = out
-    if splits > 1:
-        shape = (splits, heads, tokens)
-        partial = torch.empty((*shape, rank), dtype=torch.float32, device=query.device)
-        peaks, sums = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
+    parts = split_sums(out, splits)
     _attend_latents[(tokens, -(-heads // tiling.heads), splits)](
         query,
         rotary,
@@ -277,9 +273,7 @@ def attend_latents(
         block_tables,
         sinks,
         out,
-        partial,
-        peaks,
-        sums,
+        *parts,
         first,
         sequences,
         max_blocks,
@@ -309,24 +303,7 @@ def attend_latents(
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
-    if splits > 1:
-        rows = heads * tokens
-        merge_splits[(rows,)](
-            partial,
-            peaks,
-            sums,
-            query_start,
-            out,
-            rows,
-            sequences,
-            splits,
-            HEADS=heads,
-            VALUE=rank,
-            VALUE_PAD=padded(rank),
-            SPLITS_PAD=splits if decode else MOST_SPLITS,
-            DECODE=True,  # all rows are there
-            num_warps=4,
-        )
+    merge_splits(parts, out, splits, lanes=splits if decode else MOST_SPLITS)
     return out
 
 

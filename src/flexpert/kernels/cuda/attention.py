@@ -14,7 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.attention_parts import LOG2_E, merge_splits, padded, splits_of
+from flexpert.kernels.cuda.attention_parts import (
+    LOG2_E,
+    merge_splits,
+    padded,
+    split_sums,
+    splits_of,
+)
 from flexpert.kernels.cuda.prompt_attention import attend_prompts
 
 
@@ -318,11 +324,7 @@ def attend(
     if window:
         longest = min(longest, window + 1 + tiling.keys)
     splits = splits_of(tokens * kv_heads, longest // (2 * tiling.keys), tiling.fill, query.device)
-    partial = peaks = sums = out
-    if splits > 1:
-        shape = (splits, tokens, heads)
-        partial = torch.empty((*shape, value_dim), dtype=torch.float32, device=query.device)
-        peaks, sums = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
+    parts = split_sums(out, splits)
     _attend_decode[(tokens, kv_heads, splits)](
         query,
         key_cache,
@@ -331,9 +333,7 @@ def attend(
         block_tables,
         sinks,
         out,
-        partial,
-        peaks,
-        sums,
+        *parts,
         max_blocks,
         tokens,
         splits,
@@ -358,23 +358,7 @@ def attend(
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
-    if splits > 1:
-        merge_splits[(tokens * heads,)](
-            partial,
-            peaks,
-            sums,
-            query_start,
-            out,
-            tokens * heads,
-            sequences,
-            splits,
-            HEADS=heads,
-            VALUE=value_dim,
-            VALUE_PAD=value_pad,
-            SPLITS_PAD=splits,
-            DECODE=True,
-            num_warps=4,
-        )
+    merge_splits(parts, out, splits, lanes=splits)
     return out
 
 

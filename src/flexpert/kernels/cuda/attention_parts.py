@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 
@@ -38,7 +39,7 @@ def queries_of_program(
 
 
 @triton.jit(do_not_specialize=["rows", "sequences", "splits"])
-def merge_splits(
+def _merge_splits(
     partial,
     peaks,
     sums,
@@ -71,6 +72,46 @@ def merge_splits(
         )
         result = tl.sum(part * factor[:, None], 0) / tl.where(total == 0.0, 1.0, total)
         tl.store(out + row * VALUE + v, result.to(out.dtype.element_ty), mask=v < VALUE)
+
+
+def split_sums(out: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What programs that share the keys of a row leave for `merge_splits`; `out` for each, if none
+    do.
+
+    out: [.., value]. Returns: of each split the sums of values [splits, .., value], the highest
+    score and the sum of exponentials, both [splits, ..]; all float32.
+    """
+    if splits == 1:
+        return out, out, out
+    shape, device = (splits, *out.shape[:-1]), out.device
+    partial = torch.empty((*shape, out.shape[-1]), dtype=torch.float32, device=device)
+    peaks, sums = torch.empty((2, *shape), dtype=torch.float32, device=device)
+    return partial, peaks, sums
+
+
+def merge_splits(
+    parts: tuple[Tensor, Tensor, Tensor],
+    out: Tensor,
+    splits: int,
+    query_start: Tensor | None = None,
+    *,
+    lanes: int,
+) -> None:
+    """out ← the results of all splits, if there are several.
+
+    parts: of `split_sums`. query_start: [S + 1], where only the tokens before its last are there;
+    out is [tokens, heads, value] then. lanes: a power of two, `splits` at least, and a kernel each.
+    """
+    if splits == 1:
+        return
+    rows, value = out.shape[:-1].numel(), out.shape[-1]
+    _merge_splits[(rows,)](
+        *parts, query_start, out, rows,
+        0 if query_start is None else query_start.shape[0] - 1,
+        splits,
+        HEADS=out.shape[1], VALUE=value, VALUE_PAD=padded(value), SPLITS_PAD=lanes,
+        DECODE=query_start is None, num_warps=4,
+    )  # fmt: skip
 
 
 def padded(dim: int) -> int:

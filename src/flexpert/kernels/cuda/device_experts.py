@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexpert.kernels.cuda.few_tokens import fits
 from flexpert.kernels.cuda.gates import clamped_swiglu, clamped_swiglu_of
 from flexpert.kernels.cuda.grouped_products import grouped_product, launched_rows
 from flexpert.kernels.experts import ALIGNMENT, ExpertShape, ExpertWeights, Gate
@@ -196,6 +197,21 @@ class DeviceExperts:
             biases=None if self.shape.biases is None else down_bias,
             expected=expected,
             deterministic=self._deterministic,
+        )
+
+    def addresses(self, layer: int) -> tuple[Tensor, Tensor]:
+        """[slots] int64 each: where gate_up and down of a layer's experts lie."""
+        gate_up, down = self._tables[:2, layer]
+        return gate_up, down
+
+    def takes_few(self, topk: int, apply_gate: Gate) -> bool:
+        """Whether `FewTokens.experts` computes them, of tokens with so many choices."""
+        shape = self.shape
+        return (
+            shape.format is None
+            and shape.biases is None
+            and fits(shape.hidden, shape.height // 2, topk)
+            and self._is_swiglu(apply_gate)
         )
 
     def _apply(self, apply_gate: Gate, hidden: Tensor, rows: Tensor, programs: int) -> Tensor:

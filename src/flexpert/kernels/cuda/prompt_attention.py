@@ -23,6 +23,7 @@ from flexpert.kernels.cuda.attention_parts import (
     merge_splits,
     padded,
     queries_of,
+    split_sums,
     splits_of,
 )
 from flexpert.kernels.cuda.hopper_attention import attend_prompts_hopper, layouts
@@ -221,15 +222,10 @@ def attend_prompts(
     if window:
         longest = min(longest, window + together + tiling.keys)
     splits = splits_of(programs * kv_heads, longest // (2 * tiling.keys), tiling.fill, query.device)
-    partial = peaks = sums = out
-    if splits > 1:
-        shape = (splits, tokens, heads)
-        partial = torch.empty((*shape, value_dim), dtype=torch.float32, device=query.device)
-        peaks, sums = torch.empty((2, *shape), dtype=torch.float32, device=query.device)
+    parts = split_sums(out, splits)
     arguments = (
-        query, key_cache, value_cache, query_start, context_len, block_tables, sinks, out, partial,
-        peaks, sums, sequences, max_blocks, tokens, splits, scaling, softcap, query.stride(0),
-        query.stride(1),
+        query, key_cache, value_cache, query_start, context_len, block_tables, sinks, out, *parts,
+        sequences, max_blocks, tokens, splits, scaling, softcap, query.stride(0), query.stride(1),
     )  # fmt: skip
     constants = {
         "SEQUENCES": lanes(sequences),
@@ -266,23 +262,7 @@ def attend_prompts(
             num_warps=tiling.warps,
             num_stages=tiling.stages,
         )
-    if splits > 1:
-        merge_splits[(tokens * heads,)](
-            partial,
-            peaks,
-            sums,
-            query_start,
-            out,
-            tokens * heads,
-            sequences,
-            splits,
-            HEADS=heads,
-            VALUE=value_dim,
-            VALUE_PAD=value_pad,
-            SPLITS_PAD=MOST_SPLITS,
-            DECODE=False,
-            num_warps=4,
-        )
+    merge_splits(parts, out, splits, query_start, lanes=MOST_SPLITS)
     return out
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexpert.kernels.cuda.device_experts import DeviceExperts, SlotAddresses, StagedExperts
+from flexpert.kernels.cuda.few_tokens import FewTokens
 from flexpert.kernels.cuda.row_sorting import combine, sort_by_slot
 from flexpert.kernels.experts import ExpertShape, Gate
 from flexpert.moe.moe_layers import LayerState
@@ -55,6 +56,7 @@ class LocalExperts:
         self._tokens = torch.zeros(1, dtype=torch.int32, device=device)
         self._experts = DeviceExperts(layers, experts, shape, device, deterministic=deterministic)
         self._slot_of = torch.full((layers, experts), -1, dtype=torch.int32, device=device)
+        self._few = None if deterministic else FewTokens(device)
 
     def stage(self, layers: Sequence[LayerState[SlotAddresses]]) -> StagedLocalExperts:
         """As `ElasticMoELayers.stage`.
@@ -106,3 +108,28 @@ class LocalExperts:
         rows = sort_by_slot(expert_ids, self._slot_of[layer], self._tokens, experts.slots)
         y = experts.compute(layer, x, rows.token, rows.offsets, rows.token.shape[0], apply_gate)
         return combine(y, rows.row, weights, out)
+
+    def forward_added(
+        self,
+        layer: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        residual: Tensor,
+        apply_gate: Gate,
+    ) -> Tensor | None:
+        """As `AddingMoELayers.forward_added`."""
+        if self._few is None or not self._experts.takes_few(expert_ids.shape[1], apply_gate):
+            return None
+        self.walked += 1
+        experts = self._experts
+        return self._few.experts(
+            x,
+            expert_ids,
+            weights,
+            self._slot_of[layer],
+            self._tokens,
+            *experts.addresses(layer),
+            experts.shape.height // 2,
+            residual,
+        )

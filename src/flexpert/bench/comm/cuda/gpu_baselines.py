@@ -453,6 +453,13 @@ def eager_kinds(fp8: Scales | None) -> tuple[GpuKind, ...]:
             make=lambda site: CudaBufferBaseline(site, prepared=False),
             time="the same with each kernel launched by Triton: what prepared launches save",
         ),
+        replace(
+            ours,
+            name="flexpert, kernel by kernel",
+            family="launches",
+            make=lambda site: CudaBufferBaseline(site, at_once=False),
+            time="the same with a launch of the driver for each kernel: what graphs of them save",
+        ),
         captured[INTERFACE],
         captured[NIXL_EP],
     )

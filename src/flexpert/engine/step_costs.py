@@ -1,0 +1,73 @@
+"""Whether proposed tokens pay, by what steps have cost so far. Pure.
+
+On a GPU steps are padded to few sizes, and what a row costs depends on the model: next to nothing
+where all weights are read anyway, as much as any other where each row reads experts of its own. So
+it is measured while requests run: steps without proposed tokens, of each size, and with them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+_SAMPLES: Final = 4  # of a kind of step, until it is known
+_WEIGHT: Final = 0.1  # of the latest time
+_FAR: Final = 3.0  # times as long as usual: something else was the reason
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 32, 512  # steps
+_TRIAL: Final = 8  # steps after a pause, in which it is seen anew what comes true
+
+
+def padded(rows: int) -> int:
+    """The least of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … that holds `rows`, as steps are
+    captured."""
+    if rows <= 8:
+        return 1 << max(rows - 1, 0).bit_length()
+    unit = max(8, 1 << (rows - 1).bit_length() - 2)
+    return -(-rows // unit) * unit
+
+
+class StepCosts:
+    """Times of steps that only decode, by rows and by the most tokens that the model proposed in
+    them for a sequence."""
+
+    def __init__(self) -> None:
+        self._times: dict[tuple[int, int], tuple[int, float]] = {}  # samples, seconds
+        self._wait = 0  # steps until something is proposed again
+        self._pause = _SHORTEST_PAUSE
+        self._trial = 0  # steps for which nothing is decided
+
+    def note(self, rows: int, proposed: int, seconds: float) -> None:
+        """A step took so long."""
+        key = padded(rows), proposed
+        count, usual = self._times.get(key, (0, seconds))
+        if count >= _SAMPLES and seconds > _FAR * usual:
+            return
+        weight = max(_WEIGHT, 1 / (count + 1))
+        self._times[key] = count + 1, usual + weight * (seconds - usual)
+
+    def due(self, rows: int) -> bool:
+        """Whether something may be proposed for a step of so many rows, and behind it."""
+        if self._wait:
+            self._wait -= 1
+            self._trial = _TRIAL
+            return False
+        return self._known(rows, 0) is not None
+
+    def pays(self, rows: int, drafted: int, proposed: int, hoped: float) -> bool:
+        """Whether a step of so many rows is better computed with `drafted` more, of which `hoped`
+        may come true. proposed: at most for a sequence."""
+        without, together = self._known(rows, 0), self._known(rows + drafted, proposed)
+        if self._trial:
+            self._trial -= 1
+            return True
+        if without is None or together is None:
+            return True
+        if (rows + hoped) / together > rows / without:
+            self._pause = _SHORTEST_PAUSE
+            return True
+        self._wait = self._pause
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        return False
+
+    def _known(self, rows: int, proposed: int) -> float | None:
+        count, seconds = self._times.get((padded(rows), proposed), (0, 0.0))
+        return seconds if count >= _SAMPLES else None
